@@ -1,0 +1,21 @@
+"""Errors written for people: what is wrong, with the values, and what to do."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(Exception):
+    """A mistake the user can mend. The command line prints it as ``error: …`` and exits 2, without a traceback."""
+
+
+def nearest(name: str, valid: Iterable[str], n: int = 5) -> str:
+    """Return the valid names closest to ``name``, ready to end a message: ``did you mean 408, 418?``.
+
+    Where nothing is close, all valid names are listed if they are few, else the first ``n``.
+    """
+    valid = list(valid)
+    close = get_close_matches(name, valid, n=n, cutoff=0.5)
+    if close:
+        return f"did you mean {', '.join(close)}?"
+    shown = valid if len(valid) <= 12 else [*valid[:n], f"… ({len(valid)} in all)"]
+    return f"valid: {', '.join(shown)}"
