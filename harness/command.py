@@ -1,0 +1,89 @@
+"""The bash script of a run: what ``make show-<id>`` prints, what ``make <id>`` executes, what reruns a finished run."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness.catalog import ROOT, Experiment
+from harness.environment import variables
+from harness.flags import Device, megatron_flags
+
+WIDTH = 110
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run happens: which node this is, where the nodes meet, which GPUs are used."""
+
+    node_rank: str = "0"
+    rendezvous: str | None = None
+    gpu_ids: tuple[int, ...] | None = None
+
+
+def render(
+    e: Experiment,
+    device: Device,
+    place: Place = Place(),
+    *,
+    headline: str | None = None,
+    memory_fraction: float | None = None,
+    apex: bool = False,
+) -> str:
+    """The whole script for ``e``.
+
+    Args:
+        place: node and GPUs; several nodes need ``place.rendezvous`` (host:port).
+        headline: a comment below the experiment's name, such as what a miniature scaled.
+        memory_fraction: see ``harness.environment.variables``.
+        apex: see ``harness.flags.megatron_flags``.
+
+    Raises:
+        UserError: the experiment's data set is not prepared.
+    """
+    found = [(v.name, shlex.quote(v.value), v.reason) for v in variables(e, device, memory_fraction=memory_fraction)]
+    if place.gpu_ids is not None:
+        found.append(("CUDA_VISIBLE_DEVICES", ",".join(map(str, place.gpu_ids)), "GPUS_IDS"))
+    width = max(len(f"export {name}={value}") for name, value, _ in found)
+    exports = [f"{f'export {name}={value}':{width}}  # {reason}" for name, value, reason in found]
+    groups = [_torchrun(e, place), ["-m", "harness.entry"], *_quoted(megatron_flags(e, device, apex=apex)),
+              ['${HARNESS_RUN_DIR:+--tensorboard-dir', '"$HARNESS_RUN_DIR/tensorboard"}']]
+    return "\n".join(
+        [
+            "#!/usr/bin/env bash",
+            f"# {e.name}: {e.shows}",
+            *([f"# {headline}"] if headline else []),
+            "set -eu",
+            f"cd {shlex.quote(str(ROOT))}",
+            f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH",
+            *exports,
+            "exec torchrun " + " \\\n    ".join(line for group in groups for line in _wrap(group)),
+            "",
+        ]
+    )
+
+
+def _torchrun(e: Experiment, place: Place) -> list[str]:
+    ranks = ["--nproc-per-node", str(e.ranks_per_node)]
+    if e.nodes == 1:
+        return ["--standalone", *ranks]
+    return ["--nnodes", str(e.nodes), "--node-rank", place.node_rank, "--rdzv-backend", "c10d",
+            "--rdzv-endpoint", place.rendezvous or "", "--rdzv-id", e.id, *ranks]
+
+
+def _quoted(groups: list[list[str]]) -> list[list[str]]:
+    return [[shlex.quote(word) for word in group] for group in groups]
+
+
+def _wrap(words: list[str]) -> list[str]:
+    """Break a group into lines, an argument and its values together."""
+    lines: list[str] = []
+    for word in words:
+        starts = word.startswith("-") or not lines
+        if lines and (not starts or len(lines[-1]) + len(word) < WIDTH - 24):
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines

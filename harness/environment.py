@@ -1,0 +1,51 @@
+"""The environment variables of a run, each with the reason it is set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from harness.catalog import Experiment
+from harness.flags import Device
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One environment variable; ``reason`` stands beside it in the script."""
+
+    name: str
+    value: str
+    reason: str
+
+
+def variables(e: Experiment, device: Device, *, memory_fraction: float | None = None) -> list[Variable]:
+    """The variables of ``e`` on ``device``.
+
+    Args:
+        memory_fraction: share of the GPU's memory that PyTorch may allocate, where ``e.card`` emulates a smaller card.
+    """
+    return _cpu(e) if device == "cpu" else _cuda(e, memory_fraction)
+
+
+def _cpu(e: Experiment) -> list[Variable]:
+    return [
+        Variable("HARNESS_DEVICE", "cpu", "harness.cpu stands in for CUDA"),
+        Variable("CUDA_VISIBLE_DEVICES", "", "no GPU is touched"),
+        Variable("TORCHDYNAMO_DISABLE", "1", "compiling upstream's small functions costs more than it saves here"),
+        Variable("CUDA_DEVICE_MAX_CONNECTIONS", "1", "upstream asserts it for tensor and context parallelism"),
+        Variable("OMP_NUM_THREADS", "1", "ranks share the cores"),
+    ]
+
+
+def _cuda(e: Experiment, memory_fraction: float | None) -> list[Variable]:
+    fsdp = e.sharding.startswith("fsdp") or e.sharding == "torch_fsdp2"
+    found = [
+        Variable("HARNESS_DEVICE", "cuda", "one GPU a rank"),
+        Variable("CUDA_DEVICE_MAX_CONNECTIONS", "8", "FSDP overlaps its gathers on several queues; upstream refuses 1") if fsdp
+        else Variable("CUDA_DEVICE_MAX_CONNECTIONS", "1",
+                      "one queue keeps communication ahead of the GEMM it overlaps with (tp, cp before Blackwell)"),
+        Variable("OMP_NUM_THREADS", "1", "torchrun's own choice for several ranks"),
+    ]
+    if memory_fraction is not None:
+        found.append(Variable("PYTORCH_CUDA_ALLOC_CONF", f"per_process_memory_fraction:{memory_fraction:.4f}",
+                              f"behave as {e.card}: what its memory leaves to the allocator beside CUDA and NCCL"))
+    return found

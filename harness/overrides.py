@@ -1,0 +1,164 @@
+"""What a user may change on the command line: ``make 101 STEPS=20 TP=2``."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import get_args
+
+from harness.catalog import SHARDING, Experiment
+from harness.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One word of the command line and what it does, as ``make help`` prints it."""
+
+    key: str
+    example: str
+    does: str
+
+
+EXPERIMENT_SETTINGS = (
+    Setting("STEPS", "20", "training steps (published: 100; CPU default: 20)"),
+    Setting("GPUS", "4", "GPUs in all; data parallelism follows: dp = GPUS / (tp x pp x cp)"),
+    Setting("DP", "2", "data-parallel size; GPUs follow"),
+    Setting("TP", "2", "tensor-parallel size"),
+    Setting("SP", "1", "sequence parallelism, 0 or 1"),
+    Setting("PP", "4", "pipeline-parallel size"),
+    Setting("VPP", "3", "virtual stages on each pipeline rank"),
+    Setting("CP", "2", "context-parallel size"),
+    Setting("EP", "4", "expert-parallel size"),
+    Setting("ETP", "2", "expert tensor-parallel size"),
+    Setting("MBS", "2", "micro-batch size, in sequences"),
+    Setting("GBS", "16", "global batch size, in sequences"),
+    Setting("SEQ", "2048", "sequence length, in tokens"),
+    Setting("RECOMPUTE", "full", "activation recomputation: none, selective or full"),
+    Setting("SHARDING", "optim", "what data parallelism shards: " + ", ".join(SHARDING)),
+    Setting("NODES", "2", "nodes; each runs GPUS / NODES ranks"),
+    Setting("DATA", "mock", "mock, or the name of a prepared data set (make data-list)"),
+    Setting("CARD", "h100-80gb", "behave as a smaller card: cap the memory as on that GPU"),
+    Setting("ARGS", '"--lr 1e-4"', "more of upstream's own arguments (make arguments)"),
+)
+"""Settings that change the experiment itself, and therefore its label."""
+
+LAUNCH_SETTINGS = (
+    Setting("DEVICE", "cpu", "cpu (a miniature) or cuda; found by itself"),
+    Setting("DRY_RUN", "1", "print the command, run nothing"),
+    Setting("GPUS_IDS", "0,1", "the GPUs to use, by index"),
+    Setting("OUTDIR", "outdir", "where run directories go"),
+    Setting("NODE_RANK", "0", "which of NODES this machine is"),
+    Setting("RENDEZVOUS", "host:29500", "where the nodes meet"),
+    Setting("SLURM", "1", "render an sbatch script; submit it where sbatch exists"),
+    Setting("PARTITION", "gpu", "Slurm partition (with SLURM=1)"),
+    Setting("ACCOUNT", "team", "Slurm account (with SLURM=1)"),
+    Setting("TIME", "00:30:00", "Slurm time limit (with SLURM=1)"),
+    Setting("HANG", "300", "seconds without a step before a run counts as hung"),
+    Setting("PACK", "0", "make chapter-N: 0 runs one experiment at a time, for timing"),
+    Setting("FORCE", "1", "make chapter-N: run again what has a result already"),
+)
+"""Settings of how and where it is launched; the experiment stays the same."""
+
+SETTINGS = EXPERIMENT_SETTINGS + LAUNCH_SETTINGS
+
+_COUNTS = {
+    "STEPS": "steps", "DP": "dp", "TP": "tp", "PP": "pp", "VPP": "vpp", "CP": "cp", "EP": "ep", "ETP": "etp",
+    "MBS": "micro_batch_size", "GBS": "global_batch_size", "SEQ": "seq_length", "NODES": "nodes",
+}
+_CHOICES = {"RECOMPUTE": "recompute", "SHARDING": "sharding"}
+
+
+def parse(words: Iterable[str]) -> dict[str, str]:
+    """Read ``KEY=VALUE`` words; an empty value counts as not given.
+
+    Raises:
+        UserError: a word has no ``=``, or its key is unknown.
+    """
+    known = [setting.key for setting in SETTINGS]
+    found: dict[str, str] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise UserError(f"{word!r} is not of the form KEY=VALUE, such as STEPS=20")
+        if key not in known:
+            raise UserError(f"unknown setting {key}; {nearest(key.upper(), known)}")
+        if value:
+            found[key] = value
+    return found
+
+
+def count(key: str, value: str, least: int = 1) -> int:
+    """The whole number in ``KEY=value``. Raises UserError where it is none or below ``least``."""
+    if not value.isascii() or not value.isdigit() or int(value) < least:
+        raise UserError(f"{key}={value}: expected a whole number, {least} or more")
+    return int(value)
+
+
+def switch(key: str, value: str) -> bool:
+    """The yes or no in ``KEY=value``: 1 or 0."""
+    if value not in ("0", "1"):
+        raise UserError(f"{key}={value}: expected 0 or 1")
+    return value == "1"
+
+
+def apply(experiment: Experiment, settings: Mapping[str, str]) -> Experiment:
+    """The experiment as the user wants it; settings that change nothing leave no trace in its label.
+
+    ``GPUS`` fixes the ranks in all, so that the data-parallel size follows; without it the ranks follow from the sizes.
+
+    Raises:
+        UserError: a value is no number, or the sizes do not fit together (the formula is given with its values).
+    """
+    given = {s.key: settings[s.key] for s in EXPERIMENT_SETTINGS if s.key in settings}
+    changes: dict[str, object] = {field: count(key, given[key]) for key, field in _COUNTS.items() if key in given}
+    for key, field in _CHOICES.items():
+        if key in given:
+            valid = get_args(Experiment.model_fields[field].annotation)
+            if given[key] not in valid:
+                raise UserError(f"{key}={given[key]}; {nearest(given[key], valid)}")
+            changes[field] = given[key]
+    if "SP" in given:
+        changes["sequence_parallel"] = switch("SP", given["SP"])
+    if "DATA" in given:
+        changes["data"] = given["DATA"]
+    if "CARD" in given:
+        from harness.hardware import find_gpu, known_gpus
+
+        if find_gpu(given["CARD"]) is None:
+            raise UserError(f"CARD={given['CARD']}: unknown GPU; {nearest(given['CARD'], known_gpus())}")
+        changes["card"] = given["CARD"]
+    if "ARGS" in given:
+        try:
+            changes["extra_args"] = tuple(shlex.split(given["ARGS"]))
+        except ValueError as error:
+            raise UserError(f"ARGS={given['ARGS']}: {error}") from None
+    if "GPUS" in given:
+        changes["dp"] = _data_parallel_size(experiment, changes, count("GPUS", given["GPUS"]))
+    if changes.get("tp") == 1 and "SP" not in given:
+        changes["sequence_parallel"] = False
+    if changes.get("pp") == 1 and "VPP" not in given:
+        changes["vpp"] = 1
+    effective = {field: value for field, value in changes.items() if getattr(experiment, field) != value}
+    if not effective:
+        return experiment
+    kept = {key: value for key, value in given.items() if _field_of(key) in effective}
+    return experiment.with_changes(**effective, overrides=kept)
+
+
+def _field_of(key: str) -> str:
+    special = {"GPUS": "dp", "SP": "sequence_parallel", "DATA": "data", "CARD": "card", "ARGS": "extra_args"}
+    return _COUNTS.get(key) or _CHOICES.get(key) or special[key]
+
+
+def _data_parallel_size(experiment: Experiment, changes: Mapping[str, object], gpus: int) -> int:
+    tp, pp, cp = (changes.get(axis, getattr(experiment, axis)) for axis in ("tp", "pp", "cp"))
+    if gpus % (tp * pp * cp):
+        raise UserError(
+            f"{experiment.id}: GPUS={gpus} must divide by tp x pp x cp = {tp} x {pp} x {cp} = {tp * pp * cp}; "
+            f"try GPUS={-(-gpus // (tp * pp * cp)) * tp * pp * cp}, or smaller TP=, PP= or CP="
+        )
+    dp = gpus // (tp * pp * cp)
+    if "dp" in changes and changes["dp"] != dp:
+        raise UserError(f"{experiment.id}: GPUS={gpus} makes dp = {dp}, but DP={changes['dp']} is given; leave one of them out")
+    return dp
