@@ -1,0 +1,467 @@
+"""The run directory: every file name in it, and typed readers that survive what a killed run leaves.
+
+experiment.json    the frozen experiment with its overrides, and the device and source commit it ran with
+command.sh         exactly what ran; ``HARNESS_RUN_DIR=… bash command.sh`` runs it again
+environment.json   versions, GPU, driver, git commit, upstream commit, host
+logs.txt           everything that the ranks and torchrun printed
+metrics.jsonl      one line a step          validation.jsonl   one line an evaluation
+ranks/             <rank>.json (memory, coordinates), <rank>.error.json, <rank>.stacks.txt
+gpus.jsonl         NVML samples
+running.json       who runs it; without result.json and with a dead process: killed
+result.json        written last
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from harness.errors import UserError
+
+if TYPE_CHECKING:
+    from harness.catalog import Experiment
+
+Status = Literal["ok", "oom", "oom-host", "nan", "hang", "crash", "killed", "bad-configuration"]
+State = Status | Literal["running"]
+
+RUN_DIR_VARIABLE = "HARNESS_RUN_DIR"
+"""Environment variable that tells the ranks where to write, and marks every process of a run."""
+
+LEAST_FREE_MIB = 200
+QUIET_ELSEWHERE_S = 600
+"""A run of another host whose files have not changed for this long is taken for dead."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class StepMetrics(_Record):
+    """One line of metrics.jsonl. ``tflops``: model TFLOP/s per GPU, upstream's count; ``time``: Unix seconds."""
+
+    step: int
+    loss: float | None = None
+    grad_norm: float | None = None
+    step_ms: float
+    tflops: float | None = None
+    tokens_per_s: float | None = None
+    learning_rate: float | None = None
+    loss_scale: float | None = None
+    skipped: int = 0
+    nan: int = 0
+    time: float
+
+
+class Validation(_Record):
+    """One line of validation.jsonl."""
+
+    step: int
+    split: str
+    loss: float
+    time: float
+
+
+class Rank(_Record):
+    """ranks/<rank>.json: where a rank runs and its memory peaks so far, in GiB."""
+
+    rank: int
+    local_rank: int
+    pid: int
+    host: str
+    device: str | None = None
+    coordinates: dict[str, int] = {}
+    allocated_peak_gib: float | None = None
+    reserved_peak_gib: float | None = None
+    nvml_used_gib: float | None = None
+    rss_peak_gib: float | None = None
+    step: int = 0
+
+
+class RankError(_Record):
+    """ranks/<rank>.error.json: an exception that nothing caught. ``time`` is in Unix seconds."""
+
+    rank: int
+    type: str
+    message: str
+    traceback: str = ""
+    time: float
+    step: int = 0
+
+
+class Running(_Record):
+    """running.json: the launcher's process and when it started the run, in Unix seconds."""
+
+    pid: int
+    host: str
+    started: float
+
+
+class Spread(_Record):
+    """A quantity over the ``n`` steps of a run's averaging window."""
+
+    median: float
+    mean: float
+    stdev: float
+    min: float
+    max: float
+    n: int
+
+
+class MemoryGib(_Record):
+    """Peaks of the fullest rank: allocated and reserved by PyTorch, and its whole GPU as NVML sees it."""
+
+    allocated: float | None = None
+    reserved: float | None = None
+    nvml: float | None = None
+
+
+class Losses(_Record):
+    first: float | None = None
+    last: float | None = None
+
+
+class Upstream(_Record):
+    """The Megatron-LM that ran: a source tree (``submodule``) or the package from PyPI."""
+
+    version: str | None = None
+    commit: str | None = None
+    source: Literal["submodule", "package"] = "package"
+
+
+class Result(_Record):
+    """result.json. ``tflops``, ``tokens_per_s`` and ``mfu`` are medians over the steps in ``window``."""
+
+    status: Status
+    detail: str | None = None
+    rank: int | None = None
+    advice: str | None = None
+    exit_code: int
+    started: float
+    finished: float
+    steps: int
+    steps_done: int
+    window: tuple[int, int] | None = None
+    step_ms: Spread | None = None
+    tflops: float | None = None
+    tokens_per_s: float | None = None
+    mfu: float | None = None
+    peak_tflops: float | None = None
+    memory_gib: MemoryGib = MemoryGib()
+    loss: Losses = Losses()
+    data: str
+    device: str
+    gpu: str | None = None
+    gpus: tuple[int, ...] = ()
+    packed_with: tuple[str, ...] = ()
+    miniature: bool = False
+    upstream: Upstream = Upstream()
+
+
+Record = TypeVar("Record", bound=_Record)
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The files of one run directory."""
+
+    path: Path
+
+    @property
+    def label(self) -> str:
+        return self.path.name
+
+    @property
+    def experiment_json(self) -> Path:
+        return self.path / "experiment.json"
+
+    @property
+    def command(self) -> Path:
+        return self.path / "command.sh"
+
+    @property
+    def environment(self) -> Path:
+        return self.path / "environment.json"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs.txt"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def validation(self) -> Path:
+        return self.path / "validation.jsonl"
+
+    @property
+    def ranks(self) -> Path:
+        return self.path / "ranks"
+
+    @property
+    def gpus(self) -> Path:
+        return self.path / "gpus.jsonl"
+
+    @property
+    def running(self) -> Path:
+        return self.path / "running.json"
+
+    @property
+    def result(self) -> Path:
+        return self.path / "result.json"
+
+    def freeze_experiment(self, experiment: Experiment, device: str, commit: str | None) -> None:
+        """Write experiment.json: every setting, and the device and source commit."""
+        write_json(
+            self.experiment_json, {**experiment.model_dump(mode="json"), "device": device, "commit": commit}
+        )
+
+    def read_experiment(self) -> Experiment:
+        """The experiment as it ran. Raises ValueError where experiment.json is not one."""
+        from harness.catalog import Experiment
+
+        frozen = _object(self.experiment_json)
+        return Experiment.model_validate_json(
+            json.dumps({k: v for k, v in frozen.items() if k in Experiment.model_fields})
+        )
+
+    def read_device(self) -> str:
+        """``cpu`` or ``cuda``. Raises ValueError where experiment.json does not say."""
+        device = _object(self.experiment_json).get("device")
+        if device not in ("cpu", "cuda"):
+            raise ValueError(f"{self.experiment_json}: device is {device!r}")
+        return device
+
+    def read_result(self) -> Result | None:
+        """The result, or None where the run has written none. Raises ValueError where it is corrupt."""
+        return _read(self.result, Result) if self.result.exists() else None
+
+    def read_running(self) -> Running | None:
+        """Who runs or ran it, or None where that is not known."""
+        try:
+            return _read(self.running, Running)
+        except ValueError:
+            return None
+
+    def read_metrics(self) -> tuple[StepMetrics, ...]:
+        """Every complete line of metrics.jsonl; a line torn by a kill is left out."""
+        return tuple(_lines(self.metrics, StepMetrics))
+
+    def read_validation(self) -> tuple[Validation, ...]:
+        """Every complete line of validation.jsonl."""
+        return tuple(_lines(self.validation, Validation))
+
+    def read_gpu_samples(self) -> tuple[dict[str, Any], ...]:
+        """Every complete line of gpus.jsonl: ``{"time", "gpus": [{"index", "used_gib", …}]}``."""
+        return tuple(sample for line in _text_lines(self.gpus) if (sample := _json_object(line)))
+
+    def read_ranks(self) -> tuple[Rank, ...]:
+        """What every rank wrote about itself, by rank."""
+        return self._rank_files(r"\d+\.json", Rank)
+
+    def read_rank_errors(self) -> tuple[RankError, ...]:
+        """The exceptions that ended ranks, by rank."""
+        return self._rank_files(r"\d+\.error\.json", RankError)
+
+    def stacks(self) -> dict[int, Path]:
+        """rank -> the file with the stacks of its threads."""
+        return {int(path.name.split(".")[0]): path for path in sorted(self.ranks.glob("*.stacks.txt"))}
+
+    def state(self) -> State:
+        """How the run ended, or ``running``; ``killed`` where its launcher is gone without a result.
+
+        Raises ValueError where result.json is corrupt.
+        """
+        if result := self.read_result():
+            return result.status
+        running = self.read_running()
+        if running is None:
+            return "killed"
+        if running.host == socket.gethostname():
+            return "running" if started_before(running.pid, running.started) else "killed"
+        newest = max(
+            path.stat().st_mtime for path in (self.running, self.logs, self.metrics) if path.exists()
+        )
+        return "running" if time.time() - newest < QUIET_ELSEWHERE_S else "killed"
+
+    def _rank_files(self, pattern: str, kind: type[Record]) -> tuple[Record, ...]:
+        found = []
+        for path in self.ranks.glob("*.json"):
+            if re.fullmatch(pattern, path.name):
+                try:
+                    found.append(_read(path, kind))
+                except ValueError:
+                    continue
+        return tuple(sorted(found, key=lambda record: record.rank))
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory that could be read."""
+
+    dir: RunDir
+    experiment: Experiment
+    device: str
+    state: State
+    result: Result | None
+
+
+def create(outdir: Path, label: str) -> RunDir:
+    """Create ``outdir/label``, or ``label.2``, ``label.3`` … where that exists: nothing is ever overwritten.
+
+    Safe against another launcher that does the same at the same moment.
+
+    Raises:
+        UserError: the label is no file name, ``outdir`` cannot be written, or its disk is nearly full.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+=,-]{0,199}", label):
+        raise UserError(
+            f"run label {label!r}: use letters, digits and . _ + = , - (at most 200), a letter or digit first"
+        )
+    try:
+        outdir.mkdir(parents=True, exist_ok=True)
+        free_mib = shutil.disk_usage(outdir).free / 2**20
+        if free_mib < LEAST_FREE_MIB:
+            raise UserError(
+                f"{outdir}: {free_mib:.0f} MiB free, a run needs {LEAST_FREE_MIB} MiB\n"
+                "delete old runs there (make clean), or set OUTDIR= to another disk"
+            )
+        for name in itertools.chain([label], (f"{label}.{n}" for n in itertools.count(2))):
+            path = outdir / name
+            try:
+                path.mkdir()
+                (path / "ranks").mkdir()
+                return RunDir(path.resolve())
+            except FileExistsError:
+                continue
+    except OSError as error:
+        raise UserError(f"cannot write to {outdir}: {error.strerror}\n{_way_out(error.errno)}") from None
+
+
+def runs(outdir: Path) -> tuple[tuple[Run, ...], tuple[str, ...]]:
+    """Every run in ``outdir`` by label, and a warning for each directory that is corrupt and was left out."""
+    found, warnings = [], []
+    for path in sorted(outdir.iterdir()) if outdir.is_dir() else []:
+        run_dir = RunDir(path)
+        if not run_dir.experiment_json.exists() and not run_dir.result.exists():
+            continue
+        try:
+            found.append(
+                Run(
+                    run_dir,
+                    run_dir.read_experiment(),
+                    run_dir.read_device(),
+                    run_dir.state(),
+                    run_dir.read_result(),
+                )
+            )
+        except ValueError as error:
+            warnings.append(f"{path}: skipped: {_first_line(error)}")
+    return tuple(found), tuple(warnings)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` so that readers see the old file or the whole new one, also after a power cut.
+
+    Numbers that JSON lacks (NaN, infinity) become null.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(_finite(value), file, indent=1, allow_nan=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def parse_metrics(line: str) -> StepMetrics | None:
+    """One line of metrics.jsonl, or None where it is torn."""
+    return _parse(line, StepMetrics)
+
+
+def started_before(pid: int, moment: float) -> bool:
+    """Whether process ``pid`` lives and did at ``moment`` (Unix seconds): no later one of that number."""
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= moment + 2
+    except psutil.Error:
+        return False
+
+
+def _read(path: Path, kind: type[Record]) -> Record:
+    try:
+        return kind.model_validate(_object(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{path.name}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise ValueError(f"{path.name}: {error.strerror}") from None
+    value = _json_object(text)
+    if value is None:
+        raise ValueError(f"{path.name} is not a JSON object ({len(text)} characters)")
+    return value
+
+
+def _json_object(text: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _parse(line: str, kind: type[Record]) -> Record | None:
+    value = _json_object(line)
+    try:
+        return kind.model_validate(value) if value is not None else None
+    except ValidationError:
+        return None
+
+
+def _lines(path: Path, kind: type[Record]) -> Iterator[Record]:
+    return (record for line in _text_lines(path) if (record := _parse(line, kind)))
+
+
+def _text_lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
+
+
+def _way_out(code: int | None) -> str:
+    if code in (errno.ENOSPC, errno.EDQUOT):
+        return "delete old runs there (make clean), or set OUTDIR= to another disk"
+    return "make it a writable directory, or set OUTDIR= to one"

@@ -1,0 +1,188 @@
+"""Run directories: created once, written atomically, read whatever state a run left them in."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from harness import rundir
+from harness.catalog import Experiment, Model
+from harness.errors import UserError
+from harness.rundir import Result, RunDir
+
+RESULT = {
+    "status": "ok",
+    "exit_code": 0,
+    "started": 1.0,
+    "finished": 2.0,
+    "steps": 20,
+    "steps_done": 20,
+    "data": "mock",
+    "device": "cpu",
+}
+
+
+def experiment() -> Experiment:
+    model = Model(name="tiny", num_layers=2, hidden_size=64, num_attention_heads=4)
+    return Experiment(
+        id="101", slug="tiny-dp1", chapter=100, shows="one GPU", model=model, mbs=1, gbs=1, seq=64, steps=20
+    )
+
+
+def make_run(outdir: Path, label: str = "101-tiny-dp1", result: dict | None = None) -> RunDir:
+    run_dir = rundir.create(outdir, label)
+    run_dir.freeze_experiment(experiment(), "cpu", "abc")
+    if result:
+        rundir.write_json(run_dir.result, result)
+    return run_dir
+
+
+def test_a_label_is_never_used_twice(tmp_path):
+    assert [rundir.create(tmp_path, "101").label for _ in range(3)] == ["101", "101.2", "101.3"]
+
+
+def test_launchers_that_start_at_once_get_directories_of_their_own(tmp_path):
+    with ThreadPoolExecutor(16) as pool:
+        made = list(pool.map(lambda _: rundir.create(tmp_path, "101").path, range(64)))
+    assert len(set(made)) == 64
+
+
+@pytest.mark.parametrize("label", ["", "../x", "a/b", "a b", ".hidden", "-x", "x" * 201, "a\n"])
+def test_a_label_that_is_no_file_name_is_refused(tmp_path, label):
+    with pytest.raises(UserError, match="run label"):
+        rundir.create(tmp_path, label)
+
+
+def test_an_outdir_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    for outdir in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match="cannot write to"):
+            rundir.create(outdir, "101")
+
+
+@pytest.mark.parametrize(
+    ("code", "way_out"), [(errno.EROFS, "writable"), (errno.EACCES, "writable"), (errno.ENOSPC, "make clean")]
+)
+def test_an_outdir_that_cannot_be_written_is_refused_with_the_way_out(tmp_path, monkeypatch, code, way_out):
+    def refuse(*_args, **_kwargs):
+        raise OSError(code, os.strerror(code))
+
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(os, "mkdir", refuse)
+    with pytest.raises(UserError, match=way_out):
+        rundir.create(tmp_path / "out", "101")
+
+
+def test_a_nearly_full_disk_is_refused_with_the_value(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage(2**40, 2**40 - 150 * 2**20, 150 * 2**20))
+    with pytest.raises(UserError, match="150 MiB free"):
+        rundir.create(tmp_path, "101")
+
+
+def test_json_is_replaced_whole_and_has_no_nan(tmp_path):
+    path = tmp_path / "x.json"
+    rundir.write_json(path, {"loss": float("nan"), "all": [1.5, float("inf")]})
+    assert json.loads(path.read_text()) == {"loss": None, "all": [1.5, None]}
+    with pytest.raises(TypeError):
+        rundir.write_json(path, {"loss": object()})
+    assert json.loads(path.read_text())["all"] == [1.5, None], "a failed write keeps what was there"
+
+
+def test_the_experiment_comes_back_as_it_was_frozen(tmp_path):
+    run_dir = make_run(tmp_path)
+    assert run_dir.read_experiment() == experiment()
+    assert run_dir.read_device() == "cpu"
+
+
+def test_metrics_survive_a_torn_last_line(tmp_path):
+    run_dir = rundir.create(tmp_path, "101")
+    whole = "".join(
+        f'{{"step": {step}, "loss": {loss}, "step_ms": 12.5, "time": 1.0}}\n'
+        for step, loss in [(1, 10.5), (2, "NaN")]
+    )
+    for torn in ("", "{", '{"step": 3, "lo', '{"step": 3}', "3"):
+        run_dir.metrics.write_text(whole + torn)
+        steps = run_dir.read_metrics()
+        assert [s.step for s in steps] == [1, 2]
+        assert steps[0].loss == 10.5
+    assert RunDir(tmp_path / "absent").read_metrics() == ()
+
+
+def test_rank_files_are_told_apart(tmp_path):
+    run_dir = rundir.create(tmp_path, "101")
+    for rank in (10, 2):
+        rundir.write_json(
+            run_dir.ranks / f"{rank}.json", {"rank": rank, "local_rank": rank, "pid": 1, "host": "h"}
+        )
+    rundir.write_json(
+        run_dir.ranks / "2.error.json", {"rank": 2, "type": "ValueError", "message": "no", "time": 1.0}
+    )
+    (run_dir.ranks / "3.json").write_text("{")
+    (run_dir.ranks / "2.stacks.txt").write_text("Thread")
+    assert [r.rank for r in run_dir.read_ranks()] == [2, 10]
+    assert [(e.rank, e.type) for e in run_dir.read_rank_errors()] == [(2, "ValueError")]
+    assert list(run_dir.stacks()) == [2]
+
+
+def test_state_follows_the_launchers_process(tmp_path):
+    run_dir = make_run(tmp_path)
+    assert run_dir.state() == "killed", "no launcher is known"
+    host = os.uname().nodename
+
+    rundir.write_json(run_dir.running, {"pid": os.getpid(), "host": host, "started": time.time()})
+    assert run_dir.state() == "running"
+
+    rundir.write_json(run_dir.running, {"pid": os.getpid(), "host": host, "started": 1.0})
+    assert run_dir.state() == "killed", "this process began later than the run: the number was reused"
+
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    rundir.write_json(run_dir.running, {"pid": child.pid, "host": host, "started": time.time()})
+    time.sleep(0.3)
+    assert run_dir.state() == "killed", "a zombie runs nothing"
+    child.wait()
+
+    rundir.write_json(run_dir.result, RESULT)
+    assert run_dir.state() == "ok"
+
+
+def test_a_run_of_another_host_is_judged_by_its_files(tmp_path):
+    run_dir = make_run(tmp_path)
+    rundir.write_json(run_dir.running, {"pid": 1, "host": "elsewhere", "started": 1.0})
+    assert run_dir.state() == "running"
+    os.utime(run_dir.running, (1, 1))
+    assert run_dir.state() == "killed"
+
+
+def test_corrupt_runs_are_left_out_with_a_warning_each(tmp_path):
+    good = make_run(tmp_path, "101-good", RESULT)
+    make_run(tmp_path, "102-torn").result.write_text('{"status": "ok"')
+    make_run(tmp_path, "103-strange", {**RESULT, "status": "splendid"})
+    make_run(tmp_path, "104-empty").experiment_json.write_text("")
+    make_run(tmp_path, "105-older", RESULT).experiment_json.write_text('{"id": "101", "device": "cpu"}')
+    (tmp_path / "notes").mkdir()
+    (tmp_path / ".gitkeep").touch()
+
+    found, warnings = rundir.runs(tmp_path)
+
+    assert [(run.dir, run.state, run.experiment.id) for run in found] == [(good, "ok", "101")]
+    assert found[0].result == Result(**RESULT)
+    assert [Path(w.split(":")[0]).name for w in warnings] == [
+        "102-torn",
+        "103-strange",
+        "104-empty",
+        "105-older",
+    ]
+    assert "splendid" in warnings[1] or "status" in warnings[1]
+
+
+def test_an_absent_outdir_holds_no_runs(tmp_path):
+    assert rundir.runs(tmp_path / "absent") == ((), ())
