@@ -69,13 +69,13 @@ _COUNTS = {
 _CHOICES = {"RECOMPUTE": "recompute", "SHARDING": "sharding"}
 
 
-def parse(words: Iterable[str]) -> dict[str, str]:
-    """Read ``KEY=VALUE`` words; an empty value counts as not given.
+def parse(words: Iterable[str], extra: Iterable[str] = ()) -> dict[str, str]:
+    """Read ``KEY=VALUE`` words; an empty value counts as not given. ``extra`` are the command's own keys.
 
     Raises:
         UserError: a word has no ``=``, or its key is unknown.
     """
-    known = [setting.key for setting in SETTINGS]
+    known = [*(setting.key for setting in SETTINGS), *extra]
     found: dict[str, str] = {}
     for word in words:
         key, equals, value = word.partition("=")

@@ -50,7 +50,7 @@ class _Record(BaseModel):
 
 
 class StepMetrics(_Record):
-    """One line of metrics.jsonl. ``tflops``: model TFLOP/s per GPU, upstream's count; ``time``: Unix seconds."""
+    """One line of metrics.jsonl. ``tflops``: TFLOP/s per GPU, upstream's count; ``time``: Unix seconds."""
 
     step: int
     loss: float | None = None

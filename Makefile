@@ -1,0 +1,82 @@
+# make 101<tab>            run experiment 101; on a machine without a GPU, its CPU miniature
+# make help                everything else
+
+SHELL := bash
+MAKEFLAGS += --no-builtin-rules --no-builtin-variables --no-print-directory
+.DEFAULT_GOAL := help
+
+# scripts/harness.sh makes .venv on first use, then runs `python -m harness`.
+HARNESS := scripts/harness.sh
+# The settings given on the command line or in the environment, as KEY=VALUE words.
+WORDS = $(foreach key,$(SETTINGS) $(MORE),$(if $(value $(key)),'$(key)=$(subst ','\'',$(value $(key)))'))
+
+include experiments/targets.mk
+
+.PHONY: help list table compare doctor arguments monitor-gpu stop parity record targets clean clean-all
+.PHONY: setup setup-gpu docker-build docker-run test test-quick test-full lint
+
+##@ Look
+help: ## this page
+	@awk 'BEGIN { FS = ":.*## |## " } \
+	  /^##@ / { printf "\n\033[1m%s\033[0m\n", substr($$0, 5) } \
+	  /^[a-z0-9-]+:.*## / { printf "  make %-22s %s\n", $$1, $$2 } \
+	  /^#[^#].* ## / { printf "  %-27s %s\n", substr($$1, 2), $$2 }' Makefile experiments/targets.mk | \
+	  if [ -t 1 ]; then cat; else sed 's/\x1b\[[0-9]*m//g'; fi
+list: MORE = CHAPTER MODEL
+list: ## the catalogue                      [CHAPTER=400] [MODEL=gpt2-xl] [GPUS=4]
+	@$(HARNESS) list $(WORDS)
+doctor: ## what is installed, what is missing and how to get it
+	@$(HARNESS) doctor
+arguments: MORE = MATCH
+arguments: ## upstream's own arguments, counted   [MATCH=moe]
+	@$(HARNESS) arguments $(WORDS)
+
+##@ Run:  make 101<tab>, make 101, make show-101, make chapter-100
+parity: ## is it correct? every parallelism against one process, loss by loss
+	@$(HARNESS) parity
+stop: MORE = RUN
+stop: ## end the runs of this machine        [RUN=label]
+	@$(HARNESS) stop $(WORDS)
+monitor-gpu: ## a live view of the GPUs
+	@$(HARNESS) monitor-gpu
+
+##@ Read
+table: MORE = CHAPTER FORMAT
+table: ## every run beside its published row   [CHAPTER=100] [FORMAT=terminal|markdown|csv|json]
+	@$(HARNESS) table $(WORDS)
+compare: MORE = A B FORMAT
+compare: ## two runs side by side                A=… B=… (labels or ids)
+	@$(HARNESS) compare $(WORDS)
+record: MORE = RUN
+record: ## keep a run in experiments/records      RUN=label
+	@$(HARNESS) record $(WORDS)
+
+##@ Set up
+setup: ## everything a run needs, into .venv (the first run does this by itself)
+	@scripts/setup.sh heavy
+setup-gpu: ## CUDA and Transformer Engine, without a container
+	@scripts/setup.sh gpu
+docker-build: ## the GPU image
+	@docker/build.sh
+docker-run: ## a shell in it, where make 101<tab> works
+	@docker/run.sh
+
+##@ Develop
+test: ## quick tests, real gloo training, parity
+	@scripts/test.sh
+test-quick: ## without torch, in seconds
+	@scripts/test.sh quick
+test-full: ## everything, long ones too
+	@scripts/test.sh full
+lint: ## ruff and shellcheck
+	@scripts/test.sh lint
+targets: ## write experiments/targets.mk anew from the catalogue
+	@$(HARNESS) targets
+clean: ## remove failed and unfinished runs from outdir
+	@$(HARNESS) clean $(WORDS)
+clean-all: ## remove .venv and every run
+	@$(HARNESS) clean ALL=1
+
+# `make 101` and every misspelt target land here; not being a target, 101 is no second candidate for completion.
+.DEFAULT:
+	@$(HARNESS) run '$@' $(WORDS)

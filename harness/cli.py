@@ -1,0 +1,223 @@
+"""The commands behind the Makefile's targets: ``python -m harness COMMAND [ID] [KEY=VALUE …]``."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from harness import overrides
+from harness.catalog import ROOT, SHARDING, Catalog, Experiment, load_catalog
+from harness.errors import UserError, nearest
+from harness.plan import Plan, choose_device, plan
+
+OUTDIR = ROOT / "outdir"
+RECORDS = ROOT / "experiments" / "records"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return the exit status: 0 done, 1 a run failed, 2 a mistake to mend, 130 interrupted."""
+    words = sys.argv[1:] if argv is None else argv
+    try:
+        name, *words = words or ["list"]
+        if name not in COMMANDS:
+            raise UserError(f"unknown command {name}; {nearest(name, COMMANDS)}")
+        return COMMANDS[name](words)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _run(words: list[str]) -> int:
+    e, settings = _experiment(words)
+    if settings.get("SLURM") == "1":
+        return _slurm(e, settings)
+    planned = plan(e, settings, choose_device(settings))
+    if settings.get("DRY_RUN") == "1":
+        print(planned.script(), end="")
+        return 0
+    from harness.launch import run_plan
+
+    _install_heavy()
+    return run_plan(planned, hang_seconds=_hang(settings)).exit_status
+
+
+def _show(words: list[str]) -> int:
+    e, settings = _experiment(words)
+    print(plan(e, {"RENDEZVOUS": "first-node:29500", **settings}, choose_device(settings)).script(), end="")
+    return 0
+
+
+def _slurm(e: Experiment, settings: Mapping[str, str]) -> int:
+    from harness import slurm
+
+    planned = plan(e, {**settings, "DEVICE": "cuda"}, "cuda")
+    return slurm.submit_or_print(planned, settings)
+
+
+def _chapter(words: list[str]) -> int:
+    number, *rest = words or [""]
+    settings = overrides.parse(rest)
+    experiments = load_catalog().in_chapter(overrides.count("chapter", number))
+    device = choose_device(settings)
+    from harness.chapter import run_chapter
+
+    _install_heavy()
+    return run_chapter([plan(e, settings, device) for e in experiments], hang_seconds=_hang(settings),
+                       pack=settings.get("PACK") != "0", force=settings.get("FORCE") == "1")
+
+
+def _list(words: list[str]) -> int:
+    settings = overrides.parse(words, extra=("CHAPTER", "MODEL"))
+    catalog = load_catalog()
+    wanted = [e for e in catalog.experiments if _matches(e, settings, catalog)]
+    if not wanted:
+        raise UserError("no experiment matches " + " ".join(f"{k}={v}" for k, v in settings.items()))
+    width = max(len(e.name) for e in wanted)
+    for number, title in catalog.chapters.items():
+        rows = [e for e in wanted if e.chapter == number]
+        if rows:
+            print(f"\n{number}  {title}")
+        for e in rows:
+            gpus = f"{e.world_size} GPU{'s' if e.world_size > 1 else ' '}"
+            print(f"  {e.name:{width}}  {gpus:>7}  {layout(e):28}  {e.shows}".rstrip())
+    print(f"\n{len(wanted)} experiments. make {wanted[0].id} runs one, make show-{wanted[0].id} prints its command.")
+    return 0
+
+
+def layout(e: Experiment) -> str:
+    """The parallel layout in a few words: ``tp2+sp pp4 vpp3 m4``."""
+    parts = [f"{axis}{getattr(e, axis)}" + ("+sp" if axis == "tp" and e.sequence_parallel else "")
+             for axis in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp") if getattr(e, axis) > 1]
+    if e.cp > 1 and e.cp_comm_type != "p2p":
+        parts.append(e.cp_comm_type)
+    if e.num_microbatches > 1 or e.pp > 1:
+        parts.append(f"m{e.num_microbatches}")
+    if e.sharding != "no_shard":
+        parts.append(SHARDING[e.sharding][0])
+    if e.recompute != "none":
+        parts.append(f"{e.recompute} recompute")
+    return " ".join(parts) or "one GPU"
+
+
+def _matches(e: Experiment, settings: Mapping[str, str], catalog: Catalog) -> bool:
+    if "CHAPTER" in settings:
+        chapter = overrides.count("CHAPTER", settings["CHAPTER"])
+        catalog.in_chapter(chapter)
+        if e.chapter != chapter:
+            return False
+    if "MODEL" in settings:
+        models = sorted({x.model.name for x in catalog.experiments})
+        if not any(settings["MODEL"] in model for model in models):
+            raise UserError(f"MODEL={settings['MODEL']}; {nearest(settings['MODEL'], models)}")
+        if settings["MODEL"] not in e.model.name:
+            return False
+    return "GPUS" not in settings or e.world_size == overrides.count("GPUS", settings["GPUS"])
+
+
+def _table(words: list[str]) -> int:
+    from harness import tables
+
+    settings = overrides.parse(words, extra=("CHAPTER", "FORMAT"))
+    return tables.print_table(_outdir(settings), RECORDS, settings)
+
+
+def _compare(words: list[str]) -> int:
+    from harness import tables
+
+    settings = overrides.parse(words, extra=("A", "B", "FORMAT"))
+    missing = [key for key in ("A", "B") if key not in settings]
+    if missing:
+        raise UserError(f"{' and '.join(missing)} missing: make compare A=101 B=111 (ids, names or labels in outdir/)")
+    return tables.print_compare(_outdir(settings), RECORDS, settings)
+
+
+def _doctor(words: list[str]) -> int:
+    from harness.doctor import doctor
+
+    return doctor()
+
+
+def _arguments(words: list[str]) -> int:
+    from harness.arguments import print_arguments
+
+    _install_heavy()
+    return print_arguments(overrides.parse(words, extra=("MATCH",)).get("MATCH"))
+
+
+def _parity(words: list[str]) -> int:
+    _install_heavy()
+    from harness.parity import main as parity
+
+    return parity()
+
+
+def _monitor_gpu(words: list[str]) -> int:
+    from harness.gpus import monitor
+
+    return monitor()
+
+
+def _stop(words: list[str]) -> int:
+    from harness.launch import stop
+
+    settings = overrides.parse(words, extra=("RUN",))
+    return stop(_outdir(settings), settings.get("RUN"))
+
+
+def _record(words: list[str]) -> int:
+    from harness.records import record
+
+    settings = overrides.parse(words, extra=("RUN",))
+    if "RUN" not in settings:
+        raise UserError("RUN missing: make record RUN=label (a folder in outdir/)")
+    return record(_outdir(settings) / settings["RUN"], RECORDS)
+
+
+def _clean(words: list[str]) -> int:
+    from harness.rundir import clean
+
+    settings = overrides.parse(words, extra=("ALL",))
+    return clean(_outdir(settings), everything=settings.get("ALL") == "1")
+
+
+def _targets(words: list[str]) -> int:
+    from harness import targets
+
+    changed = targets.write(load_catalog())
+    print(f"{targets.FILE.relative_to(ROOT)} {'written' if changed else 'is up to date'}")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "run": _run, "show": _show, "chapter": _chapter, "list": _list, "table": _table, "compare": _compare,
+    "doctor": _doctor, "arguments": _arguments, "parity": _parity, "monitor-gpu": _monitor_gpu, "stop": _stop,
+    "record": _record, "clean": _clean, "targets": _targets,
+}
+
+
+def _experiment(words: list[str]) -> tuple[Experiment, dict[str, str]]:
+    if not words or "=" in words[0]:
+        raise UserError("which experiment? such as 101 (make list shows all)")
+    return load_catalog().find(words[0]), overrides.parse(words[1:])
+
+
+def _outdir(settings: Mapping[str, str]) -> Path:
+    return Path(settings.get("OUTDIR") or OUTDIR).resolve()
+
+
+def _hang(settings: Mapping[str, str]) -> float | None:
+    return float(overrides.count("HANG", settings["HANG"])) if "HANG" in settings else None
+
+
+def _install_heavy() -> None:
+    """Bring the packages that a run needs; the first run spends minutes here, later ones nothing."""
+    if subprocess.run([ROOT / "scripts" / "setup.sh", "heavy"]).returncode:
+        raise UserError("the set-up did not finish; the lines above say why, make doctor says more")

@@ -1,0 +1,101 @@
+"""What will run, here: an experiment with its overrides, on the device at hand, as one script. No torch."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness import datasets, overrides
+from harness.catalog import ROOT, Experiment
+from harness.command import Place, render
+from harness.errors import UserError
+from harness.flags import Device
+from harness.miniature import describe, miniature
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run, ready to launch. ``full`` is the experiment at full size, ``experiment`` what runs on ``device``."""
+
+    full: Experiment
+    experiment: Experiment
+    device: Device
+    place: Place
+    outdir: Path
+    headline: str | None
+    memory_fraction: float | None
+
+    def script(self, gpu_ids: tuple[int, ...] | None = None) -> str:
+        """The run's bash script, on these GPUs (by default those of ``place``)."""
+        place = self.place if gpu_ids is None else Place(self.place.node_rank, self.place.rendezvous, gpu_ids)
+        return render(self.experiment, self.device, place, headline=self.headline,
+                      memory_fraction=self.memory_fraction, apex=importlib.util.find_spec("apex") is not None)
+
+
+def choose_device(settings: Mapping[str, str]) -> Device:
+    """``DEVICE`` where given, else cuda where NVML sees a GPU, else cpu. Raises UserError for another word."""
+    wanted = settings.get("DEVICE")
+    if wanted not in (None, "cpu", "cuda"):
+        raise UserError(f"DEVICE={wanted}: expected cpu or cuda")
+    if wanted == "cpu":
+        return "cpu"
+    from harness.gpus import list_gpus
+
+    if list_gpus():
+        return "cuda"
+    if wanted == "cuda":
+        raise UserError("DEVICE=cuda, but the NVIDIA driver shows no GPU here\n"
+                        "make doctor says what is missing; DEVICE=cpu runs the miniature")
+    return "cpu"
+
+
+def plan(experiment: Experiment, settings: Mapping[str, str], device: Device) -> Plan:
+    """Apply ``settings`` to ``experiment`` and fit it to ``device``.
+
+    Raises:
+        UserError: sizes do not fit together, the data set is not prepared, or nodes have no place to meet.
+    """
+    full = overrides.apply(experiment, settings)
+    if "DATA" not in settings:
+        full = full.with_changes(data=datasets.default_for(full))
+    small = miniature(full) if device == "cpu" else full
+    place = _place(small, settings)
+    if small.data != "mock":
+        datasets.find(small.data)
+    return Plan(
+        full=full,
+        experiment=small,
+        device=device,
+        place=place,
+        outdir=Path(settings.get("OUTDIR") or ROOT / "outdir").resolve(),
+        headline=describe(full, small) if device == "cpu" else None,
+        memory_fraction=_memory_fraction(full) if device == "cuda" and full.card else None,
+    )
+
+
+def _place(e: Experiment, settings: Mapping[str, str]) -> Place:
+    ids = settings.get("GPUS_IDS")
+    gpu_ids = tuple(overrides.count("GPUS_IDS", i, least=0) for i in ids.split(",")) if ids else None
+    slurm = settings.get("SLURM") == "1"
+    if e.nodes > 1 and not slurm and not settings.get("RENDEZVOUS"):
+        raise UserError(
+            f"{e.id} runs on {e.nodes} nodes of {e.ranks_per_node} GPUs; on each of them, with rank 0 to {e.nodes - 1}:\n"
+            f"    make {e.id} NODES={e.nodes} NODE_RANK=0 RENDEZVOUS=first-node:29500\n"
+            "or SLURM=1 for a batch job"
+        )
+    node_rank = overrides.count("NODE_RANK", settings.get("NODE_RANK", "0"), least=0)
+    if node_rank >= e.nodes:
+        raise UserError(f"NODE_RANK={node_rank}: {e.id} runs on {e.nodes} node{'s' * (e.nodes > 1)}, ranks 0 to {e.nodes - 1}")
+    rendezvous = settings.get("RENDEZVOUS")
+    if rendezvous and not (rendezvous.rpartition(":")[0] and rendezvous.rpartition(":")[2].isdigit()):
+        raise UserError(f"RENDEZVOUS={rendezvous}: expected host:port, such as node0:29500")
+    return Place("$SLURM_NODEID" if slurm else str(node_rank), rendezvous, gpu_ids)
+
+
+def _memory_fraction(e: Experiment) -> float:
+    from harness.gpus import list_gpus
+    from harness.hardware import allocator_fraction
+
+    return allocator_fraction(e.card, list_gpus()[0].total_mib)

@@ -1,0 +1,48 @@
+"""Generates experiments/targets.mk: one Make target an experiment, so that ``make 101<tab>`` completes its name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from harness.catalog import EXPERIMENTS, Catalog
+from harness.overrides import EXPERIMENT_SETTINGS, LAUNCH_SETTINGS, Setting
+
+FILE = EXPERIMENTS / "targets.mk"
+
+HEADER = """\
+# Generated from experiments/*.yaml and harness/overrides.py by `make targets`; a test keeps it fresh.
+# Every target is spelled out, one a line, because zsh completes from this text and bash from make's database.
+"""
+
+
+def render(catalog: Catalog) -> str:
+    """The text of targets.mk: the settings a command line may carry, then three kinds of target."""
+    return HEADER + "\n".join(_lines(catalog)) + "\n"
+
+
+def write(catalog: Catalog, file: Path = FILE) -> bool:
+    """Bring ``file`` up to date; True where it changed."""
+    text = render(catalog)
+    if file.exists() and file.read_text(encoding="utf-8") == text:
+        return False
+    file.write_text(text, encoding="utf-8")
+    return True
+
+
+def _lines(catalog: Catalog) -> Iterator[str]:
+    yield "SETTINGS := " + " ".join(setting.key for setting in EXPERIMENT_SETTINGS + LAUNCH_SETTINGS)
+    yield from _help("What is run:  make 101 KEY=VALUE …", EXPERIMENT_SETTINGS)
+    yield from _help("How and where it is launched", LAUNCH_SETTINGS)
+    for number in catalog.chapters:
+        yield f"chapter-{number}: ; @$(HARNESS) chapter {number} $(WORDS)"
+    for e in catalog.experiments:
+        yield f"{e.name}: ; @$(HARNESS) run {e.id} $(WORDS)"
+    for e in catalog.experiments:
+        yield f"show-{e.id}: ; @$(HARNESS) show {e.id} $(WORDS)"
+
+
+def _help(title: str, settings: tuple[Setting, ...]) -> Iterator[str]:
+    yield f"##@ {title}"
+    for setting in settings:
+        yield f"#{f'{setting.key}={setting.example}'} ## {setting.does}"
