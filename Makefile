@@ -17,11 +17,10 @@ include experiments/targets.mk
 
 ##@ Look
 help: ## this page
-	@awk 'BEGIN { FS = ":.*## |## " } \
-	  /^##@ / { printf "\n\033[1m%s\033[0m\n", substr($$0, 5) } \
-	  /^[a-z0-9-]+:.*## / { printf "  make %-22s %s\n", $$1, $$2 } \
-	  /^#[^#].* ## / { printf "  %-27s %s\n", substr($$1, 2), $$2 }' Makefile experiments/targets.mk | \
-	  if [ -t 1 ]; then cat; else sed 's/\x1b\[[0-9]*m//g'; fi
+	@awk -F ' ## ' -v b="$$(test -t 1 && printf '\033[1m')" -v n="$$(test -t 1 && printf '\033[0m')" \
+	  '/^##@ / { print "\n" b substr($$0, 5) n } \
+	  /^[a-z-]+:.* ## / { sub(/:.*/, "", $$1); printf "  make %-14s %s\n", $$1, $$2 } \
+	  /^#[A-Z_]+=.* ## / { printf "  %-22s %s\n", substr($$1, 2), $$2 }' Makefile experiments/targets.mk
 list: MORE = CHAPTER MODEL
 list: ## the catalogue                      [CHAPTER=400] [MODEL=gpt2-xl] [GPUS=4]
 	@$(HARNESS) list $(WORDS)

@@ -18,7 +18,7 @@ SETTINGS := STEPS GPUS DP TP SP PP VPP CP EP ETP MBS GBS SEQ RECOMPUTE SHARDING 
 #RECOMPUTE=full ## activation recomputation: none, selective or full
 #SHARDING=optim ## what data parallelism shards: no_shard, optim, fsdp_optim_grads, fsdp_optim_grads_params, torch_fsdp2
 #NODES=2 ## nodes; each runs GPUS / NODES ranks
-#DATA=mock ## mock, or the name of a prepared data set (make data-list)
+#DATA=mock ## mock, or the name of a prepared data set in data/
 #CARD=h100-80gb ## behave as a smaller card: cap the memory as on that GPU
 #ARGS="--lr 1e-4" ## more of upstream's own arguments (make arguments)
 ##@ How and where it is launched

@@ -198,7 +198,7 @@ def _build(kind: type, fields: Mapping[str, Any], where: str) -> Any:
     try:
         value = kind(**fields)
     except ValidationError as error:
-        names = [field.alias or name for name, field in kind.model_fields.items()]
+        names = [key for name, field in kind.model_fields.items() for key in (field.alias, name) if key]
         raise UserError("\n".join(f"{where}: {_complaint(e, names)}" for e in error.errors())) from None
     broken = violations(value) if isinstance(value, Experiment) else []
     if broken:

@@ -14,7 +14,7 @@ def nearest(name: str, valid: Iterable[str], n: int = 5) -> str:
     Where nothing is close, all valid names are listed if they are few, else the first ``n``.
     """
     valid = list(valid)
-    close = get_close_matches(name, valid, n=n, cutoff=0.5)
+    close = get_close_matches(name, valid, n=n, cutoff=0.5) or [v for v in valid if name and name in v][:n]
     if close:
         return f"did you mean {', '.join(close)}?"
     shown = valid if len(valid) <= 12 else [*valid[:n], f"… ({len(valid)} in all)"]

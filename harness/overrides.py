@@ -37,7 +37,7 @@ EXPERIMENT_SETTINGS = (
     Setting("RECOMPUTE", "full", "activation recomputation: none, selective or full"),
     Setting("SHARDING", "optim", "what data parallelism shards: " + ", ".join(SHARDING)),
     Setting("NODES", "2", "nodes; each runs GPUS / NODES ranks"),
-    Setting("DATA", "mock", "mock, or the name of a prepared data set (make data-list)"),
+    Setting("DATA", "mock", "mock, or the name of a prepared data set in data/"),
     Setting("CARD", "h100-80gb", "behave as a smaller card: cap the memory as on that GPU"),
     Setting("ARGS", '"--lr 1e-4"', "more of upstream's own arguments (make arguments)"),
 )

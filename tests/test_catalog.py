@@ -1,0 +1,124 @@
+"""The catalogue: every published id is there as intended, and mistakes in it are refused with their values."""
+
+from pathlib import Path
+
+import pytest
+
+from harness.catalog import load_catalog
+from harness.errors import UserError
+from harness.miniature import MOST_PROCESSES, miniature
+
+CATALOG = load_catalog()
+IDS = [e.id for e in CATALOG.experiments]
+
+PUBLISHED = """
+101 104 111 112 114 115 118 121 122 124 128 129 130
+211 212 214 218 219 221 222 224 228 231 232 234 238 241 242 244 248 281 282 283
+300 301 302 304 308 318 328 338 348 358
+401 402 404 408 416 420 424 432 438 442 443 446 449 458 498
+500 501 502 503 504 505 506 511 512
+""".split()
+
+
+def write(folder: Path, row: str, models: str = "m: {num_layers: 4, hidden_size: 64, num_attention_heads: 4}") -> Path:
+    (folder / "models.yaml").write_text(models)
+    (folder / "100-x.yaml").write_text(f"chapter: 100\ntitle: X\ndefaults: {{model: m, seq: 64}}\nexperiments:\n  {row}\n")
+    return folder
+
+
+def test_every_published_id_is_in_the_catalogue() -> None:
+    assert set(PUBLISHED) <= set(IDS)
+
+
+@pytest.mark.parametrize(
+    ("id_", "vpp", "layers_per_virtual_stage"),
+    [("438", 3, 3), ("498", 9, 1), ("442", 2, 9), ("443", 3, 6), ("446", 6, 3), ("449", 9, 2), ("458", 18, 1), ("424", 1, 18)],
+)
+def test_virtual_stages_are_what_the_name_says(id_: str, vpp: int, layers_per_virtual_stage: int) -> None:
+    e = CATALOG.find(id_)
+    assert e.vpp == vpp
+    assert e.model.num_layers // (e.pp * e.vpp) == layers_per_virtual_stage
+
+
+def test_115_really_has_a_global_batch_of_60() -> None:
+    e = CATALOG.find("115")
+    assert (e.global_batch_size, e.micro_batch_size, e.dp, e.sharding) == (60, 15, 4, "optim")
+
+
+def test_219_spans_two_nodes_of_eight() -> None:
+    e = CATALOG.find("219")
+    assert (e.nodes, e.ranks_per_node, e.tp, e.dp) == (2, 8, 8, 2)
+
+
+@pytest.mark.parametrize("id_", IDS)
+def test_the_batch_is_never_truncated(id_: str) -> None:
+    e = CATALOG.find(id_)
+    assert e.num_microbatches * e.micro_batch_size * e.dp == e.global_batch_size
+
+
+def test_found_by_id_and_by_full_name() -> None:
+    assert CATALOG.find("101") is CATALOG.find("101-gpt2xl-dp1-gbs1-bf16")
+
+
+def test_an_unknown_id_names_the_nearest() -> None:
+    with pytest.raises(UserError, match="no experiment 407; nearest ids: 401, 402, 404, 408, 416"):
+        CATALOG.find("407")
+    with pytest.raises(UserError, match="101 is 101-gpt2xl-dp1-gbs1-bf16"):
+        CATALOG.find("101-gpt2-small")
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        ("101: {slug: a, mbs: 1, gbs: 1, shows: s, micro: 2}", r"101: unknown key 'micro'; .*micro_batch_size"),
+        ("101: {slug: a, mbs: 1, shows: s}", r"101: 'gbs' is missing"),
+        ("101: {slug: a, mbs: '1', gbs: 1, shows: s}", r"101: mbs = '1': input should be a valid integer"),
+        ("101: {slug: a, mbs: 0, gbs: 1, shows: s}", r"101: mbs = 0: input should be greater than or equal to 1"),
+        ("101: {slug: a, mbs: 2, gbs: 3, shows: s}", r"101: gbs 3 must divide by mbs x dp = 2 x 1 = 2; try mbs in \{1, 3\}"),
+        ("101: {slug: a, mbs: 1, gbs: 1, tp: 3, shows: s}", r"num_attention_heads 4 must divide by tp = 3; try tp in \{1, 2, 4\}"),
+        ("101: {slug: a, mbs: 1, gbs: 8, pp: 2, vpp: 4, shows: s}", r"layers 4 must divide by pp x vpp = 2 x 4 = 8; try vpp in \{1, 2\}"),
+        ("101: {slug: a, mbs: 1, gbs: 3, pp: 2, vpp: 2, shows: s}", r"micro-batches .* = 3 must divide by pp = 2 when vpp > 1"),
+        ("101: {slug: a, mbs: 1, gbs: 1, cp: 3, shows: s}", r"seq 64 must divide by 2 x cp = 6"),
+        ("101: {slug: a, mbs: 1, gbs: 1, cp: 8, cp_comm_type: a2a, shows: s}", r"num_attention_heads 4 must divide by tp x cp = 1 x 8"),
+        ("101: {slug: a, mbs: 1, gbs: 1, sp: true, shows: s}", r"sp splits activations over tp, but tp = 1"),
+        ("101: {slug: a, mbs: 1, gbs: 1, ep: 2, shows: s}", r"ep = 2, etp = 1 share out experts, but model m has none"),
+        ("101: {slug: a, mbs: 1, gbs: 2, dp: 2, nodes: 3, shows: s}", r"2 GPUs .* must divide by 3 nodes"),
+        ("101: {slug: a, mbs: 1, gbs: 1, sharding: zero2, shows: s}", r"101: sharding = 'zero2'; valid: 'no_shard', 'optim'"),
+        ("101: {slug: a b, mbs: 1, gbs: 1, shows: s}", r"101: slug = 'a b' must match"),
+        ("101: {slug: a, model: q, mbs: 1, gbs: 1, shows: s}", r"101: unknown model 'q'; .*m"),
+        ("101: {slug: a, mbs: 1, gbs: 1, shows: s}\n  101: {slug: b, mbs: 1, gbs: 1, shows: s}", r"'101' occurs twice"),
+        ("101: oops", r"100-x.yaml: 101: expected key: value pairs, found 'oops'"),
+        ("101: {", r"100-x.yaml is not valid YAML"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_refused_with_its_values(tmp_path: Path, row: str, complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        load_catalog(write(tmp_path, row))
+
+
+def test_expert_sizes_that_do_not_divide_are_refused(tmp_path: Path) -> None:
+    models = "m: {num_layers: 4, hidden_size: 64, num_attention_heads: 4, num_experts: 8, moe_router_topk: 2}"
+    row = "101: {slug: a, mbs: 1, gbs: 6, dp: 6, ep: 4, shows: s}"
+    with pytest.raises(UserError, match=r"the 6 ranks .* must divide by ep x etp = 4 x 1 = 4; try ep in \{1, 2\}"):
+        load_catalog(write(tmp_path, row, models))
+
+
+@pytest.mark.parametrize("id_", IDS)
+def test_a_miniature_keeps_the_topology(id_: str) -> None:
+    full = CATALOG.find(id_)
+    small = miniature(full)
+    assert small.miniature and small.world_size <= MOST_PROCESSES and small.nodes == 1
+    assert (small.pp, small.vpp, small.cp, small.dp) == (full.pp, full.vpp, full.cp, full.dp)
+    assert (small.num_microbatches, small.micro_batch_size) == (full.num_microbatches, full.micro_batch_size)
+    assert small.model.num_attention_heads == full.model.num_attention_heads
+    assert (small.ep, small.etp, small.sharding, small.recompute) == (full.ep, full.etp, full.sharding, full.recompute)
+    if full.world_size <= MOST_PROCESSES:
+        assert small.tp == full.tp
+    else:
+        assert id_ == "219"
+
+
+def test_names_and_labels() -> None:
+    e = CATALOG.find("101")
+    assert e.name == e.label == "101-gpt2xl-dp1-gbs1-bf16"
+    assert miniature(e).label == "101-gpt2xl-dp1-gbs1-bf16_cpu"

@@ -1,0 +1,62 @@
+"""The script that `show` prints: complete, valid bash, and upstream's arguments as published."""
+
+import shutil
+import subprocess
+
+import pytest
+
+from harness.catalog import load_catalog
+from harness.command import Place, render
+from harness.flags import megatron_flags
+from harness.miniature import describe, miniature
+
+CATALOG = load_catalog()
+IDS = [e.id for e in CATALOG.experiments]
+
+
+def words(id_: str, device: str = "cuda") -> str:
+    return " ".join(word for group in megatron_flags(CATALOG.find(id_), device) for word in group)
+
+
+@pytest.mark.parametrize("id_", IDS)
+def test_every_script_is_valid_bash(id_: str) -> None:
+    e = CATALOG.find(id_)
+    for script in (render(e, "cuda", Place(rendezvous="a:1")), render(miniature(e), "cpu", headline=describe(e, miniature(e)))):
+        done = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True)
+        assert done.returncode == 0, done.stderr
+        assert f"--nproc-per-node {e.ranks_per_node if '=cuda' in script else miniature(e).world_size} " in script
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
+def test_shellcheck_has_nothing_to_say() -> None:
+    script = render(CATALOG.find("438"), "cuda", Place(gpu_ids=(0, 1)))
+    done = subprocess.run(["shellcheck", "-"], input=script, text=True, capture_output=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_script_runs_torchrun_with_quoted_words(tmp_path) -> None:
+    e = CATALOG.find("101").with_changes(extra_args=("--note", "a b'c"))
+    fake = tmp_path / "torchrun"
+    fake.write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
+    fake.chmod(0o755)
+    script = render(e, "cpu").replace("export PATH=", f"export PATH={tmp_path}:")
+    done = subprocess.run(["bash", "-c", script], text=True, capture_output=True, check=True)
+    printed = done.stdout.splitlines()
+    assert printed[:5] == ["--standalone", "--nproc-per-node", "1", "-m", "harness.entry"]
+    assert printed[-2:] == ["--note", "a b'c"]
+
+
+def test_published_flags() -> None:
+    assert "--num-virtual-stages-per-pipeline-rank 3" in words("438")
+    assert "--num-layers-per-virtual-pipeline-stage" not in words("438")
+    assert "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather" in words("115")
+    assert "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1" in words("283")
+    assert "--cp-comm-type a2a" in words("328") and "--attention-backend flash" in words("328")
+    assert "--sequence-parallel" in words("282") and "--sequence-parallel" not in words("281")
+    assert "--moe-grouped-gemm --moe-permute-fusion --moe-router-force-load-balancing" in words("500")
+    assert words("101").count("--train-iters") == 1
+
+
+def test_several_nodes_meet_at_the_rendezvous() -> None:
+    script = render(CATALOG.find("219"), "cuda", Place(node_rank="1", rendezvous="node0:29500"))
+    assert "--nnodes 2 --node-rank 1 --rdzv-backend c10d --rdzv-endpoint node0:29500" in script.replace(" \\\n    ", " ")

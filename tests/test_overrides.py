@@ -1,0 +1,63 @@
+"""Overrides on the command line: applied, validated, and visible in the label."""
+
+import pytest
+
+from harness import overrides
+from harness.catalog import load_catalog
+from harness.errors import UserError
+
+CATALOG = load_catalog()
+
+
+def apply(id_: str, *words: str):
+    return overrides.apply(CATALOG.find(id_), overrides.parse(words))
+
+
+def test_sizes_change_and_show_in_the_label() -> None:
+    e = apply("438", "VPP=9", "STEPS=20", "MBS=2")
+    assert (e.vpp, e.steps, e.micro_batch_size, e.num_microbatches) == (9, 20, 2, 16)
+    assert e.label == "438-gpt2-8.3B-pp8-vpp3-m8_steps20_vpp9_mbs2"
+
+
+def test_gpus_fix_the_ranks_and_data_parallelism_follows() -> None:
+    assert apply("128", "GPUS=4").dp == 4
+    assert apply("501", "GPUS=4", "TP=2").dp == 2
+    assert apply("101", "TP=5").world_size == 5
+
+
+def test_what_changes_nothing_leaves_no_trace() -> None:
+    assert apply("101", "TP=1", "STEPS=100") is CATALOG.find("101")
+    assert apply("101", "STEPS=") is CATALOG.find("101")
+
+
+def test_dependent_settings_follow() -> None:
+    assert not apply("282", "TP=1").sequence_parallel
+    assert apply("438", "PP=1").vpp == 1
+
+
+def test_arguments_are_split_as_a_shell_splits() -> None:
+    assert apply("101", "ARGS=--lr 1e-4 --x 'a b'").extra_args == ("--lr", "1e-4", "--x", "a b")
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["101", "TP=3"], r"num_attention_heads 25 must divide by tp = 3; try tp in \{1, 5, 25\}"),
+        (["438", "VPP=5"], r"layers 72 must divide by pp x vpp = 8 x 5 = 40; try vpp in \{1, 3, 9\}"),
+        (["128", "GPUS=3"], r"gbs 128 must divide by mbs x dp = 16 x 3 = 48"),
+        (["408", "GPUS=6"], r"GPUS=6 must divide by tp x pp x cp = 1 x 8 x 1 = 8; try GPUS=8"),
+        (["128", "GPUS=4", "DP=2"], r"GPUS=4 makes dp = 4, but DP=2 is given"),
+        (["101", "STEPS=many"], r"STEPS=many: expected a whole number, 1 or more"),
+        (["101", "STEPS=0"], r"STEPS=0: expected a whole number"),
+        (["101", "STEPS=²"], r"expected a whole number"),
+        (["101", "STEP=20"], r"unknown setting STEP; did you mean STEPS"),
+        (["101", "20"], r"'20' is not of the form KEY=VALUE"),
+        (["101", "SP=yes"], r"SP=yes: expected 0 or 1"),
+        (["101", "RECOMPUTE=all"], r"RECOMPUTE=all; .*full"),
+        (["101", "CARD=h100"], r"CARD=h100: unknown GPU; .*h100-80gb"),
+        (["101", "ARGS='--lr"], r"No closing quotation"),
+    ],
+)
+def test_a_mistake_is_refused_with_its_values(words: list[str], complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        apply(*words)

@@ -1,0 +1,109 @@
+"""Make's front door: generated targets are fresh, one tab completes a name, words arrive as typed, mistakes are told."""
+
+import os
+import pty
+import re
+import select
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from harness import targets
+from harness.catalog import ROOT, load_catalog
+
+BASH_COMPLETION = Path("/usr/share/bash-completion/bash_completion")
+NAMES = [e.name for e in load_catalog().experiments]
+
+
+def make(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("MAKE") and k != "MFLAGS"}
+    return subprocess.run(["make", *words], cwd=ROOT, text=True, capture_output=True, env={**clean, **environment})
+
+
+def test_targets_mk_is_fresh() -> None:
+    assert targets.FILE.read_text() == targets.render(load_catalog()), "stale: run `make targets` and commit the result"
+
+
+def bash_completes(typed: str) -> list[str]:
+    script = f"""
+        source {BASH_COMPLETION}
+        _completion_loader make 2>/dev/null
+        COMP_WORDS=(make {typed!r}); COMP_CWORD=1; COMP_LINE="make {typed}"; COMP_POINT=${{#COMP_LINE}}; COMP_TYPE=9
+        _make make {typed!r} make
+        printf '%s\\n' "${{COMPREPLY[@]}}"
+    """
+    done = subprocess.run(["bash", "--norc", "-c", script], cwd=ROOT, text=True, capture_output=True)
+    return done.stdout.split()
+
+
+@pytest.mark.skipif(not BASH_COMPLETION.exists(), reason="bash-completion is not installed")
+@pytest.mark.parametrize("name", NAMES)
+def test_one_tab_completes_a_name_in_bash(name: str) -> None:
+    assert bash_completes(name[:3]) == [name]
+
+
+@pytest.mark.skipif(not BASH_COMPLETION.exists(), reason="bash-completion is not installed")
+def test_other_targets_complete_in_bash() -> None:
+    assert sorted(bash_completes("show-4")) == sorted(f"show-{n[:3]}" for n in NAMES if n[0] == "4")
+    assert bash_completes("chapter-3") == ["chapter-300"]
+    assert "help" in bash_completes("he")
+
+
+@pytest.mark.skipif(not shutil.which("zsh"), reason="zsh is not installed")
+def test_one_tab_completes_a_name_in_zsh(tmp_path: Path) -> None:
+    """A real interactive zsh on a pseudo-terminal: type ``make 101``, press tab, read the line."""
+    (tmp_path / ".zshrc").write_text(f"autoload -Uz compinit; compinit -u -d {tmp_path}/dump; PS1='ready> '\n")
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(ROOT)
+        os.execvpe("zsh", ["zsh", "-i"], {**os.environ, "ZDOTDIR": str(tmp_path), "TERM": "dumb"})
+    try:
+        read_until(terminal, "ready> ")
+        os.write(terminal, b"make 101\t")
+        assert "101-gpt2xl-dp1-gbs1-bf16" in read_until(terminal, "bf16")
+    finally:
+        os.write(terminal, b"\x03\x04exit\n")
+        os.close(terminal)
+        os.waitpid(pid, 0)
+
+
+def read_until(terminal: int, wanted: str, seconds: float = 30) -> str:
+    seen, deadline = "", time.monotonic() + seconds
+    while wanted not in seen and time.monotonic() < deadline:
+        if select.select([terminal], [], [], 0.2)[0]:
+            try:
+                seen += os.read(terminal, 4096).decode(errors="replace")
+            except OSError:
+                break
+    return seen
+
+
+@pytest.mark.parametrize("target", ["101", "101-gpt2xl-dp1-gbs1-bf16"])
+def test_the_short_and_the_long_target_run_the_same(target: str) -> None:
+    done = make("-n", target, "STEPS=20")
+    assert done.returncode == 0
+    assert re.fullmatch(r"scripts/harness\.sh run '?101(-gpt2xl-dp1-gbs1-bf16)?'? +'STEPS=20' *\n", done.stdout)
+
+
+def test_words_arrive_as_typed(tmp_path: Path) -> None:
+    fake = tmp_path / "harness"
+    fake.write_text(f"#!{sys.executable}\nimport sys\nprint(sys.argv[1:])\n")
+    fake.chmod(0o755)
+    done = make("101", f"HARNESS={fake}", "ARGS=--lr 1e-4 --note 'it''s' \"two words\"", "TP=2")
+    assert done.stdout.strip() == str(["run", "101", "TP=2", "ARGS=--lr 1e-4 --note 'it''s' \"two words\""])
+
+
+def test_settings_in_the_environment_count_too() -> None:
+    assert "'STEPS=7'" in make("-n", "101", STEPS="7").stdout
+
+
+def test_help_lists_every_target_that_has_a_line() -> None:
+    done = make("help")
+    assert done.returncode == 0
+    for word in ("make list", "make table", "make parity", "STEPS=20", "RENDEZVOUS=host:29500", "TIME=00:30:00"):
+        assert word in done.stdout, word
+    assert "\x1b" not in done.stdout
