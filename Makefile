@@ -5,8 +5,8 @@ SHELL := bash
 MAKEFLAGS += --no-builtin-rules --no-builtin-variables --no-print-directory
 .DEFAULT_GOAL := help
 
-# scripts/harness.sh makes .venv on first use, then runs `python -m harness`.
-HARNESS := scripts/harness.sh
+# scripts/setup.sh brings .venv up to a stage, then runs its Python. A run asks for the heavy stage (torch) by itself.
+HARNESS := scripts/setup.sh light -- -m harness
 # The settings given on the command line or in the environment, as KEY=VALUE words.
 WORDS = $(foreach key,$(SETTINGS) $(MORE),$(if $(value $(key)),'$(key)=$(subst ','\'',$(value $(key)))'))
 
@@ -62,13 +62,14 @@ docker-run: ## a shell in it, where make 101<tab> works
 
 ##@ Develop
 test: ## quick tests, real gloo training, parity
-	@scripts/test.sh
+	@scripts/setup.sh test heavy -- -m pytest -m "not gpu and not full"
 test-quick: ## without torch, in seconds
-	@scripts/test.sh quick
+	@scripts/setup.sh test -- -m pytest -m "not cpu and not gpu and not full"
 test-full: ## everything, long ones too
-	@scripts/test.sh full
+	@scripts/setup.sh test heavy -- -m pytest -m ""
 lint: ## ruff and shellcheck
-	@scripts/test.sh lint
+	@scripts/setup.sh test -- -m ruff check harness tests
+	@if command -v shellcheck >/dev/null; then shellcheck scripts/*.sh docker/*.sh .ci/run; fi
 targets: ## write experiments/targets.mk anew from the catalogue
 	@$(HARNESS) targets
 clean: ## remove failed and unfinished runs from outdir

@@ -86,7 +86,7 @@ def read_until(terminal: int, wanted: str, seconds: float = 30) -> str:
 def test_the_short_and_the_long_target_run_the_same(target: str) -> None:
     done = make("-n", target, "STEPS=20")
     assert done.returncode == 0
-    assert re.fullmatch(r"scripts/harness\.sh run '?101(-gpt2xl-dp1-gbs1-bf16)?'? +'STEPS=20' *\n", done.stdout)
+    assert re.fullmatch(r"scripts/setup\.sh light -- -m harness run '?101(-gpt2xl-dp1-gbs1-bf16)?'? +'STEPS=20' *\n", done.stdout)
 
 
 def test_words_arrive_as_typed(tmp_path: Path) -> None:
