@@ -174,11 +174,13 @@ def _stop(words: list[str]) -> int:
 
 def _record(words: list[str]) -> int:
     from harness.records import record
+    from harness.rundir import RunDir
 
     settings = overrides.parse(words, extra=("RUN",))
     if "RUN" not in settings:
         raise UserError("RUN missing: make record RUN=label (a folder in outdir/)")
-    return record(_outdir(settings) / settings["RUN"], RECORDS)
+    print(record(RunDir(_outdir(settings) / settings["RUN"]), RECORDS))
+    return 0
 
 
 def _clean(words: list[str]) -> int:
