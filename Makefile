@@ -22,7 +22,7 @@ help: ## this page
 	  /^[a-z-]+:.* ## / { sub(/:.*/, "", $$1); printf "  make %-14s %s\n", $$1, $$2 } \
 	  /^#[A-Z_]+=.* ## / { printf "  %-22s %s\n", substr($$1, 2), $$2 }' Makefile experiments/targets.mk
 list: MORE = CHAPTER MODEL
-list: ## the catalogue                      [CHAPTER=400] [MODEL=gpt2-xl] [GPUS=4]
+list: ## the catalogue                      [CHAPTER=400] [MODEL=gpt2-xl] [GPUS=4 at most]
 	@$(HARNESS) list $(WORDS)
 doctor: ## what is installed, what is missing and how to get it
 	@$(HARNESS) doctor

@@ -39,8 +39,9 @@ def _run(words: list[str]) -> int:
     e, settings = _experiment(words)
     if settings.get("SLURM") == "1":
         return _slurm(e, settings)
-    planned = plan(e, settings, choose_device(settings))
-    if settings.get("DRY_RUN") == "1":
+    dry_run = settings.get("DRY_RUN") == "1"
+    planned = plan(e, settings, choose_device(settings, only_show=dry_run))
+    if dry_run:
         print(planned.script(), end="")
         return 0
     from harness.launch import run_plan
@@ -51,7 +52,10 @@ def _run(words: list[str]) -> int:
 
 def _show(words: list[str]) -> int:
     e, settings = _experiment(words)
-    print(plan(e, {"RENDEZVOUS": "first-node:29500", **settings}, choose_device(settings)).script(), end="")
+    device = choose_device(settings, only_show=True)
+    print(plan(e, {"RENDEZVOUS": "first-node:29500", **settings}, device).script(), end="")
+    if device == "cpu" and "DEVICE" not in settings:
+        print(f"# This is what runs here, without a GPU. At full size: make show-{e.id} DEVICE=cuda", file=sys.stderr)
     return 0
 
 
@@ -119,7 +123,7 @@ def _matches(e: Experiment, settings: Mapping[str, str], catalog: Catalog) -> bo
             raise UserError(f"MODEL={settings['MODEL']}; {nearest(settings['MODEL'], models)}")
         if settings["MODEL"] not in e.model.name:
             return False
-    return "GPUS" not in settings or e.world_size == overrides.count("GPUS", settings["GPUS"])
+    return "GPUS" not in settings or e.world_size <= overrides.count("GPUS", settings["GPUS"])
 
 
 def _table(words: list[str]) -> int:

@@ -34,13 +34,17 @@ class Plan:
                       memory_fraction=self.memory_fraction, apex=importlib.util.find_spec("apex") is not None)
 
 
-def choose_device(settings: Mapping[str, str]) -> Device:
-    """``DEVICE`` where given, else cuda where NVML sees a GPU, else cpu. Raises UserError for another word."""
+def choose_device(settings: Mapping[str, str], *, only_show: bool = False) -> Device:
+    """``DEVICE`` where given, else cuda where NVML sees a GPU, else cpu.
+
+    Raises:
+        UserError: ``DEVICE`` is another word, or it is cuda where there is no GPU (unless the command is only shown).
+    """
     wanted = settings.get("DEVICE")
     if wanted not in (None, "cpu", "cuda"):
         raise UserError(f"DEVICE={wanted}: expected cpu or cuda")
-    if wanted == "cpu":
-        return "cpu"
+    if wanted == "cpu" or (wanted == "cuda" and only_show):
+        return wanted
     from harness.gpus import list_gpus
 
     if list_gpus():
@@ -98,4 +102,7 @@ def _memory_fraction(e: Experiment) -> float:
     from harness.gpus import list_gpus
     from harness.hardware import allocator_fraction
 
-    return allocator_fraction(e.card, list_gpus()[0].total_mib)
+    gpus = list_gpus()
+    if not gpus:
+        raise UserError(f"CARD={e.card} caps the memory of the GPU at hand, but there is none here")
+    return allocator_fraction(e.card, gpus[0].total_mib)
