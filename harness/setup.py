@@ -13,8 +13,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
-import venv
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -97,6 +95,8 @@ def create(env: Venv) -> None:
             shutil.rmtree(entry)
         else:
             entry.unlink()
+    import venv
+
     venv.EnvBuilder(symlinks=True, with_pip=True, prompt="megatron-harness").create(env.path)
 
 
@@ -169,6 +169,8 @@ def check_disk(env: Venv, build: str) -> None:
 
 def reachable(index: str, timeout_s: float = 3.0) -> bool:
     """Whether a package index answers."""
+    import urllib.request
+
     try:
         urllib.request.urlopen(f"{index}/torch/", timeout=timeout_s).close()
     except OSError:

@@ -1,0 +1,24 @@
+"""What the machine must have for a marked test; without it the test is skipped, and says why."""
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+
+def pytest_collection_modifyitems(items):
+    reasons = {"cpu": without_torch(), "gpu": without_torch() or without_gpu()}
+    for item in items:
+        for marker, reason in reasons.items():
+            if reason and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def without_torch() -> str | None:
+    return None if find_spec("torch") else "no torch: scripts/setup.sh heavy"
+
+
+def without_gpu() -> str | None:
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+    return None if Path("/dev/nvidiactl").exists() and not hidden else "no NVIDIA GPU"
