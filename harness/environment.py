@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from harness.catalog import Experiment
@@ -23,17 +24,22 @@ def variables(e: Experiment, device: Device, *, memory_fraction: float | None = 
     Args:
         memory_fraction: share of the GPU's memory that PyTorch may allocate, where ``e.card`` emulates a smaller card.
     """
-    return _cpu(e) if device == "cpu" else _cuda(e, memory_fraction)
+    found = _cpu(e) if device == "cpu" else _cuda(e, memory_fraction)
+    if e.data != "mock":
+        found.append(Variable("HF_HUB_OFFLINE", "1", "the tokenizer lies beside the data; nothing is fetched"))
+    return found
 
 
 def _cpu(e: Experiment) -> list[Variable]:
-    return [
+    threads = max(1, (os.cpu_count() or 1) // e.ranks_per_node)
+    found = [
         Variable("HARNESS_DEVICE", "cpu", "harness.cpu stands in for CUDA"),
-        Variable("CUDA_VISIBLE_DEVICES", "", "no GPU is touched"),
-        Variable("TORCHDYNAMO_DISABLE", "1", "compiling upstream's small functions costs more than it saves here"),
         Variable("CUDA_DEVICE_MAX_CONNECTIONS", "1", "upstream asserts it for tensor and context parallelism"),
-        Variable("OMP_NUM_THREADS", "1", "ranks share the cores"),
+        Variable("OMP_NUM_THREADS", str(threads), "the ranks share the cores"),
     ]
+    if e.nodes == 1:
+        found.append(Variable("GLOO_SOCKET_IFNAME", "lo", "else gloo resolves the host's name, which laptops often cannot"))
+    return found
 
 
 def _cuda(e: Experiment, memory_fraction: float | None) -> list[Variable]:

@@ -18,8 +18,9 @@ _OPTIMIZER = ("--lr 6.0e-5 --min-lr 6.0e-6 --lr-decay-style cosine --lr-decay-it
 _LOGGING = "--log-interval 1 --log-throughput --eval-iters 10"
 
 # The core_v0.19.0 features that are CUDA kernels, switched off on a CPU.
-_WITHOUT_CUDA = ("--transformer-impl local --distributed-backend gloo --use-cpu-initialization",
-                 "--no-persist-layer-norm --no-masked-softmax-fusion --no-bias-dropout-fusion --no-bias-gelu-fusion")
+_WITHOUT_CUDA = ("--transformer-impl local --distributed-backend gloo --use-cpu-initialization --num-workers 0",
+                 "--no-persist-layer-norm --no-masked-softmax-fusion --no-rope-fusion",
+                 "--no-bias-dropout-fusion --no-bias-gelu-fusion --no-bias-swiglu-fusion")
 
 _SHARDING = {
     "no_shard": (),
@@ -50,7 +51,7 @@ def megatron_flags(e: Experiment, device: Device, *, apex: bool = False) -> list
     """
     cuda = device == "cuda"
     groups = [
-        _words(*_model(e, cuda)),
+        _words(*_model(e)),
         _words(*_experts(e, cuda)),
         _words(*_parallel(e)),
         _words(*_SHARDING[e.sharding]),
@@ -67,7 +68,7 @@ def megatron_flags(e: Experiment, device: Device, *, apex: bool = False) -> list
     return [group for group in groups if group]
 
 
-def _model(e: Experiment, cuda: bool) -> tuple[str, ...]:
+def _model(e: Experiment) -> tuple[str, ...]:
     m = e.model
     return (
         f"--num-layers {m.num_layers} --hidden-size {m.hidden_size} --num-attention-heads {m.num_attention_heads}",
@@ -75,7 +76,7 @@ def _model(e: Experiment, cuda: bool) -> tuple[str, ...]:
         *([f"--group-query-attention --num-query-groups {m.num_query_groups}"] if m.num_query_groups else []),
         *([] if m.add_bias_linear else ["--disable-bias-linear"]),
         f"--seq-length {e.seq_length} --max-position-embeddings {e.seq_length}",
-        f"--attention-backend {e.attention_backend if cuda else 'unfused'}",
+        f"--attention-backend {e.attention_backend}",
     )
 
 
