@@ -13,9 +13,8 @@ LOGS = Path(__file__).with_name("test_outcome_logs")
 
 OOM = (
     "CUDA out of memory. Tried to allocate 2.93 GiB. GPU 0 has a total capacity of 139.81 GiB of which "
-    "63 GiB is free. 76.70 GiB allowed; Process 4 has 76.69 GiB memory in use. Of the allocated memory 75 GiB is "
-    "allocated by PyTorch, and 1.00 GiB is reserved by PyTorch but unallocated. If reserved but unallocated "
-    "memory is large try setting PYTORCH_ALLOC_CONF=expandable_segments:True to avoid fragmentation."
+    "63.10 GiB is free. 76.70 GiB allowed; Process 4 has 76.69 GiB memory in use. Of the allocated memory "
+    "75.05 GiB is allocated by PyTorch, and 1.00 GiB is reserved by PyTorch but unallocated."
 )
 WATCHDOG = (
     "[rank3]:[E1121 08:47:11.661 ProcessGroupNCCL.cpp:685] [Rank 3] Watchdog caught collective operation "

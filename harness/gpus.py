@@ -1,0 +1,351 @@
+"""NVIDIA GPUs as the driver's NVML shows them: which are there, which are busy, how they do meanwhile."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from harness.errors import UserError
+
+BUSY_MIB = 1024
+"""A GPU with more memory in use is busy, also where its processes cannot be seen (another container's)."""
+
+SAMPLE_S = 0.5
+MONITOR_S = 1.0
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU: its NVML index (that of nvidia-smi), name as the driver spells it, and all of its memory."""
+
+    index: int
+    name: str
+    uuid: str
+    total_mib: float
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One GPU at one moment; None where the driver does not tell. Memory is what nvidia-smi shows as used."""
+
+    index: int
+    used_gib: float
+    utilization: int | None = None
+    """Percent of the last moments in which a kernel ran."""
+    sm_clock_mhz: int | None = None
+    power_w: float | None = None
+    temperature_c: int | None = None
+
+
+@dataclass(frozen=True)
+class Process:
+    """A compute process on a GPU."""
+
+    pid: int
+    used_gib: float | None
+    name: str | None
+
+
+@dataclass(frozen=True)
+class Use:
+    """Who uses a GPU."""
+
+    gpu: Gpu
+    used_gib: float
+    processes: tuple[Process, ...] = ()
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.processes) or self.used_gib * 1024 > BUSY_MIB
+
+
+def list_gpus() -> tuple[Gpu, ...]:
+    """Every GPU of this machine by index; none where there is no driver."""
+    with _nvml() as nvml:
+        if nvml is None:
+            return ()
+        found = []
+        for index in range(nvml.nvmlDeviceGetCount()):
+            handle = nvml.nvmlDeviceGetHandleByIndex(index)
+            name, uuid = nvml.nvmlDeviceGetName(handle), nvml.nvmlDeviceGetUUID(handle)
+            found.append(Gpu(index, _text(name), _text(uuid), _memory(nvml, handle).total / 2**20))
+        return tuple(found)
+
+
+def driver_versions() -> tuple[str | None, str | None]:
+    """The driver's version and the newest CUDA it supports, ``("580.95.05", "13.0")``; None without one."""
+    with _nvml() as nvml:
+        if nvml is None:
+            return None, None
+        cuda = nvml.nvmlSystemGetCudaDriverVersion()
+        return _text(nvml.nvmlSystemGetDriverVersion()), f"{cuda // 1000}.{cuda % 1000 // 10}"
+
+
+def use() -> tuple[Use, ...]:
+    """Memory in use and compute processes of every GPU. A driver that hides processes shows none."""
+    gpus = list_gpus()
+    with _nvml() as nvml:
+        return tuple(_use(nvml, gpu) for gpu in gpus) if nvml else ()
+
+
+def choose(
+    count: int,
+    wanted: Sequence[int] | None = None,
+    environment: Mapping[str, str] = os.environ,
+) -> tuple[int, ...]:
+    """Pick ``count`` of the ``available`` GPUs.
+
+    GPUs that are named in ``wanted`` are taken even if they are busy.
+
+    Raises:
+        UserError: there are too few GPUs, or too few free ones; the busy are listed with their processes.
+    """
+    free = available(wanted, environment)
+    if len(free) >= count:
+        return free[:count]
+    if wanted is not None:
+        raise UserError(f"GPUS_IDS={_ids(wanted)} names {_gpus(len(wanted))}, this run needs {count}")
+    uses = _visible(use(), environment)
+    if len(uses) < count:
+        where = "CUDA_VISIBLE_DEVICES shows" if "CUDA_VISIBLE_DEVICES" in environment else "this machine has"
+        raise UserError(
+            f"this run needs {_gpus(count)}, {where} {len(uses)}\n"
+            f"GPUS={max(len(uses), 1)} runs it on fewer, DEVICE=cpu as a miniature"
+        )
+    busy = "\n".join(f"  {describe(u)}" for u in uses if u.busy)
+    raise UserError(
+        f"this run needs {_gpus(count)}, {len(free)} of {len(uses)} are free; busy:\n{busy}\n"
+        f"GPUS_IDS={_ids([u.gpu.index for u in uses][:count])} takes them all the same"
+    )
+
+
+def available(
+    wanted: Sequence[int] | None = None,
+    environment: Mapping[str, str] = os.environ,
+) -> tuple[int, ...]:
+    """The GPUs that may be used: ``wanted``, or the free ones within CUDA_VISIBLE_DEVICES where that is set.
+
+    Raises:
+        UserError: one of ``wanted`` does not exist or is named twice.
+    """
+    if wanted is None:
+        return tuple(u.gpu.index for u in _visible(use(), environment) if not u.busy)
+    there = [gpu.index for gpu in list_gpus()]
+    unknown = [index for index in wanted if index not in there]
+    if unknown:
+        raise UserError(
+            f"GPUS_IDS={_ids(wanted)}: no GPU {_ids(unknown)}; this machine has {_ids(there) or 'none'}"
+        )
+    if len(set(wanted)) < len(wanted):
+        raise UserError(f"GPUS_IDS={_ids(wanted)} names a GPU twice")
+    return tuple(wanted)
+
+
+def describe(use: Use) -> str:
+    """One line about who uses a GPU: ``GPU 3: 71.2 GiB used, by python (pid 4711, 70.9 GiB)``."""
+    line = f"GPU {use.gpu.index}: {use.used_gib:.1f} GiB used"
+    if use.processes:
+        line += ", by " + ", ".join(_describe_process(p) for p in use.processes)
+    return line
+
+
+def sample(indices: Sequence[int]) -> tuple[Sample, ...]:
+    """Memory, utilisation, clock, power and temperature of these GPUs now; empty without a driver."""
+    with _nvml() as nvml:
+        return tuple(_sample(nvml, index) for index in indices) if nvml else ()
+
+
+class Sampler:
+    """Appends samples to a file every ``SAMPLE_S``, from its own thread: a GPU in trouble may block NVML."""
+
+    def __init__(self, path: Path, indices: Sequence[int]):
+        self._path = path
+        self._indices = tuple(indices)
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="gpu-sampler", daemon=True)
+        self.peak_gib: float | None = None
+        """The most memory seen in use on one of the GPUs."""
+        if self._indices:
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Write a last sample and end; a blocked driver is waited for only briefly."""
+        self._over.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=2)
+
+    def _run(self) -> None:
+        with _nvml() as nvml:
+            if nvml is None:
+                return
+            try:
+                with self._path.open("a", encoding="utf-8") as file:
+                    while not self._over.is_set():
+                        self._over.wait(SAMPLE_S)
+                        self._write(file, [_sample(nvml, index) for index in self._indices])
+            except (nvml.NVMLError, OSError):
+                return
+
+    def _write(self, file: TextIO, samples: list[Sample]) -> None:
+        self.peak_gib = max(self.peak_gib or 0, *(s.used_gib for s in samples))
+        file.write(json.dumps({"time": time.time(), "gpus": [asdict(s) for s in samples]}) + "\n")
+        file.flush()
+
+
+def monitor(interval_s: float = MONITOR_S) -> int:
+    """Show every GPU until interrupted: a live table on a terminal, a line each in a pipe. Returns 0."""
+    if not list_gpus():
+        print("no NVIDIA GPU here: the driver shows none (make doctor says more)")
+        return 0
+    try:
+        if sys.stdout.isatty():
+            from rich.live import Live
+
+            with Live(_table(), auto_refresh=False) as live:
+                while True:
+                    time.sleep(interval_s)
+                    live.update(_table(), refresh=True)
+        while True:
+            for shown, now in zip(use(), _samples_of_all(), strict=True):
+                print(f"{time.strftime('%H:%M:%S')}  {' '.join(_cells(shown, now))}", flush=True)
+            time.sleep(interval_s)
+    except KeyboardInterrupt:
+        return 0
+
+
+def _table() -> Any:
+    from rich.table import Table
+
+    table = Table("GPU", "memory", "busy", "SM clock", "power", "temp", "processes", box=None)
+    for shown, now in zip(use(), _samples_of_all(), strict=True):
+        table.add_row(*_cells(shown, now))
+    return table
+
+
+def _samples_of_all() -> tuple[Sample, ...]:
+    return sample([gpu.index for gpu in list_gpus()])
+
+
+def _cells(shown: Use, now: Sample) -> list[str]:
+    return [
+        f"{shown.gpu.index} {shown.gpu.name.removeprefix('NVIDIA ')}",
+        f"{shown.used_gib:.1f}/{shown.gpu.total_mib / 1024:.0f} GiB",
+        _or_dash(now.utilization, "%"),
+        _or_dash(now.sm_clock_mhz, " MHz"),
+        _or_dash(now.power_w and round(now.power_w), " W"),
+        _or_dash(now.temperature_c, " °C"),
+        ", ".join(f"{p.name or '?'} {p.pid}" for p in shown.processes) or "-",
+    ]
+
+
+def _or_dash(value: float | None, unit: str) -> str:
+    return "-" if value is None else f"{value}{unit}"
+
+
+@contextmanager
+def _nvml() -> Iterator[Any]:
+    """The NVML bindings, initialised, or None where the bindings, the library or the driver is missing."""
+    try:
+        import pynvml
+    except ImportError:
+        yield None
+        return
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        yield None
+        return
+    try:
+        yield pynvml
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _memory(nvml: Any, handle: Any) -> Any:
+    """Memory as nvidia-smi shows it: what the driver keeps for itself is not counted as used."""
+    try:
+        return nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2)
+    except (nvml.NVMLError, AttributeError):
+        return nvml.nvmlDeviceGetMemoryInfo(handle)
+
+
+def _use(nvml: Any, gpu: Gpu) -> Use:
+    handle = nvml.nvmlDeviceGetHandleByIndex(gpu.index)
+    processes = _ask(nvml, nvml.nvmlDeviceGetComputeRunningProcesses, handle) or []
+    return Use(
+        gpu,
+        _memory(nvml, handle).used / 2**30,
+        tuple(
+            Process(p.pid, p.usedGpuMemory and p.usedGpuMemory / 2**30, _name_of(p.pid)) for p in processes
+        ),
+    )
+
+
+def _sample(nvml: Any, index: int) -> Sample:
+    handle = nvml.nvmlDeviceGetHandleByIndex(index)
+    utilization = _ask(nvml, nvml.nvmlDeviceGetUtilizationRates, handle)
+    power_mw = _ask(nvml, nvml.nvmlDeviceGetPowerUsage, handle)
+    return Sample(
+        index,
+        round(_memory(nvml, handle).used / 2**30, 3),
+        utilization and utilization.gpu,
+        _ask(nvml, nvml.nvmlDeviceGetClockInfo, handle, nvml.NVML_CLOCK_SM),
+        None if power_mw is None else power_mw / 1000,
+        _ask(nvml, nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU),
+    )
+
+
+def _ask(nvml: Any, question: Any, *arguments: Any) -> Any:
+    """The answer, or None where this GPU or driver does not give it (virtual GPUs, missing rights)."""
+    try:
+        return question(*arguments)
+    except nvml.NVMLError:
+        return None
+
+
+def _visible(uses: Sequence[Use], environment: Mapping[str, str]) -> tuple[Use, ...]:
+    """Those that CUDA_VISIBLE_DEVICES names, by index or UUID and in its order; all where it is not set."""
+    names = environment.get("CUDA_VISIBLE_DEVICES")
+    if names is None:
+        return tuple(uses)
+    found = []
+    for name in (name.strip() for name in names.split(",")):
+        match = [
+            u for u in uses if name == str(u.gpu.index) or ("GPU-" in name and u.gpu.uuid.startswith(name))
+        ]
+        if not match:
+            break
+        found += match
+    return tuple(found)
+
+
+def _describe_process(process: Process) -> str:
+    memory = f", {process.used_gib:.1f} GiB" if process.used_gib else ""
+    return f"{process.name or 'a process of another user or container'} (pid {process.pid}{memory})"
+
+
+def _name_of(pid: int) -> str | None:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return None
+
+
+def _gpus(count: int) -> str:
+    return f"{count} GPU{'s' if count != 1 else ''}"
+
+
+def _ids(indices: Sequence[int]) -> str:
+    return ",".join(map(str, indices))
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value
