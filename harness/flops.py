@@ -75,9 +75,9 @@ def count_parameters(e: Experiment) -> Parameters:
 def step_flops(e: Experiment) -> int:
     """Model FLOPs of one training step over the whole batch, exactly as upstream counts them for its TFLOP/s.
 
-    A token costs 6 x (weights of its matrix products + hidden_size x seq_length for causal attention) in each
-    layer, and 6 x hidden_size x padded vocabulary in the output layer. 6 is 2 for a multiply-add, once forward and
-    twice backward. Recomputation does not count.
+    A token costs 6 x (weights of the matrix products + hidden_size x seq_length for causal attention) a
+    layer, and 6 x hidden_size x padded vocabulary in the output layer. 6 is 2 for a multiply-add, once
+    forward and twice backward. Recomputation does not count.
     Source: num_floating_point_operations in megatron/training/training.py, core_v0.19.0.
     """
     m, h = e.model, e.model.hidden_size

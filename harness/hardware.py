@@ -15,8 +15,8 @@ Precision = Literal["bf16", "fp16", "fp8", "tf32", "fp32"]
 class Gpu:
     """One GPU model, as its datasheet states it.
 
-    Peaks are in TFLOP/s without sparsity, of the tensor cores accumulating in fp32; ``fp32`` is of the CUDA cores.
-    None: the GPU has no hardware for that precision.
+    Peaks are in TFLOP/s without sparsity: of the tensor cores accumulating in fp32, for ``fp32`` of the CUDA
+    cores. None: the GPU has no hardware for that precision.
     """
 
     key: str
@@ -79,9 +79,9 @@ DRIVER_RESERVED_MIB = 600
 NON_ALLOCATOR_MIB = 3072
 """Memory of a card that PyTorch's allocator cannot have: driver, CUDA context with its kernels, NCCL.
 
-One figure for every world size, because NCCL is the small part: in the published table, going from one GPU to four
-or eight adds 0.4 to 0.6 GiB (104 against 101, 114 and 118 against 111). With it an H200 as an H100 let 111 run and
-made 121 run out of memory, as published.
+One figure for every world size, because NCCL is the small part: in the published table, four or eight GPUs
+take 0.4 to 0.6 GiB more than one (104 against 101, 114 and 118 against 111). With it an H200 as an H100 let
+111 run and made 121 run out of memory, as published.
 """
 
 

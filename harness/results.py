@@ -274,7 +274,9 @@ class Results:
         return Results(kept, self.warnings)
 
     def find(self, wanted: str) -> Row:
-        """The row of this label, path, id or name; of several runs of an experiment the last that ended ok.
+        """The row of this label, path, id or name.
+
+        An id or name means its best run: on GPUs before a miniature, with unchanged work, ended ok, the latest.
 
         Raises:
             UserError: there is no such run or record.
@@ -285,7 +287,7 @@ class Results:
             labels = [row.label for row in self.rows]
             there = nearest(wanted, labels) if labels else "no runs yet: make 101"
             raise UserError(f"no run or record is called {wanted}; {there}")
-        return max(rows, key=lambda row: (row.state == "ok", row.result.started if row.result else 0))
+        return max(rows, key=_preference)
 
 
 def load_references(path: Path = REFERENCES) -> References:
@@ -315,7 +317,7 @@ def collect(
 ) -> Results:
     """Every run in ``outdir`` and every record, beside the published numbers (or the group ``against``).
 
-    What cannot be read is left out with a warning; so is, silently, a record whose run is still in ``outdir``.
+    What cannot be read is left out with a warning. A record whose run is still in ``outdir`` shows once.
 
     Raises:
         UserError: there is no reference group ``against``.
@@ -386,9 +388,18 @@ def _record_row(path: Path, group: ReferenceGroup) -> Row:
 
 def _comparison(experiment: Experiment, group: ReferenceGroup) -> dict[str, Any]:
     """The published side of a row: nothing for a miniature or an experiment whose work was changed."""
-    if experiment.miniature or experiment.extra_args or not SAME_WORK.issuperset(experiment.overrides):
+    if experiment.miniature or not _is_same_work(experiment):
         return {}
     return {"published": group.beside(experiment.id), "against": group}
+
+
+def _preference(row: Row) -> tuple[bool, bool, bool, float]:
+    started = row.result.started if row.result else 0.0
+    return not row.experiment.miniature, _is_same_work(row.experiment), row.state == "ok", started
+
+
+def _is_same_work(experiment: Experiment) -> bool:
+    return not experiment.extra_args and SAME_WORK.issuperset(experiment.overrides)
 
 
 def _group(file: str, name: str, raw: dict[str, Any]) -> ReferenceGroup:
@@ -414,7 +425,7 @@ def _reference(where: str, raw: dict[str, Any], common: dict[str, Any]) -> Refer
     row = _validated(Reference, {"stands_for": texts.get("id"), **raw, **texts, **common}, at)
     if (row.id is None) == (row.workload is None):
         raise UserError(f"{at}: give either the id of an experiment or a workload in words")
-    if row.oom == (row.step_ms is not None and row.memory_gib is not None):
+    if [row.step_ms is None, row.memory_gib is None] != [row.oom, row.oom]:
         raise UserError(f"{at}: give step_ms and memory_gib, or oom: true")
     if row.stands_for != row.id and row.ran is None:
         raise UserError(f"{at}: stands_for {row.stands_for} needs ran: what it really ran")

@@ -108,11 +108,12 @@ def _name(row: Row) -> str:
 
 
 def _status(row: Row) -> str:
-    reference, state = row.reference, row.state
+    state, certain = row.state, row.reference and not row.reference.in_doubt
+    oom_published = certain and row.reference.oom
     if state == "oom":
-        return "OOM as published" if reference and reference.oom else "OOM"
+        return "OOM as published" if oom_published else "OOM (publ. ran)" if certain else "OOM"
     if state == "ok":
-        return "ran; published OOM" if reference and reference.oom else "ok"
+        return "ok (publ. OOM)" if oom_published else "ok"
     word = {"nan": "NaN", "oom-host": "host OOM", "bad-configuration": "bad configuration"}.get(state, state)
     return f"{word} at {row.steps_done}/{row.experiment.steps}"
 
@@ -300,13 +301,15 @@ def _table(rows: list[Row], titles: Mapping[int, str]) -> _Table:
 def _notes(row: Row) -> list[str]:
     """What a reader must know about this row alone."""
     e, result = row.experiment, row.result
-    found = [f"{row.id}: {remark}" for remark in row.published.remarks] if row.published else []
+    remarks = row.published.remarks if row.published else ()
+    found = [f"{row.id}: {'; '.join(remarks)}"] if remarks else []
     if result and row.state != "ok" and not (row.state == "oom" and row.as_published):
         where = "" if result.rank is None else f"rank {result.rank}: "
         found.append(f"{row.label}: {where}" + "; ".join(filter(None, (result.detail, result.advice))))
     if row.other_memory_decided:
-        found.append(f"{row.memory_mib:,} MiB here, other than the published card's; "
-                     f"CARD={row.against.gpu} emulates that one where there is more")  # fmt: skip
+        than = "less than published" if row.state == "oom" else "more than published"
+        emulate = "" if row.state == "oom" else f"; CARD={row.against.gpu} emulates that card"
+        found.append(f"{row.memory_mib:,} MiB here, {than}{emulate}")
     if e.card:
         found.append(f"CARD={e.card}: memory capped as on that card")
     if not row.published and not e.miniature and (e.overrides or e.extra_args):
@@ -330,7 +333,8 @@ def _footer(rows: list[Row]) -> Iterable[str]:
         yield f"No MFU: harness/hardware.py has no peak of {rows[0].hardware} at the precision of these runs."
     for group in dict.fromkeys(row.against.name for row in rows if row.reference):
         against = next(row.against for row in rows if row.against and row.against.name == group)
-        yield f"Here: {', '.join(dict.fromkeys(map(_software, rows)))}."
+        versions = dict.fromkeys(row.result.upstream.version for row in rows if row.result)
+        yield f"Here: {rows[0].hardware}, Megatron-LM core {', '.join(filter(None, versions)) or '?'}."
         yield f"publ.: {against.hardware}, {against.software}; {against.method}. Source: {against.source}."
         yield "ratio: here / publ." + " A number with ? is in doubt and gets no ratio." * _doubt(rows)
     replaced = dict.fromkeys(row.experiment.published_data for row in rows if row.reference and _is_mock(row))
@@ -341,12 +345,7 @@ def _footer(rows: list[Row]) -> Iterable[str]:
     if judged:
         oom = sum(row.state == "oom" for row in judged if row.as_published)
         yield (f"As published: {sum(row.as_published for row in judged)} of {len(judged)}"
-               + f", {oom} of them out of memory." * (oom > 0))  # fmt: skip
-
-
-def _software(row: Row) -> str:
-    version = row.result and row.result.upstream.version
-    return f"{row.hardware}, Megatron-LM core {version}" if version else row.hardware
+               + f", {oom} of them out of memory" * (oom > 0) + ".")  # fmt: skip
 
 
 def _is_mock(row: Row) -> bool:
@@ -382,11 +381,12 @@ def _terminal(table: _Table, width: int, colour: bool) -> str:
     for title, rows in table.chapters:
         out.append(title)
         for row in rows:
+            text, status = line(table.cell(c, row) for c in columns), table.cell(_STATUS, row)
             verdict = {True: GREEN, False: RED}.get(row.as_published, "")
-            out.append(paint(line(table.cell(c, row) for c in columns), verdict))
+            out.append(text.removesuffix(status) + paint(status, verdict))
     remarks = table.remarks
     if left_out:
-        titles = ", ".join(column.title for column in left_out)
+        titles = ", ".join(dict.fromkeys(column.title for column in left_out))
         remarks.append(f"Left out at {width} columns: {titles}. FORMAT=markdown has all.")
     text_width = min(width, MOST_TEXT)
     return "\n".join([*out, "", *(text for remark in remarks for text in _wrap(remark, text_width))])

@@ -1,0 +1,176 @@
+"""Parameters and model FLOPs, against published sizes, measured TFLOP/s and upstream itself."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from harness.catalog import load_catalog
+from harness.flops import (
+    count_parameters,
+    mfu,
+    padded_vocab_size,
+    state_gib,
+    step_flops,
+    tflops_per_gpu,
+)
+from harness.results import load_references
+
+CATALOG = load_catalog()
+
+
+def test_gpt2_xl_has_its_published_size():
+    """1,557,611,200 in the paper's weights, which have 50,257 tokens; here the vocabulary is padded to 50,304."""
+    assert count_parameters(CATALOG.find("101")).total == 1_557_611_200 + (50_304 - 50_257) * 1600
+
+
+def test_vocabulary_is_padded_for_every_tensor_parallel_rank():
+    assert [padded_vocab_size(50257, tp) for tp in (1, 2, 4, 8)] == [50304, 50432, 50688, 51200]
+    assert padded_vocab_size(1024, 8) == 1024
+
+
+def test_ranks_together_hold_the_whole_model():
+    whole = count_parameters(CATALOG.find("211")).total
+    tp4 = count_parameters(CATALOG.find("234"))
+    assert whole / 4 < tp4.per_rank < whole / 4 * 1.02
+    pp8 = count_parameters(CATALOG.find("408"))
+    assert pp8.total / 8 < pp8.per_rank < pp8.total / 8 * 1.15  # the first stage has the embeddings, too
+
+
+def test_experts_are_spread_and_mostly_idle():
+    replicated, spread = count_parameters(CATALOG.find("501")), count_parameters(CATALOG.find("502"))
+    assert replicated.total == spread.total and replicated.active == spread.active
+    assert spread.experts_per_rank * 8 == replicated.experts_per_rank
+    assert replicated.per_rank - spread.per_rank == 7 * spread.experts_per_rank
+    assert replicated.total - replicated.active == 16 * (64 - 8) * 2 * 1024 * 1024
+
+
+@pytest.mark.parametrize(
+    ("id_", "reference"),
+    [
+        pytest.param(row.id, row, id=f"{group.name}-{row.id}")
+        for group in load_references().groups
+        for row in group.rows
+        if row.tflops and row.id and row.variant is None
+    ],
+)
+def test_measured_tflops_follow_from_the_measured_step_time(id_, reference):
+    assert tflops_per_gpu(CATALOG.find(id_), reference.step_ms) == pytest.approx(reference.tflops, abs=0.7)
+
+
+def test_state_is_18_bytes_a_parameter_and_shards():
+    """The published log of 101 says 26,699 MB for weights and optimizer, of 1.5554 billion parameters."""
+    assert state_gib(CATALOG.find("101")) * 1024 == pytest.approx(26699, rel=0.002)
+    parameters = count_parameters(CATALOG.find("128")).total
+    assert state_gib(CATALOG.find("128")) * 2**30 == pytest.approx(parameters * (6 + 12 / 8))
+    zero3 = CATALOG.find("128").with_changes(sharding="fsdp_optim_grads_params")
+    assert state_gib(zero3) * 2**30 == pytest.approx(parameters * 18 / 8)
+
+
+def test_mfu_is_a_share_of_the_peak():
+    assert mfu(400, 989.5) == pytest.approx(0.404, abs=5e-4)
+
+
+@pytest.mark.cpu
+def test_flops_and_state_equal_upstreams():
+    """Against num_floating_point_operations and compute_weight_and_optimizer_memory for every experiment."""
+    training = pytest.importorskip("megatron.training.training")
+    theory = pytest.importorskip("megatron.training.theoretical_memory_usage")
+    for e in CATALOG.experiments:
+        args = _upstream_arguments(e)
+        assert step_flops(e) == training.num_floating_point_operations(args, e.global_batch_size), e.id
+        left_out = 1 - theory.compute_weight_and_optimizer_memory(args) / (state_gib(e) * 2**30)
+        assert 0 < left_out < 0.03, f"{e.id}: biases and position embedding are {left_out:.2%}"
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_query_groups": 2},
+        {"add_bias_linear": False},
+        {"num_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 32, "add_bias_linear": False},
+    ],
+    ids=lambda changes: ",".join(changes) or "dense",
+)
+def test_parameters_equal_those_of_upstreams_model(changes):
+    """Against a GPTModel built by Megatron Core in this process."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("megatron.core")
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer import TransformerConfig
+
+    e = CATALOG.find("101")
+    e = e.with_changes(
+        model=e.model.model_copy(
+            update={"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 1000, **changes}
+        ),
+        seq_length=32,
+    )
+    m = e.model
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        parallel_state.initialize_model_parallel()
+        config = TransformerConfig(
+            num_layers=m.num_layers,
+            hidden_size=m.hidden_size,
+            num_attention_heads=m.num_attention_heads,
+            num_query_groups=m.num_query_groups,
+            add_bias_linear=m.add_bias_linear,
+            num_moe_experts=m.num_experts,
+            moe_router_topk=m.moe_router_topk or 2,
+            moe_ffn_hidden_size=m.moe_ffn_hidden_size,
+            use_cpu_initialization=True,
+        )
+        model = GPTModel(
+            config,
+            get_gpt_layer_local_spec(m.num_experts, normalization="LayerNorm"),
+            padded_vocab_size(m.vocab_size, 1),
+            e.seq_length,
+            share_embeddings_and_output_weights=True,
+        )
+        assert count_parameters(e).total == sum(parameter.numel() for parameter in model.parameters())
+    finally:
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+
+
+def _upstream_arguments(e):
+    """The attributes of Megatron-LM's arguments that its two estimates read."""
+    m = e.model
+    absent = (
+        "mtp_num_layers moe_shared_expert_intermediate_size moe_latent_size experimental_attention_variant "
+        "hybrid_layer_pattern q_lora_rank"
+    )
+    return SimpleNamespace(
+        **dict.fromkeys(absent.split()),
+        num_layers=m.num_layers,
+        hidden_size=m.hidden_size,
+        ffn_hidden_size=m.ffn,
+        num_attention_heads=m.num_attention_heads,
+        num_query_groups=m.num_query_groups or m.num_attention_heads,
+        group_query_attention=m.num_query_groups is not None,
+        kv_channels=m.hidden_size // m.num_attention_heads,
+        seq_length=e.seq_length,
+        padded_vocab_size=padded_vocab_size(m.vocab_size, e.tp),
+        num_experts=m.num_experts,
+        moe_router_topk=m.moe_router_topk,
+        moe_ffn_hidden_size=m.moe_ffn if m.num_experts else None,
+        moe_layer_freq=1,
+        swiglu=False,
+        add_bias_linear=m.add_bias_linear,
+        normalization="LayerNorm",
+        multi_latent_attention=False,
+        attention_output_gate=False,
+        untie_embeddings_and_output_weights=False,
+        is_hybrid_model=False,
+        use_distributed_optimizer=e.sharding == "optim",
+        tensor_model_parallel_size=e.tp,
+        pipeline_model_parallel_size=e.pp,
+        expert_model_parallel_size=e.ep,
+        expert_tensor_parallel_size=e.etp,
+        data_parallel_size=e.dp,
+        world_size=e.world_size,
+    )
