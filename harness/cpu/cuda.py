@@ -1,10 +1,11 @@
 """``torch.cuda`` answered by the CPU: one device whose memory is host memory and whose streams are already done."""
 
+import functools
+import os
 import time
 from types import SimpleNamespace
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 GIB = 2**30
 
@@ -56,45 +57,63 @@ class Event:
         return (end.seconds - self.seconds) * 1e3
 
 
-class CudaIsCpu(TorchFunctionMode):
-    """Send every tensor that asks for a CUDA device to the CPU.
-
-    Upstream names devices as ``"cuda"``, ``"cuda:0"``, ``torch.device("cuda")`` or the number that
-    ``torch.cuda.current_device()`` gave; all of them pass through here, as an argument of a tensor's method or a factory.
-    """
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function is torch.Tensor.cuda or function is torch.Tensor.pin_memory:
-            return args[0]
-        if function is torch.Tensor.to:
-            args = (args[0], *(_on_cpu(value) for value in args[1:]))
-        if "device" in kwargs:
-            kwargs["device"] = _on_cpu(kwargs["device"])
-        if "pin_memory" in kwargs:
-            kwargs["pin_memory"] = False
-        result = function(*args, **kwargs)
-        if function is torch.Tensor.type and isinstance(result, str):  # optimizers check for 'torch.cuda.FloatTensor'
-            return result.replace("torch.", "torch.cuda.")
-        return True if function is _IS_CUDA else result
-
-
-_IS_CUDA = torch.Tensor.is_cuda.__get__
+FACTORIES = {
+    torch: (
+        "arange as_tensor empty empty_like empty_strided eye full full_like linspace ones ones_like rand rand_like "
+        "randint randn randn_like randperm tensor zeros zeros_like"
+    ),
+    torch.Tensor: "new_empty new_full new_ones new_tensor new_zeros",
+}
 
 
 def _on_cpu(device: object) -> object:
-    """Return the CPU where ``device`` names a CUDA device, else ``device`` as it is."""
-    if isinstance(device, bool):
-        return device
-    names_cuda = isinstance(device, int) or (isinstance(device, str | torch.device) and str(device).startswith("cuda"))
-    return "cpu" if names_cuda else device
+    """Return the CPU where ``device`` names a CUDA device, else ``device`` as it is.
+
+    Upstream names devices as ``"cuda"``, ``"cuda:0"``, ``torch.device("cuda")`` or the number that
+    ``torch.cuda.current_device()`` gave.
+    """
+    number = isinstance(device, int) and not isinstance(device, bool)
+    named = isinstance(device, str | torch.device) and str(device).startswith("cuda")
+    return "cpu" if number or named else device
+
+
+def _made_on_cpu(factory):
+    """Return ``factory`` making tensors on the CPU that were wanted on a CUDA device or in pinned memory."""
+
+    @functools.wraps(factory)
+    def make(*args, **kwargs):
+        if "device" in kwargs:
+            kwargs["device"] = _on_cpu(kwargs["device"])
+        kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+
+    return make
+
+
+def _mend_tensor(tensor: type = torch.Tensor) -> None:
+    """Let a tensor's methods take CUDA devices and streams, and let a tensor say that it is on CUDA."""
+    to, type_ = tensor.to, tensor.type
+
+    def type_or_cast(self, dtype=None, **kwargs):
+        if dtype is not None:
+            return type_(self, dtype, **kwargs)
+        return type_(self).replace("torch.", "torch.cuda.")  # optimizers look for 'torch.cuda.FloatTensor'
+
+    tensor.to = _made_on_cpu(lambda self, *args, **kwargs: to(self, *map(_on_cpu, args), **kwargs))
+    tensor.type = type_or_cast
+    tensor.cuda = tensor.pin_memory = lambda self, *_, **__: self
+    tensor.record_stream = lambda self, stream: None
+    tensor.is_cuda = True
 
 
 def install() -> None:
     """Put the stand-in into ``torch``, for this process and the ones it forks."""
     import torch._dynamo  # optimizers import it on first use; it refuses to load once torch.cuda is replaced
 
-    CudaIsCpu().__enter__()
+    for owner, names in FACTORIES.items():
+        for name in names.split():
+            setattr(owner, name, _made_on_cpu(getattr(owner, name)))
+    _mend_tensor()
     for name in ("Byte", "Char", "Short", "Int", "Long", "Half", "BFloat16", "Float", "Double", "Bool"):
         setattr(torch.cuda, f"{name}Tensor", getattr(torch, f"{name}Tensor"))
     stream = Stream()
@@ -134,6 +153,4 @@ def _set_rng_state(state: torch.Tensor, device: object = None) -> None:
 
 
 def _host_memory_bytes() -> int:
-    import os
-
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -3,6 +3,7 @@
 import os
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from harness.errors import UserError
@@ -22,11 +23,6 @@ class Upstream:
     def source(self) -> str:
         """``submodule`` or ``package``, as a run's records name it."""
         return "package" if self.tree is None else "submodule"
-
-    @property
-    def script(self) -> Path:
-        """The training script: upstream's own where its tree is there, else the harness's equivalent."""
-        return self.tree / SCRIPT if self.tree else Path(__file__).with_name("pretrain.py")
 
 
 def locate(environment: dict[str, str] | os._Environ = os.environ) -> Upstream:
@@ -58,11 +54,8 @@ def put_on_path(upstream: Upstream) -> None:
     """
     if upstream.tree:
         sys.path.insert(0, str(upstream.tree))
-    try:
-        import megatron.core
-    except ModuleNotFoundError as error:
-        if not (error.name or "").startswith("megatron"):
-            raise
-        raise UserError(f"no Megatron-LM found\nrun {FILL}, or pip install megatron-core") from error
-    if upstream.tree and upstream.tree not in Path(megatron.core.__file__).parents:
-        raise UserError(f"megatron.core comes from {megatron.core.__file__}, not from {upstream.tree}\nunset PYTHONPATH")
+    core = find_spec("megatron.core") if find_spec("megatron") else None
+    if core is None or core.origin is None:
+        raise UserError(f"no Megatron-LM found\nrun {FILL}, or pip install megatron-core")
+    if upstream.tree and upstream.tree not in Path(core.origin).resolve().parents:
+        raise UserError(f"megatron.core comes from {core.origin}, not from {upstream.tree}\nunset PYTHONPATH")

@@ -1,0 +1,82 @@
+"""Context-parallel attention in plain torch, behind the interface of upstream's ``DotProductAttention``.
+
+Upstream splits a sequence into 2n chunks and gives rank r of n the chunks r and 2n-1-r, which balances causal attention.
+Two ways to attend across ranks are here, chosen by ``--cp-comm-type``:
+
+* ``a2a`` (Ulysses): an all-to-all trades a slice of the sequence with all heads for the whole sequence with 1/n of the heads.
+* ``all_gather``: every rank gathers all keys and values. ``p2p`` (ring attention) is emulated by the same gathering:
+  the result is the same sum, without the ring's overlap of communication and computation.
+"""
+
+from copy import copy
+
+import torch
+from megatron.core.models import backends
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import (
+    all_to_all_hp2sp,
+    all_to_all_sp2hp,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.training.utils import print_rank_0
+
+from harness.errors import UserError
+
+
+def install() -> None:
+    """Let upstream's local layer specs build context-parallel attention."""
+    backends.DotProductAttention = ContextParallelAttention
+
+
+def sequence_positions(context_parallel: int, sequence: int) -> torch.Tensor:
+    """Return the positions [sequence] in the order in which ranks 0, 1, … n-1 hold them."""
+    chunks = torch.arange(sequence).chunk(2 * context_parallel)
+    return torch.cat([torch.cat((chunks[rank], chunks[-1 - rank])) for rank in range(context_parallel)])
+
+
+class ContextParallelAttention(DotProductAttention):
+    """Attention over a sequence whose parts lie on the ranks of the context-parallel group."""
+
+    def __init__(self, config, *args, cp_comm_type: str | None = None, pg_collection=None, **kwargs):
+        pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
+        whole = copy(config)
+        whole.context_parallel_size = 1
+        super().__init__(whole, *args, cp_comm_type=cp_comm_type, pg_collection=pg_collection, **kwargs)
+        self.config = config
+        self.group = pg_collection.cp
+        size = config.context_parallel_size
+        self.heads_travel = size > 1 and cp_comm_type == "a2a"
+        if self.heads_travel:
+            heads = self.num_query_groups_per_partition
+            if heads % size:
+                raise UserError(f"a2a: {heads} key/value heads per rank must divide by cp = {size}; try p2p or all_gather")
+            self.hidden_size_per_partition //= size
+        if size > 1 and self.layer_number == 1:
+            moved = "heads by all-to-all" if self.heads_travel else "keys and values by all-gather"
+            print_rank_0(f"> CPU: context parallelism {cp_comm_type} moves {moved}")
+
+    def forward(self, query, key, value, attention_mask, *args, **kwargs):
+        """Attend: query, key, value [s/cp, b, heads, hn] -> [s/cp, b, hidden]."""
+        size = self.group.size()
+        if size == 1:
+            return super().forward(query, key, value, attention_mask, *args, **kwargs)
+        positions = sequence_positions(size, query.shape[0] * size)
+        ordered = torch.argsort(positions)
+        if self.heads_travel:
+            whole = (self._sequence_for_heads(tensor)[ordered] for tensor in (query, key, value))
+            context = super().forward(*whole, None, *args, **kwargs)
+            batch, hidden = context.shape[1:]
+            scattered = all_to_all_hp2sp(context[positions].reshape(-1, hidden), group=self.group)
+            return scattered.view(query.shape[0], batch, hidden * size)
+        key, value = (gather_from_sequence_parallel_region(tensor, group=self.group)[ordered] for tensor in (key, value))
+        mine = positions.chunk(size)[self.group.rank()]
+        later = mine[:, None] < torch.arange(len(positions))
+        return super().forward(query, key, value, later[None, None], *args, **kwargs)
+
+    def _sequence_for_heads(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Trade [s/cp, b, heads, hn] for [s, b, heads/cp, hn], the sequence in the ranks' order."""
+        length, batch, heads, width = tensor.shape
+        size = self.group.size()
+        whole = all_to_all_sp2hp(tensor.reshape(length * batch, heads * width), group=self.group)
+        return whole.view(length * size, batch, heads // size, width)

@@ -1,0 +1,51 @@
+"""How a rank ends: with its parent, always; and when it fails, at once and on record."""
+
+import ctypes
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from harness.errors import UserError
+
+if TYPE_CHECKING:
+    from harness.entry.report import RankReport
+
+PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when its parent dies, even of SIGKILL (prctl(2))."""
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextmanager
+def ended_at_once(report: "RankReport | None") -> Iterator[None]:
+    """End the process as soon as an exception reaches here: status 2 for the user's mistake, else 1 or upstream's own.
+
+    Nothing is torn down on the way: a collective whose other ranks are gone would never return.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, SystemExit) and error.code in (None, 0):
+            return
+        status = 1
+        if isinstance(error, UserError):
+            print(f"error: {error}", file=sys.stderr)
+            status = 2
+        elif isinstance(error, SystemExit):
+            status = error.code if isinstance(error.code, int) else 1
+        else:
+            traceback.print_exception(error)
+        if report:
+            report.failed(error)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)

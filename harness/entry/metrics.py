@@ -1,0 +1,115 @@
+"""metrics.jsonl and validation.jsonl: upstream's own numbers, before it rounds them for its log.
+
+``training_log`` and its neighbours in upstream's training module are wrapped. Nothing is measured or synchronised a second
+time: a step's time is what upstream's interval timer answered, its FLOPs are what upstream's count answered.
+"""
+
+import math
+import time
+from types import ModuleType
+
+from harness.entry.report import RankReport
+from harness.rundir import StepMetrics, Validation
+
+LOSS = "lm loss"
+
+
+def install(report: RankReport) -> None:
+    """Write a line for every step and every evaluation that upstream logs, and keep every rank's report up to date."""
+    from megatron.training import training
+
+    _log_steps(training, report)
+    _log_evaluations(training, report)
+
+
+class StepClock:
+    """Hears what upstream's interval timer answers when ``training_log`` asks it.
+
+    Upstream asks after the first step without resetting the timer, so that its second answer covers two steps; here each
+    step gets its own time. With ``--log-interval`` above 1 a step's time is the mean since the last logged one.
+    """
+
+    def __init__(self) -> None:
+        self.answer_s: float | None = None
+        self._timer = None
+        self._not_reset_s = 0.0
+        self._steps = 0
+
+    def listen(self, timer) -> None:
+        """Count a step, and hear ``timer`` from now on."""
+        self._steps += 1
+        self.answer_s = None
+        if timer is self._timer:
+            return
+        self._timer, ask = timer, timer.elapsed
+
+        def elapsed(reset: bool = True, barrier: bool = False) -> float:
+            answer_s = ask(reset=reset, barrier=barrier)
+            self.answer_s = (answer_s - self._not_reset_s) / self._steps
+            self._not_reset_s = 0.0 if reset else answer_s
+            self._steps = 0
+            return answer_s
+
+        timer.elapsed = elapsed
+
+
+def _log_steps(training: ModuleType, report: RankReport) -> None:
+    log, count = training.training_log, training.num_floating_point_operations
+    clock = StepClock()
+    flops = 0.0
+    lines = report.run_dir.metrics.open("a", buffering=1) if report.is_last else None
+
+    def counted(*args, **kwargs):
+        nonlocal flops
+        flops = count(*args, **kwargs)
+        return flops
+
+    def training_log(losses, totals, learning_rate, step, loss_scale, memory, skipped, grad_norm, *args, **kwargs):
+        clock.listen(training.get_timers()("interval-time"))
+        result = log(losses, totals, learning_rate, step, loss_scale, memory, skipped, grad_norm, *args, **kwargs)
+        report.after_step(step)
+        step_s = clock.answer_s
+        if lines and step_s:
+            args = training.get_args()
+            loss = losses[LOSS].item()
+            samples = args.micro_batch_size * args.data_parallel_size * training.get_num_microbatches()
+            line = StepMetrics(
+                step=step,
+                loss=loss,
+                grad_norm=None if grad_norm is None else float(grad_norm),
+                step_ms=step_s * 1e3,
+                tflops=flops / step_s / 1e12 / args.world_size,
+                tokens_per_s=samples * args.seq_length / step_s,
+                learning_rate=learning_rate,
+                loss_scale=float(loss_scale),
+                skipped=int(skipped),
+                nan=int(not math.isfinite(loss)),
+                time=time.time(),
+            )
+            lines.write(line.model_dump_json() + "\n")
+        return result
+
+    training.num_floating_point_operations = counted
+    training.training_log = training_log
+
+
+def _log_evaluations(training: ModuleType, report: RankReport) -> None:
+    evaluate, evaluate_and_print = training.evaluate, training.evaluate_and_print_results
+    split, step = "validation", 0
+
+    def evaluate_and_print_results(prefix, forward_step, iterator, model, iteration, *args, **kwargs):
+        nonlocal split, step
+        split, step = "test" if "test set" in prefix else "validation", iteration
+        return evaluate_and_print(prefix, forward_step, iterator, model, iteration, *args, **kwargs)
+
+    def evaluate_and_keep(*args, **kwargs):
+        result = evaluate(*args, **kwargs)
+        losses = result[0]
+        if report.is_last and losses:
+            line = Validation(step=step, split=split, loss=losses[LOSS].item(), time=time.time())
+            with report.run_dir.validation.open("a") as lines:
+                lines.write(line.model_dump_json() + "\n")
+        return result
+
+    training.evaluate = evaluate_and_keep
+    training.evaluate_and_print_results = evaluate_and_print_results

@@ -1,0 +1,138 @@
+"""GPT pre-training on ``megatron.training``: what upstream's ``pretrain_gpt.py`` does, for where that script is missing.
+
+The ``megatron-core`` wheel brings the training loop, the model and the data sets, but not the script that joins them.
+This one covers pre-training of dense and mixture-of-experts models on mock or prepared data, under every parallelism;
+its losses equal those of upstream's script bit by bit (tests/test_entry_equivalence.py).
+"""
+
+from dataclasses import fields
+from functools import partial
+
+import torch
+from megatron.core import mpu
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.enums import ModelType
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
+from megatron.training import get_args, get_timers, pretrain
+from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.arguments import parse_and_validate_args
+from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+
+from harness.errors import UserError
+
+ONLY_UPSTREAM = ("sft", "fim_data", "mtp_num_layers", "hybrid_context_parallel", "dataloader_inter_document_masking",
+                 "overlap_moe_expert_parallel_comm", "logits_load_dir", "per_dataset_sequences_path")  # fmt: skip
+"""What ``pretrain_gpt.py`` can do beyond this script."""
+
+BATCH = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
+
+
+def main() -> None:
+    """Train as the command line says.
+
+    Raises:
+        UserError: an argument that only upstream's own script understands.
+    """
+    args = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
+    for name in ONLY_UPSTREAM:
+        if getattr(args, name):
+            option = "--" + name.replace("_", "-")
+            raise UserError(f"{option} needs upstream's own script\nrun: git submodule update --init megatron-lm")
+    datasets.is_distributed = True
+    config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
+    pretrain(config, datasets, ModelType.encoder_or_decoder, forward_step)
+
+
+def datasets(samples: tuple[int, int, int], vp_stage: int | None = None) -> tuple:
+    """Build the training, validation and test sets with ``samples`` samples each, on the ranks that read them."""
+    args = get_args()
+
+    def read_here() -> bool:
+        return mpu.get_tensor_model_parallel_rank() == 0 and is_first_or_last_pipeline_stage(vp_stage)
+
+    kind = MockGPTDataset if args.mock_data else GPTDataset
+    return BlendedMegatronDatasetBuilder(kind, samples, read_here, _dataset_config(args)).build()
+
+
+def _dataset_config(args) -> GPTDatasetConfig:
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    same_name = {f.name: getattr(args, f.name) for f in fields(GPTDatasetConfig) if f.init and hasattr(args, f.name)}
+    return GPTDatasetConfig(
+        **same_name
+        | {
+            "random_seed": args.seed,
+            "sequence_length": args.seq_length,
+            "blend": blend,
+            "blend_per_split": blend_per_split,
+            "path_to_cache": args.data_cache_path,
+            "tokenizer": build_tokenizer(args),
+            "create_attention_mask": args.create_attention_mask_in_dataloader,
+            "fast_cache_load": args.dataloader_fast_cache_load,
+            "defer_npy_index_mmap": args.dataloader_defer_npy_index_mmap,
+            "sequence_parallel_size": args.tensor_model_parallel_size * args.sequence_parallel,
+        }
+    )
+
+
+def _batch(iterator, vp_stage: int | None) -> dict[str, torch.Tensor | None]:
+    """Return this rank's part of the next micro-batch: tensors [b, s/cp], or None where the stage needs none."""
+    if not is_first_or_last_pipeline_stage(vp_stage):
+        return dict.fromkeys(BATCH)
+    args = get_args()
+    batch = {}
+    if mpu.get_tensor_model_parallel_rank() == 0:
+        batch = {key: value.cuda(non_blocking=True) for key, value in next(iterator).items() if key in BATCH}
+        batch = {key: batch.get(key) for key in (*BATCH, "cu_seqlens", "cu_seqlens_padded", "max_seqlen", "local_cp_size")}
+    batch = get_batch_on_this_tp_rank(
+        batch,
+        has_cu_seqlens=False,
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
+        broadcast_group=mpu.get_tensor_model_parallel_group(),
+        cp_size=args.context_parallel_size,
+        tp_rank=mpu.get_tensor_model_parallel_rank(),
+        micro_batch_size=args.micro_batch_size,
+        seq_length=args.seq_length,
+        mtp_on_this_rank=False,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
+        is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
+    )
+    return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
+
+
+def forward_step(iterator, model) -> tuple[torch.Tensor, partial]:
+    """Run the model on the next micro-batch; return its output and the function that turns it into the loss."""
+    timers = get_timers()
+    timers("batch-generator", log_level=2).start()
+    batch = _batch(iterator, get_attr_wrapped_model(model, "vp_stage"))
+    timers("batch-generator").stop()
+    output = model(
+        batch["tokens"],
+        batch["position_ids"],
+        batch["attention_mask"],
+        labels=batch["labels"],
+        loss_mask=batch["loss_mask"],
+    )
+    return output, partial(_loss, batch["loss_mask"])
+
+
+def _loss(mask: torch.Tensor, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Return the summed loss, the number of tokens it is over, and both for the report: losses [b, s], mask [b, s]."""
+    mask = mask.view(-1).float()
+    loss = torch.sum(output.view(-1).float() * mask)
+    tokens = mask.sum().clone().detach().to(torch.int)
+    if get_args().check_for_nan_in_loss_and_grad:
+        for broken, name in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
+            get_rerun_state_machine().validate_result(
+                result=loss,
+                rejection_func=broken,
+                message=f"found {name} in local forward loss calculation",
+                tolerance=0.0,
+                fatal=True,
+            )
+    return loss, tokens, {"lm loss": torch.cat([loss.clone().detach().view(1), tokens.view(1)])}

@@ -1,0 +1,129 @@
+"""What a rank tells about itself while it runs: where it is, how much memory it took, how it failed, where it hangs."""
+
+import faulthandler
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+
+from harness.rundir import RUN_DIR_VARIABLE, Rank, RankError, RunDir, write_json
+
+GIB = 2**30
+EVERY_S = 10
+EARLY_STEPS = 2
+"""Memory grows until the optimizer's state is there, after the first step; so the first two are always reported."""
+
+
+class RankReport:
+    """Writes ``ranks/<rank>.json`` as the rank goes on, and its error or stacks when it comes to that."""
+
+    def __init__(self, run_dir: RunDir) -> None:
+        self.run_dir = run_dir
+        self.rank = int(os.environ.get("RANK", 0))
+        self.is_last = self.rank == int(os.environ.get("WORLD_SIZE", 1)) - 1
+        self.step = 0
+        self._written_s = 0.0
+        self._gpu = None
+        run_dir.ranks.mkdir(parents=True, exist_ok=True)
+
+    def start(self) -> None:
+        """Report this process, and from now on its stacks on SIGUSR1 or a crash."""
+        faulthandler.enable()
+        faulthandler.register(signal.SIGUSR1, self._file("stacks.txt").open("a"))
+        self.write()
+
+    def after_step(self, step: int) -> None:
+        """Report, if this is one of the first steps or the last report is old."""
+        self.step = step
+        if step <= EARLY_STEPS or time.monotonic() - self._written_s > EVERY_S:
+            self.write()
+
+    def write(self) -> None:
+        """Write ``ranks/<rank>.json``: peaks so far, in GiB."""
+        self._written_s = time.monotonic()
+        rank = Rank(
+            rank=self.rank,
+            local_rank=int(os.environ.get("LOCAL_RANK", 0)),
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            coordinates=_coordinates(),
+            rss_peak_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB,
+            step=self.step,
+            **self._gpu_memory(),
+        )
+        write_json(self._file("json"), rank.model_dump())
+
+    def failed(self, error: BaseException) -> None:
+        """Write ``ranks/<rank>.error.json``."""
+        found = RankError(
+            rank=self.rank,
+            type=type(error).__name__,
+            message=str(error),
+            traceback="".join(traceback.format_exception(error)),
+            time=time.time(),
+            step=self.step,
+        )
+        write_json(self._file("error.json"), found.model_dump())
+
+    def finished(self) -> None:
+        """Report for the last time; no stacks were asked for, so their file goes."""
+        self.write()
+        stacks = self._file("stacks.txt")
+        if not stacks.stat().st_size:
+            stacks.unlink()
+
+    def _file(self, suffix: str) -> Path:
+        return self.run_dir.ranks / f"{self.rank}.{suffix}"
+
+    def _gpu_memory(self) -> dict:
+        """The device's name and, on a GPU, PyTorch's peaks and what NVML sees used on the whole device, in GiB."""
+        if os.environ.get("HARNESS_DEVICE") == "cpu":
+            return {"device": "cpu"}
+        import torch
+
+        if not torch.cuda.is_initialized():
+            return {}
+        return {
+            "device": torch.cuda.get_device_name(),
+            "allocated_peak_gib": torch.cuda.max_memory_allocated() / GIB,
+            "reserved_peak_gib": torch.cuda.max_memory_reserved() / GIB,
+            "nvml_used_gib": self._nvml_used_gib(),
+        }
+
+    def _nvml_used_gib(self) -> float | None:
+        import torch
+
+        try:
+            import pynvml
+
+            if self._gpu is None:
+                pynvml.nvmlInit()
+                uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
+                self._gpu = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+            return pynvml.nvmlDeviceGetMemoryInfo(self._gpu).used / GIB
+        except (ImportError, pynvml.NVMLError):
+            return None
+
+
+def report_of_this_run() -> RankReport | None:
+    """The report of this rank, or None where no run directory was given."""
+    path = os.environ.get(RUN_DIR_VARIABLE)
+    return RankReport(RunDir(Path(path))) if path else None
+
+
+def _coordinates() -> dict[str, int]:
+    """This rank's place in every parallelism, or nothing before upstream has laid them out."""
+    state = sys.modules.get("megatron.core.parallel_state")
+    if state is None or not state.model_parallel_is_initialized():
+        return {}
+    return {
+        "tp": state.get_tensor_model_parallel_rank(),
+        "pp": state.get_pipeline_model_parallel_rank(),
+        "cp": state.get_context_parallel_rank(),
+        "dp": state.get_data_parallel_rank(),
+        "ep": state.get_expert_model_parallel_rank(),
+    }
