@@ -276,7 +276,7 @@ class Results:
     def find(self, wanted: str) -> Row:
         """The row of this label, path, id or name.
 
-        An id or name means its best run: on GPUs before a miniature, with unchanged work, ended ok, the latest.
+        An id or name means its best run: on GPUs before a miniature, with unchanged work, ok, the latest.
 
         Raises:
             UserError: there is no such run or record.

@@ -95,7 +95,7 @@ def _published(row: Row, number: str) -> str:
 
 
 def _window(row: Row) -> str:
-    return f"{row.window[0]}–{row.window[1]}" if row.window and row.step else ""  # noqa: RUF001
+    return f"{row.window[0]}-{row.window[1]}" if row.window and row.step else ""
 
 
 def _loss(row: Row) -> str:
@@ -481,4 +481,4 @@ def _ratio(a: float | None, b: float | None) -> float | None:
 def _plain(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 10000 else f"{value:.5g}"
-    return "–" if value in (None, "") else str(value)  # noqa: RUF001
+    return "-" if value in (None, "") else str(value)

