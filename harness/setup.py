@@ -29,7 +29,14 @@ CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 # from, and pip's cache. Measured (Python 3.12, x86-64): 6.7 GiB at the height with CUDA's, 36 MiB with none.
 DISK_MIB = {"none": 300, "cpu": 3000, "cuda": 9500}
 # What a stage must be able to do beyond importing what it pins.
-PROOFS = {"heavy": "import torch.distributed as d; assert d.is_gloo_available(); torch.ones(2) + 1"}
+PROOFS = {
+    "heavy": "import torch.distributed as d; assert d.is_gloo_available(); torch.ones(2) + 1",
+    "gpu": """
+if torch.cuda.is_available():
+    layer = transformer_engine.pytorch.LayerNormLinear(64, 64, params_dtype=torch.bfloat16)
+    assert layer(torch.ones(64, 64, dtype=torch.bfloat16, device="cuda")).isfinite().all()
+""",
+}
 
 
 class Unproven(UserError):
@@ -153,7 +160,9 @@ def install(env: Venv, stage: str, device: Device, lock: int) -> None:
     if torch and index and not pip.install(torch, "--no-deps", "--index-url", index):
         say(f"{index} did not give {torch}; taking the ordinary wheel")
         check_disk(env, "cuda")
-    if not pip.install(*requirements(stage), "--constraint", str(ROOT / "scripts/constraints.txt")):
+    # scripts/setup-gpu.sh builds its wheel; pip alone would do so for the wrong torch.
+    options = ["--constraint", str(ROOT / "scripts/constraints.txt"), "--only-binary", "transformer-engine-torch"]
+    if not pip.install(*requirements(stage), *options):
         raise UserError(pip.advice())
 
 
@@ -195,6 +204,7 @@ CAUSES = {
         "the package index cannot be reached: look at the network, https_proxy and `pip config list`\n"
         "a mirror: PIP_INDEX_URL=…; without a network, use packages that are there: VENV=0"
     ),
+    "No matching distribution found for transformer-engine-torch": "it is built by make setup-gpu",
     "No matching distribution|Could not find a version|ResolutionImpossible": (
         "the package index lacks a pinned version for this machine: look at `pip config list`\n"
         "another index: PIP_INDEX_URL=…"

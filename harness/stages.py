@@ -22,8 +22,12 @@ ROOT = Path(__file__).resolve().parent.parent
 # Where the imported name is not the distribution's with underscores.
 MODULES = {
     "megatron-core": "megatron.core",
+    "nvidia-cuda-cccl": "nvidia.cu13",
+    "nvidia-cuda-crt": "nvidia.cu13",
+    "nvidia-cuda-nvcc": "nvidia.cu13",
     "nvidia-ml-py": "pynvml",
     "pyyaml": "yaml",
+    "transformer-engine-torch": "transformer_engine.pytorch",
 }
 
 

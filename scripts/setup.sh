@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # usage: scripts/setup.sh STAGE… [-- ARGUMENT…]
-# Brings .venv up to the stages (light, heavy, test: dependency groups of pyproject.toml), then runs its Python with
-# the arguments. What is up to date costs a comparison of files; the rest is done by harness/setup.py.
+# Brings .venv up to the stages (dependency groups of pyproject.toml: light, heavy, test; gpu through scripts/setup-gpu.sh),
+# then runs its Python with the arguments. What is up to date costs a comparison of files; harness/setup.py does the rest.
 #   PYTHON=path    make .venv with this interpreter
 #   VENV=dir       make it there instead; VENV=0: use the interpreter and the packages that are there
 #   DEVICE=cuda    install CUDA's wheels though no GPU is here; DEVICE=cpu: the CPU's though one is

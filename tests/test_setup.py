@@ -61,7 +61,7 @@ with open(os.environ["FAKES"] + "/pip.log", "a") as log:
     print(*arguments, file=log)
 mood = os.environ.get("PIP_MOOD", "")
 if mood in ("network", "disk", "index"):
-    print({"network": "WARNING: Retrying, broken by 'NewConnectionError(...)'\\nERROR: No matching distribution",
+    print({"network": "WARNING: Retrying after 'NewConnectionError'\\nERROR: No matching distribution",
            "disk": "ERROR: [Errno 28] No space left on device",
            "index": "ERROR: No matching distribution found for alpha==1.0"}[mood])
     sys.exit(1)

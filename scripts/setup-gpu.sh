@@ -1,0 +1,129 @@
+#!/usr/bin/env bash
+# usage: scripts/setup-gpu.sh
+# CUDA's PyTorch and Transformer Engine in .venv: no container, no root, no CUDA on the machine but its driver.
+# Transformer Engine's PyTorch extension is on PyPI as source only, so it is built here, once: C++ against the headers of
+# torch and of CUDA, which are pip packages too. About 10 min on 2 cores; the wheel is kept.
+#   WHEELS=dir     where built wheels are kept, or where one lies already (default: below ~/.cache)
+#   MAX_JOBS=n     compilers at once (default: one a core, as far as 4 GiB of memory each allow)
+#   DRY_RUN=1      look at the machine and print the commands
+# PYTHON and VENV as in scripts/setup.sh.
+set -euo pipefail
+cd "${BASH_SOURCE[0]%/*}/.."
+export DEVICE=cuda
+
+fail() {
+  printf 'error: %s\n' "$1" >&2
+  exit 2
+}
+
+say() {
+  printf 'setup-gpu: %s\n' "$1" >&2
+}
+
+run() {
+  if [[ -n ${DRY_RUN:-} ]]; then echo "$*"; else "$@"; fi
+}
+
+venv=${VENV:-${NVIDIA_PYTORCH_VERSION:+0}}
+venv=${venv:-.venv}
+if [[ $venv == 0 ]]; then
+  exec scripts/setup.sh gpu # says what is missing
+fi
+[[ $venv == /* ]] || venv=$PWD/$venv
+
+pinned() {
+  sed -n "s/^ *\"$1==\([^\"]*\)\".*/\1/p" pyproject.toml
+}
+torch=$(pinned torch)
+engine=$(pinned transformer-engine-torch)
+toolkit=$(pinned nvidia-cuda-nvcc)
+toolkit=${toolkit%%.*}
+wheels=${WHEELS:-${XDG_CACHE_HOME:-$HOME/.cache}/megatron-harness/torch-$torch-cu$toolkit}
+log=$venv/setup-gpu-build.log
+
+check_driver() {
+  local driver
+  [[ $(uname -s) == Linux ]] || fail "training on NVIDIA GPUs wants Linux, this is $(uname -s)"
+  if ! driver=$(nvidia-smi 2>/dev/null); then
+    say "no NVIDIA driver here; going on, for the machine that has one"
+    return
+  fi
+  driver=$(sed -n 's/.*CUDA [A-Za-z ]*Version: *\([0-9]*\).*/\1/p' <<<"$driver")
+  ((${driver:-$toolkit} >= toolkit)) || fail "the NVIDIA driver speaks CUDA $driver, torch $torch from PyPI wants $toolkit
+update the driver (580 or later), or use NVIDIA's container, which brings what older drivers need: make docker-run"
+}
+
+check_compiler() {
+  local version
+  type -P c++ >/dev/null || fail "no C++ compiler
+get one, for example:  sudo apt install g++   |   sudo dnf install gcc-c++   |   module load gcc"
+  version=$(c++ -dumpversion)
+  [[ $(c++ --version) == *clang* ]] || ((${version%%.*} >= 9)) ||
+    fail "c++ is GCC $version, torch's headers want 9 or later; put a newer one on the PATH, or: module load gcc"
+}
+
+# Is there a wheel for .venv's Python? (No .venv: no.)
+have_wheel() {
+  local python
+  python=$(echo "$venv"/lib/python3*)
+  python=${python##*/python}
+  compgen -G "$wheels/transformer_engine_torch-$engine-cp${python/./}-*.whl" >/dev/null
+}
+
+compilers_at_once() {
+  local jobs
+  jobs=$(($(sed -n 's/MemAvailable: *\([0-9]*\).*/\1/p' /proc/meminfo) / (4 << 20)))
+  ((jobs < $(nproc))) || jobs=$(nproc)
+  echo $((jobs > 1 ? jobs : 1))
+}
+
+build_wheel() {
+  local site cuda
+  local -a command
+  site=$(echo "$venv"/lib/python3*/site-packages)
+  cuda=$site/nvidia/cu$toolkit
+  # NCCL's expert parallelism is left out: its sources are not in the package, and megatron-core does not use it.
+  command=(env "PATH=$venv/bin:$cuda/bin:$PATH" "CUDA_HOME=$cuda"
+    "CPLUS_INCLUDE_PATH=$cuda/include:$site/nvidia/cudnn/include:$site/nvidia/nccl/include"
+    NVTE_WITH_NCCL_EP=0 NVTE_PYTORCH_FORCE_BUILD=TRUE "MAX_JOBS=${MAX_JOBS:-$(compilers_at_once)}"
+    "$venv/bin/python" -I -m pip wheel --verbose --no-input --no-deps --no-build-isolation --wheel-dir "$wheels"
+    "transformer-engine-torch==$engine")
+  run mkdir -p "$wheels"
+  if [[ -n ${DRY_RUN:-} ]]; then
+    run "${command[@]}"
+  else
+    "${command[@]}" 2>&1 | tee "$log" | show_progress || fail "the build failed; from its log, $log:
+$(grep -E 'error|Error|Killed' "$log" | tail -5)
+where compilers were killed, memory ran out: MAX_JOBS=1 make setup-gpu; without a build: make docker-run"
+  fi
+}
+
+# Of ninja's "[12/40] …": a line that changes on a terminal, every tenth elsewhere.
+show_progress() {
+  local line
+  while IFS= read -r line; do
+    [[ $line =~ ^[[:space:]]*\[([0-9]+)/([0-9]+)\] ]] || continue
+    line="compiled ${BASH_REMATCH[1]} of ${BASH_REMATCH[2]} files, $SECONDS s"
+    if [[ -t 2 ]]; then
+      printf '\r\033[Ksetup-gpu: %s' "$line" >&2
+    elif ((BASH_REMATCH[1] % 10 == 0)); then
+      say "$line"
+    fi
+  done
+  if [[ -t 2 ]]; then echo >&2; fi
+}
+
+check_driver
+say "torch $torch for CUDA, and what else runs need"
+run scripts/setup.sh heavy
+if have_wheel; then
+  say "a built wheel lies in $wheels"
+else
+  check_compiler
+  say "CUDA's compiler and headers, ninja"
+  run scripts/setup.sh gpu-build
+  say "building Transformer Engine's extension for PyTorch into $wheels (log: $log)"
+  build_wheel
+fi
+say "Transformer Engine $engine, and a forward pass where a GPU is"
+run env PIP_FIND_LINKS="${PIP_FIND_LINKS:+$PIP_FIND_LINKS }$wheels" scripts/setup.sh gpu
