@@ -443,7 +443,7 @@ def _validated(kind: type, fields: dict[str, Any], where: str) -> Any:
             key = ".".join(map(str, e["loc"]))
             unknown = e["type"] == "extra_forbidden"
             complaints.append(f"{where}: unknown key {key!r}; {nearest(key, kind.model_fields)}" if unknown
-                              else f"{where}: {key} = {e['input']!r}: {e['msg'].lower()}")  # fmt: skip
+                              else f"{where}: {key} = {e['input']!r}: {e['msg'].lower()}")
         raise UserError("\n".join(complaints)) from None
 
 

@@ -188,7 +188,7 @@ class _Table:
 
 
 def render(rows: Sequence[Row], format: str = "terminal", width: int = 100, *, colour: bool = False,
-           titles: Mapping[int, str] | None = None) -> str:  # fmt: skip
+           titles: Mapping[int, str] | None = None) -> str:
     """The rows as text without a final newline, one table for each kind of hardware, miniatures last.
 
     Args:
@@ -237,7 +237,7 @@ def render_compare(a: Row, b: Row, format: str = "terminal") -> str:
             "settings": {key: {"a": x, "b": y} for key, (x, y) in settings.items()},
             "numbers": {key: {"a": x, "b": y, "ratio": _ratio(x, y)} for key, (x, y) in numbers.items()},
             "loss_largest_relative_difference": losses_differ,
-        }, indent=1)  # fmt: skip
+        }, indent=1)
     head = ("", f"A  {a.label}", f"B  {b.label}", "B/A")
     lines = [(key, _plain(x), _plain(y), "") for key, (x, y) in settings.items()]
     lines += [(key, _plain(x), _plain(y), _number(_ratio(x, y), 3)) for key, (x, y) in numbers.items()]
@@ -305,14 +305,15 @@ def _notes(row: Row) -> list[str]:
     found = [f"{row.id}: {'; '.join(remarks)}"] if remarks else []
     if result and row.state != "ok" and not (row.state == "oom" and row.as_published):
         where = "" if result.rank is None else f"rank {result.rank}: "
-        found.append(f"{row.label}: {where}" + "; ".join(filter(None, (result.detail, result.advice))))
+        said = "; ".join(filter(None, (result.detail, result.advice)))
+        found.append(f"{row.label}: {where}{' '.join(said.split())}")
     if row.other_memory_decided:
         than = "less than published" if row.state == "oom" else "more than published"
         emulate = "" if row.state == "oom" else f"; CARD={row.against.gpu} emulates that card"
         found.append(f"{row.memory_mib:,} MiB here, {than}{emulate}")
     if e.card:
         found.append(f"CARD={e.card}: memory capped as on that card")
-    if not row.published and not e.miniature and (e.overrides or e.extra_args):
+    if not row.against and not e.miniature:
         changed = " ".join(f"{key}={value}" for key, value in e.overrides.items())
         found.append(f"{changed}: not the published work, so nothing to compare with")
     return found
@@ -328,24 +329,23 @@ def _footer(rows: list[Row]) -> Iterable[str]:
         yield "GiB: used memory of the fullest GPU as nvidia-smi shows it, CUDA context and NCCL included."
     for gpu, precision in dict.fromkeys((row.gpu, row.experiment.precision) for row in rows if row.mfu):
         yield (f"MFU = TFLOP/s / {getattr(gpu, precision):g}, the dense {precision} peak of {gpu.name} "
-               f"({gpu.source}). TFLOP/s: per GPU, model FLOPs as Megatron-LM counts them.")  # fmt: skip
+               f"({gpu.source}). TFLOP/s: per GPU, model FLOPs as Megatron-LM counts them.")
     if any(row.tflops and not row.mfu for row in rows if row.device == "cuda"):
         yield f"No MFU: harness/hardware.py has no peak of {rows[0].hardware} at the precision of these runs."
-    for group in dict.fromkeys(row.against.name for row in rows if row.reference):
-        against = next(row.against for row in rows if row.against and row.against.name == group)
+    if group := next((row.against for row in rows if row.reference), None):
         versions = dict.fromkeys(row.result.upstream.version for row in rows if row.result)
         yield f"Here: {rows[0].hardware}, Megatron-LM core {', '.join(filter(None, versions)) or '?'}."
-        yield f"publ.: {against.hardware}, {against.software}; {against.method}. Source: {against.source}."
+        yield f"publ.: {group.hardware}, {group.software}; {group.method}. Source: {group.source}."
         yield "ratio: here / publ." + " A number with ? is in doubt and gets no ratio." * _doubt(rows)
     replaced = dict.fromkeys(row.experiment.published_data for row in rows if row.reference and _is_mock(row))
     if replaced:
         yield (f"data mock: synthetic tokens in place of {', '.join(replaced)}: "
-               "time and memory compare, losses do not.")  # fmt: skip
+               "time and memory compare, losses do not.")
     judged = [row for row in rows if row.as_published is not None]
     if judged:
         oom = sum(row.state == "oom" for row in judged if row.as_published)
         yield (f"As published: {sum(row.as_published for row in judged)} of {len(judged)}"
-               + f", {oom} of them out of memory" * (oom > 0) + ".")  # fmt: skip
+               + f", {oom} of them out of memory" * (oom > 0) + ".")
 
 
 def _is_mock(row: Row) -> bool:
@@ -448,7 +448,7 @@ def _settings(row: Row) -> dict[str, Any]:
 
 def _numbers(row: Row) -> dict[str, float | None]:
     names = ("step_ms", "step_ms_stdev", "memory_gib", "reserved_gib", "allocated_gib", "tflops", "mfu",
-             "tokens_per_s", "steps_done", "loss_first", "loss_last")  # fmt: skip
+             "tokens_per_s", "steps_done", "loss_first", "loss_last")
     return {name: VALUES[name](row) for name in names}
 
 

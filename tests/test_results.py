@@ -29,7 +29,7 @@ def result(status="ok", **changes):
         "step_ms": {"median": 376.3, "mean": 376.3, "stdev": 1.5, "min": 370.0, "max": 380.0, "n": 15},
         "memory_gib": {"allocated": 70.1, "reserved": 74.0, "nvml": 76.3},
         "loss": {"first": 10.9, "last": 9.1}, "data": "mock", "device": "cuda", "gpu": H200, "gpus": [0],
-    } | changes  # fmt: skip
+    } | changes
 
 
 def write_run(outdir: Path, e, outcome: dict | None, steps: int = 20) -> rundir.RunDir:
@@ -60,7 +60,7 @@ def row(id_="111", status="ok", gpu=H200, settings=None, **changes) -> Row:
         label=e.label, experiment=e, state=status, device="cuda", origin=Path("outdir", e.label), kind="run",
         gpu_name=gpu, result=Result.model_validate(result(status, **changes)),
         published=REFERENCES.published.beside(id_), against=REFERENCES.published,
-    )  # fmt: skip
+    )
 
 
 def test_nothing_gives_no_rows(tmp_path):

@@ -27,7 +27,7 @@ OK = {
     "tflops": 400.0, "memory_gib": {"allocated": 70.1, "reserved": 74.0, "nvml": 76.3},
     "loss": {"first": 10.9, "last": 9.1}, "data": "mock", "device": "cuda",
     "upstream": {"version": "0.19.0", "source": "submodule"},
-}  # fmt: skip
+}
 
 
 def row(id_="111", gpu="NVIDIA H200", settings=None, small=False, **changes) -> Row:
@@ -40,7 +40,7 @@ def row(id_="111", gpu="NVIDIA H200", settings=None, small=False, **changes) -> 
         origin=Path("outdir", e.label), gpu_name=None if small else gpu, result=result,
         steps_done=result.steps_done, published=GROUP.beside(id_) if same else None,
         against=GROUP if same else None,
-    )  # fmt: skip
+    )
 
 
 def line_of(text: str, start: str) -> str:
@@ -52,7 +52,7 @@ def test_a_run_is_printed_beside_the_published_row():
     assert line_of(text, "111").split() == [
         "111", "gpt2xl-dp1-fit-80GB", "1", "76.3", "76.7", "0.99", "376.3", "1.5", "393", "0.96", "400",
         "40.4%", "6-100", "1", "mock", "ok",
-    ]  # fmt: skip
+    ]
     assert text.startswith("NVIDIA H200\n id  experiment")
     assert "\n100 Data parallelism\n" in text
 
@@ -232,3 +232,8 @@ def test_tables_are_made_without_torch_matplotlib_or_rich():
     code = "import sys, harness.tables; print({'torch', 'matplotlib', 'rich'} & sys.modules.keys())"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"
+
+
+def test_make_compare_names_what_is_there(tmp_path):
+    with pytest.raises(UserError, match="no run or record is called 101; no runs yet: make 101"):
+        tables.print_compare(tmp_path, tmp_path, {"A": "101", "B": "111"})
