@@ -104,7 +104,10 @@ def _loss(row: Row) -> str:
 
 
 def _name(row: Row) -> str:
-    return f"{row.experiment.slug} (record)" if row.kind == "record" else row.label.removeprefix(f"{row.id}-")
+    if row.kind == "run":
+        return row.label.removeprefix(f"{row.id}-")
+    changes = row.label.rpartition("/")[2].removeprefix(row.id)
+    return f"{row.experiment.slug}{changes} (record)"
 
 
 def _status(row: Row) -> str:

@@ -82,6 +82,11 @@ def test_a_narrow_terminal_gets_the_important_columns(width):
     assert (f"Left out at {width} columns" in "\n".join(lines)) == (width < 140)
 
 
+def test_a_record_says_so():
+    kept = replace(row(), kind="record", label="h200-141gb/111_cardh100-80gb")
+    assert "gpt2xl-dp1-fit-80GB_cardh100-80gb (record)" in line_of(tables.render([kept], width=200), "111")
+
+
 def test_out_of_memory_as_published_counts():
     oom = row("121", state="oom", settings={"CARD": "h100-80gb"}, step_ms=None, window=None)
     text = tables.render([oom, row()])
