@@ -1,0 +1,288 @@
+"""What this machine has for runs, what it lacks, and how to get it; found without importing torch."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from importlib.util import find_spec
+from itertools import combinations
+from pathlib import Path
+from typing import Literal
+
+from harness import datasets, gpus
+from harness.entry.upstream import FILL, locate
+from harness.errors import UserError
+from harness.stages import ROOT, Venv, distribution, missing, requirements, version
+
+State = Literal["ok", "note", "warn", "missing"]
+COLOURS = {"ok": "32", "note": "2", "warn": "33", "missing": "31"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report. ``missing`` keeps runs on this machine's device from starting; ``note`` is optional."""
+
+    topic: str
+    state: State
+    text: str
+    mend: str = ""
+
+
+@dataclass(frozen=True)
+class Torch:
+    """An installed PyTorch: its version and the CUDA it was built for, ``"13.0"``; None for a CPU build."""
+
+    version: str
+    cuda: str | None
+
+
+def doctor() -> int:
+    """Print the report; returns 0 if runs on this machine's device (its GPUs, else its CPU) can start, else 1."""
+    cards = gpus.list_gpus()
+    report = {
+        "Packages": [*packages(bool(cards))],
+        "Upstream": [upstream()],
+        "GPUs": [*devices(cards)],
+        "Machine": [*machine(bool(cards))],
+        "Around": [*around()],
+    }
+    for title, findings in report.items():
+        print(f"\n{title}")
+        for finding in findings:
+            print(line(finding, colour=sys.stdout.isatty()))
+    lacking = [f.topic for findings in report.values() for f in findings if f.state == "missing"]
+    where = f"on {len(cards)} GPU{'s' if len(cards) > 1 else ''}" if cards else "on the CPU, as miniatures"
+    print(f"\nRuns cannot start {where}: {', '.join(lacking)}." if lacking else f"\nRuns can start {where}: make 101")
+    return 1 if lacking else 0
+
+
+def line(finding: Finding, *, colour: bool) -> str:
+    """The finding as text, what mends it below."""
+    word = f"{finding.state:7}"
+    if colour:
+        word = f"\033[{COLOURS[finding.state]}m{word}\033[0m"
+    mend = "".join(f"\n{'':31}→ {way}" for way in finding.mend.splitlines())
+    return f"  {word}  {finding.topic:20}  {finding.text}{mend}"
+
+
+def packages(on_gpu: bool) -> Iterator[Finding]:
+    """Python, the set-up stages, torch, Transformer Engine, Apex."""
+    yield Finding("Python", "ok", f"{platform.python_version()}, {sys.executable}")
+    environment = Venv(Path(sys.prefix)) if sys.prefix != sys.base_prefix else None
+    yield stage("light", environment, "make help")
+    yield stage("heavy", environment, "make setup")
+    found = installed_torch()
+    yield torch(found, on_gpu, gpus.driver_versions()[1])
+    yield transformer_engine(_version("transformer-engine"), on_gpu)
+    if found and found.cuda:
+        yield apex(find_spec("amp_C") is not None)
+
+
+def stage(name: str, environment: Venv | None, command: str) -> Finding:
+    """Whether a set-up stage is complete: in our virtual environment exactly as pinned, elsewhere in any version."""
+    topic = f"stage {name}"
+    if environment and environment.stamp(name).exists():
+        if environment.ready(name):
+            return Finding(topic, "ok", f"{len(requirements(name))} packages as pinned in pyproject.toml")
+        return Finding(topic, "warn", "out of date or damaged; the next make mends it", command)
+    lacking = missing(name)
+    if not lacking:
+        return Finding(topic, "ok", f"all there, in versions of this interpreter{_others(name)}")
+    names = ", ".join(map(distribution, lacking))
+    if environment:
+        return Finding(topic, "note", f"not installed yet: {names}", f"comes with the first run, or: {command}")
+    return Finding(topic, "missing", f"lacks {names}", f"{sys.executable} -m pip install {' '.join(lacking)}")
+
+
+def _others(name: str) -> str:
+    """Which pins the installed versions differ from, ready to follow a sentence."""
+    pairs = [(distribution(r), version(r), _version(distribution(r))) for r in requirements(name)]
+    differing = [f"{n} {have} (tested: {pin})" for n, pin, have in pairs if have and have.partition("+")[0] != pin]
+    return f"; not the tested ones: {', '.join(differing)}" if differing else ""
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def installed_torch() -> Torch | None:
+    """Read which PyTorch is installed from its files."""
+    spec = find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    text = Path(spec.origin).with_name("version.py").read_text()
+    said = dict(re.findall(r"^(\w+)\b[^=\n]*= '([^']*)'", text, re.MULTILINE))
+    return Torch(said["__version__"], said.get("cuda"))
+
+
+def torch(found: Torch | None, on_gpu: bool, driver_cuda: str | None) -> Finding:
+    """Whether this PyTorch can use the device; ``driver_cuda`` is the newest CUDA that the driver speaks."""
+    if found is None:
+        return Finding("PyTorch", "note", "not installed yet", "comes with the first run, or: make setup")
+    text = f"{found.version}, " + (f"for CUDA {found.cuda}" if found.cuda else "for the CPU")
+    if on_gpu and not found.cuda:
+        return Finding("PyTorch", "missing", f"{text}; this machine has GPUs", "make setup-gpu")
+    if on_gpu and driver_cuda and _major(driver_cuda) < _major(found.cuda):
+        return Finding("PyTorch", "missing", f"{text}; the driver speaks CUDA {driver_cuda}",
+                       "a newer driver (580 for CUDA 13), or NVIDIA's container: make docker-run")  # fmt: skip
+    return Finding("PyTorch", "ok", text)
+
+
+def _major(cuda: str | None) -> int:
+    return int((cuda or "0").partition(".")[0])
+
+
+def transformer_engine(installed: str | None, on_gpu: bool) -> Finding:
+    """Transformer Engine, which full-size runs on GPUs use."""
+    if installed:
+        return Finding("Transformer Engine", "ok", installed)
+    if on_gpu:
+        return Finding("Transformer Engine", "missing", "not installed; runs on GPUs use it", "make setup-gpu")
+    return Finding("Transformer Engine", "note", "not installed; runs on a CPU do without")
+
+
+def apex(installed: bool) -> Finding:
+    """Apex, whose kernel fuses gradient accumulation into the weight gradient's GEMM."""
+    if installed:
+        return Finding("Apex", "ok", "its kernels are there")
+    return Finding("Apex", "note", "not installed; optional, it fuses gradient accumulation into GEMMs")
+
+
+def upstream() -> Finding:
+    """Which Megatron-LM runs, and whether it is the tested one."""
+    try:
+        found = locate()
+    except UserError as error:
+        text, _, mend = str(error).partition("\n")
+        return Finding("Megatron-LM", "missing", text, mend)
+    if found.tree is None:
+        wheel = _version("megatron-core")
+        text = f"megatron-core {wheel} from its wheel" if wheel else "its wheel comes with the first run"
+        mend = f"for upstream's own pretrain_gpt.py: {FILL}"
+        return Finding("Megatron-LM", "note", f"{text}; the submodule is not checked out", mend)
+    there, pinned = _commit(found.tree), _git(ROOT, "rev-parse", "HEAD:megatron-lm")
+    if os.environ.get("MEGATRON_LM"):
+        return Finding("Megatron-LM", "ok", f"MEGATRON_LM={found.tree}, {there or 'commit unknown'}")
+    if there and pinned and there != pinned:
+        return Finding("Megatron-LM", "warn", f"the submodule is at {there[:10]}, tested with {pinned[:10]}", FILL)
+    return Finding("Megatron-LM", "ok", f"the submodule, {there or 'commit unknown'}")
+
+
+def _commit(tree: Path) -> str | None:
+    """HEAD of a checkout; None for a plain folder, also one inside another repository."""
+    return _git(tree, "rev-parse", "HEAD") if (tree / ".git").exists() else None
+
+
+def _git(folder: Path, *words: str) -> str | None:
+    try:
+        said = subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return said.stdout.strip() if said.returncode == 0 else None
+
+
+def devices(cards: tuple[gpus.Gpu, ...]) -> Iterator[Finding]:
+    """Driver, every GPU with who uses it, and how they are connected."""
+    driver, cuda = gpus.driver_versions()
+    if not cards:
+        said = "the driver shows none" if driver else "no NVIDIA driver"
+        yield Finding("GPU", "note", f"{said}; experiments run as CPU miniatures")
+        return
+    yield Finding("driver", "ok", f"{driver}, speaks CUDA {cuda}")
+    for use in gpus.use():
+        text = f"{use.gpu.name}, {use.gpu.total_mib / 1024:.0f} GiB"
+        if use.busy:
+            yield Finding(f"GPU {use.gpu.index}", "warn", f"{text}; busy: {gpus.describe(use).partition(': ')[2]}")
+        else:
+            yield Finding(f"GPU {use.gpu.index}", "ok", f"{text}, free")
+    if len(cards) > 1:
+        yield nvlink(*nvlink_pairs(len(cards)))
+
+
+def nvlink_pairs(count: int) -> tuple[int, int]:
+    """Return how many pairs of the first ``count`` GPUs reach each other over NVLink, and how many pairs there are."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(count)]
+        pairs = list(combinations(handles, 2))
+        return sum(_linked(pynvml, *pair) for pair in pairs), len(pairs)
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _linked(pynvml, one, other) -> bool:
+    try:
+        status = pynvml.nvmlDeviceGetP2PStatus(one, other, pynvml.NVML_P2P_CAPS_INDEX_NVLINK)
+    except pynvml.NVMLError:
+        return False
+    return status == pynvml.NVML_P2P_STATUS_OK
+
+
+def nvlink(linked: int, pairs: int) -> Finding:
+    """What tensor, context and expert parallelism will communicate over."""
+    if linked == pairs:
+        return Finding("NVLink", "ok", "between all GPUs")
+    text = f"between {linked} of {pairs} pairs of GPUs; the others' communication is several times slower"
+    return Finding("NVLink", "warn", text, "keep tp, cp and ep within linked GPUs: nvidia-smi topo -m")
+
+
+def machine(on_gpu: bool) -> Iterator[Finding]:
+    """Memory, disks, shared memory, limits."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    yield amount("memory", memory.available / 2**30, 8, "an experiment of 8 processes takes up to 8 GiB",
+                 f" of {memory.total / 2**30:.0f}; {os.cpu_count()} cores", "end other programs")  # fmt: skip
+    yield amount("disk", shutil.disk_usage(ROOT).free / 2**30, 10, "set-up and runs take up to 10 GiB", f" in {ROOT}",
+                 "make room, or move them: VENV=/big/disk/venv OUTDIR=/big/disk/outdir")  # fmt: skip
+    shared = Path("/dev/shm")
+    if shared.is_dir():
+        size = shutil.disk_usage(shared).total / 2**30
+        yield amount("/dev/shm", size, 1, "NCCL and data loaders use it", "", "docker run --ipc=host")
+    yield limit("open files", resource.RLIMIT_NOFILE, 4096, "", "ulimit -n 65536")
+    if on_gpu:
+        yield limit("locked memory", resource.RLIMIT_MEMLOCK, 64 << 20, " bytes",
+                    "ulimit -l unlimited, docker run --ulimit memlock=-1: RDMA between nodes wants it")  # fmt: skip
+
+
+def amount(topic: str, gib: float, enough_gib: float, why: str, rest: str, mend: str) -> Finding:
+    """Whether there is enough of something that is counted in GiB."""
+    text = f"{gib:.1f} GiB{' free' if topic != '/dev/shm' else ''}{rest}"
+    if gib >= enough_gib:
+        return Finding(topic, "ok", text)
+    return Finding(topic, "warn", f"{text}; {why}", mend)
+
+
+def limit(topic: str, which: int, enough: int, unit: str, mend: str) -> Finding:
+    """Whether a resource limit of this process lets runs work."""
+    soft, _ = resource.getrlimit(which)
+    text = "unlimited" if soft == resource.RLIM_INFINITY else f"at most {soft:,}{unit}"
+    enough_given = soft == resource.RLIM_INFINITY or soft >= enough
+    return Finding(topic, "ok", text) if enough_given else Finding(topic, "warn", text, mend)
+
+
+def around() -> Iterator[Finding]:
+    """What single targets use: data sets, a C++ compiler, containers, Slurm."""
+    prepared = datasets.prepared()
+    yield Finding("data sets", "ok" if prepared else "note",
+                  ", ".join(prepared) or "none prepared; experiments run on mock data, and tables say so")  # fmt: skip
+    for command, use, get in (
+        ("c++", "compiles upstream's index helpers and Transformer Engine", "sudo apt install g++"),
+        ("docker", "make docker-build, make docker-run", "https://docs.docker.com/engine/install"),
+        ("sbatch", "submits what SLURM=1 renders; without it, the script is printed", ""),
+    ):
+        path = shutil.which(command)
+        yield Finding(command, "ok", path) if path else Finding(command, "note", f"not here; {use}", get)

@@ -1,0 +1,108 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from harness import doctor, gpus
+from harness.doctor import Torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_report_on_this_machine_imports_nothing_heavy():
+    code = "import sys; from harness.doctor import doctor; s = doctor(); print('torch' in sys.modules); sys.exit(s)"
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert said.stderr == ""
+    assert said.stdout.splitlines()[-1] == "False"
+    for topic in ("Python", "stage light", "PyTorch", "Megatron-LM", "disk", "/dev/shm", "open files", "sbatch"):
+        assert f"  {topic} " in said.stdout
+    verdict = said.stdout.splitlines()[-2]
+    assert verdict.startswith("Runs can start" if said.returncode == 0 else "Runs cannot start")
+
+
+@pytest.mark.parametrize(
+    ("found", "on_gpu", "driver", "state", "mend"),
+    [
+        (None, False, None, "note", "make setup"),
+        (Torch("2.11.0+cpu", None), False, None, "ok", ""),
+        (Torch("2.11.0+cu130", "13.0"), False, None, "ok", ""),
+        (Torch("2.11.0+cpu", None), True, "13.0", "missing", "make setup-gpu"),
+        (Torch("2.11.0+cu130", "13.0"), True, "12.8", "missing", "driver"),
+        (Torch("2.11.0+cu130", "13.0"), True, "13.1", "ok", ""),
+        (Torch("2.11.0+cu126", "12.6"), True, "13.0", "ok", ""),
+    ],
+)
+def test_torch_must_fit_the_device(found, on_gpu, driver, state, mend):
+    finding = doctor.torch(found, on_gpu, driver)
+    assert finding.state == state
+    assert mend in finding.mend
+
+
+def test_missing_on_the_gpu_means_runs_cannot_start(monkeypatch, capsys):
+    monkeypatch.setattr(gpus, "list_gpus", lambda: (gpus.Gpu(0, "NVIDIA H100 80GB HBM3", "GPU-1", 81559.0),))
+    monkeypatch.setattr(gpus, "driver_versions", lambda: ("580.95", "13.0"))
+    monkeypatch.setattr(gpus, "use", lambda: (gpus.Use(gpus.list_gpus()[0], 70.0),))
+    monkeypatch.setattr(doctor, "_version", lambda name: None)
+    assert doctor.doctor() == 1
+    said = capsys.readouterr().out
+    assert "Runs cannot start on 1 GPU: " in said and "Transformer Engine" in said.splitlines()[-1]
+    assert "NVIDIA H100 80GB HBM3, 80 GiB; busy: 70.0 GiB used" in said
+
+
+def test_torch_is_read_from_its_files(tmp_path, monkeypatch):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch/__init__.py").write_text("raise AssertionError('imported')")
+    (tmp_path / "torch/version.py").write_text(
+        "__version__ = '2.9.0a0+nv25.09'\ncuda: Optional[str] = '13.0'\nhip: Optional[str] = None\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    assert doctor.installed_torch() == Torch("2.9.0a0+nv25.09", "13.0")
+    (tmp_path / "torch/version.py").write_text("__version__ = '2.11.0+cpu'\ncuda: Optional[str] = None\n")
+    assert doctor.installed_torch() == Torch("2.11.0+cpu", None)
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch):
+    """An upstream tree in a git repository of its own, named by MEGATRON_LM."""
+    for part in ("megatron/core", "megatron/training"):
+        (tmp_path / part).mkdir(parents=True)
+    (tmp_path / "pretrain_gpt.py").touch()
+    monkeypatch.setenv("MEGATRON_LM", str(tmp_path))
+    return tmp_path
+
+
+def test_upstream_named_by_the_environment(tree):
+    assert "commit unknown" in doctor.upstream().text
+    git = ["git", "-C", tree, "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    finding = doctor.upstream()
+    assert finding.state == "ok" and head in finding.text
+
+
+def test_upstream_half_checked_out(tree):
+    (tree / "pretrain_gpt.py").unlink()
+    finding = doctor.upstream()
+    assert finding.state == "missing"
+    assert "git submodule update --init" in finding.mend
+
+
+def test_links_and_amounts():
+    assert doctor.nvlink(28, 28).state == "ok"
+    assert doctor.nvlink(4, 28).state == "warn" and "4 of 28" in doctor.nvlink(4, 28).text
+    enough, short = (doctor.amount("/dev/shm", gib, 1, "NCCL uses it", "", "--ipc=host") for gib in (16.0, 0.0625))
+    assert (enough.state, short.state) == ("ok", "warn")
+    assert short.mend == "--ipc=host"
+
+
+def test_a_line_shows_state_topic_text_and_the_way_out():
+    finding = doctor.Finding("disk", "warn", "1.0 GiB free", "make room\nor move")
+    assert doctor.line(finding, colour=False).splitlines() == [
+        "  warn     disk                  1.0 GiB free",
+        " " * 31 + "→ make room",
+        " " * 31 + "→ or move",
+    ]
+    assert "\033[33mwarn" in doctor.line(finding, colour=True)
