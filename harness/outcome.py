@@ -96,9 +96,7 @@ def classify(evidence: Evidence, experiment: Experiment) -> Outcome:
     if lost:
         return _named("nan", f"the loss is {lost.loss} at step {lost.step}", None, experiment)
     if evidence.exit_code == 0 and 0 < done < experiment.steps:
-        return Outcome(
-            "crash", f"it ended without an error {progress}", advice="the end of logs.txt may tell why"
-        )
+        return Outcome("crash", f"it ended without an error {progress}", advice="the end of logs.txt may tell why")
     if evidence.exit_code == 0:
         return Outcome("ok")
     return _first_error(evidence, experiment, progress)
@@ -107,9 +105,7 @@ def classify(evidence: Evidence, experiment: Experiment) -> Outcome:
 def memory_levers(experiment: Experiment) -> str:
     """Settings that lower the memory of ``experiment``, the least intrusive first, each checked to fit it."""
     e = experiment
-    smaller = next(
-        (m for m in range(e.micro_batch_size - 1, 0, -1) if e.global_batch_size % (m * e.dp) == 0), None
-    )
+    smaller = next((m for m in range(e.micro_batch_size - 1, 0, -1) if e.global_batch_size % (m * e.dp) == 0), None)
     candidates: list[tuple[str, dict[str, object]]] = [
         (f"MBS={smaller}", {"micro_batch_size": smaller} if smaller else {}),
         ("SP=1", {"sequence_parallel": True} if e.tp > 1 and not e.sequence_parallel else {}),
@@ -141,9 +137,12 @@ def _host_memory(experiment: Experiment) -> str:
     return f"the host ran out of memory: {fewer}a smaller SEQ= or MBS=, or close what else runs there"
 
 
-def _rule(
-    pattern: str, status: Status, advice: str | Callable[[Experiment], str], anywhere: bool = True
-) -> Rule:
+ADDRESS_IN_USE = re.compile(
+    r"EADDRINUSE|Address already in use|failed to listen on any local network address", re.IGNORECASE
+)
+
+
+def _rule(pattern: str, status: Status, advice: str | Callable[[Experiment], str], anywhere: bool = True) -> Rule:
     return Rule(re.compile(pattern, re.IGNORECASE), status, advice, anywhere)
 
 
@@ -180,8 +179,8 @@ RULES = (
         "hang",
         "a rank waited for others in vain; logs.txt names the collective",
     ),
-    _rule(
-        r"EADDRINUSE|Address already in use|failed to listen on any local network address",
+    Rule(
+        ADDRESS_IN_USE,
         "crash",
         "a port was taken: run it again; with several nodes, name another in RENDEZVOUS=host:port",
     ),
@@ -296,16 +295,17 @@ def _first_error(evidence: Evidence, experiment: Experiment, progress: str) -> O
     return _named(rule.status, detail, rank, experiment, rule)
 
 
-def _named(
-    status: Status, detail: str, rank: int | None, experiment: Experiment, rule: Rule | None = None
-) -> Outcome:
+def _named(status: Status, detail: str, rank: int | None, experiment: Experiment, rule: Rule | None = None) -> Outcome:
     rule = rule or next(rule for rule in RULES if rule.status == status)
     return Outcome(status, detail, rank, rule.advice(experiment) if callable(rule.advice) else rule.advice)
 
 
 def _from_rank_files(evidence: Evidence) -> Iterator[Failure]:
+    """Exceptions of ranks. Of SystemExit the reason is in the log; UserError is what the entry tells users."""
     for error in evidence.errors:
-        yield Failure(error.rank, f"{error.type}: {error.message}", error.traceback, error.time)
+        messages = {"SystemExit": "", "UserError": f"error: {error.message}"}
+        message = messages.get(error.type, f"{error.type}: {error.message}")
+        yield Failure(error.rank, message, error.traceback, error.time)
 
 
 def _from_summary(evidence: Evidence) -> Iterator[Failure]:

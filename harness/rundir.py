@@ -25,7 +25,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -102,11 +102,12 @@ class RankError(_Record):
 
 
 class Running(_Record):
-    """running.json: the launcher's process and when it started the run, in Unix seconds."""
+    """running.json: the launcher's process, when it started the run (Unix seconds), and where its nodes meet."""
 
     pid: int
     host: str
     started: float
+    rendezvous: str | None = None
 
 
 class Spread(_Record):
@@ -170,9 +171,6 @@ class Result(_Record):
     upstream: Upstream = Upstream()
 
 
-Record = TypeVar("Record", bound=_Record)
-
-
 @dataclass(frozen=True)
 class RunDir:
     """The files of one run directory."""
@@ -198,6 +196,10 @@ class RunDir:
     @property
     def logs(self) -> Path:
         return self.path / "logs.txt"
+
+    def logs_of_node(self, node_rank: int) -> Path:
+        """Where a further node logs that shares this directory."""
+        return self.path / f"logs.node{node_rank}.txt"
 
     @property
     def metrics(self) -> Path:
@@ -225,9 +227,7 @@ class RunDir:
 
     def freeze_experiment(self, experiment: Experiment, device: str, commit: str | None) -> None:
         """Write experiment.json: every setting, and the device and source commit."""
-        write_json(
-            self.experiment_json, {**experiment.model_dump(mode="json"), "device": device, "commit": commit}
-        )
+        write_json(self.experiment_json, {**experiment.model_dump(mode="json"), "device": device, "commit": commit})
 
     def read_experiment(self) -> Experiment:
         """The experiment as it ran. Raises ValueError where experiment.json is not one."""
@@ -292,12 +292,10 @@ class RunDir:
             return "killed"
         if running.host == socket.gethostname():
             return "running" if started_before(running.pid, running.started) else "killed"
-        newest = max(
-            path.stat().st_mtime for path in (self.running, self.logs, self.metrics) if path.exists()
-        )
+        newest = max(path.stat().st_mtime for path in (self.running, self.logs, self.metrics) if path.exists())
         return "running" if time.time() - newest < QUIET_ELSEWHERE_S else "killed"
 
-    def _rank_files(self, pattern: str, kind: type[Record]) -> tuple[Record, ...]:
+    def _rank_files[Record: _Record](self, pattern: str, kind: type[Record]) -> tuple[Record, ...]:
         found = []
         for path in self.ranks.glob("*.json"):
             if re.fullmatch(pattern, path.name):
@@ -373,6 +371,40 @@ def runs(outdir: Path) -> tuple[tuple[Run, ...], tuple[str, ...]]:
     return tuple(found), tuple(warnings)
 
 
+def running_at(outdir: Path, rendezvous: str) -> RunDir | None:
+    """The newest unfinished run in ``outdir`` whose nodes meet at ``rendezvous``, or None."""
+    found = [
+        RunDir(path.parent) for path in outdir.glob("*/running.json") if not (path.parent / "result.json").exists()
+    ]
+    started = {d: running.started for d in found if (running := d.read_running()) and running.rendezvous == rendezvous}
+    alive = [d for d in started if d.state() == "running"]
+    return max(alive, key=started.__getitem__, default=None)
+
+
+def clean(outdir: Path, everything: bool = False) -> int:
+    """Remove runs that neither ended ok nor ran out of memory, or all of them; those that still run stay.
+
+    Returns the exit status.
+
+    Raises:
+        UserError: a run cannot be removed.
+    """
+    removed = []
+    for path in sorted(p for p in outdir.glob("*/") if (p / "running.json").exists() or (p / "result.json").exists()):
+        try:
+            state = RunDir(path).state()
+        except ValueError:
+            state = "crash"
+        if state != "running" and (everything or state not in ("ok", "oom")):
+            try:
+                shutil.rmtree(path)
+            except OSError as error:
+                raise UserError(f"cannot remove {path}: {error.strerror}") from None
+            removed.append(path.name)
+    print(f"removed {', '.join(removed)}" if removed else f"nothing to remove in {outdir}")
+    return 0
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` so that readers see the old file or the whole new one, also after a power cut.
 
@@ -403,7 +435,7 @@ def started_before(pid: int, moment: float) -> bool:
         return False
 
 
-def _read(path: Path, kind: type[Record]) -> Record:
+def _read[Record: _Record](path: Path, kind: type[Record]) -> Record:
     try:
         return kind.model_validate(_object(path))
     except ValidationError as error:
@@ -430,7 +462,7 @@ def _json_object(text: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _parse(line: str, kind: type[Record]) -> Record | None:
+def _parse[Record: _Record](line: str, kind: type[Record]) -> Record | None:
     value = _json_object(line)
     try:
         return kind.model_validate(value) if value is not None else None
@@ -438,7 +470,7 @@ def _parse(line: str, kind: type[Record]) -> Record | None:
         return None
 
 
-def _lines(path: Path, kind: type[Record]) -> Iterator[Record]:
+def _lines[Record: _Record](path: Path, kind: type[Record]) -> Iterator[Record]:
     return (record for line in _text_lines(path) if (record := _parse(line, kind)))
 
 

@@ -201,10 +201,19 @@ def test_settings_that_upstream_refuses_are_told_by_where_they_are_refused():
 
 
 def test_a_mistake_that_the_entry_reports_is_a_bad_configuration():
-    log = "error: no Megatron-LM found\n" + SUMMARY.format(exitcode=2)
-    outcome = classify(Evidence(exit_code=1, log=log), experiment())
-    assert outcome.status == "bad-configuration"
-    assert "no Megatron-LM found" in outcome.detail
+    told = error(2, "no Megatron-LM found", 1.0, "UserError")
+    for evidence in ({"errors": (told,)}, {"log": "error: no Megatron-LM found\n" + SUMMARY.format(exitcode=2)}):
+        outcome = classify(Evidence(exit_code=1, **evidence), experiment())
+        assert outcome.status == "bad-configuration"
+        assert "no Megatron-LM found" in outcome.detail
+
+
+@pytest.mark.parametrize(("log", "status"), [("unknown_argument", "bad-configuration"), (None, "nan")])
+def test_of_a_rank_that_exits_the_log_has_the_reason(log, status):
+    text = captured(log) if log else NAN_RERUN + SUMMARY.format(exitcode=17)
+    outcome = classify(Evidence(exit_code=1, log=text, errors=(error(1, "2", 1.0, "SystemExit"),)), experiment())
+    assert (outcome.status, outcome.rank) == (status, 1)
+    assert "SystemExit" not in outcome.detail
 
 
 @pytest.mark.parametrize(

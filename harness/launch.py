@@ -1,0 +1,487 @@
+"""Launch a run: its directory, its processes, what they do meanwhile, how they end. Nothing outlives its launcher."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from harness import gpus, outcome, processes, rundir
+from harness.errors import UserError, nearest
+from harness.processes import Signals
+from harness.provenance import describe_environment
+from harness.rundir import RUN_DIR_VARIABLE, Losses, MemoryGib, Result, RunDir, Spread, StepMetrics, Upstream
+from harness.terminal import Progress, Terminal, open_terminal, phase_of, summary
+
+if TYPE_CHECKING:
+    import psutil
+
+    from harness.plan import Plan
+
+POLL_S = 0.05
+LOOK_S = 1.0
+"""How often memory is looked at."""
+HANG_AT_START_S = 600
+"""So long a run may be silent before its first step: imports, initialisation, compilation."""
+HANG_S = 300
+"""So long it may be silent afterwards."""
+GRACE_S = 10
+"""Time to end after SIGTERM, before SIGKILL."""
+STACKS_S = 5
+"""Time to write stacks after SIGUSR1."""
+SHARED_S = 3
+"""A run directory that node 0 shares appears within this time after its rendezvous opened."""
+
+LAUNCHER_VARIABLE = "HARNESS_LAUNCHER"
+"""Environment variable with the launcher's pid: tells apart nodes that share a run directory on one machine."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that is over."""
+
+    dir: RunDir
+    result: Result
+
+    @property
+    def exit_status(self) -> int:
+        """0 ok, 2 bad configuration, 128 + signal where a signal ended it, else 1."""
+        if self.result.status == "killed":
+            return self.result.exit_code or 1
+        return {"ok": 0, "bad-configuration": 2}.get(self.result.status, 1)
+
+
+class Run:
+    """A run from its start to its result. Its owner polls it until it is over, then finishes it; no call blocks."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        directory: RunDir,
+        gpu_ids: tuple[int, ...] = (),
+        hang_seconds: float | None = None,
+        keeps_records: bool = True,
+    ) -> None:
+        """Start ``plan``.
+
+        Args:
+            gpu_ids: the GPUs it uses, by NVML index; none on a CPU.
+            hang_seconds: silence after which it hangs; by default ``HANG_AT_START_S``, later ``HANG_S``.
+            keeps_records: whether this launcher writes the run's files; of nodes that share them only one does.
+        """
+        self.plan, self.dir, self.gpu_ids = plan, directory, gpu_ids
+        self.packed_with: set[str] = set()
+        self._hang_seconds = hang_seconds
+        self._keeps_records = keeps_records
+        self._started = time.time()
+        self._metrics: list[StepMetrics] = []
+        self._phase = "starting"
+        self._memory_gib: float | None = None
+        self._least_free_share = 1.0
+        self._oom_kills_before = processes.oom_kills()
+        self._active_at = time.monotonic()
+        self._looked_at = self._kill_at = 0.0
+        self._stopped_by: signal.Signals | None = None
+        self._hang: str | None = None
+        self._started_again = False
+        self._finished: Finished | None = None
+
+        log_path = directory.logs if keeps_records else directory.logs_of_node(int(plan.place.node_rank))
+        self._log, self._steps = _Tail(log_path), _Tail(directory.metrics)
+        self._script = plan.script(None if gpu_ids == tuple(range(len(gpu_ids))) else gpu_ids)
+        self._environment = describe_environment(plan.device, gpu_ids)
+        if keeps_records:
+            self._write_records()
+        self._sampler = gpus.Sampler(directory.gpus, gpu_ids if keeps_records else ())
+        self._process = self._spawn()
+
+    @property
+    def label(self) -> str:
+        return self.dir.label
+
+    def poll(self) -> bool:
+        """Look after the run. Returns whether it still runs."""
+        now = time.monotonic()
+        self._read_news(now)
+        if now - self._looked_at > LOOK_S:
+            self._look(now)
+        if self._process.poll() is not None:
+            return self._started_anew()
+        if self._kill_at and now > self._kill_at:
+            processes.end(self._processes(), grace_s=0)
+        elif not self._kill_at and now - self._active_at > self._patience_s:
+            self._give_up(now - self._active_at)
+        return True
+
+    def stop(self, number: signal.Signals) -> None:
+        """End every rank: SIGTERM, which torchrun passes on; SIGKILL after ``GRACE_S``, or at once when asked again."""
+        if self._stopped_by:
+            self._kill_at = time.monotonic()
+        else:
+            self._stopped_by = number
+            self._terminate()
+
+    def finish(self) -> Finished:
+        """Write result.json of a run that is over, and see to it that nothing of it is left running."""
+        if self._finished is None:
+            processes.end(self._marked(), GRACE_S)
+            self._sampler.stop()
+            self._read_news(time.monotonic())
+            self._finished = Finished(self.dir, self._result())
+            if self._keeps_records:
+                rundir.write_json(self.dir.result, self._finished.result.model_dump(mode="json"))
+        return self._finished
+
+    def abort(self) -> None:
+        """End and finish a run that nobody will look after any more. Does nothing to a finished one."""
+        if self._finished is None:
+            self.stop(signal.SIGTERM)
+            while self.poll():
+                time.sleep(POLL_S)
+            self.finish()
+
+    def progress(self) -> Progress:
+        """Where the run is now."""
+        from harness.flops import mfu
+
+        shown = Progress(
+            label=self.label,
+            steps=self.plan.experiment.steps,
+            phase="ending" if self._kill_at else self._phase,
+            elapsed_s=time.time() - self._started,
+            memory_gib=self._memory_gib,
+        )
+        if not self._metrics:
+            return shown
+        last = self._metrics[-1]
+        step_s = statistics.median(m.step_ms for m in self._metrics[-5:]) / 1000
+        return replace(
+            shown,
+            step=last.step,
+            loss=last.loss,
+            step_ms=last.step_ms,
+            tflops=last.tflops,
+            mfu=mfu(last.tflops, self._peak_tflops) if last.tflops and self._peak_tflops else None,
+            left_s=(shown.steps - last.step) * step_s,
+        )
+
+    def _write_records(self) -> None:
+        running = {"pid": os.getpid(), "host": socket.gethostname(), "started": self._started}
+        rundir.write_json(self.dir.running, running | {"rendezvous": self.plan.place.rendezvous})
+        self.dir.freeze_experiment(self.plan.experiment, self.plan.device, self._environment["commit"])
+        rundir.write_json(self.dir.environment, self._environment)
+        self.dir.command.write_text(self._script, encoding="utf-8")
+
+    def _spawn(self) -> subprocess.Popen[bytes]:
+        launcher = os.getpid()
+        with self._log.path.open("ab") as log:
+            return subprocess.Popen(
+                ["bash", self.dir.command] if self._keeps_records else ["bash", "-c", self._script],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, RUN_DIR_VARIABLE: str(self.dir.path), LAUNCHER_VARIABLE: str(launcher)},
+                start_new_session=True,
+                preexec_fn=lambda: processes.end_with(launcher),
+            )
+
+    def _read_news(self, now: float) -> None:
+        lines, steps = self._log.lines(), self._steps.lines()
+        for line in lines:
+            self._phase = phase_of(line) or self._phase
+        self._metrics += filter(None, map(rundir.parse_metrics, steps))
+        if lines or steps:
+            self._active_at = now
+
+    def _look(self, now: float) -> None:
+        self._looked_at = now
+        self._least_free_share = min(self._least_free_share, processes.free_memory_share())
+        memory = self._memory()
+        rss_gib = _most(rank.rss_peak_gib for rank in self.dir.read_ranks())
+        self._memory_gib = memory.nvml or memory.reserved or rss_gib
+
+    @property
+    def _patience_s(self) -> float:
+        return self._hang_seconds or (HANG_S if self._metrics else HANG_AT_START_S)
+
+    def _give_up(self, silent_s: float) -> None:
+        """Have every rank of this machine write its stacks, then end the run."""
+        ranks = {rank.pid: rank.rank for rank in self.dir.read_ranks() if rank.host == socket.gethostname()}
+        pids = [p.pid for p in self._processes() if p.pid in ranks and processes.catches(p.pid, signal.SIGUSR1)]
+        for pid in pids:
+            os.kill(pid, signal.SIGUSR1)
+        deadline = time.monotonic() + STACKS_S
+        while len(self._stacks()) < len(pids) and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+        where = outcome.where_ranks_wait(self._stacks())
+        self._hang = f"no step and no output for {silent_s:.0f} s" + (f": {where}" if where else "")
+        self._terminate()
+
+    def _stacks(self) -> dict[int, str]:
+        texts = {rank: path.read_text(errors="replace") for rank, path in self.dir.stacks().items()}
+        return {rank: text for rank, text in texts.items() if text}
+
+    def _terminate(self) -> None:
+        self._kill_at = time.monotonic() + GRACE_S
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGTERM)
+
+    def _marked(self) -> list[psutil.Process]:
+        return processes.marked(**{RUN_DIR_VARIABLE: str(self.dir.path), LAUNCHER_VARIABLE: str(os.getpid())})
+
+    def _processes(self) -> list[psutil.Process]:
+        """torchrun, its descendants, and whoever else carries the mark of this run."""
+        import psutil
+
+        try:
+            root = psutil.Process(self._process.pid)
+            return list({root, *root.children(recursive=True), *self._marked()})
+        except psutil.NoSuchProcess:
+            return self._marked()
+
+    def _started_anew(self) -> bool:
+        """Start again, once, where a port was taken between torchrun's choosing and using it; whether that was so."""
+        failed_early = self._process.returncode != 0 and not self._metrics and not self._kill_at
+        if not failed_early or self._started_again or self.plan.experiment.nodes > 1:
+            return False
+        if not outcome.ADDRESS_IN_USE.search(self._log.text()):
+            return False
+        processes.end(self._marked(), GRACE_S)
+        for path in self.dir.ranks.iterdir():
+            path.unlink()
+        self._phase = "a port was taken: starting again with another"
+        with self._log.path.open("a", encoding="utf-8") as log:
+            log.write(f"\nharness: {self._phase}\n\n")
+        self._started_again = True
+        self._process = self._spawn()
+        return True
+
+    def _result(self) -> Result:
+        from harness.flops import mfu
+
+        e, metrics, code = self.plan.experiment, self._metrics, self._process.returncode
+        evidence = outcome.Evidence(
+            exit_code=code,
+            log=self._log.text() if code else "",
+            errors=self.dir.read_rank_errors(),
+            metrics=tuple(metrics),
+            stopped_by=self._stopped_by,
+            hang=self._hang,
+            oom_kills=processes.oom_kills() - self._oom_kills_before,
+            least_free_share=self._least_free_share,
+        )
+        found = outcome.classify(evidence, e)
+        window = [m for m in metrics if m.step >= e.window_first_step]
+        tflops = _median(m.tflops for m in window)
+        return Result(
+            status=found.status,
+            detail=found.detail or (None if metrics else "the last rank's node has the steps of this run"),
+            rank=found.rank,
+            advice=found.advice,
+            exit_code=128 + self._stopped_by if self._stopped_by else code if code >= 0 else 128 - code,
+            started=self._started,
+            finished=time.time(),
+            steps=e.steps,
+            steps_done=metrics[-1].step if metrics else 0,
+            window=(window[0].step, window[-1].step) if window else None,
+            step_ms=spread([m.step_ms for m in window]),
+            tflops=tflops,
+            tokens_per_s=_median(m.tokens_per_s for m in window),
+            mfu=mfu(tflops, self._peak_tflops) if tflops and self._peak_tflops else None,
+            peak_tflops=self._peak_tflops,
+            memory_gib=self._memory(),
+            loss=Losses(first=metrics[0].loss, last=metrics[-1].loss) if metrics else Losses(),
+            data=e.data,
+            device=self.plan.device,
+            gpu=self._environment["gpu"],
+            gpus=self.gpu_ids,
+            packed_with=tuple(sorted(self.packed_with)),
+            miniature=e.miniature,
+            upstream=Upstream.model_validate(self._environment["upstream"]),
+        )
+
+    def _memory(self) -> MemoryGib:
+        ranks = self.dir.read_ranks()
+        return MemoryGib(
+            allocated=_most(rank.allocated_peak_gib for rank in ranks),
+            reserved=_most(rank.reserved_peak_gib for rank in ranks),
+            nvml=_most([self._sampler.peak_gib, *(rank.nvml_used_gib for rank in ranks)]),
+        )
+
+    @cached_property
+    def _peak_tflops(self) -> float | None:
+        from harness.hardware import peak_tflops
+
+        gpu = self._environment["gpu"]
+        return peak_tflops(gpu, self.plan.experiment.precision) if gpu else None
+
+
+def run_plan(plan: Plan, *, hang_seconds: float | None = None, terminal: Terminal | None = None) -> Finished:
+    """Run ``plan`` to its end: choose GPUs, show progress, print a summary.
+
+    Args:
+        hang_seconds: see ``Run``.
+
+    Raises:
+        UserError: GPUs are busy or too few, the output directory cannot be written, or upstream is half there.
+        KeyboardInterrupt: it was interrupted before it began.
+    """
+    gpu_ids = gpus.choose(plan.experiment.ranks_per_node, plan.place.gpu_ids) if plan.device == "cuda" else ()
+    with Signals() as signals, terminal or open_terminal() as shown:
+        directory, keeps_records = _directory(plan, signals, shown)
+        shown.print(opening(plan, directory))
+        run = Run(plan, directory, gpu_ids, hang_seconds, keeps_records)
+        try:
+            while run.poll():
+                if number := signals.take():
+                    run.stop(number)
+                shown.show(run.progress())
+                time.sleep(POLL_S)
+            finished = run.finish()
+            shown.show(run.progress())
+            shown.finish(run.label)
+        finally:
+            run.abort()
+        shown.print(summary(run.label, directory.path, finished.result))
+    return finished
+
+
+def opening(plan: Plan, directory: RunDir) -> str:
+    """What is said before a run: its label, what it shows, what its miniature scaled."""
+    headline = f"\n  {plan.headline}" if plan.headline else ""
+    return f"{directory.label}: {plan.experiment.shows}{headline}"
+
+
+def spread(values: Sequence[float]) -> Spread | None:
+    """Median, mean, standard deviation (of a sample) and extremes of ``values``; None of nothing."""
+    if not values:
+        return None
+    stdev = statistics.stdev(values) if len(values) > 1 else 0.0
+    middle = {"median": statistics.median(values), "mean": statistics.fmean(values)}
+    return Spread(**middle, stdev=stdev, min=min(values), max=max(values), n=len(values))
+
+
+def stop(outdir: Path, label: str | None = None) -> int:
+    """End every run of this machine in ``outdir``, orphans of dead launchers included, or the one called ``label``.
+
+    Results so far are kept. Returns the exit status.
+
+    Raises:
+        UserError: no run is called ``label``.
+    """
+    runs, _ = rundir.runs(outdir)
+    labels = [run.dir.label for run in runs]
+    if label and label not in labels:
+        raise UserError(f"no run in {outdir} is called {label}" + (f"; {nearest(label, labels)}" if labels else ""))
+    ended: dict[str, list[psutil.Process]] = {}
+    for run in runs:
+        if run.result is None and label in (None, run.dir.label):
+            launcher = _launcher(run.dir) if label is None else None
+            found = [launcher] if launcher else processes.marked(**{RUN_DIR_VARIABLE: str(run.dir.path.resolve())})
+            if found:
+                ended[run.dir.label] = found
+    processes.end({p for found in ended.values() for p in found}, 2 * GRACE_S)
+    print(f"stopped {', '.join(ended)}" if ended else f"nothing runs in {outdir}")
+    return 0
+
+
+class _Tail:
+    """What is new in a file that others append to."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._read = 0
+        self._rest = b""
+
+    def lines(self) -> list[str]:
+        """Whole lines since the last call; a line that is still being written comes with the next."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self._read)
+                new = file.read()
+        except FileNotFoundError:
+            return []
+        self._read += len(new)
+        *lines, self._rest = (self._rest + new).split(b"\n")
+        return [line.decode(errors="replace") for line in lines]
+
+    def text(self) -> str:
+        """The whole file."""
+        return self.path.read_text(encoding="utf-8", errors="replace")
+
+
+def _directory(plan: Plan, signals: Signals, shown: Terminal) -> tuple[RunDir, bool]:
+    """A new run directory, or for a further node that of node 0; and whether this launcher keeps its records."""
+    node, rendezvous, label = int(plan.place.node_rank), plan.place.rendezvous, plan.experiment.label
+    if plan.experiment.nodes == 1:
+        return rundir.create(plan.outdir, label), True
+    if node == 0:
+        _check_rendezvous(rendezvous)
+        return rundir.create(plan.outdir, label), True
+    shown.print(f"{label}: node {node} waits for node 0 at {rendezvous}")
+    opened_at = None
+    while opened_at is None or time.monotonic() - opened_at < SHARED_S:
+        if signals.take():
+            raise KeyboardInterrupt
+        if directory := rundir.running_at(plan.outdir, rendezvous):
+            return directory, False
+        if opened_at is None and _is_open(rendezvous):
+            opened_at = time.monotonic()
+        time.sleep(4 * POLL_S)
+    return rundir.create(plan.outdir, f"{label}.node{node}"), True
+
+
+def _check_rendezvous(rendezvous: str) -> None:
+    """Raise UserError where another program has the port, for torchrun would wait for it in vain."""
+    host, _, port = rendezvous.rpartition(":")
+    if _is_open(rendezvous) and not _is_torchruns(int(port)):
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            free = probe.getsockname()[1]
+        raise UserError(
+            f"RENDEZVOUS={rendezvous}: another program has port {port}; try RENDEZVOUS={host}:{free} on all nodes"
+        )
+
+
+def _is_open(rendezvous: str) -> bool:
+    host, _, port = rendezvous.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
+def _is_torchruns(port: int) -> bool:
+    """Whether a run of the harness listens there: another node of the same run on this machine, started first."""
+    import psutil
+
+    listening = [c.pid for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.laddr.port == port]
+    return any(pid and processes.has_variable(pid, LAUNCHER_VARIABLE) for pid in listening)
+
+
+def _launcher(directory: RunDir) -> psutil.Process | None:
+    """The living launcher of a run, if it is one of this machine."""
+    import psutil
+
+    running = directory.read_running()
+    if running and running.host == socket.gethostname() and rundir.started_before(running.pid, running.started):
+        return psutil.Process(running.pid)
+    return None
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
+
+
+def _most(values: Iterable[float | None]) -> float | None:
+    return max((value for value in values if value is not None), default=None)

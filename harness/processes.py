@@ -1,0 +1,150 @@
+"""Processes of a run: found by the mark they carry, ended without exception, and what killed them."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import psutil
+
+_PR_SET_PDEATHSIG = 1
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_CGROUPS = Path("/sys/fs/cgroup")
+
+
+class Signals:
+    """While this context lasts, SIGINT, SIGTERM and SIGHUP are noted instead of ending this process.
+
+    Signals that are ignored (nohup, background jobs) stay so; outside the main thread nothing changes.
+    """
+
+    def __init__(self) -> None:
+        self._noted: list[signal.Signals] = []
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():
+            for number in _STOPPING:
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def take(self) -> signal.Signals | None:
+        """The oldest signal that nobody took yet, or None."""
+        return self._noted.pop(0) if self._noted else None
+
+    def _note(self, number: int, _frame: object) -> None:
+        self._noted.append(signal.Signals(number))
+
+
+def end_with(parent: int) -> None:
+    """Have the kernel end this process by SIGTERM when ``parent`` dies, even of SIGKILL (prctl(2), Linux only)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            os._exit(1)
+
+
+def marked(**marks: str) -> list[psutil.Process]:
+    """Processes that were started with these environment variables, other than this one.
+
+    Children inherit them, so a rank is found wherever it is: in another session, or adopted by init.
+    """
+    import psutil
+
+    wanted = {f"{name}={value}".encode() for name, value in marks.items()}
+    return [p for p in psutil.process_iter() if p.pid != os.getpid() and wanted <= _environment(p.pid)]
+
+
+def end(processes: Iterable[psutil.Process], grace_s: float) -> None:
+    """SIGTERM to each, and SIGKILL to those that are still there after ``grace_s``."""
+    import psutil
+
+    left = list(processes)
+    for process in left:
+        send(process, signal.SIGTERM)
+    _, stubborn = psutil.wait_procs(left, timeout=grace_s)
+    for process in stubborn:
+        send(process, signal.SIGKILL)
+    psutil.wait_procs(stubborn, timeout=grace_s)
+
+
+def send(process: psutil.Process, number: signal.Signals) -> None:
+    """Signal a process, if it still is the one that was found."""
+    import psutil
+
+    with suppress(psutil.Error):
+        process.send_signal(number)
+
+
+def catches(pid: int, number: signal.Signals) -> bool:
+    """Whether the process handles this signal, whose default would end it."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+    caught = next((line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:")), "0")
+    return bool(int(caught, 16) >> (number - 1) & 1)
+
+
+def has_variable(pid: int, name: str) -> bool:
+    """Whether the process was started with the environment variable ``name``."""
+    return any(entry.startswith(f"{name}=".encode()) for entry in _environment(pid))
+
+
+def _environment(pid: int) -> set[bytes]:
+    """``NAME=value`` of a process as it was started; empty for one that is not ours to see, or over."""
+    try:
+        return set(Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
+    except OSError:
+        return set()
+
+
+def oom_kills() -> int:
+    """Processes that the kernel has killed for want of memory since it started, those of containers included."""
+    try:
+        lines = Path("/proc/vmstat").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
+
+
+def free_memory_share() -> float:
+    """The share of memory that is still available, 0 to 1: of this machine or of this process's control group."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    return min(memory.available / memory.total, _free_share_of_control_group())
+
+
+def _free_share_of_control_group() -> float:
+    """The smallest free share of the control groups above this process (cgroup v2); 1 where there is no limit."""
+    try:
+        own = next(line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
+        group = _CGROUPS / own.lstrip("/")
+        shares = [_free_share(folder) for folder in (group, *group.parents) if folder.is_relative_to(_CGROUPS)]
+    except (OSError, StopIteration):
+        return 1.0
+    return min(shares, default=1.0)
+
+
+def _free_share(group: Path) -> float:
+    try:
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+        cache = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["inactive_file"]
+    except (OSError, ValueError, KeyError):
+        return 1.0
+    return 1 - (used - int(cache)) / limit
