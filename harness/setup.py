@@ -125,6 +125,8 @@ def bring(env: Venv, stages: list[str], device: Device, lock: int) -> None:
             shutil.rmtree(info)
         if env.lacking(stage):
             install(env, stage, device, lock)
+        if lacking := env.lacking(stage):
+            raise Unproven(f"pip left {', '.join(lacking)} out of {stage}")
         say(f"{stage}: proving that it imports")
         imports = "".join(f"import {module(r)}\n" for r in requirements(stage))
         proof = env.run(imports + PROOFS.get(stage, ""))

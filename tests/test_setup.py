@@ -21,7 +21,18 @@ name = "small"
 
 [dependency-groups]
 light = ["alpha==1.0"]
-heavy = [{ include-group = "light" }, "torch==2.11.0"]
+heavy = [
+    { include-group = "light" },
+    "torch==2.11.0",
+]
+gpu = [
+    { include-group = "heavy" },
+    "transformer-engine-torch==2.19.0",
+]
+gpu-build = [
+    { include-group = "heavy" },
+    "nvidia-cuda-nvcc==13.0.88",
+]
 
 [tool.other]
 key = 1
@@ -46,7 +57,7 @@ class EnvBuilder:
 FAKE_PYTHON = f"""#!/bin/bash
 site=${{0%/*}}/../lib/python3.12/site-packages
 case "$*" in
-  "-I -m pip install "*) exec {sys.executable} "$FAKES/pip.py" "$site" "${{@:5}}" ;;
+  "-I -m pip "*) exec {sys.executable} "$FAKES/pip.py" "$site" "${{@:4}}" ;;
   "-I -c import pip") [[ -d $site ]] ;;
   "-I -c "*) exec {sys.executable} -I -S -c 'import sys; sys.path[:0] = [sys.argv[1]]; exec(sys.argv[2])' \\
     "$site" "$3" ;;
@@ -65,18 +76,27 @@ if mood in ("network", "disk", "index"):
            "disk": "ERROR: [Errno 28] No space left on device",
            "index": "ERROR: No matching distribution found for alpha==1.0"}[mood])
     sys.exit(1)
+if "wheel" == os.path.basename(arguments[0]):
+    if mood == "compiler":
+        print("c++: fatal error: Killed signal terminated program cc1plus")
+        sys.exit(1)
+    print("  [1/2] c++ one.cpp", "  [2/2] c++ two.cpp", sep="\\n")
+    folder = pathlib.Path(arguments[arguments.index("--wheel-dir") + 1])
+    (folder / "transformer_engine_torch-2.19.0-cp312-cp312-linux_x86_64.whl").touch()
+    arguments = []
 for word in arguments:
     if not (pinned := re.fullmatch(r"([a-z-]+)==([0-9.]+)", word)):
         continue
     name, version = pinned.groups()
     if name == "torch" and os.environ.get("TORCH_INDEX") and "--index-url" in arguments:
         version += "+cpu"
-    for old in site.glob(name + "-*.dist-info"):
-        if old.name.startswith(f"{name}-{version.split('+')[0]}"):
+    folder = name.replace("-", "_")
+    for old in site.glob(folder + "-*.dist-info"):
+        if old.name.startswith(f"{folder}-{version.split('+')[0]}"):
             break
     else:
         print("Collecting", word, flush=True)
-        info = site / f"{name}-{version}.dist-info"
+        info = site / f"{folder}-{version}.dist-info"
         info.mkdir()
         (site / name).mkdir(exist_ok=True)
         if mood == "hang":
@@ -86,9 +106,15 @@ for word in arguments:
         code = "raise ImportError('half a file')" if mood == "broken" else ""
         (site / name / "__init__.py").write_text(code)
         (info / "RECORD").write_text(f"{name}/__init__.py,,0\\n{info.name}/RECORD,,\\n")
+        if name == "nvidia-cuda-nvcc":
+            (site / "nvidia/cu13").mkdir(parents=True)
+        if name == "transformer-engine-torch":
+            (site / "transformer_engine").mkdir(exist_ok=True)
+            (site / "transformer_engine/pytorch.py").touch()
         if name == "torch":
+            (site / "torch/cuda.py").write_text("def is_available(): return False")
             (site / "torch/distributed.py").write_text("def is_gloo_available(): return True")
-            (site / "torch/__init__.py").write_text("def ones(n): return n")
+            (site / "torch/__init__.py").write_text("from . import cuda\\ndef ones(n): return n")
 """
 
 
@@ -98,7 +124,7 @@ class Repository:
     def __init__(self, path: Path):
         self.path, self.fakes = path / "repository", path / "fakes"
         modules = ("__init__", "errors", "stages", "setup", "entry/__init__", "entry/upstream")
-        for file in ("scripts/setup.sh", *(f"harness/{module}.py" for module in modules)):
+        for file in ("scripts/setup.sh", "scripts/setup-gpu.sh", *(f"harness/{module}.py" for module in modules)):
             (self.path / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / file, self.path / file)
         (self.path / "scripts/constraints.txt").touch()
@@ -127,9 +153,9 @@ class Repository:
         file.chmod(0o755)
         return file
 
-    def start(self, *words: str, **environment: str) -> subprocess.Popen[str]:
+    def start(self, *words: str, script: str = "setup.sh", **environment: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [self.path / "scripts/setup.sh", *words],
+            [self.path / "scripts" / script, *words],
             env=self.environment | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -137,8 +163,8 @@ class Repository:
             start_new_session=True,
         )
 
-    def run(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        process = self.start(*words, **environment)
+    def run(self, *words: str, script: str = "setup.sh", **environment: str) -> subprocess.CompletedProcess[str]:
+        process = self.start(*words, script=script, **environment)
         out, err = process.communicate(timeout=60)
         assert "Traceback" not in err
         return subprocess.CompletedProcess(words, process.returncode, out, err)
@@ -193,7 +219,7 @@ def tools(repository) -> Path:
     """A folder with the few commands the script itself needs, and no Python."""
     folder = repository.fakes / "tools"
     folder.mkdir()
-    for name in ("bash", "env"):
+    for name in ("bash", "env", "sed", "uname", "nproc", "mkdir", "tee", "grep"):
         (folder / name).symlink_to(shutil.which(name))
     return folder
 
@@ -373,6 +399,72 @@ def test_venv_0_wrong_python(repository):
     said = repository.run("light", VENV="0", PATH=f"{repository.fakes}:{tools(repository)}")
     assert said.returncode == 2
     assert "VENV=0 PYTHON=/path/to/python3.12" in said.stderr
+
+
+def set_up_gpu(repository, **environment):
+    """Run scripts/setup-gpu.sh where a C++ compiler is."""
+    compiler = repository.fakes / "c++"
+    compiler.write_text("#!/bin/sh\necho 12\n")
+    compiler.chmod(0o755)
+    environment = {"TORCH_INDEX": "", "DEVICE": "cpu", **environment}
+    return repository.run(script="setup-gpu.sh", **environment)
+
+
+def test_gpu_builds_transformer_engine_once_and_keeps_the_wheel(repository, tmp_path):
+    said = set_up_gpu(repository)
+    assert said.returncode == 0, said.stderr
+    assert (repository.site / "transformer_engine_torch-2.19.0.dist-info").exists()
+    assert list((tmp_path / ".cache/megatron-harness/torch-2.11.0-cu13").glob("*.whl"))
+    built = [call for call in repository.log("pip") if call.startswith("wheel")]
+    assert len(built) == 1 and "transformer-engine-torch==2.19.0" in built[0] and "--no-build-isolation" in built[0]
+    shutil.rmtree(repository.venv / "lib/python3.12/site-packages/transformer_engine_torch-2.19.0.dist-info")
+    assert set_up_gpu(repository).returncode == 0
+    assert [call for call in repository.log("pip") if call.startswith("wheel")] == built
+
+
+def test_gpu_takes_a_wheel_that_lies_somewhere_and_needs_no_compiler_then(repository, tmp_path):
+    assert repository.run("light").returncode == 0
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "transformer_engine_torch-2.19.0-cp312-cp312-linux_x86_64.whl").touch()
+    bare = f"{repository.fakes}:{tools(repository)}"
+    without = repository.run(script="setup-gpu.sh", PATH=bare, TORCH_INDEX="")
+    assert without.returncode == 2 and "no C++ compiler" in without.stderr
+    said = repository.run(script="setup-gpu.sh", PATH=bare, TORCH_INDEX="", WHEELS=str(kept))
+    assert said.returncode == 0, said.stderr
+    assert not [call for call in repository.log("pip") if call.startswith("wheel")]
+
+
+def test_gpu_with_an_old_driver(repository):
+    smi = repository.fakes / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho '| NVIDIA-SMI 550.54   Driver Version: 550.54   CUDA Version: 12.4 |'\n")
+    smi.chmod(0o755)
+    said = set_up_gpu(repository)
+    assert said.returncode == 2
+    assert "speaks CUDA 12, torch 2.11.0 from PyPI wants 13" in said.stderr and "580" in said.stderr
+    assert not repository.venv.exists()
+
+
+def test_gpu_build_that_fails_says_why(repository):
+    repository.run("gpu-build", TORCH_INDEX="", DEVICE="cuda")
+    said = set_up_gpu(repository, PIP_MOOD="compiler")
+    assert said.returncode == 2
+    assert "Killed signal terminated program cc1plus" in said.stderr and "MAX_JOBS=1" in said.stderr
+    assert not repository.venv.joinpath("setup-gpu.stamp").exists()
+
+
+def test_gpu_dry_run_only_prints(repository):
+    said = set_up_gpu(repository, DRY_RUN="1")
+    assert said.returncode == 0, said.stderr
+    commands = said.stdout.splitlines()
+    assert commands[0] == "scripts/setup.sh heavy" and commands[-1].endswith("scripts/setup.sh gpu")
+    assert not repository.venv.exists() and not repository.log("pip")
+
+
+def test_gpu_in_a_container_names_what_is_missing(repository):
+    said = set_up_gpu(repository, VENV="0", PYTHON=sys.executable)
+    assert said.returncode == 2
+    assert "lacks" in said.stderr and "transformer-engine-torch" in said.stderr
 
 
 def test_unknown_stage(repository):
