@@ -1,0 +1,71 @@
+"""How fast the front door answers: completion, `make -n`, `make list`, `make show`, each beside an idle process of its kind.
+
+    .venv/bin/python benchmarks/front_door.py        writes benchmarks/front_door.json and prints the table
+"""
+
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNS = 15
+COMPLETE = """
+source /usr/share/bash-completion/bash_completion; _completion_loader make
+COMP_WORDS=(make 1); COMP_CWORD=1; COMP_LINE='make 1'; COMP_POINT=6; COMP_TYPE=9
+start=$EPOCHREALTIME; _make make 1 make; end=$EPOCHREALTIME
+echo $(( ${end/./} - ${start/./} ))
+"""
+HEAVY = ("torch", "matplotlib", "megatron")
+
+
+def wall_ms(*command: str, cwd: Path = ROOT) -> float:
+    start = time.perf_counter()
+    subprocess.run(command, cwd=cwd, stdout=subprocess.DEVNULL, check=True)
+    return 1000 * (time.perf_counter() - start)
+
+
+def completion_ms() -> float:
+    done = subprocess.run(["bash", "--norc", "-c", COMPLETE], cwd=ROOT, capture_output=True, text=True, check=True)
+    return int(done.stdout) / 1000
+
+
+def heavy_imports(*words: str) -> list[str]:
+    done = subprocess.run([sys.executable, "-X", "importtime", "-m", "harness", *words], cwd=ROOT,
+                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=True)
+    return sorted({line.rsplit("|", 1)[1].strip().split(".")[0] for line in done.stderr.splitlines() if "|" in line} & {*HEAVY})
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as empty:
+        Path(empty, "Makefile").write_text("MAKEFLAGS += -rR\nnothing: ; @true\n")
+        measured = {
+            "bash completion of `make 1<tab>`": (completion_ms, lambda: wall_ms("make", "-n", "nothing", cwd=Path(empty)),
+                                                 "`make -n` of an empty Makefile"),
+            "`make -n 101`": (lambda: wall_ms("make", "-n", "101"), lambda: wall_ms("make", "-n", "nothing", cwd=Path(empty)),
+                              "`make -n` of an empty Makefile"),
+            "`make list`": (lambda: wall_ms("make", "list"), lambda: wall_ms(sys.executable, "-c", "pass"), "`python -c pass`"),
+            "`make show-408`": (lambda: wall_ms("make", "show-408"), lambda: wall_ms(sys.executable, "-c", "pass"),
+                                "`python -c pass`"),
+        }
+        rows = []
+        for what, (ours, idle, beside) in measured.items():
+            pairs = [(ours(), idle()) for _ in range(RUNS)]
+            rows.append({"what": what, "ms": statistics.median(a for a, _ in pairs), "worst_ms": max(a for a, _ in pairs),
+                         "beside": beside, "ratio": statistics.median(a / b for a, b in pairs)})
+    imports = {words: heavy_imports(*words.split()) for words in ("list", "show 408", "table")}
+    result = {"machine": f"{platform.processor() or platform.machine()}, {platform.python_version()}", "runs": RUNS,
+              "rows": rows, "heavy_imports": imports}
+    Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    for row in rows:
+        print(f"{row['what']:34} {row['ms']:7.1f} ms  worst {row['worst_ms']:7.1f} ms  {row['ratio']:5.1f} x {row['beside']}")
+    for words, found in imports.items():
+        print(f"{words:10} imports of {', '.join(HEAVY)}: {', '.join(found) or 'none'}")
+
+
+if __name__ == "__main__":
+    main()
