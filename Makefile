@@ -40,7 +40,7 @@ monitor-gpu: ## a live view of the GPUs
 	@$(HARNESS) monitor-gpu
 
 ##@ Read
-table: MORE = CHAPTER FORMAT
+table: MORE = CHAPTER ID HARDWARE AGAINST FORMAT
 table: ## every run beside its published row   [CHAPTER=100] [FORMAT=terminal|markdown|csv|json]
 	@$(HARNESS) table $(WORDS)
 compare: MORE = A B FORMAT

@@ -129,7 +129,7 @@ def _matches(e: Experiment, settings: Mapping[str, str], catalog: Catalog) -> bo
 def _table(words: list[str]) -> int:
     from harness import tables
 
-    settings = overrides.parse(words, extra=("CHAPTER", "FORMAT"))
+    settings = overrides.parse(words, extra=("CHAPTER", "FORMAT", "ID", "HARDWARE", "AGAINST"))
     return tables.print_table(_outdir(settings), RECORDS, settings)
 
 
