@@ -1,0 +1,451 @@
+"""Megatron's IndexedDataset: a ``.bin`` of token ids, and an ``.idx`` that says where each sequence and document is.
+
+    .idx   magic "MMIDIDX\\0\\0", version 1 (uint64), dtype code (uint8), sequences n (uint64), documents + 1 (uint64),
+           n lengths (int32, tokens), n pointers (int64, bytes into .bin), documents + 1 indices (int64): document i is
+           the sequences document_indices[i] to document_indices[i + 1]; the first index is 0, the last n
+    .bin   the token ids of all sequences, one after another
+
+All little-endian. Source: megatron/core/datasets/indexed_dataset.py of core_v0.19.0; its builder writes the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")
+DTYPES = {
+    1: np.dtype("u1"), 2: np.dtype("i1"), 3: np.dtype("<i2"), 4: np.dtype("<i4"),
+    5: np.dtype("<i8"), 6: np.dtype("<f8"), 7: np.dtype("<f4"), 8: np.dtype("<u2"),
+}  # fmt: skip
+"""Upstream's code in the header -> how .bin is stored."""
+
+_BLOCK = 1 << 20
+"""Entries of an index that are looked at together."""
+
+
+class FormatError(ValueError):
+    """A pair of files that is not, or not all of, an IndexedDataset. The message says what does not add up."""
+
+
+def best_dtype(vocab_size: int | None) -> np.dtype:
+    """How ids below ``vocab_size`` are stored: uint16 below 65500, else int32 (upstream's DType.optimal_dtype)."""
+    return DTYPES[8] if vocab_size is not None and vocab_size < 65500 else DTYPES[4]
+
+
+def bin_path(prefix: Path) -> Path:
+    return prefix.with_name(prefix.name + ".bin")
+
+
+def idx_path(prefix: Path) -> Path:
+    return prefix.with_name(prefix.name + ".idx")
+
+
+@dataclass(frozen=True)
+class Index:
+    """A validated .idx; the arrays are views of the file on disk.
+
+    ``lengths``: (sequences,) int32, in tokens. ``pointers``: (sequences,) int64, first byte in .bin.
+    ``document_indices``: (documents + 1,) int64.
+    """
+
+    dtype: np.dtype
+    lengths: np.ndarray
+    pointers: np.ndarray
+    document_indices: np.ndarray
+    tokens: int
+
+    @property
+    def sequences(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def documents(self) -> int:
+        return len(self.document_indices) - 1
+
+    @property
+    def bin_bytes(self) -> int:
+        """What the .bin must hold."""
+        return self.tokens * self.dtype.itemsize
+
+    def document_tokens(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Tokens of each of the documents ``start`` to ``stop``, int64."""
+        ends = self.document_indices[start : None if stop is None else stop + 1]
+        total = np.concatenate(([0], np.cumsum(self.lengths[ends[0] : ends[-1]], dtype=np.int64)))
+        return np.diff(total[ends - ends[0]])
+
+
+def read_index(path: Path) -> Index:
+    """Read an .idx and check all that it says about itself; whatever bytes the file holds, this ends.
+
+    Raises:
+        FormatError: it is no .idx, it is cut short or too long, or its lengths, pointers and documents do not add up.
+        OSError: it cannot be read.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(HEADER.size)
+    if not head.startswith(MAGIC):
+        raise FormatError(f"{path} does not begin with {MAGIC!r}: no index" if head else f"{path} is empty")
+    if len(head) < HEADER.size:
+        raise FormatError(f"{path} ends after {len(head)} bytes, within its header of {HEADER.size}")
+    _, version, code, sequences, entries = HEADER.unpack(head)
+    if version != 1:
+        raise FormatError(f"{path} is of version {version}, not 1")
+    if code not in DTYPES:
+        raise FormatError(f"{path} names dtype {code}; known are {', '.join(map(str, DTYPES))}")
+    if not entries:
+        raise FormatError(f"{path} has no document indices; there are documents + 1 of them")
+    expected = HEADER.size + 12 * sequences + 8 * entries
+    if size != expected:
+        raise FormatError(
+            f"{path}: {sequences:,} sequences and {entries - 1:,} documents take {HEADER.size} + 12 x {sequences} + "
+            f"8 x {entries} = {expected:,} bytes, the file has {size:,}: {_too(size, expected)}"
+        )
+    raw = np.memmap(path, mode="r", dtype=np.uint8)
+    if raw.size != expected:
+        raise FormatError(f"{path} changed while it was read")
+    at = HEADER.size
+    lengths = raw[at : at + 4 * sequences].view("<i4")
+    at += 4 * sequences
+    pointers = raw[at : at + 8 * sequences].view("<i8")
+    document_indices = raw[at + 8 * sequences :].view("<i8")
+    dtype = DTYPES[code]
+    tokens = _check_sequences(path, lengths, pointers, dtype.itemsize)
+    _check_documents(path, document_indices, sequences)
+    return Index(dtype, lengths, pointers, document_indices, tokens)
+
+
+def check_pair(prefix: Path) -> Index:
+    """The index of ``prefix``.idx, whose .bin is there and of the right size. Reads no token.
+
+    Raises:
+        FormatError: see ``read_index``; or .bin is missing, cut short or too long.
+    """
+    try:
+        index = read_index(idx_path(prefix))
+        held = bin_path(prefix).stat().st_size
+    except OSError as error:
+        raise FormatError(f"{error.filename}: {error.strerror}") from None
+    if held != index.bin_bytes:
+        raise FormatError(
+            f"{bin_path(prefix)} has {held:,} bytes; the index says {index.tokens:,} tokens x {index.dtype.itemsize} = "
+            f"{index.bin_bytes:,}: {_too(held, index.bin_bytes)}"
+        )
+    return index
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What a pass over a .bin found. ``inner_ends``: end-of-document tokens within documents (the text spelled one)."""
+
+    highest: int
+    inner_ends: int
+    sha256: str
+
+
+def check_tokens(
+    prefix: Path, index: Index, vocab_size: int, eod: int | None = None, advance: Callable[[int], None] = lambda _: None
+) -> Tokens:
+    """Read every token of ``prefix``.bin.
+
+    Args:
+        vocab_size: ids are 0 to this, exclusive.
+        eod: the token that each document that has tokens must end with; None: none is expected.
+        advance: told the bytes of each block read.
+
+    Raises:
+        FormatError: an id is outside the vocabulary, or a document does not end with ``eod``; the first is named.
+    """
+    if index.dtype.kind not in "iu":
+        raise FormatError(f"{idx_path(prefix)}: tokens are stored as {index.dtype.name}; ids are integers")
+    sha = hashlib.sha256()
+    highest, seen, ends, inner = -1, 0, _document_ends(index), 0
+    pending = next(ends, None)
+    with bin_path(prefix).open("rb") as file:
+        while block := file.read(_BLOCK * index.dtype.itemsize):
+            sha.update(block)
+            ids = np.frombuffer(block, index.dtype, len(block) // index.dtype.itemsize)
+            low, high = int(ids.min()), int(ids.max())
+            if low < 0 or high >= vocab_size:
+                at = int(np.argmax((ids < 0) | (ids >= vocab_size)))
+                document, token = _place(index, seen + at)
+                raise FormatError(
+                    f"{bin_path(prefix)}: document {document:,} has id {ids[at]} as its token {token:,}; "
+                    f"the vocabulary is 0 to {vocab_size - 1}"
+                )
+            highest = max(highest, high)
+            if eod is not None:
+                inner += int(np.count_nonzero(ids == eod))
+                while pending is not None and len(pending):
+                    here = pending[: np.searchsorted(pending, seen + len(ids))]
+                    wrong = np.flatnonzero(ids[here - seen] != eod)
+                    if len(wrong):
+                        document, _ = _place(index, int(here[wrong[0]]))
+                        raise FormatError(
+                            f"{bin_path(prefix)}: document {document:,} ends with id {ids[here[wrong[0]] - seen]}, "
+                            f"not with end-of-document {eod}"
+                        )
+                    inner -= len(here)
+                    pending = pending[len(here) :]
+                    if len(pending):
+                        break
+                    pending = next(ends, None)
+            seen += len(ids)
+            advance(len(block))
+    if seen != index.tokens:
+        raise FormatError(f"{bin_path(prefix)} changed while it was read")
+    return Tokens(highest, inner, sha.hexdigest())
+
+
+class Writer:
+    """Writes a pair of any size in little memory. Stopped at any moment it leaves parts, no pair, and can go on.
+
+    ``.bin.part``, ``.lengths.part`` and ``.documents.part`` grow; ``finish`` turns them into ``.bin`` and ``.idx``.
+    """
+
+    def __init__(self, prefix: Path, dtype: np.dtype, resume: Marks | None = None) -> None:
+        """Begin anew, or go on behind ``resume``, what ``marks`` once said.
+
+        Raises:
+            FormatError: the parts hold less than ``resume`` says.
+        """
+        self.prefix, self.dtype = prefix, dtype
+        self._marks = resume or Marks(0, 0, 0)
+        sizes = (self._marks.tokens * dtype.itemsize, 4 * self._marks.sequences, 8 * self._marks.documents)
+        self._files = [_open_part(path, size) for path, size in zip(self._parts(), sizes, strict=True)]
+        self._sha = _sha256(self._parts()[0])
+
+    def append(self, ids: np.ndarray, lengths: np.ndarray, document_ends: np.ndarray) -> None:
+        """Add documents.
+
+        Args:
+            ids: (tokens,) of any integer dtype; must fit ``dtype``.
+            lengths: (sequences,) tokens of each sequence; add up to ``len(ids)``.
+            document_ends: (documents,) sequences among these before each document's end; a document may have none.
+        """
+        block = np.ascontiguousarray(ids, self.dtype).view(np.uint8).data
+        self._sha.update(block)
+        _write(self._files[0], block)
+        _write(self._files[1], np.ascontiguousarray(lengths, "<i4").view(np.uint8).data)
+        _write(self._files[2], np.add(document_ends, self._marks.sequences, dtype="<i8").view(np.uint8).data)
+        m = self._marks
+        self._marks = Marks(m.tokens + len(ids), m.sequences + len(lengths), m.documents + len(document_ends))
+
+    def append_pair(self, prefix: Path) -> None:
+        """Add a whole other pair, as upstream's add_index. Raises FormatError where it is none or of another dtype."""
+        index = check_pair(prefix)
+        if index.dtype != self.dtype:
+            raise FormatError(
+                f"{idx_path(prefix)} stores {index.dtype.name}, {self.prefix.name} {self.dtype.name}: they do not merge"
+            )
+        base = self._marks
+        with bin_path(prefix).open("rb") as file:
+            while block := file.read(_BLOCK * 8):
+                self._sha.update(block)
+                _write(self._files[0], block)
+        for block in _blocks(index.lengths):
+            _write(self._files[1], block.tobytes())
+        for block in _blocks(index.document_indices[1:]):
+            _write(self._files[2], (block + base.sequences).astype("<i8").tobytes())
+        self._marks = Marks(
+            base.tokens + index.tokens, base.sequences + index.sequences, base.documents + index.documents
+        )
+
+    def marks(self) -> Marks:
+        """How far the parts have grown."""
+        return self._marks
+
+    def sync(self) -> None:
+        """Return once all that was appended is on the disk."""
+        for file in self._files:
+            os.fdatasync(file.fileno())
+
+    def finish(self) -> Pair:
+        """Write the index and give both files their names, the .idx last; an older pair goes first."""
+        self.close(sync=True)
+        part = self.prefix.with_name(self.prefix.name + ".idx.part")
+        with part.open("wb") as file:
+            sha = _write_index(file, self.dtype, self._parts()[1], self._parts()[2], self._marks)
+        idx_path(self.prefix).unlink(missing_ok=True)
+        self._parts()[0].replace(bin_path(self.prefix))
+        part.replace(idx_path(self.prefix))
+        _sync_folder(self.prefix.parent)
+        for leftover in self._parts()[1:]:
+            leftover.unlink()
+        return Pair(self._marks, self._sha.hexdigest(), sha)
+
+    def close(self, sync: bool = False) -> None:
+        """Close the parts; they stay."""
+        if sync and self._files:
+            self.sync()
+        for file in self._files:
+            file.close()
+        self._files = []
+
+    def _parts(self) -> tuple[Path, Path, Path]:
+        name = self.prefix.name
+        return tuple(self.prefix.with_name(f"{name}.{kind}.part") for kind in ("bin", "lengths", "documents"))
+
+
+@dataclass(frozen=True)
+class Marks:
+    """How much a pair, or its parts, hold."""
+
+    tokens: int
+    sequences: int
+    documents: int
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A finished pair: what it holds and the checksums of its files."""
+
+    marks: Marks
+    bin_sha256: str
+    idx_sha256: str
+
+
+def merge(prefixes: Sequence[Path], prefix: Path) -> Pair:
+    """Join pairs, in order, into ``prefix``.bin and .idx, in little memory.
+
+    Raises:
+        FormatError: one of them is no pair, or their dtypes differ.
+    """
+    writer = Writer(prefix, read_index(idx_path(prefixes[0])).dtype)
+    try:
+        for each in prefixes:
+            writer.append_pair(each)
+        return writer.finish()
+    finally:
+        writer.close()
+
+
+def _too(held: int, expected: int) -> str:
+    return "cut short" if held < expected else "something follows"
+
+
+def _write_index(file: BinaryIO, dtype: np.dtype, lengths: Path, documents: Path, marks: Marks) -> str:
+    code = next(code for code, known in DTYPES.items() if known == dtype)
+    sha = hashlib.sha256()
+
+    def put(block: bytes) -> None:
+        sha.update(block)
+        _write(file, block)
+
+    put(HEADER.pack(MAGIC, 1, code, marks.sequences, marks.documents + 1))
+    for block in _file_blocks(lengths):
+        put(block)
+    at = 0
+    for block in _file_blocks(lengths):
+        ends = at + np.cumsum(np.frombuffer(block, "<i4"), dtype="<i8") * dtype.itemsize
+        put(np.concatenate(([at], ends[:-1])).astype("<i8").tobytes())
+        at = int(ends[-1])
+    put(struct.pack("<q", 0))
+    for block in _file_blocks(documents):
+        put(block)
+    file.flush()
+    os.fdatasync(file.fileno())
+    return sha.hexdigest()
+
+
+def _check_sequences(path: Path, lengths: np.ndarray, pointers: np.ndarray, itemsize: int) -> int:
+    tokens = 0
+    for start in range(0, len(lengths), _BLOCK):
+        block = lengths[start : start + _BLOCK]
+        if block.min() < 0:
+            at = start + int(np.argmax(block < 0))
+            raise FormatError(f"{path}: sequence {at:,} has length {lengths[at]}")
+        ends = tokens + np.cumsum(block, dtype=np.int64)
+        wrong = pointers[start : start + _BLOCK] != np.concatenate(([tokens], ends[:-1])) * itemsize
+        if wrong.any():
+            at = start + int(np.argmax(wrong))
+            raise FormatError(
+                f"{path}: sequence {at:,} points to byte {pointers[at]:,}; the lengths before it add up to another"
+            )
+        tokens = int(ends[-1])
+    return tokens
+
+
+def _check_documents(path: Path, document_indices: np.ndarray, sequences: int) -> None:
+    if document_indices[0] != 0:
+        raise FormatError(f"{path}: the first document begins at sequence {document_indices[0]:,}, not 0")
+    for start in range(0, len(document_indices) - 1, _BLOCK):
+        block = document_indices[start : start + _BLOCK + 1]
+        step = np.flatnonzero(block[:-1] > block[1:])
+        if len(step):
+            raise FormatError(f"{path}: document {start + int(step[0]):,} ends before it begins")
+    if document_indices[-1] != sequences:
+        raise FormatError(
+            f"{path}: the documents end at sequence {document_indices[-1]:,} of {sequences:,}: an end is missing"
+        )
+
+
+def _document_ends(index: Index) -> Iterator[np.ndarray]:
+    """Positions of the last token of each document that has tokens, in blocks, ascending."""
+    for start in range(0, index.documents, _BLOCK):
+        ends = index.document_indices[start : start + _BLOCK + 1]
+        if ends[-1] == ends[0]:
+            continue
+        lengths = np.cumsum(index.lengths[ends[0] : ends[-1]], dtype=np.int64)
+        lengths = np.concatenate(([0], lengths)) + index.pointers[ends[0]] // index.dtype.itemsize
+        first, last = lengths[ends[:-1] - ends[0]], lengths[ends[1:] - ends[0]]
+        if (last > first).any():
+            yield last[last > first] - 1
+
+
+def _place(index: Index, token: int) -> tuple[int, int]:
+    """(document, token within it) of a token of .bin."""
+    sequence = int(np.searchsorted(index.pointers, token * index.dtype.itemsize, "right")) - 1
+    document = int(np.searchsorted(index.document_indices, sequence, "right")) - 1
+    first = int(index.pointers[index.document_indices[document]]) // index.dtype.itemsize
+    return document, token - first
+
+
+def _blocks(array: np.ndarray) -> Iterator[np.ndarray]:
+    return (array[start : start + _BLOCK] for start in range(0, len(array), _BLOCK))
+
+
+def _file_blocks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while block := file.read(8 * _BLOCK):
+            yield block
+
+
+def _open_part(path: Path, size: int) -> BinaryIO:
+    file = path.open("r+b" if size else "wb", buffering=0)
+    if os.fstat(file.fileno()).st_size < size:
+        file.close()
+        raise FormatError(f"{path} has less than the {size:,} bytes that were written before")
+    file.truncate(size)
+    file.seek(size)
+    return file
+
+
+def _sha256(path: Path) -> hashlib._Hash:
+    sha = hashlib.sha256()
+    for block in _file_blocks(path):
+        sha.update(block)
+    return sha
+
+
+def _write(file: BinaryIO, block: bytes | memoryview) -> None:
+    view = memoryview(block)
+    while view:
+        view = view[file.write(view) :]
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
