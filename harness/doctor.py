@@ -76,7 +76,8 @@ def line(finding: Finding, *, colour: bool) -> str:
 def packages(on_gpu: bool) -> Iterator[Finding]:
     """Python, the set-up stages, torch, Transformer Engine, Apex."""
     yield Finding("Python", "ok", f"{platform.python_version()}, {sys.executable}")
-    environment = Venv(Path(sys.prefix)) if sys.prefix != sys.base_prefix else None
+    here = Venv(Path(sys.prefix))
+    environment = here if here.stamp("light").exists() else None  # else VENV=0: someone else's interpreter
     yield stage("light", environment, "make help")
     yield stage("heavy", environment, "make setup")
     found = installed_torch()
@@ -99,7 +100,8 @@ def stage(name: str, environment: Venv | None, command: str) -> Finding:
     names = ", ".join(map(distribution, lacking))
     if environment:
         return Finding(topic, "note", f"not installed yet: {names}", f"comes with the first run, or: {command}")
-    return Finding(topic, "missing", f"lacks {names}", f"{sys.executable} -m pip install {' '.join(lacking)}")
+    state = "missing" if set(lacking) & set(requirements("core")) else "note"
+    return Finding(topic, state, f"lacks {names}", f"{sys.executable} -m pip install {' '.join(lacking)}")
 
 
 def _others(name: str) -> str:

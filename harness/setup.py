@@ -306,8 +306,9 @@ def size_mib(folder: Path) -> float:
 
 
 def check(stages: list[str]) -> None:
-    """Raises UserError naming what the running interpreter lacks for ``stages`` (VENV=0)."""
-    lacking = dict.fromkeys(r for stage in stages for r in missing(stage))
+    """Raises UserError naming what the running interpreter lacks for ``stages`` (VENV=0), in any version."""
+    needed = ["core" if stage == "heavy" else stage for stage in stages]
+    lacking = dict.fromkeys(r for stage in needed for r in missing(stage))
     if lacking:
         raise UserError(
             f"VENV=0 uses {sys.executable}, which lacks {', '.join(map(distribution, lacking))}\n"

@@ -21,9 +21,13 @@ name = "small"
 
 [dependency-groups]
 light = ["alpha==1.0"]
-heavy = [
+core = [
     { include-group = "light" },
     "torch==2.11.0",
+]
+heavy = [
+    { include-group = "core" },
+    "beta==1.0",
 ]
 gpu = [
     { include-group = "heavy" },
@@ -379,6 +383,7 @@ def test_venv_0_names_what_is_missing(repository):
     said = repository.run("heavy", VENV="0", PYTHON=sys.executable)
     assert said.returncode == 2
     assert "lacks alpha" in said.stderr and "pip install alpha==1.0" in said.stderr
+    assert "beta" not in said.stderr, "runs do without"
     repository.pins(PINS.replace("alpha==1.0", "json==1").replace("torch==2.11.0", "csv==1"))
     name_it = "import sys; print(sys.executable)"
     said = repository.run("heavy", "--", "-c", name_it, VENV="0", PYTHON=sys.executable)
