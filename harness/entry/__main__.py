@@ -1,6 +1,26 @@
 """What torchrun starts, one process a rank: ``torchrun … -m harness.entry <upstream's arguments>``."""
 
-from harness.entry import failures, rank
+import os
 
-failures.die_with_parent()
-rank.run()
+from harness.entry.failures import die_with
+
+
+def main() -> None:
+    """Run this rank; on a CPU, ranks of one node are forked from one process that has imported everything."""
+    die_with(os.getppid())
+    if os.environ.get("HARNESS_DEVICE") == "cpu" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+        from harness.cpu import warm
+
+        warm.become_rank(_prepare)
+    from harness.entry import rank
+
+    rank.run()
+
+
+def _prepare() -> None:
+    from harness.entry import rank
+
+    rank.prepare_for_forks()
+
+
+main()

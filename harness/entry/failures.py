@@ -17,9 +17,8 @@ if TYPE_CHECKING:
 PR_SET_PDEATHSIG = 1
 
 
-def die_with_parent() -> None:
-    """Ask the kernel to kill this process when its parent dies, even of SIGKILL (prctl(2))."""
-    parent = os.getppid()
+def die_with(parent: int) -> None:
+    """Ask the kernel to kill this process when ``parent``, its parent, dies, even of SIGKILL (prctl(2))."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -1,8 +1,12 @@
 """The life of one rank: make upstream ready, add the instruments, train, leave."""
 
+import atexit
+import functools
+import gc
 import os
 import runpy
 import sys
+from typing import NoReturn
 
 from harness.entry import failures, helpers, metrics, upstream
 from harness.entry.report import report_of_this_run
@@ -14,8 +18,9 @@ def on_cpu() -> bool:
     return os.environ.get("HARNESS_DEVICE") == "cpu"
 
 
+@functools.cache
 def prepare() -> Upstream:
-    """Import everything that ranks share and say which upstream it is: the costly part of a start.
+    """Import what all ranks share, the costly part of a start, and say which upstream it is.
 
     Raises:
         UserError: there is no whole Megatron-LM, its helpers cannot be compiled, or the CPU stand-in does not know it.
@@ -26,16 +31,25 @@ def prepare() -> Upstream:
         from harness import cpu
 
         cpu.install()
+    import megatron.core.tokenizers.text  # noqa: F401  (every run imports it, and it takes as long as the rest)
     import megatron.training.training  # noqa: F401
 
     helpers.ensure_compiled()
     return found
 
 
-def run(found: Upstream | None = None) -> None:
+def prepare_for_forks() -> None:
+    """Call ``prepare`` in the process that ranks are forked from; a failure is reported as rank 0's."""
+    with failures.ended_at_once(report_of_this_run()):
+        prepare()
+    gc.collect()
+    gc.freeze()  # no later collection writes to what the forks share
+
+
+def run(found: Upstream | None = None) -> NoReturn:
     """Train as this rank of the job that torchrun's environment describes, with the arguments in ``sys.argv``.
 
-    Without ``HARNESS_RUN_DIR`` no file is written.
+    Without ``HARNESS_RUN_DIR`` no file is written. ``found`` says whose script runs, where not the one to be found.
     """
     report = report_of_this_run()
     with failures.ended_at_once(report):
@@ -64,8 +78,13 @@ def _train(found: Upstream) -> None:
             raise
 
 
-def _leave() -> None:
+def _leave() -> NoReturn:
+    """End the process, done: freeing every object of a forked rank one by one would take seconds and copy its pages."""
     import torch
 
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

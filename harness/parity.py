@@ -1,0 +1,244 @@
+"""Is it even correct? One tiny model trained under every parallelism; its losses are those of one process, step by step.
+
+All runs load the same weights, one ``torch_dist`` checkpoint that upstream reshards, and see the same data in the
+same micro-batches: fp32, no dropout, routing not forced, no token dropped. What differs is the order of sums. The
+learning rate is high enough that a wrong gradient shows in the next loss; the norms of the gradients are compared as
+well, because Adam hides a factor that is wrong in all of them alike.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NoReturn
+
+from harness.catalog import Experiment, Model
+from harness.environment import variables
+from harness.flags import megatron_flags
+from harness.rundir import RUN_DIR_VARIABLE, RunDir, StepMetrics
+
+STEPS = 10
+LOSS_TOLERANCE = 2e-6
+NORM_TOLERANCE = 2e-5
+LIMIT_S = 180
+"""No run takes a tenth of this; one that does hangs."""
+
+DENSE = Model(name="tiny", num_layers=4, hidden_size=64, num_attention_heads=4, vocab_size=255)
+MOE = Model(
+    name="tiny-moe", num_layers=2, hidden_size=64, num_attention_heads=4, vocab_size=255, add_bias_linear=False,
+    num_experts=4, moe_router_topk=2, moe_ffn_hidden_size=64,
+)  # fmt: skip
+
+SETTINGS = (
+    "--attention-dropout 0 --hidden-dropout 0 --init-method-std 0.02 --moe-router-load-balancing-type none "
+    "--lr 1e-3 --min-lr 1e-3 --lr-decay-style constant --lr-warmup-fraction 0 --eval-iters 0"
+).split()
+
+SP2 = {"tp": 2, "sequence_parallel": True}
+ZERO = {"sharding": "optim"}
+LAYOUTS: dict[str, tuple[Model, dict[str, object]]] = {
+    "dp2": (DENSE, {"dp": 2}),
+    "dp2 zero": (DENSE, {"dp": 2} | ZERO),
+    "tp2": (DENSE, {"tp": 2}),
+    "tp2 sp": (DENSE, SP2),
+    "pp2": (DENSE, {"pp": 2}),
+    "pp2 vpp2": (DENSE, {"pp": 2, "vpp": 2}),
+    "cp2 p2p": (DENSE, {"cp": 2, "cp_comm_type": "p2p"}),
+    "cp2 all_gather": (DENSE, {"cp": 2, "cp_comm_type": "all_gather"}),
+    "cp2 a2a": (DENSE, {"cp": 2, "cp_comm_type": "a2a"}),
+    "recompute": (DENSE, {"recompute": "full"}),
+    "tp2 pp2": (DENSE, {"tp": 2, "pp": 2}),
+    "tp2 sp cp2": (DENSE, SP2 | {"cp": 2}),
+    "tp2 sp dp2 zero": (DENSE, SP2 | {"dp": 2} | ZERO),
+    "pp2 vpp2 dp2 zero recompute": (DENSE, {"pp": 2, "vpp": 2, "dp": 2, "recompute": "full"} | ZERO),
+    "ep2": (MOE, {"dp": 2, "ep": 2}),
+    "ep2 zero": (MOE, {"dp": 2, "ep": 2} | ZERO),
+    "tp2 sp etp2": (MOE, SP2 | {"etp": 2}),
+    "tp2 sp ep2": (MOE, SP2 | {"ep": 2}),
+    "pp2 ep2": (MOE, {"pp": 2, "dp": 2, "ep": 2}),
+}
+ROW = "{:36} {:>5} {:>5}  {:16} {:>10} {:>10}  {}"
+
+
+@dataclass
+class Run:
+    """A training run whose ranks are forked from this process, which has imported everything.
+
+    Attributes:
+        arguments: upstream's, beyond what the experiment says.
+        tolerance: relative difference up to which its losses count as equal.
+        own_script: whether the harness's own script trains, though upstream's is there.
+    """
+
+    name: str
+    experiment: Experiment
+    folder: Path
+    arguments: tuple[str, ...] = ()
+    tolerance: float = LOSS_TOLERANCE
+    own_script: bool = False
+    failure: str | None = None
+    _pids: set[int] = field(default_factory=set)
+    _started_s: float = 0.0
+
+    @property
+    def ranks(self) -> int:
+        return self.experiment.world_size
+
+    def start(self) -> None:
+        """Fork the ranks."""
+        from harness.cpu import warm
+
+        self.folder.mkdir(parents=True)
+        self._started_s = time.monotonic()
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        for rank in range(self.ranks):
+            pid = warm.fork()
+            if pid == 0:
+                self._train(rank, port)
+            self._pids.add(pid)
+
+    def ended(self) -> bool:
+        """Whether all ranks have ended. Where one has failed or time is up, the others are ended too."""
+        for pid in tuple(self._pids):
+            if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+                self._pids.remove(pid)
+                if status and not self.failure:
+                    self.failure = self._first_error() or f"a rank ended with status {status}"
+        if time.monotonic() - self._started_s > LIMIT_S and not self.failure:
+            self.failure = f"hangs: not at its end after {LIMIT_S} s"
+        if self.failure:
+            for pid in self._pids:
+                os.kill(pid, signal.SIGKILL)
+        return not self._pids
+
+    def metrics(self) -> tuple[StepMetrics, ...]:
+        """One line a step."""
+        return RunDir(self.folder).read_metrics()
+
+    def _train(self, rank: int, port: int) -> NoReturn:
+        """Be rank ``rank``, as torchrun would have started it."""
+        from harness.entry import rank as entry
+        from harness.entry.upstream import Upstream
+
+        log = os.open(self.folder / "logs.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        for output in (1, 2):
+            os.dup2(log, output)
+        ranks = str(self.ranks)
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), RUN_DIR_VARIABLE: str(self.folder)}
+        words = [word for group in megatron_flags(self.experiment, "cpu") for word in group]
+        learned = [word for word in words if word != "--moe-router-force-load-balancing"]
+        sys.argv = ["pretrain_gpt.py", *learned, *SETTINGS, *self.arguments]
+        entry.run(Upstream(None) if self.own_script else None)
+
+    def _first_error(self) -> str | None:
+        errors = sorted(RunDir(self.folder).read_rank_errors(), key=lambda error: error.time)
+        return next((f"rank {e.rank}: {e.type}: {e.message[:200]}" for e in errors), None)
+
+
+def main(only: Collection[str] | None = None) -> int:
+    """Print a line for every layout; return 0 where the losses of all equal those of one process, else 1.
+
+    Args:
+        only: names in ``LAYOUTS``; by default all of them, and the harness's own script against upstream's.
+    """
+    for variable in variables(_experiment(DENSE, {}), "cpu"):
+        os.environ[variable.name] = variable.value
+    os.environ["OMP_NUM_THREADS"] = "1"
+    from harness.entry import rank
+
+    rank.prepare_for_forks()
+    folder = Path(tempfile.mkdtemp(prefix="parity-"))
+    wanted = {name: LAYOUTS[name] for name in only or LAYOUTS}
+    equal = _compare(wanted, folder, with_own_script=not only and rank.prepare().tree is not None)
+    if equal:
+        shutil.rmtree(folder)
+    else:
+        print(f"not equal; logs and metrics of every run: {folder}")
+    return 0 if equal else 1
+
+
+def _compare(layouts: dict[str, tuple[Model, dict[str, object]]], folder: Path, with_own_script: bool) -> bool:
+    """Make the weights, train one process a model, then every layout; return whether all losses are equal."""
+    initial, single, runs = [], [], []
+    for model in dict.fromkeys(model for model, _ in layouts.values()):
+        weights = str(folder / f"{model.name} weights")
+        load = ("--load", weights, "--finetune", "--no-load-optim", "--no-load-rng")
+        save = ("--save", weights, "--save-interval", "1", "--lr", "0", "--min-lr", "0", "--train-iters", "1")
+        initial.append(_run("initial weights", model, {}, folder, save))
+        single.append(_run("one process", model, {}, folder, load))
+        runs += [_run(name, model, changes, folder, load) for name, (used, changes) in layouts.items() if used is model]
+        if with_own_script:
+            runs.append(_run("harness's own script", model, {}, folder, load, tolerance=0.0, own_script=True))
+
+    for run in _finished(initial):
+        if run.failure:
+            print(f"{run.name}: {run.failure}")
+            return False
+    print(ROW.format("", "ranks", "steps", "loss", "difference", "grad norm", ""))
+    references: dict[str, tuple[StepMetrics, ...]] = {}
+    equal = True
+    for run in _finished(single):
+        references[run.experiment.model.name] = run.metrics()
+        equal &= _judge(run, run.metrics())
+    for run in _finished(runs):
+        equal &= _judge(run, references[run.experiment.model.name])
+    return equal
+
+
+def _run(name: str, model: Model, changes: dict[str, object], folder: Path, arguments: tuple[str, ...], **more) -> Run:
+    name = f"{model.name}, {name}"
+    return Run(name, _experiment(model, changes), folder / name, arguments, **more)
+
+
+def _experiment(model: Model, changes: dict[str, object]) -> Experiment:
+    one_process = Experiment(
+        id="999", slug="parity", chapter=900, shows="parity", model=model, precision="fp32", steps=STEPS,
+        micro_batch_size=2, global_batch_size=8, seq_length=32,
+    )  # fmt: skip
+    return one_process.with_changes(**changes)
+
+
+def _finished(runs: list[Run]) -> Iterator[Run]:
+    """Run all, as many at a time as there are cores for their ranks, and yield each when it has ended."""
+    waiting, running = list(runs), []
+    free = max(os.cpu_count() or 1, 2)
+    while waiting or running:
+        while waiting and (not running or waiting[0].ranks <= free):
+            running.append(waiting.pop(0))
+            free -= running[-1].ranks
+            running[-1].start()
+        for run in [run for run in running if run.ended()]:
+            running.remove(run)
+            free += run.ranks
+            yield run
+        time.sleep(0.02)
+
+
+def _judge(run: Run, reference: tuple[StepMetrics, ...]) -> bool:
+    """Print the row of ``run``; return whether it equals ``reference`` at every step."""
+    steps = run.metrics()
+    losses = [step.loss for step in steps]
+    span = f"{losses[0]:.5f} -> {losses[-1]:.5f}" if losses else ""
+    if run.failure or len(steps) != STEPS or len(reference) != STEPS:
+        verdict = run.failure or f"{len(steps)} of {STEPS} steps, {len(reference)} to compare with"
+        print(ROW.format(run.name, run.ranks, len(steps), span, "", "", verdict), flush=True)
+        return False
+    loss, norm = (
+        max(abs(getattr(a, name) / getattr(b, name) - 1) for a, b in zip(steps, reference, strict=True))
+        for name in ("loss", "grad_norm")
+    )
+    equal = loss <= run.tolerance and norm <= NORM_TOLERANCE
+    verdict = "equal" if equal else f"DIFFERS: allowed {run.tolerance:.0e} and {NORM_TOLERANCE:.0e}"
+    print(ROW.format(run.name, run.ranks, STEPS, span, f"{loss:.1e}", f"{norm:.1e}", verdict), flush=True)
+    return equal
