@@ -1,0 +1,458 @@
+"""Cleaning a corpus: filter each unit, compare all documents, write what is left.
+
+    output_dir/00000.jsonl …        what is kept, in the order of the input: one {"text": …} a line
+    output_dir/dropped/RULE.jsonl   up to 100 documents of those each rule dropped, drawn evenly: where, why, how they begin
+    output_dir/decisions.npy        for each input document, in order: 0 kept, n dropped by the n-th of the report's rules
+    output_dir/manifest.json        the report, written last
+    output_dir/work/                of a run that is not yet done
+
+Units are independent but for the comparison, every file appears whole or not at all, and nothing depends on time or on the
+number of processes: a run that was killed goes on to the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import heapq
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+from pydantic import BaseModel, ConfigDict
+
+from harness.data.clean import fasttext
+from harness.data.clean.documents import Language
+from harness.data.clean.duplicates import exact_duplicates, near_duplicates
+from harness.data.clean.files import atomic
+from harness.data.clean.rules import UNREADABLE, Rules
+from harness.data.clean.units import LONGEST_LINE_BYTES, Unit, cut
+from harness.data.clean.workers import map_in_order
+from harness.errors import UserError
+from harness.rundir import write_json
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done and how much there is."""
+
+SAMPLES = 100
+_SAMPLE_CHARACTERS = 1000
+_BATCH_BYTES = 1 << 20
+_FORMAT = 1
+"""Counts changes of this code after which an unfinished or finished run must not be taken up."""
+
+_VERDICT = np.dtype([("decision", np.uint8), ("unit", np.int32), ("offset", np.int64), ("likeness", np.float32)])
+"""Of a document that passed the filter: what is decided, and the earlier one that it duplicates."""
+
+
+class Shard(BaseModel):
+    """A file of kept documents."""
+
+    model_config = ConfigDict(frozen=True)
+    name: str
+    documents: int
+    bytes: int
+    sha256: str
+
+
+class CleanReport(BaseModel):
+    """What came in, what each rule dropped and changed, what is left. ``bytes`` are those of JSON Lines files."""
+
+    model_config = ConfigDict(frozen=True)
+    documents_in: int
+    bytes_in: int
+    documents_out: int
+    bytes_out: int
+    dropped: dict[str, int]
+    changed: dict[str, int]
+    shards: tuple[Shard, ...]
+    rules: tuple[dict[str, Any], ...]
+    language_model: dict[str, str] | None
+    versions: dict[str, str]
+
+
+def clean(
+    inputs: Sequence[Path],
+    output_dir: Path,
+    rules: Rules,
+    progress: Progress = lambda what, done, total: None,
+    processes: int | None = None,
+) -> CleanReport:
+    """Apply ``rules`` to the documents of ``inputs`` (JSON Lines with "text") and write what is left to ``output_dir``.
+
+    What an earlier call with the same rules and inputs finished is kept; what it left half-way goes on.
+
+    Raises:
+        UserError: an input is missing, none holds a readable document, another process writes to ``output_dir``, or its
+            disk is full.
+    """
+    try:
+        units = _units(inputs)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        with _locked(output_dir):
+            return _resume(units, inputs, output_dir, rules, progress, processes)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            way_out = "make room and start again: it goes on where it stopped"
+        else:
+            way_out = "mend that and start again: it goes on where it stopped"
+        raise UserError(f"cleaning into {output_dir}: {error.strerror or error}\n{way_out}") from None
+    except BrokenProcessPool:
+        raise UserError(
+            f"cleaning into {output_dir}: a process was killed, perhaps for want of memory\n"
+            "start again: it goes on where it stopped"
+        ) from None
+
+
+def _units(inputs: Sequence[Path]) -> tuple[Unit, ...]:
+    if missing := [str(path) for path in inputs if not path.is_file()]:
+        raise UserError(f"no such file: {', '.join(missing)}")
+    if not (units := cut(inputs)):
+        raise UserError(f"nothing to clean: {', '.join(map(str, inputs)) or 'no input'} is empty")
+    return units
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is cleaning into {folder}\nwait for it, or give another NAME=") from None
+        yield
+
+
+def _resume(
+    units: tuple[Unit, ...],
+    inputs: Sequence[Path],
+    output_dir: Path,
+    rules: Rules,
+    progress: Progress,
+    processes: int | None,
+) -> CleanReport:
+    work = output_dir / "work"
+    manifest = output_dir / "manifest.json"
+    state = _state(inputs, rules)
+    state_file = output_dir / "state.json"
+    if not state_file.exists() or json.loads(state_file.read_text()) != state:
+        _clear(output_dir)
+        write_json(state_file, state)
+    if not manifest.exists():
+        work.mkdir(exist_ok=True)
+        if not (work / "verdicts.npy").exists():
+            _filter_all(units, work, rules, progress, processes)
+            _compare(units, work, rules, progress)
+        _write_all(units, output_dir, rules, progress, processes)
+        _finish(units, output_dir, rules)
+    shutil.rmtree(work, ignore_errors=True)
+    return CleanReport.model_validate_json(manifest.read_bytes())
+
+
+def _state(inputs: Sequence[Path], rules: Rules) -> dict[str, Any]:
+    """What a run depends on."""
+    stats = [(path.resolve(), path.stat()) for path in inputs]
+    return {
+        "format": _FORMAT,
+        "rules": rules.dump(),
+        "inputs": [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats],
+        "versions": _versions(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    import unicodedata
+
+    return {"numpy": np.__version__, "orjson": orjson.__version__, "unicode": unicodedata.unidata_version}
+
+
+def _clear(output_dir: Path) -> None:
+    """Remove what another run left; the report first, so that nothing looks finished meanwhile."""
+    (output_dir / "manifest.json").unlink(missing_ok=True)
+    for folder in ("work", "dropped"):
+        shutil.rmtree(output_dir / folder, ignore_errors=True)
+    for path in (*output_dir.glob("[0-9]*.jsonl"), output_dir / "decisions.npy"):
+        path.unlink(missing_ok=True)
+
+
+def _filter_all(
+    units: Sequence[Unit], work: Path, rules: Rules, progress: Progress, processes: int | None
+) -> None:
+    done, total = 0, sum(unit.bytes for unit in units)
+    progress("filter", 0, total)
+    with map_in_order(_filter, ((unit, work, rules) for unit in units), processes) as finished:
+        for unit, _ in zip(units, finished, strict=True):
+            done += unit.bytes
+            progress("filter", done, total)
+    counts = sum((Counter(_marker(work, unit)["dropped"]) for unit in units), Counter())
+    documents = sum(_marker(work, unit)["documents"] for unit in units)
+    if documents == counts[UNREADABLE]:
+        sample = next(iter(s for unit in units for s in _marker(work, unit)["samples"]), {"why": "there is none"})
+        raise UserError(f"none of {documents:,} lines is a document; {sample['why']}\nlines must be like {{\"text\": \"…\"}}")
+
+
+def _filter(unit: Unit, work: Path, rules: Rules) -> None:
+    """Apply the rules of documents to a unit.
+
+    Writes work/N.jsonl (what passes), N.npz (``decisions`` of all its documents; ``offsets`` in the input, ``ends`` in
+    N.jsonl, ``hashes`` and ``signatures`` of those that pass) and, last, N.json (counts and samples).
+    """
+    if (work / f"{unit.name}.json").exists():
+        return
+    decisions: list[np.ndarray] = []
+    passed: list[tuple[np.ndarray, ...]] = []
+    changed: Counter[str] = Counter()
+    samples = _Samples(unit)
+    with atomic(work / f"{unit.name}.jsonl") as file:
+        for offsets, lines in _batches(unit):
+            decision = np.zeros(len(lines), np.uint8)
+            texts, alive = _parse(offsets, lines, decision, samples)
+            for number, rule in enumerate(rules.documents, start=2):
+                outcome = rule.apply(texts)
+                for position, why in outcome.dropped.items():
+                    decision[alive[position]] = number
+                    samples.add(rule.key, offsets[alive[position]], why, texts[position])
+                before = [(i, t) for p, (i, t) in enumerate(zip(alive, texts, strict=True)) if p not in outcome.dropped]
+                changed[rule.key] += sum(a is not b for (_, a), b in zip(before, outcome.texts, strict=True))
+                alive, texts = [i for i, _ in before], outcome.texts
+            decisions.append(decision)
+            passed.append(_write_batch(file, [offsets[i] for i in alive], texts, rules))
+    offsets, sizes, hashes, signatures = zip(*passed, strict=True) if passed else ((), (), (), ())
+    decided = np.concatenate([np.empty(0, np.uint8), *decisions])
+    with atomic(work / f"{unit.name}.npz") as file:
+        np.savez(
+            file,
+            decisions=decided,
+            offsets=np.concatenate([np.empty(0, np.int64), *offsets]),
+            ends=np.cumsum(np.concatenate([np.empty(0, np.int64), *sizes])),
+            hashes=np.concatenate([np.empty(0, np.uint64), *hashes]),
+            signatures=np.concatenate([np.empty((0, _signature_bytes(rules)), np.uint8), *signatures]),
+        )
+    counts = np.bincount(decided, minlength=len(rules.names) + 1).tolist()
+    write_json(
+        work / f"{unit.name}.json",
+        {
+            "documents": len(decided),
+            "dropped": dict(zip(rules.names, counts[1:], strict=True)),
+            "changed": changed,
+            "samples": samples.chosen(),
+        },
+    )
+
+
+def _batches(unit: Unit) -> Iterator[tuple[list[int], list[bytes]]]:
+    offsets, lines, size = [], [], 0
+    for offset, line in unit.lines():
+        offsets.append(offset)
+        lines.append(line)
+        size += len(line)
+        if size >= _BATCH_BYTES:
+            yield offsets, lines
+            offsets, lines, size = [], [], 0
+    if lines:
+        yield offsets, lines
+
+
+def _parse(
+    offsets: list[int], lines: list[bytes], decision: np.ndarray, samples: _Samples
+) -> tuple[list[str], list[int]]:
+    """The texts of the lines that hold one, and their numbers."""
+    texts, alive = [], []
+    for i, line in enumerate(lines):
+        text, why = _text(line)
+        if why:
+            decision[i] = 1
+            samples.add(UNREADABLE, offsets[i], why, line[: 4 * _SAMPLE_CHARACTERS].decode(errors="replace"))
+        else:
+            texts.append(text)
+            alive.append(i)
+    return texts, alive
+
+
+def _text(line: bytes) -> tuple[str, str | None]:
+    """The text of a line, or why there is none."""
+    if len(line) > LONGEST_LINE_BYTES:
+        return "", f"line longer than {LONGEST_LINE_BYTES >> 20} MiB"
+    try:
+        value = orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        return "", f"no JSON in UTF-8: {str(error)[:200]}"
+    if not isinstance(value, dict):
+        return "", f"no JSON object but {str(value)[:50]!r}"
+    if not isinstance(text := value.get("text"), str):
+        return "", f'no "text" among the keys {", ".join(value)[:200]}' if text is None else f'"text" is {str(text)[:50]!r}'
+    return text, None
+
+
+def _write_batch(file, offsets: list[int], texts: list[str], rules: Rules) -> tuple[np.ndarray, ...]:
+    """Write what passed; give back offsets in the input, sizes of the lines, hashes, signatures."""
+    lines = [orjson.dumps({"text": text}, option=orjson.OPT_APPEND_NEWLINE) for text in texts]
+    file.writelines(lines)
+    encoded = [text.encode() for text in texts]
+    hashes = b"".join(hashlib.blake2b(text, digest_size=8).digest() for text in encoded) if rules.exact else b""
+    signatures = rules.near.signatures(encoded) if rules.near else np.empty((len(texts), 0), np.uint8)
+    return (
+        np.array(offsets, np.int64),
+        np.array([len(line) for line in lines], np.int64),
+        np.frombuffer(hashes, "<u8"),
+        signatures,
+    )
+
+
+def _signature_bytes(rules: Rules) -> int:
+    return rules.near.bands * rules.near.rows if rules.near else 0
+
+
+def _compare(units: Sequence[Unit], work: Path, rules: Rules, progress: Progress) -> None:
+    """Write work/verdicts.npy: a ``_VERDICT`` for every document that passed the filter, in order."""
+    kept = [_array(work, unit, "offsets") for unit in units]
+    offsets = np.concatenate(kept)
+    unit_of = np.repeat(np.arange(len(units), dtype=np.int32), [len(of_unit) for of_unit in kept])
+    verdicts = np.zeros(len(offsets), _VERDICT)
+    verdicts["unit"] = -1
+    if rules.exact and len(offsets):
+        twin = exact_duplicates(np.concatenate([_array(work, unit, "hashes") for unit in units]))
+        _decide(verdicts, twin, rules, rules.exact.key, unit_of, offsets)
+        verdicts["likeness"][twin >= 0] = 1
+    if rules.near and len(offsets):
+        signatures = np.empty((len(offsets), _signature_bytes(rules)), np.uint8)
+        start = 0
+        for unit in units:
+            of_unit = _array(work, unit, "signatures")
+            signatures[start : start + len(of_unit)] = of_unit
+            start += len(of_unit)
+        left = np.flatnonzero(verdicts["decision"] == 0)
+        twin = near_duplicates(rules.near, signatures, left, lambda *done: progress("compare", *done))
+        _decide(verdicts, twin, rules, rules.near.key, unit_of, offsets)
+        later = np.flatnonzero(twin >= 0)
+        verdicts["likeness"][later] = rules.near.likeness(signatures, twin[later], later)
+    with atomic(work / "verdicts.npy") as file:
+        np.save(file, verdicts)
+
+
+def _decide(
+    verdicts: np.ndarray, twin: np.ndarray, rules: Rules, key: str, unit_of: np.ndarray, offsets: np.ndarray
+) -> None:
+    later = np.flatnonzero(twin >= 0)
+    verdicts["decision"][later] = 1 + rules.names.index(key)
+    verdicts["unit"][later] = unit_of[twin[later]]
+    verdicts["offset"][later] = offsets[twin[later]]
+
+
+def _write_all(
+    units: Sequence[Unit], output_dir: Path, rules: Rules, progress: Progress, processes: int | None
+) -> None:
+    lengths = [len(_array(output_dir / "work", unit, "offsets")) for unit in units]
+    firsts = np.cumsum([0, *lengths]).tolist()
+    tasks = ((unit, output_dir, rules, units, first) for unit, first in zip(units, firsts, strict=False))
+    with map_in_order(_write, tasks, processes) as finished:
+        for done, _ in enumerate(finished, start=1):
+            progress("write", done, len(units))
+
+
+def _write(unit: Unit, output_dir: Path, rules: Rules, units: Sequence[Unit], first: int) -> None:
+    """Copy what is kept of a unit to its shard; work/N.done.json tells its counts, work/N.jsonl goes."""
+    work = output_dir / "work"
+    done = work / f"{unit.name}.done.json"
+    filtered = work / f"{unit.name}.jsonl"
+    if not done.exists():
+        ends = _array(work, unit, "ends")
+        verdicts = np.load(work / "verdicts.npy", mmap_mode="r")[first : first + len(ends)]
+        keep = verdicts["decision"] == 0
+        data = memoryview(filtered.read_bytes())
+        digest = hashlib.sha256()
+        starts = np.concatenate(([0], ends))
+        edges = np.flatnonzero(np.diff(keep, prepend=False, append=False))
+        with atomic(output_dir / f"{unit.name}.jsonl") as file:
+            for start, end in starts[edges].reshape(-1, 2).tolist():
+                digest.update(data[start:end])
+                file.write(data[start:end])
+            size = file.tell()
+        samples = _Samples(unit)
+        offsets = _array(work, unit, "offsets")
+        for i in np.flatnonzero(~keep).tolist():
+            verdict = verdicts[i]
+            twin = f"{units[verdict['unit']].path.name}:{verdict['offset']}"
+            why = f"{verdict['likeness']:.2f} like the one at {twin}"
+            text = orjson.loads(data[starts[i] : starts[i + 1]])["text"]
+            samples.add(rules.names[verdict["decision"] - 1], int(offsets[i]), why, text)
+        shard = Shard(name=f"{unit.name}.jsonl", documents=int(keep.sum()), bytes=size, sha256=digest.hexdigest())
+        dropped = np.bincount(verdicts["decision"], minlength=len(rules.names) + 1).tolist()[1:]
+        write_json(done, {
+            "shard": shard.model_dump(),
+            "dropped": dict(zip(rules.names, dropped, strict=True)),
+            "samples": samples.chosen(),
+        })
+    filtered.unlink(missing_ok=True)
+
+
+def _finish(units: Sequence[Unit], output_dir: Path, rules: Rules) -> None:
+    """Gather the parts and write the report, last."""
+    work = output_dir / "work"
+    filtered = [_marker(work, unit) for unit in units]
+    written = [json.loads((work / f"{unit.name}.done.json").read_text()) for unit in units]
+    (output_dir / "dropped").mkdir(exist_ok=True)
+    for name in rules.names:
+        found = [sample for part in (*filtered, *written) for sample in part["samples"] if sample["rule"] == name]
+        with atomic(output_dir / "dropped" / f"{name}.jsonl") as file:
+            for sample in heapq.nsmallest(SAMPLES, found, key=lambda sample: sample["draw"]):
+                file.write(orjson.dumps({k: v for k, v in sample.items() if k != "draw"}) + b"\n")
+    decisions = np.concatenate([_array(work, unit, "decisions") for unit in units])
+    decisions[decisions == 0] = np.load(work / "verdicts.npy")["decision"]
+    with atomic(output_dir / "decisions.npy") as file:
+        np.save(file, decisions)
+    shards = tuple(Shard(**part["shard"]) for part in written)
+    model = {"file": fasttext.MODEL, "sha256": fasttext.SHA256, "looks_at": "the whole document"}
+    report = CleanReport(
+        documents_in=len(decisions),
+        bytes_in=sum(unit.bytes for unit in units),
+        documents_out=sum(shard.documents for shard in shards),
+        bytes_out=sum(shard.bytes for shard in shards),
+        dropped={n: sum(part["dropped"][n] for part in (*filtered, *written)) for n in rules.names},
+        changed={rule.key: sum(part["changed"].get(rule.key, 0) for part in filtered) for rule in rules.documents},
+        shards=shards,
+        rules=tuple(rules.dump()),
+        language_model=model if any(isinstance(rule, Language) for rule in rules.documents) else None,
+        versions=_versions(),
+    )
+    write_json(output_dir / "manifest.json", report.model_dump(mode="json"))
+
+
+def _marker(work: Path, unit: Unit) -> dict[str, Any]:
+    return json.loads((work / f"{unit.name}.json").read_text())
+
+
+def _array(work: Path, unit: Unit, name: str) -> np.ndarray:
+    with np.load(work / f"{unit.name}.npz") as arrays:
+        return arrays[name]
+
+
+class _Samples:
+    """An even draw of the documents that each rule drops from a unit, the same in every run."""
+
+    def __init__(self, unit: Unit) -> None:
+        self._unit = unit
+        self._found: dict[str, list[dict[str, Any]]] = {}
+
+    def add(self, rule: str, offset: int, why: str, text: str) -> None:
+        draw = hashlib.blake2b(f"{self._unit.number} {offset}".encode(), digest_size=7).digest()
+        found = self._found.setdefault(rule, [])
+        found.append({
+            "draw": int.from_bytes(draw), "rule": rule, "file": self._unit.path.name, "offset": offset, "why": why,
+            "text": text[:_SAMPLE_CHARACTERS],
+        })  # fmt: skip
+        if len(found) > 8 * SAMPLES:
+            found[:] = self._least(found)
+
+    def chosen(self) -> list[dict[str, Any]]:
+        return [sample for found in self._found.values() for sample in self._least(found)]
+
+    @staticmethod
+    def _least(found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+        return heapq.nsmallest(SAMPLES, found, key=lambda sample: sample["draw"])

@@ -1,0 +1,55 @@
+"""Worker processes that end with their parent, however it ends, and hand back results in order."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from itertools import islice, starmap
+from typing import Any
+
+_PR_SET_PDEATHSIG = 1
+
+
+@contextlib.contextmanager
+def map_in_order(
+    function: Callable[..., Any], tasks: Iterable[tuple], processes: int | None = None
+) -> Iterator[Iterator[Any]]:
+    """``function(*task)`` for each task, spread over ``processes`` (all cores by default), at most two tasks each ahead.
+
+    ``tasks`` may be endless: leaving the context abandons what is not yet asked for. One process: this one.
+    """
+    processes = processes or len(os.sched_getaffinity(0))
+    if processes == 1:
+        yield starmap(function, tasks)
+        return
+    pool = ProcessPoolExecutor(
+        processes, multiprocessing.get_context("spawn"), initializer=_follow_parent, initargs=(os.getpid(),)
+    )
+    try:
+        yield _ordered(pool, function, iter(tasks), 2 * processes)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _ordered(
+    pool: ProcessPoolExecutor, function: Callable[..., Any], tasks: Iterator[tuple], ahead: int
+) -> Iterator[Any]:
+    waiting = deque(pool.submit(function, *task) for task in islice(tasks, ahead))
+    while waiting:
+        result = waiting.popleft().result()
+        waiting.extend(pool.submit(function, *task) for task in islice(tasks, 1))
+        yield result
+
+
+def _follow_parent(parent: int) -> None:
+    """Die with the parent, also when it is killed; leave Ctrl-C to it."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if os.getppid() != parent:
+        os._exit(1)
