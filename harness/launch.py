@@ -7,6 +7,7 @@ import signal
 import socket
 import statistics
 import subprocess
+import textwrap
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from harness.plan import Plan
 
+WIDTH = 80
 POLL_S = 0.05
 LOOK_S = 1.0
 """How often memory is looked at."""
@@ -38,7 +40,9 @@ GRACE_S = 10
 STACKS_S = 5
 """Time to write stacks after SIGUSR1."""
 SHARED_S = 3
-"""A run directory that node 0 shares appears within this time after its rendezvous opened."""
+"""What another node wrote appears here within this time, where the file system is shared."""
+
+STARTING = "starting torchrun"
 
 LAUNCHER_VARIABLE = "HARNESS_LAUNCHER"
 """Environment variable with the launcher's pid: tells apart nodes that share a run directory on one machine."""
@@ -83,7 +87,8 @@ class Run:
         self._keeps_records = keeps_records
         self._started = time.time()
         self._metrics: list[StepMetrics] = []
-        self._phase = "starting"
+        self._shown = 0
+        self._phase = STARTING
         self._memory_gib: float | None = None
         self._least_free_share = 1.0
         self._oom_kills_before = processes.oom_kills()
@@ -134,7 +139,7 @@ class Run:
         if self._finished is None:
             processes.end(self._marked(), GRACE_S)
             self._sampler.stop()
-            self._read_news(time.monotonic())
+            self._read_last_news()
             self._finished = Finished(self.dir, self._result())
             if self._keeps_records:
                 rundir.write_json(self.dir.result, self._finished.result.model_dump(mode="json"))
@@ -148,8 +153,12 @@ class Run:
                 time.sleep(POLL_S)
             self.finish()
 
-    def progress(self) -> Progress:
-        """Where the run is now."""
+    def progress(self) -> list[Progress]:
+        """Every step since the last call, else where the run is now."""
+        new, self._shown = self._metrics[self._shown :], len(self._metrics)
+        return [self._progress(m) for m in new or self._metrics[-1:]] or [self._progress(None)]
+
+    def _progress(self, last: StepMetrics | None) -> Progress:
         from harness.flops import mfu
 
         shown = Progress(
@@ -159,9 +168,8 @@ class Run:
             elapsed_s=time.time() - self._started,
             memory_gib=self._memory_gib,
         )
-        if not self._metrics:
+        if last is None:
             return shown
-        last = self._metrics[-1]
         step_s = statistics.median(m.step_ms for m in self._metrics[-5:]) / 1000
         return replace(
             shown,
@@ -201,12 +209,25 @@ class Run:
         if lines or steps:
             self._active_at = now
 
+    def _read_last_news(self) -> None:
+        """Read to the end; steps of another node may arrive late on a shared file system."""
+        deadline = time.monotonic() + (SHARED_S if self.plan.experiment.nodes > 1 else 0)
+        self._read_news(time.monotonic())
+        while self._process.returncode == 0 and time.monotonic() < deadline and not self._has_last_step:
+            time.sleep(POLL_S)
+            self._read_news(time.monotonic())
+
+    @property
+    def _has_last_step(self) -> bool:
+        return bool(self._metrics) and self._metrics[-1].step >= self.plan.experiment.steps
+
     def _look(self, now: float) -> None:
         self._looked_at = now
         self._least_free_share = min(self._least_free_share, processes.free_memory_share())
         memory = self._memory()
-        rss_gib = _most(rank.rss_peak_gib for rank in self.dir.read_ranks())
-        self._memory_gib = memory.nvml or memory.reserved or rss_gib
+        self._memory_gib = memory.nvml or memory.reserved or memory.rss
+        if self._phase == STARTING and memory.rss:
+            self._phase = "importing"
 
     @property
     def _patience_s(self) -> float:
@@ -314,6 +335,7 @@ class Run:
             allocated=_most(rank.allocated_peak_gib for rank in ranks),
             reserved=_most(rank.reserved_peak_gib for rank in ranks),
             nvml=_most([self._sampler.peak_gib, *(rank.nvml_used_gib for rank in ranks)]),
+            rss=_most(rank.rss_peak_gib for rank in ranks),
         )
 
     @cached_property
@@ -343,10 +365,10 @@ def run_plan(plan: Plan, *, hang_seconds: float | None = None, terminal: Termina
             while run.poll():
                 if number := signals.take():
                     run.stop(number)
-                shown.show(run.progress())
+                show_progress(run, shown)
                 time.sleep(POLL_S)
             finished = run.finish()
-            shown.show(run.progress())
+            show_progress(run, shown)
             shown.finish(run.label)
         finally:
             run.abort()
@@ -354,10 +376,16 @@ def run_plan(plan: Plan, *, hang_seconds: float | None = None, terminal: Termina
     return finished
 
 
+def show_progress(run: Run, shown: Terminal) -> None:
+    """Show what is new of ``run``."""
+    for progress in run.progress():
+        shown.show(progress)
+
+
 def opening(plan: Plan, directory: RunDir) -> str:
     """What is said before a run: its label, what it shows, what its miniature scaled."""
-    headline = f"\n  {plan.headline}" if plan.headline else ""
-    return f"{directory.label}: {plan.experiment.shows}{headline}"
+    paragraphs = [f"{directory.label}: {plan.experiment.shows}", *filter(None, [plan.headline])]
+    return "\n".join(textwrap.fill(text, WIDTH, subsequent_indent="  ") for text in paragraphs)
 
 
 def spread(values: Sequence[float]) -> Spread | None:

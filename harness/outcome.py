@@ -257,7 +257,6 @@ RULES = (
         r"ended by SIGTERM|SignalException",
         "killed",
         "the results so far are kept",
-        anywhere=False,
     ),
 )
 """Every failure that has a name, the specific before the general: the first rule that matches decides."""

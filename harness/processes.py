@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import psutil
+
+KILLED_S = 5
+"""A process that is still there so long after SIGKILL hangs in a driver; it is not waited for."""
 
 _PR_SET_PDEATHSIG = 1
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -69,16 +73,31 @@ def marked(**marks: str) -> list[psutil.Process]:
 
 
 def end(processes: Iterable[psutil.Process], grace_s: float) -> None:
-    """SIGTERM to each, and SIGKILL to those that are still there after ``grace_s``."""
-    import psutil
-
+    """SIGTERM to each, and SIGKILL to those that are still there after ``grace_s``. Returns when all are gone."""
     left = list(processes)
     for process in left:
         send(process, signal.SIGTERM)
-    _, stubborn = psutil.wait_procs(left, timeout=grace_s)
+    stubborn = _still_there(left, grace_s)
     for process in stubborn:
         send(process, signal.SIGKILL)
-    psutil.wait_procs(stubborn, timeout=grace_s)
+    _still_there(stubborn, KILLED_S)
+
+
+def _still_there(processes: list[psutil.Process], seconds: float) -> list[psutil.Process]:
+    """Those that have not ended after ``seconds``. Children are not reaped: their exit status is for their parent."""
+    deadline = time.monotonic() + seconds
+    while (left := [p for p in processes if _runs(p)]) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return left
+
+
+def _runs(process: psutil.Process) -> bool:
+    import psutil
+
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def send(process: psutil.Process, number: signal.Signals) -> None:

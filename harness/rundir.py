@@ -122,11 +122,12 @@ class Spread(_Record):
 
 
 class MemoryGib(_Record):
-    """Peaks of the fullest rank: allocated and reserved by PyTorch, and its whole GPU as NVML sees it."""
+    """Peaks of the fullest rank: of PyTorch's allocator, of its whole GPU as NVML sees it, and on the host."""
 
     allocated: float | None = None
     reserved: float | None = None
     nvml: float | None = None
+    rss: float | None = None
 
 
 class Losses(_Record):

@@ -228,12 +228,11 @@ def _rates(r: Result) -> list[str]:
 
 
 def _memory(r: Result) -> list[str]:
-    named = (
-        ("allocated", r.memory_gib.allocated),
-        ("reserved", r.memory_gib.reserved),
-        ("in all", r.memory_gib.nvml),
-    )
+    m = r.memory_gib
+    named = (("allocated", m.allocated), ("reserved", m.reserved), ("in all", m.nvml))
     parts = [f"{gib:.2f} {name}" for name, gib in named if gib is not None]
+    if not parts and m.rss is not None:
+        parts = [f"{m.rss:.2f} resident"]
     return [f"  memory  {', '.join(parts)}, GiB of the fullest rank"] if parts else []
 
 

@@ -1,0 +1,325 @@
+"""Runs from start to result: the real launcher above a stand-in for torchrun and its ranks (test_launch_assets/)."""
+
+import importlib.util
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from harness import gpus, launch, processes, rundir
+from harness.command import Place
+from harness.errors import UserError
+from harness.rundir import RunDir
+from harness.terminal import PlainTerminal
+
+ROOT = Path(__file__).resolve().parent.parent
+LAUNCHER = Path(__file__).parent / "test_launch_assets" / "launcher.py"
+
+
+def load_launcher():
+    spec = importlib.util.spec_from_file_location("launcher", LAUNCHER)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+make_plan = load_launcher().make_plan
+
+
+def run(plan, **kwargs) -> tuple[launch.Finished, str]:
+    """Run to the end; what it printed into a pipe."""
+    out = io.StringIO()
+    finished = launch.run_plan(plan, terminal=PlainTerminal(out), **kwargs)
+    return finished, out.getvalue()
+
+
+def start(outdir: Path, *arguments: object, **environment: str) -> subprocess.Popen:
+    """A launcher in a process of its own."""
+    command = [sys.executable, LAUNCHER, outdir, *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def until(condition, seconds: float = 20.0):
+    """The first truthy answer of ``condition``."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if answer := condition():
+            return answer
+        time.sleep(0.02)
+    raise AssertionError("it did not happen")
+
+
+def of_run(path: Path) -> list:
+    """Living processes of a run."""
+    return [p for p in processes.marked(HARNESS_RUN_DIR=str(path)) if p.is_running() and p.status() != "zombie"]
+
+
+def the_run(outdir: Path) -> RunDir:
+    (path,) = outdir.iterdir()
+    return RunDir(path)
+
+
+def wait_for_steps(outdir: Path, steps: int = 2) -> RunDir:
+    until(lambda: outdir.exists() and list(outdir.iterdir()))
+    until(lambda: len(the_run(outdir).read_metrics()) >= steps)
+    return the_run(outdir)
+
+
+def test_a_run_leaves_everything_that_a_run_directory_holds(tmp_path):
+    finished, printed = run(make_plan(tmp_path, "ok", ranks=2, steps=8))
+    directory, result = finished.dir, finished.result
+
+    assert directory.path == tmp_path / "101-tiny-dp2_cpu"
+    assert (finished.exit_status, result.status, result.exit_code) == (0, "ok", 0)
+    assert (result.steps, result.steps_done, result.window) == (8, 8, (6, 8))
+    assert result.step_ms == launch.spread([106, 107, 108]) and result.step_ms.median == 107
+    assert (result.tflops, result.tokens_per_s, result.mfu) == (2.0, 50.0, None)
+    assert (result.memory_gib.allocated, result.memory_gib.reserved) == (2.0, 3.0), "of the fullest rank"
+    assert result.loss.first == 9.9 and result.loss.last == pytest.approx(9.2)
+    assert directory.read_result() == result and directory.state() == "ok"
+    assert "[rank0]: hello, no GPUs" in directory.logs.read_text()
+    environment = json.loads(directory.environment.read_text())
+    assert environment["host"] == socket.gethostname() and environment["upstream"]["source"] in ("submodule", "package")
+    assert directory.read_experiment().id == "101"
+    assert directory.read_running().pid == os.getpid()
+    assert "8/8  loss 9.2000  108.0 ms" in printed and "median of steps 6 to 8" in printed
+    assert [line.split("/")[0] for line in printed.splitlines() if "/8  loss" in line] == list("12345678")
+
+
+def test_the_command_can_be_run_again(tmp_path):
+    finished, _ = run(make_plan(tmp_path, "ok", steps=3))
+    again = tmp_path / "again"
+    (again / "ranks").mkdir(parents=True)
+    environment = os.environ | {"HARNESS_RUN_DIR": str(again)}
+    subprocess.run(["bash", finished.dir.command], env=environment, check=True, capture_output=True)
+    assert len(RunDir(again).read_metrics()) == 3
+
+
+def test_a_second_run_gets_a_directory_of_its_own(tmp_path):
+    labels = [run(make_plan(tmp_path, "ok", steps=1))[0].dir.label for _ in range(2)]
+    assert labels == ["101-tiny-dp2_cpu", "101-tiny-dp2_cpu.2"]
+
+
+def test_a_run_shorter_than_its_window_has_no_median(tmp_path):
+    finished, printed = run(make_plan(tmp_path, "ok", steps=3))
+    assert finished.result.window is None and finished.result.step_ms is None and finished.result.tflops is None
+    assert "no median: the averaging window begins after step 3" in printed
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "status", "exit_status", "rank", "words"),
+    [
+        ("oom", "oom", 1, 1, "CUDA out of memory"),
+        ("killed", "crash", 1, 1, "SIGKILL"),
+        ("refused", "bad-configuration", 2, 1, "--no-such-flag"),
+        ("port-always", "crash", 1, None, "EADDRINUSE"),
+    ],
+)
+def test_failures_are_named_and_keep_the_results_so_far(tmp_path, behaviour, status, exit_status, rank, words):
+    finished, printed = run(make_plan(tmp_path, behaviour))
+    result = finished.result
+    assert (result.status, finished.exit_status, result.rank) == (status, exit_status, rank)
+    assert words in result.detail and result.advice in printed
+    assert result.steps_done == (0 if behaviour == "port-always" else 2)
+    assert not of_run(finished.dir.path)
+
+
+def test_a_port_that_was_taken_is_tried_again_once(tmp_path):
+    finished, printed = run(make_plan(tmp_path, "port"))
+    assert finished.result.status == "ok"
+    assert "a port was taken" in printed
+    assert "a port was taken" in finished.dir.logs.read_text()
+
+
+def test_a_hang_ends_with_the_stacks_of_every_rank(tmp_path):
+    finished, _ = run(make_plan(tmp_path, "hang"), hang_seconds=1.0)
+    result = finished.result
+    assert (result.status, finished.exit_status, result.steps_done) == ("hang", 1, 2)
+    assert "ranks 0, 1 in stuck_in_a_collective (torchrun.py:" in result.detail
+    assert set(finished.dir.stacks()) == {0, 1}
+    assert not of_run(finished.dir.path)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_ends_every_rank_and_keeps_the_results_so_far(tmp_path, number, status):
+    launcher = start(tmp_path / "out", "ok", 3, 1000, 0.05)
+    directory = wait_for_steps(tmp_path / "out")
+    assert directory.state() == "running" and len(of_run(directory.path)) == 4
+    launcher.send_signal(number)
+    out, _ = launcher.communicate(timeout=20)
+    result = directory.read_result()
+    assert launcher.returncode == status
+    assert (result.status, result.exit_code) == ("killed", status)
+    assert 2 <= result.steps_done < 1000 and "killed" in out
+    assert not of_run(directory.path)
+
+
+def test_ranks_that_ignore_sigterm_are_killed_after_the_grace_period(tmp_path):
+    launcher = start(tmp_path / "out", "stubborn", 2, 5, 0.01, GRACE_S="0.5")
+    directory = wait_for_steps(tmp_path / "out")
+    launcher.send_signal(signal.SIGTERM)
+    assert launcher.wait(timeout=20) == 143
+    assert not of_run(directory.path)
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_grace_period(tmp_path):
+    launcher = start(tmp_path / "out", "stubborn", 2, 5, 0.01, GRACE_S="1000")
+    directory = wait_for_steps(tmp_path / "out")
+    launcher.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    assert launcher.poll() is None and of_run(directory.path)
+    launcher.send_signal(signal.SIGINT)
+    assert launcher.wait(timeout=20) == 130
+    assert not of_run(directory.path)
+
+
+def test_ranks_follow_a_torchrun_that_dies_without_ending_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "GRACE_S", 0.5)
+    finished, _ = run(make_plan(tmp_path, "orphans", ranks=2, steps=2))
+    assert finished.result.status == "crash"
+    assert not of_run(finished.dir.path)
+
+
+def test_ranks_follow_a_launcher_that_is_killed(tmp_path):
+    launcher = start(tmp_path / "out", "ok", 2, 1000, 0.05)
+    directory = wait_for_steps(tmp_path / "out")
+    launcher.kill()
+    launcher.wait()
+    until(lambda: not of_run(directory.path))
+    assert directory.state() == "killed" and directory.read_result() is None
+    assert len(directory.read_metrics()) >= 2
+
+
+def test_a_launcher_that_cannot_go_on_ends_its_run(tmp_path):
+    class Broken(PlainTerminal):
+        def show(self, progress):
+            if progress.step:
+                raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        launch.run_plan(make_plan(tmp_path, "ok", steps=1000, step_s=0.05), terminal=Broken(io.StringIO()))
+    directory = the_run(tmp_path)
+    assert directory.read_result().status == "killed"
+    assert not of_run(directory.path)
+
+
+def test_a_run_goes_where_there_is_no_main_thread(tmp_path):
+    results = []
+    thread = threading.Thread(target=lambda: results.append(run(make_plan(tmp_path, "ok", steps=1))[0]))
+    thread.start()
+    thread.join()
+    assert results[0].result.status == "ok"
+
+
+def test_a_directory_that_cannot_be_written_is_refused_before_anything_starts(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write"):
+        run(make_plan(tmp_path / "file", "ok"))
+
+
+def test_gpus_are_chosen_sampled_and_recorded(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpus, "choose", lambda count, wanted: (2, 3)[:count])
+    there = tuple(gpus.Gpu(index, "NVIDIA H200", f"GPU-{index}", 143771) for index in range(4))
+    monkeypatch.setattr(gpus, "list_gpus", lambda: there)
+    monkeypatch.setattr(gpus, "driver_versions", lambda: ("580.95.05", "13.0"))
+    finished, printed = run(make_plan(tmp_path, "ok", device="cuda", miniature=False))
+    result = finished.result
+    assert (result.gpu, result.gpus, result.device) == ("NVIDIA H200", (2, 3), "cuda")
+    assert result.peak_tflops > 900 and result.mfu == pytest.approx(2.0 / result.peak_tflops)
+    assert "hello, 2,3 GPUs" in finished.dir.logs.read_text()
+    assert "MFU" in printed and json.loads(finished.dir.environment.read_text())["driver"] == "580.95.05"
+
+
+def stop(*arguments: object) -> str:
+    """What ``make stop`` prints, from a process of its own as there."""
+    code = "import sys; from pathlib import Path; from harness.launch import stop; "
+    code += "sys.exit(stop(Path(sys.argv[1]), *sys.argv[2:]))"
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+
+
+def test_stop_ends_the_runs_of_an_outdir(tmp_path):
+    launcher = start(tmp_path / "out", "ok", 2, 1000, 0.05)
+    directory = wait_for_steps(tmp_path / "out")
+    assert stop(tmp_path / "out") == "stopped 101-tiny-dp2_cpu\n"
+    assert launcher.wait(timeout=5) == 143
+    assert directory.read_result().status == "killed"
+    assert stop(tmp_path / "out") == f"nothing runs in {tmp_path / 'out'}\n"
+
+
+def test_stop_ends_one_run_by_its_label_and_its_launcher_reports_it(tmp_path):
+    launcher = start(tmp_path / "out", "ok", 2, 1000, 0.05)
+    directory = wait_for_steps(tmp_path / "out")
+    assert directory.label in stop(tmp_path / "out", directory.label)
+    assert launcher.wait(timeout=20) == 1
+    assert directory.read_result().status == "killed" and not of_run(directory.path)
+
+
+def test_stop_kills_no_process_that_only_has_the_number(tmp_path):
+    bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    finished, _ = run(make_plan(tmp_path, "ok", steps=1))
+    finished.dir.result.unlink()
+    rundir.write_json(finished.dir.running, {"pid": bystander.pid, "host": socket.gethostname(), "started": 1.0})
+    launch.stop(tmp_path)
+    assert bystander.poll() is None
+    bystander.kill()
+    bystander.wait()
+
+
+def test_stop_of_an_unknown_label_names_the_nearest(tmp_path):
+    run(make_plan(tmp_path, "ok", steps=1))
+    with pytest.raises(UserError, match="101-tiny-dp2_cpu"):
+        launch.stop(tmp_path, "101-tiny-dp2")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_a_further_node_joins_the_directory_of_node_0(tmp_path):
+    meeting = {"RENDEZVOUS": f"127.0.0.1:{free_port()}"}
+    second = start(tmp_path / "out", "ok", 2, 20, 0.05, NODE_RANK="1", **meeting)
+    time.sleep(0.3)
+    first = start(tmp_path / "out", "ok", 2, 20, 0.05, NODE_RANK="0", **meeting)
+    outputs = [launcher.communicate(timeout=30)[0] for launcher in (first, second)]
+    assert (first.returncode, second.returncode) == (0, 0)
+    directory = the_run(tmp_path / "out")
+    assert directory.read_result().status == "ok" and directory.read_running().pid == first.pid
+    assert "hello" in directory.logs.read_text() and "hello" in directory.logs_of_node(1).read_text()
+    assert "waits for node 0" in outputs[1] and "waits" not in outputs[0]
+
+
+def test_a_further_node_on_another_file_system_keeps_its_own_records(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "SHARED_S", 0.2)
+    with socket.socket() as rendezvous:
+        rendezvous.bind(("127.0.0.1", 0))
+        rendezvous.listen()
+        place = Place("1", f"127.0.0.1:{rendezvous.getsockname()[1]}")
+        finished, printed = run(make_plan(tmp_path, "ok", nodes=2, place=place))
+    assert finished.dir.label == "101-tiny-dp2_cpu.node1" and finished.dir.read_result().status == "ok"
+    assert "node 1 waits for node 0" in printed
+
+
+def test_a_rendezvous_port_of_another_program_is_refused_with_a_free_one(tmp_path):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(UserError, match=rf"another program has port {port}; try RENDEZVOUS=127.0.0.1:\d+"):
+            run(make_plan(tmp_path, "ok", nodes=2, place=Place("0", f"127.0.0.1:{port}")))
+
+
+def test_a_spread_of_one_value_has_no_deviation():
+    assert launch.spread([5.0]).model_dump() == {"median": 5, "mean": 5, "stdev": 0, "min": 5, "max": 5, "n": 1}
+    assert launch.spread([]) is None
