@@ -12,7 +12,7 @@ WORDS = $(foreach key,$(SETTINGS) $(MORE),$(if $(value $(key)),'$(key)=$(subst '
 
 include experiments/targets.mk
 
-.PHONY: help list table compare doctor arguments monitor-gpu stop parity record targets clean clean-all
+.PHONY: help list table compare doctor arguments monitor-gpu stop parity record docs targets clean clean-all
 .PHONY: setup setup-gpu docker-build docker-run test test-quick test-full lint
 
 ##@ Look
@@ -72,6 +72,8 @@ lint: ## ruff and shellcheck
 	@if command -v shellcheck >/dev/null; then shellcheck scripts/*.sh docker/*.sh .ci/run; fi
 targets: ## write experiments/targets.mk anew from the catalogue
 	@$(HARNESS) targets
+docs: ## write the tables of README.md anew from the records
+	@$(HARNESS) docs
 clean: ## remove failed and unfinished runs from outdir
 	@$(HARNESS) clean $(WORDS)
 clean-all: ## remove .venv and every run

@@ -194,6 +194,14 @@ def _clean(words: list[str]) -> int:
     return clean(_outdir(settings), everything=settings.get("ALL") == "1")
 
 
+def _docs(words: list[str]) -> int:
+    from harness import docs
+
+    changed = docs.write(RECORDS)
+    print("written: " + ", ".join(str(path.relative_to(ROOT)) for path in changed) if changed else "every page is up to date")
+    return 0
+
+
 def _targets(words: list[str]) -> int:
     from harness import targets
 
@@ -205,7 +213,7 @@ def _targets(words: list[str]) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "run": _run, "show": _show, "chapter": _chapter, "list": _list, "table": _table, "compare": _compare,
     "doctor": _doctor, "arguments": _arguments, "parity": _parity, "monitor-gpu": _monitor_gpu, "stop": _stop,
-    "record": _record, "clean": _clean, "targets": _targets,
+    "record": _record, "clean": _clean, "docs": _docs, "targets": _targets,
 }
 
 
