@@ -1,0 +1,437 @@
+"""Tokenizers: which there are, and the fastest way to the ids that upstream's own class gives.
+
+The reference is what upstream runs: transformers' AutoTokenizer, sentencepiece, or upstream's NullTokenizer. The
+package gigatoken is many times faster; it is used where its ids were equal on the texts of ``hard_texts``, on this
+machine and with these versions. Otherwise the reference itself is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import json
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from harness.data.hard_texts import hard_texts
+from harness.data.vocabulary import gpt2_folder
+from harness.errors import UserError, nearest
+from harness.rundir import write_json
+
+Kind = Literal["HuggingFaceTokenizer", "SentencePieceTokenizer", "NullTokenizer"]
+
+HUGGING_FACE_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+SENTENCE_PIECE_FILE = "tokenizer.model"
+
+CACHE_MIB = 600
+"""Resident memory above which gigatoken forgets the words that it has seen; it keeps them without a limit otherwise."""
+
+_FORGET_AFTER_BYTES = 16 << 20
+_FACTS = ("vocab_size", "eod", "fast", "slow_because", "before", "after", "end")
+
+
+class Encoder(Protocol):
+    """Turns texts into ids. One thread uses it at a time."""
+
+    def encode(self, texts: Sequence[str], closed: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of all texts one after another, and how many each text has (int64), -1 for a text that has no ids.
+
+        ``closed`` puts the end-of-document token behind each text that has tokens.
+        """
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer, by upstream's name of its kind.
+
+    Attributes:
+        name: ``gpt2``, ``null``, or the name of the folder or file it came from.
+        model: for ``--tokenizer-model``: a folder with tokenizer.json, or a SentencePiece model; none for ``null``.
+        sha256: of all that decides the ids.
+        vocab_size: as upstream counts it; ids are below it.
+        eod: the end-of-document token, where there is one.
+        fast: the package that gives the same ids faster, with its version.
+        slow_because: why the reference is used, where ``fast`` is none.
+        before, after: the special tokens that upstream puts around every text.
+        end: the text of ``eod``.
+    """
+
+    kind: Kind
+    name: str
+    model: Path | None
+    sha256: str
+    vocab_size: int
+    eod: int | None
+    fast: str | None = None
+    slow_because: str | None = None
+    before: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+    end: str | None = None
+
+    def encoder(self) -> Encoder:
+        """A new encoder, to be used by one thread."""
+        match self.kind:
+            case "NullTokenizer":
+                return _Null(self.vocab_size, self.eod)
+            case "SentencePieceTokenizer" if self.fast:
+                return _Gigatoken(_described(self.model), self.before, self.after, self.end)
+            case "SentencePieceTokenizer":
+                return _SentencePiece(self.model)
+            case _:
+                description = (self.model / "tokenizer.json").read_text(encoding="utf-8")
+                if self.fast:
+                    return _Gigatoken(description, self.before, self.after, self.end)
+                return _Tokenizers(description, self.eod)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ``ids``."""
+        match self.kind:
+            case "NullTokenizer":
+                return " ".join(map(str, ids))
+            case "SentencePieceTokenizer":
+                return _SentencePiece(self.model).processor.decode([int(i) for i in ids])
+            case _:
+                from tokenizers import Tokenizer as Backend
+
+                backend = Backend.from_file(str(self.model / "tokenizer.json"))
+                return backend.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def install(self, home: Path) -> Tokenizer:
+        """Copy its files into the folder ``home``; this tokenizer from there."""
+        home.mkdir(parents=True, exist_ok=True)
+        if self.kind == "HuggingFaceTokenizer":
+            names = HUGGING_FACE_FILES
+            sources = {name: self.model / name for name in names if (self.model / name).is_file()}
+            model = home
+        elif self.kind == "SentencePieceTokenizer":
+            names, sources, model = (
+                (SENTENCE_PIECE_FILE,),
+                {SENTENCE_PIECE_FILE: self.model},
+                home / SENTENCE_PIECE_FILE,
+            )
+        else:
+            names, sources, model = (), {}, None
+        for name in (*HUGGING_FACE_FILES, SENTENCE_PIECE_FILE):
+            if name not in sources:
+                (home / name).unlink(missing_ok=True)
+        for name, source in sources.items():
+            part = home / f".{name}.part"
+            shutil.copyfile(source, part)
+            part.replace(home / name)
+        return replace(self, model=model)
+
+
+def find_tokenizer(wanted: str, home: Path) -> Tokenizer:
+    """The tokenizer that ``TOKENIZER=wanted`` names.
+
+    Args:
+        wanted: ``gpt2``; ``null:SIZE``, whose texts are ids already; a folder with tokenizer.json, or that file; or a
+            SentencePiece ``.model``.
+        home: where vocabularies and what is known about tokenizers are kept.
+
+    Raises:
+        UserError: there is none of that name, or it has no end-of-document token.
+    """
+    if wanted.startswith("null"):
+        size = wanted.removeprefix("null").removeprefix(":")
+        if not size.isascii() or not size.isdigit() or not 1 < int(size) < 2**31:
+            raise UserError(f"TOKENIZER={wanted}: give the vocabulary's size, such as null:50257")
+        digest = hashlib.sha256(f"null:{int(size)}".encode()).hexdigest()
+        return Tokenizer("NullTokenizer", "null", None, digest, int(size), int(size) - 1)
+    if wanted == "gpt2":
+        return _examined("HuggingFaceTokenizer", "gpt2", gpt2_folder(home), home)
+    path = Path(wanted).expanduser()
+    if path.name == "tokenizer.json" and path.is_file():
+        path = path.parent
+    if (path / "tokenizer.json").is_file():
+        return _examined("HuggingFaceTokenizer", path.resolve().name, path.resolve(), home)
+    if path.suffix == ".model" and path.is_file():
+        return _examined("SentencePieceTokenizer", path.stem, path.resolve(), home)
+    if path.exists():
+        raise UserError(f"TOKENIZER={wanted}: neither a folder with tokenizer.json nor a SentencePiece .model")
+    raise UserError(
+        f"no tokenizer {wanted}; {nearest(wanted, ('gpt2', 'null:50257'))}\n"
+        "or give a folder with tokenizer.json, or a SentencePiece .model"
+    )
+
+
+def fingerprint(kind: Kind, model: Path) -> str:
+    """The sha256 of all files that decide a tokenizer's ids: a changed vocabulary or merge changes it."""
+    sha = hashlib.sha256(kind.encode())
+    files = [model] if kind == "SentencePieceTokenizer" else [model / name for name in HUGGING_FACE_FILES[:4]]
+    for path in files:
+        if path.is_file():
+            data = path.read_bytes()
+            sha.update(f"\n{path.name if kind == 'HuggingFaceTokenizer' else ''} {len(data)}\n".encode() + data)
+    return sha.hexdigest()
+
+
+def _examined(kind: Kind, name: str, model: Path, home: Path) -> Tokenizer:
+    """What is known about the tokenizer: read from ``home``, or found out once and kept there."""
+    digest = fingerprint(kind, model)
+    key = hashlib.sha256(json.dumps([digest, _versions(), _machine(), _FACTS]).encode()).hexdigest()[:16]
+    known = home / "examined" / f"{key}.json"
+    try:
+        facts = json.loads(known.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        facts = _examine_sentence_piece(model) if kind == "SentencePieceTokenizer" else _examine_hugging_face(model)
+        known.parent.mkdir(parents=True, exist_ok=True)
+        write_json(known, facts | {"tokenizer": name, "sha256": digest, "versions": _versions(), "machine": _machine()})
+    around = {key: tuple(facts[key]) for key in ("before", "after")}
+    return Tokenizer(kind, name, model, digest, **{key: facts[key] for key in _FACTS} | around)
+
+
+def _examine_hugging_face(folder: Path) -> dict[str, Any]:
+    from transformers import AutoTokenizer
+
+    with _environment(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="true"):
+        try:
+            reference = AutoTokenizer.from_pretrained(str(folder))
+            upstream = lambda texts: reference(texts).input_ids  # noqa: E731
+            backend = reference.backend_tokenizer
+        except Exception as error:
+            raise UserError(f"transformers cannot load {folder}/tokenizer.json: {_first_line(error)}") from None
+    special = [token.content for token in backend.get_added_tokens_decoder().values()]
+    eod = reference.eos_token_id
+    description = (folder / "tokenizer.json").read_text(encoding="utf-8")
+    texts = list(hard_texts(special))
+    expected = upstream(texts)
+    plain = _Tokenizers(description, eod)
+    if _differs(plain, texts, expected) is not None:
+        raise UserError(
+            f"{folder}: transformers' AutoTokenizer, which upstream uses, gives other ids than its tokenizer.json\n"
+            "save it with its save_pretrained() and give that folder"
+        )
+    before, after = plain.frame()
+    end = plain.token(eod)
+    facts = {"vocab_size": len(reference), "eod": eod, "before": before, "after": after, "end": end}
+    return facts | _examine_fast(lambda: _Gigatoken(description, before, after, end), texts, expected, eod)
+
+
+def _examine_sentence_piece(model: Path) -> dict[str, Any]:
+    reference = _SentencePiece(model)
+    processor = reference.processor
+    eod = processor.eos_id() if processor.eos_id() >= 0 else None
+    special = [processor.id_to_piece(i) for i in range(processor.get_piece_size()) if not processor.is_byte(i)][:20]
+    texts = list(hard_texts(special))
+    expected = [processor.encode_as_ids(text) for text in texts]
+    end = None if eod is None else processor.id_to_piece(eod)
+    facts = {"vocab_size": processor.get_piece_size(), "eod": eod, "before": (), "after": (), "end": end}
+    return facts | _examine_fast(lambda: _Gigatoken(_described(model), (), (), end), texts, expected, eod)
+
+
+def _examine_fast(
+    make: Callable[[], Encoder], texts: list[str], expected: list[list[int]], eod: int | None
+) -> dict[str, Any]:
+    """Whether gigatoken gives ``expected`` for ``texts``, also with the end-of-document token behind each."""
+    package = _versions()["gigatoken"]
+    if package is None:
+        return {"fast": None, "slow_because": "gigatoken is not installed"}
+    try:
+        encoder = make()
+        at = _differs(encoder, texts, expected)
+        if at is None and eod is not None:
+            at = _differs(encoder, texts, [[*ids, eod] if ids else ids for ids in expected], closed=True)
+    except Exception as error:
+        return {"fast": None, "slow_because": f"gigatoken {package} does not take it: {_first_line(error)}"}
+    if at is not None:
+        return {
+            "fast": None,
+            "slow_because": f"gigatoken {package} gives other ids, for example for {texts[at][:40]!r}",
+        }
+    return {"fast": f"gigatoken {package}", "slow_because": None}
+
+
+def _differs(encoder: Encoder, texts: list[str], expected: list[list[int]], closed: bool = False) -> int | None:
+    """The first text for which ``encoder`` gives other ids, if any."""
+    ids, lengths = encoder.encode(texts, closed)
+    if lengths.tolist() == [len(each) for each in expected] and ids.tolist() == list(chain.from_iterable(expected)):
+        return None
+    ends = np.cumsum(lengths)
+    return next(n for n, each in enumerate(expected) if ids[ends[n] - lengths[n] : ends[n]].tolist() != each)
+
+
+class _Gigatoken:
+    """gigatoken's Rust tokenizer, with special tokens before and after each text as the description's template says."""
+
+    def __init__(self, description: str, before: Sequence[str], after: Sequence[str], end: str | None) -> None:
+        from gigatoken.gigatoken_rs import load_hf_json
+
+        self._load = lambda: load_hf_json(description)
+        self._rust = self._load()
+        self._before, self._after, self._end = tuple(before), tuple(after), end
+        self._seen_bytes = 0
+        for token in {*before, *after, *([end] if end is not None else [])}:
+            if len(self._rows([token])[0]) != 1:
+                raise ValueError(f"{token!r} is not one token of its own")
+
+    def encode(self, texts: Sequence[str], closed: bool) -> tuple[np.ndarray, np.ndarray]:
+        if closed and self._end is None:
+            raise ValueError("no end-of-document token")
+        if not texts:
+            return np.empty(0, np.uint32), np.empty(0, np.int64)
+        self._forget()
+        around = (*self._before, None, *self._after, *([self._end] if closed else []))
+        rows: list[str | None] = [None] * (len(around) * len(texts))
+        for place, token in enumerate(around):
+            rows[place :: len(around)] = texts if token is None else [token] * len(texts)
+        ids, offsets = self._rows(rows)
+        offsets = offsets[:: len(around)]
+        lengths = np.diff(offsets)
+        if closed and len(around) == 2 and (bare := lengths == 1).any():
+            ids, lengths = np.delete(ids, offsets[:-1][bare]), np.where(bare, 0, lengths)
+        return ids, lengths
+
+    def _rows(self, rows: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        layout = self._rust.encode_batch(rows, parallel=False).layout
+        ids, offsets = np.asarray(layout.content.data), np.asarray(layout.offsets.data)
+        self._seen_bytes += 4 * len(ids)
+        return ids, offsets
+
+    def _forget(self) -> None:
+        if self._seen_bytes > _FORGET_AFTER_BYTES and resident_mib() > CACHE_MIB:
+            self._rust = None
+            self._rust = self._load()
+            self._seen_bytes = 0
+            with contextlib.suppress(OSError, AttributeError):
+                ctypes.CDLL(None).malloc_trim(0)
+
+
+class _Tokenizers:
+    """The package tokenizers, which is what transformers runs."""
+
+    def __init__(self, description: str, eod: int | None) -> None:
+        from tokenizers import Tokenizer as Backend
+
+        self.backend = Backend.from_str(description)
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self._eod = eod
+
+    def encode(self, texts: Sequence[str], closed: bool) -> tuple[np.ndarray, np.ndarray]:
+        rows = [found.ids for found in self.backend.encode_batch_fast(list(texts), add_special_tokens=True)]
+        return _joined(rows, self._eod if closed else None)
+
+    def frame(self) -> tuple[list[str], list[str]]:
+        """The special tokens that the template puts before and after every text."""
+        bare = self.backend.encode("a", add_special_tokens=False).ids
+        whole = self.backend.encode("a", add_special_tokens=True).ids
+        before = next((n for n in range(len(whole)) if whole[n : n + len(bare)] == bare), 0)
+        return [self.token(i) for i in whole[:before]], [self.token(i) for i in whole[before + len(bare) :]]
+
+    def token(self, number: int | None) -> str | None:
+        return None if number is None else self.backend.id_to_token(number)
+
+
+class _SentencePiece:
+    """The package sentencepiece, as upstream's SentencePieceTokenizer calls it."""
+
+    def __init__(self, model: Path) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        try:
+            self.processor = SentencePieceProcessor(model_file=str(model))
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"{model} is no SentencePiece model: {_first_line(error)}") from None
+
+    def encode(self, texts: Sequence[str], closed: bool) -> tuple[np.ndarray, np.ndarray]:
+        return _joined(self.processor.encode_as_ids(list(texts)), self.processor.eos_id() if closed else None)
+
+
+class _Null:
+    """Upstream's NullTokenizer: a text is its ids, in decimal, one space between them."""
+
+    def __init__(self, vocab_size: int, eod: int | None) -> None:
+        self._vocab_size, self._eod = vocab_size, eod
+
+    def encode(self, texts: Sequence[str], closed: bool) -> tuple[np.ndarray, np.ndarray]:
+        rows, lengths = [], []
+        for text in texts:
+            ids = self._ids(text)
+            lengths.append(-1 if ids is None else len(ids) + closed)
+            if ids is not None:
+                rows.append(np.append(ids, self._eod) if closed else ids)
+        return np.concatenate(rows) if rows else np.empty(0, np.int64), np.array(lengths, np.int64)
+
+    def _ids(self, text: str) -> np.ndarray | None:
+        try:
+            ids = np.array([int(word) for word in text.split(" ")], np.int64)
+        except (ValueError, OverflowError):
+            return None
+        return ids if ids.min() >= 0 and ids.max() < self._vocab_size else None
+
+
+@functools.cache
+def _described(model: Path) -> str:
+    """A SentencePiece model as a tokenizer.json. Raises ValueError for a kind that has none."""
+    from gigatoken._load.sentencepiece import sentencepiece_to_tokenizer_json
+
+    return sentencepiece_to_tokenizer_json(model.read_bytes())
+
+
+def _joined(rows: list[list[int]], end: int | None) -> tuple[np.ndarray, np.ndarray]:
+    if end is not None:
+        rows = [[*row, end] if row else row for row in rows]
+    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+    return np.fromiter(chain.from_iterable(rows), np.uint32, int(lengths.sum())), lengths
+
+
+def resident_mib() -> float:
+    """This process's memory that is in RAM now, in MiB."""
+    with contextlib.suppress(OSError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    import psutil
+
+    return psutil.Process().memory_info().rss / 2**20
+
+
+def package_version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _versions() -> dict[str, str | None]:
+    return {name: package_version(name) for name in ("gigatoken", "tokenizers", "transformers", "sentencepiece")}
+
+
+def _machine() -> str:
+    """The processor's kind: fast code takes other paths on another."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                return f"{platform.machine()} {hashlib.sha256(line.encode()).hexdigest()[:12]}"
+    return f"{platform.machine()} {platform.processor()}"
+
+
+@contextlib.contextmanager
+def _environment(**wanted: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
