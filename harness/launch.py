@@ -148,7 +148,8 @@ class Run:
     def abort(self) -> None:
         """End and finish a run that nobody will look after any more. Does nothing to a finished one."""
         if self._finished is None:
-            self.stop(signal.SIGTERM)
+            if not self._stopped_by:
+                self.stop(signal.SIGTERM)
             while self.poll():
                 time.sleep(POLL_S)
             self.finish()
