@@ -30,7 +30,10 @@ CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 DISK_MIB = {"none": 300, "cpu": 3000, "cuda": 9500}
 # What a stage must be able to do beyond importing what it pins.
 PROOFS = {
-    "heavy": "import torch.distributed as d; assert d.is_gloo_available(); torch.ones(2) + 1",
+    "heavy": """
+import torch.distributed, megatron.training.training
+assert torch.distributed.is_gloo_available(), "this torch has no gloo"
+""",
     "gpu": """
 if torch.cuda.is_available():
     layer = transformer_engine.pytorch.LayerNormLinear(64, 64, params_dtype=torch.bfloat16)

@@ -116,9 +116,11 @@ for word in arguments:
             (site / "transformer_engine").mkdir(exist_ok=True)
             (site / "transformer_engine/pytorch.py").touch()
         if name == "torch":
+            (site / "megatron/training").mkdir(parents=True, exist_ok=True)
+            (site / "megatron/training/training.py").touch()
             (site / "torch/cuda.py").write_text("def is_available(): return False")
             (site / "torch/distributed.py").write_text("def is_gloo_available(): return True")
-            (site / "torch/__init__.py").write_text("from . import cuda\\ndef ones(n): return n")
+            (site / "torch/__init__.py").write_text("from . import cuda")
 """
 
 
