@@ -37,23 +37,23 @@ def completion_ms() -> float:
 def heavy_imports(*words: str) -> list[str]:
     done = subprocess.run([sys.executable, "-X", "importtime", "-m", "harness", *words], cwd=ROOT,
                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=True)
-    return sorted({line.rsplit("|", 1)[1].strip().split(".")[0] for line in done.stderr.splitlines() if "|" in line} & {*HEAVY})
+    imported = {line.rsplit("|", 1)[1].strip().split(".")[0] for line in done.stderr.splitlines() if "|" in line}
+    return sorted(imported & {*HEAVY})
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as empty:
         Path(empty, "Makefile").write_text("MAKEFLAGS += -rR\nnothing: ; @true\n")
+        idle_make = ("`make -n` of an empty Makefile", lambda: wall_ms("make", "-n", "nothing", cwd=Path(empty)))
+        idle_python = ("`python -c pass`", lambda: wall_ms(sys.executable, "-c", "pass"))
         measured = {
-            "bash completion of `make 1<tab>`": (completion_ms, lambda: wall_ms("make", "-n", "nothing", cwd=Path(empty)),
-                                                 "`make -n` of an empty Makefile"),
-            "`make -n 101`": (lambda: wall_ms("make", "-n", "101"), lambda: wall_ms("make", "-n", "nothing", cwd=Path(empty)),
-                              "`make -n` of an empty Makefile"),
-            "`make list`": (lambda: wall_ms("make", "list"), lambda: wall_ms(sys.executable, "-c", "pass"), "`python -c pass`"),
-            "`make show-408`": (lambda: wall_ms("make", "show-408"), lambda: wall_ms(sys.executable, "-c", "pass"),
-                                "`python -c pass`"),
+            "bash completion of `make 1<tab>`": (completion_ms, *idle_make),
+            "`make -n 101`": (lambda: wall_ms("make", "-n", "101"), *idle_make),
+            "`make list`": (lambda: wall_ms("make", "list"), *idle_python),
+            "`make show-408`": (lambda: wall_ms("make", "show-408"), *idle_python),
         }
         rows = []
-        for what, (ours, idle, beside) in measured.items():
+        for what, (ours, beside, idle) in measured.items():
             pairs = [(ours(), idle()) for _ in range(RUNS)]
             rows.append({"what": what, "ms": statistics.median(a for a, _ in pairs), "worst_ms": max(a for a, _ in pairs),
                          "beside": beside, "ratio": statistics.median(a / b for a, b in pairs)})
@@ -62,7 +62,7 @@ def main() -> None:
               "rows": rows, "heavy_imports": imports}
     Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     for row in rows:
-        print(f"{row['what']:34} {row['ms']:7.1f} ms  worst {row['worst_ms']:7.1f} ms  {row['ratio']:5.1f} x {row['beside']}")
+        print(f"{row['what']:34} {row['ms']:6.1f} ms, worst {row['worst_ms']:6.1f} ms, {row['ratio']:5.1f} x {row['beside']}")
     for words, found in imports.items():
         print(f"{words:10} imports of {', '.join(HEAVY)}: {', '.join(found) or 'none'}")
 

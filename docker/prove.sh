@@ -23,7 +23,7 @@ done
 if [[ ! -e $folder/base/usr/bin/pip3 ]]; then
   echo "== a base: Debian $suite"
   debootstrap --variant=minbase --include=ca-certificates,python3,python3-pip "$suite" "$folder/base" \
-    "${MIRROR:-http://deb.debian.org/debian}" >"$folder/debootstrap.log"
+    ${MIRROR:+"$MIRROR"} >"$folder/debootstrap.log"
   container=$("${buildah[@]}" from scratch)
   "${buildah[@]}" copy --quiet "$container" "$folder/base" / >/dev/null
   "${buildah[@]}" commit --quiet --rm "$container" localhost/base >/dev/null

@@ -22,8 +22,8 @@ Id = Annotated[str, Field(pattern=r"^[1-9]\d\d[a-z]?$")]
 
 SHARDING = {
     "no_shard": ("replicated", "every data-parallel rank holds all parameters, gradients and optimizer state"),
-    "optim": ("ZeRO-2", "published as ZeRO-2; upstream's distributed optimizer shards the optimizer state (ZeRO-1 in memory): "
-                        "gradients are reduce-scattered but held whole, parameters are replicated"),
+    "optim": ("ZeRO-2", "published as ZeRO-2; upstream's distributed optimizer shards the optimizer state (ZeRO-1 in "
+                        "memory): gradients are reduce-scattered but held whole, parameters are replicated"),
     "fsdp_optim_grads": ("FSDP grads", "Megatron-FSDP optim_grads: optimizer state and gradients are sharded (ZeRO-2)"),
     "fsdp_optim_grads_params": ("FSDP", "Megatron-FSDP optim_grads_params: parameters are sharded too (ZeRO-3)"),
     "torch_fsdp2": ("FSDP2", "PyTorch's fully_shard: parameters, gradients and optimizer state are sharded (ZeRO-3)"),

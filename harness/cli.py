@@ -11,7 +11,7 @@ from pathlib import Path
 from harness import overrides
 from harness.catalog import ROOT, SHARDING, Catalog, Experiment, load_catalog
 from harness.errors import UserError, nearest
-from harness.plan import Plan, choose_device, plan
+from harness.plan import choose_device, plan
 
 OUTDIR = ROOT / "outdir"
 RECORDS = ROOT / "experiments" / "records"
@@ -198,7 +198,8 @@ def _docs(words: list[str]) -> int:
     from harness import docs
 
     changed = docs.write(RECORDS)
-    print("written: " + ", ".join(str(path.relative_to(ROOT)) for path in changed) if changed else "every page is up to date")
+    names = ", ".join(str(path.relative_to(ROOT)) for path in changed)
+    print(f"written: {names}" if names else "every page is up to date")
     return 0
 
 

@@ -46,9 +46,9 @@ def _cuda(e: Experiment, memory_fraction: float | None) -> list[Variable]:
     fsdp = e.sharding.startswith("fsdp") or e.sharding == "torch_fsdp2"
     found = [
         Variable("HARNESS_DEVICE", "cuda", "one GPU a rank"),
-        Variable("CUDA_DEVICE_MAX_CONNECTIONS", "8", "FSDP overlaps its gathers on several queues; upstream refuses 1") if fsdp
-        else Variable("CUDA_DEVICE_MAX_CONNECTIONS", "1",
-                      "one queue keeps communication ahead of the GEMM it overlaps with (tp, cp before Blackwell)"),
+        Variable("CUDA_DEVICE_MAX_CONNECTIONS", "8", "FSDP gathers on several queues; upstream refuses 1")
+        if fsdp
+        else Variable("CUDA_DEVICE_MAX_CONNECTIONS", "1", "one queue: communication starts before the GEMM beside it"),
         Variable("OMP_NUM_THREADS", "1", "torchrun's own choice for several ranks"),
     ]
     if memory_fraction is not None:

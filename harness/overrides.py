@@ -160,5 +160,5 @@ def _data_parallel_size(experiment: Experiment, changes: Mapping[str, object], g
         )
     dp = gpus // (tp * pp * cp)
     if "dp" in changes and changes["dp"] != dp:
-        raise UserError(f"{experiment.id}: GPUS={gpus} makes dp = {dp}, but DP={changes['dp']} is given; leave one of them out")
+        raise UserError(f"{experiment.id}: GPUS={gpus} makes dp = {dp}, but DP={changes['dp']} is given; leave one out")
     return dp

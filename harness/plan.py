@@ -91,7 +91,7 @@ def _place(e: Experiment, settings: Mapping[str, str]) -> Place:
         )
     node_rank = overrides.count("NODE_RANK", settings.get("NODE_RANK", "0"), least=0)
     if node_rank >= e.nodes:
-        raise UserError(f"NODE_RANK={node_rank}: {e.id} runs on {e.nodes} node{'s' * (e.nodes > 1)}, ranks 0 to {e.nodes - 1}")
+        raise UserError(f"NODE_RANK={node_rank}: {e.id} runs on nodes 0 to {e.nodes - 1}; NODES= sets their number")
     rendezvous = settings.get("RENDEZVOUS")
     if rendezvous and not (rendezvous.rpartition(":")[0] and rendezvous.rpartition(":")[2].isdigit()):
         raise UserError(f"RENDEZVOUS={rendezvous}: expected host:port, such as node0:29500")

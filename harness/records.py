@@ -36,8 +36,8 @@ def record(run: rundir.RunDir, records: Path) -> Path:
     gpu = find_gpu(result.gpu)
     folder = records / (gpu.key if gpu else re.sub(r"\W+", "-", result.gpu.lower()))
     folder.mkdir(parents=True, exist_ok=True)
-    named = experiment.model_copy(update={"overrides": {k: v for k, v in experiment.overrides.items() if k not in UNRECORDED}})
-    stem = named.label.replace(experiment.name, experiment.id, 1)
+    naming = {key: value for key, value in experiment.overrides.items() if key not in UNRECORDED}
+    stem = experiment.model_copy(update={"overrides": naming}).label.replace(experiment.name, experiment.id, 1)
     metrics = folder / f"{stem}.metrics.jsonl"
     metrics.write_text("".join(f"{step.model_dump_json()}\n" for step in run.read_metrics()), encoding="utf-8")
     target = folder / f"{stem}.json"

@@ -44,7 +44,7 @@ print(os.path.realpath(sys._base_executable) if sys.argv[1] != "0" else sys.exec
 }
 
 find_python() {
-  local candidate path answer seen= where='on the PATH, of pyenv or of uv'
+  local candidate path answer seen='' where='on the PATH, of pyenv or of uv'
   local -a candidates=(python3.12 python3.13 python3 python "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.1[23]*/bin/python)
   if [[ -n ${PYTHON:-} ]]; then
     candidates=("$PYTHON")

@@ -3,10 +3,10 @@
     .venv/bin/python docs/images/capture.py docs/images/make-101.svg 'make 101\\t' Enter     (needs tmux; \\t is the tab key)
 """
 
+import io
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 COLUMNS, ROWS, PATIENCE_S = 100, 34, 600
 
@@ -40,7 +40,7 @@ def main() -> None:
     from rich.console import Console
     from rich.text import Text
 
-    console = Console(record=True, width=COLUMNS, file=Path("/dev/null").open("w"))
+    console = Console(record=True, width=COLUMNS, file=io.StringIO())
     console.print(Text.from_ansi(screen.rstrip().removesuffix("$").rstrip()))
     console.save_svg(target, title="megatron-harness")
 
