@@ -1,0 +1,483 @@
+"""Documents out of files: JSON Lines, Parquet, plain text, packed with gzip or zstd or not.
+
+Files are read once, front to back, in blocks of about 2 MiB; many threads then find out what the blocks hold.
+A line or row that is no document is skipped and counted under the rule that it breaks.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+
+from harness.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    import pyarrow
+
+RULES = {
+    "blank": "a line of nothing but white space",
+    "no UTF-8": "bytes that are no UTF-8",
+    "no JSON": "a line that is no JSON",
+    "no text": "JSON or a row without text under the key",
+    "surrogate": "text with half a surrogate pair, which is no Unicode",
+    "too long": "a line, row or file longer than LONGEST MiB",
+    "no ids": "text that a null tokenizer cannot read",
+}
+"""Why something is skipped. An empty text is not: it becomes a document without tokens, as with upstream's tool."""
+
+LONGEST_MIB = 16
+"""The longest line or row that is taken. A document needs up to 40 times its size while it is tokenised."""
+
+BLOCK_BYTES = 2 << 20
+_PACKED_BYTES = 64 << 10
+
+Kind = Literal["jsonl", "parquet", "text"]
+Text = str | list[str]
+"""A document: its text, or its sentences, which become sequences of their own, as with upstream's tool."""
+
+_KINDS: dict[str, Kind] = {
+    ".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".txt": "text", ".text": "text",
+}  # fmt: skip
+_PACKINGS = (".gz", ".zst")
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """A file that holds documents. ``name`` is what the manifest calls it."""
+
+    path: Path
+    name: str
+    kind: Kind
+    packing: str = ""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How documents lie in files.
+
+    Attributes:
+        key: the JSON key, or Parquet column, of the text.
+        each: what of a plain text file is a document: each ``line``, or the whole ``file``.
+        longest: bytes of the longest line, row or file that is taken.
+        limit: take only so many lines, rows or files, from the front.
+    """
+
+    key: str = "text"
+    each: Literal["line", "file"] = "line"
+    longest: int = LONGEST_MIB << 20
+    limit: int | None = None
+
+
+class Place(NamedTuple):
+    """How far reading is: the file, its bytes (unpacked) or rows that are done, and lines or rows in all files."""
+
+    file: int = 0
+    offset: int = 0
+    records: int = 0
+
+
+BEGIN = Place()
+
+
+@dataclass
+class Found:
+    """What a block holds."""
+
+    texts: list[Text] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some lines or rows. ``size`` in bytes; the next block begins at ``end``."""
+
+    find: Callable[[], Found]
+    size: int
+    end: Place
+
+
+class _Stream(Protocol):
+    def read(self, size: int, /) -> bytes: ...
+
+
+def text_file(path: Path, name: str | None = None) -> TextFile:
+    """What kind of file it is, by the ending of ``name``. Raises UserError where it is none that holds documents."""
+    named = Path(name or path.name)
+    packing = named.suffix if named.suffix in _PACKINGS else ""
+    kind = _KINDS.get(Path(named.stem).suffix if packing else named.suffix)
+    if kind is None or (kind == "parquet" and packing):
+        raise UserError(
+            f"{path}: cannot tell what it is\n"
+            f"known endings: {' '.join(_KINDS)}; all but .parquet also packed, with another {' or '.join(_PACKINGS)}"
+        )
+    return TextFile(path, name or str(path), kind, packing)
+
+
+class Reader:
+    """Reads files in order. One thread at a time calls ``next``."""
+
+    def __init__(self, files: Sequence[TextFile], layout: Layout, start: Place = BEGIN) -> None:
+        self.sha256: dict[str, str] = {}
+        """By name, of the files that were read to their end."""
+        self.read_bytes = 0
+        """Of the files as they lie on the disk."""
+        self._blocks = self._all(tuple(files), layout, start)
+
+    def next(self) -> Block | None:
+        """The next block, none behind the last.
+
+        Raises:
+            UserError: a file is missing, cut short, or not what its ending says.
+        """
+        return next(self._blocks, None)
+
+    def _all(self, files: tuple[TextFile, ...], layout: Layout, place: Place) -> Iterator[Block]:
+        for number, file in enumerate(files):
+            if layout.limit is not None and place.records >= layout.limit:
+                return
+            done = number < place.file
+            place = place if number <= place.file else Place(number, 0, place.records)
+            if file.kind == "parquet":
+                read = _parquet
+            else:
+                read = _whole if file.kind == "text" and layout.each == "file" else _lines
+            try:
+                with file.path.open("rb", buffering=0) as raw:
+                    counted = _Counted(raw, self)
+                    if not done:
+                        for block in read(file, counted, layout, place):
+                            yield block
+                            place = block.end
+                    if layout.limit is None or place.records < layout.limit:
+                        _skip(counted)
+                        self.sha256[file.name] = counted.sha.hexdigest()
+            except (EOFError, zlib.error, OSError, ValueError) as error:
+                raise UserError(f"{file.path} cannot be read: {_reason(error)}") from None
+
+
+class _Counted:
+    """A file whose bytes are counted and hashed as they are read."""
+
+    def __init__(self, raw: _Stream, reader: Reader) -> None:
+        self._raw, self._reader, self.sha = raw, reader, hashlib.sha256()
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._raw.read(size)
+        self.sha.update(data)
+        self._reader.read_bytes += len(data)
+        return data
+
+
+class _Unzstd:
+    """Unpacks zstd, and unlike the package's own reader says so where the last frame is cut short."""
+
+    def __init__(self, packed: _Stream) -> None:
+        from zstandard import ZstdDecompressor, ZstdError
+
+        self._packed, self._new, self._error = packed, ZstdDecompressor().decompressobj, ZstdError
+        self._frame = None
+        self._left = b""
+
+    def read(self, size: int) -> bytes:
+        parts, missing = [], size
+        while missing and (self._left or self._more()):
+            parts.append(self._left[:missing])
+            self._left = self._left[missing:]
+            missing -= len(parts[-1])
+        return b"".join(parts)
+
+    def _more(self) -> bool:
+        packed = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
+        if self._frame is None or self._frame.eof:
+            packed = packed or self._packed.read(_PACKED_BYTES)
+            if not packed:
+                return False
+            self._frame = self._new()
+        else:
+            packed = self._packed.read(_PACKED_BYTES)
+            if not packed:
+                raise EOFError("the zstd frame is cut short")
+        try:
+            self._left = self._frame.decompress(packed)
+        except self._error as error:
+            raise ValueError(error) from None
+        return True
+
+
+def _unpacked(file: TextFile, raw: _Counted) -> _Stream:
+    match file.packing:
+        case ".gz":
+            return gzip.GzipFile(fileobj=raw, mode="rb")
+        case ".zst":
+            return _Unzstd(raw)
+        case _:
+            return raw
+
+
+def _lines(file: TextFile, raw: _Counted, layout: Layout, place: Place) -> Iterator[Block]:
+    """Blocks of whole lines; a line that is too long is never held."""
+    stream = _unpacked(file, raw)
+    _skip(stream, place.offset)
+    find = partial(_text_lines, longest=layout.longest)
+    if file.kind == "jsonl":
+        find = partial(_json_lines, key=layout.key, longest=layout.longest)
+    rest = b""
+    while data := stream.read(BLOCK_BYTES):
+        if place.offset == 0 and not rest and file.kind == "jsonl":
+            _refuse_array(file, data)
+        whole, newline, part = data.rpartition(b"\n")
+        if newline:
+            block = _block(rest + whole + newline, find, layout, place)
+            rest = part
+        elif len(rest) + len(data) <= layout.longest:
+            rest += data
+            continue
+        else:
+            size = len(rest)
+            while data and b"\n" not in data:
+                size += len(data)
+                data = stream.read(BLOCK_BYTES)
+            line, newline, rest = data.partition(b"\n")
+            end = place.offset + size + len(line) + len(newline)
+            block = Block(_too_long, 0, Place(place.file, end, place.records + 1))
+        yield block
+        place = block.end
+        if _full(layout, place):
+            return
+        if b"\n" in rest:
+            whole, newline, rest = rest.rpartition(b"\n")
+            yield (block := _block(whole + newline, find, layout, place))
+            place = block.end
+            if _full(layout, place):
+                return
+    if rest:
+        yield _block(rest, find, layout, place)
+
+
+def _whole(file: TextFile, raw: _Counted, layout: Layout, place: Place) -> Iterator[Block]:
+    """The file as one document."""
+    data = b"" if place.offset else _unpacked(file, raw).read(layout.longest + 1)
+    if data:
+        find = partial(_text_lines, data, longest=layout.longest, whole=True)
+        if len(data) > layout.longest:
+            find = _too_long
+        yield Block(find, len(data), Place(place.file, len(data), place.records + 1))
+
+
+def _parquet(file: TextFile, raw: _Counted, layout: Layout, place: Place) -> Iterator[Block]:
+    """Blocks of rows."""
+    import pyarrow
+    from pyarrow import parquet
+
+    _skip(raw)
+    table = parquet.ParquetFile(file.path, buffer_size=1 << 20)
+    names = table.schema_arrow.names
+    if layout.key not in names:
+        raise UserError(f"{file.path} has no column {layout.key!r}; {nearest(layout.key, names)}")
+    kind = table.schema_arrow.field(layout.key).type
+    if not _is_text(kind) and not (hasattr(kind, "value_type") and _is_text(kind.value_type)):
+        raise UserError(f"{file.path}: column {layout.key!r} is of type {kind}, no text")
+    try:
+        row = 0
+        for group in range(table.metadata.num_row_groups):
+            rows = table.metadata.row_group(group).num_rows
+            if row + rows <= place.offset:
+                row += rows
+                continue
+            at_once = max(1, rows * BLOCK_BYTES // max(1, _column_bytes(table, group, layout.key)))
+            for batch in table.iter_batches(at_once, [group], [layout.key], use_threads=False):
+                done = max(0, place.offset - row)
+                row += len(batch)
+                new = len(batch) - done
+                if layout.limit is not None:
+                    new = min(new, layout.limit - place.records)
+                if new <= 0:
+                    continue
+                column = batch.column(0).slice(done, new)
+                place = Place(place.file, place.offset + new, place.records + new)
+                yield Block(partial(_rows, column, longest=layout.longest), column.nbytes, place)
+                if _full(layout, place):
+                    return
+    except pyarrow.ArrowException as error:
+        raise ValueError(error) from None
+
+
+def _block(data: bytes, find: Callable[[bytes], Found], layout: Layout, place: Place) -> Block:
+    """Lines, cut off behind the limit."""
+    records = data.count(b"\n") + (not data.endswith(b"\n"))
+    if layout.limit is not None and place.records + records > layout.limit:
+        records = layout.limit - place.records
+        data = b"".join(line + b"\n" for line in data.split(b"\n", records)[:records])
+    end = Place(place.file, place.offset + len(data), place.records + records)
+    if place.offset == 0:
+        data = data.removeprefix(_BYTE_ORDER_MARK)
+    return Block(partial(find, data), len(data), end)
+
+
+def _json_lines(data: bytes, key: str, longest: int) -> Found:
+    import orjson
+
+    found, loads, view, start = Found(), orjson.loads, memoryview(data), 0
+    add, end_of_line = found.texts.append, data.find
+    while start < len(data):
+        end = end_of_line(b"\n", start)
+        end = len(data) if end < 0 else end
+        if end - start > longest:
+            found.skipped["too long"] += 1
+        else:
+            try:
+                text = loads(view[start:end])[key]
+            except (orjson.JSONDecodeError, KeyError, TypeError):
+                text = None
+            if type(text) is str:
+                add(text)
+            else:
+                _json_line(bytes(view[start:end]), key, found)
+        start = end + 1
+    return found
+
+
+def _json_line(line: bytes, key: str, found: Found) -> None:
+    """A line that is not the usual one: what Python's own reader, which upstream's tool uses, makes of it."""
+    try:
+        parts = line.removesuffix(b"\r").decode().split("\r")
+    except UnicodeDecodeError:
+        found.skipped["no UTF-8"] += 1
+        return
+    for part in parts:
+        if not part.strip():
+            found.skipped["blank"] += len(parts) == 1
+            continue
+        try:
+            value = json.loads(part)
+        except (ValueError, RecursionError):
+            found.skipped["no JSON"] += 1
+            continue
+        text = value.get(key) if isinstance(value, dict) else None
+        sentences = [text] if isinstance(text, str) else text
+        if not isinstance(sentences, list) or not all(isinstance(sentence, str) for sentence in sentences):
+            found.skipped["no text"] += 1
+        elif any(_has_surrogate(sentence) for sentence in sentences):
+            found.skipped["surrogate"] += 1
+        else:
+            found.texts.append(text)
+
+
+def _text_lines(data: bytes, longest: int, whole: bool = False) -> Found:
+    found = Found()
+    for line in [data] if whole else data.removesuffix(b"\n").split(b"\n"):
+        if len(line) > longest:
+            found.skipped["too long"] += 1
+        elif not line.strip():
+            found.skipped["blank"] += 1
+        else:
+            try:
+                found.texts.append((line if whole else line.removesuffix(b"\r")).decode())
+            except UnicodeDecodeError:
+                found.skipped["no UTF-8"] += 1
+    return found
+
+
+def _rows(column: pyarrow.Array, longest: int) -> Found:
+    from pyarrow import ArrowException
+
+    found = Found()
+    try:
+        values = column.to_numpy(zero_copy_only=False).tolist() if _is_text(column.type) else column.to_pylist()
+    except (UnicodeDecodeError, ArrowException):
+        values = [_value(row) for row in column]
+    for value in values:
+        sentences = value if isinstance(value, list) else [value]
+        try:
+            sentences = [text.decode() if isinstance(text, bytes) else text for text in sentences]
+        except UnicodeDecodeError:
+            found.skipped["no UTF-8"] += 1
+            continue
+        if not all(isinstance(text, str) for text in sentences):
+            found.skipped["no text"] += 1
+        elif sum(map(_bytes, sentences)) > longest:
+            found.skipped["too long"] += 1
+        else:
+            found.texts.append(sentences if isinstance(value, list) else sentences[0])
+    return found
+
+
+def _value(row: pyarrow.Scalar) -> object:
+    try:
+        return row.as_py()
+    except UnicodeDecodeError:
+        return b"\xff"
+
+
+def _bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
+
+
+def _too_long() -> Found:
+    return Found(skipped=Counter({"too long": 1}))
+
+
+def _refuse_array(file: TextFile, data: bytes) -> None:
+    if data.removeprefix(_BYTE_ORDER_MARK).lstrip().startswith(b"["):
+        raise UserError(
+            f"{file.path} holds a JSON array; one object a line is needed:\n"
+            f"    jq -c '.[]' {file.path.name} > {file.path.name.split('.')[0]}.jsonl"
+        )
+
+
+def _full(layout: Layout, place: Place) -> bool:
+    return layout.limit is not None and place.records >= layout.limit
+
+
+def _skip(stream: _Stream, size: int | None = None) -> None:
+    """Read ``size`` bytes, or all that is left, and drop them."""
+    while size is None or size > 0:
+        data = stream.read(BLOCK_BYTES if size is None else min(size, BLOCK_BYTES))
+        if not data:
+            if size is not None:
+                raise ValueError("shorter than it was")
+            return
+        size = None if size is None else size - len(data)
+
+
+def _has_surrogate(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def _is_text(kind: pyarrow.DataType) -> bool:
+    from pyarrow import types
+
+    return any(
+        check(kind)
+        for check in (
+            types.is_string,
+            types.is_large_string,
+            types.is_string_view,
+            types.is_binary,
+            types.is_large_binary,
+        )
+    )
+
+
+def _column_bytes(table: pyarrow.parquet.ParquetFile, group: int, key: str) -> int:
+    """What the column of a row group holds, unpacked."""
+    row_group = table.metadata.row_group(group)
+    columns = (row_group.column(n) for n in range(row_group.num_columns))
+    return sum(column.total_uncompressed_size for column in columns if column.path_in_schema.split(".")[0] == key)
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error).splitlines()[0]
