@@ -388,12 +388,10 @@ def _text_lines(data: bytes, longest: int, whole: bool = False) -> Found:
 
 
 def _rows(column: pyarrow.Array, longest: int) -> Found:
-    from pyarrow import ArrowException
-
     found = Found()
     try:
-        values = column.to_numpy(zero_copy_only=False).tolist() if _is_text(column.type) else column.to_pylist()
-    except (UnicodeDecodeError, ArrowException):
+        values = column.to_pylist()
+    except UnicodeDecodeError:
         values = [_value(row) for row in column]
     for value in values:
         sentences = value if isinstance(value, list) else [value]
