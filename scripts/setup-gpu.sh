@@ -113,17 +113,22 @@ show_progress() {
   if [[ -t 2 ]]; then echo >&2; fi
 }
 
-check_driver
-say "torch $torch for CUDA, and what else runs need"
-run scripts/setup.sh heavy
-if have_wheel; then
-  say "a built wheel lies in $wheels"
-else
-  check_compiler
-  say "CUDA's compiler and headers, ninja"
-  run scripts/setup.sh gpu-build
-  say "building Transformer Engine's extension for PyTorch into $wheels (log: $log)"
-  build_wheel
-fi
-say "Transformer Engine $engine, and a forward pass where a GPU is"
-run env PIP_FIND_LINKS="${PIP_FIND_LINKS:+$PIP_FIND_LINKS }$wheels" scripts/setup.sh gpu
+# In a function, which bash reads whole: a git pull may change this file while it works.
+main() {
+  check_driver
+  say "torch $torch for CUDA, and what else runs need"
+  run scripts/setup.sh heavy
+  if have_wheel; then
+    say "a built wheel lies in $wheels"
+  else
+    check_compiler
+    say "CUDA's compiler and headers, ninja"
+    run scripts/setup.sh gpu-build
+    say "building Transformer Engine's extension for PyTorch into $wheels (log: $log)"
+    build_wheel
+  fi
+  say "Transformer Engine $engine, and a forward pass where a GPU is"
+  run env PIP_FIND_LINKS="${PIP_FIND_LINKS:+$PIP_FIND_LINKS }$wheels" scripts/setup.sh gpu
+}
+
+main

@@ -13,14 +13,6 @@ fail() {
   exit 2
 }
 
-stages=()
-while (($#)) && [[ $1 != -- ]]; do
-  stages+=("$1")
-  shift
-done
-(($#)) && shift
-((${#stages[@]})) || fail "usage: scripts/setup.sh STAGE… [-- ARGUMENT…]"
-
 # NVIDIA's PyTorch container brings its own torch and Transformer Engine.
 venv=${VENV:-${NVIDIA_PYTORCH_VERSION:+0}}
 venv=${venv:-.venv}
@@ -45,7 +37,7 @@ print(os.path.realpath(sys._base_executable) if sys.argv[1] != "0" else sys.exec
 
 find_python() {
   local candidate path answer seen='' where='on the PATH, of pyenv or of uv'
-  local -a candidates=(python3.12 python3.13 python3 python "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.1[23]*/bin/python)
+  local -a candidates=(python3.12 python3.13 python3 python "${PYENV_ROOT:-${HOME:-}/.pyenv}"/versions/3.1[23]*/bin/python)
   if [[ -n ${PYTHON:-} ]]; then
     candidates=("$PYTHON")
     where="at PYTHON=$PYTHON"
@@ -82,29 +74,39 @@ fresh() {
   [[ $made_for == "$pins" ]]
 }
 
-if [[ $venv == 0 ]]; then
-  python=$(find_python)
-  "$python" -m harness.setup check "${stages[@]}"
-else
-  python=$venv/bin/python
-  pins=$(<pyproject.toml)
-  pins=${pins#*'[dependency-groups]'}
-  pins=${pins%%$'\n['*}
-  current=yes
-  for stage in "${stages[@]}"; do
-    fresh "$stage" || current=
+# In a function, which bash reads whole: set-ups take minutes, and a git pull meanwhile may change this file.
+main() {
+  local python base stage current=yes pins
+  local -a stages=()
+  while (($#)) && [[ $1 != -- ]]; do
+    stages+=("$1")
+    shift
   done
-  if [[ -n ${PYTHON:-} && ! $python -ef $(type -P "$PYTHON") ]]; then current=; fi
-  if [[ -z $current ]]; then
-    base=$(find_python)
-    "$base" -m harness.setup install --venv "$venv" --device "$device" ${PYTHON:+--exact} "${stages[@]}"
-  fi
-fi
+  (($#)) && shift
+  ((${#stages[@]})) || fail "usage: scripts/setup.sh STAGE… [-- ARGUMENT…]"
 
-(($#)) || exit 0
-if [[ $venv != 0 ]]; then
-  [[ $venv == /* ]] || venv=$PWD/$venv
-  export VIRTUAL_ENV=$venv PATH=$venv/bin:$PATH
-  unset PYTHONHOME
-fi
-exec "$python" "$@"
+  if [[ $venv == 0 ]]; then
+    python=$(find_python)
+    "$python" -m harness.setup check "${stages[@]}"
+  else
+    python=$venv/bin/python
+    pins=$(<pyproject.toml)
+    pins=${pins#*'[dependency-groups]'}
+    pins=${pins%%$'\n['*}
+    for stage in "${stages[@]}"; do
+      fresh "$stage" || current=
+    done
+    if [[ -n ${PYTHON:-} && ! $python -ef $(type -P "$PYTHON") ]]; then current=; fi
+    if [[ -z $current ]]; then
+      base=$(find_python)
+      "$base" -m harness.setup install --venv "$venv" --device "$device" ${PYTHON:+--exact} "${stages[@]}"
+    fi
+    [[ $venv == /* ]] || venv=$PWD/$venv
+    export VIRTUAL_ENV=$venv PATH=$venv/bin:$PATH
+    unset PYTHONHOME
+  fi
+  (($#)) || exit 0
+  exec "$python" "$@"
+}
+
+main "$@"
