@@ -1,10 +1,10 @@
 """Rules that compare all documents: equal ones, and nearly equal ones by MinHash.
 
-A document's words, or characters, without case and punctuation make shingles of a few in a row. Each shingle is hashed once
-into one of bands x rows bins, and each bin keeps its smallest value (one-permutation hashing; Li, Owen, Zhang 2012); an empty
-bin takes the value of another one, chosen by its own number (Shrivastava 2017, "Optimal Densification"). Of each value 8 bits
-are kept (Li and König 2010), so a document costs bands x rows bytes. Two documents with Jaccard similarity s agree in a bin
-with probability s + (1 - s) / 256; they are compared where they agree in all rows of a band.
+A document's words, or characters, without case and punctuation make shingles of a few in a row. Each shingle is hashed
+once, into one of bands x rows bins; each bin keeps its smallest value (one-permutation hashing; Li, Owen, Zhang 2012), an
+empty bin takes the value of another one, chosen by its own number (Shrivastava 2017, "Optimal Densification"). Of each
+value 8 bits are kept (Li and König 2010), so a document costs bands x rows bytes. Two documents with Jaccard similarity
+s agree in a bin with probability s + (1 - s) / 256; they are compared where they agree in all rows of a band.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def near_duplicates(
 ) -> np.ndarray:
     """For each document an earlier one that is nearly equal, or -1. ``candidates`` (ascending) alone are compared.
 
-    In each band a document is compared with the first and with the previous one of those that share it: the cost grows with
-    the number of documents, however many are alike.
+    In each band a document is compared with the first and with the previous one of those that share it: the cost grows
+    with the number of documents, however many are alike.
     """
     twin = np.full(len(signatures), -1, np.int64)
     for band in range(rule.bands):

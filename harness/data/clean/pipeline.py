@@ -1,13 +1,13 @@
 """Cleaning a corpus: filter each unit, compare all documents, write what is left.
 
     output_dir/00000.jsonl …        what is kept, in the order of the input: one {"text": …} a line
-    output_dir/dropped/RULE.jsonl   up to 100 documents of those each rule dropped, drawn evenly: where, why, how they begin
-    output_dir/decisions.npy        for each input document, in order: 0 kept, n dropped by the n-th of the report's rules
+    output_dir/dropped/RULE.jsonl   up to 100 of the documents a rule dropped, drawn evenly: where, why, how they begin
+    output_dir/decisions.npy        for each document of the input: 0 kept, n dropped by the n-th of the report's rules
     output_dir/manifest.json        the report, written last
     output_dir/work/                of a run that is not yet done
 
-Units are independent but for the comparison, every file appears whole or not at all, and nothing depends on time or on the
-number of processes: a run that was killed goes on to the same bytes.
+Units are independent but for the comparison, every file appears whole or not at all, and nothing depends on time or on
+the number of processes: a run that was killed goes on to the same bytes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from harness.data.clean.documents import Language
 from harness.data.clean.duplicates import exact_duplicates, near_duplicates
 from harness.data.clean.files import atomic
 from harness.data.clean.rules import UNREADABLE, Rules
-from harness.data.clean.units import LONGEST_LINE_BYTES, Unit, cut
+from harness.data.clean.units import LONGEST_LINE_BYTES, UNIT_BYTES, Unit, cut
 from harness.data.clean.workers import map_in_order
 from harness.errors import UserError
 from harness.rundir import write_json
@@ -84,20 +84,22 @@ def clean(
     rules: Rules,
     progress: Progress = lambda what, done, total: None,
     processes: int | None = None,
+    unit_bytes: int = UNIT_BYTES,
 ) -> CleanReport:
     """Apply ``rules`` to the documents of ``inputs`` (JSON Lines with "text") and write what is left to ``output_dir``.
 
-    What an earlier call with the same rules and inputs finished is kept; what it left half-way goes on.
+    What an earlier call with the same rules and inputs finished is kept; what it left half-way goes on. Each
+    ``unit_bytes`` of an input become one shard; memory is 300 MiB a process, and 160 bytes a document in this one.
 
     Raises:
         UserError: an input is missing, none holds a readable document, another process writes to ``output_dir``, or its
             disk is full.
     """
     try:
-        units = _units(inputs)
+        units = _units(inputs, unit_bytes)
         output_dir.mkdir(parents=True, exist_ok=True)
         with _locked(output_dir):
-            return _resume(units, inputs, output_dir, rules, progress, processes)
+            return _resume(units, output_dir, rules, progress, processes)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             way_out = "make room and start again: it goes on where it stopped"
@@ -111,10 +113,10 @@ def clean(
         ) from None
 
 
-def _units(inputs: Sequence[Path]) -> tuple[Unit, ...]:
+def _units(inputs: Sequence[Path], unit_bytes: int) -> tuple[Unit, ...]:
     if missing := [str(path) for path in inputs if not path.is_file()]:
         raise UserError(f"no such file: {', '.join(missing)}")
-    if not (units := cut(inputs)):
+    if not (units := cut(inputs, unit_bytes)):
         raise UserError(f"nothing to clean: {', '.join(map(str, inputs)) or 'no input'} is empty")
     return units
 
@@ -130,16 +132,11 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _resume(
-    units: tuple[Unit, ...],
-    inputs: Sequence[Path],
-    output_dir: Path,
-    rules: Rules,
-    progress: Progress,
-    processes: int | None,
+    units: tuple[Unit, ...], output_dir: Path, rules: Rules, progress: Progress, processes: int | None
 ) -> CleanReport:
     work = output_dir / "work"
     manifest = output_dir / "manifest.json"
-    state = _state(inputs, rules)
+    state = _state(units, rules)
     state_file = output_dir / "state.json"
     if not state_file.exists() or json.loads(state_file.read_text()) != state:
         _clear(output_dir)
@@ -155,13 +152,12 @@ def _resume(
     return CleanReport.model_validate_json(manifest.read_bytes())
 
 
-def _state(inputs: Sequence[Path], rules: Rules) -> dict[str, Any]:
+def _state(units: Sequence[Unit], rules: Rules) -> dict[str, Any]:
     """What a run depends on."""
-    stats = [(path.resolve(), path.stat()) for path in inputs]
     return {
         "format": _FORMAT,
         "rules": rules.dump(),
-        "inputs": [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats],
+        "units": [[str(unit.path.resolve()), unit.path.stat().st_mtime_ns, unit.start, unit.end] for unit in units],
         "versions": _versions(),
     }
 
@@ -181,9 +177,7 @@ def _clear(output_dir: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _filter_all(
-    units: Sequence[Unit], work: Path, rules: Rules, progress: Progress, processes: int | None
-) -> None:
+def _filter_all(units: Sequence[Unit], work: Path, rules: Rules, progress: Progress, processes: int | None) -> None:
     done, total = 0, sum(unit.bytes for unit in units)
     progress("filter", 0, total)
     with map_in_order(_filter, ((unit, work, rules) for unit in units), processes) as finished:
@@ -194,7 +188,9 @@ def _filter_all(
     documents = sum(_marker(work, unit)["documents"] for unit in units)
     if documents == counts[UNREADABLE]:
         sample = next(iter(s for unit in units for s in _marker(work, unit)["samples"]), {"why": "there is none"})
-        raise UserError(f"none of {documents:,} lines is a document; {sample['why']}\nlines must be like {{\"text\": \"…\"}}")
+        raise UserError(
+            f'none of {documents:,} lines is a document; {sample["why"]}\nlines must be like {{"text": "…"}}'
+        )
 
 
 def _filter(unit: Unit, work: Path, rules: Rules) -> None:
@@ -286,7 +282,10 @@ def _text(line: bytes) -> tuple[str, str | None]:
     if not isinstance(value, dict):
         return "", f"no JSON object but {str(value)[:50]!r}"
     if not isinstance(text := value.get("text"), str):
-        return "", f'no "text" among the keys {", ".join(value)[:200]}' if text is None else f'"text" is {str(text)[:50]!r}'
+        return (
+            "",
+            f'no "text" among the keys {", ".join(value)[:200]}' if text is None else f'"text" is {str(text)[:50]!r}',
+        )
     return text, None
 
 
@@ -384,11 +383,14 @@ def _write(unit: Unit, output_dir: Path, rules: Rules, units: Sequence[Unit], fi
             samples.add(rules.names[verdict["decision"] - 1], int(offsets[i]), why, text)
         shard = Shard(name=f"{unit.name}.jsonl", documents=int(keep.sum()), bytes=size, sha256=digest.hexdigest())
         dropped = np.bincount(verdicts["decision"], minlength=len(rules.names) + 1).tolist()[1:]
-        write_json(done, {
-            "shard": shard.model_dump(),
-            "dropped": dict(zip(rules.names, dropped, strict=True)),
-            "samples": samples.chosen(),
-        })
+        write_json(
+            done,
+            {
+                "shard": shard.model_dump(),
+                "dropped": dict(zip(rules.names, dropped, strict=True)),
+                "samples": samples.chosen(),
+            },
+        )
     filtered.unlink(missing_ok=True)
 
 

@@ -11,7 +11,14 @@ import yaml
 from pydantic import ValidationError
 
 from harness.data.clean.documents import (
-    Alphabet, DocumentRule, Language, Length, Normalise, OneLine, Repetition, Rule,
+    Alphabet,
+    DocumentRule,
+    Language,
+    Length,
+    Normalise,
+    OneLine,
+    Repetition,
+    Rule,
 )  # fmt: skip
 from harness.data.clean.duplicates import ExactDuplicates, NearDuplicates
 from harness.errors import UserError, nearest
@@ -68,7 +75,9 @@ def load_rules(path: Path) -> Rules:
 
 
 def _rule(entry: Any) -> Rule:
-    name, options = (entry, {}) if isinstance(entry, str) else next(iter(entry.items())) if _is_single(entry) else (None, None)
+    name, options = (
+        (entry, {}) if isinstance(entry, str) else next(iter(entry.items())) if _is_single(entry) else (None, None)
+    )
     if not isinstance(name, str):
         raise UserError(f"{entry!r} is no rule: write `- name:` with its options below, or `- name` where it has none")
     if name not in KINDS:

@@ -28,7 +28,7 @@ class Unit:
         return self.end - self.start
 
     def lines(self) -> Iterator[tuple[int, bytes]]:
-        """Each line that is not blank, with the offset of its first byte; of one too long to hold, only the beginning."""
+        """Each line that is not blank, with the offset of its first byte; of one too long to hold, its beginning."""
         with self.path.open("rb") as file:
             offset = self.start
             if offset:

@@ -42,8 +42,8 @@ def characters(documents: Sequence[bytes], separator: bytes = b" ") -> Words:
 
 
 def _document_of(start: np.ndarray, documents: Sequence[bytes], separator: bytes) -> np.ndarray:
-    ends = np.cumsum([len(document) + len(separator) for document in documents])
-    return np.searchsorted(ends, start, side="right")
+    ends = np.cumsum([0, *(len(document) + len(separator) for document in documents)])
+    return np.repeat(np.arange(len(documents)), np.diff(np.searchsorted(start, ends)))
 
 
 def hash_spans(text: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:

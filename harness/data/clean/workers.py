@@ -20,7 +20,7 @@ _PR_SET_PDEATHSIG = 1
 def map_in_order(
     function: Callable[..., Any], tasks: Iterable[tuple], processes: int | None = None
 ) -> Iterator[Iterator[Any]]:
-    """``function(*task)`` for each task, spread over ``processes`` (all cores by default), at most two tasks each ahead.
+    """``function(*task)`` for each task, spread over ``processes`` (all cores by default), two tasks ahead.
 
     ``tasks`` may be endless: leaving the context abandons what is not yet asked for. One process: this one.
     """

@@ -1,0 +1,127 @@
+"""A synthetic corpus as files.
+
+folder/00000.jsonl …         one {"text": …} a line
+folder/labels/00000.jsonl …  the truth: a Label a line, for each document that is damaged or not of the main language
+folder/synthetic.json        seed, mixture and size
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
+from itertools import count
+from pathlib import Path
+
+from harness.data.clean.files import atomic
+from harness.data.clean.workers import map_in_order
+from harness.data.synthetic.corpus import Corpus, Label
+from harness.data.synthetic.language import table
+from harness.errors import UserError
+from harness.rundir import write_json
+
+DOCUMENTS_PER_SHARD = 16384
+_PLAIN = Corpus()
+
+
+def generate(
+    folder: Path,
+    size_bytes: int,
+    corpus: Corpus = _PLAIN,
+    processes: int | None = None,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> tuple[Path, ...]:
+    """Write the first documents of ``corpus``: ``size_bytes`` and what ends the last document.
+
+    Each shard appears whole or not at all; what was killed goes on to the same bytes.
+
+    Returns:
+        The shards, in order.
+    Raises:
+        UserError: ``size_bytes`` is none, ``folder`` holds another corpus, or its disk is full.
+    """
+    if size_bytes < 1:
+        raise UserError(f"SIZE={size_bytes}: give the number of bytes to make, 1 or more")
+    table()
+    recipe = {"seed": corpus.seed, **asdict(corpus.mixture), "size_bytes": size_bytes}
+    recipe_file = folder / "synthetic.json"
+    try:
+        (folder / "labels").mkdir(parents=True, exist_ok=True)
+        if recipe_file.exists() and (found := json.loads(recipe_file.read_text())) != recipe:
+            raise UserError(f"{folder} holds another synthetic corpus: {found}\nremove it, or give another NAME=")
+        write_json(recipe_file, recipe)
+        return tuple(_shards(folder, size_bytes, corpus, processes, progress))
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        way_out = "make room" if full else "mend that"
+        raise UserError(
+            f"synthetic text into {folder}: {error.strerror}\n{way_out} and start again: it goes on where it stopped"
+        ) from None
+
+
+def labels(folder: Path) -> Iterator[Label]:
+    """The labels of a corpus, in the order of its documents."""
+    for path in sorted((folder / "labels").glob("[0-9]*.jsonl")):
+        yield from _read_labels(path)
+
+
+def _shards(
+    folder: Path, size_bytes: int, corpus: Corpus, processes: int | None, progress: Callable[[str, int, int], None]
+) -> list[Path]:
+    shards: list[Path] = []
+    done = 0
+    tasks = ((corpus, folder, number, size_bytes) for number in count())
+    with map_in_order(_write_shard, tasks, processes) as sizes:
+        while done < size_bytes:
+            size = next(sizes)
+            shards.append(folder / f"{len(shards):05}.jsonl")
+            done += size if done + size < size_bytes else _cut(shards[-1], size_bytes - done)
+            progress("synthetic", done, size_bytes)
+    for ahead in {*folder.glob("[0-9]*.jsonl")} - {*shards}:
+        ahead.unlink()
+        (folder / "labels" / ahead.name).unlink()
+    return shards
+
+
+def _write_shard(corpus: Corpus, folder: Path, number: int, limit_bytes: int) -> int:
+    """Write a shard unless it is there, no document behind the one that reaches ``limit_bytes``. Returns its size."""
+    path = folder / f"{number:05}.jsonl"
+    if path.exists():
+        return path.stat().st_size
+    size = 0
+    truth = []
+    with atomic(path) as file:
+        for line, label in corpus.lines(number * DOCUMENTS_PER_SHARD, (number + 1) * DOCUMENTS_PER_SHARD):
+            size += file.write(line)
+            if label.defect or label.language != corpus.mixture.main:
+                truth.append(label)
+            if size >= limit_bytes:
+                break
+        _write_labels(folder / "labels" / path.name, truth)
+    return size
+
+
+def _cut(shard: Path, size_bytes: int) -> int:
+    """Cut a shard behind the document that reaches ``size_bytes``. Returns its size."""
+    size = 0
+    last = int(shard.stem) * DOCUMENTS_PER_SHARD
+    with shard.open("rb") as file:
+        while size < size_bytes:
+            size += len(file.readline())
+            last += 1
+    truth = shard.parent / "labels" / shard.name
+    _write_labels(truth, [label for label in _read_labels(truth) if label.document < last])
+    os.truncate(shard, size)
+    return size
+
+
+def _write_labels(path: Path, truth: Iterable[Label]) -> None:
+    with atomic(path) as file:
+        file.writelines(json.dumps(asdict(label)).encode() + b"\n" for label in truth)
+
+
+def _read_labels(path: Path) -> list[Label]:
+    with path.open("rb") as file:
+        return [Label(**json.loads(line)) for line in file]
