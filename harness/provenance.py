@@ -68,10 +68,10 @@ def describe_upstream() -> Upstream:
 
 def source_commit(tree: Path) -> tuple[str | None, bool | None]:
     """The commit of ``tree`` and whether it was changed since; from its file COMMIT where git cannot tell."""
-    top = _git(tree, "rev-parse", "--show-toplevel")
-    if top and Path(top) == tree.resolve():
+    top, head = _git(tree, "rev-parse", "--show-toplevel"), _git(tree, "rev-parse", "--verify", "--quiet", "HEAD")
+    if head and top and Path(top) == tree.resolve():
         changes = _git(tree, "status", "--porcelain", "--ignore-submodules", "--untracked-files=no")
-        return _git(tree, "rev-parse", "HEAD"), None if changes is None else bool(changes)
+        return head, None if changes is None else bool(changes)
     try:
         commit, *rest = (tree / "COMMIT").read_text(encoding="utf-8").split()
     except (OSError, ValueError):
