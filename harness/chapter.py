@@ -177,12 +177,13 @@ def _earlier(plan: Plan) -> Finished | None:
 
 def _judge(finished: Finished, note: str) -> Outcome:
     result = finished.result
-    if result.status == "oom" and _as_published(finished):
+    if result.status == "oom" and as_published(finished):
         return Outcome("oom", f"as published; {note}", good=True)
     return Outcome(result.status, note, good=result.status == "ok")
 
 
-def _as_published(finished: Finished) -> bool:
+def as_published(finished: Finished) -> bool:
+    """Whether a run did what the published one did: ran, or ran out of memory, on a card that lets it be compared."""
     from harness.results import collect, load_references
 
     rows = collect(finished.dir.path.parent, EXPERIMENTS / "records", load_references()).rows

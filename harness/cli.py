@@ -44,10 +44,15 @@ def _run(words: list[str]) -> int:
     if dry_run:
         print(planned.script(), end="")
         return 0
+    from harness.chapter import as_published
     from harness.launch import run_plan
 
     _install_heavy()
-    return run_plan(planned, hang_seconds=_hang(settings)).exit_status
+    finished = run_plan(planned, hang_seconds=_hang(settings))
+    if finished.result.status == "oom" and as_published(finished):
+        print("  reproduced: the published run ran out of memory too")
+        return 0
+    return finished.exit_status
 
 
 def _show(words: list[str]) -> int:
@@ -74,7 +79,7 @@ def _chapter(words: list[str]) -> int:
     from harness.chapter import run_chapter
 
     _install_heavy()
-    return run_chapter([plan(e, settings, device) for e in experiments], hang_seconds=_hang(settings),
+    return run_chapter(experiments, lambda e: plan(e, settings, device), hang_seconds=_hang(settings),
                        pack=settings.get("PACK") != "0", force=settings.get("FORCE") == "1")
 
 
