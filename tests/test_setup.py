@@ -340,6 +340,31 @@ def test_full_disk(tmp_path, monkeypatch, capsys):
     assert "has 250 MiB free, this set-up takes 300 MiB" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("device", "answers", "given", "indices"),
+    [
+        ("cpu", True, True, [setup.CPU_INDEX, None]),
+        ("cpu", True, False, [setup.CPU_INDEX, None]),
+        ("cpu", False, True, [None]),
+        ("cuda", True, True, [None]),
+    ],
+)
+def test_where_torch_comes_from(tmp_path, monkeypatch, device, answers, given, indices):
+    """The CPU's wheels where no GPU is and their index answers; the ordinary ones otherwise, or if it has none."""
+    calls = []
+
+    def install(pip, *arguments):
+        calls.append(arguments[arguments.index("--index-url") + 1] if "--index-url" in arguments else None)
+        return given or calls[-1] is None
+
+    monkeypatch.setattr(setup.Pip, "install", install)
+    monkeypatch.setattr(setup, "reachable", lambda index: answers)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 1 << 40))
+    monkeypatch.delenv("TORCH_INDEX", raising=False)
+    setup.install(stages.Venv(tmp_path), "heavy", device, lock=0)
+    assert calls == indices
+
+
 def test_cuda_build_wants_more_disk_than_the_cpu_build():
     assert setup.DISK_MIB["none"] < setup.DISK_MIB["cpu"] < setup.DISK_MIB["cuda"]
 
