@@ -3,38 +3,41 @@
 ``cuda``       stands in for ``torch.cuda``
 ``norm``       layer norms that know sequence parallelism
 ``attention``  attention that knows context parallelism
-``warm``       one process imports, the others are forked from it
+``warm``       one process imports, the ranks are forked from it
 """
 
 import logging
+import runpy
+from importlib.util import find_spec
+from pathlib import Path
 
 from harness.errors import UserError
 
 KNOWN = ("0.19.0", "0.19.1")
-"""Versions of ``megatron.core`` whose source this was written against; the tag core_v0.19.0 calls itself 0.19.1."""
+"""Versions of ``megatron.core`` that this was written against; the source tree core_v0.19.0 calls itself 0.19.1."""
 
 
 def install() -> None:
-    """Let ``megatron`` train on the CPU in this process and in those forked from it; call it before ``megatron`` loads.
+    """Let ``megatron`` train on the CPU, in this process and in those forked from it. Call it before ``megatron`` loads.
 
     Raises:
-        UserError: upstream is a version that nobody has tried this with.
+        UserError: upstream is a version that this was not written against.
     """
+    package_info = Path(find_spec("megatron.core").origin).with_name("package_info.py")
+    version = runpy.run_path(str(package_info))["__shortversion__"]
+    if version not in KNOWN:
+        raise UserError(
+            f"megatron.core {version} does not run on a CPU: the stand-in for CUDA knows {', '.join(KNOWN)}\n"
+            "check out core_v0.19.0 (git submodule update --init megatron-lm), or run on a GPU"
+        )
     from harness.cpu import cuda
 
     cuda.install()
-    import megatron.core.package_info
-
-    if (version := megatron.core.package_info.__shortversion__) not in KNOWN:
-        raise UserError(
-            f"megatron.core {version} does not run on a CPU: the stand-in for CUDA knows {', '.join(KNOWN)}\n"
-            "check out core_v0.19.0 (git submodule update --init megatron-lm), or use a GPU"
-        )
     from harness.cpu import attention, norm
 
     norm.install()
     attention.install()
-    # The CPU's random state is the device's here, so upstream's warning that one changed the other says nothing.
+    # The CPU's random state is the device's here: upstream's warning that the one changed with the other says nothing.
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
     )

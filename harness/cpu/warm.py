@@ -128,8 +128,13 @@ def _stand_for_fork() -> NoReturn:
     environment = json.dumps(dict(os.environ)).encode()
     socket.send_fds(link, [NUMBER.pack(len(environment))], [1, 2])
     link.sendall(environment)
+
+    def pass_on(number: int, _: object) -> None:
+        with suppress(BrokenPipeError):
+            link.send(bytes([number]))
+
     for number in PASSED_ON:
-        signal.signal(number, lambda number, _: link.send(bytes([number])))
+        signal.signal(number, pass_on)
     ended = link.recv(NUMBER.size, socket.MSG_WAITALL)
     _end_as(NUMBER.unpack(ended)[0] if ended else -signal.SIGTERM)  # all die with the warm process
 

@@ -39,10 +39,12 @@ def ended_at_once(report: "RankReport | None") -> Iterator[None]:
         if isinstance(error, UserError):
             print(f"error: {error}", file=sys.stderr)
             status = 2
-        elif isinstance(error, SystemExit):
-            status = error.code if isinstance(error.code, int) else 1
-        else:
+        elif not isinstance(error, SystemExit):
             traceback.print_exception(error)
+        elif isinstance(error.code, int):
+            status = error.code
+        else:
+            print(error.code, file=sys.stderr)
         if report:
             report.failed(error)
         sys.stdout.flush()

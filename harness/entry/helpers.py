@@ -1,13 +1,14 @@
 """Upstream's compiled index helpers, ready on every node before its ranks start.
 
-Upstream compiles ``megatron/core/datasets/helpers.cpp`` on global rank 0 only, in its own tree, with whatever ``python3``
-comes first on the PATH. Here the first rank of every node compiles it for the running interpreter, into a cache named by
-what is compiled, while the node's other ranks wait; upstream's tree stays as it was checked out.
+Upstream compiles ``megatron/core/datasets/helpers.cpp`` on global rank 0 only, into its own tree, for whatever
+``python3-config`` comes first on the PATH. Here the first rank of every node compiles it for the interpreter that
+runs, into a cache named by what is compiled, while the node's other ranks wait. Upstream's tree stays as it was.
 """
 
 import fcntl
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import sysconfig
@@ -20,38 +21,39 @@ MODULE = "helpers_cpp"
 
 
 def ensure_compiled() -> None:
-    """Make ``megatron.core.datasets.helpers_cpp`` importable, compiling it once a node if need be.
+    """Make ``megatron.core.datasets.helpers_cpp`` importable, and upstream's ``compile_helpers`` a no-op.
 
-    The wheel brings it compiled, and so may a container; then nothing happens. Upstream's own ``compile_helpers`` becomes
-    a no-op, because everything it does is done.
+    The wheel brings it compiled, and so may a source tree; else it is compiled, once a node.
 
     Raises:
-        UserError: no C++ compiler, no Python headers, no writable cache, or the compiler failed.
+        UserError: there is no C++ compiler, no Python headers, no cache that can be written; or compiling failed.
     """
-    import megatron.core.datasets as datasets
+    from megatron.core import datasets
     from megatron.core.datasets import utils
 
     utils.compile_helpers = lambda: None
     if find_spec(f"{datasets.__name__}.{MODULE}") is None:
         source = Path(datasets.__path__[0]) / "helpers.cpp"
-        datasets.__path__.append(str(_compiled(source)))
+        datasets.__path__.append(str(compiled(source)))
 
 
-def _compiled(source: Path) -> Path:
-    """Return the cache folder that holds ``source`` compiled for this interpreter."""
-    suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    digest = hashlib.sha256(source.read_bytes() + suffix.encode()).hexdigest()[:12]
+def library_name() -> str:
+    """The file name under which this interpreter finds the helpers."""
+    return MODULE + sysconfig.get_config_var("EXT_SUFFIX")
+
+
+def compiled(source: Path) -> Path:
+    """Return the cache folder with ``source`` compiled for this interpreter. Raises UserError as ``ensure_compiled``."""
+    digest = hashlib.sha256(source.read_bytes() + library_name().encode()).hexdigest()[:12]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron-helpers" / digest
-    library = cache / f"{MODULE}{suffix}"
+    library = cache / library_name()
     if library.exists():
         return cache
     try:
         cache.mkdir(parents=True, exist_ok=True)
         lock = (cache / "lock").open("w")
     except OSError as error:
-        raise UserError(
-            f"cannot write {cache}: {error.strerror}\nset XDG_CACHE_HOME to a directory that can be written"
-        ) from error
+        raise UserError(f"cannot write {cache}: {error.strerror}\nset XDG_CACHE_HOME to a directory you own") from None
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
@@ -61,21 +63,21 @@ def _compiled(source: Path) -> Path:
 
 def _compile(source: Path, library: Path) -> None:
     """Compile ``source`` into ``library``, which appears only when it is whole."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
+    compiler = shlex.split(os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or "")
+    if not compiler:
         raise UserError(
             "upstream's data set helpers must be compiled, and there is no C++ compiler\n"
             "install g++ (apt-get install g++), or use the megatron-core wheel, which brings them compiled"
         )
     include = sysconfig.get_paths()["include"]
     if not Path(include, "Python.h").exists():
-        raise UserError(f"no Python headers in {include}\ninstall them (apt-get install python3-dev), or use uv's or pyenv's")
+        raise UserError(f"no Python headers in {include}\ninstall them (apt-get install python3-dev)")
     import pybind11
 
     partial = library.with_name(f".{os.getpid()}.{library.name}")
-    command = [compiler, "-O3", "-shared", "-std=c++17", "-fPIC", f"-I{include}", f"-I{pybind11.get_include()}"]
+    command = [*compiler, "-O3", "-shared", "-std=c++17", "-fPIC", f"-I{include}", f"-I{pybind11.get_include()}"]
     done = subprocess.run([*command, str(source), "-o", str(partial)], capture_output=True, text=True)
     if done.returncode:
         partial.unlink(missing_ok=True)
-        raise UserError(f"{compiler} could not compile {source}:\n{done.stderr[-2000:].strip()}")
+        raise UserError(f"{compiler[0]} could not compile {source}:\n{done.stderr[-2000:].strip()}")
     partial.replace(library)

@@ -1,0 +1,169 @@
+"""Upstream's training loop on the CPU, through torchrun: what a run records, and how it ends when something breaks."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from harness.environment import variables
+from harness.parity import DENSE, LAYOUTS, MOE, flags, tiny
+from harness.rundir import RUN_DIR_VARIABLE, RunDir, started_before
+
+pytestmark = pytest.mark.cpu
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def torchrun(experiment, run_dir, *arguments, **environment) -> subprocess.Popen:
+    """Start ``experiment`` as its script would, with ``arguments`` at the end; the output goes into the run directory."""
+    run_dir.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={experiment.world_size}", "-m", "harness.entry", *flags(experiment), *arguments]
+    settings = {variable.name: variable.value for variable in variables(experiment, "cpu")}
+    settings |= {RUN_DIR_VARIABLE: str(run_dir), **environment}
+    with (run_dir / "logs.txt").open("w") as log:
+        return subprocess.Popen(command, cwd=ROOT, env=os.environ | settings, stdout=log, stderr=subprocess.STDOUT)
+
+
+def finished(process: subprocess.Popen, run_dir: Path) -> RunDir:
+    """Wait for a run that ought to succeed."""
+    status = process.wait(timeout=300)
+    assert status == 0, (run_dir / "logs.txt").read_text()[-4000:]
+    return RunDir(run_dir)
+
+
+def eventually(read):
+    for _ in range(3000):
+        if value := read():
+            return value
+        time.sleep(0.02)
+    raise AssertionError("did not happen")
+
+
+def test_what_a_run_records(tmp_path):
+    experiment = tiny(DENSE, {"dp": 2, "steps": 5, "eval_interval": 2})
+    run = finished(torchrun(experiment, tmp_path / "run", "--eval-iters", "1"), tmp_path / "run")
+    steps = run.read_metrics()
+    assert [step.step for step in steps] == [1, 2, 3, 4, 5]
+    for step in steps:
+        assert step.grad_norm > 0 and step.step_ms > 0 and step.tflops > 0
+        assert step.tokens_per_s == pytest.approx(8 * 32 / step.step_ms * 1e3)
+        assert (step.skipped, step.nan, step.loss_scale, step.learning_rate) == (0, 0, 1.0, 1e-3)
+    assert [(line.step, line.split) for line in run.read_validation()] == [
+        (2, "validation"), (4, "validation"), (5, "validation"), (5, "test"),
+    ]  # fmt: skip
+    assert all(5 < line.loss < 6 for line in run.read_validation())
+    ranks = run.read_ranks()
+    assert [rank.coordinates["dp"] for rank in ranks] == [0, 1]
+    assert all(rank.step == 5 and rank.rss_peak_gib > 0.1 for rank in ranks)
+    assert not run.read_rank_errors() and not run.stacks()
+
+
+def test_the_records_are_what_upstream_logs(tmp_path):
+    """Upstream's line rounds; its second line averages the first two steps, the others are of one step."""
+    run = finished(torchrun(tiny(DENSE, {"steps": 5}), tmp_path / "run"), tmp_path / "run")
+    line = re.compile(r"iteration +(\d+)/.*per iteration \(ms\): ([\d.]+) .*lm loss: (\S+) .*grad norm: ([\d.]+) ")
+    logged = {int(step): values for step, *values in line.findall(run.logs.read_text())}
+    for step in run.read_metrics():
+        if step.step != 2:
+            assert logged[step.step] == [f"{step.step_ms:.1f}", f"{step.loss:.6E}", f"{step.grad_norm:.3f}"]
+    first, second = run.read_metrics()[:2]
+    assert float(logged[2][1]) == pytest.approx((first.loss + second.loss) / 2, rel=1e-6)
+    assert float(logged[2][0]) == pytest.approx((first.step_ms + second.step_ms) / 2, abs=0.1)
+
+
+def test_without_a_run_directory_nothing_is_written(tmp_path):
+    process = torchrun(tiny(DENSE, {"steps": 1}), tmp_path / "run", **{RUN_DIR_VARIABLE: ""})
+    finished(process, tmp_path / "run")
+    assert os.listdir(tmp_path / "run") == ["logs.txt"]
+
+
+def test_no_noise_at_the_end(tmp_path):
+    run = finished(torchrun(tiny(DENSE, {"steps": 1, "pp": 2}), tmp_path / "run"), tmp_path / "run")
+    end = run.logs.read_text().partition("after training is done")[2]
+    assert end.count("\n") <= 2
+
+
+def test_bad_arguments_end_every_rank(tmp_path):
+    process = torchrun(tiny(DENSE, {"tp": 2}), tmp_path / "run", "--num-attention-heads", "5")
+    assert process.wait(timeout=120) != 0
+    errors = RunDir(tmp_path / "run").read_rank_errors()
+    assert errors and all(error.type and error.step == 0 for error in errors)
+
+
+def test_half_a_submodule_is_said_so(tmp_path):
+    (tmp_path / "tree").mkdir()
+    process = torchrun(tiny(DENSE, {"dp": 2}), tmp_path / "run", MEGATRON_LM=str(tmp_path / "tree"))
+    assert process.wait(timeout=120) != 0
+    run = RunDir(tmp_path / "run")
+    assert [error.type for error in run.read_rank_errors()] == ["UserError"]
+    log = run.logs.read_text()
+    assert log.startswith("error: MEGATRON_LM is not a whole Megatron-LM") and "git submodule update --init" in log
+
+
+@pytest.fixture
+def long_run(tmp_path):
+    """A run of two ranks in the middle of its training."""
+    process = torchrun(tiny(DENSE, {"pp": 2, "steps": 100000}), tmp_path / "run")
+    run = RunDir(tmp_path / "run")
+    eventually(lambda: len(run.read_metrics()) > 2)
+    yield process, run
+    process.kill()
+    process.wait()
+
+
+def gone(run: RunDir) -> bool:
+    return not any(started_before(rank.pid, time.time()) for rank in run.read_ranks())
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_ends_the_run(long_run, rank):
+    process, run = long_run
+    os.kill(run.read_ranks()[rank].pid, signal.SIGKILL)
+    assert process.wait(timeout=60) != 0
+    assert eventually(lambda: gone(run))
+    assert "SIGKILL" in run.logs.read_text()
+    assert len(run.read_metrics()) > 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_nothing_outlives_torchrun(long_run, number):
+    process, run = long_run
+    process.send_signal(number)
+    assert process.wait(timeout=60) != 0
+    assert eventually(lambda: gone(run))
+
+
+def test_precision_dropout_and_recompute(tmp_path):
+    experiment = tiny(DENSE, {"tp": 2, "sequence_parallel": True, "precision": "bf16", "recompute": "full", "steps": 4})
+    dropout = ("--attention-dropout", "0.1", "--hidden-dropout", "0.1")
+    run = finished(torchrun(experiment, tmp_path / "run", *dropout), tmp_path / "run")
+    losses = [step.loss for step in run.read_metrics()]
+    assert len(losses) == 4 and losses[-1] < losses[0]
+    assert "CPU RNG state changed" not in run.logs.read_text()
+
+
+@pytest.mark.skipif("MEGATRON_LM" not in os.environ, reason="no source tree of upstream: set MEGATRON_LM")
+@pytest.mark.parametrize("layout", ["tp2 sp", "pp2 vpp2", "ep2 zero"])
+def test_the_wheel_trains_as_the_source_tree_does(tmp_path, layout):
+    model, changes = LAYOUTS[layout]
+    losses = []
+    for name, environment in {"tree": {}, "wheel": {"MEGATRON_LM": ""}}.items():
+        process = torchrun(tiny(model, changes), tmp_path / name, **environment)
+        losses.append([step.loss for step in finished(process, tmp_path / name).read_metrics()])
+    assert len(losses[0]) == 10 and losses[0] == losses[1]
+
+
+def test_an_unknown_upstream_is_refused(tmp_path):
+    core = tmp_path / "megatron" / "core"
+    core.mkdir(parents=True)
+    (core / "__init__.py").touch()
+    (core / "package_info.py").write_text("__shortversion__ = '0.20.0'")
+    ask = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from harness import cpu; cpu.install()"
+    done = subprocess.run([sys.executable, "-c", ask], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr.splitlines()[-2].startswith("harness.errors.UserError: megatron.core 0.20.0 does not run on a CPU")
