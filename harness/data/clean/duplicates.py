@@ -1,8 +1,8 @@
 """Rules that compare all documents: equal ones, and nearly equal ones by MinHash.
 
 A document's words, or characters, without case and punctuation make shingles of a few in a row. Each shingle is hashed
-once, into one of bands x rows bins; each bin keeps its smallest value (one-permutation hashing; Li, Owen, Zhang 2012), an
-empty bin takes the value of another one, chosen by its own number (Shrivastava 2017, "Optimal Densification"). Of each
+once, into one of bands x rows bins; each bin keeps its smallest value (one-permutation hashing; Li, Owen, Zhang 2012),
+an empty bin takes that of another one, chosen by its own number (Shrivastava 2017, "Optimal Densification"). Of each
 value 8 bits are kept (Li and König 2010), so a document costs bands x rows bytes. Two documents with Jaccard similarity
 s agree in a bin with probability s + (1 - s) / 256; they are compared where they agree in all rows of a band.
 """

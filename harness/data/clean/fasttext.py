@@ -55,7 +55,10 @@ class LanguageModel:
     _cached_sums: np.ndarray = field(default_factory=lambda: np.zeros((_CACHE_SLOTS, _DIMENSION + 1), np.float32))
 
     def means(self, documents: Sequence[bytes]) -> np.ndarray:
-        """The mean vector of each document (UTF-8), all of it: [document, dimension], float32."""
+        """The mean vector of each document (UTF-8): [document, dimension], float32.
+
+        All of it counts; fastText would stop at a word ``</s>``.
+        """
         words = split([document.translate(_ASCII_SPACE_TO_SPACE) for document in documents])
         # fastText ends every text with an end-of-line word.
         sums = np.tile(np.append(self.vectors[self.end_of_line], np.float32(1)), (len(documents), 1))

@@ -9,7 +9,7 @@ by itself, and a duplicate of any earlier document at no cost.
 """
 
 from harness.data.synthetic.corpus import DAMAGED, DEFECTS, DUPLICATES, MENDABLE, PLAIN, Corpus, Label, Mixture
-from harness.data.synthetic.generate import generate, labels
+from harness.data.synthetic.files import generate, labels
 from harness.data.synthetic.language import LANGUAGES
 
 __all__ = [

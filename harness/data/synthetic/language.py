@@ -124,7 +124,7 @@ _WRITTEN = {"zh": _unspaced, "code": _block}
 _NAMES = """
     value item name path size count index data result error line text key node tree list table row column user file
     buffer config option model batch loss step rate state queue task worker cache token weight layer head
-""".split()
+"""
 _STATEMENTS = """
     {a} = {b}.{c}(); {a} = self.{b}[{c}]; self.{a} = {b}; return {a}; return {a}.{b}; {a}.append({b}); continue; try:;
     if {a} is None:; if not {a}:; {a} += {n}; {a} = {b} + {c}; {a} = [{b} for {b} in {c}]; print(f'{a}: {{{b}}}');
@@ -132,15 +132,15 @@ _STATEMENTS = """
     with open({a}) as {b}:; {a}, {b} = {b}, {a}; while {a} < {n}:; {a}.{b}({c}={n}); {a} = max({b}, {c});
     {a} = {{{b}: {c}}}; except {a}Error:; {a} = {b}[{n}:]; {a} = sorted({b}, key={c}); self.{a}({b}, {c});
     return self.{a}[{b}]; yield {a}, {b}; for {a} in {b}:
-""".split(";")
+"""
 
 
 def _statements() -> list[str]:
     """Lines of code, those with the commonest names first."""
-    random = stream(np.arange(WORDS, dtype=np.uint64), 3) % np.minimum(len(_NAMES), 4 + np.arange(WORDS) // 200)[
-        :, None
-    ].astype(np.uint64)
+    names, statements = _NAMES.split(), [statement.strip() for statement in _STATEMENTS.split(";")]
+    among = np.minimum(len(names), 4 + np.arange(WORDS) // 200).astype(np.uint64)
+    chosen = stream(np.arange(WORDS, dtype=np.uint64), 3) % among[:, None]
     return [
-        _STATEMENTS[i % len(_STATEMENTS)].strip().format(a=_NAMES[a], b=_NAMES[b], c=_NAMES[c], n=i % 17)
-        for i, (a, b, c) in enumerate(random.tolist())
+        statements[i % len(statements)].format(a=names[a], b=names[b], c=names[c], n=i % 17)
+        for i, (a, b, c) in enumerate(chosen.tolist())
     ]
