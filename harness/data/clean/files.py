@@ -1,12 +1,15 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, in folders that one process writes to."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+from harness.errors import UserError
 
 
 @contextlib.contextmanager
@@ -21,3 +24,21 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make ``folder`` and keep it to this process; remove the files that a killed one left half-written.
+
+    Raises:
+        UserError: another process has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is writing to {folder}\nwait for it, or give another NAME=") from None
+        for left in folder.rglob(".*.tmp"):
+            left.unlink(missing_ok=True)
+        yield

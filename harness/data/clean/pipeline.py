@@ -12,9 +12,7 @@ the number of processes: a run that was killed goes on to the same bytes.
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import fcntl
 import hashlib
 import heapq
 import json
@@ -32,7 +30,7 @@ from pydantic import BaseModel, ConfigDict
 from harness.data.clean import fasttext
 from harness.data.clean.documents import Language
 from harness.data.clean.duplicates import exact_duplicates, near_duplicates
-from harness.data.clean.files import atomic
+from harness.data.clean.files import atomic, locked
 from harness.data.clean.rules import UNREADABLE, Rules
 from harness.data.clean.units import LONGEST_LINE_BYTES, UNIT_BYTES, Unit, cut
 from harness.data.clean.workers import map_in_order
@@ -97,8 +95,7 @@ def clean(
     """
     try:
         units = _units(inputs, unit_bytes)
-        output_dir.mkdir(parents=True, exist_ok=True)
-        with _locked(output_dir):
+        with locked(output_dir):
             return _resume(units, output_dir, rules, progress, processes)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -119,16 +116,6 @@ def _units(inputs: Sequence[Path], unit_bytes: int) -> tuple[Unit, ...]:
     if not (units := cut(inputs, unit_bytes)):
         raise UserError(f"nothing to clean: {', '.join(map(str, inputs)) or 'no input'} is empty")
     return units
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is cleaning into {folder}\nwait for it, or give another NAME=") from None
-        yield
 
 
 def _resume(

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from itertools import count
 from pathlib import Path
 
-from harness.data.clean.files import atomic
+from harness.data.clean.files import atomic, locked
 from harness.data.clean.workers import map_in_order
 from harness.data.synthetic.corpus import Corpus, Label
 from harness.data.synthetic.language import table
@@ -48,11 +48,12 @@ def generate(
     recipe = {"seed": corpus.seed, **asdict(corpus.mixture), "size_bytes": size_bytes}
     recipe_file = folder / "synthetic.json"
     try:
-        (folder / "labels").mkdir(parents=True, exist_ok=True)
-        if recipe_file.exists() and (found := json.loads(recipe_file.read_text())) != recipe:
-            raise UserError(f"{folder} holds another synthetic corpus: {found}\nremove it, or give another NAME=")
-        write_json(recipe_file, recipe)
-        return tuple(_shards(folder, size_bytes, corpus, processes, progress))
+        with locked(folder):
+            if recipe_file.exists() and (found := json.loads(recipe_file.read_text())) != recipe:
+                raise UserError(f"{folder} holds another synthetic corpus: {found}\nremove it, or give another NAME=")
+            write_json(recipe_file, recipe)
+            (folder / "labels").mkdir(exist_ok=True)
+            return tuple(_shards(folder, size_bytes, corpus, processes, progress))
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         way_out = "make room" if full else "mend that"
