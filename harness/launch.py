@@ -234,7 +234,7 @@ class Run:
     def _patience_s(self) -> float:
         return self._hang_seconds or (HANG_S if self._metrics else HANG_AT_START_S)
 
-    def _give_up(self, silent_s: float) -> None:
+    def _give_up(self, quiet_s: float) -> None:
         """Have every rank of this machine write its stacks, then end the run."""
         ranks = {rank.pid: rank.rank for rank in self.dir.read_ranks() if rank.host == socket.gethostname()}
         pids = [p.pid for p in self._processes() if p.pid in ranks and processes.catches(p.pid, signal.SIGUSR1)]
@@ -243,8 +243,10 @@ class Run:
         deadline = time.monotonic() + STACKS_S
         while len(self._stacks()) < len(pids) and time.monotonic() < deadline:
             time.sleep(POLL_S)
-        where = outcome.where_ranks_wait(self._stacks())
-        self._hang = f"no step and no output for {silent_s:.0f} s" + (f": {where}" if where else "")
+        stacks = self._stacks()
+        silent = [f"rank {rank} does not answer" for rank in sorted(set(ranks.values()) - set(stacks))]
+        where = "; ".join(filter(None, [outcome.where_ranks_wait(stacks), *silent]))
+        self._hang = f"no step and no output for {quiet_s:.0f} s" + (f": {where}" if where else "")
         self._terminate()
 
     def _stacks(self) -> dict[int, str]:

@@ -91,15 +91,14 @@ def classify(evidence: Evidence, experiment: Experiment) -> Outcome:
         detail = f"ended by {_cause(evidence.stopped_by)} {progress}"
         return Outcome("killed", detail, advice="the results so far are kept")
     if evidence.hang:
-        detail = f"{evidence.hang}\n({progress})"
-        return Outcome("hang", detail, advice="ranks/*.stacks.txt hold every thread's stack")
+        return Outcome("hang", evidence.hang, advice="ranks/*.stacks.txt hold every thread's stack")
     if lost:
         return _named("nan", f"the loss is {lost.loss} at step {lost.step}", None, experiment)
     if evidence.exit_code == 0 and 0 < done < experiment.steps:
         return Outcome("crash", f"it ended without an error {progress}", advice="the end of logs.txt may tell why")
     if evidence.exit_code == 0:
         return Outcome("ok")
-    return _first_error(evidence, experiment, progress)
+    return _first_error(evidence, experiment)
 
 
 def memory_levers(experiment: Experiment) -> str:
@@ -275,7 +274,7 @@ _PRINTED_ERROR = re.compile(r"^(?:\S+\.py: )?error: ")
 _FRAME = re.compile(r'File "(?:.*/)?(?P<file>[^"/]+)", line (?P<line>\d+) in (?P<function>\S+)')
 
 
-def _first_error(evidence: Evidence, experiment: Experiment, progress: str) -> Outcome:
+def _first_error(evidence: Evidence, experiment: Experiment) -> Outcome:
     summary = list(_from_summary(evidence))
     failures = [*_from_rank_files(evidence), *_from_log(evidence.log), *summary]
     first = min(failures, key=lambda f: (f.is_echo, not f.message, f.time), default=Failure(None, ""))
@@ -288,7 +287,7 @@ def _first_error(evidence: Evidence, experiment: Experiment, progress: str) -> O
         message = f"{line}\n{message}"
     root_cause = min((f for f in summary if not f.is_echo), key=lambda f: f.time, default=Failure(None, ""))
     rank = next((r for r in (rank_in_line, first.rank, root_cause.rank) if r is not None), None)
-    detail = f"{_shorten(message) or f'exit code {evidence.exit_code}'}\n({progress})"
+    detail = _shorten(message) or f"exit code {evidence.exit_code}"
     if rule is None:
         return Outcome("crash", detail, rank, "logs.txt has its traceback and what came before")
     return _named(rule.status, detail, rank, experiment, rule)

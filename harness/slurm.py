@@ -24,6 +24,7 @@ CPUS_PER_GPU = 4
 ENDS_EARLY_S = 60
 """A job that reaches its time limit ends its ranks so long before, to keep its results."""
 
+LAUNCHER = ("scripts/setup.sh", "light", "--", "-m", "harness", "run")
 NOT_FOR_NODES = ("SLURM", "PARTITION", "ACCOUNT", "TIME", "DRY_RUN", "NODE_RANK", "RENDEZVOUS", "OUTDIR", "DEVICE")
 _NAME = re.compile(r"[\w.,@+-]+")
 _DURATION = re.compile(r"\d+|(\d+-)?\d+(:\d\d){1,2}|\d+-\d+")
@@ -83,18 +84,7 @@ def render_sbatch(plan: Plan, settings: Mapping[str, str]) -> str:
         "output": f"{plan.outdir}/slurm-%j.txt",
     }
     words = [f"{key}={value}" for key, value in settings.items() if key not in NOT_FOR_NODES]
-    run = [
-        "scripts/setup.sh",
-        "light",
-        "--",
-        "-m",
-        "harness",
-        "run",
-        e.id,
-        *words,
-        "DEVICE=cuda",
-        f"OUTDIR={plan.outdir}",
-    ]
+    run = [*LAUNCHER, e.id, *words, "DEVICE=cuda", f"OUTDIR={plan.outdir}"]
     here = replace(plan, place=Place("$SLURM_NODEID", "$RENDEZVOUS")) if e.nodes > 1 else plan
     lines = [
         "#!/usr/bin/env bash",
