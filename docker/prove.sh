@@ -1,15 +1,19 @@
 #!/usr/bin/env bash
-# usage: sudo docker/prove.sh [FOLDER]
+# usage: sudo docker/prove.sh [FOLDER]     FOLDER keeps 3 GB of layers, for the next time
 # Builds docker/Dockerfile for real without a container daemon and without NVIDIA's image: on a Debian base from
 # debootstrap, without torch, then runs make and its completion in bash and zsh inside. Needs debootstrap, buildah and a network.
 #   SUITE=trixie   the Debian release; its python3 must be 3.12 or 3.13
 #   MIRROR=url     where from
 set -euo pipefail
 cd "${BASH_SOURCE[0]%/*}/.."
-folder=${1:-$(mktemp -d)}
+folder=${1:-}
+if [[ -z $folder ]]; then
+  folder=$(mktemp -d)
+  trap 'rm -rf "$folder"' EXIT
+fi
 suite=${SUITE:-trixie}
-export STORAGE_DRIVER=vfs BUILDAH_ISOLATION=chroot
-buildah=(buildah --root "$folder/storage" --runroot "$folder/run")
+export BUILDAH_ISOLATION=chroot
+buildah=(buildah --storage-driver vfs --root "$folder/storage" --runroot "$folder/run")
 # A network may have its own certificate authority: the host's are used.
 host=(--volume /etc/ssl/certs:/etc/ssl/certs:ro)
 
@@ -35,7 +39,6 @@ echo "== docker/Dockerfile on it, without torch"
 
 echo "== in a container"
 container=$("${buildah[@]}" from --pull-never localhost/megatron-harness)
-trap '"${buildah[@]}" rm "$container" >/dev/null' EXIT
 inside() {
   echo "\$ $*"
   "${buildah[@]}" run "${host[@]}" "$container" -- bash --login -i -c "$*" 2>&1 | grep -v 'job control\|terminal process group'
@@ -49,3 +52,4 @@ inside '{ _comp_load make || _completion_loader make; } 2>/dev/null
   $(complete -p make | sed "s/.*-F \([^ ]*\).*/\1/") make 101 make
   echo "make 101<tab>: ${COMPREPLY[*]}"'
 inside 'scripts/setup.sh test -- -m pytest -q tests/test_targets.py -k zsh'
+"${buildah[@]}" rm "$container" >/dev/null
