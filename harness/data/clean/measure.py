@@ -185,7 +185,7 @@ def _by_similarity(
     ][:_PAIRS]  # fmt: skip
     similarity = np.array(
         [
-            _jaccard(one, other, rules.near.shingle)
+            jaccard(one, other, rules.near.shingle)
             for one, other in zip(
                 corpus.texts([label.document for label in pairs]),
                 corpus.texts([label.source for label in pairs]),
@@ -199,7 +199,7 @@ def _by_similarity(
         yield SimilarityScore(least, most, int(inside.sum()), int(gone[inside].sum()))
 
 
-def _jaccard(one: str, other: str, width: int) -> float:
+def jaccard(one: str, other: str, width: int) -> float:
     """Exactly, of the sets of ``width`` words in a row, without case and punctuation."""
     a, b = (_shingles(re.findall(r"\w+", text.lower()), width) for text in (one, other))
     return len(a & b) / len(a | b)

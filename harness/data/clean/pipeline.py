@@ -132,7 +132,7 @@ def _resume(
         work.mkdir(exist_ok=True)
         if not (work / "verdicts.npy").exists():
             _filter_all(units, work, rules, progress, processes)
-            _compare(units, work, rules, progress)
+            compare(units, work, rules, progress)
         _write_all(units, output_dir, rules, progress, processes)
         _finish(units, output_dir, rules)
     shutil.rmtree(work, ignore_errors=True)
@@ -215,7 +215,7 @@ def _filter(unit: Unit, work: Path, rules: Rules) -> None:
             offsets=np.concatenate([np.empty(0, np.int64), *offsets]),
             ends=np.cumsum(np.concatenate([np.empty(0, np.int64), *sizes])),
             hashes=np.concatenate([np.empty(0, np.uint64), *hashes]),
-            signatures=np.concatenate([np.empty((0, _signature_bytes(rules)), np.uint8), *signatures]),
+            signatures=np.concatenate([np.empty((0, signature_bytes(rules)), np.uint8), *signatures]),
         )
     counts = np.bincount(decided, minlength=len(rules.names) + 1).tolist()
     write_json(
@@ -291,11 +291,12 @@ def _write_batch(file, offsets: list[int], texts: list[str], rules: Rules) -> tu
     )
 
 
-def _signature_bytes(rules: Rules) -> int:
+def signature_bytes(rules: Rules) -> int:
+    """Of one document."""
     return rules.near.bands * rules.near.rows if rules.near else 0
 
 
-def _compare(units: Sequence[Unit], work: Path, rules: Rules, progress: Progress) -> None:
+def compare(units: Sequence[Unit], work: Path, rules: Rules, progress: Progress) -> None:
     """Write work/verdicts.npy: a ``_VERDICT`` for every document that passed the filter, in order."""
     kept = [_array(work, unit, "offsets") for unit in units]
     offsets = np.concatenate(kept)
@@ -307,7 +308,7 @@ def _compare(units: Sequence[Unit], work: Path, rules: Rules, progress: Progress
         _decide(verdicts, twin, rules, rules.exact.key, unit_of, offsets)
         verdicts["likeness"][twin >= 0] = 1
     if rules.near and len(offsets):
-        signatures = np.empty((len(offsets), _signature_bytes(rules)), np.uint8)
+        signatures = np.empty((len(offsets), signature_bytes(rules)), np.uint8)
         start = 0
         for unit in units:
             of_unit = _array(work, unit, "signatures")

