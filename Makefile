@@ -54,7 +54,7 @@ record: ## keep a run in experiments/records      RUN=label
 setup: ## everything a run needs, into .venv (the first run does this by itself)
 	@scripts/setup.sh heavy
 setup-gpu: ## CUDA and Transformer Engine, without a container
-	@scripts/setup.sh gpu
+	@scripts/setup-gpu.sh
 docker-build: ## the GPU image
 	@docker/build.sh
 docker-run: ## a shell in it, where make 101<tab> works

@@ -64,7 +64,13 @@ def plan(experiment: Experiment, settings: Mapping[str, str], device: Device) ->
     full = overrides.apply(experiment, settings)
     if "DATA" not in settings:
         full = full.with_changes(data=datasets.default_for(full))
+    headlines = []
+    if device == "cuda" and full.attention_backend == "flash" and _lacks_flash_attention():
+        full = full.with_changes(attention_backend="auto")
+        headlines.append("attention by cuDNN: the published run's flash-attn is not installed here")
     small = miniature(full) if device == "cpu" else full
+    if device == "cpu":
+        headlines.append(describe(full, small))
     place = _place(small, settings)
     if small.data != "mock":
         datasets.find(small.data)
@@ -74,7 +80,7 @@ def plan(experiment: Experiment, settings: Mapping[str, str], device: Device) ->
         device=device,
         place=place,
         outdir=Path(settings.get("OUTDIR") or ROOT / "outdir").resolve(),
-        headline=describe(full, small) if device == "cpu" else None,
+        headline="; ".join(headlines) or None,
         memory_fraction=_memory_fraction(full) if device == "cuda" and full.card else None,
     )
 
@@ -96,6 +102,12 @@ def _place(e: Experiment, settings: Mapping[str, str]) -> Place:
     if rendezvous and not (rendezvous.rpartition(":")[0] and rendezvous.rpartition(":")[2].isdigit()):
         raise UserError(f"RENDEZVOUS={rendezvous}: expected host:port, such as node0:29500")
     return Place("$SLURM_NODEID" if slurm else str(node_rank), rendezvous, gpu_ids)
+
+
+def _lacks_flash_attention() -> bool:
+    from harness.gpus import list_gpus
+
+    return bool(list_gpus()) and importlib.util.find_spec("flash_attn") is None
 
 
 def _memory_fraction(e: Experiment) -> float:

@@ -29,11 +29,11 @@ def test_targets_mk_is_fresh() -> None:
 
 
 def bash_completes(typed: str) -> list[str]:
-    script = f"""
+    script = rf"""
         source {BASH_COMPLETION}
-        _completion_loader make 2>/dev/null
+        {{ _comp_load make || _completion_loader make; }} 2>/dev/null
         COMP_WORDS=(make {typed!r}); COMP_CWORD=1; COMP_LINE="make {typed}"; COMP_POINT=${{#COMP_LINE}}; COMP_TYPE=9
-        _make make {typed!r} make
+        $(complete -p make | sed 's/.*-F \([^ ]*\).*/\1/') make {typed!r} make
         printf '%s\\n' "${{COMPREPLY[@]}}"
     """
     done = subprocess.run(["bash", "--norc", "-c", script], cwd=ROOT, text=True, capture_output=True)
