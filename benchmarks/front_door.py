@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RUNS = 15
 COMPLETE = r"""
 source /usr/share/bash-completion/bash_completion; { _comp_load make || _completion_loader make; } 2>/dev/null
-complete=$(complete -p make | sed "s/.*-F \\([^ ]*\\).*/\\1/")
+complete=$(complete -p make | sed "s/.*-F \([^ ]*\).*/\1/")
 COMP_WORDS=(make 1); COMP_CWORD=1; COMP_LINE='make 1'; COMP_POINT=6; COMP_TYPE=9
 start=$EPOCHREALTIME; $complete make 1 make; end=$EPOCHREALTIME
 echo $(( ${end/./} - ${start/./} ))

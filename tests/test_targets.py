@@ -34,7 +34,7 @@ def bash_completes(typed: str) -> list[str]:
         {{ _comp_load make || _completion_loader make; }} 2>/dev/null
         COMP_WORDS=(make {typed!r}); COMP_CWORD=1; COMP_LINE="make {typed}"; COMP_POINT=${{#COMP_LINE}}; COMP_TYPE=9
         $(complete -p make | sed 's/.*-F \([^ ]*\).*/\1/') make {typed!r} make
-        printf '%s\\n' "${{COMPREPLY[@]}}"
+        printf '%s\n' "${{COMPREPLY[@]}}"
     """
     done = subprocess.run(["bash", "--norc", "-c", script], cwd=ROOT, text=True, capture_output=True)
     return done.stdout.split()
