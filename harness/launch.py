@@ -34,7 +34,7 @@ LOOK_S = 1.0
 HANG_AT_START_S = 600
 """So long a run may be silent before its first step: imports, initialisation, compilation."""
 HANG_S = 300
-"""So long it may be silent afterwards."""
+"""So long it may be silent afterwards, unless HANG= says otherwise."""
 GRACE_S = 10
 """Time to end after SIGTERM, before SIGKILL."""
 STACKS_S = 5
@@ -78,12 +78,12 @@ class Run:
 
         Args:
             gpu_ids: the GPUs it uses, by NVML index; none on a CPU.
-            hang_seconds: silence after which it hangs; by default ``HANG_AT_START_S``, later ``HANG_S``.
+            hang_seconds: silence after a step that counts as a hang (``HANG_S``); before, ``HANG_AT_START_S`` at least.
             keeps_records: whether this launcher writes the run's files; of nodes that share them only one does.
         """
         self.plan, self.dir, self.gpu_ids = plan, directory, gpu_ids
         self.packed_with: set[str] = set()
-        self._hang_seconds = hang_seconds
+        self._hang_s = hang_seconds or HANG_S
         self._keeps_records = keeps_records
         self._started = time.time()
         self._metrics: list[StepMetrics] = []
@@ -105,8 +105,8 @@ class Run:
         self._environment = describe_environment(plan.device, gpu_ids)
         if keeps_records:
             self._write_records()
-        self._sampler = gpus.Sampler(directory.gpus, gpu_ids if keeps_records else ())
         self._process = self._spawn()
+        self._sampler = gpus.Sampler(directory.gpus, gpu_ids if keeps_records else ())
 
     @property
     def label(self) -> str:
@@ -232,7 +232,7 @@ class Run:
 
     @property
     def _patience_s(self) -> float:
-        return self._hang_seconds or (HANG_S if self._metrics else HANG_AT_START_S)
+        return self._hang_s if self._metrics else max(self._hang_s, HANG_AT_START_S)
 
     def _give_up(self, quiet_s: float) -> None:
         """Have every rank of this machine write its stacks, then end the run."""

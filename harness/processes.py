@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 KILLED_S = 5
 """A process that is still there so long after SIGKILL hangs in a driver; it is not waited for."""
 
+_LIBC = ctypes.CDLL(None)  # loaded here: between fork and exec, another thread's lock would never open
 _PR_SET_PDEATHSIG = 1
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_CGROUPS = Path("/sys/fs/cgroup")
+_CGROUPS, _OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 class Signals:
@@ -56,7 +57,7 @@ class Signals:
 def end_with(parent: int) -> None:
     """Have the kernel end this process by SIGTERM when ``parent`` dies, even of SIGKILL (prctl(2), Linux only)."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != parent:
             os._exit(1)
 
@@ -151,7 +152,7 @@ def free_memory_share() -> float:
 def _free_share_of_control_group() -> float:
     """The smallest free share of the control groups above this process (cgroup v2); 1 where there is no limit."""
     try:
-        own = next(line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
+        own = next(line[3:] for line in _OWN_CGROUP.read_text().splitlines() if line.startswith("0::"))
         group = _CGROUPS / own.lstrip("/")
         shares = [_free_share(folder) for folder in (group, *group.parents) if folder.is_relative_to(_CGROUPS)]
     except (OSError, StopIteration):

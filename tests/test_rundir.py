@@ -186,3 +186,43 @@ def test_corrupt_runs_are_left_out_with_a_warning_each(tmp_path):
 
 def test_an_absent_outdir_holds_no_runs(tmp_path):
     assert rundir.runs(tmp_path / "absent") == ((), ())
+
+
+def test_the_run_of_a_rendezvous_is_the_newest_that_is_alive(tmp_path):
+    def running(label: str, rendezvous: str, started: float, pid: int) -> RunDir:
+        run_dir = make_run(tmp_path, label)
+        here = {"host": os.uname().nodename, "started": started, "rendezvous": rendezvous, "pid": pid}
+        rundir.write_json(run_dir.running, here)
+        return run_dir
+
+    now = time.time()
+    assert rundir.running_at(tmp_path, "a:1") is None
+    running("101-older", "a:1", now - 1, os.getpid())
+    wanted = running("101-newer", "a:1", now, os.getpid())
+    running("101-elsewhere", "b:1", now, os.getpid())
+    running("101-dead", "a:1", now + 1, 2**22 + 1)
+    rundir.write_json(running("101-over", "a:1", now, os.getpid()).result, RESULT)
+    assert rundir.running_at(tmp_path, "a:1") == wanted
+
+
+def test_clean_keeps_results_and_what_still_runs(tmp_path, capsys):
+    def with_result(label: str, status: str) -> None:
+        make_run(tmp_path, label, {**RESULT, "status": status})
+
+    with_result("101-ok", "ok")
+    with_result("121-oom", "oom")
+    with_result("101-crash", "crash")
+    make_run(tmp_path, "101-torn").result.write_text("{")
+    for label, started in (("101-killed", 1.0), ("101-running", time.time())):
+        alive = {"pid": os.getpid(), "host": os.uname().nodename, "started": started}
+        rundir.write_json(make_run(tmp_path, label).running, alive)
+    (tmp_path / "notes").mkdir()
+
+    assert rundir.clean(tmp_path) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"101-ok", "121-oom", "101-running", "notes"}
+    assert capsys.readouterr().out == "removed 101-crash, 101-killed, 101-torn\n"
+
+    rundir.clean(tmp_path, everything=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"101-running", "notes"}
+    rundir.clean(tmp_path)
+    assert "nothing to remove" in capsys.readouterr().out
