@@ -23,8 +23,8 @@ def digest(corpus, documents):
 
 
 def test_bytes_are_fixed():
-    assert digest(Corpus(0, PLAIN), 300) == "66d38514b7187330"
-    assert digest(Corpus(1, DAMAGED), 300) == "ef2c1e3dca31bd8d"
+    assert digest(Corpus(0, PLAIN), 300) == "4d74597169ec2393"
+    assert digest(Corpus(1, DAMAGED), 300) == "9e94c0316c73adaa"
     assert digest(Corpus(1, PLAIN), 300) != digest(Corpus(0, PLAIN), 300)
 
 
@@ -171,4 +171,4 @@ def test_words_can_be_foretold():
         math.log2(0.5 * two[before, word] / max(1, one[before]) + 0.5 * alone(word))
         for before, word in pairwise(held_out)
     ) / len(held_out)  # fmt: skip
-    assert bits_after < 0.85 * bits_alone
+    assert bits_after < 0.8 * bits_alone

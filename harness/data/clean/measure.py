@@ -21,7 +21,7 @@ from harness.data.synthetic import DAMAGED, MENDABLE, Corpus, Label, generate, l
 KEPT = "kept"
 RIGHT = {
     "unreadable": {"invalid"},
-    "length": {"too-short"},
+    "length": {"too-short", "wrong language"},
     "repetition": {"repeated"},
     "language": {"wrong language", "mixed-language", "foreign-many"},
     "alphabet": {"wrong language", "foreign-many"},

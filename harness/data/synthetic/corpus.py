@@ -20,7 +20,7 @@ DEFECTS = (*DUPLICATES, *MENDABLE, "mixed-language", "foreign-many", "too-short"
 
 _BATCH = 512
 _CHAIN = 64
-_FOLLOWS, _FAVOURS = 150, 190
+_FOLLOWS, _FAVOURS = 184, 216
 """Of 256 words, the first so many follow from the one before, those up to the second are the document's favourites."""
 
 
