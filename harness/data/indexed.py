@@ -20,8 +20,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-MAGIC = b"MMIDIDX\x00\x00"
-HEADER = struct.Struct("<9sQBQQ")
+from harness.data.header import HEADER, MAGIC, FormatError, bin_path, check_bin_bytes, idx_path, read_head
+
 DTYPES = {
     1: np.dtype("u1"), 2: np.dtype("i1"), 3: np.dtype("<i2"), 4: np.dtype("<i4"),
     5: np.dtype("<i8"), 6: np.dtype("<f8"), 7: np.dtype("<f4"), 8: np.dtype("<u2"),
@@ -32,21 +32,9 @@ _BLOCK = 1 << 20
 """Entries of an index that are looked at together."""
 
 
-class FormatError(ValueError):
-    """A pair of files that is not, or not all of, an IndexedDataset. The message says what does not add up."""
-
-
 def best_dtype(vocab_size: int | None) -> np.dtype:
     """How ids below ``vocab_size`` are stored: uint16 below 65500, else int32 (upstream's DType.optimal_dtype)."""
     return DTYPES[8] if vocab_size is not None and vocab_size < 65500 else DTYPES[4]
-
-
-def bin_path(prefix: Path) -> Path:
-    return prefix.with_name(prefix.name + ".bin")
-
-
-def idx_path(prefix: Path) -> Path:
-    return prefix.with_name(prefix.name + ".idx")
 
 
 @dataclass(frozen=True)
@@ -90,35 +78,17 @@ def read_index(path: Path) -> Index:
         FormatError: it is no .idx, it is cut short or too long, or its lengths, pointers and documents do not add up.
         OSError: it cannot be read.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(HEADER.size)
-    if not head.startswith(MAGIC):
-        raise FormatError(f"{path} does not begin with {MAGIC!r}: no index" if head else f"{path} is empty")
-    if len(head) < HEADER.size:
-        raise FormatError(f"{path} ends after {len(head)} bytes, within its header of {HEADER.size}")
-    _, version, code, sequences, entries = HEADER.unpack(head)
-    if version != 1:
-        raise FormatError(f"{path} is of version {version}, not 1")
-    if code not in DTYPES:
-        raise FormatError(f"{path} names dtype {code}; known are {', '.join(map(str, DTYPES))}")
-    if not entries:
-        raise FormatError(f"{path} has no document indices; there are documents + 1 of them")
-    expected = HEADER.size + 12 * sequences + 8 * entries
-    if size != expected:
-        raise FormatError(
-            f"{path}: {sequences:,} sequences and {entries - 1:,} documents take {HEADER.size} + 12 x {sequences} + "
-            f"8 x {entries} = {expected:,} bytes, the file has {size:,}: {_too(size, expected)}"
-        )
+    head = read_head(path)
+    sequences = head.sequences
     raw = np.memmap(path, mode="r", dtype=np.uint8)
-    if raw.size != expected:
+    if raw.size != head.idx_bytes:
         raise FormatError(f"{path} changed while it was read")
     at = HEADER.size
     lengths = raw[at : at + 4 * sequences].view("<i4")
     at += 4 * sequences
     pointers = raw[at : at + 8 * sequences].view("<i8")
     document_indices = raw[at + 8 * sequences :].view("<i8")
-    dtype = DTYPES[code]
+    dtype = DTYPES[head.code]
     tokens = _check_sequences(path, lengths, pointers, dtype.itemsize)
     _check_documents(path, document_indices, sequences)
     return Index(dtype, lengths, pointers, document_indices, tokens)
@@ -135,11 +105,7 @@ def check_pair(prefix: Path) -> Index:
         held = bin_path(prefix).stat().st_size
     except OSError as error:
         raise FormatError(f"{error.filename}: {error.strerror}") from None
-    if held != index.bin_bytes:
-        raise FormatError(
-            f"{bin_path(prefix)} has {held:,} bytes; the index says {index.tokens:,} tokens x {index.dtype.itemsize} = "
-            f"{index.bin_bytes:,}: {_too(held, index.bin_bytes)}"
-        )
+    check_bin_bytes(prefix, held, index.bin_bytes)
     return index
 
 
@@ -291,6 +257,12 @@ class Writer:
             file.close()
         self._files = []
 
+    def discard(self) -> None:
+        """Close the parts and remove them."""
+        self.close()
+        for path in self._parts():
+            path.unlink(missing_ok=True)
+
     def _parts(self) -> tuple[Path, Path, Path]:
         name = self.prefix.name
         return tuple(self.prefix.with_name(f"{name}.{kind}.part") for kind in ("bin", "lengths", "documents"))
@@ -327,10 +299,6 @@ def merge(prefixes: Sequence[Path], prefix: Path) -> Pair:
         return writer.finish()
     finally:
         writer.close()
-
-
-def _too(held: int, expected: int) -> str:
-    return "cut short" if held < expected else "something follows"
 
 
 def _write_index(file: BinaryIO, dtype: np.dtype, lengths: Path, documents: Path, marks: Marks) -> str:

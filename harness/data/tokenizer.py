@@ -15,30 +15,22 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+import subprocess
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from harness.data.hard_texts import hard_texts
+from harness.catalog import ROOT
+from harness.data.tokenizer_files import DECIDING, DESCRIPTION, OTHERS, SENTENCE_PIECE, Kind, tokenizer_sha256
 from harness.data.vocabulary import gpt2_folder
 from harness.errors import UserError, nearest
 from harness.rundir import write_json
-
-Kind = Literal["HuggingFaceTokenizer", "SentencePieceTokenizer", "NullTokenizer"]
-
-HUGGING_FACE_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
-SENTENCE_PIECE_FILE = "tokenizer.model"
 
 CACHE_MIB = 600
 """Resident memory above which gigatoken forgets the words that it has seen; it keeps them without a limit otherwise."""
@@ -85,20 +77,27 @@ class Tokenizer:
     after: tuple[str, ...] = ()
     end: str | None = None
 
+    @property
+    def by(self) -> str:
+        """The package, with its version, that makes the ids."""
+        packages = {"HuggingFaceTokenizer": "tokenizers", "SentencePieceTokenizer": "sentencepiece"}
+        package = packages.get(self.kind)
+        return self.fast or (f"{package} {versions()[package]}" if package else "harness")
+
     def encoder(self) -> Encoder:
         """A new encoder, to be used by one thread."""
         match self.kind:
             case "NullTokenizer":
                 return _Null(self.vocab_size, self.eod)
             case "SentencePieceTokenizer" if self.fast:
-                return _Gigatoken(_described(self.model), self.before, self.after, self.end)
+                return Gigatoken(described(self.model), self.before, self.after, self.end)
             case "SentencePieceTokenizer":
-                return _SentencePiece(self.model)
+                return SentencePiece(self.model)
             case _:
-                description = (self.model / "tokenizer.json").read_text(encoding="utf-8")
+                description = (self.model / DESCRIPTION).read_text(encoding="utf-8")
                 if self.fast:
-                    return _Gigatoken(description, self.before, self.after, self.end)
-                return _Tokenizers(description, self.eod)
+                    return Gigatoken(description, self.before, self.after, self.end)
+                return Tokenizers(description, self.eod)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``."""
@@ -106,31 +105,26 @@ class Tokenizer:
             case "NullTokenizer":
                 return " ".join(map(str, ids))
             case "SentencePieceTokenizer":
-                return _SentencePiece(self.model).processor.decode([int(i) for i in ids])
+                return SentencePiece(self.model).processor.decode([int(i) for i in ids])
             case _:
                 from tokenizers import Tokenizer as Backend
 
-                backend = Backend.from_file(str(self.model / "tokenizer.json"))
+                backend = Backend.from_file(str(self.model / DESCRIPTION))
                 return backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def install(self, home: Path) -> Tokenizer:
         """Copy its files into the folder ``home``; this tokenizer from there."""
         home.mkdir(parents=True, exist_ok=True)
+        sources: dict[str, Path] = {}
+        model = None
         if self.kind == "HuggingFaceTokenizer":
-            names = HUGGING_FACE_FILES
-            sources = {name: self.model / name for name in names if (self.model / name).is_file()}
             model = home
+            sources = {name: self.model / name for name in (*DECIDING, *OTHERS) if (self.model / name).is_file()}
         elif self.kind == "SentencePieceTokenizer":
-            names, sources, model = (
-                (SENTENCE_PIECE_FILE,),
-                {SENTENCE_PIECE_FILE: self.model},
-                home / SENTENCE_PIECE_FILE,
-            )
-        else:
-            names, sources, model = (), {}, None
-        for name in (*HUGGING_FACE_FILES, SENTENCE_PIECE_FILE):
-            if name not in sources:
-                (home / name).unlink(missing_ok=True)
+            model = home / SENTENCE_PIECE
+            sources = {SENTENCE_PIECE: self.model}
+        for name in {*DECIDING, *OTHERS, SENTENCE_PIECE} - {*sources}:
+            (home / name).unlink(missing_ok=True)
         for name, source in sources.items():
             part = home / f".{name}.part"
             shutil.copyfile(source, part)
@@ -158,9 +152,9 @@ def find_tokenizer(wanted: str, home: Path) -> Tokenizer:
     if wanted == "gpt2":
         return _examined("HuggingFaceTokenizer", "gpt2", gpt2_folder(home), home)
     path = Path(wanted).expanduser()
-    if path.name == "tokenizer.json" and path.is_file():
+    if path.name == DESCRIPTION and path.is_file():
         path = path.parent
-    if (path / "tokenizer.json").is_file():
+    if (path / DESCRIPTION).is_file():
         return _examined("HuggingFaceTokenizer", path.resolve().name, path.resolve(), home)
     if path.suffix == ".model" and path.is_file():
         return _examined("SentencePieceTokenizer", path.stem, path.resolve(), home)
@@ -172,103 +166,32 @@ def find_tokenizer(wanted: str, home: Path) -> Tokenizer:
     )
 
 
-def fingerprint(kind: Kind, model: Path) -> str:
-    """The sha256 of all files that decide a tokenizer's ids: a changed vocabulary or merge changes it."""
-    sha = hashlib.sha256(kind.encode())
-    files = [model] if kind == "SentencePieceTokenizer" else [model / name for name in HUGGING_FACE_FILES[:4]]
-    for path in files:
-        if path.is_file():
-            data = path.read_bytes()
-            sha.update(f"\n{path.name if kind == 'HuggingFaceTokenizer' else ''} {len(data)}\n".encode() + data)
-    return sha.hexdigest()
-
-
 def _examined(kind: Kind, name: str, model: Path, home: Path) -> Tokenizer:
     """What is known about the tokenizer: read from ``home``, or found out once and kept there."""
-    digest = fingerprint(kind, model)
-    key = hashlib.sha256(json.dumps([digest, _versions(), _machine(), _FACTS]).encode()).hexdigest()[:16]
+    digest = tokenizer_sha256(kind, model)
+    key = hashlib.sha256(json.dumps([digest, versions(), _machine(), _FACTS]).encode()).hexdigest()[:16]
     known = home / "examined" / f"{key}.json"
     try:
         facts = json.loads(known.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        facts = _examine_sentence_piece(model) if kind == "SentencePieceTokenizer" else _examine_hugging_face(model)
+        facts = _examine(kind, model)
         known.parent.mkdir(parents=True, exist_ok=True)
-        write_json(known, facts | {"tokenizer": name, "sha256": digest, "versions": _versions(), "machine": _machine()})
+        write_json(known, facts | {"tokenizer": name, "sha256": digest, "versions": versions(), "machine": _machine()})
     around = {key: tuple(facts[key]) for key in ("before", "after")}
     return Tokenizer(kind, name, model, digest, **{key: facts[key] for key in _FACTS} | around)
 
 
-def _examine_hugging_face(folder: Path) -> dict[str, Any]:
-    from transformers import AutoTokenizer
-
-    with _environment(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="true"):
-        try:
-            reference = AutoTokenizer.from_pretrained(str(folder))
-            upstream = lambda texts: reference(texts).input_ids  # noqa: E731
-            backend = reference.backend_tokenizer
-        except Exception as error:
-            raise UserError(f"transformers cannot load {folder}/tokenizer.json: {_first_line(error)}") from None
-    special = [token.content for token in backend.get_added_tokens_decoder().values()]
-    eod = reference.eos_token_id
-    description = (folder / "tokenizer.json").read_text(encoding="utf-8")
-    texts = list(hard_texts(special))
-    expected = upstream(texts)
-    plain = _Tokenizers(description, eod)
-    if _differs(plain, texts, expected) is not None:
-        raise UserError(
-            f"{folder}: transformers' AutoTokenizer, which upstream uses, gives other ids than its tokenizer.json\n"
-            "save it with its save_pretrained() and give that folder"
-        )
-    before, after = plain.frame()
-    end = plain.token(eod)
-    facts = {"vocab_size": len(reference), "eod": eod, "before": before, "after": after, "end": end}
-    return facts | _examine_fast(lambda: _Gigatoken(description, before, after, end), texts, expected, eod)
+def _examine(kind: Kind, model: Path) -> dict[str, Any]:
+    """What harness.data.examine finds out, in a process of its own: what it imports is large and not needed again."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}
+    command = [sys.executable, "-m", "harness.data.examine", kind, str(model)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError((done.stderr.strip() or f"{model} cannot be examined").removeprefix("error: "))
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def _examine_sentence_piece(model: Path) -> dict[str, Any]:
-    reference = _SentencePiece(model)
-    processor = reference.processor
-    eod = processor.eos_id() if processor.eos_id() >= 0 else None
-    special = [processor.id_to_piece(i) for i in range(processor.get_piece_size()) if not processor.is_byte(i)][:20]
-    texts = list(hard_texts(special))
-    expected = [processor.encode_as_ids(text) for text in texts]
-    end = None if eod is None else processor.id_to_piece(eod)
-    facts = {"vocab_size": processor.get_piece_size(), "eod": eod, "before": (), "after": (), "end": end}
-    return facts | _examine_fast(lambda: _Gigatoken(_described(model), (), (), end), texts, expected, eod)
-
-
-def _examine_fast(
-    make: Callable[[], Encoder], texts: list[str], expected: list[list[int]], eod: int | None
-) -> dict[str, Any]:
-    """Whether gigatoken gives ``expected`` for ``texts``, also with the end-of-document token behind each."""
-    package = _versions()["gigatoken"]
-    if package is None:
-        return {"fast": None, "slow_because": "gigatoken is not installed"}
-    try:
-        encoder = make()
-        at = _differs(encoder, texts, expected)
-        if at is None and eod is not None:
-            at = _differs(encoder, texts, [[*ids, eod] if ids else ids for ids in expected], closed=True)
-    except Exception as error:
-        return {"fast": None, "slow_because": f"gigatoken {package} does not take it: {_first_line(error)}"}
-    if at is not None:
-        return {
-            "fast": None,
-            "slow_because": f"gigatoken {package} gives other ids, for example for {texts[at][:40]!r}",
-        }
-    return {"fast": f"gigatoken {package}", "slow_because": None}
-
-
-def _differs(encoder: Encoder, texts: list[str], expected: list[list[int]], closed: bool = False) -> int | None:
-    """The first text for which ``encoder`` gives other ids, if any."""
-    ids, lengths = encoder.encode(texts, closed)
-    if lengths.tolist() == [len(each) for each in expected] and ids.tolist() == list(chain.from_iterable(expected)):
-        return None
-    ends = np.cumsum(lengths)
-    return next(n for n, each in enumerate(expected) if ids[ends[n] - lengths[n] : ends[n]].tolist() != each)
-
-
-class _Gigatoken:
+class Gigatoken:
     """gigatoken's Rust tokenizer, with special tokens before and after each text as the description's template says."""
 
     def __init__(self, description: str, before: Sequence[str], after: Sequence[str], end: str | None) -> None:
@@ -314,7 +237,7 @@ class _Gigatoken:
                 ctypes.CDLL(None).malloc_trim(0)
 
 
-class _Tokenizers:
+class Tokenizers:
     """The package tokenizers, which is what transformers runs."""
 
     def __init__(self, description: str, eod: int | None) -> None:
@@ -340,7 +263,7 @@ class _Tokenizers:
         return None if number is None else self.backend.id_to_token(number)
 
 
-class _SentencePiece:
+class SentencePiece:
     """The package sentencepiece, as upstream's SentencePieceTokenizer calls it."""
 
     def __init__(self, model: Path) -> None:
@@ -349,7 +272,7 @@ class _SentencePiece:
         try:
             self.processor = SentencePieceProcessor(model_file=str(model))
         except (OSError, RuntimeError) as error:
-            raise UserError(f"{model} is no SentencePiece model: {_first_line(error)}") from None
+            raise UserError(f"{model} is no SentencePiece model: {first_line(error)}") from None
 
     def encode(self, texts: Sequence[str], closed: bool) -> tuple[np.ndarray, np.ndarray]:
         return _joined(self.processor.encode_as_ids(list(texts)), self.processor.eos_id() if closed else None)
@@ -379,7 +302,7 @@ class _Null:
 
 
 @functools.cache
-def _described(model: Path) -> str:
+def described(model: Path) -> str:
     """A SentencePiece model as a tokenizer.json. Raises ValueError for a kind that has none."""
     from gigatoken._load.sentencepiece import sentencepiece_to_tokenizer_json
 
@@ -409,7 +332,7 @@ def package_version(name: str) -> str | None:
         return None
 
 
-def _versions() -> dict[str, str | None]:
+def versions() -> dict[str, str | None]:
     return {name: package_version(name) for name in ("gigatoken", "tokenizers", "transformers", "sentencepiece")}
 
 
@@ -422,16 +345,5 @@ def _machine() -> str:
     return f"{platform.machine()} {platform.processor()}"
 
 
-@contextlib.contextmanager
-def _environment(**wanted: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
-
-
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]

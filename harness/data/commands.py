@@ -1,0 +1,207 @@
+"""The data commands behind the Makefile's targets; each takes ``KEY=VALUE`` words and returns the exit status."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from harness import overrides
+from harness.data.manifest import Manifest, read_manifest
+from harness.data.prepared import DATA, check_name, find, prepared
+from harness.data.progress import Progress, amount, duration
+from harness.data.sources import definition, definitions
+from harness.errors import UserError
+
+HOW = ("TOKENIZER", "WORKERS", "FORCE", "HUB", "SIZE_MB", "NAME", "LIMIT")
+"""Settings of ``make data-<name>``."""
+INPUT = (
+    "INPUT",
+    "NAME",
+    "TOKENIZER",
+    "KEY",
+    "DOCUMENTS",
+    "RULES",
+    "LIMIT",
+    "LONGEST",
+    "APPEND_EOD",
+    "WORKERS",
+    "FORCE",
+)
+"""Settings of ``make data-prepare``."""
+
+
+def list_sets(words: Sequence[str]) -> int:
+    """Every data set that can be, or is, prepared."""
+    _settings(words, ())
+    known = definitions()
+    there = prepared()
+    width = max(len(name) for name in (*known, *there, "name"))
+    for name in (*known, *(n for n in there if n not in known)):
+        shows = known[name].shows if name in known else "your own"
+        print(f"  {name:{width}}  {_state(name) if name in there else 'not prepared':34}  {shows}")
+    print(f"\nmake data-{next(iter(known))} prepares one, make 101 DATA={next(iter(known))} trains on it;")
+    print("make data-prepare NAME=… INPUT=file-or-folder makes one of your own text")
+    return 0
+
+
+def inspect_set(words: Sequence[str]) -> int:
+    """Documents, tokens, lengths and some text of a data set."""
+    from harness.data import look
+
+    settings = _settings(words, ("NAME", "SAMPLES"))
+    seen = look.inspect(_name(settings), overrides.count("SAMPLES", settings.get("SAMPLES", "3"), least=0))
+    manifest = read_manifest(seen.chosen.home)
+    lengths = seen.lengths
+    print(f"{seen.chosen.name}: {seen.chosen.documents:,} documents, {seen.chosen.tokens:,} tokens")
+    kind, vocab_size = seen.chosen.tokenizer_type, seen.chosen.vocab_size or "?"
+    print(f"  {amount(seen.bin_bytes)} of {seen.dtype}, {kind} of {vocab_size} ids")
+    if manifest:
+        _describe(manifest)
+    print(f"\ntokens per document: mean {lengths.mean:,.1f}, longest {lengths.longest:,}, none in {lengths.empty:,}")
+    print(
+        "  "
+        + ", ".join(f"{share:.0%} up to {tokens:,}" for share, tokens in zip(look.SHARES, lengths.shares, strict=True))
+    )
+    most = max((count for _, count in lengths.bars), default=1)
+    for upper, count in lengths.bars:
+        print(f"  {f'up to {upper:,}':>16} {count:>12,} {'#' * -(-40 * count // most)}")
+    for sample in seen.samples:
+        text = " ".join(sample.text.split())
+        print(f"\ndocument {sample.document:,}, {sample.tokens:,} tokens:\n  {text[:400]}{' …' * (len(text) > 400)}")
+    return 0
+
+
+def check_set(words: Sequence[str]) -> int:
+    """Everything about a data set, checked; 1 where something is wrong."""
+    from harness.data.check import check
+
+    name, progress, wrong = _name(_settings(words, ("NAME",))), Progress(), 0
+    if name not in prepared():
+        find(name)
+    for finding in check(name, watch=lambda done, total: progress.show("tokens", done, total)):
+        progress.end()
+        print(f"  {'ok   ' if finding.right else 'WRONG'}  {finding.what}: {finding.seen}")
+        wrong += not finding.right
+    if wrong:
+        print(f"{name} is damaged: make data-{name}, or data-prepare, with FORCE=1 writes it anew")
+    return 1 if wrong else 0
+
+
+def prepare_known(name: str, words: Sequence[str]) -> int:
+    """``make data-<name>``: a data set of data/datasets.yaml."""
+    from harness.data.prepare import prepare, recipe_of
+
+    settings = _settings(words, HOW)
+    recipe = recipe_of(definition(name))
+    if "SIZE_MB" in settings:
+        if not hasattr(recipe.source, "size_mb"):
+            raise UserError(f"SIZE_MB={settings['SIZE_MB']}: {name} is not made here, so its size is given")
+        size = overrides.count("SIZE_MB", settings["SIZE_MB"])
+        recipe = replace(recipe, source=recipe.source.model_copy(update={"size_mb": size}))
+    if "LIMIT" in settings:
+        recipe = replace(recipe, layout=replace(recipe.layout, limit=overrides.count("LIMIT", settings["LIMIT"])))
+    if "TOKENIZER" in settings:
+        recipe = replace(recipe, tokenizer=settings["TOKENIZER"])
+    if "NAME" in settings:
+        recipe = replace(recipe, name=check_name(settings["NAME"]))
+    return _done(prepare(recipe, _means(settings)))
+
+
+def prepare_input(words: Sequence[str]) -> int:
+    """``make data-prepare NAME=… INPUT=…``: a data set of the user's own text."""
+    from harness.data.documents import LONGEST_MIB, Layout
+    from harness.data.prepare import Recipe, prepare
+
+    settings = _settings(words, INPUT)
+    missing = [key for key in ("NAME", "INPUT") if key not in settings]
+    if missing:
+        raise UserError(f"{' and '.join(missing)} missing: make data-prepare NAME=mine INPUT=file-or-folder")
+    each = settings.get("DOCUMENTS", "line")
+    if each not in ("line", "file"):
+        raise UserError(f"DOCUMENTS={each}: each line of a text file is a document, or each file: line or file")
+    layout = Layout(
+        key=settings.get("KEY", "text"),
+        each=each,
+        longest=overrides.count("LONGEST", settings.get("LONGEST", str(LONGEST_MIB))) << 20,
+        limit=overrides.count("LIMIT", settings["LIMIT"]) if "LIMIT" in settings else None,
+    )
+    recipe = Recipe(
+        check_name(settings["NAME"]),
+        settings["INPUT"],
+        layout,
+        _rules(settings.get("RULES")),
+        settings.get("TOKENIZER", "gpt2"),
+        overrides.switch("APPEND_EOD", settings.get("APPEND_EOD", "1")),
+    )
+    return _done(prepare(recipe, _means(settings)))
+
+
+COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
+    "data-list": list_sets,
+    "data-inspect": inspect_set,
+    "data-check": check_set,
+    "data-prepare": prepare_input,
+}
+"""By the name of the Makefile's target; ``prepare_known`` serves data-<name>."""
+
+
+def _done(manifest: Manifest) -> int:
+    print(f"{manifest.name}: {manifest.counted.documents:,} documents, {manifest.counted.tokens:,} tokens")
+    _describe(manifest)
+    print(f"make 101 DATA={manifest.name} trains on it, make data-inspect NAME={manifest.name} shows it")
+    return 0
+
+
+def _describe(manifest: Manifest) -> None:
+    source, cleaned, counted = manifest.source, manifest.cleaned, manifest.counted
+    origin = source.asked.get("repository") or source.asked.get("input") or f"made here, {source.asked.get('mixture')}"
+    at = source.commit or source.asked.get("revision")
+    print(f"  from {origin}{f' at {at}' if at else ''}, {len(source.files)} file{'s' * (len(source.files) != 1)}")
+    if cleaned:
+        dropped = ", ".join(f"{number:,} {rule}" for rule, number in cleaned.dropped.items() if number)
+        print(f"  cleaned by {cleaned.rules}: {cleaned.documents_out:,} of {cleaned.documents_in:,} documents left")
+        print(f"  dropped: {dropped or 'none'}")
+    skipped = {
+        rule: source.skipped.get(rule, 0) + counted.skipped.get(rule, 0) for rule in {*source.skipped, *counted.skipped}
+    }
+    if skipped:
+        print("  skipped: " + ", ".join(f"{number:,} {rule}" for rule, number in sorted(skipped.items())))
+    took = ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in manifest.seconds.items())
+    print(f"  tokenizer {manifest.tokenizer.name} by {manifest.tokenizer.by}; {took}")
+
+
+def _state(name: str) -> str:
+    try:
+        chosen = find(name)
+    except UserError:
+        return "damaged: make data-check says how"
+    return f"{chosen.documents:>12,} documents {amount(chosen.tokens, ''):>7} tokens"
+
+
+def _means(settings: Mapping[str, str]):
+    from harness.data.prepare import Means
+
+    return Means(
+        mirror=Path(settings["HUB"]).expanduser() if "HUB" in settings else None,
+        workers=overrides.count("WORKERS", settings["WORKERS"]) if "WORKERS" in settings else None,
+        force=overrides.switch("FORCE", settings.get("FORCE", "0")),
+    )
+
+
+def _rules(wanted: str | None) -> Path | None:
+    """The file of rules that ``RULES=`` names: by language, or by path."""
+    if wanted is None:
+        return None
+    path = DATA / f"rules-{wanted}.yaml"
+    return path if path.is_file() else Path(wanted).expanduser()
+
+
+def _name(settings: Mapping[str, str]) -> str:
+    if "NAME" not in settings:
+        raise UserError(f"NAME missing: one of {', '.join(prepared()) or 'none yet; make data-list'}")
+    return settings["NAME"]
+
+
+def _settings(words: Sequence[str], keys: tuple[str, ...]) -> dict[str, str]:
+    return {key: value for key, value in overrides.parse(words, extra=keys).items() if key in keys}

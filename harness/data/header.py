@@ -1,0 +1,111 @@
+"""What an .idx says at its two ends, and whether that fits the sizes of the pair: read in no time, without numpy.
+
+The whole of the format is in ``indexed``; this is the part that a launcher looks at before every run.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")
+ITEM_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 8, 7: 4, 8: 2}
+"""Upstream's code of how .bin is stored -> bytes of a token."""
+
+
+class FormatError(ValueError):
+    """A pair of files that is not, or not all of, an IndexedDataset. The message says what does not add up."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """Header of an .idx: upstream's dtype ``code``, and how much is in the pair."""
+
+    code: int
+    sequences: int
+    documents: int
+
+    @property
+    def idx_bytes(self) -> int:
+        """What the .idx must hold."""
+        return HEADER.size + 12 * self.sequences + 8 * (self.documents + 1)
+
+
+def bin_path(prefix: Path) -> Path:
+    return prefix.with_name(prefix.name + ".bin")
+
+
+def idx_path(prefix: Path) -> Path:
+    return prefix.with_name(prefix.name + ".idx")
+
+
+def read_head(path: Path) -> Head:
+    """The header of an .idx whose size is what the header says.
+
+    Raises:
+        FormatError: it is no .idx, or cut short, or too long.
+        OSError: it cannot be read.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(HEADER.size)
+    if not head.startswith(MAGIC):
+        raise FormatError(f"{path} does not begin with {MAGIC!r}: no index" if head else f"{path} is empty")
+    if len(head) < HEADER.size:
+        raise FormatError(f"{path} ends after {len(head)} bytes, within its header of {HEADER.size}")
+    _, version, code, sequences, entries = HEADER.unpack(head)
+    if version != 1:
+        raise FormatError(f"{path} is of version {version}, not 1")
+    if code not in ITEM_BYTES:
+        raise FormatError(f"{path} names dtype {code}; known are {', '.join(map(str, ITEM_BYTES))}")
+    if not entries:
+        raise FormatError(f"{path} has no document indices; there are documents + 1 of them")
+    found = Head(code, sequences, entries - 1)
+    if size != found.idx_bytes:
+        raise FormatError(
+            f"{path}: {sequences:,} sequences and {entries - 1:,} documents take {HEADER.size} + 12 x {sequences} + "
+            f"8 x {entries} = {found.idx_bytes:,} bytes, the file has {size:,}: {_too(size, found.idx_bytes)}"
+        )
+    return found
+
+
+def check_ends(prefix: Path) -> int:
+    """Tokens of the pair; the last sequence must end where .bin ends, the last document with the last sequence.
+
+    Raises:
+        FormatError: see ``read_head``; or a file is missing, or the ends do not fit.
+    """
+    try:
+        path = idx_path(prefix)
+        head = read_head(path)
+        held = bin_path(prefix).stat().st_size
+        with path.open("rb") as file:
+            length = _number(file, HEADER.size + 4 * head.sequences - 4, "<i") if head.sequences else 0
+            pointer = _number(file, HEADER.size + 12 * head.sequences - 8, "<q") if head.sequences else 0
+            last = _number(file, HEADER.size + 12 * head.sequences + 8 * head.documents, "<q")
+    except OSError as error:
+        raise FormatError(f"{error.filename}: {error.strerror}") from None
+    check_bin_bytes(prefix, held, pointer + length * ITEM_BYTES[head.code])
+    if last != head.sequences:
+        raise FormatError(f"{path}: the documents end at sequence {last:,} of {head.sequences:,}: an end is missing")
+    return held // ITEM_BYTES[head.code]
+
+
+def check_bin_bytes(prefix: Path, held: int, expected: int) -> None:
+    """Raise FormatError where .bin does not have the bytes that the index says."""
+    if held != expected:
+        raise FormatError(f"{bin_path(prefix)} has {held:,} bytes, the index says {expected:,}: {_too(held, expected)}")
+
+
+def _number(file, offset: int, form: str) -> int:
+    file.seek(offset)
+    data = file.read(struct.calcsize(form))
+    if len(data) < struct.calcsize(form):
+        raise FormatError(f"{file.name} changed while it was read")
+    return struct.unpack(form, data)[0]
+
+
+def _too(held: int, expected: int) -> str:
+    return "cut short" if held < expected else "something follows"

@@ -1,0 +1,121 @@
+"""manifest.json of a data set: where its text came from, what became of it, and the checksums of what was written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from harness.errors import UserError
+from harness.rundir import write_json
+
+FILE = "manifest.json"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class SourceFile(_Record):
+    """A file that text came from. ``sha256`` is none where only its front was read."""
+
+    name: str
+    bytes: int
+    sha256: str | None
+
+
+class Source(_Record):
+    """Where text came from.
+
+    Attributes:
+        asked: how it was named: a repository and its revision, or paths, or a seed and a size.
+        commit: what a hub's revision stood for.
+        skipped: lines or rows that were no documents, by rule, where they were left out before cleaning.
+    """
+
+    kind: Literal["hub", "files", "synthetic"]
+    asked: dict[str, Any]
+    commit: str | None = None
+    files: tuple[SourceFile, ...] = ()
+    skipped: dict[str, int] = {}
+
+
+class Counted(_Record):
+    """Lines or rows of the source, or of the cleaning's output, and what they became. ``skipped`` is by rule."""
+
+    records: int
+    documents: int
+    empty: int
+    sequences: int
+    tokens: int
+    skipped: dict[str, int]
+
+
+class Cleaned(_Record):
+    """What cleaning did: documents in and out, dropped and changed by rule."""
+
+    rules: str
+    documents_in: int
+    documents_out: int
+    bytes_in: int
+    bytes_out: int
+    dropped: dict[str, int]
+    changed: dict[str, int]
+
+
+class TokenizerUsed(_Record):
+    """The tokenizer, by upstream's name of its kind. ``by`` is the package that made the ids."""
+
+    type: str
+    name: str
+    sha256: str
+    vocab_size: int
+    eod: int | None
+    by: str
+
+
+class Written(_Record):
+    """The pair on the disk."""
+
+    dtype: str
+    bin_bytes: int
+    bin_sha256: str
+    idx_bytes: int
+    idx_sha256: str
+
+
+class Manifest(_Record):
+    """All of it. ``recipe``: checksum of all that decides the pair. ``seconds``: by stage. ``created``: Unix time."""
+
+    name: str
+    recipe: str
+    created: float
+    source: Source
+    cleaned: Cleaned | None
+    counted: Counted
+    tokenizer: TokenizerUsed
+    append_eod: bool
+    written: Written
+    seconds: dict[str, float]
+    versions: dict[str, str | None]
+
+    def write(self, folder: Path) -> None:
+        """Write it into a data set's folder, whole or not at all."""
+        write_json(folder / FILE, self.model_dump(mode="json"))
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of the data set in ``folder``; none where it has none.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    path = folder / FILE
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValidationError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} is damaged: {reason}\nprepare the data set again: make data-…") from None

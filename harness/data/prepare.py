@@ -1,0 +1,370 @@
+"""Prepare a data set: bring its text, clean it where it says so, tokenise, check, publish.
+
+    data/<name>/work/synthetic-…/   text that was made here
+    data/<name>/work/text-…/        the source as JSON Lines, where cleaning needs it and it is something else
+    data/<name>/work/clean-…/       what cleaning left, and samples of what it dropped; stays
+    data/<name>/work/tokens-…/      the pair while it is written
+
+Each stage goes on where it was killed and appears whole or not at all; the names end in a checksum of all that decides
+what is in them. The manifest is written last; a data set that is there stays until the new one takes its place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from harness.catalog import ROOT
+from harness.data import indexed
+from harness.data.documents import Layout, TextFile, text_file
+from harness.data.header import bin_path, idx_path
+from harness.data.json_lines import write_json_lines
+from harness.data.manifest import FILE as MANIFEST
+from harness.data.manifest import Cleaned, Counted, Manifest, Source, SourceFile, TokenizerUsed, Written, read_manifest
+from harness.data.prepared import DATA, check_name, find, prefix_of
+from harness.data.progress import Progress
+from harness.data.sources import Definition, Hub, Synthetic, download, local_files
+from harness.data.tokenize import Done, Job, Watched, tokenize
+from harness.data.tokenizer import Tokenizer, find_tokenizer, package_version
+from harness.errors import UserError
+from harness.provenance import source_commit
+from harness.rundir import write_json
+
+_VERSIONS = ("numpy", "orjson", "gigatoken", "tokenizers", "transformers", "sentencepiece", "pyarrow", "datasets")
+
+
+TEXT = Layout()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides a data set.
+
+    Attributes:
+        source: a repository of the hub, text to be made, or what ``INPUT=`` names.
+        layout: how documents lie in its files.
+        rules: a file of cleaning rules, where it is to be cleaned.
+        tokenizer: see ``find_tokenizer``.
+    """
+
+    name: str
+    source: Hub | Synthetic | str
+    layout: Layout = TEXT
+    rules: Path | None = None
+    tokenizer: str = "gpt2"
+    append_eod: bool = True
+
+
+@dataclass(frozen=True)
+class Means:
+    """How it is prepared: where data sets lie, a copy of the hub, threads, and whether to do again what is done."""
+
+    folder: Path = DATA
+    mirror: Path | None = None
+    workers: int | None = None
+    force: bool = False
+
+
+USUAL = Means()
+
+
+def recipe_of(known: Definition) -> Recipe:
+    """The recipe of a data set of data/datasets.yaml."""
+    rules = DATA / f"rules-{known.clean}.yaml" if known.clean else None
+    layout = Layout(key=known.key, limit=known.limit)
+    return Recipe(known.name, known.hub or known.synthetic, layout, rules, known.tokenizer)
+
+
+def prepare(recipe: Recipe, means: Means = USUAL, progress: Progress | None = None) -> Manifest:
+    """Prepare the data set of ``recipe`` and return its manifest; what is prepared already stays.
+
+    Raises:
+        UserError: the text, the tokenizer or the rules cannot be had, another process prepares this name, or the disk
+            is full.
+    """
+    progress = progress or Progress()
+    home = means.folder / check_name(recipe.name)
+    try:
+        with _only_one(home, recipe.name):
+            return _Preparation(recipe, means, home, progress).run()
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        way_out = "make room and start again: it goes on where it stopped" if full else "mend that and start again"
+        raise UserError(f"preparing {recipe.name} in {home}: {error.strerror or error}\n{way_out}") from None
+    finally:
+        progress.end()
+
+
+class _Preparation:
+    """One preparation, of a name that no other process prepares."""
+
+    def __init__(self, recipe: Recipe, means: Means, home: Path, progress: Progress) -> None:
+        self.recipe, self.means, self.home, self.progress = recipe, means, home, progress
+        self.work = home / "work"
+        self.seconds: dict[str, float] = {}
+        self.asked = _asked(recipe.source)
+        self.source_key = _digest(self.asked, asdict(recipe.layout))
+        self.clean_key = _digest(self.source_key, _rules_text(recipe.rules)) if recipe.rules else None
+        self.kept = {f"source-{self.source_key}.json", f"clean-{self.clean_key}"} if recipe.rules else set()
+
+    def run(self) -> Manifest:
+        tokenizer = find_tokenizer(self.recipe.tokenizer, self.means.folder / "tokenizers")
+        key = _digest(self.source_key, self.clean_key, tokenizer.kind, tokenizer.sha256, self.recipe.append_eod)
+        if not self.means.force and (found := self._there(key)):
+            self.progress.say(f"{self.recipe.name} is prepared already; FORCE=1 prepares it again")
+            return found
+        if tokenizer.slow_because:
+            self.progress.say(f"{tokenizer.name} is tokenised by {tokenizer.by}, slowly: {tokenizer.slow_because}")
+        tokens = self.work / f"tokens-{key}"
+        own = {f"{stage}-{self.source_key}" for stage in ("synthetic", "text")} | {tokens.name}
+        self._clear(set() if self.means.force else self.kept | own)
+        manifest = self._finished(tokens)
+        if manifest is None:
+            source, files, layout, cleaned = self._text()
+            done = self._tokenize(tokens, files, layout, tokenizer)
+            if cleaned is None:
+                source = source.model_copy(update={"files": _files(files, done.source_sha256)})
+            manifest = self._manifest(key, source, cleaned, done, tokenizer, tokens)
+            write_json(tokens / "done.json", manifest.model_dump(mode="json"))
+        self._publish(tokens, manifest, tokenizer)
+        self._clear(self.kept)
+        return manifest
+
+    def _there(self, key: str) -> Manifest | None:
+        """The manifest of the data set where it is what is wanted, and whole."""
+        with contextlib.suppress(UserError):
+            manifest = read_manifest(self.home)
+            if manifest and manifest.recipe == key:
+                find(self.recipe.name, self.means.folder)
+                return manifest
+        return None
+
+    def _text(self) -> tuple[Source, tuple[TextFile, ...], Layout, Cleaned | None]:
+        """The source, and the files to tokenise: its own, or what cleaning left of them."""
+        if self.recipe.rules is None:
+            source, files = self._source()
+            return source, files, self.recipe.layout, None
+        from harness.data.clean.pipeline import CleanReport, clean
+        from harness.data.clean.rules import load_rules
+
+        rules = load_rules(self.recipe.rules)
+        folder, source_file = self.work / f"clean-{self.clean_key}", self.work / f"source-{self.source_key}.json"
+        known = _known(source_file, Source), _known(folder / "manifest.json", CleanReport)
+        if all(known):
+            source, report = known
+        else:
+            source, files = self._source()
+            source, paths = self._json_lines(source, files)
+            write_json(source_file, source.model_dump(mode="json"))
+            with self._timed("clean"):
+                report = clean(paths, folder, rules, self.progress.show, self.means.workers)
+        described = {name: getattr(report, name) for name in Cleaned.model_fields if name != "rules"}
+        shards = tuple(text_file(folder / shard.name, shard.name) for shard in report.shards)
+        return source, shards, TEXT, Cleaned(rules=self.recipe.rules.name, **described)
+
+    def _source(self) -> tuple[Source, tuple[TextFile, ...]]:
+        """Bring or make the text. The checksums of its files are not yet known."""
+        match self.recipe.source:
+            case Hub() as hub:
+                with self._timed("download"):
+                    got = download(hub, self.recipe.layout.limit, self.means.mirror, self.progress.say)
+                return Source(kind="hub", asked=self.asked, commit=got.commit), got.files
+            case Synthetic() as wanted:
+                from harness.data import synthetic
+
+                corpus = synthetic.Corpus(wanted.seed, getattr(synthetic, wanted.mixture.upper()))
+                folder = self.work / f"synthetic-{self.source_key}"
+                with self._timed("make"):
+                    size = wanted.size_mb * 10**6
+                    paths = synthetic.generate(folder, size, corpus, self.means.workers, self.progress.show)
+                return Source(kind="synthetic", asked=self.asked), tuple(text_file(path, path.name) for path in paths)
+            case wanted:
+                return Source(kind="files", asked=self.asked), local_files(wanted)
+
+    def _json_lines(self, source: Source, files: tuple[TextFile, ...]) -> tuple[Source, tuple[Path, ...]]:
+        """The files as JSON Lines, which cleaning reads: themselves where they are that, else written anew."""
+        layout = self.recipe.layout
+        with self._timed("read"):
+            if (
+                layout.limit is None
+                and layout.key == "text"
+                and all(f.kind == "jsonl" and not f.packing for f in files)
+            ):
+                known = {file.name: _sha256(file.path) for file in files}
+                paths, skipped = tuple(file.path for file in files), Counter()
+            else:
+                folder = self.work / f"text-{self.source_key}"
+                paths, shards = write_json_lines(files, layout, folder, self.progress.show)
+                known = {shard.name: shard.sha256 for shard in shards}
+                skipped = sum((Counter(shard.skipped) for shard in shards), Counter())
+        return source.model_copy(update={"files": _files(files, known), "skipped": dict(skipped)}), paths
+
+    def _tokenize(self, folder: Path, files: tuple[TextFile, ...], layout: Layout, tokenizer: Tokenizer) -> Done:
+        job = Job(files, layout, tokenizer, self.recipe.append_eod, prefix_of(self.recipe.name, folder))
+        job.prefix.parent.mkdir(parents=True, exist_ok=True)
+
+        def watch(now: Watched) -> None:
+            self.progress.show("tokenise", now.read_bytes, now.all_bytes, f"{now.tokens / 1e6:,.1f} M tokens")
+
+        with self._timed("tokenise"):
+            done = tokenize(job, watch, self.means.workers)
+            indexed.check_pair(job.prefix)
+        return done
+
+    def _manifest(
+        self, key: str, source: Source, cleaned: Cleaned | None, done: Done, tokenizer: Tokenizer, folder: Path
+    ) -> Manifest:
+        prefix = prefix_of(self.recipe.name, folder)
+        return Manifest(
+            name=self.recipe.name,
+            recipe=key,
+            created=time.time(),
+            source=source,
+            cleaned=cleaned,
+            counted=Counted(**asdict(done.counts)),
+            tokenizer=TokenizerUsed(
+                type=tokenizer.kind,
+                name=tokenizer.name,
+                sha256=tokenizer.sha256,
+                vocab_size=tokenizer.vocab_size,
+                eod=tokenizer.eod,
+                by=tokenizer.by,
+            ),
+            append_eod=self.recipe.append_eod,
+            written=Written(
+                dtype=indexed.best_dtype(tokenizer.vocab_size).name,
+                bin_bytes=bin_path(prefix).stat().st_size,
+                bin_sha256=done.pair.bin_sha256,
+                idx_bytes=idx_path(prefix).stat().st_size,
+                idx_sha256=done.pair.idx_sha256,
+            ),
+            seconds={stage: round(seconds, 3) for stage, seconds in self.seconds.items()},
+            versions={"python": platform.python_version(), "harness": source_commit(ROOT)[0]}
+            | {name: package_version(name) for name in _VERSIONS},
+        )
+
+    def _finished(self, folder: Path) -> Manifest | None:
+        """The manifest of a pair that an earlier process finished but did not, or not wholly, publish."""
+        manifest = _known(folder / "done.json", Manifest)
+        if manifest is None:
+            return None
+        for source, target, size in self._moves(folder, manifest):
+            path = source if source.exists() else target
+            if not path.exists() or path.stat().st_size != size:
+                return None
+        return manifest
+
+    def _publish(self, folder: Path, manifest: Manifest, tokenizer: Tokenizer) -> None:
+        """Put the new pair in the place of an old one; stopped half-way there is none until it goes on."""
+        (self.home / MANIFEST).unlink(missing_ok=True)
+        moves = self._moves(folder, manifest)
+        if all(source.exists() for source, _, _ in moves):
+            idx_path(prefix_of(self.recipe.name, self.means.folder)).unlink(missing_ok=True)
+        tokenizer.install(self.home / "tokenizer")
+        for source, target, _ in moves:
+            if source.exists():
+                source.replace(target)
+        shutil.rmtree(self.home / "cache", ignore_errors=True)
+        manifest.write(self.home)
+
+    def _moves(self, folder: Path, manifest: Manifest) -> tuple[tuple[Path, Path, int], ...]:
+        """From, to, bytes: .bin, then .idx."""
+        old, new = prefix_of(self.recipe.name, folder), prefix_of(self.recipe.name, self.means.folder)
+        written = manifest.written
+        return (
+            (bin_path(old), bin_path(new), written.bin_bytes),
+            (idx_path(old), idx_path(new), written.idx_bytes),
+        )
+
+    def _clear(self, keep: set[str]) -> None:
+        """Leave only these in work/."""
+        self.work.mkdir(exist_ok=True)
+        for path in self.work.iterdir():
+            if path.name not in keep:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        with contextlib.suppress(OSError):
+            self.work.rmdir()
+
+    @contextlib.contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        begun = time.monotonic()
+        yield
+        self.seconds[stage] = time.monotonic() - begun
+        self.progress.end()
+
+
+@contextlib.contextmanager
+def _only_one(home: Path, name: str) -> Iterator[None]:
+    """Hold the folder of ``name``, which exists while it is held; another process that wants it gets a UserError."""
+    path = home / ".lock"
+    while True:
+        home.mkdir(parents=True, exist_ok=True)
+        with path.open("a+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                other = lock.read().strip() or "?"
+                raise UserError(
+                    f"process {other} prepares {name} already\nwait for it, or give another NAME="
+                ) from None
+            if path.exists() and path.stat().st_ino == os.fstat(lock.fileno()).st_ino:
+                lock.truncate(0)
+                lock.write(str(os.getpid()))
+                lock.flush()
+                try:
+                    yield
+                finally:
+                    path.unlink()
+                    with contextlib.suppress(OSError):
+                        home.rmdir()
+                return
+
+
+def _known[Record: BaseModel](path: Path, kind: type[Record]) -> Record | None:
+    """What an earlier process noted in ``path``, if it did."""
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def _asked(source: Hub | Synthetic | str) -> dict[str, Any]:
+    if isinstance(source, str):
+        stats = [(str(file.path), file.path.stat()) for file in local_files(source)]
+        return {"input": source, "files": [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats]}
+    return source.model_dump(mode="json")
+
+
+def _rules_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"rules {path}: {error.strerror}") from None
+
+
+def _files(files: tuple[TextFile, ...], sha256: Mapping[str, str | None]) -> tuple[SourceFile, ...]:
+    return tuple(SourceFile(name=f.name, bytes=f.path.stat().st_size, sha256=sha256.get(f.name)) for f in files)
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

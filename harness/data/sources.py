@@ -1,0 +1,230 @@
+"""Where text comes from: the data sets of data/datasets.yaml, files of the user's, the Hugging Face hub."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+from urllib.parse import urlparse
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from harness.data.documents import TextFile, text_file
+from harness.data.prepared import DATA, NAME
+from harness.errors import UserError, nearest
+
+FILE = DATA / "datasets.yaml"
+HUB_TIMEOUT_S = 10
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Hub(_Frozen):
+    """Files of a repository of the Hugging Face hub at a revision."""
+
+    repository: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]
+    revision: Annotated[str, Field(min_length=1)]
+    files: Annotated[str, Field(min_length=1)]
+    gated: bool = False
+
+
+class Synthetic(_Frozen):
+    """Text made by harness.data.synthetic."""
+
+    mixture: Literal["plain", "damaged"] = "plain"
+    seed: Annotated[int, Field(ge=0)] = 0
+    size_mb: Annotated[int, Field(ge=1)]
+
+
+class Definition(_Frozen):
+    """A data set that can be prepared by its name. ``limit`` counts documents from the front."""
+
+    name: Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
+    shows: Annotated[str, Field(min_length=1)]
+    hub: Hub | None = None
+    synthetic: Synthetic | None = None
+    key: str = "text"
+    limit: Annotated[int, Field(ge=1)] | None = None
+    clean: str | None = None
+    tokenizer: str = "gpt2"
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Definition:
+        if (self.hub is None) == (self.synthetic is None):
+            raise ValueError("give either hub or synthetic")
+        return self
+
+
+def definitions(path: Path = FILE) -> dict[str, Definition]:
+    """Every data set that can be prepared by its name.
+
+    Raises:
+        UserError: the file is missing or is no YAML, or a key or value is wrong.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path.name} is not valid YAML: {error}") from None
+    if not isinstance(content, dict) or not all(isinstance(row, dict) for row in content.values()):
+        raise UserError(f"{path.name}: expected names of data sets, each with its settings below")
+    found = {}
+    for name, row in content.items():
+        try:
+            found[name] = Definition(name=name, **row)
+        except ValidationError as error:
+            raise UserError("\n".join(f"{path.name}: {name}: {_complaint(e)}" for e in error.errors())) from None
+    return found
+
+
+def definition(name: str) -> Definition:
+    """The data set ``name``. Raises UserError naming the nearest ones."""
+    known = definitions()
+    if name not in known:
+        raise UserError(
+            f"no data set {name}; {nearest(name, known)}\n"
+            "for your own text: make data-prepare NAME=… INPUT=file-or-folder"
+        )
+    return known[name]
+
+
+def local_files(wanted: str) -> tuple[TextFile, ...]:
+    """The files that ``INPUT=wanted`` names: a file, a folder with all below it, a pattern, or several of these.
+
+    Raises:
+        UserError: there are none, or one is of an unknown kind.
+    """
+    found: list[Path] = []
+    for word in [wanted] if Path(wanted).expanduser().exists() else wanted.split():
+        path = Path(word).expanduser()
+        if path.is_dir():
+            below = sorted(p for p in path.rglob("*") if p.is_file() and _is_known(p) and not p.name.startswith("."))
+            if not below:
+                raise UserError(f"INPUT={word}: no .jsonl, .parquet or .txt file in this folder, packed or not")
+            found += below
+        elif path.is_file():
+            found.append(path)
+        elif matches := sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor)))):
+            found += [match for match in matches if match.is_file()]
+        else:
+            raise UserError(f"INPUT={word}: no such file or folder, and nothing matches")
+    return tuple(text_file(path.resolve(), str(path)) for path in found)
+
+
+@dataclass(frozen=True)
+class Downloaded:
+    """Files of a hub's repository, here. ``commit`` is what the revision stood for, where that is known."""
+
+    files: tuple[TextFile, ...]
+    commit: str | None
+
+
+def download(hub: Hub, limit: int | None, mirror: Path | None, say: Callable[[str], None]) -> Downloaded:
+    """Bring the files of ``hub`` here, into the cache of Hugging Face's packages; what is there already stays.
+
+    Args:
+        limit: no more files than are needed for so many rows of Parquet.
+        mirror: a folder with a copy of the repository, at <mirror>/<owner>/<name>, to use instead of the hub.
+
+    Raises:
+        UserError: the hub or the repository cannot be reached, or has no such files.
+    """
+    if mirror is None:
+        _reach_hub(hub)
+    elif not (mirror / hub.repository).is_dir():
+        raise UserError(f"HUB={mirror}: there is no {hub.repository}/ in it, with {hub.files}")
+    from datasets import DownloadConfig, DownloadManager, disable_progress_bars, load_dataset_builder
+
+    disable_progress_bars()
+    try:
+        where = (
+            {"path": hub.repository, "revision": hub.revision}
+            if mirror is None
+            else {"path": str(mirror / hub.repository)}
+        )
+        builder = load_dataset_builder(**where, data_files={"train": hub.files})
+        urls = [str(url) for url in builder.config.data_files["train"]]
+        manager = DownloadManager(download_config=DownloadConfig(max_retries=5))
+        files = []
+        for number, url in enumerate(urls, 1):
+            inside = (
+                url.partition("@")[2].partition("/")[2]
+                if mirror is None
+                else str(Path(url).relative_to(mirror / hub.repository))
+            )
+            say(f"{hub.repository}: {inside} ({number} of {len(urls)})")
+            files.append(text_file(Path(manager.download(url)), inside))
+            if limit is not None and _rows(files) >= limit:
+                break
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{hub.repository} at {hub.revision}: {_first_line(error)}\n{_way_out(hub)}") from None
+    commit = re.search(r"@([0-9a-f]{40})/", urls[0]) if mirror is None else None
+    return Downloaded(tuple(files), commit[1] if commit else None)
+
+
+def _reach_hub(hub: Hub) -> None:
+    """Fail at once where the hub cannot be reached; its own client tries for half a minute."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return
+    place = urlparse(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    if any(name.lower() in ("https_proxy", "http_proxy", "all_proxy") for name in os.environ):
+        return
+    try:
+        with socket.create_connection(
+            (place.hostname, place.port or (443 if place.scheme == "https" else 80)), HUB_TIMEOUT_S
+        ):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"the hub {place.hostname} cannot be reached: {error.strerror or error}\n{_way_out(hub)}"
+        ) from None
+
+
+def _way_out(hub: Hub) -> str:
+    login = "accept its conditions on the hub, then set HF_TOKEN or run `hf auth login`\n" if hub.gated else ""
+    return (
+        f"{login}without a network: copy {hub.files} of {hub.repository} to <folder>/{hub.repository}/\n"
+        "and set HUB=<folder>; or make data-synthetic"
+    )
+
+
+def _rows(files: list[TextFile]) -> int:
+    if files[-1].kind != "parquet":
+        return 0
+    from pyarrow.parquet import read_metadata
+
+    return sum(read_metadata(file.path).num_rows for file in files)
+
+
+def _is_known(path: Path) -> bool:
+    try:
+        text_file(path)
+    except UserError:
+        return False
+    return True
+
+
+def _complaint(error: dict) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    match error["type"]:
+        case "extra_forbidden":
+            known = [name for kind in (Definition, Hub, Synthetic) for name in kind.model_fields]
+            return f"unknown key {key!r}; {nearest(key.split('.')[-1], known)}"
+        case "missing":
+            return f"{key!r} is missing"
+        case _:
+            return f"{key}: {error['msg']}".removeprefix(": ")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,293 @@
+"""Tokenise and write: documents in, .bin/.idx out, in one pass by all cores and in bounded memory.
+
+One thread at a time reads a block; each parses and encodes its own (the tokenizers release the GIL); blocks are
+appended in the order they were read. What is on the disk is noted every few seconds: a killed run goes on there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import chain, pairwise
+from pathlib import Path
+
+import numpy as np
+
+from harness.data import indexed
+from harness.data.documents import BEGIN, BLOCK_BYTES, Block, Layout, Place, Reader, Text, TextFile
+from harness.data.indexed import FormatError, Marks, Pair, Writer
+from harness.data.tokenizer import Encoder, Tokenizer
+from harness.errors import UserError
+from harness.rundir import write_json
+
+CHECKPOINT_S = 10.0
+MOST_WORKERS = 8
+_WATCH_S = 0.25
+_FORMAT = 1
+"""Counts changes of this code after which an unfinished run must not be taken up."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is tokenised, how, and where the pair goes (``prefix``.bin and .idx)."""
+
+    files: tuple[TextFile, ...]
+    layout: Layout
+    tokenizer: Tokenizer
+    append_eod: bool
+    prefix: Path
+
+    @property
+    def dtype(self) -> np.dtype:
+        return indexed.best_dtype(self.tokenizer.vocab_size)
+
+    @property
+    def bytes(self) -> int:
+        """All files, as they lie on the disk."""
+        return sum(file.path.stat().st_size for file in self.files)
+
+    @property
+    def state(self) -> Path:
+        """How far an unfinished run has come."""
+        return self.prefix.with_name(self.prefix.name + ".state.json")
+
+    def key(self) -> str:
+        """Changes with everything that decides the pair's bytes."""
+        stats = [
+            (str(f.path), f.kind, f.packing, s.st_size, s.st_mtime_ns) for f in self.files for s in [f.path.stat()]
+        ]
+        known = [_FORMAT, stats, asdict(self.layout), self.tokenizer.kind, self.tokenizer.sha256, self.append_eod]
+        return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+
+
+@dataclass
+class Counts:
+    """What went in and came out. ``empty`` documents have no tokens; ``skipped`` is by rule."""
+
+    records: int = 0
+    documents: int = 0
+    empty: int = 0
+    sequences: int = 0
+    tokens: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Watched:
+    """How far a run is: of all bytes of the input, those read; since when this process is at it."""
+
+    read_bytes: int
+    all_bytes: int
+    documents: int
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished pair. ``source_sha256`` is of each input file that was read to its end, by name."""
+
+    pair: Pair
+    counts: Counts
+    source_sha256: dict[str, str]
+    read_bytes: int
+    seconds: float
+
+
+def tokenize(job: Job, watch: Callable[[Watched], None] = lambda _: None, workers: int | None = None) -> Done:
+    """Write the pair of ``job``; goes on where a run of the same job stopped.
+
+    Args:
+        watch: called a few times a second.
+        workers: threads; by default one a core, 8 at most.
+
+    Raises:
+        UserError: an input cannot be read or changed meanwhile, no document is in it, or the disk is full.
+    """
+    if job.append_eod and job.tokenizer.eod is None:
+        raise UserError(
+            f"tokenizer {job.tokenizer.name} has no end-of-document token\nset eos_token in its tokenizer_config.json"
+        )
+    try:
+        run = _Run(job)
+        return run.finish(watch, workers or min(MOST_WORKERS, len(os.sched_getaffinity(0))))
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"the disk of {job.prefix.parent} is full\nmake room and start again: it goes on where it stopped"
+            ) from None
+        raise UserError(f"{error.filename or job.prefix.parent}: {error.strerror}") from None
+
+
+class _Run:
+    def __init__(self, job: Job) -> None:
+        self.job, self.key = job, job.key()
+        self.counts, place, marks = self._resumed()
+        self.place = place
+        self.writer = Writer(job.prefix, job.dtype, marks)
+        self.reader = Reader(job.files, job.layout, place)
+        self._reading = threading.Lock()
+        self._heavy = threading.Lock()
+        self._turn = threading.Condition()
+        self._next_read = self._next_written = 0
+        self._failure: BaseException | None = None
+
+    def finish(self, watch: Callable[[Watched], None], workers: int) -> Done:
+        started, all_bytes = time.monotonic(), self.job.bytes
+        threads = [threading.Thread(target=self._work, name=f"tokenize-{n}", daemon=True) for n in range(workers)]
+        try:
+            for thread in threads:
+                thread.start()
+            noted = started
+            for thread in threads:
+                while thread.is_alive():
+                    thread.join(_WATCH_S)
+                    now = time.monotonic()
+                    counts = self.counts
+                    watch(Watched(self.reader.read_bytes, all_bytes, counts.documents, counts.tokens, now - started))
+                    if now - noted > CHECKPOINT_S and self._failure is None:
+                        self._checkpoint()
+                        noted = now
+        except BaseException as error:
+            self._fail(error)
+        if self._failure is not None:
+            for thread in threads:
+                thread.join()
+            with contextlib.suppress(OSError):
+                self._checkpoint()
+            self.writer.close()
+            raise self._failure
+        if self.job.key() != self.key:
+            self._discard()
+            raise UserError("an input changed while it was read; start again when it no longer does")
+        if not self.counts.documents:
+            self._discard()
+            found = describe_skipped(self.counts) or "nothing at all"
+            raise UserError(f"no document in {_named(self.job.files)}: {found}")
+        pair = self.writer.finish()
+        self.job.state.unlink(missing_ok=True)
+        return Done(pair, self.counts, self.reader.sha256, self.reader.read_bytes, time.monotonic() - started)
+
+    def _work(self) -> None:
+        try:
+            encoder = self.job.tokenizer.encoder()
+            while self._failure is None:
+                with self._reading:
+                    block = self.reader.next()
+                    number, self._next_read = self._next_read, self._next_read + 1
+                if block is None:
+                    return
+                with self._heavy if block.size > 2 * BLOCK_BYTES else contextlib.nullcontext():
+                    found = block.find()
+                    encoded = _encode(found.texts, encoder, self.job)
+                del found.texts[:]
+                encoded.skipped.update(found.skipped)
+                self._append(number, block, encoded)
+                del block, found, encoded
+        except BaseException as error:
+            self._fail(error)
+
+    def _append(self, number: int, block: Block, encoded: _Encoded) -> None:
+        with self._turn:
+            self._turn.wait_for(lambda: self._next_written == number or self._failure is not None)
+            if self._failure is not None:
+                return
+            self.writer.append(encoded.ids, encoded.lengths, encoded.document_ends)
+            self.place = block.end
+            self.counts.records = block.end.records
+            self.counts.documents += len(encoded.document_ends)
+            self.counts.empty += encoded.empty
+            self.counts.sequences += len(encoded.lengths)
+            self.counts.tokens += len(encoded.ids)
+            for rule, count in encoded.skipped.items():
+                self.counts.skipped[rule] = self.counts.skipped.get(rule, 0) + count
+            self._next_written += 1
+            self._turn.notify_all()
+
+    def _fail(self, error: BaseException) -> None:
+        with self._turn:
+            self._failure = self._failure or error
+            self._turn.notify_all()
+
+    def _checkpoint(self) -> None:
+        with self._turn:
+            marks, counts = asdict(self.writer.marks()), asdict(self.counts)
+            state = {"key": self.key, "place": self.place, "marks": marks, "counts": counts}
+        self.writer.sync()
+        write_json(self.job.state, state)
+
+    def _resumed(self) -> tuple[Counts, Place, Marks | None]:
+        try:
+            state = json.loads(self.job.state.read_text(encoding="utf-8"))
+            if state["key"] == self.key:
+                counts = Counts(**state["counts"])
+                marks = Marks(**state["marks"])
+                Writer(self.job.prefix, self.job.dtype, marks).close()
+                return counts, Place(*state["place"]), marks
+        except (OSError, ValueError, KeyError, TypeError, FormatError):
+            pass
+        return Counts(), BEGIN, None
+
+    def _discard(self) -> None:
+        self.writer.discard()
+        self.job.state.unlink(missing_ok=True)
+
+
+@dataclass
+class _Encoded:
+    ids: np.ndarray
+    lengths: np.ndarray
+    document_ends: np.ndarray
+    empty: int
+    skipped: Counter[str] = field(default_factory=Counter)
+
+
+def _encode(texts: Sequence[Text], encoder: Encoder, job: Job) -> _Encoded:
+    """Ids, lengths of sequences, and sequences up to each document's end, as upstream's tool would have them."""
+    if any(type(text) is list for text in texts):
+        return _encode_sentences([[text] if type(text) is str else text for text in texts], encoder, job)
+    ids, lengths = encoder.encode(texts, job.append_eod)
+    readable = lengths >= 0
+    ends = np.cumsum(lengths > 0)[readable]
+    skipped = Counter({"no ids": len(texts) - len(ends)}) if len(ends) < len(texts) else Counter()
+    return _Encoded(ids.astype(job.dtype), lengths[lengths > 0], ends, int(np.count_nonzero(lengths == 0)), skipped)
+
+
+def _encode_sentences(texts: Sequence[list[str]], encoder: Encoder, job: Job) -> _Encoded:
+    """As ``_encode``, where documents are lists of sentences: each that has tokens becomes a sequence."""
+    ids, lengths = encoder.encode(list(chain.from_iterable(texts)), False)
+    first = np.concatenate(([0], np.cumsum([len(sentences) for sentences in texts])))
+    at = np.concatenate(([0], np.cumsum(np.maximum(lengths, 0))))
+    parts, sequences, ends, empty, skipped = [], [], [], 0, Counter()
+    for begin, end in pairwise(first):
+        own = lengths[begin:end]
+        if (own < 0).any():
+            skipped["no ids"] += 1
+            continue
+        kept = own[own > 0].tolist()
+        parts.append(ids[at[begin] : at[end]])
+        if kept and job.append_eod:
+            parts.append([job.tokenizer.eod])
+            kept[-1] += 1
+        sequences += kept
+        ends.append(len(sequences))
+        empty += not kept
+    joined = np.concatenate([np.asarray(part, job.dtype) for part in parts]) if parts else np.empty(0, job.dtype)
+    return _Encoded(joined, np.array(sequences, np.int64), np.array(ends, np.int64), empty, skipped)
+
+
+def describe_skipped(counts: Counts) -> str:
+    """``3 blank, 1 no JSON``."""
+    return ", ".join(f"{number:,} {rule}" for rule, number in counts.skipped.items())
+
+
+def _named(files: Sequence[TextFile]) -> str:
+    return files[0].name if len(files) == 1 else f"{len(files)} files"
