@@ -187,7 +187,7 @@ class Run:
         rundir.write_json(self.dir.running, running | {"rendezvous": self.plan.place.rendezvous})
         self.dir.freeze_experiment(self.plan.experiment, self.plan.device, self._environment["commit"])
         rundir.write_json(self.dir.environment, self._environment)
-        self.dir.command.write_text(self._script, encoding="utf-8")
+        rundir.write_text(self.dir.command, self._script)
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         launcher = os.getpid()

@@ -407,17 +407,29 @@ def clean(outdir: Path, everything: bool = False) -> int:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` so that readers see the old file or the whole new one, also after a power cut.
+    """Write ``value``, whole or not at all. Numbers that JSON lacks (NaN, infinity) become null.
 
-    Numbers that JSON lacks (NaN, infinity) become null.
+    Raises:
+        UserError: the disk is full or the directory cannot be written.
+    """
+    write_text(path, json.dumps(_finite(value), indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` so that readers see the old file or the whole new one, also after a power cut.
+
+    Raises:
+        UserError: the disk is full or the directory cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(_finite(value), file, indent=1, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
 def parse_metrics(line: str) -> StepMetrics | None:

@@ -97,6 +97,24 @@ def test_json_is_replaced_whole_and_has_no_nan(tmp_path):
     assert json.loads(path.read_text())["all"] == [1.5, None], "a failed write keeps what was there"
 
 
+def test_a_file_that_cannot_be_written_is_told(tmp_path):
+    with pytest.raises(UserError, match=r"cannot write .*x\.json: No such file or directory"):
+        rundir.write_json(tmp_path / "gone" / "x.json", {})
+
+
+def test_a_disk_that_fills_up_is_told_and_the_old_file_stays(tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+    rundir.write_json(path, {"old": 1})
+
+    def full(_descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="No space left"):
+        rundir.write_json(path, {"new": 2})
+    assert json.loads(path.read_text()) == {"old": 1}
+
+
 def test_the_experiment_comes_back_as_it_was_frozen(tmp_path):
     run_dir = make_run(tmp_path)
     assert run_dir.read_experiment() == experiment()
