@@ -19,14 +19,11 @@ from pydantic import Field
 from harness.data.clean.documents import Rule
 from harness.data.clean.words import Words, characters, mix, split
 
-_FOLD = bytes(
-    byte + 0x20 if chr(byte).isupper() or 0x80 <= byte < 0xA0
-    else ord(" ") if byte < 0x80 and not chr(byte).isalnum()
-    else byte
-    for byte in range(256)
-)  # fmt: skip
-"""Lower case and no ASCII punctuation, byte by byte. In UTF-8, 0x20 tells the cases of most Latin, Greek and Cyrillic
-letters apart; that it also makes a few other characters alike does no harm to a comparison."""
+_PUNCTUATION = bytes(byte for byte in range(128) if not chr(byte).isalnum())
+_UPPER = bytes((*range(ord("A"), ord("Z") + 1), *range(0x80, 0xA0)))
+_FOLD = bytes.maketrans(_PUNCTUATION + _UPPER, b" " * len(_PUNCTUATION) + bytes(byte + 0x20 for byte in _UPPER))
+"""Lower case and no ASCII punctuation, byte by byte. In UTF-8, 0x20 in the last byte tells the cases of most Latin,
+Greek and Cyrillic letters apart; that it also makes some other characters alike does no harm to a comparison."""
 _PAIRS_AT_ONCE = 1 << 18
 
 
