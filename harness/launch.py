@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 from harness import gpus, outcome, processes, rundir
 from harness.errors import UserError, nearest
-from harness.processes import Signals
+from harness.meeting import SHARED_S, run_directory
+from harness.processes import LAUNCHER_VARIABLE, Signals
 from harness.provenance import describe_environment
 from harness.rundir import RUN_DIR_VARIABLE, Losses, MemoryGib, Result, RunDir, Spread, StepMetrics, Upstream
 from harness.terminal import Progress, Terminal, open_terminal, phase_of, summary
@@ -39,13 +40,9 @@ GRACE_S = 10
 """Time to end after SIGTERM, before SIGKILL."""
 STACKS_S = 5
 """Time to write stacks after SIGUSR1."""
-SHARED_S = 3
-"""What another node wrote appears here within this time, where the file system is shared."""
-
 STARTING = "starting torchrun"
-
-LAUNCHER_VARIABLE = "HARNESS_LAUNCHER"
-"""Environment variable with the launcher's pid: tells apart nodes that share a run directory on one machine."""
+LOG_TAIL_BYTES = 64 * 2**20
+"""An error further from the end of the log is not looked for."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +101,8 @@ class Run:
         self._script = plan.script(None if gpu_ids == tuple(range(len(gpu_ids))) else gpu_ids)
         self._environment = describe_environment(plan.device, gpu_ids)
         if keeps_records:
-            self._write_records()
+            with rundir.told_if_unwritable(directory.path):
+                self._write_records()
         self._process = self._spawn()
         self._sampler = gpus.Sampler(directory.gpus, gpu_ids if keeps_records else ())
 
@@ -142,7 +140,8 @@ class Run:
             self._read_last_news()
             self._finished = Finished(self.dir, self._result())
             if self._keeps_records:
-                rundir.write_json(self.dir.result, self._finished.result.model_dump(mode="json"))
+                with rundir.told_if_unwritable(self.dir.path):
+                    rundir.write_json(self.dir.result, self._finished.result.model_dump(mode="json"))
         return self._finished
 
     def abort(self) -> None:
@@ -361,7 +360,7 @@ def run_plan(plan: Plan, *, hang_seconds: float | None = None, terminal: Termina
     """
     gpu_ids = gpus.choose(plan.experiment.ranks_per_node, plan.place.gpu_ids) if plan.device == "cuda" else ()
     with Signals() as signals, terminal or open_terminal() as shown:
-        directory, keeps_records = _directory(plan, signals, shown)
+        directory, keeps_records = run_directory(plan, signals, shown)
         shown.print(opening(plan, directory))
         run = Run(plan, directory, gpu_ids, hang_seconds, keeps_records)
         try:
@@ -445,58 +444,10 @@ class _Tail:
         return [line.decode(errors="replace") for line in lines]
 
     def text(self) -> str:
-        """The whole file."""
-        return self.path.read_text(encoding="utf-8", errors="replace")
-
-
-def _directory(plan: Plan, signals: Signals, shown: Terminal) -> tuple[RunDir, bool]:
-    """A new run directory, or for a further node that of node 0; and whether this launcher keeps its records."""
-    node, rendezvous, label = int(plan.place.node_rank), plan.place.rendezvous, plan.experiment.label
-    if plan.experiment.nodes == 1:
-        return rundir.create(plan.outdir, label), True
-    if node == 0:
-        _check_rendezvous(rendezvous)
-        return rundir.create(plan.outdir, label), True
-    shown.print(f"{label}: node {node} waits for node 0 at {rendezvous}")
-    opened_at = None
-    while opened_at is None or time.monotonic() - opened_at < SHARED_S:
-        if signals.take():
-            raise KeyboardInterrupt
-        if directory := rundir.running_at(plan.outdir, rendezvous):
-            return directory, False
-        if opened_at is None and _is_open(rendezvous):
-            opened_at = time.monotonic()
-        time.sleep(4 * POLL_S)
-    return rundir.create(plan.outdir, f"{label}.node{node}"), True
-
-
-def _check_rendezvous(rendezvous: str) -> None:
-    """Raise UserError where another program has the port, for torchrun would wait for it in vain."""
-    host, _, port = rendezvous.rpartition(":")
-    if _is_open(rendezvous) and not _is_torchruns(int(port)):
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            free = probe.getsockname()[1]
-        raise UserError(
-            f"RENDEZVOUS={rendezvous}: another program has port {port}; try RENDEZVOUS={host}:{free} on all nodes"
-        )
-
-
-def _is_open(rendezvous: str) -> bool:
-    host, _, port = rendezvous.rpartition(":")
-    try:
-        socket.create_connection((host, int(port)), timeout=1).close()
-    except OSError:
-        return False
-    return True
-
-
-def _is_torchruns(port: int) -> bool:
-    """Whether a run of the harness listens there: another node of the same run on this machine, started first."""
-    import psutil
-
-    listening = [c.pid for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.laddr.port == port]
-    return any(pid and processes.has_variable(pid, LAUNCHER_VARIABLE) for pid in listening)
+        """The end of the file."""
+        with self.path.open("rb") as file:
+            file.seek(max(file.seek(0, os.SEEK_END) - LOG_TAIL_BYTES, 0))
+            return file.read().decode(errors="replace")
 
 
 def _launcher(directory: RunDir) -> psutil.Process | None:

@@ -94,7 +94,8 @@ def classify(evidence: Evidence, experiment: Experiment) -> Outcome:
         return Outcome("hang", evidence.hang, advice="ranks/*.stacks.txt hold every thread's stack")
     if lost:
         return _named("nan", f"the loss is {lost.loss} at step {lost.step}", None, experiment)
-    if evidence.exit_code == 0 and 0 < done < experiment.steps:
+    elsewhere = experiment.nodes > 1 and not done
+    if evidence.exit_code == 0 and done < experiment.steps and not elsewhere:
         return Outcome("crash", f"it ended without an error {progress}", advice="the end of logs.txt may tell why")
     if evidence.exit_code == 0:
         return Outcome("ok")

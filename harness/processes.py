@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import psutil
 
+LAUNCHER_VARIABLE = "HARNESS_LAUNCHER"
+"""Environment variable with the launcher's pid: tells apart nodes that share a run directory on one machine."""
+
 KILLED_S = 5
 """A process that is still there so long after SIGKILL hangs in a driver; it is not waited for."""
 

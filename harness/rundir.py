@@ -23,6 +23,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -330,7 +331,7 @@ def create(outdir: Path, label: str) -> RunDir:
         raise UserError(
             f"run label {label!r}: use letters, digits and . _ + = , - (at most 200), a letter or digit first"
         )
-    try:
+    with told_if_unwritable(outdir):
         outdir.mkdir(parents=True, exist_ok=True)
         free_mib = shutil.disk_usage(outdir).free / 2**20
         if free_mib < LEAST_FREE_MIB:
@@ -342,12 +343,10 @@ def create(outdir: Path, label: str) -> RunDir:
             path = outdir / name
             try:
                 path.mkdir()
-                (path / "ranks").mkdir()
-                return RunDir(path.resolve())
             except FileExistsError:
                 continue
-    except OSError as error:
-        raise UserError(f"cannot write to {outdir}: {error.strerror}\n{_way_out(error.errno)}") from None
+            (path / "ranks").mkdir()
+            return RunDir(path.resolve())
 
 
 def runs(outdir: Path) -> tuple[tuple[Run, ...], tuple[str, ...]]:
@@ -407,29 +406,31 @@ def clean(outdir: Path, everything: bool = False) -> int:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value``, whole or not at all. Numbers that JSON lacks (NaN, infinity) become null.
-
-    Raises:
-        UserError: the disk is full or the directory cannot be written.
-    """
+    """Write ``value``, whole or not at all. Numbers that JSON lacks (NaN, infinity) become null."""
     write_text(path, json.dumps(_finite(value), indent=1, allow_nan=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` so that readers see the old file or the whole new one, also after a power cut.
-
-    Raises:
-        UserError: the disk is full or the directory cannot be written.
-    """
+    """Write ``text`` so that readers see the old file or the whole new one, also after a power cut."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+@contextmanager
+def told_if_unwritable(directory: Path) -> Iterator[None]:
+    """Turn a full disk, missing rights and the like into a UserError with the way out."""
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        yield
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        way_out = "delete old runs there (make clean)" if full else "make it a writable directory"
+        raise UserError(
+            f"cannot write to {directory}: {error.strerror}\n{way_out}, or set OUTDIR= to another"
+        ) from None
 
 
 def parse_metrics(line: str) -> StepMetrics | None:
@@ -504,9 +505,3 @@ def _finite(value: Any) -> Any:
 
 def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0]
-
-
-def _way_out(code: int | None) -> str:
-    if code in (errno.ENOSPC, errno.EDQUOT):
-        return "delete old runs there (make clean), or set OUTDIR= to another disk"
-    return "make it a writable directory, or set OUTDIR= to one"

@@ -1,5 +1,6 @@
 """Runs from start to result: the real launcher above a stand-in for torchrun and its ranks (test_launch_assets/)."""
 
+import errno
 import importlib.util
 import io
 import json
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import gpus, launch, processes, rundir
+from harness import gpus, launch, meeting, processes, rundir
 from harness.command import Place
 from harness.errors import UserError
 from harness.rundir import RunDir
@@ -226,6 +227,20 @@ def test_a_directory_that_cannot_be_written_is_refused_before_anything_starts(tm
         run(make_plan(tmp_path / "file", "ok"))
 
 
+def test_a_disk_that_fills_up_is_told_and_leaves_nothing_running(tmp_path, monkeypatch):
+    write = rundir.write_json
+
+    def full(path, value):
+        if path.name == "result.json":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, value)
+
+    monkeypatch.setattr(rundir, "write_json", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        run(make_plan(tmp_path, "ok", steps=2))
+    assert not of_run(the_run(tmp_path).path)
+
+
 def test_gpus_are_chosen_sampled_and_recorded(tmp_path, monkeypatch):
     monkeypatch.setattr(gpus, "choose", lambda count, wanted: (2, 3)[:count])
     there = tuple(gpus.Gpu(index, "NVIDIA H200", f"GPU-{index}", 143771) for index in range(4))
@@ -301,7 +316,7 @@ def test_a_further_node_joins_the_directory_of_node_0(tmp_path):
 
 
 def test_a_further_node_on_another_file_system_keeps_its_own_records(tmp_path, monkeypatch):
-    monkeypatch.setattr(launch, "SHARED_S", 0.2)
+    monkeypatch.setattr(meeting, "SHARED_S", 0.2)
     with socket.socket() as rendezvous:
         rendezvous.bind(("127.0.0.1", 0))
         rendezvous.listen()
