@@ -195,7 +195,7 @@ def test_a_line_too_long_is_unreadable(tmp_path, monkeypatch):
 def test_a_line_of_200_mb(tmp_path, rules):
     source = tmp_path / "in.jsonl"
     good = "Regeringen föreslår att bidraget höjs från och med nästa år, eftersom priserna stigit mycket. "
-    write(source, "å" * 100_000_000, good * 3 + "Så är det.")
+    write(source, b'{"text": "%s"}\n' % ("å".encode() * 100_000_000), good * 3 + "Så är det.")
     report = clean([source], tmp_path / "out", rules, processes=2)
     assert (report.dropped["length"], report.documents_out) == (1, 1)
 
