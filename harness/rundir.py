@@ -266,10 +266,6 @@ class RunDir:
         """Every complete line of validation.jsonl."""
         return tuple(_lines(self.validation, Validation))
 
-    def read_gpu_samples(self) -> tuple[dict[str, Any], ...]:
-        """Every complete line of gpus.jsonl: ``{"time", "gpus": [{"index", "used_gib", …}]}``."""
-        return tuple(sample for line in _text_lines(self.gpus) if (sample := _json_object(line)))
-
     def read_ranks(self) -> tuple[Rank, ...]:
         """What every rank wrote about itself, by rank."""
         return self._rank_files(r"\d+\.json", Rank)
