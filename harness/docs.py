@@ -17,6 +17,7 @@ def render(page: str, records: Path) -> str:
 
     found = results.collect(records / "none", records, results.load_references())
     table = tables.render(found.rows, "markdown", titles=load_catalog().chapters) if found.rows else "No records yet."
+    table = table.replace(" (record)", "")  # here, every row is one
     return PART.sub(lambda part: f"{part[1]}\n{table.strip()}\n\n{part[2]}", page)
 
 

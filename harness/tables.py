@@ -17,6 +17,7 @@ from typing import Any
 from harness.catalog import load_catalog
 from harness.errors import UserError, nearest
 from harness.results import Results, Row, collect, load_references, losses
+from harness.rundir import Upstream
 
 FORMATS = ("terminal", "markdown", "csv", "json")
 NOTHING = "no runs yet: make 101"
@@ -221,6 +222,11 @@ def values(row: Row) -> dict[str, Any]:
     return {name: value(row) for name, value in VALUES.items()}
 
 
+def _upstream(upstream: Upstream) -> str:
+    commit = f" (commit {upstream.commit[:7]})" if upstream.commit else ""
+    return f"{upstream.version or '?'}{commit}"
+
+
 def render_compare(a: Row, b: Row, format: str = "terminal") -> str:
     """Two runs: the settings that differ, their numbers with the ratio B/A, and whether their losses agree.
 
@@ -336,8 +342,8 @@ def _footer(rows: list[Row]) -> Iterable[str]:
     if any(row.tflops and not row.mfu for row in rows if row.device == "cuda"):
         yield f"No MFU: harness/hardware.py has no peak of {rows[0].hardware} at the precision of these runs."
     if group := next((row.against for row in rows if row.reference), None):
-        versions = dict.fromkeys(row.result.upstream.version for row in rows if row.result)
-        yield f"Here: {rows[0].hardware}, Megatron-LM core {', '.join(filter(None, versions)) or '?'}."
+        versions = dict.fromkeys(_upstream(row.result.upstream) for row in rows if row.result)
+        yield f"Here: {rows[0].hardware}, Megatron-LM core {', '.join(versions) or '?'}."
         yield f"publ.: {group.hardware}, {group.software}; {group.method}. Source: {group.source}."
         yield "ratio: here / publ." + " A number with ? is in doubt and gets no ratio." * _doubt(rows)
     replaced = dict.fromkeys(row.experiment.published_data for row in rows if row.reference and _is_mock(row))
