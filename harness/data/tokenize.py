@@ -147,15 +147,15 @@ class _Run:
             for thread in threads:
                 thread.start()
             noted = started
-            for thread in threads:
-                while thread.is_alive():
-                    thread.join(_WATCH_S)
-                    now = time.monotonic()
-                    counts = self.counts
-                    watch(Watched(self.reader.read_bytes, all_bytes, counts.documents, counts.tokens, now - started))
-                    if now - noted > CHECKPOINT_S and self._failure is None:
-                        self._checkpoint()
-                        noted = now
+            alive = True
+            while alive:
+                next((thread for thread in threads if thread.is_alive()), threads[0]).join(_WATCH_S)
+                alive, now = any(thread.is_alive() for thread in threads), time.monotonic()
+                counts = self.counts
+                watch(Watched(self.reader.read_bytes, all_bytes, counts.documents, counts.tokens, now - started))
+                if alive and now - noted > CHECKPOINT_S and self._failure is None:
+                    self._checkpoint()
+                    noted = now
         except BaseException as error:
             self._fail(error)
         if self._failure is not None:
