@@ -76,8 +76,9 @@ docs: ## write the tables of README.md anew from the records
 	@$(HARNESS) docs
 clean: ## remove failed and unfinished runs from outdir
 	@$(HARNESS) clean $(WORDS)
-clean-all: ## remove .venv and every run
+clean-all: ## remove every run and .venv
 	@$(HARNESS) clean ALL=1
+	@rm -rf .venv
 
 # `make 101` and every misspelt target land here; not being a target, 101 is no second candidate for completion.
 .DEFAULT:

@@ -45,7 +45,8 @@ def render(
     """
     found = [(v.name, shlex.quote(v.value), v.reason) for v in variables(e, device, memory_fraction=memory_fraction)]
     if place.gpu_ids is not None:
-        found.append(("CUDA_VISIBLE_DEVICES", ",".join(map(str, place.gpu_ids)), "GPUS_IDS"))
+        found.append(("CUDA_DEVICE_ORDER", "PCI_BUS_ID", "numbers as nvidia-smi shows them"))
+        found.append(("CUDA_VISIBLE_DEVICES", ",".join(map(str, place.gpu_ids)), "the GPUs chosen for this run"))
     width = max(len(f"export {name}={value}") for name, value, _ in found)
     exports = [f"{f'export {name}={value}':{width}}  # {reason}" for name, value, reason in found]
     groups = [_torchrun(e, place), ["-m", "harness.entry"], *_quoted(megatron_flags(e, device, apex=apex)),

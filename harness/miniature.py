@@ -21,8 +21,11 @@ VOCABULARY = 1024
 STEPS = 20
 
 
-def miniature(experiment: Experiment) -> Experiment:
-    """Scale ``experiment`` to at most eight CPU processes. Raises UserError where the scaled sizes cannot fit together."""
+def miniature(experiment: Experiment, nodes: int = 1) -> Experiment:
+    """Scale ``experiment`` to at most eight CPU processes on ``nodes`` nodes.
+
+    Raises UserError where the scaled sizes cannot fit together.
+    """
     sizes = {axis: getattr(experiment, axis) for axis in ("dp", "tp", "pp", "cp")}
     while prod(sizes.values()) > MOST_PROCESSES and any(size % 2 == 0 for size in sizes.values()):
         largest = max((axis for axis in sizes if sizes[axis] % 2 == 0), key=sizes.__getitem__)
@@ -36,7 +39,7 @@ def miniature(experiment: Experiment) -> Experiment:
         ep=ep,
         etp=min(experiment.etp, stage_ranks // ep),
         global_batch_size=experiment.global_batch_size * sizes["dp"] // experiment.dp,
-        nodes=experiment.nodes if "NODES" in experiment.overrides else 1,
+        nodes=nodes,
         model=_miniature_model(experiment),
         seq_length=experiment.seq_length if "SEQ" in experiment.overrides else sequence,
         steps=experiment.steps if "STEPS" in experiment.overrides else STEPS,

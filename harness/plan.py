@@ -68,7 +68,8 @@ def plan(experiment: Experiment, settings: Mapping[str, str], device: Device) ->
     if device == "cuda" and full.attention_backend == "flash" and _lacks_flash_attention():
         full = full.with_changes(attention_backend="auto")
         headlines.append("attention by cuDNN: the published run's flash-attn is not installed here")
-    small = miniature(full) if device == "cpu" else full
+    nodes = full.nodes if "NODES" in settings else 1
+    small = miniature(full, nodes) if device == "cpu" else full
     if device == "cpu":
         headlines.append(describe(full, small))
     place = _place(small, settings)

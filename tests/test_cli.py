@@ -1,0 +1,89 @@
+"""Mistakes on the command line: one clear message, the right exit status, no traceback; light commands stay light."""
+
+import io
+import subprocess
+import sys
+from contextlib import redirect_stdout
+
+import pytest
+
+from harness.catalog import ROOT
+from harness.cli import main
+
+
+def harness(*words: str) -> str:
+    """Standard output of a command that must succeed, in this process."""
+    with redirect_stdout(io.StringIO()) as out:
+        assert main(list(words)) == 0
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["run", "407"], "no experiment 407; nearest ids: 401, 402, 404, 408, 416"),
+        (["run", "tabel"], "no experiment or target tabel"),
+        (["run", "101-gpt2xl"], "101 is 101-gpt2xl-dp1-gbs1-bf16"),
+        (["run"], "which experiment?"),
+        (["run", "231", "TP=3"], "num_attention_heads 16 must divide by tp = 3; try tp in {1, 2, 4, 8, 16}"),
+        (["run", "101", "DEVICE=tpu"], "DEVICE=tpu: expected cpu or cuda"),
+        (["run", "101", "DATA=nowhere"], "DATA=nowhere"),
+        (["run", "219", "DEVICE=cpu", "NODES=2"], "make 219 NODES=2 NODE_RANK=0 RENDEZVOUS=first-node:29500"),
+        (["run", "219", "DEVICE=cpu", "NODES=2", "RENDEZVOUS=here"], "RENDEZVOUS=here: expected host:port"),
+        (["run", "101", "GPUS_IDS=zero"], "GPUS_IDS=zero: expected a whole number"),
+        (["chapter", "150"], "no chapter 150"),
+        (["list", "MODEL=llama"], "MODEL=llama; valid: gpt-22b"),
+        (["compare", "A=101"], "B missing: make compare A=101 B=111"),
+        (["record"], "RUN missing"),
+        (["record", "RUN=nothing"], "no run nothing"),
+        (["stop", "RUN=nothing"], "no run"),
+        (["table", "FORMAT=xml"], "xml"),
+        (["rum", "101"], "unknown command rum; did you mean run"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_clear_message(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and message in told
+    assert len(told.splitlines()) <= 4
+
+
+def test_several_broken_rules_are_told_together(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", "502", "EP=3", "TP=3"]) == 2
+    assert capsys.readouterr().err.count("502: ") >= 2
+
+
+def test_the_process_exits_with_the_status() -> None:
+    done = subprocess.run([sys.executable, "-m", "harness", "run", "407"], cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: no experiment 407")
+
+
+@pytest.mark.parametrize("words", [["list"], ["show", "408"], ["show", "512", "DEVICE=cuda"], ["table"]])
+def test_light_commands_import_nothing_heavy(words: list[str]) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "harness", *words]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr[-500:]
+    imported = {line.rsplit("|", 1)[1].strip().split(".")[0] for line in done.stderr.splitlines() if "|" in line}
+    assert not imported & {"torch", "matplotlib", "megatron", "transformers", "datasets"}
+
+
+def test_list_filters() -> None:
+    listed = harness("list", "CHAPTER=400", "GPUS=8")
+    assert "408-gpt2-8.3B-pp8-m8" in listed and "101-" not in listed
+    small = harness("list", "GPUS=1")
+    assert "101-" in small and "104-" not in small
+
+
+def test_show_prints_any_device_without_having_it() -> None:
+    full = harness("show", "408", "DEVICE=cuda")
+    assert "--num-layers 72" in full and "HARNESS_DEVICE=cuda" in full
+    assert "--num-layers 8 " in harness("show", "408", "DEVICE=cpu")
+
+
+def test_dry_run_runs_nothing() -> None:
+    assert harness("run", "101", "DEVICE=cpu", "DRY_RUN=1") == harness("show", "101", "DEVICE=cpu")
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    done = subprocess.run(["bash", "-c", f"{sys.executable} -m harness list | head -n 1"], cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 0 and not done.stderr
