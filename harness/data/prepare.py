@@ -169,6 +169,7 @@ class _Preparation:
         else:
             source, files = self._source()
             source, paths = self._json_lines(source, files)
+            self.work.mkdir(exist_ok=True)
             write_json(source_file, source.model_dump(mode="json"))
             with self._timed("clean"):
                 report = clean(paths, folder, rules, self.progress.show, self.means.workers)

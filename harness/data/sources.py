@@ -167,7 +167,8 @@ def download(hub: Hub, limit: int | None, mirror: Path | None, say: Callable[[st
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{hub.repository} at {hub.revision}: {_first_line(error)}\n{_way_out(hub)}") from None
+        reason = _first_line(error)
+        raise UserError(f"{hub.files} of {hub.repository} at {hub.revision}: {reason}\n{_way_out(hub)}") from None
     commit = re.search(r"@([0-9a-f]{40})/", urls[0]) if mirror is None else None
     return Downloaded(tuple(files), commit[1] if commit else None)
 
