@@ -8,10 +8,10 @@ from pathlib import Path
 
 from harness import overrides
 from harness.data.manifest import Manifest, read_manifest
-from harness.data.prepared import DATA, check_name, find, prepared
+from harness.data.prepared import DATA, blend, check_name, find, prepared
 from harness.data.progress import Progress, amount, duration
 from harness.data.sources import definition, definitions
-from harness.errors import UserError
+from harness.errors import UserError, nearest
 
 HOW = ("TOKENIZER", "WORKERS", "FORCE", "HUB", "SIZE_MB", "NAME", "LIMIT")
 """Settings of ``make data-<name>``."""
@@ -137,11 +137,33 @@ def prepare_input(words: Sequence[str]) -> int:
     return _done(prepare(recipe, _means(settings)))
 
 
+def build_mappings(words: Sequence[str]) -> int:
+    """``data-mappings DATA=… SEQ=… SAMPLES=train,valid,test SPLIT=… SEED=…``: what a run's script does on each node."""
+    from harness.data.mappings import Use, build
+
+    settings = _settings(words, ("DATA", "SEQ", "SAMPLES", "SPLIT", "SEED"))
+    missing = [key for key in ("DATA", "SEQ", "SAMPLES", "SPLIT") if key not in settings]
+    if missing:
+        raise UserError(
+            f"{', '.join(missing)} missing: data-mappings DATA=… SEQ=1024 SAMPLES=800,240,80 SPLIT=949,50,1"
+        )
+    samples = tuple(overrides.count("SAMPLES", number, least=0) for number in settings["SAMPLES"].split(","))
+    if len(samples) != 3:
+        raise UserError(f"SAMPLES={settings['SAMPLES']}: give those of training, validation and test")
+    seed = overrides.count("SEED", settings.get("SEED", "1234"), least=0)
+    use = Use(overrides.count("SEQ", settings["SEQ"]), samples, settings["SPLIT"], seed)
+    chosen = blend(settings["DATA"])
+    if written := build(chosen, use):
+        print(f"{written} index mappings built in {chosen.cache}")
+    return 0
+
+
 COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "data-list": list_sets,
     "data-inspect": inspect_set,
     "data-check": check_set,
     "data-prepare": prepare_input,
+    "data-mappings": build_mappings,
 }
 """By the name of the Makefile's target; ``prepare_known`` serves data-<name>."""
 
@@ -193,8 +215,11 @@ def _rules(wanted: str | None) -> Path | None:
     """The file of rules that ``RULES=`` names: by language, or by path."""
     if wanted is None:
         return None
-    path = DATA / f"rules-{wanted}.yaml"
-    return path if path.is_file() else Path(wanted).expanduser()
+    by_name = {path.stem.removeprefix("rules-"): path for path in DATA.glob("rules-*.yaml")}
+    path = by_name.get(wanted, Path(wanted).expanduser())
+    if not path.is_file():
+        raise UserError(f"RULES={wanted}: {nearest(wanted, by_name)}\nor give a file of rules")
+    return path
 
 
 def _name(settings: Mapping[str, str]) -> str:

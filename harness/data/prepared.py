@@ -45,6 +45,7 @@ class DataSet:
     vocab_size: int | None
     tokenizer_sha256: str
     documents: int
+    sequences: int
     tokens: int
     fingerprint: str
 
@@ -102,7 +103,7 @@ def find(name: str, folder: Path = DATA) -> DataSet:
     home, prefix = folder / name, prefix_of(name, folder)
     if not home.is_dir() or not idx_path(prefix).exists():
         known = (*prepared(folder), MOCK)
-        raise UserError(f"DATA={name} is not prepared; {nearest(name, known)}\nmake data-list shows what there is")
+        raise UserError(f"DATA={name} is not prepared; {_hint(name, known)}")
     again = f"make data-check NAME={name} says more; make data-{name}, or data-prepare, writes it anew"
     manifest = read_manifest(home)
     try:
@@ -120,7 +121,7 @@ def find(name: str, folder: Path = DATA) -> DataSet:
                 f"DATA={name}: the pair has {tokens:,} tokens in {head.documents:,} documents, its manifest says "
                 f"{manifest.counted.tokens:,} in {manifest.counted.documents:,}\n{again}"
             )
-    return DataSet(name, prefix, kind, model, vocab_size, digest, head.documents, tokens, fingerprint)
+    return DataSet(name, prefix, kind, model, vocab_size, digest, head.documents, head.sequences, tokens, fingerprint)
 
 
 def blend(data: str, folder: Path = DATA) -> Blend:
@@ -162,6 +163,12 @@ def check_name(name: str) -> str:
     if not NAME.fullmatch(name) or name == MOCK:
         raise UserError(f"NAME={name}: use lower-case letters, digits and . _ - (not {MOCK}), a letter or digit first")
     return name
+
+
+def _hint(name: str, known: tuple[str, ...]) -> str:
+    from harness.data.sources import definitions
+
+    return f"make data-{name} does that" if name in definitions() else f"{nearest(name, known)}\nor see make data-list"
 
 
 def _tokenizer(

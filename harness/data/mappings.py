@@ -1,0 +1,230 @@
+"""Index mappings, built before the ranks start: which tokens make sample number n.
+
+Upstream builds them on rank 0 while all others wait, and does not find them on a second node without a shared disk.
+The files here have the names and bytes that core_v0.19.0's megatron/core/datasets/gpt_dataset.py and blended_dataset.py
+would write, so every rank finds them in ``--data-cache-path``; for a run with other arguments upstream builds its own.
+
+Upstream's own compiled loops are used; torch is not imported.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.util
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from harness.data import indexed
+from harness.data.header import FormatError
+from harness.data.prepared import Blend, DataSet
+from harness.data.splits import SPLITS, Bounds, check_split, sequences_of, split_matrix
+from harness.errors import UserError
+
+_SURPLUS = 0.005
+"""Upstream's mid_level_dataset_surplus: so many more samples of a set in a blend than its weight asks for."""
+_FINAL_EPOCH_SHARE = 0.80
+"""Upstream shuffles the last epoch by itself where the samples asked of it are a smaller share of it."""
+
+
+@dataclass(frozen=True)
+class Use:
+    """What a run draws: samples of ``seq_length`` tokens for training, validation, test; ``split`` as ``--split``."""
+
+    seq_length: int
+    samples: tuple[int, int, int]
+    split: str
+    seed: int = 1234
+
+
+def samples_of(steps: int, global_batch_size: int, eval_interval: int, eval_iters: int) -> tuple[int, int, int]:
+    """Samples for training, validation and test, as upstream's get_train_valid_test_num_samples counts them."""
+    evaluations = steps // eval_interval + 1
+    return steps * global_batch_size, evaluations * eval_iters * global_batch_size, eval_iters * global_batch_size
+
+
+def build(blend: Blend, use: Use) -> int:
+    """Build what is missing of the mappings of ``use`` in ``blend.cache``; returns how many files were written.
+
+    Processes that do this at the same time wait for each other.
+
+    Raises:
+        UserError: a set is damaged or too small for the split, the disk cannot be written, or megatron-core is not
+            installed.
+    """
+    check_split(blend, use.split)
+    helpers = _helpers()
+    try:
+        blend.cache.mkdir(parents=True, exist_ok=True)
+        with (blend.cache / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            return sum(_build(blend, use, helpers))
+    except FormatError as error:
+        raise UserError(str(error)) from None
+    except OSError as error:
+        raise UserError(f"index mappings in {blend.cache}: {error.strerror}") from None
+
+
+def _build(blend: Blend, use: Use, helpers: ModuleType) -> Iterator[int]:
+    matrix = split_matrix(use.split)
+    weights = _normal(map(float, blend.weights)) if blend.weights else None
+    lengths = [indexed.check_pair(chosen.prefix).lengths for chosen in blend.sets]
+    for number, (split, bounds) in enumerate(zip(SPLITS, matrix, strict=True)):
+        if bounds is None:
+            continue
+        wanted = [use.samples[number]]
+        if weights:
+            wanted = [math.ceil(math.ceil(use.samples[number] * weight) * (1 + _SURPLUS)) for weight in weights]
+        sets = []
+        for chosen, own, samples in zip(blend.sets, lengths, wanted, strict=True):
+            described = _describe(chosen, use, matrix, split, samples)
+            sets.append(described)
+            yield _write_set(blend.cache, described, own, bounds, use.seq_length, helpers)
+        if weights:
+            targets = [math.ceil(use.samples[number] * weight) for weight in weights]
+            yield _write_blend(blend.cache, sets, split, weights, sum(targets), helpers)
+
+
+def _describe(chosen: DataSet, use: Use, matrix: Sequence[Any], split: str, samples: int) -> dict[str, Any]:
+    """GPTDataset's unique_identifiers, in its order."""
+    return {
+        "class": "GPTDataset",
+        "dataset_path": str(chosen.prefix),
+        "num_samples": samples,
+        "index_split": split,
+        "random_seed": use.seed,
+        "sequence_length": use.seq_length,
+        "split": use.split,
+        "split_matrix": matrix,
+        "tokenizer": _tokenizer(chosen),
+    }
+
+
+def _tokenizer(chosen: DataSet) -> dict[str, Any]:
+    """MegatronTokenizerText's unique_identifiers, with upstream's defaults of all other arguments."""
+    common = {"class": "megatron.core.tokenizers.text.models.default_tokenizer.DefaultTokenizerText"}
+    common["tokenizer_path"] = None if chosen.tokenizer_model is None else str(chosen.tokenizer_model)
+    match chosen.tokenizer_type:
+        case "NullTokenizer":
+            return common | {"vocab_size": str(chosen.vocab_size), "pad_id": "-1"}
+        case "SentencePieceTokenizer":
+            names = ("chat_template", "ignore_extra_whitespaces", "legacy", "special_tokens")
+            return common | dict(zip(names, ("None", "True", "False", "None"), strict=True))
+        case _:
+            files = dict.fromkeys(("chat_template", "vocab_file", "merges_file"), "None")
+            flags = {"use_fast": "True", "trust_remote_code": "False", "include_special_tokens": "True"}
+            return common | files | {"additional_special_tokens": "[]"} | flags
+
+
+def _write_set(
+    cache: Path,
+    described: dict[str, Any],
+    lengths: np.ndarray,
+    bounds: Bounds,
+    seq_length: int,
+    helpers: ModuleType,
+) -> int:
+    """Document, sample and shuffle index of one split of one set; returns the files written."""
+    description, stem = _stem(described, described["index_split"])
+    names = [cache / f"{stem}-{name}" for name in ("document_index.npy", "sample_index.npy", "shuffle_index.npy")]
+    text = cache / f"{stem}-description.txt"
+    if all(path.is_file() for path in (*names, text)):
+        return 0
+    documents = np.arange(*sequences_of(bounds, len(lengths)), dtype=np.int32)
+    epoch_tokens = int(lengths[documents].sum(dtype=np.int64))
+    samples = described["num_samples"]
+    epochs = max(1, -(-(samples * seq_length + 1) // epoch_tokens))
+    before_last, separate = (epochs - 1) * epoch_tokens, False
+    if epochs > 1:
+        whole = (before_last - 1) // seq_length
+        separate = samples - whole < int(_FINAL_EPOCH_SHARE * ((epoch_tokens - 1) // seq_length))
+    random = np.random.RandomState(described["random_seed"])
+    order = _shuffled_epochs(documents, epochs, separate, random)
+    wide = max(len(order), int(lengths.max())) > np.iinfo(np.int32).max
+    sample_index = (helpers.build_sample_idx_int64 if wide else helpers.build_sample_idx_int32)(
+        lengths.astype(np.int32), order, seq_length, epochs, epoch_tokens, True, 1
+    )
+    rows = len(sample_index) - 1
+    first = whole if separate else rows
+    kind = np.int64 if rows >= np.iinfo(np.uint32).max - 1 else np.uint32
+    shuffles = [np.arange(first, dtype=kind), np.arange(first, rows, dtype=kind)]
+    for part in shuffles:
+        random.shuffle(part)
+    for path, array in zip(names, (order, sample_index, np.concatenate(shuffles)), strict=True):
+        _save(path, array)
+    _put(text, description.encode())
+    return len(names) + 1
+
+
+def _shuffled_epochs(documents: np.ndarray, epochs: int, separate: bool, random: np.random.RandomState) -> np.ndarray:
+    """``documents`` once an epoch, shuffled over all epochs, the last one by itself where ``separate``."""
+    parts = [np.tile(documents, epochs - separate)]
+    if separate:
+        parts.append(documents.copy())
+    for part in parts:
+        random.shuffle(part)
+    return np.concatenate(parts)
+
+
+def _write_blend(
+    cache: Path, sets: list[dict[str, Any]], split: str, weights: list[float], size: int, helpers: ModuleType
+) -> int:
+    """Which set, and which of its samples, each sample of a blend is; returns the files written."""
+    weights = _normal(weights)
+    described = {"class": "BlendedDataset", "datasets": sets, "split": split, "weights": weights, "size": size}
+    description, stem = _stem(described, split)
+    names = [cache / f"{stem}-{name}" for name in ("dataset_index.npy", "dataset_sample_index.npy")]
+    text = cache / f"{stem}-description.txt"
+    if all(path.is_file() for path in (*names, text)):
+        return 0
+    dataset_index, dataset_sample_index = np.zeros(size, np.int16), np.zeros(size, np.int64)
+    helpers.build_blending_indices(dataset_index, dataset_sample_index, weights, len(sets), size, False)
+    for path, array in zip(names, (dataset_index, dataset_sample_index), strict=True):
+        _save(path, array)
+    _put(text, description.encode())
+    return len(names) + 1
+
+
+def _stem(described: dict[str, Any], split: str) -> tuple[str, str]:
+    """The description of a data set, and the beginning of the names of its files."""
+    description = json.dumps(described, indent=4)
+    digest = hashlib.md5(description.encode(), usedforsecurity=False).hexdigest()
+    return description, f"{digest}-{described['class']}-{split}"
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with part.open("wb") as file:
+        np.save(file, array, allow_pickle=True)
+    part.replace(path)
+
+
+def _put(path: Path, content: bytes) -> None:
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_bytes(content)
+    part.replace(path)
+
+
+def _normal(weights: Any) -> list[float]:
+    values = np.array(list(weights), np.float64)
+    return (values / values.sum()).tolist()
+
+
+def _helpers() -> ModuleType:
+    """megatron-core's compiled loops, without megatron-core around them."""
+    found = importlib.util.find_spec("megatron")
+    for root in found.submodule_search_locations if found else ():
+        for path in Path(root, "core", "datasets").glob("helpers_cpp.*.so"):
+            spec = importlib.util.spec_from_file_location("helpers_cpp", path)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            return module
+    raise UserError("megatron-core is not installed: scripts/setup.sh heavy")

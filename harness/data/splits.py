@@ -1,0 +1,52 @@
+"""Training, validation and test: which share of a data set's sequences each gets. Needs no numpy."""
+
+from __future__ import annotations
+
+import math
+from itertools import accumulate, pairwise
+
+from harness.data.prepared import Blend
+from harness.errors import UserError
+
+SPLITS = ("train", "valid", "test")
+
+Bounds = tuple[float, float]
+
+
+def split_matrix(split: str) -> tuple[Bounds | None, ...]:
+    """Where each of SPLITS begins and ends among a set's sequences, from 0 to 1; none for one without a share.
+
+    Args:
+        split: as upstream's ``--split``, such as ``949,50,1``.
+
+    Raises:
+        UserError: it is not up to three numbers of which one is above 0.
+    """
+    try:
+        shares = [float(share) for share in split.split(",")]
+    except ValueError:
+        shares = []
+    total = sum(shares)
+    right = 0 < len(shares) <= len(SPLITS) and min(shares) >= 0 and 0 < total < math.inf
+    if not right:
+        raise UserError(f"SPLIT={split}: give the shares of {', '.join(SPLITS)}, such as 949,50,1")
+    ends = accumulate([*(share / total for share in shares), *[0.0] * (len(SPLITS) - len(shares))], initial=0)
+    return tuple((begin, end) if end > begin else None for begin, end in pairwise(ends))
+
+
+def sequences_of(bounds: Bounds, sequences: int) -> tuple[int, int]:
+    """The first sequence of a split and the first behind it, as upstream rounds them."""
+    first, behind = (round(bound * float(sequences)) for bound in bounds)
+    return first, behind
+
+
+def check_split(blend: Blend, split: str) -> None:
+    """Raise UserError where a split of a set gets no sequence: upstream would look for its tokens for ever."""
+    for chosen in blend.sets:
+        for name, bounds in zip(SPLITS, split_matrix(split), strict=True):
+            if bounds is None:
+                continue
+            first, behind = sequences_of(bounds, chosen.sequences)
+            if first == behind:
+                shares = f"of its {chosen.sequences:,} sequences the split {split} leaves none for {name}"
+                raise UserError(f"DATA={chosen.name}: {shares}\ngive {name} a larger share, or 0, with SPLIT=")
