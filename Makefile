@@ -62,11 +62,11 @@ docker-run: ## a shell in it, where make 101<tab> works
 
 ##@ Develop
 test: ## quick tests, real gloo training, parity
-	@scripts/setup.sh test heavy -- -m pytest -m "not gpu and not full"
+	@scripts/setup.sh test data heavy -- -m pytest -m "not gpu and not full"
 test-quick: ## without torch, in seconds
-	@scripts/setup.sh test -- -m pytest -m "not cpu and not gpu and not full"
+	@scripts/setup.sh test data -- -m pytest -m "not cpu and not gpu and not full"
 test-full: ## everything, long ones too
-	@scripts/setup.sh test heavy -- -m pytest -m ""
+	@scripts/setup.sh test data heavy -- -m pytest -m ""
 lint: ## ruff and shellcheck
 	@scripts/setup.sh test -- -m ruff check harness tests
 	@if command -v shellcheck >/dev/null; then shellcheck scripts/*.sh docker/*.sh .ci/run; fi
