@@ -40,7 +40,7 @@ def strings(seed, number=300):
 
 def test_swedish_rules_in_order(swedish):
     assert swedish.names == (
-        "unreadable", "normalise", "one-line", "length", "repetition", "language", "alphabet", "exact-duplicates",
+        "unreadable", "normalise", "one-line", "length", "language", "alphabet", "repetition", "exact-duplicates",
         "near-duplicates",
     )  # fmt: skip
     assert (rule(swedish, Language).name, rule(swedish, Language).above) == ("Swedish", 0.95)
