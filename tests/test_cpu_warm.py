@@ -30,7 +30,7 @@ while len(list(here.glob("*.pid"))) < int(os.environ["LOCAL_WORLD_SIZE"]):
 exec(sys.argv[2])
 """
 
-# A torchrun reduced to its bones: starts the ranks with their environment, each with its own output, and waits for them.
+# A torchrun reduced to its bones: it starts the ranks, each with its environment and output, and waits for them.
 TORCHRUN = """
 import os, subprocess, sys
 from pathlib import Path

@@ -1,10 +1,11 @@
-"""The entry script, as far as it goes without torch: which upstream, how a rank ends, what it reports, the step's time."""
+"""The entry script as far as it goes without torch: which upstream, how a rank ends, what it reports, a step's time."""
 
 import os
 import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -108,7 +109,7 @@ def test_a_rank_that_is_done_leaves_no_error(tmp_path, work):
     done = ended(tmp_path, work)
     assert (done.returncode, done.stderr) == (0, "")
     assert [rank.step for rank in RunDir(tmp_path).read_ranks()] == [7]
-    assert os.listdir(tmp_path / "ranks") == ["3.json"]
+    assert [path.name for path in (tmp_path / "ranks").iterdir()] == ["3.json"]
 
 
 def test_stacks_on_request(tmp_path):
@@ -139,7 +140,7 @@ def test_reports_are_rare_after_the_first_steps(tmp_path, monkeypatch):
         now = step * 0.9
         report.after_step(step)
     assert written[:2] == [1, 2]
-    assert [b - a for a, b in zip(written[1:], written[2:], strict=False)] == [12] * (len(written) - 2)
+    assert {b - a for a, b in pairwise(written[1:])} == {12}
 
 
 class Timer:
@@ -201,10 +202,13 @@ def source(tmp_path):
 
 
 def test_the_helpers_are_compiled_once_a_node(compiler, source):
-    ask = f"from pathlib import Path; from harness.entry.helpers import compiled; print(compiled(Path({str(source)!r})))"
+    ask = (
+        f"from pathlib import Path; from harness.entry.helpers import compiled; print(compiled(Path({str(source)!r})))"
+    )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     ranks = [
-        subprocess.Popen([sys.executable, "-c", ask], env=environment, stdout=subprocess.PIPE, text=True) for _ in range(4)
+        subprocess.Popen([sys.executable, "-c", ask], env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(4)
     ]
     (folder,) = {rank.communicate()[0].strip() for rank in ranks}
     assert compiler.with_name("runs").read_text() == "run\n"
@@ -236,5 +240,5 @@ def test_without_a_compiler_the_message_says_how_to_get_one(compiler, source, mo
 
 def test_a_cache_that_cannot_be_written_is_named(compiler, source, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(source))
-    with pytest.raises(UserError, match="cannot write .*\n.*XDG_CACHE_HOME"):
+    with pytest.raises(UserError, match=r"cannot write .*\n.*XDG_CACHE_HOME"):
         helpers.compiled(source)

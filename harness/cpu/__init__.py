@@ -1,12 +1,14 @@
 """Upstream's training loop on a CPU: real gloo collectives, one process a rank, upstream unmodified.
 
-``cuda``       stands in for ``torch.cuda``
-``norm``       layer norms that know sequence parallelism
-``attention``  attention that knows context parallelism
-``warm``       one process imports, the ranks are forked from it
+``cuda``         stands in for ``torch.cuda``
+``collectives``  what NCCL has and gloo lacks
+``norm``         layer norms that know sequence parallelism
+``attention``    attention that knows context parallelism
+``warm``         one process imports, the ranks are forked from it
 """
 
 import logging
+import multiprocessing
 import runpy
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +20,7 @@ KNOWN = ("0.19.0", "0.19.1")
 
 
 def install() -> None:
-    """Let ``megatron`` train on the CPU, in this process and in those forked from it. Call it before ``megatron`` loads.
+    """Let ``megatron`` train on the CPU, in this process and its forks. Call it before ``megatron`` is imported.
 
     Raises:
         UserError: upstream is a version that this was not written against.
@@ -30,13 +32,15 @@ def install() -> None:
             f"megatron.core {version} does not run on a CPU: the stand-in for CUDA knows {', '.join(KNOWN)}\n"
             "check out core_v0.19.0 (git submodule update --init megatron-lm), or run on a GPU"
         )
-    from harness.cpu import cuda
+    from harness.cpu import collectives, cuda
 
     cuda.install()
+    collectives.install()
     from harness.cpu import attention, norm
 
     norm.install()
     attention.install()
+    multiprocessing.set_forkserver_preload([f"{__name__}.fork_server"])
     # The CPU's random state is the device's here: upstream's warning that the one changed with the other says nothing.
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()

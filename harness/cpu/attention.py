@@ -1,11 +1,11 @@
 """Context-parallel attention in plain torch, behind the interface of upstream's ``DotProductAttention``.
 
-Upstream splits a sequence into 2n chunks and gives rank r of n the chunks r and 2n-1-r, which balances causal attention.
-Two ways to attend across ranks are here, chosen by ``--cp-comm-type``:
+Upstream splits a sequence into 2n chunks and gives rank r of n the chunks r and 2n-1-r: causal attention is then the
+same work for every rank. ``--cp-comm-type`` chooses how the ranks attend to each other's chunks:
 
-* ``a2a`` (Ulysses): an all-to-all trades a slice of the sequence with all heads for the whole sequence with 1/n of the heads.
-* ``all_gather``: every rank gathers all keys and values. ``p2p`` (ring attention) is emulated by the same gathering:
-  the result is the same sum, without the ring's overlap of communication and computation.
+* ``a2a`` (Ulysses): an all-to-all trades all heads of a slice of the sequence for 1/n of the heads of the whole.
+* ``all_gather``: every rank gathers all keys and values.
+* ``p2p`` (ring attention) is emulated by the same gathering: the sums are the same, but nothing overlaps.
 """
 
 from copy import copy
@@ -50,7 +50,7 @@ class ContextParallelAttention(DotProductAttention):
         if self.heads_travel:
             heads = self.num_query_groups_per_partition
             if heads % size:
-                raise UserError(f"a2a: {heads} key/value heads per rank must divide by cp = {size}; try p2p or all_gather")
+                raise UserError(f"a2a: {heads} key/value heads a rank must divide by cp = {size}; try p2p, all_gather")
             self.hidden_size_per_partition //= size
         if size > 1 and self.layer_number == 1:
             moved = "heads by all-to-all" if self.heads_travel else "keys and values by all-gather"
@@ -69,7 +69,8 @@ class ContextParallelAttention(DotProductAttention):
             batch, hidden = context.shape[1:]
             scattered = all_to_all_hp2sp(context[positions].reshape(-1, hidden), group=self.group)
             return scattered.view(query.shape[0], batch, hidden * size)
-        key, value = (gather_from_sequence_parallel_region(tensor, group=self.group)[ordered] for tensor in (key, value))
+        gathered = (gather_from_sequence_parallel_region(tensor, group=self.group) for tensor in (key, value))
+        key, value = (tensor[ordered] for tensor in gathered)
         mine = positions.chunk(size)[self.group.rank()]
         later = mine[:, None] < torch.arange(len(positions))
         return super().forward(query, key, value, later[None, None], *args, **kwargs)

@@ -1,13 +1,11 @@
 """``torch.cuda`` answered by the CPU: one device whose memory is host memory and whose streams are already done."""
 
 import functools
-import os
 import time
+from collections import defaultdict
 from types import SimpleNamespace
 
 import torch
-
-GIB = 2**30
 
 
 class Stream:
@@ -116,41 +114,41 @@ def install() -> None:
     _mend_tensor()
     for name in ("Byte", "Char", "Short", "Int", "Long", "Half", "BFloat16", "Float", "Double", "Bool"):
         setattr(torch.cuda, f"{name}Tensor", getattr(torch, f"{name}Tensor"))
+    for name, answer in _device().items():
+        setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
+    torch.cuda.Stream, torch.cuda.Event = Stream, Event
+    torch.cuda.stream = lambda stream: stream or Stream()
+    torch.cuda._lazy_call = lambda call, **_: call()
+    torch.cuda.default_generators = (torch.default_generator,)
+    torch.cuda.manual_seed = torch.default_generator.manual_seed
+    for module in (torch.cuda, torch.cuda.random):
+        module.get_rng_state = lambda device=None: torch.get_rng_state()
+        module.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
+    torch.compile = lambda function=None, **_: function or (lambda function: function)  # slower to compile than to run
+
+
+def _device() -> dict[str, object]:
+    """What the functions of ``torch.cuda`` answer, whatever they are asked: a Hopper GPU without memory of its own."""
     stream = Stream()
-    properties = SimpleNamespace(
-        name="CPU", major=8, minor=0, multi_processor_count=1, total_memory=_host_memory_bytes(), uuid=None
+    nothing = "init _lazy_init set_device set_stream synchronize empty_cache check_error manual_seed_all"
+    memory = "memory_allocated max_memory_allocated memory_reserved max_memory_reserved"
+    return (
+        dict.fromkeys(nothing.split())
+        | dict.fromkeys(memory.split(), 0)
+        | {
+            "is_available": True,
+            "is_initialized": True,
+            "device_count": 1,
+            "current_device": 0,
+            "current_stream": stream,
+            "default_stream": stream,
+            "is_current_stream_capturing": False,
+            "is_bf16_supported": True,
+            "get_device_name": "CPU",
+            "get_device_capability": (9, 0),
+            "get_device_properties": SimpleNamespace(
+                name="CPU", major=9, minor=0, multi_processor_count=1, total_memory=0
+            ),
+            "memory_stats": defaultdict(int),
+        }
     )
-    answers = {
-        "is_available": lambda: True, "is_initialized": lambda: True, "init": _nothing, "_lazy_init": _nothing,
-        "_lazy_call": lambda call, **_: call(), "device_count": lambda: 1, "current_device": lambda: 0,
-        "set_device": _nothing, "synchronize": _nothing, "empty_cache": _nothing, "check_error": _nothing,
-        "is_current_stream_capturing": lambda: False,
-        "get_device_capability": lambda *_: (8, 0), "get_device_name": lambda *_: "CPU",
-        "get_device_properties": lambda *_: properties, "is_bf16_supported": lambda *_, **__: True,
-        "Stream": Stream, "Event": Event, "stream": lambda stream: stream or Stream(), "set_stream": _nothing,
-        "current_stream": lambda *_: stream, "default_stream": lambda *_: stream,
-        "default_generators": (torch.default_generator,), "manual_seed": torch.default_generator.manual_seed,
-        "manual_seed_all": _nothing, "initial_seed": torch.initial_seed,
-        "get_rng_state": _get_rng_state, "set_rng_state": _set_rng_state,
-    }  # fmt: skip
-    for name, answer in answers.items():
-        setattr(torch.cuda, name, answer)
-    torch.cuda.random.get_rng_state, torch.cuda.random.set_rng_state = _get_rng_state, _set_rng_state
-    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
-        setattr(torch.cuda, name, lambda *_: 0)
-    torch.compile = lambda function=None, **_: function or (lambda f: f)
-
-
-def _nothing(*args: object, **kwargs: object) -> None: ...
-
-
-def _get_rng_state(device: object = None) -> torch.Tensor:
-    return torch.get_rng_state()
-
-
-def _set_rng_state(state: torch.Tensor, device: object = None) -> None:
-    torch.set_rng_state(state)
-
-
-def _host_memory_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,6 +1,7 @@
 """What torchrun starts, one process a rank: ``torchrun … -m harness.entry <upstream's arguments>``."""
 
 import os
+import signal
 
 from harness.entry.failures import die_with
 
@@ -8,6 +9,7 @@ from harness.entry.failures import die_with
 def main() -> None:
     """Run this rank; on a CPU, ranks of one node are forked from one process that has imported everything."""
     die_with(os.getppid())
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a rank without a traceback
     if os.environ.get("HARNESS_DEVICE") == "cpu" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
         from harness.cpu import warm
 
@@ -23,4 +25,5 @@ def _prepare() -> None:
     rank.prepare_for_forks()
 
 
-main()
+if __name__ == "__main__":  # processes that multiprocessing starts import this module too
+    main()

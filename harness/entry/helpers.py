@@ -43,7 +43,7 @@ def library_name() -> str:
 
 
 def compiled(source: Path) -> Path:
-    """Return the cache folder with ``source`` compiled for this interpreter. Raises UserError as ``ensure_compiled``."""
+    """Return the cache folder with ``source`` compiled for this interpreter. Raises as ``ensure_compiled`` does."""
     digest = hashlib.sha256(source.read_bytes() + library_name().encode()).hexdigest()[:12]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron-helpers" / digest
     library = cache / library_name()

@@ -1,7 +1,7 @@
 """metrics.jsonl and validation.jsonl: upstream's own numbers, before it rounds them for its log.
 
-``training_log`` and its neighbours in upstream's training module are wrapped. Nothing is measured or synchronised a second
-time: a step's time is what upstream's interval timer answered, its FLOPs are what upstream's count answered.
+``training_log`` and its neighbours in upstream's training module are wrapped. Nothing is measured or synchronised a
+second time: a step's time is what upstream's interval timer answered, its FLOPs are what upstream's count answered.
 """
 
 import math
@@ -25,8 +25,8 @@ def install(report: RankReport) -> None:
 class StepClock:
     """Hears what upstream's interval timer answers when ``training_log`` asks it.
 
-    Upstream asks after the first step without resetting the timer, so that its second answer covers two steps; here each
-    step gets its own time. With ``--log-interval`` above 1 a step's time is the mean since the last logged one.
+    Upstream asks after the first step without resetting the timer, so that its second answer covers two steps; here
+    each step gets its own time. With ``--log-interval`` above 1 a step's time is the mean since the last logged one.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class StepClock:
 
         def elapsed(reset: bool = True, barrier: bool = False) -> float:
             answer_s = ask(reset=reset, barrier=barrier)
-            self.answer_s = (answer_s - self._not_reset_s) / self._steps
+            self.answer_s = (answer_s - self._not_reset_s) / max(self._steps, 1)
             self._not_reset_s = 0.0 if reset else answer_s
             self._steps = 0
             return answer_s

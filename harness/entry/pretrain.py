@@ -1,8 +1,8 @@
-"""GPT pre-training on ``megatron.training``: what upstream's ``pretrain_gpt.py`` does, for where that script is missing.
+"""GPT pre-training on ``megatron.training``: what upstream's ``pretrain_gpt.py`` does, where that script is missing.
 
 The ``megatron-core`` wheel brings the training loop, the model and the data sets, but not the script that joins them.
 This one covers pre-training of dense and mixture-of-experts models on mock or prepared data, under every parallelism;
-its losses equal those of upstream's script bit by bit (tests/test_entry_equivalence.py).
+its losses equal those of upstream's script bit by bit (``make parity``, tests/test_cpu_training.py).
 """
 
 from dataclasses import fields
@@ -28,6 +28,8 @@ ONLY_UPSTREAM = ("sft", "fim_data", "mtp_num_layers", "hybrid_context_parallel",
 """What ``pretrain_gpt.py`` can do beyond this script."""
 
 BATCH = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
+ABSENT = dict.fromkeys(("cu_seqlens", "cu_seqlens_padded", "max_seqlen", "local_cp_size"))
+"""What upstream expects in a batch of packed sequences."""
 
 
 def main() -> None:
@@ -84,8 +86,8 @@ def _batch(iterator, vp_stage: int | None) -> dict[str, torch.Tensor | None]:
     args = get_args()
     batch = {}
     if mpu.get_tensor_model_parallel_rank() == 0:
-        batch = {key: value.cuda(non_blocking=True) for key, value in next(iterator).items() if key in BATCH}
-        batch = {key: batch.get(key) for key in (*BATCH, "cu_seqlens", "cu_seqlens_padded", "max_seqlen", "local_cp_size")}
+        read = next(iterator)
+        batch = {key: read[key].cuda(non_blocking=True) if key in read else None for key in BATCH} | ABSENT
     batch = get_batch_on_this_tp_rank(
         batch,
         has_cu_seqlens=False,

@@ -31,7 +31,7 @@ def prepare() -> Upstream:
         from harness import cpu
 
         cpu.install()
-    import megatron.core.tokenizers.text  # noqa: F401  (every run imports it, and it takes as long as the rest)
+    import megatron.core.tokenizers.text  # every run imports it, late, and it takes as long as all the rest
     import megatron.training.training  # noqa: F401
 
     helpers.ensure_compiled()
@@ -79,7 +79,7 @@ def _train(found: Upstream) -> None:
 
 
 def _leave() -> NoReturn:
-    """End the process, done: freeing every object of a forked rank one by one would take seconds and copy its pages."""
+    """End the process, done: to free every object of a forked rank one by one would copy its pages, for seconds."""
     import torch
 
     if torch.distributed.is_initialized():

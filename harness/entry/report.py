@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from types import ModuleType
 
 from harness.rundir import RUN_DIR_VARIABLE, Rank, RankError, RunDir, write_json
 
@@ -83,29 +84,28 @@ class RankReport:
         """The device's name and, on a GPU, PyTorch's peaks and what NVML sees used on the whole device, in GiB."""
         if os.environ.get("HARNESS_DEVICE") == "cpu":
             return {"device": "cpu"}
-        import torch
-
-        if not torch.cuda.is_initialized():
+        torch = sys.modules.get("torch")
+        if torch is None or not torch.cuda.is_initialized():
             return {}
         return {
             "device": torch.cuda.get_device_name(),
             "allocated_peak_gib": torch.cuda.max_memory_allocated() / GIB,
             "reserved_peak_gib": torch.cuda.max_memory_reserved() / GIB,
-            "nvml_used_gib": self._nvml_used_gib(),
+            "nvml_used_gib": self._nvml_used_gib(torch),
         }
 
-    def _nvml_used_gib(self) -> float | None:
-        import torch
-
+    def _nvml_used_gib(self, torch: ModuleType) -> float | None:
         try:
             import pynvml
-
+        except ImportError:
+            return None
+        try:
             if self._gpu is None:
                 pynvml.nvmlInit()
                 uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
                 self._gpu = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
             return pynvml.nvmlDeviceGetMemoryInfo(self._gpu).used / GIB
-        except (ImportError, pynvml.NVMLError):
+        except pynvml.NVMLError:
             return None
 
 

@@ -32,7 +32,7 @@ def locate(environment: dict[str, str] | os._Environ = os.environ) -> Upstream:
         UserError: MEGATRON_LM is no source tree of Megatron-LM, or the submodule is half checked out.
     """
     if named := environment.get("MEGATRON_LM"):
-        tree, name, way_out = Path(named), "MEGATRON_LM", f"point it at a checkout of Megatron-LM, or unset it and run: {FILL}"
+        tree, name, way_out = Path(named), "MEGATRON_LM", f"point it at a checkout, or unset it and run: {FILL}"
     else:
         tree, name, way_out = REPOSITORY / "megatron-lm", "the submodule", f"fill it with: {FILL}"
         if not tree.is_dir() or not any(entry.name != ".git" for entry in tree.iterdir()):
@@ -46,8 +46,8 @@ def locate(environment: dict[str, str] | os._Environ = os.environ) -> Upstream:
 def put_on_path(upstream: Upstream) -> None:
     """Make ``import megatron`` mean ``upstream``, and nothing else.
 
-    A source tree goes first on ``sys.path`` and wins over an installed wheel: ``megatron`` is a namespace package, whose
-    parts are looked up in the path's order.
+    A source tree goes first on ``sys.path`` and wins over an installed wheel: ``megatron`` is a namespace package,
+    whose parts are looked up in the path's order.
 
     Raises:
         UserError: neither a source tree nor the wheel is there.
