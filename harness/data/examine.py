@@ -48,7 +48,7 @@ def examine_hugging_face(folder: Path) -> dict[str, Any]:
     before, after = plain.frame()
     end = plain.token(eod)
     facts = {"vocab_size": len(upstream), "eod": eod, "before": before, "after": after, "end": end}
-    return facts | _examine_fast(lambda: Gigatoken(description, before, after, end), texts, plain, eod)
+    return facts | _examine_fast(lambda joined: Gigatoken(description, before, after, end, joined), texts, plain, eod)
 
 
 def examine_sentence_piece(model: Path) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def examine_sentence_piece(model: Path) -> dict[str, Any]:
     special = [processor.id_to_piece(i) for i in pieces if processor.is_control(i) or processor.is_unknown(i)]
     facts = {"vocab_size": len(pieces), "eod": eod, "before": (), "after": (), "end": end}
     texts = list(hard_texts(special))
-    return facts | _examine_fast(lambda: Gigatoken(described(model), (), (), end), texts, reference, eod)
+    return facts | _examine_fast(lambda joined: Gigatoken(described(model), (), (), end, joined), texts, reference, eod)
 
 
 def first_difference(
@@ -76,23 +76,29 @@ def first_difference(
     return None
 
 
-def _examine_fast(make: Callable[[], Encoder], texts: list[str], reference: Encoder, eod: int | None) -> dict[str, Any]:
+def _examine_fast(
+    make: Callable[[bool], Encoder], texts: list[str], reference: Encoder, eod: int | None
+) -> dict[str, Any]:
     """Whether gigatoken gives the ids of ``reference``, also with the end-of-document token behind each text."""
     package = versions()["gigatoken"]
+    slow = {"fast": None, "joined": False}
     if package is None:
-        return {"fast": None, "slow_because": "gigatoken is not installed"}
+        return slow | {"slow_because": "gigatoken is not installed"}
     try:
-        encoder = make()
-        for closed in (False, True)[: 1 if eod is None else 2]:
+        for joined in (True, False):
+            encoder = make(joined)
+            different = None
+            for closed in (False, True)[: 1 if eod is None else 2]:
 
-            def expected(some: list[str], closed: bool = closed) -> Ids:
-                return list(_rows(*reference.encode(some, closed)))
+                def expected(some: list[str], closed: bool = closed) -> Ids:
+                    return list(_rows(*reference.encode(some, closed)))
 
-            if (text := first_difference(encoder, texts, expected, closed)) is not None:
-                return {"fast": None, "slow_because": f"gigatoken {package} gives other ids for {text[:40]!r}"}
+                different = first_difference(encoder, texts, expected, closed) if different is None else different
+            if different is None:
+                return {"fast": f"gigatoken {package}", "slow_because": None, "joined": joined}
     except Exception as error:
-        return {"fast": None, "slow_because": f"gigatoken {package} does not take it: {first_line(error)}"}
-    return {"fast": f"gigatoken {package}", "slow_because": None}
+        return slow | {"slow_because": f"gigatoken {package} does not take it: {first_line(error)}"}
+    return slow | {"slow_because": f"gigatoken {package} gives other ids for {different[:40]!r}"}
 
 
 def _rows(ids: np.ndarray, lengths: np.ndarray) -> Iterator[list[int]]:

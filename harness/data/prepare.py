@@ -32,7 +32,6 @@ from harness.catalog import ROOT
 from harness.data import indexed
 from harness.data.documents import Layout, TextFile, text_file
 from harness.data.header import bin_path, idx_path
-from harness.data.json_lines import write_json_lines
 from harness.data.manifest import FILE as MANIFEST
 from harness.data.manifest import Cleaned, Counted, Manifest, Source, SourceFile, TokenizerUsed, Written, read_manifest
 from harness.data.prepared import DATA, check_name, find, prefix_of
@@ -41,7 +40,6 @@ from harness.data.sources import Definition, Hub, Synthetic, download, local_fil
 from harness.data.tokenize import Done, Job, Watched, tokenize
 from harness.data.tokenizer import Tokenizer, find_tokenizer, package_version
 from harness.errors import UserError
-from harness.provenance import source_commit
 from harness.rundir import write_json
 
 _VERSIONS = ("numpy", "orjson", "gigatoken", "tokenizers", "transformers", "sentencepiece", "pyarrow", "datasets")
@@ -208,6 +206,8 @@ class _Preparation:
                 known = {file.name: _sha256(file.path) for file in files}
                 paths, skipped = tuple(file.path for file in files), Counter()
             else:
+                from harness.data.json_lines import write_json_lines
+
                 folder = self.work / f"text-{self.source_key}"
                 paths, shards = write_json_lines(files, layout, folder, self.progress.show)
                 known = {shard.name: shard.sha256 for shard in shards}
@@ -229,6 +229,8 @@ class _Preparation:
     def _manifest(
         self, key: str, source: Source, cleaned: Cleaned | None, done: Done, tokenizer: Tokenizer, folder: Path
     ) -> Manifest:
+        from harness.provenance import source_commit
+
         prefix = prefix_of(self.recipe.name, folder)
         return Manifest(
             name=self.recipe.name,

@@ -36,7 +36,7 @@ CACHE_MIB = 600
 """Resident memory above which gigatoken forgets the words that it has seen; it keeps them without a limit otherwise."""
 
 _FORGET_AFTER_BYTES = 16 << 20
-_FACTS = ("vocab_size", "eod", "fast", "slow_because", "before", "after", "end")
+_FACTS = ("vocab_size", "eod", "fast", "slow_because", "before", "after", "end", "joined")
 
 
 class Encoder(Protocol):
@@ -63,6 +63,7 @@ class Tokenizer:
         slow_because: why the reference is used, where ``fast`` is none.
         before, after: the special tokens that upstream puts around every text.
         end: the text of ``eod``.
+        joined: whether the fast package gives the same ids for many texts as one.
     """
 
     kind: Kind
@@ -76,6 +77,7 @@ class Tokenizer:
     before: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
     end: str | None = None
+    joined: bool = False
 
     @property
     def by(self) -> str:
@@ -90,13 +92,13 @@ class Tokenizer:
             case "NullTokenizer":
                 return _Null(self.vocab_size, self.eod)
             case "SentencePieceTokenizer" if self.fast:
-                return Gigatoken(described(self.model), self.before, self.after, self.end)
+                return Gigatoken(described(self.model), self.before, self.after, self.end, self.joined)
             case "SentencePieceTokenizer":
                 return SentencePiece(self.model)
             case _:
                 description = (self.model / DESCRIPTION).read_text(encoding="utf-8")
                 if self.fast:
-                    return Gigatoken(description, self.before, self.after, self.end)
+                    return Gigatoken(description, self.before, self.after, self.end, self.joined)
                 return Tokenizers(description, self.eod)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -192,18 +194,25 @@ def _examine(kind: Kind, model: Path) -> dict[str, Any]:
 
 
 class Gigatoken:
-    """gigatoken's Rust tokenizer, with special tokens before and after each text as the description's template says."""
+    """gigatoken's Rust tokenizer, with special tokens before and after each text as the description's template says.
 
-    def __init__(self, description: str, before: Sequence[str], after: Sequence[str], end: str | None) -> None:
-        from gigatoken.gigatoken_rs import load_hf_json
+    ``joined`` encodes texts as one, parted by the end-of-document token: faster, and with most tokenizers the same.
+    """
+
+    def __init__(
+        self, description: str, before: Sequence[str], after: Sequence[str], end: str | None, joined: bool = True
+    ) -> None:
+        from gigatoken.gigatoken_rs import PadTruncate, load_hf_json
 
         self._load = lambda: load_hf_json(description)
         self._rust = self._load()
-        self._before, self._after, self._end = tuple(before), tuple(after), end
+        self._unpadded = PadTruncate(0)
+        self._before, self._after, self._end, self._joined = tuple(before), tuple(after), end, joined
         self._seen_bytes = 0
-        for token in {*before, *after, *([end] if end is not None else [])}:
-            if len(self._rows([token])[0]) != 1:
+        for token in {*before, *after, *([] if end is None else [end])}:
+            if len(self._rust.encode(token)) != 1:
                 raise ValueError(f"{token!r} is not one token of its own")
+        self._end_id = None if end is None else int(self._rust.encode(end)[0])
 
     def encode(self, texts: Sequence[str], closed: bool) -> tuple[np.ndarray, np.ndarray]:
         if closed and self._end is None:
@@ -215,18 +224,23 @@ class Gigatoken:
         rows: list[str | None] = [None] * (len(around) * len(texts))
         for place, token in enumerate(around):
             rows[place :: len(around)] = texts if token is None else [token] * len(texts)
-        ids, offsets = self._rows(rows)
-        offsets = offsets[:: len(around)]
-        lengths = np.diff(offsets)
+        ids, lengths = (self._as_one(rows, len(texts)) if closed and self._joined else None) or self._each(
+            rows, len(around)
+        )
+        self._seen_bytes += 4 * len(ids)
         if closed and len(around) == 2 and (bare := lengths == 1).any():
-            ids, lengths = np.delete(ids, offsets[:-1][bare]), np.where(bare, 0, lengths)
+            ids, lengths = np.delete(ids, np.cumsum(lengths)[bare] - 1), np.where(bare, 0, lengths)
         return ids, lengths
 
-    def _rows(self, rows: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def _as_one(self, rows: Sequence[str], texts: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """Ids and lengths; none where a text spells the end-of-document token itself, so that it is no sure sign."""
+        matrix, _ = self._rust.encode_batch_padded(["".join(rows)], self._unpadded, parallel=False)
+        ends = np.flatnonzero(matrix[0] == self._end_id)
+        return (matrix[0], np.diff(ends, prepend=-1)) if len(ends) == texts else None
+
+    def _each(self, rows: Sequence[str], rows_of_a_text: int) -> tuple[np.ndarray, np.ndarray]:
         layout = self._rust.encode_batch(rows, parallel=False).layout
-        ids, offsets = np.asarray(layout.content.data), np.asarray(layout.offsets.data)
-        self._seen_bytes += 4 * len(ids)
-        return ids, offsets
+        return np.asarray(layout.content.data), np.diff(np.asarray(layout.offsets.data)[::rows_of_a_text])
 
     def _forget(self) -> None:
         if self._seen_bytes > _FORGET_AFTER_BYTES and resident_mib() > CACHE_MIB:

