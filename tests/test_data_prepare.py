@@ -242,7 +242,7 @@ class _Counter:
 
 @pytest.mark.parametrize("kind", ["plain", "cleaned", "over an old one"])
 def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path, recipe, monkeypatch, kind):
-    """40 processes end by SIGKILL at random changes of files, each going on where the one before was."""
+    """24 processes end by SIGKILL at random changes of files, each going on where the one before was."""
     if kind == "cleaned":
         (tmp_path / "rules.yaml").write_text(RULES)
         source = corpus(tmp_path / "in.jsonl", key="content")
@@ -253,7 +253,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path, recipe, monkeypa
         whole, _ = make(recipe, tmp_path / "whole")
     rng = random.Random(kind)
     data, kills, old = tmp_path / "data", 0, None
-    while kills < 40:
+    while kills < 24:
         if kind == "over an old one" and not (data / "mine").exists():
             make(replace(recipe, append_eod=False), data)
             old = pair(data)
@@ -330,7 +330,7 @@ def test_a_hub_that_is_not_there_is_named_with_a_way_out(tmp_path, mirror, monke
     recipe = Recipe("mine", hub, tokenizer="null:100")
     with pytest.raises(UserError, match=r"there is no someone/texts/ in it"):
         make(recipe, tmp_path / "data", mirror=tmp_path)
-    with pytest.raises(UserError, match=r"nothing\*.parquet of someone/texts at main: No .*files found"):
+    with pytest.raises(UserError, match=r"nothing\*.parquet of someone/texts at main: .*(no such|No .*) ?files"):
         none = hub.model_copy(update={"files": "nothing*.parquet"})
         make(replace(recipe, source=none), tmp_path / "data", mirror=mirror)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")

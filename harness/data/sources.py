@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -144,24 +143,25 @@ def download(hub: Hub, limit: int | None, mirror: Path | None, say: Callable[[st
     from datasets import DownloadConfig, DownloadManager, disable_progress_bars, load_dataset_builder
 
     disable_progress_bars()
+    kind = "parquet" if hub.files.endswith(".parquet") else "json"
     try:
-        where = (
-            {"path": hub.repository, "revision": hub.revision}
-            if mirror is None
-            else {"path": str(mirror / hub.repository)}
-        )
-        builder = load_dataset_builder(**where, data_files={"train": hub.files})
+        if mirror is None:
+            from huggingface_hub import HfApi
+
+            commit = HfApi().dataset_info(hub.repository, revision=hub.revision).sha
+            home = f"hf://datasets/{hub.repository}@{commit}"
+        else:
+            commit, home = None, str(mirror.resolve() / hub.repository)
+        builder = load_dataset_builder(kind, data_files={"train": f"{home}/{hub.files}"})
         urls = [str(url) for url in builder.config.data_files["train"]]
+        if not urls:
+            raise FileNotFoundError("no such files")
         manager = DownloadManager(download_config=DownloadConfig(max_retries=5))
-        files = []
+        files: list[TextFile] = []
         for number, url in enumerate(urls, 1):
-            inside = (
-                url.partition("@")[2].partition("/")[2]
-                if mirror is None
-                else str(Path(url).relative_to(mirror / hub.repository))
-            )
-            say(f"{hub.repository}: {inside} ({number} of {len(urls)})")
-            files.append(text_file(Path(manager.download(url)), inside))
+            name = url.removeprefix(f"{home}/")
+            say(f"{hub.repository}: {name} ({number} of {len(urls)})")
+            files.append(text_file(Path(manager.download(url)), name))
             if limit is not None and _rows(files) >= limit:
                 break
     except UserError:
@@ -169,8 +169,7 @@ def download(hub: Hub, limit: int | None, mirror: Path | None, say: Callable[[st
     except Exception as error:
         reason = _first_line(error)
         raise UserError(f"{hub.files} of {hub.repository} at {hub.revision}: {reason}\n{_way_out(hub)}") from None
-    commit = re.search(r"@([0-9a-f]{40})/", urls[0]) if mirror is None else None
-    return Downloaded(tuple(files), commit[1] if commit else None)
+    return Downloaded(tuple(files), commit)
 
 
 def _reach_hub(hub: Hub) -> None:
