@@ -7,12 +7,14 @@ MAKEFLAGS += --no-builtin-rules --no-builtin-variables --no-print-directory
 
 # scripts/setup.sh brings .venv up to a stage, then runs its Python. A run asks for the heavy stage (torch) by itself.
 HARNESS := scripts/setup.sh light -- -m harness
+DATA_HARNESS := scripts/setup.sh light data -- -m harness
 # The settings given on the command line or in the environment, as KEY=VALUE words.
 WORDS = $(foreach key,$(SETTINGS) $(MORE),$(if $(value $(key)),'$(key)=$(subst ','\'',$(value $(key)))'))
 
 include experiments/targets.mk
 
 .PHONY: help list table compare doctor arguments monitor-gpu stop parity record docs targets clean clean-all
+.PHONY: data-list data-prepare data-inspect data-check
 .PHONY: setup setup-gpu docker-build docker-run test test-quick test-full lint
 
 ##@ Look
@@ -49,6 +51,17 @@ compare: ## two runs side by side                A=… B=… (labels or ids)
 record: MORE = RUN
 record: ## keep a run in experiments/records      RUN=label
 	@$(HARNESS) record $(WORDS)
+
+##@ Data:  make data-<tab>, then make 101 DATA=<name>
+data-%: MORE = NAME INPUT TOKENIZER RULES KEY DOCUMENTS LIMIT LONGEST APPEND_EOD SIZE_MB HUB WORKERS SAMPLES
+data-list: ## data sets that are, or can be, prepared
+	@$(HARNESS) data list
+data-prepare: ## one of your own text                  NAME=… INPUT=file-or-folder [RULES=sv] [TOKENIZER=…]
+	@$(DATA_HARNESS) data prepare $(WORDS)
+data-inspect: ## documents, tokens, lengths, samples   NAME=…
+	@$(DATA_HARNESS) data inspect $(WORDS)
+data-check: ## is every byte of it in order?           NAME=…
+	@$(DATA_HARNESS) data check $(WORDS)
 
 ##@ Set up
 setup: ## everything a run needs, into .venv (the first run does this by itself)

@@ -1,6 +1,6 @@
 # Generated from experiments/*.yaml and harness/overrides.py by `make targets`; a test keeps it fresh.
 # Every target is spelled out, one a line, because zsh completes from this text and bash from make's database.
-SETTINGS := STEPS GPUS DP TP SP PP VPP CP EP ETP MBS GBS SEQ RECOMPUTE SHARDING NODES DATA CARD ARGS DEVICE DRY_RUN GPUS_IDS OUTDIR NODE_RANK RENDEZVOUS SLURM PARTITION ACCOUNT TIME HANG PACK FORCE
+SETTINGS := STEPS GPUS DP TP SP PP VPP CP EP ETP MBS GBS SEQ RECOMPUTE SHARDING NODES DATA SPLIT CARD ARGS DEVICE DRY_RUN GPUS_IDS OUTDIR NODE_RANK RENDEZVOUS SLURM PARTITION ACCOUNT TIME HANG PACK FORCE
 ##@ What is run:  make 101 KEY=VALUE …
 #STEPS=20 ## training steps (published: 100; CPU default: 20)
 #GPUS=4 ## GPUs in all; data parallelism follows: dp = GPUS / (tp x pp x cp)
@@ -18,7 +18,8 @@ SETTINGS := STEPS GPUS DP TP SP PP VPP CP EP ETP MBS GBS SEQ RECOMPUTE SHARDING 
 #RECOMPUTE=full ## activation recomputation: none, selective or full
 #SHARDING=optim ## what data parallelism shards: no_shard, optim, fsdp_optim_grads, fsdp_optim_grads_params, torch_fsdp2
 #NODES=2 ## nodes; each runs GPUS / NODES ranks
-#DATA=mock ## mock, or the name of a prepared data set in data/
+#DATA=mock ## mock, a prepared data set (make data-list), or a blend: DATA="a:0.7 b:0.3"
+#SPLIT=949,50,1 ## shares of the data for training, validation and test
 #CARD=h100-80gb ## behave as a smaller card: cap the memory as on that GPU
 #ARGS="--lr 1e-4" ## more of upstream's own arguments (make arguments)
 ##@ How and where it is launched
@@ -107,6 +108,12 @@ chapter-500: ; @$(HARNESS) chapter 500 $(WORDS)
 506-olmoe-4xE-dp8-zero2-ep8: ; @$(HARNESS) run 506 $(WORDS)
 511-olmoe-4xE-dp8-zero2-ep4-etp2: ; @$(HARNESS) run 511 $(WORDS)
 512-olmoe-4xE-dp8-zero2-ep2-etp4: ; @$(HARNESS) run 512 $(WORDS)
+data-openwebtext-10k: ; @$(DATA_HARNESS) data openwebtext-10k $(WORDS)
+data-tinystories-10k: ; @$(DATA_HARNESS) data tinystories-10k $(WORDS)
+data-wikipedia-sv: ; @$(DATA_HARNESS) data wikipedia-sv $(WORDS)
+data-oscar-sv: ; @$(DATA_HARNESS) data oscar-sv $(WORDS)
+data-synthetic: ; @$(DATA_HARNESS) data synthetic $(WORDS)
+data-synthetic-sv: ; @$(DATA_HARNESS) data synthetic-sv $(WORDS)
 show-101: ; @$(HARNESS) show 101 $(WORDS)
 show-104: ; @$(HARNESS) show 104 $(WORDS)
 show-111: ; @$(HARNESS) show 111 $(WORDS)

@@ -90,6 +90,7 @@ class Experiment(_Frozen):
     eval_interval: Count = 50
     window_first_step: Count = 6
     data: str = "mock"
+    split: Annotated[str, Field(pattern=r"^\d+(\.\d+)?(,\d+(\.\d+)?){0,2}$")] = "949,50,1"
     published_data: str | None = "openwebtext-10k"
     card: str | None = None
     miniature: bool = False

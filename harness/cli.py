@@ -216,10 +216,19 @@ def _targets(words: list[str]) -> int:
     return 0
 
 
+def _data(words: list[str]) -> int:
+    """``data list``, ``data inspect NAME=…`` and so on; any other word names a data set to prepare."""
+    from harness.data import commands
+
+    name, *rest = words or ["list"]
+    command = commands.COMMANDS.get(f"data-{name}")
+    return command(rest) if command else commands.prepare_known(name, rest)
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "run": _run, "show": _show, "chapter": _chapter, "list": _list, "table": _table, "compare": _compare,
     "doctor": _doctor, "arguments": _arguments, "parity": _parity, "monitor-gpu": _monitor_gpu, "stop": _stop,
-    "record": _record, "clean": _clean, "docs": _docs, "targets": _targets,
+    "record": _record, "data": _data, "clean": _clean, "docs": _docs, "targets": _targets,
 }
 
 

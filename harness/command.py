@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.catalog import ROOT, Experiment
+from harness.data.splits import samples_of
 from harness.environment import variables
-from harness.flags import Device, megatron_flags
+from harness.flags import EVAL_ITERS, Device, megatron_flags
 
 WIDTH = 110
 
@@ -60,10 +61,20 @@ def render(
             f"cd {shlex.quote(str(ROOT))}",
             f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH",
             *exports,
+            *_index_mappings(e),
             "exec torchrun " + " \\\n    ".join(line for group in groups for line in _wrap(group)),
             "",
         ]
     )
+
+
+def _index_mappings(e: Experiment) -> list[str]:
+    """The line that builds which tokens make which sample, once a node and before its ranks start."""
+    if e.data == "mock":
+        return []
+    samples = samples_of(e.steps, e.global_batch_size, e.eval_interval, EVAL_ITERS)
+    words = [f"DATA={e.data}", f"SEQ={e.seq_length}", f"SAMPLES={','.join(map(str, samples))}", f"SPLIT={e.split}"]
+    return [f"python3 -m harness data mappings {shlex.join(words)}"]
 
 
 def _torchrun(e: Experiment, place: Place) -> list[str]:

@@ -17,7 +17,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Literal
 
-from harness import datasets, gpus
+from harness import gpus
+from harness.data import prepared
 from harness.entry.upstream import FILL, locate
 from harness.errors import UserError
 from harness.stages import ROOT, Venv, distribution, missing, requirements, version
@@ -278,9 +279,9 @@ def limit(topic: str, which: int, enough: int, unit: str, mend: str) -> Finding:
 
 def around() -> Iterator[Finding]:
     """What single targets use: data sets, a C++ compiler, containers, Slurm."""
-    prepared = datasets.prepared()
-    yield Finding("data sets", "ok" if prepared else "note",
-                  ", ".join(prepared) or "none prepared; experiments run on mock data, and tables say so")  # fmt: skip
+    sets = prepared.prepared()
+    yield Finding("data sets", "ok" if sets else "note",
+                  ", ".join(sets) or "none prepared; experiments run on mock data, and tables say so")  # fmt: skip
     for command, use, get in (
         ("c++", "compiles upstream's index helpers and Transformer Engine", "sudo apt install g++"),
         ("docker", "make docker-build, make docker-run", "https://docs.docker.com/engine/install"),

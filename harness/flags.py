@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from typing import Literal
 
-from harness import datasets
 from harness.catalog import Experiment
+from harness.data import prepared
 
 Device = Literal["cpu", "cuda"]
 
 # As in every published script of github.com/vuiseng9/megatron-tutorials.
 _OPTIMIZER = ("--lr 6.0e-5 --min-lr 6.0e-6 --lr-decay-style cosine --lr-decay-iters 430000 --lr-warmup-fraction .001",
               "--weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.95 --clip-grad 1.0 --init-method-std 0.006")
-_LOGGING = "--log-interval 1 --log-throughput --eval-iters 10"
+EVAL_ITERS = 10
+_LOGGING = f"--log-interval 1 --log-throughput --eval-iters {EVAL_ITERS}"
 
 # The core_v0.19.0 features that are CUDA kernels, switched off on a CPU.
 _WITHOUT_CUDA = ("--transformer-impl local --distributed-backend gloo --use-cpu-initialization --num-workers 0",
@@ -106,10 +107,13 @@ def _data(e: Experiment) -> list[str]:
     if e.data == "mock":
         source = ["--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", str(e.model.vocab_size)]
     else:
-        found = datasets.find(e.data)
-        source = ["--data-path", str(found.prefix), "--tokenizer-type", "HuggingFaceTokenizer",
-                  "--tokenizer-model", str(found.tokenizer)]
-    return [*source, "--split", "949,50,1"]
+        blend = prepared.blend(e.data)
+        first = blend.sets[0]
+        source = ["--data-path", *blend.data_path, "--data-cache-path", str(blend.cache)]
+        source += ["--tokenizer-type", first.tokenizer_type]
+        source += ["--tokenizer-model", str(first.tokenizer_model)] if first.tokenizer_model else []
+        source += ["--vocab-size", str(first.vocab_size)] if first.tokenizer_type == "NullTokenizer" else []
+    return [*source, "--split", e.split]
 
 
 def _words(*parts: str) -> list[str]:

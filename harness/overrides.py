@@ -37,7 +37,8 @@ EXPERIMENT_SETTINGS = (
     Setting("RECOMPUTE", "full", "activation recomputation: none, selective or full"),
     Setting("SHARDING", "optim", "what data parallelism shards: " + ", ".join(SHARDING)),
     Setting("NODES", "2", "nodes; each runs GPUS / NODES ranks"),
-    Setting("DATA", "mock", "mock, or the name of a prepared data set in data/"),
+    Setting("DATA", "mock", 'mock, a prepared data set (make data-list), or a blend: DATA="a:0.7 b:0.3"'),
+    Setting("SPLIT", "949,50,1", "shares of the data for training, validation and test"),
     Setting("CARD", "h100-80gb", "behave as a smaller card: cap the memory as on that GPU"),
     Setting("ARGS", '"--lr 1e-4"', "more of upstream's own arguments (make arguments)"),
 )
@@ -67,6 +68,7 @@ _COUNTS = {
     "MBS": "micro_batch_size", "GBS": "global_batch_size", "SEQ": "seq_length", "NODES": "nodes",
 }
 _CHOICES = {"RECOMPUTE": "recompute", "SHARDING": "sharding"}
+_TEXTS = {"DATA": "data", "SPLIT": "split"}
 
 
 def parse(words: Iterable[str], extra: Iterable[str] = ()) -> dict[str, str]:
@@ -120,8 +122,7 @@ def apply(experiment: Experiment, settings: Mapping[str, str]) -> Experiment:
             changes[field] = given[key]
     if "SP" in given:
         changes["sequence_parallel"] = switch("SP", given["SP"])
-    if "DATA" in given:
-        changes["data"] = given["DATA"]
+    changes |= {field: given[key] for key, field in _TEXTS.items() if key in given}
     if "CARD" in given:
         from harness.hardware import find_gpu, known_gpus
 
@@ -147,8 +148,8 @@ def apply(experiment: Experiment, settings: Mapping[str, str]) -> Experiment:
 
 
 def _field_of(key: str) -> str:
-    special = {"GPUS": "dp", "SP": "sequence_parallel", "DATA": "data", "CARD": "card", "ARGS": "extra_args"}
-    return _COUNTS.get(key) or _CHOICES.get(key) or special[key]
+    special = {"GPUS": "dp", "SP": "sequence_parallel", "CARD": "card", "ARGS": "extra_args"}
+    return (_COUNTS | _CHOICES | _TEXTS | special)[key]
 
 
 def _data_parallel_size(experiment: Experiment, changes: Mapping[str, object], gpus: int) -> int:

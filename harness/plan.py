@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness import datasets, overrides
+from harness import overrides
 from harness.catalog import ROOT, Experiment
 from harness.command import Place, render
+from harness.data import prepared
+from harness.data.splits import check_split
 from harness.errors import UserError
 from harness.flags import Device
 from harness.miniature import describe, miniature
@@ -63,7 +65,7 @@ def plan(experiment: Experiment, settings: Mapping[str, str], device: Device) ->
     """
     full = overrides.apply(experiment, settings)
     if "DATA" not in settings:
-        full = full.with_changes(data=datasets.default_for(full))
+        full = full.with_changes(data=prepared.default_for(full))
     headlines = []
     if device == "cuda" and full.attention_backend == "flash" and _lacks_flash_attention():
         full = full.with_changes(attention_backend="auto")
@@ -74,7 +76,7 @@ def plan(experiment: Experiment, settings: Mapping[str, str], device: Device) ->
         headlines.append(describe(full, small))
     place = _place(small, settings)
     if small.data != "mock":
-        datasets.find(small.data)
+        check_split(prepared.blend(small.data), small.split)
     return Plan(
         full=full,
         experiment=small,

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from harness.catalog import EXPERIMENTS, Catalog
+from harness.data.sources import definitions
 from harness.overrides import EXPERIMENT_SETTINGS, LAUNCH_SETTINGS, Setting
 
 FILE = EXPERIMENTS / "targets.mk"
@@ -17,7 +18,7 @@ HEADER = """\
 
 
 def render(catalog: Catalog) -> str:
-    """The text of targets.mk: the settings a command line may carry, then three kinds of target."""
+    """The text of targets.mk: the settings a command line may carry, then four kinds of target."""
     return HEADER + "\n".join(_lines(catalog)) + "\n"
 
 
@@ -38,6 +39,8 @@ def _lines(catalog: Catalog) -> Iterator[str]:
         yield f"chapter-{number}: ; @$(HARNESS) chapter {number} $(WORDS)"
     for e in catalog.experiments:
         yield f"{e.name}: ; @$(HARNESS) run {e.id} $(WORDS)"
+    for name in definitions():
+        yield f"data-{name}: ; @$(DATA_HARNESS) data {name} $(WORDS)"
     for e in catalog.experiments:
         yield f"show-{e.id}: ; @$(HARNESS) show {e.id} $(WORDS)"
 

@@ -45,12 +45,6 @@ class Use:
     seed: int = 1234
 
 
-def samples_of(steps: int, global_batch_size: int, eval_interval: int, eval_iters: int) -> tuple[int, int, int]:
-    """Samples for training, validation and test, as upstream's get_train_valid_test_num_samples counts them."""
-    evaluations = steps // eval_interval + 1
-    return steps * global_batch_size, evaluations * eval_iters * global_batch_size, eval_iters * global_batch_size
-
-
 def build(blend: Blend, use: Use) -> int:
     """Build what is missing of the mappings of ``use`` in ``blend.cache``; returns how many files were written.
 

@@ -40,6 +40,12 @@ def sequences_of(bounds: Bounds, sequences: int) -> tuple[int, int]:
     return first, behind
 
 
+def samples_of(steps: int, global_batch_size: int, eval_interval: int, eval_iters: int) -> tuple[int, int, int]:
+    """Samples for training, validation and test, as upstream's get_train_valid_test_num_samples counts them."""
+    evaluations = steps // eval_interval + 1
+    return steps * global_batch_size, evaluations * eval_iters * global_batch_size, eval_iters * global_batch_size
+
+
 def check_split(blend: Blend, split: str) -> None:
     """Raise UserError where a split of a set gets no sequence: upstream would look for its tokens for ever."""
     for chosen in blend.sets:
