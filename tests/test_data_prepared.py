@@ -176,6 +176,29 @@ def test_the_launcher_needs_no_numpy(made):
     subprocess.run([sys.executable, "-c", code], cwd=prepared.ROOT, check=True)
 
 
+def test_joined_sets_are_one_after_the_other(data):
+    from harness.data import indexed
+    from harness.data.merge import merge
+
+    (data / "all").mkdir()
+    (data / "all" / "all_text_document.bin").write_bytes(b"left by a killed one")
+    manifest = merge(["a", "b"], "all", data)
+    found, parts = prepared.find("all", data), [prepared.find(name, data) for name in ("a", "b")]
+    assert (found.documents, found.tokens) == (400, sum(part.tokens for part in parts))
+    assert manifest.counted.records == 400
+    joined, first = (indexed.check_pair(prepared.prefix_of(name, data)) for name in ("all", "a"))
+    assert joined.document_tokens(0, 200).tolist() == first.document_tokens().tolist()
+    assert all(finding.right for finding in check.check("all", data))
+    with pytest.raises(UserError, match="is prepared already"):
+        merge(["a", "b"], "all", data)
+    with pytest.raises(UserError, match="FROM="):
+        merge(["a"], "one", data)
+    (data / "b" / "manifest.json").unlink()
+    (data / "b" / "tokenizer" / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="different tokenizers"):
+        merge(["a", "b"], "two", data)
+
+
 def findings(data: Path, name: str = "a") -> dict[str, check.Finding]:
     return {finding.what: finding for finding in check.check(name, data)}
 

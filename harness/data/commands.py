@@ -137,6 +137,17 @@ def prepare_input(words: Sequence[str]) -> int:
     return _done(prepare(recipe, _means(settings)))
 
 
+def merge_sets(words: Sequence[str]) -> int:
+    """``make data-merge NAME=… FROM="a b"``: data sets of one tokenizer joined into one."""
+    from harness.data.merge import merge
+
+    settings = _settings(words, ("NAME", "FROM"))
+    missing = [key for key in ("NAME", "FROM") if key not in settings]
+    if missing:
+        raise UserError(f'{" and ".join(missing)} missing: make data-merge NAME=all FROM="a b"')
+    return _done(merge(settings["FROM"].replace(",", " ").split(), settings["NAME"]))
+
+
 def build_mappings(words: Sequence[str]) -> int:
     """``data-mappings DATA=… SEQ=… SAMPLES=train,valid,test SPLIT=… SEED=…``: what a run's script does on each node."""
     from harness.data.mappings import Use, build
@@ -163,6 +174,7 @@ COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "data-inspect": inspect_set,
     "data-check": check_set,
     "data-prepare": prepare_input,
+    "data-merge": merge_sets,
     "data-mappings": build_mappings,
 }
 """By the name of the Makefile's target; ``prepare_known`` serves data-<name>."""
@@ -177,9 +189,17 @@ def _done(manifest: Manifest) -> int:
 
 def _describe(manifest: Manifest) -> None:
     source, cleaned, counted = manifest.source, manifest.cleaned, manifest.counted
-    origin = source.asked.get("repository") or source.asked.get("input") or f"made here, {source.asked.get('mixture')}"
-    at = source.commit or source.asked.get("revision")
-    print(f"  from {origin}{f' at {at}' if at else ''}, {len(source.files)} file{'s' * (len(source.files) != 1)}")
+    asked, at = source.asked, source.commit or source.asked.get("revision")
+    files = f", {len(source.files)} file{'s' * (len(source.files) != 1)}" if source.files else ""
+    match source.kind:
+        case "hub":
+            print(f"  from {asked['repository']} at {at}{files}")
+        case "files":
+            print(f"  from {asked['input']}{files}")
+        case "synthetic":
+            print(f"  made here, {asked['mixture']}, seed {asked['seed']}")
+        case "merged":
+            print(f"  joined from {', '.join(asked['from'])}")
     if cleaned:
         dropped = ", ".join(f"{number:,} {rule}" for rule, number in cleaned.dropped.items() if number)
         print(f"  cleaned by {cleaned.rules}: {cleaned.documents_out:,} of {cleaned.documents_in:,} documents left")

@@ -29,12 +29,12 @@ class Source(_Record):
     """Where text came from.
 
     Attributes:
-        asked: how it was named: a repository and its revision, or paths, or a seed and a size.
+        asked: how it was named: a repository and its revision, or paths, or a seed and a size, or other data sets.
         commit: what a hub's revision stood for.
         skipped: lines or rows that were no documents, by rule, where they were left out before cleaning.
     """
 
-    kind: Literal["hub", "files", "synthetic"]
+    kind: Literal["hub", "files", "synthetic", "merged"]
     asked: dict[str, Any]
     commit: str | None = None
     files: tuple[SourceFile, ...] = ()
