@@ -112,8 +112,22 @@ def test_a_prepared_set_is_described_as_upstreams_run_describes_it(tmp_path, mon
         theirs = GPTDataset(IndexedDataset(str(chosen.prefix)), str(chosen.prefix), indices, 50, Split.train, config)
         described = DataSet(**{**vars(chosen), "tokenizer_type": kind, "tokenizer_model": model})
         matrix = split_matrix("949,50,1")
-        ours = mappings._describe(described, Use(64, (50, 10, 10), "949,50,1"), matrix, "train", 50)
+        use = Use(64, (50, 10, 10), "949,50,1")
+        ours = mappings._describe(chosen.prefix, use, matrix, "train", 50, mappings._tokenizer(described))
         assert mappings._stem(ours, "train")[0] == theirs.unique_description
+
+
+@pytest.mark.cpu
+def test_a_blend_is_described_with_the_one_tokenizer_of_its_run(tmp_path):
+    sets = [data_set(tmp_path, name, 500, 0) for name in ("a", "b")]
+    folders = [Path("/tokenizer/of") / chosen.name for chosen in sets]
+    kinds = {"tokenizer_type": "HuggingFaceTokenizer"}
+    sets = [DataSet(**vars(s) | kinds | {"tokenizer_model": f}) for s, f in zip(sets, folders, strict=True)]
+    blend = Blend(tuple(sets), ("1", "1"))
+    mappings.build(blend, Use(64, (50, 10, 10), "90,9,1"))
+    described = [path.read_text() for path in blend.cache.glob("*description.txt")]
+    assert len(described) == 9
+    assert all("/tokenizer/of/a" in text and "/tokenizer/of/b" not in text for text in described)
 
 
 @pytest.mark.cpu

@@ -79,7 +79,7 @@ def _build(blend: Blend, use: Use, helpers: ModuleType) -> Iterator[int]:
             wanted = [math.ceil(math.ceil(use.samples[number] * weight) * (1 + _SURPLUS)) for weight in weights]
         sets = []
         for chosen, own, samples in zip(blend.sets, lengths, wanted, strict=True):
-            described = _describe(chosen, use, matrix, split, samples)
+            described = _describe(chosen.prefix, use, matrix, split, samples, _tokenizer(blend.sets[0]))
             sets.append(described)
             yield _write_set(blend.cache, described, own, bounds, use.seq_length, helpers)
         if weights:
@@ -87,18 +87,20 @@ def _build(blend: Blend, use: Use, helpers: ModuleType) -> Iterator[int]:
             yield _write_blend(blend.cache, sets, split, weights, sum(targets), helpers)
 
 
-def _describe(chosen: DataSet, use: Use, matrix: Sequence[Any], split: str, samples: int) -> dict[str, Any]:
+def _describe(
+    prefix: Path, use: Use, matrix: Sequence[Any], split: str, samples: int, tokenizer: dict[str, Any]
+) -> dict[str, Any]:
     """GPTDataset's unique_identifiers, in its order."""
     return {
         "class": "GPTDataset",
-        "dataset_path": str(chosen.prefix),
+        "dataset_path": str(prefix),
         "num_samples": samples,
         "index_split": split,
         "random_seed": use.seed,
         "sequence_length": use.seq_length,
         "split": use.split,
         "split_matrix": matrix,
-        "tokenizer": _tokenizer(chosen),
+        "tokenizer": tokenizer,
     }
 
 
