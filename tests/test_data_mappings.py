@@ -9,9 +9,8 @@ import pytest
 from harness.data import mappings, prepared
 from harness.data.indexed import DTYPES, Writer
 from harness.data.mappings import Use
-from harness.data.splits import samples_of
 from harness.data.prepared import Blend, DataSet
-from harness.data.splits import split_matrix
+from harness.data.splits import samples_of, split_matrix
 from harness.errors import UserError
 
 
