@@ -1,9 +1,9 @@
 """What cleaning costs and how well it does, on synthetic text whose defects are known.
 
-    python benchmarks/clean.py FOLDER [PART …]    parts: growth, oscar, quality, identification, near-duplicates
+    python benchmarks/clean.py FOLDER [PART …]    parts: making, growth, oscar, quality, identification, near-duplicates
 
-Writes benchmarks/clean.json (the parts that ran, beside those already in it) and, with all of them, benchmarks/clean.md.
-FOLDER takes 6 GB; corpora that are in it are used again.
+Writes benchmarks/clean.json (the parts that ran, beside those already in it) and, with all of them, clean.md.
+ FOLDER takes 6 GB; corpora that are in it are used again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -78,12 +78,22 @@ def growth(folder: Path) -> list[dict[str, Any]]:
     """The whole pipeline on corpora of growing size."""
     rows = []
     for megabytes in GROWTH_MB:
-        before, started = cpu_s(), time.perf_counter()
         generate(folder / f"in-{megabytes}", megabytes * 10**6, CRAWL, PROCESSES)
-        made = {"generated_cpu_s": cpu_s() - before, "generated_wall_s": time.perf_counter() - started}
-        rows.append(in_a_process("one", str(folder), str(megabytes)) | made)
+        rows.append(in_a_process("one", str(folder), str(megabytes)))
         print(json.dumps(rows[-1]), flush=True)
     return rows
+
+
+def making(folder: Path) -> dict[str, Any]:
+    """The synthetic text itself."""
+    shutil.rmtree(folder / "made", ignore_errors=True)
+    before, started = cpu_s(), time.perf_counter()
+    paths = generate(folder / "made", GROWTH_MB[0] * 10**6, CRAWL, PROCESSES)
+    return {
+        "bytes": sum(path.stat().st_size for path in paths),
+        "cpu_s": cpu_s() - before,
+        "wall_s": time.perf_counter() - started,
+    }
 
 
 def one(folder: Path, megabytes: str) -> dict[str, Any]:
@@ -270,6 +280,7 @@ def _datasketch(texts: list[str]) -> set[int]:
 
 LIBRARIES = {"harness": _harness, "rensa": _rensa, "datasketch": _datasketch}
 PARTS = {
+    "making": making,
     "growth": growth,
     "oscar": oscar,
     "quality": quality,
@@ -298,63 +309,93 @@ def main(words: list[str]) -> None:
             RESULTS.with_suffix(".md").write_text(markdown(results))
 
 
+PAGE = """\
+# Cleaning: what it costs, and how well it does
+
+`python benchmarks/clean.py FOLDER`: {processes} processes on {cpu}, {cores} cores shared with other work, Python
+{python}. The text is synthetic (`harness/data/synthetic`, mixture `damaged`): one document in five is of another
+language, one in six of the Swedish ones is damaged or a duplicate. The rules are data/rules-sv.yaml. Every figure is
+from clean.json.
+
+## Cost
+
+CPU seconds are those of all processes; MB/s per core is MB per CPU second. Memory is that of all processes, pages that
+they share counted once.
+
+{growth}
+
+With the {oscar_documents:,} documents of Swedish OSCAR (all of them pass the filter, one in five is a near-duplicate)
+the comparison took {oscar_cpu_s:.0f} CPU s, {oscar_wall_s:.0f} s by the clock, and {oscar_gib:.2f} GiB; the filter's
+memory does not grow. Making the text runs at {made:.0f} MB/s per core.
+
+## Precision and recall
+
+On {documents:,} documents. Precision: of what a rule drops, the part whose defect is its to find. Recall: of the
+documents with a defect, the part that some rule drops or, where that can be done, mends to the very text from before.
+Of {sound:,} sound Swedish documents {lost:,} ({lost_share:.1%}) are lost, all to the language rule: sixty random words,
+some of them English names, now and then stay below 0.95.
+
+{rules}
+
+{defects}
+
+A planted near-duplicate has 1, 2, 4 or 8 % of its words exchanged, so most are less alike than the rule asks. By their
+true similarity (Jaccard of the sets of five-word sequences):
+
+{similarity}
+
+## How much of a document is looked at
+
+What lid.176.ftz keeps as Swedish at > 0.95, by how much of the document it sees:
+
+{identification}
+
+## Near-duplicates beside the libraries
+
+The same documents, five-word sequences and threshold {threshold}; rensa and datasketch with 128 permutations and their
+defaults otherwise.
+
+{libraries}
+"""
+
+
 def markdown(results: dict[str, Any]) -> str:
     """benchmarks/clean.md: what the results say."""
     grown, most, found = results["growth"], results["oscar"], results["quality"]
-    machine = results["machine"]
-    speed = [row["bytes"] / 1e6 / row["cpu_s"] * PROCESSES for row in grown]
-    lines = [
-        "# Cleaning: what it costs, and how well it does",
-        "",
-        f"`python benchmarks/clean.py FOLDER`, {PROCESSES} processes, {machine['cpu']}, {machine['cores']} cores shared with "
-        f"other work, Python {machine['python']}. The text is synthetic (`harness/data/synthetic`, mixture `damaged`): one "
-        "document in five is of another language, one in six of the Swedish ones is damaged or a duplicate. Rules: "
-        "data/rules-sv.yaml. All figures are from clean.json.",
-        "",
-        "## Cost",
-        "",
-        f"MB/s on {PROCESSES} cores is MB per CPU second x {PROCESSES}: what a machine gives that does nothing else. "
-        "The wall clock is what this one took beside its other work. Memory: all processes, shared pages once.",
-        "",
-        *table(
-            ("GB in", "documents", "CPU s", f"MB/s on {PROCESSES} cores", "wall s", "compare, wall s", "memory, GiB"),
-            [
+    return PAGE.format(
+        **results["machine"],
+        processes=PROCESSES,
+        growth=table(
+            ("GB", "documents", "CPU s", "MB/s per core", "by the clock: s", "MB/s", "memory, GiB"),
+            (
                 (
                     f"{row['bytes'] / 1e9:.2f}",
                     f"{row['documents']:,}",
                     f"{row['cpu_s']:.0f}",
-                    f"{rate:.1f}",
+                    f"{row['bytes'] / 1e6 / row['cpu_s']:.1f}",
                     f"{row['wall_s']:.0f}",
-                    f"{row['stages_s']['compare']:.1f}",
+                    f"{row['bytes'] / 1e6 / row['wall_s']:.1f}",
                     f"{row['memory_gib']:.2f}",
                 )
-                for row, rate in zip(grown, speed, strict=True)
-            ],
+                for row in grown
+            ),
         ),
-        "",
-        f"At the {OSCAR_DOCUMENTS / 1e6:.0f} million documents of Swedish OSCAR the comparison alone (every document passes "
-        f"the filter, one in five is a near-duplicate) took {most['cpu_s']:.0f} CPU s, {most['wall_s']:.0f} s by the clock "
-        f"and {most['memory_gib']:.2f} GiB; the filter needs no more memory for more documents.",
-        "",
-        f"Making the text: {grown[-1]['bytes'] / 1e6 / grown[-1]['generated_cpu_s'] * PROCESSES:.0f} MB/s on {PROCESSES} "
-        "cores.",
-        "",
-        "## Precision and recall on planted defects",
-        "",
-        f"{found['report']['documents_in']:,} documents. Precision: of what a rule drops, the part whose defect is its to "
-        "find. Recall: of the documents with a defect, the part that some rule drops or, where that can be done, mends to "
-        f"the very text from before. {found['clean_dropped']:,} of {found['clean_documents']:,} sound Swedish documents "
-        f"({found['clean_dropped'] / found['clean_documents']:.1%}) are lost, all to the language rule: random words of 60 "
-        "or more, some of them English names, stay below 0.95 now and then.",
-        "",
-        *table(
+        oscar_documents=most["documents"],
+        oscar_cpu_s=most["cpu_s"],
+        oscar_wall_s=most["wall_s"],
+        oscar_gib=most["memory_gib"],
+        made=results["making"]["bytes"] / 1e6 / results["making"]["cpu_s"],
+        documents=found["report"]["documents_in"],
+        sound=found["clean_documents"],
+        lost=found["clean_dropped"],
+        lost_share=found["clean_dropped"] / found["clean_documents"],
+        rules=table(
             ("rule", "dropped", "rightly", "precision"),
-            [(r["rule"], f"{r['dropped']:,}", f"{r['rightly']:,}", f"{r['precision']:.3f}") for r in found["rules"]],
+            ((r["rule"], f"{r['dropped']:,}", f"{r['rightly']:,}", f"{r['precision']:.3f}") for r in found["rules"]),
         ),
-        "",
-        *table(
+        defects=table(
             ("defect", "planted", "dropped or mended", "recall", "dropped by"),
-            [
+            (
                 (
                     row["defect"],
                     f"{row['planted']:,}",
@@ -363,32 +404,19 @@ def markdown(results: dict[str, Any]) -> str:
                     ", ".join(f"{rule} {number:,}" for rule, number in row["by"].items()),
                 )
                 for row in found["defects"]
-            ],
+            ),
         ),
-        "",
-        "A near-duplicate has 1, 2, 4 or 8 % of its words exchanged; most are less alike than the rule asks. By their true "
-        "similarity (Jaccard of five-word sequences):",
-        "",
-        *table(
-            ("similarity", "pairs", "dropped", ""),
-            [
-                (
-                    f"{row['least']:.2f} – {row['most']:.2f}",
-                    row["pairs"],
-                    row["dropped"],
-                    f"{row['dropped'] / row['pairs']:.0%}" if row["pairs"] else "",
-                )
-                for row in found["near_duplicates"]
-            ],
+        similarity=table(
+            ("similarity", "pairs", "dropped", "part"),
+            (
+                (f"{s['least']:.2f} to {s['most']:.2f}", s["pairs"], s["dropped"], f"{s['dropped'] / s['pairs']:.1%}")
+                for s in found["near_duplicates"]
+                if s["pairs"]
+            ),
         ),
-        "",
-        "## How much of a document is looked at",
-        "",
-        "Kept as Swedish at > 0.95, by what looks at how much of the document with lid.176.ftz:",
-        "",
-        *table(
-            ("", "MB per core second", "Swedish kept", "other languages kept", "half Swedish kept"),
-            [
+        identification=table(
+            ("", "MB/s per core", "Swedish", "other languages", "half Swedish"),
+            (
                 (
                     row["way"],
                     f"{row['mb_per_core_s']:.1f}",
@@ -398,17 +426,18 @@ def markdown(results: dict[str, Any]) -> str:
                     ),
                 )
                 for row in results["identification"]
-            ],
+            ),
         ),
-        "",
-        "## Near-duplicates, beside the libraries",
-        "",
-        "The same documents and five-word sequences, threshold 0.8, each library with its defaults (rensa and datasketch: 128 "
-        "permutations).",
-        "",
-        *table(
-            ("", "MB per core second", "of those ≥ 0.8 alike, dropped", "others dropped", "of these < 0.7 alike"),
-            [
+        threshold=RULES.near.similarity,
+        libraries=table(
+            (
+                "",
+                "MB/s per core",
+                "dropped of those so alike",
+                "dropped of the others",
+                f"of these, below {RULES.near.similarity - 0.1:.1f}",
+            ),
+            (
                 (
                     row["library"],
                     f"{row['mb_per_core_s']:.1f}",
@@ -417,15 +446,14 @@ def markdown(results: dict[str, Any]) -> str:
                     row["far_dropped"],
                 )
                 for row in results["near-duplicates"]
-            ],
+            ),
         ),
-    ]
-    return "\n".join(lines) + "\n"
+    )
 
 
-def table(head: tuple[str, ...], rows: list[tuple]) -> list[str]:
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A Markdown table."""
-    return [f"| {' | '.join(map(str, row))} |" for row in (head, ("---",) * len(head), *rows)]
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows))
 
 
 def _cpu() -> str:
