@@ -178,7 +178,7 @@ def test_unreadable_lines_are_counted_and_say_why(tmp_path):
     assert (report.documents_in, report.documents_out, report.dropped) == (10, 3, {"unreadable": 7})
     assert texts(tmp_path / "out") == ["bra", "nul\0", "slut"]
     why = [json.loads(line)["why"] for line in (tmp_path / "out" / "dropped" / "unreadable.jsonl").open()]
-    for part in ("UTF-8", 'no "text" among the keys txt, id', '"text" is \'5\'', "no JSON object but '[1]'"):
+    for part in ("UTF-8", 'no "text" among the keys txt, id', "\"text\" is '5'", "no JSON object but '[1]'"):
         assert any(part in reason for reason in why), (part, why)
 
 
@@ -198,6 +198,34 @@ def test_a_line_of_200_mb(tmp_path, rules):
     write(source, b'{"text": "%s"}\n' % ("å".encode() * 100_000_000), good * 3 + "Så är det.")
     report = clean([source], tmp_path / "out", rules, processes=2)
     assert (report.dropped["length"], report.documents_out) == (1, 1)
+
+
+def test_odd_documents_do_no_harm(tmp_path):
+    """Characters of all planes, and bytes that are no text, through every rule."""
+    generator = random.Random(9)
+
+    def odd():
+        if generator.random() < 0.1:
+            return generator.randbytes(generator.randrange(200)).replace(b"\n", b"") + b"\n"
+        most = generator.choice([0x180, 0x3000, 0x110000])
+        codes = (generator.randrange(generator.choice([0x180, most])) for _ in range(99))
+        return "".join(chr(code) for code in codes if not 0xD800 <= code < 0xE000)[: generator.randrange(100)]
+
+    rules = only(
+        tmp_path,
+        *({"length": {"min_characters": 1, "max_characters": 90}} if "length" in entry
+          else {"language": {"name": "Swedish", "above": 0}} if "language" in entry
+          else entry for entry in load_rules(RULES).dump()),
+    )  # fmt: skip
+    source = write(tmp_path / "in.jsonl", "Ett par ord.", *(odd() for _ in range(3000)))
+    report = clean([source], tmp_path / "out", rules, processes=1)
+    assert report.documents_in == report.documents_out + sum(report.dropped.values())
+    assert report.dropped["unreadable"] > 200
+    assert report.dropped["length"] > 200
+    assert report.dropped["alphabet"] > 200
+    assert report.documents_out > 200
+    allowed = next(rule for rule in rules.documents if rule.key == "alphabet")
+    assert allowed.apply(kept := texts(tmp_path / "out")).texts == kept
 
 
 def test_no_documents_at_all(tmp_path):
@@ -258,21 +286,25 @@ def test_a_full_disk_is_told_and_survived(corpus, rules, tmp_path, monkeypatch):
     assert files(tmp_path) == files(output)
 
 
-def kill_and_resume(parts, output, kills, seed):
-    """Start, kill after a random time with all its processes' parent only, start again; then let it finish."""
+def command(parts, output):
+    """Clean in a process of its own."""
     program = (
         "import sys; from pathlib import Path; from harness.data.clean import clean, load_rules\n"
         "if __name__ == '__main__':\n"
         f"    clean([*map(Path, sys.argv[2:])], Path(sys.argv[1]), load_rules(Path({str(RULES)!r})), processes=2,"
         f" unit_bytes={UNIT_BYTES})\n"
     )
-    command = [sys.executable, "-c", program, str(output), *map(str, parts)]
+    return [sys.executable, "-c", program, str(output), *map(str, parts)]
+
+
+def kill_and_resume(parts, output, kills, seed):
+    """Start, kill the parent of all its processes after a random time, start again; then let it finish."""
     generator = random.Random(seed)
     killed = 0
     longest_s = 8.0
     while killed < kills:
         started = time.monotonic()
-        process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+        process = subprocess.Popen(command(parts, output), cwd=ROOT)
         try:
             process.wait(generator.uniform(0.2, longest_s))
             assert process.returncode == 0
@@ -284,7 +316,7 @@ def kill_and_resume(parts, output, kills, seed):
             process.send_signal(signal.SIGKILL)
             process.wait()
             killed += 1
-    subprocess.run(command, cwd=ROOT, check=True)
+    subprocess.run(command(parts, output), cwd=ROOT, check=True)
 
 
 def test_killed_it_resumes_to_the_same_bytes(corpus, tmp_path):
@@ -297,6 +329,25 @@ def test_killed_it_resumes_to_the_same_bytes(corpus, tmp_path):
 def test_killed_often_it_resumes_to_the_same_bytes(corpus, tmp_path, seed):
     kill_and_resume(corpus[0], tmp_path, kills=25, seed=seed)
     assert files(tmp_path) == files(corpus[1])
+
+
+@pytest.mark.full
+def test_a_killed_worker_is_told_and_survived(corpus, tmp_path):
+    psutil = pytest.importorskip("psutil")
+    parts = [corpus[0][1]] * 20
+    for number, part in enumerate(parts):
+        parts[number] = tmp_path / f"{number}.jsonl"
+        parts[number].symlink_to(part)
+    process = subprocess.Popen(command(parts, tmp_path / "out"), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while not list((tmp_path / "out").glob("work/*.npz")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    workers = [p for p in psutil.Process(process.pid).children() if "spawn_main" in " ".join(p.cmdline())]
+    workers[0].kill()
+    assert process.wait(60) != 0
+    assert "UserError: cleaning into" in (error := process.stderr.read())
+    assert "a process was killed" in error
+    subprocess.run(command(parts, tmp_path / "out"), cwd=ROOT, check=True)
 
 
 def test_workers_die_with_their_parent(tmp_path):
