@@ -208,8 +208,8 @@ def test_odd_documents_do_no_harm(tmp_path):
         if generator.random() < 0.1:
             return generator.randbytes(generator.randrange(200)).replace(b"\n", b"") + b"\n"
         most = generator.choice([0x180, 0x3000, 0x110000])
-        codes = (generator.randrange(generator.choice([0x180, most])) for _ in range(99))
-        return "".join(chr(code) for code in codes if not 0xD800 <= code < 0xE000)[: generator.randrange(100)]
+        codes = (generator.randrange(generator.choice([0x180, most])) for _ in range(120))
+        return "".join(chr(code) for code in codes if not 0xD800 <= code < 0xE000)[: generator.randrange(120)]
 
     rules = only(
         tmp_path,
@@ -221,7 +221,7 @@ def test_odd_documents_do_no_harm(tmp_path):
     report = clean([source], tmp_path / "out", rules, processes=1)
     assert report.documents_in == report.documents_out + sum(report.dropped.values())
     assert report.dropped["unreadable"] > 200
-    assert report.dropped["length"] > 200
+    assert report.dropped["length"] > 20
     assert report.dropped["alphabet"] > 200
     assert report.documents_out > 200
     allowed = next(rule for rule in rules.documents if rule.key == "alphabet")
