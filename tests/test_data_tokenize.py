@@ -137,9 +137,9 @@ def test_a_run_goes_on_from_what_was_noted(tmp_path, monkeypatch, seed):
     resumed = set()
     for _ in range(300):
         try:
-            run = tokenize._Run(job(path, prefix=tmp_path / "x"))
+            run = tokenize._Run(job(path, prefix=tmp_path / "x"), 1)
             resumed.add(run.place.offset)
-            done = run.finish(lambda _: None, 1)
+            done = run.finish(lambda _: None)
             break
         except Killed:
             for part in tmp_path.glob("x.*.part"):
@@ -157,14 +157,14 @@ def test_an_unfinished_run_of_something_else_is_not_taken_up(tmp_path, monkeypat
     monkeypatch.setattr(documents, "BLOCK_BYTES", 3000)
     path = corpus(tmp_path / "x.jsonl", 500)
     first = job(path, prefix=tmp_path / "x")
-    run = tokenize._Run(first)
+    run = tokenize._Run(first, 1)
     encoder = null().encoder()
     for number in range(4):
         block = run.reader.next()
         run._append(number, block, tokenize._encode(block.find().texts, encoder, first))
     run._checkpoint()
     run.writer.close()
-    assert tokenize._Run(first).place.offset > 0
+    assert tokenize._Run(first, 1).place.offset > 0
     other = first
     match change:
         case "input":
@@ -180,7 +180,7 @@ def test_an_unfinished_run_of_something_else_is_not_taken_up(tmp_path, monkeypat
             (tmp_path / "x.bin.part").write_bytes(b"")
         case "state":
             first.state.write_text('{"key": 3')
-    assert tokenize._Run(other).place.offset == 0
+    assert tokenize._Run(other, 1).place.offset == 0
 
 
 def test_a_full_disk_is_named_and_then_gone_on_from(tmp_path, monkeypatch):
@@ -201,7 +201,7 @@ def test_a_full_disk_is_named_and_then_gone_on_from(tmp_path, monkeypatch):
         tokenize.tokenize(job(path, prefix=tmp_path / "x"))
     assert not bin_path(tmp_path / "x").exists()
     assert not idx_path(tmp_path / "x").exists()
-    assert tokenize._Run(job(path, prefix=tmp_path / "x")).place.offset > 0
+    assert tokenize._Run(job(path, prefix=tmp_path / "x"), 1).place.offset > 0
     monkeypatch.setattr(indexed, "_write", write)
     tokenize.tokenize(job(path, prefix=tmp_path / "x"))
     assert pair(tmp_path / "x") == wanted

@@ -113,13 +113,22 @@ def test_the_fast_ids_are_those_of_tokenizers(tmp_path, template):
 def test_forgetting_what_was_seen_changes_no_id(tmp_path, monkeypatch):
     description = (train(tmp_path) / "tokenizer.json").read_text()
     whole = rows(Gigatoken(description, (), (), END), SOME_TEXTS, True)
-    monkeypatch.setattr(tokenizer, "CACHE_MIB", 0)
     monkeypatch.setattr(tokenizer, "_FORGET_AFTER_BYTES", 1000)
-    forgetful = Gigatoken(description, (), (), END)
+    forgetful = Gigatoken(description, (), (), END, cache_mib=0)
     first = forgetful._rust
     parts = [row for n in range(0, len(SOME_TEXTS), 100) for row in rows(forgetful, SOME_TEXTS[n : n + 100], True)]
     assert parts == whole
     assert forgetful._rust is not first
+
+
+def test_an_end_that_a_text_could_shift_is_not_looked_for_in_joined_texts(tmp_path):
+    content = json.loads((train(tmp_path) / "tokenizer.json").read_text())
+    content["added_tokens"].append(content["added_tokens"][0] | {"id": 3000, "content": "||"})
+    description = json.dumps(content)
+    backend = backends.Tokenizer.from_str(description)
+    texts = ["a|", "|b", "|", "", "||", "a"]
+    expected = [[*found.ids, 3000] if found.ids else [] for found in backend.encode_batch(texts)]
+    assert rows(Gigatoken(description, (), (), "||"), texts, True) == expected
 
 
 def test_a_special_token_that_is_not_one_token_is_refused(tmp_path):

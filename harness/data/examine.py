@@ -29,8 +29,12 @@ def examine_hugging_face(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: transformers cannot load it, or gives other ids than its tokenizer.json.
     """
-    from transformers import AutoTokenizer
-
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        raise UserError(
+            "transformers is not installed, which upstream's tokenizers need: scripts/setup.sh data"
+        ) from None
     try:
         upstream = AutoTokenizer.from_pretrained(str(folder))
         special = [token.content for token in upstream.backend_tokenizer.get_added_tokens_decoder().values()]

@@ -24,12 +24,13 @@ import numpy as np
 from harness.data import indexed
 from harness.data.documents import BEGIN, BLOCK_BYTES, Block, Layout, Place, Reader, Text, TextFile
 from harness.data.indexed import FormatError, Marks, Pair, Writer
-from harness.data.tokenizer import Encoder, Tokenizer
+from harness.data.tokenizer import CACHE_MIB, Encoder, Tokenizer
 from harness.errors import UserError
 from harness.rundir import write_json
 
 CHECKPOINT_S = 10.0
 MOST_WORKERS = 8
+_MIB_A_WORKER = 100
 _WATCH_S = 0.25
 _FORMAT = 1
 """Counts changes of this code after which an unfinished run must not be taken up."""
@@ -117,8 +118,7 @@ def tokenize(job: Job, watch: Callable[[Watched], None] = lambda _: None, worker
             f"tokenizer {job.tokenizer.name} has no end-of-document token\nset eos_token in its tokenizer_config.json"
         )
     try:
-        run = _Run(job)
-        return run.finish(watch, workers or min(MOST_WORKERS, len(os.sched_getaffinity(0))))
+        return _Run(job, workers or min(MOST_WORKERS, len(os.sched_getaffinity(0)))).finish(watch)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
@@ -128,8 +128,8 @@ def tokenize(job: Job, watch: Callable[[Watched], None] = lambda _: None, worker
 
 
 class _Run:
-    def __init__(self, job: Job) -> None:
-        self.job, self.key = job, job.key()
+    def __init__(self, job: Job, workers: int) -> None:
+        self.job, self.workers, self.key = job, workers, job.key()
         self.counts, place, marks = self._resumed()
         self.place = place
         self.writer = Writer(job.prefix, job.dtype, marks)
@@ -140,9 +140,9 @@ class _Run:
         self._next_read = self._next_written = 0
         self._failure: BaseException | None = None
 
-    def finish(self, watch: Callable[[Watched], None], workers: int) -> Done:
+    def finish(self, watch: Callable[[Watched], None]) -> Done:
         started, all_bytes = time.monotonic(), self.job.bytes
-        threads = [threading.Thread(target=self._work, name=f"tokenize-{n}", daemon=True) for n in range(workers)]
+        threads = [threading.Thread(target=self._work, name=f"tokenize-{n}", daemon=True) for n in range(self.workers)]
         try:
             for thread in threads:
                 thread.start()
@@ -178,7 +178,7 @@ class _Run:
 
     def _work(self) -> None:
         try:
-            encoder = self.job.tokenizer.encoder()
+            encoder = self.job.tokenizer.encoder(CACHE_MIB + _MIB_A_WORKER * max(0, self.workers - 2))
             while self._failure is None:
                 with self._reading:
                     block = self.reader.next()

@@ -86,20 +86,23 @@ class Tokenizer:
         package = packages.get(self.kind)
         return self.fast or (f"{package} {versions()[package]}" if package else "harness")
 
-    def encoder(self) -> Encoder:
-        """A new encoder, to be used by one thread."""
+    def encoder(self, cache_mib: int = CACHE_MIB) -> Encoder:
+        """A new encoder, to be used by one thread; see CACHE_MIB."""
         match self.kind:
             case "NullTokenizer":
                 return _Null(self.vocab_size, self.eod)
             case "SentencePieceTokenizer" if self.fast:
-                return Gigatoken(described(self.model), self.before, self.after, self.end, self.joined)
+                return self._fast(described(self.model), cache_mib)
             case "SentencePieceTokenizer":
                 return SentencePiece(self.model)
             case _:
                 description = (self.model / DESCRIPTION).read_text(encoding="utf-8")
                 if self.fast:
-                    return Gigatoken(description, self.before, self.after, self.end, self.joined)
+                    return self._fast(description, cache_mib)
                 return Tokenizers(description, self.eod)
+
+    def _fast(self, description: str, cache_mib: int) -> Encoder:
+        return Gigatoken(description, self.before, self.after, self.end, self.joined, cache_mib)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``."""
@@ -145,7 +148,7 @@ def find_tokenizer(wanted: str, home: Path) -> Tokenizer:
     Raises:
         UserError: there is none of that name, or it has no end-of-document token.
     """
-    if wanted.startswith("null"):
+    if wanted == "null" or wanted.startswith("null:"):
         size = wanted.removeprefix("null").removeprefix(":")
         if not size.isascii() or not size.isdigit() or not 1 < int(size) < 2**31:
             raise UserError(f"TOKENIZER={wanted}: give the vocabulary's size, such as null:50257")
@@ -200,15 +203,22 @@ class Gigatoken:
     """
 
     def __init__(
-        self, description: str, before: Sequence[str], after: Sequence[str], end: str | None, joined: bool = True
+        self,
+        description: str,
+        before: Sequence[str],
+        after: Sequence[str],
+        end: str | None,
+        joined: bool = True,
+        cache_mib: int = CACHE_MIB,
     ) -> None:
         from gigatoken.gigatoken_rs import PadTruncate, load_hf_json
 
         self._load = lambda: load_hf_json(description)
         self._rust = self._load()
         self._unpadded = PadTruncate(0)
-        self._before, self._after, self._end, self._joined = tuple(before), tuple(after), end, joined
-        self._seen_bytes = 0
+        self._before, self._after, self._end = tuple(before), tuple(after), end
+        self._joined = joined and end is not None and not _overlaps_itself(end)
+        self._cache_mib, self._seen_bytes = cache_mib, 0
         for token in {*before, *after, *([] if end is None else [end])}:
             if len(self._rust.encode(token)) != 1:
                 raise ValueError(f"{token!r} is not one token of its own")
@@ -224,9 +234,8 @@ class Gigatoken:
         rows: list[str | None] = [None] * (len(around) * len(texts))
         for place, token in enumerate(around):
             rows[place :: len(around)] = texts if token is None else [token] * len(texts)
-        ids, lengths = (self._as_one(rows, len(texts)) if closed and self._joined else None) or self._each(
-            rows, len(around)
-        )
+        as_one = self._as_one(rows, len(texts)) if closed and self._joined else None
+        ids, lengths = as_one or self._each(rows, len(around))
         self._seen_bytes += 4 * len(ids)
         if closed and len(around) == 2 and (bare := lengths == 1).any():
             ids, lengths = np.delete(ids, np.cumsum(lengths)[bare] - 1), np.where(bare, 0, lengths)
@@ -243,7 +252,7 @@ class Gigatoken:
         return np.asarray(layout.content.data), np.diff(np.asarray(layout.offsets.data)[::rows_of_a_text])
 
     def _forget(self) -> None:
-        if self._seen_bytes > _FORGET_AFTER_BYTES and resident_mib() > CACHE_MIB:
+        if self._seen_bytes > _FORGET_AFTER_BYTES and resident_mib() > self._cache_mib:
             self._rust = None
             self._rust = self._load()
             self._seen_bytes = 0
@@ -328,6 +337,11 @@ def _joined(rows: list[list[int]], end: int | None) -> tuple[np.ndarray, np.ndar
         rows = [[*row, end] if row else row for row in rows]
     lengths = np.fromiter(map(len, rows), np.int64, len(rows))
     return np.fromiter(chain.from_iterable(rows), np.uint32, int(lengths.sum())), lengths
+
+
+def _overlaps_itself(token: str) -> bool:
+    """Whether a text that ends as the token begins could shift where the token is found."""
+    return any(token.startswith(token[start:]) for start in range(1, len(token)))
 
 
 def resident_mib() -> float:
