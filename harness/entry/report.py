@@ -69,6 +69,7 @@ class RankReport:
             step=self.step,
         )
         write_json(self._file("error.json"), found.model_dump())
+        self.write()  # the peaks that it failed with
 
     def finished(self) -> None:
         """Report for the last time; no stacks were asked for, so their file goes."""
