@@ -63,7 +63,7 @@ def main() -> None:
               "rows": rows, "heavy_imports": imports}
     Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     for row in rows:
-        print(f"{row['what']:34} {row['ms']:6.1f} ms, worst {row['worst_ms']:6.1f} ms, {row['ratio']:5.1f} x {row['beside']}")
+        print(f"{row['what']:34} {row['ms']:6.1f} ms, worst {row['worst_ms']:6.1f}, {row['ratio']:5.1f} x {row['beside']}")
     for words, found in imports.items():
         print(f"{words:10} imports of {', '.join(HEAVY)}: {', '.join(found) or 'none'}")
 

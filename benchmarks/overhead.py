@@ -54,8 +54,9 @@ def main() -> None:
             "startup_s": statistics.median(a[0] - b[0] for a, b in both),
             "step_ratio": statistics.median(a[1] / b[1] for a, b in both),
         }
-        print(f"{id_} on {device}, {pairs} pairs: harness less {name}: start-up {result['against'][name]['startup_s']:+.2f} s, "
-              f"step x {result['against'][name]['step_ratio']:.4f}")
+        cost = result["against"][name]
+        print(f"{id_} on {device}, {pairs} pairs: harness less {name}: "
+              f"start-up {cost['startup_s']:+.2f} s, step x {cost['step_ratio']:.4f}")
     (ROOT / "benchmarks" / f"overhead-{device}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
