@@ -247,6 +247,12 @@ def _hang(settings: Mapping[str, str]) -> float | None:
 
 
 def _install_heavy() -> None:
-    """Bring the packages that a run needs; the first run spends minutes here, later ones nothing."""
+    """Bring the packages that a run needs; the first run spends minutes here, later ones nothing.
+
+    Raises UserError where they cannot be had, or upstream is half checked out.
+    """
+    from harness.entry.upstream import locate
+
+    locate()
     if subprocess.run([ROOT / "scripts" / "setup.sh", "heavy"]).returncode:
         raise UserError("the set-up did not finish; the lines above say why, make doctor says more")
