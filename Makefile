@@ -14,7 +14,7 @@ WORDS = $(foreach key,$(SETTINGS) $(MORE),$(if $(value $(key)),'$(key)=$(subst '
 include experiments/targets.mk
 
 .PHONY: help list table compare doctor arguments monitor-gpu stop parity record docs targets clean clean-all
-.PHONY: data-list data-prepare data-inspect data-check
+.PHONY: data-list data-prepare data-clean data-inspect data-check
 .PHONY: setup setup-gpu docker-build docker-run test test-quick test-full lint
 
 ##@ Look
@@ -53,11 +53,13 @@ record: ## keep a run in experiments/records      RUN=label
 	@$(HARNESS) record $(WORDS)
 
 ##@ Data:  make data-<tab>, then make 101 DATA=<name>
-data-%: MORE = NAME INPUT TOKENIZER RULES KEY DOCUMENTS LIMIT LONGEST APPEND_EOD SIZE_MB HUB WORKERS SAMPLES
+data-%: MORE = NAME INPUT OUT TOKENIZER RULES KEY DOCUMENTS LIMIT LONGEST APPEND_EOD SIZE_MB HUB WORKERS SAMPLES
 data-list: ## data sets that are, or can be, prepared
 	@$(HARNESS) data list
 data-prepare: ## one of your own text                  NAME=… INPUT=file-or-folder [RULES=sv] [TOKENIZER=…]
 	@$(DATA_HARNESS) data prepare $(WORDS)
+data-clean: ## text without what its rules drop         INPUT=… OUT=folder [RULES=sv]
+	@$(DATA_HARNESS) data clean $(WORDS)
 data-inspect: ## documents, tokens, lengths, samples   NAME=…
 	@$(DATA_HARNESS) data inspect $(WORDS)
 data-check: ## is every byte of it in order?           NAME=…

@@ -10,7 +10,7 @@ from harness import overrides
 from harness.data.manifest import Manifest, read_manifest
 from harness.data.prepared import DATA, blend, check_name, find, prepared
 from harness.data.progress import Progress, amount, duration
-from harness.data.sources import definition, definitions
+from harness.data.sources import definition, definitions, local_files
 from harness.errors import UserError, nearest
 
 HOW = ("TOKENIZER", "WORKERS", "FORCE", "HUB", "SIZE_MB", "NAME", "LIMIT")
@@ -148,6 +148,26 @@ def merge_sets(words: Sequence[str]) -> int:
     return _done(merge(settings["FROM"].replace(",", " ").split(), settings["NAME"]))
 
 
+def clean_files(words: Sequence[str]) -> int:
+    """``make data-clean INPUT=… OUT=… RULES=…``: text in and out, without tokenising it."""
+    from harness.data.clean import clean
+    from harness.data.clean.rules import load_rules
+
+    settings = _settings(words, ("INPUT", "OUT", "RULES", "WORKERS"))
+    missing = [key for key in ("INPUT", "OUT") if key not in settings]
+    if missing:
+        raise UserError(f"{' and '.join(missing)} missing: make data-clean INPUT=crawl.jsonl OUT=folder [RULES=sv]")
+    inputs = [file.path for file in local_files(settings["INPUT"])]
+    workers = overrides.count("WORKERS", settings["WORKERS"]) if "WORKERS" in settings else None
+    progress, out = Progress(), Path(settings["OUT"]).expanduser()
+    report = clean(inputs, out, load_rules(_rules(settings.get("RULES", "sv"))), progress.show, workers)
+    progress.end()
+    print(f"{report.documents_out:,} of {report.documents_in:,} documents left, in {out}")
+    for rule, number in report.dropped.items():
+        print(f"  {rule:18} dropped {number:>10,}")
+    return 0
+
+
 def build_mappings(words: Sequence[str]) -> int:
     """``data-mappings DATA=… SEQ=… SAMPLES=train,valid,test SPLIT=… SEED=…``: what a run's script does on each node."""
     from harness.data.mappings import Use, build
@@ -174,6 +194,7 @@ COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "data-inspect": inspect_set,
     "data-check": check_set,
     "data-prepare": prepare_input,
+    "data-clean": clean_files,
     "data-merge": merge_sets,
     "data-mappings": build_mappings,
 }
