@@ -279,34 +279,28 @@ def _parquet(file: TextFile, raw: _Counted, layout: Layout, place: Place) -> Ite
     from pyarrow import parquet
 
     _skip(raw)
-    table = parquet.ParquetFile(file.path, buffer_size=1 << 20)
-    names = table.schema_arrow.names
-    if layout.key not in names:
-        raise UserError(f"{file.path} has no column {layout.key!r}; {nearest(layout.key, names)}")
-    kind = table.schema_arrow.field(layout.key).type
-    if not _is_text(kind) and not (hasattr(kind, "value_type") and _is_text(kind.value_type)):
-        raise UserError(f"{file.path}: column {layout.key!r} is of type {kind}, no text")
     try:
-        row = 0
-        for group in range(table.metadata.num_row_groups):
-            rows = table.metadata.row_group(group).num_rows
-            if row + rows <= place.offset:
-                row += rows
-                continue
-            at_once = max(1, rows * BLOCK_BYTES // max(1, _column_bytes(table, group, layout.key)))
-            for batch in table.iter_batches(at_once, [group], [layout.key], use_threads=False):
-                done = max(0, place.offset - row)
-                row += len(batch)
-                new = len(batch) - done
-                if layout.limit is not None:
-                    new = min(new, layout.limit - place.records)
-                if new <= 0:
+        with parquet.ParquetFile(file.path, buffer_size=1 << 20) as table:
+            _check_column(file, table.schema_arrow, layout.key)
+            row = 0
+            for group in range(table.metadata.num_row_groups):
+                rows = table.metadata.row_group(group).num_rows
+                if row + rows <= place.offset:
+                    row += rows
                     continue
-                column = batch.column(0).slice(done, new)
-                place = Place(place.file, place.offset + new, place.records + new)
-                yield Block(partial(_rows, column, longest=layout.longest), column.nbytes, place)
-                if _full(layout, place):
-                    return
+                at_once = max(1, rows * BLOCK_BYTES // max(1, _column_bytes(table, group, layout.key)))
+                for batch in table.iter_batches(at_once, [group], [layout.key], use_threads=False):
+                    done = max(0, place.offset - row)
+                    row += len(batch)
+                    left = len(batch) if layout.limit is None else layout.limit - place.records
+                    new = min(len(batch) - done, left)
+                    if new <= 0:
+                        continue
+                    column = batch.column(0).slice(done, new)
+                    place = Place(place.file, place.offset + new, place.records + new)
+                    yield Block(partial(_rows, column, longest=layout.longest), column.nbytes, place)
+                    if _full(layout, place):
+                        return
     except pyarrow.ArrowException as error:
         raise ValueError(error) from None
 
@@ -468,6 +462,15 @@ def _is_text(kind: pyarrow.DataType) -> bool:
             types.is_large_binary,
         )
     )
+
+
+def _check_column(file: TextFile, schema: pyarrow.Schema, key: str) -> None:
+    """Raise UserError where the column is missing or holds no text."""
+    if key not in schema.names:
+        raise UserError(f"{file.path} has no column {key!r}; {nearest(key, schema.names)}")
+    kind = schema.field(key).type
+    if not _is_text(kind) and not (hasattr(kind, "value_type") and _is_text(kind.value_type)):
+        raise UserError(f"{file.path}: column {key!r} is of type {kind}, no text")
 
 
 def _column_bytes(table: pyarrow.parquet.ParquetFile, group: int, key: str) -> int:
