@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from harness import overrides
+from harness import gpus, overrides
 from harness.catalog import ROOT, SHARDING, Catalog, Experiment, load_catalog
 from harness.errors import UserError, nearest
 from harness.plan import choose_device, plan
@@ -39,6 +39,7 @@ def _run(words: list[str]) -> int:
     e, settings = _experiment(words)
     if settings.get("SLURM") == "1":
         return _slurm(e, settings)
+    gpus.keep_awake()
     dry_run = settings.get("DRY_RUN") == "1"
     planned = plan(e, settings, choose_device(settings, only_show=dry_run))
     if dry_run:
@@ -75,6 +76,7 @@ def _chapter(words: list[str]) -> int:
     number, *rest = words or [""]
     settings = overrides.parse(rest)
     experiments = load_catalog().in_chapter(overrides.count("chapter", number))
+    gpus.keep_awake()
     device = choose_device(settings)
     from harness.chapter import run_chapter
 

@@ -80,6 +80,16 @@ def list_gpus() -> tuple[Gpu, ...]:
         return tuple(found)
 
 
+def keep_awake() -> None:
+    """Keep the driver initialised until this process ends: where nothing else does, each question to it starts it anew."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except (ImportError, pynvml.NVMLError):
+        return
+
+
 def driver_versions() -> tuple[str | None, str | None]:
     """The driver's version and the newest CUDA it supports, ``("580.95.05", "13.0")``; None without one."""
     with _nvml() as nvml:
