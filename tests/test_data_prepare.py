@@ -58,9 +58,9 @@ def recipe(tmp_path, monkeypatch) -> Recipe:
     return Recipe("mine", str(corpus(tmp_path / "in.jsonl")), tokenizer="null:100")
 
 
-def make(recipe: Recipe, folder: Path, **means) -> tuple[prepare.Manifest, list[str]]:
+def make(recipe: Recipe, folder: Path, workers: int = 1, **means) -> tuple[prepare.Manifest, list[str]]:
     progress = Quiet()
-    return prepare.prepare(recipe, Means(folder=folder, workers=1, **means), progress), progress.said
+    return prepare.prepare(recipe, Means(folder=folder, workers=workers, **means), progress), progress.said
 
 
 def pair(folder: Path, name: str = "mine") -> tuple[bytes, bytes]:
@@ -263,7 +263,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path, recipe, monkeypa
             child = os.fork()
         if not child:
             with _Counter(fatal).watching(monkeypatch):
-                make(recipe, data)
+                make(recipe, data, workers=1 if kind == "cleaned" else 3)
             os._exit(0)
         _, status = os.waitpid(child, 0)
         if os.WIFSIGNALED(status):
