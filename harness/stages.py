@@ -26,6 +26,7 @@ MODULES = {
     "nvidia-cuda-crt": "nvidia.cu13",
     "nvidia-cuda-nvcc": "nvidia.cu13",
     "nvidia-ml-py": "pynvml",
+    "pytest-xdist": "xdist",
     "pyyaml": "yaml",
     "transformer-engine-torch": "transformer_engine.pytorch",
 }
