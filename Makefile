@@ -79,7 +79,7 @@ docker-run: ## a shell in it, where make 101<tab> works
 test: ## quick tests, real gloo training, parity
 	@scripts/setup.sh test data heavy -- -m pytest -m "not gpu and not full"
 test-quick: ## without torch and without data sets, in seconds
-	@scripts/setup.sh test -- -m pytest -n 4 -m "not cpu and not gpu and not full" --ignore-glob='tests/test_data_*'
+	@scripts/setup.sh test -- -m pytest -n 2 -m "not cpu and not gpu and not full" --ignore-glob='tests/test_data_*'
 test-full: ## everything, long ones too
 	@scripts/setup.sh test data heavy -- -m pytest -m ""
 lint: ## ruff and shellcheck
