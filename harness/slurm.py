@@ -110,7 +110,7 @@ def render_sbatch(plan: Plan, settings: Mapping[str, str]) -> str:
 def _on_every_node() -> list[str]:
     return [
         "# The nodes meet on the first of them, at a port that other jobs hardly have.",
-        'first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+        'read -r first < <(scontrol show hostnames "$SLURM_JOB_NODELIST")',
         'export RENDEZVOUS="$first:$((20000 + SLURM_JOB_ID % 20000))"',
         "# shellcheck disable=SC2016  # expanded on each node",
         """exec srun bash -c 'exec "$@" NODE_RANK="$SLURM_NODEID" RENDEZVOUS="$RENDEZVOUS"' node "${run[@]}\"""",
