@@ -211,11 +211,11 @@ class Gigatoken:
         joined: bool = True,
         cache_mib: int = CACHE_MIB,
     ) -> None:
-        from gigatoken.gigatoken_rs import PadTruncate, load_hf_json
+        from gigatoken.gigatoken_rs import BytesSource, PadTruncate, load_hf_json
 
         self._load = lambda: load_hf_json(description)
         self._rust = self._load()
-        self._unpadded = PadTruncate(0)
+        self._source, self._unpadded = BytesSource, PadTruncate(0)
         self._before, self._after, self._end = tuple(before), tuple(after), end
         self._joined = joined and end is not None and not _overlaps_itself(end)
         self._cache_mib, self._seen_bytes = cache_mib, 0
@@ -243,7 +243,8 @@ class Gigatoken:
 
     def _as_one(self, rows: Sequence[str], texts: int) -> tuple[np.ndarray, np.ndarray] | None:
         """Ids and lengths; none where a text spells the end-of-document token itself, so that it is no sure sign."""
-        matrix, _ = self._rust.encode_batch_padded(["".join(rows)], self._unpadded, parallel=False)
+        whole = self._source("".join(rows).encode())  # a list of str would have it import awkward first, for 0.25 s
+        matrix, _ = self._rust.encode_batch_padded(whole, self._unpadded, parallel=False)
         ends = np.flatnonzero(matrix[0] == self._end_id)
         return (matrix[0], np.diff(ends, prepend=-1)) if len(ends) == texts else None
 
