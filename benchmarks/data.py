@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -39,8 +40,8 @@ from harness.data.tokenizer import find_tokenizer, package_version  # noqa: E402
 
 RESULTS = Path(__file__).with_suffix(".json")
 CORES = 2
-TEXT_BYTES = 250 * 10**6
-REPEATS = 3
+TEXT_BYTES = 500 * 10**6
+REPEATS = 5
 PIECE = 20_000
 SHARES = {"translations": 0.35, "sources": 0.30, "manuals": 0.15, "documentation": 0.20}
 GROWTH = (1, 2, 4, 8)
@@ -61,6 +62,7 @@ def main(folder: Path, text: Path | None = None) -> None:
     runs: dict[str, list[dict[str, float]]] = {"ours": [], "tokenizer alone": [], "upstream": []}
     for _ in range(REPEATS):
         runs["tokenizer alone"].append(timed([sys.executable, __file__, "alone", text]))
+        shutil.rmtree(folder / "ours", ignore_errors=True)
         runs["ours"].append(timed([sys.executable, __file__, "prepare", folder, "ours", text]))
     runs["upstream"].append(timed(upstream(text, folder, gpt2.model)))
     same = pair(prefix_of("ours", folder)) == pair(folder / "upstream_text_document")

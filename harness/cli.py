@@ -8,8 +8,8 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from harness import gpus, overrides
-from harness.catalog import ROOT, SHARDING, Catalog, Experiment, load_catalog
+from harness import ROOT, gpus, overrides
+from harness.catalog import SHARDING, Catalog, Experiment, load_catalog
 from harness.errors import UserError, nearest
 from harness.plan import choose_device, plan
 

@@ -7,7 +7,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.catalog import ROOT, Experiment
+from harness import ROOT
+from harness.catalog import Experiment
 from harness.data.splits import samples_of
 from harness.environment import variables
 from harness.flags import EVAL_ITERS, Device, megatron_flags

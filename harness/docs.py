@@ -6,7 +6,8 @@ import json
 import re
 from pathlib import Path
 
-from harness.catalog import ROOT, load_catalog
+from harness import ROOT
+from harness.catalog import load_catalog
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 VALUE = re.compile(r"(<!-- value: (\S+) (\S+) (\S+) -->).*?(<!-- /value -->)", re.DOTALL)

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness import overrides
-from harness.catalog import ROOT, Experiment
+from harness import ROOT, overrides
+from harness.catalog import Experiment
 from harness.command import Place, render
 from harness.data import prepared
 from harness.data.splits import check_split

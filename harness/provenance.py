@@ -13,8 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from harness import gpus
-from harness.catalog import ROOT
+from harness import ROOT, gpus
 from harness.rundir import Upstream
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "apex", "triton", "numpy")

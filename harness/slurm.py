@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from harness.catalog import ROOT
+from harness import ROOT
 from harness.command import Place
 from harness.errors import UserError
 

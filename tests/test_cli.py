@@ -7,7 +7,7 @@ from contextlib import redirect_stdout
 
 import pytest
 
-from harness.catalog import ROOT
+from harness import ROOT
 from harness.cli import main
 
 

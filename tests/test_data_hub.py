@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.catalog import ROOT
+from harness import ROOT
 
 pyarrow = pytest.importorskip("pyarrow", reason="the set-up stage `data` is not installed")
 pytest.importorskip("datasets", reason="the set-up stage `data` is not installed")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from harness import docs
-from harness.catalog import ROOT, load_catalog
+from harness import ROOT, docs
+from harness.catalog import load_catalog
 from harness.errors import UserError
 from harness.launch import spread
 from harness.records import record

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from harness import overrides, tables
-from harness.catalog import ROOT, load_catalog
+from harness import ROOT, overrides, tables
+from harness.catalog import load_catalog
 from harness.errors import UserError
 from harness.miniature import miniature
 from harness.results import Row, load_references

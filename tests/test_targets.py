@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from harness import targets
-from harness.catalog import ROOT, load_catalog
+from harness import ROOT, targets
+from harness.catalog import load_catalog
 
 BASH_COMPLETION = Path("/usr/share/bash-completion/bash_completion")
 NAMES = [e.name for e in load_catalog().experiments]

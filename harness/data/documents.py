@@ -234,10 +234,9 @@ def _lines(file: TextFile, raw: _Counted, layout: Layout, place: Place) -> Itera
     while data := stream.read(BLOCK_BYTES):
         if place.offset == 0 and not rest and file.kind == "jsonl":
             _refuse_array(file, data)
-        whole, newline, part = data.rpartition(b"\n")
-        if newline:
-            block = _block(rest + whole + newline, find, layout, place)
-            rest = part
+        if whole := data.rfind(b"\n") + 1:
+            block = _block(b"".join((rest, memoryview(data)[:whole])), find, layout, place)
+            rest = data[whole:]
         elif len(rest) + len(data) <= layout.longest:
             rest += data
             continue

@@ -28,7 +28,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from harness.catalog import ROOT
+from harness import ROOT
 from harness.data import indexed
 from harness.data.documents import Layout, TextFile, text_file
 from harness.data.header import bin_path, idx_path

@@ -13,12 +13,16 @@ import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from harness.catalog import ROOT, Experiment
+from harness import ROOT
 from harness.data.header import FormatError, check_ends, idx_path, read_head
 from harness.data.manifest import Manifest, read_manifest
 from harness.data.tokenizer_files import DESCRIPTION, SENTENCE_PIECE, tokenizer_sha256
 from harness.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from harness.catalog import Experiment
 
 DATA = ROOT / "data"
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,79}")

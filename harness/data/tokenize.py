@@ -138,6 +138,7 @@ class _Run:
         self._heavy = threading.Lock()
         self._turn = threading.Condition()
         self._next_read = self._next_written = 0
+        self._waiting: dict[int, tuple[Block, _Encoded]] = {}
         self._failure: BaseException | None = None
 
     def finish(self, watch: Callable[[Watched], None]) -> Done:
@@ -196,21 +197,26 @@ class _Run:
             self._fail(error)
 
     def _append(self, number: int, block: Block, encoded: _Encoded) -> None:
+        """Write the block and those behind it that wait for it; where an earlier one is missing, leave it waiting."""
+        ahead = 1 if block.size > 2 * BLOCK_BYTES else 2 * self.workers
         with self._turn:
-            self._turn.wait_for(lambda: self._next_written == number or self._failure is not None)
-            if self._failure is not None:
-                return
-            self.writer.append(encoded.ids, encoded.lengths, encoded.document_ends)
-            self.place = block.end
-            self.counts.records = block.end.records
-            self.counts.documents += len(encoded.document_ends)
-            self.counts.empty += encoded.empty
-            self.counts.sequences += len(encoded.lengths)
-            self.counts.tokens += len(encoded.ids)
-            for rule, count in encoded.skipped.items():
-                self.counts.skipped[rule] = self.counts.skipped.get(rule, 0) + count
-            self._next_written += 1
-            self._turn.notify_all()
+            self._turn.wait_for(lambda: number < self._next_written + ahead or self._failure is not None)
+            self._waiting[number] = block, encoded
+            while self._failure is None and self._next_written in self._waiting:
+                self._write(*self._waiting.pop(self._next_written))
+                self._next_written += 1
+                self._turn.notify_all()
+
+    def _write(self, block: Block, encoded: _Encoded) -> None:
+        self.writer.append(encoded.ids, encoded.lengths, encoded.document_ends)
+        self.place = block.end
+        self.counts.records = block.end.records
+        self.counts.documents += len(encoded.document_ends)
+        self.counts.empty += encoded.empty
+        self.counts.sequences += len(encoded.lengths)
+        self.counts.tokens += len(encoded.ids)
+        for rule, count in encoded.skipped.items():
+            self.counts.skipped[rule] = self.counts.skipped.get(rule, 0) + count
 
     def _fail(self, error: BaseException) -> None:
         with self._turn:
