@@ -18,7 +18,7 @@ from harness.errors import UserError, nearest
 EXPERIMENTS = ROOT / "experiments"
 
 Count = Annotated[int, Field(ge=1)]
-Id = Annotated[str, Field(pattern=r"^[1-9]\d\d[a-z]?$")]
+Id = Annotated[str, Field(pattern=r"^[1-9]\d\dh?$")]
 
 SHARDING = {
     "no_shard": ("replicated", "every data-parallel rank holds all parameters, gradients and optimizer state"),
@@ -103,6 +103,11 @@ class Experiment(_Frozen):
         return f"{self.id}-{self.slug}"
 
     @property
+    def half_of(self) -> str | None:
+        """The eight-GPU experiment that this one is the half-size companion of: ``408`` for ``408h``."""
+        return self.id.removesuffix("h") if self.id.endswith("h") else None
+
+    @property
     def world_size(self) -> int:
         """Ranks in all: tp x pp x cp x dp (experts share the same ranks)."""
         return self.tp * self.pp * self.cp * self.dp
@@ -154,9 +159,9 @@ class Catalog(_Frozen):
             return found
         if found:
             raise UserError(f"no experiment is called {wanted}; {found.id} is {found.name}")
-        ids = [e.id for e in self.experiments]
+        ids = [e.id for e in self.experiments if not e.half_of]
         if re.fullmatch(r"\d+", wanted):
-            close = sorted(sorted(ids, key=lambda i: abs(int(i[:3]) - int(wanted)))[:5])
+            close = sorted(sorted(ids, key=lambda i: abs(int(i) - int(wanted)))[:5])
             raise UserError(f"no experiment {wanted}; nearest ids: {', '.join(close)} (make list shows all)")
         raise UserError(f"no experiment or target {wanted}; {nearest(wanted, [e.name for e in self.experiments])}")
 

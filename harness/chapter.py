@@ -122,6 +122,8 @@ class _Chapter:
                 self._free = list(gpus.available(plan.place.gpu_ids))
             if e.ranks_per_node > len(self._free):
                 raise UserError(f"it needs {e.ranks_per_node} GPUs, {len(self._free)} are free here")
+        if e.half_of and (self._free is None or 2 * e.ranks_per_node <= len(self._free)):
+            raise UserError(f"{e.half_of} itself runs here: make {e.id} runs its half-size companion all the same")
 
     def _start_what_fits(self) -> None:
         for plan in self._waiting.copy():

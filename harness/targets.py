@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from harness.catalog import EXPERIMENTS, Catalog
+from harness.catalog import EXPERIMENTS, Catalog, Experiment
 from harness.data.sources import definitions
 from harness.overrides import EXPERIMENT_SETTINGS, LAUNCH_SETTINGS, Setting
 
@@ -31,6 +31,11 @@ def write(catalog: Catalog, file: Path = FILE) -> bool:
     return True
 
 
+def target(e: Experiment) -> str:
+    """The target that completion finds: ``half-408h-…`` begins otherwise than ``408-…``, whose number one tab completes."""
+    return f"half-{e.name}" if e.half_of else e.name
+
+
 def _lines(catalog: Catalog) -> Iterator[str]:
     yield "SETTINGS := " + " ".join(setting.key for setting in EXPERIMENT_SETTINGS + LAUNCH_SETTINGS)
     yield from _help("What is run:  make 101 KEY=VALUE …", EXPERIMENT_SETTINGS)
@@ -38,7 +43,7 @@ def _lines(catalog: Catalog) -> Iterator[str]:
     for number in catalog.chapters:
         yield f"chapter-{number}: ; @$(HARNESS) chapter {number} $(WORDS)"
     for e in catalog.experiments:
-        yield f"{e.name}: ; @$(HARNESS) run {e.id} $(WORDS)"
+        yield f"{target(e)}: ; @$(HARNESS) run {e.id} $(WORDS)"
     for name in definitions():
         yield f"data-{name}: ; @$(DATA_HARNESS) data {name} $(WORDS)"
     for e in catalog.experiments:

@@ -116,3 +116,13 @@ def test_names_and_labels() -> None:
     e = CATALOG.find("101")
     assert e.name == e.label == "101-gpt2xl-dp1-gbs1-bf16"
     assert miniature(e).label == "101-gpt2xl-dp1-gbs1-bf16_cpu"
+
+
+@pytest.mark.parametrize("half", [e for e in load_catalog().experiments if e.half_of], ids=lambda e: e.id)
+def test_a_half_size_companion_runs_on_half_the_gpus(half):
+    whole = load_catalog().find(half.half_of)
+    assert half.world_size * 2 == whole.world_size
+    assert half.num_microbatches == whole.num_microbatches
+    assert half.model.num_layers * 2 // half.pp >= whole.model.num_layers // whole.pp
+    kept = ("vpp", "sequence_parallel", "cp_comm_type", "recompute", "sharding", "attention_backend")
+    assert all(getattr(half, name) == getattr(whole, name) for name in kept)

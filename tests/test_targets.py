@@ -16,7 +16,8 @@ from harness import ROOT, targets
 from harness.catalog import load_catalog
 
 BASH_COMPLETION = Path("/usr/share/bash-completion/bash_completion")
-NAMES = [e.name for e in load_catalog().experiments]
+FULL_SIZE = [e.name for e in load_catalog().experiments if not e.half_of]
+HALF_SIZE = [e for e in load_catalog().experiments if e.half_of]
 
 
 def make(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -41,14 +42,15 @@ def bash_completes(typed: str) -> list[str]:
 
 
 @pytest.mark.skipif(not BASH_COMPLETION.exists(), reason="bash-completion is not installed")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FULL_SIZE)
 def test_one_tab_completes_a_name_in_bash(name: str) -> None:
     assert bash_completes(name[:3]) == [name]
 
 
 @pytest.mark.skipif(not BASH_COMPLETION.exists(), reason="bash-completion is not installed")
 def test_other_targets_complete_in_bash() -> None:
-    assert sorted(bash_completes("show-4")) == sorted(f"show-{n[:3]}" for n in NAMES if n[0] == "4")
+    assert sorted(bash_completes("show-4")) == sorted(f"show-{e.id}" for e in load_catalog().in_chapter(400))
+    assert sorted(bash_completes("half-4")) == sorted(f"half-{e.name}" for e in HALF_SIZE if e.chapter == 400)
     assert bash_completes("chapter-3") == ["chapter-300"]
     assert "help" in bash_completes("he")
 
