@@ -123,6 +123,6 @@ def test_a_half_size_companion_runs_on_half_the_gpus(half):
     whole = load_catalog().find(half.half_of)
     assert half.world_size * 2 == whole.world_size
     assert half.num_microbatches == whole.num_microbatches
-    assert half.model.num_layers * 2 // half.pp >= whole.model.num_layers // whole.pp
+    assert whole.pp == 1 or half.model.num_layers // half.pp == whole.model.num_layers // whole.pp
     kept = ("vpp", "sequence_parallel", "cp_comm_type", "recompute", "sharding", "attention_backend")
     assert all(getattr(half, name) == getattr(whole, name) for name in kept)
