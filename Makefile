@@ -83,7 +83,7 @@ test-quick: ## without torch and without data sets, in seconds
 test-full: ## everything, long ones too
 	@scripts/setup.sh test data heavy -- -m pytest -m ""
 lint: ## ruff and shellcheck
-	@scripts/setup.sh test -- -m ruff check harness tests
+	@scripts/setup.sh test -- -m ruff check harness tests benchmarks
 	@if command -v shellcheck >/dev/null; then shellcheck scripts/*.sh docker/*.sh .ci/run; fi
 targets: ## write experiments/targets.mk anew from the catalogue
 	@$(HARNESS) targets
