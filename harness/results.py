@@ -202,6 +202,12 @@ class Row:
         return len(self.result.packed_with) + 1 if self.result else None
 
     @property
+    def comparable(self) -> bool:
+        """Whether it may share a line with other numbers: finished or out of memory, at full size on GPUs, its work unchanged."""
+        whole = self.device == "cuda" and not self.experiment.miniature and _is_same_work(self.experiment)
+        return whole and self.state in ("ok", "oom")
+
+    @property
     def as_published(self) -> bool | None:
         """Whether it ran where published it ran, and ran out of memory where published it did.
 

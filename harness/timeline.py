@@ -1,0 +1,157 @@
+"""When each pipeline stage computes what: 1F1B and interleaved schedules, simulated from the times of one stage.
+
+The orders are those of upstream's megatron/core/pipeline_parallel/schedules.py (core_v0.19.0); sending costs no time here, so that
+what remains idle is the bubble of Narayanan et al. 2021 (arXiv 2104.04473), section 2.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+from harness.errors import UserError
+
+Pass = Literal["forward", "backward"]
+
+
+class Work(NamedTuple):
+    """One pass of one micro-batch through one chunk (virtual stage) of a pipeline stage; counted from 0."""
+
+    micro_batch: int
+    chunk: int
+    kind: Pass
+
+
+class Span(NamedTuple):
+    """``work`` on ``stage`` from ``start`` to ``end``, in the unit of the times it was simulated with."""
+
+    stage: int
+    work: Work
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Times:
+    """Time of one micro-batch through all layers of each stage, one number a stage; any unit."""
+
+    forward: tuple[float, ...]
+    backward: tuple[float, ...]
+
+    @classmethod
+    def alike(cls, stages: int, forward: float = 1.0, backward: float = 2.0) -> Times:
+        """Equal stages, by default with a backward pass of twice the forward one: it has twice the matrix products."""
+        return cls((forward,) * stages, (backward,) * stages)
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """A simulated step: every span, stage by stage in the order of its execution."""
+
+    stages: int
+    chunks: int
+    micro_batches: int
+    spans: tuple[Span, ...]
+
+    @cached_property
+    def end(self) -> float:
+        """When the last stage is done."""
+        return max(span.end for span in self.spans)
+
+    @cached_property
+    def bubble_fraction(self) -> float:
+        """Idle time over ideal time, (end - busy) / busy of the busiest stage, as the paper counts it.
+
+        With equal stages this is (p-1)/m without interleaving and (p-1)/(v m) with v chunks a stage.
+        Source: Narayanan et al. 2021, section 2.2, "t_pb / t_id".
+        """
+        busy = [0.0] * self.stages
+        for span in self.spans:
+            busy[span.stage] += span.end - span.start
+        return self.end / max(busy) - 1
+
+    def of_stage(self, stage: int) -> tuple[Span, ...]:
+        """The spans of one stage, in time."""
+        return tuple(span for span in self.spans if span.stage == stage)
+
+
+def bubble_fraction(stages: int, micro_batches: int, chunks: int = 1) -> float:
+    """Idle over ideal time by formula: (p-1)/(v m). Source: Narayanan et al. 2021, section 2.2."""
+    return (stages - 1) / (chunks * micro_batches)
+
+
+def order(stage: int, stages: int, micro_batches: int, chunks: int = 1) -> tuple[Work, ...]:
+    """What ``stage`` runs, in order: some forward passes to warm up, then one forward and one backward in turn, then the rest.
+
+    Source: get_pp_rank_microbatches and get_schedule_table, with micro-batches in groups of ``stages`` as by default.
+
+    Raises:
+        UserError: the interleaved schedule has no such order.
+    """
+    _check(stages, micro_batches, chunks)
+    forward = [Work(b, c, "forward") for b, c in _table(stages, micro_batches, chunks)]
+    backward = [Work(b, chunks - 1 - c, "backward") for b, c in _table(stages, micro_batches, chunks)]
+    after = stages - 1 - stage
+    warm_up = min(after if chunks == 1 else 2 * after + (chunks - 1) * stages, len(forward))
+    steady = [work for pair in zip(forward[warm_up:], backward, strict=False) for work in pair]
+    return (*forward[:warm_up], *steady, *backward[len(forward) - warm_up:])
+
+
+def simulate(micro_batches: int, times: Times, chunks: int = 1) -> Timeline:
+    """Run the schedule: every pass starts as soon as its stage is free and its input is there.
+
+    Raises:
+        UserError: the interleaved schedule has no order for these sizes.
+    """
+    stages = len(times.forward)
+    queues = [list(reversed(order(stage, stages, micro_batches, chunks))) for stage in range(stages)]
+    free, done, spans = [0.0] * stages, {}, []
+    while any(queues):
+        before = len(spans)
+        for stage, queue in enumerate(queues):
+            while queue:
+                work = queue[-1]
+                source = _input(stage, work, stages, chunks)
+                if source is not None and source not in done:
+                    break
+                queue.pop()
+                whole = (times.forward if work.kind == "forward" else times.backward)[stage]
+                start = max(free[stage], done.get(source, 0.0))
+                free[stage] = done[stage, work] = start + whole / chunks
+                spans.append(Span(stage, work, start, free[stage]))
+        assert len(spans) > before, "the schedule waits for itself"
+    return Timeline(stages, chunks, micro_batches, tuple(sorted(spans, key=lambda span: (span.stage, span.start))))
+
+
+def _table(stages: int, micro_batches: int, chunks: int) -> Sequence[tuple[int, int]]:
+    """(micro-batch, chunk) of each forward pass: a group of ``stages`` micro-batches through every chunk, then the next group."""
+    if chunks == 1:
+        return [(b, 0) for b in range(micro_batches)]
+    return [(b, c) for first in range(0, micro_batches, stages) for c in range(chunks)
+            for b in range(first, min(first + stages, micro_batches))]
+
+
+def _input(stage: int, work: Work, stages: int, chunks: int) -> tuple[int, Work] | None:
+    """The stage and pass whose result ``work`` on ``stage`` needs, or None where it needs no other."""
+    micro_batch, chunk, kind = work
+    if kind == "forward":
+        if stage > 0:
+            return stage - 1, work
+        return (stages - 1, Work(micro_batch, chunk - 1, kind)) if chunk > 0 else None
+    if stage < stages - 1:
+        return stage + 1, work
+    if chunk < chunks - 1:
+        return 0, Work(micro_batch, chunk + 1, kind)
+    return stage, Work(micro_batch, chunk, "forward")
+
+
+def _check(stages: int, micro_batches: int, chunks: int) -> None:
+    if chunks == 1:
+        return
+    if stages == 1:
+        raise UserError(f"vpp = {chunks} interleaves pipeline stages, but pp = 1; set pp > 1 or vpp = 1")
+    if micro_batches % stages:
+        raise UserError(f"micro-batches m = {micro_batches} must divide by pp = {stages} when vpp > 1; "
+                        f"try m = {-(-micro_batches // stages) * stages}, or vpp = 1")
