@@ -1,6 +1,6 @@
 # Generated from experiments/*.yaml and harness/overrides.py by `make targets`; a test keeps it fresh.
 # Every target is spelled out, one a line, because zsh completes from this text and bash from make's database.
-SETTINGS := STEPS GPUS DP TP SP PP VPP CP EP ETP MBS GBS SEQ RECOMPUTE SHARDING NODES DATA SPLIT CARD ARGS DEVICE DRY_RUN GPUS_IDS OUTDIR NODE_RANK RENDEZVOUS SLURM PARTITION ACCOUNT TIME HANG PACK FORCE
+SETTINGS := STEPS GPUS DP TP SP PP VPP CP EP ETP MBS GBS SEQ RECOMPUTE SHARDING NODES DATA SPLIT CARD PROFILE ARGS DEVICE DRY_RUN GPUS_IDS OUTDIR NODE_RANK RENDEZVOUS SLURM PARTITION ACCOUNT TIME HANG PACK FORCE
 ##@ What is run:  make 101 KEY=VALUE …
 #STEPS=20 ## training steps (published: 100; CPU default: 20)
 #GPUS=4 ## GPUs in all; data parallelism follows: dp = GPUS / (tp x pp x cp)
@@ -21,6 +21,7 @@ SETTINGS := STEPS GPUS DP TP SP PP VPP CP EP ETP MBS GBS SEQ RECOMPUTE SHARDING 
 #DATA=mock ## mock, a prepared data set (make data-list), or a blend: DATA="a:0.7 b:0.3"
 #SPLIT=949,50,1 ## shares of the data for training, validation and test
 #CARD=h100-80gb ## behave as a smaller card: cap the memory as on that GPU
+#PROFILE=1 ## trace steps 8-9, or PROFILE=8-10: where does the time of a step go? (make profile)
 #ARGS="--lr 1e-4" ## more of upstream's own arguments (make arguments)
 ##@ How and where it is launched
 #DEVICE=cpu ## cpu (a miniature) or cuda; found by itself

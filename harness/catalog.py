@@ -93,6 +93,7 @@ class Experiment(_Frozen):
     split: Annotated[str, Field(pattern=r"^\d+(\.\d+)?(,\d+(\.\d+)?){0,2}$")] = "949,50,1"
     published_data: str | None = "openwebtext-10k"
     card: str | None = None
+    profile: tuple[Count, Count] | None = None
     miniature: bool = False
     overrides: dict[str, str] = {}
     extra_args: tuple[str, ...] = ()
@@ -120,6 +121,11 @@ class Experiment(_Frozen):
     def num_microbatches(self) -> int:
         """Micro-batches a rank runs in one step: gbs / (mbs x dp)."""
         return self.global_batch_size // (self.micro_batch_size * self.dp)
+
+    @property
+    def disturbed_steps(self) -> range:
+        """The steps whose times a trace of the steps ``profile`` distorts: its warm-up, they themselves, its writing."""
+        return range(self.profile[0] - 1, self.profile[1] + 2) if self.profile else range(0)
 
     @property
     def label(self) -> str:

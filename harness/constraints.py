@@ -71,6 +71,10 @@ def _violations(e: Experiment) -> Iterator[str]:
                f"{_try('nodes', _divisors(ranks), e.nodes)}")
     if e.sharding == "torch_fsdp2" and (e.pp > 1 or e.ep > 1):
         yield f"torch FSDP2 works with neither pipeline nor expert parallelism (pp = {e.pp}, ep = {e.ep})"
+    if e.profile and not 2 <= e.profile[0] <= e.profile[1] <= e.steps:
+        first, last = e.profile
+        yield (f"PROFILE={first}-{last}: a trace goes from one step to a later one, between 2 and the last step, {e.steps}; "
+               f"try PROFILE={max(e.steps - 1, 2)}-{max(e.steps, 2)}, or STEPS={max(first, last)}")
 
 
 def _expert_violations(e: Experiment, ranks: int) -> Iterator[str]:

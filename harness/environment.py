@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from harness.catalog import Experiment
 from harness.flags import Device
+from harness.rundir import PROFILE_VARIABLE
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ def variables(e: Experiment, device: Device, *, memory_fraction: float | None = 
         memory_fraction: share of the GPU's memory that PyTorch may allocate, where ``e.card`` emulates a smaller card.
     """
     found = _cpu(e) if device == "cpu" else _cuda(e, memory_fraction)
+    if e.profile:
+        found.append(Variable(PROFILE_VARIABLE, "-".join(map(str, e.profile)), "the steps of which a trace is kept"))
     if e.data != "mock":
         found.append(Variable("HF_HUB_OFFLINE", "1", "the tokenizer lies beside the data; nothing is fetched"))
     return found

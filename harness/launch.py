@@ -302,7 +302,7 @@ class Run:
             least_free_share=self._least_free_share,
         )
         found = outcome.classify(evidence, e)
-        window = [m for m in metrics if m.step >= e.window_first_step]
+        window = [m for m in metrics if m.step >= e.window_first_step and m.step not in e.disturbed_steps]
         tflops = _median(m.tflops for m in window)
         return Result(
             status=found.status,
@@ -316,6 +316,8 @@ class Run:
             steps_done=metrics[-1].step if metrics else 0,
             window=(window[0].step, window[-1].step) if window else None,
             step_ms=spread([m.step_ms for m in window]),
+            forward_backward_ms=_median(m.forward_backward_ms for m in window),
+            optimizer_ms=_median(m.optimizer_ms for m in window),
             tflops=tflops,
             tokens_per_s=_median(m.tokens_per_s for m in window),
             mfu=mfu(tflops, self._peak_tflops) if tflops and self._peak_tflops else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ EXPERIMENT_SETTINGS = (
     Setting("DATA", "mock", 'mock, a prepared data set (make data-list), or a blend: DATA="a:0.7 b:0.3"'),
     Setting("SPLIT", "949,50,1", "shares of the data for training, validation and test"),
     Setting("CARD", "h100-80gb", "behave as a smaller card: cap the memory as on that GPU"),
+    Setting("PROFILE", "1", "trace steps 8-9, or PROFILE=8-10: where does the time of a step go? (make profile)"),
     Setting("ARGS", '"--lr 1e-4"', "more of upstream's own arguments (make arguments)"),
 )
 """Settings that change the experiment itself, and therefore its label."""
@@ -67,6 +69,8 @@ _COUNTS = {
     "STEPS": "steps", "DP": "dp", "TP": "tp", "PP": "pp", "VPP": "vpp", "CP": "cp", "EP": "ep", "ETP": "etp",
     "MBS": "micro_batch_size", "GBS": "global_batch_size", "SEQ": "seq_length", "NODES": "nodes",
 }
+PROFILED_STEPS = (8, 9)
+"""What PROFILE=1 traces: compilation, tuning and the allocator's growth are over by then."""
 _CHOICES = {"RECOMPUTE": "recompute", "SHARDING": "sharding"}
 _TEXTS = {"DATA": "data", "SPLIT": "split"}
 
@@ -129,6 +133,8 @@ def apply(experiment: Experiment, settings: Mapping[str, str]) -> Experiment:
         if find_gpu(given["CARD"]) is None:
             raise UserError(f"CARD={given['CARD']}: unknown GPU; {nearest(given['CARD'], known_gpus())}")
         changes["card"] = given["CARD"]
+    if "PROFILE" in given:
+        changes["profile"] = _profiled_steps(given["PROFILE"])
     if "ARGS" in given:
         try:
             changes["extra_args"] = tuple(shlex.split(given["ARGS"]))
@@ -148,8 +154,18 @@ def apply(experiment: Experiment, settings: Mapping[str, str]) -> Experiment:
 
 
 def _field_of(key: str) -> str:
-    special = {"GPUS": "dp", "SP": "sequence_parallel", "CARD": "card", "ARGS": "extra_args"}
+    special = {"GPUS": "dp", "SP": "sequence_parallel", "CARD": "card", "ARGS": "extra_args",
+               "PROFILE": "profile"}
     return (_COUNTS | _CHOICES | _TEXTS | special)[key]
+
+
+def _profiled_steps(value: str) -> tuple[int, int] | None:
+    if value in ("0", "1"):
+        return PROFILED_STEPS if value == "1" else None
+    steps = re.fullmatch(r"(\d+)-(\d+)", value, re.ASCII)
+    if not steps:
+        raise UserError(f"PROFILE={value}: expected 1, or the first and the last step to trace, such as 8-10")
+    return int(steps[1]), int(steps[2])
 
 
 def _data_parallel_size(experiment: Experiment, changes: Mapping[str, object], gpus: int) -> int:

@@ -6,6 +6,7 @@ environment.json   versions, GPU, driver, git commit, upstream commit, host
 logs.txt           everything that the ranks and torchrun printed
 metrics.jsonl      one line a step          validation.jsonl   one line an evaluation
 ranks/             <rank>.json (memory, coordinates), <rank>.error.json, <rank>.stacks.txt
+traces/            <rank>.json.gz: Kineto traces of a profiled run; profile.json: what they say
 gpus.jsonl         NVML samples
 running.json       who runs it; without result.json and with a dead process: killed
 result.json        written last
@@ -41,6 +42,9 @@ State = Status | Literal["running"]
 RUN_DIR_VARIABLE = "HARNESS_RUN_DIR"
 """Environment variable that tells the ranks where to write, and marks every process of a run."""
 
+PROFILE_VARIABLE = "HARNESS_PROFILE"
+"""Environment variable that tells the ranks which steps to trace: ``8-9``."""
+
 LEAST_FREE_MIB = 200
 QUIET_ELSEWHERE_S = 600
 """A run of another host whose files have not changed for this long is taken for dead."""
@@ -51,12 +55,17 @@ class _Record(BaseModel):
 
 
 class StepMetrics(_Record):
-    """One line of metrics.jsonl. ``tflops``: TFLOP/s per GPU, upstream's count; ``time``: Unix seconds."""
+    """One line of metrics.jsonl. ``tflops``: TFLOP/s per GPU, upstream's count; ``time``: Unix seconds.
+
+    ``forward_backward_ms`` and ``optimizer_ms`` are of the rank that writes, the last one; see harness/entry/phases.py.
+    """
 
     step: int
     loss: float | None = None
     grad_norm: float | None = None
     step_ms: float
+    forward_backward_ms: float | None = None
+    optimizer_ms: float | None = None
     tflops: float | None = None
     tokens_per_s: float | None = None
     learning_rate: float | None = None
@@ -76,7 +85,11 @@ class Validation(_Record):
 
 
 class Rank(_Record):
-    """ranks/<rank>.json: where a rank runs and its memory peaks so far, in GiB."""
+    """ranks/<rank>.json: where a rank runs, its memory peaks so far in GiB, and where its time went.
+
+    ``forward_backward_ms`` and ``optimizer_ms`` are medians over its steps so far but the first few; ``gc_ms`` is the time
+    of Python's full garbage collections by the step in which they happened.
+    """
 
     rank: int
     local_rank: int
@@ -88,6 +101,9 @@ class Rank(_Record):
     reserved_peak_gib: float | None = None
     nvml_used_gib: float | None = None
     rss_peak_gib: float | None = None
+    forward_backward_ms: float | None = None
+    optimizer_ms: float | None = None
+    gc_ms: dict[int, float] = {}
     step: int = 0
 
 
@@ -145,7 +161,7 @@ class Upstream(_Record):
 
 
 class Result(_Record):
-    """result.json. ``tflops``, ``tokens_per_s`` and ``mfu`` are medians over the steps in ``window``."""
+    """result.json. ``forward_backward_ms`` to ``mfu`` are medians over the steps in ``window``."""
 
     status: Status
     detail: str | None = None
@@ -158,6 +174,8 @@ class Result(_Record):
     steps_done: int
     window: tuple[int, int] | None = None
     step_ms: Spread | None = None
+    forward_backward_ms: float | None = None
+    optimizer_ms: float | None = None
     tflops: float | None = None
     tokens_per_s: float | None = None
     mfu: float | None = None
@@ -214,6 +232,14 @@ class RunDir:
     @property
     def ranks(self) -> Path:
         return self.path / "ranks"
+
+    @property
+    def traces(self) -> Path:
+        return self.path / "traces"
+
+    @property
+    def profile(self) -> Path:
+        return self.path / "profile.json"
 
     @property
     def gpus(self) -> Path:

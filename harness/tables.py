@@ -47,6 +47,8 @@ VALUES: dict[str, Callable[[Row], Any]] = {
     "step_ms_stdev": lambda row: row.step and row.step.stdev,
     "step_ms_min": lambda row: row.step and row.step.min,
     "step_ms_max": lambda row: row.step and row.step.max,
+    "forward_backward_ms": lambda row: row.result and row.result.forward_backward_ms,
+    "optimizer_ms": lambda row: row.result and row.result.optimizer_ms,
     "published_step_ms": lambda row: row.reference and row.reference.step_ms,
     "step_ratio": lambda row: row.step_ratio,
     "memory_gib": lambda row: row.memory_gib.nvml,
