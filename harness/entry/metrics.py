@@ -2,12 +2,14 @@
 
 ``training_log`` and its neighbours in upstream's training module are wrapped. Nothing is measured or synchronised a
 second time: a step's time is what upstream's interval timer answered, its FLOPs are what upstream's count answered.
+Only its phases have marks of their own, see ``phases``.
 """
 
 import math
 import time
 from types import ModuleType
 
+from harness.entry.phases import PhaseClock, wrap_phases
 from harness.entry.report import RankReport
 from harness.rundir import StepMetrics, Validation
 
@@ -55,7 +57,9 @@ class StepClock:
 
 def _log_steps(training: ModuleType, report: RankReport) -> None:
     log, count = training.training_log, training.num_floating_point_operations
-    clock = StepClock()
+    clock, phases = StepClock(), PhaseClock()
+    wrap_phases(training, phases.around, phases.begin_step)
+    report.phase_medians_ms = phases.medians_ms
     flops = 0.0
     lines = report.run_dir.metrics.open("a", buffering=1) if report.is_last else None
 
@@ -67,8 +71,9 @@ def _log_steps(training: ModuleType, report: RankReport) -> None:
     def training_log(losses, totals, learning_rate, step, loss_scale, memory, skipped, grad_norm, *args, **kwargs):
         clock.listen(training.get_timers()("interval-time"))
         result = log(losses, totals, learning_rate, step, loss_scale, memory, skipped, grad_norm, *args, **kwargs)
-        report.after_step(step)
         step_s = clock.answer_s
+        phases_ms = phases.read_ms() if step_s else {}
+        report.after_step(step)
         if lines and step_s:
             args = training.get_args()
             loss = losses[LOSS].item()
@@ -78,6 +83,8 @@ def _log_steps(training: ModuleType, report: RankReport) -> None:
                 loss=loss,
                 grad_norm=None if grad_norm is None else float(grad_norm),
                 step_ms=step_s * 1e3,
+                forward_backward_ms=phases_ms.get("forward_backward"),
+                optimizer_ms=phases_ms.get("optimizer"),
                 tflops=flops / step_s / 1e12 / args.world_size,
                 tokens_per_s=samples * args.seq_length / step_s,
                 learning_rate=learning_rate,

@@ -8,7 +8,7 @@ import runpy
 import sys
 from typing import NoReturn
 
-from harness.entry import failures, helpers, metrics, upstream
+from harness.entry import failures, helpers, metrics, profiler, upstream
 from harness.entry.report import report_of_this_run
 from harness.entry.upstream import Upstream
 
@@ -58,6 +58,7 @@ def run(found: Upstream | None = None) -> NoReturn:
         found = found or prepare()
         if report:
             metrics.install(report)
+            profiler.install(report)
         _train(found)
         if report:
             report.finished()

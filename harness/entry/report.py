@@ -1,6 +1,7 @@
 """What a rank tells about itself while it runs: where it is, how much memory it took, how it failed, where it hangs."""
 
 import faulthandler
+import gc
 import os
 import resource
 import signal
@@ -8,6 +9,7 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -27,14 +29,18 @@ class RankReport:
         self.rank = int(os.environ.get("RANK", 0))
         self.is_last = self.rank == int(os.environ.get("WORLD_SIZE", 1)) - 1
         self.step = 0
+        self.phase_medians_ms: Callable[[], dict[str, float]] = dict
+        self._gc_ms: dict[int, float] = {}
+        self._gc_began_s = 0.0
         self._written_s = 0.0
         self._gpu = None
         run_dir.ranks.mkdir(parents=True, exist_ok=True)
 
     def start(self) -> None:
-        """Report this process, and from now on its stacks on SIGUSR1 or a crash."""
+        """Report this process, and from now on its full garbage collections, and its stacks on SIGUSR1 or a crash."""
         faulthandler.enable()
         faulthandler.register(signal.SIGUSR1, self._file("stacks.txt").open("a"))
+        gc.callbacks.append(self._heard_of_garbage)
         self.write()
 
     def after_step(self, step: int) -> None:
@@ -53,6 +59,8 @@ class RankReport:
             host=socket.gethostname(),
             coordinates=_coordinates(),
             rss_peak_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB,
+            gc_ms=self._gc_ms,
+            **{f"{phase}_ms": ms for phase, ms in self.phase_medians_ms().items()},
             step=self.step,
             **self._gpu_memory(),
         )
@@ -77,6 +85,16 @@ class RankReport:
         stacks = self._file("stacks.txt")
         if not stacks.stat().st_size:
             stacks.unlink()
+
+    def _heard_of_garbage(self, moment: str, collection: dict) -> None:
+        """Count the time of a collection of all generations to the step in which it happens (see ``gc.callbacks``)."""
+        if collection["generation"] < 2:
+            return
+        if moment == "start":
+            self._gc_began_s = time.perf_counter()
+        else:
+            took_ms = (time.perf_counter() - self._gc_began_s) * 1e3
+            self._gc_ms[self.step + 1] = self._gc_ms.get(self.step + 1, 0.0) + took_ms
 
     def _file(self, suffix: str) -> Path:
         return self.run_dir.ranks / f"{self.rank}.{suffix}"

@@ -1,0 +1,2 @@
+RANGE = "harness: "
+STEP = RANGE + "step "
