@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import textwrap
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING
 
 from harness import gpus, outcome, processes, rundir
 from harness.errors import UserError, nearest
+from harness.measured import measure
 from harness.meeting import SHARED_S, run_directory
 from harness.processes import LAUNCHER_VARIABLE, Signals
 from harness.provenance import describe_environment
-from harness.rundir import RUN_DIR_VARIABLE, Losses, MemoryGib, Result, RunDir, Spread, StepMetrics, Upstream
+from harness.rundir import RUN_DIR_VARIABLE, MemoryGib, Result, RunDir, StepMetrics, Upstream
 from harness.terminal import Progress, Terminal, open_terminal, phase_of, summary
 
 if TYPE_CHECKING:
@@ -288,8 +289,6 @@ class Run:
         return True
 
     def _result(self) -> Result:
-        from harness.flops import mfu
-
         e, metrics, code = self.plan.experiment, self._metrics, self._process.returncode
         evidence = outcome.Evidence(
             exit_code=code,
@@ -302,8 +301,6 @@ class Run:
             least_free_share=self._least_free_share,
         )
         found = outcome.classify(evidence, e)
-        window = [m for m in metrics if m.step >= e.window_first_step and m.step not in e.disturbed_steps]
-        tflops = _median(m.tflops for m in window)
         return Result(
             status=found.status,
             detail=found.detail or (None if metrics else "the last rank's node has the steps of this run"),
@@ -313,17 +310,8 @@ class Run:
             started=self._started,
             finished=time.time(),
             steps=e.steps,
-            steps_done=metrics[-1].step if metrics else 0,
-            window=(window[0].step, window[-1].step) if window else None,
-            step_ms=spread([m.step_ms for m in window]),
-            forward_backward_ms=_median(m.forward_backward_ms for m in window),
-            optimizer_ms=_median(m.optimizer_ms for m in window),
-            tflops=tflops,
-            tokens_per_s=_median(m.tokens_per_s for m in window),
-            mfu=mfu(tflops, self._peak_tflops) if tflops and self._peak_tflops else None,
             peak_tflops=self._peak_tflops,
             memory_gib=self._memory(),
-            loss=Losses(first=metrics[0].loss, last=metrics[-1].loss) if metrics else Losses(),
             data=e.data,
             device=self.plan.device,
             gpu=self._environment["gpu"],
@@ -331,6 +319,7 @@ class Run:
             packed_with=tuple(sorted(self.packed_with)),
             miniature=e.miniature,
             upstream=Upstream.model_validate(self._environment["upstream"]),
+            **measure(e, metrics, self._peak_tflops),
         )
 
     def _memory(self) -> MemoryGib:
@@ -392,15 +381,6 @@ def opening(plan: Plan, directory: RunDir) -> str:
     return "\n".join(textwrap.fill(text, WIDTH, subsequent_indent="  ") for text in paragraphs)
 
 
-def spread(values: Sequence[float]) -> Spread | None:
-    """Median, mean, standard deviation (of a sample) and extremes of ``values``; None of nothing."""
-    if not values:
-        return None
-    stdev = statistics.stdev(values) if len(values) > 1 else 0.0
-    middle = {"median": statistics.median(values), "mean": statistics.fmean(values)}
-    return Spread(**middle, stdev=stdev, min=min(values), max=max(values), n=len(values))
-
-
 def stop(outdir: Path, label: str | None = None) -> int:
     """End every run of this machine in ``outdir``, orphans of dead launchers included, or the one called ``label``.
 
@@ -460,11 +440,6 @@ def _launcher(directory: RunDir) -> psutil.Process | None:
     if running and running.host == socket.gethostname() and rundir.started_before(running.pid, running.started):
         return psutil.Process(running.pid)
     return None
-
-
-def _median(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.median(known) if known else None
 
 
 def _most(values: Iterable[float | None]) -> float | None:

@@ -9,7 +9,7 @@ import pytest
 from harness import ROOT, docs
 from harness.catalog import load_catalog
 from harness.errors import UserError
-from harness.launch import spread
+from harness.measured import spread
 from harness.records import record
 from harness.results import collect, load_references
 from harness.rundir import Result, RunDir, StepMetrics, write_json
