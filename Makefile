@@ -13,7 +13,7 @@ WORDS = $(foreach key,$(SETTINGS) $(MORE),$(if $(value $(key)),'$(key)=$(subst '
 
 include experiments/targets.mk
 
-.PHONY: help list table compare doctor arguments monitor-gpu stop parity record docs targets clean clean-all
+.PHONY: help list table compare doctor arguments monitor-gpu stop parity record plots docs targets clean clean-all
 .PHONY: data-list data-prepare data-clean data-inspect data-check
 .PHONY: setup setup-gpu docker-build docker-run test test-quick test-full lint
 
@@ -48,6 +48,8 @@ table: ## every run beside its published row   [CHAPTER=100] [FORMAT=terminal|ma
 compare: MORE = A B FORMAT
 compare: ## two runs side by side                A=… B=… (labels or ids)
 	@$(HARNESS) compare $(WORDS)
+plots: ## memory, step time, scaling, timelines and losses as SVG in outdir/plots
+	@$(HARNESS) plots $(WORDS)
 record: MORE = RUN
 record: ## keep a run in experiments/records      RUN=label
 	@$(HARNESS) record $(WORDS)
@@ -87,7 +89,7 @@ lint: ## ruff and shellcheck
 	@if command -v shellcheck >/dev/null; then shellcheck scripts/*.sh docker/*.sh .ci/run; fi
 targets: ## write experiments/targets.mk anew from the catalogue
 	@$(HARNESS) targets
-docs: ## write the tables of README.md anew from the records
+docs: ## write the tables of README.md and the pictures of docs/ anew from the records
 	@$(HARNESS) docs
 clean: ## remove failed and unfinished runs from outdir
 	@$(HARNESS) clean $(WORDS)

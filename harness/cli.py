@@ -201,10 +201,21 @@ def _clean(words: list[str]) -> int:
     return clean(_outdir(settings), everything=settings.get("ALL") == "1")
 
 
-def _docs(words: list[str]) -> int:
-    from harness import docs
+def _plots(words: list[str]) -> int:
+    from harness import plots
 
-    changed = docs.write(RECORDS)
+    folder = _outdir(settings := overrides.parse(words)) / "plots"
+    drawn, warnings = plots.pictures(_outdir(settings), RECORDS)
+    print(*warnings, sep="\n", end="\n" * bool(warnings), file=sys.stderr)
+    plots.write(folder, drawn)
+    print(f"{len(drawn)} pictures in {folder}: {', '.join(drawn)}")
+    return 0
+
+
+def _docs(words: list[str]) -> int:
+    from harness import docs, plots
+
+    changed = docs.write(RECORDS) + plots.write_docs(RECORDS)
     names = ", ".join(str(path.relative_to(ROOT)) for path in changed)
     print(f"written: {names}" if names else "every page is up to date")
     return 0
@@ -230,7 +241,7 @@ def _data(words: list[str]) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "run": _run, "show": _show, "chapter": _chapter, "list": _list, "table": _table, "compare": _compare,
     "doctor": _doctor, "arguments": _arguments, "parity": _parity, "monitor-gpu": _monitor_gpu, "stop": _stop,
-    "record": _record, "data": _data, "clean": _clean, "docs": _docs, "targets": _targets,
+    "record": _record, "plots": _plots, "data": _data, "clean": _clean, "docs": _docs, "targets": _targets,
 }
 
 

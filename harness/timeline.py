@@ -1,7 +1,7 @@
 """When each pipeline stage computes what: 1F1B and interleaved schedules, simulated from the times of one stage.
 
-The orders are those of upstream's megatron/core/pipeline_parallel/schedules.py (core_v0.19.0); sending costs no time here, so that
-what remains idle is the bubble of Narayanan et al. 2021 (arXiv 2104.04473), section 2.2.
+The orders are those of upstream's megatron/core/pipeline_parallel/schedules.py (core_v0.19.0). Sending costs no time
+here, so that idle time is the bubble of Narayanan et al. 2021 (arXiv 2104.04473), section 2.2.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def bubble_fraction(stages: int, micro_batches: int, chunks: int = 1) -> float:
 
 
 def order(stage: int, stages: int, micro_batches: int, chunks: int = 1) -> tuple[Work, ...]:
-    """What ``stage`` runs, in order: some forward passes to warm up, then one forward and one backward in turn, then the rest.
+    """What ``stage`` runs, in order: forward passes to warm up, then one forward and one backward in turn, then the rest.
 
     Source: get_pp_rank_microbatches and get_schedule_table, with micro-batches in groups of ``stages`` as by default.
 
@@ -126,7 +126,7 @@ def simulate(micro_batches: int, times: Times, chunks: int = 1) -> Timeline:
 
 
 def _table(stages: int, micro_batches: int, chunks: int) -> Sequence[tuple[int, int]]:
-    """(micro-batch, chunk) of each forward pass: a group of ``stages`` micro-batches through every chunk, then the next group."""
+    """(micro-batch, chunk) of each forward pass: ``stages`` micro-batches through every chunk, then the next as many."""
     if chunks == 1:
         return [(b, 0) for b in range(micro_batches)]
     return [(b, c) for first in range(0, micro_batches, stages) for c in range(chunks)
