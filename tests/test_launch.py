@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import gpus, launch, meeting, processes, rundir
+from harness import gpus, launch, measured, meeting, processes, rundir
 from harness.command import Place
 from harness.errors import UserError
 from harness.rundir import RunDir
@@ -82,7 +82,7 @@ def test_a_run_leaves_everything_that_a_run_directory_holds(tmp_path):
     assert directory.path == tmp_path / "101-tiny-dp2_cpu"
     assert (finished.exit_status, result.status, result.exit_code) == (0, "ok", 0)
     assert (result.steps, result.steps_done, result.window) == (8, 8, (6, 8))
-    assert result.step_ms == launch.spread([106, 107, 108]) and result.step_ms.median == 107
+    assert result.step_ms == measured.spread([106, 107, 108]) and result.step_ms.median == 107
     assert (result.tflops, result.tokens_per_s, result.mfu) == (2.0, 50.0, None)
     assert (result.memory_gib.allocated, result.memory_gib.reserved) == (2.0, 3.0), "of the fullest rank"
     assert result.loss.first == 9.9 and result.loss.last == pytest.approx(9.2)
@@ -336,5 +336,5 @@ def test_a_rendezvous_port_of_another_program_is_refused_with_a_free_one(tmp_pat
 
 
 def test_a_spread_of_one_value_has_no_deviation():
-    assert launch.spread([5.0]).model_dump() == {"median": 5, "mean": 5, "stdev": 0, "min": 5, "max": 5, "n": 1}
-    assert launch.spread([]) is None
+    assert measured.spread([5.0]).model_dump() == {"median": 5, "mean": 5, "stdev": 0, "min": 5, "max": 5, "n": 1}
+    assert measured.spread([]) is None
