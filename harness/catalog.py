@@ -24,6 +24,7 @@ SHARDING = {
     "no_shard": ("replicated", "every data-parallel rank holds all parameters, gradients and optimizer state"),
     "optim": ("ZeRO-2", "published as ZeRO-2; upstream's distributed optimizer shards the optimizer state (ZeRO-1 in "
                         "memory): gradients are reduce-scattered but held whole, parameters are replicated"),
+    "fsdp_optim": ("FSDP optim", "Megatron-FSDP optim: optimizer state is sharded (ZeRO-1)"),
     "fsdp_optim_grads": ("FSDP grads", "Megatron-FSDP optim_grads: optimizer state and gradients are sharded (ZeRO-2)"),
     "fsdp_optim_grads_params": ("FSDP", "Megatron-FSDP optim_grads_params: parameters are sharded too (ZeRO-3)"),
     "torch_fsdp2": ("FSDP2", "PyTorch's fully_shard: parameters, gradients and optimizer state are sharded (ZeRO-3)"),
@@ -35,6 +36,16 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, strict=True)
 
 
+class Yarn(_Frozen):
+    """How YaRN stretches rotary positions (Peng et al. 2023, arXiv:2309.00071), in upstream's terms."""
+
+    rotary_scaling_factor: Annotated[float, Field(gt=0)]
+    original_max_position_embeddings: Count
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    correction_range_round_to_int: bool = True
+
+
 class Model(_Frozen):
     """An architecture, in upstream's terms."""
 
@@ -44,16 +55,58 @@ class Model(_Frozen):
     num_attention_heads: Count
     ffn_hidden_size: Count | None = None
     num_query_groups: Count | None = None
+    kv_channels: Count | None = None
     vocab_size: Count = 50257
+    untie_embeddings: bool = False
     add_bias_linear: bool = True
+    normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
+    norm_epsilon: Annotated[float, Field(gt=0)] = 1e-5
+    activation: Literal["gelu", "swiglu", "clamped_quick_geglu"] = "gelu"
+    position_embedding: Literal["learned_absolute", "rope", "yarn"] = "learned_absolute"
+    rotary_base: Count = 10000
+    yarn: Yarn | None = None
+    qk_norm: Literal["none", "head", "projection"] = "none"
+    """``head``: Q and K are normalised head by head; ``projection``: over all heads together (harness/specs/)."""
+    attention_output_gate: bool = False
+    attention_sinks: bool = False
+    """A learned term per head in the softmax's denominator."""
+    window_size: Count | None = None
+    """Tokens that every other layer sees, the first layer being one of them: the token itself and those before it."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    init_method_std: Annotated[float, Field(gt=0)] = 0.006
     num_experts: Count | None = None
     moe_router_topk: Count | None = None
     moe_ffn_hidden_size: Count | None = None
+    moe_router_pre_softmax: bool = False
+    """Softmax over all experts before the choice, so that the chosen weights do not sum to 1."""
+    moe_aux_loss_coeff: Annotated[float, Field(ge=0)] | None = None
+    """Weight of the load-balancing loss; None: tokens are dealt out to the experts at random, for timing."""
+    moe_z_loss_coeff: Annotated[float, Field(ge=0)] | None = None
 
     @property
     def ffn(self) -> int:
         """Width of the dense MLP: ``ffn_hidden_size``, by default 4 x hidden_size as upstream."""
         return self.ffn_hidden_size or 4 * self.hidden_size
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head: ``kv_channels``, by default hidden_size / num_attention_heads as upstream."""
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def query_size(self) -> int:
+        """Width of all queries together."""
+        return self.num_attention_heads * self.head_size
+
+    @property
+    def key_size(self) -> int:
+        """Width of all keys together, which is that of the values."""
+        return (self.num_query_groups or self.num_attention_heads) * self.head_size
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP multiplies two projections of its input."""
+        return self.activation != "gelu"
 
     @property
     def moe_ffn(self) -> int:
@@ -82,9 +135,19 @@ class Experiment(_Frozen):
     micro_batch_size: Count = Field(alias="mbs")
     global_batch_size: Count = Field(alias="gbs")
     seq_length: Count = Field(alias="seq")
-    sharding: Literal["no_shard", "optim", "fsdp_optim_grads", "fsdp_optim_grads_params", "torch_fsdp2"] = "no_shard"
+    sharding: Literal[
+        "no_shard", "optim", "fsdp_optim", "fsdp_optim_grads", "fsdp_optim_grads_params", "torch_fsdp2"
+    ] = "no_shard"
     recompute: Literal["none", "full", "selective"] = "none"
-    precision: Literal["bf16", "fp32"] = "bf16"
+    recompute_modules: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    precision: Literal["bf16", "fp32", "fp8"] = "bf16"
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise"] | None = None
+    optimizer: Literal["adam", "muon"] = "adam"
+    optimizer_state: Literal["fp32", "bf16"] = "fp32"
+    """Precision of Adam's moments; bf16 keeps of the fp32 weights only what bf16 lacks, too."""
+    lr: Annotated[float, Field(gt=0)] | None = None
+    """Highest learning rate, decayed to a tenth over ``steps``; None: the published launchers' schedule."""
+    cross_entropy_fusion: bool = False
     attention_backend: Literal["auto", "flash", "fused", "unfused"] = "auto"
     steps: Count = 100
     eval_interval: Count = 50

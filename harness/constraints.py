@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
+from harness.hardware import find_gpu
+
 if TYPE_CHECKING:
     from harness.catalog import Experiment
 
@@ -24,7 +26,7 @@ def _violations(e: Experiment) -> Iterator[str]:
     m = e.model
     heads, layers, ranks = m.num_attention_heads, m.num_layers, e.tp * e.pp * e.cp * e.dp
 
-    if m.hidden_size % heads:
+    if not m.kv_channels and m.hidden_size % heads:
         yield f"hidden_size {m.hidden_size} must divide by num_attention_heads {heads}"
     if heads % e.tp:
         yield f"num_attention_heads {heads} must divide by tp = {e.tp}; {_try('tp', _divisors(heads), e.tp)}"
@@ -69,12 +71,65 @@ def _violations(e: Experiment) -> Iterator[str]:
     if ranks % e.nodes:
         yield (f"{ranks} GPUs (tp x pp x cp x dp = {e.tp} x {e.pp} x {e.cp} x {e.dp}) must divide by {e.nodes} nodes; "
                f"{_try('nodes', _divisors(ranks), e.nodes)}")
-    if e.sharding == "torch_fsdp2" and (e.pp > 1 or e.ep > 1):
-        yield f"torch FSDP2 works with neither pipeline nor expert parallelism (pp = {e.pp}, ep = {e.ep})"
+    yield from _model_violations(e)
+    yield from _precision_violations(e)
+    yield from _sharding_violations(e)
     if e.profile and not 2 <= e.profile[0] <= e.profile[1] <= e.steps:
         first, last = e.profile
         yield (f"PROFILE={first}-{last}: a trace goes from one step to a later one, between 2 and the last step, {e.steps}; "
                f"try PROFILE={max(e.steps - 1, 2)}-{max(e.steps, 2)}, or STEPS={max(first, last)}")
+
+
+def _model_violations(e: Experiment) -> Iterator[str]:
+    m = e.model
+    if (m.position_embedding == "yarn") != (m.yarn is not None):
+        yield f"position_embedding {m.position_embedding}, yarn {'given' if m.yarn else 'missing'}: set both or neither"
+    if m.position_embedding != "learned_absolute" and m.head_size % 2:
+        yield f"rotary positions turn pairs: the head size {m.head_size} must be even"
+    if m.qk_norm == "projection" and m.normalization != "RMSNorm":
+        yield "qk_norm projection is an RMS norm; set normalization: RMSNorm"
+    if m.qk_norm == "projection" and (m.num_query_groups or m.num_attention_heads) % e.tp:
+        yield (f"qk_norm projection needs whole key heads on every rank: num_query_groups {m.num_query_groups} must divide by "
+               f"tp = {e.tp}")
+    if e.cp > 1 and (m.window_size or m.attention_sinks) and e.cp_comm_type != "a2a":
+        yield f"windows and sinks work with context parallelism by all-to-all only: set cp_comm_type a2a, not {e.cp_comm_type}"
+
+
+def _precision_violations(e: Experiment) -> Iterator[str]:
+    if (e.precision == "fp8") != (e.fp8_recipe is not None):
+        yield (f"precision {e.precision}, fp8_recipe {e.fp8_recipe}: fp8, and nothing else, needs a recipe: delayed, "
+               "tensorwise or blockwise")
+    if e.precision == "fp8" and e.card and (gpu := find_gpu(e.card)) and gpu.fp8 is None:
+        yield f"precision fp8: {gpu.name} computes in no fp8 (Ada, Hopper and later do); leave CARD= out, or choose a bf16 row"
+    tokens = e.micro_batch_size * e.seq_length // e.cp // (e.tp if e.sequence_parallel else 1)
+    step = 128 if e.fp8_recipe == "blockwise" else 16
+    if e.precision == "fp8" and tokens % step:
+        yield (f"fp8 {e.fp8_recipe} multiplies in blocks of {step}: the tokens of a rank, mbs x seq / cp"
+               f"{' / tp' if e.sequence_parallel else ''} = {tokens}, must divide by {step}")
+    if e.optimizer_state == "bf16" and (e.sharding != "optim" or e.optimizer != "adam" or e.precision == "fp32"):
+        yield (f"optimizer_state bf16 is for Adam with sharding optim and weights in bf16, not for {e.optimizer} with "
+               f"{e.sharding} in {e.precision}")
+    if e.recompute_modules and e.recompute != "selective":
+        yield f"recompute_modules {', '.join(e.recompute_modules)} needs recompute: selective, not {e.recompute}"
+
+
+def _sharding_violations(e: Experiment) -> Iterator[str]:
+    fsdp = e.sharding not in ("no_shard", "optim")
+    if e.sharding == "torch_fsdp2" and (e.pp > 1 or e.ep > 1):
+        yield f"torch FSDP2 works with neither pipeline nor expert parallelism (pp = {e.pp}, ep = {e.ep})"
+    if fsdp and e.optimizer != "adam":
+        yield f"upstream's {e.optimizer} works with sharding no_shard or optim, not {e.sharding}"
+    if e.optimizer == "muon" and e.model.num_experts and e.model.add_bias_linear and e.sharding == "optim":
+        yield "upstream's sharded muon does not take experts with biases yet; set sharding: no_shard"
+
+
+def unsupported(e: Experiment, gpu_name: str) -> str | None:
+    """Why this GPU cannot run ``e``, or None; a GPU that harness/hardware.py does not know may."""
+    gpu = find_gpu(gpu_name)
+    if e.precision == "fp8" and gpu and gpu.fp8 is None:
+        return (f"{e.id} computes in fp8, which {gpu.name} does not (Ada, Hopper and later do)\n"
+                f"run a bf16 row: make list CHAPTER={e.chapter}")
+    return None
 
 
 def _expert_violations(e: Experiment, ranks: int) -> Iterator[str]:
@@ -87,6 +142,8 @@ def _expert_violations(e: Experiment, ranks: int) -> Iterator[str]:
         yield f"experts {m.num_experts} must divide by ep = {e.ep}; {_try('ep', _divisors(m.num_experts), e.ep)}"
     if m.moe_ffn % e.etp:
         yield f"moe_ffn_hidden_size {m.moe_ffn} must divide by etp = {e.etp}"
+    if m.add_bias_linear and e.etp > 1:
+        yield f"etp = {e.etp} splits experts, which upstream does for experts without biases only; set etp = 1"
     if m.moe_router_topk > m.num_experts:
         yield f"moe_router_topk {m.moe_router_topk} is more than the {m.num_experts} experts there are"
     stage = ranks // e.pp

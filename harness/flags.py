@@ -5,16 +5,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 from harness.catalog import Experiment
 from harness.data import prepared
+from harness.flops import padded_vocab_size
 
 Device = Literal["cpu", "cuda"]
 
 # As in every published script of github.com/vuiseng9/megatron-tutorials.
-_OPTIMIZER = ("--lr 6.0e-5 --min-lr 6.0e-6 --lr-decay-style cosine --lr-decay-iters 430000 --lr-warmup-fraction .001",
-              "--weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.95 --clip-grad 1.0 --init-method-std 0.006")
+_SCHEDULE = "--lr 6.0e-5 --min-lr 6.0e-6 --lr-decay-style cosine --lr-decay-iters 430000 --lr-warmup-fraction .001"
+_OPTIMIZER = "--weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.95 --clip-grad 1.0"
 EVAL_ITERS = 10
 _LOGGING = f"--log-interval 1 --log-throughput --eval-iters {EVAL_ITERS}"
 
@@ -23,13 +25,13 @@ _WITHOUT_CUDA = ("--transformer-impl local --distributed-backend gloo --use-cpu-
                  "--no-persist-layer-norm --no-masked-softmax-fusion --no-rope-fusion",
                  "--no-bias-dropout-fusion --no-bias-gelu-fusion --no-bias-swiglu-fusion")
 
+_FSDP = ("--use-distributed-optimizer --ckpt-format fsdp_dtensor", "--init-model-with-meta-device")
 _SHARDING = {
     "no_shard": (),
     "optim": ("--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",),
-    "fsdp_optim_grads": ("--use-megatron-fsdp --data-parallel-sharding-strategy optim_grads",
-                         "--use-distributed-optimizer --ckpt-format fsdp_dtensor --init-model-with-meta-device"),
-    "fsdp_optim_grads_params": ("--use-megatron-fsdp --data-parallel-sharding-strategy optim_grads_params",
-                                "--use-distributed-optimizer --ckpt-format fsdp_dtensor --init-model-with-meta-device"),
+    "fsdp_optim": ("--use-megatron-fsdp --data-parallel-sharding-strategy optim", *_FSDP),
+    "fsdp_optim_grads": ("--use-megatron-fsdp --data-parallel-sharding-strategy optim_grads", *_FSDP),
+    "fsdp_optim_grads_params": ("--use-megatron-fsdp --data-parallel-sharding-strategy optim_grads_params", *_FSDP),
     "torch_fsdp2": ("--use-torch-fsdp2 --ckpt-format torch_dist --untie-embeddings-and-output-weights",),
 }
 _RECOMPUTE = {
@@ -37,7 +39,31 @@ _RECOMPUTE = {
     "full": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
     "selective": "--recompute-granularity selective",
 }
-_PRECISION = {"bf16": "--bf16", "fp32": ""}
+_PRECISION = {"bf16": "--bf16", "fp32": "", "fp8": "--bf16"}
+_FP8 = {
+    # delayed: the largest of the last 1,024 steps, Transformer Engine's default; blockwise: 1x128 and 128x128, as DeepSeek-V3
+    "delayed": "--fp8-format hybrid --fp8-recipe delayed --fp8-amax-history-len 1024 --fp8-amax-compute-algo max",
+    "tensorwise": "--fp8-format hybrid --fp8-recipe tensorwise",
+    "blockwise": "--fp8-format e4m3 --fp8-recipe blockwise",
+}
+_OPTIMIZERS = {"adam": "", "muon": "--optimizer muon --muon-momentum 0.95 --muon-nesterov"}
+_OPTIMIZER_STATE = {"fp32": "", "bf16": "--use-precision-aware-optimizer --exp-avg-dtype bf16 --exp-avg-sq-dtype bf16"}
+_POSITIONS = {
+    "learned_absolute": "",
+    "rope": "--position-embedding-type rope --rotary-base {}",
+    "yarn": "--position-embedding-type yarn --rotary-base {}",
+}
+# quick-GeGLU as in GPT-OSS: (up + 1) x gate x sigmoid(1.702 gate), both clamped at 7
+_ACTIVATION = {
+    "gelu": "",
+    "swiglu": "--swiglu",
+    "clamped_quick_geglu": "--quick-geglu --glu-linear-offset 1.0 --activation-func-clamp-value 7.0",
+}
+_QK_NORM = {
+    "none": "",
+    "head": "--qk-layernorm",
+    "projection": "--qk-layernorm --spec harness.specs.projection_norm layer_spec",
+}
 
 
 def megatron_flags(e: Experiment, device: Device, *, apex: bool = False) -> list[list[str]]:
@@ -56,10 +82,11 @@ def megatron_flags(e: Experiment, device: Device, *, apex: bool = False) -> list
         _words(*_experts(e, cuda)),
         _words(*_parallel(e)),
         _words(*_SHARDING[e.sharding]),
-        _words(_RECOMPUTE[e.recompute]),
+        _words(_RECOMPUTE[e.recompute], *_recompute_modules(e)),
         _words(f"--micro-batch-size {e.micro_batch_size} --global-batch-size {e.global_batch_size}",
-               f"--train-iters {e.steps}", _PRECISION[e.precision]),
-        _words(*_OPTIMIZER),
+               f"--train-iters {e.steps}", *_precision(e)),
+        _words(_schedule(e), _OPTIMIZER, f"--init-method-std {e.model.init_method_std}"),
+        _words(_OPTIMIZERS[e.optimizer], _OPTIMIZER_STATE[e.optimizer_state]),
         [] if cuda else _words(*_WITHOUT_CUDA),
         [] if cuda and apex else ["--no-gradient-accumulation-fusion"],
         _data(e),
@@ -75,10 +102,56 @@ def _model(e: Experiment) -> tuple[str, ...]:
         f"--num-layers {m.num_layers} --hidden-size {m.hidden_size} --num-attention-heads {m.num_attention_heads}",
         *([f"--ffn-hidden-size {m.ffn_hidden_size}"] if m.ffn_hidden_size else []),
         *([f"--group-query-attention --num-query-groups {m.num_query_groups}"] if m.num_query_groups else []),
+        *([f"--kv-channels {m.kv_channels}"] if m.kv_channels else []),
         *([] if m.add_bias_linear else ["--disable-bias-linear"]),
+        *_published(e),
         f"--seq-length {e.seq_length} --max-position-embeddings {e.seq_length}",
         f"--attention-backend {e.attention_backend}",
     )
+
+
+def _published(e: Experiment) -> Iterator[str]:
+    """What a model has that GPT-2 has not."""
+    m = e.model
+    if m.normalization == "RMSNorm":
+        yield f"--normalization RMSNorm --norm-epsilon {m.norm_epsilon}"
+    yield _ACTIVATION[m.activation]
+    yield _POSITIONS[m.position_embedding].format(m.rotary_base)
+    if m.yarn:
+        y = m.yarn
+        yield f"--yarn-original-max-position-embeddings {y.original_max_position_embeddings}"
+        yield f"--rotary-scaling-factor {y.rotary_scaling_factor}"
+        yield f"--yarn-beta-fast {y.beta_fast} --yarn-beta-slow {y.beta_slow}"
+        yield "" if y.correction_range_round_to_int else "--no-yarn-correction-range-round-to-int"
+    yield _QK_NORM[m.qk_norm]
+    if m.untie_embeddings and e.sharding != "torch_fsdp2":
+        yield "--untie-embeddings-and-output-weights"
+    if m.attention_output_gate:
+        yield "--attention-output-gate"
+    if m.attention_sinks:
+        yield "--softmax-type learnable"
+    if m.window_size:
+        yield f"--window-size {m.window_size - 1},0 --window-attn-skip-freq 2"
+    if m.dropout != 0.1:
+        yield f"--attention-dropout {m.dropout} --hidden-dropout {m.dropout}"
+
+
+def _recompute_modules(e: Experiment) -> tuple[str, ...]:
+    return (f"--recompute-modules {' '.join(e.recompute_modules)}",) if e.recompute_modules else ()
+
+
+def _precision(e: Experiment) -> Iterator[str]:
+    yield _PRECISION[e.precision]
+    if e.fp8_recipe:
+        yield _FP8[e.fp8_recipe]
+    if e.cross_entropy_fusion:
+        yield "--cross-entropy-loss-fusion --cross-entropy-fusion-impl native"
+
+
+def _schedule(e: Experiment) -> str:
+    if e.lr is None:
+        return _SCHEDULE
+    return f"--lr {e.lr} --min-lr {e.lr / 10:g} --lr-decay-style cosine --lr-decay-iters {e.steps} --lr-warmup-fraction .05"
 
 
 def _parallel(e: Experiment) -> tuple[str, ...]:
@@ -99,8 +172,22 @@ def _experts(e: Experiment, cuda: bool) -> tuple[str, ...]:
         f"--expert-model-parallel-size {e.ep} --expert-tensor-parallel-size {e.etp} --moe-token-dispatcher-type alltoall",
         "--moe-grouped-gemm",
         *(["--moe-permute-fusion"] if cuda else []),
-        "--moe-router-force-load-balancing",
+        *(["--no-bias-dropout-fusion"] if cuda and m.add_bias_linear else []),
+        *_router(e),
     )
+
+
+def _router(e: Experiment) -> Iterator[str]:
+    m = e.model
+    if m.moe_router_pre_softmax:
+        yield "--moe-router-pre-softmax"
+    if m.moe_aux_loss_coeff is None:
+        yield "--moe-router-force-load-balancing"
+    else:
+        yield f"--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff {m.moe_aux_loss_coeff}"
+        yield "--moe-router-dtype fp32"
+    if m.moe_z_loss_coeff is not None:
+        yield f"--moe-z-loss-coeff {m.moe_z_loss_coeff}"
 
 
 def _data(e: Experiment) -> list[str]:
@@ -113,7 +200,17 @@ def _data(e: Experiment) -> list[str]:
         source += ["--tokenizer-type", first.tokenizer_type]
         source += ["--tokenizer-model", str(first.tokenizer_model)] if first.tokenizer_model else []
         source += ["--vocab-size", str(first.vocab_size)] if first.tokenizer_type == "NullTokenizer" else []
+        source += _whole_vocabulary(e, first.vocab_size)
     return [*source, "--split", e.split]
+
+
+def _whole_vocabulary(e: Experiment, vocab_size: int) -> list[str]:
+    """Keep the model's vocabulary where a data set's tokenizer has fewer tokens, by which upstream would shrink it.
+
+    With more tokens than the model has, the model grows.
+    """
+    padded = padded_vocab_size(e.model.vocab_size, e.tp)
+    return ["--make-vocab-size-divisible-by", str(padded // e.tp)] if padded_vocab_size(vocab_size, e.tp) < padded else []
 
 
 def _words(*parts: str) -> list[str]:

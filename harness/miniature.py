@@ -1,7 +1,8 @@
 """The CPU miniature of an experiment: the same parallel topology and schedule, a model small enough for a laptop.
 
 Kept: every parallel degree up to eight processes, virtual stages, heads (and so heads per rank), micro-batch size and
-count, sharding, recomputation, precision. Scaled: width, depth, sequence, vocabulary, experts and steps.
+count, sharding, recomputation, precision, and what an architecture is made of. Scaled: width, depth, sequence, windows,
+vocabulary, experts and steps. A CPU has neither fp8 nor Transformer Engine's optimizer, so bf16 and fp32 stand in for both.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from math import prod
 
 from harness.catalog import Experiment, Model
+from harness.data import prepared
 
 MOST_PROCESSES = 8
 HEAD_SIZE = 4
@@ -45,6 +47,9 @@ def miniature(experiment: Experiment, nodes: int = 1) -> Experiment:
         steps=experiment.steps if "STEPS" in experiment.overrides else STEPS,
         card=None,
         miniature=True,
+        precision="bf16" if experiment.precision == "fp8" else experiment.precision,
+        fp8_recipe=None,
+        optimizer_state="fp32",
     )
 
 
@@ -57,6 +62,9 @@ def describe(full: Experiment, small: Experiment) -> str:
         ("sequence", full.seq_length, small.seq_length),
         ("vocabulary", full.model.vocab_size, small.model.vocab_size),
         ("experts", full.model.num_experts, small.model.num_experts),
+        ("window", full.model.window_size, small.model.window_size),
+        ("precision", full.precision, small.precision),
+        ("optimizer state", full.optimizer_state, small.optimizer_state),
     ]
     return "CPU miniature, not comparable with a GPU run: " + ", ".join(
         f"{what} {before} -> {after}" for what, before, after in scaled if before != after
@@ -66,20 +74,30 @@ def describe(full: Experiment, small: Experiment) -> str:
 def _miniature_model(experiment: Experiment) -> Model:
     model = experiment.model
     stages = experiment.pp * experiment.vpp
-    return model.model_copy(
-        update={
-            "num_layers": stages if stages > 1 else LAYERS_WITHOUT_PIPELINE,
-            "hidden_size": model.num_attention_heads * HEAD_SIZE,
-            "ffn_hidden_size": 4 * model.num_attention_heads * HEAD_SIZE if model.ffn_hidden_size else None,
-            "vocab_size": VOCABULARY if experiment.data == "mock" else model.vocab_size,
-            **(
-                {
-                    "num_experts": model.num_experts // EXPERT_SCALE,
-                    "moe_router_topk": min(model.moe_router_topk or 1, MOST_TOPK),
-                    "moe_ffn_hidden_size": EXPERT_WIDTH,
-                }
-                if model.num_experts
-                else {}
-            ),
+    width = model.num_attention_heads * HEAD_SIZE
+    scaled: dict[str, object] = {
+        "num_layers": stages if stages > 1 else LAYERS_WITHOUT_PIPELINE,
+        "hidden_size": width,
+        "ffn_hidden_size": 4 * width if model.ffn_hidden_size else None,
+        "vocab_size": _vocabulary(experiment),
+    }
+    if model.kv_channels:
+        scaled["kv_channels"] = 2 * HEAD_SIZE  # wider than hidden_size / heads, as in the models that have it
+    if model.window_size:
+        scaled["window_size"] = max(model.window_size // SEQUENCE_SCALE, 1)
+    if model.yarn:
+        positions = max(model.yarn.original_max_position_embeddings // SEQUENCE_SCALE, 1)
+        scaled["yarn"] = model.yarn.model_copy(update={"original_max_position_embeddings": positions})
+    if model.num_experts:
+        scaled |= {
+            "num_experts": max(model.num_experts // EXPERT_SCALE, min(model.num_experts, MOST_PROCESSES)),
+            "moe_router_topk": min(model.moe_router_topk or 1, MOST_TOPK),
+            "moe_ffn_hidden_size": EXPERT_WIDTH,
         }
-    )
+    return model.model_copy(update=scaled)
+
+
+def _vocabulary(experiment: Experiment) -> int:
+    if experiment.data == "mock":
+        return VOCABULARY
+    return min(experiment.model.vocab_size, prepared.blend(experiment.data).sets[0].vocab_size)
