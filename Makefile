@@ -13,7 +13,7 @@ WORDS = $(foreach key,$(SETTINGS) $(MORE),$(if $(value $(key)),'$(key)=$(subst '
 
 include experiments/targets.mk
 
-.PHONY: help list table compare doctor arguments monitor-gpu stop parity record plots docs targets clean clean-all
+.PHONY: help list table compare doctor arguments monitor-gpu stop parity profile record plots docs targets clean clean-all
 .PHONY: data-list data-prepare data-clean data-inspect data-check
 .PHONY: setup setup-gpu docker-build docker-run test test-quick test-full lint
 
@@ -50,6 +50,9 @@ compare: ## two runs side by side                A=… B=… (labels or ids)
 	@$(HARNESS) compare $(WORDS)
 plots: ## memory, step time, scaling, timelines and losses as SVG in outdir/plots
 	@$(HARNESS) plots $(WORDS)
+profile: MORE = RUN FORMAT
+profile: ## where the time of a traced step goes    RUN=… (label or id) [FORMAT=terminal|csv|json]
+	@$(HARNESS) profile $(WORDS)
 record: MORE = RUN
 record: ## keep a run in experiments/records      RUN=label
 	@$(HARNESS) record $(WORDS)

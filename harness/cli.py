@@ -50,6 +50,10 @@ def _run(words: list[str]) -> int:
 
     _install_heavy()
     finished = run_plan(planned, hang_seconds=_hang(settings))
+    if planned.experiment.profile and finished.result.status == "ok":
+        from harness.profiling.profile import tell
+
+        tell(finished.dir)
     if finished.result.status == "oom" and as_published(finished):
         print("  reproduced: the published run ran out of memory too")
         return 0
@@ -194,6 +198,13 @@ def _record(words: list[str]) -> int:
     return 0
 
 
+def _profile(words: list[str]) -> int:
+    from harness.profiling.profile import print_profile
+
+    settings = overrides.parse(words, extra=("RUN", "FORMAT"))
+    return print_profile(_outdir(settings), RECORDS, settings)
+
+
 def _clean(words: list[str]) -> int:
     from harness.rundir import clean
 
@@ -241,7 +252,8 @@ def _data(words: list[str]) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "run": _run, "show": _show, "chapter": _chapter, "list": _list, "table": _table, "compare": _compare,
     "doctor": _doctor, "arguments": _arguments, "parity": _parity, "monitor-gpu": _monitor_gpu, "stop": _stop,
-    "record": _record, "plots": _plots, "data": _data, "clean": _clean, "docs": _docs, "targets": _targets,
+    "record": _record, "profile": _profile, "plots": _plots, "data": _data, "clean": _clean, "docs": _docs,
+    "targets": _targets,
 }
 
 

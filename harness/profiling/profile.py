@@ -1,0 +1,208 @@
+"""The profile of a run: what the traces of its ranks say, kept in profile.json; and ``make profile``, which prints it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from harness.errors import UserError, nearest
+from harness.profiling import summary, trace
+from harness.profiling.kernels import TITLES, Category
+from harness.profiling.summary import RankProfile
+from harness.rundir import Rank, RunDir, runs, write_json
+
+FORMATS = ("terminal", "csv", "json")
+FOLDER = "profiles"
+"""Where profiles lie among the records of a GPU: experiments/records/<gpu>/profiles/<id>.json, apart from the results."""
+MOST_UNKNOWN = 5
+PASSES = ("forward_pass", "backward_pass")
+
+
+class Profile(BaseModel):
+    """The traced steps ``first_step`` to ``last_step`` of a run.
+
+    ``untraced_step_ms`` is the median of the same run's other steps: what tracing adds is the difference to a rank's
+    ``step_ms``.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    label: str
+    gpu: str | None
+    first_step: int
+    last_step: int
+    untraced_step_ms: float | None
+    ranks: tuple[RankProfile, ...]
+
+
+def of_run(run: RunDir) -> Profile:
+    """The profile of a run, from profile.json or, the first time, from its traces.
+
+    Raises:
+        UserError: the run was not profiled or left no whole trace.
+    """
+    try:
+        if run.profile.exists():
+            return Profile.model_validate_json(run.profile.read_text(encoding="utf-8"))
+        experiment, device, result = run.read_experiment(), run.read_device(), run.read_result()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{run.label}: {str(error).splitlines()[0]}") from None
+    if not experiment.profile:
+        raise UserError(f"{run.label} was not traced\nrun it with PROFILE=1: make {experiment.id} PROFILE=1")
+    first, last = experiment.profile
+    found = sorted(run.traces.glob("[0-9]*.json.gz"), key=_rank_of)
+    if not found:
+        done = result.steps_done if result else 0
+        raise UserError(f"{run.label} left no trace: it did {done} steps, {first} to {last} were to be traced\nlogs.txt says why")
+    ranks = {rank.rank: rank for rank in run.read_ranks()}
+    profile = Profile(
+        label=run.label,
+        gpu=result.gpu if result else None,
+        first_step=first,
+        last_step=last,
+        untraced_step_ms=result.step_ms.median if result and result.step_ms else None,
+        ranks=tuple(summary.summarise(trace.read(path, device), _rank_of(path), _coordinates(ranks.get(_rank_of(path))))
+                    for path in found),
+    )
+    if result:  # before, the median may still change
+        write_json(run.profile, profile.model_dump(mode="json"))
+    return profile
+
+
+def _rank_of(path: Path) -> int:
+    return int(path.name.split(".")[0])
+
+
+def _coordinates(rank: Rank | None) -> dict[str, int]:
+    return rank.coordinates if rank else {}
+
+
+def find(outdir: Path, records: Path, wanted: str) -> Profile:
+    """The profile of the run with this label, else of the newest traced run of this experiment, else the record of it.
+
+    Raises:
+        UserError: there is none.
+    """
+    if (outdir / wanted).is_dir():
+        return of_run(RunDir(outdir / wanted))
+    traced = [run for run in runs(outdir)[0] if run.experiment.profile]
+    same = [run for run in traced if wanted in (run.experiment.id, run.experiment.name)]
+    if same:
+        return of_run(max(same, key=lambda run: run.dir.experiment_json.stat().st_mtime).dir)
+    recorded = {f"{path.parents[1].name}/{path.stem}": path for path in sorted(records.glob(f"*/{FOLDER}/*.json"))}
+    for name, path in recorded.items():
+        if wanted in (name, path.stem):
+            return _recorded(path)
+    there = [*(run.dir.label for run in traced), *recorded]
+    raise UserError(f"no traced run is called {wanted}; "
+                    + (nearest(wanted, there) if there else "trace one: make 101 PROFILE=1"))
+
+
+def _recorded(path: Path) -> Profile:
+    try:
+        return Profile.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValidationError) as error:
+        raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
+
+
+def print_profile(outdir: Path, records: Path, settings: Mapping[str, str]) -> int:
+    """``make profile RUN=… FORMAT=…``. Returns the exit status; raises as ``find`` and ``render`` do."""
+    if "RUN" not in settings:
+        raise UserError("RUN missing: make profile RUN=101 (an id, or a label in outdir/); make 101 PROFILE=1 makes one")
+    print(render(find(outdir, records, settings["RUN"]), settings.get("FORMAT", "terminal")), end="")
+    return 0
+
+
+def tell(run: RunDir) -> None:
+    """Print the profile of a run that has just ended, or a warning that says why there is none."""
+    try:
+        print(f"\n{render(of_run(run))}", end="")
+    except UserError as error:
+        print(f"warning: no profile: {error}", file=sys.stderr)
+
+
+def render(profile: Profile, format: str = "terminal") -> str:
+    """The profile as a table for people, a column a rank; as CSV, a line for each number of each rank; or as JSON.
+
+    Raises:
+        UserError: the format is unknown.
+    """
+    if format not in FORMATS:
+        raise UserError(f"FORMAT={format}; {nearest(format, FORMATS)}")
+    if format == "json":
+        return json.dumps(profile.model_dump(mode="json"), indent=1) + "\n"
+    if format == "csv":
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([("label", "rank", "quantity", "name", "ms", "share", "calls"),
+                                                         *_values(profile)])
+        return text.getvalue()
+    return "\n".join(_lines(profile)) + "\n"
+
+
+def _values(profile: Profile) -> Iterator[tuple[Any, ...]]:
+    """(label, rank, quantity, name, ms per step, share of the step, calls per step) of everything that is known."""
+    for r in profile.ranks:
+        numbers = [("step", "", r.step_ms, None)]
+        numbers += [("category", category, ms, None) for category, ms in r.categories.items()]
+        numbers += [("phase", phase, ms, None) for phase, ms in r.phases.items()]
+        numbers += [("communication", "all", r.communication_ms, None), ("communication", "hidden", r.hidden_ms, None)]
+        numbers += [("kernel", kernel.name, kernel.ms, kernel.calls) for kernel in r.kernels]
+        for quantity, name, ms, calls in numbers:
+            yield profile.label, r.rank, quantity, name, ms, ms / r.step_ms, calls
+
+
+def _lines(profile: Profile) -> Iterator[str]:
+    ranks = profile.ranks
+    yield f"{profile.label}: steps {profile.first_step} to {profile.last_step}, ms a step and its share"
+    head = ["", *(_title(r, len(ranks)) for r in ranks)]
+    used = [c for c in Category if any(r.categories[c] for r in ranks)]
+    rows = [[TITLES[c], *(_with_share(r.categories[c], r) for r in ranks)] for c in used]
+    rows.append(["step, traced", *(_with_share(r.step_ms, r) for r in ranks)])
+    rows.append([])
+    rows.append(["forward", *(_with_share(r.phases["forward"], r) for r in ranks)])
+    rows.append(["backward", *(_with_share(r.phases["backward"], r) for r in ranks)])
+    rows.append(["other", *(_with_share(r.phases["optimizer"] + r.phases["rest"], r) for r in ranks)])
+    rows.append(["  optimizer of it", *(_with_share(r.phases["optimizer"], r) for r in ranks)])
+    rows.append([])
+    if any(r.communication_ms for r in ranks):
+        rows.append(["communication in all", *(_with_share(r.communication_ms, r) for r in ranks)])
+        rows.append(["  hidden of it", *(_with_share(r.hidden_ms, r) for r in ranks)])
+    for name in PASSES:
+        if any(getattr(r, name) for r in ranks):
+            rows.append([f"one {name.replace('_pass', '')} pass, busy", *(_pass(getattr(r, name)) for r in ranks)])
+    yield from _grid([head, *rows])
+    if profile.untraced_step_ms:
+        yield f"The run's other steps take {profile.untraced_step_ms:.1f} ms: tracing slows a step, so take the shares."
+    if ranks[0].device == "cpu":
+        yield "CPU miniature: operators of the main thread and gloo's collectives; idle is Python between them."
+    for r in ranks:
+        if r.unknown:
+            longest = ", ".join(f"{k.name[:60]} {k.ms:.2f}" for k in r.unknown[:MOST_UNKNOWN])
+            yield f"other kernels on rank {r.rank}, ms a step: {longest}" + (", …" if len(r.unknown) > MOST_UNKNOWN else "")
+
+
+def _title(r: RankProfile, ranks: int) -> str:
+    return f"rank {r.rank}" + (f", stage {r.coordinates['pp']}" if ranks > 1 and "pp" in r.coordinates else "")
+
+
+def _with_share(ms: float, r: RankProfile) -> str:
+    return f"{ms:,.2f} {ms / r.step_ms:6.1%}"
+
+
+def _pass(found: summary.Pass | None) -> str:
+    return f"{found.ms:,.2f} x{found.calls:<5g}" if found else ""
+
+
+def _grid(rows: Iterable[list[str]]) -> Iterator[str]:
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*filter(None, rows), strict=True)]
+    for row in rows:
+        cells = [cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=False))]
+        yield "  ".join(cells).rstrip()
