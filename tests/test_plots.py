@@ -1,0 +1,257 @@
+"""Figures, pictures and pipeline timelines, from records, runs and published numbers."""
+
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from harness import ROOT, figures, plots
+from harness.catalog import load_catalog
+from harness.errors import UserError
+from harness.figures import Figure, Panel, Point, Series, load_panels, sweeps, thinned
+from harness.flops import tflops_per_gpu
+from harness.results import collect, load_references
+from harness.timeline import Times, Work, bubble_fraction, order, simulate
+
+RECORDS = ROOT / "experiments" / "records"
+SIZES = [(2, 2, 1), (4, 8, 1), (8, 1, 1), (8, 4, 1), (8, 32, 1), (4, 4, 2), (4, 8, 2), (4, 12, 3), (8, 8, 9), (4, 4, 18)]
+
+
+@pytest.mark.parametrize(("stages", "micro_batches", "chunks"), SIZES)
+@pytest.mark.parametrize("backward", [1.0, 2.0, 3.5])
+def test_the_bubble_is_the_papers(stages: int, micro_batches: int, chunks: int, backward: float) -> None:
+    found = simulate(micro_batches, Times.alike(stages, 1.0, backward), chunks)
+    assert found.bubble_fraction == pytest.approx((stages - 1) / (chunks * micro_batches))
+    assert found.bubble_fraction == pytest.approx(bubble_fraction(stages, micro_batches, chunks))
+    assert found.end == pytest.approx((1 + backward) * (micro_batches + (stages - 1) / chunks))
+
+
+@pytest.mark.parametrize(("stages", "micro_batches", "chunks"), SIZES)
+def test_every_pass_runs_once_after_what_it_needs(stages: int, micro_batches: int, chunks: int) -> None:
+    found = simulate(micro_batches, Times.alike(stages), chunks)
+    ends = {(span.stage, span.work): span for span in found.spans}
+    assert len(found.spans) == len(ends) == 2 * stages * micro_batches * chunks
+    for stage in range(stages):
+        spans = found.of_stage(stage)
+        assert all(a.end <= b.start + 1e-9 for a, b in pairwise(spans)), "one thing at a time"
+        assert tuple(span.work for span in spans) == order(stage, stages, micro_batches, chunks)
+    for (stage, work), span in ends.items():
+        chain = work.chunk * stages + stage
+        if work.kind == "forward" and chain:
+            before = ends[(chain - 1) % stages, Work(work.micro_batch, (chain - 1) // stages, "forward")]
+        elif work.kind == "backward" and chain < chunks * stages - 1:
+            before = ends[(chain + 1) % stages, Work(work.micro_batch, (chain + 1) // stages, "backward")]
+        else:
+            before = ends.get((stage, Work(work.micro_batch, work.chunk, "forward"))) if work.kind == "backward" else None
+        assert before is None or before.end <= span.start + 1e-9
+
+
+def test_warm_up_is_upstreams() -> None:
+    """get_pp_rank_microbatches: p - rank - 1 forward passes first, or with chunks 2 (p - rank - 1) + (v - 1) p."""
+    def warm_up(stage: int, chunks: int) -> int:
+        return [work.kind for work in order(stage, 4, 8, chunks)].index("backward") - 1
+
+    assert [warm_up(stage, 1) for stage in range(4)] == [3, 2, 1, 0]
+    assert [warm_up(stage, 2) for stage in range(4)] == [10, 8, 6, 4]
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize(("stages", "micro_batches", "chunks"), [s for s in SIZES if s[2] > 1])
+def test_order_of_chunks_is_upstreams(stages: int, micro_batches: int, chunks: int) -> None:
+    schedules = pytest.importorskip("megatron.core.pipeline_parallel.schedules")
+    table = schedules.get_schedule_table(micro_batches, chunks, stages)
+    found = order(0, stages, micro_batches, chunks)
+    assert [(w.micro_batch, w.chunk) for w in found if w.kind == "forward"] == table
+    assert [(w.micro_batch, chunks - 1 - w.chunk) for w in found if w.kind == "backward"] == table
+
+
+@pytest.mark.parametrize(("stages", "micro_batches", "message"), [(4, 6, "m = 6 must divide by pp = 4"), (1, 4, "pp = 1")])
+def test_interleaving_that_upstream_refuses(stages: int, micro_batches: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        simulate(micro_batches, Times.alike(stages), chunks=2)
+
+
+def test_a_slow_stage_holds_up_the_others() -> None:
+    times = Times((1.0, 3.0), (2.0, 6.0))
+    found = simulate(2, times)
+    assert found.end == 1 + 2 * 9 + 2
+    assert found.bubble_fraction == pytest.approx(3 / 18)
+
+
+def run(outdir: Path, id_: str, changes: dict | None = None) -> Path:
+    """A finished run of experiment ``id_`` with the numbers of record 101, but for ``changes`` ("gpu", "upstream.version" …)."""
+    content = json.loads((RECORDS / "h200-141gb" / "101.json").read_text())
+    overrides = content["experiment"]["overrides"]
+    content["experiment"] = load_catalog().find(id_).model_dump(mode="json") | {"overrides": overrides}
+    for path, value in (changes or {}).items():
+        *keys, last = path.split(".")
+        at = content
+        for key in keys:
+            at = at[key]
+        at[last] = value
+    path = outdir / id_
+    path.mkdir(parents=True)
+    (path / "result.json").write_text(json.dumps(content))
+    (path / "experiment.json").write_text(json.dumps(content["experiment"] | {"device": content["device"], "commit": None}))
+    return path
+
+
+def swept(outdir: Path) -> tuple[Figure, ...]:
+    found = collect(outdir, outdir / "none", load_references())
+    assert not found.warnings
+    return sweeps(found, load_references(), load_catalog())
+
+
+def panel(outdir: Path, title: str, name: str) -> Panel:
+    figure = next(figure for figure in swept(outdir) if figure.name == name)
+    return next(panel for panel in figure.panels if panel.title.startswith(title))
+
+
+def line(panel: Panel, line: str, source: str) -> list[Series]:
+    return [series for series in panel.series if (series.line, series.source) == (line, source)]
+
+
+def test_ours_beside_published(tmp_path: Path) -> None:
+    run(tmp_path, "101")
+    run(tmp_path, "104", {"step_ms.median": 200.0, "memory_gib.nvml": 40.0})
+    found = panel(tmp_path, "Replicas", "100-step")
+    assert (found.x_title, found.y_title, found.ticks) == ("data-parallel size", "Step time, ms", ("1", "2", "4", "8"))
+    (ours,), (published,) = (line(found, "replicated, MBS 1", source) for source in ("here", "published"))
+    assert [(p.id, p.tick, round(p.value, 1)) for p in ours.points] == [("101", "1", 162.8), ("104", "4", 200.0)]
+    assert [p.value for p in published.points] == [220, 250]
+    assert "H200" in ours.where and "H100" in published.where
+    memory = panel(tmp_path, "Replicas", "100-memory")
+    assert line(memory, "replicated, MBS 1", "here")[0].points[1].value == 40.0
+
+
+def test_efficiency_is_relative_to_the_fewest_gpus(tmp_path: Path) -> None:
+    run(tmp_path, "101")
+    run(tmp_path, "104", {"step_ms.median": 200.0})
+    (ours,) = line(panel(tmp_path, "Replicas", "100-efficiency"), "replicated, MBS 1", "here")
+    first, second = (tflops_per_gpu(load_catalog().find(id_), ms) for id_, ms in (("101", 162.79339790344238), ("104", 200.0)))
+    assert [p.value for p in ours.points] == pytest.approx([100, 100 * second / first])
+
+
+@pytest.mark.parametrize("change", [{"gpu": "NVIDIA H100 80GB HBM3"}, {"upstream.version": "0.20.0"}])
+def test_other_hardware_or_upstream_is_another_line(tmp_path: Path, change: dict) -> None:
+    run(tmp_path, "101")
+    run(tmp_path, "104", change)
+    ours = line(panel(tmp_path, "Replicas", "100-step"), "replicated, MBS 1", "here")
+    assert [[p.id for p in series.points] for series in ours] in ([["101"], ["104"]], [["104"], ["101"]])
+    assert len({series.where for series in ours}) == 2
+
+
+@pytest.mark.parametrize("change", [
+    {"experiment.miniature": True}, {"experiment.overrides": {"MBS": "1"}}, {"experiment.extra_args": ["--lr", "1"]},
+    {"device": "cpu"}, {"status": "crash"},
+])
+def test_what_does_not_compare_is_not_drawn(tmp_path: Path, change: dict) -> None:
+    run(tmp_path, "101", change)
+    assert not line(panel(tmp_path, "Replicas", "100-step"), "replicated, MBS 1", "here")
+
+
+def test_out_of_memory_is_a_point_without_a_value(tmp_path: Path) -> None:
+    run(tmp_path, "121", {"status": "oom", "step_ms": None, "experiment.card": "h100-80gb"})
+    (ours,) = line(panel(tmp_path, "Replicas", "100-memory"), "ZeRO-2, MBS 16", "here")
+    assert ours.points == (Point("121", "1", None),)
+
+
+def test_a_half_size_row_is_a_line_of_its_own(tmp_path: Path) -> None:
+    halves = [e for e in load_catalog().experiments if re.fullmatch(r"4\d\dh", e.id)]
+    if not halves:
+        pytest.skip("the catalogue has no half-size rows yet")
+    for e in halves:
+        run(tmp_path, e.id)
+    found = [s for f in swept(tmp_path) for p in f.panels for s in p.series if f.name == "400-step" and s.source == "half"]
+    assert {p.id for s in found for p in s.points} <= {e.id for e in halves}
+    assert found and all("half size, 4 GPUs" in s.where for s in found)
+
+
+def test_measured_apart_only_where_nothing_else_is(tmp_path: Path) -> None:
+    run(tmp_path, "408")
+    found = panel(tmp_path, "Micro-batches", "400-step")
+    assert line(found, "PP 8", "here") and not line(found, "PP 8", "reference")
+
+
+def test_every_published_row_of_the_parallelism_chapters_is_drawn() -> None:
+    catalog = load_catalog()
+    drawn = {str(id_) for panels in load_panels(catalog).values() for p in panels for ids in p.lines.values() for id_ in ids}
+    published = {row.id for row in load_references().published.rows}
+    assert published <= drawn
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("100: [{title: A, axis: dp, lines: {a: [999]}}]", "no experiment 999"),
+    ("100: [{title: A, axis: ddp, lines: {a: [101]}}]", "unknown axis ddp; known: dp"),
+    ("100: [{title: A, lines: {a: [101]}}]", "no axis and words for each"),
+    ("100: [{title: A, axis: dp, lines: {a: {101: x}}}]", "an axis and lists of ids"),
+    ("100: [{title: A, axes: dp, lines: {a: [101]}}]", "axes"),
+    ("100: {title: A}", "plots.yaml"),
+    ("[1, 2]", "cannot read"),
+    ("100: [", "cannot read"),
+])
+def test_mistakes_in_plots_yaml(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "plots.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_panels(load_catalog(), path)
+
+
+def test_thinned_curves_keep_ends_and_spikes() -> None:
+    values = dict.fromkeys(range(1, 5001), 1.0) | {2345: 9.0, 3456: -9.0}
+    curve = thinned("a", values, most=100)
+    assert len(curve.steps) <= 100
+    assert (curve.steps[0], curve.steps[-1]) == (1, 5000)
+    assert {9.0, -9.0} <= set(curve.values)
+    assert list(curve.steps) == sorted(set(curve.steps))
+    assert thinned("b", {1: 2.0, 2: 1.0}).values == (2.0, 1.0)
+
+
+def test_pictures_are_whole_and_the_same_every_time(tmp_path: Path) -> None:
+    drawn, warnings = plots.pictures(tmp_path / "none", RECORDS)
+    assert not warnings and drawn == plots.pictures(tmp_path / "none", RECORDS)[0]
+    for name, svg in drawn.items():
+        root = ElementTree.fromstring(svg)
+        assert root.get("aria-label") and len(svg) < 60_000, name
+        width, height = (float(root.get(key)) for key in ("width", "height"))
+        for text in root.iter("{http://www.w3.org/2000/svg}text"):
+            if text.get("x"):
+                assert 0 <= float(text.get("x")) <= width and 0 < float(text.get("y")) < height, (name, text.text)
+        assert not re.search(r'"[^"]*\b(nan|inf|None)\b[^"]*"', svg.partition("</style>")[2])
+
+
+def test_pictures_without_any_record(tmp_path: Path) -> None:
+    drawn, _ = plots.pictures(tmp_path, tmp_path)
+    assert "400-step.svg" in drawn and "600-loss.svg" not in drawn
+
+
+def test_a_timeline_by_formula_says_so() -> None:
+    drawn, _ = plots.pictures(ROOT / "none", RECORDS)
+    for name in ("400-timeline-1f1b.svg", "400-timeline-interleaved.svg"):
+        assert "assumed, not measured" in drawn[name]
+    assert "37.5%" in drawn["400-timeline-1f1b.svg"] and "18.8%" in drawn["400-timeline-interleaved.svg"]
+
+
+def test_only_what_changed_is_written(tmp_path: Path) -> None:
+    assert [p.name for p in plots.write(tmp_path / "new", {"a.svg": "<svg/>", "b.svg": "<svg/>"})] == ["a.svg", "b.svg"]
+    assert [p.name for p in plots.write(tmp_path / "new", {"a.svg": "<svg/>", "b.svg": "<svg></svg>"})] == ["b.svg"]
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write to"):
+        plots.write(tmp_path / "file" / "plots", {"a.svg": "<svg/>"})
+
+
+def test_the_pictures_in_docs_are_fresh() -> None:
+    drawn, _ = plots.pictures(ROOT / "none", RECORDS)
+    for name, svg in drawn.items():
+        path = plots.IMAGES / name
+        assert path.exists() and path.read_text() == svg, f"{path.name} is stale: run `make docs`"
+
+
+def test_names_of_sources_are_all_spelled() -> None:
+    assert set(plots.WORDS) == set(figures.Source.__args__)
