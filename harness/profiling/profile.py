@@ -60,7 +60,7 @@ def of_run(run: RunDir) -> Profile:
     found = sorted(run.traces.glob("[0-9]*.json.gz"), key=_rank_of)
     if not found:
         done = result.steps_done if result else 0
-        raise UserError(f"{run.label} left no trace: it did {done} steps, {first} to {last} were to be traced\nlogs.txt says why")
+        raise UserError(f"{run.label} left no trace of steps {first} to {last}: it did {done} steps\nlogs.txt says more")
     ranks = {rank.rank: rank for rank in run.read_ranks()}
     profile = Profile(
         label=run.label,
@@ -204,5 +204,5 @@ def _grid(rows: Iterable[list[str]]) -> Iterator[str]:
     rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*filter(None, rows), strict=True)]
     for row in rows:
-        cells = [cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=False))]
-        yield "  ".join(cells).rstrip()
+        name, *numbers = row or [""]
+        yield "  ".join([name.ljust(widths[0]), *map(str.rjust, numbers, widths[1:])]).rstrip()
