@@ -92,8 +92,9 @@ lint: ## ruff and shellcheck
 	@if command -v shellcheck >/dev/null; then shellcheck scripts/*.sh docker/*.sh .ci/run; fi
 targets: ## write experiments/targets.mk anew from the catalogue
 	@$(HARNESS) targets
-docs: ## write the tables of README.md and the pictures of docs/ anew from the records
-	@$(HARNESS) docs
+docs: MORE = CHECK
+docs: ## write README.md and docs/ anew from the records   [CHECK=1: only say what is stale]
+	@$(HARNESS) docs $(WORDS)
 clean: ## remove failed and unfinished runs from outdir
 	@$(HARNESS) clean $(WORDS)
 clean-all: ## remove every run and .venv

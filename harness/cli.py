@@ -224,12 +224,13 @@ def _plots(words: list[str]) -> int:
 
 
 def _docs(words: list[str]) -> int:
-    from harness import docs, plots
+    from harness import docs
 
-    changed = docs.write(RECORDS) + plots.write_docs(RECORDS)
+    check = overrides.parse(words, extra=("CHECK",)).get("CHECK") == "1"
+    changed = docs.write(RECORDS, check=check)
     names = ", ".join(str(path.relative_to(ROOT)) for path in changed)
-    print(f"written: {names}" if names else "every page is up to date")
-    return 0
+    print(f"{'stale' if check else 'written'}: {names}" if names else "every page is up to date")
+    return 1 if check and changed else 0
 
 
 def _targets(words: list[str]) -> int:

@@ -1,44 +1,177 @@
-"""The parts of README.md and docs/ that are generated from records: tables and single numbers, between two comments."""
+"""The generated parts of README.md and docs/: tables, lists and single numbers, between two comments of the page's source.
+
+    <!-- value: ours(115).memory_gib .1f -->…<!-- /value -->   one number (harness/facts.py) in Python's format
+    <!-- records: make docs -->…<!-- /records -->              every record beside its published row
+    <!-- experiments: 101 104 -->…<!-- /experiments -->        what each target isolates, from the catalogue
+    <!-- table: 101 104 -->…<!-- /table -->                    their results, where measured, beside the published rows
+    <!-- memory: 111 115 -->…<!-- /memory -->                  where the memory goes, by formula, beside the record
+
+A value may also be a record's file and a key in it: ``h200-141gb/601_args loss.first .2f``.
+"""
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from harness import ROOT
-from harness.catalog import load_catalog
+from harness import ROOT, diagrams, formulas, plots, rundir, tables
+from harness.cli import layout
+from harness.errors import UserError, nearest
+from harness.facts import HARDWARE, Facts, NotMeasured
+from harness.hardware import find_gpu
+from harness.plots import IMAGES
+from harness.results import Reference, Row
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-VALUE = re.compile(r"(<!-- value: (\S+) (\S+) (\S+) -->).*?(<!-- /value -->)", re.DOTALL)
-"""``<!-- value: RECORD KEY.KEY FORMAT -->…<!-- /value -->``: one number of a record."""
-PART = re.compile(r"(<!-- records: make docs -->\n).*?(<!-- /records -->)", re.DOTALL)
+VALUE = re.compile(r"(<!-- value: (.+?) (\S+) -->).*?(<!-- /value -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (\w+): (.*?) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
+IN_A_FILE = re.compile(r"(\S+/\S+) ([\w.-]+)")
+MISSING = "not measured yet"
+REFERENCE_8 = "h200-8gpu"
+PIECES = (formulas.weights_gib, formulas.gradients_gib, formulas.optimizer_gib, formulas.activations_gib)
 
 
-def render(page: str, records: Path) -> str:
-    """``page`` with its marked parts made anew from the records in ``records``."""
-    from harness import results, tables
+def render(page: str, facts: Facts) -> str:
+    """``page`` with its marked parts made anew.
 
-    found = results.collect(records / "none", records, results.load_references())
-    table = tables.render(found.rows, "markdown", titles=load_catalog().chapters) if found.rows else "No records yet."
-    table = table.replace(" (record)", "")  # here, every row is one
-    page = VALUE.sub(lambda v: f"{v[1]}{format(_number(records, v[2], v[3]), v[4])}{v[5]}", page)
-    return PART.sub(lambda part: f"{part[1]}\n{table.strip()}\n\n{part[2]}", page)
-
-
-def _number(records: Path, name: str, keys: str) -> float:
-    value = json.loads((records / f"{name}.json").read_text(encoding="utf-8"))
-    for key in keys.split("."):
-        value = value[key]
-    return value
+    Raises:
+        UserError: a mark names an experiment, a value or a block that does not exist.
+    """
+    page = VALUE.sub(lambda v: f"{v[1]}{value(v[2], v[3], facts)}{v[4]}", page)
+    return BLOCK.sub(lambda b: f"{b[1]}\n{block(b[2], b[3], facts)}\n\n{b[4]}", page)
 
 
-def write(records: Path) -> list[Path]:
-    """Bring every page up to date and return those that changed."""
-    changed = []
-    for path in PAGES:
-        page = path.read_text(encoding="utf-8")
-        if (fresh := render(page, records)) != page:
-            path.write_text(fresh, encoding="utf-8")
-            changed.append(path)
-    return changed
+def block(name: str, words: str, facts: Facts) -> str:
+    """The Markdown between ``<!-- name: words -->`` and ``<!-- /name -->``."""
+    if name not in BLOCKS:
+        raise UserError(f"<!-- {name}: {words} -->: no such block; {nearest(name, BLOCKS)}")
+    return BLOCKS[name](facts, words.split()).strip()
+
+
+def value(expression: str, form: str, facts: Facts) -> str:
+    """One number in Python's format ``form``, or that it is not measured yet."""
+    in_a_file = IN_A_FILE.fullmatch(expression)
+    try:
+        return format(facts.record_value(*in_a_file.groups()) if in_a_file else facts.value(expression), form)
+    except NotMeasured:
+        return MISSING
+
+
+def write(records: Path, *, check: bool = False) -> list[Path]:
+    """Bring every page and picture up to date and return those that changed; with ``check``, those that would."""
+    facts = Facts.load(records)
+    fresh = {path: render(path.read_text(encoding="utf-8"), facts) for path in PAGES}
+    drawn, _ = plots.pictures(records / "none", records)
+    fresh |= {IMAGES / name: svg for name, svg in (diagrams.drawings(facts) | drawn).items()}
+    stale = [path for path, text in fresh.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    if not check:
+        for path in stale:
+            rundir.write_text(path, fresh[path])
+    return stale
+
+
+def _records(facts: Facts, _: Sequence[str]) -> str:
+    text = tables.render(facts.rows, "markdown", titles=facts.catalog.chapters) if facts.rows else "No records yet."
+    return text.replace(" (record)", "")  # here, every row is one
+
+
+def _experiments(facts: Facts, ids: Sequence[str]) -> str:
+    found = [facts.catalog.find(id_) for id_ in ids]
+    lines = [[f"`make {e.id}`", str(e.world_size), e.model.name, layout(e), f"{e.micro_batch_size} / {e.global_batch_size}",
+              f"{e.seq_length:,}", e.shows] for e in found]
+    return pipes(["target", "GPUs", "model", "layout", "mbs / gbs", "tokens", "what it isolates"], lines, "lrlllrl")
+
+
+def _table(facts: Facts, ids: Sequence[str]) -> str:
+    rows = [(id_, facts.row(id_), facts.published(id_), _of_eight(facts, id_)) for id_ in ids]
+    lines, eight = [], any(reference for *_, reference in rows)
+    for id_, ours, published, reference in rows:
+        e = facts.catalog.find(id_)
+        lines.append([
+            f"`{id_}`", layout(e), str(e.world_size), _memory(ours), _published(published, "memory_gib", ".1f"),
+            _ratio(ours and ours.memory_ratio), _step(ours), _published(published, "step_ms", ",.0f"),
+            _ratio(ours and ours.step_ratio), f"{ours.mfu:.0%}" if ours and ours.mfu else "",
+            *([f"{reference.memory_gib:.1f} GiB, {reference.step_ms:,.0f} ms" if reference else ""] if eight else []),
+        ])
+    head = ["id", "layout", "GPUs", "GiB", "publ.", "ratio", "ms/step", "publ.", "ratio", "MFU"]
+    table = pipes([*head, *(["8x H200"] if eight else [])], lines, "llr" + "r" * 7 + "l" * eight)
+    return "\n".join([table, "", *_notes(facts, rows, eight)])
+
+
+def _notes(facts: Facts, rows: Iterable[tuple[str, Row | None, Reference | None, Reference | None]],
+           eight: bool) -> list[str]:
+    """What a reader must know about the columns and about single rows, small."""
+    group = facts.references.published
+    notes = [f"GiB, ms/step, MFU: {find_gpu(HARDWARE).name}, here; publ.: {group.hardware}, {group.software}. ±: the "
+             "standard deviation over a run's steps. [README](../README.md#what-was-measured) has every column and source."]
+    if eight:
+        reference = facts.references.group(REFERENCE_8)
+        notes.append(f"8x H200: {reference.source}; {reference.method}. A reference, not one of the records.")
+    for id_, ours, _, _ in rows:
+        published = group.beside(id_)
+        if published and published.remarks:
+            notes.append(f"`{id_}`: {'; '.join(published.remarks)}.")
+        if ours and ours.experiment.card:
+            notes.append(f"`{id_}` ran with `CARD={ours.experiment.card}`: no more memory than that card has.")
+        if ours and (ours.runs_on_node or 1) > 1:
+            notes.append(f"`{id_}` shared its node with {ours.runs_on_node - 1} other runs.")
+    return [f"<sub>{note}</sub><br>" for note in notes]
+
+
+def _memory_pieces(facts: Facts, ids: Sequence[str]) -> str:
+    lines = []
+    for id_ in ids:
+        e, ours = facts.catalog.find(id_), facts.row(id_)
+        pieces = [formula(e) for formula in PIECES]
+        total = None if None in pieces else sum(pieces)
+        memory = ours.memory_gib if ours else None
+        allocated = memory and memory.allocated
+        lines.append([
+            f"`{id_}`", layout(e), *map(_gib, pieces), _gib(total), _gib(allocated) or (MISSING if not ours else ""),
+            f"{total / allocated - 1:+.1%}" if total and allocated else "",
+            _gib(memory and memory.reserved), _gib(memory and memory.nvml),
+        ])
+    head = ["id", "layout", *(formula.__name__.removesuffix("_gib") for formula in PIECES), "sum", "allocated", "off by",
+            "reserved", "in use"]
+    return pipes(head, lines, "ll" + "r" * 9)
+
+
+BLOCKS: dict[str, Callable[[Facts, Sequence[str]], str]] = {
+    "records": _records, "experiments": _experiments, "table": _table, "memory": _memory_pieces,
+}
+
+
+def pipes(head: Sequence[str], lines: Iterable[Sequence[str]], left: str) -> str:
+    """A Markdown table; ``left`` has an r for each column that is aligned to the right."""
+    rule = ["--:" if side == "r" else ":--" for side in left]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, rule, *lines])
+
+
+def _of_eight(facts: Facts, id_: str) -> Reference | None:
+    rows = facts.references.group(REFERENCE_8).rows
+    return next((row for row in rows if row.id == id_ and row.gpus == 8 and not row.variant), None)
+
+
+def _memory(ours: Row | None) -> str:
+    if ours is None:
+        return MISSING
+    return "OOM" if ours.state == "oom" else _gib(ours.memory_gib.nvml)
+
+
+def _step(ours: Row | None) -> str:
+    return f"{ours.step.median:,.1f} ± {ours.step.stdev:,.1f}" if ours and ours.step else ""
+
+
+def _published(reference: Reference | None, key: str, form: str) -> str:
+    if reference is None:
+        return ""
+    return "OOM" if reference.oom else format(getattr(reference, key), form) + "?" * reference.in_doubt
+
+
+def _ratio(ratio: float | None) -> str:
+    return f"{ratio:.2f}" if ratio else ""
+
+
+def _gib(gib: float | None) -> str:
+    return f"{gib:.1f}" if gib is not None else ""

@@ -62,12 +62,6 @@ def pictures(outdir: Path, records: Path) -> tuple[dict[str, str], tuple[str, ..
     return {f"{name}.svg": svg for name, svg in drawn.items()}, found.warnings
 
 
-def write_docs(records: Path) -> list[Path]:
-    """Draw the pictures of docs/images anew, from the records alone, and return those that changed."""
-    drawn, _ = pictures(records / "none", records)
-    return write(IMAGES, drawn)
-
-
 def write(folder: Path, drawn: dict[str, str]) -> list[Path]:
     """Write the pictures into ``folder`` and return the files that changed.
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import ROOT, docs
+from harness import ROOT
 from harness.catalog import load_catalog
 from harness.errors import UserError
 from harness.measured import spread
@@ -52,11 +52,6 @@ def test_all_records_are_read_and_stand_beside_what_was_published() -> None:
     assert not found.warnings
     assert len(found.rows) == len(FILES)
     assert all(row.as_published is not False for row in found.rows)
-
-
-def test_the_pages_are_fresh() -> None:
-    for path in docs.PAGES:
-        assert path.read_text() == docs.render(path.read_text(), RECORDS), f"{path.name} is stale: run `make docs`"
 
 
 def test_only_finished_gpu_runs_become_records(tmp_path: Path) -> None:
