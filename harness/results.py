@@ -7,17 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from harness import rundir
+from harness import records, rundir
 from harness.catalog import EXPERIMENTS, Experiment
 from harness.errors import UserError, nearest
 from harness.flops import mfu
 from harness.hardware import Gpu, find_gpu, known_gpus, peak_tflops
-from harness.rundir import MemoryGib, Result, Spread, State
+from harness.rundir import MemoryGib, Result, Spread, State, StepMetrics, Upstream
 
 REFERENCES = EXPERIMENTS / "references.yaml"
 
@@ -27,6 +27,9 @@ SAME_WORK = frozenset({"STEPS", "DATA", "CARD"})
 
 class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+Text = Annotated[str, Field(min_length=1)]
 
 
 class Reference(_Strict):
@@ -65,12 +68,12 @@ class Reference(_Strict):
 class ReferenceGroup(_Strict):
     """Results of one source on one kind of hardware."""
 
-    name: str
-    hardware: str
-    gpu: str
-    source: str
-    software: str
-    method: str
+    name: Text
+    hardware: Text
+    gpu: Text
+    source: Text
+    software: Text
+    method: Text
     published: bool = False
     notes: tuple[str, ...] = ()
     rows: tuple[Reference, ...]
@@ -135,6 +138,8 @@ class Row:
     steps_done: int = 0
     published: Published | None = None
     against: ReferenceGroup | None = None
+    upstream: Upstream | None = None
+    """The Megatron-LM it runs; None where that is not known yet."""
 
     @property
     def id(self) -> str:
@@ -146,6 +151,14 @@ class Row:
         if self.experiment.miniature:
             return "CPU miniature"
         return "CPU" if self.device == "cpu" else self.gpu_name or "GPU of unknown model"
+
+    @property
+    def software(self) -> str:
+        """The Megatron-LM it ran, in words. Rows with different ones never share a table."""
+        if self.upstream is None:
+            return "Megatron-LM of unknown version"
+        commit = f" (commit {self.upstream.commit[:7]})" if self.upstream.commit else ""
+        return f"Megatron-LM core {self.upstream.version or '?'}{commit}"
 
     @cached_property
     def gpu(self) -> Gpu | None:
@@ -203,7 +216,7 @@ class Row:
 
     @property
     def comparable(self) -> bool:
-        """Whether it may share a line with other numbers: finished or out of memory, at full size on GPUs, its work unchanged."""
+        """Whether it may share a line with others: finished or out of memory, at full size on GPUs, its work unchanged."""
         whole = self.device == "cuda" and not self.experiment.miniature and _is_same_work(self.experiment)
         return whole and self.state in ("ok", "oom")
 
@@ -335,8 +348,8 @@ def collect(
     for path in sorted(records_dir.glob("*/*.json")):
         try:
             record = _record_row(path, group)
-        except (ValueError, KeyError) as error:
-            warnings += (f"{path}: skipped: {_first_line(error)}",)
+        except ValueError as error:
+            warnings += (f"{path}: skipped: {str(error).splitlines()[0]}",)
             continue
         if (record.id, record.result.started) not in measured:
             rows.append(record)
@@ -345,18 +358,23 @@ def collect(
 
 def losses(row: Row) -> dict[int, float]:
     """Training loss by step, from a run's metrics.jsonl or from NAME.metrics.jsonl beside the record NAME."""
-    path = row.origin / "metrics.jsonl" if row.kind == "run" else row.origin.with_suffix(".metrics.jsonl")
+    return {step.step: step.loss for step in metrics(row) if step.loss is not None}
+
+
+def metrics(row: Row) -> tuple[StepMetrics, ...]:
+    """Every complete line of a run's metrics.jsonl, or of NAME.metrics.jsonl beside the record NAME."""
+    path = row.origin / "metrics.jsonl" if row.kind == "run" else records.metrics_of(row.origin)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError:
-        return {}
-    steps = (rundir.parse_metrics(line) for line in lines)
-    return {step.step: step.loss for step in steps if step and step.loss is not None}
+        return ()
+    return tuple(filter(None, map(rundir.parse_metrics, lines)))
 
 
 def _run_row(run: rundir.Run, group: ReferenceGroup) -> Row:
     result = run.result
     metrics = () if result else run.dir.read_metrics()
+    environment = {} if result else _object(run.dir.environment)
     return Row(
         label=run.dir.label,
         experiment=run.experiment,
@@ -364,7 +382,8 @@ def _run_row(run: rundir.Run, group: ReferenceGroup) -> Row:
         device=run.device,
         origin=run.dir.path,
         kind="run",
-        gpu_name=result.gpu if result else _object(run.dir.environment).get("gpu"),
+        gpu_name=result.gpu if result else environment.get("gpu"),
+        upstream=result.upstream if result else _upstream(environment),
         result=result,
         steps_done=result.steps_done if result else metrics[-1].step if metrics else 0,
         **_comparison(run.experiment, group),
@@ -372,12 +391,7 @@ def _run_row(run: rundir.Run, group: ReferenceGroup) -> Row:
 
 
 def _record_row(path: Path, group: ReferenceGroup) -> Row:
-    content = _object(path)
-    if not content:
-        raise ValueError(f"{path.name} is not a JSON object")
-    frozen = {key: value for key, value in content["experiment"].items() if key in Experiment.model_fields}
-    experiment = Experiment.model_validate_json(json.dumps(frozen))
-    result = Result.model_validate(content)
+    experiment, result = records.read(path)
     return Row(
         label=f"{path.parent.name}/{path.stem}",
         experiment=experiment,
@@ -386,10 +400,15 @@ def _record_row(path: Path, group: ReferenceGroup) -> Row:
         origin=path,
         kind="record",
         gpu_name=result.gpu,
+        upstream=result.upstream,
         result=result,
         steps_done=result.steps_done,
         **_comparison(experiment, group),
     )
+
+
+def _upstream(environment: dict[str, Any]) -> Upstream | None:
+    return Upstream.model_validate(environment["upstream"]) if environment.get("upstream") else None
 
 
 def _comparison(experiment: Experiment, group: ReferenceGroup) -> dict[str, Any]:
@@ -419,6 +438,11 @@ def _group(file: str, name: str, raw: dict[str, Any]) -> ReferenceGroup:
     group = _validated(ReferenceGroup, fields, where)
     if find_gpu(group.gpu) is None:
         raise UserError(f"{where}: unknown gpu {group.gpu}; {nearest(group.gpu, known_gpus())}")
+    card_gib = find_gpu(group.gpu).memory_mib / 1024
+    for row in group.rows:
+        if not row.oom and not (0 < row.memory_gib < card_gib and row.step_ms > 1):
+            raise UserError(f"{where}: {row.id or row.workload}: {row.memory_gib:g} GiB of {card_gib:.1f} on this GPU, "
+                            f"{row.step_ms:g} ms: memory_gib is in GiB (MiB / 1024), step_ms in milliseconds")
     labels = [row.id for row in group.rows if row.id and row.variant is None]
     if twice := sorted({label for label in labels if labels.count(label) > 1}):
         raise UserError(f"{where}: {', '.join(twice)} has two rows; give one of them a variant")
@@ -464,7 +488,3 @@ def _object(path: Path) -> dict[str, Any]:
 
 def _words(ran: str | None) -> str:
     return ran.replace("vpp", "VPP ") if ran else ""
-
-
-def _first_line(error: Exception) -> str:
-    return f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]

@@ -261,14 +261,14 @@ class RunDir:
         """The experiment as it ran. Raises ValueError where experiment.json is not one."""
         from harness.catalog import Experiment
 
-        frozen = _object(self.experiment_json)
+        frozen = read_object(self.experiment_json)
         return Experiment.model_validate_json(
             json.dumps({k: v for k, v in frozen.items() if k in Experiment.model_fields})
         )
 
     def read_device(self) -> str:
         """``cpu`` or ``cuda``. Raises ValueError where experiment.json does not say."""
-        device = _object(self.experiment_json).get("device")
+        device = read_object(self.experiment_json).get("device")
         if device not in ("cpu", "cuda"):
             raise ValueError(f"{self.experiment_json}: device is {device!r}")
         return device
@@ -473,13 +473,13 @@ def started_before(pid: int, moment: float) -> bool:
 
 def _read[Record: _Record](path: Path, kind: type[Record]) -> Record:
     try:
-        return kind.model_validate(_object(path))
+        return kind.model_validate(read_object(path))
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{path.name}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
-def _object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:

@@ -17,7 +17,6 @@ from typing import Any
 from harness.catalog import load_catalog
 from harness.errors import UserError, nearest
 from harness.results import Results, Row, collect, load_references, losses
-from harness.rundir import Upstream
 
 FORMATS = ("terminal", "markdown", "csv", "json")
 NOTHING = "no runs yet: make 101"
@@ -195,7 +194,7 @@ class _Table:
 
 def render(rows: Sequence[Row], format: str = "terminal", width: int = 100, *, colour: bool = False,
            titles: Mapping[int, str] | None = None) -> str:
-    """The rows as text without a final newline, one table for each kind of hardware, miniatures last.
+    """The rows as text without a final newline, one table for each hardware and upstream version, miniatures last.
 
     Args:
         format: ``terminal``, ``markdown``, ``csv`` (one line a row) or ``json`` (a list of objects).
@@ -212,8 +211,9 @@ def render(rows: Sequence[Row], format: str = "terminal", width: int = 100, *, c
         return json.dumps([values(row) for row in rows], indent=1)
     if format == "csv":
         return _csv(rows)
-    by_hardware = groupby(sorted(rows, key=_order), key=lambda row: row.hardware)
-    tables = [_table(list(group), titles or {}) for _, group in by_hardware]
+    kinds = [(kind, list(group)) for kind, group in groupby(sorted(rows, key=_order), key=_kind)]
+    hardware = [kind[0] for kind, _ in kinds]
+    tables = [_table(group, titles or {}, hardware.count(kind[0]) > 1) for kind, group in kinds]
     if format == "markdown":
         return "\n\n".join(map(_markdown, tables)) or NOTHING
     return "\n\n".join(_terminal(table, width, colour) for table in tables) or NOTHING
@@ -222,11 +222,6 @@ def render(rows: Sequence[Row], format: str = "terminal", width: int = 100, *, c
 def values(row: Row) -> dict[str, Any]:
     """Everything about a row as plain values (see VALUES)."""
     return {name: value(row) for name, value in VALUES.items()}
-
-
-def _upstream(upstream: Upstream) -> str:
-    commit = f" (commit {upstream.commit[:7]})" if upstream.commit else ""
-    return f"{upstream.version or '?'}{commit}"
 
 
 def render_compare(a: Row, b: Row, format: str = "terminal") -> str:
@@ -255,6 +250,8 @@ def render_compare(a: Row, b: Row, format: str = "terminal") -> str:
     remarks = [sentence] if settings else ["settings: the same", sentence]
     if a.hardware != b.hardware:
         remarks.append(f"Different hardware ({a.hardware}, {b.hardware}): times and memory do not compare.")
+    if a.software != b.software:
+        remarks.append(f"Different upstream ({a.software}, {b.software}): times and memory do not compare.")
     markdown = format == "markdown"
     table = _pipes(head, lines, [True, False, False, False]) if markdown else _grid([head, *lines])
     return "\n".join([*table, "", *remarks])
@@ -292,16 +289,22 @@ def _collect(outdir: Path, records_dir: Path, against: str | None = None) -> Res
     return results
 
 
-def _order(row: Row) -> tuple[bool, str, int, str, str]:
-    return row.device == "cpu", row.hardware, row.experiment.chapter, row.id, row.label
+def _order(row: Row) -> tuple[bool, str, str, int, str, str]:
+    return row.device == "cpu", *_kind(row), row.experiment.chapter, row.id, row.label
 
 
-def _table(rows: list[Row], titles: Mapping[int, str]) -> _Table:
+def _kind(row: Row) -> tuple[str, str]:
+    """Rows of another kind are never in the same column."""
+    return row.hardware, row.software
+
+
+def _table(rows: list[Row], titles: Mapping[int, str], name_software: bool) -> _Table:
     first = rows[0]
+    kind = f"{first.hardware}, {first.software}" if name_software else first.hardware
     columns = MINIATURE_COLUMNS if first.device == "cpu" else GPU_COLUMNS
     chapters = groupby(rows, key=lambda row: row.experiment.chapter)
     return _Table(
-        title=f"{first.hardware} (not comparable with GPU runs)" if first.device == "cpu" else first.hardware,
+        title=f"{kind} (not comparable with GPU runs)" if first.device == "cpu" else kind,
         columns=tuple(column for column in columns if any(map(column.text, rows))),
         chapters=tuple((f"{n} {titles.get(n, '')}".strip(), tuple(group)) for n, group in chapters),
         notes=tuple(dict.fromkeys(note for row in rows for note in _notes(row))),
@@ -322,6 +325,8 @@ def _notes(row: Row) -> list[str]:
         than = "less than published" if row.state == "oom" else "more than published"
         emulate = "" if row.state == "oom" else f"; CARD={row.against.gpu} emulates that card"
         found.append(f"{row.memory_mib:,} MiB here, {than}{emulate}")
+    if row.state == "ok" and row.device == "cuda" and row.memory_gib.nvml is None:
+        found.append(f"{row.label}: NVML could not be read: the used memory is unknown")
     if e.card:
         found.append(f"CARD={e.card}: memory capped as on that card")
     if not row.against and not e.miniature:
@@ -344,8 +349,7 @@ def _footer(rows: list[Row]) -> Iterable[str]:
     if any(row.tflops and not row.mfu for row in rows if row.device == "cuda"):
         yield f"No MFU: harness/hardware.py has no peak of {rows[0].hardware} at the precision of these runs."
     if group := next((row.against for row in rows if row.reference), None):
-        versions = dict.fromkeys(_upstream(row.result.upstream) for row in rows if row.result)
-        yield f"Here: {rows[0].hardware}, Megatron-LM core {', '.join(versions) or '?'}."
+        yield f"Here: {rows[0].hardware}, {rows[0].software}."
         yield f"publ.: {group.hardware}, {group.software}; {group.method}. Source: {group.source}."
         yield "ratio: here / publ." + " A number with ? is in doubt and gets no ratio." * _doubt(rows)
     replaced = dict.fromkeys(row.experiment.published_data for row in rows if row.reference and _is_mock(row))

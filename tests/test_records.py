@@ -1,46 +1,81 @@
 """Records are what runs measured: every number of one can be computed again from the metrics beside it."""
 
 import json
-import statistics
 from pathlib import Path
 
 import pytest
 
-from harness import ROOT
+from harness import ROOT, docs
 from harness.catalog import load_catalog
 from harness.errors import UserError
-from harness.measured import spread
-from harness.records import record
-from harness.results import collect, load_references
+from harness.flops import tflops_per_gpu
+from harness.hardware import find_gpu, peak_tflops
+from harness.measured import BETWEEN_RUNS, measure, step_noise_ms
+from harness.records import folder_of, metrics_of, read, record, same_work
+from harness.results import collect, load_references, metrics
 from harness.rundir import Result, RunDir, StepMetrics, write_json
+from harness.tables import render
 
 RECORDS = ROOT / "experiments" / "records"
 FILES = sorted(RECORDS.glob("*/*.json"))
+CATALOG = load_catalog()
+KEPT = RECORDS / "h200-141gb"
+every_record = pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_a_record_equals_its_metrics(path: Path) -> None:
-    content = json.loads(path.read_text())
-    result = Result.model_validate(content)
-    lines = path.with_suffix(".metrics.jsonl").read_text().splitlines()
-    metrics = [StepMetrics.model_validate_json(line) for line in lines]
-    assert [m.step for m in metrics] == list(range(1, result.steps_done + 1))
-    losses = [m.loss for m in metrics] or [None]
-    assert (result.loss.first, result.loss.last) == (losses[0], losses[-1])
-    window = [m for m in metrics if m.step >= content["experiment"]["window_first_step"]]
-    assert result.step_ms == spread([m.step_ms for m in window])
-    if window:
-        assert result.window == (window[0].step, window[-1].step)
-        assert result.tflops == statistics.median(m.tflops for m in window)
+@every_record
+def test_a_record_states_what_its_metrics_say(path: Path) -> None:
+    """All that follows from the metrics: steps, window, spread of the step time, TFLOP/s, tokens/s, MFU, loss."""
+    experiment, result = read(path)
+    lines = metrics_of(path).read_text().splitlines()
+    steps = [StepMetrics.model_validate_json(line) for line in lines]
+    assert [m.step for m in steps] == list(range(1, result.steps_done + 1))
+    computed = measure(experiment, steps, result.peak_tflops)
+    assert len(computed) == 9
+    for name, value in computed.items():
+        assert getattr(result, name) == value, name
+    assert result.peak_tflops == peak_tflops(result.gpu, experiment.precision)
+    assert result.status == "oom" or result.step_ms.n >= 10
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+@every_record
+def test_the_metrics_of_a_record_are_of_one_piece(path: Path) -> None:
+    """Step time, TFLOP/s and tokens/s of a step are three views of one clock; in other units they do not fit together."""
+    experiment, _ = read(path)
+    for line in metrics_of(path).read_text().splitlines():
+        m = StepMetrics.model_validate_json(line)
+        assert m.tflops == pytest.approx(tflops_per_gpu(experiment, m.step_ms), rel=1e-3)
+        assert m.tokens_per_s == pytest.approx(
+            experiment.global_batch_size * experiment.seq_length / (m.step_ms / 1000), rel=1e-3)
+
+
+@every_record
+def test_memory_is_nested_and_fits_the_card(path: Path) -> None:
+    _, result = read(path)
+    memory = result.memory_gib
+    held = [gib for gib in (memory.allocated, memory.reserved, memory.nvml) if gib is not None]
+    assert held == sorted(held) and memory.nvml is not None
+    assert held[0] > 0 and memory.nvml * 1024 < find_gpu(result.gpu).memory_mib
+
+
+@every_record
 def test_a_record_says_where_it_comes_from(path: Path) -> None:
     content = json.loads(path.read_text())
-    assert path.stem.split("_")[0] == content["experiment"]["id"]
-    assert not content["miniature"] and content["gpu"]
+    assert path.parent.name == folder_of(content["gpu"]) == folder_of(content["environment"]["gpu"])
+    assert not content["miniature"]
     assert content["environment"]["commit"] and content["environment"]["dirty"] is False
     assert content["upstream"]["commit"] or content["upstream"]["version"]
+    assert content["upstream"] == content["environment"]["upstream"]
+
+
+@every_record
+def test_a_record_is_of_the_catalogues_experiment(path: Path) -> None:
+    """A row of the catalogue whose sizes change needs another record."""
+    experiment, _ = read(path)
+    assert path.stem.split("_")[0].split(".")[0] == experiment.id
+    changed = {"card": experiment.card, "extra_args": experiment.extra_args}
+    unchanged = {"STEPS", "DATA", "CARD", "ARGS"}.issuperset(experiment.overrides)
+    assert not unchanged or same_work(CATALOG.find(experiment.id).with_changes(**changed), experiment)
 
 
 def test_no_metrics_without_their_record() -> None:
@@ -54,22 +89,161 @@ def test_all_records_are_read_and_stand_beside_what_was_published() -> None:
     assert all(row.as_published is not False for row in found.rows)
 
 
-def test_only_finished_gpu_runs_become_records(tmp_path: Path) -> None:
-    run = RunDir(tmp_path / "outdir" / "101-gpt2xl-dp1-gbs1-bf16")
+def test_every_reference_names_its_source_and_is_possible() -> None:
+    """A step time in seconds, or of another experiment, would need a GPU faster than its peak."""
+    for group in load_references().groups:
+        assert group.source and group.hardware and group.method
+        for row in group.rows:
+            assert row.source == group.source
+            if row.step_ms and row.stands_for:
+                tflops = tflops_per_gpu(CATALOG.find(row.stands_for), row.step_ms)
+                assert 0.02 < tflops / peak_tflops(group.gpu, "bf16") < 0.6, row.id
+
+
+def test_the_pages_are_fresh() -> None:
+    for path in docs.PAGES:
+        assert path.read_text() == docs.render(path.read_text(), RECORDS), f"{path.name} is stale: run `make docs`"
+
+
+def copy(tmp_path: Path, name: str = "111", folder: str = "h200-141gb", **changes: object) -> Path:
+    """A committed record in a folder of its own, some of its statements changed."""
+    path = tmp_path / "records" / folder / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metrics_of(path).write_text(metrics_of(KEPT / path.name).read_text())
+    write_json(path, json.loads((KEPT / path.name).read_text()) | changes)
+    return path
+
+
+def warning(path: Path) -> str:
+    """Why ``path`` enters no table."""
+    found = collect(path.parent / "none", path.parents[1], load_references())
+    assert not found.rows
+    return found.warnings[0]
+
+
+STEP_MS = {"median": 370.0, "mean": 400.3, "stdev": 92.8, "min": 372.9, "max": 735.6, "n": 15}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"step_ms": STEP_MS}, "step_ms.median is stated as 370.0, its metrics give 375.65"),
+        ({"tflops": 500.0}, "tflops is stated as 500.0, its metrics give 400.79"),
+        ({"mfu": 0.5}, "mfu is stated as 0.5, its metrics give 0.405"),
+        ({"loss": {"first": 10.8, "last": 1.0}}, "loss.last is stated as 1.0, its metrics give 9.72"),
+        ({"window": [1, 20]}, "window is stated as [1, 20], its metrics give [6, 20]"),
+        ({"steps_done": 21}, "it says 21 steps, its metrics hold 20: truncated"),
+        ({"memory_gib": {"allocated": 68.4, "reserved": 73.9, "nvml": None}}, "no NVML reading"),
+        ({"gpu": "NVIDIA H100 80GB HBM3"}, "measured on NVIDIA H100 80GB HBM3, but in the folder of h200-141gb"),
+        ({"miniature": True}, "a miniature or a CPU run is no record"),
+        ({"gpu": None, "device": "cpu"}, "a miniature or a CPU run is no record"),
+        ({"experiment": None}, "no 'experiment'"),
+        ({"status": "fine"}, "1 validation error for Result"),
+    ],
+)
+def test_a_record_that_contradicts_its_metrics_enters_no_table(tmp_path: Path, changes: dict, message: str) -> None:
+    assert message in warning(copy(tmp_path, **changes))
+
+
+def test_metrics_that_are_missing_truncated_or_torn_are_told(tmp_path: Path) -> None:
+    path = copy(tmp_path)
+    assert read(path)[1].step_ms.n == 15
+    lines = metrics_of(path).read_text().splitlines(keepends=True)
+    metrics_of(path).write_text("".join(lines[:-1]))
+    assert "it says 20 steps, its metrics hold 19: truncated" in warning(path)
+    metrics_of(path).write_text("".join(lines)[:-40])
+    assert "line 20 is torn" in warning(path)
+    slower = [json.dumps(json.loads(line) | {"step_ms": 900.0}) + "\n" for line in lines]
+    metrics_of(path).write_text("".join(slower))
+    assert "step_ms.median is stated as 375.65" in warning(path)
+    metrics_of(path).unlink()
+    assert "111.metrics.jsonl is missing" in warning(path)
+
+
+def test_other_hardware_and_other_upstream_have_tables_of_their_own(tmp_path: Path) -> None:
+    copy(tmp_path)
+    other = json.loads((KEPT / "112.json").read_text())["upstream"] | {"version": "0.14.0", "commit": "f" * 40}
+    copy(tmp_path, "112", upstream=other)
+    copy(tmp_path, "114", folder="h100-80gb", gpu="NVIDIA H100 80GB HBM3")
+    text = render(collect(tmp_path / "none", tmp_path / "records", load_references()).rows, "markdown")
+    headings = [line for line in text.splitlines() if line.startswith("###")]
+    assert headings == [
+        "### NVIDIA H100 80GB HBM3",
+        "### NVIDIA H200, Megatron-LM core 0.14.0 (commit fffffff)",
+        "### NVIDIA H200, Megatron-LM core 0.19.1 (commit 5be9626)",
+    ]
+    parts = text.split("###")[1:]
+    assert ["| 11" + id_ in part for part, id_ in zip(parts, "421", strict=True)] == [True] * 3
+    assert all(part.count("| 11") == 1 for part in parts)
+
+
+def run_of(tmp_path: Path, label: str = "101-gpt2xl-dp1-gbs1-bf16", **changes: object) -> RunDir:
+    """A run directory that holds what 101's record was made of."""
+    content = json.loads((KEPT / "101.json").read_text()) | changes
+    run = RunDir(tmp_path / "outdir" / label)
     run.ranks.mkdir(parents=True)
-    experiment = load_catalog().find("101")
-    run.freeze_experiment(experiment, "cuda", "abc")
+    write_json(run.experiment_json, {**content["experiment"], "device": content["device"]})
+    write_json(run.environment, content["environment"])
+    write_json(run.result, {key: content[key] for key in Result.model_fields if key in content})
+    run.metrics.write_text((KEPT / "101.metrics.jsonl").read_text())
+    return run
+
+
+def test_a_run_becomes_the_same_record_again(tmp_path: Path) -> None:
+    kept = record(run_of(tmp_path), tmp_path / "records")
+    assert kept == tmp_path / "records" / "h200-141gb" / "101.json"
+    assert read(kept) == read(KEPT / "101.json")
+    assert record(run_of(tmp_path, "again"), tmp_path / "records") == kept
+
+
+def test_records_that_differ_in_arguments_do_not_replace_each_other(tmp_path: Path) -> None:
+    experiment = json.loads((KEPT / "101.json").read_text())["experiment"]
+    names = []
+    for number, args in enumerate(["--lr 1e-4", "--lr 2e-4", "--lr 1e-4"]):
+        changed = experiment | {"overrides": {"ARGS": args}, "extra_args": args.split()}
+        names.append(record(run_of(tmp_path, str(number), experiment=changed), tmp_path).name)
+    assert names == ["101_args.json", "101_args.2.json", "101_args.json"]
+    assert len(collect(tmp_path / "none", tmp_path, load_references()).rows) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"status": "crash"}, "ended as crash"),
+        ({"gpu": None}, "ran on a CPU"),
+        ({"memory_gib": {"allocated": 29.4}}, "no NVML reading"),
+        ({"steps_done": 30}, "truncated"),
+        ({"tflops": 500.0}, "tflops is stated as 500.0"),
+    ],
+)
+def test_only_finished_gpu_runs_whose_parts_agree_become_records(tmp_path: Path, changes: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        record(run_of(tmp_path, **changes), tmp_path / "records")
+    assert not (tmp_path / "records").exists()
+
+
+def test_an_unfinished_run_or_none_is_no_record(tmp_path: Path) -> None:
+    run = run_of(tmp_path)
+    run.result.unlink()
     with pytest.raises(UserError, match="ended as killed"):
         record(run, tmp_path)
-    content = json.loads((RECORDS / "h200-141gb" / "101.json").read_text())
-    write_json(run.environment, content["environment"])
-    write_json(run.result, content | {"gpu": None})
-    with pytest.raises(UserError, match="ran on a CPU"):
-        record(run, tmp_path)
-    write_json(run.result, content)
-    run.metrics.write_text((RECORDS / "h200-141gb" / "101.metrics.jsonl").read_text())
-    kept = record(run, tmp_path / "records")
-    assert kept == tmp_path / "records" / "h200-141gb" / "101.json"
-    assert json.loads(kept.read_text())["step_ms"] == content["step_ms"]
     with pytest.raises(UserError, match="no run nothing"):
         record(RunDir(tmp_path / "nothing"), tmp_path)
+
+
+def test_the_noise_of_a_median_follows_the_steps_and_not_one_slow_step() -> None:
+    calm = [100.0, 101, 99, 102, 98, 100, 101, 99, 100, 101, 99, 100, 102, 98, 100]
+    hiccup = [*calm[:-1], 400.0]
+    assert step_noise_ms(calm) == pytest.approx(step_noise_ms(hiccup), rel=0.01)
+    assert step_noise_ms([100.0] * 15) == pytest.approx(100 * BETWEEN_RUNS)
+    wide = [100 + 10 * (step - 100) for step in calm]
+    assert step_noise_ms(wide) == pytest.approx((0.5**2 + (1.2533 * 14.826 / 15**0.5) ** 2) ** 0.5, rel=1e-3)
+
+
+def test_runs_of_the_same_work_differ_by_no_more_than_the_noise_allows() -> None:
+    """What BETWEEN_RUNS was estimated from: the same work recorded twice."""
+    rows = {row.origin.stem: row for row in collect(ROOT / "none", RECORDS, load_references()).rows}
+    for one, other in [("111", "111_cardh100-80gb"), ("211", "231"), ("221", "241")]:
+        medians = [rows[name].step.median for name in (one, other)]
+        noise = [step_noise_ms([m.step_ms for m in metrics(rows[name])[5:]]) for name in (one, other)]
+        assert abs(medians[0] - medians[1]) < 2 * (noise[0] ** 2 + noise[1] ** 2) ** 0.5

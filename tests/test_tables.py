@@ -39,7 +39,7 @@ def row(id_="111", gpu="NVIDIA H200", settings=None, small=False, **changes) -> 
         label=e.label, experiment=e, state=result.status, device="cpu" if small else "cuda", kind="run",
         origin=Path("outdir", e.label), gpu_name=None if small else gpu, result=result,
         steps_done=result.steps_done, published=GROUP.beside(id_) if same else None,
-        against=GROUP if same else None,
+        against=GROUP if same else None, upstream=result.upstream,
     )
 
 
