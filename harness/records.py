@@ -14,9 +14,10 @@ from harness.catalog import Experiment
 from harness.errors import UserError
 from harness.hardware import find_gpu
 from harness.measured import measure
+from harness.profiling.profile import FOLDER, of_run
 from harness.rundir import Result, StepMetrics
 
-UNRECORDED = ("STEPS", "DATA")
+UNRECORDED = ("STEPS", "DATA", "PROFILE")
 """Overrides that do not name a record: a row measured over fewer steps is still that row."""
 
 
@@ -25,10 +26,11 @@ def record(run: rundir.RunDir, records: Path) -> Path:
 
     The record is result.json with the frozen experiment and the environment inside; the metrics travel beside it, so that
     every number can be computed again. Runs that differ in what their names do not tell (ARGS) get numbers: ``101_args.2``.
+    Tracing slows a step, so that of a traced run only its profile is kept, in a folder of its own.
 
     Raises:
-        UserError: the run is unfinished, failed for another reason than memory, ran as a CPU miniature, or what it left does
-            not fit together, such as metrics that end before the run does.
+        UserError: the run is unfinished, failed for another reason than memory, ran as a CPU miniature, lost its traces, or what it
+            left does not fit together, such as metrics that end before the run does.
     """
     if not run.path.is_dir():
         raise UserError(f"no run {run.label} in {run.path.parent}")
@@ -41,15 +43,21 @@ def record(run: rundir.RunDir, records: Path) -> Path:
     if experiment.miniature or not result.gpu:
         raise UserError(f"{run.label} ran on a CPU; records hold GPU runs only")
     folder, steps = records / folder_of(result.gpu), run.read_metrics()
+    environment = json.loads(run.environment.read_text(encoding="utf-8"))
+    evidence = {"experiment": experiment.model_dump(mode="json"), "environment": environment}
+    if experiment.profile:
+        content = of_run(run).model_dump(mode="json")
+        (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+        target = folder / FOLDER / f"{_stem(experiment, folder / FOLDER)}.json"
+        rundir.write_json(target, content | evidence)
+        return target
     if wrong := list(_contradictions(experiment, result, steps, folder.name)):
         raise UserError(f"{run.label}: {'; '.join(wrong)}\na record must follow from its metrics: run it again")
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{_stem(experiment, folder)}.json"
     content = json.loads(run.result.read_text(encoding="utf-8"))
-    environment = json.loads(run.environment.read_text(encoding="utf-8"))
     rundir.write_text(metrics_of(target), "".join(f"{step.model_dump_json()}\n" for step in steps))
-    rundir.write_json(target, {**content, "label": run.label, "experiment": experiment.model_dump(mode="json"),
-                               "environment": environment})
+    rundir.write_json(target, content | {"label": run.label} | evidence)
     return target
 
 
