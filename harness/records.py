@@ -29,8 +29,8 @@ def record(run: rundir.RunDir, records: Path) -> Path:
     Tracing slows a step, so that of a traced run only its profile is kept, in a folder of its own.
 
     Raises:
-        UserError: the run is unfinished, failed for another reason than memory, ran as a CPU miniature, lost its traces, or what it
-            left does not fit together, such as metrics that end before the run does.
+        UserError: the run is unfinished, failed for another reason than memory, ran as a CPU miniature, lost its traces, or
+            what it left does not fit together, such as metrics that end before the run does.
     """
     if not run.path.is_dir():
         raise UserError(f"no run {run.label} in {run.path.parent}")
