@@ -145,6 +145,8 @@ class Experiment(_Frozen):
     optimizer: Literal["adam", "muon"] = "adam"
     optimizer_state: Literal["fp32", "bf16"] = "fp32"
     """Precision of Adam's moments; bf16 keeps of the fp32 weights only what bf16 lacks, too."""
+    gradients: Literal["fp32", "bf16"] = "fp32"
+    """Precision in which gradients are summed up over micro-batches and ranks."""
     lr: Annotated[float, Field(gt=0)] | None = None
     """Highest learning rate, decayed to a tenth over ``steps``; None: the published launchers' schedule."""
     cross_entropy_fusion: bool = False

@@ -89,10 +89,9 @@ def _model_violations(e: Experiment) -> Iterator[str]:
     if m.qk_norm == "projection" and m.normalization != "RMSNorm":
         yield "qk_norm projection is an RMS norm; set normalization: RMSNorm"
     if m.qk_norm == "projection" and (m.num_query_groups or m.num_attention_heads) % e.tp:
-        yield (f"qk_norm projection needs whole key heads on every rank: num_query_groups {m.num_query_groups} must divide by "
-               f"tp = {e.tp}")
+        yield f"qk_norm projection: {m.num_query_groups or m.num_attention_heads} key heads must divide by tp = {e.tp}"
     if e.cp > 1 and (m.window_size or m.attention_sinks) and e.cp_comm_type != "a2a":
-        yield f"windows and sinks work with context parallelism by all-to-all only: set cp_comm_type a2a, not {e.cp_comm_type}"
+        yield f"windows and sinks need context parallelism by all-to-all: set cp_comm_type a2a, not {e.cp_comm_type}"
 
 
 def _precision_violations(e: Experiment) -> Iterator[str]:
@@ -100,7 +99,7 @@ def _precision_violations(e: Experiment) -> Iterator[str]:
         yield (f"precision {e.precision}, fp8_recipe {e.fp8_recipe}: fp8, and nothing else, needs a recipe: delayed, "
                "tensorwise or blockwise")
     if e.precision == "fp8" and e.card and (gpu := find_gpu(e.card)) and gpu.fp8 is None:
-        yield f"precision fp8: {gpu.name} computes in no fp8 (Ada, Hopper and later do); leave CARD= out, or choose a bf16 row"
+        yield f"precision fp8: {gpu.name} has none (Ada, Hopper and later do); leave CARD= out, or choose a bf16 row"
     tokens = e.micro_batch_size * e.seq_length // e.cp // (e.tp if e.sequence_parallel else 1)
     step = 128 if e.fp8_recipe == "blockwise" else 16
     if e.precision == "fp8" and tokens % step:
@@ -109,6 +108,8 @@ def _precision_violations(e: Experiment) -> Iterator[str]:
     if e.optimizer_state == "bf16" and (e.sharding != "optim" or e.optimizer != "adam" or e.precision == "fp32"):
         yield (f"optimizer_state bf16 is for Adam with sharding optim and weights in bf16, not for {e.optimizer} with "
                f"{e.sharding} in {e.precision}")
+    if e.gradients == "bf16" and e.optimizer_state != "bf16":
+        yield "gradients bf16 need upstream's precision-aware optimizer; set optimizer_state: bf16"
     if e.recompute_modules and e.recompute != "selective":
         yield f"recompute_modules {', '.join(e.recompute_modules)} needs recompute: selective, not {e.recompute}"
 

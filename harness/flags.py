@@ -41,12 +41,14 @@ _RECOMPUTE = {
 }
 _PRECISION = {"bf16": "--bf16", "fp32": "", "fp8": "--bf16"}
 _FP8 = {
-    # delayed: the largest of the last 1,024 steps, Transformer Engine's default; blockwise: 1x128 and 128x128, as DeepSeek-V3
+    # delayed: the largest of the last 1,024 steps, Transformer Engine's default; blockwise: 128 values, as DeepSeek-V3
     "delayed": "--fp8-format hybrid --fp8-recipe delayed --fp8-amax-history-len 1024 --fp8-amax-compute-algo max",
     "tensorwise": "--fp8-format hybrid --fp8-recipe tensorwise",
     "blockwise": "--fp8-format e4m3 --fp8-recipe blockwise",
 }
-_OPTIMIZERS = {"adam": "", "muon": "--optimizer muon --muon-momentum 0.95 --muon-nesterov"}
+# Muon's update is scaled to the size of Adam's, so that a learning rate serves both (Liu et al. 2025, arXiv:2502.16982)
+_OPTIMIZERS = {"adam": "", "muon": "--optimizer muon --muon-momentum 0.95 --muon-nesterov --muon-extra-scale-factor 0.2"}
+_GRADIENTS = {"fp32": "", "bf16": "--grad-reduce-in-bf16 --main-grads-dtype bf16"}
 _OPTIMIZER_STATE = {"fp32": "", "bf16": "--use-precision-aware-optimizer --exp-avg-dtype bf16 --exp-avg-sq-dtype bf16"}
 _POSITIONS = {
     "learned_absolute": "",
@@ -86,7 +88,7 @@ def megatron_flags(e: Experiment, device: Device, *, apex: bool = False) -> list
         _words(f"--micro-batch-size {e.micro_batch_size} --global-batch-size {e.global_batch_size}",
                f"--train-iters {e.steps}", *_precision(e)),
         _words(_schedule(e), _OPTIMIZER, f"--init-method-std {e.model.init_method_std}"),
-        _words(_OPTIMIZERS[e.optimizer], _OPTIMIZER_STATE[e.optimizer_state]),
+        _words(_OPTIMIZERS[e.optimizer], _OPTIMIZER_STATE[e.optimizer_state], _GRADIENTS[e.gradients]),
         [] if cuda else _words(*_WITHOUT_CUDA),
         [] if cuda and apex else ["--no-gradient-accumulation-fusion"],
         _data(e),

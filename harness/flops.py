@@ -121,11 +121,13 @@ def state_bytes_per_parameter(e: Experiment, replicas: int) -> float:
 
     bf16: 2 + 4 + 12 (fp32 copy, two Adam moments), so 18 replicated and 6 + 12/replicas with the distributed
     optimizer (upstream's theoretical_memory_usage.py). bf16 moments: 2 + 4 + 6, because two bytes of the fp32 copy are
-    the weight itself (store_param_remainders in megatron/core/optimizer/optimizer_config.py). Muon has one moment in
-    place of two; that its embeddings stay with Adam does not count. fp32: 4 + 4 + 8. The fp8 copies of weights
-    and what FSDP gathers do not count.
+    the weight itself (store_param_remainders in megatron/core/optimizer/optimizer_config.py). bf16 gradients: 2 of 4.
+    Muon has one moment in place of two; that its embeddings stay with Adam does not count. fp32: 4 + 4 + 8. The fp8
+    copies of weights and what FSDP gathers do not count.
     """
     weight, gradient, optimizer = (4, 4, 8) if e.precision == "fp32" else (2, 4, 12)
+    if e.gradients == "bf16":
+        gradient = 2
     if e.optimizer_state == "bf16":
         optimizer = 6
     elif e.optimizer == "muon":

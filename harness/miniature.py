@@ -50,6 +50,7 @@ def miniature(experiment: Experiment, nodes: int = 1) -> Experiment:
         precision="bf16" if experiment.precision == "fp8" else experiment.precision,
         fp8_recipe=None,
         optimizer_state="fp32",
+        gradients="fp32",
     )
 
 

@@ -6,6 +6,8 @@ same work for every rank. ``--cp-comm-type`` chooses how the ranks attend to eac
 * ``a2a`` (Ulysses): an all-to-all trades all heads of a slice of the sequence for 1/n of the heads of the whole.
 * ``all_gather``: every rank gathers all keys and values.
 * ``p2p`` (ring attention) is emulated by the same gathering: the sums are the same, but nothing overlaps.
+
+Windows and softmax sinks are upstream's own; here they meet the parts of the sequence and of the heads.
 """
 
 from copy import copy
@@ -52,6 +54,9 @@ class ContextParallelAttention(DotProductAttention):
             if heads % size:
                 raise UserError(f"a2a: {heads} key/value heads a rank must divide by cp = {size}; try p2p, all_gather")
             self.hidden_size_per_partition //= size
+            self.scale_mask_softmax.register_forward_pre_hook(self._sinks_of_my_heads)
+        elif size > 1:
+            self.window, self.scale_mask_softmax.window_size = self.scale_mask_softmax.window_size, None
         if size > 1 and self.layer_number == 1:
             moved = "heads by all-to-all" if self.heads_travel else "keys and values by all-gather"
             print_rank_0(f"> CPU: context parallelism {cp_comm_type} moves {moved}")
@@ -72,8 +77,16 @@ class ContextParallelAttention(DotProductAttention):
         gathered = (gather_from_sequence_parallel_region(tensor, group=self.group) for tensor in (key, value))
         key, value = (tensor[ordered] for tensor in gathered)
         mine = positions.chunk(size)[self.group.rank()]
-        later = mine[:, None] < torch.arange(len(positions))
-        return super().forward(query, key, value, later[None, None], *args, **kwargs)
+        distance = mine[:, None] - torch.arange(len(positions))
+        unseen = distance < 0
+        if self.window:
+            unseen |= distance > self.window[0]
+        return super().forward(query, key, value, unseen[None, None], *args, **kwargs)
+
+    def _sinks_of_my_heads(self, _, inputs: tuple) -> tuple:
+        """The softmax's inputs (scores, mask, sinks of all heads) with the sinks of the heads that this rank computes."""
+        *others, sinks = inputs
+        return *others, sinks if sinks is None else sinks.chunk(self.group.size())[self.group.rank()]
 
     def _sequence_for_heads(self, tensor: torch.Tensor) -> torch.Tensor:
         """Trade [s/cp, b, heads, hn] for [s, b, heads/cp, hn], the sequence in the ranks' order."""
