@@ -64,6 +64,8 @@ class Model(_Frozen):
     activation: Literal["gelu", "swiglu", "clamped_quick_geglu"] = "gelu"
     position_embedding: Literal["learned_absolute", "rope", "yarn"] = "learned_absolute"
     rotary_base: Count = 10000
+    rope_scaling_factor: Annotated[float, Field(gt=0)] | None = None
+    """How much longer Llama 3.1's scaling makes the low frequencies of rotary positions."""
     yarn: Yarn | None = None
     qk_norm: Literal["none", "head", "projection"] = "none"
     """``head``: Q and K are normalised head by head; ``projection``: over all heads together (harness/specs/)."""

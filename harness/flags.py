@@ -98,6 +98,11 @@ def megatron_flags(e: Experiment, device: Device, *, apex: bool = False) -> list
     return [group for group in groups if group]
 
 
+def model_flags(e: Experiment) -> list[str]:
+    """The arguments that say what ``e``'s model is, apart from how it is trained."""
+    return _words(*_model(e), *_experts(e, cuda=False), f"--init-method-std {e.model.init_method_std}")
+
+
 def _model(e: Experiment) -> tuple[str, ...]:
     m = e.model
     return (
@@ -119,6 +124,8 @@ def _published(e: Experiment) -> Iterator[str]:
         yield f"--normalization RMSNorm --norm-epsilon {m.norm_epsilon}"
     yield _ACTIVATION[m.activation]
     yield _POSITIONS[m.position_embedding].format(m.rotary_base)
+    if m.rope_scaling_factor:
+        yield f"--use-rope-scaling --rope-scaling-factor {m.rope_scaling_factor}"
     if m.yarn:
         y = m.yarn
         yield f"--yarn-original-max-position-embeddings {y.original_max_position_embeddings}"
