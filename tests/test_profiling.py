@@ -13,6 +13,7 @@ import pytest
 
 from harness import ROOT
 from harness.catalog import load_catalog
+from harness.entry import profiler
 from harness.entry.phases import wrap_phases
 from harness.entry.report import RankReport
 from harness.errors import UserError
@@ -313,6 +314,7 @@ def test_the_optimizer_is_as_it_was_after_a_step():
 
 def test_full_collections_are_reported_with_their_step(tmp_path, monkeypatch):
     monkeypatch.setenv("HARNESS_DEVICE", "cpu")
+    monkeypatch.setattr("harness.entry.report.faulthandler", SimpleNamespace(enable=lambda: None, register=lambda *_: None))
     report = RankReport(RunDir(tmp_path))
     try:
         report.start()
@@ -324,6 +326,18 @@ def test_full_collections_are_reported_with_their_step(tmp_path, monkeypatch):
         gc.callbacks.pop()
     (rank,) = RunDir(tmp_path).read_ranks()
     assert list(rank.gc_ms) == [7] and rank.gc_ms[7] > 0
+
+
+def test_a_profiler_that_fails_does_not_end_the_run(tmp_path, capsys):
+    def stop():
+        raise RuntimeError("CUPTI_ERROR_NOT_INITIALIZED")
+
+    tracer = profiler._Tracer(RankReport(RunDir(tmp_path)), first=8, last=9)
+    tracer._profile = SimpleNamespace(stop=stop)
+    for step in (7, 8, 9, 10):
+        tracer.after(step)
+    assert capsys.readouterr().err == "harness: no trace of rank 0, the run goes on: CUPTI_ERROR_NOT_INITIALIZED\n"
+    assert not RunDir(tmp_path).traces.exists()
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "experiments/records").glob(f"*/{profile.FOLDER}/*.json")), ids=lambda p: p.stem)
