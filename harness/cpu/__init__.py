@@ -4,6 +4,7 @@
 ``collectives``  what NCCL has and gloo lacks
 ``norm``         layer norms that know sequence parallelism
 ``attention``    attention that knows context parallelism
+``recompute``    recomputation of single modules
 ``warm``         one process imports, the ranks are forked from it
 """
 
@@ -36,10 +37,11 @@ def install() -> None:
 
     cuda.install()
     collectives.install()
-    from harness.cpu import attention, norm
+    from harness.cpu import attention, norm, recompute
 
     norm.install()
     attention.install()
+    recompute.install()
     multiprocessing.set_forkserver_preload([f"{__name__}.fork_server"])
     # The CPU's random state is the device's here: upstream's warning that the one changed with the other says nothing.
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
