@@ -5,6 +5,7 @@
 ``norm``         layer norms that know sequence parallelism
 ``attention``    attention that knows context parallelism
 ``recompute``    recomputation of single modules
+``fsdp``         PyTorch's FSDP2 on CPUs
 ``warm``         one process imports, the ranks are forked from it
 """
 
@@ -37,8 +38,9 @@ def install() -> None:
 
     cuda.install()
     collectives.install()
-    from harness.cpu import attention, norm, recompute
+    from harness.cpu import attention, fsdp, norm, recompute
 
+    fsdp.install()
     norm.install()
     attention.install()
     recompute.install()

@@ -9,4 +9,4 @@ from megatron.core.tensor_parallel import random
 def install() -> None:
     """Let upstream's ``CheckpointWithoutOutput`` ask whether fp8 is on, and hear that it is not."""
     random.FP8GlobalStateManager = SimpleNamespace(is_fp8_enabled=lambda: False)
-    random.activation_recompute_forward = lambda **_: nullcontext()
+    random.activation_recompute_forward = random.fp8_autocast = lambda **_: nullcontext()

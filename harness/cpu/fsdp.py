@@ -1,0 +1,9 @@
+"""PyTorch's ``fully_shard`` on a mesh of CPUs, where upstream asks for one of CUDA devices."""
+
+from torch.distributed.device_mesh import DeviceMesh
+
+
+def install() -> None:
+    """Let a mesh made of a process group be one of CPUs."""
+    from_group = DeviceMesh.from_group
+    DeviceMesh.from_group = staticmethod(lambda group, device_type, *args, **kwargs: from_group(group, "cpu", *args, **kwargs))
