@@ -13,7 +13,7 @@ WORDS = $(foreach key,$(SETTINGS) $(MORE),$(if $(value $(key)),'$(key)=$(subst '
 
 include experiments/targets.mk
 
-.PHONY: help list table compare doctor arguments monitor-gpu stop parity profile record plots docs targets clean clean-all
+.PHONY: help list table compare doctor arguments monitor-gpu stop parity profile record report plots docs targets clean clean-all
 .PHONY: data-list data-prepare data-clean data-inspect data-check
 .PHONY: setup setup-gpu docker-build docker-run test test-quick test-full lint
 
@@ -48,6 +48,9 @@ table: ## every run beside its published row   [CHAPTER=100] [FORMAT=terminal|ma
 compare: MORE = A B FORMAT
 compare: ## two runs side by side                A=… B=… (labels or ids)
 	@$(HARNESS) compare $(WORDS)
+report: MORE = REPORT
+report: ## one page: tables, plots, comparisons  [REPORT=outdir/report.html]
+	@$(HARNESS) report $(WORDS)
 plots: ## memory, step time, scaling, timelines and losses as SVG in outdir/plots
 	@$(HARNESS) plots $(WORDS)
 profile: MORE = RUN FORMAT

@@ -223,6 +223,18 @@ def _plots(words: list[str]) -> int:
     return 0
 
 
+def _report(words: list[str]) -> int:
+    from harness.report import page
+
+    settings = overrides.parse(words, extra=("REPORT",))
+    outdir = _outdir(settings)
+    path = Path(settings.get("REPORT") or outdir / "report.html").absolute()
+    warnings = page.write(outdir, RECORDS, path)
+    print(*warnings, sep="\n", end="\n" * bool(warnings), file=sys.stderr)
+    print(f"{path} ({path.stat().st_size / 1024:.0f} KiB): open it in a browser; it needs no network")
+    return 0
+
+
 def _docs(words: list[str]) -> int:
     from harness import docs
 
@@ -253,7 +265,8 @@ def _data(words: list[str]) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "run": _run, "show": _show, "chapter": _chapter, "list": _list, "table": _table, "compare": _compare,
     "doctor": _doctor, "arguments": _arguments, "parity": _parity, "monitor-gpu": _monitor_gpu, "stop": _stop,
-    "record": _record, "profile": _profile, "plots": _plots, "data": _data, "clean": _clean, "docs": _docs,
+    "record": _record, "profile": _profile, "plots": _plots, "report": _report,
+    "data": _data, "clean": _clean, "docs": _docs,
     "targets": _targets,
 }
 

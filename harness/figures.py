@@ -20,6 +20,7 @@ from harness.timeline import Timeline, Times, simulate
 PLOTS = EXPERIMENTS / "plots.yaml"
 LONG_STEPS = 100
 """A run of fewer steps shows no learning worth a plot of its own."""
+ASSUMED = "forward : backward = 1 : 2, assumed, not measured"
 CURVE_POINTS = 300
 """Most points of a drawn curve; more are thinned out, spikes kept."""
 
@@ -182,11 +183,10 @@ def thinned(label: str, values: Mapping[int, float], most: int = CURVE_POINTS) -
 def schedules() -> tuple[Schedule, ...]:
     """The two of Narayanan et al. 2021, figures 3 and 4: 4 stages, 8 micro-batches, without and with interleaving."""
     plain, interleaved = simulate(8, Times.alike(4)), simulate(8, Times.alike(4), chunks=2)
-    assumed = "forward : backward = 1 : 2, assumed, not measured"
     return (
-        Schedule("400-timeline-1f1b", "1F1B: 4 stages, 8 micro-batches", plain, assumed, plain.end),
+        Schedule("400-timeline-1f1b", "1F1B: 4 stages, 8 micro-batches", plain, ASSUMED, plain.end),
         Schedule("400-timeline-interleaved", "Interleaved 1F1B: the same with 2 chunks (virtual stages) on each rank",
-                 interleaved, assumed, plain.end),
+                 interleaved, ASSUMED, plain.end),
     )
 
 

@@ -1,0 +1,60 @@
+// The data of the page, and the few functions that make elements. Text is only ever set as text.
+const data = JSON.parse(document.getElementById("data").textContent);
+const names = Object.keys(data.rows);
+const rows = data.rows.id.map((_, index) => Object.fromEntries([["index", index], ...names.map((name) => [name, data.rows[name][index]])]));
+const byId = (id) => document.getElementById(id);
+
+function made(node, attributes, children) {
+  for (const [name, value] of Object.entries(attributes ?? {})) {
+    if (value === null || value === undefined || value === false) continue;
+    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+    else node.setAttribute(name, value === true ? "" : value);
+  }
+  node.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
+  return node;
+}
+const add = (node, ...children) => made(node, null, children);
+const el = (tag, attributes, ...children) => made(document.createElement(tag), attributes, children);
+const svg = (tag, attributes, ...children) => made(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
+
+function number(value, digits) {
+  return value === null || value === undefined ? "" : value.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits });
+}
+const milliseconds = (value) => number(value, value < 1000 ? 1 : 0);
+const short = (value) => value.toLocaleString("en", { maximumSignificantDigits: Math.abs(value) >= 100 ? 6 : 4, maximumFractionDigits: Math.abs(value) >= 100 ? 0 : 3, roundingPriority: "lessPrecision" });
+
+const nameOf = (row) => (row.kind === "record" ? `${row.label.split("/").pop()} (record)` : row.label);
+const torchrunOf = (row) => row.torchrun.map((line) => data.lines[line]).join("\n");
+
+/** A command that can be copied: through the clipboard, or selected where the browser refuses. */
+function command(title, text) {
+  const code = el("pre", { tabindex: 0, "aria-label": title }, text);
+  const button = el("button", { type: "button", "aria-label": `Copy: ${title}`, onclick: async () => {
+    let copied = false;
+    try {
+      await navigator.clipboard.writeText(text);
+      copied = true;
+    } catch {
+      getSelection().selectAllChildren(code);
+      copied = document.execCommand("copy");
+    }
+    button.textContent = copied ? "Copied" : "Selected: press Ctrl+C";
+    setTimeout(() => { button.textContent = "Copy"; }, 2000);
+  } }, "Copy");
+  return el("div", { class: "command" }, code, button);
+}
+
+/** Calls draw once the element comes near the window, or before it is printed. */
+const waiting = new Map();
+const near = new IntersectionObserver((entries) => entries.filter((entry) => entry.isIntersecting).forEach((entry) => drawNow(entry.target)), { rootMargin: "500px" });
+function drawNow(element) {
+  const draw = waiting.get(element);
+  waiting.delete(element);
+  near.unobserve(element);
+  draw?.();
+}
+function drawWhenNear(element, draw) {
+  waiting.set(element, draw);
+  near.observe(element);
+}
+addEventListener("beforeprint", () => [...waiting.keys()].forEach(drawNow));

@@ -1,0 +1,29 @@
+// Theme, summary, sections.
+const THEMES = { auto: "Theme: system", light: "Theme: light", dark: "Theme: dark" };
+const remembered = { get: () => { try { return localStorage.getItem("theme"); } catch { return null; } }, set: (value) => { try { localStorage.setItem("theme", value); } catch { /* not kept */ } } };
+let theme = remembered.get() in THEMES ? remembered.get() : "auto";
+function showTheme() {
+  if (theme === "auto") delete document.documentElement.dataset.theme;
+  else document.documentElement.dataset.theme = theme;
+  byId("theme").textContent = THEMES[theme];
+}
+byId("theme").addEventListener("click", () => {
+  const order = Object.keys(THEMES);
+  theme = order[(order.indexOf(theme) + 1) % order.length];
+  remembered.set(theme);
+  showTheme();
+});
+showTheme();
+
+const measured = rows.filter((row) => row.kind !== "catalogue");
+const judged = measured.filter((row) => row.as_published === true || row.as_published === false);
+byId("summary").textContent = `${measured.length} runs and records on ${[...new Set(measured.map((row) => row.hardware))].join(", ") || "nothing yet"}; `
+  + `${judged.filter((row) => row.as_published).length} of ${judged.length} that can be judged ran as published, or ran out of memory as published.`;
+
+const comparing = compare(byId("compare"));
+const everyRow = table(byId("rows"), comparing);
+chapters(byId("chapters"), everyRow);
+claims(byId("claims"));
+timelines(byId("timelines"));
+losses(byId("losses"));
+notes(byId("notes"));

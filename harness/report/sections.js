@@ -1,0 +1,102 @@
+// The other sections: plots by chapter, claims, pipeline timelines, loss curves, notes.
+function chapters(section, everyRow) {
+  for (const [chapter, title] of Object.entries(data.chapters)) {
+    const of = rows.filter((row) => String(row.chapter) === chapter);
+    const figures = data.figures.filter((figure) => String(figure.chapter) === chapter);
+    const judged = of.filter((row) => row.as_published === true || row.as_published === false);
+    const measured = of.filter((row) => row.kind !== "catalogue" && !row.miniature).length;
+    add(section, 
+      el("h3", { id: `chapter-${chapter}` }, `${chapter} ${title}`),
+      el("p", { class: "quiet small" }, `${measured} measured on GPUs, ${of.filter((row) => row.status === "not run").length} not run here`,
+        judged.length ? `, ${judged.filter((row) => row.as_published).length} of ${judged.length} as published` : "", ". ",
+        el("a", { href: "#rows", onclick: (event) => { event.preventDefault(); everyRow.only(chapter); } }, "Show its rows")),
+      figures.map((figure) => el("details", { open: true }, el("summary", {}, figure.title),
+        el("div", { class: "charts" }, figure.panels.map((panel) => sweepChart(figure, panel))),
+        figure.notes.map((note) => el("p", { class: "quiet small" }, note)))));
+  }
+}
+
+function claims(section) {
+  const found = data.claims ?? [];
+  if (!found.length) {
+    add(section, el("p", { class: "quiet" }, "No claims were evaluated."));
+    return;
+  }
+  const words = { holds: "good", fails: "bad" };
+  const count = (verdict) => found.filter((claim) => claim.verdict === verdict).length;
+  add(section, 
+    el("p", {}, `${found.length} claims: ${["holds", "fails", "not measured"].map((verdict) => `${count(verdict)} ${verdict}`).join(", ")}.`),
+    el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Claims; scrolls sideways" }, el("table", { id: "every-claim" },
+      el("thead", {}, el("tr", {}, ["claim", "here", "published", "numbers"].map((title) => el("th", { scope: "col", class: "left" }, title)))),
+      el("tbody", {}, found.map((claim) => el("tr", {},
+        el("td", { class: "left wrap" }, claim.text),
+        el("td", { class: "left" }, el("span", { class: `badge ${words[claim.verdict] ?? "quiet"}` }, claim.verdict)),
+        el("td", { class: "left" }, claim.published && el("span", { class: `badge ${words[claim.published] ?? "quiet"}` }, claim.published)),
+        el("td", { class: "left wrap small" }, claim.numbers)))))));
+}
+
+function timelines(section) {
+  const place = el("div");
+  const select = el("select", { id: "timeline", onchange: () => place.replaceChildren(timeline(data.timelines[Number(select.value)])) },
+    data.timelines.map((one, index) => el("option", { value: index }, one.title)));
+  add(section, 
+    el("p", {}, "Which stage computes which micro-batch when, in the order in which upstream's schedules run them. Sending costs no time here: idle time is the bubble."),
+    el("div", { class: "controls" }, el("label", {}, "Pipeline", select)), place);
+  drawWhenNear(place, () => place.append(timeline(data.timelines[0])));
+}
+
+function timeline(one) {
+  const [row, left, top] = [28, 56, 8];
+  const width = Math.max(700, byId("timelines").clientWidth - 4, 32 * one.micro_batches * one.chunks);
+  const toX = (time) => left + time / one.end * (width - left - 8);
+  const bottom = top + row * one.stages;
+  const picture = svg("svg", { class: "plot", width, height: bottom + 40, viewBox: `0 0 ${width} ${bottom + 40}`, role: "img",
+    "aria-label": `${one.title}: idle ${number(100 * one.bubble, 1)}% of the ideal time` });
+  one.spans.forEach((spans, stage) => {
+    const y = top + stage * row;
+    picture.append(svg("text", { x: left - 6, y: y + 16, "text-anchor": "end" }, `stage ${stage}`), svg("rect", { class: "idle", x: left, y, width: toX(one.end) - left, height: row - 5 }));
+    for (const [batch, chunk, backward, start, end] of spans) {
+      const [x, size] = [toX(start), toX(end) - toX(start)];
+      picture.append(svg("g", { class: `c${backward}` },
+        svg("rect", { class: chunk % 2 ? "own late" : "own", x: x + 0.4, y, width: Math.max(size - 0.8, 0.5), height: row - 5 },
+          svg("title", {}, `stage ${stage}, micro-batch ${batch + 1}${one.chunks > 1 ? `, chunk ${chunk + 1}` : ""}, ${backward ? "backward" : "forward"}: ${short(start)} to ${short(end)}`)),
+        size >= (batch > 8 ? 13 : 8) && svg("text", { class: "number", x: x + size / 2, y: y + 15 }, String(batch + 1))));
+    }
+  });
+  for (const tick of roundTicks(0, one.end, 8).filter((time) => time <= one.end)) picture.append(svg("text", { x: toX(tick), y: bottom + 12, "text-anchor": "middle" }, short(tick)));
+  picture.append(svg("text", { x: (left + width) / 2, y: bottom + 32, "text-anchor": "middle" }, `time, ${one.unit ?? "forward passes of one micro-batch through one stage"}`));
+  const key = (words, kind, colour) => el("span", {}, svg("svg", { class: colour, width: 14, height: 12, "aria-hidden": "true" }, svg("rect", { class: kind, width: 12, height: 12 })), ` ${words}  `);
+  const formula = (one.stages - 1) / (one.micro_batches * one.chunks);
+  return el("div", { class: "timeline" },
+    el("p", { class: "small" }, [...(one.chunks > 1 ? ["odd", "even"] : [""])].flatMap((parity, i) => ["forward", "backward"].map((kind, c) =>
+      key(parity ? `${kind}, ${parity} chunk` : kind, i ? "own late" : "own", `c${c}`))), key("idle", "idle", "")),
+    el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Timeline; scrolls sideways" }, picture),
+    el("p", { class: "small" }, `Bubble, idle over ideal time: ${number(100 * one.bubble, 1)}%. Narayanan et al. 2021: (p-1)/(v m) with p = ${one.stages}, v = ${one.chunks}, `
+      + `m = ${one.micro_batches}: ${number(100 * formula, 1)}%. Times: ${one.times_from}. Numbers are micro-batches.`));
+}
+
+function losses(section) {
+  const long = rows.filter((row) => row.curves?.loss && row.steps_done >= 100 && !row.miniature);
+  const shown = long.length ? long : rows.filter((row) => row.curves?.loss);
+  if (!shown.length) {
+    add(section, el("p", { class: "quiet" }, "No run has a loss yet."));
+    return;
+  }
+  const groups = Map.groupBy(shown, (row) => row.chapter);
+  for (const [chapter, of] of groups) {
+    for (let i = 0; i < of.length; i += MOST_RUNS) {
+      add(section, el("div", { class: "charts wide" }, curveChart({ title: `Training loss: ${data.chapters[chapter] ?? chapter}`, quantity: "loss", xTitle: "training step", unit: "", digits: 4,
+        chosen: of.slice(i, i + MOST_RUNS) })));
+    }
+  }
+}
+
+function notes(section) {
+  const lines = [
+    "ms/step: median over the averaging window; ±: its standard deviation. GiB: used memory of the fullest GPU as nvidia-smi shows it, CUDA context and NCCL included.",
+    "ratio: here / published; a published number in doubt gets none. TFLOP/s: of one GPU, model FLOPs as Megatron-LM counts them; MFU: over the dense peak at the run's precision.",
+    `Published: ${data.published}`,
+    ...data.warnings.map((warning) => `Left out: ${warning}`),
+  ];
+  add(section, el("ul", {}, lines.map((line) => el("li", {}, line))));
+}
