@@ -1,0 +1,164 @@
+"""Hugging Face -> Megatron-LM: check a folder against its config.json, then write the checkpoint, tensor by tensor."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.convert import arguments, hub, torch_dist
+from harness.convert.architectures import EXPERTS, LAYERS, Architecture, Row
+from harness.convert.mxfp4 import Dequantized
+from harness.convert.safetensor_files import Tensors, open_folder
+from harness.convert.torch_dist import Piece
+from harness.convert.transforms import Sizes
+from harness.convert.weights import HF, RECORD, RELEASE, Weights
+from harness.errors import UserError
+from harness.rundir import write_json
+
+WIDEST_TP = 8
+"""Vocabularies get rows for as many tensor-parallel ranks at least; powers of 2 below find theirs among them."""
+
+ALIGNMENT = 128
+"""Upstream's --make-vocab-size-divisible-by."""
+
+# Modules of upstream's layer specs, Transformer Engine's or local, that keep a state beside their weights. It is empty
+# without fp8, but upstream wants it to be there.
+_STATEFUL = ("self_attention.linear_qkv", "self_attention.linear_proj", "self_attention.core_attention",
+             "self_attention.q_layernorm", "self_attention.k_layernorm", "input_layernorm", "pre_mlp_layernorm",
+             "mlp.linear_fc1", "mlp.linear_fc2")  # fmt: skip
+_STATEFUL_EXPERTS = (EXPERTS + "linear_fc1", EXPERTS + "linear_fc2")
+
+
+def import_folder(source: str, target: Path, name: str, *, tp: int = 1, pp: int = 1, ep: int = 1) -> Weights:
+    """Write the weights of Hugging Face's ``source`` into ``target``, whole or not at all.
+
+    Args:
+        tp, pp, ep: the layout to check the model against; the checkpoint loads under any other too.
+
+    Raises:
+        UserError: the folder is incomplete, damaged, not what its config.json says, or of a kind that is not known.
+    """
+    folder = hub.locate(source)
+    architecture, config = hub.read_config(folder)
+    model, positions = architecture.read(config, name)
+    multiple = ALIGNMENT * (tp if tp % WIDEST_TP == 0 else tp * WIDEST_TP)
+    sizes = Sizes(model, positions, -(-model.vocab_size // multiple) * multiple)
+    words = arguments.flags(model, positions, tp, pp, ep)
+    tensors = Dequantized(open_folder(folder))
+    pieces = plan(architecture, sizes, tensors)
+    has_tokenizer = _check_tokenizer(folder, model.vocab_size)
+    used = [tensors[name] for row in architecture.rows_of(model) for index in _places(row, sizes)
+            for name in _found(architecture, row, index, tensors)]  # fmt: skip
+    weights = Weights(
+        name=name, source=source, architecture=architecture.name, model=model, positions=positions,
+        padded_vocab_size=sizes.vocabulary, parameters=sum(t.bytes // t.dtype.itemsize for t in used),
+        bytes=sum(t.bytes for t in used), dtypes=tuple(sorted({str(t.dtype).removeprefix("torch.") for t in used})),
+        dequantized=len(tensors.quantized), tokenizer=has_tokenizer, flags=tuple(words),
+    )  # fmt: skip
+    _check_room(target, weights.bytes)
+    unfinished = target.with_name(target.name + ".part")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        (unfinished / HF).mkdir(parents=True)
+        for kept in hub.KEPT:
+            if (folder / kept).is_file():
+                shutil.copyfile(folder / kept, unfinished / HF / kept)
+        torch_dist.write(unfinished / RELEASE, pieces, _states(sizes) | {torch_dist.COMMON: _common(words, sizes)})
+        (unfinished / torch_dist.TRACKER).write_text("release")
+        write_json(unfinished / RECORD, weights.model_dump(mode="json"))
+        if target.exists():
+            shutil.rmtree(target)
+        unfinished.rename(target)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return weights
+
+
+def plan(architecture: Architecture, sizes: Sizes, tensors: Tensors) -> list[Piece]:
+    """Every piece of the checkpoint, made of ``tensors`` when it is asked for.
+
+    Raises:
+        UserError: tensors are missing, too many, or of other shapes than the config says.
+    """
+    missing, misfits, wanted = [], [], set()
+    pieces = []
+    for row in architecture.rows_of(sizes.model):
+        shape = sizes.shape(row.shape)
+        expected = [tuple(part.shape) for part in row.how.split(torch.empty(shape, device="meta"), sizes)]
+        for index in _places(row, sizes):
+            names = _found(architecture, row, index, tensors)
+            wanted.update(name.partition("[")[0] for name in names)
+            absent = [name for name in names if name.partition("[")[0] not in tensors]
+            missing += absent
+            if absent:
+                continue
+            misfits += [f"{name} is {list(tensors[name].shape)}, not {list(fits)}"
+                        for name, fits in zip(names, expected, strict=True) if tensors[name].shape != fits]  # fmt: skip
+            if len(dtypes := {tensors[name].dtype for name in names}) > 1:
+                misfits.append(f"{', '.join(names)} have different dtypes: {', '.join(map(str, dtypes))}")
+            make = partial(_made, row, names, tensors, sizes)
+            for key in (row.megatron, *row.also):
+                pieces.append(Piece(key, index, shape, row.stacked(sizes), next(iter(dtypes)), make))
+    extra = [name for name in tensors if name not in wanted and not architecture.unneeded(name, sizes.model)]
+    for problem, names in (("are missing", missing), ("have a shape that config.json does not say", misfits),
+                           ("are not known", extra)):  # fmt: skip
+        if names:
+            more = f"\n… and {len(names) - 5} more" if len(names) > 5 else ""
+            raise UserError(f"{architecture.name}: {len(names)} tensors {problem}:\n" + "\n".join(names[:5]) + more)
+    return pieces
+
+
+def _made(row: Row, names: tuple[str, ...], tensors: Tensors, sizes: Sizes) -> Tensor:
+    return row.how.join([tensors.read(name) for name in names], sizes)
+
+
+def _places(row: Row, sizes: Sizes) -> Iterator[tuple[int, ...]]:
+    """Every layer, or layer and expert, of ``row``; the empty index where there is one tensor."""
+    return product(*map(range, row.stacked(sizes)))
+
+
+def _found(architecture: Architecture, row: Row, index: tuple[int, ...], tensors: Tensors) -> tuple[str, ...]:
+    """The names in ``tensors``; files of the base model alone leave the prefix out."""
+    names = row.names(index)
+    bare = tuple(name.removeprefix(architecture.prefix) for name in names)
+    return bare if all(name.partition("[")[0] in tensors for name in bare) else names
+
+
+def _states(sizes: Sizes) -> dict[str, Any]:
+    """Upstream's names of the empty states: key/shard_<index>_<sizes>, with the layers and experts as in the weights."""
+    layers, experts = sizes.model.num_layers, sizes.model.num_experts or 0
+    states = {f"{LAYERS}{module}._extra_state/shard_{n}_{layers}" for module in _STATEFUL for n in range(layers)}
+    states |= {f"{LAYERS}{module}._extra_state/shard_{n}.{e}_{layers}.{experts}"
+               for module in _STATEFUL_EXPERTS for n in range(layers) for e in range(experts)}  # fmt: skip
+    return dict.fromkeys([*sorted(states), "decoder.final_layernorm._extra_state/shard_0_1"])
+
+
+def _common(words: list[str], sizes: Sizes) -> dict[str, Any]:
+    """What upstream keeps beside tensors (generate_state_dict in megatron/training/checkpointing.py)."""
+    args = arguments.parse(words)
+    args.padded_vocab_size, args.vocab_size = sizes.vocabulary, sizes.model.vocab_size
+    args.ckpt_format, args.iteration = torch_dist.BACKEND, 0
+    return {"args": args, "checkpoint_version": 3.0, "iteration": 0, "num_floating_point_operations_so_far": 0,
+            "content_metadata": {"singleton_local_shards": False}}  # fmt: skip
+
+
+def _check_tokenizer(folder: Path, vocab_size: int) -> bool:
+    vocabulary = hub.vocabulary_of(folder)
+    if vocabulary and (largest := max(vocabulary.values())) >= vocab_size:
+        raise UserError(f"{folder}: the tokenizer has ids up to {largest:,}, the model's vocabulary ends at {vocab_size - 1:,}: "
+                        "it belongs to another model\nfetch both from the same repository")  # fmt: skip
+    return vocabulary is not None or (folder / "tokenizer.model").exists()
+
+
+def _check_room(target: Path, needed: int) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(target.parent).free
+    if free < needed * 1.1:
+        raise UserError(f"{target.parent} has {free / 2**30:.1f} GiB free, the weights take {needed / 2**30:.1f}")

@@ -1,0 +1,228 @@
+"""Megatron-LM's ``torch_dist`` checkpoints, written and read a piece at a time.
+
+The format is PyTorch's distributed checkpoint (torch.distributed.checkpoint), whose own writer and reader are used: the
+planners below only make each tensor when its turn comes. Upstream's additions are a ``metadata.json`` and objects next
+to tensors, one of them ``common_state`` (megatron/core/dist_checkpointing/serialization.py, strategies/torch.py).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from harness.errors import UserError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+METADATA, CONFIG = ".metadata", "metadata.json"
+COMMON = "common_state/shard_0_1"
+WRITERS = 2
+BACKEND = "torch_dist"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a tensor, with its place in it, that ``make`` makes when it is to be written.
+
+    Attributes:
+        index: its place along the leading axes, along which it is one thick.
+        shape: of the part, without these axes.
+        stacked: sizes of the leading axes of the whole.
+    """
+
+    key: str
+    index: tuple[int, ...]
+    shape: tuple[int, ...]
+    stacked: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+
+    @property
+    def offset(self) -> torch.Size:
+        return torch.Size((*self.index, *(0 for _ in self.shape)))
+
+    def item(self) -> WriteItem:
+        """What the planner of PyTorch's checkpoints needs to know of it."""
+        local = torch.Size((*(1 for _ in self.index), *self.shape))
+        data = TensorWriteData(
+            ChunkStorageMetadata(self.offset, local), TensorProperties(self.dtype),
+            torch.Size((*self.stacked, *self.shape)),
+        )  # fmt: skip
+        return WriteItem(MetadataIndex(self.key, self.offset), WriteItemType.SHARD, tensor_data=data)
+
+
+def write(folder: Path, pieces: Sequence[Piece], objects: Mapping[str, Any]) -> None:
+    """Write a checkpoint of ``pieces`` and pickled ``objects`` into ``folder``; in memory is what is being written."""
+    checkpoint.save({}, storage_writer=FileSystemWriter(folder, thread_count=WRITERS, per_thread_copy_ahead=0),
+                    planner=_SavePlanner(pieces, objects), no_dist=True)  # fmt: skip
+    (folder / CONFIG).write_text(json.dumps({"sharded_backend": BACKEND, "sharded_backend_version": 1}))
+
+
+class _SavePlanner(DefaultSavePlanner):
+    def __init__(self, pieces: Sequence[Piece], objects: Mapping[str, Any]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._pieces = {(piece.key, piece.offset): piece for piece in pieces}
+        self._objects = objects
+
+    def create_local_plan(self) -> SavePlan:
+        items = [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in self._objects]
+        self.plan = SavePlan([*items, *(piece.item() for piece in self._pieces.values())])
+        return self.plan
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        index = write_item.index
+        if write_item.type == WriteItemType.BYTE_IO:
+            written = io.BytesIO()
+            torch.save([self._objects[index.fqn]], written)
+            return written
+        piece = self._pieces[index.fqn, index.offset]
+        tensor = piece.make()
+        if tuple(tensor.shape) != piece.shape or tensor.dtype != piece.dtype:
+            raise ValueError(f"{piece.key}: {tuple(tensor.shape)} {tensor.dtype}, planned {piece.shape} {piece.dtype}")
+        return tensor.contiguous().view(*(1 for _ in piece.index), *piece.shape)
+
+
+class Checkpoint:
+    """A checkpoint on the disk: which tensors it has, and parts of them.
+
+    Raises:
+        UserError: ``folder`` has none, or it is of another format or damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if not (folder / METADATA).exists():
+            raise UserError(f"{folder} has no {METADATA}: no checkpoint, or one whose saving was cut short")
+        try:
+            backend = json.loads((folder / CONFIG).read_text())["sharded_backend"]
+        except (OSError, ValueError, KeyError, TypeError):
+            backend = None
+        if backend != BACKEND:
+            raise UserError(f"{folder} is a checkpoint of format {backend or 'unknown'}; this reads {BACKEND}\n"
+                            f"save with ARGS=\"--ckpt-format {BACKEND}\"")  # fmt: skip
+        self._reader = FileSystemReader(folder)
+        try:
+            self._metadata = self._reader.read_metadata()
+        except Exception as error:  # a damaged pickle can raise anything
+            raise UserError(f"{folder / METADATA} is damaged: {type(error).__name__}: {error}") from None
+        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+        named = {info.relative_path for info in self._metadata.storage_data.values()}
+        if missing := sorted(name for name in named if not (folder / name).exists()):
+            raise UserError(f"{folder} lacks {', '.join(missing)}: its saving, or its copying, was cut short")
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        for key, entry in self._metadata.state_dict_metadata.items():
+            if isinstance(entry, TensorStorageMetadata):
+                self.shapes[key], self.dtypes[key] = tuple(entry.size), entry.properties.dtype
+
+    def read(self, key: str, index: tuple[int, ...] = ()) -> Tensor:
+        """Part ``index`` of the tensor ``key``, along its leading axes, put together from what the ranks saved.
+
+        Raises:
+            UserError: a file is shorter than it was.
+        """
+        entry = self._metadata.state_dict_metadata[key]
+        shape = entry.size[len(index):]
+        part = ChunkStorageMetadata(torch.Size((*index, *(0 for _ in shape))), torch.Size((*(1 for _ in index), *shape)))
+        target = torch.empty(part.sizes, dtype=entry.properties.dtype)
+        items = create_read_items_for_chunk_list(key, entry, [part])
+        self._read(LoadPlan(items), _LoadPlanner(target))
+        return target.view(shape)
+
+    def common(self) -> Mapping[str, Any]:
+        """What upstream saves beside tensors: its arguments, iteration and so on.
+
+        Raises:
+            UserError: it has none, or one that cannot be opened safely.
+        """
+        try:
+            if (folded := self._metadata.state_dict_metadata.get(COMMON)) is None:
+                return torch.load(self.folder / "common.pt", map_location="cpu", weights_only=True)
+            assert isinstance(folded, BytesStorageMetadata)
+            loaded = {COMMON: io.BytesIO()}
+            checkpoint.load(loaded, storage_reader=FileSystemReader(self.folder), no_dist=True)
+            if isinstance(loaded[COMMON], io.BytesIO):
+                loaded[COMMON].seek(0)
+                return torch.load(loaded[COMMON], weights_only=True)[0]
+            return loaded[COMMON][0]
+        except Exception as error:  # a damaged pickle can raise anything
+            raise UserError(f"{self.folder}: upstream's arguments cannot be read: {error}") from None
+
+    def _read(self, plan: LoadPlan, planner: LoadPlanner) -> None:
+        try:
+            self._reader.read_data(plan, planner).wait()
+        except Exception as error:  # a file that is cut off or damaged can raise anything
+            key = plan.items[0].dest_index.fqn
+            raise UserError(f"{self.folder} is damaged: {key} cannot be read: {error}") from None
+
+
+class _LoadPlanner(LoadPlanner):
+    """Puts what is read into one tensor."""
+
+    def __init__(self, target: Tensor) -> None:
+        self._target = target
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        place = self._target
+        for axis, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+            place = place.narrow(axis, start, length)
+        return place
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None: ...
+
+    def set_up_planner(self, state_dict, metadata=None, is_coordinator=False) -> None: ...
+
+    def create_local_plan(self) -> LoadPlan:
+        raise NotImplementedError
+
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+        raise NotImplementedError
+
+    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
+        raise NotImplementedError
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        raise NotImplementedError
+
+
+def latest(folder: Path) -> Path:
+    """The checkpoint that upstream would load from ``folder``: the one its tracker names, or ``folder`` itself.
+
+    Raises:
+        UserError: there is none.
+    """
+    if (folder / METADATA).exists():
+        return folder
+    tracker = folder / TRACKER
+    try:
+        named = tracker.read_text(encoding="utf-8").strip()
+    except OSError:
+        raise UserError(f"{folder} has no checkpoint: neither {METADATA} nor {TRACKER}") from None
+    if named != "release" and not named.isdigit():
+        raise UserError(f"{tracker} names no iteration: {named[:40]!r}")
+    return folder / ("release" if named == "release" else f"iter_{int(named):07d}")

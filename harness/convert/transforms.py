@@ -1,0 +1,112 @@
+"""How one tensor of Megatron-LM is made of tensors of Hugging Face, and back. Each is the other's inverse, bit by bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from harness.catalog import Model
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A model's sizes. ``positions``: the longest sequence. ``vocabulary``: rows in Megatron-LM, those added included."""
+
+    model: Model
+    positions: int
+    vocabulary: int
+
+    def shape(self, dimensions: Sequence[str]) -> tuple[int, ...]:
+        """``("gated", "hidden")`` in numbers."""
+        m = self.model
+        known = {
+            "hidden": m.hidden_size, "positions": self.positions, "vocabulary": self.vocabulary,
+            "heads": m.num_attention_heads, "queries": m.query_size, "keys": m.key_size, "qkv": m.query_size + 2 * m.key_size,
+            "ffn": m.ffn, "gated": 2 * m.ffn, "expert": m.moe_ffn, "gated expert": 2 * m.moe_ffn, "experts": m.num_experts,
+        }  # fmt: skip
+        return tuple(known[name] for name in dimensions)
+
+
+@dataclass(frozen=True)
+class Transform:
+    """A pair of inverses. ``says`` is its line in docs/weights.md.
+
+    Attributes:
+        join: tensors of Hugging Face -> Megatron-LM's tensor.
+        split: Megatron-LM's tensor -> tensors of Hugging Face; also on the meta device, where only shapes are wanted.
+    """
+
+    name: str
+    says: str
+    join: Callable[[Sequence[Tensor], Sizes], Tensor]
+    split: Callable[[Tensor, Sizes], Sequence[Tensor]]
+
+
+def _join_qkv(parts: Sequence[Tensor], sizes: Sizes) -> Tensor:
+    """q [heads x head, …], k and v [groups x head, …] -> [groups x (queries of a group, key, value), …]."""
+    groups = sizes.model.num_query_groups or sizes.model.num_attention_heads
+    return torch.cat([part.unflatten(0, (groups, -1)) for part in parts], 1).flatten(0, 1)
+
+
+def _split_qkv(whole: Tensor, sizes: Sizes) -> list[Tensor]:
+    groups = sizes.model.num_query_groups or sizes.model.num_attention_heads
+    rows = [sizes.model.query_size // groups, sizes.model.head_size, sizes.model.head_size]
+    return [part.flatten(0, 1) for part in whole.unflatten(0, (groups, -1)).split(rows, 1)]
+
+
+def _join_fused_qkv(parts: Sequence[Tensor], sizes: Sizes) -> Tensor:
+    """GPT-2's c_attn: weight [hidden, q k v] or bias [q k v]."""
+    queries, keys = sizes.shape(("queries", "keys"))
+    return _join_qkv(parts[0].t().split([queries, keys, keys]), sizes)
+
+
+def _split_fused_qkv(whole: Tensor, sizes: Sizes) -> list[Tensor]:
+    return [torch.cat(_split_qkv(whole, sizes)).t()]
+
+
+def _join_interleaved(parts: Sequence[Tensor], sizes: Sizes) -> Tensor:
+    """GPT-OSS's gate_up_proj: weight [hidden, g u g u …] or bias [g u g u …] -> [g g … u u …, hidden]."""
+    return parts[0].t().unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1)
+
+
+def _split_interleaved(whole: Tensor, sizes: Sizes) -> list[Tensor]:
+    return [whole.unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1).t()]
+
+
+def padded(vocabulary: Tensor, rows: int) -> Tensor:
+    """``vocabulary`` [v, hidden] with rows added up to ``rows``, each the mean of the others.
+
+    A padded row is a token that never occurs, but its logit takes part in the softmax. The logit of the mean row is the
+    mean of all logits, and exp is convex, so n such rows add at most n / v to the softmax's denominator (Jensen): the
+    loss changes by less than log(1 + n / v), whatever the weights are. Rows of zeros would have the logit 0, which
+    outweighs all others where a model's logits are far below zero, as GPT-2's are.
+    """
+    missing = rows - len(vocabulary)
+    mean = vocabulary.mean(0, dtype=torch.float32, keepdim=True).to(vocabulary.dtype)
+    return torch.cat([vocabulary, mean.expand(missing, -1)]) if missing else vocabulary
+
+
+SAME = Transform("same", "as it is", lambda parts, sizes: parts[0], lambda whole, sizes: [whole])
+TRANSPOSED = Transform(
+    "transposed", "transposed", lambda parts, sizes: parts[0].t(), lambda whole, sizes: [whole.t()]
+)  # fmt: skip
+QKV = Transform("qkv", "rows by query group: its queries, its key, its value", _join_qkv, _split_qkv)
+FUSED_QKV = Transform(
+    "fused qkv", "transposed, cut into q, k and v; then rows by head: its query, its key, its value",
+    _join_fused_qkv, _split_fused_qkv,
+)  # fmt: skip
+GATE_UP = Transform(
+    "gate, up", "all rows of the gate, then all rows of up",
+    lambda parts, sizes: torch.cat(list(parts)), lambda whole, sizes: whole.chunk(2),
+)  # fmt: skip
+INTERLEAVED_GATE_UP = Transform(
+    "interleaved gate, up", "transposed; then the even rows (gate), then the odd rows (up)",
+    _join_interleaved, _split_interleaved,
+)  # fmt: skip
+VOCABULARY = Transform(
+    "vocabulary", "rows added up to a multiple of 128 x TP, each the mean of all; cut off on export",
+    lambda parts, sizes: padded(parts[0], sizes.vocabulary), lambda whole, sizes: [whole[: sizes.model.vocab_size]],
+)  # fmt: skip

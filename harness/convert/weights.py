@@ -1,0 +1,104 @@
+"""weights/<name>/: what ``make import-hf`` leaves, ready for ``--load``.
+
+weights.json                       what it is: the model, where it came from, upstream's arguments for it
+latest_checkpointed_iteration.txt  upstream's tracker; says ``release``: weights alone, iteration 0
+release/                           the torch_dist checkpoint, loadable under any TP, PP and EP
+hf/                                config.json and the tokenizer, as they came
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from harness import ROOT
+from harness.catalog import Model
+from harness.data.prepared import Blend
+from harness.errors import UserError, nearest
+
+WEIGHTS = ROOT / "weights"
+RECORD, RELEASE, HF = "weights.json", "release", "hf"
+
+
+class Weights(BaseModel):
+    """weights.json.
+
+    Attributes:
+        source: HF= as it was given.
+        positions: the longest sequence.
+        padded_vocab_size: rows of the vocabulary with those added; upstream takes as many as it needs.
+        dequantized: tensors that were MXFP4 and are bf16 here.
+        flags: upstream's arguments for the model; what a run adds is its --seq-length.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    name: str
+    source: str
+    architecture: str
+    model: Model
+    positions: int
+    padded_vocab_size: int
+    parameters: int
+    bytes: int
+    dtypes: tuple[Literal["float32", "bfloat16", "float16"], ...]
+    dequantized: int
+    tokenizer: bool
+    flags: tuple[str, ...]
+
+
+def read(folder: Path) -> Weights | None:
+    """What the folder of an import says of itself; None where it is none.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        return Weights.model_validate_json((folder / RECORD).read_bytes(), strict=False)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValidationError as error:
+        raise UserError(f"{folder / RECORD} is damaged: {error.errors()[0]['msg']}\nimport it again") from None
+
+
+def find(named: str) -> Path:
+    """The folder of the import called ``named``, or ``named`` itself where that is a folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    for folder in (Path(named).expanduser(), WEIGHTS / named):
+        if folder.is_dir() and read(folder):
+            return folder.resolve()
+    raise UserError(f"no weights {named}; {nearest(named, sorted(p.parent.name for p in WEIGHTS.glob(f'*/{RECORD}')))}\n"
+                    "make import-hf HF=folder-or-repository NAME=… makes some")  # fmt: skip
+
+
+def check_data(folder: Path, blend: Blend) -> None:
+    """Refuse data that another tokenizer made than the one that the weights in ``folder`` were trained with.
+
+    Raises:
+        UserError: an id means different tokens in the two, or is beyond the weights' vocabulary.
+    """
+    from harness.convert.hub import vocabulary_of
+
+    weights, data = read(folder), blend.sets[0]
+    if weights is None:
+        return
+    if data.vocab_size and data.vocab_size > weights.model.vocab_size:
+        raise UserError(f"DATA={data.name} has {data.vocab_size:,} tokens, {weights.name} knows {weights.model.vocab_size:,}\n"
+                        f"prepare it with its own tokenizer: TOKENIZER={folder / HF}")  # fmt: skip
+    ours = vocabulary_of(folder / HF) if weights.tokenizer else None
+    theirs = vocabulary_of(data.tokenizer_model) if data.tokenizer_model and data.tokenizer_model.is_dir() else None
+    if ours is None or theirs is None:
+        return
+    differing = [token for token, number in theirs.items() if ours.get(token) != number]
+    if differing:
+        token = min(differing, key=theirs.__getitem__)
+        raise UserError(
+            f"DATA={data.name} was made by another tokenizer than {weights.name}'s: {len(differing):,} of {len(theirs):,} "
+            f"tokens have other ids, such as {token!r}: {theirs[token]} in the data, {ours.get(token)} in the weights\n"
+            f"prepare it again with TOKENIZER={folder / HF}"
+        )
