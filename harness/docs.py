@@ -5,6 +5,8 @@
     <!-- experiments: 101 104 -->…<!-- /experiments -->        what each target isolates, from the catalogue
     <!-- table: 101 104 -->…<!-- /table -->                    their results, where measured, beside the published rows
     <!-- memory: 111 115 -->…<!-- /memory -->                  where the memory goes, by formula, beside the record
+    <!-- profile: 282h 101 -->…<!-- /profile -->              where the time of a traced step goes (harness/profiling/)
+    <!-- slow_steps: records -->…<!-- /slow_steps -->         steps that took much longer than their run's median
 
 A value may also be a record's file and a key in it: ``h200-141gb/601_args loss.first .2f``.
 """
@@ -21,6 +23,7 @@ from harness.errors import UserError, nearest
 from harness.facts import HARDWARE, Facts, NotMeasured
 from harness.hardware import find_gpu
 from harness.plots import IMAGES
+from harness.profiling import pages
 from harness.results import Reference, Row
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -137,8 +140,18 @@ def _memory_pieces(facts: Facts, ids: Sequence[str]) -> str:
     return pipes(head, lines, "ll" + "r" * 9)
 
 
+def _profile(facts: Facts, ids: Sequence[str]) -> str:
+    published = [facts.published(facts.catalog.find(id_).half_of or id_) for id_ in ids]
+    return pages.profiles(facts.records / HARDWARE, ids, published)
+
+
+def _slow_steps(facts: Facts, _: Sequence[str]) -> str:
+    return pages.slow_steps([row for row in facts.rows if row.origin.parent.name == HARDWARE])
+
+
 BLOCKS: dict[str, Callable[[Facts, Sequence[str]], str]] = {
     "records": _records, "experiments": _experiments, "table": _table, "memory": _memory_pieces,
+    "profile": _profile, "slow_steps": _slow_steps,
 }
 
 

@@ -18,13 +18,14 @@ from harness.entry.phases import wrap_phases
 from harness.entry.report import RankReport
 from harness.errors import UserError
 from harness.overrides import apply
-from harness.profiling import profile, summary, trace
+from harness.profiling import pages, profile, summary, trace
 from harness.profiling.kernels import Category, category_of
 from harness.profiling.profile import Profile, find, of_run, render
 from harness.profiling.summary import cut, summarise
 from harness.profiling.trace import Activity, Range, parse, read
 from harness.records import record
-from harness.rundir import RunDir, write_json
+from harness.results import load_references
+from harness.rundir import RunDir, StepMetrics, write_json
 
 MAIN, AUTOGRAD, GLOO = 1, 2, 3
 GEMM, LAYER_NORM = "nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_TNT", "void transformer_engine::normalization::ln_fwd_tuned_kernel<...>"
@@ -338,6 +339,26 @@ def test_a_profiler_that_fails_does_not_end_the_run(tmp_path, capsys):
         tracer.after(step)
     assert capsys.readouterr().err == "harness: no trace of rank 0, the run goes on: CUPTI_ERROR_NOT_INITIALIZED\n"
     assert not RunDir(tmp_path).traces.exists()
+
+
+def test_profiles_on_a_page(run, tmp_path):
+    record(run, tmp_path)
+    published = load_references().published.beside("282").reference
+    lines = pages.profiles(tmp_path / "h200-141gb", ["282h", "101"], [published, None]).splitlines()
+    assert lines[0].startswith("282h: not measured yet; `make 282h PROFILE=1`")
+    assert "| ms a step | 101 |" in lines and "| communication, exposed | 0.1 (9%) |" in lines and "| other | 0.5 (46%) |" in lines
+    assert lines[-1] == "282 as published: forward 135 ms, backward 215 ms, other 105 ms, together 455 of a step of 427 ms."
+
+
+def test_slow_steps_on_a_page(tmp_path):
+    steps = [StepMetrics(step=step, step_ms=ms, time=0) for step, ms in enumerate([900, 100, 100, 100, 100, 100, 101, 460, 100, 99], 1)]
+    for name in ("101", "104"):
+        (tmp_path / f"{name}.metrics.jsonl").write_text("".join(f"{step.model_dump_json()}\n" for step in steps))
+        steps[7] = steps[6]
+    rows = [SimpleNamespace(origin=tmp_path / f"{id_}.json", experiment=load_catalog().find(id_)) for id_ in ("101", "104", "111")]
+    (tmp_path / "111.metrics.jsonl").touch()  # out of memory before its first step
+    lines = pages.slow_steps(rows).splitlines()
+    assert lines[2:] == ["| 101 | 1 | 5 | 100 | 8 (+360 ms) |", "", "None in 104."]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "experiments/records").glob(f"*/{profile.FOLDER}/*.json")), ids=lambda p: p.stem)
