@@ -5,6 +5,7 @@
     <!-- experiments: 101 104 -->…<!-- /experiments -->        what each target isolates, from the catalogue
     <!-- table: 101 104 -->…<!-- /table -->                    their results, where measured, beside the published rows
     <!-- memory: 111 115 -->…<!-- /memory -->                  where the memory goes, by formula, beside the record
+    <!-- pipeline: 401 408 -->…<!-- /pipeline -->              each step taken apart into waiting and working
     <!-- profile: 282h 101 -->…<!-- /profile -->              where the time of a traced step goes (harness/profiling/)
     <!-- slow_steps: records -->…<!-- /slow_steps -->         steps that took much longer than their run's median
 
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from harness import ROOT, diagrams, formulas, plots, rundir, tables
+from harness.catalog import Experiment
 from harness.cli import layout
 from harness.errors import UserError, nearest
 from harness.facts import HARDWARE, Facts, NotMeasured
@@ -27,11 +29,12 @@ from harness.profiling import pages
 from harness.results import Reference, Row
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-VALUE = re.compile(r"(<!-- value: (.+?) (\S+) -->).*?(<!-- /value -->)", re.DOTALL)
-BLOCK = re.compile(r"(<!-- (\w+): (.*?) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
+VALUE = re.compile(r"(<!-- value: (.+?) (\S+) -->).*?(<!-- /value -->)")
+BLOCK = re.compile(r"^(<!-- (\w+): ([^\n]+) -->\n).*?^(<!-- /\2 -->)$", re.DOTALL | re.MULTILINE)
 IN_A_FILE = re.compile(r"(\S+/\S+) ([\w.-]+)")
 MISSING = "not measured yet"
 REFERENCE_8 = "h200-8gpu"
+RIGHT = ("GPUs", "MBS", "GBS", "tokens")
 PIECES = (formulas.weights_gib, formulas.gradients_gib, formulas.optimizer_gib, formulas.activations_gib)
 
 
@@ -80,37 +83,45 @@ def _records(facts: Facts, _: Sequence[str]) -> str:
 
 
 def _experiments(facts: Facts, ids: Sequence[str]) -> str:
+    """What is the same for all of them is said in a sentence below."""
+    half = {e.half_of: f"`{e.id}` {layout(e)}" for e in facts.catalog.experiments if e.half_of}
+    columns: dict[str, Callable[[Experiment], str]] = {
+        "make": lambda e: f"`{e.id}`", "layout": layout, "model": lambda e: e.model.name,
+        "GPUs": lambda e: str(e.world_size), "MBS": lambda e: str(e.micro_batch_size),
+        "GBS": lambda e: str(e.global_batch_size), "tokens": lambda e: f"{e.seq_length:,}",
+        "what it isolates": lambda e: e.shows, "half size": lambda e: half.get(e.id, ""),
+    }
     found = [facts.catalog.find(id_) for id_ in ids]
-    lines = [[f"`make {e.id}`", str(e.world_size), e.model.name, layout(e), f"{e.micro_batch_size} / {e.global_batch_size}",
-              f"{e.seq_length:,}", e.shows] for e in found]
-    return pipes(["target", "GPUs", "model", "layout", "mbs / gbs", "tokens", "what it isolates"], lines, "lrlllrl")
+    same = {name: text(found[0]) for name, text in columns.items() if len(set(map(text, found))) == 1}
+    shown = [name for name in columns if name not in same]
+    lines = [[columns[name](e) for name in shown] for e in found]
+    table = pipes(shown, lines, ["r" if name in RIGHT else "l" for name in shown])
+    said = ", ".join(f"{name} {text}" for name, text in same.items() if text)
+    return f"{table}\n\nThe same for all: {said}." if said else table
 
 
 def _table(facts: Facts, ids: Sequence[str]) -> str:
     rows = [(id_, facts.row(id_), facts.published(id_), _of_eight(facts, id_)) for id_ in ids]
-    lines, eight = [], any(reference for *_, reference in rows)
+    lines = []
     for id_, ours, published, reference in rows:
         e = facts.catalog.find(id_)
         lines.append([
             f"`{id_}`", layout(e), str(e.world_size), _memory(ours), _published(published, "memory_gib", ".1f"),
             _ratio(ours and ours.memory_ratio), _step(ours), _published(published, "step_ms", ",.0f"),
             _ratio(ours and ours.step_ratio), f"{ours.mfu:.0%}" if ours and ours.mfu else "",
-            *([f"{reference.memory_gib:.1f} GiB, {reference.step_ms:,.0f} ms" if reference else ""] if eight else []),
+            f"{reference.memory_gib:.1f} GiB, {reference.step_ms:,.0f} ms" if reference else "",
         ])
-    head = ["id", "layout", "GPUs", "GiB", "publ.", "ratio", "ms/step", "publ.", "ratio", "MFU"]
-    table = pipes([*head, *(["8x H200"] if eight else [])], lines, "llr" + "r" * 7 + "l" * eight)
-    return "\n".join([table, "", *_notes(facts, rows, eight)])
+    head = ["id", "layout", "GPUs", "GiB", "publ.", "ratio", "ms/step", "publ.", "ratio", "MFU", "8x H200"]
+    return "\n".join([pipes(head, lines, "llrrrrrrrrl"), "", *_notes(facts, rows)])
 
 
-def _notes(facts: Facts, rows: Iterable[tuple[str, Row | None, Reference | None, Reference | None]],
-           eight: bool) -> list[str]:
+def _notes(facts: Facts, rows: Sequence[tuple[str, Row | None, Reference | None, Reference | None]]) -> list[str]:
     """What a reader must know about the columns and about single rows, small."""
-    group = facts.references.published
-    notes = [f"GiB, ms/step, MFU: {find_gpu(HARDWARE).name}, here; publ.: {group.hardware}, {group.software}. ±: the "
-             "standard deviation over a run's steps. [README](../README.md#what-was-measured) has every column and source."]
-    if eight:
-        reference = facts.references.group(REFERENCE_8)
-        notes.append(f"8x H200: {reference.source}; {reference.method}. A reference, not one of the records.")
+    group, eight = facts.references.published, facts.references.group(REFERENCE_8)
+    notes = [f"GiB, ms/step and MFU: measured on {find_gpu(HARDWARE).name}, ± the standard deviation over a run's steps; "
+             f"publ.: {group.hardware}, {group.software}. [Every column and source](../README.md#what-was-measured)."]
+    if any(reference for *_, reference in rows):
+        notes.append(f"8x H200: {eight.source}; {eight.method}. A reference, not one of the records.")
     for id_, ours, _, _ in rows:
         published = group.beside(id_)
         if published and published.remarks:
@@ -140,6 +151,20 @@ def _memory_pieces(facts: Facts, ids: Sequence[str]) -> str:
     return pipes(head, lines, "ll" + "r" * 9)
 
 
+def _pipeline(facts: Facts, ids: Sequence[str]) -> str:
+    lines = []
+    for id_ in ids:
+        e, ours, published = facts.catalog.find(id_), facts.row(id_), facts.published(id_)
+        idle = formulas.idle_share(e)
+        times_ms = (published and not published.in_doubt and published.step_ms, ours and ours.step and ours.step.median)
+        lines.append([
+            f"`{id_}`", str(e.pp), str(e.vpp), str(e.num_microbatches), str(e.micro_batch_size), f"{formulas.bubble(e):.3f}",
+            f"{idle:.0%}", *(f"{share * ms:,.0f}" if ms else "" for ms in times_ms for share in (1, 1 - idle)),
+        ])
+    head = ["id", "p", "v", "m", "MBS", "(p-1)/(vm)", "waits", "publ. ms", "of it work", "ms here", "of it work"]
+    return pipes(head, lines, "l" + "r" * 10)
+
+
 def _profile(facts: Facts, ids: Sequence[str]) -> str:
     published = [facts.published(facts.catalog.find(id_).half_of or id_) for id_ in ids]
     return pages.profiles(facts.records / HARDWARE, ids, published)
@@ -150,15 +175,16 @@ def _slow_steps(facts: Facts, _: Sequence[str]) -> str:
 
 
 BLOCKS: dict[str, Callable[[Facts, Sequence[str]], str]] = {
-    "records": _records, "experiments": _experiments, "table": _table, "memory": _memory_pieces,
+    "records": _records, "experiments": _experiments, "table": _table, "memory": _memory_pieces, "pipeline": _pipeline,
     "profile": _profile, "slow_steps": _slow_steps,
 }
 
 
-def pipes(head: Sequence[str], lines: Iterable[Sequence[str]], left: str) -> str:
-    """A Markdown table; ``left`` has an r for each column that is aligned to the right."""
-    rule = ["--:" if side == "r" else ":--" for side in left]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [head, rule, *lines])
+def pipes(head: Sequence[str], lines: Iterable[Sequence[str]], sides: Sequence[str]) -> str:
+    """A Markdown table, each column aligned l or r. An empty column is left out."""
+    rule = ["--:" if side == "r" else ":--" for side in sides]
+    columns = [column for column in zip(head, rule, *lines, strict=True) if any(column[2:])]
+    return "\n".join(f"| {' | '.join(line)} |" for line in zip(*columns, strict=True))
 
 
 def _of_eight(facts: Facts, id_: str) -> Reference | None:

@@ -1,0 +1,199 @@
+"""README.md and docs/: generated parts are fresh, links lead somewhere, and what is named exists."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from harness import ROOT, docs
+from harness.catalog import load_catalog
+from harness.cli import COMMANDS, RECORDS
+from harness.errors import UserError
+from harness.facts import Facts, NotMeasured
+from harness.overrides import EXPERIMENT_SETTINGS, LAUNCH_SETTINGS
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
+FENCE = re.compile(r"^( *)```.*?^\1```$", re.DOTALL | re.MULTILINE)
+CODE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+MAKE = re.compile(r"\bmake ([a-z0-9][\w.-]*)(<)?")
+ID = re.compile(r"[1-9]\d\dh?")
+
+
+@pytest.fixture(scope="module")
+def facts() -> Facts:
+    return Facts.load(RECORDS)
+
+
+def each_page(test):
+    return pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)(test)
+
+
+def test_everything_generated_is_fresh() -> None:
+    stale = [path.name for path in docs.write(RECORDS, check=True)]
+    assert not stale, "run `make docs`"
+
+
+@each_page
+def test_every_mark_is_closed(path: Path) -> None:
+    text = path.read_text()
+    opened = re.findall(r"<!-- (\w+): ", text)
+    assert opened == re.findall(r"<!-- /(\w+) -->", text)
+    assert len(docs.VALUE.findall(text)) == opened.count("value")
+    assert not re.search(r"^ *<!-- value", text, re.MULTILINE), "a line that begins so is HTML, not Markdown"
+
+
+@each_page
+def test_links_and_images_lead_somewhere(path: Path) -> None:
+    dead = [target for target in LINK.findall(_prose(path)) if not _leads_somewhere(path, target)]
+    assert not dead
+
+
+def _leads_somewhere(page: Path, target: str) -> bool:
+    if target.startswith("https://"):
+        return True
+    name, _, heading = target.partition("#")
+    file = (page.parent / name).resolve() if name else page
+    return file.exists() and (not heading or heading in _headings(file))
+
+
+def _headings(page: Path) -> set[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    lines = re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines}
+
+
+@each_page
+def test_every_make_target_named_exists(path: Path) -> None:
+    known = _targets()
+    named = {name + bool(tab) * "*" for words in _code(path) for name, tab in MAKE.findall(words)}
+    added = re.findall(r"^ +([1-9]\d\dh?): \{", path.read_text(), re.MULTILINE)  # rows that a page adds to the catalogue
+    known |= {word for id_ in added for word in (id_, f"show-{id_}")}
+    assert not [name for name in named if not any(k.startswith(name[:-1]) if name[-1] == "*" else k == name for k in known)]
+
+
+@each_page
+def test_every_setting_named_exists(path: Path) -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    known = {s.key for s in EXPERIMENT_SETTINGS + LAUNCH_SETTINGS} | set(re.findall(r"MORE = (.*)", makefile)) - {""}
+    known = {word for words in known for word in words.split()} | {"FORCE", "PACK", "MORE", "VENV", "PYTHON"}
+    lines = [words for words in _code(path) if words.startswith(("make ", "$ make "))]
+    used = {key for line in lines for key in re.findall(r"\b([A-Z_]+)=", line)}
+    assert used <= known
+
+
+@each_page
+def test_every_experiment_named_exists(path: Path) -> None:
+    ids = {e.id for e in load_catalog().experiments}
+    assert {word for word in CODE.findall(_prose(path)) if ID.fullmatch(word)} <= ids
+
+
+def test_every_experiment_of_a_chapter_is_in_its_page() -> None:
+    for page in sorted((ROOT / "docs").glob("0[1-5]-*.md")):
+        chapter = int(page.name[:2]) * 100
+        listed = re.findall(r"<!-- experiments: (.*?) -->", page.read_text())
+        full_size = [e.id for e in load_catalog().in_chapter(chapter) if not e.half_of]
+        assert sorted(" ".join(listed).split()) == full_size, page.name
+
+
+def test_every_page_and_diagram_is_reachable() -> None:
+    pages = {path: _prose(path) for path in PAGES}
+    links = [(path, name.partition("#")[0]) for path, text in pages.items() for name in LINK.findall(text)]
+    linked = {(path.parent / name).resolve() for path, name in links}
+    made = [*(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "images").glob("diagram-*.svg")]
+    assert not [path.name for path in made if path not in linked and path != ROOT / "docs" / "README.md"]
+
+
+def test_values(facts: Facts) -> None:
+    record = json.loads((RECORDS / "h200-141gb" / "101.json").read_text())
+    assert facts.value("ours(101).step_ms") == record["step_ms"]["median"]
+    assert facts.value("published(101).step_ms") == 220
+    assert facts.value("2 * published(101).step_ms / -published(104).step_ms + 1") == 2 * 220 / -250 + 1
+    assert facts.value("published(443).step_ms") == 665, "the row labelled 446, which ran what 443 runs"
+    assert facts.value("reference('h200-8gpu', 128).step_ms") == 472.1
+    assert facts.value("reference('h200-4gpu', 101, 'te-rng-tracker').step_ms") == 75.5
+    assert facts.value("formula(408).bubble") == 7 / 8
+    assert facts.value("formula('408h').bubble") == 3 / 8
+    assert docs.value("h200-141gb/101 memory_gib.nvml", ".3f", facts) == f"{record['memory_gib']['nvml']:.3f}"
+
+
+def test_what_no_run_measured_is_said_so(facts: Facts, tmp_path: Path) -> None:
+    nothing = Facts.load(tmp_path)
+    for expression in ("ours(101).step_ms", "ours(101).step_ms / ours(104).step_ms", "h200-141gb/101 loss.first"):
+        assert docs.value(expression, ".1f", nothing) == docs.MISSING
+    with pytest.raises(NotMeasured):
+        facts.value("ours(121).step_ms")  # ran out of memory
+    with pytest.raises(NotMeasured):
+        facts.value("published(121).step_ms")
+    for path in PAGES:
+        assert docs.MISSING in docs.render(path.read_text(), nothing) or "ours(" not in path.read_text()
+
+
+@pytest.mark.parametrize(("expression", "message"), [
+    ("ours(199).step_ms", "no experiment 199"),
+    ("ours(101).step_s", r"no such value; .*step_ms"),
+    ("formula(101).bubbel", "no such formula; .*bubble"),
+    ("published(101).speed", "a reference has no speed"),
+    ("reference('h200-9gpu', 101).step_ms", "no references called"),
+    ("reference('h200-4gpu', 199).step_ms", "0 rows are called so"),
+    ("theirs(101).step_ms", "theirs.*published"),
+    ("ours(101)", "cannot read"),
+    ("open('x').read", "open\\(…\\)"),
+    ("__import__('os').system('true')", "cannot read"),
+    ("ours(101).step_ms +", "not an expression"),
+    ("h200-141gb/101 step_ms.middle", "has no step_ms.middle"),
+])
+def test_a_value_that_makes_no_sense(facts: Facts, expression: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        docs.value(expression, ".1f", facts)
+
+
+def test_blocks(facts: Facts) -> None:
+    table = docs.block("table", "101 121 128 443", facts)
+    assert "| `101` | one GPU | 1 | 32.9 | 32.5 | 1.01 |" in table
+    assert "| `121` | ZeRO-2 | 1 | OOM | OOM |" in table
+    assert "472 ms" in table and "A reference, not one of the records" in table
+    assert "`443`: published as 446, which ran VPP 3" in table
+    assert "8x H200" not in docs.block("table", "101", facts)
+    memory = docs.block("memory", "111 500", facts).splitlines()
+    assert len(memory) == 4 and memory[2].startswith("| `111` |")
+    assert "| MFU" not in docs.block("table", "121 505", facts), "an empty column is left out"
+    listed = docs.block("experiments", "408 438", facts)
+    assert "The same for all: model gpt2-8.3b, GPUs 8, MBS 4, GBS 32, tokens 1,024." in listed
+    assert "| `438` | pp8 vpp3 m8 |" in listed and "`438h` pp4 vpp3 m8" in listed
+    assert "| `408` | 8 | 1 | 8 | 4 | 0.875 | 47% | 875 | 467 |" in docs.block("pipeline", "408 498", facts)
+    with pytest.raises(UserError, match=r"no such block; .*table"):
+        docs.render("<!-- tabel: 101 -->\n<!-- /tabel -->", facts)
+    with pytest.raises(UserError, match="no experiment 199"):
+        docs.block("table", "199", facts)
+
+
+def test_check_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("<!-- value: published(101).step_ms .0f -->0<!-- /value -->")
+    monkeypatch.setattr(docs, "PAGES", (page,))
+    monkeypatch.setattr(docs, "IMAGES", tmp_path)
+    monkeypatch.setattr("harness.cli.ROOT", tmp_path)
+    assert COMMANDS["docs"](["CHECK=1"]) == 1
+    assert ">0<" in page.read_text() and "stale: page.md" in capsys.readouterr().out
+    assert COMMANDS["docs"]([]) == 0
+    assert ">220<" in page.read_text() and (tmp_path / "diagram-memory.svg").exists()
+    assert COMMANDS["docs"](["CHECK=1"]) == 0
+
+
+def _prose(path: Path) -> str:
+    return FENCE.sub("", COMMENT.sub("", path.read_text()))
+
+
+def _code(path: Path) -> list[str]:
+    """Code spans, fenced lines and indented lines."""
+    text = COMMENT.sub("", path.read_text())
+    blocks = [line.strip() for block in FENCE.finditer(text) for line in block[0].splitlines()]
+    return [*CODE.findall(FENCE.sub("", text)), *blocks, *re.findall(r"^    (\S.*)$", text, re.MULTILINE)]
+
+
+def _targets() -> set[str]:
+    rules = (ROOT / "Makefile").read_text() + (ROOT / "experiments" / "targets.mk").read_text()
+    return {e.id for e in load_catalog().experiments} | set(re.findall(r"^([a-z0-9][\w.-]*):", rules, re.MULTILINE))
