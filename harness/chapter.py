@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from harness import gpus, rundir
 from harness.catalog import EXPERIMENTS, Experiment
+from harness.constraints import check_machine
 from harness.errors import UserError
 from harness.launch import POLL_S, Finished, Run, show_progress
 from harness.processes import Signals
@@ -135,6 +136,7 @@ class _Chapter:
 
     def _start(self, plan: Plan, count: int) -> None:
         try:
+            check_machine(plan.experiment, plan.device)
             directory = rundir.create(plan.outdir, plan.experiment.label)
         except UserError as error:
             self._outcomes[plan.experiment.name] = Outcome("not run", str(error).splitlines()[0])

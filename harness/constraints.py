@@ -9,8 +9,10 @@ megatron/core/pipeline_parallel/schedules.py of core_v0.19.0.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from harness.errors import UserError
 from harness.hardware import find_gpu
 
 if TYPE_CHECKING:
@@ -124,13 +126,17 @@ def _sharding_violations(e: Experiment) -> Iterator[str]:
         yield "upstream's sharded muon does not take experts with biases yet; set sharding: no_shard"
 
 
-def unsupported(e: Experiment, gpu_name: str) -> str | None:
-    """Why this GPU cannot run ``e``, or None; a GPU that harness/hardware.py does not know may."""
-    gpu = find_gpu(gpu_name)
-    if e.precision == "fp8" and gpu and gpu.fp8 is None:
-        return (f"{e.id} computes in fp8, which {gpu.name} does not (Ada, Hopper and later do)\n"
-                f"run a bf16 row: make list CHAPTER={e.chapter}")
-    return None
+def check_machine(e: Experiment, device: str) -> None:
+    """Raise UserError where this machine lacks what ``e`` needs; a GPU that harness/hardware.py does not know has it."""
+    from harness.gpus import list_gpus
+
+    for gpu in filter(None, (find_gpu(gpu.name) for gpu in (list_gpus() if device == "cuda" else ()))):
+        if e.precision == "fp8" and gpu.fp8 is None:
+            raise UserError(f"{e.id} computes in fp8, which {gpu.name} does not (Ada, Hopper and later do)\n"
+                            f"a bf16 row: make list CHAPTER={e.chapter}")
+    if e.optimizer == "muon" and find_spec("emerging_optimizers") is None:
+        raise UserError(f"{e.id}: upstream's {e.optimizer} is in the package emerging-optimizers, which is not installed\n"
+                        "make setup installs the version that pyproject.toml pins; OPTIMIZER=adam does without")
 
 
 def _expert_violations(e: Experiment, ranks: int) -> Iterator[str]:

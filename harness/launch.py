@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness import gpus, outcome, processes, rundir
+from harness.constraints import check_machine
 from harness.errors import UserError, nearest
 from harness.measured import measure
 from harness.meeting import SHARED_S, run_directory
@@ -346,9 +347,11 @@ def run_plan(plan: Plan, *, hang_seconds: float | None = None, terminal: Termina
         hang_seconds: see ``Run``.
 
     Raises:
-        UserError: GPUs are busy or too few, the output directory cannot be written, or upstream is half there.
+        UserError: GPUs are busy, too few or unable, a package is missing, the output directory cannot be written, or
+            upstream is half there.
         KeyboardInterrupt: it was interrupted before it began.
     """
+    check_machine(plan.experiment, plan.device)
     gpu_ids = gpus.choose(plan.experiment.ranks_per_node, plan.place.gpu_ids) if plan.device == "cuda" else ()
     with Signals() as signals, terminal or open_terminal() as shown:
         directory, keeps_records = run_directory(plan, signals, shown)

@@ -36,6 +36,7 @@ EXPERIMENT_SETTINGS = (
     Setting("GBS", "16", "global batch size, in sequences"),
     Setting("SEQ", "2048", "sequence length, in tokens"),
     Setting("RECOMPUTE", "full", "activation recomputation: none, selective or full"),
+    Setting("OPTIMIZER", "muon", "adam or muon"),
     Setting("SHARDING", "optim", "what data parallelism shards: " + ", ".join(SHARDING)),
     Setting("NODES", "2", "nodes; each runs GPUS / NODES ranks"),
     Setting("DATA", "mock", 'mock, a prepared data set (make data-list), or a blend: DATA="a:0.7 b:0.3"'),
@@ -71,7 +72,7 @@ _COUNTS = {
 }
 PROFILED_STEPS = (8, 9)
 """What PROFILE=1 traces: compilation, tuning and the allocator's growth are over by then."""
-_CHOICES = {"RECOMPUTE": "recompute", "SHARDING": "sharding"}
+_CHOICES = {"RECOMPUTE": "recompute", "SHARDING": "sharding", "OPTIMIZER": "optimizer"}
 _TEXTS = {"DATA": "data", "SPLIT": "split"}
 
 

@@ -23,14 +23,16 @@ def _any_lengths(one_length: Callable, several_lengths: Callable) -> Callable:
     return collective
 
 
-def _all_gather(shares: list[torch.Tensor], mine: torch.Tensor, group) -> None:
-    """Every rank sends its tensor to all; ``shares`` receives them."""
+def _all_gather(shares: list[torch.Tensor], mine: torch.Tensor, group, async_op: bool = False) -> dist.Work | None:
+    """Every rank sends its tensor to all; ``shares`` receives them, before this returns even where ``async_op`` is true."""
     lengths = [len(share) for share in shares]
     received = torch.cat(shares)
     sent = torch.cat([mine] * len(shares))
-    dist.all_to_all_single(received, sent, lengths, [len(mine)] * len(shares), group=group)
+    work = dist.all_to_all_single(received, sent, lengths, [len(mine)] * len(shares), group=group, async_op=True)
+    work.wait()
     for share, tensor in zip(shares, received.split(lengths), strict=True):
         share.copy_(tensor)
+    return work if async_op else None
 
 
 def _reduce_scatter(mine: torch.Tensor, shares: list[torch.Tensor], group) -> None:
