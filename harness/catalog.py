@@ -252,11 +252,11 @@ def load_catalog(folder: Path = EXPERIMENTS) -> Catalog:
         UserError: a key or name is unknown, a value has the wrong type, sizes do not divide, or an id occurs twice.
     """
     models = {name: _build(Model, {"name": name, **_mapping(row, f"model {name}")}, f"model {name}")
-              for name, row in _read_yaml(folder / "models.yaml").items()}
+              for name, row in read_yaml(folder / "models.yaml").items()}
     chapters: dict[int, str] = {}
     experiments: dict[str, Experiment] = {}
     for path in sorted(folder.glob("[0-9]*.yaml")):
-        raw = _read_yaml(path)
+        raw = read_yaml(path)
         raw["experiments"] = {str(key): _mapping(row, f"{path.name}: {key}") for key, row in
                               _mapping(raw.get("experiments"), f"{path.name}: experiments").items()}
         chapter = _build(Chapter, raw, path.name)
@@ -312,7 +312,8 @@ class _StrictLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises UserError where it is none, or has a key twice."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
     except OSError as error:

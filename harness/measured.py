@@ -20,21 +20,23 @@ MEMORY_BETWEEN_RUNS = 0.001
 """The same of memory as NVML and PyTorch's allocator hold it: 0.1 %. What is allocated is equal to the byte."""
 
 
-def measure(e: Experiment, metrics: Sequence[StepMetrics], peak_tflops: float | None) -> dict[str, Any]:
-    """Every field of a Result that follows from the run's metrics alone: a record's can be computed again.
+def window(e: Experiment, metrics: Iterable[StepMetrics]) -> list[StepMetrics]:
+    """The steps to average over: from ``window_first_step`` on, without those that a trace distorts."""
+    return [m for m in metrics if m.step >= e.window_first_step and m.step not in e.disturbed_steps]
 
-    The window begins at the experiment's ``window_first_step`` and leaves out the steps that a trace distorts.
-    """
-    window = [m for m in metrics if m.step >= e.window_first_step and m.step not in e.disturbed_steps]
-    tflops = _median(m.tflops for m in window)
+
+def measure(e: Experiment, metrics: Sequence[StepMetrics], peak_tflops: float | None) -> dict[str, Any]:
+    """Every field of a Result that follows from the run's metrics alone: a record's can be computed again."""
+    steps = window(e, metrics)
+    tflops = _median(m.tflops for m in steps)
     return {
         "steps_done": metrics[-1].step if metrics else 0,
-        "window": (window[0].step, window[-1].step) if window else None,
-        "step_ms": spread([m.step_ms for m in window]),
-        "forward_backward_ms": _median(m.forward_backward_ms for m in window),
-        "optimizer_ms": _median(m.optimizer_ms for m in window),
+        "window": (steps[0].step, steps[-1].step) if steps else None,
+        "step_ms": spread([m.step_ms for m in steps]),
+        "forward_backward_ms": _median(m.forward_backward_ms for m in steps),
+        "optimizer_ms": _median(m.optimizer_ms for m in steps),
         "tflops": tflops,
-        "tokens_per_s": _median(m.tokens_per_s for m in window),
+        "tokens_per_s": _median(m.tokens_per_s for m in steps),
         "mfu": mfu(tflops, peak_tflops) if tflops and peak_tflops else None,
         "loss": Losses(first=metrics[0].loss, last=metrics[-1].loss) if metrics else Losses(),
     }

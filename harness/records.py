@@ -77,7 +77,14 @@ def same_work(a: Experiment, b: Experiment) -> bool:
 
     Names do not matter, nor how many steps were run, on which data, with which of the two attention libraries.
     """
-    return _work(a) == _work(b)
+    return work(a) == work(b)
+
+
+def work(e: Experiment) -> Experiment:
+    """The experiment without what may differ between records of the same work (see same_work)."""
+    same = {"slug": "any", "shows": "any", "steps": 1, "data": "any", "eval_interval": 1, "attention_backend": "auto",
+            "overrides": {}}
+    return e.model_copy(update=same)
 
 
 def read(path: Path) -> tuple[Experiment, Result]:
@@ -141,12 +148,6 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _equal(a: Any, b: Any) -> bool:
     return math.isclose(a, b, rel_tol=1e-9) if isinstance(a, float) and isinstance(b, float) else a == b
-
-
-def _work(e: Experiment) -> Experiment:
-    same = {"slug": "any", "shows": "any", "steps": 1, "data": "any", "eval_interval": 1, "attention_backend": "auto",
-            "overrides": {}}
-    return e.model_copy(update=same)
 
 
 def _stem(experiment: Experiment, folder: Path) -> str:
