@@ -13,8 +13,9 @@ WORDS = $(foreach key,$(SETTINGS) $(MORE),$(if $(value $(key)),'$(key)=$(subst '
 
 include experiments/targets.mk
 
-.PHONY: help list table compare doctor arguments monitor-gpu stop parity profile record report plots docs targets clean clean-all
+.PHONY: help list table claims compare doctor arguments monitor-gpu stop parity profile record report plots docs targets clean clean-all
 .PHONY: data-list data-prepare data-clean data-inspect data-check
+.PHONY: import-hf export-hf
 .PHONY: setup setup-gpu docker-build docker-run test test-quick test-full lint
 
 ##@ Look
@@ -32,7 +33,11 @@ arguments: MORE = MATCH
 arguments: ## upstream's own arguments, counted   [MATCH=moe]
 	@$(HARNESS) arguments $(WORDS)
 
-##@ Run:  make 101<tab>, make 101, make show-101, make chapter-100
+##@ Run:  make 101<tab>, make 101, make show-101, make chapter-100, make verify-101
+# verify-101: run it again and compare with its record; RUN=label compares a run that was made.
+verify-%: MORE = RUN
+verify-%:
+	@$(HARNESS) verify '$*' $(WORDS)
 parity: ## is it correct? every parallelism against one process, loss by loss
 	@$(HARNESS) parity
 stop: MORE = RUN
@@ -45,6 +50,9 @@ monitor-gpu: ## a live view of the GPUs
 table: MORE = CHAPTER ID HARDWARE AGAINST FORMAT
 table: ## every run beside its published row   [CHAPTER=100] [FORMAT=terminal|markdown|csv|json]
 	@$(HARNESS) table $(WORDS)
+claims: MORE = CHAPTER HARDWARE AGAINST FORMAT
+claims: ## do the numbers show what they must?   [CHAPTER=400] [FORMAT=terminal|markdown|json]
+	@$(HARNESS) claims $(WORDS)
 compare: MORE = A B FORMAT
 compare: ## two runs side by side                A=… B=… (labels or ids)
 	@$(HARNESS) compare $(WORDS)
@@ -72,6 +80,14 @@ data-inspect: ## documents, tokens, lengths, samples   NAME=…
 	@$(DATA_HARNESS) data inspect $(WORDS)
 data-check: ## is every byte of it in order?           NAME=…
 	@$(DATA_HARNESS) data check $(WORDS)
+
+##@ Weights:  make import-hf, then --load weights/<name>
+import-hf: MORE = HF NAME
+import-hf: ## Hugging Face's into Megatron-LM's        HF=folder-or-repository [NAME=…] [TP=…] [PP=…] [EP=…]
+	@$(HARNESS) import-hf $(WORDS)
+export-hf: MORE = RUN OUT HF
+export-hf: ## a run's checkpoint as Hugging Face's      RUN=label-or-folder OUT=folder [HF=like-this-one]
+	@$(HARNESS) export-hf $(WORDS)
 
 ##@ Set up
 setup: ## everything a run needs, into .venv (the first run does this by itself)

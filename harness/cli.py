@@ -205,6 +205,22 @@ def _profile(words: list[str]) -> int:
     return print_profile(_outdir(settings), RECORDS, settings)
 
 
+def _verify(words: list[str]) -> int:
+    from harness.verify import verify
+
+    if not words or "=" in words[0]:
+        raise UserError("verify which experiment? such as make verify-101")
+    settings = overrides.parse(words[1:], extra=("RUN",))
+    gpus.keep_awake()
+    return verify(words[0], settings, _outdir(settings), RECORDS, _install_heavy)
+
+
+def _claims(words: list[str]) -> int:
+    from harness.verdicts import print_claims
+
+    return print_claims(RECORDS, overrides.parse(words, extra=("CHAPTER", "HARDWARE", "AGAINST", "FORMAT")))
+
+
 def _clean(words: list[str]) -> int:
     from harness.rundir import clean
 
@@ -262,11 +278,27 @@ def _data(words: list[str]) -> int:
     return command(rest) if command else commands.prepare_known(name, rest)
 
 
+def _import_hf(words: list[str]) -> int:
+    from harness.convert.commands import import_hf
+
+    settings = overrides.parse(words, extra=("HF", "NAME"))
+    _install_heavy()
+    return import_hf(settings)
+
+
+def _export_hf(words: list[str]) -> int:
+    from harness.convert.commands import export_hf
+
+    settings = overrides.parse(words, extra=("HF", "RUN", "OUT"))
+    _install_heavy()
+    return export_hf(settings, _outdir(settings))
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "run": _run, "show": _show, "chapter": _chapter, "list": _list, "table": _table, "compare": _compare,
     "doctor": _doctor, "arguments": _arguments, "parity": _parity, "monitor-gpu": _monitor_gpu, "stop": _stop,
-    "record": _record, "profile": _profile, "plots": _plots, "report": _report,
-    "data": _data, "clean": _clean, "docs": _docs,
+    "record": _record, "verify": _verify, "claims": _claims, "profile": _profile, "plots": _plots, "report": _report,
+    "data": _data, "clean": _clean, "docs": _docs, "import-hf": _import_hf, "export-hf": _export_hf,
     "targets": _targets,
 }
 
