@@ -120,6 +120,9 @@ def _rope_value(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {"rope_type": "llama3", "factor": fields["rope_scaling_factor"]} | _LLAMA3_ROPE | base
 
 
+_ROPE = Setting("rope_parameters", _rope, _rope_value, "rotary_base, rope_scaling_factor")
+
+
 def _yarn(value: Config, config: Config) -> Mapping[str, Any]:
     if value.get("rope_type") != "yarn" or value.get("attention_factor") or value.get("mscale"):
         raise UserError(f"rope_parameters {dict(value)}: known is yarn without attention_factor and mscale")
@@ -244,9 +247,12 @@ def _layer(megatron: str, shape: tuple[str, ...], *hf: str, how: Transform = SAM
     return Row(LAYERS + megatron, shape, tuple(of + name for name in hf), how, tuple(LAYERS + name for name in also))
 
 
-_INNER = Setting("n_inner", lambda value, config: {"ffn_hidden_size": value},
-                 lambda fields: None if fields["ffn_hidden_size"] == 4 * fields["hidden_size"] else fields["ffn_hidden_size"],
-                 "ffn_hidden_size")  # fmt: skip
+def _inner_value(fields: Mapping[str, Any]) -> int | None:
+    usual = fields["ffn_hidden_size"] == 4 * fields["hidden_size"]
+    return None if usual else fields["ffn_hidden_size"]
+
+
+_INNER = Setting("n_inner", lambda value, config: {"ffn_hidden_size": value}, _inner_value, "ffn_hidden_size")
 _GPT2_LAYERS = "transformer.h.{layer}."
 GPT2 = Architecture(
     name="GPT2LMHeadModel", model_type="gpt2", prefix="transformer.", unused=(".attn.bias", ".attn.masked_bias"),
@@ -320,7 +326,7 @@ LLAMA = Architecture(
         _FINAL_NORM,
         _OUTPUT,
     ),
-    settings=(*_LLAMA_SETTINGS, _ffn("ffn_hidden_size"), _HEAD, Setting("rope_parameters", _rope, _rope_value, "rotary_base, rope_scaling_factor")),
+    settings=(*_LLAMA_SETTINGS, _ffn("ffn_hidden_size"), _HEAD, _ROPE),
     needs={**_LLAMA_NEEDS, "mlp_bias": (False,)},
     fixed={**_LLAMA_FIXED, "qk_norm": "none", "num_experts": None, "window_size": None},
 )  # fmt: skip
@@ -343,7 +349,7 @@ OLMOE = Architecture(
     settings=(
         *_LLAMA_SETTINGS, _ffn("moe_ffn_hidden_size", "ffn_hidden_size"), _is("num_experts", "num_experts"),
         _is("num_experts_per_tok", "moe_router_topk"), _is("router_aux_loss_coef", "moe_aux_loss_coeff"),
-        Setting("rope_parameters", _rope, _rope_value, "rotary_base, rope_scaling_factor"),
+        _ROPE,
     ),
     needs={**_LLAMA_NEEDS, "clip_qkv": (None,), "norm_topk_prob": (False,)},
     fixed={**_LLAMA_FIXED, "qk_norm": "projection", "kv_channels": None, "window_size": None,

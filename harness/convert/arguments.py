@@ -110,9 +110,14 @@ def model_of(args: Namespace, name: str, vocab_size: int) -> tuple[Model, int]:
         fields |= {
             "num_experts": args.num_experts, "moe_router_topk": args.moe_router_topk,
             "moe_ffn_hidden_size": args.moe_ffn_hidden_size, "moe_router_pre_softmax": args.moe_router_pre_softmax,
-            "moe_aux_loss_coeff": args.moe_aux_loss_coeff, "moe_z_loss_coeff": args.moe_z_loss_coeff,
+            "moe_aux_loss_coeff": _single(args.moe_aux_loss_coeff), "moe_z_loss_coeff": args.moe_z_loss_coeff,
         }  # fmt: skip
     return Model(name=name, **fields), args.max_position_embeddings
+
+
+def _single(value: float | list[float]) -> float:
+    """Upstream's parser keeps a list where it takes several."""
+    return value[0] if isinstance(value, list) else value
 
 
 def _activation(args: Namespace) -> str:

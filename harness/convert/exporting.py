@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from argparse import Namespace
 from dataclasses import dataclass
@@ -151,6 +150,6 @@ def _write_config(folder: Path, architecture: Architecture, model, positions: in
     from transformers import AutoConfig
 
     said = {**kept, **architecture.write(model, positions), "dtype": str(dtype).removeprefix("torch.")}
-    said.pop("quantization_config", None)  # MXFP4 no longer
-    config = AutoConfig.for_model(**said)
-    (folder / hub.CONFIG).write_text(json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for key in ("quantization_config", "_name_or_path"):  # MXFP4 no longer; another folder
+        said.pop(key, None)
+    AutoConfig.for_model(**said).save_pretrained(folder)

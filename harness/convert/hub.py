@@ -41,8 +41,10 @@ def locate(named: str) -> Path:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(WANTED)))
     except Exception as error:  # the hub's client raises what its transport does
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"HF={named}: no such folder, and the hub does not give it: {reason}\n"
-                        "check the name; a gated model needs HF_TOKEN; without a network, give a folder") from None  # fmt: skip
+        raise UserError(
+            f"HF={named}: no such folder, and the hub does not give it: {reason}\n"
+            "check the name; a gated model needs HF_TOKEN; without a network, give a folder"
+        ) from None
 
 
 def read_config(folder: Path) -> tuple[Architecture, dict[str, Any]]:

@@ -152,8 +152,10 @@ def _common(words: list[str], sizes: Sizes) -> dict[str, Any]:
 def _check_tokenizer(folder: Path, vocab_size: int) -> bool:
     vocabulary = hub.vocabulary_of(folder)
     if vocabulary and (largest := max(vocabulary.values())) >= vocab_size:
-        raise UserError(f"{folder}: the tokenizer has ids up to {largest:,}, the model's vocabulary ends at {vocab_size - 1:,}: "
-                        "it belongs to another model\nfetch both from the same repository")  # fmt: skip
+        raise UserError(
+            f"{folder}: the tokenizer has ids up to {largest:,}, the model's vocabulary ends at {vocab_size - 1:,}: it "
+            "belongs to another model\nfetch both from the same repository"
+        )
     return vocabulary is not None or (folder / "tokenizer.model").exists()
 
 

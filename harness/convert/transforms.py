@@ -24,8 +24,9 @@ class Sizes:
         m = self.model
         known = {
             "hidden": m.hidden_size, "positions": self.positions, "vocabulary": self.vocabulary,
-            "heads": m.num_attention_heads, "queries": m.query_size, "keys": m.key_size, "qkv": m.query_size + 2 * m.key_size,
-            "ffn": m.ffn, "gated": 2 * m.ffn, "expert": m.moe_ffn, "gated expert": 2 * m.moe_ffn, "experts": m.num_experts,
+            "heads": m.num_attention_heads, "queries": m.query_size, "keys": m.key_size,
+            "qkv": m.query_size + 2 * m.key_size, "ffn": m.ffn, "gated": 2 * m.ffn,
+            "experts": m.num_experts, "expert": m.moe_ffn, "gated expert": 2 * m.moe_ffn,
         }  # fmt: skip
         return tuple(known[name] for name in dimensions)
 

@@ -88,8 +88,10 @@ def check_data(folder: Path, blend: Blend) -> None:
     if weights is None:
         return
     if data.vocab_size and data.vocab_size > weights.model.vocab_size:
-        raise UserError(f"DATA={data.name} has {data.vocab_size:,} tokens, {weights.name} knows {weights.model.vocab_size:,}\n"
-                        f"prepare it with its own tokenizer: TOKENIZER={folder / HF}")  # fmt: skip
+        raise UserError(
+            f"DATA={data.name} has {data.vocab_size:,} tokens, {weights.name} knows {weights.model.vocab_size:,}\n"
+            f"prepare it with its own tokenizer: TOKENIZER={folder / HF}"
+        )
     ours = vocabulary_of(folder / HF) if weights.tokenizer else None
     theirs = vocabulary_of(data.tokenizer_model) if data.tokenizer_model and data.tokenizer_model.is_dir() else None
     if ours is None or theirs is None:

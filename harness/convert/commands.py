@@ -1,0 +1,87 @@
+"""``make import-hf`` and ``make export-hf``."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from harness import overrides
+from harness.convert.weights import WEIGHTS
+from harness.errors import UserError
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def import_hf(settings: Mapping[str, str], folder: Path = WEIGHTS) -> int:
+    """Import HF= into ``folder``/NAME and say what it is.
+
+    Raises:
+        UserError: see ``importing.import_folder``; or HF= is missing, or NAME= is there already.
+    """
+    if "HF" not in settings:
+        raise UserError("HF missing: make import-hf HF=folder-or-repository [NAME=…] [TP=… PP=… EP=…]")
+    source = settings["HF"]
+    name = settings.get("NAME") or Path(source.partition("@")[0]).name
+    if not _NAME.fullmatch(name):
+        raise UserError(f"NAME={name}: use letters, digits and . _ -, a letter or digit first")
+    target = folder / name
+    if target.exists() and settings.get("FORCE") != "1":
+        raise UserError(f"{target} is there already\nFORCE=1 writes it anew, NAME=… another one")
+    layout = {axis.lower(): overrides.count(axis, settings[axis]) for axis in ("TP", "PP", "EP") if axis in settings}
+    from harness.convert.importing import import_folder
+
+    begun = time.monotonic()
+    weights = import_folder(source, target, name, **layout)
+    print(f"{target}: {weights.architecture}, {weights.parameters:,} parameters, {weights.bytes / 2**30:.2f} GiB "
+          f"in {time.monotonic() - begun:.0f} s")  # fmt: skip
+    if weights.dequantized:
+        print(f"  {weights.dequantized} tensors were MXFP4: they are bf16 here, the same values in four times the bytes")
+    if not weights.tokenizer:
+        print("  no tokenizer came with them")
+    print(f"  upstream's arguments: --load {target} --seq-length … {' '.join(weights.flags)}")
+    return 0
+
+
+def export_hf(settings: Mapping[str, str], outdir: Path) -> int:
+    """Export RUN=, a run in ``outdir`` or a folder, to OUT= and say what it became.
+
+    Raises:
+        UserError: see ``exporting.export_checkpoint``; or a setting is missing, or OUT= is in use.
+    """
+    missing = [key for key in ("RUN", "OUT") if key not in settings]
+    if missing:
+        raise UserError(f"{' and '.join(missing)} missing: make export-hf RUN=label-or-folder OUT=folder [HF=like-this-one]")
+    target = Path(settings["OUT"]).expanduser().absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"OUT={settings['OUT']} is there already and not empty; name another one, or remove it")
+    from harness.convert import hub
+    from harness.convert.exporting import export_checkpoint
+
+    like = hub.locate(settings["HF"]) if "HF" in settings else None
+    begun = time.monotonic()
+    done = export_checkpoint(saved(settings["RUN"], outdir), target, like=like)
+    print(f"{target}: {done.architecture}, {done.parameters:,} parameters, {done.bytes / 2**30:.2f} GiB in {done.files} "
+          f"file{'s' if done.files > 1 else ''}, {time.monotonic() - begun:.0f} s")  # fmt: skip
+    if done.tokenizer is None:
+        print("  no tokenizer is known for it; HF=folder takes one from there")
+    return 0
+
+
+def saved(run: str, outdir: Path) -> Path:
+    """The folder with the checkpoints of ``run``: one in weights/, a run's label, or any folder.
+
+    Raises:
+        UserError: there is none, or it holds no checkpoint.
+    """
+    from harness.convert.torch_dist import METADATA, TRACKER
+
+    places = [place for place in (outdir / run, WEIGHTS / run, Path(run).expanduser()) if place.is_dir()]
+    if not places:
+        raise UserError(f"RUN={run}: no run of this label in {outdir}, no weights of this name, and no such folder")
+    for place in places:
+        for folder in (place, *sorted(tracker.parent for tracker in place.glob(f"*/{TRACKER}"))):
+            if (folder / TRACKER).exists() or (folder / METADATA).exists():
+                return folder.resolve()
+    raise UserError(f"RUN={run}: {places[0]} has no checkpoint\nruns keep one with ARGS=\"--save folder --save-interval N\"")

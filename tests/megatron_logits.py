@@ -1,0 +1,95 @@
+"""What upstream's model makes of some tokens, run as ranks of a CPU job: ``python tests/megatron_logits.py CASES.json``.
+
+CASES.json is a list of {load, tp, pp, ep, tokens, out}. Ranks build and load the model by upstream's own training script,
+which goes on to train; here it ends once the model has seen ``tokens`` [b, s], and ``out`` has the logits [b, s, v].
+"""
+
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+
+from harness.convert import weights
+from harness.environment import variables
+from harness.flags import megatron_flags
+from harness.parity import DENSE, tiny
+
+
+def main(cases: list[dict]) -> int:
+    for variable in variables(tiny(DENSE, {}), "cpu"):
+        os.environ[variable.name] = variable.value
+    os.environ["OMP_NUM_THREADS"] = "1"
+    from harness.entry import rank
+
+    rank.prepare_for_forks()
+    return max(run(case) for case in cases)
+
+
+def run(case: dict) -> int:
+    from harness.cpu import warm
+
+    found = weights.read(Path(case["load"]))
+    ep = case.get("ep", 1)
+    layout = {"tp": case.get("tp", 1), "pp": case.get("pp", 1), "ep": ep, "dp": ep}
+    experiment = tiny(found.model, layout | {"seq_length": found.positions, "sequence_parallel": layout["tp"] > 1})
+    words = [word for group in megatron_flags(experiment, "cpu") for word in group]
+    if "--position-embedding-type" not in words:
+        words.remove("--no-bias-gelu-fusion")  # the fused one is GPT-2's approximation by tanh
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    ranks = experiment.world_size
+    pids = []
+    for rank in range(ranks):
+        if pid := warm.fork():
+            pids.append(pid)
+            continue
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
+        os.environ |= {"MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(ranks)}
+        sys.argv = ["pretrain_gpt.py", *words, "--load", case["load"], *case.get("arguments", [])]
+        be_rank(case)
+    return max(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids)
+
+
+def be_rank(case: dict) -> None:
+    from megatron.training import training
+
+    from harness.entry import rank
+
+    set_up = training.setup_model_and_optimizer
+
+    def set_up_then_forward(*args, **kwargs):
+        model, *_ = set_up(*args, **kwargs)
+        forward(model, case)
+        sys.stdout.flush()
+        os._exit(0)
+
+    training.setup_model_and_optimizer = set_up_then_forward
+    rank.run()
+
+
+def forward(model: list, case: dict) -> None:
+    import torch
+    from megatron.core import mpu
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+    tokens = torch.tensor(case["tokens"])
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    for part in model:
+        part.eval()
+    with torch.no_grad():
+        made = get_forward_backward_func()(
+            forward_step_func=lambda _, part: (part(tokens, positions, None), lambda logits, non_loss_data: logits),
+            data_iterator=None, model=model, num_microbatches=1, seq_length=tokens.shape[1],
+            micro_batch_size=tokens.shape[0], forward_only=True, collect_non_loss_data=True,
+        )  # fmt: skip
+        if mpu.is_pipeline_last_stage():
+            logits = gather_from_tensor_model_parallel_region(made[0])
+            if mpu.get_tensor_model_parallel_rank() == 0 and mpu.get_data_parallel_rank() == 0:
+                torch.save(logits, case["out"])
+    torch.distributed.barrier()
+
+
+if __name__ == "__main__":
+    sys.exit(main(json.loads(Path(sys.argv[1]).read_text())))
