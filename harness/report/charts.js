@@ -1,7 +1,7 @@
 // Plots: lines over evenly spaced ticks (sweeps) or over a scale (curves). Hover, arrow keys and a legend that switches lines.
 const DASHES = ["", "7 4", "2 3", "9 3 2 3", "1 2", "5 2"];
 const SOURCES = { published: "published", reference: "measured apart", half: "half size", here: "here" }; // in the order of drawing
-const SEVERAL_VERSIONS = new Set(rows.map((row) => row.upstream).filter(Boolean)).size > 1;
+const SEVERAL_VERSIONS = new Set(rows.filter((row) => !row.miniature && row.upstream).map((row) => row.upstream)).size > 1;
 
 /** Round numbers from at or below low to at or above high: multiples of 1, 2, 2.5 or 5 x 10^n. */
 function roundTicks(low, high, most) {

@@ -66,7 +66,7 @@ def _row(row: Row) -> dict[str, Any]:
     return values | {
         "layout": layout(e), "model": e.model.name, "shows": e.shows, "make": make_command(e, row.device),
         "torchrun": torchrun_command(row), "curves": _curves(row), "overrides": dict(e.overrides),
-        "upstream": row.result and row.result.upstream.version,
+        "upstream": row.result and row.result.upstream.version, "in_doubt": row.reference and row.reference.in_doubt,
     }
 
 
@@ -74,13 +74,11 @@ def _unmeasured(e: Experiment, references: References) -> dict[str, Any]:
     """A row of the catalogue that nobody has run here, beside what was published."""
     beside = references.published.beside(e.id)
     reference = beside and beside.reference
-    doubt = bool(reference and reference.in_doubt)
     return {
         "chapter": e.chapter, "id": e.id, "slug": e.slug, "label": e.name, "kind": "catalogue", "miniature": False,
         "gpus": e.world_size, "hardware": None, "status": NOT_RUN, "data": e.data, "precision": e.precision,
-        "published_memory_gib": None if doubt else reference and reference.memory_gib,
-        "published_step_ms": None if doubt else reference and reference.step_ms,
-        "published_oom": None if doubt else reference and reference.oom,
+        "published_memory_gib": reference and reference.memory_gib, "published_step_ms": reference and reference.step_ms,
+        "published_oom": reference and reference.oom, "in_doubt": reference and reference.in_doubt,
         "published_hardware": reference and reference.hardware, "notes": "; ".join(beside.remarks) if beside else "",
         "layout": layout(e), "model": e.model.name, "shows": e.shows, "make": make_command(e, "cuda"),
         "torchrun": _script(e), "overrides": {},
@@ -114,6 +112,9 @@ def _script(e: Experiment, device: str = "cuda", gpu_mib: int | None = None) -> 
 
 
 def _portable(script: str) -> str:
+    """``script`` as it would read in any checkout: paths below its folder are relative to it."""
+    if folder := re.search(r"^cd (.+)$", script, re.MULTILINE):
+        script = script.replace(f"{folder[1].rstrip('/')}/", "")
     return "\n".join(line.rstrip() for line in script.splitlines() if not THIS_MACHINE.match(line)).strip()
 
 

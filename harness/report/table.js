@@ -1,7 +1,8 @@
 // The table of every row: sorted by a column's button, filtered, each row with its commands and a box that adds it to the comparison.
 const ratioText = (value) => number(value, 2);
+const publishedText = (row, text) => (row.published_oom ? "OOM" : text && row.in_doubt ? `${text}?` : text);
 const statusText = (row) => {
-  const published = row.published_oom ? " as published" : row.published_memory_gib ? " (publ. ran)" : "";
+  const published = row.published_oom ? " as published" : row.published_memory_gib && !row.in_doubt ? " (publ. ran)" : "";
   if (row.status === "oom") return `OOM${published}`;
   if (row.status === "ok") return row.published_oom ? "ok (publ. OOM)" : "ok";
   return row.status === "not run" ? "not run" : `${row.status} at ${row.steps_done}/${row.steps}`;
@@ -9,19 +10,19 @@ const statusText = (row) => {
 const COLUMNS = [
   { key: "id", title: "id", left: true },
   { key: "label", title: "experiment", left: true, wrap: true, text: (row) => `${row.slug}${row.label.includes(row.slug) ? row.label.split(row.slug).pop() : row.label.split("/").pop().replace(row.id, "")}` },
+  { key: "status", title: "status", left: true, text: statusText },
   { key: "gpus", title: "GPUs" },
   { key: "layout", title: "layout", left: true, wrap: true },
   { key: "memory_gib", title: "GiB", text: (row) => number(row.memory_gib, 1), hint: "used memory of the fullest GPU" },
-  { key: "published_memory_gib", title: "publ. GiB", text: (row) => (row.published_oom ? "OOM" : number(row.published_memory_gib, 1)) },
+  { key: "published_memory_gib", title: "publ. GiB", text: (row) => publishedText(row, number(row.published_memory_gib, 1)) },
   { key: "memory_ratio", title: "ratio", text: (row) => ratioText(row.memory_ratio), hint: "memory here / published" },
   { key: "step_ms", title: "ms/step", text: (row) => milliseconds(row.step_ms), hint: "median over the averaging window" },
   { key: "step_ms_stdev", title: "±", text: (row) => milliseconds(row.step_ms_stdev), hint: "standard deviation" },
-  { key: "published_step_ms", title: "publ. ms", text: (row) => (row.published_oom ? "OOM" : number(row.published_step_ms, 0)) },
+  { key: "published_step_ms", title: "publ. ms", text: (row) => publishedText(row, number(row.published_step_ms, 0)) },
   { key: "step_ratio", title: "ratio", text: (row) => ratioText(row.step_ratio), hint: "step time here / published" },
   { key: "tflops", title: "TFLOP/s", text: (row) => number(row.tflops, 0), hint: "model TFLOP/s of one GPU" },
   { key: "mfu", title: "MFU", text: (row) => (row.mfu ? `${number(100 * row.mfu, 1)}%` : "") },
   { key: "loss_last", title: "loss", text: (row) => number(row.loss_last, 3), hint: "training loss of the last step" },
-  { key: "status", title: "status", left: true, text: statusText },
   { key: "hardware", title: "hardware", left: true },
   { key: "runs_on_node", title: "shared", hint: "runs on the node at that time, this one included" },
 ];
@@ -79,7 +80,7 @@ function table(section, comparison) {
 
   add(section, 
     el("p", { class: "quiet small" }, `Published: ${data.published} A row of the catalogue that was not run here stands with its published numbers alone. `
-      + "Rows of other hardware, of a miniature or with changed work have no ratio."),
+      + "Rows of other hardware, of a miniature or with changed work have no ratio; a number with ? is in doubt."),
     el("div", { class: "controls" }, el("label", {}, "Text", search), selects, count),
     el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Every row; scrolls sideways" },
       el("table", { id: "every-row" }, el("thead", {}, el("tr", {}, el("th", { scope: "col", class: "left act" }, "+"), heads.slice(0, 2), el("th", { scope: "col", class: "left" }, "command"), heads.slice(2))), body)));
