@@ -1,0 +1,169 @@
+"""Does a second run agree with its record: what agrees, what does not, and what cannot be compared."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from harness import ROOT, gpus, launch
+from harness.cli import main
+from harness.errors import UserError
+from harness.gpus import Gpu
+from harness.measured import measure
+from harness.records import read
+from harness.results import collect, load_references
+from harness.rundir import RunDir, StepMetrics, write_json
+from harness.verify import choose, compare, verify
+
+RECORDS = ROOT / "experiments" / "records"
+KEPT = RECORDS / "h200-141gb"
+
+
+def second_run(outdir: Path, label: str = "again", stem: str = "101", slower: float = 1.0, nvml: float = 1.0,
+               steps: int | None = None, **changes: object) -> RunDir:
+    """A run directory as another run of a record's work would have left it: ``slower`` and larger by these factors."""
+    path = KEPT / f"{stem}.json"
+    experiment, result = read(path)
+    content = json.loads(path.read_text())
+    lines = path.with_suffix(".metrics.jsonl").read_text().splitlines()[:steps]
+    metrics = [m.model_copy(update={"step_ms": m.step_ms * slower}) for m in map(StepMetrics.model_validate_json, lines)]
+    again = result.model_copy(update=measure(experiment, metrics, result.peak_tflops)).model_dump(mode="json")
+    again["memory_gib"]["nvml"] = again["memory_gib"]["nvml"] * nvml if nvml else None
+    run = RunDir(outdir / label)
+    run.ranks.mkdir(parents=True)
+    frozen = changes.pop("experiment", {})
+    write_json(run.experiment_json, {**content["experiment"], **frozen, "device": again["device"]})
+    write_json(run.environment, content["environment"])
+    run.metrics.write_text("".join(f"{m.model_dump_json()}\n" for m in metrics))
+    write_json(run.result, {**again, **changes})
+    return run
+
+
+def verified(tmp_path: Path, id_: str = "101", **settings: str) -> int:
+    return verify(id_, {"RUN": "again", **settings}, tmp_path, RECORDS, prepare=lambda: pytest.fail("nothing may run"))
+
+
+def test_the_same_again_agrees_and_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    second_run(tmp_path)
+    assert verified(tmp_path) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("again beside h200-141gb/101 of 2026-") and "NVIDIA H200, Megatron-LM core 0.19.1" in said[0]
+    assert said[2].split()[:6] == ["step", "time,", "ms", "162.8", "±", "2.3"] and said[2].endswith("0.0      3.3  agrees")
+    assert said[-1] == "101 agrees with its record"
+
+
+@pytest.mark.parametrize(
+    ("slower", "nvml", "agrees"),
+    [(1.015, 1.0, True), (0.985, 1.0, True), (1.05, 1.0, False), (0.95, 1.0, False), (1.0, 1.009, True), (1.0, 1.011, False)],
+)
+def test_it_agrees_within_the_noise_of_both_and_one_percent_of_memory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], slower: float, nvml: float, agrees: bool
+) -> None:
+    second_run(tmp_path, slower=slower, nvml=nvml)
+    assert verified(tmp_path) == (0 if agrees else 1)
+    said = capsys.readouterr().out
+    assert ("DIFFERS" in said) != agrees
+    assert ("101 agrees with its record" if agrees else "101 does not agree with its record") in said
+
+
+def test_one_slow_step_does_not_widen_what_is_allowed(tmp_path: Path) -> None:
+    """111's standard deviation is 93 ms for one step of 736 ms; a run 5 % off must not hide in it."""
+    second_run(tmp_path, stem="111", slower=1.05)
+    assert verified(tmp_path, "111") == 1
+
+
+def test_out_of_memory_again_agrees_and_ok_does_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    second_run(tmp_path, stem="121_cardh100-80gb")
+    assert verified(tmp_path, "121", CARD="h100-80gb") == 0
+    second_run(tmp_path / "other", stem="121_cardh100-80gb", status="ok")
+    assert verified(tmp_path / "other", "121", CARD="h100-80gb") == 1
+    second_run(tmp_path / "third", status="crash")
+    assert verified(tmp_path / "third") == 1
+    assert "crash" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gpu": "NVIDIA H100 80GB HBM3"}, "101 is recorded on NVIDIA H200; NVIDIA H100 80GB HBM3 cannot verify that"),
+        ({"upstream": {"version": "0.14.0", "source": "submodule"}}, "ran Megatron-LM core 0.14.0, the record Megatron-LM core 0.19.1"),
+        ({"packed_with": ["102"]}, "runs on the node: 2, but 1 in the record"),
+        ({"experiment": {"attention_backend": "flash"}}, "attention: flash, but auto in the record"),
+        ({"experiment": {"micro_batch_size": 2, "global_batch_size": 2}}, "not of the work of h200-141gb/101"),
+        ({"experiment": {"miniature": True}}, "not of the work of"),
+        ({"steps": 5}, "has no step in its averaging window"),
+        ({"nvml": 0.0}, "has no NVML reading"),
+        ({"status": "killed"}, "again is killed"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_compared_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], changes: dict, message: str
+) -> None:
+    second_run(tmp_path, **changes)
+    assert main(["verify", "101", "RUN=again", f"OUTDIR={tmp_path}"]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "verify which experiment?"),
+        (["407"], "no experiment 407"),
+        (["219"], "219-weak-scale-tp8-gpt2-8.3B-2nodes has no record\nmake 219 runs it"),
+        (["111", "MBS=5"], "111-gpt2xl-dp1-fit-80GB_mbs5 has no record"),
+        (["101", "RUN=nothing"], "RUN=nothing: no such run"),
+        (["101", "RNU=nothing"], "unknown setting RNU"),
+    ],
+)
+def test_mistakes_are_told(capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
+    assert main(["verify", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def on(name: str | None) -> Callable[[], tuple[Gpu, ...]]:
+    return lambda: (Gpu(0, name, "GPU-0", 143771.0),) if name else ()
+
+
+@pytest.mark.parametrize(("name", "said"), [(None, "a machine without a GPU"), ("NVIDIA L40S", "NVIDIA L40S")])
+def test_other_hardware_says_what_the_record_needs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str | None, said: str
+) -> None:
+    monkeypatch.setattr(gpus, "list_gpus", on(name))
+    assert main(["verify", "101"]) == 2
+    assert f"101 is recorded on NVIDIA H200; {said} cannot verify that\nRUN=label" in capsys.readouterr().err
+
+
+def test_on_its_hardware_the_records_experiment_is_launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the record's steps, data and ARGS, and with what was asked for how to launch it."""
+    planned = []
+
+    def run_plan(plan, *, hang_seconds):
+        planned.append((plan, hang_seconds))
+        run = second_run(plan.outdir, "launched", stem="601_args")
+        return launch.Finished(run, run.read_result())
+
+    monkeypatch.setattr(gpus, "list_gpus", on("NVIDIA H200"))
+    monkeypatch.setattr(launch, "run_plan", run_plan)
+    experiment, _ = read(KEPT / "601_args.json")
+    ready = []
+    settings = {"ARGS": experiment.overrides["ARGS"], "OUTDIR": str(tmp_path), "HANG": "77"}
+    assert verify("601", settings, tmp_path, RECORDS, prepare=lambda: ready.append(True)) == 0
+    (plan, hang_seconds), = planned
+    assert ready and hang_seconds == 77
+    assert plan.experiment == experiment and plan.device == "cuda"
+
+
+def test_a_dry_run_is_no_verification(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(gpus, "list_gpus", on("NVIDIA H200"))
+    assert main(["verify", "101", "DRY_RUN=1"]) == 2
+    assert "make show-101 prints the command" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("pair", [("211", "231"), ("221", "241")])
+def test_records_of_the_same_work_agree_with_each_other(tmp_path: Path, pair: tuple[str, str]) -> None:
+    """They were run one after the other under two names: the rule must not tell them apart."""
+    rows = {row.origin.stem: row for row in collect(tmp_path, RECORDS, load_references()).rows}
+    assert all(line.agrees for line in compare(rows[pair[0]], rows[pair[1]]))
+    with pytest.raises(UserError, match="not of the work of"):
+        choose([rows[pair[0]]], rows[pair[1]])
