@@ -1,11 +1,12 @@
 """The generated parts of README.md and docs/: tables, lists and single numbers, between two comments of the page's source.
 
-    <!-- value: ours(115).memory_gib .1f -->…<!-- /value -->   one number (harness/facts.py) in Python's format
+    <!-- value: memory_gib[115] .1f -->…<!-- /value -->        one number (harness/facts.py) in Python's format
     <!-- records: make docs -->…<!-- /records -->              every record beside its published row
     <!-- experiments: 101 104 -->…<!-- /experiments -->        what each target isolates, from the catalogue
     <!-- table: 101 104 -->…<!-- /table -->                    their results, where measured, beside the published rows
     <!-- memory: 111 115 -->…<!-- /memory -->                  where the memory goes, by formula, beside the record
     <!-- pipeline: 401 408 -->…<!-- /pipeline -->              each step taken apart into waiting and working
+    <!-- claims: 100 -->…<!-- /claims -->                     do the numbers show what they must?
     <!-- profile: 282h 101 -->…<!-- /profile -->              where the time of a traced step goes (harness/profiling/)
     <!-- slow_steps: records -->…<!-- /slow_steps -->         steps that took much longer than their run's median
 
@@ -18,7 +19,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from harness import ROOT, diagrams, formulas, plots, rundir, tables
+from harness import ROOT, claims, diagrams, formulas, plots, rundir, tables, verdicts
 from harness.catalog import Experiment
 from harness.cli import layout
 from harness.errors import UserError, nearest
@@ -111,15 +112,18 @@ def _table(facts: Facts, ids: Sequence[str]) -> str:
             _ratio(ours and ours.step_ratio), f"{ours.mfu:.0%}" if ours and ours.mfu else "",
             f"{reference.memory_gib:.1f} GiB, {reference.step_ms:,.0f} ms" if reference else "",
         ])
-    head = ["id", "layout", "GPUs", "GiB", "publ.", "ratio", "ms/step", "publ.", "ratio", "MFU", "8x H200"]
+    head = ["id", "layout", "GPUs", "GiB", "publ. GiB", "ratio", "ms/step", "publ. ms", "ratio", "MFU", "8x H200"]
     return "\n".join([pipes(head, lines, "llrrrrrrrrl"), "", *_notes(facts, rows)])
 
 
 def _notes(facts: Facts, rows: Sequence[tuple[str, Row | None, Reference | None, Reference | None]]) -> list[str]:
     """What a reader must know about the columns and about single rows, small."""
     group, eight = facts.references.published, facts.references.group(REFERENCE_8)
-    notes = [f"GiB, ms/step and MFU: measured on {find_gpu(HARDWARE).name}, ± the standard deviation over a run's steps; "
-             f"publ.: {group.hardware}, {group.software}. [Every column and source](../README.md#what-was-measured)."]
+    notes = []
+    if any(ours or published for _, ours, published, _ in rows):
+        notes.append(f"GiB, ms/step and MFU: measured on {find_gpu(HARDWARE).name}, ± the standard deviation over a run's "
+                     f"steps; publ.: {group.hardware}, {group.software}. "
+                     "[Every column and source](../README.md#what-was-measured).")
     if any(reference for *_, reference in rows):
         notes.append(f"8x H200: {eight.source}; {eight.method}. A reference, not one of the records.")
     for id_, ours, _, _ in rows:
@@ -170,13 +174,19 @@ def _profile(facts: Facts, ids: Sequence[str]) -> str:
     return pages.profiles(facts.records / HARDWARE, ids, published)
 
 
+def _claims(facts: Facts, chapters: Sequence[str]) -> str:
+    columns = claims.sources(facts.rows, facts.catalog, facts.references)
+    wanted = [claim for claim in claims.load_claims(facts.catalog) if str(claim.chapter) in chapters]
+    return verdicts.render(claims.evaluate(wanted, columns), columns, "markdown", titles=facts.catalog.chapters)
+
+
 def _slow_steps(facts: Facts, _: Sequence[str]) -> str:
     return pages.slow_steps([row for row in facts.rows if row.origin.parent.name == HARDWARE])
 
 
 BLOCKS: dict[str, Callable[[Facts, Sequence[str]], str]] = {
     "records": _records, "experiments": _experiments, "table": _table, "memory": _memory_pieces, "pipeline": _pipeline,
-    "profile": _profile, "slow_steps": _slow_steps,
+    "claims": _claims, "profile": _profile, "slow_steps": _slow_steps,
 }
 
 

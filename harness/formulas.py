@@ -32,16 +32,16 @@ def activations_gib(e: Experiment) -> float | None:
     """Activations on a rank of the first pipeline stage, in GiB; None for a mixture of experts, which has other layers.
 
     The first stage holds p micro-batches of L/p layers: as much as one micro-batch of the whole model, times 1 + (p-1)/(pv)
-    with interleaving. Of recomputed layers,
-    one is whole at a time. Without a pipeline, the last layer norm, the output layer's input and fp32 logits come on
-    top: 4sbh(1 + V/h). Source: Korthikanti et al. 2022, section 4.2.3, and compute_activation_memory in
-    megatron/training/theoretical_memory_usage.py, core_v0.19.0.
+    with interleaving; never more than all m. Of recomputed layers, one is whole at a time. Without a pipeline, the last
+    layer norm, the output layer's input and fp32 logits come on top: 4sbh(1 + V/h). Source: Korthikanti et al. 2022,
+    section 4.2.3, and compute_activation_memory in megatron/training/theoretical_memory_usage.py, core_v0.19.0, which do
+    not mind that there may be no more than m.
     """
     m = e.model
     if m.num_experts:
         return None
     sbh = e.seq_length // e.cp * e.micro_batch_size * m.hidden_size
-    in_flight = min(1.0, e.num_microbatches / e.pp) * (1 + (e.pp - 1) / (e.pp * e.vpp) if e.vpp > 1 else 1)
+    in_flight = min(1 + (e.pp - 1) / (e.pp * e.vpp) if e.vpp > 1 else 1, e.num_microbatches / e.pp)
     layers = sbh * activations_per_sbh(e) * m.num_layers * in_flight
     if e.recompute == "full":
         layers += sbh * activations_per_sbh(e.with_changes(recompute="none"))

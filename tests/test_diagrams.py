@@ -53,7 +53,7 @@ def test_the_schedule_shows_the_bubbles_of_the_formula(drawn: dict[str, str]) ->
 def test_the_memory_of_a_record_is_drawn_whole(drawn: dict[str, str]) -> None:
     facts = Facts.load(RECORDS)
     for id_ in ("101", "111", "304"):
-        assert f"{facts.value(f'ours({id_}).memory_gib'):.1f} GiB in use" in drawn["diagram-memory.svg"]
+        assert f"{facts.value(f'memory_gib[{id_}]'):.1f} GiB in use" in drawn["diagram-memory.svg"]
 
 
 def test_without_records_the_formulas_are_drawn(tmp_path) -> None:

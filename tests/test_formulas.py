@@ -34,7 +34,8 @@ def test_activations_in_a_pipeline() -> None:
     logits = 4 * whole.seq_length * 32 * (3072 + 50304) / 2**30
     assert activations_gib(find("401")) == pytest.approx((activations_gib(whole) - logits) / 8), "one micro-batch is in flight"
     assert activations_gib(find("432")) == pytest.approx(activations_gib(find("408")) / 4), "as many in flight, a quarter as large"
-    assert activations_gib(find("438")) == pytest.approx(activations_gib(find("408")) * (1 + 7 / 24))
+    assert activations_gib(find("438")) == activations_gib(find("408")), "all eight are in flight in both"
+    assert activations_gib(find("438h")) == pytest.approx(activations_gib(find("408h")) * (1 + 3 / 12))
     assert activations_gib(find("500")) is None
 
 
