@@ -53,7 +53,7 @@ _OPTIMIZER_STATE = {"fp32": "", "bf16": "--use-precision-aware-optimizer --exp-a
 _POSITIONS = {
     "learned_absolute": "",
     "rope": "--position-embedding-type rope --rotary-base {}",
-    "yarn": "--position-embedding-type yarn --rotary-base {}",
+    "yarn": "--position-embedding-type yarn --rotary-base {} --no-rope-fusion",  # the fused kernel cannot scale
 }
 # quick-GeGLU as in GPT-OSS: (up + 1) x gate x sigmoid(1.702 gate), both clamped at 7
 _ACTIVATION = {
