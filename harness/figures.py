@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
@@ -11,13 +12,17 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from harness import rundir
 from harness.catalog import EXPERIMENTS, Catalog, Experiment
 from harness.errors import UserError
 from harness.flops import tflops_per_gpu
-from harness.results import References, Results, Row, losses
+from harness.profiling.profile import FOLDER, Profile, of_run
+from harness.results import SAME_WORK, References, Results, Row, losses
 from harness.timeline import Timeline, Times, simulate
 
 PLOTS = EXPERIMENTS / "plots.yaml"
+MEASURED_PIPELINES = (("408", "438"), ("408h", "438h"))
+"""Pairs of a plain and an interleaved pipeline, of which the first that was profiled is drawn with its own times."""
 LONG_STEPS = 100
 """A run of fewer steps shows no learning worth a plot of its own."""
 ASSUMED = "forward : backward = 1 : 2, assumed, not measured"
@@ -180,14 +185,74 @@ def thinned(label: str, values: Mapping[int, float], most: int = CURVE_POINTS) -
     return Curve(label, tuple(steps), tuple(values[step] for step in steps))
 
 
-def schedules() -> tuple[Schedule, ...]:
-    """The two of Narayanan et al. 2021, figures 3 and 4: 4 stages, 8 micro-batches, without and with interleaving."""
+def load_profiles(outdir: Path, records: Path) -> dict[str, Profile]:
+    """Profiles by experiment, of records and traced runs in ``outdir``: on GPUs, the work as in the catalogue."""
+    found = {}
+    for path in sorted(records.glob(f"*/{FOLDER}/*.json")):
+        try:
+            content = rundir.read_object(path)
+            experiment = content["experiment"]
+            if _as_catalogued(experiment["overrides"], experiment["extra_args"], experiment["miniature"]):
+                found.setdefault(experiment["id"], Profile.model_validate(content))
+        except (ValueError, KeyError, TypeError):
+            continue
+    for run in rundir.runs(outdir)[0]:
+        e = run.experiment
+        traced = e.profile and run.device == "cuda" and run.dir.profile.exists()
+        if traced and _as_catalogued(e.overrides, e.extra_args, e.miniature):
+            with suppress(UserError, ValueError):
+                found[e.id] = of_run(run.dir)
+    return found
+
+
+def schedule(name: str, title: str, e: Experiment, profile: Profile | None) -> Schedule:
+    """The timeline of a pipeline: with the stage times of ``profile``, or else with assumed ones.
+
+    Raises:
+        UserError: the interleaved schedule has no order for these sizes.
+    """
+    times = stage_times(e, profile) if profile else None
+    plan = simulate(e.num_microbatches, times or Times.alike(e.pp), e.vpp)
+    if times is None:
+        return Schedule(name, title, plan, ASSUMED, plan.end)
+    steps = f"steps {profile.first_step} to {profile.last_step} of {e.id} on {profile.gpu}"
+    return Schedule(name, title, plan, f"measured: how long each stage computes in {steps}", plan.end, "ms")
+
+
+def stage_times(e: Experiment, profile: Profile) -> Times | None:
+    """Busy ms of one micro-batch through all layers of each stage, by a traced rank of each; None where one is missing."""
+    traced = [rank for rank in profile.ranks if rank.forward_pass and rank.backward_pass]
+    stages = {rank.coordinates.get("pp"): rank for rank in reversed(traced)}
+    if not set(range(e.pp)) <= stages.keys():
+        return None
+    passes = [(stages[i].forward_pass, stages[i].backward_pass) for i in range(e.pp)]
+    forward, backward = zip(*((p.ms * p.calls / e.num_microbatches for p in pair) for pair in passes), strict=True)
+    return Times(forward, backward)
+
+
+def schedules(catalog: Catalog, profiles: Mapping[str, Profile]) -> tuple[Schedule, ...]:
+    """The two of Narayanan et al. 2021, figures 3 and 4, without and with interleaving.
+
+    Where the pipelines of ``MEASURED_PIPELINES`` were profiled, they are drawn; else 4 stages and 8 micro-batches, assumed.
+    """
+    names = ("400-timeline-1f1b", "400-timeline-interleaved")
+    for ids in MEASURED_PIPELINES:
+        measured = [e for e in catalog.experiments if e.id in ids and e.id in profiles and stage_times(e, profiles[e.id])]
+        if len(measured) == len(ids):
+            found = [schedule(name, f"{'Interleaved ' * (e.vpp > 1)}1F1B: {e.name}", e, profiles[e.id])
+                     for name, e in zip(names, sorted(measured, key=lambda e: e.vpp), strict=True)]
+            until = max(one.until for one in found)
+            return tuple(replace(one, until=until) for one in found)
     plain, interleaved = simulate(8, Times.alike(4)), simulate(8, Times.alike(4), chunks=2)
     return (
-        Schedule("400-timeline-1f1b", "1F1B: 4 stages, 8 micro-batches", plain, ASSUMED, plain.end),
-        Schedule("400-timeline-interleaved", "Interleaved 1F1B: the same with 2 chunks (virtual stages) on each rank",
-                 interleaved, ASSUMED, plain.end),
+        Schedule(names[0], "1F1B: 4 stages, 8 micro-batches", plain, ASSUMED, plain.end),
+        Schedule(names[1], "Interleaved 1F1B: the same with 2 chunks (virtual stages) on each rank", interleaved, ASSUMED,
+                 plain.end),
     )
+
+
+def _as_catalogued(changed: Mapping[str, str], extra_args: Sequence[str], miniature: bool) -> bool:
+    return not extra_args and not miniature and (SAME_WORK | {"PROFILE"}).issuperset(changed)
 
 
 def _panel(panel: _Panel, quantity: Quantity, unit: str, sources: list[_Numbers], catalog: Catalog) -> Panel:
@@ -285,8 +350,7 @@ def _value(e: Experiment, quantity: Quantity, memory_gib: float | None, step_ms:
 
 
 def _where(row: Row) -> str:
-    version = row.result.upstream.version if row.result else None
-    return f"{row.hardware}, Megatron-LM core {version}" if version else row.hardware
+    return f"{row.hardware}, {row.software}"
 
 
 def _preference(row: Row) -> tuple[bool, bool, float]:

@@ -45,7 +45,7 @@ DARK
 
 
 def pictures(outdir: Path, records: Path) -> tuple[dict[str, str], tuple[str, ...]]:
-    """File name -> SVG of every figure that the runs in ``outdir`` and the records allow, and warnings of what cannot be read.
+    """File name -> SVG of every figure that runs and records allow, and warnings of what could not be read.
 
     Raises:
         UserError: experiments/plots.yaml, the catalogue or the references are wrong.
@@ -53,7 +53,8 @@ def pictures(outdir: Path, records: Path) -> tuple[dict[str, str], tuple[str, ..
     references, catalog = results.load_references(), load_catalog()
     found = results.collect(outdir, records, references)
     drawn = {figure.name: sweep(figure) for figure in figures.sweeps(found, references, catalog)}
-    drawn |= {schedule.name: timeline(schedule) for schedule in figures.schedules()}
+    pipelines = figures.schedules(catalog, figures.load_profiles(outdir, records))
+    drawn |= {schedule.name: timeline(schedule) for schedule in pipelines}
     for chapter, title in catalog.chapters.items():
         curves = figures.loss_curves(row for row in found.rows if row.experiment.chapter == chapter and row.state == "ok")
         long = [curve for curve in curves if curve.steps[-1] >= figures.LONG_STEPS]

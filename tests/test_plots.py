@@ -235,6 +235,45 @@ def test_a_timeline_by_formula_says_so() -> None:
     assert "37.5%" in drawn["400-timeline-1f1b.svg"] and "18.8%" in drawn["400-timeline-interleaved.svg"]
 
 
+def profile(folder: Path, id_: str, forward_ms: float, **changes: object) -> None:
+    """A recorded profile of ``id_`` in which each stage's backward takes 3 times its forward, stage by stage 1 ms longer."""
+    e = load_catalog().find(id_)
+    ranks = [{"rank": stage, "coordinates": {"pp": stage}, "device": "cuda", "steps": 2, "step_ms": 1.0, "categories": {}, "phases": {},
+              "communication_ms": 0.0, "hidden_ms": 0.0, "kernels": [],
+              "forward_pass": {"ms": (forward_ms + stage) / e.vpp, "calls": e.num_microbatches * e.vpp},
+              "backward_pass": {"ms": 3 * (forward_ms + stage) / e.vpp, "calls": e.num_microbatches * e.vpp}} for stage in range(e.pp)]
+    content = {"label": id_, "gpu": "NVIDIA H200", "first_step": 8, "last_step": 9, "untraced_step_ms": None, "ranks": ranks,
+               "experiment": e.model_dump(mode="json") | {"overrides": {"PROFILE": "1"}}} | changes
+    path = folder / "h200-141gb" / "profiles" / f"{id_}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+def test_timelines_are_drawn_from_measured_stage_times(tmp_path: Path) -> None:
+    for id_ in ("408", "438"):
+        profile(tmp_path, id_, 10.0)
+    found = figures.schedules(load_catalog(), figures.load_profiles(tmp_path / "none", tmp_path))
+    assert [one.timeline.chunks for one in found] == [1, 3] and len({one.until for one in found}) == 1
+    for one in found:
+        for stage in range(8):
+            spans = one.timeline.of_stage(stage)
+            assert sum(s.end - s.start for s in spans) == pytest.approx(8 * 4 * (10 + stage))
+        svg = plots.timeline(one)
+        assert "measured: how long each stage computes in steps 8 to 9 of 4" in svg and "time, ms" in svg and "assumed" not in svg
+
+
+def test_one_profiled_pipeline_of_the_pair_is_not_enough(tmp_path: Path) -> None:
+    profile(tmp_path, "408", 10.0)
+    assert all("assumed" in one.times_from for one in figures.schedules(load_catalog(), figures.load_profiles(tmp_path, tmp_path)))
+
+
+@pytest.mark.parametrize("changes", [{"ranks": []}, {"ranks": "?"}, {"experiment": {}}, {"experiment": None}])
+def test_profiles_that_say_nothing_about_stages(tmp_path: Path, changes: dict) -> None:
+    for id_ in ("408", "438"):
+        profile(tmp_path, id_, 10.0, **changes)
+    assert all("assumed" in one.times_from for one in figures.schedules(load_catalog(), figures.load_profiles(tmp_path, tmp_path)))
+
+
 def test_only_what_changed_is_written(tmp_path: Path) -> None:
     assert [p.name for p in plots.write(tmp_path / "new", {"a.svg": "<svg/>", "b.svg": "<svg/>"})] == ["a.svg", "b.svg"]
     assert [p.name for p in plots.write(tmp_path / "new", {"a.svg": "<svg/>", "b.svg": "<svg></svg>"})] == ["b.svg"]

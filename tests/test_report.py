@@ -13,6 +13,7 @@ import pytest
 
 from harness import ROOT, cli
 from harness.catalog import load_catalog
+from harness.figures import load_profiles
 from harness.report import page
 from harness.report.data import collect, make_command
 from harness.results import collect as collect_rows
@@ -47,7 +48,7 @@ def run(outdir: Path, label: str, id_: str = "101", *, steps: int = 20, slower: 
 
 def read(outdir: Path, records: Path = RECORDS) -> dict:
     references = load_references()
-    return collect(collect_rows(outdir, records, references), references, load_catalog())
+    return collect(collect_rows(outdir, records, references), references, load_catalog(), load_profiles(outdir, records))
 
 
 def test_a_row_for_each_record_run_and_experiment(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from harness.cli import layout
 from harness.command import Place, render
 from harness.errors import UserError
 from harness.hardware import allocator_fraction
+from harness.profiling.profile import Profile
 from harness.results import References, Results, Row
-from harness.timeline import Times, simulate
 
 COLUMNS = (
     "chapter", "id", "slug", "label", "kind", "miniature", "gpus", "hardware", "status", "as_published", "data", "precision",
@@ -34,8 +34,8 @@ THIS_MACHINE = re.compile(r"#!|cd |export PATH=")
 NOT_RUN = "not run"
 
 
-def collect(found: Results, references: References, catalog: Catalog) -> dict[str, Any]:
-    """Everything for the page. Rows of ``found`` first, then each experiment of the catalogue that has none.
+def collect(found: Results, references: References, catalog: Catalog, profiles: Mapping[str, Profile]) -> dict[str, Any]:
+    """Everything for the page but claims; its rows are those of ``found`` and the experiments that have none there.
 
     Raises:
         UserError: plots.yaml is wrong.
@@ -54,7 +54,7 @@ def collect(found: Results, references: References, catalog: Catalog) -> dict[st
         "rows": _columns(rows),
         "lines": list(lines),
         "figures": [_rounded(asdict(figure)) for figure in figures.sweeps(found, references, catalog)],
-        "timelines": [*map(_timeline, figures.schedules()), *_catalogue_timelines(catalog)],
+        "timelines": [_timeline(one) for one in _schedules(catalog, profiles)],
         "published": f"{group.hardware}, {group.software}; {group.method}. Source: {group.source}.",
         "warnings": list(found.warnings),
     }
@@ -66,7 +66,7 @@ def _row(row: Row) -> dict[str, Any]:
     return values | {
         "layout": layout(e), "model": e.model.name, "shows": e.shows, "make": make_command(e, row.device),
         "torchrun": torchrun_command(row), "curves": _curves(row), "overrides": dict(e.overrides),
-        "upstream": row.result and row.result.upstream.version, "in_doubt": row.reference and row.reference.in_doubt,
+        "upstream": row.software, "in_doubt": row.reference and row.reference.in_doubt,
     }
 
 
@@ -182,12 +182,11 @@ def _timeline(schedule: figures.Schedule) -> dict[str, Any]:
     }
 
 
-def _catalogue_timelines(catalog: Catalog) -> Iterable[dict[str, Any]]:
+def _schedules(catalog: Catalog, profiles: Mapping[str, Profile]) -> Iterable[figures.Schedule]:
+    yield from figures.schedules(catalog, profiles)
     for e in catalog.experiments:
         if e.pp > 1:
-            plan = simulate(e.num_microbatches, Times.alike(e.pp), e.vpp)
-            title = f"{e.id}: {layout(e)}"
-            yield _timeline(figures.Schedule(e.id, title, plan, figures.ASSUMED, plan.end))
+            yield figures.schedule(e.id, f"{e.id}: {layout(e)}", e, profiles.get(e.id))
 
 
 def _columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:

@@ -10,8 +10,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from harness import results, rundir
-from harness.catalog import load_catalog
+from harness import results, rundir, verdicts
+from harness.catalog import Catalog, load_catalog
+from harness.claims import evaluate, load_claims
+from harness.claims import sources as all_sources
+from harness.figures import load_profiles
 from harness.report.data import collect
 
 FOLDER = Path(__file__).parent
@@ -26,11 +29,19 @@ def write(outdir: Path, records: Path, path: Path) -> tuple[str, ...]:
     """
     references, catalog = results.load_references(), load_catalog()
     found = results.collect(outdir, records, references)
-    page = render(collect(found, references, catalog))
+    data = collect(found, references, catalog, load_profiles(outdir, records))
+    page = render(data | {"claims": claims(records, references, catalog)})
     with rundir.told_if_unwritable(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         rundir.write_text(path, page)
     return found.warnings
+
+
+def claims(records: Path, references: results.References, catalog: Catalog) -> list[dict[str, Any]]:
+    """Every claim as `make claims FORMAT=json` has it: on the records alone, and on the published table."""
+    rows = results.collect(records / "none", records, references).rows
+    sources = all_sources(rows, catalog, references)
+    return json.loads(verdicts.render(evaluate(load_claims(catalog), sources), sources, "json"))
 
 
 def render(data: Mapping[str, Any]) -> str:

@@ -16,23 +16,42 @@ function chapters(section, everyRow) {
   }
 }
 
+const VERDICTS = { holds: "good", fails: "bad" };
 function claims(section) {
   const found = data.claims ?? [];
   if (!found.length) {
     add(section, el("p", { class: "quiet" }, "No claims were evaluated."));
     return;
   }
-  const words = { holds: "good", fails: "bad" };
-  const count = (verdict) => found.filter((claim) => claim.verdict === verdict).length;
-  add(section, 
-    el("p", {}, `${found.length} claims: ${["holds", "fails", "not measured"].map((verdict) => `${count(verdict)} ${verdict}`).join(", ")}.`),
+  const sources = found[0].sides.map((side) => side.title);
+  const counted = (index) => Object.entries(Object.groupBy(found, (claim) => claim.sides[index].verdict)).map(([verdict, those]) => `${those.length} ${verdict}`).join(", ");
+  const body = el("tbody");
+  const select = el("select", { id: "verdict", onchange: () => draw() }, el("option", { value: "" }, "all"),
+    [...new Set(found.flatMap((claim) => claim.sides.map((side) => side.verdict)))].map((verdict) => el("option", {}, verdict)));
+  function draw() {
+    const kept = found.filter((claim) => !select.value || claim.sides.some((side) => side.verdict === select.value));
+    body.replaceChildren(...kept.map((claim) => el("tr", { "data-claim": claim.name }, el("td", { class: "left" }, String(claim.chapter)),
+      el("td", { class: "left wide" }, claim.says, el("div", { class: "quiet small" }, `${claim.formula} must be ${claim.must}`)),
+      claim.sides.map((side) => el("td", { class: "left wide" }, sideOf(claim, side))))));
+  }
+  add(section,
+    el("ul", {}, sources.map((title, index) => el("li", {}, `${title}: ${counted(index)}`))),
+    el("p", { class: "quiet small" }, "±: twice the standard uncertainty; undecided: what must hold begins within it. Published numbers state none."),
+    el("div", { class: "controls" }, el("label", {}, "Verdict", select)),
     el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Claims; scrolls sideways" }, el("table", { id: "every-claim" },
-      el("thead", {}, el("tr", {}, ["claim", "here", "published", "numbers"].map((title) => el("th", { scope: "col", class: "left" }, title)))),
-      el("tbody", {}, found.map((claim) => el("tr", {},
-        el("td", { class: "left wrap" }, claim.text),
-        el("td", { class: "left" }, el("span", { class: `badge ${words[claim.verdict] ?? "quiet"}` }, claim.verdict)),
-        el("td", { class: "left" }, claim.published && el("span", { class: `badge ${words[claim.published] ?? "quiet"}` }, claim.published)),
-        el("td", { class: "left wrap small" }, claim.numbers)))))));
+      el("thead", {}, el("tr", {}, ["", "claim", ...sources].map((title) => el("th", { scope: "col", class: "left" }, title)))), body)));
+  draw();
+}
+
+/** A claim on one source: the verdict, its value, the numbers behind it and why it fails. */
+function sideOf(claim, side) {
+  const spread = side.spread ? ` ± ${short(side.spread)}` : "";
+  return [
+    el("span", { class: `badge ${VERDICTS[side.verdict] ?? "quiet"}` }, side.verdict), side.value === null ? "" : ` ${short(side.value)}${spread}`,
+    el("div", { class: "quiet small" }, side.numbers.length ? side.numbers.map((one) => `${one.quantity}[${one.of}] = ${short(one.value)}${one.unit === "1" ? "" : ` ${one.unit}`}`).join(", ")
+      : side.missing.join(", ")),
+    side.reason && el("div", { class: "small" }, `Because ${side.reason}`),
+  ];
 }
 
 function timelines(section) {

@@ -130,7 +130,7 @@ function tableLine(row, comparison) {
 function details(row) {
   const changed = Object.entries(row.overrides).map(([key, value]) => `${key}=${value}`).join(" ");
   const window = row.window_first_step && row.step_ms ? `steps ${row.window_first_step} to ${row.window_last_step}` : "";
-  const facts = [nameOf(row), row.model, row.precision, `data ${row.data}`, changed, window, row.upstream && `Megatron-LM core ${row.upstream}`].filter(Boolean).join(" · ");
+  const facts = [nameOf(row), row.model, row.precision, `data ${row.data}`, changed, window, row.upstream].filter(Boolean).join(" · ");
   return el("tr", { class: "detail" }, el("td", { colspan: COLUMNS.length + 2 }, el("div", { class: "detail-box" },
     el("p", {}, row.shows), el("p", { class: "quiet small" }, facts), row.notes && el("p", { class: "quiet small" }, row.notes),
     command(`make command of ${row.label}`, row.make), command(`torchrun command of ${row.label}`, torchrunOf(row)))));
