@@ -31,7 +31,7 @@ TITLES = {
     Category.OTHER: "other kernels",
     Category.COMMUNICATION: "communication, exposed",
     Category.MEMORY: "memcpy, memset",
-    Category.LAUNCH_BOUND: "idle: not yet launched",
+    Category.LAUNCH_BOUND: "idle: launch-bound",
     Category.IDLE: "idle: between kernels",
 }
 
