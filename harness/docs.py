@@ -57,12 +57,14 @@ def block(name: str, words: str, facts: Facts) -> str:
 
 
 def value(expression: str, form: str, facts: Facts) -> str:
-    """One number in Python's format ``form``, or that it is not measured yet."""
+    """One number in Python's format ``form``, or that it is not measured yet. Raises UserError where it makes no sense."""
     in_a_file = IN_A_FILE.fullmatch(expression)
     try:
         return format(facts.record_value(*in_a_file.groups()) if in_a_file else facts.value(expression), form)
     except NotMeasured:
         return MISSING
+    except ValueError:
+        raise UserError(f"{expression}: {form} is no format of a number, such as .1f or .0%") from None
 
 
 def write(records: Path, *, check: bool = False) -> list[Path]:
@@ -177,7 +179,7 @@ def _profile(facts: Facts, ids: Sequence[str]) -> str:
 def _claims(facts: Facts, chapters: Sequence[str]) -> str:
     columns = claims.sources(facts.rows, facts.catalog, facts.references)
     wanted = [claim for claim in claims.load_claims(facts.catalog) if str(claim.chapter) in chapters]
-    return verdicts.render(claims.evaluate(wanted, columns), columns, "markdown", titles=facts.catalog.chapters)
+    return verdicts.render(claims.evaluate(wanted, columns), columns, "markdown").partition("\n\n")[2]  # without its title
 
 
 def _slow_steps(facts: Facts, _: Sequence[str]) -> str:

@@ -149,6 +149,11 @@ def test_a_value_that_makes_no_sense(facts: Facts, expression: str, message: str
         docs.value(expression, ".1f", facts)
 
 
+def test_a_format_that_makes_no_sense(facts: Facts) -> None:
+    with pytest.raises(UserError, match="1q is no format of a number"):
+        docs.value("published_step_ms[101]", ".1q", facts)
+
+
 def test_blocks(facts: Facts) -> None:
     table = docs.block("table", "101 121 128 443", facts)
     assert "| `101` | one GPU | 1 | 32.9 | 32.5 | 1.01 |" in table
