@@ -118,7 +118,7 @@ def _markdown(title: str, ones: Sequence[Evaluated], sources: Sequence[Source], 
                          else f"{side.verdict}: {numbers}".removesuffix(": "))
             if reason := _reason(one, source, side):
                 reasons.append(f"- {one.claim.name} {side.verdict} ({name}): {reason}")
-        cells = [one.claim.says, f"`{one.claim.formula.text}` {one.claim.bound.text}", *cells]
+        cells = [f"`{one.claim.name}` {one.claim.says}", f"`{one.claim.formula.text}` {one.claim.bound.text}", *cells]
         out.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join([*out, *([""] if reasons else []), *reasons])
 
@@ -135,8 +135,9 @@ def _summary(found: Sequence[Evaluated], sources: Sequence[Source], names: Seque
 
 
 def _verdict(side: Side) -> str:
-    spread = f" ± {_short(side.spread)}" if side.spread else ""
-    return side.verdict if side.value is None else f"{side.verdict} {_short(side.value)}{spread}"
+    if side.value is None:
+        return side.verdict
+    return f"{side.verdict} " + (f"{side.value:.3f} ± {side.spread:.3f}" if side.spread else _short(side.value))
 
 
 def _numbers(side: Side) -> str:
