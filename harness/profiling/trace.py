@@ -1,7 +1,8 @@
 """A Kineto trace (Chrome's trace format) as what happened when: steps, and what kept the GPU, or the CPU, busy in them.
 
 On a GPU an activity is a kernel, copy or memset on any stream. On a CPU it is a stretch of the main thread within one
-innermost operator, or a collective on one of gloo's threads. Times are in µs on the trace's clock.
+innermost operator, or a collective on one of gloo's threads; an autograd function around operators computes nothing itself,
+and may wait for gloo. Times are in µs on the trace's clock.
 """
 
 from __future__ import annotations
@@ -121,12 +122,18 @@ def _on_cpu(events: list[dict[str, Any]], phases: tuple[Range, ...], main_thread
                  if e.get("cat") == "cpu_op" and e["tid"] == main_thread]
     collectives = [Range(e["ts"], e["ts"] + e["dur"], e["name"]) for e in events if e["name"].startswith("gloo:")]
     found = []
-    for start, end, name in [*_innermost(operators), *collectives]:
+    computed = (stretch for stretch in _innermost(operators) if not _only_wraps(stretch.name))
+    for start, end, name in [*computed, *collectives]:
         phase, category = _phase_at(start, phases), category_of(name)
         if phase == "optimizer" and category in (Category.ELEMENTWISE, Category.OTHER):
             category = Category.OPTIMIZER
         found.append(Activity(start, end, name, category, phase))
     return found
+
+
+def _only_wraps(name: str) -> bool:
+    """Whether it is an autograd function (``_AllToAll``) or the engine, and no operator (``aten::mm``)."""
+    return "::" not in name or "autograd::" in name
 
 
 def _innermost(operators: list[Range]) -> Iterator[Range]:
