@@ -211,8 +211,7 @@ def _ours(title: str, rows: Sequence[Row], catalog: Catalog, card_mib: int) -> S
             return _fits(row.state == "oom", row.memory_gib.nvml, row.memory_mib, card_mib, quantity.of)
         value = _MEASURED[quantity.name](row)
         if value is None:
-            why = "ran out of memory" if row.state == "oom" else "has none"
-            return f"{quantity.of} ({why}: no {quantity.name})"
+            return _without(quantity, row.state == "oom")
         return value, value * _relative_noise(quantity.name, row)
 
     return Source("ours", title, find)
@@ -235,8 +234,7 @@ def _published(catalog: Catalog, group: ReferenceGroup, card_mib: int) -> Source
         if quantity.name == "fits":
             return _fits(reference.oom, reference.memory_gib, there_mib, card_mib, quantity.of)
         value = _of_reference(quantity.name, reference, experiment, group)
-        why = "ran out of memory" if reference.oom else "has none"
-        return f"{quantity.of} ({why}: no {quantity.name})" if value is None else (value, 0.0)
+        return _without(quantity, reference.oom) if value is None else (value, 0.0)
 
     title = f"{group.hardware}, {group.software}"
     return Source("published" if group.published else group.name, title, find)
@@ -270,6 +268,10 @@ def _of_reference(name: str, reference: Reference, e: Experiment, group: Referen
     rates = {"tflops": tflops, "mfu": mfu(tflops, peak) if peak else None,
              "tokens_per_s": e.global_batch_size * e.seq_length / reference.step_ms * 1000}
     return rates.get(name)
+
+
+def _without(quantity: Quantity, oom: bool) -> str:
+    return f"{quantity.of} ({'ran out of memory: ' * oom}no {quantity.name})"
 
 
 def _computed(quantity: Quantity, experiment: Experiment) -> Found:

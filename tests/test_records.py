@@ -1,9 +1,11 @@
 """Records are what runs measured: every number of one can be computed again from the metrics beside it."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from harness import ROOT
 from harness.catalog import load_catalog
@@ -12,7 +14,7 @@ from harness.flops import tflops_per_gpu
 from harness.hardware import find_gpu, peak_tflops
 from harness.measured import BETWEEN_RUNS, measure, step_noise_ms
 from harness.records import folder_of, metrics_of, read, record, same_work
-from harness.results import collect, load_references, metrics
+from harness.results import REFERENCES, collect, load_references, metrics
 from harness.rundir import Result, RunDir, StepMetrics, write_json
 from harness.tables import render
 
@@ -98,6 +100,27 @@ def test_every_reference_names_its_source_and_is_possible() -> None:
             if row.step_ms and row.stands_for:
                 tflops = tflops_per_gpu(CATALOG.find(row.stands_for), row.step_ms)
                 assert 0.02 < tflops / peak_tflops(group.gpu, "bf16") < 0.6, row.id
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda group: group["rows"][0].update(memory_gib=32500.0), "101: 32500 GiB of 79.6 on this GPU"),
+        (lambda group: group["rows"][0].update(step_ms=0.22), "0.22 ms: memory_gib is in GiB (MiB / 1024), step_ms in milli"),
+        (lambda group: group["rows"][0].update(memory_gib=-1.0), "-1 GiB of"),
+        (lambda group: group.update(source=""), "source = ''"),
+        (lambda group: group.pop("source"), "source = None"),
+        (lambda group: group.pop("method"), "method"),
+    ],
+)
+def test_a_reference_in_other_units_or_without_its_source_is_refused(tmp_path: Path, change: Callable, message: str) -> None:
+    content = yaml.safe_load(REFERENCES.read_text())
+    change(content["h100-tutorial"])
+    path = tmp_path / "references.yaml"
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError) as caught:
+        load_references(path)
+    assert message in str(caught.value)
 
 
 def copy(tmp_path: Path, name: str = "111", folder: str = "h200-141gb", **changes: object) -> Path:

@@ -136,6 +136,13 @@ def test_a_run_without_a_result_says_how_far_it_came(tmp_path):
     assert killed.as_published is None and killed.step_ratio is None
 
 
+def test_an_unfinished_run_already_knows_its_upstream(tmp_path):
+    run = write_run(tmp_path / "outdir", experiment(), None, steps=7)
+    assert gather(tmp_path).rows[0].software == "Megatron-LM of unknown version"
+    rundir.write_json(run.environment, {"gpu": H200, "upstream": {"version": "0.19.1", "commit": "5be96267"}})
+    assert gather(tmp_path).rows[0].software == "Megatron-LM core 0.19.1 (commit 5be9626)"
+
+
 def test_a_miniature_is_on_its_own_and_compared_with_nothing(tmp_path):
     e = miniature(experiment())
     write_run(tmp_path / "outdir", e, result(device="cpu", gpu=None, miniature=True, tflops=None))

@@ -120,6 +120,19 @@ def test_numbers_in_doubt_are_marked_and_get_no_ratio():
     assert "A number with ? is in doubt" in text
 
 
+def test_a_run_without_nvml_says_so_and_gets_no_ratio():
+    text = tables.render([row(memory_gib={"allocated": 70.1, "reserved": 74.0}), row("114")], width=200)
+    assert "NVML could not be read: the used memory is unknown" in line_of(text, "[1]")
+    assert line_of(text, "111").split()[2:5] == ["1", "76.7", "376.3"]  # no GiB, no ratio
+
+
+def test_two_runs_of_other_upstream_versions_do_not_compare():
+    older = row(upstream={"version": "0.14.0", "source": "submodule"})
+    said = tables.render_compare(row(), older)
+    assert "Different upstream (Megatron-LM core 0.19.0, Megatron-LM core 0.14.0)" in said
+    assert "Different upstream" not in tables.render_compare(row(), row())
+
+
 def test_runs_that_shared_the_node_say_so():
     text = tables.render([row(packed_with=["101", "104"])], width=200)
     assert line_of(text, "111").split()[13] == "3"
