@@ -9,18 +9,21 @@ from harness import timeline
 from harness.flops import count_parameters, padded_vocab_size, state_gib, step_flops
 
 if TYPE_CHECKING:
-    from harness.catalog import Experiment
+    from harness.catalog import Experiment, Model
 
 GIB = 2**30
 
 
-def activations_per_sbh(e: Experiment) -> float:
+def activations_per_sbh(e: Experiment) -> float | None:
     """Bytes of activations that a transformer layer keeps for its backward pass, in units of s x b x h.
 
     On one GPU 34. Tensor parallel 10 + 24/t, because the inputs of norms and the outputs of dropouts stay whole; with
     sequence parallelism 34/t. Full recomputation: 2, the layer's input. What a score matrix would add (5as/h) is left out:
-    flash and fused attention never store it. Source: Korthikanti et al. 2022 (arXiv:2205.05198), table 2.
+    flash and fused attention never store it. None for layers other than GPT-2's, which are what the paper counts.
+    Source: Korthikanti et al. 2022 (arXiv:2205.05198), table 2.
     """
+    if not _has_gpt2_layers(e.model):
+        return None
     if e.recompute == "full":
         return 2 / (e.tp if e.sequence_parallel else 1)
     mlp = 19 * e.model.ffn / (4 * e.model.hidden_size)
@@ -29,7 +32,7 @@ def activations_per_sbh(e: Experiment) -> float:
 
 
 def activations_gib(e: Experiment) -> float | None:
-    """Activations on a rank of the first pipeline stage, in GiB; None for a mixture of experts, which has other layers.
+    """Activations on a rank of the first pipeline stage, in GiB; None for layers other than GPT-2's.
 
     The first stage holds p micro-batches of L/p layers: as much as one micro-batch of the whole model, times 1 + (p-1)/(pv)
     with interleaving; never more than all m. Of recomputed layers, one is whole at a time. Without a pipeline, the last
@@ -38,7 +41,7 @@ def activations_gib(e: Experiment) -> float | None:
     not mind that there may be no more than m.
     """
     m = e.model
-    if m.num_experts:
+    if not _has_gpt2_layers(m):
         return None
     sbh = e.seq_length // e.cp * e.micro_batch_size * m.hidden_size
     in_flight = min(1 + (e.pp - 1) / (e.pp * e.vpp) if e.vpp > 1 else 1, e.num_microbatches / e.pp)
@@ -68,15 +71,14 @@ def attention_exchange_mib(e: Experiment) -> float | None:
     """
     if e.cp == 1:
         return None
-    whole = 2 * e.seq_length * e.micro_batch_size * e.model.hidden_size / e.tp / 2**20
-    others = whole * (e.cp - 1) / e.cp
-    kv = (e.model.num_query_groups or e.model.num_attention_heads) / e.model.num_attention_heads
-    return (2 + 2 * kv) * others / e.cp if e.cp_comm_type == "a2a" else 2 * kv * others
+    keys_and_values, queries_and_outputs = 2 * e.model.key_size, 2 * e.model.query_size
+    width = (keys_and_values + queries_and_outputs) / e.cp if e.cp_comm_type == "a2a" else keys_and_values
+    return 2 * e.seq_length * e.micro_batch_size * width / e.tp * (e.cp - 1) / e.cp / 2**20
 
 
 def weights_gib(e: Experiment) -> float | None:
     """Weights on the fullest rank in GiB; None where FSDP shards them."""
-    return None if _fsdp(e) else count_parameters(e).per_rank * (2 if e.precision == "bf16" else 4) / GIB
+    return None if _fsdp(e) else count_parameters(e).per_rank * (4 if e.precision == "fp32" else 2) / GIB
 
 
 def gradients_gib(e: Experiment) -> float | None:
@@ -87,6 +89,10 @@ def gradients_gib(e: Experiment) -> float | None:
 def optimizer_gib(e: Experiment) -> float | None:
     """Optimizer state on the fullest rank in GiB, sharded or not; None under FSDP."""
     return None if _fsdp(e) else state_gib(e) - weights_gib(e) - gradients_gib(e)
+
+
+def _has_gpt2_layers(m: Model) -> bool:
+    return not (m.num_experts or m.gated or m.num_query_groups or m.kv_channels or m.attention_output_gate)
 
 
 def _fsdp(e: Experiment) -> bool:
