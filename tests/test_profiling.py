@@ -16,6 +16,7 @@ from harness.catalog import load_catalog
 from harness.entry import profiler
 from harness.entry.phases import wrap_phases
 from harness.entry.report import RankReport
+from harness.environment import variables
 from harness.errors import UserError
 from harness.overrides import apply
 from harness.profiling import pages, profile, summary, trace
@@ -180,7 +181,7 @@ def test_on_a_cpu_the_innermost_operator_counts():
     ("void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float, at::native::NormTwoOps<float>>>", "elementwise"),
     ("triton_poi_fused_add_gelu_0", "elementwise"),
     ("void at_cuda_detail::cub::DeviceRadixSortOnesweepKernel<...>", "elementwise"),
-    ("_permute_kernel", "elementwise"),
+    ("_permute_kernel", "elementwise"), ("void linearize_index_kernel<long>(at::GenericPackedTensorAccessor<...>)", "elementwise"),
     ("void multi_tensor_apply_kernel<TensorListMetadata<1>, L2NormFunctor<float>, float*, float*, bool, int>", "optimizer"),
     ("ncclDevKernel_ReduceScatter_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "communication"),
     ("ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)", "communication"),
@@ -190,6 +191,28 @@ def test_on_a_cpu_the_innermost_operator_counts():
 ])  # fmt: skip
 def test_names(name, category):
     assert category_of(name) == category
+
+
+def test_which_steps_are_traced_and_which_are_disturbed():
+    find_ = load_catalog().find
+    assert apply(find_("101"), {"PROFILE": "0"}) is find_("101")
+    e = apply(find_("101"), {"PROFILE": "1"})
+    assert (e.profile, e.label, list(e.disturbed_steps)) == ((8, 9), "101-gpt2xl-dp1-gbs1-bf16_profile1", [7, 8, 9, 10])
+    assert apply(find_("101"), {"PROFILE": "12-12"}).profile == (12, 12)
+    assert [(v.name, v.value) for v in variables(e, "cuda")][-1] == ("HARNESS_PROFILE", "8-9")
+    assert not list(find_("101").disturbed_steps)
+
+
+@pytest.mark.parametrize(("value", "message"), [
+    ("2", "PROFILE=2: expected 1, or the first and the last step to trace, such as 8-10"),
+    ("8-", "PROFILE=8-: expected 1"), ("1.5-3", "expected 1"), ("٣-٤", "expected 1"),
+    ("1-3", "traces from step 1 to step 3, which must be 2 or later"),
+    ("9-8", "from step 9 to step 8, which must be 2 or later, in order"),
+    ("1", "among the 5 steps of the run; try PROFILE=4-5, or STEPS=9"),
+])  # fmt: skip
+def test_steps_that_cannot_be_traced(value, message):
+    with pytest.raises(UserError, match=message):
+        apply(load_catalog().find("101"), {"PROFILE": value, "STEPS": "5"})
 
 
 @pytest.mark.parametrize(("events", "device", "message"), [

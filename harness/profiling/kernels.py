@@ -47,7 +47,7 @@ _RULES = (
     (Category.MEMORY, r"^aten::(copy_|fill_|zero_)$"),
     # PyTorch's and TE's other kernels (layer_norm, ln_fwd_*, casts, dropout, permutations), sorts, and inductor's
     (Category.ELEMENTWISE, r"at::native|^aten::|at_cuda_detail|cub::|elementwise|[Nn]orm|ln_[fb]wd|triton_|"
-                           r"transformer_engine|[Dd]ropout|[Gg]elu|silu|swiglu|rope|[Ee]mbedding|permute|topk|[Ss]ort|scatter|cast|transpose"),
+                           r"transformer_engine|[Dd]ropout|[Gg]elu|silu|swiglu|rope|[Ee]mbedding|permute|topk|[Ss]ort|scatter|index|cast|transpose"),
 )
 RULES = tuple((category, re.compile(pattern)) for category, pattern in _RULES)
 
