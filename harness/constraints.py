@@ -78,9 +78,9 @@ def _violations(e: Experiment) -> Iterator[str]:
     yield from _sharding_violations(e)
     if e.profile and not 2 <= e.profile[0] <= e.profile[1] <= e.steps:
         first, last = e.profile
-        at_least = max(e.steps, 2)
-        yield (f"PROFILE={first}-{last} traces from step {first} to step {last}, which must be 2 or later, in order, and among "
-               f"the {e.steps} steps of the run; try PROFILE={max(at_least - 1, 2)}-{at_least}, or STEPS={max(first, last, 2)}")
+        way_out = f"try PROFILE={max(e.steps - 1, 2)}-{max(e.steps, 2)}, or STEPS={max(first, last, 2)}"
+        yield (f"PROFILE={first}-{last} traces from step {first} to step {last}, which must be 2 or later, in order, and "
+               f"among the {e.steps} steps of the run; {way_out}")
 
 
 def _model_violations(e: Experiment) -> Iterator[str]:
