@@ -39,8 +39,14 @@ CLAIMS = EXPERIMENTS / "claims.yaml"
 
 Verdict = Literal["holds", "fails", "undecided", "not measured", "not asked"]
 
-Found = tuple[float, float] | str
-"""A number with its standard uncertainty, or why there is none."""
+
+@dataclass(frozen=True)
+class Number:
+    """A number with its standard uncertainty, and what a reader must know about it."""
+
+    value: float
+    noise: float = 0.0
+    remark: str | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,7 @@ class Side:
     spread: float = 0.0
     numbers: Mapping[Quantity, float] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -106,7 +113,7 @@ class Source:
     key: str
     """``ours`` or ``published``, as under ``reason``."""
     title: str
-    find: Callable[[Quantity], Found]
+    find: Callable[[Quantity], Number | str]
 
 
 @dataclass(frozen=True)
@@ -199,7 +206,7 @@ def _experiment(catalog: Catalog, words: str) -> Experiment:
 def _ours(title: str, rows: Sequence[Row], catalog: Catalog, card_mib: int) -> Source:
     by_age = [(work(row.experiment), row) for row in sorted(rows, key=lambda row: row.result.started, reverse=True)]
 
-    def find(quantity: Quantity) -> Found:
+    def find(quantity: Quantity) -> Number | str:
         experiment = _experiment(catalog, quantity.of)
         if quantity.name in OF_EXPERIMENT and quantity.name not in UNITS:
             return _computed(quantity, experiment)
@@ -212,7 +219,7 @@ def _ours(title: str, rows: Sequence[Row], catalog: Catalog, card_mib: int) -> S
         value = _MEASURED[quantity.name](row)
         if value is None:
             return _without(quantity, row.state == "oom")
-        return value, value * _relative_noise(quantity.name, row)
+        return Number(value, value * _relative_noise(quantity.name, row), _shared(quantity, row))
 
     return Source("ours", title, find)
 
@@ -220,7 +227,7 @@ def _ours(title: str, rows: Sequence[Row], catalog: Catalog, card_mib: int) -> S
 def _published(catalog: Catalog, group: ReferenceGroup, card_mib: int) -> Source:
     there_mib = find_gpu(group.gpu).memory_mib
 
-    def find(quantity: Quantity) -> Found:
+    def find(quantity: Quantity) -> Number | str:
         experiment = _experiment(catalog, quantity.of)
         if quantity.name in OF_EXPERIMENT and quantity.name not in UNITS:
             return _computed(quantity, experiment)
@@ -234,7 +241,7 @@ def _published(catalog: Catalog, group: ReferenceGroup, card_mib: int) -> Source
         if quantity.name == "fits":
             return _fits(reference.oom, reference.memory_gib, there_mib, card_mib, quantity.of)
         value = _of_reference(quantity.name, reference, experiment, group)
-        return _without(quantity, reference.oom) if value is None else (value, 0.0)
+        return _without(quantity, reference.oom) if value is None else Number(value)
 
     title = f"{group.hardware}, {group.software}"
     return Source("published" if group.published else group.name, title, find)
@@ -274,17 +281,23 @@ def _without(quantity: Quantity, oom: bool) -> str:
     return f"{quantity.of} ({'ran out of memory: ' * oom}no {quantity.name})"
 
 
-def _computed(quantity: Quantity, experiment: Experiment) -> Found:
+def _shared(quantity: Quantity, row: Row) -> str | None:
+    """That other runs on the node may have slowed it down, where the number is a time or a rate."""
+    is_timed = quantity.name not in ("memory_gib", "reserved_gib", "allocated_gib", "memory_ratio")
+    return f"{quantity.of} shared its node with {row.runs_on_node - 1} runs" if is_timed and row.runs_on_node > 1 else None
+
+
+def _computed(quantity: Quantity, experiment: Experiment) -> Number | str:
     value = OF_EXPERIMENT[quantity.name](experiment)
-    return f"{quantity.of} (no {quantity.name})" if value is None else (float(value), 0.0)
+    return f"{quantity.of} (no {quantity.name})" if value is None else Number(float(value))
 
 
-def _fits(oom: bool, used_gib: float | None, here_mib: int | None, card_mib: int, words: str) -> Found:
+def _fits(oom: bool, used_gib: float | None, here_mib: int | None, card_mib: int, words: str) -> Number | str:
     """Whether what ran on a card of ``here_mib`` fits the published one of ``card_mib``; emulated cards count as real."""
     if oom:
-        return (0.0, 0.0) if here_mib and here_mib >= card_mib else f"{words} (out of memory on a smaller card)"
+        return Number(0) if here_mib and here_mib >= card_mib else f"{words} (out of memory on a smaller card)"
     if (here_mib and here_mib <= card_mib) or (used_gib and used_gib * 1024 < card_mib):
-        return 1.0, 0.0
+        return Number(1)
     return f"{words} (a larger card holds it: CARD= emulates the published one)"
 
 
@@ -316,12 +329,14 @@ def _side(claim: Claim, source: Source) -> Side:
     return Side("not measured", missing=(*tried[0], *rest))
 
 
-def _judged(bound: Bound, expression: Expression, found: Mapping[Quantity, tuple[float, float]]) -> Side:
-    numbers = {quantity: value for quantity, (value, _) in found.items()}
+def _judged(bound: Bound, expression: Expression, found: Mapping[Quantity, Number]) -> Side:
+    numbers = {quantity: number.value for quantity, number in found.items()}
     value = expression.value(numbers.__getitem__)
-    moved = [expression.value((numbers | {quantity: x + u}).__getitem__) - value for quantity, (x, u) in found.items() if u]
+    moved = [expression.value((numbers | {quantity: number.value + number.noise}).__getitem__) - value
+             for quantity, number in found.items() if number.noise]
     spread = 2 * math.hypot(*moved)
-    return Side(bound.judge(value, spread), value, spread, numbers)
+    remarks = dict.fromkeys(number.remark for number in found.values() if number.remark)
+    return Side(bound.judge(value, spread), value, spread, numbers, remarks=tuple(remarks))
 
 
 def _claim(where: str, name: str, raw: Any, catalog: Catalog) -> Claim:

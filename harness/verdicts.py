@@ -147,7 +147,7 @@ def _numbers(side: Side) -> str:
     by_name: dict[str, list[str]] = {}
     for quantity, value in side.numbers.items():
         by_name.setdefault(quantity.name, []).append(f"{_short(value)} [{quantity.of}]")
-    return "; ".join(f"{name}: {', '.join(values)}" for name, values in by_name.items())
+    return "; ".join([*(f"{name}: {', '.join(values)}" for name, values in by_name.items()), *side.remarks])
 
 
 def _reason(one: Evaluated, source: Source, side: Side) -> str | None:
@@ -170,6 +170,7 @@ def _values(one: Evaluated, sources: Sequence[Source]) -> dict[str, Any]:
             {
                 "source": source.key, "title": source.title, "verdict": side.verdict, "value": side.value,
                 "spread": side.spread, "reason": _reason(one, source, side), "missing": list(side.missing),
+                "remarks": list(side.remarks),
                 "numbers": [
                     {"quantity": quantity.name, "of": quantity.of, "value": value, "unit": spell(unit_of(quantity.name))}
                     for quantity, value in side.numbers.items()

@@ -331,6 +331,17 @@ def test_more_memory_than_the_published_card_has_says_nothing(tmp_path):
     assert "CARD= emulates the published one" in ours.missing[0]
 
 
+def test_a_time_measured_beside_other_runs_says_so(tmp_path):
+    copy(tmp_path / "records", "111", packed_with=["112-a", "101-b"])
+    copy(tmp_path / "records", "112")
+    packed = "111 shared its node with 2 runs"
+    assert sides(tmp_path, tmp_path / "records", formula="step_ms[112] / step_ms[111]", must="> 1")[0].remarks == (packed,)
+    assert sides(tmp_path, tmp_path / "records", formula="memory_gib[112] / memory_gib[111]", must="> 1")[0].remarks == ()
+    found = claims(tmp_path, formula="step_ms[112] / step_ms[111]", must="> 1")
+    columns = sources(collect(tmp_path, tmp_path / "records", REFERENCES).rows, CATALOG, REFERENCES)
+    assert all(packed in render(evaluate(found, columns), columns, form) for form in ("terminal", "markdown", "json"))
+
+
 def test_a_claim_about_ours_and_published_is_not_asked_of_the_published_table(tmp_path):
     ours, published = sides(tmp_path, formula="memory_ratio[111]", must="0.9 .. 1.1")
     assert (ours.verdict, published.verdict, published.value) == ("holds", "not asked", None)
