@@ -2,6 +2,7 @@
 
     <!-- value: memory_gib[115] .1f -->…<!-- /value -->        one number (harness/facts.py) in Python's format
     <!-- records: make docs -->…<!-- /records -->              every record beside its published row
+    <!-- summary: records -->…<!-- /summary -->                how many there are, and how they stand beside the published
     <!-- experiments: 101 104 -->…<!-- /experiments -->        what each target isolates, from the catalogue
     <!-- table: 101 104 -->…<!-- /table -->                    their results, where measured, beside the published rows
     <!-- memory: 111 115 -->…<!-- /memory -->                  where the memory goes, by formula, beside the record
@@ -16,8 +17,10 @@ A value may also be a record's file and a key in it: ``h200-141gb/601_args loss.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from statistics import median
 
 from harness import ROOT, claims, diagrams, formulas, plots, rundir, tables, verdicts
 from harness.catalog import Experiment
@@ -85,6 +88,28 @@ def _records(facts: Facts, _: Sequence[str]) -> str:
     return text.replace(" (record)", "")  # here, every row is one
 
 
+def _summary(facts: Facts, _: Sequence[str]) -> str:
+    rows = [row for row in facts.rows if row.origin.parent.name == HARDWARE]
+    gpus = sorted({row.experiment.world_size for row in rows})
+    judged = [row.as_published for row in rows if row.as_published is not None]
+    memory = [row.memory_ratio for row in rows if row.memory_ratio]
+    steps = [row.step_ratio for row in rows if row.step_ratio]
+    if not memory or not steps:
+        return "No records yet."
+    columns = claims.sources(facts.rows, facts.catalog, facts.references)
+    found = claims.evaluate(claims.load_claims(facts.catalog), columns)
+    verdicts_here = Counter(side.verdict for one in found for side, column in zip(one.sides, columns, strict=True)
+                            if column.key == "ours")
+    return (
+        f"{len(rows)} experiments run on {', '.join(map(str, gpus[:-1]))} and {gpus[-1]} GPUs ({find_gpu(HARDWARE).name}); "
+        f"{sum(judged)} of the {len(judged)} with a published row end as published. Memory is {median(memory):.2f} times "
+        f"the published, {sum(abs(ratio - 1) <= 0.015 for ratio in memory)} of {len(memory)} within 1.5 %; a step takes "
+        f"{median(steps):.2f} times the published, on a newer GPU and Megatron-LM. Of {len(found)} teaching points, "
+        f"{verdicts_here['holds']} hold here, {verdicts_here['fails']} fail, {verdicts_here['undecided']} are undecided, "
+        f"{verdicts_here['not measured']} wait for a record (`make claims`)."
+    )
+
+
 def _experiments(facts: Facts, ids: Sequence[str]) -> str:
     """What is the same for all of them is said in a sentence below."""
     half = {e.half_of: f"`{e.id}` {layout(e)}" for e in facts.catalog.experiments if e.half_of}
@@ -125,7 +150,7 @@ def _notes(facts: Facts, rows: Sequence[tuple[str, Row | None, Reference | None,
     if any(ours or published for _, ours, published, _ in rows):
         notes.append(f"GiB, ms/step and MFU: measured on {find_gpu(HARDWARE).name}, ± the standard deviation over a run's "
                      f"steps; publ.: {group.hardware}, {group.software}. "
-                     "[Every column and source](../README.md#what-was-measured).")
+                     "Every column and source: `docs/records.md`.")
     if any(reference for *_, reference in rows):
         notes.append(f"8x H200: {eight.source}; {eight.method}. A reference, not one of the records.")
     for id_, ours, _, _ in rows:
@@ -187,7 +212,7 @@ def _slow_steps(facts: Facts, _: Sequence[str]) -> str:
 
 
 BLOCKS: dict[str, Callable[[Facts, Sequence[str]], str]] = {
-    "records": _records, "experiments": _experiments, "table": _table, "memory": _memory_pieces, "pipeline": _pipeline,
+    "records": _records, "summary": _summary, "experiments": _experiments, "table": _table, "memory": _memory_pieces, "pipeline": _pipeline,
     "claims": _claims, "profile": _profile, "slow_steps": _slow_steps,
 }
 
