@@ -212,8 +212,9 @@ def _slow_steps(facts: Facts, _: Sequence[str]) -> str:
 
 
 BLOCKS: dict[str, Callable[[Facts, Sequence[str]], str]] = {
-    "records": _records, "summary": _summary, "experiments": _experiments, "table": _table, "memory": _memory_pieces, "pipeline": _pipeline,
-    "claims": _claims, "profile": _profile, "slow_steps": _slow_steps,
+    "records": _records, "summary": _summary, "experiments": _experiments, "table": _table,
+    "memory": _memory_pieces, "pipeline": _pipeline, "claims": _claims, "profile": _profile,
+    "slow_steps": _slow_steps,
 }
 
 
