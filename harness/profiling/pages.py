@@ -26,7 +26,7 @@ def profiles(records: Path, ids: Sequence[str], published: Sequence[Reference | 
     """
     found = {id_: _load(records / FOLDER / f"{id_}.json") for id_ in ids}
     measured = {id_: profile.ranks[0] for id_, profile in found.items() if profile}
-    lines = [f"{id_}: not measured yet; `make {id_} PROFILE=1` does, `make record RUN=…` keeps it." for id_ in ids
+    lines = [f"- {id_}: not measured yet; `make {id_} PROFILE=1` does, `make record RUN=…` keeps it." for id_ in ids
              if id_ not in measured]
     if measured:
         lines += ["", f"| ms a step | {' | '.join(measured)} |", "|:--|" + "--:|" * len(measured)]
