@@ -26,8 +26,9 @@ def test_a_trace_of_101(tmp_path):
     for category in (Category.GEMM, Category.ATTENTION, Category.ELEMENTWISE, Category.OPTIMIZER):
         assert rank.categories[category] > 0, category
     assert rank.categories[Category.OTHER] < 0.02 * rank.step_ms, rank.unknown
-    assert rank.phases["backward"] > rank.phases["forward"] > 0
+    assert min(rank.phases["forward"], rank.phases["backward"], rank.phases["optimizer"]) > 0
     activities = read(run.traces / "0.json.gz", "cuda").activities
     assert sum(activity.launched is None for activity in activities) < 0.01 * len(activities)
-    for step in run.read_metrics()[5:]:
-        assert 0.8 * step.step_ms < step.forward_backward_ms + step.optimizer_ms < step.step_ms or step.step in (7, 8, 9, 10)
+    for step in run.read_metrics():
+        assert min(step.forward_backward_ms, step.optimizer_ms) > 0
+        assert step.forward_backward_ms + step.optimizer_ms < step.step_ms
