@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from harness.catalog import load_catalog
-from harness.claims import Evaluated, Side, Source, evaluate, load_claims, sources, unit_of
+from harness.claims import Evaluated, Side, evaluate, load_claims, sources
 from harness.errors import UserError, nearest
 from harness.expressions import spell
+from harness.quantities import Source, unit_of
 from harness.results import collect, load_references
 from harness.tables import BOLD, GREEN, MOST_TEXT, RED, RESET
 

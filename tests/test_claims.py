@@ -10,11 +10,12 @@ import yaml
 
 from harness import ROOT
 from harness.catalog import load_catalog
-from harness.claims import CLAIMS, Bound, Quantity, Side, evaluate, load_claims, sources, unit_of
+from harness.claims import CLAIMS, Bound, Side, evaluate, load_claims, sources
 from harness.cli import main
 from harness.errors import UserError
-from harness.expressions import parse, spell
+from harness.expressions import Quantity, parse, spell
 from harness.measured import step_noise_ms
+from harness.quantities import unit_of
 from harness.records import metrics_of
 from harness.results import collect, load_references
 from harness.rundir import write_json
