@@ -299,31 +299,31 @@ def test_compares_runs(view) -> None:
         shown.fill("#filter", label)
         shown.get_by_label(f"Compare {label}", exact=True).check()
     section.scroll_into_view_if_needed()
-    assert section.locator(".chips button").all_inner_texts()[2:] == [f"{label} \N{MULTIPLICATION SIGN}" for label in labels]
-    titles = section.locator("figcaption").all_inner_texts()
+    assert section.locator(".chips button").all_text_contents()[2:] == [f"{label} \N{MULTIPLICATION SIGN}" for label in labels]
+    titles = section.locator("figcaption").all_text_contents()
     assert titles == ["Loss", "Step time", "Memory of the fullest GPU"]
     for figure in section.locator("figure").all():
         assert figure.locator(".legend button").count() == 4
         figure.scroll_into_view_if_needed()
         figure.locator(".join").nth(5).wait_for(state="attached")
-    assert "layout" in shown.inner_text("#differences") and "(1.0" in shown.inner_text("#differences")
+    assert all(text in shown.text_content("#differences") for text in ("layout", "(1.0"))
     section.get_by_role("button", name=f"Remove {labels[0]}").click()
     assert section.locator(".chips button").count() == 3
     shown.fill("#filter", labels[0])
     assert not shown.get_by_label(f"Compare {labels[0]}", exact=True).is_checked()
     shown.select_option("#compare-add", label="104-other-card, NVIDIA A100-SXM4-80GB")
-    assert "Different hardware" in section.inner_text()
+    assert "Different hardware" in section.text_content()
 
 
 @in_chromium
 def test_at_most_six_runs_at_once(view) -> None:
     shown = view()
     picker = shown.locator("#compare-add")
-    labels = [text for text in picker.locator("option").all_inner_texts() if "run1" in text][:5]
+    labels = [text for text in picker.locator("option").all_text_contents() if "run1" in text][:5]
     for label in labels:
         picker.select_option(label=label)
     assert shown.locator(".chips button").count() == 6
-    assert "At most 6" in shown.inner_text("#compare")
+    assert "At most 6" in shown.text_content("#compare")
 
 
 @in_chromium
@@ -370,14 +370,25 @@ def test_curves_tell_all_runs_at_a_step(view) -> None:
 
 
 @in_chromium
+def test_claims(view) -> None:
+    shown = view()
+    lines = shown.locator("#every-claim tbody tr")
+    everything = lines.count()
+    assert everything >= 20 and "holds" in lines.first.text_content() and "memory_gib[115]" in lines.first.text_content()
+    shown.select_option("#verdict", "fails")
+    assert 0 < lines.count() < everything
+    assert all("fails" in text for text in lines.all_text_contents())
+
+
+@in_chromium
 def test_timelines(view) -> None:
     shown = view()
     section = shown.locator("#timelines")
     section.scroll_into_view_if_needed()
     section.locator("rect.own").first.wait_for()
-    assert section.locator(".plot rect.own").count() == 64 and "37.5%" in section.inner_text()
+    assert section.locator(".plot rect.own").count() == 64 and "37.5%" in section.text_content()
     shown.select_option("#timeline", label="438: pp8 vpp3 m8")
-    assert section.locator(".plot rect.own").count() == 2 * 8 * 3 * 8 and "assumed, not measured" in section.inner_text()
+    assert section.locator(".plot rect.own").count() == 2 * 8 * 3 * 8 and "assumed, not measured" in section.text_content()
 
 
 @in_chromium

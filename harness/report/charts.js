@@ -24,7 +24,7 @@ function marker(kind, x, y) {
 
 /**
  * chart({title, yTitle, xTitle, ticks, order, fromZero, most, series, legend}): a figure.
- * series: [{colour, marker, dash, join, keys, name, points: [{x, y, text}]}]; y null is out of memory; x is a tick or a number.
+ * series: [{colour, marker, dash, join, keys, name, points: [{x, y, text()}]}]; y null is out of memory; x is a tick or a number.
  * legend: [{key, name, colour, marker, dash}]; a key switched off hides the series that have it.
  */
 function chart(options) {
@@ -100,8 +100,8 @@ function chart(options) {
     const beside = options.ticks ? [spot] : spots.filter((other) => other.point.x === spot.point.x);
     if (!options.ticks) plot.append(svg("path", { class: "guide", d: `M${spot.x} 8V${plot.clientHeight - 40}` }));
     plot.append(svg("circle", { class: "ring", cx: spot.x, cy: spot.y, r: 8 }));
-    tip.textContent = options.ticks ? `${spot.point.text}\n${spot.series.name}`
-      : [`${options.xTitle} ${short(spot.point.x)}`, ...beside.map((other) => `${other.series.name}: ${other.point.text}`)].join("\n");
+    tip.textContent = options.ticks ? `${spot.point.text()}\n${spot.series.name}`
+      : [`${options.xTitle} ${short(spot.point.x)}`, ...beside.map((other) => `${other.series.name}: ${other.point.text()}`)].join("\n");
     const x = Math.min(Math.max(spot.x - tip.offsetWidth / 2, 0), Math.max(figure.clientWidth - tip.offsetWidth, 0));
     const y = plot.getBoundingClientRect().top - figure.getBoundingClientRect().top + spot.y;
     tip.style.left = `${x}px`;
@@ -159,8 +159,8 @@ function sweepChart(figure, panel) {
       colour: colour(series.line), marker: series.source, dash: series.source === "published" ? "5 4" : "",
       join: panel.order && series.source !== "reference", keys: [`line ${series.line}`, `where ${series.where}`],
       name: `${series.line}, ${named(series)}`,
-      points: series.points.map((point) => ({ x: point.tick, y: point.value, text: point.value === null ? `${point.id}: out of memory`
-        : `${point.id}: ${short(point.value)}${point.stdev ? ` ± ${short(point.stdev)}` : ""} ${panel.y_title.split(", ").pop()}` })),
+      points: series.points.map((point) => ({ x: point.tick, y: point.value, text: () => (point.value === null ? `${point.id}: out of memory`
+        : `${point.id}: ${short(point.value)}${point.stdev ? ` ± ${short(point.stdev)}` : ""} ${panel.y_title.split(", ").pop()}`) })),
     })),
   });
 }
@@ -171,7 +171,7 @@ function curveChart({ title, quantity, xTitle, unit, digits, chosen, fromZero })
   const xOf = (curve, i) => (curve.x ? curve.x[i] : i + 1);
   const series = drawn.map(({ row, i, curve }) => ({
     colour: `c${i % 6}`, dash: DASHES[i % 6], marker: curve.y.length === 1 ? "here" : undefined, join: true, keys: [String(i)], name: nameOf(row),
-    points: curve.y.map((y, k) => ({ x: xOf(curve, k), y, text: `${number(y, digits)} ${unit}`.trim() })).filter((point) => point.y !== null),
+    points: curve.y.map((y, k) => ({ x: xOf(curve, k), y, text: () => `${number(y, digits)} ${unit}`.trim() })).filter((point) => point.y !== null),
   }));
   const values = series.flatMap((one) => one.points.filter((point) => quantity !== "step_ms" || point.x > 5).map((point) => point.y));
   const most = quantity === "step_ms" && values.length ? 1.15 * Math.max(...values) : undefined;

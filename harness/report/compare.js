@@ -69,7 +69,7 @@ function peakChart(chosen) {
   return chart({ title: "Peak memory of the fullest GPU", yTitle: "memory, GiB", xTitle: "", ticks: peaks.map(({ i }) => `${i + 1}`), fromZero: true,
     legend: peaks.map(({ row, i }) => ({ key: String(i), name: `${i + 1}: ${nameOf(row)}`, colour: `c${i % 6}`, marker: "here", dash: null })),
     series: peaks.map(({ row, i }) => ({ colour: `c${i % 6}`, marker: "here", keys: [String(i)], name: nameOf(row),
-      points: [{ x: `${i + 1}`, y: row.memory_gib, text: `${number(row.memory_gib, 1)} GiB` }] })) });
+      points: [{ x: `${i + 1}`, y: row.memory_gib, text: () => `${number(row.memory_gib, 1)} GiB` }] })) });
 }
 
 function differences(chosen) {

@@ -17,11 +17,13 @@ const add = (node, ...children) => made(node, null, children);
 const el = (tag, attributes, ...children) => made(document.createElement(tag), attributes, children);
 const svg = (tag, attributes, ...children) => made(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
 
-function number(value, digits) {
-  return value === null || value === undefined ? "" : value.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits });
-}
+// Making a formatter is slow, using one is not.
+const fixed = [0, 1, 2, 3, 4].map((digits) => new Intl.NumberFormat("en", { minimumFractionDigits: digits, maximumFractionDigits: digits }));
+const large = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
+const small = new Intl.NumberFormat("en", { maximumSignificantDigits: 4 });
+const number = (value, digits) => (value === null || value === undefined ? "" : fixed[digits].format(value));
 const milliseconds = (value) => number(value, value < 1000 ? 1 : 0);
-const short = (value) => value.toLocaleString("en", { maximumSignificantDigits: Math.abs(value) >= 100 ? 6 : 4, maximumFractionDigits: Math.abs(value) >= 100 ? 0 : 3, roundingPriority: "lessPrecision" });
+const short = (value) => (Math.abs(value) >= 100 ? large : small).format(value);
 
 const nameOf = (row) => (row.kind === "record" ? `${row.label.split("/").pop()} (record)` : row.label);
 const torchrunOf = (row) => row.torchrun.map((line) => data.lines[line]).join("\n");

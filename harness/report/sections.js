@@ -30,8 +30,8 @@ function claims(section) {
     [...new Set(found.flatMap((claim) => claim.sides.map((side) => side.verdict)))].map((verdict) => el("option", {}, verdict)));
   function draw() {
     const kept = found.filter((claim) => !select.value || claim.sides.some((side) => side.verdict === select.value));
-    body.replaceChildren(...kept.map((claim) => el("tr", { "data-claim": claim.name }, el("td", { class: "left" }, String(claim.chapter)),
-      el("td", { class: "left wide" }, claim.says, el("div", { class: "quiet small" }, `${claim.formula} must be ${claim.must}`)),
+    body.replaceChildren(...kept.map((claim) => el("tr", { "data-claim": claim.name }, el("td", { class: "left top" }, String(claim.chapter)),
+      el("td", { class: "left wide first" }, claim.says, el("div", { class: "quiet small" }, `${claim.formula} must be ${claim.must}`)),
       claim.sides.map((side) => el("td", { class: "left wide" }, sideOf(claim, side))))));
   }
   add(section,
@@ -84,10 +84,10 @@ function timeline(one) {
   });
   for (const tick of roundTicks(0, one.end, 8).filter((time) => time <= one.end)) picture.append(svg("text", { x: toX(tick), y: bottom + 12, "text-anchor": "middle" }, short(tick)));
   picture.append(svg("text", { x: (left + width) / 2, y: bottom + 32, "text-anchor": "middle" }, `time, ${one.unit ?? "forward passes of one micro-batch through one stage"}`));
-  const key = (words, kind, colour) => el("span", {}, svg("svg", { class: colour, width: 14, height: 12, "aria-hidden": "true" }, svg("rect", { class: kind, width: 12, height: 12 })), ` ${words}  `);
+  const key = (words, kind, colour) => el("span", { class: "key" }, svg("svg", { class: colour, width: 14, height: 12, "aria-hidden": "true" }, svg("rect", { class: kind, width: 12, height: 12 })), ` ${words}`);
   const formula = (one.stages - 1) / (one.micro_batches * one.chunks);
   return el("div", { class: "timeline" },
-    el("p", { class: "small" }, [...(one.chunks > 1 ? ["odd", "even"] : [""])].flatMap((parity, i) => ["forward", "backward"].map((kind, c) =>
+    el("p", { class: "small keys" }, [...(one.chunks > 1 ? ["odd", "even"] : [""])].flatMap((parity, i) => ["forward", "backward"].map((kind, c) =>
       key(parity ? `${kind}, ${parity} chunk` : kind, i ? "own late" : "own", `c${c}`))), key("idle", "idle", "")),
     el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Timeline; scrolls sideways" }, picture),
     el("p", { class: "small" }, `Bubble, idle over ideal time: ${number(100 * one.bubble, 1)}%. Narayanan et al. 2021: (p-1)/(v m) with p = ${one.stages}, v = ${one.chunks}, `
