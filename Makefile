@@ -13,7 +13,7 @@ WORDS = $(foreach key,$(SETTINGS) $(MORE),$(if $(value $(key)),'$(key)=$(subst '
 
 include experiments/targets.mk
 
-.PHONY: help list table claims compare doctor arguments monitor-gpu stop parity profile record report plots docs targets clean clean-all
+.PHONY: checkpoints generate help list table claims compare doctor arguments monitor-gpu stop parity profile record report plots docs targets clean clean-all
 .PHONY: data-list data-prepare data-clean data-inspect data-check
 .PHONY: import-hf export-hf
 .PHONY: setup setup-gpu docker-build docker-run test test-quick test-full lint
@@ -45,6 +45,13 @@ stop: ## end the runs of this machine        [RUN=label]
 	@$(HARNESS) stop $(WORDS)
 monitor-gpu: ## a live view of the GPUs
 	@$(HARNESS) monitor-gpu
+
+checkpoints: MORE = RUN
+checkpoints: ## step, size, loss; whole or not          [RUN=label or folder]
+	@$(HARNESS) checkpoints $(WORDS)
+generate: MORE = RUN PROMPT TOKENS TEMPERATURE TOP_K TOP_P SEED
+generate: ## text from a checkpoint               RUN=label PROMPT="…" [TOKENS=] [TEMPERATURE=] [TOP_K=] [TOP_P=] [SEED=]
+	@$(HARNESS) generate $(WORDS)
 
 ##@ Read
 table: MORE = CHAPTER ID HARDWARE AGAINST FORMAT

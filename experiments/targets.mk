@@ -1,6 +1,6 @@
 # Generated from experiments/*.yaml and harness/overrides.py by `make targets`; a test keeps it fresh.
 # Every target is spelled out, one a line, because zsh completes from this text and bash from make's database.
-SETTINGS := STEPS GPUS DP TP SP PP VPP CP EP ETP MBS GBS SEQ RECOMPUTE OPTIMIZER SHARDING NODES DATA SPLIT CARD PROFILE ARGS DEVICE DRY_RUN GPUS_IDS OUTDIR NODE_RANK RENDEZVOUS SLURM PARTITION ACCOUNT TIME HANG PACK FORCE
+SETTINGS := STEPS GPUS DP TP SP PP VPP CP EP ETP MBS GBS SEQ RECOMPUTE OPTIMIZER SHARDING NODES DATA SPLIT LR MIN_LR LR_DECAY LR_WARMUP EVAL_EVERY EVAL_STEPS UNTIL LOAD CARD PROFILE ARGS DEVICE DRY_RUN GPUS_IDS OUTDIR NODE_RANK RENDEZVOUS SLURM PARTITION ACCOUNT TIME SAVE SAVE_EVERY KEEP RESUME WANDB WANDB_PROJECT WANDB_ENTITY WANDB_NAME HANG PACK FORCE
 ##@ What is run:  make 101 KEY=VALUE …
 #STEPS=20 ## training steps (published: 100; CPU default: 20)
 #GPUS=4 ## GPUs in all; data parallelism follows: dp = GPUS / (tp x pp x cp)
@@ -21,6 +21,14 @@ SETTINGS := STEPS GPUS DP TP SP PP VPP CP EP ETP MBS GBS SEQ RECOMPUTE OPTIMIZER
 #NODES=2 ## nodes; each runs GPUS / NODES ranks
 #DATA=mock ## mock, a prepared data set (make data-list), or a blend: DATA="a:0.7 b:0.3"
 #SPLIT=949,50,1 ## shares of the data for training, validation and test
+#LR=3e-4 ## highest learning rate, decaying over STEPS (published: 6e-5, over 430000)
+#MIN_LR=3e-5 ## lowest learning rate (default: a tenth of LR)
+#LR_DECAY=linear ## how it falls: cosine, linear, constant or inverse-square-root
+#LR_WARMUP=100 ## steps in which it rises from 0 (default: 5% of STEPS)
+#EVAL_EVERY=50 ## steps between evaluations on held-out data
+#EVAL_STEPS=10 ## batches of one evaluation; 0: none
+#UNTIL=3.2 ## stop at this loss on held-out data; STEPS at most
+#LOAD=label ## go on from the newest checkpoint of a run, or of a folder; another layout will do
 #CARD=h100-80gb ## behave as a smaller card: cap the memory as on that GPU
 #PROFILE=1 ## trace steps 8-9, or PROFILE=8-10: where does the time of a step go? (make profile)
 #ARGS="--lr 1e-4" ## more of upstream's own arguments (make arguments)
@@ -35,6 +43,14 @@ SETTINGS := STEPS GPUS DP TP SP PP VPP CP EP ETP MBS GBS SEQ RECOMPUTE OPTIMIZER
 #PARTITION=gpu ## Slurm partition (with SLURM=1)
 #ACCOUNT=team ## Slurm account (with SLURM=1)
 #TIME=00:30:00 ## Slurm time limit (with SLURM=1)
+#SAVE=1 ## keep checkpoints: 1 in the run directory, or a folder; 0: none
+#SAVE_EVERY=50 ## steps between checkpoints (default: one, at the end)
+#KEEP=2 ## checkpoints to keep, the newest (default: all)
+#RESUME=1 ## go on with this run where its newest whole checkpoint is
+#WANDB=offline ## log to Weights & Biases: offline (wandb sync later) or online
+#WANDB_PROJECT=megatron ## its project (with WANDB=)
+#WANDB_ENTITY=team ## its user or team (with WANDB=)
+#WANDB_NAME=first ## name of the run there (default: the label)
 #HANG=300 ## seconds without a step before a run counts as hung
 #PACK=0 ## make chapter-N: 0 runs one experiment at a time, for timing
 #FORCE=1 ## make chapter-N: run again what has a result already

@@ -116,6 +116,14 @@ class Model(_Frozen):
         return self.moe_ffn_hidden_size or self.ffn
 
 
+class Target(_Frozen):
+    """The validation loss at which a long run is done; its miniature, another model on other data, has its own."""
+
+    validation_loss: Annotated[float, Field(gt=0)]
+    miniature_loss: Annotated[float, Field(gt=0)]
+    miniature_steps: Count
+
+
 class Experiment(_Frozen):
     """One row of the catalogue with every setting filled in. Sizes are counts of ranks; batches are counts of sequences."""
 
@@ -155,6 +163,14 @@ class Experiment(_Frozen):
     attention_backend: Literal["auto", "flash", "fused", "unfused"] = "auto"
     steps: Count = 100
     eval_interval: Count = 50
+    eval_steps: Annotated[int, Field(ge=0)] = 10
+    min_lr: Annotated[float, Field(ge=0)] | None = None
+    lr_decay: Literal["cosine", "linear", "constant", "inverse-square-root"] = "cosine"
+    lr_warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    save_every: Count | None = None
+    keep: Count | None = None
+    until: Target | None = None
+    load: str | None = None
     window_first_step: Count = 6
     data: str = "mock"
     split: Annotated[str, Field(pattern=r"^\d+(\.\d+)?(,\d+(\.\d+)?){0,2}$")] = "949,50,1"
@@ -183,6 +199,20 @@ class Experiment(_Frozen):
     @property
     def ranks_per_node(self) -> int:
         return self.world_size // self.nodes
+
+    @property
+    def highest_lr(self) -> float:
+        """The learning rate after the warm-up: ``lr``, by default as in every published script."""
+        return 6.0e-5 if self.lr is None else self.lr
+
+    @property
+    def lowest_lr(self) -> float:
+        return self.highest_lr / 10 if self.min_lr is None else self.min_lr
+
+    @property
+    def lr_decay_steps(self) -> int:
+        """Steps until the lowest learning rate: the whole run, or with the published rate the published number."""
+        return 430000 if self.lr is None else self.steps
 
     @property
     def num_microbatches(self) -> int:

@@ -8,10 +8,11 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from harness import ROOT, gpus, overrides
+from harness import ROOT, gpus, overrides, tracking
 from harness.catalog import SHARDING, Catalog, Experiment, load_catalog
 from harness.errors import UserError, nearest
-from harness.plan import choose_device, plan
+from harness.plan import Plan, choose_device, plan
+from harness.rundir import newest
 
 OUTDIR = ROOT / "outdir"
 RECORDS = ROOT / "experiments" / "records"
@@ -45,10 +46,14 @@ def _run(words: list[str]) -> int:
     if dry_run:
         print(planned.script(), end="")
         return 0
+    if (status := _finished_before(planned)) is not None:
+        return status
     from harness.chapter import as_published
     from harness.launch import run_plan
 
-    _install_heavy()
+    _install_heavy(*(["tracking"] if planned.extras.tracking else []))
+    if planned.extras.tracking:
+        tracking.check(planned.extras.tracking)
     finished = run_plan(planned, hang_seconds=_hang(settings))
     if planned.experiment.profile and finished.result.status == "ok":
         from harness.profiling.profile import tell
@@ -58,6 +63,47 @@ def _run(words: list[str]) -> int:
         print("  reproduced: the published run ran out of memory too")
         return 0
     return finished.exit_status
+
+
+def _train(words: list[str]) -> int:
+    """A long run: the same words begin it, go on with it after an interruption, and show its end once it is there."""
+    e, settings = _experiment(words)
+    if e.until is None:
+        raise UserError(f"{e.id} has no validation loss to train to\ngive one, UNTIL=3.2, or make {e.id} trains STEPS=")
+    settings = {"SAVE": "1", **settings}
+    planned = plan(e, settings, choose_device(settings))
+    if newest(planned.outdir, planned.experiment.label):
+        settings["RESUME"] = "1"
+    return _run([e.id, *(f"{key}={value}" for key, value in settings.items())])
+
+
+def _finished_before(planned: Plan) -> int | None:
+    """Show the result of a run that RESUME=1 finds at its end, and return its exit status; None where it is not."""
+    from harness.launch import Finished
+    from harness.terminal import summary
+
+    run = planned.resumes
+    result = run.read_result() if run else None
+    if result is None or result.status not in ("ok", "target-missed"):
+        return None
+    print(summary(run.label, run.path, result))
+    return Finished(run, result).exit_status
+
+
+def _checkpoints(words: list[str]) -> int:
+    from harness.checkpoints import print_list
+
+    settings = overrides.parse(words, extra=("RUN",))
+    return print_list(_outdir(settings), settings.get("RUN"))
+
+
+def _generate(words: list[str]) -> int:
+    from harness import generate
+
+    settings = overrides.parse(words, extra=generate.SETTINGS)
+    request = generate.parse(settings, _outdir(settings))
+    _install_heavy()
+    return generate.generate(request, choose_device(settings))
 
 
 def _show(words: list[str]) -> int:
@@ -295,11 +341,11 @@ def _export_hf(words: list[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "run": _run, "show": _show, "chapter": _chapter, "list": _list, "table": _table, "compare": _compare,
-    "doctor": _doctor, "arguments": _arguments, "parity": _parity, "monitor-gpu": _monitor_gpu, "stop": _stop,
-    "record": _record, "verify": _verify, "claims": _claims, "profile": _profile, "plots": _plots, "report": _report,
-    "data": _data, "clean": _clean, "docs": _docs, "import-hf": _import_hf, "export-hf": _export_hf,
-    "targets": _targets,
+    "run": _run, "train": _train, "checkpoints": _checkpoints, "generate": _generate, "show": _show, "chapter": _chapter,
+    "list": _list, "table": _table, "compare": _compare, "doctor": _doctor, "arguments": _arguments, "parity": _parity,
+    "monitor-gpu": _monitor_gpu, "stop": _stop, "record": _record, "verify": _verify, "claims": _claims,
+    "profile": _profile, "plots": _plots, "report": _report, "data": _data, "clean": _clean, "docs": _docs,
+    "import-hf": _import_hf, "export-hf": _export_hf, "targets": _targets,
 }
 
 
@@ -317,7 +363,7 @@ def _hang(settings: Mapping[str, str]) -> float | None:
     return float(overrides.count("HANG", settings["HANG"])) if "HANG" in settings else None
 
 
-def _install_heavy() -> None:
+def _install_heavy(*stages: str) -> None:
     """Bring the packages that a run needs; the first run spends minutes here, later ones nothing.
 
     Raises UserError where they cannot be had, or upstream is half checked out.
@@ -325,5 +371,5 @@ def _install_heavy() -> None:
     from harness.entry.upstream import locate
 
     locate()
-    if subprocess.run([ROOT / "scripts" / "setup.sh", "heavy"]).returncode:
+    if subprocess.run([ROOT / "scripts" / "setup.sh", "heavy", *stages]).returncode:
         raise UserError("the set-up did not finish; the lines above say why, make doctor says more")

@@ -9,9 +9,11 @@ from pathlib import Path
 
 from harness import ROOT
 from harness.catalog import Experiment
+from harness.checkpoints import Loading, Saving
 from harness.data.splits import samples_of
 from harness.environment import variables
-from harness.flags import EVAL_ITERS, Device, megatron_flags
+from harness.flags import Device, loading_flags, megatron_flags, saving_flags, tracking_flags
+from harness.tracking import Tracking
 
 WIDTH = 110
 
@@ -25,6 +27,18 @@ class Place:
     gpu_ids: tuple[int, ...] | None = None
 
 
+@dataclass(frozen=True)
+class Extras:
+    """What a run does beside training: keep checkpoints, begin with one, tell Weights & Biases."""
+
+    saving: Saving | None = None
+    loading: Loading | None = None
+    tracking: Tracking | None = None
+
+
+NOTHING_ELSE = Extras()
+
+
 def render(
     e: Experiment,
     device: Device,
@@ -33,6 +47,7 @@ def render(
     headline: str | None = None,
     memory_fraction: float | None = None,
     apex: bool = False,
+    extras: Extras = NOTHING_ELSE,
 ) -> str:
     """The whole script for ``e``.
 
@@ -41,17 +56,21 @@ def render(
         headline: a comment below the experiment's name, such as what a miniature scaled.
         memory_fraction: see ``harness.environment.variables``.
         apex: see ``harness.flags.megatron_flags``.
+        extras: checkpoints and tracking.
 
     Raises:
         UserError: the experiment's data set is not prepared.
     """
-    found = [(v.name, shlex.quote(v.value), v.reason) for v in variables(e, device, memory_fraction=memory_fraction)]
+    environment = variables(e, device, memory_fraction=memory_fraction, tracking=extras.tracking,
+                            keep=extras.saving and extras.saving.keep)
+    found = [(v.name, shlex.quote(v.value), v.reason) for v in environment]
     if place.gpu_ids is not None:
         found.append(("CUDA_DEVICE_ORDER", "PCI_BUS_ID", "numbers as nvidia-smi shows them"))
         found.append(("CUDA_VISIBLE_DEVICES", ",".join(map(str, place.gpu_ids)), "the GPUs chosen for this run"))
     width = max(len(f"export {name}={value}") for name, value, _ in found)
     exports = [f"{f'export {name}={value}':{width}}  # {reason}" for name, value, reason in found]
     groups = [_torchrun(e, place), ["-m", "harness.entry"], *_quoted(megatron_flags(e, device, apex=apex)),
+              *_quoted(_extra_flags(e, extras)), *_in_run_dir(extras),
               ['${HARNESS_RUN_DIR:+--tensorboard-dir', '"$HARNESS_RUN_DIR/tensorboard"}']]
     return "\n".join(
         [
@@ -69,11 +88,28 @@ def render(
     )
 
 
+def _extra_flags(e: Experiment, extras: Extras) -> list[list[str]]:
+    saving, loading, tracking = extras.saving, extras.loading, extras.tracking
+    groups = [
+        loading_flags(loading) if loading else [],
+        [*(["--save", str(saving.folder)] if saving.folder else []), *saving_flags(e, saving)] if saving else [],
+        tracking_flags(tracking, e.label) if tracking else [],
+    ]
+    return [group for group in groups if group]
+
+
+def _in_run_dir(extras: Extras) -> list[list[str]]:
+    """Folders of the run directory, where there is one."""
+    folders = {"--save": "checkpoints"} if extras.saving and not extras.saving.folder else {}
+    folders |= {"--wandb-save-dir": "wandb"} if extras.tracking else {}
+    return [[f"${{HARNESS_RUN_DIR:+{flag}", f'"$HARNESS_RUN_DIR/{folder}"}}'] for flag, folder in folders.items()]
+
+
 def _index_mappings(e: Experiment) -> list[str]:
     """The line that builds which tokens make which sample, once a node and before its ranks start."""
     if e.data == "mock":
         return []
-    samples = samples_of(e.steps, e.global_batch_size, e.eval_interval, EVAL_ITERS)
+    samples = samples_of(e.steps, e.global_batch_size, e.eval_interval, e.eval_steps)
     words = [f"DATA={e.data}", f"SEQ={e.seq_length}", f"SAMPLES={','.join(map(str, samples))}", f"SPLIT={e.split}"]
     return [f"python3 -m harness data mappings {shlex.join(words)}"]
 

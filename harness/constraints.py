@@ -28,6 +28,10 @@ def _violations(e: Experiment) -> Iterator[str]:
     m = e.model
     heads, layers, ranks = m.num_attention_heads, m.num_layers, e.tp * e.pp * e.cp * e.dp
 
+    if e.lowest_lr > e.highest_lr:
+        yield f"min_lr {e.lowest_lr:g} must not be above lr {e.highest_lr:g}"
+    if (e.lr_warmup_steps or 0) >= e.lr_decay_steps:
+        yield f"lr_warmup_steps {e.lr_warmup_steps} must be below the {e.lr_decay_steps} steps in which the rate decays"
     if not m.kv_channels and m.hidden_size % heads:
         yield f"hidden_size {m.hidden_size} must divide by num_attention_heads {heads}"
     if heads % e.tp:

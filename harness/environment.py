@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from harness.catalog import Experiment
 from harness.flags import Device
 from harness.rundir import PROFILE_VARIABLE
+from harness.tracking import Tracking
+
+UNTIL_VARIABLE = "HARNESS_UNTIL"
+KEEP_VARIABLE = "HARNESS_KEEP"
 
 
 @dataclass(frozen=True)
@@ -19,17 +23,32 @@ class Variable:
     reason: str
 
 
-def variables(e: Experiment, device: Device, *, memory_fraction: float | None = None) -> list[Variable]:
+def variables(
+    e: Experiment,
+    device: Device,
+    *,
+    memory_fraction: float | None = None,
+    keep: int | None = None,
+    tracking: Tracking | None = None,
+) -> list[Variable]:
     """The variables of ``e`` on ``device``.
 
     Args:
         memory_fraction: share of the GPU's memory that PyTorch may allocate, where ``e.card`` emulates a smaller card.
+        keep: so many checkpoints, the newest, are kept.
+        tracking: how Weights & Biases is told of the run.
     """
     found = _cpu(e) if device == "cpu" else _cuda(e, memory_fraction)
     if e.profile:
         found.append(Variable(PROFILE_VARIABLE, "-".join(map(str, e.profile)), "the steps of which a trace is kept"))
     if e.data != "mock":
         found.append(Variable("HF_HUB_OFFLINE", "1", "the tokenizer lies beside the data; nothing is fetched"))
+    if e.until:
+        found.append(Variable(UNTIL_VARIABLE, f"{e.until.validation_loss:g}", "the held-out loss at which it is done"))
+    if keep:
+        found.append(Variable(KEEP_VARIABLE, str(keep), "checkpoints that are kept, the newest"))
+    if tracking:
+        found.append(Variable("WANDB_MODE", tracking.mode, "where Weights & Biases hears of it"))
     return found
 
 

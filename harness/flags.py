@@ -9,16 +9,16 @@ from collections.abc import Iterator
 from typing import Literal
 
 from harness.catalog import Experiment
+from harness.checkpoints import Loading, Saving
 from harness.data import prepared
 from harness.flops import padded_vocab_size
+from harness.tracking import Tracking
 
 Device = Literal["cpu", "cuda"]
 
 # As in every published script of github.com/vuiseng9/megatron-tutorials.
-_SCHEDULE = "--lr 6.0e-5 --min-lr 6.0e-6 --lr-decay-style cosine --lr-decay-iters 430000 --lr-warmup-fraction .001"
 _OPTIMIZER = "--weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.95 --clip-grad 1.0"
-EVAL_ITERS = 10
-_LOGGING = f"--log-interval 1 --log-throughput --eval-iters {EVAL_ITERS}"
+_LOGGING = "--log-interval 1 --log-throughput --log-validation-ppl-to-tensorboard"
 
 # The core_v0.19.0 features that are CUDA kernels, switched off on a CPU.
 _WITHOUT_CUDA = ("--transformer-impl local --distributed-backend gloo --use-cpu-initialization --num-workers 0",
@@ -92,7 +92,7 @@ def megatron_flags(e: Experiment, device: Device, *, apex: bool = False) -> list
         [] if cuda else _words(*_WITHOUT_CUDA),
         [] if cuda and apex else ["--no-gradient-accumulation-fusion"],
         _data(e),
-        _words(_LOGGING, f"--eval-interval {e.eval_interval}"),
+        _words(_LOGGING, f"--eval-interval {e.eval_interval} --eval-iters {e.eval_steps}"),
         list(e.extra_args),
     ]
     return [group for group in groups if group]
@@ -101,6 +101,30 @@ def megatron_flags(e: Experiment, device: Device, *, apex: bool = False) -> list
 def model_flags(e: Experiment) -> list[str]:
     """The arguments that say what ``e``'s model is, apart from how it is trained."""
     return _words(*_model(e), *_experts(e, cuda=False), f"--init-method-std {e.model.init_method_std}")
+
+
+def saving_flags(e: Experiment, saving: Saving) -> list[str]:
+    """How checkpoints are saved: while training goes on, and so that another parallel layout can load them.
+
+    Upstream drops ``--async-save`` without its persistent worker, and wants nvidia-resiliency-ext unless told otherwise.
+    """
+    return _words(f"--save-interval {saving.every} --async-save --use-persistent-ckpt-worker --async-strategy mcore",
+                  "--dist-ckpt-optim-fully-reshardable" if e.sharding == "optim" else "")
+
+
+def loading_flags(loading: Loading) -> list[str]:
+    """Which checkpoint a run begins with; a schedule that differs from the checkpoint's is this run's."""
+    return ["--load", str(loading.folder), *_words(
+        f"--ckpt-step {loading.step}" if loading.step else "",
+        "--finetune --no-load-optim --no-load-rng" if loading.only_weights else "--override-opt_param-scheduler",
+        "--exit-on-missing-checkpoint",
+    )]
+
+
+def tracking_flags(tracking: Tracking, label: str) -> list[str]:
+    """Weights & Biases: upstream's writer wants a project and a name."""
+    entity = ["--wandb-entity", tracking.entity] if tracking.entity else []
+    return ["--wandb-project", tracking.project, "--wandb-exp-name", tracking.name or label, *entity]
 
 
 def _model(e: Experiment) -> tuple[str, ...]:
@@ -158,9 +182,11 @@ def _precision(e: Experiment) -> Iterator[str]:
 
 
 def _schedule(e: Experiment) -> str:
-    if e.lr is None:
-        return _SCHEDULE
-    return f"--lr {e.lr} --min-lr {e.lr / 10:g} --lr-decay-style cosine --lr-decay-iters {e.steps} --lr-warmup-fraction .05"
+    warmup = f"--lr-warmup-iters {e.lr_warmup_steps}"
+    if e.lr_warmup_steps is None:
+        warmup = f"--lr-warmup-fraction {'.001' if e.lr is None else '.05'}"
+    return (f"--lr {e.highest_lr:g} --min-lr {e.lowest_lr:g} --lr-decay-style {e.lr_decay} "
+            f"--lr-decay-iters {e.lr_decay_steps} {warmup}")
 
 
 def _parallel(e: Experiment) -> tuple[str, ...]:

@@ -86,7 +86,8 @@ class Run:
         self._keeps_records = keeps_records
         self._started = time.time()
         self._metrics: list[StepMetrics] = []
-        self._shown = 0
+        self._before = self._shown = len(directory.read_metrics()) if plan.resumes else 0
+        self._resumed_at = _resumed_at(plan, directory)
         self._phase = STARTING
         self._memory_gib: float | None = None
         self._least_free_share = 1.0
@@ -158,7 +159,8 @@ class Run:
     def progress(self) -> list[Progress]:
         """Every step since the last call, else where the run is now."""
         new, self._shown = self._metrics[self._shown :], len(self._metrics)
-        return [self._progress(m) for m in new or self._metrics[-1:]] or [self._progress(None)]
+        latest = self._metrics[-1:] if len(self._metrics) > self._before else []
+        return [self._progress(m) for m in new or latest] or [self._progress(None)]
 
     def _progress(self, last: StepMetrics | None) -> Progress:
         from harness.flops import mfu
@@ -185,8 +187,14 @@ class Run:
 
     def _write_records(self) -> None:
         running = {"pid": os.getpid(), "host": socket.gethostname(), "started": self._started}
-        rundir.write_json(self.dir.running, running | {"rendezvous": self.plan.place.rendezvous})
-        self.dir.freeze_experiment(self.plan.experiment, self.plan.device, self._environment["commit"])
+        running |= {"rendezvous": self.plan.place.rendezvous, "resumed_at": self._resumed_at}
+        rundir.write_json(self.dir.running, running)
+        saving = self.plan.extras.saving
+        frozen = self.plan.experiment, self.plan.device, self._environment["commit"], saving
+        self.dir.freeze_experiment(*frozen)
+        if saving and saving.folder:
+            saving.folder.mkdir(parents=True, exist_ok=True)
+            RunDir(saving.folder).freeze_experiment(*frozen)
         rundir.write_json(self.dir.environment, self._environment)
         rundir.write_text(self.dir.command, self._script)
 
@@ -291,11 +299,13 @@ class Run:
 
     def _result(self) -> Result:
         e, metrics, code = self.plan.experiment, self._metrics, self._process.returncode
+        validation = self.dir.read_validation()
         evidence = outcome.Evidence(
             exit_code=code,
             log=self._log.text() if code else "",
             errors=self.dir.read_rank_errors(),
             metrics=tuple(metrics),
+            validation=validation,
             stopped_by=self._stopped_by,
             hang=self._hang,
             oom_kills=processes.oom_kills() - self._oom_kills_before,
@@ -313,6 +323,8 @@ class Run:
             steps=e.steps,
             peak_tflops=self._peak_tflops,
             memory_gib=self._memory(),
+            validation=next((v for v in reversed(validation) if v.split == "validation"), None),
+            resumed_at=self._resumed_at,
             data=e.data,
             device=self.plan.device,
             gpu=self._environment["gpu"],
@@ -380,7 +392,9 @@ def show_progress(run: Run, shown: Terminal) -> None:
 
 def opening(plan: Plan, directory: RunDir) -> str:
     """What is said before a run: its label, what it shows, what its miniature scaled."""
-    paragraphs = [f"{directory.label}: {plan.experiment.shows}", *filter(None, [plan.headline])]
+    going_on = f"goes on from step {plan.first_step}" if plan.resumes and plan.first_step else None
+    paragraphs = [f"{directory.label}: {plan.experiment.shows}", *filter(None, [plan.headline]), *plan.notices,
+                  *filter(None, [going_on])]
     return "\n".join(textwrap.fill(text, WIDTH, subsequent_indent="  ") for text in paragraphs)
 
 
@@ -443,6 +457,14 @@ def _launcher(directory: RunDir) -> psutil.Process | None:
     if running and running.host == socket.gethostname() and rundir.started_before(running.pid, running.started):
         return psutil.Process(running.pid)
     return None
+
+
+def _resumed_at(plan: Plan, directory: RunDir) -> tuple[int, ...]:
+    """The steps from which the run was gone on with so far, this time included."""
+    if not plan.resumes:
+        return ()
+    running = directory.read_running()
+    return (*(running.resumed_at if running else ()), plan.first_step)
 
 
 def _most(values: Iterable[float | None]) -> float | None:

@@ -21,7 +21,7 @@ SHARED_S = 3
 
 
 def run_directory(plan: Plan, signals: Signals, shown: Terminal) -> tuple[RunDir, bool]:
-    """A new run directory, or for a further node that of node 0; and whether this launcher keeps its records.
+    """A new run directory, the resumed run's, or for a further node that of node 0; whether this launcher keeps its records.
 
     A further node waits for node 0. Where node 0's rendezvous is open but its directory is not to be seen, the file
     systems are separate, and this node keeps records of its own.
@@ -33,6 +33,9 @@ def run_directory(plan: Plan, signals: Signals, shown: Terminal) -> tuple[RunDir
     node, rendezvous, label = int(plan.place.node_rank), plan.place.rendezvous, plan.experiment.label
     if plan.experiment.nodes > 1 and node == 0:
         _check(rendezvous)
+    if node == 0 and plan.resumes:
+        rundir.go_on(plan.resumes, plan.first_step)
+        return plan.resumes, True
     if node == 0:
         return rundir.create(plan.outdir, label), True
     shown.print(f"{label}: node {node} waits for node 0 at {rendezvous}")

@@ -32,6 +32,7 @@ def miniature(experiment: Experiment, nodes: int = 1) -> Experiment:
     while prod(sizes.values()) > MOST_PROCESSES and any(size % 2 == 0 for size in sizes.values()):
         largest = max((axis for axis in sizes if sizes[axis] % 2 == 0), key=sizes.__getitem__)
         sizes[largest] //= 2
+    steps = experiment.until.miniature_steps if experiment.until else STEPS
     chunks = 2 * sizes["cp"] * sizes["tp"]
     sequence = max(experiment.seq_length // SEQUENCE_SCALE // chunks, 1) * chunks
     stage_ranks = prod(sizes.values()) // sizes["pp"]
@@ -44,7 +45,11 @@ def miniature(experiment: Experiment, nodes: int = 1) -> Experiment:
         nodes=nodes,
         model=_miniature_model(experiment),
         seq_length=experiment.seq_length if "SEQ" in experiment.overrides else sequence,
-        steps=experiment.steps if "STEPS" in experiment.overrides else STEPS,
+        steps=experiment.steps if "STEPS" in experiment.overrides else steps,
+        **(_intervals(experiment, steps) if experiment.until else {}),
+        until=experiment.until and experiment.until.model_copy(
+            update={"validation_loss": experiment.until.miniature_loss}
+        ),
         card=None,
         miniature=True,
         precision="bf16" if experiment.precision == "fp8" else experiment.precision,
@@ -70,6 +75,14 @@ def describe(full: Experiment, small: Experiment) -> str:
     return "CPU miniature, not comparable with a GPU run: " + ", ".join(
         f"{what} {before} -> {after}" for what, before, after in scaled if before != after
     )
+
+
+def _intervals(experiment: Experiment, steps: int) -> dict[str, int]:
+    """Evaluations and checkpoints of a long run: as many in the miniature's steps as in its own."""
+    intervals = {"eval_interval": experiment.eval_interval, "save_every": experiment.save_every or experiment.steps}
+    if "EVAL_EVERY" in experiment.overrides:
+        del intervals["eval_interval"]
+    return {key: max(1, every * steps // experiment.steps) for key, every in intervals.items()}
 
 
 def _miniature_model(experiment: Experiment) -> Model:

@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING
 
 from harness.errors import UserError
-from harness.rundir import RankError, Status, StepMetrics
+from harness.rundir import RankError, Status, StepMetrics, Validation
 
 if TYPE_CHECKING:
     from harness.catalog import Experiment
@@ -38,6 +38,7 @@ class Evidence:
     log: str = ""
     errors: tuple[RankError, ...] = ()
     metrics: tuple[StepMetrics, ...] = ()
+    validation: tuple[Validation, ...] = ()
     stopped_by: signal.Signals | None = None
     hang: str | None = None
     oom_kills: int = 0
@@ -95,6 +96,13 @@ def classify(evidence: Evidence, experiment: Experiment) -> Outcome:
     if lost:
         return _named("nan", f"the loss is {lost.loss} at step {lost.step}", None, experiment)
     elsewhere = experiment.nodes > 1 and not done
+    held_out = [v.loss for v in evidence.validation if v.split == "validation"]
+    wanted = experiment.until.validation_loss if experiment.until else -math.inf
+    if evidence.exit_code == 0 and any(loss <= wanted for loss in held_out):
+        return Outcome("ok")
+    if evidence.exit_code == 0 and experiment.until and held_out and done >= experiment.steps:
+        detail = f"loss {min(held_out):.4f} on held-out data {progress}, {wanted:g} wanted"
+        return Outcome("target-missed", detail, advice="more STEPS=, or another learning rate (LR=)")
     if evidence.exit_code == 0 and done < experiment.steps and not elsewhere:
         return Outcome("crash", f"it ended without an error {progress}", advice="the end of logs.txt may tell why")
     if evidence.exit_code == 0:

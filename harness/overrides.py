@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import get_args
 
-from harness.catalog import SHARDING, Experiment
+from harness.catalog import SHARDING, Experiment, Target
 from harness.errors import UserError, nearest
 
 
@@ -41,6 +42,14 @@ EXPERIMENT_SETTINGS = (
     Setting("NODES", "2", "nodes; each runs GPUS / NODES ranks"),
     Setting("DATA", "mock", 'mock, a prepared data set (make data-list), or a blend: DATA="a:0.7 b:0.3"'),
     Setting("SPLIT", "949,50,1", "shares of the data for training, validation and test"),
+    Setting("LR", "3e-4", "highest learning rate, decaying over STEPS (published: 6e-5, over 430000)"),
+    Setting("MIN_LR", "3e-5", "lowest learning rate (default: a tenth of LR)"),
+    Setting("LR_DECAY", "linear", "how it falls: cosine, linear, constant or inverse-square-root"),
+    Setting("LR_WARMUP", "100", "steps in which it rises from 0 (default: 5% of STEPS)"),
+    Setting("EVAL_EVERY", "50", "steps between evaluations on held-out data"),
+    Setting("EVAL_STEPS", "10", "batches of one evaluation; 0: none"),
+    Setting("UNTIL", "3.2", "stop at this loss on held-out data; STEPS at most"),
+    Setting("LOAD", "label", "go on from the newest checkpoint of a run, or of a folder; another layout will do"),
     Setting("CARD", "h100-80gb", "behave as a smaller card: cap the memory as on that GPU"),
     Setting("PROFILE", "1", "trace steps 8-9, or PROFILE=8-10: where does the time of a step go? (make profile)"),
     Setting("ARGS", '"--lr 1e-4"', "more of upstream's own arguments (make arguments)"),
@@ -58,6 +67,14 @@ LAUNCH_SETTINGS = (
     Setting("PARTITION", "gpu", "Slurm partition (with SLURM=1)"),
     Setting("ACCOUNT", "team", "Slurm account (with SLURM=1)"),
     Setting("TIME", "00:30:00", "Slurm time limit (with SLURM=1)"),
+    Setting("SAVE", "1", "keep checkpoints: 1 in the run directory, or a folder; 0: none"),
+    Setting("SAVE_EVERY", "50", "steps between checkpoints (default: one, at the end)"),
+    Setting("KEEP", "2", "checkpoints to keep, the newest (default: all)"),
+    Setting("RESUME", "1", "go on with this run where its newest whole checkpoint is"),
+    Setting("WANDB", "offline", "log to Weights & Biases: offline (wandb sync later) or online"),
+    Setting("WANDB_PROJECT", "megatron", "its project (with WANDB=)"),
+    Setting("WANDB_ENTITY", "team", "its user or team (with WANDB=)"),
+    Setting("WANDB_NAME", "first", "name of the run there (default: the label)"),
     Setting("HANG", "300", "seconds without a step before a run counts as hung"),
     Setting("PACK", "0", "make chapter-N: 0 runs one experiment at a time, for timing"),
     Setting("FORCE", "1", "make chapter-N: run again what has a result already"),
@@ -69,11 +86,14 @@ SETTINGS = EXPERIMENT_SETTINGS + LAUNCH_SETTINGS
 _COUNTS = {
     "STEPS": "steps", "DP": "dp", "TP": "tp", "PP": "pp", "VPP": "vpp", "CP": "cp", "EP": "ep", "ETP": "etp",
     "MBS": "micro_batch_size", "GBS": "global_batch_size", "SEQ": "seq_length", "NODES": "nodes",
+    "EVAL_EVERY": "eval_interval",
 }
+_COUNTS_FROM_0 = {"EVAL_STEPS": "eval_steps", "LR_WARMUP": "lr_warmup_steps"}
+_RATES = {"LR": "lr", "MIN_LR": "min_lr"}
 PROFILED_STEPS = (8, 9)
 """What PROFILE=1 traces: compilation, tuning and the allocator's growth are over by then."""
-_CHOICES = {"RECOMPUTE": "recompute", "SHARDING": "sharding", "OPTIMIZER": "optimizer"}
-_TEXTS = {"DATA": "data", "SPLIT": "split"}
+_CHOICES = {"RECOMPUTE": "recompute", "SHARDING": "sharding", "OPTIMIZER": "optimizer", "LR_DECAY": "lr_decay"}
+_TEXTS = {"DATA": "data", "SPLIT": "split", "LOAD": "load"}
 
 
 def parse(words: Iterable[str], extra: Iterable[str] = ()) -> dict[str, str]:
@@ -102,6 +122,17 @@ def count(key: str, value: str, least: int = 1) -> int:
     return int(value)
 
 
+def rate(key: str, value: str) -> float:
+    """The learning rate in ``KEY=value``. Raises UserError where it is no finite number, 0 or more."""
+    try:
+        number = float(value)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < math.inf:
+        raise UserError(f"{key}={value}: expected a number, 0 or more, such as 3e-4")
+    return number
+
+
 def switch(key: str, value: str) -> bool:
     """The yes or no in ``KEY=value``: 1 or 0."""
     if value not in ("0", "1"):
@@ -119,6 +150,8 @@ def apply(experiment: Experiment, settings: Mapping[str, str]) -> Experiment:
     """
     given = {s.key: settings[s.key] for s in EXPERIMENT_SETTINGS if s.key in settings}
     changes: dict[str, object] = {field: count(key, given[key]) for key, field in _COUNTS.items() if key in given}
+    changes |= {field: count(key, given[key], least=0) for key, field in _COUNTS_FROM_0.items() if key in given}
+    changes |= {field: rate(key, given[key]) for key, field in _RATES.items() if key in given}
     for key, field in _CHOICES.items():
         if key in given:
             valid = get_args(Experiment.model_fields[field].annotation)
@@ -136,6 +169,8 @@ def apply(experiment: Experiment, settings: Mapping[str, str]) -> Experiment:
         changes["card"] = given["CARD"]
     if "PROFILE" in given:
         changes["profile"] = _profiled_steps(given["PROFILE"])
+    if "UNTIL" in given:
+        changes["until"] = _target(experiment, rate("UNTIL", given["UNTIL"]))
     if "ARGS" in given:
         try:
             changes["extra_args"] = tuple(shlex.split(given["ARGS"]))
@@ -154,10 +189,20 @@ def apply(experiment: Experiment, settings: Mapping[str, str]) -> Experiment:
     return experiment.with_changes(**effective, overrides=kept)
 
 
+def _target(experiment: Experiment, loss: float) -> Target:
+    """UNTIL= holds for a miniature as well, in as many steps as it takes anyway."""
+    from harness.miniature import STEPS
+
+    if not loss:
+        raise UserError("UNTIL=0: no loss ever reaches 0")
+    steps = experiment.until.miniature_steps if experiment.until else STEPS
+    return Target(validation_loss=loss, miniature_loss=loss, miniature_steps=steps)
+
+
 def _field_of(key: str) -> str:
-    special = {"GPUS": "dp", "SP": "sequence_parallel", "CARD": "card", "ARGS": "extra_args",
+    special = {"GPUS": "dp", "SP": "sequence_parallel", "CARD": "card", "ARGS": "extra_args", "UNTIL": "until",
                "PROFILE": "profile"}
-    return (_COUNTS | _CHOICES | _TEXTS | special)[key]
+    return (_COUNTS | _COUNTS_FROM_0 | _RATES | _CHOICES | _TEXTS | special)[key]
 
 
 def _profiled_steps(value: str) -> tuple[int, int] | None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness import ROOT, overrides
+from harness import ROOT, checkpoints, overrides, rundir
 from harness.catalog import Experiment
-from harness.command import Place, render
+from harness.checkpoints import Loading, Saving
+from harness.command import NOTHING_ELSE, Extras, Place, render
 from harness.data import prepared
 from harness.data.splits import check_split
 from harness.errors import UserError
 from harness.flags import Device
 from harness.miniature import describe, miniature
+from harness.rundir import RunDir
+from harness.tracking import tracking
 
 
 @dataclass(frozen=True)
@@ -28,12 +31,23 @@ class Plan:
     outdir: Path
     headline: str | None
     memory_fraction: float | None
+    extras: Extras = NOTHING_ELSE
+    resumes: RunDir | None = None
+    """The run directory in which it goes on."""
+    notices: tuple[str, ...] = ()
+
+    @property
+    def first_step(self) -> int:
+        """The step from which it goes on, 0 where it begins anew."""
+        loading = self.extras.loading
+        return loading.step if loading and not loading.only_weights else 0
 
     def script(self, gpu_ids: tuple[int, ...] | None = None) -> str:
         """The run's bash script, on these GPUs (by default those of ``place``)."""
         place = self.place if gpu_ids is None else Place(self.place.node_rank, self.place.rendezvous, gpu_ids)
         return render(self.experiment, self.device, place, headline=self.headline,
-                      memory_fraction=self.memory_fraction, apex=importlib.util.find_spec("apex") is not None)
+                      memory_fraction=self.memory_fraction, apex=importlib.util.find_spec("apex") is not None,
+                      extras=self.extras)
 
 
 def choose_device(settings: Mapping[str, str], *, only_show: bool = False) -> Device:
@@ -65,7 +79,8 @@ def plan(experiment: Experiment, settings: Mapping[str, str], device: Device) ->
     """
     full = overrides.apply(experiment, settings)
     if "DATA" not in settings:
-        full = full.with_changes(data=prepared.default_for(full))
+        own = device == "cpu" and full.until  # its miniature's target is a loss on mock data
+        full = full.with_changes(data=prepared.MOCK if own else prepared.default_for(full))
     headlines = []
     if device == "cuda" and full.attention_backend == "flash" and _lacks_flash_attention():
         full = full.with_changes(attention_backend="auto")
@@ -77,15 +92,87 @@ def plan(experiment: Experiment, settings: Mapping[str, str], device: Device) ->
     place = _place(small, settings)
     if small.data != "mock":
         check_split(prepared.blend(small.data), small.split)
+    outdir = Path(settings.get("OUTDIR") or ROOT / "outdir").resolve()
+    resumes = _resumed(outdir, small, settings)
+    saving = _saving(small, settings, resumes)
+    notices: list[str] = []
+    loading = _loading(small, outdir, saving, resumes, notices.append)
     return Plan(
         full=full,
         experiment=small,
         device=device,
         place=place,
-        outdir=Path(settings.get("OUTDIR") or ROOT / "outdir").resolve(),
+        outdir=outdir,
         headline="; ".join(headlines) or None,
         memory_fraction=_memory_fraction(full) if device == "cuda" and full.card else None,
+        extras=Extras(saving, loading, tracking(settings)),
+        resumes=resumes,
+        notices=tuple(notices),
     )
+
+
+def _resumed(outdir: Path, e: Experiment, settings: Mapping[str, str]) -> RunDir | None:
+    """The run that ``RESUME=1`` goes on with."""
+    if not overrides.switch("RESUME", settings.get("RESUME", "0")):
+        return None
+    run = rundir.newest(outdir, e.label)
+    if run is None:
+        raise UserError(f"RESUME=1: there is no run {e.label} in {outdir}\nstart one with SAVE=1, and SAVE_EVERY= steps")
+    if run.state() == "running":
+        raise UserError(f"RESUME=1: {run.label} still runs; make stop RUN={run.label} ends it")
+    try:
+        frozen = run.read_experiment()
+    except ValueError as error:
+        raise UserError(f"RESUME=1: {run.label}: {error}") from None
+    if run.read_saving() is None and "SAVE" not in settings:
+        raise UserError(f"RESUME=1: {run.label} kept no checkpoints, there is nothing to go on from\nstart anew with SAVE=1")
+    if frozen.model != e.model:
+        checkpoints.refuse(run.path, frozen.model, e)
+    return run
+
+
+def _saving(e: Experiment, settings: Mapping[str, str], resumes: RunDir | None) -> Saving | None:
+    """How checkpoints are kept: as said now, else as the resumed run did, else as the experiment's row says."""
+    where = settings.get("SAVE")
+    asked = [key for key in ("SAVE_EVERY", "KEEP") if key in settings]
+    if where == "0":
+        if asked:
+            raise UserError(f"SAVE=0 keeps no checkpoints, but {' and '.join(asked)} is given; leave one out")
+        return None
+    before = resumes and resumes.read_saving()
+    if where is None and not asked and not before and e.save_every is None:
+        return None
+    every = overrides.count("SAVE_EVERY", settings["SAVE_EVERY"]) if "SAVE_EVERY" in settings else None
+    keep = overrides.count("KEEP", settings["KEEP"]) if "KEEP" in settings else None
+    folder = Path(where).resolve() if where not in (None, "1") else before.folder if before else None
+    if before:
+        return Saving(every or before.every, keep or before.keep, folder)
+    saving = Saving(every or e.save_every or e.steps, keep or e.keep, folder)
+    if folder and (there := checkpoints.in_folder(folder)) and not (e.load and Path(e.load).resolve() == folder):
+        raise UserError(f"SAVE={where} already holds checkpoints, the newest of step {there[-1].step}\n"
+                        f"name another folder, or go on from them: LOAD={where}")
+    return saving
+
+
+def _loading(e: Experiment, outdir: Path, saving: Saving | None, resumes: RunDir | None,
+             tell: Callable[[str], None]) -> Loading | None:
+    """The checkpoint to begin with: the resumed run's newest whole one, else the one that LOAD= names."""
+    if resumes and saving:
+        folder = saving.in_run(resumes.path)
+        if found := checkpoints.newest_whole(folder, tell):
+            checkpoints.check_fits(found, e)
+            return Loading(folder, found.step)
+        tell(f"no whole checkpoint in {folder}: {resumes.label} begins anew")
+    if not e.load:
+        return None
+    found = checkpoints.find(e.load, outdir, tell)
+    checkpoints.check_fits(found, e)
+    only_weights = not found.contents.has_optimizer
+    if not only_weights and found.step >= e.steps:
+        raise UserError(f"LOAD={e.load}: its checkpoint is of step {found.step}, and STEPS={e.steps}: nothing is left\n"
+                        f"STEPS={2 * found.step} trains as long again")
+    tell(f"begins with {'the weights' if only_weights else f'step {found.step}'} of {found.path.parent}")
+    return Loading(found.path.parent, found.step, only_weights)
 
 
 def _place(e: Experiment, settings: Mapping[str, str]) -> Place:

@@ -15,7 +15,7 @@ from harness.errors import UserError
 from harness.hardware import find_gpu
 from harness.measured import measure
 from harness.profiling.profile import FOLDER, of_run
-from harness.rundir import Result, StepMetrics
+from harness.rundir import Result, StepMetrics, Validation
 
 UNRECORDED = ("STEPS", "DATA", "PROFILE")
 """Overrides that do not name a record: a row measured over fewer steps is still that row."""
@@ -56,7 +56,9 @@ def record(run: rundir.RunDir, records: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{_stem(experiment, folder)}.json"
     content = json.loads(run.result.read_text(encoding="utf-8"))
-    rundir.write_text(metrics_of(target), "".join(f"{step.model_dump_json()}\n" for step in steps))
+    rundir.write_text(metrics_of(target), _lines(steps))
+    if evaluations := run.read_validation():
+        rundir.write_text(validation_of(target), _lines(evaluations))
     rundir.write_json(target, content | {"label": run.label} | evidence)
     return target
 
@@ -70,6 +72,11 @@ def folder_of(gpu_name: str) -> str:
 def metrics_of(path: Path) -> Path:
     """The file of metrics beside the record ``path``."""
     return path.with_name(f"{path.stem}.metrics.jsonl")
+
+
+def validation_of(path: Path) -> Path:
+    """The file of evaluations beside the record ``path``, where it has any."""
+    return path.with_name(f"{path.stem}.validation.jsonl")
 
 
 def same_work(a: Experiment, b: Experiment) -> bool:
@@ -105,6 +112,10 @@ def read(path: Path) -> tuple[Experiment, Result]:
     return experiment, result
 
 
+def _lines(rows: Sequence[StepMetrics | Validation]) -> str:
+    return "".join(f"{row.model_dump_json()}\n" for row in rows)
+
+
 def _read_metrics(path: Path) -> tuple[StepMetrics, ...]:
     beside = metrics_of(path)
     try:
@@ -127,7 +138,7 @@ def _contradictions(e: Experiment, result: Result, steps: Sequence[StepMetrics],
     if [step.step for step in steps] != list(range(1, result.steps_done + 1)):
         yield f"it says {result.steps_done} steps, its metrics hold {len(steps)}: truncated"
         return
-    if result.status == "ok" and result.steps_done != e.steps:
+    if result.status == "ok" and result.steps_done != e.steps and not e.until:
         yield f"ok after {result.steps_done} of {e.steps} steps"
     if result.memory_gib.nvml is None:
         yield "no NVML reading: its used memory is unknown"

@@ -17,11 +17,11 @@ from harness.catalog import EXPERIMENTS, Experiment
 from harness.errors import UserError, nearest
 from harness.flops import mfu
 from harness.hardware import Gpu, find_gpu, known_gpus, peak_tflops
-from harness.rundir import MemoryGib, Result, Spread, State, StepMetrics, Upstream
+from harness.rundir import MemoryGib, Result, Spread, State, StepMetrics, Upstream, Validation
 
 REFERENCES = EXPERIMENTS / "references.yaml"
 
-SAME_WORK = frozenset({"STEPS", "DATA", "CARD"})
+SAME_WORK = frozenset({"STEPS", "DATA", "CARD", "EVAL_EVERY", "EVAL_STEPS"})
 """Overrides that leave a step's work as it was; with any other, a run is no longer what was published."""
 
 
@@ -172,6 +172,11 @@ class Row:
     def step(self) -> Spread | None:
         """Step time in ms over the averaging window."""
         return self.result.step_ms if self.result else None
+
+    @property
+    def validation(self) -> Validation | None:
+        """The last evaluation on held-out data."""
+        return self.result.validation if self.result else None
 
     @property
     def window(self) -> tuple[int, int] | None:

@@ -5,6 +5,7 @@ command.sh         exactly what ran; ``HARNESS_RUN_DIR=… bash command.sh`` run
 environment.json   versions, GPU, driver, git commit, upstream commit, host
 logs.txt           everything that the ranks and torchrun printed
 metrics.jsonl      one line a step          validation.jsonl   one line an evaluation
+saves.jsonl        one line a checkpoint    checkpoints/       with SAVE=1
 ranks/             <rank>.json (memory, coordinates), <rank>.error.json, <rank>.stacks.txt
 traces/            <rank>.json.gz: Kineto traces of a profiled run; profile.json: what they say
 gpus.jsonl         NVML samples
@@ -15,6 +16,7 @@ result.json        written last
 from __future__ import annotations
 
 import errno
+import glob
 import itertools
 import json
 import math
@@ -35,8 +37,9 @@ from harness.errors import UserError
 
 if TYPE_CHECKING:
     from harness.catalog import Experiment
+    from harness.checkpoints import Saving
 
-Status = Literal["ok", "oom", "oom-host", "nan", "hang", "crash", "killed", "bad-configuration"]
+Status = Literal["ok", "oom", "oom-host", "nan", "hang", "crash", "killed", "bad-configuration", "target-missed"]
 State = Status | Literal["running"]
 
 RUN_DIR_VARIABLE = "HARNESS_RUN_DIR"
@@ -84,6 +87,22 @@ class Validation(_Record):
     time: float
 
 
+class Save(_Record):
+    """One line of saves.jsonl: a checkpoint that became whole.
+
+    ``blocked_ms``: training waited so long for it. It was whole ``whole_after_s`` after its begin, when training was at step
+    ``whole_at_step``. ``time``: Unix seconds.
+    """
+
+    step: int
+    asynchronous: bool
+    blocked_ms: float
+    whole_after_s: float
+    whole_at_step: int
+    gib: float
+    time: float
+
+
 class Rank(_Record):
     """ranks/<rank>.json: where a rank runs, its memory peaks so far in GiB, and where its time went.
 
@@ -125,6 +144,7 @@ class Running(_Record):
     host: str
     started: float
     rendezvous: str | None = None
+    resumed_at: tuple[int, ...] = ()
 
 
 class Spread(_Record):
@@ -182,6 +202,10 @@ class Result(_Record):
     peak_tflops: float | None = None
     memory_gib: MemoryGib = MemoryGib()
     loss: Losses = Losses()
+    validation: Validation | None = None
+    """The last evaluation on held-out data."""
+    resumed_at: tuple[int, ...] = ()
+    """Steps from which training was gone on with after an interruption."""
     data: str
     device: str
     gpu: str | None = None
@@ -230,6 +254,21 @@ class RunDir:
         return self.path / "validation.jsonl"
 
     @property
+    def saves(self) -> Path:
+        return self.path / "saves.jsonl"
+
+    @property
+    def wandb_run(self) -> Path:
+        """Names this run's run at Weights & Biases."""
+        return self.path / "wandb.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where this run keeps checkpoints: in here, unless SAVE= named a folder."""
+        saving = self.read_saving()
+        return saving.in_run(self.path) if saving else self.path / "checkpoints"
+
+    @property
     def ranks(self) -> Path:
         return self.path / "ranks"
 
@@ -253,9 +292,23 @@ class RunDir:
     def result(self) -> Path:
         return self.path / "result.json"
 
-    def freeze_experiment(self, experiment: Experiment, device: str, commit: str | None) -> None:
-        """Write experiment.json: every setting, and the device and source commit."""
-        write_json(self.experiment_json, {**experiment.model_dump(mode="json"), "device": device, "commit": commit})
+    def freeze_experiment(
+        self, experiment: Experiment, device: str, commit: str | None, saving: Saving | None = None
+    ) -> None:
+        """Write experiment.json: every setting, the device, the source commit, and how checkpoints are kept."""
+        kept = saving and {"every": saving.every, "keep": saving.keep, "folder": saving.folder and str(saving.folder)}
+        more = {"device": device, "commit": commit, "saving": kept}
+        write_json(self.experiment_json, {**experiment.model_dump(mode="json"), **more})
+
+    def read_saving(self) -> Saving | None:
+        """How this run keeps checkpoints; None where it keeps none, or experiment.json does not say."""
+        from harness.checkpoints import Saving
+
+        try:
+            kept = read_object(self.experiment_json).get("saving")
+        except ValueError:
+            return None
+        return Saving(kept["every"], kept["keep"], Path(kept["folder"]) if kept["folder"] else None) if kept else None
 
     def read_experiment(self) -> Experiment:
         """The experiment as it ran. Raises ValueError where experiment.json is not one."""
@@ -291,6 +344,10 @@ class RunDir:
     def read_validation(self) -> tuple[Validation, ...]:
         """Every complete line of validation.jsonl."""
         return tuple(_lines(self.validation, Validation))
+
+    def read_saves(self) -> tuple[Save, ...]:
+        """Every complete line of saves.jsonl."""
+        return tuple(_lines(self.saves, Save))
 
     def read_ranks(self) -> tuple[Rank, ...]:
         """What every rank wrote about itself, by rank."""
@@ -369,6 +426,39 @@ def create(outdir: Path, label: str) -> RunDir:
                 continue
             (path / "ranks").mkdir()
             return RunDir(path.resolve())
+
+
+def newest(outdir: Path, label: str) -> RunDir | None:
+    """The newest of the runs ``label``, ``label.2``, … in ``outdir``, or None."""
+    found = {1: outdir / label} | {
+        int(path.name.removeprefix(f"{label}.")): path
+        for path in outdir.glob(f"{glob.escape(label)}.*")
+        if path.name.removeprefix(f"{label}.").isdecimal()
+    }
+    there = [number for number, path in found.items() if (path / "experiment.json").exists()]
+    return RunDir(found[max(there)].resolve()) if there else None
+
+
+def go_on(run_dir: RunDir, step: int) -> None:
+    """Prepare ``run_dir`` for training on from ``step``: later lines are cut off, the log and the result are put aside."""
+    number = 1 + len(list(run_dir.path.glob("logs.[0-9]*.txt")))
+    for path, aside in ((run_dir.result, f"result.{number}.json"), (run_dir.logs, f"logs.{number}.txt")):
+        if path.exists():
+            path.rename(run_dir.path / aside)
+    for path in (run_dir.metrics, run_dir.validation, run_dir.saves):
+        lines = [line for line in _text_lines(path) if (_json_object(line) or {}).get("step", math.inf) <= step]
+        if path.exists():
+            write_text(path, "".join(f"{line}\n" for line in lines))
+    for path in run_dir.ranks.iterdir():
+        path.unlink()
+
+
+def perplexity(loss: float) -> float | None:
+    """e to the loss (nats a token), or None where that is no number."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return None
 
 
 def runs(outdir: Path) -> tuple[tuple[Run, ...], tuple[str, ...]]:

@@ -17,6 +17,7 @@ from typing import Any
 from harness.catalog import load_catalog
 from harness.errors import UserError, nearest
 from harness.results import Results, Row, collect, load_references, losses
+from harness.rundir import perplexity
 
 FORMATS = ("terminal", "markdown", "csv", "json")
 NOTHING = "no runs yet: make 101"
@@ -65,6 +66,10 @@ VALUES: dict[str, Callable[[Row], Any]] = {
     "tokens_per_s": lambda row: row.result and row.result.tokens_per_s,
     "loss_first": lambda row: row.result and row.result.loss.first,
     "loss_last": lambda row: row.result and row.result.loss.last,
+    "validation_loss": lambda row: row.validation and row.validation.loss,
+    "perplexity": lambda row: row.validation and perplexity(row.validation.loss),
+    "validation_step": lambda row: row.validation and row.validation.step,
+    "resumed_at": lambda row: " ".join(map(str, row.result.resumed_at)) if row.result else "",
     "runs_on_node": lambda row: row.runs_on_node,
     "notes": lambda row: "; ".join(_notes(row)),
     "origin": lambda row: str(row.origin),
@@ -105,6 +110,13 @@ def _loss(row: Row) -> str:
     return f"{loss.first:.3f} → {loss.last:.3f}" if loss and None not in (loss.first, loss.last) else ""
 
 
+def _held_out(row: Row) -> str:
+    """Loss and perplexity on data that was held out; on mock data only where the run was to reach one."""
+    if not row.validation or (row.experiment.data == "mock" and not row.experiment.until):
+        return ""
+    return f"{row.validation.loss:.3f} ({_number(perplexity(row.validation.loss), 1)})"
+
+
 def _name(row: Row) -> str:
     if row.kind == "run":
         return row.label.removeprefix(f"{row.id}-")
@@ -128,6 +140,7 @@ _EXPERIMENT = Column("experiment", _name, 99, left=True)
 _STEP = Column("ms/step", lambda row: _ms(row.step and row.step.median), 95)
 _SPREAD = Column("±", lambda row: _ms(row.step and row.step.stdev), 50)
 _STEPS = Column("steps", _window, 40, left=True)
+_HELD_OUT = Column("held-out loss (perplexity)", _held_out, 75, left=True)
 _SHARED = Column("shared", lambda row: _number(row.runs_on_node), 20)
 _DATA = Column("data", lambda row: row.experiment.data, 30, left=True)
 _STATUS = Column("status", _status, 98, left=True)
@@ -145,6 +158,7 @@ GPU_COLUMNS = (
     Column("ratio", lambda row: _number(row.step_ratio, 2), 85),
     Column("TFLOP/s", lambda row: _number(row.tflops), 65),
     Column("MFU", lambda row: f"{row.mfu:.1%}" if row.mfu else "", 66),
+    _HELD_OUT,
     _STEPS,
     _SHARED,
     _DATA,
@@ -158,6 +172,7 @@ MINIATURE_COLUMNS = (
     _SPREAD,
     _STEPS,
     Column("loss", _loss, 80, left=True),
+    _HELD_OUT,
     _SHARED,
     _DATA,
     _STATUS,
@@ -463,7 +478,8 @@ def _settings(row: Row) -> dict[str, Any]:
 
 def _numbers(row: Row) -> dict[str, float | None]:
     names = ("step_ms", "step_ms_stdev", "memory_gib", "reserved_gib", "allocated_gib", "tflops", "mfu",
-             "tokens_per_s", "steps_done", "loss_first", "loss_last")
+             "tokens_per_s", "steps_done", "loss_first", "loss_last",
+             "validation_loss", "perplexity")
     return {name: VALUES[name](row) for name in names}
 
 

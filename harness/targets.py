@@ -44,6 +44,9 @@ def _lines(catalog: Catalog) -> Iterator[str]:
         yield f"chapter-{number}: ; @$(HARNESS) chapter {number} $(WORDS)"
     for e in catalog.experiments:
         yield f"{target(e)}: ; @$(HARNESS) run {e.id} $(WORDS)"
+    for e in catalog.experiments:
+        if e.until:
+            yield f"train-{e.model.name}: ; @$(HARNESS) train {e.id} $(WORDS)"
     for name in definitions():
         yield f"data-{name}: ; @$(DATA_HARNESS) data {name} $(WORDS)"
     for e in catalog.experiments:

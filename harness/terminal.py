@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
+from harness.rundir import perplexity
+
 if TYPE_CHECKING:
     from harness.rundir import Result
 
@@ -208,6 +210,11 @@ def summary(label: str, path: Path, result: Result) -> str:
     lines += _memory(r)
     if r.loss.first is not None and r.loss.last is not None:
         lines.append(f"  loss    {r.loss.first:.4f} -> {r.loss.last:.4f}")
+    if r.validation:
+        word = "" if (value := perplexity(r.validation.loss)) is None else f", perplexity {value:,.2f}"
+        lines.append(f"  held out  loss {r.validation.loss:.4f}{word}, at step {r.validation.step}")
+    if r.resumed_at:
+        lines.append(f"  resumed after step {', '.join(map(str, r.resumed_at))}")
     if r.packed_with:
         lines.append(f"  shared  the node with {', '.join(map(_id, r.packed_with))}")
     if r.miniature:

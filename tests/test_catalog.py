@@ -64,7 +64,7 @@ def test_an_unknown_id_names_the_nearest() -> None:
 @pytest.mark.parametrize(
     ("row", "complaint"),
     [
-        ("101: {slug: a, mbs: 1, gbs: 1, shows: s, micro: 2}", r"101: unknown key 'micro'; .*micro_batch_size"),
+        ("101: {slug: a, mbs: 1, gbs: 1, shows: s, micro_batch: 2}", r"101: unknown key 'micro_batch'; .*micro_batch_size"),
         ("101: {slug: a, mbs: 1, shows: s}", r"101: 'gbs' is missing"),
         ("101: {slug: a, mbs: '1', gbs: 1, shows: s}", r"101: mbs = '1': input should be a valid integer"),
         ("101: {slug: a, mbs: 0, gbs: 1, shows: s}", r"101: mbs = 0: input should be greater than or equal to 1"),

@@ -6,6 +6,7 @@
 ``attention``    attention that knows context parallelism
 ``recompute``    recomputation of single modules
 ``fsdp``         PyTorch's FSDP2 on CPUs
+``writer``       checkpoints that training does not change while they are written
 ``warm``         one process imports, the ranks are forked from it
 """
 
@@ -38,12 +39,13 @@ def install() -> None:
 
     cuda.install()
     collectives.install()
-    from harness.cpu import attention, fsdp, norm, recompute
+    from harness.cpu import attention, fsdp, norm, recompute, writer
 
     fsdp.install()
     norm.install()
     attention.install()
     recompute.install()
+    writer.install()
     multiprocessing.set_forkserver_preload([f"{__name__}.fork_server"])
     # The CPU's random state is the device's here: upstream's warning that the one changed with the other says nothing.
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(

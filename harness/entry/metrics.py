@@ -1,4 +1,4 @@
-"""metrics.jsonl and validation.jsonl: upstream's own numbers, before it rounds them for its log.
+"""metrics.jsonl: upstream's own numbers, before it rounds them for its log.
 
 ``training_log`` and its neighbours in upstream's training module are wrapped. Nothing is measured or synchronised a
 second time: a step's time is what upstream's interval timer answered, its FLOPs are what upstream's count answered.
@@ -11,17 +11,16 @@ from types import ModuleType
 
 from harness.entry.phases import PhaseClock, wrap_phases
 from harness.entry.report import RankReport
-from harness.rundir import StepMetrics, Validation
+from harness.rundir import StepMetrics
 
 LOSS = "lm loss"
 
 
 def install(report: RankReport) -> None:
-    """Write a line for every step and every evaluation that upstream logs, and keep every rank's report up to date."""
+    """Write a line for every step that upstream logs, and keep every rank's report up to date."""
     from megatron.training import training
 
     _log_steps(training, report)
-    _log_evaluations(training, report)
 
 
 class StepClock:
@@ -98,25 +97,3 @@ def _log_steps(training: ModuleType, report: RankReport) -> None:
 
     training.num_floating_point_operations = counted
     training.training_log = training_log
-
-
-def _log_evaluations(training: ModuleType, report: RankReport) -> None:
-    evaluate, evaluate_and_print = training.evaluate, training.evaluate_and_print_results
-    split, step = "validation", 0
-
-    def evaluate_and_print_results(prefix, forward_step, iterator, model, iteration, *args, **kwargs):
-        nonlocal split, step
-        split, step = "test" if "test set" in prefix else "validation", iteration
-        return evaluate_and_print(prefix, forward_step, iterator, model, iteration, *args, **kwargs)
-
-    def evaluate_and_keep(*args, **kwargs):
-        result = evaluate(*args, **kwargs)
-        losses = result[0]
-        if report.is_last and losses:
-            line = Validation(step=step, split=split, loss=losses[LOSS].item(), time=time.time())
-            with report.run_dir.validation.open("a") as lines:
-                lines.write(line.model_dump_json() + "\n")
-        return result
-
-    training.evaluate = evaluate_and_keep
-    training.evaluate_and_print_results = evaluate_and_print_results

@@ -8,7 +8,7 @@ import runpy
 import sys
 from typing import NoReturn
 
-from harness.entry import failures, helpers, metrics, profiler, upstream
+from harness.entry import checkpointing, evaluation, failures, helpers, metrics, profiler, tracking, upstream
 from harness.entry.report import report_of_this_run
 from harness.entry.upstream import Upstream
 
@@ -57,15 +57,18 @@ def run(found: Upstream | None = None) -> NoReturn:
             report.start()
         found = found or prepare()
         if report:
-            metrics.install(report)
-            profiler.install(report)
-        _train(found)
+            for instrument in (metrics, evaluation, profiler, checkpointing, tracking):
+                instrument.install(report)
+        train(found)
         if report:
+            for end in report.at_end:
+                end()
             report.finished()
-        _leave()
+        leave()
 
 
-def _train(found: Upstream) -> None:
+def train(found: Upstream) -> None:
+    """Run upstream's script, or the harness's own where there is none, with the arguments in ``sys.argv``."""
     try:
         if found.tree:
             sys.argv[0] = str(found.tree / upstream.SCRIPT)
@@ -79,7 +82,7 @@ def _train(found: Upstream) -> None:
             raise
 
 
-def _leave() -> NoReturn:
+def leave() -> NoReturn:
     """End the process, done: to free every object of a forked rank one by one would copy its pages, for seconds."""
     import torch
 

@@ -29,6 +29,7 @@ class RankReport:
         self.rank = int(os.environ.get("RANK", 0))
         self.is_last = self.rank == int(os.environ.get("WORLD_SIZE", 1)) - 1
         self.step = 0
+        self.at_end: list[Callable[[], None]] = []
         self.phase_medians_ms: Callable[[], dict[str, float]] = dict
         self._gc_ms: dict[int, float] = {}
         self._gc_began_s = 0.0

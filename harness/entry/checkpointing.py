@@ -1,0 +1,212 @@
+"""Saves: asynchronous, only where there is room, on record in saves.jsonl, and only the newest N of them.
+
+Upstream's ``save_checkpoint`` and the request that it hands to its writer process are wrapped. Upstream's own last save,
+after the loop, finds that writer gone: it is made in place.
+"""
+
+import multiprocessing
+import os
+import shutil
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from harness import checkpoints
+from harness.entry.failures import die_with
+from harness.entry.report import RankReport
+from harness.environment import KEEP_VARIABLE
+from harness.errors import UserError
+from harness.rundir import Save
+
+SERVER = "harness.entry.writer"
+
+
+def install(report: RankReport) -> None:
+    """Wrap upstream's saving."""
+    from megatron.training import checkpointing, training
+
+    _start_writer_here()
+    saves = _Saves(report)
+    save, schedule, train = training.save_checkpoint, checkpointing.schedule_async_save, training.train
+
+    def save_checkpoint(iteration, model, *args, **kwargs):
+        if saves.begin(iteration, model):
+            save(iteration, model, *args, **kwargs)
+            saves.handed_over(iteration)
+
+    def schedule_async_save(request):
+        step = saves.step
+        request.add_finalize_fn(lambda: saves.whole(step))
+        schedule(request)
+
+    def train_and_settle(forward_step, model, *args, **kwargs):
+        saves.check_room_for_all(model)
+        result = train(forward_step, model, *args, **kwargs)
+        training.get_args().async_save = False
+        return result
+
+    training.save_checkpoint = save_checkpoint
+    training.train = train_and_settle
+    checkpointing.schedule_async_save = schedule_async_save
+    report.at_end.append(saves.finish)
+
+
+def _start_writer_here() -> None:
+    """Have upstream's writer, and the manager of its results, end with this rank, however that ends.
+
+    On a CPU the writer is forked: the stand-in for CUDA is in it, and it starts in no time.
+    """
+    from megatron.training import initialize
+
+    start, rank, starting = initialize.init_persistent_async_worker, os.getpid(), False
+
+    def follow() -> None:
+        if starting and os.getppid() == rank:
+            die_with(rank)
+
+    def start_worker(number: int, mode: str) -> None:
+        nonlocal starting
+        starting = True
+        start(number, "fork" if os.environ.get("HARNESS_DEVICE") == "cpu" else mode)
+        starting = False
+
+    if os.environ.get("HARNESS_DEVICE") != "cpu":
+        multiprocessing.set_forkserver_preload([SERVER])
+    os.register_at_fork(after_in_child=follow)
+    initialize.init_persistent_async_worker = start_worker
+
+
+class _Saves:
+    """The saves of this rank; rank 0 keeps the record and deletes what is not kept."""
+
+    def __init__(self, report: RankReport) -> None:
+        self.step = 0
+        self._report = report
+        self._keep = int(os.environ.get(KEEP_VARIABLE, 0))
+        self._size_bytes = 0.0
+        self._begun_s: dict[int, float] = {}
+        self._blocked_s: dict[int, float] = {}
+        self._deletions: Future | None = None
+        self._cleaner = ThreadPoolExecutor(1)
+
+    def check_room_for_all(self, model) -> None:
+        """Raise UserError where the saves of the whole run cannot fit the disk: better now than after a night."""
+        from megatron.training import get_args
+
+        args = get_args()
+        if not args.save:
+            return
+        self._size_bytes = _expected_bytes(model)
+        done = args.iteration // args.save_interval if args.load == args.save else 0
+        saves = -(-args.train_iters // args.save_interval) - done
+        at_once = min(saves, self._keep + 1) if self._keep else saves
+        free = self._free_bytes()
+        if at_once * self._size_bytes > free:
+            fitting = int(free // self._size_bytes)
+            way_out = f"KEEP={fitting - 1}, " if fitting > 1 else ""
+            raise UserError(
+                f"{args.save}: {at_once} checkpoints of {_gib(self._size_bytes)} need {_gib(at_once * self._size_bytes)}, "
+                f"{_gib(free)} are free\n{way_out}a larger SAVE_EVERY=, or SAVE= a folder on another disk"
+            )
+
+    def begin(self, step: int, model) -> bool:
+        """Whether the checkpoint of ``step`` can be saved. Where it cannot, training goes on, and the log says so."""
+        from megatron.training import get_args
+
+        args = get_args()
+        self.step = step
+        self._begun_s[step] = time.monotonic()
+        if not self._size_bytes:
+            self._size_bytes = _expected_bytes(model)
+        free = self._free_bytes()
+        if free < self._size_bytes:
+            room = f"it needs {_gib(self._size_bytes)}, {_gib(free)} are free"
+            what = f"checkpoint of step {step} not saved to {args.save}: {room}"
+            if step >= args.train_iters:
+                raise UserError(f"{what}\nmake room there; RESUME=1 then goes on from the checkpoint before")
+            if self._report.rank == 0:
+                print(f"WARNING: {what}", flush=True)
+            return False
+        folder = self._path(step)
+        if self._report.rank == 0 and folder.exists():  # what a killed save left would look like part of this one
+            checkpoints.remove(folder)
+        return True
+
+    def handed_over(self, step: int) -> None:
+        """Upstream's call returned: training goes on, with the checkpoint whole only if it was not asynchronous."""
+        from megatron.training import get_args
+
+        self._blocked_s[step] = time.monotonic() - self._begun_s[step]
+        if not get_args().async_save:
+            self.whole(step)
+
+    def whole(self, step: int) -> None:
+        """The checkpoint of ``step`` is complete on all ranks."""
+        if self._report.rank != 0:
+            return
+        from megatron.training import get_args
+
+        args = get_args()
+        now = time.monotonic()
+        path = self._path(step)
+        size = sum(file.stat().st_size for file in path.iterdir())
+        line = Save(
+            step=step,
+            asynchronous=args.async_save,
+            blocked_ms=self._blocked_s.pop(step, 0.0) * 1e3,
+            whole_after_s=now - self._begun_s.pop(step),
+            whole_at_step=max(self._report.step, step),
+            gib=size / 2**30,
+            time=time.time(),
+        )
+        with self._report.run_dir.saves.open("a") as lines:
+            lines.write(line.model_dump_json() + "\n")
+        if self._keep:
+            self._deletions = self._cleaner.submit(checkpoints.prune, path.parent, self._keep)
+
+    def finish(self) -> None:
+        """Wait for deletions that still go on."""
+        if self._deletions:
+            self._deletions.result()
+
+    def _path(self, step: int) -> Path:
+        from megatron.training import get_args
+
+        return Path(get_args().save) / f"iter_{step:07d}"
+
+    def _free_bytes(self) -> float:
+        """Free on the disk as rank 0 sees it; the same answer on all ranks."""
+        import torch
+        from megatron.training import get_args
+
+        folder = Path(get_args().save)
+        folder.mkdir(parents=True, exist_ok=True)
+        free = torch.tensor([float(shutil.disk_usage(folder).free)], dtype=torch.float64, device="cuda")
+        torch.distributed.broadcast(free, src=0)
+        return free.item()
+
+
+def _expected_bytes(model) -> float:
+    """Bytes of a whole checkpoint: weights, and for the optimizer fp32 weights where they are not, and two moments.
+
+    Each rank counts its parameters once for all that hold the same; tensor-parallel replicas of norms count double.
+    """
+    import torch
+    from megatron.core import parallel_state as ranks
+    from megatron.training import get_args
+
+    args = get_args()
+    optimizer = 0 if args.no_save_optim else 8 + 4 * (args.bf16 or args.fp16)
+    dense = ranks.get_data_parallel_world_size(with_context_parallel=True)
+    expert = ranks.get_expert_data_parallel_world_size()
+    here = 0.0
+    for parameter in (parameter for chunk in model for parameter in chunk.parameters()):
+        replicas = dense if getattr(parameter, "allreduce", True) else expert
+        here += parameter.numel() * (parameter.element_size() + optimizer) / replicas
+    total = torch.tensor([here], dtype=torch.float64, device="cuda")
+    torch.distributed.all_reduce(total)
+    return total.item()
+
+
+def _gib(size_bytes: float) -> str:
+    return f"{size_bytes / 2**30:.2f} GiB" if size_bytes >= 2**27 else f"{size_bytes / 2**20:.1f} MiB"

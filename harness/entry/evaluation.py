@@ -1,0 +1,54 @@
+"""validation.jsonl: every evaluation's loss as upstream computed it; and a run's early end, once that is low enough.
+
+``HARNESS_UNTIL`` is the loss on held-out data at which the run is done: all ranks then hold the step they are at for the
+last one, so that upstream saves, evaluates and leaves as after any last step.
+"""
+
+import os
+import time
+
+from harness.entry.metrics import LOSS
+from harness.entry.report import RankReport
+from harness.environment import UNTIL_VARIABLE
+from harness.rundir import Validation
+
+
+def install(report: RankReport) -> None:
+    """Write a line for every evaluation, and end the run at ``HARNESS_UNTIL`` where that is set."""
+    from megatron.training import training
+
+    evaluate, evaluate_and_print = training.evaluate, training.evaluate_and_print_results
+    until = float(os.environ[UNTIL_VARIABLE]) if UNTIL_VARIABLE in os.environ else None
+    split, step, held_out = "validation", 0, None
+
+    def evaluate_and_print_results(prefix, forward_step, iterator, model, iteration, *args, **kwargs):
+        nonlocal split, step, held_out
+        split, step, held_out = "test" if "test set" in prefix else "validation", iteration, None
+        result = evaluate_and_print(prefix, forward_step, iterator, model, iteration, *args, **kwargs)
+        if until is not None and split == "validation" and _on_any_rank(held_out is not None and held_out <= until):
+            training.get_args().train_iters = iteration
+        return result
+
+    def evaluate_and_keep(*args, **kwargs):
+        nonlocal held_out
+        result = evaluate(*args, **kwargs)
+        losses = result[0]
+        if losses:
+            held_out = losses[LOSS].item()
+            if report.is_last:
+                line = Validation(step=step, split=split, loss=held_out, time=time.time())
+                with report.run_dir.validation.open("a") as lines:
+                    lines.write(line.model_dump_json() + "\n")
+        return result
+
+    training.evaluate = evaluate_and_keep
+    training.evaluate_and_print_results = evaluate_and_print_results
+
+
+def _on_any_rank(here: bool) -> bool:
+    """Whether it is so on any rank: only those of the last pipeline stage know the loss."""
+    import torch
+
+    answer = torch.tensor([int(here)], device="cuda")
+    torch.distributed.all_reduce(answer, op=torch.distributed.ReduceOp.MAX)
+    return bool(answer.item())

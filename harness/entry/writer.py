@@ -1,0 +1,9 @@
+"""Imported by multiprocessing's fork server: the checkpoint writer that it forks dies with it, and it with its rank."""
+
+import os
+
+from harness.entry.failures import die_with
+
+die_with(os.getppid())
+_server = os.getpid()
+os.register_at_fork(after_in_child=lambda: die_with(_server))
