@@ -163,8 +163,8 @@ def _expert_violations(e: Experiment, ranks: int) -> Iterator[str]:
         fits = _where(lambda ep: stage % (ep * e.etp) == 0 and m.num_experts % ep == 0, stage)
         yield (f"the {stage} ranks of a pipeline stage (tp x cp x dp = {e.tp} x {e.cp} x {e.dp}) must divide by "
                f"ep x etp = {e.ep} x {e.etp} = {e.ep * e.etp}; {_try('ep', fits, e.ep)}")
-    if e.tp > 1 and e.ep > 1 and not e.sequence_parallel:
-        yield f"expert parallelism with tp = {e.tp} needs sequence parallelism; set sp: true (SP=1)"
+    if e.tp > 1 and not e.sequence_parallel:
+        yield f"experts with tp = {e.tp} need sequence parallelism; set sp: true (SP=1)"
 
 
 def _divisors(n: int) -> list[int]:

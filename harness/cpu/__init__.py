@@ -4,6 +4,7 @@
 ``collectives``  what NCCL has and gloo lacks
 ``norm``         layer norms that know sequence parallelism
 ``attention``    attention that knows context parallelism
+``experts``      experts with biases
 ``recompute``    recomputation of single modules
 ``fsdp``         PyTorch's FSDP2 on CPUs
 ``writer``       checkpoints that training does not change while they are written
@@ -39,8 +40,9 @@ def install() -> None:
 
     cuda.install()
     collectives.install()
-    from harness.cpu import attention, fsdp, norm, recompute, writer
+    from harness.cpu import attention, experts, fsdp, norm, recompute, writer
 
+    experts.install()
     fsdp.install()
     norm.install()
     attention.install()
