@@ -6,4 +6,8 @@ from torch.distributed.device_mesh import DeviceMesh
 def install() -> None:
     """Let a mesh made of a process group be one of CPUs."""
     from_group = DeviceMesh.from_group
-    DeviceMesh.from_group = staticmethod(lambda group, _, *args, **kwargs: from_group(group, "cpu", *args, **kwargs))
+
+    def of_cpus(group, device_type, *args, **kwargs):
+        return from_group(group, "cpu", *args, **kwargs)
+
+    DeviceMesh.from_group = staticmethod(of_cpus)
