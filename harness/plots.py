@@ -14,7 +14,7 @@ from harness.timeline import bubble_fraction
 
 IMAGES = ROOT / "docs" / "images"
 
-LIGHT = ("#0072b2", "#d55e00", "#007f5f", "#a3528f", "#8a6400")
+LIGHT = ("#0072b2", "#c25100", "#007f5f", "#a3528f", "#8a6400")
 DARK = ("#5cb8f0", "#ff9250", "#35c79a", "#e59bd0", "#e5bc45")
 """Okabe and Ito's hues, which colour-blind readers tell apart, at a contrast of 4.5 or more on white and on near-black."""
 

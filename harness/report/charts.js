@@ -30,17 +30,38 @@ function marker(kind, x, y) {
 function chart(options) {
   const off = new Set();
   const tip = el("div", { class: "tip", role: "status", "aria-live": "polite" });
-  const plot = svg("svg", { class: "plot", tabindex: 0, role: "img", "aria-label": `${options.title}. Arrow keys read its values.` });
-  const legend = el("div", { class: "legend" }, options.legend.map((entry) => {
-    const button = el("button", { type: "button", "aria-pressed": "true", onclick: () => {
-      if (!off.delete(entry.key)) off.add(entry.key);
-      button.setAttribute("aria-pressed", String(!off.has(entry.key)));
-      draw();
-    } }, svg("svg", { class: entry.colour, viewBox: "0 0 30 12", "aria-hidden": "true" },
-      entry.dash !== null && svg("path", { class: "join", d: "M1 6H29", "stroke-dasharray": entry.dash || null }),
-      entry.marker && marker(entry.marker, 15, 6)), entry.name);
-    return button;
-  }));
+  const plot = svg("svg", {
+    class: "plot",
+    tabindex: 0,
+    role: "img",
+    "aria-label": `${options.title}. Arrow keys read its values.`,
+  });
+  const legend = el(
+    "div",
+    { class: "legend" },
+    options.legend.map((entry) => {
+      const button = el(
+        "button",
+        {
+          type: "button",
+          "aria-pressed": "true",
+          onclick: () => {
+            if (!off.delete(entry.key)) off.add(entry.key);
+            button.setAttribute("aria-pressed", String(!off.has(entry.key)));
+            draw();
+          },
+        },
+        svg(
+          "svg",
+          { class: entry.colour, viewBox: "0 0 30 12", "aria-hidden": "true" },
+          entry.dash !== null && svg("path", { class: "join", d: "M1 6H29", "stroke-dasharray": entry.dash || null }),
+          entry.marker && marker(entry.marker, 15, 6),
+        ),
+        entry.name,
+      );
+      return button;
+    }),
+  );
   const figure = el("figure", { class: "chart" }, el("figcaption", {}, options.title), legend, plot, tip);
   let spots = [];
   let at = -1;
@@ -55,35 +76,61 @@ function chart(options) {
     const scale = values.length ? roundTicks(options.fromZero ? 0 : Math.min(...values), highest, 5) : [0, 1];
     const left = 16 + 7 * Math.max(...scale.map((tick) => short(tick).length));
     const box = { x0: left + 8, x1: width - 12, y0: height - (options.xTitle ? 40 : 44), y1: 8 + 26 * failed };
-    const toY = (y) => box.y0 + (Math.min(y, scale.at(-1)) - scale[0]) / (scale.at(-1) - scale[0]) * (box.y1 - box.y0);
+    const toY = (y) => box.y0 + ((Math.min(y, scale.at(-1)) - scale[0]) / (scale.at(-1) - scale[0])) * (box.y1 - box.y0);
     const xs = shown.flatMap((series) => series.points.map((point) => point.x));
     const [first, last] = options.ticks ? [0, 0] : [Math.min(...xs), Math.max(...xs)];
     const toX = options.ticks
-      ? (x) => box.x0 + (options.ticks.indexOf(x) + 0.5) * (box.x1 - box.x0) / options.ticks.length
-      : (x) => box.x0 + (x - first) / (last - first || 1) * (box.x1 - box.x0);
-    const xTicks = options.ticks ?? (xs.length ? roundTicks(first, last, Math.max(2, width / 110)).filter((x) => x >= first && x <= last) : []);
+      ? (x) => box.x0 + ((options.ticks.indexOf(x) + 0.5) * (box.x1 - box.x0)) / options.ticks.length
+      : (x) => box.x0 + ((x - first) / (last - first || 1)) * (box.x1 - box.x0);
+    const xTicks =
+      options.ticks ??
+      (xs.length ? roundTicks(first, last, Math.max(2, width / 110)).filter((x) => x >= first && x <= last) : []);
     plot.setAttribute("viewBox", `0 0 ${width} ${height}`);
     plot.replaceChildren(
-      ...scale.flatMap((tick, i) => [svg("path", { class: i ? "grid" : "axis", d: `M${box.x0} ${toY(tick).toFixed(1)}H${box.x1}` }),
-        svg("text", { x: box.x0 - 6, y: toY(tick) + 4, "text-anchor": "end" }, short(tick))]),
-      ...xTicks.map((tick) => svg("text", { x: toX(tick), y: box.y0 + 15, "text-anchor": "middle" }, String(options.ticks ? tick : short(tick)).split("\n")
-        .map((part, i) => svg("tspan", { x: toX(tick), dy: i ? 12 : 0 }, part)))),
+      ...scale.flatMap((tick, i) => [
+        svg("path", { class: i ? "grid" : "axis", d: `M${box.x0} ${toY(tick).toFixed(1)}H${box.x1}` }),
+        svg("text", { x: box.x0 - 6, y: toY(tick) + 4, "text-anchor": "end" }, short(tick)),
+      ]),
+      ...xTicks.map((tick) =>
+        svg(
+          "text",
+          { x: toX(tick), y: box.y0 + 15, "text-anchor": "middle" },
+          String(options.ticks ? tick : short(tick))
+            .split("\n")
+            .map((part, i) => svg("tspan", { x: toX(tick), dy: i ? 12 : 0 }, part)),
+        ),
+      ),
       svg("text", { class: "quiet", x: (box.x0 + box.x1) / 2, y: height - 6, "text-anchor": "middle" }, options.xTitle),
-      svg("text", { class: "quiet", "text-anchor": "middle", transform: `translate(11 ${(box.y0 + box.y1) / 2}) rotate(-90)` }, options.yTitle));
+      svg(
+        "text",
+        { class: "quiet", "text-anchor": "middle", transform: `translate(11 ${(box.y0 + box.y1) / 2}) rotate(-90)` },
+        options.yTitle,
+      ),
+    );
     spots = [];
     for (const series of shown) {
       const reached = series.points.filter((point) => point.y !== null);
       const line = reached.map((point) => `${toX(point.x).toFixed(1)} ${toY(point.y).toFixed(1)}`).join("L");
-      plot.append(svg("g", { class: series.colour },
-        series.join && reached.length > 1 && svg("path", { class: "join", d: `M${line}`, "stroke-dasharray": series.dash || null }),
-        series.points.map((point) => {
-          const shift = point.y === null ? { here: -17, half: 0 }[series.marker] ?? 17 : 0;
-          const spot = { series, point, x: toX(point.x) + shift, y: point.y === null ? box.y1 - 20 : toY(point.y) };
-          spots.push(spot);
-          return point.y === null
-            ? [svg("path", { class: "cross", d: `M${spot.x - 4} ${spot.y - 4}l8 8m0 -8l-8 8` }), svg("text", { x: spot.x, y: spot.y + 16, "text-anchor": "middle" }, "OOM")]
-            : marker(reached.length > 60 || series.marker === undefined ? "none" : series.marker, spot.x, spot.y);
-        })));
+      plot.append(
+        svg(
+          "g",
+          { class: series.colour },
+          series.join &&
+            reached.length > 1 &&
+            svg("path", { class: "join", d: `M${line}`, "stroke-dasharray": series.dash || null }),
+          series.points.map((point) => {
+            const shift = point.y === null ? ({ here: -17, half: 0 }[series.marker] ?? 17) : 0;
+            const spot = { series, point, x: toX(point.x) + shift, y: point.y === null ? box.y1 - 20 : toY(point.y) };
+            spots.push(spot);
+            return point.y === null
+              ? [
+                  svg("path", { class: "cross", d: `M${spot.x - 4} ${spot.y - 4}l8 8m0 -8l-8 8` }),
+                  svg("text", { x: spot.x, y: spot.y + 16, "text-anchor": "middle" }, "OOM"),
+                ]
+              : marker(reached.length > 60 || series.marker === undefined ? "none" : series.marker, spot.x, spot.y);
+          }),
+        ),
+      );
     }
     tip.textContent = "";
     at = -1;
@@ -100,8 +147,12 @@ function chart(options) {
     const beside = options.ticks ? [spot] : spots.filter((other) => other.point.x === spot.point.x);
     if (!options.ticks) plot.append(svg("path", { class: "guide", d: `M${spot.x} 8V${plot.clientHeight - 40}` }));
     plot.append(svg("circle", { class: "ring", cx: spot.x, cy: spot.y, r: 8 }));
-    tip.textContent = options.ticks ? `${spot.point.text()}\n${spot.series.name}`
-      : [`${options.xTitle} ${short(spot.point.x)}`, ...beside.map((other) => `${other.series.name}: ${other.point.text()}`)].join("\n");
+    tip.textContent = options.ticks
+      ? `${spot.point.text()}\n${spot.series.name}`
+      : [
+          `${options.xTitle} ${short(spot.point.x)}`,
+          ...beside.map((other) => `${other.series.name}: ${other.point.text()}`),
+        ].join("\n");
     const x = Math.min(Math.max(spot.x - tip.offsetWidth / 2, 0), Math.max(figure.clientWidth - tip.offsetWidth, 0));
     const y = plot.getBoundingClientRect().top - figure.getBoundingClientRect().top + spot.y;
     tip.style.left = `${x}px`;
@@ -111,7 +162,8 @@ function chart(options) {
   plot.addEventListener("pointermove", (event) => {
     const bounds = plot.getBoundingClientRect();
     const [x, y] = [event.clientX - bounds.left, event.clientY - bounds.top];
-    const far = (spot) => (options.ticks ? Math.hypot(spot.x - x, spot.y - y) : Math.abs(spot.x - x) + Math.abs(spot.y - y) / 1000);
+    const far = (spot) =>
+      options.ticks ? Math.hypot(spot.x - x, spot.y - y) : Math.abs(spot.x - x) + Math.abs(spot.y - y) / 1000;
     const nearest = spots.reduce((best, spot) => (!best || far(spot) < far(best) ? spot : best), null);
     show(nearest && (!options.ticks || far(nearest) < 40) ? nearest : null);
   });
@@ -144,23 +196,44 @@ function sweepChart(figure, panel) {
   const colour = (line) => `c${lines.indexOf(line) % 6}`;
   const named = ({ source, where }) => {
     const told = where.replace(/^(published|reference): /, "");
-    return `${SOURCES[source]}: ${SEVERAL_VERSIONS ? told : told.replace(/, Megatron-LM core [^:]*/, "")}`.replace(/^half size: (.*): half size, /, "half size: $1, ");
+    return `${SOURCES[source]}: ${SEVERAL_VERSIONS ? told : told.replace(/, Megatron-LM core [^:]*/, "")}`.replace(
+      /^half size: (.*): half size, /,
+      "half size: $1, ",
+    );
   };
   const order = Object.keys(SOURCES);
   const drawn = [...panel.series].sort((a, b) => order.indexOf(a.source) - order.indexOf(b.source));
   return chart({
-    title: panel.title, yTitle: panel.y_title, xTitle: panel.x_title, ticks: panel.ticks, fromZero: true,
+    title: panel.title,
+    yTitle: panel.y_title,
+    xTitle: panel.x_title,
+    ticks: panel.ticks,
+    fromZero: true,
     legend: [
       ...lines.map((line) => ({ key: `line ${line}`, name: line, colour: colour(line), dash: "" })),
-      ...sources.map((series) => ({ key: `where ${series.where}`, name: named(series), colour: "ink", marker: series.source,
-        dash: series.source === "reference" || !panel.order ? null : series.source === "published" ? "5 4" : "" })),
+      ...sources.map((series) => ({
+        key: `where ${series.where}`,
+        name: named(series),
+        colour: "ink",
+        marker: series.source,
+        dash: series.source === "reference" || !panel.order ? null : series.source === "published" ? "5 4" : "",
+      })),
     ],
     series: drawn.map((series) => ({
-      colour: colour(series.line), marker: series.source, dash: series.source === "published" ? "5 4" : "",
-      join: panel.order && series.source !== "reference", keys: [`line ${series.line}`, `where ${series.where}`],
+      colour: colour(series.line),
+      marker: series.source,
+      dash: series.source === "published" ? "5 4" : "",
+      join: panel.order && series.source !== "reference",
+      keys: [`line ${series.line}`, `where ${series.where}`],
       name: `${series.line}, ${named(series)}`,
-      points: series.points.map((point) => ({ x: point.tick, y: point.value, text: () => (point.value === null ? `${point.id}: out of memory`
-        : `${point.id}: ${short(point.value)}${point.stdev ? ` ± ${short(point.stdev)}` : ""} ${panel.y_title.split(", ").pop()}`) })),
+      points: series.points.map((point) => ({
+        x: point.tick,
+        y: point.value,
+        text: () =>
+          point.value === null
+            ? `${point.id}: out of memory`
+            : `${point.id}: ${short(point.value)}${point.stdev ? ` ± ${short(point.stdev)}` : ""} ${panel.y_title.split(", ").pop()}`,
+      })),
     })),
   });
 }
@@ -170,12 +243,28 @@ function curveChart({ title, quantity, xTitle, unit, digits, chosen, fromZero })
   const drawn = chosen.map((row, i) => ({ row, i, curve: row.curves?.[quantity] })).filter(({ curve }) => curve);
   const xOf = (curve, i) => (curve.x ? curve.x[i] : i + 1);
   const series = drawn.map(({ row, i, curve }) => ({
-    colour: `c${i % 6}`, dash: DASHES[i % 6], marker: curve.y.length === 1 ? "here" : undefined, join: true, keys: [String(i)], name: nameOf(row),
-    points: curve.y.map((y, k) => ({ x: xOf(curve, k), y, text: () => `${number(y, digits)} ${unit}`.trim() })).filter((point) => point.y !== null),
+    colour: `c${i % 6}`,
+    dash: DASHES[i % 6],
+    marker: curve.y.length === 1 ? "here" : undefined,
+    join: true,
+    keys: [String(i)],
+    name: nameOf(row),
+    points: curve.y
+      .map((y, k) => ({ x: xOf(curve, k), y, text: () => `${number(y, digits)} ${unit}`.trim() }))
+      .filter((point) => point.y !== null),
   }));
-  const values = series.flatMap((one) => one.points.filter((point) => quantity !== "step_ms" || point.x > 5).map((point) => point.y));
+  const values = series.flatMap((one) =>
+    one.points.filter((point) => quantity !== "step_ms" || point.x > 5).map((point) => point.y),
+  );
   const most = quantity === "step_ms" && values.length ? 1.15 * Math.max(...values) : undefined;
   const yTitle = { loss: "loss", step_ms: "step time, ms", memory_gib: "memory, GiB" }[quantity];
-  return chart({ title, xTitle, yTitle, fromZero, most, series,
-    legend: drawn.map(({ row, i }) => ({ key: String(i), name: nameOf(row), colour: `c${i % 6}`, dash: DASHES[i % 6] })) });
+  return chart({
+    title,
+    xTitle,
+    yTitle,
+    fromZero,
+    most,
+    series,
+    legend: drawn.map(({ row, i }) => ({ key: String(i), name: nameOf(row), colour: `c${i % 6}`, dash: DASHES[i % 6] })),
+  });
 }

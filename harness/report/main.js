@@ -1,6 +1,21 @@
 // Theme, summary, sections.
 const THEMES = { auto: "Theme: system", light: "Theme: light", dark: "Theme: dark" };
-const remembered = { get: () => { try { return localStorage.getItem("theme"); } catch { return null; } }, set: (value) => { try { localStorage.setItem("theme", value); } catch { /* not kept */ } } };
+const remembered = {
+  get: () => {
+    try {
+      return localStorage.getItem("theme");
+    } catch {
+      return null;
+    }
+  },
+  set: (value) => {
+    try {
+      localStorage.setItem("theme", value);
+    } catch {
+      /* not kept */
+    }
+  },
+};
 let theme = remembered.get() in THEMES ? remembered.get() : "auto";
 function showTheme() {
   if (theme === "auto") delete document.documentElement.dataset.theme;
@@ -17,8 +32,9 @@ showTheme();
 
 const measured = rows.filter((row) => row.kind !== "catalogue");
 const judged = measured.filter((row) => row.as_published === true || row.as_published === false);
-byId("summary").textContent = `${measured.length} runs and records on ${[...new Set(measured.map((row) => row.hardware))].join(", ") || "nothing yet"}; `
-  + `${judged.filter((row) => row.as_published).length} of ${judged.length} that can be judged ran as published, or ran out of memory as published.`;
+byId("summary").textContent =
+  `${measured.length} runs and records on ${[...new Set(measured.map((row) => row.hardware))].join(", ") || "nothing yet"}; ` +
+  `${judged.filter((row) => row.as_published).length} of ${judged.length} that can be judged ran as published, or ran out of memory as published.`;
 
 const comparing = compare(byId("compare"));
 const everyRow = table(byId("rows"), comparing);

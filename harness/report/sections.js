@@ -5,17 +5,45 @@ function chapters(section, everyRow) {
     const figures = data.figures.filter((figure) => String(figure.chapter) === chapter);
     const judged = of.filter((row) => row.as_published === true || row.as_published === false);
     const measured = of.filter((row) => row.kind !== "catalogue" && !row.miniature).length;
-    add(section, 
+    add(
+      section,
       el("h3", { id: `chapter-${chapter}` }, `${chapter} ${title}`),
-      el("p", { class: "quiet small" }, `${measured} measured on GPUs, ${of.filter((row) => row.status === "not run").length} not run here`,
-        judged.length ? `, ${judged.filter((row) => row.as_published).length} of ${judged.length} as published` : "", ". ",
-        el("a", { href: "#rows", onclick: (event) => { event.preventDefault(); everyRow.only(chapter); } }, "Show its rows")),
-      figures.map((figure) => el("details", { open: true }, el("summary", {}, figure.title),
-        el("div", { class: "charts" }, figure.panels.map((panel) => sweepChart(figure, panel))),
-        figure.notes.map((note) => el("p", { class: "quiet small" }, note)))));
+      el(
+        "p",
+        { class: "quiet small" },
+        `${measured} measured on GPUs, ${of.filter((row) => row.status === "not run").length} not run here`,
+        judged.length ? `, ${judged.filter((row) => row.as_published).length} of ${judged.length} as published` : "",
+        ". ",
+        el(
+          "a",
+          {
+            href: "#rows",
+            onclick: (event) => {
+              event.preventDefault();
+              everyRow.only(chapter);
+            },
+          },
+          "Show its rows",
+        ),
+      ),
+      figures.map((figure) =>
+        el(
+          "details",
+          { open: true },
+          el("summary", {}, figure.title),
+          el(
+            "div",
+            { class: "charts" },
+            figure.panels.map((panel) => sweepChart(figure, panel)),
+          ),
+          figure.notes.map((note) => el("p", { class: "quiet small" }, note)),
+        ),
+      ),
+    );
   }
 }
 
+const PLURALS = { holds: "hold", fails: "fail" };
 const VERDICTS = { holds: "good", fails: "bad" };
 function claims(section) {
   const found = data.claims ?? [];
@@ -24,22 +52,70 @@ function claims(section) {
     return;
   }
   const sources = found[0].sides.map((side) => side.title);
-  const counted = (index) => Object.entries(Object.groupBy(found, (claim) => claim.sides[index].verdict)).map(([verdict, those]) => `${those.length} ${verdict}`).join(", ");
+  const counted = (index) =>
+    [...grouped(found, (claim) => claim.sides[index].verdict)]
+      .map(([verdict, those]) => `${those.length} ${PLURALS[verdict] ?? verdict}`)
+      .join(", ");
   const body = el("tbody");
-  const select = el("select", { id: "verdict", onchange: () => draw() }, el("option", { value: "" }, "all"),
-    [...new Set(found.flatMap((claim) => claim.sides.map((side) => side.verdict)))].map((verdict) => el("option", {}, verdict)));
+  const select = el(
+    "select",
+    { id: "verdict", onchange: () => draw() },
+    el("option", { value: "" }, "all"),
+    [...new Set(found.flatMap((claim) => claim.sides.map((side) => side.verdict)))].map((verdict) =>
+      el("option", {}, verdict),
+    ),
+  );
   function draw() {
     const kept = found.filter((claim) => !select.value || claim.sides.some((side) => side.verdict === select.value));
-    body.replaceChildren(...kept.map((claim) => el("tr", { "data-claim": claim.name }, el("td", { class: "left top" }, String(claim.chapter)),
-      el("td", { class: "left wide first" }, claim.says, el("div", { class: "quiet small" }, `${claim.formula} must be ${claim.must}`)),
-      claim.sides.map((side) => el("td", { class: "left wide" }, sideOf(claim, side))))));
+    body.replaceChildren(
+      ...kept.map((claim) =>
+        el(
+          "tr",
+          { "data-claim": claim.name },
+          el("td", { class: "left top" }, String(claim.chapter)),
+          el(
+            "td",
+            { class: "left wide first" },
+            claim.says,
+            el("div", { class: "quiet small" }, `${claim.formula} must be ${claim.must}`),
+          ),
+          claim.sides.map((side) => el("td", { class: "left wide" }, sideOf(claim, side))),
+        ),
+      ),
+    );
   }
-  add(section,
-    el("ul", {}, sources.map((title, index) => el("li", {}, `${title}: ${counted(index)}`))),
-    el("p", { class: "quiet small" }, "±: twice the standard uncertainty; undecided: what must hold begins within it. Published numbers state none."),
+  add(
+    section,
+    el(
+      "ul",
+      {},
+      sources.map((title, index) => el("li", {}, `${title}: ${counted(index)}`)),
+    ),
+    el(
+      "p",
+      { class: "quiet small" },
+      "±: twice the standard uncertainty; undecided: what must hold begins within it. Published numbers state none.",
+    ),
     el("div", { class: "controls" }, el("label", {}, "Verdict", select)),
-    el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Claims; scrolls sideways" }, el("table", { id: "every-claim" },
-      el("thead", {}, el("tr", {}, ["", "claim", ...sources].map((title) => el("th", { scope: "col", class: "left" }, title)))), body)));
+    el(
+      "div",
+      { class: "scroll", tabindex: 0, role: "region", "aria-label": "Claims; scrolls sideways" },
+      el(
+        "table",
+        { id: "every-claim" },
+        el(
+          "thead",
+          {},
+          el(
+            "tr",
+            {},
+            ["", "claim", ...sources].map((title) => el("th", { scope: "col", class: "left" }, title)),
+          ),
+        ),
+        body,
+      ),
+    ),
+  );
   draw();
 }
 
@@ -47,51 +123,122 @@ function claims(section) {
 function sideOf(claim, side) {
   const spread = side.spread ? ` ± ${short(side.spread)}` : "";
   return [
-    el("span", { class: `badge ${VERDICTS[side.verdict] ?? "quiet"}` }, side.verdict), side.value === null ? "" : ` ${short(side.value)}${spread}`,
-    el("div", { class: "quiet small" }, side.numbers.length ? side.numbers.map((one) => `${one.quantity}[${one.of}] = ${short(one.value)}${one.unit === "1" ? "" : ` ${one.unit}`}`).join(", ")
-      : side.missing.join(", ")),
+    el("span", { class: `badge ${VERDICTS[side.verdict] ?? "quiet"}` }, side.verdict),
+    side.value === null ? "" : ` ${short(side.value)}${spread}`,
+    el(
+      "div",
+      { class: "quiet small" },
+      side.numbers.length
+        ? side.numbers
+            .map((one) => `${one.quantity}[${one.of}] = ${short(one.value)}${one.unit === "1" ? "" : ` ${one.unit}`}`)
+            .join(", ")
+        : side.missing.join(", "),
+    ),
     side.reason && el("div", { class: "small" }, `Because ${side.reason}`),
   ];
 }
 
 function timelines(section) {
   const place = el("div");
-  const select = el("select", { id: "timeline", onchange: () => place.replaceChildren(timeline(data.timelines[Number(select.value)])) },
-    data.timelines.map((one, index) => el("option", { value: index }, one.title)));
-  add(section, 
-    el("p", {}, "Which stage computes which micro-batch when, in the order in which upstream's schedules run them. Sending costs no time here: idle time is the bubble."),
-    el("div", { class: "controls" }, el("label", {}, "Pipeline", select)), place);
+  const select = el(
+    "select",
+    { id: "timeline", onchange: () => place.replaceChildren(timeline(data.timelines[Number(select.value)])) },
+    data.timelines.map((one, index) => el("option", { value: index }, one.title)),
+  );
+  add(
+    section,
+    el(
+      "p",
+      {},
+      "Which stage computes which micro-batch when, in the order in which upstream's schedules run them. Sending costs no time here: idle time is the bubble.",
+    ),
+    el("div", { class: "controls" }, el("label", {}, "Pipeline", select)),
+    place,
+  );
   drawWhenNear(place, () => place.append(timeline(data.timelines[0])));
 }
 
 function timeline(one) {
   const [row, left, top] = [28, 56, 8];
   const width = Math.max(700, byId("timelines").clientWidth - 4, 32 * one.micro_batches * one.chunks);
-  const toX = (time) => left + time / one.end * (width - left - 8);
+  const toX = (time) => left + (time / one.end) * (width - left - 8);
   const bottom = top + row * one.stages;
-  const picture = svg("svg", { class: "plot", width, height: bottom + 40, viewBox: `0 0 ${width} ${bottom + 40}`, role: "img",
-    "aria-label": `${one.title}: idle ${number(100 * one.bubble, 1)}% of the ideal time` });
+  const picture = svg("svg", {
+    class: "plot",
+    width,
+    height: bottom + 40,
+    viewBox: `0 0 ${width} ${bottom + 40}`,
+    role: "img",
+    "aria-label": `${one.title}: idle ${number(100 * one.bubble, 1)}% of the ideal time`,
+  });
   one.spans.forEach((spans, stage) => {
     const y = top + stage * row;
-    picture.append(svg("text", { x: left - 6, y: y + 16, "text-anchor": "end" }, `stage ${stage}`), svg("rect", { class: "idle", x: left, y, width: toX(one.end) - left, height: row - 5 }));
+    picture.append(
+      svg("text", { x: left - 6, y: y + 16, "text-anchor": "end" }, `stage ${stage}`),
+      svg("rect", { class: "idle", x: left, y, width: toX(one.end) - left, height: row - 5 }),
+    );
     for (const [batch, chunk, backward, start, end] of spans) {
       const [x, size] = [toX(start), toX(end) - toX(start)];
-      picture.append(svg("g", { class: `c${backward}` },
-        svg("rect", { class: chunk % 2 ? "own late" : "own", x: x + 0.4, y, width: Math.max(size - 0.8, 0.5), height: row - 5 },
-          svg("title", {}, `stage ${stage}, micro-batch ${batch + 1}${one.chunks > 1 ? `, chunk ${chunk + 1}` : ""}, ${backward ? "backward" : "forward"}: ${short(start)} to ${short(end)}`)),
-        size >= (batch > 8 ? 13 : 8) && svg("text", { class: "number", x: x + size / 2, y: y + 15 }, String(batch + 1))));
+      picture.append(
+        svg(
+          "g",
+          { class: `c${backward}` },
+          svg(
+            "rect",
+            { class: chunk % 2 ? "own late" : "own", x: x + 0.4, y, width: Math.max(size - 0.8, 0.5), height: row - 5 },
+            svg(
+              "title",
+              {},
+              `stage ${stage}, micro-batch ${batch + 1}${one.chunks > 1 ? `, chunk ${chunk + 1}` : ""}, ${backward ? "backward" : "forward"}: ${short(start)} to ${short(end)}`,
+            ),
+          ),
+          size >= (batch > 8 ? 13 : 8) && svg("text", { class: "number", x: x + size / 2, y: y + 15 }, String(batch + 1)),
+        ),
+      );
     }
   });
-  for (const tick of roundTicks(0, one.end, 8).filter((time) => time <= one.end)) picture.append(svg("text", { x: toX(tick), y: bottom + 12, "text-anchor": "middle" }, short(tick)));
-  picture.append(svg("text", { x: (left + width) / 2, y: bottom + 32, "text-anchor": "middle" }, `time, ${one.unit ?? "forward passes of one micro-batch through one stage"}`));
-  const key = (words, kind, colour) => el("span", { class: "key" }, svg("svg", { class: colour, width: 14, height: 12, "aria-hidden": "true" }, svg("rect", { class: kind, width: 12, height: 12 })), ` ${words}`);
+  for (const tick of roundTicks(0, one.end, 8).filter((time) => time <= one.end))
+    picture.append(svg("text", { x: toX(tick), y: bottom + 12, "text-anchor": "middle" }, short(tick)));
+  picture.append(
+    svg(
+      "text",
+      { x: (left + width) / 2, y: bottom + 32, "text-anchor": "middle" },
+      `time, ${one.unit ?? "forward passes of one micro-batch through one stage"}`,
+    ),
+  );
+  const key = (words, kind, colour) =>
+    el(
+      "span",
+      { class: "key" },
+      svg(
+        "svg",
+        { class: colour, width: 14, height: 12, "aria-hidden": "true" },
+        svg("rect", { class: kind, width: 12, height: 12 }),
+      ),
+      ` ${words}`,
+    );
   const formula = (one.stages - 1) / (one.micro_batches * one.chunks);
-  return el("div", { class: "timeline" },
-    el("p", { class: "small keys" }, [...(one.chunks > 1 ? ["odd", "even"] : [""])].flatMap((parity, i) => ["forward", "backward"].map((kind, c) =>
-      key(parity ? `${kind}, ${parity} chunk` : kind, i ? "own late" : "own", `c${c}`))), key("idle", "idle", "")),
+  return el(
+    "div",
+    { class: "timeline" },
+    el(
+      "p",
+      { class: "small keys" },
+      [...(one.chunks > 1 ? ["odd", "even"] : [""])].flatMap((parity, i) =>
+        ["forward", "backward"].map((kind, c) =>
+          key(parity ? `${kind}, ${parity} chunk` : kind, i ? "own late" : "own", `c${c}`),
+        ),
+      ),
+      key("idle", "idle", ""),
+    ),
     el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Timeline; scrolls sideways" }, picture),
-    el("p", { class: "small" }, `Bubble, idle over ideal time: ${number(100 * one.bubble, 1)}%. Narayanan et al. 2021: (p-1)/(v m) with p = ${one.stages}, v = ${one.chunks}, `
-      + `m = ${one.micro_batches}: ${number(100 * formula, 1)}%. Times: ${one.times_from}. Numbers are micro-batches.`));
+    el(
+      "p",
+      { class: "small" },
+      `Bubble, idle over ideal time: ${number(100 * one.bubble, 1)}%. Narayanan et al. 2021: (p-1)/(v m) with p = ${one.stages}, v = ${one.chunks}, ` +
+        `m = ${one.micro_batches}: ${number(100 * formula, 1)}%. Times: ${one.times_from}. Numbers are micro-batches.`,
+    ),
+  );
 }
 
 function losses(section) {
@@ -101,11 +248,24 @@ function losses(section) {
     add(section, el("p", { class: "quiet" }, "No run has a loss yet."));
     return;
   }
-  const groups = Map.groupBy(shown, (row) => row.chapter);
+  const groups = grouped(shown, (row) => row.chapter);
   for (const [chapter, of] of groups) {
     for (let i = 0; i < of.length; i += MOST_RUNS) {
-      add(section, el("div", { class: "charts wide" }, curveChart({ title: `Training loss: ${data.chapters[chapter] ?? chapter}`, quantity: "loss", xTitle: "training step", unit: "", digits: 4,
-        chosen: of.slice(i, i + MOST_RUNS) })));
+      add(
+        section,
+        el(
+          "div",
+          { class: "charts wide" },
+          curveChart({
+            title: `Training loss: ${data.chapters[chapter] ?? chapter}`,
+            quantity: "loss",
+            xTitle: "training step",
+            unit: "",
+            digits: 4,
+            chosen: of.slice(i, i + MOST_RUNS),
+          }),
+        ),
+      );
     }
   }
 }
@@ -117,5 +277,12 @@ function notes(section) {
     `Published: ${data.published}`,
     ...data.warnings.map((warning) => `Left out: ${warning}`),
   ];
-  add(section, el("ul", {}, lines.map((line) => el("li", {}, line))));
+  add(
+    section,
+    el(
+      "ul",
+      {},
+      lines.map((line) => el("li", {}, line)),
+    ),
+  );
 }
