@@ -1,7 +1,9 @@
 """What upstream's model makes of some tokens, run as ranks of a CPU job: ``python tests/megatron_logits.py CASES.json``.
 
-CASES.json is a list of {load, tp, pp, ep, tokens, out}. Ranks build and load the model by upstream's own training script,
-which goes on to train; here it ends once the model has seen ``tokens`` [b, s], and ``out`` has the logits [b, s, v].
+CASES.json is a list of {load, model, tp, pp, ep, tokens, out, arguments, steps, stored}; ``model`` is an import whose model
+it is, by default ``load``. Ranks build and load the model by upstream's own training script, which goes on to train; here it
+ends once the model has seen ``tokens`` [b, s], and ``out`` has the logits [b, s, v]. With ``steps`` it does go on to train,
+and saves into ``out``. With ``stored``, upstream takes the model from the checkpoint's arguments.
 """
 
 import json
@@ -12,7 +14,7 @@ from pathlib import Path
 
 from harness.convert import weights
 from harness.environment import variables
-from harness.flags import megatron_flags
+from harness.flags import megatron_flags, model_flags
 from harness.parity import DENSE, tiny
 
 
@@ -29,13 +31,15 @@ def main(cases: list[dict]) -> int:
 def run(case: dict) -> int:
     from harness.cpu import warm
 
-    found = weights.read(Path(case["load"]))
+    found = weights.read(Path(case.get("model", case["load"])))
     ep = case.get("ep", 1)
     layout = {"tp": case.get("tp", 1), "pp": case.get("pp", 1), "ep": ep, "dp": ep}
     experiment = tiny(found.model, layout | {"seq_length": found.positions, "sequence_parallel": layout["tp"] > 1})
     words = [word for group in megatron_flags(experiment, "cpu") for word in group]
     if "--position-embedding-type" not in words:
         words.remove("--no-bias-gelu-fusion")  # the fused one is GPT-2's approximation by tanh
+    if case.get("stored"):
+        words = [*without_model(words, experiment), "--use-checkpoint-args", "--seq-length", str(experiment.seq_length)]
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     ranks = experiment.world_size
@@ -46,9 +50,21 @@ def run(case: dict) -> int:
             continue
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
         os.environ |= {"MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(ranks)}
-        sys.argv = ["pretrain_gpt.py", *words, "--load", case["load"], *case.get("arguments", [])]
+        sys.argv = ["pretrain_gpt.py", *words, "--load", case["load"], "--finetune", *case.get("arguments", [])]
+        if steps := case.get("steps"):
+            sys.argv += ["--train-iters", str(steps), "--save", case["out"], "--save-interval", str(steps), "--eval-iters", "0"]
         be_rank(case)
     return max(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids)
+
+
+def without_model(words: list[str], experiment) -> list[str]:
+    """``words`` without what says what the model is."""
+    said = " ".join(words)
+    *model, option, value = model_flags(experiment)
+    for part in (" ".join(model), f"{option} {value}"):
+        assert part in said
+        said = said.replace(part, "")
+    return said.split()
 
 
 def be_rank(case: dict) -> None:
@@ -56,6 +72,8 @@ def be_rank(case: dict) -> None:
 
     from harness.entry import rank
 
+    if "steps" in case:
+        rank.run()
     set_up = training.setup_model_and_optimizer
 
     def set_up_then_forward(*args, **kwargs):

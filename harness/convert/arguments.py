@@ -29,7 +29,11 @@ def flags(model: Model, positions: int, tp: int = 1, pp: int = 1, ep: int = 1) -
     """
     one = Experiment(id="999", slug="weights", chapter=900, shows="weights", model=model, micro_batch_size=1,
                      global_batch_size=1, seq_length=positions)  # fmt: skip
-    words = model_flags(one.with_changes(tp=tp, pp=pp, ep=ep, dp=ep, global_batch_size=ep))
+    try:
+        cut = one.with_changes(tp=tp, pp=pp, ep=ep, dp=ep, sequence_parallel=tp > 1, global_batch_size=ep)
+    except UserError as error:
+        raise UserError(str(error).replace(f"{one.id}: ", f"{model.name}: ")) from None
+    words = model_flags(cut)
     at = words.index("--seq-length")
     return words[:at] + words[at + 2 :]
 

@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from harness import overrides
-from harness.convert.weights import WEIGHTS
+from harness.catalog import load_catalog
+from harness.convert.weights import WEIGHTS, differences
+from harness.data import prepared
 from harness.errors import UserError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -18,10 +20,10 @@ def import_hf(settings: Mapping[str, str], folder: Path = WEIGHTS) -> int:
     """Import HF= into ``folder``/NAME and say what it is.
 
     Raises:
-        UserError: see ``importing.import_folder``; or HF= is missing, or NAME= is there already.
+        UserError: see ``importing.import_folder``; HF= is missing, NAME= is there already, or DATA= is another tokenizer's.
     """
     if "HF" not in settings:
-        raise UserError("HF missing: make import-hf HF=folder-or-repository [NAME=…] [TP=… PP=… EP=…]")
+        raise UserError("HF missing: make import-hf HF=folder-or-repository [NAME=…] [DATA=…] [TP=… PP=… EP=…]")
     source = settings["HF"]
     name = settings.get("NAME") or Path(source.partition("@")[0]).name
     if not _NAME.fullmatch(name):
@@ -32,14 +34,18 @@ def import_hf(settings: Mapping[str, str], folder: Path = WEIGHTS) -> int:
     layout = {axis.lower(): overrides.count(axis, settings[axis]) for axis in ("TP", "PP", "EP") if axis in settings}
     from harness.convert.importing import import_folder
 
+    data = prepared.blend(settings["DATA"]) if settings.get("DATA", prepared.MOCK) != prepared.MOCK else None
     begun = time.monotonic()
-    weights = import_folder(source, target, name, **layout)
+    weights = import_folder(source, target, name, data=data, **layout)
     print(f"{target}: {weights.architecture}, {weights.parameters:,} parameters, {weights.bytes / 2**30:.2f} GiB "
           f"in {time.monotonic() - begun:.0f} s")  # fmt: skip
     if weights.dequantized:
         print(f"  {weights.dequantized} tensors were MXFP4: they are bf16 here, the same values in four times the bytes")
     if not weights.tokenizer:
         print("  no tokenizer came with them")
+    fitting = [e.id for e in load_catalog().experiments if not differences(weights, e)]
+    if fitting:
+        print(f"  experiments of this model: {', '.join(fitting[:8])}; make {fitting[0]} ARGS=\"--load {target}\"")
     print(f"  upstream's arguments: --load {target} --seq-length … {' '.join(weights.flags)}")
     return 0
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -67,9 +66,10 @@ def read_config(folder: Path) -> tuple[Architecture, dict[str, Any]]:
     architecture = ARCHITECTURES[known[0]]
     if raw.get("model_type") != architecture.model_type:
         raise UserError(f"{path}: {architecture.name} with model_type {raw.get('model_type')!r}")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
     from transformers import AutoConfig
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict()
     except Exception as error:  # transformers checks each key in its own way

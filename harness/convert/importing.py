@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from functools import partial
 from itertools import product
+from math import lcm
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from harness.convert.mxfp4 import Dequantized
 from harness.convert.safetensor_files import Tensors, open_folder
 from harness.convert.torch_dist import Piece
 from harness.convert.transforms import Sizes
-from harness.convert.weights import HF, RECORD, RELEASE, Weights
+from harness.convert.weights import HF, RECORD, RELEASE, Weights, check_data
+from harness.data.prepared import Blend
 from harness.errors import UserError
 from harness.rundir import write_json
 
@@ -36,11 +38,13 @@ _STATEFUL = ("self_attention.linear_qkv", "self_attention.linear_proj", "self_at
 _STATEFUL_EXPERTS = (EXPERTS + "linear_fc1", EXPERTS + "linear_fc2")
 
 
-def import_folder(source: str, target: Path, name: str, *, tp: int = 1, pp: int = 1, ep: int = 1) -> Weights:
+def import_folder(source: str, target: Path, name: str, *, tp: int = 1, pp: int = 1, ep: int = 1,
+                  data: Blend | None = None) -> Weights:  # fmt: skip
     """Write the weights of Hugging Face's ``source`` into ``target``, whole or not at all.
 
     Args:
         tp, pp, ep: the layout to check the model against; the checkpoint loads under any other too.
+        data: data sets to check the tokenizer against.
 
     Raises:
         UserError: the folder is incomplete, damaged, not what its config.json says, or of a kind that is not known.
@@ -48,11 +52,13 @@ def import_folder(source: str, target: Path, name: str, *, tp: int = 1, pp: int 
     folder = hub.locate(source)
     architecture, config = hub.read_config(folder)
     model, positions = architecture.read(config, name)
-    multiple = ALIGNMENT * (tp if tp % WIDEST_TP == 0 else tp * WIDEST_TP)
+    multiple = ALIGNMENT * lcm(tp, WIDEST_TP)
     sizes = Sizes(model, positions, -(-model.vocab_size // multiple) * multiple)
     words = arguments.flags(model, positions, tp, pp, ep)
     tensors = Dequantized(open_folder(folder))
     pieces = plan(architecture, sizes, tensors)
+    if data:
+        check_data(model, folder, data)
     has_tokenizer = _check_tokenizer(folder, model.vocab_size)
     used = [tensors[name] for row in architecture.rows_of(model) for index in _places(row, sizes)
             for name in _found(architecture, row, index, tensors)]  # fmt: skip

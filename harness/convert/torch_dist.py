@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,9 +80,18 @@ class Piece:
 
 def write(folder: Path, pieces: Sequence[Piece], objects: Mapping[str, Any]) -> None:
     """Write a checkpoint of ``pieces`` and pickled ``objects`` into ``folder``; in memory is what is being written."""
-    checkpoint.save({}, storage_writer=FileSystemWriter(folder, thread_count=WRITERS, per_thread_copy_ahead=0),
-                    planner=_SavePlanner(pieces, objects), no_dist=True)  # fmt: skip
+    with _one_process():
+        checkpoint.save({}, storage_writer=FileSystemWriter(folder, thread_count=WRITERS, per_thread_copy_ahead=0),
+                        planner=_SavePlanner(pieces, objects), no_dist=True)  # fmt: skip
     (folder / CONFIG).write_text(json.dumps({"sharded_backend": BACKEND, "sharded_backend_version": 1}))
+
+
+@contextmanager
+def _one_process() -> Iterator[None]:
+    """PyTorch warns that it saves and loads without process groups: that is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 class _SavePlanner(DefaultSavePlanner):
@@ -165,7 +176,8 @@ class Checkpoint:
                 return torch.load(self.folder / "common.pt", map_location="cpu", weights_only=True)
             assert isinstance(folded, BytesStorageMetadata)
             loaded = {COMMON: io.BytesIO()}
-            checkpoint.load(loaded, storage_reader=FileSystemReader(self.folder), no_dist=True)
+            with _one_process():
+                checkpoint.load(loaded, storage_reader=FileSystemReader(self.folder), no_dist=True)
             if isinstance(loaded[COMMON], io.BytesIO):
                 loaded[COMMON].seek(0)
                 return torch.load(loaded[COMMON], weights_only=True)[0]

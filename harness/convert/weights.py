@@ -14,10 +14,14 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from harness import ROOT
-from harness.catalog import Model
+from harness.catalog import Experiment, Model
 from harness.data.prepared import Blend
 from harness.errors import UserError, nearest
 
+_TRAINING = ("name", "dropout", "init_method_std", "moe_aux_loss_coeff", "moe_z_loss_coeff",
+             "ffn_hidden_size", "num_query_groups", "kv_channels", "moe_ffn_hidden_size")  # fmt: skip
+"""Fields of a model that its weights do not depend on, or that ``_SHAPES`` gives with their defaults."""
+_SHAPES = ("ffn", "moe_ffn", "query_size", "key_size")
 WEIGHTS = ROOT / "weights"
 RECORD, RELEASE, HF = "weights.json", "release", "hf"
 
@@ -76,31 +80,39 @@ def find(named: str) -> Path:
                     "make import-hf HF=folder-or-repository NAME=… makes some")  # fmt: skip
 
 
-def check_data(folder: Path, blend: Blend) -> None:
-    """Refuse data that another tokenizer made than the one that the weights in ``folder`` were trained with.
+def differences(weights: Weights, experiment: Experiment) -> list[str]:
+    """Why ``experiment`` cannot load ``weights``, in words; none where it can.
+
+    What only training is about (dropout, initial weights, losses of the router) may differ.
+    """
+    ours, theirs = experiment.model, weights.model
+    names = (name for name in (*_SHAPES, *Model.model_fields) if name not in _TRAINING)
+    pairs = ((name, getattr(ours, name), getattr(theirs, name)) for name in names)
+    found = [f"{name} is {here}, not {there}" for name, here, there in pairs if here != there]
+    if theirs.position_embedding == "learned_absolute" and experiment.seq_length != weights.positions:
+        found.append(f"sequences of {experiment.seq_length}, not the {weights.positions} that positions were learned for")
+    return found
+
+
+def check_data(model: Model, tokenizer: Path, blend: Blend) -> None:
+    """Refuse data that another tokenizer made than the one in the folder ``tokenizer``, which ``model`` was trained with.
 
     Raises:
-        UserError: an id means different tokens in the two, or is beyond the weights' vocabulary.
+        UserError: an id means different tokens in the two, or is beyond the model's vocabulary.
     """
     from harness.convert.hub import vocabulary_of
 
-    weights, data = read(folder), blend.sets[0]
-    if weights is None:
-        return
-    if data.vocab_size and data.vocab_size > weights.model.vocab_size:
-        raise UserError(
-            f"DATA={data.name} has {data.vocab_size:,} tokens, {weights.name} knows {weights.model.vocab_size:,}\n"
-            f"prepare it with its own tokenizer: TOKENIZER={folder / HF}"
-        )
-    ours = vocabulary_of(folder / HF) if weights.tokenizer else None
+    data = blend.sets[0]
+    again = f"prepare it again with TOKENIZER={tokenizer}"
+    if data.vocab_size and data.vocab_size > model.vocab_size:
+        raise UserError(f"DATA={data.name} has {data.vocab_size:,} tokens, {model.name} knows {model.vocab_size:,}\n{again}")
+    ours = vocabulary_of(tokenizer)
     theirs = vocabulary_of(data.tokenizer_model) if data.tokenizer_model and data.tokenizer_model.is_dir() else None
     if ours is None or theirs is None:
         return
-    differing = [token for token, number in theirs.items() if ours.get(token) != number]
-    if differing:
-        token = min(differing, key=theirs.__getitem__)
+    if differing := [token for token, number in theirs.items() if ours.get(token) != number]:
+        first = min(differing, key=theirs.__getitem__)
         raise UserError(
-            f"DATA={data.name} was made by another tokenizer than {weights.name}'s: {len(differing):,} of {len(theirs):,} "
-            f"tokens have other ids, such as {token!r}: {theirs[token]} in the data, {ours.get(token)} in the weights\n"
-            f"prepare it again with TOKENIZER={folder / HF}"
+            f"DATA={data.name} was made by another tokenizer than {model.name}'s: {len(differing):,} of {len(theirs):,} tokens "
+            f"have other ids, such as {first!r}: {theirs[first]} in the data, {ours.get(first)} in the weights\n{again}"
         )
