@@ -112,7 +112,8 @@ def check_data(model: Model, tokenizer: Path, blend: Blend) -> None:
         return
     if differing := [token for token, number in theirs.items() if ours.get(token) != number]:
         first = min(differing, key=theirs.__getitem__)
+        pair = f"{first!r}: {theirs[first]} in the data, {ours.get(first)} in the weights"
         raise UserError(
-            f"DATA={data.name} was made by another tokenizer than {model.name}'s: {len(differing):,} of {len(theirs):,} tokens "
-            f"have other ids, such as {first!r}: {theirs[first]} in the data, {ours.get(first)} in the weights\n{again}"
+            f"DATA={data.name} was made by another tokenizer than {model.name}'s: {len(differing):,} of "
+            f"{len(theirs):,} tokens have other ids, such as {pair}\n{again}"
         )
