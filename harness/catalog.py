@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -116,6 +116,21 @@ class Model(_Frozen):
         return self.moe_ffn_hidden_size or self.ffn
 
 
+LinearLayer = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
+
+
+class Lora(_Frozen):
+    """Adapters of low rank beside frozen layers (harness/finetune/lora.py). ``targets``: upstream's names of them."""
+
+    rank: Count
+    alpha: Annotated[float, Field(gt=0)]
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: Annotated[tuple[LinearLayer, ...], Field(strict=False, min_length=1)] = get_args(LinearLayer)
+
+    @property
+    def scale(self) -> float:
+        """What the product of the factors is multiplied by."""
+        return self.alpha / self.rank
 class Target(_Frozen):
     """The validation loss at which a long run is done; its miniature, another model on other data, has its own."""
 
@@ -159,6 +174,11 @@ class Experiment(_Frozen):
     """Precision in which gradients are summed up over micro-batches and ranks."""
     lr: Annotated[float, Field(gt=0)] | None = None
     """Highest learning rate, decayed to a tenth over ``steps``; None: the published launchers' schedule."""
+    weights: str | None = None
+    """What it starts from, whose model it trains: a name in weights/, or a run; None: random weights."""
+    positions: Count | None = None
+    """The longest sequence that learned positions are there for; None: as long as those it trains on."""
+    lora: Lora | None = None
     cross_entropy_fusion: bool = False
     attention_backend: Literal["auto", "flash", "fused", "unfused"] = "auto"
     steps: Count = 100

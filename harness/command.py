@@ -10,6 +10,7 @@ from pathlib import Path
 from harness import ROOT
 from harness.catalog import Experiment
 from harness.checkpoints import Loading, Saving
+from harness.data import prepared
 from harness.data.splits import samples_of
 from harness.environment import variables
 from harness.flags import Device, loading_flags, megatron_flags, saving_flags, tracking_flags
@@ -107,7 +108,7 @@ def _in_run_dir(extras: Extras) -> list[list[str]]:
 
 def _index_mappings(e: Experiment) -> list[str]:
     """The line that builds which tokens make which sample, once a node and before its ranks start."""
-    if e.data == "mock":
+    if e.data == "mock" or prepared.blend(e.data).sets[0].chat:
         return []
     samples = samples_of(e.steps, e.global_batch_size, e.eval_interval, e.eval_steps)
     words = [f"DATA={e.data}", f"SEQ={e.seq_length}", f"SAMPLES={','.join(map(str, samples))}", f"SPLIT={e.split}"]

@@ -64,6 +64,8 @@ def _violations(e: Experiment) -> Iterator[str]:
     if e.cp > 1 and e.seq_length % (2 * e.cp):
         yield (f"seq {e.seq_length} must divide by 2 x cp = {2 * e.cp} (each rank holds two chunks); "
                f"{_try('cp', _where(lambda cp: e.seq_length % (2 * cp) == 0, 64), e.cp)}")
+    if e.positions and e.model.position_embedding == "learned_absolute" and e.seq_length > e.positions:
+        yield f"seq {e.seq_length}: positions were learned up to {e.positions}; set SEQ={e.positions} or less"
     if e.cp > 1 and e.cp_comm_type == "a2a" and heads % (e.tp * e.cp):
         yield (f"a2a shares heads out over cp: num_attention_heads {heads} must divide by tp x cp = {e.tp} x {e.cp}; "
                f"{_try('cp', _divisors(max(heads // e.tp, 1)), e.cp)}, or cp_comm_type p2p")
@@ -80,6 +82,7 @@ def _violations(e: Experiment) -> Iterator[str]:
     yield from _model_violations(e)
     yield from _precision_violations(e)
     yield from _sharding_violations(e)
+    yield from _lora_violations(e)
     if e.profile and not 2 <= e.profile[0] <= e.profile[1] <= e.steps:
         first, last = e.profile
         way_out = f"try PROFILE={max(e.steps - 1, 2)}-{max(e.steps, 2)}, or STEPS={max(first, last, 2)}"
@@ -99,6 +102,21 @@ def _model_violations(e: Experiment) -> Iterator[str]:
         yield f"qk_norm projection: {m.num_query_groups or m.num_attention_heads} key heads must divide by tp = {e.tp}"
     if e.cp > 1 and (m.window_size or m.attention_sinks) and e.cp_comm_type != "a2a":
         yield f"windows and sinks need context parallelism by all-to-all: set cp_comm_type a2a, not {e.cp_comm_type}"
+
+
+def _lora_violations(e: Experiment) -> Iterator[str]:
+    if e.lora is None:
+        return
+    experts = sorted({"linear_fc1", "linear_fc2"} & set(e.lora.targets)) if e.model.num_experts else []
+    if experts:
+        yield (f"LoRA: experts get no adapters, but {', '.join(experts)} of {e.model.name} are theirs; "
+               "set LORA_TARGETS=linear_qkv,linear_proj")
+    if e.sharding not in ("no_shard", "optim"):
+        yield f"LoRA: sharding {e.sharding} is for weights that are trained; set SHARDING=optim or no_shard"
+    if e.optimizer != "adam":
+        yield f"LoRA: {e.optimizer} is for whole matrices, not for their factors; set OPTIMIZER=adam"
+    if e.precision == "fp8":
+        yield "LoRA: fp8 is not tested with adapters; choose a bf16 row"
 
 
 def _precision_violations(e: Experiment) -> Iterator[str]:

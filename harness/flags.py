@@ -11,6 +11,7 @@ from typing import Literal
 from harness.catalog import Experiment
 from harness.checkpoints import Loading, Saving
 from harness.data import prepared
+from harness.finetune.arguments import flags as lora_flags
 from harness.flops import padded_vocab_size
 from harness.tracking import Tracking
 
@@ -39,6 +40,8 @@ _RECOMPUTE = {
     "full": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
     "selective": "--recompute-granularity selective",
 }
+# Conversations, packed: attention knows their bounds from cu_seqlens, and every token of an answer weighs the same
+_CONVERSATIONS = "--sft --no-create-attention-mask-in-dataloader --calculate-per-token-loss"
 _PRECISION = {"bf16": "--bf16", "fp32": "", "fp8": "--bf16"}
 _FP8 = {
     # delayed: the largest of the last 1,024 steps, Transformer Engine's default; blockwise: 128 values, as DeepSeek-V3
@@ -88,6 +91,7 @@ def megatron_flags(e: Experiment, device: Device, *, apex: bool = False) -> list
         _words(f"--micro-batch-size {e.micro_batch_size} --global-batch-size {e.global_batch_size}",
                f"--train-iters {e.steps}", *_precision(e)),
         _words(_schedule(e), _OPTIMIZER, f"--init-method-std {e.model.init_method_std}"),
+        [*(["--pretrained-checkpoint", e.weights] if e.weights else []), *_words(*(lora_flags(e.lora) if e.lora else ()))],
         _words(_OPTIMIZERS[e.optimizer], _OPTIMIZER_STATE[e.optimizer_state], _GRADIENTS[e.gradients]),
         [] if cuda else _words(*_WITHOUT_CUDA),
         [] if cuda and apex else ["--no-gradient-accumulation-fusion"],
@@ -136,7 +140,7 @@ def _model(e: Experiment) -> tuple[str, ...]:
         *([f"--kv-channels {m.kv_channels}"] if m.kv_channels else []),
         *([] if m.add_bias_linear else ["--disable-bias-linear"]),
         *_published(e),
-        f"--seq-length {e.seq_length} --max-position-embeddings {e.seq_length}",
+        f"--seq-length {e.seq_length} --max-position-embeddings {e.positions or e.seq_length}",
         f"--attention-backend {e.attention_backend}",
     )
 
@@ -236,6 +240,7 @@ def _data(e: Experiment) -> list[str]:
         source += ["--tokenizer-model", str(first.tokenizer_model)] if first.tokenizer_model else []
         source += ["--vocab-size", str(first.vocab_size)] if first.tokenizer_type == "NullTokenizer" else []
         source += _whole_vocabulary(e, first.vocab_size)
+        source += _CONVERSATIONS.split() if first.chat else []
     return [*source, "--split", e.split]
 
 

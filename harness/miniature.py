@@ -2,7 +2,8 @@
 
 Kept: every parallel degree up to eight processes, virtual stages, heads (and so heads per rank), micro-batch size and
 count, sharding, recomputation, precision, and what an architecture is made of. Scaled: width, depth, sequence, windows,
-vocabulary, experts and steps. A CPU has neither fp8 nor Transformer Engine's optimizer, so bf16 and fp32 stand in for both.
+vocabulary, experts and, but for conversations, steps.
+A CPU has neither fp8 nor Transformer Engine's optimizer, so bf16 and fp32 stand in for both.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ MOST_PROCESSES = 8
 HEAD_SIZE = 4
 LAYERS_WITHOUT_PIPELINE = 2
 SEQUENCE_SCALE = 32
+CONVERSATION = 128
+"""Tokens of a sequence at least, where conversations are to be learned."""
 EXPERT_SCALE = 4
 MOST_TOPK = 2
 EXPERT_WIDTH = 16
@@ -32,9 +35,10 @@ def miniature(experiment: Experiment, nodes: int = 1) -> Experiment:
     while prod(sizes.values()) > MOST_PROCESSES and any(size % 2 == 0 for size in sizes.values()):
         largest = max((axis for axis in sizes if sizes[axis] % 2 == 0), key=sizes.__getitem__)
         sizes[largest] //= 2
-    steps = experiment.until.miniature_steps if experiment.until else STEPS
+    talks = experiment.data != prepared.MOCK and prepared.blend(experiment.data).sets[0].chat
+    steps = experiment.until.miniature_steps if experiment.until else experiment.steps if talks else STEPS
     chunks = 2 * sizes["cp"] * sizes["tp"]
-    sequence = max(experiment.seq_length // SEQUENCE_SCALE // chunks, 1) * chunks
+    sequence = max(experiment.seq_length // SEQUENCE_SCALE // chunks, CONVERSATION // chunks if talks else 1) * chunks
     stage_ranks = prod(sizes.values()) // sizes["pp"]
     ep = min(experiment.ep, stage_ranks)
     return experiment.with_changes(
@@ -43,7 +47,7 @@ def miniature(experiment: Experiment, nodes: int = 1) -> Experiment:
         etp=min(experiment.etp, stage_ranks // ep),
         global_batch_size=experiment.global_batch_size * sizes["dp"] // experiment.dp,
         nodes=nodes,
-        model=_miniature_model(experiment),
+        model=experiment.model if experiment.weights else _miniature_model(experiment),
         seq_length=experiment.seq_length if "SEQ" in experiment.overrides else sequence,
         steps=experiment.steps if "STEPS" in experiment.overrides else steps,
         **(_intervals(experiment, steps) if experiment.until else {}),

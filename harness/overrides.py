@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import get_args
 
-from harness.catalog import SHARDING, Experiment, Target
+from harness.catalog import SHARDING, Experiment, LinearLayer, Lora, Target
 from harness.errors import UserError, nearest
 
 
@@ -42,6 +42,11 @@ EXPERIMENT_SETTINGS = (
     Setting("NODES", "2", "nodes; each runs GPUS / NODES ranks"),
     Setting("DATA", "mock", 'mock, a prepared data set (make data-list), or a blend: DATA="a:0.7 b:0.3"'),
     Setting("SPLIT", "949,50,1", "shares of the data for training, validation and test"),
+    Setting("WEIGHTS", "llama3-8b", "start from these: a name in weights/ (make import-hf), a run, or a folder"),
+    Setting("LORA_RANK", "16", "train adapters of this rank beside frozen weights; 0: train the weights"),
+    Setting("LORA_ALPHA", "32", "what adapters add is scaled by alpha / rank (default: twice the rank)"),
+    Setting("LORA_DROPOUT", "0.05", "dropout of the adapters' input"),
+    Setting("LORA_TARGETS", "linear_qkv,linear_proj", "layers that get an adapter (default: linear_fc1, linear_fc2 too)"),
     Setting("LR", "3e-4", "highest learning rate, decaying over STEPS (published: 6e-5, over 430000)"),
     Setting("MIN_LR", "3e-5", "lowest learning rate (default: a tenth of LR)"),
     Setting("LR_DECAY", "linear", "how it falls: cosine, linear, constant or inverse-square-root"),
@@ -93,7 +98,7 @@ _RATES = {"LR": "lr", "MIN_LR": "min_lr"}
 PROFILED_STEPS = (8, 9)
 """What PROFILE=1 traces: compilation, tuning and the allocator's growth are over by then."""
 _CHOICES = {"RECOMPUTE": "recompute", "SHARDING": "sharding", "OPTIMIZER": "optimizer", "LR_DECAY": "lr_decay"}
-_TEXTS = {"DATA": "data", "SPLIT": "split", "LOAD": "load"}
+_TEXTS = {"DATA": "data", "SPLIT": "split", "LOAD": "load", "WEIGHTS": "weights"}
 
 
 def parse(words: Iterable[str], extra: Iterable[str] = ()) -> dict[str, str]:
@@ -169,6 +174,8 @@ def apply(experiment: Experiment, settings: Mapping[str, str]) -> Experiment:
         changes["card"] = given["CARD"]
     if "PROFILE" in given:
         changes["profile"] = _profiled_steps(given["PROFILE"])
+    if lora_keys := [key for key in given if key.startswith("LORA_")]:
+        changes["lora"] = _lora(experiment, {key: given[key] for key in lora_keys})
     if "UNTIL" in given:
         changes["until"] = _target(experiment, rate("UNTIL", given["UNTIL"]))
     if "ARGS" in given:
@@ -201,8 +208,43 @@ def _target(experiment: Experiment, loss: float) -> Target:
 
 def _field_of(key: str) -> str:
     special = {"GPUS": "dp", "SP": "sequence_parallel", "CARD": "card", "ARGS": "extra_args", "UNTIL": "until",
-               "PROFILE": "profile"}
+               "PROFILE": "profile"} | dict.fromkeys(("LORA_RANK", "LORA_ALPHA", "LORA_DROPOUT", "LORA_TARGETS"), "lora")
     return (_COUNTS | _COUNTS_FROM_0 | _RATES | _CHOICES | _TEXTS | special)[key]
+
+
+def _lora(experiment: Experiment, given: Mapping[str, str]) -> Lora | None:
+    """The adapters that ``LORA_…`` settings make of the experiment's own."""
+    rank = count("LORA_RANK", given["LORA_RANK"], least=0) if "LORA_RANK" in given else None
+    known = experiment.lora
+    if rank is None and known is None:
+        raise UserError(f"{', '.join(given)}: {experiment.id} has no adapters; give LORA_RANK=, such as LORA_RANK=16")
+    if rank == 0:
+        if len(given) > 1:
+            raise UserError(f"LORA_RANK=0 trains the weights; leave out {', '.join(sorted(set(given) - {'LORA_RANK'}))}")
+        return None
+    rank = rank or known.rank
+    targets = tuple(given["LORA_TARGETS"].replace(",", " ").split()) if "LORA_TARGETS" in given else None
+    for target in targets or ():
+        if target not in get_args(LinearLayer):
+            raise UserError(f"LORA_TARGETS={given['LORA_TARGETS']}: {nearest(target, get_args(LinearLayer))}")
+    if targets and len(set(targets)) != len(targets):
+        raise UserError(f"LORA_TARGETS={given['LORA_TARGETS']}: a layer gets one adapter")
+    alpha, dropout = (_number(key, given[key]) if key in given else None for key in ("LORA_ALPHA", "LORA_DROPOUT"))
+    if alpha is not None and alpha <= 0:
+        raise UserError(f"LORA_ALPHA={given['LORA_ALPHA']}: expected a number above 0")
+    if dropout is not None and not 0 <= dropout < 1:
+        raise UserError(f"LORA_DROPOUT={given['LORA_DROPOUT']}: expected a number from 0 to below 1")
+    fields = {"rank": rank, "alpha": alpha or (known.scale if known else 2) * rank}
+    fields |= {"dropout": known.dropout} | {"targets": known.targets} if known else {}
+    fields |= {} if dropout is None else {"dropout": dropout}
+    return Lora(**fields | ({"targets": targets} if targets else {}))
+
+
+def _number(key: str, value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise UserError(f"{key}={value}: expected a number") from None
 
 
 def _profiled_steps(value: str) -> tuple[int, int] | None:

@@ -14,6 +14,7 @@ from harness.command import NOTHING_ELSE, Extras, Place, render
 from harness.data import prepared
 from harness.data.splits import check_split
 from harness.errors import UserError
+from harness.finetune import start
 from harness.flags import Device
 from harness.miniature import describe, miniature
 from harness.rundir import RunDir
@@ -85,6 +86,11 @@ def plan(experiment: Experiment, settings: Mapping[str, str], device: Device) ->
     if device == "cuda" and full.attention_backend == "flash" and _lacks_flash_attention():
         full = full.with_changes(attention_backend="auto")
         headlines.append("attention by cuDNN: the published run's flash-attn is not installed here")
+    outdir = Path(settings.get("OUTDIR") or ROOT / "outdir").resolve()
+    if full.weights:
+        full = start.apply(full, outdir)
+    if full.data != prepared.MOCK:
+        _check_conversations(full)
     nodes = full.nodes if "NODES" in settings else 1
     small = miniature(full, nodes) if device == "cpu" else full
     if device == "cpu":
@@ -92,7 +98,6 @@ def plan(experiment: Experiment, settings: Mapping[str, str], device: Device) ->
     place = _place(small, settings)
     if small.data != "mock":
         check_split(prepared.blend(small.data), small.split)
-    outdir = Path(settings.get("OUTDIR") or ROOT / "outdir").resolve()
     resumes = _resumed(outdir, small, settings)
     saving = _saving(small, settings, resumes)
     notices: list[str] = []
@@ -109,6 +114,17 @@ def plan(experiment: Experiment, settings: Mapping[str, str], device: Device) ->
         resumes=resumes,
         notices=tuple(notices),
     )
+
+
+def _check_conversations(e: Experiment) -> None:
+    """Raise UserError where packed conversations do not go with the sizes of ``e``."""
+    if not prepared.blend(e.data).sets[0].chat:
+        return
+    if e.cp > 1:
+        raise UserError(f"{e.id}: conversations are packed, which is not tested with cp = {e.cp}; set CP=1")
+    if e.pp > 1 and e.micro_batch_size > 1:
+        raise UserError(f"{e.id}: upstream joins a micro-batch of packed sequences, and pipeline stages expect them apart: "
+                        f"mbs {e.micro_batch_size}, pp {e.pp}; set MBS=1 or PP=1")
 
 
 def _resumed(outdir: Path, e: Experiment, settings: Mapping[str, str]) -> RunDir | None:

@@ -7,6 +7,7 @@ same work for every rank. ``--cp-comm-type`` chooses how the ranks attend to eac
 * ``all_gather``: every rank gathers all keys and values.
 * ``p2p`` (ring attention) is emulated by the same gathering: the sums are the same, but nothing overlaps.
 
+Packed sequences (``--sft``) attend within their segments, as Transformer Engine's THD format does.
 Windows and softmax sinks are upstream's own; here they meet the parts of the sequence and of the heads.
 """
 
@@ -37,6 +38,12 @@ def sequence_positions(context_parallel: int, sequence: int) -> torch.Tensor:
     return torch.cat([torch.cat((chunks[rank], chunks[-1 - rank])) for rank in range(context_parallel)])
 
 
+def _unseen(distance: torch.Tensor, window: tuple[int, int] | None) -> torch.Tensor:
+    """Which keys a query does not see, from how many places they lie before it; ``window`` as upstream's --window-size."""
+    later = distance < 0
+    return later | (distance > window[0]) if window else later
+
+
 class ContextParallelAttention(DotProductAttention):
     """Attention over a sequence whose parts lie on the ranks of the context-parallel group."""
 
@@ -61,9 +68,11 @@ class ContextParallelAttention(DotProductAttention):
             moved = "heads by all-to-all" if self.heads_travel else "keys and values by all-gather"
             print_rank_0(f"> CPU: context parallelism {cp_comm_type} moves {moved}")
 
-    def forward(self, query, key, value, attention_mask, *args, **kwargs):
+    def forward(self, query, key, value, attention_mask, *args, packed_seq_params=None, **kwargs):
         """Attend: query, key, value [s/cp, b, heads, hn] -> [s/cp, b, hidden]."""
         size = self.group.size()
+        if packed_seq_params is not None:
+            return self._packed(query, key, value, packed_seq_params, *args, **kwargs)
         if size == 1:
             return super().forward(query, key, value, attention_mask, *args, **kwargs)
         positions = sequence_positions(size, query.shape[0] * size)
@@ -77,11 +86,27 @@ class ContextParallelAttention(DotProductAttention):
         gathered = (gather_from_sequence_parallel_region(tensor, group=self.group) for tensor in (key, value))
         key, value = (tensor[ordered] for tensor in gathered)
         mine = positions.chunk(size)[self.group.rank()]
-        distance = mine[:, None] - torch.arange(len(positions))
-        unseen = distance < 0
-        if self.window:
-            unseen |= distance > self.window[0]
+        unseen = _unseen(mine[:, None] - torch.arange(len(positions)), self.window)
         return super().forward(query, key, value, unseen[None, None], *args, **kwargs)
+
+    def _packed(self, query, key, value, packed, *args, **kwargs):
+        """Attend within segments: query, key, value [t, heads, hn] -> [t, 1, hidden].
+
+        No segment goes beyond its sample, so the samples, one after another in t, are a batch again meanwhile.
+        """
+        if self.group.size() > 1:
+            raise UserError("CPU: packed sequences under context parallelism need Transformer Engine; set cp = 1")
+        length = packed.tokens_per_sample
+        places = torch.arange(length)
+        segments = torch.bucketize(torch.arange(len(query)), packed.cu_seqlens_q[1:].long(), right=True).view(-1, 1, length)
+        softmax = self.scale_mask_softmax
+        window, softmax.window_size = softmax.window_size, None  # upstream's would take the place of the mask
+        unseen = _unseen(places[:, None] - places, window) | (segments[..., None] != segments[..., None, :])
+        batch = (x.unflatten(0, (-1, length)).transpose(0, 1).contiguous() for x in (query, key, value))
+        try:
+            return super().forward(*batch, unseen, *args, **kwargs).transpose(0, 1).flatten(0, 1).unsqueeze(1)
+        finally:
+            softmax.window_size = window
 
     def _sinks_of_my_heads(self, _, inputs: tuple) -> tuple:
         """The softmax's inputs (scores, mask, sinks of all heads) with the sinks of the heads that this rank computes."""

@@ -189,11 +189,19 @@ def build_mappings(words: Sequence[str]) -> int:
     return 0
 
 
+def prepare_conversations(words: Sequence[str]) -> int:
+    """``make data-chat NAME=… INPUT=chat.jsonl``: conversations, of which answers are learned."""
+    from harness.finetune.prepare import command
+
+    return command(words)
+
+
 COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "data-list": list_sets,
     "data-inspect": inspect_set,
     "data-check": check_set,
     "data-prepare": prepare_input,
+    "data-chat": prepare_conversations,
     "data-clean": clean_files,
     "data-merge": merge_sets,
     "data-mappings": build_mappings,

@@ -75,6 +75,14 @@ class TokenizerUsed(_Record):
     by: str
 
 
+class Chat(_Record):
+    """What made text of conversations. ``template``: the tokenizer's own, or the simple one; ``answer_tokens``: those learned."""
+
+    template: Literal["own", "simple"]
+    template_sha256: str
+    answer_tokens: int
+
+
 class Written(_Record):
     """The pair on the disk."""
 
@@ -86,7 +94,7 @@ class Written(_Record):
 
 
 class Manifest(_Record):
-    """All of it. ``recipe``: checksum of all that decides the pair. ``seconds``: by stage. ``created``: Unix time."""
+    """All of it. ``chat``: set where documents are conversations. ``recipe``: checksum of all that decides the pair. ``seconds``: by stage. ``created``: Unix time."""
 
     name: str
     recipe: str
@@ -96,6 +104,7 @@ class Manifest(_Record):
     counted: Counted
     tokenizer: TokenizerUsed
     append_eod: bool
+    chat: Chat | None = None
     written: Written
     seconds: dict[str, float]
     versions: dict[str, str | None]

@@ -97,7 +97,7 @@ def prepare(recipe: Recipe, means: Means = USUAL, progress: Progress | None = No
     progress = progress or Progress()
     home = means.folder / check_name(recipe.name)
     try:
-        with _only_one(home, recipe.name):
+        with only_one(home, recipe.name):
             return _Preparation(recipe, means, home, progress).run()
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -311,7 +311,7 @@ class _Preparation:
 
 
 @contextlib.contextmanager
-def _only_one(home: Path, name: str) -> Iterator[None]:
+def only_one(home: Path, name: str) -> Iterator[None]:
     """Hold the folder of ``name``, which exists while it is held; another process that wants it gets a UserError."""
     path = home / ".lock"
     while True:

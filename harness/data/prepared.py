@@ -40,6 +40,7 @@ class DataSet:
         vocab_size: as upstream counts it; none where no manifest says.
         tokenizer_sha256: two data sets with the same one can be blended.
         fingerprint: changes with the pair's content.
+        chat: whether documents are conversations: text to read and text to answer, in turn (harness/finetune/).
     """
 
     name: str
@@ -52,6 +53,7 @@ class DataSet:
     sequences: int
     tokens: int
     fingerprint: str
+    chat: bool = False
 
     @property
     def home(self) -> Path:
@@ -125,7 +127,8 @@ def find(name: str, folder: Path = DATA) -> DataSet:
                 f"DATA={name}: the pair has {tokens:,} tokens in {head.documents:,} documents, its manifest says "
                 f"{manifest.counted.tokens:,} in {manifest.counted.documents:,}\n{again}"
             )
-    return DataSet(name, prefix, kind, model, vocab_size, digest, head.documents, head.sequences, tokens, fingerprint)
+    chat = manifest is not None and manifest.chat is not None
+    return DataSet(name, prefix, kind, model, vocab_size, digest, head.documents, head.sequences, tokens, fingerprint, chat)
 
 
 def blend(data: str, folder: Path = DATA) -> Blend:
@@ -159,6 +162,8 @@ def blend(data: str, folder: Path = DATA) -> Blend:
                 f'DATA="{data}": {sets[0].name} and {other.name} were made by different tokenizers\n'
                 f"prepare {other.name} again with TOKENIZER={sets[0].home / 'tokenizer'}"
             )
+    if len({chosen.chat for chosen in sets}) > 1:
+        raise UserError(f'DATA="{data}": conversations (make data-chat) and plain text cannot be blended')
     return Blend(sets, tuple(weights))
 
 

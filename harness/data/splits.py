@@ -49,10 +49,11 @@ def samples_of(steps: int, global_batch_size: int, eval_interval: int, eval_iter
 def check_split(blend: Blend, split: str) -> None:
     """Raise UserError where a split of a set gets no sequence: upstream would look for its tokens for ever."""
     for chosen in blend.sets:
+        parts, what = (chosen.documents, "conversations") if chosen.chat else (chosen.sequences, "sequences")
         for name, bounds in zip(SPLITS, split_matrix(split), strict=True):
             if bounds is None:
                 continue
-            first, behind = sequences_of(bounds, chosen.sequences)
+            first, behind = sequences_of(bounds, parts)
             if first == behind:
-                shares = f"of its {chosen.sequences:,} sequences the split {split} leaves none for {name}"
+                shares = f"of its {parts:,} {what} the split {split} leaves none for {name}"
                 raise UserError(f"DATA={chosen.name}: {shares}\ngive {name} a larger share, or 0, with SPLIT=")

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from harness.entry import failures, rank
+from harness.entry import failures, finetune, rank
 from harness.generate import REQUEST_VARIABLE, Sampling
 
 
@@ -28,6 +28,7 @@ def main() -> None:
             sys.exit(0)
 
         training.setup_model_and_optimizer = build_and_sample
+        finetune.install(None)
         rank.train(found)
         rank.leave()
 

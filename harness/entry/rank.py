@@ -8,7 +8,7 @@ import runpy
 import sys
 from typing import NoReturn
 
-from harness.entry import checkpointing, evaluation, failures, helpers, metrics, profiler, tracking, upstream
+from harness.entry import checkpointing, evaluation, failures, finetune, helpers, metrics, profiler, tracking, upstream
 from harness.entry.report import report_of_this_run
 from harness.entry.upstream import Upstream
 
@@ -59,6 +59,7 @@ def run(found: Upstream | None = None) -> NoReturn:
         if report:
             for instrument in (metrics, evaluation, profiler, checkpointing, tracking):
                 instrument.install(report)
+        finetune.install(report)
         train(found)
         if report:
             for end in report.at_end:

@@ -1,0 +1,30 @@
+"""``TOKENIZER=bytes``: a token a byte and an end of document, made here. For small models and machines without a network."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from harness.data.tokenizer_files import DESCRIPTION
+
+END = "<|endoftext|>"
+
+
+def byte_folder(home: Path) -> Path:
+    """The folder with the tokenizer's files below ``home``, written where it is not there yet."""
+    folder = home / "bytes"
+    if not (folder / DESCRIPTION).is_file():
+        from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+        letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+        made = Tokenizer(models.BPE(vocab={letter: n for n, letter in enumerate(letters)}, merges=[]))
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        made.decoder = decoders.ByteLevel()
+        made.add_special_tokens([AddedToken(END, special=True, normalized=False)])
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END, "eos_token": END, "unk_token": None}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+        part = folder / f".{DESCRIPTION}.part"
+        part.write_text(made.to_str())
+        part.replace(folder / DESCRIPTION)
+    return folder

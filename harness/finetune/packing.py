@@ -1,0 +1,39 @@
+"""Which conversations share a sequence: best fit, the longest first."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+
+
+def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
+    """Put items of ``lengths`` into as few bins of size ``room`` as best-fit decreasing finds (Johnson 1974: at most 11/9
+    of the fewest, and a constant).
+
+    Args:
+        lengths: each between 1 and ``room``.
+
+    Returns:
+        The items' numbers, bin by bin.
+    """
+    bins: list[list[int]] = []
+    with_room: dict[int, list[int]] = {}
+    rooms: list[int] = []
+    for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        length = lengths[item]
+        at = bisect_left(rooms, length)
+        if at == len(rooms):
+            chosen, left = len(bins), room
+            bins.append([])
+        else:
+            left = rooms[at]
+            chosen = with_room[left].pop()
+            if not with_room[left]:
+                del with_room[left], rooms[at]
+        bins[chosen].append(item)
+        left -= length
+        if left:
+            if left not in with_room:
+                insort(rooms, left)
+            with_room.setdefault(left, []).append(chosen)
+    return bins
