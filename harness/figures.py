@@ -323,7 +323,7 @@ def _sources(found: Results, references: References, catalog: Catalog) -> Iterab
         yield _Numbers("here", where, known.get, number)
         halves = {e.world_size for id_ in best if id_.endswith("h") and (e := known.get(id_))}
         sizes = f"{min(halves)}" if len(halves) == 1 else "fewer"
-        yield _Numbers("half", f"{where}: half size, {sizes} GPUs", lambda id_: known.get(f"{id_}h"), number)
+        yield _Numbers("half", f"half size, {sizes} GPUs: {where}", lambda id_: known.get(f"{id_}h"), number)
     for group in references.groups:
         def published(e: Experiment, quantity: Quantity, group=group) -> tuple | None:
             beside = group.beside(e.id)

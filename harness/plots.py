@@ -22,13 +22,16 @@ WIDTH, PANEL_HEIGHT, COLUMNS = 760, 272, 2
 LEFT, RIGHT, TOP, BOTTOM, FOR_OOM = 58, 14, 54, 62, 26
 LINE = 15
 WORDS = {"here": "measured here", "half": "half size", "published": "published", "reference": "measured apart"}
+ASIDE = {"here": -8, "half": 0, "published": 8, "reference": 8}
+"""How far markers that stand side by side are moved, in pixels."""
 
 STYLE = """
 text { font: 12px system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; fill: #1f2328 }
 .title { font-size: 15px; font-weight: 600 } .panel { font-weight: 600 } .small { font-size: 11px } .quiet { fill: #59636e }
 .paper { fill: #fff } .grid { stroke: #d8dee4 } .axis { stroke: #818b98 }
 .grid, .axis { stroke-width: 1; shape-rendering: crispEdges }
-.join { fill: none; stroke: currentColor; stroke-width: 2 } .dashed { stroke-dasharray: 5 4 }
+.join { fill: none; stroke: currentColor; stroke-width: 2 }
+.dashed { stroke-dasharray: 5 4 } .dotted { stroke-dasharray: 8 3 2 3 }
 .full { fill: currentColor; stroke: currentColor } .hollow { fill: #fff; stroke: currentColor; stroke-width: 2 }
 .oom { stroke: currentColor; stroke-width: 3 } .thin { stroke-width: 1.5 }
 .ink { color: #59636e } .own { fill: currentColor } .late { fill-opacity: .45 } .idle { fill: #eceff2 }
@@ -171,6 +174,8 @@ def _panel(panel: Panel, left: float, top: float, width: float) -> str:
     step = (x1 - x0) / len(panel.ticks)
     x = {tick: x0 + step * (i + 0.5) for i, tick in enumerate(panel.ticks)}
     out = [_text(left + 16, top + 16, panel.title, "panel"), _grid(scale, y, x0, x1)]
+    failed = {point.tick for series in panel.series for point in series.points if point.value is None}
+    out += [_text(x[tick], y1 - FOR_OOM + 20, "OOM", "small", "middle") for tick in failed]
     at, row = left + 16.0, top + 33
     for i, line in enumerate(lines):
         if i and (len(lines) > 2 or at + 20 + 6.4 * len(line) > left + width):
@@ -191,23 +196,24 @@ def _panel(panel: Panel, left: float, top: float, width: float) -> str:
 
 
 def _series(series: Series, x: dict[str, float], y, top: float, join: bool) -> str:
+    x = x if join else {tick: at + ASIDE[series.source] for tick, at in x.items()}
     at = [(x[p.tick], y(p.value)) for p in series.points if p.value is not None]
     out = [_line(series.source, at)] if join and len(at) > 1 else []
     for point in series.points:
         where = point.id + ("" if point.value is None else f": {_short(point.value)}")
         told = f"<title>{escape(f'{where}, {series.line}, {_words(series.source, series.where)}')}</title>"
         if point.value is None:
-            cx, shift = x[point.tick], {"here": -17, "half": 0}.get(series.source, 17)
+            left = x[point.tick] + (1.5 * ASIDE[series.source] if join else 0) - 4
             thin = " thin" * (series.source == "published")
-            out.append(f'<g>{told}<path class="oom{thin}" d="M{cx + shift - 4:.1f} {top:.1f}l8 8m0 -8l-8 8"/>'
-                       + _text(cx + shift, top + 20, "OOM", "small", "middle") + "</g>")
+            out.append(f'<g>{told}<path class="oom{thin}" d="M{left:.1f} {top:.1f}l8 8m0 -8l-8 8"/></g>')
         else:
             out.append(f"<g>{told}{_marker(series.source, x[point.tick], y(point.value))}</g>")
     return "".join(out)
 
 
 def _line(source: str, points: Sequence[tuple[float, float]]) -> str:
-    return "" if source == "reference" else _path(points, "join dashed" if source == "published" else "join")
+    kinds = {"here": "join", "half": "join dotted", "published": "join dashed"}
+    return _path(points, kinds[source]) if source in kinds else ""
 
 
 def _marker(source: str, x: float, y: float) -> str:
@@ -223,7 +229,14 @@ def _marker(source: str, x: float, y: float) -> str:
 
 
 def _words(source: str, where: str) -> str:
-    return f"{WORDS[source]}: {where.partition(': ')[2] if source in ('published', 'reference') else where}"
+    """``measured here: NVIDIA H200 …``; where the numbers come from otherwise is said in ``where`` itself."""
+    match source:
+        case "here":
+            return f"{WORDS[source]}: {where}"
+        case "half":
+            return where
+        case _:
+            return f"{WORDS[source]}: {where.partition(': ')[2]}"
 
 
 def _grid(scale: Sequence[float], y, x0: float, x1: float) -> str:

@@ -1,6 +1,8 @@
 // Plots: lines over evenly spaced ticks (sweeps) or over a scale (curves). Hover, arrow keys and a legend that switches lines.
 const DASHES = ["", "7 4", "2 3", "9 3 2 3", "1 2", "5 2"];
 const SOURCES = { published: "published", reference: "measured apart", half: "half size", here: "here" }; // in the order of drawing
+const LINES = { published: "5 4", half: "8 3 2 3", here: "" };
+const ASIDE = { here: -8, half: 0, published: 8, reference: 8 }; // pixels between markers that stand side by side
 const SEVERAL_VERSIONS = new Set(rows.filter((row) => !row.miniature && row.upstream).map((row) => row.upstream)).size > 1;
 
 /** Round numbers from at or below low to at or above high: multiples of 1, 2, 2.5 or 5 x 10^n. */
@@ -24,7 +26,7 @@ function marker(kind, x, y) {
 
 /**
  * chart({title, yTitle, xTitle, ticks, order, fromZero, most, series, legend}): a figure.
- * series: [{colour, marker, dash, join, keys, name, points: [{x, y, text()}]}]; y null is out of memory; x is a tick or a number.
+ * series: [{colour, marker, dash, join, aside, keys, name, points: [{x, y, text()}]}]; y null is out of memory; x is a tick or a number.
  * legend: [{key, name, colour, marker, dash}]; a key switched off hides the series that have it.
  */
 function chart(options) {
@@ -119,18 +121,18 @@ function chart(options) {
             reached.length > 1 &&
             svg("path", { class: "join", d: `M${line}`, "stroke-dasharray": series.dash || null }),
           series.points.map((point) => {
-            const shift = point.y === null ? ({ here: -17, half: 0 }[series.marker] ?? 17) : 0;
+            const shift = (ASIDE[series.marker] ?? 0) * (series.aside ? 1 : point.y === null ? 1.5 : 0);
             const spot = { series, point, x: toX(point.x) + shift, y: point.y === null ? box.y1 - 20 : toY(point.y) };
             spots.push(spot);
             return point.y === null
-              ? [
-                  svg("path", { class: "cross", d: `M${spot.x - 4} ${spot.y - 4}l8 8m0 -8l-8 8` }),
-                  svg("text", { x: spot.x, y: spot.y + 16, "text-anchor": "middle" }, "OOM"),
-                ]
+              ? svg("path", { class: "cross", d: `M${spot.x - 4} ${spot.y - 4}l8 8m0 -8l-8 8` })
               : marker(reached.length > 60 || series.marker === undefined ? "none" : series.marker, spot.x, spot.y);
           }),
         ),
       );
+    }
+    for (const tick of new Set(spots.filter((spot) => spot.point.y === null).map((spot) => spot.point.x))) {
+      plot.append(svg("text", { x: toX(tick), y: box.y1 - 4, "text-anchor": "middle" }, "OOM"));
     }
     tip.textContent = "";
     at = -1;
@@ -195,11 +197,8 @@ function sweepChart(figure, panel) {
   const sources = [...new Map(panel.series.map((series) => [series.where, series])).values()];
   const colour = (line) => `c${lines.indexOf(line) % 6}`;
   const named = ({ source, where }) => {
-    const told = where.replace(/^(published|reference): /, "");
-    return `${SOURCES[source]}: ${SEVERAL_VERSIONS ? told : told.replace(/, Megatron-LM core [^:]*/, "")}`.replace(
-      /^half size: (.*): half size, /,
-      "half size: $1, ",
-    );
+    const told = SEVERAL_VERSIONS ? where : where.replace(/, Megatron-LM core .*/, "");
+    return source === "half" ? told : `${SOURCES[source]}: ${told.replace(/^(published|reference): /, "")}`;
   };
   const order = Object.keys(SOURCES);
   const drawn = [...panel.series].sort((a, b) => order.indexOf(a.source) - order.indexOf(b.source));
@@ -216,13 +215,14 @@ function sweepChart(figure, panel) {
         name: named(series),
         colour: "ink",
         marker: series.source,
-        dash: series.source === "reference" || !panel.order ? null : series.source === "published" ? "5 4" : "",
+        dash: panel.order ? (LINES[series.source] ?? null) : null,
       })),
     ],
     series: drawn.map((series) => ({
       colour: colour(series.line),
       marker: series.source,
-      dash: series.source === "published" ? "5 4" : "",
+      dash: LINES[series.source],
+      aside: !panel.order,
       join: panel.order && series.source !== "reference",
       keys: [`line ${series.line}`, `where ${series.where}`],
       name: `${series.line}, ${named(series)}`,
