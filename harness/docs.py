@@ -10,6 +10,7 @@
     <!-- claims: 100 -->…<!-- /claims -->                     do the numbers show what they must?
     <!-- profile: 282h 101 -->…<!-- /profile -->              where the time of a traced step goes (harness/profiling/)
     <!-- slow_steps: records -->…<!-- /slow_steps -->         steps that took much longer than their run's median
+    <!-- weights: LlamaForCausalLM -->…<!-- /weights -->      which tensors are which (harness/convert/)
 
 A value may also be a record's file and a key in it: ``h200-141gb/601_args loss.first .2f``.
 """
@@ -25,6 +26,7 @@ from statistics import median
 from harness import ROOT, claims, diagrams, formulas, plots, rundir, tables, verdicts
 from harness.catalog import Experiment
 from harness.cli import layout
+from harness.convert import pages as weights
 from harness.errors import UserError, nearest
 from harness.facts import HARDWARE, Facts, NotMeasured
 from harness.hardware import find_gpu
@@ -211,10 +213,14 @@ def _slow_steps(facts: Facts, _: Sequence[str]) -> str:
     return pages.slow_steps([row for row in facts.rows if row.origin.parent.name == HARDWARE])
 
 
+def _weights(_: Facts, names: Sequence[str]) -> str:
+    return "\n\n".join(weights.page(name) for name in names)
+
+
 BLOCKS: dict[str, Callable[[Facts, Sequence[str]], str]] = {
     "records": _records, "summary": _summary, "experiments": _experiments, "table": _table,
     "memory": _memory_pieces, "pipeline": _pipeline, "claims": _claims, "profile": _profile,
-    "slow_steps": _slow_steps,
+    "slow_steps": _slow_steps, "weights": _weights,
 }
 
 

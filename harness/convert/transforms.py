@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from harness.catalog import Model
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Transform:
 def _join_qkv(parts: Sequence[Tensor], sizes: Sizes) -> Tensor:
     """q [heads x head, …], k and v [groups x head, …] -> [groups x (queries of a group, key, value), …]."""
     groups = sizes.model.num_query_groups or sizes.model.num_attention_heads
-    return torch.cat([part.unflatten(0, (groups, -1)) for part in parts], 1).flatten(0, 1)
+    return _stacked([part.unflatten(0, (groups, -1)) for part in parts], 1).flatten(0, 1)
 
 
 def _split_qkv(whole: Tensor, sizes: Sizes) -> list[Tensor]:
@@ -65,7 +66,7 @@ def _join_fused_qkv(parts: Sequence[Tensor], sizes: Sizes) -> Tensor:
 
 
 def _split_fused_qkv(whole: Tensor, sizes: Sizes) -> list[Tensor]:
-    return [torch.cat(_split_qkv(whole, sizes)).t()]
+    return [_stacked(_split_qkv(whole, sizes)).t()]
 
 
 def _join_interleaved(parts: Sequence[Tensor], sizes: Sizes) -> Tensor:
@@ -85,9 +86,18 @@ def padded(vocabulary: Tensor, rows: int) -> Tensor:
     loss changes by less than log(1 + n / v), whatever the weights are. Rows of zeros would have the logit 0, which
     outweighs all others where a model's logits are far below zero, as GPT-2's are.
     """
-    missing = rows - len(vocabulary)
+    import torch
+
+    if not (missing := rows - len(vocabulary)):
+        return vocabulary
     mean = vocabulary.mean(0, dtype=torch.float32, keepdim=True).to(vocabulary.dtype)
-    return torch.cat([vocabulary, mean.expand(missing, -1)]) if missing else vocabulary
+    return _stacked([vocabulary, mean.expand(missing, -1)])
+
+
+def _stacked(parts: Sequence[Tensor], axis: int = 0) -> Tensor:
+    import torch
+
+    return torch.cat(list(parts), axis)
 
 
 SAME = Transform("same", "as it is", lambda parts, sizes: parts[0], lambda whole, sizes: [whole])
@@ -101,7 +111,7 @@ FUSED_QKV = Transform(
 )  # fmt: skip
 GATE_UP = Transform(
     "gate, up", "all rows of the gate, then all rows of up",
-    lambda parts, sizes: torch.cat(list(parts)), lambda whole, sizes: whole.chunk(2),
+    lambda parts, sizes: _stacked(parts), lambda whole, sizes: whole.chunk(2),
 )  # fmt: skip
 INTERLEAVED_GATE_UP = Transform(
     "interleaved gate, up", "transposed; then the even rows (gate), then the odd rows (up)",
