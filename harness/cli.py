@@ -165,6 +165,12 @@ def layout(e: Experiment) -> str:
         parts.append(SHARDING[e.sharding][0])
     if e.recompute != "none":
         parts.append(f"{e.recompute} recompute")
+    if e.fp8_recipe:
+        parts.append(f"fp8 {e.fp8_recipe}")
+    if e.optimizer != "adam":
+        parts.append(e.optimizer)
+    if e.optimizer_state != "fp32":
+        parts.append(f"{e.optimizer_state} moments")
     return " ".join(parts) or "one GPU"
 
 

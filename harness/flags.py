@@ -26,7 +26,8 @@ _WITHOUT_CUDA = ("--transformer-impl local --distributed-backend gloo --use-cpu-
                  "--no-persist-layer-norm --no-masked-softmax-fusion --no-rope-fusion",
                  "--no-bias-dropout-fusion --no-bias-gelu-fusion --no-bias-swiglu-fusion --no-gradient-reduce-div-fusion")
 
-_FSDP = ("--use-distributed-optimizer --ckpt-format fsdp_dtensor", "--init-model-with-meta-device")
+_FSDP = ("--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
+         "--ckpt-format fsdp_dtensor --init-model-with-meta-device")
 _SHARDING = {
     "no_shard": (),
     "optim": ("--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",),
