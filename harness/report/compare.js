@@ -193,7 +193,7 @@ function differences(chosen) {
     { class: "scroll", tabindex: 0, role: "region", "aria-label": "Numbers compared; scrolls sideways" },
     el(
       "table",
-      { id: "differences" },
+      { id: "differences", "aria-label": "Numbers compared" },
       el(
         "thead",
         {},

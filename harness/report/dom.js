@@ -32,6 +32,7 @@ const fixed = [0, 1, 2, 3, 4].map(
 );
 const large = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
 const small = new Intl.NumberFormat("en", { maximumSignificantDigits: 4 });
+const rough = new Intl.NumberFormat("en", { maximumSignificantDigits: 2 });
 const number = (value, digits) => (value === null || value === undefined ? "" : fixed[digits].format(value));
 const milliseconds = (value) => number(value, value < 1000 ? 1 : 0);
 const short = (value) => (Math.abs(value) >= 100 ? large : small).format(value);

@@ -102,7 +102,7 @@ function claims(section) {
       { class: "scroll", tabindex: 0, role: "region", "aria-label": "Claims; scrolls sideways" },
       el(
         "table",
-        { id: "every-claim" },
+        { id: "every-claim", "aria-label": "Claims" },
         el(
           "thead",
           {},
@@ -121,7 +121,7 @@ function claims(section) {
 
 /** A claim on one source: the verdict, its value, the numbers behind it and why it fails. */
 function sideOf(claim, side) {
-  const spread = side.spread ? ` ± ${short(side.spread)}` : "";
+  const spread = side.spread ? ` ± ${rough.format(side.spread)}` : "";
   return [
     el("span", { class: `badge ${VERDICTS[side.verdict] ?? "quiet"}` }, side.verdict),
     side.value === null ? "" : ` ${short(side.value)}${spread}`,

@@ -147,14 +147,14 @@ function table(section, comparison) {
       { class: "scroll", tabindex: 0, role: "region", "aria-label": "Every row; scrolls sideways" },
       el(
         "table",
-        { id: "every-row" },
+        { id: "every-row", "aria-label": "Every row" },
         el(
           "thead",
           {},
           el(
             "tr",
             {},
-            el("th", { scope: "col", class: "left act" }, "+"),
+            el("th", { scope: "col", class: "left act", "aria-label": "compare" }, "+"),
             heads.slice(0, 2),
             el("th", { scope: "col", class: "left" }, "command"),
             heads.slice(2),
