@@ -24,7 +24,7 @@ _LOGGING = "--log-interval 1 --log-throughput --log-validation-ppl-to-tensorboar
 # The core_v0.19.0 features that are CUDA kernels, switched off on a CPU.
 _WITHOUT_CUDA = ("--transformer-impl local --distributed-backend gloo --use-cpu-initialization --num-workers 0",
                  "--no-persist-layer-norm --no-masked-softmax-fusion --no-rope-fusion",
-                 "--no-bias-dropout-fusion --no-bias-gelu-fusion --no-bias-swiglu-fusion --no-gradient-reduce-div-fusion")
+                 "--no-bias-dropout-fusion --no-bias-swiglu-fusion --no-gradient-reduce-div-fusion")
 
 _FSDP = ("--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
          "--ckpt-format fsdp_dtensor --init-model-with-meta-device")

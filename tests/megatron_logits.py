@@ -36,8 +36,6 @@ def run(case: dict) -> int:
     layout = {"tp": case.get("tp", 1), "pp": case.get("pp", 1), "ep": ep, "dp": ep}
     experiment = tiny(found.model, layout | {"seq_length": found.positions, "sequence_parallel": layout["tp"] > 1})
     words = [word for group in megatron_flags(experiment, "cpu") for word in group]
-    if "--position-embedding-type" not in words:
-        words.remove("--no-bias-gelu-fusion")  # the fused one is GPT-2's approximation by tanh
     if case.get("stored"):
         words = [*without_model(words, experiment), "--use-checkpoint-args", "--seq-length", str(experiment.seq_length)]
     with socket.create_server(("127.0.0.1", 0)) as server:
