@@ -32,7 +32,7 @@ def harness(*words: str) -> str:
         (["run", "219", "DEVICE=cpu", "NODES=2", "RENDEZVOUS=here"], "RENDEZVOUS=here: expected host:port"),
         (["run", "101", "GPUS_IDS=zero"], "GPUS_IDS=zero: expected a whole number"),
         (["chapter", "150"], "no chapter 150"),
-        (["list", "MODEL=llama"], "MODEL=llama; valid: gpt-22b"),
+        (["list", "MODEL=bert"], "MODEL=bert; valid: gpt-22b"),
         (["compare", "A=101"], "B missing: make compare A=101 B=111"),
         (["record"], "RUN missing"),
         (["record", "RUN=nothing"], "no run nothing"),

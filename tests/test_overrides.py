@@ -21,7 +21,7 @@ def test_sizes_change_and_show_in_the_label() -> None:
 
 def test_gpus_fix_the_ranks_and_data_parallelism_follows() -> None:
     assert apply("128", "GPUS=4").dp == 4
-    assert apply("501", "GPUS=4", "TP=2").dp == 2
+    assert apply("501", "GPUS=4", "TP=2", "SP=1").dp == 2
     assert apply("101", "TP=5").world_size == 5
 
 
