@@ -88,7 +88,7 @@ data-inspect: ## documents, tokens, lengths, samples   NAME=…
 data-check: ## is every byte of it in order?           NAME=…
 	@$(DATA_HARNESS) data check $(WORDS)
 
-##@ Weights:  make import-hf, then --load weights/<name>
+##@ Weights:  make import-hf, then make 101 WEIGHTS=<name>
 import-hf: MORE = HF NAME
 import-hf: ## Hugging Face's into Megatron-LM's        HF=folder-or-repository [NAME=…] [TP=…] [PP=…] [EP=…]
 	@$(HARNESS) import-hf $(WORDS)

@@ -201,8 +201,10 @@ def folder_of(wanted: str, outdir: Path) -> Path:
 
 def check_fits(found: Checkpoint, experiment: Experiment) -> None:
     """Raise UserError where ``found`` is a checkpoint of another model than ``experiment``'s."""
+    from harness.convert.weights import differences
+
     model, trained = experiment.model, model_of(found.path.parent)
-    if trained and trained.model_copy(update={"name": model.name}) != model:
+    if trained and differences(trained, model):
         refuse(found.path, trained, experiment)
     shape = _embedding(found.contents)
     if shape and shape[1] != model.hidden_size:

@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from harness import overrides
-from harness.catalog import load_catalog
-from harness.convert.weights import WEIGHTS, differences
+from harness.convert.weights import WEIGHTS
 from harness.data import prepared
 from harness.errors import UserError
 
@@ -43,9 +42,7 @@ def import_hf(settings: Mapping[str, str], folder: Path = WEIGHTS) -> int:
         print(f"  {weights.dequantized} tensors were MXFP4: they are bf16 here, the same values in four times the bytes")
     if not weights.tokenizer:
         print("  no tokenizer came with them")
-    fitting = [e.id for e in load_catalog().experiments if not differences(weights, e)]
-    if fitting:
-        print(f"  experiments of this model: {', '.join(fitting[:8])}; make {fitting[0]} ARGS=\"--load {target}\"")
+    print(f"  make <id> WEIGHTS={name} trains on from them")
     print(f"  upstream's arguments: --load {target} --seq-length … {' '.join(weights.flags)}")
     return 0
 

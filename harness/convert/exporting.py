@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from harness import ROOT
 from harness.convert import arguments, hub, torch_dist, weights
 from harness.convert.architectures import Architecture, Row, architecture_of
 from harness.convert.safetensor_files import SHARD_BYTES, sliced, writing
@@ -87,7 +88,7 @@ def export_checkpoint(folder: Path, target: Path, *, like: Path | None = None, s
 def _origin(folder: Path, args: Namespace) -> Path | None:
     """The Hugging Face files of the weights that ``folder`` is, or that its run started from, where they are still there."""
     starts = (getattr(args, key, None) for key in ("pretrained_checkpoint", "load"))
-    candidates = [folder, folder.parent, *(Path(start) for start in starts if start)]
+    candidates = [folder, folder.parent, *(ROOT / start for start in starts if start)]
     return next((c / weights.HF for c in candidates if weights.read(c)), None)
 
 

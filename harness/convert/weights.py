@@ -14,14 +14,13 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from harness import ROOT
-from harness.catalog import Experiment, Model
+from harness.catalog import Model
 from harness.data.prepared import Blend
 from harness.errors import UserError, nearest
 
 _TRAINING = ("name", "dropout", "init_method_std", "moe_aux_loss_coeff", "moe_z_loss_coeff",
              "ffn_hidden_size", "num_query_groups", "kv_channels", "moe_ffn_hidden_size")  # fmt: skip
-"""Fields of a model that its weights do not depend on, or that ``_SHAPES`` gives with their defaults."""
-_SHAPES = ("ffn", "moe_ffn", "query_size", "key_size")
+"""Fields of a model that its weights do not depend on, or whose defaults say the same in another way."""
 WEIGHTS = ROOT / "weights"
 RECORD, RELEASE, HF = "weights.json", "release", "hf"
 
@@ -80,18 +79,15 @@ def find(named: str) -> Path:
                     "make import-hf HF=folder-or-repository NAME=… makes some")  # fmt: skip
 
 
-def differences(weights: Weights, experiment: Experiment) -> list[str]:
-    """Why ``experiment`` cannot load ``weights``, in words; none where it can.
+def differences(trained: Model, model: Model) -> dict[str, tuple[object, object]]:
+    """In what ``model`` cannot take the weights of ``trained``: field -> both values.
 
     What only training is about (dropout, initial weights, losses of the router) may differ.
     """
-    ours, theirs = experiment.model, weights.model
-    names = (name for name in (*_SHAPES, *Model.model_fields) if name not in _TRAINING)
-    pairs = ((name, getattr(ours, name), getattr(theirs, name)) for name in names)
-    found = [f"{name} is {here}, not {there}" for name, here, there in pairs if here != there]
-    if theirs.position_embedding == "learned_absolute" and experiment.seq_length != weights.positions:
-        found.append(f"sequences of {experiment.seq_length}, not the {weights.positions} that positions were learned for")
-    return found
+    widths = ("query_size", "key_size", "ffn", *(["moe_ffn"] if trained.num_experts else []))
+    names = (*widths, *(name for name in Model.model_fields if name not in _TRAINING))
+    pairs = {name: (getattr(trained, name), getattr(model, name)) for name in names}
+    return {name: (there, here) for name, (there, here) in pairs.items() if there != here}
 
 
 def check_data(model: Model, tokenizer: Path, blend: Blend) -> None:
