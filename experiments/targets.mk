@@ -1,6 +1,6 @@
 # Generated from experiments/*.yaml and harness/overrides.py by `make targets`; a test keeps it fresh.
 # Every target is spelled out, one a line, because zsh completes from this text and bash from make's database.
-SETTINGS := STEPS GPUS DP TP SP PP VPP CP EP ETP MBS GBS SEQ RECOMPUTE OPTIMIZER SHARDING NODES DATA SPLIT LR MIN_LR LR_DECAY LR_WARMUP EVAL_EVERY EVAL_STEPS UNTIL LOAD CARD PROFILE ARGS DEVICE DRY_RUN GPUS_IDS OUTDIR NODE_RANK RENDEZVOUS SLURM PARTITION ACCOUNT TIME SAVE SAVE_EVERY KEEP RESUME WANDB WANDB_PROJECT WANDB_ENTITY WANDB_NAME HANG PACK FORCE
+SETTINGS := STEPS GPUS DP TP SP PP VPP CP EP ETP MBS GBS SEQ RECOMPUTE OPTIMIZER SHARDING NODES DATA SPLIT WEIGHTS LORA_RANK LORA_ALPHA LORA_DROPOUT LORA_TARGETS LR MIN_LR LR_DECAY LR_WARMUP EVAL_EVERY EVAL_STEPS UNTIL LOAD CARD PROFILE ARGS DEVICE DRY_RUN GPUS_IDS OUTDIR NODE_RANK RENDEZVOUS SLURM PARTITION ACCOUNT TIME SAVE SAVE_EVERY KEEP RESUME WANDB WANDB_PROJECT WANDB_ENTITY WANDB_NAME HANG PACK FORCE
 ##@ What is run:  make 101 KEY=VALUE …
 #STEPS=20 ## training steps (published: 100; CPU default: 20)
 #GPUS=4 ## GPUs in all; data parallelism follows: dp = GPUS / (tp x pp x cp)
@@ -21,6 +21,11 @@ SETTINGS := STEPS GPUS DP TP SP PP VPP CP EP ETP MBS GBS SEQ RECOMPUTE OPTIMIZER
 #NODES=2 ## nodes; each runs GPUS / NODES ranks
 #DATA=mock ## mock, a prepared data set (make data-list), or a blend: DATA="a:0.7 b:0.3"
 #SPLIT=949,50,1 ## shares of the data for training, validation and test
+#WEIGHTS=llama3-8b ## start from these: a name in weights/ (make import-hf), a run, or a folder
+#LORA_RANK=16 ## train adapters of this rank beside frozen weights; 0: train the weights
+#LORA_ALPHA=32 ## what adapters add is scaled by alpha / rank (default: twice the rank)
+#LORA_DROPOUT=0.05 ## dropout of the adapters' input
+#LORA_TARGETS=linear_qkv,linear_proj ## layers that get an adapter (default: linear_fc1, linear_fc2 too)
 #LR=3e-4 ## highest learning rate, decaying over STEPS (published: 6e-5, over 430000)
 #MIN_LR=3e-5 ## lowest learning rate (default: a tenth of LR)
 #LR_DECAY=linear ## how it falls: cosine, linear, constant or inverse-square-root
@@ -61,6 +66,7 @@ chapter-400: ; @$(HARNESS) chapter 400 $(WORDS)
 chapter-500: ; @$(HARNESS) chapter 500 $(WORDS)
 chapter-600: ; @$(HARNESS) chapter 600 $(WORDS)
 chapter-700: ; @$(HARNESS) chapter 700 $(WORDS)
+chapter-800: ; @$(HARNESS) chapter 800 $(WORDS)
 101-gpt2xl-dp1-gbs1-bf16: ; @$(HARNESS) run 101 $(WORDS)
 104-gpt2xl-dp4-gbs4: ; @$(HARNESS) run 104 $(WORDS)
 111-gpt2xl-dp1-fit-80GB: ; @$(HARNESS) run 111 $(WORDS)
@@ -165,6 +171,7 @@ half-512h-olmoe-4xE-dp4-zero2-ep1-etp4: ; @$(HARNESS) run 512h $(WORDS)
 601-gpt3-345m: ; @$(HARNESS) run 601 $(WORDS)
 602-gpt3-857m: ; @$(HARNESS) run 602 $(WORDS)
 603-gpt3-760m: ; @$(HARNESS) run 603 $(WORDS)
+604-gpt3-345m-to-loss: ; @$(HARNESS) run 604 $(WORDS)
 611-llama3-8b-dp4-bf16: ; @$(HARNESS) run 611 $(WORDS)
 612-llama3-8b-dp4-fp8-delayed: ; @$(HARNESS) run 612 $(WORDS)
 613-llama3-8b-dp4-fp8-tensorwise: ; @$(HARNESS) run 613 $(WORDS)
@@ -194,6 +201,13 @@ half-512h-olmoe-4xE-dp4-zero2-ep1-etp4: ; @$(HARNESS) run 512h $(WORDS)
 711-llama3-8b-dp4-fsdp: ; @$(HARNESS) run 711 $(WORDS)
 712-llama3-8b-dp4-torch-fsdp2: ; @$(HARNESS) run 712 $(WORDS)
 713-llama3-8b-dp2-fsdp: ; @$(HARNESS) run 713 $(WORDS)
+801-gpt3-345m-sft: ; @$(HARNESS) run 801 $(WORDS)
+802-gpt3-345m-lora: ; @$(HARNESS) run 802 $(WORDS)
+803-gpt3-345m-lora-tp2: ; @$(HARNESS) run 803 $(WORDS)
+811-llama3-8b-lora: ; @$(HARNESS) run 811 $(WORDS)
+812-llama3-8b-lora-recompute: ; @$(HARNESS) run 812 $(WORDS)
+813-llama3-8b-sft-dp4: ; @$(HARNESS) run 813 $(WORDS)
+train-gpt3-345m: ; @$(HARNESS) train 604 $(WORDS)
 data-openwebtext-10k: ; @$(DATA_HARNESS) data openwebtext-10k $(WORDS)
 data-tinystories-10k: ; @$(DATA_HARNESS) data tinystories-10k $(WORDS)
 data-wikipedia-sv: ; @$(DATA_HARNESS) data wikipedia-sv $(WORDS)
@@ -304,6 +318,7 @@ show-512h: ; @$(HARNESS) show 512h $(WORDS)
 show-601: ; @$(HARNESS) show 601 $(WORDS)
 show-602: ; @$(HARNESS) show 602 $(WORDS)
 show-603: ; @$(HARNESS) show 603 $(WORDS)
+show-604: ; @$(HARNESS) show 604 $(WORDS)
 show-611: ; @$(HARNESS) show 611 $(WORDS)
 show-612: ; @$(HARNESS) show 612 $(WORDS)
 show-613: ; @$(HARNESS) show 613 $(WORDS)
@@ -333,3 +348,9 @@ show-706: ; @$(HARNESS) show 706 $(WORDS)
 show-711: ; @$(HARNESS) show 711 $(WORDS)
 show-712: ; @$(HARNESS) show 712 $(WORDS)
 show-713: ; @$(HARNESS) show 713 $(WORDS)
+show-801: ; @$(HARNESS) show 801 $(WORDS)
+show-802: ; @$(HARNESS) show 802 $(WORDS)
+show-803: ; @$(HARNESS) show 803 $(WORDS)
+show-811: ; @$(HARNESS) show 811 $(WORDS)
+show-812: ; @$(HARNESS) show 812 $(WORDS)
+show-813: ; @$(HARNESS) show 813 $(WORDS)

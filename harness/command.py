@@ -101,9 +101,9 @@ def _extra_flags(e: Experiment, extras: Extras) -> list[list[str]]:
 
 def _in_run_dir(extras: Extras) -> list[list[str]]:
     """Folders of the run directory, where there is one."""
-    folders = {"--save": "checkpoints"} if extras.saving and not extras.saving.folder else {}
-    folders |= {"--wandb-save-dir": "wandb"} if extras.tracking else {}
-    return [[f"${{HARNESS_RUN_DIR:+{flag}", f'"$HARNESS_RUN_DIR/{folder}"}}'] for flag, folder in folders.items()]
+    folders = {"--save": "/checkpoints"} if extras.saving and not extras.saving.folder else {}
+    folders |= {"--wandb-save-dir": ""} if extras.tracking else {}
+    return [[f"${{HARNESS_RUN_DIR:+{flag}", f'"$HARNESS_RUN_DIR{folder}"}}'] for flag, folder in folders.items()]
 
 
 def _index_mappings(e: Experiment) -> list[str]:

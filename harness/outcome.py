@@ -98,8 +98,8 @@ def classify(evidence: Evidence, experiment: Experiment) -> Outcome:
     elsewhere = experiment.nodes > 1 and not done
     held_out = [v.loss for v in evidence.validation if v.split == "validation"]
     wanted = experiment.until.validation_loss if experiment.until else -math.inf
-    if evidence.exit_code == 0 and any(loss <= wanted for loss in held_out):
-        return Outcome("ok")
+    if evidence.exit_code == 0 and (low := next((v for v in evidence.validation if v.loss <= wanted), None)):
+        return Outcome("ok", f"loss {low.loss:.4f} on held-out data at step {low.step}, {wanted:g} wanted")
     if evidence.exit_code == 0 and experiment.until and held_out and done >= experiment.steps:
         detail = f"loss {min(held_out):.4f} on held-out data {progress}, {wanted:g} wanted"
         return Outcome("target-missed", detail, advice="more STEPS=, or another learning rate (LR=)")

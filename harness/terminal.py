@@ -212,7 +212,7 @@ def summary(label: str, path: Path, result: Result) -> str:
         lines.append(f"  loss    {r.loss.first:.4f} -> {r.loss.last:.4f}")
     if r.validation:
         word = "" if (value := perplexity(r.validation.loss)) is None else f", perplexity {value:,.2f}"
-        lines.append(f"  held out  loss {r.validation.loss:.4f}{word}, at step {r.validation.step}")
+        lines.append(f"  eval    loss {r.validation.loss:.4f}{word} on held-out data after step {r.validation.step}")
     if r.resumed_at:
         lines.append(f"  resumed after step {', '.join(map(str, r.resumed_at))}")
     if r.packed_with:

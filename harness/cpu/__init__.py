@@ -7,7 +7,7 @@
 ``experts``      experts with biases
 ``recompute``    recomputation of single modules
 ``fsdp``         PyTorch's FSDP2 on CPUs
-``writer``       checkpoints that training does not change while they are written
+``checkpoints``  saving and loading
 ``warm``         one process imports, the ranks are forked from it
 """
 
@@ -40,14 +40,14 @@ def install() -> None:
 
     cuda.install()
     collectives.install()
-    from harness.cpu import attention, experts, fsdp, norm, recompute, writer
+    from harness.cpu import attention, checkpoints, experts, fsdp, norm, recompute, writer
 
     experts.install()
     fsdp.install()
     norm.install()
     attention.install()
     recompute.install()
-    writer.install()
+    checkpoints.install()
     multiprocessing.set_forkserver_preload([f"{__name__}.fork_server"])
     # The CPU's random state is the device's here: upstream's warning that the one changed with the other says nothing.
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(

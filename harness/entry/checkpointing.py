@@ -26,6 +26,7 @@ def install(report: RankReport) -> None:
     from megatron.training import checkpointing, training
 
     _start_writer_here()
+    _regroup_experts()
     saves = _Saves(report)
     save, schedule, train = training.save_checkpoint, checkpointing.schedule_async_save, training.train
 
@@ -74,6 +75,37 @@ def _start_writer_here() -> None:
         multiprocessing.set_forkserver_preload([SERVER])
     os.register_at_fork(after_in_child=follow)
     initialize.init_persistent_async_worker = start_worker
+
+
+def _regroup_experts() -> None:
+    """Let a run with expert parallelism go on without it, and the other way round.
+
+    Upstream keeps one optimizer without it, and two with it, the second for the experts; it loads a checkpoint of as many.
+    The moments lie under the names of their parameters, as the weights do: only what is said of parameter groups is sorted.
+    """
+    from megatron.core.optimizer.optimizer import ChainedOptimizer
+
+    load = ChainedOptimizer.load_state_dict
+
+    def load_state_dict(self, state) -> None:
+        load(self, _regrouped(state, len(self.chained_optimizers)))
+
+    ChainedOptimizer.load_state_dict = load_state_dict
+
+
+def _regrouped(state, optimizers: int):
+    """A loaded ``state`` of one optimizer or of two, {0: …, 1: …}, as ``optimizers`` of them want it."""
+    if not isinstance(state, dict):
+        return state
+    numbered = {key: value for key, value in state.items() if isinstance(key, int)}
+    rest = {key: value for key, value in state.items() if key not in numbered}
+    if optimizers == 1 and numbered:
+        return {**numbered[0], **rest}
+    if optimizers == 2 and "optimizer" in rest:
+        known = rest["optimizer"]
+        groups = [[{**group, "is_expert_parallel": bool(n)} for group in known["param_groups"]] for n in (0, 1)]
+        return {n: {**rest, "optimizer": {**known, "param_groups": groups[n]}, **numbered[n]} for n in (0, 1)}
+    return state
 
 
 class _Saves:

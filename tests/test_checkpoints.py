@@ -1,0 +1,281 @@
+"""Checkpoints on disk, judged and pruned without torch; and which of them a run begins with."""
+
+import json
+import pickle
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from harness import checkpoints, overrides, rundir
+from harness.catalog import load_catalog
+from harness.checkpoints import Saving
+from harness.errors import UserError
+from harness.outcome import Evidence, classify
+from harness.plan import plan
+from harness.rundir import RunDir, StepMetrics, Validation
+
+TINY = {"DEVICE": "cpu", "DATA": "mock", "STEPS": "20"}
+
+
+# What torch.distributed.checkpoint pickles has these shapes; only attributes are read, never classes.
+@dataclass(frozen=True)
+class Index:
+    fqn: str
+
+
+@dataclass
+class Info:
+    relative_path: str
+    offset: int
+    length: int
+
+
+class Size(tuple):
+    def __reduce__(self):
+        return Size, (tuple(self),)
+
+
+@dataclass
+class Tensor:
+    size: Size
+
+
+@dataclass
+class Metadata:
+    state_dict_metadata: dict = field(default_factory=dict)
+    storage_data: dict = field(default_factory=dict)
+
+
+def write(folder: Path, step: int, *, width: int = 100, optimizer: bool = True, data: int = 700) -> Path:
+    """A checkpoint as upstream leaves it, with ``data`` bytes in its one file of tensors."""
+    path = folder / f"iter_{step:07d}"
+    path.mkdir(parents=True)
+    tensors = {"embedding.word_embeddings.weight": Tensor(Size((1024, width)))}
+    tensors |= {"optimizer.state.exp_avg.embedding.word_embeddings.weight": Tensor(Size((1024, width)))} if optimizer else {}
+    stored = {Index(key): Info("__0_0.distcp", 350 * n, 350) for n, key in enumerate(tensors)}
+    (path / ".metadata").write_bytes(pickle.dumps(Metadata(tensors, stored)))
+    (path / "__0_0.distcp").write_bytes(b"x" * data)
+    (path / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
+    (folder / checkpoints.TRACKER).write_text(str(step))
+    return path
+
+
+def steps(folder: Path) -> list[int]:
+    return [found.step for found in checkpoints.in_folder(folder)]
+
+
+def run_in(outdir: Path, e, *, every: int = 5, result: str | None = None, folder: Path | None = None) -> RunDir:
+    run = rundir.create(outdir, e.label)
+    run.freeze_experiment(e, "cpu", None, Saving(every, 2, folder))
+    run.metrics.write_text("".join(StepMetrics(step=n, loss=7 - n / 10, step_ms=1, time=0).model_dump_json() + "\n" for n in range(1, 13)))
+    if result:
+        content = {"status": result, "exit_code": 0, "started": 0, "finished": 1, "steps": 20, "steps_done": 20, "data": "mock"}
+        rundir.write_json(run.result, content | {"device": "cpu"})
+    return run
+
+
+def tiny(**settings):
+    return plan(load_catalog().find("101"), TINY | settings, "cpu").experiment
+
+
+@pytest.mark.parametrize("harm, damage", [
+    (lambda path: (path / "__0_0.distcp").unlink(), "__0_0.distcp is missing"),
+    (lambda path: (path / "__0_0.distcp").write_bytes(b"x" * 699), "__0_0.distcp has 699 bytes of 700"),
+    (lambda path: (path / ".metadata").write_bytes(b"\x80\x04garbage"), ".metadata is damaged (UnpicklingError)"),
+    (lambda path: (path / ".metadata").write_bytes((path / ".metadata").read_bytes()[:-40]), ".metadata is damaged"),
+    (lambda path: (path / ".metadata").unlink(), "it was not written to its end"),
+    (lambda path: (path / "metadata.json").unlink(), "it was not written to its end"),
+    (lambda path: (path / "metadata.json").write_text("{"), "metadata.json is damaged"),
+])  # fmt: skip
+def test_what_is_missing_or_damaged_is_named_and_the_one_before_is_taken(tmp_path, harm, damage):
+    write(tmp_path, 10)
+    harm(write(tmp_path, 20))
+    told = []
+    assert checkpoints.newest_whole(tmp_path, told.append).step == 10
+    assert len(told) == 1 and told[0].startswith(f"checkpoint of step 20 skipped: {damage}")
+
+
+def test_a_pickle_is_read_and_never_run(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "ran",)
+
+    path = write(tmp_path, 1)
+    (path / ".metadata").write_bytes(pickle.dumps(Metadata({"bomb": Bomb()}, {})))
+    checkpoints.examine(path, 1)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_contents(tmp_path):
+    found = checkpoints.examine(write(tmp_path, 5), 5)
+    assert found.damage is None and found.contents.parameters == 102400 and found.contents.has_optimizer
+    assert not checkpoints.examine(write(tmp_path, 6, optimizer=False), 6).contents.has_optimizer
+
+
+def test_pruning_keeps_the_newest_whole_ones(tmp_path):
+    for step in (10, 20, 30, 40, 50):
+        write(tmp_path, step)
+    (tmp_path / "iter_0000020" / "metadata.json").unlink()
+    (tmp_path / "iter_0000050" / ".metadata").unlink()  # being written
+    (tmp_path / ".removing-iter_0000005").mkdir()
+    assert checkpoints.prune(tmp_path, keep=2) == [10, 20]
+    assert steps(tmp_path) == [30, 40, 50] and not list(tmp_path.glob(".removing*"))
+    assert checkpoints.prune(tmp_path, keep=1) == [30]
+    (tmp_path / "iter_0000040" / "metadata.json").unlink()
+    write(tmp_path, 35)
+    assert checkpoints.prune(tmp_path, keep=1) == [] and 35 in steps(tmp_path)  # the only whole one, though not the newest
+
+
+def test_finding_by_label_folder_and_step(tmp_path):
+    e = tiny()
+    run = run_in(tmp_path, e)
+    write(run.checkpoints, 5)
+    write(run.checkpoints, 10)
+    for wanted, step in ((e.label, 10), (str(run.checkpoints), 10), (str(run.checkpoints / "iter_0000005"), 5)):
+        assert checkpoints.find(wanted, tmp_path).step == step
+    with pytest.raises(UserError, match=f"no run or folder is called nothing; valid: {e.label}"):
+        checkpoints.find("nothing", tmp_path)
+    with pytest.raises(UserError, match="no whole checkpoint in"):
+        checkpoints.find(str(tmp_path), tmp_path)
+
+
+def test_another_model_is_refused_with_both_sizes(tmp_path):
+    run = run_in(tmp_path, tiny())
+    write(run.checkpoints, 5)
+    with pytest.raises(UserError, match="holds another model: hidden_size 100, num_attention_heads 25 there, hidden_size 64, num_attention_heads 16 in 211-"):
+        plan(load_catalog().find("211"), TINY | {"LOAD": run.label, "OUTDIR": str(tmp_path)}, "cpu")
+    bare = write(tmp_path / "bare", 5, width=96).parent
+    with pytest.raises(UserError, match="holds another model: hidden_size 96 there, hidden_size 100 in 101-"):
+        plan(load_catalog().find("101"), TINY | {"LOAD": str(bare), "OUTDIR": str(tmp_path)}, "cpu")
+
+
+@pytest.mark.parametrize("settings, said", [
+    ({"SAVE": "0", "KEEP": "2"}, "SAVE=0 keeps no checkpoints, but KEEP is given"),
+    ({"SAVE_EVERY": "0"}, "SAVE_EVERY=0: expected a whole number, 1 or more"),
+    ({"KEEP": "x"}, "KEEP=x: expected a whole number"),
+    ({"RESUME": "yes"}, "RESUME=yes: expected 0 or 1"),
+    ({"RESUME": "1"}, "RESUME=1: there is no run 101-"),
+    ({"LOAD": "nothing"}, "no run or folder is called nothing"),
+    ({"WANDB": "on"}, "WANDB=on: expected offline or online"),
+    ({"LR": "fast"}, "LR=fast: expected a number"),
+    ({"LR": "1e-5", "MIN_LR": "1e-4"}, "min_lr 0.0001 must not be above lr 1e-05"),
+    ({"LR_WARMUP": "20", "LR": "1e-3"}, "lr_warmup_steps 20 must be below the 20 steps"),
+    ({"UNTIL": "0"}, "UNTIL=0: no loss ever reaches 0"),
+    ({"EVAL_EVERY": "0"}, "EVAL_EVERY=0: expected"),
+])  # fmt: skip
+def test_settings_that_make_no_sense_are_refused(tmp_path, settings, said):
+    with pytest.raises(UserError, match=said):
+        plan(load_catalog().find("101"), TINY | settings | {"OUTDIR": str(tmp_path)}, "cpu")
+
+
+def test_saving_and_evaluating_as_asked(tmp_path):
+    asked = {"SAVE_EVERY": "5", "KEEP": "3", "EVAL_EVERY": "7", "EVAL_STEPS": "2", "LR": "3e-4", "OUTDIR": str(tmp_path)}
+    script = plan(load_catalog().find("122"), TINY | asked, "cpu").script()
+    for words in ("--save-interval 5 --async-save --use-persistent-ckpt-worker", '${HARNESS_RUN_DIR:+--save "$HARNESS_RUN_DIR/checkpoints"}',
+                  "--dist-ckpt-optim-fully-reshardable", "export HARNESS_KEEP=3", "--eval-interval 7 --eval-iters 2", "--lr 0.0003 --min-lr 3e-05"):
+        assert words in script.replace(" \\\n   ", "")
+    assert "--save" not in plan(load_catalog().find("122"), TINY | {"OUTDIR": str(tmp_path)}, "cpu").script()
+
+
+def test_saving_does_not_change_what_a_run_is_called(tmp_path):
+    assert tiny(SAVE="1", SAVE_EVERY="5", KEEP="1", WANDB="offline").label == tiny().label
+    assert "lr3e-4" in tiny(LR="3e-4").label
+
+
+def test_a_folder_with_checkpoints_is_not_mixed_with_another_run(tmp_path):
+    write(tmp_path / "kept", 30)
+    with pytest.raises(UserError, match="already holds checkpoints, the newest of step 30"):
+        plan(load_catalog().find("101"), TINY | {"SAVE": str(tmp_path / "kept"), "OUTDIR": str(tmp_path)}, "cpu")
+
+
+def test_resuming_takes_the_newest_whole_checkpoint_and_the_settings_of_before(tmp_path):
+    e = tiny()
+    run = run_in(tmp_path, e)
+    write(run.checkpoints, 5)
+    (write(run.checkpoints, 10) / "__0_0.distcp").unlink()
+    planned = plan(load_catalog().find("101"), TINY | {"RESUME": "1", "OUTDIR": str(tmp_path)}, "cpu")
+    assert (planned.resumes, planned.first_step) == (run, 5) and planned.extras.saving == Saving(5, 2)
+    assert planned.notices == ("checkpoint of step 10 skipped: __0_0.distcp is missing",)
+    assert "--ckpt-step 5" in planned.script()
+
+
+def test_resuming_cuts_what_the_checkpoint_does_not_know_of(tmp_path):
+    run = run_in(tmp_path, tiny())
+    run.logs.write_text("first\n")
+    (run.ranks / "0.error.json").write_text("{}")
+    run.validation.write_text("".join(Validation(step=s, split="validation", loss=1, time=0).model_dump_json() + "\n" for s in (4, 8)))
+    rundir.go_on(run, 5)
+    assert [m.step for m in run.read_metrics()] == [1, 2, 3, 4, 5] and [v.step for v in run.read_validation()] == [4]
+    assert (run.path / "logs.1.txt").read_text() == "first\n" and not run.logs.exists() and not list(run.ranks.iterdir())
+
+
+def test_the_newest_of_several_runs_is_gone_on_with(tmp_path):
+    e = tiny()
+    first, second = run_in(tmp_path, e), run_in(tmp_path, e)
+    write(first.checkpoints, 5)
+    assert rundir.newest(tmp_path, e.label) == second
+    planned = plan(load_catalog().find("101"), TINY | {"RESUME": "1", "OUTDIR": str(tmp_path)}, "cpu")
+    assert planned.first_step == 0 and "begins anew" in planned.notices[0]
+
+
+def test_a_run_that_is_at_its_end_is_shown_and_not_trained_again(tmp_path, capsys):
+    from harness import cli
+
+    run = run_in(tmp_path, tiny(), result="ok")
+    write(run.checkpoints, 20)
+    assert cli.main(["run", "101", *(f"{k}={v}" for k, v in TINY.items()), "RESUME=1", f"OUTDIR={tmp_path}"]) == 0
+    assert f"{run.label}: ok, 20 of 20 steps" in capsys.readouterr().out
+    with pytest.raises(UserError, match="step 20, and STEPS=20: nothing is left"):
+        plan(load_catalog().find("101"), TINY | {"LOAD": run.label, "OUTDIR": str(tmp_path)}, "cpu")
+
+
+def test_weights_alone_start_at_step_0(tmp_path):
+    run = run_in(tmp_path, tiny())
+    write(run.checkpoints, 20, optimizer=False)
+    planned = plan(load_catalog().find("101"), TINY | {"LOAD": run.label, "OUTDIR": str(tmp_path)}, "cpu")
+    assert planned.first_step == 0 and "--finetune --no-load-optim --no-load-rng" in planned.script()
+
+
+def test_the_list(tmp_path, capsys):
+    run = run_in(tmp_path, tiny())
+    write(run.checkpoints, 5)
+    (write(run.checkpoints, 10) / ".metadata").unlink()
+    assert checkpoints.print_list(tmp_path, None) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == run.label and lines[2].split() == ["5", "0.000", "102,400", "6.5000", "whole"]
+    assert lines[3].endswith("it was not written to its end")
+    assert checkpoints.print_list(tmp_path / "empty", None) == 1
+
+
+@pytest.mark.parametrize("losses, status", [((4.0, 2.9), "ok"), ((4.0, 3.1), "target-missed"), ((), "crash")])
+def test_a_run_to_a_loss_ends_well_only_where_it_got_there(losses, status):
+    e = plan(load_catalog().find("604"), {"DEVICE": "cpu", "UNTIL": "3", "STEPS": "20"}, "cpu").experiment
+    done = 20 if status == "target-missed" else 12
+    metrics = tuple(StepMetrics(step=n, loss=4.0, step_ms=1, time=0) for n in range(1, done + 1))
+    validation = tuple(Validation(step=6 * n, split="validation", loss=loss, time=0) for n, loss in enumerate(losses, 1))
+    assert classify(Evidence(0, metrics=metrics, validation=validation), e).status == status
+
+
+def test_a_long_run_scales_its_intervals_in_its_miniature():
+    e = plan(load_catalog().find("604"), {"DEVICE": "cpu"}, "cpu").experiment
+    assert (e.steps, e.eval_interval, e.save_every, e.keep, e.data) == (240, 12, 30, 2, "mock")
+    assert e.until.validation_loss == e.until.miniature_loss
+
+
+def test_every_setting_is_read():
+    known = {setting.key for setting in overrides.SETTINGS}
+    assert {"SAVE", "SAVE_EVERY", "KEEP", "LOAD", "RESUME", "EVAL_EVERY", "EVAL_STEPS", "WANDB", "UNTIL", "LR"} <= known
+
+
+def test_a_table_shows_the_held_out_loss_and_its_perplexity(tmp_path):
+    from harness import tables
+    from harness.results import collect, load_references
+
+    run = run_in(tmp_path, tiny(UNTIL="3"), result="ok")
+    result = json.loads(run.result.read_text()) | {"validation": {"step": 20, "split": "validation", "loss": 2.0, "time": 0}}
+    rundir.write_json(run.result, result)
+    (row,) = collect(tmp_path, tmp_path / "none", load_references()).rows
+    values = tables.values(row)
+    assert (values["validation_loss"], values["validation_step"]) == (2.0, 20) and values["perplexity"] == pytest.approx(7.389, abs=1e-3)
+    assert "2.000 (7.4)" in tables.render([row]) and "perplexity" in tables.render_compare(row, row)
