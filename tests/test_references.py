@@ -16,7 +16,7 @@ PUBLISHED = load_references().published
 
 
 def test_every_published_experiment_has_its_row_and_219_none():
-    tutorials = {e.id for e in CATALOG.experiments if e.published_data and not e.half_of}
+    tutorials = {e.id for e in CATALOG.experiments if e.chapter <= 500 and not e.half_of}
     assert {row.id for row in PUBLISHED.rows} == tutorials - {"219"}
 
 
