@@ -80,8 +80,7 @@ def plan(experiment: Experiment, settings: Mapping[str, str], device: Device) ->
     """
     full = overrides.apply(experiment, settings)
     if "DATA" not in settings:
-        own = device == "cpu" and full.until  # its miniature's target is a loss on mock data
-        full = full.with_changes(data=prepared.MOCK if own else prepared.default_for(full))
+        full = full.with_changes(data=_data_of_its_target(full, device) if full.until else prepared.default_for(full))
     headlines = []
     if device == "cuda" and full.attention_backend == "flash" and _lacks_flash_attention():
         full = full.with_changes(attention_backend="auto")
@@ -125,6 +124,13 @@ def _check_conversations(e: Experiment) -> None:
     if e.pp > 1 and e.micro_batch_size > 1:
         raise UserError(f"{e.id}: upstream joins a micro-batch of packed sequences, and pipeline stages expect them apart: "
                         f"mbs {e.micro_batch_size}, pp {e.pp}; set MBS=1 or PP=1")
+
+
+def _data_of_its_target(full: Experiment, device: Device) -> str:
+    """A loss to reach is one on certain data: the published set, which must be there; for a miniature, mock data."""
+    if device == "cpu" or full.published_data is None:
+        return full.data
+    return prepared.find(full.published_data).name
 
 
 def _resumed(outdir: Path, e: Experiment, settings: Mapping[str, str]) -> RunDir | None:

@@ -40,7 +40,7 @@ def install() -> None:
 
     cuda.install()
     collectives.install()
-    from harness.cpu import attention, checkpoints, experts, fsdp, norm, recompute, writer
+    from harness.cpu import attention, checkpoints, experts, fsdp, norm, recompute
 
     experts.install()
     fsdp.install()
