@@ -14,7 +14,7 @@ WORDS = $(foreach key,$(SETTINGS) $(MORE),$(if $(value $(key)),'$(key)=$(subst '
 include experiments/targets.mk
 
 .PHONY: checkpoints generate help list table claims compare doctor arguments monitor-gpu stop parity profile record report plots docs targets clean clean-all
-.PHONY: data-list data-prepare data-clean data-inspect data-check
+.PHONY: data-list data-prepare data-chat data-toy-chat data-clean data-inspect data-check
 .PHONY: import-hf export-hf
 .PHONY: setup setup-gpu docker-build docker-run test test-quick test-full lint
 
@@ -81,6 +81,10 @@ data-list: ## data sets that are, or can be, prepared
 	@$(HARNESS) data list
 data-prepare: ## one of your own text                  NAME=… INPUT=file-or-folder [RULES=sv] [TOKENIZER=…]
 	@$(DATA_HARNESS) data prepare $(WORDS)
+data-chat: ## conversations, to fine-tune on             NAME=… INPUT=chat.jsonl [TOKENIZER=folder|gpt2|bytes]
+	@scripts/setup.sh light data heavy -- -m harness data chat $(WORDS)
+data-toy-chat: ## 50 questions and answers, for 8xx
+	@scripts/setup.sh light data heavy -- -m harness data chat NAME=toy-chat INPUT=data/toy-chat.jsonl TOKENIZER=bytes $(WORDS)
 data-clean: ## text without what its rules drop         INPUT=… OUT=folder [RULES=sv]
 	@$(DATA_HARNESS) data clean $(WORDS)
 data-inspect: ## documents, tokens, lengths, samples   NAME=…
@@ -92,8 +96,8 @@ data-check: ## is every byte of it in order?           NAME=…
 import-hf: MORE = HF NAME
 import-hf: ## Hugging Face's into Megatron-LM's        HF=folder-or-repository [NAME=…] [TP=…] [PP=…] [EP=…]
 	@$(HARNESS) import-hf $(WORDS)
-export-hf: MORE = RUN OUT HF
-export-hf: ## a run's checkpoint as Hugging Face's      RUN=label-or-folder OUT=folder [HF=like-this-one]
+export-hf: MORE = RUN OUT HF ADAPTERS
+export-hf: ## a run's checkpoint as Hugging Face's      RUN=label-or-folder OUT=folder [HF=like-this-one] [ADAPTERS=1]
 	@$(HARNESS) export-hf $(WORDS)
 
 ##@ Set up

@@ -341,7 +341,7 @@ def _import_hf(words: list[str]) -> int:
 def _export_hf(words: list[str]) -> int:
     from harness.convert.commands import export_hf
 
-    settings = overrides.parse(words, extra=("HF", "RUN", "OUT"))
+    settings = overrides.parse(words, extra=("HF", "RUN", "OUT", "ADAPTERS"))
     _install_heavy()
     return export_hf(settings, _outdir(settings))
 

@@ -7,10 +7,11 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from harness import overrides
+from harness import ROOT, overrides
 from harness.convert.weights import WEIGHTS
 from harness.data import prepared
 from harness.errors import UserError
+from harness.finetune.adapters import FOLDER, read_record
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -55,7 +56,8 @@ def export_hf(settings: Mapping[str, str], outdir: Path) -> int:
     """
     missing = [key for key in ("RUN", "OUT") if key not in settings]
     if missing:
-        raise UserError(f"{' and '.join(missing)} missing: make export-hf RUN=label-or-folder OUT=folder [HF=like-this-one]")
+        raise UserError(f"{' and '.join(missing)} missing: make export-hf RUN=label-or-folder OUT=folder [HF=like-this-one] "
+                        "[ADAPTERS=1]")  # fmt: skip
     target = Path(settings["OUT"]).expanduser().absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"OUT={settings['OUT']} is there already and not empty; name another one, or remove it")
@@ -64,11 +66,28 @@ def export_hf(settings: Mapping[str, str], outdir: Path) -> int:
 
     like = hub.locate(settings["HF"]) if "HF" in settings else None
     begun = time.monotonic()
-    done = export_checkpoint(saved(settings["RUN"], outdir), target, like=like)
+    adapters = outdir / settings["RUN"] / FOLDER
+    trained = read_record(adapters)
+    folder = ROOT / trained.base if trained and trained.base else saved(settings["RUN"], outdir)
+    if overrides.switch("ADAPTERS", settings.get("ADAPTERS", "0")):
+        return _export_adapters(adapters, folder, target, like)
+    done = export_checkpoint(folder, target, like=like, adapters=adapters if trained else None)
+    if trained:
+        print(f"  adapters of rank {trained.lora.rank}, step {trained.iteration}, are merged with {folder}")
     print(f"{target}: {done.architecture}, {done.parameters:,} parameters, {done.bytes / 2**30:.2f} GiB in {done.files} "
           f"file{'s' if done.files > 1 else ''}, {time.monotonic() - begun:.0f} s")  # fmt: skip
     if done.tokenizer is None:
         print("  no tokenizer is known for it; HF=folder takes one from there")
+    return 0
+
+
+def _export_adapters(adapters: Path, base: Path, target: Path, like: Path | None) -> int:
+    from harness.convert.weights import read
+    from harness.finetune.export import export_peft
+
+    start = read(base)
+    named = str(like) if like else start.source if start else str(base)
+    print(f"{target}: PEFT's adapters, {export_peft(adapters, base, target, named):,} parameters, for {named}")
     return 0
 
 

@@ -17,6 +17,7 @@ from harness.convert.safetensor_files import SHARD_BYTES, sliced, writing
 from harness.convert.torch_dist import Checkpoint
 from harness.convert.transforms import Sizes
 from harness.errors import UserError
+from harness.finetune.export import Factors, Merged
 
 
 @dataclass(frozen=True)
@@ -30,20 +31,22 @@ class Exported:
     tokenizer: Path | None
 
 
-def export_checkpoint(folder: Path, target: Path, *, like: Path | None = None, shard_bytes: int = SHARD_BYTES) -> Exported:
+def export_checkpoint(folder: Path, target: Path, *, like: Path | None = None, adapters: Path | None = None,
+                      shard_bytes: int = SHARD_BYTES) -> Exported:  # fmt: skip
     """Write the checkpoint in ``folder`` as a Hugging Face model into ``target``, whole or not at all.
 
     Args:
         folder: one of upstream's save folders, or a checkpoint in it, or a folder of weights/.
         like: a Hugging Face folder whose vocabulary size, token ids and tokenizer the model keeps; by default that of the
             weights that the run started from.
+        adapters: a folder of LoRA's adapters, to be merged with the weights.
 
     Raises:
-        UserError: there is no whole checkpoint, or no architecture of Hugging Face has its weights.
+        UserError: there is no whole checkpoint, the adapters do not fit, or no architecture of Hugging Face has its weights.
     """
     found = torch_dist.latest(folder)
     arguments.register_safe_globals()
-    checkpoint = Checkpoint(found)
+    checkpoint = Merged(found, Factors(adapters)) if adapters else Checkpoint(found)
     args: Namespace = checkpoint.common().get("args") or Namespace()
     origin = like or _origin(folder, args)
     tokenizer = _tokenizer(origin, args)
