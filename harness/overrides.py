@@ -229,22 +229,15 @@ def _lora(experiment: Experiment, given: Mapping[str, str]) -> Lora | None:
             raise UserError(f"LORA_TARGETS={given['LORA_TARGETS']}: {nearest(target, get_args(LinearLayer))}")
     if targets and len(set(targets)) != len(targets):
         raise UserError(f"LORA_TARGETS={given['LORA_TARGETS']}: a layer gets one adapter")
-    alpha, dropout = (_number(key, given[key]) if key in given else None for key in ("LORA_ALPHA", "LORA_DROPOUT"))
-    if alpha is not None and alpha <= 0:
+    alpha, dropout = (rate(key, given[key]) if key in given else None for key in ("LORA_ALPHA", "LORA_DROPOUT"))
+    if alpha == 0:
         raise UserError(f"LORA_ALPHA={given['LORA_ALPHA']}: expected a number above 0")
-    if dropout is not None and not 0 <= dropout < 1:
+    if dropout is not None and dropout >= 1:
         raise UserError(f"LORA_DROPOUT={given['LORA_DROPOUT']}: expected a number from 0 to below 1")
     fields = {"rank": rank, "alpha": alpha or (known.scale if known else 2) * rank}
     fields |= {"dropout": known.dropout} | {"targets": known.targets} if known else {}
     fields |= {} if dropout is None else {"dropout": dropout}
     return Lora(**fields | ({"targets": targets} if targets else {}))
-
-
-def _number(key: str, value: str) -> float:
-    try:
-        return float(value)
-    except ValueError:
-        raise UserError(f"{key}={value}: expected a number") from None
 
 
 def _profiled_steps(value: str) -> tuple[int, int] | None:
