@@ -71,7 +71,7 @@ def edit_weights(folder: Path, change) -> None:
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("name", tiny_hf.MODELS)
 def test_there_and_back_is_the_same_bit_by_bit(name, dtype, tmp_path):
     import torch
@@ -80,7 +80,7 @@ def test_there_and_back_is_the_same_bit_by_bit(name, dtype, tmp_path):
     weights = imported(tmp_path / "hf", tmp_path / "megatron")
     before, after = loaded(tmp_path / "hf"), exported(tmp_path / "megatron", tmp_path / "back")
     assert before.keys() == after.keys()
-    whole = {"float32": torch.int32, "bfloat16": torch.int16}[dtype]
+    whole = torch.int32 if dtype == "float32" else torch.int16
     for key, tensor in before.items():
         assert tensor.dtype == after[key].dtype
         assert torch.equal(tensor.view(whole), after[key].view(whole)), key
@@ -137,6 +137,7 @@ def test_mxfp4_experts_become_bf16(folders, tmp_path):
             expected[name] = convert_moe_packed_tensors(blocks, scales)
 
     edit_weights(packed, pack)
+    edit_config(packed, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]})
     weights = imported(packed, tmp_path / "megatron")
     assert weights.dequantized == len(expected) == 8 and "bfloat16" in weights.dtypes
     after = exported(tmp_path / "megatron", tmp_path / "back")
@@ -193,6 +194,46 @@ def test_upstreams_arguments_say_every_model_of_the_catalogue():
         training = dict.fromkeys(("moe_aux_loss_coeff", "moe_z_loss_coeff"))
         assert again.model_copy(update=training) == model.model_copy(update=training)
         assert positions == 128
+
+
+# As published (Hugging Face: meta-llama/Meta-Llama-3-8B, openai/gpt-oss-20b, allenai/OLMoE-1B-7B-0924), in the keys of their time.
+_PUBLISHED = {"hidden_act": "silu", "attention_dropout": 0.0, "initializer_range": 0.02, "tie_word_embeddings": False}
+PUBLISHED = {
+    "llama3-8b": {
+        **_PUBLISHED, "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
+        "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192,
+        "vocab_size": 128256, "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 500000.0, "attention_bias": False,
+    },
+    "gpt-oss-20b": {
+        **_PUBLISHED, "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "hidden_size": 2880, "head_dim": 64,
+        "intermediate_size": 2880, "num_attention_heads": 64, "num_hidden_layers": 24, "num_key_value_heads": 8,
+        "num_local_experts": 32, "num_experts_per_tok": 4, "experts_per_token": 4, "max_position_embeddings": 131072,
+        "initial_context_length": 4096, "vocab_size": 201088, "rms_norm_eps": 1e-05, "rope_theta": 150000, "sliding_window": 128,
+        "rope_scaling": {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "original_max_position_embeddings": 4096,
+                         "rope_type": "yarn", "truncate": False},
+        "swiglu_limit": 7.0, "router_aux_loss_coef": 0.9, "attention_bias": True, "layer_types": ["sliding_attention", "full_attention"] * 12,
+    },
+    "olmoe-1b-7b": {
+        **_PUBLISHED, "architectures": ["OlmoeForCausalLM"], "model_type": "olmoe", "hidden_size": 2048, "intermediate_size": 1024,
+        "num_attention_heads": 16, "num_hidden_layers": 16, "num_key_value_heads": 16, "num_experts": 64, "num_experts_per_tok": 8,
+        "max_position_embeddings": 4096, "vocab_size": 50304, "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "rope_scaling": None,
+        "clip_qkv": None, "norm_topk_prob": False, "router_aux_loss_coef": 0.01, "attention_bias": False,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_are_the_catalogues_models(name, tmp_path):
+    from harness.convert.hub import read_config
+    from harness.convert.weights import differences
+
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[name]))
+    architecture, config = read_config(tmp_path)
+    model, positions = architecture.read(config, name)
+    known = next(e.model for e in load_catalog().experiments if e.model.name == name)
+    assert differences(known, model) == {}
+    assert positions == PUBLISHED[name]["max_position_embeddings"]
+    assert (model.dropout, model.init_method_std) == (known.dropout, known.init_method_std)
 
 
 def test_what_weights_fit(folders, tmp_path):

@@ -106,4 +106,4 @@ def saved(run: str, outdir: Path) -> Path:
         for folder in (place, *sorted(tracker.parent for tracker in place.glob(f"*/{TRACKER}"))):
             if (folder / TRACKER).exists() or (folder / METADATA).exists():
                 return folder.resolve()
-    raise UserError(f"RUN={run}: {places[0]} has no checkpoint\nruns keep one with ARGS=\"--save folder --save-interval N\"")
+    raise UserError(f"RUN={run}: {places[0]} has no checkpoint\nSAVE=1 makes a run keep some")

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from harness import ROOT
 from harness.catalog import Model
 from harness.data.prepared import Blend
-from harness.errors import UserError, nearest
+from harness.errors import UserError
 
 _TRAINING = ("name", "dropout", "init_method_std", "moe_aux_loss_coeff", "moe_z_loss_coeff",
              "ffn_hidden_size", "num_query_groups", "kv_channels", "moe_ffn_hidden_size")  # fmt: skip
@@ -64,19 +64,6 @@ def read(folder: Path) -> Weights | None:
         return None
     except ValidationError as error:
         raise UserError(f"{folder / RECORD} is damaged: {error.errors()[0]['msg']}\nimport it again") from None
-
-
-def find(named: str) -> Path:
-    """The folder of the import called ``named``, or ``named`` itself where that is a folder.
-
-    Raises:
-        UserError: there is none.
-    """
-    for folder in (Path(named).expanduser(), WEIGHTS / named):
-        if folder.is_dir() and read(folder):
-            return folder.resolve()
-    raise UserError(f"no weights {named}; {nearest(named, sorted(p.parent.name for p in WEIGHTS.glob(f'*/{RECORD}')))}\n"
-                    "make import-hf HF=folder-or-repository NAME=… makes some")  # fmt: skip
 
 
 def differences(trained: Model, model: Model) -> dict[str, tuple[object, object]]:
