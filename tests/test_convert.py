@@ -112,7 +112,7 @@ def test_files_of_the_base_model_and_their_buffers(folders, tmp_path):
     def strip(tensors):
         for name in list(tensors):
             tensors[name.removeprefix("transformer.")] = tensors.pop(name)
-        tensors["h.0.attn.bias"] = torch.ones(1, 1, 64, 64)
+        tensors["h.0.attn.bias"] = torch.ones(1, 1, 64, 64, dtype=torch.bool)
 
     edit_weights(bare, strip)
     imported(bare, tmp_path / "megatron")
@@ -236,6 +236,25 @@ def test_published_configs_are_the_catalogues_models(name, tmp_path):
     assert (model.dropout, model.init_method_std) == (known.dropout, known.init_method_std)
 
 
+def test_the_hub(folders, tmp_path, monkeypatch):
+    """What it is asked for, and its refusal; nothing is fetched."""
+    import huggingface_hub
+
+    from harness.convert import hub
+
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kwargs: asked.append((args, kwargs)) or str(tmp_path))
+    assert hub.locate("someone/model@v2") == tmp_path
+    assert asked[0][0] == ("someone/model",) and asked[0][1]["revision"] == "v2" and "*.bin" not in asked[0][1]["allow_patterns"]
+
+    def refuse(*args, **kwargs):
+        raise OSError("401 Client Error\nmore")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(UserError, match="the hub does not give it: 401 Client Error\ncheck the name; a gated model needs HF_TOKEN"):
+        hub.locate("someone/model")
+
+
 def test_what_weights_fit(folders, tmp_path):
     from harness.convert.weights import differences
 
@@ -260,6 +279,8 @@ REFUSED = {
     "no safetensors": (lambda f: (f / "model.safetensors").write_bytes(b"PK" * 500), "is no safetensors file"),
     "empty": (lambda f: (f / "model.safetensors").write_bytes(b""), "is no safetensors file"),
     "two dtypes": (lambda f: edit_weights(f, lambda t: t.update({"model.layers.0.self_attn.q_proj.weight": t["model.layers.0.self_attn.q_proj.weight"].half()})), "different dtypes"),
+    "quantised": (lambda f: edit_config(f, quantization_config={"quant_method": "gptq", "bits": 4}), "quantised by gptq"),
+    "whole numbers": (lambda f: edit_weights(f, lambda t: t.update({"model.norm.weight": t["model.norm.weight"].char()})), "model.norm.weight is torch.int8: quantised"),
     "another's tokenizer": (lambda f: tokenizer(f, 300), "the tokenizer has ids up to 299"),
     "damaged tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json is damaged"),
 }

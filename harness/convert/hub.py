@@ -37,7 +37,8 @@ def locate(named: str) -> Path:
     repository, _, revision = named.partition("@")
     print(f"fetching {named}")
     try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(WANTED)))
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(WANTED),
+                                      ignore_patterns=["*/*"]))  # fmt: skip
     except Exception as error:  # the hub's client raises what its transport does
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
@@ -66,6 +67,9 @@ def read_config(folder: Path) -> tuple[Architecture, dict[str, Any]]:
     architecture = ARCHITECTURES[known[0]]
     if raw.get("model_type") != architecture.model_type:
         raise UserError(f"{path}: {architecture.name} with model_type {raw.get('model_type')!r}")
+    quantised = (raw.get("quantization_config") or {}).get("quant_method")
+    if quantised not in (None, "mxfp4"):
+        raise UserError(f"{path}: quantised by {quantised}; MXFP4 is all that can be undone here\nget the unquantised model")
     from transformers import AutoConfig
     from transformers.utils import logging
 

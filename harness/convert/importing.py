@@ -16,7 +16,7 @@ from torch import Tensor
 from harness.convert import arguments, hub, torch_dist
 from harness.convert.architectures import EXPERTS, LAYERS, Architecture, Row
 from harness.convert.mxfp4 import Dequantized
-from harness.convert.safetensor_files import Tensors, open_folder
+from harness.convert.safetensor_files import FLOATS, Tensors, open_folder
 from harness.convert.torch_dist import Piece
 from harness.convert.transforms import Sizes
 from harness.convert.weights import HF, RECORD, RELEASE, Weights, check_data
@@ -107,13 +107,15 @@ def plan(architecture: Architecture, sizes: Sizes, tensors: Tensors) -> list[Pie
                 continue
             misfits += [f"{name} is {list(tensors[name].shape)}, not {list(fits)}"
                         for name, fits in zip(names, expected, strict=True) if tensors[name].shape != fits]  # fmt: skip
-            if len(dtypes := {tensors[name].dtype for name in names}) > 1:
+            dtypes = {tensors[name].dtype for name in names}
+            if len(dtypes) > 1:
                 misfits.append(f"{', '.join(names)} have different dtypes: {', '.join(map(str, dtypes))}")
+            misfits += [f"{names[0]} is {dtype}: quantised, and not in MXFP4" for dtype in dtypes if dtype not in FLOATS]
             make = partial(_made, row, names, tensors, sizes)
             for key in (row.megatron, *row.also):
                 pieces.append(Piece(key, index, shape, row.stacked(sizes), next(iter(dtypes)), make))
     extra = [name for name in tensors if name not in wanted and not architecture.unneeded(name, sizes.model)]
-    for problem, names in (("are missing", missing), ("have a shape that config.json does not say", misfits),
+    for problem, names in (("are missing", missing), ("are not what config.json says", misfits),
                            ("are not known", extra)):  # fmt: skip
         if names:
             more = f"\n… and {len(names) - 5} more" if len(names) > 5 else ""

@@ -25,7 +25,13 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = "model-{:05d}-of-{:05d}.safetensors"
 SHARD_BYTES = 5 * 10**9
 LARGEST_HEADER = 100_000_000
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8}
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+"""What weights can be; the other dtypes are of buffers, or quantised."""
+DTYPES = {
+    "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64, "BOOL": torch.bool,
+    "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _SLICE = re.compile(r"(.+)\[(\d+)\]")
 _LENGTH = struct.Struct("<Q")
@@ -121,7 +127,8 @@ def _none_there(folder: Path) -> str:
             "refused\nget the safetensors of the same model, or write them where you trust the file: "
             "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(other_folder)"
         )
-    return f"{folder} has no {SINGLE} and no {INDEX}\nHF= wants a folder as save_pretrained writes it"
+    return (f"{folder} has no {SINGLE} and no {INDEX}\nHF= wants safetensors, as save_pretrained writes them; "
+            "pickled weights are refused")  # fmt: skip
 
 
 def _read_header(path: Path) -> dict[str, Stored]:
