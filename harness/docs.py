@@ -12,7 +12,7 @@
     <!-- slow_steps: records -->…<!-- /slow_steps -->         steps that took much longer than their run's median
     <!-- weights: LlamaForCausalLM -->…<!-- /weights -->      which tensors are which (harness/convert/)
 
-A value may also be a record's file and a key in it: ``h200-141gb/601_args loss.first .2f``.
+A value may also be a file of records or benchmarks and a key in it: ``h200-141gb/601_args loss.first .2f``.
 """
 
 from __future__ import annotations

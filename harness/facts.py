@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from harness import ROOT
 from harness.catalog import Catalog, load_catalog
 from harness.errors import UserError, nearest
 from harness.expressions import Quantity, parse
@@ -79,14 +80,18 @@ class Facts:
         return parse(expression).value(self._quantity)
 
     def record_value(self, name: str, keys: str) -> Any:
-        """The value at ``keys``, joined by dots, of record ``name`` (``h200-141gb/101``). Raises NotMeasured."""
+        """The value at ``keys``, joined by dots, of record ``name`` (``h200-141gb/101``) or of ``benchmarks/…``.
+
+        Raises NotMeasured.
+        """
+        folder = ROOT if name.startswith("benchmarks/") else self.records
         try:
-            value = json.loads((self.records / f"{name}.json").read_text(encoding="utf-8"))
+            value = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
             for key in keys.split("."):
-                value = value[key]
+                value = value[int(key) if isinstance(value, list) else key]
         except (OSError, TypeError):
             raise NotMeasured(name) from None
-        except KeyError:
+        except (KeyError, IndexError, ValueError):
             raise UserError(f"record {name} has no {keys}") from None
         return _measured(value, name)
 
