@@ -1,8 +1,14 @@
 """LoRA against Hugging Face's PEFT, and under every layout against one process."""
 
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
-from tests.tiny_chat import LORA, STEPS, adapters, losses, make_data, make_weights, tune
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny_chat import LORA, READ, STEPS, adapters, losses, make_data, make_weights, tune
 
 pytestmark = pytest.mark.cpu
 
@@ -58,7 +64,6 @@ PARENTS = {"linear_qkv": "self_attention", "linear_proj": "self_attention", "lin
 @pytest.mark.full
 @pytest.mark.parametrize("layout", [{}, LAYOUTS["tp2"], LAYOUTS["tp2+sp"]], ids=["tp1", "tp2", "tp2+sp"])
 def test_adapters_are_those_of_peft(tmp_path, layout):
-    peft = pytest.importorskip("peft")
     import torch
 
     from harness.convert.transforms import FUSED_QKV, Sizes
@@ -66,6 +71,7 @@ def test_adapters_are_those_of_peft(tmp_path, layout):
 
     data = make_data(tmp_path)
     model, e = make_weights(tmp_path)
+    peft = pytest.importorskip("peft")  # it imports what it finds of Megatron-LM, so upstream's tree comes first
     run = tune(e.with_changes(**layout), data, tmp_path / "run")
     # c_proj names two layers of a block, in attention and in the MLP
     theirs = peft.get_peft_model(model, peft.LoraConfig(
@@ -120,11 +126,5 @@ def trained_by_peft(model, data) -> list[float]:
 
 def packed(data, number: int) -> list[dict]:
     """The samples that a run reads, in its order; in a process of its own, which upstream's imports stay in."""
-    import pickle
-    import subprocess
-    import sys
-
-    from tests.tiny_chat import ROOT
-
-    done = subprocess.run([sys.executable, "-m", "tests.read_chat", str(data), str(number)], cwd=ROOT, capture_output=True, check=True)
+    done = subprocess.run([*READ, str(data), str(number)], capture_output=True, check=True)
     return pickle.loads(done.stdout)

@@ -9,12 +9,14 @@ from pathlib import Path
 from harness.catalog import Experiment, Lora
 from harness.convert.importing import import_folder
 from harness.data.prepared import prefix_of
+from harness.entry.upstream import locate, put_on_path
 from harness.environment import variables
 from harness.finetune.prepare import prepare_chat
 from harness.flags import megatron_flags
 from harness.rundir import RUN_DIR_VARIABLE, RunDir
 
 ROOT = Path(__file__).resolve().parent.parent
+READ = [sys.executable, str(ROOT / "tests" / "read_chat.py")]
 SEQUENCE = 64
 ROWS = 512
 """Of the vocabulary: what it is padded to under tp 1 and 2 alike, so that losses compare."""
@@ -64,6 +66,7 @@ def make_hf(folder: Path, kind: str = "gpt2"):
 
 def make_weights(folder: Path, kind: str = "gpt2"):
     """The model and the experiment that starts from it: Hugging Face's in ``folder``/hf, imported in ``folder``/weights."""
+    put_on_path(locate())  # before transformers imports what it finds of Megatron-LM
     model = make_hf(folder / "hf", kind)
     imported = import_folder(str(folder / "hf"), folder / "weights", "tiny")
     e = Experiment(id="999", slug="tuned", chapter=900, shows="x", model=imported.model, mbs=2, gbs=4, seq=SEQUENCE, steps=STEPS,

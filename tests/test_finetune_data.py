@@ -1,0 +1,119 @@
+"""``make data-chat`` and what a run reads of it: answers, segments, what is cut and skipped."""
+
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from harness.catalog import load_catalog
+from harness.data import prepared
+from harness.data.check import check
+from harness.errors import UserError
+from harness.finetune.prepare import prepare_chat
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny_chat import READ, conversation, make_data, write_lines
+
+pytestmark = pytest.mark.cpu
+
+END = 256  # the byte tokenizer's end of document
+
+
+def test_a_data_set_of_conversations(tmp_path):
+    lines = [conversation("q", "a", "r", "b", system="s"), {"text": "none"}, conversation("q")]
+    manifest, skipped = prepare_chat("chat", write_lines(tmp_path / "chat.jsonl", lines), "bytes", folder=tmp_path)
+    assert dict(skipped.by_rule) == {"no messages": 1, "no answer": 1} and skipped.first == {"no messages": 2, "no answer": 3}
+    assert manifest.chat.template == "simple" and manifest.counted.documents == 1 and manifest.counted.records == 3
+    assert all(finding.right for finding in check("chat", tmp_path))
+    chosen = prepared.find("chat", tmp_path)
+    assert chosen.chat and (chosen.home / "tokenizer" / "chat_template.jinja").exists()
+    backend = Tokenizer.from_file(str(chosen.tokenizer_model / "tokenizer.json"))
+    ids = np.fromfile(tmp_path / "chat" / "chat_text_document.bin", np.uint16)
+    end = "<|endoftext|>"
+    assert backend.decode(ids, skip_special_tokens=False) == f"s\n\nUser: q\n\nAssistant: a{end}\n\nUser: r\n\nAssistant: b{end}"
+    with pytest.raises(UserError, match="is prepared already"):
+        prepare_chat("chat", tmp_path / "chat.jsonl", "bytes", folder=tmp_path)
+
+
+def test_a_tokenizers_own_template_is_used(tmp_path):
+    from harness.finetune.byte_tokenizer import byte_folder
+
+    folder = byte_folder(tmp_path)
+    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    (folder / "chat_template.jinja").write_text(template)
+    manifest, _ = prepare_chat("own", write_lines(tmp_path / "c.jsonl", [conversation("q", "a")]), str(folder), folder=tmp_path)
+    assert manifest.chat.template == "own" and manifest.counted.tokens == len("[user]q_[assistant]a_")
+    assert manifest.chat.answer_tokens == len("a_")
+
+
+@pytest.mark.parametrize(
+    ("lines", "tokenizer", "said"),
+    [
+        ([{"text": "x"}, conversation("q")], "bytes", "no conversation in 2 lines"),
+        ([conversation("q", "a")], "null:100", "conversations need"),
+        ([conversation("q", "a")], "nowhere", "no tokenizer nowhere"),
+    ],
+)
+def test_nothing_is_left_of_what_cannot_be_prepared(tmp_path, lines, tokenizer, said):
+    with pytest.raises(UserError, match=said):
+        prepare_chat("chat", write_lines(tmp_path / "c.jsonl", lines), tokenizer, folder=tmp_path)
+    assert "chat" not in prepared.prepared(tmp_path) and not (tmp_path / "chat").exists()
+
+
+def test_a_missing_file_is_said_so(tmp_path):
+    with pytest.raises(UserError, match="No such file"):
+        prepare_chat("chat", tmp_path / "none.jsonl", "bytes", folder=tmp_path)
+
+
+def read(pair, number: int, length: int) -> tuple[list[dict], str]:
+    done = subprocess.run([*READ, str(pair), str(number), str(length)], capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    return pickle.loads(done.stdout), done.stderr.decode()
+
+
+def test_what_a_run_reads(tmp_path):
+    long = conversation("x" * 10, "y" * 200)
+    hopeless = conversation("z" * 300, "a")
+    texts = [conversation(f"{n}?", f"{n}!") for n in range(5)]
+    prepare_chat("chat", write_lines(tmp_path / "c.jsonl", [*texts, long, hopeless]), "bytes", folder=tmp_path)
+    samples, said = read(prepared.prefix_of("chat", tmp_path), 6, 64)
+    assert "6 conversations in 4 sequences of 64" in said and "cut at the end: 1; skipped, no answer within a sequence: 1" in said
+    seen = set()
+    for sample in samples[:4]:
+        bounds = sorted(set(sample["cu_seqlens"].tolist()))
+        assert bounds[0] == 0 and bounds[-1] == 64 and int(sample["max_seqlen"]) == max(b - a for a, b in zip(bounds, bounds[1:], strict=False))
+        for begin, end in zip(bounds, bounds[1:], strict=False):
+            assert sample["position_ids"][begin:end].tolist() == list(range(end - begin))
+            labels, mask = sample["labels"][begin:end], sample["loss_mask"][begin:end].bool()
+            if not mask.any():  # padding
+                continue
+            question = bytes(sample["tokens"][begin:end].tolist()).decode()
+            learned = labels[mask].tolist()
+            assert question.startswith("User: ")
+            if "x" in question:
+                assert end - begin == 64 and set(learned) == {ord(" "), ord("y")}
+            else:
+                number = question[len("User: ")]
+                assert learned == [*f" {number}!".encode(), END], "the answer and its end, nothing else"
+                seen.add(number)
+    assert seen == set("01234")
+    again, _ = read(prepared.prefix_of("chat", tmp_path), 6, 64)
+    assert all((a["tokens"] == b["tokens"]).all() for a, b in zip(samples, again, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [({"CP": "2"}, "set CP=1"), ({"PP": "2"}, "MBS=1"), ({"SPLIT": "98,1,1"}, "conversations"), ({"WEIGHTS": "nothing"}, "import-hf")],
+)
+def test_runs_that_conversations_do_not_fit(tmp_path, monkeypatch, settings, said):
+    from harness.plan import plan
+
+    make_data(tmp_path)
+    find = prepared.find
+    monkeypatch.setattr(prepared, "find", lambda name, folder=tmp_path: find(name, tmp_path))
+    with pytest.raises(UserError, match=said):
+        plan(load_catalog().find("801"), {"DATA": "chat", "OUTDIR": str(tmp_path), **settings}, "cpu")
