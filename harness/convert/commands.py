@@ -40,7 +40,7 @@ def import_hf(settings: Mapping[str, str], folder: Path = WEIGHTS) -> int:
     print(f"{target}: {weights.architecture}, {weights.parameters:,} parameters, {weights.bytes / 2**30:.2f} GiB "
           f"in {time.monotonic() - begun:.0f} s")  # fmt: skip
     if weights.dequantized:
-        print(f"  {weights.dequantized} tensors were MXFP4: they are bf16 here, the same values in four times the bytes")
+        print(f"  {weights.dequantized} tensors were MXFP4 and are bf16 here: the same values, nearly four times the bytes")
     if not weights.tokenizer:
         print("  no tokenizer came with them")
     print(f"  make <id> WEIGHTS={name} trains on from them")
