@@ -39,6 +39,7 @@ def write_lines(path: Path, lines) -> Path:
 
 def make_data(folder: Path, number: int = 12) -> Path:
     """Prepare short conversations as the data set ``chat`` in ``folder``; path of its pair."""
+    put_on_path(locate())  # before transformers imports what it finds of Megatron-LM
     lines = [conversation(f"{n}+{n}?", f"{2 * n}.", *(["and?", "no"] if n % 3 == 0 else [])) for n in range(number)]
     prepare_chat("chat", write_lines(folder / "chat.jsonl", lines), "bytes", folder=folder)
     return prefix_of("chat", folder)
@@ -66,7 +67,6 @@ def make_hf(folder: Path, kind: str = "gpt2"):
 
 def make_weights(folder: Path, kind: str = "gpt2"):
     """The model and the experiment that starts from it: Hugging Face's in ``folder``/hf, imported in ``folder``/weights."""
-    put_on_path(locate())  # before transformers imports what it finds of Megatron-LM
     model = make_hf(folder / "hf", kind)
     imported = import_folder(str(folder / "hf"), folder / "weights", "tiny")
     e = Experiment(id="999", slug="tuned", chapter=900, shows="x", model=imported.model, mbs=2, gbs=4, seq=SEQUENCE, steps=STEPS,
