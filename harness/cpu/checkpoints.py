@@ -6,6 +6,9 @@ on the host already and would be shared: the writer would write what training ma
 Where a checkpoint is loaded, upstream's distributed optimizer asks PyTorch's Adam for its step before there is one, takes
 the step for one of the moments, and has all parameters count the same one up; Transformer Engine's Adam, as on a GPU,
 keeps it elsewhere.
+
+Each iterator over a data loader draws a seed from the CPU's random numbers, which are the device's here: a run that goes on
+makes its iterators anew, and its dropout would differ. So loaders have random numbers of their own.
 """
 
 
@@ -16,6 +19,7 @@ def install() -> None:
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     prepare, state_dict = FileSystemWriterAsync.prepare_write_data, DistributedOptimizer.state_dict
+    init = torch.utils.data.DataLoader.__init__
     load, set_states = DistributedOptimizer.load_state_dict, DistributedOptimizer._set_main_param_and_optimizer_states
 
     def prepare_write_data(self, plan, planner) -> None:
@@ -41,6 +45,10 @@ def install() -> None:
         for moments in self.optimizer.state.values():
             moments["step"] = moments["step"].clone()
 
+    def init_loader(self, *args, **kwargs) -> None:
+        init(self, *args, **{"generator": torch.Generator()} | kwargs)
+
+    torch.utils.data.DataLoader.__init__ = init_loader
     FileSystemWriterAsync.prepare_write_data = prepare_write_data
     DistributedOptimizer.load_state_dict = load_with_own_steps
     DistributedOptimizer._set_main_param_and_optimizer_states = put_states

@@ -1,0 +1,91 @@
+"""``make generate``: what is asked, which token is drawn, and that a model says what it has learnt."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from harness import generate
+from harness.data.prepared import DATA
+from harness.errors import UserError
+from harness.generate import Sampling
+
+ROOT = Path(__file__).resolve().parent.parent
+SENTENCE = "the quick brown fox jumps over the lazy dog while seven wizards quietly mix a jug of liquid oxygen"
+
+
+@pytest.mark.parametrize("settings, said", [
+    ({}, 'RUN and PROMPT missing: make generate RUN=label PROMPT="'),
+    ({"RUN": "a"}, "PROMPT missing"),
+    ({"RUN": "nothing", "PROMPT": "a"}, "no run or folder is called nothing"),
+    ({"RUN": "a", "PROMPT": "a", "TOKENS": "0"}, "TOKENS=0: expected a whole number, 1 or more"),
+    ({"RUN": "a", "PROMPT": "a", "TEMPERATURE": "hot"}, "TEMPERATURE=hot: expected a number"),
+    ({"RUN": "a", "PROMPT": "a", "TOP_P": "1.5"}, "TOP_P=1.5: expected a probability"),
+    ({"RUN": "a", "PROMPT": "a", "TOP_K": "5", "TOP_P": "0.9"}, "give one of them"),
+])  # fmt: skip
+def test_a_request_that_makes_no_sense_is_refused(tmp_path, settings, said):
+    with pytest.raises(UserError, match=said.replace("(", "\\(")):
+        generate.parse(settings, tmp_path)
+
+
+@pytest.mark.cpu
+def test_tokens_are_drawn_as_asked():
+    import torch
+
+    from harness.entry.generate import draw
+
+    logits = torch.log(torch.tensor([0.05, 0.4, 0.3, 0.2, 0.05]))
+
+    def drawn(n=400, **how) -> list[int]:
+        generator = torch.Generator().manual_seed(1)
+        return [draw(logits, Sampling("", **how), generator) for _ in range(n)]
+
+    assert set(drawn(20, temperature=0.0)) == {1} == set(drawn(20, top_k=1))
+    assert set(drawn(top_k=2)) == {1, 2} and set(drawn(top_p=0.7)) == {1, 2} and set(drawn(top_p=0.71)) == {1, 2, 3}
+    assert set(drawn()) == {0, 1, 2, 3, 4} and drawn() == drawn()
+    assert sum(token == 1 for token in drawn()) / 400 == pytest.approx(0.4, abs=0.08)
+    assert sum(token == 1 for token in drawn(temperature=0.3)) > sum(token == 1 for token in drawn())
+
+
+@pytest.fixture
+def one_sentence(tmp_path):
+    """A prepared data set of one sentence, said many times."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<|endoftext|>", *dict.fromkeys(SENTENCE.split())]
+    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token=words[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    folder = tmp_path / "tokenizer"
+    known = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=words[0], unk_token=words[0])
+    known.save_pretrained(folder)
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": SENTENCE}) + "\n" for _ in range(400)))
+    name = f"test-sentence-{os.getpid()}"
+    settings = [f"NAME={name}", f"INPUT={tmp_path / 'text.jsonl'}", f"TOKENIZER={folder}"]
+    try:
+        harness("data", "prepare", *settings)
+        yield name
+    finally:
+        shutil.rmtree(DATA / name, ignore_errors=True)
+
+
+def harness(*words: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([sys.executable, "-m", "harness", *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+@pytest.mark.cpu
+@pytest.mark.full
+def test_a_model_that_has_learnt_one_sentence_says_it(tmp_path, one_sentence):
+    outdir = f"OUTDIR={tmp_path / 'out'}"
+    settings = ("DEVICE=cpu", f"DATA={one_sentence}", "STEPS=60", "LR=1e-2", "EVAL_STEPS=0", "SPLIT=1,0,0", "SAVE=1", "GBS=8", "MBS=8", outdir)
+    harness("run", "601", *settings)
+    run = next((tmp_path / "out").iterdir()).name
+    prompt, rest = SENTENCE[:25], SENTENCE[26:].split()
+    said = harness("generate", outdir, "DEVICE=cpu", f"RUN={run}", f"PROMPT={prompt}", f"TOKENS={len(rest)}", "TEMPERATURE=0").stdout
+    assert said.split() == SENTENCE.split()
