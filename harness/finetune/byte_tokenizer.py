@@ -1,4 +1,4 @@
-"""``TOKENIZER=bytes``: a token a byte and an end of document, made here. For small models and machines without a network."""
+"""``TOKENIZER=bytes``: a token a byte, whose id it is, and an end of document; made here. For small models and machines without a network."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ def byte_folder(home: Path) -> Path:
     if not (folder / DESCRIPTION).is_file():
         from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-        letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-        made = Tokenizer(models.BPE(vocab={letter: n for n, letter in enumerate(letters)}, merges=[]))
+        made = Tokenizer(models.BPE(vocab={letter: byte for byte, letter in enumerate(_letters())}, merges=[]))
         made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         made.decoder = decoders.ByteLevel()
         made.add_special_tokens([AddedToken(END, special=True, normalized=False)])
@@ -28,3 +27,10 @@ def byte_folder(home: Path) -> Path:
         part.write_text(made.to_str())
         part.replace(folder / DESCRIPTION)
     return folder
+
+
+def _letters() -> list[str]:
+    """What byte-level tokenizers write for each byte, as GPT-2's: itself where it is printable, else a letter from 256 on."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
