@@ -64,14 +64,14 @@ PARENTS = {"linear_qkv": "self_attention", "linear_proj": "self_attention", "lin
 @pytest.mark.full
 @pytest.mark.parametrize("layout", [{}, LAYOUTS["tp2"], LAYOUTS["tp2+sp"]], ids=["tp1", "tp2", "tp2+sp"])
 def test_adapters_are_those_of_peft(tmp_path, layout):
+    data = make_data(tmp_path)  # puts upstream's tree on the path; the imports below find what is there
+    model, e = make_weights(tmp_path)
+    peft = pytest.importorskip("peft")
     import torch
 
     from harness.convert.transforms import FUSED_QKV, Sizes
     from harness.finetune.lora import first_factor
 
-    data = make_data(tmp_path)
-    model, e = make_weights(tmp_path)
-    peft = pytest.importorskip("peft")  # it imports what it finds of Megatron-LM, so upstream's tree comes first
     run = tune(e.with_changes(**layout), data, tmp_path / "run")
     # c_proj names two layers of a block, in attention and in the MLP
     theirs = peft.get_peft_model(model, peft.LoraConfig(
