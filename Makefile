@@ -49,8 +49,8 @@ monitor-gpu: ## a live view of the GPUs
 checkpoints: MORE = RUN
 checkpoints: ## step, size, loss; whole or not          [RUN=label or folder]
 	@$(HARNESS) checkpoints $(WORDS)
-generate: MORE = RUN PROMPT TOKENS TEMPERATURE TOP_K TOP_P SEED
-generate: ## text from a checkpoint               RUN=label PROMPT="…" [TOKENS=] [TEMPERATURE=] [TOP_K=] [TOP_P=] [SEED=]
+generate: MORE = RUN PROMPT QUESTION TOKENS TEMPERATURE TOP_K TOP_P SEED
+generate: ## text from a checkpoint               RUN=label PROMPT="…" or QUESTION="…" [TOKENS=] [TEMPERATURE=] [TOP_K=] [TOP_P=] [SEED=]
 	@$(HARNESS) generate $(WORDS)
 
 ##@ Read

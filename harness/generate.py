@@ -9,17 +9,18 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from harness import ROOT, checkpoints, overrides
 from harness.catalog import Experiment
 from harness.checkpoints import Checkpoint, Loading
+from harness.data import prepared
 from harness.environment import variables
 from harness.errors import UserError
 from harness.flags import Device, loading_flags, megatron_flags
 
-SETTINGS = ("RUN", "PROMPT", "TOKENS", "TEMPERATURE", "TOP_K", "TOP_P", "SEED")
+SETTINGS = ("RUN", "PROMPT", "QUESTION", "TOKENS", "TEMPERATURE", "TOP_K", "TOP_P", "SEED")
 REQUEST_VARIABLE = "HARNESS_GENERATE"
 """Names the folder in which the process finds request.json, and leaves answer.json."""
 ONE_PROCESS = {"dp": 1, "tp": 1, "pp": 1, "vpp": 1, "cp": 1, "ep": 1, "etp": 1, "nodes": 1, "sequence_parallel": False,
@@ -54,10 +55,11 @@ def parse(settings: Mapping[str, str], outdir: Path) -> Request:
     Raises:
         UserError: RUN or PROMPT is missing, a value is out of range, or there is no such checkpoint of a known model.
     """
-    if missing := [key for key in ("RUN", "PROMPT") if key not in settings]:
+    asked = "PROMPT" if "PROMPT" in settings or "QUESTION" not in settings else "QUESTION"
+    if missing := [key for key in ("RUN", asked) if key not in settings]:
         raise UserError(f'{" and ".join(missing)} missing: make generate RUN=label PROMPT="Once upon a time"')
     sampling = Sampling(
-        prompt=settings["PROMPT"],
+        prompt=settings[asked],
         tokens=overrides.count("TOKENS", settings.get("TOKENS", "64")),
         temperature=overrides.rate("TEMPERATURE", settings.get("TEMPERATURE", "1")),
         top_k=overrides.count("TOP_K", settings.get("TOP_K", "0"), least=0),
@@ -75,7 +77,18 @@ def parse(settings: Mapping[str, str], outdir: Path) -> Request:
                         "name a run: make checkpoints lists those that have some")
     if experiment.sharding.startswith("fsdp"):
         raise UserError(f"{found.path} is Megatron-FSDP's, which only {experiment.sharding} can load")
+    if asked == "QUESTION":
+        sampling = replace(sampling, prompt=_in_template(sampling.prompt, experiment))
     return Request(found, experiment, sampling)
+
+
+def _in_template(question: str, e: Experiment) -> str:
+    """The question as the chat template of the run's tokenizer puts it. Raises UserError where there is none."""
+    from harness.finetune.chat import template_of
+
+    if e.data == prepared.MOCK:
+        raise UserError("QUESTION=: this run was trained on no conversations; give PROMPT=")
+    return template_of(prepared.blend(e.data).sets[0].home / "tokenizer")([{"role": "user", "content": question}], True)
 
 
 def generate(request: Request, device: Device) -> int:

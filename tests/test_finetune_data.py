@@ -3,6 +3,7 @@
 import pickle
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -85,8 +86,8 @@ def test_what_a_run_reads(tmp_path):
     seen = set()
     for sample in samples[:4]:
         bounds = sorted(set(sample["cu_seqlens"].tolist()))
-        assert bounds[0] == 0 and bounds[-1] == 64 and int(sample["max_seqlen"]) == max(b - a for a, b in zip(bounds, bounds[1:], strict=False))
-        for begin, end in zip(bounds, bounds[1:], strict=False):
+        assert bounds[0] == 0 and bounds[-1] == 64 and int(sample["max_seqlen"]) == max(b - a for a, b in pairwise(bounds))
+        for begin, end in pairwise(bounds):
             assert sample["position_ids"][begin:end].tolist() == list(range(end - begin))
             labels, mask = sample["labels"][begin:end], sample["loss_mask"][begin:end].bool()
             if not mask.any():  # padding

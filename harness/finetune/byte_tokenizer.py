@@ -30,7 +30,7 @@ def byte_folder(home: Path) -> Path:
 
 
 def _letters() -> list[str]:
-    """What byte-level tokenizers such as GPT-2's write for each byte: itself where it is printable, else a letter from 256 on."""
+    """What byte-level tokenizers write for each byte: itself where it is printable, else a letter from 256 on (GPT-2)."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
