@@ -65,7 +65,7 @@ def _of_run(named: str, run: Path) -> Start:
 
 
 def apply(e: Experiment, outdir: Path) -> Experiment:
-    """``e`` on the model of its weights, whose dropout stays the experiment's own.
+    """``e`` on the model of its weights, with its own dropout, on sequences as long as there are positions for.
 
     Raises:
         UserError: see ``find``; or its data were made by another tokenizer.
@@ -76,7 +76,9 @@ def apply(e: Experiment, outdir: Path) -> Experiment:
     model = start.model.model_copy(update={"dropout": e.model.dropout})
     if e.data != prepared.MOCK and start.tokenizer:
         weights.check_data(start.model, start.tokenizer, prepared.blend(e.data))
-    return e.with_changes(weights=start.folder, model=model, positions=start.positions)
+    learned = model.position_embedding == "learned_absolute" and "SEQ" not in e.overrides
+    length = min(e.seq_length, start.positions) if learned else e.seq_length
+    return e.with_changes(weights=start.folder, model=model, positions=start.positions, seq_length=length)
 
 
 def _from_root(folder: Path) -> str:
