@@ -29,7 +29,7 @@ def close(found: dict, expected: dict, within: float) -> None:
 def test_adapters_begin_as_nothing_and_leave_the_weights_alone(tmp_path):
     data = make_data(tmp_path)
     _, e = make_weights(tmp_path)
-    alone = tune(e, data, tmp_path / "one", "--save", str(tmp_path / "saved"), "--save-interval", "2")
+    alone = tune(e, data, tmp_path / "one")
     whole = tune(e.with_changes(lora=None, steps=1), data, tmp_path / "whole")
     assert losses(alone)[0] == losses(whole)[0], "with B = 0 it is the model itself, to the last bit"
     assert losses(alone)[-1] < losses(alone)[0]
@@ -37,6 +37,12 @@ def test_adapters_begin_as_nothing_and_leave_the_weights_alone(tmp_path):
     assert losses(parallel) == pytest.approx(losses(alone), abs=2e-5)
     close(adapters(parallel), adapters(alone), 2e-4)
 
+
+@pytest.mark.full
+def test_checkpoints_hold_adapters_alone_and_resume(tmp_path):
+    data = make_data(tmp_path)
+    _, e = make_weights(tmp_path)
+    alone = tune(e, data, tmp_path / "one", "--save", str(tmp_path / "saved"), "--save-interval", "2")
     resumed = tune(e, data, tmp_path / "resumed", "--load", str(tmp_path / "saved"), "--ckpt-step", "2", "--exit-on-missing-checkpoint")
     assert losses(resumed) == losses(alone)[2:]
     close(adapters(resumed), adapters(alone), 1e-12)
