@@ -142,20 +142,20 @@ def test_other_hardware_says_what_the_record_needs(
 
 
 def test_on_its_hardware_the_records_experiment_is_launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the record's steps, data and ARGS, and with what was asked for how to launch it."""
+    """With the record's steps and overrides, and with what was asked for how to launch it."""
     planned = []
 
     def run_plan(plan, *, hang_seconds):
         planned.append((plan, hang_seconds))
-        run = second_run(plan.outdir, "launched", stem="601_args")
+        run = second_run(plan.outdir, "launched", stem="111_cardh100-80gb")
         return launch.Finished(run, run.read_result())
 
     monkeypatch.setattr(gpus, "list_gpus", on("NVIDIA H200"))
     monkeypatch.setattr(launch, "run_plan", run_plan)
-    experiment, _ = read(KEPT / "601_args.json")
+    experiment, _ = read(KEPT / "111_cardh100-80gb.json")
     ready = []
-    settings = {"ARGS": experiment.overrides["ARGS"], "OUTDIR": str(tmp_path), "HANG": "77"}
-    assert verify("601", settings, tmp_path, RECORDS, prepare=lambda: ready.append(True)) == 0
+    settings = {"CARD": experiment.overrides["CARD"], "OUTDIR": str(tmp_path), "HANG": "77"}
+    assert verify("111", settings, tmp_path, RECORDS, prepare=lambda: ready.append(True)) == 0
     (plan, hang_seconds), = planned
     assert ready and hang_seconds == 77
     assert plan.experiment == experiment and plan.device == "cuda"
