@@ -245,6 +245,27 @@ class Experiment(_Frozen):
         return range(self.profile[0] - 1, self.profile[1] + 2) if self.profile else range(0)
 
     @property
+    def layout(self) -> str:
+        """The parallel layout in a few words: ``tp2+sp pp4 vpp3 m4``."""
+        parts = [f"{axis}{getattr(self, axis)}" + ("+sp" if axis == "tp" and self.sequence_parallel else "")
+                 for axis in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp") if getattr(self, axis) > 1]
+        if self.cp > 1 and self.cp_comm_type != "p2p":
+            parts.append(self.cp_comm_type)
+        if self.num_microbatches > 1 or self.pp > 1:
+            parts.append(f"m{self.num_microbatches}")
+        if self.sharding != "no_shard":
+            parts.append(SHARDING[self.sharding][0])
+        if self.recompute != "none":
+            parts.append(f"{self.recompute} recompute")
+        if self.fp8_recipe:
+            parts.append(f"fp8 {self.fp8_recipe}")
+        if self.optimizer != "adam":
+            parts.append(self.optimizer)
+        if self.optimizer_state != "fp32":
+            parts.append(f"{self.optimizer_state} moments")
+        return " ".join(parts) or "one GPU"
+
+    @property
     def label(self) -> str:
         """Base name of the run directory: the name, then what was overridden, then ``cpu`` for a miniature."""
         changed = [key.lower() if key == "ARGS" else f"{key.lower()}{_safe(value)}" for key, value in self.overrides.items()]

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from harness import ROOT, gpus, overrides, tracking
-from harness.catalog import SHARDING, Catalog, Experiment, load_catalog
+from harness import ROOT, overrides, tracking
+from harness.catalog import Catalog, Experiment, load_catalog
 from harness.errors import UserError, nearest
 from harness.plan import Plan, choose_device, plan
 from harness.rundir import newest
@@ -40,7 +40,7 @@ def _run(words: list[str]) -> int:
     e, settings = _experiment(words)
     if settings.get("SLURM") == "1":
         return _slurm(e, settings)
-    gpus.keep_awake()
+    _keep_gpus_awake()
     dry_run = settings.get("DRY_RUN") == "1"
     planned = plan(e, settings, choose_device(settings, only_show=dry_run))
     if dry_run:
@@ -126,7 +126,7 @@ def _chapter(words: list[str]) -> int:
     number, *rest = words or [""]
     settings = overrides.parse(rest)
     experiments = load_catalog().in_chapter(overrides.count("chapter", number))
-    gpus.keep_awake()
+    _keep_gpus_awake()
     device = choose_device(settings)
     from harness.chapter import run_chapter
 
@@ -148,30 +148,9 @@ def _list(words: list[str]) -> int:
             print(f"\n{number}  {title}")
         for e in rows:
             gpus = f"{e.world_size} GPU{'s' if e.world_size > 1 else ' '}"
-            print(f"  {e.name:{width}}  {gpus:>7}  {layout(e):28}  {e.shows}".rstrip())
+            print(f"  {e.name:{width}}  {gpus:>7}  {e.layout:28}  {e.shows}".rstrip())
     print(f"\n{len(wanted)} experiments. make {wanted[0].id} runs one, make show-{wanted[0].id} prints its command.")
     return 0
-
-
-def layout(e: Experiment) -> str:
-    """The parallel layout in a few words: ``tp2+sp pp4 vpp3 m4``."""
-    parts = [f"{axis}{getattr(e, axis)}" + ("+sp" if axis == "tp" and e.sequence_parallel else "")
-             for axis in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp") if getattr(e, axis) > 1]
-    if e.cp > 1 and e.cp_comm_type != "p2p":
-        parts.append(e.cp_comm_type)
-    if e.num_microbatches > 1 or e.pp > 1:
-        parts.append(f"m{e.num_microbatches}")
-    if e.sharding != "no_shard":
-        parts.append(SHARDING[e.sharding][0])
-    if e.recompute != "none":
-        parts.append(f"{e.recompute} recompute")
-    if e.fp8_recipe:
-        parts.append(f"fp8 {e.fp8_recipe}")
-    if e.optimizer != "adam":
-        parts.append(e.optimizer)
-    if e.optimizer_state != "fp32":
-        parts.append(f"{e.optimizer_state} moments")
-    return " ".join(parts) or "one GPU"
 
 
 def _matches(e: Experiment, settings: Mapping[str, str], catalog: Catalog) -> bool:
@@ -263,7 +242,7 @@ def _verify(words: list[str]) -> int:
     if not words or "=" in words[0]:
         raise UserError("verify which experiment? such as make verify-101")
     settings = overrides.parse(words[1:], extra=("RUN",))
-    gpus.keep_awake()
+    _keep_gpus_awake()
     return verify(words[0], settings, _outdir(settings), RECORDS, _install_heavy)
 
 
@@ -367,6 +346,12 @@ def _outdir(settings: Mapping[str, str]) -> Path:
 
 def _hang(settings: Mapping[str, str]) -> float | None:
     return float(overrides.count("HANG", settings["HANG"])) if "HANG" in settings else None
+
+
+def _keep_gpus_awake() -> None:
+    from harness.gpus import keep_awake
+
+    keep_awake()
 
 
 def _install_heavy(*stages: str) -> None:

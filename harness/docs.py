@@ -23,9 +23,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import median
 
-from harness import ROOT, claims, diagrams, formulas, plots, rundir, tables, verdicts
+from harness import ROOT, diagrams, formulas, markdown, plots, rundir, tables, verdicts
 from harness.catalog import Experiment
-from harness.cli import layout
 from harness.convert import pages as weights
 from harness.errors import UserError, nearest
 from harness.facts import HARDWARE, Facts, NotMeasured
@@ -91,15 +90,14 @@ def _records(facts: Facts, _: Sequence[str]) -> str:
 
 
 def _summary(facts: Facts, _: Sequence[str]) -> str:
-    rows = [row for row in facts.rows if row.origin.parent.name == HARDWARE]
+    rows = facts.of_hardware
     gpus = sorted({row.experiment.world_size for row in rows})
     judged = [row.as_published for row in rows if row.as_published is not None]
     memory = [row.memory_ratio for row in rows if row.memory_ratio]
     steps = [row.step_ratio for row in rows if row.step_ratio]
     if not memory or not steps:
         return "No records yet."
-    columns = claims.sources(facts.rows, facts.catalog, facts.references)
-    found = claims.evaluate(claims.load_claims(facts.catalog), columns)
+    columns, found = facts.claims
     verdicts_here = Counter(side.verdict for one in found for side, column in zip(one.sides, columns, strict=True)
                             if column.key == "ours")
     return (
@@ -114,9 +112,9 @@ def _summary(facts: Facts, _: Sequence[str]) -> str:
 
 def _experiments(facts: Facts, ids: Sequence[str]) -> str:
     """What is the same for all of them is said in a sentence below."""
-    half = {e.half_of: f"`{e.id}` {layout(e)}" for e in facts.catalog.experiments if e.half_of}
+    half = {e.half_of: f"`{e.id}` {e.layout}" for e in facts.catalog.experiments if e.half_of}
     columns: dict[str, Callable[[Experiment], str]] = {
-        "make": lambda e: f"`{e.id}`", "layout": layout, "model": lambda e: e.model.name,
+        "make": lambda e: f"`{e.id}`", "layout": lambda e: e.layout, "model": lambda e: e.model.name,
         "GPUs": lambda e: str(e.world_size), "MBS": lambda e: str(e.micro_batch_size),
         "GBS": lambda e: str(e.global_batch_size), "tokens": lambda e: f"{e.seq_length:,}",
         "what it isolates": lambda e: e.shows, "half size": lambda e: half.get(e.id, ""),
@@ -125,7 +123,7 @@ def _experiments(facts: Facts, ids: Sequence[str]) -> str:
     same = {name: text(found[0]) for name, text in columns.items() if len(set(map(text, found))) == 1}
     shown = [name for name in columns if name not in same]
     lines = [[columns[name](e) for name in shown] for e in found]
-    table = pipes(shown, lines, ["r" if name in RIGHT else "l" for name in shown])
+    table = _filled(shown, lines, ["r" if name in RIGHT else "l" for name in shown])
     said = ", ".join(f"{name} {text}" for name, text in same.items() if text)
     return f"{table}\n\nThe same for all: {said}." if said else table
 
@@ -136,13 +134,13 @@ def _table(facts: Facts, ids: Sequence[str]) -> str:
     for id_, ours, published, reference in rows:
         e = facts.catalog.find(id_)
         lines.append([
-            f"`{id_}`", layout(e), str(e.world_size), _memory(ours), _published(published, "memory_gib", ".1f"),
+            f"`{id_}`", e.layout, str(e.world_size), _memory(ours), _published(published, "memory_gib", ".1f"),
             _ratio(ours and ours.memory_ratio), _step(ours), _published(published, "step_ms", ",.0f"),
             _ratio(ours and ours.step_ratio), f"{ours.mfu:.0%}" if ours and ours.mfu else "",
             f"{reference.memory_gib:.1f} GiB, {reference.step_ms:,.0f} ms" if reference else "",
         ])
     head = ["id", "layout", "GPUs", "GiB", "publ. GiB", "ratio", "ms/step", "publ. ms", "ratio", "MFU", "8x H200"]
-    return "\n".join([pipes(head, lines, "llrrrrrrrrl"), "", *_notes(facts, rows)])
+    return "\n".join([_filled(head, lines, "llrrrrrrrrl"), "", *_notes(facts, rows)])
 
 
 def _notes(facts: Facts, rows: Sequence[tuple[str, Row | None, Reference | None, Reference | None]]) -> list[str]:
@@ -175,13 +173,13 @@ def _memory_pieces(facts: Facts, ids: Sequence[str]) -> str:
         memory = ours.memory_gib if ours else None
         allocated = memory and memory.allocated
         lines.append([
-            f"`{id_}`", layout(e), *map(_gib, pieces), _gib(total), _gib(allocated) or (MISSING if not ours else ""),
+            f"`{id_}`", e.layout, *map(_gib, pieces), _gib(total), _gib(allocated) or (MISSING if not ours else ""),
             f"{total / allocated - 1:+.1%}" if total and allocated else "",
             _gib(memory and memory.reserved), _gib(memory and memory.nvml),
         ])
     head = ["id", "layout", *(formula.__name__.removesuffix("_gib") for formula in PIECES), "sum", "allocated", "off by",
             "reserved", "in use"]
-    return pipes(head, lines, "ll" + "r" * 9)
+    return _filled(head, lines, "ll" + "r" * 9)
 
 
 def _pipeline(facts: Facts, ids: Sequence[str]) -> str:
@@ -195,7 +193,7 @@ def _pipeline(facts: Facts, ids: Sequence[str]) -> str:
             f"{idle:.0%}", *(f"{share * ms:,.0f}" if ms else "" for ms in times_ms for share in (1, 1 - idle)),
         ])
     head = ["id", "p", "v", "m", "MBS", "(p-1)/(vm)", "waits", "publ. ms", "of it work", "ms here", "of it work"]
-    return pipes(head, lines, "l" + "r" * 10)
+    return _filled(head, lines, "l" + "r" * 10)
 
 
 def _profile(facts: Facts, ids: Sequence[str]) -> str:
@@ -204,13 +202,13 @@ def _profile(facts: Facts, ids: Sequence[str]) -> str:
 
 
 def _claims(facts: Facts, chapters: Sequence[str]) -> str:
-    columns = claims.sources(facts.rows, facts.catalog, facts.references)
-    wanted = [claim for claim in claims.load_claims(facts.catalog) if str(claim.chapter) in chapters]
-    return verdicts.render(claims.evaluate(wanted, columns), columns, "markdown").partition("\n\n")[2]  # without its title
+    columns, found = facts.claims
+    wanted = [one for one in found if str(one.claim.chapter) in chapters]
+    return verdicts.render(wanted, columns, "markdown").partition("\n\n")[2]  # without its title
 
 
 def _slow_steps(facts: Facts, _: Sequence[str]) -> str:
-    return pages.slow_steps([row for row in facts.rows if row.origin.parent.name == HARDWARE])
+    return pages.slow_steps(facts.of_hardware)
 
 
 def _weights(_: Facts, names: Sequence[str]) -> str:
@@ -224,11 +222,11 @@ BLOCKS: dict[str, Callable[[Facts, Sequence[str]], str]] = {
 }
 
 
-def pipes(head: Sequence[str], lines: Iterable[Sequence[str]], sides: Sequence[str]) -> str:
-    """A Markdown table, each column aligned l or r. An empty column is left out."""
-    rule = ["--:" if side == "r" else ":--" for side in sides]
-    columns = [column for column in zip(head, rule, *lines, strict=True) if any(column[2:])]
-    return "\n".join(f"| {' | '.join(line)} |" for line in zip(*columns, strict=True))
+def _filled(head: Sequence[str], lines: Sequence[Sequence[str]], sides: Iterable[str]) -> str:
+    """A Markdown table without its empty columns."""
+    columns = [column for column in zip(head, sides, *lines, strict=True) if any(column[2:])]
+    head, sides, *lines = zip(*columns, strict=True)
+    return markdown.table(head, lines, sides)
 
 
 def _of_eight(facts: Facts, id_: str) -> Reference | None:

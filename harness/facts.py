@@ -11,7 +11,7 @@ What no run has measured has no value yet.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,9 +19,11 @@ from typing import Any
 
 from harness import ROOT
 from harness.catalog import Catalog, load_catalog
+from harness.claims import Evaluated, evaluate, load_claims, sources
 from harness.errors import UserError, nearest
 from harness.expressions import Quantity, parse
 from harness.formulas import OF_EXPERIMENT
+from harness.quantities import Source
 from harness.results import Reference, References, Row, collect, load_references
 from harness.tables import VALUES
 
@@ -52,8 +54,19 @@ class Facts:
         return cls(records, load_catalog(), references, collect(records / "none", records, references).rows)
 
     @cached_property
+    def of_hardware(self) -> tuple[Row, ...]:
+        """The records on HARDWARE."""
+        return tuple(row for row in self.rows if row.origin.parent.name == HARDWARE)
+
+    @cached_property
+    def claims(self) -> tuple[Sequence[Source], Sequence[Evaluated]]:
+        """Where numbers come from, and how every claim stands on each of them."""
+        columns = sources(self.rows, self.catalog, self.references)
+        return columns, evaluate(load_claims(self.catalog), columns)
+
+    @cached_property
     def _by_stem(self) -> Mapping[str, Row]:
-        return {row.origin.stem: row for row in self.rows if row.origin.parent.name == HARDWARE}
+        return {row.origin.stem: row for row in self.of_hardware}
 
     def row(self, name: str) -> Row | None:
         """The record of this id or base name (``601_args``) on HARDWARE, where there is one.

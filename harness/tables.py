@@ -14,6 +14,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from harness import markdown
 from harness.catalog import load_catalog
 from harness.errors import UserError, nearest
 from harness.results import Results, Row, collect, load_references, losses
@@ -267,9 +268,8 @@ def render_compare(a: Row, b: Row, format: str = "terminal") -> str:
         remarks.append(f"Different hardware ({a.hardware}, {b.hardware}): times and memory do not compare.")
     if a.software != b.software:
         remarks.append(f"Different upstream ({a.software}, {b.software}): times and memory do not compare.")
-    markdown = format == "markdown"
-    table = _pipes(head, lines, [True, False, False, False]) if markdown else _grid([head, *lines])
-    return "\n".join([*table, "", *remarks])
+    table = markdown.table(head, lines, "lrrr") if format == "markdown" else "\n".join(_grid([head, *lines]))
+    return "\n".join([table, "", *remarks])
 
 
 def print_table(outdir: Path, records_dir: Path, settings: Mapping[str, str]) -> int:
@@ -427,7 +427,8 @@ def _markdown(table: _Table) -> str:
     for title, rows in table.chapters:
         head = [column.title for column in table.columns]
         lines = [[table.cell(column, row) for column in table.columns] for row in rows]
-        out += ["", f"**{title}**", "", *_pipes(head, lines, [column.left for column in table.columns])]
+        sides = ["l" if column.left else "r" for column in table.columns]
+        out += ["", f"**{title}**", "", markdown.table(head, lines, sides)]
     return "\n".join([*out, "", *(f"- {remark}" for remark in table.remarks)])
 
 
@@ -437,12 +438,6 @@ def _csv(rows: Sequence[Row]) -> str:
     writer.writeheader()
     writer.writerows(map(values, rows))
     return out.getvalue().rstrip("\n")
-
-
-def _pipes(head: Sequence[str], lines: Iterable[Sequence[str]], left: Sequence[bool]) -> list[str]:
-    rule = [":--" if is_left else "--:" for is_left in left]
-    escaped = ([cell.replace("|", "\\|") for cell in line] for line in [head, rule, *lines])
-    return [f"| {' | '.join(line)} |" for line in escaped]
 
 
 def _grid(lines: Sequence[Sequence[str]]) -> list[str]:

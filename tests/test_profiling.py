@@ -378,7 +378,7 @@ def test_slow_steps_on_a_page(tmp_path):
     for name in ("101", "104"):
         (tmp_path / f"{name}.metrics.jsonl").write_text("".join(f"{step.model_dump_json()}\n" for step in steps))
         steps[7] = steps[6]
-    rows = [SimpleNamespace(origin=tmp_path / f"{id_}.json", experiment=load_catalog().find(id_)) for id_ in ("101", "104", "111")]
+    rows = [SimpleNamespace(kind="record", origin=tmp_path / f"{id_}.json", experiment=load_catalog().find(id_)) for id_ in ("101", "104", "111")]
     (tmp_path / "111.metrics.jsonl").touch()  # out of memory before its first step
     lines = pages.slow_steps(rows).splitlines()
     assert lines[2:] == ["| 101 | 1 | 5 | 100 | 8 (+360 ms) |", "", "None in 104."]

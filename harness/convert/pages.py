@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from harness.convert.architectures import ARCHITECTURES, LAYERS, Architecture
+from harness.markdown import table
 
 
 def tensors(architecture: Architecture) -> str:
     """Megatron-LM's tensors, without ``decoder.layers.``, and what each is made of."""
     lines = [(_code(row.megatron.removeprefix(LAYERS)), " x ".join(row.shape), ", ".join(map(_code, row.hf)), row.how.says)
              for row in architecture.rows]  # fmt: skip
-    return _table(("Megatron-LM", "shape", "Hugging Face", "how"), lines)
+    return table(("Megatron-LM", "shape", "Hugging Face", "how"), lines, "llll")
 
 
 def settings(architecture: Architecture) -> str:
@@ -17,7 +18,7 @@ def settings(architecture: Architecture) -> str:
     lines = [(_code(setting.key), setting.says) for setting in architecture.settings]
     lines += [(_code(key), "must be " + " or ".join(_code(repr(value)) for value in known))
               for key, known in architecture.needs.items()]  # fmt: skip
-    return _table(("config.json", "here"), lines)
+    return table(("config.json", "here"), lines, "ll")
 
 
 def page(name: str) -> str:
@@ -27,7 +28,3 @@ def page(name: str) -> str:
 
 def _code(text: str) -> str:
     return f"`{text}`"
-
-
-def _table(head: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, (":--",) * len(head), *lines))

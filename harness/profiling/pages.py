@@ -9,9 +9,7 @@ from pathlib import Path
 from harness.profiling.kernels import TITLES, Category
 from harness.profiling.profile import FOLDER, Profile
 from harness.profiling.summary import RankProfile
-from harness.records import metrics_of
-from harness.results import Reference, Row
-from harness.rundir import parse_metrics
+from harness.results import Reference, Row, metrics
 
 SLOW = 1.5
 """A step is slow that takes this many times its run's median."""
@@ -59,9 +57,8 @@ def slow_steps(rows: Sequence[Row]) -> str:
 
 
 def _steps(row: Row) -> Iterator[tuple[int, float]]:
-    for line in metrics_of(row.origin).read_text(encoding="utf-8").splitlines():
-        step = parse_metrics(line)
-        if step and step.step >= row.experiment.window_first_step:
+    for step in metrics(row):
+        if step.step >= row.experiment.window_first_step:
             yield step.step, step.step_ms
 
 

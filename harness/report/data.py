@@ -12,7 +12,6 @@ from typing import Any
 
 from harness import figures, rundir, tables
 from harness.catalog import Catalog, Experiment
-from harness.cli import layout
 from harness.command import Place, render
 from harness.errors import UserError
 from harness.hardware import allocator_fraction
@@ -64,7 +63,7 @@ def _row(row: Row) -> dict[str, Any]:
     e = row.experiment
     values = {name: tables.VALUES[name](row) for name in COLUMNS}
     return values | {
-        "layout": layout(e), "model": e.model.name, "shows": e.shows, "make": make_command(e, row.device),
+        "layout": e.layout, "model": e.model.name, "shows": e.shows, "make": make_command(e, row.device),
         "torchrun": torchrun_command(row), "curves": _curves(row), "overrides": dict(e.overrides),
         "upstream": row.software, "in_doubt": row.reference and row.reference.in_doubt,
     }
@@ -80,7 +79,7 @@ def _unmeasured(e: Experiment, references: References) -> dict[str, Any]:
         "published_memory_gib": reference and reference.memory_gib, "published_step_ms": reference and reference.step_ms,
         "published_oom": reference and reference.oom, "in_doubt": reference and reference.in_doubt,
         "published_hardware": reference and reference.hardware, "notes": "; ".join(beside.remarks) if beside else "",
-        "layout": layout(e), "model": e.model.name, "shows": e.shows, "make": make_command(e, "cuda"),
+        "layout": e.layout, "model": e.model.name, "shows": e.shows, "make": make_command(e, "cuda"),
         "torchrun": _script(e), "overrides": {},
     }
 
@@ -186,7 +185,7 @@ def _schedules(catalog: Catalog, profiles: Mapping[str, Profile]) -> Iterable[fi
     yield from figures.schedules(catalog, profiles)
     for e in catalog.experiments:
         if e.pp > 1:
-            yield figures.schedule(e.id, f"{e.id}: {layout(e)}", e, profiles.get(e.id))
+            yield figures.schedule(e.id, f"{e.id}: {e.layout}", e, profiles.get(e.id))
 
 
 def _columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
