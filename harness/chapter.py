@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -68,7 +69,9 @@ class _Chapter:
         self._outcomes: dict[str, Outcome] = {}
         self._waiting: list[Plan] = []
         self._running: list[Run] = []
+        self._held: Run | None = None
         self._free: list[int] | None = None
+        self._gpus: tuple[int, ...] = ()
         self._stopped_by: signal.Signals | None = None
 
     def add(self, experiment: Experiment, plan_for: Callable[[Experiment], Plan], force: bool) -> None:
@@ -92,11 +95,12 @@ class _Chapter:
         """Run all that is queued, print what became of each, return the exit status."""
         self._shown.print(f"{len(self._waiting)} of {len(self._outcomes)} experiments to run")
         try:
-            while self._waiting or self._running:
+            while self._waiting or self._running or self._held:
                 if number := signals.take():
                     self._stopped_by = self._stopped_by or number
                     self._stop(number)
                 self._start_what_fits()
+                self._hold_the_next()
                 for run in self._running.copy():
                     if run.poll():
                         show_progress(run, self._shown)
@@ -107,6 +111,7 @@ class _Chapter:
             self._stop(signal.SIGTERM)
             for run in self._running:
                 run.abort()
+            self._give_up_held()
         self._shown.print(_table(self._outcomes))
         if self._stopped_by:
             return 128 + self._stopped_by
@@ -120,34 +125,58 @@ class _Chapter:
             raise UserError(f"it needs {e.nodes} nodes: make {e.id} alone says how")
         if plan.device == "cuda":
             if self._free is None:
-                self._free = list(gpus.available(plan.place.gpu_ids))
+                self._gpus = tuple(sorted(gpus.available(plan.place.gpu_ids)))
+                self._free = list(self._gpus)
             if e.ranks_per_node > len(self._free):
                 raise UserError(f"it needs {e.ranks_per_node} GPUs, {len(self._free)} are free here")
         if e.half_of and (self._free is None or 2 * e.ranks_per_node <= len(self._free)):
             raise UserError(f"{e.half_of} itself runs here: make {e.id} runs its half-size companion all the same")
 
     def _start_what_fits(self) -> None:
+        if self._held and set(self._held.gpu_ids) <= set(self._free or ()) and not (self._running and not self._pack):
+            held, self._held = self._held, None
+            self._has_gpus(held)
+            held.release()
         for plan in self._waiting.copy():
             count = plan.experiment.ranks_per_node if plan.device == "cuda" else 0
             alone = plan.device == "cpu" or not self._pack
-            if count <= len(self._free or ()) and not (alone and self._running):
+            if count <= len(self._free or ()) and not (alone and (self._running or self._held)):
                 self._waiting.remove(plan)
-                self._start(plan, count)
+                if run := self._launch(plan, tuple((self._free or ())[:count])):
+                    self._has_gpus(run)
 
-    def _start(self, plan: Plan, count: int) -> None:
+    def _hold_the_next(self) -> None:
+        """While GPUs are busy, have the next run import what it needs: that takes as long as twenty steps, and no GPU."""
+        if self._held or not self._running or not self._waiting:
+            return
+        plan = self._waiting[0]
+        count = plan.experiment.ranks_per_node
+        if plan.device == "cuda" and (count == len(self._gpus) or not self._pack):
+            self._waiting.remove(plan)
+            self._held = self._launch(plan, self._gpus[:count], held=True)
+
+    def _launch(self, plan: Plan, gpu_ids: tuple[int, ...], held: bool = False) -> Run | None:
         try:
             check_machine(plan.experiment, plan.device)
             directory = rundir.create(plan.outdir, plan.experiment.label)
         except UserError as error:
             self._outcomes[plan.experiment.name] = Outcome("not run", str(error).splitlines()[0])
-            return
-        taken = tuple(self._free[:count]) if self._free else ()
-        run = Run(plan, directory, taken, self._hang_seconds)
-        self._free = self._free and self._free[count:]
+            return None
+        return Run(plan, directory, gpu_ids, self._hang_seconds, held=held)
+
+    def _has_gpus(self, run: Run) -> None:
+        self._free = self._free and [gpu for gpu in self._free if gpu not in run.gpu_ids]
         for other in self._running:
             other.packed_with.add(run.label)
             run.packed_with.add(other.label)
         self._running.append(run)
+
+    def _give_up_held(self) -> None:
+        """A run that never had its turn leaves nothing behind."""
+        if self._held:
+            self._held.abort()
+            shutil.rmtree(self._held.dir.path)
+            self._held = None
 
     def _close(self, run: Run) -> None:
         finished = run.finish()
@@ -161,6 +190,7 @@ class _Chapter:
     def _stop(self, number: signal.Signals) -> None:
         """Start nothing more, and end what runs."""
         self._waiting.clear()
+        self._give_up_held()
         for run in self._running:
             run.stop(number)
 

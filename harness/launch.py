@@ -22,7 +22,7 @@ from harness.measured import measure
 from harness.meeting import SHARED_S, run_directory
 from harness.processes import LAUNCHER_VARIABLE, Signals
 from harness.provenance import describe_environment
-from harness.rundir import RUN_DIR_VARIABLE, MemoryGib, Result, RunDir, StepMetrics, Upstream
+from harness.rundir import RUN_DIR_VARIABLE, TURN_VARIABLE, MemoryGib, Result, RunDir, StepMetrics, Upstream
 from harness.terminal import Progress, Terminal, open_terminal, phase_of, summary
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ class Run:
         gpu_ids: tuple[int, ...] = (),
         hang_seconds: float | None = None,
         keeps_records: bool = True,
+        held: bool = False,
     ) -> None:
         """Start ``plan``.
 
@@ -79,20 +80,18 @@ class Run:
             gpu_ids: the GPUs it uses, by NVML index; none on a CPU.
             hang_seconds: silence after a step that counts as a hang (``HANG_S``); before, ``HANG_AT_START_S`` at least.
             keeps_records: whether this launcher writes the run's files; of nodes that share them only one does.
+            held: its ranks import everything, half of a short run's time, and touch no GPU until ``release``.
         """
         self.plan, self.dir, self.gpu_ids = plan, directory, gpu_ids
         self.packed_with: set[str] = set()
         self._hang_s = hang_seconds or HANG_S
         self._keeps_records = keeps_records
-        self._started = time.time()
+        self.held = held
         self._metrics: list[StepMetrics] = []
         self._before = self._shown = len(directory.read_metrics()) if plan.resumes else 0
         self._resumed_at = _resumed_at(plan, directory)
         self._phase = STARTING
         self._memory_gib: float | None = None
-        self._least_free_share = 1.0
-        self._oom_kills_before = processes.oom_kills()
-        self._active_at = time.monotonic()
         self._looked_at = self._kill_at = 0.0
         self._stopped_by: signal.Signals | None = None
         self._hang: str | None = None
@@ -103,15 +102,23 @@ class Run:
         self._log, self._steps = _Tail(log_path), _Tail(directory.metrics)
         self._script = plan.script(None if gpu_ids == tuple(range(len(gpu_ids))) else gpu_ids)
         self._environment = describe_environment(plan.device, gpu_ids)
+        self._begin()
         if keeps_records:
             with rundir.told_if_unwritable(directory.path):
                 self._write_records()
         self._process = self._spawn()
-        self._sampler = gpus.Sampler(directory.gpus, gpu_ids if keeps_records else ())
+        self._sampler = self._new_sampler()
 
     @property
     def label(self) -> str:
         return self.dir.label
+
+    def release(self) -> None:
+        """Let a held run go on; its time, its memory and its silence count from now."""
+        self.held = False
+        self._begin()
+        self._sampler = self._new_sampler()
+        self.dir.turn.touch()
 
     def poll(self) -> bool:
         """Look after the run. Returns whether it still runs."""
@@ -123,7 +130,7 @@ class Run:
             return self._started_anew()
         if self._kill_at and now > self._kill_at:
             processes.end(self._processes(), grace_s=0)
-        elif not self._kill_at and now - self._active_at > self._patience_s:
+        elif not self._kill_at and not self.held and now - self._active_at > self._patience_s:
             self._give_up(now - self._active_at)
         return True
 
@@ -140,6 +147,7 @@ class Run:
         if self._finished is None:
             processes.end(self._marked(), GRACE_S)
             self._sampler.stop()
+            self.dir.turn.unlink(missing_ok=True)
             self._read_last_news()
             self._finished = Finished(self.dir, self._result())
             if self._keeps_records:
@@ -185,6 +193,15 @@ class Run:
             left_s=(shown.steps - last.step) * step_s,
         )
 
+    def _begin(self) -> None:
+        self._started = time.time()
+        self._active_at = time.monotonic()
+        self._least_free_share = 1.0
+        self._oom_kills_before = processes.oom_kills()
+
+    def _new_sampler(self) -> gpus.Sampler:
+        return gpus.Sampler(self.dir.gpus, self.gpu_ids if self._keeps_records and not self.held else ())
+
     def _write_records(self) -> None:
         running = {"pid": os.getpid(), "host": socket.gethostname(), "started": self._started}
         running |= {"rendezvous": self.plan.place.rendezvous, "resumed_at": self._resumed_at}
@@ -200,13 +217,14 @@ class Run:
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         launcher = os.getpid()
+        turn = {TURN_VARIABLE: str(self.dir.turn)} if self.held else {}
         with self._log.path.open("ab") as log:
             return subprocess.Popen(
                 ["bash", self.dir.command] if self._keeps_records else ["bash", "-c", self._script],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, RUN_DIR_VARIABLE: str(self.dir.path), LAUNCHER_VARIABLE: str(launcher)},
+                env={**os.environ, RUN_DIR_VARIABLE: str(self.dir.path), LAUNCHER_VARIABLE: str(launcher), **turn},
                 start_new_session=True,
                 preexec_fn=lambda: processes.end_with(launcher),
             )

@@ -45,6 +45,9 @@ State = Status | Literal["running"]
 RUN_DIR_VARIABLE = "HARNESS_RUN_DIR"
 """Environment variable that tells the ranks where to write, and marks every process of a run."""
 
+TURN_VARIABLE = "HARNESS_TURN"
+"""Environment variable with the path of a file: ranks import everything, then wait until it is there."""
+
 PROFILE_VARIABLE = "HARNESS_PROFILE"
 """Environment variable that tells the ranks which steps to trace: ``8-9``."""
 
@@ -287,6 +290,11 @@ class RunDir:
     @property
     def running(self) -> Path:
         return self.path / "running.json"
+
+    @property
+    def turn(self) -> Path:
+        """Tells the ranks of a held run that it is their turn."""
+        return self.path / "turn"
 
     @property
     def result(self) -> Path:

@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -103,6 +104,33 @@ def test_for_timing_runs_go_one_at_a_time(tmp_path, four_gpus):
     plans = [make_plan(tmp_path, "ok", ranks=1, id=i, device="cuda", miniature=False) for i in ("101", "102")]
     status, *_ = run(*plans, pack=False)
     assert status == 0 and [r.packed_with for r in results(tmp_path).values()] == [(), ()]
+
+
+def test_the_next_run_imports_while_one_has_the_gpus_and_counts_from_its_turn(tmp_path, four_gpus):
+    cuda = {"device": "cuda", "miniature": False, "ranks": 4}
+    plans = [make_plan(tmp_path, "ok", step_s=0.1, **cuda)]
+    plans += [make_plan(tmp_path, behaviour, id=id_, **cuda) for id_, behaviour in (("102", "killed"), ("103", "ok"))]
+    status, table, _ = run(*plans)
+    assert status == 1 and [line.split()[0] for line in table.values()] == ["ok", "crash", "ok"]
+    found = results(tmp_path)
+    first, second, third = (found[f"{id_}-tiny-dp4"] for id_ in ("101", "102", "103"))
+    assert first.finished <= second.started and second.finished <= third.started
+    assert [r.packed_with for r in (first, second, third)] == [(), (), ()]
+    logs = [(tmp_path / f"{id_}-tiny-dp4" / "logs.txt").read_text() for id_ in ("101", "102", "103")]
+    imported = [re.search(r"imported at (\S+)", text) for text in logs]
+    assert imported[0] is None and float(imported[1][1]) < first.finished
+    assert not list(tmp_path.glob("*/turn"))
+
+
+def test_a_run_that_never_had_its_turn_leaves_nothing(tmp_path, four_gpus, monkeypatch):
+    asked = iter([None] * 30 + [signal.SIGTERM])
+    monkeypatch.setattr(processes.Signals, "take", lambda self: next(asked, None))
+    plans = [make_plan(tmp_path, "ok", id=i, ranks=4, step_s=1, device="cuda", miniature=False) for i in ("101", "102")]
+    status, table, _ = run(*plans)
+    assert status == 128 + signal.SIGTERM
+    assert table["101"].startswith("killed") and table["102"].startswith("not run")
+    assert [path.name for path in tmp_path.iterdir()] == ["101-tiny-dp4"]
+    assert not processes.marked(HARNESS_RUN_DIR=str(tmp_path / "102-tiny-dp4"))
 
 
 def test_a_result_of_another_gpu_does_not_count(tmp_path, four_gpus, monkeypatch):

@@ -6,11 +6,14 @@ import gc
 import os
 import runpy
 import sys
+import time
+from pathlib import Path
 from typing import NoReturn
 
 from harness.entry import checkpointing, evaluation, failures, finetune, helpers, metrics, profiler, tracking, upstream
 from harness.entry.report import report_of_this_run
 from harness.entry.upstream import Upstream
+from harness.rundir import TURN_VARIABLE
 
 
 def on_cpu() -> bool:
@@ -56,6 +59,7 @@ def run(found: Upstream | None = None) -> NoReturn:
         if report:
             report.start()
         found = found or prepare()
+        _wait_for_turn()
         if report:
             for instrument in (metrics, evaluation, profiler, checkpointing, tracking):
                 instrument.install(report)
@@ -66,6 +70,13 @@ def run(found: Upstream | None = None) -> NoReturn:
                 end()
             report.finished()
         leave()
+
+
+def _wait_for_turn() -> None:
+    """Wait until the file is there that ``HARNESS_TURN`` names: another run has the GPUs until then."""
+    turn = os.environ.get(TURN_VARIABLE)
+    while turn and not Path(turn).exists():
+        time.sleep(0.05)
 
 
 def train(found: Upstream) -> None:

@@ -72,6 +72,10 @@ def rank(number: int) -> None:
     temporary = files / f".{number}.tmp"
     temporary.write_text(json.dumps(report | memory))
     temporary.rename(files / f"{number}.json")
+    if turn := os.environ.get("HARNESS_TURN"):
+        print(f"[rank{number}]: imported at {time.time()}", flush=True)
+        while not Path(turn).exists():
+            time.sleep(0.01)
     print(f"[rank{number}]: hello, {os.environ.get('CUDA_VISIBLE_DEVICES', 'no')} GPUs")
     if number == FIRST_RANK:
         print("> building train, validation, and test datasets ...", flush=True)
