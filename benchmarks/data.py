@@ -146,7 +146,7 @@ def warm_up(folder: Path, text: Path, tokenizer: Path) -> None:
 
 def upstream(text: Path, folder: Path, tokenizer: Path) -> list[Any]:
     """The command of upstream's tool, with the fastest of its tokenizers that gives GPT-2's ids."""
-    from harness.entry.upstream import locate
+    from harness.machine.upstream import locate
 
     tree = locate().tree
     if tree is None:

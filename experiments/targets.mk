@@ -1,4 +1,4 @@
-# Generated from experiments/*.yaml and harness/overrides.py by `make targets`; a test keeps it fresh.
+# Generated from experiments/*.yaml and harness/experiment/overrides.py by `make targets`; a test keeps it fresh.
 # Every target is spelled out, one a line, because zsh completes from this text and bash from make's database.
 SETTINGS := STEPS GPUS DP TP SP PP VPP CP EP ETP MBS GBS SEQ RECOMPUTE OPTIMIZER SHARDING NODES DATA SPLIT WEIGHTS LORA_RANK LORA_ALPHA LORA_DROPOUT LORA_TARGETS LR MIN_LR LR_DECAY LR_WARMUP EVAL_EVERY EVAL_STEPS UNTIL LOAD CARD PROFILE ARGS DEVICE DRY_RUN GPUS_IDS OUTDIR NODE_RANK RENDEZVOUS SLURM PARTITION ACCOUNT TIME SAVE SAVE_EVERY KEEP RESUME WANDB WANDB_PROJECT WANDB_ENTITY WANDB_NAME HANG PACK FORCE
 ##@ What is run:  make 101 KEY=VALUE …

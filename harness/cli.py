@@ -8,10 +8,12 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from harness import ROOT, overrides, tracking
-from harness.catalog import Catalog, Experiment, load_catalog
+from harness import ROOT
 from harness.errors import UserError, nearest
-from harness.plan import Plan, choose_device, plan
+from harness.experiment import overrides
+from harness.experiment.catalog import Catalog, Experiment, load_catalog
+from harness.megatron import tracking
+from harness.planning.plan import Plan, choose_device, plan
 from harness.rundir import newest
 
 OUTDIR = ROOT / "outdir"
@@ -48,8 +50,8 @@ def _run(words: list[str]) -> int:
         return 0
     if (status := _finished_before(planned)) is not None:
         return status
-    from harness.chapter import as_published
-    from harness.launch import run_plan
+    from harness.launching.chapter import as_published
+    from harness.launching.launch import run_plan
 
     _install_heavy(*(["tracking"] if planned.extras.tracking else []))
     if planned.extras.tracking:
@@ -79,8 +81,8 @@ def _train(words: list[str]) -> int:
 
 def _finished_before(planned: Plan) -> int | None:
     """Show the result of a run that RESUME=1 finds at its end, and return its exit status; None where it is not."""
-    from harness.launch import Finished
-    from harness.terminal import summary
+    from harness.launching.launch import Finished
+    from harness.launching.terminal import summary
 
     run = planned.resumes
     result = run.read_result() if run else None
@@ -91,7 +93,7 @@ def _finished_before(planned: Plan) -> int | None:
 
 
 def _checkpoints(words: list[str]) -> int:
-    from harness.checkpoints import print_list
+    from harness.planning.resume import print_list
 
     settings = overrides.parse(words, extra=("RUN",))
     return print_list(_outdir(settings), settings.get("RUN"))
@@ -116,7 +118,7 @@ def _show(words: list[str]) -> int:
 
 
 def _slurm(e: Experiment, settings: Mapping[str, str]) -> int:
-    from harness import slurm
+    from harness.launching import slurm
 
     planned = plan(e, {**settings, "DEVICE": "cuda"}, "cuda")
     return slurm.submit_or_print(planned, settings)
@@ -128,7 +130,7 @@ def _chapter(words: list[str]) -> int:
     experiments = load_catalog().in_chapter(overrides.count("chapter", number))
     _keep_gpus_awake()
     device = choose_device(settings)
-    from harness.chapter import run_chapter
+    from harness.launching.chapter import run_chapter
 
     _install_heavy()
     return run_chapter(experiments, lambda e: plan(e, settings, device), hang_seconds=_hang(settings),
@@ -169,14 +171,14 @@ def _matches(e: Experiment, settings: Mapping[str, str], catalog: Catalog) -> bo
 
 
 def _table(words: list[str]) -> int:
-    from harness import tables
+    from harness.evidence import tables
 
     settings = overrides.parse(words, extra=("CHAPTER", "FORMAT", "ID", "HARDWARE", "AGAINST"))
     return tables.print_table(_outdir(settings), RECORDS, settings)
 
 
 def _compare(words: list[str]) -> int:
-    from harness import tables
+    from harness.evidence import tables
 
     settings = overrides.parse(words, extra=("A", "B", "FORMAT"))
     missing = [key for key in ("A", "B") if key not in settings]
@@ -192,7 +194,7 @@ def _doctor(words: list[str]) -> int:
 
 
 def _arguments(words: list[str]) -> int:
-    from harness.arguments import print_arguments
+    from harness.megatron.arguments import print_arguments
 
     _install_heavy()
     return print_arguments(overrides.parse(words, extra=("MATCH",)).get("MATCH"))
@@ -206,20 +208,20 @@ def _parity(words: list[str]) -> int:
 
 
 def _monitor_gpu(words: list[str]) -> int:
-    from harness.gpus import monitor
+    from harness.machine.gpus import monitor
 
     return monitor()
 
 
 def _stop(words: list[str]) -> int:
-    from harness.launch import stop
+    from harness.launching.launch import stop
 
     settings = overrides.parse(words, extra=("RUN",))
     return stop(_outdir(settings), settings.get("RUN"))
 
 
 def _record(words: list[str]) -> int:
-    from harness.records import record
+    from harness.evidence.records import record
     from harness.rundir import RunDir
 
     settings = overrides.parse(words, extra=("RUN",))
@@ -237,7 +239,7 @@ def _profile(words: list[str]) -> int:
 
 
 def _verify(words: list[str]) -> int:
-    from harness.verify import verify
+    from harness.launching.verify import verify
 
     if not words or "=" in words[0]:
         raise UserError("verify which experiment? such as make verify-101")
@@ -247,7 +249,7 @@ def _verify(words: list[str]) -> int:
 
 
 def _claims(words: list[str]) -> int:
-    from harness.verdicts import print_claims
+    from harness.evidence.verdicts import print_claims
 
     return print_claims(RECORDS, overrides.parse(words, extra=("CHAPTER", "HARDWARE", "AGAINST", "FORMAT")))
 
@@ -260,7 +262,7 @@ def _clean(words: list[str]) -> int:
 
 
 def _plots(words: list[str]) -> int:
-    from harness import plots
+    from harness.evidence import plots
 
     folder = _outdir(settings := overrides.parse(words)) / "plots"
     drawn, warnings = plots.pictures(_outdir(settings), RECORDS)
@@ -271,7 +273,7 @@ def _plots(words: list[str]) -> int:
 
 
 def _report(words: list[str]) -> int:
-    from harness.report import page
+    from harness.evidence.report import page
 
     settings = overrides.parse(words, extra=("REPORT",))
     outdir = _outdir(settings)
@@ -283,7 +285,7 @@ def _report(words: list[str]) -> int:
 
 
 def _docs(words: list[str]) -> int:
-    from harness import docs
+    from harness.evidence import docs
 
     check = overrides.parse(words, extra=("CHECK",)).get("CHECK") == "1"
     changed = docs.write(RECORDS, check=check)
@@ -349,7 +351,7 @@ def _hang(settings: Mapping[str, str]) -> float | None:
 
 
 def _keep_gpus_awake() -> None:
-    from harness.gpus import keep_awake
+    from harness.machine.gpus import keep_awake
 
     keep_awake()
 
@@ -359,7 +361,7 @@ def _install_heavy(*stages: str) -> None:
 
     Raises UserError where they cannot be had, or upstream is half checked out.
     """
-    from harness.entry.upstream import locate
+    from harness.machine.upstream import locate
 
     locate()
     if subprocess.run([ROOT / "scripts" / "setup.sh", "heavy", *stages]).returncode:

@@ -17,11 +17,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import Literal
 
-from harness import gpus
 from harness.data import prepared
-from harness.entry.upstream import FILL, locate
 from harness.errors import UserError
-from harness.stages import ROOT, Venv, distribution, missing, requirements, version
+from harness.machine import gpus
+from harness.machine.stages import ROOT, Venv, distribution, missing, requirements, version
+from harness.machine.upstream import FILL, locate
 
 State = Literal["ok", "note", "warn", "missing"]
 COLOURS = {"ok": "32", "note": "2", "warn": "33", "missing": "31"}

@@ -12,13 +12,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from harness import ROOT, checkpoints, overrides
-from harness.catalog import Experiment
+from harness import ROOT
 from harness.checkpoints import Checkpoint, Loading
 from harness.data import prepared
-from harness.environment import variables
 from harness.errors import UserError
-from harness.flags import Device, loading_flags, megatron_flags
+from harness.experiment import overrides
+from harness.experiment.catalog import Experiment
+from harness.megatron.environment import variables
+from harness.megatron.flags import Device, loading_flags, megatron_flags
+from harness.planning import resume
 
 SETTINGS = ("RUN", "PROMPT", "QUESTION", "TOKENS", "TEMPERATURE", "TOP_K", "TOP_P", "SEED")
 REQUEST_VARIABLE = "HARNESS_GENERATE"
@@ -70,8 +72,8 @@ def parse(settings: Mapping[str, str], outdir: Path) -> Request:
         raise UserError(f"TOP_P={settings['TOP_P']}: expected a probability, 0 to 1")
     if sampling.top_k and sampling.top_p:
         raise UserError("TOP_K= and TOP_P= both drop tokens; give one of them")
-    found = checkpoints.find(settings["RUN"], outdir, lambda said: print(said, file=sys.stderr))
-    experiment = checkpoints.experiment_of(found.path.parent)
+    found = resume.find(settings["RUN"], outdir, lambda said: print(said, file=sys.stderr))
+    experiment = resume.experiment_of(found.path.parent)
     if experiment is None:
         raise UserError(f"{found.path.parent}: of which model? there is no experiment.json in it nor above it\n"
                         "name a run: make checkpoints lists those that have some")
@@ -84,7 +86,7 @@ def parse(settings: Mapping[str, str], outdir: Path) -> Request:
 
 def _in_template(question: str, e: Experiment) -> str:
     """The question as the chat template of the run's tokenizer puts it. Raises UserError where there is none."""
-    from harness.finetune.chat import template_of
+    from harness.data.chat.conversations import template_of
 
     if e.data == prepared.MOCK:
         raise UserError("QUESTION=: this run was trained on no conversations; give PROMPT=")

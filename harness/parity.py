@@ -21,9 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
-from harness.catalog import Experiment, Model
-from harness.environment import variables
-from harness.flags import megatron_flags
+from harness.experiment.catalog import Experiment, Model
+from harness.megatron.environment import variables
+from harness.megatron.flags import megatron_flags
 from harness.rundir import RUN_DIR_VARIABLE, RunDir, StepMetrics
 
 STEPS = 10
@@ -96,7 +96,7 @@ class Run:
 
     def start(self) -> None:
         """Fork the ranks."""
-        from harness.cpu import warm
+        from harness.entry import warm
 
         self.folder.mkdir(parents=True)
         self._started_s = time.monotonic()
@@ -131,7 +131,7 @@ class Run:
     def _train(self, rank: int, port: int) -> NoReturn:
         """Be rank ``rank``, as torchrun would have started it."""
         from harness.entry import rank as entry
-        from harness.entry.upstream import Upstream
+        from harness.machine.upstream import Upstream
 
         log = os.open(self.folder / "logs.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         for output in (1, 2):

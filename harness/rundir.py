@@ -36,8 +36,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from harness.errors import UserError
 
 if TYPE_CHECKING:
-    from harness.catalog import Experiment
     from harness.checkpoints import Saving
+    from harness.experiment.catalog import Experiment
 
 Status = Literal["ok", "oom", "oom-host", "nan", "hang", "crash", "killed", "bad-configuration", "target-missed"]
 State = Status | Literal["running"]
@@ -320,7 +320,7 @@ class RunDir:
 
     def read_experiment(self) -> Experiment:
         """The experiment as it ran. Raises ValueError where experiment.json is not one."""
-        from harness.catalog import Experiment
+        from harness.experiment.catalog import Experiment
 
         frozen = read_object(self.experiment_json)
         return Experiment.model_validate_json(

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from harness.catalog import EXPERIMENTS, Catalog, Experiment
 from harness.data.sources import definitions
-from harness.overrides import EXPERIMENT_SETTINGS, LAUNCH_SETTINGS, Setting
+from harness.experiment.catalog import EXPERIMENTS, Catalog, Experiment
+from harness.experiment.overrides import EXPERIMENT_SETTINGS, LAUNCH_SETTINGS, Setting
 
 FILE = EXPERIMENTS / "targets.mk"
 
 HEADER = """\
-# Generated from experiments/*.yaml and harness/overrides.py by `make targets`; a test keeps it fresh.
+# Generated from experiments/*.yaml and harness/experiment/overrides.py by `make targets`; a test keeps it fresh.
 # Every target is spelled out, one a line, because zsh completes from this text and bash from make's database.
 """
 

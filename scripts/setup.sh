@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # usage: scripts/setup.sh STAGE… [-- ARGUMENT…]
 # Brings .venv up to the stages (dependency groups of pyproject.toml: light, heavy, test; gpu through scripts/setup-gpu.sh),
-# then runs its Python with the arguments. What is up to date costs a comparison of files; harness/setup.py does the rest.
+# then runs its Python with the arguments. What is up to date costs a comparison of files; harness/machine/setup.py does the rest.
 #   PYTHON=path    make .venv with this interpreter
 #   VENV=dir       make it there instead; VENV=0: use the interpreter and the packages that are there
 #   DEVICE=cuda    install CUDA's wheels though no GPU is here; DEVICE=cpu: the CPU's though one is
@@ -87,7 +87,7 @@ main() {
 
   if [[ $venv == 0 ]]; then
     python=$(find_python)
-    "$python" -m harness.setup check "${stages[@]}"
+    "$python" -m harness.machine.setup check "${stages[@]}"
   else
     python=$venv/bin/python
     pins=$(<pyproject.toml)
@@ -99,7 +99,7 @@ main() {
     if [[ -n ${PYTHON:-} && ! $python -ef $(type -P "$PYTHON") ]]; then current=; fi
     if [[ -z $current ]]; then
       base=$(find_python)
-      "$base" -m harness.setup install --venv "$venv" --device "$device" ${PYTHON:+--exact} "${stages[@]}"
+      "$base" -m harness.machine.setup install --venv "$venv" --device "$device" ${PYTHON:+--exact} "${stages[@]}"
     fi
     [[ $venv == /* ]] || venv=$PWD/$venv
     export VIRTUAL_ENV=$venv PATH=$venv/bin:$PATH

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-from harness.catalog import load_catalog
 from harness.entry import rank
-from harness.environment import variables
-from harness.flags import megatron_flags
+from harness.experiment.catalog import load_catalog
+from harness.megatron.environment import variables
+from harness.megatron.flags import megatron_flags
 
 WITH_TRANSFORMER_ENGINE = ("--moe-permute-fusion",)
 

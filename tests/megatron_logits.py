@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 from harness.convert import weights
-from harness.environment import variables
-from harness.flags import megatron_flags, model_flags
+from harness.megatron.environment import variables
+from harness.megatron.flags import megatron_flags, model_flags
 from harness.parity import DENSE, tiny
 
 
@@ -29,7 +29,7 @@ def main(cases: list[dict]) -> int:
 
 
 def run(case: dict) -> int:
-    from harness.cpu import warm
+    from harness.entry import warm
 
     found = weights.read(Path(case.get("model", case["load"])))
     ep = case.get("ep", 1)

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from harness.catalog import load_catalog
 from harness.errors import UserError
-from harness.miniature import MOST_PROCESSES, miniature
+from harness.experiment.catalog import load_catalog
+from harness.planning.miniature import MOST_PROCESSES, miniature
 
 CATALOG = load_catalog()
 IDS = [e.id for e in CATALOG.experiments]

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from harness import gpus, processes, rundir
-from harness.chapter import run_chapter
+from harness import rundir
 from harness.errors import UserError
-from harness.results import load_references
-from harness.terminal import PlainTerminal
+from harness.evidence.results import load_references
+from harness.launching import processes
+from harness.launching.chapter import run_chapter
+from harness.launching.terminal import PlainTerminal
+from harness.machine import gpus
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCHER = Path(__file__).parent / "test_launch_assets" / "launcher.py"
@@ -170,7 +172,7 @@ def test_running_out_of_memory_as_published_is_a_success(tmp_path, four_gpus):
 CHAPTER = """
 import importlib.util, sys
 from pathlib import Path
-from harness.chapter import run_chapter
+from harness.launching.chapter import run_chapter
 spec = importlib.util.spec_from_file_location("launcher", sys.argv[1])
 launcher = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(launcher)

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from harness import checkpoints, overrides, rundir
-from harness.catalog import load_catalog
+from harness import checkpoints, rundir
 from harness.checkpoints import Saving
 from harness.errors import UserError
-from harness.outcome import Evidence, classify
-from harness.plan import plan
+from harness.experiment import overrides
+from harness.experiment.catalog import load_catalog
+from harness.launching.outcome import Evidence, classify
+from harness.planning import resume
+from harness.planning.plan import plan
 from harness.rundir import RunDir, StepMetrics, Validation
 
 TINY = {"DEVICE": "cpu", "DATA": "mock", "STEPS": "20"}
@@ -133,11 +135,11 @@ def test_finding_by_label_folder_and_step(tmp_path):
     write(run.checkpoints, 5)
     write(run.checkpoints, 10)
     for wanted, step in ((e.label, 10), (str(run.checkpoints), 10), (str(run.checkpoints / "iter_0000005"), 5)):
-        assert checkpoints.find(wanted, tmp_path).step == step
+        assert resume.find(wanted, tmp_path).step == step
     with pytest.raises(UserError, match=f"no run or folder is called nothing; valid: {e.label}"):
-        checkpoints.find("nothing", tmp_path)
+        resume.find("nothing", tmp_path)
     with pytest.raises(UserError, match="no whole checkpoint in"):
-        checkpoints.find(str(tmp_path), tmp_path)
+        resume.find(str(tmp_path), tmp_path)
 
 
 def test_another_model_is_refused_with_both_sizes(tmp_path):
@@ -241,11 +243,11 @@ def test_the_list(tmp_path, capsys):
     run = run_in(tmp_path, tiny())
     write(run.checkpoints, 5)
     (write(run.checkpoints, 10) / ".metadata").unlink()
-    assert checkpoints.print_list(tmp_path, None) == 0
+    assert resume.print_list(tmp_path, None) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == run.label and lines[2].split() == ["5", "0.000", "102,400", "6.5000", "whole"]
     assert lines[3].endswith("it was not written to its end")
-    assert checkpoints.print_list(tmp_path / "empty", None) == 1
+    assert resume.print_list(tmp_path / "empty", None) == 1
 
 
 @pytest.mark.parametrize("losses, status", [((4.0, 2.9), "ok"), ((4.0, 3.1), "target-missed"), ((), "crash")])
@@ -269,8 +271,8 @@ def test_every_setting_is_read():
 
 
 def test_a_table_shows_the_held_out_loss_and_its_perplexity(tmp_path):
-    from harness import tables
-    from harness.results import collect, load_references
+    from harness.evidence import tables
+    from harness.evidence.results import collect, load_references
 
     run = run_in(tmp_path, tiny(UNTIL="3"), result="ok")
     result = json.loads(run.result.read_text()) | {"validation": {"step": 20, "split": "validation", "loss": 2.0, "time": 0}}

@@ -43,7 +43,7 @@ DRIVER = """
 import json, os, shutil, sys, time, warnings
 from pathlib import Path
 from harness import parity
-from harness.environment import variables
+from harness.megatron.environment import variables
 from harness.entry import rank
 
 folder, jobs = Path(sys.argv[1]), json.loads(sys.argv[2])

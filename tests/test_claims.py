@@ -9,17 +9,17 @@ import pytest
 import yaml
 
 from harness import ROOT
-from harness.catalog import load_catalog
-from harness.claims import CLAIMS, Bound, Side, evaluate, load_claims, sources
 from harness.cli import main
 from harness.errors import UserError
-from harness.expressions import Quantity, parse, spell
-from harness.measured import step_noise_ms
-from harness.quantities import unit_of
-from harness.records import metrics_of
-from harness.results import collect, load_references
+from harness.evidence.claims import CLAIMS, Bound, Side, evaluate, load_claims, sources
+from harness.evidence.expressions import Quantity, parse, spell
+from harness.evidence.measured import step_noise_ms
+from harness.evidence.quantities import unit_of
+from harness.evidence.records import metrics_of
+from harness.evidence.results import collect, load_references
+from harness.evidence.verdicts import render
+from harness.experiment.catalog import load_catalog
 from harness.rundir import write_json
-from harness.verdicts import render
 
 RECORDS = ROOT / "experiments" / "records"
 KEPT = RECORDS / "h200-141gb"

@@ -5,10 +5,10 @@ import subprocess
 
 import pytest
 
-from harness.catalog import load_catalog
-from harness.command import Place, render
-from harness.flags import megatron_flags
-from harness.miniature import describe, miniature
+from harness.experiment.catalog import load_catalog
+from harness.megatron.flags import megatron_flags
+from harness.planning.command import Place, render
+from harness.planning.miniature import describe, miniature
 
 CATALOG = load_catalog()
 IDS = [e.id for e in CATALOG.experiments]

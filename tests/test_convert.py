@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.catalog import load_catalog
 from harness.errors import UserError
+from harness.experiment.catalog import load_catalog
 
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny_hf

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.environment import variables
+from harness.megatron.environment import variables
 from harness.parity import DENSE, LAYOUTS, MOE, flags, tiny
 from harness.rundir import RUN_DIR_VARIABLE, RunDir, started_before
 

@@ -16,7 +16,7 @@ RANKS = 3
 RANK = """
 import os, signal, sys, time
 from pathlib import Path
-from harness.cpu import warm
+from harness.entry import warm
 from harness.entry.failures import die_with
 
 here = Path(sys.argv[1])

@@ -377,7 +377,7 @@ def test_amounts_and_times_are_short():
 
 
 def test_the_published_set_is_the_default_where_it_is_prepared(made, tmp_path):
-    from harness.catalog import load_catalog
+    from harness.experiment.catalog import load_catalog
 
     experiment = load_catalog().find("101")
     assert prepared.default_for(experiment, tmp_path) == "mock"

@@ -318,7 +318,7 @@ def test_the_pair_is_what_upstreams_encoder_and_builder_make(tmp_path, monkeypat
 @pytest.mark.parametrize("eod", [False, True])
 @pytest.mark.parametrize("kind", ["gpt2", "null"])
 def test_the_pair_is_what_upstreams_tool_writes(tmp_path, kind, eod):
-    from harness.entry.upstream import locate
+    from harness.machine.upstream import locate
 
     tree = locate().tree
     if tree is None:

@@ -4,9 +4,10 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from harness import diagrams, timeline
 from harness.cli import RECORDS
-from harness.facts import Facts
+from harness.evidence import diagrams
+from harness.evidence.facts import Facts
+from harness.experiment import timeline
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from harness import ROOT, docs
-from harness.catalog import load_catalog
+from harness import ROOT
 from harness.cli import COMMANDS, RECORDS
 from harness.errors import UserError
-from harness.facts import Facts, NotMeasured
-from harness.overrides import EXPERIMENT_SETTINGS, LAUNCH_SETTINGS
+from harness.evidence import docs
+from harness.evidence.facts import Facts, NotMeasured
+from harness.experiment.catalog import load_catalog
+from harness.experiment.overrides import EXPERIMENT_SETTINGS, LAUNCH_SETTINGS
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)

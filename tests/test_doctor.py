@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from harness import doctor, gpus
+from harness import doctor
 from harness.doctor import Torch
+from harness.machine import gpus
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from harness.entry import helpers, upstream
+from harness.entry import helpers
 from harness.entry.metrics import StepClock
 from harness.entry.report import RankReport
 from harness.errors import UserError
+from harness.machine import upstream
 from harness.rundir import RunDir
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -5,10 +5,10 @@ import random
 
 import pytest
 
-from harness import overrides
-from harness.catalog import Lora, load_catalog
+from harness.data.chat.conversations import Skipped, Unfit, read_messages, spans
 from harness.errors import UserError
-from harness.finetune.chat import Skipped, Unfit, read_messages, spans
+from harness.experiment import overrides
+from harness.experiment.catalog import Lora, load_catalog
 from harness.finetune.packing import pack
 
 CATALOG = load_catalog()

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from harness.catalog import load_catalog
 from harness.data import prepared
+from harness.data.chat.prepare import prepare_chat
 from harness.data.check import check
 from harness.errors import UserError
-from harness.finetune.prepare import prepare_chat
+from harness.experiment.catalog import load_catalog
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_chat import READ, conversation, make_data, write_lines
@@ -41,7 +41,7 @@ def test_a_data_set_of_conversations(tmp_path):
 
 
 def test_a_tokenizers_own_template_is_used(tmp_path):
-    from harness.finetune.byte_tokenizer import byte_folder
+    from harness.data.chat.byte_tokenizer import byte_folder
 
     folder = byte_folder(tmp_path)
     template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
@@ -111,7 +111,7 @@ def test_what_a_run_reads(tmp_path):
     [({"CP": "2"}, "set CP=1"), ({"PP": "2"}, "MBS=1"), ({"SPLIT": "98,1,1"}, "conversations"), ({"WEIGHTS": "nothing"}, "import-hf")],
 )
 def test_runs_that_conversations_do_not_fit(tmp_path, monkeypatch, settings, said):
-    from harness.plan import plan
+    from harness.planning.plan import plan
 
     make_data(tmp_path)
     find = prepared.find

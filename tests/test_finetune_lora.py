@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.entry.upstream import locate
+from harness.machine.upstream import locate
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_chat import LORA, READ, STEPS, adapters, losses, make_data, make_weights, tune

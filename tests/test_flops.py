@@ -4,8 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from harness.catalog import load_catalog
-from harness.flops import (
+from harness.evidence.results import load_references
+from harness.experiment.catalog import load_catalog
+from harness.experiment.flops import (
     count_parameters,
     mfu,
     padded_vocab_size,
@@ -13,7 +14,6 @@ from harness.flops import (
     step_flops,
     tflops_per_gpu,
 )
-from harness.results import load_references
 
 CATALOG = load_catalog()
 TINY = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 1000}

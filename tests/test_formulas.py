@@ -2,11 +2,11 @@
 
 import pytest
 
-from harness.catalog import Experiment, load_catalog
 from harness.cli import RECORDS
-from harness.facts import Facts
-from harness.flops import state_gib
-from harness.formulas import (
+from harness.evidence.facts import Facts
+from harness.experiment.catalog import Experiment, load_catalog
+from harness.experiment.flops import state_gib
+from harness.experiment.formulas import (
     activations_gib,
     activations_per_sbh,
     attention_exchange_mib,

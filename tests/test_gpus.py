@@ -10,15 +10,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from harness import gpus
 from harness.errors import UserError
+from harness.machine import gpus
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
 
 
 class FakeNvml:
-    """As much of pynvml as harness.gpus asks: GPUs with memory in use and processes by pid."""
+    """As much of pynvml as harness.machine.gpus asks: GPUs with memory in use and processes by pid."""
 
     class NVMLError(Exception):
         pass
@@ -209,7 +209,7 @@ def test_the_monitor_prints_a_line_a_gpu_into_a_pipe(nvml, capsys, monkeypatch):
 
 
 def test_nothing_heavy_is_imported():
-    code = "import sys, harness.gpus; print([m for m in ('torch', 'rich', 'pynvml') if m in sys.modules])"
+    code = "import sys, harness.machine.gpus; print([m for m in ('torch', 'rich', 'pynvml') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -3,7 +3,7 @@
 import pytest
 
 from harness.errors import UserError
-from harness.hardware import GPUS, allocator_fraction, find_gpu, known_gpus, peak_tflops
+from harness.experiment.hardware import GPUS, allocator_fraction, find_gpu, known_gpus, peak_tflops
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,14 @@ from pathlib import Path
 
 import pytest
 
-from harness import gpus, launch, measured, meeting, processes, rundir
-from harness.command import Place
+from harness import rundir
 from harness.errors import UserError
+from harness.evidence import measured
+from harness.launching import launch, meeting, processes
+from harness.launching.terminal import PlainTerminal
+from harness.machine import gpus
+from harness.planning.command import Place
 from harness.rundir import RunDir
-from harness.terminal import PlainTerminal
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCHER = Path(__file__).parent / "test_launch_assets" / "launcher.py"
@@ -256,7 +259,7 @@ def test_gpus_are_chosen_sampled_and_recorded(tmp_path, monkeypatch):
 
 def stop(*arguments: object) -> str:
     """What ``make stop`` prints, from a process of its own as there."""
-    code = "import sys; from pathlib import Path; from harness.launch import stop; "
+    code = "import sys; from pathlib import Path; from harness.launching.launch import stop; "
     code += "sys.exit(stop(Path(sys.argv[1]), *sys.argv[2:]))"
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from harness import processes
-from harness.processes import Signals
+from harness.launching import processes
+from harness.launching.processes import Signals
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from harness import provenance
 from harness.errors import UserError
+from harness.machine import provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -74,7 +74,7 @@ def test_a_tree_that_is_half_there_is_refused(tmp_path, monkeypatch):
 
 def test_the_environment_is_described_without_importing_torch():
     code = (
-        "import sys; from harness.provenance import describe_environment as d; e = d('cpu'); "
+        "import sys; from harness.machine.provenance import describe_environment as d; e = d('cpu'); "
         "print(e['python'], e['gpu'], e['memory_gib'] > 0, 'torch' in e, 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from harness import parity
-from harness.catalog import Model, load_catalog
-from harness.constraints import check_machine
-from harness.environment import variables
 from harness.errors import UserError
-from harness.flags import megatron_flags
-from harness.flops import count_parameters, padded_vocab_size, state_bytes_per_parameter, state_gib, step_flops
-from harness.miniature import describe, miniature
+from harness.experiment.catalog import Model, load_catalog
+from harness.experiment.flops import count_parameters, padded_vocab_size, state_bytes_per_parameter, state_gib, step_flops
+from harness.machine.requirements import check_machine
+from harness.megatron.environment import variables
+from harness.megatron.flags import megatron_flags
 from harness.parity import tiny
+from harness.planning.miniature import describe, miniature
 from harness.rundir import RUN_DIR_VARIABLE, RunDir
 
 CATALOG = load_catalog()
@@ -118,12 +118,12 @@ def test_what_does_not_go_together_is_refused(id_, changes, complaint):
 
 def test_a_gpu_without_fp8_and_a_missing_optimizer_are_told_before_the_run(monkeypatch):
     gpu = type("Gpu", (), {"name": "NVIDIA A100-SXM4-80GB"})
-    monkeypatch.setattr("harness.gpus.list_gpus", lambda: (gpu,))
+    monkeypatch.setattr("harness.machine.requirements.list_gpus", lambda: (gpu,))
     check_machine(CATALOG.find("611"), "cuda")
     check_machine(CATALOG.find("613"), "cpu")
     with pytest.raises(UserError, match="613 computes in fp8, which NVIDIA A100-SXM4-80GB does not"):
         check_machine(CATALOG.find("613"), "cuda")
-    monkeypatch.setattr("harness.constraints.find_spec", lambda name: None)
+    monkeypatch.setattr("harness.machine.requirements.find_spec", lambda name: None)
     with pytest.raises(UserError, match="671: upstream's muon is in the package emerging-optimizers"):
         check_machine(CATALOG.find("671"), "cpu")
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.catalog import Experiment, Model
-from harness.outcome import Evidence, classify, memory_levers, where_ranks_wait
+from harness.experiment.catalog import Experiment, Model
+from harness.launching.outcome import Evidence, classify, memory_levers, where_ranks_wait
 from harness.rundir import RankError, StepMetrics
 
 LOGS = Path(__file__).with_name("test_outcome_logs")

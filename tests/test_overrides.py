@@ -2,9 +2,9 @@
 
 import pytest
 
-from harness import overrides
-from harness.catalog import load_catalog
 from harness.errors import UserError
+from harness.experiment import overrides
+from harness.experiment.catalog import load_catalog
 
 CATALOG = load_catalog()
 

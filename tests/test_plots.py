@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from harness import ROOT, figures, plots
-from harness.catalog import load_catalog
+from harness import ROOT
 from harness.errors import UserError
-from harness.figures import Figure, Panel, Point, Series, load_panels, sweeps, thinned
-from harness.flops import tflops_per_gpu
-from harness.results import collect, load_references
-from harness.timeline import Times, Work, bubble_fraction, order, simulate
+from harness.evidence import figures, plots
+from harness.evidence.figures import Figure, Panel, Point, Series, load_panels, sweeps, thinned
+from harness.evidence.results import collect, load_references
+from harness.experiment.catalog import load_catalog
+from harness.experiment.flops import tflops_per_gpu
+from harness.experiment.timeline import Times, Work, bubble_fraction, order, simulate
 
 RECORDS = ROOT / "experiments" / "records"
 SIZES = [(2, 2, 1), (4, 8, 1), (8, 1, 1), (8, 4, 1), (8, 32, 1), (4, 4, 2), (4, 8, 2), (4, 12, 3), (8, 8, 9), (4, 4, 18)]

@@ -12,20 +12,21 @@ from types import SimpleNamespace
 import pytest
 
 from harness import ROOT
-from harness.catalog import load_catalog
 from harness.entry import profiler
 from harness.entry.phases import wrap_phases
 from harness.entry.report import RankReport
-from harness.environment import variables
 from harness.errors import UserError
-from harness.overrides import apply
-from harness.profiling import pages, profile, summary, trace
+from harness.evidence import profiles as pages
+from harness.evidence.records import record
+from harness.evidence.results import load_references
+from harness.experiment.catalog import load_catalog
+from harness.experiment.overrides import apply
+from harness.megatron.environment import variables
+from harness.profiling import profile, summary, trace
 from harness.profiling.kernels import Category, category_of
 from harness.profiling.profile import Profile, find, of_run, render
 from harness.profiling.summary import cut, summarise
 from harness.profiling.trace import Activity, Range, parse, read
-from harness.records import record
-from harness.results import load_references
 from harness.rundir import RunDir, StepMetrics, write_json
 
 MAIN, AUTOGRAD, GLOO = 1, 2, 3

@@ -14,10 +14,10 @@ pytestmark = pytest.mark.cpu
 ROOT = Path(__file__).resolve().parent.parent
 RUN = """
 import sys
-from harness import overrides
-from harness.catalog import load_catalog
-from harness.launch import run_plan
-from harness.plan import plan
+from harness.experiment import overrides
+from harness.experiment.catalog import load_catalog
+from harness.launching.launch import run_plan
+from harness.planning.plan import plan
 from harness.profiling.profile import tell
 
 id_, *words = sys.argv[1:]

@@ -8,15 +8,15 @@ import pytest
 import yaml
 
 from harness import ROOT
-from harness.catalog import load_catalog
 from harness.errors import UserError
-from harness.flops import tflops_per_gpu
-from harness.hardware import find_gpu, peak_tflops
-from harness.measured import BETWEEN_RUNS, measure, step_noise_ms
-from harness.records import folder_of, metrics_of, read, record, same_work
-from harness.results import REFERENCES, collect, load_references
+from harness.evidence.measured import BETWEEN_RUNS, measure, step_noise_ms
+from harness.evidence.records import folder_of, metrics_of, read, record, same_work
+from harness.evidence.results import REFERENCES, collect, load_references
+from harness.evidence.tables import render
+from harness.experiment.catalog import load_catalog
+from harness.experiment.flops import tflops_per_gpu
+from harness.experiment.hardware import find_gpu, peak_tflops
 from harness.rundir import Result, RunDir, StepMetrics, write_json
-from harness.tables import render
 
 RECORDS = ROOT / "experiments" / "records"
 FILES = sorted(RECORDS.glob("*/*.json"))

@@ -5,10 +5,10 @@ import re
 import pytest
 import yaml
 
-from harness.catalog import load_catalog
 from harness.errors import UserError
-from harness.hardware import find_gpu
-from harness.results import REFERENCES, load_references
+from harness.evidence.results import REFERENCES, load_references
+from harness.experiment.catalog import load_catalog
+from harness.experiment.hardware import find_gpu
 
 CATALOG = load_catalog()
 GROUPS = load_references().groups

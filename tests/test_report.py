@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from harness import ROOT, cli
-from harness.catalog import load_catalog
-from harness.figures import load_profiles
-from harness.report import page
-from harness.report.data import collect, make_command
-from harness.results import collect as collect_rows
-from harness.results import load_references
+from harness.evidence.figures import load_profiles
+from harness.evidence.report import page
+from harness.evidence.report.data import collect, make_command
+from harness.evidence.results import collect as collect_rows
+from harness.evidence.results import load_references
+from harness.experiment.catalog import load_catalog
 
 RECORDS = ROOT / "experiments" / "records"
 IDS = [e.id for e in load_catalog().experiments if e.chapter < 600]

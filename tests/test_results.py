@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from harness import overrides, rundir
-from harness.catalog import load_catalog
+from harness import rundir
 from harness.errors import UserError
-from harness.measured import measure
-from harness.miniature import miniature
-from harness.records import metrics_of
-from harness.results import Results, Row, collect, load_references, losses
+from harness.evidence.measured import measure
+from harness.evidence.records import metrics_of
+from harness.evidence.results import Results, Row, collect, load_references, losses
+from harness.experiment import overrides
+from harness.experiment.catalog import load_catalog
+from harness.planning.miniature import miniature
 from harness.rundir import Result, StepMetrics
 
 CATALOG = load_catalog()

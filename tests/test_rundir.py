@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from harness import rundir
-from harness.catalog import Experiment, Model
 from harness.errors import UserError
+from harness.experiment.catalog import Experiment, Model
 from harness.rundir import Result, RunDir
 
 RESULT = {

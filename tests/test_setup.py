@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from harness import setup, stages
 from harness.errors import UserError
+from harness.machine import setup, stages
 
 ROOT = Path(__file__).resolve().parent.parent
 PINS = """[project]
@@ -129,7 +129,7 @@ class Repository:
 
     def __init__(self, path: Path):
         self.path, self.fakes = path / "repository", path / "fakes"
-        modules = ("__init__", "errors", "stages", "setup", "entry/__init__", "entry/upstream")
+        modules = ("__init__", "errors", *(f"machine/{name}" for name in ("__init__", "stages", "setup", "upstream")))
         for file in ("scripts/setup.sh", "scripts/setup-gpu.sh", *(f"harness/{module}.py" for module in modules)):
             (self.path / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / file, self.path / file)

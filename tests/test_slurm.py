@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from harness import slurm
-from harness.catalog import Experiment, Model
 from harness.errors import UserError
-from harness.plan import Plan, plan
+from harness.experiment.catalog import Experiment, Model
+from harness.launching import slurm
+from harness.planning.plan import Plan, plan
 
 ROOT = Path(__file__).resolve().parent.parent
 

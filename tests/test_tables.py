@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from harness import ROOT, overrides, tables
-from harness.catalog import load_catalog
+from harness import ROOT
 from harness.errors import UserError
-from harness.miniature import miniature
-from harness.results import Row, load_references
+from harness.evidence import tables
+from harness.evidence.results import Row, load_references
+from harness.experiment import overrides
+from harness.experiment.catalog import load_catalog
+from harness.planning.miniature import miniature
 from harness.rundir import Result
 
 CATALOG = load_catalog()
@@ -150,7 +152,7 @@ def test_miniatures_and_kinds_of_gpu_never_share_a_table():
 
 
 def test_an_unknown_gpu_says_why_there_is_no_mfu():
-    assert "No MFU: harness/hardware.py has no peak of NVIDIA X1" in tables.render([row(gpu="NVIDIA X1")])
+    assert "No MFU: harness/experiment/hardware.py has no peak of NVIDIA X1" in tables.render([row(gpu="NVIDIA X1")])
 
 
 def test_running_and_killed_show_how_far_they_came():
@@ -247,7 +249,7 @@ def test_make_table_prints_the_rest_where_a_file_is_corrupt(tmp_path, capsys):
 
 
 def test_tables_are_made_without_torch_matplotlib_or_rich():
-    code = "import sys, harness.tables; print({'torch', 'matplotlib', 'rich'} & sys.modules.keys())"
+    code = "import sys, harness.evidence.tables; print({'torch', 'matplotlib', 'rich'} & sys.modules.keys())"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"
 

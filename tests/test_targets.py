@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from harness import ROOT, targets
-from harness.catalog import load_catalog
+from harness.experiment.catalog import load_catalog
 
 BASH_COMPLETION = Path("/usr/share/bash-completion/bash_completion")
 FULL_SIZE = [e.name for e in load_catalog().experiments if not e.half_of]

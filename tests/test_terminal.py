@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from harness import terminal
+from harness.launching import terminal
+from harness.launching.terminal import PlainTerminal, Progress, phase_of, step_line, summary
 from harness.rundir import Losses, MemoryGib, Result, Spread
-from harness.terminal import PlainTerminal, Progress, phase_of, step_line, summary
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -133,7 +133,7 @@ def test_a_run_shorter_than_the_window_says_so():
 
 
 DRAW = """
-from harness.terminal import Progress, open_terminal
+from harness.launching.terminal import Progress, open_terminal
 with open_terminal() as t:
     t.print("101 [starts] here")
     for step in range(4):
@@ -186,6 +186,6 @@ def test_a_dumb_terminal_gets_lines():
 
 
 def test_rich_is_imported_on_terminals_only():
-    code = "import sys\nfrom harness.terminal import open_terminal\nopen_terminal()\nprint('rich' in sys.modules)"
+    code = "import sys\nfrom harness.launching.terminal import open_terminal\nopen_terminal()\nprint('rich' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

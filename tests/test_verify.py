@@ -6,15 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from harness import ROOT, gpus, launch
+from harness import ROOT
 from harness.cli import main
 from harness.errors import UserError
-from harness.gpus import Gpu
-from harness.measured import measure
-from harness.records import read
-from harness.results import collect, load_references
+from harness.evidence.measured import measure
+from harness.evidence.records import read
+from harness.evidence.results import collect, load_references
+from harness.launching import launch
+from harness.launching.verify import choose, compare, verify
+from harness.machine import gpus
+from harness.machine.gpus import Gpu
 from harness.rundir import RunDir, StepMetrics, write_json
-from harness.verify import choose, compare, verify
 
 RECORDS = ROOT / "experiments" / "records"
 KEPT = RECORDS / "h200-141gb"

@@ -6,13 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from harness.catalog import Experiment, Lora
 from harness.convert.importing import import_folder
+from harness.data.chat.prepare import prepare_chat
 from harness.data.prepared import prefix_of
-from harness.entry.upstream import locate, put_on_path
-from harness.environment import variables
-from harness.finetune.prepare import prepare_chat
-from harness.flags import megatron_flags
+from harness.experiment.catalog import Experiment, Lora
+from harness.machine.upstream import locate, put_on_path
+from harness.megatron.environment import variables
+from harness.megatron.flags import megatron_flags
 from harness.rundir import RUN_DIR_VARIABLE, RunDir
 
 ROOT = Path(__file__).resolve().parent.parent

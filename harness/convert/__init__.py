@@ -7,4 +7,5 @@
 ``weights``        weights/<name>/, what an import leaves
 ``hub``            a folder on this machine, or one fetched
 ``importing``, ``exporting``
+``adapters``       LoRA's adapters merged into the weights, or as PEFT keeps them
 """

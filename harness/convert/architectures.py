@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from harness.catalog import Model, Yarn
 from harness.convert.transforms import (
     FUSED_QKV,
     GATE_UP,
@@ -24,6 +23,7 @@ from harness.convert.transforms import (
     Transform,
 )
 from harness.errors import UserError
+from harness.experiment.catalog import Model, Yarn
 
 Config = Mapping[str, Any]
 """config.json of Hugging Face, with transformers' defaults filled in."""

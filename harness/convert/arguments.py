@@ -7,9 +7,9 @@ import warnings
 from argparse import Namespace
 from collections.abc import Sequence
 
-from harness.catalog import Experiment, Model, Yarn
 from harness.errors import UserError
-from harness.flags import model_flags
+from harness.experiment.catalog import Experiment, Model, Yarn
+from harness.megatron.flags import model_flags
 
 _UNSUPPORTED = {
     "multi_latent_attention": False, "heterogeneous_layers_config_path": None, "mtp_num_layers": None,
@@ -56,7 +56,7 @@ def register_safe_globals() -> None:
 
 
 def _import_upstream() -> None:
-    from harness.entry.upstream import locate, put_on_path
+    from harness.machine.upstream import locate, put_on_path
 
     put_on_path(locate())
     with warnings.catch_warnings():

@@ -7,10 +7,11 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from harness import ROOT, overrides
+from harness import ROOT
 from harness.convert.weights import WEIGHTS
 from harness.data import prepared
 from harness.errors import UserError
+from harness.experiment import overrides
 from harness.finetune.adapters import FOLDER, read_record
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -82,8 +83,8 @@ def export_hf(settings: Mapping[str, str], outdir: Path) -> int:
 
 
 def _export_adapters(adapters: Path, base: Path, target: Path, like: Path | None) -> int:
+    from harness.convert.adapters import export_peft
     from harness.convert.weights import read
-    from harness.finetune.export import export_peft
 
     start = read(base)
     named = str(like) if like else start.source if start else str(base)

@@ -12,12 +12,12 @@ import torch
 
 from harness import ROOT
 from harness.convert import arguments, hub, torch_dist, weights
+from harness.convert.adapters import Factors, Merged
 from harness.convert.architectures import Architecture, Row, architecture_of
 from harness.convert.safetensor_files import SHARD_BYTES, sliced, writing
 from harness.convert.torch_dist import Checkpoint
 from harness.convert.transforms import Sizes
 from harness.errors import UserError
-from harness.finetune.export import Factors, Merged
 
 
 @dataclass(frozen=True)

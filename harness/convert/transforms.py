@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from harness.catalog import Model
+from harness.experiment.catalog import Model
 
 if TYPE_CHECKING:
     from torch import Tensor

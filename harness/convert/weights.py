@@ -14,9 +14,9 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from harness import ROOT
-from harness.catalog import Model
 from harness.data.prepared import Blend
 from harness.errors import UserError
+from harness.experiment.catalog import Model
 
 _TRAINING = ("name", "dropout", "init_method_std", "moe_aux_loss_coeff", "moe_z_loss_coeff",
              "ffn_hidden_size", "num_query_groups", "kv_channels", "moe_ffn_hidden_size")  # fmt: skip

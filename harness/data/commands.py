@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from harness import overrides
+from harness.experiment import overrides
 from harness.data.manifest import Manifest, read_manifest
 from harness.data.prepared import DATA, blend, check_name, find, prepared
 from harness.data.progress import Progress, amount, duration
@@ -191,7 +191,7 @@ def build_mappings(words: Sequence[str]) -> int:
 
 def prepare_conversations(words: Sequence[str]) -> int:
     """``make data-chat NAME=… INPUT=chat.jsonl``: conversations, of which answers are learned."""
-    from harness.finetune.prepare import command
+    from harness.data.chat.prepare import command
 
     return command(words)
 

@@ -229,7 +229,7 @@ class _Preparation:
     def _manifest(
         self, key: str, source: Source, cleaned: Cleaned | None, done: Done, tokenizer: Tokenizer, folder: Path
     ) -> Manifest:
-        from harness.provenance import source_commit
+        from harness.machine.provenance import source_commit
 
         prefix = prefix_of(self.recipe.name, folder)
         return Manifest(

@@ -22,7 +22,7 @@ from harness.data.tokenizer_files import DESCRIPTION, SENTENCE_PIECE, tokenizer_
 from harness.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from harness.catalog import Experiment
+    from harness.experiment.catalog import Experiment
 
 DATA = ROOT / "data"
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,79}")

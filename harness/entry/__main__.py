@@ -11,7 +11,7 @@ def main() -> None:
     die_with(os.getppid())
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a rank without a traceback
     if os.environ.get("HARNESS_DEVICE") == "cpu" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
-        from harness.cpu import warm
+        from harness.entry import warm
 
         warm.become_rank(_prepare)
     from harness.entry import rank

@@ -14,8 +14,8 @@ from pathlib import Path
 from harness import checkpoints
 from harness.entry.failures import die_with
 from harness.entry.report import RankReport
-from harness.environment import KEEP_VARIABLE
 from harness.errors import UserError
+from harness.megatron.environment import KEEP_VARIABLE
 from harness.rundir import Save
 
 SERVER = "harness.entry.writer"

@@ -9,7 +9,7 @@ import time
 
 from harness.entry.metrics import LOSS
 from harness.entry.report import RankReport
-from harness.environment import UNTIL_VARIABLE
+from harness.megatron.environment import UNTIL_VARIABLE
 from harness.rundir import Validation
 
 

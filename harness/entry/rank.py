@@ -10,9 +10,10 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from harness.entry import checkpointing, evaluation, failures, finetune, helpers, metrics, profiler, tracking, upstream
+from harness.entry import checkpointing, evaluation, failures, finetune, helpers, metrics, profiler, tracking
 from harness.entry.report import report_of_this_run
-from harness.entry.upstream import Upstream
+from harness.machine import upstream
+from harness.machine.upstream import Upstream
 from harness.rundir import TURN_VARIABLE
 
 

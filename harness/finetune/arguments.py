@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 
-from harness.catalog import Lora
+from harness.experiment.catalog import Lora
 
 
 def add_arguments(parser: ArgumentParser) -> ArgumentParser:

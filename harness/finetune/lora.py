@@ -29,7 +29,7 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, mak
 from torch import Tensor
 from torch.nn import functional
 
-from harness.catalog import Lora
+from harness.experiment.catalog import Lora
 
 COLUMN_PARALLEL = ("linear_qkv", "linear_fc1")
 PARENTS = {"linear_qkv": "self_attention", "linear_proj": "self_attention", "linear_fc1": "mlp", "linear_fc2": "mlp"}

@@ -8,10 +8,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness import launch
-from harness.catalog import Experiment, Model
-from harness.command import Place
-from harness.plan import Plan
+from harness.experiment.catalog import Experiment, Model
+from harness.launching import launch
+from harness.planning.command import Place
+from harness.planning.plan import Plan
 
 TORCHRUN = Path(__file__).with_name("torchrun.py")
 

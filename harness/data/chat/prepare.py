@@ -1,0 +1,180 @@
+"""``make data-chat NAME=… INPUT=chat.jsonl``: conversations -> a data set of tokens, answers apart from what they answer.
+
+The ``.bin``/``.idx`` pair is upstream's; a document is a conversation, its sequences are text to read and text to answer in
+turn, so that it needs no file of masks. Spans are tokenised one by one: an answer gets the tokens that a model which is
+asked its question produces, whatever a tokenizer would merge across the border.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from harness.data import indexed
+from harness.data.header import bin_path, idx_path
+from harness.data.manifest import Chat, Counted, Manifest, Source, SourceFile, TokenizerUsed, Written
+from harness.data.prepare import only_one
+from harness.data.prepared import DATA, check_name, prefix_of
+from harness.data.tokenizer import Tokenizer, find_tokenizer, package_version
+from harness.errors import UserError
+from harness.data.chat import conversations as chat
+from harness.data.chat.byte_tokenizer import byte_folder
+from harness.data.chat.conversations import Skipped, Unfit
+
+_BATCH = 256
+_VERSIONS = ("numpy", "tokenizers", "transformers")
+
+
+def prepare_chat(name: str, source: Path, tokenizer: str, *, folder: Path = DATA,
+                 force: bool = False) -> tuple[Manifest, Skipped]:  # fmt: skip
+    """Make the data set ``name`` of the conversations in ``source``, whole or not at all.
+
+    Args:
+        tokenizer: see ``harness.data.tokenizer.find_tokenizer``; ``bytes`` is made here.
+        force: replace a data set of that name.
+
+    Returns:
+        Its manifest, and the lines that were no conversations.
+
+    Raises:
+        UserError: the name is taken, the input or the tokenizer cannot be had, or no line is a conversation.
+    """
+    home = folder / check_name(name)
+    if idx_path(prefix_of(name, folder)).exists() and not force:
+        raise UserError(f"{name} is prepared already\nFORCE=1 prepares it again, NAME=… another one")
+    vocabularies = folder / "tokenizers"
+    used = find_tokenizer(str(byte_folder(vocabularies)) if tokenizer == "bytes" else tokenizer, vocabularies)
+    if used.kind != "HuggingFaceTokenizer":
+        raise UserError(f"TOKENIZER={tokenizer}: conversations need bytes, gpt2 or a folder with tokenizer.json")
+    with only_one(home, name):
+        part = home / "work" / "chat"
+        shutil.rmtree(part, ignore_errors=True)
+        (part / name).mkdir(parents=True)
+        begun = time.monotonic()
+        try:
+            installed = used.install(part / "tokenizer")
+            own = chat.has_template(installed.model)
+            if not own:
+                (installed.model / "chat_template.jinja").write_text(chat.simple_template(used.end or ""), encoding="utf-8")
+            skipped = Skipped()
+            counted, answers, pair = _write(source, installed, prefix_of(name, part), skipped)
+            idx_bytes = idx_path(prefix_of(name, part)).stat().st_size
+            manifest = _manifest(name, source, used, own, installed.model, counted, answers, pair, idx_bytes,
+                                 time.monotonic() - begun)  # fmt: skip
+            (home / "manifest.json").unlink(missing_ok=True)
+            for path in (bin_path, idx_path):
+                path(prefix_of(name, part)).replace(path(prefix_of(name, folder)))
+            shutil.rmtree(home / "tokenizer", ignore_errors=True)
+            (part / "tokenizer").replace(home / "tokenizer")
+            shutil.rmtree(home / "cache", ignore_errors=True)
+            manifest.write(home)
+        finally:
+            shutil.rmtree(home / "work", ignore_errors=True)
+    return manifest, skipped
+
+
+def _write(source: Path, tokenizer: Tokenizer, prefix: Path, skipped: Skipped) -> tuple[Counted, int, indexed.Pair]:
+    """Write the pair; what it holds, and how many of its tokens are answers'."""
+    from tokenizers import Tokenizer as Backend
+
+    backend = Backend.from_file(str(tokenizer.model / "tokenizer.json"))
+    writer = indexed.Writer(prefix, indexed.best_dtype(tokenizer.vocab_size))
+    records = documents = answers = 0
+    try:
+        for batch in _batches(_conversations(source, tokenizer.model, skipped)):
+            encoded = iter(backend.encode_batch([text for texts in batch for text in texts], add_special_tokens=False))
+            for texts in batch:
+                ids = [np.asarray(next(encoded).ids, np.int64) for _ in texts]
+                writer.append(np.concatenate(ids), np.asarray([len(part) for part in ids]), np.asarray([len(ids)]))
+                answers += sum(len(part) for part in ids[1::2])
+                documents += 1
+        records = documents + skipped.by_rule.total()
+        if not documents:
+            raise UserError("\n".join([f"INPUT={source}: no conversation in {records:,} lines", *skipped.lines()]))
+        pair = writer.finish()
+    finally:
+        writer.close()
+    marks = pair.marks
+    counted = Counted(records=records, documents=documents, empty=0, sequences=marks.sequences, tokens=marks.tokens,
+                      skipped=dict(skipped.by_rule))  # fmt: skip
+    return counted, answers, pair
+
+
+def _conversations(source: Path, tokenizer: Path, skipped: Skipped) -> Iterator[list[str]]:
+    render = chat.template_of(tokenizer)
+    for number, line in chat.lines_of(source):
+        try:
+            yield chat.spans(chat.read_messages(line), render)
+        except Unfit as error:
+            skipped.add(error.rule, number)
+
+
+def _batches(texts: Iterator[list[str]]) -> Iterator[list[list[str]]]:
+    batch: list[list[str]] = []
+    for each in texts:
+        batch.append(each)
+        if len(batch) == _BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _manifest(name: str, source: Path, tokenizer: Tokenizer, own: bool, installed: Path, counted: Counted, answers: int,
+              pair: indexed.Pair, idx_bytes: int, seconds: float) -> Manifest:  # fmt: skip
+    from harness import ROOT
+    from harness.machine.provenance import source_commit
+
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()
+    template = _template_sha256(installed)
+    recipe = json.dumps(["chat", digest, tokenizer.sha256, template])
+    dtype = indexed.best_dtype(tokenizer.vocab_size)
+    return Manifest(
+        name=name, recipe=hashlib.sha256(recipe.encode()).hexdigest()[:16], created=time.time(),
+        source=Source(kind="files", asked={"input": source.name},
+                      files=(SourceFile(name=source.name, bytes=source.stat().st_size, sha256=digest),)),
+        cleaned=None, counted=counted,
+        tokenizer=TokenizerUsed(type=tokenizer.kind, name=tokenizer.name, sha256=tokenizer.sha256,
+                                vocab_size=tokenizer.vocab_size, eod=tokenizer.eod,
+                                by=f"tokenizers {package_version('tokenizers')}"),
+        append_eod=False,
+        chat=Chat(template="own" if own else "simple", template_sha256=template, answer_tokens=answers),
+        written=Written(dtype=dtype.name, bin_bytes=counted.tokens * dtype.itemsize, bin_sha256=pair.bin_sha256,
+                        idx_bytes=idx_bytes, idx_sha256=pair.idx_sha256),
+        seconds={"chat": round(seconds, 3)},
+        versions={"harness": source_commit(ROOT)[0]} | {package: package_version(package) for package in _VERSIONS},
+    )  # fmt: skip
+
+
+def _template_sha256(tokenizer: Path) -> str:
+    found = [tokenizer / name for name in ("chat_template.jinja", "tokenizer_config.json") if (tokenizer / name).is_file()]
+    return hashlib.sha256(b"\n".join(path.read_bytes() for path in found)).hexdigest()
+
+
+def command(words: Sequence[str]) -> int:
+    """``make data-chat NAME=… INPUT=… [TOKENIZER=…] [FORCE=1]``."""
+    from harness.experiment import overrides
+
+    settings = overrides.parse(words, extra=("NAME", "INPUT", "TOKENIZER", "FORCE"))
+    missing = [key for key in ("NAME", "INPUT") if key not in settings]
+    if missing:
+        raise UserError(f"{' and '.join(missing)} missing: make data-chat NAME=mine INPUT=chat.jsonl [TOKENIZER=folder]")
+    manifest, skipped = prepare_chat(
+        settings["NAME"], Path(settings["INPUT"]).expanduser(), settings.get("TOKENIZER", "gpt2"),
+        force=overrides.switch("FORCE", settings.get("FORCE", "0")),
+    )  # fmt: skip
+    share = manifest.chat.answer_tokens / manifest.counted.tokens
+    print(f"{manifest.name}: {manifest.counted.documents:,} conversations, {manifest.counted.tokens:,} tokens, {share:.0%} "
+          "of them to be learned")  # fmt: skip
+    template = "the tokenizer's own" if manifest.chat.template == "own" else "User: …, Assistant: …"
+    print(f"  chat template: {template}; tokenizer {manifest.tokenizer.name} by {manifest.tokenizer.by}")
+    for line in skipped.lines():
+        print(f"  {line}")
+    print(f"make 801 DATA={manifest.name} trains on it, make data-inspect NAME={manifest.name} shows it")
+    return 0

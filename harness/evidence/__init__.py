@@ -1,0 +1,1 @@
+"""What runs left, read and shown: records, tables, figures, claims, documents, the report."""

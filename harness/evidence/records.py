@@ -1,0 +1,172 @@
+"""Records: the measured results that are committed, experiments/records/<gpu>/<id>.json with ID.metrics.jsonl beside it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from harness import rundir
+from harness.errors import UserError
+from harness.evidence.measured import measure
+from harness.experiment.catalog import Experiment
+from harness.experiment.hardware import find_gpu
+from harness.profiling.profile import FOLDER, of_run
+from harness.rundir import Result, StepMetrics, Validation
+
+UNRECORDED = ("STEPS", "DATA", "PROFILE")
+"""Overrides that do not name a record: a row measured over fewer steps is still that row."""
+
+
+def record(run: rundir.RunDir, records: Path) -> Path:
+    """Keep a finished GPU run as a record and return its file; a record of the same work on the same GPU is replaced.
+
+    The record is result.json with the frozen experiment and the environment inside; the metrics travel beside it, so that
+    every number can be computed again. Runs that differ in what their names do not tell (ARGS) get numbers: ``101_args.2``.
+    Tracing slows a step, so that of a traced run only its profile is kept, in a folder of its own.
+
+    Raises:
+        UserError: the run is unfinished, failed for another reason than memory, ran as a CPU miniature, lost its traces, or
+            what it left does not fit together, such as metrics that end before the run does.
+    """
+    if not run.path.is_dir():
+        raise UserError(f"no run {run.label} in {run.path.parent}")
+    try:
+        experiment, result = run.read_experiment(), run.read_result()
+    except ValueError as error:
+        raise UserError(f"{run.label}: {error}") from None
+    if result is None or result.status not in ("ok", "oom"):
+        raise UserError(f"{run.label} ended as {run.state()}: only finished runs and runs out of memory become records")
+    if experiment.miniature or not result.gpu:
+        raise UserError(f"{run.label} ran on a CPU; records hold GPU runs only")
+    folder, steps = records / folder_of(result.gpu), run.read_metrics()
+    environment = json.loads(run.environment.read_text(encoding="utf-8"))
+    evidence = {"experiment": experiment.model_dump(mode="json"), "environment": environment}
+    if experiment.profile:
+        content = of_run(run).model_dump(mode="json")
+        (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+        target = folder / FOLDER / f"{_stem(experiment, folder / FOLDER)}.json"
+        rundir.write_json(target, content | evidence)
+        return target
+    if wrong := list(_contradictions(experiment, result, steps, folder.name)):
+        raise UserError(f"{run.label}: {'; '.join(wrong)}\na record must follow from its metrics: run it again")
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"{_stem(experiment, folder)}.json"
+    content = json.loads(run.result.read_text(encoding="utf-8"))
+    rundir.write_text(metrics_of(target), _lines(steps))
+    if evaluations := run.read_validation():
+        rundir.write_text(validation_of(target), _lines(evaluations))
+    rundir.write_json(target, content | {"label": run.label} | evidence)
+    return target
+
+
+def folder_of(gpu_name: str) -> str:
+    """The folder of records measured on this GPU, such as ``h200-141gb``."""
+    gpu = find_gpu(gpu_name)
+    return gpu.key if gpu else re.sub(r"\W+", "-", gpu_name.lower())
+
+
+def metrics_of(path: Path) -> Path:
+    """The file of metrics beside the record ``path``."""
+    return path.with_name(f"{path.stem}.metrics.jsonl")
+
+
+def validation_of(path: Path) -> Path:
+    """The file of evaluations beside the record ``path``, where it has any."""
+    return path.with_name(f"{path.stem}.validation.jsonl")
+
+
+def same_work(a: Experiment, b: Experiment) -> bool:
+    """Whether a record of one is a record of the other: the same work on the same card.
+
+    Names do not matter, nor how many steps were run, on which data, with which of the two attention libraries.
+    """
+    return work(a) == work(b)
+
+
+def work(e: Experiment) -> Experiment:
+    """The experiment without what may differ between records of the same work (see same_work)."""
+    same = {"slug": "any", "shows": "any", "steps": 1, "data": "any", "eval_interval": 1, "attention_backend": "auto",
+            "overrides": {}}
+    return e.model_copy(update=same)
+
+
+def read(path: Path) -> tuple[Experiment, Result]:
+    """The experiment of a record and its result, checked against the metrics beside it.
+
+    Raises:
+        ValueError: the record or its metrics are missing, damaged or truncated; it states what its metrics do not say; it is
+            a miniature's, or of another GPU than its folder is for.
+    """
+    content = rundir.read_object(path)
+    if not isinstance(content.get("experiment"), dict):
+        raise ValueError(f"{path.name}: no 'experiment'")
+    frozen = {key: value for key, value in content["experiment"].items() if key in Experiment.model_fields}
+    experiment = Experiment.model_validate_json(json.dumps(frozen))
+    result = Result.model_validate(content)
+    if wrong := list(_contradictions(experiment, result, _read_metrics(path), path.parent.name)):
+        raise ValueError(f"{path.name}: {'; '.join(wrong)}")
+    return experiment, result
+
+
+def _lines(rows: Sequence[StepMetrics | Validation]) -> str:
+    return "".join(f"{row.model_dump_json()}\n" for row in rows)
+
+
+def _read_metrics(path: Path) -> tuple[StepMetrics, ...]:
+    beside = metrics_of(path)
+    try:
+        lines = beside.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        raise ValueError(f"{beside.name} is missing: a record without its metrics proves nothing") from None
+    steps = tuple(map(rundir.parse_metrics, lines))
+    if None in steps:
+        raise ValueError(f"{beside.name}: line {steps.index(None) + 1} is torn")
+    return steps
+
+
+def _contradictions(e: Experiment, result: Result, steps: Sequence[StepMetrics], folder: str) -> Iterator[str]:
+    """What a record with these parts would say that is not so."""
+    if e.miniature or result.miniature or result.device != "cuda" or not result.gpu:
+        yield "a miniature or a CPU run is no record"
+        return
+    if folder != folder_of(result.gpu):
+        yield f"measured on {result.gpu}, but in the folder of {folder}"
+    if [step.step for step in steps] != list(range(1, result.steps_done + 1)):
+        yield f"it says {result.steps_done} steps, its metrics hold {len(steps)}: truncated"
+        return
+    if result.status == "ok" and result.steps_done != e.steps and not e.until:
+        yield f"ok after {result.steps_done} of {e.steps} steps"
+    if result.memory_gib.nvml is None:
+        yield "no NVML reading: its used memory is unknown"
+    stated = _flat(result.model_dump(mode="json"))
+    for key, value in _flat(Result.model_validate({
+        **result.model_dump(), **measure(e, steps, result.peak_tflops), "data": e.data,
+    }).model_dump(mode="json")).items():
+        if not _equal(stated[key], value):
+            yield f"{key} is stated as {stated[key]}, its metrics give {value}"
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat |= _flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {f"{prefix}{key}": item}
+    return flat
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return math.isclose(a, b, rel_tol=1e-9) if isinstance(a, float) and isinstance(b, float) else a == b
+
+
+def _stem(experiment: Experiment, folder: Path) -> str:
+    """Base name of the record's files: that of the record it replaces, else one that is free."""
+    naming = {key: value for key, value in experiment.overrides.items() if key not in UNRECORDED}
+    stem = experiment.model_copy(update={"overrides": naming}).label.replace(experiment.name, experiment.id, 1)
+    for name in (stem, *(f"{stem}.{n}" for n in range(2, 1000))):
+        content = rundir.read_object(folder / f"{name}.json") if (folder / f"{name}.json").exists() else None
+        if content is None or content["experiment"]["extra_args"] == list(experiment.extra_args):
+            return name
+    raise UserError(f"{folder} holds 999 records of {stem}")

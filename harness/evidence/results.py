@@ -1,0 +1,496 @@
+"""What was measured beside what was published: runs, records and references, joined into rows of tables."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from harness import rundir
+from harness.errors import UserError, nearest
+from harness.evidence import records
+from harness.experiment.catalog import EXPERIMENTS, Experiment
+from harness.experiment.flops import mfu
+from harness.experiment.hardware import Gpu, find_gpu, known_gpus, peak_tflops
+from harness.rundir import MemoryGib, Result, Spread, State, StepMetrics, Upstream, Validation
+
+REFERENCES = EXPERIMENTS / "references.yaml"
+
+SAME_WORK = frozenset({"STEPS", "DATA", "CARD", "EVAL_EVERY", "EVAL_STEPS"})
+"""Overrides that leave a step's work as it was; with any other, a run is no longer what was published."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Reference(_Strict):
+    """One published or separately measured result. Memory is GiB as nvidia-smi shows it on one GPU."""
+
+    id: str | None = None
+    """The experiment as its source labels it; None where it is none of the catalogue."""
+    workload: str | None = None
+    group: str
+    hardware: str
+    source: str
+    gpus: int | None = None
+    memory_gib: float | None = None
+    step_ms: float | None = None
+    tflops: float | None = None
+    oom: bool = False
+    ran: str | None = None
+    """What it really ran where the label says otherwise (``vpp6``), or ``unknown``."""
+    stands_for: str | None = None
+    """The experiment that ran the same; ``id`` where the label is true."""
+    variant: str | None = None
+    environment: dict[str, str] = {}
+    profiled_ms: dict[str, float] | None = None
+    note: str | None = None
+
+    @property
+    def in_doubt(self) -> bool:
+        """Whether nobody can tell what this row measured."""
+        return self.ran == "unknown"
+
+    def numbers(self) -> str:
+        """Its step time and memory, in words."""
+        return "out of memory" if self.oom else f"{self.step_ms:g} ms, {self.memory_gib:g} GiB"
+
+
+class ReferenceGroup(_Strict):
+    """Results of one source on one kind of hardware."""
+
+    name: Text
+    hardware: Text
+    gpu: Text
+    source: Text
+    software: Text
+    method: Text
+    published: bool = False
+    notes: tuple[str, ...] = ()
+    rows: tuple[Reference, ...]
+
+    def beside(self, id_: str) -> Published | None:
+        """What to show beside experiment ``id_``, or None where this source has nothing to say about it."""
+        same = [row for row in self.rows if row.stands_for == id_ and row.variant is None]
+        shown = next((row for row in same if row.id == id_), same[0] if same else None)
+        labelled = next((row for row in self.rows if row.id == id_ and row.variant is None), None)
+        remarks = []
+        if shown and shown.in_doubt:
+            remarks.append(f"published as {shown.id}, but what ran is unknown: {shown.note}")
+        elif shown and shown.id != id_:
+            remarks.append(f"published as {shown.id}, which ran {_words(shown.ran)}")
+        if labelled and labelled.stands_for != id_:
+            ran = "is in doubt" if labelled.in_doubt else f"ran {_words(labelled.ran)}"
+            remarks.append(f"the row published as {id_} {ran} and stands beside {labelled.stands_for}")
+        others = [row for row in same if row is not shown]
+        remarks += [f"the row published as {row.id} ran the same: {row.numbers()}" for row in others]
+        return Published(shown, tuple(remarks)) if shown or remarks else None
+
+
+@dataclass(frozen=True)
+class Published:
+    """A reference beside an experiment, or None with remarks that say why there is none."""
+
+    reference: Reference | None
+    remarks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class References:
+    """Every group of references.yaml."""
+
+    groups: tuple[ReferenceGroup, ...]
+
+    @property
+    def published(self) -> ReferenceGroup:
+        return next(group for group in self.groups if group.published)
+
+    def group(self, name: str) -> ReferenceGroup:
+        """The group of this name. Raises UserError naming the nearest."""
+        for group in self.groups:
+            if group.name == name:
+                return group
+        raise UserError(f"no references called {name}; {nearest(name, [g.name for g in self.groups])}")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table: a run or a record, beside what was published."""
+
+    label: str
+    experiment: Experiment
+    state: State
+    device: str
+    origin: Path
+    """The run directory, or the record's file."""
+    kind: Literal["run", "record"]
+    gpu_name: str | None = None
+    result: Result | None = None
+    steps_done: int = 0
+    published: Published | None = None
+    against: ReferenceGroup | None = None
+    upstream: Upstream | None = None
+    """The Megatron-LM it runs; None where that is not known yet."""
+
+    @property
+    def id(self) -> str:
+        return self.experiment.id
+
+    @property
+    def hardware(self) -> str:
+        """Rows with different hardware never share a table."""
+        if self.experiment.miniature:
+            return "CPU miniature"
+        return "CPU" if self.device == "cpu" else self.gpu_name or "GPU of unknown model"
+
+    @property
+    def software(self) -> str:
+        """The Megatron-LM it ran, in words. Rows with different ones never share a table."""
+        if self.upstream is None:
+            return "Megatron-LM of unknown version"
+        commit = f" (commit {self.upstream.commit[:7]})" if self.upstream.commit else ""
+        return f"Megatron-LM core {self.upstream.version or '?'}{commit}"
+
+    @cached_property
+    def gpu(self) -> Gpu | None:
+        return find_gpu(self.gpu_name) if self.gpu_name else None
+
+    @property
+    def reference(self) -> Reference | None:
+        return self.published.reference if self.published else None
+
+    @property
+    def step(self) -> Spread | None:
+        """Step time in ms over the averaging window."""
+        return self.result.step_ms if self.result else None
+
+    @property
+    def validation(self) -> Validation | None:
+        """The last evaluation on held-out data."""
+        return self.result.validation if self.result else None
+
+    @property
+    def window(self) -> tuple[int, int] | None:
+        """First and last step that the step time is averaged over."""
+        return self.result.window if self.result else None
+
+    @property
+    def memory_gib(self) -> MemoryGib:
+        """Peak memory of the fullest rank."""
+        return self.result.memory_gib if self.result else MemoryGib()
+
+    @property
+    def tflops(self) -> float | None:
+        """Model TFLOP/s per GPU."""
+        return self.result.tflops if self.result else None
+
+    @property
+    def peak_tflops(self) -> float | None:
+        """Dense peak of one GPU at the run's precision."""
+        if self.experiment.miniature or not self.gpu_name:
+            return None
+        return peak_tflops(self.gpu_name, self.experiment.precision)
+
+    @property
+    def mfu(self) -> float | None:
+        return mfu(self.tflops, self.peak_tflops) if self.tflops and self.peak_tflops else None
+
+    @property
+    def memory_ratio(self) -> float | None:
+        """Memory over the published memory."""
+        return self._ratio(self.memory_gib.nvml, self.reference and self.reference.memory_gib)
+
+    @property
+    def step_ratio(self) -> float | None:
+        """Step time over the published step time."""
+        return self._ratio(self.step and self.step.median, self.reference and self.reference.step_ms)
+
+    @property
+    def runs_on_node(self) -> int | None:
+        """How many runs shared the node, this one included; None where that is not known."""
+        return len(self.result.packed_with) + 1 if self.result else None
+
+    @property
+    def comparable(self) -> bool:
+        """Whether it may share a line with others: finished or out of memory, at full size on GPUs, its work unchanged."""
+        whole = self.device == "cuda" and not self.experiment.miniature and _is_same_work(self.experiment)
+        return whole and self.state in ("ok", "oom")
+
+    @property
+    def as_published(self) -> bool | None:
+        """Whether it ran where published it ran, and ran out of memory where published it did.
+
+        None where that cannot be said: there is no reference or it is in doubt, the run is not over or was
+        stopped from outside, or it had more or less memory than the published card and that decided.
+        """
+        reference = self.reference
+        if not reference or reference.in_doubt or self.state in ("running", "killed"):
+            return None
+        if self.state not in ("ok", "oom"):
+            return False
+        if (self.state == "oom") == reference.oom:
+            return True
+        here, there = self.memory_mib, find_gpu(self.against.gpu).memory_mib
+        by_memory = here is not None and (here < there if self.state == "oom" else here > there)
+        return None if by_memory else False
+
+    @property
+    def other_memory_decided(self) -> bool:
+        """Whether it ran out of memory, or fits, unlike published because its card has less, or more."""
+        certain = self.reference and not self.reference.in_doubt and self.state in ("ok", "oom")
+        return bool(certain) and self.as_published is None
+
+    @property
+    def memory_mib(self) -> int | None:
+        """Memory of the card: the emulated one where there is one."""
+        card = find_gpu(self.experiment.card) if self.experiment.card else self.gpu
+        return card.memory_mib if card else None
+
+    def _ratio(self, ours: float | None, published: float | None) -> float | None:
+        if not ours or not published or self.reference.in_doubt or self.state != "ok":
+            return None
+        return ours / published
+
+
+@dataclass(frozen=True)
+class Results:
+    """Rows by experiment, and a warning for each file that could not be read."""
+
+    rows: tuple[Row, ...]
+    warnings: tuple[str, ...] = ()
+
+    def select(
+        self, chapter: int | None = None, ids: Sequence[str] = (), hardware: str | None = None
+    ) -> Results:
+        """The rows of a chapter, of these ids, on hardware whose name contains ``hardware``.
+
+        Raises:
+            UserError: there are rows, but none of them is wanted.
+        """
+        if not self.rows:
+            return self
+        choices = {
+            "chapter": (chapter and [str(chapter)], lambda row: str(row.experiment.chapter)),
+            "id": (ids, lambda row: row.id),
+            "hardware": (hardware and [hardware], lambda row: row.hardware),
+        }
+        chosen = {name: choice for name, choice in choices.items() if choice[0]}
+        kept = tuple(
+            row for row in self.rows
+            if chapter in (None, row.experiment.chapter)
+            and (not ids or row.id in ids)
+            and (not hardware or hardware.lower() in f"{row.hardware} {row.gpu and row.gpu.key}".lower())
+        )
+        if not kept:
+            asked = ", ".join(f"{name} {' '.join(wanted)}" for name, (wanted, _) in chosen.items())
+            there = "; ".join(f"{name} {', '.join(sorted(set(map(of, self.rows))))}"
+                              for name, (_, of) in chosen.items())
+            raise UserError(f"no run of {asked}\nthere are runs of {there}")
+        return Results(kept, self.warnings)
+
+    def find(self, wanted: str) -> Row:
+        """The row of this label, path, id or name.
+
+        An id or name means its best run: on GPUs before a miniature, with unchanged work, ok, the latest.
+
+        Raises:
+            UserError: there is no such run or record.
+        """
+        exact = [row for row in self.rows if wanted in (row.label, str(row.origin), row.origin.name)]
+        rows = exact or [row for row in self.rows if wanted in (row.id, row.experiment.name)]
+        if not rows:
+            labels = [row.label for row in self.rows]
+            there = nearest(wanted, labels) if labels else "no runs yet: make 101"
+            raise UserError(f"no run or record is called {wanted}; {there}")
+        return max(rows, key=_preference)
+
+
+def load_references(path: Path = REFERENCES) -> References:
+    """Read references.yaml.
+
+    Raises:
+        UserError: a key is unknown, a value has the wrong type, or two rows claim the same experiment.
+    """
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path.name} is not valid YAML: {error}") from None
+    if not isinstance(content, dict) or not all(isinstance(group, dict) for group in content.values()):
+        raise UserError(f"{path.name}: expected groups of references, each with hardware, source and rows")
+    groups = tuple(_group(path.name, str(name), raw) for name, raw in content.items())
+    published = [group.name for group in groups if group.published]
+    if len(published) != 1:
+        found = ", ".join(published) or "none"
+        raise UserError(f"{path.name}: exactly one group must be published: true; found {found}")
+    return References(groups)
+
+
+def collect(
+    outdir: Path, records_dir: Path, references: References, against: str | None = None
+) -> Results:
+    """Every run in ``outdir`` and every record, beside the published numbers (or the group ``against``).
+
+    What cannot be read is left out with a warning. A record whose run is still in ``outdir`` shows once.
+
+    Raises:
+        UserError: there is no reference group ``against``.
+    """
+    group = references.group(against) if against else references.published
+    runs, warnings = rundir.runs(outdir)
+    rows = [_run_row(run, group) for run in runs]
+    measured = {(row.id, row.result.started) for row in rows if row.result}
+    for path in sorted(records_dir.glob("*/*.json")):
+        try:
+            record = _record_row(path, group)
+        except ValueError as error:
+            warnings += (f"{path}: skipped: {str(error).splitlines()[0]}",)
+            continue
+        if (record.id, record.result.started) not in measured:
+            rows.append(record)
+    return Results(tuple(sorted(rows, key=lambda row: (row.id, row.hardware, row.label))), warnings)
+
+
+def losses(row: Row) -> dict[int, float]:
+    """Training loss by step, from a run's metrics.jsonl or from NAME.metrics.jsonl beside the record NAME."""
+    return {step.step: step.loss for step in metrics(row) if step.loss is not None}
+
+
+def metrics(row: Row) -> tuple[StepMetrics, ...]:
+    """Every complete line of a run's metrics.jsonl, or of NAME.metrics.jsonl beside the record NAME."""
+    path = row.origin / "metrics.jsonl" if row.kind == "run" else records.metrics_of(row.origin)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ()
+    return tuple(filter(None, map(rundir.parse_metrics, lines)))
+
+
+def _run_row(run: rundir.Run, group: ReferenceGroup) -> Row:
+    result = run.result
+    metrics = () if result else run.dir.read_metrics()
+    environment = {} if result else _object(run.dir.environment)
+    return Row(
+        label=run.dir.label,
+        experiment=run.experiment,
+        state=run.state,
+        device=run.device,
+        origin=run.dir.path,
+        kind="run",
+        gpu_name=result.gpu if result else environment.get("gpu"),
+        upstream=result.upstream if result else _upstream(environment),
+        result=result,
+        steps_done=result.steps_done if result else metrics[-1].step if metrics else 0,
+        **_comparison(run.experiment, group),
+    )
+
+
+def _record_row(path: Path, group: ReferenceGroup) -> Row:
+    experiment, result = records.read(path)
+    return Row(
+        label=f"{path.parent.name}/{path.stem}",
+        experiment=experiment,
+        state=result.status,
+        device=result.device,
+        origin=path,
+        kind="record",
+        gpu_name=result.gpu,
+        upstream=result.upstream,
+        result=result,
+        steps_done=result.steps_done,
+        **_comparison(experiment, group),
+    )
+
+
+def _upstream(environment: dict[str, Any]) -> Upstream | None:
+    return Upstream.model_validate(environment["upstream"]) if environment.get("upstream") else None
+
+
+def _comparison(experiment: Experiment, group: ReferenceGroup) -> dict[str, Any]:
+    """The published side of a row: nothing for a miniature or an experiment whose work was changed."""
+    if experiment.miniature or not _is_same_work(experiment):
+        return {}
+    return {"published": group.beside(experiment.id), "against": group}
+
+
+def _preference(row: Row) -> tuple[bool, bool, bool, float]:
+    started = row.result.started if row.result else 0.0
+    return not row.experiment.miniature, _is_same_work(row.experiment), row.state == "ok", started
+
+
+def _is_same_work(experiment: Experiment) -> bool:
+    return not experiment.extra_args and SAME_WORK.issuperset(experiment.overrides)
+
+
+def _group(file: str, name: str, raw: dict[str, Any]) -> ReferenceGroup:
+    where = f"{file}: {name}"
+    rows = raw.get("rows")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{where}: rows must be a list of key: value pairs")
+    common = {"group": name, "hardware": raw.get("hardware"), "source": raw.get("source")}
+    parsed = tuple(_reference(where, row, common) for row in rows)
+    fields = {**raw, "name": name, "notes": tuple(raw.get("notes", ())), "rows": parsed}
+    group = _validated(ReferenceGroup, fields, where)
+    if find_gpu(group.gpu) is None:
+        raise UserError(f"{where}: unknown gpu {group.gpu}; {nearest(group.gpu, known_gpus())}")
+    card_gib = find_gpu(group.gpu).memory_mib / 1024
+    for row in group.rows:
+        if not row.oom and not (0 < row.memory_gib < card_gib and row.step_ms > 1):
+            raise UserError(f"{where}: {row.id or row.workload}: {row.memory_gib:g} GiB of {card_gib:.1f} on this GPU, "
+                            f"{row.step_ms:g} ms: memory_gib is in GiB (MiB / 1024), step_ms in milliseconds")
+    labels = [row.id for row in group.rows if row.id and row.variant is None]
+    if twice := sorted({label for label in labels if labels.count(label) > 1}):
+        raise UserError(f"{where}: {', '.join(twice)} has two rows; give one of them a variant")
+    return group
+
+
+def _reference(where: str, raw: dict[str, Any], common: dict[str, Any]) -> Reference:
+    texts = {key: str(raw[key]) for key in ("id", "stands_for") if key in raw}
+    at = f"{where}: {texts.get('id') or raw.get('workload')}"
+    row = _validated(Reference, {"stands_for": texts.get("id"), **raw, **texts, **common}, at)
+    if (row.id is None) == (row.workload is None):
+        raise UserError(f"{at}: give either the id of an experiment or a workload in words")
+    if [row.step_ms is None, row.memory_gib is None] != [row.oom, row.oom]:
+        raise UserError(f"{at}: give step_ms and memory_gib, or oom: true")
+    if row.stands_for != row.id and row.ran is None:
+        raise UserError(f"{at}: stands_for {row.stands_for} needs ran: what it really ran")
+    if row.in_doubt and row.note is None:
+        raise UserError(f"{at}: ran: unknown needs a note that says why")
+    return row
+
+
+def _validated(kind: type, fields: dict[str, Any], where: str) -> Any:
+    try:
+        return kind(**fields)
+    except ValidationError as error:
+        complaints = []
+        for e in error.errors():
+            key = ".".join(map(str, e["loc"]))
+            unknown = e["type"] == "extra_forbidden"
+            complaints.append(f"{where}: unknown key {key!r}; {nearest(key, kind.model_fields)}" if unknown
+                              else f"{where}: {key} = {e['input']!r}: {e['msg'].lower()}")
+        raise UserError("\n".join(complaints)) from None
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``, empty where there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _words(ran: str | None) -> str:
+    return ran.replace("vpp", "VPP ") if ran else ""

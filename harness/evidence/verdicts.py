@@ -1,0 +1,182 @@
+"""Claims as people and programs read them: terminal, Markdown, JSON."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import textwrap
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from harness.errors import UserError, nearest
+from harness.evidence.claims import Evaluated, Side, evaluate, load_claims, sources
+from harness.evidence.expressions import spell
+from harness.evidence.quantities import Source, unit_of
+from harness.evidence.results import collect, load_references
+from harness.evidence.tables import BOLD, GREEN, MOST_TEXT, RED, RESET
+from harness.experiment.catalog import load_catalog
+
+FORMATS = ("terminal", "markdown", "json")
+COLOURS = {"holds": GREEN, "fails": RED}
+PLURALS = {"holds": "hold", "fails": "fail", "undecided": "undecided", "not measured": "not measured"}
+INDENT = "  "
+
+
+def render(found: Sequence[Evaluated], sources: Sequence[Source], format: str = "terminal", width: int = 100, *,
+           colour: bool = False, titles: Mapping[int, str] | None = None) -> str:
+    """The claims by chapter as text without a final newline.
+
+    Args:
+        format: ``terminal``, ``markdown`` (a table for each chapter) or ``json`` (a list of objects).
+        width: columns of the terminal.
+        colour: paint verdicts with ANSI codes (``terminal`` only).
+        titles: titles of the chapters by number.
+
+    Raises:
+        UserError: the format is unknown.
+    """
+    if format not in FORMATS:
+        raise UserError(f"FORMAT={format}; {nearest(format, FORMATS)}")
+    if format == "json":
+        return json.dumps([_values(one, sources) for one in found], indent=1)
+    chapters = {}
+    for one in found:
+        chapters.setdefault(one.claim.chapter, []).append(one)
+    named = {f"{number} {(titles or {}).get(number, '')}".strip(): chapters[number] for number in sorted(chapters)}
+    names = _names(sources)
+    if format == "markdown":
+        parts = [_markdown(title, ones, sources, names) for title, ones in named.items()]
+    else:
+        parts = [_terminal(title, ones, sources, names, min(width, MOST_TEXT), colour) for title, ones in named.items()]
+    return "\n\n".join([*parts, _summary(found, sources, names, "- " if format == "markdown" else "")])
+
+
+def print_claims(records: Path, settings: Mapping[str, str]) -> int:
+    """``make claims``: how every claim stands on our records and on the published table.
+
+    ``settings``: CHAPTER, HARDWARE, AGAINST (another group of references), FORMAT.
+
+    Returns 0 whenever the claims could be evaluated: one that fails is a finding, not an error. Raises UserError where
+    claims.yaml is wrong or the settings choose nothing.
+    """
+    catalog, references = load_catalog(), load_references()
+    group = references.group(settings["AGAINST"]) if "AGAINST" in settings else references.published
+    kept = collect(records / "none", records, references, group.name)
+    for warning in kept.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    columns = sources(kept.select(hardware=settings.get("HARDWARE")).rows, catalog, references, group)
+    wanted, chapter = load_claims(catalog), settings.get("CHAPTER")
+    chapters = sorted({str(claim.chapter) for claim in wanted})
+    if chapter is not None and chapter not in chapters:
+        raise UserError(f"no claims of chapter {chapter}; {nearest(chapter, chapters)}")
+    found = evaluate([claim for claim in wanted if chapter in (None, str(claim.chapter))], columns)
+    tty = sys.stdout.isatty()
+    width = shutil.get_terminal_size().columns if tty else MOST_TEXT
+    print(render(found, columns, settings.get("FORMAT", "terminal"), width, colour=tty, titles=catalog.chapters))
+    return 0
+
+
+def _names(sources: Sequence[Source]) -> list[str]:
+    """Short names of the columns: ``ours`` and ``published``, with the hardware where there are several of ours."""
+    ours = sum(source.key == "ours" for source in sources)
+    return [source.title if source.key == "ours" and ours > 1 else source.key for source in sources]
+
+
+def _terminal(title: str, ones: Sequence[Evaluated], sources: Sequence[Source], names: Sequence[str], width: int,
+              colour: bool) -> str:
+    def paint(text: str, code: str) -> str:
+        return f"{code}{text}{RESET}" if colour and code else text
+
+    out = [paint(title, BOLD)]
+    column = max(map(len, names))
+    for one in ones:
+        claim = one.claim
+        out += ["", *textwrap.wrap(f"{claim.name}: {claim.says}", width)]
+        out += textwrap.wrap(f"{claim.formula.text} must be {claim.bound.text}", width, initial_indent=INDENT,
+                             subsequent_indent=2 * INDENT, break_long_words=False)
+        for source, name, side in zip(sources, names, one.sides, strict=True):
+            start, hang = f"{INDENT}{name:{column}}  ", " " * (len(INDENT) + column + 2)
+            line = f"{start}{_verdict(side)}{INDENT}{_numbers(side)}".rstrip()
+            wrapped = textwrap.wrap(line, width, subsequent_indent=hang, break_long_words=False, break_on_hyphens=False)
+            head = wrapped[0].replace(f"  {side.verdict}", f"  {paint(side.verdict, COLOURS.get(side.verdict, ''))}", 1)
+            out += [head, *wrapped[1:]]
+            if reason := _reason(one, source, side):
+                out += textwrap.wrap(f"because {reason}", width, initial_indent=hang, subsequent_indent=hang)
+    return "\n".join(out)
+
+
+def _markdown(title: str, ones: Sequence[Evaluated], sources: Sequence[Source], names: Sequence[str]) -> str:
+    out = [f"**{title}**", "", f"| claim | must hold | {' | '.join(names)} |", "| :-- " * (2 + len(names)) + "|"]
+    reasons = []
+    for one in ones:
+        cells = []
+        for source, name, side in zip(sources, names, one.sides, strict=True):
+            numbers = _numbers(side)
+            cells.append(f"**{_verdict(side)}**" + f" ({numbers})" * bool(numbers) if side.value is not None
+                         else f"{side.verdict}: {numbers}".removesuffix(": "))
+            if reason := _reason(one, source, side):
+                reasons.append(f"- {one.claim.name} {side.verdict} ({name}): {reason}")
+        cells = [f"`{one.claim.name}` {one.claim.says}", f"`{one.claim.formula.text}` {one.claim.bound.text}", *cells]
+        out.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    return "\n".join([*out, *([""] if reasons else []), *reasons])
+
+
+def _summary(found: Sequence[Evaluated], sources: Sequence[Source], names: Sequence[str], bullet: str) -> str:
+    out = []
+    for index, (source, name) in enumerate(zip(sources, names, strict=True)):
+        count = Counter(one.sides[index].verdict for one in found)
+        said = ", ".join(f"{count[verdict]} {plural}" for verdict, plural in PLURALS.items() if count[verdict])
+        out.append(f"{bullet}{name}: {said}" + f" ({source.title})" * (source.title != name))
+    out.append(f"{bullet}±: twice the standard uncertainty; undecided: what must hold begins within it. Published numbers "
+               "state none.")
+    return "\n".join(out)
+
+
+def _verdict(side: Side) -> str:
+    if side.value is None:
+        return side.verdict
+    return f"{side.verdict} " + (f"{side.value:.3f} ± {side.spread:.3f}" if side.spread else _short(side.value))
+
+
+def _numbers(side: Side) -> str:
+    """What the value was made of, or what is missing: ``step_ms: 2,920 [401], 875 [408]``."""
+    if side.value is None:
+        return ", ".join(side.missing).replace(", or ", " or ")
+    by_name: dict[str, list[str]] = {}
+    for quantity, value in side.numbers.items():
+        by_name.setdefault(quantity.name, []).append(f"{_short(value)} [{quantity.of}]")
+    return "; ".join([*(f"{name}: {', '.join(values)}" for name, values in by_name.items()), *side.remarks])
+
+
+def _reason(one: Evaluated, source: Source, side: Side) -> str | None:
+    return one.claim.reason.get(source.key) if side.verdict in ("fails", "undecided") else None
+
+
+def _short(value: float) -> str:
+    if value == int(value) and abs(value) < 1000:
+        return f"{value:.0f}"
+    size = abs(value)
+    return f"{value:,.{0 if size >= 1000 else 1 if size >= 10 else 2 if size >= 1 else 3}f}"
+
+
+def _values(one: Evaluated, sources: Sequence[Source]) -> dict[str, Any]:
+    claim = one.claim
+    return {
+        "name": claim.name, "chapter": claim.chapter, "says": claim.says, "formula": claim.formula.text,
+        "must": claim.bound.text, "unit": spell(claim.bound.unit),
+        "sides": [
+            {
+                "source": source.key, "title": source.title, "verdict": side.verdict, "value": side.value,
+                "spread": side.spread, "reason": _reason(one, source, side), "missing": list(side.missing),
+                "remarks": list(side.remarks),
+                "numbers": [
+                    {"quantity": quantity.name, "of": quantity.of, "value": value, "unit": spell(unit_of(quantity.name))}
+                    for quantity, value in side.numbers.items()
+                ],
+            }
+            for source, side in zip(sources, one.sides, strict=True)
+        ],
+    }

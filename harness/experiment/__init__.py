@@ -1,0 +1,1 @@
+"""What an experiment is: its rows as validated values, and what follows from its sizes alone."""

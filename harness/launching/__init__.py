@@ -1,0 +1,1 @@
+"""Runs as they happen: started, watched, ended, judged."""

@@ -1,0 +1,230 @@
+"""Many experiments in one go: those that have a result are skipped, small ones run side by side on a node's GPUs."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from harness import rundir
+from harness.errors import UserError
+from harness.experiment.catalog import EXPERIMENTS, Experiment
+from harness.launching.launch import POLL_S, Finished, Run, show_progress
+from harness.launching.processes import Signals
+from harness.launching.terminal import Terminal, open_terminal, summary
+from harness.machine import gpus
+from harness.machine.requirements import check_machine
+
+if TYPE_CHECKING:
+    from harness.planning.plan import Plan
+
+HAS_RESULT = ("ok", "oom")
+"""Statuses that another run of the same configuration would only repeat."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one experiment of a chapter. ``good``: it ended ok, or ran out of memory as published."""
+
+    status: str
+    note: str
+    good: bool = False
+
+
+def run_chapter(
+    experiments: Sequence[Experiment],
+    plan_for: Callable[[Experiment], Plan],
+    *,
+    hang_seconds: float | None = None,
+    pack: bool = True,
+    force: bool = False,
+    terminal: Terminal | None = None,
+) -> int:
+    """Run ``experiments`` and print what became of each; a failure does not keep the others from running.
+
+    Args:
+        plan_for: fits an experiment to this machine; a UserError skips it, with its reason.
+        hang_seconds: see ``harness.launching.launch.Run``.
+        pack: run side by side what fits on the GPUs; else one at a time, for timing. CPU runs are never packed.
+        force: run again what has a result.
+
+    Returns:
+        0 if all that were run, now or before, ended ok or ran out of memory as published; 1 if not, or if none ran;
+        128 + signal if it was stopped.
+    """
+    with Signals() as signals, terminal or open_terminal() as shown:
+        chapter = _Chapter(shown, hang_seconds, pack)
+        for experiment in experiments:
+            chapter.add(experiment, plan_for, force)
+        return chapter.run(signals)
+
+
+class _Chapter:
+    """The runs of a chapter: waiting, running, over."""
+
+    def __init__(self, shown: Terminal, hang_seconds: float | None, pack: bool) -> None:
+        self._shown, self._hang_seconds, self._pack = shown, hang_seconds, pack
+        self._outcomes: dict[str, Outcome] = {}
+        self._waiting: list[Plan] = []
+        self._running: list[Run] = []
+        self._held: Run | None = None
+        self._free: list[int] | None = None
+        self._gpus: tuple[int, ...] = ()
+        self._stopped_by: signal.Signals | None = None
+
+    def add(self, experiment: Experiment, plan_for: Callable[[Experiment], Plan], force: bool) -> None:
+        """Queue an experiment, unless it cannot run here or has a result."""
+        try:
+            plan = plan_for(experiment)
+            self._check(plan)
+        except UserError as error:
+            self._outcomes[experiment.name] = Outcome("skipped", str(error).splitlines()[0])
+            return
+        earlier = None if force else _earlier(plan)
+        if earlier:
+            self._outcomes[experiment.name] = _judge(
+                earlier, f"{earlier.dir.label} has its result, FORCE=1 runs it again"
+            )
+        else:
+            self._outcomes[experiment.name] = Outcome("not run", "")
+            self._waiting.append(plan)
+
+    def run(self, signals: Signals) -> int:
+        """Run all that is queued, print what became of each, return the exit status."""
+        self._shown.print(f"{len(self._waiting)} of {len(self._outcomes)} experiments to run")
+        try:
+            while self._waiting or self._running or self._held:
+                if number := signals.take():
+                    self._stopped_by = self._stopped_by or number
+                    self._stop(number)
+                self._start_what_fits()
+                self._hold_the_next()
+                for run in self._running.copy():
+                    if run.poll():
+                        show_progress(run, self._shown)
+                    else:
+                        self._close(run)
+                time.sleep(POLL_S)
+        finally:
+            self._stop(signal.SIGTERM)
+            for run in self._running:
+                run.abort()
+            self._give_up_held()
+        self._shown.print(_table(self._outcomes))
+        if self._stopped_by:
+            return 128 + self._stopped_by
+        ran = [outcome for outcome in self._outcomes.values() if outcome.status != "skipped"]
+        return 0 if ran and all(outcome.good for outcome in ran) else 1
+
+    def _check(self, plan: Plan) -> None:
+        """Raise UserError where this node is too small for ``plan``."""
+        e = plan.experiment
+        if e.nodes > 1:
+            raise UserError(f"it needs {e.nodes} nodes: make {e.id} alone says how")
+        if plan.device == "cuda":
+            if self._free is None:
+                self._gpus = tuple(sorted(gpus.available(plan.place.gpu_ids)))
+                self._free = list(self._gpus)
+            if e.ranks_per_node > len(self._free):
+                raise UserError(f"it needs {e.ranks_per_node} GPUs, {len(self._free)} are free here")
+        if e.half_of and (self._free is None or 2 * e.ranks_per_node <= len(self._free)):
+            raise UserError(f"{e.half_of} itself runs here: make {e.id} runs its half-size companion all the same")
+
+    def _start_what_fits(self) -> None:
+        if self._held and set(self._held.gpu_ids) <= set(self._free or ()) and not (self._running and not self._pack):
+            held, self._held = self._held, None
+            self._has_gpus(held)
+            held.release()
+        for plan in self._waiting.copy():
+            count = plan.experiment.ranks_per_node if plan.device == "cuda" else 0
+            alone = plan.device == "cpu" or not self._pack
+            if count <= len(self._free or ()) and not (alone and (self._running or self._held)):
+                self._waiting.remove(plan)
+                if run := self._launch(plan, tuple((self._free or ())[:count])):
+                    self._has_gpus(run)
+
+    def _hold_the_next(self) -> None:
+        """While GPUs are busy, have the next run import what it needs: that takes as long as twenty steps, and no GPU."""
+        if self._held or not self._running or not self._waiting:
+            return
+        plan = self._waiting[0]
+        count = plan.experiment.ranks_per_node
+        if plan.device == "cuda" and (count == len(self._gpus) or not self._pack):
+            self._waiting.remove(plan)
+            self._held = self._launch(plan, self._gpus[:count], held=True)
+
+    def _launch(self, plan: Plan, gpu_ids: tuple[int, ...], held: bool = False) -> Run | None:
+        try:
+            check_machine(plan.experiment, plan.device)
+            directory = rundir.create(plan.outdir, plan.experiment.label)
+        except UserError as error:
+            self._outcomes[plan.experiment.name] = Outcome("not run", str(error).splitlines()[0])
+            return None
+        return Run(plan, directory, gpu_ids, self._hang_seconds, held=held)
+
+    def _has_gpus(self, run: Run) -> None:
+        self._free = self._free and [gpu for gpu in self._free if gpu not in run.gpu_ids]
+        for other in self._running:
+            other.packed_with.add(run.label)
+            run.packed_with.add(other.label)
+        self._running.append(run)
+
+    def _give_up_held(self) -> None:
+        """A run that never had its turn leaves nothing behind."""
+        if self._held:
+            self._held.abort()
+            shutil.rmtree(self._held.dir.path)
+            self._held = None
+
+    def _close(self, run: Run) -> None:
+        finished = run.finish()
+        show_progress(run, self._shown)
+        self._running.remove(run)
+        self._free = sorted([*(self._free or ()), *run.gpu_ids])
+        self._shown.finish(run.label)
+        self._shown.print(summary(run.label, finished.dir.path, finished.result))
+        self._outcomes[run.plan.experiment.name] = _judge(finished, finished.dir.label)
+
+    def _stop(self, number: signal.Signals) -> None:
+        """Start nothing more, and end what runs."""
+        self._waiting.clear()
+        self._give_up_held()
+        for run in self._running:
+            run.stop(number)
+
+
+def _earlier(plan: Plan) -> Finished | None:
+    """The newest run of the same configuration on the same hardware that has a result worth keeping."""
+    runs, _ = rundir.runs(plan.outdir)
+    here = next((gpu.name for gpu in gpus.list_gpus()), None) if plan.device == "cuda" else None
+    same = [
+        Finished(run.dir, run.result)
+        for run in runs
+        if run.state in HAS_RESULT
+        and (run.device, run.experiment) == (plan.device, plan.experiment)
+        and run.result.gpu == here
+    ]
+    return max(same, key=lambda finished: finished.result.started, default=None)
+
+
+def _judge(finished: Finished, note: str) -> Outcome:
+    result = finished.result
+    if result.status == "oom" and as_published(finished):
+        return Outcome("oom", f"as published; {note}", good=True)
+    return Outcome(result.status, note, good=result.status == "ok")
+
+
+def as_published(finished: Finished) -> bool:
+    """Whether a run did what the published one did: ran, or ran out of memory, on a card that lets it be compared."""
+    from harness.evidence.results import collect, load_references
+
+    rows = collect(finished.dir.path.parent, EXPERIMENTS / "records", load_references()).rows
+    return any(row.label == finished.dir.label and row.as_published for row in rows)
+
+
+def _table(outcomes: dict[str, Outcome]) -> str:
+    width = max(map(len, outcomes))
+    return "\n".join(f"{name:{width}}  {o.status:8}  {o.note}".rstrip() for name, o in outcomes.items())

@@ -1,0 +1,408 @@
+"""How a run ended: evidence in, one outcome with its first error, its rank and advice out. No I/O."""
+
+from __future__ import annotations
+
+import math
+import re
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+from harness.errors import UserError
+from harness.rundir import RankError, Status, StepMetrics, Validation
+
+if TYPE_CHECKING:
+    from harness.experiment.catalog import Experiment
+
+LONGEST_LINE = 300
+LOW_MEMORY_SHARE = 0.05
+"""A rank killed while less than this share of the host's memory was available died for want of memory."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a run left behind.
+
+    Attributes:
+        exit_code: of command.sh; negative where a signal ended it, as subprocess reports it.
+        log: the text of logs.txt.
+        stopped_by: the signal with which the launcher was asked to end the run.
+        hang: what the launcher saw when it gave up waiting.
+        oom_kills: processes that the kernel killed for want of memory while the run lasted.
+        least_free_share: the smallest share of the host's memory that was available meanwhile, 0 to 1.
+    """
+
+    exit_code: int
+    log: str = ""
+    errors: tuple[RankError, ...] = ()
+    metrics: tuple[StepMetrics, ...] = ()
+    validation: tuple[Validation, ...] = ()
+    stopped_by: signal.Signals | None = None
+    hang: str | None = None
+    oom_kills: int = 0
+    least_free_share: float = 1.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The status, what shows it (a line or three), the rank it came from, and what to do."""
+
+    status: Status
+    detail: str | None = None
+    rank: int | None = None
+    advice: str | None = None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Text that gives a failure away, the status it means, and advice, which may depend on the experiment.
+
+    ``anywhere``: so telling that it counts in any line of the log, not only in the first error.
+    """
+
+    pattern: re.Pattern[str]
+    status: Status
+    advice: str | Callable[[Experiment], str]
+    anywhere: bool = True
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The end of one rank (or of torchrun, where ``rank`` is None), from one source of evidence."""
+
+    rank: int | None
+    message: str
+    context: str = ""
+    time: float = math.inf
+
+    @property
+    def is_echo(self) -> bool:
+        """Whether another rank's end caused it: a closed connection, or torchrun ending the survivors."""
+        return bool(_ECHO.search(self.message))
+
+
+def classify(evidence: Evidence, experiment: Experiment) -> Outcome:
+    """Name the outcome of a run: by its first error in time, passing over echoes of it in other ranks."""
+    done = evidence.metrics[-1].step if evidence.metrics else 0
+    progress = f"after step {done} of {experiment.steps}"
+    lost = next((m for m in evidence.metrics if m.nan or not math.isfinite(m.loss or 0)), None)
+    if evidence.stopped_by:
+        detail = f"ended by {_cause(evidence.stopped_by)} {progress}"
+        return Outcome("killed", detail, advice="the results so far are kept")
+    if evidence.hang:
+        return Outcome("hang", evidence.hang, advice="ranks/*.stacks.txt hold every thread's stack")
+    if lost:
+        return _named("nan", f"the loss is {lost.loss} at step {lost.step}", None, experiment)
+    elsewhere = experiment.nodes > 1 and not done
+    held_out = [v.loss for v in evidence.validation if v.split == "validation"]
+    wanted = experiment.until.validation_loss if experiment.until else -math.inf
+    if evidence.exit_code == 0 and (low := next((v for v in evidence.validation if v.loss <= wanted), None)):
+        return Outcome("ok", f"loss {low.loss:.4f} on held-out data at step {low.step}, {wanted:g} wanted")
+    if evidence.exit_code == 0 and experiment.until and held_out and done >= experiment.steps:
+        detail = f"loss {min(held_out):.4f} on held-out data {progress}, {wanted:g} wanted"
+        return Outcome("target-missed", detail, advice="more STEPS=, or another learning rate (LR=)")
+    if evidence.exit_code == 0 and done < experiment.steps and not elsewhere:
+        return Outcome("crash", f"it ended without an error {progress}", advice="the end of logs.txt may tell why")
+    if evidence.exit_code == 0:
+        return Outcome("ok")
+    return _first_error(evidence, experiment)
+
+
+def memory_levers(experiment: Experiment) -> str:
+    """Settings that lower the memory of ``experiment``, the least intrusive first, each checked to fit it."""
+    e = experiment
+    smaller = next((m for m in range(e.micro_batch_size - 1, 0, -1) if e.global_batch_size % (m * e.dp) == 0), None)
+    candidates: list[tuple[str, dict[str, object]]] = [
+        (f"MBS={smaller}", {"micro_batch_size": smaller} if smaller else {}),
+        ("SP=1", {"sequence_parallel": True} if e.tp > 1 and not e.sequence_parallel else {}),
+        ("SHARDING=optim", {"sharding": "optim"} if e.dp > 1 and e.sharding == "no_shard" else {}),
+        ("RECOMPUTE=full", {"recompute": "full"} if e.recompute != "full" else {}),
+        (f"TP={2 * e.tp}", {"tp": 2 * e.tp}),
+        (f"PP={2 * e.pp}", {"pp": 2 * e.pp}),
+    ]
+    fitting = [setting for setting, changes in candidates if changes and _fits(e, changes)][:3]
+    return f"it needs less memory a GPU: try {' or '.join(fitting) or 'a smaller SEQ='}"
+
+
+def where_ranks_wait(stacks: Mapping[int, str]) -> str:
+    """One line that groups ranks by the innermost frame of their main thread.
+
+    Args:
+        stacks: rank -> text that ``faulthandler`` wrote.
+    """
+    places: dict[str, list[int]] = {}
+    for rank, text in sorted(stacks.items()):
+        if frame := _innermost_frame(text):
+            places.setdefault(frame, []).append(rank)
+    return "; ".join(f"{_ranks(ranks)} in {frame}" for frame, ranks in places.items())
+
+
+def _host_memory(experiment: Experiment) -> str:
+    ranks = experiment.ranks_per_node
+    fewer = f"fewer than {ranks} ranks (GPUS=), " if ranks > 1 else ""
+    return f"the host ran out of memory: {fewer}a smaller SEQ= or MBS=, or close what else runs there"
+
+
+ADDRESS_IN_USE = re.compile(
+    r"EADDRINUSE|Address already in use|failed to listen on any local network address", re.IGNORECASE
+)
+
+
+def _rule(pattern: str, status: Status, advice: str | Callable[[Experiment], str], anywhere: bool = True) -> Rule:
+    return Rule(re.compile(pattern, re.IGNORECASE), status, advice, anywhere)
+
+
+RULES = (
+    _rule(
+        r"CUDA out of memory|OutOfMemoryError|CUDA error: out of memory|CU(BLAS|DNN)_STATUS_ALLOC_FAILED"
+        r"|Cuda failure 2 'out of memory'",
+        "oom",
+        memory_levers,
+    ),
+    _rule(
+        r"DefaultCPUAllocator: can't allocate|Cannot allocate memory|\bMemoryError\b|for want of memory",
+        "oom-host",
+        _host_memory,
+    ),
+    _rule(
+        r"/dev/shm|shm_open|insufficient shared memory|SIGBUS|Bus error",
+        "crash",
+        "/dev/shm is too small for NCCL or the data loaders; a container wants docker run --ipc=host",
+    ),
+    _rule(
+        r"No space left on device|Disk quota exceeded",
+        "crash",
+        "the disk is full: make clean, or OUTDIR= on another disk",
+    ),
+    _rule(
+        r"found (NaN|Inf) in|Unexpected result (nan|-?inf)",
+        "nan",
+        'the numbers left their range: a lower learning rate (ARGS="--lr 1e-5"), or other data',
+    ),
+    _rule(
+        r"Watchdog caught collective operation timeout|ran for \d+ milliseconds before timing out"
+        r"|Timed out waiting \d+ms for",
+        "hang",
+        "a rank waited for others in vain; logs.txt names the collective",
+    ),
+    Rule(
+        ADDRESS_IN_USE,
+        "crash",
+        "a port was taken: run it again; with several nodes, name another in RENDEZVOUS=host:port",
+    ),
+    _rule(
+        r"RendezvousTimeoutError|RendezvousConnectionError",
+        "crash",
+        "the nodes did not meet: all want the same RENDEZVOUS=host:port, and that port open",
+    ),
+    _rule(
+        r"driver version is insufficient|driver on your system is too old|unsupported display driver",
+        "crash",
+        "the GPU driver is too old for this PyTorch: make doctor; update it, or install an older PyTorch",
+    ),
+    _rule(
+        r"no kernel image is available|PTX was compiled with an unsupported toolchain",
+        "crash",
+        "this PyTorch or Transformer Engine was not built for this GPU: make doctor",
+    ),
+    _rule(
+        r"illegal memory access|illegal instruction was encountered|unspecified launch failure"
+        r"|misaligned address|device-side assert|uncorrectable ECC|GPU is lost|fallen off the bus"
+        r"|NVLink error|\bXid\b",
+        "crash",
+        "a GPU fault or a faulty kernel: look for Xid in dmesg and try other GPUs (GPUS_IDS=); "
+        "CUDA_LAUNCH_BLOCKING=1 in the environment names the kernel",
+    ),
+    _rule(
+        r"devices?(\(s\) is/| )are busy or unavailable",
+        "crash",
+        "another process holds a GPU exclusively: make monitor-gpu, then GPUS_IDS=",
+    ),
+    _rule(
+        r"No CUDA GPUs are available|invalid device ordinal",
+        "crash",
+        "fewer GPUs than ranks: GPUS= for fewer, or DEVICE=cpu for the miniature",
+    ),
+    _rule(
+        r"unrecognized arguments|error: (argument|the following arguments|ambiguous option)|invalid choice:",
+        "bad-configuration",
+        "upstream refused an argument: make arguments lists what it knows; yours are in ARGS=",
+    ),
+    _rule(
+        r"\bin (validate_args|parse_args|core_transformer_config_from_args|_initialize_distributed)\b"
+        r"|transformer_config\.py\", line \d+, in __post_init__",
+        "bad-configuration",
+        "upstream refuses these settings together; they are in command.sh",
+        anywhere=False,
+    ),
+    _rule(r"^error: ", "bad-configuration", "the settings are in command.sh", anywhere=False),
+    _rule(
+        r"ModuleNotFoundError|ImportError|undefined symbol|cannot open shared object file",
+        "crash",
+        "a package is missing or was built for another version: make doctor",
+        anywhere=False,
+    ),
+    _rule(
+        r"FileNotFoundError|No such file or directory|PermissionError|Permission denied",
+        "crash",
+        "a file is missing or cannot be used: check DATA= and the paths in ARGS=",
+        anywhere=False,
+    ),
+    _rule(
+        r"NCCL error|ncclUnhandledCudaError|ncclSystemError|ncclInternalError|ncclInvalidUsage",
+        "crash",
+        "NCCL failed: NCCL_DEBUG=INFO in the environment says where; between nodes see NCCL_SOCKET_IFNAME",
+    ),
+    _rule(
+        r"ended by SIGKILL",
+        "crash",
+        "someone killed it, or a limit of its container did: dmesg may tell",
+        anywhere=False,
+    ),
+    _rule(
+        r"ended by SIGTERM|SignalException",
+        "killed",
+        "the results so far are kept",
+    ),
+)
+"""Every failure that has a name, the specific before the general: the first rule that matches decides."""
+
+_ECHO = re.compile(
+    r"Connection (was )?(closed|reset|refused)|Broken pipe|remote process (exited|has terminated)"
+    r"|ncclRemoteError|Socket.*(closed|reset)|failed to recv|ended by SIGTERM",
+    re.IGNORECASE,
+)
+_SUMMARY = re.compile(
+    r"^  time +: (?P<time>\S+)\n  host .*\n  rank +: (?P<rank>\d+) .*\n  exitcode +: (?P<exitcode>-?\d+) ",
+    re.MULTILINE,
+)
+_RANK_PREFIX = re.compile(r"^\[rank(\d+)\]:(?: |$)")
+_PRINTED_ERROR = re.compile(r"^(?:\S+\.py: )?error: ")
+_FRAME = re.compile(r'File "(?:.*/)?(?P<file>[^"/]+)", line (?P<line>\d+) in (?P<function>\S+)')
+
+
+def _first_error(evidence: Evidence, experiment: Experiment) -> Outcome:
+    summary = list(_from_summary(evidence))
+    failures = [*_from_rank_files(evidence), *_from_log(evidence.log), *summary]
+    first = min(failures, key=lambda f: (f.is_echo, not f.message, f.time), default=Failure(None, ""))
+    message = first.message
+    rule = _match(f"{message}\n{first.context}")
+    rank_in_line = None
+    if (rule is None or first.is_echo) and (in_log := _match_log(evidence.log)):
+        rule, line = in_log
+        rank_in_line = _rank_in(line)
+        message = f"{line}\n{message}"
+    root_cause = min((f for f in summary if not f.is_echo), key=lambda f: f.time, default=Failure(None, ""))
+    rank = next((r for r in (rank_in_line, first.rank, root_cause.rank) if r is not None), None)
+    detail = _shorten(message) or f"exit code {evidence.exit_code}"
+    if rule is None:
+        return Outcome("crash", detail, rank, "logs.txt has its traceback and what came before")
+    return _named(rule.status, detail, rank, experiment, rule)
+
+
+def _named(status: Status, detail: str, rank: int | None, experiment: Experiment, rule: Rule | None = None) -> Outcome:
+    rule = rule or next(rule for rule in RULES if rule.status == status)
+    return Outcome(status, detail, rank, rule.advice(experiment) if callable(rule.advice) else rule.advice)
+
+
+def _from_rank_files(evidence: Evidence) -> Iterator[Failure]:
+    """Exceptions of ranks. Of SystemExit the reason is in the log; UserError is what the entry tells users."""
+    for error in evidence.errors:
+        messages = {"SystemExit": "", "UserError": f"error: {error.message}"}
+        message = messages.get(error.type, f"{error.type}: {error.message}")
+        yield Failure(error.rank, message, error.traceback, error.time)
+
+
+def _from_summary(evidence: Evidence) -> Iterator[Failure]:
+    """Ranks in torchrun's summary. It truncates times to seconds, so the end of that second is taken."""
+    for entry in _SUMMARY.finditer(evidence.log):
+        code = int(entry["exitcode"])
+        time = datetime.fromisoformat(entry["time"].replace("_", "T")).timestamp() + 1
+        yield Failure(int(entry["rank"]), _signalled(-code, evidence) if code < 0 else "", time=time)
+    if evidence.exit_code < 0:
+        yield Failure(None, f"torchrun: {_signalled(-evidence.exit_code, evidence)}")
+
+
+def _signalled(number: int, evidence: Evidence) -> str:
+    text = f"ended by {_signal_name(number)}"
+    if number != signal.SIGKILL:
+        return text
+    if evidence.oom_kills:
+        return f"{text}: the kernel killed it for want of memory"
+    if evidence.least_free_share < LOW_MEMORY_SHARE:
+        return f"{text} for want of memory: {evidence.least_free_share:.1%} of the host's was left"
+    return text
+
+
+def _from_log(log: str) -> Iterator[Failure]:
+    """Tracebacks and printed errors in the order of the log; without a time, files of ranks come first."""
+    open_tracebacks: dict[int | None, list[str]] = {}
+    for line in log.splitlines():
+        prefix = _RANK_PREFIX.match(line)
+        rank = int(prefix[1]) if prefix else None
+        text = line[prefix.end() :] if prefix else line
+        if text.startswith("Traceback (most recent call last)"):
+            open_tracebacks[rank] = [text]
+        elif rank in open_tracebacks and text.startswith(" "):
+            open_tracebacks[rank].append(text)
+        elif rank in open_tracebacks and text:
+            context = "\n".join(open_tracebacks.pop(rank))
+            if "ChildFailedError" not in text:
+                yield Failure(rank, text, context)
+        elif _PRINTED_ERROR.match(text):
+            yield Failure(rank, text)
+
+
+def _match(text: str) -> Rule | None:
+    return next((rule for rule in RULES if rule.pattern.search(text)), None)
+
+
+def _match_log(log: str) -> tuple[Rule, str] | None:
+    """The first rule that counts anywhere and occurs in the log, with the line it occurs in."""
+    for rule in RULES:
+        if rule.anywhere and (found := rule.pattern.search(log)):
+            start, end = log.rfind("\n", 0, found.start()) + 1, log.find("\n", found.end())
+            return rule, log[start : end if end >= 0 else None].strip()
+    return None
+
+
+def _rank_in(line: str) -> int | None:
+    found = re.search(r"\brank ?(\d+)\b", line, re.IGNORECASE)
+    return int(found[1]) if found else None
+
+
+def _shorten(message: str) -> str:
+    lines = [line.strip() for line in message.splitlines() if line.strip()][:3]
+    return "\n".join(line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}…" for line in lines)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _cause(number: signal.Signals) -> str:
+    return {signal.SIGINT: "Ctrl-C", signal.SIGHUP: "the closed terminal (SIGHUP)"}.get(number, number.name)
+
+
+def _fits(experiment: Experiment, changes: Mapping[str, object]) -> bool:
+    try:
+        experiment.with_changes(**changes)
+    except UserError:
+        return False
+    return True
+
+
+def _innermost_frame(stacks: str) -> str | None:
+    """``function (file:line)`` of the main thread, which faulthandler writes last."""
+    start = max(stacks.rfind("Current thread"), stacks.rfind("Thread 0x"), 0)
+    frame = _FRAME.search(stacks, start)
+    return f"{frame['function']} ({frame['file']}:{frame['line']})" if frame else None
+
+
+def _ranks(ranks: list[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"

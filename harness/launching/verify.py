@@ -1,0 +1,164 @@
+"""Does a second run of a row agree with its record? ``make verify-101`` runs it again, ``RUN=label`` reads a run instead.
+
+They agree where both ran out of memory, or where both are ok and
+
+    step time   |median here - median recorded| <= 2 sqrt(u1^2 + u2^2), u the standard uncertainty of each median by
+                measured.step_noise_ms: robust against single slow steps, and with what runs of the same work differ by
+    memory      used memory of the fullest GPU (NVML) within 1 %
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness.errors import UserError
+from harness.evidence import measured
+from harness.evidence.records import same_work
+from harness.evidence.results import Row, collect, load_references, metrics
+from harness.experiment import overrides
+from harness.experiment.catalog import load_catalog
+from harness.machine import gpus
+
+MEMORY_TOLERANCE = 0.01
+"""Relative; the allocator's caching alone moves used memory by a few tenths of a percent."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One quantity of the record and of the run, and how far apart they may be."""
+
+    name: str
+    record: str
+    run: str
+    apart: str
+    allowed: str
+    agrees: bool
+
+
+def verify(id_: str, settings: Mapping[str, str], outdir: Path, records: Path, prepare: Callable[[], None]) -> int:
+    """Run experiment ``id_`` again, or read RUN, and print how it compares with its record on the same hardware.
+
+    ``settings`` that change the experiment (CARD=, ARGS=) choose the record of that; STEPS and DATA are the record's.
+    ``prepare`` is called before something runs.
+
+    Returns:
+        0 where they agree, 1 where they do not or the run failed.
+
+    Raises:
+        UserError: there is no record, the run is of other work, or it cannot be compared: other hardware or upstream, fewer
+            steps than the averaging window needs, or other runs on the node.
+    """
+    experiment = overrides.apply(load_catalog().find(id_), settings)
+    rows = collect(records / "none", records, load_references()).rows
+    kept = [row for row in rows if same_work(row.experiment, experiment)]
+    if not kept:
+        raise UserError(f"{experiment.label} has no record\nmake {id_} runs it, make record RUN=… keeps it")
+    run = _read(settings["RUN"], outdir) if "RUN" in settings else _run(kept, settings, prepare)
+    record = choose(kept, run)
+    lines = compare(record, run)
+    print(render(record, run, lines))
+    return 0 if all(line.agrees for line in lines) else 1
+
+
+def choose(records: Sequence[Row], run: Row) -> Row:
+    """The newest of ``records`` that ``run`` can be compared with. Raises UserError where there is none, and says why."""
+    if not same_work(records[0].experiment, run.experiment):
+        raise UserError(f"{run.label} is a run of {run.experiment.label}, not of the work of {records[0].label}")
+    here = _on_hardware(records, run.hardware)
+    if run.state in ("running", "killed"):
+        raise UserError(f"{run.label} is {run.state}: only a run that came to its own end can be compared with a record")
+    record = next((row for row in here if row.software == run.software), None)
+    if record is None:
+        raise UserError(f"{run.label} ran {run.software}, the record {here[0].software}: their times do not compare")
+    for name, value_of in _CONDITIONS.items():
+        if value_of(run) != value_of(record):
+            raise UserError(f"{run.label}: {name} {value_of(run)}, but {value_of(record)} in the record: "
+                            "their times do not compare")
+    if run.state == "ok" == record.state and (run.step is None or run.memory_gib.nvml is None):
+        raise UserError(f"{run.label} has no {'step in its averaging window' if run.step is None else 'NVML reading'}\n"
+                        f"let it run {record.experiment.steps} steps where NVML can be read")
+    return record
+
+
+_CONDITIONS = {
+    "runs on the node:": lambda row: row.runs_on_node,
+    "attention:": lambda row: row.experiment.attention_backend,
+}
+
+
+def compare(record: Row, run: Row) -> list[Line]:
+    """How a run compares with a record, quantity by quantity."""
+    if record.state != "ok" or run.state != "ok":
+        return [Line("ended as", record.state, run.state, "", "", record.state == run.state)]
+    (median, noise), (here, noise_here) = _step(record), _step(run)
+    allowed = 2 * math.hypot(noise, noise_here)
+    used, used_here = record.memory_gib.nvml, run.memory_gib.nvml
+    apart = abs(used_here - used) / used
+    return [
+        Line("step time, ms", f"{median:,.1f} ± {2 * noise:.1f}", f"{here:,.1f} ± {2 * noise_here:.1f}",
+             f"{abs(here - median):.1f}", f"{allowed:.1f}", abs(here - median) <= allowed),
+        Line("used memory, GiB", f"{used:.2f}", f"{used_here:.2f}", f"{apart:.2%}", f"{MEMORY_TOLERANCE:.0%}",
+             apart <= MEMORY_TOLERANCE),
+    ]
+
+
+def render(record: Row, run: Row, lines: Sequence[Line]) -> str:
+    """The comparison as text."""
+    measured_on = time.strftime("%Y-%m-%d", time.gmtime(record.result.started))
+    table = [("", "record", "this run", "apart", "allowed", "")]
+    table += [(x.name, x.record, x.run, x.apart, x.allowed, "agrees" if x.agrees else "DIFFERS") for x in lines]
+    sizes = [max(map(len, column)) for column in zip(*table, strict=True)]
+    grid = ["  ".join([row[0].ljust(sizes[0]), *map(str.rjust, row[1:5], sizes[1:]), row[5]]).rstrip() for row in table]
+    agrees = all(line.agrees for line in lines)
+    return "\n".join([
+        f"{run.label} beside {record.label} of {measured_on}: {record.hardware}, {record.software}", *grid,
+        f"{run.id} agrees with its record" if agrees else f"{run.id} does not agree with its record",
+    ])
+
+
+def _step(row: Row) -> tuple[float, float]:
+    """Median step time and its standard uncertainty, in ms."""
+    return row.step.median, measured.step_noise_ms([m.step_ms for m in measured.window(row.experiment, metrics(row))])
+
+
+def _on_hardware(records: Sequence[Row], hardware: str) -> list[Row]:
+    """The records of this hardware, the newest first. Raises UserError where there is none."""
+    found = sorted((row for row in records if row.hardware == hardware), key=lambda row: row.result.started, reverse=True)
+    if not found:
+        names = ", ".join(sorted({row.hardware for row in records}))
+        raise UserError(f"{records[0].id} is recorded on {names}; {hardware} cannot verify that\n"
+                        f"RUN=label compares a run that was made there")
+    return found
+
+
+def _read(label: str, outdir: Path) -> Row:
+    rows = collect(outdir, outdir / "none", load_references()).rows
+    found = next((row for row in rows if row.label == label), None)
+    if found is None:
+        there = ", ".join(row.label for row in rows[:5]) or "none"
+        raise UserError(f"RUN={label}: no such run in {outdir}; there: {there}")
+    return found
+
+
+def _run(records: Sequence[Row], settings: Mapping[str, str], prepare: Callable[[], None]) -> Row:
+    """Launch the record's experiment on this machine, alone, and return the run."""
+    from harness.launching.launch import run_plan
+    from harness.planning.plan import choose_device, plan
+
+    id_ = records[0].id
+    if settings.get("DRY_RUN") == "1" or settings.get("SLURM") == "1":
+        raise UserError(f"make verify-{id_} runs here and now\nmake show-{id_} prints the command; make {id_} SLURM=1 "
+                        f"submits it, then make verify-{id_} RUN=label compares")
+    device = choose_device(settings)
+    here = gpus.list_gpus()
+    record = _on_hardware(records, here[0].name if device == "cuda" else "a machine without a GPU")[0]
+    wanted = {**record.experiment.overrides, "DATA": record.experiment.data, **settings}
+    hang = overrides.count("HANG", settings["HANG"]) if "HANG" in settings else None
+    planned = plan(load_catalog().find(record.id), wanted, "cuda")
+    prepare()
+    finished = run_plan(planned, hang_seconds=hang and float(hang))
+    return _read(finished.dir.label, planned.outdir)

@@ -1,0 +1,1 @@
+"""What this machine has for runs: GPUs, packages, Megatron-LM; and how it is brought there."""

@@ -1,0 +1,107 @@
+"""Where a run's numbers come from: versions, hardware, commits. Nothing is imported to learn its version."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from harness import ROOT
+from harness.machine import gpus
+from harness.rundir import Upstream
+
+PACKAGES = ("torch", "megatron-core", "transformer-engine", "apex", "triton", "numpy")
+NCCL_PACKAGES = ("nvidia-nccl-cu13", "nvidia-nccl-cu12")
+_VERSION_PARTS = ("MAJOR", "MINOR", "PATCH", "PRE_RELEASE")
+
+
+def describe_environment(device: str, gpu_ids: Sequence[int] = ()) -> dict[str, Any]:
+    """The content of environment.json: this machine, its packages, the GPUs in use, the commits that ran.
+
+    Raises:
+        UserError: upstream is half checked out.
+    """
+    import psutil
+
+    used = [gpu.name for gpu in gpus.list_gpus() if gpu.index in gpu_ids] if device == "cuda" else []
+    driver, cuda = gpus.driver_versions() if used else (None, None)
+    commit, dirty = source_commit(ROOT)
+    return {
+        "host": socket.gethostname(),
+        "os": platform.platform(),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "python": platform.python_version(),
+        "executable": sys.executable,
+        **{name: _version(name) for name in PACKAGES},
+        "nccl": next(filter(None, map(_version, NCCL_PACKAGES)), os.environ.get("NCCL_VERSION")),
+        "device": device,
+        "gpu": used[0] if used else None,
+        "gpus": used,
+        "driver": driver,
+        "cuda_of_driver": cuda,
+        "commit": commit,
+        "dirty": dirty,
+        "upstream": describe_upstream().model_dump(),
+    }
+
+
+def describe_upstream() -> Upstream:
+    """The Megatron-LM that runs here. Raises UserError where it is half checked out."""
+    from harness.machine.upstream import locate
+
+    tree = locate().tree
+    if tree is None:
+        return Upstream(version=_version("megatron-core"), source="package")
+    info = (tree / "megatron" / "core" / "package_info.py").read_text(encoding="utf-8")
+    major, minor, patch, suffix = (_assigned(name, info) for name in _VERSION_PARTS)
+    return Upstream(version=f"{major}.{minor}.{patch}{suffix}", commit=source_commit(tree)[0], source="submodule")
+
+
+def source_commit(tree: Path) -> tuple[str | None, bool | None]:
+    """The commit of ``tree`` and whether it was changed since; from its file COMMIT where git cannot tell."""
+    top, head = _git(tree, "rev-parse", "--show-toplevel"), _git(tree, "rev-parse", "--verify", "--quiet", "HEAD")
+    if head and top and Path(top) == tree.resolve():
+        changes = _git(tree, "status", "--porcelain", "--ignore-submodules", "--untracked-files=no")
+        return head, None if changes is None else bool(changes)
+    try:
+        commit, *rest = (tree / "COMMIT").read_text(encoding="utf-8").split()
+    except (OSError, ValueError):
+        return None, None
+    return commit, "dirty" in rest
+
+
+def _git(tree: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", tree, *arguments], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _assigned(name: str, source: str) -> str:
+    found = re.search(rf"^{name} = ['\"]?([\w.]*)", source, re.MULTILINE)
+    return found[1] if found else ""
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.machine())

@@ -1,0 +1,43 @@
+"""Upstream's own argument list, read from its parser."""
+
+from __future__ import annotations
+
+import argparse
+
+from harness.errors import UserError
+
+
+def print_arguments(match: str | None = None) -> int:
+    """Print every argument of ``pretrain_gpt.py`` by upstream's groups, with counts; ``match`` keeps those containing it.
+
+    Raises UserError where nothing matches.
+    """
+    groups = [(title, [a for a in actions if not match or match in " ".join(a.option_strings)])
+              for title, actions in _groups()]
+    total = sum(len(actions) for _, actions in groups)
+    if not total:
+        raise UserError(f"MATCH={match}: none of upstream's arguments contains it; make arguments lists all")
+    for title, actions in groups:
+        if actions:
+            print(f"\n{title} ({len(actions)})")
+        for action in actions:
+            values = "|".join(map(str, action.choices)) if action.choices else ""
+            default = "" if action.default in (None, False, argparse.SUPPRESS) else f"  [{action.default}]"
+            print(f"  {', '.join(action.option_strings)} {values}".rstrip() + default)
+    print(f"\n{total} arguments" + (f" contain {match}" if match else "") + f", in {sum(1 for _, a in groups if a)} groups. "
+          'Pass any: make 101 ARGS="--lr 1e-4"')
+    return 0
+
+
+def _groups() -> list[tuple[str, list[argparse.Action]]]:
+    from harness.machine.upstream import locate, put_on_path
+
+    put_on_path(locate())
+    import warnings
+
+    warnings.simplefilter("ignore")
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = add_megatron_arguments(argparse.ArgumentParser(add_help=False, allow_abbrev=False))
+    return [(group.title or "other", [a for a in group._group_actions if a.option_strings])
+            for group in parser._action_groups]

@@ -1,0 +1,233 @@
+"""What will run, here: an experiment with its overrides, on the device at hand, as one script. No torch."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness import ROOT, checkpoints, rundir
+from harness.checkpoints import Loading, Saving
+from harness.data import prepared
+from harness.data.splits import check_split
+from harness.errors import UserError
+from harness.experiment import overrides
+from harness.experiment.catalog import Experiment
+from harness.megatron.flags import Device
+from harness.megatron.tracking import tracking
+from harness.planning import resume, start
+from harness.planning.command import NOTHING_ELSE, Extras, Place, render
+from harness.planning.miniature import describe, miniature
+from harness.rundir import RunDir
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run, ready to launch. ``full`` is the experiment at full size, ``experiment`` what runs on ``device``."""
+
+    full: Experiment
+    experiment: Experiment
+    device: Device
+    place: Place
+    outdir: Path
+    headline: str | None
+    memory_fraction: float | None
+    extras: Extras = NOTHING_ELSE
+    resumes: RunDir | None = None
+    """The run directory in which it goes on."""
+    notices: tuple[str, ...] = ()
+
+    @property
+    def first_step(self) -> int:
+        """The step from which it goes on, 0 where it begins anew."""
+        loading = self.extras.loading
+        return loading.step if loading and not loading.only_weights else 0
+
+    def script(self, gpu_ids: tuple[int, ...] | None = None) -> str:
+        """The run's bash script, on these GPUs (by default those of ``place``)."""
+        place = self.place if gpu_ids is None else Place(self.place.node_rank, self.place.rendezvous, gpu_ids)
+        return render(self.experiment, self.device, place, headline=self.headline,
+                      memory_fraction=self.memory_fraction, apex=importlib.util.find_spec("apex") is not None,
+                      extras=self.extras)
+
+
+def choose_device(settings: Mapping[str, str], *, only_show: bool = False) -> Device:
+    """``DEVICE`` where given, else cuda where NVML sees a GPU, else cpu.
+
+    Raises:
+        UserError: ``DEVICE`` is another word, or it is cuda where there is no GPU (unless the command is only shown).
+    """
+    wanted = settings.get("DEVICE")
+    if wanted not in (None, "cpu", "cuda"):
+        raise UserError(f"DEVICE={wanted}: expected cpu or cuda")
+    if wanted == "cpu" or (wanted == "cuda" and only_show):
+        return wanted
+    from harness.machine.gpus import list_gpus
+
+    if list_gpus():
+        return "cuda"
+    if wanted == "cuda":
+        raise UserError("DEVICE=cuda, but the NVIDIA driver shows no GPU here\n"
+                        "make doctor says what is missing; DEVICE=cpu runs the miniature")
+    return "cpu"
+
+
+def plan(experiment: Experiment, settings: Mapping[str, str], device: Device) -> Plan:
+    """Apply ``settings`` to ``experiment`` and fit it to ``device``.
+
+    Raises:
+        UserError: sizes do not fit together, the data set is not prepared, or nodes have no place to meet.
+    """
+    full = overrides.apply(experiment, settings)
+    if "DATA" not in settings:
+        full = full.with_changes(data=_data_of_its_target(full, device) if full.until else prepared.default_for(full))
+    headlines = []
+    if device == "cuda" and full.attention_backend == "flash" and _lacks_flash_attention():
+        full = full.with_changes(attention_backend="auto")
+        headlines.append("attention by cuDNN: the published run's flash-attn is not installed here")
+    outdir = Path(settings.get("OUTDIR") or ROOT / "outdir").resolve()
+    if full.weights:
+        full = start.apply(full, outdir)
+    if full.data != prepared.MOCK:
+        _check_conversations(full)
+    nodes = full.nodes if "NODES" in settings else 1
+    small = miniature(full, nodes) if device == "cpu" else full
+    if device == "cpu":
+        headlines.append(describe(full, small))
+    place = _place(small, settings)
+    if small.data != "mock":
+        check_split(prepared.blend(small.data), small.split)
+    resumes = _resumed(outdir, small, settings)
+    saving = _saving(small, settings, resumes)
+    notices: list[str] = []
+    loading = _loading(small, outdir, saving, resumes, notices.append)
+    return Plan(
+        full=full,
+        experiment=small,
+        device=device,
+        place=place,
+        outdir=outdir,
+        headline="; ".join(headlines) or None,
+        memory_fraction=_memory_fraction(full) if device == "cuda" and full.card else None,
+        extras=Extras(saving, loading, tracking(settings)),
+        resumes=resumes,
+        notices=tuple(notices),
+    )
+
+
+def _check_conversations(e: Experiment) -> None:
+    """Raise UserError where packed conversations do not go with the sizes of ``e``."""
+    if not prepared.blend(e.data).sets[0].chat:
+        return
+    if e.cp > 1:
+        raise UserError(f"{e.id}: conversations are packed, which is not tested with cp = {e.cp}; set CP=1")
+    if e.pp > 1 and e.micro_batch_size > 1:
+        raise UserError(f"{e.id}: upstream joins a micro-batch of packed sequences, and pipeline stages expect them apart: "
+                        f"mbs {e.micro_batch_size}, pp {e.pp}; set MBS=1 or PP=1")
+
+
+def _data_of_its_target(full: Experiment, device: Device) -> str:
+    """A loss to reach is one on certain data: the published set, which must be there; for a miniature, mock data."""
+    if device == "cpu" or full.published_data is None:
+        return full.data
+    return prepared.find(full.published_data).name
+
+
+def _resumed(outdir: Path, e: Experiment, settings: Mapping[str, str]) -> RunDir | None:
+    """The run that ``RESUME=1`` goes on with."""
+    if not overrides.switch("RESUME", settings.get("RESUME", "0")):
+        return None
+    run = rundir.newest(outdir, e.label)
+    if run is None:
+        raise UserError(f"RESUME=1: there is no run {e.label} in {outdir}\nstart one with SAVE=1, and SAVE_EVERY= steps")
+    if run.state() == "running":
+        raise UserError(f"RESUME=1: {run.label} still runs; make stop RUN={run.label} ends it")
+    try:
+        frozen = run.read_experiment()
+    except ValueError as error:
+        raise UserError(f"RESUME=1: {run.label}: {error}") from None
+    if run.read_saving() is None and "SAVE" not in settings:
+        raise UserError(f"RESUME=1: {run.label} kept no checkpoints, there is nothing to go on from\nstart anew with SAVE=1")
+    if frozen.model != e.model:
+        resume.refuse(run.path, frozen.model, e)
+    return run
+
+
+def _saving(e: Experiment, settings: Mapping[str, str], resumes: RunDir | None) -> Saving | None:
+    """How checkpoints are kept: as said now, else as the resumed run did, else as the experiment's row says."""
+    where = settings.get("SAVE")
+    asked = [key for key in ("SAVE_EVERY", "KEEP") if key in settings]
+    if where == "0":
+        if asked:
+            raise UserError(f"SAVE=0 keeps no checkpoints, but {' and '.join(asked)} is given; leave one out")
+        return None
+    before = resumes and resumes.read_saving()
+    if where is None and not asked and not before and e.save_every is None:
+        return None
+    every = overrides.count("SAVE_EVERY", settings["SAVE_EVERY"]) if "SAVE_EVERY" in settings else None
+    keep = overrides.count("KEEP", settings["KEEP"]) if "KEEP" in settings else None
+    folder = Path(where).resolve() if where not in (None, "1") else before.folder if before else None
+    if before:
+        return Saving(every or before.every, keep or before.keep, folder)
+    saving = Saving(every or e.save_every or e.steps, keep or e.keep, folder)
+    if folder and (there := checkpoints.in_folder(folder)) and not (e.load and Path(e.load).resolve() == folder):
+        raise UserError(f"SAVE={where} already holds checkpoints, the newest of step {there[-1].step}\n"
+                        f"name another folder, or go on from them: LOAD={where}")
+    return saving
+
+
+def _loading(e: Experiment, outdir: Path, saving: Saving | None, resumes: RunDir | None,
+             tell: Callable[[str], None]) -> Loading | None:
+    """The checkpoint to begin with: the resumed run's newest whole one, else the one that LOAD= names."""
+    if resumes and saving:
+        folder = saving.in_run(resumes.path)
+        if found := checkpoints.newest_whole(folder, tell):
+            resume.check_fits(found, e)
+            return Loading(folder, found.step)
+        tell(f"no whole checkpoint in {folder}: {resumes.label} begins anew")
+    if not e.load:
+        return None
+    found = resume.find(e.load, outdir, tell)
+    resume.check_fits(found, e)
+    only_weights = not found.contents.has_optimizer
+    if not only_weights and found.step >= e.steps:
+        raise UserError(f"LOAD={e.load}: its checkpoint is of step {found.step}, and STEPS={e.steps}: nothing is left\n"
+                        f"STEPS={2 * found.step} trains as long again")
+    tell(f"begins with {'the weights' if only_weights else f'step {found.step}'} of {found.path.parent}")
+    return Loading(found.path.parent, found.step, only_weights)
+
+
+def _place(e: Experiment, settings: Mapping[str, str]) -> Place:
+    ids = settings.get("GPUS_IDS")
+    gpu_ids = tuple(overrides.count("GPUS_IDS", i, least=0) for i in ids.split(",")) if ids else None
+    slurm = settings.get("SLURM") == "1"
+    if e.nodes > 1 and not slurm and not settings.get("RENDEZVOUS"):
+        raise UserError(
+            f"{e.id} runs on {e.nodes} nodes of {e.ranks_per_node} GPUs; on each of them, with rank 0 to {e.nodes - 1}:\n"
+            f"    make {e.id} NODES={e.nodes} NODE_RANK=0 RENDEZVOUS=first-node:29500\n"
+            "or SLURM=1 for a batch job"
+        )
+    node_rank = overrides.count("NODE_RANK", settings.get("NODE_RANK", "0"), least=0)
+    if node_rank >= e.nodes:
+        raise UserError(f"NODE_RANK={node_rank}: {e.id} runs on nodes 0 to {e.nodes - 1}; NODES= sets their number")
+    rendezvous = settings.get("RENDEZVOUS")
+    if rendezvous and not (rendezvous.rpartition(":")[0] and rendezvous.rpartition(":")[2].isdigit()):
+        raise UserError(f"RENDEZVOUS={rendezvous}: expected host:port, such as node0:29500")
+    return Place("$SLURM_NODEID" if slurm else str(node_rank), rendezvous, gpu_ids)
+
+
+def _lacks_flash_attention() -> bool:
+    from harness.machine.gpus import list_gpus
+
+    return bool(list_gpus()) and importlib.util.find_spec("flash_attn") is None
+
+
+def _memory_fraction(e: Experiment) -> float:
+    from harness.experiment.hardware import allocator_fraction
+    from harness.machine.gpus import list_gpus
+
+    gpus = list_gpus()
+    if not gpus:
+        raise UserError(f"CARD={e.card} caps the memory of the GPU at hand, but there is none here")
+    return allocator_fraction(e.card, gpus[0].total_mib)

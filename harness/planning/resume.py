@@ -1,0 +1,123 @@
+"""Checkpoints to go on from: found by run or folder, of the right model; and the list of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn
+
+from harness import checkpoints
+from harness.checkpoints import STEP_FOLDER, Checkpoint, Contents, examine, newest_whole
+from harness.convert import weights
+from harness.errors import UserError, nearest
+from harness.experiment.catalog import Experiment, Model
+from harness.rundir import RunDir, runs
+
+
+def find(wanted: str, outdir: Path, tell: Callable[[str], None] = lambda _: None) -> Checkpoint:
+    """The newest whole checkpoint of a run (its label in ``outdir``) or of a folder, or that of a step's folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = folder_of(wanted, outdir)
+    if step := STEP_FOLDER.fullmatch(path.name):
+        found = examine(path, int(step[1]))
+        if found.damage:
+            raise UserError(f"{path}: {found.damage}\nmake checkpoints lists those that are whole")
+        return found
+    if found := newest_whole(path, tell):
+        return found
+    raise UserError(f"no whole checkpoint in {path}\nSAVE=1 makes a run keep some; make checkpoints lists them")
+
+
+def folder_of(wanted: str, outdir: Path) -> Path:
+    """Where the checkpoints of a run or folder lie. Raises UserError where ``wanted`` is neither."""
+    for path in (outdir / wanted, Path(wanted)):
+        run = RunDir(path.resolve())
+        if run.experiment_json.exists():
+            return run.checkpoints
+        if path.is_dir():
+            return path.resolve()
+    labels = [path.parent.name for path in outdir.glob("*/experiment.json")]
+    raise UserError(f"no run or folder is called {wanted}; {nearest(wanted, labels)}")
+
+
+def check_fits(found: Checkpoint, experiment: Experiment) -> None:
+    """Raise UserError where ``found`` is a checkpoint of another model than ``experiment``'s."""
+    model, trained = experiment.model, model_of(found.path.parent)
+    if trained and weights.differences(trained, model):
+        refuse(found.path, trained, experiment)
+    shape = _embedding(found.contents)
+    if shape and shape[1] != model.hidden_size:
+        _refuse(found.path, f"hidden_size {shape[1]}", f"hidden_size {model.hidden_size}", experiment)
+
+
+def refuse(path: Path, was: Model, experiment: Experiment) -> NoReturn:
+    """Raise UserError that says in which sizes ``was``, the model of ``path``, differs from ``experiment``'s."""
+    model = experiment.model
+    pairs = [(key, getattr(was, key), getattr(model, key)) for key in type(model).model_fields if key != "name"]
+    there = ", ".join(f"{key} {a}" for key, a, b in pairs if a != b)
+    here = ", ".join(f"{key} {b}" for key, a, b in pairs if a != b)
+    _refuse(path, there, here, experiment)
+
+
+def _refuse(path: Path, there: str, here: str, experiment: Experiment) -> NoReturn:
+    raise UserError(f"{path} holds another model: {there} there, {here} in {experiment.label}\n"
+                    "load a checkpoint of the same model, or train without LOAD= and RESUME=")
+
+
+def model_of(folder: Path) -> Model | None:
+    """The model whose checkpoints lie in ``folder``: a run's, or an imported one; None where nothing says."""
+    if experiment := experiment_of(folder):
+        return experiment.model
+    imported = weights.read(folder)
+    return imported and imported.model
+
+
+def experiment_of(folder: Path) -> Experiment | None:
+    """The experiment whose checkpoints lie in ``folder``, where its run directory is around it or a copy beside them."""
+    for place in (folder, folder.parent):
+        try:
+            return RunDir(place).read_experiment()
+        except ValueError:
+            continue
+    return None
+
+
+def print_list(outdir: Path, label: str | None) -> int:
+    """``make checkpoints``: the checkpoints of one run or folder, or of every run in ``outdir``. Returns the exit status.
+
+    Raises:
+        UserError: there is no such run.
+    """
+    folders = [folder_of(label, outdir)] if label else [run.dir.checkpoints for run in runs(outdir)[0]]
+    lines = [line for folder in dict.fromkeys(folders) for line in _lines(folder)]
+    print("\n".join(lines) if lines else f"no checkpoints in {label or outdir}: SAVE=1 makes a run keep some")
+    return 0 if lines else 1
+
+
+def _lines(folder: Path) -> Iterator[str]:
+    found = checkpoints.in_folder(folder)
+    run = RunDir(folder.parent)
+    losses = {m.step: m.loss for m in run.read_metrics()}
+    held_out = {v.step: v.loss for v in run.read_validation() if v.split == "validation"}
+    if found:
+        name = run.label if run.experiment_json.exists() else str(folder)
+        yield name
+        yield f"  {'step':>8}  {'GiB':>8}  {'parameters':>14}  {'loss':>8}  {'held-out':>8}  state"
+    for c in found:
+        loss, validation = losses.get(c.step), held_out.get(c.step)
+        cells = (f"{c.gib:.3f}", f"{c.contents.parameters:,}" if c.contents else "",
+                 "" if loss is None else f"{loss:.4f}", "" if validation is None else f"{validation:.4f}")
+        yield "  {:>8}  {:>8}  {:>14}  {:>8}  {:>8}  {}".format(c.step, *cells, c.damage or _whole(c))
+
+
+def _whole(checkpoint: Checkpoint) -> str:
+    return "whole" if checkpoint.contents and checkpoint.contents.has_optimizer else "whole, weights only"
+
+
+def _embedding(contents: Contents | None) -> tuple[int, ...] | None:
+    """Shape of the word embedding, [vocabulary, hidden size]."""
+    shapes = contents.shapes.items() if contents else ()
+    return next((shape for key, shape in shapes if key.endswith("word_embeddings.weight")), None)
