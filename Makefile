@@ -33,7 +33,10 @@ arguments: MORE = MATCH
 arguments: ## upstream's own arguments, counted   [MATCH=moe]
 	@$(HARNESS) arguments $(WORDS)
 
-##@ Run:  make 101<tab>, make 101, make show-101, make chapter-100, make verify-101
+##@ Run:  make 101<tab>, make 101, make show-101, make memory-101, make chapter-100, make verify-101
+# memory-101: what it will take, whether it fits CARD= or the GPUs here, and what to set where it does not.
+memory-%:
+	@$(HARNESS) memory '$*' $(WORDS)
 # verify-101: run it again and compare with its record; RUN=label compares a run that was made.
 verify-%: MORE = RUN
 verify-%:

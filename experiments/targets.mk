@@ -1,6 +1,6 @@
 # Generated from experiments/*.yaml and harness/experiment/overrides.py by `make targets`; a test keeps it fresh.
 # Every target is spelled out, one a line, because zsh completes from this text and bash from make's database.
-SETTINGS := STEPS GPUS DP TP SP PP VPP CP EP ETP MBS GBS SEQ RECOMPUTE OPTIMIZER SHARDING NODES DATA SPLIT WEIGHTS LORA_RANK LORA_ALPHA LORA_DROPOUT LORA_TARGETS LR MIN_LR LR_DECAY LR_WARMUP EVAL_EVERY EVAL_STEPS UNTIL LOAD CARD PROFILE ARGS DEVICE DRY_RUN GPUS_IDS OUTDIR NODE_RANK RENDEZVOUS SLURM PARTITION ACCOUNT TIME SAVE SAVE_EVERY KEEP RESUME WANDB WANDB_PROJECT WANDB_ENTITY WANDB_NAME HANG PACK FORCE
+SETTINGS := STEPS GPUS DP TP SP PP VPP CP EP ETP MBS GBS SEQ RECOMPUTE OPTIMIZER OPTIMIZER_STATE SHARDING NODES DATA SPLIT WEIGHTS LORA_RANK LORA_ALPHA LORA_DROPOUT LORA_TARGETS LR MIN_LR LR_DECAY LR_WARMUP EVAL_EVERY EVAL_STEPS UNTIL LOAD CARD PROFILE ARGS DEVICE DRY_RUN GPUS_IDS OUTDIR NODE_RANK RENDEZVOUS SLURM PARTITION ACCOUNT TIME SAVE SAVE_EVERY KEEP RESUME WANDB WANDB_PROJECT WANDB_ENTITY WANDB_NAME HANG PACK FORCE
 ##@ What is run:  make 101 KEY=VALUE …
 #STEPS=20 ## training steps (published: 100; CPU default: 20)
 #GPUS=4 ## GPUs in all; data parallelism follows: dp = GPUS / (tp x pp x cp)
@@ -17,6 +17,7 @@ SETTINGS := STEPS GPUS DP TP SP PP VPP CP EP ETP MBS GBS SEQ RECOMPUTE OPTIMIZER
 #SEQ=2048 ## sequence length, in tokens
 #RECOMPUTE=full ## activation recomputation: none, selective or full
 #OPTIMIZER=muon ## adam or muon
+#OPTIMIZER_STATE=bf16 ## precision of Adam's moments, fp32 or bf16 (with SHARDING=optim)
 #SHARDING=optim ## what data parallelism shards: no_shard, optim, fsdp_optim, fsdp_optim_grads, fsdp_optim_grads_params, torch_fsdp2
 #NODES=2 ## nodes; each runs GPUS / NODES ranks
 #DATA=mock ## mock, a prepared data set (make data-list), or a blend: DATA="a:0.7 b:0.3"

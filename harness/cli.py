@@ -248,6 +248,14 @@ def _verify(words: list[str]) -> int:
     return verify(words[0], settings, _outdir(settings), RECORDS, _install_heavy)
 
 
+def _memory(words: list[str]) -> int:
+    from harness.evidence.memory import print_memory
+
+    if not words or "=" in words[0]:
+        raise UserError("the memory of which experiment? such as make memory-101")
+    return print_memory(words[0], overrides.parse(words[1:]), RECORDS)
+
+
 def _claims(words: list[str]) -> int:
     from harness.evidence.verdicts import print_claims
 
@@ -330,7 +338,7 @@ def _export_hf(words: list[str]) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "run": _run, "train": _train, "checkpoints": _checkpoints, "generate": _generate, "show": _show, "chapter": _chapter,
     "list": _list, "table": _table, "compare": _compare, "doctor": _doctor, "arguments": _arguments, "parity": _parity,
-    "monitor-gpu": _monitor_gpu, "stop": _stop, "record": _record, "verify": _verify, "claims": _claims,
+    "monitor-gpu": _monitor_gpu, "stop": _stop, "record": _record, "verify": _verify, "memory": _memory, "claims": _claims,
     "profile": _profile, "plots": _plots, "report": _report, "data": _data, "clean": _clean, "docs": _docs,
     "import-hf": _import_hf, "export-hf": _export_hf, "targets": _targets,
 }

@@ -34,6 +34,7 @@ from harness.evidence.results import Reference, Row
 from harness.experiment import formulas
 from harness.experiment.catalog import Experiment
 from harness.experiment.hardware import find_gpu
+from harness.experiment.memory import predict
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 VALUE = re.compile(r"(<!-- value: (.+?) (\S+) -->).*?(<!-- /value -->)")
@@ -42,7 +43,7 @@ IN_A_FILE = re.compile(r"(\S+/\S+) ([\w.-]+)")
 MISSING = "not measured yet"
 REFERENCE_8 = "h200-8gpu"
 RIGHT = ("GPUs", "MBS", "GBS", "tokens")
-PIECES = (formulas.weights_gib, formulas.gradients_gib, formulas.optimizer_gib, formulas.activations_gib)
+PIECES = ("weights", "gradients", "optimizer", "activations")
 
 
 def render(page: str, facts: Facts) -> str:
@@ -170,16 +171,15 @@ def _memory_pieces(facts: Facts, ids: Sequence[str]) -> str:
     lines = []
     for id_ in ids:
         e, ours = facts.catalog.find(id_), facts.row(id_)
-        pieces = [formula(e) for formula in PIECES]
-        total = None if None in pieces else sum(pieces)
+        predicted = predict(e)
         memory = ours.memory_gib if ours else None
         allocated = memory and memory.allocated
         lines.append([
-            f"`{id_}`", e.layout, *map(_gib, pieces), _gib(total), _gib(allocated) or (MISSING if not ours else ""),
-            f"{total / allocated - 1:+.1%}" if total and allocated else "",
+            f"`{id_}`", e.layout, *(_gib(getattr(predicted, piece)) for piece in PIECES), _gib(predicted.total),
+            _gib(allocated) or (MISSING if not ours else ""), f"{predicted.total / allocated - 1:+.1%}" if allocated else "",
             _gib(memory and memory.reserved), _gib(memory and memory.nvml),
         ])
-    head = ["id", "layout", *(formula.__name__.removesuffix("_gib") for formula in PIECES), "sum", "allocated", "off by",
+    head = ["id", "layout", *PIECES, "sum", "allocated", "off by",
             "reserved", "in use"]
     return _filled(head, lines, "ll" + "r" * 9)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from harness.experiment.catalog import Experiment
+    from harness.experiment.catalog import Experiment, Model
 
 
 @dataclass(frozen=True)
@@ -18,9 +18,21 @@ class Parameters:
     active: int
     """What one token passes through: of the experts, only those it is routed to."""
     per_rank: int
-    """Held by a rank of the fullest pipeline stage, which is the first: it has both embeddings."""
+    """Held by a rank of the first pipeline stage, which has both embeddings."""
     experts_per_rank: int
     """The part of ``per_rank`` in experts, whose replicas are fewer."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """Parameters that a rank holds."""
+
+    dense: int
+    experts: int
+    matrices: int
+    """The part of ``dense`` in weights of linear layers, without biases, embeddings and the output layer."""
+    expert_matrices: int
+    """The part of ``experts`` in weights of linear layers."""
 
 
 def padded_vocab_size(vocab_size: int, tp: int) -> int:
@@ -37,41 +49,88 @@ def count_parameters(e: Experiment) -> Parameters:
     Upstream's own estimate leaves out the linear layers' biases and the position embedding
     (compute_weight_and_optimizer_memory in megatron/training/theoretical_memory_usage.py, core_v0.19.0).
     """
-    m, h = e.model, e.model.hidden_size
-    bias, norm = int(m.add_bias_linear), h * (2 if m.normalization == "LayerNorm" else 1)
-    routed, chosen = (m.num_experts, m.moe_router_topk) if m.num_experts else (0, 0)
-    qkv = m.query_size * (2 if m.attention_output_gate else 1) + 2 * m.key_size
-
-    column = (h + bias) * qkv + (m.num_attention_heads if m.attention_sinks else 0)
-    row, row_bias = m.query_size * h, bias * h
-    replicated = 2 * norm + _qk_norms(e)
-    if routed:
-        expert = (h + bias) * _fc1(e, m.moe_ffn) + h * m.moe_ffn
-        expert_bias = bias * h
-        replicated += (h + bias) * routed
-    else:
-        expert, expert_bias = 0, 0
-        column += (h + bias) * _fc1(e, m.ffn)
-        row += h * m.ffn
-        row_bias += bias * h
-    shared = column + row + row_bias + replicated
-
-    words = h * padded_vocab_size(m.vocab_size, e.tp)
-    output = words if _untied(e) else 0
-    positions = h * e.seq_length if m.position_embedding == "learned_absolute" else 0
-    ends = words + output + positions + norm
-
-    layers = m.num_layers // e.pp
-    experts_per_rank = layers * routed // e.ep * (expert // e.etp + expert_bias)
-    first_stage = layers * ((column + row) // e.tp + row_bias + replicated) + words // e.tp + positions
-    if e.pp == 1:
-        first_stage += norm + output // e.tp
+    m, layer, first = e.model, _layer(e), parameters_on(e, 0)
+    shared = layer.column + layer.row + layer.replicated + layer.column_bias + layer.row_bias
+    expert = layer.expert + layer.expert_bias
+    words = m.hidden_size * padded_vocab_size(m.vocab_size, e.tp)
+    ends = words * (2 if _untied(e) else 1) + _positions(e) + _norm(m)
     return Parameters(
-        total=m.num_layers * (shared + routed * (expert + expert_bias)) + ends,
-        active=m.num_layers * (shared + chosen * (expert + expert_bias)) + ends,
-        per_rank=first_stage + experts_per_rank,
-        experts_per_rank=experts_per_rank,
+        total=m.num_layers * (shared + (m.num_experts or 0) * expert) + ends,
+        active=m.num_layers * (shared + (m.moe_router_topk if m.num_experts else 0) * expert) + ends,
+        per_rank=first.dense + first.experts,
+        experts_per_rank=first.experts,
     )
+
+
+def parameters_on(e: Experiment, stage: int) -> Held:
+    """What a rank of pipeline stage ``stage`` (from 0) holds of the model, before data parallelism shards it.
+
+    The last stage has the output layer: with tied embeddings, a copy of the word embedding.
+    """
+    m, layer, layers = e.model, _layer(e), e.model.num_layers // e.pp
+    first, last = stage == 0, stage == e.pp - 1
+    words = m.hidden_size * padded_vocab_size(m.vocab_size, e.tp) // e.tp
+    ends = (words + _positions(e) if first else 0) + (_norm(m) if last else 0)
+    if last and (_untied(e) or not first):
+        ends += words
+    experts = layers * (m.num_experts or 0) // e.ep
+    matrices = layers * (layer.column + layer.row) // e.tp
+    rest = layers * (layer.column_bias // e.tp + layer.row_bias + layer.replicated)
+    return Held(
+        dense=matrices + rest + ends,
+        experts=experts * (layer.expert // e.etp + layer.expert_bias_per_rank),
+        matrices=matrices,
+        expert_matrices=experts * (layer.expert // e.etp),
+    )
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """Parameters of a transformer layer by how tensor parallelism splits them."""
+
+    column: int
+    row: int
+    column_bias: int
+    """Split as its weights are; softmax sinks, one a head, among them."""
+    row_bias: int
+    replicated: int
+    """Norms and the router, whole on every rank."""
+    expert: int
+    """Weights of one expert."""
+    expert_bias: int
+    expert_bias_per_rank: int
+
+
+def _layer(e: Experiment) -> _Layer:
+    m, h = e.model, e.model.hidden_size
+    bias = int(m.add_bias_linear)
+    qkv = _qkv(m)
+    fc1 = 0 if m.num_experts else _fc1(e, m.ffn)
+    expert_fc1 = _fc1(e, m.moe_ffn) if m.num_experts else 0
+    return _Layer(
+        column=h * (qkv + fc1),
+        row=m.query_size * h + (0 if m.num_experts else h * m.ffn),
+        column_bias=bias * (qkv + fc1) + (m.num_attention_heads if m.attention_sinks else 0),
+        row_bias=bias * h * (1 if m.num_experts else 2),
+        replicated=2 * _norm(m) + _qk_norms(e) + (h + bias) * (m.num_experts or 0),
+        expert=h * (expert_fc1 + m.moe_ffn) if m.num_experts else 0,
+        expert_bias=bias * (expert_fc1 + h) if m.num_experts else 0,
+        expert_bias_per_rank=bias * (expert_fc1 // e.etp + h) if m.num_experts else 0,
+    )
+
+
+def _qkv(m: Model) -> int:
+    """Outputs of the attention's first matrix, a gate's among them."""
+    return m.query_size * (2 if m.attention_output_gate else 1) + 2 * m.key_size
+
+
+def _norm(m: Model) -> int:
+    return m.hidden_size * (2 if m.normalization == "LayerNorm" else 1)
+
+
+def _positions(e: Experiment) -> int:
+    learned = e.model.position_embedding == "learned_absolute"
+    return e.model.hidden_size * (e.positions or e.seq_length) if learned else 0
 
 
 def _fc1(e: Experiment, width: int) -> int:
@@ -116,42 +175,96 @@ def mfu(tflops: float, peak_tflops: float) -> float:
     return tflops / peak_tflops
 
 
-def state_bytes_per_parameter(e: Experiment, replicas: int) -> float:
-    """Bytes of one parameter on a rank: weight, fp32 gradient and optimizer state, sharded over ``replicas``.
+@dataclass(frozen=True)
+class State:
+    """Weights, gradients and optimizer state: bytes, of a parameter or of a rank."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer
+
+    def times(self, parameters: float) -> State:
+        return State(self.weights * parameters, self.gradients * parameters, self.optimizer * parameters)
+
+    def __add__(self, other: State) -> State:
+        return State(self.weights + other.weights, self.gradients + other.gradients, self.optimizer + other.optimizer)
+
+
+def state_of_parameter(e: Experiment, replicas: int, *, matrix: bool = True) -> State:
+    """Bytes of one trained parameter on a rank: weight, gradient and optimizer state, sharded over ``replicas``.
 
     bf16: 2 + 4 + 12 (fp32 copy, two Adam moments), so 18 replicated and 6 + 12/replicas with the distributed
     optimizer (upstream's theoretical_memory_usage.py). bf16 moments: 2 + 4 + 6, because two bytes of the fp32 copy are
     the weight itself (store_param_remainders in megatron/core/optimizer/optimizer_config.py). bf16 gradients: 2 of 4.
-    Muon has one moment in place of two; that its embeddings stay with Adam does not count. fp32: 4 + 4 + 8. The fp8
-    copies of weights and what FSDP gathers do not count.
+    Muon has one moment in place of two for a ``matrix``; embeddings, biases and norms stay with Adam
+    (megatron/core/optimizer/muon.py). fp32: 4 + 4 + 8. FSDP: Rajbhandari et al. 2020 (arXiv:1910.02054), section 5.
     """
     weight, gradient, optimizer = (4, 4, 8) if e.precision == "fp32" else (2, 4, 12)
     if e.gradients == "bf16":
         gradient = 2
     if e.optimizer_state == "bf16":
         optimizer = 6
-    elif e.optimizer == "muon":
+    elif e.optimizer == "muon" and matrix:
         optimizer -= 4
     match e.sharding:
         case "no_shard":
-            return weight + gradient + optimizer
+            return State(weight, gradient, optimizer)
         case "optim" | "fsdp_optim":
-            return weight + gradient + optimizer / replicas
+            return State(weight, gradient, optimizer / replicas)
         case "fsdp_optim_grads":
-            return weight + (gradient + optimizer) / replicas
+            return State(weight, gradient / replicas, optimizer / replicas)
         case "fsdp_optim_grads_params" | "torch_fsdp2":
-            return (weight + gradient + optimizer) / replicas
+            return State(weight / replicas, gradient / replicas, optimizer / replicas)
+
+
+def state_bytes_per_parameter(e: Experiment, replicas: int) -> float:
+    """Bytes of a weight that is trained, its gradient and its optimizer state on a rank (``state_of_parameter``)."""
+    return state_of_parameter(e, replicas).total
+
+
+def state_on(e: Experiment, stage: int) -> State:
+    """Bytes of weights, gradients and optimizer state on a rank of pipeline stage ``stage``; no activations, no buffers.
+
+    Shards are over data-parallel x context-parallel ranks; of experts, over the ranks that hold the same. Beside LoRA's
+    adapters, weights are frozen: they have neither gradients nor optimizer state.
+    """
+    held, replicas = parameters_on(e, stage), e.dp * e.cp
+    if e.lora:
+        frozen = (held.dense + held.experts) * (4 if e.precision == "fp32" else 2)
+        return State(frozen, 0, 0) + state_of_parameter(e, replicas).times(adapter_parameters(e))
+    expert_replicas = max(e.world_size // (e.pp * e.ep * e.etp), 1)
+    matrices = (held.matrices, replicas), (held.expert_matrices, expert_replicas)
+    rest = (held.dense - held.matrices, replicas), (held.experts - held.expert_matrices, expert_replicas)
+    parts = [state_of_parameter(e, among).times(count) for count, among in matrices]
+    parts += [state_of_parameter(e, among, matrix=False).times(count) for count, among in rest]
+    return sum(parts, State(0, 0, 0))
 
 
 def state_gib(e: Experiment) -> float:
-    """Weights, gradients and optimizer state on the fullest rank, in GiB; no activations, no buffers.
+    """Weights, gradients and optimizer state on a rank of the first stage, in GiB."""
+    return state_on(e, 0).total / 2**30
 
-    Shards are over data-parallel x context-parallel ranks; of experts, over the ranks that hold the same.
+
+def adapter_parameters(e: Experiment) -> int:
+    """Parameters of LoRA's adapters on a rank: factors [rank, in] and [out, rank] beside every target.
+
+    Under tensor parallelism the factor on the split side is split, the other whole (harness/finetune/lora.py).
+    Source: Hu et al. 2021 (arXiv:2106.09685), section 4.1.
     """
-    count = count_parameters(e)
-    expert_replicas = max(e.world_size // (e.pp * e.ep * e.etp), 1)
-    dense = (count.per_rank - count.experts_per_rank) * state_bytes_per_parameter(e, e.dp * e.cp)
-    return (dense + count.experts_per_rank * state_bytes_per_parameter(e, expert_replicas)) / 2**30
+    m = e.model
+    if not e.lora:
+        return 0
+    widths = {
+        "linear_qkv": m.hidden_size + _qkv(m) // e.tp,
+        "linear_proj": m.query_size // e.tp + m.hidden_size,
+        "linear_fc1": m.hidden_size + _fc1(e, m.ffn) // e.tp,
+        "linear_fc2": m.ffn // e.tp + m.hidden_size,
+    }
+    return sum(widths[target] for target in e.lora.targets) * e.lora.rank * m.num_layers // e.pp
 
 
 def _untied(e: Experiment) -> bool:

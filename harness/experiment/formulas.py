@@ -6,12 +6,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from harness.experiment import timeline
-from harness.experiment.flops import count_parameters, padded_vocab_size, state_gib, step_flops
+from harness.experiment.flops import count_parameters, state_gib, step_flops
+from harness.experiment.memory import predict
 
 if TYPE_CHECKING:
     from harness.experiment.catalog import Experiment, Model
-
-GIB = 2**30
 
 
 def activations_per_sbh(e: Experiment) -> float | None:
@@ -29,27 +28,6 @@ def activations_per_sbh(e: Experiment) -> float | None:
     mlp = 19 * e.model.ffn / (4 * e.model.hidden_size)
     whole, split = 10, 5 + mlp
     return (whole + split) / e.tp if e.sequence_parallel else whole + split / e.tp
-
-
-def activations_gib(e: Experiment) -> float | None:
-    """Activations on a rank of the first pipeline stage, in GiB; None for layers other than GPT-2's.
-
-    The first stage holds p micro-batches of L/p layers: as much as one micro-batch of the whole model, times 1 + (p-1)/(pv)
-    with interleaving; never more than all m. Of recomputed layers, one is whole at a time. Without a pipeline, the last
-    layer norm, the output layer's input and fp32 logits come on top: 4sbh(1 + V/h). Source: Korthikanti et al. 2022,
-    section 4.2.3, and compute_activation_memory in megatron/training/theoretical_memory_usage.py, core_v0.19.0, which do
-    not mind that there may be no more than m.
-    """
-    m = e.model
-    if not _has_gpt2_layers(m):
-        return None
-    sbh = e.seq_length // e.cp * e.micro_batch_size * m.hidden_size
-    in_flight = min(1 + (e.pp - 1) / (e.pp * e.vpp) if e.vpp > 1 else 1, e.num_microbatches / e.pp)
-    layers = sbh * activations_per_sbh(e) * m.num_layers * in_flight
-    if e.recompute == "full":
-        layers += sbh * activations_per_sbh(e.with_changes(recompute="none"))
-    ends = 4 * sbh * (1 + padded_vocab_size(m.vocab_size, e.tp) / m.hidden_size) / e.tp if e.pp == 1 else 0
-    return (layers + ends) / GIB
 
 
 def bubble(e: Experiment) -> float:
@@ -76,27 +54,8 @@ def attention_exchange_mib(e: Experiment) -> float | None:
     return 2 * e.seq_length * e.micro_batch_size * width / e.tp * (e.cp - 1) / e.cp / 2**20
 
 
-def weights_gib(e: Experiment) -> float | None:
-    """Weights on the fullest rank in GiB; None where FSDP shards them."""
-    return None if _fsdp(e) else count_parameters(e).per_rank * (4 if e.precision == "fp32" else 2) / GIB
-
-
-def gradients_gib(e: Experiment) -> float | None:
-    """Gradients on the fullest rank in GiB, in fp32 and held whole; None where FSDP shards them."""
-    return None if _fsdp(e) else count_parameters(e).per_rank * 4 / GIB
-
-
-def optimizer_gib(e: Experiment) -> float | None:
-    """Optimizer state on the fullest rank in GiB, sharded or not; None under FSDP."""
-    return None if _fsdp(e) else state_gib(e) - weights_gib(e) - gradients_gib(e)
-
-
 def _has_gpt2_layers(m: Model) -> bool:
     return not (m.num_experts or m.gated or m.num_query_groups or m.kv_channels or m.attention_output_gate)
-
-
-def _fsdp(e: Experiment) -> bool:
-    return e.sharding not in ("no_shard", "optim")
 
 
 OF_EXPERIMENT: dict[str, Callable[[Experiment], float | None]] = {
@@ -104,11 +63,12 @@ OF_EXPERIMENT: dict[str, Callable[[Experiment], float | None]] = {
     "active_b": lambda e: count_parameters(e).active / 1e9,
     "parameters_per_rank_b": lambda e: count_parameters(e).per_rank / 1e9,
     "state_gib": state_gib,
-    "weights_gib": weights_gib,
-    "gradients_gib": gradients_gib,
-    "optimizer_gib": optimizer_gib,
+    "weights_gib": lambda e: predict(e).weights,
+    "gradients_gib": lambda e: predict(e).gradients,
+    "optimizer_gib": lambda e: predict(e).optimizer,
+    "activations_gib": lambda e: predict(e).activations,
+    "predicted_gib": lambda e: predict(e).total,
     "activations_per_sbh": activations_per_sbh,
-    "activations_gib": activations_gib,
     "bubble": bubble,
     "idle_share": idle_share,
     "attention_exchange_mib": attention_exchange_mib,

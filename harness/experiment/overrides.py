@@ -41,6 +41,7 @@ EXPERIMENT_SETTINGS = (
     Setting("SEQ", "2048", "sequence length, in tokens"),
     Setting("RECOMPUTE", "full", "activation recomputation: none, selective or full"),
     Setting("OPTIMIZER", "muon", "adam or muon"),
+    Setting("OPTIMIZER_STATE", "bf16", "precision of Adam's moments, fp32 or bf16 (with SHARDING=optim)"),
     Setting("SHARDING", "optim", "what data parallelism shards: " + ", ".join(SHARDING)),
     Setting("NODES", "2", "nodes; each runs GPUS / NODES ranks"),
     Setting("DATA", "mock", 'mock, a prepared data set (make data-list), or a blend: DATA="a:0.7 b:0.3"'),
@@ -100,7 +101,8 @@ _COUNTS_FROM_0 = {"EVAL_STEPS": "eval_steps", "LR_WARMUP": "lr_warmup_steps"}
 _RATES = {"LR": "lr", "MIN_LR": "min_lr"}
 PROFILED_STEPS = (8, 9)
 """What PROFILE=1 traces: compilation, tuning and the allocator's growth are over by then."""
-_CHOICES = {"RECOMPUTE": "recompute", "SHARDING": "sharding", "OPTIMIZER": "optimizer", "LR_DECAY": "lr_decay"}
+_CHOICES = {"RECOMPUTE": "recompute", "SHARDING": "sharding", "OPTIMIZER": "optimizer", "OPTIMIZER_STATE": "optimizer_state",
+            "LR_DECAY": "lr_decay"}
 _TEXTS = {"DATA": "data", "SPLIT": "split", "LOAD": "load", "WEIGHTS": "weights"}
 
 
@@ -188,6 +190,8 @@ def apply(experiment: Experiment, settings: Mapping[str, str]) -> Experiment:
             raise UserError(f"ARGS={given['ARGS']}: {error}") from None
     if "GPUS" in given:
         changes["dp"] = _data_parallel_size(experiment, changes, count("GPUS", given["GPUS"]))
+    if changes.get("recompute", "selective") != "selective":
+        changes["recompute_modules"] = ()
     if changes.get("tp") == 1 and "SP" not in given:
         changes["sequence_parallel"] = False
     if changes.get("pp") == 1 and "VPP" not in given:

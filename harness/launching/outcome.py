@@ -8,9 +8,10 @@ import signal
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import islice
 from typing import TYPE_CHECKING
 
-from harness.errors import UserError
+from harness.experiment.fit import levers
 from harness.rundir import RankError, Status, StepMetrics, Validation
 
 if TYPE_CHECKING:
@@ -111,19 +112,9 @@ def classify(evidence: Evidence, experiment: Experiment) -> Outcome:
 
 
 def memory_levers(experiment: Experiment) -> str:
-    """Settings that lower the memory of ``experiment``, the least intrusive first, each checked to fit it."""
-    e = experiment
-    smaller = next((m for m in range(e.micro_batch_size - 1, 0, -1) if e.global_batch_size % (m * e.dp) == 0), None)
-    candidates: list[tuple[str, dict[str, object]]] = [
-        (f"MBS={smaller}", {"micro_batch_size": smaller} if smaller else {}),
-        ("SP=1", {"sequence_parallel": True} if e.tp > 1 and not e.sequence_parallel else {}),
-        ("SHARDING=optim", {"sharding": "optim"} if e.dp > 1 and e.sharding == "no_shard" else {}),
-        ("RECOMPUTE=full", {"recompute": "full"} if e.recompute != "full" else {}),
-        (f"TP={2 * e.tp}", {"tp": 2 * e.tp}),
-        (f"PP={2 * e.pp}", {"pp": 2 * e.pp}),
-    ]
-    fitting = [setting for setting, changes in candidates if changes and _fits(e, changes)][:3]
-    return f"it needs less memory a GPU: try {' or '.join(fitting) or 'a smaller SEQ='}"
+    """Settings that lower the memory of ``experiment`` by formula, the least intrusive first, each one admitted."""
+    settings = [" ".join(map("=".join, words.items())) for words, _ in islice(levers(experiment), 3)]
+    return f"it needs less memory a GPU: try {' or '.join(settings) or 'a smaller SEQ='}"
 
 
 def where_ranks_wait(stacks: Mapping[int, str]) -> str:
@@ -387,14 +378,6 @@ def _signal_name(number: int) -> str:
 
 def _cause(number: signal.Signals) -> str:
     return {signal.SIGINT: "Ctrl-C", signal.SIGHUP: "the closed terminal (SIGHUP)"}.get(number, number.name)
-
-
-def _fits(experiment: Experiment, changes: Mapping[str, object]) -> bool:
-    try:
-        experiment.with_changes(**changes)
-    except UserError:
-        return False
-    return True
 
 
 def _innermost_frame(stacks: str) -> str | None:

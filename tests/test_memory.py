@@ -1,0 +1,221 @@
+"""What a run will allocate, by formula: against upstream's models and operations, H200 records, and the published H100 table."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from harness.cli import RECORDS, main
+from harness.evidence.facts import Facts
+from harness.evidence.results import load_references
+from harness.experiment.catalog import load_catalog
+from harness.experiment.fit import verdict, ways_to_fit
+from harness.experiment.flops import adapter_parameters, parameters_on, state_gib, state_on
+from harness.experiment.hardware import find_gpu
+from harness.experiment.memory import _layers_in_flight, attention_bytes, loss_bytes, mlp_bytes, predict
+
+CATALOG = load_catalog()
+ROOT = Path(__file__).parents[1]
+FACTS = Facts.load(RECORDS)
+H100, H200 = find_gpu("h100-80gb"), find_gpu("h200-141gb")
+
+
+def find(id_, **changes):
+    return CATALOG.find(id_).with_changes(**changes)
+
+
+def measured():
+    """Every record of a run that ended well, on the hardware that the chapters talk about."""
+    return [row for row in FACTS.of_hardware if row.state == "ok" and row.memory_gib.allocated]
+
+
+@pytest.mark.parametrize("row", measured(), ids=lambda row: row.origin.stem)
+def test_records(row):
+    """Dense layers within 2 %."""
+    assert predict(row.experiment).total == pytest.approx(row.memory_gib.allocated, rel=0.02)
+
+
+@pytest.mark.parametrize("id_", ["101", "115", "128", "244", "408", "506", "611", "632"])
+def test_pieces_of_state(id_):
+    e = find(id_)
+    memory = predict(e)
+    assert memory.weights + memory.gradients + memory.optimizer == pytest.approx(state_gib(e))
+    assert memory.total == pytest.approx(state_gib(e) + memory.activations)
+
+
+@pytest.mark.parametrize("id_", ["281", "282"])
+def test_a_layer_of_gpt2_keeps_what_the_paper_says(id_):
+    """34 bytes a token and hidden unit, 10 + 24/t, 34/t: Korthikanti et al. 2022, table 2; norms' statistics come on top."""
+    for e in (find(id_), find(id_, tp=1, sequence_parallel=False)):
+        tokens = e.seq_length * e.micro_batch_size * e.model.hidden_size
+        units = 34 / e.tp if e.sequence_parallel else 10 + 24 / e.tp
+        assert (attention_bytes(e) + mlp_bytes(e)) / tokens == pytest.approx(units, rel=0.003)
+
+
+def test_micro_batches_in_flight():
+    first = {id_: _layers_in_flight(find(id_), 0) for id_ in ("401", "408", "432", "438", "438h")}
+    assert first == {"401": 9, "408": 72, "432": 72, "438": 72, "438h": 36 * (1 + 3 / 12)}
+    assert _layers_in_flight(find("408"), 7) == 9, "the last stage goes backward at once"
+
+
+def test_the_last_stage_has_the_logits():
+    assert predict(find("401")).passing > loss_bytes(find("401")) / 2**30 > 9, "a micro-batch of 32"
+    assert predict(find("408")).passing < 1, "the first stage, with eight micro-batches in flight, has more in all"
+
+
+def test_fp8_copies_weights_and_keeps_less():
+    bf16, fp8, blockwise = (predict(find(id_)) for id_ in ("611", "612", "614"))
+    assert fp8.weights - bf16.weights == pytest.approx(2 * parameters_on(find("611"), 0).matrices / 2**30)
+    assert fp8.mlp < blockwise.mlp < bf16.mlp and fp8.attention == pytest.approx(bf16.attention, rel=0.03)
+
+
+def test_what_makes_room_in_gpt_oss():
+    plain, moments, selective, full, together = (predict(find(id_)) for id_ in ("620", "621", "622", "623", "625"))
+    assert plain.optimizer == 2 * moments.optimizer and plain.weights == moments.weights
+    assert selective.mlp < 0.55 * plain.mlp and selective.attention == plain.attention
+    assert full.mlp == 0 and full.attention < 0.2 * plain.attention
+    assert together.total == pytest.approx(plain.total - (plain.optimizer - moments.optimizer) - (plain.mlp - selective.mlp))
+
+
+def test_adapters_are_all_that_is_trained():
+    e = find("811")
+    held, state = parameters_on(e, 0), state_on(e, 0)
+    trained = 32 * 16 * ((4096 + 6144) + (4096 + 4096) + (4096 + 2 * 14336) + (14336 + 4096))
+    assert adapter_parameters(e) == trained
+    assert (state.gradients, state.optimizer) == (4 * trained, 12 * trained)
+    assert state.weights == 2 * (held.dense + trained)
+    assert adapter_parameters(find("803")) < adapter_parameters(find("802")) < 2 * adapter_parameters(find("803"))
+
+
+@pytest.mark.parametrize("reference", [row for row in load_references().published.rows if row.id and not row.in_doubt],
+                         ids=lambda row: row.id)
+def test_published_rows_fit_their_card(reference):
+    """What ran on an H100 does not count as too large for it, and what ran out of memory not as surely fitting."""
+    e = CATALOG.find(reference.stands_for or reference.id)
+    assert verdict(predict(e), H100) != ("fits" if reference.oom else "does not fit")
+
+
+@pytest.mark.parametrize("id_", ["620", "611", "121", "501", "301"])
+def test_settings_that_are_said_to_fit_do(id_):
+    e = CATALOG.find(id_)
+    ways = ways_to_fit(e, H100)
+    assert ways and any(changed.world_size == e.world_size for _, changed in ways)
+    assert all(verdict(predict(changed), H100) == "fits" for _, changed in ways)
+
+
+def test_the_command(capsys):
+    assert main(["memory", "611", "CARD=h100-80gb"]) == 0
+    said = capsys.readouterr().out
+    assert "does not fit" in said and "TP=2 SP=1 GPUS=4" in said and "gradients      29.9  the most" in said
+    assert main(["memory", "111"]) == 0
+    said = capsys.readouterr().out
+    assert "measured 68.4 on NVIDIA H200" in said and "NVIDIA H200, 137.4 GiB beside CUDA and NCCL: fits" in said
+
+
+@pytest.mark.parametrize(("words", "complaint"), [
+    ([], "the memory of which experiment"), (["629"], "no experiment 629"), (["620", "CARD=h100"], "unknown GPU"),
+    (["620", "TP=7"], "must divide by tp = 7"), (["620", "MEMORY=1"], "unknown setting MEMORY"),
+])
+def test_bad_input(words, complaint, capsys):
+    assert main(["memory", *words]) == 2
+    assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.cpu
+def test_ranks_hold_what_upstream_builds(tmp_path):
+    """Under tensor, pipeline and expert parallelism, at full size: every parameter of the first and of the last rank."""
+    ids = ("282", "408", "424h", "506", "511", "615", "620", "631", "642", "651")
+    command = [sys.executable, str(ROOT / "tests" / "build_ranks.py"), str(tmp_path / "found.json"), *ids]
+    environment = os.environ | {"HARNESS_DEVICE": "cpu", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for id_, stages in json.loads((tmp_path / "found.json").read_text()).items():
+        for stage, counted in stages.items():
+            held = parameters_on(CATALOG.find(id_), int(stage))
+            assert [held.dense, held.experts] == counted, (id_, stage)
+
+
+def kept(function, *inputs):
+    """Bytes that autograd keeps of ``function(*inputs)``, each memory once, parameters and what is small left out."""
+    import torch
+
+    found = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if not isinstance(tensor, torch.nn.Parameter):
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.compiler.set_stance("force_eager"), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = function(*inputs)
+    assert outputs is not None  # alive while counted
+    return sum(size for size in found.values() if size > 16 * 64)
+
+
+TOKENS, WIDTH = 64, 32
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize(("id_", "saved"), [("620", 8), ("631", 4)], ids=["clamped quick-GeGLU", "SwiGLU"])
+def test_activations_of_experts_keep_what_upstream_keeps(id_, saved):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("megatron.core")
+    from megatron.core.fusions.fused_bias_geglu import weighted_bias_quick_geglu_impl
+    from megatron.core.fusions.fused_bias_swiglu import weighted_bias_swiglu_impl
+
+    def activate(before, weights):
+        if id_ == "620":
+            return weighted_bias_quick_geglu_impl(before, None, weights, False, 1.0, 7.0)
+        return weighted_bias_swiglu_impl(before, None, weights)
+
+    before = torch.randn(TOKENS, 2 * WIDTH, dtype=torch.bfloat16, requires_grad=True)
+    weights = torch.rand(TOKENS, 1, requires_grad=True)
+    assert kept(activate, before, weights) == saved * TOKENS * WIDTH
+    e = CATALOG.find(id_)
+    rows = e.seq_length * e.micro_batch_size * e.model.moe_router_topk * e.model.moe_ffn
+    without = e.with_changes(recompute="selective", recompute_modules=("moe_act",))
+    assert mlp_bytes(e) - mlp_bytes(without) == (saved - 4 + 2) * rows, "and its output"
+
+
+@pytest.fixture
+def group():
+    """A process group of this process alone."""
+    torch = pytest.importorskip("torch")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield torch.distributed.group.WORLD
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.cpu
+def test_a_loss_keeps_its_logits_in_fp32(group):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("megatron.core")
+    from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+
+    def loss(logits):
+        return vocab_parallel_cross_entropy(logits, torch.zeros(TOKENS, 1, dtype=torch.long), tp_group=group)
+
+    logits = torch.randn(TOKENS, 1, 128, dtype=torch.bfloat16, requires_grad=True)
+    assert kept(loss, logits) == 4 * TOKENS * 128
+    assert torch.autograd.grad(loss(logits).sum(), logits)[0].dtype == torch.bfloat16
+
+
+@pytest.mark.cpu
+def test_norms_over_projections_keep_what_is_counted(group):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("megatron.training")
+    from harness.specs.projection_norm import ProjectionNorm
+
+    norm = ProjectionNorm.__new__(ProjectionNorm)  # its constructor asks for CUDA and for all of upstream's groups
+    torch.nn.Module.__init__(norm)
+    norm.group, norm.eps, norm.weight = group, 1e-5, torch.nn.Parameter(torch.ones(WIDTH, dtype=torch.bfloat16))
+    x = torch.randn(TOKENS, 1, 4, WIDTH // 4, dtype=torch.bfloat16, requires_grad=True)
+    assert kept(norm, x) == (4 + 4 + 2) * TOKENS * WIDTH
+    e = CATALOG.find("631")
+    plain = e.with_changes(model=e.model.model_copy(update={"qk_norm": "none"}))
+    of_both = (e.model.query_size + e.model.key_size) * e.seq_length * e.micro_batch_size
+    assert attention_bytes(e) - attention_bytes(plain) == (4 + 4 + 2) * of_both
