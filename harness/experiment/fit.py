@@ -31,6 +31,15 @@ def available_gib(card: Gpu) -> float:
     return (card.memory_mib - NON_ALLOCATOR_MIB) / 1024
 
 
+def in_a_line(e: Experiment, card: Gpu) -> str:
+    """What ``e`` will take of ``card``, as a run says it before it begins."""
+    memory = predict(e)
+    most, gib = max(memory.pieces.items(), key=lambda piece: piece[1])
+    sure = verdict(memory, card)
+    way_out = "" if sure == "fits" else f"; make memory-{e.id} CARD={card.key} says what would"
+    return f"memory by formula: {memory.total:.1f} GiB, most of it {most} ({gib:.1f}): {sure} on {card.name}{way_out}"
+
+
 def levers(e: Experiment) -> Iterator[tuple[Settings, Experiment]]:
     """Settings that lower the memory of ``e``, the least intrusive first, each with the experiment it makes.
 

@@ -9,7 +9,7 @@ for GPT-2's layers the result (34 bytes a token and hidden unit), are those of K
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from harness.experiment.flops import Held, padded_vocab_size, parameters_on, state_on
@@ -34,6 +34,11 @@ class Memory:
     """The same of MLPs or experts."""
     passing: float
     """Logits, or what is there for a moment while a layer is recomputed or goes backward, where that is more."""
+
+    @property
+    def pieces(self) -> dict[str, float]:
+        """All of them by name."""
+        return asdict(self)
 
     @property
     def activations(self) -> float:
