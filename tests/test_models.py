@@ -75,7 +75,7 @@ def test_rows_to_compare_differ_in_one_thing():
 
 def test_state_follows_from_sharding_and_precision():
     e = CATALOG.find("702")
-    states = {"no_shard": 18, "optim": 9, "fsdp_optim": 9, "fsdp_optim_grads": 6, "fsdp_optim_grads_params": 4.5, "torch_fsdp2": 4.5}
+    states = {"no_shard": 18, "optim": 9, "fsdp_optim": 7, "fsdp_optim_grads": 5.5, "fsdp_optim_grads_params": 4, "torch_fsdp2": 4}
     for sharding, expected in states.items():
         assert state_bytes_per_parameter(e.with_changes(sharding=sharding), 4) == expected
     assert state_bytes_per_parameter(CATALOG.find("621"), 1) == 12

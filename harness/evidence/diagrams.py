@@ -11,7 +11,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from harness.experiment import timeline
-from harness.experiment.flops import state_bytes_per_parameter
+from harness.experiment.flops import state_bytes_per_parameter, state_of_parameter
 from harness.experiment.formulas import OF_EXPERIMENT, activations_per_sbh
 from harness.experiment.hardware import find_gpu
 
@@ -99,10 +99,11 @@ def _dp_shards(facts: Facts) -> Drawing:
         x0 = 24 + 210 * i
         d.head(x0, 28, title)
         d.text(x0, 45, other, colour=QUIET, size=11)
+        whole = state_of_parameter(e.with_changes(sharding=sharding), 1)
         for rank in range(e.dp):
             x, y = x0 + 44 * rank, 58
-            for name, colour, size in (("weights", WEIGHTS, 2), ("gradients", GRADIENTS, 4), ("optimizer", OPTIMIZER, 12)):
-                height = 9 * size
+            for name, colour in (("weights", WEIGHTS), ("gradients", GRADIENTS), ("optimizer", OPTIMIZER)):
+                height = 9 * getattr(whole, name)
                 split = name in sharded
                 d.rect(x, y, 36, height - 2, EMPTY if split else colour, RULE)
                 if split:
@@ -111,7 +112,7 @@ def _dp_shards(facts: Facts) -> Drawing:
             d.text(x + 18, 236, f"GPU {rank}", size=11, colour=QUIET, anchor="middle")
         per_parameter = state_bytes_per_parameter(e.with_changes(sharding=sharding), e.dp)
         d.text(x0, 256, f"{per_parameter:g} bytes a parameter", size=12)
-    d.legend(24, 278, ((WEIGHTS, "weights, bf16: 2 bytes"), (GRADIENTS, "gradients, fp32: 4 bytes"),
+    d.legend(24, 278, ((WEIGHTS, "weights: 2 bytes"), (GRADIENTS, "gradients: 4, FSDP 2"),
                        (OPTIMIZER, "optimizer, fp32 copy + 2 moments: 12 bytes"), (EMPTY, "held by another GPU")))
     return d
 

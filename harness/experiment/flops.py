@@ -33,6 +33,8 @@ class Held:
     """The part of ``dense`` in weights of linear layers, without biases, embeddings and the output layer."""
     expert_matrices: int
     """The part of ``experts`` in weights of linear layers."""
+    ends: int
+    """The part of ``dense`` outside of transformer layers."""
 
 
 def padded_vocab_size(vocab_size: int, tp: int) -> int:
@@ -81,6 +83,7 @@ def parameters_on(e: Experiment, stage: int) -> Held:
         experts=experts * (layer.expert // e.etp + layer.expert_bias_per_rank),
         matrices=matrices,
         expert_matrices=experts * (layer.expert // e.etp),
+        ends=ends,
     )
 
 
@@ -201,11 +204,13 @@ def state_of_parameter(e: Experiment, replicas: int, *, matrix: bool = True) -> 
     optimizer (upstream's theoretical_memory_usage.py). bf16 moments: 2 + 4 + 6, because two bytes of the fp32 copy are
     the weight itself (store_param_remainders in megatron/core/optimizer/optimizer_config.py). bf16 gradients: 2 of 4.
     Muon has one moment in place of two for a ``matrix``; embeddings, biases and norms stay with Adam
-    (megatron/core/optimizer/muon.py). fp32: 4 + 4 + 8. FSDP: Rajbhandari et al. 2020 (arXiv:1910.02054), section 5.
+    (megatron/core/optimizer/emerging_optimizers.py). fp32: 4 + 4 + 8. FSDP: Rajbhandari et al. 2020 (arXiv:1910.02054),
+    section 5; both kinds keep gradients as weights, in bf16: 2 + 2 + 12 (_resolve_group_grad_dtype in Megatron-FSDP's
+    param_and_grad_buffer.py, where --megatron-fsdp-main-grads-dtype is not given; fully_shard without a precision policy).
     """
     weight, gradient, optimizer = (4, 4, 8) if e.precision == "fp32" else (2, 4, 12)
-    if e.gradients == "bf16":
-        gradient = 2
+    if e.gradients == "bf16" or fsdp(e):
+        gradient = weight
     if e.optimizer_state == "bf16":
         optimizer = 6
     elif e.optimizer == "muon" and matrix:
@@ -265,6 +270,11 @@ def adapter_parameters(e: Experiment) -> int:
         "linear_fc2": m.ffn // e.tp + m.hidden_size,
     }
     return sum(widths[target] for target in e.lora.targets) * e.lora.rank * m.num_layers // e.pp
+
+
+def fsdp(e: Experiment) -> bool:
+    """Whether Megatron-FSDP or PyTorch's fully_shard holds the weights."""
+    return e.sharding not in ("no_shard", "optim")
 
 
 def _untied(e: Experiment) -> bool:

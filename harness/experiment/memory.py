@@ -9,6 +9,7 @@ for GPT-2's layers the result (34 bytes a token and hidden unit), are those of K
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -59,20 +60,19 @@ def predict(e: Experiment) -> Memory:
 
 def _on_stage(e: Experiment, stage: int) -> Memory:
     state, held = state_on(e, stage), parameters_on(e, stage)
-    weights, gradients = _gathered(e, held)
     attention, mlp = attention_bytes(e), mlp_bytes(e)
     layers = _layers_in_flight(e, stage)
     if e.recompute == "full":
         whole, attention, mlp = attention + mlp, _hidden(e), 0
     else:
         whole = 0
-    passing = whole + _backward_bytes(e)
+    passing = whole + _backward_bytes(e) + _gathered_layers(e, held)
     if stage == e.pp - 1:
         passing = max(passing, loss_bytes(e))
     passing += _ends_bytes(e, stage)
     return Memory(
-        weights=(state.weights + _fp8_copies(e, held) + weights) / GIB,
-        gradients=(state.gradients + gradients) / GIB,
+        weights=(state.weights + _fp8_copies(e, held) + _gathered(e, held)) / GIB,
+        gradients=state.gradients / GIB,
         optimizer=state.optimizer / GIB,
         attention=attention * layers / GIB,
         mlp=mlp * layers / GIB,
@@ -181,9 +181,25 @@ def _fp8_copies(e: Experiment, held: Held) -> float:
     return 2 * (held.matrices + held.expert_matrices) * (1 + (4 / 128**2 if e.fp8_recipe == "blockwise" else 0))
 
 
-def _gathered(e: Experiment, held: Held) -> tuple[float, float]:
-    """Bytes of whole weights and gradients that FSDP holds for a moment."""
-    return 0, 0
+def _gathered(e: Experiment, held: Held) -> float:
+    """Bytes of embeddings, last norm and output layer, which Megatron-FSDP holds whole all the time: its units are layers.
+
+    Source: fsdp_unit_modules in megatron/core/distributed/fsdp/mcore_fsdp_adapter.py.
+    """
+    return held.ends * _element(e) if e.sharding == "fsdp_optim_grads_params" else 0
+
+
+def _gathered_layers(e: Experiment, held: Held) -> float:
+    """Bytes of the layers gathered while one goes backward: FSDP2 has one ahead, Megatron-FSDP half a billion elements.
+
+    Source: suggested_AG_prefetch_size in megatron/core/distributed/fsdp/src/megatron_fsdp/megatron_fsdp.py.
+    """
+    if e.sharding not in ("fsdp_optim_grads_params", "torch_fsdp2"):
+        return 0
+    layers = e.model.num_layers // e.pp
+    layer = (held.dense - held.ends + held.experts) / layers
+    ahead = 1 if e.sharding == "torch_fsdp2" else math.ceil(5e8 / layer)
+    return min(1 + ahead, layers) * layer * _element(e)
 
 
 def _normed(e: Experiment) -> float:
