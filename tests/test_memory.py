@@ -34,8 +34,10 @@ def measured():
 
 @pytest.mark.parametrize("row", measured(), ids=lambda row: row.origin.stem)
 def test_records(row):
-    """Dense layers within 2 %."""
-    assert predict(row.experiment).total == pytest.approx(row.memory_gib.allocated, rel=0.02)
+    """Within 1 %; within 2 % where a micro-batch is one short sequence, beside which what is not counted weighs more."""
+    e = row.experiment
+    tolerance = 0.02 if e.micro_batch_size * e.seq_length <= 1024 else 0.01
+    assert predict(e).total == pytest.approx(row.memory_gib.allocated, rel=tolerance)
 
 
 @pytest.mark.parametrize("id_", ["101", "115", "128", "244", "408", "506", "611", "632"])

@@ -26,7 +26,8 @@ def print_memory(id_: str, settings: Mapping[str, str], records: Path) -> int:
     """
     e = overrides.apply(load_catalog().find(id_), settings)
     memory, cards = predict(e), _cards(e)
-    print(f"{e.label}: {e.model.name}, {e.layout}, {_gpus(e)}\n\nGiB of the fullest GPU, by formula")
+    gpus = f", {_gpus(e)}" if e.world_size > 1 else ""
+    print(f"{e.label}: {e.model.name}, {e.layout}{gpus}\n\nGiB of the fullest GPU, by formula")
     pieces = _pieces(e, memory)
     widest = max(gib for _, gib, _ in pieces)
     for name, gib, meaning in pieces:

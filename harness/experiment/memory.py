@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from harness.experiment.catalog import Experiment
 
 GIB = 2**30
+WORKSPACE = 2**25
+"""cuBLAS's on Hopper, from PyTorch and from get_cublas_workspace_size_bytes in transformer_engine/pytorch/cpp_extensions."""
 
 
 @dataclass(frozen=True)
@@ -142,20 +144,27 @@ def loss_bytes(e: Experiment) -> float:
 
 
 def _ends_bytes(e: Experiment, stage: int) -> float:
-    """What is kept besides layers: embedding's dropout, attention mask, last norm, and the output layer's input."""
+    """What is kept besides layers: embedding's dropout, attention mask, last norm, the output layer's input, workspaces.
+
+    cuBLAS works for PyTorch's forward and backward thread and for Transformer Engine, for whose experts on four streams.
+    """
     mask = e.micro_batch_size * e.seq_length**2 / e.cp
+    workspaces = WORKSPACE * (7 if e.model.num_experts else 3)
     first = _masks(e) if stage == 0 else 0
     last = 2 * _hidden(e) if stage == e.pp - 1 else 0
-    return mask + first + last
+    return mask + workspaces + first + last
 
 
 def _backward_bytes(e: Experiment) -> float:
-    """The largest gradients of activations in a layer: of an MLP's output and of its activation's input."""
-    m, size = e.model, _element(e)
+    """The largest gradients in a layer: of its MLP's or experts' activation, input and output, and of the first matrix.
+
+    Without Apex a weight's gradient is a tensor of its own before it is added up.
+    """
+    m, size, fc1 = e.model, _element(e), 2 if e.model.gated else 1
     if m.num_experts:
-        rows = _hidden_tokens(e) * m.moe_router_topk
-        return size * rows * (m.moe_ffn * (3 if m.gated else 2) + m.hidden_size)
-    return size * _tokens(e) / e.tp * m.ffn * (3 if m.gated else 2) + _hidden(e)
+        rows, matrix = _hidden_tokens(e) * m.moe_router_topk, m.num_experts // e.ep * m.hidden_size * m.moe_ffn * fc1 / e.etp
+        return size * (rows * (m.moe_ffn * (fc1 + 1) + m.hidden_size) + matrix)
+    return size * m.ffn * (_tokens(e) * (fc1 + 1) + m.hidden_size * fc1) / e.tp + _hidden(e)
 
 
 def _layers_in_flight(e: Experiment, stage: int) -> float:
