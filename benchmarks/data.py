@@ -36,7 +36,8 @@ import psutil  # noqa: E402
 
 from harness.data.header import bin_path, idx_path  # noqa: E402
 from harness.data.prepared import DATA, prefix_of  # noqa: E402
-from harness.data.tokenizer import find_tokenizer, package_version  # noqa: E402
+from harness.data.tokenizer import find_tokenizer  # noqa: E402
+from harness.machine.provenance import package_version  # noqa: E402
 
 RESULTS = Path(__file__).with_suffix(".json")
 CORES = 2

@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import metadata
 from importlib.util import find_spec
 from itertools import combinations
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Literal
 from harness.data import prepared
 from harness.errors import UserError
 from harness.machine import gpus
+from harness.machine.provenance import package_version
 from harness.machine.stages import ROOT, Venv, distribution, missing, requirements, version
 from harness.machine.upstream import FILL, locate
 
@@ -83,7 +83,7 @@ def packages(on_gpu: bool) -> Iterator[Finding]:
     yield stage("heavy", environment, "make setup")
     found = installed_torch()
     yield torch(found, on_gpu, gpus.driver_versions()[1])
-    yield transformer_engine(_version("transformer-engine"), on_gpu)
+    yield transformer_engine(package_version("transformer-engine"), on_gpu)
     if found and found.cuda:
         yield apex(find_spec("amp_C") is not None)
 
@@ -107,16 +107,9 @@ def stage(name: str, environment: Venv | None, command: str) -> Finding:
 
 def _others(name: str) -> str:
     """Which pins the installed versions differ from, ready to follow a sentence."""
-    pairs = [(distribution(r), version(r), _version(distribution(r))) for r in requirements(name)]
+    pairs = [(distribution(r), version(r), package_version(distribution(r))) for r in requirements(name)]
     differing = [f"{n} {have} (tested: {pin})" for n, pin, have in pairs if have and have.partition("+")[0] != pin]
     return f"; not the tested ones: {', '.join(differing)}" if differing else ""
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def installed_torch() -> Torch | None:
@@ -170,7 +163,7 @@ def upstream() -> Finding:
         text, _, mend = str(error).partition("\n")
         return Finding("Megatron-LM", "missing", text, mend)
     if found.tree is None:
-        wheel = _version("megatron-core")
+        wheel = package_version("megatron-core")
         text = f"megatron-core {wheel} from its wheel" if wheel else "its wheel comes with the first run"
         mend = f"for upstream's own pretrain_gpt.py: {FILL}"
         return Finding("Megatron-LM", "note", f"{text}; the submodule is not checked out", mend)

@@ -63,8 +63,8 @@ for name, model, changes, arguments, variables_ in jobs:
 """
 
 
-def train(folder: Path, jobs) -> str:
-    """Run ``jobs`` one after another, forked from one process that has imported everything; returns what failed."""
+def train(folder: Path, jobs) -> Path:
+    """Run ``jobs`` one after another in ``folder``, forked from one process that has imported everything."""
     words = []
     for name, model, changes, arguments, from_, variables in jobs:
         load = LOAD if from_ else ""
@@ -73,7 +73,8 @@ def train(folder: Path, jobs) -> str:
         words.append((name, model, {"steps": STEPS} | changes, [places.get(word, word) for word in text], variables))
     done = subprocess.run([sys.executable, "-c", DRIVER, str(folder), json.dumps(words)], cwd=ROOT, env=os.environ,
                           capture_output=True, text=True)  # fmt: skip
-    return done.stdout + done.stderr * bool(done.returncode)
+    assert not done.returncode and not done.stdout, done.stdout + done.stderr
+    return folder
 
 
 def losses(folder: Path) -> dict[int, float]:
@@ -82,18 +83,12 @@ def losses(folder: Path) -> dict[int, float]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
-    failed = train(folder, JOBS)
-    assert not failed, failed
-    return folder
+    return train(tmp_path_factory.mktemp("runs"), JOBS)
 
 
 @pytest.fixture(scope="module")
 def more_runs(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("more-runs")
-    failed = train(folder, MORE_JOBS)
-    assert not failed, failed
-    return folder
+    return train(tmp_path_factory.mktemp("more-runs"), MORE_JOBS)
 
 
 def goes_on_alike(folder: Path, before: str, after: str) -> bool:

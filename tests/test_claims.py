@@ -16,7 +16,7 @@ from harness.evidence.expressions import Quantity, parse, spell
 from harness.evidence.measured import step_noise_ms
 from harness.evidence.quantities import unit_of
 from harness.evidence.records import metrics_of
-from harness.evidence.results import collect, load_references
+from harness.evidence.results import collect, collect_records, load_references
 from harness.evidence.verdicts import render
 from harness.experiment.catalog import load_catalog
 from harness.rundir import write_json
@@ -36,7 +36,7 @@ def claims(tmp_path: Path, **fields: object) -> tuple:
 
 
 def sides(tmp_path: Path, records: Path = RECORDS, group: str | None = None, **fields: object) -> list[Side]:
-    rows = collect(tmp_path / "none", records, REFERENCES).rows
+    rows = collect_records(records, REFERENCES).rows
     columns = sources(rows, CATALOG, REFERENCES, group and REFERENCES.group(group))
     return list(evaluate(claims(tmp_path, **fields), columns)[0].sides)
 
@@ -58,7 +58,7 @@ def kept(name: str) -> dict:
 
 def test_there_are_claims_for_every_chapter_and_all_are_evaluated():
     assert len(ALL) >= 24 and {claim.chapter for claim in ALL} == {100, 200, 300, 400, 500}
-    rows = collect(ROOT / "none", RECORDS, REFERENCES).rows
+    rows = collect_records(RECORDS, REFERENCES).rows
     found = evaluate(ALL, sources(rows, CATALOG, REFERENCES))
     assert all(len(one.sides) >= 2 for one in found)
     for one in found:

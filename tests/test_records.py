@@ -11,7 +11,7 @@ from harness import ROOT
 from harness.errors import UserError
 from harness.evidence.measured import BETWEEN_RUNS, measure, step_noise_ms
 from harness.evidence.records import folder_of, metrics_of, read, record, same_work
-from harness.evidence.results import REFERENCES, collect, load_references
+from harness.evidence.results import REFERENCES, collect_records, load_references
 from harness.evidence.tables import render
 from harness.experiment.catalog import load_catalog
 from harness.experiment.flops import tflops_per_gpu
@@ -85,7 +85,7 @@ def test_no_metrics_without_their_record() -> None:
 
 
 def test_all_records_are_read_and_stand_beside_what_was_published() -> None:
-    found = collect(ROOT / "none", RECORDS, load_references())
+    found = collect_records(RECORDS, load_references())
     assert not found.warnings
     assert len(found.rows) == len(FILES)
     assert all(row.as_published is not False for row in found.rows)
@@ -134,7 +134,7 @@ def copy(tmp_path: Path, name: str = "111", folder: str = "h200-141gb", **change
 
 def warning(path: Path) -> str:
     """Why ``path`` enters no table."""
-    found = collect(path.parent / "none", path.parents[1], load_references())
+    found = collect_records(path.parents[1], load_references())
     assert not found.rows
     return found.warnings[0]
 
@@ -183,7 +183,7 @@ def test_other_hardware_and_other_upstream_have_tables_of_their_own(tmp_path: Pa
     other = json.loads((KEPT / "112.json").read_text())["upstream"] | {"version": "0.14.0", "commit": "f" * 40}
     copy(tmp_path, "112", upstream=other)
     copy(tmp_path, "114", folder="h100-80gb", gpu="NVIDIA H100 80GB HBM3")
-    text = render(collect(tmp_path / "none", tmp_path / "records", load_references()).rows, "markdown")
+    text = render(collect_records(tmp_path / "records", load_references()).rows, "markdown")
     headings = [line for line in text.splitlines() if line.startswith("###")]
     assert headings == [
         "### NVIDIA H100 80GB HBM3",
@@ -221,7 +221,7 @@ def test_records_that_differ_in_arguments_do_not_replace_each_other(tmp_path: Pa
         changed = experiment | {"overrides": {"ARGS": args}, "extra_args": args.split()}
         names.append(record(run_of(tmp_path, str(number), experiment=changed), tmp_path).name)
     assert names == ["101_args.json", "101_args.2.json", "101_args.json"]
-    assert len(collect(tmp_path / "none", tmp_path, load_references()).rows) == 2
+    assert len(collect_records(tmp_path, load_references()).rows) == 2
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,8 @@ from harness.data.prepared import DATA, check_name, find, prefix_of
 from harness.data.progress import Progress
 from harness.data.sources import Definition, Hub, Synthetic, download, local_files
 from harness.data.tokenize import Done, Job, Watched, tokenize
-from harness.data.tokenizer import Tokenizer, find_tokenizer, package_version
+from harness.data.tokenizer import Tokenizer, find_tokenizer
+from harness.machine.provenance import package_version
 from harness.errors import UserError
 from harness.rundir import write_json
 

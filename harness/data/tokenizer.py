@@ -19,7 +19,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,6 +28,7 @@ import numpy as np
 from harness import ROOT
 from harness.data.tokenizer_files import DECIDING, DESCRIPTION, Kind, OTHERS, SENTENCE_PIECE, tokenizer_sha256
 from harness.data.vocabulary import gpt2_folder
+from harness.machine.provenance import package_version
 from harness.errors import UserError, nearest
 from harness.rundir import write_json
 
@@ -352,13 +352,6 @@ def resident_mib() -> float:
     import psutil
 
     return psutil.Process().memory_info().rss / 2**20
-
-
-def package_version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def versions() -> dict[str, str | None]:

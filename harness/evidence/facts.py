@@ -22,7 +22,7 @@ from harness.errors import UserError, nearest
 from harness.evidence.claims import Evaluated, evaluate, load_claims, sources
 from harness.evidence.expressions import Quantity, parse
 from harness.evidence.quantities import Source
-from harness.evidence.results import Reference, References, Row, collect, load_references
+from harness.evidence.results import Reference, References, Row, collect_records, load_references
 from harness.evidence.tables import VALUES
 from harness.experiment.catalog import Catalog, load_catalog
 from harness.experiment.formulas import OF_EXPERIMENT
@@ -51,7 +51,7 @@ class Facts:
     @classmethod
     def load(cls, records: Path) -> Facts:
         references = load_references()
-        return cls(records, load_catalog(), references, collect(records / "none", records, references).rows)
+        return cls(records, load_catalog(), references, collect_records(records, references).rows)
 
     @cached_property
     def of_hardware(self) -> tuple[Row, ...]:

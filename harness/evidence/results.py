@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -264,10 +264,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Results:
-    """Rows by experiment, and a warning for each file that could not be read."""
+    """Rows by experiment, and a warning for each file that could not be read.
+
+    Attributes:
+        records: the rows of all records, of those too whose run is among ``rows`` instead.
+    """
 
     rows: tuple[Row, ...]
     warnings: tuple[str, ...] = ()
+    records: tuple[Row, ...] = ()
 
     def select(
         self, chapter: int | None = None, ids: Sequence[str] = (), hardware: str | None = None
@@ -296,7 +301,7 @@ class Results:
             there = "; ".join(f"{name} {', '.join(sorted(set(map(of, self.rows))))}"
                               for name, (_, of) in chosen.items())
             raise UserError(f"no run of {asked}\nthere are runs of {there}")
-        return Results(kept, self.warnings)
+        return replace(self, rows=kept)
 
     def find(self, wanted: str) -> Row:
         """The row of this label, path, id or name.
@@ -348,18 +353,29 @@ def collect(
         UserError: there is no reference group ``against``.
     """
     group = references.group(against) if against else references.published
+    kept = collect_records(records_dir, references, against)
     runs, warnings = rundir.runs(outdir)
     rows = [_run_row(run, group) for run in runs]
     measured = {(row.id, row.result.started) for row in rows if row.result}
+    rows += [row for row in kept.rows if (row.id, row.result.started) not in measured]
+    return Results(_in_order(rows), warnings + kept.warnings, kept.rows)
+
+
+def collect_records(records_dir: Path, references: References, against: str | None = None) -> Results:
+    """Every record, as ``collect`` has them where there are no runs."""
+    group = references.group(against) if against else references.published
+    rows, warnings = [], []
     for path in sorted(records_dir.glob("*/*.json")):
         try:
-            record = _record_row(path, group)
+            rows.append(_record_row(path, group))
         except ValueError as error:
-            warnings += (f"{path}: skipped: {str(error).splitlines()[0]}",)
-            continue
-        if (record.id, record.result.started) not in measured:
-            rows.append(record)
-    return Results(tuple(sorted(rows, key=lambda row: (row.id, row.hardware, row.label))), warnings)
+            warnings.append(f"{path}: skipped: {str(error).splitlines()[0]}")
+    found = _in_order(rows)
+    return Results(found, tuple(warnings), found)
+
+
+def _in_order(rows: Iterable[Row]) -> tuple[Row, ...]:
+    return tuple(sorted(rows, key=lambda row: (row.id, row.hardware, row.label)))
 
 
 def losses(row: Row) -> dict[int, float]:

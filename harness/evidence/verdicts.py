@@ -15,7 +15,7 @@ from harness.errors import UserError, nearest
 from harness.evidence.claims import Evaluated, Side, evaluate, load_claims, sources
 from harness.evidence.expressions import spell
 from harness.evidence.quantities import Source, unit_of
-from harness.evidence.results import collect, load_references
+from harness.evidence.results import collect_records, load_references
 from harness.evidence.tables import BOLD, GREEN, MOST_TEXT, RED, RESET
 from harness.experiment.catalog import load_catalog
 
@@ -64,7 +64,7 @@ def print_claims(records: Path, settings: Mapping[str, str]) -> int:
     """
     catalog, references = load_catalog(), load_references()
     group = references.group(settings["AGAINST"]) if "AGAINST" in settings else references.published
-    kept = collect(records / "none", records, references, group.name)
+    kept = collect_records(records, references, group.name)
     for warning in kept.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     columns = sources(kept.select(hardware=settings.get("HARDWARE")).rows, catalog, references, group)

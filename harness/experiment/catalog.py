@@ -245,6 +245,11 @@ class Experiment(_Frozen):
         return range(self.profile[0] - 1, self.profile[1] + 2) if self.profile else range(0)
 
     @property
+    def fully_sharded(self) -> bool:
+        """Whether data parallelism is an FSDP, Megatron-LM's or PyTorch's."""
+        return self.sharding not in ("no_shard", "optim")
+
+    @property
     def layout(self) -> str:
         """The parallel layout in a few words: ``tp2+sp pp4 vpp3 m4``."""
         parts = [f"{axis}{getattr(self, axis)}" + ("+sp" if axis == "tp" and self.sequence_parallel else "")

@@ -109,7 +109,7 @@ def _lora_violations(e: Experiment) -> Iterator[str]:
     if experts:
         yield (f"LoRA: experts get no adapters, but {', '.join(experts)} of {e.model.name} are theirs; "
                "set LORA_TARGETS=linear_qkv,linear_proj")
-    if e.sharding not in ("no_shard", "optim"):
+    if e.fully_sharded:
         yield f"LoRA: sharding {e.sharding} is for weights that are trained; set SHARDING=optim or no_shard"
     if e.optimizer != "adam":
         yield f"LoRA: {e.optimizer} is for whole matrices, not for their factors; set OPTIMIZER=adam"
@@ -138,10 +138,9 @@ def _precision_violations(e: Experiment) -> Iterator[str]:
 
 
 def _sharding_violations(e: Experiment) -> Iterator[str]:
-    fsdp = e.sharding not in ("no_shard", "optim")
     if e.sharding == "torch_fsdp2" and (e.pp > 1 or e.ep > 1):
         yield f"torch FSDP2 works with neither pipeline nor expert parallelism (pp = {e.pp}, ep = {e.ep})"
-    if fsdp and e.optimizer != "adam":
+    if e.fully_sharded and e.optimizer != "adam":
         yield f"upstream's {e.optimizer} works with sharding no_shard or optim, not {e.sharding}"
     if e.optimizer == "muon" and e.model.num_experts and e.model.add_bias_linear and e.sharding == "optim":
         yield "upstream's sharded muon does not take experts with biases yet; set sharding: no_shard"

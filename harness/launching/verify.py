@@ -18,7 +18,7 @@ from pathlib import Path
 from harness.errors import UserError
 from harness.evidence import measured
 from harness.evidence.records import same_work
-from harness.evidence.results import Row, collect, load_references, metrics
+from harness.evidence.results import Row, collect, collect_records, load_references, metrics
 from harness.experiment import overrides
 from harness.experiment.catalog import load_catalog
 from harness.machine import gpus
@@ -53,7 +53,7 @@ def verify(id_: str, settings: Mapping[str, str], outdir: Path, records: Path, p
             steps than the averaging window needs, or other runs on the node.
     """
     experiment = overrides.apply(load_catalog().find(id_), settings)
-    rows = collect(records / "none", records, load_references()).rows
+    rows = collect_records(records, load_references()).rows
     kept = [row for row in rows if same_work(row.experiment, experiment)]
     if not kept:
         raise UserError(f"{experiment.label} has no record\nmake {id_} runs it, make record RUN=… keeps it")

@@ -41,8 +41,8 @@ def describe_environment(device: str, gpu_ids: Sequence[int] = ()) -> dict[str, 
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "python": platform.python_version(),
         "executable": sys.executable,
-        **{name: _version(name) for name in PACKAGES},
-        "nccl": next(filter(None, map(_version, NCCL_PACKAGES)), os.environ.get("NCCL_VERSION")),
+        **{name: package_version(name) for name in PACKAGES},
+        "nccl": next(filter(None, map(package_version, NCCL_PACKAGES)), os.environ.get("NCCL_VERSION")),
         "device": device,
         "gpu": used[0] if used else None,
         "gpus": used,
@@ -60,7 +60,7 @@ def describe_upstream() -> Upstream:
 
     tree = locate().tree
     if tree is None:
-        return Upstream(version=_version("megatron-core"), source="package")
+        return Upstream(version=package_version("megatron-core"), source="package")
     info = (tree / "megatron" / "core" / "package_info.py").read_text(encoding="utf-8")
     major, minor, patch, suffix = (_assigned(name, info) for name in _VERSION_PARTS)
     return Upstream(version=f"{major}.{minor}.{patch}{suffix}", commit=source_commit(tree)[0], source="submodule")
@@ -92,7 +92,8 @@ def _assigned(name: str, source: str) -> str:
     return found[1] if found else ""
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """The version of a distribution, None where it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -57,7 +57,7 @@ def _cpu(e: Experiment) -> list[Variable]:
     found = [
         Variable("HARNESS_DEVICE", "cpu", "harness.cpu stands in for CUDA"),
         Variable("CUDA_DEVICE_MAX_CONNECTIONS", "8", "upstream refuses 1 for FSDP")
-        if _fsdp(e)
+        if e.fully_sharded
         else Variable("CUDA_DEVICE_MAX_CONNECTIONS", "1", "upstream asserts it for tensor and context parallelism"),
         Variable("OMP_NUM_THREADS", str(threads), "the ranks share the cores"),
     ]
@@ -70,7 +70,7 @@ def _cuda(e: Experiment, memory_fraction: float | None) -> list[Variable]:
     found = [
         Variable("HARNESS_DEVICE", "cuda", "one GPU a rank"),
         Variable("CUDA_DEVICE_MAX_CONNECTIONS", "8", "FSDP gathers on several queues; upstream refuses 1")
-        if _fsdp(e)
+        if e.fully_sharded
         else Variable("CUDA_DEVICE_MAX_CONNECTIONS", "1", "one queue: communication starts before the GEMM beside it"),
         Variable("OMP_NUM_THREADS", "1", "torchrun's own choice for several ranks"),
     ]
@@ -78,7 +78,3 @@ def _cuda(e: Experiment, memory_fraction: float | None) -> list[Variable]:
         found.append(Variable("PYTORCH_CUDA_ALLOC_CONF", f"per_process_memory_fraction:{memory_fraction:.4f}",
                               f"behave as {e.card}: what its memory leaves to the allocator beside CUDA and NCCL"))
     return found
-
-
-def _fsdp(e: Experiment) -> bool:
-    return e.sharding not in ("no_shard", "optim")

@@ -21,7 +21,8 @@ from harness.data.header import bin_path, idx_path
 from harness.data.manifest import Chat, Counted, Manifest, Source, SourceFile, TokenizerUsed, Written
 from harness.data.prepare import only_one
 from harness.data.prepared import DATA, check_name, prefix_of
-from harness.data.tokenizer import Tokenizer, find_tokenizer, package_version
+from harness.data.tokenizer import Tokenizer, find_tokenizer
+from harness.machine.provenance import package_version
 from harness.errors import UserError
 from harness.data.chat import conversations as chat
 from harness.data.chat.byte_tokenizer import byte_folder

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -31,17 +31,16 @@ def write(outdir: Path, records: Path, path: Path) -> tuple[str, ...]:
     references, catalog = results.load_references(), load_catalog()
     found = results.collect(outdir, records, references)
     data = collect(found, references, catalog, load_profiles(outdir, records))
-    page = render(data | {"claims": claims(records, references, catalog)})
+    page = render(data | {"claims": claims(found.records, references, catalog)})
     with rundir.told_if_unwritable(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         rundir.write_text(path, page)
     return found.warnings
 
 
-def claims(records: Path, references: results.References, catalog: Catalog) -> list[dict[str, Any]]:
+def claims(records: Sequence[results.Row], references: results.References, catalog: Catalog) -> list[dict[str, Any]]:
     """Every claim as `make claims FORMAT=json` has it: on the records alone, and on the published table."""
-    rows = results.collect(records / "none", records, references).rows
-    sources = all_sources(rows, catalog, references)
+    sources = all_sources(records, catalog, references)
     return json.loads(verdicts.render(evaluate(load_claims(catalog), sources), sources, "json"))
 
 
