@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from harness.evidence.records import same_work
-from harness.evidence.results import Row, collect, load_references
+from harness.evidence.results import Row, collect_records, load_references
 from harness.experiment import overrides
 from harness.experiment.catalog import Experiment, load_catalog
 from harness.experiment.fit import DEEPEST, available_gib, verdict, ways_to_fit
@@ -33,7 +33,7 @@ def print_memory(id_: str, settings: Mapping[str, str], records: Path) -> int:
     for name, gib, meaning in pieces:
         said = "; ".join(filter(None, ["the most" if gib == widest else "", meaning]))
         print(f"  {name:12}{gib:7.1f}  {said}".rstrip())
-    rows = collect(records / "none", records, load_references()).rows
+    rows = collect_records(records, load_references()).rows
     print(f"  {'allocated':12}{memory.total:7.1f}  {_measured(e, memory, rows)}".rstrip())
     for card in cards:
         judged = verdict(memory, card)

@@ -209,7 +209,7 @@ def state_of_parameter(e: Experiment, replicas: int, *, matrix: bool = True) -> 
     param_and_grad_buffer.py, where --megatron-fsdp-main-grads-dtype is not given; fully_shard without a precision policy).
     """
     weight, gradient, optimizer = (4, 4, 8) if e.precision == "fp32" else (2, 4, 12)
-    if e.gradients == "bf16" or fsdp(e):
+    if e.gradients == "bf16" or e.fully_sharded:
         gradient = weight
     if e.optimizer_state == "bf16":
         optimizer = 6
@@ -270,11 +270,6 @@ def adapter_parameters(e: Experiment) -> int:
         "linear_fc2": m.ffn // e.tp + m.hidden_size,
     }
     return sum(widths[target] for target in e.lora.targets) * e.lora.rank * m.num_layers // e.pp
-
-
-def fsdp(e: Experiment) -> bool:
-    """Whether Megatron-FSDP or PyTorch's fully_shard holds the weights."""
-    return e.sharding not in ("no_shard", "optim")
 
 
 def _untied(e: Experiment) -> bool:
