@@ -1,10 +1,16 @@
 """What the machine must have for a marked test; without it the test is skipped, and says why."""
 
 import os
+import signal
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+
+def pytest_configure():
+    """In the background of a script, or under nohup, SIGINT is ignored, and by all that a test starts: heed it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):
