@@ -8,13 +8,14 @@ MAKEFLAGS += --no-builtin-rules --no-builtin-variables --no-print-directory
 # scripts/setup.sh brings .venv up to a stage, then runs its Python. A run asks for the heavy stage (torch) by itself.
 HARNESS := scripts/setup.sh light -- -m harness
 DATA_HARNESS := scripts/setup.sh light data -- -m harness
+CHAT_HARNESS := scripts/setup.sh heavy -- -m harness
 # The settings given on the command line or in the environment, as KEY=VALUE words.
 WORDS = $(foreach key,$(SETTINGS) $(MORE),$(if $(value $(key)),'$(key)=$(subst ','\'',$(value $(key)))'))
 
 include experiments/targets.mk
 
 .PHONY: checkpoints generate help list table claims compare doctor arguments monitor-gpu stop parity profile record report plots docs targets clean clean-all
-.PHONY: data-list data-prepare data-chat data-toy-chat data-clean data-inspect data-check
+.PHONY: data-list data-prepare data-chat data-clean data-inspect data-check
 .PHONY: import-hf export-hf
 .PHONY: setup setup-gpu docker-build docker-run test test-quick test-full lint
 
@@ -53,7 +54,7 @@ checkpoints: MORE = RUN
 checkpoints: ## step, size, loss; whole or not          [RUN=label or folder]
 	@$(HARNESS) checkpoints $(WORDS)
 generate: MORE = RUN PROMPT QUESTION TOKENS TEMPERATURE TOP_K TOP_P SEED
-generate: ## text from a checkpoint               RUN=label PROMPT="…" or QUESTION="…" [TOKENS=] [TEMPERATURE=] [TOP_K=] [TOP_P=] [SEED=]
+generate: ## text from a checkpoint          RUN=label-or-id or WEIGHTS=name; PROMPT="…", QUESTION="…" or DATA=conversations [TOKENS=] [TEMPERATURE=] [TOP_K=] [TOP_P=] [SEED=]
 	@$(HARNESS) generate $(WORDS)
 
 ##@ Read
@@ -85,9 +86,7 @@ data-list: ## data sets that are, or can be, prepared
 data-prepare: ## one of your own text                  NAME=… INPUT=file-or-folder [RULES=sv] [TOKENIZER=…]
 	@$(DATA_HARNESS) data prepare $(WORDS)
 data-chat: ## conversations, to fine-tune on             NAME=… INPUT=chat.jsonl [TOKENIZER=folder|gpt2|bytes]
-	@scripts/setup.sh light data heavy -- -m harness data chat $(WORDS)
-data-toy-chat: ## 50 questions and answers, for 8xx
-	@scripts/setup.sh light data heavy -- -m harness data chat NAME=toy-chat INPUT=data/toy-chat.jsonl TOKENIZER=bytes $(WORDS)
+	@$(CHAT_HARNESS) data chat $(WORDS)
 data-clean: ## text without what its rules drop         INPUT=… OUT=folder [RULES=sv]
 	@$(DATA_HARNESS) data clean $(WORDS)
 data-inspect: ## documents, tokens, lengths, samples   NAME=…

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from harness import ROOT
+from harness.data import prepared
+from harness.data.sources import Definition, definitions
 from harness.errors import UserError, nearest
 from harness.experiment import overrides
 from harness.experiment.catalog import Catalog, Experiment, load_catalog
@@ -44,10 +46,11 @@ def _run(words: list[str]) -> int:
         return _slurm(e, settings)
     _keep_gpus_awake()
     dry_run = settings.get("DRY_RUN") == "1"
+    if not dry_run:
+        _prepare_conversations([e], settings)
     planned = plan(e, settings, choose_device(settings, only_show=dry_run))
     if dry_run:
-        print(planned.script(), end="")
-        return 0
+        return _print_script(planned)
     if (status := _finished_before(planned)) is not None:
         return status
     from harness.launching.chapter import as_published
@@ -111,10 +114,35 @@ def _generate(words: list[str]) -> int:
 def _show(words: list[str]) -> int:
     e, settings = _experiment(words)
     device = choose_device(settings, only_show=True)
-    print(plan(e, {"RENDEZVOUS": "first-node:29500", **settings}, device).script(), end="")
+    status = _print_script(plan(e, {"RENDEZVOUS": "first-node:29500", **settings}, device))
     if device == "cpu" and "DEVICE" not in settings:
         print(f"# This is what runs here, without a GPU. At full size: make show-{e.id} DEVICE=cuda", file=sys.stderr)
+    return status
+
+
+def _print_script(planned: Plan) -> int:
+    print(planned.script(), end="")
+    wanted = planned.full.published_data
+    if planned.full.data == prepared.MOCK and "DATA" not in planned.full.overrides and wanted in _conversations():
+        print(f"# On mock data, for {wanted} is not prepared yet; make {planned.full.id} does that first.", file=sys.stderr)
     return 0
+
+
+def _conversations() -> dict[str, Definition]:
+    """The conversations that are made from a file of the repository, by name."""
+    return {name: known for name, known in definitions().items() if known.chat}
+
+
+def _prepare_conversations(experiments: Sequence[Experiment], settings: Mapping[str, str]) -> None:
+    """Prepare what is to be learned, where that is made here in seconds; a run on mock data would learn nothing."""
+    known = _conversations()
+    wanted = dict.fromkeys(settings.get("DATA", e.published_data) for e in experiments)
+    if missing := [name for name in wanted if name in known and name not in prepared.prepared()]:
+        _install_heavy()
+        from harness.data.chat.prepare import prepare_known
+
+        for name in missing:
+            prepare_known(known[name])
 
 
 def _slurm(e: Experiment, settings: Mapping[str, str]) -> int:
@@ -130,6 +158,7 @@ def _chapter(words: list[str]) -> int:
     experiments = load_catalog().in_chapter(overrides.count("chapter", number))
     _keep_gpus_awake()
     device = choose_device(settings)
+    _prepare_conversations(experiments, settings)
     from harness.launching.chapter import run_chapter
 
     _install_heavy()

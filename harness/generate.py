@@ -1,4 +1,4 @@
-"""``make generate``: text from a checkpoint, by upstream's model in one process. Needs no torch itself."""
+"""``make generate``: text from a run's checkpoint or imported weights, by upstream's model in one process. No torch here."""
 
 from __future__ import annotations
 
@@ -11,18 +11,25 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from harness import ROOT
 from harness.checkpoints import Checkpoint, Loading
 from harness.data import prepared
-from harness.errors import UserError
+from harness.errors import UserError, nearest
 from harness.experiment import overrides
 from harness.experiment.catalog import Experiment
 from harness.megatron.environment import variables
-from harness.megatron.flags import Device, loading_flags, megatron_flags
+from harness.megatron.flags import Device, loading_flags, megatron_flags, tokenizer_flags
 from harness.planning import resume
 
+if TYPE_CHECKING:
+    from harness.data.chat.conversations import Render
+
 SETTINGS = ("RUN", "PROMPT", "QUESTION", "TOKENS", "TEMPERATURE", "TOP_K", "TOP_P", "SEED")
+ASKED = ("PROMPT", "QUESTION", "DATA")
+USAGE = 'make generate RUN=label PROMPT="Once upon a time"'
+
 REQUEST_VARIABLE = "HARNESS_GENERATE"
 """Names the folder in which the process finds request.json, and leaves answer.json."""
 ONE_PROCESS = {"dp": 1, "tp": 1, "pp": 1, "vpp": 1, "cp": 1, "ep": 1, "etp": 1, "nodes": 1, "sequence_parallel": False,
@@ -44,24 +51,29 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """A checkpoint, the experiment it is of, and what to make of it."""
+    """A checkpoint, the experiment it is of, and what to make of it.
+
+    Attributes:
+        tokenizer: the folder of the tokenizer that imported weights came with; none for a run, which has its data's.
+        conversations: the pair, without its ending, of conversations whose answers are compared with the model's own.
+    """
 
     checkpoint: Checkpoint
     experiment: Experiment
     sampling: Sampling
+    tokenizer: Path | None = None
+    conversations: Path | None = None
 
 
 def parse(settings: Mapping[str, str], outdir: Path) -> Request:
     """What ``make generate`` asks for.
 
     Raises:
-        UserError: RUN or PROMPT is missing, a value is out of range, or there is no such checkpoint of a known model.
+        UserError: a setting is missing or out of range, or there is no such checkpoint of a known model.
     """
-    asked = "PROMPT" if "PROMPT" in settings or "QUESTION" not in settings else "QUESTION"
-    if missing := [key for key in ("RUN", asked) if key not in settings]:
-        raise UserError(f'{" and ".join(missing)} missing: make generate RUN=label PROMPT="Once upon a time"')
+    _check_words(settings)
     sampling = Sampling(
-        prompt=settings[asked],
+        prompt=settings.get("PROMPT", ""),
         tokens=overrides.count("TOKENS", settings.get("TOKENS", "64")),
         temperature=overrides.rate("TEMPERATURE", settings.get("TEMPERATURE", "1")),
         top_k=overrides.count("TOP_K", settings.get("TOP_K", "0"), least=0),
@@ -72,25 +84,82 @@ def parse(settings: Mapping[str, str], outdir: Path) -> Request:
         raise UserError(f"TOP_P={settings['TOP_P']}: expected a probability, 0 to 1")
     if sampling.top_k and sampling.top_p:
         raise UserError("TOP_K= and TOP_P= both drop tokens; give one of them")
-    found = resume.find(settings["RUN"], outdir, lambda said: print(said, file=sys.stderr))
+    weights = settings.get("WEIGHTS")
+    request = _of_weights(weights, sampling) if weights else _of_run(settings["RUN"], outdir, sampling)
+    tokenizer = request.tokenizer or _of_its_data(request.experiment)
+    if "QUESTION" in settings:
+        asked = [{"role": "user", "content": settings["QUESTION"]}]
+        return replace(request, sampling=replace(sampling, prompt=_template(tokenizer)(asked, True)))
+    if "DATA" in settings:
+        return replace(request, conversations=_conversations(settings["DATA"], request, tokenizer))
+    return request
+
+
+def _check_words(settings: Mapping[str, str]) -> None:
+    whose = [key for key in ("RUN", "WEIGHTS") if key in settings]
+    asked = [key for key in ASKED if key in settings]
+    if missing := ["RUN"] * (not whose) + ["PROMPT"] * (not asked):
+        raise UserError(f"{' and '.join(missing)} missing: {USAGE}")
+    for given in (whose, asked):
+        if len(given) > 1:
+            raise UserError(f"{' and '.join(given)} are given; leave one out: {USAGE}")
+
+
+def _of_run(wanted: str, outdir: Path, sampling: Sampling) -> Request:
+    """The newest whole checkpoint of the run, or in the folder, ``wanted``."""
+    found = resume.find(wanted, outdir, lambda said: print(said, file=sys.stderr))
     experiment = resume.experiment_of(found.path.parent)
     if experiment is None:
         raise UserError(f"{found.path.parent}: of which model? there is no experiment.json in it nor above it\n"
-                        "name a run: make checkpoints lists those that have some")
+                        "name a run (make checkpoints lists those that have some), or imported weights: WEIGHTS=")
     if experiment.sharding.startswith("fsdp"):
         raise UserError(f"{found.path} is Megatron-FSDP's, which only {experiment.sharding} can load")
-    if asked == "QUESTION":
-        sampling = replace(sampling, prompt=_in_template(sampling.prompt, experiment))
     return Request(found, experiment, sampling)
 
 
-def _in_template(question: str, e: Experiment) -> str:
-    """The question as the chat template of the run's tokenizer puts it. Raises UserError where there is none."""
+def _of_weights(named: str, sampling: Sampling) -> Request:
+    """What ``make import-hf`` left under the name, or in the folder, ``named``."""
+    from harness.convert import weights
+
+    folders = (weights.WEIGHTS / named, Path(named).expanduser().resolve())
+    folder, known = next(((folder, known) for folder in folders if (known := weights.read(folder))), (None, None))
+    if known is None:
+        names = sorted(path.parent.name for path in weights.WEIGHTS.glob(f"*/{weights.RECORD}"))
+        raise UserError(f"WEIGHTS={named}: {nearest(named, names)}\nmake import-hf brings some; RUN= names a run")
+    if not known.tokenizer:
+        raise UserError(f"WEIGHTS={named}: no tokenizer came with them, so that no text can be read or written\n"
+                        f"put tokenizer.json into {known.source} and import it again (FORCE=1)")
+    precision = "bf16" if "bfloat16" in known.dtypes else "fp32"
+    experiment = Experiment(id="100", slug="weights", chapter=100, shows=known.name, model=known.model, mbs=1, gbs=1,
+                            seq=known.positions, positions=known.positions, precision=precision)  # fmt: skip
+    return Request(resume.find(str(folder), folder.parent), experiment, sampling, folder / weights.HF)
+
+
+def _of_its_data(e: Experiment) -> Path | None:
+    """The tokenizer of what ``e`` was trained on; none for mock data."""
+    return None if e.data == prepared.MOCK else prepared.blend(e.data).sets[0].home / "tokenizer"
+
+
+def _template(tokenizer: Path | None) -> Render:
+    """The chat template of the tokenizer. Raises UserError where there is none."""
     from harness.data.chat.conversations import template_of
 
-    if e.data == prepared.MOCK:
+    if tokenizer is None:
         raise UserError("QUESTION=: this run was trained on no conversations; give PROMPT=")
-    return template_of(prepared.blend(e.data).sets[0].home / "tokenizer")([{"role": "user", "content": question}], True)
+    return template_of(tokenizer)
+
+
+def _conversations(name: str, request: Request, tokenizer: Path | None) -> Path:
+    """The pair of the data set ``name``: conversations in the tokens that the model knows."""
+    from harness.convert.weights import check_data
+
+    chosen = prepared.find(name)
+    if not chosen.chat:
+        raise UserError(f"DATA={name} is plain text; conversations, whose answers can be compared, come from make data-chat")
+    if tokenizer is None:
+        raise UserError(f"DATA={name}: this run was trained on mock data, it knows no text")
+    check_data(request.experiment.model, tokenizer, prepared.blend(name))
+    return chosen.prefix
 
 
 def generate(request: Request, device: Device) -> int:
@@ -101,7 +170,8 @@ def generate(request: Request, device: Device) -> int:
     """
     with tempfile.TemporaryDirectory(prefix="generate-") as name:
         folder = Path(name)
-        (folder / "request.json").write_text(json.dumps(asdict(request.sampling)), encoding="utf-8")
+        asked = {"sampling": asdict(request.sampling), "conversations": request.conversations and str(request.conversations)}
+        (folder / "request.json").write_text(json.dumps(asked), encoding="utf-8")
         with (folder / "log.txt").open("w") as log:
             status = subprocess.run(
                 [sys.executable, "-m", "harness.entry.generate", *_flags(request, device)],
@@ -112,11 +182,22 @@ def generate(request: Request, device: Device) -> int:
             errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
             raise UserError(errors[0] if errors else "\n".join(["no text was generated:", *lines[-8:]]))
         answer = json.loads((folder / "answer.json").read_text(encoding="utf-8"))
-    print(answer["text"])
-    step = request.checkpoint.step
-    print(f"[{answer['tokens']} tokens after {answer['prompt_tokens']}, step {step} of {request.checkpoint.path.parent}]",
-          file=sys.stderr)
+    _tell(request, answer)
     return 0
+
+
+def _tell(request: Request, answer: Mapping) -> None:
+    step, folder = request.checkpoint.step, request.checkpoint.path.parent
+    whose = f"step {step} of {folder}" if step else str(folder)
+    if request.conversations is None:
+        print(answer["text"])
+        print(f"[{answer['tokens']} tokens after {answer['prompt_tokens']}, {whose}]", file=sys.stderr)
+        return
+    for question, right, said in answer["others"]:
+        print(f"{question}\n  is answered: {said!r}\n  in the data: {right!r}")
+    name = request.conversations.parent.name
+    print(f"{answer['same']} of {answer['answers']} answers are those of {name}, token by token")
+    print(f"[{whose}]", file=sys.stderr)
 
 
 def _flags(request: Request, device: Device) -> list[str]:
@@ -128,7 +209,9 @@ def _flags(request: Request, device: Device) -> list[str]:
     words = [word for group in megatron_flags(alone, device) for word in group if word != forced]
     untied = ["--untie-embeddings-and-output-weights"] if e.sharding == "torch_fsdp2" else []
     loading = Loading(request.checkpoint.path.parent, request.checkpoint.step, only_weights=True)
-    return [*words, *untied, *loading_flags(loading), "--skip-train", "--seed", str(max(request.sampling.seed, 1))]
+    tokenizer = tokenizer_flags(alone.model, request.tokenizer) if request.tokenizer else []
+    seed = str(max(request.sampling.seed, 1))
+    return [*words, *untied, *tokenizer, *loading_flags(loading), "--skip-train", "--seed", seed]
 
 
 def _environment(e: Experiment, device: Device, folder: Path) -> dict[str, str]:

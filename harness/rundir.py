@@ -447,6 +447,17 @@ def newest(outdir: Path, label: str) -> RunDir | None:
     return RunDir(found[max(there)].resolve()) if there else None
 
 
+def label_of(wanted: str, outdir: Path) -> str:
+    """``wanted``, unless it is the id or name of an experiment: then the label of its newest run that kept checkpoints."""
+    from harness.checkpoints import in_folder
+
+    if (outdir / wanted).is_dir() or not re.match(r"\d{3}h?(-|$)", wanted):
+        return wanted
+    same = [run.dir for run in runs(outdir)[0] if wanted in (run.experiment.id, run.experiment.name)]
+    kept = [run for run in same if in_folder(run.checkpoints)]
+    return max(kept, key=lambda run: run.experiment_json.stat().st_mtime).label if kept else wanted
+
+
 def go_on(run_dir: RunDir, step: int) -> None:
     """Prepare ``run_dir`` for training on from ``step``: later lines are cut off, the log and the result are put aside."""
     number = 1 + len(list(run_dir.path.glob("logs.[0-9]*.txt")))

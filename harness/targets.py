@@ -47,8 +47,8 @@ def _lines(catalog: Catalog) -> Iterator[str]:
     for e in catalog.experiments:
         if e.until:
             yield f"train-{e.model.name}: ; @$(HARNESS) train {e.id} $(WORDS)"
-    for name in definitions():
-        yield f"data-{name}: ; @$(DATA_HARNESS) data {name} $(WORDS)"
+    for name, known in definitions().items():
+        yield f"data-{name}: ; @$({'CHAT' if known.chat else 'DATA'}_HARNESS) data {name} $(WORDS)"
     for e in catalog.experiments:
         yield f"show-{e.id}: ; @$(HARNESS) show {e.id} $(WORDS)"
 

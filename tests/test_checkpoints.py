@@ -1,6 +1,7 @@
 """Checkpoints on disk, judged and pruned without torch; and which of them a run begins with."""
 
 import json
+import os
 import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,6 +143,19 @@ def test_finding_by_label_folder_and_step(tmp_path):
         resume.find(str(tmp_path), tmp_path)
 
 
+def test_an_experiment_stands_for_its_newest_run_with_checkpoints(tmp_path):
+    older, newer, empty = (run_in(tmp_path, tiny(**settings)) for settings in ({}, {"LR": "1e-3"}, {"LR": "2e-3"}))
+    for age, run in enumerate((empty, newer, older)):
+        os.utime(run.experiment_json, (1e9 - age, 1e9 - age))
+    for run in (older, newer):
+        write(run.checkpoints, 5)
+    for wanted in ("101", tiny().name):
+        assert resume.find(wanted, tmp_path).path.parent == newer.checkpoints
+    assert resume.find(older.label, tmp_path).path.parent == older.checkpoints
+    with pytest.raises(UserError, match="no run or folder is called 111"):
+        resume.find("111", tmp_path)
+
+
 def test_another_model_is_refused_with_both_sizes(tmp_path):
     run = run_in(tmp_path, tiny())
     write(run.checkpoints, 5)
@@ -200,6 +214,23 @@ def test_resuming_takes_the_newest_whole_checkpoint_and_the_settings_of_before(t
     assert (planned.resumes, planned.first_step) == (run, 5) and planned.extras.saving == Saving(5, 2)
     assert planned.notices == ("checkpoint of step 10 skipped: __0_0.distcp is missing",)
     assert "--ckpt-step 5" in planned.script()
+
+
+def test_resuming_with_another_model_names_the_difference_and_with_another_dropout_goes_on(tmp_path):
+    e = tiny()
+    run = run_in(tmp_path, e)
+    write(run.checkpoints, 5)
+    asked = TINY | {"RESUME": "1", "OUTDIR": str(tmp_path)}
+    row = load_catalog().find("101")
+    other = row.with_changes(model=row.model.model_copy(update={"add_bias_linear": False, "dropout": 0.0}))
+    with pytest.raises(UserError, match=f"{run.label} holds another model: add_bias_linear True there, add_bias_linear False in 101-"):
+        plan(other, asked, "cpu")
+    same = row.with_changes(model=row.model.model_copy(update={"dropout": 0.0}))
+    planned = plan(same, asked, "cpu")
+    assert planned.first_step == 5 and planned.notices == ("dropout was 0.1 and is 0.0 from here on",)
+    rundir.write_json(run.experiment_json, json.loads(run.experiment_json.read_text()) | {"data": "gone"})
+    with pytest.raises(UserError, match="was trained on gone, this would go on with mock\nDATA=\"gone\" goes on with the same"):
+        plan(row, asked, "cpu")
 
 
 def test_resuming_cuts_what_the_checkpoint_does_not_know_of(tmp_path):

@@ -87,3 +87,30 @@ def test_dry_run_runs_nothing() -> None:
 def test_a_closed_pipe_is_no_error() -> None:
     done = subprocess.run(["bash", "-c", f"{sys.executable} -m harness list | head -n 1"], cwd=ROOT, text=True, capture_output=True)
     assert done.returncode == 0 and not done.stderr
+
+
+def test_conversations_that_are_made_here_are_prepared_before_a_run_and_said_to_lack_in_a_script(monkeypatch, capsys):
+    from harness import cli
+    from harness.data import prepared
+    from harness.data.chat import prepare
+    from harness.errors import UserError
+
+    brought = []
+    monkeypatch.setattr(prepared, "prepared", lambda: ())
+    monkeypatch.setattr(cli, "_install_heavy", lambda *stages: None)
+    monkeypatch.setattr(prepare, "prepare_known", lambda known: brought.append(known.name))
+    monkeypatch.setattr(prepared, "default_for", lambda e: "mock")
+    for words in (["show", "801", "DEVICE=cpu"], ["run", "801", "DEVICE=cpu", "DRY_RUN=1"]):
+        assert cli.main(words) == 0
+        said = capsys.readouterr()
+        assert "--mock-data" in said.out and "# On mock data, for toy-chat is not prepared yet; make 801 does that" in said.err
+    assert cli.main(["show", "101", "DEVICE=cpu"]) == 0 and "On mock data" not in capsys.readouterr().err
+    assert not brought
+
+    def stop(*args):
+        raise UserError("planned")
+
+    monkeypatch.setattr(cli, "plan", stop)
+    for words in (["run", "801"], ["run", "101", "DATA=toy-chat-2"], ["run", "801", "DATA=mock"], ["run", "811"], ["chapter", "800"]):
+        assert cli.main([*words, "DEVICE=cpu"]) in (1, 2)
+    assert brought == ["toy-chat", "toy-chat-2", "toy-chat", "toy-chat-2"]

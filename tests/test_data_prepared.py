@@ -318,7 +318,7 @@ def test_the_definitions_are_read_and_pin_what_can_be_pinned():
 BAD_DEFINITIONS = {
     "x:\n  shows: y\n  hub: {repository: a/b, revision: c, files: d, gatd: true}": "'hub.gatd'; did you mean gated",
     "x:\n  shows: y\n  limits: 3\n  synthetic: {size_mb: 1}": "unknown key 'limits'; did you mean limit",
-    "x:\n  shows: y": "either hub or synthetic",
+    "x:\n  shows: y": "either hub, synthetic or chat",
     "x:\n  shows: y\n  synthetic: {size_mb: 0}": "size_mb",
     "x:\n  synthetic: {size_mb: 1}": "'shows' is missing",
     "X y:\n  shows: y\n  synthetic: {size_mb: 1}": "name",

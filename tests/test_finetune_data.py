@@ -17,7 +17,7 @@ from harness.errors import UserError
 from harness.experiment.catalog import load_catalog
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny_chat import READ, conversation, make_data, write_lines
+from tiny_chat import READ, conversation, write_lines
 
 pytestmark = pytest.mark.cpu
 
@@ -106,15 +106,60 @@ def test_what_a_run_reads(tmp_path):
     assert all((a["tokens"] == b["tokens"]).all() for a, b in zip(samples, again, strict=True))
 
 
+@pytest.fixture
+def chat(tmp_path, monkeypatch):
+    """Conversations as the data set ``chat``, for plans."""
+    prepare_chat("chat", write_lines(tmp_path / "chat.jsonl", [conversation("q", "a")] * 9), "bytes", folder=tmp_path)
+    find = prepared.find
+    monkeypatch.setattr(prepared, "find", lambda name, folder=tmp_path: find(name, tmp_path))
+    return {"DATA": "chat", "OUTDIR": str(tmp_path)}
+
+
+def test_a_narrow_model_learns_as_fast_as_a_wide_one(chat):
+    from harness.planning.plan import plan
+
+    def rate(id_: str, **settings: str) -> float:
+        return plan(load_catalog().find(id_), chat | settings, "cpu").experiment.lr
+
+    wide = load_catalog().find("801")
+    assert rate("801") == wide.lr * wide.model.hidden_size / 64 and rate("801", LR="1e-3") == 1e-3
+    assert rate("802") == load_catalog().find("802").lr, "adapters begin as nothing, whatever the width"
+
+
+def test_adapters_beside_random_weights_are_told(chat):
+    from harness.planning.plan import plan
+
+    assert "adapters beside random weights learn little" in plan(load_catalog().find("802"), chat, "cpu").notices[0]
+    assert not plan(load_catalog().find("801"), chat, "cpu").notices
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [({"CP": "2"}, "set CP=1"), ({"PP": "2"}, "MBS=1"), ({"SPLIT": "98,1,1"}, "conversations"), ({"WEIGHTS": "nothing"}, "import-hf")],
 )
-def test_runs_that_conversations_do_not_fit(tmp_path, monkeypatch, settings, said):
+def test_runs_that_conversations_do_not_fit(chat, settings, said):
     from harness.planning.plan import plan
 
-    make_data(tmp_path)
-    find = prepared.find
-    monkeypatch.setattr(prepared, "find", lambda name, folder=tmp_path: find(name, tmp_path))
     with pytest.raises(UserError, match=said):
-        plan(load_catalog().find("801"), {"DATA": "chat", "OUTDIR": str(tmp_path), **settings}, "cpu")
+        plan(load_catalog().find("801"), chat | settings, "cpu")
+
+
+def test_a_checkpoint_of_another_tokenizers_data_is_refused(tmp_path, chat, monkeypatch):
+    """The same sizes, other tokens: it would train, and mean nothing."""
+    from dataclasses import replace
+
+    from harness.checkpoints import Checkpoint
+    from harness.planning.resume import check_fits
+    from harness.rundir import create
+
+    e = load_catalog().find("801").with_changes(data="chat")
+    run = create(tmp_path, "before")
+    run.freeze_experiment(e.with_changes(data="old"), "cpu", None)
+    chosen = prepared.find("chat")
+    others = {"chat": chosen, "old": replace(chosen, name="old", tokenizer_sha256="other")}
+    monkeypatch.setattr(prepared, "find", lambda name, folder=tmp_path: others[name])
+    found = Checkpoint(run.checkpoints / "iter_0000005", 5, 0, None)
+    with pytest.raises(UserError, match="was trained on old, DATA=chat was made by another tokenizer\nprepare chat again with TOKENIZER="):
+        check_fits(found, e)
+    others["old"] = replace(chosen, name="old")
+    check_fits(found, e)

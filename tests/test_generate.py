@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent))
+import tiny_hf
+
 from harness import generate
 from harness.data.prepared import DATA
 from harness.errors import UserError
@@ -21,6 +24,9 @@ SENTENCE = "the quick brown fox jumps over the lazy dog while seven wizards quie
 @pytest.mark.parametrize("settings, said", [
     ({}, 'RUN and PROMPT missing: make generate RUN=label PROMPT="'),
     ({"RUN": "a"}, "PROMPT missing"),
+    ({"RUN": "a", "WEIGHTS": "b", "PROMPT": "a"}, "RUN and WEIGHTS are given; leave one out"),
+    ({"RUN": "a", "PROMPT": "a", "QUESTION": "b"}, "PROMPT and QUESTION are given; leave one out"),
+    ({"WEIGHTS": "nothing", "PROMPT": "a"}, "WEIGHTS=nothing: .*\nmake import-hf brings some"),
     ({"RUN": "nothing", "PROMPT": "a"}, "no run or folder is called nothing"),
     ({"RUN": "a", "PROMPT": "a", "TOKENS": "0"}, "TOKENS=0: expected a whole number, 1 or more"),
     ({"RUN": "a", "PROMPT": "a", "TEMPERATURE": "hot"}, "TEMPERATURE=hot: expected a number"),
@@ -77,6 +83,30 @@ def harness(*words: str) -> subprocess.CompletedProcess[str]:
     done = subprocess.run([sys.executable, "-m", "harness", *words], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("name", ["llama", *(pytest.param(other, marks=pytest.mark.full) for other in ("gpt2", "olmoe", "gpt-oss"))])
+def test_imported_weights_say_what_hugging_face_has_them_say(tmp_path, capsys, name):
+    """Random weights, and words that are told apart: the same tokens, one after another."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from harness.convert.importing import import_folder
+
+    model = tiny_hf.make(name, tmp_path / "hf")
+    words = Tokenizer(models.WordLevel({f"w{n}": n for n in range(tiny_hf.VOCABULARY)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    end = tiny_hf.VOCABULARY - 1
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token=f"w{end}", unk_token="w0").save_pretrained(tmp_path / "hf")
+    import_folder(str(tmp_path / "hf"), tmp_path / "weights", name)
+    prompt = [5, 17, 101]
+    settings = {"WEIGHTS": str(tmp_path / "weights"), "PROMPT": " ".join(f"w{n}" for n in prompt), "TOKENS": "24", "TEMPERATURE": "0"}
+    assert generate.generate(generate.parse(settings, tmp_path), "cpu") == 0
+    said = [int(word[1:]) for word in capsys.readouterr().out.split()]
+    theirs = model.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False, eos_token_id=end, pad_token_id=end)[0].tolist()
+    assert said == [n for n in theirs if n != end] and len(said) > 12
 
 
 @pytest.mark.cpu

@@ -13,6 +13,7 @@ from harness.data import prepared
 from harness.errors import UserError
 from harness.experiment import overrides
 from harness.finetune.adapters import FOLDER, read_record
+from harness.rundir import label_of
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -67,9 +68,10 @@ def export_hf(settings: Mapping[str, str], outdir: Path) -> int:
 
     like = hub.locate(settings["HF"]) if "HF" in settings else None
     begun = time.monotonic()
-    adapters = outdir / settings["RUN"] / FOLDER
+    run = label_of(settings["RUN"], outdir)
+    adapters = outdir / run / FOLDER
     trained = read_record(adapters)
-    folder = ROOT / trained.base if trained and trained.base else saved(settings["RUN"], outdir)
+    folder = ROOT / trained.base if trained and trained.base else saved(run, outdir)
     if overrides.switch("ADAPTERS", settings.get("ADAPTERS", "0")):
         return _export_adapters(adapters, folder, target, like)
     done = export_checkpoint(folder, target, like=like, adapters=adapters if trained else None)

@@ -8,6 +8,7 @@ hf/                                config.json and the tokenizer, as they came
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -18,8 +19,8 @@ from harness.data.prepared import Blend
 from harness.errors import UserError
 from harness.experiment.catalog import Model
 
-_TRAINING = ("name", "dropout", "init_method_std", "moe_aux_loss_coeff", "moe_z_loss_coeff",
-             "ffn_hidden_size", "num_query_groups", "kv_channels", "moe_ffn_hidden_size")  # fmt: skip
+_ONLY_TRAINING = ("dropout", "init_method_std", "moe_aux_loss_coeff", "moe_z_loss_coeff")
+_TRAINING = (*_ONLY_TRAINING, "name", "ffn_hidden_size", "num_query_groups", "kv_channels", "moe_ffn_hidden_size")
 """Fields of a model that its weights do not depend on, or whose defaults say the same in another way."""
 WEIGHTS = ROOT / "weights"
 RECORD, RELEASE, HF = "weights.json", "release", "hf"
@@ -72,9 +73,17 @@ def differences(trained: Model, model: Model) -> dict[str, tuple[object, object]
     What only training is about (dropout, initial weights, losses of the router) may differ.
     """
     widths = ("query_size", "key_size", "ffn", *(["moe_ffn"] if trained.num_experts else []))
-    names = (*widths, *(name for name in Model.model_fields if name not in _TRAINING))
-    pairs = {name: (getattr(trained, name), getattr(model, name)) for name in names}
-    return {name: (there, here) for name, (there, here) in pairs.items() if there != here}
+    return _pairs(trained, model, (*widths, *(name for name in Model.model_fields if name not in _TRAINING)))
+
+
+def training_differences(trained: Model, model: Model) -> dict[str, tuple[object, object]]:
+    """In what else the two differ, that only training is about: field -> both values."""
+    return _pairs(trained, model, _ONLY_TRAINING)
+
+
+def _pairs(trained: Model, model: Model, names: Sequence[str]) -> dict[str, tuple[object, object]]:
+    both = {name: (getattr(trained, name), getattr(model, name)) for name in names}
+    return {name: (there, here) for name, (there, here) in both.items() if there != here}
 
 
 def check_data(model: Model, tokenizer: Path, blend: Blend) -> None:

@@ -93,7 +93,12 @@ def prepare_known(name: str, words: Sequence[str]) -> int:
     from harness.data.prepare import prepare, recipe_of
 
     settings = _settings(words, HOW)
-    recipe = recipe_of(definition(name))
+    known = definition(name)
+    if known.chat:
+        from harness.data.chat.prepare import prepare_known as prepare_known_chat
+
+        return prepare_known_chat(known, force=overrides.switch("FORCE", settings.get("FORCE", "0")))
+    recipe = recipe_of(known)
     if "SIZE_MB" in settings:
         if not hasattr(recipe.source, "size_mb"):
             raise UserError(f"SIZE_MB={settings['SIZE_MB']}: {name} is not made here, so its size is given")

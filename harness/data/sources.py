@@ -43,12 +43,13 @@ class Synthetic(_Frozen):
 
 
 class Definition(_Frozen):
-    """A data set that can be prepared by its name. ``limit`` counts documents from the front."""
+    """A data set that can be prepared by its name. ``limit`` counts documents from the front, ``chat`` is a file in data/."""
 
     name: Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
     shows: Annotated[str, Field(min_length=1)]
     hub: Hub | None = None
     synthetic: Synthetic | None = None
+    chat: Annotated[str, Field(pattern=r"^[\w.-]+\.jsonl$")] | None = None
     key: str = "text"
     limit: Annotated[int, Field(ge=1)] | None = None
     clean: str | None = None
@@ -56,8 +57,8 @@ class Definition(_Frozen):
 
     @model_validator(mode="after")
     def _one_source(self) -> Definition:
-        if (self.hub is None) == (self.synthetic is None):
-            raise ValueError("give either hub or synthetic")
+        if sum(source is not None for source in (self.hub, self.synthetic, self.chat)) != 1:
+            raise ValueError("give either hub, synthetic or chat")
         return self
 
 

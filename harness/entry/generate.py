@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
 
@@ -14,7 +15,8 @@ def main() -> None:
     """Answer the request in the folder that ``HARNESS_GENERATE`` names."""
     failures.die_with(os.getppid())
     folder = Path(os.environ[REQUEST_VARIABLE])
-    sampling = Sampling(**json.loads((folder / "request.json").read_text(encoding="utf-8")))
+    asked = json.loads((folder / "request.json").read_text(encoding="utf-8"))
+    sampling = Sampling(**asked["sampling"])
     with failures.ended_at_once(None):
         found = rank.prepare()
         from megatron.training import training
@@ -23,7 +25,8 @@ def main() -> None:
 
         def build_and_sample(*args, **kwargs) -> NoReturn:
             model = build(*args, **kwargs)[0]
-            answer = sample(model[0], sampling)
+            pair = asked["conversations"]
+            answer = compare(model[0], Path(pair)) if pair else sample(model[0], sampling)
             (folder / "answer.json").write_text(json.dumps(answer), encoding="utf-8")
             sys.exit(0)
 
@@ -34,17 +37,48 @@ def main() -> None:
 
 
 def sample(model, sampling: Sampling) -> dict[str, object]:
-    """The prompt and what follows it. Where both outgrow the model's sequence, it sees the end of them.
+    """The prompt and what follows it; returns ``text``, and how many tokens the prompt and the continuation have."""
+    from megatron.training import get_tokenizer
 
-    Returns ``text``, and how many tokens the prompt and the continuation have.
+    tokenizer = get_tokenizer()
+    prompt = list(tokenizer.tokenize(sampling.prompt))
+    said = go_on(model, prompt, sampling)
+    shown = said[:-1] if said[-1] == getattr(tokenizer, "eod", None) else said
+    return {"text": tokenizer.detokenize(prompt + shown), "prompt_tokens": len(prompt), "tokens": len(said)}
+
+
+def compare(model, pair: Path) -> dict[str, object]:
+    """The model's likeliest answers beside those of conversations, each after all that comes before it there.
+
+    Returns how many ``answers`` there are, how many the model gives the ``same``, token by token, and of the ``others``
+    the last thing asked, the answer in the data and the model's.
     """
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+    from megatron.training import get_tokenizer
+
+    tokenizer, data = get_tokenizer(), IndexedDataset(str(pair))
+    bounds = data.document_indices.tolist()
+    answers, others = 0, []
+    for first, behind in pairwise(bounds):
+        before: list[int] = []
+        for read, answer in ((data[n].tolist(), data[n + 1].tolist()) for n in range(first, behind, 2)):
+            before += read
+            said = go_on(model, before, Sampling("", tokens=len(answer), temperature=0.0))
+            answers += 1
+            if said != answer:
+                others.append([tokenizer.detokenize(read), tokenizer.detokenize(answer), tokenizer.detokenize(said)])
+            before += answer
+    return {"answers": answers, "same": answers - len(others), "others": others}
+
+
+def go_on(model, prompt: list[int], sampling: Sampling) -> list[int]:
+    """The tokens that follow ``prompt``. Where both outgrow the model's sequence, it sees the end of them."""
     import torch
     from megatron.training import get_args, get_tokenizer
 
     args, tokenizer = get_args(), get_tokenizer()
     generator = torch.Generator().manual_seed(sampling.seed)
-    ids = list(tokenizer.tokenize(sampling.prompt))
-    prompt_tokens = len(ids)
+    ids = list(prompt)
     model.eval()
     with torch.no_grad():
         for _ in range(sampling.tokens):
@@ -54,7 +88,7 @@ def sample(model, sampling: Sampling) -> dict[str, object]:
             ids.append(draw(logits, sampling, generator))
             if ids[-1] == getattr(tokenizer, "eod", None):
                 break
-    return {"text": tokenizer.detokenize(ids), "prompt_tokens": prompt_tokens, "tokens": len(ids) - prompt_tokens}
+    return ids[len(prompt) :]
 
 
 def draw(logits, sampling: Sampling, generator) -> int:

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
 from harness.checkpoints import Loading, Saving
 from harness.data import prepared
-from harness.experiment.catalog import Experiment
+from harness.experiment.catalog import Experiment, Model
 from harness.experiment.flops import padded_vocab_size
 from harness.finetune.arguments import flags as lora_flags
 from harness.megatron.tracking import Tracking
@@ -106,6 +107,12 @@ def megatron_flags(e: Experiment, device: Device, *, apex: bool = False) -> list
 def model_flags(e: Experiment) -> list[str]:
     """The arguments that say what ``e``'s model is, apart from how it is trained."""
     return _words(*_model(e), *_experts(e, cuda=False), f"--init-method-std {e.model.init_method_std}")
+
+
+def tokenizer_flags(model: Model, folder: Path) -> list[str]:
+    """The tokenizer in ``folder`` in place of the one that ``megatron_flags`` names; the model keeps its vocabulary."""
+    return ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(folder),
+            "--make-vocab-size-divisible-by", str(padded_vocab_size(model.vocab_size, 1))]
 
 
 def saving_flags(e: Experiment, saving: Saving) -> list[str]:

@@ -41,13 +41,15 @@ def miniature(experiment: Experiment, nodes: int = 1) -> Experiment:
     sequence = max(experiment.seq_length // SEQUENCE_SCALE // chunks, CONVERSATION // chunks if talks else 1) * chunks
     stage_ranks = prod(sizes.values()) // sizes["pp"]
     ep = min(experiment.ep, stage_ranks)
+    model = experiment.model if experiment.weights else _miniature_model(experiment)
     return experiment.with_changes(
         **sizes,
         ep=ep,
         etp=min(experiment.etp, stage_ranks // ep),
         global_batch_size=experiment.global_batch_size * sizes["dp"] // experiment.dp,
         nodes=nodes,
-        model=experiment.model if experiment.weights else _miniature_model(experiment),
+        model=model,
+        lr=_learning_rate(experiment, model) if talks else experiment.lr,
         seq_length=experiment.seq_length if "SEQ" in experiment.overrides else sequence,
         steps=experiment.steps if "STEPS" in experiment.overrides else steps,
         **(_intervals(experiment, steps) if experiment.until else {}),
@@ -73,12 +75,19 @@ def describe(full: Experiment, small: Experiment) -> str:
         ("vocabulary", full.model.vocab_size, small.model.vocab_size),
         ("experts", full.model.num_experts, small.model.num_experts),
         ("window", full.model.window_size, small.model.window_size),
+        ("learning rate", full.lr, small.lr),
         ("precision", full.precision, small.precision),
         ("optimizer state", full.optimizer_state, small.optimizer_state),
     ]
-    return "CPU miniature, not comparable with a GPU run: " + ", ".join(
-        f"{what} {before} -> {after}" for what, before, after in scaled if before != after
-    )
+    changes = ", ".join(f"{what} {before} -> {after}" for what, before, after in scaled if before != after)
+    return f"CPU miniature, not comparable with a GPU run{': ' * bool(changes)}{changes}"
+
+
+def _learning_rate(experiment: Experiment, model: Model) -> float | None:
+    """Where all weights learn, in inverse proportion to the width (Adam: Yang et al. 2022, arXiv:2203.03466, table 3)."""
+    if experiment.lr is None or experiment.lora or "LR" in experiment.overrides:
+        return experiment.lr
+    return experiment.lr * experiment.model.hidden_size / model.hidden_size
 
 
 def _intervals(experiment: Experiment, steps: int) -> dict[str, int]:

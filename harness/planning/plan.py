@@ -9,6 +9,7 @@ from pathlib import Path
 
 from harness import ROOT, checkpoints, rundir
 from harness.checkpoints import Loading, Saving
+from harness.convert.weights import training_differences
 from harness.data import prepared
 from harness.data.splits import check_split
 from harness.errors import UserError
@@ -20,6 +21,9 @@ from harness.planning import resume, start
 from harness.planning.command import NOTHING_ELSE, Extras, Place, render
 from harness.planning.miniature import describe, miniature
 from harness.rundir import RunDir
+
+WITHOUT_WEIGHTS = ("adapters beside random weights learn little, this measures time and memory; WEIGHTS= names weights that "
+                   "know something: make import-hf brings some, make 801 trains some")
 
 
 @dataclass(frozen=True)
@@ -98,9 +102,9 @@ def plan(experiment: Experiment, settings: Mapping[str, str], device: Device) ->
     place = _place(small, settings)
     if small.data != "mock":
         check_split(prepared.blend(small.data), small.split)
-    resumes = _resumed(outdir, small, settings)
+    notices = [WITHOUT_WEIGHTS] if small.lora and not small.weights and not small.load else []
+    resumes = _resumed(outdir, small, settings, notices.append)
     saving = _saving(small, settings, resumes)
-    notices: list[str] = []
     loading = _loading(small, outdir, saving, resumes, notices.append)
     return Plan(
         full=full,
@@ -134,8 +138,8 @@ def _data_of_its_target(full: Experiment, device: Device) -> str:
     return prepared.find(full.published_data).name
 
 
-def _resumed(outdir: Path, e: Experiment, settings: Mapping[str, str]) -> RunDir | None:
-    """The run that ``RESUME=1`` goes on with."""
+def _resumed(outdir: Path, e: Experiment, settings: Mapping[str, str], tell: Callable[[str], None]) -> RunDir | None:
+    """The run that ``RESUME=1`` goes on with; ``tell`` hears what of its model is another now."""
     if not overrides.switch("RESUME", settings.get("RESUME", "0")):
         return None
     run = rundir.newest(outdir, e.label)
@@ -149,8 +153,12 @@ def _resumed(outdir: Path, e: Experiment, settings: Mapping[str, str]) -> RunDir
         raise UserError(f"RESUME=1: {run.label}: {error}") from None
     if run.read_saving() is None and "SAVE" not in settings:
         raise UserError(f"RESUME=1: {run.label} kept no checkpoints, there is nothing to go on from\nstart anew with SAVE=1")
-    if frozen.model != e.model:
-        resume.refuse(run.path, frozen.model, e)
+    if frozen.data != e.data:
+        raise UserError(f"RESUME=1: {run.label} was trained on {frozen.data}, this would go on with {e.data}\n"
+                        f'DATA="{frozen.data}" goes on with the same, LOAD={run.label} begins a new run with its checkpoint')
+    resume.check_model(run.path, frozen.model, e)
+    for name, (before, now) in training_differences(frozen.model, e.model).items():
+        tell(f"{name} was {before} and is {now} from here on")
     return run
 
 

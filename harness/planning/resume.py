@@ -9,9 +9,10 @@ from typing import NoReturn
 from harness import checkpoints
 from harness.checkpoints import STEP_FOLDER, Checkpoint, Contents, examine, newest_whole
 from harness.convert import weights
+from harness.data import prepared
 from harness.errors import UserError, nearest
 from harness.experiment.catalog import Experiment, Model
-from harness.rundir import RunDir, runs
+from harness.rundir import RunDir, label_of, runs
 
 
 def find(wanted: str, outdir: Path, tell: Callable[[str], None] = lambda _: None) -> Checkpoint:
@@ -32,8 +33,12 @@ def find(wanted: str, outdir: Path, tell: Callable[[str], None] = lambda _: None
 
 
 def folder_of(wanted: str, outdir: Path) -> Path:
-    """Where the checkpoints of a run or folder lie. Raises UserError where ``wanted`` is neither."""
-    for path in (outdir / wanted, Path(wanted)):
+    """Where the checkpoints of a run, of an experiment's newest run or in a folder lie.
+
+    Raises:
+        UserError: ``wanted`` is none of them.
+    """
+    for path in (outdir / label_of(wanted, outdir), Path(wanted)):
         run = RunDir(path.resolve())
         if run.experiment_json.exists():
             return run.checkpoints
@@ -44,22 +49,36 @@ def folder_of(wanted: str, outdir: Path) -> Path:
 
 
 def check_fits(found: Checkpoint, experiment: Experiment) -> None:
-    """Raise UserError where ``found`` is a checkpoint of another model than ``experiment``'s."""
+    """Raise UserError where ``found`` is of another model than ``experiment``'s, or of data of another tokenizer."""
     model, trained = experiment.model, model_of(found.path.parent)
-    if trained and weights.differences(trained, model):
-        refuse(found.path, trained, experiment)
+    if trained:
+        check_model(found.path, trained, experiment)
     shape = _embedding(found.contents)
     if shape and shape[1] != model.hidden_size:
         _refuse(found.path, f"hidden_size {shape[1]}", f"hidden_size {model.hidden_size}", experiment)
+    _check_tokenizer(found, experiment)
 
 
-def refuse(path: Path, was: Model, experiment: Experiment) -> NoReturn:
-    """Raise UserError that says in which sizes ``was``, the model of ``path``, differs from ``experiment``'s."""
-    model = experiment.model
-    pairs = [(key, getattr(was, key), getattr(model, key)) for key in type(model).model_fields if key != "name"]
-    there = ", ".join(f"{key} {a}" for key, a, b in pairs if a != b)
-    here = ", ".join(f"{key} {b}" for key, a, b in pairs if a != b)
-    _refuse(path, there, here, experiment)
+def check_model(path: Path, trained: Model, experiment: Experiment) -> None:
+    """Raise UserError where ``experiment``'s model cannot take the weights of ``trained``, the model of ``path``."""
+    if found := weights.differences(trained, experiment.model):
+        own = {key: pair for key, pair in found.items() if key in type(trained).model_fields} or found  # not what follows
+        there, here = (", ".join(f"{key} {pair[side]}" for key, pair in own.items()) for side in (0, 1))
+        _refuse(path, there, here, experiment)
+
+
+def _check_tokenizer(found: Checkpoint, experiment: Experiment) -> None:
+    trained = experiment_of(found.path.parent)
+    pair = (trained.data, experiment.data) if trained else ()
+    if prepared.MOCK in pair or len(set(pair)) < 2:
+        return
+    try:
+        before = prepared.blend(pair[0]).sets[0]
+    except UserError:  # it is no longer there
+        return
+    if before.tokenizer_sha256 != (chosen := prepared.blend(pair[1]).sets[0]).tokenizer_sha256:
+        raise UserError(f"{found.path} was trained on {before.name}, DATA={chosen.name} was made by another tokenizer\n"
+                        f"prepare {chosen.name} again with TOKENIZER={before.home / 'tokenizer'}")
 
 
 def _refuse(path: Path, there: str, here: str, experiment: Experiment) -> NoReturn:

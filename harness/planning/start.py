@@ -10,7 +10,7 @@ from harness.data import prepared
 from harness.errors import UserError, nearest
 from harness.experiment.catalog import Experiment, Model
 from harness.finetune.adapters import FOLDER, read_record
-from harness.rundir import RunDir
+from harness.rundir import RunDir, label_of
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ def find(named: str, outdir: Path) -> Start:
         if known := weights.read(folder):
             tokenizer = folder / weights.HF if known.tokenizer else None
             return Start(_from_root(folder), known.model, known.positions, tokenizer)
-    runs = [path for path in (outdir / named, Path(named).expanduser()) if RunDir(path).experiment_json.is_file()]
+    places = (outdir / label_of(named, outdir), Path(named).expanduser())
+    runs = [path for path in places if RunDir(path).experiment_json.is_file()]
     if not runs:
         names = [path.parent.name for place, file in ((weights.WEIGHTS, weights.RECORD), (outdir, "experiment.json"))
                  for path in sorted(place.glob(f"*/{file}"))]  # fmt: skip

@@ -20,7 +20,8 @@ from harness.data import indexed
 from harness.data.header import bin_path, idx_path
 from harness.data.manifest import Chat, Counted, Manifest, Source, SourceFile, TokenizerUsed, Written
 from harness.data.prepare import only_one
-from harness.data.prepared import DATA, check_name, prefix_of
+from harness.data.prepared import DATA, check_name, prefix_of, prepared
+from harness.data.sources import Definition
 from harness.data.tokenizer import Tokenizer, find_tokenizer
 from harness.machine.provenance import package_version
 from harness.errors import UserError
@@ -170,6 +171,21 @@ def command(words: Sequence[str]) -> int:
         settings["NAME"], Path(settings["INPUT"]).expanduser(), settings.get("TOKENIZER", "gpt2"),
         force=overrides.switch("FORCE", settings.get("FORCE", "0")),
     )  # fmt: skip
+    _tell(manifest, skipped)
+    print(f"make 801 DATA={manifest.name} trains on it, make data-inspect NAME={manifest.name} shows it")
+    return 0
+
+
+def prepare_known(known: Definition, *, force: bool = False) -> int:
+    """Prepare conversations of data/datasets.yaml and say what they are; without ``force``, what is prepared stays."""
+    if known.name in prepared() and not force:
+        print(f"{known.name} is prepared already; FORCE=1 prepares it again")
+        return 0
+    _tell(*prepare_chat(known.name, DATA / known.chat, known.tokenizer, force=force))
+    return 0
+
+
+def _tell(manifest: Manifest, skipped: Skipped) -> None:
     share = manifest.chat.answer_tokens / manifest.counted.tokens
     print(f"{manifest.name}: {manifest.counted.documents:,} conversations, {manifest.counted.tokens:,} tokens, {share:.0%} "
           "of them to be learned")  # fmt: skip
@@ -177,5 +193,3 @@ def command(words: Sequence[str]) -> int:
     print(f"  chat template: {template}; tokenizer {manifest.tokenizer.name} by {manifest.tokenizer.by}")
     for line in skipped.lines():
         print(f"  {line}")
-    print(f"make 801 DATA={manifest.name} trains on it, make data-inspect NAME={manifest.name} shows it")
-    return 0
