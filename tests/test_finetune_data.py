@@ -15,11 +15,19 @@ from harness.data.chat.prepare import prepare_chat
 from harness.data.check import check
 from harness.errors import UserError
 from harness.experiment.catalog import load_catalog
+from harness.machine.upstream import locate, put_on_path
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_chat import READ, conversation, write_lines
 
 pytestmark = pytest.mark.cpu
+
+
+@pytest.fixture(autouse=True, scope="module")
+def upstream_first():
+    """Before transformers imports what it finds of Megatron-LM."""
+    put_on_path(locate())
+
 
 END = 256  # the byte tokenizer's end of document
 
