@@ -12,10 +12,7 @@ from harness.machine.upstream import locate
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_chat import LORA, READ, STEPS, adapters, losses, make_data, make_weights, tune
 
-pytestmark = [
-    pytest.mark.cpu,
-    pytest.mark.skipif(locate().tree is None, reason="upstream's --sft is in its own script: git submodule update --init"),
-]
+pytestmark = pytest.mark.cpu
 
 LAYOUTS = {
     "tp2": {"tp": 2},
@@ -41,6 +38,17 @@ def test_adapters_begin_as_nothing_and_leave_the_weights_alone(tmp_path):
     parallel = tune(e.with_changes(**LAYOUTS["tp2+sp"]), data, tmp_path / "two")
     assert losses(parallel) == pytest.approx(losses(alone), abs=2e-5)
     close(adapters(parallel), adapters(alone), 2e-4)
+
+
+@pytest.mark.skipif(locate().tree is None, reason="upstream's script is not here: git submodule update --init")
+@pytest.mark.parametrize("layout", [{}, *(pytest.param(LAYOUTS[name], marks=pytest.mark.full) for name in ("tp2+sp", "pp2"))])
+def test_the_harnesss_own_script_tunes_as_upstreams(tmp_path, layout):
+    """What the megatron-core wheel has no script for; to the last bit, and sequences of a micro-batch are joined."""
+    data = make_data(tmp_path)
+    _, e = make_weights(tmp_path)
+    e = e.with_changes(**layout)
+    own = tune(e, data, tmp_path / "own", script=("-m", "tests.own_script"))
+    assert losses(own) == losses(tune(e, data, tmp_path / "upstream"))
 
 
 @pytest.mark.full

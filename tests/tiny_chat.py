@@ -74,7 +74,7 @@ def make_weights(folder: Path, kind: str = "gpt2"):
     return model, e
 
 
-def tune(e: Experiment, data: Path, run_dir: Path, *arguments: str) -> RunDir:
+def tune(e: Experiment, data: Path, run_dir: Path, *arguments: str, script: tuple[str, ...] = ("-m", "harness.entry")) -> RunDir:
     """Train ``e`` on the conversations in ``data`` and wait for it."""
     run_dir.mkdir(parents=True)
     words = [word for group in megatron_flags(e, "cpu") for word in group]
@@ -84,7 +84,7 @@ def tune(e: Experiment, data: Path, run_dir: Path, *arguments: str) -> RunDir:
                      str(data.parent / "tokenizer"), "--sft", "--no-create-attention-mask-in-dataloader",
                      "--calculate-per-token-loss", "--data-cache-path", str(data.parent / "cache"),
                      "--make-vocab-size-divisible-by", str(ROWS // e.tp)]  # fmt: skip
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={e.world_size}", "-m", "harness.entry"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={e.world_size}", *script]
     settings = {variable.name: variable.value for variable in variables(e, "cpu")} | {RUN_DIR_VARIABLE: str(run_dir)}
     with (run_dir / "logs.txt").open("w") as log:
         status = subprocess.run([*command, *words, *TRAINING, "--split", "1", *arguments], cwd=ROOT,

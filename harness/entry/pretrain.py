@@ -1,8 +1,9 @@
-"""GPT pre-training on ``megatron.training``: what upstream's ``pretrain_gpt.py`` does, where that script is missing.
+"""GPT training on ``megatron.training``: what upstream's ``pretrain_gpt.py`` does, where that script is missing.
 
 The ``megatron-core`` wheel brings the training loop, the model and the data sets, but not the script that joins them.
-This one covers pre-training of dense and mixture-of-experts models on mock or prepared data, under every parallelism;
-its losses equal those of upstream's script bit by bit (``make parity``, tests/test_cpu_training.py).
+This one covers pre-training of dense and mixture-of-experts models on mock or prepared data, under every parallelism, and
+fine-tuning on packed conversations (``--sft``). Its losses equal those of upstream's script bit by bit (``make parity``,
+tests/test_cpu_training.py, tests/test_finetune_lora.py).
 """
 
 from dataclasses import fields
@@ -13,23 +14,31 @@ from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.enums import ModelType
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
+from megatron.core.utils import (
+    flatten_batch_for_packed_sequences,
+    get_attr_wrapped_model,
+    get_batch_on_this_cp_rank,
+    get_batch_on_this_tp_rank,
+)
 from megatron.training import get_args, get_timers, pretrain
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
+from megatron.training.datasets import sft_dataset
+from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 from harness.errors import UserError
 
-ONLY_UPSTREAM = ("sft", "fim_data", "mtp_num_layers", "hybrid_context_parallel", "dataloader_inter_document_masking",
+ONLY_UPSTREAM = ("fim_data", "mtp_num_layers", "hybrid_context_parallel", "dataloader_inter_document_masking",
                  "overlap_moe_expert_parallel_comm", "logits_load_dir", "per_dataset_sequences_path")  # fmt: skip
 """What ``pretrain_gpt.py`` can do beyond this script."""
 
-BATCH = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
-ABSENT = dict.fromkeys(("cu_seqlens", "cu_seqlens_padded", "max_seqlen", "local_cp_size"))
-"""What upstream expects in a batch of packed sequences."""
+BATCH = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids", "cu_seqlens", "max_seqlen")
+ABSENT = dict.fromkeys(("cu_seqlens_padded", "local_cp_size"))
+"""What upstream looks for in a batch, and no data set here has."""
 
 
 def main() -> None:
@@ -53,9 +62,9 @@ def datasets(samples: tuple[int, int, int], vp_stage: int | None = None) -> tupl
     args = get_args()
 
     def read_here() -> bool:
-        return mpu.get_tensor_model_parallel_rank() == 0 and is_first_or_last_pipeline_stage(vp_stage)
+        return mpu.get_tensor_model_parallel_rank() == 0 and (args.sft or is_first_or_last_pipeline_stage(vp_stage))
 
-    kind = MockGPTDataset if args.mock_data else GPTDataset
+    kind = sft_dataset.SFTDataset if args.sft else MockGPTDataset if args.mock_data else GPTDataset
     return BlendedMegatronDatasetBuilder(kind, samples, read_here, _dataset_config(args)).build()
 
 
@@ -80,17 +89,20 @@ def _dataset_config(args) -> GPTDatasetConfig:
 
 
 def _batch(iterator, vp_stage: int | None) -> dict[str, torch.Tensor | None]:
-    """Return this rank's part of the next micro-batch: tensors [b, s/cp], or None where the stage needs none."""
-    if not is_first_or_last_pipeline_stage(vp_stage):
+    """Return this rank's part of the next micro-batch: tensors [b, s/cp], or None where the stage needs none.
+
+    Packed sequences are one row [1, b s], and every stage needs their bounds: ``cu_seqlens`` [1, n], ``max_seqlen`` [1].
+    """
+    args, at_an_end = get_args(), is_first_or_last_pipeline_stage(vp_stage)
+    if not at_an_end and not args.sft:
         return dict.fromkeys(BATCH)
-    args = get_args()
     batch = {}
     if mpu.get_tensor_model_parallel_rank() == 0:
         read = next(iterator)
         batch = {key: read[key].cuda(non_blocking=True) if key in read else None for key in BATCH} | ABSENT
     batch = get_batch_on_this_tp_rank(
         batch,
-        has_cu_seqlens=False,
+        has_cu_seqlens=args.sft,
         is_hybrid_cp=False,
         create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
         broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
@@ -104,7 +116,20 @@ def _batch(iterator, vp_stage: int | None) -> dict[str, torch.Tensor | None]:
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
     )
+    batch = flatten_batch_for_packed_sequences(batch)
+    if not at_an_end:
+        return dict.fromkeys(BATCH) | {key: batch[key] for key in ("cu_seqlens", "max_seqlen")}
     return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
+
+
+def _packing(batch: dict[str, torch.Tensor | None]) -> PackedSeqParams | None:
+    """The bounds of packed sequences, in the THD format of Transformer Engine; None where nothing is packed."""
+    if batch["cu_seqlens"] is None:
+        return None
+    bounds, longest = batch["cu_seqlens"].squeeze(0), int(batch["max_seqlen"].item())
+    update_seqlen_stats_from_cu_seqlens(bounds)
+    return PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest,
+                           max_seqlen_kv=longest, tokens_per_sample=get_args().seq_length)  # fmt: skip
 
 
 def forward_step(iterator, model) -> tuple[torch.Tensor, partial]:
@@ -112,6 +137,7 @@ def forward_step(iterator, model) -> tuple[torch.Tensor, partial]:
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     batch = _batch(iterator, get_attr_wrapped_model(model, "vp_stage"))
+    packing = _packing(batch)
     timers("batch-generator").stop()
     output = model(
         batch["tokens"],
@@ -119,6 +145,7 @@ def forward_step(iterator, model) -> tuple[torch.Tensor, partial]:
         batch["attention_mask"],
         labels=batch["labels"],
         loss_mask=batch["loss_mask"],
+        packed_seq_params=packing,
     )
     return output, partial(_loss, batch["loss_mask"])
 
