@@ -27,17 +27,34 @@ def find(id_, **changes):
     return CATALOG.find(id_).with_changes(**changes)
 
 
+OF_THE_SCHEDULE = {"--lr", "--min-lr", "--lr-decay-iters", "--lr-warmup-fraction"}
+"""Arguments in ARGS= that do not change what is allocated; of others the formula knows nothing."""
+
+
 def measured():
     """Every record of a run that ended well, on the hardware that the chapters talk about."""
-    return [row for row in FACTS.of_hardware if row.state == "ok" and row.memory_gib.allocated]
+    def known(e):
+        return {word for word in e.extra_args if word.startswith("--")} <= OF_THE_SCHEDULE
+
+    return [row for row in FACTS.of_hardware if row.state == "ok" and row.memory_gib.allocated and known(row.experiment)]
+
+
+def tolerance(e):
+    """How far the formula may be off. What records have shown is tight; the rest is what reading upstream's code promises."""
+    if e.model.num_experts and e.model.moe_aux_loss_coeff is not None:
+        return 0.15  # a router that learns: the GPU with most tokens needs more
+    if e.fully_sharded or e.model.num_experts:
+        return 0.08
+    if e.pp > 1 or e.precision == "fp8" or e.optimizer == "muon" or e.lora:
+        return 0.06
+    if e.model.gated or e.model.attention_output_gate:
+        return 0.03
+    return 0.02 if e.micro_batch_size * e.seq_length <= 1024 else 0.01  # small sums are missing, which one sequence shows
 
 
 @pytest.mark.parametrize("row", measured(), ids=lambda row: row.origin.stem)
 def test_records(row):
-    """Within 1 %; within 2 % where a micro-batch is one short sequence, beside which what is not counted weighs more."""
-    e = row.experiment
-    tolerance = 0.02 if e.micro_batch_size * e.seq_length <= 1024 else 0.01
-    assert predict(e).total == pytest.approx(row.memory_gib.allocated, rel=tolerance)
+    assert predict(row.experiment).total == pytest.approx(row.memory_gib.allocated, rel=tolerance(row.experiment))
 
 
 @pytest.mark.parametrize("id_", ["101", "115", "128", "244", "408", "506", "611", "632"])
