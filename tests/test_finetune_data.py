@@ -171,3 +171,12 @@ def test_a_checkpoint_of_another_tokenizers_data_is_refused(tmp_path, chat, monk
         check_fits(found, e)
     others["old"] = replace(chosen, name="old")
     check_fits(found, e)
+
+
+def test_weights_without_a_tokenizer_refuse_more_tokens_than_they_know(chat):
+    from harness.convert.weights import check_data
+
+    model = load_catalog().find("801").model
+    with pytest.raises(UserError, match="DATA=chat has 257 tokens, gpt3-345m-tuned knows 200\nprepare it again with TOKENIZER=the folder"):
+        check_data(model.model_copy(update={"vocab_size": 200}), None, prepared.blend("chat"))
+    check_data(model, None, prepared.blend("chat"))

@@ -86,8 +86,10 @@ def _pairs(trained: Model, model: Model, names: Sequence[str]) -> dict[str, tupl
     return {name: (there, here) for name, (there, here) in both.items() if there != here}
 
 
-def check_data(model: Model, tokenizer: Path, blend: Blend) -> None:
+def check_data(model: Model, tokenizer: Path | None, blend: Blend) -> None:
     """Refuse data that another tokenizer made than the one in the folder ``tokenizer``, which ``model`` was trained with.
+
+    Where that one is not known (None), only the number of tokens is compared.
 
     Raises:
         UserError: an id means different tokens in the two, or is beyond the model's vocabulary.
@@ -95,10 +97,10 @@ def check_data(model: Model, tokenizer: Path, blend: Blend) -> None:
     from harness.convert.hub import vocabulary_of
 
     data = blend.sets[0]
-    again = f"prepare it again with TOKENIZER={tokenizer}"
+    again = f"prepare it again with TOKENIZER={tokenizer or 'the folder of the tokenizer of the weights'}"
     if data.vocab_size and data.vocab_size > model.vocab_size:
         raise UserError(f"DATA={data.name} has {data.vocab_size:,} tokens, {model.name} knows {model.vocab_size:,}\n{again}")
-    ours = vocabulary_of(tokenizer)
+    ours = vocabulary_of(tokenizer) if tokenizer else None
     theirs = vocabulary_of(data.tokenizer_model) if data.tokenizer_model and data.tokenizer_model.is_dir() else None
     if ours is None or theirs is None:
         return

@@ -75,7 +75,7 @@ def apply(e: Experiment, outdir: Path) -> Experiment:
 
     start = find(e.weights, outdir)
     model = start.model.model_copy(update={"dropout": e.model.dropout})
-    if e.data != prepared.MOCK and start.tokenizer:
+    if e.data != prepared.MOCK:
         weights.check_data(start.model, start.tokenizer, prepared.blend(e.data))
     learned = model.position_embedding == "learned_absolute" and "SEQ" not in e.overrides
     length = min(e.seq_length, start.positions) if learned else e.seq_length
