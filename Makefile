@@ -114,11 +114,11 @@ docker-run: ## a shell in it, where make 101<tab> works
 
 ##@ Develop
 test: ## quick tests, real gloo training, parity
-	@scripts/setup.sh test data heavy -- -m pytest -m "not gpu and not full"
+	@scripts/setup.sh test data heavy peft -- -m pytest -m "not gpu and not full"
 test-quick: ## without torch and without data sets, in seconds
 	@scripts/setup.sh test -- -m pytest -n 2 -m "not cpu and not gpu and not full" --ignore-glob='tests/test_data_*'
 test-full: ## everything, long ones too
-	@scripts/setup.sh test data heavy tracking -- -m pytest -m ""
+	@scripts/setup.sh test data heavy peft tracking -- -m pytest -m ""
 lint: ## ruff and shellcheck
 	@scripts/setup.sh test -- -m ruff check harness tests benchmarks
 	@if command -v shellcheck >/dev/null; then shellcheck scripts/*.sh docker/*.sh .ci/run; fi

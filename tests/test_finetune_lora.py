@@ -80,8 +80,9 @@ TARGETS = {"linear_qkv": "attn.c_attn", "linear_proj": "attn.c_proj", "linear_fc
 PARENTS = {"linear_qkv": "self_attention", "linear_proj": "self_attention", "linear_fc1": "mlp", "linear_fc2": "mlp"}
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("layout", [{}, LAYOUTS["tp2"], LAYOUTS["tp2+sp"]], ids=["tp1", "tp2", "tp2+sp"])
+@pytest.mark.parametrize("layout", [
+    pytest.param({}, id="tp1"), *(pytest.param(LAYOUTS[name], id=name, marks=pytest.mark.full) for name in ("tp2", "tp2+sp")),
+])  # fmt: skip
 def test_adapters_are_those_of_peft(tmp_path, layout):
     data = make_data(tmp_path)  # puts upstream's tree on the path; the imports below find what is there
     model, e = make_weights(tmp_path)
