@@ -119,3 +119,18 @@ def test_a_model_that_has_learnt_one_sentence_says_it(tmp_path, one_sentence):
     prompt, rest = SENTENCE[:25], SENTENCE[26:].split()
     said = harness("generate", outdir, "DEVICE=cpu", f"RUN={run}", f"PROMPT={prompt}", f"TOKENS={len(rest)}", "TEMPERATURE=0").stdout
     assert said.split() == SENTENCE.split()
+
+
+@pytest.mark.cpu
+@pytest.mark.full
+def test_a_small_model_learns_questions_by_heart_and_adapters_beside_it_others(tmp_path):
+    """What docs/finetuning.md shows, as it is typed there."""
+    words = ("DEVICE=cpu", f"OUTDIR={tmp_path / 'out'}")
+    harness("run", "801", *words)
+    assert "50 of 50 answers are those of toy-chat," in harness("generate", *words, "RUN=801", "DATA=toy-chat").stdout
+    harness("run", "802", *words, "WEIGHTS=801")
+    assert "30 of 30 answers are those of toy-chat-2," in harness("generate", *words, "RUN=802", "DATA=toy-chat-2").stdout
+    before = harness("generate", *words, "RUN=801", "DATA=toy-chat-2").stdout
+    assert "0 of 30 answers are those of toy-chat-2," in before and "is answered: " in before
+    asked = ("TEMPERATURE=0", "QUESTION=What is the capital of Peru?")
+    assert harness("generate", *words, *asked, "RUN=801").stdout == "User: What is the capital of Peru?\n\nAssistant: Lima.\n"
