@@ -19,7 +19,7 @@ from typing import Literal
 from harness.data import prepared
 from harness.errors import UserError
 from harness.machine import gpus
-from harness.machine.provenance import package_version
+from harness.machine.provenance import git, package_version
 from harness.machine.stages import ROOT, Venv, distribution, missing, requirements, version
 from harness.machine.upstream import FILL, locate
 
@@ -167,7 +167,7 @@ def upstream() -> Finding:
         text = f"megatron-core {wheel} from its wheel" if wheel else "its wheel comes with the first run"
         mend = f"for upstream's own pretrain_gpt.py: {FILL}"
         return Finding("Megatron-LM", "note", f"{text}; the submodule is not checked out", mend)
-    there, pinned = _commit(found.tree), _git(ROOT, "rev-parse", "HEAD:megatron-lm")
+    there, pinned = _commit(found.tree), git(ROOT, "rev-parse", "HEAD:megatron-lm")
     if os.environ.get("MEGATRON_LM"):
         return Finding("Megatron-LM", "ok", f"MEGATRON_LM={found.tree}, {there or 'commit unknown'}")
     if there and pinned and there != pinned:
@@ -177,15 +177,7 @@ def upstream() -> Finding:
 
 def _commit(tree: Path) -> str | None:
     """HEAD of a checkout; None for a plain folder, also one inside another repository."""
-    return _git(tree, "rev-parse", "HEAD") if (tree / ".git").exists() else None
-
-
-def _git(folder: Path, *words: str) -> str | None:
-    try:
-        said = subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return said.stdout.strip() if said.returncode == 0 else None
+    return git(tree, "rev-parse", "HEAD") if (tree / ".git").exists() else None
 
 
 def devices(cards: tuple[gpus.Gpu, ...]) -> Iterator[Finding]:

@@ -68,9 +68,9 @@ def describe_upstream() -> Upstream:
 
 def source_commit(tree: Path) -> tuple[str | None, bool | None]:
     """The commit of ``tree`` and whether it was changed since; from its file COMMIT where git cannot tell."""
-    top, head = _git(tree, "rev-parse", "--show-toplevel"), _git(tree, "rev-parse", "--verify", "--quiet", "HEAD")
+    top, head = git(tree, "rev-parse", "--show-toplevel"), git(tree, "rev-parse", "--verify", "--quiet", "HEAD")
     if head and top and Path(top) == tree.resolve():
-        changes = _git(tree, "status", "--porcelain", "--ignore-submodules", "--untracked-files=no")
+        changes = git(tree, "status", "--porcelain", "--ignore-submodules", "--untracked-files=no")
         return head, None if changes is None else bool(changes)
     try:
         commit, *rest = (tree / "COMMIT").read_text(encoding="utf-8").split()
@@ -79,7 +79,8 @@ def source_commit(tree: Path) -> tuple[str | None, bool | None]:
     return commit, "dirty" in rest
 
 
-def _git(tree: Path, *arguments: str) -> str | None:
+def git(tree: Path, *arguments: str) -> str | None:
+    """What git says of a checkout; None where there is no git, or it fails, or it takes ten seconds."""
     try:
         done = subprocess.run(["git", "-C", tree, *arguments], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
