@@ -25,8 +25,11 @@ def install(report: RankReport) -> None:
     """Wrap upstream's saving."""
     from megatron.training import checkpointing, training
 
+    from harness.entry import remainders
+
     _start_writer_here()
     _regroup_experts()
+    remainders.install()
     saves = _Saves(report)
     save, schedule, train = training.save_checkpoint, checkpointing.schedule_async_save, training.train
 
