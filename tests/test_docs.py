@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -174,6 +175,24 @@ def test_blocks(facts: Facts) -> None:
         docs.render("<!-- tabel: 101 -->\n<!-- /tabel -->", facts)
     with pytest.raises(UserError, match="no experiment 199"):
         docs.block("table", "199", facts)
+
+
+def test_what_ran_out_of_memory(facts: Facts) -> None:
+    memory = docs.block("memory", "121", facts)
+    assert memory.endswith("| OOM |"), "what it held when it failed is neither what it needs nor what the formula predicts"
+    assert docs.value("memory_gib[121] - allocated_gib[111]", ".1f", facts) == "out of memory"
+    fits = replace(facts.row("111"), experiment=facts.catalog.find("121"), origin=RECORDS / "h200-141gb" / "121.json")
+    table = docs.block("table", "121", replace(facts, rows=(*facts.rows, fits)))
+    assert "| OOM | OOM |" not in table and "`121` runs out of memory with `CARD=h100-80gb`" in table
+
+
+def test_the_summary_counts_an_experiment_once(facts: Facts) -> None:
+    row = facts.row("101")
+    again = replace(row, origin=row.origin.with_name("101_cardh100-80gb.json"))
+    summary = docs.block("summary", "records", facts)
+    assert summary.startswith(f"{len({row.id for row in facts.of_hardware})} experiments run on 1, 2 and 4 GPUs")
+    assert docs.block("summary", "records", replace(facts, rows=(*facts.rows, again))) == summary
+    assert docs.block("summary", "records", replace(facts, rows=())) == "No records yet."
 
 
 def test_check_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

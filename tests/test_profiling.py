@@ -371,6 +371,7 @@ def test_profiles_on_a_page(run, tmp_path):
     lines = pages.profiles(tmp_path / "h200-141gb", ["282h", "101"], [published, None]).splitlines()
     assert lines[0].startswith("- 282h: not measured yet; `make 282h PROFILE=1`")
     assert "| ms a step | 101 |" in lines and "| communication, exposed | 0.1 (9%) |" in lines and "| other | 0.5 (46%) |" in lines
+    assert f"| the run's other steps | {of_run(run).untraced_step_ms:.1f} |" in lines
     assert lines[-1] == "282 as published: forward 135 ms, backward 215 ms, other 105 ms, together 455 of a step of 427 ms."
 
 

@@ -18,7 +18,6 @@ A value may also be a file of records or benchmarks and a key in it: ``h200-141g
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import median
@@ -28,7 +27,7 @@ from harness.errors import UserError, nearest
 from harness.evidence import architectures as weights
 from harness.evidence import diagrams, markdown, plots, tables, verdicts
 from harness.evidence import profiles as pages
-from harness.evidence.facts import HARDWARE, Facts, NotMeasured
+from harness.evidence.facts import CARD, HARDWARE, Facts, NotMeasured, RanOutOfMemory
 from harness.evidence.plots import IMAGES
 from harness.evidence.results import Reference, Row
 from harness.experiment import formulas
@@ -64,10 +63,15 @@ def block(name: str, words: str, facts: Facts) -> str:
 
 
 def value(expression: str, form: str, facts: Facts) -> str:
-    """One number in Python's format ``form``, or that it is not measured yet. Raises UserError where it makes no sense."""
+    """One number in Python's format ``form``, or why there is none: not measured yet, out of memory.
+
+    Raises UserError where it makes no sense.
+    """
     in_a_file = IN_A_FILE.fullmatch(expression)
     try:
         return format(facts.record_value(*in_a_file.groups()) if in_a_file else facts.value(expression), form)
+    except RanOutOfMemory:
+        return "out of memory"
     except NotMeasured:
         return MISSING
     except ValueError:
@@ -93,23 +97,23 @@ def _records(facts: Facts, _: Sequence[str]) -> str:
 
 
 def _summary(facts: Facts, _: Sequence[str]) -> str:
-    rows = facts.of_hardware
-    gpus = sorted({row.experiment.world_size for row in rows})
+    """An experiment counts once, however often it is recorded."""
+    ids = sorted({row.id for row in facts.of_hardware})
+    gpus = sorted({row.experiment.world_size for row in facts.of_hardware})
+    rows = [row for row in map(facts.row, ids) if row]
     judged = [row.as_published for row in rows if row.as_published is not None]
     memory = [row.memory_ratio for row in rows if row.memory_ratio]
     steps = [row.step_ratio for row in rows if row.step_ratio]
     if not memory or not steps:
         return "No records yet."
     columns, found = facts.claims
-    verdicts_here = Counter(side.verdict for one in found for side, column in zip(one.sides, columns, strict=True)
-                            if column.key == "ours")
+    here = [side for one in found for side, column in zip(one.sides, columns, strict=True) if column.key == "ours"]
     return (
-        f"{len(rows)} experiments run on {', '.join(map(str, gpus[:-1]))} and {gpus[-1]} GPUs ({find_gpu(HARDWARE).name}); "
+        f"{len(ids)} experiments run on {', '.join(map(str, gpus[:-1]))} and {gpus[-1]} GPUs ({find_gpu(HARDWARE).name}); "
         f"{sum(judged)} of the {len(judged)} with a published row end as published. Memory is {median(memory):.2f} times "
         f"the published, {sum(abs(ratio - 1) <= 0.015 for ratio in memory)} of {len(memory)} within 1.5 %; a step takes "
-        f"{median(steps):.2f} times the published, on a newer GPU and Megatron-LM. Of {len(found)} teaching points, "
-        f"{verdicts_here['holds']} hold here, {verdicts_here['fails']} fail, {verdicts_here['undecided']} are undecided, "
-        f"{verdicts_here['not measured']} wait for a record (`make claims`)."
+        f"{median(steps):.2f} times the published, on a newer GPU and Megatron-LM. Of {len(found)} teaching points here: "
+        f"{verdicts.counted(here)} (`make claims`)."
     )
 
 
@@ -162,6 +166,8 @@ def _notes(facts: Facts, rows: Sequence[tuple[str, Row | None, Reference | None,
             notes.append(f"`{id_}`: {'; '.join(published.remarks)}.")
         if ours and ours.experiment.card:
             notes.append(f"`{id_}` ran with `CARD={ours.experiment.card}`: no more memory than that card has.")
+        elif (capped := facts.capped(id_)) and capped.state == "oom":
+            notes.append(f"`{id_}` runs out of memory with `CARD={CARD}`: no more memory than that card has.")
         if ours and (ours.runs_on_node or 1) > 1:
             notes.append(f"`{id_}` shared its node with {ours.runs_on_node - 1} other runs.")
     return [f"<sub>{note}</sub><br>" for note in notes]
@@ -172,15 +178,14 @@ def _memory_pieces(facts: Facts, ids: Sequence[str]) -> str:
     for id_ in ids:
         e, ours = facts.catalog.find(id_), facts.row(id_)
         predicted = predict(e)
-        memory = ours.memory_gib if ours else None
+        memory = ours.memory_gib if ours and ours.state == "ok" else None
         allocated = memory and memory.allocated
         lines.append([
             f"`{id_}`", e.layout, *(_gib(getattr(predicted, piece)) for piece in PIECES), _gib(predicted.total),
-            _gib(allocated) or (MISSING if not ours else ""), f"{predicted.total / allocated - 1:+.1%}" if allocated else "",
+            _gib(allocated) if memory else _memory(ours), f"{predicted.total / allocated - 1:+.1%}" if allocated else "",
             _gib(memory and memory.reserved), _gib(memory and memory.nvml),
         ])
-    head = ["id", "layout", *PIECES, "sum", "allocated", "off by",
-            "reserved", "in use"]
+    head = ["id", "layout", *PIECES, "sum", "allocated", "off by", "reserved", "in use"]
     return _filled(head, lines, "ll" + "r" * 9)
 
 

@@ -38,6 +38,10 @@ class NotMeasured(Exception):
     """There is no run yet that could say."""
 
 
+class RanOutOfMemory(NotMeasured):
+    """The run that could say ran out of memory: what it held then is not what it needs."""
+
+
 @dataclass(frozen=True)
 class Facts:
     """Everything a document may quote."""
@@ -75,7 +79,11 @@ class Facts:
             UserError: there is no such experiment.
         """
         self.catalog.find(name.partition("_")[0])
-        return self._by_stem.get(name) or self._by_stem.get(f"{name}_card{CARD}")
+        return self._by_stem.get(name) or self.capped(name)
+
+    def capped(self, name: str) -> Row | None:
+        """The record of this id with CARD's memory on HARDWARE, where there is one."""
+        return self._by_stem.get(f"{name}_card{CARD}")
 
     def published(self, id_: str) -> Reference | None:
         """What was published for this experiment. Raises UserError where there is no such experiment."""
@@ -119,6 +127,8 @@ class Facts:
         if name not in VALUES:
             raise UserError(f"{quantity}: no such quantity; {nearest(name, [*VALUES, *OF_EXPERIMENT])}")
         row = self.row(of)
+        if row and row.state == "oom":
+            raise RanOutOfMemory(str(quantity))
         return _measured(row and VALUES[name](row), str(quantity))
 
     def _reference(self, group: str, name: str, variant: str = "") -> Reference:

@@ -363,7 +363,7 @@ def _notes(quantity: Quantity, panels: list[_Panel], found: Results, references:
         return
     ids = {str(id_) for panel in panels for line in panel.lines.values() for id_ in line}
     capped = sorted({row.id for row in found.rows
-                     if row.id in ids and row.comparable and row.state == "oom" and row.experiment.card})
+                     if row.id.removesuffix("h") in ids and row.comparable and row.state == "oom" and row.experiment.card})
     if capped:
         yield f"{', '.join(capped)} ran out of memory with the GPU's memory capped as on the published card."
     doubtful = sorted(id_ for id_ in ids if (p := references.published.beside(id_)) and p.reference and p.reference.in_doubt)

@@ -29,7 +29,9 @@ def profiles(records: Path, ids: Sequence[str], published: Sequence[Reference | 
     if measured:
         lines += ["", f"| ms a step | {' | '.join(measured)} |", "|:--|" + "--:|" * len(measured)]
         lines += [f"| {TITLES[c]} | {_row(measured, lambda r, c=c: r.categories[c])} |" for c in Category]
+        untraced = (profile.untraced_step_ms for profile in found.values() if profile)
         lines += [f"| **step, traced** | {_row(measured, lambda r: r.step_ms)} |",
+                  f"| the run's other steps | {' | '.join(f'{ms:.1f}' if ms else '' for ms in untraced)} |",
                   f"| communication in all | {_row(measured, lambda r: r.communication_ms)} |",
                   f"| hidden of it | {_row(measured, lambda r: r.hidden_ms)} |"]
         lines += [f"| {name} | {_row(measured, _phase(name))} |" for name in ("forward", "backward", "other")]

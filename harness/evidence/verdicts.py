@@ -7,7 +7,7 @@ import shutil
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,12 +127,17 @@ def _markdown(title: str, ones: Sequence[Evaluated], sources: Sequence[Source], 
 def _summary(found: Sequence[Evaluated], sources: Sequence[Source], names: Sequence[str], bullet: str) -> str:
     out = []
     for index, (source, name) in enumerate(zip(sources, names, strict=True)):
-        count = Counter(one.sides[index].verdict for one in found)
-        said = ", ".join(f"{count[verdict]} {plural}" for verdict, plural in PLURALS.items() if count[verdict])
+        said = counted(one.sides[index] for one in found)
         out.append(f"{bullet}{name}: {said}" + f" ({source.title})" * (source.title != name))
     out.append(f"{bullet}±: twice the standard uncertainty; undecided: what must hold begins within it. Published numbers "
                "state none.")
     return "\n".join(out)
+
+
+def counted(sides: Iterable[Side]) -> str:
+    """How many of them there are of each verdict, in words; those of no verdict are left out."""
+    count = Counter(side.verdict for side in sides)
+    return ", ".join(f"{count[verdict]} {plural}" for verdict, plural in PLURALS.items() if count[verdict])
 
 
 def _verdict(side: Side) -> str:

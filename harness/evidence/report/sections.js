@@ -43,6 +43,7 @@ function chapters(section, everyRow) {
   }
 }
 
+const ORDER = ["holds", "fails", "undecided", "not measured", "not asked"];
 const PLURALS = { holds: "hold", fails: "fail" };
 const VERDICTS = { holds: "good", fails: "bad" };
 function claims(section) {
@@ -52,18 +53,19 @@ function claims(section) {
     return;
   }
   const sources = found[0].sides.map((side) => side.title);
-  const counted = (index) =>
-    [...grouped(found, (claim) => claim.sides[index].verdict)]
-      .map(([verdict, those]) => `${those.length} ${PLURALS[verdict] ?? verdict}`)
+  const verdicts = ORDER.filter((verdict) => found.some((claim) => claim.sides.some((side) => side.verdict === verdict)));
+  const counted = (index) => {
+    const those = grouped(found, (claim) => claim.sides[index].verdict);
+    return ORDER.filter((verdict) => those.has(verdict))
+      .map((verdict) => `${those.get(verdict).length} ${PLURALS[verdict] ?? verdict}`)
       .join(", ");
+  };
   const body = el("tbody");
   const select = el(
     "select",
     { id: "verdict", onchange: () => draw() },
     el("option", { value: "" }, "all"),
-    [...new Set(found.flatMap((claim) => claim.sides.map((side) => side.verdict)))].map((verdict) =>
-      el("option", {}, verdict),
-    ),
+    verdicts.map((verdict) => el("option", {}, verdict)),
   );
   function draw() {
     const kept = found.filter((claim) => !select.value || claim.sides.some((side) => side.verdict === select.value));
