@@ -584,8 +584,13 @@ def _read[Record: _Record](path: Path, kind: type[Record]) -> Record:
     try:
         return kind.model_validate(read_object(path))
     except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(f"{path.name}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise ValueError(complaint(path, error)) from None
+
+
+def complaint(path: Path, error: ValidationError) -> str:
+    """What is wrong in ``path`` first: the key and why."""
+    first = error.errors()[0]
+    return f"{path.name}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -195,6 +195,26 @@ def test_the_summary_counts_an_experiment_once(facts: Facts) -> None:
     assert docs.block("summary", "records", replace(facts, rows=())) == "No records yet."
 
 
+def test_other_hardware_and_another_upstream_have_no_place_in_a_chapter(facts: Facts) -> None:
+    row = facts.row("104")
+    newer = replace(row, upstream=row.upstream.model_copy(update={"version": "0.20.0"}))
+    elsewhere = replace(facts.row("101"), origin=RECORDS / "h100-80gb" / "101.json", gpu_name="NVIDIA H100 80GB HBM3")
+    others = replace(facts, rows=(*(r for r in facts.rows if r is not row), newer, elsewhere))
+    assert f"| `104` | dp4 | 4 | {docs.MISSING} |" in docs.block("table", "101 104", others)
+    assert docs.value("step_ms[101]", ".6f", others) == docs.value("step_ms[101]", ".6f", facts)
+    assert "| claim | must hold | ours | published |" in docs.block("claims", "100", others)
+    assert "Megatron-LM core 0.20.0" in (listed := docs.block("records", "all", others)) and "### NVIDIA H100" in listed
+
+
+def test_a_record_that_cannot_be_read_stops_the_documents(tmp_path: Path) -> None:
+    folder = tmp_path / "h200-141gb"
+    folder.mkdir()
+    for path in (RECORDS / "h200-141gb").glob("101.*"):
+        (folder / path.name).write_text(path.read_text().replace('"steps": 20', '"steps": "twenty"', 1))
+    with pytest.raises(UserError, match=r"cannot be read:\n.*101\.json: skipped: 101\.json: steps: Input should be a valid integer"):
+        Facts.load(tmp_path)
+
+
 def test_check_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     page = tmp_path / "page.md"
     page.write_text("<!-- value: published_step_ms[101] .0f -->0<!-- /value -->")

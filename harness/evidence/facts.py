@@ -11,6 +11,7 @@ What no run has measured has no value yet.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -54,18 +55,24 @@ class Facts:
 
     @classmethod
     def load(cls, records: Path) -> Facts:
+        """Every record in the folder. Raises UserError where one cannot be read: its numbers would vanish from the pages."""
         references = load_references()
-        return cls(records, load_catalog(), references, collect_records(records, references).rows)
+        found = collect_records(records, references)
+        if found.warnings:
+            raise UserError("\n".join(("documents quote every record, and these cannot be read:", *found.warnings)))
+        return cls(records, load_catalog(), references, found.rows)
 
     @cached_property
     def of_hardware(self) -> tuple[Row, ...]:
-        """The records on HARDWARE."""
-        return tuple(row for row in self.rows if row.origin.parent.name == HARDWARE)
+        """The records on HARDWARE, of the upstream that most of them ran: numbers of two do not stand in one column."""
+        rows = [row for row in self.rows if row.origin.parent.name == HARDWARE]
+        ran = Counter(row.software for row in rows).most_common(1)
+        return tuple(row for row in rows if row.software == ran[0][0])
 
     @cached_property
     def claims(self) -> tuple[Sequence[Source], Sequence[Evaluated]]:
-        """Where numbers come from, and how every claim stands on each of them."""
-        columns = sources(self.rows, self.catalog, self.references)
+        """Where the chapters' numbers come from, and how every claim stands on each of them."""
+        columns = sources(self.of_hardware, self.catalog, self.references)
         return columns, evaluate(load_claims(self.catalog), columns)
 
     @cached_property

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from harness import rundir
 from harness.errors import UserError
 from harness.evidence.measured import measure
@@ -105,8 +107,11 @@ def read(path: Path) -> tuple[Experiment, Result]:
     if not isinstance(content.get("experiment"), dict):
         raise ValueError(f"{path.name}: no 'experiment'")
     frozen = {key: value for key, value in content["experiment"].items() if key in Experiment.model_fields}
-    experiment = Experiment.model_validate_json(json.dumps(frozen))
-    result = Result.model_validate(content)
+    try:
+        experiment = Experiment.model_validate_json(json.dumps(frozen))
+        result = Result.model_validate(content)
+    except ValidationError as error:
+        raise ValueError(rundir.complaint(path, error)) from None
     if wrong := list(_contradictions(experiment, result, _read_metrics(path), path.parent.name)):
         raise ValueError(f"{path.name}: {'; '.join(wrong)}")
     return experiment, result
