@@ -375,6 +375,13 @@ def test_profiles_on_a_page(run, tmp_path):
     assert lines[-1] == "282 as published: forward 135 ms, backward 215 ms, other 105 ms, together 455 of a step of 427 ms."
 
 
+def test_a_damaged_profile_is_named(tmp_path):
+    (tmp_path / profile.FOLDER).mkdir()
+    write_json(tmp_path / profile.FOLDER / "101.json", {"label": 1})
+    with pytest.raises(UserError, match="label: Input should be a valid string"):
+        pages.profiles(tmp_path, ["101"], [])
+
+
 def test_slow_steps_on_a_page(tmp_path):
     steps = [StepMetrics(step=step, step_ms=ms, time=0) for step, ms in enumerate([900, 100, 100, 100, 100, 100, 101, 460, 100, 99], 1)]
     for name in ("101", "104"):

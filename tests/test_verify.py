@@ -82,6 +82,16 @@ def test_one_slow_step_does_not_widen_what_is_allowed(tmp_path: Path) -> None:
     assert hiccup == pytest.approx(calm, rel=0.1)
 
 
+def test_what_is_compared_is_what_the_metrics_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = second_run(tmp_path)
+    lines = [StepMetrics.model_validate_json(line) for line in run.metrics.read_text().splitlines()]
+    run.metrics.write_text("".join(f"{m.model_copy(update={'step_ms': m.step_ms / 1000}).model_dump_json()}\n" for m in lines))
+    assert verified(tmp_path) == 1 and "DIFFERS" in capsys.readouterr().out, "seconds in place of milliseconds"
+    run.metrics.write_text("".join(f"{m.model_dump_json()}\n" for m in lines[:12]))
+    with pytest.raises(UserError, match="its metrics hold 12 of 20 steps: truncated"):
+        verified(tmp_path)
+
+
 def test_out_of_memory_again_agrees_and_ok_does_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     second_run(tmp_path, stem="121_cardh100-80gb")
     assert verified(tmp_path, "121", CARD="h100-80gb") == 0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from harness.evidence.results import Reference, Row, metrics
 from harness.profiling.kernels import TITLES, Category
-from harness.profiling.profile import FOLDER, Profile
+from harness.profiling.profile import FOLDER, read_recorded
 from harness.profiling.summary import RankProfile
 
 SLOW = 1.5
@@ -22,14 +22,15 @@ def profiles(records: Path, ids: Sequence[str], published: Sequence[Reference | 
         records: the folder of that GPU, such as experiments/records/h200-141gb.
         published: the published row beside each, whose profile is shown where it has one.
     """
-    found = {id_: _load(records / FOLDER / f"{id_}.json") for id_ in ids}
-    measured = {id_: profile.ranks[0] for id_, profile in found.items() if profile}
+    paths = {id_: records / FOLDER / f"{id_}.json" for id_ in ids}
+    found = {id_: read_recorded(path) for id_, path in paths.items() if path.exists()}
+    measured = {id_: profile.ranks[0] for id_, profile in found.items()}
     lines = [f"- {id_}: not measured yet; `make {id_} PROFILE=1` does, `make record RUN=…` keeps it." for id_ in ids
              if id_ not in measured]
     if measured:
         lines += ["", f"| ms a step | {' | '.join(measured)} |", "|:--|" + "--:|" * len(measured)]
         lines += [f"| {TITLES[c]} | {_row(measured, lambda r, c=c: r.categories[c])} |" for c in Category]
-        untraced = (profile.untraced_step_ms for profile in found.values() if profile)
+        untraced = (profile.untraced_step_ms for profile in found.values())
         lines += [f"| **step, traced** | {_row(measured, lambda r: r.step_ms)} |",
                   f"| the run's other steps | {' | '.join(f'{ms:.1f}' if ms else '' for ms in untraced)} |",
                   f"| communication in all | {_row(measured, lambda r: r.communication_ms)} |",
@@ -62,10 +63,6 @@ def _steps(row: Row) -> Iterator[tuple[int, float]]:
     for step in metrics(row):
         if step.step >= row.experiment.window_first_step:
             yield step.step, step.step_ms
-
-
-def _load(path: Path) -> Profile | None:
-    return Profile.model_validate_json(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def _row(measured: Mapping[str, RankProfile], number: Callable[[RankProfile], float]) -> str:

@@ -45,7 +45,10 @@ def record(run: rundir.RunDir, records: Path) -> Path:
     if experiment.miniature or not result.gpu:
         raise UserError(f"{run.label} ran on a CPU; records hold GPU runs only")
     folder, steps = records / folder_of(result.gpu), run.read_metrics()
-    environment = json.loads(run.environment.read_text(encoding="utf-8"))
+    try:
+        environment = rundir.read_object(run.environment)
+    except ValueError as error:
+        raise UserError(f"{run.label}: {error}\na record says which versions ran: run it again") from None
     evidence = {"experiment": experiment.model_dump(mode="json"), "environment": environment}
     if experiment.profile:
         content = of_run(run).model_dump(mode="json")
@@ -147,6 +150,8 @@ def _contradictions(e: Experiment, result: Result, steps: Sequence[StepMetrics],
         yield f"ok after {result.steps_done} of {e.steps} steps"
     if result.memory_gib.nvml is None:
         yield "no NVML reading: its used memory is unknown"
+    elif (gpu := find_gpu(result.gpu)) and result.memory_gib.nvml * 1024 > gpu.memory_mib:
+        yield f"{result.memory_gib.nvml:,.1f} GiB used of a card of {gpu.memory_mib / 1024:.1f}: in another unit?"
     stated = _flat(result.model_dump(mode="json"))
     for key, value in _flat(Result.model_validate({
         **result.model_dump(), **measure(e, steps, result.peak_tflops), "data": e.data,

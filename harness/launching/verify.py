@@ -10,6 +10,7 @@ They agree where both ran out of memory, or where both are ok and
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -81,6 +82,8 @@ def choose(records: Sequence[Row], run: Row) -> Row:
     if run.state == "ok" == record.state and (run.step is None or run.memory_gib.nvml is None):
         raise UserError(f"{run.label} has no {'step in its averaging window' if run.step is None else 'NVML reading'}\n"
                         f"let it run {record.experiment.steps} steps where NVML can be read")
+    if (kept := len(metrics(run))) != run.steps_done:
+        raise UserError(f"{run.label}: its metrics hold {kept} of {run.steps_done} steps: truncated\nrun it again")
     return record
 
 
@@ -121,8 +124,9 @@ def render(record: Row, run: Row, lines: Sequence[Line]) -> str:
 
 
 def _step(row: Row) -> tuple[float, float]:
-    """Median step time and its standard uncertainty, in ms."""
-    return row.step.median, measured.step_noise_ms([m.step_ms for m in measured.window(row.experiment, metrics(row))])
+    """Median step time and its standard uncertainty, in ms, both from the metrics."""
+    steps_ms = [m.step_ms for m in measured.window(row.experiment, metrics(row))]
+    return statistics.median(steps_ms), measured.step_noise_ms(steps_ms)
 
 
 def _on_hardware(records: Sequence[Row], hardware: str) -> list[Row]:

@@ -16,7 +16,7 @@ from harness.errors import UserError, nearest
 from harness.profiling import summary, trace
 from harness.profiling.kernels import TITLES, Category
 from harness.profiling.summary import RankProfile
-from harness.rundir import Rank, RunDir, runs, write_json
+from harness.rundir import Rank, RunDir, complaint, read_object, runs, write_json
 
 FORMATS = ("terminal", "csv", "json")
 FOLDER = "profiles"
@@ -99,17 +99,20 @@ def find(outdir: Path, records: Path, wanted: str) -> Profile:
     recorded = {f"{path.parents[1].name}/{path.stem}": path for path in sorted(records.glob(f"*/{FOLDER}/*.json"))}
     for name, path in recorded.items():
         if wanted in (name, path.stem):
-            return _recorded(path)
+            return read_recorded(path)
     there = [*(run.dir.label for run in traced), *recorded]
     raise UserError(f"no traced run is called {wanted}; "
                     + (nearest(wanted, there) if there else "trace one: make 101 PROFILE=1"))
 
 
-def _recorded(path: Path) -> Profile:
+def read_recorded(path: Path) -> Profile:
+    """The profile that is recorded in ``path``. Raises UserError where it cannot be read."""
     try:
-        return Profile.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValidationError) as error:
-        raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
+        return Profile.model_validate(read_object(path))
+    except ValidationError as error:
+        raise UserError(complaint(path, error)) from None
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def print_profile(outdir: Path, records: Path, settings: Mapping[str, str]) -> int:
