@@ -205,6 +205,7 @@ def run_of(tmp_path: Path, label: str = "101-gpt2xl-dp1-gbs1-bf16", **changes: o
     write_json(run.environment, content["environment"])
     write_json(run.result, {key: content[key] for key in Result.model_fields if key in content})
     run.metrics.write_text((KEPT / "101.metrics.jsonl").read_text())
+    write_json(run.ranks / "0.json", {"rank": 0, "local_rank": 0, "pid": 1, "host": "vm", "allocated_peak_gib": 29.4, "gc_ms": {"1": 310.0}})
     return run
 
 
@@ -212,6 +213,8 @@ def test_a_run_becomes_the_same_record_again(tmp_path: Path) -> None:
     kept = record(run_of(tmp_path), tmp_path / "records")
     assert kept == tmp_path / "records" / "h200-141gb" / "101.json"
     assert read(kept) == read(KEPT / "101.json")
+    (rank,) = json.loads(kept.read_text())["ranks"]
+    assert (rank["rank"], rank["allocated_peak_gib"], rank["gc_ms"]) == (0, 29.4, {"1": 310.0}) and "pid" not in rank
     assert record(run_of(tmp_path, "again"), tmp_path / "records") == kept
 
 

@@ -151,8 +151,8 @@ def timeline(schedule: Schedule) -> str:
     p, m, v = plan.stages, plan.micro_batches, plan.chunks
     at = left
     for colour, kind in enumerate(("forward", "backward")):
-        for chunk in range(min(v, 2)):
-            words = f"{kind}, chunk {chunk + 1}" if v > 1 else kind
+        for chunk, parity in enumerate(("odd", "even")[:v]):
+            words = f"{kind}, {parity} chunk" if v > 1 else kind
             body.append(f'<g class="c{colour}">{_box("own" + " late" * chunk, at, 42, 12, 12)}</g>')
             body.append(_text(at + 17, 52, words, "small"))
             at += 34 + 6 * len(words)

@@ -26,8 +26,9 @@ UNRECORDED = ("STEPS", "DATA", "PROFILE")
 def record(run: rundir.RunDir, records: Path) -> Path:
     """Keep a finished GPU run as a record and return its file; a record of the same work on the same GPU is replaced.
 
-    The record is result.json with the frozen experiment and the environment inside; the metrics travel beside it, so that
-    every number can be computed again. Runs that differ in what their names do not tell (ARGS) get numbers: ``101_args.2``.
+    The record is result.json with the frozen experiment, the environment and each rank's memory inside; the metrics travel
+    beside it, so that every number can be computed again. Runs that differ in what their names do not tell (ARGS) get
+    numbers: ``101_args.2``.
     Tracing slows a step, so that of a traced run only its profile is kept, in a folder of its own.
 
     Raises:
@@ -64,7 +65,8 @@ def record(run: rundir.RunDir, records: Path) -> Path:
     rundir.write_text(metrics_of(target), _lines(steps))
     if evaluations := run.read_validation():
         rundir.write_text(validation_of(target), _lines(evaluations))
-    rundir.write_json(target, content | {"label": run.label} | evidence)
+    ranks = [rank.model_dump(mode="json", exclude={"pid", "host"}) for rank in run.read_ranks()]
+    rundir.write_json(target, content | {"label": run.label, "ranks": ranks} | evidence)
     return target
 
 
