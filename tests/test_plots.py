@@ -229,8 +229,8 @@ def test_pictures_without_any_record(tmp_path: Path) -> None:
     assert "400-step.svg" in drawn and "600-loss.svg" not in drawn
 
 
-def test_a_timeline_by_formula_says_so() -> None:
-    drawn, _ = plots.pictures(ROOT / "none", RECORDS)
+def test_a_timeline_by_formula_says_so(tmp_path: Path) -> None:
+    drawn, _ = plots.pictures(tmp_path, tmp_path)
     for name in ("400-timeline-1f1b.svg", "400-timeline-interleaved.svg"):
         assert "assumed, not measured" in drawn[name]
     assert "37.5%" in drawn["400-timeline-1f1b.svg"] and "18.8%" in drawn["400-timeline-interleaved.svg"]
