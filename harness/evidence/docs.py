@@ -153,11 +153,12 @@ def _table(facts: Facts, ids: Sequence[str]) -> str:
 def _notes(facts: Facts, rows: Sequence[tuple[str, Row | None, Reference | None, Reference | None]]) -> list[str]:
     """What a reader must know about the columns and about single rows, small."""
     group, eight = facts.references.published, facts.references.group(REFERENCE_8)
-    notes = []
-    if any(ours or published for _, ours, published, _ in rows):
-        notes.append(f"GiB, ms/step and MFU: measured on {find_gpu(HARDWARE).name}, ± the standard deviation over a run's "
-                     f"steps; publ.: {group.hardware}, {group.software}. "
-                     "Every column and source: `docs/records.md`.")
+    sources = []
+    if any(ours for _, ours, _, _ in rows):
+        sources.append(f"GiB, ms/step and MFU: measured on {find_gpu(HARDWARE).name}, ± the standard deviation over a run's steps")
+    if any(published for _, _, published, _ in rows):
+        sources.append(f"publ.: {group.hardware}, {group.software}")
+    notes = [f"{'; '.join(sources)}. Every column and source: `docs/records.md`."] if sources else []
     if any(reference for *_, reference in rows):
         notes.append(f"8x H200: {eight.source}; {eight.method}. A reference, not one of the records.")
     for id_, ours, _, _ in rows:
