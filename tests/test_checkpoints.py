@@ -185,6 +185,17 @@ def test_settings_that_make_no_sense_are_refused(tmp_path, settings, said):
         plan(load_catalog().find("101"), TINY | settings | {"OUTDIR": str(tmp_path)}, "cpu")
 
 
+def test_megatron_fsdp_waits_for_its_saves_and_a_cpu_has_none(tmp_path):
+    from harness.megatron.flags import saving_flags
+
+    fsdp, fsdp2 = (load_catalog().find(name) for name in ("705", "706"))
+    assert saving_flags(fsdp, Saving(5, None, None)) == ["--save-interval", "5"]
+    assert "--async-save" in saving_flags(fsdp2, Saving(5, None, None))
+    with pytest.raises(UserError, match="705: Megatron-FSDP saves on GPUs only"):
+        plan(fsdp, {"SAVE": "1", "OUTDIR": str(tmp_path)}, "cpu")
+    assert plan(fsdp2, {"SAVE": "1", "OUTDIR": str(tmp_path)}, "cpu").extras.saving
+
+
 def test_saving_and_evaluating_as_asked(tmp_path):
     asked = {"SAVE_EVERY": "5", "KEEP": "3", "EVAL_EVERY": "7", "EVAL_STEPS": "2", "LR": "3e-4", "OUTDIR": str(tmp_path)}
     script = plan(load_catalog().find("122"), TINY | asked, "cpu").script()

@@ -118,9 +118,12 @@ def tokenizer_flags(model: Model, folder: Path) -> list[str]:
 def saving_flags(e: Experiment, saving: Saving) -> list[str]:
     """How checkpoints are saved: while training goes on, and so that another parallel layout can load them.
 
-    Upstream drops ``--async-save`` without its persistent worker, and wants nvidia-resiliency-ext unless told otherwise.
+    Upstream drops ``--async-save`` without its persistent worker, and wants nvidia-resiliency-ext unless told otherwise;
+    Megatron-FSDP's format needs that package, so that those runs wait for their saves.
     """
-    return _words(f"--save-interval {saving.every} --async-save --use-persistent-ckpt-worker --async-strategy mcore",
+    waits = e.sharding.startswith("fsdp")
+    return _words(f"--save-interval {saving.every}",
+                  "" if waits else "--async-save --use-persistent-ckpt-worker --async-strategy mcore",
                   "--dist-ckpt-optim-fully-reshardable" if e.sharding == "optim" else "")
 
 

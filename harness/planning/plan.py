@@ -105,6 +105,9 @@ def plan(experiment: Experiment, settings: Mapping[str, str], device: Device) ->
     notices = [WITHOUT_WEIGHTS] if small.lora and not small.weights and not small.load else []
     resumes = _resumed(outdir, small, settings, notices.append)
     saving = _saving(small, settings, resumes)
+    if saving and device == "cpu" and small.sharding.startswith("fsdp"):
+        raise UserError(f"{small.id}: Megatron-FSDP saves on GPUs only: on a CPU its ranks wait for each other for ever\n"
+                        "SAVE=0 trains without checkpoints, SHARDING=optim or torch_fsdp2 saves here, too")
     loading = _loading(small, outdir, saving, resumes, notices.append)
     return Plan(
         full=full,
