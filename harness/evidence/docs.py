@@ -155,7 +155,8 @@ def _notes(facts: Facts, rows: Sequence[tuple[str, Row | None, Reference | None,
     group, eight = facts.references.published, facts.references.group(REFERENCE_8)
     sources = []
     if any(ours for _, ours, _, _ in rows):
-        sources.append(f"GiB, ms/step and MFU: measured on {find_gpu(HARDWARE).name}, ± the standard deviation over a run's steps")
+        sources.append(f"GiB, ms/step and MFU: measured on {find_gpu(HARDWARE).name}, ± the standard deviation over a "
+                       "run's steps")
     if any(published for _, _, published, _ in rows):
         sources.append(f"publ.: {group.hardware}, {group.software}")
     notes = [f"{'; '.join(sources)}. Every column and source: `docs/records.md`."] if sources else []
