@@ -115,6 +115,14 @@ def line(panel: Panel, line: str, source: str) -> list[Series]:
     return [series for series in panel.series if (series.line, series.source) == (line, source)]
 
 
+def test_a_companion_that_ran_out_of_memory_on_a_capped_card_is_drawn_and_told(tmp_path: Path) -> None:
+    run(tmp_path, "281h", {"status": "oom", "step_ms": None, "experiment.card": "h100-80gb"})
+    figure = next(figure for figure in swept(tmp_path) if figure.name == "200-memory")
+    assert [note for note in figure.notes if note.startswith("281h ran out of memory with the GPU's memory capped")]
+    (series,) = line(panel(tmp_path, "Sequence parallelism", "200-memory"), "TP 8", "half")
+    assert [(point.id, point.value) for point in series.points] == [("281h", None)]
+
+
 def test_ours_beside_published(tmp_path: Path) -> None:
     run(tmp_path, "101")
     run(tmp_path, "104", {"step_ms.median": 200.0, "memory_gib.nvml": 40.0})
