@@ -272,6 +272,8 @@ REFUSED = {
     "another size": (lambda f: edit_config(f, intermediate_size=96), "mlp.gate_proj.weight is [64, 32], not [96, 32]"),
     "more layers": (lambda f: edit_config(f, num_hidden_layers=5), "tensors are missing:\nmodel.layers.4"),
     "fewer layers": (lambda f: edit_config(f, num_hidden_layers=3), "are not known:\nmodel.layers.3"),
+    "architectures no list": (lambda f: edit_config(f, architectures=5), "damaged"),
+    "odd groups": (lambda f: edit_config(f, num_key_value_heads=3), "num_attention_heads 4 must divide by num_query_groups 3"),
     "odd activation": (lambda f: edit_config(f, hidden_act="gelu"), "hidden_act is 'gelu'"),
     "odd positions": (lambda f: edit_config(f, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}), "rope_parameters"),
     "no number": (lambda f: edit_config(f, num_hidden_layers="four"), "num_hidden_layers"),
@@ -309,6 +311,26 @@ def test_missing_shards(tmp_path):
     shards[1].unlink()
     with pytest.raises(UserError, match=f"1 of {len(shards)} shards are missing: {shards[1].name}"):
         imported(tmp_path / "hf", tmp_path / "megatron")
+
+
+BROKEN_SHARDS = {
+    "a shard is cut off": (lambda f, shard, index: shard.write_bytes(shard.read_bytes()[:-50]), "is cut off"),
+    "a shard is a folder": (lambda f, shard, index: (shard.unlink(), shard.mkdir()), "1 of 5 shards are missing"),
+    "the index is damaged": (lambda f, shard, index: index.write_text("{"), "index.json is damaged"),
+    "the index names no files": (lambda f, shard, index: index.write_text('{"weight_map": {"a": "b", "c": 1}}'), "index.json is damaged"),
+    "the index names pickles": (lambda f, shard, index: index.write_text('{"weight_map": {"a": "pytorch_model.bin"}}'), "shards are missing"),
+    "the index is gone": (lambda f, shard, index: index.unlink(), "has no model.safetensors and no model.safetensors.index.json"),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN_SHARDS)
+def test_broken_shards_are_refused(fault, tmp_path):
+    spoil, says = BROKEN_SHARDS[fault]
+    tiny_hf.make("llama", tmp_path / "hf", shard_size="60KB")
+    spoil(tmp_path / "hf", sorted((tmp_path / "hf").glob("*.safetensors"))[1], tmp_path / "hf" / "model.safetensors.index.json")
+    with pytest.raises(UserError, match=says):
+        imported(tmp_path / "hf", tmp_path / "out" / "megatron")
+    assert not any((tmp_path / "out").glob("*"))
 
 
 def test_a_layout_that_does_not_divide(llama, tmp_path):

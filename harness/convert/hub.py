@@ -56,10 +56,10 @@ def read_config(folder: Path) -> tuple[Architecture, dict[str, Any]]:
     path = folder / CONFIG
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        names = raw.get("architectures") or []
+        names = [str(name) for name in raw.get("architectures") or []]
     except FileNotFoundError:
         raise UserError(f"{folder} has no {CONFIG}\nHF= wants a folder as save_pretrained writes it") from None
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, TypeError):
         raise UserError(f"{path} is damaged: no JSON object") from None
     known = [name for name in names if name in ARCHITECTURES]
     if not known:

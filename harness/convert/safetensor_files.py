@@ -106,10 +106,11 @@ def open_folder(folder: Path) -> Tensors:
         return Tensors(_read_header(folder / SINGLE))
     try:
         placed: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError):
+        shards = sorted({*placed.values()})
+        missing = [shard for shard in shards if not (folder / shard).is_file()]
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{index} is damaged: it has no weight_map\nfetch it again") from None
-    shards = sorted({*placed.values()})
-    if missing := [shard for shard in shards if not (folder / shard).exists()]:
+    if missing:
         raise UserError(f"{folder}: {len(missing)} of {len(shards)} shards are missing: {_few(missing)}\nfetch them")
     stored: dict[str, Stored] = {}
     for shard in shards:

@@ -36,6 +36,8 @@ def _violations(e: Experiment) -> Iterator[str]:
         yield f"num_attention_heads {heads} must divide by tp = {e.tp}; {_try('tp', _divisors(heads), e.tp)}"
     elif m.ffn % e.tp:
         yield f"ffn_hidden_size {m.ffn} must divide by tp = {e.tp}; {_try('tp', _divisors(m.ffn), e.tp)}"
+    if m.num_query_groups and heads % m.num_query_groups:
+        yield f"num_attention_heads {heads} must divide by num_query_groups {m.num_query_groups}"
     if m.num_query_groups and m.num_query_groups % e.tp and e.tp % m.num_query_groups:
         yield f"num_query_groups {m.num_query_groups} and tp = {e.tp} must divide one by the other"
 
