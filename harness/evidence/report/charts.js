@@ -77,7 +77,7 @@ function chart(options) {
     const highest = Math.min(Math.max(...values, -Infinity), options.most ?? Infinity);
     const scale = values.length ? roundTicks(options.fromZero ? 0 : Math.min(...values), highest, 5) : [0, 1];
     const left = 16 + 7 * Math.max(...scale.map((tick) => short(tick).length));
-    const box = { x0: left + 8, x1: width - 12, y0: height - (options.xTitle ? 40 : 44), y1: 8 + 26 * failed };
+    const box = { x0: left + 8, x1: width - 12, y0: height - (options.xTitle ? 40 : 44), y1: 8 + 31 * failed };
     const toY = (y) => box.y0 + ((Math.min(y, scale.at(-1)) - scale[0]) / (scale.at(-1) - scale[0])) * (box.y1 - box.y0);
     const xs = shown.flatMap((series) => series.points.map((point) => point.x));
     const [first, last] = options.ticks ? [0, 0] : [Math.min(...xs), Math.max(...xs)];
@@ -122,7 +122,7 @@ function chart(options) {
             svg("path", { class: "join", d: `M${line}`, "stroke-dasharray": series.dash || null }),
           series.points.map((point) => {
             const shift = (ASIDE[series.marker] ?? 0) * (series.aside ? 1 : point.y === null ? 1.5 : 0);
-            const spot = { series, point, x: toX(point.x) + shift, y: point.y === null ? box.y1 - 20 : toY(point.y) };
+            const spot = { series, point, x: toX(point.x) + shift, y: point.y === null ? box.y1 - 25 : toY(point.y) };
             spots.push(spot);
             return point.y === null
               ? svg("path", { class: "cross", d: `M${spot.x - 4} ${spot.y - 4}l8 8m0 -8l-8 8` })
@@ -132,7 +132,7 @@ function chart(options) {
       );
     }
     for (const tick of new Set(spots.filter((spot) => spot.point.y === null).map((spot) => spot.point.x))) {
-      plot.append(svg("text", { x: toX(tick), y: box.y1 - 4, "text-anchor": "middle" }, "OOM"));
+      plot.append(svg("text", { x: toX(tick), y: box.y1 - 9, "text-anchor": "middle" }, "OOM"));
     }
     tip.textContent = "";
     at = -1;
