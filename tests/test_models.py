@@ -103,6 +103,7 @@ def test_mixtral_fits_four_gpus_only_with_bf16_gradients():
         ("614", {"seq_length": 8200}, r"blocks of 128: .* mbs x seq / cp = 8200"),
         ("621", {"sharding": "no_shard"}, "optimizer_state bf16 is for Adam with sharding optim"),
         ("620", {"gradients": "bf16"}, "gradients bf16 need upstream's precision-aware optimizer"),
+        ("622", {"precision": "fp8", "fp8_recipe": "delayed"}, "fp8 delayed cannot recompute layernorm, moe_act"),
         ("622", {"recompute": "full"}, "recompute_modules layernorm, moe_act needs recompute: selective"),
         ("620", {"ep": 2, "etp": 2, "tp": 2, "dp": 2, "sequence_parallel": True}, "experts without biases only; set etp = 1"),
         ("620", {"cp": 2, "dp": 2}, "windows and sinks need context parallelism by all-to-all"),

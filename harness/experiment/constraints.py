@@ -135,6 +135,10 @@ def _precision_violations(e: Experiment) -> Iterator[str]:
                f"{e.sharding} in {e.precision}")
     if e.gradients == "bf16" and e.optimizer_state != "bf16":
         yield "gradients bf16 need upstream's precision-aware optimizer; set optimizer_state: bf16"
+    discarded = sorted({"layernorm", "moe_act"} & set(e.recompute_modules))
+    if e.fp8_recipe == "delayed" and discarded:
+        yield (f"fp8 delayed cannot recompute {', '.join(discarded)}, whose outputs are discarded; "
+               "set fp8_recipe tensorwise or blockwise")
     if e.recompute_modules and e.recompute != "selective":
         yield f"recompute_modules {', '.join(e.recompute_modules)} needs recompute: selective, not {e.recompute}"
 
