@@ -83,6 +83,12 @@ def test_state_follows_from_sharding_and_precision():
     assert state_bytes_per_parameter(CATALOG.find("671"), 1) == 14
 
 
+@pytest.mark.parametrize(("recipe", "optimizer"), [("delayed", 6), ("tensorwise", 8), ("blockwise", 8)])
+def test_fp8_weights_scaled_now_keep_whole_fp32_ones(recipe, optimizer):
+    row = CATALOG.find("611").with_changes(precision="fp8", fp8_recipe=recipe, optimizer_state="bf16")
+    assert state_bytes_per_parameter(row, 4) == 6 + optimizer / 4
+
+
 @pytest.mark.parametrize("id_", ["620", "621", "625", "631", "632", "641", "642", "651", "611", "711", "713"])
 def test_state_leaves_room_on_the_gpus_meant(id_):
     """139.8 GiB of an H200 less 3 GiB for CUDA and NCCL; a quarter of it for activations."""

@@ -202,7 +202,8 @@ def state_of_parameter(e: Experiment, replicas: int, *, matrix: bool = True) -> 
 
     bf16: 2 + 4 + 12 (fp32 copy, two Adam moments), so 18 replicated and 6 + 12/replicas with the distributed
     optimizer (upstream's theoretical_memory_usage.py). bf16 moments: 2 + 4 + 6, because two bytes of the fp32 copy are
-    the weight itself (store_param_remainders in megatron/core/optimizer/optimizer_config.py). bf16 gradients: 2 of 4.
+    the weight itself (store_param_remainders in megatron/core/optimizer/optimizer_config.py), but for fp8 that is
+    scaled otherwise than delayed: 4 + 2 + 2 (use_precision_aware_optimizer_no_fp8_or_ds_fp8 there). bf16 gradients: 2 of 4.
     Muon has one moment in place of two for a ``matrix``; embeddings, biases and norms stay with Adam
     (megatron/core/optimizer/emerging_optimizers.py). fp32: 4 + 4 + 8. FSDP: Rajbhandari et al. 2020 (arXiv:1910.02054),
     section 5; both kinds keep gradients as weights, in bf16: 2 + 2 + 12 (_resolve_group_grad_dtype in Megatron-FSDP's
@@ -212,7 +213,7 @@ def state_of_parameter(e: Experiment, replicas: int, *, matrix: bool = True) -> 
     if e.gradients == "bf16" or e.fully_sharded:
         gradient = weight
     if e.optimizer_state == "bf16":
-        optimizer = 6
+        optimizer = 6 if e.fp8_recipe in (None, "delayed") else 8
     elif e.optimizer == "muon" and matrix:
         optimizer -= 4
     match e.sharding:
