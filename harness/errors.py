@@ -11,9 +11,11 @@ class UserError(Exception):
 def nearest(name: str, valid: Iterable[str], n: int = 5) -> str:
     """Return the valid names closest to ``name``, ready to end a message: ``did you mean 408, 418?``.
 
-    Where nothing is close, all valid names are listed if they are few, else the first ``n``.
+    Where nothing is close, all valid names are listed if they are few, else the first ``n``; ``there are none`` of no names.
     """
     valid = list(valid)
+    if not valid:
+        return "there are none"
     close = get_close_matches(name, valid, n=n, cutoff=0.5) or [v for v in valid if name and name in v][:n]
     if close:
         return f"did you mean {', '.join(close)}?"

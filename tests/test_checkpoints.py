@@ -135,9 +135,10 @@ def test_finding_by_label_folder_and_step(tmp_path):
     run = run_in(tmp_path, e)
     write(run.checkpoints, 5)
     write(run.checkpoints, 10)
+    run_in(tmp_path, tiny(STEPS="9"))  # keeps none
     for wanted, step in ((e.label, 10), (str(run.checkpoints), 10), (str(run.checkpoints / "iter_0000005"), 5)):
         assert resume.find(wanted, tmp_path).step == step
-    with pytest.raises(UserError, match=f"no run or folder is called nothing; valid: {e.label}"):
+    with pytest.raises(UserError, match=f"no run or folder is called nothing; valid: {e.label}$"):
         resume.find("nothing", tmp_path)
     with pytest.raises(UserError, match="no whole checkpoint in"):
         resume.find(str(tmp_path), tmp_path)

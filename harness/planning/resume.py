@@ -44,8 +44,13 @@ def folder_of(wanted: str, outdir: Path) -> Path:
             return run.checkpoints
         if path.is_dir():
             return path.resolve()
-    labels = [path.parent.name for path in outdir.glob("*/experiment.json")]
-    raise UserError(f"no run or folder is called {wanted}; {nearest(wanted, labels)}")
+    raise UserError(f"no run or folder is called {wanted}; {nearest(wanted, labels_with_checkpoints(outdir))}")
+
+
+def labels_with_checkpoints(outdir: Path) -> list[str]:
+    """Runs that have kept some, whole or not."""
+    found = [RunDir(path.parent) for path in sorted(outdir.glob("*/experiment.json"))]
+    return [run.label for run in found if run.checkpoints.is_dir()]
 
 
 def check_fits(found: Checkpoint, experiment: Experiment) -> None:

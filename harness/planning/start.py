@@ -10,6 +10,7 @@ from harness.data import prepared
 from harness.errors import UserError, nearest
 from harness.experiment.catalog import Experiment, Model
 from harness.finetune.adapters import FOLDER, read_record
+from harness.planning.resume import labels_with_checkpoints
 from harness.rundir import RunDir, label_of
 
 
@@ -45,8 +46,8 @@ def find(named: str, outdir: Path) -> Start:
     places = (outdir / label_of(named, outdir), Path(named).expanduser())
     runs = [path for path in places if RunDir(path).experiment_json.is_file()]
     if not runs:
-        names = [path.parent.name for place, file in ((weights.WEIGHTS, weights.RECORD), (outdir, "experiment.json"))
-                 for path in sorted(place.glob(f"*/{file}"))]  # fmt: skip
+        imported = [path.parent.name for path in sorted(weights.WEIGHTS.glob(f"*/{weights.RECORD}"))]
+        names = imported + labels_with_checkpoints(outdir)
         raise UserError(f"WEIGHTS={named}: {nearest(named, names)}\nmake import-hf brings some, SAVE=1 keeps a run's own")
     return _of_run(named, runs[0])
 
