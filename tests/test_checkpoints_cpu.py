@@ -20,6 +20,8 @@ SAVE = f"--save {{home}}/saved --save-interval {EVERY} --async-save --use-persis
 LOAD = f"--load {{from_}}/saved --ckpt-step {FROM} --override-opt_param-scheduler --exit-on-missing-checkpoint"
 SP2 = {"tp": 2, "sequence_parallel": True}
 ZERO = {"sharding": "optim"}
+FSDP2 = {"dp": 2, "sharding": "torch_fsdp2", "precision": "bf16"}
+EIGHT_QUEUES = {"CUDA_DEVICE_MAX_CONNECTIONS": "8"}
 LONGER = {"steps": 8}
 DROPOUT = "--attention-dropout 0.1 --hidden-dropout 0.1"
 RESHARDABLE = "--dist-ckpt-optim-fully-reshardable"
@@ -30,6 +32,8 @@ JOBS = [
     ("dropout again", "DENSE", SP2 | {"precision": "bf16"}, DROPOUT, "dropout", {}),
     ("tp2", "DENSE", SP2, "", None, {}),
     ("tp2 to pp2", "DENSE", {"pp": 2}, "", "tp2", {}),
+    ("fsdp2", "DENSE", FSDP2, "", None, EIGHT_QUEUES),
+    ("fsdp2 again", "DENSE", FSDP2, "", "fsdp2", EIGHT_QUEUES),
 ]
 MORE_JOBS = [
     ("dp4", "DENSE", {"dp": 4} | ZERO, RESHARDABLE, None, {}),
@@ -97,8 +101,9 @@ def goes_on_alike(folder: Path, before: str, after: str) -> bool:
     return found == pytest.approx({step: expected[step] for step in found}, rel=2e-6)
 
 
-def test_the_same_layout_goes_on_bit_by_bit_dropout_included(runs):
-    whole, again = losses(runs / "dropout"), losses(runs / "dropout again")
+@pytest.mark.parametrize("name", ["dropout", "fsdp2"])
+def test_the_same_layout_goes_on_bit_by_bit(runs, name):
+    whole, again = losses(runs / name), losses(runs / f"{name} again")
     assert list(again) == [5, 6]
     assert again == {step: whole[step] for step in again}
 

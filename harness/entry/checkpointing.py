@@ -29,6 +29,7 @@ def install(report: RankReport) -> None:
 
     _start_writer_here()
     _regroup_experts()
+    _count_steps_of_fsdp2()
     remainders.install()
     saves = _Saves(report)
     save, schedule, train = training.save_checkpoint, checkpointing.schedule_async_save, training.train
@@ -109,6 +110,37 @@ def _regrouped(state, optimizers: int):
         groups = [[{**group, "is_expert_parallel": bool(n)} for group in known["param_groups"]] for n in (0, 1)]
         return {n: {**rest, "optimizer": {**known, "param_groups": groups[n]}, **numbered[n]} for n in (0, 1)}
     return state
+
+
+def _count_steps_of_fsdp2() -> None:
+    """Tell Adam how many steps its moments are of, where upstream loads them in place and leaves that out.
+
+    So it does for FSDP2 (``skip_load_to_model_and_opt`` in megatron/training/training.py): Transformer Engine's Adam would
+    correct the bias of old moments as if they were new, PyTorch's fails. In bf16 every iteration is a step.
+    """
+    from megatron.training import get_args, training
+
+    load = training.load_checkpoint
+
+    def load_checkpoint(model, optimizer, *args, skip_load_to_model_and_opt=False, **kwargs):
+        found = load(model, optimizer, *args, skip_load_to_model_and_opt=skip_load_to_model_and_opt, **kwargs)
+        with_optimizer = optimizer is not None and not (get_args().finetune or get_args().no_load_optim)
+        if skip_load_to_model_and_opt and with_optimizer and found[0]:
+            _set_steps(optimizer.optimizer, found[0])
+        return found
+
+    training.load_checkpoint = load_checkpoint
+
+
+def _set_steps(adam, steps: int) -> None:
+    import torch
+
+    if isinstance(adam, torch.optim.Adam):
+        for state in adam.state.values():
+            state["step"] = torch.tensor(float(steps))
+    else:
+        for group in adam.param_groups:
+            group["step"] = steps
 
 
 class _Saves:
