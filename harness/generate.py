@@ -124,8 +124,7 @@ def _of_weights(named: str, sampling: Sampling) -> Request:
     folders = (weights.WEIGHTS / named, Path(named).expanduser().resolve())
     folder, known = next(((folder, known) for folder in folders if (known := weights.read(folder))), (None, None))
     if known is None:
-        names = sorted(path.parent.name for path in weights.WEIGHTS.glob(f"*/{weights.RECORD}"))
-        raise UserError(f"WEIGHTS={named}: {nearest(named, names)}\nmake import-hf brings some; RUN= names a run")
+        raise UserError(f"WEIGHTS={named}: {nearest(named, weights.names())}\nmake import-hf brings some; RUN= names a run")
     if not known.tokenizer:
         raise UserError(f"WEIGHTS={named}: no tokenizer came with them, so that no text can be read or written\n"
                         f"put tokenizer.json into {known.source} and import it again (FORCE=1)")

@@ -465,7 +465,7 @@ def go_on(run_dir: RunDir, step: int) -> None:
         if path.exists():
             path.rename(run_dir.path / aside)
     for path in (run_dir.metrics, run_dir.validation, run_dir.saves):
-        lines = [line for line in _text_lines(path) if (_json_object(line) or {}).get("step", math.inf) <= step]
+        lines = [line for line in text_lines(path) if (_json_object(line) or {}).get("step", math.inf) <= step]
         if path.exists():
             write_text(path, "".join(f"{line}\n" for line in lines))
     for path in run_dir.ranks.iterdir():
@@ -621,10 +621,11 @@ def _parse[Record: _Record](line: str, kind: type[Record]) -> Record | None:
 
 
 def _lines[Record: _Record](path: Path, kind: type[Record]) -> Iterator[Record]:
-    return (record for line in _text_lines(path) if (record := _parse(line, kind)))
+    return (record for line in text_lines(path) if (record := _parse(line, kind)))
 
 
-def _text_lines(path: Path) -> list[str]:
+def text_lines(path: Path) -> list[str]:
+    """The lines of a file; none where it cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

@@ -13,7 +13,6 @@ import threading
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from harness import rundir
@@ -65,14 +64,7 @@ def until(condition, seconds: float = 20.0):
 
 def of_run(path: Path) -> list:
     """Living processes of a run."""
-    return [p for p in processes.marked(HARNESS_RUN_DIR=str(path)) if lives(p)]
-
-
-def lives(process: psutil.Process) -> bool:
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+    return [p for p in processes.marked(HARNESS_RUN_DIR=str(path)) if processes.lives(p)]
 
 
 def the_run(outdir: Path) -> RunDir:

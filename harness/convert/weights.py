@@ -53,6 +53,11 @@ class Weights(BaseModel):
     flags: tuple[str, ...]
 
 
+def names() -> list[str]:
+    """What was imported, by name."""
+    return sorted(path.parent.name for path in WEIGHTS.glob(f"*/{RECORD}"))
+
+
 def read(folder: Path) -> Weights | None:
     """What the folder of an import says of itself; None where it is none.
 

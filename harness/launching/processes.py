@@ -90,12 +90,13 @@ def end(processes: Iterable[psutil.Process], grace_s: float) -> None:
 def _still_there(processes: list[psutil.Process], seconds: float) -> list[psutil.Process]:
     """Those that have not ended after ``seconds``. Children are not reaped: their exit status is for their parent."""
     deadline = time.monotonic() + seconds
-    while (left := [p for p in processes if _runs(p)]) and time.monotonic() < deadline:
+    while (left := [p for p in processes if lives(p)]) and time.monotonic() < deadline:
         time.sleep(0.02)
     return left
 
 
-def _runs(process: psutil.Process) -> bool:
+def lives(process: psutil.Process) -> bool:
+    """Whether it still runs; a zombie does not."""
     import psutil
 
     try:

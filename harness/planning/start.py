@@ -46,8 +46,7 @@ def find(named: str, outdir: Path) -> Start:
     places = (outdir / label_of(named, outdir), Path(named).expanduser())
     runs = [path for path in places if RunDir(path).experiment_json.is_file()]
     if not runs:
-        imported = [path.parent.name for path in sorted(weights.WEIGHTS.glob(f"*/{weights.RECORD}"))]
-        names = imported + labels_with_checkpoints(outdir)
+        names = weights.names() + labels_with_checkpoints(outdir)
         raise UserError(f"WEIGHTS={named}: {nearest(named, names)}\nmake import-hf brings some, SAVE=1 keeps a run's own")
     return _of_run(named, runs[0])
 

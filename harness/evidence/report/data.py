@@ -7,7 +7,6 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from harness import rundir
@@ -141,7 +140,7 @@ def _curve(values: Mapping[int, float]) -> dict[str, Any] | None:
 def _metrics(row: Row) -> tuple[rundir.StepMetrics, ...]:
     if row.kind == "run":
         return rundir.RunDir(row.origin).read_metrics()
-    lines = _lines(row.origin.with_suffix(".metrics.jsonl"))
+    lines = rundir.text_lines(row.origin.with_suffix(".metrics.jsonl"))
     return tuple(step for line in lines if (step := rundir.parse_metrics(line)))
 
 
@@ -149,7 +148,7 @@ def _memory(row: Row) -> dict[str, Any] | None:
     if row.kind != "run":
         return None
     used: dict[float, float] = {}
-    for line in _lines(rundir.RunDir(row.origin).gpus):
+    for line in rundir.text_lines(rundir.RunDir(row.origin).gpus):
         try:
             sample = json.loads(line)
             used[float(sample["time"])] = max(float(gpu["used_gib"]) for gpu in sample["gpus"])
@@ -161,13 +160,6 @@ def _memory(row: Row) -> dict[str, Any] | None:
     seconds = {round(at - start): gib for at, gib in used.items()}
     curve = figures.thinned("", seconds, SAMPLES)
     return {"x": list(curve.steps), "y": [_short(value) for value in curve.values]}
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
 
 
 def _timeline(schedule: figures.Schedule) -> dict[str, Any]:
