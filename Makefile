@@ -9,8 +9,12 @@ MAKEFLAGS += --no-builtin-rules --no-builtin-variables --no-print-directory
 HARNESS := scripts/setup.sh light -- -m harness
 DATA_HARNESS := scripts/setup.sh light data -- -m harness
 CHAT_HARNESS := scripts/setup.sh heavy -- -m harness
-# The settings given on the command line or in the environment, as KEY=VALUE words.
-WORDS = $(foreach key,$(SETTINGS) $(MORE),$(if $(value $(key)),'$(key)=$(subst ','\'',$(value $(key)))'))
+# The settings given on the command line or in the environment, as KEY=VALUE words; and whatever else the command line sets, so
+# that STEP=20 is refused, not ignored. PASSED are variables of the environment that may stand there too.
+WORDS = $(foreach key,$(SETTINGS) $(MORE) $(UNKNOWN),$(if $(value $(key)),'$(key)=$(subst ','\'',$(value $(key)))'))
+UNKNOWN = $(filter-out $(SETTINGS) $(MORE) $(PASSED),$(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name))))
+PASSED := HARNESS DATA_HARNESS CHAT_HARNESS VENV PYTHON MEGATRON_LM CXX HOME TMPDIR MASTER_% \
+  CUDA_% NCCL_% NVTE_% TORCH% PYTORCH_% GLOO_% OMP_% HF_% PIP_% UV_% XDG_% %_PROXY %_proxy
 
 include experiments/targets.mk
 
@@ -36,12 +40,8 @@ arguments: ## upstream's own arguments, counted   [MATCH=moe]
 
 ##@ Run:  make 101<tab>, make 101, make show-101, make memory-101, make chapter-100, make verify-101
 # memory-101: what it will take, whether it fits CARD= or the GPUs here, and what to set where it does not.
-memory-%:
-	@$(HARNESS) memory '$*' $(WORDS)
 # verify-101: run it again and compare with its record; RUN=label compares a run that was made.
 verify-%: MORE = RUN
-verify-%:
-	@$(HARNESS) verify '$*' $(WORDS)
 parity: ## is it correct? every parallelism against one process, loss by loss
 	@$(HARNESS) parity
 stop: MORE = RUN

@@ -7,6 +7,7 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import get_args
 
 from harness.errors import UserError, nearest
@@ -119,7 +120,9 @@ def parse(words: Iterable[str], extra: Iterable[str] = ()) -> dict[str, str]:
         if not equals:
             raise UserError(f"{word!r} is not of the form KEY=VALUE, such as STEPS=20")
         if key not in known:
-            raise UserError(f"unknown setting {key}; {nearest(key.upper(), known)}")
+            near = [key.upper()] if key.upper() in known else get_close_matches(key.upper(), known)
+            there = f"did you mean {', '.join(near)}?" if near else "make help lists all"
+            raise UserError(f"unknown setting {key}; {there}")
         if value:
             found[key] = value
     return found
