@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -376,7 +377,12 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 def _experiment(words: list[str]) -> tuple[Experiment, dict[str, str]]:
     if not words or "=" in words[0]:
         raise UserError("which experiment? such as 101 (make list shows all)")
-    return load_catalog().find(words[0]), overrides.parse(words[1:])
+    wanted = re.sub(r"^(show|memory|verify)-(?=\d)", "", words[0])  # no target is called so, for there is no such experiment
+    if not wanted[:1].isdigit():
+        from harness import targets
+
+        raise UserError(targets.unknown(wanted))
+    return load_catalog().find(wanted), overrides.parse(words[1:])
 
 
 def _outdir(settings: Mapping[str, str]) -> Path:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from difflib import get_close_matches
 from pathlib import Path
 
+from harness import ROOT
 from harness.data.sources import definitions
 from harness.experiment.catalog import EXPERIMENTS, Catalog, Experiment
 from harness.experiment.overrides import EXPERIMENT_SETTINGS, LAUNCH_SETTINGS, Setting
@@ -49,8 +52,17 @@ def _lines(catalog: Catalog) -> Iterator[str]:
             yield f"train-{e.model.name}: ; @$(HARNESS) train {e.id} $(WORDS)"
     for name, known in definitions().items():
         yield f"data-{name}: ; @$({'CHAT' if known.chat else 'DATA'}_HARNESS) data {name} $(WORDS)"
-    for e in catalog.experiments:
-        yield f"show-{e.id}: ; @$(HARNESS) show {e.id} $(WORDS)"
+    for command in ("show", "memory", "verify"):
+        for e in catalog.experiments:
+            yield f"{command}-{e.id}: ; @$(HARNESS) {command} {e.id} $(WORDS)"
+
+
+def unknown(wanted: str) -> str:
+    """What to say of a word that is no target, ``tabel`` or ``show-999``: the nearest ones."""
+    rules = (ROOT / "Makefile").read_text(encoding="utf-8") + FILE.read_text(encoding="utf-8")
+    near = get_close_matches(wanted, dict.fromkeys(re.findall(r"^([a-z0-9][\w.-]*):", rules, re.MULTILINE)))
+    said = f"no target {wanted}; did you mean {', '.join(near)}?" if near else f"no target {wanted}"
+    return f"{said}\nmake list shows all experiments, make help all targets"
 
 
 def _help(title: str, settings: tuple[Setting, ...]) -> Iterator[str]:

@@ -22,7 +22,7 @@ def harness(*words: str) -> str:
     ("words", "message"),
     [
         (["run", "407"], "no experiment 407; nearest ids: 401, 402, 404, 408, 416"),
-        (["run", "tabel"], "no experiment or target tabel"),
+        (["run", "tabel"], "no target tabel; did you mean table?"),
         (["run", "101-gpt2xl"], "101 is 101-gpt2xl-dp1-gbs1-bf16"),
         (["run"], "which experiment?"),
         (["run", "231", "TP=3"], "num_attention_heads 16 must divide by tp = 3; try tp in {1, 2, 4, 8, 16}"),

@@ -50,6 +50,7 @@ def test_one_tab_completes_a_name_in_bash(name: str) -> None:
 @pytest.mark.skipif(not BASH_COMPLETION.exists(), reason="bash-completion is not installed")
 def test_other_targets_complete_in_bash() -> None:
     assert sorted(bash_completes("show-4")) == sorted(f"show-{e.id}" for e in load_catalog().in_chapter(400))
+    assert sorted(bash_completes("memory-62")) == ["memory-620", "memory-621", "memory-622", "memory-623", "memory-624", "memory-625"]
     assert sorted(bash_completes("half-4")) == sorted(f"half-{e.name}" for e in HALF_SIZE if e.chapter == 400)
     assert bash_completes("chapter-3") == ["chapter-300"]
     assert "help" in bash_completes("he")
@@ -101,6 +102,26 @@ def test_words_arrive_as_typed(tmp_path: Path) -> None:
 
 def test_settings_in_the_environment_count_too() -> None:
     assert "'STEPS=7'" in make("-n", "101", STEPS="7").stdout
+
+
+@pytest.mark.parametrize("word, near", [("STEP=3", "STEPS"), ("tp=2", "TP"), ("CHAPTER=100", ""), ("zzz=1", "make help")])
+def test_no_word_of_the_command_line_is_ignored(word: str, near: str) -> None:
+    done = make("101", word, "DRY_RUN=1")
+    assert done.returncode == 2 and f"unknown setting {word.split('=')[0]}" in done.stderr and near in done.stderr
+
+
+def test_variables_of_the_environment_may_stand_on_the_command_line() -> None:
+    assert "NCCL_DEBUG" not in make("-n", "101", "NCCL_DEBUG=INFO").stdout
+
+
+@pytest.mark.parametrize("target, said", [
+    ("show-999", "no experiment 999; nearest ids"), ("memory-999", "no experiment 999; nearest ids"),
+    ("tabel", "did you mean table?"), ("chapter-900", "chapter-800"), ("1O1", "no experiment 1O1"),
+    ("data-openwebtext", "did you mean data-openwebtext-10k"), ("qqqq", "no target qqqq\nmake list"),
+])
+def test_a_target_that_is_none_gets_the_nearest(target: str, said: str) -> None:
+    done = make(target)
+    assert done.returncode == 2 and said in done.stderr
 
 
 def test_help_lists_every_target_that_has_a_line() -> None:

@@ -312,7 +312,7 @@ class Catalog(_Frozen):
         if re.fullmatch(r"\d+", wanted):
             close = sorted(sorted(ids, key=lambda i: abs(int(i) - int(wanted)))[:5])
             raise UserError(f"no experiment {wanted}; nearest ids: {', '.join(close)} (make list shows all)")
-        raise UserError(f"no experiment or target {wanted}; {nearest(wanted, [e.name for e in self.experiments])}")
+        raise UserError(f"no experiment {wanted}; {nearest(wanted, ids)} (make list shows all)")
 
     def in_chapter(self, number: int) -> tuple[Experiment, ...]:
         """The experiments of one chapter, in order. Raises UserError for an unknown chapter."""
