@@ -218,6 +218,8 @@ def test_find_means_the_best_run_of_an_experiment():
     failed, other = row(status="crash", started=900.0), row(settings={"MBS": "5"}, started=900.0)
     results = Results((plain, later, replace(failed, label="111-failed"), other))
     assert results.find("111") is later
+    capped = row(settings={"CARD": "h100-80gb"}, started=900.0)
+    assert Results((capped, later)).find("111") is later, "a record on the whole card goes before one with less memory"
     assert results.find("111-gpt2xl-dp1-fit-80GB") is plain
     assert results.find("111-gpt2xl-dp1-fit-80GB_mbs5") is other
     assert results.find("111-failed").state == "crash"

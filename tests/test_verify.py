@@ -110,7 +110,7 @@ def test_out_of_memory_again_agrees_and_ok_does_not(tmp_path: Path, capsys: pyte
         ({"packed_with": ["102"]}, "runs on the node: 2, but 1 in the record"),
         ({"experiment": {"attention_backend": "flash"}}, "attention: flash, but auto in the record"),
         ({"experiment": {"micro_batch_size": 2, "global_batch_size": 2}}, "not of the work of h200-141gb/101"),
-        ({"experiment": {"miniature": True}}, "not of the work of"),
+        ({"experiment": {"miniature": True}}, "again is a CPU miniature; h200-141gb/101 was measured on NVIDIA H200"),
         ({"steps": 5}, "has no step in its averaging window"),
         ({"nvml": 0.0}, "has no NVML reading"),
         ({"status": "killed"}, "again is killed"),

@@ -306,7 +306,7 @@ class Results:
     def find(self, wanted: str) -> Row:
         """The row of this label, path, id or name.
 
-        An id or name means its best run: on GPUs before a miniature, with unchanged work, ok, the latest.
+        An id or name means its best run: on GPUs before a miniature, with unchanged work, ok, on a whole card, the latest.
 
         Raises:
             UserError: there is no such run or record.
@@ -440,9 +440,9 @@ def _comparison(experiment: Experiment, group: ReferenceGroup) -> dict[str, Any]
     return {"published": group.beside(experiment.id), "against": group}
 
 
-def _preference(row: Row) -> tuple[bool, bool, bool, float]:
-    started = row.result.started if row.result else 0.0
-    return not row.experiment.miniature, _is_same_work(row.experiment), row.state == "ok", started
+def _preference(row: Row) -> tuple[bool, bool, bool, bool, float]:
+    e, started = row.experiment, row.result.started if row.result else 0.0
+    return not e.miniature, _is_same_work(e), row.state == "ok", not e.card, started
 
 
 def _is_same_work(experiment: Experiment) -> bool:

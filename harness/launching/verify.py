@@ -67,6 +67,8 @@ def verify(id_: str, settings: Mapping[str, str], outdir: Path, records: Path, p
 
 def choose(records: Sequence[Row], run: Row) -> Row:
     """The newest of ``records`` that ``run`` can be compared with. Raises UserError where there is none, and says why."""
+    if run.experiment.miniature:
+        raise UserError(f"{run.label} is a CPU miniature; {records[0].label} was measured on {records[0].hardware}")
     if not same_work(records[0].experiment, run.experiment):
         raise UserError(f"{run.label} is a run of {run.experiment.label}, not of the work of {records[0].label}")
     here = _on_hardware(records, run.hardware)
