@@ -138,7 +138,7 @@ def test_settings_that_are_said_to_fit_do(id_):
 def test_the_command(capsys):
     assert main(["memory", "611", "CARD=h100-80gb"]) == 0
     said = capsys.readouterr().out
-    assert "does not fit" in said and "TP=2 SP=1 GPUS=4" in said and "gradients      29.9  the most" in said
+    assert "does not fit\nwhat fits\n" in said and "TP=2 SP=1 GPUS=4" in said and "gradients      29.9  the most" in said
     assert main(["memory", "111"]) == 0
     said = capsys.readouterr().out
     assert "measured 68.4 on NVIDIA H200" in said and "NVIDIA H200, 137.4 GiB beside CUDA and NCCL: fits" in said

@@ -177,7 +177,9 @@ def check_name(name: str) -> str:
 def _hint(name: str, known: tuple[str, ...]) -> str:
     from harness.data.sources import definitions
 
-    return f"make data-{name} does that" if name in definitions() else f"{nearest(name, known)}\nor see make data-list"
+    if name in definitions():
+        return f"make data-{name} does that"
+    return f"{nearest(name, [*known, *(other for other in definitions() if other not in known)])}\nmake data-list says what is there"
 
 
 def _tokenizer(

@@ -67,9 +67,12 @@ def _advice(e: Experiment, card: Gpu) -> Iterator[str]:
     ways = ways_to_fit(e, card)
     if not ways:
         yield f"  no {DEEPEST} settings make it fit: a smaller SEQ=, or more GPUs"
-    for settings, changed in ways[:SHOWN]:
-        words = " ".join(f"{key}={value}" for key, value in settings.items())
-        yield f"  {words:44} {predict(changed).total:6.1f} GiB on {_gpus(changed)}"
+        return
+    yield "what fits"
+    lines = [(" ".join(f"{key}={value}" for key, value in settings.items()), changed) for settings, changed in ways[:SHOWN]]
+    width = max(len(words) for words, _ in lines)
+    for words, changed in lines:
+        yield f"  {words:{width}} {predict(changed).total:6.1f} GiB on {_gpus(changed)}"
 
 
 def _cards(e: Experiment) -> list[Gpu]:

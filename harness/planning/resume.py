@@ -44,7 +44,9 @@ def folder_of(wanted: str, outdir: Path) -> Path:
             return run.checkpoints
         if path.is_dir():
             return path.resolve()
-    raise UserError(f"no run or folder is called {wanted}; {nearest(wanted, labels_with_checkpoints(outdir))}")
+    labels = labels_with_checkpoints(outdir)
+    there = nearest(wanted, labels) if labels else f"SAVE=1 makes a run keep checkpoints: make {wanted.split('-')[0]} SAVE=1"
+    raise UserError(f"no folder and no run with a checkpoint is called {wanted}; {there}")
 
 
 def labels_with_checkpoints(outdir: Path) -> list[str]:
