@@ -114,9 +114,9 @@ def _markdown(title: str, ones: Sequence[Evaluated], sources: Sequence[Source], 
     for one in ones:
         cells = []
         for source, name, side in zip(sources, names, one.sides, strict=True):
-            numbers = _numbers(side)
-            cells.append(f"**{_verdict(side)}**" + f" ({numbers})" * bool(numbers) if side.value is not None
-                         else f"{side.verdict}: {numbers}".removesuffix(": "))
+            said = _instead(one, side)
+            cells.append(f"**{_verdict(side)}**" + f" ({said})" * bool(said) if side.value is not None
+                         else f"{side.verdict}: {_numbers(side)}".removesuffix(": "))
             if reason := _reason(one, source, side):
                 reasons.append(f"- {one.claim.name} {side.verdict} ({name}): {reason}")
         cells = [f"`{one.claim.name}` {one.claim.says}", f"`{one.claim.formula.text}` {one.claim.bound.text}", *cells]
@@ -129,6 +129,8 @@ def _summary(found: Sequence[Evaluated], sources: Sequence[Source], names: Seque
     for index, (source, name) in enumerate(zip(sources, names, strict=True)):
         said = counted(one.sides[index] for one in found)
         out.append(f"{bullet}{name}: {said}" + f" ({source.title})" * (source.title != name))
+    if bullet:
+        out.append(f"{bullet}by: measured with these in place of the formula's; `make claims` prints every number")
     out.append(f"{bullet}±: twice the standard uncertainty; undecided: what must hold begins within it. Published numbers "
                "state none.")
     return "\n".join(out)
@@ -154,6 +156,12 @@ def _numbers(side: Side) -> str:
     for quantity, value in side.numbers.items():
         by_name.setdefault(quantity.name, []).append(f"{_short(value)} [{quantity.of}]")
     return "; ".join([*(f"{name}: {', '.join(values)}" for name, values in by_name.items()), *side.remarks])
+
+
+def _instead(one: Evaluated, side: Side) -> str:
+    """What was measured in place of the formula's experiments, and remarks; the formula itself names the others."""
+    others = dict.fromkeys(quantity.of for quantity in side.numbers if f"[{quantity.of}]" not in one.claim.formula.text)
+    return "; ".join([*([f"by {', '.join(others)}"] if others else []), *side.remarks])
 
 
 def _reason(one: Evaluated, source: Source, side: Side) -> str | None:
