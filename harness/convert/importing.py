@@ -76,7 +76,7 @@ def import_folder(source: str, target: Path, name: str, *, tp: int = 1, pp: int 
         for kept in hub.KEPT:
             if (folder / kept).is_file():
                 shutil.copyfile(folder / kept, unfinished / HF / kept)
-        torch_dist.write(unfinished / RELEASE, pieces, _states(sizes) | {torch_dist.COMMON: _common(words, sizes)})
+        torch_dist.write(unfinished / RELEASE, pieces, states(sizes) | {torch_dist.COMMON: _common(words, sizes)})
         (unfinished / torch_dist.TRACKER).write_text("release")
         write_json(unfinished / RECORD, weights.model_dump(mode="json"))
         if target.exists():
@@ -139,7 +139,7 @@ def _found(architecture: Architecture, row: Row, index: tuple[int, ...], tensors
     return bare if all(name.partition("[")[0] in tensors for name in bare) else names
 
 
-def _states(sizes: Sizes) -> dict[str, Any]:
+def states(sizes: Sizes) -> dict[str, Any]:
     """Upstream's names of the empty states: key/shard_<index>_<sizes>, with the layers and experts as in the weights."""
     layers, experts = sizes.model.num_layers, sizes.model.num_experts or 0
     states = {f"{LAYERS}{module}._extra_state/shard_{n}_{layers}" for module in _STATEFUL for n in range(layers)}
