@@ -10,6 +10,9 @@ from typing import NoReturn
 from harness.entry import failures, finetune, rank
 from harness.generate import REQUEST_VARIABLE, Sampling
 
+LENGTHS = 64
+"""The model sees a multiple of so many tokens: cuDNN plans its attention anew for every length."""
+
 
 def main() -> None:
     """Answer the request in the folder that ``HARNESS_GENERATE`` names."""
@@ -82,9 +85,11 @@ def go_on(model, prompt: list[int], sampling: Sampling) -> list[int]:
     model.eval()
     with torch.no_grad():
         for _ in range(sampling.tokens):
-            seen = torch.tensor([ids[-args.seq_length :]], device="cuda")  # [1, s]
-            positions = torch.arange(seen.shape[1], device="cuda")[None]
-            logits = model(seen, positions, None)[0, -1, : tokenizer.vocab_size].float().cpu()
+            seen = ids[-args.seq_length :]
+            shown = min(-len(seen) // LENGTHS * -LENGTHS, args.seq_length)
+            tokens = torch.tensor([seen + [0] * (shown - len(seen))], device="cuda")  # [1, s]; what comes later is not seen
+            positions = torch.arange(shown, device="cuda")[None]
+            logits = model(tokens, positions, None)[0, len(seen) - 1, : tokenizer.vocab_size].float().cpu()
             ids.append(draw(logits, sampling, generator))
             if ids[-1] == getattr(tokenizer, "eod", None):
                 break

@@ -1,5 +1,6 @@
 """What a rank tells about itself while it runs: where it is, how much memory it took, how it failed, where it hangs."""
 
+import contextlib
 import faulthandler
 import gc
 import os
@@ -78,7 +79,8 @@ class RankReport:
             step=self.step,
         )
         write_json(self._file("error.json"), found.model_dump())
-        self.write()  # the peaks that it failed with
+        with contextlib.suppress(Exception):  # a GPU that failed may not answer, and the rank must end
+            self.write()  # the peaks that it failed with
 
     def finished(self) -> None:
         """Report for the last time; no stacks were asked for, so their file goes."""
