@@ -369,8 +369,9 @@ def test_another_group_of_references_can_stand_beside(tmp_path):
 def test_the_markdown_form_has_a_table_for_each_chapter(capsys):
     assert main(["claims", "FORMAT=markdown", "HARDWARE=h200-141gb"]) == 0
     text = capsys.readouterr().out
-    assert text.count("| claim | must hold | ours | published |") == 5
-    assert all(line.count(" | ") == 3 for line in text.splitlines() if line.startswith("| ") and ":--" not in line)
+    assert text.count("| claim | must hold |") == 5 and "| claim | must hold | ours | published |" in text
+    tables = [part.splitlines() for part in text.split("\n\n") if part.startswith("| claim")]
+    assert all(line.count(" | ") == table[0].count(" | ") for table in tables for line in table)
     assert main(["claims", "CHAPTER=400", "FORMAT=markdown"]) == 0
     assert capsys.readouterr().out.startswith("**400 Pipeline parallelism")
 

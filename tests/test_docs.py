@@ -167,7 +167,12 @@ def test_blocks(facts: Facts) -> None:
     companion = replace(row, experiment=facts.catalog.find("129h"), origin=row.origin.with_name("129h.json"), published=None)
     assert "publ." not in docs.block("table", "129h", replace(facts, rows=(companion,))), "nothing is published"
     memory = docs.block("memory", "111 500", facts).splitlines()
-    assert len(memory) == 4 and memory[2].startswith("| `111` |")
+    assert memory[2].startswith("| `111` |") and memory[3].startswith("| `500` |")
+    nothing = replace(facts, rows=())
+    assert docs.block("memory", "111 500", nothing).endswith("\n\nNone of these is measured yet.")
+    assert docs.block("table", "601 602", nothing) == "Not measured yet: `601`, `602`.", "no table without a number"
+    some = docs.block("table", "111 118 129h", replace(facts, rows=(row,)))
+    assert some.endswith("<sub>Not measured yet: `118`, `129h`.</sub><br>") and "| `118` |" in some and "| `129h` |" not in some
     assert "| MFU" not in docs.block("table", "121 505", facts), "an empty column is left out"
     listed = docs.block("experiments", "408 438", facts)
     assert "The same for all: model gpt2-8.3b, GPUs 8, MBS 4, GBS 32, tokens 1,024." in listed
@@ -203,7 +208,7 @@ def test_other_hardware_and_another_upstream_have_no_place_in_a_chapter(facts: F
     newer = replace(row, upstream=row.upstream.model_copy(update={"version": "0.20.0"}))
     elsewhere = replace(facts.row("101"), origin=RECORDS / "h100-80gb" / "101.json", gpu_name="NVIDIA H100 80GB HBM3")
     others = replace(facts, rows=(*(r for r in facts.rows if r is not row), newer, elsewhere))
-    assert f"| `104` | dp4 | 4 | {docs.MISSING} |" in docs.block("table", "101 104", others)
+    assert "<sub>Not measured yet: `104`.</sub>" in docs.block("table", "101 104", others)
     assert docs.value("step_ms[101]", ".6f", others) == docs.value("step_ms[101]", ".6f", facts)
     assert "| claim | must hold | ours | published |" in docs.block("claims", "100", others)
     assert "Megatron-LM core 0.20.0" in (listed := docs.block("records", "all", others)) and "### NVIDIA H100" in listed

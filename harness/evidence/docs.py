@@ -139,6 +139,8 @@ def _table(facts: Facts, ids: Sequence[str]) -> str:
     rows = [(id_, facts.row(id_), facts.published(id_), _of_eight(facts, id_)) for id_ in ids]
     lines = []
     for id_, ours, published, reference in rows:
+        if not (ours or published or reference):
+            continue
         e = facts.catalog.find(id_)
         lines.append([
             f"`{id_}`", e.layout, str(e.world_size), _memory(ours), _published(published, "memory_gib", ".1f"),
@@ -147,6 +149,8 @@ def _table(facts: Facts, ids: Sequence[str]) -> str:
             f"{reference.memory_gib:.1f} GiB, {reference.step_ms:,.0f} ms" if reference else "",
         ])
     head = ["id", "layout", "GPUs", "GiB", "publ. GiB", "ratio", "ms/step", "publ. ms", "ratio", "MFU", "8x H200"]
+    if not lines:
+        return f"{MISSING.capitalize()}: {_named(ids)}."
     return "\n".join([_filled(head, lines, "llrrrrrrrrl"), "", *_notes(facts, rows)])
 
 
@@ -172,7 +176,20 @@ def _notes(facts: Facts, rows: Sequence[tuple[str, Row | None, Reference | None,
             notes.append(f"`{id_}` runs out of memory with `CARD={CARD}`: no more memory than that card has.")
         if ours and (ours.runs_on_node or 1) > 1:
             notes.append(f"`{id_}` shared its node with {ours.runs_on_node - 1} other runs.")
+    notes += filter(None, [_to_measure(facts, [id_ for id_, *_ in rows])])
     return [f"<sub>{note}</sub><br>" for note in notes]
+
+
+def _to_measure(facts: Facts, ids: Sequence[str]) -> str:
+    """Which experiments of a table have no record, in a sentence; nothing where all have one."""
+    missing = [id_ for id_ in ids if facts.row(id_) is None]
+    if len(missing) == len(ids):
+        return f"None of these is {MISSING.removeprefix('not ')}."
+    return f"{MISSING.capitalize()}: {_named(missing)}." if missing else ""
+
+
+def _named(ids: Iterable[str]) -> str:
+    return ", ".join(f"`{id_}`" for id_ in ids)
 
 
 def _memory_pieces(facts: Facts, ids: Sequence[str]) -> str:
@@ -188,7 +205,7 @@ def _memory_pieces(facts: Facts, ids: Sequence[str]) -> str:
             _gib(memory and memory.reserved), _gib(memory and memory.nvml),
         ])
     head = ["id", "layout", *PIECES, "sum", "allocated", "off by", "reserved", "in use"]
-    return _filled(head, lines, "ll" + "r" * 9)
+    return f"{_filled(head, lines, 'll' + 'r' * 9)}\n\n{_to_measure(facts, ids)}"
 
 
 def _pipeline(facts: Facts, ids: Sequence[str]) -> str:
@@ -245,7 +262,7 @@ def _of_eight(facts: Facts, id_: str) -> Reference | None:
 
 def _memory(ours: Row | None) -> str:
     if ours is None:
-        return MISSING
+        return ""
     return "OOM" if ours.state == "oom" else _gib(ours.memory_gib.nvml)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import UserError, nearest
+from harness.evidence import markdown
 from harness.evidence.claims import Evaluated, Side, evaluate, load_claims, sources
 from harness.evidence.expressions import spell
 from harness.evidence.quantities import Source, unit_of
@@ -109,19 +110,27 @@ def _terminal(title: str, ones: Sequence[Evaluated], sources: Sequence[Source], 
 
 
 def _markdown(title: str, ones: Sequence[Evaluated], sources: Sequence[Source], names: Sequence[str]) -> str:
-    out = [f"**{title}**", "", f"| claim | must hold | {' | '.join(names)} |", "| :-- " * (2 + len(names)) + "|"]
-    reasons = []
+    """A table of those columns in which something is measured; the others have their line below it."""
+    shown = [i for i in range(len(names)) if any(one.sides[i].value is not None for one in ones)]
+    lines, reasons = [], []
     for one in ones:
-        cells = []
+        cells = [_cell(one, one.sides[i]) for i in shown]
+        lines.append([f"`{one.claim.name}` {one.claim.says}", f"`{one.claim.formula.text}` {one.claim.bound.text}", *cells])
         for source, name, side in zip(sources, names, one.sides, strict=True):
-            said = _instead(one, side)
-            cells.append(f"**{_verdict(side)}**" + f" ({said})" * bool(said) if side.value is not None
-                         else f"{side.verdict}: {_numbers(side)}".removesuffix(": "))
             if reason := _reason(one, source, side):
                 reasons.append(f"- {one.claim.name} {side.verdict} ({name}): {reason}")
-        cells = [f"`{one.claim.name}` {one.claim.says}", f"`{one.claim.formula.text}` {one.claim.bound.text}", *cells]
-        out.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
-    return "\n".join([*out, *([""] if reasons else []), *reasons])
+    table = markdown.table(["claim", "must hold", *(names[i] for i in shown)], lines, "l" * (2 + len(shown)))
+    return "\n".join([f"**{title}**", "", table, *([""] if reasons else []), *reasons])
+
+
+def _cell(one: Evaluated, side: Side) -> str:
+    """The verdict, and what the formula does not say: what was measured in place of its experiments, and remarks."""
+    if side.value is None:
+        doubts = [experiment for experiment in side.missing if "(" in experiment]
+        return f"{side.verdict}: {', '.join(doubts)}" if doubts else side.verdict
+    others = dict.fromkeys(quantity.of for quantity in side.numbers if f"[{quantity.of}]" not in one.claim.formula.text)
+    said = "; ".join([*([f"by {', '.join(others)}"] if others else []), *side.remarks])
+    return f"**{_verdict(side)}**" + f" ({said})" * bool(said)
 
 
 def _summary(found: Sequence[Evaluated], sources: Sequence[Source], names: Sequence[str], bullet: str) -> str:
@@ -156,12 +165,6 @@ def _numbers(side: Side) -> str:
     for quantity, value in side.numbers.items():
         by_name.setdefault(quantity.name, []).append(f"{_short(value)} [{quantity.of}]")
     return "; ".join([*(f"{name}: {', '.join(values)}" for name, values in by_name.items()), *side.remarks])
-
-
-def _instead(one: Evaluated, side: Side) -> str:
-    """What was measured in place of the formula's experiments, and remarks; the formula itself names the others."""
-    others = dict.fromkeys(quantity.of for quantity in side.numbers if f"[{quantity.of}]" not in one.claim.formula.text)
-    return "; ".join([*([f"by {', '.join(others)}"] if others else []), *side.remarks])
 
 
 def _reason(one: Evaluated, source: Source, side: Side) -> str | None:
