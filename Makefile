@@ -3,7 +3,7 @@
 
 SHELL := bash
 MAKEFLAGS += --no-builtin-rules --no-builtin-variables --no-print-directory
-.DEFAULT_GOAL := help
+.DEFAULT_GOAL := start
 
 # scripts/setup.sh brings .venv up to a stage, then runs its Python. A run asks for the heavy stage (torch) by itself.
 HARNESS := scripts/setup.sh light -- -m harness
@@ -18,24 +18,26 @@ PASSED := HARNESS DATA_HARNESS CHAT_HARNESS VENV PYTHON MEGATRON_LM CXX HOME TMP
 
 include experiments/targets.mk
 
-.PHONY: checkpoints generate help list table claims compare doctor arguments monitor-gpu stop parity profile record report plots docs targets clean clean-all
+.PHONY: checkpoints generate start help list table claims compare doctor arguments monitor-gpu stop parity profile record report plots docs targets clean clean-all
 .PHONY: data-list data-prepare data-chat data-clean data-inspect data-check
 .PHONY: import-hf export-hf
 .PHONY: setup setup-gpu docker-build docker-run test test-quick test-full lint
 
 ##@ Look
-help: ## this page
-	@awk -F ' ## ' -v b="$$(test -t 1 && printf '\033[1m')" -v n="$$(test -t 1 && printf '\033[0m')" \
-	  '/^##@ / { print "\n" b substr($$0, 5) n } \
-	  /^[a-z-]+:.* ## / { sub(/:.*/, "", $$1); printf "  make %-14s %s\n", $$1, $$2 } \
-	  /^#[A-Z_]+=.* ## / { printf "  %-22s %s\n", substr($$1, 2), $$2 }' Makefile experiments/targets.mk
+# A first screen: all but what developers need, and the settings.
+start: LAST := Develop
+start: ; $(HELP); echo; echo 'make help: all this and every setting, KEY=VALUE, of make 101 KEY=VALUE …'
+help: ## everything, with every setting
+	$(HELP)
+HELP = @if [ -t 1 ]; then bold=$$(printf '\033[1m') normal=$$(printf '\033[0m'); fi; \
+  awk -v bold="$$bold" -v normal="$$normal" -v last='$(LAST)' -f scripts/help.awk Makefile experiments/targets.mk
 list: MORE = CHAPTER MODEL
-list: ## the catalogue                      [CHAPTER=400] [MODEL=gpt2-xl] [GPUS=4 at most]
+list: ## the catalogue  [CHAPTER=400] [MODEL=gpt2-xl] [GPUS=4 at most]
 	@$(HARNESS) list $(WORDS)
 doctor: ## what is installed, what is missing and how to get it
 	@$(HARNESS) doctor
 arguments: MORE = MATCH
-arguments: ## upstream's own arguments, counted   [MATCH=moe]
+arguments: ## upstream's own arguments, counted  [MATCH=moe]
 	@$(HARNESS) arguments $(WORDS)
 
 ##@ Run:  make 101<tab>, make 101, make show-101, make memory-101, make chapter-100, make verify-101
@@ -45,27 +47,27 @@ verify-%: MORE = RUN
 parity: ## is it correct? every parallelism against one process, loss by loss
 	@$(HARNESS) parity
 stop: MORE = RUN
-stop: ## end the runs of this machine        [RUN=label]
+stop: ## end the runs of this machine  [RUN=label]
 	@$(HARNESS) stop $(WORDS)
 monitor-gpu: ## a live view of the GPUs
 	@$(HARNESS) monitor-gpu
 
 checkpoints: MORE = RUN
-checkpoints: ## step, size, loss; whole or not          [RUN=label or folder]
+checkpoints: ## step, size, loss; whole or not  [RUN=label or folder]
 	@$(HARNESS) checkpoints $(WORDS)
 generate: MORE = RUN PROMPT QUESTION TOKENS TEMPERATURE TOP_K TOP_P SEED
-generate: ## text from a checkpoint          RUN=label-or-id or WEIGHTS=name; PROMPT="…", QUESTION="…" or DATA=conversations [TOKENS=] [TEMPERATURE=] [TOP_K=] [TOP_P=] [SEED=]
+generate: ## text from a checkpoint  RUN=label-or-id or WEIGHTS=name; PROMPT= or QUESTION="…", or DATA=name [TOKENS= TEMPERATURE= TOP_K= TOP_P= SEED=]
 	@$(HARNESS) generate $(WORDS)
 
 ##@ Read
 table: MORE = CHAPTER ID HARDWARE AGAINST FORMAT
-table: ## every run beside its published row   [CHAPTER=100] [FORMAT=terminal|markdown|csv|json]
+table: ## every run beside its published row  [CHAPTER=100] [FORMAT=terminal|markdown|csv|json]
 	@$(HARNESS) table $(WORDS)
 claims: MORE = CHAPTER HARDWARE AGAINST FORMAT
-claims: ## do the numbers show what they must?   [CHAPTER=400] [FORMAT=terminal|markdown|json]
+claims: ## do the numbers show what they must?  [CHAPTER=400] [FORMAT=terminal|markdown|json]
 	@$(HARNESS) claims $(WORDS)
 compare: MORE = A B FORMAT
-compare: ## two runs side by side                A=… B=… (labels or ids)
+compare: ## two runs side by side  A=… B=… (labels or ids)
 	@$(HARNESS) compare $(WORDS)
 report: MORE = REPORT
 report: ## one page: tables, plots, comparisons  [REPORT=outdir/report.html]
@@ -73,33 +75,33 @@ report: ## one page: tables, plots, comparisons  [REPORT=outdir/report.html]
 plots: ## memory, step time, scaling, timelines and losses as SVG in outdir/plots
 	@$(HARNESS) plots $(WORDS)
 profile: MORE = RUN FORMAT
-profile: ## where the time of a traced step goes    RUN=… (label or id) [FORMAT=terminal|csv|json]
+profile: ## where the time of a traced step goes  RUN=… (label or id) [FORMAT=terminal|csv|json]
 	@$(HARNESS) profile $(WORDS)
 record: MORE = RUN
-record: ## keep a run in experiments/records      RUN=label
+record: ## keep a run in experiments/records  RUN=label
 	@$(HARNESS) record $(WORDS)
 
 ##@ Data:  make data-<tab>, then make 101 DATA=<name>
 data-%: MORE = NAME INPUT OUT TOKENIZER RULES KEY DOCUMENTS LIMIT LONGEST APPEND_EOD SIZE_MB HUB WORKERS SAMPLES
 data-list: ## data sets that are, or can be, prepared
 	@$(HARNESS) data list
-data-prepare: ## one of your own text                  NAME=… INPUT=file-or-folder [RULES=sv] [TOKENIZER=…]
+data-prepare: ## one of your own text  NAME=… INPUT=file-or-folder [RULES=sv] [TOKENIZER=…]
 	@$(DATA_HARNESS) data prepare $(WORDS)
-data-chat: ## conversations, to fine-tune on             NAME=… INPUT=chat.jsonl [TOKENIZER=folder|gpt2|bytes]
+data-chat: ## conversations, to fine-tune on  NAME=… INPUT=chat.jsonl [TOKENIZER=folder|gpt2|bytes]
 	@$(CHAT_HARNESS) data chat $(WORDS)
-data-clean: ## text without what its rules drop         INPUT=… OUT=folder [RULES=sv]
+data-clean: ## text without what its rules drop  INPUT=… OUT=folder [RULES=sv]
 	@$(DATA_HARNESS) data clean $(WORDS)
-data-inspect: ## documents, tokens, lengths, samples   NAME=…
+data-inspect: ## documents, tokens, lengths, samples  NAME=…
 	@$(DATA_HARNESS) data inspect $(WORDS)
-data-check: ## is every byte of it in order?           NAME=…
+data-check: ## is every byte of it in order?  NAME=…
 	@$(DATA_HARNESS) data check $(WORDS)
 
 ##@ Weights:  make import-hf, then make 101 WEIGHTS=<name>
 import-hf: MORE = HF NAME
-import-hf: ## Hugging Face's into Megatron-LM's        HF=folder-or-repository [NAME=…] [TP=…] [PP=…] [EP=…]
+import-hf: ## Hugging Face's into Megatron-LM's  HF=folder-or-repository [NAME=…] [TP=…] [PP=…] [EP=…]
 	@$(HARNESS) import-hf $(WORDS)
 export-hf: MORE = RUN OUT HF ADAPTERS
-export-hf: ## a run's checkpoint as Hugging Face's      RUN=label-or-folder OUT=folder [HF=like-this-one] [ADAPTERS=1]
+export-hf: ## a run's checkpoint as Hugging Face's  RUN=label-or-folder OUT=folder [HF=like-this-one] [ADAPTERS=1]
 	@$(HARNESS) export-hf $(WORDS)
 
 ##@ Set up
@@ -125,7 +127,7 @@ lint: ## ruff and shellcheck
 targets: ## write experiments/targets.mk anew from the catalogue
 	@$(HARNESS) targets
 docs: MORE = CHECK
-docs: ## write README.md and docs/ anew from the records   [CHECK=1: only say what is stale]
+docs: ## write README.md and docs/ anew from the records  [CHECK=1: only say what is stale]
 	@$(HARNESS) docs $(WORDS)
 clean: ## remove failed and unfinished runs from outdir
 	@$(HARNESS) clean $(WORDS)

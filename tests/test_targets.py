@@ -124,6 +124,12 @@ def test_a_target_that_is_none_gets_the_nearest(target: str, said: str) -> None:
     assert done.returncode == 2 and said in done.stderr
 
 
+def test_make_alone_is_one_screen() -> None:
+    lines = make().stdout.splitlines()
+    assert len(lines) <= 50 and "make help" in lines[-1]
+    assert any(line.startswith("  make list ") for line in lines) and not any("STEPS=20" in line for line in lines)
+
+
 def test_help_lists_every_target_that_has_a_line() -> None:
     done = make("help")
     assert done.returncode == 0
