@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import textwrap
 
 from harness.errors import UserError
 
 
 def print_arguments(match: str | None = None) -> int:
-    """Print every argument of ``pretrain_gpt.py`` by upstream's groups, with counts; ``match`` keeps those containing it.
+    """Print every argument of ``pretrain_gpt.py`` by upstream's groups, counted; ``match`` keeps those containing it, and adds help.
 
     Raises UserError where nothing matches.
     """
@@ -24,6 +26,8 @@ def print_arguments(match: str | None = None) -> int:
             values = "|".join(map(str, action.choices)) if action.choices else ""
             default = "" if action.default in (None, False, argparse.SUPPRESS) else f"  [{action.default}]"
             print(f"  {', '.join(action.option_strings)} {values}".rstrip() + default)
+            if match and isinstance(action.help, str):
+                print(textwrap.indent(textwrap.fill(" ".join(action.help.split()), 110), "      "))
     print(f"\n{total} arguments" + (f" contain {match}" if match else "") + f", in {sum(1 for _, a in groups if a)} groups. "
           'Pass any: make 101 ARGS="--lr 1e-4"')
     return 0
@@ -36,6 +40,7 @@ def _groups() -> list[tuple[str, list[argparse.Action]]]:
     import warnings
 
     warnings.simplefilter("ignore")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of no GPU, which nothing here needs
     from megatron.training.arguments import add_megatron_arguments
 
     parser = add_megatron_arguments(argparse.ArgumentParser(add_help=False, allow_abbrev=False))
