@@ -198,7 +198,7 @@ def test_the_summary_counts_an_experiment_once(facts: Facts) -> None:
     row = facts.row("101")
     again = replace(row, origin=row.origin.with_name("101_cardh100-80gb.json"))
     summary = docs.block("summary", "records", facts)
-    assert summary.startswith(f"{len({row.id for row in facts.of_hardware})} experiments run on 1, 2")
+    assert summary.startswith(f"* **Reproduced.** {len({row.id for row in facts.of_hardware})} experiments on 1, 2")
     assert docs.block("summary", "records", replace(facts, rows=(*facts.rows, again))) == summary
     assert docs.block("summary", "records", replace(facts, rows=())) == "No records yet."
 

@@ -68,7 +68,7 @@ def test_the_footer_says_how_numbers_were_made():
         "publ.: 8x H100 80GB SXM5, Megatron-LM core_v0.14",
         "Source: megatron-tutorials",
         "synthetic tokens in place of openwebtext-10k",
-        "As published: 1 of 1.",
+        "Ended as published: 1 of 1 rows.",
     ):
         assert said in text
 
@@ -93,7 +93,7 @@ def test_out_of_memory_as_published_counts():
     oom = row("121", state="oom", settings={"CARD": "h100-80gb"}, step_ms=None, window=None)
     text = tables.render([oom, row()])
     assert "OOM as published" in line_of(text, "121")
-    assert "As published: 2 of 2, 1 of them out of memory." in text
+    assert "Ended as published: 2 of 2 rows, 1 of them out of memory." in text
 
 
 @pytest.mark.parametrize(

@@ -108,12 +108,18 @@ def _summary(facts: Facts, _: Sequence[str]) -> str:
         return "No records yet."
     columns, found = facts.claims
     here = [side for one in found for side, column in zip(one.sides, columns, strict=True) if column.key == "ours"]
+    apart = [abs(predict(row.experiment).total / row.memory_gib.allocated - 1)
+             for row in rows if row.state == "ok" and row.memory_gib.allocated]
     return (
-        f"{len(ids)} experiments run on {', '.join(map(str, gpus[:-1]))} and {gpus[-1]} GPUs ({find_gpu(HARDWARE).name}); "
-        f"{sum(judged)} of the {len(judged)} with a published row end as published. Memory is {median(memory):.2f} times "
-        f"the published, {sum(abs(ratio - 1) <= 0.015 for ratio in memory)} of {len(memory)} within 1.5 %; a step takes "
-        f"{median(steps):.2f} times the published, on a newer GPU and Megatron-LM. Of {len(found)} teaching points here: "
-        f"{verdicts.counted(here)} (`make claims`)."
+        f"* **Reproduced.** {len(ids)} experiments on {', '.join(map(str, gpus[:-1]))} and {gpus[-1]} GPUs "
+        f"({find_gpu(HARDWARE).name}): {sum(judged)} of the {len(judged)} with a published row end as published, whole or "
+        f"out of memory. Memory is {median(memory):.2f} times the published, "
+        f"{sum(abs(ratio - 1) <= 0.015 for ratio in memory)} of {len(memory)} within 1.5 %; a step takes "
+        f"{median(steps):.2f} times the published, on a newer GPU and Megatron-LM.\n"
+        f"* **Predicted.** `make memory-620` says by formula, before a run, what PyTorch will allocate: for these at most "
+        f"{max(apart):.1%} off, {median(apart):.1%} in the median.\n"
+        f"* **Checked.** {len(found)} teaching points are formulas over these numbers: {verdicts.counted(here)} "
+        "(`make claims`; where one fails, its chapter says why)."
     )
 
 

@@ -374,7 +374,7 @@ def _footer(rows: list[Row]) -> Iterable[str]:
     judged = [row for row in rows if row.as_published is not None]
     if judged:
         oom = sum(row.state == "oom" for row in judged if row.as_published)
-        yield (f"As published: {sum(row.as_published for row in judged)} of {len(judged)}"
+        yield (f"Ended as published: {sum(row.as_published for row in judged)} of {len(judged)} rows"
                + f", {oom} of them out of memory" * (oom > 0) + ".")
 
 
