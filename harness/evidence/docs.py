@@ -112,8 +112,8 @@ def _summary(facts: Facts, _: Sequence[str]) -> str:
              for row in rows if row.state == "ok" and row.memory_gib.allocated]
     return (
         f"* **Reproduced.** {len(ids)} experiments on {', '.join(map(str, gpus[:-1]))} and {gpus[-1]} GPUs "
-        f"({find_gpu(HARDWARE).name}): {sum(judged)} of the {len(judged)} with a published row end as published, whole or "
-        f"out of memory. Memory is {median(memory):.2f} times the published, "
+        f"({find_gpu(HARDWARE).name}): {sum(judged)} of the {len(judged)} with a published row end as published, complete "
+        f"or out of memory. Memory is {median(memory):.2f} times the published, "
         f"{sum(abs(ratio - 1) <= 0.015 for ratio in memory)} of {len(memory)} within 1.5 %; a step takes "
         f"{median(steps):.2f} times the published, on a newer GPU and Megatron-LM.\n"
         f"* **Predicted.** `make memory-620` says by formula, before a run, what PyTorch will allocate: for these at most "

@@ -10,7 +10,7 @@ from harness.errors import UserError
 
 
 def print_arguments(match: str | None = None) -> int:
-    """Print every argument of ``pretrain_gpt.py`` by upstream's groups, counted; ``match`` keeps those containing it, and adds help.
+    """Print every argument of ``pretrain_gpt.py`` by upstream's groups; ``match`` keeps those containing it, with their help.
 
     Raises UserError where nothing matches.
     """
