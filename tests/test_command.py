@@ -57,6 +57,11 @@ def test_published_flags() -> None:
     assert words("101").count("--train-iters") == 1
 
 
+def test_learned_positions_are_not_left_to_pytorch() -> None:
+    """Its ``Embedding.reset_parameters``, which upstream calls for what was made on the meta device, knows no deviation."""
+    assert "--init-model-with-meta-device" in words("711") and "--init-model-with-meta-device" not in words("705")
+
+
 def test_several_nodes_meet_at_the_rendezvous() -> None:
     script = render(CATALOG.find("219"), "cuda", Place(node_rank="1", rendezvous="node0:29500"))
     assert "--nnodes 2 --node-rank 1 --rdzv-backend c10d --rdzv-endpoint node0:29500" in script.replace(" \\\n    ", " ")

@@ -27,8 +27,7 @@ _WITHOUT_CUDA = ("--transformer-impl local --distributed-backend gloo --use-cpu-
                  "--no-persist-layer-norm --no-masked-softmax-fusion --no-rope-fusion",
                  "--no-bias-dropout-fusion --no-bias-swiglu-fusion --no-gradient-reduce-div-fusion")
 
-_FSDP = ("--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
-         "--ckpt-format fsdp_dtensor --init-model-with-meta-device")
+_FSDP = ("--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --ckpt-format fsdp_dtensor",)
 _SHARDING = {
     "no_shard": (),
     "optim": ("--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",),
@@ -88,7 +87,7 @@ def megatron_flags(e: Experiment, device: Device, *, apex: bool = False) -> list
         _words(*_model(e)),
         _words(*_experts(e, cuda)),
         _words(*_parallel(e)),
-        _words(*_SHARDING[e.sharding]),
+        _words(*_SHARDING[e.sharding], *_on_meta_device(e)),
         _words(_RECOMPUTE[e.recompute], *_recompute_modules(e)),
         _words(f"--micro-batch-size {e.micro_batch_size} --global-batch-size {e.global_batch_size}",
                f"--train-iters {e.steps}", *_precision(e)),
@@ -182,6 +181,12 @@ def _published(e: Experiment) -> Iterator[str]:
         yield f"--window-size {m.window_size - 1},0 --window-attn-skip-freq 2"
     if m.dropout != 0.1:
         yield f"--attention-dropout {m.dropout} --hidden-dropout {m.dropout}"
+
+
+def _on_meta_device(e: Experiment) -> tuple[str, ...]:
+    """Megatron-FSDP makes weights sharded; but learned positions are then PyTorch's, of deviation 1, and not the model's."""
+    learned = e.model.position_embedding == "learned_absolute"
+    return ("--init-model-with-meta-device",) if e.sharding.startswith("fsdp") and not learned else ()
 
 
 def _recompute_modules(e: Experiment) -> tuple[str, ...]:
