@@ -613,9 +613,8 @@ def _json_object(text: str) -> dict[str, Any] | None:
 
 
 def _parse[Record: _Record](line: str, kind: type[Record]) -> Record | None:
-    value = _json_object(line)
     try:
-        return kind.model_validate(value) if value is not None else None
+        return kind.model_validate_json(line)
     except ValidationError:
         return None
 

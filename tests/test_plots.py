@@ -12,10 +12,12 @@ from harness import ROOT
 from harness.errors import UserError
 from harness.evidence import figures, plots
 from harness.evidence.figures import Figure, Panel, Point, Series, load_panels, sweeps, thinned
+from harness.evidence.measured import measure
 from harness.evidence.results import collect, load_references
-from harness.experiment.catalog import load_catalog
+from harness.experiment.catalog import Experiment, load_catalog
 from harness.experiment.flops import tflops_per_gpu
 from harness.experiment.timeline import Times, Work, bubble_fraction, order, simulate
+from harness.rundir import Result, StepMetrics
 
 RECORDS = ROOT / "experiments" / "records"
 SIZES = [(2, 2, 1), (4, 8, 1), (8, 1, 1), (8, 4, 1), (8, 32, 1), (4, 4, 2), (4, 8, 2), (4, 12, 3), (8, 8, 9), (4, 4, 18)]
@@ -82,8 +84,11 @@ def test_a_slow_stage_holds_up_the_others() -> None:
     assert found.bubble_fraction == pytest.approx(3 / 18)
 
 
-def run(outdir: Path, id_: str, changes: dict | None = None) -> Path:
-    """A finished run of experiment ``id_`` with the numbers of record 101, but for ``changes`` ("gpu", "upstream.version" …)."""
+def run(outdir: Path, id_: str, changes: dict | None = None, step_ms: float | None = 162.8) -> Path:
+    """A finished run of experiment ``id_`` with the numbers of record 101, but for ``changes`` ("gpu", "upstream.version" …).
+
+    Each step takes ``step_ms``; with None, there are no steps.
+    """
     content = json.loads((RECORDS / "h200-141gb" / "101.json").read_text())
     overrides = content["experiment"]["overrides"]
     content["experiment"] = load_catalog().find(id_).model_dump(mode="json") | {"overrides": overrides}
@@ -95,7 +100,11 @@ def run(outdir: Path, id_: str, changes: dict | None = None) -> Path:
         at[last] = value
     path = outdir / id_
     path.mkdir(parents=True)
-    (path / "result.json").write_text(json.dumps(content))
+    e = Experiment.model_validate_json(json.dumps(content["experiment"]))
+    steps = [StepMetrics(step=n, step_ms=step_ms, time=n) for n in range(1, e.steps + 1) if step_ms]
+    complete = Result.model_validate(content | measure(e, steps, content["peak_tflops"]))
+    (path / "result.json").write_text(complete.model_dump_json())
+    (path / "metrics.jsonl").write_text("".join(f"{step.model_dump_json()}\n" for step in steps))
     (path / "experiment.json").write_text(json.dumps(content["experiment"] | {"device": content["device"], "commit": None}))
     return path
 
@@ -116,7 +125,7 @@ def line(panel: Panel, line: str, source: str) -> list[Series]:
 
 
 def test_a_companion_that_ran_out_of_memory_on_a_capped_card_is_drawn_and_told(tmp_path: Path) -> None:
-    run(tmp_path, "281h", {"status": "oom", "step_ms": None, "experiment.card": "h100-80gb"})
+    run(tmp_path, "281h", {"status": "oom", "experiment.card": "h100-80gb"}, step_ms=None)
     figure = next(figure for figure in swept(tmp_path) if figure.name == "200-memory")
     assert [note for note in figure.notes if note.startswith("281h ran out of memory with the GPU's memory capped")]
     (series,) = line(panel(tmp_path, "Sequence parallelism", "200-memory"), "TP 8", "half")
@@ -125,7 +134,7 @@ def test_a_companion_that_ran_out_of_memory_on_a_capped_card_is_drawn_and_told(t
 
 def test_ours_beside_published(tmp_path: Path) -> None:
     run(tmp_path, "101")
-    run(tmp_path, "104", {"step_ms.median": 200.0, "memory_gib.nvml": 40.0})
+    run(tmp_path, "104", {"memory_gib.nvml": 40.0}, step_ms=200.0)
     found = panel(tmp_path, "Replicas", "100-step")
     assert (found.x_title, found.y_title, found.ticks) == ("data-parallel size", "Step time, ms", ("1", "2", "4", "8"))
     (ours,), (published,) = (line(found, "replicated, MBS 1", source) for source in ("here", "published"))
@@ -138,9 +147,9 @@ def test_ours_beside_published(tmp_path: Path) -> None:
 
 def test_efficiency_is_relative_to_the_fewest_gpus(tmp_path: Path) -> None:
     run(tmp_path, "101")
-    run(tmp_path, "104", {"step_ms.median": 200.0})
+    run(tmp_path, "104", step_ms=200.0)
     (ours,) = line(panel(tmp_path, "Replicas", "100-efficiency"), "replicated, MBS 1", "here")
-    first, second = (tflops_per_gpu(load_catalog().find(id_), ms) for id_, ms in (("101", 162.79339790344238), ("104", 200.0)))
+    first, second = (tflops_per_gpu(load_catalog().find(id_), ms) for id_, ms in (("101", 162.8), ("104", 200.0)))
     assert [p.value for p in ours.points] == pytest.approx([100, 100 * second / first])
 
 
@@ -163,7 +172,7 @@ def test_what_does_not_compare_is_not_drawn(tmp_path: Path, change: dict) -> Non
 
 
 def test_out_of_memory_is_a_point_without_a_value(tmp_path: Path) -> None:
-    run(tmp_path, "121", {"status": "oom", "step_ms": None, "experiment.card": "h100-80gb"})
+    run(tmp_path, "121", {"status": "oom", "experiment.card": "h100-80gb"}, step_ms=None)
     (ours,) = line(panel(tmp_path, "Replicas", "100-memory"), "ZeRO-2, MBS 16", "here")
     assert ours.points == (Point("121", "1", None),)
 

@@ -13,11 +13,13 @@ import pytest
 
 from harness import ROOT, cli
 from harness.evidence.figures import load_profiles
+from harness.evidence.measured import measure
 from harness.evidence.report import page
 from harness.evidence.report.data import collect, make_command
 from harness.evidence.results import collect as collect_rows
 from harness.evidence.results import load_references
 from harness.experiment.catalog import load_catalog
+from harness.rundir import Result, StepMetrics
 
 RECORDS = ROOT / "experiments" / "records"
 IDS = [e.id for e in load_catalog().experiments if e.chapter < 600]
@@ -34,10 +36,10 @@ def run(outdir: Path, label: str, id_: str = "101", *, steps: int = 20, slower: 
     frozen = e.model_dump(mode="json") | {"overrides": overrides or {}, "device": "cuda", "commit": None}
     (path / "experiment.json").write_text(json.dumps(frozen))
     measured = RECORD | {"steps": steps, "steps_done": steps, "gpu": "NVIDIA H200", "started": RECORD["started"] + 1} | result
-    measured["step_ms"] = {key: value * slower if key != "n" else value for key, value in RECORD["step_ms"].items()}
-    (path / "result.json").write_text(json.dumps({key: value for key, value in measured.items() if key not in ("experiment", "environment")}))
-    lines = [{"step": s, "loss": 10 / s**0.1, "step_ms": 100 * slower + s % 7, "time": 1e9 + s} for s in range(1, steps + 1)]
-    (path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    lines = [StepMetrics(step=s, loss=10 / s**0.1, step_ms=100 * slower + s % 7, time=1e9 + s) for s in range(1, steps + 1)]
+    complete = Result.model_validate(measured | measure(e, lines, RECORD["peak_tflops"]))
+    (path / "result.json").write_text(complete.model_dump_json())
+    (path / "metrics.jsonl").write_text("".join(f"{line.model_dump_json()}\n" for line in lines))
     (path / "command.sh").write_text("#!/usr/bin/env bash\nset -eu\ncd /somewhere/secret\nexport PATH=/somewhere/secret/bin:$PATH\n"
                                      f"exec torchrun --standalone -m harness.entry --train-iters {steps} --data-path /somewhere/secret/data/a\n")
     if sampled:
@@ -80,6 +82,7 @@ def test_long_runs_are_thinned(tmp_path: Path) -> None:
 
 def test_torn_files_and_runs_without_numbers(tmp_path: Path) -> None:
     torn = run(tmp_path, "101-torn")
+    (torn / "result.json").unlink()
     (torn / "metrics.jsonl").write_text('{"step": 1, "loss": 3.5, "step_ms": 100, "time": 1}\n{"step": 2, "lo')
     (torn / "command.sh").unlink()
     (run(tmp_path, "101-corrupt") / "result.json").write_text("{")

@@ -1,6 +1,6 @@
 """Runs, records and references joined into rows."""
 
-import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,10 +39,11 @@ def write_run(outdir: Path, e, outcome: dict | None, steps: int = 20) -> rundir.
     run = rundir.create(outdir, e.label)
     run.freeze_experiment(e, "cpu" if e.miniature else "cuda", "abc")
     rundir.write_json(run.environment, {"gpu": None if e.miniature else H200})
-    lines = [{"step": n, "loss": 11 - n / 10, "step_ms": 376.0, "time": 1.0} for n in range(1, steps + 1)]
-    run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    lines = [StepMetrics(step=n, loss=11 - n / 10, step_ms=376.3, tflops=400.0, time=1.0) for n in range(1, steps + 1)]
+    run.metrics.write_text("".join(f"{line.model_dump_json()}\n" for line in lines))
     if outcome:
-        rundir.write_json(run.result, outcome)
+        complete = Result.model_validate({**outcome, **measure(e, lines, None)})
+        rundir.write_json(run.result, complete.model_dump(mode="json"))
     return run
 
 
@@ -128,6 +129,37 @@ def test_what_is_corrupt_is_left_out_with_a_warning(tmp_path):
     assert len(results.warnings) == 6
     assert all("skipped" in warning for warning in results.warnings)
     assert any("102.json: no 'experiment'" in warning for warning in results.warnings)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda lines: lines[:12], "it says 20 steps, its metrics end at step 12: truncated"),
+        (lambda lines: [], "it says 20 steps, its metrics end at step 0: truncated"),
+        (lambda lines: [*lines[:-1], lines[-1][:-30]], "it says 20 steps, its metrics end at step 19: truncated"),
+        (lambda lines: [line.replace("376.3", "370.0") for line in lines], "step_ms.median is stated as 376.3, its metrics give 370.0"),
+        (lambda lines: lines[7:], "window is stated as [6, 20], its metrics give [8, 20]"),
+    ],
+)
+def test_a_run_that_contradicts_its_metrics_is_left_out_with_a_warning(tmp_path, edit, message):
+    good = write_run(tmp_path / "outdir", experiment("101", STEPS="20"), result())
+    bad = write_run(tmp_path / "outdir", experiment("111", STEPS="20"), result())
+    assert not gather(tmp_path).warnings
+    bad.metrics.write_text("\n".join(edit(bad.metrics.read_text().splitlines())) + "\n")
+    results = gather(tmp_path)
+    assert [row.label for row in results.rows] == [good.label]
+    assert results.warnings == (f"{bad.path}: skipped: result.json: {message}",)
+
+
+@pytest.mark.parametrize("status", ["nan", "killed"])
+def test_a_run_without_steps_or_with_a_loss_that_is_no_number_is_kept(tmp_path, status):
+    run = write_run(tmp_path / "outdir", experiment(STEPS="20"), None)
+    lines = [] if status == "killed" else [StepMetrics(step=1, loss=math.nan, step_ms=1.0, time=1.0)]
+    run.metrics.write_text("".join(f"{line.model_dump_json()}\n" for line in lines))
+    outcome = Result.model_validate(result(status) | measure(experiment(STEPS="20"), lines, None))
+    rundir.write_json(run.result, outcome.model_dump(mode="json"))
+    results = gather(tmp_path)
+    assert not results.warnings and [row.state for row in results.rows] == [status]
 
 
 def test_a_run_without_a_result_says_how_far_it_came(tmp_path):

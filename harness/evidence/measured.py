@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from harness.experiment.flops import mfu
-from harness.rundir import Losses, Spread, StepMetrics
+from harness.rundir import Losses, Result, Spread, StepMetrics
 
 if TYPE_CHECKING:
     from harness.experiment.catalog import Experiment
@@ -42,6 +42,18 @@ def measure(e: Experiment, metrics: Sequence[StepMetrics], peak_tflops: float | 
     }
 
 
+def contradictions(e: Experiment, result: Result, metrics: Sequence[StepMetrics]) -> Iterator[str]:
+    """What ``result`` states and the run's metrics do not say, in words."""
+    computed = result.model_copy(update=measure(e, metrics, result.peak_tflops))
+    if computed.steps_done != result.steps_done:
+        yield f"it says {result.steps_done} steps, its metrics end at step {computed.steps_done}: truncated"
+        return
+    stated, given = (_flat(r.model_dump(mode="json")) for r in (result, computed))
+    for key in stated | given:
+        if not _equal(stated.get(key), given.get(key)):
+            yield f"{key} is stated as {stated.get(key)}, its metrics give {given.get(key)}"
+
+
 def spread(values: Sequence[float]) -> Spread | None:
     """Median, mean, standard deviation (of a sample) and extremes of ``values``; None of nothing."""
     if not values:
@@ -61,6 +73,17 @@ def step_noise_ms(steps_ms: Sequence[float]) -> float:
     median = statistics.median(steps_ms)
     s = 1.4826 * statistics.median(abs(value - median) for value in steps_ms)
     return math.hypot(math.sqrt(math.pi / 2) * s / math.sqrt(len(steps_ms)), BETWEEN_RUNS * median)
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat |= _flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {f"{prefix}{key}": item}
+    return flat
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return math.isclose(a, b, rel_tol=1e-9) if isinstance(a, float) and isinstance(b, float) else a == b
 
 
 def _median(values: Iterable[float | None]) -> float | None:

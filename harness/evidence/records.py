@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
 from harness import rundir
 from harness.errors import UserError
-from harness.evidence.measured import measure
+from harness.evidence.measured import contradictions
 from harness.experiment.catalog import Experiment
 from harness.experiment.hardware import find_gpu
 from harness.profiling.profile import FOLDER, of_run
@@ -154,23 +152,9 @@ def _contradictions(e: Experiment, result: Result, steps: Sequence[StepMetrics],
         yield "no NVML reading: its used memory is unknown"
     elif (gpu := find_gpu(result.gpu)) and result.memory_gib.nvml * 1024 > gpu.memory_mib:
         yield f"{result.memory_gib.nvml:,.1f} GiB used of a card of {gpu.memory_mib / 1024:.1f}: in another unit?"
-    stated = _flat(result.model_dump(mode="json"))
-    for key, value in _flat(Result.model_validate({
-        **result.model_dump(), **measure(e, steps, result.peak_tflops), "data": e.data,
-    }).model_dump(mode="json")).items():
-        if not _equal(stated[key], value):
-            yield f"{key} is stated as {stated[key]}, its metrics give {value}"
-
-
-def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        flat |= _flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {f"{prefix}{key}": item}
-    return flat
-
-
-def _equal(a: Any, b: Any) -> bool:
-    return math.isclose(a, b, rel_tol=1e-9) if isinstance(a, float) and isinstance(b, float) else a == b
+    if result.data != e.data:
+        yield f"data is stated as {result.data}, its experiment has {e.data}"
+    yield from contradictions(e, result, steps)
 
 
 def _stem(experiment: Experiment, folder: Path) -> str:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from harness import rundir
 from harness.errors import UserError, nearest
-from harness.evidence import records
+from harness.evidence import measured, records
 from harness.experiment.catalog import EXPERIMENTS, Experiment
 from harness.experiment.flops import mfu
 from harness.experiment.hardware import Gpu, find_gpu, known_gpus, peak_tflops
@@ -347,7 +347,8 @@ def collect(
 ) -> Results:
     """Every run in ``outdir`` and every record, beside the published numbers (or the group ``against``).
 
-    What cannot be read is left out with a warning. A record whose run is still in ``outdir`` shows once.
+    What cannot be read, or states what its metrics do not say, is left out with a warning. A record whose run is still in
+    ``outdir`` shows once.
 
     Raises:
         UserError: there is no reference group ``against``.
@@ -355,9 +356,14 @@ def collect(
     group = references.group(against) if against else references.published
     kept = collect_records(records_dir, references, against)
     runs, warnings = rundir.runs(outdir)
-    rows = [_run_row(run, group) for run in runs]
-    measured = {(row.id, row.result.started) for row in rows if row.result}
-    rows += [row for row in kept.rows if (row.id, row.result.started) not in measured]
+    rows = []
+    for run in runs:
+        try:
+            rows.append(_run_row(run, group))
+        except ValueError as error:
+            warnings += (f"{run.dir.path}: skipped: {error}",)
+    here = {(row.id, row.result.started) for row in rows if row.result}
+    rows += [row for row in kept.rows if (row.id, row.result.started) not in here]
     return Results(_in_order(rows), warnings + kept.warnings, kept.rows)
 
 
@@ -394,8 +400,9 @@ def metrics(row: Row) -> tuple[StepMetrics, ...]:
 
 
 def _run_row(run: rundir.Run, group: ReferenceGroup) -> Row:
-    result = run.result
-    metrics = () if result else run.dir.read_metrics()
+    result, steps = run.result, run.dir.read_metrics()
+    if result and (wrong := next(measured.contradictions(run.experiment, result, steps), None)):
+        raise ValueError(f"result.json: {wrong}")
     environment = {} if result else _object(run.dir.environment)
     return Row(
         label=run.dir.label,
@@ -407,7 +414,7 @@ def _run_row(run: rundir.Run, group: ReferenceGroup) -> Row:
         gpu_name=result.gpu if result else environment.get("gpu"),
         upstream=result.upstream if result else _upstream(environment),
         result=result,
-        steps_done=result.steps_done if result else metrics[-1].step if metrics else 0,
+        steps_done=result.steps_done if result else steps[-1].step if steps else 0,
         **_comparison(run.experiment, group),
     )
 

@@ -84,8 +84,6 @@ def choose(records: Sequence[Row], run: Row) -> Row:
     if run.state == "ok" == record.state and (run.step is None or run.memory_gib.nvml is None):
         raise UserError(f"{run.label} has no {'step in its averaging window' if run.step is None else 'NVML reading'}\n"
                         f"let it run {record.experiment.steps} steps where NVML can be read")
-    if (kept := len(metrics(run))) != run.steps_done:
-        raise UserError(f"{run.label}: its metrics hold {kept} of {run.steps_done} steps: truncated\nrun it again")
     return record
 
 
@@ -142,10 +140,12 @@ def _on_hardware(records: Sequence[Row], hardware: str) -> list[Row]:
 
 
 def _read(label: str, outdir: Path) -> Row:
-    rows = collect(outdir, outdir / "none", load_references()).rows
-    found = next((row for row in rows if row.label == label), None)
+    results = collect(outdir, outdir / "none", load_references())
+    found = next((row for row in results.rows if row.label == label), None)
+    if skipped := [warning for warning in results.warnings if warning.startswith(f"{outdir / label}: ")]:
+        raise UserError(f"{skipped[0]}\nrun it again")
     if found is None:
-        there = ", ".join(row.label for row in rows[:5]) or "none"
+        there = ", ".join(row.label for row in results.rows[:5]) or "none"
         raise UserError(f"RUN={label}: no such run in {outdir}; there: {there}")
     return found
 
