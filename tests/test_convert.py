@@ -278,6 +278,7 @@ REFUSED = {
     "odd positions": (lambda f: edit_config(f, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}), "rope_parameters"),
     "no number": (lambda f: edit_config(f, num_hidden_layers="four"), "num_hidden_layers"),
     "cut off": (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-100]), "is cut off"),
+    "too long": (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes() + b"x"), " bytes, its header says "),
     "no safetensors": (lambda f: (f / "model.safetensors").write_bytes(b"PK" * 500), "is no safetensors file"),
     "empty": (lambda f: (f / "model.safetensors").write_bytes(b""), "is no safetensors file"),
     "two dtypes": (lambda f: edit_weights(f, lambda t: t.update({"model.layers.0.self_attn.q_proj.weight": t["model.layers.0.self_attn.q_proj.weight"].half()})), "different dtypes"),

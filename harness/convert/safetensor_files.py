@@ -148,8 +148,9 @@ def _read_header(path: Path) -> dict[str, Stored]:
                          for e, s in zip(entries.values(), stored.values(), strict=True))  # fmt: skip
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         raise UserError(f"{path} is no safetensors file: its header cannot be read\nfetch it again") from None
-    if max(ends, default=base) > size:
-        raise UserError(f"{path} is cut off: {size:,} bytes of {max(ends):,}\nfetch it again")
+    if (end := max(ends, default=base)) != size:
+        what = f"is cut off: {size:,} bytes of {end:,}" if size < end else f"has {size:,} bytes, its header says {end:,}"
+        raise UserError(f"{path} {what}\nfetch it again")
     if not shapes_fit:
         raise UserError(f"{path} is damaged: a tensor's bytes are not as many as its shape says\nfetch it again")
     return stored
