@@ -278,6 +278,7 @@ REFUSED = {
     "odd positions": (lambda f: edit_config(f, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}), "rope_parameters"),
     "no number": (lambda f: edit_config(f, num_hidden_layers="four"), "num_hidden_layers"),
     "cut off": (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-100]), "is cut off"),
+    "two output layers": (lambda f: edit_config(f, tie_word_embeddings=True), "lm_head.weight differs from model.embed_tokens.weight in 200 of 200 rows"),
     "too long": (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes() + b"x"), " bytes, its header says "),
     "no safetensors": (lambda f: (f / "model.safetensors").write_bytes(b"PK" * 500), "is no safetensors file"),
     "empty": (lambda f: (f / "model.safetensors").write_bytes(b""), "is no safetensors file"),
@@ -304,6 +305,20 @@ def test_what_is_refused_leaves_nothing(fault, llama, tmp_path):
         imported(llama, tmp_path / "out" / "llama")
     assert says in str(refused.value), str(refused.value)
     assert not any((tmp_path / "out").glob("*"))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-tied"])
+def test_tied_embeddings_and_an_output_layer_that_is_the_embedding(name, folders, tmp_path):
+    """Some files hold both; where they are equal one is enough, where they are not one would be lost."""
+    hf = shutil.copytree(folders(name), tmp_path / "hf")
+    embedding = next(key for key in loaded(hf) if key.endswith(("wte.weight", "embed_tokens.weight")))
+    edit_weights(hf, lambda tensors: tensors.update({"lm_head.weight": tensors[embedding].clone()}))
+    assert not imported(hf, tmp_path / "equal").model.untie_embeddings
+    edit_weights(hf, lambda tensors: tensors["lm_head.weight"][7].add_(1))
+    with pytest.raises(UserError, match=f"lm_head.weight differs from {embedding} in 1 of .* rows\n.*tie_word_embeddings"):
+        imported(hf, tmp_path / "other")
+    edit_config(hf, tie_word_embeddings=False)
+    assert imported(hf, tmp_path / "both").model.untie_embeddings
 
 
 def test_missing_shards(tmp_path):

@@ -30,6 +30,8 @@ Config = Mapping[str, Any]
 
 LAYERS = "decoder.layers."
 EXPERTS = "mlp.experts.experts."
+EMBEDDING = "embedding.word_embeddings.weight"
+LM_HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -239,7 +241,7 @@ class Architecture:
 
     def unneeded(self, name: str, model: Model) -> bool:
         """Whether a tensor that no row asks for may be there."""
-        return name.endswith(self.unused) or (name == "lm_head.weight" and not model.untie_embeddings)
+        return name.endswith(self.unused) or (name == LM_HEAD and not model.untie_embeddings)
 
 
 def _layer(megatron: str, shape: tuple[str, ...], *hf: str, how: Transform = SAME, also: tuple[str, ...] = (),
@@ -257,7 +259,7 @@ _GPT2_LAYERS = "transformer.h.{layer}."
 GPT2 = Architecture(
     name="GPT2LMHeadModel", model_type="gpt2", prefix="transformer.", unused=(".attn.bias", ".attn.masked_bias"),
     rows=(
-        Row("embedding.word_embeddings.weight", ("vocabulary", "hidden"), ("transformer.wte.weight",), VOCABULARY),
+        Row(EMBEDDING, ("vocabulary", "hidden"), ("transformer.wte.weight",), VOCABULARY),
         Row("embedding.position_embeddings.weight", ("positions", "hidden"), ("transformer.wpe.weight",)),
         _layer("self_attention.linear_qkv.layer_norm_weight", ("hidden",), "ln_1.weight", of=_GPT2_LAYERS),
         _layer("self_attention.linear_qkv.layer_norm_bias", ("hidden",), "ln_1.bias", of=_GPT2_LAYERS),
@@ -274,7 +276,7 @@ GPT2 = Architecture(
         _layer("mlp.linear_fc2.bias", ("hidden",), "mlp.c_proj.bias", of=_GPT2_LAYERS),
         Row("decoder.final_layernorm.weight", ("hidden",), ("transformer.ln_f.weight",)),
         Row("decoder.final_layernorm.bias", ("hidden",), ("transformer.ln_f.bias",)),
-        Row("output_layer.weight", ("vocabulary", "hidden"), ("lm_head.weight",), VOCABULARY),
+        Row("output_layer.weight", ("vocabulary", "hidden"), (LM_HEAD,), VOCABULARY),
     ),
     settings=(
         _is("n_layer", "num_layers"), _is("n_embd", "hidden_size"), _is("n_head", "num_attention_heads"),
@@ -292,9 +294,9 @@ GPT2 = Architecture(
     },
 )  # fmt: skip
 
-_EMBEDDING = Row("embedding.word_embeddings.weight", ("vocabulary", "hidden"), ("model.embed_tokens.weight",), VOCABULARY)
+_EMBEDDING = Row(EMBEDDING, ("vocabulary", "hidden"), ("model.embed_tokens.weight",), VOCABULARY)
 _FINAL_NORM = Row("decoder.final_layernorm.weight", ("hidden",), ("model.norm.weight",))
-_OUTPUT = Row("output_layer.weight", ("vocabulary", "hidden"), ("lm_head.weight",), VOCABULARY)
+_OUTPUT = Row("output_layer.weight", ("vocabulary", "hidden"), (LM_HEAD,), VOCABULARY)
 _Q_K_V = tuple(f"self_attn.{part}_proj" for part in "qkv")
 _ATTENTION = (
     _layer("self_attention.linear_qkv.layer_norm_weight", ("hidden",), "input_layernorm.weight"),

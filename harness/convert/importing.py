@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from harness.convert import arguments, hub, torch_dist
-from harness.convert.architectures import EXPERTS, LAYERS, Architecture, Row
+from harness.convert.architectures import EMBEDDING, EXPERTS, LAYERS, LM_HEAD, Architecture, Row
 from harness.convert.mxfp4 import Dequantized
 from harness.convert.safetensor_files import FLOATS, Tensors, open_folder
 from harness.convert.torch_dist import Piece
@@ -57,6 +57,8 @@ def import_folder(source: str, target: Path, name: str, *, tp: int = 1, pp: int 
     words = arguments.flags(model, positions, tp, pp, ep)
     tensors = Dequantized(open_folder(folder))
     pieces = plan(architecture, sizes, tensors)
+    if not model.untie_embeddings:
+        _check_tied(folder, architecture, sizes, tensors)
     if data:
         check_data(model, folder, data)
     has_tokenizer = _check_tokenizer(folder, model.vocab_size)
@@ -125,6 +127,25 @@ def plan(architecture: Architecture, sizes: Sizes, tensors: Tensors) -> list[Pie
 
 def _made(row: Row, names: tuple[str, ...], tensors: Tensors, sizes: Sizes) -> Tensor:
     return row.how.join([tensors.read(name) for name in names], sizes)
+
+
+def _check_tied(folder: Path, architecture: Architecture, sizes: Sizes, tensors: Tensors) -> None:
+    """An output layer beside tied embeddings must be the embedding: upstream keeps one of them, the other would be lost."""
+    if LM_HEAD not in tensors:
+        return
+    embedding = next(row for row in architecture.rows if row.megatron == EMBEDDING)
+    (name,) = _found(architecture, embedding, (), tensors)
+    rows, head = tensors.read(name), tensors.read(LM_HEAD)
+    if head.shape != rows.shape:
+        differs = f"is {list(head.shape)}, {name} {list(rows.shape)}"
+    elif differing := int((head != rows).any(-1).sum()):
+        differs = f"differs from {name} in {differing:,} of {len(rows):,} rows"
+    else:
+        return
+    raise UserError(
+        f"{folder}: config.json ties the embeddings (tie_word_embeddings), but {LM_HEAD} {differs}\n"
+        f'"tie_word_embeddings": false in config.json keeps both; files without {LM_HEAD} leave the embedding as both'
+    )
 
 
 def _places(row: Row, sizes: Sizes) -> Iterator[tuple[int, ...]]:
