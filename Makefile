@@ -11,10 +11,12 @@ DATA_HARNESS := scripts/setup.sh light data -- -m harness
 CHAT_HARNESS := scripts/setup.sh heavy -- -m harness
 # The settings given on the command line or in the environment, as KEY=VALUE words; and whatever else the command line sets, so
 # that STEP=20 is refused, not ignored. PASSED are variables of the environment that may stand there too.
-WORDS = $(foreach key,$(SETTINGS) $(MORE) $(UNKNOWN),$(if $(value $(key)),'$(key)=$(subst ','\'',$(value $(key)))'))
+WORDS = $(foreach key,$(filter-out $(EXPORTED),$(SETTINGS)) $(MORE) $(UNKNOWN),$(if $(value $(key)),'$(key)=$(subst ','\'',$(value $(key)))'))
 UNKNOWN = $(filter-out $(SETTINGS) $(MORE) $(PASSED),$(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name))))
 PASSED := HARNESS DATA_HARNESS CHAT_HARNESS VENV PYTHON MEGATRON_LM CXX HOME TMPDIR MASTER_% \
-  CUDA_% NCCL_% NVTE_% TORCH% PYTORCH_% GLOO_% OMP_% HF_% PIP_% UV_% XDG_% %_PROXY %_proxy
+  CUDA_% NCCL_% NVTE_% TORCH% PYTORCH_% GLOO_% OMP_% HF_% PIP_% UV_% XDG_% %_PROXY %_proxy WANDB_API_KEY WANDB_BASE_URL
+# What is exported for other programs that use Weights & Biases asks for no logging without WANDB=.
+EXPORTED = $(if $(WANDB),,$(foreach key,$(filter WANDB_%,$(SETTINGS)),$(if $(filter environment,$(origin $(key))),$(key))))
 
 include experiments/targets.mk
 

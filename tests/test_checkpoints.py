@@ -175,6 +175,8 @@ def test_another_model_is_refused_with_both_sizes(tmp_path):
     ({"RESUME": "1"}, "RESUME=1: there is no run 101-"),
     ({"LOAD": "nothing"}, "no run or folder is called nothing"),
     ({"WANDB": "on"}, "WANDB=on: expected offline or online"),
+    ({"WANDB_PROJECT": "mine"}, "WANDB_PROJECT=mine logs nothing without WANDB=\nadd WANDB=offline or WANDB=online"),
+    ({"WANDB_NAME": "a", "WANDB_ENTITY": "b"}, "WANDB_ENTITY=b WANDB_NAME=a logs nothing without WANDB="),
     ({"LR": "fast"}, "LR=fast: expected a number"),
     ({"LR": "1e-5", "MIN_LR": "1e-4"}, "min_lr 0.0001 must not be above lr 1e-05"),
     ({"LR_WARMUP": "20", "LR": "1e-3"}, "lr_warmup_steps 20 must be below the 20 steps"),

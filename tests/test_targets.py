@@ -130,6 +130,13 @@ def test_make_alone_is_one_screen() -> None:
     assert any(line.startswith("  make list ") for line in lines) and not any("STEPS=20" in line for line in lines)
 
 
+def test_exported_variables_of_weights_and_biases_ask_for_nothing_by_themselves() -> None:
+    """Other programs want them, too; typed, or beside WANDB=, they are meant."""
+    assert "WANDB" not in make("-n", "101", WANDB_PROJECT="other").stdout
+    assert "'WANDB_PROJECT=mine'" in make("-n", "101", "WANDB_PROJECT=mine").stdout
+    assert "'WANDB_PROJECT=other'" in make("-n", "101", "WANDB=offline", WANDB_PROJECT="other").stdout
+
+
 def test_help_lists_every_target_that_has_a_line() -> None:
     done = make("help")
     assert done.returncode == 0

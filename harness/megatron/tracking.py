@@ -43,6 +43,9 @@ def tracking(settings: Mapping[str, str]) -> Tracking | None:
     """What the WANDB settings ask for, or None. Raises UserError where they do not go together."""
     mode = settings.get("WANDB")
     if mode is None:
+        if more := [f"{key}={settings[key]}" for key in ("WANDB_PROJECT", "WANDB_ENTITY", "WANDB_NAME") if key in settings]:
+            raise UserError(f"{' '.join(more)} logs nothing without WANDB=\n"
+                            "add WANDB=offline or WANDB=online, or leave it out")
         return None
     if mode not in ("offline", "online"):
         raise UserError(f"WANDB={mode}: expected offline or online")
