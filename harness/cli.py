@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from textwrap import indent
 
 from harness import ROOT
 from harness.data import prepared
@@ -87,12 +88,15 @@ def _finished_before(planned: Plan) -> int | None:
     """Show the result of a run that RESUME=1 finds at its end, and return its exit status; None where it is not."""
     from harness.launching.launch import Finished
     from harness.launching.terminal import summary
+    from harness.planning.resume import damaged_at_the_end
 
     run = planned.resumes
     result = run.read_result() if run else None
     if result is None or result.status not in ("ok", "target-missed"):
         return None
     print(summary(run.label, run.path, result))
+    if damaged := damaged_at_the_end(run):
+        print(indent(damaged, "  "))
     return Finished(run, result).exit_status
 
 

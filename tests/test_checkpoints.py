@@ -11,12 +11,13 @@ import pytest
 from harness import checkpoints, rundir
 from harness.checkpoints import Saving
 from harness.errors import UserError
+from harness.evidence.measured import measure
 from harness.experiment import overrides
 from harness.experiment.catalog import load_catalog
 from harness.launching.outcome import Evidence, classify
 from harness.planning import resume
 from harness.planning.plan import plan
-from harness.rundir import RunDir, StepMetrics, Validation
+from harness.rundir import Result, RunDir, StepMetrics, Validation
 
 TINY = {"DEVICE": "cpu", "DATA": "mock", "STEPS": "20"}
 
@@ -71,10 +72,11 @@ def steps(folder: Path) -> list[int]:
 def run_in(outdir: Path, e, *, every: int = 5, result: str | None = None, folder: Path | None = None) -> RunDir:
     run = rundir.create(outdir, e.label)
     run.freeze_experiment(e, "cpu", None, Saving(every, 2, folder))
-    run.metrics.write_text("".join(StepMetrics(step=n, loss=7 - n / 10, step_ms=1, time=0).model_dump_json() + "\n" for n in range(1, 13)))
+    metrics = [StepMetrics(step=n, loss=7 - n / 10, step_ms=1, time=0) for n in range(1, 21 if result else 13)]
+    run.metrics.write_text("".join(f"{m.model_dump_json()}\n" for m in metrics))
     if result:
-        content = {"status": result, "exit_code": 0, "started": 0, "finished": 1, "steps": 20, "steps_done": 20, "data": "mock"}
-        rundir.write_json(run.result, content | {"device": "cpu"})
+        content = {"status": result, "exit_code": 0, "started": 0, "finished": 1, "steps": 20, "data": "mock", "device": "cpu"}
+        rundir.write_json(run.result, Result.model_validate(content | measure(e, metrics, None)).model_dump(mode="json"))
     return run
 
 
@@ -275,6 +277,28 @@ def test_a_run_that_is_at_its_end_is_shown_and_not_trained_again(tmp_path, capsy
     assert f"{run.label}: ok, 20 of 20 steps" in capsys.readouterr().out
     with pytest.raises(UserError, match="step 20, and STEPS=20: nothing is left"):
         plan(load_catalog().find("101"), TINY | {"LOAD": run.label, "OUTDIR": str(tmp_path)}, "cpu")
+
+
+def test_a_run_at_its_end_says_which_checkpoint_is_damaged_and_which_is_whole(tmp_path, capsys):
+    from harness import cli
+
+    run = run_in(tmp_path, tiny(), result="ok")
+    write(run.checkpoints, 10)
+    write(run.checkpoints, 15)
+    last = write(run.checkpoints, 20)
+    words = ["run", "101", *(f"{k}={v}" for k, v in TINY.items()), "RESUME=1", f"OUTDIR={tmp_path}"]
+    assert cli.main(words) == 0 and "checkpoint" not in capsys.readouterr().out
+    (last / "__0_0.distcp").write_bytes(b"half")
+    assert cli.main(words) == 0
+    assert capsys.readouterr().out.endswith(
+        "  checkpoint of step 20 is damaged: __0_0.distcp has 4 bytes of 700\n"
+        f"  the newest whole one is of step 15: LOAD={run.label} goes on from it, in a new run\n")
+    assert plan(load_catalog().find("101"), TINY | {"LOAD": run.label, "OUTDIR": str(tmp_path)}, "cpu").first_step == 15
+    for step in (10, 15):
+        (run.checkpoints / f"iter_{step:07d}" / ".metadata").unlink()
+    assert cli.main(words) == 0
+    said = capsys.readouterr().out
+    assert "step 10 is damaged: it was not written to its end" in said and said.endswith("none is whole: SAVE=1 without RESUME= trains anew\n")
 
 
 def test_weights_alone_start_at_step_0(tmp_path):

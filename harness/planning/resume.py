@@ -111,6 +111,19 @@ def experiment_of(folder: Path) -> Experiment | None:
     return None
 
 
+def damaged_at_the_end(run: RunDir) -> str | None:
+    """Which checkpoints of a run are damaged that are newer than its newest whole one, and which that is; None: none are."""
+    damaged: list[str] = []
+    for found in reversed(checkpoints.in_folder(run.checkpoints)):
+        if found.damage is None:
+            way_out = f"the newest whole one is of step {found.step}: LOAD={run.label} goes on from it, in a new run"
+            break
+        damaged.append(f"checkpoint of step {found.step} is damaged: {found.damage}")
+    else:
+        way_out = "none is whole: SAVE=1 without RESUME= trains anew"
+    return "\n".join([*damaged, way_out]) if damaged else None
+
+
 def print_list(outdir: Path, label: str | None) -> int:
     """``make checkpoints``: the checkpoints of one run or folder, or of every run in ``outdir``. Returns the exit status.
 
