@@ -172,7 +172,7 @@ def test_units_follow_from_quantities(text, unit):
         ({"resaon": {}}, "unknown key 'resaon'; did you mean reason"),
         ({"reason": {"theirs": "x"}}, "reason"),
         ({"says": ""}, "says"),
-        ({"chapter": "100"}, "chapter: input should be a valid integer"),
+        ({"chapter": "100"}, "chapter = '100': input should be a valid integer"),
     ],
 )  # fmt: skip
 def test_a_wrong_claim_is_refused(tmp_path, fields, message):

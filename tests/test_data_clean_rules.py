@@ -78,7 +78,8 @@ def test_rules_dump_and_load_again(swedish, tmp_path):
         ("rules: [one-line, one-line]", "one-line stands there 2 times"),
         ("rules: {one-line: {}}", "with a list of rules"),
         ("rule: []", "one key, rules"),
-        ("rules: [", "is no YAML"),
+        ("rules: [", "is not valid YAML"),
+        ("- rules", "expected key: value pairs, found ['rules']"),
     ],
 )  # fmt: skip
 def test_wrong_rules_say_what_and_where(text, message, tmp_path):

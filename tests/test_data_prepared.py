@@ -322,7 +322,9 @@ BAD_DEFINITIONS = {
     "x:\n  shows: y\n  synthetic: {size_mb: 0}": "size_mb",
     "x:\n  synthetic: {size_mb: 1}": "'shows' is missing",
     "X y:\n  shows: y\n  synthetic: {size_mb: 1}": "name",
-    "- a": "expected names",
+    "- a": "expected key: value pairs",
+    "a: 1": "datasets.yaml: a: expected key: value pairs, found 1",
+    "x: {shows: a}\nx: {shows: b}": "'x' occurs twice",
     "a: [": "not valid YAML",
 }
 

@@ -208,8 +208,10 @@ def test_every_published_row_of_the_parallelism_chapters_is_drawn() -> None:
     ("100: [{title: A, axis: dp, lines: {a: {101: x}}}]", "an axis and lists of ids"),
     ("100: [{title: A, axes: dp, lines: {a: [101]}}]", "axes"),
     ("100: {title: A}", "plots.yaml"),
-    ("[1, 2]", "cannot read"),
-    ("100: [", "cannot read"),
+    ("100: {title: A}", "100: expected a list of panels"),
+    ("100: [5]", "100: expected key: value pairs, found 5"),
+    ("[1, 2]", "plots.yaml: expected key: value pairs"),
+    ("100: [", "not valid YAML"),
 ])
 def test_mistakes_in_plots_yaml(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "plots.yaml"

@@ -106,11 +106,11 @@ def test_a_wrong_row_is_refused(tmp_path, row, message):
 def test_a_wrong_group_is_refused(tmp_path):
     assert "unknown gpu h100" in broken(tmp_path, lambda group: group.update(gpu="h100"))
     assert "exactly one group" in broken(tmp_path, lambda group: group.pop("published"))
-    assert "h100-tutorial: software" in broken(tmp_path, lambda group: group.pop("software"))
+    assert "h100-tutorial: 'software' is missing" in broken(tmp_path, lambda group: group.pop("software"))
     assert "rows must be a list" in broken(tmp_path, lambda group: group.update(rows={"101": {}}))
 
 
-@pytest.mark.parametrize("text", ["- 1\n", "a: [", "a: 1\n"])
+@pytest.mark.parametrize("text", ["- 1\n", "a: [", "a: 1\n", "a: {hardware: x}\na: {hardware: y}\n"])
 def test_a_file_that_is_something_else_is_refused(tmp_path, text):
     path = tmp_path / "references.yaml"
     path.write_text(text)

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlparse
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from harness import yaml_files
 from harness.data.documents import TextFile, text_file
 from harness.data.prepared import DATA, NAME
 from harness.errors import UserError, nearest
@@ -68,20 +68,10 @@ def definitions(path: Path = FILE) -> dict[str, Definition]:
     Raises:
         UserError: the file is missing or is no YAML, or a key or value is wrong.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path.name} is not valid YAML: {error}") from None
-    if not isinstance(content, dict) or not all(isinstance(row, dict) for row in content.values()):
-        raise UserError(f"{path.name}: expected names of data sets, each with its settings below")
     found = {}
-    for name, row in content.items():
-        try:
-            found[name] = Definition(name=name, **row)
-        except ValidationError as error:
-            raise UserError("\n".join(f"{path.name}: {name}: {_complaint(e)}" for e in error.errors())) from None
+    for name, row in yaml_files.read(path).items():
+        where = f"{path.name}: {name}"
+        found[name] = yaml_files.build(Definition, {"name": name, **yaml_files.mapping(row, where)}, where)
     return found
 
 
@@ -213,18 +203,6 @@ def _is_known(path: Path) -> bool:
     except UserError:
         return False
     return True
-
-
-def _complaint(error: dict) -> str:
-    key = ".".join(str(part) for part in error["loc"])
-    match error["type"]:
-        case "extra_forbidden":
-            known = [name for kind in (Definition, Hub, Synthetic) for name in kind.model_fields]
-            return f"unknown key {key!r}; {nearest(key.split('.')[-1], known)}"
-        case "missing":
-            return f"{key!r} is missing"
-        case _:
-            return f"{key}: {error['msg']}".removeprefix(": ")
 
 
 def _first_line(error: Exception) -> str:

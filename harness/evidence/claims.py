@@ -22,13 +22,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
+from harness import yaml_files
 from harness.errors import UserError, nearest
 from harness.evidence.expressions import Expression, Quantity, Unit, parse, spell
 from harness.evidence.quantities import BOTH, UNITS, Number, Source, experiment_of, ours, published, unit_of
 from harness.evidence.results import ReferenceGroup, References, Row
-from harness.experiment.catalog import EXPERIMENTS, Catalog, read_yaml
+from harness.experiment.catalog import EXPERIMENTS, Catalog
 from harness.experiment.hardware import find_gpu
 
 CLAIMS = EXPERIMENTS / "claims.yaml"
@@ -120,7 +121,7 @@ def load_claims(catalog: Catalog, path: Path = CLAIMS) -> tuple[Claim, ...]:
     Raises:
         UserError: a key, an experiment or a quantity is unknown, a formula cannot be read, or units are mixed.
     """
-    return tuple(_claim(f"{path.name}: {name}", str(name), raw, catalog) for name, raw in read_yaml(path).items())
+    return tuple(_claim(f"{path.name}: {name}", str(name), raw, catalog) for name, raw in yaml_files.read(path).items())
 
 
 def evaluate(claims: Sequence[Claim], sources: Sequence[Source]) -> tuple[Evaluated, ...]:
@@ -170,19 +171,9 @@ def _judged(bound: Bound, expression: Expression, found: Mapping[Quantity, Numbe
 
 
 def _claim(where: str, name: str, raw: Any, catalog: Catalog) -> Claim:
-    if not isinstance(raw, dict):
-        raise UserError(f"{where}: expected key: value pairs, found {raw!r}")
-    if isinstance(raw.get("or"), dict):
+    if isinstance(yaml_files.mapping(raw, where).get("or"), dict):
         raw = {**raw, "or": {str(key): str(value) for key, value in raw["or"].items()}}
-    try:
-        parsed = _Raw(**raw)
-    except ValidationError as error:
-        keys = [info.alias or key for key, info in _Raw.model_fields.items()]
-        complaints = [
-            f"{where}: unknown key {e['loc'][-1]!r}; {nearest(str(e['loc'][-1]), keys)}" if e["type"] == "extra_forbidden"
-            else f"{where}: {'.'.join(map(str, e['loc']))}: {e['msg'].lower()}" for e in error.errors()
-        ]
-        raise UserError("\n".join(dict.fromkeys(complaints))) from None
+    parsed = yaml_files.build(_Raw, raw, where)
     try:
         if parsed.chapter not in catalog.chapters:
             raise UserError(f"no chapter {parsed.chapter}; {nearest(str(parsed.chapter), map(str, catalog.chapters))}")

@@ -9,10 +9,9 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from harness import rundir
+from harness import rundir, yaml_files
 from harness.errors import UserError
 from harness.evidence.results import SAME_WORK, References, Results, Row, losses
 from harness.experiment.catalog import EXPERIMENTS, Catalog, Experiment
@@ -128,14 +127,12 @@ def load_panels(catalog: Catalog, path: Path = PLOTS) -> dict[int, list[_Panel]]
     Raises:
         UserError: a key is unknown, a value has the wrong type, or an experiment or axis does not exist.
     """
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-        panels = {int(chapter): [_Panel.model_validate(raw) for raw in raws] for chapter, raws in content.items()}
-    except (OSError, yaml.YAMLError, TypeError, AttributeError) as error:
-        raise UserError(f"cannot read {path.name}: {error}") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"{path.name}: {'.'.join(map(str, first['loc']))}: {first['msg'].lower()}") from None
+    panels: dict[int, list[_Panel]] = {}
+    for chapter, raws in yaml_files.read(path).items():
+        where = f"{path.name}: {chapter}"
+        if not isinstance(raws, list):
+            raise UserError(f"{where}: expected a list of panels, found {raws!r}")
+        panels[chapter] = [yaml_files.build(_Panel, yaml_files.mapping(raw, where), where) for raw in raws]
     for panel in (panel for listed in panels.values() for panel in listed):
         if panel.axis is not None and panel.axis not in AXES:
             raise UserError(f"{path.name}: {panel.title}: unknown axis {panel.axis}; known: {', '.join(AXES)}")

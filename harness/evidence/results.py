@@ -9,10 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from harness import rundir
+from harness import rundir, yaml_files
 from harness.errors import UserError, nearest
 from harness.evidence import measured, records
 from harness.experiment.catalog import EXPERIMENTS, Experiment
@@ -326,15 +325,7 @@ def load_references(path: Path = REFERENCES) -> References:
     Raises:
         UserError: a key is unknown, a value has the wrong type, or two rows claim the same experiment.
     """
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path.name} is not valid YAML: {error}") from None
-    if not isinstance(content, dict) or not all(isinstance(group, dict) for group in content.values()):
-        raise UserError(f"{path.name}: expected groups of references, each with hardware, source and rows")
-    groups = tuple(_group(path.name, str(name), raw) for name, raw in content.items())
+    groups = tuple(_group(f"{path.name}: {name}", str(name), raw) for name, raw in yaml_files.read(path).items())
     published = [group.name for group in groups if group.published]
     if len(published) != 1:
         found = ", ".join(published) or "none"
@@ -456,15 +447,14 @@ def _is_same_work(experiment: Experiment) -> bool:
     return not experiment.extra_args and SAME_WORK.issuperset(experiment.overrides)
 
 
-def _group(file: str, name: str, raw: dict[str, Any]) -> ReferenceGroup:
-    where = f"{file}: {name}"
-    rows = raw.get("rows")
+def _group(where: str, name: str, raw: Any) -> ReferenceGroup:
+    rows = yaml_files.mapping(raw, where).get("rows")
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{where}: rows must be a list of key: value pairs")
     common = {"group": name, "hardware": raw.get("hardware"), "source": raw.get("source")}
     parsed = tuple(_reference(where, row, common) for row in rows)
     fields = {**raw, "name": name, "notes": tuple(raw.get("notes", ())), "rows": parsed}
-    group = _validated(ReferenceGroup, fields, where)
+    group = yaml_files.build(ReferenceGroup, fields, where)
     if find_gpu(group.gpu) is None:
         raise UserError(f"{where}: unknown gpu {group.gpu}; {nearest(group.gpu, known_gpus())}")
     card_gib = find_gpu(group.gpu).memory_mib / 1024
@@ -481,7 +471,7 @@ def _group(file: str, name: str, raw: dict[str, Any]) -> ReferenceGroup:
 def _reference(where: str, raw: dict[str, Any], common: dict[str, Any]) -> Reference:
     texts = {key: str(raw[key]) for key in ("id", "stands_for") if key in raw}
     at = f"{where}: {texts.get('id') or raw.get('workload')}"
-    row = _validated(Reference, {"stands_for": texts.get("id"), **raw, **texts, **common}, at)
+    row = yaml_files.build(Reference, {"stands_for": texts.get("id"), **raw, **texts, **common}, at)
     if (row.id is None) == (row.workload is None):
         raise UserError(f"{at}: give either the id of an experiment or a workload in words")
     if [row.step_ms is None, row.memory_gib is None] != [row.oom, row.oom]:
@@ -491,19 +481,6 @@ def _reference(where: str, raw: dict[str, Any], common: dict[str, Any]) -> Refer
     if row.in_doubt and row.note is None:
         raise UserError(f"{at}: ran: unknown needs a note that says why")
     return row
-
-
-def _validated(kind: type, fields: dict[str, Any], where: str) -> Any:
-    try:
-        return kind(**fields)
-    except ValidationError as error:
-        complaints = []
-        for e in error.errors():
-            key = ".".join(map(str, e["loc"]))
-            unknown = e["type"] == "extra_forbidden"
-            complaints.append(f"{where}: unknown key {key!r}; {nearest(key, kind.model_fields)}" if unknown
-                              else f"{where}: {key} = {e['input']!r}: {e['msg'].lower()}")
-        raise UserError("\n".join(complaints)) from None
 
 
 def _object(path: Path) -> dict[str, Any]:

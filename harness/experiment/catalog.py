@@ -8,10 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from harness import ROOT
+from harness import ROOT, yaml_files
 from harness.errors import UserError, nearest
 from harness.experiment.constraints import violations
 
@@ -279,7 +278,7 @@ class Experiment(_Frozen):
     def with_changes(self, **changes: Any) -> Experiment:
         """A copy with ``changes`` (field names), validated again. Raises UserError where they do not fit together."""
         fields = {name: getattr(self, name) for name in Experiment.model_fields}
-        return _build(Experiment, {**fields, **changes}, self.id)
+        return _experiment({**fields, **changes}, self.id)
 
 
 class Chapter(_Frozen):
@@ -327,15 +326,15 @@ def load_catalog(folder: Path = EXPERIMENTS) -> Catalog:
     Raises:
         UserError: a key or name is unknown, a value has the wrong type, sizes do not divide, or an id occurs twice.
     """
-    models = {name: _build(Model, {"name": name, **_mapping(row, f"model {name}")}, f"model {name}")
-              for name, row in read_yaml(folder / "models.yaml").items()}
+    models = {name: yaml_files.build(Model, {"name": name, **yaml_files.mapping(row, f"model {name}")}, f"model {name}")
+              for name, row in yaml_files.read(folder / "models.yaml").items()}
     chapters: dict[int, str] = {}
     experiments: dict[str, Experiment] = {}
     for path in sorted(folder.glob("[0-9]*.yaml")):
-        raw = read_yaml(path)
-        raw["experiments"] = {str(key): _mapping(row, f"{path.name}: {key}") for key, row in
-                              _mapping(raw.get("experiments"), f"{path.name}: experiments").items()}
-        chapter = _build(Chapter, raw, path.name)
+        raw = yaml_files.read(path)
+        raw["experiments"] = {str(key): yaml_files.mapping(row, f"{path.name}: {key}") for key, row in
+                              yaml_files.mapping(raw.get("experiments"), f"{path.name}: experiments").items()}
+        chapter = yaml_files.build(Chapter, raw, path.name)
         chapters[chapter.chapter] = chapter.title
         for id_, row in chapter.experiments.items():
             if id_ in experiments:
@@ -344,65 +343,16 @@ def load_catalog(folder: Path = EXPERIMENTS) -> Catalog:
             name = fields.get("model")
             if name not in models:
                 raise UserError(f"{path.name}: {id_}: unknown model {name!r}; {nearest(str(name), models)}")
-            experiments[id_] = _build(Experiment, {**fields, "model": models[name]}, id_)
+            experiments[id_] = _experiment({**fields, "model": models[name]}, id_)
     return Catalog(chapters=dict(sorted(chapters.items())), experiments=tuple(experiments[i] for i in sorted(experiments)))
 
 
-def _build(kind: type, fields: Mapping[str, Any], where: str) -> Any:
-    """Construct ``kind`` and check its constraints; every complaint becomes one line of a UserError."""
-    try:
-        value = kind(**fields)
-    except ValidationError as error:
-        names = [key for name, field in kind.model_fields.items() for key in (field.alias, name) if key]
-        raise UserError("\n".join(f"{where}: {_complaint(e, names)}" for e in error.errors())) from None
-    broken = violations(value) if isinstance(value, Experiment) else []
-    if broken:
+def _experiment(fields: Mapping[str, Any], where: str) -> Experiment:
+    """Construct an experiment and check its constraints; every complaint becomes one line of a UserError."""
+    experiment = yaml_files.build(Experiment, fields, where)
+    if broken := violations(experiment):
         raise UserError("\n".join(f"{where}: {sentence}" for sentence in broken))
-    return value
-
-
-def _complaint(error: Mapping[str, Any], names: list[str]) -> str:
-    key = ".".join(str(part) for part in error["loc"])
-    match error["type"]:
-        case "extra_forbidden":
-            return f"unknown key {key!r}; {nearest(key, names)}"
-        case "missing":
-            return f"{key!r} is missing"
-        case "literal_error":
-            return f"{key} = {error['input']!r}; valid: {error['ctx']['expected']}"
-        case "string_pattern_mismatch":
-            return f"{key} = {error['input']!r} must match {error['ctx']['pattern']}"
-        case _:
-            return f"{key} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
-
-
-class _StrictLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-    """Refuses a key that occurs twice in one mapping, which YAML readers otherwise overwrite silently."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key, _ in node.value:
-            if key.tag != "tag:yaml.org,2002:merge" and key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} occurs twice", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises UserError where it is none, or has a key twice."""
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path.name} is not valid YAML: {error}") from None
-    return _mapping(content, path.name)
-
-
-def _mapping(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: expected key: value pairs, found {value!r}")
-    return value
+    return experiment
 
 
 def _safe(value: str) -> str:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
+from harness import yaml_files
 from harness.data.clean.documents import (
     Alphabet,
     DocumentRule,
@@ -59,14 +59,10 @@ def load_rules(path: Path) -> Rules:
     Raises:
         UserError: the file is missing or is no YAML, or a rule, its options or its place are wrong.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        others = sorted(str(p) for p in path.parent.glob("rules-*.yaml"))
-        raise UserError(f"RULES={path}: {error.strerror}; {nearest(str(path), others) if others else ''}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict) or set(content) != {"rules"} or not isinstance(content["rules"], list):
+    if not path.is_file():
+        raise UserError(f"RULES={path}: no such file; {nearest(str(path), map(str, sorted(path.parent.glob('rules-*.yaml'))))}")
+    content = yaml_files.read(path)
+    if set(content) != {"rules"} or not isinstance(content["rules"], list):
         raise UserError(f"{path}: it must hold one key, rules, with a list of rules (as data/rules-sv.yaml)")
     try:
         return _in_order([_rule(entry) for entry in content["rules"]])
