@@ -19,6 +19,19 @@ def imported(path: Path) -> set[str]:
     return {name for name in found if name.startswith("harness.")}
 
 
+def test_modules_keep_their_names_where_they_are_imported() -> None:
+    """Whoever reads a call finds its file by the name."""
+    renamed = [f"{path.name}: {node.module}.{alias.name} as {alias.asname}" for path in (ROOT / "harness").rglob("*.py")
+               for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.ImportFrom)
+               for alias in node.names if alias.asname and _is_module(f"{node.module}.{alias.name}")]
+    assert not renamed
+
+
+def _is_module(name: str) -> bool:
+    path = ROOT.joinpath(*name.split("."))
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
 def test_packages_import_each_other_in_one_direction():
     imports: dict[str, set[str]] = defaultdict(set)
     for path in (ROOT / "harness").rglob("*.py"):

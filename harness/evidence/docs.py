@@ -24,9 +24,7 @@ from statistics import median
 
 from harness import ROOT, rundir
 from harness.errors import UserError, nearest
-from harness.evidence import architectures as weights
-from harness.evidence import diagrams, markdown, plots, tables, verdicts
-from harness.evidence import profiles as pages
+from harness.evidence import architectures, diagrams, markdown, plots, profiles, tables, verdicts
 from harness.evidence.facts import CARD, HARDWARE, Facts, NotMeasured, RanOutOfMemory
 from harness.evidence.plots import IMAGES
 from harness.evidence.results import Reference, Row
@@ -230,7 +228,7 @@ def _pipeline(facts: Facts, ids: Sequence[str]) -> str:
 
 def _profile(facts: Facts, ids: Sequence[str]) -> str:
     published = [facts.published(facts.catalog.find(id_).half_of or id_) for id_ in ids]
-    return pages.profiles(facts.records / HARDWARE, ids, published)
+    return profiles.profiles(facts.records / HARDWARE, ids, published)
 
 
 def _claims(facts: Facts, chapters: Sequence[str]) -> str:
@@ -240,11 +238,11 @@ def _claims(facts: Facts, chapters: Sequence[str]) -> str:
 
 
 def _slow_steps(facts: Facts, _: Sequence[str]) -> str:
-    return pages.slow_steps(facts.of_hardware)
+    return profiles.slow_steps(facts.of_hardware)
 
 
 def _weights(_: Facts, names: Sequence[str]) -> str:
-    return "\n\n".join(weights.page(name) for name in names)
+    return "\n\n".join(architectures.page(name) for name in names)
 
 
 BLOCKS: dict[str, Callable[[Facts, Sequence[str]], str]] = {
