@@ -12,8 +12,10 @@ from harness.cli import COMMANDS, RECORDS
 from harness.errors import UserError
 from harness.evidence import docs
 from harness.evidence.facts import Facts, NotMeasured
+from harness.evidence.results import Row
 from harness.experiment.catalog import load_catalog
 from harness.experiment.overrides import EXPERIMENT_SETTINGS, LAUNCH_SETTINGS
+from harness.rundir import Upstream
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
@@ -36,6 +38,17 @@ def each_page(test):
 def test_everything_generated_is_fresh() -> None:
     stale = [path.name for path in docs.write(RECORDS, check=True)]
     assert not stale, "run `make docs`"
+
+
+def test_documents_quote_the_upstream_of_most_records_and_of_two_with_as_many_the_newest(facts: Facts) -> None:
+    def ran(row: Row, version: str, started: float) -> Row:
+        return replace(row, upstream=Upstream(version=version), result=row.result.model_copy(update={"started": started}))
+
+    a, b, c, d, e = facts.of_hardware[:5]
+    tie = (ran(a, "0.19", 5), ran(b, "0.18", 7), ran(c, "0.18", 1), ran(d, "0.19", 6))
+    for rows in (tie, tie[::-1]):
+        assert {row.upstream.version for row in replace(facts, rows=rows).of_hardware} == {"0.18"}
+    assert {row.upstream.version for row in replace(facts, rows=(*tie, ran(e, "0.19", 2))).of_hardware} == {"0.19"}
 
 
 @each_page

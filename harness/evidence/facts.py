@@ -64,10 +64,15 @@ class Facts:
 
     @cached_property
     def of_hardware(self) -> tuple[Row, ...]:
-        """The records on HARDWARE, of the upstream that most of them ran: numbers of two do not stand in one column."""
+        """The records on HARDWARE, of the upstream that most of them ran: numbers of two do not stand in one column.
+
+        Of two that ran equally often it is the one of the newest record.
+        """
         rows = [row for row in self.rows if row.origin.parent.name == HARDWARE]
-        ran = Counter(row.software for row in rows).most_common(1)
-        return tuple(row for row in rows if row.software == ran[0][0])
+        ran = Counter(row.software for row in rows)
+        newest = {row.software: row.result.started for row in sorted(rows, key=lambda row: row.result.started)}
+        chosen = max(ran, key=lambda software: (ran[software], newest[software]), default=None)
+        return tuple(row for row in rows if row.software == chosen)
 
     @cached_property
     def claims(self) -> tuple[Sequence[Source], Sequence[Evaluated]]:
