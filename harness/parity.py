@@ -130,7 +130,7 @@ class Run:
 
     def _train(self, rank: int, port: int) -> NoReturn:
         """Be rank ``rank``, as torchrun would have started it."""
-        from harness.entry import rank as entry
+        from harness.entry.rank import run
         from harness.machine.upstream import Upstream
 
         log = os.open(self.folder / "logs.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -140,7 +140,7 @@ class Run:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), RUN_DIR_VARIABLE: str(self.folder)}
         sys.argv = ["pretrain_gpt.py", *flags(self.experiment), *self.arguments]
-        entry.run(Upstream(None) if self.own_script else None)
+        run(Upstream(None) if self.own_script else None)
 
     def _first_error(self) -> str | None:
         errors = sorted(RunDir(self.folder).read_rank_errors(), key=lambda error: error.time)

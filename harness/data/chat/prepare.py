@@ -25,7 +25,7 @@ from harness.data.sources import Definition
 from harness.data.tokenizer import Tokenizer, find_tokenizer
 from harness.machine.provenance import package_version
 from harness.errors import UserError
-from harness.data.chat import conversations as chat
+from harness.data.chat import conversations
 from harness.data.chat.byte_tokenizer import byte_folder
 from harness.data.chat.conversations import Skipped, Unfit
 
@@ -61,9 +61,9 @@ def prepare_chat(name: str, source: Path, tokenizer: str, *, folder: Path = DATA
         begun = time.monotonic()
         try:
             installed = used.install(part / "tokenizer")
-            own = chat.has_template(installed.model)
+            own = conversations.has_template(installed.model)
             if not own:
-                (installed.model / "chat_template.jinja").write_text(chat.simple_template(used.end or ""), encoding="utf-8")
+                (installed.model / "chat_template.jinja").write_text(conversations.simple_template(used.end or ""), encoding="utf-8")
             skipped = Skipped()
             counted, answers, pair = _write(source, installed, prefix_of(name, part), skipped)
             idx_bytes = idx_path(prefix_of(name, part)).stat().st_size
@@ -109,10 +109,10 @@ def _write(source: Path, tokenizer: Tokenizer, prefix: Path, skipped: Skipped) -
 
 
 def _conversations(source: Path, tokenizer: Path, skipped: Skipped) -> Iterator[list[str]]:
-    render = chat.template_of(tokenizer)
-    for number, line in chat.lines_of(source):
+    render = conversations.template_of(tokenizer)
+    for number, line in conversations.lines_of(source):
         try:
-            yield chat.spans(chat.read_messages(line), render)
+            yield conversations.spans(conversations.read_messages(line), render)
         except Unfit as error:
             skipped.add(error.rule, number)
 
