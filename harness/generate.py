@@ -121,10 +121,10 @@ def _of_weights(named: str, sampling: Sampling) -> Request:
     """What ``make import-hf`` left under the name, or in the folder, ``named``."""
     from harness.convert import weights
 
-    folders = (weights.WEIGHTS / named, Path(named).expanduser().resolve())
-    folder, known = next(((folder, known) for folder in folders if (known := weights.read(folder))), (None, None))
-    if known is None:
+    imported = weights.find(named)
+    if imported is None:
         raise UserError(f"WEIGHTS={named}: {nearest(named, weights.names())}\nmake import-hf brings some; RUN= names a run")
+    folder, known = imported
     if not known.tokenizer:
         raise UserError(f"WEIGHTS={named}: no tokenizer came with them, so that no text can be read or written\n"
                         f"put tokenizer.json into {known.source} and import it again (FORCE=1)")

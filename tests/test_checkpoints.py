@@ -301,6 +301,37 @@ def test_a_run_at_its_end_says_which_checkpoint_is_damaged_and_which_is_whole(tm
     assert "step 10 is damaged: it was not written to its end" in said and said.endswith("none is whole: SAVE=1 without RESUME= trains anew\n")
 
 
+def test_a_name_in_weights_comes_before_a_folder_of_that_name_in_a_run_and_in_generate(tmp_path, monkeypatch):
+    from harness import generate
+    from harness.convert import weights
+    from harness.planning import start
+
+    def imported(folder: Path, positions: int) -> Path:
+        write(folder, 5)
+        model = load_catalog().find("101").model
+        known = weights.Weights(name=folder.name, source="x", architecture="GPT2LMHeadModel", model=model, positions=positions,
+                                padded_vocab_size=51200, parameters=1, bytes=1, dtypes=("float32",), dequantized=0,
+                                tokenizer=True, flags=())
+        rundir.write_json(folder / weights.RECORD, known.model_dump(mode="json"))
+        return folder
+
+    def both(named: str) -> set:
+        asked = generate.parse({"WEIGHTS": named, "PROMPT": "a"}, tmp_path / "outdir")
+        found = start.find(named, tmp_path / "outdir")
+        return {(Path(found.folder), found.positions), (asked.checkpoint.path.parent, asked.experiment.positions)}
+
+    monkeypatch.setattr(weights, "WEIGHTS", tmp_path / "weights")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    folder = imported(tmp_path / "here" / "mine", 32)
+    assert both("mine") == both(str(folder)) == {(folder, 32)}
+    kept = imported(tmp_path / "weights" / "mine", 64)
+    assert both("mine") == {(kept, 64)} and both("./mine") == both(str(folder)) == {(folder, 32)}
+    for said in (lambda: start.find("mime", tmp_path), lambda: generate.parse({"WEIGHTS": "mime", "PROMPT": "a"}, tmp_path)):
+        with pytest.raises(UserError, match="WEIGHTS=mime: did you mean mine\\?\nmake import-hf brings some"):
+            said()
+
+
 def test_weights_alone_start_at_step_0(tmp_path):
     run = run_in(tmp_path, tiny())
     write(run.checkpoints, 20, optimizer=False)

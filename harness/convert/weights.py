@@ -72,6 +72,18 @@ def read(folder: Path) -> Weights | None:
         raise UserError(f"{folder / RECORD} is damaged: {error.errors()[0]['msg']}\nimport it again") from None
 
 
+def find(named: str) -> tuple[Path, Weights] | None:
+    """What ``WEIGHTS=named`` is of imported weights: a name in weights/, else a folder (``./name``); None: it is neither.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    for folder in ([WEIGHTS / named] if "/" not in named else []) + [Path(named).expanduser()]:
+        if known := read(folder):
+            return folder.resolve(), known
+    return None
+
+
 def differences(trained: Model, model: Model) -> dict[str, tuple[object, object]]:
     """In what ``model`` cannot take the weights of ``trained``: field -> both values.
 

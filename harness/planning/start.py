@@ -39,10 +39,9 @@ def find(named: str, outdir: Path) -> Start:
     """
     from harness.convert import weights
 
-    for folder in (Path(named).expanduser(), weights.WEIGHTS / named):
-        if known := weights.read(folder):
-            tokenizer = folder / weights.HF if known.tokenizer else None
-            return Start(_from_root(folder), known.model, known.positions, tokenizer)
+    if imported := weights.find(named):
+        folder, known = imported
+        return Start(_from_root(folder), known.model, known.positions, folder / weights.HF if known.tokenizer else None)
     places = (outdir / label_of(named, outdir), Path(named).expanduser())
     runs = [path for path in places if RunDir(path).experiment_json.is_file()]
     if not runs:
