@@ -140,7 +140,7 @@ def test_finding_by_label_folder_and_step(tmp_path):
     run_in(tmp_path, tiny(STEPS="9"))  # keeps none
     for wanted, step in ((e.label, 10), (str(run.checkpoints), 10), (str(run.checkpoints / "iter_0000005"), 5)):
         assert resume.find(wanted, tmp_path).step == step
-    with pytest.raises(UserError, match=f"no run or folder is called nothing; valid: {e.label}$"):
+    with pytest.raises(UserError, match=f"no folder and no run with a checkpoint is called nothing; valid: {e.label}$"):
         resume.find("nothing", tmp_path)
     with pytest.raises(UserError, match="no whole checkpoint in"):
         resume.find(str(tmp_path), tmp_path)
@@ -155,7 +155,7 @@ def test_an_experiment_stands_for_its_newest_run_with_checkpoints(tmp_path):
     for wanted in ("101", tiny().name):
         assert resume.find(wanted, tmp_path).path.parent == newer.checkpoints
     assert resume.find(older.label, tmp_path).path.parent == older.checkpoints
-    with pytest.raises(UserError, match="no run or folder is called 111"):
+    with pytest.raises(UserError, match="no folder and no run with a checkpoint is called 111; valid: 101"):
         resume.find("111", tmp_path)
 
 
@@ -175,7 +175,8 @@ def test_another_model_is_refused_with_both_sizes(tmp_path):
     ({"KEEP": "x"}, "KEEP=x: expected a whole number"),
     ({"RESUME": "yes"}, "RESUME=yes: expected 0 or 1"),
     ({"RESUME": "1"}, "RESUME=1: there is no run 101-"),
-    ({"LOAD": "nothing"}, "no run or folder is called nothing"),
+    ({"LOAD": "nothing"}, "no folder and no run with a checkpoint is called nothing; SAVE=1 .*: make <id> SAVE=1"),
+    ({"LOAD": "101-gpt2"}, "is called 101-gpt2; SAVE=1 makes a run keep checkpoints: make 101 SAVE=1"),
     ({"WANDB": "on"}, "WANDB=on: expected offline or online"),
     ({"WANDB_PROJECT": "mine"}, "WANDB_PROJECT=mine logs nothing without WANDB=\nadd WANDB=offline or WANDB=online"),
     ({"WANDB_NAME": "a", "WANDB_ENTITY": "b"}, "WANDB_ENTITY=b WANDB_NAME=a logs nothing without WANDB="),

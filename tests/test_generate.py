@@ -27,7 +27,7 @@ SENTENCE = "the quick brown fox jumps over the lazy dog while seven wizards quie
     ({"RUN": "a", "WEIGHTS": "b", "PROMPT": "a"}, "RUN and WEIGHTS are given; leave one out"),
     ({"RUN": "a", "PROMPT": "a", "QUESTION": "b"}, "PROMPT and QUESTION are given; leave one out"),
     ({"WEIGHTS": "nothing", "PROMPT": "a"}, "WEIGHTS=nothing: .*\nmake import-hf brings some"),
-    ({"RUN": "nothing", "PROMPT": "a"}, "no run or folder is called nothing"),
+    ({"RUN": "nothing", "PROMPT": "a"}, "no folder and no run with a checkpoint is called nothing"),
     ({"RUN": "a", "PROMPT": "a", "TOKENS": "0"}, "TOKENS=0: expected a whole number, 1 or more"),
     ({"RUN": "a", "PROMPT": "a", "TEMPERATURE": "hot"}, "TEMPERATURE=hot: expected a number"),
     ({"RUN": "a", "PROMPT": "a", "TOP_P": "1.5"}, "TOP_P=1.5: expected a probability"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -45,7 +46,9 @@ def folder_of(wanted: str, outdir: Path) -> Path:
         if path.is_dir():
             return path.resolve()
     labels = labels_with_checkpoints(outdir)
-    there = nearest(wanted, labels) if labels else f"SAVE=1 makes a run keep checkpoints: make {wanted.split('-')[0]} SAVE=1"
+    experiment = re.match(r"\d{3}h?(?=-|$)", wanted)
+    make = f"make {experiment[0] if experiment else '<id>'} SAVE=1"
+    there = nearest(wanted, labels) if labels else f"SAVE=1 makes a run keep checkpoints: {make}"
     raise UserError(f"no folder and no run with a checkpoint is called {wanted}; {there}")
 
 
