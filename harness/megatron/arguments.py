@@ -10,7 +10,7 @@ from harness.errors import UserError
 
 
 def print_arguments(match: str | None = None) -> int:
-    """Print every argument of ``pretrain_gpt.py`` by upstream's groups; ``match`` keeps those containing it, with their help.
+    """Print every argument of ``pretrain_gpt.py`` by upstream's groups; ``match`` keeps those with it, and their help.
 
     Raises UserError where nothing matches.
     """
