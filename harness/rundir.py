@@ -151,14 +151,21 @@ class Running(_Record):
 
 
 class Spread(_Record):
-    """A quantity over the ``n`` steps of a run's averaging window."""
+    """A quantity over the ``n`` steps of a run's averaging window; ``q1`` and ``q3`` are its quartiles."""
 
     median: float
+    q1: float
+    q3: float
     mean: float
     stdev: float
     min: float
     max: float
     n: int
+
+    @property
+    def half_iqr(self) -> float:
+        """Half the interquartile range: how far steps scatter, which a few slow ones do not move."""
+        return (self.q3 - self.q1) / 2
 
 
 class MemoryGib(_Record):

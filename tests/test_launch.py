@@ -340,5 +340,5 @@ def test_a_rendezvous_port_of_another_program_is_refused_with_a_free_one(tmp_pat
 
 
 def test_a_spread_of_one_value_has_no_deviation():
-    assert measured.spread([5.0]).model_dump() == {"median": 5, "mean": 5, "stdev": 0, "min": 5, "max": 5, "n": 1}
+    assert measured.spread([5.0]).model_dump() == {"median": 5, "q1": 5, "q3": 5, "mean": 5, "stdev": 0, "min": 5, "max": 5, "n": 1}
     assert measured.spread([]) is None

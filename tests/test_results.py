@@ -29,7 +29,7 @@ def result(status="ok", **changes):
     return {
         "status": status, "exit_code": 0, "started": 100.0, "finished": 200.0, "steps": 20, "steps_done": 20,
         "window": [6, 20], "tflops": 400.0,
-        "step_ms": {"median": 376.3, "mean": 376.3, "stdev": 1.5, "min": 370.0, "max": 380.0, "n": 15},
+        "step_ms": {"median": 376.3, "q1": 375.0, "q3": 377.6, "mean": 376.3, "stdev": 1.5, "min": 370.0, "max": 380.0, "n": 15},
         "memory_gib": {"allocated": 70.1, "reserved": 74.0, "nvml": 76.3},
         "loss": {"first": 10.9, "last": 9.1}, "data": "mock", "device": "cuda", "gpu": H200, "gpus": [0],
     } | changes

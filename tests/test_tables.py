@@ -25,7 +25,7 @@ GROUP = load_references().published
 OK = {
     "status": "ok", "exit_code": 0, "started": 1.0, "finished": 2.0,
     "steps": 100, "steps_done": 100, "window": [6, 100],
-    "step_ms": {"median": 376.3, "mean": 377.0, "stdev": 1.5, "min": 370.0, "max": 390.0, "n": 95},
+    "step_ms": {"median": 376.3, "q1": 375.0, "q3": 377.6, "mean": 377.0, "stdev": 1.5, "min": 370.0, "max": 390.0, "n": 95},
     "tflops": 400.0, "memory_gib": {"allocated": 70.1, "reserved": 74.0, "nvml": 76.3},
     "loss": {"first": 10.9, "last": 9.1}, "data": "mock", "device": "cuda",
     "upstream": {"version": "0.19.0", "source": "submodule"},
@@ -52,7 +52,7 @@ def line_of(text: str, start: str) -> str:
 def test_a_run_is_printed_beside_the_published_row():
     text = tables.render([row()], width=160, titles={100: "Data parallelism"})
     assert line_of(text, "111").split() == [
-        "111", "gpt2xl-dp1-fit-80GB", "1", "76.3", "76.7", "0.99", "376.3", "1.5", "393", "0.96", "400",
+        "111", "gpt2xl-dp1-fit-80GB", "1", "76.3", "76.7", "0.99", "376.3", "1.3", "393", "0.96", "400",
         "40.4%", "6-100", "1", "mock", "ok",
     ]
     assert text.startswith("NVIDIA H200\n id  experiment")

@@ -163,7 +163,7 @@ def _notes(facts: Facts, rows: Sequence[tuple[str, Row | None, Reference | None,
     group, eight = facts.references.published, facts.references.group(REFERENCE_8)
     sources = []
     if any(ours for _, ours, _, _ in rows):
-        sources.append(f"GiB, ms/step and MFU: measured on {find_gpu(HARDWARE).name}, ± the standard deviation over a "
+        sources.append(f"GiB, ms/step and MFU: measured on {find_gpu(HARDWARE).name}, ± half the interquartile range of a "
                        "run's steps")
     if any(published for _, _, published, _ in rows):
         sources.append(f"publ.: {group.hardware}, {group.software}")
@@ -271,7 +271,7 @@ def _memory(ours: Row | None) -> str:
 
 
 def _step(ours: Row | None) -> str:
-    return f"{ours.step.median:,.1f} ± {ours.step.stdev:,.1f}" if ours and ours.step else ""
+    return f"{ours.step.median:,.1f} ± {ours.step.half_iqr:,.1f}" if ours and ours.step else ""
 
 
 def _published(reference: Reference | None, key: str, form: str) -> str:

@@ -51,7 +51,7 @@ class Point:
     id: str
     tick: str
     value: float | None
-    stdev: float | None = None
+    spread: float | None = None
 
 
 @dataclass(frozen=True)
@@ -314,8 +314,8 @@ def _sources(found: Results, references: References, catalog: Catalog) -> Iterab
             row = best.get(e.id)
             if row is None:
                 return None
-            stdev = row.step.stdev if row.step and quantity == "step" else None
-            return _value(e, quantity, row.memory_gib.nvml, row.step and row.step.median, row.state == "oom", stdev)
+            spread = row.step.half_iqr if row.step and quantity == "step" else None
+            return _value(e, quantity, row.memory_gib.nvml, row.step and row.step.median, row.state == "oom", spread)
 
         yield _Numbers("here", where, known.get, number)
         halves = {e.world_size for id_ in best if id_.endswith("h") and (e := known.get(id_))}
@@ -334,14 +334,14 @@ def _sources(found: Results, references: References, catalog: Catalog) -> Iterab
 
 
 def _value(e: Experiment, quantity: Quantity, memory_gib: float | None, step_ms: float | None, oom: bool,
-           stdev: float | None = None) -> tuple[float | None, float | None] | None:
+           spread: float | None = None) -> tuple[float | None, float | None] | None:
     if oom:
         return None, None
     match quantity:
         case "memory":
             return (memory_gib, None) if memory_gib else None
         case "step":
-            return (step_ms, stdev) if step_ms else None
+            return (step_ms, spread) if step_ms else None
         case "efficiency":
             return (tflops_per_gpu(e, step_ms), None) if step_ms else None
 

@@ -55,12 +55,13 @@ def contradictions(e: Experiment, result: Result, metrics: Sequence[StepMetrics]
 
 
 def spread(values: Sequence[float]) -> Spread | None:
-    """Median, mean, standard deviation (of a sample) and extremes of ``values``; None of nothing."""
+    """Median, quartiles, mean, standard deviation (of a sample) and extremes of ``values``; None of nothing."""
     if not values:
         return None
+    q1, median, q3 = statistics.quantiles(values, method="inclusive") if len(values) > 1 else [*values] * 3
     stdev = statistics.stdev(values) if len(values) > 1 else 0.0
-    middle = {"median": statistics.median(values), "mean": statistics.fmean(values)}
-    return Spread(**middle, stdev=stdev, min=min(values), max=max(values), n=len(values))
+    return Spread(median=median, q1=q1, q3=q3, mean=statistics.fmean(values), stdev=stdev, min=min(values), max=max(values),
+                  n=len(values))  # fmt: skip
 
 
 def step_noise_ms(steps_ms: Sequence[float]) -> float:

@@ -45,7 +45,7 @@ VALUES: dict[str, Callable[[Row], Any]] = {
     "window_first_step": lambda row: row.window and row.window[0],
     "window_last_step": lambda row: row.window and row.window[1],
     "step_ms": lambda row: row.step and row.step.median,
-    "step_ms_stdev": lambda row: row.step and row.step.stdev,
+    "step_ms_half_iqr": lambda row: row.step and row.step.half_iqr,
     "step_ms_min": lambda row: row.step and row.step.min,
     "step_ms_max": lambda row: row.step and row.step.max,
     "forward_backward_ms": lambda row: row.result and row.result.forward_backward_ms,
@@ -139,7 +139,7 @@ def _status(row: Row) -> str:
 _ID = Column("id", lambda row: row.id, 100)
 _EXPERIMENT = Column("experiment", _name, 99, left=True)
 _STEP = Column("ms/step", lambda row: _ms(row.step and row.step.median), 95)
-_SPREAD = Column("±", lambda row: _ms(row.step and row.step.stdev), 50)
+_SPREAD = Column("±", lambda row: _ms(row.step and row.step.half_iqr), 50)
 _STEPS = Column("steps", _window, 40, left=True)
 _HELD_OUT = Column("held-out loss (perplexity)", _held_out, 75, left=True)
 _SHARED = Column("shared", lambda row: _number(row.runs_on_node), 20)
@@ -353,7 +353,7 @@ def _notes(row: Row) -> list[str]:
 def _footer(rows: list[Row]) -> Iterable[str]:
     """What a reader must know about the columns: windows, formulas with their values, sources."""
     if any(row.step for row in rows):
-        yield "ms/step: median over the steps named in column steps; ±: their standard deviation."
+        yield "ms/step: median over the steps named in column steps; ±: half their interquartile range."
     if any((row.runs_on_node or 1) > 1 for row in rows):
         yield "shared: runs on the node at the same time, this one included; they can slow each other down."
     if any(row.memory_gib.nvml for row in rows):
@@ -472,7 +472,7 @@ def _settings(row: Row) -> dict[str, Any]:
 
 
 def _numbers(row: Row) -> dict[str, float | None]:
-    names = ("step_ms", "step_ms_stdev", "memory_gib", "reserved_gib", "allocated_gib", "tflops", "mfu",
+    names = ("step_ms", "step_ms_half_iqr", "memory_gib", "reserved_gib", "allocated_gib", "tflops", "mfu",
              "tokens_per_s", "steps_done", "loss_first", "loss_last",
              "validation_loss", "perplexity")
     return {name: VALUES[name](row) for name in names}

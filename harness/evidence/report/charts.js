@@ -232,7 +232,7 @@ function sweepChart(figure, panel) {
         text: () =>
           point.value === null
             ? `${point.id}: out of memory`
-            : `${point.id}: ${short(point.value)}${point.stdev ? ` ± ${short(point.stdev)}` : ""} ${panel.y_title.split(", ").pop()}`,
+            : `${point.id}: ${short(point.value)}${point.spread ? ` ± ${short(point.spread)}` : ""} ${panel.y_title.split(", ").pop()}`,
       })),
     })),
   });

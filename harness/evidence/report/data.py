@@ -21,7 +21,7 @@ from harness.profiling.profile import Profile
 COLUMNS = (
     "chapter", "id", "slug", "label", "kind", "miniature", "gpus", "hardware", "status", "as_published", "data", "precision",
     "memory_gib", "reserved_gib", "allocated_gib", "published_memory_gib", "memory_ratio",
-    "step_ms", "step_ms_stdev", "published_step_ms", "step_ratio", "published_oom", "published_hardware",
+    "step_ms", "step_ms_half_iqr", "published_step_ms", "step_ratio", "published_oom", "published_hardware",
     "tflops", "mfu", "tokens_per_s", "steps_done", "steps", "window_first_step", "window_last_step",
     "loss_first", "loss_last", "runs_on_node", "notes",
 )

@@ -28,7 +28,7 @@ const COLUMNS = [
   },
   { key: "memory_ratio", title: "ratio", text: (row) => ratioText(row.memory_ratio), hint: "memory here / published" },
   { key: "step_ms", title: "ms/step", text: (row) => milliseconds(row.step_ms), hint: "median over the averaging window" },
-  { key: "step_ms_stdev", title: "±", text: (row) => milliseconds(row.step_ms_stdev), hint: "standard deviation" },
+  { key: "step_ms_half_iqr", title: "±", text: (row) => milliseconds(row.step_ms_half_iqr), hint: "half the interquartile range" },
   { key: "published_step_ms", title: "publ. ms", text: (row) => publishedText(row, number(row.published_step_ms, 0)) },
   { key: "step_ratio", title: "ratio", text: (row) => ratioText(row.step_ratio), hint: "step time here / published" },
   { key: "tflops", title: "TFLOP/s", text: (row) => number(row.tflops, 0), hint: "model TFLOP/s of one GPU" },
