@@ -62,7 +62,7 @@ def test_a_run_is_printed_beside_the_published_row():
 def test_the_footer_says_how_numbers_were_made():
     text = re.sub(r"\s+", " ", tables.render([row()], width=100))
     for said in (
-        "median over the steps named in column steps; ±: their standard deviation",
+        "median over the steps named in column steps; ±: half their interquartile range",
         "MFU = TFLOP/s / 989.5, the dense bf16 peak of NVIDIA H200 (NVIDIA H200 Tensor Core GPU datasheet)",
         "Here: NVIDIA H200, Megatron-LM core 0.19.0.",
         "publ.: 8x H100 80GB SXM5, Megatron-LM core_v0.14",

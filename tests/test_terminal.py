@@ -32,7 +32,7 @@ def result(**changes) -> Result:
         "steps": 20,
         "steps_done": 20,
         "window": (6, 20),
-        "step_ms": Spread(median=186.8, q1=186.0, q3=187.9, mean=187.1, stdev=1.23, min=185.1, max=190.2, n=15),
+        "step_ms": Spread(median=186.8, q1=186.1, q3=187.9, mean=187.1, stdev=1.23, min=185.1, max=190.2, n=15),
         "tflops": 54.04,
         "mfu": 0.0546,
         "peak_tflops": 989.5,
@@ -109,7 +109,7 @@ def test_runs_side_by_side_are_told_apart():
 def test_the_summary_has_the_numbers_and_over_which_steps():
     text = summary("101-x", Path("/elsewhere/101-x"), result(packed_with=("104-y",)))
     assert "101-x: ok, 20 of 20 steps, 0:41" in text
-    assert "186.8 ms, median of steps 6 to 20 (half of them 186.0 to 187.9, all 185.1 to 190.2)" in text
+    assert "186.8 ± 0.9 ms, median of steps 6 to 20 (185.1 to 190.2)" in text
     assert "54.0 TFLOP/s/GPU, MFU 5.5% of 989.5, 5,482 tokens/s" in text
     assert "28.01 allocated, 30.50 reserved, 32.20 in all, GiB of the fullest rank" in text
     assert "10.9877 -> 9.1235" in text

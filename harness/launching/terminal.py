@@ -201,8 +201,8 @@ def summary(label: str, path: Path, result: Result) -> str:
     if r.step_ms:
         s = r.step_ms
         lines.append(
-            f"  step    {s.median:.1f} ms, median of steps {r.window[0]} to {r.window[1]} "
-            f"(half of them {s.q1:.1f} to {s.q3:.1f}, all {s.min:.1f} to {s.max:.1f})"
+            f"  step    {s.median:.1f} ± {s.half_iqr:.1f} ms, median of steps {r.window[0]} to {r.window[1]} "
+            f"({s.min:.1f} to {s.max:.1f})"
         )
     elif r.status == "ok":
         lines.append(f"  step    no median: the averaging window begins after step {r.steps_done}")
