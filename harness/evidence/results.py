@@ -382,12 +382,9 @@ def losses(row: Row) -> dict[int, float]:
 
 def metrics(row: Row) -> tuple[StepMetrics, ...]:
     """Every complete line of a run's metrics.jsonl, or of NAME.metrics.jsonl beside the record NAME."""
-    path = row.origin / "metrics.jsonl" if row.kind == "run" else records.metrics_of(row.origin)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return ()
-    return tuple(filter(None, map(rundir.parse_metrics, lines)))
+    if row.kind == "run":
+        return rundir.RunDir(row.origin).read_metrics()
+    return tuple(filter(None, map(rundir.parse_metrics, rundir.text_lines(records.metrics_of(row.origin)))))
 
 
 def _run_row(run: rundir.Run, group: ReferenceGroup) -> Row:

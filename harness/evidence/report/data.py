@@ -12,7 +12,7 @@ from typing import Any
 from harness import rundir
 from harness.errors import UserError
 from harness.evidence import figures, tables
-from harness.evidence.results import References, Results, Row
+from harness.evidence.results import References, Results, Row, metrics
 from harness.experiment.catalog import Catalog, Experiment
 from harness.experiment.hardware import allocator_fraction
 from harness.planning.command import Place, render
@@ -119,10 +119,10 @@ def _portable(script: str) -> str:
 
 def _curves(row: Row) -> dict[str, Any] | None:
     """Loss and step time by step, and, of a run that was sampled, used memory of the fullest GPU by second."""
-    metrics = _metrics(row)
+    steps = metrics(row)
     found = {
-        "loss": _curve({m.step: m.loss for m in metrics if m.loss is not None}),
-        "step_ms": _curve({m.step: m.step_ms for m in metrics}),
+        "loss": _curve({m.step: m.loss for m in steps if m.loss is not None}),
+        "step_ms": _curve({m.step: m.step_ms for m in steps}),
         "memory_gib": _memory(row),
     }
     return {name: curve for name, curve in found.items() if curve} or None
@@ -135,13 +135,6 @@ def _curve(values: Mapping[int, float]) -> dict[str, Any] | None:
     curve = figures.thinned("", values)
     y = [_short(value) for value in curve.values]
     return {"y": y} if curve.steps == tuple(range(1, len(y) + 1)) else {"x": list(curve.steps), "y": y}
-
-
-def _metrics(row: Row) -> tuple[rundir.StepMetrics, ...]:
-    if row.kind == "run":
-        return rundir.RunDir(row.origin).read_metrics()
-    lines = rundir.text_lines(row.origin.with_suffix(".metrics.jsonl"))
-    return tuple(step for line in lines if (step := rundir.parse_metrics(line)))
 
 
 def _memory(row: Row) -> dict[str, Any] | None:
