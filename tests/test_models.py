@@ -259,10 +259,7 @@ def replicas(tmp_path_factory):
 
 
 @pytest.mark.cpu
-@pytest.mark.parametrize("sharding", [
-    # Megatron-FSDP gathers from several threads, under which gloo aborts a rank now and then: once in some ten runs of the suite
-    pytest.param("fsdp_optim_grads_params", marks=pytest.mark.full), "torch_fsdp2"
-])  # fmt: skip
+@pytest.mark.parametrize("sharding", ["fsdp_optim_grads_params", "torch_fsdp2"])
 def test_sharded_data_parallelism_trains_as_replicas_do(replicas, tmp_path, sharding):
     assert len(replicas) == 6 and replicas[-1] < replicas[0]
     assert losses(sharding, tmp_path) == pytest.approx(replicas, rel=2e-6)

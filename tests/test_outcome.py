@@ -109,6 +109,27 @@ def test_captured_logs_are_recognised(log, status, rank, detail, advice):
     assert advice in outcome.advice
 
 
+@pytest.mark.parametrize(
+    ("words", "detail"),
+    [
+        ("malloc(): unaligned tcache chunk detected", ": malloc(): unaligned tcache chunk detected"),
+        ("free(): double free detected in tcache 2", ": free(): double free detected in tcache 2"),
+        (
+            "terminate called after throwing an instance of 'gloo::EnforceNotMet'\n  what():  [enforce fail at pair.cc:446] 8 vs 4",
+            ": terminate called after throwing an instance of 'gloo::EnforceNotMet' what(): [enforce fail at pair.cc:446] 8 vs 4",
+        ),
+        ("python: pair.cc:446: bool read(): Assertion `length <= 4' failed.", ": python: pair.cc:446: bool read(): Assertion"),
+        ("iteration 5/ 6 | free memory: 3 (MB)", None),
+    ],
+)
+def test_of_a_rank_that_aborts_the_last_words_are_shown(words, detail):
+    log = f"iteration 4/ 6\n{words}\n\nFatal Python error: Aborted\n" + captured("sigsegv").replace("exitcode  : -11", "exitcode  : -6")
+    outcome = classify(Evidence(exit_code=1, log=log), experiment())
+    assert (outcome.status, outcome.rank) == ("crash", 1)
+    assert outcome.detail.startswith("ended by SIGABRT" + (detail or ""))
+    assert detail or outcome.detail == "ended by SIGABRT"
+
+
 def test_a_gpu_out_of_memory_names_the_rank_and_the_levers():
     outcome = classify(Evidence(exit_code=1, errors=(error(5, OOM, 9.0, "OutOfMemoryError"),)), experiment())
     assert (outcome.status, outcome.rank) == ("oom", 5)

@@ -1,15 +1,44 @@
-"""Collectives of shares of different lengths, which NCCL has and gloo lacks: expert tensor parallelism needs them."""
+"""What NCCL has and gloo lacks.
 
+Collectives of shares of different lengths: expert tensor parallelism needs them.
+
+Several collectives of one group under way at once, which Megatron-FSDP and overlapping optimizers start: a gloo group has
+two threads for them, and each writes the name of what it has done into one string, without a lock
+(``ProcessGroupGloo::runLoop``, ``lastCompletedWorkName``). Names longer than a C++ string holds in itself, such as
+ALLGATHER_COALESCED, lie on the heap; two threads that end at the same moment corrupt it, and the rank aborts.
+So here a group has one thread, and its collectives run in the order in which they were started.
+"""
+
+import os
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 
 def install() -> None:
-    """Let ``torch.distributed`` gather and reduce-scatter tensors [n_rank, ...] whose n differs between ranks."""
+    """Let ``torch.distributed`` gather and reduce-scatter tensors [n_rank, ...] whose n differs between ranks, and let
+    gloo run the collectives of a group one after another.
+    """
+    _one_thread_a_group()
     dist.all_gather = _any_lengths(dist.all_gather, _all_gather)
     dist.reduce_scatter = _any_lengths(dist.reduce_scatter, _reduce_scatter)
+
+
+def _one_thread_a_group() -> None:
+    init, group = dist.ProcessGroupGloo.__init__, dist.ProcessGroupGloo
+
+    def init_with_one_thread(self, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
+        options = group._Options()
+        options._timeout, options._threads = timeout, 1
+        interfaces = os.environ.get("GLOO_SOCKET_IFNAME", "")
+        options._devices = [group.create_device(interface=name) for name in interfaces.split(",") if name] or [
+            group.create_default_device()
+        ]
+        init(self, store, rank, size, options)
+
+    group.__init__ = init_with_one_thread
 
 
 def _any_lengths(one_length: Callable, several_lengths: Callable) -> Callable:

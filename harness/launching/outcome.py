@@ -271,6 +271,11 @@ _SUMMARY = re.compile(
 )
 _RANK_PREFIX = re.compile(r"^\[rank(\d+)\]:(?: |$)")
 _PRINTED_ERROR = re.compile(r"^(?:\S+\.py: )?error: ")
+_LAST_WORDS = re.compile(
+    r"^(?:terminate called .*(?:\n +what\(\): .*)?|\w+\(\): .*|double free or .*|corrupted .*|.*: Assertion `.*' failed\.)$",
+    re.MULTILINE,
+)
+"""What C++ and the C library say before they abort the process."""
 _FRAME = re.compile(r'File "(?:.*/)?(?P<file>[^"/]+)", line (?P<line>\d+) in (?P<function>\S+)')
 
 
@@ -318,6 +323,8 @@ def _from_summary(evidence: Evidence) -> Iterator[Failure]:
 
 def _signalled(number: int, evidence: Evidence) -> str:
     text = f"ended by {_signal_name(number)}"
+    if number == signal.SIGABRT and (said := _LAST_WORDS.search(evidence.log)):
+        return f"{text}: {' '.join(said[0].split())}"
     if number != signal.SIGKILL:
         return text
     if evidence.oom_kills:
