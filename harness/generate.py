@@ -87,12 +87,21 @@ def parse(settings: Mapping[str, str], outdir: Path) -> Request:
     weights = settings.get("WEIGHTS")
     request = _of_weights(weights, sampling) if weights else _of_run(settings["RUN"], outdir, sampling)
     tokenizer = request.tokenizer or _of_its_data(request.experiment)
+    if tokenizer is None:
+        _check_numbers(sampling.prompt, request)
     if "QUESTION" in settings:
         asked = [{"role": "user", "content": settings["QUESTION"]}]
         return replace(request, sampling=replace(sampling, prompt=_template(tokenizer)(asked, True)))
     if "DATA" in settings:
         return replace(request, conversations=_conversations(settings["DATA"], request, tokenizer))
     return request
+
+
+def _check_numbers(prompt: str, request: Request) -> None:
+    e, words = request.experiment, prompt.split()
+    if not all(word.isascii() and word.isdigit() and int(word) < e.model.vocab_size for word in words):
+        raise UserError(f"PROMPT={prompt}: {request.checkpoint.path.parent} was trained on mock data, whose tokens are numbers "
+                        f"below {e.model.vocab_size}: PROMPT=\"1 2 3\"\nfor text, train on some: make {e.id} DATA=synthetic SAVE=1")
 
 
 def _check_words(settings: Mapping[str, str]) -> None:

@@ -13,8 +13,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 import tiny_hf
 
 from harness import generate
+from harness.checkpoints import Checkpoint
 from harness.data.prepared import DATA
 from harness.errors import UserError
+from harness.experiment.catalog import load_catalog
 from harness.generate import Sampling
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,6 +38,16 @@ SENTENCE = "the quick brown fox jumps over the lazy dog while seven wizards quie
 def test_a_request_that_makes_no_sense_is_refused(tmp_path, settings, said):
     with pytest.raises(UserError, match=said.replace("(", "\\(")):
         generate.parse(settings, tmp_path)
+
+
+@pytest.mark.parametrize("prompt", ["Once upon a time", "1 -2", "1 50257", "1.5"])
+def test_a_model_of_mock_data_takes_numbers_of_its_vocabulary(tmp_path, monkeypatch, prompt):
+    found = Checkpoint(tmp_path / "iter_0000020", step=20, size_bytes=0, damage=None)
+    monkeypatch.setattr(generate.resume, "find", lambda wanted, outdir, tell: found)
+    monkeypatch.setattr(generate.resume, "experiment_of", lambda path: load_catalog().find("101"))
+    with pytest.raises(UserError, match=r"trained on mock data, whose tokens are numbers below 50257: PROMPT=\"1 2 3\""):
+        generate.parse({"RUN": "101", "PROMPT": prompt}, tmp_path)
+    assert generate.parse({"RUN": "101", "PROMPT": "1 50256"}, tmp_path).sampling.prompt == "1 50256"
 
 
 @pytest.mark.cpu

@@ -147,7 +147,8 @@ def _resumed(outdir: Path, e: Experiment, settings: Mapping[str, str], tell: Cal
         return None
     run = rundir.newest(outdir, e.label)
     if run is None:
-        raise UserError(f"RESUME=1: there is no run {e.label} in {outdir}\nstart one with SAVE=1, and SAVE_EVERY= steps")
+        raise UserError(f"RESUME=1: there is no run {e.label} in {outdir}\nstart one with SAVE=1, and SAVE_EVERY= steps; "
+                        "LOAD=label goes on from a run of other settings or fewer STEPS")
     if run.state() == "running":
         raise UserError(f"RESUME=1: {run.label} still runs; make stop RUN={run.label} ends it")
     try:
