@@ -100,8 +100,9 @@ def parse(settings: Mapping[str, str], outdir: Path) -> Request:
 def _check_numbers(prompt: str, request: Request) -> None:
     e, words = request.experiment, prompt.split()
     if not all(word.isascii() and word.isdigit() and int(word) < e.model.vocab_size for word in words):
-        raise UserError(f"PROMPT={prompt}: {request.checkpoint.path.parent} was trained on mock data, whose tokens are numbers "
-                        f"below {e.model.vocab_size}: PROMPT=\"1 2 3\"\nfor text, train on some: make {e.id} DATA=synthetic SAVE=1")
+        raise UserError(f"PROMPT={prompt}: {request.checkpoint.path.parent} was trained on mock data, whose tokens are "
+                        f"numbers below {e.model.vocab_size}: PROMPT=\"1 2 3\"\n"
+                        f"for text, train on some: make {e.id} DATA=synthetic SAVE=1")
 
 
 def _check_words(settings: Mapping[str, str]) -> None:
