@@ -161,6 +161,9 @@ def _chapter(words: list[str]) -> int:
     number, *rest = words or [""]
     settings = overrides.parse(rest)
     experiments = load_catalog().in_chapter(overrides.count("chapter", number))
+    if whole := [key for key in ("DRY_RUN", "SLURM") if settings.get(key) == "1"]:
+        raise UserError(f"{whole[0]}=1 is for one experiment: make {experiments[0].id} {whole[0]}=1\n"
+                        f"make list CHAPTER={number} shows what this one runs")
     _keep_gpus_awake()
     device = choose_device(settings)
     _prepare_conversations(experiments, settings)

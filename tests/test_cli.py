@@ -22,6 +22,10 @@ def harness(*words: str) -> str:
     ("words", "message"),
     [
         (["run", "407"], "no experiment 407; nearest ids: 401, 402, 404, 408, 416"),
+        (["run", "101", "DRY_RUN=yes"], "DRY_RUN=yes: expected 0 or 1"),
+        (["docs", "CHECK=2"], "CHECK=2: expected 0 or 1"),
+        (["chapter", "100", "DRY_RUN=1"], "DRY_RUN=1 is for one experiment: make 101 DRY_RUN=1\nmake list CHAPTER=100"),
+        (["chapter", "100", "SLURM=1"], "SLURM=1 is for one experiment"),
         (["run", "tabel"], "no target tabel; did you mean table?"),
         (["run", "101-gpt2xl"], "101 is 101-gpt2xl-dp1-gbs1-bf16"),
         (["run"], "which experiment?"),

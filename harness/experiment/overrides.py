@@ -92,6 +92,8 @@ LAUNCH_SETTINGS = (
 """Settings of how and where it is launched; the experiment stays the same."""
 
 SETTINGS = EXPERIMENT_SETTINGS + LAUNCH_SETTINGS
+SWITCHES = ("DRY_RUN", "SLURM", "PACK", "FORCE", "ALL", "CHECK")
+"""What is 0 or 1 and nothing else, whichever command it belongs to: DRY_RUN=yes is no dry run."""
 
 _COUNTS = {
     "STEPS": "steps", "DP": "dp", "TP": "tp", "PP": "pp", "VPP": "vpp", "CP": "cp", "EP": "ep", "ETP": "etp",
@@ -111,7 +113,7 @@ def parse(words: Iterable[str], extra: Iterable[str] = ()) -> dict[str, str]:
     """Read ``KEY=VALUE`` words; an empty value counts as not given. ``extra`` are the command's own keys.
 
     Raises:
-        UserError: a word has no ``=``, or its key is unknown.
+        UserError: a word has no ``=``, its key is unknown, or one of SWITCHES is neither 0 nor 1.
     """
     known = [*(setting.key for setting in SETTINGS), *extra]
     found: dict[str, str] = {}
@@ -123,6 +125,8 @@ def parse(words: Iterable[str], extra: Iterable[str] = ()) -> dict[str, str]:
             near = [key.upper()] if key.upper() in known else get_close_matches(key.upper(), known)
             there = f"did you mean {', '.join(near)}?" if near else "make help lists all"
             raise UserError(f"unknown setting {key}; {there}")
+        if key in SWITCHES and value:
+            switch(key, value)
         if value:
             found[key] = value
     return found
