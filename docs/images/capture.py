@@ -42,6 +42,7 @@ def main() -> None:
 
     console = Console(record=True, width=COLUMNS, file=io.StringIO())
     console.print(Text.from_ansi(screen.rstrip().removesuffix("$").rstrip()))
+    console.print()  # rich cuts off what hangs below the last line
     console.save_svg(target, title="megatron-harness")
 
 
