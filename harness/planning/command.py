@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from dataclasses import dataclass
@@ -116,7 +117,8 @@ def _index_mappings(e: Experiment) -> list[str]:
 
 
 def _torchrun(e: Experiment, place: Place) -> list[str]:
-    ranks = ["--nproc-per-node", str(e.ranks_per_node)]
+    # without --log-dir an empty folder of every run stays in the folder of temporary files
+    ranks = ["--nproc-per-node", str(e.ranks_per_node), "--log-dir", os.devnull]
     if e.nodes == 1:
         return ["--standalone", *ranks]
     return ["--nnodes", str(e.nodes), "--node-rank", place.node_rank, "--rdzv-backend", "c10d",
