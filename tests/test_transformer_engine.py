@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from harness.convert.architectures import ARCHITECTURES
-from harness.convert.importing import states
 from harness.convert.transforms import Sizes
 from harness.experiment.catalog import load_catalog
 from harness.experiment.flops import adapter_parameters, parameters_on
@@ -53,6 +52,8 @@ def test_ranks_hold_what_the_formulas_say(upstream):
     ("GPT2LMHeadModel", "601"), ("LlamaForCausalLM", "611"), ("GptOssForCausalLM", "620"), ("OlmoeForCausalLM", "631"),
 ])
 def test_imported_weights_have_all_that_these_layers_load(upstream, architecture, id_):
+    from harness.convert.importing import states
+
     model = CATALOG.find(id_).model
     imported = {key for row in ARCHITECTURES[architecture].rows_of(model) for key in (row.megatron, *row.also)}
     imported |= {key.partition("/")[0] for key in states(Sizes(model, 1, model.vocab_size))}

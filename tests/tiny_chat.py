@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from harness.convert.importing import import_folder
 from harness.data.chat.prepare import prepare_chat
 from harness.data.prepared import prefix_of
 from harness.experiment.catalog import Experiment, Lora
@@ -67,6 +66,8 @@ def make_hf(folder: Path, kind: str = "gpt2"):
 
 def make_weights(folder: Path, kind: str = "gpt2"):
     """The model and the experiment that starts from it: Hugging Face's in ``folder``/hf, imported in ``folder``/weights."""
+    from harness.convert.importing import import_folder
+
     model = make_hf(folder / "hf", kind)
     imported = import_folder(str(folder / "hf"), folder / "weights", "tiny")
     e = Experiment(id="999", slug="tuned", chapter=900, shows="x", model=imported.model, mbs=2, gbs=4, seq=SEQUENCE, steps=STEPS,
