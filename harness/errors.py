@@ -8,6 +8,12 @@ class UserError(Exception):
     """A mistake the user can mend. The command line prints it as ``error: …`` and exits 2, without a traceback."""
 
 
+def similar(name: str, valid: Iterable[str]) -> str | None:
+    """``did you mean 408, 418?``; None where no valid name is close."""
+    close = get_close_matches(name, list(valid))
+    return _question(close) if close else None
+
+
 def nearest(name: str, valid: Iterable[str], n: int = 5) -> str:
     """Return the valid names closest to ``name``, ready to end a message: ``did you mean 408, 418?``.
 
@@ -18,6 +24,10 @@ def nearest(name: str, valid: Iterable[str], n: int = 5) -> str:
         return "there are none"
     close = get_close_matches(name, valid, n=n, cutoff=0.5) or [v for v in valid if name and name in v][:n]
     if close:
-        return f"did you mean {', '.join(close)}?"
+        return _question(close)
     shown = valid if len(valid) <= 12 else [*valid[:n], f"… ({len(valid)} in all)"]
     return f"valid: {', '.join(shown)}"
+
+
+def _question(names: list[str]) -> str:
+    return f"did you mean {', '.join(names)}?"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from difflib import get_close_matches
 from pathlib import Path
 
 from harness import ROOT
 from harness.data.sources import definitions
+from harness.errors import similar
 from harness.experiment.catalog import EXPERIMENTS, Catalog, Experiment
 from harness.experiment.overrides import EXPERIMENT_SETTINGS, LAUNCH_SETTINGS, Setting
 
@@ -60,9 +60,8 @@ def _lines(catalog: Catalog) -> Iterator[str]:
 def unknown(wanted: str) -> str:
     """What to say of a word that is no target, ``tabel`` or ``show-999``: the nearest ones."""
     rules = (ROOT / "Makefile").read_text(encoding="utf-8") + FILE.read_text(encoding="utf-8")
-    near = get_close_matches(wanted, dict.fromkeys(re.findall(r"^([a-z0-9][\w.-]*):", rules, re.MULTILINE)))
-    said = f"no target {wanted}; did you mean {', '.join(near)}?" if near else f"no target {wanted}"
-    return f"{said}\nmake list shows all experiments, make help all targets"
+    meant = similar(wanted, dict.fromkeys(re.findall(r"^([a-z0-9][\w.-]*):", rules, re.MULTILINE)))
+    return f"no target {wanted}{f'; {meant}' if meant else ''}\nmake list shows all experiments, make help all targets"
 
 
 def _help(title: str, settings: tuple[Setting, ...]) -> Iterator[str]:

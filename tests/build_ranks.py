@@ -4,6 +4,7 @@ Every rank but one is only imagined: PyTorch's fake process groups, weights on t
 file named, {id: {stage: [parameters outside of experts, parameters in experts]}} for the ids that follow.
 """
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -18,10 +19,30 @@ from harness.experiment.catalog import load_catalog
 real_groups = torch.distributed.init_process_group, torch.distributed.new_group
 
 
-def held(e, stage):
-    """Parameters on the first or last rank of the world, which is of the first or last stage of ``e``."""
+@contextlib.contextmanager
+def imagined(e, stage):
+    """The process groups of the first (stage 0) or last rank of ``e``; there is no other."""
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank_of(e, stage), world_size=e.world_size)
+    try:
+        parallel_state.initialize_model_parallel(
+            e.tp, e.pp, e.vpp if e.vpp > 1 else None, context_parallel_size=e.cp, expert_model_parallel_size=e.ep,
+            expert_tensor_parallel_size=e.etp, create_gloo_process_groups=False,
+        )
+        yield ProcessGroupCollection.use_mpu_process_groups()
+    finally:
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+
+
+def rank_of(e, stage):
+    return (e.world_size - 1) * (stage > 0)
+
+
+def held(e, stage):
+    """Parameters on the first or last rank of the world, which is of the first or last stage of ``e``."""
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
     from megatron.training.argument_utils import gpt_config_from_args
@@ -29,25 +50,16 @@ def held(e, stage):
 
     args = parsed(e, "cpu")
     build_tokenizer(args)
-    torch.distributed.init_process_group("fake", store=FakeStore(), rank=(e.world_size - 1) * (stage > 0), world_size=e.world_size)
-    try:
-        parallel_state.initialize_model_parallel(
-            e.tp, e.pp, context_parallel_size=e.cp, expert_model_parallel_size=e.ep, expert_tensor_parallel_size=e.etp,
-            create_gloo_process_groups=False,
-        )
+    with imagined(e, stage) as groups:
         model_parallel_cuda_manual_seed(1)
         config = gpt_config_from_args(args)
         config.transformer.perform_initialization = False
-        groups = ProcessGroupCollection.use_mpu_process_groups()
         with torch.device("meta"):
             model = GPTModelBuilder(config).build_model(groups, stage == 0, stage == e.pp - 1)
         counts = [0, 0]
         for parameter in model.parameters():
             counts[not getattr(parameter, "allreduce", True)] += parameter.numel()
         return counts
-    finally:
-        parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
 
 
 def main(result, ids):

@@ -15,8 +15,8 @@ from types import SimpleNamespace
 
 import torch
 import transformer_engine.pytorch  # noqa: F401  it links to libraries that torch brings, and asks for the driver itself
+from build_ranks import imagined, rank_of
 from torch.overrides import TorchFunctionMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from harness.entry import finetune
 from harness.experiment.catalog import load_catalog
@@ -49,43 +49,32 @@ def pretend_hopper():
 
 def built(e, stage):
     """What the first (stage 0) or last rank of ``e`` holds, built as its GPU script says."""
-    from megatron.core import parallel_state
     from megatron.core.fp8_utils import get_fp8_recipe
-    from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel import random
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
     from megatron.training.argument_utils import gpt_config_from_args
     from megatron.training.arguments import parse_args, validate_args
     from megatron.training.models.gpt import GPTModelBuilder
 
-    rank = (e.world_size - 1) * (stage > 0)
     os.environ |= {variable.name: variable.value for variable in variables(e, "cuda")}
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(e.world_size), "LOCAL_RANK": "0"}
+    os.environ |= {"RANK": str(rank_of(e, stage)), "WORLD_SIZE": str(e.world_size), "LOCAL_RANK": "0"}
     sys.argv = ["pretrain_gpt.py", *(word for group in megatron_flags(e, "cuda") for word in group)]
     args = parse_args()
     validate_args(args)
     build_tokenizer(args)
-    torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=e.world_size)
-    try:
-        parallel_state.initialize_model_parallel(
-            e.tp, e.pp, e.vpp if e.vpp > 1 else None, context_parallel_size=e.cp, expert_model_parallel_size=e.ep,
-            expert_tensor_parallel_size=e.etp, create_gloo_process_groups=False,
-        )  # fmt: skip
+    with imagined(e, stage) as groups:
         random.initialize_rng_tracker(force_reset=True)
         config = gpt_config_from_args(args)
         config.transformer.perform_initialization = False
         config.transformer.init_model_with_meta_device = True
         if args.fp8:
             get_fp8_recipe(config.transformer)
-        builder, groups = GPTModelBuilder(config), ProcessGroupCollection.use_mpu_process_groups()
+        builder = GPTModelBuilder(config)
         with torch.device("meta"), OnMeta():
             chunks = [builder.build_model(groups, vp_stage=chunk if e.vpp > 1 else None) for chunk in range(e.vpp)]
         for hook in config.pre_wrap_hooks:
             hook(chunks)
         return held(chunks)
-    finally:
-        parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
 
 
 def held(chunks):

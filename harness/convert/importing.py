@@ -163,10 +163,10 @@ def _found(architecture: Architecture, row: Row, index: tuple[int, ...], tensors
 def states(sizes: Sizes) -> dict[str, Any]:
     """Upstream's names of the empty states: key/shard_<index>_<sizes>, with the layers and experts as in the weights."""
     layers, experts = sizes.model.num_layers, sizes.model.num_experts or 0
-    states = {f"{LAYERS}{module}._extra_state/shard_{n}_{layers}" for module in _STATEFUL for n in range(layers)}
-    states |= {f"{LAYERS}{module}._extra_state/shard_{n}.{e}_{layers}.{experts}"
+    found = {f"{LAYERS}{module}._extra_state/shard_{n}_{layers}" for module in _STATEFUL for n in range(layers)}
+    found |= {f"{LAYERS}{module}._extra_state/shard_{n}.{e}_{layers}.{experts}"
                for module in _STATEFUL_EXPERTS for n in range(layers) for e in range(experts)}  # fmt: skip
-    return dict.fromkeys([*sorted(states), "decoder.final_layernorm._extra_state/shard_0_1"])
+    return dict.fromkeys([*sorted(found), "decoder.final_layernorm._extra_state/shard_0_1"])
 
 
 def _common(words: list[str], sizes: Sizes) -> dict[str, Any]:

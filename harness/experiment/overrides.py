@@ -7,10 +7,9 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import get_args
 
-from harness.errors import UserError, nearest
+from harness.errors import UserError, nearest, similar
 from harness.experiment.catalog import SHARDING, Experiment, LinearLayer, Lora, Target
 
 MINIATURE_STEPS = 20
@@ -122,9 +121,8 @@ def parse(words: Iterable[str], extra: Iterable[str] = ()) -> dict[str, str]:
         if not equals:
             raise UserError(f"{word!r} is not of the form KEY=VALUE, such as STEPS=20")
         if key not in known:
-            near = [key.upper()] if key.upper() in known else get_close_matches(key.upper(), known)
-            there = f"did you mean {', '.join(near)}?" if near else "make help lists all"
-            raise UserError(f"unknown setting {key}; {there}")
+            meant = similar(key.upper(), [key.upper()] if key.upper() in known else known)
+            raise UserError(f"unknown setting {key}; {meant or 'make help lists all'}")
         if key in SWITCHES and value:
             switch(key, value)
         if value:
