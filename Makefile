@@ -9,18 +9,19 @@ MAKEFLAGS += --no-builtin-rules --no-builtin-variables --no-print-directory
 HARNESS := scripts/setup.sh light -- -m harness
 DATA_HARNESS := scripts/setup.sh light data -- -m harness
 CHAT_HARNESS := scripts/setup.sh heavy -- -m harness
+CALIBRATE_HARNESS := scripts/setup.sh light calibrate -- -m harness
 # The settings given on the command line or in the environment, as KEY=VALUE words; and whatever else the command line sets, so
 # that STEP=20 is refused, not ignored. PASSED are variables of the environment that may stand there too.
 WORDS = $(foreach key,$(filter-out $(EXPORTED),$(SETTINGS)) $(MORE) $(UNKNOWN),$(if $(value $(key)),'$(key)=$(subst ','\'',$(value $(key)))'))
 UNKNOWN = $(filter-out $(SETTINGS) $(MORE) $(PASSED),$(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name))))
-PASSED := HARNESS DATA_HARNESS CHAT_HARNESS VENV PYTHON MEGATRON_LM CXX HOME TMPDIR MASTER_% \
+PASSED := HARNESS DATA_HARNESS CHAT_HARNESS CALIBRATE_HARNESS VENV PYTHON MEGATRON_LM CXX HOME TMPDIR MASTER_% \
   CUDA_% NCCL_% NVTE_% TORCH% PYTORCH_% GLOO_% OMP_% HF_% PIP_% UV_% XDG_% %_PROXY %_proxy WANDB_API_KEY WANDB_BASE_URL
 # What is exported for other programs that use Weights & Biases asks for no logging without WANDB=.
 EXPORTED = $(if $(WANDB),,$(foreach key,$(filter WANDB_%,$(SETTINGS)),$(if $(filter environment,$(origin $(key))),$(key))))
 
 include experiments/targets.mk
 
-.PHONY: checkpoints generate start help list table claims compare doctor arguments monitor-gpu stop parity profile record report plots docs targets clean clean-all
+.PHONY: checkpoints generate start help list table claims calibrate compare doctor arguments monitor-gpu stop parity profile record report plots docs targets clean clean-all
 .PHONY: data-list data-prepare data-chat data-clean data-inspect data-check
 .PHONY: import-hf export-hf
 .PHONY: setup setup-gpu docker-build docker-run test test-quick test-full lint
@@ -42,8 +43,9 @@ arguments: MORE = MATCH
 arguments: ## upstream's own arguments, counted  [MATCH=moe]
 	@$(HARNESS) arguments $(WORDS)
 
-##@ Run:  make 101<tab>, make 101, make show-101, make memory-101, make chapter-100, make verify-101
+##@ Run:  make 101<tab>, make 101, make show-101, make memory-101, make speed-101, make faster-101, make chapter-100, make verify-101
 # memory-101: what it will take, whether it fits CARD= or the GPUs here, and what to set where it does not.
+# speed-101: how long a step will take, and why; faster-101: the layouts of the same work that will take less.
 # verify-101: run it again and compare with its record; RUN=label compares a run that was made.
 verify-%: MORE = RUN
 parity: ## is it correct? every parallelism against one process, loss by loss
@@ -79,6 +81,8 @@ plots: ## memory, step time, scaling, timelines and losses as SVG in outdir/plot
 profile: MORE = RUN FORMAT
 profile: ## where the time of a traced step goes  RUN=… (label or id) [FORMAT=terminal|csv|json]
 	@$(HARNESS) profile $(WORDS)
+calibrate: ## fit the formula of make speed-101 to what was measured; minutes
+	@$(CALIBRATE_HARNESS) calibrate
 record: MORE = RUN
 record: ## keep a run in experiments/records  RUN=label
 	@$(HARNESS) record $(WORDS)
@@ -118,11 +122,11 @@ docker-run: ## a shell in it, where make 101<tab> works
 
 ##@ Develop
 test: ## quick tests, real gloo training, parity
-	@scripts/setup.sh test data heavy peft -- -m pytest -m "not gpu and not full"
+	@scripts/setup.sh test data heavy peft calibrate -- -m pytest -m "not gpu and not full"
 test-quick: ## without torch and without data sets, in seconds
 	@scripts/setup.sh test -- -m pytest -n 2 -m "not cpu and not gpu and not full" --ignore-glob='tests/test_data_*'
 test-full: ## everything, long ones too
-	@scripts/setup.sh test data heavy peft tracking -- -m pytest -m ""
+	@scripts/setup.sh test data heavy peft calibrate tracking -- -m pytest -m ""
 lint: ## ruff and shellcheck
 	@scripts/setup.sh test -- -m ruff check harness tests benchmarks
 	@if command -v shellcheck >/dev/null; then shellcheck scripts/*.sh docker/*.sh .ci/run; fi

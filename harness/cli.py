@@ -293,6 +293,31 @@ def _memory(words: list[str]) -> int:
     return print_memory(words[0], overrides.parse(words[1:]), RECORDS)
 
 
+def _speed(words: list[str]) -> int:
+    from harness.evidence.speed import print_speed
+
+    if not words or "=" in words[0]:
+        raise UserError("the speed of which experiment? such as make speed-408")
+    return print_speed(words[0], overrides.parse(words[1:]), RECORDS)
+
+
+def _faster(words: list[str]) -> int:
+    from harness.evidence.speed import print_faster
+
+    if not words or "=" in words[0]:
+        raise UserError("faster than which experiment? such as make faster-408")
+    return print_faster(words[0], overrides.parse(words[1:]))
+
+
+def _calibrate(words: list[str]) -> int:
+    from harness.evidence.calibrate import calibrate
+
+    overrides.parse(words)
+    for name, machine in calibrate(RECORDS).items():
+        print(f"{name}: {len(machine.rows)} rows; {machine.how_sure()}")
+    return 0
+
+
 def _claims(words: list[str]) -> int:
     from harness.evidence.verdicts import print_claims
 
@@ -375,7 +400,8 @@ def _export_hf(words: list[str]) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "run": _run, "train": _train, "checkpoints": _checkpoints, "generate": _generate, "show": _show, "chapter": _chapter,
     "list": _list, "table": _table, "compare": _compare, "doctor": _doctor, "arguments": _arguments, "parity": _parity,
-    "monitor-gpu": _monitor_gpu, "stop": _stop, "record": _record, "verify": _verify, "memory": _memory, "claims": _claims,
+    "monitor-gpu": _monitor_gpu, "stop": _stop, "record": _record, "verify": _verify, "memory": _memory, "speed": _speed,
+    "faster": _faster, "calibrate": _calibrate, "claims": _claims,
     "profile": _profile, "plots": _plots, "report": _report, "data": _data, "clean": _clean, "docs": _docs,
     "import-hf": _import_hf, "export-hf": _export_hf, "targets": _targets,
 }
@@ -384,7 +410,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 def _experiment(words: list[str]) -> tuple[Experiment, dict[str, str]]:
     if not words or "=" in words[0]:
         raise UserError("which experiment? such as 101 (make list shows all)")
-    wanted = re.sub(r"^(show|memory|verify)-(?=\d)", "", words[0])  # no target is called so, for there is no such experiment
+    # no target is called so, for there is no such experiment
+    wanted = re.sub(r"^(show|memory|speed|faster|verify)-(?=\d)", "", words[0])
     if not wanted[:1].isdigit():
         from harness import targets
 

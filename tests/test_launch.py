@@ -254,7 +254,7 @@ def test_gpus_are_chosen_sampled_and_recorded(tmp_path, monkeypatch):
     assert (result.gpu, result.gpus, result.device) == ("NVIDIA H200", (2, 3), "cuda")
     assert result.peak_tflops > 900 and result.mfu == pytest.approx(2.0 / result.peak_tflops)
     assert "hello, 2,3 GPUs" in finished.dir.logs.read_text()
-    assert "memory by formula: " in printed and "fits on NVIDIA H200" in printed
+    assert "memory by formula: " in printed and "fits on NVIDIA H200" in printed and "step by formula: " in printed
     assert "MFU" in printed and json.loads(finished.dir.environment.read_text())["driver"] == "580.95.05"
 
 

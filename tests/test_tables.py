@@ -51,8 +51,10 @@ def line_of(text: str, start: str) -> str:
 
 def test_a_run_is_printed_beside_the_published_row():
     text = tables.render([row()], width=160, titles={100: "Data parallelism"})
+    foretold = f"{row().predicted_step_ms:.1f}"
+    assert "formula: ms/step predicted" in text
     assert line_of(text, "111").split() == [
-        "111", "gpt2xl-dp1-fit-80GB", "1", "76.3", "76.7", "0.99", "376.3", "1.3", "393", "0.96", "400",
+        "111", "gpt2xl-dp1-fit-80GB", "1", "76.3", "76.7", "0.99", "376.3", "1.3", "393", "0.96", foretold, "400",
         "40.4%", "6-100", "1", "mock", "ok",
     ]
     assert text.startswith("NVIDIA H200\n id  experiment")
@@ -137,7 +139,7 @@ def test_two_runs_of_other_upstream_versions_do_not_compare():
 
 def test_runs_that_shared_the_node_say_so():
     text = tables.render([row(packed_with=["101", "104"])], width=200)
-    assert line_of(text, "111").split()[13] == "3"
+    assert line_of(text, "111").split()[14] == "3"
     assert "runs on the node at the same time" in text
 
 

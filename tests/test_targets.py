@@ -51,6 +51,7 @@ def test_one_tab_completes_a_name_in_bash(name: str) -> None:
 def test_other_targets_complete_in_bash() -> None:
     assert sorted(bash_completes("show-4")) == sorted(f"show-{e.id}" for e in load_catalog().in_chapter(400))
     assert sorted(bash_completes("memory-62")) == ["memory-620", "memory-621", "memory-622", "memory-623", "memory-624", "memory-625"]
+    assert sorted(bash_completes("speed-12")) == [f"speed-{id_}" for id_ in ("121", "122", "124", "128", "129", "129h")]
     assert sorted(bash_completes("half-4")) == sorted(f"half-{e.name}" for e in HALF_SIZE if e.chapter == 400)
     assert bash_completes("chapter-3") == ["chapter-300"]
     assert "help" in bash_completes("he")
@@ -115,7 +116,7 @@ def test_variables_of_the_environment_may_stand_on_the_command_line() -> None:
 
 
 @pytest.mark.parametrize("target, said", [
-    ("show-999", "no experiment 999; nearest ids"), ("memory-999", "no experiment 999; nearest ids"),
+    ("show-999", "no experiment 999; nearest ids"), ("memory-999", "no experiment 999; nearest ids"), ("speed-999", "no experiment 999; nearest ids"), ("faster-999", "no experiment 999; nearest ids"),
     ("tabel", "did you mean table?"), ("chapter-900", "chapter-800"), ("1O1", "no experiment 1O1"),
     ("data-openwebtext", "did you mean data-openwebtext-10k"), ("qqqq", "no target qqqq\nmake list"),
 ])

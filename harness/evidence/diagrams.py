@@ -65,6 +65,9 @@ class Drawing:
         dash = ' stroke-dasharray="4 3"' * dashed
         self.shapes.append(f'<line x1="{_n(x1)}" y1="{_n(y1)}" x2="{_n(x2)}" y2="{_n(y2)}" stroke="{colour}"{dash}/>')
 
+    def dot(self, x: float, y: float, colour: str) -> None:
+        self.shapes.append(f'<circle cx="{_n(x)}" cy="{_n(y)}" r="4" fill="{colour}" fill-opacity="0.8"/>')
+
     def legend(self, x: float, y: float, entries: Sequence[tuple[str, str]]) -> None:
         for colour, words in entries:
             self.rect(x, y - 9, 11, 11, colour, RULE if colour == EMPTY else "none")
@@ -81,11 +84,6 @@ class Drawing:
             f'orient="auto-start-reverse"><path d="M0 0L8 4L0 8z" fill="{SENT}"/></marker></defs>',
             f'<rect x="0.5" y="0.5" width="{width - 1}" height="{height - 1}" rx="8" fill="{CARD}" stroke="{RULE}"/>',
             *self.shapes, "</svg>", ""])
-
-
-def drawings(facts: Facts) -> dict[str, str]:
-    """Every diagram by file name."""
-    return {f"diagram-{name}.svg": draw(facts).svg() for name, draw in DRAWINGS.items()}
 
 
 def _dp_shards(facts: Facts) -> Drawing:

@@ -6,6 +6,9 @@
     <!-- experiments: 101 104 -->…<!-- /experiments -->        what each target isolates, from the catalogue
     <!-- table: 101 104 -->…<!-- /table -->                    their results, where measured, beside the published rows
     <!-- memory: 111 115 -->…<!-- /memory -->                  where the memory goes, by formula, beside the record
+    <!-- speed: h100-80gb 101 408 -->…<!-- /speed -->        where the time of a step goes, by formula
+    <!-- machines: constants -->…<!-- /machines -->           the constants of these formulas, and how good they are
+    <!-- unseen: h200-4gpu -->…<!-- /unseen -->               the formula beside a group of references it was not fitted to
     <!-- pipeline: 401 408 -->…<!-- /pipeline -->              each step taken apart into waiting and working
     <!-- claims: 100 -->…<!-- /claims -->                     do the numbers show what they must?
     <!-- profile: 282h 101 -->…<!-- /profile -->              where the time of a traced step goes (harness/profiling/)
@@ -24,11 +27,12 @@ from statistics import median
 
 from harness import ROOT, rundir
 from harness.errors import UserError, nearest
-from harness.evidence import architectures, diagrams, markdown, plots, profiles, tables, verdicts
+from harness.evidence import architectures, diagrams, markdown, plots, profiles, speed, step_drawings, tables, verdicts
 from harness.evidence.facts import CARD, HARDWARE, Facts, NotMeasured, RanOutOfMemory
 from harness.evidence.plots import IMAGES
 from harness.evidence.results import Reference, Row
 from harness.experiment import formulas
+from harness.experiment.calibrations import machine_of
 from harness.experiment.catalog import Experiment
 from harness.experiment.hardware import find_gpu
 from harness.experiment.memory import predict
@@ -37,6 +41,7 @@ PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 VALUE = re.compile(r"(<!-- value: (.+?) (\S+) -->).*?(<!-- /value -->)")
 BLOCK = re.compile(r"^(<!-- (\w+): ([^\n]+) -->\n).*?^(<!-- /\2 -->)$", re.DOTALL | re.MULTILINE)
 IN_A_FILE = re.compile(r"(\S+/\S+) ([\w.-]+)")
+DRAWINGS = diagrams.DRAWINGS | step_drawings.DRAWINGS
 MISSING = "not measured yet"
 REFERENCE_8 = "h200-8gpu"
 RIGHT = ("GPUs", "MBS", "GBS", "tokens")
@@ -81,12 +86,17 @@ def write(records: Path, *, check: bool = False) -> list[Path]:
     facts = Facts.load(records)
     fresh = {path: render(path.read_text(encoding="utf-8"), facts) for path in PAGES}
     drawn, _ = plots.pictures(records / "none", records)
-    fresh |= {IMAGES / name: svg for name, svg in (diagrams.drawings(facts) | drawn).items()}
+    fresh |= {IMAGES / name: svg for name, svg in (drawings(facts) | drawn).items()}
     stale = [path for path, text in fresh.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     if not check:
         for path in stale:
             rundir.write_text(path, fresh[path])
     return stale
+
+
+def drawings(facts: Facts) -> dict[str, str]:
+    """Every diagram by file name."""
+    return {f"diagram-{name}.svg": draw(facts).svg() for name, draw in DRAWINGS.items()}
 
 
 def _records(facts: Facts, _: Sequence[str]) -> str:
@@ -106,6 +116,9 @@ def _summary(facts: Facts, _: Sequence[str]) -> str:
         return "No records yet."
     columns, found = facts.claims
     here = [side for one in found for side, column in zip(one.sides, columns, strict=True) if column.key == "ours"]
+    steps_apart = [abs(row.predicted_step_ms / row.step.median - 1) for row in rows if row.step and row.predicted_step_ms]
+    machine = machine_of(find_gpu(facts.references.published.gpu))
+    half, most, _ = machine.misses()
     apart = [abs(predict(row.experiment).total / row.memory_gib.allocated - 1)
              for row in rows if row.state == "ok" and row.memory_gib.allocated]
     return (
@@ -115,7 +128,10 @@ def _summary(facts: Facts, _: Sequence[str]) -> str:
         f"{sum(abs(ratio - 1) <= 0.015 for ratio in memory)} of {len(memory)} within 1.5 %; a step takes "
         f"{median(steps):.2f} times the published, on a newer GPU and Megatron-LM.\n"
         f"* **Predicted.** `make memory-620` says by formula, before a run, what PyTorch will allocate: for these at most "
-        f"{max(apart):.1%} off, {median(apart):.1%} in the median.\n"
+        f"{max(apart):.1%} off, {median(apart):.1%} in the median. `make speed-408` says how long a step will take: "
+        f"for these {median(steps_apart):.1%} off in the median, by constants that had not seen the row; for the "
+        f"{len(machine.rows)} published rows, on another GPU, {half:.1%}, nine in ten within {most:.0%} "
+        "([how](docs/step-time.md)).\n"
         f"* **Checked.** {len(found)} teaching points are formulas over these numbers: {verdicts.counted(here)} "
         "(`make claims`; where one fails, its chapter says why)."
     )
@@ -149,13 +165,13 @@ def _table(facts: Facts, ids: Sequence[str]) -> str:
         lines.append([
             f"`{id_}`", e.layout, str(e.world_size), _memory(ours), _published(published, "memory_gib", ".1f"),
             _ratio(ours and ours.memory_ratio), _step(ours), _published(published, "step_ms", ",.0f"),
-            _ratio(ours and ours.step_ratio), f"{ours.mfu:.0%}" if ours and ours.mfu else "",
+            _ratio(ours and ours.step_ratio), _foretold(ours), f"{ours.mfu:.0%}" if ours and ours.mfu else "",
             f"{reference.memory_gib:.1f} GiB, {reference.step_ms:,.0f} ms" if reference else "",
         ])
-    head = ["id", "layout", "GPUs", "GiB", "publ. GiB", "ratio", "ms/step", "publ. ms", "ratio", "MFU", "8x H200"]
+    head = ["id", "layout", "GPUs", "GiB", "publ. GiB", "ratio", "ms/step", "publ. ms", "ratio", "formula", "MFU", "8x H200"]
     if not lines:
         return f"{MISSING.capitalize()}: {_named(ids)}."
-    return "\n".join([_filled(head, lines, "llrrrrrrrrl"), "", *_notes(facts, rows)])
+    return "\n".join([_filled(head, lines, "llrrrrrrrrrl"), "", *_notes(facts, rows)])
 
 
 def _notes(facts: Facts, rows: Sequence[tuple[str, Row | None, Reference | None, Reference | None]]) -> list[str]:
@@ -164,7 +180,7 @@ def _notes(facts: Facts, rows: Sequence[tuple[str, Row | None, Reference | None,
     sources = []
     if any(ours for _, ours, _, _ in rows):
         sources.append(f"GiB, ms/step and MFU: measured on {find_gpu(HARDWARE).name}, ± half the interquartile range of a "
-                       "run's steps")
+                       "run's steps; formula: ms/step by constants fitted without the row (`docs/step-time.md`)")
     if any(published for _, _, published, _ in rows):
         sources.append(f"publ.: {group.hardware}, {group.software}")
     notes = [f"{'; '.join(sources)}. Every column and source: `docs/records.md`."] if sources else []
@@ -212,6 +228,18 @@ def _memory_pieces(facts: Facts, ids: Sequence[str]) -> str:
     return f"{_filled(head, lines, 'll' + 'r' * 9)}\n\n{_to_measure(facts, ids)}"
 
 
+def _speed(facts: Facts, words: Sequence[str]) -> str:
+    return speed.pieces_table(facts.catalog, words[0], words[1:])
+
+
+def _machines(_: Facts, words: Sequence[str]) -> str:
+    return speed.machines_table()
+
+
+def _unseen(facts: Facts, groups: Sequence[str]) -> str:
+    return "\n\n".join(speed.unseen_table(facts.catalog, facts.references, group) for group in groups)
+
+
 def _pipeline(facts: Facts, ids: Sequence[str]) -> str:
     lines = []
     for id_ in ids:
@@ -247,7 +275,8 @@ def _weights(_: Facts, names: Sequence[str]) -> str:
 
 BLOCKS: dict[str, Callable[[Facts, Sequence[str]], str]] = {
     "records": _records, "summary": _summary, "experiments": _experiments, "table": _table,
-    "memory": _memory_pieces, "pipeline": _pipeline, "claims": _claims, "profile": _profile,
+    "memory": _memory_pieces, "pipeline": _pipeline, "speed": _speed,
+    "machines": _machines, "unseen": _unseen, "claims": _claims, "profile": _profile,
     "slow_steps": _slow_steps, "weights": _weights,
 }
 
@@ -272,6 +301,10 @@ def _memory(ours: Row | None) -> str:
 
 def _step(ours: Row | None) -> str:
     return f"{ours.step.median:,.1f} ± {ours.step.half_iqr:,.1f}" if ours and ours.step else ""
+
+
+def _foretold(ours: Row | None) -> str:
+    return f"{ours.predicted_step_ms:,.0f}" if ours and ours.step and ours.predicted_step_ms else ""
 
 
 def _published(reference: Reference | None, key: str, form: str) -> str:

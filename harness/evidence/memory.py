@@ -25,8 +25,8 @@ def print_memory(id_: str, settings: Mapping[str, str], records: Path) -> int:
     Raises UserError where the experiment or a setting makes no sense.
     """
     e = overrides.apply(load_catalog().find(id_), settings)
-    memory, cards = predict(e), _cards(e)
-    gpus = f", {_gpus(e)}" if e.world_size > 1 else ""
+    memory, cards = predict(e), cards_of(e)
+    gpus = f", {gpus_of(e)}" if e.world_size > 1 else ""
     print(f"{e.label}: {e.model.name}, {e.layout}{gpus}\n\nGiB of the fullest GPU, by formula")
     pieces = _pieces(e, memory)
     widest = max(gib for _, gib, _ in pieces)
@@ -72,15 +72,17 @@ def _advice(e: Experiment, card: Gpu) -> Iterator[str]:
     lines = [(" ".join(f"{key}={value}" for key, value in settings.items()), changed) for settings, changed in ways[:SHOWN]]
     width = max(len(words) for words, _ in lines)
     for words, changed in lines:
-        yield f"  {words:{width}} {predict(changed).total:6.1f} GiB on {_gpus(changed)}"
+        yield f"  {words:{width}} {predict(changed).total:6.1f} GiB on {gpus_of(changed)}"
 
 
-def _cards(e: Experiment) -> list[Gpu]:
+def cards_of(e: Experiment) -> list[Gpu]:
+    """What ``e`` is judged by: ``CARD``, or the GPUs here, or else those of CARDS."""
     from harness.machine.gpus import list_gpus
 
     names = [e.card] if e.card else sorted({gpu.name for gpu in list_gpus()}) or CARDS
     return [gpu for name in names if (gpu := find_gpu(name))] or [gpu for name in CARDS if (gpu := find_gpu(name))]
 
 
-def _gpus(e: Experiment) -> str:
+def gpus_of(e: Experiment) -> str:
+    """How many, in words."""
     return f"{e.world_size} GPU{'s' if e.world_size > 1 else ''}"

@@ -14,9 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from harness import rundir, yaml_files
 from harness.errors import UserError, nearest
 from harness.evidence import measured, records
+from harness.experiment.calibrations import machine_of
 from harness.experiment.catalog import EXPERIMENTS, Experiment
 from harness.experiment.flops import mfu
 from harness.experiment.hardware import Gpu, find_gpu, known_gpus, peak_tflops
+from harness.experiment.step_time import unknown
 from harness.rundir import MemoryGib, Result, Spread, State, StepMetrics, Upstream, Validation
 
 REFERENCES = EXPERIMENTS / "references.yaml"
@@ -51,6 +53,8 @@ class Reference(_Strict):
     stands_for: str | None = None
     """The experiment that ran the same; ``id`` where the label is true."""
     variant: str | None = None
+    make: str | None = None
+    """What of ours runs the same as a workload: ``420 GPUS=4 TP=4``."""
     environment: dict[str, str] = {}
     profiled_ms: dict[str, float] | None = None
     note: str | None = None
@@ -213,6 +217,15 @@ class Row:
     def step_ratio(self) -> float | None:
         """Step time over the published step time."""
         return self._ratio(self.step and self.step.median, self.reference and self.reference.step_ms)
+
+    @cached_property
+    def predicted_step_ms(self) -> float | None:
+        """Step time by formula (step_time.py), with constants fitted without this experiment; None where none covers it."""
+        machine = machine_of(self.gpu) if self.gpu else None
+        if machine is None or self.experiment.miniature or unknown(self.experiment):
+            return None
+        fitted = machine.rows.get(self.id) if _is_same_work(self.experiment) else None
+        return fitted.left_out_ms if fitted else machine.predict(self.experiment).total
 
     @property
     def runs_on_node(self) -> int | None:

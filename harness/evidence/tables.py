@@ -50,6 +50,7 @@ VALUES: dict[str, Callable[[Row], Any]] = {
     "step_ms_max": lambda row: row.step and row.step.max,
     "forward_backward_ms": lambda row: row.result and row.result.forward_backward_ms,
     "optimizer_ms": lambda row: row.result and row.result.optimizer_ms,
+    "predicted_step_ms": lambda row: row.predicted_step_ms,
     "published_step_ms": lambda row: row.reference and row.reference.step_ms,
     "step_ratio": lambda row: row.step_ratio,
     "memory_gib": lambda row: row.memory_gib.nvml,
@@ -157,6 +158,7 @@ GPU_COLUMNS = (
     _SPREAD,
     Column("publ.", lambda row: _published(row, _number(row.reference and row.reference.step_ms)), 71),
     Column("ratio", lambda row: _number(row.step_ratio, 2), 85),
+    Column("formula", lambda row: _ms(row.step and row.predicted_step_ms), 55),
     Column("TFLOP/s", lambda row: _number(row.tflops), 65),
     Column("MFU", lambda row: f"{row.mfu:.1%}" if row.mfu else "", 66),
     _HELD_OUT,
@@ -358,6 +360,8 @@ def _footer(rows: list[Row]) -> Iterable[str]:
         yield "shared: runs on the node at the same time, this one included; they can slow each other down."
     if any(row.memory_gib.nvml for row in rows):
         yield "GiB: used memory of the fullest GPU as nvidia-smi shows it, CUDA context and NCCL included."
+    if any(row.step and row.predicted_step_ms for row in rows):
+        yield "formula: ms/step predicted from sizes, by constants fitted without the row (make speed-101)."
     for gpu, precision in dict.fromkeys((row.gpu, row.experiment.precision) for row in rows if row.mfu):
         yield (f"MFU = TFLOP/s / {getattr(gpu, precision):g}, the dense {precision} peak of {gpu.name} "
                f"({gpu.source}). TFLOP/s: per GPU, model FLOPs as Megatron-LM counts them.")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from harness import rundir
 from harness.errors import UserError, nearest
 from harness.evidence.measured import measure
-from harness.experiment.fit import in_a_line
+from harness.experiment import calibrations, fit
 from harness.experiment.hardware import find_gpu, peak_tflops
 from harness.launching import outcome, processes
 from harness.launching.meeting import SHARED_S, run_directory
@@ -414,9 +414,9 @@ def opening(plan: Plan, directory: RunDir) -> str:
     """What is said before a run: its label, what it shows, what its miniature scaled, the memory that a GPU will need."""
     card = find_gpu(plan.experiment.card or gpus.list_gpus()[0].name) if plan.device == "cuda" else None
     going_on = f"goes on from step {plan.first_step}" if plan.resumes and plan.first_step else None
-    paragraphs = [f"{directory.label}: {plan.experiment.shows}", *filter(None, [plan.headline]), *plan.notices,
-                  *filter(None, [going_on, card and in_a_line(plan.experiment, card)])]
-    return "\n".join(textwrap.fill(text, WIDTH, subsequent_indent="  ") for text in paragraphs)
+    foretold = [fit.in_a_line(plan.experiment, card), calibrations.in_a_line(plan.experiment, card)] if card else []
+    paragraphs = [f"{directory.label}: {plan.experiment.shows}", plan.headline, *plan.notices, going_on, *foretold]
+    return "\n".join(textwrap.fill(text, WIDTH, subsequent_indent="  ") for text in paragraphs if text)
 
 
 def stop(outdir: Path, label: str | None = None) -> int:

@@ -1,0 +1,144 @@
+"""Fits the constants of harness/experiment/step_time.py to measured steps: ``make calibrate``.
+
+Least squares of log(predicted / measured), with a loss that lets single outliers be (soft L1), by SciPy. A constant that
+the rows do not determine stays near where it began: at the defaults, or at those of the machine it is ``like``.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from harness import rundir
+from harness.evidence.records import same_work
+from harness.evidence.results import References, Row, collect_records, load_references
+from harness.experiment import calibrations, step_time
+from harness.experiment.calibrations import Fitted, Machine
+from harness.experiment.catalog import Catalog, Experiment, load_catalog
+from harness.experiment.step_time import Calibration
+
+NAMES = tuple(Calibration.model_fields)
+NOISE = 0.03
+"""What the formula is off by at least, relative: rows weigh alike however steady their steps were."""
+SURE = frozenset({"matrix_share", "bandwidth_share", "experts_share", "no_dropout_share", "tensor_exposed", "overlap"})
+"""Constants whose order of magnitude is known: shares of a whole."""
+WIDTH, SURE_WIDTH, LIKE = 0.8, 0.3, 0.5
+"""How far a constant may stray from where it began, as a standard deviation of its logarithm; half as far if ``like``."""
+WRITTEN = ("gpu", "measured_by", "switch_reduces", "like")
+"""What people write of a machine."""
+HEADER = """\
+# The machines whose measured steps calibrate predictions (harness/experiment/step_time.py says what each constant is).
+# gpu, measured_by, switch_reduces and like are written by people, the rest by `make calibrate`. Of each row: ms as measured,
+# as predicted, and as predicted by constants fitted without it.
+"""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A step that some run took, in ms."""
+
+    name: str
+    experiment: Experiment
+    step_ms: float
+
+
+def calibrate(records: Path, path: Path = calibrations.FILE) -> dict[str, Machine]:
+    """Fit every machine anew, write ``path`` and return them.
+
+    Raises UserError where records or references cannot be read.
+    """
+    catalog, references = load_catalog(), load_references()
+    rows = collect_records(records, references).rows
+    fitted: dict[str, Machine] = {}
+    for name, machine in calibrations.load(path).items():
+        print(f"{name}: fitting, once for every experiment that is left out …", file=sys.stderr)
+        fitted[name] = fit_machine(machine, fitted.get(machine.like or ""), steps_of(machine, rows, references, catalog))
+    rundir.write_text(path, render(fitted))
+    calibrations.load.cache_clear()
+    return fitted
+
+
+def fit_machine(machine: Machine, like: Machine | None, steps: Sequence[Measured]) -> Machine:
+    """``machine`` with constants and rows that follow from ``steps``."""
+    constants = fit(machine, like, steps)
+    ids = sorted({step.experiment.id for step in steps})
+    others = [[step for step in steps if step.experiment.id != id_] for id_ in ids]
+    with ProcessPoolExecutor() as pool:
+        again = pool.map(fit, [machine] * len(ids), [like] * len(ids), others, [constants] * len(ids))
+        left_out = dict(zip(ids, again, strict=True))
+    rows = {
+        step.name: Fitted(
+            measured_ms=round(step.step_ms, 1),
+            predicted_ms=round(_predicted(machine, constants, step.experiment), 1),
+            left_out_ms=round(_predicted(machine, left_out[step.experiment.id], step.experiment), 1),
+        )
+        for step in steps
+    }
+    return machine.model_copy(update={"constants": constants, "rows": rows})
+
+
+def fit(machine: Machine, like: Machine | None, steps: Sequence[Measured], near: Calibration | None = None) -> Calibration:
+    """The constants that predict ``steps`` best, to four digits; ``near`` them the search begins."""
+    import numpy as np
+    from scipy.optimize import least_squares
+
+    begin = like.constants if like else Calibration()
+    expected, start = (np.log([getattr(values, name) for name in NAMES]) for values in (begin, near or begin))
+    width = np.array([SURE_WIDTH if name in SURE else WIDTH for name in NAMES]) * (LIKE if like else 1)
+
+    def constants(logarithms) -> Calibration:
+        return Calibration(**{name: float(f"{math.exp(x):.4g}") for name, x in zip(NAMES, logarithms, strict=True)})
+
+    def residuals(logarithms):
+        exact = Calibration(**dict(zip(NAMES, map(math.exp, logarithms), strict=True)))
+        off = [math.log(_predicted(machine, exact, step.experiment) / step.step_ms) / NOISE for step in steps]
+        return np.concatenate([off, (logarithms - expected) / width])
+
+    return constants(least_squares(residuals, start, loss="soft_l1", max_nfev=100).x)
+
+
+def steps_of(machine: Machine, rows: Sequence[Row], references: References, catalog: Catalog) -> list[Measured]:
+    """The steps of experiments as they are in the catalogue that were measured on ``machine`` and can be predicted."""
+    ours = machine.measured_by == "records"
+    found = _recorded(machine, rows, catalog) if ours else _published(machine, references, catalog)
+    return [step for step in found if not step_time.unknown(step.experiment)]
+
+
+def _recorded(machine: Machine, rows: Sequence[Row], catalog: Catalog) -> Iterator[Measured]:
+    for row in rows:
+        as_listed = catalog.find(row.id)
+        solo = row.runs_on_node == 1 or row.experiment.world_size > 1
+        if row.gpu == machine.card and row.state == "ok" and row.step and solo and same_work(row.experiment, as_listed):
+            yield Measured(row.origin.stem, as_listed, row.step.median)
+
+
+def _published(machine: Machine, references: References, catalog: Catalog) -> Iterator[Measured]:
+    for row in references.group(machine.measured_by).rows:
+        if row.id and row.step_ms and not row.variant and not row.in_doubt:
+            yield Measured(row.id, catalog.find(row.stands_for or row.id), row.step_ms)
+
+
+def _predicted(machine: Machine, constants: Calibration, e: Experiment) -> float:
+    return step_time.predict(e, machine.card, constants, switch_reduces=machine.switch_reduces).total
+
+
+def render(machines: Mapping[str, Machine]) -> str:
+    """The text of calibrations.yaml: a line a constant, a line a row."""
+    lines = [HEADER]
+    for name, machine in machines.items():
+        given, constants = machine.model_dump(exclude_none=True), machine.constants.model_dump()
+        rows = {f"'{row}'": fitted.model_dump() for row, fitted in machine.rows.items()}
+        lines += [f"{name}:", *(f"  {key}: {_yaml(given[key])}" for key in WRITTEN if key in given)]
+        lines += ["  constants:", *(f"    {key}: {value:g}" for key, value in constants.items())]
+        lines += ["  rows:", *(f"    {row}: {_yaml(fitted)}" for row, fitted in rows.items()), ""]
+    return "\n".join(lines)
+
+
+def _yaml(value: object) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=1000).removesuffix("...\n").strip()

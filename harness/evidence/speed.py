@@ -1,0 +1,176 @@
+"""What a step takes by formula, beside what it took; which layouts are faster: ``make speed-408``, ``make faster-408``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from harness.errors import UserError
+from harness.evidence import markdown
+from harness.evidence.memory import cards_of, gpus_of
+from harness.evidence.records import same_work
+from harness.evidence.results import Reference, ReferenceGroup, References, Row, collect_records, load_references
+from harness.experiment import calibrations, overrides
+from harness.experiment.calibrations import Machine, load, machine_of
+from harness.experiment.catalog import Catalog, Experiment, load_catalog
+from harness.experiment.fit import verdict
+from harness.experiment.flops import mfu, tflops_per_gpu
+from harness.experiment.hardware import Gpu, find_gpu
+from harness.experiment.layouts import faster
+from harness.experiment.memory import predict
+from harness.experiment.step_time import Calibration, StepTime, unknown
+
+SHOWN = 6
+"""Faster layouts that are printed."""
+MEANING = {
+    "products": "matrix products",
+    "attention": "scores, weights and values",
+    "passes": "what memory bandwidth bounds: norms, activations, sums of gradients, the loss",
+    "exchange": "activations, keys and values, tokens on the way to other GPUs",
+    "launches": "the GPU waits for the CPU to launch",
+    "bubble": "a pipeline stage waits for another",
+    "gradients": "gradients and weights on the way to other replicas",
+    "optimizer": "Adam, and what is done once a step",
+}
+
+
+def print_speed(id_: str, settings: Mapping[str, str], records: Path) -> int:
+    """Print what a step of experiment ``id_`` with ``settings`` takes, and how that stands to what was measured.
+
+    Raises UserError where the experiment or a setting makes no sense, or no constants cover it.
+    """
+    e = _known(overrides.apply(load_catalog().find(id_), settings))
+    references = load_references()
+    rows = collect_records(records, references).rows
+    print(f"{e.label}: {e.model.name}, {e.layout}{_gpus(e)}")
+    for machine in _machines(e):
+        step = machine.predict(e)
+        print(f"\nms of a step on {machine.card.name}, by formula")
+        print(*_pieces(step), sep="\n")
+        tflops = tflops_per_gpu(e, step.total)
+        print(f"  {'step':12}{step.total:8.1f}  {_measured(e, machine, step, rows, references)}".rstrip())
+        print(f"  {tflops:.0f} TFLOP/s a GPU, MFU {mfu(tflops, machine.card.bf16):.0%}; {machine.how_sure()}")
+        if verdict(predict(e), machine.card) == "does not fit":
+            print(f"  it does not fit there: make memory-{e.id} CARD={machine.gpu} says what would")
+    return 0
+
+
+def print_faster(id_: str, settings: Mapping[str, str]) -> int:
+    """Print the layouts of the same work over the same GPUs that are faster by formula and fit.
+
+    Raises UserError as ``print_speed``.
+    """
+    e = _known(overrides.apply(load_catalog().find(id_), settings))
+    print(f"{e.label}: {e.model.name}, {e.layout}{_gpus(e)}")
+    for machine in _machines(e):
+        now, found = machine.predict(e).total, faster(e, machine)
+        fits = "" if verdict(predict(e), machine.card) != "does not fit" else ", which does not fit"
+        print(f"\n{machine.card.name}: {now:,.0f} ms by formula{fits}")
+        if not found:
+            print("  no layout that fits is faster")
+            continue
+        print(f"  {len(found)} layouts that fit are faster, first\n  {'ms':>7} {'of it':>6} {'GiB':>6}  same work")
+        for layout in found[:SHOWN]:
+            ms, gib = layout.step.total, layout.memory.total
+            print(f"  {ms:7,.0f} {ms / now:6.2f} {gib:6.1f}  make {e.id} {layout.settings}")
+        print(f"  {machine.how_sure()}: run the first few")
+    return 0
+
+
+def pieces_table(catalog: Catalog, name: str, ids: Sequence[str]) -> str:
+    """Markdown: where a step's time goes by formula on machine ``name``, beside what was measured there."""
+    machine, lines = _machine(name), []
+    for id_ in ids:
+        e = catalog.find(id_)
+        step, row = machine.predict(e), machine.rows.get(id_)
+        lines.append([f"`{id_}`", e.layout, *(f"{ms:,.0f}" if ms >= 0.5 else "" for ms in step.pieces.values()),
+                      f"{step.total:,.0f}", f"{row.measured_ms:,.0f}" if row else "",
+                      f"{row.left_out_ms / row.measured_ms - 1:+.1%}" if row else ""])
+    head = ["id", "layout", *MEANING, "step", "measured", "unseen"]
+    return markdown.table(head, lines, "ll" + "r" * (len(head) - 2))
+
+
+def machines_table() -> str:
+    """Markdown: the constants of every machine, and how good they are."""
+    machines = load()
+    lines = [[f"`{name}`", *(f"{getattr(machine.constants, name):.3g}" for machine in machines.values())]
+             for name in Calibration.model_fields]
+    lines.append(["rows", *(str(len(machine.rows)) for machine in machines.values())])
+    for i, share in enumerate(("half", "nine in ten", "all")):
+        lines.append([f"{share} of them, unseen, within", *(f"{machine.misses()[i]:.1%}" for machine in machines.values())])
+    return markdown.table(["", *(machine.card.name for machine in machines.values())], lines, "l" + "r" * len(machines))
+
+
+def unseen_table(catalog: Catalog, references: References, group: str) -> str:
+    """Markdown: steps of a group of references.yaml that no constant was fitted to, beside the formula."""
+    found = references.group(group)
+    machine, lines = machine_of(find_gpu(found.gpu)), []
+    for row, e in same_as(found, catalog):
+        ms = machine.predict(e).total
+        lines.append([row.id or row.workload, f"`make {row.id or row.make}`", e.layout, f"{row.step_ms:,.0f}", f"{ms:,.0f}",
+                      f"{ms / row.step_ms - 1:+.1%}"])
+    return markdown.table(["row", "same as", "layout", "measured", "formula", "off by"], lines, "lllrrr")
+
+
+def same_as(group: ReferenceGroup, catalog: Catalog) -> Iterator[tuple[Reference, Experiment]]:
+    """The rows of a group that a command of ours runs alike and that can be predicted, each with its experiment."""
+    for row in group.rows:
+        words = (row.make or row.id or "").split()
+        if words and row.step_ms and not (row.variant and not row.make) and not row.in_doubt:
+            e = overrides.apply(catalog.find(words[0]), overrides.parse(words[1:]))
+            if not unknown(e):
+                yield row, e
+
+
+def _known(e: Experiment) -> Experiment:
+    if missing := unknown(e):
+        raise UserError(f"{e.id}: no formula for its step yet, since none was measured with {' or '.join(missing)}\n"
+                        f"make memory-{e.id} says what it takes; make {e.id} STEPS=20 how long")
+    return e
+
+
+def _machines(e: Experiment) -> list[Machine]:
+    cards = cards_of(e)
+    machines = [machine for card in cards if (machine := machine_of(card))]
+    if not machines:
+        raise UserError(f"no steps on {_names(cards)} were measured to calibrate the formula; CARD= may be "
+                        f"{', '.join(machine.gpu for machine in load().values())}\n"
+                        "records of your own runs (make record) calibrate it: docs/step-time.md")
+    return machines
+
+
+def _machine(name: str) -> Machine:
+    machine = next((machine for machine in calibrations.load().values() if machine.gpu == name), None)
+    if machine is None:
+        raise UserError(f"no calibrated machine has {name}; there are {', '.join(m.gpu for m in load().values())}")
+    return machine
+
+
+def _names(cards: Sequence[Gpu]) -> str:
+    return " or ".join(card.name for card in cards)
+
+
+def _pieces(step: StepTime) -> Iterator[str]:
+    most = max(step.pieces.values())
+    for name, ms in step.pieces.items():
+        if ms >= 0.05:
+            said = "; ".join(filter(None, ["the most" if ms == most else "", MEANING[name]]))
+            yield f"  {name:12}{ms:8.1f}  {ms / step.total:4.0%}  {said}"
+
+
+def _measured(e: Experiment, machine: Machine, step: StepTime, rows: Sequence[Row], references: References) -> str:
+    said = [f"measured {row.step.median:,.1f}, off by {step.total / row.step.median - 1:+.1%}" for row in rows
+            if row.gpu == machine.card and row.state == "ok" and row.step and same_work(row.experiment, e)]
+    published, beside = references.published, references.published.beside(e.id)
+    row = beside and beside.reference
+    if row and row.step_ms and not row.in_doubt and find_gpu(published.gpu) == machine.card and not _changed(e):
+        said.append(f"published {row.step_ms:,.0f}, off by {step.total / row.step_ms - 1:+.1%}")
+    return "; ".join(said)
+
+
+def _changed(e: Experiment) -> bool:
+    return not same_work(e.model_copy(update={"card": None}), load_catalog().find(e.id))
+
+
+def _gpus(e: Experiment) -> str:
+    return f", {gpus_of(e)}" if e.world_size > 1 else ""

@@ -1,0 +1,89 @@
+"""The machines whose measured steps calibrate predictions: experiments/calibrations.yaml, written by ``make calibrate``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import cache, cached_property
+from pathlib import Path
+from statistics import median
+
+from pydantic import BaseModel, ConfigDict
+
+from harness import yaml_files
+from harness.errors import UserError
+from harness.experiment import step_time
+from harness.experiment.catalog import EXPERIMENTS, Experiment
+from harness.experiment.hardware import Gpu, find_gpu
+from harness.experiment.step_time import Calibration, StepTime
+
+FILE = EXPERIMENTS / "calibrations.yaml"
+
+
+class Fitted(BaseModel):
+    """One measured step beside two predictions, all in ms."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    measured_ms: float
+    predicted_ms: float
+    left_out_ms: float
+    """By constants fitted without this row, and without others of the same experiment."""
+
+
+class Machine(BaseModel):
+    """One kind of machine: where its steps were measured, and the constants that they give."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    gpu: str
+    """A GPU's short name (hardware.py)."""
+    measured_by: str
+    """``records``, or a group of references.yaml."""
+    switch_reduces: bool
+    """Whether the NVLink switch adds up all-reduces (NVLS)."""
+    like: str | None = None
+    """The machine whose constants stay where its own steps say nothing."""
+    constants: Calibration = Calibration()
+    rows: dict[str, Fitted] = {}
+
+    @cached_property
+    def card(self) -> Gpu:
+        gpu = find_gpu(self.gpu)
+        if gpu is None:
+            raise UserError(f"{FILE.name}: no GPU is called {self.gpu}")
+        return gpu
+
+    def predict(self, e: Experiment) -> StepTime:
+        """A step of ``e`` here, solo; where ``step_time.unknown(e)`` is empty."""
+        return step_time.predict(e, self.card, self.constants, switch_reduces=self.switch_reduces)
+
+    def misses(self) -> tuple[float, float, float]:
+        """How far off it is for rows that it has not seen, relative: half of them, nine in ten, all stay below."""
+        off = sorted(abs(row.left_out_ms / row.measured_ms - 1) for row in self.rows.values())
+        return median(off), off[math.ceil(0.9 * len(off)) - 1], off[-1]
+
+    def how_sure(self) -> str:
+        """The same in words."""
+        half, most, _ = self.misses()
+        return f"of rows it had not seen, half came within {half:.1%}, nine in ten within {most:.0%}"
+
+
+@cache
+def load(path: Path = FILE) -> Mapping[str, Machine]:
+    """Every machine by its name. Raises UserError where the file makes no sense."""
+    return {name: yaml_files.build(Machine, yaml_files.mapping(fields, name), f"{path.name}: {name}")
+            for name, fields in yaml_files.read(path).items()}
+
+
+def in_a_line(e: Experiment, card: Gpu) -> str | None:
+    """What a step of ``e`` will take, as a run says it before it begins; None where no formula covers it."""
+    machine = machine_of(card)
+    if machine is None or step_time.unknown(e):
+        return None
+    return f"step by formula: {machine.predict(e).total:,.0f} ms alone on the node; {machine.how_sure()}"
+
+
+def machine_of(card: Gpu) -> Machine | None:
+    """The machine with cards of this kind, where one was calibrated."""
+    return next((machine for machine in load().values() if machine.card == card), None)

@@ -1,0 +1,92 @@
+"""Every way to lay the same work out over the same GPUs, and the fastest that fit: ``make faster-420``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from harness.errors import UserError
+from harness.experiment import overrides
+from harness.experiment.calibrations import Machine
+from harness.experiment.catalog import Experiment, load_catalog
+from harness.experiment.fit import verdict
+from harness.experiment.memory import Memory, predict
+from harness.experiment.step_time import StepTime
+
+
+@dataclass(frozen=True)
+class Layout:
+    """An experiment laid out anew: what it will take by formula. ``experiment.overrides`` are the settings that make it."""
+
+    experiment: Experiment
+    memory: Memory
+    step: StepTime
+
+    @property
+    def settings(self) -> str:
+        """The words after ``make <id>``."""
+        return " ".join(f"{key}={value}" for key, value in self.experiment.overrides.items() if key != "CARD")
+
+
+def faster(e: Experiment, machine: Machine) -> list[Layout]:
+    """What fits ``machine``'s cards and by formula is faster than ``e``, fastest first; of layouts as fast, the smallest.
+
+    Of those that differ in virtual stages alone, the fastest.
+
+    Full recomputation is tried where a layout does not fit without it.
+    """
+    now = machine.predict(e).total
+    found = []
+    for layout in layouts(e):
+        fitting = next((way for way in (layout, _recomputed(layout)) if verdict(predict(way), machine.card) == "fits"), None)
+        if fitting and (step := machine.predict(fitting)).total < now:
+            found.append(Layout(fitting, predict(fitting), step))
+    best: dict[str, Layout] = {}
+    for layout in sorted(found, key=lambda layout: (round(layout.step.total, 1), layout.memory.total)):
+        best.setdefault(repr(layout.experiment.model_copy(update={"vpp": 1, "overrides": {}})), layout)
+    return list(best.values())
+
+
+def layouts(e: Experiment) -> Iterator[Experiment]:
+    """``e`` with other tensor, pipeline, context and expert parallel sizes, virtual stages, micro-batches and sharding.
+
+    On as many GPUs, with as many samples a step, without recomputation; sequence parallelism goes with tensor
+    parallelism. Those that its sizes do not admit are left out.
+    """
+    ranks, listed = e.world_size, load_catalog().find(e.id)
+    given = {key: value for key, value in e.overrides.items() if key not in ("DP", "SP", "VPP")}
+    for tp, pp, cp, dp in _axes(ranks):
+        if e.global_batch_size % dp:
+            continue
+        axes = given | {"GPUS": ranks, "TP": tp, "PP": pp, "CP": cp, "RECOMPUTE": "none"} | ({"SP": 1} if tp > 1 else {})
+        for ep in _divisors(math.gcd(e.model.num_experts, ranks // pp)) if e.model.num_experts else (1,):
+            for mbs in _divisors(e.global_batch_size // dp):
+                for vpp in _divisors(e.model.num_layers // pp) if pp > 1 else (1,):
+                    for sharding in ("no_shard", "optim") if dp * cp > 1 else ("no_shard",):
+                        more = {"EP": ep, "ETP": 1, "MBS": mbs, "SHARDING": sharding} | ({"VPP": vpp} if pp > 1 else {})
+                        if layout := _applied(listed, axes | more):
+                            yield layout
+
+
+def _axes(ranks: int) -> Iterator[tuple[int, int, int, int]]:
+    """Tensor, pipeline, context and data parallel sizes whose product is ``ranks``."""
+    for tp in _divisors(ranks):
+        for pp in _divisors(ranks // tp):
+            for cp in _divisors(ranks // tp // pp):
+                yield tp, pp, cp, ranks // (tp * pp * cp)
+
+
+def _recomputed(e: Experiment) -> Experiment:
+    return overrides.apply(e, {"RECOMPUTE": "full"}).model_copy(update={"overrides": e.overrides | {"RECOMPUTE": "full"}})
+
+
+def _applied(e: Experiment, settings: dict[str, int | str]) -> Experiment | None:
+    try:
+        return overrides.apply(e, {key: str(value) for key, value in settings.items()})
+    except UserError:
+        return None
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
