@@ -94,6 +94,7 @@ def test_a_closed_pipe_is_no_error() -> None:
 
 
 def test_conversations_that_are_made_here_are_prepared_before_a_run_and_said_to_lack_in_a_script(monkeypatch, capsys):
+    pytest.importorskip("numpy", reason="the set-up stage `heavy` is not installed")
     from harness import cli
     from harness.data import prepared
     from harness.data.chat import prepare

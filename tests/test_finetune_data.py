@@ -6,19 +6,22 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import pytest
-from tokenizers import Tokenizer
 
-from harness.data import prepared
-from harness.data.chat.prepare import prepare_chat
-from harness.data.check import check
-from harness.errors import UserError
-from harness.experiment.catalog import load_catalog
-from harness.machine.upstream import locate, put_on_path
+np = pytest.importorskip("numpy", reason="the set-up stage `heavy` is not installed")
+pytest.importorskip("tokenizers", reason="the set-up stage `heavy` is not installed")
+
+from tokenizers import Tokenizer  # noqa: E402
+
+from harness.data import prepared  # noqa: E402
+from harness.data.chat.prepare import prepare_chat  # noqa: E402
+from harness.data.check import check  # noqa: E402
+from harness.errors import UserError  # noqa: E402
+from harness.experiment.catalog import load_catalog  # noqa: E402
+from harness.machine.upstream import locate, put_on_path  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny_chat import READ, conversation, write_lines
+from tiny_chat import READ, conversation, write_lines  # noqa: E402
 
 pytestmark = pytest.mark.cpu
 

@@ -1,6 +1,8 @@
 """Packages of harness/ import each other in one direction: no circle, not even through imports inside functions."""
 
 import ast
+import subprocess
+import sys
 from collections import defaultdict
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -40,3 +42,15 @@ def test_packages_import_each_other_in_one_direction():
     assert "experiment" in imports["planning"]
     order = list(TopologicalSorter(imports).static_order())  # raises CycleError, which names the circle
     assert order.index("experiment") < order.index("data") < order.index("planning") < order.index("launching")
+
+
+HEAVY = ("torch", "megatron.core", "numpy", "safetensors", "transformers", "tokenizers", "datasets", "scipy")
+
+
+def test_quick_tests_need_nothing_heavy() -> None:
+    """``make test-quick`` runs on a machine where only the light stage is installed: nothing heavy is imported to collect."""
+    script = f"import sys; sys.modules.update(dict.fromkeys({HEAVY!r})); import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    words = ["--collect-only", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--ignore-glob=tests/test_data_*"]
+    done = subprocess.run([sys.executable, "-c", script, *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " tests collected" in done.stdout and "test_step_time.py" in done.stdout

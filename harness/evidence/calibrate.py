@@ -13,8 +13,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from harness import rundir
 from harness.evidence.records import same_work
 from harness.evidence.results import References, Row, collect_records, load_references
@@ -141,4 +139,6 @@ def render(machines: Mapping[str, Machine]) -> str:
 
 
 def _yaml(value: object) -> str:
-    return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=1000).removesuffix("...\n").strip()
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {item}' for key, item in value.items())}}}"
+    return str(value).lower()

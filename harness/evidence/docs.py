@@ -7,6 +7,7 @@
     <!-- table: 101 104 -->…<!-- /table -->                    their results, where measured, beside the published rows
     <!-- memory: 111 115 -->…<!-- /memory -->                  where the memory goes, by formula, beside the record
     <!-- speed: h100-80gb 101 408 -->…<!-- /speed -->        where the time of a step goes, by formula
+    <!-- faster: h100-80gb 408 -->…<!-- /faster -->           the fastest layout of the same work, by formula
     <!-- machines: constants -->…<!-- /machines -->           the constants of these formulas, and how good they are
     <!-- unseen: h200-4gpu -->…<!-- /unseen -->               the formula beside a group of references it was not fitted to
     <!-- pipeline: 401 408 -->…<!-- /pipeline -->              each step taken apart into waiting and working
@@ -232,6 +233,10 @@ def _speed(facts: Facts, words: Sequence[str]) -> str:
     return speed.pieces_table(facts.catalog, words[0], words[1:])
 
 
+def _faster(facts: Facts, words: Sequence[str]) -> str:
+    return speed.faster_table(facts.catalog, words[0], words[1:])
+
+
 def _machines(_: Facts, words: Sequence[str]) -> str:
     return speed.machines_table()
 
@@ -275,7 +280,7 @@ def _weights(_: Facts, names: Sequence[str]) -> str:
 
 BLOCKS: dict[str, Callable[[Facts, Sequence[str]], str]] = {
     "records": _records, "summary": _summary, "experiments": _experiments, "table": _table,
-    "memory": _memory_pieces, "pipeline": _pipeline, "speed": _speed,
+    "memory": _memory_pieces, "pipeline": _pipeline, "speed": _speed, "faster": _faster,
     "machines": _machines, "unseen": _unseen, "claims": _claims, "profile": _profile,
     "slow_steps": _slow_steps, "weights": _weights,
 }

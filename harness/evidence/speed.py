@@ -90,6 +90,21 @@ def pieces_table(catalog: Catalog, name: str, ids: Sequence[str]) -> str:
     return markdown.table(head, lines, "ll" + "r" * (len(head) - 2))
 
 
+def faster_table(catalog: Catalog, name: str, ids: Sequence[str]) -> str:
+    """Markdown: beside each row as measured on machine ``name``, the fastest layout of the same work by formula."""
+    machine, lines = _machine(name), []
+    for id_ in ids:
+        e = catalog.find(id_)
+        now, found = machine.predict(e).total, faster(e, machine)
+        row, best = machine.rows.get(id_), found[0] if found else None
+        lines.append([f"`{id_}`", e.layout, f"{row.measured_ms:,.0f}" if row else "", f"{now:,.0f}",
+                      best.experiment.layout if best else "none", f"{best.step.total:,.0f}" if best else "",
+                      f"{best.step.total / now:.2f}" if best else "", f"{best.memory.total:.0f}" if best else "",
+                      f"`make {id_} {best.settings}`" if best else ""])
+    head = ["id", "layout", "measured", "formula", "fastest", "formula", "of it", "GiB", "command"]
+    return markdown.table(head, lines, "llrrlrrrl")
+
+
 def machines_table() -> str:
     """Markdown: the constants of every machine, and how good they are."""
     machines = load()

@@ -37,7 +37,7 @@ def shares(facts: Facts) -> Drawing:
     machine = load()[PUBLISHED]
     d = Drawing(860, 62 + 30 * len(SHOWN) + 46, "Where the time of a step goes, by formula")
     d.head(24, 28, f"Shares of a step on {machine.card.name}, by formula; on the right ms, by formula and as published")
-    x0, width = 170, 520
+    x0, width = 200, 500
     for i, id_ in enumerate(SHOWN):
         e, y = facts.catalog.find(id_), 46 + 30 * i
         step, x = machine.predict(e), x0
