@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cache
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
@@ -13,9 +14,12 @@ from pydantic import BaseModel, ConfigDict
 
 from harness import rundir, yaml_files
 from harness.errors import UserError
-from harness.evidence.results import SAME_WORK, References, Results, Row, losses
+from harness.evidence.results import SAME_WORK, References, Results, Row, load_references, losses
+from harness.experiment.calibrations import Machine, machine_of
 from harness.experiment.catalog import EXPERIMENTS, Catalog, Experiment
 from harness.experiment.flops import tflops_per_gpu
+from harness.experiment.hardware import find_gpu
+from harness.experiment.step_time import unknown
 from harness.experiment.timeline import Timeline, Times, simulate
 from harness.profiling.profile import FOLDER, Profile, of_run
 
@@ -203,17 +207,26 @@ def load_profiles(outdir: Path, records: Path) -> dict[str, Profile]:
 
 
 def schedule(name: str, title: str, e: Experiment, profile: Profile | None) -> Schedule:
-    """The timeline of a pipeline: with the stage times of ``profile``, or else with assumed ones.
+    """The timeline of a pipeline: with the stage times of ``profile``, or else by formula, or else assumed.
 
     Raises:
         UserError: the interleaved schedule has no order for these sizes.
     """
     times = stage_times(e, profile) if profile else None
+    if times is None and not unknown(e):
+        machine = _published_machine()
+        plan = simulate(e.num_microbatches, machine.stage_times(e), e.vpp)
+        return Schedule(name, title, plan, f"by formula for {machine.card.name} (make speed-{e.id})", plan.end, "ms")
     plan = simulate(e.num_microbatches, times or Times.alike(e.pp), e.vpp)
     if times is None:
         return Schedule(name, title, plan, ASSUMED, plan.end)
     steps = f"steps {profile.first_step} to {profile.last_step} of {e.id} on {profile.gpu}"
     return Schedule(name, title, plan, f"measured: how long each stage computes in {steps}", plan.end, "ms")
+
+
+@cache
+def _published_machine() -> Machine:
+    return machine_of(find_gpu(load_references().published.gpu))
 
 
 def stage_times(e: Experiment, profile: Profile) -> Times | None:

@@ -220,12 +220,8 @@ class Row:
 
     @cached_property
     def predicted_step_ms(self) -> float | None:
-        """Step time by formula (step_time.py), with constants fitted without this experiment; None where none covers it."""
-        machine = machine_of(self.gpu) if self.gpu else None
-        if machine is None or self.experiment.miniature or unknown(self.experiment):
-            return None
-        fitted = machine.rows.get(self.id) if _is_same_work(self.experiment) else None
-        return fitted.left_out_ms if fitted else machine.predict(self.experiment).total
+        """Step time by formula on its GPU (``predicted_step_ms``)."""
+        return predicted_step_ms(self.experiment, self.gpu_name) if self.gpu_name else None
 
     @property
     def runs_on_node(self) -> int | None:
@@ -391,6 +387,16 @@ def _in_order(rows: Iterable[Row]) -> tuple[Row, ...]:
 def losses(row: Row) -> dict[int, float]:
     """Training loss by step, from a run's metrics.jsonl or from NAME.metrics.jsonl beside the record NAME."""
     return {step.step: step.loss for step in metrics(row) if step.loss is not None}
+
+
+def predicted_step_ms(e: Experiment, gpu_name: str) -> float | None:
+    """Step time by formula (step_time.py), with constants fitted without this experiment; None where none covers it."""
+    gpu = find_gpu(gpu_name)
+    machine = machine_of(gpu) if gpu else None
+    if machine is None or e.miniature or unknown(e):
+        return None
+    fitted = machine.rows.get(e.id) if _is_same_work(e) else None
+    return fitted.left_out_ms if fitted else machine.predict(e).total
 
 
 def metrics(row: Row) -> tuple[StepMetrics, ...]:

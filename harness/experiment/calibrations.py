@@ -16,6 +16,7 @@ from harness.experiment import step_time
 from harness.experiment.catalog import EXPERIMENTS, Experiment
 from harness.experiment.hardware import Gpu, find_gpu
 from harness.experiment.step_time import Calibration, StepTime
+from harness.experiment.timeline import Times
 
 FILE = EXPERIMENTS / "calibrations.yaml"
 
@@ -57,6 +58,10 @@ class Machine(BaseModel):
     def predict(self, e: Experiment) -> StepTime:
         """A step of ``e`` here, solo; where ``step_time.unknown(e)`` is empty."""
         return step_time.predict(e, self.card, self.constants, switch_reduces=self.switch_reduces)
+
+    def stage_times(self, e: Experiment) -> Times:
+        """Each pipeline stage's passes of one micro-batch, in ms; where ``step_time.unknown(e)`` is empty."""
+        return step_time.stage_times(e, self.card, self.constants, switch_reduces=self.switch_reduces)
 
     def misses(self) -> tuple[float, float, float]:
         """How far off it is for rows that it has not seen, relative: half of them, nine in ten, all stay below."""

@@ -170,6 +170,11 @@ def predict(e: Experiment, gpu: Gpu, calibration: Calibration, *, switch_reduces
     return _Machine(e, gpu, calibration, switch_reduces).step()
 
 
+def stage_times(e: Experiment, gpu: Gpu, calibration: Calibration, *, switch_reduces: bool = False) -> timeline.Times:
+    """Milliseconds of one micro-batch through each pipeline stage, messages included; arguments as of ``predict``."""
+    return _Machine(e, gpu, calibration, switch_reduces).stage_times(1e3)
+
+
 class _Machine:
     """The cost of each part of ``e`` on one machine; seconds throughout."""
 
@@ -193,17 +198,23 @@ class _Machine:
             busy += self.together(backward) * e.num_microbatches
             end = busy
         else:
-            times = [(self.together(forward), self.together(backward)) for forward, backward in passes]
-            slowest = max(range(e.pp), key=lambda stage: sum(times[stage]))
+            times = self.stage_times()
+            each = [forward + backward for forward, backward in zip(times.forward, times.backward, strict=True)]
+            slowest = max(range(e.pp), key=each.__getitem__)
             work = (passes[slowest][0] + passes[slowest][1]) * e.num_microbatches
-            busy = sum(times[slowest]) * e.num_microbatches
-            end = timeline.simulate(e.num_microbatches, timeline.Times(*zip(*times, strict=True)), e.vpp).end
+            busy = each[slowest] * e.num_microbatches
+            end = timeline.simulate(e.num_microbatches, times, e.vpp).end
         seconds = StepTime(
             products=work.products, attention=work.attention, passes=work.passes, exchange=work.exchange,
             launches=busy - work.gpu, bubble=end - busy, gradients=self.gradients(),
             optimizer=self.optimizer() + self.c.step_ms / 1e3,
         )
         return StepTime(**{name: 1e3 * part for name, part in seconds.pieces.items()})
+
+    def stage_times(self, unit: float = 1.0) -> timeline.Times:
+        """Each stage's passes of a micro-batch, in ``1 / unit`` seconds."""
+        passes = [self.stage(stage) for stage in range(self.e.pp)]
+        return timeline.Times(*(tuple(unit * self.together(each) for each in side) for side in zip(*passes, strict=True)))
 
     def together(self, work: _Work) -> float:
         """GPU and CPU run side by side: the slower one's time, a little more where they are alike."""

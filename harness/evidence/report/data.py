@@ -12,7 +12,7 @@ from typing import Any
 from harness import rundir
 from harness.errors import UserError
 from harness.evidence import figures, tables
-from harness.evidence.results import References, Results, Row, metrics
+from harness.evidence.results import References, Results, Row, metrics, predicted_step_ms
 from harness.experiment.catalog import Catalog, Experiment
 from harness.experiment.hardware import allocator_fraction
 from harness.planning.command import Place, render
@@ -21,7 +21,8 @@ from harness.profiling.profile import Profile
 COLUMNS = (
     "chapter", "id", "slug", "label", "kind", "miniature", "gpus", "hardware", "status", "as_published", "data", "precision",
     "memory_gib", "reserved_gib", "allocated_gib", "published_memory_gib", "memory_ratio",
-    "step_ms", "step_ms_half_iqr", "published_step_ms", "step_ratio", "published_oom", "published_hardware",
+    "step_ms", "step_ms_half_iqr", "published_step_ms", "step_ratio", "predicted_step_ms", "published_oom",
+    "published_hardware",
     "tflops", "mfu", "tokens_per_s", "steps_done", "steps", "window_first_step", "window_last_step",
     "loss_first", "loss_last", "runs_on_node", "notes",
 )
@@ -77,6 +78,7 @@ def _unmeasured(e: Experiment, references: References) -> dict[str, Any]:
         "chapter": e.chapter, "id": e.id, "slug": e.slug, "label": e.name, "kind": "catalogue", "miniature": False,
         "gpus": e.world_size, "hardware": None, "status": NOT_RUN, "data": e.data, "precision": e.precision,
         "published_memory_gib": reference and reference.memory_gib, "published_step_ms": reference and reference.step_ms,
+        "predicted_step_ms": predicted_step_ms(e, references.published.gpu),
         "published_oom": reference and reference.oom, "in_doubt": reference and reference.in_doubt,
         "published_hardware": reference and reference.hardware, "notes": "; ".join(beside.remarks) if beside else "",
         "layout": e.layout, "model": e.model.name, "shows": e.shows, "make": make_command(e, "cuda"),

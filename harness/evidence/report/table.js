@@ -31,6 +31,12 @@ const COLUMNS = [
   { key: "step_ms_half_iqr", title: "±", text: (row) => milliseconds(row.step_ms_half_iqr), hint: "half the interquartile range" },
   { key: "published_step_ms", title: "publ. ms", text: (row) => publishedText(row, number(row.published_step_ms, 0)) },
   { key: "step_ratio", title: "ratio", text: (row) => ratioText(row.step_ratio), hint: "step time here / published" },
+  {
+    key: "predicted_step_ms",
+    title: "formula",
+    text: (row) => milliseconds(row.predicted_step_ms),
+    hint: "ms/step predicted from sizes: for the row's own GPU, of what was not run for the published one",
+  },
   { key: "tflops", title: "TFLOP/s", text: (row) => number(row.tflops, 0), hint: "model TFLOP/s of one GPU" },
   { key: "mfu", title: "MFU", text: (row) => (row.mfu ? `${number(100 * row.mfu, 1)}%` : "") },
   { key: "loss_last", title: "loss", text: (row) => number(row.loss_last, 3), hint: "training loss of the last step" },
