@@ -251,8 +251,8 @@ def test_pictures_without_any_record(tmp_path: Path) -> None:
 def test_a_timeline_by_formula_says_so(tmp_path: Path) -> None:
     drawn, _ = plots.pictures(tmp_path, tmp_path)
     for name in ("400-timeline-1f1b.svg", "400-timeline-interleaved.svg"):
-        assert "assumed, not measured" in drawn[name]
-    assert "37.5%" in drawn["400-timeline-1f1b.svg"] and "18.8%" in drawn["400-timeline-interleaved.svg"]
+        assert "Times: by formula for NVIDIA H100 80GB HBM3" in drawn[name] and "time, ms" in drawn[name]
+    assert "87.5%" in drawn["400-timeline-1f1b.svg"] and "29.2%" in drawn["400-timeline-interleaved.svg"]
 
 
 def profile(folder: Path, id_: str, forward_ms: float, **changes: object) -> None:
@@ -284,14 +284,14 @@ def test_timelines_are_drawn_from_measured_stage_times(tmp_path: Path) -> None:
 
 def test_one_profiled_pipeline_of_the_pair_is_not_enough(tmp_path: Path) -> None:
     profile(tmp_path, "408", 10.0)
-    assert all("assumed" in one.times_from for one in figures.schedules(load_catalog(), figures.load_profiles(tmp_path, tmp_path)))
+    assert all("by formula" in one.times_from for one in figures.schedules(load_catalog(), figures.load_profiles(tmp_path, tmp_path)))
 
 
 @pytest.mark.parametrize("changes", [{"ranks": []}, {"ranks": "?"}, {"experiment": {}}, {"experiment": None}])
 def test_profiles_that_say_nothing_about_stages(tmp_path: Path, changes: dict) -> None:
     for id_ in ("408", "438"):
         profile(tmp_path, id_, 10.0, **changes)
-    assert all("assumed" in one.times_from for one in figures.schedules(load_catalog(), figures.load_profiles(tmp_path, tmp_path)))
+    assert all("by formula" in one.times_from for one in figures.schedules(load_catalog(), figures.load_profiles(tmp_path, tmp_path)))
 
 
 def test_only_what_changed_is_written(tmp_path: Path) -> None:

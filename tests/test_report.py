@@ -394,7 +394,7 @@ def test_timelines(view) -> None:
     section = shown.locator("#timelines")
     section.scroll_into_view_if_needed()
     section.locator("rect.own").first.wait_for()
-    assert section.locator(".plot rect.own").count() == 64 and "37.5%" in section.text_content()
+    assert section.locator(".plot rect.own").count() == 2 * 8 * 8 and "87.5%" in section.text_content()
     shown.select_option("#timeline", label="438: pp8 vpp3 m8")
     assert section.locator(".plot rect.own").count() == 2 * 8 * 3 * 8 and "by formula for NVIDIA H100" in section.text_content()
 

@@ -24,8 +24,8 @@ from harness.experiment.timeline import Timeline, Times, simulate
 from harness.profiling.profile import FOLDER, Profile, of_run
 
 PLOTS = EXPERIMENTS / "plots.yaml"
-MEASURED_PIPELINES = (("408", "438"), ("408h", "438h"))
-"""Pairs of a plain and an interleaved pipeline, of which the first that was profiled is drawn with its own times."""
+PIPELINES = (("408", "438"), ("408h", "438h"))
+"""Pairs of a plain and an interleaved pipeline; drawn is the first that was profiled."""
 LONG_STEPS = 100
 """A run of fewer steps shows no learning worth a plot of its own."""
 ASSUMED = "forward : backward = 1 : 2, assumed, not measured"
@@ -241,24 +241,17 @@ def stage_times(e: Experiment, profile: Profile) -> Times | None:
 
 
 def schedules(catalog: Catalog, profiles: Mapping[str, Profile]) -> tuple[Schedule, ...]:
-    """The two of Narayanan et al. 2021, figures 3 and 4, without and with interleaving.
+    """A plain and an interleaved pipeline, as in figures 3 and 4 of Narayanan et al. 2021, on one time axis.
 
-    Where the pipelines of ``MEASURED_PIPELINES`` were profiled, they are drawn; else 4 stages and 8 micro-batches, assumed.
+    The first of ``PIPELINES`` of which both were profiled; where none were, the first by formula.
     """
+    pairs = [[catalog.find(id_) for id_ in ids] for ids in PIPELINES]
+    measured = [pair for pair in pairs if all(e.id in profiles and stage_times(e, profiles[e.id]) for e in pair)]
     names = ("400-timeline-1f1b", "400-timeline-interleaved")
-    for ids in MEASURED_PIPELINES:
-        measured = [e for e in catalog.experiments if e.id in ids and e.id in profiles and stage_times(e, profiles[e.id])]
-        if len(measured) == len(ids):
-            found = [schedule(name, f"{'Interleaved ' * (e.vpp > 1)}1F1B: {e.name}", e, profiles[e.id])
-                     for name, e in zip(names, sorted(measured, key=lambda e: e.vpp), strict=True)]
-            until = max(one.until for one in found)
-            return tuple(replace(one, until=until) for one in found)
-    plain, interleaved = simulate(8, Times.alike(4)), simulate(8, Times.alike(4), chunks=2)
-    return (
-        Schedule(names[0], "1F1B: 4 stages, 8 micro-batches", plain, ASSUMED, plain.end),
-        Schedule(names[1], "Interleaved 1F1B: the same with 2 chunks (virtual stages) on each rank", interleaved, ASSUMED,
-                 plain.end),
-    )
+    found = [schedule(name, f"{'Interleaved ' * (e.vpp > 1)}1F1B: {e.name}", e, profiles.get(e.id) if measured else None)
+             for name, e in zip(names, (measured or pairs)[0], strict=True)]
+    until = max(one.until for one in found)
+    return tuple(replace(one, until=until) for one in found)
 
 
 def _as_catalogued(changed: Mapping[str, str], extra_args: Sequence[str], miniature: bool) -> bool:

@@ -170,8 +170,9 @@ def _timeline(schedule: figures.Schedule) -> dict[str, Any]:
 
 
 def _schedules(catalog: Catalog, profiles: Mapping[str, Profile]) -> Iterable[figures.Schedule]:
-    yield from figures.schedules(catalog, profiles)
-    for e in catalog.experiments:
+    """Of every pipeline; those that the chapter draws come first."""
+    drawn = figures.PIPELINES[0]
+    for e in sorted(catalog.experiments, key=lambda e: e.id not in drawn):
         if e.pp > 1:
             yield figures.schedule(e.id, f"{e.id}: {e.layout}", e, profiles.get(e.id))
 
