@@ -8,14 +8,14 @@ more where both need about as much; the pipeline's schedule (harness/experiment/
 
 Sources: waves of tiles, NVIDIA's Matrix Multiplication Background User's Guide, section "Dimension Quantization Effects";
 bytes of an all-reduce, 2 (n-1)/n of the message over links and (n+1)/n where the switch adds up, NVIDIA's nccl-tests,
-doc/PERFORMANCE.md; what is sent when, megatron/core/tensor_parallel/layers.py and
-megatron/core/transformer/moe/token_dispatcher.py, core_v0.19.0.
+doc/PERFORMANCE.md; what is sent when, megatron/core/tensor_parallel/layers.py,
+megatron/core/transformer/moe/token_dispatcher.py and megatron/core/distributed/finalize_model_grads.py, core_v0.19.0.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Annotated
 
@@ -38,14 +38,16 @@ KERNEL_S = 3e-6
 """From a kernel's launch to its first result, about."""
 MESSAGE_S = 20e-6
 """A collective with nothing to send, about."""
-ADAM_BYTES, CLEAR_BYTES = 44, 8
-"""Read and written per parameter: by the norm, the clipping and Adam on fp32; by clearing and copying gradients."""
-WEIGHT_GRADIENT_BYTES = 12
-"""Per weight and micro-batch: its gradient in bf16 is written, read, and added to the fp32 sum (no Apex)."""
-ATTENTION_FORWARD_BYTES, ATTENTION_BACKWARD_BYTES = 8, 28
-"""Per token and unit of the queries' width: Q, K, V, output; these, the gradients of all four, and dQ summed up in fp32."""
-LOSS_FORWARD_BYTES, LOSS_BACKWARD_BYTES = 24, 16
-"""Per logit: the softmax in fp32, in steps (megatron/core/tensor_parallel/cross_entropy.py)."""
+ADAM_BYTES = {"fp32": 30, "bf16": 16}
+"""Per parameter, by the precision of moments: these and fp32 weights are read and written, then weights copied to bf16;
+or moments, bf16 weights and the two bytes that these lack of fp32 are read and written."""
+GATE_FORWARD_BYTES, GATE_BACKWARD_BYTES = 34, 52
+"""Per unit of the attention's output: its gate in fp32, step by step (_apply_output_gate in transformer/attention.py)."""
+LOSS_BYTES = {False: (38, 14), True: (22, 10)}
+"""Per logit, forward and backward, by whether the loss is fused: the softmax in fp32, in steps
+(megatron/core/tensor_parallel/cross_entropy.py, megatron/core/fusions/fused_cross_entropy.py)."""
+RECOMPUTED = frozenset({"core_attn", "layernorm", "moe_act"})
+"""The modules of selective recomputation that are counted."""
 
 
 class Calibration(BaseModel):
@@ -153,6 +155,8 @@ def unknown(e: Experiment) -> list[str]:
         "sharded weights (FSDP)": e.fully_sharded,
         "adapters (LoRA)": e.lora is not None,
         "Muon": e.optimizer == "muon",
+        "unfused attention": e.attention_backend == "unfused",
+        f"recomputation of {', '.join(sorted({*e.recompute_modules} - RECOMPUTED))}": {*e.recompute_modules} - RECOMPUTED,
         "attention sinks": e.model.attention_sinks,
         "a norm over whole projections": e.model.qk_norm == "projection",
         "links between nodes": e.nodes > 1,
@@ -186,6 +190,8 @@ class _Machine:
         self.tokens = e.micro_batch_size * e.seq_length / e.cp
         self.spread = e.tp if e.sequence_parallel else 1
         self.vocab = padded_vocab_size(e.model.vocab_size, e.tp) / e.tp
+        self.gradient_bytes = 2 if e.gradients == "bf16" else 4
+        self.weight_gradient_bytes = 4 + 2 * self.gradient_bytes  # in bf16 written, read, and added to the sum (no Apex)
 
     def step(self) -> StepTime:
         e = self.e
@@ -224,36 +230,65 @@ class _Machine:
 
     def stage(self, stage: int) -> tuple[_Work, _Work]:
         """The passes of one micro-batch through all layers of a stage, forward and backward."""
-        e, h = self.e, self.e.model.hidden_size
+        e = self.e
         forward, backward = (work * (e.model.num_layers / e.pp) for work in self.layer())
-        hidden = self.tokens * h
-        if stage == 0:
-            forward += _Work(passes=hidden * 8 / self.bandwidth)
-            backward += _Work(passes=(hidden * 8 + self.vocab * h * WEIGHT_GRADIENT_BYTES) / self.bandwidth)
-        if stage == e.pp - 1:
-            logits = self.tokens * self.vocab
-            forward += _Work(products=self.product(self.tokens, self.vocab, h),
-                             passes=logits * LOSS_FORWARD_BYTES / self.bandwidth)
-            backward += _Work(
-                products=self.product(self.tokens, h, self.vocab) + self.product(h, self.vocab, self.tokens),
-                passes=(logits * LOSS_BACKWARD_BYTES + self.vocab * h * WEIGHT_GRADIENT_BYTES) / self.bandwidth,
-            )
-        if e.pp > 1:
-            launch = self.c.stage_launch_ms if e.vpp == 1 else self.c.chunk_launch_ms * e.vpp
-            message = _Work(exchange=e.vpp * 2 * hidden / self.spread / self.link, launches=launch / 1e3)
-            forward, backward = forward + message, backward + message
+        parts = [self.embedding] * (stage == 0) + [self.output] * (stage == e.pp - 1) + [self.messages] * (e.pp > 1)
+        return _added(forward, backward, parts)
+
+    def embedding(self) -> tuple[_Work, _Work]:
+        """Words, positions, dropout. Each tensor parallel rank has a slice of the vocabulary and sums up what all found.
+
+        With sequence parallelism, by a reduce-scatter, and backward an all-gather; learned positions keep the all-reduce.
+        """
+        e, hidden = self.e, self.tokens * self.e.model.hidden_size
+        scattered = e.sequence_parallel and e.model.position_embedding != "learned_absolute"
+        gradient = hidden * 8 + self.vocab * e.model.hidden_size * self.weight_gradient_bytes
+        forward, backward = _Work(passes=hidden * 8 / self.bandwidth), _Work(passes=gradient / self.bandwidth)
+        if e.tp > 1:
+            forward += self.sending(self.half() if scattered else self.all_reduce())
+            backward += self.sending(self.half()) if e.sequence_parallel else _Work()
         return forward, backward
+
+    def output(self) -> tuple[_Work, _Work]:
+        """The product with the vocabulary, and the loss, whose softmax tensor parallel ranks do together."""
+        e, h, logits = self.e, self.e.model.hidden_size, self.tokens * self.vocab
+        forward_bytes, backward_bytes = LOSS_BYTES[e.cross_entropy_fusion]
+        gradient = logits * backward_bytes + self.vocab * h * self.weight_gradient_bytes
+        forward = _Work(products=self.product(self.tokens, self.vocab, h), passes=logits * forward_bytes / self.bandwidth)
+        backward = _Work(products=self.product(self.tokens, h, self.vocab) + self.product(h, self.vocab, self.tokens),
+                         passes=gradient / self.bandwidth)
+        if e.tp > 1:
+            forward += self.sending(MESSAGE_S) * (2 if e.cross_entropy_fusion else 3)
+            forward += self.sending(self.half()) if e.sequence_parallel else _Work()
+            backward += self.input_gradient()
+        return forward, backward
+
+    def messages(self) -> tuple[_Work, _Work]:
+        """Hidden states to and from the neighbours in the pipeline, once for each virtual stage."""
+        e = self.e
+        launch = self.c.stage_launch_ms if e.vpp == 1 else self.c.chunk_launch_ms * e.vpp
+        sent = e.vpp * 2 * self.tokens * e.model.hidden_size / self.spread
+        message = _Work(exchange=sent / self.link, launches=launch / 1e3)
+        return message, message
 
     def layer(self) -> tuple[_Work, _Work]:
         """One micro-batch through one layer, forward and backward."""
-        forward, backward = _Work(launches=self.c.forward_launch_ms / 1e3), _Work(launches=self.c.backward_launch_ms / 1e3)
-        parts = (self.matrices, self.attention, self.elementwise, self.experts, self.tensor_parallel, self.context_parallel)
-        for part in parts:
-            more_forward, more_backward = part()
-            forward, backward = forward + more_forward, backward + more_backward
-        if self.e.recompute == "full":
-            backward += forward
-        return forward, backward
+        launches = _Work(launches=self.c.forward_launch_ms / 1e3), _Work(launches=self.c.backward_launch_ms / 1e3)
+        forward, backward = _added(*launches, [
+            self.matrices, self.attention, self.elementwise, self.experts, self.tensor_parallel, self.context_parallel])
+        return forward, backward + (forward if self.e.recompute == "full" else self.selectively_recomputed())
+
+    def selectively_recomputed(self) -> _Work:
+        """Attention scores (upstream's choice where no module is named), the norm before experts, their activation."""
+        e, m = self.e, self.e.model
+        modules = (e.recompute_modules or ("core_attn",)) if e.recompute == "selective" else ()
+        again = self.attention()[0] + self.context_parallel()[0] if "core_attn" in modules else _Work()
+        moved = 0.0
+        if m.num_experts and "layernorm" in modules:
+            moved += self.tokens / self.spread * m.hidden_size * 4
+        if m.num_experts and "moe_act" in modules:
+            moved += self.c.routed_passes * self.routed() * m.moe_ffn / e.etp * 6
+        return again + _Work(passes=moved / self.bandwidth)
 
     def matrices(self) -> tuple[_Work, _Work]:
         """The linear layers: a product forward, two of the same size backward."""
@@ -261,7 +296,8 @@ class _Machine:
         forward = sum(self.product(rows, out, inner) for rows, out, inner in shapes)
         backward = sum(self.product(rows, inner, out) + self.product(inner, out, rows) for rows, out, inner in shapes)
         weights = sum(out * inner for _, out, inner in shapes)
-        return _Work(products=forward), _Work(products=backward, passes=weights * WEIGHT_GRADIENT_BYTES / self.bandwidth)
+        added_up = weights * self.weight_gradient_bytes / self.bandwidth
+        return _Work(products=forward), _Work(products=backward, passes=added_up)
 
     def shapes(self) -> Iterator[tuple[float, float, float]]:
         """Rows, columns and inner size of each linear layer's product; of experts none."""
@@ -274,7 +310,10 @@ class _Machine:
             yield self.tokens, m.hidden_size, m.ffn / tp
 
     def attention(self) -> tuple[_Work, _Work]:
-        """Flash attention: two products forward, five backward, and each score once in either; heads in widths of 64."""
+        """Flash attention: two products forward, five backward, and each score once in either; heads in widths of 64.
+
+        Read and written are Q, K, V and the output; backward these, the gradients of all four, and dQ summed up in fp32.
+        """
         e, m = self.e, self.e.model
         seen = e.seq_length / 2
         if m.window_size and m.window_size < e.seq_length:
@@ -282,20 +321,34 @@ class _Machine:
         scores = self.tokens * seen * m.num_attention_heads / e.tp
         products = 4 * math.ceil(m.head_size / 64) * 64 * scores / self.rate
         each = 1e-12 * scores * (1 if m.dropout else self.c.no_dropout_share)
-        width = self.tokens * m.query_size / e.tp
-        forward = products + each * self.c.score_forward_ps + width * ATTENTION_FORWARD_BYTES / self.bandwidth
-        backward = 2.5 * products + each * self.c.score_backward_ps + width * ATTENTION_BACKWARD_BYTES / self.bandwidth
+        queries, keys = self.tokens * m.query_size / e.tp, self.tokens * m.key_size / e.tp
+        moved = 4 * queries + 4 * keys
+        forward = products + each * self.c.score_forward_ps + moved / self.bandwidth
+        backward = 2.5 * products + each * self.c.score_backward_ps + (2 * moved + 12 * queries) / self.bandwidth
         return _Work(attention=forward + KERNEL_S), _Work(attention=backward + KERNEL_S)
 
     def elementwise(self) -> tuple[_Work, _Work]:
-        """Two norms, two dropouts with bias and residual, the activation: bytes a token, in bf16, masks of one byte."""
-        m, mask = self.e.model, 1 if self.e.model.dropout else 0
+        """Two norms, two dropouts with bias and residual, the activation, what is done to queries and keys: bytes in bf16.
+
+        Masks have one byte. Without dropout, its gradient is none of its own.
+        """
+        e, m = self.e, self.e.model
         hidden = self.tokens * m.hidden_size / self.spread
-        forward, backward = hidden * (8 + 2 * (6 + mask)), hidden * (12 + 2 * (4 + mask) + 12)
+        forward = hidden * (8 + 2 * (7 if m.dropout else 6))
+        backward = hidden * (12 + 12 + (2 * 5 if m.dropout else 0))
         if not m.num_experts:
-            inner = self.tokens * m.ffn / self.e.tp
+            inner = self.tokens * m.ffn / e.tp
             forward += inner * (6 if m.gated else 4)
-            backward += inner * 8 + self.tokens * (m.query_size + 2 * m.key_size) / self.e.tp * 2
+            backward += inner * ((10 if m.gated else 6) + (2 if m.add_bias_linear else 0))
+        queries, keys = self.tokens * m.query_size / e.tp, self.tokens * m.key_size / e.tp
+        if m.add_bias_linear:
+            backward += 2 * (queries + 2 * keys)
+        if m.position_embedding != "learned_absolute":
+            forward, backward = forward + 4 * (queries + keys), backward + 4 * (queries + keys)
+        if m.qk_norm != "none":
+            forward, backward = forward + 4 * (queries + keys), backward + 6 * (queries + keys)
+        if m.attention_output_gate:
+            forward, backward = forward + queries * GATE_FORWARD_BYTES, backward + queries * GATE_BACKWARD_BYTES
         return _Work(passes=forward / self.bandwidth), _Work(passes=backward / self.bandwidth)
 
     def experts(self) -> tuple[_Work, _Work]:
@@ -307,36 +360,61 @@ class _Machine:
         e, m, h = self.e, self.e.model, self.e.model.hidden_size
         if not m.num_experts:
             return _Work(), _Work()
-        mine, rows = self.tokens * m.moe_router_topk, self.tokens * m.moe_router_topk * e.etp
+        rows = self.routed()
         width, matrices, held = m.moe_ffn / e.etp, 3 if m.gated else 2, m.num_experts / e.ep
-        moved = rows * (2 * h + 2 * width) * 2 / self.bandwidth
+        weights = held * width * h * matrices
+        moved = 2 * (rows * (2 * h + matrices * width) + weights) / self.bandwidth
         products = max(2 * rows * width * h * matrices / (self.rate * self.c.experts_share), moved) + 2 * held * KERNEL_S
         permuted = self.c.routed_passes * rows / self.bandwidth
-        sent = mine * h * 2 * (e.ep - 1) / e.ep + (rows * h * 2 if e.etp > 1 else 0)
+        sent = rows / e.etp * h * 2 * (e.ep - 1) / e.ep + (rows * h * 2 if e.etp > 1 else 0)
         launches = (self.c.router_launch_ms + (2 * self.c.collective_launch_ms if e.ep * e.etp > 1 else 0)) / 1e3
         launched = self.c.expert_launch_ms * held / 1e3
-        gradients = held * width * h * matrices * WEIGHT_GRADIENT_BYTES / self.bandwidth
+        gradients = weights * self.weight_gradient_bytes / self.bandwidth
         forward = _Work(products=products, passes=permuted * (12 * h + 6 * width), exchange=2 * sent / self.link,
                         launches=launches + launched)
         backward = _Work(products=2 * products, passes=permuted * (16 * h + 10 * width) + gradients,
                          exchange=2 * sent / self.link, launches=launches + 2 * launched)
         return forward, backward
 
-    def tensor_parallel(self) -> tuple[_Work, _Work]:
-        """All-reduces after attention and MLP, and as many backward; with sequence parallelism as two halves each.
+    def routed(self) -> float:
+        """Rows that the experts of a rank get; sequence parallelism splits tokens before the router sees them."""
+        return self.tokens / self.spread * self.e.model.moe_router_topk * self.e.etp
 
-        Backward, sequence parallelism gathers the inputs of two products once more, hidden behind others.
-        """
+    def tensor_parallel(self) -> tuple[_Work, _Work]:
+        """Sums after attention and MLP, and as many backward; experts exchange tokens instead (``experts``)."""
         e = self.e
         if e.tp == 1:
             return _Work(), _Work()
-        in_switch = self.switch_reduces and e.tp > 2 and not e.sequence_parallel
-        times = (e.tp + 1) / e.tp if in_switch else 2 * (e.tp - 1) / e.tp
-        each = times * 2 * self.tokens * e.model.hidden_size / self.link + MESSAGE_S
-        forward, backward = (4, 6) if e.sequence_parallel else (2, 2)
-        launch = self.c.collective_launch_ms / 1e3
-        return (_Work(exchange=2 * each, launches=forward * launch),
-                _Work(exchange=2 * each * self.c.tensor_exposed, launches=backward * launch))
+        forward = self.sending(self.half()) * 2 if e.sequence_parallel else self.sending(self.all_reduce())
+        sums = 1 if e.model.num_experts else 2
+        return forward * sums, self.input_gradient() * sums
+
+    def input_gradient(self) -> _Work:
+        """Sums up the gradient of a split product's input, while its weights' gradient is computed.
+
+        Sequence parallelism scatters the sum, and gathers gradient and input.
+        """
+        if not self.e.sequence_parallel:
+            return self.sending(self.all_reduce(), self.c.tensor_exposed)
+        gathered_input = _Work(launches=self.c.collective_launch_ms / 1e3)
+        return self.sending(self.half(), self.c.tensor_exposed) * 2 + gathered_input
+
+    def sending(self, seconds: float, exposed: float = 1.0) -> _Work:
+        """A collective that takes so long, of which a share is not hidden."""
+        return _Work(exchange=seconds * exposed, launches=self.c.collective_launch_ms / 1e3)
+
+    def half(self) -> float:
+        """Seconds to all-gather or reduce-scatter one hidden state over the tensor parallel ranks."""
+        e = self.e
+        return (e.tp - 1) / e.tp * 2 * self.tokens * e.model.hidden_size / self.link + MESSAGE_S
+
+    def all_reduce(self) -> float:
+        """Seconds to all-reduce it."""
+        return self.reduced(self.e.tp) * 2 * self.tokens * self.e.model.hidden_size / self.link + MESSAGE_S
+
+    def reduced(self, ranks: int) -> float:
+        """Times its message that a rank sends for an all-reduce."""
+        return (ranks + 1) / ranks if self.switch_reduces and ranks > 2 else 2 * (ranks - 1) / ranks
 
     def context_parallel(self) -> tuple[_Work, _Work]:
         """The ring hides what it sends and merges partial results; the others send first, then compute."""
@@ -359,15 +437,31 @@ class _Machine:
         return work, work
 
     def gradients(self) -> float:
-        """Gradients in fp32 to the replicas and back; with the distributed optimizer half of it, and weights in bf16."""
-        (dense, replicas), (experts, expert_replicas) = self.held()
-        sent = 2 * 4 * (dense * (replicas - 1) / replicas + experts * (expert_replicas - 1) / expert_replicas)
-        return sent / self.link * (0.75 * self.c.gradients_exposed if self.e.sharding == "optim" else 1)
+        """Gradients to the replicas and back; with the distributed optimizer to their shards, and weights back in bf16.
+
+        First and last stage of a pipeline sum up the gradient of tied embeddings.
+        """
+        e, sent = self.e, 0.0
+        for parameters, replicas in self.held():
+            if e.sharding == "optim":
+                sent += parameters * (self.gradient_bytes + 2) * (replicas - 1) / replicas * self.c.gradients_exposed
+            elif replicas > 1:
+                sent += parameters * self.gradient_bytes * self.reduced(replicas)
+        if e.pp > 1 and not e.model.untie_embeddings:
+            sent += self.vocab * e.model.hidden_size * self.gradient_bytes * self.reduced(2)
+        return sent / self.link
 
     def optimizer(self) -> float:
-        (dense, replicas), (experts, expert_replicas) = self.held()
-        mine = dense / replicas + experts / expert_replicas if self.e.sharding == "optim" else dense + experts
-        return (mine * ADAM_BYTES + (dense + experts) * CLEAR_BYTES) / self.bandwidth
+        """Adam, its norm and clipping of gradients on each rank's share; clearing, checking and averaging of all gradients.
+
+        Checked for NaN and scaled by start_grad_sync in megatron/core/distributed/param_and_grad_buffer.py.
+        """
+        size, moved = self.gradient_bytes, 0.0
+        for parameters, replicas in self.held():
+            share = 1 / replicas if self.e.sharding == "optim" else 1
+            moved += parameters * share * (4 * size + ADAM_BYTES[self.e.optimizer_state])
+            moved += parameters * (4 if self.e.dp * self.e.cp > 1 else 2) * size
+        return moved / self.bandwidth
 
     def held(self) -> tuple[tuple[float, int], tuple[float, int]]:
         """Parameters of a rank and how many ranks hold the same: without experts, experts."""
@@ -379,6 +473,14 @@ class _Machine:
         arithmetic = 2 * rows * columns * inner / (self.rate * _filled(rows, columns))
         memory = 2 * (rows * columns + columns * inner + rows * inner) / self.bandwidth
         return max(arithmetic, memory) + KERNEL_S
+
+
+def _added(forward: _Work, backward: _Work, parts: Iterable[Callable[[], tuple[_Work, _Work]]]) -> tuple[_Work, _Work]:
+    """Both passes with what ``parts`` add to them."""
+    for part in parts:
+        more_forward, more_backward = part()
+        forward, backward = forward + more_forward, backward + more_backward
+    return forward, backward
 
 
 def _filled(rows: float, columns: float) -> float:
