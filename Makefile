@@ -82,7 +82,7 @@ profile: MORE = RUN FORMAT
 profile: ## where the time of a traced step goes  RUN=… (label or id) [FORMAT=terminal|csv|json]
 	@$(HARNESS) profile $(WORDS)
 calibrate: ## fit the formula of make speed-101 to what was measured; minutes
-	@$(CALIBRATE_HARNESS) calibrate
+	@$(CALIBRATE_HARNESS) calibrate $(WORDS)
 record: MORE = RUN
 record: ## keep a run in experiments/records  RUN=label
 	@$(HARNESS) record $(WORDS)

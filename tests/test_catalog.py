@@ -126,3 +126,9 @@ def test_a_half_size_companion_runs_on_half_the_gpus(half):
     assert whole.pp == 1 or half.model.num_layers // half.pp == whole.model.num_layers // whole.pp
     kept = ("vpp", "sequence_parallel", "cp_comm_type", "recompute", "sharding", "attention_backend")
     assert all(getattr(half, name) == getattr(whole, name) for name in kept)
+
+
+def test_all_to_all_shares_out_key_heads_too():
+    """32 query heads, 8 key heads over tp x cp = 16."""
+    with pytest.raises(UserError, match=r"num_query_groups 8 must divide by tp x cp = 4 x 4; try cp in \{1, 2\}"):
+        CATALOG.find("611").with_changes(tp=4, cp=4, dp=1, sequence_parallel=True, cp_comm_type="a2a")

@@ -39,7 +39,7 @@ def test_pieces_make_the_step(e, machine):
     assert all(ms >= 0 for ms in step.pieces.values())
     assert step.total == pytest.approx(sum(step.pieces.values())) and step.products > 0
     assert (step.bubble > 0) == (e.pp > 1)
-    assert (step.gradients > 0) == (e.dp * e.cp > 1)
+    assert (step.gradients > 0) == (e.dp * e.cp > 1 or (e.pp > 1 and not e.model.untie_embeddings))
     assert (step.exchange > 0) == (e.tp > 1 or e.pp > 1 or e.ep * e.etp > 1 or e.cp_comm_type != "p2p")
 
 
@@ -135,6 +135,68 @@ def test_the_slower_of_gpu_and_cpu_decides():
     assert fast.predict(e).launches < 0.1 < PUBLISHED.predict(e).launches
 
 
+def pieces(id_, settings="", **changes):
+    """The pieces of a step with ``changes`` to the experiment, and with ``model`` ones to its model."""
+    e = find(id_, settings)
+    model = e.model.model_copy(update=changes.pop("model", {}))
+    return PUBLISHED.predict(e.model_copy(update={"model": model} | changes))
+
+
+def test_tied_embeddings_are_summed_up_over_the_ends_of_a_pipeline():
+    tied, untied = pieces("408"), pieces("408", model={"untie_embeddings": True})
+    bytes_sent = 4 * 50304 * 3072
+    assert tied.gradients == pytest.approx(1e3 * bytes_sent / (PUBLISHED.constants.link_gb_s * 1e9))
+    assert untied.gradients == 0 and pieces("228").gradients == 0
+
+
+def test_embedding_and_output_layer_send_under_tensor_parallelism():
+    """48 layers send 2 sums each way; the embedding one forward, the output layer one backward, and the loss three numbers."""
+    link, exposed = PUBLISHED.constants.link_gb_s * 1e9, PUBLISHED.constants.tensor_exposed
+    e = find("281")
+    each = 9 / 8 * 2 * e.seq_length * e.micro_batch_size * e.model.hidden_size / link + step_time.MESSAGE_S
+    forward, backward = 2 * e.model.num_layers + 1, 2 * e.model.num_layers + 1
+    sent = forward * each + backward * each * exposed + 3 * step_time.MESSAGE_S
+    assert pieces("281").exchange == pytest.approx(1e3 * sent)
+    assert pieces("281").exchange - pieces("281", cross_entropy_fusion=True).exchange == pytest.approx(1e3 * step_time.MESSAGE_S)
+
+
+def test_sequence_parallelism_splits_tokens_before_they_are_routed():
+    """Experts exchange tokens: of tensor parallelism's sums, attention's are left."""
+    whole, split = pieces("502", "DP=1 GBS=4 EP=1"), pieces("502", "TP=8 SP=1 DP=1 GBS=4 EP=8")
+    assert split.products < whole.products / 5
+    e = find("502", "TP=8 SP=1 DP=1 GBS=4 EP=8")
+    link, tokens = PUBLISHED.constants.link_gb_s * 1e9, e.seq_length * e.micro_batch_size
+    gathered = 7 / 8 * 2 * tokens * e.model.hidden_size / link + step_time.MESSAGE_S
+    exchanged = 2 * tokens / 8 * 8 * e.model.hidden_size * 2 * 7 / 8 / link
+    sums = 2 * gathered * (1 + PUBLISHED.constants.tensor_exposed)
+    # with learned positions, embeddings are all-reduced
+    embedding = 9 / 8 * 2 * tokens * e.model.hidden_size / link + step_time.MESSAGE_S
+    ends = embedding + gathered + gathered + 2 * gathered * PUBLISHED.constants.tensor_exposed + 3 * step_time.MESSAGE_S
+    assert split.exchange == pytest.approx(1e3 * (e.model.num_layers * (sums + 2 * exchanged) + ends))
+
+
+def test_bf16_moments_and_gradients_move_less():
+    full, moments, both = (pieces("611", optimizer_state=state, gradients=gradients)
+                           for state, gradients in (("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16")))
+    assert full.optimizer > moments.optimizer > both.optimizer
+    assert full.gradients == moments.gradients == pytest.approx(both.gradients * 6 / 4)
+    assert full.passes == moments.passes > both.passes
+
+
+def test_fewer_key_heads_move_less_and_every_element_of_a_model_costs():
+    assert pieces("111", model={"num_query_groups": 5}).attention < pieces("111").attention
+    for element in ({"position_embedding": "rope"}, {"qk_norm": "head"}, {"attention_output_gate": True}, {"activation": "swiglu"}):
+        assert pieces("111", model=element).passes > pieces("111").passes
+    assert pieces("111", cross_entropy_fusion=True).passes < pieces("111").passes
+
+
+def test_recomputation_costs_what_is_done_again():
+    none, selective, full = (pieces("302", f"RECOMPUTE={how}") for how in ("none", "selective", "full"))
+    assert none.attention < selective.attention == full.attention
+    assert none.products == selective.products < full.products and none.passes < selective.passes < full.passes
+    assert unknown(find("111").model_copy(update={"recompute": "selective", "recompute_modules": ("mlp",)})) == ["recomputation of mlp"]
+
+
 def test_reducing_in_the_switch_sends_less():
     e = find("248")
     without = PUBLISHED.model_copy(update={"switch_reduces": False})
@@ -157,6 +219,20 @@ def test_faster_layouts_do_the_same_work_on_as_many_gpus(id_):
         assert made.model_copy(update={"overrides": {}}) == layout.experiment.model_copy(update={"overrides": {}})
         assert (made.world_size, made.global_batch_size, made.seq_length) == (e.world_size, e.global_batch_size, e.seq_length)
         assert verdict(predict(made), PUBLISHED.card) == "fits" and PUBLISHED.predict(made).total < now
+
+
+@pytest.mark.parametrize("id_", ["301", "642"])
+def test_what_may_not_fit_gets_every_layout_that_fits(id_):
+    e = find(id_)
+    assert verdict(predict(e), PUBLISHED.card) != "fits"
+    found = layouts.faster(e, PUBLISHED)
+    assert all(verdict(predict(layout.experiment), PUBLISHED.card) == "fits" for layout in found)
+    assert any(layout.step.total > PUBLISHED.predict(e).total for layout in found)
+
+
+def test_recomputation_of_the_catalogue_is_tried_before_everything_is_recomputed():
+    found = [layout.experiment.recompute for layout in layouts.faster(find("642"), MACHINES["h200"])]
+    assert {"none", "selective"} <= set(found)
 
 
 def test_layouts_keep_what_was_asked_for():
@@ -217,7 +293,7 @@ def test_the_commands(capsys):
     assert main(["speed", "281", "CARD=h100-80gb"]) == 0
     assert main(["faster", "420", "GPUS=4", "TP=4", "GBS=16", "MBS=4", "CARD=h200-141gb"]) == 0
     said = capsys.readouterr().out
-    assert "layouts that fit are faster" in said and "CARD=" not in said.partition("\n")[2]
+    assert "layouts of the same work that fit and are faster: " in said and "CARD=" not in said.partition("\n")[2]
     assert main(["faster", "101"]) == 0
     assert "no layout that fits is faster" in capsys.readouterr().out
 
@@ -242,3 +318,49 @@ def test_a_file_of_constants_that_makes_no_sense(tmp_path):
     path.write_text("mine: {gpu: h100-80gb, measured_by: records, switch_reduces: true, constants: {links_gb_s: 1}}")
     with pytest.raises(UserError, match=r"link_gb_s"):
         calibrations.load(path)
+
+
+@pytest.mark.parametrize(("entry", "complaint"), [
+    ("{gpu: h111, measured_by: records, switch_reduces: true}", "'h111': unknown GPU"),
+    ("{gpu: v100-16gb, measured_by: records, switch_reduces: true}", "has no bf16"),
+    ("{gpu: h200-141gb, measured_by: records, switch_reduces: true, like: theirs}", "no entry further up is called so"),
+    ("{gpu: h200-141gb, measured_by: records, switch_reduces: true, like: mine}", "no entry further up is called so"),
+    ("{gpu: h200-141gb, measured_by: records, switch_reduces: true, rows: {'101': {measured_ms: 0, predicted_ms: 1, left_out_ms: 1}}}",
+     "greater than 0"),
+    ("3", "mine: expected key: value pairs, found 3"),
+])
+def test_an_entry_that_makes_no_sense(tmp_path, entry, complaint):
+    path = tmp_path / "calibrations.yaml"
+    path.write_text(f"first: {{gpu: h100-80gb, measured_by: records, switch_reduces: true}}\nmine: {entry}\n"
+                    "theirs: {gpu: h100-80gb, measured_by: records, switch_reduces: true}\n")
+    with pytest.raises(UserError, match=complaint):
+        calibrations.load(path)
+
+
+def test_of_two_entries_for_a_card_the_last_that_was_fitted_counts(monkeypatch):
+    mine = PUBLISHED.model_copy(update={"measured_by": "records"})
+    monkeypatch.setattr(calibrations, "load", lambda: MACHINES | {"mine": mine.model_copy(update={"rows": {}})})
+    assert calibrations.machine_of(PUBLISHED.card) is PUBLISHED
+    monkeypatch.setattr(calibrations, "load", lambda: MACHINES | {"mine": mine})
+    assert calibrations.machine_of(PUBLISHED.card) is mine
+
+
+@pytest.mark.parametrize(("entry", "complaint"), [
+    ("{gpu: a100-80gb, measured_by: records, switch_reduces: true}", "records has no step on NVIDIA A100-SXM4-80GB"),
+    ("{gpu: a100-80gb, measured_by: h100-tutorial, switch_reduces: true}", "h100-tutorial has no step on NVIDIA A100-SXM4-80GB"),
+    ("{gpu: h100-80gb, measured_by: h100-tutorials, switch_reduces: true}", "no references called h100-tutorials"),
+])
+def test_a_machine_without_steps_is_refused_before_anything_is_fitted(tmp_path, entry, complaint, monkeypatch):
+    monkeypatch.setattr(calibrate, "fit_machine", None)
+    monkeypatch.setattr(calibrate, "find_spec", lambda _: True)
+    path = tmp_path / "calibrations.yaml"
+    path.write_text(before := f"mine: {entry}\n")
+    with pytest.raises(UserError, match=complaint):
+        calibrate.calibrate(RECORDS, path)
+    assert path.read_text() == before
+
+
+def test_without_scipy_nothing_is_fitted(monkeypatch, capsys):
+    monkeypatch.setattr(calibrate, "find_spec", lambda _: None)
+    assert main(["calibrate"]) == 2
+    assert "SciPy is not installed" in capsys.readouterr().err

@@ -11,14 +11,17 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from harness import rundir
+from harness.errors import UserError
 from harness.evidence.records import same_work
 from harness.evidence.results import References, Row, collect_records, load_references
 from harness.experiment import calibrations, step_time
 from harness.experiment.calibrations import Fitted, Machine
 from harness.experiment.catalog import Catalog, Experiment, load_catalog
+from harness.experiment.hardware import find_gpu
 from harness.experiment.step_time import Calibration
 
 NAMES = tuple(Calibration.model_fields)
@@ -49,14 +52,23 @@ class Measured:
 def calibrate(records: Path, path: Path = calibrations.FILE) -> dict[str, Machine]:
     """Fit every machine anew, write ``path`` and return them.
 
-    Raises UserError where records or references cannot be read.
+    Raises UserError where records or references cannot be read, a machine has no measured step, or SciPy is missing.
     """
+    if find_spec("scipy") is None:
+        raise UserError("SciPy is not installed, which fits the constants: scripts/setup.sh calibrate")
     catalog, references = load_catalog(), load_references()
     rows = collect_records(records, references).rows
+    machines = calibrations.load(path)
+    steps = {name: steps_of(machine, rows, references, catalog) for name, machine in machines.items()}
+    for name, machine in machines.items():
+        if not steps[name]:
+            raise UserError(f"{path.name}: {name}: {machine.measured_by} has no step on {machine.card.name} "
+                            "that the formula covers\n"
+                            f"make record RUN=… keeps runs of yours; or take {name} out of the file")
     fitted: dict[str, Machine] = {}
-    for name, machine in calibrations.load(path).items():
+    for name, machine in machines.items():
         print(f"{name}: fitting, once for every experiment that is left out …", file=sys.stderr)
-        fitted[name] = fit_machine(machine, fitted.get(machine.like or ""), steps_of(machine, rows, references, catalog))
+        fitted[name] = fit_machine(machine, fitted[machine.like] if machine.like else None, steps[name])
     rundir.write_text(path, render(fitted))
     calibrations.load.cache_clear()
     return fitted
@@ -117,7 +129,8 @@ def _recorded(machine: Machine, rows: Sequence[Row], catalog: Catalog) -> Iterat
 
 
 def _published(machine: Machine, references: References, catalog: Catalog) -> Iterator[Measured]:
-    for row in references.group(machine.measured_by).rows:
+    group = references.group(machine.measured_by)
+    for row in group.rows if find_gpu(group.gpu) == machine.card else ():
         if row.id and row.step_ms and not row.variant and not row.in_doubt:
             yield Measured(row.id, catalog.find(row.stands_for or row.id), row.step_ms)
 
@@ -141,4 +154,4 @@ def render(machines: Mapping[str, Machine]) -> str:
 def _yaml(value: object) -> str:
     if isinstance(value, dict):
         return f"{{{', '.join(f'{key}: {item}' for key, item in value.items())}}}"
-    return str(value).lower()
+    return str(value).lower() if isinstance(value, bool) else str(value)

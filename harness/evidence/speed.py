@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from harness.errors import UserError
+from harness.errors import UserError, nearest
 from harness.evidence import markdown
 from harness.evidence.memory import cards_of, gpus_of
 from harness.evidence.records import same_work
 from harness.evidence.results import Reference, ReferenceGroup, References, Row, collect_records, load_references
-from harness.experiment import calibrations, overrides
-from harness.experiment.calibrations import Machine, load, machine_of
+from harness.experiment import overrides
+from harness.experiment.calibrations import Machine, fitted, machine_of
 from harness.experiment.catalog import Catalog, Experiment, load_catalog
 from harness.experiment.fit import verdict
 from harness.experiment.flops import mfu, tflops_per_gpu
@@ -40,10 +40,10 @@ def print_speed(id_: str, settings: Mapping[str, str], records: Path) -> int:
     Raises UserError where the experiment or a setting makes no sense, or no constants cover it.
     """
     e = _known(overrides.apply(load_catalog().find(id_), settings))
-    references = load_references()
+    machines, references = _machines(e), load_references()
     rows = collect_records(records, references).rows
     print(f"{e.label}: {e.model.name}, {e.layout}{_gpus(e)}")
-    for machine in _machines(e):
+    for machine in machines:
         step = machine.predict(e)
         print(f"\nms of a step on {machine.card.name}, by formula")
         print(*_pieces(step), sep="\n")
@@ -56,20 +56,21 @@ def print_speed(id_: str, settings: Mapping[str, str], records: Path) -> int:
 
 
 def print_faster(id_: str, settings: Mapping[str, str]) -> int:
-    """Print the layouts of the same work over the same GPUs that are faster by formula and fit.
+    """Print the layouts of the same work over the same GPUs that fit and are faster by formula, or fit at all.
 
     Raises UserError as ``print_speed``.
     """
     e = _known(overrides.apply(load_catalog().find(id_), settings))
+    machines = _machines(e)
     print(f"{e.label}: {e.model.name}, {e.layout}{_gpus(e)}")
-    for machine in _machines(e):
-        now, found = machine.predict(e).total, faster(e, machine)
-        fits = "" if verdict(predict(e), machine.card) != "does not fit" else ", which does not fit"
-        print(f"\n{machine.card.name}: {now:,.0f} ms by formula{fits}")
+    for machine in machines:
+        now, found, fits = machine.predict(e).total, faster(e, machine), verdict(predict(e), machine.card)
+        print(f"\n{machine.card.name}: {now:,.0f} ms by formula; it {fits}")
         if not found:
-            print("  no layout that fits is faster")
+            print("  no layout that fits is faster" if fits == "fits" else "  no other layout fits")
             continue
-        print(f"  {len(found)} layouts that fit are faster, first\n  {'ms':>7} {'of it':>6} {'GiB':>6}  same work")
+        print(f"  layouts of the same work that fit{' and are faster' * (fits == 'fits')}: {len(found)}; fastest first")
+        print(f"  {'ms':>7} {'of now':>6} {'GiB':>6}")
         for layout in found[:SHOWN]:
             ms, gib = layout.step.total, layout.memory.total
             print(f"  {ms:7,.0f} {ms / now:6.2f} {gib:6.1f}  make {e.id} {layout.settings}")
@@ -107,7 +108,7 @@ def faster_table(catalog: Catalog, name: str, ids: Sequence[str]) -> str:
 
 def machines_table() -> str:
     """Markdown: the constants of every machine, and how good they are."""
-    machines = load()
+    machines = fitted()
     lines = [[f"`{name}`", *(f"{getattr(machine.constants, name):.3g}" for machine in machines.values())]
              for name in Calibration.model_fields]
     lines.append(["rows", *(str(len(machine.rows)) for machine in machines.values())])
@@ -149,16 +150,15 @@ def _machines(e: Experiment) -> list[Machine]:
     machines = [machine for card in cards if (machine := machine_of(card))]
     if not machines:
         raise UserError(f"no steps on {_names(cards)} were measured to calibrate the formula; CARD= may be "
-                        f"{', '.join(machine.gpu for machine in load().values())}\n"
+                        f"{', '.join(dict.fromkeys(machine.gpu for machine in fitted().values()))}\n"
                         "records of your own runs (make record) calibrate it: docs/step-time.md")
     return machines
 
 
 def _machine(name: str) -> Machine:
-    machine = next((machine for machine in calibrations.load().values() if machine.gpu == name), None)
-    if machine is None:
-        raise UserError(f"no calibrated machine has {name}; there are {', '.join(m.gpu for m in load().values())}")
-    return machine
+    if name not in fitted():
+        raise UserError(f"no machine is called {name}; {nearest(name, fitted())}")
+    return fitted()[name]
 
 
 def _names(cards: Sequence[Gpu]) -> str:

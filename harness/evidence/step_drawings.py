@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import cycle
 from typing import TYPE_CHECKING
 
 from harness.evidence.diagrams import (
@@ -18,7 +19,7 @@ from harness.evidence.diagrams import (
     WEIGHTS,
     Drawing,
 )
-from harness.experiment.calibrations import load
+from harness.experiment.calibrations import fitted
 
 if TYPE_CHECKING:
     from harness.evidence.facts import Facts
@@ -34,7 +35,7 @@ RANGE = (0.7, 1.35)
 
 def shares(facts: Facts) -> Drawing:
     """Published rows, one of each kind: the shares of a step by formula."""
-    machine = load()[PUBLISHED]
+    machine = fitted()[PUBLISHED]
     d = Drawing(860, 62 + 30 * len(SHOWN) + 46, "Where the time of a step goes, by formula")
     d.head(24, 28, f"Shares of a step on {machine.card.name}, by formula; on the right ms, by formula and as published")
     x0, width = 200, 500
@@ -74,7 +75,7 @@ def unseen(facts: Facts) -> Drawing:
         d.text(x, bottom + 18, f"{ms:,}", size=11, colour=QUIET, anchor="middle")
     d.text((left + right) / 2, bottom + 36, "measured, ms a step", size=11, colour=QUIET, anchor="middle")
     entries = []
-    for colour, machine in zip((RANKS[0], RANKS[1]), load().values(), strict=True):
+    for colour, machine in zip(cycle(RANKS), fitted().values()):
         for name, row in machine.rows.items():
             ratio = row.left_out_ms / row.measured_ms
             x, y = place(row.measured_ms, ratio)

@@ -11,11 +11,11 @@ from statistics import median
 from pydantic import BaseModel, ConfigDict
 
 from harness import yaml_files
-from harness.errors import UserError
+from harness.errors import UserError, nearest
 from harness.experiment import step_time
 from harness.experiment.catalog import EXPERIMENTS, Experiment
-from harness.experiment.hardware import Gpu, find_gpu
-from harness.experiment.step_time import Calibration, StepTime
+from harness.experiment.hardware import Gpu, find_gpu, known_gpus
+from harness.experiment.step_time import Calibration, Positive, StepTime
 from harness.experiment.timeline import Times
 
 FILE = EXPERIMENTS / "calibrations.yaml"
@@ -26,9 +26,9 @@ class Fitted(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    measured_ms: float
-    predicted_ms: float
-    left_out_ms: float
+    measured_ms: Positive
+    predicted_ms: Positive
+    left_out_ms: Positive
     """By constants fitted without this row, and without others of the same experiment."""
 
 
@@ -44,15 +44,19 @@ class Machine(BaseModel):
     switch_reduces: bool
     """Whether the NVLink switch adds up all-reduces (NVLS)."""
     like: str | None = None
-    """The machine whose constants stay where its own steps say nothing."""
+    """The machine, further up in the file, whose constants stay where its own steps say nothing."""
     constants: Calibration = Calibration()
     rows: dict[str, Fitted] = {}
+    """Empty until ``make calibrate`` has fitted the constants."""
 
     @cached_property
     def card(self) -> Gpu:
+        """The GPU's data. Raises UserError where no GPU is called so, or it has no bf16."""
         gpu = find_gpu(self.gpu)
         if gpu is None:
-            raise UserError(f"{FILE.name}: no GPU is called {self.gpu}")
+            raise UserError(f"gpu = {self.gpu!r}: unknown GPU; {nearest(self.gpu, known_gpus())}")
+        if gpu.bf16 is None:
+            raise UserError(f"gpu = {self.gpu!r}: {gpu.name} has no bf16, and steps are predicted in bf16 only")
         return gpu
 
     def predict(self, e: Experiment) -> StepTime:
@@ -64,7 +68,7 @@ class Machine(BaseModel):
         return step_time.stage_times(e, self.card, self.constants, switch_reduces=self.switch_reduces)
 
     def misses(self) -> tuple[float, float, float]:
-        """How far off it is for rows that it has not seen, relative: half of them, nine in ten, all stay below."""
+        """How far off it is for rows that it has not seen, relative: half of them, nine in ten, all stay within."""
         off = sorted(abs(row.left_out_ms / row.measured_ms - 1) for row in self.rows.values())
         return median(off), off[math.ceil(0.9 * len(off)) - 1], off[-1]
 
@@ -77,8 +81,24 @@ class Machine(BaseModel):
 @cache
 def load(path: Path = FILE) -> Mapping[str, Machine]:
     """Every machine by its name. Raises UserError where the file makes no sense."""
-    return {name: yaml_files.build(Machine, yaml_files.mapping(fields, name), f"{path.name}: {name}")
-            for name, fields in yaml_files.read(path).items()}
+    machines: dict[str, Machine] = {}
+    for key, fields in yaml_files.read(path).items():
+        name, where = str(key), f"{path.name}: {key}"
+        machine = machines[name] = yaml_files.build(Machine, yaml_files.mapping(fields, where), where)
+        try:
+            _ = machine.card
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        above = [other for other in machines if other != name]
+        if machine.like is not None and machine.like not in above:
+            raise UserError(f"{where}: like = {machine.like!r}: no entry further up is called so; "
+                            f"{nearest(machine.like, above)}")
+    return machines
+
+
+def fitted() -> Mapping[str, Machine]:
+    """The machines that ``make calibrate`` has fitted."""
+    return {name: machine for name, machine in load().items() if machine.rows}
 
 
 def in_a_line(e: Experiment, card: Gpu) -> str | None:
@@ -90,5 +110,5 @@ def in_a_line(e: Experiment, card: Gpu) -> str | None:
 
 
 def machine_of(card: Gpu) -> Machine | None:
-    """The machine with cards of this kind, where one was calibrated."""
-    return next((machine for machine in load().values() if machine.card == card), None)
+    """The machine with cards of this kind, where one was calibrated; of several, the last in the file."""
+    return next((machine for machine in reversed(fitted().values()) if machine.card == card), None)

@@ -69,6 +69,9 @@ def _violations(e: Experiment) -> Iterator[str]:
     if e.cp > 1 and e.cp_comm_type == "a2a" and heads % (e.tp * e.cp):
         yield (f"a2a shares heads out over cp: num_attention_heads {heads} must divide by tp x cp = {e.tp} x {e.cp}; "
                f"{_try('cp', _divisors(max(heads // e.tp, 1)), e.cp)}, or cp_comm_type p2p")
+    elif e.cp > 1 and e.cp_comm_type == "a2a" and (m.num_query_groups or heads) % (e.tp * e.cp):
+        yield (f"a2a shares heads out over cp: num_query_groups {m.num_query_groups} must divide by tp x cp = "
+               f"{e.tp} x {e.cp}; {_try('cp', _divisors(max(m.num_query_groups // e.tp, 1)), e.cp)}, or cp_comm_type p2p")
     if e.sequence_parallel and e.tp == 1:
         yield "sp splits activations over tp, but tp = 1; set tp > 1 or sp: false"
     if e.sequence_parallel and e.seq_length // e.cp % e.tp:

@@ -32,14 +32,13 @@ class Layout:
 def faster(e: Experiment, machine: Machine) -> list[Layout]:
     """What fits ``machine``'s cards and by formula is faster than ``e``, fastest first; of layouts as fast, the smallest.
 
-    Of those that differ in virtual stages alone, the fastest.
-
-    Full recomputation is tried where a layout does not fit without it.
+    Where ``e`` may not fit itself: what fits. Of those that differ in virtual stages alone, the fastest. What does not fit
+    without recomputation is tried with that of the catalogue, and with full recomputation.
     """
-    now = machine.predict(e).total
-    found = []
+    now = machine.predict(e).total if verdict(predict(e), machine.card) == "fits" else math.inf
+    found, listed = [], load_catalog().find(e.id)
     for layout in layouts(e):
-        fitting = next((way for way in (layout, _recomputed(layout)) if verdict(predict(way), machine.card) == "fits"), None)
+        fitting = next((way for way in _recomputed(layout, listed) if verdict(predict(way), machine.card) == "fits"), None)
         if fitting and (step := machine.predict(fitting)).total < now:
             found.append(Layout(fitting, predict(fitting), step))
     best: dict[str, Layout] = {}
@@ -52,7 +51,8 @@ def layouts(e: Experiment) -> Iterator[Experiment]:
     """``e`` with other tensor, pipeline, context and expert parallel sizes, virtual stages, micro-batches and sharding.
 
     On as many GPUs, with as many samples a step, without recomputation; sequence parallelism goes with tensor
-    parallelism. Those that its sizes do not admit are left out.
+    parallelism, experts are whole, and context parallelism exchanges as it does in ``e``. Those that its sizes do not
+    admit are left out.
     """
     ranks, listed = e.world_size, load_catalog().find(e.id)
     given = {key: value for key, value in e.overrides.items() if key not in ("DP", "SP", "VPP")}
@@ -63,7 +63,7 @@ def layouts(e: Experiment) -> Iterator[Experiment]:
         for ep in _divisors(math.gcd(e.model.num_experts, ranks // pp)) if e.model.num_experts else (1,):
             for mbs in _divisors(e.global_batch_size // dp):
                 for vpp in _divisors(e.model.num_layers // pp) if pp > 1 else (1,):
-                    for sharding in ("no_shard", "optim") if dp * cp > 1 else ("no_shard",):
+                    for sharding in ("no_shard", "optim") if dp * cp > 1 else (e.sharding,):
                         more = {"EP": ep, "ETP": 1, "MBS": mbs, "SHARDING": sharding} | ({"VPP": vpp} if pp > 1 else {})
                         if layout := _applied(listed, axes | more):
                             yield layout
@@ -77,8 +77,12 @@ def _axes(ranks: int) -> Iterator[tuple[int, int, int, int]]:
                 yield tp, pp, cp, ranks // (tp * pp * cp)
 
 
-def _recomputed(e: Experiment) -> Experiment:
-    return overrides.apply(e, {"RECOMPUTE": "full"}).model_copy(update={"overrides": e.overrides | {"RECOMPUTE": "full"}})
+def _recomputed(layout: Experiment, listed: Experiment) -> Iterator[Experiment]:
+    """``layout``, then with ever more recomputation; ``listed`` is the experiment as in the catalogue."""
+    yield layout
+    for how in dict.fromkeys((listed.recompute, "full")):
+        if how != "none":
+            yield overrides.apply(listed, layout.overrides | {"RECOMPUTE": how})
 
 
 def _applied(e: Experiment, settings: dict[str, int | str]) -> Experiment | None:

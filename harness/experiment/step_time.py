@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from harness.experiment.catalog import Experiment
     from harness.experiment.hardware import Gpu
 
-Share = Annotated[float, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 MULTIPROCESSORS = 132
 """Of a Hopper GPU with SXM; no other kind was calibrated."""
@@ -55,45 +56,45 @@ class Calibration(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    matrix_share: Share = 0.7
+    matrix_share: Positive = 0.7
     """Of the peak, what matrix products reach in whole waves of tiles."""
-    bandwidth_share: Share = 0.7
+    bandwidth_share: Positive = 0.7
     """Of the memory bandwidth, what everything else reaches."""
-    score_forward_ps: Share = 1.0
+    score_forward_ps: Positive = 1.0
     """Attention, besides its products: exponential and dropout of one score, in picoseconds."""
-    score_backward_ps: Share = 2.0
-    no_dropout_share: Share = 0.5
+    score_backward_ps: Positive = 2.0
+    no_dropout_share: Positive = 0.5
     """Of these, what is left without dropout."""
-    link_gb_s: Share = 330
+    link_gb_s: Positive = 330
     """What a rank sends in a second to the others of its node, while they send to it."""
-    tensor_exposed: Share = 0.7
+    tensor_exposed: Positive = 0.7
     """Of what tensor parallelism sends in the backward pass, how much is not hidden behind the weights' gradients."""
-    gradients_exposed: Share = 0.3
+    gradients_exposed: Positive = 0.3
     """Of what the distributed optimizer sends, how much is not hidden behind the passes."""
-    experts_share: Share = 0.6
+    experts_share: Positive = 0.6
     """Of the matrix products' speed, what products of grouped experts reach."""
-    routed_passes: Share = 1.0
+    routed_passes: Positive = 1.0
     """Bytes that permuting and weighting routed tokens reads and writes, against the count by hand."""
-    forward_launch_ms: Share = 0.9
+    forward_launch_ms: Positive = 0.9
     """The CPU's time for a layer's forward pass."""
-    backward_launch_ms: Share = 1.3
-    collective_launch_ms: Share = 0.1
-    context_launch_ms: Share = 1.0
+    backward_launch_ms: Positive = 1.3
+    collective_launch_ms: Positive = 0.1
+    context_launch_ms: Positive = 1.0
     """Context parallelism, beside its exchanges, a layer and pass."""
-    ring_launch_ms: Share = 0.2
+    ring_launch_ms: Positive = 0.2
     """One turn of the ring."""
-    router_launch_ms: Share = 1.0
-    expert_launch_ms: Share = 0.02
+    router_launch_ms: Positive = 1.0
+    expert_launch_ms: Positive = 0.02
     """One expert of a rank, a layer's forward pass; twice as much backward."""
-    stage_launch_ms: Share = 5.0
+    stage_launch_ms: Positive = 5.0
     """Plain pipelines: a pass's message, and the wait for it (batch_p2p_sync in p2p_communication.py)."""
-    chunk_launch_ms: Share = 3.0
+    chunk_launch_ms: Positive = 3.0
     """Interleaved pipelines, a virtual stage's pass: its message overlaps."""
-    step_launch_ms: Share = 15.0
-    """Once a step, hidden where the GPU has work."""
-    step_ms: Share = 5.0
+    step_launch_ms: Positive = 15.0
+    """Once a step, before its first forward pass; hidden where the GPU has work."""
+    step_ms: Positive = 5.0
     """Once a step, never hidden: the optimizer's launches, the norm's way to the CPU."""
-    overlap: Share = 2.5
+    overlap: Positive = 2.5
     """How sharply the slower of GPU and CPU decides: 1 + the exponent of their norm."""
 
 
@@ -194,33 +195,25 @@ class _Machine:
         self.weight_gradient_bytes = 4 + 2 * self.gradient_bytes  # in bf16 written, read, and added to the sum (no Apex)
 
     def step(self) -> StepTime:
-        e = self.e
-        passes = [self.stage(stage) for stage in range(e.pp)]
-        if e.pp == 1:
-            forward, backward = passes[0]
-            first = forward + _Work(launches=self.c.step_launch_ms / 1e3)
-            work = (forward + backward) * e.num_microbatches
-            busy = self.together(first) + self.together(forward) * (e.num_microbatches - 1)
-            busy += self.together(backward) * e.num_microbatches
-            end = busy
-        else:
-            times = self.stage_times()
-            each = [forward + backward for forward, backward in zip(times.forward, times.backward, strict=True)]
-            slowest = max(range(e.pp), key=each.__getitem__)
-            work = (passes[slowest][0] + passes[slowest][1]) * e.num_microbatches
-            busy = each[slowest] * e.num_microbatches
-            end = timeline.simulate(e.num_microbatches, times, e.vpp).end
+        e, m, times = self.e, self.e.num_microbatches, self.stage_times()
+        each = [forward + backward for forward, backward in zip(times.forward, times.backward, strict=True)]
+        slowest = max(range(e.pp), key=each.__getitem__)
+        work = sum(self.stages[slowest], _Work()) * m
+        first, _ = self.stages[0]
+        begins = self.together(first + _Work(launches=self.c.step_launch_ms / 1e3)) - self.together(first)
+        busy = each[slowest] * m
+        end = timeline.simulate(m, times, e.vpp).end if e.pp > 1 else busy
         seconds = StepTime(
             products=work.products, attention=work.attention, passes=work.passes, exchange=work.exchange,
-            launches=busy - work.gpu, bubble=end - busy, gradients=self.gradients(),
+            launches=busy - work.gpu + begins, bubble=end - busy, gradients=self.gradients(),
             optimizer=self.optimizer() + self.c.step_ms / 1e3,
         )
         return StepTime(**{name: 1e3 * part for name, part in seconds.pieces.items()})
 
     def stage_times(self, unit: float = 1.0) -> timeline.Times:
         """Each stage's passes of a micro-batch, in ``1 / unit`` seconds."""
-        passes = [self.stage(stage) for stage in range(self.e.pp)]
-        return timeline.Times(*(tuple(unit * self.together(each) for each in side) for side in zip(*passes, strict=True)))
+        sides = zip(*self.stages, strict=True)
+        return timeline.Times(*(tuple(unit * self.together(each) for each in side) for side in sides))
 
     def together(self, work: _Work) -> float:
         """GPU and CPU run side by side: the slower one's time, a little more where they are alike."""
@@ -228,12 +221,13 @@ class _Machine:
         power = 1 + self.c.overlap
         return slow * (1 + (fast / slow) ** power) ** (1 / power)
 
-    def stage(self, stage: int) -> tuple[_Work, _Work]:
-        """The passes of one micro-batch through all layers of a stage, forward and backward."""
-        e = self.e
-        forward, backward = (work * (e.model.num_layers / e.pp) for work in self.layer())
-        parts = [self.embedding] * (stage == 0) + [self.output] * (stage == e.pp - 1) + [self.messages] * (e.pp > 1)
-        return _added(forward, backward, parts)
+    @cached_property
+    def stages(self) -> list[tuple[_Work, _Work]]:
+        """The passes of one micro-batch through all layers of each pipeline stage, forward and backward."""
+        pp = self.e.pp
+        forward, backward = (work * (self.e.model.num_layers / pp) for work in self.layer())
+        return [_added(forward, backward, [self.embedding] * (stage == 0) + [self.output] * (stage == pp - 1)
+                       + [self.messages] * (pp > 1)) for stage in range(pp)]
 
     def embedding(self) -> tuple[_Work, _Work]:
         """Words, positions, dropout. Each tensor parallel rank has a slice of the vocabulary and sums up what all found.
@@ -317,7 +311,7 @@ class _Machine:
         e, m = self.e, self.e.model
         seen = e.seq_length / 2
         if m.window_size and m.window_size < e.seq_length:
-            seen = (seen + m.window_size) / 2
+            seen = (seen + m.window_size * (1 - m.window_size / (2 * e.seq_length))) / 2  # every other layer
         scores = self.tokens * seen * m.num_attention_heads / e.tp
         products = 4 * math.ceil(m.head_size / 64) * 64 * scores / self.rate
         each = 1e-12 * scores * (1 if m.dropout else self.c.no_dropout_share)
