@@ -1,6 +1,6 @@
 # Generated from experiments/*.yaml and harness/experiment/overrides.py by `make targets`; a test keeps it fresh.
 # Every target is spelled out, one a line, because zsh completes from this text and bash from make's database.
-SETTINGS := STEPS GPUS DP TP SP PP VPP CP EP ETP MBS GBS SEQ RECOMPUTE OPTIMIZER OPTIMIZER_STATE SHARDING NODES DATA SPLIT WEIGHTS LORA_RANK LORA_ALPHA LORA_DROPOUT LORA_TARGETS LR MIN_LR LR_DECAY LR_WARMUP EVAL_EVERY EVAL_STEPS UNTIL LOAD CARD PROFILE ARGS DEVICE DRY_RUN GPUS_IDS OUTDIR NODE_RANK RENDEZVOUS SLURM PARTITION ACCOUNT TIME SAVE SAVE_EVERY KEEP RESUME WANDB WANDB_PROJECT WANDB_ENTITY WANDB_NAME HANG PACK FORCE
+SETTINGS := STEPS GPUS DP TP SP PP VPP CP CP_COMM_TYPE EP ETP MBS GBS SEQ RECOMPUTE OPTIMIZER OPTIMIZER_STATE SHARDING NODES DATA SPLIT WEIGHTS LORA_RANK LORA_ALPHA LORA_DROPOUT LORA_TARGETS LR MIN_LR LR_DECAY LR_WARMUP EVAL_EVERY EVAL_STEPS UNTIL LOAD CARD PROFILE ARGS DEVICE DRY_RUN GPUS_IDS OUTDIR NODE_RANK RENDEZVOUS SLURM PARTITION ACCOUNT TIME SAVE SAVE_EVERY KEEP RESUME WANDB WANDB_PROJECT WANDB_ENTITY WANDB_NAME HANG PACK FORCE
 ##@ What is run:  make 101 KEY=VALUE …
 #STEPS=20 ## training steps (published: 100; CPU default: 20)
 #GPUS=4 ## GPUs in all; data parallelism follows: dp = GPUS / (tp x pp x cp)
@@ -10,6 +10,7 @@ SETTINGS := STEPS GPUS DP TP SP PP VPP CP EP ETP MBS GBS SEQ RECOMPUTE OPTIMIZER
 #PP=4 ## pipeline-parallel size
 #VPP=3 ## virtual stages on each pipeline rank
 #CP=2 ## context-parallel size
+#CP_COMM_TYPE=a2a ## what context parallelism exchanges: p2p (a ring), all_gather, or a2a (heads)
 #EP=4 ## expert-parallel size
 #ETP=2 ## expert tensor-parallel size
 #MBS=2 ## micro-batch size, in sequences

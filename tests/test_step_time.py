@@ -244,6 +244,14 @@ def test_layouts_keep_what_was_asked_for():
     assert all(math.prod(way) == 4 for way in sizes)
 
 
+def test_layouts_exchange_keys_and_values_in_every_way():
+    """One sample cannot be dealt out to replicas; 308's ring over eight GPUs waits for launches, all-to-all less."""
+    e = find("308", "GBS=1 MBS=1")
+    ways = {way.cp_comm_type for way in layouts.layouts(e) if way.cp == 8}
+    assert ways == {"p2p", "all_gather", "a2a"}
+    assert any("CP_COMM_TYPE=a2a" in layout.settings for layout in layouts.faster(e, PUBLISHED))
+
+
 def test_nothing_is_faster_on_one_gpu():
     assert layouts.faster(find("101"), PUBLISHED) == []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import get_args
 
 from harness.errors import UserError
 from harness.experiment import overrides
@@ -13,6 +14,8 @@ from harness.experiment.catalog import Experiment, load_catalog
 from harness.experiment.fit import verdict
 from harness.experiment.memory import Memory, predict
 from harness.experiment.step_time import StepTime
+
+CP_COMM_TYPES = get_args(Experiment.model_fields["cp_comm_type"].annotation)
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,8 @@ def layouts(e: Experiment) -> Iterator[Experiment]:
     """``e`` with other tensor, pipeline, context and expert parallel sizes, virtual stages, micro-batches and sharding.
 
     On as many GPUs, with as many samples a step, without recomputation; sequence parallelism goes with tensor
-    parallelism, experts are whole, and context parallelism exchanges as it does in ``e``. Those that its sizes do not
-    admit are left out.
+    parallelism, context parallelism exchanges in every way, and experts are whole. Those that its sizes do not admit are
+    left out.
     """
     ranks, listed = e.world_size, load_catalog().find(e.id)
     given = {key: value for key, value in e.overrides.items() if key not in ("DP", "SP", "VPP")}
@@ -64,9 +67,10 @@ def layouts(e: Experiment) -> Iterator[Experiment]:
             for mbs in _divisors(e.global_batch_size // dp):
                 for vpp in _divisors(e.model.num_layers // pp) if pp > 1 else (1,):
                     for sharding in ("no_shard", "optim") if dp * cp > 1 else (e.sharding,):
-                        more = {"EP": ep, "ETP": 1, "MBS": mbs, "SHARDING": sharding} | ({"VPP": vpp} if pp > 1 else {})
-                        if layout := _applied(listed, axes | more):
-                            yield layout
+                        for way in CP_COMM_TYPES if cp > 1 else (e.cp_comm_type,):
+                            more = {"EP": ep, "ETP": 1, "MBS": mbs, "SHARDING": sharding, "CP_COMM_TYPE": way}
+                            if layout := _applied(listed, axes | more | ({"VPP": vpp} if pp > 1 else {})):
+                                yield layout
 
 
 def _axes(ranks: int) -> Iterator[tuple[int, int, int, int]]:

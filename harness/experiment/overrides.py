@@ -34,6 +34,7 @@ EXPERIMENT_SETTINGS = (
     Setting("PP", "4", "pipeline-parallel size"),
     Setting("VPP", "3", "virtual stages on each pipeline rank"),
     Setting("CP", "2", "context-parallel size"),
+    Setting("CP_COMM_TYPE", "a2a", "what context parallelism exchanges: p2p (a ring), all_gather, or a2a (heads)"),
     Setting("EP", "4", "expert-parallel size"),
     Setting("ETP", "2", "expert tensor-parallel size"),
     Setting("MBS", "2", "micro-batch size, in sequences"),
@@ -104,7 +105,7 @@ _RATES = {"LR": "lr", "MIN_LR": "min_lr"}
 PROFILED_STEPS = (8, 9)
 """What PROFILE=1 traces: compilation, tuning and the allocator's growth are over by then."""
 _CHOICES = {"RECOMPUTE": "recompute", "SHARDING": "sharding", "OPTIMIZER": "optimizer", "OPTIMIZER_STATE": "optimizer_state",
-            "LR_DECAY": "lr_decay"}
+            "LR_DECAY": "lr_decay", "CP_COMM_TYPE": "cp_comm_type"}
 _TEXTS = {"DATA": "data", "SPLIT": "split", "LOAD": "load", "WEIGHTS": "weights"}
 
 
