@@ -9,6 +9,7 @@ well, because Adam hides a factor that is wrong in all of them alike.
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -17,6 +18,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
@@ -100,8 +102,7 @@ class Run:
 
         self.folder.mkdir(parents=True)
         self._started_s = time.monotonic()
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
+        port = _free_port()
         for rank in range(self.ranks):
             pid = warm.fork()
             if pid == 0:
@@ -145,6 +146,18 @@ class Run:
     def _first_error(self) -> str | None:
         errors = sorted(RunDir(self.folder).read_rank_errors(), key=lambda error: error.time)
         return next((f"rank {e.rank}: {e.type}: {e.message[:200]}" for e in errors), None)
+
+
+def _free_port() -> int:
+    """A port that nobody listens on, below those that the system hands out: of these gloo takes some at any moment."""
+    try:
+        lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except OSError:
+        lowest = 32768
+    while True:
+        port = max(lowest, 20_000) - 1 - secrets.randbelow(10_000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def main(only: Collection[str] | None = None) -> int:

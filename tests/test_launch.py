@@ -46,10 +46,11 @@ def run(plan, **kwargs) -> tuple[launch.Finished, str]:
 
 
 def start(outdir: Path, *arguments: object, **environment: str) -> subprocess.Popen:
-    """A launcher in a process of its own."""
+    """A launcher in a process of its own, in which a hang-up ends it although these tests may run under nohup."""
     command = [sys.executable, LAUNCHER, outdir, *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True,
+                            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))
 
 
 def until(condition, seconds: float = 20.0):
