@@ -119,6 +119,13 @@ def test_a_pipeline_waits_as_its_schedule_says():
         assert step.bubble / busy == pytest.approx(timeline.bubble_fraction(8, 16, chunks), rel=0.03)
 
 
+@pytest.mark.parametrize(("stages", "micro_batches", "chunks"), [(2, 1, 1), (4, 8, 1), (8, 8, 3), (8, 32, 1), (3, 6, 4)])
+def test_a_duration_is_the_end_of_its_timeline(stages, micro_batches, chunks):
+    times = timeline.Times(tuple(1 + stage / 10 for stage in range(stages)), tuple(2 + stage / 3 for stage in range(stages)))
+    ends = timeline.simulate(micro_batches, times, chunks).end
+    assert timeline.duration(micro_batches, times, chunks) == pytest.approx(ends, rel=1e-12)
+
+
 def test_waves_of_tiles():
     assert _filled(128 * 132, 256) == 1
     assert _filled(128 * 133, 256) == pytest.approx(133 / 264, abs=0.42)  # smaller tiles waste less of the second wave

@@ -202,7 +202,7 @@ class _Machine:
         first, _ = self.stages[0]
         begins = self.together(first + _Work(launches=self.c.step_launch_ms / 1e3)) - self.together(first)
         busy = each[slowest] * m
-        end = timeline.simulate(m, times, e.vpp).end if e.pp > 1 else busy
+        end = timeline.duration(m, times, e.vpp) if e.pp > 1 else busy
         seconds = StepTime(
             products=work.products, attention=work.attention, passes=work.passes, exchange=work.exchange,
             launches=busy - work.gpu + begins, bubble=end - busy, gradients=self.gradients(),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Literal, NamedTuple
 
 from harness.errors import UserError
@@ -106,23 +106,60 @@ def simulate(micro_batches: int, times: Times, chunks: int = 1) -> Timeline:
         UserError: the interleaved schedule has no order for these sizes.
     """
     stages = len(times.forward)
+    plan = _plan(stages, micro_batches, chunks)
+    ends, durations = _ends(plan, times, chunks), _durations(times, chunks)
+    spans = [Span(p.stage, p.work, end - durations[p.work.kind][p.stage], end) for p, end in zip(plan, ends, strict=True)]
+    return Timeline(stages, chunks, micro_batches, tuple(sorted(spans, key=lambda span: (span.stage, span.start))))
+
+
+def duration(micro_batches: int, times: Times, chunks: int = 1) -> float:
+    """When the last stage is done: ``simulate(…).end``, without its spans. Raises as ``simulate``."""
+    return max(_ends(_plan(len(times.forward), micro_batches, chunks), times, chunks))
+
+
+class _Pass(NamedTuple):
+    """A pass of the plan; ``before`` and ``source``: the places in it of the stage's last pass and of its input, or -1."""
+
+    stage: int
+    work: Work
+    before: int
+    source: int
+
+
+@lru_cache(maxsize=256)
+def _plan(stages: int, micro_batches: int, chunks: int) -> tuple[_Pass, ...]:
+    """All passes, each behind those it waits for: the same whatever they take."""
     queues = [list(reversed(order(stage, stages, micro_batches, chunks))) for stage in range(stages)]
-    free, done, spans = [0.0] * stages, {}, []
+    plan: list[_Pass] = []
+    last, place = [-1] * stages, {}
     while any(queues):
-        before = len(spans)
+        before = len(plan)
         for stage, queue in enumerate(queues):
             while queue:
                 work = queue[-1]
                 source = _input(stage, work, stages, chunks)
-                if source is not None and source not in done:
+                if source is not None and source not in place:
                     break
                 queue.pop()
-                whole = (times.forward if work.kind == "forward" else times.backward)[stage]
-                start = max(free[stage], done.get(source, 0.0))
-                free[stage] = done[stage, work] = start + whole / chunks
-                spans.append(Span(stage, work, start, free[stage]))
-        assert len(spans) > before, "the schedule waits for itself"
-    return Timeline(stages, chunks, micro_batches, tuple(sorted(spans, key=lambda span: (span.stage, span.start))))
+                plan.append(_Pass(stage, work, last[stage], place.get(source, -1)))
+                last[stage] = place[stage, work] = len(plan) - 1
+        assert len(plan) > before, "the schedule waits for itself"
+    return tuple(plan)
+
+
+def _ends(plan: Sequence[_Pass], times: Times, chunks: int) -> list[float]:
+    """When each pass of the plan ends."""
+    durations, ends = _durations(times, chunks), []
+    for stage, work, before, source in plan:
+        free = ends[before] if before >= 0 else 0.0
+        there = ends[source] if source >= 0 else 0.0
+        ends.append((free if free > there else there) + durations[work.kind][stage])
+    return ends
+
+
+def _durations(times: Times, chunks: int) -> dict[Pass, list[float]]:
+    """Of each stage's pass of one micro-batch through one chunk."""
+    return {"forward": [whole / chunks for whole in times.forward], "backward": [whole / chunks for whole in times.backward]}
 
 
 def _table(stages: int, micro_batches: int, chunks: int) -> Sequence[tuple[int, int]]:
