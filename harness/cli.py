@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from textwrap import indent
 
@@ -278,35 +278,27 @@ def _profile(words: list[str]) -> int:
 def _verify(words: list[str]) -> int:
     from harness.launching.verify import verify
 
-    if not words or "=" in words[0]:
-        raise UserError("verify which experiment? such as make verify-101")
-    settings = overrides.parse(words[1:], extra=("RUN",))
+    id_, settings = _asked(words, "verify which experiment? such as make verify-101", extra=("RUN",))
     _keep_gpus_awake()
-    return verify(words[0], settings, _outdir(settings), RECORDS, _install_heavy)
+    return verify(id_, settings, _outdir(settings), RECORDS, _install_heavy)
 
 
 def _memory(words: list[str]) -> int:
     from harness.evidence.memory import print_memory
 
-    if not words or "=" in words[0]:
-        raise UserError("the memory of which experiment? such as make memory-101")
-    return print_memory(words[0], overrides.parse(words[1:]), RECORDS)
+    return print_memory(*_asked(words, "the memory of which experiment? such as make memory-101"), RECORDS)
 
 
 def _speed(words: list[str]) -> int:
     from harness.evidence.speed import print_speed
 
-    if not words or "=" in words[0]:
-        raise UserError("the speed of which experiment? such as make speed-408")
-    return print_speed(words[0], overrides.parse(words[1:]), RECORDS)
+    return print_speed(*_asked(words, "the speed of which experiment? such as make speed-408"), RECORDS)
 
 
 def _faster(words: list[str]) -> int:
     from harness.evidence.speed import print_faster
 
-    if not words or "=" in words[0]:
-        raise UserError("faster than which experiment? such as make faster-408")
-    return print_faster(words[0], overrides.parse(words[1:]))
+    return print_faster(*_asked(words, "faster than which experiment? such as make faster-408"))
 
 
 def _calibrate(words: list[str]) -> int:
@@ -405,6 +397,13 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "profile": _profile, "plots": _plots, "report": _report, "data": _data, "clean": _clean, "docs": _docs,
     "import-hf": _import_hf, "export-hf": _export_hf, "targets": _targets,
 }
+
+
+def _asked(words: list[str], question: str, extra: Iterable[str] = ()) -> tuple[str, dict[str, str]]:
+    """The id that a command is about, and its settings. Raises UserError with ``question`` where there is no id."""
+    if not words or "=" in words[0]:
+        raise UserError(question)
+    return words[0], overrides.parse(words[1:], extra)
 
 
 def _experiment(words: list[str]) -> tuple[Experiment, dict[str, str]]:

@@ -7,7 +7,7 @@ import pytest
 
 from harness.cli import RECORDS, main
 from harness.errors import UserError
-from harness.evidence import calibrate, speed
+from harness.evidence import calibrate, results, speed
 from harness.evidence.facts import Facts
 from harness.experiment import calibrations, layouts, overrides, step_time, timeline
 from harness.experiment.calibrations import Machine
@@ -284,6 +284,15 @@ def test_a_row_shows_what_was_foretold_without_it():
     assert changed.predicted_step_ms == pytest.approx(MACHINES["h200"].predict(find("304", "MBS=4")).total)
     assert replace(row, experiment=find("620")).predicted_step_ms is None
     assert replace(row, gpu_name="Tesla T4").predicted_step_ms is None
+
+
+def test_a_row_published_under_another_label_stands_beside_what_ran():
+    """The published 443 ran 446 and the other way round; 458 ran 424, which has a row of its own."""
+    assert PUBLISHED.row_of("446").measured_ms == 680 and PUBLISHED.row_of("443").measured_ms == 665
+    assert PUBLISHED.row_of("424").measured_ms == 887 and PUBLISHED.row_of("458") is None
+    e = find("443")
+    assert results.predicted_step_ms(e, PUBLISHED) == PUBLISHED.row_of("443").left_out_ms
+    assert PUBLISHED.row_of("443").predicted_ms == pytest.approx(PUBLISHED.predict(e).total, rel=2e-3)
 
 
 def test_what_is_written_is_read_again(tmp_path):

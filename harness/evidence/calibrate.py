@@ -87,6 +87,7 @@ def fit_machine(machine: Machine, like: Machine | None, steps: Sequence[Measured
             measured_ms=round(step.step_ms, 1),
             predicted_ms=round(_predicted(machine, constants, step.experiment), 1),
             left_out_ms=round(_predicted(machine, left_out[step.experiment.id], step.experiment), 1),
+            experiment=step.experiment.id if step.experiment.id != step.name else None,
         )
         for step in steps
     }
@@ -130,9 +131,9 @@ def _recorded(machine: Machine, rows: Sequence[Row], catalog: Catalog) -> Iterat
 
 def _published(machine: Machine, references: References, catalog: Catalog) -> Iterator[Measured]:
     group = references.group(machine.measured_by)
-    for row in group.rows if find_gpu(group.gpu) == machine.card else ():
-        if row.id and row.step_ms and not row.variant and not row.in_doubt:
-            yield Measured(row.id, catalog.find(row.stands_for or row.id), row.step_ms)
+    for row, e in group.ran(catalog) if find_gpu(group.gpu) == machine.card else ():
+        if row.id:
+            yield Measured(row.id, e, row.step_ms)
 
 
 def _predicted(machine: Machine, constants: Calibration, e: Experiment) -> float:
@@ -144,7 +145,7 @@ def render(machines: Mapping[str, Machine]) -> str:
     lines = [HEADER]
     for name, machine in machines.items():
         given, constants = machine.model_dump(exclude_none=True), machine.constants.model_dump()
-        rows = {f"'{row}'": fitted.model_dump() for row, fitted in machine.rows.items()}
+        rows = {f"'{row}'": fitted.model_dump(exclude_none=True) for row, fitted in machine.rows.items()}
         lines += [f"{name}:", *(f"  {key}: {_yaml(given[key])}" for key in WRITTEN if key in given)]
         lines += ["  constants:", *(f"    {key}: {value:g}" for key, value in constants.items())]
         lines += ["  rows:", *(f"    {row}: {_yaml(fitted)}" for row, fitted in rows.items()), ""]
@@ -153,5 +154,5 @@ def render(machines: Mapping[str, Machine]) -> str:
 
 def _yaml(value: object) -> str:
     if isinstance(value, dict):
-        return f"{{{', '.join(f'{key}: {item}' for key, item in value.items())}}}"
+        return f"{{{', '.join(f'{key}: {item!r}' for key, item in value.items())}}}"
     return str(value).lower() if isinstance(value, bool) else str(value)

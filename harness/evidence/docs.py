@@ -33,7 +33,7 @@ from harness.evidence.facts import CARD, HARDWARE, Facts, NotMeasured, RanOutOfM
 from harness.evidence.plots import IMAGES
 from harness.evidence.results import Reference, Row
 from harness.experiment import formulas
-from harness.experiment.calibrations import machine_of
+from harness.experiment.calibrations import machine_measured_by
 from harness.experiment.catalog import Experiment
 from harness.experiment.hardware import find_gpu
 from harness.experiment.memory import predict
@@ -118,7 +118,7 @@ def _summary(facts: Facts, _: Sequence[str]) -> str:
     columns, found = facts.claims
     here = [side for one in found for side, column in zip(one.sides, columns, strict=True) if column.key == "ours"]
     steps_apart = [abs(row.predicted_step_ms / row.step.median - 1) for row in rows if row.step and row.predicted_step_ms]
-    machine = machine_of(find_gpu(facts.references.published.gpu))
+    machine = machine_measured_by(facts.references.published.name)
     half, most, _ = machine.misses()
     apart = [abs(predict(row.experiment).total / row.memory_gib.allocated - 1)
              for row in rows if row.state == "ok" and row.memory_gib.allocated]

@@ -15,10 +15,9 @@ from pydantic import BaseModel, ConfigDict
 from harness import rundir, yaml_files
 from harness.errors import UserError
 from harness.evidence.results import SAME_WORK, References, Results, Row, load_references, losses
-from harness.experiment.calibrations import Machine, machine_of
+from harness.experiment.calibrations import Machine, machine_measured_by
 from harness.experiment.catalog import EXPERIMENTS, Catalog, Experiment
 from harness.experiment.flops import tflops_per_gpu
-from harness.experiment.hardware import find_gpu
 from harness.experiment.step_time import unknown
 from harness.experiment.timeline import Timeline, Times, simulate
 from harness.profiling.profile import FOLDER, Profile, of_run
@@ -213,8 +212,8 @@ def schedule(name: str, title: str, e: Experiment, profile: Profile | None) -> S
         UserError: the interleaved schedule has no order for these sizes.
     """
     times = stage_times(e, profile) if profile else None
-    if times is None and not unknown(e):
-        machine = _published_machine()
+    machine = _published_machine()
+    if times is None and machine and not unknown(e):
         plan = simulate(e.num_microbatches, machine.stage_times(e), e.vpp)
         return Schedule(name, title, plan, f"by formula for {machine.card.name} (make speed-{e.id})", plan.end, "ms")
     plan = simulate(e.num_microbatches, times or Times.alike(e.pp), e.vpp)
@@ -225,8 +224,8 @@ def schedule(name: str, title: str, e: Experiment, profile: Profile | None) -> S
 
 
 @cache
-def _published_machine() -> Machine:
-    return machine_of(find_gpu(load_references().published.gpu))
+def _published_machine() -> Machine | None:
+    return machine_measured_by(load_references().published.name)
 
 
 def stage_times(e: Experiment, profile: Profile) -> Times | None:

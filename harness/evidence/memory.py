@@ -26,8 +26,7 @@ def print_memory(id_: str, settings: Mapping[str, str], records: Path) -> int:
     """
     e = overrides.apply(load_catalog().find(id_), settings)
     memory, cards = predict(e), cards_of(e)
-    gpus = f", {gpus_of(e)}" if e.world_size > 1 else ""
-    print(f"{e.label}: {e.model.name}, {e.layout}{gpus}\n\nGiB of the fullest GPU, by formula")
+    print(f"{heading(e)}\n\nGiB of the fullest GPU, by formula")
     pieces = _pieces(e, memory)
     widest = max(gib for _, gib, _ in pieces)
     for name, gib, meaning in pieces:
@@ -41,6 +40,11 @@ def print_memory(id_: str, settings: Mapping[str, str], records: Path) -> int:
         if judged != "fits":
             print(*_advice(e, card), sep="\n")
     return 0
+
+
+def heading(e: Experiment) -> str:
+    """What is asked about: label, model, layout, GPUs."""
+    return f"{e.label}: {e.model.name}, {e.layout}" + (f", {_gpus(e)}" if e.world_size > 1 else "")
 
 
 def _pieces(e: Experiment, memory: Memory) -> list[tuple[str, float, str]]:
@@ -72,7 +76,7 @@ def _advice(e: Experiment, card: Gpu) -> Iterator[str]:
     lines = [(" ".join(f"{key}={value}" for key, value in settings.items()), changed) for settings, changed in ways[:SHOWN]]
     width = max(len(words) for words, _ in lines)
     for words, changed in lines:
-        yield f"  {words:{width}} {predict(changed).total:6.1f} GiB on {gpus_of(changed)}"
+        yield f"  {words:{width}} {predict(changed).total:6.1f} GiB on {_gpus(changed)}"
 
 
 def cards_of(e: Experiment) -> list[Gpu]:
@@ -83,6 +87,5 @@ def cards_of(e: Experiment) -> list[Gpu]:
     return [gpu for name in names if (gpu := find_gpu(name))] or [gpu for name in CARDS if (gpu := find_gpu(name))]
 
 
-def gpus_of(e: Experiment) -> str:
-    """How many, in words."""
+def _gpus(e: Experiment) -> str:
     return f"{e.world_size} GPU{'s' if e.world_size > 1 else ''}"

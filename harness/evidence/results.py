@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,8 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from harness import rundir, yaml_files
 from harness.errors import UserError, nearest
 from harness.evidence import measured, records
-from harness.experiment.calibrations import machine_of
-from harness.experiment.catalog import EXPERIMENTS, Experiment
+from harness.experiment import overrides
+from harness.experiment.calibrations import Machine, machine_of
+from harness.experiment.catalog import EXPERIMENTS, Catalog, Experiment
 from harness.experiment.flops import mfu
 from harness.experiment.hardware import Gpu, find_gpu, known_gpus, peak_tflops
 from harness.experiment.step_time import unknown
@@ -81,6 +82,13 @@ class ReferenceGroup(_Strict):
     published: bool = False
     notes: tuple[str, ...] = ()
     rows: tuple[Reference, ...]
+
+    def ran(self, catalog: Catalog) -> Iterator[tuple[Reference, Experiment]]:
+        """The rows with a step time that an experiment or a command of ours runs alike, each with what it is here."""
+        for row in self.rows:
+            words = (row.make or (row.stands_for if row.variant is None else None) or "").split()
+            if words and row.step_ms and not row.in_doubt:
+                yield row, overrides.apply(catalog.find(words[0]), overrides.parse(words[1:]))
 
     def beside(self, id_: str) -> Published | None:
         """What to show beside experiment ``id_``, or None where this source has nothing to say about it."""
@@ -221,7 +229,7 @@ class Row:
     @cached_property
     def predicted_step_ms(self) -> float | None:
         """Step time by formula on its GPU (``predicted_step_ms``)."""
-        return predicted_step_ms(self.experiment, self.gpu_name) if self.gpu_name else None
+        return predicted_step_ms(self.experiment, machine_of(self.gpu) if self.gpu else None)
 
     @property
     def runs_on_node(self) -> int | None:
@@ -231,7 +239,7 @@ class Row:
     @property
     def comparable(self) -> bool:
         """Whether it may share a line with others: finished or out of memory, at full size on GPUs, its work unchanged."""
-        whole = self.device == "cuda" and not self.experiment.miniature and _is_same_work(self.experiment)
+        whole = self.device == "cuda" and not self.experiment.miniature and is_same_work(self.experiment)
         return whole and self.state in ("ok", "oom")
 
     @property
@@ -389,14 +397,12 @@ def losses(row: Row) -> dict[int, float]:
     return {step.step: step.loss for step in metrics(row) if step.loss is not None}
 
 
-def predicted_step_ms(e: Experiment, gpu_name: str) -> float | None:
+def predicted_step_ms(e: Experiment, machine: Machine | None) -> float | None:
     """Step time by formula (step_time.py), with constants fitted without this experiment; None where none covers it."""
-    gpu = find_gpu(gpu_name)
-    machine = machine_of(gpu) if gpu else None
     if machine is None or e.miniature or unknown(e):
         return None
-    fitted = machine.rows.get(e.id) if _is_same_work(e) else None
-    return fitted.left_out_ms if fitted else machine.predict(e).total
+    row = machine.row_of(e.id) if is_same_work(e) else None
+    return row.left_out_ms if row else machine.predict(e).total
 
 
 def metrics(row: Row) -> tuple[StepMetrics, ...]:
@@ -449,17 +455,18 @@ def _upstream(environment: dict[str, Any]) -> Upstream | None:
 
 def _comparison(experiment: Experiment, group: ReferenceGroup) -> dict[str, Any]:
     """The published side of a row: nothing for a miniature or an experiment whose work was changed."""
-    if experiment.miniature or not _is_same_work(experiment):
+    if experiment.miniature or not is_same_work(experiment):
         return {}
     return {"published": group.beside(experiment.id), "against": group}
 
 
 def _preference(row: Row) -> tuple[bool, bool, bool, bool, float]:
     e, started = row.experiment, row.result.started if row.result else 0.0
-    return not e.miniature, _is_same_work(e), row.state == "ok", not e.card, started
+    return not e.miniature, is_same_work(e), row.state == "ok", not e.card, started
 
 
-def _is_same_work(experiment: Experiment) -> bool:
+def is_same_work(experiment: Experiment) -> bool:
+    """Whether its step does what the catalogue's does."""
     return not experiment.extra_args and SAME_WORK.issuperset(experiment.overrides)
 
 

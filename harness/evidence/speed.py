@@ -7,9 +7,17 @@ from pathlib import Path
 
 from harness.errors import UserError, nearest
 from harness.evidence import markdown
-from harness.evidence.memory import cards_of, gpus_of
+from harness.evidence.memory import cards_of, heading
 from harness.evidence.records import same_work
-from harness.evidence.results import Reference, ReferenceGroup, References, Row, collect_records, load_references
+from harness.evidence.results import (
+    Reference,
+    ReferenceGroup,
+    References,
+    Row,
+    collect_records,
+    is_same_work,
+    load_references,
+)
 from harness.experiment import overrides
 from harness.experiment.calibrations import Machine, fitted, machine_of
 from harness.experiment.catalog import Catalog, Experiment, load_catalog
@@ -42,7 +50,7 @@ def print_speed(id_: str, settings: Mapping[str, str], records: Path) -> int:
     e = _known(overrides.apply(load_catalog().find(id_), settings))
     machines, references = _machines(e), load_references()
     rows = collect_records(records, references).rows
-    print(f"{e.label}: {e.model.name}, {e.layout}{_gpus(e)}")
+    print(heading(e))
     for machine in machines:
         step = machine.predict(e)
         print(f"\nms of a step on {machine.card.name}, by formula")
@@ -62,7 +70,7 @@ def print_faster(id_: str, settings: Mapping[str, str]) -> int:
     """
     e = _known(overrides.apply(load_catalog().find(id_), settings))
     machines = _machines(e)
-    print(f"{e.label}: {e.model.name}, {e.layout}{_gpus(e)}")
+    print(heading(e))
     for machine in machines:
         now, found, fits = machine.predict(e).total, faster(e, machine), verdict(predict(e), machine.card)
         print(f"\n{machine.card.name}: {now:,.0f} ms by formula; it {fits}")
@@ -83,7 +91,7 @@ def pieces_table(catalog: Catalog, name: str, ids: Sequence[str]) -> str:
     machine, lines = _machine(name), []
     for id_ in ids:
         e = catalog.find(id_)
-        step, row = machine.predict(e), machine.rows.get(id_)
+        step, row = machine.predict(e), machine.row_of(id_)
         lines.append([f"`{id_}`", e.layout, *(f"{ms:,.0f}" if ms >= 0.5 else "" for ms in step.pieces.values()),
                       f"{step.total:,.0f}", f"{row.measured_ms:,.0f}" if row else "",
                       f"{row.left_out_ms / row.measured_ms - 1:+.1%}" if row else ""])
@@ -97,7 +105,7 @@ def faster_table(catalog: Catalog, name: str, ids: Sequence[str]) -> str:
     for id_ in ids:
         e = catalog.find(id_)
         now, found = machine.predict(e).total, faster(e, machine)
-        row, best = machine.rows.get(id_), found[0] if found else None
+        row, best = machine.row_of(id_), found[0] if found else None
         lines.append([f"`{id_}`", e.layout, f"{row.measured_ms:,.0f}" if row else "", f"{now:,.0f}",
                       best.experiment.layout if best else "none", f"{best.step.total:,.0f}" if best else "",
                       f"{best.step.total / now:.2f}" if best else "", f"{best.memory.total:.0f}" if best else "",
@@ -130,12 +138,7 @@ def unseen_table(catalog: Catalog, references: References, group: str) -> str:
 
 def same_as(group: ReferenceGroup, catalog: Catalog) -> Iterator[tuple[Reference, Experiment]]:
     """The rows of a group that a command of ours runs alike and that can be predicted, each with its experiment."""
-    for row in group.rows:
-        words = (row.make or row.id or "").split()
-        if words and row.step_ms and not (row.variant and not row.make) and not row.in_doubt:
-            e = overrides.apply(catalog.find(words[0]), overrides.parse(words[1:]))
-            if not unknown(e):
-                yield row, e
+    return ((row, e) for row, e in group.ran(catalog) if not unknown(e))
 
 
 def _known(e: Experiment) -> Experiment:
@@ -178,14 +181,6 @@ def _measured(e: Experiment, machine: Machine, step: StepTime, rows: Sequence[Ro
             if row.gpu == machine.card and row.state == "ok" and row.step and same_work(row.experiment, e)]
     published, beside = references.published, references.published.beside(e.id)
     row = beside and beside.reference
-    if row and row.step_ms and not row.in_doubt and find_gpu(published.gpu) == machine.card and not _changed(e):
+    if row and row.step_ms and not row.in_doubt and find_gpu(published.gpu) == machine.card and is_same_work(e):
         said.append(f"published {row.step_ms:,.0f}, off by {step.total / row.step_ms - 1:+.1%}")
     return "; ".join(said)
-
-
-def _changed(e: Experiment) -> bool:
-    return not same_work(e.model_copy(update={"card": None}), load_catalog().find(e.id))
-
-
-def _gpus(e: Experiment) -> str:
-    return f", {gpus_of(e)}" if e.world_size > 1 else ""

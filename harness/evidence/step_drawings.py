@@ -15,27 +15,26 @@ from harness.evidence.diagrams import (
     OTHER,
     QUIET,
     RANKS,
+    RULE,
     SENT,
     WEIGHTS,
     Drawing,
 )
-from harness.experiment.calibrations import fitted
+from harness.experiment.calibrations import fitted, machine_measured_by
 
 if TYPE_CHECKING:
     from harness.evidence.facts import Facts
 
 COLOURS = {"products": WEIGHTS, "attention": "#76b7b2", "passes": ACTIVATIONS, "exchange": SENT, "launches": OTHER,
            "bubble": "#d8dde3", "gradients": GRADIENTS, "optimizer": OPTIMIZER}
-WORDS = {"products": "matrix products", "attention": "attention", "passes": "memory passes", "exchange": "exchange",
-         "launches": "launches", "bubble": "bubble", "gradients": "gradients", "optimizer": "optimizer"}
+WORDS = {name: {"products": "matrix products", "passes": "memory passes"}.get(name, name) for name in COLOURS}
 SHOWN = ("101", "111", "248", "282", "302", "308", "408", "438", "502", "511")
-PUBLISHED = "h100-tutorial"
 RANGE = (0.7, 1.35)
 
 
 def shares(facts: Facts) -> Drawing:
     """Published rows, one of each kind: the shares of a step by formula."""
-    machine = fitted()[PUBLISHED]
+    machine = machine_measured_by(facts.references.published.name)
     d = Drawing(860, 62 + 30 * len(SHOWN) + 46, "Where the time of a step goes, by formula")
     d.head(24, 28, f"Shares of a step on {machine.card.name}, by formula; on the right ms, by formula and as published")
     x0, width = 200, 500
@@ -48,7 +47,7 @@ def shares(facts: Facts) -> Drawing:
             share = width * ms / step.total
             d.rect(x, y, share, 22, COLOURS[name])
             x += share
-        d.text(x0 + width + 14, y + 15, f"{step.total:,.0f} / {machine.rows[id_].measured_ms:,.0f}", size=11)
+        d.text(x0 + width + 14, y + 15, f"{step.total:,.0f} / {machine.row_of(id_).measured_ms:,.0f}", size=11)
     bottom = 46 + 30 * len(SHOWN)
     d.legend(24, bottom + 18, [(COLOURS[name], WORDS[name]) for name in list(COLOURS)[:4]])
     d.legend(24, bottom + 36, [(COLOURS[name], WORDS[name]) for name in list(COLOURS)[4:]])
@@ -68,7 +67,7 @@ def unseen(facts: Facts) -> Drawing:
 
     for ratio in (0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3):
         _, y = place(200, ratio)
-        d.line(left, y, right, y, INK if ratio == 1 else "#d0d7de")
+        d.line(left, y, right, y, INK if ratio == 1 else RULE)
         d.text(left - 8, y + 4, f"{ratio:.1f}", size=11, colour=QUIET, anchor="end")
     for ms in (150, 200, 300, 500, 1000, 2000, 3000):
         x, _ = place(ms, 1)

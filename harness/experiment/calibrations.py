@@ -30,6 +30,8 @@ class Fitted(BaseModel):
     predicted_ms: Positive
     left_out_ms: Positive
     """By constants fitted without this row, and without others of the same experiment."""
+    experiment: str | None = None
+    """What ran, where the row is labelled as another experiment."""
 
 
 class Machine(BaseModel):
@@ -66,6 +68,11 @@ class Machine(BaseModel):
     def stage_times(self, e: Experiment) -> Times:
         """Each pipeline stage's passes of one micro-batch, in ms; where ``step_time.unknown(e)`` is empty."""
         return step_time.stage_times(e, self.card, self.constants, switch_reduces=self.switch_reduces)
+
+    def row_of(self, id_: str) -> Fitted | None:
+        """The row in which experiment ``id_`` ran, labelled so if there is one."""
+        ran = {name: row for name, row in self.rows.items() if (row.experiment or name) == id_}
+        return ran.get(id_) or next(iter(ran.values()), None)
 
     def misses(self) -> tuple[float, float, float]:
         """How far off it is for rows that it has not seen, relative: half of them, nine in ten, all stay within."""
@@ -107,6 +114,11 @@ def in_a_line(e: Experiment, card: Gpu) -> str | None:
     if machine is None or step_time.unknown(e):
         return None
     return f"step by formula: {machine.predict(e).total:,.0f} ms alone on the node; {machine.how_sure()}"
+
+
+def machine_measured_by(group: str) -> Machine | None:
+    """The machine whose steps are those of this group of references.yaml, where it was calibrated."""
+    return next((machine for machine in fitted().values() if machine.measured_by == group), None)
 
 
 def machine_of(card: Gpu) -> Machine | None:

@@ -41,9 +41,10 @@ def faster(e: Experiment, machine: Machine) -> list[Layout]:
     now = machine.predict(e).total if verdict(predict(e), machine.card) == "fits" else math.inf
     found, listed = [], load_catalog().find(e.id)
     for layout in layouts(e):
-        fitting = next((way for way in _recomputed(layout, listed) if verdict(predict(way), machine.card) == "fits"), None)
-        if fitting and (step := machine.predict(fitting)).total < now:
-            found.append(Layout(fitting, predict(fitting), step))
+        ways = ((way, predict(way)) for way in _recomputed(layout, listed))
+        fitting = next(((way, memory) for way, memory in ways if verdict(memory, machine.card) == "fits"), None)
+        if fitting and (step := machine.predict(fitting[0])).total < now:
+            found.append(Layout(*fitting, step))
     best: dict[str, Layout] = {}
     for layout in sorted(found, key=lambda layout: (round(layout.step.total, 1), layout.memory.total)):
         best.setdefault(repr(layout.experiment.model_copy(update={"vpp": 1, "overrides": {}})), layout)

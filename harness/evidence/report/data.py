@@ -13,6 +13,7 @@ from harness import rundir
 from harness.errors import UserError
 from harness.evidence import figures, tables
 from harness.evidence.results import References, Results, Row, metrics, predicted_step_ms
+from harness.experiment.calibrations import machine_measured_by
 from harness.experiment.catalog import Catalog, Experiment
 from harness.experiment.hardware import allocator_fraction
 from harness.planning.command import Place, render
@@ -78,7 +79,7 @@ def _unmeasured(e: Experiment, references: References) -> dict[str, Any]:
         "chapter": e.chapter, "id": e.id, "slug": e.slug, "label": e.name, "kind": "catalogue", "miniature": False,
         "gpus": e.world_size, "hardware": None, "status": NOT_RUN, "data": e.data, "precision": e.precision,
         "published_memory_gib": reference and reference.memory_gib, "published_step_ms": reference and reference.step_ms,
-        "predicted_step_ms": predicted_step_ms(e, references.published.gpu),
+        "predicted_step_ms": predicted_step_ms(e, machine_measured_by(references.published.name)),
         "published_oom": reference and reference.oom, "in_doubt": reference and reference.in_doubt,
         "published_hardware": reference and reference.hardware, "notes": "; ".join(beside.remarks) if beside else "",
         "layout": e.layout, "model": e.model.name, "shows": e.shows, "make": make_command(e, "cuda"),
