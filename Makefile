@@ -43,9 +43,10 @@ arguments: MORE = MATCH
 arguments: ## upstream's own arguments, counted  [MATCH=moe]
 	@$(HARNESS) arguments $(WORDS)
 
-##@ Run:  make 101<tab>, make 101, make show-101, make memory-101, make speed-101, make faster-101, make chapter-100, make verify-101
+##@ Run:  make 101<tab>, make 101, make show-101, make memory-101, make speed-101, make faster-101, make gpus-101, make chapter-100, make verify-101
 # memory-101: what it will take, whether it fits CARD= or the GPUs here, and what to set where it does not.
 # speed-101: how long a step will take, and why; faster-101: the layouts of the same work that will take less.
+# gpus-101: how many GPUs the same work needs, and what more of them bring.
 # verify-101: run it again and compare with its record; RUN=label compares a run that was made.
 verify-%: MORE = RUN
 parity: ## is it correct? every parallelism against one process, loss by loss

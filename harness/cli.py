@@ -301,6 +301,12 @@ def _faster(words: list[str]) -> int:
     return print_faster(*_asked(words, "faster than which experiment? such as make faster-408"))
 
 
+def _gpus(words: list[str]) -> int:
+    from harness.evidence.scaling import print_gpus
+
+    return print_gpus(*_asked(words, "how many GPUs for which experiment? such as make gpus-408"))
+
+
 def _calibrate(words: list[str]) -> int:
     from harness.evidence.calibrate import calibrate
 
@@ -393,7 +399,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "run": _run, "train": _train, "checkpoints": _checkpoints, "generate": _generate, "show": _show, "chapter": _chapter,
     "list": _list, "table": _table, "compare": _compare, "doctor": _doctor, "arguments": _arguments, "parity": _parity,
     "monitor-gpu": _monitor_gpu, "stop": _stop, "record": _record, "verify": _verify, "memory": _memory, "speed": _speed,
-    "faster": _faster, "calibrate": _calibrate, "claims": _claims,
+    "faster": _faster, "gpus": _gpus, "calibrate": _calibrate, "claims": _claims,
     "profile": _profile, "plots": _plots, "report": _report, "data": _data, "clean": _clean, "docs": _docs,
     "import-hf": _import_hf, "export-hf": _export_hf, "targets": _targets,
 }
@@ -410,7 +416,7 @@ def _experiment(words: list[str]) -> tuple[Experiment, dict[str, str]]:
     if not words or "=" in words[0]:
         raise UserError("which experiment? such as 101 (make list shows all)")
     # no target is called so, for there is no such experiment
-    wanted = re.sub(r"^(show|memory|speed|faster|verify)-(?=\d)", "", words[0])
+    wanted = re.sub(r"^(show|memory|speed|faster|gpus|verify)-(?=\d)", "", words[0])
     if not wanted[:1].isdigit():
         from harness import targets
 

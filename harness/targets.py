@@ -52,7 +52,7 @@ def _lines(catalog: Catalog) -> Iterator[str]:
             yield f"train-{e.model.name}: ; @$(HARNESS) train {e.id} $(WORDS)"
     for name, known in definitions().items():
         yield f"data-{name}: ; @$({'CHAT' if known.chat else 'DATA'}_HARNESS) data {name} $(WORDS)"
-    for command in ("show", "memory", "speed", "faster", "verify"):
+    for command in ("show", "memory", "speed", "faster", "gpus", "verify"):
         for e in catalog.experiments:
             yield f"{command}-{e.id}: ; @$(HARNESS) {command} {e.id} $(WORDS)"
 

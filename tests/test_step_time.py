@@ -244,7 +244,7 @@ def test_recomputation_of_the_catalogue_is_tried_before_everything_is_recomputed
 
 def test_layouts_keep_what_was_asked_for():
     e = find("408", "GPUS=4 PP=2 GBS=16 SEQ=2048")
-    found = list(layouts.layouts(e))
+    found = list(layouts.layouts(e, e.world_size))
     assert all((way.world_size, way.global_batch_size, way.seq_length) == (4, 16, 2048) for way in found)
     sizes = {(way.tp, way.pp, way.cp, way.dp) for way in found}
     assert {(4, 1, 1, 1), (1, 4, 1, 1), (1, 1, 4, 1), (1, 1, 1, 4), (2, 2, 1, 1), (2, 1, 1, 2)} <= sizes
@@ -254,13 +254,61 @@ def test_layouts_keep_what_was_asked_for():
 def test_layouts_exchange_keys_and_values_in_every_way():
     """One sample cannot be dealt out to replicas; 308's ring over eight GPUs waits for launches, all-to-all less."""
     e = find("308", "GBS=1 MBS=1")
-    ways = {way.cp_comm_type for way in layouts.layouts(e) if way.cp == 8}
+    ways = {way.cp_comm_type for way in layouts.layouts(e, 8) if way.cp == 8}
     assert ways == {"p2p", "all_gather", "a2a"}
     assert any("CP_COMM_TYPE=a2a" in layout.settings for layout in layouts.faster(e, PUBLISHED))
 
 
 def test_nothing_is_faster_on_one_gpu():
     assert layouts.faster(find("101"), PUBLISHED) == []
+
+
+@pytest.mark.parametrize("id_", ["128", "408", "641"])
+def test_the_best_layout_for_each_number_of_gpus(id_):
+    e, fewest = find(id_), 0
+    for gpus, best in layouts.by_gpus(e, PUBLISHED.card, PUBLISHED):
+        fitting = [way for way in layouts.layouts(e, gpus) if verdict(predict(way), PUBLISHED.card) == "fits"]
+        if best is None:
+            assert not fitting and not fewest
+            continue
+        fewest = fewest or gpus
+        made = find(id_, best.settings)
+        assert made.model_copy(update={"overrides": {}}) == best.experiment.model_copy(update={"overrides": {}})
+        assert (made.world_size, made.global_batch_size, made.seq_length) == (gpus, e.global_batch_size, e.seq_length)
+        assert verdict(predict(made), PUBLISHED.card) == "fits"
+        assert best.step.total <= min(PUBLISHED.predict(way).total for way in fitting) + 0.1
+    assert fewest == {"128": 1, "408": 4, "641": 8}[id_]
+
+
+def test_as_many_gpus_as_the_row_has_get_what_faster_finds_first():
+    best = dict(layouts.by_gpus(find("408"), PUBLISHED.card, PUBLISHED))
+    assert best[8] == layouts.faster(find("408"), PUBLISHED)[0]
+    assert best.keys() == {1, 2, 4, 8}
+
+
+def test_what_a_node_does_not_hold_goes_to_several_by_memory_alone():
+    card = find_gpu("a100-40gb")
+    *none, (gpus, best) = layouts.by_gpus(find("641"), card, None)
+    assert [ranks for ranks, layout in none if layout is None] == [1, 2, 4, 8]
+    assert gpus == 16 and best.experiment.nodes == 2 and best.step is None and verdict(best.memory, card) == "fits"
+    assert find("641", best.settings).nodes == 2
+    assert unknown(find("408", "PP=1 DP=16 MBS=1")) == ["more than 8 GPUs in a node"]
+    known = dict(layouts.by_gpus(find("641"), card, MACHINES["h100-tutorial"]))
+    assert known[16].step is None, "links between nodes were never measured"
+
+
+def test_without_a_speed_the_model_is_split_least():
+    best = dict(layouts.by_gpus(find("620"), find_gpu("h200-141gb"), MACHINES["h200"]))
+    fitting = [way for way in layouts.layouts(find("620"), 8) if verdict(predict(way), find_gpu("h200-141gb")) == "fits"]
+    e = best[8].experiment
+    assert best[8].step is None and e.recompute == "none"
+    assert e.tp * e.pp * e.cp * e.ep == min(way.tp * way.pp * way.cp * way.ep for way in fitting)
+
+
+def test_sharded_weights_stay_an_option_for_rows_that_have_them():
+    ways = {way.sharding for way in layouts.layouts(find("703"), 4)}
+    assert find("703").sharding in ways and {"no_shard", "optim"} < ways
+    assert {way.sharding for way in layouts.layouts(find("703"), 1)} == {"no_shard"}
 
 
 def test_measured_steps_are_those_of_the_catalogue(tmp_path):
@@ -320,10 +368,19 @@ def test_the_commands(capsys):
     assert "layouts of the same work that fit and are faster: " in said and "CARD=" not in said.partition("\n")[2]
     assert main(["faster", "101"]) == 0
     assert "no layout that fits is faster" in capsys.readouterr().out
+    assert main(["gpus", "408", "CARD=h100-80gb"]) == 0
+    said = capsys.readouterr().out
+    assert "32 samples of 1,024 tokens a step" in said and "      2                                   nothing fits" in said
+    assert "efficiency" in said and "make 408 GPUS=8 TP=2" in said and "nine in ten within" in said
+    assert main(["gpus", "620", "CARD=h200-141gb"]) == 0
+    assert "no formula for a step with attention sinks\n" in capsys.readouterr().out
+    assert main(["gpus", "101", "CARD=a100-80gb"]) == 0
+    assert "no formula for a step with NVIDIA A100-SXM4-80GB\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("words", "complaint"), [
     (["speed"], "the speed of which experiment"), (["faster", "TP=2"], "faster than which experiment"),
+    (["gpus"], "how many GPUs for which experiment"), (["gpus", "101", "MBS=x"], "expected a whole number"),
     (["speed", "620"], "none was measured with attention sinks"), (["speed", "613"], "fp8 arithmetic"),
     (["faster", "703"], "sharded weights (FSDP)"), (["speed", "802"], "adapters (LoRA)"), (["speed", "219"], "links between nodes"),
     (["speed", "101", "CARD=a100-80gb"], "CARD= may be h100-80gb, h200-141gb"), (["speed", "101", "TP=7"], "must divide by tp = 7"),

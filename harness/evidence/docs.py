@@ -8,6 +8,7 @@
     <!-- memory: 111 115 -->…<!-- /memory -->                  where the memory goes, by formula, beside the record
     <!-- speed: h100-80gb 101 408 -->…<!-- /speed -->        where the time of a step goes, by formula
     <!-- faster: h100-80gb 408 -->…<!-- /faster -->           the fastest layout of the same work, by formula
+    <!-- gpus: h100-80gb 128 611 -->…<!-- /gpus -->       the best layout for each number of GPUs, by formula
     <!-- machines: constants -->…<!-- /machines -->           the constants of these formulas, and how good they are
     <!-- unseen: h200-4gpu -->…<!-- /unseen -->               the formula beside a group of references it was not fitted to
     <!-- pipeline: 401 408 -->…<!-- /pipeline -->              each step taken apart into waiting and working
@@ -28,7 +29,18 @@ from statistics import median
 
 from harness import ROOT, rundir
 from harness.errors import UserError, nearest
-from harness.evidence import architectures, diagrams, markdown, plots, profiles, speed, step_drawings, tables, verdicts
+from harness.evidence import (
+    architectures,
+    diagrams,
+    markdown,
+    plots,
+    profiles,
+    scaling,
+    speed,
+    step_drawings,
+    tables,
+    verdicts,
+)
 from harness.evidence.facts import CARD, HARDWARE, Facts, NotMeasured, RanOutOfMemory
 from harness.evidence.plots import IMAGES
 from harness.evidence.results import Reference, Row
@@ -237,6 +249,10 @@ def _faster(facts: Facts, words: Sequence[str]) -> str:
     return speed.faster_table(facts.catalog, words[0], words[1:])
 
 
+def _gpus(facts: Facts, words: Sequence[str]) -> str:
+    return scaling.table(facts.catalog, words[0], words[1:])
+
+
 def _machines(_: Facts, words: Sequence[str]) -> str:
     return speed.machines_table()
 
@@ -281,7 +297,7 @@ def _weights(_: Facts, names: Sequence[str]) -> str:
 BLOCKS: dict[str, Callable[[Facts, Sequence[str]], str]] = {
     "records": _records, "summary": _summary, "experiments": _experiments, "table": _table,
     "memory": _memory_pieces, "pipeline": _pipeline, "speed": _speed, "faster": _faster,
-    "machines": _machines, "unseen": _unseen, "claims": _claims, "profile": _profile,
+    "gpus": _gpus, "machines": _machines, "unseen": _unseen, "claims": _claims, "profile": _profile,
     "slow_steps": _slow_steps, "weights": _weights,
 }
 

@@ -38,6 +38,9 @@ class Gpu:
     """Title of the datasheet or whitepaper with these figures."""
 
 
+GPUS_OF_A_NODE = 8
+"""Of NVIDIA's HGX and DGX machines with SXM cards; NVLink reaches no further."""
+
 _A100, _V100 = "NVIDIA A100 datasheet", "NVIDIA V100 datasheet"
 _H100, _H200 = "NVIDIA H100 Tensor Core GPU datasheet", "NVIDIA H200 Tensor Core GPU datasheet"
 _ADA, _AMPERE = "NVIDIA Ada GPU Architecture whitepaper", "NVIDIA Ampere GA102 GPU Architecture whitepaper"

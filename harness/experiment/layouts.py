@@ -1,9 +1,9 @@
-"""Every way to lay the same work out over the same GPUs, and the fastest that fit: ``make faster-420``."""
+"""Every way to lay the same work out over GPUs, and the best that fit: ``make faster-420``, ``make gpus-420``."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import get_args
 
@@ -12,10 +12,12 @@ from harness.experiment import overrides
 from harness.experiment.calibrations import Machine
 from harness.experiment.catalog import Experiment, load_catalog
 from harness.experiment.fit import verdict
+from harness.experiment.hardware import GPUS_OF_A_NODE, Gpu
 from harness.experiment.memory import Memory, predict
-from harness.experiment.step_time import StepTime
+from harness.experiment.step_time import StepTime, unknown
 
 CP_COMM_TYPES = get_args(Experiment.model_fields["cp_comm_type"].annotation)
+MOST_NODES = 16
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,8 @@ class Layout:
 
     experiment: Experiment
     memory: Memory
-    step: StepTime
+    step: StepTime | None
+    """None where no constants cover it."""
 
     @property
     def settings(self) -> str:
@@ -35,31 +38,61 @@ class Layout:
 def faster(e: Experiment, machine: Machine) -> list[Layout]:
     """What fits ``machine``'s cards and by formula is faster than ``e``, fastest first; of layouts as fast, the smallest.
 
-    Where ``e`` may not fit itself: what fits. Of those that differ in virtual stages alone, the fastest. What does not fit
-    without recomputation is tried with that of the catalogue, and with full recomputation.
+    Where ``e`` may not fit itself: what fits. Of those that differ in virtual stages alone, the fastest.
     """
     now = machine.predict(e).total if verdict(predict(e), machine.card) == "fits" else math.inf
-    found, listed = [], load_catalog().find(e.id)
-    for layout in layouts(e):
-        ways = ((way, predict(way)) for way in _recomputed(layout, listed))
-        fitting = next(((way, memory) for way, memory in ways if verdict(memory, machine.card) == "fits"), None)
-        if fitting and (step := machine.predict(fitting[0])).total < now:
-            found.append(Layout(*fitting, step))
+    fitting = _fitting(e, e.world_size, machine.card, machine)
+    found = [layout for layout in fitting if layout.step and layout.step.total < now]
     best: dict[str, Layout] = {}
-    for layout in sorted(found, key=lambda layout: (round(layout.step.total, 1), layout.memory.total)):
+    for layout in sorted(found, key=_rank):
         best.setdefault(repr(layout.experiment.model_copy(update={"vpp": 1, "overrides": {}})), layout)
     return list(best.values())
 
 
-def layouts(e: Experiment) -> Iterator[Experiment]:
+def by_gpus(e: Experiment, card: Gpu, machine: Machine | None) -> Iterator[tuple[int, Layout | None]]:
+    """The best layout of ``e``'s work over 1, 2, 4 and 8 GPUs, a node, or None where none fits ``card``.
+
+    The best is the fastest; where no constants cover it, the one that splits the model least. Where a node does not hold the
+    work, twice as many nodes are tried until they do, MOST_NODES at most.
+    """
+    ranks, held = 1, False
+    while ranks <= GPUS_OF_A_NODE or (not held and ranks <= MOST_NODES * GPUS_OF_A_NODE):
+        best = min(_fitting(e, ranks, card, machine), key=_rank, default=None)
+        yield ranks, best
+        ranks, held = 2 * ranks, held or best is not None
+
+
+def _rank(layout: Layout) -> tuple[float, ...]:
+    e = layout.experiment
+    if layout.step:
+        return round(layout.step.total, 1), layout.memory.total
+    return math.inf, e.recompute != "none", e.tp * e.pp * e.cp * e.ep, -e.micro_batch_size, layout.memory.total
+
+
+def _fitting(e: Experiment, ranks: int, card: Gpu, machine: Machine | None) -> Iterator[Layout]:
+    """The layouts of ``e``'s work over so many GPUs that fit ``card``.
+
+    What does not fit without recomputation is tried with that of the catalogue, and with full recomputation.
+    """
+    listed = load_catalog().find(e.id)
+    for layout in layouts(e, ranks):
+        ways = ((way, predict(way)) for way in _recomputed(layout, listed))
+        if fitting := next(((way, memory) for way, memory in ways if verdict(memory, card) == "fits"), None):
+            known = machine and not unknown(fitting[0])
+            yield Layout(*fitting, machine.predict(fitting[0]) if known else None)
+
+
+def layouts(e: Experiment, ranks: int) -> Iterator[Experiment]:
     """``e`` with other tensor, pipeline, context and expert parallel sizes, virtual stages, micro-batches and sharding.
 
-    On as many GPUs, with as many samples a step, without recomputation; sequence parallelism goes with tensor
+    On ``ranks`` GPUs, with as many samples a step, without recomputation; sequence parallelism goes with tensor
     parallelism, context parallelism exchanges in every way, and experts are whole. Those that its sizes do not admit are
     left out.
     """
-    ranks, listed = e.world_size, load_catalog().find(e.id)
+    listed = load_catalog().find(e.id)
     given = {key: value for key, value in e.overrides.items() if key not in ("DP", "SP", "VPP")}
+    if ranks != e.world_size:
+        given["NODES"] = str(math.ceil(ranks / GPUS_OF_A_NODE))
     for tp, pp, cp, dp in _axes(ranks):
         if e.global_batch_size % dp:
             continue
@@ -67,11 +100,17 @@ def layouts(e: Experiment) -> Iterator[Experiment]:
         for ep in _divisors(math.gcd(e.model.num_experts, ranks // pp)) if e.model.num_experts else (1,):
             for mbs in _divisors(e.global_batch_size // dp):
                 for vpp in _divisors(e.model.num_layers // pp) if pp > 1 else (1,):
-                    for sharding in ("no_shard", "optim") if dp * cp > 1 else (e.sharding,):
+                    for sharding in _shardings(e, dp * cp):
                         for way in CP_COMM_TYPES if cp > 1 else (e.cp_comm_type,):
                             more = {"EP": ep, "ETP": 1, "MBS": mbs, "SHARDING": sharding, "CP_COMM_TYPE": way}
                             if layout := _applied(listed, axes | more | ({"VPP": vpp} if pp > 1 else {})):
                                 yield layout
+
+
+def _shardings(e: Experiment, replicas: int) -> Iterable[str]:
+    if replicas == 1:
+        return ["no_shard" if e.fully_sharded else e.sharding]
+    return dict.fromkeys(("no_shard", "optim", e.sharding))
 
 
 def _axes(ranks: int) -> Iterator[tuple[int, int, int, int]]:

@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from harness.experiment import timeline
 from harness.experiment.flops import padded_vocab_size, parameters_on
+from harness.experiment.hardware import GPUS_OF_A_NODE
 
 if TYPE_CHECKING:
     from harness.experiment.catalog import Experiment
@@ -161,6 +162,7 @@ def unknown(e: Experiment) -> list[str]:
         "attention sinks": e.model.attention_sinks,
         "a norm over whole projections": e.model.qk_norm == "projection",
         "links between nodes": e.nodes > 1,
+        f"more than {GPUS_OF_A_NODE} GPUs in a node": e.ranks_per_node > GPUS_OF_A_NODE,
         "arguments of your own (ARGS)": bool(e.extra_args),
     }
     return [name for name, applies in said.items() if applies]

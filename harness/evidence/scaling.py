@@ -1,0 +1,78 @@
+"""How many GPUs an experiment's work needs, and what more of them would bring, by formula: ``make gpus-408``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from harness.evidence import markdown
+from harness.evidence.memory import cards_of
+from harness.experiment import overrides
+from harness.experiment.calibrations import Machine, machine_of
+from harness.experiment.catalog import Catalog, load_catalog
+from harness.experiment.flops import mfu, tflops_per_gpu
+from harness.experiment.hardware import Gpu, find_gpu
+from harness.experiment.layouts import Layout, by_gpus
+from harness.experiment.step_time import unknown
+
+HEAD = ("GPUs", "ms/step", "efficiency", "MFU", "GiB")
+
+
+def print_gpus(id_: str, settings: Mapping[str, str]) -> int:
+    """Print the best layout of experiment ``id_`` with ``settings`` for each number of GPUs, on each card in question.
+
+    Raises UserError where the experiment or a setting makes no sense.
+    """
+    e = overrides.apply(load_catalog().find(id_), settings)
+    samples = f"{e.global_batch_size} sample{'s' * (e.global_batch_size > 1)} of {e.seq_length:,} tokens a step"
+    print(f"{e.label}: {e.model.name}, {samples}, however many GPUs share them")
+    for card in cards_of(e):
+        machine = machine_of(card)
+        found = tuple(by_gpus(e, card, machine))
+        print(f"\n{card.name}, by formula: the fastest layout that fits; where no speed is known, the one that splits least")
+        print(_row(HEAD, ""))
+        for cells, command in _lines(found, card):
+            print(_row(cells, command))
+        if any(best and best.step for _, best in found):
+            print(f"  {machine.how_sure()}: run the first few")
+        if missing := _not_known(found, card, machine):
+            print(f"  no formula for a step with {', '.join(missing)}")
+    return 0
+
+
+def table(catalog: Catalog, card: str, ids: Sequence[str]) -> str:
+    """Markdown: the same for some experiments of the catalogue, on one kind of card."""
+    gpu, lines = find_gpu(card), []
+    for e in map(catalog.find, ids):
+        for i, (cells, command) in enumerate(_lines(tuple(by_gpus(e, gpu, machine_of(gpu))), gpu)):
+            first = [f"`{e.id}`", e.model.name] if i == 0 else ["", ""]
+            lines.append([*first, *cells, f"`{command}`" if cells[-1] else command])
+    return markdown.table(["id", "model", *HEAD, "command"], lines, "llrrrrrl")
+
+
+def _lines(found: Iterable[tuple[int, Layout | None]], card: Gpu) -> Iterator[tuple[tuple[str, ...], str]]:
+    """The cells below HEAD and what to type, for each number of GPUs.
+
+    Efficiency: a GPU's share of the work in a second, against that of the fewest GPUs whose step is known.
+    """
+    fewest: float | None = None
+    for gpus, best in found:
+        if best is None:
+            yield (str(gpus), "", "", "", ""), "nothing fits, even with full recomputation"
+            continue
+        step, shown = best.step, ("", "", "")
+        if step:
+            fewest = fewest or gpus * step.total
+            share = mfu(tflops_per_gpu(best.experiment, step.total), card.bf16)
+            shown = f"{step.total:,.0f}", f"{fewest / (gpus * step.total):.2f}", f"{share:.0%}"
+        yield (str(gpus), *shown, f"{best.memory.total:.1f}"), f"make {best.experiment.id} {best.settings}".strip()
+
+
+def _row(cells: Sequence[str], command: str) -> str:
+    return ("  {:>5} {:>8} {:>10} {:>5} {:>6}".format(*cells) + f"  {command}").rstrip()
+
+
+def _not_known(found: Iterable[tuple[int, Layout | None]], card: Gpu, machine: Machine | None) -> list[str]:
+    """Why steps are missing."""
+    if machine is None:
+        return [card.name]
+    return list(dict.fromkeys(what for _, best in found if best and not best.step for what in unknown(best.experiment)))
