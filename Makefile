@@ -123,7 +123,7 @@ docker-run: ## a shell in it, where make 101<tab> works
 
 ##@ Develop
 test: ## quick tests, real gloo training, parity
-	@scripts/setup.sh test data heavy peft calibrate -- -m pytest -m "not gpu and not full"
+	@scripts/setup.sh test data heavy peft calibrate -- -m pytest -n 2 --dist loadgroup -m "not gpu and not full"
 test-quick: ## without torch and without data sets, in seconds
 	@scripts/setup.sh test -- -m pytest -n 2 -m "not cpu and not gpu and not full" --ignore-glob='tests/test_data_*'
 test-full: ## everything, long ones too

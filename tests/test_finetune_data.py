@@ -14,14 +14,13 @@ pytest.importorskip("tokenizers", reason="the set-up stage `heavy` is not instal
 from tokenizers import Tokenizer  # noqa: E402
 
 from harness.data import prepared  # noqa: E402
-from harness.data.chat.prepare import prepare_chat  # noqa: E402
 from harness.data.check import check  # noqa: E402
 from harness.errors import UserError  # noqa: E402
 from harness.experiment.catalog import load_catalog  # noqa: E402
 from harness.machine.upstream import locate, put_on_path  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny_chat import READ, conversation, write_lines  # noqa: E402
+from tiny_chat import READ, conversation, prepare, write_lines  # noqa: E402
 
 pytestmark = pytest.mark.cpu
 
@@ -37,7 +36,7 @@ END = 256  # the byte tokenizer's end of document
 
 def test_a_data_set_of_conversations(tmp_path):
     lines = [conversation("q", "a", "r", "b", system="s"), {"text": "none"}, conversation("q")]
-    manifest, skipped = prepare_chat("chat", write_lines(tmp_path / "chat.jsonl", lines), "bytes", folder=tmp_path)
+    manifest, skipped = prepare(tmp_path, write_lines(tmp_path / "chat.jsonl", lines))
     assert dict(skipped.by_rule) == {"no messages": 1, "no answer": 1} and skipped.first == {"no messages": 2, "no answer": 3}
     assert manifest.chat.template == "simple" and manifest.counted.documents == 1 and manifest.counted.records == 3
     assert all(finding.right for finding in check("chat", tmp_path))
@@ -48,7 +47,7 @@ def test_a_data_set_of_conversations(tmp_path):
     end = "<|endoftext|>"
     assert backend.decode(ids, skip_special_tokens=False) == f"s\n\nUser: q\n\nAssistant: a{end}\n\nUser: r\n\nAssistant: b{end}"
     with pytest.raises(UserError, match="is prepared already"):
-        prepare_chat("chat", tmp_path / "chat.jsonl", "bytes", folder=tmp_path)
+        prepare(tmp_path, tmp_path / "chat.jsonl")
 
 
 def test_a_tokenizers_own_template_is_used(tmp_path):
@@ -57,7 +56,7 @@ def test_a_tokenizers_own_template_is_used(tmp_path):
     folder = byte_folder(tmp_path)
     template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
     (folder / "chat_template.jinja").write_text(template)
-    manifest, _ = prepare_chat("own", write_lines(tmp_path / "c.jsonl", [conversation("q", "a")]), str(folder), folder=tmp_path)
+    manifest, _ = prepare(tmp_path, write_lines(tmp_path / "c.jsonl", [conversation("q", "a")]), str(folder))
     assert manifest.chat.template == "own" and manifest.counted.tokens == len("[user]q_[assistant]a_")
     assert manifest.chat.answer_tokens == len("a_")
 
@@ -72,13 +71,13 @@ def test_a_tokenizers_own_template_is_used(tmp_path):
 )
 def test_nothing_is_left_of_what_cannot_be_prepared(tmp_path, lines, tokenizer, said):
     with pytest.raises(UserError, match=said):
-        prepare_chat("chat", write_lines(tmp_path / "c.jsonl", lines), tokenizer, folder=tmp_path)
+        prepare(tmp_path, write_lines(tmp_path / "c.jsonl", lines), tokenizer)
     assert "chat" not in prepared.prepared(tmp_path) and not (tmp_path / "chat").exists()
 
 
 def test_a_missing_file_is_said_so(tmp_path):
     with pytest.raises(UserError, match="No such file"):
-        prepare_chat("chat", tmp_path / "none.jsonl", "bytes", folder=tmp_path)
+        prepare(tmp_path, tmp_path / "none.jsonl")
 
 
 def read(pair, number: int, length: int) -> tuple[list[dict], str]:
@@ -91,7 +90,7 @@ def test_what_a_run_reads(tmp_path):
     long = conversation("x" * 10, "y" * 200)
     hopeless = conversation("z" * 300, "a")
     texts = [conversation(f"{n}?", f"{n}!") for n in range(5)]
-    prepare_chat("chat", write_lines(tmp_path / "c.jsonl", [*texts, long, hopeless]), "bytes", folder=tmp_path)
+    prepare(tmp_path, write_lines(tmp_path / "c.jsonl", [*texts, long, hopeless]))
     samples, said = read(prepared.prefix_of("chat", tmp_path), 6, 64)
     assert "6 conversations in 4 sequences of 64" in said and "cut at the end: 1; skipped, no answer within a sequence: 1" in said
     seen = set()
@@ -120,7 +119,7 @@ def test_what_a_run_reads(tmp_path):
 @pytest.fixture
 def chat(tmp_path, monkeypatch):
     """Conversations as the data set ``chat``, for plans."""
-    prepare_chat("chat", write_lines(tmp_path / "chat.jsonl", [conversation("q", "a")] * 9), "bytes", folder=tmp_path)
+    prepare(tmp_path, write_lines(tmp_path / "chat.jsonl", [conversation("q", "a")] * 9))
     find = prepared.find
     monkeypatch.setattr(prepared, "find", lambda name, folder=tmp_path: find(name, tmp_path))
     return {"DATA": "chat", "OUTDIR": str(tmp_path)}

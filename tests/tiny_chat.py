@@ -2,12 +2,18 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from harness.data.chat.prepare import prepare_chat
+from harness.data.chat.byte_tokenizer import byte_folder
+from harness.data.chat.prepare import Skipped, prepare_chat
+from harness.data.manifest import Manifest
 from harness.data.prepared import prefix_of
+from harness.data.tokenizer import find_tokenizer
 from harness.experiment.catalog import Experiment, Lora
 from harness.machine.upstream import locate, put_on_path
 from harness.megatron.environment import variables
@@ -36,11 +42,25 @@ def write_lines(path: Path, lines) -> Path:
     return path
 
 
+@cache
+def _examined() -> TemporaryDirectory:
+    """The byte tokenizer and what is found out about it, which takes seconds; until the tests end."""
+    folder = TemporaryDirectory()
+    find_tokenizer(str(byte_folder(Path(folder.name))), Path(folder.name))
+    return folder
+
+
+def prepare(folder: Path, lines: Path, tokenizer: str = "bytes") -> tuple[Manifest, Skipped]:
+    """The conversations in ``lines`` as the data set ``chat`` in ``folder``."""
+    shutil.copytree(_examined().name, folder / "tokenizers", dirs_exist_ok=True)
+    return prepare_chat("chat", lines, tokenizer, folder=folder)
+
+
 def make_data(folder: Path, number: int = 12) -> Path:
     """Prepare short conversations as the data set ``chat`` in ``folder``; path of its pair."""
     put_on_path(locate())  # before transformers imports what it finds of Megatron-LM
     lines = [conversation(f"{n}+{n}?", f"{2 * n}.", *(["and?", "no"] if n % 3 == 0 else [])) for n in range(number)]
-    prepare_chat("chat", write_lines(folder / "chat.jsonl", lines), "bytes", folder=folder)
+    prepare(folder, write_lines(folder / "chat.jsonl", lines))
     return prefix_of("chat", folder)
 
 
