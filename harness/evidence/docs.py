@@ -53,7 +53,7 @@ from harness.experiment.memory import predict
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 VALUE = re.compile(r"(<!-- value: (.+?) (\S+) -->).*?(<!-- /value -->)")
 BLOCK = re.compile(r"^(<!-- (\w+): ([^\n]+) -->\n).*?^(<!-- /\2 -->)$", re.DOTALL | re.MULTILINE)
-IN_A_FILE = re.compile(r"(\S+/\S+) ([\w.-]+)")
+IN_A_FILE = re.compile(r"(\S+/\S+) (\w[\w.: -]*)")
 DRAWINGS = diagrams.DRAWINGS | step_drawings.DRAWINGS
 MISSING = "not measured yet"
 REFERENCE_8 = "h200-8gpu"
