@@ -7,9 +7,10 @@ experiments/calibrations.yaml. A pass through a stage takes what the GPU needs, 
 more where both need about as much; the pipeline's schedule (harness/experiment/timeline.py) puts passes in order.
 
 Sources: waves of tiles, NVIDIA's Matrix Multiplication Background User's Guide, section "Dimension Quantization Effects";
-bytes of an all-reduce, 2 (n-1)/n of the message over links and (n+1)/n where the switch adds up, NVIDIA's nccl-tests,
-doc/PERFORMANCE.md; what is sent when, megatron/core/tensor_parallel/layers.py,
-megatron/core/transformer/moe/token_dispatcher.py and megatron/core/distributed/finalize_model_grads.py, core_v0.19.0.
+bytes of an all-reduce, 2 (n-1)/n of the message over links, NVIDIA's nccl-tests, doc/PERFORMANCE.md (where the switch adds
+up, (n+1)/n: a rank sends its message once, and for all others its n-th of the sum); what is sent when,
+megatron/core/tensor_parallel/layers.py, megatron/core/transformer/moe/token_dispatcher.py and
+megatron/core/distributed/finalize_model_grads.py, core_v0.19.0.
 """
 
 from __future__ import annotations
