@@ -1,4 +1,4 @@
-"""README.md and docs/: generated parts are fresh, links lead somewhere, and what is named exists."""
+"""README.md, docs/ and the pages beside data and benchmarks: generated parts are fresh, links lead somewhere, and what is named exists."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from harness.experiment.catalog import load_catalog
 from harness.experiment.overrides import EXPERIMENT_SETTINGS, LAUNCH_SETTINGS
 from harness.rundir import Upstream
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *(path for folder in ("docs", "benchmarks", "data") for path in sorted((ROOT / folder).glob("*.md")))]
 COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 FENCE = re.compile(r"^( *)```.*?^\1```$", re.DOTALL | re.MULTILINE)
 CODE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")

@@ -1,4 +1,4 @@
-"""The generated parts of README.md and docs/: tables, lists and single numbers, between two comments of the page's source.
+"""The generated parts of PAGES: tables, lists and single numbers, between two comments of the page's source.
 
     <!-- value: memory_gib[115] .1f -->…<!-- /value -->        one number (harness/evidence/facts.py) in Python's format
     <!-- records: make docs -->…<!-- /records -->              every record beside its published row
@@ -50,7 +50,7 @@ from harness.experiment.catalog import Experiment
 from harness.experiment.hardware import find_gpu
 from harness.experiment.memory import predict
 
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "saves.md")
 VALUE = re.compile(r"(<!-- value: (.+?) (\S+) -->).*?(<!-- /value -->)")
 BLOCK = re.compile(r"^(<!-- (\w+): ([^\n]+) -->\n).*?^(<!-- /\2 -->)$", re.DOTALL | re.MULTILINE)
 IN_A_FILE = re.compile(r"(\S+/\S+) (\w[\w.: -]*)")
