@@ -18,6 +18,13 @@ def test_activations_of_a_layer(id_: str, changes: dict, units: float) -> None:
     assert activations_per_sbh(find(id_, **changes)) == units
 
 
+def test_a_narrower_mlp_keeps_less_of_its_own_width_alone() -> None:
+    """Its first matrix's output and GELU's; inputs and masks are as wide as the hidden state."""
+    e = find("281", tp=1)
+    half = e.with_changes(model=e.model.model_copy(update={"ffn_hidden_size": 2 * e.model.hidden_size}))
+    assert activations_per_sbh(half) == 34 - 2 * 4
+
+
 def test_only_gpt2_layers_are_the_papers() -> None:
     assert activations_per_sbh(find("500")) is None
     assert activations_per_sbh(find("611")) is None, "a gated MLP, and fewer keys than queries"

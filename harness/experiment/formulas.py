@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def activations_per_sbh(e: Experiment) -> float | None:
     """Bytes of activations that a transformer layer keeps for its backward pass, in units of s x b x h.
 
-    On one GPU 34. Tensor parallel 10 + 24/t, because the inputs of norms and the outputs of dropouts stay whole; with
+    On one GPU 34. Tensor parallel 10 + 24/t, because norms' inputs and outputs and dropouts' masks stay whole; with
     sequence parallelism 34/t. Full recomputation: 2, the layer's input. What a score matrix would add (5as/h) is left out:
     flash and fused attention never store it. None for layers other than GPT-2's, which are what the paper counts.
     Source: Korthikanti et al. 2022 (arXiv:2205.05198), table 2.
@@ -25,8 +25,7 @@ def activations_per_sbh(e: Experiment) -> float | None:
         return None
     if e.recompute == "full":
         return 2 / (e.tp if e.sequence_parallel else 1)
-    mlp = 19 * e.model.ffn / (4 * e.model.hidden_size)
-    whole, split = 10, 5 + mlp
+    whole, split = 10, 8 + 4 * e.model.ffn / e.model.hidden_size  # of attention 8, of the MLP two tensors of its width
     return (whole + split) / e.tp if e.sequence_parallel else whole + split / e.tp
 
 
