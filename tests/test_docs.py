@@ -24,6 +24,12 @@ CODE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 MAKE = re.compile(r"\bmake ([a-z0-9][\w.-]*)(<)?")
 ID = re.compile(r"[1-9]\d\dh?")
+WITH_UNIT = re.compile(r"\d[\d,.]*\s?(?:ms|GiB|MiB|TFLOP/s|GB/s|MB/s|%)(?!\w)")
+TYPED = {
+    "450 GB/s": "NVLink's, each way", "79.6 GiB": "an H100's", "77 %": "Shoeybi et al. 2019", "0.01 %": "a bound",
+    "15 %": "a rule of thumb", "5 %": "a setting", "10 %": "an aim",
+}
+"""Numbers with a unit that no run measured."""
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +126,11 @@ def test_every_page_and_diagram_is_reachable() -> None:
     linked = {(path.parent / name).resolve() for path, name in links}
     made = [*(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "images").glob("diagram-*.svg")]
     assert not [path.name for path in made if path not in linked and path != ROOT / "docs" / "README.md"]
+
+
+def test_a_number_that_a_run_measured_is_not_typed() -> None:
+    pages = [CODE.sub("", FENCE.sub("", docs.BLOCK.sub("", docs.VALUE.sub("", path.read_text())))) for path in docs.PAGES]
+    assert {number for page in pages for number in WITH_UNIT.findall(page)} == set(TYPED)
 
 
 def test_values(facts: Facts) -> None:
