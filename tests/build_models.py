@@ -1,7 +1,7 @@
 """Run by test_models.py in a process of its own, where the CPU stands in for CUDA: what upstream makes of the catalogue's models.
 
-Writes, as JSON into the file named, {model: [parameters of the built model, FLOPs of a step]}; {id: complaint or null} of the parser; and by how
-much attention with a window and sinks differs from a plain one.
+Writes, as JSON into the file named, {model: [parameters of the built model, FLOPs of a step]}; {id: complaint or null} of the parser, and the
+same with CUDA graphs; and by how much attention with a window and sinks differs from a plain one.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from harness.entry import rank
+from harness.errors import UserError
 from harness.experiment.catalog import load_catalog
 from harness.megatron.environment import variables
 from harness.megatron.flags import megatron_flags
@@ -94,7 +95,10 @@ def main(result):
 
     catalog = load_catalog()
     experiments = [e for chapter in (600, 700) for e in catalog.in_chapter(chapter)]
-    found = {"complaints": {e.id: complaint(e) for e in experiments}}
+    found = {"complaints": {e.id: complaint(e) for e in experiments}, "graphs": {}}
+    for e in catalog.experiments:
+        with contextlib.suppress(UserError):
+            found["graphs"][e.id] = complaint(e.with_changes(cuda_graphs=True))
 
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     parallel_state.initialize_model_parallel()

@@ -57,6 +57,16 @@ def test_published_flags() -> None:
     assert words("101").count("--train-iters") == 1
 
 
+def test_layers_with_experts_are_graphed_in_part() -> None:
+    def graphed(id_: str, device: str) -> str:
+        groups = megatron_flags(CATALOG.find(id_).with_changes(cuda_graphs=True), device)
+        return " ".join(word for group in groups for word in group)
+
+    assert graphed("101", "cuda").count("--cuda-graph") == 1 and "--cuda-graph-impl local --te-rng-tracker" in graphed("101", "cuda")
+    assert "--cuda-graph-modules attn moe_router" in graphed("501", "cuda")
+    assert "cuda-graph" not in graphed("101", "cpu") and not miniature(CATALOG.find("101").with_changes(cuda_graphs=True)).cuda_graphs
+
+
 def test_learned_positions_are_not_left_to_pytorch() -> None:
     """Its ``Embedding.reset_parameters``, which upstream calls for what was made on the meta device, knows no deviation."""
     assert "--init-model-with-meta-device" in words("711") and "--init-model-with-meta-device" not in words("705")

@@ -145,7 +145,7 @@ def test_adapters_beside_random_weights_are_told(chat):
 
 @pytest.mark.parametrize(
     ("settings", "said"),
-    [({"CP": "2"}, "set CP=1"), ({"PP": "2"}, "MBS=1"), ({"SPLIT": "98,1,1"}, "conversations"), ({"WEIGHTS": "nothing"}, "import-hf")],
+    [({"CP": "2"}, "set CP=1"), ({"CUDA_GRAPHS": "1"}, "set CUDA_GRAPHS=0"), ({"PP": "2"}, "MBS=1"), ({"SPLIT": "98,1,1"}, "conversations"), ({"WEIGHTS": "nothing"}, "import-hf")],
 )
 def test_runs_that_conversations_do_not_fit(chat, settings, said):
     from harness.planning.plan import plan

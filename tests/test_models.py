@@ -114,6 +114,10 @@ def test_mixtral_fits_four_gpus_only_with_bf16_gradients():
         ("620", {"ep": 2, "etp": 2, "tp": 2, "dp": 2, "sequence_parallel": True}, "experts without biases only; set etp = 1"),
         ("620", {"cp": 2, "dp": 2}, "windows and sinks need context parallelism by all-to-all"),
         ("631", {"tp": 3}, "num_attention_heads 16 must divide by tp = 3"),
+        ("300", {"cuda_graphs": True}, "CUDA graphs of layers cannot be recomputed whole; set RECOMPUTE=none"),
+        ("111", {"cuda_graphs": True, "recompute": "selective"}, "dropout of recomputed attention again; set DROPOUT=0"),
+        ("811", {"cuda_graphs": True}, "CUDA graphs are not tested with adapters"),
+        ("703", {"cuda_graphs": True}, "hooks by which fsdp_optim gathers weights"),
         ("705", {"optimizer": "muon"}, "upstream's muon works with sharding no_shard or optim"),
         ("706", {"pp": 2, "dp": 2}, "torch FSDP2 works with neither pipeline nor expert parallelism"),
     ],
@@ -190,6 +194,13 @@ def upstream(tmp_path_factory):
 @pytest.mark.cpu
 def test_upstream_accepts_every_script(upstream):
     assert upstream["complaints"] == dict.fromkeys(e.id for e in ROWS)
+
+
+@pytest.mark.cpu
+def test_upstream_accepts_cuda_graphs_where_the_catalogue_does(upstream):
+    found = upstream["graphs"]
+    assert {"101", "244", "304", "408", "438", "501", "502", "613", "620"} < found.keys() and "300" not in found
+    assert found == dict.fromkeys(found)
 
 
 @pytest.mark.cpu

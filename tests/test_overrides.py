@@ -35,6 +35,13 @@ def test_dependent_settings_follow() -> None:
     assert apply("438", "PP=1").vpp == 1
 
 
+def test_dropout_is_the_models_and_switches_are_on_or_off() -> None:
+    e = apply("101", "DROPOUT=0", "CUDA_GRAPHS=1", "CROSS_ENTROPY_FUSION=0")
+    assert (e.model.dropout, e.cuda_graphs, e.cross_entropy_fusion) == (0, True, False)
+    assert e.label == "101-gpt2xl-dp1-gbs1-bf16_dropout0_cuda_graphs1" and e.layout == "CUDA graphs"
+    assert apply("101", "DROPOUT=0.1", "CUDA_GRAPHS=0") is CATALOG.find("101")
+
+
 def test_arguments_are_split_as_a_shell_splits() -> None:
     assert apply("101", "ARGS=--lr 1e-4 --x 'a b'").extra_args == ("--lr", "1e-4", "--x", "a b")
 
@@ -53,6 +60,9 @@ def test_arguments_are_split_as_a_shell_splits() -> None:
         (["101", "STEP=20"], r"unknown setting STEP; did you mean STEPS"),
         (["101", "20"], r"'20' is not of the form KEY=VALUE"),
         (["101", "SP=yes"], r"SP=yes: expected 0 or 1"),
+        (["101", "DROPOUT=1"], r"DROPOUT=1: expected a number from 0 to below 1"),
+        (["101", "DROPOUT=none"], r"DROPOUT=none: expected a number from 0"),
+        (["101", "CUDA_GRAPHS=local"], r"CUDA_GRAPHS=local: expected 0 or 1"),
         (["101", "RECOMPUTE=all"], r"RECOMPUTE=all; .*full"),
         (["101", "CARD=h100"], r"CARD=h100: unknown GPU; .*h100-80gb"),
         (["101", "ARGS='--lr"], r"No closing quotation"),

@@ -92,8 +92,19 @@ def test_layouts_come_in_the_order_that_was_measured():
     """The 8.3B model on four H200s: 1,170 ms with TP 4, 825 with PP 4, 551 (without dropout) with DP 4."""
     tensor, pipeline, data = (MACHINES["h200"].predict(find(*words)).total for words in (
         ("420", "GPUS=4 TP=4 GBS=16 MBS=4"), ("401", "GPUS=4 PP=4 GBS=16 MBS=2"),
-        ("401", "GPUS=4 PP=1 DP=4 SHARDING=optim GBS=16 MBS=4")))
+        ("401", "GPUS=4 PP=1 DP=4 SHARDING=optim GBS=16 MBS=4 DROPOUT=0")))
     assert tensor > pipeline > data
+
+
+def test_a_graph_leaves_nothing_to_launch():
+    """101 waits for launches, 111 for its GPU."""
+    for machine in MACHINES.values():
+        small, graphs = machine.predict(find("101")), machine.predict(find("101", "CUDA_GRAPHS=1"))
+        assert graphs.launches < small.launches / 3 and graphs.products == small.products and graphs.total < 0.6 * small.total
+        large, graphs = machine.predict(find("111")), machine.predict(find("111", "CUDA_GRAPHS=1"))
+        assert 0.98 * large.total < graphs.total <= large.total
+    assert unknown(find("408", "CUDA_GRAPHS=1")) == unknown(find("302", "CUDA_GRAPHS=1")) == unknown(find("501", "CUDA_GRAPHS=1"))
+    assert "CUDA graphs beside pipelines" in unknown(find("408", "CUDA_GRAPHS=1"))[0]
 
 
 @pytest.mark.parametrize("group", ["h100-tutorial"])
@@ -259,8 +270,18 @@ def test_layouts_exchange_keys_and_values_in_every_way():
     assert any("CP_COMM_TYPE=a2a" in layout.settings for layout in layouts.faster(e, PUBLISHED))
 
 
-def test_nothing_is_faster_on_one_gpu():
-    assert layouts.faster(find("101"), PUBLISHED) == []
+def test_on_one_gpu_levers_are_what_there_is():
+    assert [layout.settings for layout in layouts.faster(find("101"), PUBLISHED)] == ["CUDA_GRAPHS=1"]
+    assert layouts.faster(find("101", "CUDA_GRAPHS=1"), PUBLISHED) == []
+    found = [layout.experiment for layout in layouts.faster(find("642"), MACHINES["h200"])]
+    assert found and not any(e.cuda_graphs and e.recompute == "full" for e in found)
+
+
+def test_a_lever_is_pulled_where_it_brings_a_hundredth():
+    best = {id_: layouts.faster(find(id_), PUBLISHED) for id_ in ("128", "501")}
+    assert best["128"][0].settings == "CROSS_ENTROPY_FUSION=1"
+    assert all(layout.step.total < PUBLISHED.predict(find("128")).total for layout in best["128"])
+    assert not any(layout.experiment.cuda_graphs for layout in best["501"])
 
 
 @pytest.mark.parametrize("id_", ["128", "408", "641"])
@@ -366,7 +387,7 @@ def test_the_commands(capsys):
     assert main(["faster", "420", "GPUS=4", "TP=4", "GBS=16", "MBS=4", "CARD=h200-141gb"]) == 0
     said = capsys.readouterr().out
     assert "layouts of the same work that fit and are faster: " in said and "CARD=" not in said.partition("\n")[2]
-    assert main(["faster", "101"]) == 0
+    assert main(["faster", "101", "CUDA_GRAPHS=1"]) == 0
     assert "no layout that fits is faster" in capsys.readouterr().out
     assert main(["gpus", "408", "CARD=h100-80gb"]) == 0
     said = capsys.readouterr().out

@@ -131,7 +131,7 @@ def unseen_table(catalog: Catalog, references: References, group: str) -> str:
     machine, lines = machine_of(find_gpu(found.gpu)), []
     for row, e in same_as(found, catalog):
         ms = machine.predict(e).total
-        lines.append([row.id or row.workload, f"`make {row.id or row.make}`", e.layout, f"{row.step_ms:,.0f}", f"{ms:,.0f}",
+        lines.append([row.id or row.workload, f"`make {row.make or row.id}`", e.layout, f"{row.step_ms:,.0f}", f"{ms:,.0f}",
                       f"{ms / row.step_ms - 1:+.1%}"])
     return markdown.table(["row", "same as", "layout", "measured", "formula", "off by"], lines, "lllrrr")
 

@@ -179,6 +179,8 @@ class Experiment(_Frozen):
     """The longest sequence that learned positions are there for; None: as long as those it trains on."""
     lora: Lora | None = None
     cross_entropy_fusion: bool = False
+    cuda_graphs: bool = False
+    """A layer's kernels, or of a layer with experts its attention's and router's, are launched together."""
     attention_backend: Literal["auto", "flash", "fused", "unfused"] = "auto"
     steps: Count = 100
     eval_interval: Count = 50
@@ -267,6 +269,8 @@ class Experiment(_Frozen):
             parts.append(self.optimizer)
         if self.optimizer_state != "fp32":
             parts.append(f"{self.optimizer_state} moments")
+        if self.cuda_graphs:
+            parts.append("CUDA graphs")
         return " ".join(parts) or "one GPU"
 
     @property

@@ -85,6 +85,7 @@ def _violations(e: Experiment) -> Iterator[str]:
     yield from _model_violations(e)
     yield from _precision_violations(e)
     yield from _sharding_violations(e)
+    yield from _cuda_graph_violations(e)
     yield from _lora_violations(e)
     if e.profile and not 2 <= e.profile[0] <= e.profile[1] <= e.steps:
         first, last = e.profile
@@ -120,6 +121,8 @@ def _lora_violations(e: Experiment) -> Iterator[str]:
         yield f"LoRA: {e.optimizer} is for whole matrices, not for their factors; set OPTIMIZER=adam"
     if e.precision == "fp8":
         yield "LoRA: fp8 is not tested with adapters; choose a bf16 row"
+    if e.cuda_graphs:
+        yield "LoRA: CUDA graphs are not tested with adapters; set CUDA_GRAPHS=0"
 
 
 def _precision_violations(e: Experiment) -> Iterator[str]:
@@ -153,6 +156,18 @@ def _sharding_violations(e: Experiment) -> Iterator[str]:
         yield f"upstream's {e.optimizer} works with sharding no_shard or optim, not {e.sharding}"
     if e.optimizer == "muon" and e.model.num_experts and e.model.add_bias_linear and e.sharding == "optim":
         yield "upstream's sharded muon does not take experts with biases yet; set sharding: no_shard"
+
+
+def _cuda_graph_violations(e: Experiment) -> Iterator[str]:
+    if not e.cuda_graphs:
+        return
+    if e.recompute == "full":
+        yield "CUDA graphs of layers cannot be recomputed whole; set RECOMPUTE=none or selective"
+    attention = e.recompute == "selective" and "core_attn" in (e.recompute_modules or ("core_attn",))
+    if attention and e.model.dropout:
+        yield "CUDA graphs cannot draw the dropout of recomputed attention again; set DROPOUT=0 or RECOMPUTE=none"
+    if e.fully_sharded:
+        yield f"CUDA graphs do not know the hooks by which {e.sharding} gathers weights; set SHARDING=optim or no_shard"
 
 
 def _expert_violations(e: Experiment, ranks: int) -> Iterator[str]:

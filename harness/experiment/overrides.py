@@ -41,6 +41,9 @@ EXPERIMENT_SETTINGS = (
     Setting("GBS", "16", "global batch size, in sequences"),
     Setting("SEQ", "2048", "sequence length, in tokens"),
     Setting("RECOMPUTE", "full", "activation recomputation: none, selective or full"),
+    Setting("DROPOUT", "0", "share of hidden states and of attention weights that training drops"),
+    Setting("CROSS_ENTROPY_FUSION", "1", "the loss in fewer kernels, 0 or 1"),
+    Setting("CUDA_GRAPHS", "1", "launch a layer's kernels together, 0 or 1: for GPUs that wait for the CPU"),
     Setting("OPTIMIZER", "muon", "adam or muon"),
     Setting("OPTIMIZER_STATE", "bf16", "precision of Adam's moments, fp32 or bf16 (with SHARDING=optim)"),
     Setting("SHARDING", "optim", "what data parallelism shards: " + ", ".join(SHARDING)),
@@ -106,6 +109,7 @@ PROFILED_STEPS = (8, 9)
 """What PROFILE=1 traces: compilation, tuning and the allocator's growth are over by then."""
 _CHOICES = {"RECOMPUTE": "recompute", "SHARDING": "sharding", "OPTIMIZER": "optimizer", "OPTIMIZER_STATE": "optimizer_state",
             "LR_DECAY": "lr_decay", "CP_COMM_TYPE": "cp_comm_type"}
+_SWITCHES = {"SP": "sequence_parallel", "CROSS_ENTROPY_FUSION": "cross_entropy_fusion", "CUDA_GRAPHS": "cuda_graphs"}
 _TEXTS = {"DATA": "data", "SPLIT": "split", "LOAD": "load", "WEIGHTS": "weights"}
 
 
@@ -174,8 +178,9 @@ def apply(experiment: Experiment, settings: Mapping[str, str]) -> Experiment:
             if given[key] not in valid:
                 raise UserError(f"{key}={given[key]}; {nearest(given[key], valid)}")
             changes[field] = given[key]
-    if "SP" in given:
-        changes["sequence_parallel"] = switch("SP", given["SP"])
+    changes |= {field: switch(key, given[key]) for key, field in _SWITCHES.items() if key in given}
+    if "DROPOUT" in given:
+        changes["model"] = experiment.model.model_copy(update={"dropout": _share("DROPOUT", given["DROPOUT"])})
     changes |= {field: given[key] for key, field in _TEXTS.items() if key in given}
     if "CARD" in given:
         from harness.experiment.hardware import find_gpu, known_gpus
@@ -209,6 +214,16 @@ def apply(experiment: Experiment, settings: Mapping[str, str]) -> Experiment:
     return experiment.with_changes(**effective, overrides=kept)
 
 
+def _share(key: str, value: str) -> float:
+    try:
+        number = float(value)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < 1:
+        raise UserError(f"{key}={value}: expected a number from 0 to below 1")
+    return number
+
+
 def _target(experiment: Experiment, loss: float) -> Target:
     """UNTIL= holds for a miniature as well, in as many steps as it takes anyway."""
     if not loss:
@@ -218,9 +233,9 @@ def _target(experiment: Experiment, loss: float) -> Target:
 
 
 def _field_of(key: str) -> str:
-    special = {"GPUS": "dp", "SP": "sequence_parallel", "CARD": "card", "ARGS": "extra_args", "UNTIL": "until",
+    special = {"GPUS": "dp", "DROPOUT": "model", "CARD": "card", "ARGS": "extra_args", "UNTIL": "until",
                "PROFILE": "profile"} | dict.fromkeys(("LORA_RANK", "LORA_ALPHA", "LORA_DROPOUT", "LORA_TARGETS"), "lora")
-    return (_COUNTS | _COUNTS_FROM_0 | _RATES | _CHOICES | _TEXTS | special)[key]
+    return (_COUNTS | _COUNTS_FROM_0 | _RATES | _CHOICES | _SWITCHES | _TEXTS | special)[key]
 
 
 def _lora(experiment: Experiment, given: Mapping[str, str]) -> Lora | None:
@@ -240,11 +255,10 @@ def _lora(experiment: Experiment, given: Mapping[str, str]) -> Lora | None:
             raise UserError(f"LORA_TARGETS={given['LORA_TARGETS']}: {nearest(target, get_args(LinearLayer))}")
     if targets and len(set(targets)) != len(targets):
         raise UserError(f"LORA_TARGETS={given['LORA_TARGETS']}: a layer gets one adapter")
-    alpha, dropout = (rate(key, given[key]) if key in given else None for key in ("LORA_ALPHA", "LORA_DROPOUT"))
+    alpha = rate("LORA_ALPHA", given["LORA_ALPHA"]) if "LORA_ALPHA" in given else None
+    dropout = _share("LORA_DROPOUT", given["LORA_DROPOUT"]) if "LORA_DROPOUT" in given else None
     if alpha == 0:
         raise UserError(f"LORA_ALPHA={given['LORA_ALPHA']}: expected a number above 0")
-    if dropout is not None and dropout >= 1:
-        raise UserError(f"LORA_DROPOUT={given['LORA_DROPOUT']}: expected a number from 0 to below 1")
     fields = {"rank": rank, "alpha": alpha or (known.scale if known else 2) * rank}
     fields |= {"dropout": known.dropout} | {"targets": known.targets} if known else {}
     fields |= {} if dropout is None else {"dropout": dropout}

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated
 
@@ -41,6 +41,8 @@ KERNEL_S = 3e-6
 """From a kernel's launch to its first result, about."""
 MESSAGE_S = 20e-6
 """A collective with nothing to send, about."""
+GRAPH_S = 100e-6
+"""The CPU's time to launch a graph, through Python and autograd, about."""
 ADAM_BYTES = {"fp32": 30, "bf16": 16}
 """Per parameter, by the precision of moments: these and fp32 weights are read and written, then weights copied to bf16;
 or moments, bf16 weights and the two bytes that these lack of fp32 are read and written."""
@@ -164,6 +166,8 @@ def unknown(e: Experiment) -> list[str]:
         "a norm over whole projections": e.model.qk_norm == "projection",
         "links between nodes": e.nodes > 1,
         f"more than {GPUS_OF_A_NODE} GPUs in a node": e.ranks_per_node > GPUS_OF_A_NODE,
+        "CUDA graphs beside pipelines, context parallelism or experts": e.cuda_graphs and (
+            e.pp * e.cp > 1 or e.model.num_experts is not None),
         "arguments of your own (ARGS)": bool(e.extra_args),
     }
     return [name for name, applies in said.items() if applies]
@@ -273,6 +277,8 @@ class _Machine:
         launches = _Work(launches=self.c.forward_launch_ms / 1e3), _Work(launches=self.c.backward_launch_ms / 1e3)
         forward, backward = _added(*launches, [
             self.matrices, self.attention, self.elementwise, self.experts, self.tensor_parallel, self.context_parallel])
+        if self.e.cuda_graphs:
+            forward, backward = replace(forward, launches=GRAPH_S), replace(backward, launches=GRAPH_S)
         return forward, backward + (forward if self.e.recompute == "full" else self.selectively_recomputed())
 
     def selectively_recomputed(self) -> _Work:

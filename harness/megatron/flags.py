@@ -94,7 +94,7 @@ def megatron_flags(e: Experiment, device: Device, *, apex: bool = False) -> list
         _words(_schedule(e), _OPTIMIZER, f"--init-method-std {e.model.init_method_std}"),
         [*(["--pretrained-checkpoint", e.weights] if e.weights else []), *_words(*(lora_flags(e.lora) if e.lora else ()))],
         _words(_OPTIMIZERS[e.optimizer], _OPTIMIZER_STATE[e.optimizer_state], _GRADIENTS[e.gradients]),
-        [] if cuda else _words(*_WITHOUT_CUDA),
+        _words(*_cuda_graphs(e)) if cuda else _words(*_WITHOUT_CUDA),
         [] if cuda and apex else ["--no-gradient-accumulation-fusion"],
         _data(e),
         _words(_LOGGING, f"--eval-interval {e.eval_interval} --eval-iters {e.eval_steps}"),
@@ -199,6 +199,13 @@ def _precision(e: Experiment) -> Iterator[str]:
         yield _FP8[e.fp8_recipe]
     if e.cross_entropy_fusion:
         yield "--cross-entropy-loss-fusion --cross-entropy-fusion-impl native"
+
+
+def _cuda_graphs(e: Experiment) -> Iterator[str]:
+    """Of whole layers; experts take as many tokens as they get, which no graph does."""
+    if e.cuda_graphs:
+        yield "--cuda-graph-impl local --te-rng-tracker"
+        yield "--cuda-graph-modules attn moe_router" if e.model.num_experts else ""
 
 
 def _schedule(e: Experiment) -> str:

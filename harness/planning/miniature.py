@@ -3,7 +3,7 @@
 Kept: every parallel degree up to eight processes, virtual stages, heads (and so heads per rank), micro-batch size and
 count, sharding, recomputation, precision, and what an architecture is made of. Scaled: width, depth, sequence, windows,
 vocabulary, experts and, but for conversations, steps.
-A CPU has neither fp8 nor Transformer Engine's optimizer, so bf16 and fp32 stand in for both.
+A CPU has neither fp8 nor Transformer Engine's optimizer, so bf16 and fp32 stand in for both; nor has it CUDA graphs.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ def miniature(experiment: Experiment, nodes: int = 1) -> Experiment:
         fp8_recipe=None,
         optimizer_state="fp32",
         gradients="fp32",
+        cuda_graphs=False,
     )
 
 
@@ -78,6 +79,7 @@ def describe(full: Experiment, small: Experiment) -> str:
         ("learning rate", full.lr, small.lr),
         ("precision", full.precision, small.precision),
         ("optimizer state", full.optimizer_state, small.optimizer_state),
+        ("CUDA graphs", "on" if full.cuda_graphs else "off", "off"),
     ]
     changes = ", ".join(f"{what} {before} -> {after}" for what, before, after in scaled if before != after)
     return f"CPU miniature, not comparable with a GPU run{': ' * bool(changes)}{changes}"

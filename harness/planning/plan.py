@@ -25,6 +25,9 @@ from harness.rundir import RunDir
 WITHOUT_WEIGHTS = ("adapters beside random weights learn little, this measures time and memory; WEIGHTS= names weights that "
                    "know something: make import-hf brings some, make 801 trains some")
 
+GRAPHS_DROP = ("CUDA graphs do again what they did in training: losses on held-out data come with dropout, which makes them "
+               "higher; DROPOUT=0 compares")
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -103,6 +106,8 @@ def plan(experiment: Experiment, settings: Mapping[str, str], device: Device) ->
     if small.data != "mock":
         check_split(prepared.blend(small.data), small.split)
     notices = [WITHOUT_WEIGHTS] if small.lora and not small.weights and not small.load else []
+    if small.cuda_graphs and small.model.dropout and small.eval_steps:
+        notices.append(GRAPHS_DROP)
     resumes = _resumed(outdir, small, settings, notices.append)
     saving = _saving(small, settings, resumes)
     if saving and device == "cpu" and small.sharding.startswith("fsdp"):
@@ -129,6 +134,9 @@ def _check_conversations(e: Experiment) -> None:
         return
     if e.cp > 1:
         raise UserError(f"{e.id}: conversations are packed, which is not tested with cp = {e.cp}; set CP=1")
+    if e.cuda_graphs:
+        raise UserError(f"{e.id}: packed conversations begin and end elsewhere in each sequence, which no CUDA graph "
+                        "follows; set CUDA_GRAPHS=0")
     if e.pp > 1 and e.micro_batch_size > 1:
         raise UserError(f"{e.id}: upstream joins a micro-batch of packed sequences, and pipeline stages expect them apart: "
                         f"mbs {e.micro_batch_size}, pp {e.pp}; set MBS=1 or PP=1")
