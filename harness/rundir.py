@@ -169,11 +169,15 @@ class Spread(_Record):
 
 
 class MemoryGib(_Record):
-    """Peaks of the fullest rank: of PyTorch's allocator, of its whole GPU as NVML sees it, and on the host."""
+    """Peaks of the fullest rank: of PyTorch's allocator, of its whole GPU as nvidia-smi shows it, and on the host.
+
+    ``driver`` is what the driver keeps for itself and ``nvml`` leaves out; where it is None on a GPU, ``nvml`` includes it.
+    """
 
     allocated: float | None = None
     reserved: float | None = None
     nvml: float | None = None
+    driver: float | None = None
     rss: float | None = None
 
 

@@ -10,11 +10,14 @@ from types import SimpleNamespace
 
 import pytest
 
+from harness.entry.report import RankReport
 from harness.errors import UserError
 from harness.machine import gpus
+from harness.rundir import RunDir
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
+RESERVED = 615 * 2**20
 
 
 class FakeNvml:
@@ -53,7 +56,10 @@ class FakeNvml:
         return f"GPU-{index}a-b"
 
     def nvmlDeviceGetMemoryInfo(self, index, version=None):
-        return SimpleNamespace(total=143771 * 2**20, used=self.used_gib[index] * GIB)
+        used = self.used_gib[index] * GIB
+        if version is None:  # as nvml.h says: "Sum of Reserved and Allocated device memory"
+            return SimpleNamespace(total=143771 * 2**20, used=used + RESERVED)
+        return SimpleNamespace(total=143771 * 2**20, used=used, reserved=RESERVED)
 
     def nvmlDeviceGetComputeRunningProcesses(self, index):
         return [SimpleNamespace(pid=pid, usedGpuMemory=used) for pid, used in self.processes.get(index, [])]
@@ -109,6 +115,31 @@ def test_gpus_are_listed_with_their_memory(nvml):
 def test_a_sample_has_what_the_driver_tells(nvml):
     nvml([1.25])
     assert gpus.sample([0]) == (gpus.Sample(0, 1.25, 97, 1980, 650.5, None),)
+
+
+def test_what_the_driver_keeps_is_told_apart(nvml, monkeypatch):
+    nvml([1.25, 2.5])
+    assert gpus.kept_by_driver_gib([0, 1]) == pytest.approx(615 / 1024)
+    assert gpus.kept_by_driver_gib([]) is None
+    monkeypatch.delattr(FakeNvml, "nvmlMemory_v2")
+    assert gpus.kept_by_driver_gib([0]) is None
+
+
+def test_a_rank_counts_what_nvidia_smi_does(nvml, tmp_path, monkeypatch):
+    nvml([1.25])
+    monkeypatch.setattr(FakeNvml, "nvmlDeviceGetHandleByUUID", lambda self, uuid: 0, raising=False)
+    cuda = SimpleNamespace(current_device=lambda: 0, get_device_properties=lambda _: SimpleNamespace(uuid="0a-b"))
+    assert RankReport(RunDir(tmp_path))._nvml_used_gib(SimpleNamespace(cuda=cuda)) == 1.25
+
+
+def test_the_driver_is_kept_awake_where_there_is_one(nvml, monkeypatch):
+    fake = nvml([0])
+    gpus.keep_awake()
+    assert fake.open == 1
+    monkeypatch.setattr(fake, "nvmlInit", lambda: (_ for _ in ()).throw(fake.NVMLError("no driver")))
+    gpus.keep_awake()
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    gpus.keep_awake()
 
 
 def test_busy_gpus_are_passed_over(nvml):

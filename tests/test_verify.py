@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,12 @@ from harness.cli import main
 from harness.errors import UserError
 from harness.evidence.measured import measure
 from harness.evidence.records import read
-from harness.evidence.results import collect, load_references
+from harness.evidence.results import Row, collect, collect_records, load_references
 from harness.launching import launch
 from harness.launching.verify import choose, compare, verify
 from harness.machine import gpus
 from harness.machine.gpus import Gpu
-from harness.rundir import RunDir, StepMetrics, write_json
+from harness.rundir import MemoryGib, RunDir, StepMetrics, Upstream, write_json
 
 RECORDS = ROOT / "experiments" / "records"
 KEPT = RECORDS / "h200-141gb"
@@ -165,13 +166,34 @@ def test_on_its_hardware_the_records_experiment_is_launched(tmp_path: Path, monk
 
     monkeypatch.setattr(gpus, "list_gpus", on("NVIDIA H200"))
     monkeypatch.setattr(launch, "run_plan", run_plan)
-    experiment, _ = read(KEPT / "111_cardh100-80gb.json")
+    experiment, result = read(KEPT / "111_cardh100-80gb.json")
+    monkeypatch.setattr("harness.launching.verify.describe_upstream", lambda: result.upstream)
     ready = []
     settings = {"CARD": experiment.overrides["CARD"], "OUTDIR": str(tmp_path), "HANG": "77"}
     assert verify("111", settings, tmp_path, RECORDS, prepare=lambda: ready.append(True)) == 0
     (plan, hang_seconds), = planned
     assert ready and hang_seconds == 77
     assert plan.experiment == experiment and plan.device == "cuda"
+
+
+def test_nothing_is_launched_on_another_megatron_lm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpus, "list_gpus", on("NVIDIA H200"))
+    monkeypatch.setattr(launch, "run_plan", lambda *_, **__: pytest.fail("nothing may run"))
+    monkeypatch.setattr("harness.launching.verify.describe_upstream", lambda: Upstream(version="0.18.0", source="submodule"))
+    with pytest.raises(UserError, match=r"here is Megatron-LM core 0.18.0, .* ran Megatron-LM core 0.19.1 .commit 5be9626"):
+        verify("101", {"OUTDIR": str(tmp_path)}, tmp_path, RECORDS, prepare=lambda: None)
+
+
+def test_what_the_driver_keeps_counts_on_both_sides_or_on_none() -> None:
+    """A record made before the driver's own memory was told apart includes it."""
+    row = next(row for row in collect_records(RECORDS, load_references()).rows if row.label == "h200-141gb/101")
+
+    def with_memory(**gib: float) -> Row:
+        return replace(row, result=row.result.model_copy(update={"memory_gib": MemoryGib(**gib)}))
+
+    old, new = with_memory(nvml=32.9), with_memory(nvml=32.3, driver=0.6)
+    assert all(line.agrees for pair in ((old, new), (new, old), (new, new)) for line in compare(*pair))
+    assert not all(line.agrees for line in compare(old, with_memory(nvml=32.3)))
 
 
 def test_a_dry_run_is_no_verification(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

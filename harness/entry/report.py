@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+from harness.machine import gpus
 from harness.rundir import RUN_DIR_VARIABLE, Rank, RankError, RunDir, write_json
 
 GIB = 2**30
@@ -103,7 +104,7 @@ class RankReport:
         return self.run_dir.ranks / f"{self.rank}.{suffix}"
 
     def _gpu_memory(self) -> dict:
-        """The device's name and, on a GPU, PyTorch's peaks and what NVML sees used on the whole device, in GiB."""
+        """The device's name and, on a GPU, PyTorch's peaks and what nvidia-smi shows as used of the whole device, in GiB."""
         if os.environ.get("HARNESS_DEVICE") == "cpu":
             return {"device": "cpu"}
         torch = sys.modules.get("torch")
@@ -126,7 +127,7 @@ class RankReport:
                 pynvml.nvmlInit()
                 uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
                 self._gpu = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
-            return pynvml.nvmlDeviceGetMemoryInfo(self._gpu).used / GIB
+            return gpus.memory(pynvml, self._gpu).used / GIB
         except pynvml.NVMLError:
             return None
 

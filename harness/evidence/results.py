@@ -167,10 +167,7 @@ class Row:
     @property
     def software(self) -> str:
         """The Megatron-LM it ran, in words. Rows with different ones never share a table."""
-        if self.upstream is None:
-            return "Megatron-LM of unknown version"
-        commit = f" (commit {self.upstream.commit[:7]})" if self.upstream.commit else ""
-        return f"Megatron-LM core {self.upstream.version or '?'}{commit}"
+        return in_words(self.upstream) if self.upstream else "Megatron-LM of unknown version"
 
     @cached_property
     def gpu(self) -> Gpu | None:
@@ -276,6 +273,12 @@ class Row:
         if not ours or not published or self.reference.in_doubt or self.state != "ok":
             return None
         return ours / published
+
+
+def in_words(upstream: Upstream) -> str:
+    """Which Megatron-LM it is: ``Megatron-LM core 0.19.1 (commit 5be9626)``."""
+    commit = f" (commit {upstream.commit[:7]})" if upstream.commit else ""
+    return f"Megatron-LM core {upstream.version or '?'}{commit}"
 
 
 @dataclass(frozen=True)

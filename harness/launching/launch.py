@@ -363,8 +363,13 @@ class Run:
             allocated=_most(rank.allocated_peak_gib for rank in ranks),
             reserved=_most(rank.reserved_peak_gib for rank in ranks),
             nvml=_most([self._sampler.peak_gib, *(rank.nvml_used_gib for rank in ranks)]),
+            driver=self._driver_gib,
             rss=_most(rank.rss_peak_gib for rank in ranks),
         )
+
+    @cached_property
+    def _driver_gib(self) -> float | None:
+        return gpus.kept_by_driver_gib(self.gpu_ids)
 
     @cached_property
     def _peak_tflops(self) -> float | None:

@@ -19,10 +19,11 @@ from pathlib import Path
 from harness.errors import UserError
 from harness.evidence import measured
 from harness.evidence.records import same_work
-from harness.evidence.results import Row, collect, collect_records, load_references, metrics
+from harness.evidence.results import Row, collect, collect_records, in_words, load_references, metrics
 from harness.experiment import overrides
 from harness.experiment.catalog import load_catalog
 from harness.machine import gpus
+from harness.machine.provenance import describe_upstream
 
 MEMORY_TOLERANCE = 0.01
 """Relative; the allocator's caching alone moves used memory by a few tenths of a percent."""
@@ -99,7 +100,7 @@ def compare(record: Row, run: Row) -> list[Line]:
         return [Line("ended as", record.state, run.state, "", "", record.state == run.state)]
     (median, noise), (here, noise_here) = _step(record), _step(run)
     allowed = 2 * math.hypot(noise, noise_here)
-    used, used_here = record.memory_gib.nvml, run.memory_gib.nvml
+    used, used_here = _used_gib(record, run), _used_gib(run, record)
     apart = abs(used_here - used) / used
     return [
         Line("step time, ms", f"{median:,.1f} ± {2 * noise:.1f}", f"{here:,.1f} ± {2 * noise_here:.1f}",
@@ -127,6 +128,12 @@ def _step(row: Row) -> tuple[float, float]:
     """Median step time and its standard uncertainty, in ms, both from the metrics."""
     steps_ms = [m.step_ms for m in measured.window(row.experiment, metrics(row))]
     return statistics.median(steps_ms), measured.step_noise_ms(steps_ms)
+
+
+def _used_gib(row: Row, other: Row) -> float:
+    """Used memory, with what the driver keeps for itself where the ``other`` states it so."""
+    includes_driver = other.memory_gib.driver is None
+    return row.memory_gib.nvml + (row.memory_gib.driver or 0.0 if includes_driver else 0.0)
 
 
 def _on_hardware(records: Sequence[Row], hardware: str) -> list[Row]:
@@ -161,7 +168,10 @@ def _run(records: Sequence[Row], settings: Mapping[str, str], prepare: Callable[
                         f"submits it, then make verify-{id_} RUN=label compares")
     device = choose_device(settings)
     here = gpus.list_gpus()
-    record = _on_hardware(records, here[0].name if device == "cuda" else "a machine without a GPU")[0]
+    record, *others = _on_hardware(records, here[0].name if device == "cuda" else "a machine without a GPU")
+    if (software := in_words(describe_upstream())) not in {row.software for row in (record, *others)}:
+        raise UserError(f"here is {software}, {record.label} ran {record.software}: their times would not compare\n"
+                        "MEGATRON_LM=folder names another checkout")
     wanted = {**record.experiment.overrides, "DATA": record.experiment.data, **settings}
     hang = overrides.count("HANG", settings["HANG"]) if "HANG" in settings else None
     planned = plan(load_catalog().find(record.id), wanted, "cuda")

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -76,7 +76,7 @@ def list_gpus() -> tuple[Gpu, ...]:
         for index in range(nvml.nvmlDeviceGetCount()):
             handle = nvml.nvmlDeviceGetHandleByIndex(index)
             name, uuid = nvml.nvmlDeviceGetName(handle), nvml.nvmlDeviceGetUUID(handle)
-            found.append(Gpu(index, _text(name), _text(uuid), _memory(nvml, handle).total / 2**20))
+            found.append(Gpu(index, _text(name), _text(uuid), memory(nvml, handle).total / 2**20))
         return tuple(found)
 
 
@@ -84,10 +84,10 @@ def keep_awake() -> None:
     """Keep the driver initialised until this process ends: where nothing else does, each question to it starts it anew."""
     try:
         import pynvml
-
-        pynvml.nvmlInit()
-    except (ImportError, pynvml.NVMLError):
+    except ImportError:
         return
+    with suppress(pynvml.NVMLError):
+        pynvml.nvmlInit()
 
 
 def driver_versions() -> tuple[str | None, str | None]:
@@ -97,6 +97,14 @@ def driver_versions() -> tuple[str | None, str | None]:
             return None, None
         cuda = nvml.nvmlSystemGetCudaDriverVersion()
         return _text(nvml.nvmlSystemGetDriverVersion()), f"{cuda // 1000}.{cuda % 1000 // 10}"
+
+
+def kept_by_driver_gib(indices: Sequence[int]) -> float | None:
+    """The most that the driver keeps for itself of one of these GPUs, and does not count as used; None: it does not tell."""
+    with _nvml() as nvml:
+        handles = [_ask(nvml, nvml.nvmlDeviceGetHandleByIndex, index) for index in indices] if nvml else []
+        found = [_ask(nvml, memory, nvml, handle) for handle in handles if handle is not None]
+    return max((m.reserved / 2**30 for m in found if hasattr(m, "reserved")), default=None)
 
 
 def use() -> tuple[Use, ...]:
@@ -279,8 +287,8 @@ def _nvml() -> Iterator[Any]:
         pynvml.nvmlShutdown()
 
 
-def _memory(nvml: Any, handle: Any) -> Any:
-    """Memory as nvidia-smi shows it: what the driver keeps for itself is not counted as used."""
+def memory(nvml: Any, handle: Any) -> Any:
+    """Memory as nvidia-smi shows it: what the driver keeps for itself is ``reserved``, and not counted as ``used``."""
     try:
         return nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2)
     except (nvml.NVMLError, AttributeError):
@@ -292,7 +300,7 @@ def _use(nvml: Any, gpu: Gpu) -> Use:
     processes = _ask(nvml, nvml.nvmlDeviceGetComputeRunningProcesses, handle) or []
     return Use(
         gpu,
-        _memory(nvml, handle).used / 2**30,
+        memory(nvml, handle).used / 2**30,
         tuple(
             Process(p.pid, p.usedGpuMemory and p.usedGpuMemory / 2**30, _name_of(p.pid)) for p in processes
         ),
@@ -305,7 +313,7 @@ def _sample(nvml: Any, index: int) -> Sample:
     power_mw = _ask(nvml, nvml.nvmlDeviceGetPowerUsage, handle)
     return Sample(
         index,
-        round(_memory(nvml, handle).used / 2**30, 3),
+        round(memory(nvml, handle).used / 2**30, 3),
         utilization and utilization.gpu,
         _ask(nvml, nvml.nvmlDeviceGetClockInfo, handle, nvml.NVML_CLOCK_SM),
         None if power_mw is None else power_mw / 1000,
