@@ -361,8 +361,8 @@ def _footer(rows: list[Row]) -> Iterable[str]:
     if any(row.memory_gib.nvml for row in rows):
         yield "GiB: used memory of the fullest GPU as nvidia-smi shows it, CUDA context and NCCL included."
     if any(row.memory_gib.nvml and row.memory_gib.driver is None for row in rows):
-        yield ("Runs whose result.json has no memory_gib.driver count in GiB what the driver keeps for itself, too, 0.6 GiB of "
-               "an H200; nvidia-smi leaves that out.")
+        yield ("Runs whose result.json has no memory_gib.driver count in GiB what the driver keeps for itself, too, 0.6 GiB "
+               "of an H200; nvidia-smi leaves that out.")
     if any(row.step and row.predicted_step_ms for row in rows):
         yield "formula: ms/step predicted from sizes, by constants fitted without the row (make speed-101)."
     for gpu, precision in dict.fromkeys((row.gpu, row.experiment.precision) for row in rows if row.mfu):
