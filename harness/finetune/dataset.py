@@ -2,9 +2,9 @@
 
 Upstream's path is used from the batch on: ``--sft`` broadcasts ``cu_seqlens`` to all stages, gives them to attention in
 Transformer Engine's THD format, so that no conversation sees another, and counts FLOPs by them (pretrain_gpt.py). Its data
-set (megatron/training/datasets/sft_dataset.py) is not: it tokenises while training, by one of four fixed prompt formats,
-fills a sequence only with conversations that a line already joins, cuts on the right without saying so, and needs an
-assistant's header in its tokens to know an answer. Here tokens and answers are those of ``make data-chat``.
+set (megatron/training/datasets/sft_dataset.py) is not: it tokenises while training, fills a sequence only with
+conversations that a line already joins, cuts on the right without saying so, and tells answers from questions in two
+formats of Nemotron's only. Here tokens and answers are those of ``make data-chat``.
 
 A document of the ``.bin``/``.idx`` pair is a conversation; its sequences are text to read and text to answer, in turn.
 """
