@@ -32,8 +32,9 @@ start: LAST := Develop
 start: ; $(HELP); echo; echo 'make help: all this and every setting, KEY=VALUE, of make 101 KEY=VALUE …'
 help: ## everything, with every setting
 	$(HELP)
-HELP = @if [ -t 1 ]; then bold=$$(printf '\033[1m') normal=$$(printf '\033[0m'); fi; \
-  awk -v bold="$$bold" -v normal="$$normal" -v last='$(LAST)' -f scripts/help.awk Makefile experiments/targets.mk
+HELP = @if [ -t 1 ]; then width=$${COLUMNS:-$$(stty size 2>/dev/null </dev/tty | cut -d' ' -f2)}; \
+    if [ -z "$$NO_COLOR" ] && [ "$$TERM" != dumb ]; then bold=$$(printf '\033[1m') normal=$$(printf '\033[0m'); fi; fi; \
+  awk -v bold="$$bold" -v normal="$$normal" -v width="$$width" -v last='$(LAST)' -f scripts/help.awk Makefile experiments/targets.mk
 list: MORE = CHAPTER MODEL
 list: ## the catalogue  [CHAPTER=400] [MODEL=gpt2-xl] [GPUS=4 at most]
 	@$(HARNESS) list $(WORDS)

@@ -2,6 +2,10 @@
 
 import sys
 
-from harness.cli import main
+try:
+    from harness.cli import main
 
-sys.exit(main())
+    status = main()
+except KeyboardInterrupt:  # while all that is imported
+    status = 130
+sys.exit(status)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from textwrap import indent
 
-from harness import ROOT
+from harness import ROOT, screen
 from harness.data import prepared
 from harness.data.sources import Definition, definitions
 from harness.errors import UserError, nearest
@@ -180,15 +180,21 @@ def _list(words: list[str]) -> int:
     wanted = [e for e in catalog.experiments if _matches(e, settings, catalog)]
     if not wanted:
         raise UserError("no experiment matches " + " ".join(f"{k}={v}" for k, v in settings.items()))
-    width = max(len(e.name) for e in wanted)
+    width, layouts = max(len(e.name) for e in wanted), max(len(e.layout) for e in wanted)
     for number, title in catalog.chapters.items():
         rows = [e for e in wanted if e.chapter == number]
         if rows:
             print(f"\n{number}  {title}")
         for e in rows:
             gpus = f"{e.world_size} GPU{'s' if e.world_size > 1 else ' '}"
-            print(f"  {e.name:{width}}  {gpus:>7}  {e.layout:28}  {e.shows}".rstrip())
-    print(f"\n{len(wanted)} experiments. make {wanted[0].id} runs one, make show-{wanted[0].id} prints its command.")
+            row = f"  {e.name:{width}}  {gpus:>7}  {e.layout:{layouts}}"
+            if screen.width(piped=1000) < len(row) + 40:  # too narrow for another column
+                screen.say(row.rstrip(), hang=6)
+                screen.say(f"      {e.shows}", hang=6)
+            else:
+                screen.say(f"{row}  {e.shows}", hang=len(row) + 2)
+    print()
+    screen.say(f"{len(wanted)} experiments. make {wanted[0].id} runs one, make show-{wanted[0].id} prints its command.")
     return 0
 
 

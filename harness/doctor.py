@@ -8,6 +8,7 @@ import re
 import resource
 import shutil
 import sys
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -15,6 +16,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Literal
 
+from harness import screen
 from harness.data import prepared
 from harness.errors import UserError
 from harness.machine import gpus
@@ -57,7 +59,7 @@ def doctor() -> int:
     for title, findings in report.items():
         print(f"\n{title}")
         for finding in findings:
-            print(line(finding, colour=sys.stdout.isatty()))
+            print(line(finding, colour=screen.colour()))
     lacking = [f.topic for findings in report.values() for f in findings if f.state == "missing"]
     where = f"on {len(cards)} GPU{'s' if len(cards) > 1 else ''}" if cards else "on the CPU, as miniatures"
     print(f"\nRuns cannot start {where}: {', '.join(lacking)}." if lacking else f"\nRuns can start {where}: make 101")
@@ -69,8 +71,10 @@ def line(finding: Finding, *, colour: bool) -> str:
     word = f"{finding.state:7}"
     if colour:
         word = f"\033[{COLOURS[finding.state]}m{word}\033[0m"
+    room = max(screen.width(piped=1000) - 33, 40)
+    text = f"\n{'':33}".join(textwrap.wrap(finding.text, room, break_long_words=False, break_on_hyphens=False))
     mend = "".join(f"\n{'':31}→ {way}" for way in finding.mend.splitlines())
-    return f"  {word}  {finding.topic:20}  {finding.text}{mend}"
+    return f"  {word}  {finding.topic:20}  {text}{mend}"
 
 
 def packages(on_gpu: bool) -> Iterator[Finding]:

@@ -1,7 +1,7 @@
 """Errors written for people: what is wrong, with the values, and what to do."""
 
 from collections.abc import Iterable
-from difflib import get_close_matches
+from difflib import SequenceMatcher, get_close_matches
 
 
 class UserError(Exception):
@@ -10,7 +10,7 @@ class UserError(Exception):
 
 def similar(name: str, valid: Iterable[str]) -> str | None:
     """``did you mean 408, 418?``; None where no valid name is close."""
-    close = get_close_matches(name, list(valid))
+    close = _closest(name, list(valid), 3, 0.6)
     return _question(close) if close else None
 
 
@@ -22,11 +22,17 @@ def nearest(name: str, valid: Iterable[str], n: int = 5) -> str:
     valid = list(valid)
     if not valid:
         return "there are none"
-    close = get_close_matches(name, valid, n=n, cutoff=0.5) or [v for v in valid if name and name in v][:n]
+    close = _closest(name, valid, n, 0.5) or [v for v in valid if name and name in v][:n]
     if close:
         return _question(close)
     shown = valid if len(valid) <= 12 else [*valid[:n], f"… ({len(valid)} in all)"]
     return f"valid: {', '.join(shown)}"
+
+
+def _closest(name: str, valid: list[str], n: int, cutoff: float) -> list[str]:
+    """The ``n`` that are most alike; of those that are as much alike, the first in ``valid``."""
+    close = get_close_matches(name, valid, len(valid) or 1, cutoff)
+    return sorted(close, key=lambda one: (-SequenceMatcher(None, one, name).ratio(), valid.index(one)))[:n]
 
 
 def _question(names: list[str]) -> str:

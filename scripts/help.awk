@@ -1,13 +1,25 @@
 # Prints the Makefile's targets and settings from their comments: `target: ## what it does  OPTIONS`, `#KEY=value ## what it does`.
-# -v last=TITLE ends before that section; -v bold= -v normal= frame the titles.
+# -v last=TITLE ends before that section; -v bold= -v normal= frame the titles; -v width= is the terminal's, 0 where there is none.
 BEGIN { FS = " ## " }
 $0 == "##@ " last { exit }
-/^##@ / { print "\n" bold substr($0, 5) normal }
+/^##@ / { print ""; say(substr($0, 5), 6, bold, normal) }
 /^[a-z-]+:.* ## / {
   sub(/:.*/, "", $1)
   split($2, said, "  ")
   line = sprintf("  make %-14s %-54s %s", $1, said[1], said[2])
+  if (width && length(line) > width) line = sprintf("  make %-14s %s  %s", $1, said[1], said[2])
   sub(/ +$/, "", line)
-  print line
+  say(line, 22)
 }
-/^#[A-Z_]+=.* ## / { printf "  %-22s %s\n", substr($1, 2), $2 }
+/^#[A-Z_]+=.* ## / { say(sprintf("  %-22s %s", substr($1, 2), $2), 25) }
+
+# What a terminal is too narrow for goes on below, indented by `hang`.
+function say(line, hang, before, after,    cut) {
+  while (width > 2 * hang && length(line) > width) {
+    for (cut = width + 1; cut > hang && substr(line, cut, 1) != " "; cut--);
+    if (cut <= hang) break
+    print before substr(line, 1, cut - 1) after
+    line = sprintf("%" hang "s", "") substr(line, cut + 1)
+  }
+  print before line after
+}

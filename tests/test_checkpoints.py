@@ -169,6 +169,19 @@ def test_another_model_is_refused_with_both_sizes(tmp_path):
         plan(load_catalog().find("101"), TINY | {"LOAD": str(bare), "OUTDIR": str(tmp_path)}, "cpu")
 
 
+def test_an_optimizer_of_other_rates_is_refused(tmp_path):
+    """Upstream would crash: ``Could not find parameter group with key (None, 6e-05, …)``."""
+    run = run_in(tmp_path, tiny(LR="3e-4"))
+    write(run.checkpoints, 5)
+
+    def load(**settings: str) -> int:
+        return plan(load_catalog().find("101"), TINY | {"LOAD": run.label, "OUTDIR": str(tmp_path)} | settings, "cpu").first_step
+
+    with pytest.raises(UserError, match=r"was trained with LR=0.0003 MIN_LR=3e-05, 101-.* has LR=6e-05 MIN_LR=6e-06\n.*--no-load-optim"):
+        load()
+    assert load(LR="0.0003", MIN_LR="3e-05") == load(ARGS="--no-load-optim") == 5
+
+
 @pytest.mark.parametrize("settings, said", [
     ({"SAVE": "0", "KEEP": "2"}, "SAVE=0 keeps no checkpoints, but KEEP is given"),
     ({"SAVE_EVERY": "0"}, "SAVE_EVERY=0: expected a whole number, 1 or more"),

@@ -118,7 +118,7 @@ def test_variables_of_the_environment_may_stand_on_the_command_line() -> None:
 @pytest.mark.parametrize("target, said", [
     ("show-999", "no experiment 999; nearest ids"), ("memory-999", "no experiment 999; nearest ids"), ("speed-999", "no experiment 999; nearest ids"), ("faster-999", "no experiment 999; nearest ids"),
     ("gpus-999", "no experiment 999; nearest ids"),
-    ("tabel", "did you mean table?"), ("chapter-900", "chapter-800"), ("1O1", "no experiment 1O1"),
+    ("tabel", "did you mean table?"), ("chapter-900", "did you mean chapter-100, chapter-200"), ("speed", "did you mean speed-101"), ("1O1", "no experiment 1O1"),
     ("data-openwebtext", "did you mean data-openwebtext-10k"), ("qqqq", "no target qqqq\nmake list"),
 ])
 def test_a_target_that_is_none_gets_the_nearest(target: str, said: str) -> None:

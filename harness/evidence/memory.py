@@ -12,6 +12,7 @@ from harness.experiment.catalog import Experiment, load_catalog
 from harness.experiment.fit import DEEPEST, available_gib, verdict, ways_to_fit
 from harness.experiment.hardware import Gpu, find_gpu
 from harness.experiment.memory import Memory, predict
+from harness.screen import say
 
 CARDS = ("h100-80gb", "h200-141gb")
 """Where there is no GPU and none is named."""
@@ -26,14 +27,15 @@ def print_memory(id_: str, settings: Mapping[str, str], records: Path) -> int:
     """
     e = overrides.apply(load_catalog().find(id_), settings)
     memory, cards = predict(e), cards_of(e)
-    print(f"{heading(e)}\n\nGiB of the fullest GPU, by formula")
+    say(heading(e))
+    print("\nGiB of the fullest GPU, by formula")
     pieces = _pieces(e, memory)
     widest = max(gib for _, gib, _ in pieces)
     for name, gib, meaning in pieces:
         said = "; ".join(filter(None, ["the most" if gib == widest else "", meaning]))
-        print(f"  {name:12}{gib:7.1f}  {said}".rstrip())
+        say(f"  {name:12}{gib:7.1f}  {said}".rstrip(), hang=23)
     rows = collect_records(records, load_references()).rows
-    print(f"  {'allocated':12}{memory.total:7.1f}  {_measured(e, memory, rows)}".rstrip())
+    say(f"  {'allocated':12}{memory.total:7.1f}  {_measured(e, memory, rows)}".rstrip(), hang=23)
     for card in cards:
         judged = verdict(memory, card)
         print(f"\n{card.name}, {available_gib(card):.1f} GiB beside CUDA and NCCL: {judged}")

@@ -13,6 +13,7 @@ from harness.experiment.flops import mfu, tflops_per_gpu
 from harness.experiment.hardware import Gpu, find_gpu
 from harness.experiment.layouts import Layout, by_gpus
 from harness.experiment.step_time import unknown
+from harness.screen import say
 
 HEAD = ("GPUs", "ms/step", "efficiency", "MFU", "GiB")
 
@@ -24,18 +25,21 @@ def print_gpus(id_: str, settings: Mapping[str, str]) -> int:
     """
     e = overrides.apply(load_catalog().find(id_), settings)
     samples = f"{e.global_batch_size} sample{'s' * (e.global_batch_size > 1)} of {e.seq_length:,} tokens a step"
-    print(f"{e.label}: {e.model.name}, {samples}, however many GPUs share them")
+    say(f"{e.label}: {e.model.name}, {samples}, however many GPUs share them")
     for card in cards_of(e):
         machine = machine_of(card)
         found = tuple(by_gpus(e, card, machine))
-        print(f"\n{card.name}, by formula: the fastest layout that fits; where no speed is known, the one that splits least")
+        known = any(best and best.step for _, best in found)
+        best = "the fastest layout that fits" if known else "of the layouts that fit, the one that splits least"
+        print()
+        say(f"{card.name}, by formula: {best}")
         print(_row(HEAD, ""))
         for cells, command in _lines(found, card):
             print(_row(cells, command))
-        if any(best and best.step for _, best in found):
-            print(f"  {machine.how_sure()}: run the first few")
+        if known:
+            say(f"  {machine.how_sure()}: run the first few")
         if missing := _not_known(found, card, machine):
-            print(f"  no formula for a step with {', '.join(missing)}")
+            say(f"  no formula for a step with {', '.join(missing)}")
     return 0
 
 
@@ -57,7 +61,7 @@ def _lines(found: Iterable[tuple[int, Layout | None]], card: Gpu) -> Iterator[tu
     fewest: float | None = None
     for gpus, best in found:
         if best is None:
-            yield (str(gpus), "", "", "", ""), "nothing fits, even with full recomputation"
+            yield (str(gpus), "", "", "", ""), "nothing fits, even fully recomputed"
             continue
         step, shown = best.step, ("", "", "")
         if step:

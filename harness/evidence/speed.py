@@ -27,6 +27,7 @@ from harness.experiment.hardware import Gpu, find_gpu
 from harness.experiment.layouts import faster
 from harness.experiment.memory import predict
 from harness.experiment.step_time import Calibration, StepTime, unknown
+from harness.screen import say
 
 SHOWN = 6
 """Faster layouts that are printed."""
@@ -50,14 +51,15 @@ def print_speed(id_: str, settings: Mapping[str, str], records: Path) -> int:
     e = _known(overrides.apply(load_catalog().find(id_), settings))
     machines, references = _machines(e), load_references()
     rows = collect_records(records, references).rows
-    print(heading(e))
+    say(heading(e))
     for machine in machines:
         step = machine.predict(e)
         print(f"\nms of a step on {machine.card.name}, by formula")
-        print(*_pieces(step), sep="\n")
+        for piece in _pieces(step):
+            say(piece, hang=30)
         tflops = tflops_per_gpu(e, step.total)
-        print(f"  {'step':12}{step.total:8.1f}  {_measured(e, machine, step, rows, references)}".rstrip())
-        print(f"  {tflops:.0f} TFLOP/s a GPU, MFU {mfu(tflops, machine.card.bf16):.0%}; {machine.how_sure()}")
+        say(f"  {'step':12}{step.total:8.1f}  {_measured(e, machine, step, rows, references)}".rstrip(), hang=24)
+        say(f"  {tflops:.0f} TFLOP/s a GPU, MFU {mfu(tflops, machine.card.bf16):.0%}; {machine.how_sure()}")
         if verdict(predict(e), machine.card) == "does not fit":
             print(f"  it does not fit there: make memory-{e.id} CARD={machine.gpu} says what would")
     return 0
@@ -70,7 +72,7 @@ def print_faster(id_: str, settings: Mapping[str, str]) -> int:
     """
     e = _known(overrides.apply(load_catalog().find(id_), settings))
     machines = _machines(e)
-    print(heading(e))
+    say(heading(e))
     for machine in machines:
         now, found, fits = machine.predict(e).total, faster(e, machine), verdict(predict(e), machine.card)
         print(f"\n{machine.card.name}: {now:,.0f} ms by formula; it {fits}")
@@ -82,7 +84,7 @@ def print_faster(id_: str, settings: Mapping[str, str]) -> int:
         for layout in found[:SHOWN]:
             ms, gib = layout.step.total, layout.memory.total
             print(f"  {ms:7,.0f} {ms / now:6.2f} {gib:6.1f}  make {e.id} {layout.settings}")
-        print(f"  {machine.how_sure()}: run the first few")
+        say(f"  {machine.how_sure()}: run the first few")
     return 0
 
 

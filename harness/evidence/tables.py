@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,6 +13,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from harness import screen
 from harness.errors import UserError, nearest
 from harness.evidence import markdown
 from harness.evidence.results import Results, Row, collect, load_references, losses
@@ -270,8 +270,10 @@ def render_compare(a: Row, b: Row, format: str = "terminal") -> str:
         remarks.append(f"Different hardware ({a.hardware}, {b.hardware}): times and memory do not compare.")
     if a.software != b.software:
         remarks.append(f"Different upstream ({a.software}, {b.software}): times and memory do not compare.")
-    table = markdown.table(head, lines, "lrrr") if format == "markdown" else "\n".join(_grid([head, *lines]))
-    return "\n".join([table, "", *remarks])
+    if format == "markdown":
+        return "\n".join([markdown.table(head, lines, "lrrr"), "", *remarks])
+    text_width = min(screen.width(piped=MOST_TEXT), MOST_TEXT)
+    return "\n".join([*_grid([head, *lines]), "", *(text for remark in remarks for text in _wrap(remark, text_width))])
 
 
 def print_table(outdir: Path, records_dir: Path, settings: Mapping[str, str]) -> int:
@@ -285,9 +287,8 @@ def print_table(outdir: Path, records_dir: Path, settings: Mapping[str, str]) ->
     ids = settings.get("ID", "").replace(",", " ").split()
     results = _collect(outdir, records_dir, settings.get("AGAINST"))
     rows = results.select(chapter and int(chapter), ids, settings.get("HARDWARE")).rows
-    tty = sys.stdout.isatty()
-    width = shutil.get_terminal_size().columns if tty else 1000
-    print(render(rows, settings.get("FORMAT", "terminal"), width, colour=tty, titles=load_catalog().chapters))
+    width, colour = screen.width(piped=1000), screen.colour()
+    print(render(rows, settings.get("FORMAT", "terminal"), width, colour=colour, titles=load_catalog().chapters))
     return 0 if rows else 1
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 import textwrap
 from collections import Counter
@@ -11,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from harness import screen
 from harness.errors import UserError, nearest
 from harness.evidence import markdown
 from harness.evidence.claims import Evaluated, Side, evaluate, load_claims, sources
@@ -51,8 +51,12 @@ def render(found: Sequence[Evaluated], sources: Sequence[Source], format: str = 
     if format == "markdown":
         parts = [_markdown(title, ones, sources, names) for title, ones in named.items()]
     else:
-        parts = [_terminal(title, ones, sources, names, min(width, MOST_TEXT), colour) for title, ones in named.items()]
-    return "\n\n".join([*parts, _summary(found, sources, names, "- " if format == "markdown" else "")])
+        width = min(width, MOST_TEXT)
+        parts = [_terminal(title, ones, sources, names, width, colour) for title, ones in named.items()]
+    summary = _summary(found, sources, names, "- " if format == "markdown" else "")
+    if format == "terminal":
+        summary = [text for line in summary for text in textwrap.wrap(line, width, subsequent_indent=INDENT)]
+    return "\n\n".join([*parts, "\n".join(summary)])
 
 
 def print_claims(records: Path, settings: Mapping[str, str]) -> int:
@@ -74,9 +78,8 @@ def print_claims(records: Path, settings: Mapping[str, str]) -> int:
     if chapter is not None and chapter not in chapters:
         raise UserError(f"no claims of chapter {chapter}; {nearest(chapter, chapters)}")
     found = evaluate([claim for claim in wanted if chapter in (None, str(claim.chapter))], columns)
-    tty = sys.stdout.isatty()
-    width = shutil.get_terminal_size().columns if tty else MOST_TEXT
-    print(render(found, columns, settings.get("FORMAT", "terminal"), width, colour=tty, titles=catalog.chapters))
+    width, colour = screen.width(piped=MOST_TEXT), screen.colour()
+    print(render(found, columns, settings.get("FORMAT", "terminal"), width, colour=colour, titles=catalog.chapters))
     return 0
 
 
@@ -133,7 +136,7 @@ def _cell(one: Evaluated, side: Side) -> str:
     return f"**{_verdict(side)}**" + f" ({said})" * bool(said)
 
 
-def _summary(found: Sequence[Evaluated], sources: Sequence[Source], names: Sequence[str], bullet: str) -> str:
+def _summary(found: Sequence[Evaluated], sources: Sequence[Source], names: Sequence[str], bullet: str) -> list[str]:
     out = []
     for index, (source, name) in enumerate(zip(sources, names, strict=True)):
         said = counted(one.sides[index] for one in found)
@@ -142,7 +145,7 @@ def _summary(found: Sequence[Evaluated], sources: Sequence[Source], names: Seque
         out.append(f"{bullet}by: measured with these in place of the formula's; `make claims` prints every number")
     out.append(f"{bullet}±: twice the standard uncertainty; undecided: what must hold begins within it. Published numbers "
                "state none.")
-    return "\n".join(out)
+    return out
 
 
 def counted(sides: Iterable[Side]) -> str:

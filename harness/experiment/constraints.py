@@ -90,6 +90,8 @@ def _violations(e: Experiment) -> Iterator[str]:
     if e.profile and not 2 <= e.profile[0] <= e.profile[1] <= e.steps:
         first, last = e.profile
         way_out = f"try PROFILE={max(e.steps - 1, 2)}-{max(e.steps, 2)}, or STEPS={max(first, last, 2)}"
+        if first > last:
+            way_out = f"try PROFILE={last}-{first}"
         yield (f"PROFILE={first}-{last} traces from step {first} to step {last}, which must be 2 or later, in order, and "
                f"among the {e.steps} steps of the run; {way_out}")
 

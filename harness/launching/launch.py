@@ -421,7 +421,8 @@ def opening(plan: Plan, directory: RunDir) -> str:
     going_on = f"goes on from step {plan.first_step}" if plan.resumes and plan.first_step else None
     foretold = [fit.in_a_line(plan.experiment, card), calibrations.in_a_line(plan.experiment, card)] if card else []
     paragraphs = [f"{directory.label}: {plan.experiment.shows}", plan.headline, *plan.notices, going_on, *foretold]
-    return "\n".join(textwrap.fill(text, WIDTH, subsequent_indent="  ") for text in paragraphs if text)
+    return "\n".join(textwrap.fill(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False)
+                     for text in paragraphs if text)
 
 
 def stop(outdir: Path, label: str | None = None) -> int:

@@ -59,7 +59,8 @@ def labels_with_checkpoints(outdir: Path) -> list[str]:
 
 
 def check_fits(found: Checkpoint, experiment: Experiment) -> None:
-    """Raise UserError where ``found`` is of another model than ``experiment``'s, or of data of another tokenizer."""
+    """Raise UserError where ``found`` is of another model than ``experiment``'s, of data of another tokenizer, or holds an
+    optimizer of other learning rates."""
     model, trained = experiment.model, model_of(found.path.parent)
     if trained:
         check_model(found.path, trained, experiment)
@@ -67,6 +68,7 @@ def check_fits(found: Checkpoint, experiment: Experiment) -> None:
     if shape and shape[1] != model.hidden_size:
         _refuse(found.path, f"hidden_size {shape[1]}", f"hidden_size {model.hidden_size}", experiment)
     _check_tokenizer(found, experiment)
+    _check_rates(found, experiment)
 
 
 def check_model(path: Path, trained: Model, experiment: Experiment) -> None:
@@ -89,6 +91,19 @@ def _check_tokenizer(found: Checkpoint, experiment: Experiment) -> None:
     if before.tokenizer_sha256 != (chosen := prepared.blend(pair[1]).sets[0]).tokenizer_sha256:
         raise UserError(f"{found.path} was trained on {before.name}, DATA={chosen.name} was made by another tokenizer\n"
                         f"prepare {chosen.name} again with TOKENIZER={before.home / 'tokenizer'}")
+
+
+def _check_rates(found: Checkpoint, experiment: Experiment) -> None:
+    """Upstream finds an optimizer's state by its rates (``param_group_identifier_keys`` of megatron/core/optimizer)."""
+    trained = experiment_of(found.path.parent)
+    if not trained or not found.contents or not found.contents.has_optimizer:
+        return
+    if {"--lr", "--min-lr", "--no-load-optim"} & {*trained.extra_args, *experiment.extra_args}:
+        return
+    there, here = (f"LR={e.highest_lr:g} MIN_LR={e.lowest_lr:g}" for e in (trained, experiment))
+    if there != here:
+        raise UserError(f"{found.path} was trained with {there}, {experiment.label} has {here}\n"
+                        f"{there} goes on; ARGS=--no-load-optim takes the weights alone, at any rate")
 
 
 def _refuse(path: Path, there: str, here: str, experiment: Experiment) -> NoReturn:

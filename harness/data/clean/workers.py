@@ -9,7 +9,7 @@ import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from itertools import islice, starmap
 from typing import Any
 
@@ -40,16 +40,24 @@ def map_in_order(
 def _ordered(
     pool: ProcessPoolExecutor, function: Callable[..., Any], tasks: Iterator[tuple], ahead: int
 ) -> Iterator[Any]:
-    waiting = deque(pool.submit(function, *task) for task in islice(tasks, ahead))
+    waiting = deque(_submit(pool, function, task) for task in islice(tasks, ahead))
     while waiting:
         result = waiting.popleft().result()
-        waiting.extend(pool.submit(function, *task) for task in islice(tasks, 1))
+        waiting.extend(_submit(pool, function, task) for task in islice(tasks, 1))
         yield result
 
 
+def _submit(pool: ProcessPoolExecutor, function: Callable[..., Any], task: tuple) -> Future[Any]:
+    """Ctrl-C is the parent's: a worker that this begins inherits that it is blocked."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return pool.submit(function, *task)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _follow_parent(parent: int) -> None:
-    """Die with the parent, also when it is killed; leave Ctrl-C to it."""
+    """Die with the parent, also when it is killed."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if os.getppid() != parent:
         os._exit(1)

@@ -1,0 +1,26 @@
+"""What standard output can show: so many columns, in colour or not."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import textwrap
+
+
+def width(piped: int) -> int:
+    """Columns of the terminal, or ``piped`` where standard output is none."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else piped
+
+
+def colour() -> bool:
+    """Is standard output a terminal that shows colours, and NO_COLOR (no-color.org) not set?"""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def say(line: str, hang: int = 2) -> None:
+    """Print ``line``; what a terminal is too narrow for goes on below, indented by ``hang`` columns."""
+    columns = width(piped=0)
+    if hang + 20 < columns < len(line):
+        line = textwrap.fill(line, columns, subsequent_indent=" " * hang, break_long_words=False, break_on_hyphens=False)
+    print(line)
