@@ -190,6 +190,9 @@ def test_blocks(facts: Facts) -> None:
     row = facts.row("111")
     companion = replace(row, experiment=facts.catalog.find("129h"), origin=row.origin.with_name("129h.json"), published=None)
     assert "publ." not in docs.block("table", "129h", replace(facts, rows=(companion,))), "nothing is published"
+    apart = row.result.model_copy(update={"memory_gib": row.memory_gib.model_copy(update={"driver": 0.6})})
+    for ran, said in ((row, "GiB (0.6 GiB are the driver's"), (replace(row, result=apart), "<sub>GiB, ms/step")):
+        assert said in docs.block("table", "111", replace(facts, rows=(ran,)))
     memory = docs.block("memory", "111 500", facts).splitlines()
     assert memory[2].startswith("| `111` |") and memory[3].startswith("| `500` |")
     nothing = replace(facts, rows=())

@@ -47,7 +47,7 @@ from harness.evidence.results import Reference, Row
 from harness.experiment import formulas
 from harness.experiment.calibrations import machine_measured_by
 from harness.experiment.catalog import Experiment
-from harness.experiment.hardware import find_gpu
+from harness.experiment.hardware import DRIVER_RESERVED_MIB, find_gpu
 from harness.experiment.memory import predict
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "saves.md")
@@ -137,7 +137,7 @@ def _summary(facts: Facts, _: Sequence[str]) -> str:
     return (
         f"* **Reproduced.** {len(ids)} experiments on {', '.join(map(str, gpus[:-1]))} and {gpus[-1]} GPUs "
         f"({find_gpu(HARDWARE).name}): {sum(judged)} of the {len(judged)} with a published row end as published, complete "
-        f"or out of memory. Memory is {median(memory):.2f} times the published, "
+        f"or out of memory. Memory is {median(memory):.2f} times the published{_with_driver(rows)}, "
         f"{sum(abs(ratio - 1) <= 0.015 for ratio in memory)} of {len(memory)} within 1.5 %; a step takes "
         f"{median(steps):.2f} times the published, on a newer GPU and Megatron-LM.\n"
         f"* **Predicted.** `make memory-620` says by formula, before a run, what PyTorch will allocate: for these at most "
@@ -192,7 +192,8 @@ def _notes(facts: Facts, rows: Sequence[tuple[str, Row | None, Reference | None,
     group, eight = facts.references.published, facts.references.group(REFERENCE_8)
     sources = []
     if any(ours for _, ours, _, _ in rows):
-        sources.append(f"GiB, ms/step and MFU: measured on {find_gpu(HARDWARE).name}, ± half the interquartile range of a "
+        sources.append(f"GiB{_with_driver([ours for _, ours, _, _ in rows if ours])}, ms/step and MFU: measured on "
+                       f"{find_gpu(HARDWARE).name}, ± half the interquartile range of a "
                        "run's steps; formula: ms/step by constants fitted without the row (`docs/step-time.md`)")
     if any(published for _, _, published, _ in rows):
         sources.append(f"publ.: {group.hardware}, {group.software}")
@@ -211,6 +212,15 @@ def _notes(facts: Facts, rows: Sequence[tuple[str, Row | None, Reference | None,
             notes.append(f"`{id_}` shared its node with {ours.runs_on_node - 1} other runs.")
     notes += filter(None, [_to_measure(facts, [id_ for id_, *_ in rows])])
     return [f"<sub>{note}</sub><br>" for note in notes]
+
+
+def _with_driver(rows: Sequence[Row]) -> str:
+    """Of runs that counted what the driver keeps for itself, in brackets, that they did: published GiB leave it out."""
+    counted = [row for row in rows if row.memory_gib.nvml and row.memory_gib.driver is None]
+    if not counted:
+        return ""
+    of_some = " of some" if len(counted) < len(rows) else ""
+    return f" ({DRIVER_RESERVED_MIB / 1024:.1f} GiB{of_some} are the driver's, which nvidia-smi leaves out)"
 
 
 def _to_measure(facts: Facts, ids: Sequence[str]) -> str:
