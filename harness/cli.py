@@ -67,7 +67,7 @@ def _run(words: list[str]) -> int:
 
         tell(finished.dir)
     if finished.result.status == "oom" and as_published(finished):
-        print("  reproduced: the published run ran out of memory too")
+        print(f"  reproduced: the published {planned.experiment.half_of or 'run'} ran out of memory too")
         return 0
     return finished.exit_status
 

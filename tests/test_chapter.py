@@ -169,6 +169,13 @@ def test_running_out_of_memory_as_published_is_a_success(tmp_path, four_gpus):
     assert run(otherwise)[0] == 1
 
 
+def test_a_half_runs_out_of_memory_where_its_whole_did_as_published(tmp_path, four_gpus):
+    cuda = {"device": "cuda", "miniature": False, "card": "h100-80gb"}
+    for half, status in (("281h", 0), ("282h", 1)):
+        found, table, _ = run(make_plan(tmp_path, "oom", ranks=4, id=half, chapter=200, **cuda))
+        assert (found, table[half].startswith("oom       as published; ")) == (status, status == 0)
+
+
 CHAPTER = """
 import importlib.util, sys
 from pathlib import Path

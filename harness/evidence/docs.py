@@ -208,8 +208,8 @@ def _notes(facts: Facts, rows: Sequence[tuple[str, Row | None, Reference | None,
             notes.append(f"`{id_}` ran with `CARD={ours.experiment.card}`: no more memory than that card has.")
         elif (capped := facts.capped(id_)) and capped.state == "oom":
             notes.append(f"`{id_}` runs out of memory with `CARD={CARD}`: no more memory than that card has.")
-        if ours and (ours.runs_on_node or 1) > 1:
-            notes.append(f"`{id_}` shared its node with {ours.runs_on_node - 1} other runs.")
+    if shared := [id_ for id_, ours, _, _ in rows if ours and (ours.runs_on_node or 1) > 1]:
+        notes.append(f"{_named(shared)} shared the node with other runs: `docs/records.md` says with how many.")
     notes += filter(None, [_to_measure(facts, [id_ for id_, *_ in rows])])
     return [f"<sub>{note}</sub><br>" for note in notes]
 

@@ -218,11 +218,19 @@ def _judge(finished: Finished, note: str) -> Outcome:
 
 
 def as_published(finished: Finished) -> bool:
-    """Whether a run did what the published one did: ran, or ran out of memory, on a card that lets it be compared."""
+    """Whether a run did what the published one did: ran, or ran out of memory, on a card that lets it be compared.
+
+    A half-size companion is published nowhere; out of memory, it did what the published run of the whole did, if that did.
+    """
     from harness.evidence.results import collect, load_references
 
-    rows = collect(finished.dir.path.parent, EXPERIMENTS / "records", load_references()).rows
-    return any(row.label == finished.dir.label and row.as_published for row in rows)
+    references = load_references()
+    rows = collect(finished.dir.path.parent, EXPERIMENTS / "records", references).rows
+    row = next((row for row in rows if row.label == finished.dir.label), None)
+    if row is None:
+        return False
+    whole = references.published.beside(row.experiment.half_of) if row.experiment.half_of else None
+    return bool(row.as_published or (row.state == "oom" and whole and whole.reference and whole.reference.oom))
 
 
 def _table(outcomes: dict[str, Outcome]) -> str:
