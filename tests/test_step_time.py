@@ -396,7 +396,7 @@ def test_the_commands(capsys):
     assert main(["gpus", "620", "CARD=h200-141gb"]) == 0
     assert "no formula for a step with attention sinks\n" in capsys.readouterr().out
     assert main(["gpus", "101", "CARD=a100-80gb"]) == 0
-    assert "no formula for a step with NVIDIA A100-SXM4-80GB\n" in capsys.readouterr().out
+    assert "no formula for a step on NVIDIA A100-SXM4-80GB\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("words", "complaint"), [

@@ -39,7 +39,7 @@ def print_gpus(id_: str, settings: Mapping[str, str]) -> int:
         if known:
             say(f"  {machine.how_sure()}: run the first few")
         if missing := _not_known(found, card, machine):
-            say(f"  no formula for a step with {', '.join(missing)}")
+            say(f"  no formula for a step {missing}")
     return 0
 
 
@@ -75,8 +75,9 @@ def _row(cells: Sequence[str], command: str) -> str:
     return ("  {:>5} {:>8} {:>10} {:>5} {:>6}".format(*cells) + f"  {command}").rstrip()
 
 
-def _not_known(found: Iterable[tuple[int, Layout | None]], card: Gpu, machine: Machine | None) -> list[str]:
-    """Why steps are missing."""
+def _not_known(found: Iterable[tuple[int, Layout | None]], card: Gpu, machine: Machine | None) -> str:
+    """Why steps are missing, ready to follow a sentence; empty where none is."""
     if machine is None:
-        return [card.name]
-    return list(dict.fromkeys(what for _, best in found if best and not best.step for what in unknown(best.experiment)))
+        return f"on {card.name}"
+    kinds = dict.fromkeys(what for _, best in found if best and not best.step for what in unknown(best.experiment))
+    return f"with {', '.join(kinds)}" if kinds else ""
