@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import subprocess
@@ -37,7 +38,12 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            print(f"error: too long for the name of a file: {error.filename}", file=sys.stderr)
+            return 2
+        if not isinstance(error, BrokenPipeError):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
@@ -352,6 +358,8 @@ def _report(words: list[str]) -> int:
     settings = overrides.parse(words, extra=("REPORT",))
     outdir = _outdir(settings)
     path = Path(settings.get("REPORT") or outdir / "report.html").absolute()
+    if path.is_dir():
+        raise UserError(f"REPORT={settings['REPORT']} is a folder; name a file in it, such as report.html")
     warnings = page.write(outdir, RECORDS, path)
     print(*warnings, sep="\n", end="\n" * bool(warnings), file=sys.stderr)
     print(f"{path} ({path.stat().st_size / 1024:.0f} KiB): open it in a browser; it needs no network")

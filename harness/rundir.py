@@ -563,15 +563,15 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def told_if_unwritable(directory: Path) -> Iterator[None]:
-    """Turn a full disk, missing rights and the like into a UserError with the way out."""
+def told_if_unwritable(directory: Path, setting: str = "OUTDIR") -> Iterator[None]:
+    """Turn a full disk, missing rights and the like into a UserError with the way out; ``setting`` names the directory."""
     try:
         yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         way_out = "delete old runs there (make clean)" if full else "make it a writable directory"
         raise UserError(
-            f"cannot write to {directory}: {error.strerror}\n{way_out}, or set OUTDIR= to another"
+            f"cannot write to {directory}: {error.strerror}\n{way_out}, or set {setting}= to another"
         ) from None
 
 

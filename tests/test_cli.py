@@ -22,6 +22,8 @@ def harness(*words: str) -> str:
     ("words", "message"),
     [
         (["run", "407"], "no experiment 407; nearest ids: 401, 402, 404, 408, 416"),
+        (["run", "101", f"DATA={300 * 'x'}"], "too long for the name of a file"),
+        (["report", "REPORT=docs"], "REPORT=docs is a folder; name a file in it"),
         (["run", "101", "DRY_RUN=yes"], "DRY_RUN=yes: expected 0 or 1"),
         (["docs", "CHECK=2"], "CHECK=2: expected 0 or 1"),
         (["chapter", "100", "DRY_RUN=1"], "DRY_RUN=1 is for one experiment: make 101 DRY_RUN=1\nmake list CHAPTER=100"),

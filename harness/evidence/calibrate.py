@@ -7,6 +7,7 @@ the rows do not determine stays near where it began: at the defaults, or at thos
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -23,6 +24,7 @@ from harness.experiment.calibrations import Fitted, Machine
 from harness.experiment.catalog import Catalog, Experiment, load_catalog
 from harness.experiment.hardware import find_gpu
 from harness.experiment.step_time import Calibration
+from harness.workers import follow_parent
 
 NAMES = tuple(Calibration.model_fields)
 NOISE = 0.03
@@ -79,7 +81,7 @@ def fit_machine(machine: Machine, like: Machine | None, steps: Sequence[Measured
     constants = fit(machine, like, steps)
     ids = sorted({step.experiment.id for step in steps})
     others = [[step for step in steps if step.experiment.id != id_] for id_ in ids]
-    with ProcessPoolExecutor() as pool:
+    with ProcessPoolExecutor(initializer=follow_parent, initargs=(os.getpid(),)) as pool:
         again = pool.map(fit, [machine] * len(ids), [like] * len(ids), others, [constants] * len(ids))
         left_out = dict(zip(ids, again, strict=True))
     rows = {

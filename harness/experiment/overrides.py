@@ -149,7 +149,7 @@ def rate(key: str, value: str) -> float:
     except ValueError:
         number = -1.0
     if not 0 <= number < math.inf:
-        raise UserError(f"{key}={value}: expected a number, 0 or more, such as 3e-4")
+        raise UserError(f"{key}={value}: expected a number, 0 or more")
     return number
 
 

@@ -214,8 +214,9 @@ class Run:
         frozen = self.plan.experiment, self.plan.device, self._environment["commit"], saving
         self.dir.freeze_experiment(*frozen)
         if saving and saving.folder:
-            saving.folder.mkdir(parents=True, exist_ok=True)
-            RunDir(saving.folder).freeze_experiment(*frozen)
+            with rundir.told_if_unwritable(saving.folder, "SAVE"):
+                saving.folder.mkdir(parents=True, exist_ok=True)
+                RunDir(saving.folder).freeze_experiment(*frozen)
         rundir.write_json(self.dir.environment, self._environment)
         rundir.write_text(self.dir.command, self._script)
 

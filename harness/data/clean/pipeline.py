@@ -33,7 +33,7 @@ from harness.data.clean.duplicates import exact_duplicates, near_duplicates
 from harness.data.clean.files import atomic, locked
 from harness.data.clean.rules import Rules, UNREADABLE
 from harness.data.clean.units import LONGEST_LINE_BYTES, UNIT_BYTES, Unit, cut
-from harness.data.clean.workers import map_in_order
+from harness.workers import map_in_order
 from harness.errors import UserError
 from harness.rundir import write_json
 

@@ -16,7 +16,7 @@ from itertools import count
 from pathlib import Path
 
 from harness.data.clean.files import atomic, locked
-from harness.data.clean.workers import map_in_order
+from harness.workers import map_in_order
 from harness.data.synthetic.corpus import Corpus, Label
 from harness.data.synthetic.language import table
 from harness.errors import UserError

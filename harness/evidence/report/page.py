@@ -32,7 +32,7 @@ def write(outdir: Path, records: Path, path: Path) -> tuple[str, ...]:
     found = results.collect(outdir, records, references)
     data = collect(found, references, catalog, load_profiles(outdir, records))
     page = render(data | {"claims": claims(found.records, references, catalog)})
-    with rundir.told_if_unwritable(path.parent):
+    with rundir.told_if_unwritable(path.parent, "REPORT"):
         path.parent.mkdir(parents=True, exist_ok=True)
         rundir.write_text(path, page)
     return found.warnings

@@ -29,7 +29,7 @@ def map_in_order(
         yield starmap(function, tasks)
         return
     pool = ProcessPoolExecutor(
-        processes, multiprocessing.get_context("spawn"), initializer=_follow_parent, initargs=(os.getpid(),)
+        processes, multiprocessing.get_context("spawn"), initializer=follow_parent, initargs=(os.getpid(),)
     )
     try:
         yield _ordered(pool, function, iter(tasks), 2 * processes)
@@ -56,7 +56,7 @@ def _submit(pool: ProcessPoolExecutor, function: Callable[..., Any], task: tuple
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _follow_parent(parent: int) -> None:
+def follow_parent(parent: int) -> None:
     """Die with the parent, also when it is killed."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
