@@ -252,3 +252,7 @@ def test_the_real_driver_answers():
         pytest.skip("no NVIDIA GPU")
     assert all(g.total_mib > 1024 for g in found)
     assert all(s.used_gib >= 0 and s.temperature_c for s in gpus.sample([g.index for g in found]))
+    words = ["nvidia-smi", "--query-gpu=memory.used,memory.reserved", "--format=csv,noheader,nounits", "--id=0"]
+    used_mib, kept_mib = map(float, subprocess.run(words, capture_output=True, text=True, check=True).stdout.split(","))
+    assert gpus.use()[0].used_gib * 1024 == pytest.approx(used_mib, abs=64)
+    assert gpus.kept_by_driver_gib([0]) * 1024 == pytest.approx(kept_mib, abs=64)

@@ -15,7 +15,7 @@ from harness.experiment import overrides
 from harness.experiment.catalog import Catalog, Experiment
 from harness.experiment.flops import mfu, tflops_per_gpu
 from harness.experiment.formulas import OF_EXPERIMENT
-from harness.experiment.hardware import find_gpu, peak_tflops
+from harness.experiment.hardware import DRIVER_RESERVED_MIB, find_gpu, peak_tflops
 
 GIB: Unit = (("GiB", 1),)
 UNITS: dict[str, Unit] = {
@@ -87,7 +87,8 @@ def ours(title: str, rows: Sequence[Row], catalog: Catalog, card_mib: int) -> So
         if row is None:
             return quantity.of
         if quantity.name == "fits":
-            return _fits(row.state == "oom", row.memory_gib.nvml, row.memory_mib, card_mib, quantity.of)
+            taken = row.memory_gib.nvml and row.memory_gib.nvml + (row.memory_gib.driver or 0)
+            return _fits(row.state == "oom", taken, row.memory_mib, card_mib, quantity.of)
         value = _MEASURED[quantity.name](row)
         if value is None:
             return _without(quantity, row.state == "oom")
@@ -112,7 +113,8 @@ def published(catalog: Catalog, group: ReferenceGroup, card_mib: int) -> Source:
         if reference.in_doubt:
             return f"{quantity.of} (what ran is in doubt)"
         if quantity.name == "fits":
-            return _fits(reference.oom, reference.memory_gib, there_mib, card_mib, quantity.of)
+            taken = reference.memory_gib and reference.memory_gib + DRIVER_RESERVED_MIB / 1024
+            return _fits(reference.oom, taken, there_mib, card_mib, quantity.of)
         value = _of_reference(quantity.name, reference, experiment, group)
         return _without(quantity, reference.oom) if value is None else Number(value)
 
@@ -165,11 +167,15 @@ def _computed(quantity: Quantity, experiment: Experiment) -> Number | str:
     return f"{quantity.of} (no {quantity.name})" if value is None else Number(float(value))
 
 
-def _fits(oom: bool, used_gib: float | None, here_mib: int | None, card_mib: int, words: str) -> Number | str:
-    """Whether what ran on a card of ``here_mib`` fits the published one of ``card_mib``; emulated cards count as real."""
+def _fits(oom: bool, taken_gib: float | None, here_mib: int | None, card_mib: int, words: str) -> Number | str:
+    """Whether what ran on a card of ``here_mib`` fits the published one of ``card_mib``; emulated cards count as real.
+
+    Args:
+        taken_gib: used memory, and what the driver keeps for itself.
+    """
     if oom:
         return Number(0) if here_mib and here_mib >= card_mib else f"{words} (out of memory on a smaller card)"
-    if (here_mib and here_mib <= card_mib) or (used_gib and used_gib * 1024 < card_mib):
+    if (here_mib and here_mib <= card_mib) or (taken_gib and taken_gib * 1024 < card_mib):
         return Number(1)
     return f"{words} (a larger card holds it: CARD= emulates the published one)"
 
