@@ -20,7 +20,7 @@ from harness import screen
 from harness.data import prepared
 from harness.errors import UserError
 from harness.machine import gpus
-from harness.machine.provenance import git, package_version
+from harness.machine.provenance import git, package_version, source_commit
 from harness.machine.stages import ROOT, Venv, distribution, missing, requirements, version
 from harness.machine.upstream import FILL, locate
 
@@ -170,17 +170,12 @@ def upstream() -> Finding:
         text = f"megatron-core {wheel} from its wheel" if wheel else "its wheel comes with the first run"
         mend = f"for upstream's own pretrain_gpt.py: {FILL}"
         return Finding("Megatron-LM", "note", f"{text}; the submodule is not checked out", mend)
-    there, pinned = _commit(found.tree), git(ROOT, "rev-parse", "HEAD:megatron-lm")
+    there, pinned = source_commit(found.tree)[0], git(ROOT, "rev-parse", "HEAD:megatron-lm")
     if os.environ.get("MEGATRON_LM"):
         return Finding("Megatron-LM", "ok", f"MEGATRON_LM={found.tree}, {there or 'commit unknown'}")
     if there and pinned and there != pinned:
         return Finding("Megatron-LM", "warn", f"the submodule is at {there[:10]}, tested with {pinned[:10]}", FILL)
     return Finding("Megatron-LM", "ok", f"the submodule, {there or 'commit unknown'}")
-
-
-def _commit(tree: Path) -> str | None:
-    """HEAD of a checkout; None for a plain folder, also one inside another repository."""
-    return git(tree, "rev-parse", "HEAD") if (tree / ".git").exists() else None
 
 
 def devices(cards: tuple[gpus.Gpu, ...]) -> Iterator[Finding]:

@@ -76,6 +76,8 @@ def tree(tmp_path, monkeypatch):
 
 def test_upstream_named_by_the_environment(tree):
     assert "commit unknown" in doctor.upstream().text
+    (tree / "COMMIT").write_text("5be9626\n")
+    assert doctor.upstream().text.endswith(", 5be9626")
     git = ["git", "-C", tree, "-c", "user.name=a", "-c", "user.email=a@b.c"]
     subprocess.run([*git, "init", "-q"], check=True)
     subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
