@@ -107,7 +107,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match=r"No space left on device\n.*make clean"), rundir.told_if_unwritable(tmp_path):
         rundir.write_json(path, {"new": 2})
-    assert json.loads(path.read_text()) == {"old": 1}
+    assert json.loads(path.read_text()) == {"old": 1} and list(tmp_path.iterdir()) == [path]
 
 
 def test_the_experiment_comes_back_as_it_was_frozen(tmp_path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -81,7 +82,7 @@ def fit_machine(machine: Machine, like: Machine | None, steps: Sequence[Measured
     constants = fit(machine, like, steps)
     ids = sorted({step.experiment.id for step in steps})
     others = [[step for step in steps if step.experiment.id != id_] for id_ in ids]
-    with ProcessPoolExecutor(initializer=follow_parent, initargs=(os.getpid(),)) as pool:
+    with ProcessPoolExecutor(initializer=_begin_worker, initargs=(os.getpid(),)) as pool:
         again = pool.map(fit, [machine] * len(ids), [like] * len(ids), others, [constants] * len(ids))
         left_out = dict(zip(ids, again, strict=True))
     rows = {
@@ -94,6 +95,11 @@ def fit_machine(machine: Machine, like: Machine | None, steps: Sequence[Measured
         for step in steps
     }
     return machine.model_copy(update={"constants": constants, "rows": rows})
+
+
+def _begin_worker(parent: int) -> None:
+    follow_parent(parent)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it, not only what it computes
 
 
 def fit(machine: Machine, like: Machine | None, steps: Sequence[Measured], near: Calibration | None = None) -> Calibration:
