@@ -348,7 +348,7 @@ def _plots(words: list[str]) -> int:
     drawn, warnings = plots.pictures(_outdir(settings), RECORDS)
     print(*warnings, sep="\n", end="\n" * bool(warnings), file=sys.stderr)
     plots.write(folder, drawn)
-    print(f"{len(drawn)} pictures in {folder}: {', '.join(drawn)}")
+    screen.say(f"{len(drawn)} pictures in {folder}: {', '.join(drawn)}")
     return 0
 
 

@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from harness.errors import UserError
+from harness.screen import say
 
 if TYPE_CHECKING:
     from harness.checkpoints import Saving
@@ -543,7 +544,7 @@ def clean(outdir: Path, everything: bool = False) -> int:
             except OSError as error:
                 raise UserError(f"cannot remove {path}: {error.strerror}") from None
             removed.append(path.name)
-    print(f"removed {', '.join(removed)}" if removed else f"nothing to remove in {outdir}")
+    say(f"removed {', '.join(removed)}" if removed else f"nothing to remove in {outdir}")
     return 0
 
 

@@ -12,6 +12,7 @@ from harness.data.prepared import DATA, blend, check_name, find, prepared
 from harness.data.progress import Progress, amount, duration
 from harness.data.sources import definition, definitions, local_files
 from harness.errors import UserError, nearest
+from harness.screen import say
 
 HOW = ("TOKENIZER", "WORKERS", "FORCE", "HUB", "SIZE_MB", "NAME", "LIMIT")
 """Settings of ``make data-<name>``."""
@@ -36,12 +37,14 @@ def list_sets(words: Sequence[str]) -> int:
     _settings(words, ())
     known = definitions()
     there = prepared()
-    width = max(len(name) for name in (*known, *there, "name"))
-    for name in (*known, *(n for n in there if n not in known)):
+    states = {name: _state(name) if name in there else "not prepared" for name in dict.fromkeys((*known, *there))}
+    width, widest = max(map(len, states)), max(map(len, states.values()))
+    for name in states:
         shows = known[name].shows if name in known else "your own"
-        print(f"  {name:{width}}  {_state(name) if name in there else 'not prepared':34}  {shows}")
-    print(f"\nmake data-{next(iter(known))} prepares one, make 101 DATA={next(iter(known))} trains on it;")
-    print("make data-prepare NAME=… INPUT=file-or-folder makes one of your own text")
+        say(f"  {name:{width}}  {states[name]:{widest}}  {shows}", hang=width + widest + 6)
+    print()
+    say(f"make data-{next(iter(known))} prepares one, make 101 DATA={next(iter(known))} trains on it;")
+    say("make data-prepare NAME=… INPUT=file-or-folder makes one of your own text")
     return 0
 
 
