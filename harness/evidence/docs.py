@@ -255,12 +255,12 @@ def _speed(facts: Facts, words: Sequence[str]) -> str:
     return speed.pieces_table(facts.catalog, words[0], words[1:])
 
 
-def _faster(facts: Facts, words: Sequence[str]) -> str:
-    return speed.faster_table(facts.catalog, words[0], words[1:])
+def _faster(_: Facts, words: Sequence[str]) -> str:
+    return speed.faster_table(*words)
 
 
-def _gpus(facts: Facts, words: Sequence[str]) -> str:
-    return scaling.table(facts.catalog, words[0], words[1:])
+def _gpus(_: Facts, words: Sequence[str]) -> str:
+    return scaling.table(*words)
 
 
 def _machines(_: Facts, words: Sequence[str]) -> str:

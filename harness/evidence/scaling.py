@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 
 from harness.evidence import markdown
 from harness.evidence.memory import cards_of
 from harness.experiment import overrides
 from harness.experiment.calibrations import Machine, machine_of
-from harness.experiment.catalog import Catalog, load_catalog
+from harness.experiment.catalog import load_catalog
 from harness.experiment.flops import mfu, tflops_per_gpu
 from harness.experiment.hardware import Gpu, find_gpu
 from harness.experiment.layouts import Layout, by_gpus
@@ -43,10 +44,11 @@ def print_gpus(id_: str, settings: Mapping[str, str]) -> int:
     return 0
 
 
-def table(catalog: Catalog, card: str, ids: Sequence[str]) -> str:
+@cache
+def table(card: str, *ids: str) -> str:
     """Markdown: the same for some experiments of the catalogue, on one kind of card."""
     gpu, lines = find_gpu(card), []
-    for e in map(catalog.find, ids):
+    for e in map(load_catalog().find, ids):
         for i, (cells, command) in enumerate(_lines(tuple(by_gpus(e, gpu, machine_of(gpu))), gpu)):
             first = [f"`{e.id}`", e.model.name] if i == 0 else ["", ""]
             lines.append([*first, *cells, f"`{command}`" if cells[-1] else command])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 from harness.errors import UserError, nearest
@@ -101,9 +102,10 @@ def pieces_table(catalog: Catalog, name: str, ids: Sequence[str]) -> str:
     return markdown.table(head, lines, "ll" + "r" * (len(head) - 2))
 
 
-def faster_table(catalog: Catalog, name: str, ids: Sequence[str]) -> str:
+@cache
+def faster_table(name: str, *ids: str) -> str:
     """Markdown: beside each row as measured on machine ``name``, the fastest layout of the same work by formula."""
-    machine, lines = _machine(name), []
+    machine, catalog, lines = _machine(name), load_catalog(), []
     for id_ in ids:
         e = catalog.find(id_)
         now, found = machine.predict(e).total, faster(e, machine)
