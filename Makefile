@@ -123,9 +123,9 @@ docker-run: ## a shell in it, where make 101<tab> works
 	@docker/run.sh
 
 ##@ Develop
-test: ## quick tests, real gloo training, parity
+test: ## quick tests, real gloo training, parity: a quarter of an hour
 	@scripts/setup.sh test data heavy peft calibrate -- -m pytest -n 2 --dist loadgroup -m "not gpu and not full"
-test-quick: ## without torch and without data sets, in seconds
+test-quick: ## without torch and without data sets: two minutes
 	@scripts/setup.sh test -- -m pytest -n 2 -m "not cpu and not gpu and not full" --ignore-glob='tests/test_data_*'
 test-full: ## everything, long ones too
 	@scripts/setup.sh test data heavy peft calibrate tracking -- -m pytest -m ""
