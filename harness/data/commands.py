@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from harness.experiment import overrides
 from harness.data.manifest import Manifest, read_manifest
 from harness.data.prepared import DATA, blend, check_name, find, prepared
 from harness.data.progress import Progress, amount, duration
 from harness.data.sources import definition, definitions, local_files
 from harness.errors import UserError, nearest
+from harness.experiment import overrides
 from harness.screen import say
 
 HOW = ("TOKENIZER", "WORKERS", "FORCE", "HUB", "SIZE_MB", "NAME", "LIMIT")

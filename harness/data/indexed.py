@@ -20,7 +20,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from harness.data.header import FormatError, HEADER, MAGIC, bin_path, check_bin_bytes, idx_path, read_head
+from harness.data.header import HEADER, MAGIC, FormatError, bin_path, check_bin_bytes, idx_path, read_head
 
 DTYPES = {
     1: np.dtype("u1"), 2: np.dtype("i1"), 3: np.dtype("<i2"), 4: np.dtype("<i4"),

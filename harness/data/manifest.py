@@ -76,7 +76,10 @@ class TokenizerUsed(_Record):
 
 
 class Chat(_Record):
-    """What made text of conversations. ``template``: the tokenizer's own, or the simple one; ``answer_tokens``: those learned."""
+    """What made text of conversations.
+
+    ``template``: the tokenizer's own, or the simple one; ``answer_tokens``: those learned.
+    """
 
     template: Literal["own", "simple"]
     template_sha256: str
@@ -94,7 +97,11 @@ class Written(_Record):
 
 
 class Manifest(_Record):
-    """All of it. ``chat``: set where documents are conversations. ``recipe``: checksum of all that decides the pair. ``seconds``: by stage. ``created``: Unix time."""
+    """All of it.
+
+    ``chat``: set where documents are conversations. ``recipe``: checksum of all that decides the pair.
+    ``seconds``: by stage. ``created``: Unix time.
+    """
 
     name: str
     recipe: str

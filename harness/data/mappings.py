@@ -26,7 +26,7 @@ import numpy as np
 from harness.data import indexed
 from harness.data.header import FormatError
 from harness.data.prepared import Blend, DataSet
-from harness.data.splits import Bounds, SPLITS, check_split, sequences_of, split_matrix
+from harness.data.splits import SPLITS, Bounds, check_split, sequences_of, split_matrix
 from harness.errors import UserError
 
 _SURPLUS = 0.005

@@ -11,7 +11,7 @@ from pathlib import Path
 from harness.data import indexed
 from harness.data.header import FormatError, bin_path, idx_path
 from harness.data.manifest import Counted, Manifest, Source, Written, read_manifest
-from harness.data.prepared import Blend, DATA, blend, check_name, prefix_of, prepared
+from harness.data.prepared import DATA, Blend, blend, check_name, prefix_of, prepared
 from harness.data.tokenizer import Tokenizer
 from harness.errors import UserError
 

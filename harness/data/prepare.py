@@ -39,8 +39,8 @@ from harness.data.progress import Progress
 from harness.data.sources import Definition, Hub, Synthetic, download, local_files
 from harness.data.tokenize import Done, Job, Watched, tokenize
 from harness.data.tokenizer import Tokenizer, find_tokenizer
-from harness.machine.provenance import package_version
 from harness.errors import UserError
+from harness.machine.provenance import package_version
 from harness.rundir import write_json
 
 _VERSIONS = ("numpy", "orjson", "gigatoken", "tokenizers", "transformers", "sentencepiece", "pyarrow", "datasets")

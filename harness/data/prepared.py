@@ -179,7 +179,8 @@ def _hint(name: str, known: tuple[str, ...]) -> str:
 
     if name in definitions():
         return f"make data-{name} does that"
-    return f"{nearest(name, [*known, *(other for other in definitions() if other not in known)])}\nmake data-list says what is there"
+    meant = nearest(name, [*known, *(other for other in definitions() if other not in known)])
+    return f"{meant}\nmake data-list says what is there"
 
 
 def _tokenizer(

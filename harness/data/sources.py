@@ -43,7 +43,10 @@ class Synthetic(_Frozen):
 
 
 class Definition(_Frozen):
-    """A data set that can be prepared by its name. ``limit`` counts documents from the front, ``chat`` is a file in data/."""
+    """A data set that can be prepared by its name.
+
+    ``limit`` counts documents from the front, ``chat`` is a file in data/.
+    """
 
     name: Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
     shows: Annotated[str, Field(min_length=1)]

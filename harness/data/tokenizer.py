@@ -26,10 +26,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from harness import ROOT
-from harness.data.tokenizer_files import DECIDING, DESCRIPTION, Kind, OTHERS, SENTENCE_PIECE, tokenizer_sha256
+from harness.data.tokenizer_files import DECIDING, DESCRIPTION, OTHERS, SENTENCE_PIECE, Kind, tokenizer_sha256
 from harness.data.vocabulary import gpt2_folder
-from harness.machine.provenance import package_version
 from harness.errors import UserError, nearest
+from harness.machine.provenance import package_version
 from harness.rundir import write_json
 
 CACHE_MIB = 600

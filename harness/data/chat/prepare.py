@@ -17,17 +17,17 @@ from pathlib import Path
 import numpy as np
 
 from harness.data import indexed
+from harness.data.chat import conversations
+from harness.data.chat.byte_tokenizer import byte_folder
+from harness.data.chat.conversations import Skipped, Unfit
 from harness.data.header import bin_path, idx_path
 from harness.data.manifest import Chat, Counted, Manifest, Source, SourceFile, TokenizerUsed, Written
 from harness.data.prepare import only_one
 from harness.data.prepared import DATA, check_name, prefix_of, prepared
 from harness.data.sources import Definition
 from harness.data.tokenizer import Tokenizer, find_tokenizer
-from harness.machine.provenance import package_version
 from harness.errors import UserError
-from harness.data.chat import conversations
-from harness.data.chat.byte_tokenizer import byte_folder
-from harness.data.chat.conversations import Skipped, Unfit
+from harness.machine.provenance import package_version
 
 _BATCH = 256
 _VERSIONS = ("numpy", "tokenizers", "transformers")
@@ -63,7 +63,8 @@ def prepare_chat(name: str, source: Path, tokenizer: str, *, folder: Path = DATA
             installed = used.install(part / "tokenizer")
             own = conversations.has_template(installed.model)
             if not own:
-                (installed.model / "chat_template.jinja").write_text(conversations.simple_template(used.end or ""), encoding="utf-8")
+                template = conversations.simple_template(used.end or "")
+                (installed.model / "chat_template.jinja").write_text(template, encoding="utf-8")
             skipped = Skipped()
             counted, answers, pair = _write(source, installed, prefix_of(name, part), skipped)
             idx_bytes = idx_path(prefix_of(name, part)).stat().st_size

@@ -16,7 +16,7 @@ import orjson
 from harness.data.clean.documents import OneLine
 from harness.data.clean.pipeline import CleanReport, clean
 from harness.data.clean.rules import Rules
-from harness.data.synthetic import Corpus, DAMAGED, Label, MENDABLE, generate, labels
+from harness.data.synthetic import DAMAGED, MENDABLE, Corpus, Label, generate, labels
 
 KEPT = "kept"
 RIGHT = {

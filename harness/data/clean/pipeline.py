@@ -31,11 +31,11 @@ from harness.data.clean import fasttext
 from harness.data.clean.documents import Language
 from harness.data.clean.duplicates import exact_duplicates, near_duplicates
 from harness.data.clean.files import atomic, locked
-from harness.data.clean.rules import Rules, UNREADABLE
+from harness.data.clean.rules import UNREADABLE, Rules
 from harness.data.clean.units import LONGEST_LINE_BYTES, UNIT_BYTES, Unit, cut
-from harness.workers import map_in_order
 from harness.errors import UserError
 from harness.rundir import write_json
+from harness.workers import map_in_order
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done and how much there is."""

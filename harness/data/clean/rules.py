@@ -60,7 +60,8 @@ def load_rules(path: Path) -> Rules:
         UserError: the file is missing or is no YAML, or a rule, its options or its place are wrong.
     """
     if not path.is_file():
-        raise UserError(f"RULES={path}: no such file; {nearest(str(path), map(str, sorted(path.parent.glob('rules-*.yaml'))))}")
+        there = map(str, sorted(path.parent.glob("rules-*.yaml")))
+        raise UserError(f"RULES={path}: no such file; {nearest(str(path), there)}")
     content = yaml_files.read(path)
     if set(content) != {"rules"} or not isinstance(content["rules"], list):
         raise UserError(f"{path}: it must hold one key, rules, with a list of rules (as data/rules-sv.yaml)")

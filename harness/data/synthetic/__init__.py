@@ -8,7 +8,7 @@ Everything follows from (seed, document number) by integer arithmetic alone: the
 by itself, and a duplicate of any earlier document at no cost.
 """
 
-from harness.data.synthetic.corpus import Corpus, DAMAGED, DEFECTS, DUPLICATES, Label, MENDABLE, Mixture, PLAIN
+from harness.data.synthetic.corpus import DAMAGED, DEFECTS, DUPLICATES, MENDABLE, PLAIN, Corpus, Label, Mixture
 from harness.data.synthetic.files import generate, labels
 from harness.data.synthetic.language import LANGUAGES
 
