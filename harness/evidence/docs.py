@@ -216,7 +216,7 @@ def _notes(facts: Facts, rows: Sequence[tuple[str, Row | None, Reference | None,
 
 def _with_driver(rows: Sequence[Row]) -> str:
     """Of runs that counted what the driver keeps for itself, in brackets, that they did: published GiB leave it out."""
-    counted = [row for row in rows if row.memory_gib.nvml and row.memory_gib.driver is None]
+    counted = [row for row in rows if row.counts_driver]
     if not counted:
         return ""
     of_some = " of some" if len(counted) < len(rows) else ""

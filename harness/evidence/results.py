@@ -198,6 +198,11 @@ class Row:
         return self.result.memory_gib if self.result else MemoryGib()
 
     @property
+    def counts_driver(self) -> bool:
+        """Whether its used memory includes what the driver keeps for itself, which nvidia-smi leaves out."""
+        return self.memory_gib.nvml is not None and self.memory_gib.driver is None
+
+    @property
     def tflops(self) -> float | None:
         """Model TFLOP/s per GPU."""
         return self.result.tflops if self.result else None

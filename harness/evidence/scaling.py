@@ -49,7 +49,7 @@ def table(card: str, *ids: str) -> str:
     """Markdown: the same for some experiments of the catalogue, on one kind of card."""
     gpu, lines = find_gpu(card), []
     for e in map(load_catalog().find, ids):
-        for i, (cells, command) in enumerate(_lines(tuple(by_gpus(e, gpu, machine_of(gpu))), gpu)):
+        for i, (cells, command) in enumerate(_lines(by_gpus(e, gpu, machine_of(gpu)), gpu)):
             first = [f"`{e.id}`", e.model.name] if i == 0 else ["", ""]
             lines.append([*first, *cells, f"`{command}`" if cells[-1] else command])
     return markdown.table(["id", "model", *HEAD, "command"], lines, "llrrrrrl")

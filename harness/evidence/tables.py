@@ -18,6 +18,7 @@ from harness.errors import UserError, nearest
 from harness.evidence import markdown
 from harness.evidence.results import Results, Row, collect, load_references, losses
 from harness.experiment.catalog import load_catalog
+from harness.experiment.hardware import DRIVER_RESERVED_MIB
 from harness.rundir import perplexity
 
 FORMATS = ("terminal", "markdown", "csv", "json")
@@ -361,9 +362,9 @@ def _footer(rows: list[Row]) -> Iterable[str]:
         yield "shared: runs on the node at the same time, this one included; they can slow each other down."
     if any(row.memory_gib.nvml for row in rows):
         yield "GiB: used memory of the fullest GPU as nvidia-smi shows it, CUDA context and NCCL included."
-    if any(row.memory_gib.nvml and row.memory_gib.driver is None for row in rows):
-        yield ("Runs whose result.json has no memory_gib.driver count in GiB what the driver keeps for itself, too, 0.6 GiB "
-               "of an H200; nvidia-smi leaves that out.")
+    if any(row.counts_driver for row in rows):
+        yield ("Runs whose result.json has no memory_gib.driver count in GiB what the driver keeps for itself, too, "
+               f"{DRIVER_RESERVED_MIB / 1024:.1f} GiB of an H200; nvidia-smi leaves that out.")
     if any(row.step and row.predicted_step_ms for row in rows):
         yield "formula: ms/step predicted from sizes, by constants fitted without the row (make speed-101)."
     for gpu, precision in dict.fromkeys((row.gpu, row.experiment.precision) for row in rows if row.mfu):

@@ -246,6 +246,11 @@ class Experiment(_Frozen):
         return range(self.profile[0] - 1, self.profile[1] + 2) if self.profile else range(0)
 
     @property
+    def selectively_recomputed(self) -> tuple[str, ...]:
+        """What selective recomputation takes, as upstream: attention's scores where no module is named."""
+        return (self.recompute_modules or ("core_attn",)) if self.recompute == "selective" else ()
+
+    @property
     def fully_sharded(self) -> bool:
         """Whether data parallelism is an FSDP, Megatron-LM's or PyTorch's."""
         return self.sharding not in ("no_shard", "optim")

@@ -165,8 +165,7 @@ def _cuda_graph_violations(e: Experiment) -> Iterator[str]:
         return
     if e.recompute == "full":
         yield "CUDA graphs of layers cannot be recomputed whole; set RECOMPUTE=none or selective"
-    attention = e.recompute == "selective" and "core_attn" in (e.recompute_modules or ("core_attn",))
-    if attention and e.model.dropout:
+    if "core_attn" in e.selectively_recomputed and e.model.dropout:
         yield "CUDA graphs cannot draw the dropout of recomputed attention again; set DROPOUT=0 or RECOMPUTE=none"
     if e.fully_sharded:
         yield f"CUDA graphs do not know the hooks by which {e.sharding} gathers weights; set SHARDING=optim or no_shard"

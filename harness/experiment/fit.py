@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
-from harness.errors import UserError
 from harness.experiment import overrides
 from harness.experiment.catalog import Experiment
 from harness.experiment.hardware import NON_ALLOCATOR_MIB, Gpu
@@ -47,7 +46,7 @@ def levers(e: Experiment) -> Iterator[tuple[Settings, Experiment]]:
     """
     before = predict(e).total
     for settings in _candidates(e):
-        if (changed := _applied(e, settings)) and predict(changed).total < before:
+        if (changed := overrides.admitted(e, settings)) and predict(changed).total < before:
             yield settings, changed
 
 
@@ -64,7 +63,7 @@ def ways_to_fit(e: Experiment, card: Gpu) -> list[tuple[Settings, Experiment]]:
         for settings, experiment in reached:
             for more, _ in levers(experiment):
                 both = settings | more
-                changed = _applied(e, both)
+                changed = overrides.admitted(e, both)
                 if changed and (key := repr(changed.model_copy(update={"overrides": {}}))) not in seen:
                     seen.add(key)
                     further.append((both, changed))
@@ -74,13 +73,6 @@ def ways_to_fit(e: Experiment, card: Gpu) -> list[tuple[Settings, Experiment]]:
             break
         reached = further
     return sorted(found, key=lambda way: way[1].world_size)
-
-
-def _applied(e: Experiment, settings: Settings) -> Experiment | None:
-    try:
-        return overrides.apply(e, settings)
-    except UserError:
-        return None
 
 
 def _candidates(e: Experiment) -> Iterator[Settings]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import get_args
 
-from harness.errors import UserError
 from harness.experiment import overrides
 from harness.experiment.calibrations import Machine
 from harness.experiment.catalog import Experiment, load_catalog
@@ -85,19 +84,18 @@ def _fitting(e: Experiment, ranks: int, card: Gpu, machine: Machine | None) -> I
         if fitting := next(((way, memory) for way, memory in ways if verdict(memory, card) == "fits"), None):
             way, memory = fitting
             known = machine and not unknown(way)
-            yield _tuned(way, listed, machine) if known else Layout(way, memory, None)
+            yield _tuned(Layout(way, memory, machine.predict(way)), listed, machine) if known else Layout(way, memory, None)
 
 
-def _tuned(way: Experiment, listed: Experiment, machine: Machine) -> Layout:
-    step = machine.predict(way)
+def _tuned(layout: Layout, listed: Experiment, machine: Machine) -> Layout:
     for lever in LEVERS:
-        pulled = _applied(listed, way.overrides | lever)
-        if pulled is None or pulled == way or unknown(pulled):
+        pulled = overrides.admitted(listed, layout.experiment.overrides | lever)
+        if pulled is None or pulled == layout.experiment or unknown(pulled):
             continue
-        after = machine.predict(pulled)
-        if after.total <= WORTH * step.total:
-            way, step = pulled, after
-    return Layout(way, predict(way), step)
+        step = machine.predict(pulled)
+        if step.total <= WORTH * layout.step.total:
+            layout = Layout(pulled, predict(pulled), step)
+    return layout
 
 
 def layouts(e: Experiment, ranks: int) -> Iterator[Experiment]:
@@ -121,7 +119,7 @@ def layouts(e: Experiment, ranks: int) -> Iterator[Experiment]:
                     for sharding in _shardings(e, dp * cp):
                         for way in CP_COMM_TYPES if cp > 1 else (e.cp_comm_type,):
                             more = {"EP": ep, "ETP": 1, "MBS": mbs, "SHARDING": sharding, "CP_COMM_TYPE": way}
-                            if layout := _applied(listed, axes | more | ({"VPP": vpp} if pp > 1 else {})):
+                            if layout := overrides.admitted(listed, axes | more | ({"VPP": vpp} if pp > 1 else {})):
                                 yield layout
 
 
@@ -143,15 +141,8 @@ def _recomputed(layout: Experiment, listed: Experiment) -> Iterator[Experiment]:
     """``layout``, then with ever more recomputation; ``listed`` is the experiment as in the catalogue."""
     yield layout
     for how in dict.fromkeys((listed.recompute, "full")):
-        if how != "none" and (recomputed := _applied(listed, layout.overrides | {"RECOMPUTE": how})):
+        if how != "none" and (recomputed := overrides.admitted(listed, layout.overrides | {"RECOMPUTE": how})):
             yield recomputed
-
-
-def _applied(e: Experiment, settings: Mapping[str, int | str]) -> Experiment | None:
-    try:
-        return overrides.apply(e, {key: str(value) for key, value in settings.items()})
-    except UserError:
-        return None
 
 
 def _divisors(number: int) -> list[int]:

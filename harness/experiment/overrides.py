@@ -144,12 +144,20 @@ def count(key: str, value: str, least: int = 1) -> int:
 
 def rate(key: str, value: str) -> float:
     """The learning rate in ``KEY=value``. Raises UserError where it is no finite number, 0 or more."""
+    return _number(key, value, math.inf, "a number, 0 or more")
+
+
+def _share(key: str, value: str) -> float:
+    return _number(key, value, 1, "a number from 0 to below 1")
+
+
+def _number(key: str, value: str, below: float, expected: str) -> float:
     try:
         number = float(value)
     except ValueError:
         number = -1.0
-    if not 0 <= number < math.inf:
-        raise UserError(f"{key}={value}: expected a number, 0 or more")
+    if not 0 <= number < below:
+        raise UserError(f"{key}={value}: expected {expected}")
     return number
 
 
@@ -214,14 +222,12 @@ def apply(experiment: Experiment, settings: Mapping[str, str]) -> Experiment:
     return experiment.with_changes(**effective, overrides=kept)
 
 
-def _share(key: str, value: str) -> float:
+def admitted(experiment: Experiment, settings: Mapping[str, int | str]) -> Experiment | None:
+    """``experiment`` with ``settings``, or None where it does not admit them."""
     try:
-        number = float(value)
-    except ValueError:
-        number = -1.0
-    if not 0 <= number < 1:
-        raise UserError(f"{key}={value}: expected a number from 0 to below 1")
-    return number
+        return apply(experiment, {key: str(value) for key, value in settings.items()})
+    except UserError:
+        return None
 
 
 def _target(experiment: Experiment, loss: float) -> Target:

@@ -283,8 +283,7 @@ class _Machine:
 
     def selectively_recomputed(self) -> _Work:
         """Attention scores (upstream's choice where no module is named), the norm before experts, their activation."""
-        e, m = self.e, self.e.model
-        modules = (e.recompute_modules or ("core_attn",)) if e.recompute == "selective" else ()
+        e, m, modules = self.e, self.e.model, self.e.selectively_recomputed
         again = self.attention()[0] + self.context_parallel()[0] if "core_attn" in modules else _Work()
         moved = 0.0
         if m.num_experts and "layernorm" in modules:
