@@ -10,6 +10,7 @@ from harness.experiment.flops import (
     count_parameters,
     mfu,
     padded_vocab_size,
+    parameters_on,
     state_gib,
     step_flops,
     tflops_per_gpu,
@@ -40,8 +41,9 @@ def test_ranks_together_hold_the_whole_model():
 def test_experts_are_spread_and_mostly_idle():
     replicated, spread = count_parameters(CATALOG.find("501")), count_parameters(CATALOG.find("502"))
     assert replicated.total == spread.total and replicated.active == spread.active
-    assert spread.experts_per_rank * 8 == replicated.experts_per_rank
-    assert replicated.per_rank - spread.per_rank == 7 * spread.experts_per_rank
+    held, held_spread = (parameters_on(CATALOG.find(id_), 0).experts for id_ in ("501", "502"))
+    assert held_spread * 8 == held
+    assert replicated.per_rank - spread.per_rank == 7 * held_spread
     assert replicated.total - replicated.active == 16 * (64 - 8) * 2 * 1024 * 1024
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from harness.errors import UserError
-from harness.experiment.hardware import GPUS, allocator_fraction, find_gpu, known_gpus, peak_tflops
+from harness.experiment.hardware import GPUS, allocator_fraction, find_gpu, peak_tflops
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_unknown_names_are_not_guessed(name):
 
 
 def test_keys_and_names_are_unique():
-    assert len({gpu.key for gpu in GPUS}) == len(GPUS) == len(known_gpus())
+    assert len({gpu.key for gpu in GPUS}) == len(GPUS)
     assert all(find_gpu(gpu.key) is gpu and find_gpu(gpu.name) is gpu for gpu in GPUS)
 
 
@@ -45,18 +45,12 @@ def test_peaks_are_dense_and_by_precision():
     assert peak_tflops("Tesla V100-SXM2-32GB", "bf16") is None
     for gpu in GPUS:
         assert gpu.fp8 is None or gpu.fp8 == pytest.approx(2 * gpu.bf16, rel=0.02), gpu.key
-        assert gpu.tf32 is None or gpu.tf32 == pytest.approx(gpu.bf16 / 2, rel=0.02), gpu.key
 
 
 def test_an_h200_as_an_h100_leaves_the_allocator_what_was_proven_there():
     fraction = allocator_fraction("h100-80gb", find_gpu("NVIDIA H200").memory_mib)
     assert fraction == 0.548
     assert fraction * 139.81 == pytest.approx(76.6, abs=0.05)  # GiB; 111 ran and 121 did not
-
-
-def test_the_part_out_of_reach_can_be_given():
-    assert allocator_fraction("h100-80gb", 143771, 0) == pytest.approx(81559 / (143771 - 600), abs=5e-4)
-    assert allocator_fraction("h100-80gb", 143771, 5000) < allocator_fraction("h100-80gb", 143771)
 
 
 def test_only_a_smaller_card_can_be_emulated():

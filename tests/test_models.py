@@ -11,7 +11,7 @@ import pytest
 from harness import parity
 from harness.errors import UserError
 from harness.experiment.catalog import Model, load_catalog
-from harness.experiment.flops import count_parameters, padded_vocab_size, state_bytes_per_parameter, state_gib, step_flops
+from harness.experiment.flops import count_parameters, padded_vocab_size, state_gib, state_of_parameter, step_flops
 from harness.machine.requirements import check_machine
 from harness.megatron.environment import variables
 from harness.megatron.flags import megatron_flags
@@ -77,16 +77,16 @@ def test_state_follows_from_sharding_and_precision():
     e = CATALOG.find("702")
     states = {"no_shard": 18, "optim": 9, "fsdp_optim": 7, "fsdp_optim_grads": 5.5, "fsdp_optim_grads_params": 4, "torch_fsdp2": 4}
     for sharding, expected in states.items():
-        assert state_bytes_per_parameter(e.with_changes(sharding=sharding), 4) == expected
-    assert state_bytes_per_parameter(CATALOG.find("621"), 1) == 12
-    assert state_bytes_per_parameter(CATALOG.find("641"), 1) == 10
-    assert state_bytes_per_parameter(CATALOG.find("671"), 1) == 14
+        assert state_of_parameter(e.with_changes(sharding=sharding), 4).total == expected
+    assert state_of_parameter(CATALOG.find("621"), 1).total == 12
+    assert state_of_parameter(CATALOG.find("641"), 1).total == 10
+    assert state_of_parameter(CATALOG.find("671"), 1).total == 14
 
 
 @pytest.mark.parametrize(("recipe", "optimizer"), [("delayed", 6), ("tensorwise", 8), ("blockwise", 8)])
 def test_fp8_weights_scaled_now_keep_whole_fp32_ones(recipe, optimizer):
     row = CATALOG.find("611").with_changes(precision="fp8", fp8_recipe=recipe, optimizer_state="bf16")
-    assert state_bytes_per_parameter(row, 4) == 6 + optimizer / 4
+    assert state_of_parameter(row, 4).total == 6 + optimizer / 4
 
 
 @pytest.mark.parametrize("id_", ["620", "621", "625", "631", "632", "641", "642", "651", "611", "711", "713"])

@@ -11,7 +11,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from harness.experiment import timeline
-from harness.experiment.flops import state_bytes_per_parameter, state_of_parameter
+from harness.experiment.flops import state_of_parameter
 from harness.experiment.formulas import OF_EXPERIMENT, activations_per_sbh
 from harness.experiment.hardware import find_gpu
 
@@ -108,8 +108,8 @@ def _dp_shards(facts: Facts) -> Drawing:
                     d.rect(x, y + rank * (height - 2) / e.dp, 36, (height - 2) / e.dp, colour)
                 y += height
             d.text(x + 18, 236, f"GPU {rank}", size=11, colour=QUIET, anchor="middle")
-        per_parameter = state_bytes_per_parameter(e.with_changes(sharding=sharding), e.dp)
-        d.text(x0, 256, f"{per_parameter:g} bytes a parameter", size=12)
+        per_parameter = state_of_parameter(e.with_changes(sharding=sharding), e.dp)
+        d.text(x0, 256, f"{per_parameter.total:g} bytes a parameter", size=12)
     d.legend(24, 278, ((WEIGHTS, "weights: 2 bytes"), (GRADIENTS, "gradients: 4, FSDP 2"),
                        (OPTIMIZER, "optimizer, fp32 copy + 2 moments: 12 bytes"), (EMPTY, "held by another GPU")))
     return d

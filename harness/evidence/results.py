@@ -18,7 +18,7 @@ from harness.experiment import overrides
 from harness.experiment.calibrations import Machine, machine_of
 from harness.experiment.catalog import EXPERIMENTS, Catalog, Experiment
 from harness.experiment.flops import mfu
-from harness.experiment.hardware import Gpu, find_gpu, known_gpus, peak_tflops
+from harness.experiment.hardware import Gpu, find_gpu, peak_tflops, required_gpu
 from harness.experiment.step_time import unknown
 from harness.rundir import MemoryGib, Result, Spread, State, StepMetrics, Upstream, Validation
 
@@ -486,9 +486,7 @@ def _group(where: str, name: str, raw: Any) -> ReferenceGroup:
     parsed = tuple(_reference(where, row, common) for row in rows)
     fields = {**raw, "name": name, "notes": tuple(raw.get("notes", ())), "rows": parsed}
     group = yaml_files.build(ReferenceGroup, fields, where)
-    if find_gpu(group.gpu) is None:
-        raise UserError(f"{where}: unknown gpu {group.gpu}; {nearest(group.gpu, known_gpus())}")
-    card_gib = find_gpu(group.gpu).memory_mib / 1024
+    card_gib = required_gpu(group.gpu, f"{where}: gpu = {group.gpu!r}").memory_mib / 1024
     for row in group.rows:
         if not row.oom and not (0 < row.memory_gib < card_gib and row.step_ms > 1):
             raise UserError(f"{where}: {row.id or row.workload}: {row.memory_gib:g} GiB of {card_gib:.1f} on this GPU, "

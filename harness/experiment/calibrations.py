@@ -14,7 +14,7 @@ from harness import yaml_files
 from harness.errors import UserError, nearest
 from harness.experiment import step_time
 from harness.experiment.catalog import EXPERIMENTS, Experiment
-from harness.experiment.hardware import Gpu, find_gpu, known_gpus
+from harness.experiment.hardware import Gpu, required_gpu
 from harness.experiment.step_time import Calibration, Positive, StepTime
 from harness.experiment.timeline import Times
 
@@ -54,9 +54,7 @@ class Machine(BaseModel):
     @cached_property
     def card(self) -> Gpu:
         """The GPU's data. Raises UserError where no GPU is called so, or it has no bf16."""
-        gpu = find_gpu(self.gpu)
-        if gpu is None:
-            raise UserError(f"gpu = {self.gpu!r}: unknown GPU; {nearest(self.gpu, known_gpus())}")
+        gpu = required_gpu(self.gpu, f"gpu = {self.gpu!r}")
         if gpu.bf16 is None:
             raise UserError(f"gpu = {self.gpu!r}: {gpu.name} has no bf16, and steps are predicted in bf16 only")
         return gpu

@@ -105,6 +105,11 @@ class Model(_Frozen):
         return (self.num_query_groups or self.num_attention_heads) * self.head_size
 
     @property
+    def qkv_size(self) -> int:
+        """Outputs of the attention's first matrix: queries, keys and values, and a gate as wide as the queries."""
+        return self.query_size * (2 if self.attention_output_gate else 1) + 2 * self.key_size
+
+    @property
     def gated(self) -> bool:
         """Whether the MLP multiplies two projections of its input."""
         return self.activation != "gelu"
@@ -130,6 +135,8 @@ class Lora(_Frozen):
     def scale(self) -> float:
         """What the product of the factors is multiplied by."""
         return self.alpha / self.rank
+
+
 class Target(_Frozen):
     """The validation loss at which a long run is done; its miniature, another model on other data, has its own."""
 
@@ -216,6 +223,11 @@ class Experiment(_Frozen):
     def world_size(self) -> int:
         """Ranks in all: tp x pp x cp x dp (experts share the same ranks)."""
         return self.tp * self.pp * self.cp * self.dp
+
+    @property
+    def expert_replicas(self) -> int:
+        """Ranks that hold the same experts."""
+        return max(self.world_size // (self.pp * self.ep * self.etp), 1)
 
     @property
     def ranks_per_node(self) -> int:

@@ -33,9 +33,9 @@ def _violations(e: Experiment) -> Iterator[str]:
     if not m.kv_channels and m.hidden_size % heads:
         yield f"hidden_size {m.hidden_size} must divide by num_attention_heads {heads}"
     if heads % e.tp:
-        yield f"num_attention_heads {heads} must divide by tp = {e.tp}; {_try('tp', _divisors(heads), e.tp)}"
+        yield f"num_attention_heads {heads} must divide by tp = {e.tp}; {_try('tp', divisors(heads), e.tp)}"
     elif m.ffn % e.tp:
-        yield f"ffn_hidden_size {m.ffn} must divide by tp = {e.tp}; {_try('tp', _divisors(m.ffn), e.tp)}"
+        yield f"ffn_hidden_size {m.ffn} must divide by tp = {e.tp}; {_try('tp', divisors(m.ffn), e.tp)}"
     if m.num_query_groups and heads % m.num_query_groups:
         yield f"num_attention_heads {heads} must divide by num_query_groups {m.num_query_groups}"
     if m.num_query_groups and m.num_query_groups % e.tp and e.tp % m.num_query_groups:
@@ -43,7 +43,7 @@ def _violations(e: Experiment) -> Iterator[str]:
 
     if layers % (e.pp * e.vpp):
         if e.vpp > 1 and layers % e.pp == 0:
-            way_out = _try("vpp", _divisors(layers // e.pp), e.vpp)
+            way_out = _try("vpp", divisors(layers // e.pp), e.vpp)
         else:
             way_out = _try("pp", _where(lambda pp: layers % (pp * e.vpp) == 0, layers), e.pp)
         yield f"layers {layers} must divide by pp x vpp = {e.pp} x {e.vpp} = {e.pp * e.vpp}; {way_out}"
@@ -52,7 +52,7 @@ def _violations(e: Experiment) -> Iterator[str]:
 
     if e.global_batch_size % (e.micro_batch_size * e.dp):
         per_rank, rest = divmod(e.global_batch_size, e.dp)
-        way_out = (f"{_try('mbs', _divisors(per_rank), e.micro_batch_size)}, or gbs a multiple of "
+        way_out = (f"{_try('mbs', divisors(per_rank), e.micro_batch_size)}, or gbs a multiple of "
                    f"{e.micro_batch_size * e.dp}" if not rest and per_rank
                    else f"set gbs to a multiple of {e.micro_batch_size * e.dp}")
         yield (f"gbs {e.global_batch_size} must divide by mbs x dp = {e.micro_batch_size} x {e.dp} = "
@@ -68,10 +68,10 @@ def _violations(e: Experiment) -> Iterator[str]:
         yield f"seq {e.seq_length}: positions were learned up to {e.positions}; set SEQ={e.positions} or less"
     if e.cp > 1 and e.cp_comm_type == "a2a" and heads % (e.tp * e.cp):
         yield (f"a2a shares heads out over cp: num_attention_heads {heads} must divide by tp x cp = {e.tp} x {e.cp}; "
-               f"{_try('cp', _divisors(max(heads // e.tp, 1)), e.cp)}, or cp_comm_type p2p")
+               f"{_try('cp', divisors(max(heads // e.tp, 1)), e.cp)}, or cp_comm_type p2p")
     elif e.cp > 1 and e.cp_comm_type == "a2a" and (m.num_query_groups or heads) % (e.tp * e.cp):
         yield (f"a2a shares heads out over cp: num_query_groups {m.num_query_groups} must divide by tp x cp = "
-               f"{e.tp} x {e.cp}; {_try('cp', _divisors(max(m.num_query_groups // e.tp, 1)), e.cp)}, or cp_comm_type p2p")
+               f"{e.tp} x {e.cp}; {_try('cp', divisors(max(m.num_query_groups // e.tp, 1)), e.cp)}, or cp_comm_type p2p")
     if e.sequence_parallel and e.tp == 1:
         yield "sp splits activations over tp, but tp = 1; set tp > 1 or sp: false"
     if e.sequence_parallel and e.seq_length // e.cp % e.tp:
@@ -81,7 +81,7 @@ def _violations(e: Experiment) -> Iterator[str]:
 
     if ranks % e.nodes:
         yield (f"{ranks} GPUs (tp x pp x cp x dp = {e.tp} x {e.pp} x {e.cp} x {e.dp}) must divide by {e.nodes} nodes; "
-               f"{_try('nodes', _divisors(ranks), e.nodes)}")
+               f"{_try('nodes', divisors(ranks), e.nodes)}")
     yield from _model_violations(e)
     yield from _precision_violations(e)
     yield from _sharding_violations(e)
@@ -178,7 +178,7 @@ def _expert_violations(e: Experiment, ranks: int) -> Iterator[str]:
             yield f"ep = {e.ep}, etp = {e.etp} share out experts, but model {m.name} has none; set ep = etp = 1"
         return
     if m.num_experts % e.ep:
-        yield f"experts {m.num_experts} must divide by ep = {e.ep}; {_try('ep', _divisors(m.num_experts), e.ep)}"
+        yield f"experts {m.num_experts} must divide by ep = {e.ep}; {_try('ep', divisors(m.num_experts), e.ep)}"
     if m.moe_ffn % e.etp:
         yield f"moe_ffn_hidden_size {m.moe_ffn} must divide by etp = {e.etp}"
     if m.add_bias_linear and e.etp > 1:
@@ -194,7 +194,8 @@ def _expert_violations(e: Experiment, ranks: int) -> Iterator[str]:
         yield f"experts with tp = {e.tp} need sequence parallelism; set sp: true (SP=1)"
 
 
-def _divisors(n: int) -> list[int]:
+def divisors(n: int) -> list[int]:
+    """Every whole number that divides ``n``, in order."""
     return _where(lambda k: n % k == 0, n)
 
 

@@ -19,8 +19,6 @@ class Parameters:
     """What one token passes through: of the experts, only those it is routed to."""
     per_rank: int
     """Held by a rank of the first pipeline stage, which has both embeddings."""
-    experts_per_rank: int
-    """The part of ``per_rank`` in experts, whose replicas are fewer."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,6 @@ def count_parameters(e: Experiment) -> Parameters:
         total=m.num_layers * (shared + (m.num_experts or 0) * expert) + ends,
         active=m.num_layers * (shared + (m.moe_router_topk if m.num_experts else 0) * expert) + ends,
         per_rank=first.dense + first.experts,
-        experts_per_rank=first.experts,
     )
 
 
@@ -107,24 +104,18 @@ class _Layer:
 def _layer(e: Experiment) -> _Layer:
     m, h = e.model, e.model.hidden_size
     bias = int(m.add_bias_linear)
-    qkv = _qkv(m)
-    fc1 = 0 if m.num_experts else _fc1(e, m.ffn)
-    expert_fc1 = _fc1(e, m.moe_ffn) if m.num_experts else 0
+    fc1 = 0 if m.num_experts else _fc1(m, m.ffn)
+    expert_fc1 = _fc1(m, m.moe_ffn) if m.num_experts else 0
     return _Layer(
-        column=h * (qkv + fc1),
+        column=h * (m.qkv_size + fc1),
         row=m.query_size * h + (0 if m.num_experts else h * m.ffn),
-        column_bias=bias * (qkv + fc1) + (m.num_attention_heads if m.attention_sinks else 0),
+        column_bias=bias * (m.qkv_size + fc1) + (m.num_attention_heads if m.attention_sinks else 0),
         row_bias=bias * h * (1 if m.num_experts else 2),
-        replicated=2 * _norm(m) + _qk_norms(e) + (h + bias) * (m.num_experts or 0),
+        replicated=2 * _norm(m) + _qk_norms(m) + (h + bias) * (m.num_experts or 0),
         expert=h * (expert_fc1 + m.moe_ffn) if m.num_experts else 0,
         expert_bias=bias * (expert_fc1 + h) if m.num_experts else 0,
         expert_bias_per_rank=bias * (expert_fc1 // e.etp + h) if m.num_experts else 0,
     )
-
-
-def _qkv(m: Model) -> int:
-    """Outputs of the attention's first matrix, a gate's among them."""
-    return m.query_size * (2 if m.attention_output_gate else 1) + 2 * m.key_size
 
 
 def _norm(m: Model) -> int:
@@ -136,14 +127,13 @@ def _positions(e: Experiment) -> int:
     return e.model.hidden_size * (e.positions or e.seq_length) if learned else 0
 
 
-def _fc1(e: Experiment, width: int) -> int:
+def _fc1(m: Model, width: int) -> int:
     """Outputs of an MLP's first matrix: a gated one makes two halves of ``width``."""
-    return width * (2 if e.model.gated else 1)
+    return width * (2 if m.gated else 1)
 
 
-def _qk_norms(e: Experiment) -> int:
+def _qk_norms(m: Model) -> int:
     """Parameters of a layer's norms of queries and keys."""
-    m = e.model
     weights = {"none": 0, "head": 2 * m.head_size, "projection": m.query_size + m.key_size}[m.qk_norm]
     return weights * (2 if m.normalization == "LayerNorm" else 1)
 
@@ -159,8 +149,7 @@ def step_flops(e: Experiment) -> int:
     Source: num_floating_point_operations in megatron/training/training.py, core_v0.19.0.
     """
     m, h = e.model, e.model.hidden_size
-    queries = m.query_size * (2 if m.attention_output_gate else 1)
-    attention = h * (queries + 2 * m.key_size) + m.query_size * h
+    attention = h * m.qkv_size + m.query_size * h
     products = 3 if m.activation == "swiglu" else 2
     mlp = products * h * (m.moe_ffn * (m.moe_router_topk or 1) if m.num_experts else m.ffn)
     output = h * padded_vocab_size(m.vocab_size, e.tp)
@@ -227,11 +216,6 @@ def state_of_parameter(e: Experiment, replicas: int, *, matrix: bool = True) -> 
             return State(weight / replicas, gradient / replicas, optimizer / replicas)
 
 
-def state_bytes_per_parameter(e: Experiment, replicas: int) -> float:
-    """Bytes of a weight that is trained, its gradient and its optimizer state on a rank (``state_of_parameter``)."""
-    return state_of_parameter(e, replicas).total
-
-
 def state_on(e: Experiment, stage: int) -> State:
     """Bytes of weights, gradients and optimizer state on a rank of pipeline stage ``stage``; no activations, no buffers.
 
@@ -242,9 +226,8 @@ def state_on(e: Experiment, stage: int) -> State:
     if e.lora:
         frozen = (held.dense + held.experts) * (4 if e.precision == "fp32" else 2)
         return State(frozen, 0, 0) + state_of_parameter(e, replicas).times(adapter_parameters(e))
-    expert_replicas = max(e.world_size // (e.pp * e.ep * e.etp), 1)
-    matrices = (held.matrices, replicas), (held.expert_matrices, expert_replicas)
-    rest = (held.dense - held.matrices, replicas), (held.experts - held.expert_matrices, expert_replicas)
+    matrices = (held.matrices, replicas), (held.expert_matrices, e.expert_replicas)
+    rest = (held.dense - held.matrices, replicas), (held.experts - held.expert_matrices, e.expert_replicas)
     parts = [state_of_parameter(e, among).times(count) for count, among in matrices]
     parts += [state_of_parameter(e, among, matrix=False).times(count) for count, among in rest]
     return sum(parts, State(0, 0, 0))
@@ -265,9 +248,9 @@ def adapter_parameters(e: Experiment) -> int:
     if not e.lora:
         return 0
     widths = {
-        "linear_qkv": m.hidden_size + _qkv(m) // e.tp,
+        "linear_qkv": m.hidden_size + m.qkv_size // e.tp,
         "linear_proj": m.query_size // e.tp + m.hidden_size,
-        "linear_fc1": m.hidden_size + _fc1(e, m.ffn) // e.tp,
+        "linear_fc1": m.hidden_size + _fc1(m, m.ffn) // e.tp,
         "linear_fc2": m.ffn // e.tp + m.hidden_size,
     }
     return sum(widths[target] for target in e.lora.targets) * e.lora.rank * m.num_layers // e.pp

@@ -1,4 +1,4 @@
-"""GPU models: memory, peak rates by precision, links; and what it takes to behave as a smaller one."""
+"""GPU models: memory, its bandwidth, peak rates by precision; and what it takes to behave as a smaller one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 
 from harness.errors import UserError, nearest
 
-Precision = Literal["bf16", "fp16", "fp8", "tf32", "fp32"]
+Precision = Literal["bf16", "fp8", "fp32"]
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,10 @@ class Gpu:
     memory_mib: int
     """All of its memory, as nvidia-smi shows it."""
     bf16: float | None
-    fp16: float
     fp8: float | None
-    tf32: float | None
     fp32: float
     bandwidth_gb_s: int
     """Memory bandwidth."""
-    nvlink_gb_s: int | None
-    """NVLink bandwidth to all other GPUs together, both directions; None without NVLink."""
     source: str
     """Title of the datasheet or whitepaper with these figures."""
 
@@ -45,35 +41,32 @@ _A100, _V100 = "NVIDIA A100 datasheet", "NVIDIA V100 datasheet"
 _H100, _H200 = "NVIDIA H100 Tensor Core GPU datasheet", "NVIDIA H200 Tensor Core GPU datasheet"
 _ADA, _AMPERE = "NVIDIA Ada GPU Architecture whitepaper", "NVIDIA Ampere GA102 GPU Architecture whitepaper"
 
-# key, name, memory MiB, bf16, fp16, fp8, tf32, fp32, memory GB/s, NVLink GB/s, source
+# key, name, memory MiB, bf16, fp8, fp32, memory GB/s, source
 GPUS = (
-    Gpu("t4", "Tesla T4", 15360, None, 65, None, None, 8.1, 320, None, "NVIDIA T4 datasheet"),
-    Gpu("v100-16gb", "Tesla V100-SXM2-16GB", 16384, None, 125, None, None, 15.7, 900, 300, _V100),
-    Gpu("v100-32gb", "Tesla V100-SXM2-32GB", 32768, None, 125, None, None, 15.7, 900, 300, _V100),
-    Gpu("a10-24gb", "NVIDIA A10", 23028, 125, 125, None, 62.5, 31.2, 600, None, "NVIDIA A10 datasheet"),
-    Gpu("a100-40gb", "NVIDIA A100-SXM4-40GB", 40960, 312, 312, None, 156, 19.5, 1555, 600, _A100),
-    Gpu("a100-80gb", "NVIDIA A100-SXM4-80GB", 81920, 312, 312, None, 156, 19.5, 2039, 600, _A100),
-    Gpu("a100-pcie-40gb", "NVIDIA A100-PCIE-40GB", 40960, 312, 312, None, 156, 19.5, 1555, 600, _A100),
-    Gpu("a100-pcie-80gb", "NVIDIA A100 80GB PCIe", 81920, 312, 312, None, 156, 19.5, 1935, 600, _A100),
-    Gpu("rtx3090", "NVIDIA GeForce RTX 3090", 24576, 71, 71, None, 35.6, 35.6, 936, 112, _AMPERE),
-    Gpu("l4", "NVIDIA L4", 23034, 121, 121, 242.5, 60, 30.3, 300, None, "NVIDIA L4 datasheet"),
-    Gpu("l40s", "NVIDIA L40S", 46068, 362, 362, 733, 183, 91.6, 864, None, "NVIDIA L40S datasheet"),
-    Gpu("rtx4090", "NVIDIA GeForce RTX 4090", 24564, 165.2, 165.2, 330.3, 82.6, 82.6, 1008, None, _ADA),
-    Gpu("rtx6000-ada", "NVIDIA RTX 6000 Ada Generation", 49140, 364.2, 364.2, 728.5, 182.1, 91.1, 960, None,
+    Gpu("t4", "Tesla T4", 15360, None, None, 8.1, 320, "NVIDIA T4 datasheet"),
+    Gpu("v100-16gb", "Tesla V100-SXM2-16GB", 16384, None, None, 15.7, 900, _V100),
+    Gpu("v100-32gb", "Tesla V100-SXM2-32GB", 32768, None, None, 15.7, 900, _V100),
+    Gpu("a10-24gb", "NVIDIA A10", 23028, 125, None, 31.2, 600, "NVIDIA A10 datasheet"),
+    Gpu("a100-40gb", "NVIDIA A100-SXM4-40GB", 40960, 312, None, 19.5, 1555, _A100),
+    Gpu("a100-80gb", "NVIDIA A100-SXM4-80GB", 81920, 312, None, 19.5, 2039, _A100),
+    Gpu("a100-pcie-40gb", "NVIDIA A100-PCIE-40GB", 40960, 312, None, 19.5, 1555, _A100),
+    Gpu("a100-pcie-80gb", "NVIDIA A100 80GB PCIe", 81920, 312, None, 19.5, 1935, _A100),
+    Gpu("rtx3090", "NVIDIA GeForce RTX 3090", 24576, 71, None, 35.6, 936, _AMPERE),
+    Gpu("l4", "NVIDIA L4", 23034, 121, 242.5, 30.3, 300, "NVIDIA L4 datasheet"),
+    Gpu("l40s", "NVIDIA L40S", 46068, 362, 733, 91.6, 864, "NVIDIA L40S datasheet"),
+    Gpu("rtx4090", "NVIDIA GeForce RTX 4090", 24564, 165.2, 330.3, 82.6, 1008, _ADA),
+    Gpu("rtx6000-ada", "NVIDIA RTX 6000 Ada Generation", 49140, 364.2, 728.5, 91.1, 960,
         "NVIDIA RTX 6000 Ada Generation datasheet"),
-    Gpu("rtx5090", "NVIDIA GeForce RTX 5090", 32607, 209.5, 209.5, 419, 104.8, 104.8, 1792, None,
+    Gpu("rtx5090", "NVIDIA GeForce RTX 5090", 32607, 209.5, 419, 104.8, 1792,
         "NVIDIA RTX Blackwell GPU Architecture whitepaper"),
-    Gpu("h100-pcie-80gb", "NVIDIA H100 PCIe", 81559, 756.5, 756.5, 1513, 378, 51, 2000, 600, _H100),
-    Gpu("h100-80gb", "NVIDIA H100 80GB HBM3", 81559, 989.5, 989.5, 1979, 494.5, 67, 3350, 900, _H100),
-    Gpu("h100-nvl-94gb", "NVIDIA H100 NVL", 95830, 835.5, 835.5, 1670.5, 417.5, 60, 3900, 600, _H100),
-    Gpu("gh200-96gb", "NVIDIA GH200 480GB", 97871, 989.5, 989.5, 1979, 494.5, 67, 4000, 900,
-        "NVIDIA GH200 Grace Hopper Superchip datasheet"),
-    Gpu("h200-141gb", "NVIDIA H200", 143771, 989.5, 989.5, 1979, 494.5, 67, 4800, 900, _H200),
-    Gpu("h200-nvl-141gb", "NVIDIA H200 NVL", 143771, 835.5, 835.5, 1670.5, 417.5, 60, 4800, 900, _H200),
-    Gpu("b200-180gb", "NVIDIA B200", 183359, 2250, 2250, 4500, 1125, 75, 7700, 1800,
-        "NVIDIA HGX B200 datasheet"),
-    Gpu("gb200-186gb", "NVIDIA GB200", 189471, 2500, 2500, 5000, 1250, 80, 8000, 1800,
-        "NVIDIA GB200 NVL72 datasheet"),
+    Gpu("h100-pcie-80gb", "NVIDIA H100 PCIe", 81559, 756.5, 1513, 51, 2000, _H100),
+    Gpu("h100-80gb", "NVIDIA H100 80GB HBM3", 81559, 989.5, 1979, 67, 3350, _H100),
+    Gpu("h100-nvl-94gb", "NVIDIA H100 NVL", 95830, 835.5, 1670.5, 60, 3900, _H100),
+    Gpu("gh200-96gb", "NVIDIA GH200 480GB", 97871, 989.5, 1979, 67, 4000, "NVIDIA GH200 Grace Hopper Superchip datasheet"),
+    Gpu("h200-141gb", "NVIDIA H200", 143771, 989.5, 1979, 67, 4800, _H200),
+    Gpu("h200-nvl-141gb", "NVIDIA H200 NVL", 143771, 835.5, 1670.5, 60, 4800, _H200),
+    Gpu("b200-180gb", "NVIDIA B200", 183359, 2250, 4500, 75, 7700, "NVIDIA HGX B200 datasheet"),
+    Gpu("gb200-186gb", "NVIDIA GB200", 189471, 2500, 5000, 80, 8000, "NVIDIA GB200 NVL72 datasheet"),
 )
 
 DRIVER_RESERVED_MIB = 600
@@ -93,9 +86,12 @@ def find_gpu(name: str) -> Gpu | None:
     return _BY_NAME.get(_normal(name))
 
 
-def known_gpus() -> tuple[str, ...]:
-    """Short keys of every GPU here, for messages."""
-    return tuple(gpu.key for gpu in GPUS)
+def required_gpu(name: str, where: str) -> Gpu:
+    """The GPU of this short key or NVML name. Raises UserError, which begins with ``where``, where it is unknown."""
+    gpu = find_gpu(name)
+    if gpu is None:
+        raise UserError(f"{where}: unknown GPU; {nearest(name, [gpu.key for gpu in GPUS])}")
+    return gpu
 
 
 def peak_tflops(gpu_name: str, precision: Precision) -> float | None:
@@ -104,29 +100,24 @@ def peak_tflops(gpu_name: str, precision: Precision) -> float | None:
     return getattr(gpu, precision) if gpu else None
 
 
-def allocator_fraction(
-    card: str, real_total_mib: float, non_allocator_mib: float = NON_ALLOCATOR_MIB
-) -> float:
+def allocator_fraction(card: str, real_total_mib: float) -> float:
     """The ``per_process_memory_fraction`` for PYTORCH_CUDA_ALLOC_CONF that makes a GPU as small as ``card``.
 
     PyTorch takes the fraction of what CUDA shows, which is the GPU's memory less the driver's part:
-    ``(memory of card - non_allocator_mib) / (real_total_mib - DRIVER_RESERVED_MIB)``, to three decimals.
+    ``(memory of card - NON_ALLOCATOR_MIB) / (real_total_mib - DRIVER_RESERVED_MIB)``, to three decimals.
 
     Args:
         card: the card to behave as: a short key or an NVML name.
         real_total_mib: all memory of the GPU that is really there, as nvidia-smi shows it.
-        non_allocator_mib: memory of ``card`` that is out of PyTorch's reach.
 
     Raises:
         UserError: ``card`` is unknown, or the GPU is no larger than it.
     """
-    gpu = find_gpu(card)
-    if gpu is None:
-        raise UserError(f"CARD={card}: unknown GPU; {nearest(card, known_gpus())}")
+    gpu = required_gpu(card, f"CARD={card}")
     if gpu.memory_mib >= real_total_mib:
         raise UserError(f"CARD={card} has {gpu.memory_mib:,} MiB, this GPU {real_total_mib:,.0f} MiB\n"
                         "only a smaller card can be emulated; leave CARD= out, or name a smaller one")
-    return round((gpu.memory_mib - non_allocator_mib) / (real_total_mib - DRIVER_RESERVED_MIB), 3)
+    return round((gpu.memory_mib - NON_ALLOCATOR_MIB) / (real_total_mib - DRIVER_RESERVED_MIB), 3)
 
 
 def _normal(name: str) -> str:

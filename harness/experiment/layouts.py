@@ -10,6 +10,7 @@ from typing import get_args
 from harness.experiment import overrides
 from harness.experiment.calibrations import Machine
 from harness.experiment.catalog import Experiment, load_catalog
+from harness.experiment.constraints import divisors
 from harness.experiment.fit import verdict
 from harness.experiment.hardware import GPUS_OF_A_NODE, Gpu
 from harness.experiment.memory import Memory, predict
@@ -113,9 +114,9 @@ def layouts(e: Experiment, ranks: int) -> Iterator[Experiment]:
         if e.global_batch_size % dp:
             continue
         axes = given | {"GPUS": ranks, "TP": tp, "PP": pp, "CP": cp, "RECOMPUTE": "none"} | ({"SP": 1} if tp > 1 else {})
-        for ep in _divisors(math.gcd(e.model.num_experts, ranks // pp)) if e.model.num_experts else (1,):
-            for mbs in _divisors(e.global_batch_size // dp):
-                for vpp in _divisors(e.model.num_layers // pp) if pp > 1 else (1,):
+        for ep in divisors(math.gcd(e.model.num_experts, ranks // pp)) if e.model.num_experts else (1,):
+            for mbs in divisors(e.global_batch_size // dp):
+                for vpp in divisors(e.model.num_layers // pp) if pp > 1 else (1,):
                     for sharding in _shardings(e, dp * cp):
                         for way in CP_COMM_TYPES if cp > 1 else (e.cp_comm_type,):
                             more = {"EP": ep, "ETP": 1, "MBS": mbs, "SHARDING": sharding, "CP_COMM_TYPE": way}
@@ -131,9 +132,9 @@ def _shardings(e: Experiment, replicas: int) -> Iterable[str]:
 
 def _axes(ranks: int) -> Iterator[tuple[int, int, int, int]]:
     """Tensor, pipeline, context and data parallel sizes whose product is ``ranks``."""
-    for tp in _divisors(ranks):
-        for pp in _divisors(ranks // tp):
-            for cp in _divisors(ranks // tp // pp):
+    for tp in divisors(ranks):
+        for pp in divisors(ranks // tp):
+            for cp in divisors(ranks // tp // pp):
                 yield tp, pp, cp, ranks // (tp * pp * cp)
 
 
@@ -143,7 +144,3 @@ def _recomputed(layout: Experiment, listed: Experiment) -> Iterator[Experiment]:
     for how in dict.fromkeys((listed.recompute, "full")):
         if how != "none" and (recomputed := overrides.admitted(listed, layout.overrides | {"RECOMPUTE": how})):
             yield recomputed
-
-
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]

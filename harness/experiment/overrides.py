@@ -11,6 +11,7 @@ from typing import get_args
 
 from harness.errors import UserError, nearest, similar
 from harness.experiment.catalog import SHARDING, Experiment, LinearLayer, Lora, Target
+from harness.experiment.hardware import required_gpu
 
 MINIATURE_STEPS = 20
 """Steps of a run on the CPU, unless STEPS= says else."""
@@ -191,10 +192,7 @@ def apply(experiment: Experiment, settings: Mapping[str, str]) -> Experiment:
         changes["model"] = experiment.model.model_copy(update={"dropout": _share("DROPOUT", given["DROPOUT"])})
     changes |= {field: given[key] for key, field in _TEXTS.items() if key in given}
     if "CARD" in given:
-        from harness.experiment.hardware import find_gpu, known_gpus
-
-        if find_gpu(given["CARD"]) is None:
-            raise UserError(f"CARD={given['CARD']}: unknown GPU; {nearest(given['CARD'], known_gpus())}")
+        required_gpu(given["CARD"], f"CARD={given['CARD']}")
         changes["card"] = given["CARD"]
     if "PROFILE" in given:
         changes["profile"] = _profiled_steps(given["PROFILE"])

@@ -304,8 +304,7 @@ class _Machine:
     def shapes(self) -> Iterator[tuple[float, float, float]]:
         """Rows, columns and inner size of each linear layer's product; of experts none."""
         m, tp = self.e.model, self.e.tp
-        queries = m.query_size * (2 if m.attention_output_gate else 1)
-        yield self.tokens, (queries + 2 * m.key_size) / tp, m.hidden_size
+        yield self.tokens, m.qkv_size / tp, m.hidden_size
         yield self.tokens, m.hidden_size, m.query_size / tp
         if not m.num_experts:
             yield self.tokens, m.ffn / tp * (2 if m.gated else 1), m.hidden_size
@@ -468,7 +467,7 @@ class _Machine:
     def held(self) -> tuple[tuple[float, int], tuple[float, int]]:
         """Parameters of a rank and how many ranks hold the same: without experts, experts."""
         e, held = self.e, parameters_on(self.e, 0)
-        return (held.dense, e.dp * e.cp), (held.experts, max(e.world_size // (e.pp * e.ep * e.etp), 1))
+        return (held.dense, e.dp * e.cp), (held.experts, e.expert_replicas)
 
     def product(self, rows: float, columns: float, inner: float) -> float:
         """A matrix product, [rows, inner] x [inner, columns]: by arithmetic or by memory, whichever takes longer."""
