@@ -67,7 +67,7 @@ def _run(words: list[str]) -> int:
     _install_heavy(*(["tracking"] if planned.extras.tracking else []))
     if planned.extras.tracking:
         tracking.check(planned.extras.tracking)
-    finished = run_plan(planned, hang_seconds=_hang(settings))
+    finished = run_plan(planned, hang_seconds=overrides.count_in(settings, "HANG"))
     if planned.experiment.profile and finished.result.status == "ok":
         from harness.profiling.profile import tell
 
@@ -176,8 +176,8 @@ def _chapter(words: list[str]) -> int:
     from harness.launching.chapter import run_chapter
 
     _install_heavy()
-    return run_chapter(experiments, lambda e: plan(e, settings, device), hang_seconds=_hang(settings),
-                       pack=settings.get("PACK") != "0", force=settings.get("FORCE") == "1")
+    return run_chapter(experiments, lambda e: plan(e, settings, device), pack=settings.get("PACK") != "0",
+                       force=settings.get("FORCE") == "1", hang_seconds=overrides.count_in(settings, "HANG"))
 
 
 def _list(words: list[str]) -> int:
@@ -230,9 +230,7 @@ def _compare(words: list[str]) -> int:
     from harness.evidence import tables
 
     settings = overrides.parse(words, extra=("A", "B", "FORMAT"))
-    missing = [key for key in ("A", "B") if key not in settings]
-    if missing:
-        raise UserError(f"{' and '.join(missing)} missing: make compare A=101 B=111 (ids, names or labels in outdir/)")
+    overrides.require(settings, "AB", "make compare A=101 B=111 (ids, names or labels in outdir/)")
     return tables.print_compare(_outdir(settings), RECORDS, settings)
 
 
@@ -274,8 +272,7 @@ def _record(words: list[str]) -> int:
     from harness.rundir import RunDir
 
     settings = overrides.parse(words, extra=("RUN",))
-    if "RUN" not in settings:
-        raise UserError("RUN missing: make record RUN=label (a folder in outdir/)")
+    overrides.require(settings, ["RUN"], "make record RUN=label (a folder in outdir/)")
     print(record(RunDir(_outdir(settings) / settings["RUN"]), RECORDS))
     return 0
 
@@ -440,10 +437,6 @@ def _experiment(words: list[str]) -> tuple[Experiment, dict[str, str]]:
 
 def _outdir(settings: Mapping[str, str]) -> Path:
     return Path(settings.get("OUTDIR") or OUTDIR).resolve()
-
-
-def _hang(settings: Mapping[str, str]) -> float | None:
-    return float(overrides.count("HANG", settings["HANG"])) if "HANG" in settings else None
 
 
 def _keep_gpus_awake() -> None:

@@ -75,9 +75,9 @@ def parse(settings: Mapping[str, str], outdir: Path) -> Request:
     sampling = Sampling(
         prompt=settings.get("PROMPT", ""),
         tokens=overrides.count("TOKENS", settings.get("TOKENS", "64")),
-        temperature=overrides.rate("TEMPERATURE", settings.get("TEMPERATURE", "1")),
+        temperature=overrides.non_negative("TEMPERATURE", settings.get("TEMPERATURE", "1")),
         top_k=overrides.count("TOP_K", settings.get("TOP_K", "0"), least=0),
-        top_p=overrides.rate("TOP_P", settings.get("TOP_P", "0")),
+        top_p=overrides.non_negative("TOP_P", settings.get("TOP_P", "0")),
         seed=overrides.count("SEED", settings.get("SEED", "1234"), least=0),
     )
     if sampling.top_p > 1:

@@ -246,8 +246,8 @@ def test_a_tokenizer_without_an_end_of_document_is_refused(tmp_path):
 def test_progress_counts_up_to_all_bytes(tmp_path):
     path = corpus(tmp_path / "x.jsonl", 3000)
     seen = []
-    done = tokenize.tokenize(job(path, prefix=tmp_path / "x"), seen.append)
-    assert seen[-1].all_bytes == path.stat().st_size == done.read_bytes
+    tokenize.tokenize(job(path, prefix=tmp_path / "x"), seen.append)
+    assert seen[-1].all_bytes == path.stat().st_size == seen[-1].read_bytes
     assert [s.read_bytes for s in seen] == sorted(s.read_bytes for s in seen)
 
 

@@ -24,8 +24,7 @@ def import_hf(settings: Mapping[str, str], folder: Path = WEIGHTS) -> int:
     Raises:
         UserError: see ``importing.import_folder``; HF= is missing, NAME= is there already, or DATA= is another tokenizer's.
     """
-    if "HF" not in settings:
-        raise UserError("HF missing: make import-hf HF=folder-or-repository [NAME=…] [DATA=…] [TP=… PP=… EP=…]")
+    overrides.require(settings, ["HF"], "make import-hf HF=folder-or-repository [NAME=…] [DATA=…] [TP=… PP=… EP=…]")
     source = settings["HF"]
     name = settings.get("NAME") or Path(source.partition("@")[0]).name
     if not _NAME.fullmatch(name):
@@ -56,10 +55,8 @@ def export_hf(settings: Mapping[str, str], outdir: Path) -> int:
     Raises:
         UserError: see ``exporting.export_checkpoint``; or a setting is missing, or OUT= is in use.
     """
-    missing = [key for key in ("RUN", "OUT") if key not in settings]
-    if missing:
-        raise UserError(f"{' and '.join(missing)} missing: make export-hf RUN=label-or-folder OUT=folder [HF=like-this-one] "
-                        "[ADAPTERS=1]")  # fmt: skip
+    usage = "make export-hf RUN=label-or-folder OUT=folder [HF=like-this-one] [ADAPTERS=1]"
+    overrides.require(settings, ("RUN", "OUT"), usage)
     target = Path(settings["OUT"]).expanduser().absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"OUT={settings['OUT']} is there already and not empty; name another one, or remove it")

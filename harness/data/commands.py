@@ -16,19 +16,7 @@ from harness.screen import say
 
 HOW = ("TOKENIZER", "WORKERS", "FORCE", "HUB", "SIZE_MB", "NAME", "LIMIT")
 """Settings of ``make data-<name>``."""
-INPUT = (
-    "INPUT",
-    "NAME",
-    "TOKENIZER",
-    "KEY",
-    "DOCUMENTS",
-    "RULES",
-    "LIMIT",
-    "LONGEST",
-    "APPEND_EOD",
-    "WORKERS",
-    "FORCE",
-)
+INPUT = ("INPUT", "NAME", "TOKENIZER", "KEY", "DOCUMENTS", "RULES", "LIMIT", "LONGEST", "APPEND_EOD", "WORKERS", "FORCE")
 """Settings of ``make data-prepare``."""
 
 
@@ -100,7 +88,7 @@ def prepare_known(name: str, words: Sequence[str]) -> int:
     if known.chat:
         from harness.data.chat.prepare import prepare_known as prepare_known_chat
 
-        return prepare_known_chat(known, force=overrides.switch("FORCE", settings.get("FORCE", "0")))
+        return prepare_known_chat(known, force=settings.get("FORCE") == "1")
     recipe = recipe_of(known)
     if "SIZE_MB" in settings:
         if not hasattr(recipe.source, "size_mb"):
@@ -122,9 +110,7 @@ def prepare_input(words: Sequence[str]) -> int:
     from harness.data.prepare import Recipe, prepare
 
     settings = _settings(words, INPUT)
-    missing = [key for key in ("NAME", "INPUT") if key not in settings]
-    if missing:
-        raise UserError(f"{' and '.join(missing)} missing: make data-prepare NAME=mine INPUT=file-or-folder")
+    overrides.require(settings, ("NAME", "INPUT"), "make data-prepare NAME=mine INPUT=file-or-folder")
     each = settings.get("DOCUMENTS", "line")
     if each not in ("line", "file"):
         raise UserError(f"DOCUMENTS={each}: each line of a text file is a document, or each file: line or file")
@@ -132,7 +118,7 @@ def prepare_input(words: Sequence[str]) -> int:
         key=settings.get("KEY", "text"),
         each=each,
         longest=overrides.count("LONGEST", settings.get("LONGEST", str(LONGEST_MIB))) << 20,
-        limit=overrides.count("LIMIT", settings["LIMIT"]) if "LIMIT" in settings else None,
+        limit=overrides.count_in(settings, "LIMIT"),
     )
     recipe = Recipe(
         check_name(settings["NAME"]),
@@ -150,9 +136,7 @@ def merge_sets(words: Sequence[str]) -> int:
     from harness.data.merge import merge
 
     settings = _settings(words, ("NAME", "FROM"))
-    missing = [key for key in ("NAME", "FROM") if key not in settings]
-    if missing:
-        raise UserError(f'{" and ".join(missing)} missing: make data-merge NAME=all FROM="a b"')
+    overrides.require(settings, ("NAME", "FROM"), 'make data-merge NAME=all FROM="a b"')
     return _done(merge(settings["FROM"].replace(",", " ").split(), settings["NAME"]))
 
 
@@ -162,11 +146,9 @@ def clean_files(words: Sequence[str]) -> int:
     from harness.data.clean.rules import load_rules
 
     settings = _settings(words, ("INPUT", "OUT", "RULES", "WORKERS"))
-    missing = [key for key in ("INPUT", "OUT") if key not in settings]
-    if missing:
-        raise UserError(f"{' and '.join(missing)} missing: make data-clean INPUT=crawl.jsonl OUT=folder [RULES=sv]")
+    overrides.require(settings, ("INPUT", "OUT"), "make data-clean INPUT=crawl.jsonl OUT=folder [RULES=sv]")
     inputs = [file.path for file in local_files(settings["INPUT"])]
-    workers = overrides.count("WORKERS", settings["WORKERS"]) if "WORKERS" in settings else None
+    workers = overrides.count_in(settings, "WORKERS")
     progress, out = Progress(), Path(settings["OUT"]).expanduser()
     report = clean(inputs, out, load_rules(_rules(settings.get("RULES", "sv"))), progress.show, workers)
     progress.end()
@@ -181,11 +163,8 @@ def build_mappings(words: Sequence[str]) -> int:
     from harness.data.mappings import Use, build
 
     settings = _settings(words, ("DATA", "SEQ", "SAMPLES", "SPLIT", "SEED"))
-    missing = [key for key in ("DATA", "SEQ", "SAMPLES", "SPLIT") if key not in settings]
-    if missing:
-        raise UserError(
-            f"{', '.join(missing)} missing: data-mappings DATA=… SEQ=1024 SAMPLES=800,240,80 SPLIT=949,50,1"
-        )
+    usage = "data-mappings DATA=… SEQ=1024 SAMPLES=800,240,80 SPLIT=949,50,1"
+    overrides.require(settings, ("DATA", "SEQ", "SAMPLES", "SPLIT"), usage)
     samples = tuple(overrides.count("SAMPLES", number, least=0) for number in settings["SAMPLES"].split(","))
     if len(samples) != 3:
         raise UserError(f"SAMPLES={settings['SAMPLES']}: give those of training, validation and test")
@@ -198,10 +177,16 @@ def build_mappings(words: Sequence[str]) -> int:
 
 
 def prepare_conversations(words: Sequence[str]) -> int:
-    """``make data-chat NAME=… INPUT=chat.jsonl``: conversations, of which answers are learned."""
-    from harness.data.chat.prepare import command
+    """``make data-chat NAME=… INPUT=chat.jsonl [TOKENIZER=…] [FORCE=1]``: conversations, of which answers are learned."""
+    from harness.data.chat.prepare import prepare_chat, tell
 
-    return command(words)
+    settings = overrides.parse(words, extra=("NAME", "INPUT", "TOKENIZER", "FORCE"))
+    overrides.require(settings, ("NAME", "INPUT"), "make data-chat NAME=mine INPUT=chat.jsonl [TOKENIZER=folder]")
+    source, tokenizer = Path(settings["INPUT"]).expanduser(), settings.get("TOKENIZER", "gpt2")
+    manifest, skipped = prepare_chat(settings["NAME"], source, tokenizer, force=settings.get("FORCE") == "1")
+    tell(manifest, skipped)
+    print(f"make 801 DATA={manifest.name} trains on it, make data-inspect NAME={manifest.name} shows it")
+    return 0
 
 
 COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
@@ -263,8 +248,8 @@ def _means(settings: Mapping[str, str]):
 
     return Means(
         mirror=Path(settings["HUB"]).expanduser() if "HUB" in settings else None,
-        workers=overrides.count("WORKERS", settings["WORKERS"]) if "WORKERS" in settings else None,
-        force=overrides.switch("FORCE", settings.get("FORCE", "0")),
+        workers=overrides.count_in(settings, "WORKERS"),
+        force=settings.get("FORCE") == "1",
     )
 
 

@@ -64,11 +64,9 @@ class Index:
         """What the .bin must hold."""
         return self.tokens * self.dtype.itemsize
 
-    def document_tokens(self, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Tokens of each of the documents ``start`` to ``stop``, int64."""
-        ends = self.document_indices[start : None if stop is None else stop + 1]
-        total = np.concatenate(([0], np.cumsum(self.lengths[ends[0] : ends[-1]], dtype=np.int64)))
-        return np.diff(total[ends - ends[0]])
+    def document_tokens(self) -> np.ndarray:
+        """Tokens of each document, int64."""
+        return np.diff(np.concatenate(([0], np.cumsum(self.lengths, dtype=np.int64)))[self.document_indices])
 
 
 def read_index(path: Path) -> Index:
@@ -179,14 +177,15 @@ class Writer:
     """
 
     def __init__(self, prefix: Path, dtype: np.dtype, resume: Marks | None = None) -> None:
-        """Begin anew, or go on behind ``resume``, what ``marks`` once said.
+        """Begin anew, or go on behind ``resume``, what ``marks`` once was.
 
         Raises:
             FormatError: the parts hold less than ``resume`` says.
         """
         self.prefix, self.dtype = prefix, dtype
-        self._marks = resume or Marks(0, 0, 0)
-        sizes = (self._marks.tokens * dtype.itemsize, 4 * self._marks.sequences, 8 * self._marks.documents)
+        self.marks = resume or Marks(0, 0, 0)
+        """How far the parts have grown."""
+        sizes = (self.marks.tokens * dtype.itemsize, 4 * self.marks.sequences, 8 * self.marks.documents)
         self._files = [_open_part(path, size) for path, size in zip(self._parts(), sizes, strict=True)]
         self._sha = _sha256(self._parts()[0])
 
@@ -202,9 +201,9 @@ class Writer:
         self._sha.update(block)
         _write(self._files[0], block)
         _write(self._files[1], np.ascontiguousarray(lengths, "<i4").view(np.uint8).data)
-        _write(self._files[2], np.add(document_ends, self._marks.sequences, dtype="<i8").view(np.uint8).data)
-        m = self._marks
-        self._marks = Marks(m.tokens + len(ids), m.sequences + len(lengths), m.documents + len(document_ends))
+        _write(self._files[2], np.add(document_ends, self.marks.sequences, dtype="<i8").view(np.uint8).data)
+        m = self.marks
+        self.marks = Marks(m.tokens + len(ids), m.sequences + len(lengths), m.documents + len(document_ends))
 
     def append_pair(self, prefix: Path) -> None:
         """Add a whole other pair, as upstream's add_index. Raises FormatError where it is none or of another dtype."""
@@ -213,7 +212,7 @@ class Writer:
             raise FormatError(
                 f"{idx_path(prefix)} stores {index.dtype.name}, {self.prefix.name} {self.dtype.name}: they do not merge"
             )
-        base = self._marks
+        base = self.marks
         with bin_path(prefix).open("rb") as file:
             while block := file.read(_BLOCK * 8):
                 self._sha.update(block)
@@ -222,13 +221,9 @@ class Writer:
             _write(self._files[1], block.tobytes())
         for block in _blocks(index.document_indices[1:]):
             _write(self._files[2], (block + base.sequences).astype("<i8").tobytes())
-        self._marks = Marks(
+        self.marks = Marks(
             base.tokens + index.tokens, base.sequences + index.sequences, base.documents + index.documents
         )
-
-    def marks(self) -> Marks:
-        """How far the parts have grown."""
-        return self._marks
 
     def sync(self) -> None:
         """Return once all that was appended is on the disk."""
@@ -240,14 +235,14 @@ class Writer:
         self.close(sync=True)
         part = self.prefix.with_name(self.prefix.name + ".idx.part")
         with part.open("wb") as file:
-            sha = _write_index(file, self.dtype, self._parts()[1], self._parts()[2], self._marks)
+            sha = _write_index(file, self.dtype, self._parts()[1], self._parts()[2], self.marks)
         idx_path(self.prefix).unlink(missing_ok=True)
         self._parts()[0].replace(bin_path(self.prefix))
         part.replace(idx_path(self.prefix))
         _sync_folder(self.prefix.parent)
         for leftover in self._parts()[1:]:
             leftover.unlink()
-        return Pair(self._marks, self._sha.hexdigest(), sha)
+        return Pair(self.marks, self._sha.hexdigest(), sha)
 
     def close(self, sync: bool = False) -> None:
         """Close the parts; they stay."""

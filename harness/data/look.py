@@ -1,4 +1,4 @@
-"""What a prepared data set holds: make data-list, make data-inspect NAME=…"""
+"""What a prepared data set holds: make data-inspect NAME=…"""
 
 from __future__ import annotations
 

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harness.data import indexed
-from harness.data.header import FormatError, bin_path, idx_path
-from harness.data.manifest import Counted, Manifest, Source, Written, read_manifest
+from harness.data.header import FormatError
+from harness.data.manifest import Counted, Manifest, Source, read_manifest
+from harness.data.prepare import written
 from harness.data.prepared import DATA, Blend, blend, check_name, prefix_of, prepared
 from harness.data.tokenizer import Tokenizer
 from harness.errors import UserError
@@ -49,13 +50,7 @@ def merge(names: Sequence[str], name: str, folder: Path = DATA) -> Manifest:
         counted=_sum(manifests),
         tokenizer=used,
         append_eod=all(each.append_eod for each in manifests),
-        written=Written(
-            dtype=manifests[0].written.dtype,
-            bin_bytes=bin_path(prefix).stat().st_size,
-            bin_sha256=pair.bin_sha256,
-            idx_bytes=idx_path(prefix).stat().st_size,
-            idx_sha256=pair.idx_sha256,
-        ),
+        written=written(prefix, manifests[0].written.dtype, pair),
         seconds={"merge": round(time.monotonic() - begun, 3)},
         versions=manifests[0].versions,
     )

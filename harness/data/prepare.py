@@ -40,11 +40,10 @@ from harness.data.sources import Definition, Hub, Synthetic, download, local_fil
 from harness.data.tokenize import Done, Job, Watched, tokenize
 from harness.data.tokenizer import Tokenizer, find_tokenizer
 from harness.errors import UserError
-from harness.machine.provenance import package_version
+from harness.machine.provenance import package_version, source_commit
 from harness.rundir import write_json
 
 _VERSIONS = ("numpy", "orjson", "gigatoken", "tokenizers", "transformers", "sentencepiece", "pyarrow", "datasets")
-
 
 TEXT = Layout()
 
@@ -230,8 +229,6 @@ class _Preparation:
     def _manifest(
         self, key: str, source: Source, cleaned: Cleaned | None, done: Done, tokenizer: Tokenizer, folder: Path
     ) -> Manifest:
-        from harness.machine.provenance import source_commit
-
         prefix = prefix_of(self.recipe.name, folder)
         return Manifest(
             name=self.recipe.name,
@@ -240,22 +237,9 @@ class _Preparation:
             source=source,
             cleaned=cleaned,
             counted=Counted(**asdict(done.counts)),
-            tokenizer=TokenizerUsed(
-                type=tokenizer.kind,
-                name=tokenizer.name,
-                sha256=tokenizer.sha256,
-                vocab_size=tokenizer.vocab_size,
-                eod=tokenizer.eod,
-                by=tokenizer.by,
-            ),
+            tokenizer=tokenizer_used(tokenizer, tokenizer.by),
             append_eod=self.recipe.append_eod,
-            written=Written(
-                dtype=indexed.best_dtype(tokenizer.vocab_size).name,
-                bin_bytes=bin_path(prefix).stat().st_size,
-                bin_sha256=done.pair.bin_sha256,
-                idx_bytes=idx_path(prefix).stat().st_size,
-                idx_sha256=done.pair.idx_sha256,
-            ),
+            written=written(prefix, indexed.best_dtype(tokenizer.vocab_size).name, done.pair),
             seconds={stage: round(seconds, 3) for stage, seconds in self.seconds.items()},
             versions={"python": platform.python_version(), "harness": source_commit(ROOT)[0]}
             | {name: package_version(name) for name in _VERSIONS},
@@ -337,6 +321,18 @@ def only_one(home: Path, name: str) -> Iterator[None]:
                     with contextlib.suppress(OSError):
                         home.rmdir()
                 return
+
+
+def tokenizer_used(tokenizer: Tokenizer, by: str) -> TokenizerUsed:
+    """What a manifest says of ``tokenizer``; ``by`` is the package that made the ids."""
+    return TokenizerUsed(type=tokenizer.kind, name=tokenizer.name, sha256=tokenizer.sha256, vocab_size=tokenizer.vocab_size,
+                         eod=tokenizer.eod, by=by)
+
+
+def written(prefix: Path, dtype: str, pair: indexed.Pair) -> Written:
+    """What a manifest says of the finished ``pair`` at ``prefix``."""
+    return Written(dtype=dtype, bin_bytes=bin_path(prefix).stat().st_size, bin_sha256=pair.bin_sha256,
+                   idx_bytes=idx_path(prefix).stat().st_size, idx_sha256=pair.idx_sha256)
 
 
 def _known[Record: BaseModel](path: Path, kind: type[Record]) -> Record | None:

@@ -83,13 +83,11 @@ class Counts:
 
 @dataclass(frozen=True)
 class Watched:
-    """How far a run is: of all bytes of the input, those read; since when this process is at it."""
+    """How far a run is: of all bytes of the input, those read; and the tokens so far."""
 
     read_bytes: int
     all_bytes: int
-    documents: int
     tokens: int
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -99,8 +97,6 @@ class Done:
     pair: Pair
     counts: Counts
     source_sha256: dict[str, str]
-    read_bytes: int
-    seconds: float
 
 
 def tokenize(job: Job, watch: Callable[[Watched], None] = lambda _: None, workers: int | None = None) -> Done:
@@ -142,18 +138,16 @@ class _Run:
         self._failure: BaseException | None = None
 
     def finish(self, watch: Callable[[Watched], None]) -> Done:
-        started, all_bytes = time.monotonic(), self.job.bytes
+        all_bytes = self.job.bytes
         threads = [threading.Thread(target=self._work, name=f"tokenize-{n}", daemon=True) for n in range(self.workers)]
         try:
             for thread in threads:
                 thread.start()
-            noted = started
-            alive = True
+            noted, alive = time.monotonic(), True
             while alive:
                 next((thread for thread in threads if thread.is_alive()), threads[0]).join(_WATCH_S)
                 alive, now = any(thread.is_alive() for thread in threads), time.monotonic()
-                counts = self.counts
-                watch(Watched(self.reader.read_bytes, all_bytes, counts.documents, counts.tokens, now - started))
+                watch(Watched(self.reader.read_bytes, all_bytes, self.counts.tokens))
                 if alive and now - noted > CHECKPOINT_S and self._failure is None:
                     self._checkpoint()
                     noted = now
@@ -171,11 +165,11 @@ class _Run:
             raise UserError("an input changed while it was read; start again when it no longer does")
         if not self.counts.documents:
             self._discard()
-            found = describe_skipped(self.counts) or "nothing at all"
+            found = ", ".join(f"{number:,} {rule}" for rule, number in self.counts.skipped.items()) or "nothing at all"
             raise UserError(f"no document in {_named(self.job.files)}: {found}")
         pair = self.writer.finish()
         self.job.state.unlink(missing_ok=True)
-        return Done(pair, self.counts, self.reader.sha256, self.reader.read_bytes, time.monotonic() - started)
+        return Done(pair, self.counts, self.reader.sha256)
 
     def _work(self) -> None:
         try:
@@ -225,7 +219,7 @@ class _Run:
 
     def _checkpoint(self) -> None:
         with self._turn:
-            marks, counts = asdict(self.writer.marks()), asdict(self.counts)
+            marks, counts = asdict(self.writer.marks), asdict(self.counts)
             state = {"key": self.key, "place": self.place, "marks": marks, "counts": counts}
         self.writer.sync()
         write_json(self.job.state, state)
@@ -288,11 +282,6 @@ def _encode_sentences(texts: Sequence[list[str]], encoder: Encoder, job: Job) ->
         empty += not kept
     joined = np.concatenate([np.asarray(part, job.dtype) for part in parts]) if parts else np.empty(0, job.dtype)
     return _Encoded(joined, np.array(sequences, np.int64), np.array(ends, np.int64), empty, skipped)
-
-
-def describe_skipped(counts: Counts) -> str:
-    """``3 blank, 1 no JSON``."""
-    return ", ".join(f"{number:,} {rule}" for rule, number in counts.skipped.items())
 
 
 def _named(files: Sequence[TextFile]) -> str:

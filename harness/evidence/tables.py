@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from harness import screen
-from harness.errors import UserError, nearest
+from harness.errors import UserError
 from harness.evidence import markdown
 from harness.evidence.results import Results, Row, collect, load_references, losses
+from harness.experiment import overrides
 from harness.experiment.catalog import load_catalog
 from harness.experiment.hardware import DRIVER_RESERVED_MIB
 from harness.rundir import perplexity
@@ -224,8 +225,7 @@ def render(rows: Sequence[Row], format: str = "terminal", width: int = 100, *, c
     Raises:
         UserError: the format is unknown.
     """
-    if format not in FORMATS:
-        raise UserError(f"FORMAT={format}; {nearest(format, FORMATS)}")
+    overrides.choice("FORMAT", format, FORMATS)
     if format == "json":
         return json.dumps([values(row) for row in rows], indent=1)
     if format == "csv":
@@ -249,9 +249,7 @@ def render_compare(a: Row, b: Row, format: str = "terminal") -> str:
     Raises:
         UserError: the format is unknown, or cannot show this (CSV).
     """
-    formats = [name for name in FORMATS if name != "csv"]
-    if format not in formats:
-        raise UserError(f"FORMAT={format}; {nearest(format, formats)}")
+    overrides.choice("FORMAT", format, [name for name in FORMATS if name != "csv"])
     settings = {key: pair for key, pair in _pairs(_settings(a), _settings(b)).items() if pair[0] != pair[1]}
     numbers = {key: pair for key, pair in _pairs(_numbers(a), _numbers(b)).items() if pair != (None, None)}
     losses_differ, sentence = _agreement(losses(a), losses(b))

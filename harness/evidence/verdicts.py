@@ -18,6 +18,7 @@ from harness.evidence.expressions import spell
 from harness.evidence.quantities import Source, unit_of
 from harness.evidence.results import collect_records, load_references
 from harness.evidence.tables import BOLD, GREEN, MOST_TEXT, RED, RESET
+from harness.experiment import overrides
 from harness.experiment.catalog import load_catalog
 
 FORMATS = ("terminal", "markdown", "json")
@@ -39,8 +40,7 @@ def render(found: Sequence[Evaluated], sources: Sequence[Source], format: str = 
     Raises:
         UserError: the format is unknown.
     """
-    if format not in FORMATS:
-        raise UserError(f"FORMAT={format}; {nearest(format, FORMATS)}")
+    overrides.choice("FORMAT", format, FORMATS)
     if format == "json":
         return json.dumps([_values(one, sources) for one in found], indent=1)
     chapters = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import get_args
 
@@ -136,6 +136,19 @@ def parse(words: Iterable[str], extra: Iterable[str] = ()) -> dict[str, str]:
     return found
 
 
+def require(settings: Mapping[str, str], keys: Iterable[str], usage: str) -> None:
+    """Raise UserError, which ends with ``usage``, where one of ``keys`` is not given."""
+    if missing := [key for key in keys if key not in settings]:
+        raise UserError(f"{' and '.join(missing)} missing: {usage}")
+
+
+def choice(key: str, value: str, valid: Collection[str]) -> str:
+    """``value`` of ``KEY=value``. Raises UserError where it is none of ``valid``."""
+    if value not in valid:
+        raise UserError(f"{key}={value}; {nearest(value, valid)}")
+    return value
+
+
 def count(key: str, value: str, least: int = 1) -> int:
     """The whole number in ``KEY=value``. Raises UserError where it is none or below ``least``."""
     if not value.isascii() or not value.isdigit() or int(value) < least:
@@ -143,8 +156,13 @@ def count(key: str, value: str, least: int = 1) -> int:
     return int(value)
 
 
-def rate(key: str, value: str) -> float:
-    """The learning rate in ``KEY=value``. Raises UserError where it is no finite number, 0 or more."""
+def count_in(settings: Mapping[str, str], key: str) -> int | None:
+    """The whole number that ``key`` is set to, 1 or more; None where it is not given."""
+    return count(key, settings[key]) if key in settings else None
+
+
+def non_negative(key: str, value: str) -> float:
+    """The number in ``KEY=value``. Raises UserError where it is no finite number, 0 or more."""
     return _number(key, value, math.inf, "a number, 0 or more")
 
 
@@ -180,13 +198,10 @@ def apply(experiment: Experiment, settings: Mapping[str, str]) -> Experiment:
     given = {s.key: settings[s.key] for s in EXPERIMENT_SETTINGS if s.key in settings}
     changes: dict[str, object] = {field: count(key, given[key]) for key, field in _COUNTS.items() if key in given}
     changes |= {field: count(key, given[key], least=0) for key, field in _COUNTS_FROM_0.items() if key in given}
-    changes |= {field: rate(key, given[key]) for key, field in _RATES.items() if key in given}
+    changes |= {field: non_negative(key, given[key]) for key, field in _RATES.items() if key in given}
     for key, field in _CHOICES.items():
         if key in given:
-            valid = get_args(Experiment.model_fields[field].annotation)
-            if given[key] not in valid:
-                raise UserError(f"{key}={given[key]}; {nearest(given[key], valid)}")
-            changes[field] = given[key]
+            changes[field] = choice(key, given[key], get_args(Experiment.model_fields[field].annotation))
     changes |= {field: switch(key, given[key]) for key, field in _SWITCHES.items() if key in given}
     if "DROPOUT" in given:
         changes["model"] = experiment.model.model_copy(update={"dropout": _share("DROPOUT", given["DROPOUT"])})
@@ -199,7 +214,7 @@ def apply(experiment: Experiment, settings: Mapping[str, str]) -> Experiment:
     if lora_keys := [key for key in given if key.startswith("LORA_")]:
         changes["lora"] = _lora(experiment, {key: given[key] for key in lora_keys})
     if "UNTIL" in given:
-        changes["until"] = _target(experiment, rate("UNTIL", given["UNTIL"]))
+        changes["until"] = _target(experiment, non_negative("UNTIL", given["UNTIL"]))
     if "ARGS" in given:
         try:
             changes["extra_args"] = tuple(shlex.split(given["ARGS"]))
@@ -259,7 +274,7 @@ def _lora(experiment: Experiment, given: Mapping[str, str]) -> Lora | None:
             raise UserError(f"LORA_TARGETS={given['LORA_TARGETS']}: {nearest(target, get_args(LinearLayer))}")
     if targets and len(set(targets)) != len(targets):
         raise UserError(f"LORA_TARGETS={given['LORA_TARGETS']}: a layer gets one adapter")
-    alpha = rate("LORA_ALPHA", given["LORA_ALPHA"]) if "LORA_ALPHA" in given else None
+    alpha = non_negative("LORA_ALPHA", given["LORA_ALPHA"]) if "LORA_ALPHA" in given else None
     dropout = _share("LORA_DROPOUT", given["LORA_DROPOUT"]) if "LORA_DROPOUT" in given else None
     if alpha == 0:
         raise UserError(f"LORA_ALPHA={given['LORA_ALPHA']}: expected a number above 0")

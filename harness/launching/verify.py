@@ -173,8 +173,8 @@ def _run(records: Sequence[Row], settings: Mapping[str, str], prepare: Callable[
         raise UserError(f"here is {software}, {record.label} ran {record.software}: their times would not compare\n"
                         "MEGATRON_LM=folder names another checkout")
     wanted = {**record.experiment.overrides, "DATA": record.experiment.data, **settings}
-    hang = overrides.count("HANG", settings["HANG"]) if "HANG" in settings else None
+    hang = overrides.count_in(settings, "HANG")
     planned = plan(load_catalog().find(record.id), wanted, "cuda")
     prepare()
-    finished = run_plan(planned, hang_seconds=hang and float(hang))
+    finished = run_plan(planned, hang_seconds=hang)
     return _read(finished.dir.label, planned.outdir)

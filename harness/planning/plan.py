@@ -185,8 +185,7 @@ def _saving(e: Experiment, settings: Mapping[str, str], resumes: RunDir | None) 
     before = resumes and resumes.read_saving()
     if where is None and not asked and not before and e.save_every is None:
         return None
-    every = overrides.count("SAVE_EVERY", settings["SAVE_EVERY"]) if "SAVE_EVERY" in settings else None
-    keep = overrides.count("KEEP", settings["KEEP"]) if "KEEP" in settings else None
+    every, keep = overrides.count_in(settings, "SAVE_EVERY"), overrides.count_in(settings, "KEEP")
     folder = Path(where).resolve() if where not in (None, "1") else before.folder if before else None
     if before:
         return Saving(every or before.every, keep or before.keep, folder)

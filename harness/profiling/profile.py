@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from harness.errors import UserError, nearest
+from harness.experiment import overrides
 from harness.profiling import summary, trace
 from harness.profiling.kernels import TITLES, Category
 from harness.profiling.summary import RankProfile
@@ -117,8 +118,7 @@ def read_recorded(path: Path) -> Profile:
 
 def print_profile(outdir: Path, records: Path, settings: Mapping[str, str]) -> int:
     """``make profile RUN=… FORMAT=…``. Returns the exit status; raises as ``find`` and ``render`` do."""
-    if "RUN" not in settings:
-        raise UserError("RUN missing: make profile RUN=101 (an id, or a label in outdir/); make 101 PROFILE=1 makes one")
+    overrides.require(settings, ["RUN"], "make profile RUN=101 (an id, or a label in outdir/); make 101 PROFILE=1 makes one")
     print(render(find(outdir, records, settings["RUN"]), settings.get("FORMAT", "terminal")), end="")
     return 0
 
@@ -137,8 +137,7 @@ def render(profile: Profile, format: str = "terminal") -> str:
     Raises:
         UserError: the format is unknown.
     """
-    if format not in FORMATS:
-        raise UserError(f"FORMAT={format}; {nearest(format, FORMATS)}")
+    overrides.choice("FORMAT", format, FORMATS)
     if format == "json":
         return json.dumps(profile.model_dump(mode="json"), indent=1) + "\n"
     if format == "csv":

@@ -23,8 +23,6 @@ RULES = {
 }
 """Why a conversation is skipped."""
 
-ROLES = ("system", "user", "assistant")
-
 Message = dict[str, str]
 Render = Callable[[list[Message], bool], str]
 """A chat template: messages, and whether the beginning of an answer follows them -> text."""

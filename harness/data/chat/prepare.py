@@ -11,23 +11,24 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from harness import ROOT
 from harness.data import indexed
 from harness.data.chat import conversations
 from harness.data.chat.byte_tokenizer import byte_folder
 from harness.data.chat.conversations import Skipped, Unfit
 from harness.data.header import bin_path, idx_path
-from harness.data.manifest import Chat, Counted, Manifest, Source, SourceFile, TokenizerUsed, Written
-from harness.data.prepare import only_one
+from harness.data.manifest import Chat, Counted, Manifest, Source, SourceFile
+from harness.data.prepare import only_one, tokenizer_used, written
 from harness.data.prepared import DATA, check_name, prefix_of, prepared
 from harness.data.sources import Definition
 from harness.data.tokenizer import Tokenizer, find_tokenizer
 from harness.errors import UserError
-from harness.machine.provenance import package_version
+from harness.machine.provenance import package_version, source_commit
 
 _BATCH = 256
 _VERSIONS = ("numpy", "tokenizers", "transformers")
@@ -67,8 +68,7 @@ def prepare_chat(name: str, source: Path, tokenizer: str, *, folder: Path = DATA
                 (installed.model / "chat_template.jinja").write_text(template, encoding="utf-8")
             skipped = Skipped()
             counted, answers, pair = _write(source, installed, prefix_of(name, part), skipped)
-            idx_bytes = idx_path(prefix_of(name, part)).stat().st_size
-            manifest = _manifest(name, source, used, own, installed.model, counted, answers, pair, idx_bytes,
+            manifest = _manifest(name, source, used, own, installed.model, counted, answers, pair, prefix_of(name, part),
                                  time.monotonic() - begun)  # fmt: skip
             (home / "manifest.json").unlink(missing_ok=True)
             for path in (bin_path, idx_path):
@@ -130,26 +130,19 @@ def _batches(texts: Iterator[list[str]]) -> Iterator[list[list[str]]]:
 
 
 def _manifest(name: str, source: Path, tokenizer: Tokenizer, own: bool, installed: Path, counted: Counted, answers: int,
-              pair: indexed.Pair, idx_bytes: int, seconds: float) -> Manifest:  # fmt: skip
-    from harness import ROOT
-    from harness.machine.provenance import source_commit
-
+              pair: indexed.Pair, prefix: Path, seconds: float) -> Manifest:  # fmt: skip
     digest = hashlib.sha256(source.read_bytes()).hexdigest()
     template = _template_sha256(installed)
     recipe = json.dumps(["chat", digest, tokenizer.sha256, template])
-    dtype = indexed.best_dtype(tokenizer.vocab_size)
     return Manifest(
         name=name, recipe=hashlib.sha256(recipe.encode()).hexdigest()[:16], created=time.time(),
         source=Source(kind="files", asked={"input": source.name},
                       files=(SourceFile(name=source.name, bytes=source.stat().st_size, sha256=digest),)),
         cleaned=None, counted=counted,
-        tokenizer=TokenizerUsed(type=tokenizer.kind, name=tokenizer.name, sha256=tokenizer.sha256,
-                                vocab_size=tokenizer.vocab_size, eod=tokenizer.eod,
-                                by=f"tokenizers {package_version('tokenizers')}"),
+        tokenizer=tokenizer_used(tokenizer, f"tokenizers {package_version('tokenizers')}"),
         append_eod=False,
         chat=Chat(template="own" if own else "simple", template_sha256=template, answer_tokens=answers),
-        written=Written(dtype=dtype.name, bin_bytes=counted.tokens * dtype.itemsize, bin_sha256=pair.bin_sha256,
-                        idx_bytes=idx_bytes, idx_sha256=pair.idx_sha256),
+        written=written(prefix, indexed.best_dtype(tokenizer.vocab_size).name, pair),
         seconds={"chat": round(seconds, 3)},
         versions={"harness": source_commit(ROOT)[0]} | {package: package_version(package) for package in _VERSIONS},
     )  # fmt: skip
@@ -160,33 +153,17 @@ def _template_sha256(tokenizer: Path) -> str:
     return hashlib.sha256(b"\n".join(path.read_bytes() for path in found)).hexdigest()
 
 
-def command(words: Sequence[str]) -> int:
-    """``make data-chat NAME=… INPUT=… [TOKENIZER=…] [FORCE=1]``."""
-    from harness.experiment import overrides
-
-    settings = overrides.parse(words, extra=("NAME", "INPUT", "TOKENIZER", "FORCE"))
-    missing = [key for key in ("NAME", "INPUT") if key not in settings]
-    if missing:
-        raise UserError(f"{' and '.join(missing)} missing: make data-chat NAME=mine INPUT=chat.jsonl [TOKENIZER=folder]")
-    manifest, skipped = prepare_chat(
-        settings["NAME"], Path(settings["INPUT"]).expanduser(), settings.get("TOKENIZER", "gpt2"),
-        force=overrides.switch("FORCE", settings.get("FORCE", "0")),
-    )  # fmt: skip
-    _tell(manifest, skipped)
-    print(f"make 801 DATA={manifest.name} trains on it, make data-inspect NAME={manifest.name} shows it")
-    return 0
-
-
 def prepare_known(known: Definition, *, force: bool = False) -> int:
     """Prepare conversations of data/datasets.yaml and say what they are; without ``force``, what is prepared stays."""
     if known.name in prepared() and not force:
         print(f"{known.name} is prepared already; FORCE=1 prepares it again")
         return 0
-    _tell(*prepare_chat(known.name, DATA / known.chat, known.tokenizer, force=force))
+    tell(*prepare_chat(known.name, DATA / known.chat, known.tokenizer, force=force))
     return 0
 
 
-def _tell(manifest: Manifest, skipped: Skipped) -> None:
+def tell(manifest: Manifest, skipped: Skipped) -> None:
+    """Print what was prepared, and what was skipped."""
     share = manifest.chat.answer_tokens / manifest.counted.tokens
     print(f"{manifest.name}: {manifest.counted.documents:,} conversations, {manifest.counted.tokens:,} tokens, {share:.0%} "
           "of them to be learned")  # fmt: skip
