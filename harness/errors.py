@@ -8,6 +8,11 @@ class UserError(Exception):
     """A mistake the user can mend. The command line prints it as ``error: …`` and exits 2, without a traceback."""
 
 
+def first_line(error: BaseException) -> str:
+    """What ``error`` says, the first line of it; its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def similar(name: str, valid: Iterable[str]) -> str | None:
     """``did you mean 408, 418?``; None where no valid name is close."""
     close = _closest(name, list(valid), 3, 0.6)

@@ -15,25 +15,23 @@ result.json        written last
 
 from __future__ import annotations
 
-import errno
 import glob
 import itertools
 import json
 import math
-import os
 import re
 import shutil
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from harness.errors import UserError
+from harness.errors import UserError, first_line
+from harness.files import complaint, json_object, read_object, text_lines, told_if_unwritable, write_json, write_text
 from harness.screen import say
 
 if TYPE_CHECKING:
@@ -477,7 +475,7 @@ def go_on(run_dir: RunDir, step: int) -> None:
         if path.exists():
             path.rename(run_dir.path / aside)
     for path in (run_dir.metrics, run_dir.validation, run_dir.saves):
-        lines = [line for line in text_lines(path) if (_json_object(line) or {}).get("step", math.inf) <= step]
+        lines = [line for line in text_lines(path) if (json_object(line) or {}).get("step", math.inf) <= step]
         if path.exists():
             write_text(path, "".join(f"{line}\n" for line in lines))
     for path in run_dir.ranks.iterdir():
@@ -510,7 +508,7 @@ def runs(outdir: Path) -> tuple[tuple[Run, ...], tuple[str, ...]]:
                 )
             )
         except ValueError as error:
-            warnings.append(f"{path}: skipped: {_first_line(error)}")
+            warnings.append(f"{path}: skipped: {first_line(error)}")
     return tuple(found), tuple(warnings)
 
 
@@ -548,37 +546,6 @@ def clean(outdir: Path, everything: bool = False) -> int:
     return 0
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write ``value``, whole or not at all. Numbers that JSON lacks (NaN, infinity) become null."""
-    write_text(path, json.dumps(_finite(value), indent=1, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write ``text`` so that readers see the old file or the whole new one, also after a power cut."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def told_if_unwritable(directory: Path, setting: str = "OUTDIR") -> Iterator[None]:
-    """Turn a full disk, missing rights and the like into a UserError with the way out; ``setting`` names the directory."""
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        way_out = "delete old runs there (make clean)" if full else "make it a writable directory"
-        raise UserError(
-            f"cannot write to {directory}: {error.strerror}\n{way_out}, or set {setting}= to another"
-        ) from None
-
-
 def parse_metrics(line: str) -> StepMetrics | None:
     """One line of metrics.jsonl, or None where it is torn."""
     return _parse(line, StepMetrics)
@@ -602,31 +569,6 @@ def _read[Record: _Record](path: Path, kind: type[Record]) -> Record:
         raise ValueError(complaint(path, error)) from None
 
 
-def complaint(path: Path, error: ValidationError) -> str:
-    """What is wrong in ``path`` first: the key and why."""
-    first = error.errors()[0]
-    return f"{path.name}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise ValueError(f"{path.name}: {error.strerror}") from None
-    value = _json_object(text)
-    if value is None:
-        raise ValueError(f"{path.name} is not a JSON object ({len(text)} characters)")
-    return value
-
-
-def _json_object(text: str) -> dict[str, Any] | None:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None
-
-
 def _parse[Record: _Record](line: str, kind: type[Record]) -> Record | None:
     try:
         return kind.model_validate_json(line)
@@ -636,23 +578,3 @@ def _parse[Record: _Record](line: str, kind: type[Record]) -> Record | None:
 
 def _lines[Record: _Record](path: Path, kind: type[Record]) -> Iterator[Record]:
     return (record for line in text_lines(path) if (record := _parse(line, kind)))
-
-
-def text_lines(path: Path) -> list[str]:
-    """The lines of a file; none where it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]

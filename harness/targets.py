@@ -11,6 +11,7 @@ from harness.data.sources import definitions
 from harness.errors import similar
 from harness.experiment.catalog import EXPERIMENTS, Catalog, Experiment
 from harness.experiment.overrides import EXPERIMENT_SETTINGS, LAUNCH_SETTINGS, Setting
+from harness.files import write_text
 
 FILE = EXPERIMENTS / "targets.mk"
 
@@ -30,7 +31,7 @@ def write(catalog: Catalog, file: Path = FILE) -> bool:
     text = render(catalog)
     if file.exists() and file.read_text(encoding="utf-8") == text:
         return False
-    file.write_text(text, encoding="utf-8")
+    write_text(file, text)
     return True
 
 

@@ -14,6 +14,7 @@ from harness.errors import UserError
 from harness.evidence.measured import measure
 from harness.experiment import overrides
 from harness.experiment.catalog import load_catalog
+from harness.files import write_json
 from harness.launching.outcome import Evidence, classify
 from harness.planning import resume
 from harness.planning.plan import plan
@@ -76,7 +77,7 @@ def run_in(outdir: Path, e, *, every: int = 5, result: str | None = None, folder
     run.metrics.write_text("".join(f"{m.model_dump_json()}\n" for m in metrics))
     if result:
         content = {"status": result, "exit_code": 0, "started": 0, "finished": 1, "steps": 20, "data": "mock", "device": "cpu"}
-        rundir.write_json(run.result, Result.model_validate(content | measure(e, metrics, None)).model_dump(mode="json"))
+        write_json(run.result, Result.model_validate(content | measure(e, metrics, None)).model_dump(mode="json"))
     return run
 
 
@@ -258,7 +259,7 @@ def test_resuming_with_another_model_names_the_difference_and_with_another_dropo
     same = row.with_changes(model=row.model.model_copy(update={"dropout": 0.0}))
     planned = plan(same, asked, "cpu")
     assert planned.first_step == 5 and planned.notices == ("dropout was 0.1 and is 0.0 from here on",)
-    rundir.write_json(run.experiment_json, json.loads(run.experiment_json.read_text()) | {"data": "gone"})
+    write_json(run.experiment_json, json.loads(run.experiment_json.read_text()) | {"data": "gone"})
     with pytest.raises(UserError, match="was trained on gone, this would go on with mock\nDATA=\"gone\" goes on with the same"):
         plan(row, asked, "cpu")
 
@@ -326,7 +327,7 @@ def test_a_name_in_weights_comes_before_a_folder_of_that_name_in_a_run_and_in_ge
         known = weights.Weights(name=folder.name, source="x", architecture="GPT2LMHeadModel", model=model, positions=positions,
                                 padded_vocab_size=51200, parameters=1, bytes=1, dtypes=("float32",), dequantized=0,
                                 tokenizer=True, flags=())
-        rundir.write_json(folder / weights.RECORD, known.model_dump(mode="json"))
+        write_json(folder / weights.RECORD, known.model_dump(mode="json"))
         return folder
 
     def both(named: str) -> set:
@@ -390,7 +391,7 @@ def test_a_table_shows_the_held_out_loss_and_its_perplexity(tmp_path):
 
     run = run_in(tmp_path, tiny(UNTIL="3"), result="ok")
     result = json.loads(run.result.read_text()) | {"validation": {"step": 20, "split": "validation", "loss": 2.0, "time": 0}}
-    rundir.write_json(run.result, result)
+    write_json(run.result, result)
     (row,) = collect(tmp_path, tmp_path / "none", load_references()).rows
     values = tables.values(row)
     assert (values["validation_loss"], values["validation_step"]) == (2.0, 20) and values["perplexity"] == pytest.approx(7.389, abs=1e-3)

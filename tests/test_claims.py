@@ -19,7 +19,7 @@ from harness.evidence.records import metrics_of
 from harness.evidence.results import collect, collect_records, load_references
 from harness.evidence.verdicts import render
 from harness.experiment.catalog import load_catalog
-from harness.rundir import write_json
+from harness.files import write_json
 
 RECORDS = ROOT / "experiments" / "records"
 KEPT = RECORDS / "h200-141gb"

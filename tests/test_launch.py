@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from harness import rundir
 from harness.errors import UserError
 from harness.evidence import measured
+from harness.files import write_json
 from harness.launching import launch, meeting, processes
 from harness.launching.terminal import PlainTerminal
 from harness.machine import gpus
@@ -232,14 +232,14 @@ def test_a_directory_that_cannot_be_written_is_refused_before_anything_starts(tm
 
 
 def test_a_disk_that_fills_up_is_told_and_leaves_nothing_running(tmp_path, monkeypatch):
-    write = rundir.write_json
+    write = write_json
 
     def full(path, value):
         if path.name == "result.json":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(path, value)
 
-    monkeypatch.setattr(rundir, "write_json", full)
+    monkeypatch.setattr("harness.launching.launch.write_json", full)
     with pytest.raises(UserError, match="No space left on device"):
         run(make_plan(tmp_path, "ok", steps=2))
     assert not of_run(the_run(tmp_path).path)
@@ -288,7 +288,7 @@ def test_stop_kills_no_process_that_only_has_the_number(tmp_path):
     bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     finished, _ = run(make_plan(tmp_path, "ok", steps=1))
     finished.dir.result.unlink()
-    rundir.write_json(finished.dir.running, {"pid": bystander.pid, "host": socket.gethostname(), "started": 1.0})
+    write_json(finished.dir.running, {"pid": bystander.pid, "host": socket.gethostname(), "started": 1.0})
     launch.stop(tmp_path)
     assert bystander.poll() is None
     bystander.kill()

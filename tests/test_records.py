@@ -16,7 +16,8 @@ from harness.evidence.tables import render
 from harness.experiment.catalog import load_catalog
 from harness.experiment.flops import tflops_per_gpu
 from harness.experiment.hardware import find_gpu, peak_tflops
-from harness.rundir import Result, RunDir, StepMetrics, write_json
+from harness.files import write_json
+from harness.rundir import Result, RunDir, StepMetrics
 
 RECORDS = ROOT / "experiments" / "records"
 FILES = sorted(RECORDS.glob("*/*.json"))

@@ -13,6 +13,7 @@ from harness.evidence.records import metrics_of
 from harness.evidence.results import Results, Row, collect, load_references, losses
 from harness.experiment import overrides
 from harness.experiment.catalog import load_catalog
+from harness.files import write_json
 from harness.planning.miniature import miniature
 from harness.rundir import Result, StepMetrics
 
@@ -38,12 +39,12 @@ def result(status="ok", **changes):
 def write_run(outdir: Path, e, outcome: dict | None, steps: int = 20) -> rundir.RunDir:
     run = rundir.create(outdir, e.label)
     run.freeze_experiment(e, "cpu" if e.miniature else "cuda", "abc")
-    rundir.write_json(run.environment, {"gpu": None if e.miniature else H200})
+    write_json(run.environment, {"gpu": None if e.miniature else H200})
     lines = [StepMetrics(step=n, loss=11 - n / 10, step_ms=376.3, tflops=400.0, time=1.0) for n in range(1, steps + 1)]
     run.metrics.write_text("".join(f"{line.model_dump_json()}\n" for line in lines))
     if outcome:
         complete = Result.model_validate({**outcome, **measure(e, lines, None)})
-        rundir.write_json(run.result, complete.model_dump(mode="json"))
+        write_json(run.result, complete.model_dump(mode="json"))
     return run
 
 
@@ -54,7 +55,7 @@ def write_record(records: Path, e, outcome: dict) -> Path:
     steps = [StepMetrics(step=n, loss=9.5, step_ms=376.3, tflops=400.0, time=1.0) for n in range(1, e.steps + 1)]
     metrics_of(path).write_text("".join(f"{step.model_dump_json()}\n" for step in steps))
     complete = Result.model_validate({**outcome, "steps": e.steps, **measure(e, steps, None)})
-    rundir.write_json(path, {**complete.model_dump(mode="json"), "experiment": e.model_dump(mode="json")})
+    write_json(path, {**complete.model_dump(mode="json"), "experiment": e.model_dump(mode="json")})
     return path
 
 
@@ -157,7 +158,7 @@ def test_a_run_without_steps_or_with_a_loss_that_is_no_number_is_kept(tmp_path, 
     lines = [] if status == "killed" else [StepMetrics(step=1, loss=math.nan, step_ms=1.0, time=1.0)]
     run.metrics.write_text("".join(f"{line.model_dump_json()}\n" for line in lines))
     outcome = Result.model_validate(result(status) | measure(experiment(STEPS="20"), lines, None))
-    rundir.write_json(run.result, outcome.model_dump(mode="json"))
+    write_json(run.result, outcome.model_dump(mode="json"))
     results = gather(tmp_path)
     assert not results.warnings and [row.state for row in results.rows] == [status]
 
@@ -172,7 +173,7 @@ def test_a_run_without_a_result_says_how_far_it_came(tmp_path):
 def test_an_unfinished_run_already_knows_its_upstream(tmp_path):
     run = write_run(tmp_path / "outdir", experiment(), None, steps=7)
     assert gather(tmp_path).rows[0].software == "Megatron-LM of unknown version"
-    rundir.write_json(run.environment, {"gpu": H200, "upstream": {"version": "0.19.1", "commit": "5be96267"}})
+    write_json(run.environment, {"gpu": H200, "upstream": {"version": "0.19.1", "commit": "5be96267"}})
     assert gather(tmp_path).rows[0].software == "Megatron-LM core 0.19.1 (commit 5be9626)"
 
 

@@ -16,6 +16,7 @@ import pytest
 from harness import rundir
 from harness.errors import UserError
 from harness.experiment.catalog import Experiment, Model
+from harness.files import told_if_unwritable, write_json
 from harness.rundir import Result, RunDir
 
 RESULT = {
@@ -41,7 +42,7 @@ def make_run(outdir: Path, label: str = "101-tiny-dp1", result: dict | None = No
     run_dir = rundir.create(outdir, label)
     run_dir.freeze_experiment(experiment(), "cpu", "abc")
     if result:
-        rundir.write_json(run_dir.result, result)
+        write_json(run_dir.result, result)
     return run_dir
 
 
@@ -90,23 +91,23 @@ def test_a_nearly_full_disk_is_refused_with_the_value(tmp_path, monkeypatch):
 
 def test_json_is_replaced_whole_and_has_no_nan(tmp_path):
     path = tmp_path / "x.json"
-    rundir.write_json(path, {"loss": float("nan"), "all": [1.5, float("inf")]})
+    write_json(path, {"loss": float("nan"), "all": [1.5, float("inf")]})
     assert json.loads(path.read_text()) == {"loss": None, "all": [1.5, None]}
     with pytest.raises(TypeError):
-        rundir.write_json(path, {"loss": object()})
+        write_json(path, {"loss": object()})
     assert json.loads(path.read_text())["all"] == [1.5, None], "a failed write keeps what was there"
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "x.json"
-    rundir.write_json(path, {"old": 1})
+    write_json(path, {"old": 1})
 
     def full(_descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match=r"No space left on device\n.*make clean"), rundir.told_if_unwritable(tmp_path):
-        rundir.write_json(path, {"new": 2})
+    with pytest.raises(UserError, match=r"No space left on device\n.*make clean"), told_if_unwritable(tmp_path):
+        write_json(path, {"new": 2})
     assert json.loads(path.read_text()) == {"old": 1} and list(tmp_path.iterdir()) == [path]
 
 
@@ -133,10 +134,10 @@ def test_metrics_survive_a_torn_last_line(tmp_path):
 def test_rank_files_are_told_apart(tmp_path):
     run_dir = rundir.create(tmp_path, "101")
     for rank in (10, 2):
-        rundir.write_json(
+        write_json(
             run_dir.ranks / f"{rank}.json", {"rank": rank, "local_rank": rank, "pid": 1, "host": "h"}
         )
-    rundir.write_json(
+    write_json(
         run_dir.ranks / "2.error.json", {"rank": 2, "type": "ValueError", "message": "no", "time": 1.0}
     )
     (run_dir.ranks / "3.json").write_text("{")
@@ -151,25 +152,25 @@ def test_state_follows_the_launchers_process(tmp_path):
     assert run_dir.state() == "killed", "no launcher is known"
     host = os.uname().nodename
 
-    rundir.write_json(run_dir.running, {"pid": os.getpid(), "host": host, "started": time.time()})
+    write_json(run_dir.running, {"pid": os.getpid(), "host": host, "started": time.time()})
     assert run_dir.state() == "running"
 
-    rundir.write_json(run_dir.running, {"pid": os.getpid(), "host": host, "started": 1.0})
+    write_json(run_dir.running, {"pid": os.getpid(), "host": host, "started": 1.0})
     assert run_dir.state() == "killed", "this process began later than the run: the number was reused"
 
     child = subprocess.Popen([sys.executable, "-c", ""])
-    rundir.write_json(run_dir.running, {"pid": child.pid, "host": host, "started": time.time()})
+    write_json(run_dir.running, {"pid": child.pid, "host": host, "started": time.time()})
     time.sleep(0.3)
     assert run_dir.state() == "killed", "a zombie runs nothing"
     child.wait()
 
-    rundir.write_json(run_dir.result, RESULT)
+    write_json(run_dir.result, RESULT)
     assert run_dir.state() == "ok"
 
 
 def test_a_run_of_another_host_is_judged_by_its_files(tmp_path):
     run_dir = make_run(tmp_path)
-    rundir.write_json(run_dir.running, {"pid": 1, "host": "elsewhere", "started": 1.0})
+    write_json(run_dir.running, {"pid": 1, "host": "elsewhere", "started": 1.0})
     assert run_dir.state() == "running"
     os.utime(run_dir.running, (1, 1))
     assert run_dir.state() == "killed"
@@ -205,7 +206,7 @@ def test_the_run_of_a_rendezvous_is_the_newest_that_is_alive(tmp_path):
     def running(label: str, rendezvous: str, started: float, pid: int) -> RunDir:
         run_dir = make_run(tmp_path, label)
         here = {"host": os.uname().nodename, "started": started, "rendezvous": rendezvous, "pid": pid}
-        rundir.write_json(run_dir.running, here)
+        write_json(run_dir.running, here)
         return run_dir
 
     now = time.time()
@@ -214,7 +215,7 @@ def test_the_run_of_a_rendezvous_is_the_newest_that_is_alive(tmp_path):
     wanted = running("101-newer", "a:1", now, os.getpid())
     running("101-elsewhere", "b:1", now, os.getpid())
     running("101-dead", "a:1", now + 1, 2**22 + 1)
-    rundir.write_json(running("101-over", "a:1", now, os.getpid()).result, RESULT)
+    write_json(running("101-over", "a:1", now, os.getpid()).result, RESULT)
     assert rundir.running_at(tmp_path, "a:1") == wanted
 
 
@@ -228,7 +229,7 @@ def test_clean_keeps_results_and_what_still_runs(tmp_path, capsys):
     make_run(tmp_path, "101-torn").result.write_text("{")
     for label, started in (("101-killed", 1.0), ("101-running", time.time())):
         alive = {"pid": os.getpid(), "host": os.uname().nodename, "started": started}
-        rundir.write_json(make_run(tmp_path, label).running, alive)
+        write_json(make_run(tmp_path, label).running, alive)
     (tmp_path / "notes").mkdir()
 
     assert rundir.clean(tmp_path) == 0

@@ -13,11 +13,12 @@ from harness.errors import UserError
 from harness.evidence.measured import measure
 from harness.evidence.records import read
 from harness.evidence.results import Row, collect, collect_records, load_references
+from harness.files import write_json
 from harness.launching import launch
 from harness.launching.verify import choose, compare, verify
 from harness.machine import gpus
 from harness.machine.gpus import Gpu
-from harness.rundir import MemoryGib, RunDir, StepMetrics, Upstream, write_json
+from harness.rundir import MemoryGib, RunDir, StepMetrics, Upstream
 
 RECORDS = ROOT / "experiments" / "records"
 KEPT = RECORDS / "h200-141gb"

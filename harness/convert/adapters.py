@@ -20,8 +20,8 @@ from harness.convert.architectures import LAYERS, Row, architecture_of
 from harness.convert.torch_dist import Checkpoint
 from harness.convert.transforms import FUSED_QKV, TRANSPOSED, Sizes
 from harness.errors import UserError
+from harness.files import write_json
 from harness.finetune.adapters import KEY, TENSORS, Adapters, read_record
-from harness.rundir import write_json
 
 _PARENTS = {"linear_qkv": "self_attention", "linear_proj": "self_attention", "linear_fc1": "mlp", "linear_fc2": "mlp"}
 _FAN_IN_FAN_OUT = (FUSED_QKV, TRANSPOSED)

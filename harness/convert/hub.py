@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.convert.architectures import ARCHITECTURES, Architecture
-from harness.errors import UserError
+from harness.errors import UserError, first_line
 
 WANTED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 CONFIG = "config.json"
@@ -40,9 +40,8 @@ def locate(named: str) -> Path:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(WANTED),
                                       ignore_patterns=["*/*"]))  # fmt: skip
     except Exception as error:  # the hub's client raises what its transport does
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"HF={named}: no such folder, and the hub does not give it: {reason}\n"
+            f"HF={named}: no such folder, and the hub does not give it: {first_line(error)}\n"
             "check the name; a gated model needs HF_TOKEN; without a network, give a folder"
         ) from None
 

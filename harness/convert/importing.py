@@ -22,7 +22,7 @@ from harness.convert.transforms import Sizes
 from harness.convert.weights import HF, RECORD, RELEASE, Weights, check_data
 from harness.data.prepared import Blend
 from harness.errors import UserError
-from harness.rundir import write_json
+from harness.files import write_json
 
 WIDEST_TP = 8
 """Vocabularies get rows for as many tensor-parallel ranks at least; powers of 2 below find theirs among them."""

@@ -11,7 +11,7 @@ from harness.data import indexed
 from harness.data.header import FormatError, idx_path
 from harness.data.manifest import Manifest, read_manifest
 from harness.data.prepared import DATA, find, prefix_of
-from harness.errors import UserError
+from harness.errors import UserError, first_line
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def check(
         manifest = read_manifest(folder / name)
     except UserError as error:
         manifest = None
-        yield Finding("manifest", False, str(error).splitlines()[0])
+        yield Finding("manifest", False, first_line(error))
     else:
         yield Finding(
             "manifest", True, "is there" if manifest else "none: made elsewhere, so its checksums are unknown"
@@ -55,7 +55,7 @@ def check(
     try:
         chosen = find(name, folder)
     except UserError as error:
-        yield Finding("tokenizer", False, str(error).splitlines()[0])
+        yield Finding("tokenizer", False, first_line(error))
         return
     yield Finding("tokenizer", True, f"{chosen.tokenizer_type}, {chosen.tokenizer_sha256[:12]}")
     yield from _tokens(prefix, index, manifest, chosen.vocab_size, watch)

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
-from harness.errors import UserError, nearest
+from harness.errors import UserError, first_line, nearest
 
 if TYPE_CHECKING:
     import pyarrow
@@ -480,4 +480,4 @@ def _column_bytes(table: pyarrow.parquet.ParquetFile, group: int, key: str) -> i
 
 
 def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error).splitlines()[0]
+    return getattr(error, "strerror", None) or first_line(error)

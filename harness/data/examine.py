@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from harness.data.hard_texts import hard_texts
-from harness.data.tokenizer import Encoder, Gigatoken, SentencePiece, Tokenizers, described, first_line, versions
-from harness.errors import UserError
+from harness.data.tokenizer import Encoder, Gigatoken, SentencePiece, Tokenizers, described, versions
+from harness.errors import UserError, first_line
 
 Ids = list[list[int]]
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from harness.data.clean.files import atomic
 from harness.data.documents import Layout, Reader, TextFile
-from harness.rundir import write_json
+from harness.data.manifest import noted
+from harness.files import atomic, write_json
 
 
 class Shard(BaseModel):
@@ -41,7 +41,7 @@ def write_json_lines(
         if left == 0:
             break
         path = folder / f"{number:05}.jsonl"
-        shard = _known(path.with_suffix(".json")) if path.exists() else None
+        shard = noted(path.with_suffix(".json"), Shard) if path.exists() else None
         if shard is None:
             before = done_bytes
 
@@ -74,10 +74,3 @@ def _write(file: TextFile, layout: Layout, path: Path, watch: Callable[[int], No
     shard = Shard(name=file.name, sha256=reader.sha256.get(file.name), records=records, skipped=skipped)
     write_json(path.with_suffix(".json"), shard.model_dump())
     return shard
-
-
-def _known(path: Path) -> Shard | None:
-    try:
-        return Shard.model_validate_json(path.read_bytes())
-    except (OSError, ValueError):
-        return None

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from harness.errors import UserError
-from harness.rundir import write_json
+from harness.errors import UserError, first_line
+from harness.files import write_json
 
 FILE = "manifest.json"
 
@@ -121,6 +121,14 @@ class Manifest(_Record):
         write_json(folder / FILE, self.model_dump(mode="json"))
 
 
+def noted[Record: BaseModel](path: Path, kind: type[Record]) -> Record | None:
+    """What an earlier process noted in ``path``, if it did."""
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
 def read_manifest(folder: Path) -> Manifest | None:
     """The manifest of the data set in ``folder``; none where it has none.
 
@@ -133,5 +141,4 @@ def read_manifest(folder: Path) -> Manifest | None:
     except FileNotFoundError:
         return None
     except (OSError, ValidationError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} is damaged: {reason}\nprepare the data set again: make data-…") from None
+        raise UserError(f"{path} is damaged: {first_line(error)}\nprepare the data set again: make data-…") from None

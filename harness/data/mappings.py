@@ -14,7 +14,6 @@ import hashlib
 import importlib.util
 import json
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from harness.data.header import FormatError
 from harness.data.prepared import Blend, DataSet
 from harness.data.splits import SPLITS, Bounds, check_split, sequences_of, split_matrix
 from harness.errors import UserError
+from harness.files import atomic, write_text
 
 _SURPLUS = 0.005
 """Upstream's mid_level_dataset_surplus: so many more samples of a set in a blend than its weight asks for."""
@@ -156,7 +156,7 @@ def _write_set(
         random.shuffle(part)
     for path, array in zip(names, (order, sample_index, np.concatenate(shuffles)), strict=True):
         _save(path, array)
-    _put(text, description.encode())
+    write_text(text, description)
     return len(names) + 1
 
 
@@ -185,7 +185,7 @@ def _write_blend(
     helpers.build_blending_indices(dataset_index, dataset_sample_index, weights, len(sets), size, False)
     for path, array in zip(names, (dataset_index, dataset_sample_index), strict=True):
         _save(path, array)
-    _put(text, description.encode())
+    write_text(text, description)
     return len(names) + 1
 
 
@@ -197,16 +197,8 @@ def _stem(described: dict[str, Any], split: str) -> tuple[str, str]:
 
 
 def _save(path: Path, array: np.ndarray) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with part.open("wb") as file:
+    with atomic(path) as file:
         np.save(file, array, allow_pickle=True)
-    part.replace(path)
-
-
-def _put(path: Path, content: bytes) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_bytes(content)
-    part.replace(path)
 
 
 def _normal(weights: Any) -> list[float]:

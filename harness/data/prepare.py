@@ -26,22 +26,30 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
 from harness import ROOT
 from harness.data import indexed
 from harness.data.documents import Layout, TextFile, text_file
 from harness.data.header import bin_path, idx_path
 from harness.data.manifest import FILE as MANIFEST
-from harness.data.manifest import Cleaned, Counted, Manifest, Source, SourceFile, TokenizerUsed, Written, read_manifest
+from harness.data.manifest import (
+    Cleaned,
+    Counted,
+    Manifest,
+    Source,
+    SourceFile,
+    TokenizerUsed,
+    Written,
+    noted,
+    read_manifest,
+)
 from harness.data.prepared import DATA, check_name, find, prefix_of
 from harness.data.progress import Progress
 from harness.data.sources import Definition, Hub, Synthetic, download, local_files
 from harness.data.tokenize import Done, Job, Watched, tokenize
 from harness.data.tokenizer import Tokenizer, find_tokenizer
 from harness.errors import UserError
+from harness.files import write_json
 from harness.machine.provenance import package_version, source_commit
-from harness.rundir import write_json
 
 _VERSIONS = ("numpy", "orjson", "gigatoken", "tokenizers", "transformers", "sentencepiece", "pyarrow", "datasets")
 
@@ -161,7 +169,7 @@ class _Preparation:
 
         rules = load_rules(self.recipe.rules)
         folder, source_file = self.work / f"clean-{self.clean_key}", self.work / f"source-{self.source_key}.json"
-        known = _known(source_file, Source), _known(folder / "manifest.json", CleanReport)
+        known = noted(source_file, Source), noted(folder / "manifest.json", CleanReport)
         if all(known):
             source, report = known
         else:
@@ -247,7 +255,7 @@ class _Preparation:
 
     def _finished(self, folder: Path) -> Manifest | None:
         """The manifest of a pair that an earlier process finished but did not, or not wholly, publish."""
-        manifest = _known(folder / "done.json", Manifest)
+        manifest = noted(folder / "done.json", Manifest)
         if manifest is None:
             return None
         for source, target, size in self._moves(folder, manifest):
@@ -333,14 +341,6 @@ def written(prefix: Path, dtype: str, pair: indexed.Pair) -> Written:
     """What a manifest says of the finished ``pair`` at ``prefix``."""
     return Written(dtype=dtype, bin_bytes=bin_path(prefix).stat().st_size, bin_sha256=pair.bin_sha256,
                    idx_bytes=idx_path(prefix).stat().st_size, idx_sha256=pair.idx_sha256)
-
-
-def _known[Record: BaseModel](path: Path, kind: type[Record]) -> Record | None:
-    """What an earlier process noted in ``path``, if it did."""
-    try:
-        return kind.model_validate_json(path.read_bytes())
-    except (OSError, ValueError):
-        return None
 
 
 def _asked(source: Hub | Synthetic | str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from harness import yaml_files
 from harness.data.documents import TextFile, text_file
 from harness.data.prepared import DATA, NAME
-from harness.errors import UserError, nearest
+from harness.errors import UserError, first_line, nearest
 
 FILE = DATA / "datasets.yaml"
 HUB_TIMEOUT_S = 10
@@ -161,7 +161,7 @@ def download(hub: Hub, limit: int | None, mirror: Path | None, say: Callable[[st
     except UserError:
         raise
     except Exception as error:
-        reason = _first_line(error)
+        reason = first_line(error)
         raise UserError(f"{hub.files} of {hub.repository} at {hub.revision}: {reason}\n{_way_out(hub)}") from None
     return Downloaded(tuple(files), commit)
 
@@ -206,7 +206,3 @@ def _is_known(path: Path) -> bool:
     except UserError:
         return False
     return True
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

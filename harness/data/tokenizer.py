@@ -28,9 +28,9 @@ import numpy as np
 from harness import ROOT
 from harness.data.tokenizer_files import DECIDING, DESCRIPTION, OTHERS, SENTENCE_PIECE, Kind, tokenizer_sha256
 from harness.data.vocabulary import gpt2_folder
-from harness.errors import UserError, nearest
+from harness.errors import UserError, first_line, nearest
+from harness.files import write_json
 from harness.machine.provenance import package_version
-from harness.rundir import write_json
 
 CACHE_MIB = 600
 """Resident memory above which gigatoken forgets the words that it has seen; it keeps them without a limit otherwise."""
@@ -365,7 +365,3 @@ def _machine() -> str:
             if line.startswith(("flags", "Features")):
                 return f"{platform.machine()} {hashlib.sha256(line.encode()).hexdigest()[:12]}"
     return f"{platform.machine()} {platform.processor()}"
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

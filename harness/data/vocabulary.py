@@ -12,8 +12,8 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from harness.errors import UserError
-from harness.rundir import write_json
+from harness.errors import UserError, first_line
+from harness.files import write_json
 
 END_OF_TEXT = "<|endoftext|>"
 ENCODER_MD5 = "dffec25a898b1f5e569bec4dffd7e5c0"
@@ -89,7 +89,7 @@ def _fetch(folder: Path) -> tuple[bytes, bytes]:
         try:
             encoder, merges = get()
         except (OSError, subprocess.SubprocessError, LookupError) as error:
-            complaints.append(f"  {name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+            complaints.append(f"  {name}: {first_line(error)}")
             continue
         found = [hashlib.md5(data, usedforsecurity=False).hexdigest() for data in (encoder, merges)]
         if found == [ENCODER_MD5, MERGES_MD5]:

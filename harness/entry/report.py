@@ -14,8 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+from harness.files import write_json
 from harness.machine import gpus
-from harness.rundir import RUN_DIR_VARIABLE, Rank, RankError, RunDir, write_json
+from harness.rundir import RUN_DIR_VARIABLE, Rank, RankError, RunDir
 
 GIB = 2**30
 EVERY_S = 10

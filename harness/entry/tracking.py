@@ -6,7 +6,7 @@ import secrets
 from types import ModuleType
 
 from harness.entry.report import RankReport
-from harness.rundir import write_json
+from harness.files import write_json
 
 
 def install(report: RankReport) -> None:

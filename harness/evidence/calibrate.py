@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from harness import rundir
 from harness.errors import UserError
 from harness.evidence.records import same_work
 from harness.evidence.results import References, Row, collect_records, load_references
@@ -25,6 +24,7 @@ from harness.experiment.calibrations import Fitted, Machine
 from harness.experiment.catalog import Catalog, Experiment, load_catalog
 from harness.experiment.hardware import find_gpu
 from harness.experiment.step_time import Calibration
+from harness.files import write_text
 from harness.workers import follow_parent
 
 NAMES = tuple(Calibration.model_fields)
@@ -72,7 +72,7 @@ def calibrate(records: Path, path: Path = calibrations.FILE) -> dict[str, Machin
     for name, machine in machines.items():
         print(f"{name}: fitting, once for every experiment that is left out …", file=sys.stderr)
         fitted[name] = fit_machine(machine, fitted[machine.like] if machine.like else None, steps[name])
-    rundir.write_text(path, render(fitted))
+    write_text(path, render(fitted))
     calibrations.load.cache_clear()
     return fitted
 

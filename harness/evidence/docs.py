@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import median
 
-from harness import ROOT, rundir
+from harness import ROOT
 from harness.errors import UserError, nearest
 from harness.evidence import (
     architectures,
@@ -49,6 +49,7 @@ from harness.experiment.calibrations import machine_measured_by
 from harness.experiment.catalog import Experiment
 from harness.experiment.hardware import DRIVER_RESERVED_MIB, find_gpu
 from harness.experiment.memory import predict
+from harness.files import write_text
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "saves.md")
 VALUE = re.compile(r"(<!-- value: (.+?) (\S+) -->).*?(<!-- /value -->)")
@@ -103,7 +104,7 @@ def write(records: Path, *, check: bool = False) -> list[Path]:
     stale = [path for path, text in fresh.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     if not check:
         for path in stale:
-            rundir.write_text(path, fresh[path])
+            write_text(path, fresh[path])
     return stale
 
 

@@ -20,6 +20,7 @@ from harness.experiment.catalog import EXPERIMENTS, Catalog, Experiment
 from harness.experiment.flops import tflops_per_gpu
 from harness.experiment.step_time import unknown
 from harness.experiment.timeline import Timeline, Times, simulate
+from harness.files import read_object
 from harness.profiling.profile import FOLDER, Profile, of_run
 
 PLOTS = EXPERIMENTS / "plots.yaml"
@@ -190,7 +191,7 @@ def load_profiles(outdir: Path, records: Path) -> dict[str, Profile]:
     found = {}
     for path in sorted(records.glob(f"*/{FOLDER}/*.json")):
         try:
-            content = rundir.read_object(path)
+            content = read_object(path)
             experiment = content["experiment"]
             if _as_catalogued(experiment["overrides"], experiment["extra_args"], experiment["miniature"]):
                 found.setdefault(experiment["id"], Profile.model_validate(content))

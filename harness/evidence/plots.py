@@ -7,11 +7,12 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-from harness import ROOT, rundir
+from harness import ROOT
 from harness.evidence import figures, results
 from harness.evidence.figures import Curve, Figure, Panel, Schedule, Series
 from harness.experiment.catalog import load_catalog
 from harness.experiment.timeline import bubble_fraction
+from harness.files import told_if_unwritable, write_text
 
 IMAGES = ROOT / "docs" / "images"
 
@@ -74,12 +75,12 @@ def write(folder: Path, drawn: dict[str, str]) -> list[Path]:
         UserError: ``folder`` cannot be written.
     """
     changed = []
-    with rundir.told_if_unwritable(folder):
+    with told_if_unwritable(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name, svg in drawn.items():
             path = folder / name
             if not path.exists() or path.read_text(encoding="utf-8") != svg:
-                rundir.write_text(path, svg)
+                write_text(path, svg)
                 changed.append(path)
     return changed
 

@@ -14,6 +14,7 @@ from harness.errors import UserError
 from harness.evidence.measured import contradictions
 from harness.experiment.catalog import Experiment
 from harness.experiment.hardware import find_gpu
+from harness.files import complaint, read_object, write_json, write_text
 from harness.profiling.profile import FOLDER, of_run
 from harness.rundir import Result, StepMetrics, Validation
 
@@ -45,7 +46,7 @@ def record(run: rundir.RunDir, records: Path) -> Path:
         raise UserError(f"{run.label} ran on a CPU; records hold GPU runs only")
     folder, steps = records / folder_of(result.gpu), run.read_metrics()
     try:
-        environment = rundir.read_object(run.environment)
+        environment = read_object(run.environment)
     except ValueError as error:
         raise UserError(f"{run.label}: {error}\na record says which versions ran: run it again") from None
     evidence = {"experiment": experiment.model_dump(mode="json"), "environment": environment}
@@ -53,18 +54,18 @@ def record(run: rundir.RunDir, records: Path) -> Path:
         content = of_run(run).model_dump(mode="json")
         (folder / FOLDER).mkdir(parents=True, exist_ok=True)
         target = folder / FOLDER / f"{_stem(experiment, folder / FOLDER)}.json"
-        rundir.write_json(target, content | evidence)
+        write_json(target, content | evidence)
         return target
     if wrong := list(_contradictions(experiment, result, steps, folder.name)):
         raise UserError(f"{run.label}: {'; '.join(wrong)}\na record must follow from its metrics: run it again")
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{_stem(experiment, folder)}.json"
     content = json.loads(run.result.read_text(encoding="utf-8"))
-    rundir.write_text(metrics_of(target), _lines(steps))
+    write_text(metrics_of(target), _lines(steps))
     if evaluations := run.read_validation():
-        rundir.write_text(validation_of(target), _lines(evaluations))
+        write_text(validation_of(target), _lines(evaluations))
     ranks = [rank.model_dump(mode="json", exclude={"pid", "host"}) for rank in run.read_ranks()]
-    rundir.write_json(target, content | {"label": run.label, "ranks": ranks} | evidence)
+    write_json(target, content | {"label": run.label, "ranks": ranks} | evidence)
     return target
 
 
@@ -106,7 +107,7 @@ def read(path: Path) -> tuple[Experiment, Result]:
         ValueError: the record or its metrics are missing, damaged or truncated; it states what its metrics do not say; it is
             a miniature's, or of another GPU than its folder is for.
     """
-    content = rundir.read_object(path)
+    content = read_object(path)
     if not isinstance(content.get("experiment"), dict):
         raise ValueError(f"{path.name}: no 'experiment'")
     frozen = {key: value for key, value in content["experiment"].items() if key in Experiment.model_fields}
@@ -114,7 +115,7 @@ def read(path: Path) -> tuple[Experiment, Result]:
         experiment = Experiment.model_validate_json(json.dumps(frozen))
         result = Result.model_validate(content)
     except ValidationError as error:
-        raise ValueError(rundir.complaint(path, error)) from None
+        raise ValueError(complaint(path, error)) from None
     if wrong := list(_contradictions(experiment, result, _read_metrics(path), path.parent.name)):
         raise ValueError(f"{path.name}: {'; '.join(wrong)}")
     return experiment, result
@@ -162,7 +163,7 @@ def _stem(experiment: Experiment, folder: Path) -> str:
     naming = {key: value for key, value in experiment.overrides.items() if key not in UNRECORDED}
     stem = experiment.model_copy(update={"overrides": naming}).label.replace(experiment.name, experiment.id, 1)
     for name in (stem, *(f"{stem}.{n}" for n in range(2, 1000))):
-        content = rundir.read_object(folder / f"{name}.json") if (folder / f"{name}.json").exists() else None
+        content = read_object(folder / f"{name}.json") if (folder / f"{name}.json").exists() else None
         if content is None or content["experiment"]["extra_args"] == list(experiment.extra_args):
             return name
     raise UserError(f"{folder} holds 999 records of {stem}")

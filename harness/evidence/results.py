@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from harness import rundir, yaml_files
-from harness.errors import UserError, nearest
+from harness.errors import UserError, first_line, nearest
 from harness.evidence import measured, records
 from harness.experiment import overrides
 from harness.experiment.calibrations import Machine, machine_of
@@ -20,6 +19,7 @@ from harness.experiment.catalog import EXPERIMENTS, Catalog, Experiment
 from harness.experiment.flops import mfu
 from harness.experiment.hardware import Gpu, find_gpu, peak_tflops, required_gpu
 from harness.experiment.step_time import unknown
+from harness.files import read_object, text_lines
 from harness.rundir import MemoryGib, Result, Spread, State, StepMetrics, Upstream, Validation
 
 REFERENCES = EXPERIMENTS / "references.yaml"
@@ -391,7 +391,7 @@ def collect_records(records_dir: Path, references: References, against: str | No
         try:
             rows.append(_record_row(path, group))
         except ValueError as error:
-            warnings.append(f"{path}: skipped: {str(error).splitlines()[0]}")
+            warnings.append(f"{path}: skipped: {first_line(error)}")
     found = _in_order(rows)
     return Results(found, tuple(warnings), found)
 
@@ -417,14 +417,14 @@ def metrics(row: Row) -> tuple[StepMetrics, ...]:
     """Every complete line of a run's metrics.jsonl, or of NAME.metrics.jsonl beside the record NAME."""
     if row.kind == "run":
         return rundir.RunDir(row.origin).read_metrics()
-    return tuple(filter(None, map(rundir.parse_metrics, rundir.text_lines(records.metrics_of(row.origin)))))
+    return tuple(filter(None, map(rundir.parse_metrics, text_lines(records.metrics_of(row.origin)))))
 
 
 def _run_row(run: rundir.Run, group: ReferenceGroup) -> Row:
     result, steps = run.result, run.dir.read_metrics()
     if result and (wrong := next(measured.contradictions(run.experiment, result, steps), None)):
         raise ValueError(f"result.json: {wrong}")
-    environment = {} if result else _object(run.dir.environment)
+    environment = {} if result else _environment(run.dir)
     return Row(
         label=run.dir.label,
         experiment=run.experiment,
@@ -455,6 +455,13 @@ def _record_row(path: Path, group: ReferenceGroup) -> Row:
         steps_done=result.steps_done,
         **_comparison(experiment, group),
     )
+
+
+def _environment(run: rundir.RunDir) -> dict[str, Any]:
+    try:
+        return read_object(run.environment)
+    except ValueError:
+        return {}
 
 
 def _upstream(environment: dict[str, Any]) -> Upstream | None:
@@ -510,15 +517,6 @@ def _reference(where: str, raw: dict[str, Any], common: dict[str, Any]) -> Refer
     if row.in_doubt and row.note is None:
         raise UserError(f"{at}: ran: unknown needs a note that says why")
     return row
-
-
-def _object(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``, empty where there is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _words(ran: str | None) -> str:

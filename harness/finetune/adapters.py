@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from harness.errors import UserError
 from harness.experiment.catalog import Lora
-from harness.rundir import write_json
+from harness.files import write_json
 
 FOLDER, TENSORS, RECORD = "adapters", "adapters.safetensors", "adapters.json"
 KEY = "decoder.layers.{layer}.{parent}.{name}.{factor}"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from harness import rundir
-from harness.errors import UserError
+from harness.errors import UserError, first_line
 from harness.experiment.catalog import EXPERIMENTS, Experiment
 from harness.launching.launch import POLL_S, Finished, Run, show_progress
 from harness.launching.processes import Signals
@@ -81,7 +81,7 @@ class _Chapter:
             plan = plan_for(experiment)
             self._check(plan)
         except UserError as error:
-            self._outcomes[experiment.name] = Outcome("skipped", str(error).splitlines()[0])
+            self._outcomes[experiment.name] = Outcome("skipped", first_line(error))
             return
         earlier = None if force else _earlier(plan)
         if earlier:
@@ -161,7 +161,7 @@ class _Chapter:
             check_machine(plan.experiment, plan.device)
             directory = rundir.create(plan.outdir, plan.experiment.label)
         except UserError as error:
-            self._outcomes[plan.experiment.name] = Outcome("not run", str(error).splitlines()[0])
+            self._outcomes[plan.experiment.name] = Outcome("not run", first_line(error))
             return None
         return Run(plan, directory, gpu_ids, self._hang_seconds, held=held)
 

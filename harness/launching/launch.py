@@ -20,6 +20,7 @@ from harness.errors import UserError, nearest
 from harness.evidence.measured import measure
 from harness.experiment import calibrations, fit
 from harness.experiment.hardware import find_gpu, peak_tflops
+from harness.files import told_if_unwritable, write_json, write_text
 from harness.launching import outcome, processes
 from harness.launching.meeting import SHARED_S, run_directory
 from harness.launching.processes import LAUNCHER_VARIABLE, Signals
@@ -108,7 +109,7 @@ class Run:
         self._environment = describe_environment(plan.device, gpu_ids)
         self._begin()
         if keeps_records:
-            with rundir.told_if_unwritable(directory.path):
+            with told_if_unwritable(directory.path):
                 self._write_records()
         self._process = self._spawn()
         self._sampler = self._new_sampler()
@@ -155,8 +156,8 @@ class Run:
             self._read_last_news()
             self._finished = Finished(self.dir, self._result())
             if self._keeps_records:
-                with rundir.told_if_unwritable(self.dir.path):
-                    rundir.write_json(self.dir.result, self._finished.result.model_dump(mode="json"))
+                with told_if_unwritable(self.dir.path):
+                    write_json(self.dir.result, self._finished.result.model_dump(mode="json"))
         return self._finished
 
     def abort(self) -> None:
@@ -209,16 +210,16 @@ class Run:
     def _write_records(self) -> None:
         running = {"pid": os.getpid(), "host": socket.gethostname(), "started": self._started}
         running |= {"rendezvous": self.plan.place.rendezvous, "resumed_at": self._resumed_at}
-        rundir.write_json(self.dir.running, running)
+        write_json(self.dir.running, running)
         saving = self.plan.extras.saving
         frozen = self.plan.experiment, self.plan.device, self._environment["commit"], saving
         self.dir.freeze_experiment(*frozen)
         if saving and saving.folder:
-            with rundir.told_if_unwritable(saving.folder, "SAVE"):
+            with told_if_unwritable(saving.folder, "SAVE"):
                 saving.folder.mkdir(parents=True, exist_ok=True)
                 RunDir(saving.folder).freeze_experiment(*frozen)
-        rundir.write_json(self.dir.environment, self._environment)
-        rundir.write_text(self.dir.command, self._script)
+        write_json(self.dir.environment, self._environment)
+        write_text(self.dir.command, self._script)
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         launcher = os.getpid()

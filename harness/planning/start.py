@@ -7,7 +7,7 @@ from pathlib import Path
 
 from harness import ROOT
 from harness.data import prepared
-from harness.errors import UserError, nearest
+from harness.errors import UserError, first_line, nearest
 from harness.experiment.catalog import Experiment, Model
 from harness.finetune.adapters import FOLDER, read_record
 from harness.planning.resume import labels_with_checkpoints
@@ -59,7 +59,7 @@ def _of_run(named: str, run: Path) -> Start:
     try:
         e = RunDir(run).read_experiment()
     except ValueError as error:
-        raise UserError(f"WEIGHTS={named}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"WEIGHTS={named}: {first_line(error)}") from None
     tokenizer = prepared.blend(e.data).sets[0].tokenizer_model if e.data != prepared.MOCK else None
     return Start(_from_root(saved(str(run), run.parent)), e.model, e.positions or e.seq_length, tokenizer)
 

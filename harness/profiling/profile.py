@@ -12,12 +12,13 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from harness.errors import UserError, nearest
+from harness.errors import UserError, first_line, nearest
 from harness.experiment import overrides
+from harness.files import complaint, read_object, write_json
 from harness.profiling import summary, trace
 from harness.profiling.kernels import TITLES, Category
 from harness.profiling.summary import RankProfile
-from harness.rundir import Rank, RunDir, complaint, read_object, runs, write_json
+from harness.rundir import Rank, RunDir, runs
 
 FORMATS = ("terminal", "csv", "json")
 FOLDER = "profiles"
@@ -54,7 +55,7 @@ def of_run(run: RunDir) -> Profile:
             return Profile.model_validate_json(run.profile.read_text(encoding="utf-8"))
         experiment, device, result = run.read_experiment(), run.read_device(), run.read_result()
     except (OSError, ValueError) as error:
-        raise UserError(f"{run.label}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{run.label}: {first_line(error)}") from None
     if not experiment.profile:
         raise UserError(f"{run.label} was not traced\nrun it with PROFILE=1: make {experiment.id} PROFILE=1")
     first, last = experiment.profile

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from harness.data.tokenizer_files import DESCRIPTION
+from harness.files import write_text
 
 END = "<|endoftext|>"
 
@@ -23,9 +24,7 @@ def byte_folder(home: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END, "eos_token": END, "unk_token": None}
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
-        part = folder / f".{DESCRIPTION}.part"
-        part.write_text(made.to_str())
-        part.replace(folder / DESCRIPTION)
+        write_text(folder / DESCRIPTION, made.to_str())
     return folder
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from harness.errors import UserError
+from harness.errors import UserError, first_line
 
 RULES = {
     "no JSON": "a line that is no JSON in UTF-8",
@@ -146,7 +146,7 @@ def template_of(tokenizer: Path) -> Render:
     try:
         opened = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers raises what its readers raise
-        raise UserError(f"{tokenizer}: {str(error).strip().splitlines()[0]}") from None
+        raise UserError(f"{tokenizer}: {first_line(error)}") from None
     if not opened.chat_template:
         raise UserError(f"{tokenizer} has no chat template")
     return lambda messages, answer: opened.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer)

@@ -30,11 +30,10 @@ from pydantic import BaseModel, ConfigDict
 from harness.data.clean import fasttext
 from harness.data.clean.documents import Language
 from harness.data.clean.duplicates import exact_duplicates, near_duplicates
-from harness.data.clean.files import atomic, locked
 from harness.data.clean.rules import UNREADABLE, Rules
 from harness.data.clean.units import LONGEST_LINE_BYTES, UNIT_BYTES, Unit, cut
 from harness.errors import UserError
-from harness.rundir import write_json
+from harness.files import atomic, locked, write_json
 from harness.workers import map_in_order
 
 Progress = Callable[[str, int, int], None]

@@ -15,11 +15,10 @@ from dataclasses import asdict
 from itertools import count
 from pathlib import Path
 
-from harness.data.clean.files import atomic, locked
 from harness.data.synthetic.corpus import Corpus, Label
 from harness.data.synthetic.language import table
 from harness.errors import UserError
-from harness.rundir import write_json
+from harness.files import atomic, locked, write_json
 from harness.workers import map_in_order
 
 DOCUMENTS_PER_SHARD = 16384

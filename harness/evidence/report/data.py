@@ -16,6 +16,7 @@ from harness.evidence.results import References, Results, Row, metrics, predicte
 from harness.experiment.calibrations import machine_measured_by
 from harness.experiment.catalog import Catalog, Experiment
 from harness.experiment.hardware import allocator_fraction
+from harness.files import text_lines
 from harness.planning.command import Place, render
 from harness.profiling.profile import Profile
 
@@ -144,7 +145,7 @@ def _memory(row: Row) -> dict[str, Any] | None:
     if row.kind != "run":
         return None
     used: dict[float, float] = {}
-    for line in rundir.text_lines(rundir.RunDir(row.origin).gpus):
+    for line in text_lines(rundir.RunDir(row.origin).gpus):
         try:
             sample = json.loads(line)
             used[float(sample["time"])] = max(float(gpu["used_gib"]) for gpu in sample["gpus"])

@@ -10,13 +10,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from harness import rundir
 from harness.evidence import results, verdicts
 from harness.evidence.claims import evaluate, load_claims
 from harness.evidence.claims import sources as all_sources
 from harness.evidence.figures import load_profiles
 from harness.evidence.report.data import collect
 from harness.experiment.catalog import Catalog, load_catalog
+from harness.files import told_if_unwritable, write_text
 
 FOLDER = Path(__file__).parent
 SCRIPTS = ("dom.js", "charts.js", "table.js", "compare.js", "sections.js", "main.js")
@@ -32,9 +32,9 @@ def write(outdir: Path, records: Path, path: Path) -> tuple[str, ...]:
     found = results.collect(outdir, records, references)
     data = collect(found, references, catalog, load_profiles(outdir, records))
     page = render(data | {"claims": claims(found.records, references, catalog)})
-    with rundir.told_if_unwritable(path.parent, "REPORT"):
+    with told_if_unwritable(path.parent, "REPORT"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        rundir.write_text(path, page)
+        write_text(path, page)
     return found.warnings
 
 

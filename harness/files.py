@@ -1,0 +1,117 @@
+"""Files that appear whole or not at all, and readers of what a killed process may have left."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from harness.errors import UserError
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[BinaryIO]:
+    """A file to write: readers see the old one or the whole new one, also after a power cut."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text``, whole or not at all."""
+    with atomic(path) as file:
+        file.write(text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value``, whole or not at all. Numbers that JSON lacks (NaN, infinity) become null."""
+    write_text(path, json.dumps(_finite(value), indent=1, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextmanager
+def told_if_unwritable(directory: Path, setting: str = "OUTDIR") -> Iterator[None]:
+    """Turn a full disk, missing rights and the like into a UserError with the way out; ``setting`` names the directory."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        way_out = "delete old runs there (make clean)" if full else "make it a writable directory"
+        raise UserError(
+            f"cannot write to {directory}: {error.strerror}\n{way_out}, or set {setting}= to another"
+        ) from None
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make ``folder`` and keep it to this process; remove the files that a killed one left half-written.
+
+    Raises:
+        UserError: another process has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is writing to {folder}\nwait for it, or give another NAME=") from None
+        for left in folder.rglob(".*.tmp"):
+            left.unlink(missing_ok=True)
+        yield
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``. Raises ValueError where there is none."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise ValueError(f"{path.name}: {error.strerror}") from None
+    value = json_object(text)
+    if value is None:
+        raise ValueError(f"{path.name} is not a JSON object ({len(text)} characters)")
+    return value
+
+
+def json_object(text: str) -> dict[str, Any] | None:
+    """The JSON object in ``text``, or None where it is none."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def complaint(path: Path, error: ValidationError) -> str:
+    """What is wrong in ``path`` first: the key and why."""
+    first = error.errors()[0]
+    return f"{path.name}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+
+
+def text_lines(path: Path) -> list[str]:
+    """The lines of a file; none where it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
