@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from harness.errors import UserError
-from harness.experiment.catalog import load_catalog
+from harness.experiment.catalog import Model, load_catalog
 from harness.planning.miniature import MOST_PROCESSES, miniature
 
 CATALOG = load_catalog()
@@ -68,9 +68,12 @@ def test_an_unknown_id_names_the_nearest() -> None:
         ("101: {slug: a, mbs: 1, shows: s}", r"101: 'gbs' is missing"),
         ("101: {slug: a, mbs: '1', gbs: 1, shows: s}", r"101: mbs = '1': input should be a valid integer"),
         ("101: {slug: a, mbs: 0, gbs: 1, shows: s}", r"101: mbs = 0: input should be greater than or equal to 1"),
-        ("101: {slug: a, mbs: 2, gbs: 3, shows: s}", r"101: gbs 3 must divide by mbs x dp = 2 x 1 = 2; try mbs in \{1, 3\}"),
+        ("101: {slug: a, mbs: 2, gbs: 3, shows: s}", r"101: gbs 3 must divide by mbs x dp = 2 x 1 = 2; try mbs in \{1, 3\}, or gbs a multiple of 2$"),
+        ("101: {slug: a, mbs: 2, gbs: 3, dp: 2, shows: s}", r"gbs 3 must divide by mbs x dp = 2 x 2 = 4; set gbs to a multiple of 4$"),
         ("101: {slug: a, mbs: 1, gbs: 1, tp: 3, shows: s}", r"num_attention_heads 4 must divide by tp = 3; try tp in \{1, 2, 4\}"),
         ("101: {slug: a, mbs: 1, gbs: 8, pp: 2, vpp: 4, shows: s}", r"layers 4 must divide by pp x vpp = 2 x 4 = 8; try vpp in \{1, 2\}"),
+        ("101: {slug: a, mbs: 1, gbs: 8, pp: 3, vpp: 2, shows: s}", r"layers 4 must divide by pp x vpp = 3 x 2 = 6; try pp in \{1, 2\}"),
+        ("101: {slug: a, mbs: 1, gbs: 1, vpp: 2, shows: s}", r"vpp = 2 interleaves pipeline stages, but pp = 1"),
         ("101: {slug: a, mbs: 1, gbs: 3, pp: 2, vpp: 2, shows: s}", r"micro-batches .* = 3 must divide by pp = 2 when vpp > 1"),
         ("101: {slug: a, mbs: 1, gbs: 1, cp: 3, shows: s}", r"seq 64 must divide by 2 x cp = 6"),
         ("101: {slug: a, mbs: 1, gbs: 1, cp: 8, cp_comm_type: a2a, shows: s}", r"num_attention_heads 4 must divide by tp x cp = 1 x 8"),
@@ -88,6 +91,34 @@ def test_an_unknown_id_names_the_nearest() -> None:
 def test_a_mistake_is_refused_with_its_values(tmp_path: Path, row: str, complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
         load_catalog(write(tmp_path, row))
+
+
+@pytest.mark.parametrize(
+    ("id_", "changes", "complaint"),
+    [
+        ("101", {"num_attention_heads": 24}, "hidden_size 1600 must divide by num_attention_heads 24"),
+        ("281", {"ffn_hidden_size": 100}, "ffn_hidden_size 100 must divide by tp = 8; try tp in {1, 2, 4}"),
+        ("611", {"num_query_groups": 5}, "num_attention_heads 32 must divide by num_query_groups 5"),
+        ("611", {"kv_channels": 127}, "the head size 127 must be even"),
+        ("101", {"positions": 1023}, "seq 1024: positions were learned up to 1023; set SEQ=1023 or less"),
+        ("101", {"tp": 5, "sequence_parallel": True}, "seq / cp = 1024 / 1 must divide by tp = 5 for sequence parallelism"),
+        ("620", {"yarn": None}, "position_embedding yarn, yarn missing: set both or neither"),
+        ("631", {"normalization": "LayerNorm"}, "qk_norm projection is an RMS norm"),
+        ("802", {"precision": "fp8", "fp8_recipe": "delayed"}, "LoRA: fp8 is not tested with adapters"),
+        ("620", {"optimizer": "muon"}, "upstream's sharded muon does not take experts with biases yet"),
+        ("511", {"moe_ffn_hidden_size": 1023}, "moe_ffn_hidden_size 1023 must divide by etp = 2"),
+        ("511", {"ep": 8}, "the 8 ranks of a pipeline stage (tp x cp x dp = 1 x 1 x 8) must divide by ep x etp = 8 x 2 = 16; "
+                           "try ep in {1, 2, 4}"),
+        ("511", {"moe_router_topk": 257}, "moe_router_topk 257 is more than the 256 experts there are"),
+    ],
+)  # fmt: skip
+def test_a_change_that_does_not_fit_is_refused_with_its_values(id_, changes, complaint) -> None:
+    e = CATALOG.find(id_)
+    if changes.keys() <= Model.model_fields.keys():
+        changes = {"model": e.model.model_copy(update=changes)}
+    with pytest.raises(UserError) as refused:
+        e.with_changes(**changes)
+    assert complaint in str(refused.value)
 
 
 def test_expert_sizes_that_do_not_divide_are_refused(tmp_path: Path) -> None:

@@ -205,6 +205,7 @@ def test_which_steps_are_traced_and_which_are_disturbed():
     e = apply(find_("101"), {"PROFILE": "1"})
     assert (e.profile, e.label, list(e.disturbed_steps)) == ((8, 9), "101-gpt2xl-dp1-gbs1-bf16_profile1", [7, 8, 9, 10])
     assert apply(find_("101"), {"PROFILE": "12-12"}).profile == (12, 12)
+    assert apply(find_("101"), {"PROFILE": "2-5", "STEPS": "5"}).profile == (2, 5)
     assert [(v.name, v.value) for v in variables(e, "cuda")][-1] == ("HARNESS_PROFILE", "8-9")
     assert not list(find_("101").disturbed_steps)
 

@@ -8,6 +8,7 @@ megatron/core/pipeline_parallel/schedules.py of core_v0.19.0.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,7 @@ def _violations(e: Experiment) -> Iterator[str]:
     if heads % e.tp:
         yield f"num_attention_heads {heads} must divide by tp = {e.tp}; {_try('tp', divisors(heads), e.tp)}"
     elif m.ffn % e.tp:
-        yield f"ffn_hidden_size {m.ffn} must divide by tp = {e.tp}; {_try('tp', divisors(m.ffn), e.tp)}"
+        yield f"ffn_hidden_size {m.ffn} must divide by tp = {e.tp}; {_try('tp', divisors(math.gcd(heads, m.ffn)), e.tp)}"
     if m.num_query_groups and heads % m.num_query_groups:
         yield f"num_attention_heads {heads} must divide by num_query_groups {m.num_query_groups}"
     if m.num_query_groups and m.num_query_groups % e.tp and e.tp % m.num_query_groups:
