@@ -74,6 +74,22 @@ def test_a_layer_of_gpt2_keeps_what_the_paper_says(id_):
         assert (attention_bytes(e) + mlp_bytes(e)) / tokens == pytest.approx(units, rel=0.003)
 
 
+def test_dropout_keeps_a_byte_an_element_twice_a_layer_and_once_after_the_embedding():
+    for id_, layers in (("111", 48), ("408", 72)):
+        e = find(id_)
+        plain = e.with_changes(model=e.model.model_copy(update={"dropout": 0.0}))
+        masks = (2 * layers + 1) * e.seq_length * e.micro_batch_size * e.model.hidden_size
+        assert (predict(e).total - predict(plain).total) * 2**30 == pytest.approx(masks)
+
+
+@pytest.mark.parametrize(("id_", "kept_bytes"), [("651", 2 + 4 / 128), ("631", 4 + 4 + 2)], ids=["head", "projection"])
+def test_norms_of_queries_and_keys_keep_their_inputs_and_statistics(id_, kept_bytes):
+    e = CATALOG.find(id_)
+    plain = e.with_changes(model=e.model.model_copy(update={"qk_norm": "none"}))
+    of_both = (e.model.query_size + e.model.key_size) * e.seq_length * e.micro_batch_size
+    assert attention_bytes(e) - attention_bytes(plain) == kept_bytes * of_both
+
+
 def test_micro_batches_in_flight():
     first = {id_: _layers_in_flight(find(id_), 0) for id_ in ("401", "408", "432", "438", "438h")}
     assert first == {"401": 9, "408": 72, "432": 72, "438": 72, "438h": 36 * (1 + 3 / 12)}
@@ -244,7 +260,3 @@ def test_norms_over_projections_keep_what_is_counted(group):
     norm.group, norm.eps, norm.weight = group, 1e-5, torch.nn.Parameter(torch.ones(WIDTH, dtype=torch.bfloat16))
     x = torch.randn(TOKENS, 1, 4, WIDTH // 4, dtype=torch.bfloat16, requires_grad=True)
     assert kept(norm, x) == (4 + 4 + 2) * TOKENS * WIDTH
-    e = CATALOG.find("631")
-    plain = e.with_changes(model=e.model.model_copy(update={"qk_norm": "none"}))
-    of_both = (e.model.query_size + e.model.key_size) * e.seq_length * e.micro_batch_size
-    assert attention_bytes(e) - attention_bytes(plain) == (4 + 4 + 2) * of_both

@@ -181,6 +181,8 @@ def test_corrupt_runs_are_left_out_with_a_warning_each(tmp_path):
     make_run(tmp_path, "102-torn").result.write_text('{"status": "ok"')
     make_run(tmp_path, "103-strange", {**RESULT, "status": "splendid"})
     make_run(tmp_path, "104-empty").experiment_json.write_text("")
+    make_run(tmp_path, "106-list").experiment_json.write_text("[]")
+    make_run(tmp_path, "107-nowhere").freeze_experiment(experiment(), "tpu", None)
     make_run(tmp_path, "105-older", RESULT).experiment_json.write_text('{"id": "101", "device": "cpu"}')
     (tmp_path / "notes").mkdir()
     (tmp_path / ".gitkeep").touch()
@@ -194,6 +196,8 @@ def test_corrupt_runs_are_left_out_with_a_warning_each(tmp_path):
         "103-strange",
         "104-empty",
         "105-older",
+        "106-list",
+        "107-nowhere",
     ]
     assert "splendid" in warnings[1] or "status" in warnings[1]
 
