@@ -161,6 +161,8 @@ def test_a_rank_killed_while_memory_was_short_died_of_it(seen):
     assert (outcome.status, outcome.rank) == ("oom-host", 1)
     assert "for want of memory" in outcome.detail
     assert "fewer than 2 ranks" in outcome.advice
+    alone = classify(Evidence(exit_code=1, log=captured("sigkill"), **seen), experiment(dp=1))
+    assert alone.advice.startswith("the host ran out of memory: a smaller SEQ=")
 
 
 @pytest.mark.parametrize(
@@ -275,9 +277,13 @@ def test_ok_needs_every_step():
     assert early.status == "crash" and "after step 2 of 3" in early.detail
 
 
-def test_an_exit_without_any_evidence_is_a_crash_with_its_code():
-    outcome = classify(Evidence(exit_code=127, log="bash: torchrun: command not found\n"), experiment())
-    assert outcome.status == "crash"
+@pytest.mark.parametrize(("exit_code", "status", "detail"), [
+    (127, "crash", "exit code 127"), (-9, "crash", "torchrun: ended by SIGKILL"), (-15, "killed", "torchrun: ended by SIGTERM"),
+    (-40, "crash", "torchrun: ended by signal 40"),
+])  # fmt: skip
+def test_an_exit_without_any_other_evidence_is_named_by_its_code(exit_code, status, detail):
+    outcome = classify(Evidence(exit_code=exit_code, log="bash: torchrun: command not found\n"), experiment())
+    assert (outcome.status, outcome.detail) == (status, detail)
 
 
 def test_levers_fit_the_experiment():
@@ -286,6 +292,8 @@ def test_levers_fit_the_experiment():
     split = memory_levers(experiment(mbs=1, gbs=2, dp=1, tp=2, recompute="full"))
     assert "SP=1" in split and "TP=4" in split and "MBS" not in split and "RECOMPUTE" not in split
     assert "TP=" not in memory_levers(experiment(mbs=1, gbs=2, dp=2, tp=4, sharding="optim")), "4 heads, tp 8"
+    last = experiment(mbs=1, gbs=1, dp=1, tp=4, sp=True, pp=4, recompute="full", sharding="optim", optimizer_state="bf16")
+    assert memory_levers(last).endswith("try a smaller SEQ=")
 
 
 def test_ranks_are_grouped_by_where_they_wait():

@@ -33,6 +33,7 @@ def test_what_changes_nothing_leaves_no_trace() -> None:
 def test_dependent_settings_follow() -> None:
     assert not apply("282", "TP=1").sequence_parallel
     assert apply("438", "PP=1").vpp == 1
+    assert CATALOG.find("622").recompute_modules and not apply("622", "RECOMPUTE=full").recompute_modules
 
 
 def test_dropout_is_the_models_and_switches_are_on_or_off() -> None:
@@ -53,6 +54,7 @@ def test_arguments_are_split_as_a_shell_splits() -> None:
         (["438", "VPP=5"], r"layers 72 must divide by pp x vpp = 8 x 5 = 40; try vpp in \{1, 3, 9\}"),
         (["128", "GPUS=3"], r"gbs 128 must divide by mbs x dp = 16 x 3 = 48"),
         (["408", "GPUS=6"], r"GPUS=6 must divide by tp x pp x cp = 1 x 8 x 1 = 8; try GPUS=8"),
+        (["302", "GPUS=3"], r"GPUS=3 must divide by tp x pp x cp = 1 x 1 x 2 = 2; try GPUS=4, or"),
         (["128", "GPUS=4", "DP=2"], r"GPUS=4 makes dp = 4, but DP=2 is given"),
         (["101", "STEPS=many"], r"STEPS=many: expected a whole number, 1 or more"),
         (["101", "STEPS=0"], r"STEPS=0: expected a whole number"),

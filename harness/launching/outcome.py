@@ -66,7 +66,7 @@ class Rule:
     pattern: re.Pattern[str]
     status: Status
     advice: str | Callable[[Experiment], str]
-    anywhere: bool = True
+    anywhere: bool
 
 
 @dataclass(frozen=True)
@@ -178,8 +178,8 @@ RULES = (
         "hang",
         "a rank waited for others in vain; logs.txt names the collective",
     ),
-    Rule(
-        ADDRESS_IN_USE,
+    _rule(
+        ADDRESS_IN_USE.pattern,
         "crash",
         "a port was taken: run it again; with several nodes, name another in RENDEZVOUS=host:port",
     ),
