@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -191,6 +192,7 @@ def test_an_optimizer_of_other_rates_is_refused(tmp_path):
     ({"RESUME": "1"}, "RESUME=1: there is no run 101-"),
     ({"LOAD": "nothing"}, "no folder and no run with a checkpoint is called nothing; SAVE=1 .*: make <id> SAVE=1"),
     ({"LOAD": "101-gpt2"}, "is called 101-gpt2; SAVE=1 makes a run keep checkpoints: make 101 SAVE=1"),
+    ({"NODE_RANK": "1"}, "NODE_RANK=1: 101 runs on nodes 0 to 0; NODES= sets"),
     ({"WANDB": "on"}, "WANDB=on: expected offline or online"),
     ({"WANDB_PROJECT": "mine"}, "WANDB_PROJECT=mine logs nothing without WANDB=\nadd WANDB=offline or WANDB=online"),
     ({"WANDB_NAME": "a", "WANDB_ENTITY": "b"}, "WANDB_ENTITY=b WANDB_NAME=a logs nothing without WANDB="),
@@ -218,9 +220,10 @@ def test_megatron_fsdp_waits_for_its_saves_and_a_cpu_has_none(tmp_path):
 
 def test_saving_and_evaluating_as_asked(tmp_path):
     asked = {"SAVE_EVERY": "5", "KEEP": "3", "EVAL_EVERY": "7", "EVAL_STEPS": "2", "LR": "3e-4", "OUTDIR": str(tmp_path)}
+    asked |= {"WANDB": "offline", "WANDB_ENTITY": "team"}
     script = plan(load_catalog().find("122"), TINY | asked, "cpu").script()
     for words in ("--save-interval 5 --async-save --use-persistent-ckpt-worker", '${HARNESS_RUN_DIR:+--save "$HARNESS_RUN_DIR/checkpoints"}',
-                  "--dist-ckpt-optim-fully-reshardable", "export HARNESS_KEEP=3", "--eval-interval 7 --eval-iters 2", "--lr 0.0003 --min-lr 3e-05"):
+                  "--wandb-project megatron --wandb-exp-name 122-", "--wandb-entity team", "--dist-ckpt-optim-fully-reshardable", "export HARNESS_KEEP=3", "--eval-interval 7 --eval-iters 2", "--lr 0.0003 --min-lr 3e-05"):
         assert words in script.replace(" \\\n   ", "")
     assert "--save" not in plan(load_catalog().find("122"), TINY | {"OUTDIR": str(tmp_path)}, "cpu").script()
 
@@ -262,6 +265,21 @@ def test_resuming_with_another_model_names_the_difference_and_with_another_dropo
     write_json(run.experiment_json, json.loads(run.experiment_json.read_text()) | {"data": "gone"})
     with pytest.raises(UserError, match="was trained on gone, this would go on with mock\nDATA=\"gone\" goes on with the same"):
         plan(row, asked, "cpu")
+
+
+def still_running(run):
+    write_json(run.running, {"pid": os.getpid(), "host": os.uname().nodename, "started": time.time()})
+
+
+@pytest.mark.parametrize("made, said", [
+    (still_running, r"RESUME=1: 101-\S+ still runs; make stop RUN=101-"),
+    (lambda run: run.experiment_json.write_text("{"), "RESUME=1: .*experiment.json is not a JSON object"),
+    (lambda run: run.freeze_experiment(tiny(), "cpu", None), "kept no checkpoints, there is nothing to go on from\nstart anew with SAVE=1"),
+])  # fmt: skip
+def test_what_cannot_be_gone_on_with_says_why(tmp_path, made, said):
+    made(run_in(tmp_path, tiny()))
+    with pytest.raises(UserError, match=said):
+        plan(load_catalog().find("101"), TINY | {"RESUME": "1", "OUTDIR": str(tmp_path)}, "cpu")
 
 
 def test_resuming_cuts_what_the_checkpoint_does_not_know_of(tmp_path):

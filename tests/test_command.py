@@ -5,10 +5,13 @@ import subprocess
 
 import pytest
 
+from harness.errors import UserError
 from harness.experiment.catalog import load_catalog
+from harness.machine import gpus
 from harness.megatron.flags import megatron_flags
 from harness.planning.command import Place, render
 from harness.planning.miniature import describe, miniature
+from harness.planning.plan import GRAPHS_DROP, choose_device, plan
 
 CATALOG = load_catalog()
 IDS = [e.id for e in CATALOG.experiments]
@@ -75,3 +78,28 @@ def test_learned_positions_are_not_left_to_pytorch() -> None:
 def test_several_nodes_meet_at_the_rendezvous() -> None:
     script = render(CATALOG.find("219"), "cuda", Place(node_rank="1", rendezvous="node0:29500"))
     assert "--nnodes 2 --node-rank 1 --rdzv-backend c10d --rdzv-endpoint node0:29500" in script.replace(" \\\n    ", " ")
+
+
+def test_without_a_gpu_what_needs_one_is_refused(monkeypatch) -> None:
+    monkeypatch.setattr(gpus, "list_gpus", list)
+    assert choose_device({}) == "cpu" and choose_device({"DEVICE": "cuda"}, only_show=True) == "cuda"
+    with pytest.raises(UserError, match=r"the NVIDIA driver shows no GPU here\n.*DEVICE=cpu runs the miniature"):
+        choose_device({"DEVICE": "cuda"})
+    with pytest.raises(UserError, match="CARD=h100-80gb caps the memory of the GPU at hand, but there is none here"):
+        plan(CATALOG.find("101"), {"DATA": "mock", "CARD": "h100-80gb"}, "cuda")
+
+
+@pytest.mark.parametrize(("installed", "backend"), [(None, "auto"), ("flash_attn", "flash")])
+def test_without_flash_attn_attention_is_cudnns_and_the_run_says_so(monkeypatch, installed, backend) -> None:
+    monkeypatch.setattr(gpus, "list_gpus", lambda: ["a GPU"])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: installed)
+    planned = plan(CATALOG.find("328"), {"DATA": "mock"}, "cuda")
+    assert choose_device({}) == "cuda" and planned.experiment.attention_backend == backend
+    assert planned.headline == (None if installed else "attention by cuDNN: the published run's flash-attn is not installed here")
+
+
+def test_graphs_that_drop_in_evaluation_too_are_told() -> None:
+    settings = {"DATA": "mock", "CUDA_GRAPHS": "1"}
+    assert plan(CATALOG.find("101"), settings, "cuda").notices == (GRAPHS_DROP,)
+    for more in ({"DROPOUT": "0"}, {"EVAL_STEPS": "0"}):
+        assert plan(CATALOG.find("101"), settings | more, "cuda").notices == ()

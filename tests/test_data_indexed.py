@@ -146,6 +146,22 @@ def test_until_it_is_finished_there_is_no_pair(tmp_path):
         indexed.check_pair(tmp_path / "x")
 
 
+def test_an_older_index_never_stands_beside_the_new_tokens(tmp_path, monkeypatch):
+    """Stopped between the two names, it leaves no pair."""
+    write(tmp_path / "x", documents(1, 5))
+    replace = Path.replace
+
+    def stopped(path, target):
+        if target.suffix == ".idx":
+            raise KeyboardInterrupt
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "x", documents(2, 5))
+    assert not indexed.idx_path(tmp_path / "x").exists()
+
+
 def good(prefix: Path) -> bytearray:
     docs = [[[1, 2, EOD]], [], [[3], [4, EOD]], [[5, 6, 7, EOD]]]
     write(prefix, docs)

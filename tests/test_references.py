@@ -105,7 +105,7 @@ def test_a_wrong_row_is_refused(tmp_path, row, message):
 
 def test_a_wrong_group_is_refused(tmp_path):
     assert "gpu = 'h100': unknown GPU" in broken(tmp_path, lambda group: group.update(gpu="h100"))
-    assert "exactly one group" in broken(tmp_path, lambda group: group.pop("published"))
+    assert "exactly one group must be published: true; found none" in broken(tmp_path, lambda group: group.pop("published"))
     assert "h100-tutorial: 'software' is missing" in broken(tmp_path, lambda group: group.pop("software"))
     assert "rows must be a list" in broken(tmp_path, lambda group: group.update(rows={"101": {}}))
 

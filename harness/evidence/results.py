@@ -435,7 +435,7 @@ def _run_row(run: rundir.Run, group: ReferenceGroup) -> Row:
         gpu_name=result.gpu if result else environment.get("gpu"),
         upstream=result.upstream if result else _upstream(environment),
         result=result,
-        steps_done=result.steps_done if result else steps[-1].step if steps else 0,
+        steps_done=steps[-1].step if steps else 0,
         **_comparison(run.experiment, group),
     )
 
