@@ -1,6 +1,6 @@
 # Generated from experiments/*.yaml and harness/experiment/overrides.py by `make targets`; a test keeps it fresh.
 # Every target is spelled out, one a line, because zsh completes from this text and bash from make's database.
-SETTINGS := STEPS GPUS DP TP SP PP VPP CP CP_COMM_TYPE EP ETP MBS GBS SEQ RECOMPUTE DROPOUT CROSS_ENTROPY_FUSION CUDA_GRAPHS OPTIMIZER OPTIMIZER_STATE SHARDING NODES DATA SPLIT WEIGHTS LORA_RANK LORA_ALPHA LORA_DROPOUT LORA_TARGETS LR MIN_LR LR_DECAY LR_WARMUP EVAL_EVERY EVAL_STEPS UNTIL LOAD CARD PROFILE ARGS DEVICE DRY_RUN GPUS_IDS OUTDIR NODE_RANK RENDEZVOUS SLURM PARTITION ACCOUNT TIME SAVE SAVE_EVERY KEEP RESUME WANDB WANDB_PROJECT WANDB_ENTITY WANDB_NAME HANG PACK FORCE
+SETTINGS := STEPS GPUS DP TP SP PP VPP CP CP_COMM_TYPE EP ETP MBS GBS SEQ RECOMPUTE DROPOUT CROSS_ENTROPY_FUSION CUDA_GRAPHS FP8 OPTIMIZER OPTIMIZER_STATE SHARDING NODES DATA SPLIT WEIGHTS LORA_RANK LORA_ALPHA LORA_DROPOUT LORA_TARGETS LR MIN_LR LR_DECAY LR_WARMUP EVAL_EVERY EVAL_STEPS UNTIL LOAD CARD PROFILE ARGS DEVICE DRY_RUN GPUS_IDS OUTDIR NODE_RANK RENDEZVOUS SLURM PARTITION ACCOUNT TIME SAVE SAVE_EVERY KEEP RESUME WANDB WANDB_PROJECT WANDB_ENTITY WANDB_NAME HANG PACK FORCE
 ##@ What is run:  make 101 KEY=VALUE …
 #STEPS=20 ## training steps (published: 100; CPU default: 20)
 #GPUS=4 ## GPUs in all; data parallelism follows: dp = GPUS / (tp x pp x cp)
@@ -20,6 +20,7 @@ SETTINGS := STEPS GPUS DP TP SP PP VPP CP CP_COMM_TYPE EP ETP MBS GBS SEQ RECOMP
 #DROPOUT=0 ## share of hidden states and of attention weights that training drops
 #CROSS_ENTROPY_FUSION=1 ## the loss in fewer kernels, 0 or 1
 #CUDA_GRAPHS=1 ## launch a layer's kernels together, 0 or 1: for GPUs that wait for the CPU
+#FP8=tensorwise ## linear layers in fp8, scaled: delayed, tensorwise or blockwise; 0: bf16
 #OPTIMIZER=muon ## adam or muon
 #OPTIMIZER_STATE=bf16 ## precision of Adam's moments, fp32 or bf16 (with SHARDING=optim)
 #SHARDING=optim ## what data parallelism shards: no_shard, optim, fsdp_optim, fsdp_optim_grads, fsdp_optim_grads_params, torch_fsdp2

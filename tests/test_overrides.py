@@ -43,6 +43,21 @@ def test_dropout_is_the_models_and_switches_are_on_or_off() -> None:
     assert apply("101", "DROPOUT=0.1", "CUDA_GRAPHS=0") is CATALOG.find("101")
 
 
+def test_fp8_is_a_precision_and_a_recipe():
+    e = apply("111", "FP8=tensorwise")
+    assert (e.precision, e.fp8_recipe, e.label) == ("fp8", "tensorwise", "111-gpt2xl-dp1-fit-80GB_fp8tensorwise")
+    plain, listed = apply("612", "FP8=0"), CATALOG.find("611")
+    assert (plain.precision, plain.fp8_recipe, plain.layout) == ("bf16", None, listed.layout)
+    assert apply("612", "FP8=delayed") is CATALOG.find("612") and apply("111", "FP8=0") is CATALOG.find("111")
+    with pytest.raises(UserError, match="FP8=e4m3; valid: delayed, tensorwise, blockwise, 0"):
+        apply("111", "FP8=e4m3")
+    with pytest.raises(UserError, match=r"in blocks of 16, by which hidden_size = 1000, queries, keys and values / tp = 3000, queries"):
+        CATALOG.find("111").with_changes(precision="fp8", fp8_recipe="delayed", model=CATALOG.find("111").model.model_copy(
+            update={"hidden_size": 1000, "kv_channels": None}))
+    with pytest.raises(UserError, match="in blocks of 128"):
+        apply("111", "FP8=blockwise", "SEQ=1000", "MBS=1", "GBS=1")
+
+
 def test_arguments_are_split_as_a_shell_splits() -> None:
     assert apply("101", "ARGS=--lr 1e-4 --x 'a b'").extra_args == ("--lr", "1e-4", "--x", "a b")
 

@@ -15,7 +15,8 @@ from harness.experiment.catalog import load_catalog
 from harness.experiment.fit import verdict
 from harness.experiment.hardware import find_gpu
 from harness.experiment.memory import predict
-from harness.experiment.step_time import Calibration, _filled, unknown
+from harness.experiment.passes import MESSAGE_S, OPERATION_S, Calibration, _filled
+from harness.experiment.step_time import unknown
 
 CATALOG = load_catalog()
 FACTS = Facts.load(RECORDS)
@@ -171,11 +172,11 @@ def test_embedding_and_output_layer_send_under_tensor_parallelism():
     """48 layers send 2 sums each way; the embedding one forward, the output layer one backward, and the loss three numbers."""
     link, exposed = PUBLISHED.constants.link_gb_s * 1e9, PUBLISHED.constants.tensor_exposed
     e = find("281")
-    each = 9 / 8 * 2 * e.seq_length * e.micro_batch_size * e.model.hidden_size / link + step_time.MESSAGE_S
+    each = 9 / 8 * 2 * e.seq_length * e.micro_batch_size * e.model.hidden_size / link + MESSAGE_S
     forward, backward = 2 * e.model.num_layers + 1, 2 * e.model.num_layers + 1
-    sent = forward * each + backward * each * exposed + 3 * step_time.MESSAGE_S
+    sent = forward * each + backward * each * exposed + 3 * MESSAGE_S
     assert pieces("281").exchange == pytest.approx(1e3 * sent)
-    assert pieces("281").exchange - pieces("281", cross_entropy_fusion=True).exchange == pytest.approx(1e3 * step_time.MESSAGE_S)
+    assert pieces("281").exchange - pieces("281", cross_entropy_fusion=True).exchange == pytest.approx(1e3 * MESSAGE_S)
 
 
 def test_sequence_parallelism_splits_tokens_before_they_are_routed():
@@ -184,12 +185,12 @@ def test_sequence_parallelism_splits_tokens_before_they_are_routed():
     assert split.products < whole.products / 5
     e = find("502", "TP=8 SP=1 DP=1 GBS=4 EP=8")
     link, tokens = PUBLISHED.constants.link_gb_s * 1e9, e.seq_length * e.micro_batch_size
-    gathered = 7 / 8 * 2 * tokens * e.model.hidden_size / link + step_time.MESSAGE_S
+    gathered = 7 / 8 * 2 * tokens * e.model.hidden_size / link + MESSAGE_S
     exchanged = 2 * tokens / 8 * 8 * e.model.hidden_size * 2 * 7 / 8 / link
     sums = 2 * gathered * (1 + PUBLISHED.constants.tensor_exposed)
     # with learned positions, embeddings are all-reduced
-    embedding = 9 / 8 * 2 * tokens * e.model.hidden_size / link + step_time.MESSAGE_S
-    ends = embedding + gathered + gathered + 2 * gathered * PUBLISHED.constants.tensor_exposed + 3 * step_time.MESSAGE_S
+    embedding = 9 / 8 * 2 * tokens * e.model.hidden_size / link + MESSAGE_S
+    ends = embedding + gathered + gathered + 2 * gathered * PUBLISHED.constants.tensor_exposed + 3 * MESSAGE_S
     assert split.exchange == pytest.approx(1e3 * (e.model.num_layers * (sums + 2 * exchanged) + ends))
 
 
@@ -206,6 +207,82 @@ def test_fewer_key_heads_move_less_and_every_element_of_a_model_costs():
     for element in ({"position_embedding": "rope"}, {"qk_norm": "head"}, {"attention_output_gate": True}, {"activation": "swiglu"}):
         assert pieces("111", model=element).passes > pieces("111").passes
     assert pieces("111", cross_entropy_fusion=True).passes < pieces("111").passes
+
+
+def test_fp8_halves_products_and_pays_with_passes():
+    """Of 611's layers: what enters a linear layer forward, and the gradient of what leaves it, is quantized; logits are not."""
+    e, machine = find("611"), replace_constants(PUBLISHED, PUBLISHED.constants.model_copy(update={"fp8_share": 1.0}))
+    m, tokens = e.model, e.seq_length * e.micro_batch_size * e.num_microbatches
+    step = {id_: machine.predict(find(id_)) for id_ in ("611", "612", "613", "614")}
+    logits = 3 * machine.predict(find("611")).products  # an upper bound of what the output layer takes of it
+    assert 0.5 < step["612"].products / step["611"].products < 0.6 and step["612"].products == step["613"].products < logits
+    elements = tokens * (2 * m.hidden_size + m.query_size + m.ffn) + tokens * (m.qkv_size + 2 * m.ffn + 2 * m.hidden_size)
+    weights = m.hidden_size * (m.qkv_size + m.query_size + 3 * m.ffn)
+    bandwidth = machine.card.bandwidth_gb_s * 1e9 * machine.constants.bandwidth_share
+    for id_, each in (("612", 4), ("613", 6), ("614", 4)):
+        more = each * m.num_layers * (elements + weights) / bandwidth
+        assert step[id_].passes - step["611"].passes == pytest.approx(1e3 * more)
+    assert step["613"].gradients == step["611"].gradients and step["613"].attention == step["611"].attention
+    assert unknown(find("615", "FP8=delayed")) == ["fp8 beside tensor parallelism or experts"]
+
+
+def test_sharded_weights_are_gathered_twice_a_micro_batch():
+    """Bytes of a parameter: fp32 gradients and bf16 weights once, 6; bf16 both, 4; weights twice, 6; in two micro-batches, 12."""
+    sent = {id_: pieces(id_).gradients for id_ in ("702", "703", "704", "705", "706", "611", "711")}
+    assert sent["702"] == sent["705"] == pytest.approx(1.5 * sent["703"]) and sent["703"] == sent["704"]
+    assert sent["711"] == pytest.approx(2 * sent["611"]) and sent["706"] > sent["705"]
+    assert pieces("704", "MBS=8").gradients == pytest.approx(sent["704"] * 6 / 4)
+    assert pieces("702").optimizer > pieces("703").optimizer > pieces("704").optimizer == pieces("705").optimizer
+    assert pieces("713", "DP=1").gradients == 0
+
+
+def test_adapters_leave_out_the_products_of_frozen_weights():
+    """A third of all products is for the weights' gradients; what adapters add is small and launched one by one."""
+    whole, narrow, wide = pieces("811", "LORA_RANK=0"), pieces("811", "LORA_RANK=1"), pieces("811", "LORA_RANK=512")
+    assert 2 / 3 < narrow.products / whole.products < 0.8 < wide.products / whole.products
+    assert narrow.optimizer < 0.1 * whole.optimizer and narrow.optimizer < wide.optimizer
+    few, all_four = (pieces("802", f"LORA_TARGETS={targets}") for targets in (
+        "linear_qkv", "linear_qkv,linear_proj,linear_fc1,linear_fc2"))
+    assert few.launches + few.products + few.passes < all_four.launches + all_four.products + all_four.passes
+    assert pieces("802", "LORA_DROPOUT=0.1").passes > pieces("802", "LORA_DROPOUT=0").passes
+    assert pieces("803").exchange > pieces("803", "LORA_TARGETS=linear_qkv").exchange > 0
+
+
+def test_muon_iterates_on_every_matrix():
+    """Beyond Adam: five times three products of each of 24 x 6 matrices, bytes, and launches, which take longest."""
+    adam, muon, shared = pieces("661"), pieces("671"), pieces("672")
+    operations = 24 * 6 * (12 + 3 * 5) * OPERATION_S
+    assert muon.optimizer - adam.optimizer == pytest.approx(1e3 * operations, rel=0.1)
+    assert muon.optimizer - adam.optimizer > 1e3 * operations
+    without = pieces("672", optimizer="adam").optimizer
+    assert shared.optimizer - without == pytest.approx((muon.optimizer - adam.optimizer) / 4)
+    assert replace(muon, optimizer=0.0) == replace(adam, optimizer=0.0)
+
+
+def test_norms_over_projections_cost_more_than_those_of_heads():
+    none, head, projection = (pieces("631", model={"qk_norm": kind}) for kind in ("none", "head", "projection"))
+    assert none.passes < head.passes < projection.passes
+    for id_ in ("101", "631"):  # where the GPU waits for launches, and where it does not
+        waits = [sum(pieces(id_, model={"qk_norm": kind}).pieces.values()) for kind in ("head", "projection")]
+        assert waits[0] < waits[1]
+    tp, heads = (pieces("631", "TP=2 SP=1 DP=2 EP=4", model={"qk_norm": kind}) for kind in ("projection", "head"))
+    assert tp.exchange - heads.exchange == pytest.approx(1e3 * 2 * 2 * 4 * 16 * MESSAGE_S)  # passes, sums, micro-batches, layers
+
+
+def test_what_no_row_has_is_named():
+    assert PUBLISHED.unmeasured(find("111")) == ()
+    assert PUBLISHED.unmeasured(find("705")) == ("FSDP",)
+    assert "fp8" in MACHINES["h200"].unmeasured(find("613"))
+    assert "pipelines" not in MACHINES["h200"].unmeasured(find("408")), "it is like a machine that has them"
+    assert MACHINES["h200"].how_sure(find("111")) == MACHINES["h200"].how_sure()
+    assert MACHINES["h200"].how_sure(find("705")).endswith("counted, not measured yet: FSDP")
+    assert all(step_time.kinds(e) for e in CATALOG.experiments if e.world_size > 1)
+
+
+def test_fp8_needs_a_card_that_has_it():
+    machine = Machine(gpu="a100-80gb", measured_by="records", switch_reduces=True)
+    with pytest.raises(UserError, match="612 computes in fp8, which NVIDIA A100-SXM4-80GB does not"):
+        machine.predict(find("612"))
 
 
 def test_recomputation_costs_what_is_done_again():
@@ -402,8 +479,8 @@ def test_the_commands(capsys):
 @pytest.mark.parametrize(("words", "complaint"), [
     (["speed"], "the speed of which experiment"), (["faster", "TP=2"], "faster than which experiment"),
     (["gpus"], "how many GPUs for which experiment"), (["gpus", "101", "MBS=x"], "expected a whole number"),
-    (["speed", "620"], "none was measured with attention sinks"), (["speed", "613"], "fp8 arithmetic"),
-    (["faster", "703"], "sharded weights (FSDP)"), (["speed", "802"], "adapters (LoRA)"), (["speed", "219"], "links between nodes"),
+    (["speed", "620"], "none was measured with attention sinks"), (["speed", "615", "FP8=delayed"], "fp8 beside tensor"),
+    (["speed", "111", "FP8=yes"], "FP8=yes; valid: delayed, tensorwise, blockwise, 0"), (["speed", "219"], "links between nodes"),
     (["speed", "101", "CARD=a100-80gb"], "CARD= may be h100-80gb, h200-141gb"), (["speed", "101", "TP=7"], "must divide by tp = 7"),
     (["speed", "101", "ARGS=--manual-gc"], "arguments of your own"),
 ])

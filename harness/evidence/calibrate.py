@@ -1,4 +1,4 @@
-"""Fits the constants of harness/experiment/step_time.py to measured steps: ``make calibrate``.
+"""Fits the constants of harness/experiment/passes.py to measured steps: ``make calibrate``.
 
 Least squares of log(predicted / measured), with a loss that lets single outliers be (soft L1), by SciPy. A constant that
 the rows do not determine stays near where it began: at the defaults, or at those of the machine it is ``like``.
@@ -23,21 +23,23 @@ from harness.experiment import calibrations, step_time
 from harness.experiment.calibrations import Fitted, Machine
 from harness.experiment.catalog import Catalog, Experiment, load_catalog
 from harness.experiment.hardware import find_gpu
-from harness.experiment.step_time import Calibration
+from harness.experiment.passes import Calibration
 from harness.files import write_text
 from harness.workers import follow_parent
 
 NAMES = tuple(Calibration.model_fields)
 NOISE = 0.03
 """What the formula is off by at least, relative: rows weigh alike however steady their steps were."""
-SURE = frozenset({"matrix_share", "bandwidth_share", "experts_share", "no_dropout_share", "tensor_exposed", "overlap"})
+SURE = frozenset(
+    {"matrix_share", "bandwidth_share", "fp8_share", "experts_share", "no_dropout_share", "tensor_exposed", "overlap"}
+)
 """Constants whose order of magnitude is known: shares of a whole."""
 WIDTH, SURE_WIDTH, LIKE = 0.8, 0.3, 0.5
 """How far a constant may stray from where it began, as a standard deviation of its logarithm; half as far if ``like``."""
 WRITTEN = ("gpu", "measured_by", "switch_reduces", "like")
 """What people write of a machine."""
 HEADER = """\
-# The machines whose measured steps calibrate predictions (harness/experiment/step_time.py says what each constant is).
+# The machines whose measured steps calibrate predictions (harness/experiment/passes.py says what each constant is).
 # gpu, measured_by, switch_reduces and like are written by people, the rest by `make calibrate`. Of each row: ms as measured,
 # as predicted, and as predicted by constants fitted without it.
 """

@@ -11,7 +11,7 @@ from harness.experiment import overrides
 from harness.experiment.calibrations import Machine, machine_of
 from harness.experiment.catalog import load_catalog
 from harness.experiment.flops import mfu, tflops_per_gpu
-from harness.experiment.hardware import Gpu, find_gpu
+from harness.experiment.hardware import Gpu, find_gpu, peak_tflops
 from harness.experiment.layouts import Layout, by_gpus
 from harness.experiment.step_time import unknown
 from harness.screen import say
@@ -38,7 +38,7 @@ def print_gpus(id_: str, settings: Mapping[str, str]) -> int:
         for cells, command in _lines(found, card):
             print(_row(cells, command))
         if known:
-            say(f"  {machine.how_sure()}: run the first few")
+            say(f"  {machine.how_sure(e)}: run the first few")
         if missing := _not_known(found, card, machine):
             say(f"  no formula for a step {missing}")
     return 0
@@ -68,7 +68,7 @@ def _lines(found: Iterable[tuple[int, Layout | None]], card: Gpu) -> Iterator[tu
         step, shown = best.step, ("", "", "")
         if step:
             fewest = fewest or gpus * step.total
-            share = mfu(tflops_per_gpu(best.experiment, step.total), card.bf16)
+            share = mfu(tflops_per_gpu(best.experiment, step.total), peak_tflops(card.name, best.experiment.precision))
             shown = f"{step.total:,.0f}", f"{fewest / (gpus * step.total):.2f}", f"{share:.0%}"
         yield (str(gpus), *shown, f"{best.memory.total:.1f}"), f"make {best.experiment.id} {best.settings}".strip()
 

@@ -24,10 +24,11 @@ from harness.experiment.calibrations import Machine, fitted, machine_of
 from harness.experiment.catalog import Catalog, Experiment, load_catalog
 from harness.experiment.fit import verdict
 from harness.experiment.flops import mfu, tflops_per_gpu
-from harness.experiment.hardware import Gpu, find_gpu
+from harness.experiment.hardware import Gpu, find_gpu, peak_tflops
 from harness.experiment.layouts import faster
 from harness.experiment.memory import predict
-from harness.experiment.step_time import Calibration, StepTime, unknown
+from harness.experiment.passes import Calibration
+from harness.experiment.step_time import StepTime, unknown
 from harness.screen import say
 
 SHOWN = 6
@@ -60,7 +61,8 @@ def print_speed(id_: str, settings: Mapping[str, str], records: Path) -> int:
             say(piece, hang=30)
         tflops = tflops_per_gpu(e, step.total)
         say(f"  {'step':12}{step.total:8.1f}  {_measured(e, machine, step, rows, references)}".rstrip(), hang=24)
-        say(f"  {tflops:.0f} TFLOP/s a GPU, MFU {mfu(tflops, machine.card.bf16):.0%}; {machine.how_sure()}")
+        share = mfu(tflops, peak_tflops(machine.card.name, e.precision))
+        say(f"  {tflops:.0f} TFLOP/s a GPU, MFU {share:.0%}; {machine.how_sure(e)}")
         if verdict(predict(e), machine.card) == "does not fit":
             print(f"  it does not fit there: make memory-{e.id} CARD={machine.gpu} says what would")
     return 0
@@ -85,7 +87,7 @@ def print_faster(id_: str, settings: Mapping[str, str]) -> int:
         for layout in found[:SHOWN]:
             ms, gib = layout.step.total, layout.memory.total
             print(f"  {ms:7,.0f} {ms / now:6.2f} {gib:6.1f}  make {e.id} {layout.settings}")
-        say(f"  {machine.how_sure()}: run the first few")
+        say(f"  {machine.how_sure(found[0].experiment)}: run the first few")
     return 0
 
 

@@ -13,9 +13,10 @@ from pydantic import BaseModel, ConfigDict
 from harness import yaml_files
 from harness.errors import UserError, nearest
 from harness.experiment import step_time
-from harness.experiment.catalog import EXPERIMENTS, Experiment
+from harness.experiment.catalog import EXPERIMENTS, Experiment, load_catalog
 from harness.experiment.hardware import Gpu, required_gpu
-from harness.experiment.step_time import Calibration, Positive, StepTime
+from harness.experiment.passes import Calibration, Positive
+from harness.experiment.step_time import StepTime
 from harness.experiment.timeline import Times
 
 FILE = EXPERIMENTS / "calibrations.yaml"
@@ -60,7 +61,12 @@ class Machine(BaseModel):
         return gpu
 
     def predict(self, e: Experiment) -> StepTime:
-        """A step of ``e`` here, solo; where ``step_time.unknown(e)`` is empty."""
+        """A step of ``e`` here, solo; where ``step_time.unknown(e)`` is empty.
+
+        Raises UserError where ``e`` computes in fp8 and the card does not.
+        """
+        if e.precision == "fp8" and self.card.fp8 is None:
+            raise UserError(f"{e.id} computes in fp8, which {self.card.name} does not (Ada, Hopper and later do)")
         return step_time.predict(e, self.card, self.constants, switch_reduces=self.switch_reduces)
 
     def stage_times(self, e: Experiment) -> Times:
@@ -77,10 +83,21 @@ class Machine(BaseModel):
         off = sorted(abs(row.left_out_ms / row.measured_ms - 1) for row in self.rows.values())
         return median(off), off[math.ceil(0.9 * len(off)) - 1], off[-1]
 
-    def how_sure(self) -> str:
-        """The same in words."""
+    def how_sure(self, e: Experiment | None = None) -> str:
+        """The same in words, and what of ``e`` no row has that the constants were fitted to."""
         half, most, _ = self.misses()
-        return f"of rows it had not seen, half came within {half:.1%}, nine in ten within {most:.0%}"
+        said = f"of rows it had not seen, half came within {half:.1%}, nine in ten within {most:.0%}"
+        missing = self.unmeasured(e) if e else ()
+        return said + (f"; counted, not measured yet: {', '.join(missing)}" if missing else "")
+
+    def unmeasured(self, e: Experiment) -> tuple[str, ...]:
+        """Kinds of work in ``e`` that no row of this machine, or of the one it is ``like``, has."""
+        return tuple(sorted(step_time.kinds(e) - self._measured))
+
+    @cached_property
+    def _measured(self) -> frozenset[str]:
+        catalog, like = load_catalog(), load()[self.like]._measured if self.like else frozenset()
+        return like.union(*(step_time.kinds(catalog.find(row.experiment or name)) for name, row in self.rows.items()))
 
 
 @cache
@@ -111,7 +128,7 @@ def in_a_line(e: Experiment, card: Gpu) -> str | None:
     machine = machine_of(card)
     if machine is None or step_time.unknown(e):
         return None
-    return f"step by formula: {machine.predict(e).total:,.0f} ms alone on the node; {machine.how_sure()}"
+    return f"step by formula: {machine.predict(e).total:,.0f} ms alone on the node; {machine.how_sure(e)}"
 
 
 def machine_measured_by(group: str) -> Machine | None:

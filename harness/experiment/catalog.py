@@ -268,6 +268,14 @@ class Experiment(_Frozen):
         return self.sharding not in ("no_shard", "optim")
 
     @property
+    def shards_gradients(self) -> bool:
+        return self.fully_sharded and self.sharding != "fsdp_optim"
+
+    @property
+    def shards_weights(self) -> bool:
+        return self.sharding in ("fsdp_optim_grads_params", "torch_fsdp2")
+
+    @property
     def layout(self) -> str:
         """The parallel layout in a few words: ``tp2+sp pp4 vpp3 m4``."""
         parts = [f"{axis}{getattr(self, axis)}" + ("+sp" if axis == "tp" and self.sequence_parallel else "")

@@ -139,6 +139,9 @@ def _precision_violations(e: Experiment) -> Iterator[str]:
     if e.precision == "fp8" and tokens % step:
         yield (f"fp8 {e.fp8_recipe} multiplies in blocks of {step}: the tokens of a rank, mbs x seq / cp"
                f"{' / tp' if e.sequence_parallel else ''} = {tokens}, must divide by {step}")
+    odd = [f"{name} = {width}" for name, width in _widths(e).items() if width % 16]
+    if e.precision == "fp8" and odd:
+        yield f"fp8 multiplies in blocks of 16, by which {', '.join(odd)} must divide"
     if e.optimizer_state == "bf16" and (e.sharding != "optim" or e.optimizer != "adam" or e.precision == "fp32"):
         yield (f"optimizer_state bf16 is for Adam with sharding optim and weights in bf16, not for {e.optimizer} with "
                f"{e.sharding} in {e.precision}")
@@ -150,6 +153,15 @@ def _precision_violations(e: Experiment) -> Iterator[str]:
                "set fp8_recipe tensorwise or blockwise")
     if e.recompute_modules and e.recompute != "selective":
         yield f"recompute_modules {', '.join(e.recompute_modules)} needs recompute: selective, not {e.recompute}"
+
+
+def _widths(e: Experiment) -> dict[str, int]:
+    """Inputs and outputs of the linear layers on a rank."""
+    m = e.model
+    widths = {"hidden_size": m.hidden_size, "queries, keys and values / tp": m.qkv_size // e.tp,
+              "queries / tp": m.query_size // e.tp}
+    mlp = {"moe_ffn_hidden_size / etp": m.moe_ffn // e.etp} if m.num_experts else {"ffn_hidden_size / tp": m.ffn // e.tp}
+    return widths | mlp
 
 
 def _sharding_violations(e: Experiment) -> Iterator[str]:

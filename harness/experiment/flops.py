@@ -241,19 +241,25 @@ def state_gib(e: Experiment) -> float:
 def adapter_parameters(e: Experiment) -> int:
     """Parameters of LoRA's adapters on a rank: factors [rank, in] and [out, rank] beside every target.
 
-    Under tensor parallelism the factor on the split side is split, the other whole (harness/finetune/lora.py).
     Source: Hu et al. 2021 (arXiv:2106.09685), section 4.1.
     """
+    rank = e.lora.rank if e.lora else 0
+    return sum(map(sum, adapter_widths(e).values())) * rank * e.model.num_layers // e.pp
+
+
+def adapter_widths(e: Experiment) -> dict[str, tuple[int, int]]:
+    """In and out of the linear layers of a rank that have an adapter.
+
+    Under tensor parallelism the factor on the split side is split, the other whole (harness/finetune/lora.py).
+    """
     m = e.model
-    if not e.lora:
-        return 0
     widths = {
-        "linear_qkv": m.hidden_size + m.qkv_size // e.tp,
-        "linear_proj": m.query_size // e.tp + m.hidden_size,
-        "linear_fc1": m.hidden_size + _fc1(m, m.ffn) // e.tp,
-        "linear_fc2": m.ffn // e.tp + m.hidden_size,
+        "linear_qkv": (m.hidden_size, m.qkv_size // e.tp),
+        "linear_proj": (m.query_size // e.tp, m.hidden_size),
+        "linear_fc1": (m.hidden_size, _fc1(m, m.ffn) // e.tp),
+        "linear_fc2": (m.ffn // e.tp, m.hidden_size),
     }
-    return sum(widths[target] for target in e.lora.targets) * e.lora.rank * m.num_layers // e.pp
+    return {target: widths[target] for target in e.lora.targets} if e.lora else {}
 
 
 def _untied(e: Experiment) -> bool:

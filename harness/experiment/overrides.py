@@ -45,6 +45,7 @@ EXPERIMENT_SETTINGS = (
     Setting("DROPOUT", "0", "share of hidden states and of attention weights that training drops"),
     Setting("CROSS_ENTROPY_FUSION", "1", "the loss in fewer kernels, 0 or 1"),
     Setting("CUDA_GRAPHS", "1", "launch a layer's kernels together, 0 or 1: for GPUs that wait for the CPU"),
+    Setting("FP8", "tensorwise", "linear layers in fp8, scaled: delayed, tensorwise or blockwise; 0: bf16"),
     Setting("OPTIMIZER", "muon", "adam or muon"),
     Setting("OPTIMIZER_STATE", "bf16", "precision of Adam's moments, fp32 or bf16 (with SHARDING=optim)"),
     Setting("SHARDING", "optim", "what data parallelism shards: " + ", ".join(SHARDING)),
@@ -203,6 +204,8 @@ def apply(experiment: Experiment, settings: Mapping[str, str]) -> Experiment:
         if key in given:
             changes[field] = choice(key, given[key], get_args(Experiment.model_fields[field].annotation))
     changes |= {field: switch(key, given[key]) for key, field in _SWITCHES.items() if key in given}
+    if "FP8" in given:
+        changes |= _fp8(experiment, given["FP8"])
     if "DROPOUT" in given:
         changes["model"] = experiment.model.model_copy(update={"dropout": _share("DROPOUT", given["DROPOUT"])})
     changes |= {field: given[key] for key, field in _TEXTS.items() if key in given}
@@ -252,9 +255,16 @@ def _target(experiment: Experiment, loss: float) -> Target:
 
 
 def _field_of(key: str) -> str:
-    special = {"GPUS": "dp", "DROPOUT": "model", "CARD": "card", "ARGS": "extra_args", "UNTIL": "until",
+    special = {"GPUS": "dp", "DROPOUT": "model", "CARD": "card", "ARGS": "extra_args", "UNTIL": "until", "FP8": "fp8_recipe",
                "PROFILE": "profile"} | dict.fromkeys(("LORA_RANK", "LORA_ALPHA", "LORA_DROPOUT", "LORA_TARGETS"), "lora")
     return (_COUNTS | _COUNTS_FROM_0 | _RATES | _CHOICES | _SWITCHES | _TEXTS | special)[key]
+
+
+def _fp8(experiment: Experiment, recipe: str) -> dict[str, str | None]:
+    if recipe == "0":
+        return {"precision": "bf16" if experiment.fp8_recipe else experiment.precision, "fp8_recipe": None}
+    recipes = get_args(get_args(Experiment.model_fields["fp8_recipe"].annotation)[0])
+    return {"precision": "fp8", "fp8_recipe": choice("FP8", recipe, (*recipes, "0"))}
 
 
 def _lora(experiment: Experiment, given: Mapping[str, str]) -> Lora | None:

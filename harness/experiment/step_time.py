@@ -1,105 +1,40 @@
 """What a training step takes, and where its time goes: predicted from an experiment's sizes before it runs.
 
 A rank's work is counted from the sizes: matrix products in whole waves of tiles, attention score by score, bytes that
-the rest reads and writes, bytes sent. A few constants of a machine say how fast it does each, and how long its CPU takes
-to launch it (``Calibration``); they are fitted to measured steps (harness/evidence/calibrate.py) and kept in
-experiments/calibrations.yaml. A pass through a stage takes what the GPU needs, or the CPU to launch it, and a little
-more where both need about as much; the pipeline's schedule (harness/experiment/timeline.py) puts passes in order.
+the rest reads and writes, bytes sent (harness/experiment/passes.py). A few constants of a machine say how fast it does each,
+and how long its CPU takes to launch it (``Calibration``); they are fitted to measured steps (harness/evidence/calibrate.py)
+and kept in experiments/calibrations.yaml. A pass through a stage takes what the GPU needs, or the CPU to launch it, and a
+little more where both need about as much; the pipeline's schedule (harness/experiment/timeline.py) puts passes in order.
 
-Sources: waves of tiles, NVIDIA's Matrix Multiplication Background User's Guide, section "Dimension Quantization Effects";
-bytes of an all-reduce, 2 (n-1)/n of the message over links, NVIDIA's nccl-tests, doc/PERFORMANCE.md (where the switch adds
-up, (n+1)/n: a rank sends its message once, and for all others its n-th of the sum); what is sent when,
-megatron/core/tensor_parallel/layers.py, megatron/core/transformer/moe/token_dispatcher.py and
-megatron/core/distributed/finalize_model_grads.py, core_v0.19.0.
+What replicas send when: megatron/core/distributed/finalize_model_grads.py, core_v0.19.0.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
-from functools import cached_property
-from typing import TYPE_CHECKING, Annotated
-
-from pydantic import BaseModel, ConfigDict, Field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 from harness.experiment import timeline
-from harness.experiment.flops import padded_vocab_size, parameters_on
+from harness.experiment.flops import adapter_parameters, parameters_on
 from harness.experiment.hardware import GPUS_OF_A_NODE
+from harness.experiment.passes import OPERATION_S, Calibration, Passes, Work
 
 if TYPE_CHECKING:
     from harness.experiment.catalog import Experiment
     from harness.experiment.hardware import Gpu
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-MULTIPROCESSORS = 132
-"""Of a Hopper GPU with SXM; no other kind was calibrated."""
-TILES = ((128, 256, 1.0), (256, 128, 1.0), (128, 128, 0.9), (64, 256, 0.9), (256, 64, 0.9))
-"""Rows and columns that a multiprocessor computes at once, and how fast against the largest."""
-KERNEL_S = 3e-6
-"""From a kernel's launch to its first result, about."""
-MESSAGE_S = 20e-6
-"""A collective with nothing to send, about."""
-GRAPH_S = 100e-6
-"""The CPU's time to launch a graph, through Python and autograd, about."""
 ADAM_BYTES = {"fp32": 30, "bf16": 16}
 """Per parameter, by the precision of moments: these and fp32 weights are read and written, then weights copied to bf16;
 or moments, bf16 weights and the two bytes that these lack of fp32 are read and written."""
-GATE_FORWARD_BYTES, GATE_BACKWARD_BYTES = 34, 52
-"""Per unit of the attention's output: its gate in fp32, step by step (_apply_output_gate in transformer/attention.py)."""
-LOSS_BYTES = {False: (38, 14), True: (22, 10)}
-"""Per logit, forward and backward, by whether the loss is fused: the softmax in fp32, in steps
-(megatron/core/tensor_parallel/cross_entropy.py, megatron/core/fusions/fused_cross_entropy.py)."""
+MUON_BYTES = 90
+"""Per parameter of a matrix, likewise: decay, momentum, its mix with the gradient, norm, to bf16 and back, two scales, the
+update, op by op (OrthogonalizedOptimizer.step and newton_schulz in emerging_optimizers 0.3.0)."""
+NEWTON_SCHULZ_STEPS = 5
+MUON_OPERATIONS = 12 + 3 * NEWTON_SCHULZ_STEPS
+"""What is launched for one matrix."""
 RECOMPUTED = frozenset({"core_attn", "layernorm", "moe_act"})
 """The modules of selective recomputation that are counted."""
-
-
-class Calibration(BaseModel):
-    """How fast a machine is: the constants that its measured steps determine."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    matrix_share: Positive = 0.7
-    """Of the peak, what matrix products reach in whole waves of tiles."""
-    bandwidth_share: Positive = 0.7
-    """Of the memory bandwidth, what everything else reaches."""
-    score_forward_ps: Positive = 1.0
-    """Attention, besides its products: exponential and dropout of one score, in picoseconds."""
-    score_backward_ps: Positive = 2.0
-    no_dropout_share: Positive = 0.5
-    """Of these, what is left without dropout."""
-    link_gb_s: Positive = 330
-    """What a rank sends in a second to the others of its node, while they send to it."""
-    tensor_exposed: Positive = 0.7
-    """Of what tensor parallelism sends in the backward pass, how much is not hidden behind the weights' gradients."""
-    gradients_exposed: Positive = 0.3
-    """Of what the distributed optimizer sends, how much is not hidden behind the passes."""
-    experts_share: Positive = 0.6
-    """Of the matrix products' speed, what products of grouped experts reach."""
-    routed_passes: Positive = 1.0
-    """Bytes that permuting and weighting routed tokens reads and writes, against the count by hand."""
-    forward_launch_ms: Positive = 0.9
-    """The CPU's time for a layer's forward pass."""
-    backward_launch_ms: Positive = 1.3
-    collective_launch_ms: Positive = 0.1
-    context_launch_ms: Positive = 1.0
-    """Context parallelism, beside its exchanges, a layer and pass."""
-    ring_launch_ms: Positive = 0.2
-    """One turn of the ring."""
-    router_launch_ms: Positive = 1.0
-    expert_launch_ms: Positive = 0.02
-    """One expert of a rank, a layer's forward pass; twice as much backward."""
-    stage_launch_ms: Positive = 5.0
-    """Plain pipelines: a pass's message, and the wait for it (batch_p2p_sync in p2p_communication.py)."""
-    chunk_launch_ms: Positive = 3.0
-    """Interleaved pipelines, a virtual stage's pass: its message overlaps."""
-    step_launch_ms: Positive = 15.0
-    """Once a step, before its first forward pass; hidden where the GPU has work."""
-    step_ms: Positive = 5.0
-    """Once a step, never hidden: the optimizer's launches, the norm's way to the CPU."""
-    overlap: Positive = 2.5
-    """How sharply the slower of GPU and CPU decides: 1 + the exponent of their norm."""
 
 
 @dataclass(frozen=True)
@@ -132,38 +67,14 @@ class StepTime:
         return sum(self.pieces.values())
 
 
-@dataclass(frozen=True)
-class _Work:
-    """Seconds of a rank's GPU for something, and of its CPU to launch it."""
-
-    products: float = 0.0
-    attention: float = 0.0
-    passes: float = 0.0
-    exchange: float = 0.0
-    launches: float = 0.0
-
-    @property
-    def gpu(self) -> float:
-        return self.products + self.attention + self.passes + self.exchange
-
-    def __add__(self, other: _Work) -> _Work:
-        return _Work(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
-
-    def __mul__(self, times: float) -> _Work:
-        return _Work(*(getattr(self, field.name) * times for field in fields(self)))
-
-
 def unknown(e: Experiment) -> list[str]:
     """What of ``e`` has a cost that no constant here covers; empty where ``predict`` applies."""
     said = {
-        f"{e.precision} arithmetic": e.precision != "bf16",
-        "sharded weights (FSDP)": e.fully_sharded,
-        "adapters (LoRA)": e.lora is not None,
-        "Muon": e.optimizer == "muon",
+        "fp32 arithmetic": e.precision == "fp32",
+        "fp8 beside tensor parallelism or experts": e.precision == "fp8" and (e.tp > 1 or e.model.num_experts is not None),
         "unfused attention": e.attention_backend == "unfused",
         f"recomputation of {', '.join(sorted({*e.recompute_modules} - RECOMPUTED))}": {*e.recompute_modules} - RECOMPUTED,
         "attention sinks": e.model.attention_sinks,
-        "a norm over whole projections": e.model.qk_norm == "projection",
         "links between nodes": e.nodes > 1,
         f"more than {GPUS_OF_A_NODE} GPUs in a node": e.ranks_per_node > GPUS_OF_A_NODE,
         "CUDA graphs beside pipelines, context parallelism or experts": e.cuda_graphs and (
@@ -173,41 +84,66 @@ def unknown(e: Experiment) -> list[str]:
     return [name for name, applies in said.items() if applies]
 
 
+def kinds(e: Experiment) -> frozenset[str]:
+    """What work ``e`` has that others have not: constants fitted to rows without it have never met it."""
+    m = e.model
+    said = {
+        "fp8": e.precision == "fp8",
+        "FSDP": e.fully_sharded,
+        "LoRA": e.lora is not None,
+        "Muon": e.optimizer == "muon",
+        "norms over whole projections": m.qk_norm == "projection",
+        "norms of queries and keys": m.qk_norm == "head",
+        "gated attention": m.attention_output_gate,
+        "gated MLPs": m.gated,
+        "grouped heads": m.key_size < m.query_size,
+        "windowed attention": m.window_size is not None,
+        "rotary positions": m.position_embedding != "learned_absolute",
+        "no dropout": not m.dropout,
+        "a fused loss": e.cross_entropy_fusion,
+        "CUDA graphs": e.cuda_graphs,
+        "bf16 moments": e.optimizer_state == "bf16",
+        "bf16 gradients": e.gradients == "bf16",
+        "full recomputation": e.recompute == "full",
+        **{f"recomputation of {module}": True for module in e.selectively_recomputed},
+        "replicas": e.dp > 1,
+        "a sharded optimizer": e.sharding == "optim" and e.dp * e.cp > 1,
+        "tensor parallelism": e.tp > 1,
+        "sequence parallelism": e.sequence_parallel,
+        "pipelines": e.pp > 1,
+        "virtual stages": e.vpp > 1,
+        f"context parallelism by {e.cp_comm_type}": e.cp > 1,
+        "experts": m.num_experts is not None,
+        "expert parallelism": e.ep > 1,
+        "split experts": e.etp > 1,
+    }
+    return frozenset(name for name, applies in said.items() if applies)
+
+
 def predict(e: Experiment, gpu: Gpu, calibration: Calibration, *, switch_reduces: bool = False) -> StepTime:
     """A step of ``e`` on cards of kind ``gpu``, in a machine with these constants, where ``unknown(e)`` is empty.
 
     Args:
         switch_reduces: whether all-reduces are added up in the NVLink switch (NCCL's NVLS, on from three ranks).
     """
-    return _Machine(e, gpu, calibration, switch_reduces).step()
+    return _Step(e, gpu, calibration, switch_reduces).step()
 
 
 def stage_times(e: Experiment, gpu: Gpu, calibration: Calibration, *, switch_reduces: bool = False) -> timeline.Times:
     """Milliseconds of one micro-batch through each pipeline stage, messages included; arguments as of ``predict``."""
-    return _Machine(e, gpu, calibration, switch_reduces).stage_times(1e3)
+    return _Step(e, gpu, calibration, switch_reduces).stage_times(1e3)
 
 
-class _Machine:
-    """The cost of each part of ``e`` on one machine; seconds throughout."""
-
-    def __init__(self, e: Experiment, gpu: Gpu, calibration: Calibration, switch_reduces: bool) -> None:
-        self.e, self.c, self.switch_reduces = e, calibration, switch_reduces
-        self.rate = gpu.bf16 * 1e12 * calibration.matrix_share
-        self.bandwidth = gpu.bandwidth_gb_s * 1e9 * calibration.bandwidth_share
-        self.link = calibration.link_gb_s * 1e9
-        self.tokens = e.micro_batch_size * e.seq_length / e.cp
-        self.spread = e.tp if e.sequence_parallel else 1
-        self.vocab = padded_vocab_size(e.model.vocab_size, e.tp) / e.tp
-        self.gradient_bytes = 2 if e.gradients == "bf16" else 4
-        self.weight_gradient_bytes = 4 + 2 * self.gradient_bytes  # in bf16 written, read, and added to the sum (no Apex)
+class _Step(Passes):
+    """All that a step has; seconds throughout."""
 
     def step(self) -> StepTime:
         e, m, times = self.e, self.e.num_microbatches, self.stage_times()
         each = [forward + backward for forward, backward in zip(times.forward, times.backward, strict=True)]
         slowest = max(range(e.pp), key=each.__getitem__)
-        work = sum(self.stages[slowest], _Work()) * m
+        work = sum(self.stages[slowest], Work()) * m
         first, _ = self.stages[0]
-        begins = self.together(first + _Work(launches=self.c.step_launch_ms / 1e3)) - self.together(first)
+        begins = self.together(first + Work(launches=self.c.step_launch_ms / 1e3)) - self.together(first)
         busy = each[slowest] * m
         end = timeline.duration(m, times, e.vpp) if e.pp > 1 else busy
         seconds = StepTime(
@@ -217,277 +153,69 @@ class _Machine:
         )
         return StepTime(**{name: 1e3 * part for name, part in seconds.pieces.items()})
 
-    def stage_times(self, unit: float = 1.0) -> timeline.Times:
-        """Each stage's passes of a micro-batch, in ``1 / unit`` seconds."""
-        sides = zip(*self.stages, strict=True)
-        return timeline.Times(*(tuple(unit * self.together(each) for each in side) for side in sides))
-
-    def together(self, work: _Work) -> float:
-        """GPU and CPU run side by side: the slower one's time, a little more where they are alike."""
-        slow, fast = max(work.gpu, work.launches), min(work.gpu, work.launches)
-        power = 1 + self.c.overlap
-        return slow * (1 + (fast / slow) ** power) ** (1 / power)
-
-    @cached_property
-    def stages(self) -> list[tuple[_Work, _Work]]:
-        """The passes of one micro-batch through all layers of each pipeline stage, forward and backward."""
-        pp = self.e.pp
-        forward, backward = (work * (self.e.model.num_layers / pp) for work in self.layer())
-        return [_added(forward, backward, [self.embedding] * (stage == 0) + [self.output] * (stage == pp - 1)
-                       + [self.messages] * (pp > 1)) for stage in range(pp)]
-
-    def embedding(self) -> tuple[_Work, _Work]:
-        """Words, positions, dropout. Each tensor parallel rank has a slice of the vocabulary and sums up what all found.
-
-        With sequence parallelism, by a reduce-scatter, and backward an all-gather; learned positions keep the all-reduce.
-        """
-        e, hidden = self.e, self.tokens * self.e.model.hidden_size
-        scattered = e.sequence_parallel and e.model.position_embedding != "learned_absolute"
-        gradient = hidden * 8 + self.vocab * e.model.hidden_size * self.weight_gradient_bytes
-        forward, backward = _Work(passes=hidden * 8 / self.bandwidth), _Work(passes=gradient / self.bandwidth)
-        if e.tp > 1:
-            forward += self.sending(self.half() if scattered else self.all_reduce())
-            backward += self.sending(self.half()) if e.sequence_parallel else _Work()
-        return forward, backward
-
-    def output(self) -> tuple[_Work, _Work]:
-        """The product with the vocabulary, and the loss, whose softmax tensor parallel ranks do together."""
-        e, h, logits = self.e, self.e.model.hidden_size, self.tokens * self.vocab
-        forward_bytes, backward_bytes = LOSS_BYTES[e.cross_entropy_fusion]
-        gradient = logits * backward_bytes + self.vocab * h * self.weight_gradient_bytes
-        forward = _Work(products=self.product(self.tokens, self.vocab, h), passes=logits * forward_bytes / self.bandwidth)
-        backward = _Work(products=self.product(self.tokens, h, self.vocab) + self.product(h, self.vocab, self.tokens),
-                         passes=gradient / self.bandwidth)
-        if e.tp > 1:
-            forward += self.sending(MESSAGE_S) * (2 if e.cross_entropy_fusion else 3)
-            forward += self.sending(self.half()) if e.sequence_parallel else _Work()
-            backward += self.input_gradient()
-        return forward, backward
-
-    def messages(self) -> tuple[_Work, _Work]:
-        """Hidden states to and from the neighbours in the pipeline, once for each virtual stage."""
-        e = self.e
-        launch = self.c.stage_launch_ms if e.vpp == 1 else self.c.chunk_launch_ms * e.vpp
-        sent = e.vpp * 2 * self.tokens * e.model.hidden_size / self.spread
-        message = _Work(exchange=sent / self.link, launches=launch / 1e3)
-        return message, message
-
-    def layer(self) -> tuple[_Work, _Work]:
-        """One micro-batch through one layer, forward and backward."""
-        launches = _Work(launches=self.c.forward_launch_ms / 1e3), _Work(launches=self.c.backward_launch_ms / 1e3)
-        forward, backward = _added(*launches, [
-            self.matrices, self.attention, self.elementwise, self.experts, self.tensor_parallel, self.context_parallel])
-        if self.e.cuda_graphs:
-            forward, backward = replace(forward, launches=GRAPH_S), replace(backward, launches=GRAPH_S)
-        return forward, backward + (forward if self.e.recompute == "full" else self.selectively_recomputed())
-
-    def selectively_recomputed(self) -> _Work:
-        """Attention scores (upstream's choice where no module is named), the norm before experts, their activation."""
-        e, m, modules = self.e, self.e.model, self.e.selectively_recomputed
-        again = self.attention()[0] + self.context_parallel()[0] if "core_attn" in modules else _Work()
-        moved = 0.0
-        if m.num_experts and "layernorm" in modules:
-            moved += self.tokens / self.spread * m.hidden_size * 4
-        if m.num_experts and "moe_act" in modules:
-            moved += self.c.routed_passes * self.routed() * m.moe_ffn / e.etp * 6
-        return again + _Work(passes=moved / self.bandwidth)
-
-    def matrices(self) -> tuple[_Work, _Work]:
-        """The linear layers: a product forward, two of the same size backward."""
-        shapes = list(self.shapes())
-        forward = sum(self.product(rows, out, inner) for rows, out, inner in shapes)
-        backward = sum(self.product(rows, inner, out) + self.product(inner, out, rows) for rows, out, inner in shapes)
-        weights = sum(out * inner for _, out, inner in shapes)
-        added_up = weights * self.weight_gradient_bytes / self.bandwidth
-        return _Work(products=forward), _Work(products=backward, passes=added_up)
-
-    def shapes(self) -> Iterator[tuple[float, float, float]]:
-        """Rows, columns and inner size of each linear layer's product; of experts none."""
-        m, tp = self.e.model, self.e.tp
-        yield self.tokens, m.qkv_size / tp, m.hidden_size
-        yield self.tokens, m.hidden_size, m.query_size / tp
-        if not m.num_experts:
-            yield self.tokens, m.ffn / tp * (2 if m.gated else 1), m.hidden_size
-            yield self.tokens, m.hidden_size, m.ffn / tp
-
-    def attention(self) -> tuple[_Work, _Work]:
-        """Flash attention: two products forward, five backward, and each score once in either; heads in widths of 64.
-
-        Read and written are Q, K, V and the output; backward these, the gradients of all four, and dQ summed up in fp32.
-        """
-        e, m = self.e, self.e.model
-        seen = e.seq_length / 2
-        if m.window_size and m.window_size < e.seq_length:
-            seen = (seen + m.window_size * (1 - m.window_size / (2 * e.seq_length))) / 2  # every other layer
-        scores = self.tokens * seen * m.num_attention_heads / e.tp
-        products = 4 * math.ceil(m.head_size / 64) * 64 * scores / self.rate
-        each = 1e-12 * scores * (1 if m.dropout else self.c.no_dropout_share)
-        queries, keys = self.tokens * m.query_size / e.tp, self.tokens * m.key_size / e.tp
-        moved = 4 * queries + 4 * keys
-        forward = products + each * self.c.score_forward_ps + moved / self.bandwidth
-        backward = 2.5 * products + each * self.c.score_backward_ps + (2 * moved + 12 * queries) / self.bandwidth
-        return _Work(attention=forward + KERNEL_S), _Work(attention=backward + KERNEL_S)
-
-    def elementwise(self) -> tuple[_Work, _Work]:
-        """Two norms, two dropouts with bias and residual, the activation, what is done to queries and keys: bytes in bf16.
-
-        Masks have one byte. Without dropout, its gradient is none of its own.
-        """
-        e, m = self.e, self.e.model
-        hidden = self.tokens * m.hidden_size / self.spread
-        forward = hidden * (8 + 2 * (7 if m.dropout else 6))
-        backward = hidden * (12 + 12 + (2 * 5 if m.dropout else 0))
-        if not m.num_experts:
-            inner = self.tokens * m.ffn / e.tp
-            forward += inner * (6 if m.gated else 4)
-            backward += inner * ((10 if m.gated else 6) + (2 if m.add_bias_linear else 0))
-        queries, keys = self.tokens * m.query_size / e.tp, self.tokens * m.key_size / e.tp
-        if m.add_bias_linear:
-            backward += 2 * (queries + 2 * keys)
-        if m.position_embedding != "learned_absolute":
-            forward, backward = forward + 4 * (queries + keys), backward + 4 * (queries + keys)
-        if m.qk_norm != "none":
-            forward, backward = forward + 4 * (queries + keys), backward + 6 * (queries + keys)
-        if m.attention_output_gate:
-            forward, backward = forward + queries * GATE_FORWARD_BYTES, backward + queries * GATE_BACKWARD_BYTES
-        return _Work(passes=forward / self.bandwidth), _Work(passes=backward / self.bandwidth)
-
-    def experts(self) -> tuple[_Work, _Work]:
-        """Grouped products, permutation and weights of routed tokens, exchanges with the other ranks that hold experts.
-
-        Tokens are taken to be dealt out evenly. Under expert tensor parallelism each group gathers its tokens, whose
-        numbers differ, by broadcasts.
-        """
-        e, m, h = self.e, self.e.model, self.e.model.hidden_size
-        if not m.num_experts:
-            return _Work(), _Work()
-        rows = self.routed()
-        width, matrices, held = m.moe_ffn / e.etp, 3 if m.gated else 2, m.num_experts / e.ep
-        weights = held * width * h * matrices
-        moved = 2 * (rows * (2 * h + matrices * width) + weights) / self.bandwidth
-        products = max(2 * rows * width * h * matrices / (self.rate * self.c.experts_share), moved) + 2 * held * KERNEL_S
-        permuted = self.c.routed_passes * rows / self.bandwidth
-        sent = rows / e.etp * h * 2 * (e.ep - 1) / e.ep + (rows * h * 2 if e.etp > 1 else 0)
-        launches = (self.c.router_launch_ms + (2 * self.c.collective_launch_ms if e.ep * e.etp > 1 else 0)) / 1e3
-        launched = self.c.expert_launch_ms * held / 1e3
-        gradients = weights * self.weight_gradient_bytes / self.bandwidth
-        forward = _Work(products=products, passes=permuted * (12 * h + 6 * width), exchange=2 * sent / self.link,
-                        launches=launches + launched)
-        backward = _Work(products=2 * products, passes=permuted * (16 * h + 10 * width) + gradients,
-                         exchange=2 * sent / self.link, launches=launches + 2 * launched)
-        return forward, backward
-
-    def routed(self) -> float:
-        """Rows that the experts of a rank get; sequence parallelism splits tokens before the router sees them."""
-        return self.tokens / self.spread * self.e.model.moe_router_topk * self.e.etp
-
-    def tensor_parallel(self) -> tuple[_Work, _Work]:
-        """Sums after attention and MLP, and as many backward; experts exchange tokens instead (``experts``)."""
-        e = self.e
-        if e.tp == 1:
-            return _Work(), _Work()
-        forward = self.sending(self.half()) * 2 if e.sequence_parallel else self.sending(self.all_reduce())
-        sums = 1 if e.model.num_experts else 2
-        return forward * sums, self.input_gradient() * sums
-
-    def input_gradient(self) -> _Work:
-        """Sums up the gradient of a split product's input, while its weights' gradient is computed.
-
-        Sequence parallelism scatters the sum, and gathers gradient and input.
-        """
-        if not self.e.sequence_parallel:
-            return self.sending(self.all_reduce(), self.c.tensor_exposed)
-        gathered_input = _Work(launches=self.c.collective_launch_ms / 1e3)
-        return self.sending(self.half(), self.c.tensor_exposed) * 2 + gathered_input
-
-    def sending(self, seconds: float, exposed: float = 1.0) -> _Work:
-        """A collective that takes so long, of which a share is not hidden."""
-        return _Work(exchange=seconds * exposed, launches=self.c.collective_launch_ms / 1e3)
-
-    def half(self) -> float:
-        """Seconds to all-gather or reduce-scatter one hidden state over the tensor parallel ranks."""
-        e = self.e
-        return (e.tp - 1) / e.tp * 2 * self.tokens * e.model.hidden_size / self.link + MESSAGE_S
-
-    def all_reduce(self) -> float:
-        """Seconds to all-reduce it."""
-        return self.reduced(self.e.tp) * 2 * self.tokens * self.e.model.hidden_size / self.link + MESSAGE_S
-
-    def reduced(self, ranks: int) -> float:
-        """Times its message that a rank sends for an all-reduce."""
-        return (ranks + 1) / ranks if self.switch_reduces and ranks > 2 else 2 * (ranks - 1) / ranks
-
-    def context_parallel(self) -> tuple[_Work, _Work]:
-        """The ring hides what it sends and merges partial results; the others send first, then compute."""
-        e, m = self.e, self.e.model
-        if e.cp == 1:
-            return _Work(), _Work()
-        launches = self.c.context_launch_ms / 1e3
-        queries, keys = self.tokens * m.query_size / e.tp, self.tokens * m.key_size / e.tp
-        if e.cp_comm_type == "p2p":
-            turns = e.cp - 1
-            launches += e.cp * self.c.ring_launch_ms / 1e3
-            return (_Work(passes=turns * (12 * queries / self.bandwidth + KERNEL_S), launches=launches),
-                    _Work(passes=turns * (6 * (queries + 2 * keys) / self.bandwidth + KERNEL_S), launches=launches))
-        if e.cp_comm_type == "all_gather":
-            gathered = 4 * keys * (e.cp - 1) / self.link + MESSAGE_S
-            return _Work(exchange=gathered, launches=launches), _Work(exchange=2 * gathered, launches=launches)
-        exchanged = 4 * (queries + keys)
-        work = _Work(passes=2 * exchanged / self.bandwidth, launches=launches,
-                     exchange=exchanged * (e.cp - 1) / e.cp / self.link + 4 * MESSAGE_S)
-        return work, work
-
     def gradients(self) -> float:
-        """Gradients to the replicas and back; with the distributed optimizer to their shards, and weights back in bf16.
+        """Gradients to the replicas and back; where the optimizer is sharded to their shards, and weights back in bf16.
 
-        First and last stage of a pipeline sum up the gradient of tied embeddings.
+        Sharded gradients are reduced and sharded weights gathered every micro-batch, these for either pass; FSDP2 copies
+        each into its buffers and out. First and last stage of a pipeline sum up the gradient of tied embeddings.
         """
-        e, sent = self.e, 0.0
+        e, sent, copied = self.e, 0.0, 0.0
+        reduced = e.num_microbatches if e.shards_gradients else 1
+        gathered = 2 * e.num_microbatches if e.shards_weights else 1
         for parameters, replicas in self.held():
-            if e.sharding == "optim":
-                sent += parameters * (self.gradient_bytes + 2) * (replicas - 1) / replicas * self.c.gradients_exposed
+            if e.sharding != "no_shard":
+                each = self.gradient_bytes * reduced + 2 * gathered
+                sent += parameters * each * (replicas - 1) / replicas * self.c.gradients_exposed
             elif replicas > 1:
                 sent += parameters * self.gradient_bytes * self.reduced(replicas)
+            if e.sharding == "torch_fsdp2" and replicas > 1:
+                copied += parameters * 4 * (reduced + gathered)
         if e.pp > 1 and not e.model.untie_embeddings:
             sent += self.vocab * e.model.hidden_size * self.gradient_bytes * self.reduced(2)
-        return sent / self.link
+        return sent / self.link + copied / self.bandwidth
 
     def optimizer(self) -> float:
-        """Adam, its norm and clipping of gradients on each rank's share; clearing, checking and averaging of all gradients.
+        """Adam or Muon, norm and clipping of gradients on each rank's share; clearing, checking and averaging of gradients.
 
         Checked for NaN and scaled by start_grad_sync in megatron/core/distributed/param_and_grad_buffer.py.
         """
-        size, moved = self.gradient_bytes, 0.0
+        e, size, moved = self.e, self.gradient_bytes, 0.0
         for parameters, replicas in self.held():
-            share = 1 / replicas if self.e.sharding == "optim" else 1
-            moved += parameters * share * (4 * size + ADAM_BYTES[self.e.optimizer_state])
-            moved += parameters * (4 if self.e.dp * self.e.cp > 1 else 2) * size
-        return moved / self.bandwidth
+            share = 1 / replicas if e.sharding != "no_shard" else 1
+            moved += parameters * share * (4 * size + ADAM_BYTES[e.optimizer_state])
+            moved += parameters * (share if e.shards_gradients else 1) * (4 if e.dp * e.cp > 1 else 2) * size
+        return moved / self.bandwidth + (self.muon() if e.optimizer == "muon" else 0)
+
+    def muon(self) -> float:
+        """What Muon takes beyond Adam: five Newton-Schulz iterations for each matrix, each rank's share of them.
+
+        Three products each: X X^T, a square, its product with X (newton_schulz_step in emerging_optimizers); tensor parallel
+        ranks iterate on their part of a matrix (--muon-tp-mode blockwise), on queries, keys and values apart.
+        """
+        e, held = self.e, parameters_on(self.e, 0)
+        share = 1 / (e.dp * e.cp) if e.sharding != "no_shard" else 1
+        products = launches = 0.0
+        for rows, columns, number in self.orthogonalized():
+            narrow, wide = min(rows, columns), max(rows, columns)
+            each = 2 * self.product(narrow, narrow, wide) + self.product(narrow, narrow, narrow)
+            products += number * NEWTON_SCHULZ_STEPS * each
+            launches += number * MUON_OPERATIONS * OPERATION_S
+        more = (held.matrices + held.expert_matrices) * (MUON_BYTES - ADAM_BYTES[e.optimizer_state]) / self.bandwidth
+        return self.together(Work(products=products, passes=more, launches=launches)) * share
+
+    def orthogonalized(self) -> Iterator[tuple[float, float, float]]:
+        """Rows and columns of the matrices that a rank holds of a pipeline stage, and how many there are of each."""
+        e, m, h, layers = self.e, self.e.model, self.e.model.hidden_size, self.e.model.num_layers / self.e.pp
+        gated = 2 if m.gated else 1
+        yield m.query_size * (2 if m.attention_output_gate else 1) / e.tp, h, layers
+        yield m.key_size / e.tp, h, 2 * layers
+        yield h, m.query_size / e.tp, layers
+        width, number = (m.moe_ffn / e.etp, layers * m.num_experts / e.ep) if m.num_experts else (m.ffn / e.tp, layers)
+        yield width * gated, h, number
+        yield h, width, number
 
     def held(self) -> tuple[tuple[float, int], tuple[float, int]]:
-        """Parameters of a rank and how many ranks hold the same: without experts, experts."""
+        """Trained parameters of a rank and how many ranks hold the same: without experts, experts."""
         e, held = self.e, parameters_on(self.e, 0)
-        return (held.dense, e.dp * e.cp), (held.experts, e.expert_replicas)
-
-    def product(self, rows: float, columns: float, inner: float) -> float:
-        """A matrix product, [rows, inner] x [inner, columns]: by arithmetic or by memory, whichever takes longer."""
-        arithmetic = 2 * rows * columns * inner / (self.rate * _filled(rows, columns))
-        memory = 2 * (rows * columns + columns * inner + rows * inner) / self.bandwidth
-        return max(arithmetic, memory) + KERNEL_S
-
-
-def _added(forward: _Work, backward: _Work, parts: Iterable[Callable[[], tuple[_Work, _Work]]]) -> tuple[_Work, _Work]:
-    """Both passes with what ``parts`` add to them."""
-    for part in parts:
-        more_forward, more_backward = part()
-        forward, backward = forward + more_forward, backward + more_backward
-    return forward, backward
-
-
-def _filled(rows: float, columns: float) -> float:
-    """Share of the last wave of tiles, and of the last tiles, that has work; with the best of ``TILES``."""
-    return max(
-        speed * rows * columns / (math.ceil(tiles / MULTIPROCESSORS) * MULTIPROCESSORS * height * width)
-        for height, width, speed in TILES
-        for tiles in [math.ceil(rows / height) * math.ceil(columns / width)]
-    )
+        dense, experts = (adapter_parameters(e), 0) if e.lora else (held.dense, held.experts)
+        return (dense, e.dp * e.cp), (experts, e.expert_replicas)
