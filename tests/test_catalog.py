@@ -121,6 +121,13 @@ def test_a_change_that_does_not_fit_is_refused_with_its_values(id_, changes, com
     assert complaint in str(refused.value)
 
 
+def test_an_id_of_two_chapters_is_refused(tmp_path: Path) -> None:
+    chapter = (write(tmp_path, "101: {slug: a, mbs: 1, gbs: 1, shows: s}") / "100-x.yaml").read_text()
+    (tmp_path / "200-y.yaml").write_text(chapter.replace("chapter: 100", "chapter: 200"))
+    with pytest.raises(UserError, match=r"200-y.yaml: experiment 101 is already in chapter 100"):
+        load_catalog(tmp_path)
+
+
 def test_expert_sizes_that_do_not_divide_are_refused(tmp_path: Path) -> None:
     models = "m: {num_layers: 4, hidden_size: 64, num_attention_heads: 4, num_experts: 8, moe_router_topk: 2}"
     row = "101: {slug: a, mbs: 1, gbs: 6, dp: 6, ep: 4, shows: s}"

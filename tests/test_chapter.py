@@ -90,10 +90,12 @@ def test_small_runs_share_a_nodes_gpus(tmp_path, four_gpus):
         make_plan(tmp_path, "ok", ranks=4, id="102", **cuda),
         make_plan(tmp_path, "ok", ranks=1, step_s=0.1, id="103", **cuda),
         make_plan(tmp_path, "ok", ranks=8, id="104", **cuda),
+        make_plan(tmp_path, "ok", ranks=2, id="105h", **cuda),
     ]
     status, table, _ = run(*plans)
     assert status == 0
     assert table["104"] == "skipped   it needs 8 GPUs, 4 are free here"
+    assert table["105h"] == "skipped   105 itself runs here: make 105h runs its half-size companion all the same"
     found = results(tmp_path)
     large, whole, small = (found[label] for label in ("101-tiny-dp3", "102-tiny-dp4", "103-tiny-dp1"))
     assert (large.gpus, small.gpus, whole.gpus) == ((0, 1, 2), (3,), (0, 1, 2, 3))

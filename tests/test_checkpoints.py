@@ -414,4 +414,5 @@ def test_a_table_shows_the_held_out_loss_and_its_perplexity(tmp_path):
     (row,) = collect(tmp_path, tmp_path / "none", load_references()).rows
     values = tables.values(row)
     assert (values["validation_loss"], values["validation_step"]) == (2.0, 20) and values["perplexity"] == pytest.approx(7.389, abs=1e-3)
+    assert rundir.perplexity(1000.0) is None
     assert "2.000 (7.4)" in tables.render([row]) and "perplexity" in tables.render_compare(row, row)

@@ -245,6 +245,7 @@ def test_a_failing_claim_is_shown_with_its_reason_and_is_no_error(tmp_path, caps
     for format in ("terminal", "markdown", "json"):
         text = render(evaluate(found, columns), columns, format)
         assert "fails" in text and "the optimizer is sharded" in text
+        assert ("in place of the formula's" in text) == (format == "markdown")
     assert "because" not in render(evaluate(claims(tmp_path), columns), columns)
     assert main(["claims"]) == 0
     assert "fails" in capsys.readouterr().out
