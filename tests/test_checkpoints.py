@@ -220,10 +220,10 @@ def test_megatron_fsdp_waits_for_its_saves_and_a_cpu_has_none(tmp_path):
 
 def test_saving_and_evaluating_as_asked(tmp_path):
     asked = {"SAVE_EVERY": "5", "KEEP": "3", "EVAL_EVERY": "7", "EVAL_STEPS": "2", "LR": "3e-4", "OUTDIR": str(tmp_path)}
-    asked |= {"WANDB": "offline", "WANDB_ENTITY": "team"}
+    asked |= {"WANDB": "offline", "WANDB_ENTITY": "team", "LR_WARMUP": "4"}
     script = plan(load_catalog().find("122"), TINY | asked, "cpu").script()
-    for words in ("--save-interval 5 --async-save --use-persistent-ckpt-worker", '${HARNESS_RUN_DIR:+--save "$HARNESS_RUN_DIR/checkpoints"}',
-                  "--wandb-project megatron --wandb-exp-name 122-", "--wandb-entity team", "--dist-ckpt-optim-fully-reshardable", "export HARNESS_KEEP=3", "--eval-interval 7 --eval-iters 2", "--lr 0.0003 --min-lr 3e-05"):
+    for words in ("--save-interval 5 --async-save --use-persistent-ckpt-worker --async-strategy mcore", '${HARNESS_RUN_DIR:+--save "$HARNESS_RUN_DIR/checkpoints"}',
+                  "--wandb-project megatron --wandb-exp-name 122-", "--wandb-entity team", "--dist-ckpt-optim-fully-reshardable", "export HARNESS_KEEP=3", "--eval-interval 7 --eval-iters 2", "--lr 0.0003 --min-lr 3e-05", "--lr-warmup-iters 4"):
         assert words in script.replace(" \\\n   ", "")
     assert "--save" not in plan(load_catalog().find("122"), TINY | {"OUTDIR": str(tmp_path)}, "cpu").script()
 
@@ -231,6 +231,11 @@ def test_saving_and_evaluating_as_asked(tmp_path):
 def test_saving_does_not_change_what_a_run_is_called(tmp_path):
     assert tiny(SAVE="1", SAVE_EVERY="5", KEEP="1", WANDB="offline").label == tiny().label
     assert "lr3e-4" in tiny(LR="3e-4").label
+
+
+def test_without_intervals_there_is_one_checkpoint_at_the_end(tmp_path):
+    planned = plan(load_catalog().find("101"), TINY | {"SAVE": "1", "OUTDIR": str(tmp_path)}, "cpu")
+    assert planned.extras.saving == Saving(20, None)
 
 
 def test_a_folder_with_checkpoints_is_not_mixed_with_another_run(tmp_path):

@@ -11,7 +11,7 @@ from harness.machine import gpus
 from harness.megatron.flags import megatron_flags
 from harness.planning.command import Place, render
 from harness.planning.miniature import describe, miniature
-from harness.planning.plan import GRAPHS_DROP, choose_device, plan
+from harness.planning.plan import GRAPHS_DROP, WITHOUT_WEIGHTS, choose_device, plan
 
 CATALOG = load_catalog()
 IDS = [e.id for e in CATALOG.experiments]
@@ -19,6 +19,9 @@ IDS = [e.id for e in CATALOG.experiments]
 
 def words(id_: str, device: str = "cuda") -> str:
     return " ".join(word for group in megatron_flags(CATALOG.find(id_), device) for word in group)
+
+
+SCRIPTS = {id_: f" {words(id_)} " for id_ in IDS}
 
 
 @pytest.mark.parametrize("id_", IDS)
@@ -58,6 +61,60 @@ def test_published_flags() -> None:
     assert "--sequence-parallel" in words("282") and "--sequence-parallel" not in words("281")
     assert "--moe-grouped-gemm --moe-permute-fusion --moe-router-force-load-balancing" in words("500")
     assert words("101").count("--train-iters") == 1
+
+
+BRINGS = {
+    "--sequence-parallel": lambda e: e.sequence_parallel,
+    "--num-virtual-stages-per-pipeline-rank": lambda e: e.vpp > 1,
+    "--cp-comm-type": lambda e: e.cp > 1,
+    "--use-distributed-optimizer": lambda e: e.sharding not in ("no_shard", "torch_fsdp2"),
+    "--use-megatron-fsdp --data-parallel-sharding-strategy optim": lambda e: e.sharding == "fsdp_optim",
+    "--use-megatron-fsdp --data-parallel-sharding-strategy optim_grads": lambda e: e.sharding == "fsdp_optim_grads",
+    "--use-megatron-fsdp --data-parallel-sharding-strategy optim_grads_params": lambda e: e.sharding == "fsdp_optim_grads_params",
+    "--use-torch-fsdp2": lambda e: e.sharding == "torch_fsdp2",
+    "--recompute-granularity full": lambda e: e.recompute == "full",
+    "--recompute-granularity selective": lambda e: e.recompute == "selective",
+    "--recompute-modules": lambda e: e.recompute_modules,
+    "--fp8-format hybrid --fp8-recipe delayed": lambda e: e.fp8_recipe == "delayed",
+    "--fp8-format hybrid --fp8-recipe tensorwise": lambda e: e.fp8_recipe == "tensorwise",
+    "--fp8-format e4m3 --fp8-recipe blockwise": lambda e: e.fp8_recipe == "blockwise",
+    "--cross-entropy-loss-fusion --cross-entropy-fusion-impl native": lambda e: e.cross_entropy_fusion,
+    "--optimizer muon": lambda e: e.optimizer == "muon",
+    "--exp-avg-dtype bf16 --exp-avg-sq-dtype bf16": lambda e: e.optimizer_state == "bf16",
+    "--grad-reduce-in-bf16 --main-grads-dtype bf16": lambda e: e.gradients == "bf16",
+    "--lr 6e-05 --min-lr 6e-06": lambda e: e.lr is None,
+    "--lr-warmup-fraction .001": lambda e: e.lr is None,
+    "--lr-warmup-fraction .05": lambda e: e.lr is not None,
+    "--disable-bias-linear": lambda e: not e.model.add_bias_linear,
+    "--group-query-attention --num-query-groups": lambda e: e.model.num_query_groups,
+    "--kv-channels": lambda e: e.model.kv_channels,
+    "--normalization RMSNorm --norm-epsilon": lambda e: e.model.normalization == "RMSNorm",
+    "--swiglu": lambda e: e.model.activation == "swiglu",
+    "--quick-geglu": lambda e: e.model.activation == "clamped_quick_geglu",
+    "--position-embedding-type rope": lambda e: e.model.position_embedding == "rope",
+    "--yarn-beta-fast 32.0 --yarn-beta-slow 1.0": lambda e: e.model.yarn,
+    "--qk-layernorm": lambda e: e.model.qk_norm != "none",
+    "--spec harness.specs.projection_norm layer_spec": lambda e: e.model.qk_norm == "projection",
+    "--untie-embeddings-and-output-weights": lambda e: e.model.untie_embeddings or e.sharding == "torch_fsdp2",
+    "--attention-output-gate": lambda e: e.model.attention_output_gate,
+    "--softmax-type learnable": lambda e: e.model.attention_sinks,
+    "--window-size 127,0 --window-attn-skip-freq 2": lambda e: e.model.window_size == 128,
+    "--num-experts": lambda e: e.model.num_experts,
+    "--no-bias-dropout-fusion": lambda e: e.model.num_experts and e.model.add_bias_linear,
+    "--moe-router-pre-softmax": lambda e: e.model.moe_router_pre_softmax,
+    "--moe-router-force-load-balancing": lambda e: e.model.num_experts and e.model.moe_aux_loss_coeff is None,
+    "--moe-aux-loss-coeff": lambda e: e.model.moe_aux_loss_coeff is not None,
+    "--moe-router-dtype fp32": lambda e: e.model.moe_aux_loss_coeff is not None,
+    "--moe-z-loss-coeff": lambda e: e.model.moe_z_loss_coeff is not None,
+    "--lora-rank 16 --lora-alpha 32.0 --lora-dropout 0.0 --lora-targets": lambda e: e.lora and e.lora.rank == 16,
+}  # fmt: skip
+"""Arguments -> the experiments that want them."""
+
+
+@pytest.mark.parametrize("arguments", BRINGS)
+def test_a_setting_and_it_alone_brings_its_arguments(arguments) -> None:
+    wanted = {e.id for e in CATALOG.experiments if BRINGS[arguments](e)}
+    assert wanted == {id_ for id_, script in SCRIPTS.items() if f" {arguments} " in script} and 0 < len(wanted) < len(IDS)
 
 
 def test_layers_with_experts_are_graphed_in_part() -> None:
@@ -103,3 +160,14 @@ def test_graphs_that_drop_in_evaluation_too_are_told() -> None:
     assert plan(CATALOG.find("101"), settings, "cuda").notices == (GRAPHS_DROP,)
     for more in ({"DROPOUT": "0"}, {"EVAL_STEPS": "0"}):
         assert plan(CATALOG.find("101"), settings | more, "cuda").notices == ()
+
+
+def test_adapters_beside_random_weights_are_told() -> None:
+    assert plan(CATALOG.find("802"), {"DATA": "mock"}, "cuda").notices == (WITHOUT_WEIGHTS,)
+    assert plan(CATALOG.find("802"), {"DATA": "mock", "LORA_RANK": "0"}, "cuda").notices == ()
+
+
+def test_where_a_node_stands_is_said_or_left_to_slurm() -> None:
+    there = {"DATA": "mock", "NODES": "2"}
+    assert plan(CATALOG.find("219"), there | {"RENDEZVOUS": "a:1", "NODE_RANK": "1"}, "cuda").place == Place("1", "a:1")
+    assert plan(CATALOG.find("219"), there | {"SLURM": "1"}, "cuda").place.node_rank == "$SLURM_NODEID"
