@@ -409,14 +409,18 @@ def test_sharded_weights_stay_an_option_for_rows_that_have_them():
     assert {way.sharding for way in layouts.layouts(find("703"), 1)} == {"no_shard"}
 
 
-def test_measured_steps_are_those_of_the_catalogue(tmp_path):
-    """A changed run, one that shared the node, or one on another GPU calibrates nothing."""
+def test_measured_steps_are_those_that_the_catalogue_makes():
+    """A run that was traced, capped, shared its node or ran on another GPU calibrates nothing; nor does a row that has changed."""
     machine, row = MACHINES["h200"], next(row for row in FACTS.rows if row.origin.stem == "101")
     def names(rows):
         return [step.name for step in calibrate.steps_of(machine, rows, FACTS.references, CATALOG)]
 
     assert names([row]) == ["101"]
-    assert names([replace(row, experiment=find("101", "MBS=2 GBS=2"))]) == []
+    changed = calibrate.steps_of(machine, [replace(row, experiment=find("101", "MBS=2 GBS=2 STEPS=30"))], FACTS.references, CATALOG)
+    assert [step.experiment for step in changed] == [find("101", "MBS=2 GBS=2")]
+    for not_its_own in ("PROFILE=1", "CARD=h100-80gb", "ARGS=--manual-gc"):
+        assert names([replace(row, experiment=find("101", not_its_own))]) == []
+    assert names([replace(row, experiment=row.experiment.model_copy(update={"seq_length": 512}))]) == [], "the row was another then"
     assert names([replace(row, gpu_name="NVIDIA H100 80GB HBM3")]) == []
     assert names([replace(row, result=row.result.model_copy(update={"packed_with": ("104",)}))]) == []
     assert names([replace(row, state="oom")]) == []
@@ -432,13 +436,23 @@ def test_a_row_shows_what_was_foretold_without_it():
     assert replace(row, gpu_name="Tesla T4").predicted_step_ms is None
 
 
+def test_a_changed_run_calibrates_and_is_found_again():
+    e = find("111", "DROPOUT=0 FP8=tensorwise STEPS=30")
+    assert overrides.words(e) == "111 DROPOUT=0 FP8=tensorwise" and overrides.words(find("111", "STEPS=3")) == "111"
+    row = calibrations.Fitted(measured_ms=318, predicted_ms=300, left_out_ms=290, make=overrides.words(e))
+    machine = MACHINES["h200"].model_copy(update={"rows": MACHINES["h200"].rows | {"111_fp8": row}})
+    assert results.predicted_step_ms(e, machine) == 290 and results.predicted_step_ms(find("111", "FP8=delayed"), machine) != 290
+    assert machine.row_of(find("111")) == MACHINES["h200"].rows["111"]
+    assert "fp8" in MACHINES["h200"].unmeasured(e) and machine.unmeasured(e) == ()
+
+
 def test_a_row_published_under_another_label_stands_beside_what_ran():
     """The published 443 ran 446 and the other way round; 458 ran 424, which has a row of its own."""
-    assert PUBLISHED.row_of("446").measured_ms == 680 and PUBLISHED.row_of("443").measured_ms == 665
-    assert PUBLISHED.row_of("424").measured_ms == 887 and PUBLISHED.row_of("458") is None
+    assert PUBLISHED.row_of(find("446")).measured_ms == 680 and PUBLISHED.row_of(find("443")).measured_ms == 665
+    assert PUBLISHED.row_of(find("424")).measured_ms == 887 and PUBLISHED.row_of(find("458")) is None
     e = find("443")
-    assert results.predicted_step_ms(e, PUBLISHED) == PUBLISHED.row_of("443").left_out_ms
-    assert PUBLISHED.row_of("443").predicted_ms == pytest.approx(PUBLISHED.predict(e).total, rel=2e-3)
+    assert results.predicted_step_ms(e, PUBLISHED) == PUBLISHED.row_of(find("443")).left_out_ms
+    assert PUBLISHED.row_of(find("443")).predicted_ms == pytest.approx(PUBLISHED.predict(e).total, rel=2e-3)
 
 
 def test_what_is_written_is_read_again(tmp_path):

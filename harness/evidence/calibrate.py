@@ -19,7 +19,7 @@ from pathlib import Path
 from harness.errors import UserError
 from harness.evidence.records import same_work
 from harness.evidence.results import References, Row, collect_records, load_references
-from harness.experiment import calibrations, step_time
+from harness.experiment import calibrations, overrides, step_time
 from harness.experiment.calibrations import Fitted, Machine
 from harness.experiment.catalog import Catalog, Experiment, load_catalog
 from harness.experiment.hardware import find_gpu
@@ -92,7 +92,7 @@ def fit_machine(machine: Machine, like: Machine | None, steps: Sequence[Measured
             measured_ms=round(step.step_ms, 1),
             predicted_ms=round(_predicted(machine, constants, step.experiment), 1),
             left_out_ms=round(_predicted(machine, left_out[step.experiment.id], step.experiment), 1),
-            experiment=step.experiment.id if step.experiment.id != step.name else None,
+            make=overrides.words(step.experiment) if overrides.words(step.experiment) != step.name else None,
         )
         for step in steps
     }
@@ -125,7 +125,7 @@ def fit(machine: Machine, like: Machine | None, steps: Sequence[Measured], near:
 
 
 def steps_of(machine: Machine, rows: Sequence[Row], references: References, catalog: Catalog) -> list[Measured]:
-    """The steps of experiments as they are in the catalogue that were measured on ``machine`` and can be predicted."""
+    """The steps that were measured on ``machine`` and can be predicted, of experiments with whatever settings."""
     ours = machine.measured_by == "records"
     found = _recorded(machine, rows, catalog) if ours else _published(machine, references, catalog)
     return [step for step in found if not step_time.unknown(step.experiment)]
@@ -133,10 +133,12 @@ def steps_of(machine: Machine, rows: Sequence[Row], references: References, cata
 
 def _recorded(machine: Machine, rows: Sequence[Row], catalog: Catalog) -> Iterator[Measured]:
     for row in rows:
-        as_listed = catalog.find(row.id)
+        settings = {key: value for key, value in row.experiment.overrides.items() if key not in overrides.SAME_WORK}
+        now = overrides.admitted(catalog.find(row.id), settings)
         solo = row.runs_on_node == 1 or row.experiment.world_size > 1
-        if row.gpu == machine.card and row.state == "ok" and row.step and solo and same_work(row.experiment, as_listed):
-            yield Measured(row.origin.stem, as_listed, row.step.median)
+        undisturbed = row.state == "ok" and row.step and solo and not row.experiment.profile
+        if row.gpu == machine.card and undisturbed and now and same_work(row.experiment, now):
+            yield Measured(row.origin.stem, now, row.step.median)
 
 
 def _published(machine: Machine, references: References, catalog: Catalog) -> Iterator[Measured]:

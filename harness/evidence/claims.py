@@ -27,8 +27,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from harness import yaml_files
 from harness.errors import UserError, nearest
 from harness.evidence.expressions import Expression, Quantity, Unit, parse, spell
-from harness.evidence.quantities import BOTH, UNITS, Number, Source, experiment_of, ours, published, unit_of
+from harness.evidence.quantities import BOTH, UNITS, Number, Source, ours, published, unit_of
 from harness.evidence.results import ReferenceGroup, References, Row
+from harness.experiment import overrides
 from harness.experiment.catalog import EXPERIMENTS, Catalog
 from harness.experiment.hardware import find_gpu
 
@@ -182,7 +183,7 @@ def _claim(where: str, name: str, raw: Any, catalog: Catalog) -> Claim:
         for expression in expressions:
             unit = expression.unit(unit_of)
             for quantity in expression.quantities:
-                experiment_of(catalog, quantity.of)
+                overrides.made(quantity.of, catalog)
         if unit != bound.unit:
             raise UserError(f"the formula is in {spell(unit)}, but what must hold, {parsed.must}, in {spell(bound.unit)}")
         if not first.quantities:

@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict
 
 from harness import rundir, yaml_files
 from harness.errors import UserError
-from harness.evidence.results import SAME_WORK, References, Results, Row, load_references, losses
+from harness.evidence.results import References, Results, Row, load_references, losses
+from harness.experiment import overrides
 from harness.experiment.calibrations import Machine, machine_measured_by
 from harness.experiment.catalog import EXPERIMENTS, Catalog, Experiment
 from harness.experiment.flops import tflops_per_gpu
@@ -255,7 +256,7 @@ def schedules(catalog: Catalog, profiles: Mapping[str, Profile]) -> tuple[Schedu
 
 
 def _as_catalogued(changed: Mapping[str, str], extra_args: Sequence[str], miniature: bool) -> bool:
-    return not extra_args and not miniature and (SAME_WORK | {"PROFILE"}).issuperset(changed)
+    return not extra_args and not miniature and (overrides.SAME_WORK | {"PROFILE"}).issuperset(changed)
 
 
 def _panel(panel: _Panel, quantity: Quantity, unit: str, sources: list[_Numbers], catalog: Catalog) -> Panel:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -61,25 +60,12 @@ def unit_of(name: str) -> Unit:
     return {"gib": GIB, "mib": (("MiB", 1),), "pflop": (("PFLOP", 1),), "b": (("10^9", 1),)}.get(suffix, ())
 
 
-def experiment_of(catalog: Catalog, words: str) -> Experiment:
-    """The experiment in brackets: an id, and settings as one types them after ``make``.
-
-    Raises:
-        UserError: it is anything else.
-    """
-    try:
-        id_, *settings = shlex.split(words) or [""]
-    except ValueError as error:
-        raise UserError(f"[{words}]: {error}") from None
-    return overrides.apply(catalog.find(id_), overrides.parse(settings))
-
-
 def ours(title: str, rows: Sequence[Row], catalog: Catalog, card_mib: int) -> Source:
     """Numbers of these records, the newest of an experiment; ``card_mib``: memory of the published card."""
     by_age = [(work(row.experiment), row) for row in sorted(rows, key=lambda row: row.result.started, reverse=True)]
 
     def find(quantity: Quantity) -> Number | str:
-        experiment = experiment_of(catalog, quantity.of)
+        experiment = overrides.made(quantity.of, catalog)
         if quantity.name in OF_EXPERIMENT and quantity.name not in UNITS:
             return _computed(quantity, experiment)
         wanted = work(experiment)
@@ -102,7 +88,7 @@ def published(catalog: Catalog, group: ReferenceGroup, card_mib: int) -> Source:
     there_mib = find_gpu(group.gpu).memory_mib
 
     def find(quantity: Quantity) -> Number | str:
-        experiment = experiment_of(catalog, quantity.of)
+        experiment = overrides.made(quantity.of, catalog)
         if quantity.name in OF_EXPERIMENT and quantity.name not in UNITS:
             return _computed(quantity, experiment)
         whole = experiment.model_copy(update={"card": None})

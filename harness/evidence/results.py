@@ -18,14 +18,12 @@ from harness.experiment.calibrations import Machine, machine_of
 from harness.experiment.catalog import EXPERIMENTS, Catalog, Experiment
 from harness.experiment.flops import mfu
 from harness.experiment.hardware import Gpu, find_gpu, peak_tflops, required_gpu
+from harness.experiment.overrides import is_same_work
 from harness.experiment.step_time import unknown
 from harness.files import read_object, text_lines
 from harness.rundir import MemoryGib, Result, Spread, State, StepMetrics, Upstream, Validation
 
 REFERENCES = EXPERIMENTS / "references.yaml"
-
-SAME_WORK = frozenset({"STEPS", "DATA", "CARD", "EVAL_EVERY", "EVAL_STEPS"})
-"""Overrides that leave a step's work as it was; with any other, a run is no longer what was published."""
 
 
 class _Strict(BaseModel):
@@ -86,9 +84,9 @@ class ReferenceGroup(_Strict):
     def ran(self, catalog: Catalog) -> Iterator[tuple[Reference, Experiment]]:
         """The rows with a step time that an experiment or a command of ours runs alike, each with what it is here."""
         for row in self.rows:
-            words = (row.make or (row.stands_for if row.variant is None else None) or "").split()
+            words = row.make or (row.stands_for if row.variant is None else None)
             if words and row.step_ms and not row.in_doubt:
-                yield row, overrides.apply(catalog.find(words[0]), overrides.parse(words[1:]))
+                yield row, overrides.made(words, catalog)
 
     def beside(self, id_: str) -> Published | None:
         """What to show beside experiment ``id_``, or None where this source has nothing to say about it."""
@@ -409,7 +407,7 @@ def predicted_step_ms(e: Experiment, machine: Machine | None) -> float | None:
     """Step time by formula (step_time.py), with constants fitted without this experiment; None where none covers it."""
     if machine is None or e.miniature or unknown(e):
         return None
-    row = machine.row_of(e.id) if is_same_work(e) else None
+    row = machine.row_of(e)
     return row.left_out_ms if row else machine.predict(e).total
 
 
@@ -478,11 +476,6 @@ def _comparison(experiment: Experiment, group: ReferenceGroup) -> dict[str, Any]
 def _preference(row: Row) -> tuple[bool, bool, bool, bool, float]:
     e, started = row.experiment, row.result.started if row.result else 0.0
     return not e.miniature, is_same_work(e), row.state == "ok", not e.card, started
-
-
-def is_same_work(experiment: Experiment) -> bool:
-    """Whether its step does what the catalogue's does."""
-    return not experiment.extra_args and SAME_WORK.issuperset(experiment.overrides)
 
 
 def _group(where: str, name: str, raw: Any) -> ReferenceGroup:

@@ -16,7 +16,6 @@ from harness.evidence.results import (
     References,
     Row,
     collect_records,
-    is_same_work,
     load_references,
 )
 from harness.experiment import overrides
@@ -96,7 +95,7 @@ def pieces_table(catalog: Catalog, name: str, ids: Sequence[str]) -> str:
     machine, lines = _machine(name), []
     for id_ in ids:
         e = catalog.find(id_)
-        step, row = machine.predict(e), machine.row_of(id_)
+        step, row = machine.predict(e), machine.row_of(e)
         lines.append([f"`{id_}`", e.layout, *(f"{ms:,.0f}" if ms >= 0.5 else "" for ms in step.pieces.values()),
                       f"{step.total:,.0f}", f"{row.measured_ms:,.0f}" if row else "",
                       f"{row.left_out_ms / row.measured_ms - 1:+.1%}" if row else ""])
@@ -111,7 +110,7 @@ def faster_table(name: str, *ids: str) -> str:
     for id_ in ids:
         e = catalog.find(id_)
         now, found = machine.predict(e).total, faster(e, machine)
-        row, best = machine.row_of(id_), found[0] if found else None
+        row, best = machine.row_of(e), found[0] if found else None
         lines.append([f"`{id_}`", e.layout, f"{row.measured_ms:,.0f}" if row else "", f"{now:,.0f}",
                       best.experiment.layout if best else "none", f"{best.step.total:,.0f}" if best else "",
                       f"{best.step.total / now:.2f}" if best else "", f"{best.memory.total:.0f}" if best else "",
@@ -187,6 +186,6 @@ def _measured(e: Experiment, machine: Machine, step: StepTime, rows: Sequence[Ro
             if row.gpu == machine.card and row.state == "ok" and row.step and same_work(row.experiment, e)]
     published, beside = references.published, references.published.beside(e.id)
     row = beside and beside.reference
-    if row and row.step_ms and not row.in_doubt and find_gpu(published.gpu) == machine.card and is_same_work(e):
+    if row and row.step_ms and not row.in_doubt and find_gpu(published.gpu) == machine.card and overrides.is_same_work(e):
         said.append(f"published {row.step_ms:,.0f}, off by {step.total / row.step_ms - 1:+.1%}")
     return "; ".join(said)

@@ -47,7 +47,7 @@ def shares(facts: Facts) -> Drawing:
             share = width * ms / step.total
             d.rect(x, y, share, 22, COLOURS[name])
             x += share
-        d.text(x0 + width + 14, y + 15, f"{step.total:,.0f} / {machine.row_of(id_).measured_ms:,.0f}", size=11)
+        d.text(x0 + width + 14, y + 15, f"{step.total:,.0f} / {machine.row_of(e).measured_ms:,.0f}", size=11)
     bottom = 46 + 30 * len(SHOWN)
     d.legend(24, bottom + 18, [(COLOURS[name], WORDS[name]) for name in list(COLOURS)[:4]])
     d.legend(24, bottom + 36, [(COLOURS[name], WORDS[name]) for name in list(COLOURS)[4:]])

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from harness import yaml_files
 from harness.errors import UserError, nearest
-from harness.experiment import step_time
+from harness.experiment import overrides, step_time
 from harness.experiment.catalog import EXPERIMENTS, Experiment, load_catalog
 from harness.experiment.hardware import Gpu, required_gpu
 from harness.experiment.passes import Calibration, Positive
@@ -31,8 +31,8 @@ class Fitted(BaseModel):
     predicted_ms: Positive
     left_out_ms: Positive
     """By constants fitted without this row, and without others of the same experiment."""
-    experiment: str | None = None
-    """What ran, where the row is labelled as another experiment."""
+    make: str | None = None
+    """What ran, where it is not the experiment that the row is called: ``446``, or ``111 FP8=tensorwise``."""
 
 
 class Machine(BaseModel):
@@ -73,10 +73,10 @@ class Machine(BaseModel):
         """Each pipeline stage's passes of one micro-batch, in ms; where ``step_time.unknown(e)`` is empty."""
         return step_time.stage_times(e, self.card, self.constants, switch_reduces=self.switch_reduces)
 
-    def row_of(self, id_: str) -> Fitted | None:
-        """The row in which experiment ``id_`` ran, labelled so if there is one."""
-        ran = {name: row for name, row in self.rows.items() if (row.experiment or name) == id_}
-        return ran.get(id_) or next(iter(ran.values()), None)
+    def row_of(self, e: Experiment) -> Fitted | None:
+        """The row in which ``e`` ran, labelled so if there is one."""
+        ran = {name: row for name, row in self.rows.items() if (row.make or name) == overrides.words(e)}
+        return ran.get(e.id) or next(iter(ran.values()), None)
 
     def misses(self) -> tuple[float, float, float]:
         """How far off it is for rows that it has not seen, relative: half of them, nine in ten, all stay within."""
@@ -97,7 +97,8 @@ class Machine(BaseModel):
     @cached_property
     def _measured(self) -> frozenset[str]:
         catalog, like = load_catalog(), load()[self.like]._measured if self.like else frozenset()
-        return like.union(*(step_time.kinds(catalog.find(row.experiment or name)) for name, row in self.rows.items()))
+        ran = (overrides.made(row.make or name, catalog) for name, row in self.rows.items())
+        return like.union(*map(step_time.kinds, ran))
 
 
 @cache

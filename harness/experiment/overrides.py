@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from harness.errors import UserError, nearest, similar
-from harness.experiment.catalog import SHARDING, Experiment, LinearLayer, Lora, Target
+from harness.experiment.catalog import SHARDING, Catalog, Experiment, LinearLayer, Lora, Target
 from harness.experiment.hardware import required_gpu
 
 MINIATURE_STEPS = 20
@@ -99,6 +99,9 @@ LAUNCH_SETTINGS = (
 SETTINGS = EXPERIMENT_SETTINGS + LAUNCH_SETTINGS
 SWITCHES = ("DRY_RUN", "SLURM", "PACK", "FORCE", "ALL", "CHECK")
 """What is 0 or 1 and nothing else, whichever command it belongs to: DRY_RUN=yes is no dry run."""
+
+SAME_WORK = frozenset({"STEPS", "DATA", "CARD", "EVAL_EVERY", "EVAL_STEPS"})
+"""Settings that leave a step's work as it was; with any other, a run is no longer what was published."""
 
 _COUNTS = {
     "STEPS": "steps", "DP": "dp", "TP": "tp", "PP": "pp", "VPP": "vpp", "CP": "cp", "EP": "ep", "ETP": "etp",
@@ -236,6 +239,26 @@ def apply(experiment: Experiment, settings: Mapping[str, str]) -> Experiment:
         return experiment
     kept = {key: value for key, value in given.items() if _field_of(key) in effective}
     return experiment.with_changes(**effective, overrides=kept)
+
+
+def made(words: str, catalog: Catalog) -> Experiment:
+    """What ``make WORDS`` runs, such as ``420 GPUS=4 TP=4``. Raises UserError where it runs nothing."""
+    try:
+        id_, *settings = shlex.split(words) or [""]
+    except ValueError as error:
+        raise UserError(f"{words}: {error}") from None
+    return apply(catalog.find(id_), parse(settings))
+
+
+def words(experiment: Experiment) -> str:
+    """What ``make`` takes for the same step: its id, and settings that change its work."""
+    settings = [f"{key}={value}" for key, value in experiment.overrides.items() if key not in SAME_WORK]
+    return " ".join([experiment.id, *settings])
+
+
+def is_same_work(experiment: Experiment) -> bool:
+    """Whether its step does what the catalogue's does."""
+    return not experiment.extra_args and SAME_WORK.issuperset(experiment.overrides)
 
 
 def admitted(experiment: Experiment, settings: Mapping[str, int | str]) -> Experiment | None:
