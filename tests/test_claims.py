@@ -207,6 +207,7 @@ def test_a_file_that_is_something_else_is_refused(tmp_path, text):
         (0.9, 1.1, 1.3, 0.1, "fails"),
         (1.0, 1.0, 1.0, 0.0, "holds"),
         (1.0, 1.0, 0.0, 0.0, "fails"),
+        (0.3, 0.3, 0.1 + 0.2, 0.0, "holds"),  # = but for rounding
     ],
 )
 def test_a_verdict_reaches_as_far_as_the_spread(low, high, value, spread, verdict):

@@ -84,7 +84,7 @@ def test_a_changed_tokenizer_is_noticed(data):
     content["tokenizer"] |= {"type": "HuggingFaceTokenizer", "sha256": sha256}
     (data / "a" / "manifest.json").write_text(json.dumps(content))
     found = prepared.find("a", data)
-    assert (found.tokenizer_type, found.tokenizer_model) == ("HuggingFaceTokenizer", home)
+    assert (found.tokenizer_type, found.tokenizer_model, found.vocab_size) == ("HuggingFaceTokenizer", home, 100)
     (home / "tokenizer.json").write_text('{"model": {"merges": ["a b"]}}')
     with pytest.raises(UserError, match=r"tokenizer .* changed since it made the tokens"):
         prepared.find("a", data)
@@ -97,9 +97,15 @@ def test_a_set_made_elsewhere_needs_no_manifest(data):
     (data / "a" / "manifest.json").unlink()
     with pytest.raises(UserError, match=r"tokenizer.json is missing"):
         prepared.find("a", data)
-    (data / "a" / "tokenizer" / "tokenizer.json").write_text("{}")
-    found = prepared.find("a", data)
-    assert (found.documents, found.vocab_size, found.tokenizer_type) == (200, None, "HuggingFaceTokenizer")
+    description = data / "a" / "tokenizer" / "tokenizer.json"
+    for vocabulary in ({"x": 0, "y": 1, "<s>": 2}, [["x", -1.0], ["y", -2.0], ["<s>", 0.0]]):
+        description.write_text(json.dumps({"model": {"vocab": vocabulary}, "added_tokens": [{"content": "<s>"}, {"content": "</s>"}]}))
+        found = prepared.find("a", data)
+        assert (found.documents, found.vocab_size, found.tokenizer_type) == (200, 4, "HuggingFaceTokenizer")
+    for damaged in ("{", "{}", '{"model": {"vocab": 3}}'):
+        description.write_text(damaged)
+        with pytest.raises(UserError, match=r"tokenizer.json is damaged, or of a kind"):
+            prepared.find("a", data)
 
 
 def test_an_unknown_set_is_named_with_what_there_is(made):
@@ -139,8 +145,8 @@ def test_a_wrong_blend_is_refused(made, typed):
 def test_sets_of_different_tokenizers_do_not_mix(data, tmp_path):
     (tmp_path / "c.jsonl").write_text('{"text": "1 2"}\n')
     prepare.prepare(Recipe("c", str(tmp_path / "c.jsonl"), tokenizer="null:50"), Means(folder=data))
-    with pytest.raises(UserError, match="a and c were made by different tokenizers"):
-        prepared.blend("a:1 c:1", data)
+    with pytest.raises(UserError, match=r"a and c were made by different tokenizers\nprepare c again with TOKENIZER=.*/a/tokenizer$"):
+        prepared.blend("a:1 b:1 c:1", data)
 
 
 def test_the_cache_moves_when_the_content_changes(data, tmp_path):
@@ -194,7 +200,7 @@ def test_joined_sets_are_one_after_the_other(data):
     with pytest.raises(UserError, match="FROM="):
         merge(["a"], "one", data)
     (data / "b" / "manifest.json").unlink()
-    (data / "b" / "tokenizer" / "tokenizer.json").write_text("{}")
+    (data / "b" / "tokenizer" / "tokenizer.json").write_text('{"model": {"vocab": {"x": 0}}}')
     with pytest.raises(UserError, match="different tokenizers"):
         merge(["a", "b"], "two", data)
 

@@ -102,6 +102,7 @@ def test_out_of_memory_as_published_counts():
     ("id_", "state", "settings", "status", "note"),
     [
         ("111", "oom", {}, "OOM (publ. ran) [1]", "rank 3: it broke; mend it"),
+        ("115", "oom", {}, "  OOM [1] [2]", "115: published as 115, but what ran is unknown"),
         ("121", "ok", {}, "ok (publ. OOM) [1]", "143,771 MiB here, more than published; CARD=h100-80gb"),
         ("408", "crash", {}, "crash at 7/100 [1]", "rank 3: it broke; mend it"),
         ("408", "hang", {}, "hang at 7/100 [1]", "rank 3: it broke; mend it"),
@@ -178,15 +179,15 @@ def test_markdown_is_a_table_for_each_chapter():
 
 
 def test_csv_and_json_hold_the_same_plain_values():
-    rows = [row(), row("115"), row("121", state="oom", step_ms=None), replace(row("408"), result=None)]
+    rows = [row(), row("115"), row("121", state="oom", step_ms=None), replace(row("408"), result=None), row("611")]
     parsed = json.loads(tables.render(rows, "json"))
-    assert [line["id"] for line in parsed] == ["111", "115", "121", "408"]
+    assert [line["id"] for line in parsed] == ["111", "115", "121", "408", "611"]
     assert parsed[0]["step_ms"] == 376.3 and parsed[0]["published_step_ms"] == 393
     assert parsed[0]["as_published"] is True
     assert parsed[0]["mfu"] == pytest.approx(400 / 989.5)
     assert parsed[1]["step_ratio"] is None and parsed[1]["published_ran"] == "unknown"
     lines = list(csv.DictReader(io.StringIO(tables.render(rows, "csv"))))
-    assert [line["published_oom"] for line in lines] == ["False", "False", "True", "False"]
+    assert [line["published_oom"] for line in lines] == ["False", "False", "True", "False", ""]
     assert lines[0].keys() == parsed[0].keys() == tables.VALUES.keys()
 
 

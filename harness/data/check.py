@@ -77,7 +77,7 @@ def _tokens(
     prefix: Path,
     index: indexed.Index,
     manifest: Manifest | None,
-    vocab_size: int | None,
+    vocab_size: int,
     watch: Callable[[int, int], None],
 ) -> Iterator[Finding]:
     done = 0
@@ -87,7 +87,6 @@ def _tokens(
         done += size
         watch(done, index.bin_bytes)
 
-    vocab_size = vocab_size or 2**31
     eod = manifest.tokenizer.eod if manifest and manifest.append_eod else None
     try:
         found = indexed.check_tokens(prefix, index, vocab_size, eod, advance)

@@ -20,6 +20,7 @@ from harness.data.header import FormatError, check_ends, idx_path, read_head
 from harness.data.manifest import Manifest, read_manifest
 from harness.data.tokenizer_files import DESCRIPTION, SENTENCE_PIECE, tokenizer_sha256
 from harness.errors import UserError, nearest
+from harness.files import read_object
 
 if TYPE_CHECKING:
     from harness.experiment.catalog import Experiment
@@ -37,7 +38,7 @@ class DataSet:
         prefix: path of the ``.bin``/``.idx`` pair without its ending.
         tokenizer_type: upstream's name of its kind.
         tokenizer_model: a folder with tokenizer.json, or a SentencePiece model; none for a NullTokenizer.
-        vocab_size: as upstream counts it; none where no manifest says.
+        vocab_size: as upstream counts it.
         tokenizer_sha256: two data sets with the same one can be blended.
         fingerprint: changes with the pair's content.
         chat: whether documents are conversations: text to read and text to answer, in turn (harness/finetune/).
@@ -47,7 +48,7 @@ class DataSet:
     prefix: Path
     tokenizer_type: str
     tokenizer_model: Path | None
-    vocab_size: int | None
+    vocab_size: int
     tokenizer_sha256: str
     documents: int
     sequences: int
@@ -185,7 +186,7 @@ def _hint(name: str, known: tuple[str, ...]) -> str:
 
 def _tokenizer(
     name: str, home: Path, manifest: Manifest | None, again: str
-) -> tuple[str, Path | None, str, int | None]:
+) -> tuple[str, Path | None, str, int]:
     """Type, model, fingerprint and size of the data set's tokenizer; its files are as they were when it was used."""
     used = manifest.tokenizer if manifest else None
     kind = used.type if used else "HuggingFaceTokenizer"
@@ -198,4 +199,15 @@ def _tokenizer(
     digest = tokenizer_sha256(kind, model)
     if used and digest != used.sha256:
         raise UserError(f"DATA={name}: the tokenizer in {home / 'tokenizer'} changed since it made the tokens\n{again}")
-    return kind, model, digest, used.vocab_size if used else None
+    try:
+        return kind, model, digest, used.vocab_size if used else _vocab_size(needed)
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"DATA={name}: {needed} is damaged, or of a kind that is not known\n{again}") from None
+
+
+def _vocab_size(description: Path) -> int:
+    """The tokens of a tokenizer.json, added ones included, as upstream counts them: ``len`` of transformers' tokenizer."""
+    content = read_object(description)
+    vocabulary = content["model"]["vocab"]
+    tokens = vocabulary if isinstance(vocabulary, dict) else (token for token, _ in vocabulary)
+    return len({*tokens, *(added["content"] for added in content.get("added_tokens", ()))})
