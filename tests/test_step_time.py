@@ -234,6 +234,7 @@ def test_sharded_weights_are_gathered_twice_a_micro_batch():
     assert pieces("704", "MBS=8").gradients == pytest.approx(sent["704"] * 6 / 4)
     assert pieces("702").optimizer > pieces("703").optimizer > pieces("704").optimizer == pieces("705").optimizer
     assert pieces("713", "DP=1").gradients == 0
+    assert unknown(find("711", "TP=2 DP=2")) == ["FSDP beside tensor or context parallelism"], "both want the queues otherwise"
 
 
 def test_adapters_leave_out_the_products_of_frozen_weights():

@@ -72,6 +72,7 @@ def unknown(e: Experiment) -> list[str]:
     said = {
         "fp32 arithmetic": e.precision == "fp32",
         "fp8 beside tensor parallelism or experts": e.precision == "fp8" and (e.tp > 1 or e.model.num_experts is not None),
+        "FSDP beside tensor or context parallelism": e.fully_sharded and e.tp * e.cp > 1,
         "unfused attention": e.attention_backend == "unfused",
         f"recomputation of {', '.join(sorted({*e.recompute_modules} - RECOMPUTED))}": {*e.recompute_modules} - RECOMPUTED,
         "attention sinks": e.model.attention_sinks,
