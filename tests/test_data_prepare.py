@@ -1,5 +1,6 @@
 """A data set is prepared whole or not at all, to the same bytes however often it was killed."""
 
+import contextlib
 import errno
 import json
 import os
@@ -8,13 +9,12 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from harness.data import documents, indexed, prepare, prepared, tokenize
+from harness.data import documents, indexed, prepare, prepared, sources, tokenize
 from harness.data.documents import Layout
 from harness.data.header import bin_path, idx_path
 from harness.data.manifest import read_manifest
@@ -220,7 +220,7 @@ class _Counter:
         if self.count == self.fatal:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    @contextmanager
+    @contextlib.contextmanager
     def watching(self, monkeypatch: pytest.MonkeyPatch):
         with monkeypatch.context() as patch:
             for owner, name in [
@@ -339,6 +339,22 @@ def test_a_hub_that_is_not_there_is_named_with_a_way_out(tmp_path, mirror, monke
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     with pytest.raises(UserError, match=r"(?s)127.0.0.1 cannot be reached.*accept its conditions.*HUB=<folder>"):
         make(recipe, tmp_path / "data")
+
+
+@pytest.mark.parametrize(("environment", "asked"), [
+    ({}, ("huggingface.co", 443)), ({"HF_ENDPOINT": "http://mirror"}, ("mirror", 80)),
+    ({"HF_ENDPOINT": "https://mirror:8443"}, ("mirror", 8443)), ({"HF_HUB_OFFLINE": "1"}, None), ({"ALL_PROXY": "http://p"}, None),
+])  # fmt: skip
+def test_the_hub_is_asked_for_first_unless_a_proxy_or_a_cache_stands_between(monkeypatch, environment, asked):
+    for name in list(os.environ):
+        if name.upper() in ("HF_ENDPOINT", "HF_HUB_OFFLINE", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+            monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    places = []
+    monkeypatch.setattr(sources.socket, "create_connection", lambda place, timeout: places.append(place) or contextlib.nullcontext())
+    sources._reach_hub(Hub(repository="someone/texts", revision="main", files="*.parquet"))
+    assert places == ([asked] if asked else [])
 
 
 @pytest.mark.cpu

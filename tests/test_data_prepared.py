@@ -304,7 +304,10 @@ def test_files_are_found_by_name_folder_and_pattern(tmp_path):
     assert names(str(tmp_path)) == ["a.jsonl.gz", "b.jsonl", "c.txt", "d.parquet"]
     assert names(f"{tmp_path}/*.jsonl") == [".hidden.jsonl", "b.jsonl"] or names(f"{tmp_path}/*.jsonl") == ["b.jsonl"]
     assert names(f"{tmp_path}/sub {tmp_path}/b.jsonl") == ["c.txt", "d.parquet", "b.jsonl"]
-    assert names(f"{tmp_path}/**/*.txt") == ["c.txt"]
+    assert names(f"{tmp_path}/**/*.txt") == ["c.txt"] == names(f"{tmp_path}/*/c.*")
+    (tmp_path / "e.txt").mkdir()
+    with pytest.raises(UserError, match=r"e\.\*: no such file or folder, and nothing matches"):
+        names(f"{tmp_path}/e.*")
     (tmp_path / "with space.jsonl").touch()
     assert names(f"{tmp_path}/with space.jsonl") == ["with space.jsonl"]
     assert text_file(tmp_path / "b.jsonl").kind == "jsonl"

@@ -105,8 +105,8 @@ def local_files(wanted: str) -> tuple[TextFile, ...]:
             found += below
         elif path.is_file():
             found.append(path)
-        elif matches := sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor)))):
-            found += [match for match in matches if match.is_file()]
+        elif matches := sorted(p for p in Path(path.anchor).glob(str(path.relative_to(path.anchor))) if p.is_file()):
+            found += matches
         else:
             raise UserError(f"INPUT={word}: no such file or folder, and nothing matches")
     return tuple(text_file(path.resolve(), str(path)) for path in found)
