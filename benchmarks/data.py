@@ -149,7 +149,7 @@ def upstream(text: Path, folder: Path, tokenizer: Path) -> list[Any]:
     """The command of upstream's tool, with the fastest of its tokenizers that gives GPT-2's ids."""
     from harness.machine.upstream import locate
 
-    tree = locate().tree
+    tree = locate()
     if tree is None:
         raise SystemExit("no upstream tree: git submodule update --init megatron-lm, or set MEGATRON_LM=")
     return [

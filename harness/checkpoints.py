@@ -17,15 +17,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
+from typing import Any
 
 STEP_FOLDER = re.compile(r"iter_(\d{7,})")
 REMOVING = ".removing-"
 """Prefix of a checkpoint that is on its way out: no longer one, whatever is still there of it."""
-TRACKER = "latest_checkpointed_iteration.txt"
+TRACKER, METADATA = "latest_checkpointed_iteration.txt", ".metadata"
 NOT_WEIGHTS = re.compile(r"(chained_\d+\.)?optimizer|.*_extra_state|rng_state|rerun_state|common_state")
 """Keys of a checkpoint that are no parameters of the model."""
 
@@ -93,7 +90,7 @@ def examine(path: Path, step: int) -> Checkpoint:
     sizes = {entry.name: entry.stat().st_size for entry in _entries(path)}
     size_bytes = sum(sizes.values())
     try:
-        contents = read_contents(path / ".metadata")
+        contents = read_contents(path / METADATA)
         damage = _damage(path, step, sizes, contents)
     except FileNotFoundError:
         contents, damage = None, "it was not written to its end"

@@ -161,18 +161,18 @@ def apex(installed: bool) -> Finding:
 def upstream() -> Finding:
     """Which Megatron-LM runs, and whether it is the tested one."""
     try:
-        found = locate()
+        tree = locate()
     except UserError as error:
         text, _, mend = str(error).partition("\n")
         return Finding("Megatron-LM", "missing", text, mend)
-    if found.tree is None:
+    if tree is None:
         wheel = package_version("megatron-core")
         text = f"megatron-core {wheel} from its wheel" if wheel else "its wheel comes with the first run"
         mend = f"for upstream's own pretrain_gpt.py: {FILL}"
         return Finding("Megatron-LM", "note", f"{text}; the submodule is not checked out", mend)
-    there, pinned = source_commit(found.tree)[0], git(ROOT, "rev-parse", "HEAD:megatron-lm")
+    there, pinned = source_commit(tree)[0], git(ROOT, "rev-parse", "HEAD:megatron-lm")
     if os.environ.get("MEGATRON_LM"):
-        return Finding("Megatron-LM", "ok", f"MEGATRON_LM={found.tree}, {there or 'commit unknown'}")
+        return Finding("Megatron-LM", "ok", f"MEGATRON_LM={tree}, {there or 'commit unknown'}")
     if there and pinned and there != pinned:
         return Finding("Megatron-LM", "warn", f"the submodule is at {there[:10]}, tested with {pinned[:10]}", FILL)
     return Finding("Megatron-LM", "ok", f"the submodule, {there or 'commit unknown'}")

@@ -20,7 +20,7 @@ from harness.errors import UserError, nearest
 from harness.experiment import overrides
 from harness.experiment.catalog import Experiment
 from harness.megatron.environment import variables
-from harness.megatron.flags import Device, loading_flags, megatron_flags, tokenizer_flags
+from harness.megatron.flags import Device, flags_as_learned, loading_flags, tokenizer_flags
 from harness.planning import resume
 
 if TYPE_CHECKING:
@@ -214,13 +214,11 @@ def _flags(request: Request, device: Device) -> list[str]:
     e = request.experiment
     precision = {"precision": "bf16", "fp8_recipe": None} if e.precision == "fp8" else {}
     alone = e.with_changes(**ONE_PROCESS, **precision)
-    forced = "--moe-router-force-load-balancing"
-    words = [word for group in megatron_flags(alone, device) for word in group if word != forced]
     untied = ["--untie-embeddings-and-output-weights"] if e.sharding == "torch_fsdp2" else []
     loading = Loading(request.checkpoint.path.parent, request.checkpoint.step, only_weights=True)
     tokenizer = tokenizer_flags(alone.model, request.tokenizer) if request.tokenizer else []
     seed = str(max(request.sampling.seed, 1))
-    return [*words, *untied, *tokenizer, *loading_flags(loading), "--skip-train", "--seed", seed]
+    return [*flags_as_learned(alone, device), *untied, *tokenizer, *loading_flags(loading), "--skip-train", "--seed", seed]
 
 
 def _environment(e: Experiment, device: Device, folder: Path) -> dict[str, str]:

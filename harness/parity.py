@@ -25,7 +25,7 @@ from typing import NoReturn
 
 from harness.experiment.catalog import Experiment, Model
 from harness.megatron.environment import variables
-from harness.megatron.flags import megatron_flags
+from harness.megatron.flags import flags_as_learned
 from harness.rundir import RUN_DIR_VARIABLE, RunDir, StepMetrics
 
 STEPS = 10
@@ -132,7 +132,6 @@ class Run:
     def _train(self, rank: int, port: int) -> NoReturn:
         """Be rank ``rank``, as torchrun would have started it."""
         from harness.entry.rank import run
-        from harness.machine.upstream import Upstream
 
         log = os.open(self.folder / "logs.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         for output in (1, 2):
@@ -141,7 +140,7 @@ class Run:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), RUN_DIR_VARIABLE: str(self.folder)}
         sys.argv = ["pretrain_gpt.py", *flags(self.experiment), *self.arguments]
-        run(Upstream(None) if self.own_script else None)
+        run(self.own_script)
 
     def _first_error(self) -> str | None:
         errors = sorted(RunDir(self.folder).read_rank_errors(), key=lambda error: error.time)
@@ -175,7 +174,7 @@ def main(only: Collection[str] | None = None) -> int:
     rank.prepare_for_forks()
     folder = Path(tempfile.mkdtemp(prefix="parity-"))
     wanted = {name: LAYOUTS[name] for name in only or LAYOUTS}
-    equal = _compare(wanted, folder, with_own_script=not only and rank.prepare().tree is not None)
+    equal = _compare(wanted, folder, with_own_script=not only and rank.prepare() is not None)
     if equal:
         print(f"every loss of every step within {LOSS_TOLERANCE:.0e} of one process's")
         shutil.rmtree(folder)
@@ -228,8 +227,7 @@ def tiny(model: Model, changes: dict[str, object]) -> Experiment:
 
 def flags(experiment: Experiment) -> list[str]:
     """Upstream's arguments for ``experiment``, with everything off that may differ between layouts."""
-    words = (word for group in megatron_flags(experiment, "cpu") for word in group)
-    return [word for word in words if word != "--moe-router-force-load-balancing"] + SETTINGS.split()
+    return flags_as_learned(experiment, "cpu") + SETTINGS.split()
 
 
 def _finished(runs: list[Run]) -> Iterator[Run]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -13,7 +12,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from itertools import islice, starmap
 from typing import Any
 
-_PR_SET_PDEATHSIG = 1
+from harness.orphans import end_with
 
 
 @contextlib.contextmanager
@@ -29,7 +28,7 @@ def map_in_order(
         yield starmap(function, tasks)
         return
     pool = ProcessPoolExecutor(
-        processes, multiprocessing.get_context("spawn"), initializer=follow_parent, initargs=(os.getpid(),)
+        processes, multiprocessing.get_context("spawn"), initializer=end_with, initargs=(os.getpid(),)
     )
     try:
         yield _ordered(pool, function, iter(tasks), 2 * processes)
@@ -54,10 +53,3 @@ def _submit(pool: ProcessPoolExecutor, function: Callable[..., Any], task: tuple
         return pool.submit(function, *task)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def follow_parent(parent: int) -> None:
-    """Die with the parent, also when it is killed."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)

@@ -17,10 +17,10 @@ RANK = """
 import os, signal, sys, time
 from pathlib import Path
 from harness.entry import warm
-from harness.entry.failures import die_with
+from harness.orphans import end_with
 
 here = Path(sys.argv[1])
-die_with(os.getppid())
+end_with(os.getppid())
 warm.become_rank(lambda: (here / "prepared").open("a").write(f"{os.getpid()}\\n"))
 rank = os.environ["RANK"]
 print(f"output of {rank}", flush=True)

@@ -320,7 +320,7 @@ def test_the_pair_is_what_upstreams_encoder_and_builder_make(tmp_path, monkeypat
 def test_the_pair_is_what_upstreams_tool_writes(tmp_path, kind, eod):
     from harness.machine.upstream import locate
 
-    tree = locate().tree
+    tree = locate()
     if tree is None:
         pytest.skip("upstream's tools/preprocess_data.py is not here: git submodule update --init megatron-lm")
     home = Path(tokenize.__file__).parents[2] / "data" / "tokenizers"

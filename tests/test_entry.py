@@ -30,38 +30,45 @@ def megatron(folder: Path, *parts: str) -> Path:
 WHOLE = ("megatron/core", "megatron/training", "pretrain_gpt.py")
 
 
-def test_upstream_is_the_tree_that_megatron_lm_names(tmp_path):
+def test_upstream_is_the_tree_that_megatron_lm_names(tmp_path, monkeypatch):
     tree = megatron(tmp_path, *WHOLE)
-    assert upstream.locate({"MEGATRON_LM": str(tree)}).tree == tree.resolve()
+    monkeypatch.setenv("MEGATRON_LM", str(tree))
+    assert upstream.locate() == tree.resolve()
 
 
 @pytest.mark.parametrize("there", [(), ("megatron/core",), ("megatron/core", "pretrain_gpt.py")])
-def test_megatron_lm_must_be_whole(tmp_path, there):
+def test_megatron_lm_must_be_whole(tmp_path, monkeypatch, there):
+    monkeypatch.setenv("MEGATRON_LM", str(megatron(tmp_path, *there)))
     with pytest.raises(UserError, match=r"MEGATRON_LM .*training.*\n.*git submodule update --init"):
-        upstream.locate({"MEGATRON_LM": str(megatron(tmp_path, *there))})
+        upstream.locate()
+
+
+@pytest.fixture
+def submodule(tmp_path, monkeypatch) -> Path:
+    """Where a repository of its own has the submodule."""
+    monkeypatch.delenv("MEGATRON_LM", raising=False)
+    monkeypatch.setattr(upstream, "ROOT", tmp_path)
+    return tmp_path / "megatron-lm"
 
 
 @pytest.mark.parametrize("content", [None, (), (".git",)])
-def test_an_empty_submodule_means_the_wheel(tmp_path, monkeypatch, content):
-    monkeypatch.setattr(upstream, "REPOSITORY", tmp_path)
+def test_an_empty_submodule_means_the_wheel(submodule, content):
     if content is not None:
-        (tmp_path / "megatron-lm").mkdir()
+        submodule.mkdir()
         for name in content:
-            (tmp_path / "megatron-lm" / name).touch()
-    assert upstream.locate({}).source == "package"
+            (submodule / name).touch()
+    assert upstream.locate() is None
 
 
-def test_a_whole_submodule_is_used(tmp_path, monkeypatch):
-    monkeypatch.setattr(upstream, "REPOSITORY", tmp_path)
-    tree = megatron(tmp_path / "megatron-lm", *WHOLE)
-    assert upstream.locate({}) == upstream.Upstream(tree.resolve())
+def test_a_whole_submodule_is_used(submodule):
+    tree = megatron(submodule, *WHOLE)
+    assert upstream.locate() == tree.resolve()
 
 
-def test_a_half_submodule_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(upstream, "REPOSITORY", tmp_path)
-    megatron(tmp_path / "megatron-lm", "megatron/core")
+def test_a_half_submodule_is_refused(submodule):
+    megatron(submodule, "megatron/core")
     with pytest.raises(UserError, match=r"pretrain_gpt.py.*\n.*git submodule update --init"):
-        upstream.locate({})
+        upstream.locate()
 
 
 ENDING = """

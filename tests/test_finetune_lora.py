@@ -42,7 +42,7 @@ def test_adapters_begin_as_nothing_and_leave_the_weights_alone(tmp_path):
     close(adapters(parallel), adapters(alone), 2e-4)
 
 
-@pytest.mark.skipif(locate().tree is None, reason="upstream's script is not here: git submodule update --init")
+@pytest.mark.skipif(locate() is None, reason="upstream's script is not here: git submodule update --init")
 @pytest.mark.parametrize("layout", [{}, *(pytest.param(LAYOUTS[name], marks=pytest.mark.full) for name in ("tp2+sp", "pp2"))])
 def test_the_harnesss_own_script_tunes_as_upstreams(tmp_path, layout):
     """What the megatron-core wheel has no script for; to the last bit, and sequences of a micro-batch are joined."""

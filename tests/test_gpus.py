@@ -85,6 +85,8 @@ class FakeNvml:
 
 @pytest.fixture
 def nvml(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
     def install(*args, **kwargs):
         fake = FakeNvml(*args, **kwargs)
         monkeypatch.setitem(sys.modules, "pynvml", fake)
@@ -144,13 +146,13 @@ def test_the_driver_is_kept_awake_where_there_is_one(nvml, monkeypatch):
 
 def test_busy_gpus_are_passed_over(nvml):
     nvml([0.4, 90, 0.4, 0.4], {2: [(os.getpid(), GIB)]})
-    assert gpus.choose(2, environment={}) == (0, 3)
+    assert gpus.choose(2) == (0, 3)
 
 
 def test_too_few_free_gpus_are_refused_naming_who_is_busy(nvml):
     nvml([0.4, 90], {1: [(os.getpid(), 70 * GIB)]})
     with pytest.raises(UserError) as refused:
-        gpus.choose(2, environment={})
+        gpus.choose(2)
     message = str(refused.value)
     name = Path("/proc/self/comm").read_text().strip()
     assert "needs 2 GPUs, 1 of 2 are free" in message
@@ -161,7 +163,7 @@ def test_too_few_free_gpus_are_refused_naming_who_is_busy(nvml):
 def test_memory_that_nobody_owns_up_to_is_busy_too(nvml):
     nvml([12.0])
     with pytest.raises(UserError, match=r"GPU 0: 12.0 GiB used\n"):
-        gpus.choose(1, environment={})
+        gpus.choose(1)
 
 
 def test_busy_gpus_that_are_asked_for_are_taken(nvml):
@@ -182,16 +184,17 @@ def test_gpus_that_cannot_be_had_are_refused(nvml, wanted, complaint):
 def test_too_few_gpus_are_refused_with_the_way_out(nvml):
     nvml([0, 0])
     with pytest.raises(UserError, match=r"needs 8 GPUs, this machine has 2\nGPUS=2 .*DEVICE=cpu"):
-        gpus.choose(8, environment={})
+        gpus.choose(8)
 
 
 @pytest.mark.parametrize(
     ("visible", "chosen"),
     [("2,3", (2, 3)), ("3, 0", (3, 0)), ("GPU-1a-b,GPU-0a", (1, 0)), ("1,7,0", (1,)), ("", ())],
 )
-def test_cuda_visible_devices_is_honoured(nvml, visible, chosen):
+def test_cuda_visible_devices_is_honoured(nvml, monkeypatch, visible, chosen):
     nvml([0, 0, 0, 0])
-    assert gpus.available(environment={"CUDA_VISIBLE_DEVICES": visible}) == chosen
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert gpus.available() == chosen
 
 
 def test_the_sampler_writes_lines_and_keeps_the_peak(nvml, tmp_path, monkeypatch):

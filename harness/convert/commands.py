@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from harness import ROOT
+from harness.checkpoints import METADATA, TRACKER
 from harness.convert.weights import WEIGHTS
 from harness.data import prepared
 from harness.errors import UserError
@@ -97,8 +98,6 @@ def saved(run: str, outdir: Path) -> Path:
     Raises:
         UserError: there is none, or it holds no checkpoint.
     """
-    from harness.convert.torch_dist import METADATA, TRACKER
-
     places = [place for place in (outdir / run, WEIGHTS / run, Path(run).expanduser()) if place.is_dir()]
     if not places:
         raise UserError(f"RUN={run}: no run of this label in {outdir}, no weights of this name, and no such folder")

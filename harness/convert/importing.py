@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from harness.checkpoints import TRACKER
 from harness.convert import arguments, hub, torch_dist
 from harness.convert.architectures import EMBEDDING, EXPERTS, LAYERS, LM_HEAD, Architecture, Row
 from harness.convert.mxfp4 import Dequantized
@@ -79,7 +80,7 @@ def import_folder(source: str, target: Path, name: str, *, tp: int = 1, pp: int 
             if (folder / kept).is_file():
                 shutil.copyfile(folder / kept, unfinished / HF / kept)
         torch_dist.write(unfinished / RELEASE, pieces, states(sizes) | {torch_dist.COMMON: _common(words, sizes)})
-        (unfinished / torch_dist.TRACKER).write_text("release")
+        (unfinished / TRACKER).write_text("release")
         write_json(unfinished / RECORD, weights.model_dump(mode="json"))
         if target.exists():
             shutil.rmtree(target)

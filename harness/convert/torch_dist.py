@@ -38,10 +38,10 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from harness.checkpoints import METADATA, TRACKER
 from harness.errors import UserError
 
-TRACKER = "latest_checkpointed_iteration.txt"
-METADATA, CONFIG = ".metadata", "metadata.json"
+CONFIG = "metadata.json"
 COMMON = "common_state/shard_0_1"
 WRITERS = 2
 BACKEND = "torch_dist"

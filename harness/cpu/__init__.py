@@ -8,7 +8,7 @@
 ``recompute``    recomputation of single modules
 ``fsdp``         PyTorch's FSDP2 on CPUs
 ``checkpoints``  saving and loading
-``warm``         one process imports, the ranks are forked from it
+``fork_server``  gives the checkpoint writers the same
 """
 
 import logging

@@ -168,6 +168,11 @@ def blend(data: str, folder: Path = DATA) -> Blend:
     return Blend(sets, tuple(weights))
 
 
+def is_chat(data: str) -> bool:
+    """Whether ``DATA=data`` names conversations. Raises UserError as ``blend``."""
+    return data != MOCK and blend(data).sets[0].chat
+
+
 def check_name(name: str) -> str:
     """``name`` where it can name a data set. Raises UserError otherwise."""
     if not NAME.fullmatch(name) or name == MOCK:

@@ -3,14 +3,15 @@
 import os
 import signal
 
-from harness.entry.failures import die_with
+from harness.entry import on_cpu
+from harness.orphans import end_with
 
 
 def main() -> None:
     """Run this rank; on a CPU, ranks of one node are forked from one process that has imported everything."""
-    die_with(os.getppid())
+    end_with(os.getppid())
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a rank without a traceback
-    if os.environ.get("HARNESS_DEVICE") == "cpu" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+    if on_cpu() and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
         from harness.entry import warm
 
         warm.become_rank(_prepare)

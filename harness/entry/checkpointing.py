@@ -12,10 +12,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from harness import checkpoints
-from harness.entry.failures import die_with
+from harness.entry import on_cpu
 from harness.entry.report import RankReport
 from harness.errors import UserError
 from harness.megatron.environment import KEEP_VARIABLE
+from harness.orphans import end_with
 from harness.rundir import Save
 
 SERVER = "harness.entry.writer"
@@ -67,15 +68,15 @@ def _start_writer_here() -> None:
 
     def follow() -> None:
         if starting and os.getppid() == rank:
-            die_with(rank)
+            end_with(rank)
 
     def start_worker(number: int, mode: str) -> None:
         nonlocal starting
         starting = True
-        start(number, "fork" if os.environ.get("HARNESS_DEVICE") == "cpu" else mode)
+        start(number, "fork" if on_cpu() else mode)
         starting = False
 
-    if os.environ.get("HARNESS_DEVICE") != "cpu":
+    if not on_cpu():
         multiprocessing.set_forkserver_preload([SERVER])
     os.register_at_fork(after_in_child=follow)
     initialize.init_persistent_async_worker = start_worker

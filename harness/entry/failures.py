@@ -1,8 +1,6 @@
-"""How a rank ends: with its parent, always; and when it fails, at once and on record."""
+"""How a rank ends that fails: at once and on record."""
 
-import ctypes
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -13,15 +11,6 @@ from harness.errors import UserError
 
 if TYPE_CHECKING:
     from harness.entry.report import RankReport
-
-PR_SET_PDEATHSIG = 1
-
-
-def die_with(parent: int) -> None:
-    """Ask the kernel to kill this process when ``parent``, its parent, dies, even of SIGKILL (prctl(2))."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 @contextmanager

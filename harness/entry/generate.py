@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from harness.entry import failures, finetune, rank
 from harness.generate import REQUEST_VARIABLE, Sampling
+from harness.orphans import end_with
 
 LENGTHS = 64
 """The model sees a multiple of so many tokens: cuDNN plans its attention anew for every length."""
@@ -16,12 +17,12 @@ LENGTHS = 64
 
 def main() -> None:
     """Answer the request in the folder that ``HARNESS_GENERATE`` names."""
-    failures.die_with(os.getppid())
+    end_with(os.getppid())
     folder = Path(os.environ[REQUEST_VARIABLE])
     asked = json.loads((folder / "request.json").read_text(encoding="utf-8"))
     sampling = Sampling(**asked["sampling"])
     with failures.ended_at_once(None):
-        found = rank.prepare()
+        tree = rank.prepare()
         from megatron.training import training
 
         build = training.setup_model_and_optimizer
@@ -35,7 +36,7 @@ def main() -> None:
 
         training.setup_model_and_optimizer = build_and_sample
         finetune.install(None)
-        rank.train(found)
+        rank.train(tree)
         rank.leave()
 
 

@@ -7,20 +7,12 @@ Only its phases have marks of their own, see ``phases``.
 
 import math
 import time
-from types import ModuleType
 
 from harness.entry.phases import PhaseClock, wrap_phases
 from harness.entry.report import RankReport
 from harness.rundir import StepMetrics
 
 LOSS = "lm loss"
-
-
-def install(report: RankReport) -> None:
-    """Write a line for every step that upstream logs, and keep every rank's report up to date."""
-    from megatron.training import training
-
-    _log_steps(training, report)
 
 
 class StepClock:
@@ -54,7 +46,10 @@ class StepClock:
         timer.elapsed = elapsed
 
 
-def _log_steps(training: ModuleType, report: RankReport) -> None:
+def install(report: RankReport) -> None:
+    """Write a line for every step that upstream logs, and keep every rank's report up to date."""
+    from megatron.training import training
+
     log, count = training.training_log, training.num_floating_point_operations
     clock, phases = StepClock(), PhaseClock()
     wrap_phases(training, phases.around, phases.begin_step)

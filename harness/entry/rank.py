@@ -10,27 +10,21 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from harness.entry import checkpointing, evaluation, failures, finetune, helpers, metrics, profiler, tracking
+from harness.entry import checkpointing, evaluation, failures, finetune, helpers, metrics, on_cpu, profiler, tracking
 from harness.entry.report import report_of_this_run
 from harness.machine import upstream
-from harness.machine.upstream import Upstream
 from harness.rundir import TURN_VARIABLE
 
 
-def on_cpu() -> bool:
-    """Whether the CPU stands in for GPUs (``HARNESS_DEVICE=cpu``)."""
-    return os.environ.get("HARNESS_DEVICE") == "cpu"
-
-
 @functools.cache
-def prepare() -> Upstream:
-    """Import what all ranks share, the costly part of a start, and say which upstream it is.
+def prepare() -> Path | None:
+    """Import what all ranks share, the costly part of a start; returns upstream's source tree, None for the wheel.
 
     Raises:
         UserError: there is no whole Megatron-LM, its helpers cannot be compiled, or the CPU stand-in does not know it.
     """
-    found = upstream.locate()
-    upstream.put_on_path(found)
+    tree = upstream.locate()
+    upstream.put_on_path(tree)
     if on_cpu():
         from harness import cpu
 
@@ -39,7 +33,7 @@ def prepare() -> Upstream:
     import megatron.training.training  # noqa: F401
 
     helpers.ensure_compiled()
-    return found
+    return tree
 
 
 def prepare_for_forks() -> None:
@@ -50,22 +44,23 @@ def prepare_for_forks() -> None:
     gc.freeze()  # no later collection writes to what the forks share
 
 
-def run(found: Upstream | None = None) -> NoReturn:
+def run(own_script: bool = False) -> NoReturn:
     """Train as this rank of the job that torchrun's environment describes, with the arguments in ``sys.argv``.
 
-    Without ``HARNESS_RUN_DIR`` no file is written. ``found`` says whose script runs, where not the one to be found.
+    Without ``HARNESS_RUN_DIR`` no file is written. ``own_script``: the harness's own script trains, though upstream's is
+    there.
     """
     report = report_of_this_run()
     with failures.ended_at_once(report):
         if report:
             report.start()
-        found = found or prepare()
+        tree = prepare()
         _wait_for_turn()
         if report:
             for instrument in (metrics, evaluation, profiler, checkpointing, tracking):
                 instrument.install(report)
         finetune.install(report)
-        train(found)
+        train(None if own_script else tree)
         if report:
             for end in report.at_end:
                 end()
@@ -80,11 +75,11 @@ def _wait_for_turn() -> None:
         time.sleep(0.05)
 
 
-def train(found: Upstream) -> None:
-    """Run upstream's script, or the harness's own where there is none, with the arguments in ``sys.argv``."""
+def train(tree: Path | None) -> None:
+    """Run upstream's script in ``tree``, or the harness's own where there is none, with the arguments in ``sys.argv``."""
     try:
-        if found.tree:
-            sys.argv[0] = str(found.tree / upstream.SCRIPT)
+        if tree:
+            sys.argv[0] = str(tree / upstream.SCRIPT)
             runpy.run_path(sys.argv[0], run_name="__main__")
         else:
             from harness.entry import pretrain

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+from harness.entry import on_cpu
 from harness.files import write_json
 from harness.machine import gpus
 from harness.rundir import RUN_DIR_VARIABLE, Rank, RankError, RunDir
@@ -106,7 +107,7 @@ class RankReport:
 
     def _gpu_memory(self) -> dict:
         """The device's name and, on a GPU, PyTorch's peaks and what nvidia-smi shows as used of the whole device, in GiB."""
-        if os.environ.get("HARNESS_DEVICE") == "cpu":
+        if on_cpu():
             return {"device": "cpu"}
         torch = sys.modules.get("torch")
         if torch is None or not torch.cuda.is_initialized():

@@ -3,7 +3,6 @@
 import json
 import os
 import secrets
-from types import ModuleType
 
 from harness.entry.report import RankReport
 from harness.files import write_json
@@ -18,7 +17,7 @@ def install(report: RankReport) -> None:
     os.environ["WANDB_RUN_ID"] = _run_id(report)
     os.environ.setdefault("WANDB_RESUME", "allow")
     os.environ.setdefault("WANDB_SILENT", "true")
-    _leave_out_artifacts(wandb_utils)
+    wandb_utils.on_save_checkpoint_success = wandb_utils.on_load_checkpoint_success = lambda *args: None
 
 
 def _run_id(report: RankReport) -> str:
@@ -28,8 +27,3 @@ def _run_id(report: RankReport) -> str:
     run_id = secrets.token_hex(4)
     write_json(file, {"id": run_id})
     return run_id
-
-
-def _leave_out_artifacts(wandb_utils: ModuleType) -> None:
-    wandb_utils.on_save_checkpoint_success = lambda *args: None
-    wandb_utils.on_load_checkpoint_success = lambda *args: None

@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn
 
-from harness.entry.failures import die_with
+from harness.orphans import end_with
 
 NUMBER = struct.Struct("i")
 CREDENTIALS = struct.Struct("3i")
@@ -62,7 +62,7 @@ def fork() -> int:
     sys.stderr.flush()
     pid = os.fork()
     if pid == 0:
-        die_with(parent)
+        end_with(parent)
         for number in PASSED_ON:
             signal.signal(number, signal.SIG_DFL)
     return pid

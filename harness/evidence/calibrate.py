@@ -25,7 +25,7 @@ from harness.experiment.catalog import Catalog, Experiment, load_catalog
 from harness.experiment.hardware import find_gpu
 from harness.experiment.passes import Calibration
 from harness.files import write_text
-from harness.workers import follow_parent
+from harness.orphans import end_with
 
 NAMES = tuple(Calibration.model_fields)
 NOISE = 0.03
@@ -100,7 +100,7 @@ def fit_machine(machine: Machine, like: Machine | None, steps: Sequence[Measured
 
 
 def _begin_worker(parent: int) -> None:
-    follow_parent(parent)
+    end_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it, not only what it computes
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import screen
+from harness.data.prepared import MOCK
 from harness.errors import UserError
 from harness.evidence import markdown
 from harness.evidence.results import Results, Row, collect, load_references, losses
@@ -116,7 +117,7 @@ def _loss(row: Row) -> str:
 
 def _held_out(row: Row) -> str:
     """Loss and perplexity on data that was held out; on mock data only where the run was to reach one."""
-    if not row.validation or (row.experiment.data == "mock" and not row.experiment.until):
+    if not row.validation or (row.experiment.data == MOCK and not row.experiment.until):
         return ""
     return f"{row.validation.loss:.3f} ({_number(perplexity(row.validation.loss), 1)})"
 
@@ -386,7 +387,7 @@ def _footer(rows: list[Row]) -> Iterable[str]:
 
 
 def _is_mock(row: Row) -> bool:
-    return row.experiment.data == "mock" and row.experiment.published_data is not None
+    return row.experiment.data == MOCK and row.experiment.published_data is not None
 
 
 def _doubt(rows: list[Row]) -> bool:

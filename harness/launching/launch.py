@@ -28,6 +28,7 @@ from harness.launching.terminal import Progress, Terminal, open_terminal, phase_
 from harness.machine import gpus
 from harness.machine.provenance import describe_environment
 from harness.machine.requirements import check_machine
+from harness.orphans import end_with
 from harness.rundir import RUN_DIR_VARIABLE, TURN_VARIABLE, MemoryGib, Result, RunDir, StepMetrics, Upstream
 
 if TYPE_CHECKING:
@@ -232,7 +233,7 @@ class Run:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, RUN_DIR_VARIABLE: str(self.dir.path), LAUNCHER_VARIABLE: str(launcher), **turn},
                 start_new_session=True,
-                preexec_fn=lambda: processes.end_with(launcher),
+                preexec_fn=lambda: end_with(launcher, signal.SIGTERM),
             )
 
     def _read_news(self, now: float) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterable
@@ -22,8 +20,6 @@ LAUNCHER_VARIABLE = "HARNESS_LAUNCHER"
 KILLED_S = 5
 """A process that is still there so long after SIGKILL hangs in a driver; it is not waited for."""
 
-_LIBC = ctypes.CDLL(None)  # loaded here: between fork and exec, another thread's lock would never open
-_PR_SET_PDEATHSIG = 1
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _CGROUPS, _OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
@@ -55,14 +51,6 @@ class Signals:
 
     def _note(self, number: int, _frame: object) -> None:
         self._noted.append(signal.Signals(number))
-
-
-def end_with(parent: int) -> None:
-    """Have the kernel end this process by SIGTERM when ``parent`` dies, even of SIGKILL (prctl(2), Linux only)."""
-    if sys.platform == "linux":
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:
-            os._exit(1)
 
 
 def marked(**marks: str) -> list[psutil.Process]:

@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -114,11 +114,7 @@ def use() -> tuple[Use, ...]:
         return tuple(_use(nvml, gpu) for gpu in gpus) if nvml else ()
 
 
-def choose(
-    count: int,
-    wanted: Sequence[int] | None = None,
-    environment: Mapping[str, str] = os.environ,
-) -> tuple[int, ...]:
+def choose(count: int, wanted: Sequence[int] | None = None) -> tuple[int, ...]:
     """Pick ``count`` of the ``available`` GPUs.
 
     GPUs that are named in ``wanted`` are taken even if they are busy.
@@ -126,14 +122,14 @@ def choose(
     Raises:
         UserError: there are too few GPUs, or too few free ones; the busy are listed with their processes.
     """
-    free = available(wanted, environment)
+    free = available(wanted)
     if len(free) >= count:
         return free[:count]
     if wanted is not None:
         raise UserError(f"GPUS_IDS={_ids(wanted)} names {_gpus(len(wanted))}, this run needs {count}")
-    uses = _visible(use(), environment)
+    uses = _visible(use())
     if len(uses) < count:
-        where = "CUDA_VISIBLE_DEVICES shows" if "CUDA_VISIBLE_DEVICES" in environment else "this machine has"
+        where = "CUDA_VISIBLE_DEVICES shows" if "CUDA_VISIBLE_DEVICES" in os.environ else "this machine has"
         raise UserError(
             f"this run needs {_gpus(count)}, {where} {len(uses)}\n"
             f"GPUS={max(len(uses), 1)} runs it on fewer, DEVICE=cpu as a miniature"
@@ -145,17 +141,14 @@ def choose(
     )
 
 
-def available(
-    wanted: Sequence[int] | None = None,
-    environment: Mapping[str, str] = os.environ,
-) -> tuple[int, ...]:
+def available(wanted: Sequence[int] | None = None) -> tuple[int, ...]:
     """The GPUs that may be used: ``wanted``, or the free ones within CUDA_VISIBLE_DEVICES where that is set.
 
     Raises:
         UserError: one of ``wanted`` does not exist or is named twice.
     """
     if wanted is None:
-        return tuple(u.gpu.index for u in _visible(use(), environment) if not u.busy)
+        return tuple(u.gpu.index for u in _visible(use()) if not u.busy)
     there = [gpu.index for gpu in list_gpus()]
     unknown = [index for index in wanted if index not in there]
     if unknown:
@@ -329,9 +322,9 @@ def _ask(nvml: Any, question: Any, *arguments: Any) -> Any:
         return None
 
 
-def _visible(uses: Sequence[Use], environment: Mapping[str, str]) -> tuple[Use, ...]:
+def _visible(uses: Sequence[Use]) -> tuple[Use, ...]:
     """Those that CUDA_VISIBLE_DEVICES names, by index or UUID and in its order; all where it is not set."""
-    names = environment.get("CUDA_VISIBLE_DEVICES")
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
     if names is None:
         return tuple(uses)
     found = []

@@ -58,7 +58,7 @@ def describe_upstream() -> Upstream:
     """The Megatron-LM that runs here. Raises UserError where it is half checked out."""
     from harness.machine.upstream import locate
 
-    tree = locate().tree
+    tree = locate()
     if tree is None:
         return Upstream(version=package_version("megatron-core"), source="package")
     info = (tree / "megatron" / "core" / "package_info.py").read_text(encoding="utf-8")

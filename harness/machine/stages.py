@@ -78,7 +78,7 @@ def missing(stage: str) -> tuple[str, ...]:
 
     Upstream's tree stands for megatron-core.
     """
-    given = {"megatron-core"} if locate().tree else set()
+    given = {"megatron-core"} if locate() else set()
     return tuple(r for r in requirements(stage) if distribution(r) not in given and not _found(module(r)))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from harness.data import prepared
 from harness.experiment.catalog import Experiment
 from harness.megatron.flags import Device
 from harness.megatron.tracking import Tracking
@@ -41,7 +42,7 @@ def variables(
     found = _cpu(e) if device == "cpu" else _cuda(e, memory_fraction)
     if e.profile:
         found.append(Variable(PROFILE_VARIABLE, "-".join(map(str, e.profile)), "the steps of which a trace is kept"))
-    if e.data != "mock":
+    if e.data != prepared.MOCK:
         found.append(Variable("HF_HUB_OFFLINE", "1", "the tokenizer lies beside the data; nothing is fetched"))
     if e.until:
         found.append(Variable(UNTIL_VARIABLE, f"{e.until.validation_loss:g}", "the held-out loss at which it is done"))

@@ -54,6 +54,7 @@ _FP8 = {
 _OPTIMIZERS = {"adam": "", "muon": "--optimizer muon --muon-momentum 0.95 --muon-nesterov --muon-extra-scale-factor 0.2"}
 _GRADIENTS = {"fp32": "", "bf16": "--grad-reduce-in-bf16 --main-grads-dtype bf16"}
 _OPTIMIZER_STATE = {"fp32": "", "bf16": "--use-precision-aware-optimizer --exp-avg-dtype bf16 --exp-avg-sq-dtype bf16"}
+_FORCED_ROUTING = "--moe-router-force-load-balancing"
 _POSITIONS = {
     "learned_absolute": "",
     "rope": "--position-embedding-type rope --rotary-base {}",
@@ -101,6 +102,11 @@ def megatron_flags(e: Experiment, device: Device, *, apex: bool = False) -> list
         list(e.extra_args),
     ]
     return [group for group in groups if group]
+
+
+def flags_as_learned(e: Experiment, device: Device) -> list[str]:
+    """The arguments of ``megatron_flags`` in one list, with routers that choose as they have learned to."""
+    return [word for group in megatron_flags(e, device) for word in group if word != _FORCED_ROUTING]
 
 
 def model_flags(e: Experiment) -> list[str]:
@@ -244,7 +250,7 @@ def _router(e: Experiment) -> Iterator[str]:
     if m.moe_router_pre_softmax:
         yield "--moe-router-pre-softmax"
     if m.moe_aux_loss_coeff is None:
-        yield "--moe-router-force-load-balancing"
+        yield _FORCED_ROUTING
     else:
         yield f"--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff {m.moe_aux_loss_coeff}"
         yield "--moe-router-dtype fp32"
@@ -253,7 +259,7 @@ def _router(e: Experiment) -> Iterator[str]:
 
 
 def _data(e: Experiment) -> list[str]:
-    if e.data == "mock":
+    if e.data == prepared.MOCK:
         source = ["--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", str(e.model.vocab_size)]
     else:
         blend = prepared.blend(e.data)

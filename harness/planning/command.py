@@ -109,7 +109,7 @@ def _in_run_dir(extras: Extras) -> list[list[str]]:
 
 def _index_mappings(e: Experiment) -> list[str]:
     """The line that builds which tokens make which sample, once a node and before its ranks start."""
-    if e.data == "mock" or prepared.blend(e.data).sets[0].chat:
+    if e.data == prepared.MOCK or prepared.is_chat(e.data):
         return []
     samples = samples_of(e.steps, e.global_batch_size, e.eval_interval, e.eval_steps)
     words = [f"DATA={e.data}", f"SEQ={e.seq_length}", f"SAMPLES={','.join(map(str, samples))}", f"SPLIT={e.split}"]

@@ -35,7 +35,7 @@ def miniature(experiment: Experiment, nodes: int = 1) -> Experiment:
     while prod(sizes.values()) > MOST_PROCESSES and any(size % 2 == 0 for size in sizes.values()):
         largest = max((axis for axis in sizes if sizes[axis] % 2 == 0), key=sizes.__getitem__)
         sizes[largest] //= 2
-    talks = experiment.data != prepared.MOCK and prepared.blend(experiment.data).sets[0].chat
+    talks = prepared.is_chat(experiment.data)
     steps = experiment.until.miniature_steps if experiment.until else experiment.steps if talks else MINIATURE_STEPS
     chunks = 2 * sizes["cp"] * sizes["tp"]
     sequence = max(experiment.seq_length // SEQUENCE_SCALE // chunks, CONVERSATION // chunks if talks else 1) * chunks
@@ -127,6 +127,6 @@ def _miniature_model(experiment: Experiment) -> Model:
 
 
 def _vocabulary(experiment: Experiment) -> int:
-    if experiment.data == "mock":
+    if experiment.data == prepared.MOCK:
         return VOCABULARY
     return min(experiment.model.vocab_size, prepared.blend(experiment.data).sets[0].vocab_size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from harness import ROOT, checkpoints, rundir
@@ -53,7 +53,7 @@ class Plan:
 
     def script(self, gpu_ids: tuple[int, ...] | None = None) -> str:
         """The run's bash script, on these GPUs (by default those of ``place``)."""
-        place = self.place if gpu_ids is None else Place(self.place.node_rank, self.place.rendezvous, gpu_ids)
+        place = self.place if gpu_ids is None else replace(self.place, gpu_ids=gpu_ids)
         return render(self.experiment, self.device, place, headline=self.headline,
                       memory_fraction=self.memory_fraction, apex=importlib.util.find_spec("apex") is not None,
                       extras=self.extras)
@@ -96,14 +96,14 @@ def plan(experiment: Experiment, settings: Mapping[str, str], device: Device) ->
     outdir = Path(settings.get("OUTDIR") or ROOT / "outdir").resolve()
     if full.weights:
         full = start.apply(full, outdir)
-    if full.data != prepared.MOCK:
+    if prepared.is_chat(full.data):
         _check_conversations(full)
     nodes = full.nodes if "NODES" in settings else 1
     small = miniature(full, nodes) if device == "cpu" else full
     if device == "cpu":
         headlines.append(describe(full, small))
     place = _place(small, settings)
-    if small.data != "mock":
+    if small.data != prepared.MOCK:
         check_split(prepared.blend(small.data), small.split)
     notices = [WITHOUT_WEIGHTS] if small.lora and not small.weights and not small.load else []
     if small.cuda_graphs and small.model.dropout and small.eval_steps:
@@ -130,8 +130,6 @@ def plan(experiment: Experiment, settings: Mapping[str, str], device: Device) ->
 
 def _check_conversations(e: Experiment) -> None:
     """Raise UserError where packed conversations do not go with the sizes of ``e``."""
-    if not prepared.blend(e.data).sets[0].chat:
-        return
     if e.cp > 1:
         raise UserError(f"{e.id}: conversations are packed, which is not tested with cp = {e.cp}; set CP=1")
     if e.cuda_graphs:
