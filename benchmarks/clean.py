@@ -138,7 +138,7 @@ def oscar(folder: Path) -> dict[str, Any]:
         np.savez(
             work / f"{number:05}.npz", offsets=np.arange(size), hashes=generator.integers(0, 2**63, size, np.uint64),
             signatures=signatures,
-        )  # fmt: skip
+        )
     result = in_a_process("compare", str(work), str(len(units)))
     shutil.rmtree(work)
     return result
@@ -223,7 +223,7 @@ def library(folder: Path, name: str) -> dict[str, Any]:
     likeness = {
         label.document: jaccard(texts[label.document], texts[label.source], RULES.near.shingle)
         for label in labels if label.defect
-    }  # fmt: skip
+    }
     before = time.process_time()
     gone = LIBRARIES[name](texts)
     spent_s = time.process_time() - before

@@ -32,7 +32,7 @@ CONFIG = {
         "rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     },
-}  # fmt: skip
+}
 
 
 def main(folder: Path) -> None:
@@ -51,13 +51,13 @@ def main(folder: Path) -> None:
     summary = {name: {"seconds": sorted(each["seconds"] for each in both)[REPEATS // 2],
                       "memory_per_model": max(each["memory_bytes"] for each in both) / model,
                       "resident_per_model": max(each["resident_bytes"] for each in both) / model}
-               for name, both in runs.items()}  # fmt: skip
+               for name, both in runs.items()}
     machine = {"cpu": cpu(), "cores": CORES, "system": platform.platform(), "load_after": os.getloadavg()[0]}
     results = {"machine": machine, "model_bytes": model, "weights_identical": same, "runs": runs, "summary": summary}
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     for name, figures in summary.items():
         print(f"{name}: {figures['seconds']:.1f} s, memory {figures['memory_per_model']:.2f} x the model's {model / 1e9:.2f} GB "
-              f"({figures['resident_per_model']:.2f} x with everything that is imported)")  # fmt: skip
+              f"({figures['resident_per_model']:.2f} x with everything that is imported)")
     print(f"weights identical after both ways: {same}; {RESULTS.relative_to(ROOT)} written")
     shutil.rmtree(folder)
 
@@ -70,7 +70,7 @@ def identical(source: Path, exported: Path) -> bool:
 
     one, other = open_folder(source), open_folder(exported)
     return {*one} == {*other} and all(torch.equal(one.read(name).view(torch.int16), other.read(name).view(torch.int16))
-                                      for name in one)  # fmt: skip
+                                      for name in one)
 
 
 def run(*words: object) -> dict[str, float]:
@@ -128,7 +128,7 @@ def make(folder: Path) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     config = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "initializer_range": 0.02,
-              "attention_dropout": 0.0, **CONFIG}  # fmt: skip
+              "attention_dropout": 0.0, **CONFIG}
     (folder / "config.json").write_text(json.dumps(config))
     model, positions = LLAMA.read(config, "benchmark")
     sizes = Sizes(model, positions, model.vocab_size)

@@ -86,7 +86,7 @@ def main(folder: Path, text: Path | None = None) -> None:
         "times_upstream": rates["ours"] / rates["upstream"],
         "times_tokenizer_alone": rates["tokenizer alone"] / rates["ours"],
         "memory": memory(folder, text),
-    }  # fmt: skip
+    }
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     RESULTS.with_suffix(".md").write_text(markdown(results))
     print(json.dumps({key: results[key] for key in ("mb_per_s", "times_upstream", "times_tokenizer_alone")}, indent=1))
@@ -155,7 +155,7 @@ def upstream(text: Path, folder: Path, tokenizer: Path) -> list[Any]:
     return [
         sys.executable, tree / "tools" / "preprocess_data.py", "--input", text, "--output-prefix", folder / "upstream",
         "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer, "--append-eod", "--workers", CORES,
-    ]  # fmt: skip
+    ]
 
 
 def memory(folder: Path, text: Path) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def cost(run: RunDir) -> dict[str, float]:
         "saves": len(saves), "gib": saves[-1].gib, "step_ms": alone_ms, "beside_a_save_ms": alone_ms + slower_ms,
         "waited_ms": waited_ms, "first_waited_ms": saves[0].blocked_ms, "overlapped_steps": each,
         "slower": slower_ms / alone_ms, "added": (slower_ms * each + waited_ms) / (alone_ms * each),
-    }  # fmt: skip
+    }
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ def torch(found: Torch | None, on_gpu: bool, driver_cuda: str | None) -> Finding
         return Finding("PyTorch", "missing", f"{text}; this machine has GPUs", "make setup-gpu")
     if on_gpu and driver_cuda and _major(driver_cuda) < _major(found.cuda):
         return Finding("PyTorch", "missing", f"{text}; the driver speaks CUDA {driver_cuda}",
-                       "a newer driver (580 for CUDA 13), or NVIDIA's container: make docker-run")  # fmt: skip
+                       "a newer driver (580 for CUDA 13), or NVIDIA's container: make docker-run")
     return Finding("PyTorch", "ok", text)
 
 
@@ -231,9 +231,9 @@ def machine(on_gpu: bool) -> Iterator[Finding]:
 
     memory = psutil.virtual_memory()
     yield amount("memory", memory.available / 2**30, 8, "an experiment of 8 processes takes up to 8 GiB",
-                 f" of {memory.total / 2**30:.0f}; {os.cpu_count()} cores", "end other programs")  # fmt: skip
+                 f" of {memory.total / 2**30:.0f}; {os.cpu_count()} cores", "end other programs")
     yield amount("disk", shutil.disk_usage(ROOT).free / 2**30, 10, "set-up and runs take up to 10 GiB", f" in {ROOT}",
-                 "make room, or move them: VENV=/big/disk/venv OUTDIR=/big/disk/outdir")  # fmt: skip
+                 "make room, or move them: VENV=/big/disk/venv OUTDIR=/big/disk/outdir")
     shared = Path("/dev/shm")
     if shared.is_dir():
         size = shutil.disk_usage(shared).total / 2**30
@@ -241,7 +241,7 @@ def machine(on_gpu: bool) -> Iterator[Finding]:
     yield limit("open files", resource.RLIMIT_NOFILE, 4096, "", "ulimit -n 65536")
     if on_gpu:
         yield limit("locked memory", resource.RLIMIT_MEMLOCK, 64 << 20, " bytes",
-                    "ulimit -l unlimited, docker run --ulimit memlock=-1: RDMA between nodes wants it")  # fmt: skip
+                    "ulimit -l unlimited, docker run --ulimit memlock=-1: RDMA between nodes wants it")
 
 
 def amount(topic: str, gib: float, enough_gib: float, why: str, rest: str, mend: str) -> Finding:
@@ -264,7 +264,7 @@ def around() -> Iterator[Finding]:
     """What single targets use: data sets, a C++ compiler, containers, Slurm."""
     sets = prepared.prepared()
     yield Finding("data sets", "ok" if sets else "note",
-                  ", ".join(sets) or "none prepared; experiments run on mock data, and tables say so")  # fmt: skip
+                  ", ".join(sets) or "none prepared; experiments run on mock data, and tables say so")
     for command, use, get in (
         ("c++", "compiles upstream's index helpers and Transformer Engine", "sudo apt install g++"),
         ("docker", "make docker-build, make docker-run", "https://docs.docker.com/engine/install"),

@@ -140,7 +140,7 @@ def _of_weights(named: str, sampling: Sampling) -> Request:
                         f"put tokenizer.json into {known.source} and import it again (FORCE=1)")
     precision = "bf16" if "bfloat16" in known.dtypes else "fp32"
     experiment = Experiment(id="100", slug="weights", chapter=100, shows=known.name, model=known.model, mbs=1, gbs=1,
-                            seq=known.positions, positions=known.positions, precision=precision)  # fmt: skip
+                            seq=known.positions, positions=known.positions, precision=precision)
     return Request(resume.find(str(folder), folder.parent), experiment, sampling, folder / weights.HF)
 
 
@@ -185,7 +185,7 @@ def generate(request: Request, device: Device) -> int:
             status = subprocess.run(
                 [sys.executable, "-m", "harness.entry.generate", *_flags(request, device)],
                 cwd=ROOT, env=_environment(request.experiment, device, folder), stdout=log, stderr=subprocess.STDOUT,
-            ).returncode  # fmt: skip
+            ).returncode
         if status:
             lines = (folder / "log.txt").read_text(errors="replace").strip().splitlines()
             errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]

@@ -38,7 +38,7 @@ DENSE = Model(name="tiny", num_layers=4, hidden_size=64, num_attention_heads=4, 
 MOE = Model(
     name="tiny-moe", num_layers=2, hidden_size=64, num_attention_heads=4, vocab_size=255, add_bias_linear=False,
     num_experts=4, moe_router_topk=2, moe_ffn_hidden_size=64,
-)  # fmt: skip
+)
 
 SETTINGS = """
     --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.02 --moe-router-load-balancing-type none
@@ -221,7 +221,7 @@ def tiny(model: Model, changes: dict[str, object]) -> Experiment:
     one_process = Experiment(
         id="999", slug="parity", chapter=900, shows="parity", model=model, precision="fp32", steps=STEPS,
         micro_batch_size=2, global_batch_size=8, seq_length=32,
-    )  # fmt: skip
+    )
     return one_process.with_changes(**changes)
 
 

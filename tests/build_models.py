@@ -104,7 +104,7 @@ def main(result):
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(1)
     alone = {"dp": 1, "ep": 1, "tp": 1, "sequence_parallel": False, "sharding": "no_shard", "optimizer_state": "fp32",
-             "gradients": "fp32", "precision": "fp32", "fp8_recipe": None}  # fmt: skip
+             "gradients": "fp32", "precision": "fp32", "fp8_recipe": None}
     found["models"] = {}
     for e in {e.model.name: e for e in experiments}.values():
         *counts, config = built(e.with_changes(**alone, global_batch_size=e.micro_batch_size))

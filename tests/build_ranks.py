@@ -66,7 +66,7 @@ def main(result, ids):
     rank.prepare()
     torch.distributed.init_process_group, torch.distributed.new_group = real_groups
     plain = {"precision": "fp32", "fp8_recipe": None, "sharding": "no_shard", "optimizer_state": "fp32", "gradients": "fp32",
-             "recompute": "none", "recompute_modules": (), "optimizer": "adam", "vpp": 1}  # fmt: skip
+             "recompute": "none", "recompute_modules": (), "optimizer": "adam", "vpp": 1}
     experiments = [load_catalog().find(id_) for id_ in ids]
     found = {e.id: {stage: held(e.with_changes(**plain), stage) for stage in {0, e.pp - 1}} for e in experiments}
     Path(result).write_text(json.dumps(found))

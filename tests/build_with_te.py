@@ -42,7 +42,7 @@ def pretend_hopper():
         "is_available": True, "device_count": 8, "current_device": 0, "get_device_capability": (9, 0),
         "get_device_properties": SimpleNamespace(major=9, minor=0, multi_processor_count=132),
         "get_rng_state": torch.zeros(16, dtype=torch.uint8), "set_rng_state": None, "Stream": None, "Event": None,
-    }  # fmt: skip
+    }
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
 

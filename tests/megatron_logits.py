@@ -99,7 +99,7 @@ def forward(model: list, case: dict) -> None:
             forward_step_func=lambda _, part: (part(tokens, positions, None), lambda logits, non_loss_data: logits),
             data_iterator=None, model=model, num_microbatches=1, seq_length=tokens.shape[1],
             micro_batch_size=tokens.shape[0], forward_only=True, collect_non_loss_data=True,
-        )  # fmt: skip
+        )
         if mpu.is_pipeline_last_stage():
             logits = gather_from_tensor_model_parallel_region(made[0])
             if mpu.get_tensor_model_parallel_rank() == 0 and mpu.get_data_parallel_rank() == 0:

@@ -87,7 +87,7 @@ def test_an_unknown_id_names_the_nearest() -> None:
         ("101: oops", r"100-x.yaml: 101: expected key: value pairs, found 'oops'"),
         ("101: {", r"100-x.yaml is not valid YAML"),
     ],
-)  # fmt: skip
+)
 def test_a_mistake_is_refused_with_its_values(tmp_path: Path, row: str, complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
         load_catalog(write(tmp_path, row))

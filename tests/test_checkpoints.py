@@ -94,7 +94,7 @@ def tiny(**settings):
     (lambda path: (path / ".metadata").unlink(), "it was not written to its end"),
     (lambda path: (path / "metadata.json").unlink(), "it was not written to its end"),
     (lambda path: (path / "metadata.json").write_text("{"), "metadata.json is damaged"),
-])  # fmt: skip
+])
 def test_what_is_missing_or_damaged_is_named_and_the_one_before_is_taken(tmp_path, harm, damage):
     write(tmp_path, 10)
     harm(write(tmp_path, 20))
@@ -201,7 +201,7 @@ def test_an_optimizer_of_other_rates_is_refused(tmp_path):
     ({"LR_WARMUP": "20", "LR": "1e-3"}, "lr_warmup_steps 20 must be below the 20 steps"),
     ({"UNTIL": "0"}, "UNTIL=0: no loss ever reaches 0"),
     ({"EVAL_EVERY": "0"}, "EVAL_EVERY=0: expected"),
-])  # fmt: skip
+])
 def test_settings_that_make_no_sense_are_refused(tmp_path, settings, said):
     with pytest.raises(UserError, match=said):
         plan(load_catalog().find("101"), TINY | settings | {"OUTDIR": str(tmp_path)}, "cpu")

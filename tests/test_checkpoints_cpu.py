@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 STEPS, EVERY, FROM = 6, 2, 4
 """Runs save every second step; others go on from the fourth."""
-SAVE = f"--save {{home}}/saved --save-interval {EVERY} --async-save --use-persistent-ckpt-worker --async-strategy mcore"
-LOAD = f"--load {{from_}}/saved --ckpt-step {FROM} --override-opt_param-scheduler --exit-on-missing-checkpoint"
+SAVE = f"--save-interval {EVERY} --async-save --use-persistent-ckpt-worker --async-strategy mcore"
+LOAD = f"--ckpt-step {FROM} --override-opt_param-scheduler --exit-on-missing-checkpoint"
 SP2 = {"tp": 2, "sequence_parallel": True}
 ZERO = {"sharding": "optim"}
 FSDP2 = {"dp": 2, "sharding": "torch_fsdp2", "precision": "bf16"}
@@ -71,12 +71,11 @@ def train(folder: Path, jobs) -> Path:
     """Run ``jobs`` one after another in ``folder``, forked from one process that has imported everything."""
     words = []
     for name, model, changes, arguments, from_, variables in jobs:
-        load = LOAD if from_ else ""
-        text = f"{SAVE} {load} {arguments}".format(home="HOME", from_="FROM").split()
-        places = {"HOME/saved": str(folder / name / "saved"), "FROM/saved": str(folder / (from_ or name) / "saved")}
-        words.append((name, model, {"steps": STEPS} | changes, [places.get(word, word) for word in text], variables))
+        load = ["--load", str(folder / from_ / "saved"), *LOAD.split()] if from_ else []
+        options = ["--save", str(folder / name / "saved"), *SAVE.split(), *load, *arguments.split()]
+        words.append((name, model, {"steps": STEPS} | changes, options, variables))
     done = subprocess.run([sys.executable, "-c", DRIVER, str(folder), json.dumps(words)], cwd=ROOT, env=os.environ,
-                          capture_output=True, text=True)  # fmt: skip
+                          capture_output=True, text=True)
     assert not done.returncode and not done.stdout, done.stdout + done.stderr
     return folder
 
@@ -170,6 +169,6 @@ def test_no_room_is_told_before_training(tmp_path):
     text = SAVE.format(home=tmp_path / "full").split()
     words = [(name, model, {"steps": STEPS}, text, {}) for name, model, *_ in jobs]
     done = subprocess.run([sys.executable, "-c", driver, str(tmp_path), json.dumps(words)], cwd=ROOT, env=os.environ,
-                          capture_output=True, text=True)  # fmt: skip
+                          capture_output=True, text=True)
     assert "UserError" in done.stdout and "3 checkpoints of 2.5 MiB need 7.5 MiB, 1.9 MiB are free" in done.stdout
     assert not checkpoints.in_folder(tmp_path / "full" / "saved") and not losses(tmp_path / "full")

@@ -118,7 +118,7 @@ def test_brackets_hold_what_one_types_after_make():
         "step_ms[101] if 1 else 2", "1 +", "step_ms[101]; step_ms[104]", "\0", "(" * 300 + "1" + ")" * 300,
         "-" * 9999 + "1", "step_ms[101] or 1", "step_ms[a[101]]", "{}", "f'{1}'", "step_ms[101]@step_ms[101]",
     ],
-)  # fmt: skip
+)
 def test_anything_else_is_refused_and_nothing_is_run(text):
     with pytest.raises(UserError, match=r"no arithmetic over quantities such as step_ms\[401\]"):
         parse(text)
@@ -136,7 +136,7 @@ def test_division_by_zero_is_told():
         ("tokens_per_s[101] * step_ms[101]", "ms tokens/s"), ("memory_gib[101] / step_ms[101] / step_ms[101]", "GiB/ms^2"),
         ("(step_ms[101] / step_ms[104]) - bubble[408]", "1"), ("max(memory_gib[101], reserved_gib[104])", "GiB"),
     ],
-)  # fmt: skip
+)
 def test_units_follow_from_quantities(text, unit):
     assert spell(parse(text).unit(unit_of)) == unit
 
@@ -174,7 +174,7 @@ def test_units_follow_from_quantities(text, unit):
         ({"says": ""}, "says"),
         ({"chapter": "100"}, "chapter = '100': input should be a valid integer"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_claim_is_refused(tmp_path, fields, message):
     with pytest.raises(UserError) as caught:
         claims(tmp_path, **fields)

@@ -46,7 +46,7 @@ def harness(*words: str) -> str:
         (["table", "FORMAT=xml"], "xml"),
         (["rum", "101"], "unknown command rum; did you mean run"),
     ],
-)  # fmt: skip
+)
 def test_a_mistake_is_one_clear_message(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 2
     told = capsys.readouterr().err

@@ -219,7 +219,7 @@ PUBLISHED = {
         "max_position_embeddings": 4096, "vocab_size": 50304, "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "rope_scaling": None,
         "clip_qkv": None, "norm_topk_prob": False, "router_aux_loss_coef": 0.01, "attention_bias": False,
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -49,7 +49,7 @@ def imports(names, folder: Path) -> dict:
 def upstream(cases: list[dict], folder: Path) -> None:
     (folder / "cases.json").write_text(json.dumps([{"tokens": tokens().tolist(), **case} for case in cases]))
     done = subprocess.run([sys.executable, str(ROOT / "tests" / "megatron_logits.py"), str(folder / "cases.json")], cwd=ROOT,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=900)  # fmt: skip
+                          env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
 
 
@@ -59,7 +59,7 @@ def compare(pairs: list[tuple[str, dict]], folder: Path, *arguments: str) -> dic
 
     expected = imports(dict(pairs), folder)
     cases = [{"load": str(folder / name), "out": str(folder / f"{name}{label(layout)}.pt"), "arguments": arguments, **layout}
-             for name, layout in pairs]  # fmt: skip
+             for name, layout in pairs]
     upstream(cases, folder)
     found = {}
     for (name, layout), case in zip(pairs, cases, strict=True):

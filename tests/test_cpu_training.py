@@ -58,7 +58,7 @@ def test_what_a_run_records(tmp_path):
         assert (step.skipped, step.nan, step.loss_scale, step.learning_rate) == (0, 0, 1.0, 1e-3)
     assert [(line.step, line.split) for line in run.read_validation()] == [
         (2, "validation"), (4, "validation"), (5, "validation"), (5, "test"),
-    ]  # fmt: skip
+    ]
     assert all(5 < line.loss < 6 for line in run.read_validation())
     ranks = run.read_ranks()
     assert [rank.coordinates["dp"] for rank in ranks] == [0, 1]
@@ -157,7 +157,7 @@ def test_two_nodes_train_as_one(tmp_path):
 def test_asynchronous_checkpoints(tmp_path):
     """Upstream writes them from a process that multiprocessing starts, where the stand-in must be as well."""
     saving = ("--save", str(tmp_path / "saved"), "--save-interval", "2", "--async-save", "--async-strategy", "mcore",
-              "--use-persistent-ckpt-worker")  # fmt: skip
+              "--use-persistent-ckpt-worker")
     finished(torchrun(tiny(DENSE, {"dp": 2, "steps": 4}), tmp_path / "run", *saving), tmp_path / "run")
     assert (tmp_path / "saved" / "latest_checkpointed_iteration.txt").read_text() == "4"
 

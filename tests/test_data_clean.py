@@ -173,7 +173,7 @@ def test_unreadable_lines_are_counted_and_say_why(tmp_path):
         tmp_path / "in.jsonl", "bra", b'{"text": "\xff\xfe"}\n', b'{"txt": "x", "id": 1}\n', b'{"text": 5}\n', b"[1]\n",
         b"{not json\n", b'{"text": "\\ud800"}\n', b"\n", b"   \n", b'{"text": "nul\\u0000"}\n', b"\x00\n",
         b'{"text": "slut"}',
-    )  # fmt: skip
+    )
     report = clean([source], tmp_path / "out", only(tmp_path), processes=1)
     assert (report.documents_in, report.documents_out, report.dropped) == (10, 3, {"unreadable": 7})
     assert texts(tmp_path / "out") == ["bra", "nul\0", "slut"]
@@ -216,7 +216,7 @@ def test_odd_documents_do_no_harm(tmp_path):
         *({"length": {"min_characters": 1, "max_characters": 90}} if "length" in entry
           else {"language": {"name": "Swedish", "above": 0}} if "language" in entry
           else entry for entry in load_rules(RULES).dump()),
-    )  # fmt: skip
+    )
     source = write(tmp_path / "in.jsonl", "Ett par ord.", *(odd() for _ in range(3000)))
     report = clean([source], tmp_path / "out", rules, processes=1)
     assert report.documents_in == report.documents_out + sum(report.dropped.values())

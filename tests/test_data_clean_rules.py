@@ -35,14 +35,14 @@ def strings(seed, number=300):
             generator.choice(odd) if generator.random() < 0.5
             else chr(generator.choice([*range(0x20, 0x7F), *range(0xA0, 0x500), 0x1F600, 0x10FFFF]))
             for _ in range(generator.randrange(40))
-        )  # fmt: skip
+        )
 
 
 def test_swedish_rules_in_order(swedish):
     assert swedish.names == (
         "unreadable", "normalise", "one-line", "length", "language", "alphabet", "repetition", "exact-duplicates",
         "near-duplicates",
-    )  # fmt: skip
+    )
     assert (rule(swedish, Language).name, rule(swedish, Language).above) == ("Swedish", 0.95)
 
 
@@ -81,7 +81,7 @@ def test_rules_dump_and_load_again(swedish, tmp_path):
         ("rules: [", "is not valid YAML"),
         ("- rules", "expected key: value pairs, found ['rules']"),
     ],
-)  # fmt: skip
+)
 def test_wrong_rules_say_what_and_where(text, message, tmp_path):
     path = tmp_path / "rules-xy.yaml"
     path.write_text(text)

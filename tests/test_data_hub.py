@@ -55,7 +55,7 @@ class _Answer(BaseHTTPRequestHandler):
             {"type": "file" if path.is_file() else "directory", "oid": "0" * 40, "size": path.stat().st_size,
              "path": str(path.relative_to(home))}
             for path in sorted((home / below).iterdir())
-        ]  # fmt: skip
+        ]
         self._say(200, rows)
 
     def _file(self, home: Path, name: str) -> None:

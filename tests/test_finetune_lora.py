@@ -84,7 +84,7 @@ PARENTS = {"linear_qkv": "self_attention", "linear_proj": "self_attention", "lin
 
 @pytest.mark.parametrize("layout", [
     pytest.param({}, id="tp1"), *(pytest.param(LAYOUTS[name], id=name, marks=pytest.mark.full) for name in ("tp2", "tp2+sp")),
-])  # fmt: skip
+])
 def test_adapters_are_those_of_peft(tmp_path, layout):
     data = make_data(tmp_path)  # puts upstream's tree on the path; the imports below find what is there
     model, e = make_weights(tmp_path)
@@ -98,7 +98,7 @@ def test_adapters_are_those_of_peft(tmp_path, layout):
     # c_proj names two layers of a block, in attention and in the MLP
     theirs = peft.get_peft_model(model, peft.LoraConfig(
         r=LORA.rank, lora_alpha=LORA.alpha, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True,
-    ))  # fmt: skip
+    ))
     blocks = theirs.base_model.model.transformer.h
     factors = {(n, name): block.get_submodule(TARGETS[name]) for n, block in enumerate(blocks) for name in TARGETS}
     with torch.no_grad():
@@ -135,7 +135,7 @@ def trained_by_peft(model, data) -> list[float]:
             seen = (segment[:, None] == segment) & torch.ones(length, length, dtype=torch.bool).tril()
             mask = torch.zeros(length, length).masked_fill(~seen, torch.finfo(torch.float32).min)
             logits = model(input_ids=sample["tokens"][None], position_ids=sample["position_ids"][None],
-                           attention_mask=mask[None, None]).logits[0]  # fmt: skip
+                           attention_mask=mask[None, None]).logits[0]
             each = cross_entropy(logits, sample["labels"], reduction="none") * sample["loss_mask"]
             (each.sum() / tokens).backward()
             total += each.sum().item()

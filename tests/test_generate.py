@@ -34,7 +34,7 @@ SENTENCE = "the quick brown fox jumps over the lazy dog while seven wizards quie
     ({"RUN": "a", "PROMPT": "a", "TEMPERATURE": "hot"}, "TEMPERATURE=hot: expected a number"),
     ({"RUN": "a", "PROMPT": "a", "TOP_P": "1.5"}, "TOP_P=1.5: expected a probability"),
     ({"RUN": "a", "PROMPT": "a", "TOP_K": "5", "TOP_P": "0.9"}, "give one of them"),
-])  # fmt: skip
+])
 def test_a_request_that_makes_no_sense_is_refused(tmp_path, settings, said):
     with pytest.raises(UserError, match=said.replace("(", "\\(")):
         generate.parse(settings, tmp_path)

@@ -98,7 +98,7 @@ def test_a_pipeline_stops_at_its_loss_on_every_rank(tmp_path):
 @pytest.mark.skipif(not find_spec("wandb"), reason="no wandb: scripts/setup.sh tracking")
 def test_a_resumed_run_continues_its_run_at_weights_and_biases(tmp_path):
     words = ("DEVICE=cpu", "DATA=mock", "STEPS=60", "SAVE_EVERY=10", "EVAL_EVERY=20", "EVAL_STEPS=1", "WANDB=offline",
-             "WANDB_PROJECT=tests", "WANDB_NAME=first")  # fmt: skip
+             "WANDB_PROJECT=tests", "WANDB_NAME=first")
     run = killed_at(25, tmp_path, "run", "101", *words)
     first = {path.name for path in run.path.glob("wandb/offline-run-*")}
     said = ended(start("run", "101", *words, "RESUME=1", f"OUTDIR={tmp_path}"))

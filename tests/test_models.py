@@ -65,7 +65,7 @@ def test_rows_to_compare_differ_in_one_thing():
     bf16 = settings("611", "precision", "fp8_recipe")
     assert all(settings(id_, "precision", "fp8_recipe") == bf16 for id_ in ("612", "613", "614"))
     for id_, changed in {"621": ["optimizer_state"], "622": ["recompute", "recompute_modules"], "623": ["recompute"],
-                         "624": ["cross_entropy_fusion"]}.items():  # fmt: skip
+                         "624": ["cross_entropy_fusion"]}.items():
         assert settings(id_, *changed) == settings("620", *changed) and settings(id_) != settings("620")
     assert all(settings(f"70{n}", "sharding") == settings("701", "sharding") for n in range(2, 7))
     assert settings("702", "published_data") == settings("124", "published_data")
@@ -149,7 +149,7 @@ def test_a_miniature_says_what_a_cpu_has_not():
 def test_a_miniature_is_made_of_the_same(id_):
     full, small = CATALOG.find(id_).model, miniature(CATALOG.find(id_)).model
     kept = ("normalization", "activation", "position_embedding", "qk_norm", "attention_sinks", "attention_output_gate",
-            "untie_embeddings", "add_bias_linear", "moe_router_pre_softmax", "num_query_groups")  # fmt: skip
+            "untie_embeddings", "add_bias_linear", "moe_router_pre_softmax", "num_query_groups")
     assert all(getattr(small, name) == getattr(full, name) for name in kept)
     assert bool(small.window_size) == bool(full.window_size) and bool(small.yarn) == bool(full.yarn)
     assert (small.query_size == small.hidden_size) == (full.query_size == full.hidden_size)
@@ -164,7 +164,7 @@ def test_gpt_oss_is_spelt_as_published():
     for part in ("--window-size 127,0 --window-attn-skip-freq 2", "--softmax-type learnable", "--kv-channels 64",
                  "--quick-geglu --glu-linear-offset 1.0 --activation-func-clamp-value 7.0", "--rotary-base 150000",
                  "--position-embedding-type yarn", "--yarn-original-max-position-embeddings 4096 --rotary-scaling-factor 32.0",
-                 "--no-yarn-correction-range-round-to-int", "--num-experts 32 --moe-router-topk 4"):  # fmt: skip
+                 "--no-yarn-correction-range-round-to-int", "--num-experts 32 --moe-router-topk 4"):
         assert part in said
     assert "--disable-bias-linear" not in said and "--moe-router-force-load-balancing" not in said
 
@@ -210,7 +210,7 @@ def test_upstream_builds_models_of_that_size(upstream):
     assert set(found) == {e.model.name for e in ROWS}
     for e in {e.model.name: e for e in ROWS}.values():
         alone = e.with_changes(dp=1, tp=1, ep=1, sequence_parallel=False, sharding="no_shard", optimizer_state="fp32",
-                               gradients="fp32", global_batch_size=e.micro_batch_size)  # fmt: skip
+                               gradients="fp32", global_batch_size=e.micro_batch_size)
         assert found[e.model.name] == [count_parameters(alone).total, step_flops(alone)], e.model.name
 
 
@@ -224,12 +224,12 @@ OSS = Model(
     untie_embeddings=True, normalization="RMSNorm", activation="clamped_quick_geglu", position_embedding="yarn", window_size=6,
     attention_sinks=True, yarn={"rotary_scaling_factor": 32.0, "original_max_position_embeddings": 16},
     num_experts=4, moe_router_topk=2, moe_ffn_hidden_size=32, moe_aux_loss_coeff=0.0,
-)  # fmt: skip
+)
 NORMS = Model(
     name="tiny-norms", num_layers=2, hidden_size=32, num_attention_heads=4, num_query_groups=2, vocab_size=255,
     untie_embeddings=True, add_bias_linear=False, normalization="RMSNorm", activation="swiglu", position_embedding="rope",
     qk_norm="projection",
-)  # fmt: skip
+)
 PARITY = """
 import sys
 from harness import parity
@@ -259,7 +259,7 @@ def losses(sharding, folder):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "harness.entry"]
     environment = {variable.name: variable.value for variable in variables(experiment, "cpu")} | {RUN_DIR_VARIABLE: str(folder)}
     done = subprocess.run([*command, *parity.flags(experiment)], cwd=ROOT, env=os.environ | environment, capture_output=True,
-                          text=True, timeout=200)  # fmt: skip
+                          text=True, timeout=200)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return [step.loss for step in RunDir(folder).read_metrics()]
 

@@ -194,7 +194,7 @@ def test_on_a_cpu_the_innermost_operator_counts():
     ("gloo:all_gather", "communication"), ("c10d::allreduce_", "communication"),
     ("aten::addmm", "gemm"), ("aten::baddbmm", "attention"), ("aten::native_layer_norm", "elementwise"), ("aten::copy_", "memory"),
     ("custom::op", "other"),
-])  # fmt: skip
+])
 def test_names(name, category):
     assert category_of(name) == category
 
@@ -216,7 +216,7 @@ def test_which_steps_are_traced_and_which_are_disturbed():
     ("1-3", "traces from step 1 to step 3, which must be 2 or later"),
     ("9-8", "from step 9 to step 8, which must be 2 or later, in order"),
     ("1", "among the 5 steps of the run; try PROFILE=4-5, or STEPS=9"),
-])  # fmt: skip
+])
 def test_steps_that_cannot_be_traced(value, message):
     with pytest.raises(UserError, match=message):
         apply(load_catalog().find("101"), {"PROFILE": value, "STEPS": "5"})
@@ -226,7 +226,7 @@ def test_steps_that_cannot_be_traced(value, message):
     ([operator("aten::mm", 0, 1)], "cpu", "holds no training step\nrun it again with PROFILE=1"),
     ([annotation("step 8", 0, 9), operator("aten::mm", 0, 1)], "cuda", "holds no GPU kernel\nCUPTI delivered none"),
     ([annotation("step 8", 0, 9)], "cpu", "holds no operator"),
-])  # fmt: skip
+])
 def test_a_trace_without_what_it_needs_is_refused(events, device, message):
     with pytest.raises(UserError, match=message):
         parse(events, device)

@@ -78,7 +78,7 @@ def test_a_checkpoint_holds_whole_weights_for_either_optimizer(upstreams, saved,
 
     def optimizer(whole, remainders):
         return SimpleNamespace(config=SimpleNamespace(use_precision_aware_optimizer_no_fp8_or_ds_fp8=True),
-                               model_param_group_index_map={"weight": (0, 0)}, optimizer=Adam(whole, remainders))  # fmt: skip
+                               model_param_group_index_map={"weight": (0, 0)}, optimizer=Adam(whole, remainders))
 
     whole = weights()
     given = upstreams._get_main_param_and_optimizer_states(optimizer(whole, saved), "weight")

@@ -300,7 +300,7 @@ def test_changed_pin_is_installed(repository):
 
 
 @pytest.mark.parametrize("deleted", ["bin/python", "lib/python3.12/site-packages/alpha-1.0.dist-info",
-                                     "lib/python3.12/site-packages/alpha/__init__.py", "lib"])  # fmt: skip
+                                     "lib/python3.12/site-packages/alpha/__init__.py", "lib"])
 def test_broken_environment_is_mended(repository, deleted):
     repository.run("light")
     path = repository.venv / deleted
@@ -325,7 +325,7 @@ def test_what_does_not_import_is_made_anew_once(repository):
 
 
 @pytest.mark.parametrize(("mood", "advice"), [("network", "cannot be reached"), ("disk", "make room"),
-                                              ("index", "lacks a pinned version")])  # fmt: skip
+                                              ("index", "lacks a pinned version")])
 def test_failing_pip_says_why_and_leaves_the_light_stage(repository, mood, advice):
     repository.run("light")
     said = repository.run("heavy", PIP_MOOD=mood)
@@ -518,7 +518,7 @@ def test_pins_are_exact_and_in_one_place():
 def test_script_and_pyproject_want_the_same_python():
     wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
     low, high = re.search(r"\((\d, \d+)\) <= sys.version_info\[:2\] < \((\d, \d+)\)",
-                          (ROOT / "scripts/setup.sh").read_text()).groups()  # fmt: skip
+                          (ROOT / "scripts/setup.sh").read_text()).groups()
     assert wanted == f">={low.replace(', ', '.')},<{high.replace(', ', '.')}"
 
 

@@ -118,7 +118,7 @@ def test_out_of_memory_again_agrees_and_ok_does_not(tmp_path: Path, capsys: pyte
         ({"nvml": 0.0}, "has no NVML reading"),
         ({"status": "killed"}, "again is killed"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_compared_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], changes: dict, message: str
 ) -> None:

@@ -73,12 +73,12 @@ def make_hf(folder: Path, kind: str = "gpt2"):
     ends = dict.fromkeys(("bos_token_id", "eos_token_id"))
     if kind == "gpt2":
         config = transformers.GPT2Config(n_layer=2, n_embd=32, n_head=4, n_positions=SEQUENCE, vocab_size=ROWS, initializer_range=0.2,
-                                         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **ends)  # fmt: skip
+                                         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **ends)
         model = transformers.GPT2LMHeadModel._from_config(config, attn_implementation="eager")
     else:
         config = transformers.LlamaConfig(num_hidden_layers=2, hidden_size=32, num_attention_heads=4, num_key_value_heads=2,
                                           intermediate_size=64, vocab_size=ROWS, max_position_embeddings=SEQUENCE,
-                                          initializer_range=0.2, tie_word_embeddings=False, **ends)  # fmt: skip
+                                          initializer_range=0.2, tie_word_embeddings=False, **ends)
         model = transformers.LlamaForCausalLM._from_config(config, attn_implementation="eager")
     model.float().save_pretrained(folder)
     return model
@@ -91,7 +91,7 @@ def make_weights(folder: Path, kind: str = "gpt2"):
     model = make_hf(folder / "hf", kind)
     imported = import_folder(str(folder / "hf"), folder / "weights", "tiny")
     e = Experiment(id="999", slug="tuned", chapter=900, shows="x", model=imported.model, mbs=2, gbs=4, seq=SEQUENCE, steps=STEPS,
-                   precision="fp32", weights=str(folder / "weights"), positions=imported.positions, lora=LORA)  # fmt: skip
+                   precision="fp32", weights=str(folder / "weights"), positions=imported.positions, lora=LORA)
     return model, e
 
 
@@ -104,7 +104,7 @@ def tune(e: Experiment, data: Path, run_dir: Path, *arguments: str, script: tupl
     words[at:end] = ["--data-path", str(data), "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model",
                      str(data.parent / "tokenizer"), "--sft", "--no-create-attention-mask-in-dataloader",
                      "--calculate-per-token-loss", "--data-cache-path", str(data.parent / "cache"),
-                     "--make-vocab-size-divisible-by", str(ROWS // e.tp)]  # fmt: skip
+                     "--make-vocab-size-divisible-by", str(ROWS // e.tp)]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={e.world_size}", *script]
     settings = {variable.name: variable.value for variable in variables(e, "cpu")} | {RUN_DIR_VARIABLE: str(run_dir)}
     with (run_dir / "logs.txt").open("w") as log:

@@ -10,20 +10,18 @@ from __future__ import annotations
 
 import shutil
 from argparse import Namespace
-from itertools import product
 from pathlib import Path
 
 from torch import Tensor
 
 from harness.convert import arguments, torch_dist
-from harness.convert.architectures import LAYERS, Row, architecture_of
+from harness.convert.architectures import EMBEDDING, LAYERS, Row, architecture_of
 from harness.convert.torch_dist import Checkpoint
 from harness.convert.transforms import FUSED_QKV, TRANSPOSED, Sizes
 from harness.errors import UserError
 from harness.files import write_json
-from harness.finetune.adapters import KEY, TENSORS, Adapters, read_record
+from harness.finetune.adapters import KEY, PARENTS, TENSORS, Adapters, read_record
 
-_PARENTS = {"linear_qkv": "self_attention", "linear_proj": "self_attention", "linear_fc1": "mlp", "linear_fc2": "mlp"}
 _FAN_IN_FAN_OUT = (FUSED_QKV, TRANSPOSED)
 """Transforms of weights that Hugging Face keeps as [in, out]."""
 
@@ -51,7 +49,7 @@ class Factors:
 
     def of(self, key: str, index: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
         """A [r, in] and B [out, r] beside the weight ``key`` of upstream's checkpoints, in layer ``index``; None without."""
-        for name, parent in _PARENTS.items():
+        for name, parent in PARENTS.items():
             if key == f"{LAYERS}{parent}.{name}.weight":
                 keys = [KEY.format(layer=index[0], parent=parent, name=name, factor=f) for f in ("lora_A", "lora_B")]
                 return tuple(self._tensors[k] for k in keys) if keys[0] in self._tensors else None
@@ -77,7 +75,7 @@ class Merged(Checkpoint):
         a, b = (factor.float() for factor in pair)
         if weight.shape != (len(b), a.shape[1]):
             raise UserError(f"{self._factors.folder}: adapters for {len(b)} x {a.shape[1]}, but {key} in {self.folder} is "
-                            f"{' x '.join(map(str, weight.shape))}: they belong to other weights")  # fmt: skip
+                            f"{' x '.join(map(str, weight.shape))}: they belong to other weights")
         return (weight.float() + self._factors.record.lora.scale * (b @ a)).to(weight.dtype)
 
 
@@ -97,13 +95,13 @@ def export_peft(adapters: Path, base: Path, target: Path, named: str) -> int:
     arguments.register_safe_globals()
     checkpoint = Checkpoint(torch_dist.latest(base))
     args: Namespace = checkpoint.common().get("args") or Namespace()
-    rows = checkpoint.shapes["embedding.word_embeddings.weight"][0]
+    rows = checkpoint.shapes[EMBEDDING][0]
     model, positions = arguments.model_of(args, base.name, rows)
     sizes = Sizes(model, positions, rows)
     tensors: dict[str, Tensor] = {}
     targets: dict[str, bool] = {}
     for row in architecture_of(model).rows_of(model):
-        for index in product(*map(range, row.stacked(sizes))):
+        for index in row.places(sizes):
             if pair := factors.of(row.megatron, index):
                 tensors |= _as_peft(row, index, pair, sizes)
                 layers = [name.rpartition("{layer}.")[2].removesuffix(".weight") for name in row.hf]
@@ -118,7 +116,7 @@ def export_peft(adapters: Path, base: Path, target: Path, named: str) -> int:
             "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": named, "r": lora.rank,
             "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "target_modules": sorted(targets),
             "fan_in_fan_out": any(targets.values()), "bias": "none", "inference_mode": True,
-        })  # fmt: skip
+        })
         if target.exists():
             target.rmdir()
         unfinished.rename(target)
@@ -134,4 +132,4 @@ def _as_peft(row: Row, index: tuple[int, ...], pair: tuple[Tensor, Tensor], size
     parts = [part.t() for part in parts] if row.how in _FAN_IN_FAN_OUT else parts
     named = [f"base_model.model.{name.removesuffix('.weight')}" for name in row.names(index)]
     return {f"{name}.lora_A.weight": a.clone() for name in named} | {
-        f"{name}.lora_B.weight": part.contiguous().clone() for name, part in zip(named, parts, strict=True)}  # fmt: skip
+        f"{name}.lora_B.weight": part.contiguous().clone() for name, part in zip(named, parts, strict=True)}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 from harness.convert.transforms import (
@@ -31,6 +32,7 @@ Config = Mapping[str, Any]
 LAYERS = "decoder.layers."
 EXPERTS = "mlp.experts.experts."
 EMBEDDING = "embedding.word_embeddings.weight"
+OUTPUT = "output_layer.weight"
 LM_HEAD = "lm_head.weight"
 
 
@@ -57,6 +59,10 @@ class Row:
         layers = (sizes.model.num_layers,)
         return (*layers, sizes.model.num_experts) if EXPERTS in self.megatron else layers
 
+    def places(self, sizes: Sizes) -> Iterator[tuple[int, ...]]:
+        """Every layer, or layer and expert; the empty index where there is one tensor."""
+        return product(*map(range, self.stacked(sizes)))
+
     def names(self, index: tuple[int, ...]) -> tuple[str, ...]:
         """Hugging Face's names for layer, or layer and expert, ``index``."""
         where = dict(zip(("layer", "expert"), index, strict=False))
@@ -79,16 +85,16 @@ def _is(key: str, field: str) -> Setting:
 
 def _ffn(*names: str) -> Setting:
     return Setting("intermediate_size", lambda value, config: dict.fromkeys(names, value), lambda fields: fields[names[0]],
-                   ", ".join(names))  # fmt: skip
+                   ", ".join(names))
 
 
 _TIED = Setting("tie_word_embeddings", lambda value, config: {"untie_embeddings": not value},
-                lambda fields: not fields["untie_embeddings"], "not untie_embeddings")  # fmt: skip
+                lambda fields: not fields["untie_embeddings"], "not untie_embeddings")
 _GROUPS = Setting(
     "num_key_value_heads",
     lambda value, config: {"num_query_groups": None if value == config["num_attention_heads"] else value},
     lambda fields: fields["num_query_groups"] or fields["num_attention_heads"], "num_query_groups",
-)  # fmt: skip
+)
 
 
 def _own_width(value: int | None, config: Config) -> Mapping[str, Any]:
@@ -99,7 +105,7 @@ def _own_width(value: int | None, config: Config) -> Mapping[str, Any]:
 _HEAD = Setting(
     "head_dim", _own_width,
     lambda fields: fields["kv_channels"] or fields["hidden_size"] // fields["num_attention_heads"], "kv_channels",
-)  # fmt: skip
+)
 _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """What upstream's ``--use-rope-scaling`` fixes (megatron/core/models/common/embeddings/rotary_pos_embedding.py)."""
 
@@ -133,7 +139,7 @@ def _yarn(value: Config, config: Config) -> Mapping[str, Any]:
         original_max_position_embeddings=value["original_max_position_embeddings"],
         beta_fast=float(value.get("beta_fast") or 32), beta_slow=float(value.get("beta_slow") or 1),
         correction_range_round_to_int=value.get("truncate", True),
-    )  # fmt: skip
+    )
     return {"rotary_base": _whole(value["rope_theta"]), "yarn": yarn}
 
 
@@ -143,7 +149,7 @@ def _yarn_value(fields: Mapping[str, Any]) -> dict[str, Any]:
         "rope_type": "yarn", "rope_theta": float(fields["rotary_base"]), "factor": yarn.rotary_scaling_factor,
         "beta_fast": yarn.beta_fast, "beta_slow": yarn.beta_slow, "truncate": yarn.correction_range_round_to_int,
         "original_max_position_embeddings": yarn.original_max_position_embeddings,
-    }  # fmt: skip
+    }
 
 
 def _window(value: int | None, config: Config) -> Mapping[str, Any]:
@@ -159,13 +165,13 @@ def _alternating(layers: int) -> list[str]:
 def _checked_layer_types(value: list[str], config: Config) -> Mapping[str, Any]:
     if value != _alternating(config["num_hidden_layers"]):
         raise UserError("config.json: layer_types must be sliding_attention and full_attention in turn, for all "
-                        f"{config['num_hidden_layers']} layers: upstream's --window-attn-skip-freq 2")  # fmt: skip
+                        f"{config['num_hidden_layers']} layers: upstream's --window-attn-skip-freq 2")
     return {}
 
 
 _WINDOW = Setting("sliding_window", _window, lambda fields: fields["window_size"], "window_size")
 _LAYER_TYPES = Setting("layer_types", _checked_layer_types, lambda fields: _alternating(fields["num_layers"]),
-                       "every other layer has a window, the first one too")  # fmt: skip
+                       "every other layer has a window, the first one too")
 
 
 def _whole(value: float) -> int:
@@ -233,11 +239,11 @@ class Architecture:
     def differences(self, model: Model) -> list[str]:
         """Why ``model`` is none of this architecture: its fields that differ from the ``fixed`` ones, in words."""
         return [f"{name} is {getattr(model, name)}, not {value}" for name, value in self.fixed.items()
-                if getattr(model, name) != value]  # fmt: skip
+                if getattr(model, name) != value]
 
     def rows_of(self, model: Model) -> Iterator[Row]:
         """Its tensors; an output layer that is the embedding is none."""
-        return (row for row in self.rows if model.untie_embeddings or row.megatron != "output_layer.weight")
+        return (row for row in self.rows if model.untie_embeddings or row.megatron != OUTPUT)
 
     def unneeded(self, name: str, model: Model) -> bool:
         """Whether a tensor that no row asks for may be there."""
@@ -245,8 +251,11 @@ class Architecture:
 
 
 def _layer(megatron: str, shape: tuple[str, ...], *hf: str, how: Transform = SAME, also: tuple[str, ...] = (),
-           of: str = "model.layers.{layer}.") -> Row:  # fmt: skip
+           of: str = "model.layers.{layer}.") -> Row:
     return Row(LAYERS + megatron, shape, tuple(of + name for name in hf), how, tuple(LAYERS + name for name in also))
+
+
+_OUTPUT = Row(OUTPUT, ("vocabulary", "hidden"), (LM_HEAD,), VOCABULARY)
 
 
 def _inner_value(fields: Mapping[str, Any]) -> int | None:
@@ -276,7 +285,7 @@ GPT2 = Architecture(
         _layer("mlp.linear_fc2.bias", ("hidden",), "mlp.c_proj.bias", of=_GPT2_LAYERS),
         Row("decoder.final_layernorm.weight", ("hidden",), ("transformer.ln_f.weight",)),
         Row("decoder.final_layernorm.bias", ("hidden",), ("transformer.ln_f.bias",)),
-        Row("output_layer.weight", ("vocabulary", "hidden"), (LM_HEAD,), VOCABULARY),
+        _OUTPUT,
     ),
     settings=(
         _is("n_layer", "num_layers"), _is("n_embd", "hidden_size"), _is("n_head", "num_attention_heads"),
@@ -292,11 +301,10 @@ GPT2 = Architecture(
         "position_embedding": "learned_absolute", "num_query_groups": None, "kv_channels": None, "num_experts": None,
         "attention_output_gate": False, "attention_sinks": False, "qk_norm": "none", "window_size": None,
     },
-)  # fmt: skip
+)
 
 _EMBEDDING = Row(EMBEDDING, ("vocabulary", "hidden"), ("model.embed_tokens.weight",), VOCABULARY)
 _FINAL_NORM = Row("decoder.final_layernorm.weight", ("hidden",), ("model.norm.weight",))
-_OUTPUT = Row("output_layer.weight", ("vocabulary", "hidden"), (LM_HEAD,), VOCABULARY)
 _Q_K_V = tuple(f"self_attn.{part}_proj" for part in "qkv")
 _ATTENTION = (
     _layer("self_attention.linear_qkv.layer_norm_weight", ("hidden",), "input_layernorm.weight"),
@@ -304,18 +312,18 @@ _ATTENTION = (
     _layer("self_attention.linear_proj.weight", ("hidden", "queries"), "self_attn.o_proj.weight"),
 )
 _PRE_EXPERTS_NORM = _layer("mlp.linear_fc1.layer_norm_weight", ("hidden",), "post_attention_layernorm.weight",
-                           also=("pre_mlp_layernorm.weight",))  # fmt: skip
+                           also=("pre_mlp_layernorm.weight",))
 _LLAMA_SETTINGS = (
     _is("num_hidden_layers", "num_layers"), _is("hidden_size", "hidden_size"),
     _is("num_attention_heads", "num_attention_heads"), _GROUPS, _is("max_position_embeddings", "positions"),
     _is("vocab_size", "vocab_size"), _is("rms_norm_eps", "norm_epsilon"), _is("initializer_range", "init_method_std"),
     _is("attention_dropout", "dropout"), _TIED,
-)  # fmt: skip
+)
 _LLAMA_NEEDS = {"hidden_act": ("silu",), "attention_bias": (False,)}
 _LLAMA_FIXED = {
     "normalization": "RMSNorm", "activation": "swiglu", "add_bias_linear": False, "position_embedding": "rope",
     "attention_output_gate": False, "attention_sinks": False,
-}  # fmt: skip
+}
 
 LLAMA = Architecture(
     name="LlamaForCausalLM", model_type="llama", prefix="model.", unused=("rotary_emb.inv_freq",),
@@ -331,7 +339,7 @@ LLAMA = Architecture(
     settings=(*_LLAMA_SETTINGS, _ffn("ffn_hidden_size"), _HEAD, _ROPE),
     needs={**_LLAMA_NEEDS, "mlp_bias": (False,)},
     fixed={**_LLAMA_FIXED, "qk_norm": "none", "num_experts": None, "window_size": None},
-)  # fmt: skip
+)
 
 OLMOE = Architecture(
     name="OlmoeForCausalLM", model_type="olmoe", prefix="model.", unused=("rotary_emb.inv_freq",),
@@ -356,7 +364,7 @@ OLMOE = Architecture(
     needs={**_LLAMA_NEEDS, "clip_qkv": (None,), "norm_topk_prob": (False,)},
     fixed={**_LLAMA_FIXED, "qk_norm": "projection", "kv_channels": None, "window_size": None,
            "moe_router_pre_softmax": True},
-)  # fmt: skip
+)
 
 GPT_OSS = Architecture(
     name="GptOssForCausalLM", model_type="gpt_oss", prefix="model.", unused=("rotary_emb.inv_freq",),
@@ -388,7 +396,7 @@ GPT_OSS = Architecture(
         **_LLAMA_FIXED, "activation": "clamped_quick_geglu", "add_bias_linear": True, "position_embedding": "yarn",
         "attention_sinks": True, "qk_norm": "none", "moe_router_pre_softmax": False,
     },
-)  # fmt: skip
+)
 ARCHITECTURES = {a.name: a for a in (GPT2, LLAMA, OLMOE, GPT_OSS)}
 
 

@@ -16,7 +16,7 @@ _UNSUPPORTED = {
     "moe_shared_expert_intermediate_size": None, "moe_router_enable_expert_bias": False, "moe_latent_size": None,
     "moe_layer_freq": 1, "moe_router_score_function": "softmax", "apply_layernorm_1p": False, "squared_relu": False,
     "rotary_interleaved": False, "rotary_percent": 1.0, "qk_l2_norm": False, "hybrid_layer_pattern": None,
-}  # fmt: skip
+}
 """Arguments that make a model that no architecture here is, with the values that do not."""
 _PROJECTION_NORM = ["harness.specs.projection_norm", "layer_spec"]
 
@@ -28,7 +28,7 @@ def flags(model: Model, positions: int, tp: int = 1, pp: int = 1, ep: int = 1) -
         UserError: the model cannot be cut like this.
     """
     one = Experiment(id="999", slug="weights", chapter=900, shows="weights", model=model, micro_batch_size=1,
-                     global_batch_size=1, seq_length=positions)  # fmt: skip
+                     global_batch_size=1, seq_length=positions)
     try:
         cut = one.with_changes(tp=tp, pp=pp, ep=ep, dp=ep, sequence_parallel=tp > 1, global_batch_size=ep)
     except UserError as error:
@@ -73,7 +73,7 @@ def model_of(args: Namespace, name: str, vocab_size: int) -> tuple[Model, int]:
     if not hasattr(args, "num_layers") or args.num_layers is None:
         raise UserError(f"{name}: the checkpoint does not say what its model is: it has none of upstream's arguments")
     odd = [f"{key} = {getattr(args, key)}" for key, usual in _UNSUPPORTED.items()
-           if getattr(args, key, usual) not in (usual, None)]  # fmt: skip
+           if getattr(args, key, usual) not in (usual, None)]
     if odd:
         raise UserError(f"{name}: no architecture of Hugging Face that this writes has {', '.join(odd)}")
     usual_head = args.hidden_size // args.num_attention_heads
@@ -109,13 +109,13 @@ def model_of(args: Namespace, name: str, vocab_size: int) -> tuple[Model, int]:
             original_max_position_embeddings=args.yarn_original_max_position_embeddings or 4096,
             beta_fast=args.yarn_beta_fast or 32.0, beta_slow=args.yarn_beta_slow or 1.0,
             correction_range_round_to_int=args.yarn_correction_range_round_to_int is not False,
-        )  # fmt: skip
+        )
     if args.num_experts:
         fields |= {
             "num_experts": args.num_experts, "moe_router_topk": args.moe_router_topk,
             "moe_ffn_hidden_size": args.moe_ffn_hidden_size, "moe_router_pre_softmax": args.moe_router_pre_softmax,
             "moe_aux_loss_coeff": _single(args.moe_aux_loss_coeff), "moe_z_loss_coeff": args.moe_z_loss_coeff,
-        }  # fmt: skip
+        }
     return Model(name=name, **fields), args.max_position_embeddings
 
 
@@ -148,5 +148,5 @@ def _window(args: Namespace) -> int | None:
     before, after = args.window_size
     if after or args.window_attn_skip_freq != 2:
         raise UserError(f"--window-size {before},{after} --window-attn-skip-freq {args.window_attn_skip_freq}: known are "
-                        "windows into the past, on every other layer")  # fmt: skip
+                        "windows into the past, on every other layer")
     return before + 1

@@ -40,7 +40,7 @@ def import_hf(settings: Mapping[str, str], folder: Path = WEIGHTS) -> int:
     begun = time.monotonic()
     weights = import_folder(source, target, name, data=data, **layout)
     print(f"{target}: {weights.architecture}, {weights.parameters:,} parameters, {weights.bytes / 2**30:.2f} GiB "
-          f"in {time.monotonic() - begun:.0f} s")  # fmt: skip
+          f"in {time.monotonic() - begun:.0f} s")
     if weights.dequantized:
         print(f"  {weights.dequantized} tensors were MXFP4 and are bf16 here: the same values, nearly four times the bytes")
     if not weights.tokenizer:
@@ -76,7 +76,7 @@ def export_hf(settings: Mapping[str, str], outdir: Path) -> int:
     if trained:
         print(f"  adapters of rank {trained.lora.rank}, step {trained.iteration}, are merged with {folder}")
     print(f"{target}: {done.architecture}, {done.parameters:,} parameters, {done.bytes / 2**30:.2f} GiB in {done.files} "
-          f"file{'s' if done.files > 1 else ''}, {time.monotonic() - begun:.0f} s")  # fmt: skip
+          f"file{'s' if done.files > 1 else ''}, {time.monotonic() - begun:.0f} s")
     if done.tokenizer is None:
         print("  no tokenizer is known for it; HF=folder takes one from there")
     return 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from argparse import Namespace
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ import torch
 from harness import ROOT
 from harness.convert import arguments, hub, torch_dist, weights
 from harness.convert.adapters import Factors, Merged
-from harness.convert.architectures import Architecture, Row, architecture_of
+from harness.convert.architectures import EMBEDDING, LM_HEAD, Architecture, Row, architecture_of
 from harness.convert.safetensor_files import SHARD_BYTES, sliced, writing
 from harness.convert.torch_dist import Checkpoint
 from harness.convert.transforms import Sizes
@@ -32,7 +31,7 @@ class Exported:
 
 
 def export_checkpoint(folder: Path, target: Path, *, like: Path | None = None, adapters: Path | None = None,
-                      shard_bytes: int = SHARD_BYTES) -> Exported:  # fmt: skip
+                      shard_bytes: int = SHARD_BYTES) -> Exported:
     """Write the checkpoint in ``folder`` as a Hugging Face model into ``target``, whole or not at all.
 
     Args:
@@ -51,7 +50,7 @@ def export_checkpoint(folder: Path, target: Path, *, like: Path | None = None, a
     origin = like or _origin(folder, args)
     tokenizer = _tokenizer(origin, args)
     kept = hub.read_config(origin)[1] if origin and (origin / hub.CONFIG).exists() else {}
-    rows = checkpoint.shapes.get("embedding.word_embeddings.weight", (0,))[0]
+    rows = checkpoint.shapes.get(EMBEDDING, (0,))[0]
     vocab_size = kept.get("vocab_size") or _vocab_size(tokenizer, args) or rows
     model, positions = arguments.model_of(args, folder.name, vocab_size)
     architecture = architecture_of(model)
@@ -66,7 +65,7 @@ def export_checkpoint(folder: Path, target: Path, *, like: Path | None = None, a
         unfinished.mkdir(parents=True)
         with writing(unfinished, announced, shard_bytes) as writer:
             for row, key in keys.items():
-                for index in product(*map(range, row.stacked(sizes))):
+                for index in row.places(sizes):
                     parts = row.how.split(checkpoint.read(key, index), sizes)
                     for name, part in zip(row.names(index), parts, strict=True):
                         writer.write(name, part)
@@ -85,7 +84,7 @@ def export_checkpoint(folder: Path, target: Path, *, like: Path | None = None, a
         architecture.name, sum(numbers.values()),
         sum(numbers[name] * dtype.itemsize for name, (dtype, _) in announced.items()),
         len(list(target.glob("*.safetensors"))), tokenizer,
-    )  # fmt: skip
+    )
 
 
 def _origin(folder: Path, args: Namespace) -> Path | None:
@@ -125,27 +124,27 @@ def _check(checkpoint: Checkpoint, architecture: Architecture, sizes: Sizes) -> 
         shape = (*row.stacked(sizes), *sizes.shape(row.shape))
         if checkpoint.shapes[key] != shape:
             raise UserError(f"{checkpoint.folder}: {key} is {list(checkpoint.shapes[key])}, "
-                            f"the arguments beside it say {list(shape)}")  # fmt: skip
+                            f"the arguments beside it say {list(shape)}")
         keys[row] = key
     if sizes.vocabulary < sizes.model.vocab_size:
         raise UserError(f"{checkpoint.folder} has {sizes.vocabulary:,} tokens, fewer than the {sizes.model.vocab_size:,} "
-                        "of its tokenizer or of HF=")  # fmt: skip
+                        "of its tokenizer or of HF=")
     return keys
 
 
 def _announced(checkpoint: Checkpoint, architecture: Architecture, sizes: Sizes,
-               keys: dict[Row, str]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:  # fmt: skip
+               keys: dict[Row, str]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """dtype and shape of every tensor to write, by Hugging Face's name, in the order of layers."""
     found = {}
     for row, key in keys.items():
         parts = row.how.split(torch.empty(sizes.shape(row.shape), device="meta"), sizes)
-        for index in product(*map(range, row.stacked(sizes))):
+        for index in row.places(sizes):
             for name, part in zip(row.names(index), parts, strict=True):
                 whole, expert = sliced(name)
                 shape = tuple(part.shape) if expert is None else (sizes.model.num_experts, *part.shape)
                 found[whole] = index[:1], (checkpoint.dtypes[key], shape)
-    first, last = {(): -1}, ("lm_head.weight", "model.norm.weight", "transformer.ln_f.weight", "transformer.ln_f.bias")
-    order = sorted(found, key=lambda name: (name in last, *(found[name][0] or (first[()],))))
+    last = (LM_HEAD, "model.norm.weight", "transformer.ln_f.weight", "transformer.ln_f.bias")
+    order = sorted(found, key=lambda name: (name in last, *(found[name][0] or (-1,))))
     return {name: found[name][1] for name in order}
 
 

@@ -13,7 +13,7 @@ from harness.errors import UserError, first_line
 WANTED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 CONFIG = "config.json"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-             "merges.txt", "tokenizer.model", "chat_template.jinja")  # fmt: skip
+             "merges.txt", "tokenizer.model", "chat_template.jinja")
 KEPT = (CONFIG, "generation_config.json", *TOKENIZER)
 """Files that a folder of weights keeps as they are."""
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
@@ -38,7 +38,7 @@ def locate(named: str) -> Path:
     print(f"fetching {named}")
     try:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(WANTED),
-                                      ignore_patterns=["*/*"]))  # fmt: skip
+                                      ignore_patterns=["*/*"]))
     except Exception as error:  # the hub's client raises what its transport does
         raise UserError(
             f"HF={named}: no such folder, and the hub does not give it: {first_line(error)}\n"

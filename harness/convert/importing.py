@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from functools import partial
-from itertools import product
 from math import lcm
 from pathlib import Path
 from typing import Any
@@ -35,12 +33,12 @@ ALIGNMENT = 128
 # without fp8, but upstream wants it to be there.
 _STATEFUL = ("self_attention.linear_qkv", "self_attention.linear_proj", "self_attention.core_attention",
              "self_attention.q_layernorm", "self_attention.k_layernorm", "input_layernorm", "pre_mlp_layernorm",
-             "mlp.linear_fc1", "mlp.linear_fc2")  # fmt: skip
+             "mlp.linear_fc1", "mlp.linear_fc2")
 _STATEFUL_EXPERTS = (EXPERTS + "linear_fc1", EXPERTS + "linear_fc2")
 
 
 def import_folder(source: str, target: Path, name: str, *, tp: int = 1, pp: int = 1, ep: int = 1,
-                  data: Blend | None = None) -> Weights:  # fmt: skip
+                  data: Blend | None = None) -> Weights:
     """Write the weights of Hugging Face's ``source`` into ``target``, whole or not at all.
 
     Args:
@@ -63,14 +61,14 @@ def import_folder(source: str, target: Path, name: str, *, tp: int = 1, pp: int 
     if data:
         check_data(model, folder, data)
     has_tokenizer = _check_tokenizer(folder, model.vocab_size)
-    used = [tensors[name] for row in architecture.rows_of(model) for index in _places(row, sizes)
-            for name in _found(architecture, row, index, tensors)]  # fmt: skip
+    used = [tensors[name] for row in architecture.rows_of(model) for index in row.places(sizes)
+            for name in _found(architecture, row, index, tensors)]
     weights = Weights(
         name=name, source=source, architecture=architecture.name, model=model, positions=positions,
         padded_vocab_size=sizes.vocabulary, parameters=sum(t.bytes // t.dtype.itemsize for t in used),
         bytes=sum(t.bytes for t in used), dtypes=tuple(sorted({str(t.dtype).removeprefix("torch.") for t in used})),
         dequantized=len(tensors.quantized), tokenizer=has_tokenizer, flags=tuple(words),
-    )  # fmt: skip
+    )
     _check_room(target, weights.bytes)
     unfinished = target.with_name(target.name + ".part")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -101,7 +99,7 @@ def plan(architecture: Architecture, sizes: Sizes, tensors: Tensors) -> list[Pie
     for row in architecture.rows_of(sizes.model):
         shape = sizes.shape(row.shape)
         expected = [tuple(part.shape) for part in row.how.split(torch.empty(shape, device="meta"), sizes)]
-        for index in _places(row, sizes):
+        for index in row.places(sizes):
             names = _found(architecture, row, index, tensors)
             wanted.update(name.partition("[")[0] for name in names)
             absent = [name for name in names if name.partition("[")[0] not in tensors]
@@ -109,7 +107,7 @@ def plan(architecture: Architecture, sizes: Sizes, tensors: Tensors) -> list[Pie
             if absent:
                 continue
             misfits += [f"{name} is {list(tensors[name].shape)}, not {list(fits)}"
-                        for name, fits in zip(names, expected, strict=True) if tensors[name].shape != fits]  # fmt: skip
+                        for name, fits in zip(names, expected, strict=True) if tensors[name].shape != fits]
             dtypes = {tensors[name].dtype for name in names}
             if len(dtypes) > 1:
                 misfits.append(f"{', '.join(names)} have different dtypes: {', '.join(map(str, dtypes))}")
@@ -119,7 +117,7 @@ def plan(architecture: Architecture, sizes: Sizes, tensors: Tensors) -> list[Pie
                 pieces.append(Piece(key, index, shape, row.stacked(sizes), next(iter(dtypes)), make))
     extra = [name for name in tensors if name not in wanted and not architecture.unneeded(name, sizes.model)]
     for problem, names in (("are missing", missing), ("are not what config.json says", misfits),
-                           ("are not known", extra)):  # fmt: skip
+                           ("are not known", extra)):
         if names:
             more = f"\n… and {len(names) - 5} more" if len(names) > 5 else ""
             raise UserError(f"{architecture.name}: {len(names)} tensors {problem}:\n" + "\n".join(names[:5]) + more)
@@ -149,11 +147,6 @@ def _check_tied(folder: Path, architecture: Architecture, sizes: Sizes, tensors:
     )
 
 
-def _places(row: Row, sizes: Sizes) -> Iterator[tuple[int, ...]]:
-    """Every layer, or layer and expert, of ``row``; the empty index where there is one tensor."""
-    return product(*map(range, row.stacked(sizes)))
-
-
 def _found(architecture: Architecture, row: Row, index: tuple[int, ...], tensors: Tensors) -> tuple[str, ...]:
     """The names in ``tensors``; files of the base model alone leave the prefix out."""
     names = row.names(index)
@@ -166,7 +159,7 @@ def states(sizes: Sizes) -> dict[str, Any]:
     layers, experts = sizes.model.num_layers, sizes.model.num_experts or 0
     found = {f"{LAYERS}{module}._extra_state/shard_{n}_{layers}" for module in _STATEFUL for n in range(layers)}
     found |= {f"{LAYERS}{module}._extra_state/shard_{n}.{e}_{layers}.{experts}"
-               for module in _STATEFUL_EXPERTS for n in range(layers) for e in range(experts)}  # fmt: skip
+               for module in _STATEFUL_EXPERTS for n in range(layers) for e in range(experts)}
     return dict.fromkeys([*sorted(found), "decoder.final_layernorm._extra_state/shard_0_1"])
 
 
@@ -176,7 +169,7 @@ def _common(words: list[str], sizes: Sizes) -> dict[str, Any]:
     args.padded_vocab_size, args.vocab_size = sizes.vocabulary, sizes.model.vocab_size
     args.ckpt_format, args.iteration = torch_dist.BACKEND, 0
     return {"args": args, "checkpoint_version": 3.0, "iteration": 0, "num_floating_point_operations_so_far": 0,
-            "content_metadata": {"singleton_local_shards": False}}  # fmt: skip
+            "content_metadata": {"singleton_local_shards": False}}
 
 
 def _check_tokenizer(folder: Path, vocab_size: int) -> bool:

@@ -31,7 +31,7 @@ DTYPES = {
     "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64, "BOOL": torch.bool,
     "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
+}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _SLICE = re.compile(r"(.+)\[(\d+)\]")
 _LENGTH = struct.Struct("<Q")
@@ -129,7 +129,7 @@ def _none_there(folder: Path) -> str:
             "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(other_folder)"
         )
     return (f"{folder} has no {SINGLE} and no {INDEX}\nHF= wants safetensors, as save_pretrained writes them; "
-            "pickled weights are refused")  # fmt: skip
+            "pickled weights are refused")
 
 
 def _read_header(path: Path) -> dict[str, Stored]:
@@ -145,7 +145,7 @@ def _read_header(path: Path) -> dict[str, Stored]:
         ends = [base + entry["data_offsets"][1] for entry in entries.values()]
         stored = {name: _entry(path, entry, base) for name, entry in entries.items()}
         shapes_fit = all(base + e["data_offsets"][1] == s.offset + s.bytes
-                         for e, s in zip(entries.values(), stored.values(), strict=True))  # fmt: skip
+                         for e, s in zip(entries.values(), stored.values(), strict=True))
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         raise UserError(f"{path} is no safetensors file: its header cannot be read\nfetch it again") from None
     if (end := max(ends, default=base)) != size:
@@ -186,7 +186,7 @@ class Writer:
 
 @contextmanager
 def writing(folder: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
-            shard_bytes: int = SHARD_BYTES) -> Iterator[Writer]:  # fmt: skip
+            shard_bytes: int = SHARD_BYTES) -> Iterator[Writer]:
     """Files in ``folder`` for ``tensors`` (name -> dtype, shape), with an index where there are several."""
     sizes = {name: dtype.itemsize * math.prod(shape) for name, (dtype, shape) in tensors.items()}
     shards: list[list[str]] = [[]]

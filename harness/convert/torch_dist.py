@@ -74,7 +74,7 @@ class Piece:
         data = TensorWriteData(
             ChunkStorageMetadata(self.offset, local), TensorProperties(self.dtype),
             torch.Size((*self.stacked, *self.shape)),
-        )  # fmt: skip
+        )
         return WriteItem(MetadataIndex(self.key, self.offset), WriteItemType.SHARD, tensor_data=data)
 
 
@@ -82,7 +82,7 @@ def write(folder: Path, pieces: Sequence[Piece], objects: Mapping[str, Any]) -> 
     """Write a checkpoint of ``pieces`` and pickled ``objects`` into ``folder``; in memory is what is being written."""
     with _one_process():
         checkpoint.save({}, storage_writer=FileSystemWriter(folder, thread_count=WRITERS, per_thread_copy_ahead=0),
-                        planner=_SavePlanner(pieces, objects), no_dist=True)  # fmt: skip
+                        planner=_SavePlanner(pieces, objects), no_dist=True)
     (folder / CONFIG).write_text(json.dumps({"sharded_backend": BACKEND, "sharded_backend_version": 1}))
 
 
@@ -135,7 +135,7 @@ class Checkpoint:
             backend = None
         if backend != BACKEND:
             raise UserError(f"{folder} is a checkpoint of format {backend or 'unknown'}; this reads {BACKEND}\n"
-                            f"save with ARGS=\"--ckpt-format {BACKEND}\"")  # fmt: skip
+                            f"save with ARGS=\"--ckpt-format {BACKEND}\"")
         self._reader = FileSystemReader(folder)
         try:
             self._metadata = self._reader.read_metadata()

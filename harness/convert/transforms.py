@@ -28,7 +28,7 @@ class Sizes:
             "heads": m.num_attention_heads, "queries": m.query_size, "keys": m.key_size,
             "qkv": m.query_size + 2 * m.key_size, "ffn": m.ffn, "gated": 2 * m.ffn,
             "experts": m.num_experts, "expert": m.moe_ffn, "gated expert": 2 * m.moe_ffn,
-        }  # fmt: skip
+        }
         return tuple(known[name] for name in dimensions)
 
 
@@ -103,21 +103,21 @@ def _stacked(parts: Sequence[Tensor], axis: int = 0) -> Tensor:
 SAME = Transform("same", "as it is", lambda parts, sizes: parts[0], lambda whole, sizes: [whole])
 TRANSPOSED = Transform(
     "transposed", "transposed", lambda parts, sizes: parts[0].t(), lambda whole, sizes: [whole.t()]
-)  # fmt: skip
+)
 QKV = Transform("qkv", "rows by query group: its queries, its key, its value", _join_qkv, _split_qkv)
 FUSED_QKV = Transform(
     "fused qkv", "transposed, cut into q, k and v; then rows by head: its query, its key, its value",
     _join_fused_qkv, _split_fused_qkv,
-)  # fmt: skip
+)
 GATE_UP = Transform(
     "gate, up", "all rows of the gate, then all rows of up",
     lambda parts, sizes: _stacked(parts), lambda whole, sizes: whole.chunk(2),
-)  # fmt: skip
+)
 INTERLEAVED_GATE_UP = Transform(
     "interleaved gate, up", "transposed; then the even rows (gate), then the odd rows (up)",
     _join_interleaved, _split_interleaved,
-)  # fmt: skip
+)
 VOCABULARY = Transform(
     "vocabulary", "rows added up to a multiple of 128 x TP, each the mean of all; cut off on export",
     lambda parts, sizes: padded(parts[0], sizes.vocabulary), lambda whole, sizes: [whole[: sizes.model.vocab_size]],
-)  # fmt: skip
+)

@@ -45,7 +45,7 @@ Text = str | list[str]
 
 _KINDS: dict[str, Kind] = {
     ".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".txt": "text", ".text": "text",
-}  # fmt: skip
+}
 _PACKINGS = (".gz", ".zst")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 

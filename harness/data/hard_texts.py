@@ -17,7 +17,7 @@ _SCRIPTS = (
     "ひらがなカタカナ", "한국어문장가각", "😀👍🏽👩\u200d👩\u200d👧🇸🇪", " \t\n\r\u00a0\u2009", ".,;:!?-–—…()[]{}<>",
     "'\"`´’“”«»", "@#$%^&*+=|\\/~_", "\u0300\u0301\u0308\u20d7", "\0\x01\x08\x1b\x7f\x80\x9f",
     "\u200b\u200d\u2060\ufeff\u202e", "ﬁﬂ㎏ﷺＡＢ１２", "𝐀𝒷𝔠𝟙𐍈𠀀𪜶",
-)  # fmt: skip
+)
 
 
 def hard_texts(special: Iterable[str] = (), every_code_point: bool = False) -> Iterator[str]:

@@ -25,7 +25,7 @@ from harness.data.header import HEADER, MAGIC, FormatError, bin_path, check_bin_
 DTYPES = {
     1: np.dtype("u1"), 2: np.dtype("i1"), 3: np.dtype("<i2"), 4: np.dtype("<i4"),
     5: np.dtype("<i8"), 6: np.dtype("<f8"), 7: np.dtype("<f4"), 8: np.dtype("<u2"),
-}  # fmt: skip
+}
 """Upstream's code in the header -> how .bin is stored."""
 
 _BLOCK = 1 << 20

@@ -42,7 +42,7 @@ def _with_adapters(chunks: list, lora, args, training, report: RankReport | None
     parameters = [p for chunk in chunks for p in chunk.parameters()]
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     print_rank_0(f"> LoRA: rank {lora.rank}, alpha {lora.alpha:g}, {', '.join(lora.targets)}: trains {trained:,} of "
-                 f"{sum(p.numel() for p in parameters):,} parameters on this rank")  # fmt: skip
+                 f"{sum(p.numel() for p in parameters):,} parameters on this rank")
     if args.pretrained_checkpoint:
         _load_both(training, adapters.Holding(chunks), args)
     if report:

@@ -33,7 +33,7 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 from harness.errors import UserError
 
 ONLY_UPSTREAM = ("fim_data", "mtp_num_layers", "hybrid_context_parallel", "dataloader_inter_document_masking",
-                 "overlap_moe_expert_parallel_comm", "logits_load_dir", "per_dataset_sequences_path")  # fmt: skip
+                 "overlap_moe_expert_parallel_comm", "logits_load_dir", "per_dataset_sequences_path")
 """What ``pretrain_gpt.py`` can do beyond this script."""
 
 BATCH = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids", "cu_seqlens", "max_seqlen")
@@ -129,7 +129,7 @@ def _packing(batch: dict[str, torch.Tensor | None]) -> PackedSeqParams | None:
     bounds, longest = batch["cu_seqlens"].squeeze(0), int(batch["max_seqlen"].item())
     update_seqlen_stats_from_cu_seqlens(bounds)
     return PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest,
-                           max_seqlen_kv=longest, tokens_per_sample=get_args().seq_length)  # fmt: skip
+                           max_seqlen_kv=longest, tokens_per_sample=get_args().seq_length)
 
 
 def forward_step(iterator, model) -> tuple[torch.Tensor, partial]:

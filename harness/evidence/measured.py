@@ -61,7 +61,7 @@ def spread(values: Sequence[float]) -> Spread | None:
     q1, median, q3 = statistics.quantiles(values, method="inclusive") if len(values) > 1 else [*values] * 3
     stdev = statistics.stdev(values) if len(values) > 1 else 0.0
     return Spread(median=median, q1=q1, q3=q3, mean=statistics.fmean(values), stdev=stdev, min=min(values), max=max(values),
-                  n=len(values))  # fmt: skip
+                  n=len(values))
 
 
 def step_noise_ms(steps_ms: Sequence[float]) -> float:

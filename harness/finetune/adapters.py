@@ -21,6 +21,12 @@ from harness.files import write_json
 
 FOLDER, TENSORS, RECORD = "adapters", "adapters.safetensors", "adapters.json"
 KEY = "decoder.layers.{layer}.{parent}.{name}.{factor}"
+PARENTS = {"linear_qkv": "self_attention", "linear_proj": "self_attention", "linear_fc1": "mlp", "linear_fc2": "mlp"}
+"""Where in a layer upstream keeps its linear layers."""
+COLUMN_PARALLEL = ("linear_qkv", "linear_fc1")
+"""Those whose rows tensor parallelism splits."""
+PREFIX = "lora_"
+"""What the adapters' names begin with in a model."""
 
 
 class Adapters(BaseModel):
@@ -51,8 +57,6 @@ class Holding:
             self._adapters = True
 
     def _held(self, name: str) -> bool:
-        from harness.finetune.lora import PREFIX
-
         return (f".{PREFIX}" in name) == self._adapters
 
     def _divide(self, chunk) -> None:
@@ -100,12 +104,10 @@ def save(factors: Mapping, folder: Path, record: Adapters) -> None:
     """Write ``(layer, name) -> (A, B)`` and ``record``; the record last, so that it never speaks of older tensors."""
     from safetensors.torch import save_file
 
-    from harness.finetune.lora import PARENTS
-
     folder.mkdir(parents=True, exist_ok=True)
     named = {KEY.format(layer=layer, parent=PARENTS[name], name=name, factor=factor): tensor.contiguous()
              for (layer, name), pair in factors.items()
-             for factor, tensor in zip(("lora_A", "lora_B"), pair, strict=True)}  # fmt: skip
+             for factor, tensor in zip(("lora_A", "lora_B"), pair, strict=True)}
     part = folder / f".{TENSORS}.part"
     save_file(named, part, metadata={"format": "pt"})
     part.replace(folder / TENSORS)
@@ -132,8 +134,6 @@ def read_record(folder: Path) -> Adapters | None:
 def _joined(name: str, parts: Sequence, gated: bool) -> tuple:
     """The whole factors out of those of the tensor-parallel ranks."""
     import torch
-
-    from harness.finetune.lora import COLUMN_PARALLEL
 
     if name not in COLUMN_PARALLEL:
         return torch.cat([a for a, _ in parts], 1), parts[0][1]

@@ -44,7 +44,7 @@ class ChatDataset(MegatronDataset):
         places = np.minimum(tokens[fits] - 1, room)
         if not len(places):
             raise UserError(f"{dataset_path}: none of {len(tokens):,} conversations has an answer within {room} tokens\n"
-                            "give longer sequences: SEQ=")  # fmt: skip
+                            "give longer sequences: SEQ=")
         self._packs = pack(places.tolist(), room)
         self._order = (-1, np.empty(0, np.int64))
         filled = places.sum() / (len(self._packs) * room)

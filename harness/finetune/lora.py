@@ -30,11 +30,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from harness.experiment.catalog import Lora
-
-COLUMN_PARALLEL = ("linear_qkv", "linear_fc1")
-PARENTS = {"linear_qkv": "self_attention", "linear_proj": "self_attention", "linear_fc1": "mlp", "linear_fc2": "mlp"}
-"""Where in a layer upstream keeps them."""
-PREFIX = "lora_"
+from harness.finetune.adapters import COLUMN_PARALLEL, PARENTS, PREFIX
 
 
 class Adapter(torch.nn.Module):
@@ -75,10 +71,10 @@ class Adapter(torch.nn.Module):
         sequence_parallel = self.config.sequence_parallel
         if self.splits_rows:
             low = (gather_from_sequence_parallel_region(low, tensor_parallel_output_grad=True, group=self.group)
-                   if sequence_parallel else copy_to_tensor_model_parallel_region(low, group=self.group))  # fmt: skip
+                   if sequence_parallel else copy_to_tensor_model_parallel_region(low, group=self.group))
         else:
             low = (reduce_scatter_to_sequence_parallel_region(low, group=self.group) if sequence_parallel
-                   else reduce_from_tensor_model_parallel_region(low, group=self.group))  # fmt: skip
+                   else reduce_from_tensor_model_parallel_region(low, group=self.group))
         return functional.linear(low, self.lora_B) * self.lora.scale
 
     def _own_randomness(self) -> contextlib.AbstractContextManager:
@@ -92,12 +88,12 @@ class Adapter(torch.nn.Module):
         groups = {"tp_group": self.group, "dp_cp_group": metadata["dp_cp_group"]}
         split = {"lora_B": 0} if self.splits_rows else {"lora_A": 1}
         found = make_sharded_tensors_for_checkpoint(self.state_dict(prefix="", keep_vars=True), prefix, split,
-                                                    sharded_offsets, **groups)  # fmt: skip
+                                                    sharded_offsets, **groups)
         if self.gated:
             found[f"{prefix}lora_B"] = apply_swiglu_sharded_factory(
                 found[f"{prefix}lora_B"], sharded_offsets, metadata.get("singleton_local_shards", False),
                 tp_group=self.group, dp_group=metadata["dp_cp_group"],
-            )  # fmt: skip
+            )
         return found
 
 

@@ -43,7 +43,7 @@ def submit_or_print(plan: Plan, settings: Mapping[str, str]) -> int:
         if sbatch is None:
             e = plan.experiment
             print(f"# no sbatch here; on a login node that sees {ROOT}: "
-                  f"make {e.id} SLURM=1, or sbatch this script", file=sys.stderr)  # fmt: skip
+                  f"make {e.id} SLURM=1, or sbatch this script", file=sys.stderr)
         return 0
     try:
         plan.outdir.mkdir(parents=True, exist_ok=True)

@@ -55,7 +55,7 @@ def _of_run(named: str, run: Path) -> Start:
 
     if read_record(run / FOLDER):
         raise UserError(f"WEIGHTS={named}: this run trained adapters\nmake export-hf RUN={named} OUT=… merges them with the "
-                        "weights, make import-hf brings those back")  # fmt: skip
+                        "weights, make import-hf brings those back")
     try:
         e = RunDir(run).read_experiment()
     except ValueError as error:

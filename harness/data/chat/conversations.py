@@ -50,7 +50,7 @@ class Skipped:
     def lines(self) -> list[str]:
         """One sentence a rule."""
         return [f"{number:,} skipped, the first in line {self.first[rule]:,}: {RULES[rule]}"
-                for rule, number in sorted(self.by_rule.items())]  # fmt: skip
+                for rule, number in sorted(self.by_rule.items())]
 
 
 def read_messages(line: bytes) -> list[Message]:

@@ -35,7 +35,7 @@ _VERSIONS = ("numpy", "tokenizers", "transformers")
 
 
 def prepare_chat(name: str, source: Path, tokenizer: str, *, folder: Path = DATA,
-                 force: bool = False) -> tuple[Manifest, Skipped]:  # fmt: skip
+                 force: bool = False) -> tuple[Manifest, Skipped]:
     """Make the data set ``name`` of the conversations in ``source``, whole or not at all.
 
     Args:
@@ -69,7 +69,7 @@ def prepare_chat(name: str, source: Path, tokenizer: str, *, folder: Path = DATA
             skipped = Skipped()
             counted, answers, pair = _write(source, installed, prefix_of(name, part), skipped)
             manifest = _manifest(name, source, used, own, installed.model, counted, answers, pair, prefix_of(name, part),
-                                 time.monotonic() - begun)  # fmt: skip
+                                 time.monotonic() - begun)
             (home / "manifest.json").unlink(missing_ok=True)
             for path in (bin_path, idx_path):
                 path(prefix_of(name, part)).replace(path(prefix_of(name, folder)))
@@ -105,7 +105,7 @@ def _write(source: Path, tokenizer: Tokenizer, prefix: Path, skipped: Skipped) -
         writer.close()
     marks = pair.marks
     counted = Counted(records=records, documents=documents, empty=0, sequences=marks.sequences, tokens=marks.tokens,
-                      skipped=dict(skipped.by_rule))  # fmt: skip
+                      skipped=dict(skipped.by_rule))
     return counted, answers, pair
 
 
@@ -130,7 +130,7 @@ def _batches(texts: Iterator[list[str]]) -> Iterator[list[list[str]]]:
 
 
 def _manifest(name: str, source: Path, tokenizer: Tokenizer, own: bool, installed: Path, counted: Counted, answers: int,
-              pair: indexed.Pair, prefix: Path, seconds: float) -> Manifest:  # fmt: skip
+              pair: indexed.Pair, prefix: Path, seconds: float) -> Manifest:
     digest = hashlib.sha256(source.read_bytes()).hexdigest()
     template = _template_sha256(installed)
     recipe = json.dumps(["chat", digest, tokenizer.sha256, template])
@@ -145,7 +145,7 @@ def _manifest(name: str, source: Path, tokenizer: Tokenizer, own: bool, installe
         written=written(prefix, indexed.best_dtype(tokenizer.vocab_size).name, pair),
         seconds={"chat": round(seconds, 3)},
         versions={"harness": source_commit(ROOT)[0]} | {package: package_version(package) for package in _VERSIONS},
-    )  # fmt: skip
+    )
 
 
 def _template_sha256(tokenizer: Path) -> str:
@@ -166,7 +166,7 @@ def tell(manifest: Manifest, skipped: Skipped) -> None:
     """Print what was prepared, and what was skipped."""
     share = manifest.chat.answer_tokens / manifest.counted.tokens
     print(f"{manifest.name}: {manifest.counted.documents:,} conversations, {manifest.counted.tokens:,} tokens, {share:.0%} "
-          "of them to be learned")  # fmt: skip
+          "of them to be learned")
     template = "the tokenizer's own" if manifest.chat.template == "own" else "User: …, Assistant: …"
     print(f"  chat template: {template}; tokenizer {manifest.tokenizer.name} by {manifest.tokenizer.by}")
     for line in skipped.lines():

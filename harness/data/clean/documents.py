@@ -182,7 +182,7 @@ class Language(DocumentRule):
         return _without(texts, {
             int(i): f"{name_of(model.languages[language])} {of_each[language]:.2f}"
             for i, language, of_each in zip(wrong, best, probabilities, strict=True)
-        })  # fmt: skip
+        })
 
 
 class Alphabet(DocumentRule):

@@ -189,7 +189,7 @@ def _parse(data: bytes) -> LanguageModel:
     return LanguageModel(
         tuple(labels), vectors, dictionary.hash[order], order, bucket_row, words.index(_END_OF_LINE),
         (least, most), nodes, _ways(counts),
-    )  # fmt: skip
+    )
 
 
 def _ways(counts: Sequence[int]) -> tuple[np.ndarray, ...]:

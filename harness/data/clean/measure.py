@@ -123,7 +123,7 @@ def measure(
             for defect, by in sorted(dropped.items())
         ),
         near_duplicates=tuple(_by_similarity(rules, decisions, names, truth, corpus)),
-    )  # fmt: skip
+    )
 
 
 def _defect(label: Label | None, main: str) -> str:
@@ -182,7 +182,7 @@ def _by_similarity(
         label for label in truth.values()
         if label.defect == "near-duplicate" and names[decisions[label.document]] in passed
         and names[decisions[label.source]] in passed
-    ][:_PAIRS]  # fmt: skip
+    ][:_PAIRS]
     similarity = np.array(
         [
             jaccard(one, other, rules.near.shingle)

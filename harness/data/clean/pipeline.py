@@ -435,7 +435,7 @@ class _Samples:
         found.append({
             "draw": int.from_bytes(draw), "rule": rule, "file": self._unit.path.name, "offset": offset, "why": why,
             "text": text[:_SAMPLE_CHARACTERS],
-        })  # fmt: skip
+        })
         if len(found) > 8 * SAMPLES:
             found[:] = self._least(found)
 

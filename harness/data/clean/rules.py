@@ -19,7 +19,7 @@ from harness.data.clean.documents import (
     OneLine,
     Repetition,
     Rule,
-)  # fmt: skip
+)
 from harness.data.clean.duplicates import ExactDuplicates, NearDuplicates
 from harness.errors import UserError, nearest
 
