@@ -416,18 +416,23 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 }
 
 
-def _asked(words: list[str], question: str, extra: Iterable[str] = ()) -> tuple[str, dict[str, str]]:
-    """The id that a command is about, and its settings. Raises UserError with ``question`` where there is no id."""
+def _id(words: list[str], question: str) -> str:
+    """The id that a command is about. Raises UserError with ``question`` where there is none."""
     if not words or "=" in words[0]:
         raise UserError(question)
-    return words[0], overrides.parse(words[1:], extra)
+    return words[0]
+
+
+def _asked(words: list[str], question: str, extra: Iterable[str] = ()) -> tuple[str, dict[str, str]]:
+    """The id that a command is about, and its settings."""
+    return _id(words, question), overrides.parse(words[1:], extra)
 
 
 def _experiment(words: list[str]) -> tuple[Experiment, dict[str, str]]:
-    if not words or "=" in words[0]:
-        raise UserError("which experiment? such as 101 (make list shows all)")
+    """The experiment that a command is about, and its settings; where it is unknown, that is said first."""
     # no target is called so, for there is no such experiment
-    wanted = re.sub(r"^(show|memory|speed|faster|gpus|verify)-(?=\d)", "", words[0])
+    wanted = re.sub(r"^(show|memory|speed|faster|gpus|verify)-(?=\d)", "",
+                    _id(words, "which experiment? such as 101 (make list shows all)"))
     if not wanted[:1].isdigit():
         from harness import targets
 

@@ -23,10 +23,10 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -330,12 +330,7 @@ class RunDir:
 
     def read_experiment(self) -> Experiment:
         """The experiment as it ran. Raises ValueError where experiment.json is not one."""
-        from harness.experiment.catalog import Experiment
-
-        frozen = read_object(self.experiment_json)
-        return Experiment.model_validate_json(
-            json.dumps({k: v for k, v in frozen.items() if k in Experiment.model_fields})
-        )
+        return experiment_in(read_object(self.experiment_json))
 
     def read_device(self) -> str:
         """``cpu`` or ``cuda``. Raises ValueError where experiment.json does not say."""
@@ -414,6 +409,13 @@ class Run:
     device: str
     state: State
     result: Result | None
+
+
+def experiment_in(frozen: Mapping[str, Any]) -> Experiment:
+    """The experiment that ``frozen`` describes, keys of other versions left out. Raises ValidationError where it is none."""
+    from harness.experiment.catalog import Experiment
+
+    return Experiment.model_validate_json(json.dumps({k: v for k, v in frozen.items() if k in Experiment.model_fields}))
 
 
 def create(outdir: Path, label: str) -> RunDir:

@@ -1,4 +1,4 @@
-"""What standard output can show: so many columns, in colour or not."""
+"""What standard output can show: so many columns, in colour or not; and cells below each other."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import textwrap
+from collections.abc import Sequence
 
 
 def width(piped: int) -> int:
@@ -16,6 +17,13 @@ def width(piped: int) -> int:
 def colour() -> bool:
     """Is standard output a terminal that shows colours, and NO_COLOR (no-color.org) not set?"""
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def grid(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Cells in columns, the first to the left, the others to the right; a line without cells stays empty."""
+    sizes = [max(map(len, column)) for column in zip(*filter(None, lines), strict=True)]
+    return ["  ".join([name.ljust(sizes[0]), *map(str.rjust, others, sizes[1:])]).rstrip()
+            for name, *others in (line or [""] for line in lines)]
 
 
 def say(line: str, hang: int = 2) -> None:

@@ -252,26 +252,6 @@ def _memory_pieces(facts: Facts, ids: Sequence[str]) -> str:
     return f"{_filled(head, lines, 'll' + 'r' * 9)}\n\n{_to_measure(facts, ids)}"
 
 
-def _speed(facts: Facts, words: Sequence[str]) -> str:
-    return speed.pieces_table(facts.catalog, words[0], words[1:])
-
-
-def _faster(_: Facts, words: Sequence[str]) -> str:
-    return speed.faster_table(*words)
-
-
-def _gpus(_: Facts, words: Sequence[str]) -> str:
-    return scaling.table(*words)
-
-
-def _machines(_: Facts, words: Sequence[str]) -> str:
-    return speed.machines_table()
-
-
-def _unseen(facts: Facts, groups: Sequence[str]) -> str:
-    return "\n\n".join(speed.unseen_table(facts.catalog, facts.references, group) for group in groups)
-
-
 def _pipeline(facts: Facts, ids: Sequence[str]) -> str:
     lines = []
     for id_ in ids:
@@ -297,19 +277,22 @@ def _claims(facts: Facts, chapters: Sequence[str]) -> str:
     return verdicts.render(wanted, columns, "markdown").partition("\n\n")[2]  # without its title
 
 
-def _slow_steps(facts: Facts, _: Sequence[str]) -> str:
-    return profiles.slow_steps(facts.of_hardware)
-
-
-def _weights(_: Facts, names: Sequence[str]) -> str:
-    return "\n\n".join(architectures.page(name) for name in names)
-
-
 BLOCKS: dict[str, Callable[[Facts, Sequence[str]], str]] = {
-    "records": _records, "summary": _summary, "experiments": _experiments, "table": _table,
-    "memory": _memory_pieces, "pipeline": _pipeline, "speed": _speed, "faster": _faster,
-    "gpus": _gpus, "machines": _machines, "unseen": _unseen, "claims": _claims, "profile": _profile,
-    "slow_steps": _slow_steps, "weights": _weights,
+    "records": _records,
+    "summary": _summary,
+    "experiments": _experiments,
+    "table": _table,
+    "memory": _memory_pieces,
+    "speed": lambda facts, words: speed.pieces_table(facts.catalog, words[0], words[1:]),
+    "faster": lambda _, words: speed.faster_table(*words),
+    "gpus": lambda _, words: scaling.table(*words),
+    "machines": lambda _, words: speed.machines_table(),
+    "unseen": lambda facts, words: speed.unseen_table(facts.catalog, facts.references, *words),
+    "pipeline": _pipeline,
+    "claims": _claims,
+    "profile": _profile,
+    "slow_steps": lambda facts, _: profiles.slow_steps(facts.of_hardware),
+    "weights": lambda _, words: "\n\n".join(map(architectures.page, words)),
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
@@ -193,15 +193,14 @@ def load_profiles(outdir: Path, records: Path) -> dict[str, Profile]:
     for path in sorted(records.glob(f"*/{FOLDER}/*.json")):
         try:
             content = read_object(path)
-            experiment = content["experiment"]
-            if _as_catalogued(experiment["overrides"], experiment["extra_args"], experiment["miniature"]):
-                found.setdefault(experiment["id"], Profile.model_validate(content))
-        except (ValueError, KeyError, TypeError):
+            e = rundir.experiment_in(content["experiment"])
+            if _as_catalogued(e):
+                found.setdefault(e.id, Profile.model_validate(content))
+        except (ValueError, KeyError, TypeError, AttributeError):
             continue
     for run in rundir.runs(outdir)[0]:
         e = run.experiment
-        traced = e.profile and run.device == "cuda" and run.dir.profile.exists()
-        if traced and _as_catalogued(e.overrides, e.extra_args, e.miniature):
+        if e.profile and run.device == "cuda" and run.dir.profile.exists() and _as_catalogued(e):
             with suppress(UserError, ValueError):
                 found[e.id] = of_run(run.dir)
     return found
@@ -255,8 +254,8 @@ def schedules(catalog: Catalog, profiles: Mapping[str, Profile]) -> tuple[Schedu
     return tuple(replace(one, until=until) for one in found)
 
 
-def _as_catalogued(changed: Mapping[str, str], extra_args: Sequence[str], miniature: bool) -> bool:
-    return not extra_args and not miniature and (overrides.SAME_WORK | {"PROFILE"}).issuperset(changed)
+def _as_catalogued(e: Experiment) -> bool:
+    return not e.miniature and overrides.is_same_work(e, overrides.SAME_WORK | {"PROFILE"})
 
 
 def _panel(panel: _Panel, quantity: Quantity, unit: str, sources: list[_Numbers], catalog: Catalog) -> Panel:

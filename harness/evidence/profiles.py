@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from harness.evidence.results import Reference, Row, metrics
@@ -46,7 +46,7 @@ def slow_steps(rows: Sequence[Row]) -> str:
     lines = ["| record | GPUs | steps | median ms | slow steps |", "|:--|--:|--:|--:|:--|"]
     calm = []
     for row in rows:
-        steps_ms = dict(_steps(row))
+        steps_ms = {step.step: step.step_ms for step in metrics(row) if step.step >= row.experiment.window_first_step}
         if not steps_ms:
             continue
         median = statistics.median(steps_ms.values())
@@ -57,12 +57,6 @@ def slow_steps(rows: Sequence[Row]) -> str:
         else:
             calm.append(row.origin.stem)
     return "\n".join([*lines, "", f"None in {', '.join(calm)}."])
-
-
-def _steps(row: Row) -> Iterator[tuple[int, float]]:
-    for step in metrics(row):
-        if step.step >= row.experiment.window_first_step:
-            yield step.step, step.step_ms
 
 
 def _row(measured: Mapping[str, RankProfile], number: Callable[[RankProfile], float]) -> str:

@@ -110,9 +110,8 @@ def read(path: Path) -> tuple[Experiment, Result]:
     content = read_object(path)
     if not isinstance(content.get("experiment"), dict):
         raise ValueError(f"{path.name}: no 'experiment'")
-    frozen = {key: value for key, value in content["experiment"].items() if key in Experiment.model_fields}
     try:
-        experiment = Experiment.model_validate_json(json.dumps(frozen))
+        experiment = rundir.experiment_in(content["experiment"])
         result = Result.model_validate(content)
     except ValidationError as error:
         raise ValueError(complaint(path, error)) from None

@@ -273,7 +273,7 @@ def render_compare(a: Row, b: Row, format: str = "terminal") -> str:
     if format == "markdown":
         return "\n".join([markdown.table(head, lines, "lrrr"), "", *remarks])
     text_width = min(screen.width(piped=MOST_TEXT), MOST_TEXT)
-    return "\n".join([*_grid([head, *lines]), "", *(text for remark in remarks for text in _wrap(remark, text_width))])
+    return "\n".join([*screen.grid([head, *lines]), "", *(text for remark in remarks for text in _wrap(remark, text_width))])
 
 
 def print_table(outdir: Path, records_dir: Path, settings: Mapping[str, str]) -> int:
@@ -446,12 +446,6 @@ def _csv(rows: Sequence[Row]) -> str:
     writer.writeheader()
     writer.writerows(map(values, rows))
     return out.getvalue().rstrip("\n")
-
-
-def _grid(lines: Sequence[Sequence[str]]) -> list[str]:
-    sizes = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    left = [True, *[False] * (len(sizes) - 1)]
-    return [GAP.join(map(_fit, line, sizes, left)).rstrip() for line in lines]
 
 
 def _fit(text: str, size: int, left: bool) -> str:

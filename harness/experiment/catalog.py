@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -349,8 +349,9 @@ class Catalog(_Frozen):
         return tuple(e for e in self.experiments if e.chapter == number)
 
 
+@cache
 def load_catalog(folder: Path = EXPERIMENTS) -> Catalog:
-    """Read models.yaml and every NNN-*.yaml in ``folder``.
+    """Read models.yaml and every NNN-*.yaml in ``folder``, once a process.
 
     Raises:
         UserError: a key or name is unknown, a value has the wrong type, sizes do not divide, or an id occurs twice.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import shlex
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import get_args
 
@@ -116,6 +116,10 @@ _CHOICES = {"RECOMPUTE": "recompute", "SHARDING": "sharding", "OPTIMIZER": "opti
             "LR_DECAY": "lr_decay", "CP_COMM_TYPE": "cp_comm_type"}
 _SWITCHES = {"SP": "sequence_parallel", "CROSS_ENTROPY_FUSION": "cross_entropy_fusion", "CUDA_GRAPHS": "cuda_graphs"}
 _TEXTS = {"DATA": "data", "SPLIT": "split", "LOAD": "load", "WEIGHTS": "weights"}
+_OTHERS = {"GPUS": "dp", "DROPOUT": "model", "CARD": "card", "ARGS": "extra_args", "UNTIL": "until", "PROFILE": "profile",
+           "FP8": "fp8_recipe", **dict.fromkeys(("LORA_RANK", "LORA_ALPHA", "LORA_DROPOUT", "LORA_TARGETS"), "lora")}
+_FIELDS = _COUNTS | _COUNTS_FROM_0 | _RATES | _CHOICES | _SWITCHES | _TEXTS | _OTHERS
+"""Setting -> the field of an experiment that it changes."""
 
 
 def parse(words: Iterable[str], extra: Iterable[str] = ()) -> dict[str, str]:
@@ -237,7 +241,7 @@ def apply(experiment: Experiment, settings: Mapping[str, str]) -> Experiment:
     effective = {field: value for field, value in changes.items() if getattr(experiment, field) != value}
     if not effective:
         return experiment
-    kept = {key: value for key, value in given.items() if _field_of(key) in effective}
+    kept = {key: value for key, value in given.items() if _FIELDS[key] in effective}
     return experiment.with_changes(**effective, overrides=kept)
 
 
@@ -256,9 +260,9 @@ def words(experiment: Experiment) -> str:
     return " ".join([experiment.id, *settings])
 
 
-def is_same_work(experiment: Experiment) -> bool:
-    """Whether its step does what the catalogue's does."""
-    return not experiment.extra_args and SAME_WORK.issuperset(experiment.overrides)
+def is_same_work(experiment: Experiment, allowed: Set[str] = SAME_WORK) -> bool:
+    """Whether its step does what the catalogue's does: it has no overrides but the ``allowed`` ones."""
+    return not experiment.extra_args and allowed >= experiment.overrides.keys()
 
 
 def admitted(experiment: Experiment, settings: Mapping[str, int | str]) -> Experiment | None:
@@ -275,12 +279,6 @@ def _target(experiment: Experiment, loss: float) -> Target:
         raise UserError("UNTIL=0: no loss ever reaches 0")
     steps = experiment.until.miniature_steps if experiment.until else MINIATURE_STEPS
     return Target(validation_loss=loss, miniature_loss=loss, miniature_steps=steps)
-
-
-def _field_of(key: str) -> str:
-    special = {"GPUS": "dp", "DROPOUT": "model", "CARD": "card", "ARGS": "extra_args", "UNTIL": "until", "FP8": "fp8_recipe",
-               "PROFILE": "profile"} | dict.fromkeys(("LORA_RANK", "LORA_ALPHA", "LORA_DROPOUT", "LORA_TARGETS"), "lora")
-    return (_COUNTS | _COUNTS_FROM_0 | _RATES | _CHOICES | _SWITCHES | _TEXTS | special)[key]
 
 
 def _fp8(experiment: Experiment, recipe: str) -> dict[str, str | None]:

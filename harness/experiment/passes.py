@@ -9,10 +9,10 @@ megatron/core/tensor_parallel/layers.py and megatron/core/transformer/moe/token_
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -100,8 +100,7 @@ class Calibration(BaseModel):
     """How sharply the slower of GPU and CPU decides: 1 + the exponent of their norm."""
 
 
-@dataclass(frozen=True)
-class Work:
+class Work(NamedTuple):
     """Seconds of a rank's GPU for something, and of its CPU to launch it."""
 
     products: float = 0.0
@@ -115,10 +114,10 @@ class Work:
         return self.products + self.attention + self.passes + self.exchange
 
     def __add__(self, other: Work) -> Work:
-        return Work(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+        return Work(*map(operator.add, self, other))
 
     def __mul__(self, times: float) -> Work:
-        return Work(*(getattr(self, field.name) * times for field in fields(self)))
+        return Work(*(part * times for part in self))
 
 
 class Passes:
@@ -200,7 +199,7 @@ class Passes:
             self.matrices, self.quantized, self.adapters, self.attention, self.projection_norms, self.elementwise,
             self.experts, self.tensor_parallel, self.context_parallel])
         if self.e.cuda_graphs:
-            forward, backward = replace(forward, launches=GRAPH_S), replace(backward, launches=GRAPH_S)
+            forward, backward = forward._replace(launches=GRAPH_S), backward._replace(launches=GRAPH_S)
         return forward, backward + (forward if self.e.recompute == "full" else self.selectively_recomputed())
 
     def selectively_recomputed(self) -> Work:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from harness import screen
 from harness.errors import UserError
 from harness.evidence import measured
 from harness.evidence.records import same_work
@@ -114,12 +115,11 @@ def render(record: Row, run: Row, lines: Sequence[Line]) -> str:
     """The comparison as text."""
     measured_on = time.strftime("%Y-%m-%d", time.gmtime(record.result.started))
     table = [("", "record", "this run", "apart", "allowed", "")]
-    table += [(x.name, x.record, x.run, x.apart, x.allowed, "agrees" if x.agrees else "DIFFERS") for x in lines]
-    sizes = [max(map(len, column)) for column in zip(*table, strict=True)]
-    grid = ["  ".join([row[0].ljust(sizes[0]), *map(str.rjust, row[1:5], sizes[1:]), row[5]]).rstrip() for row in table]
+    table += [(x.name, x.record, x.run, x.apart, x.allowed, f"{'agrees' if x.agrees else 'DIFFERS':7}") for x in lines]
     agrees = all(line.agrees for line in lines)
     return "\n".join([
-        f"{run.label} beside {record.label} of {measured_on}: {record.hardware}, {record.software}", *grid,
+        f"{run.label} beside {record.label} of {measured_on}: {record.hardware}, {record.software}",
+        *screen.grid(table),
         f"{run.id} agrees with its record" if agrees else f"{run.id} does not agree with its record",
     ])
 

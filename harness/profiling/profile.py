@@ -6,12 +6,13 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from harness import screen
 from harness.errors import UserError, first_line, nearest
 from harness.experiment import overrides
 from harness.files import complaint, read_object, write_json
@@ -180,7 +181,7 @@ def _lines(profile: Profile) -> Iterator[str]:
     for name in PASSES:
         if any(getattr(r, name) for r in ranks):
             rows.append([f"one {name.replace('_pass', '')} pass, busy", *(_pass(getattr(r, name)) for r in ranks)])
-    yield from _grid([head, *rows])
+    yield from screen.grid([head, *rows])
     if profile.untraced_step_ms:
         yield f"The run's other steps take {profile.untraced_step_ms:.1f} ms: tracing slows a step, so take the shares."
     if ranks[0].device == "cpu":
@@ -201,11 +202,3 @@ def _with_share(ms: float, r: RankProfile) -> str:
 
 def _pass(found: summary.Pass | None) -> str:
     return f"{found.ms:,.2f} x{found.calls:<5g}" if found else ""
-
-
-def _grid(rows: Iterable[list[str]]) -> Iterator[str]:
-    rows = list(rows)
-    widths = [max(map(len, column)) for column in zip(*filter(None, rows), strict=True)]
-    for row in rows:
-        name, *numbers = row or [""]
-        yield "  ".join([name.ljust(widths[0]), *map(str.rjust, numbers, widths[1:])]).rstrip()
