@@ -49,12 +49,11 @@ class Transform:
 
 def _join_qkv(parts: Sequence[Tensor], sizes: Sizes) -> Tensor:
     """q [heads x head, …], k and v [groups x head, …] -> [groups x (queries of a group, key, value), …]."""
-    groups = sizes.model.num_query_groups or sizes.model.num_attention_heads
-    return _stacked([part.unflatten(0, (groups, -1)) for part in parts], 1).flatten(0, 1)
+    return _stacked([part.unflatten(0, (sizes.model.key_heads, -1)) for part in parts], 1).flatten(0, 1)
 
 
 def _split_qkv(whole: Tensor, sizes: Sizes) -> list[Tensor]:
-    groups = sizes.model.num_query_groups or sizes.model.num_attention_heads
+    groups = sizes.model.key_heads
     rows = [sizes.model.query_size // groups, sizes.model.head_size, sizes.model.head_size]
     return [part.flatten(0, 1) for part in whole.unflatten(0, (groups, -1)).split(rows, 1)]
 

@@ -95,6 +95,11 @@ class Model(_Frozen):
         return self.kv_channels or self.hidden_size // self.num_attention_heads
 
     @property
+    def key_heads(self) -> int:
+        """Heads of keys, and of values: ``num_query_groups``, by default as many as of queries."""
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
     def query_size(self) -> int:
         """Width of all queries together."""
         return self.num_attention_heads * self.head_size
@@ -102,7 +107,7 @@ class Model(_Frozen):
     @property
     def key_size(self) -> int:
         """Width of all keys together, which is that of the values."""
-        return (self.num_query_groups or self.num_attention_heads) * self.head_size
+        return self.key_heads * self.head_size
 
     @property
     def qkv_size(self) -> int:

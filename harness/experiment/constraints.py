@@ -24,65 +24,17 @@ def violations(experiment: Experiment) -> list[str]:
 
 
 def _violations(e: Experiment) -> Iterator[str]:
-    m = e.model
-    heads, layers, ranks = m.num_attention_heads, m.num_layers, e.tp * e.pp * e.cp * e.dp
-
     if e.lowest_lr > e.highest_lr:
         yield f"min_lr {e.lowest_lr:g} must not be above lr {e.highest_lr:g}"
     if (e.lr_warmup_steps or 0) >= e.lr_decay_steps:
         yield f"lr_warmup_steps {e.lr_warmup_steps} must be below the {e.lr_decay_steps} steps in which the rate decays"
-    if not m.kv_channels and m.hidden_size % heads:
-        yield f"hidden_size {m.hidden_size} must divide by num_attention_heads {heads}"
-    if heads % e.tp:
-        yield f"num_attention_heads {heads} must divide by tp = {e.tp}; {_try('tp', divisors(heads), e.tp)}"
-    elif m.ffn % e.tp:
-        yield f"ffn_hidden_size {m.ffn} must divide by tp = {e.tp}; {_try('tp', divisors(math.gcd(heads, m.ffn)), e.tp)}"
-    if m.num_query_groups and heads % m.num_query_groups:
-        yield f"num_attention_heads {heads} must divide by num_query_groups {m.num_query_groups}"
-    if m.num_query_groups and m.num_query_groups % e.tp and e.tp % m.num_query_groups:
-        yield f"num_query_groups {m.num_query_groups} and tp = {e.tp} must divide one by the other"
-
-    if layers % (e.pp * e.vpp):
-        if e.vpp > 1 and layers % e.pp == 0:
-            way_out = _try("vpp", divisors(layers // e.pp), e.vpp)
-        else:
-            way_out = _try("pp", _where(lambda pp: layers % (pp * e.vpp) == 0, layers), e.pp)
-        yield f"layers {layers} must divide by pp x vpp = {e.pp} x {e.vpp} = {e.pp * e.vpp}; {way_out}"
-    if e.vpp > 1 and e.pp == 1:
-        yield f"vpp = {e.vpp} interleaves pipeline stages, but pp = 1; set pp > 1 or vpp = 1"
-
-    if e.global_batch_size % (e.micro_batch_size * e.dp):
-        per_rank, rest = divmod(e.global_batch_size, e.dp)
-        way_out = (f"{_try('mbs', divisors(per_rank), e.micro_batch_size)}, or gbs a multiple of "
-                   f"{e.micro_batch_size * e.dp}" if not rest and per_rank
-                   else f"set gbs to a multiple of {e.micro_batch_size * e.dp}")
-        yield (f"gbs {e.global_batch_size} must divide by mbs x dp = {e.micro_batch_size} x {e.dp} = "
-               f"{e.micro_batch_size * e.dp}; {way_out}")
-    elif e.vpp > 1 and e.pp > 1 and e.num_microbatches % e.pp:
-        yield (f"micro-batches m = gbs / (mbs x dp) = {e.num_microbatches} must divide by pp = {e.pp} when vpp > 1; "
-               f"set gbs to a multiple of {e.micro_batch_size * e.dp * e.pp}, or vpp = 1")
-
-    if e.cp > 1 and e.seq_length % (2 * e.cp):
-        yield (f"seq {e.seq_length} must divide by 2 x cp = {2 * e.cp} (each rank holds two chunks); "
-               f"{_try('cp', _where(lambda cp: e.seq_length % (2 * cp) == 0, 64), e.cp)}")
-    if e.positions and e.model.position_embedding == "learned_absolute" and e.seq_length > e.positions:
-        yield f"seq {e.seq_length}: positions were learned up to {e.positions}; set SEQ={e.positions} or less"
-    if e.cp > 1 and e.cp_comm_type == "a2a" and heads % (e.tp * e.cp):
-        yield (f"a2a shares heads out over cp: num_attention_heads {heads} must divide by tp x cp = {e.tp} x {e.cp}; "
-               f"{_try('cp', divisors(max(heads // e.tp, 1)), e.cp)}, or cp_comm_type p2p")
-    elif e.cp > 1 and e.cp_comm_type == "a2a" and (m.num_query_groups or heads) % (e.tp * e.cp):
-        yield (f"a2a shares heads out over cp: num_query_groups {m.num_query_groups} must divide by tp x cp = "
-               f"{e.tp} x {e.cp}; {_try('cp', divisors(max(m.num_query_groups // e.tp, 1)), e.cp)}, or cp_comm_type p2p")
-    if e.sequence_parallel and e.tp == 1:
-        yield "sp splits activations over tp, but tp = 1; set tp > 1 or sp: false"
-    if e.sequence_parallel and e.seq_length // e.cp % e.tp:
-        yield f"seq / cp = {e.seq_length} / {e.cp} must divide by tp = {e.tp} for sequence parallelism"
-
-    yield from _expert_violations(e, ranks)
-
-    if ranks % e.nodes:
-        yield (f"{ranks} GPUs (tp x pp x cp x dp = {e.tp} x {e.pp} x {e.cp} x {e.dp}) must divide by {e.nodes} nodes; "
-               f"{_try('nodes', divisors(ranks), e.nodes)}")
+    yield from _width_violations(e)
+    yield from _schedule_violations(e)
+    yield from _sequence_violations(e)
+    yield from _expert_violations(e)
+    if e.world_size % e.nodes:
+        yield (f"{e.world_size} GPUs (tp x pp x cp x dp = {e.tp} x {e.pp} x {e.cp} x {e.dp}) must divide by "
+               f"{e.nodes} nodes; {_try('nodes', divisors(e.world_size), e.nodes)}")
     yield from _model_violations(e)
     yield from _precision_violations(e)
     yield from _sharding_violations(e)
@@ -97,6 +49,61 @@ def _violations(e: Experiment) -> Iterator[str]:
                f"among the {e.steps} steps of the run; {way_out}")
 
 
+def _width_violations(e: Experiment) -> Iterator[str]:
+    m, heads = e.model, e.model.num_attention_heads
+    if not m.kv_channels and m.hidden_size % heads:
+        yield f"hidden_size {m.hidden_size} must divide by num_attention_heads {heads}"
+    if heads % e.tp:
+        yield f"num_attention_heads {heads} must divide by tp = {e.tp}; {_try('tp', divisors(heads), e.tp)}"
+    elif m.ffn % e.tp:
+        yield f"ffn_hidden_size {m.ffn} must divide by tp = {e.tp}; {_try('tp', divisors(math.gcd(heads, m.ffn)), e.tp)}"
+    if m.num_query_groups and heads % m.num_query_groups:
+        yield f"num_attention_heads {heads} must divide by num_query_groups {m.num_query_groups}"
+    if m.num_query_groups and m.num_query_groups % e.tp and e.tp % m.num_query_groups:
+        yield f"num_query_groups {m.num_query_groups} and tp = {e.tp} must divide one by the other"
+
+
+def _schedule_violations(e: Experiment) -> Iterator[str]:
+    layers = e.model.num_layers
+    if layers % (e.pp * e.vpp):
+        if e.vpp > 1 and layers % e.pp == 0:
+            way_out = _try("vpp", divisors(layers // e.pp), e.vpp)
+        else:
+            way_out = _try("pp", _where(lambda pp: layers % (pp * e.vpp) == 0, layers), e.pp)
+        yield f"layers {layers} must divide by pp x vpp = {e.pp} x {e.vpp} = {e.pp * e.vpp}; {way_out}"
+    if e.vpp > 1 and e.pp == 1:
+        yield f"vpp = {e.vpp} interleaves pipeline stages, but pp = 1; set pp > 1 or vpp = 1"
+    if e.global_batch_size % (e.micro_batch_size * e.dp):
+        per_rank, rest = divmod(e.global_batch_size, e.dp)
+        way_out = (f"{_try('mbs', divisors(per_rank), e.micro_batch_size)}, or gbs a multiple of "
+                   f"{e.micro_batch_size * e.dp}" if not rest and per_rank
+                   else f"set gbs to a multiple of {e.micro_batch_size * e.dp}")
+        yield (f"gbs {e.global_batch_size} must divide by mbs x dp = {e.micro_batch_size} x {e.dp} = "
+               f"{e.micro_batch_size * e.dp}; {way_out}")
+    elif e.vpp > 1 and e.pp > 1 and e.num_microbatches % e.pp:
+        yield (f"micro-batches m = gbs / (mbs x dp) = {e.num_microbatches} must divide by pp = {e.pp} when vpp > 1; "
+               f"set gbs to a multiple of {e.micro_batch_size * e.dp * e.pp}, or vpp = 1")
+
+
+def _sequence_violations(e: Experiment) -> Iterator[str]:
+    m, heads = e.model, e.model.num_attention_heads
+    if e.cp > 1 and e.seq_length % (2 * e.cp):
+        yield (f"seq {e.seq_length} must divide by 2 x cp = {2 * e.cp} (each rank holds two chunks); "
+               f"{_try('cp', _where(lambda cp: e.seq_length % (2 * cp) == 0, 64), e.cp)}")
+    if e.positions and m.position_embedding == "learned_absolute" and e.seq_length > e.positions:
+        yield f"seq {e.seq_length}: positions were learned up to {e.positions}; set SEQ={e.positions} or less"
+    if e.cp > 1 and e.cp_comm_type == "a2a" and heads % (e.tp * e.cp):
+        yield (f"a2a shares heads out over cp: num_attention_heads {heads} must divide by tp x cp = {e.tp} x {e.cp}; "
+               f"{_try('cp', divisors(max(heads // e.tp, 1)), e.cp)}, or cp_comm_type p2p")
+    elif e.cp > 1 and e.cp_comm_type == "a2a" and m.key_heads % (e.tp * e.cp):
+        yield (f"a2a shares heads out over cp: num_query_groups {m.num_query_groups} must divide by tp x cp = "
+               f"{e.tp} x {e.cp}; {_try('cp', divisors(max(m.num_query_groups // e.tp, 1)), e.cp)}, or cp_comm_type p2p")
+    if e.sequence_parallel and e.tp == 1:
+        yield "sp splits activations over tp, but tp = 1; set tp > 1 or sp: false"
+    if e.sequence_parallel and e.seq_length // e.cp % e.tp:
+        yield f"seq / cp = {e.seq_length} / {e.cp} must divide by tp = {e.tp} for sequence parallelism"
+
+
 def _model_violations(e: Experiment) -> Iterator[str]:
     m = e.model
     if (m.position_embedding == "yarn") != (m.yarn is not None):
@@ -105,8 +112,8 @@ def _model_violations(e: Experiment) -> Iterator[str]:
         yield f"rotary positions turn pairs: the head size {m.head_size} must be even"
     if m.qk_norm == "projection" and m.normalization != "RMSNorm":
         yield "qk_norm projection is an RMS norm; set normalization: RMSNorm"
-    if m.qk_norm == "projection" and (m.num_query_groups or m.num_attention_heads) % e.tp:
-        yield f"qk_norm projection: {m.num_query_groups or m.num_attention_heads} key heads must divide by tp = {e.tp}"
+    if m.qk_norm == "projection" and m.key_heads % e.tp:
+        yield f"qk_norm projection: {m.key_heads} key heads must divide by tp = {e.tp}"
     if e.cp > 1 and (m.window_size or m.attention_sinks) and e.cp_comm_type != "a2a":
         yield f"windows and sinks need context parallelism by all-to-all: set cp_comm_type a2a, not {e.cp_comm_type}"
 
@@ -184,7 +191,7 @@ def _cuda_graph_violations(e: Experiment) -> Iterator[str]:
         yield f"CUDA graphs do not know the hooks by which {e.sharding} gathers weights; set SHARDING=optim or no_shard"
 
 
-def _expert_violations(e: Experiment, ranks: int) -> Iterator[str]:
+def _expert_violations(e: Experiment) -> Iterator[str]:
     m = e.model
     if m.num_experts is None:
         if e.ep > 1 or e.etp > 1:
@@ -198,7 +205,7 @@ def _expert_violations(e: Experiment, ranks: int) -> Iterator[str]:
         yield f"etp = {e.etp} splits experts, which upstream does for experts without biases only; set etp = 1"
     if m.moe_router_topk > m.num_experts:
         yield f"moe_router_topk {m.moe_router_topk} is more than the {m.num_experts} experts there are"
-    stage = ranks // e.pp
+    stage = e.world_size // e.pp
     if stage % (e.ep * e.etp):
         fits = _where(lambda ep: stage % (ep * e.etp) == 0 and m.num_experts % ep == 0, stage)
         yield (f"the {stage} ranks of a pipeline stage (tp x cp x dp = {e.tp} x {e.cp} x {e.dp}) must divide by "
