@@ -94,7 +94,7 @@ class Machine(BaseModel):
         """Kinds of work in ``e`` that no row of this machine, or of the one it is ``like``, has."""
         return tuple(sorted(step_time.kinds(e) - self._measured))
 
-    @cached_property
+    @property
     def _measured(self) -> frozenset[str]:
         catalog, like = load_catalog(), load()[self.like]._measured if self.like else frozenset()
         ran = (overrides.made(row.make or name, catalog) for name, row in self.rows.items())
