@@ -15,8 +15,8 @@ from harness.experiment.catalog import load_catalog
 from harness.experiment.fit import verdict
 from harness.experiment.hardware import find_gpu
 from harness.experiment.memory import predict
-from harness.experiment.passes import MESSAGE_S, OPERATION_S, Calibration, _filled
 from harness.experiment.step_time import unknown
+from harness.experiment.work import MESSAGE_S, OPERATION_S, Calibration, _filled
 
 CATALOG = load_catalog()
 FACTS = Facts.load(RECORDS)

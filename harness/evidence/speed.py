@@ -26,8 +26,8 @@ from harness.experiment.flops import mfu, tflops_per_gpu
 from harness.experiment.hardware import Gpu, find_gpu, peak_tflops
 from harness.experiment.layouts import faster
 from harness.experiment.memory import predict
-from harness.experiment.passes import Calibration
 from harness.experiment.step_time import StepTime, unknown
+from harness.experiment.work import Calibration
 from harness.screen import say
 
 SHOWN = 6

@@ -15,9 +15,9 @@ from harness.errors import UserError, nearest
 from harness.experiment import overrides, step_time
 from harness.experiment.catalog import EXPERIMENTS, Experiment, load_catalog
 from harness.experiment.hardware import Gpu, required_gpu
-from harness.experiment.passes import Calibration, Positive
 from harness.experiment.step_time import StepTime
 from harness.experiment.timeline import Times
+from harness.experiment.work import Calibration, Positive
 
 FILE = EXPERIMENTS / "calibrations.yaml"
 

@@ -1,7 +1,7 @@
 """What a training step takes, and where its time goes: predicted from an experiment's sizes before it runs.
 
 A rank's work is counted from the sizes: matrix products in whole waves of tiles, attention score by score, bytes that
-the rest reads and writes, bytes sent (harness/experiment/passes.py). A few constants of a machine say how fast it does each,
+the rest reads and writes, bytes sent (harness/experiment/work.py). A few constants of a machine say how fast it does each,
 and how long its CPU takes to launch it (``Calibration``); they are fitted to measured steps (harness/evidence/calibrate.py)
 and kept in experiments/calibrations.yaml. A pass through a stage takes what the GPU needs, or the CPU to launch it, and a
 little more where both need about as much; the pipeline's schedule (harness/experiment/timeline.py) puts passes in order.
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from harness.experiment import timeline
 from harness.experiment.flops import adapter_parameters, parameters_on
 from harness.experiment.hardware import GPUS_OF_A_NODE
-from harness.experiment.passes import OPERATION_S, Calibration, Passes, Work
+from harness.experiment.work import OPERATION_S, Calibration, Rank, Work
 
 if TYPE_CHECKING:
     from harness.experiment.catalog import Experiment
@@ -135,8 +135,8 @@ def stage_times(e: Experiment, gpu: Gpu, calibration: Calibration, *, switch_red
     return _Step(e, gpu, calibration, switch_reduces).stage_times(1e3)
 
 
-class _Step(Passes):
-    """All that a step has; seconds throughout."""
+class _Step(Rank):
+    """And for all of a step; seconds throughout."""
 
     def step(self) -> StepTime:
         e, m, times = self.e, self.e.num_microbatches, self.stage_times()

@@ -1,4 +1,4 @@
-"""What one micro-batch costs a rank: the work of GPU and CPU for its passes through a pipeline stage, counted from sizes.
+"""The work of a rank's GPU and CPU for one micro-batch, there and back through a pipeline stage, counted from sizes.
 
 Sources: waves of tiles, NVIDIA's Matrix Multiplication Background User's Guide, section "Dimension Quantization Effects";
 bytes of an all-reduce, 2 (n-1)/n of the message over links, NVIDIA's nccl-tests, doc/PERFORMANCE.md (where the switch adds
@@ -120,8 +120,8 @@ class Work(NamedTuple):
         return Work(*(part * times for part in self))
 
 
-class Passes:
-    """The passes of a micro-batch of ``e`` on one machine, part by part; seconds throughout."""
+class Rank:
+    """The work of one of ``e``'s ranks for a micro-batch on one machine, part by part; seconds throughout."""
 
     def __init__(self, e: Experiment, gpu: Gpu, calibration: Calibration, switch_reduces: bool) -> None:
         self.e, self.c, self.switch_reduces = e, calibration, switch_reduces
