@@ -17,7 +17,7 @@ from harness.experiment import overrides
 from harness.experiment.catalog import load_catalog
 from harness.files import write_json
 from harness.launching.outcome import Evidence, classify
-from harness.planning import resume
+from harness.planning import resume, start
 from harness.planning.plan import plan
 from harness.rundir import Result, RunDir, StepMetrics, Validation
 
@@ -146,6 +146,28 @@ def test_finding_by_label_folder_and_step(tmp_path):
         resume.find("nothing", tmp_path)
     with pytest.raises(UserError, match="no whole checkpoint in"):
         resume.find(str(tmp_path), tmp_path)
+    (run.checkpoints / "iter_0000005" / "__0_0.distcp").unlink()
+    with pytest.raises(UserError, match=r"iter_0000005: __0_0.distcp is missing\nmake checkpoints lists those that are whole"):
+        resume.find(str(run.checkpoints / "iter_0000005"), tmp_path)
+
+
+def test_weights_of_a_run_bring_its_model_on_sequences_as_long_as_it_has_positions_for(tmp_path, monkeypatch):
+    run = run_in(tmp_path, tiny(SEQ="64"))
+    write(run.checkpoints, 5)
+    e = load_catalog().find("101").with_changes(weights=run.label)
+    started = start.apply(e, tmp_path)
+    assert (started.model, started.weights) == (tiny().model, str(run.checkpoints))
+    assert (started.positions, started.seq_length) == (64, 64)
+    with pytest.raises(UserError, match="seq 1024: positions were learned up to 64"):
+        start.apply(e.with_changes(overrides={"SEQ": "1024"}), tmp_path)
+    with pytest.raises(UserError, match=f"WEIGHTS=nothing: .*{run.label}\n.*make import-hf brings some"):
+        start.find("nothing", tmp_path)
+    run.experiment_json.write_text("{")
+    with pytest.raises(UserError, match=f"WEIGHTS={run.label}: experiment.json is not a JSON object"):
+        start.find(run.label, tmp_path)
+    monkeypatch.setattr(start, "read_record", lambda folder: folder == run.path / "adapters")
+    with pytest.raises(UserError, match="this run trained adapters\nmake export-hf"):
+        start.find(run.label, tmp_path)
 
 
 def test_an_experiment_stands_for_its_newest_run_with_checkpoints(tmp_path):
@@ -225,7 +247,10 @@ def test_saving_and_evaluating_as_asked(tmp_path):
     for words in ("--save-interval 5 --async-save --use-persistent-ckpt-worker --async-strategy mcore", '${HARNESS_RUN_DIR:+--save "$HARNESS_RUN_DIR/checkpoints"}',
                   "--wandb-project megatron --wandb-exp-name 122-", "--wandb-entity team", "--dist-ckpt-optim-fully-reshardable", "export HARNESS_KEEP=3", "--eval-interval 7 --eval-iters 2", "--lr 0.0003 --min-lr 3e-05", "--lr-warmup-iters 4"):
         assert words in script.replace(" \\\n   ", "")
-    assert "--save" not in plan(load_catalog().find("122"), TINY | {"OUTDIR": str(tmp_path)}, "cpu").script()
+    plain = plan(load_catalog().find("122"), TINY | {"OUTDIR": str(tmp_path)}, "cpu").script()
+    assert "--save" not in plain and "wandb" not in plain
+    folder = plan(load_catalog().find("122"), TINY | {"OUTDIR": str(tmp_path), "SAVE": str(tmp_path / "kept")}, "cpu").script()
+    assert f"--save {tmp_path}/kept --save-interval 20" in folder.replace(" \\\n   ", "") and "/checkpoints" not in folder
 
 
 def test_saving_does_not_change_what_a_run_is_called(tmp_path):
@@ -381,10 +406,13 @@ def test_the_list(tmp_path, capsys):
     run = run_in(tmp_path, tiny())
     write(run.checkpoints, 5)
     (write(run.checkpoints, 10) / ".metadata").unlink()
+    write(run.checkpoints, 15, optimizer=False)
+    run_in(tmp_path, tiny(STEPS="9"))  # keeps none
     assert resume.print_list(tmp_path, None) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == run.label and lines[2].split() == ["5", "0.000", "102,400", "6.5000", "whole"]
     assert lines[3].endswith("it was not written to its end")
+    assert lines[4].split(maxsplit=3) == ["15", "0.000", "102,400", "whole, weights only"] and len(lines) == 5
     assert resume.print_list(tmp_path / "empty", None) == 1
 
 
@@ -402,6 +430,7 @@ def test_a_long_run_scales_its_intervals_in_its_miniature():
     e = plan(load_catalog().find("604"), {"DEVICE": "cpu"}, "cpu").experiment
     assert (e.steps, e.eval_interval, e.save_every, e.keep, e.data) == (240, 12, 30, 2, "mock")
     assert e.until.validation_loss == e.until.miniature_loss
+    assert plan(load_catalog().find("604"), {"DEVICE": "cpu", "EVAL_EVERY": "7"}, "cpu").experiment.eval_interval == 7
 
 
 def test_every_setting_is_read():

@@ -132,6 +132,12 @@ def test_learned_positions_are_not_left_to_pytorch() -> None:
     assert "--init-model-with-meta-device" in words("711") and "--init-model-with-meta-device" not in words("705")
 
 
+def test_gpus_that_are_chosen_are_those_that_nvidia_smi_numbers_so() -> None:
+    script = render(CATALOG.find("101"), "cuda", Place(gpu_ids=(2, 3)))
+    assert "export CUDA_DEVICE_ORDER=PCI_BUS_ID " in script and "export CUDA_VISIBLE_DEVICES=2,3 " in script
+    assert "CUDA_VISIBLE_DEVICES" not in render(CATALOG.find("101"), "cuda") and "# None" not in script
+
+
 def test_several_nodes_meet_at_the_rendezvous() -> None:
     script = render(CATALOG.find("219"), "cuda", Place(node_rank="1", rendezvous="node0:29500"))
     assert "--nnodes 2 --node-rank 1 --rdzv-backend c10d --rdzv-endpoint node0:29500" in script.replace(" \\\n    ", " ")

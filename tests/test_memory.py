@@ -15,7 +15,7 @@ from harness.experiment.catalog import load_catalog
 from harness.experiment.fit import verdict, ways_to_fit
 from harness.experiment.flops import adapter_parameters, parameters_on, state_gib, state_on
 from harness.experiment.hardware import find_gpu
-from harness.experiment.memory import _layers_in_flight, attention_bytes, loss_bytes, mlp_bytes, predict
+from harness.experiment.memory import _gathered_layers, _layers_in_flight, attention_bytes, loss_bytes, mlp_bytes, predict
 
 CATALOG = load_catalog()
 ROOT = Path(__file__).parents[1]
@@ -96,6 +96,14 @@ def test_micro_batches_in_flight():
     assert _layers_in_flight(find("408"), 7) == 9, "the last stage goes backward at once"
 
 
+@pytest.mark.parametrize(("id_", "ahead"), [("702", None), ("705", 17), ("711", 3), ("706", 1)])
+def test_layers_are_gathered_ahead_up_to_half_a_billion_elements_or_one_by_fsdp2(id_, ahead):
+    e = find(id_)
+    held = parameters_on(e, 0)
+    layer = (held.dense - held.ends) / e.model.num_layers
+    assert _gathered_layers(e, held) == (0 if ahead is None else (1 + ahead) * layer * 2)
+
+
 def test_the_last_stage_has_the_logits():
     assert predict(find("401")).passing > loss_bytes(find("401")) / 2**30 > 9, "a micro-batch of 32"
     assert predict(find("408")).passing < 1, "the first stage, with eight micro-batches in flight, has more in all"
@@ -104,6 +112,7 @@ def test_the_last_stage_has_the_logits():
 def test_fp8_copies_weights_and_keeps_less():
     bf16, fp8, blockwise = (predict(find(id_)) for id_ in ("611", "612", "614"))
     assert fp8.weights - bf16.weights == pytest.approx(2 * parameters_on(find("611"), 0).matrices / 2**30)
+    assert (blockwise.weights - bf16.weights) / (fp8.weights - bf16.weights) == pytest.approx(1 + 4 / 128**2, rel=1e-9)
     assert fp8.mlp < blockwise.mlp < bf16.mlp and fp8.attention == pytest.approx(bf16.attention, rel=0.03)
 
 

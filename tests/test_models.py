@@ -155,6 +155,27 @@ def test_a_miniature_is_made_of_the_same(id_):
     assert (small.query_size == small.hidden_size) == (full.query_size == full.hidden_size)
 
 
+@pytest.mark.parametrize(("id_", "experts", "positions"), [
+    ("620", (8, 2, 16), 128), ("631", (16, 2, 16), None), ("641", (8, 2, 16), None), ("651", (32, 2, 16), None),
+])  # fmt: skip
+def test_a_miniature_has_a_fourth_of_the_experts_but_enough_for_its_ranks(id_, experts, positions):
+    small = miniature(CATALOG.find(id_)).model
+    assert (small.num_experts, small.moe_router_topk, small.moe_ffn_hidden_size) == experts
+    assert (small.yarn and small.yarn.original_max_position_embeddings) == positions
+
+
+def test_a_miniature_that_learns_to_talk_has_room_and_a_rate_for_its_width(monkeypatch):
+    chat = type("Blend", (), {"sets": (type("Set", (), {"vocab_size": 50257, "chat": True}),)})
+    monkeypatch.setattr("harness.data.prepared.blend", lambda data: chat)
+    full = CATALOG.find("801").with_changes(data="chat")
+    small = miniature(full)
+    assert (small.seq_length, small.steps, small.model.hidden_size) == (128, full.steps, 64)
+    assert small.lr == pytest.approx(full.lr * full.model.hidden_size / 64)
+    for kept in ({"overrides": {"LR": "1e-5"}}, {"lora": CATALOG.find("802").lora}, {"lr": None}):
+        same = full.with_changes(**kept)
+        assert miniature(same).lr == same.lr
+
+
 def words(e, device="cuda"):
     return " ".join(word for group in megatron_flags(e, device) for word in group)
 

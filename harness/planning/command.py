@@ -133,8 +133,7 @@ def _wrap(words: list[str]) -> list[str]:
     """Break a group into lines, an argument and its values together."""
     lines: list[str] = []
     for word in words:
-        starts = word.startswith("-") or not lines
-        if lines and (not starts or len(lines[-1]) + len(word) < WIDTH - 24):
+        if lines and (not word.startswith("-") or len(lines[-1]) + len(word) < WIDTH - 24):
             lines[-1] += f" {word}"
         else:
             lines.append(word)
