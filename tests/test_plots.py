@@ -287,6 +287,13 @@ def test_one_profiled_pipeline_of_the_pair_is_not_enough(tmp_path: Path) -> None
     assert all("by formula" in one.times_from for one in figures.schedules(load_catalog(), figures.load_profiles(tmp_path, tmp_path)))
 
 
+@pytest.mark.parametrize("other", [{"overrides": {"PROFILE": "1", "RECOMPUTE": "full"}}, {"extra_args": ["--x"]}, {"miniature": True}])
+def test_profiles_of_other_work_are_not_drawn(tmp_path: Path, other: dict) -> None:
+    for id_ in ("408", "438"):
+        profile(tmp_path, id_, 10.0, experiment=load_catalog().find(id_).model_dump(mode="json") | other)
+    assert all("by formula" in one.times_from for one in figures.schedules(load_catalog(), figures.load_profiles(tmp_path, tmp_path)))
+
+
 @pytest.mark.parametrize("changes", [{"ranks": []}, {"ranks": "?"}, {"experiment": {}}, {"experiment": None}])
 def test_profiles_that_say_nothing_about_stages(tmp_path: Path, changes: dict) -> None:
     for id_ in ("408", "438"):
