@@ -486,12 +486,14 @@ def test_the_commands(capsys):
     assert "32 samples of 1,024 tokens a step" in said and "      2                                   nothing fits" in said
     assert "\n\nNVIDIA H100 80GB HBM3, by formula: the fastest layout that fits\n" in said
     assert "efficiency" in said and "make 408 GPUS=8 TP=2" in said and "nine in ten within" in said
+    assert "no formula" not in said
     rows = [[float(cell.replace(",", "")) for cell in line.split()[:3]] for line in said.splitlines() if "make 408" in line]
     assert len(rows) == 2 and rows[0][2] == 1
     for gpus, step_ms, efficiency in rows:
         assert efficiency == pytest.approx(rows[0][0] * rows[0][1] / (gpus * step_ms), abs=0.01)
     assert main(["gpus", "620", "CARD=h200-141gb"]) == 0
-    assert "no formula for a step with attention sinks\n" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "of the layouts that fit, the one that splits least\n" in said and "no formula for a step with attention sinks\n" in said
     assert main(["gpus", "101", "CARD=a100-80gb"]) == 0
     assert "no formula for a step on NVIDIA A100-SXM4-80GB\n" in capsys.readouterr().out
 
