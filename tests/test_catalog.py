@@ -150,6 +150,15 @@ def test_a_miniature_keeps_the_topology(id_: str) -> None:
         assert id_ == "219"
 
 
+@pytest.mark.parametrize(("id_", "layout"), [
+    ("101", "one GPU"), ("283", "tp8 full recompute"), ("308", "cp8"), ("328", "cp8 a2a"), ("438", "pp8 vpp3 m8"),
+    ("511", "ep4 etp2 dp8 ZeRO-2"), ("612", "dp4 m2 ZeRO-2 fp8 delayed"), ("671", "muon"), ("706", "dp4 FSDP2"),
+    ("642", "ep8 dp8 m2 ZeRO-2 selective recompute bf16 moments"), ("282", "tp8+sp"),
+])  # fmt: skip
+def test_a_layout_is_said_in_a_few_words(id_: str, layout: str) -> None:
+    assert CATALOG.find(id_).layout == layout
+
+
 def test_names_and_labels() -> None:
     e = CATALOG.find("101")
     assert e.name == e.label == "101-gpt2xl-dp1-gbs1-bf16"

@@ -83,6 +83,7 @@ BRINGS = {
     "--exp-avg-dtype bf16 --exp-avg-sq-dtype bf16": lambda e: e.optimizer_state == "bf16",
     "--grad-reduce-in-bf16 --main-grads-dtype bf16": lambda e: e.gradients == "bf16",
     "--lr 6e-05 --min-lr 6e-06": lambda e: e.lr is None,
+    "--lr-decay-iters 430000": lambda e: e.lr is None,
     "--lr-warmup-fraction .001": lambda e: e.lr is None,
     "--lr-warmup-fraction .05": lambda e: e.lr is not None,
     "--disable-bias-linear": lambda e: not e.model.add_bias_linear,

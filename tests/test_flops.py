@@ -65,6 +65,8 @@ def test_state_is_18_bytes_a_parameter_and_shards():
     assert state_gib(CATALOG.find("101")) * 1024 == pytest.approx(26699, rel=0.002)
     parameters = count_parameters(CATALOG.find("128")).total
     assert state_gib(CATALOG.find("128")) * 2**30 == pytest.approx(parameters * (6 + 12 / 8))
+    ring = CATALOG.find("302").with_changes(sharding="optim")  # context parallel ranks share the state out, too
+    assert state_gib(ring) * 2**30 == pytest.approx(count_parameters(ring).total * (6 + 12 / 2))
     zero3 = CATALOG.find("128").with_changes(sharding="fsdp_optim_grads_params")
     assert state_gib(zero3) * 2**30 == pytest.approx(parameters * 16 / 8)
 

@@ -495,7 +495,8 @@ def test_the_commands(capsys):
     said = capsys.readouterr().out
     assert "of the layouts that fit, the one that splits least\n" in said and "no formula for a step with attention sinks\n" in said
     assert main(["gpus", "101", "CARD=a100-80gb"]) == 0
-    assert "no formula for a step on NVIDIA A100-SXM4-80GB\n" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "gpt2-xl, 1 sample of 1,024 tokens a step" in said and "no formula for a step on NVIDIA A100-SXM4-80GB\n" in said
 
 
 @pytest.mark.parametrize(("words", "complaint"), [
