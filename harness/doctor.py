@@ -25,7 +25,7 @@ from harness.machine.stages import ROOT, Venv, distribution, missing, requiremen
 from harness.machine.upstream import FILL, locate
 
 State = Literal["ok", "note", "warn", "missing"]
-COLOURS = {"ok": "32", "note": "2", "warn": "33", "missing": "31"}
+COLOURS = {"ok": screen.GREEN, "note": screen.FAINT, "warn": screen.YELLOW, "missing": screen.RED}
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,7 @@ def doctor() -> int:
 
 def line(finding: Finding, *, colour: bool) -> str:
     """The finding as text, what mends it below."""
-    word = f"{finding.state:7}"
-    if colour:
-        word = f"\033[{COLOURS[finding.state]}m{word}\033[0m"
+    word = screen.paint(f"{finding.state:7}", COLOURS[finding.state], colour)
     room = max(screen.width(piped=1000) - 33, 40)
     text = f"\n{'':33}".join(textwrap.wrap(finding.text, room, break_long_words=False, break_on_hyphens=False))
     mend = "".join(f"\n{'':31}→ {way}" for way in finding.mend.splitlines())

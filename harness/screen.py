@@ -8,6 +8,9 @@ import sys
 import textwrap
 from collections.abc import Sequence
 
+BOLD, FAINT, RED, GREEN, YELLOW = "1", "2", "31", "32", "33"
+"""What ANSI terminals call them (ECMA-48, section 8.3.117)."""
+
 
 def width(piped: int) -> int:
     """Columns of the terminal, or ``piped`` where standard output is none."""
@@ -24,6 +27,11 @@ def grid(lines: Sequence[Sequence[str]]) -> list[str]:
     sizes = [max(map(len, column)) for column in zip(*filter(None, lines), strict=True)]
     return ["  ".join([name.ljust(sizes[0]), *map(str.rjust, others, sizes[1:])]).rstrip()
             for name, *others in (line or [""] for line in lines)]
+
+
+def paint(text: str, code: str, on: bool) -> str:
+    """``text`` in the colour or weight ``code``, where that is ``on``."""
+    return f"\033[{code}m{text}\033[0m" if on and code else text
 
 
 def say(line: str, hang: int = 2) -> None:

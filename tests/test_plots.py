@@ -317,7 +317,3 @@ def test_the_pictures_in_docs_are_fresh() -> None:
     for name, svg in drawn.items():
         path = plots.IMAGES / name
         assert path.exists() and path.read_text() == svg, f"{path.name} is stale: run `make docs`"
-
-
-def test_names_of_sources_are_all_spelled() -> None:
-    assert set(plots.WORDS) == set(figures.Source.__args__)

@@ -15,9 +15,8 @@ from harness import ROOT, cli
 from harness.evidence.figures import load_profiles
 from harness.evidence.measured import measure
 from harness.evidence.report import page
-from harness.evidence.report.data import collect, make_command
-from harness.evidence.results import collect as collect_rows
-from harness.evidence.results import load_references
+from harness.evidence.report.data import make_command, page_values
+from harness.evidence.results import collect, load_references
 from harness.experiment.catalog import load_catalog
 from harness.rundir import Result, StepMetrics
 
@@ -50,7 +49,7 @@ def run(outdir: Path, label: str, id_: str = "101", *, steps: int = 20, slower: 
 
 def read(outdir: Path, records: Path = RECORDS) -> dict:
     references = load_references()
-    return collect(collect_rows(outdir, records, references), references, load_catalog(), load_profiles(outdir, records))
+    return page_values(collect(outdir, records, references), references, load_catalog(), load_profiles(outdir, records))
 
 
 def test_a_row_for_each_record_run_and_experiment(tmp_path: Path) -> None:

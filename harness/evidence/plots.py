@@ -23,7 +23,6 @@ DARK = ("#5cb8f0", "#ff9250", "#35c79a", "#e59bd0", "#e5bc45")
 WIDTH, PANEL_HEIGHT, COLUMNS = 760, 272, 2
 LEFT, RIGHT, TOP, BOTTOM, FOR_OOM = 58, 14, 54, 62, 26
 LINE = 15
-WORDS = {"here": "measured here", "half": "half size", "published": "published", "reference": "measured apart"}
 ASIDE = {"here": -8, "half": 0, "published": 8, "reference": 8}
 """How far markers that stand side by side are moved, in pixels."""
 
@@ -231,14 +230,8 @@ def _marker(source: str, x: float, y: float) -> str:
 
 
 def _words(source: str, where: str) -> str:
-    """``measured here: NVIDIA H200 …``; where the numbers come from otherwise is said in ``where`` itself."""
-    match source:
-        case "here":
-            return f"{WORDS[source]}: {where}"
-        case "half":
-            return where
-        case _:
-            return f"{WORDS[source]}: {where.partition(': ')[2]}"
+    """``measured here: NVIDIA H200 …``, ``measured apart: …``; of the others, ``where`` itself says it."""
+    return f"measured here: {where}" if source == "here" else where.replace("reference:", "measured apart:", 1)
 
 
 def _grid(scale: Sequence[float], y, x0: float, x1: float) -> str:

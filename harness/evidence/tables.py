@@ -187,7 +187,6 @@ MINIATURE_COLUMNS = (
 GAP = "  "
 SHORTEST_NAME = 16
 MOST_TEXT = 120
-GREEN, RED, BOLD, RESET = "\033[32m", "\033[31m", "\033[1m", "\033[0m"
 
 
 @dataclass(frozen=True)
@@ -412,16 +411,13 @@ def _terminal(table: _Table, width: int, colour: bool) -> str:
         fitted = (_fit(cell, sizes[id(c)], c.left) for c, cell in zip(columns, cells, strict=True))
         return GAP.join(fitted).rstrip()
 
-    def paint(text: str, code: str) -> str:
-        return f"{code}{text}{RESET}" if colour and code else text
-
-    out = [paint(table.title, BOLD), paint(line(c.title for c in columns), BOLD)]
+    out = [screen.paint(head, screen.BOLD, colour) for head in (table.title, line(c.title for c in columns))]
     for title, rows in table.chapters:
         out.append(title)
         for row in rows:
             text, status = line(table.cell(c, row) for c in columns), table.cell(_STATUS, row)
-            verdict = {True: GREEN, False: RED}.get(row.as_published, "")
-            out.append(text.removesuffix(status) + paint(status, verdict))
+            verdict = {True: screen.GREEN, False: screen.RED}.get(row.as_published, "")
+            out.append(text.removesuffix(status) + screen.paint(status, verdict, colour))
     remarks = table.remarks
     if left_out:
         titles = ", ".join(dict.fromkeys(column.title for column in left_out))

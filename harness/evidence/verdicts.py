@@ -17,12 +17,12 @@ from harness.evidence.claims import Evaluated, Side, evaluate, load_claims, sour
 from harness.evidence.expressions import spell
 from harness.evidence.quantities import Source, unit_of
 from harness.evidence.results import collect_records, load_references
-from harness.evidence.tables import BOLD, GREEN, MOST_TEXT, RED, RESET
+from harness.evidence.tables import MOST_TEXT
 from harness.experiment import overrides
 from harness.experiment.catalog import load_catalog
 
 FORMATS = ("terminal", "markdown", "json")
-COLOURS = {"holds": GREEN, "fails": RED}
+COLOURS = {"holds": screen.GREEN, "fails": screen.RED}
 PLURALS = {"holds": "hold", "fails": "fail", "undecided": "undecided", "not measured": "not measured"}
 INDENT = "  "
 
@@ -91,10 +91,7 @@ def _names(sources: Sequence[Source]) -> list[str]:
 
 def _terminal(title: str, ones: Sequence[Evaluated], sources: Sequence[Source], names: Sequence[str], width: int,
               colour: bool) -> str:
-    def paint(text: str, code: str) -> str:
-        return f"{code}{text}{RESET}" if colour and code else text
-
-    out = [paint(title, BOLD)]
+    out = [screen.paint(title, screen.BOLD, colour)]
     column = max(map(len, names))
     for one in ones:
         claim = one.claim
@@ -105,8 +102,8 @@ def _terminal(title: str, ones: Sequence[Evaluated], sources: Sequence[Source], 
             start, hang = f"{INDENT}{name:{column}}  ", " " * (len(INDENT) + column + 2)
             line = f"{start}{_verdict(side)}{INDENT}{_numbers(side)}".rstrip()
             wrapped = textwrap.wrap(line, width, subsequent_indent=hang, break_long_words=False, break_on_hyphens=False)
-            head = wrapped[0].replace(f"  {side.verdict}", f"  {paint(side.verdict, COLOURS.get(side.verdict, ''))}", 1)
-            out += [head, *wrapped[1:]]
+            painted = screen.paint(side.verdict, COLOURS.get(side.verdict, ""), colour)
+            out += [wrapped[0].replace(f"  {side.verdict}", f"  {painted}", 1), *wrapped[1:]]
             if reason := _reason(one, source, side):
                 out += textwrap.wrap(f"because {reason}", width, initial_indent=hang, subsequent_indent=hang)
     return "\n".join(out)

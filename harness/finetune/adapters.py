@@ -49,7 +49,7 @@ class Holding:
 
     @contextlib.contextmanager
     def the_base(self) -> Iterator[None]:
-        """Within, it is all but the adapters."""
+        """In this context, checkpoints hold everything but the adapters."""
         self._adapters = False
         try:
             yield

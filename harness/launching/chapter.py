@@ -136,7 +136,7 @@ class _Chapter:
     def _start_what_fits(self) -> None:
         if self._held and set(self._held.gpu_ids) <= set(self._free or ()) and not (self._running and not self._pack):
             held, self._held = self._held, None
-            self._has_gpus(held)
+            self._takes_gpus(held)
             held.release()
         for plan in self._waiting.copy():
             count = plan.experiment.ranks_per_node if plan.device == "cuda" else 0
@@ -144,7 +144,7 @@ class _Chapter:
             if count <= len(self._free or ()) and not (alone and (self._running or self._held)):
                 self._waiting.remove(plan)
                 if run := self._launch(plan, tuple((self._free or ())[:count])):
-                    self._has_gpus(run)
+                    self._takes_gpus(run)
 
     def _hold_the_next(self) -> None:
         """While GPUs are busy, have the next run import what it needs: that takes as long as twenty steps, and no GPU."""
@@ -165,7 +165,8 @@ class _Chapter:
             return None
         return Run(plan, directory, gpu_ids, self._hang_seconds, held=held)
 
-    def _has_gpus(self, run: Run) -> None:
+    def _takes_gpus(self, run: Run) -> None:
+        """Count ``run`` among those that run, side by side with the others, and its GPUs as taken."""
         self._free = self._free and [gpu for gpu in self._free if gpu not in run.gpu_ids]
         for other in self._running:
             other.packed_with.add(run.label)

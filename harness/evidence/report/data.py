@@ -36,7 +36,7 @@ THIS_MACHINE = re.compile(r"#!|cd |export PATH=")
 NOT_RUN = "not run"
 
 
-def collect(found: Results, references: References, catalog: Catalog, profiles: Mapping[str, Profile]) -> dict[str, Any]:
+def page_values(found: Results, references: References, catalog: Catalog, profiles: Mapping[str, Profile]) -> dict[str, Any]:
     """Everything for the page but claims; its rows are those of ``found`` and the experiments that have none there.
 
     Raises:

@@ -14,7 +14,7 @@ from harness.evidence import results, verdicts
 from harness.evidence.claims import evaluate, load_claims
 from harness.evidence.claims import sources as all_sources
 from harness.evidence.figures import load_profiles
-from harness.evidence.report.data import collect
+from harness.evidence.report.data import page_values
 from harness.experiment.catalog import Catalog, load_catalog
 from harness.files import told_if_unwritable, write_text
 
@@ -30,7 +30,7 @@ def write(outdir: Path, records: Path, path: Path) -> tuple[str, ...]:
     """
     references, catalog = results.load_references(), load_catalog()
     found = results.collect(outdir, records, references)
-    data = collect(found, references, catalog, load_profiles(outdir, records))
+    data = page_values(found, references, catalog, load_profiles(outdir, records))
     page = render(data | {"claims": claims(found.records, references, catalog)})
     with told_if_unwritable(path.parent, "REPORT"):
         path.parent.mkdir(parents=True, exist_ok=True)
