@@ -56,5 +56,7 @@ def test_an_h200_as_an_h100_leaves_the_allocator_what_was_proven_there():
 def test_only_a_smaller_card_can_be_emulated():
     with pytest.raises(UserError, match=r"CARD=h200-141gb has 143,771 MiB, this GPU 81,559 MiB"):
         allocator_fraction("h200-141gb", 81559)
+    with pytest.raises(UserError, match="only a smaller card"):
+        allocator_fraction("h200-141gb", 143771)
     with pytest.raises(UserError, match=r"CARD=h100-80g: unknown GPU; did you mean h100-80gb"):
         allocator_fraction("h100-80g", 143771)

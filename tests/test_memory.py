@@ -12,7 +12,7 @@ from harness.cli import RECORDS, main
 from harness.evidence.facts import Facts
 from harness.evidence.results import load_references
 from harness.experiment.catalog import load_catalog
-from harness.experiment.fit import verdict, ways_to_fit
+from harness.experiment.fit import levers, verdict, ways_to_fit
 from harness.experiment.flops import adapter_parameters, parameters_on, state_gib, state_on
 from harness.experiment.hardware import find_gpu
 from harness.experiment.memory import _gathered_layers, _layers_in_flight, attention_bytes, loss_bytes, mlp_bytes, predict
@@ -150,6 +150,17 @@ def test_published_rows_fit_their_card(reference):
     """What ran on an H100 does not count as too large for it, and what ran out of memory not as surely fitting."""
     e = CATALOG.find(reference.stands_for or reference.id)
     assert verdict(predict(e), H100) != ("fits" if reference.oom else "does not fit")
+
+
+@pytest.mark.parametrize(("id_", "expected"), [
+    ("114", "MBS=5, SHARDING=optim, RECOMPUTE=full, OPTIMIZER_STATE=bf16 SHARDING=optim, PP=2 GPUS=4, PP=2 GPUS=8"),
+    ("281", "MBS=2, SP=1, RECOMPUTE=full, OPTIMIZER_STATE=bf16 SHARDING=optim, TP=16 SP=1 GPUS=16, PP=2 GPUS=16"),
+    ("501", "MBS=2, RECOMPUTE=full, OPTIMIZER_STATE=bf16, SHARDING=fsdp_optim_grads_params, EP=2 GPUS=8, TP=2 SP=1 GPUS=8, "
+            "TP=2 SP=1 GPUS=16, PP=2 GPUS=8, PP=2 GPUS=16"),
+    ("642", "RECOMPUTE=full, TP=2 SP=1 GPUS=8, TP=2 SP=1 GPUS=16, PP=2 GPUS=16"),
+])  # fmt: skip
+def test_levers_come_in_order_and_only_those_that_help(id_, expected):
+    assert ", ".join(" ".join(map("=".join, settings.items())) for settings, _ in levers(find(id_))) == expected
 
 
 @pytest.mark.parametrize("id_", ["620", "611", "121", "501", "301"])

@@ -76,20 +76,17 @@ def ways_to_fit(e: Experiment, card: Gpu) -> list[tuple[Settings, Experiment]]:
 
 
 def _candidates(e: Experiment) -> Iterator[Settings]:
+    """What may lower memory; ``levers`` leaves out what does not, or is not admitted."""
     same, more = {"GPUS": str(e.world_size)}, {"GPUS": str(2 * e.world_size)}
     if smaller := next((m for m in range(e.micro_batch_size - 1, 0, -1) if e.global_batch_size % (m * e.dp) == 0), None):
         yield {"MBS": str(smaller)}
-    if e.tp > 1:
-        yield {"SP": "1"}
-    if e.dp > 1 and e.sharding == "no_shard":
+    yield {"SP": "1"}
+    if e.dp > 1:
         yield {"SHARDING": "optim"}
-    if e.recompute != "full":
-        yield {"RECOMPUTE": "full"}
-    if e.optimizer_state != "bf16":
-        yield {"OPTIMIZER_STATE": "bf16"} | ({} if e.sharding == "optim" else {"SHARDING": "optim"})
+    yield {"RECOMPUTE": "full"}
+    yield {"OPTIMIZER_STATE": "bf16"} | ({} if e.sharding == "optim" else {"SHARDING": "optim"})
     if e.dp > 1 and e.sharding == "optim":
         yield {"SHARDING": "fsdp_optim_grads_params"}
-    if e.model.num_experts:
-        yield from ({"EP": str(2 * e.ep)} | gpus for gpus in (same, more))
+    yield from ({"EP": str(2 * e.ep)} | gpus for gpus in (same, more))
     yield from ({"TP": str(2 * e.tp), "SP": "1"} | gpus for gpus in (same, more))
     yield from ({"PP": str(2 * e.pp)} | gpus for gpus in (same, more))
