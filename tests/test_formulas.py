@@ -3,7 +3,7 @@
 import pytest
 
 from harness.experiment.catalog import Experiment, load_catalog
-from harness.experiment.formulas import activations_per_sbh, attention_exchange_mib, idle_share
+from harness.experiment.formulas import OF_EXPERIMENT, activations_per_sbh, attention_exchange_mib, idle_share
 
 
 def find(id_: str, **changes: object) -> Experiment:
@@ -41,3 +41,11 @@ def test_bytes_exchanged() -> None:
     assert attention_exchange_mib(find("308")) == attention_exchange_mib(find("318")) == pytest.approx(2 * 7 / 8 * piece)
     assert attention_exchange_mib(find("328")) == pytest.approx(4 * 7 / 64 * piece)
     assert attention_exchange_mib(find("300")) is None
+
+
+@pytest.mark.parametrize(("name", "id_", "value"), [
+    ("parameters_b", "611", 8.03), ("active_b", "641", 12.9), ("parameters_per_rank_b", "408", 8.3 / 8 * 1.1), ("step_pflop", "111", 0.15),
+])  # fmt: skip
+def test_units_are_those_of_the_name(name: str, id_: str, value: float) -> None:
+    """Sizes as published, the first of eight stages with the embeddings; 111 in its published 393 ms at 389 TFLOP/s."""
+    assert OF_EXPERIMENT[name](find(id_)) == pytest.approx(value, rel=0.1)

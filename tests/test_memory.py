@@ -15,7 +15,15 @@ from harness.experiment.catalog import load_catalog
 from harness.experiment.fit import levers, verdict, ways_to_fit
 from harness.experiment.flops import adapter_parameters, parameters_on, state_gib, state_on
 from harness.experiment.hardware import find_gpu
-from harness.experiment.memory import _gathered_layers, _layers_in_flight, attention_bytes, loss_bytes, mlp_bytes, predict
+from harness.experiment.memory import (
+    _backward_bytes,
+    _gathered_layers,
+    _layers_in_flight,
+    attention_bytes,
+    loss_bytes,
+    mlp_bytes,
+    predict,
+)
 
 CATALOG = load_catalog()
 ROOT = Path(__file__).parents[1]
@@ -114,6 +122,16 @@ def test_fp8_copies_weights_and_keeps_less():
     assert fp8.weights - bf16.weights == pytest.approx(2 * parameters_on(find("611"), 0).matrices / 2**30)
     assert (blockwise.weights - bf16.weights) / (fp8.weights - bf16.weights) == pytest.approx(1 + 4 / 128**2, rel=1e-9)
     assert fp8.mlp < blockwise.mlp < bf16.mlp and fp8.attention == pytest.approx(bf16.attention, rel=0.03)
+
+
+def test_what_experts_cost_besides_their_rows():
+    """Their router in forward: logits, map and rows of each expert; backward, the gradient of their first matrices."""
+    e = find("501")
+    m, tokens = e.model, e.seq_length * e.micro_batch_size
+    for changes, each in (({"num_experts": 2 * m.num_experts}, 4 + 1 + 8), ({"moe_aux_loss_coeff": 0.01}, 4), ({"moe_z_loss_coeff": 0.01}, 4)):
+        more = e.with_changes(model=m.model_copy(update=changes))
+        assert mlp_bytes(more) - mlp_bytes(e) == each * m.num_experts * tokens
+    assert _backward_bytes(e) - _backward_bytes(find("501", ep=2)) == 2 * m.num_experts / 2 * m.hidden_size * m.moe_ffn * (2 if m.gated else 1)
 
 
 def test_what_makes_room_in_gpt_oss():
