@@ -164,8 +164,6 @@ def _durations(times: Times, chunks: int) -> dict[Pass, list[float]]:
 
 def _table(stages: int, micro_batches: int, chunks: int) -> Sequence[tuple[int, int]]:
     """(micro-batch, chunk) of each forward pass: ``stages`` micro-batches through every chunk, then the next as many."""
-    if chunks == 1:
-        return [(b, 0) for b in range(micro_batches)]
     return [(b, c) for first in range(0, micro_batches, stages) for c in range(chunks)
             for b in range(first, min(first + stages, micro_batches))]
 
