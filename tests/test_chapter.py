@@ -140,6 +140,7 @@ def test_a_run_that_never_had_its_turn_leaves_nothing(tmp_path, four_gpus, monke
 def test_a_result_of_another_gpu_does_not_count(tmp_path, four_gpus, monkeypatch):
     plan = make_plan(tmp_path, "ok", ranks=1, device="cuda", miniature=False)
     run(plan)
+    assert run(plan)[2].startswith("0 of 1")
     monkeypatch.setattr(gpus, "list_gpus", lambda: (gpus.Gpu(0, "NVIDIA B200", "GPU-0", 183359),))
     assert run(plan)[2].startswith("1 of 1")
 
@@ -157,6 +158,12 @@ def test_what_cannot_run_here_is_skipped_with_its_reason(tmp_path):
     assert run_chapter(experiments, plan_for, terminal=PlainTerminal(out)) == 1, "nothing ran"
     lines = out.getvalue().splitlines()
     assert "skipped   it needs 2 nodes" in lines[-2] and lines[-1].endswith("skipped   102: data set x is not prepared")
+
+
+def test_a_run_that_cannot_begin_is_told_and_the_next_goes_on(tmp_path):
+    (tmp_path / "file").touch()
+    status, table, _ = run(make_plan(tmp_path / "file", "ok"), make_plan(tmp_path, "ok", id="102"))
+    assert status == 1 and table["101"].startswith(f"not run   cannot write to {tmp_path}/file") and table["102"].startswith("ok")
 
 
 def test_running_out_of_memory_as_published_is_a_success(tmp_path, four_gpus):
