@@ -229,8 +229,8 @@ def machine(on_gpu: bool) -> Iterator[Finding]:
 
     memory = psutil.virtual_memory()
     yield amount("memory", memory.available / 2**30, 8, "an experiment of 8 processes takes up to 8 GiB",
-                 f" of {memory.total / 2**30:.0f}; {os.cpu_count()} cores", "end other programs")
-    yield amount("disk", shutil.disk_usage(ROOT).free / 2**30, 10, "set-up and runs take up to 10 GiB", f" in {ROOT}",
+                 f" free of {memory.total / 2**30:.0f}; {os.cpu_count()} cores", "end other programs")
+    yield amount("disk", shutil.disk_usage(ROOT).free / 2**30, 10, "set-up and runs take up to 10 GiB", f" free in {ROOT}",
                  "make room, or move them: VENV=/big/disk/venv OUTDIR=/big/disk/outdir")
     shared = Path("/dev/shm")
     if shared.is_dir():
@@ -244,7 +244,7 @@ def machine(on_gpu: bool) -> Iterator[Finding]:
 
 def amount(topic: str, gib: float, enough_gib: float, why: str, rest: str, mend: str) -> Finding:
     """Whether there is enough of something that is counted in GiB."""
-    text = f"{gib:.1f} GiB{' free' if topic != '/dev/shm' else ''}{rest}"
+    text = f"{gib:.1f} GiB{rest}"
     if gib >= enough_gib:
         return Finding(topic, "ok", text)
     return Finding(topic, "warn", f"{text}; {why}", mend)

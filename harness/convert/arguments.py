@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
-import warnings
 from argparse import Namespace
 from collections.abc import Sequence
 
 from harness.errors import UserError
 from harness.experiment.catalog import Experiment, Model, Yarn
+from harness.megatron.arguments import import_upstream, upstream_parser
 from harness.megatron.flags import model_flags
 
 _UNSUPPORTED = {
@@ -40,28 +39,15 @@ def flags(model: Model, positions: int, tp: int = 1, pp: int = 1, ep: int = 1) -
 
 def parse(words: Sequence[str]) -> Namespace:
     """What upstream's parser makes of ``words``, its defaults filled in."""
-    _import_upstream()
-    from megatron.training.arguments import add_megatron_arguments
-
-    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
-    return parser.parse_args(list(words))
+    return upstream_parser().parse_args(list(words))
 
 
 def register_safe_globals() -> None:
     """Let ``torch.load(weights_only=True)`` open what upstream saves: its own list of classes."""
-    _import_upstream()
+    import_upstream()
     from megatron.core.safe_globals import register_safe_globals as register
 
     register()
-
-
-def _import_upstream() -> None:
-    from harness.machine.upstream import locate, put_on_path
-
-    put_on_path(locate())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import megatron.training.arguments  # noqa: F401
 
 
 def model_of(args: Namespace, name: str, vocab_size: int) -> tuple[Model, int]:

@@ -42,7 +42,7 @@ def render(found: Sequence[Evaluated], sources: Sequence[Source], format: str = 
     """
     overrides.choice("FORMAT", format, FORMATS)
     if format == "json":
-        return json.dumps([_values(one, sources) for one in found], indent=1)
+        return json.dumps(values(found, sources), indent=1)
     chapters = {}
     for one in found:
         chapters.setdefault(one.claim.chapter, []).append(one)
@@ -176,6 +176,11 @@ def _short(value: float) -> str:
         return f"{value:.0f}"
     size = abs(value)
     return f"{value:,.{0 if size >= 1000 else 1 if size >= 10 else 2 if size >= 1 else 3}f}"
+
+
+def values(found: Sequence[Evaluated], sources: Sequence[Source]) -> list[dict[str, Any]]:
+    """The claims as plain values, as JSON has them."""
+    return [_values(one, sources) for one in found]
 
 
 def _values(one: Evaluated, sources: Sequence[Source]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import textwrap
+import warnings
 
 from harness.errors import UserError
 
@@ -34,15 +35,24 @@ def print_arguments(match: str | None = None) -> int:
 
 
 def _groups() -> list[tuple[str, list[argparse.Action]]]:
+    return [(group.title or "other", [a for a in group._group_actions if a.option_strings])
+            for group in upstream_parser()._action_groups]
+
+
+def upstream_parser() -> argparse.ArgumentParser:
+    """The parser of ``pretrain_gpt.py``, made without warnings of what this machine lacks."""
+    import_upstream()
+    from megatron.training.arguments import add_megatron_arguments
+
+    with warnings.catch_warnings(action="ignore"):
+        return add_megatron_arguments(argparse.ArgumentParser(add_help=False, allow_abbrev=False))
+
+
+def import_upstream() -> None:
+    """Make upstream's modules importable, its arguments imported without their warnings."""
     from harness.machine.upstream import locate, put_on_path
 
     put_on_path(locate())
-    import warnings
-
-    warnings.simplefilter("ignore")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of no GPU, which nothing here needs
-    from megatron.training.arguments import add_megatron_arguments
-
-    parser = add_megatron_arguments(argparse.ArgumentParser(add_help=False, allow_abbrev=False))
-    return [(group.title or "other", [a for a in group._group_actions if a.option_strings])
-            for group in parser._action_groups]
+    with warnings.catch_warnings(action="ignore"):
+        import megatron.training.arguments  # noqa: F401

@@ -41,7 +41,7 @@ def write(outdir: Path, records: Path, path: Path) -> tuple[str, ...]:
 def claims(records: Sequence[results.Row], references: results.References, catalog: Catalog) -> list[dict[str, Any]]:
     """Every claim as `make claims FORMAT=json` has it: on the records alone, and on the published table."""
     sources = all_sources(records, catalog, references)
-    return json.loads(verdicts.render(evaluate(load_claims(catalog), sources), sources, "json"))
+    return verdicts.values(evaluate(load_claims(catalog), sources), sources)
 
 
 def render(data: Mapping[str, Any]) -> str:
