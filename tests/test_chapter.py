@@ -108,6 +108,7 @@ def test_for_timing_runs_go_one_at_a_time(tmp_path, four_gpus):
     plans = [make_plan(tmp_path, "ok", ranks=1, id=i, device="cuda", miniature=False) for i in ("101", "102")]
     status, *_ = run(*plans, pack=False)
     assert status == 0 and [r.packed_with for r in results(tmp_path).values()] == [(), ()]
+    assert "imported at" in (tmp_path / "102-tiny-dp1" / "logs.txt").read_text(), "while 101 had its GPU"
 
 
 def test_the_next_run_imports_while_one_has_the_gpus_and_counts_from_its_turn(tmp_path, four_gpus):
