@@ -307,6 +307,22 @@ def test_what_is_refused_leaves_nothing(fault, llama, tmp_path):
     assert not any((tmp_path / "out").glob("*"))
 
 
+def test_a_tensor_is_written_whole_however_little_the_system_takes_at_once(tmp_path, monkeypatch):
+    import torch
+
+    from harness.convert import safetensor_files
+
+    tensors = {"a": torch.arange(15, dtype=torch.int32).view(5, 3), "b": torch.arange(4, dtype=torch.float16)}
+    pwrite = safetensor_files.os.pwrite
+    with safetensor_files.writing(tmp_path, {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}) as writer:
+        monkeypatch.setattr(safetensor_files.os, "pwrite", lambda handle, data, offset: pwrite(handle, data[:7], offset))
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+    found, header = loaded(tmp_path), (tmp_path / "model.safetensors").read_bytes()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    assert int.from_bytes(header[:8], "little") % 8 == 0, "aligned, as the format wants it"
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama-tied"])
 def test_tied_embeddings_and_an_output_layer_that_is_the_embedding(name, folders, tmp_path):
     """Some files hold both; where they are equal one is enough, where they are not one would be lost."""
