@@ -1,6 +1,7 @@
 """Hugging Face weights in and out: nothing is lost on the way, and what cannot be converted is refused."""
 
 import json
+import re
 import shutil
 import sys
 import weakref
@@ -312,7 +313,7 @@ def test_a_tensor_is_written_whole_however_little_the_system_takes_at_once(tmp_p
 
     from harness.convert import safetensor_files
 
-    tensors = {"a": torch.arange(15, dtype=torch.int32).view(5, 3), "b": torch.arange(4, dtype=torch.float16)}
+    tensors = {"a": torch.arange(15, dtype=torch.int32).view(5, 3), "the other": torch.arange(4, dtype=torch.float16)}
     pwrite = safetensor_files.os.pwrite
     with safetensor_files.writing(tmp_path, {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}) as writer:
         monkeypatch.setattr(safetensor_files.os, "pwrite", lambda handle, data, offset: pwrite(handle, data[:7], offset))
@@ -345,8 +346,16 @@ def test_missing_shards(tmp_path):
         imported(tmp_path / "hf", tmp_path / "megatron")
 
 
+def in_header(shard, pattern, by):
+    shard.write_bytes(re.sub(pattern, by, shard.read_bytes(), count=1))
+
+
 BROKEN_SHARDS = {
     "a shard is cut off": (lambda f, shard, index: shard.write_bytes(shard.read_bytes()[:-50]), "is cut off"),
+    "a shard goes on": (lambda f, shard, index: shard.write_bytes(shard.read_bytes() + b"x"), r"has [\d,]+ bytes, its header says"),
+    "a shard has no header": (lambda f, shard, index: shard.write_bytes(bytes(50)), "its header cannot be read"),
+    "a tensor of an unknown kind": (lambda f, shard, index: in_header(shard, rb'"dtype":"F32"', b'"dtype":"F99"'), "dtype F99; known: F32"),
+    "a tensor of another shape": (lambda f, shard, index: in_header(shard, rb'("shape":\[)\d', rb"\g<1>9"), "not as many as its shape says"),
     "a shard is a folder": (lambda f, shard, index: (shard.unlink(), shard.mkdir()), "1 of 5 shards are missing"),
     "the index is damaged": (lambda f, shard, index: index.write_text("{"), "index.json is damaged"),
     "the index names no files": (lambda f, shard, index: index.write_text('{"weight_map": {"a": "b", "c": 1}}'), "index.json is damaged"),
