@@ -119,6 +119,14 @@ def test_teaching_points_follow_from_the_formula(group):
     assert ms["328"] < ms["308"] and ms["502"] < ms["501"] < ms["503"] and ms["506"] < ms["511"] < ms["512"]
 
 
+def test_recomputing_an_activation_of_experts_moves_their_rows_and_a_norm_its_tokens():
+    e, machine = find("642"), MACHINES["h200"]
+    none, experts, norm = (machine.predict(e.with_changes(recompute="selective" if modules else "none", recompute_modules=modules)).passes
+                           for modules in ((), ("moe_act",), ("layernorm",)))
+    rows = machine.constants.routed_passes * e.model.moe_router_topk * e.model.moe_ffn * 6
+    assert norm > none and (experts - none) / (norm - none) == pytest.approx(rows / (e.model.hidden_size * 4))
+
+
 def test_a_pipeline_waits_as_its_schedule_says():
     """With stages alike, idle over busy time is (p-1)/(v m)."""
     e = find("408", "GBS=64")

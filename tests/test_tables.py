@@ -73,6 +73,7 @@ def test_the_footer_says_how_numbers_were_made():
         "Ended as published: 1 of 1 rows.",
     ):
         assert said in text
+    assert "formula: ms/step" in text and "formula: ms/step" not in tables.render([row("620")]), "of sinks the formula knows nothing"
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 100, 120, 200])
