@@ -120,12 +120,19 @@ class Model(_Frozen):
         return self.activation != "gelu"
 
     @property
+    def fc1_matrices(self) -> int:
+        """Matrices as wide as an MLP, or an expert, side by side in linear_fc1: of a gated one the gate's and its own."""
+        return 2 if self.gated else 1
+
+    @property
     def moe_ffn(self) -> int:
         """Width of one expert: ``moe_ffn_hidden_size``, by default the dense MLP's as upstream."""
         return self.moe_ffn_hidden_size or self.ffn
 
 
 LinearLayer = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
+COLUMN_PARALLEL: tuple[LinearLayer, ...] = ("linear_qkv", "linear_fc1")
+"""Those whose outputs tensor parallelism splits; of the others it splits the inputs."""
 
 
 class Lora(_Frozen):

@@ -104,8 +104,8 @@ class _Layer:
 def _layer(e: Experiment) -> _Layer:
     m, h = e.model, e.model.hidden_size
     bias = int(m.add_bias_linear)
-    fc1 = 0 if m.num_experts else _fc1(m, m.ffn)
-    expert_fc1 = _fc1(m, m.moe_ffn) if m.num_experts else 0
+    fc1 = 0 if m.num_experts else m.ffn * m.fc1_matrices
+    expert_fc1 = m.moe_ffn * m.fc1_matrices if m.num_experts else 0
     return _Layer(
         column=h * (m.qkv_size + fc1),
         row=m.query_size * h + (0 if m.num_experts else h * m.ffn),
@@ -125,11 +125,6 @@ def _norm(m: Model) -> int:
 def _positions(e: Experiment) -> int:
     learned = e.model.position_embedding == "learned_absolute"
     return e.model.hidden_size * (e.positions or e.seq_length) if learned else 0
-
-
-def _fc1(m: Model, width: int) -> int:
-    """Outputs of an MLP's first matrix: a gated one makes two halves of ``width``."""
-    return width * (2 if m.gated else 1)
 
 
 def _qk_norms(m: Model) -> int:
@@ -256,7 +251,7 @@ def adapter_widths(e: Experiment) -> dict[str, tuple[int, int]]:
     widths = {
         "linear_qkv": (m.hidden_size, m.qkv_size // e.tp),
         "linear_proj": (m.query_size // e.tp, m.hidden_size),
-        "linear_fc1": (m.hidden_size, _fc1(m, m.ffn) // e.tp),
+        "linear_fc1": (m.hidden_size, m.ffn * m.fc1_matrices // e.tp),
         "linear_fc2": (m.ffn // e.tp, m.hidden_size),
     }
     return {target: widths[target] for target in e.lora.targets} if e.lora else {}

@@ -105,7 +105,7 @@ def mlp_bytes(e: Experiment) -> float:
     if e.model.num_experts:
         return _experts_bytes(e)
     m, size = e.model, _element(e)
-    before = size * m.ffn * (2 if m.gated else 1)
+    before = size * m.ffn * m.fc1_matrices
     return _normed(e) + _masks(e) + (before + _saved(e) * m.ffn) * _tokens(e) / e.tp
 
 
@@ -124,7 +124,7 @@ def _experts_bytes(e: Experiment) -> float:
     router = m.num_experts * (4 + 1 + 8 + (4 if m.moe_aux_loss_coeff else 0) + (4 if m.moe_z_loss_coeff else 0)
                               + (4 if m.moe_router_pre_softmax else 0)) + 12 * m.moe_router_topk
     norm = m.hidden_size * size * (1 if "layernorm" in modules else 2)
-    before = size * m.moe_ffn * (2 if m.gated else 1)
+    before = size * m.moe_ffn * m.fc1_matrices
     if "moe_act" in modules:
         activation = before
     else:
@@ -160,7 +160,7 @@ def _backward_bytes(e: Experiment) -> float:
 
     Without Apex a weight's gradient is a tensor of its own before it is added up.
     """
-    m, size, fc1 = e.model, _element(e), 2 if e.model.gated else 1
+    m, size, fc1 = e.model, _element(e), e.model.fc1_matrices
     if m.num_experts:
         rows, matrix = _hidden_tokens(e) * m.moe_router_topk, m.num_experts // e.ep * m.hidden_size * m.moe_ffn * fc1 / e.etp
         return size * (rows * (m.moe_ffn * (fc1 + 1) + m.hidden_size) + matrix)

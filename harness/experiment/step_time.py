@@ -207,12 +207,11 @@ class _Step(Rank):
     def orthogonalized(self) -> Iterator[tuple[float, float, float]]:
         """Rows and columns of the matrices that a rank holds of a pipeline stage, and how many there are of each."""
         e, m, h, layers = self.e, self.e.model, self.e.model.hidden_size, self.e.model.num_layers / self.e.pp
-        gated = 2 if m.gated else 1
         yield m.query_size * (2 if m.attention_output_gate else 1) / e.tp, h, layers
         yield m.key_size / e.tp, h, 2 * layers
         yield h, m.query_size / e.tp, layers
         width, number = (m.moe_ffn / e.etp, layers * m.num_experts / e.ep) if m.num_experts else (m.ffn / e.tp, layers)
-        yield width * gated, h, number
+        yield width * m.fc1_matrices, h, number
         yield h, width, number
 
     def held(self) -> tuple[tuple[float, int], tuple[float, int]]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field
 
 from harness.experiment import timeline
+from harness.experiment.catalog import COLUMN_PARALLEL
 from harness.experiment.flops import adapter_widths, padded_vocab_size
 
 if TYPE_CHECKING:
@@ -240,17 +241,17 @@ class Rank:
         """
         e, forward, backward = self.e, Work(), Work()
         for target, (inner, out) in adapter_widths(e).items():
-            rank, split = e.lora.rank, target in ("linear_qkv", "linear_fc1")
-            before, after = (self.tokens / self.spread, self.tokens) if split else (self.tokens, self.tokens / self.spread)
-            dropped, normed = e.lora.dropout > 0, split
+            rank, dropped = e.lora.rank, e.lora.dropout > 0
+            normed = target in COLUMN_PARALLEL  # these modules contain the norm of their input
+            before, after = (self.tokens / self.spread, self.tokens) if normed else (self.tokens, self.tokens / self.spread)
             read = before * inner * (4 * normed + 5 * dropped)
             forward += Work(products=self.product(before, rank, inner) + self.product(after, out, rank),
-                             passes=(read + after * out * (4 + 6)) / self.bandwidth,
-                             launches=(4 + normed + dropped) * OPERATION_S)
+                            passes=(read + after * out * (4 + 6)) / self.bandwidth,
+                            launches=(4 + normed + dropped) * OPERATION_S)
             backward += Work(products=self.product(after, rank, out) + self.product(out, rank, after)
-                              + self.product(before, inner, rank) + self.product(rank, inner, before),
-                              passes=(before * inner * (6 + 6 * normed + 5 * dropped) + after * out * 4) / self.bandwidth,
-                              launches=(6 + normed + dropped) * OPERATION_S)
+                             + self.product(before, inner, rank) + self.product(rank, inner, before),
+                             passes=(before * inner * (6 + 6 * normed + 5 * dropped) + after * out * 4) / self.bandwidth,
+                             launches=(6 + normed + dropped) * OPERATION_S)
             if e.tp > 1:
                 crossing = self.sending(2 * self.tokens * rank / self.link + MESSAGE_S)
                 forward, backward = forward + crossing, backward + crossing
@@ -262,7 +263,7 @@ class Rank:
         yield self.tokens, m.qkv_size / tp, m.hidden_size
         yield self.tokens, m.hidden_size, m.query_size / tp
         if not m.num_experts:
-            yield self.tokens, m.ffn / tp * (2 if m.gated else 1), m.hidden_size
+            yield self.tokens, m.ffn / tp * m.fc1_matrices, m.hidden_size
             yield self.tokens, m.hidden_size, m.ffn / tp
 
     def attention(self) -> tuple[Work, Work]:
@@ -328,7 +329,7 @@ class Rank:
         if not m.num_experts:
             return Work(), Work()
         rows = self.routed()
-        width, matrices, held = m.moe_ffn / e.etp, 3 if m.gated else 2, m.num_experts / e.ep
+        width, matrices, held = m.moe_ffn / e.etp, m.fc1_matrices + 1, m.num_experts / e.ep
         weights = held * width * h * matrices
         moved = 2 * (rows * (2 * h + matrices * width) + weights) / self.bandwidth
         products = max(2 * rows * width * h * matrices / (self.rate * self.c.experts_share), moved) + 2 * held * KERNEL_S
@@ -338,9 +339,9 @@ class Rank:
         launched = self.c.expert_launch_ms * held / 1e3
         gradients = weights * self.weight_gradient_bytes / self.bandwidth
         forward = Work(products=products, passes=permuted * (12 * h + 6 * width), exchange=2 * sent / self.link,
-                        launches=launches + launched)
+                       launches=launches + launched)
         backward = Work(products=2 * products, passes=permuted * (16 * h + 10 * width) + gradients,
-                         exchange=2 * sent / self.link, launches=launches + 2 * launched)
+                        exchange=2 * sent / self.link, launches=launches + 2 * launched)
         return forward, backward
 
     def routed(self) -> float:
@@ -400,7 +401,7 @@ class Rank:
             return Work(exchange=gathered, launches=launches), Work(exchange=2 * gathered, launches=launches)
         exchanged = 4 * (queries + keys)
         work = Work(passes=2 * exchanged / self.bandwidth, launches=launches,
-                     exchange=exchanged * (e.cp - 1) / e.cp / self.link + 4 * MESSAGE_S)
+                    exchange=exchanged * (e.cp - 1) / e.cp / self.link + 4 * MESSAGE_S)
         return work, work
 
     def product(self, rows: float, columns: float, inner: float, fp8: bool = False) -> float:

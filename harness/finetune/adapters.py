@@ -16,15 +16,13 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from harness.errors import UserError
-from harness.experiment.catalog import Lora
+from harness.experiment.catalog import COLUMN_PARALLEL, Lora
 from harness.files import write_json
 
 FOLDER, TENSORS, RECORD = "adapters", "adapters.safetensors", "adapters.json"
 KEY = "decoder.layers.{layer}.{parent}.{name}.{factor}"
 PARENTS = {"linear_qkv": "self_attention", "linear_proj": "self_attention", "linear_fc1": "mlp", "linear_fc2": "mlp"}
 """Where in a layer upstream keeps its linear layers."""
-COLUMN_PARALLEL = ("linear_qkv", "linear_fc1")
-"""Those whose rows tensor parallelism splits."""
 PREFIX = "lora_"
 """What the adapters' names begin with in a model."""
 

@@ -29,8 +29,8 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, mak
 from torch import Tensor
 from torch.nn import functional
 
-from harness.experiment.catalog import Lora
-from harness.finetune.adapters import COLUMN_PARALLEL, PARENTS, PREFIX
+from harness.experiment.catalog import COLUMN_PARALLEL, Lora
+from harness.finetune.adapters import PARENTS, PREFIX
 
 
 class Adapter(torch.nn.Module):
