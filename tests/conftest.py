@@ -1,7 +1,9 @@
 """What the machine must have for a marked test; without it the test is skipped, and says why."""
 
+import atexit
 import os
 import signal
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -9,8 +11,12 @@ import pytest
 
 
 def pytest_configure():
-    """In the background of a script, or under nohup, SIGINT is ignored, and by all that a test starts: heed it."""
+    # in the background of a script, or under nohup, SIGINT is ignored, and by all that a test starts: heed it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # what datasets and tokenizers cache is not for the user's home
+    caches = tempfile.TemporaryDirectory(prefix="huggingface-")
+    atexit.register(caches.cleanup)
+    os.environ["HF_HOME"] = caches.name
 
 
 @pytest.hookimpl(tryfirst=True)

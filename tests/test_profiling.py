@@ -222,6 +222,17 @@ def test_steps_that_cannot_be_traced(value, message):
         apply(load_catalog().find("101"), {"PROFILE": value, "STEPS": "5"})
 
 
+@pytest.mark.parametrize(("value", "steps", "way_out"), [
+    ("1", "1", "STEPS=9"), ("1-1", "1", "STEPS=2 PROFILE=2-2"), ("9-3", "20", "PROFILE=3-9"), ("9-1", "20", "PROFILE=19-20"),
+    ("30-40", "20", "PROFILE=19-20, or STEPS=40"),
+])
+def test_the_way_out_of_steps_that_cannot_be_traced_is_one(value, steps, way_out):
+    with pytest.raises(UserError, match=f"steps of the run; try {way_out}$"):
+        apply(load_catalog().find("101"), {"PROFILE": value, "STEPS": steps})
+    words = dict(word.split("=") for word in way_out.partition(",")[0].split())
+    assert apply(load_catalog().find("101"), {"PROFILE": value, "STEPS": steps} | words).profile
+
+
 @pytest.mark.parametrize(("events", "device", "message"), [
     ([operator("aten::mm", 0, 1)], "cpu", "holds no training step\nrun it again with PROFILE=1"),
     ([annotation("step 8", 0, 9), operator("aten::mm", 0, 1)], "cuda", "holds no GPU kernel\nCUPTI delivered none"),

@@ -42,11 +42,12 @@ def _violations(e: Experiment) -> Iterator[str]:
     yield from _lora_violations(e)
     if e.profile and not 2 <= e.profile[0] <= e.profile[1] <= e.steps:
         first, last = e.profile
-        way_out = f"try PROFILE={max(e.steps - 1, 2)}-{max(e.steps, 2)}, or STEPS={max(first, last, 2)}"
-        if first > last:
-            way_out = f"try PROFILE={last}-{first}"
+        ways_out = [f"PROFILE={max(e.steps - 1, 2)}-{e.steps}"] * (e.steps >= 2)
+        ways_out += [f"STEPS={max(first, last)}"] * (max(first, last) > max(e.steps, 1))
+        if 2 <= last < first <= e.steps:
+            ways_out = [f"PROFILE={last}-{first}"]
         yield (f"PROFILE={first}-{last} traces from step {first} to step {last}, which must be 2 or later, in order, and "
-               f"among the {e.steps} steps of the run; {way_out}")
+               f"among the {e.steps} steps of the run; try {', or '.join(ways_out) or 'STEPS=2 PROFILE=2-2'}")
 
 
 def _width_violations(e: Experiment) -> Iterator[str]:
