@@ -440,12 +440,12 @@ def test_every_setting_is_read():
 
 def test_a_table_shows_the_held_out_loss_and_its_perplexity(tmp_path):
     from harness.evidence import tables
-    from harness.evidence.results import collect, load_references
+    from harness.evidence.results import collect_runs, load_references
 
     run = run_in(tmp_path, tiny(UNTIL="3"), result="ok")
     result = json.loads(run.result.read_text()) | {"validation": {"step": 20, "split": "validation", "loss": 2.0, "time": 0}}
     write_json(run.result, result)
-    (row,) = collect(tmp_path, tmp_path / "none", load_references()).rows
+    (row,) = collect_runs(tmp_path, load_references()).rows
     values = tables.values(row)
     assert (values["validation_loss"], values["validation_step"]) == (2.0, 20) and values["perplexity"] == pytest.approx(7.389, abs=1e-3)
     assert rundir.perplexity(1000.0) is None

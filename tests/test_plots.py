@@ -13,7 +13,7 @@ from harness.errors import UserError
 from harness.evidence import figures, plots
 from harness.evidence.figures import Figure, Panel, Point, Series, load_panels, sweeps, thinned
 from harness.evidence.measured import measure
-from harness.evidence.results import collect, load_references
+from harness.evidence.results import collect_runs, load_references
 from harness.experiment.catalog import Experiment, load_catalog
 from harness.experiment.flops import tflops_per_gpu
 from harness.experiment.timeline import Times, Work, bubble_fraction, order, simulate
@@ -110,7 +110,7 @@ def run(outdir: Path, id_: str, changes: dict | None = None, step_ms: float | No
 
 
 def swept(outdir: Path) -> tuple[Figure, ...]:
-    found = collect(outdir, outdir / "none", load_references())
+    found = collect_runs(outdir, load_references())
     assert not found.warnings
     return sweeps(found, load_references(), load_catalog())
 
@@ -231,8 +231,8 @@ def test_thinned_curves_keep_ends_and_spikes() -> None:
 
 
 def test_pictures_are_whole_and_the_same_every_time(tmp_path: Path) -> None:
-    drawn, warnings = plots.pictures(tmp_path / "none", RECORDS)
-    assert not warnings and drawn == plots.pictures(tmp_path / "none", RECORDS)[0]
+    drawn, warnings = plots.pictures(None, RECORDS)
+    assert not warnings and drawn == plots.pictures(None, RECORDS)[0]
     for name, svg in drawn.items():
         root = ElementTree.fromstring(svg)
         assert root.get("aria-label") and len(svg) < 60_000, name
@@ -272,7 +272,7 @@ def profile(folder: Path, id_: str, forward_ms: float, **changes: object) -> Non
 def test_timelines_are_drawn_from_measured_stage_times(tmp_path: Path) -> None:
     for id_ in ("408", "438"):
         profile(tmp_path, id_, 10.0)
-    found = figures.schedules(load_catalog(), figures.load_profiles(tmp_path / "none", tmp_path))
+    found = figures.schedules(load_catalog(), figures.load_profiles(None, tmp_path))
     assert [one.timeline.chunks for one in found] == [1, 3] and len({one.until for one in found}) == 1
     for one in found:
         for stage in range(8):
@@ -313,7 +313,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_the_pictures_in_docs_are_fresh() -> None:
-    drawn, _ = plots.pictures(ROOT / "none", RECORDS)
+    drawn, _ = plots.pictures(None, RECORDS)
     for name, svg in drawn.items():
         path = plots.IMAGES / name
         assert path.exists() and path.read_text() == svg, f"{path.name} is stale: run `make docs`"

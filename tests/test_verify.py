@@ -12,7 +12,7 @@ from harness.cli import main
 from harness.errors import UserError
 from harness.evidence.measured import measure
 from harness.evidence.records import read
-from harness.evidence.results import Row, collect, collect_records, load_references
+from harness.evidence.results import Row, collect, collect_records, collect_runs, load_references
 from harness.files import write_json
 from harness.launching import launch
 from harness.launching.verify import choose, compare, verify
@@ -78,7 +78,7 @@ def test_one_slow_step_does_not_widen_what_is_allowed(tmp_path: Path) -> None:
     """A step of twice the time, as 111 has one, makes the standard deviation a quarter of the median."""
     second_run(tmp_path)
     second_run(tmp_path, "hiccup", hiccup=2.0)
-    rows = {row.label: row for row in collect(tmp_path, tmp_path / "none", load_references()).rows}
+    rows = {row.label: row for row in collect_runs(tmp_path, load_references()).rows}
     assert rows["hiccup"].step.stdev > 0.2 * rows["hiccup"].step.median
     calm, hiccup = (float(compare(rows["again"], rows[label])[0].allowed) for label in ("again", "hiccup"))
     assert hiccup == pytest.approx(calm, rel=0.1)

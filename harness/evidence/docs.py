@@ -99,7 +99,7 @@ def write(records: Path, *, check: bool = False) -> list[Path]:
     """Bring every page and picture up to date and return those that changed; with ``check``, those that would."""
     facts = Facts.load(records)
     fresh = {path: render(path.read_text(encoding="utf-8"), facts) for path in PAGES}
-    drawn, _ = plots.pictures(records / "none", records)
+    drawn, _ = plots.pictures(None, records)
     fresh |= {IMAGES / name: svg for name, svg in (drawings(facts) | drawn).items()}
     stale = [path for path, text in fresh.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     if not check:

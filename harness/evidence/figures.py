@@ -187,7 +187,7 @@ def thinned(label: str, values: Mapping[int, float], most: int = CURVE_POINTS) -
     return Curve(label, tuple(steps), tuple(values[step] for step in steps))
 
 
-def load_profiles(outdir: Path, records: Path) -> dict[str, Profile]:
+def load_profiles(outdir: Path | None, records: Path) -> dict[str, Profile]:
     """Profiles by experiment, of records and traced runs in ``outdir``: on GPUs, the work as in the catalogue."""
     found = {}
     for path in sorted(records.glob(f"*/{FOLDER}/*.json")):
@@ -198,7 +198,7 @@ def load_profiles(outdir: Path, records: Path) -> dict[str, Profile]:
                 found.setdefault(e.id, Profile.model_validate(content))
         except (ValueError, KeyError, TypeError, AttributeError):
             continue
-    for run in rundir.runs(outdir)[0]:
+    for run in rundir.runs(outdir)[0] if outdir else ():
         e = run.experiment
         if e.profile and run.device == "cuda" and run.dir.profile.exists() and _as_catalogued(e):
             with suppress(UserError, ValueError):

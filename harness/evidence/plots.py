@@ -48,14 +48,17 @@ DARK
    .replace("DARK", " ".join(f".c{i} {{ color: {colour} }}" for i, colour in enumerate(DARK)))
 
 
-def pictures(outdir: Path, records: Path) -> tuple[dict[str, str], tuple[str, ...]]:
+def pictures(outdir: Path | None, records: Path) -> tuple[dict[str, str], tuple[str, ...]]:
     """File name -> SVG of every figure that runs and records allow, and warnings of what could not be read.
+
+    Args:
+        outdir: None draws from records alone.
 
     Raises:
         UserError: experiments/plots.yaml, the catalogue or the references are wrong.
     """
     references, catalog = results.load_references(), load_catalog()
-    found = results.collect(outdir, records, references)
+    found = results.collect(outdir, records, references) if outdir else results.collect_records(records, references)
     drawn = {figure.name: sweep(figure) for figure in figures.sweeps(found, references, catalog)}
     pipelines = figures.schedules(catalog, figures.load_profiles(outdir, records))
     drawn |= {schedule.name: timeline(schedule) for schedule in pipelines}

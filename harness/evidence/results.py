@@ -367,8 +367,15 @@ def collect(
     Raises:
         UserError: there is no reference group ``against``.
     """
+    runs, kept = collect_runs(outdir, references, against), collect_records(records_dir, references, against)
+    here = {(row.id, row.result.started) for row in runs.rows if row.result}
+    others = (row for row in kept.rows if (row.id, row.result.started) not in here)
+    return Results(_in_order([*runs.rows, *others]), runs.warnings + kept.warnings, kept.rows)
+
+
+def collect_runs(outdir: Path, references: References, against: str | None = None) -> Results:
+    """Every run, as ``collect`` has them where there are no records."""
     group = references.group(against) if against else references.published
-    kept = collect_records(records_dir, references, against)
     runs, warnings = rundir.runs(outdir)
     rows = []
     for run in runs:
@@ -376,9 +383,7 @@ def collect(
             rows.append(_run_row(run, group))
         except ValueError as error:
             warnings += (f"{run.dir.path}: skipped: {error}",)
-    here = {(row.id, row.result.started) for row in rows if row.result}
-    rows += [row for row in kept.rows if (row.id, row.result.started) not in here]
-    return Results(_in_order(rows), warnings + kept.warnings, kept.rows)
+    return Results(_in_order(rows), warnings)
 
 
 def collect_records(records_dir: Path, references: References, against: str | None = None) -> Results:

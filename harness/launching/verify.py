@@ -20,7 +20,7 @@ from harness import screen
 from harness.errors import UserError
 from harness.evidence import measured
 from harness.evidence.records import same_work
-from harness.evidence.results import Row, collect, collect_records, in_words, load_references, metrics
+from harness.evidence.results import Row, collect_records, collect_runs, in_words, load_references, metrics
 from harness.experiment import overrides
 from harness.experiment.catalog import load_catalog
 from harness.machine import gpus
@@ -147,7 +147,7 @@ def _on_hardware(records: Sequence[Row], hardware: str) -> list[Row]:
 
 
 def _read(label: str, outdir: Path) -> Row:
-    results = collect(outdir, outdir / "none", load_references())
+    results = collect_runs(outdir, load_references())
     found = next((row for row in results.rows if row.label == label), None)
     if skipped := [warning for warning in results.warnings if warning.startswith(f"{outdir / label}: ")]:
         raise UserError(f"{skipped[0]}\nrun it again")
