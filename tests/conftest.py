@@ -3,16 +3,22 @@
 import atexit
 import os
 import signal
+import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from harness.machine import upstream
+
 
 def pytest_configure():
     # in the background of a script, or under nohup, SIGINT is ignored, and by all that a test starts: heed it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # whichever test imports it first: megatron is the source tree, where there is one
+    if tree := upstream.locate():
+        sys.path.insert(0, str(tree))
     # what datasets and tokenizers cache is not for the user's home
     caches = tempfile.TemporaryDirectory(prefix="huggingface-")
     atexit.register(caches.cleanup)
