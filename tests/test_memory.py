@@ -195,7 +195,7 @@ def test_the_command(capsys):
     assert "does not fit\nwhat fits\n" in said and "TP=2 SP=1 GPUS=4" in said and "gradients      29.9  the most" in said
     assert main(["memory", "111"]) == 0
     said = capsys.readouterr().out
-    assert "measured 68.4 on NVIDIA H200" in said and "NVIDIA H200, 137.4 GiB beside CUDA and NCCL: fits" in said
+    assert f"measured {FACTS.value('allocated_gib[111]'):.1f} on NVIDIA H200" in said and "NVIDIA H200, 137.4 GiB beside CUDA and NCCL: fits" in said
 
 
 @pytest.mark.parametrize(("words", "complaint"), [
