@@ -163,11 +163,9 @@ def test_bytes_that_a_killed_save_leaves_are_no_checkpoint(runs, tmp_path):
 @pytest.mark.full
 def test_no_room_is_told_before_training(tmp_path):
     """A save that cannot fit is refused at the start; the disk's free bytes are what rank 0 sees."""
-    jobs = [("full", "DENSE", {}, "", None, {})]
     patch = "import shutil; shutil.disk_usage = lambda path: type('U', (), {'free': 2_000_000})"
     driver = DRIVER.replace("import json,", patch + "\nimport json,", 1)
-    text = SAVE.format(home=tmp_path / "full").split()
-    words = [(name, model, {"steps": STEPS}, text, {}) for name, model, *_ in jobs]
+    words = [("full", "DENSE", {"steps": STEPS}, ["--save", str(tmp_path / "full" / "saved"), *SAVE.split()], {})]
     done = subprocess.run([sys.executable, "-c", driver, str(tmp_path), json.dumps(words)], cwd=ROOT, env=os.environ,
                           capture_output=True, text=True)
     assert "UserError" in done.stdout and "3 checkpoints of 2.5 MiB need 7.5 MiB, 1.9 MiB are free" in done.stdout
