@@ -105,6 +105,13 @@ class Save(_Record):
     time: float
 
 
+class LaunchRate(_Record):
+    """Host time to launch an operation through PyTorch, in µs; see harness/entry/launch_rate.py."""
+
+    add_us: float
+    autograd_us: float
+
+
 class Rank(_Record):
     """ranks/<rank>.json: where a rank runs, its memory peaks so far in GiB, and where its time went.
 
@@ -125,6 +132,7 @@ class Rank(_Record):
     forward_backward_ms: float | None = None
     optimizer_ms: float | None = None
     gc_ms: dict[int, float] = {}
+    launch: LaunchRate | None = None
     step: int = 0
 
 

@@ -10,7 +10,18 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from harness.entry import checkpointing, evaluation, failures, finetune, helpers, metrics, on_cpu, profiler, tracking
+from harness.entry import (
+    checkpointing,
+    evaluation,
+    failures,
+    finetune,
+    helpers,
+    launch_rate,
+    metrics,
+    on_cpu,
+    profiler,
+    tracking,
+)
 from harness.entry.report import report_of_this_run
 from harness.machine import upstream
 from harness.rundir import TURN_VARIABLE
@@ -57,7 +68,7 @@ def run(own_script: bool = False) -> NoReturn:
         tree = prepare()
         _wait_for_turn()
         if report:
-            for instrument in (metrics, evaluation, profiler, checkpointing, tracking):
+            for instrument in (launch_rate, metrics, evaluation, profiler, checkpointing, tracking):
                 instrument.install(report)
         finetune.install(report)
         train(None if own_script else tree)

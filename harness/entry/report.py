@@ -17,7 +17,7 @@ from types import ModuleType
 from harness.entry import on_cpu
 from harness.files import write_json
 from harness.machine import gpus
-from harness.rundir import RUN_DIR_VARIABLE, Rank, RankError, RunDir
+from harness.rundir import RUN_DIR_VARIABLE, LaunchRate, Rank, RankError, RunDir
 
 GIB = 2**30
 EVERY_S = 10
@@ -35,6 +35,7 @@ class RankReport:
         self.step = 0
         self.at_end: list[Callable[[], None]] = []
         self.phase_medians_ms: Callable[[], dict[str, float]] = dict
+        self.launch: LaunchRate | None = None
         self._gc_ms: dict[int, float] = {}
         self._gc_began_s = 0.0
         self._written_s = 0.0
@@ -65,6 +66,7 @@ class RankReport:
             coordinates=_coordinates(),
             rss_peak_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB,
             gc_ms=self._gc_ms,
+            launch=self.launch,
             **{f"{phase}_ms": ms for phase, ms in self.phase_medians_ms().items()},
             step=self.step,
             **self._gpu_memory(),

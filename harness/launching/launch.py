@@ -29,7 +29,16 @@ from harness.machine import gpus
 from harness.machine.provenance import describe_environment
 from harness.machine.requirements import check_machine
 from harness.orphans import end_with
-from harness.rundir import RUN_DIR_VARIABLE, TURN_VARIABLE, MemoryGib, Result, RunDir, StepMetrics, Upstream
+from harness.rundir import (
+    RUN_DIR_VARIABLE,
+    TURN_VARIABLE,
+    LaunchRate,
+    MemoryGib,
+    Result,
+    RunDir,
+    StepMetrics,
+    Upstream,
+)
 
 if TYPE_CHECKING:
     import psutil
@@ -158,6 +167,7 @@ class Run:
             self._finished = Finished(self.dir, self._result())
             if self._keeps_records:
                 with told_if_unwritable(self.dir.path):
+                    self._write_launch_rate()
                     write_json(self.dir.result, self._finished.result.model_dump(mode="json"))
         return self._finished
 
@@ -221,6 +231,14 @@ class Run:
                 RunDir(saving.folder).freeze_experiment(*frozen)
         write_json(self.dir.environment, self._environment)
         write_text(self.dir.command, self._script)
+
+    def _write_launch_rate(self) -> None:
+        """Add to environment.json what the ranks measured: that of the slowest rank, which all others wait for."""
+        measured = [rank.launch for rank in self.dir.read_ranks() if rank.launch]
+        if measured:
+            slowest = LaunchRate(add_us=max(m.add_us for m in measured), autograd_us=max(m.autograd_us for m in measured))
+            self._environment["launch"] = slowest.model_dump()
+            write_json(self.dir.environment, self._environment)
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         launcher = os.getpid()

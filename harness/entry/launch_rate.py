@@ -1,0 +1,81 @@
+"""How fast this process launches work: what a step of small kernels waits for, measured just before the first step.
+
+Two hosts with the same GPU can differ by a factor of two here, and a launch-bound step takes that much longer. So every rank
+measures its own rate, with all ranks and the run's own environment around it, and the run keeps it in environment.json.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from harness.rundir import LaunchRate
+
+if TYPE_CHECKING:
+    from harness.entry.report import RankReport
+
+BATCHES = 7
+ADDS = 400
+"""Launches in a batch: fewer than the 1,024 that a stream of CUDA queues, so that the host never waits for the GPU."""
+
+CHAINS = 12
+CHAIN = ("sin", "exp", "tanh", "sigmoid", "erf", "cos")
+"""Element-wise operations that autograd records: no product of matrices, which would allocate cuBLAS's workspace."""
+
+
+def install(report: RankReport) -> None:
+    """Measure between upstream's set-up and its first step, outside of every timed step."""
+    from megatron.training import training
+
+    train = training.train
+
+    def train_after_measuring(*args, **kwargs):
+        report.launch = measure()
+        return train(*args, **kwargs)
+
+    training.train = train_after_measuring
+
+
+def measure(device: str = "cuda") -> LaunchRate:
+    """The launch rate of this process, in a few hundredths of a second. It draws no random numbers and keeps no memory.
+
+    ``add_us`` is the host's time for an in-place add, the cheapest operation of PyTorch; ``autograd_us`` its time for an
+    element-wise operation that is recorded, and its share of the backward pass. Both are medians of ``BATCHES`` batches.
+    """
+    import torch
+
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    numbers = torch.ones(1024, device=device)
+    leaf = torch.ones(1024, device=device, requires_grad=True)
+
+    def adds() -> None:
+        for _ in range(ADDS):
+            numbers.add_(1.0)
+
+    def chains() -> None:
+        for _ in range(CHAINS):
+            value = leaf
+            for name in CHAIN:
+                value = getattr(torch, name)(value)
+            value.sum().backward()
+            leaf.grad = None
+
+    with torch.enable_grad():
+        return LaunchRate(
+            add_us=_batch_us(adds, wait) / ADDS,
+            autograd_us=_batch_us(chains, wait) / (CHAINS * (len(CHAIN) + 1)),
+        )
+
+
+def _batch_us(batch: Callable[[], None], wait: Callable[[], None]) -> float:
+    """Median host time of a batch in µs; the GPU is idle when each begins, and a first one warms up."""
+    times_us = []
+    for _ in range(BATCHES + 1):
+        wait()
+        begun = time.perf_counter()
+        batch()
+        times_us.append((time.perf_counter() - begun) * 1e6)
+    wait()
+    return statistics.median(times_us[1:])
