@@ -1,9 +1,10 @@
 """What upstream's model makes of some tokens, run as ranks of a CPU job: ``python tests/megatron_logits.py CASES.json``.
 
-CASES.json is a list of {load, model, tp, pp, ep, tokens, out, arguments, steps, stored}; ``model`` is an import whose model
+CASES.json is a list of {load, model, tp, pp, ep, tokens, out, arguments, steps, stored, own}; ``model`` is an import whose model
 it is, by default ``load``. Ranks build and load the model by upstream's own training script, which goes on to train; here it
 ends once the model has seen ``tokens`` [b, s], and ``out`` has the logits [b, s, v]. With ``steps`` it does go on to train,
-and saves into ``out``. With ``stored``, upstream takes the model from the checkpoint's arguments.
+and saves into ``out``. With ``stored``, upstream takes the model from the checkpoint's arguments. With ``own``, the
+harness's own script trains.
 """
 
 import json
@@ -81,7 +82,7 @@ def be_rank(case: dict) -> None:
         os._exit(0)
 
     training.setup_model_and_optimizer = set_up_then_forward
-    rank.run()
+    rank.run(own_script=case.get("own", False))
 
 
 def forward(model: list, case: dict) -> None:

@@ -277,6 +277,9 @@ REFUSED = {
     "odd groups": (lambda f: edit_config(f, num_key_value_heads=3), "num_attention_heads 4 must divide by num_query_groups 3"),
     "odd activation": (lambda f: edit_config(f, hidden_act="gelu"), "hidden_act is 'gelu'"),
     "odd positions": (lambda f: edit_config(f, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}), "rope_parameters"),
+    **{f"{key} {value}": (lambda f, given={key: value}: edit_config(f, rope_parameters=tiny_hf._ROPE3 | given), f"cannot do {key} {value};")
+       for key, value in {"low_freq_factor": 2.0, "high_freq_factor": 8.0, "original_max_position_embeddings": 4096,
+                          "partial_rotary_factor": 0.5, "attention_factor": 2.0}.items()},
     "no number": (lambda f: edit_config(f, num_hidden_layers="four"), "num_hidden_layers"),
     "cut off": (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-100]), "is cut off"),
     "two output layers": (lambda f: edit_config(f, tie_word_embeddings=True), "lm_head.weight differs from model.embed_tokens.weight in 200 of 200 rows"),

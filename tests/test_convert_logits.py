@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 1e-4
 LENGTH = 64
 ONE, TP2, PP2, EP2 = {}, {"tp": 2}, {"pp": 2}, {"ep": 2}
-QUICK = [("gpt2", TP2), ("llama", ONE), ("olmoe", TP2), ("gpt-oss", ONE)]
+OWN_SCRIPT = {"own": 1}
+QUICK = [("gpt2", TP2), ("llama", ONE), ("llama", OWN_SCRIPT), ("olmoe", TP2), ("gpt-oss", ONE)]
 ALL = [(name, layout) for name in tiny_hf.MODELS for layout in (ONE, TP2, PP2, {"tp": 2, "pp": 2})]
 ALL += [(name, layout) for name in ("olmoe", "gpt-oss") for layout in (EP2, {"pp": 2, "ep": 2})]
 

@@ -108,17 +108,21 @@ _HEAD = Setting(
 )
 _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """What upstream's ``--use-rope-scaling`` fixes (megatron/core/models/common/embeddings/rotary_pos_embedding.py)."""
+_ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 
 
 def _rope(value: Config, config: Config) -> Mapping[str, Any]:
     kind = value.get("rope_type", "default")
-    fields: dict[str, Any] = {"rotary_base": _whole(value["rope_theta"])}
-    if kind == "default" and value.get("partial_rotary_factor", 1.0) == 1.0:
-        return fields
-    wrong = {key: value.get(key) for key, fixed in _LLAMA3_ROPE.items() if value.get(key) != fixed}
-    if kind == "llama3" and not wrong:
-        return fields | {"rope_scaling_factor": float(value["factor"])}
-    raise UserError(f"rope_parameters {dict(value)}: known are default, and llama3 with {_LLAMA3_ROPE}")
+    read = _ROPE_KEYS | ({"factor", *_LLAMA3_ROPE} if kind == "llama3" else set())
+    fixed = {"partial_rotary_factor": 1.0} | (_LLAMA3_ROPE if kind == "llama3" else {})
+    given = {"partial_rotary_factor": 1.0} | {key: one for key, one in value.items() if one is not None}
+    wrong = [f"{key} {given.get(key)}" for key in fixed if given.get(key) != fixed[key]]
+    wrong += [f"{key} {one}" for key, one in given.items() if key not in read]
+    if kind not in ("default", "llama3") or wrong:
+        raise UserError(f"config.json: rope_parameters {dict(value)}: upstream cannot do {', '.join(wrong) or kind}; "
+                        f"known are default, and llama3 with any factor and {_LLAMA3_ROPE}")
+    scaling = {"rope_scaling_factor": float(value["factor"])} if kind == "llama3" else {}
+    return {"rotary_base": _whole(value["rope_theta"])} | scaling
 
 
 def _rope_value(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from harness.entry import (
     evaluation,
     failures,
     finetune,
+    handing_on,
     helpers,
     launch_rate,
     metrics,
@@ -43,6 +44,7 @@ def prepare() -> Path | None:
     import megatron.core.tokenizers.text  # every run imports it, late, and it takes as long as all the rest
     import megatron.training.training  # noqa: F401
 
+    handing_on.install()
     helpers.ensure_compiled()
     return tree
 
