@@ -58,7 +58,7 @@ def _run(words: list[str]) -> int:
         _prepare_conversations([e], settings)
     planned = plan(e, settings, choose_device(settings, only_show=dry_run))
     if dry_run:
-        return _print_script(planned)
+        return _print_script(planned, settings)
     if (status := _finished_before(planned)) is not None:
         return status
     from harness.launching.chapter import as_published
@@ -125,16 +125,16 @@ def _generate(words: list[str]) -> int:
 def _show(words: list[str]) -> int:
     e, settings = _experiment(words)
     device = choose_device(settings, only_show=True)
-    status = _print_script(plan(e, {"RENDEZVOUS": "first-node:29500", **settings}, device))
+    status = _print_script(plan(e, {"RENDEZVOUS": "first-node:29500", **settings}, device), settings)
     if device == "cpu" and "DEVICE" not in settings:
         print(f"# This is what runs here, without a GPU. At full size: make show-{e.id} DEVICE=cuda", file=sys.stderr)
     return status
 
 
-def _print_script(planned: Plan) -> int:
+def _print_script(planned: Plan, settings: Mapping[str, str]) -> int:
     print(planned.script(), end="")
     wanted = planned.full.published_data
-    if planned.full.data == prepared.MOCK and "DATA" not in planned.full.overrides and wanted in _conversations():
+    if planned.full.data == prepared.MOCK and "DATA" not in settings and wanted in _conversations():
         print(f"# On mock data, for {wanted} is not prepared yet; make {planned.full.id} does that first.", file=sys.stderr)
     return 0
 

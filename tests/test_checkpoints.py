@@ -154,12 +154,15 @@ def test_finding_by_label_folder_and_step(tmp_path):
 def test_weights_of_a_run_bring_its_model_on_sequences_as_long_as_it_has_positions_for(tmp_path, monkeypatch):
     run = run_in(tmp_path, tiny(SEQ="64"))
     write(run.checkpoints, 5)
-    e = load_catalog().find("101").with_changes(weights=run.label)
-    started = start.apply(e, tmp_path)
+    e = load_catalog().find("101")
+    started = start.with_settings(e, {"WEIGHTS": run.label}, tmp_path)
     assert (started.model, started.weights) == (tiny().model, str(run.checkpoints))
-    assert (started.positions, started.seq_length) == (64, 64)
+    assert (started.positions, started.seq_length, started.overrides) == (64, 64, {"WEIGHTS": run.label})
+    assert start.with_settings(e.with_changes(weights=run.label), {}, tmp_path).model == tiny().model
+    assert start.with_settings(e, {"WEIGHTS": run.label, "SEQ": "32"}, tmp_path).seq_length == 32
+    assert e.seq_length == 1024, "given, although the row says the same"
     with pytest.raises(UserError, match="seq 1024: positions were learned up to 64"):
-        start.apply(e.with_changes(overrides={"SEQ": "1024"}), tmp_path)
+        start.with_settings(e, {"WEIGHTS": run.label, "SEQ": "1024"}, tmp_path)
     with pytest.raises(UserError, match=f"WEIGHTS=nothing: .*{run.label}\n.*make import-hf brings some"):
         start.find("nothing", tmp_path)
     run.experiment_json.write_text("{")

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from harness.evidence.records import same_work
 from harness.evidence.results import Row, collect_records, load_references
-from harness.experiment import overrides
-from harness.experiment.catalog import Experiment, load_catalog
+from harness.experiment.catalog import Experiment
 from harness.experiment.fit import DEEPEST, available_gib, verdict, ways_to_fit
 from harness.experiment.hardware import Gpu, find_gpu
 from harness.experiment.memory import Memory, predict
+from harness.planning import start
 from harness.screen import say
 
 CARDS = ("h100-80gb", "h200-141gb")
@@ -25,7 +25,7 @@ def print_memory(id_: str, settings: Mapping[str, str], records: Path) -> int:
 
     Raises UserError where the experiment or a setting makes no sense.
     """
-    e = overrides.apply(load_catalog().find(id_), settings)
+    e = start.of_catalogue(id_, settings)
     memory, cards = predict(e), cards_of(e)
     say(heading(e))
     print("\nGiB of the fullest GPU, by formula")

@@ -7,13 +7,13 @@ from functools import cache
 
 from harness.evidence import markdown
 from harness.evidence.memory import cards_of
-from harness.experiment import overrides
 from harness.experiment.calibrations import Machine, machine_of
 from harness.experiment.catalog import load_catalog
 from harness.experiment.flops import mfu, tflops_per_gpu
 from harness.experiment.hardware import Gpu, find_gpu, peak_tflops
 from harness.experiment.layouts import Layout, by_gpus
 from harness.experiment.step_time import unknown
+from harness.planning import start
 from harness.screen import say
 
 HEAD = ("GPUs", "ms/step", "efficiency", "MFU", "GiB")
@@ -24,7 +24,7 @@ def print_gpus(id_: str, settings: Mapping[str, str]) -> int:
 
     Raises UserError where the experiment or a setting makes no sense.
     """
-    e = overrides.apply(load_catalog().find(id_), settings)
+    e = start.of_catalogue(id_, settings)
     samples = f"{e.global_batch_size} sample{'s' * (e.global_batch_size > 1)} of {e.seq_length:,} tokens a step"
     say(f"{e.label}: {e.model.name}, {samples}, however many GPUs share them")
     for card in cards_of(e):

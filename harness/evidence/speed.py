@@ -28,6 +28,7 @@ from harness.experiment.layouts import faster
 from harness.experiment.memory import predict
 from harness.experiment.step_time import StepTime, unknown
 from harness.experiment.work import Calibration
+from harness.planning import start
 from harness.screen import say
 
 SHOWN = 6
@@ -49,7 +50,7 @@ def print_speed(id_: str, settings: Mapping[str, str], records: Path) -> int:
 
     Raises UserError where the experiment or a setting makes no sense, or no constants cover it.
     """
-    e = _known(overrides.apply(load_catalog().find(id_), settings))
+    e = _known(start.of_catalogue(id_, settings))
     machines, references = _machines(e), load_references()
     rows = collect_records(records, references).rows
     say(heading(e))
@@ -72,7 +73,7 @@ def print_faster(id_: str, settings: Mapping[str, str]) -> int:
 
     Raises UserError as ``print_speed``.
     """
-    e = _known(overrides.apply(load_catalog().find(id_), settings))
+    e = _known(start.of_catalogue(id_, settings))
     machines = _machines(e)
     say(heading(e))
     for machine in machines:

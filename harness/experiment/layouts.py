@@ -79,7 +79,7 @@ def _fitting(e: Experiment, ranks: int, card: Gpu, machine: Machine | None) -> I
     What does not fit without recomputation is tried with that of the catalogue, and with full recomputation. LEVERS are
     pulled where they make it faster.
     """
-    listed = load_catalog().find(e.id)
+    listed = _listed(e)
     for layout in layouts(e, ranks):
         ways = ((way, predict(way)) for way in _recomputed(layout, listed))
         if fitting := next(((way, memory) for way, memory in ways if verdict(memory, card) == "fits"), None):
@@ -106,7 +106,7 @@ def layouts(e: Experiment, ranks: int) -> Iterator[Experiment]:
     parallelism, context parallelism exchanges in every way, and experts are whole. Those that its sizes do not admit are
     left out.
     """
-    listed = load_catalog().find(e.id)
+    listed = _listed(e)
     given = {key: value for key, value in e.overrides.items() if key not in ("DP", "SP", "VPP")}
     if ranks != e.world_size:
         given["NODES"] = str(math.ceil(ranks / GPUS_OF_A_NODE))
@@ -122,6 +122,14 @@ def layouts(e: Experiment, ranks: int) -> Iterator[Experiment]:
                             more = {"EP": ep, "ETP": 1, "MBS": mbs, "SHARDING": sharding, "CP_COMM_TYPE": way}
                             if layout := overrides.admitted(listed, axes | more | ({"VPP": vpp} if pp > 1 else {})):
                                 yield layout
+
+
+def _listed(e: Experiment) -> Experiment:
+    """``e`` as the catalogue has it; where it starts from weights, on their model."""
+    listed = load_catalog().find(e.id)
+    if not e.weights:
+        return listed
+    return listed.model_copy(update={"model": e.model, "positions": e.positions, "seq_length": e.seq_length})
 
 
 def _shardings(e: Experiment, replicas: int) -> Iterable[str]:

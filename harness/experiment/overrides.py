@@ -118,7 +118,7 @@ _SWITCHES = {"SP": "sequence_parallel", "CROSS_ENTROPY_FUSION": "cross_entropy_f
 _TEXTS = {"DATA": "data", "SPLIT": "split", "LOAD": "load", "WEIGHTS": "weights"}
 _OTHERS = {"GPUS": "dp", "DROPOUT": "model", "CARD": "card", "ARGS": "extra_args", "UNTIL": "until", "PROFILE": "profile",
            "FP8": "fp8_recipe", **dict.fromkeys(("LORA_RANK", "LORA_ALPHA", "LORA_DROPOUT", "LORA_TARGETS"), "lora")}
-_FIELDS = _COUNTS | _COUNTS_FROM_0 | _RATES | _CHOICES | _SWITCHES | _TEXTS | _OTHERS
+FIELDS = _COUNTS | _COUNTS_FROM_0 | _RATES | _CHOICES | _SWITCHES | _TEXTS | _OTHERS
 """Setting -> the field of an experiment that it changes."""
 
 
@@ -195,15 +195,36 @@ def switch(key: str, value: str) -> bool:
     return value == "1"
 
 
-def apply(experiment: Experiment, settings: Mapping[str, str]) -> Experiment:
+def given(settings: Mapping[str, str]) -> dict[str, str]:
+    """The settings of the experiment that were given, whether or not they differ from the catalogue's, in order."""
+    return {s.key: settings[s.key] for s in EXPERIMENT_SETTINGS if s.key in settings}
+
+
+def apply(experiment: Experiment, settings: Mapping[str, str], brought: Mapping[str, object] | None = None) -> Experiment:
     """The experiment as the user wants it; settings that change nothing leave no trace in its label.
 
     ``GPUS`` fixes the ranks in all, so that the data-parallel size follows; without it the ranks follow from the sizes.
 
+    Args:
+        brought: fields that the weights to start from set, their model above all. Sizes are checked against these.
+
     Raises:
         UserError: a value is no number, or the sizes do not fit together (the formula is given with its values).
     """
-    given = {s.key: settings[s.key] for s in EXPERIMENT_SETTINGS if s.key in settings}
+    if brought:
+        experiment = experiment.model_copy(update={name: value for name, value in brought.items() if name != "weights"})
+    asked = given(settings)
+    changes = _changes(experiment, asked)
+    effective = {field: value for field, value in changes.items() if getattr(experiment, field) != value}
+    if not effective and not brought:
+        return experiment
+    kept = {key: value for key, value in asked.items() if FIELDS[key] in effective}
+    weights = {"weights": brought["weights"]} if brought else {}
+    return experiment.with_changes(**effective | weights, overrides=kept)
+
+
+def _changes(experiment: Experiment, given: Mapping[str, str]) -> dict[str, object]:
+    """Every field that the ``given`` settings set, with its value, be it another than the experiment's or not."""
     changes: dict[str, object] = {field: count(key, given[key]) for key, field in _COUNTS.items() if key in given}
     changes |= {field: count(key, given[key], least=0) for key, field in _COUNTS_FROM_0.items() if key in given}
     changes |= {field: non_negative(key, given[key]) for key, field in _RATES.items() if key in given}
@@ -238,11 +259,7 @@ def apply(experiment: Experiment, settings: Mapping[str, str]) -> Experiment:
         changes["sequence_parallel"] = False
     if changes.get("pp") == 1 and "VPP" not in given:
         changes["vpp"] = 1
-    effective = {field: value for field, value in changes.items() if getattr(experiment, field) != value}
-    if not effective:
-        return experiment
-    kept = {key: value for key, value in given.items() if _FIELDS[key] in effective}
-    return experiment.with_changes(**effective, overrides=kept)
+    return changes
 
 
 def made(words: str, catalog: Catalog) -> Experiment:

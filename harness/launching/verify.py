@@ -25,6 +25,7 @@ from harness.experiment import overrides
 from harness.experiment.catalog import load_catalog
 from harness.machine import gpus
 from harness.machine.provenance import describe_upstream
+from harness.planning import start
 
 MEMORY_TOLERANCE = 0.01
 """Relative; the allocator's caching alone moves used memory by a few tenths of a percent."""
@@ -55,7 +56,7 @@ def verify(id_: str, settings: Mapping[str, str], outdir: Path, records: Path, p
         UserError: there is no record, the run is of other work, or it cannot be compared: other hardware or upstream, fewer
             steps than the averaging window needs, or other runs on the node.
     """
-    experiment = overrides.apply(load_catalog().find(id_), settings)
+    experiment = start.with_settings(load_catalog().find(id_), settings, outdir)
     rows = collect_records(records, load_references()).rows
     kept = [row for row in rows if same_work(row.experiment, experiment)]
     if not kept:

@@ -8,11 +8,13 @@ A CPU has neither fp8 nor Transformer Engine's optimizer, so bf16 and fp32 stand
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import prod
+from typing import Any
 
 from harness.data import prepared
 from harness.experiment.catalog import Experiment, Model
-from harness.experiment.overrides import MINIATURE_STEPS
+from harness.experiment.overrides import EXPERIMENT_SETTINGS, FIELDS, MINIATURE_STEPS
 
 MOST_PROCESSES = 8
 HEAD_SIZE = 4
@@ -26,11 +28,31 @@ EXPERT_WIDTH = 16
 VOCABULARY = 1024
 
 
-def miniature(experiment: Experiment, nodes: int = 1) -> Experiment:
+def miniature(experiment: Experiment, nodes: int = 1, given: Mapping[str, str] | None = None) -> Experiment:
     """Scale ``experiment`` to at most eight CPU processes on ``nodes`` nodes.
+
+    Args:
+        given: the settings of the command line, those too that say what the catalogue says anyway: what was asked for is
+            not scaled. Its label names those that make another miniature.
 
     Raises UserError where the scaled sizes cannot fit together.
     """
+    given = {**experiment.overrides, **(given or {})}
+    small = _scaled(experiment, nodes, frozenset(given))
+    unasked = _scaled(experiment, nodes, frozenset(experiment.overrides))
+    told = [key for key in given
+            if key in experiment.overrides or _value(small, key, experiment) != _value(unasked, key, experiment)]
+    ordered = {setting.key: given[setting.key] for setting in EXPERIMENT_SETTINGS if setting.key in told}
+    return experiment.with_changes(**small, overrides=ordered)
+
+
+def _value(changes: Mapping[str, object], key: str, experiment: Experiment) -> object:
+    """What the setting ``key`` sets, after ``changes`` of ``experiment``."""
+    return changes.get(FIELDS[key], getattr(experiment, FIELDS[key]))
+
+
+def _scaled(experiment: Experiment, nodes: int, given: frozenset[str]) -> dict[str, Any]:
+    """The fields of the miniature; what ``given`` settings set stays as it is."""
     sizes = {axis: getattr(experiment, axis) for axis in ("dp", "tp", "pp", "cp")}
     while prod(sizes.values()) > MOST_PROCESSES and any(size % 2 == 0 for size in sizes.values()):
         largest = max((axis for axis in sizes if sizes[axis] % 2 == 0), key=sizes.__getitem__)
@@ -41,29 +63,34 @@ def miniature(experiment: Experiment, nodes: int = 1) -> Experiment:
     sequence = max(experiment.seq_length // SEQUENCE_SCALE // chunks, CONVERSATION // chunks if talks else 1) * chunks
     stage_ranks = prod(sizes.values()) // sizes["pp"]
     ep = min(experiment.ep, stage_ranks)
+    if "STEPS" in given:
+        steps = experiment.steps
     model = experiment.model if experiment.weights else _miniature_model(experiment)
-    return experiment.with_changes(
+    intervals = _intervals(experiment, steps) if experiment.until else {}
+    if "EVAL_EVERY" in given:
+        intervals["eval_interval"] = experiment.eval_interval
+    return {
         **sizes,
-        ep=ep,
-        etp=min(experiment.etp, stage_ranks // ep),
-        global_batch_size=experiment.global_batch_size * sizes["dp"] // experiment.dp,
-        nodes=nodes,
-        model=model,
-        lr=_learning_rate(experiment, model) if talks else experiment.lr,
-        seq_length=experiment.seq_length if "SEQ" in experiment.overrides else sequence,
-        steps=experiment.steps if "STEPS" in experiment.overrides else steps,
-        **(_intervals(experiment, steps) if experiment.until else {}),
-        until=experiment.until and experiment.until.model_copy(
+        "ep": ep,
+        "etp": min(experiment.etp, stage_ranks // ep),
+        "global_batch_size": experiment.global_batch_size * sizes["dp"] // experiment.dp,
+        "nodes": nodes,
+        "model": model,
+        "lr": experiment.lr if "LR" in given or not talks else _learning_rate(experiment, model),
+        "seq_length": experiment.seq_length if "SEQ" in given else sequence,
+        "steps": steps,
+        **intervals,
+        "until": experiment.until and experiment.until.model_copy(
             update={"validation_loss": experiment.until.miniature_loss}
         ),
-        card=None,
-        miniature=True,
-        precision="bf16" if experiment.precision == "fp8" else experiment.precision,
-        fp8_recipe=None,
-        optimizer_state="fp32",
-        gradients="fp32",
-        cuda_graphs=False,
-    )
+        "card": None,
+        "miniature": True,
+        "precision": "bf16" if experiment.precision == "fp8" else experiment.precision,
+        "fp8_recipe": None,
+        "optimizer_state": "fp32",
+        "gradients": "fp32",
+        "cuda_graphs": False,
+    }
 
 
 def describe(full: Experiment, small: Experiment) -> str:
@@ -72,6 +99,7 @@ def describe(full: Experiment, small: Experiment) -> str:
         ("processes", full.world_size, small.world_size),
         ("layers", full.model.num_layers, small.model.num_layers),
         ("hidden", full.model.hidden_size, small.model.hidden_size),
+        ("global batch", full.global_batch_size, small.global_batch_size),
         ("sequence", full.seq_length, small.seq_length),
         ("vocabulary", full.model.vocab_size, small.model.vocab_size),
         ("experts", full.model.num_experts, small.model.num_experts),
@@ -87,7 +115,7 @@ def describe(full: Experiment, small: Experiment) -> str:
 
 def _learning_rate(experiment: Experiment, model: Model) -> float | None:
     """Where all weights learn, in inverse proportion to the width (Adam: Yang et al. 2022, arXiv:2203.03466, table 3)."""
-    if experiment.lr is None or experiment.lora or "LR" in experiment.overrides:
+    if experiment.lr is None or experiment.lora:
         return experiment.lr
     return experiment.lr * experiment.model.hidden_size / model.hidden_size
 
@@ -95,8 +123,6 @@ def _learning_rate(experiment: Experiment, model: Model) -> float | None:
 def _intervals(experiment: Experiment, steps: int) -> dict[str, int]:
     """Evaluations and checkpoints of a long run: as many in the miniature's steps as in its own."""
     intervals = {"eval_interval": experiment.eval_interval, "save_every": experiment.save_every or experiment.steps}
-    if "EVAL_EVERY" in experiment.overrides:
-        del intervals["eval_interval"]
     return {key: max(1, every * steps // experiment.steps) for key, every in intervals.items()}
 
 

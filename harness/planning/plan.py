@@ -86,20 +86,20 @@ def plan(experiment: Experiment, settings: Mapping[str, str], device: Device) ->
     Raises:
         UserError: sizes do not fit together, the data set is not prepared, or nodes have no place to meet.
     """
-    full = overrides.apply(experiment, settings)
+    outdir = Path(settings.get("OUTDIR") or ROOT / "outdir").resolve()
+    full = start.with_settings(experiment, settings, outdir)
     if "DATA" not in settings:
         full = full.with_changes(data=_data_of_its_target(full, device) if full.until else prepared.default_for(full))
     headlines = []
     if device == "cuda" and full.attention_backend == "flash" and _lacks_flash_attention():
         full = full.with_changes(attention_backend="auto")
         headlines.append("attention by cuDNN: the published run's flash-attn is not installed here")
-    outdir = Path(settings.get("OUTDIR") or ROOT / "outdir").resolve()
     if full.weights:
-        full = start.apply(full, outdir)
+        start.check_data(full, settings.get("WEIGHTS") or full.weights, outdir)
     if prepared.is_chat(full.data):
         _check_conversations(full)
     nodes = full.nodes if "NODES" in settings else 1
-    small = miniature(full, nodes) if device == "cpu" else full
+    small = miniature(full, nodes, overrides.given(settings)) if device == "cpu" else full
     if device == "cpu":
         headlines.append(describe(full, small))
     place = _place(small, settings)

@@ -67,6 +67,7 @@ def check_fits(found: Checkpoint, experiment: Experiment) -> None:
     shape = _embedding(found.contents)
     if shape and shape[1] != model.hidden_size:
         _refuse(found.path, f"hidden_size {shape[1]}", f"hidden_size {model.hidden_size}", experiment)
+    _check_positions(found, experiment)
     _check_tokenizer(found, experiment)
     _check_rates(found, experiment)
 
@@ -77,6 +78,18 @@ def check_model(path: Path, trained: Model, experiment: Experiment) -> None:
         own = {key: pair for key, pair in found.items() if key in type(trained).model_fields} or found  # not what follows
         there, here = (", ".join(f"{key} {pair[side]}" for key, pair in own.items()) for side in (0, 1))
         _refuse(path, there, here, experiment)
+
+
+def _check_positions(found: Checkpoint, experiment: Experiment) -> None:
+    """A learned position is a row of a tensor, whose shape upstream compares (``--max-position-embeddings``)."""
+    shape = _shape_of("position_embeddings.weight", found.contents)
+    wanted = experiment.positions or experiment.seq_length
+    if shape and experiment.model.position_embedding == "learned_absolute" and shape[0] != wanted:
+        folder = found.path.parent
+        run = folder.parent if RunDir(folder.parent).experiment_json.exists() else folder
+        shorter = f", WEIGHTS={run} trains its weights on shorter sequences" if wanted < shape[0] else ""
+        raise UserError(f"{found.path} has {shape[0]} learned positions, {experiment.label} has {wanted}\n"
+                        f"SEQ={shape[0]} loads it{shorter}")
 
 
 def _check_tokenizer(found: Checkpoint, experiment: Experiment) -> None:
@@ -176,5 +189,10 @@ def _whole(checkpoint: Checkpoint) -> str:
 
 def _embedding(contents: Contents | None) -> tuple[int, ...] | None:
     """Shape of the word embedding, [vocabulary, hidden size]."""
+    return _shape_of("word_embeddings.weight", contents)
+
+
+def _shape_of(tensor: str, contents: Contents | None) -> tuple[int, ...] | None:
+    """Shape of the tensor whose name ends so; None where a checkpoint has none, or its contents are not known."""
     shapes = contents.shapes.items() if contents else ()
-    return next((shape for key, shape in shapes if key.endswith("word_embeddings.weight")), None)
+    return next((shape for key, shape in shapes if key.endswith(tensor)), None)

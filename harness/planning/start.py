@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from harness import ROOT
 from harness.data import prepared
 from harness.errors import UserError, first_line, nearest
-from harness.experiment.catalog import Experiment, Model
+from harness.experiment import overrides
+from harness.experiment.catalog import Experiment, Model, load_catalog
 from harness.finetune.adapters import FOLDER, read_record
 from harness.planning.resume import labels_with_checkpoints
 from harness.rundir import RunDir, label_of
@@ -64,21 +66,40 @@ def _of_run(named: str, run: Path) -> Start:
     return Start(_from_root(saved(str(run), run.parent)), e.model, e.positions or e.seq_length, tokenizer)
 
 
-def apply(e: Experiment, outdir: Path) -> Experiment:
-    """``e`` on the model of its weights, with its own dropout, on sequences as long as there are positions for.
+def with_settings(e: Experiment, settings: Mapping[str, str], outdir: Path) -> Experiment:
+    """``e`` with ``settings``, on the model of the weights that ``WEIGHTS=`` names, where it does.
+
+    The model is known before sizes are checked: what 25 heads forbid, a model of 4 may allow. Dropout stays that of
+    ``e``; sequences are as long as there are learned positions for, unless ``SEQ`` says how long.
 
     Raises:
-        UserError: see ``find``; or its data were made by another tokenizer.
+        UserError: see ``find`` and ``overrides.apply``.
     """
+    named = settings.get("WEIGHTS", e.weights)
+    return overrides.apply(e, settings, _brought(e, find(named, outdir)) if named else None)
+
+
+def of_catalogue(id_: str, settings: Mapping[str, str]) -> Experiment:
+    """Experiment ``id_`` with ``settings``, as predictions take it. Raises UserError as ``with_settings``."""
+    outdir = Path(settings.get("OUTDIR") or ROOT / "outdir").resolve()
+    return with_settings(load_catalog().find(id_), settings, outdir)
+
+
+def _brought(e: Experiment, start: Start) -> dict[str, object]:
+    """The fields of ``e`` that its weights set."""
+    model = start.model.model_copy(update={"dropout": e.model.dropout})
+    learned = model.position_embedding == "learned_absolute"
+    length = min(e.seq_length, start.positions) if learned else e.seq_length
+    return {"weights": start.folder, "model": model, "positions": start.positions, "seq_length": length}
+
+
+def check_data(e: Experiment, named: str, outdir: Path) -> None:
+    """Refuse data of ``e`` that another tokenizer made than that of its weights, which are called ``named`` (UserError)."""
     from harness.convert import weights
 
-    start = find(e.weights, outdir)
-    model = start.model.model_copy(update={"dropout": e.model.dropout})
     if e.data != prepared.MOCK:
+        start = find(named, outdir)
         weights.check_data(start.model, start.tokenizer, prepared.blend(e.data))
-    learned = model.position_embedding == "learned_absolute" and "SEQ" not in e.overrides
-    length = min(e.seq_length, start.positions) if learned else e.seq_length
-    return e.with_changes(weights=start.folder, model=model, positions=start.positions, seq_length=length)
 
 
 def _from_root(folder: Path) -> str:
