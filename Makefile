@@ -22,7 +22,7 @@ EXPORTED = $(if $(WANDB),,$(foreach key,$(filter WANDB_%,$(SETTINGS)),$(if $(fil
 include experiments/targets.mk
 
 .PHONY: checkpoints generate start help list table claims calibrate compare doctor arguments monitor-gpu stop parity profile record report plots docs targets clean clean-all
-.PHONY: data-list data-prepare data-chat data-clean data-inspect data-check
+.PHONY: data-list data-prepare data-chat data-clean data-merge data-inspect data-check
 .PHONY: import-hf export-hf
 .PHONY: setup setup-gpu docker-build docker-run test test-quick test-full lint
 
@@ -48,7 +48,7 @@ arguments: ## upstream's own arguments, counted  [MATCH=moe]
 # memory-101: what it will take, whether it fits CARD= or the GPUs here, and what to set where it does not.
 # speed-101: how long a step will take, and why; faster-101: the layouts of the same work that will take less.
 # gpus-101: how many GPUs the same work needs, and what more of them bring.
-# verify-101: run it again and compare with its record; RUN=label compares a run that was made.
+# verify-101: run it again and compare with its record; RUN=label-or-id compares a run that was made.
 verify-%: MORE = RUN
 parity: ## is it correct? every parallelism against one process, loss by loss
 	@$(HARNESS) parity
@@ -90,7 +90,7 @@ record: ## keep a run in experiments/records  RUN=label
 	@$(HARNESS) record $(WORDS)
 
 ##@ Data:  make data-<tab>, then make 101 DATA=<name>
-data-%: MORE = NAME INPUT OUT TOKENIZER RULES KEY DOCUMENTS LIMIT LONGEST APPEND_EOD SIZE_MB HUB WORKERS SAMPLES
+data-%: MORE = NAME INPUT OUT FROM TOKENIZER RULES KEY DOCUMENTS LIMIT LONGEST APPEND_EOD SIZE_MB HUB WORKERS SAMPLES
 data-list: ## data sets that are, or can be, prepared
 	@$(HARNESS) data list
 data-prepare: ## one of your own text  NAME=… INPUT=file-or-folder [RULES=sv] [TOKENIZER=…]
@@ -99,6 +99,8 @@ data-chat: ## conversations, to fine-tune on  NAME=… INPUT=chat.jsonl [TOKENIZ
 	@$(CHAT_HARNESS) data chat $(WORDS)
 data-clean: ## text without what its rules drop  INPUT=… OUT=folder [RULES=sv]
 	@$(DATA_HARNESS) data clean $(WORDS)
+data-merge: ## prepared sets of one tokenizer joined into one  NAME=… FROM="a b"
+	@$(DATA_HARNESS) data merge $(WORDS)
 data-inspect: ## documents, tokens, lengths, samples  NAME=…
 	@$(DATA_HARNESS) data inspect $(WORDS)
 data-check: ## is every byte of it in order?  NAME=…

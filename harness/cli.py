@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from textwrap import indent
 
-from harness import ROOT, screen
+from harness import ROOT, screen, tutorial
 from harness.data import prepared
 from harness.data.sources import Definition, definitions
 from harness.errors import UserError, nearest
@@ -49,6 +49,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
+    if words and (command := tutorial.replacement(words[0], words[1:])):
+        tutorial.become(command)
     e, settings = _experiment(words)
     if settings.get("SLURM") == "1":
         return _slurm(e, settings)
@@ -433,6 +435,7 @@ def _experiment(words: list[str]) -> tuple[Experiment, dict[str, str]]:
     # no target is called so, for there is no such experiment
     wanted = re.sub(r"^(show|memory|speed|faster|gpus|verify)-(?=\d)", "",
                     _id(words, "which experiment? such as 101 (make list shows all)"))
+    wanted = re.sub(r"^half-(\d{3})h?(?=-|$)", r"\1h", wanted)
     if not wanted[:1].isdigit():
         from harness import targets
 

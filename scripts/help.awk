@@ -3,7 +3,7 @@
 BEGIN { FS = " ## " }
 $0 == "##@ " last { exit }
 /^##@ / { print ""; say(substr($0, 5), 6, bold, normal) }
-/^[a-z-]+:.* ## / {
+/^[a-z0-9-]+:.* ## / {
   sub(/:.*/, "", $1)
   split($2, said, "  ")
   line = sprintf("  make %-14s %-54s %s", $1, said[1], said[2])
@@ -11,7 +11,7 @@ $0 == "##@ " last { exit }
   sub(/ +$/, "", line)
   say(line, 22)
 }
-/^#[A-Z_]+=.* ## / { say(sprintf("  %-22s %s", substr($1, 2), $2), 25) }
+/^#[A-Z0-9_]+=.* ## / { say(sprintf("  %-22s %s", substr($1, 2), $2), 25) }
 
 # What a terminal is too narrow for goes on below, indented by `hang`.
 function say(line, hang, before, after,    cut) {

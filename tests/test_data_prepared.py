@@ -205,6 +205,44 @@ def test_joined_sets_are_one_after_the_other(data):
         merge(["a", "b"], "two", data)
 
 
+def test_a_merge_refuses_what_it_would_spoil_and_leaves_no_trace(data):
+    from harness.data.merge import merge
+
+    def refused(names, name, why):
+        before = sorted(data.rglob("*"))
+        with pytest.raises(UserError, match=why):
+            merge(names, name, data)
+        assert sorted(data.rglob("*")) == before
+
+    mine = data / "mine" / "notes.txt"
+    mine.parent.mkdir()
+    mine.write_text("of the user")
+    refused(["a", "b"], "mine", "notes.txt, which a merge does not make")
+    refused(["a", "c"], "all", "FROM=c is not prepared")
+    refused(["a", "a"], "all", "a twice")
+    refused(["a:0.3", "b"], "all", "without weights")
+    raw = bytearray(bin_path(prepared.prefix_of("b", data)).read_bytes())
+    raw[8] ^= 1
+    bin_path(prepared.prefix_of("b", data)).write_bytes(raw)
+    refused(["a", "b"], "all", "changed since it was prepared")
+    manifest = json.loads((data / "a" / "manifest.json").read_text())
+    manifest["written"]["dtype"] = "int32"
+    (data / "a" / "manifest.json").write_text(json.dumps(manifest))
+    refused(["a", "b"], "all", "b is stored as uint16, a as int32")
+
+
+def test_joined_conversations_are_conversations(data):
+    """A joined set without this would be trained on as plain text, questions and all."""
+    from harness.data.merge import merge
+
+    for name, answers in (("a", 30), ("b", 12)):
+        file = data / name / "manifest.json"
+        manifest = json.loads(file.read_text())
+        file.write_text(json.dumps({**manifest, "chat": {"template": "simple", "template_sha256": "x", "answer_tokens": answers}}))
+    assert merge(["a", "b"], "all", data).chat.answer_tokens == 42
+    assert prepared.find("all", data).chat
+
+
 def findings(data: Path, name: str = "a") -> dict[str, check.Finding]:
     return {finding.what: finding for finding in check.check(name, data)}
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from harness import ROOT, targets
+from harness import ROOT, targets, tutorial
 from harness.experiment.catalog import load_catalog
+from harness.experiment.overrides import SETTINGS
 
 BASH_COMPLETION = Path("/usr/share/bash-completion/bash_completion")
 FULL_SIZE = [e.name for e in load_catalog().experiments if not e.half_of]
@@ -126,6 +127,49 @@ def test_a_target_that_is_none_gets_the_nearest(target: str, said: str) -> None:
     assert done.returncode == 2 and said in done.stderr
 
 
+@pytest.mark.parametrize("name", ["half-282h", "half-282", "282h", "half-282h-gpt-22B-half-tp4-gbs8-len2048-sp", "282h-gpt-22B-half-tp4-gbs8-len2048-sp"])
+def test_half_the_size_goes_by_each_of_its_names(name: str) -> None:
+    done = make(name, "DRY_RUN=1", "DEVICE=cuda")
+    assert done.returncode == 0 and "# 282h-gpt-22B-half-tp4-gbs8-len2048-sp:" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("old, now", [
+    ("install-dependencies", "make setup"), ("prepare-ds-openwebtext-10k", "make data-openwebtext-10k"), ("show-arguments", "make arguments"),
+    ("count-arguments", "make arguments | tail -n 1"), ("profile-282-gpt-22B-tp8-gbs4-len2048-sp", "make 282 PROFILE=1"), ("profile-283", "make 283 PROFILE=1"),
+    ("train-gpt3-345m-1gpu-x-model-parallelism", "make 601"), ("130-gpt2xl-dp8-zero2-fit-param", "make 128 ARGS='--num-layers 60'"),
+])
+def test_what_the_tutorials_call_otherwise(old: str, now: str) -> None:
+    assert tutorial.replacement(old) == now
+
+
+def test_every_name_of_the_tutorials_is_a_target_or_has_a_replacement() -> None:
+    """The targets of that Makefile in all its commits, experiments of this catalogue left out."""
+    names = ["install-dependencies", "prepare-ds-openwebtext-10k", "show-arguments", "count-arguments", "how-to-recompute-activation",
+             "profile-282-gpt-22B-tp8-gbs4-len2048-sp", "profile-283-gpt-22B-tp8-gbs4-len2048-ra", "129-gpt2xl-dp8-zero2-fit-gbs", "130-gpt2xl-dp8-zero2-fit-param"]
+    assert all(tutorial.replacement(name) for name in names)
+    assert not [e.name for e in load_catalog().experiments if tutorial.replacement(e.name) or tutorial.replacement(e.id)]
+
+
+def test_a_name_of_the_tutorials_runs_what_stands_for_it() -> None:
+    done = make("profile-282-gpt-22B-tp8-gbs4-len2048-sp", "DRY_RUN=1", "DEVICE=cuda", "STEPS=30")
+    assert done.returncode == 0 and "here: make 282 PROFILE=1" in done.stderr and "--train-iters 30" in done.stdout and "HARNESS_PROFILE=8-9" in done.stdout
+    recomputes = make("how-to-recompute-activation")
+    changed = [line for line in recomputes.stdout.splitlines() if line[:1] in "+-"]
+    assert recomputes.returncode == 0 and any("--sequence-parallel" in line for line in changed)
+    assert any(line.startswith("+") and "--recompute-granularity full" in line for line in changed)
+
+
+@pytest.mark.parametrize("name, near", [("train-cp2-gpt2-large-2gpu", "make 302"), ("train-sp2-gpt2-large-2gpu", "make 232 SP=1")])
+def test_a_model_that_is_not_in_the_catalogue_gets_the_nearest_experiment(name: str, near: str) -> None:
+    done = make(name)
+    assert done.returncode == 2 and near in done.stderr and "gpt2-large" in done.stderr
+
+
+def test_a_name_of_the_tutorials_that_takes_no_settings_says_so() -> None:
+    done = make("how-to-recompute-activation", "STEPS=3")
+    assert done.returncode == 2 and "takes no settings" in done.stderr
+
+
 def test_make_alone_is_one_screen() -> None:
     lines = make().stdout.splitlines()
     assert len(lines) <= 50 and "make help" in lines[-1]
@@ -142,6 +186,7 @@ def test_exported_variables_of_weights_and_biases_ask_for_nothing_by_themselves(
 def test_help_lists_every_target_that_has_a_line() -> None:
     done = make("help")
     assert done.returncode == 0
-    for word in ("make list", "make table", "make parity", "STEPS=20", "RENDEZVOUS=host:29500", "TIME=00:30:00"):
+    makefile = (ROOT / "Makefile").read_text()
+    for word in (*(f"make {name} " for name in re.findall(r"^([^\s:]+):.* ## ", makefile, re.MULTILINE)), *(f"  {s.key}=" for s in SETTINGS)):
         assert word in done.stdout, word
     assert "\x1b" not in done.stdout

@@ -49,6 +49,16 @@ def verified(tmp_path: Path, id_: str = "101", **settings: str) -> int:
     return verify(id_, {"RUN": "again", **settings}, tmp_path, RECORDS, prepare=lambda: pytest.fail("nothing may run"))
 
 
+@pytest.mark.parametrize("wanted", ["101", "101-gpt2xl-dp1-gbs1-bf16"])
+def test_an_id_stands_for_its_newest_run(tmp_path: Path, wanted: str, capsys: pytest.CaptureFixture[str]) -> None:
+    started = read(KEPT / "101.json")[1].started
+    second_run(tmp_path, label="old", slower=3.0, started=started - 60)
+    second_run(tmp_path, label="newest")
+    second_run(tmp_path, stem="104", label="other", started=started + 60)
+    assert verified(tmp_path, RUN=wanted) == 0
+    assert capsys.readouterr().out.startswith("newest beside h200-141gb/101")
+
+
 def test_the_same_again_agrees_and_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     second_run(tmp_path)
     assert verified(tmp_path) == 0

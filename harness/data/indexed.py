@@ -205,16 +205,20 @@ class Writer:
         m = self.marks
         self.marks = Marks(m.tokens + len(ids), m.sequences + len(lengths), m.documents + len(document_ends))
 
-    def append_pair(self, prefix: Path) -> None:
-        """Add a whole other pair, as upstream's add_index. Raises FormatError where it is none or of another dtype."""
+    def append_pair(self, prefix: Path) -> str:
+        """Add a whole other pair, as upstream's add_index, and return the SHA-256 of its .bin.
+
+        Raises FormatError where it is none or of another dtype.
+        """
         index = check_pair(prefix)
         if index.dtype != self.dtype:
             raise FormatError(
                 f"{idx_path(prefix)} stores {index.dtype.name}, {self.prefix.name} {self.dtype.name}: they do not merge"
             )
-        base = self.marks
+        base, sha = self.marks, hashlib.sha256()
         with bin_path(prefix).open("rb") as file:
             while block := file.read(_BLOCK * 8):
+                sha.update(block)
                 self._sha.update(block)
                 _write(self._files[0], block)
         for block in _blocks(index.lengths):
@@ -224,6 +228,7 @@ class Writer:
         self.marks = Marks(
             base.tokens + index.tokens, base.sequences + index.sequences, base.documents + index.documents
         )
+        return sha.hexdigest()
 
     def sync(self) -> None:
         """Return once all that was appended is on the disk."""
@@ -281,16 +286,18 @@ class Pair:
     idx_sha256: str
 
 
-def merge(prefixes: Sequence[Path], prefix: Path) -> Pair:
+def merge(prefixes: Sequence[Path], prefix: Path, bin_sha256: Sequence[str] = ()) -> Pair:
     """Join pairs, in order, into ``prefix``.bin and .idx, in little memory.
 
     Raises:
-        FormatError: one of them is no pair, or their dtypes differ.
+        FormatError: one of them is no pair, their dtypes differ, or a .bin is not what ``bin_sha256`` says of it.
     """
     writer = Writer(prefix, read_index(idx_path(prefixes[0])).dtype)
     try:
-        for each in prefixes:
-            writer.append_pair(each)
+        for number, each in enumerate(prefixes):
+            found = writer.append_pair(each)
+            if bin_sha256 and found != bin_sha256[number]:
+                raise FormatError(f"{bin_path(each)} changed since it was prepared")
         return writer.finish()
     finally:
         writer.close()

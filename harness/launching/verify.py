@@ -149,13 +149,19 @@ def _on_hardware(records: Sequence[Row], hardware: str) -> list[Row]:
 
 def _read(label: str, outdir: Path) -> Row:
     results = collect_runs(outdir, load_references())
-    found = next((row for row in results.rows if row.label == label), None)
+    found = next((row for row in results.rows if row.label == label), None) or _newest_of(label, results.rows)
     if skipped := [warning for warning in results.warnings if warning.startswith(f"{outdir / label}: ")]:
         raise UserError(f"{skipped[0]}\nrun it again")
     if found is None:
         there = ", ".join(row.label for row in results.rows[:5]) or "none"
         raise UserError(f"RUN={label}: no such run in {outdir}; there: {there}")
     return found
+
+
+def _newest_of(wanted: str, rows: Sequence[Row]) -> Row | None:
+    """The newest run of the experiment with this id or name."""
+    of_it = [row for row in rows if wanted in (row.experiment.id, row.experiment.name)]
+    return max(of_it, key=lambda row: row.result.started, default=None)
 
 
 def _run(records: Sequence[Row], settings: Mapping[str, str], prepare: Callable[[], None]) -> Row:
