@@ -9,7 +9,8 @@ saves.jsonl        one line a checkpoint    checkpoints/       with SAVE=1
 ranks/             <rank>.json (memory, coordinates), <rank>.error.json, <rank>.stacks.txt
 traces/            <rank>.json.gz: Kineto traces of a profiled run; profile.json: what they say
 gpus.jsonl         NVML samples
-running.json       who runs it; without result.json and with a dead process: killed
+running.json       who started it, when, and where its nodes meet
+lock               who has it now (harness/locks.py); without result.json and with nobody there: killed
 result.json        written last
 """
 
@@ -21,8 +22,6 @@ import json
 import math
 import re
 import shutil
-import socket
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from harness import locks
 from harness.errors import UserError, first_line
 from harness.files import complaint, json_object, read_object, text_lines, told_if_unwritable, write_json, write_text
 from harness.screen import say
@@ -51,8 +51,6 @@ PROFILE_VARIABLE = "HARNESS_PROFILE"
 """Environment variable that tells the ranks which steps to trace: ``8-9``."""
 
 LEAST_FREE_MIB = 200
-QUIET_ELSEWHERE_S = 600
-"""A run of another host whose files have not changed for this long is taken for dead."""
 
 
 class _Record(BaseModel):
@@ -383,19 +381,16 @@ class RunDir:
         return {int(path.name.split(".")[0]): path for path in sorted(self.ranks.glob("*.stacks.txt"))}
 
     def state(self) -> State:
-        """How the run ended, or ``running``; ``killed`` where its launcher is gone without a result.
+        """``running`` while a process has its lock, else how the run ended; ``killed`` where it left no result.
+
+        For listings: another machine's lock is not watched (``locks.holder``). What deletes or resumes a run takes its lock.
 
         Raises ValueError where result.json is corrupt.
         """
-        if result := self.read_result():
-            return result.status
-        running = self.read_running()
-        if running is None:
-            return "killed"
-        if running.host == socket.gethostname():
-            return "running" if started_before(running.pid, running.started) else "killed"
-        newest = max(path.stat().st_mtime for path in (self.running, self.logs, self.metrics) if path.exists())
-        return "running" if time.time() - newest < QUIET_ELSEWHERE_S else "killed"
+        if locks.holder(self.path, watch=False):
+            return "running"
+        result = self.read_result()
+        return result.status if result else "killed"
 
     def _rank_files[Record: _Record](self, pattern: str, kind: type[Record]) -> tuple[Record, ...]:
         found = []
@@ -492,6 +487,14 @@ def go_on(run_dir: RunDir, step: int) -> None:
         path.unlink()
 
 
+def still_runs(run_dir: RunDir, holder: locks.Holder | None) -> str:
+    """That ``holder`` has ``run_dir``, and what to do about it."""
+    way_out = f"wait until it is over, or end it on {holder.host}" if holder else "wait until it is over"
+    if holder and holder.is_here:
+        way_out = f"make stop RUN={run_dir.label} OUTDIR={run_dir.path.parent} ends it"
+    return f"{run_dir.label} still runs: {holder or 'another process'} has it\n{way_out}"
+
+
 def perplexity(loss: float) -> float | None:
     """e to the loss (nats a token), or None where that is no number."""
     try:
@@ -546,12 +549,18 @@ def clean(outdir: Path, everything: bool = False) -> int:
             state = RunDir(path).state()
         except ValueError:
             state = "crash"
-        if state != "running" and (everything or state not in ("ok", "oom")):
-            try:
-                shutil.rmtree(path)
-            except OSError as error:
-                raise UserError(f"cannot remove {path}: {error.strerror}") from None
-            removed.append(path.name)
+        if state == "running" or (not everything and state in ("ok", "oom")):
+            continue
+        try:
+            locks.take(path, say)
+            shutil.rmtree(path)
+        except locks.Taken:
+            continue
+        except OSError as error:
+            raise UserError(f"cannot remove {path}: {error.strerror}") from None
+        finally:
+            locks.release(path)
+        removed.append(path.name)
     say(f"removed {', '.join(removed)}" if removed else f"nothing to remove in {outdir}")
     return 0
 
@@ -559,17 +568,6 @@ def clean(outdir: Path, everything: bool = False) -> int:
 def parse_metrics(line: str) -> StepMetrics | None:
     """One line of metrics.jsonl, or None where it is torn."""
     return _parse(line, StepMetrics)
-
-
-def started_before(pid: int, moment: float) -> bool:
-    """Whether process ``pid`` lives and did at ``moment`` (Unix seconds): no later one of that number."""
-    import psutil
-
-    try:
-        process = psutil.Process(pid)
-        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= moment + 2
-    except psutil.Error:
-        return False
 
 
 def _read[Record: _Record](path: Path, kind: type[Record]) -> Record:

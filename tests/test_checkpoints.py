@@ -3,13 +3,12 @@
 import json
 import os
 import pickle
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from harness import checkpoints, rundir
+from harness import checkpoints, locks, rundir
 from harness.checkpoints import Saving
 from harness.errors import UserError
 from harness.evidence.measured import measure
@@ -301,11 +300,11 @@ def test_resuming_with_another_model_names_the_difference_and_with_another_dropo
 
 
 def still_running(run):
-    write_json(run.running, {"pid": os.getpid(), "host": os.uname().nodename, "started": time.time()})
+    locks.take(run.path)
 
 
 @pytest.mark.parametrize("made, said", [
-    (still_running, r"RESUME=1: 101-\S+ still runs; make stop RUN=101-"),
+    (still_running, r"RESUME=1: 101-\S+ still runs: process \d+ on \S+ has it\nmake stop RUN=101-"),
     (lambda run: run.experiment_json.write_text("{"), "RESUME=1: .*experiment.json is not a JSON object"),
     (lambda run: run.freeze_experiment(tiny(), "cpu", None), "kept no checkpoints, there is nothing to go on from\nstart anew with SAVE=1"),
 ])  # fmt: skip

@@ -9,11 +9,13 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
+from harness.launching.processes import lives
 from harness.megatron.environment import variables
 from harness.parity import DENSE, LAYOUTS, MOE, flags, tiny
-from harness.rundir import RUN_DIR_VARIABLE, RunDir, started_before
+from harness.rundir import RUN_DIR_VARIABLE, RunDir
 
 pytestmark = pytest.mark.cpu
 
@@ -121,7 +123,8 @@ def long_run(tmp_path):
 
 
 def gone(run: RunDir) -> bool:
-    return not any(started_before(rank.pid, time.time()) for rank in run.read_ranks())
+    pids = {rank.pid for rank in run.read_ranks()}
+    return not any(process.pid in pids and lives(process) for process in psutil.process_iter())
 
 
 @pytest.mark.parametrize("rank", [0, 1])

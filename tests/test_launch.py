@@ -15,13 +15,14 @@ from pathlib import Path
 
 import pytest
 
+from harness.checkpoints import Saving
 from harness.errors import UserError
 from harness.evidence import measured
 from harness.files import write_json
 from harness.launching import launch, meeting, processes
 from harness.launching.terminal import PlainTerminal
 from harness.machine import gpus
-from harness.planning.command import Place
+from harness.planning.command import Extras, Place
 from harness.rundir import RunDir
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -300,6 +301,66 @@ def test_stop_of_an_unknown_label_names_the_nearest(tmp_path):
     run(make_plan(tmp_path, "ok", steps=1))
     with pytest.raises(UserError, match="101-tiny-dp2_cpu"):
         launch.stop(tmp_path, "101-tiny-dp2")
+
+
+def saving_to(folder: Path) -> dict:
+    return {"extras": Extras(saving=Saving(every=2, folder=folder))}
+
+
+def test_two_runs_do_not_keep_checkpoints_in_one_folder(tmp_path):
+    first = start(tmp_path / "out", "ok", 2, 1000, 0.05, SAVE=str(tmp_path / "kept"))
+    directory = wait_for_steps(tmp_path / "out")
+    with pytest.raises(UserError, match=rf"SAVE={tmp_path}/kept: another run keeps .*process {first.pid} on .*\nname another folder"):
+        run(make_plan(tmp_path / "other", "ok", **saving_to(tmp_path / "kept")))
+    with pytest.raises(UserError, match="another run keeps its checkpoints there"):
+        run(make_plan(tmp_path / "other", "ok", **saving_to(directory.path / "checkpoints")))
+    assert not (tmp_path / "other").exists() and not (directory.path / "checkpoints").exists()
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(timeout=20) == 143
+    finished, _ = run(make_plan(tmp_path / "other", "ok", **saving_to(tmp_path / "kept")))
+    assert finished.result.status == "ok"
+
+
+def test_a_run_that_goes_on_is_not_resumed_a_second_time(tmp_path):
+    first = start(tmp_path / "out", "ok", 2, 1000, 0.05)
+    directory = wait_for_steps(tmp_path / "out")
+    with pytest.raises(UserError, match=rf"101-tiny-dp2_cpu still runs: process {first.pid} on .*\nmake stop RUN=101-tiny-dp2_cpu OUTDIR="):
+        run(make_plan(tmp_path / "out", "ok", resumes=directory))
+    assert first.poll() is None and directory.logs.exists() and directory.read_result() is None
+    steps = len(directory.read_metrics())
+    until(lambda: len(directory.read_metrics()) > steps)
+    first.kill()
+    first.wait()
+    until(lambda: directory.state() == "killed")
+    finished, _ = run(make_plan(tmp_path / "out", "ok", steps=3, resumes=directory))
+    assert finished.dir == directory and finished.result.status == "ok" and (directory.path / "logs.1.txt").exists()
+
+
+@pytest.mark.parametrize("folder", ["file", "file/below", "new/below"])
+def test_a_run_that_is_refused_leaves_nothing(tmp_path, monkeypatch, folder):
+    (tmp_path / "file").touch()
+    if folder.startswith("new"):  # what only fails once all folders are there
+
+        def refuse(*_):
+            raise UserError("half a submodule")
+
+        monkeypatch.setattr("harness.launching.launch.describe_environment", refuse)
+    with pytest.raises(UserError, match=r"(?s)half a submodule|cannot write to .*set SAVE= to another"):
+        run(make_plan(tmp_path / "out", "ok", **saving_to(tmp_path / folder)))
+    assert {path.name for path in tmp_path.rglob("*")} <= {"file", "out"}
+
+
+def test_a_run_that_is_refused_leaves_the_run_that_it_would_have_resumed(tmp_path, monkeypatch):
+    finished, _ = run(make_plan(tmp_path, "ok", steps=3))
+    before = {path: path.read_bytes() for path in finished.dir.path.rglob("*") if path.is_file()}
+
+    def refuse(*_):
+        raise UserError("half a submodule")
+
+    monkeypatch.setattr("harness.launching.launch.describe_environment", refuse)
+    with pytest.raises(UserError, match="half a submodule"):
+        run(make_plan(tmp_path, "ok", steps=6, resumes=finished.dir))
+    assert {path: path.read_bytes() for path in finished.dir.path.rglob("*") if path.is_file()} == before
 
 
 def free_port() -> int:

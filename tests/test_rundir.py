@@ -4,8 +4,6 @@ import errno
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import rundir
+from harness import locks, rundir
 from harness.errors import UserError
 from harness.experiment.catalog import Experiment, Model
 from harness.files import told_if_unwritable, write_json
@@ -147,33 +145,24 @@ def test_rank_files_are_told_apart(tmp_path):
     assert list(run_dir.stacks()) == [2]
 
 
-def test_state_follows_the_launchers_process(tmp_path):
+def test_state_follows_the_lock_and_no_clock(tmp_path):
     run_dir = make_run(tmp_path)
-    assert run_dir.state() == "killed", "no launcher is known"
-    host = os.uname().nodename
+    here = {"pid": os.getpid(), "host": os.uname().nodename, "started": time.time()}
+    write_json(run_dir.running, here)
+    assert run_dir.state() == "killed", "nobody has its lock"
 
-    write_json(run_dir.running, {"pid": os.getpid(), "host": host, "started": time.time()})
-    assert run_dir.state() == "running"
-
-    write_json(run_dir.running, {"pid": os.getpid(), "host": host, "started": 1.0})
-    assert run_dir.state() == "killed", "this process began later than the run: the number was reused"
-
-    child = subprocess.Popen([sys.executable, "-c", ""])
-    write_json(run_dir.running, {"pid": child.pid, "host": host, "started": time.time()})
-    time.sleep(0.3)
-    assert run_dir.state() == "killed", "a zombie runs nothing"
-    child.wait()
+    locks.take(run_dir.path)
+    for started in (1.0, time.time() + 7200):  # the clock was set meanwhile
+        write_json(run_dir.running, here | {"started": started})
+        os.utime(run_dir.path / locks.FILE, (1, 1))
+        assert run_dir.state() == "running"
+        rundir.clean(tmp_path, everything=True)
+        assert run_dir.running.exists()
 
     write_json(run_dir.result, RESULT)
+    assert run_dir.state() == "running", "it is being resumed"
+    locks.release(run_dir.path)
     assert run_dir.state() == "ok"
-
-
-def test_a_run_of_another_host_is_judged_by_its_files(tmp_path):
-    run_dir = make_run(tmp_path)
-    write_json(run_dir.running, {"pid": 1, "host": "elsewhere", "started": 1.0})
-    assert run_dir.state() == "running"
-    os.utime(run_dir.running, (1, 1))
-    assert run_dir.state() == "killed"
 
 
 def test_corrupt_runs_are_left_out_with_a_warning_each(tmp_path):
@@ -207,19 +196,21 @@ def test_an_absent_outdir_holds_no_runs(tmp_path):
 
 
 def test_the_run_of_a_rendezvous_is_the_newest_that_is_alive(tmp_path):
-    def running(label: str, rendezvous: str, started: float, pid: int) -> RunDir:
+    def running(label: str, rendezvous: str, started: float, alive: bool = True) -> RunDir:
         run_dir = make_run(tmp_path, label)
-        here = {"host": os.uname().nodename, "started": started, "rendezvous": rendezvous, "pid": pid}
+        here = {"host": os.uname().nodename, "started": started, "rendezvous": rendezvous, "pid": os.getpid()}
         write_json(run_dir.running, here)
+        if alive:
+            locks.take(run_dir.path)
         return run_dir
 
     now = time.time()
     assert rundir.running_at(tmp_path, "a:1") is None
-    running("101-older", "a:1", now - 1, os.getpid())
-    wanted = running("101-newer", "a:1", now, os.getpid())
-    running("101-elsewhere", "b:1", now, os.getpid())
-    running("101-dead", "a:1", now + 1, 2**22 + 1)
-    write_json(running("101-over", "a:1", now, os.getpid()).result, RESULT)
+    running("101-older", "a:1", now - 1)
+    wanted = running("101-newer", "a:1", now)
+    running("101-elsewhere", "b:1", now)
+    running("101-dead", "a:1", now + 1, alive=False)
+    write_json(running("101-over", "a:1", now).result, RESULT)
     assert rundir.running_at(tmp_path, "a:1") == wanted
 
 
@@ -231,9 +222,10 @@ def test_clean_keeps_results_and_what_still_runs(tmp_path, capsys):
     with_result("121-oom", "oom")
     with_result("101-crash", "crash")
     make_run(tmp_path, "101-torn").result.write_text("{")
-    for label, started in (("101-killed", 1.0), ("101-running", time.time())):
-        alive = {"pid": os.getpid(), "host": os.uname().nodename, "started": started}
-        write_json(make_run(tmp_path, label).running, alive)
+    for label in ("101-killed", "101-running"):
+        started = {"pid": os.getpid(), "host": os.uname().nodename, "started": time.time()}
+        write_json(make_run(tmp_path, label).running, started)
+    locks.take(tmp_path / "101-running")
     (tmp_path / "notes").mkdir()
 
     assert rundir.clean(tmp_path) == 0

@@ -14,6 +14,7 @@ from harness.errors import UserError, first_line
 from harness.experiment.catalog import EXPERIMENTS, Experiment
 from harness.launching.launch import POLL_S, Finished, Run, show_progress
 from harness.launching.processes import Signals
+from harness.launching.reserve import reserve
 from harness.launching.terminal import Terminal, open_terminal, summary
 from harness.machine import gpus
 from harness.machine.requirements import check_machine
@@ -159,11 +160,15 @@ class _Chapter:
     def _launch(self, plan: Plan, gpu_ids: tuple[int, ...], held: bool = False) -> Run | None:
         try:
             check_machine(plan.experiment, plan.device)
-            directory = rundir.create(plan.outdir, plan.experiment.label)
+            reserved = reserve(plan, plan.experiment.label, self._shown.print)
         except UserError as error:
             self._outcomes[plan.experiment.name] = Outcome("not run", first_line(error))
             return None
-        return Run(plan, directory, gpu_ids, self._hang_seconds, held=held)
+        try:
+            return Run(plan, reserved.directory, gpu_ids, self._hang_seconds, held=held)
+        except BaseException:
+            reserved.abandon()
+            raise
 
     def _takes_gpus(self, run: Run) -> None:
         """Count ``run`` among those that run, side by side with the others, and its GPUs as taken."""

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness import rundir
+from harness import locks, rundir
 from harness.errors import UserError, nearest
 from harness.evidence.measured import measure
 from harness.experiment import calibrations, fit
@@ -24,6 +24,7 @@ from harness.files import told_if_unwritable, write_json, write_text
 from harness.launching import outcome, processes
 from harness.launching.meeting import SHARED_S, run_directory
 from harness.launching.processes import LAUNCHER_VARIABLE, Signals
+from harness.launching.reserve import folders_of, give_back
 from harness.launching.terminal import Progress, Terminal, open_terminal, phase_of, summary
 from harness.machine import gpus
 from harness.machine.provenance import describe_environment
@@ -39,6 +40,7 @@ from harness.rundir import (
     StepMetrics,
     Upstream,
 )
+from harness.screen import say
 
 if TYPE_CHECKING:
     import psutil
@@ -103,7 +105,6 @@ class Run:
         self._keeps_records = keeps_records
         self.held = held
         self._metrics: list[StepMetrics] = []
-        self._before = self._shown = len(directory.read_metrics()) if plan.resumes else 0
         self._resumed_at = _resumed_at(plan, directory)
         self._phase = STARTING
         self._memory_gib: float | None = None
@@ -120,7 +121,10 @@ class Run:
         self._begin()
         if keeps_records:
             with told_if_unwritable(directory.path):
+                if plan.resumes == directory:
+                    rundir.go_on(directory, plan.first_step)
                 self._write_records()
+        self._before = self._shown = len(directory.read_metrics()) if plan.resumes else 0
         self._process = self._spawn()
         self._sampler = self._new_sampler()
 
@@ -165,10 +169,13 @@ class Run:
             self.dir.turn.unlink(missing_ok=True)
             self._read_last_news()
             self._finished = Finished(self.dir, self._result())
-            if self._keeps_records:
-                with told_if_unwritable(self.dir.path):
-                    self._write_launch_rate()
-                    write_json(self.dir.result, self._finished.result.model_dump(mode="json"))
+            try:
+                if self._keeps_records:
+                    with told_if_unwritable(self.dir.path):
+                        self._write_launch_rate()
+                        write_json(self.dir.result, self._finished.result.model_dump(mode="json"))
+            finally:
+                give_back(self.dir)
         return self._finished
 
     def abort(self) -> None:
@@ -251,6 +258,7 @@ class Run:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, RUN_DIR_VARIABLE: str(self.dir.path), LAUNCHER_VARIABLE: str(launcher), **turn},
                 start_new_session=True,
+                pass_fds=locks.descriptors(*folders_of(self.dir)),
                 preexec_fn=lambda: end_with(launcher, signal.SIGTERM),
             )
 
@@ -412,9 +420,14 @@ def run_plan(plan: Plan, *, hang_seconds: float | None = None, terminal: Termina
     check_machine(plan.experiment, plan.device)
     gpu_ids = gpus.choose(plan.experiment.ranks_per_node, plan.place.gpu_ids) if plan.device == "cuda" else ()
     with Signals() as signals, terminal or open_terminal() as shown:
-        directory, keeps_records = run_directory(plan, signals, shown)
-        shown.print(opening(plan, directory))
-        run = Run(plan, directory, gpu_ids, hang_seconds, keeps_records)
+        reserved = run_directory(plan, signals, shown)
+        directory = reserved.directory
+        try:
+            shown.print(opening(plan, directory))
+            run = Run(plan, directory, gpu_ids, hang_seconds, reserved.keeps_records)
+        except BaseException:
+            reserved.abandon()
+            raise
         try:
             while run.poll():
                 if number := signals.take():
@@ -449,25 +462,34 @@ def opening(plan: Plan, directory: RunDir) -> str:
 def stop(outdir: Path, label: str | None = None) -> int:
     """End every run of this machine in ``outdir``, orphans of dead launchers included, or the one called ``label``.
 
-    Results so far are kept. Returns the exit status.
+    Results so far are kept. Returns the exit status, 1 where a run of another machine goes on.
 
     Raises:
         UserError: no run is called ``label``.
     """
+    import psutil
+
     runs, _ = rundir.runs(outdir)
     labels = [run.dir.label for run in runs]
     if label and label not in labels:
         raise UserError(f"no run in {outdir} is called {label}" + (f"; {nearest(label, labels)}" if labels else ""))
     ended: dict[str, list[psutil.Process]] = {}
+    elsewhere: list[str] = []
     for run in runs:
-        if run.result is None and label in (None, run.dir.label):
-            launcher = _launcher(run.dir) if label is None else None
+        if (run.state == "running" or run.result is None) and label in (None, run.dir.label):
+            holder = locks.holder(run.dir.path, watch=False)
+            launcher = psutil.Process(holder.pid) if holder and holder.lives and label is None else None
             found = [launcher] if launcher else processes.marked(**{RUN_DIR_VARIABLE: str(run.dir.path.resolve())})
             if found:
                 ended[run.dir.label] = found
+            elif holder:
+                elsewhere.append(f"{run.dir.label} is not stopped: {holder} has it, stop it there")
     processes.end({p for found in ended.values() for p in found}, 2 * GRACE_S)
-    print(f"stopped {', '.join(ended)}" if ended else f"nothing runs in {outdir}")
-    return 0
+    if ended or not elsewhere:
+        print(f"stopped {', '.join(ended)}" if ended else f"nothing runs in {outdir}")
+    for line in elsewhere:
+        say(line)
+    return 1 if elsewhere else 0
 
 
 class _Tail:
@@ -495,16 +517,6 @@ class _Tail:
         with self.path.open("rb") as file:
             file.seek(max(file.seek(0, os.SEEK_END) - LOG_TAIL_BYTES, 0))
             return file.read().decode(errors="replace")
-
-
-def _launcher(directory: RunDir) -> psutil.Process | None:
-    """The living launcher of a run, if it is one of this machine."""
-    import psutil
-
-    running = directory.read_running()
-    if running and running.host == socket.gethostname() and rundir.started_before(running.pid, running.started):
-        return psutil.Process(running.pid)
-    return None
 
 
 def _resumed_at(plan: Plan, directory: RunDir) -> tuple[int, ...]:

@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING
 from harness import rundir
 from harness.errors import UserError
 from harness.launching import processes
+from harness.launching.reserve import Reservation, reserve
 
 if TYPE_CHECKING:
     from harness.launching.processes import Signals
     from harness.launching.terminal import Terminal
     from harness.planning.plan import Plan
-    from harness.rundir import RunDir
 
 LOOK_S = 0.2
 SHARED_S = 3
 """What another node wrote appears here within this time, where the file system is shared."""
 
 
-def run_directory(plan: Plan, signals: Signals, shown: Terminal) -> tuple[RunDir, bool]:
-    """A new run directory, the resumed run's, or for a further node that of node 0; whether this launcher keeps its records.
+def run_directory(plan: Plan, signals: Signals, shown: Terminal) -> Reservation:
+    """A new run directory, the resumed run's, or for a further node that of node 0.
 
     A further node waits for node 0. Where node 0's rendezvous is open but its directory is not to be seen, the file
     systems are separate, and this node keeps records of its own.
@@ -34,22 +34,19 @@ def run_directory(plan: Plan, signals: Signals, shown: Terminal) -> tuple[RunDir
     node, rendezvous, label = int(plan.place.node_rank), plan.place.rendezvous, plan.experiment.label
     if plan.experiment.nodes > 1 and node == 0:
         _check(rendezvous)
-    if node == 0 and plan.resumes:
-        rundir.go_on(plan.resumes, plan.first_step)
-        return plan.resumes, True
     if node == 0:
-        return rundir.create(plan.outdir, label), True
+        return reserve(plan, label, shown.print)
     shown.print(f"{label}: node {node} waits for node 0 at {rendezvous}")
     opened_at = None
     while opened_at is None or time.monotonic() - opened_at < SHARED_S:
         if signals.take():
             raise KeyboardInterrupt
         if directory := rundir.running_at(plan.outdir, rendezvous):
-            return directory, False
+            return Reservation(directory, keeps_records=False)
         if opened_at is None and _is_open(rendezvous):
             opened_at = time.monotonic()
         time.sleep(LOOK_S)
-    return rundir.create(plan.outdir, f"{label}.node{node}"), True
+    return reserve(plan, f"{label}.node{node}", shown.print)
 
 
 def _check(rendezvous: str) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from harness import ROOT, checkpoints, rundir
+from harness import ROOT, checkpoints, locks, rundir
 from harness.checkpoints import Loading, Saving
 from harness.convert.weights import training_differences
 from harness.data import prepared
@@ -155,8 +155,8 @@ def _resumed(outdir: Path, e: Experiment, settings: Mapping[str, str], tell: Cal
     if run is None:
         raise UserError(f"RESUME=1: there is no run {e.label} in {outdir}\nstart one with SAVE=1, and SAVE_EVERY= steps; "
                         "LOAD=label goes on from a run of other settings or fewer STEPS")
-    if run.state() == "running":
-        raise UserError(f"RESUME=1: {run.label} still runs; make stop RUN={run.label} ends it")
+    if settings.get("NODE_RANK", "0") == "0" and (holder := locks.holder(run.path)):
+        raise UserError(f"RESUME=1: {rundir.still_runs(run, holder)}")
     try:
         frozen = run.read_experiment()
     except ValueError as error:

@@ -1,6 +1,6 @@
 """A launcher in a process of its own: ``launcher.py OUTDIR BEHAVIOUR RANKS STEPS [SECONDS_A_STEP]``.
 
-In the environment: GRACE_S, HANG, and for one of two nodes NODE_RANK and RENDEZVOUS.
+In the environment: GRACE_S, HANG, SAVE, and for one of two nodes NODE_RANK and RENDEZVOUS.
 """
 
 import os
@@ -8,9 +8,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from harness.checkpoints import Saving
 from harness.experiment.catalog import Experiment, Model
 from harness.launching import launch
-from harness.planning.command import Place
+from harness.planning.command import Extras, Place
 from harness.planning.plan import Plan
 
 TORCHRUN = Path(__file__).with_name("torchrun.py")
@@ -46,5 +47,7 @@ if __name__ == "__main__":
     changes = {}
     if "NODE_RANK" in os.environ:
         changes = {"nodes": 2, "place": Place(os.environ["NODE_RANK"], os.environ["RENDEZVOUS"])}
+    if "SAVE" in os.environ:
+        changes["extras"] = Extras(saving=Saving(every=2, folder=Path(os.environ["SAVE"])))
     plan = make_plan(Path(outdir), behaviour, *sizes, *[float(n) for n in numbers[2:]], **changes)
     sys.exit(launch.run_plan(plan, hang_seconds=float(os.environ.get("HANG", 0)) or None).exit_status)

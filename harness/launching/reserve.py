@@ -1,0 +1,118 @@
+"""The folders that a run writes to: made and locked before it starts, given back at its end, removed where it is refused."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from harness import locks, rundir
+from harness.errors import UserError
+from harness.files import told_if_unwritable
+from harness.rundir import RunDir
+
+if TYPE_CHECKING:
+    from harness.planning.plan import Plan
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """A run directory that this launcher may write to.
+
+    Attributes:
+        keeps_records: whether it writes the run's files; of nodes that share them only one does.
+        made: folders that were not there before, outermost first.
+    """
+
+    directory: RunDir
+    keeps_records: bool = True
+    made: tuple[Path, ...] = ()
+
+    def abandon(self) -> None:
+        """Leave nothing of a run that was refused before it started."""
+        for folder in self.made:
+            shutil.rmtree(folder, ignore_errors=True)
+        give_back(self.directory)
+
+
+def reserve(plan: Plan, label: str, tell: Callable[[str], None] = lambda _: None) -> Reservation:
+    """Make and lock the run directory of ``plan``, new or resumed, and on node 0 its ``SAVE=`` folder.
+
+    Args:
+        label: of the new run; another than the experiment's for a node that keeps records of its own.
+        tell: see ``locks.take``.
+
+    Raises:
+        UserError: a folder cannot be made, or another run has it. Nothing is left then.
+    """
+    made: list[Path] = []
+    taken: list[Path] = []
+    try:
+        if folder := _saved_to(plan):
+            with told_if_unwritable(folder, "SAVE"):
+                made += _make(folder)
+                _take_save_folder(folder, tell)
+            taken.append(folder)
+        resumed = plan.resumes if label == plan.experiment.label else None
+        directory = resumed or rundir.create(plan.outdir, label)
+        if not resumed:
+            made.append(directory.path)
+        with told_if_unwritable(directory.path):
+            _take_run(directory, tell)
+    except BaseException:
+        for folder in made:
+            shutil.rmtree(folder, ignore_errors=True)
+        for folder in taken:
+            locks.release(folder)
+        raise
+    _folders[directory.path] = (directory.path, *taken)
+    return Reservation(directory, made=tuple(made))
+
+
+def folders_of(directory: RunDir) -> tuple[Path, ...]:
+    """The folders that this launcher has locked for the run in ``directory``."""
+    return _folders.get(directory.path, ())
+
+
+def give_back(directory: RunDir) -> None:
+    """Release every lock of the run in ``directory``."""
+    for folder in _folders.pop(directory.path, ()):
+        with suppress(OSError):
+            locks.release(folder)
+
+
+_folders: dict[Path, tuple[Path, ...]] = {}
+
+
+def _saved_to(plan: Plan) -> Path | None:
+    """The folder that SAVE= names, on the node that locks it for all of them."""
+    saving = plan.extras.saving
+    return saving.folder if saving and plan.place.node_rank == "0" else None
+
+
+def _take_run(directory: RunDir, tell: Callable[[str], None]) -> None:
+    try:
+        locks.take(directory.path, tell)
+    except locks.Taken as taken:
+        raise UserError(rundir.still_runs(directory, taken.holder)) from None
+
+
+def _take_save_folder(folder: Path, tell: Callable[[str], None]) -> None:
+    """Lock ``folder``; where it belongs to a run directory, that run must be over."""
+    try:
+        if holder := locks.holder(folder.parent):
+            raise locks.Taken(folder.parent, holder)
+        locks.take(folder, tell)
+    except locks.Taken as taken:
+        raise UserError(f"SAVE={folder}: another run keeps its checkpoints there: {taken}\n"
+                        "name another folder, or wait until that run is over") from None
+
+
+def _make(folder: Path) -> list[Path]:
+    """Make ``folder``; those of it and its parents that were not there, outermost first."""
+    missing = [path for path in (*reversed(folder.parents), folder) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    return missing[:1]

@@ -1,0 +1,167 @@
+"""Locks on folders: a living process keeps one whatever the clock says; a dead one's is free at once."""
+
+import errno
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from harness import locks
+from harness.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+HOLD = """
+import subprocess, sys, time
+from pathlib import Path
+from harness import locks
+locks.BEAT_S = 0.05
+locks.take(Path(sys.argv[1]))
+if len(sys.argv) > 2:
+    child = subprocess.Popen(["sleep", "60"], pass_fds=locks.descriptors(Path(sys.argv[1])))
+    print(child.pid, flush=True)
+print("has it", flush=True)
+time.sleep(60)
+"""
+
+
+def holding(folder: Path, *more: str) -> tuple[subprocess.Popen, str]:
+    """A process that has ``folder``, and the first line that it printed."""
+    command = [sys.executable, "-c", HOLD, str(folder), *more]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    return process, process.stdout.readline().strip()
+
+
+def end(process: subprocess.Popen) -> None:
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+@pytest.fixture
+def never_watched(monkeypatch):
+    """Waiting for the count of another machine would be a mistake."""
+    monkeypatch.setattr(locks, "_count_goes_on", lambda seen: pytest.fail("it was watched"))
+
+
+def of_another_machine(folder: Path, beat: int = 0) -> None:
+    """What a holder on another machine left, whose flock does not reach this one."""
+    known = {"host": "far-away", "pid": os.getpid(), "boot": "another", "start": 1, "token": "t", "beat": beat}
+    (folder / locks.FILE).write_text(json.dumps(known))
+
+
+def test_a_living_process_keeps_its_folder_whatever_the_clock_says(tmp_path, never_watched):
+    process, _ = holding(tmp_path)
+    for moment in (1, time.time() + 7200):
+        os.utime(tmp_path / locks.FILE, (moment, moment))
+        with pytest.raises(UserError, match=f"{tmp_path} is in use by process {process.pid} on {socket.gethostname()}$"):
+            locks.take(tmp_path)
+    assert locks.holder(tmp_path).pid == process.pid and locks.holder(tmp_path).lives
+    end(process)
+
+
+def test_a_killed_process_has_nothing_from_then_on(tmp_path, never_watched):
+    process, _ = holding(tmp_path)
+    end(process)
+    assert locks.holder(tmp_path) is None
+    locks.take(tmp_path)
+    assert locks.holder(tmp_path) == locks.own(tmp_path)
+    locks.release(tmp_path)
+    assert locks.holder(tmp_path) is None and locks.own(tmp_path) is None
+
+
+def test_the_lock_lasts_until_what_inherited_it_has_ended(tmp_path, never_watched):
+    process, child = holding(tmp_path, "child")
+    end(process)
+    with pytest.raises(locks.Taken, match=f"process {process.pid} .* which was killed; what it started is still ending"):
+        locks.take(tmp_path)
+    assert not locks.holder(tmp_path).lives
+    os.kill(int(child), signal.SIGKILL)
+    deadline = time.monotonic() + 20
+    while locks.holder(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    locks.take(tmp_path)
+    locks.release(tmp_path)
+
+
+def test_of_many_that_want_it_one_gets_it(tmp_path):
+    got, waiting = [], threading.Barrier(2)
+
+    def want() -> None:
+        waiting.wait()
+        got.append(subprocess.run([sys.executable, "-c", HOLD.replace("time.sleep(60)", "time.sleep(3)"), str(tmp_path)],
+                                  cwd=ROOT, capture_output=True, text=True).returncode)
+
+    threads = [threading.Thread(target=want) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(got) == [0, 1]
+
+
+def test_a_lock_of_another_machine_is_held_while_its_count_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "WATCH_S", 1.0)
+    of_another_machine(tmp_path)
+    over, said = threading.Event(), []
+
+    def count() -> None:
+        beat = 0
+        while not over.wait(0.05):
+            of_another_machine(tmp_path, beat := beat + 1)
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    try:
+        with pytest.raises(locks.Taken, match=r"in use by process .* on far-away"):
+            locks.take(tmp_path, said.append)
+        assert "far-away: watching for 1 s" in said[0]
+        assert locks.holder(tmp_path).host == "far-away"
+    finally:
+        over.set()
+        thread.join()
+    assert locks.holder(tmp_path) is None
+    locks.take(tmp_path)
+    locks.release(tmp_path)
+
+
+def test_a_listing_does_not_watch_another_machines_lock(tmp_path, never_watched):
+    of_another_machine(tmp_path)
+    assert locks.holder(tmp_path, watch=False).host == "far-away"
+    os.utime(tmp_path / locks.FILE, (1, 1))
+    assert locks.holder(tmp_path, watch=False) is None
+
+
+def test_a_file_system_without_flock_goes_by_the_count(tmp_path, monkeypatch):
+    process, _ = holding(tmp_path)
+
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(locks.fcntl, "flock", unsupported)
+    monkeypatch.setattr(locks, "WATCH_S", 2.0)
+    with pytest.raises(locks.Taken, match=f"process {process.pid} on"):
+        locks.take(tmp_path)
+    end(process)
+    locks.take(tmp_path)
+    locks.release(tmp_path)
+
+
+def test_a_folder_without_a_lock_file_or_with_a_damaged_one_is_free(tmp_path, never_watched):
+    assert locks.holder(tmp_path / "absent") is None and locks.holder(tmp_path) is None
+    for text in ("", "{", "[]", '{"pid": "x"}'):
+        (tmp_path / locks.FILE).write_text(text)
+        assert locks.holder(tmp_path) is None
+        locks.take(tmp_path)
+        locks.release(tmp_path)
+
+
+def test_a_folder_that_is_gone_cannot_be_had(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        locks.take(tmp_path / "absent")
