@@ -145,6 +145,13 @@ clean-all: ## remove every run and .venv
 	@$(HARNESS) clean ALL=1
 	@rm -rf .venv
 
-# `make 101` and every misspelt target land here; not being a target, 101 is no second candidate for completion.
+# `make 101`, a row newer than targets.mk and every misspelt target land here; not being a target, 101 is no second candidate
+# for completion.
 .DEFAULT:
-	@$(HARNESS) run '$@' $(WORDS)
+	@$(HARNESS) target '$@' $(WORDS)
+# A goal that is only the name of a file or folder is no target: `make tests` is a typo of `make test`, not up to date.
+FILES := $(filter-out Makefile docs,$(filter $(wildcard *),$(MAKECMDGOALS)))
+ifneq ($(FILES),)
+.PHONY: $(FILES)
+$(FILES): ; @$(HARNESS) target '$@' $(WORDS)
+endif

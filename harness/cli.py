@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -49,8 +48,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
-    if words and (command := tutorial.replacement(words[0], words[1:])):
-        tutorial.become(command)
     e, settings = _experiment(words)
     if settings.get("SLURM") == "1":
         return _slurm(e, settings)
@@ -375,6 +372,17 @@ def _docs(words: list[str]) -> int:
     return 1 if check and changed else 0
 
 
+def _target(words: list[str]) -> int:
+    """What make has no rule for: an id, a row newer than targets.mk, a target of the tutorials, or no target at all."""
+    from harness import targets
+
+    wanted, *rest = words or [""]
+    if replaced := tutorial.replacement(wanted, rest):
+        tutorial.become(replaced)
+    command, *about = targets.command_of(wanted, load_catalog())
+    return COMMANDS[command]([*about, *rest])
+
+
 def _targets(words: list[str]) -> int:
     from harness import targets
 
@@ -414,7 +422,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "monitor-gpu": _monitor_gpu, "stop": _stop, "record": _record, "verify": _verify, "memory": _memory, "speed": _speed,
     "faster": _faster, "gpus": _gpus, "calibrate": _calibrate, "claims": _claims,
     "profile": _profile, "plots": _plots, "report": _report, "data": _data, "clean": _clean, "docs": _docs,
-    "import-hf": _import_hf, "export-hf": _export_hf, "targets": _targets,
+    "import-hf": _import_hf, "export-hf": _export_hf, "target": _target, "targets": _targets,
 }
 
 
@@ -432,10 +440,7 @@ def _asked(words: list[str], question: str, extra: Iterable[str] = ()) -> tuple[
 
 def _experiment(words: list[str]) -> tuple[Experiment, dict[str, str]]:
     """The experiment that a command is about, and its settings; where it is unknown, that is said first."""
-    # no target is called so, for there is no such experiment
-    wanted = re.sub(r"^(show|memory|speed|faster|gpus|verify)-(?=\d)", "",
-                    _id(words, "which experiment? such as 101 (make list shows all)"))
-    wanted = re.sub(r"^half-(\d{3})h?(?=-|$)", r"\1h", wanted)
+    wanted = _id(words, "which experiment? such as 101 (make list shows all)")
     if not wanted[:1].isdigit():
         from harness import targets
 

@@ -8,12 +8,14 @@ from pathlib import Path
 
 from harness import ROOT
 from harness.data.sources import definitions
-from harness.errors import similar
+from harness.errors import UserError, similar
 from harness.experiment.catalog import EXPERIMENTS, Catalog, Experiment
 from harness.experiment.overrides import EXPERIMENT_SETTINGS, LAUNCH_SETTINGS, Setting
 from harness.files import write_text
 
 FILE = EXPERIMENTS / "targets.mk"
+OF_EXPERIMENTS = ("show", "memory", "speed", "faster", "gpus", "verify")
+"""Commands that are about one experiment: ``make show-101``."""
 
 HEADER = """\
 # Generated from experiments/*.yaml and harness/experiment/overrides.py by `make targets`; a test keeps it fresh.
@@ -53,9 +55,29 @@ def _lines(catalog: Catalog) -> Iterator[str]:
             yield f"train-{e.model.name}: ; @$(HARNESS) train {e.id} $(WORDS)"
     for name, known in definitions().items():
         yield f"data-{name}: ; @$({'CHAT' if known.chat else 'DATA'}_HARNESS) data {name} $(WORDS)"
-    for command in ("show", "memory", "speed", "faster", "gpus", "verify"):
+    for command in OF_EXPERIMENTS:
         for e in catalog.experiments:
             yield f"{command}-{e.id}: ; @$(HARNESS) {command} {e.id} $(WORDS)"
+
+
+def command_of(wanted: str, catalog: Catalog) -> tuple[str, ...]:
+    """The harness's command and what it is about for a target without a rule: ``101``, or one newer than targets.mk.
+
+    Raises:
+        UserError: it is no target; nothing runs, and the nearest ones are named.
+    """
+    wanted = re.sub(r"^half-(\d{3})h?(?=-|$)", r"\1h", wanted)
+    command, _, about = wanted.partition("-")
+    if wanted[:1].isdigit():
+        return "run", catalog.find(wanted).id
+    if command in OF_EXPERIMENTS and about[:1].isdigit():
+        return command, catalog.find(about).id
+    if command == "chapter" and about.isdecimal() and int(about) in catalog.chapters:
+        return "chapter", about
+    long_runs = [e.id for e in catalog.experiments if e.until and command == "train" and e.model.name == about]
+    if long_runs:
+        return "train", long_runs[-1]
+    raise UserError(unknown(wanted))
 
 
 def unknown(wanted: str) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import ROOT, targets, tutorial
+from harness import ROOT, cli, targets, tutorial
 from harness.experiment.catalog import load_catalog
 from harness.experiment.overrides import SETTINGS
 
@@ -91,7 +91,7 @@ def read_until(terminal: int, wanted: str, seconds: float = 30) -> str:
 def test_the_short_and_the_long_target_run_the_same(target: str) -> None:
     done = make("-n", target, "STEPS=20")
     assert done.returncode == 0
-    assert re.fullmatch(r"scripts/setup\.sh light -- -m harness run '?101(-gpt2xl-dp1-gbs1-bf16)?'? +'STEPS=20' *\n", done.stdout)
+    assert re.fullmatch(r"scripts/setup\.sh light -- -m harness (?:run|target) '?101(-gpt2xl-dp1-gbs1-bf16)?'? +'STEPS=20' *\n", done.stdout)
 
 
 def test_words_arrive_as_typed(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_words_arrive_as_typed(tmp_path: Path) -> None:
     fake.write_text(f"#!{sys.executable}\nimport sys\nprint(sys.argv[1:])\n")
     fake.chmod(0o755)
     done = make("101", f"HARNESS={fake}", "ARGS=--lr 1e-4 --note 'it''s' \"two words\"", "TP=2")
-    assert done.stdout.strip() == str(["run", "101", "TP=2", "ARGS=--lr 1e-4 --note 'it''s' \"two words\""])
+    assert done.stdout.strip() == str(["target", "101", "TP=2", "ARGS=--lr 1e-4 --note 'it''s' \"two words\""])
 
 
 def test_settings_in_the_environment_count_too() -> None:
@@ -168,6 +168,55 @@ def test_a_model_that_is_not_in_the_catalogue_gets_the_nearest_experiment(name: 
 def test_a_name_of_the_tutorials_that_takes_no_settings_says_so() -> None:
     done = make("how-to-recompute-activation", "STEPS=3")
     assert done.returncode == 2 and "takes no settings" in done.stderr
+
+
+@pytest.mark.parametrize("target, near", [("tests", "test"), ("data", "data-list"), ("scripts", ""), ("experiments", "")])
+def test_a_file_of_that_name_makes_no_target(target: str, near: str) -> None:
+    done = make(target)
+    assert done.returncode == 2 and f"no target {target}" in done.stderr and near in done.stderr
+
+
+def test_only_docs_is_both_a_target_and_a_folder() -> None:
+    """The Makefile says that a file's name is no target, except of this one."""
+    rules = set(re.findall(r"^([a-z0-9][\w.-]*):", (ROOT / "Makefile").read_text() + targets.FILE.read_text(), re.MULTILINE))
+    assert {path.name for path in ROOT.iterdir()} & rules == {"docs"}
+
+
+@pytest.fixture
+def newer_catalog(tmp_path: Path, monkeypatch):
+    """A catalogue with 921, which targets.mk does not have."""
+    for path in (ROOT / "experiments").glob("*.yaml"):
+        shutil.copy(path, tmp_path)
+    (tmp_path / "900-new.yaml").write_text("chapter: 900\ntitle: New\nexperiments:\n"
+                                           "  921: {slug: new, model: gpt2-xl, mbs: 1, gbs: 1, seq: 1024, shows: s}\n")
+    catalog = load_catalog(tmp_path)
+    monkeypatch.setattr(cli, "load_catalog", lambda: catalog)
+    return catalog
+
+
+@pytest.mark.parametrize("target, ran", [
+    ("921", ("run", "921")), ("921-new", ("run", "921")), *((f"{c}-921", (c, "921")) for c in targets.OF_EXPERIMENTS),
+    ("speed-921-new", ("speed", "921")), ("chapter-900", ("chapter", "900")), ("half-282h", ("run", "282h")),
+    ("train-gpt3-345m", ("train", "604")),
+])  # fmt: skip
+def test_a_row_newer_than_the_targets_gets_the_command_that_was_asked_for(newer_catalog, monkeypatch, target, ran) -> None:
+    called = []
+    commands = {name: lambda words, name=name: called.append((name, words)) or 0 for name in cli.COMMANDS if name != "target"}
+    monkeypatch.setattr(cli, "COMMANDS", {**commands, "target": cli.COMMANDS["target"]})
+    assert cli.main(["target", target, "STEPS=3"]) == 0
+    assert called == [(ran[0], [ran[1], "STEPS=3"])]
+
+
+@pytest.mark.parametrize("target, said", [
+    ("speed-922", "no experiment 922; nearest ids"), ("speed921", "no target speed921; did you mean speed-"), ("sped-921", "did you mean speed-"), ("half-921", "no experiment 921h"),
+    ("show-921-old", "no experiment is called 921-old; 921 is 921-new"), ("chapter-901", "no target chapter-901"), ("train-gpt2-xl", "no target train-gpt2-xl"), ("run-921", "no target run-921"),
+    ("show-", "no target show-"), ("", "no target"), ("clean-921", "no target clean-921"),
+])
+def test_what_is_no_target_runs_nothing(newer_catalog, monkeypatch, capsys, target, said) -> None:
+    refused = {name: lambda words: pytest.fail("it ran") for name in cli.COMMANDS if name != "target"}
+    monkeypatch.setattr(cli, "COMMANDS", {**refused, "target": cli.COMMANDS["target"]})
+    assert cli.main(["target", target]) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_make_alone_is_one_screen() -> None:
