@@ -24,4 +24,4 @@ def test_a_host_that_launches_more_slowly_shows(monkeypatch):
     monkeypatch.setattr(launch_rate.time, "perf_counter", lambda: next(times_s))
     rate = launch_rate.measure("cpu")
     assert rate.add_us == pytest.approx(4000 / launch_rate.ADDS)
-    assert rate.autograd_us == pytest.approx(4000 / (launch_rate.CHAINS * 7))
+    assert rate.autograd_us == pytest.approx(4000 / (launch_rate.TURNS * 6))

@@ -20,9 +20,10 @@ BATCHES = 7
 ADDS = 400
 """Launches in a batch: fewer than the 1,024 that a stream of CUDA queues, so that the host never waits for the GPU."""
 
-CHAINS = 12
 CHAIN = ("sin", "exp", "tanh", "sigmoid", "erf", "cos")
-"""Element-wise operations that autograd records: no product of matrices, which would allocate cuBLAS's workspace."""
+TURNS = 16
+"""Operations that autograd records, ``TURNS`` times in a row before one backward pass. They are element-wise: a product of
+matrices would allocate cuBLAS's workspace."""
 
 
 def install(report: RankReport) -> None:
@@ -54,18 +55,18 @@ def measure(device: str = "cuda") -> LaunchRate:
         for _ in range(ADDS):
             numbers.add_(1.0)
 
-    def chains() -> None:
-        for _ in range(CHAINS):
-            value = leaf
+    def chain() -> None:
+        value = leaf
+        for _ in range(TURNS):
             for name in CHAIN:
                 value = getattr(torch, name)(value)
-            value.sum().backward()
-            leaf.grad = None
+        value.sum().backward()
+        leaf.grad = None
 
     with torch.enable_grad():
         return LaunchRate(
             add_us=_batch_us(adds, wait) / ADDS,
-            autograd_us=_batch_us(chains, wait) / (CHAINS * (len(CHAIN) + 1)),
+            autograd_us=_batch_us(chain, wait) / (TURNS * len(CHAIN)),
         )
 
 
