@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from harness.rundir import RunDir, label_of  # noqa: E402
+from harness.finding import candidates  # noqa: E402
 
 SETS = ("toy-chat", "toy-chat-2")
 
@@ -27,7 +27,7 @@ def make(*words: str) -> str:
 def trained(id_: str, outdir: str, *words: str) -> dict:
     """Train, and ask: answers as in each data set, the last loss, minutes, and the parameters that were trained."""
     make(id_, "DEVICE=cpu", f"OUTDIR={outdir}", *words)
-    run = RunDir(Path(outdir) / label_of(id_, Path(outdir)))
+    run = candidates(Path(outdir), id_)[0][0].dir
     steps = run.read_metrics()
     adapters = re.search(r"trains ([\d,]+) of ([\d,]+) parameters", run.logs.read_text())
     found = {"loss": steps[-1].loss, "steps": len(steps), "minutes": sum(step.step_ms for step in steps) / 60_000}

@@ -10,15 +10,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from textwrap import indent
 
-from harness import ROOT, screen, tutorial
+from harness import ROOT, finding, screen, tutorial
 from harness.data import prepared
 from harness.data.sources import Definition, definitions
 from harness.errors import UserError, nearest
-from harness.experiment import overrides
+from harness.experiment import identity, overrides
 from harness.experiment.catalog import Catalog, Experiment, load_catalog
 from harness.megatron import tracking
 from harness.planning.plan import Plan, choose_device, plan
-from harness.rundir import newest
 
 OUTDIR = ROOT / "outdir"
 RECORDS = ROOT / "experiments" / "records"
@@ -83,9 +82,11 @@ def _train(words: list[str]) -> int:
     if e.until is None:
         raise UserError(f"{e.id} has no validation loss to train to\ngive one, UNTIL=3.2, or make {e.id} trains STEPS=")
     settings = {"SAVE": "1", **settings}
-    planned = plan(e, settings, choose_device(settings))
-    if newest(planned.outdir, planned.experiment.label):
-        settings["RESUME"] = "1"
+    device = choose_device(settings)
+    planned = plan(e, {key: value for key, value in settings.items() if key not in ("SAVE", "RESUME")}, device)
+    there, _ = finding.candidates(planned.outdir, e.id)
+    if any(run.device == device and identity.same(run.experiment, planned.experiment) for run in there):
+        settings.setdefault("RESUME", "1")
     return _run([e.id, *(f"{key}={value}" for key, value in settings.items())])
 
 
@@ -94,11 +95,12 @@ def _finished_before(planned: Plan) -> int | None:
     from harness.launching.launch import Finished
     from harness.launching.terminal import summary
     from harness.planning.resume import damaged_at_the_end
+    from harness.planning.resumed import at_its_end
 
     run = planned.resumes
-    result = run.read_result() if run else None
-    if result is None or result.status not in ("ok", "target-missed"):
+    if run is None or not at_its_end(run, planned.experiment):
         return None
+    result = run.read_result()
     print(summary(run.label, run.path, result))
     if damaged := damaged_at_the_end(run):
         print(indent(damaged, "  "))
@@ -166,7 +168,7 @@ def _chapter(words: list[str]) -> int:
     number, *rest = words or [""]
     settings = overrides.parse(rest)
     experiments = load_catalog().in_chapter(overrides.count("chapter", number))
-    if whole := [key for key in ("DRY_RUN", "SLURM") if settings.get(key) == "1"]:
+    if whole := [key for key in ("DRY_RUN", "SLURM", "RESUME") if settings.get(key, "0") != "0"]:
         raise UserError(f"{whole[0]}=1 is for one experiment: make {experiments[0].id} {whole[0]}=1\n"
                         f"make list CHAPTER={number} shows what this one runs")
     _keep_gpus_awake()

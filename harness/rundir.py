@@ -16,18 +16,17 @@ result.json        written last
 
 from __future__ import annotations
 
-import glob
 import itertools
 import json
 import math
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from harness import locks
 from harness.errors import UserError, first_line
@@ -155,6 +154,28 @@ class Running(_Record):
     resumed_at: tuple[int, ...] = ()
 
 
+class Change(_Record):
+    """A setting that another value has since the run was resumed after ``step``. ``curve``: its losses depend on it."""
+
+    step: int
+    setting: str
+    before: str
+    now: str
+    curve: bool = False
+
+
+class _Kept(_Record):
+    """``saving`` in experiment.json."""
+
+    every: Annotated[int, Field(ge=1)]
+    keep: Annotated[int, Field(ge=1)] | None = None
+    folder: str | None = None
+
+
+class _Changed(_Record):
+    changed: tuple[Change, ...] = ()
+
+
 class Spread(_Record):
     """A quantity over the ``n`` steps of a run's averaging window; ``q1`` and ``q3`` are its quartiles."""
 
@@ -225,6 +246,8 @@ class Result(_Record):
     """The last evaluation on held-out data."""
     resumed_at: tuple[int, ...] = ()
     """Steps from which training was gone on with after an interruption."""
+    changed: tuple[Change, ...] = ()
+    """Settings that changed when it was resumed."""
     data: str
     device: str
     gpu: str | None = None
@@ -317,11 +340,18 @@ class RunDir:
         return self.path / "result.json"
 
     def freeze_experiment(
-        self, experiment: Experiment, device: str, commit: str | None, saving: Saving | None = None
+        self,
+        experiment: Experiment,
+        device: str,
+        commit: str | None,
+        saving: Saving | None = None,
+        changed: Iterable[Change] = (),
     ) -> None:
-        """Write experiment.json: every setting, the device, the source commit, and how checkpoints are kept."""
+        """Write experiment.json: every setting, the device, the source commit, how checkpoints are kept, and which settings
+        ``changed`` when it was resumed."""
         kept = saving and {"every": saving.every, "keep": saving.keep, "folder": saving.folder and str(saving.folder)}
         more = {"device": device, "commit": commit, "saving": kept}
+        more |= {"changed": [change.model_dump(mode="json") for change in changed]}
         write_json(self.experiment_json, {**experiment.model_dump(mode="json"), **more})
 
     def read_saving(self) -> Saving | None:
@@ -329,10 +359,17 @@ class RunDir:
         from harness.checkpoints import Saving
 
         try:
-            kept = read_object(self.experiment_json).get("saving")
+            kept = _Kept.model_validate(read_object(self.experiment_json).get("saving"))
         except ValueError:
             return None
-        return Saving(kept["every"], kept["keep"], Path(kept["folder"]) if kept["folder"] else None) if kept else None
+        return Saving(kept.every, kept.keep, Path(kept.folder) if kept.folder else None)
+
+    def read_changes(self) -> tuple[Change, ...]:
+        """Settings that changed when it was resumed, in experiment.json; none where that does not say."""
+        try:
+            return _Changed.model_validate(read_object(self.experiment_json)).changed
+        except ValueError:
+            return ()
 
     def read_experiment(self) -> Experiment:
         """The experiment as it ran. Raises ValueError where experiment.json is not one."""
@@ -451,28 +488,6 @@ def create(outdir: Path, label: str) -> RunDir:
             return RunDir(path.resolve())
 
 
-def newest(outdir: Path, label: str) -> RunDir | None:
-    """The newest of the runs ``label``, ``label.2``, … in ``outdir``, or None."""
-    found = {1: outdir / label} | {
-        int(path.name.removeprefix(f"{label}.")): path
-        for path in outdir.glob(f"{glob.escape(label)}.*")
-        if path.name.removeprefix(f"{label}.").isdecimal()
-    }
-    there = [number for number, path in found.items() if (path / "experiment.json").exists()]
-    return RunDir(found[max(there)].resolve()) if there else None
-
-
-def label_of(wanted: str, outdir: Path) -> str:
-    """``wanted``, unless it is the id or name of an experiment: then the label of its newest run that kept checkpoints."""
-    from harness.checkpoints import in_folder
-
-    if (outdir / wanted).is_dir() or not re.match(r"\d{3}h?(-|$)", wanted):
-        return wanted
-    same = [run.dir for run in runs(outdir)[0] if wanted in (run.experiment.id, run.experiment.name)]
-    kept = [run for run in same if in_folder(run.checkpoints)]
-    return max(kept, key=lambda run: run.experiment_json.stat().st_mtime).label if kept else wanted
-
-
 def go_on(run_dir: RunDir, step: int) -> None:
     """Prepare ``run_dir`` for training on from ``step``: later lines are cut off, the log and the result are put aside."""
     number = 1 + len(list(run_dir.path.glob("logs.[0-9]*.txt")))
@@ -493,6 +508,11 @@ def still_runs(run_dir: RunDir, holder: locks.Holder | None) -> str:
     if holder and holder.is_here:
         way_out = f"make stop RUN={run_dir.label} OUTDIR={run_dir.path.parent} ends it"
     return f"{run_dir.label} still runs: {holder or 'another process'} has it\n{way_out}"
+
+
+def changes_in_words(changed: Iterable[Change]) -> str:
+    """Which settings changed while it ran: ``LR 0.001 -> 0.0001 after step 40``."""
+    return "; ".join(f"{change.setting} {change.before} -> {change.now} after step {change.step}" for change in changed)
 
 
 def perplexity(loss: float) -> float | None:

@@ -17,7 +17,7 @@ from harness.experiment.catalog import load_catalog
 from harness.files import write_json
 from harness.launching.outcome import Evidence, classify
 from harness.planning import resume, start
-from harness.planning.plan import plan
+from harness.planning.plan import Plan, plan
 from harness.rundir import Result, RunDir, StepMetrics, Validation
 
 TINY = {"DEVICE": "cpu", "DATA": "mock", "STEPS": "20"}
@@ -173,7 +173,7 @@ def test_weights_of_a_run_bring_its_model_on_sequences_as_long_as_it_has_positio
 
 
 def test_an_experiment_stands_for_its_newest_run_with_checkpoints(tmp_path):
-    older, newer, empty = (run_in(tmp_path, tiny(**settings)) for settings in ({}, {"LR": "1e-3"}, {"LR": "2e-3"}))
+    older, newer, empty = (run_in(tmp_path, tiny(**settings)) for settings in ({}, {}, {"LR": "2e-3"}))
     for age, run in enumerate((empty, newer, older)):
         os.utime(run.experiment_json, (1e9 - age, 1e9 - age))
     for run in (older, newer):
@@ -181,6 +181,11 @@ def test_an_experiment_stands_for_its_newest_run_with_checkpoints(tmp_path):
     for wanted in ("101", tiny().name):
         assert resume.find(wanted, tmp_path).path.parent == newer.checkpoints
     assert resume.find(older.label, tmp_path).path.parent == older.checkpoints
+    write(empty.checkpoints, 5)
+    for wanted in ("101", tiny().name):
+        with pytest.raises(UserError, match=f"{wanted}: 2 different experiments ran under this id:") as refused:
+            resume.find(wanted, tmp_path)
+    assert f"  {empty.label}\n  {newer.label}  (LR 6e-05; MIN_LR 6e-06; " in str(refused.value)
     with pytest.raises(UserError, match="no folder and no run with a checkpoint is called 111; valid: 101"):
         resume.find("111", tmp_path)
 
@@ -292,10 +297,12 @@ def test_resuming_with_another_model_names_the_difference_and_with_another_dropo
     with pytest.raises(UserError, match=f"{run.label} holds another model: add_bias_linear True there, add_bias_linear False in 101-"):
         plan(other, asked, "cpu")
     same = row.with_changes(model=row.model.model_copy(update={"dropout": 0.0}))
-    planned = plan(same, asked, "cpu")
-    assert planned.first_step == 5 and planned.notices == ("dropout was 0.1 and is 0.0 from here on",)
+    with pytest.raises(UserError, match=r"ran with other settings, which change its losses:\n  DROPOUT 0.1 -> 0\n"):
+        plan(same, asked, "cpu")
+    planned = plan(same, asked | {"FORCE": "1"}, "cpu")
+    assert planned.first_step == 5 and planned.notices == ("DROPOUT was 0.1 and is 0 from step 6 on: FORCE=1",)
     write_json(run.experiment_json, json.loads(run.experiment_json.read_text()) | {"data": "gone"})
-    with pytest.raises(UserError, match="was trained on gone, this would go on with mock\nDATA=\"gone\" goes on with the same"):
+    with pytest.raises(UserError, match="change its losses:\n  DATA gone -> mock\nDATA=\"gone\" continues on the same data\n"):
         plan(row, asked, "cpu")
 
 
@@ -324,13 +331,19 @@ def test_resuming_cuts_what_the_checkpoint_does_not_know_of(tmp_path):
     assert (run.path / "logs.1.txt").read_text() == "first\n" and not run.logs.exists() and not list(run.ranks.iterdir())
 
 
-def test_the_newest_of_several_runs_is_gone_on_with(tmp_path):
+def test_the_newest_of_several_runs_with_checkpoints_is_resumed_else_the_newest(tmp_path):
     e = tiny()
     first, second = run_in(tmp_path, e), run_in(tmp_path, e)
+
+    def resumed() -> Plan:
+        return plan(load_catalog().find("101"), TINY | {"RESUME": "1", "OUTDIR": str(tmp_path)}, "cpu")
+
+    assert resumed().resumes == second and resumed().first_step == 0
+    assert "was ended before its first checkpoint: it begins anew" in resumed().notices[0]
     write(first.checkpoints, 5)
-    assert rundir.newest(tmp_path, e.label) == second
-    planned = plan(load_catalog().find("101"), TINY | {"RESUME": "1", "OUTDIR": str(tmp_path)}, "cpu")
-    assert planned.first_step == 0 and "begins anew" in planned.notices[0]
+    assert (resumed().resumes, resumed().first_step, resumed().notices) == (first, 5, ())
+    write(second.checkpoints, 10)
+    assert (resumed().resumes, resumed().first_step) == (second, 10)
 
 
 def test_a_run_that_is_at_its_end_is_shown_and_not_trained_again(tmp_path, capsys):

@@ -13,8 +13,8 @@ from harness.convert.weights import WEIGHTS
 from harness.data import prepared
 from harness.errors import UserError
 from harness.experiment import overrides
+from harness.finding import label_of
 from harness.finetune.adapters import FOLDER, read_record
-from harness.rundir import label_of
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from harness.experiment.flops import mfu
-from harness.rundir import Losses, Result, Spread, StepMetrics
+from harness.rundir import Change, Losses, Result, Spread, StepMetrics
 
 if TYPE_CHECKING:
     from harness.experiment.catalog import Experiment
@@ -25,9 +25,16 @@ def window(e: Experiment, metrics: Iterable[StepMetrics]) -> list[StepMetrics]:
     return [m for m in metrics if m.step >= e.window_first_step and m.step not in e.disturbed_steps]
 
 
-def measure(e: Experiment, metrics: Sequence[StepMetrics], peak_tflops: float | None) -> dict[str, Any]:
-    """Every field of a Result that follows from the run's metrics alone: a record's can be computed again."""
-    steps = window(e, metrics)
+def measure(
+    e: Experiment, metrics: Sequence[StepMetrics], peak_tflops: float | None, changed: Iterable[Change] = ()
+) -> dict[str, Any]:
+    """Every field of a Result that follows from the run's metrics alone: a record's can be computed again.
+
+    Steps before the last of the settings ``changed`` are of another experiment: the window begins as far behind it as it
+    else does behind step 0.
+    """
+    since = max((change.step for change in changed), default=0)
+    steps = [m for m in window(e, metrics) if m.step >= since + e.window_first_step]
     tflops = _median(m.tflops for m in steps)
     return {
         "steps_done": metrics[-1].step if metrics else 0,
@@ -44,7 +51,7 @@ def measure(e: Experiment, metrics: Sequence[StepMetrics], peak_tflops: float | 
 
 def contradictions(e: Experiment, result: Result, metrics: Sequence[StepMetrics]) -> Iterator[str]:
     """What ``result`` states and the run's metrics do not say, in words."""
-    computed = result.model_copy(update=measure(e, metrics, result.peak_tflops))
+    computed = result.model_copy(update=measure(e, metrics, result.peak_tflops, result.changed))
     if computed.steps_done != result.steps_done:
         yield f"it says {result.steps_done} steps, its metrics end at step {computed.steps_done}: truncated"
         return

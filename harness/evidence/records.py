@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -12,11 +13,12 @@ from pydantic import ValidationError
 from harness import rundir
 from harness.errors import UserError
 from harness.evidence.measured import contradictions
+from harness.experiment import identity
 from harness.experiment.catalog import Experiment
 from harness.experiment.hardware import find_gpu
 from harness.files import complaint, read_object, write_json, write_text
 from harness.profiling.profile import FOLDER, of_run
-from harness.rundir import Result, StepMetrics, Validation
+from harness.rundir import Result, StepMetrics, Validation, changes_in_words
 
 UNRECORDED = ("STEPS", "DATA", "PROFILE")
 """Overrides that do not name a record: a row measured over fewer steps is still that row."""
@@ -26,8 +28,8 @@ def record(run: rundir.RunDir, records: Path) -> Path:
     """Keep a finished GPU run as a record and return its file; a record of the same work on the same GPU is replaced.
 
     The record is result.json with the frozen experiment, the environment and each rank's memory inside; the metrics travel
-    beside it, so that every number can be computed again. Runs that differ in what their names do not tell (ARGS) get
-    numbers: ``101_args.2``.
+    beside it, so that every number can be computed again. What was frozen decides which record is of the same work; names
+    do not tell ARGS apart, so that those of other work get numbers: ``101_args.2``.
     Tracing slows a step, so that of a traced run only its profile is kept, in a folder of its own.
 
     Raises:
@@ -44,6 +46,9 @@ def record(run: rundir.RunDir, records: Path) -> Path:
         raise UserError(f"{run.label} ended as {run.state()}: only finished runs and runs out of memory become records")
     if experiment.miniature or not result.gpu:
         raise UserError(f"{run.label} ran on a CPU; records hold GPU runs only")
+    if result.changed:
+        raise UserError(f"{run.label} is of more than one experiment: {changes_in_words(result.changed)}\n"
+                        "a record is of one: run it again")
     folder, steps = records / folder_of(result.gpu), run.read_metrics()
     try:
         environment = read_object(run.environment)
@@ -95,9 +100,8 @@ def same_work(a: Experiment, b: Experiment) -> bool:
 
 def work(e: Experiment) -> Experiment:
     """The experiment without what may differ between records of the same work (see same_work)."""
-    same = {"slug": "any", "shows": "any", "steps": 1, "data": "any", "eval_interval": 1, "attention_backend": "auto",
-            "overrides": {}}
-    return e.model_copy(update=same)
+    same = {"steps": 1, "data": "any", "eval_interval": 1, "attention_backend": "auto"}
+    return identity.frozen(e).model_copy(update=same)
 
 
 def read(path: Path) -> tuple[Experiment, Result]:
@@ -160,9 +164,19 @@ def _contradictions(e: Experiment, result: Result, steps: Sequence[StepMetrics],
 def _stem(experiment: Experiment, folder: Path) -> str:
     """Base name of the record's files: that of the record it replaces, else one that is free."""
     naming = {key: value for key, value in experiment.overrides.items() if key not in UNRECORDED}
-    stem = experiment.model_copy(update={"overrides": naming}).label.replace(experiment.name, experiment.id, 1)
-    for name in (stem, *(f"{stem}.{n}" for n in range(2, 1000))):
-        content = read_object(folder / f"{name}.json") if (folder / f"{name}.json").exists() else None
-        if content is None or content["experiment"]["extra_args"] == list(experiment.extra_args):
-            return name
-    raise UserError(f"{folder} holds 999 records of {stem}")
+    label = experiment.model_copy(update={"overrides": naming}).label
+    stem = re.sub(r"_args-[0-9a-f]{6}(?=_|$)", "_args", label.replace(experiment.name, experiment.id, 1))
+    same = [path.stem for path in sorted(folder.glob(f"{experiment.id}*.json")) if _is_of(path, experiment)]
+    if same:
+        return stem if stem in same else same[0]
+    names = itertools.chain([stem], (f"{stem}.{n}" for n in itertools.count(2)))
+    return next(name for name in names if not (folder / f"{name}.json").exists())
+
+
+def _is_of(path: Path, experiment: Experiment) -> bool:
+    """Whether the record, or the recorded profile, in ``path`` is of the work of ``experiment``, whatever it traced."""
+    try:
+        recorded = rundir.experiment_in(read_object(path).get("experiment") or {})
+    except ValueError:  # another's place is not taken because it is damaged
+        return False
+    return same_work(recorded.model_copy(update={"profile": None}), experiment.model_copy(update={"profile": None}))

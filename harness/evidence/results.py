@@ -240,7 +240,7 @@ class Row:
     def comparable(self) -> bool:
         """Whether it may share a line with others: finished or out of memory, at full size on GPUs, its work unchanged."""
         whole = self.device == "cuda" and not self.experiment.miniature and is_same_work(self.experiment)
-        return whole and self.state in ("ok", "oom")
+        return whole and self.state in ("ok", "oom") and not (self.result and self.result.changed)
 
     @property
     def as_published(self) -> bool | None:
@@ -439,7 +439,7 @@ def _run_row(run: rundir.Run, group: ReferenceGroup) -> Row:
         upstream=result.upstream if result else _upstream(environment),
         result=result,
         steps_done=steps[-1].step if steps else 0,
-        **_comparison(run.experiment, group),
+        **({} if result and result.changed else _comparison(run.experiment, group)),
     )
 
 

@@ -21,7 +21,7 @@ from harness.evidence.results import Results, Row, collect, load_references, los
 from harness.experiment import overrides
 from harness.experiment.catalog import load_catalog
 from harness.experiment.hardware import DRIVER_RESERVED_MIB
-from harness.rundir import perplexity
+from harness.rundir import changes_in_words, perplexity
 
 FORMATS = ("terminal", "markdown", "csv", "json")
 NOTHING = "no runs yet: make 101"
@@ -75,6 +75,7 @@ VALUES: dict[str, Callable[[Row], Any]] = {
     "perplexity": lambda row: row.validation and perplexity(row.validation.loss),
     "validation_step": lambda row: row.validation and row.validation.step,
     "resumed_at": lambda row: " ".join(map(str, row.result.resumed_at)) if row.result else "",
+    "changed": lambda row: changes_in_words(row.result.changed) if row.result else "",
     "runs_on_node": lambda row: row.runs_on_node,
     "notes": lambda row: "; ".join(_notes(row)),
     "origin": lambda row: str(row.origin),
@@ -346,7 +347,9 @@ def _notes(row: Row) -> list[str]:
         found.append(f"{row.label}: NVML could not be read: the used memory is unknown")
     if e.card:
         found.append(f"CARD={e.card}: memory capped as on that card")
-    if not row.against and not e.miniature:
+    if row.result and row.result.changed:
+        found.append(f"{row.label}: {changes_in_words(row.result.changed)}")
+    elif not row.against and not e.miniature:
         changed = " ".join(f"{key}={value}" for key, value in e.overrides.items())
         found.append(f"{changed}: not the published work, so nothing to compare with")
     return found

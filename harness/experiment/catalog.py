@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from functools import cache, cached_property
@@ -15,6 +16,10 @@ from harness.errors import UserError, nearest
 from harness.experiment.constraints import violations
 
 EXPERIMENTS = ROOT / "experiments"
+
+LONGEST_LABEL = 180
+"""Characters of a label: room for ``.2`` and for the names of temporary files."""
+LONGEST_VALUE = 40
 
 Count = Annotated[int, Field(ge=1)]
 Id = Annotated[str, Field(pattern=r"^[1-9]\d\dh?$")]
@@ -312,9 +317,15 @@ class Experiment(_Frozen):
 
     @property
     def label(self) -> str:
-        """Base name of the run directory: the name, then what was overridden, then ``cpu`` for a miniature."""
-        changed = [key.lower() if key == "ARGS" else f"{key.lower()}{_safe(value)}" for key, value in self.overrides.items()]
-        return "_".join([self.name, *changed, *(["cpu"] if self.miniature else [])])
+        """Base name of the run directory: the name, then what was overridden, then ``cpu`` for a miniature.
+
+        A value that a file name cannot hold as it is stands there with a digest of it, so that two of them differ; of ARGS
+        there is the digest alone. It names a run and does not identify it: see harness/experiment/identity.py.
+        """
+        changed = [f"args-{_digest(value)}" if key == "ARGS" else f"{key.lower()}{_safe(value)}"
+                   for key, value in self.overrides.items()]
+        whole = "_".join([self.name, *changed, *(["cpu"] if self.miniature else [])])
+        return whole if len(whole) <= LONGEST_LABEL else f"{whole[:LONGEST_LABEL - 7]}-{_digest(whole)}"
 
     def with_changes(self, **changes: Any) -> Experiment:
         """A copy with ``changes`` (field names), validated again. Raises UserError where they do not fit together."""
@@ -398,4 +409,9 @@ def _experiment(fields: Mapping[str, Any], where: str) -> Experiment:
 
 
 def _safe(value: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.]+", "-", value).strip("-")
+    readable = re.sub(r"[^A-Za-z0-9.,+]+", "-", value).strip("-")
+    return readable if readable == value else f"{readable[:LONGEST_VALUE]}-{_digest(value)}".lstrip("-")
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:6]

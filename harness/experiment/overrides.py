@@ -85,14 +85,14 @@ LAUNCH_SETTINGS = (
     Setting("SAVE", "1", "keep checkpoints: 1 in the run directory, or a folder; 0: none"),
     Setting("SAVE_EVERY", "50", "steps between checkpoints (default: one, at the end)"),
     Setting("KEEP", "2", "checkpoints to keep, the newest (default: all)"),
-    Setting("RESUME", "1", "go on with this run where its newest whole checkpoint is"),
+    Setting("RESUME", "1", "continue the run of these settings, or RESUME=label, from its newest whole checkpoint"),
     Setting("WANDB", "offline", "log to Weights & Biases: offline (wandb sync later) or online"),
     Setting("WANDB_PROJECT", "megatron", "its project (with WANDB=)"),
     Setting("WANDB_ENTITY", "team", "its user or team (with WANDB=)"),
     Setting("WANDB_NAME", "first", "name of the run there (default: the label)"),
     Setting("HANG", "300", "seconds without a step before a run counts as hung"),
     Setting("PACK", "0", "make chapter-N: 0 runs one experiment at a time, for timing"),
-    Setting("FORCE", "1", "make chapter-N: run again what has a result already"),
+    Setting("FORCE", "1", "make chapter-N: run again what has a result; RESUME=: take settings that change the losses"),
 )
 """Settings of how and where it is launched; the experiment stays the same."""
 

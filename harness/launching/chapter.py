@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from harness import rundir
 from harness.errors import UserError, first_line
+from harness.experiment import identity
 from harness.experiment.catalog import EXPERIMENTS, Experiment
 from harness.launching.launch import POLL_S, Finished, Run, show_progress
 from harness.launching.processes import Signals
@@ -210,7 +211,9 @@ def _earlier(plan: Plan) -> Finished | None:
         Finished(run.dir, run.result)
         for run in runs
         if run.state in HAS_RESULT
-        and (run.device, run.experiment) == (plan.device, plan.experiment)
+        and run.device == plan.device
+        and identity.same(run.experiment, plan.experiment)
+        and not run.result.changed
         and run.result.gpu == here
     ]
     return max(same, key=lambda finished: finished.result.started, default=None)

@@ -33,6 +33,7 @@ from harness.orphans import end_with
 from harness.rundir import (
     RUN_DIR_VARIABLE,
     TURN_VARIABLE,
+    Change,
     LaunchRate,
     MemoryGib,
     Result,
@@ -106,6 +107,7 @@ class Run:
         self.held = held
         self._metrics: list[StepMetrics] = []
         self._resumed_at = _resumed_at(plan, directory)
+        self._changed = _changed(plan, directory)
         self._phase = STARTING
         self._memory_gib: float | None = None
         self._looked_at = self._kill_at = 0.0
@@ -230,7 +232,7 @@ class Run:
         running |= {"rendezvous": self.plan.place.rendezvous, "resumed_at": self._resumed_at}
         write_json(self.dir.running, running)
         saving = self.plan.extras.saving
-        frozen = self.plan.experiment, self.plan.device, self._environment["commit"], saving
+        frozen = self.plan.experiment, self.plan.device, self._environment["commit"], saving, self._changed
         self.dir.freeze_experiment(*frozen)
         if saving and saving.folder:
             with told_if_unwritable(saving.folder, "SAVE"):
@@ -376,6 +378,7 @@ class Run:
             memory_gib=self._memory(),
             validation=next((v for v in reversed(validation) if v.split == "validation"), None),
             resumed_at=self._resumed_at,
+            changed=self._changed,
             data=e.data,
             device=self.plan.device,
             gpu=self._environment["gpu"],
@@ -383,7 +386,7 @@ class Run:
             packed_with=tuple(sorted(self.packed_with)),
             miniature=e.miniature,
             upstream=Upstream.model_validate(self._environment["upstream"]),
-            **measure(e, metrics, self._peak_tflops),
+            **measure(e, metrics, self._peak_tflops, self._changed),
         )
 
     def _memory(self) -> MemoryGib:
@@ -525,6 +528,15 @@ def _resumed_at(plan: Plan, directory: RunDir) -> tuple[int, ...]:
         return ()
     running = directory.read_running()
     return (*(running.resumed_at if running else ()), plan.first_step)
+
+
+def _changed(plan: Plan, directory: RunDir) -> tuple[Change, ...]:
+    """The settings that changed when the run was resumed, this time included; none where it begins anew."""
+    if not plan.resumes or not plan.first_step:
+        return ()
+    earlier = (change for change in directory.read_changes() if change.step <= plan.first_step)
+    now = (Change(step=plan.first_step, setting=d.setting, before=d.before, now=d.now, curve=d.curve) for d in plan.changed)
+    return (*earlier, *now)
 
 
 def _most(values: Iterable[float | None]) -> float | None:

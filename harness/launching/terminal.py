@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
-from harness.rundir import perplexity
+from harness.rundir import changes_in_words, perplexity
 
 if TYPE_CHECKING:
     from harness.rundir import Result
@@ -215,6 +215,8 @@ def summary(label: str, path: Path, result: Result) -> str:
         lines.append(f"  eval    loss {r.validation.loss:.4f}{word} on held-out data after step {r.validation.step}")
     if r.resumed_at:
         lines.append(f"  resumed after step {', '.join(map(str, r.resumed_at))}")
+    if r.changed:
+        lines.append(f"  changed {changes_in_words(r.changed)}")
     if r.packed_with:
         lines.append(f"  shared  the node with {', '.join(map(_id, r.packed_with))}")
     if r.miniature:

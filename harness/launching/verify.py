@@ -26,6 +26,7 @@ from harness.experiment.catalog import load_catalog
 from harness.machine import gpus
 from harness.machine.provenance import describe_upstream
 from harness.planning import start
+from harness.rundir import changes_in_words
 
 MEMORY_TOLERANCE = 0.01
 """Relative; the allocator's caching alone moves used memory by a few tenths of a percent."""
@@ -74,6 +75,8 @@ def choose(records: Sequence[Row], run: Row) -> Row:
         raise UserError(f"{run.label} is a CPU miniature; {records[0].label} was measured on {records[0].hardware}")
     if not same_work(records[0].experiment, run.experiment):
         raise UserError(f"{run.label} is a run of {run.experiment.label}, not of the work of {records[0].label}")
+    if run.result and run.result.changed:
+        raise UserError(f"{run.label} is of more than one experiment: {changes_in_words(run.result.changed)}")
     here = _on_hardware(records, run.hardware)
     if run.state in ("running", "killed"):
         raise UserError(f"{run.label} is {run.state}: only a run that came to its own end can be compared with a record")

@@ -7,19 +7,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from harness import ROOT, checkpoints, locks, rundir
+from harness import ROOT, checkpoints
 from harness.checkpoints import Loading, Saving
-from harness.convert.weights import training_differences
 from harness.data import prepared
 from harness.data.splits import check_split
 from harness.errors import UserError
 from harness.experiment import overrides
 from harness.experiment.catalog import Experiment
+from harness.experiment.identity import Difference
 from harness.megatron.flags import Device
 from harness.megatron.tracking import tracking
-from harness.planning import resume, start
+from harness.planning import resume, resumed, start
 from harness.planning.command import NOTHING_ELSE, Extras, Place, render
 from harness.planning.miniature import describe, miniature
+from harness.planning.resumed import Resumed
 from harness.rundir import RunDir
 
 WITHOUT_WEIGHTS = ("adapters beside random weights learn little, this measures time and memory; WEIGHTS= names weights that "
@@ -43,6 +44,8 @@ class Plan:
     extras: Extras = NOTHING_ELSE
     resumes: RunDir | None = None
     """The run directory in which it goes on."""
+    changed: tuple[Difference, ...] = ()
+    """Settings in which it differs from the run that it resumes."""
     notices: tuple[str, ...] = ()
 
     @property
@@ -108,12 +111,12 @@ def plan(experiment: Experiment, settings: Mapping[str, str], device: Device) ->
     notices = [WITHOUT_WEIGHTS] if small.lora and not small.weights and not small.load else []
     if small.cuda_graphs and small.model.dropout and small.eval_steps:
         notices.append(GRAPHS_DROP)
-    resumes = _resumed(outdir, small, settings, notices.append)
-    saving = _saving(small, settings, resumes)
+    before = resumed.choose(small, device, outdir, settings, joins=place.node_rank not in ("0", "$SLURM_NODEID"))
+    saving = _saving(small, settings, before)
     if saving and device == "cpu" and small.sharding.startswith("fsdp"):
         raise UserError(f"{small.id}: Megatron-FSDP saves on GPUs only: on a CPU its ranks wait for each other for ever\n"
                         "SAVE=0 trains without checkpoints, SHARDING=optim or torch_fsdp2 saves here, too")
-    loading = _loading(small, outdir, saving, resumes, notices.append)
+    loading = _loading(small, outdir, before, notices.append)
     return Plan(
         full=full,
         experiment=small,
@@ -123,7 +126,8 @@ def plan(experiment: Experiment, settings: Mapping[str, str], device: Device) ->
         headline="; ".join(headlines) or None,
         memory_fraction=_memory_fraction(full) if device == "cuda" and full.card else None,
         extras=Extras(saving, loading, tracking(settings)),
-        resumes=resumes,
+        resumes=before and before.run,
+        changed=before.changed if before else (),
         notices=tuple(notices),
     )
 
@@ -147,46 +151,28 @@ def _data_of_its_target(full: Experiment, device: Device) -> str:
     return prepared.find(full.published_data).name
 
 
-def _resumed(outdir: Path, e: Experiment, settings: Mapping[str, str], tell: Callable[[str], None]) -> RunDir | None:
-    """The run that ``RESUME=1`` goes on with; ``tell`` hears what of its model is another now."""
-    if not overrides.switch("RESUME", settings.get("RESUME", "0")):
-        return None
-    run = rundir.newest(outdir, e.label)
-    if run is None:
-        raise UserError(f"RESUME=1: there is no run {e.label} in {outdir}\nstart one with SAVE=1, and SAVE_EVERY= steps; "
-                        "LOAD=label goes on from a run of other settings or fewer STEPS")
-    if settings.get("NODE_RANK", "0") == "0" and (holder := locks.holder(run.path)):
-        raise UserError(f"RESUME=1: {rundir.still_runs(run, holder)}")
-    try:
-        frozen = run.read_experiment()
-    except ValueError as error:
-        raise UserError(f"RESUME=1: {run.label}: {error}") from None
-    if run.read_saving() is None and "SAVE" not in settings:
-        raise UserError(f"RESUME=1: {run.label} kept no checkpoints, there is nothing to go on from\nstart anew with SAVE=1")
-    if frozen.data != e.data:
-        raise UserError(f"RESUME=1: {run.label} was trained on {frozen.data}, this would go on with {e.data}\n"
-                        f'DATA="{frozen.data}" goes on with the same, LOAD={run.label} begins a new run with its checkpoint')
-    resume.check_model(run.path, frozen.model, e)
-    for name, (before, now) in training_differences(frozen.model, e.model).items():
-        tell(f"{name} was {before} and is {now} from here on")
-    return run
-
-
-def _saving(e: Experiment, settings: Mapping[str, str], resumes: RunDir | None) -> Saving | None:
+def _saving(e: Experiment, settings: Mapping[str, str], before: Resumed | None) -> Saving | None:
     """How checkpoints are kept: as said now, else as the resumed run did, else as the experiment's row says."""
     where = settings.get("SAVE")
     asked = [key for key in ("SAVE_EVERY", "KEEP") if key in settings]
     if where == "0":
         if asked:
             raise UserError(f"SAVE=0 keeps no checkpoints, but {' and '.join(asked)} is given; leave one out")
+        if before:
+            raise UserError(f"SAVE=0: {before.run.label} keeps checkpoints, and RESUME= could not continue it once more "
+                            "without\nleave SAVE=0 out")
         return None
-    before = resumes and resumes.read_saving()
-    if where is None and not asked and not before and e.save_every is None:
+    earlier = before and before.saving
+    if where is None and not asked and not earlier and e.save_every is None:
         return None
     every, keep = overrides.count_in(settings, "SAVE_EVERY"), overrides.count_in(settings, "KEEP")
-    folder = Path(where).resolve() if where not in (None, "1") else before.folder if before else None
-    if before:
-        return Saving(every or before.every, keep or before.keep, folder)
+    folder = Path(where).resolve() if where not in (None, "1") else None
+    if earlier:
+        label, kept = before.run.label, before.run.checkpoints
+        if where is not None and kept.resolve() != (folder or before.run.path / "checkpoints"):
+            raise UserError(f"SAVE={where}: {label} keeps its checkpoints in {kept}, where RESUME= looks for them\n"
+                            f"leave SAVE= out; LOAD={label} SAVE={where} begins a new run")
+        return Saving(every or earlier.every, keep or earlier.keep, earlier.folder)
     saving = Saving(every or e.save_every or e.steps, keep or e.keep, folder)
     if folder and (there := checkpoints.in_folder(folder)) and not (e.load and Path(e.load).resolve() == folder):
         raise UserError(f"SAVE={where} already holds checkpoints, the newest of step {there[-1].step}\n"
@@ -194,15 +180,14 @@ def _saving(e: Experiment, settings: Mapping[str, str], resumes: RunDir | None) 
     return saving
 
 
-def _loading(e: Experiment, outdir: Path, saving: Saving | None, resumes: RunDir | None,
-             tell: Callable[[str], None]) -> Loading | None:
+def _loading(e: Experiment, outdir: Path, before: Resumed | None, tell: Callable[[str], None]) -> Loading | None:
     """The checkpoint to begin with: the resumed run's newest whole one, else the one that LOAD= names."""
-    if resumes and saving:
-        folder = saving.in_run(resumes.path)
-        if found := checkpoints.newest_whole(folder, tell):
-            resume.check_fits(found, e)
-            return Loading(folder, found.step)
-        tell(f"no whole checkpoint in {folder}: {resumes.label} begins anew")
+    if before:
+        found = resumed.newest_checkpoint(before, e, tell)
+        for notice in resumed.notices(before, e, found.step if found else 0):
+            tell(notice)
+        if found:
+            return Loading(found.path.parent, found.step)
     if not e.load:
         return None
     found = resume.find(e.load, outdir, tell)

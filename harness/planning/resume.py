@@ -12,8 +12,10 @@ from harness.checkpoints import STEP_FOLDER, Checkpoint, Contents, examine, newe
 from harness.convert import weights
 from harness.data import prepared
 from harness.errors import UserError, nearest
+from harness.experiment import identity
 from harness.experiment.catalog import Experiment, Model
-from harness.rundir import RunDir, label_of, runs
+from harness.finding import label_of
+from harness.rundir import RunDir, runs
 
 
 def find(wanted: str, outdir: Path, tell: Callable[[str], None] = lambda _: None) -> Checkpoint:
@@ -68,6 +70,7 @@ def check_fits(found: Checkpoint, experiment: Experiment) -> None:
     if shape and shape[1] != model.hidden_size:
         _refuse(found.path, f"hidden_size {shape[1]}", f"hidden_size {model.hidden_size}", experiment)
     _check_positions(found, experiment)
+    _check_sharding(found, experiment)
     _check_tokenizer(found, experiment)
     _check_rates(found, experiment)
 
@@ -92,6 +95,15 @@ def _check_positions(found: Checkpoint, experiment: Experiment) -> None:
                         f"SEQ={shape[0]} loads it{shorter}")
 
 
+def _check_sharding(found: Checkpoint, experiment: Experiment) -> None:
+    """Megatron-FSDP saves in a format (fsdp_dtensor) that nothing else loads, and loads no other."""
+    trained = experiment_of(found.path.parent)
+    if trained and trained.sharding.startswith("fsdp") != experiment.sharding.startswith("fsdp"):
+        raise UserError(f"{found.path} was saved with SHARDING={trained.sharding}, {experiment.label} has "
+                        f"SHARDING={experiment.sharding}\nMegatron-FSDP's checkpoints are for Megatron-FSDP alone: "
+                        f"SHARDING={trained.sharding} loads it")
+
+
 def _check_tokenizer(found: Checkpoint, experiment: Experiment) -> None:
     trained = experiment_of(found.path.parent)
     pair = (trained.data, experiment.data) if trained else ()
@@ -111,9 +123,9 @@ def _check_rates(found: Checkpoint, experiment: Experiment) -> None:
     trained = experiment_of(found.path.parent)
     if not trained or not found.contents or not found.contents.has_optimizer:
         return
-    if {"--lr", "--min-lr", "--no-load-optim"} & {*trained.extra_args, *experiment.extra_args}:
+    if {"--no-load-optim", "--finetune"} & {*experiment.extra_args}:
         return
-    there, here = (f"LR={e.highest_lr:g} MIN_LR={e.lowest_lr:g}" for e in (trained, experiment))
+    there, here = ("LR={:g} MIN_LR={:g}".format(*identity.rates(e)) for e in (trained, experiment))
     if there != here:
         raise UserError(f"{found.path} was trained with {there}, {experiment.label} has {here}\n"
                         f"{there} goes on; ARGS=--no-load-optim takes the weights alone, at any rate")

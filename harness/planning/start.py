@@ -11,9 +11,10 @@ from harness.data import prepared
 from harness.errors import UserError, first_line, nearest
 from harness.experiment import overrides
 from harness.experiment.catalog import Experiment, Model, load_catalog
+from harness.finding import label_of
 from harness.finetune.adapters import FOLDER, read_record
 from harness.planning.resume import labels_with_checkpoints
-from harness.rundir import RunDir, label_of
+from harness.rundir import RunDir
 
 
 @dataclass(frozen=True)

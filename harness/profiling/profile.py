@@ -16,10 +16,11 @@ from harness import screen
 from harness.errors import UserError, first_line, nearest
 from harness.experiment import overrides
 from harness.files import complaint, read_object, write_json
+from harness.finding import candidates, one
 from harness.profiling import summary, trace
 from harness.profiling.kernels import TITLES, Category
 from harness.profiling.summary import RankProfile
-from harness.rundir import Rank, RunDir, runs
+from harness.rundir import Rank, RunDir
 
 FORMATS = ("terminal", "csv", "json")
 FOLDER = "profiles"
@@ -95,10 +96,10 @@ def find(outdir: Path, records: Path, wanted: str) -> Profile:
     """
     if (outdir / wanted).is_dir():
         return of_run(RunDir(outdir / wanted))
-    traced = [run for run in runs(outdir)[0] if run.experiment.profile]
+    traced = [run for run in candidates(outdir)[0] if run.experiment.profile]
     same = [run for run in traced if wanted in (run.experiment.id, run.experiment.name)]
     if same:
-        return of_run(max(same, key=lambda run: run.dir.experiment_json.stat().st_mtime).dir)
+        return of_run(one(wanted, same).dir)
     recorded = {f"{path.parents[1].name}/{path.stem}": path for path in sorted(records.glob(f"*/{FOLDER}/*.json"))}
     for name, path in recorded.items():
         if wanted in (name, path.stem):

@@ -1,0 +1,274 @@
+"""A run is what it froze, not what it is called: which run is resumed, loaded, recorded, compared; and what differs is said."""
+
+import importlib.util
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from harness import cli, finding, rundir
+from harness.checkpoints import TRACKER, Saving
+from harness.errors import UserError
+from harness.evidence.measured import measure
+from harness.experiment import identity, overrides
+from harness.experiment.catalog import Experiment, load_catalog
+from harness.planning.plan import Plan, plan
+from harness.rundir import Change, RunDir, StepMetrics
+
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where pickle looks for its classes
+    spec.loader.exec_module(module)
+    return module
+
+
+CHECKPOINTS = load("test_checkpoints")
+TINY, run_in, write = CHECKPOINTS.TINY, CHECKPOINTS.run_in, CHECKPOINTS.write
+CLIP = {"ARGS": "--clip-grad 10"}
+
+
+def planned(outdir: Path, id_: str = "101", **settings: str) -> Plan:
+    return plan(load_catalog().find(id_), TINY | {"OUTDIR": str(outdir)} | settings, "cpu")
+
+
+def kept(outdir: Path, id_: str = "101", *steps: int, **settings: str) -> RunDir:
+    """A run of ``settings`` that keeps the checkpoints of ``steps``."""
+    run = run_in(outdir, planned(outdir, id_, **settings).experiment)
+    for step in steps:
+        write(run.checkpoints, step)
+    return run
+
+
+def test_every_field_of_an_experiment_has_its_place():
+    """A new field is one of what a step computes, of how it is computed, or of names: whoever adds it says which."""
+    groups = [identity.NAMES, identity.KEEPING, identity.NEUTRAL.keys(), identity.CURVE.keys(), identity.OTHER_WORK]
+    assert sorted(name for group in groups for name in group) == sorted(Experiment.model_fields)
+    settings = {s.key for s in overrides.EXPERIMENT_SETTINGS}
+    named = {s for s in (*identity.NEUTRAL.values(), *identity.CURVE.values()) if s.isupper()}
+    assert named <= settings and settings - named <= {"ARGS", "DROPOUT", "GPUS", "LORA_ALPHA", "LORA_DROPOUT", "LORA_TARGETS"}
+
+
+@pytest.mark.parametrize("settings, setting, curve", [
+    ({"ARGS": "--weight-decay 0.2"}, "ARGS --weight-decay", True), ({"ARGS": "--seed 7"}, "ARGS --seed", True),
+    ({"ARGS": "--log-interval 5"}, "ARGS --log-interval", False), ({"ARGS": "--lr 1e-3"}, "LR", True),
+    ({"LR": "1e-3"}, "LR", True), ({"MIN_LR": "1e-7"}, "MIN_LR", True), ({"LR_WARMUP": "3"}, "LR_WARMUP", True),
+    ({"LR_DECAY": "linear"}, "LR_DECAY", True), ({"DROPOUT": "0"}, "DROPOUT", True), ({"GBS": "2"}, "GBS", True),
+    ({"SEQ": "16"}, "SEQ", True), ({"SPLIT": "900,50,50"}, "SPLIT", True),
+    ({"STEPS": "21"}, "STEPS", False), ({"DP": "2", "GBS": "2"}, "DP", False), ({"TP": "5"}, "TP", False), ({"PP": "2"}, "PP", False),
+    ({"SHARDING": "optim"}, "SHARDING", False), ({"RECOMPUTE": "full"}, "RECOMPUTE", False), ({"UNTIL": "3"}, "UNTIL", False),
+    ({"EVAL_EVERY": "7"}, "EVAL_EVERY", False), ({"PROFILE": "1"}, "PROFILE", False), ({"CUDA_GRAPHS": "1"}, "CUDA_GRAPHS", False),
+])  # fmt: skip
+def test_what_differs_is_named_and_whether_it_changes_the_losses(tmp_path, settings, setting, curve):
+    row = load_catalog().find("101")
+    before, now = (overrides.apply(row, TINY_OF_ROW | s) for s in ({}, settings))
+    found = next(d for d in identity.differences(before, now) if d.setting == setting)
+    assert found.curve is curve and found.before != found.now
+    assert not identity.same(before, now) and not identity.differences(now, now)
+
+
+TINY_OF_ROW = {"STEPS": "20"}
+
+
+def test_a_schedule_that_follows_the_steps_changes_with_them():
+    row = load_catalog().find("101")
+    published = [overrides.apply(row, {"STEPS": steps}) for steps in ("20", "40")]
+    assert [d.setting for d in identity.differences(*published)] == ["STEPS"]
+    own = [overrides.apply(row, {"STEPS": steps, "LR": "1e-3"}) for steps in ("20", "40")]
+    assert [(d.setting, d.curve) for d in identity.differences(*own)] == [("steps of the learning rate's decay", True), ("STEPS", False)]
+
+
+def test_the_same_said_in_another_way_is_the_same():
+    row = load_catalog().find("101")
+    plain = row.with_changes(lr=1e-3)
+    assert identity.same(plain, plain.with_changes(min_lr=1e-4, slug="other", shows="else", overrides={"LR": "1e-3"}, keep=3))
+    words = [row.with_changes(extra_args=tuple(shlex.split(args))) for args in
+             ("--seed 7 --clip-grad 2", "--clip-grad 2 --seed=7", "--seed 1 --clip-grad 2 --seed 7", "--clip-grad 2 --seed 8")]
+    assert [identity.same(words[0], other) for other in words] == [True, True, True, False]
+    assert identity.arguments(("--moe", "--layers", "1", "-2", "--moe")) == {"--layers": ("1", "-2"), "--moe": ()}
+
+
+@pytest.mark.parametrize("key, first, second", [
+    ("ARGS", "--clip-grad 10", "--clip-grad 0.001"), ("LOAD", "/a/b", "/a-b"), ("DATA", "one two", "one-two"),
+    ("LOAD", "/" + "x" * 300, "/" + "x" * 299 + "y"),
+])  # fmt: skip
+def test_labels_of_different_experiments_differ(tmp_path, key, first, second):
+    row = load_catalog().find("101")
+    labels = [row.with_changes(overrides={"STEPS": "20", key: value}).label for value in (first, second)]
+    assert labels[0] != labels[1] and all(label.startswith("101-gpt2xl-dp1-gbs1-bf16_steps20_") for label in labels)
+    for label in labels:
+        rundir.create(tmp_path, label)
+    assert row.with_changes(overrides={"SPLIT": "9,1", "LR": "1e-3"}).label == "101-gpt2xl-dp1-gbs1-bf16_split9,1_lr1e-3"
+
+
+def test_resume_takes_the_run_of_the_same_arguments_though_another_is_newer(tmp_path):
+    first, second = kept(tmp_path, "101", 5, **CLIP), kept(tmp_path, "101", 10, ARGS="--clip-grad 0.001")
+    os.utime(first.experiment_json, (1e9, 1e9))
+    found = planned(tmp_path, RESUME="1", **CLIP)
+    assert (found.resumes, found.first_step, found.changed) == (first, 5, ())
+    assert planned(tmp_path, RESUME="1", ARGS="--clip-grad 0.001").resumes == second
+
+
+def test_a_label_of_before_is_found_by_what_the_run_froze(tmp_path):
+    old = kept(tmp_path, "101", 5, **CLIP)
+    bare = tmp_path / "101-gpt2xl-dp1-gbs1-bf16_steps20_args_cpu"
+    old.path.rename(bare)
+    assert planned(tmp_path, RESUME="1", **CLIP).resumes == RunDir(bare)
+
+
+@pytest.mark.parametrize("settings, said", [
+    ({"ARGS": "--clip-grad 0.001"}, "  ARGS --clip-grad 10 -> 0.001"), ({}, "  ARGS --clip-grad 10 -> not given"),
+    (CLIP | {"DROPOUT": "0"}, "  DROPOUT 0.1 -> 0"), (CLIP | {"GBS": "2"}, "  GBS 1 -> 2"), (CLIP | {"SPLIT": "8,1,1"}, "  SPLIT 949,50,1 -> 8,1,1"),
+    ({"ARGS": "--clip-grad 10 --seed 7"}, "  ARGS --seed not given -> 7"), (CLIP | {"LR_DECAY": "linear"}, "  LR_DECAY cosine -> linear"),
+])  # fmt: skip
+def test_what_changes_the_losses_is_refused_named_and_taken_where_asked(tmp_path, settings, said):
+    run = kept(tmp_path, "101", 5, **CLIP)
+    with pytest.raises(UserError) as refused:
+        planned(tmp_path, RESUME="1", **settings)
+    assert f"RESUME=1: {run.label} ran with other settings, which change its losses:\n{said}\n" in str(refused.value)
+    assert "FORCE=1 continues with these" in str(refused.value) and f"LOAD={run.label}" in str(refused.value)
+    found = planned(tmp_path, RESUME="1", FORCE="1", **settings)
+    assert found.resumes == run and any(d.curve for d in found.changed)
+    assert any(notice.endswith("from step 6 on: FORCE=1") for notice in found.notices)
+
+
+@pytest.mark.parametrize("settings", [{"LR": "1e-3"}, {"ARGS": "--lr 1e-3"}, {"ARGS": "--clip-grad 10 --min-lr 1e-7"}])
+def test_other_rates_are_refused_even_where_asked_for_upstream_finds_its_optimizer_by_them(tmp_path, settings):
+    kept(tmp_path, "101", 5, **CLIP)
+    with pytest.raises(UserError, match="change its losses:\n(.*\n)?  (LR|MIN_LR) "):
+        planned(tmp_path, RESUME="1", **settings)
+    with pytest.raises(UserError, match=r"was trained with LR=6e-05 MIN_LR=6e-06, 101-\S+ has LR=.*\n.*--no-load-optim"):
+        planned(tmp_path, RESUME="1", FORCE="1", **settings)
+
+
+def test_layout_length_and_saving_may_change_and_that_is_said(tmp_path):
+    run = kept(tmp_path, "101", 5)
+    found = planned(tmp_path, RESUME="1", PP="2", STEPS="30", EVAL_EVERY="3", SAVE_EVERY="2", KEEP="7")
+    assert (found.resumes, found.first_step, found.extras.saving) == (run, 5, Saving(2, 7))
+    assert found.notices == ("PP was 1 and is 2 from step 6 on", "STEPS was 20 and is 30 from step 6 on",
+                             "EVAL_EVERY was 50 and is 3 from step 6 on")
+    with pytest.raises(UserError, match=r"checkpoint of step 5, and STEPS=4\nSTEPS=10 trains as long again"):
+        planned(tmp_path, RESUME="1", STEPS="4")
+
+
+def test_the_one_of_several_that_is_meant_must_be_named(tmp_path):
+    full, pp = kept(tmp_path, "101", 5, RECOMPUTE="full"), kept(tmp_path, "101", 10, PP="2")
+    with pytest.raises(UserError) as refused:
+        planned(tmp_path, RESUME="1")
+    assert str(refused.value).startswith("101: 2 different experiments ran under this id:\n")
+    assert f"\n  {full.label}  (" in str(refused.value) and f"\n  {pp.label}" in str(refused.value)
+    assert str(refused.value).endswith("RESUME=label names the one to continue")
+    assert planned(tmp_path, RESUME=full.label).resumes == full and planned(tmp_path, RESUME="1", PP="2").resumes == pp
+    with pytest.raises(UserError, match=f"RESUME=nothing: expected 0 or 1, or the label of a run in {tmp_path}; .*101-"):
+        planned(tmp_path, RESUME="nothing")
+    other = kept(tmp_path, "111", 5)
+    with pytest.raises(UserError, match=f"RESUME={other.label}: that is a miniature of 111 on a CPU, and this is a miniature of 101"):
+        planned(tmp_path, RESUME=other.label)
+
+
+def test_a_run_of_a_gpu_is_not_continued_as_a_miniature(tmp_path):
+    run = kept(tmp_path, "101", 5)
+    write_as(run, device="cuda", miniature=False)
+    with pytest.raises(UserError, match="RESUME=1: there is no run 101-"):
+        planned(tmp_path, RESUME="1")
+
+
+def write_as(run: RunDir, **fields: object) -> None:
+    run.experiment_json.write_text(json.dumps(json.loads(run.experiment_json.read_text()) | fields))
+
+
+@pytest.mark.parametrize("left", ["damaged", "gone", "tracker"])
+def test_resume_never_begins_anew_where_checkpoints_were(tmp_path, capsys, left):
+    run = kept(tmp_path, "101")
+    if left == "damaged":
+        (write(run.checkpoints, 5) / "metadata.json").write_bytes(b"")
+    elif left == "gone":
+        run.saves.write_text(SAVE + "\n")
+    else:
+        run.checkpoints.mkdir()
+        (run.checkpoints / TRACKER).write_text("")
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    assert cli.main(["run", "101", "DEVICE=cpu", "DATA=mock", "STEPS=20", "RESUME=1", f"OUTDIR={tmp_path}"]) == 2
+    said = capsys.readouterr().err
+    assert f"{run.label} kept checkpoints in {run.checkpoints}, and none of them can be used:\n  " in said
+    assert "put one back there from a copy; without RESUME= a new run begins" in said
+    assert before == {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+
+
+SAVE = '{"step": 5, "asynchronous": true, "blocked_ms": 1, "whole_after_s": 1, "whole_at_step": 6, "gib": 0.1, "time": 0}'
+
+
+@pytest.mark.parametrize("settings, said", [
+    ({"SAVE": "0"}, "SAVE=0: 101-.* keeps checkpoints, and RESUME= could not continue it once more"),
+    ({"SAVE": "elsewhere"}, "SAVE=elsewhere: 101-.* keeps its checkpoints in .*/checkpoints, where RESUME= looks for them"),
+])  # fmt: skip
+def test_a_resumed_run_keeps_its_checkpoints_where_they_are(tmp_path, settings, said):
+    kept(tmp_path, "101", 5)
+    with pytest.raises(UserError, match=said):
+        planned(tmp_path, RESUME="1", **settings)
+    assert planned(tmp_path, RESUME="1", SAVE="1").extras.saving == Saving(5, 2)
+
+
+def test_a_run_that_kept_none_is_not_resumed_whatever_save_says(tmp_path):
+    """Its curve would be cut off and begin anew."""
+    e = planned(tmp_path).experiment
+    run = rundir.create(tmp_path, e.label)
+    run.freeze_experiment(e, "cpu", None)
+    with pytest.raises(UserError, match="kept no checkpoints, there is nothing to go on from"):
+        planned(tmp_path, RESUME="1", SAVE="1")
+
+
+def test_a_torn_result_does_not_keep_a_run_from_being_resumed(tmp_path, capsys):
+    run = kept(tmp_path, "101", 5)
+    run.result.write_text('{"status": "o')
+    assert planned(tmp_path, RESUME="1").first_step == 5
+
+
+def test_a_finished_run_goes_on_where_more_steps_are_wanted(tmp_path, capsys):
+    run = run_in(tmp_path, planned(tmp_path).experiment, result="ok")
+    write(run.checkpoints, 20)
+    words = ["run", "101", "DEVICE=cpu", "DATA=mock", f"OUTDIR={tmp_path}", "RESUME=1"]
+    assert cli.main([*words, "STEPS=20"]) == 0 and f"{run.label}: ok, 20 of 20 steps" in capsys.readouterr().out
+    assert cli.main([*words, "STEPS=40", "DRY_RUN=1"]) == 0
+    assert "--train-iters 40" in (script := capsys.readouterr().out) and "--ckpt-step 20" in script
+    assert cli._finished_before(planned(tmp_path, RESUME="1", STEPS="40")) is None
+
+
+def test_steps_before_a_change_are_not_averaged_with_those_behind_it():
+    e = load_catalog().find("101").with_changes(steps=30)
+    metrics = [StepMetrics(step=n, loss=7, step_ms=100 if n <= 10 else 50, time=0) for n in range(1, 31)]
+    assert measure(e, metrics, None)["window"] == (6, 30)
+    change = Change(step=10, setting="TP", before="1", now="2")
+    found = measure(e, metrics, None, [change])
+    assert found["window"] == (16, 30) and found["step_ms"].median == 50
+
+
+def test_train_resumes_its_own_words_only(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(cli, "_run", lambda words: asked.append(dict(w.split("=", 1) for w in words[1:])) or 0)
+    own = kept(tmp_path, "604", 30, LR="2e-3")
+    for lr, resumes in (("2e-3", "1"), ("1e-3", None)):
+        cli.main(["train", "604", "DEVICE=cpu", "DATA=mock", "STEPS=20", f"LR={lr}", f"OUTDIR={tmp_path}"])
+        assert asked[-1].get("RESUME") == resumes
+    cli.main(["train", "604", "DEVICE=cpu", "DATA=mock", "STEPS=20", "LR=2e-3", f"OUTDIR={tmp_path}", f"SAVE={own.checkpoints}"])
+    assert asked[-1]["RESUME"] == "1"
+
+
+def test_a_chapter_is_not_resumed_as_one(tmp_path, capsys):
+    assert cli.main(["chapter", "100", "RESUME=1", f"OUTDIR={tmp_path}"]) == 2
+    assert "RESUME=1 is for one experiment" in capsys.readouterr().err
+
+
+def test_an_id_that_stands_for_different_experiments_is_refused_and_of_one_the_newest_is_taken(tmp_path):
+    older, newer = kept(tmp_path, "101", 5), kept(tmp_path, "101", 10)
+    assert finding.label_of("101", tmp_path) == newer.label
+    os.utime(older.experiment_json)
+    assert finding.label_of("101", tmp_path) == older.label
+    kept(tmp_path, "101", **CLIP)  # has no checkpoint
+    assert finding.label_of("101", tmp_path) == older.label
+    write(kept(tmp_path, "101", **CLIP).checkpoints, 5)
+    with pytest.raises(UserError, match=r"(?s)101: 2 different experiments ran.*\(ARGS --clip-grad not given\)\nname one of them by its label"):
+        finding.label_of("101", tmp_path)
