@@ -57,14 +57,14 @@ SETTINGS := STEPS GPUS DP TP SP PP VPP CP CP_COMM_TYPE EP ETP MBS GBS SEQ RECOMP
 #SAVE=1 ## keep checkpoints: 1 in the run directory, or a folder; 0: none
 #SAVE_EVERY=50 ## steps between checkpoints (default: one, at the end)
 #KEEP=2 ## checkpoints to keep, the newest (default: all)
-#RESUME=1 ## go on with this run where its newest whole checkpoint is
+#RESUME=1 ## continue the run of these settings, or RESUME=label, from its newest whole checkpoint
 #WANDB=offline ## log to Weights & Biases: offline (wandb sync later) or online
 #WANDB_PROJECT=megatron ## its project (with WANDB=)
 #WANDB_ENTITY=team ## its user or team (with WANDB=)
 #WANDB_NAME=first ## name of the run there (default: the label)
 #HANG=300 ## seconds without a step before a run counts as hung
 #PACK=0 ## make chapter-N: 0 runs one experiment at a time, for timing
-#FORCE=1 ## make chapter-N: run again what has a result already
+#FORCE=1 ## make chapter-N: run again what has a result; RESUME=: take settings that change the losses
 chapter-100: ; @$(HARNESS) chapter 100 $(WORDS)
 chapter-200: ; @$(HARNESS) chapter 200 $(WORDS)
 chapter-300: ; @$(HARNESS) chapter 300 $(WORDS)
