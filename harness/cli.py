@@ -274,7 +274,7 @@ def _record(words: list[str]) -> int:
 
     settings = overrides.parse(words, extra=("RUN",))
     overrides.require(settings, ["RUN"], "make record RUN=label (a folder in outdir/)")
-    print(record(RunDir(_outdir(settings) / settings["RUN"]), RECORDS))
+    print(record(RunDir(_outdir(settings) / settings["RUN"]), RECORDS, force=settings.get("FORCE") == "1"))
     return 0
 
 
@@ -358,6 +358,8 @@ def _report(words: list[str]) -> int:
     path = Path(settings.get("REPORT") or outdir / "report.html").absolute()
     if path.is_dir():
         raise UserError(f"REPORT={settings['REPORT']} is a folder; name a file in it, such as report.html")
+    if settings.get("FORCE") != "1" and path.exists() and not page.is_report(path):
+        raise UserError(f"REPORT={path} is there already and no report\nFORCE=1 replaces it, REPORT=… writes another file")
     warnings = page.write(outdir, RECORDS, path)
     print(*warnings, sep="\n", end="\n" * bool(warnings), file=sys.stderr)
     print(f"{path} ({path.stat().st_size / 1024:.0f} KiB): open it in a browser; it needs no network")

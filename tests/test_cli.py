@@ -54,6 +54,17 @@ def test_a_mistake_is_one_clear_message(words: list[str], message: str, capsys: 
     assert len(told.splitlines()) <= 4
 
 
+def test_a_file_that_is_no_report_is_replaced_only_when_asked(tmp_path, capsys) -> None:
+    notes = tmp_path / "notes.html"
+    notes.write_text("<title>mine</title>")
+    assert main(["report", f"REPORT={notes}", f"OUTDIR={tmp_path}"]) == 2
+    assert f"REPORT={notes} is there already and no report\nFORCE=1 replaces it" in capsys.readouterr().err
+    assert notes.read_text() == "<title>mine</title>"
+    for force in (["FORCE=1"], []):
+        assert main(["report", f"REPORT={notes}", f"OUTDIR={tmp_path}", *force]) == 0
+    assert "measured beside published" in notes.read_text()
+
+
 def test_several_broken_rules_are_told_together(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", "502", "EP=3", "TP=3"]) == 2
     assert capsys.readouterr().err.count("502: ") >= 2

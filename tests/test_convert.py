@@ -430,7 +430,7 @@ def test_a_damaged_checkpoint_is_not_exported(fault, folders, tmp_path):
     spoil(tmp_path / "megatron")
     with pytest.raises(UserError, match=says):
         export_checkpoint(tmp_path / "megatron", tmp_path / "back")
-    assert not (tmp_path / "back").exists() and not (tmp_path / "back.part").exists()
+    assert not (tmp_path / "back").exists() and not list(tmp_path.glob(".*.part"))
 
 
 def test_a_model_of_no_known_architecture(folders, tmp_path):
@@ -450,8 +450,13 @@ def test_the_commands(folders, tmp_path, capsys, monkeypatch):
     assert "GPT2LMHeadModel, " in (said := capsys.readouterr().out) and "--num-layers 4" in said
     with pytest.raises(UserError, match="is there already"):
         commands.import_hf(settings, tmp_path / "weights")
+    mine = [tmp_path / "weights" / "tiny.part" / "file", tmp_path / "back.part" / "file"]
+    for path in mine:  # weights that NAME=tiny.part brought, a folder that OUT=back does not name
+        path.parent.mkdir()
+        path.write_text("mine")
     assert commands.import_hf({**settings, "FORCE": "1"}, tmp_path / "weights") == 0
     assert commands.export_hf({"RUN": "tiny", "OUT": str(tmp_path / "back")}, tmp_path / "outdir") == 0
+    assert [path.read_text() for path in mine] == ["mine", "mine"]
     with pytest.raises(UserError, match="is there already and not empty"):
         commands.export_hf({"RUN": "tiny", "OUT": str(tmp_path / "back")}, tmp_path / "outdir")
     with pytest.raises(UserError, match="no run of this label"):

@@ -98,11 +98,18 @@ def test_what_is_prepared_stays_until_something_changes(tmp_path, recipe):
         replace(recipe, tokenizer="null:200"),
         replace(recipe, layout=Layout(limit=50)),
     ):
-        assert not make(changed, data)[1]
+        kept = pair(data)
+        with pytest.raises(UserError, match=r"^NAME=mine is prepared already, .*it has [\d,]+ tokens, from .*\n.*FORCE=1 replaces"):
+            make(changed, data)
+        assert pair(data) == kept
+        assert not make(changed, data, force=True)[1]
         assert pair(data) != first
     corpus(tmp_path / "in.jsonl", seed=1)
     (data / "mine" / "cache" / "old").mkdir(parents=True)
-    make(recipe, data)
+    with pytest.raises(UserError, match="is prepared already, from other input"):
+        make(recipe, data)
+    assert (data / "mine" / "cache" / "old").exists()
+    make(recipe, data, force=True)
     assert pair(data) != first
     assert not (data / "mine" / "cache").exists()
 
@@ -115,7 +122,9 @@ def test_a_damaged_set_is_prepared_anew(tmp_path, recipe):
     make(recipe, data)
     assert pair(data) == first
     (data / "mine" / "manifest.json").write_text("{")
-    make(recipe, data)
+    with pytest.raises(UserError, match=r"_document\.idx is there, without a manifest"):
+        make(recipe, data)
+    make(recipe, data, force=True)
     assert pair(data) == first
 
 
@@ -131,11 +140,11 @@ def test_the_old_set_stays_usable_while_a_new_one_fails(tmp_path, recipe, monkey
     write = indexed._write
     monkeypatch.setattr(indexed, "_write", full)
     with pytest.raises(UserError, match="is full"):
-        make(recipe, data)
+        make(recipe, data, force=True)
     assert pair(data) == first
     prepared.find("mine", data)
     monkeypatch.setattr(indexed, "_write", write)
-    make(recipe, data)
+    make(recipe, data, force=True)
     assert pair(data) != first
 
 
@@ -190,7 +199,7 @@ def test_cleaned_text_is_tokenised_and_counted(tmp_path, recipe):
     assert work == {"clean", "source"}
     # Another tokenizer does not clean again: the source may even be gone from where it was made.
     clean = next((data / "mine" / "work").glob("clean-*/manifest.json")).stat().st_mtime_ns
-    make(replace(recipe, rules=rules, tokenizer="null:200"), data)
+    make(replace(recipe, rules=rules, tokenizer="null:200"), data, force=True)
     assert next((data / "mine" / "work").glob("clean-*/manifest.json")).stat().st_mtime_ns == clean
 
 
@@ -252,7 +261,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path, recipe, monkeypa
     with _Counter(None).watching(monkeypatch) as dry:
         whole, _ = make(recipe, tmp_path / "whole")
     rng = random.Random(kind)
-    data, kills, old = tmp_path / "data", 0, None
+    data, kills, old, force = tmp_path / "data", 0, None, kind == "over an old one"
     while kills < 24:
         if kind == "over an old one" and not (data / "mine").exists():
             make(replace(recipe, append_eod=False), data)
@@ -263,7 +272,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path, recipe, monkeypa
             child = os.fork()
         if not child:
             with _Counter(fatal).watching(monkeypatch):
-                make(recipe, data, workers=1 if kind == "cleaned" else 3)
+                make(recipe, data, workers=1 if kind == "cleaned" else 3, force=force)
             os._exit(0)
         _, status = os.waitpid(child, 0)
         if os.WIFSIGNALED(status):
@@ -275,7 +284,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path, recipe, monkeypa
         else:
             assert pair(data) in (old, pair(tmp_path / "whole"))
         if not os.WIFSIGNALED(status) or rng.random() < 0.15:
-            final, _ = make(recipe, data)
+            final, _ = make(recipe, data, force=force)
             assert pair(data) == pair(tmp_path / "whole")
             assert final.counted == whole.counted
             assert final.written == whole.written
@@ -321,7 +330,7 @@ def test_no_more_files_are_brought_than_the_limit_needs(tmp_path, mirror):
     limited = Recipe("mine", hub, Layout(limit=50), tokenizer="null:100")
     manifest, _ = make(limited, tmp_path / "data", mirror=mirror)
     assert (manifest.counted.documents, len(manifest.source.files)) == (50, 1)
-    manifest, _ = make(replace(limited, layout=Layout(limit=51)), tmp_path / "data", mirror=mirror)
+    manifest, _ = make(replace(limited, layout=Layout(limit=51)), tmp_path / "data", mirror=mirror, force=True)
     assert (manifest.counted.documents, len(manifest.source.files)) == (51, 2)
 
 
@@ -375,3 +384,36 @@ def test_text_made_here_is_prepared_cleaned_and_stays_the_same(tmp_path):
     again, _ = make(recipe, tmp_path / "data", force=True)
     assert first.written == again.written
     assert first.cleaned.dropped["near-duplicates"] > 0
+
+
+def test_a_replacement_goes_on_where_it_was_interrupted(tmp_path, recipe, monkeypatch):
+    """FORCE=1 does again what is done; it does not begin the new set anew each time."""
+    data = tmp_path / "data"
+    make(replace(recipe, append_eod=False), data)
+    old = pair(data)
+    monkeypatch.setattr(prepare._Preparation, "_publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        make(recipe, data, force=True)
+    assert pair(data) == old
+    monkeypatch.undo()
+    monkeypatch.setattr(prepare, "tokenize", lambda *_: pytest.fail("tokenised again"))
+    make(recipe, data, force=True)
+    assert pair(data) != old
+
+
+def test_text_that_is_nothing_but_empty_documents_is_refused(tmp_path, recipe):
+    from harness.data.chat.byte_tokenizer import byte_folder
+
+    (tmp_path / "in.jsonl").write_text('{"text": ""}\n' * 3)
+    for tokenizer, said in ((str(byte_folder(tmp_path)), "no text to train on: 3 documents, and all of them are empty"),
+                            ("null:100", "no document in .*: 3 no ids")):
+        with pytest.raises(UserError, match=said):
+            make(replace(recipe, tokenizer=tokenizer), tmp_path / "data")
+        assert not (tmp_path / "data" / "mine").exists()
+
+
+def test_rules_that_drop_everything_are_named_with_what_they_dropped(tmp_path, recipe):
+    (tmp_path / "rules.yaml").write_text(RULES.replace("min_characters: 4", "min_characters: 9000"))
+    with pytest.raises(UserError, match=r"rules.yaml dropped all 600 documents: 600 length\n.*dropped/ shows which and why"):
+        make(replace(recipe, rules=tmp_path / "rules.yaml"), tmp_path / "data")
+    assert prepared.prepared(tmp_path / "data") == ()

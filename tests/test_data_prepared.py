@@ -152,7 +152,7 @@ def test_sets_of_different_tokenizers_do_not_mix(data, tmp_path):
 def test_the_cache_moves_when_the_content_changes(data, tmp_path):
     before = prepared.blend("a", data).cache
     (tmp_path / "a.jsonl").write_text('{"text": "1 2"}\n')
-    prepare.prepare(Recipe("a", str(tmp_path / "a.jsonl"), tokenizer="null:100"), Means(folder=data))
+    prepare.prepare(Recipe("a", str(tmp_path / "a.jsonl"), tokenizer="null:100"), Means(folder=data, force=True))
     assert prepared.blend("a", data).cache != before
 
 

@@ -306,6 +306,13 @@ def test_only_what_changed_is_written(tmp_path: Path) -> None:
     assert [p.name for p in plots.write(tmp_path / "new", {"a.svg": "<svg/>", "b.svg": "<svg></svg>"})] == ["b.svg"]
 
 
+def test_a_file_that_was_not_drawn_here_stays(tmp_path: Path) -> None:
+    (tmp_path / "b.svg").write_text("mine")
+    with pytest.raises(UserError, match=r"b\.svg is no picture that was drawn here"):
+        plots.write(tmp_path, {"a.svg": "<svg/>", "b.svg": "<svg/>"})
+    assert (tmp_path / "b.svg").read_text() == "mine"
+
+
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write to"):

@@ -221,6 +221,17 @@ def test_a_run_becomes_the_same_record_again(tmp_path: Path) -> None:
     assert record(run_of(tmp_path, "again"), tmp_path / "records") == kept
 
 
+def test_the_record_of_another_run_is_replaced_only_when_asked(tmp_path: Path) -> None:
+    kept = record(run_of(tmp_path), tmp_path / "records")
+    before = {path.name: path.read_bytes() for path in kept.parent.iterdir()}
+    other = run_of(tmp_path, "later", started=json.loads((KEPT / "101.json").read_text())["started"] + 3600)
+    with pytest.raises(UserError, match=r"101.json is the record of another run, 101-gpt2xl-dp1-gbs1-bf16\nFORCE=1 replaces it"):
+        record(other, tmp_path / "records")
+    assert {path.name: path.read_bytes() for path in kept.parent.iterdir()} == before
+    assert record(other, tmp_path / "records", force=True) == kept
+    assert json.loads(kept.read_text())["label"] == "later"
+
+
 def test_records_that_differ_in_arguments_do_not_replace_each_other(tmp_path: Path) -> None:
     experiment = json.loads((KEPT / "101.json").read_text())["experiment"]
     names = []

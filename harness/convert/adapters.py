@@ -8,6 +8,7 @@ all of A, and with its rows of B. That is exact; the other way it is not, since 
 
 from __future__ import annotations
 
+import os
 import shutil
 from argparse import Namespace
 from pathlib import Path
@@ -107,7 +108,7 @@ def export_peft(adapters: Path, base: Path, target: Path, named: str) -> int:
                 layers = [name.rpartition("{layer}.")[2].removesuffix(".weight") for name in row.hf]
                 targets |= dict.fromkeys(layers, row.how in _FAN_IN_FAN_OUT)
     lora = factors.record.lora
-    unfinished = target.with_name(target.name + ".part")
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}.part")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:

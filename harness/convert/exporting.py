@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from argparse import Namespace
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ def export_checkpoint(folder: Path, target: Path, *, like: Path | None = None, a
     sizes = Sizes(model, positions, rows)
     keys = _check(checkpoint, architecture, sizes)
     announced = _announced(checkpoint, architecture, sizes, keys)
-    unfinished = target.with_name(target.name + ".part")
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}.part")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         unfinished.mkdir(parents=True)

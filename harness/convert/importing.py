@@ -21,7 +21,7 @@ from harness.convert.transforms import Sizes
 from harness.convert.weights import HF, RECORD, RELEASE, Weights, check_data
 from harness.data.prepared import Blend
 from harness.errors import UserError
-from harness.files import write_json
+from harness.files import replace_folder, write_json
 
 WIDEST_TP = 8
 """Vocabularies get rows for as many tensor-parallel ranks at least; powers of 2 below find theirs among them."""
@@ -70,7 +70,7 @@ def import_folder(source: str, target: Path, name: str, *, tp: int = 1, pp: int 
         dequantized=len(tensors.quantized), tokenizer=has_tokenizer, flags=tuple(words),
     )
     _check_room(target, weights.bytes)
-    unfinished = target.with_name(target.name + ".part")
+    unfinished = target.with_name(f".{target.name}.part")  # no NAME= begins with a dot: nobody's weights are called so
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         (unfinished / HF).mkdir(parents=True)
@@ -80,9 +80,7 @@ def import_folder(source: str, target: Path, name: str, *, tp: int = 1, pp: int 
         torch_dist.write(unfinished / RELEASE, pieces, states(sizes) | {torch_dist.COMMON: _common(words, sizes)})
         (unfinished / TRACKER).write_text("release")
         write_json(unfinished / RECORD, weights.model_dump(mode="json"))
-        if target.exists():
-            shutil.rmtree(target)
-        unfinished.rename(target)
+        replace_folder(unfinished, target)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return weights

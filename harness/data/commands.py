@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from harness.data.documents import RULES as READING
+from harness.data.documents import TextFile
 from harness.data.manifest import Manifest, read_manifest
 from harness.data.prepared import DATA, blend, check_name, find, prepared
 from harness.data.progress import Progress, amount, duration
 from harness.data.sources import definition, definitions, local_files
 from harness.errors import UserError, nearest
 from harness.experiment import overrides
+from harness.files import replace_folder, told_if_unwritable
 from harness.screen import say
 
 HOW = ("TOKENIZER", "WORKERS", "FORCE", "HUB", "SIZE_MB", "NAME", "LIMIT")
@@ -88,7 +96,7 @@ def prepare_known(name: str, words: Sequence[str]) -> int:
     if known.chat:
         from harness.data.chat.prepare import prepare_known as prepare_known_chat
 
-        return prepare_known_chat(known, force=settings.get("FORCE") == "1")
+        return prepare_known_chat(known, settings)
     recipe = recipe_of(known)
     if "SIZE_MB" in settings:
         if not hasattr(recipe.source, "size_mb"):
@@ -143,19 +151,47 @@ def merge_sets(words: Sequence[str]) -> int:
 def clean_files(words: Sequence[str]) -> int:
     """``make data-clean INPUT=… OUT=… RULES=…``: text in and out, without tokenising it."""
     from harness.data.clean import clean
+    from harness.data.clean.pipeline import check_output
     from harness.data.clean.rules import load_rules
 
-    settings = _settings(words, ("INPUT", "OUT", "RULES", "WORKERS"))
+    settings = _settings(words, ("INPUT", "OUT", "RULES", "WORKERS", "FORCE"))
     overrides.require(settings, ("INPUT", "OUT"), "make data-clean INPUT=crawl.jsonl OUT=folder [RULES=sv]")
-    inputs = [file.path for file in local_files(settings["INPUT"])]
-    workers = overrides.count_in(settings, "WORKERS")
-    progress, out = Progress(), Path(settings["OUT"]).expanduser()
-    report = clean(inputs, out, load_rules(_rules(settings.get("RULES", "sv"))), progress.show, workers)
+    files, out = local_files(settings["INPUT"]), Path(settings["OUT"]).expanduser().absolute()
+    rules, workers = load_rules(_rules(settings.get("RULES", "sv"))), overrides.count_in(settings, "WORKERS")
+    check_output((), out, rules, force=True)
+    progress = Progress()
+    with _as_json_lines(files, out, progress) as inputs:
+        target = check_output(inputs, out, rules, force=settings.get("FORCE") == "1")
+        report = clean(inputs, target, rules, progress.show, workers)
     progress.end()
-    print(f"{report.documents_out:,} of {report.documents_in:,} documents left, in {out}")
+    if target != out:
+        replace_folder(target, out)
+    print(f"{report.documents_out:,} of {report.documents_in:,} documents left, in {settings['OUT']}")
     for rule, number in report.dropped.items():
         print(f"  {rule:18} dropped {number:>10,}")
     return 0
+
+
+@contextmanager
+def _as_json_lines(files: Sequence[TextFile], out: Path, progress: Progress) -> Iterator[list[Path]]:
+    """The files as cleaning reads them: themselves where they are JSON Lines, else written anew beside ``out``."""
+    if all(file.kind == "jsonl" and not file.packing for file in files):
+        yield [file.path for file in files]
+        return
+    from harness.data.documents import Layout
+    from harness.data.json_lines import write_json_lines
+
+    facts = [(str(file.path), file.path.stat().st_size, file.path.stat().st_mtime_ns) for file in files]
+    folder = out.with_name(f".{out.name}.text-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}")
+    with told_if_unwritable(folder, "OUT"):
+        paths, shards = write_json_lines(files, Layout(), folder, progress.show)
+        for path, (_, _, changed_ns) in zip(paths, facts, strict=True):
+            os.utime(path, ns=(changed_ns, changed_ns))  # cleaning goes on where it stopped if its input is as old as it was
+    progress.end()
+    for rule, number in sum((Counter(shard.skipped) for shard in shards), Counter()).items():
+        print(f"  skipped {number:,}: {READING[rule]}")
+    yield list(paths)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def build_mappings(words: Sequence[str]) -> int:
@@ -211,17 +247,8 @@ def _done(manifest: Manifest) -> int:
 
 def _describe(manifest: Manifest) -> None:
     source, cleaned, counted = manifest.source, manifest.cleaned, manifest.counted
-    asked, at = source.asked, source.commit or source.asked.get("revision")
     files = f", {len(source.files)} file{'s' * (len(source.files) != 1)}" if source.files else ""
-    match source.kind:
-        case "hub":
-            print(f"  from {asked['repository']} at {at}{files}")
-        case "files":
-            print(f"  from {asked['input']}{files}")
-        case "synthetic":
-            print(f"  made here, {asked['mixture']}, seed {asked['seed']}")
-        case "merged":
-            print(f"  joined from {', '.join(asked['from'])}")
+    print(f"  {manifest.origin}{files}")
     if cleaned:
         dropped = ", ".join(f"{number:,} {rule}" for rule, number in cleaned.dropped.items() if number)
         print(f"  cleaned by {cleaned.rules}: {cleaned.documents_out:,} of {cleaned.documents_in:,} documents left")

@@ -116,6 +116,20 @@ class Manifest(_Record):
     seconds: dict[str, float]
     versions: dict[str, str | None]
 
+    @property
+    def origin(self) -> str:
+        """Where its text came from, in a few words: ``from crawl.jsonl``."""
+        asked = self.source.asked
+        match self.source.kind:
+            case "hub":
+                return f"from {asked['repository']} at {self.source.commit or asked.get('revision')}"
+            case "files":
+                return f"from {asked['input']}"
+            case "synthetic":
+                return f"made here, {asked['mixture']}, seed {asked['seed']}"
+            case "merged":
+                return f"joined from {', '.join(asked['from'])}"
+
     def write(self, folder: Path) -> None:
         """Write it into a data set's folder, whole or not at all."""
         write_json(folder / FILE, self.model_dump(mode="json"))

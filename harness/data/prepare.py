@@ -6,7 +6,8 @@
     data/<name>/work/tokens-…/      the pair while it is written
 
 Each stage goes on where it was killed and appears whole or not at all; the names end in a checksum of all that decides
-what is in them. The manifest is written last; a data set that is there stays until the new one takes its place.
+what is in them. The manifest is written last. A data set that is there is
+replaced only where that is asked for (FORCE=1), once the new one is whole.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def prepare(recipe: Recipe, means: Means = USUAL, progress: Progress | None = No
 
     Raises:
         UserError: the text, the tokenizer or the rules cannot be had, another process prepares this name, or the disk
-            is full.
+            is full, or the name has another data set and ``means`` does not force it.
     """
     progress = progress or Progress()
     home = means.folder / check_name(recipe.name)
@@ -133,11 +134,15 @@ class _Preparation:
         if not self.means.force and (found := self._there(key)):
             self.progress.say(f"{self.recipe.name} is prepared already; FORCE=1 prepares it again")
             return found
+        tokens = self.work / f"tokens-{key}"
+        same = self._is_same(key)
+        if not self.means.force and not same and self._finished(tokens) is None:
+            check_free(self.recipe.name, self.means.folder)
         if tokenizer.slow_because:
             self.progress.say(f"{tokenizer.name} is tokenised by {tokenizer.by}, slowly: {tokenizer.slow_because}")
-        tokens = self.work / f"tokens-{key}"
         own = {f"{stage}-{self.source_key}" for stage in ("synthetic", "text")} | {tokens.name}
-        self._clear(set() if self.means.force else self.kept | own)
+        # forced, what is done is done again; but the replacement of another set goes on where it was interrupted
+        self._clear(set() if self.means.force and same else self.kept | own)
         manifest = self._finished(tokens)
         if manifest is None:
             source, files, layout, cleaned = self._text()
@@ -159,6 +164,13 @@ class _Preparation:
                 return manifest
         return None
 
+    def _is_same(self, key: str) -> bool:
+        """Whether what is there, damaged or not, is an earlier preparation of the same recipe."""
+        with contextlib.suppress(UserError):
+            manifest = read_manifest(self.home)
+            return manifest is not None and manifest.recipe == key
+        return False
+
     def _text(self) -> tuple[Source, tuple[TextFile, ...], Layout, Cleaned | None]:
         """The source, and the files to tokenise: its own, or what cleaning left of them."""
         if self.recipe.rules is None:
@@ -179,6 +191,10 @@ class _Preparation:
             write_json(source_file, source.model_dump(mode="json"))
             with self._timed("clean"):
                 report = clean(paths, folder, rules, self.progress.show, self.means.workers)
+        if not report.documents_out:
+            dropped = ", ".join(f"{number:,} {rule}" for rule, number in report.dropped.items() if number)
+            raise UserError(f"{self.recipe.rules.name} dropped all {report.documents_in:,} documents: {dropped}\n"
+                            f"{folder / 'dropped'}/ shows which and why; set other RULES=, or none")
         described = {name: getattr(report, name) for name in Cleaned.model_fields if name != "rules"}
         shards = tuple(text_file(folder / shard.name, shard.name) for shard in report.shards)
         return source, shards, TEXT, Cleaned(rules=self.recipe.rules.name, **described)
@@ -229,9 +245,18 @@ class _Preparation:
         def watch(now: Watched) -> None:
             self.progress.show("tokenise", now.read_bytes, now.all_bytes, f"{now.tokens / 1e6:,.1f} M tokens")
 
-        with self._timed("tokenise"):
-            done = tokenize(job, watch, self.means.workers)
-            indexed.check_pair(job.prefix)
+        try:
+            with self._timed("tokenise"):
+                done = tokenize(job, watch, self.means.workers)
+                indexed.check_pair(job.prefix)
+        except UserError:
+            with contextlib.suppress(OSError):  # what can go on stays
+                job.prefix.parent.rmdir()
+                discard(folder)
+            raise
+        if not done.counts.tokens:
+            discard(folder)
+            raise UserError(f"no text to train on: {done.counts.documents:,} documents, and all of them are empty")
         return done
 
     def _manifest(
@@ -301,6 +326,44 @@ class _Preparation:
         yield
         self.seconds[stage] = time.monotonic() - begun
         self.progress.end()
+
+
+def check_free(name: str, folder: Path) -> None:
+    """Raise UserError where ``folder`` has a data set ``name``, or a part of one, and say what it is."""
+    home, prefix = folder / name, prefix_of(name, folder)
+    there = [path for path in (idx_path(prefix), home / MANIFEST) if path.exists()]
+    if not there:
+        return
+    try:
+        manifest = read_manifest(home)
+    except UserError:
+        manifest = None
+    if manifest is None:
+        what = f"{there[0]} is there, without a manifest that says how it was made"
+    else:
+        what = f"it has {manifest.counted.tokens:,} tokens, {manifest.origin}, tokenizer {manifest.tokenizer.name}"
+    raise UserError(f"NAME={name} is prepared already, from other input or with other settings: {what}\n"
+                    "NAME=… prepares another data set; FORCE=1 replaces this one once the new one is whole")
+
+
+def publish(part: Path, home: Path, manifest: Manifest) -> None:
+    """Put the pair and the tokenizer in ``part`` in the place of those in ``home``, and the manifest last."""
+    old, new = prefix_of(manifest.name, part), prefix_of(manifest.name, home.parent)
+    (home / MANIFEST).unlink(missing_ok=True)
+    idx_path(new).unlink(missing_ok=True)
+    for path in (bin_path, idx_path):
+        path(old).replace(path(new))
+    shutil.rmtree(home / "tokenizer", ignore_errors=True)
+    (part / "tokenizer").replace(home / "tokenizer")
+    shutil.rmtree(home / "cache", ignore_errors=True)
+    manifest.write(home)
+
+
+def discard(part: Path) -> None:
+    """Remove ``part``, a folder in work/, and work/ itself where nothing else is in it."""
+    shutil.rmtree(part, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        part.parent.rmdir()
 
 
 @contextlib.contextmanager

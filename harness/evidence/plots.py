@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 
 from harness import ROOT
+from harness.errors import UserError
 from harness.evidence import figures, results
 from harness.evidence.figures import Curve, Figure, Panel, Schedule, Series
 from harness.experiment.catalog import load_catalog
@@ -74,13 +75,15 @@ def write(folder: Path, drawn: dict[str, str]) -> list[Path]:
     """Write the pictures into ``folder`` and return the files that changed.
 
     Raises:
-        UserError: ``folder`` cannot be written.
+        UserError: ``folder`` cannot be written, or a file of such a name is no picture.
     """
     changed = []
     with told_if_unwritable(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name, svg in drawn.items():
             path = folder / name
+            if path.exists() and not path.read_bytes().startswith(b"<svg"):
+                raise UserError(f"{path} is no picture that was drawn here; move it, or set OUTDIR= to another folder")
             if not path.exists() or path.read_text(encoding="utf-8") != svg:
                 write_text(path, svg)
                 changed.append(path)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -24,8 +25,10 @@ UNRECORDED = ("STEPS", "DATA", "PROFILE")
 """Overrides that do not name a record: a row measured over fewer steps is still that row."""
 
 
-def record(run: rundir.RunDir, records: Path) -> Path:
-    """Keep a finished GPU run as a record and return its file; a record of the same work on the same GPU is replaced.
+def record(run: rundir.RunDir, records: Path, force: bool = False) -> Path:
+    """Keep a finished GPU run as a record and return its file.
+
+    Only ``force`` replaces the record of another run of the same work on the same GPU.
 
     The record is result.json with the frozen experiment, the environment and each rank's memory inside; the metrics travel
     beside it, so that every number can be computed again. What was frozen decides which record is of the same work; names
@@ -33,6 +36,7 @@ def record(run: rundir.RunDir, records: Path) -> Path:
     Tracing slows a step, so that of a traced run only its profile is kept, in a folder of its own.
 
     Raises:
+        UserError: the same work has the record of another run.
         UserError: the run is unfinished, failed for another reason than memory, ran as a CPU miniature, lost its traces, or
             what it left does not fit together, such as metrics that end before the run does.
     """
@@ -57,21 +61,36 @@ def record(run: rundir.RunDir, records: Path) -> Path:
     evidence = {"experiment": experiment.model_dump(mode="json"), "environment": environment}
     if experiment.profile:
         content = of_run(run).model_dump(mode="json")
-        (folder / FOLDER).mkdir(parents=True, exist_ok=True)
         target = folder / FOLDER / f"{_stem(experiment, folder / FOLDER)}.json"
+        _check_replaces(target, content, force)
+        target.parent.mkdir(parents=True, exist_ok=True)
         write_json(target, content | evidence)
         return target
     if wrong := list(_contradictions(experiment, result, steps, folder.name)):
         raise UserError(f"{run.label}: {'; '.join(wrong)}\na record must follow from its metrics: run it again")
-    folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{_stem(experiment, folder)}.json"
     content = json.loads(run.result.read_text(encoding="utf-8"))
+    _check_replaces(target, content, force)
+    folder.mkdir(parents=True, exist_ok=True)
     write_text(metrics_of(target), _lines(steps))
     if evaluations := run.read_validation():
         write_text(validation_of(target), _lines(evaluations))
     ranks = [rank.model_dump(mode="json", exclude={"pid", "host"}) for rank in run.read_ranks()]
     write_json(target, content | {"label": run.label, "ranks": ranks} | evidence)
     return target
+
+
+def _check_replaces(target: Path, content: Mapping[str, Any], force: bool) -> None:
+    """Raise UserError where ``target`` is a record of another run; the same run may be recorded again."""
+    if force or not target.exists():
+        return
+    try:
+        kept = read_object(target)
+    except ValueError as error:
+        raise UserError(f"{target.parent}: {error}\nFORCE=1 replaces it") from None
+    if kept | content != kept:
+        raise UserError(f"{target} is the record of another run, {kept.get('label', 'of unknown label')}\n"
+                        "FORCE=1 replaces it")
 
 
 def folder_of(gpu_name: str) -> str:

@@ -11,8 +11,9 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
@@ -21,9 +22,8 @@ from harness.data import indexed
 from harness.data.chat import conversations
 from harness.data.chat.byte_tokenizer import byte_folder
 from harness.data.chat.conversations import Skipped, Unfit
-from harness.data.header import bin_path, idx_path
 from harness.data.manifest import Chat, Counted, Manifest, Source, SourceFile
-from harness.data.prepare import only_one, tokenizer_used, written
+from harness.data.prepare import check_free, discard, only_one, publish, tokenizer_used, written
 from harness.data.prepared import DATA, check_name, prefix_of, prepared
 from harness.data.sources import Definition
 from harness.data.tokenizer import Tokenizer, find_tokenizer
@@ -49,8 +49,8 @@ def prepare_chat(name: str, source: Path, tokenizer: str, *, folder: Path = DATA
         UserError: the name is taken, the input or the tokenizer cannot be had, or no line is a conversation.
     """
     home = folder / check_name(name)
-    if idx_path(prefix_of(name, folder)).exists() and not force:
-        raise UserError(f"{name} is prepared already\nFORCE=1 prepares it again, NAME=… another one")
+    if not force:
+        check_free(name, folder)
     vocabularies = folder / "tokenizers"
     used = find_tokenizer(str(byte_folder(vocabularies)) if tokenizer == "bytes" else tokenizer, vocabularies)
     if used.kind != "HuggingFaceTokenizer":
@@ -70,15 +70,9 @@ def prepare_chat(name: str, source: Path, tokenizer: str, *, folder: Path = DATA
             counted, answers, pair = _write(source, installed, prefix_of(name, part), skipped)
             manifest = _manifest(name, source, used, own, installed.model, counted, answers, pair, prefix_of(name, part),
                                  time.monotonic() - begun)
-            (home / "manifest.json").unlink(missing_ok=True)
-            for path in (bin_path, idx_path):
-                path(prefix_of(name, part)).replace(path(prefix_of(name, folder)))
-            shutil.rmtree(home / "tokenizer", ignore_errors=True)
-            (part / "tokenizer").replace(home / "tokenizer")
-            shutil.rmtree(home / "cache", ignore_errors=True)
-            manifest.write(home)
+            publish(part, home, manifest)
         finally:
-            shutil.rmtree(home / "work", ignore_errors=True)
+            discard(part)
     return manifest, skipped
 
 
@@ -153,12 +147,23 @@ def _template_sha256(tokenizer: Path) -> str:
     return hashlib.sha256(b"\n".join(path.read_bytes() for path in found)).hexdigest()
 
 
-def prepare_known(known: Definition, *, force: bool = False) -> int:
-    """Prepare conversations of data/datasets.yaml and say what they are; without ``force``, what is prepared stays."""
-    if known.name in prepared() and not force:
+def prepare_known(known: Definition, settings: Mapping[str, str] = MappingProxyType({})) -> int:
+    """Prepare conversations of data/datasets.yaml and say what they are; what is prepared stays, unless FORCE=1.
+
+    Args:
+        settings: TOKENIZER, NAME and FORCE.
+
+    Raises:
+        UserError: see ``prepare_chat``; or another setting is given.
+    """
+    if unused := sorted({*settings} - {"TOKENIZER", "NAME", "FORCE"}):
+        raise UserError(f"{', '.join(unused)}: conversations of {known.name} have no such setting\n"
+                        f"make data-{known.name} takes TOKENIZER=, NAME= and FORCE=1")
+    name, force = settings.get("NAME", known.name), settings.get("FORCE") == "1"
+    if name == known.name and name in prepared() and not force and "TOKENIZER" not in settings:
         print(f"{known.name} is prepared already; FORCE=1 prepares it again")
         return 0
-    tell(*prepare_chat(known.name, DATA / known.chat, known.tokenizer, force=force))
+    tell(*prepare_chat(name, DATA / known.chat, settings.get("TOKENIZER", known.tokenizer), force=force))
     return 0
 
 

@@ -16,6 +16,7 @@ import errno
 import hashlib
 import heapq
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -33,7 +34,7 @@ from harness.data.clean.duplicates import exact_duplicates, near_duplicates
 from harness.data.clean.rules import UNREADABLE, Rules
 from harness.data.clean.units import LONGEST_LINE_BYTES, UNIT_BYTES, Unit, cut
 from harness.errors import UserError
-from harness.files import atomic, locked, write_json
+from harness.files import atomic, locked, read_object, write_json
 from harness.workers import map_in_order
 
 Progress = Callable[[str, int, int], None]
@@ -42,6 +43,10 @@ Progress = Callable[[str, int, int], None]
 SAMPLES = 100
 _SAMPLE_CHARACTERS = 1000
 _BATCH_BYTES = 1 << 20
+_STATE = "state.json"
+_OWN = (_STATE, "manifest.json", "decisions.npy", "dropped", "work", "text", ".lock")
+_SHARD_NAME = re.compile(r"\d{5,}\.jsonl|\..*\.tmp")
+"""Names of what a cleaning leaves in its folder."""
 _FORMAT = 1
 """Counts changes of this code after which an unfinished or finished run must not be taken up."""
 
@@ -109,6 +114,40 @@ def clean(
         ) from None
 
 
+def check_output(inputs: Sequence[Path], output_dir: Path, rules: Rules, force: bool = False) -> Path:
+    """Where to clean ``inputs`` to: ``output_dir``, or with ``force`` a folder beside it that is to replace it.
+
+    Without inputs, only whether ``output_dir`` may be written to at all.
+
+    Raises:
+        UserError: ``output_dir`` has files that no cleaning wrote; or, without ``force``, what other inputs or rules left.
+    """
+    try:
+        there = {path.name for path in output_dir.iterdir()}
+    except FileNotFoundError:
+        return output_dir
+    except OSError as error:
+        raise UserError(f"OUT={output_dir}: {error.strerror}; name a folder") from None
+    own = {name for name in there if name in _OWN or _SHARD_NAME.fullmatch(name)} if _STATE in there else {".lock"}
+    if foreign := sorted(there - own):
+        shown = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
+        raise UserError(f"OUT={output_dir} holds what no cleaning wrote: {shown}\nname a folder that is new or empty")
+    if _STATE not in there or not inputs or noted_state(output_dir) == _state(_units(inputs, UNIT_BYTES), rules):
+        return output_dir
+    if not force:
+        raise UserError(f"OUT={output_dir} holds what other inputs or other rules left\n"
+                        "name another folder; FORCE=1 replaces this one once the new one is whole")
+    return output_dir.with_name(f".{output_dir.name}.new")
+
+
+def noted_state(output_dir: Path) -> dict[str, Any] | None:
+    """What the run that wrote to ``output_dir`` depended on; None where it is not there, or damaged."""
+    try:
+        return read_object(output_dir / _STATE)
+    except ValueError:
+        return None
+
+
 def _units(inputs: Sequence[Path], unit_bytes: int) -> tuple[Unit, ...]:
     if missing := [str(path) for path in inputs if not path.is_file()]:
         raise UserError(f"no such file: {', '.join(missing)}")
@@ -123,10 +162,9 @@ def _resume(
     work = output_dir / "work"
     manifest = output_dir / "manifest.json"
     state = _state(units, rules)
-    state_file = output_dir / "state.json"
-    if not state_file.exists() or json.loads(state_file.read_text()) != state:
+    if noted_state(output_dir) != state:
         _clear(output_dir)
-        write_json(state_file, state)
+        write_json(output_dir / _STATE, state)
     if not manifest.exists():
         work.mkdir(exist_ok=True)
         if not (work / "verdicts.npy").exists():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -36,6 +37,13 @@ def write(outdir: Path, records: Path, path: Path) -> tuple[str, ...]:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, page)
     return found.warnings
+
+
+def is_report(path: Path) -> bool:
+    """Whether the file ``path`` is a report that ``write`` wrote."""
+    title = re.search(r"<title>.*</title>", (FOLDER / "page.html").read_text(encoding="utf-8"))[0]
+    with path.open("rb") as file:
+        return title.encode() in file.read(4096)
 
 
 def claims(records: Sequence[results.Row], references: results.References, catalog: Catalog) -> list[dict[str, Any]]:
