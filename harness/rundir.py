@@ -2,7 +2,7 @@
 
 experiment.json    the frozen experiment with its overrides, and the device and source commit it ran with
 command.sh         exactly what ran; ``HARNESS_RUN_DIR=… bash command.sh`` runs it again
-environment.json   versions, GPU, driver, git commit, upstream commit, host
+environment.json   versions, GPU, driver, git commit, upstream commit, host, launch rate
 logs.txt           everything that the ranks and torchrun printed
 metrics.jsonl      one line a step          validation.jsonl   one line an evaluation
 saves.jsonl        one line a checkpoint    checkpoints/       with SAVE=1
@@ -106,7 +106,7 @@ class LaunchRate(_Record):
     """Host time to launch an operation through PyTorch, in µs; see harness/entry/launch_rate.py."""
 
     add_us: float
-    autograd_us: float
+    operation_us: float
 
 
 class Rank(_Record):

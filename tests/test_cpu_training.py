@@ -65,7 +65,7 @@ def test_what_a_run_records(tmp_path):
     ranks = run.read_ranks()
     assert [rank.coordinates["dp"] for rank in ranks] == [0, 1]
     assert all(rank.step == 5 and rank.rss_peak_gib > 0.1 for rank in ranks)
-    assert all(0 < rank.launch.add_us < rank.launch.autograd_us for rank in ranks)
+    assert all(0 < rank.launch.add_us < rank.launch.operation_us for rank in ranks)
     assert not run.read_rank_errors() and not run.stacks()
 
 

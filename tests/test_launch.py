@@ -95,7 +95,7 @@ def test_a_run_leaves_everything_that_a_run_directory_holds(tmp_path):
     assert "[rank0]: hello, no GPUs" in directory.logs.read_text()
     environment = json.loads(directory.environment.read_text())
     assert environment["host"] == socket.gethostname() and environment["upstream"]["source"] in ("submodule", "package")
-    assert environment["launch"] == {"add_us": 6.0, "autograd_us": 20.0}, "of the slowest ranks"
+    assert environment["launch"] == {"add_us": 6.0, "operation_us": 20.0}, "of the slowest ranks"
     assert directory.read_experiment().id == "101"
     assert directory.read_running().pid == os.getpid()
     assert "8/8  loss 9.2000  108.0 ms" in printed and "median of steps 6 to 8" in printed

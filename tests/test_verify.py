@@ -10,12 +10,13 @@ import pytest
 from harness import ROOT
 from harness.cli import main
 from harness.errors import UserError
+from harness.evidence import tables
 from harness.evidence.measured import measure
 from harness.evidence.records import read
 from harness.evidence.results import Row, collect, collect_records, collect_runs, load_references
 from harness.files import write_json
 from harness.launching import launch
-from harness.launching.verify import choose, compare, verify
+from harness.launching.verify import choose, compare, render, verify
 from harness.machine import gpus
 from harness.machine.gpus import Gpu
 from harness.rundir import MemoryGib, RunDir, StepMetrics, Upstream
@@ -220,3 +221,27 @@ def test_records_of_the_same_work_agree_with_each_other(tmp_path: Path, pair: tu
     assert all(line.agrees for line in compare(rows[pair[0]], rows[pair[1]]))
     with pytest.raises(UserError, match="not of the work of"):
         choose([rows[pair[0]]], rows[pair[1]])
+
+
+def with_launch_rate(run: RunDir, operation_us: float) -> RunDir:
+    environment = json.loads(run.environment.read_text())
+    write_json(run.environment, {**environment, "launch": {"add_us": 5.0, "operation_us": operation_us}})
+    return run
+
+
+@pytest.mark.parametrize(("here_us", "remark"), [(31.5, "2.1 x slower"), (10.0, "1.5 x faster"), (16.0, None)])
+def test_hosts_that_launch_at_different_rates_are_told(tmp_path: Path, here_us: float, remark: str | None) -> None:
+    with_launch_rate(second_run(tmp_path, label="recorded"), 15.0)
+    with_launch_rate(second_run(tmp_path, label="here"), here_us)
+    recorded, here = sorted(collect_runs(tmp_path, load_references()).rows, key=lambda row: row.label, reverse=True)
+    printed = render(recorded, here, compare(recorded, here))
+    assert (f"launched operations {remark}" in printed) if remark else ("launched" not in printed)
+
+
+def test_tables_and_comparisons_say_where_launch_rates_differ(tmp_path: Path) -> None:
+    with_launch_rate(second_run(tmp_path, label="a"), 15.0)
+    with_launch_rate(second_run(tmp_path, label="b"), 30.0)
+    rows = collect_runs(tmp_path, load_references()).rows
+    for printed in (tables.render(rows), tables.render_compare(*rows)):
+        assert "The host of b launched operations 2.0 x slower than that of a (30.0 and 15.0 µs each)" in " ".join(printed.split())
+    assert [tables.values(row)["launch_operation_us"] for row in rows] == [15.0, 30.0]

@@ -42,7 +42,7 @@ def install(report: RankReport) -> None:
 def measure(device: str = "cuda") -> LaunchRate:
     """The launch rate of this process, in a few hundredths of a second. It draws no random numbers and keeps no memory.
 
-    ``add_us`` is the host's time for an in-place add, the cheapest operation of PyTorch; ``autograd_us`` its time for an
+    ``add_us`` is the host's time for an in-place add, the cheapest operation of PyTorch; ``operation_us`` its time for an
     element-wise operation that is recorded, and its share of the backward pass. Both are medians of ``BATCHES`` batches.
     """
     import torch
@@ -66,7 +66,7 @@ def measure(device: str = "cuda") -> LaunchRate:
     with torch.enable_grad():
         return LaunchRate(
             add_us=_batch_us(adds, wait) / ADDS,
-            autograd_us=_batch_us(chain, wait) / (TURNS * len(CHAIN)),
+            operation_us=_batch_us(chain, wait) / (TURNS * len(CHAIN)),
         )
 
 

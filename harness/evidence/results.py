@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from harness import rundir, yaml_files
 from harness.errors import UserError, first_line, nearest
@@ -21,9 +21,12 @@ from harness.experiment.hardware import Gpu, find_gpu, peak_tflops, required_gpu
 from harness.experiment.overrides import is_same_work
 from harness.experiment.step_time import unknown
 from harness.files import read_object, text_lines
-from harness.rundir import MemoryGib, Result, Spread, State, StepMetrics, Upstream, Validation
+from harness.rundir import LaunchRate, MemoryGib, Result, Spread, State, StepMetrics, Upstream, Validation
 
 REFERENCES = EXPERIMENTS / "references.yaml"
+
+SAME_LAUNCH_RATE = 1.2
+"""A smaller ratio of two launch rates gets no remark."""
 
 
 class _Strict(BaseModel):
@@ -150,6 +153,8 @@ class Row:
     against: ReferenceGroup | None = None
     upstream: Upstream | None = None
     """The Megatron-LM it runs; None where that is not known yet."""
+    launch: LaunchRate | None = None
+    """How fast its slowest rank launched; None of runs before that was measured."""
 
     @property
     def id(self) -> str:
@@ -276,6 +281,19 @@ class Row:
         if not ours or not published or self.reference.in_doubt or self.state != "ok":
             return None
         return ours / published
+
+
+def other_launch_rate(here: Row, there: Row) -> str | None:
+    """Where the hosts of two runs launch at different rates: by how much, and what follows; else None."""
+    if not here.launch or not there.launch:
+        return None
+    ratio = here.launch.operation_us / there.launch.operation_us
+    if 1 / SAME_LAUNCH_RATE < ratio < SAME_LAUNCH_RATE:
+        return None
+    pace = f"{ratio:.1f} x slower" if ratio > 1 else f"{1 / ratio:.1f} x faster"
+    return (f"The host of {here.label} launched operations {pace} than that of {there.label} "
+            f"({here.launch.operation_us:.1f} and {there.launch.operation_us:.1f} µs each): "
+            "a launch-bound step differs by as much; CUDA_GRAPHS=1 hides it.")
 
 
 def in_words(upstream: Upstream) -> str:
@@ -427,7 +445,7 @@ def _run_row(run: rundir.Run, group: ReferenceGroup) -> Row:
     result, steps = run.result, run.dir.read_metrics()
     if result and (wrong := next(measured.contradictions(run.experiment, result, steps), None)):
         raise ValueError(f"result.json: {wrong}")
-    environment = {} if result else _environment(run.dir)
+    environment = _environment(run.dir)
     return Row(
         label=run.dir.label,
         experiment=run.experiment,
@@ -437,6 +455,7 @@ def _run_row(run: rundir.Run, group: ReferenceGroup) -> Row:
         kind="run",
         gpu_name=result.gpu if result else environment.get("gpu"),
         upstream=result.upstream if result else _upstream(environment),
+        launch=_launch(environment),
         result=result,
         steps_done=steps[-1].step if steps else 0,
         **({} if result and result.changed else _comparison(run.experiment, group)),
@@ -454,6 +473,7 @@ def _record_row(path: Path, group: ReferenceGroup) -> Row:
         kind="record",
         gpu_name=result.gpu,
         upstream=result.upstream,
+        launch=_launch(read_object(path).get("environment")),
         result=result,
         steps_done=result.steps_done,
         **_comparison(experiment, group),
@@ -469,6 +489,13 @@ def _environment(run: rundir.RunDir) -> dict[str, Any]:
 
 def _upstream(environment: dict[str, Any]) -> Upstream | None:
     return Upstream.model_validate(environment["upstream"]) if environment.get("upstream") else None
+
+
+def _launch(environment: Any) -> LaunchRate | None:
+    try:
+        return LaunchRate.model_validate(environment["launch"])
+    except (KeyError, TypeError, ValidationError):
+        return None
 
 
 def _comparison(experiment: Experiment, group: ReferenceGroup) -> dict[str, Any]:

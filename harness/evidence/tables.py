@@ -17,7 +17,7 @@ from harness import screen
 from harness.data.prepared import MOCK
 from harness.errors import UserError
 from harness.evidence import markdown
-from harness.evidence.results import Results, Row, collect, load_references, losses
+from harness.evidence.results import Results, Row, collect, load_references, losses, other_launch_rate
 from harness.experiment import overrides
 from harness.experiment.catalog import load_catalog
 from harness.experiment.hardware import DRIVER_RESERVED_MIB
@@ -76,6 +76,8 @@ VALUES: dict[str, Callable[[Row], Any]] = {
     "validation_step": lambda row: row.validation and row.validation.step,
     "resumed_at": lambda row: " ".join(map(str, row.result.resumed_at)) if row.result else "",
     "changed": lambda row: changes_in_words(row.result.changed) if row.result else "",
+    "launch_add_us": lambda row: row.launch and row.launch.add_us,
+    "launch_operation_us": lambda row: row.launch and row.launch.operation_us,
     "runs_on_node": lambda row: row.runs_on_node,
     "notes": lambda row: "; ".join(_notes(row)),
     "origin": lambda row: str(row.origin),
@@ -270,6 +272,8 @@ def render_compare(a: Row, b: Row, format: str = "terminal") -> str:
         remarks.append(f"Different hardware ({a.hardware}, {b.hardware}): times and memory do not compare.")
     if a.software != b.software:
         remarks.append(f"Different upstream ({a.software}, {b.software}): times and memory do not compare.")
+    if rates := other_launch_rate(b, a):
+        remarks.append(rates)
     if format == "markdown":
         return "\n".join([markdown.table(head, lines, "lrrr"), "", *remarks])
     text_width = min(screen.width(piped=MOST_TEXT), MOST_TEXT)
@@ -373,6 +377,9 @@ def _footer(rows: list[Row]) -> Iterable[str]:
                f"({gpu.source}). TFLOP/s: per GPU, model FLOPs as Megatron-LM counts them.")
     if any(row.tflops and not row.mfu for row in rows if row.device == "cuda"):
         yield f"No MFU: harness/experiment/hardware.py has no peak of {rows[0].hardware} at the precision of these runs."
+    timed = sorted((row for row in rows if row.launch and row.step), key=lambda row: row.launch.operation_us)
+    if timed and (rates := other_launch_rate(timed[-1], timed[0])):
+        yield rates
     if group := next((row.against for row in rows if row.reference), None):
         yield f"Here: {rows[0].hardware}, {rows[0].software}."
         yield f"publ.: {group.hardware}, {group.software}; {group.method}. Source: {group.source}."
@@ -475,7 +482,7 @@ def _settings(row: Row) -> dict[str, Any]:
 def _numbers(row: Row) -> dict[str, float | None]:
     names = ("step_ms", "step_ms_half_iqr", "memory_gib", "reserved_gib", "allocated_gib", "tflops", "mfu",
              "tokens_per_s", "steps_done", "loss_first", "loss_last",
-             "validation_loss", "perplexity")
+             "validation_loss", "perplexity", "launch_add_us", "launch_operation_us")
     return {name: VALUES[name](row) for name in names}
 
 

@@ -245,7 +245,7 @@ class Run:
         """Add to environment.json what the ranks measured: that of the slowest rank, which all others wait for."""
         measured = [rank.launch for rank in self.dir.read_ranks() if rank.launch]
         if measured:
-            slowest = LaunchRate(add_us=max(m.add_us for m in measured), autograd_us=max(m.autograd_us for m in measured))
+            slowest = LaunchRate(add_us=max(m.add_us for m in measured), operation_us=max(m.operation_us for m in measured))
             self._environment["launch"] = slowest.model_dump()
             write_json(self.dir.environment, self._environment)
 

@@ -20,7 +20,15 @@ from harness import screen
 from harness.errors import UserError
 from harness.evidence import measured
 from harness.evidence.records import same_work
-from harness.evidence.results import Row, collect_records, collect_runs, in_words, load_references, metrics
+from harness.evidence.results import (
+    Row,
+    collect_records,
+    collect_runs,
+    in_words,
+    load_references,
+    metrics,
+    other_launch_rate,
+)
 from harness.experiment import overrides
 from harness.experiment.catalog import load_catalog
 from harness.machine import gpus
@@ -124,6 +132,7 @@ def render(record: Row, run: Row, lines: Sequence[Line]) -> str:
     return "\n".join([
         f"{run.label} beside {record.label} of {measured_on}: {record.hardware}, {record.software}",
         *screen.grid(table),
+        *filter(None, [other_launch_rate(run, record)]),
         f"{run.id} agrees with its record" if agrees else f"{run.id} does not agree with its record",
     ])
 

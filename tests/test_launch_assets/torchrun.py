@@ -68,7 +68,7 @@ def rank(number: int) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     faulthandler.register(signal.SIGUSR1, (files / f"{number}.stacks.txt").open("a"))
     report = {"rank": number, "local_rank": number, "pid": os.getpid(), "host": os.uname().nodename}
-    report["launch"] = {"add_us": 5.0 + number, "autograd_us": 20.0 - number}
+    report["launch"] = {"add_us": 5.0 + number, "operation_us": 20.0 - number}
     memory = {"allocated_peak_gib": 1.0 + number, "reserved_peak_gib": 2.0 + number, "rss_peak_gib": 0.25}
     temporary = files / f".{number}.tmp"
     temporary.write_text(json.dumps(report | memory))
