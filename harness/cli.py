@@ -166,7 +166,7 @@ def _slurm(e: Experiment, settings: Mapping[str, str]) -> int:
 
 def _chapter(words: list[str]) -> int:
     number, *rest = words or [""]
-    settings = overrides.parse(rest)
+    settings = _settings(rest)
     experiments = load_catalog().in_chapter(overrides.count("chapter", number))
     if whole := [key for key in ("DRY_RUN", "SLURM", "RESUME") if settings.get(key, "0") != "0"]:
         raise UserError(f"{whole[0]}=1 is for one experiment: make {experiments[0].id} {whole[0]}=1\n"
@@ -439,7 +439,17 @@ def _id(words: list[str], question: str) -> str:
 
 def _asked(words: list[str], question: str, extra: Iterable[str] = ()) -> tuple[str, dict[str, str]]:
     """The id that a command is about, and its settings."""
-    return _id(words, question), overrides.parse(words[1:], extra)
+    return _id(words, question), _settings(words[1:], extra)
+
+
+def _settings(words: Iterable[str], extra: Iterable[str] = ()) -> dict[str, str]:
+    """The settings in ``words``, upstream's own arguments among them checked by name and value."""
+    settings = overrides.parse(words, extra)
+    if "ARGS" in settings:
+        from harness.megatron import known_arguments
+
+        known_arguments.check(settings["ARGS"])
+    return settings
 
 
 def _experiment(words: list[str]) -> tuple[Experiment, dict[str, str]]:
@@ -449,7 +459,7 @@ def _experiment(words: list[str]) -> tuple[Experiment, dict[str, str]]:
         from harness import targets
 
         raise UserError(targets.unknown(wanted))
-    return load_catalog().find(wanted), overrides.parse(words[1:])
+    return load_catalog().find(wanted), _settings(words[1:])
 
 
 def _outdir(settings: Mapping[str, str]) -> Path:

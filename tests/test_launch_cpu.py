@@ -115,9 +115,10 @@ def test_a_rank_that_stops_is_a_hang_and_the_others_tell_where_they_wait(tmp_pat
     assert_gone(processes)
 
 
-def test_an_argument_that_upstream_does_not_know_is_a_bad_configuration(tmp_path):
-    launcher = start(tmp_path / "out", "STEPS=2", "ARGS=--no-such-argument 3")
+def test_a_value_that_only_upstream_can_judge_is_a_bad_configuration(tmp_path):
+    """Names, numbers and choices are checked before: tests/test_known_arguments.py."""
+    launcher = start(tmp_path / "out", "STEPS=2", "ARGS=--moe-layer-freq often")
     printed, _ = launcher.communicate(timeout=120)
     assert launcher.returncode == 2
-    assert "unrecognized arguments: --no-such-argument 3" in printed and "make arguments" in printed
+    assert "--moe-layer-freq: invalid moe_freq_type value: 'often'" in printed and "make arguments" in printed
     assert json.loads(the_run(tmp_path / "out").result.read_text())["status"] == "bad-configuration"

@@ -128,7 +128,8 @@ def steps_of(machine: Machine, rows: Sequence[Row], references: References, cata
     """The steps that were measured on ``machine`` and can be predicted, of experiments with whatever settings."""
     ours = machine.measured_by == "records"
     found = _recorded(machine, rows, catalog) if ours else _published(machine, references, catalog)
-    return [step for step in found if not step_time.unknown(step.experiment)]
+    known = (step for step in found if not step_time.unknown(step.experiment))
+    return [step for step in known if not step.experiment.extra_args]  # constants come from rows as the catalogue has them
 
 
 def _recorded(machine: Machine, rows: Sequence[Row], catalog: Catalog) -> Iterator[Measured]:

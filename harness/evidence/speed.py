@@ -64,7 +64,7 @@ def print_speed(id_: str, settings: Mapping[str, str], records: Path) -> int:
         share = mfu(tflops, peak_tflops(machine.card.name, e.precision))
         say(f"  {tflops:.0f} TFLOP/s a GPU, MFU {share:.0%}; {machine.how_sure(e)}")
         if verdict(predict(e), machine.card) == "does not fit":
-            print(f"  it does not fit there: make memory-{e.id} CARD={machine.gpu} says what would")
+            print(f"  it does not fit there: make memory-{overrides.words(e)} CARD={machine.gpu} says what would")
     return 0
 
 
@@ -150,7 +150,7 @@ def same_as(group: ReferenceGroup, catalog: Catalog) -> Iterator[tuple[Reference
 def _known(e: Experiment) -> Experiment:
     if missing := unknown(e):
         raise UserError(f"{e.id}: no formula for its step yet, since none was measured with {' or '.join(missing)}\n"
-                        f"make memory-{e.id} says what it takes; make {e.id} STEPS=20 how long")
+                        f"make memory-{overrides.words(e)} says what it takes; make {overrides.words(e)} STEPS=20 how long")
     return e
 
 

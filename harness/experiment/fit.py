@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
-from harness.experiment import overrides
+from harness.experiment import overrides, understood
 from harness.experiment.catalog import Experiment
 from harness.experiment.hardware import NON_ALLOCATOR_MIB, Gpu
 from harness.experiment.memory import Memory, predict
@@ -32,10 +32,12 @@ def available_gib(card: Gpu) -> float:
 
 def in_a_line(e: Experiment, card: Gpu) -> str:
     """What ``e`` will take of ``card``, as a run says it before it begins."""
+    if unknown := understood.unpredictable(e.extra_args):
+        return f"memory: no formula knows {', '.join(unknown)} in ARGS"
     memory = predict(e)
     most, gib = max(memory.pieces.items(), key=lambda piece: piece[1])
     sure = verdict(memory, card)
-    way_out = "" if sure == "fits" else f"; make memory-{e.id} CARD={card.key} says what would"
+    way_out = "" if sure == "fits" else f"; make memory-{overrides.words(e)} CARD={card.key} says what would"
     return f"memory by formula: {memory.total:.1f} GiB, most of it {most} ({gib:.1f}): {sure} on {card.name}{way_out}"
 
 

@@ -36,7 +36,7 @@ class Layout:
     @property
     def settings(self) -> str:
         """The words after ``make <id>``."""
-        return " ".join(f"{key}={value}" for key, value in self.experiment.overrides.items() if key != "CARD")
+        return overrides.typed({key: value for key, value in self.experiment.overrides.items() if key != "CARD"})
 
 
 def faster(e: Experiment, machine: Machine) -> list[Layout]:

@@ -9,8 +9,10 @@ from collections.abc import Collection, Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import get_args
 
+from harness import yaml_files
 from harness.errors import UserError, nearest, similar
-from harness.experiment.catalog import SHARDING, Catalog, Experiment, LinearLayer, Lora, Target
+from harness.experiment import understood
+from harness.experiment.catalog import SHARDING, Catalog, Experiment, LinearLayer, Lora, Model, Target
 from harness.experiment.hardware import required_gpu
 
 MINIATURE_STEPS = 20
@@ -196,8 +198,19 @@ def switch(key: str, value: str) -> bool:
 
 
 def given(settings: Mapping[str, str]) -> dict[str, str]:
-    """The settings of the experiment that were given, whether or not they differ from the catalogue's, in order."""
-    return {s.key: settings[s.key] for s in EXPERIMENT_SETTINGS if s.key in settings}
+    """The settings of the experiment that were given, whether or not they differ from the catalogue's, in order.
+
+    Those that ARGS= says are among them; of ARGS= remains what no setting says.
+
+    Raises:
+        UserError: ARGS= makes no sense, or says another value than a setting.
+    """
+    said = understood.understand(settings.get("ARGS", ""))
+    for key, value in said.settings.items():
+        if settings.get(key, value) != value:
+            raise UserError(f"{key}={settings[key]}, and ARGS says {key}={value}; leave one out")
+    left = {**settings, **said.settings} | {"ARGS": shlex.join(said.kept)}
+    return {s.key: left[s.key] for s in EXPERIMENT_SETTINGS if left.get(s.key)}
 
 
 def apply(experiment: Experiment, settings: Mapping[str, str], brought: Mapping[str, object] | None = None) -> Experiment:
@@ -216,9 +229,9 @@ def apply(experiment: Experiment, settings: Mapping[str, str], brought: Mapping[
     asked = given(settings)
     changes = _changes(experiment, asked)
     effective = {field: value for field, value in changes.items() if getattr(experiment, field) != value}
-    if not effective and not brought:
+    if not effective and not brought and "ARGS" not in asked:
         return experiment
-    kept = {key: value for key, value in asked.items() if FIELDS[key] in effective}
+    kept = {key: value for key, value in asked.items() if FIELDS[key] in effective or key == "ARGS"}
     weights = {"weights": brought["weights"]} if brought else {}
     return experiment.with_changes(**effective | weights, overrides=kept)
 
@@ -247,10 +260,9 @@ def _changes(experiment: Experiment, given: Mapping[str, str]) -> dict[str, obje
     if "UNTIL" in given:
         changes["until"] = _target(experiment, non_negative("UNTIL", given["UNTIL"]))
     if "ARGS" in given:
-        try:
-            changes["extra_args"] = tuple(shlex.split(given["ARGS"]))
-        except ValueError as error:
-            raise UserError(f"ARGS={given['ARGS']}: {error}") from None
+        said = _said(experiment, given)
+        changes |= {"extra_args": said.rest, **said.fields}
+        changes["model"] = changed_model(changes.get("model", experiment.model), said.model)
     if "GPUS" in given:
         changes["dp"] = _data_parallel_size(experiment, changes, count("GPUS", given["GPUS"]))
     if changes.get("recompute", "selective") != "selective":
@@ -260,6 +272,25 @@ def _changes(experiment: Experiment, given: Mapping[str, str]) -> dict[str, obje
     if changes.get("pp") == 1 and "VPP" not in given:
         changes["vpp"] = 1
     return changes
+
+
+def changed_model(model: Model, fields: Mapping[str, object]) -> Model:
+    """``model`` with ``fields`` of ARGS=. Raises UserError where a value is out of range."""
+    return yaml_files.build(Model, {name: getattr(model, name) for name in Model.model_fields} | fields, "ARGS")
+
+
+def explicit_model(experiment: Experiment, model: Model) -> Model:
+    """``model`` with what ARGS= of the command line says of a model, as it stands in the overrides of ``experiment``."""
+    return changed_model(model, _said(experiment, experiment.overrides).model)
+
+
+def _said(experiment: Experiment, settings: Mapping[str, str]) -> understood.Understood:
+    return understood.understand(settings.get("ARGS", ""), experts=experiment.model.num_experts is not None)
+
+
+def typed(settings: Mapping[str, object]) -> str:
+    """``settings`` as the words after ``make <id>``, quoted for a shell."""
+    return " ".join(f"{key}={shlex.quote(str(value))}" for key, value in settings.items())
 
 
 def made(words: str, catalog: Catalog) -> Experiment:
@@ -273,8 +304,8 @@ def made(words: str, catalog: Catalog) -> Experiment:
 
 def words(experiment: Experiment) -> str:
     """What ``make`` takes for the same step: its id, and settings that change its work."""
-    settings = [f"{key}={value}" for key, value in experiment.overrides.items() if key not in SAME_WORK]
-    return " ".join([experiment.id, *settings])
+    settings = typed({key: value for key, value in experiment.overrides.items() if key not in SAME_WORK})
+    return f"{experiment.id} {settings}".rstrip()
 
 
 def is_same_work(experiment: Experiment, allowed: Set[str] = SAME_WORK) -> bool:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from harness.experiment import timeline
+from harness.experiment import timeline, understood
 from harness.experiment.flops import adapter_parameters, parameters_on
 from harness.experiment.hardware import GPUS_OF_A_NODE
 from harness.experiment.work import OPERATION_S, Calibration, Rank, Work
@@ -80,7 +80,7 @@ def unknown(e: Experiment) -> list[str]:
         f"more than {GPUS_OF_A_NODE} GPUs in a node": e.ranks_per_node > GPUS_OF_A_NODE,
         "CUDA graphs beside pipelines, context parallelism or experts": e.cuda_graphs and (
             e.pp * e.cp > 1 or e.model.num_experts is not None),
-        "arguments of your own (ARGS)": bool(e.extra_args),
+        "arguments of your own (ARGS)": bool(understood.unpredictable(e.extra_args)),
     }
     return [name for name, applies in said.items() if applies]
 

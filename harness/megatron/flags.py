@@ -166,6 +166,8 @@ def _published(e: Experiment) -> Iterator[str]:
     m = e.model
     if m.normalization == "RMSNorm":
         yield f"--normalization RMSNorm --norm-epsilon {m.norm_epsilon}"
+    elif m.norm_epsilon != 1e-5:
+        yield f"--norm-epsilon {m.norm_epsilon}"
     yield _ACTIVATION[m.activation]
     yield _POSITIONS[m.position_embedding].format(m.rotary_base)
     if m.rope_scaling_factor:

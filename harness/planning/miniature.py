@@ -14,7 +14,7 @@ from typing import Any
 
 from harness.data import prepared
 from harness.experiment.catalog import Experiment, Model
-from harness.experiment.overrides import EXPERIMENT_SETTINGS, FIELDS, MINIATURE_STEPS
+from harness.experiment.overrides import EXPERIMENT_SETTINGS, FIELDS, MINIATURE_STEPS, explicit_model
 
 MOST_PROCESSES = 8
 HEAD_SIZE = 4
@@ -65,7 +65,7 @@ def _scaled(experiment: Experiment, nodes: int, given: frozenset[str]) -> dict[s
     ep = min(experiment.ep, stage_ranks)
     if "STEPS" in given:
         steps = experiment.steps
-    model = experiment.model if experiment.weights else _miniature_model(experiment)
+    model = experiment.model if experiment.weights else explicit_model(experiment, _miniature_model(experiment))
     intervals = _intervals(experiment, steps) if experiment.until else {}
     if "EVAL_EVERY" in given:
         intervals["eval_interval"] = experiment.eval_interval

@@ -12,7 +12,7 @@ from harness.checkpoints import Loading, Saving
 from harness.data import prepared
 from harness.data.splits import check_split
 from harness.errors import UserError
-from harness.experiment import overrides
+from harness.experiment import overrides, understood
 from harness.experiment.catalog import Experiment
 from harness.experiment.identity import Difference
 from harness.megatron.flags import Device
@@ -117,6 +117,8 @@ def plan(experiment: Experiment, settings: Mapping[str, str], device: Device) ->
         raise UserError(f"{small.id}: Megatron-FSDP saves on GPUs only: on a CPU its ranks wait for each other for ever\n"
                         "SAVE=0 trains without checkpoints, SHARDING=optim or torch_fsdp2 saves here, too")
     loading = _loading(small, outdir, before, notices.append)
+    if saving or loading:
+        _check_format(small)
     return Plan(
         full=full,
         experiment=small,
@@ -130,6 +132,19 @@ def plan(experiment: Experiment, settings: Mapping[str, str], device: Device) ->
         changed=before.changed if before else (),
         notices=tuple(notices),
     )
+
+
+def _check_format(e: Experiment) -> None:
+    """Refuse another format than that of the sharding: upstream saves no other while training, and fails after all steps.
+
+    ``schedule_async_save`` of megatron/training/checkpointing.py takes distributed checkpoints alone; harness.checkpoints
+    reads no others.
+    """
+    ours = "fsdp_dtensor" if e.sharding.startswith("fsdp") else "torch_dist"
+    for argument in understood.arguments(e.extra_args):
+        if argument.option in ("--ckpt-format", "--dist-ckpt-format") and argument.values != (ours,):
+            raise UserError(f"{e.id}: ARGS has {argument}, but checkpoints with sharding {e.sharding} are {ours}: "
+                            f"other formats cannot be saved beside training, nor resumed\nleave {argument.option} out")
 
 
 def _check_conversations(e: Experiment) -> None:

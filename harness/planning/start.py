@@ -9,7 +9,7 @@ from pathlib import Path
 from harness import ROOT
 from harness.data import prepared
 from harness.errors import UserError, first_line, nearest
-from harness.experiment import overrides
+from harness.experiment import overrides, understood
 from harness.experiment.catalog import Experiment, Model, load_catalog
 from harness.finding import label_of
 from harness.finetune.adapters import FOLDER, read_record
@@ -77,13 +77,35 @@ def with_settings(e: Experiment, settings: Mapping[str, str], outdir: Path) -> E
         UserError: see ``find`` and ``overrides.apply``.
     """
     named = settings.get("WEIGHTS", e.weights)
-    return overrides.apply(e, settings, _brought(e, find(named, outdir)) if named else None)
+    if not named:
+        return overrides.apply(e, settings)
+    start = find(named, outdir)
+    made = overrides.apply(e, settings, _brought(e, start))
+    _check_shapes(named, start, made)
+    return made
 
 
 def of_catalogue(id_: str, settings: Mapping[str, str]) -> Experiment:
-    """Experiment ``id_`` with ``settings``, as predictions take it. Raises UserError as ``with_settings``."""
+    """Experiment ``id_`` with ``settings``, as predictions take it. Raises UserError as ``with_settings``,
+    and where ARGS= has what no formula knows.
+    """
     outdir = Path(settings.get("OUTDIR") or ROOT / "outdir").resolve()
-    return with_settings(load_catalog().find(id_), settings, outdir)
+    e = with_settings(load_catalog().find(id_), settings, outdir)
+    if reason := understood.refusal(e.id, e.extra_args):
+        raise UserError(reason)
+    return e
+
+
+def _check_shapes(named: str, start: Start, e: Experiment) -> None:
+    """Raise UserError where ARGS= makes another model of ``e`` than the weights are of."""
+    from harness.convert import weights
+
+    if wrong := weights.differences(start.model, e.model):
+        said = ", ".join(f"{key} {there}, not {here}" for key, (there, here) in wrong.items())
+        raise UserError(f"WEIGHTS={named}: their model has {said}\nleave out of ARGS what says otherwise")
+    if start.model.position_embedding == "learned_absolute" and (e.positions or start.positions) != start.positions:
+        raise UserError(f"WEIGHTS={named}: they have {start.positions} learned positions, not {e.positions}\n"
+                        "leave --max-position-embeddings out of ARGS")
 
 
 def _brought(e: Experiment, start: Start) -> dict[str, object]:
