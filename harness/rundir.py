@@ -57,7 +57,8 @@ class _Record(BaseModel):
 
 
 class StepMetrics(_Record):
-    """One line of metrics.jsonl. ``tflops``: TFLOP/s per GPU, upstream's count; ``time``: Unix seconds.
+    """One line of metrics.jsonl. ``tflops``: model TFLOP/s per GPU (flops.py), or upstream's count where a line has no
+    ``upstream_tflops`` (runs before these were told apart); ``time``: Unix seconds.
 
     ``forward_backward_ms`` and ``optimizer_ms`` are of the rank that writes, the last one; see harness/entry/phases.py.
     """
@@ -69,6 +70,7 @@ class StepMetrics(_Record):
     forward_backward_ms: float | None = None
     optimizer_ms: float | None = None
     tflops: float | None = None
+    upstream_tflops: float | None = None
     tokens_per_s: float | None = None
     learning_rate: float | None = None
     loss_scale: float | None = None
@@ -237,6 +239,8 @@ class Result(_Record):
     forward_backward_ms: float | None = None
     optimizer_ms: float | None = None
     tflops: float | None = None
+    counted: Literal["model", "upstream"] = "upstream"
+    """Whose count of FLOPs ``tflops`` and ``mfu`` state: step_flops in flops.py, or upstream's."""
     tokens_per_s: float | None = None
     mfu: float | None = None
     peak_tflops: float | None = None

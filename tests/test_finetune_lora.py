@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("numpy", reason="the set-up stage `heavy` is not installed")
 
+from harness.experiment.flops import share_of_upstreams
 from harness.machine.upstream import locate
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -37,6 +38,9 @@ def test_adapters_begin_as_nothing_and_leave_the_weights_alone(tmp_path):
     whole = tune(e.with_changes(lora=None, steps=1), data, tmp_path / "whole")
     assert losses(alone)[0] == losses(whole)[0], "with B = 0 it is the model itself, to the last bit"
     assert losses(alone)[-1] < losses(alone)[0]
+    for run, least, most in ((alone, 0.6, share_of_upstreams(e)), (whole, 1, 1)):
+        shares = [m.tflops / m.upstream_tflops for m in run.read_metrics()]
+        assert all(least <= share <= most for share in shares), "frozen weights have no gradient; packed attention is less"
     parallel = tune(e.with_changes(**LAYOUTS["tp2+sp"]), data, tmp_path / "two")
     assert losses(parallel) == pytest.approx(losses(alone), abs=2e-5)
     close(adapters(parallel), adapters(alone), 2e-4)

@@ -1,19 +1,26 @@
 """Parameters and model FLOPs, against published sizes, measured TFLOP/s and upstream itself."""
 
+import json
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 
+from harness import ROOT
 from harness.evidence.results import load_references
-from harness.experiment.catalog import load_catalog
+from harness.experiment.catalog import Lora, load_catalog
 from harness.experiment.flops import (
     count_parameters,
     mfu,
     padded_vocab_size,
     parameters_on,
+    share_of_upstreams,
     state_gib,
     step_flops,
     tflops_per_gpu,
+    upstream_flops,
 )
 
 CATALOG = load_catalog()
@@ -57,7 +64,9 @@ def test_experts_are_spread_and_mostly_idle():
     ],
 )
 def test_measured_tflops_follow_from_the_measured_step_time(id_, reference):
-    assert tflops_per_gpu(CATALOG.find(id_), reference.step_ms) == pytest.approx(reference.tflops, abs=0.7)
+    e = CATALOG.find(id_)
+    counted = tflops_per_gpu(e, reference.step_ms) / share_of_upstreams(e)  # as the log of that run does
+    assert counted == pytest.approx(reference.tflops, abs=0.7)
 
 
 def test_state_is_18_bytes_a_parameter_and_shards():
@@ -82,7 +91,7 @@ def test_flops_and_state_equal_upstreams():
     theory = pytest.importorskip("megatron.training.theoretical_memory_usage")
     for e in CATALOG.experiments:
         args = _upstream_arguments(e)
-        assert step_flops(e) == training.num_floating_point_operations(args, e.global_batch_size), e.id
+        assert upstream_flops(e) == training.num_floating_point_operations(args, e.global_batch_size), e.id
         if e.chapter >= 600:  # gated MLPs, states of other sizes: tests/test_models.py
             continue
         left_out = 1 - theory.compute_weight_and_optimizer_memory(args) / (state_gib(e) * 2**30)
@@ -140,6 +149,64 @@ def test_parameters_equal_those_of_upstreams_model(changes):
     finally:
         parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()
+
+
+TARGETS = ("-", "linear_qkv,linear_proj,linear_fc1,linear_fc2", "linear_qkv", "linear_proj", "linear_fc1", "linear_fc2",
+           "linear_fc2,linear_proj")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def counted():
+    """What PyTorch counts in one pass there and back, for every set of adapters: {targets: FLOPs}."""
+    pytest.importorskip("torch")
+    environment = os.environ | {"HARNESS_DEVICE": "cpu", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    done = subprocess.run([sys.executable, "-m", "tests.count_products", *TARGETS], cwd=ROOT, env=environment,
+                          capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("targets", TARGETS)
+def test_what_is_counted_is_what_is_computed(counted, targets):
+    """Products of frozen weights have no weight gradient, and nothing is gone through backward before the first adapter.
+
+    The CPU's attention computes all scores, causal attention half of them: twice the squares.
+    """
+    from tests import count_products as tiny
+
+    m = CATALOG.find("611").model.model_copy(update={
+        "num_layers": tiny.LAYERS, "hidden_size": tiny.HIDDEN, "num_attention_heads": tiny.HEADS, "num_query_groups": 2,
+        "ffn_hidden_size": tiny.FFN, "vocab_size": tiny.VOCABULARY, "kv_channels": None})
+    lora = None if targets == "-" else Lora(rank=tiny.RANK, alpha=4.0, targets=tuple(targets.split(",")))
+    e = CATALOG.find("101").with_changes(model=m, lora=lora, seq_length=tiny.SEQUENCE, micro_batch_size=tiny.BATCH,
+                                         global_batch_size=tiny.BATCH)
+    assert step_flops(e, squares=2 * tiny.BATCH * tiny.SEQUENCE**2) == counted[targets]
+    assert (upstream_flops(e) == step_flops(e)) == (lora is None)
+
+
+def test_frozen_weights_cost_two_thirds():
+    """811: 667 TFLOP/s as if all of Llama 3 8B were trained, of which two thirds are computed."""
+    e = CATALOG.find("811")
+    assert e.lora and 0.66 < share_of_upstreams(e) < 0.70
+    assert share_of_upstreams(CATALOG.find("611")) == 1
+    recomputed = CATALOG.find("812")
+    assert recomputed.recompute == "full" and 0 < share_of_upstreams(recomputed) - share_of_upstreams(e) < 0.002
+    assert share_of_upstreams(e, tokens=1000, squares=1000) < share_of_upstreams(e), "attention has no frozen weights"
+
+
+def test_a_window_sees_no_more_than_it_computes():
+    """Half the layers of GPT-OSS see 128 tokens; its experts are three matrices, of which upstream counts two."""
+    e = CATALOG.find("620")
+    narrow, wide = (e.with_changes(model=e.model.model_copy(update={"window_size": w})) for w in (1, e.seq_length))
+    scores = 6 * e.model.query_size * e.global_batch_size
+    half = e.model.num_layers // 2
+    assert step_flops(wide) - step_flops(narrow) == scores * half * (e.seq_length**2 - (2 * e.seq_length - 1))
+    window = sum(2 * min(seen, 128) - 1 for seen in range(1, e.seq_length + 1))  # as s^2 is the sum of 2 i - 1
+    assert (step_flops(e) - step_flops(narrow)) / scores / half == pytest.approx(window - (2 * e.seq_length - 1), rel=0.01)
+    expert = 3 * e.model.hidden_size * e.model.moe_ffn * e.model.moe_router_topk
+    gate = 6 * e.model.num_layers * expert / 3 * e.global_batch_size * e.seq_length
+    assert step_flops(wide) - upstream_flops(e) == pytest.approx(gate, rel=1e-9)
 
 
 def _upstream_arguments(e):

@@ -11,7 +11,7 @@ import pytest
 from harness import parity
 from harness.errors import UserError
 from harness.experiment.catalog import Model, load_catalog
-from harness.experiment.flops import count_parameters, padded_vocab_size, state_gib, state_of_parameter, step_flops
+from harness.experiment.flops import count_parameters, padded_vocab_size, state_gib, state_of_parameter, upstream_flops
 from harness.machine.requirements import check_machine
 from harness.megatron.environment import variables
 from harness.megatron.flags import megatron_flags
@@ -232,7 +232,7 @@ def test_upstream_builds_models_of_that_size(upstream):
     for e in {e.model.name: e for e in ROWS}.values():
         alone = e.with_changes(dp=1, tp=1, ep=1, sequence_parallel=False, sharding="no_shard", optimizer_state="fp32",
                                gradients="fp32", global_batch_size=e.micro_batch_size)
-        assert found[e.model.name] == [count_parameters(alone).total, step_flops(alone)], e.model.name
+        assert found[e.model.name] == [count_parameters(alone).total, upstream_flops(alone)], e.model.name
 
 
 @pytest.mark.cpu

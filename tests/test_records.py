@@ -14,7 +14,7 @@ from harness.evidence.records import folder_of, metrics_of, read, record, same_w
 from harness.evidence.results import REFERENCES, collect_records, load_references
 from harness.evidence.tables import render
 from harness.experiment.catalog import load_catalog
-from harness.experiment.flops import tflops_per_gpu
+from harness.experiment.flops import share_of_upstreams, tflops_per_gpu
 from harness.experiment.hardware import find_gpu, peak_tflops
 from harness.files import write_json
 from harness.rundir import Result, RunDir, StepMetrics
@@ -33,8 +33,8 @@ def test_a_record_states_what_its_metrics_say(path: Path) -> None:
     lines = metrics_of(path).read_text().splitlines()
     steps = [StepMetrics.model_validate_json(line) for line in lines]
     assert [m.step for m in steps] == list(range(1, result.steps_done + 1))
-    computed = measure(experiment, steps, result.peak_tflops)
-    assert len(computed) == 9
+    computed = measure(experiment, steps, result.peak_tflops, counted=result.counted)
+    assert len(computed) == 10
     for name, value in computed.items():
         assert getattr(result, name) == value, name
     assert result.peak_tflops == peak_tflops(result.gpu, experiment.precision)
@@ -47,7 +47,8 @@ def test_the_metrics_of_a_record_are_of_one_piece(path: Path) -> None:
     experiment, _ = read(path)
     for line in metrics_of(path).read_text().splitlines():
         m = StepMetrics.model_validate_json(line)
-        assert m.tflops == pytest.approx(tflops_per_gpu(experiment, m.step_ms), rel=1e-3)
+        share = share_of_upstreams(experiment) if m.upstream_tflops is None else 1
+        assert m.tflops * share == pytest.approx(tflops_per_gpu(experiment, m.step_ms), rel=1e-3)
         assert m.tokens_per_s == pytest.approx(
             experiment.global_batch_size * experiment.seq_length / (m.step_ms / 1000), rel=1e-3)
 

@@ -1,5 +1,6 @@
 """Runs, records and references joined into rows."""
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +12,10 @@ from harness.errors import UserError
 from harness.evidence.measured import measure
 from harness.evidence.records import metrics_of
 from harness.evidence.results import Results, Row, collect, load_references, losses
+from harness.evidence.tables import render, values
 from harness.experiment import overrides
 from harness.experiment.catalog import load_catalog
+from harness.experiment.flops import share_of_upstreams
 from harness.files import write_json
 from harness.planning.miniature import miniature
 from harness.rundir import Result, StepMetrics
@@ -70,6 +73,47 @@ def row(id_="111", status="ok", gpu=H200, settings=None, **changes) -> Row:
         gpu_name=gpu, result=Result.model_validate(result(status, **changes)),
         published=REFERENCES.published.beside(id_), against=REFERENCES.published,
     )
+
+
+def lora_run(outdir: Path, lines: list[StepMetrics], counted: str):
+    """A run of 811 with these metrics, whose result states TFLOP/s as ``counted``."""
+    e = experiment("811", STEPS=str(len(lines)))
+    run = rundir.create(outdir, e.label)
+    run.freeze_experiment(e, "cuda", "abc")
+    run.metrics.write_text("".join(f"{line.model_dump_json(exclude_none=True)}\n" for line in lines))
+    content = Result.model_validate({**result(), "steps": len(lines), **measure(e, lines, 989.5, counted=counted), "peak_tflops": 989.5})
+    content = content.model_dump(mode="json")
+    write_json(run.result, {key: value for key, value in content.items() if key != "counted" or value == "model"})
+    return run, e
+
+
+def step(n: int, **rates: float) -> StepMetrics:
+    return StepMetrics(step=n, loss=9.5, step_ms=2500.0, time=1.0, **rates)
+
+
+def test_older_runs_with_frozen_weights_are_read_with_the_count_of_what_they_computed(tmp_path):
+    """Upstream counted 667 TFLOP/s, as if all weights were trained; what the run wrote stays."""
+    run, e = lora_run(tmp_path / "outdir", [step(n, tflops=667.0) for n in range(1, 21)], "upstream")
+    stated = json.loads(run.result.read_text())
+    assert (stated["tflops"], stated["mfu"]) == (667.0, pytest.approx(0.674, abs=1e-3)) and "counted" not in stated
+    (found,) = gather(tmp_path).rows
+    assert found.tflops == pytest.approx(667 * share_of_upstreams(e)) and 440 < found.tflops < 470
+    assert found.mfu == pytest.approx(found.tflops / 989.5)
+    assert {"tflops": found.tflops, "mfu": found.mfu}.items() <= values(found).items()
+    assert f"{found.mfu:.1%}" in render([found]) and "67.4%" not in render([found])
+    assert json.loads(run.result.read_text()) == stated
+
+
+def test_newer_runs_with_frozen_weights_state_that_count_themselves(tmp_path):
+    e = experiment("811")
+    share = share_of_upstreams(e)
+    lines = [step(n, tflops=667.0 * share, upstream_tflops=667.0) for n in range(1, 21)]
+    lora_run(tmp_path / "outdir", lines, "model")
+    (found,) = gather(tmp_path).rows
+    assert found.result.counted == "model" and found.tflops == found.result.tflops == pytest.approx(667 * share)
+    resumed = [step(n, tflops=667.0) for n in range(1, 11)] + lines[10:]  # by a newer harness, from step 11 on
+    assert measure(e, resumed, 989.5)["tflops"] == pytest.approx(667 * share)
+    assert measure(e, resumed, 989.5, counted="upstream")["tflops"] == 667.0
 
 
 def test_nothing_gives_no_rows(tmp_path):

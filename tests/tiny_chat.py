@@ -98,6 +98,7 @@ def make_weights(folder: Path, kind: str = "gpt2"):
 def tune(e: Experiment, data: Path, run_dir: Path, *arguments: str, script: tuple[str, ...] = ("-m", "harness.entry")) -> RunDir:
     """Train ``e`` on the conversations in ``data`` and wait for it."""
     run_dir.mkdir(parents=True)
+    RunDir(run_dir).freeze_experiment(e, "cpu", None)
     words = [word for group in megatron_flags(e, "cpu") for word in group]
     at = words.index("--mock-data")
     end = words.index("--split")

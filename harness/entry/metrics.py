@@ -1,7 +1,8 @@
 """metrics.jsonl: upstream's own numbers, before it rounds them for its log.
 
 ``training_log`` and its neighbours in upstream's training module are wrapped. Nothing is measured or synchronised a
-second time: a step's time is what upstream's interval timer answered, its FLOPs are what upstream's count answered.
+second time: a step's time is what upstream's interval timer answered, its FLOPs are what upstream's count answered, and
+beside it what of these is computed: upstream counts frozen weights as if they were trained.
 Only its phases have marks of their own, see ``phases``.
 """
 
@@ -10,7 +11,9 @@ import time
 
 from harness.entry.phases import PhaseClock, wrap_phases
 from harness.entry.report import RankReport
-from harness.rundir import StepMetrics
+from harness.experiment.catalog import Experiment
+from harness.experiment.flops import share_of_upstreams
+from harness.rundir import RunDir, StepMetrics
 
 LOSS = "lm loss"
 
@@ -54,12 +57,15 @@ def install(report: RankReport) -> None:
     clock, phases = StepClock(), PhaseClock()
     wrap_phases(training, phases.around, phases.begin_step)
     report.phase_medians_ms = phases.medians_ms
-    flops = 0.0
+    experiment = _experiment(report.run_dir)
+    flops, share = 0.0, 1.0
     lines = report.run_dir.metrics.open("a", buffering=1) if report.is_last else None
 
     def counted(*args, **kwargs):
-        nonlocal flops
+        nonlocal flops, share
         flops = count(*args, **kwargs)
+        packed = (kwargs.get(name) for name in ("total_real_tokens_in_batch", "seqlen_squared_sum_in_batch"))
+        share = share_of_upstreams(experiment, *packed) if experiment else 1.0
         return flops
 
     def training_log(losses, totals, learning_rate, step, loss_scale, memory, skipped, grad_norm, *args, **kwargs):
@@ -79,7 +85,8 @@ def install(report: RankReport) -> None:
                 step_ms=step_s * 1e3,
                 forward_backward_ms=phases_ms.get("forward_backward"),
                 optimizer_ms=phases_ms.get("optimizer"),
-                tflops=flops / step_s / 1e12 / args.world_size,
+                tflops=share * flops / step_s / 1e12 / args.world_size,
+                upstream_tflops=flops / step_s / 1e12 / args.world_size if experiment else None,
                 tokens_per_s=samples * args.seq_length / step_s,
                 learning_rate=learning_rate,
                 loss_scale=float(loss_scale),
@@ -92,3 +99,11 @@ def install(report: RankReport) -> None:
 
     training.num_floating_point_operations = counted
     training.training_log = training_log
+
+
+def _experiment(run: RunDir) -> Experiment | None:
+    """What runs; None where nobody froze it, as where upstream's script is started by hand."""
+    try:
+        return run.read_experiment()
+    except ValueError:
+        return None

@@ -196,6 +196,8 @@ def _notes(facts: Facts, rows: Sequence[tuple[str, Row | None, Reference | None,
         sources.append(f"GiB{_with_driver([ours for _, ours, _, _ in rows if ours])}, ms/step and MFU: measured on "
                        f"{find_gpu(HARDWARE).name}, ± half the interquartile range of a "
                        "run's steps; formula: ms/step by constants fitted without the row (`docs/step-time.md`)")
+    if any(ours and ours.mfu for _, ours, _, _ in rows):
+        sources.append("MFU: of model FLOPs, see `docs/records.md`")
     if any(published for _, _, published, _ in rows):
         sources.append(f"publ.: {group.hardware}, {group.software}")
     notes = [f"{'; '.join(sources)}. Every column and source: `docs/records.md`."] if sources else []

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from harness.experiment.flops import mfu
+from harness.experiment.flops import mfu, share_of_upstreams
 from harness.rundir import Change, Losses, Result, Spread, StepMetrics
 
 if TYPE_CHECKING:
@@ -26,16 +26,20 @@ def window(e: Experiment, metrics: Iterable[StepMetrics]) -> list[StepMetrics]:
 
 
 def measure(
-    e: Experiment, metrics: Sequence[StepMetrics], peak_tflops: float | None, changed: Iterable[Change] = ()
+    e: Experiment,
+    metrics: Sequence[StepMetrics],
+    peak_tflops: float | None,
+    changed: Iterable[Change] = (),
+    counted: Literal["model", "upstream"] = "model",
 ) -> dict[str, Any]:
     """Every field of a Result that follows from the run's metrics alone: a record's can be computed again.
 
     Steps before the last of the settings ``changed`` are of another experiment: the window begins as far behind it as it
-    else does behind step 0.
+    else does behind step 0. ``counted``: whose count of FLOPs TFLOP/s and MFU follow.
     """
     since = max((change.step for change in changed), default=0)
     steps = [m for m in window(e, metrics) if m.step >= since + e.window_first_step]
-    tflops = _median(m.tflops for m in steps)
+    tflops = _median(_tflops(e, m, counted) for m in steps)
     return {
         "steps_done": metrics[-1].step if metrics else 0,
         "window": (steps[0].step, steps[-1].step) if steps else None,
@@ -43,6 +47,7 @@ def measure(
         "forward_backward_ms": _median(m.forward_backward_ms for m in steps),
         "optimizer_ms": _median(m.optimizer_ms for m in steps),
         "tflops": tflops,
+        "counted": counted,
         "tokens_per_s": _median(m.tokens_per_s for m in steps),
         "mfu": mfu(tflops, peak_tflops) if tflops and peak_tflops else None,
         "loss": Losses(first=metrics[0].loss, last=metrics[-1].loss) if metrics else Losses(),
@@ -51,7 +56,7 @@ def measure(
 
 def contradictions(e: Experiment, result: Result, metrics: Sequence[StepMetrics]) -> Iterator[str]:
     """What ``result`` states and the run's metrics do not say, in words."""
-    computed = result.model_copy(update=measure(e, metrics, result.peak_tflops, result.changed))
+    computed = result.model_copy(update=measure(e, metrics, result.peak_tflops, result.changed, result.counted))
     if computed.steps_done != result.steps_done:
         yield f"it says {result.steps_done} steps, its metrics end at step {computed.steps_done}: truncated"
         return
@@ -59,6 +64,19 @@ def contradictions(e: Experiment, result: Result, metrics: Sequence[StepMetrics]
     for key in stated | given:
         if not _equal(stated.get(key), given.get(key)):
             yield f"{key} is stated as {stated.get(key)}, its metrics give {given.get(key)}"
+
+
+def model_tflops(e: Experiment, result: Result) -> float | None:
+    """Model TFLOP/s per GPU of a run, whoever's count its result states."""
+    if result.tflops is None or result.counted == "model":
+        return result.tflops
+    return result.tflops * share_of_upstreams(e)
+
+
+def _tflops(e: Experiment, m: StepMetrics, counted: str) -> float | None:
+    if counted == "upstream":
+        return m.tflops if m.upstream_tflops is None else m.upstream_tflops
+    return m.tflops if m.tflops is None or m.upstream_tflops is not None else m.tflops * share_of_upstreams(e)
 
 
 def spread(values: Sequence[float]) -> Spread | None:

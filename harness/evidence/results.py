@@ -207,8 +207,8 @@ class Row:
 
     @property
     def tflops(self) -> float | None:
-        """Model TFLOP/s per GPU."""
-        return self.result.tflops if self.result else None
+        """Model TFLOP/s per GPU, of older runs too, whose results state upstream's count."""
+        return measured.model_tflops(self.experiment, self.result) if self.result else None
 
     @property
     def peak_tflops(self) -> float | None:

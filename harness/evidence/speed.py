@@ -62,7 +62,7 @@ def print_speed(id_: str, settings: Mapping[str, str], records: Path) -> int:
         tflops = tflops_per_gpu(e, step.total)
         say(f"  {'step':12}{step.total:8.1f}  {_measured(e, machine, step, rows, references)}".rstrip(), hang=24)
         share = mfu(tflops, peak_tflops(machine.card.name, e.precision))
-        say(f"  {tflops:.0f} TFLOP/s a GPU, MFU {share:.0%}; {machine.how_sure(e)}")
+        say(f"  {tflops:.0f} TFLOP/s a GPU of model FLOPs, MFU {share:.0%}; {machine.how_sure(e)}")
         if verdict(predict(e), machine.card) == "does not fit":
             print(f"  it does not fit there: make memory-{overrides.words(e)} CARD={machine.gpu} says what would")
     return 0

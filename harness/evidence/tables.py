@@ -20,6 +20,7 @@ from harness.evidence import markdown
 from harness.evidence.results import Results, Row, collect, load_references, losses, other_launch_rate
 from harness.experiment import overrides
 from harness.experiment.catalog import load_catalog
+from harness.experiment.flops import MODEL_FLOPS
 from harness.experiment.hardware import DRIVER_RESERVED_MIB
 from harness.rundir import changes_in_words, perplexity
 
@@ -374,7 +375,7 @@ def _footer(rows: list[Row]) -> Iterable[str]:
         yield "formula: ms/step predicted from sizes, by constants fitted without the row (make speed-101)."
     for gpu, precision in dict.fromkeys((row.gpu, row.experiment.precision) for row in rows if row.mfu):
         yield (f"MFU = TFLOP/s / {getattr(gpu, precision):g}, the dense {precision} peak of {gpu.name} "
-               f"({gpu.source}). TFLOP/s: per GPU, model FLOPs as Megatron-LM counts them.")
+               f"({gpu.source}). TFLOP/s: per GPU, {MODEL_FLOPS}.")
     if any(row.tflops and not row.mfu for row in rows if row.device == "cuda"):
         yield f"No MFU: harness/experiment/hardware.py has no peak of {rows[0].hardware} at the precision of these runs."
     timed = sorted((row for row in rows if row.launch and row.step), key=lambda row: row.launch.operation_us)

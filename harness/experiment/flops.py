@@ -10,6 +10,11 @@ if TYPE_CHECKING:
     from harness.experiment.catalog import Experiment, Model
 
 
+MODEL_FLOPS = ("model FLOPs (Korthikanti et al. 2022, arXiv:2205.05198, with causal attention; frozen weights have no "
+               "gradient, recomputation does not count)")
+"""Which count TFLOP/s and MFU follow, in words: see step_flops."""
+
+
 @dataclass(frozen=True)
 class Parameters:
     """Parameters with the padded vocabulary; ``total`` and ``active`` count tied embeddings once."""
@@ -133,27 +138,93 @@ def _qk_norms(m: Model) -> int:
     return weights * (2 if m.normalization == "LayerNorm" else 1)
 
 
-def step_flops(e: Experiment) -> int:
-    """Model FLOPs of one training step over the whole batch, exactly as upstream counts them for its TFLOP/s.
+def step_flops(e: Experiment, tokens: float | None = None, squares: float | None = None) -> float:
+    """Model FLOPs of one training step over the whole batch: what its products compute, recomputation left out.
 
-    A token costs 6 x (weights of the matrix products + width of the queries x seq_length for causal attention) a
-    layer, and 6 x hidden_size x padded vocabulary in the output layer. 6 is 2 for a multiply-add, once
-    forward and twice backward. Of the experts, those a token is routed to count. Recomputation does not count.
-    Upstream counts attention in a window as if it saw all tokens, a gated quick-GELU as two products where it is three,
-    and leaves out the router.
+    As in Korthikanti et al. 2022 (arXiv:2205.05198, section 5 and appendix A), with causal attention: a token costs 6 a
+    weight of the matrix products, 2 for a multiply-add, once forward and twice backward, in the output layer as well (over
+    the padded vocabulary); attention costs 6 x width of the queries x tokens seen x 2, for scores and values, where a token
+    sees half of its sequence, or a window of it. Of experts, those a token is routed to count; routers do not.
+    A frozen weight (LoRA) has no gradient: 4; and what lies before the first adapter is not gone through backward at all: 2.
+
+    Args:
+        tokens: of the batch; None: ``global_batch_size`` sequences of ``seq_length``.
+        squares: sum of the squared lengths of the sequences that attention keeps apart, as upstream counts packed ones.
+    """
+    tokens = e.global_batch_size * e.seq_length if tokens is None else tokens
+    squares = e.global_batch_size * e.seq_length**2 if squares is None else squares
+    m, h = e.model, e.model.hidden_size
+    windowed = (m.num_layers + 1) // 2 if m.window_size else 0
+    seen = squares * (m.num_layers - windowed) + _windowed_squares(e, tokens, squares) * windowed
+    output = h * padded_vocab_size(m.vocab_size, e.tp)
+    each = sum(_products(m).values())
+    if e.lora is None:
+        return tokens * 6 * (m.num_layers * each + output) + 6 * m.query_size * seen
+    whole = adapter_widths(e.model_copy(update={"tp": 1}))
+    adapters = e.lora.rank * sum(map(sum, whole.values()))
+    flops = tokens * (m.num_layers * (4 * each + 6 * adapters) + 4 * output) + 6 * m.query_size * seen
+    return flops - _not_gone_through_backward(e, tokens, _windowed_squares(e, tokens, squares) if windowed else squares)
+
+
+def upstream_flops(e: Experiment, tokens: float | None = None, squares: float | None = None) -> float:
+    """The same exactly as upstream counts it for its TFLOP/s.
+
+    Upstream counts frozen weights as if they were trained, attention in a window as if it saw all tokens, and a gated
+    quick-GELU as two products where it is three.
     Source: num_floating_point_operations in megatron/training/training.py, core_v0.19.0.
     """
+    tokens = e.global_batch_size * e.seq_length if tokens is None else tokens
+    squares = e.global_batch_size * e.seq_length**2 if squares is None else squares
     m, h = e.model, e.model.hidden_size
     attention = h * m.qkv_size + m.query_size * h
     products = 3 if m.activation == "swiglu" else 2
     mlp = products * h * (m.moe_ffn * (m.moe_router_topk or 1) if m.num_experts else m.ffn)
     output = h * padded_vocab_size(m.vocab_size, e.tp)
-    per_token = 6 * (m.num_layers * (attention + mlp + m.query_size * e.seq_length) + output)
-    return per_token * e.global_batch_size * e.seq_length
+    return tokens * 6 * (m.num_layers * (attention + mlp) + output) + 6 * m.num_layers * m.query_size * squares
+
+
+def share_of_upstreams(e: Experiment, tokens: float | None = None, squares: float | None = None) -> float:
+    """Model FLOPs over upstream's count of them; 1 where all weights are trained, in full attention."""
+    return step_flops(e, tokens, squares) / upstream_flops(e, tokens, squares)
+
+
+def _products(m: Model) -> dict[str, int]:
+    """Weights that a token is multiplied with in a layer, by upstream's names of the linear layers, in order."""
+    width = m.moe_ffn * (m.moe_router_topk or 1) if m.num_experts else m.ffn
+    h = m.hidden_size
+    return {"linear_qkv": h * m.qkv_size, "linear_proj": m.query_size * h,
+            "linear_fc1": h * width * m.fc1_matrices, "linear_fc2": width * h}
+
+
+def _windowed_squares(e: Experiment, tokens: float, squares: float) -> float:
+    """``squares`` of a layer whose tokens see a window of w: of s tokens, s^2 becomes 2 s w - w^2.
+
+    Where sequences are packed, whose lengths nobody knows here, at most 2 w a token.
+    """
+    window = min(e.model.window_size or e.seq_length, e.seq_length)
+    if squares == e.global_batch_size * e.seq_length**2:
+        return e.global_batch_size * (2 * e.seq_length * window - window**2)
+    return min(squares, 2 * window * tokens)
+
+
+def _not_gone_through_backward(e: Experiment, tokens: float, squares: float) -> float:
+    """FLOPs of gradients that nothing asks for: those of the first layer's frozen input, down to its first adapter.
+
+    With full recomputation the embedding's output asks for one (harness/finetune/lora.py).
+    """
+    if e.recompute == "full":
+        return 0
+    products = _products(e.model)
+    order = list(products)
+    first = min(e.lora.targets, key=order.index)
+    before = order[: order.index(first) + 1]
+    weights = sum(products[name] for name in before) + e.lora.rank * adapter_widths(e.model_copy(update={"tp": 1}))[first][0]
+    attention = 4 * e.model.query_size * squares if "linear_proj" in before else 0
+    return 2 * tokens * weights + attention
 
 
 def tflops_per_gpu(e: Experiment, step_ms: float) -> float:
-    """Model TFLOP/s of one GPU at this step time, as upstream's log prints it."""
+    """Model TFLOP/s of one GPU at this step time."""
     return step_flops(e) / (step_ms * 1e-3) / e.world_size / 1e12
 
 

@@ -233,7 +233,8 @@ def _rates(r: Result) -> list[str]:
         parts.append(f"{r.tflops:.1f} TFLOP/s/GPU")
     if r.tokens_per_s is not None:
         parts.append(f"{r.tokens_per_s:,.0f} tokens/s")
-    return [f"  rate    {', '.join(parts)}"] if parts else []
+    counted = "; of model FLOPs" if r.mfu is not None else ""
+    return [f"  rate    {', '.join(parts)}{counted}"] if parts else []
 
 
 def _memory(r: Result) -> list[str]:

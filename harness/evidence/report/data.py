@@ -15,6 +15,7 @@ from harness.evidence import figures, tables
 from harness.evidence.results import References, Results, Row, metrics, predicted_step_ms
 from harness.experiment.calibrations import machine_measured_by
 from harness.experiment.catalog import Catalog, Experiment
+from harness.experiment.flops import MODEL_FLOPS
 from harness.experiment.hardware import allocator_fraction
 from harness.files import text_lines
 from harness.planning.command import Place, render
@@ -57,6 +58,7 @@ def page_values(found: Results, references: References, catalog: Catalog, profil
         "lines": list(lines),
         "figures": [_rounded(asdict(figure)) for figure in figures.sweeps(found, references, catalog)],
         "timelines": [_timeline(one) for one in _schedules(catalog, profiles)],
+        "flops": MODEL_FLOPS,
         "published": f"{group.hardware}, {group.software}; {group.method}. Source: {group.source}.",
         "warnings": list(found.warnings),
     }
