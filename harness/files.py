@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def atomic(path: Path) -> Iterator[BinaryIO]:
-    """A file to write: readers see the old one or the whole new one, also after a power cut."""
+    """A file to write: readers see the old one or the whole new one, after a power cut the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -29,6 +29,7 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+        sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -38,11 +39,60 @@ def replace_folder(new: Path, target: Path) -> None:
 
     A process that is killed between the two renames leaves the old folder, whole, as ``.<name>.<pid>.old`` beside it.
     """
+    sync_tree(new)
     old = target.with_name(f".{target.name}.{os.getpid()}.old")
     if target.exists():
         target.rename(old)
     new.rename(target)
+    sync_folder(target.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the disk know the names in ``folder``: a file that was synced can still be nameless after a power cut.
+
+    File systems that cannot sync folders (some network and overlay ones) are left as they are.
+    """
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(handle)
+
+
+def sync_file(path: Path) -> None:
+    """Have the disk know the bytes of ``path``, whoever wrote them on this host. Does nothing where it is not there."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_tree(folder: Path) -> None:
+    """Have the disk know every file below ``folder``, and the names of all of them, of ``folder`` too."""
+    for inner, _, names in os.walk(folder):
+        for name in names:
+            sync_file(Path(inner, name))
+        sync_folder(Path(inner))
+    sync_folder(folder.parent)
+
+
+def make_folder(folder: Path) -> None:
+    """Make ``folder`` and what is missing above it, for good: after a power cut they are still there."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        sync_folder(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -30,7 +30,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from harness import locks
 from harness.errors import UserError, first_line
-from harness.files import complaint, json_object, read_object, text_lines, told_if_unwritable, write_json, write_text
+from harness.files import (
+    complaint,
+    json_object,
+    make_folder,
+    read_object,
+    sync_folder,
+    text_lines,
+    told_if_unwritable,
+    write_json,
+    write_text,
+)
 from harness.screen import say
 
 if TYPE_CHECKING:
@@ -475,7 +485,7 @@ def create(outdir: Path, label: str) -> RunDir:
             f"run label {label!r}: use letters, digits and . _ + = , - (at most 200), a letter or digit first"
         )
     with told_if_unwritable(outdir):
-        outdir.mkdir(parents=True, exist_ok=True)
+        make_folder(outdir)
         free_mib = shutil.disk_usage(outdir).free / 2**20
         if free_mib < LEAST_FREE_MIB:
             raise UserError(
@@ -489,6 +499,7 @@ def create(outdir: Path, label: str) -> RunDir:
             except FileExistsError:
                 continue
             (path / "ranks").mkdir()
+            sync_folder(outdir)
             return RunDir(path.resolve())
 
 

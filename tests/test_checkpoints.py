@@ -1,12 +1,15 @@
 """Checkpoints on disk, judged and pruned without torch; and which of them a run begins with."""
 
+import hashlib
 import json
 import os
-import pickle
-from dataclasses import dataclass, field
+import sys
 from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from checkpoint_files import Metadata, as_torch_pickles, write
 
 from harness import checkpoints, locks, rundir
 from harness.checkpoints import Saving
@@ -21,49 +24,6 @@ from harness.planning.plan import Plan, plan
 from harness.rundir import Result, RunDir, StepMetrics, Validation
 
 TINY = {"DEVICE": "cpu", "DATA": "mock", "STEPS": "20"}
-
-
-# What torch.distributed.checkpoint pickles has these shapes; only attributes are read, never classes.
-@dataclass(frozen=True)
-class Index:
-    fqn: str
-
-
-@dataclass
-class Info:
-    relative_path: str
-    offset: int
-    length: int
-
-
-class Size(tuple):
-    def __reduce__(self):
-        return Size, (tuple(self),)
-
-
-@dataclass
-class Tensor:
-    size: Size
-
-
-@dataclass
-class Metadata:
-    state_dict_metadata: dict = field(default_factory=dict)
-    storage_data: dict = field(default_factory=dict)
-
-
-def write(folder: Path, step: int, *, width: int = 100, optimizer: bool = True, data: int = 700) -> Path:
-    """A checkpoint as upstream leaves it, with ``data`` bytes in its one file of tensors."""
-    path = folder / f"iter_{step:07d}"
-    path.mkdir(parents=True)
-    tensors = {"embedding.word_embeddings.weight": Tensor(Size((1024, width)))}
-    tensors |= {"optimizer.state.exp_avg.embedding.word_embeddings.weight": Tensor(Size((1024, width)))} if optimizer else {}
-    stored = {Index(key): Info("__0_0.distcp", 350 * n, 350) for n, key in enumerate(tensors)}
-    (path / ".metadata").write_bytes(pickle.dumps(Metadata(tensors, stored)))
-    (path / "__0_0.distcp").write_bytes(b"x" * data)
-    (path / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
-    (folder / checkpoints.TRACKER).write_text(str(step))
-    return path
 
 
 def steps(folder: Path) -> list[int]:
@@ -102,14 +62,112 @@ def test_what_is_missing_or_damaged_is_named_and_the_one_before_is_taken(tmp_pat
     assert len(told) == 1 and told[0].startswith(f"checkpoint of step 20 skipped: {damage}")
 
 
+def flip(path: Path, at: int, bit: int = 0) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1 << bit
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("harm, damage", [
+    (lambda path: flip(path / "__0_0.distcp", 0), "__0_0.distcp: not the bytes that were saved (checksum)"),
+    (lambda path: flip(path / "__0_0.distcp", 699, 7), "__0_0.distcp: not the bytes that were saved (checksum)"),
+    (lambda path: (path / "__0_0.distcp").write_bytes(b"x" * 300 + bytes(400)), "__0_0.distcp: not the bytes that were saved"),
+    (lambda path: (path / "metadata.json").write_text('{"sharded_backend": "zarr"}'), "metadata.json: not the bytes"),
+    (lambda path: (path / "integrity.json").write_bytes(b""), "integrity.json is not a JSON object (0 characters)"),
+    (lambda path: (path / "integrity.json").write_bytes(bytes(300)), "integrity.json is not a JSON object"),
+    (lambda path: (path / "integrity.json").write_text('{"algorithm": "md5", "files": {"a": "b"}}'), "integrity.json is damaged"),
+    (lambda path: (path / "integrity.json").write_text('{"algorithm": "sha256", "files": {"metadata.json": "b"}}'),
+     "integrity.json does not know .metadata"),
+])
+def test_bytes_that_changed_after_the_save_are_noticed_and_the_one_before_is_taken(tmp_path, harm, damage):
+    for step in (10, 20):
+        checkpoints.settle(write(tmp_path, step))
+    harm(tmp_path / "iter_0000020")
+    told = []
+    assert checkpoints.newest_whole(tmp_path, told.append).step == 10
+    assert len(told) == 1 and told[0].startswith(f"checkpoint of step 20 skipped: {damage}")
+
+
+def test_checksums_are_those_that_upstream_verifies(tmp_path):
+    path = write(tmp_path, 1)
+    checkpoints.settle(path)
+    kept = json.loads((path / "integrity.json").read_text())
+    assert kept["algorithm"] == "sha256" and set(kept["files"]) == {"__0_0.distcp", ".metadata", "metadata.json"}
+    assert kept["files"]["__0_0.distcp"] == hashlib.sha256(b"x" * 700).hexdigest()
+
+
+def test_a_checkpoint_without_checksums_is_taken_as_before(tmp_path):
+    flip(write(tmp_path, 1) / "__0_0.distcp", 0)
+    found = checkpoints.newest_whole(tmp_path)
+    assert found.step == 1 and not found.has_checksums
+
+
+@pytest.mark.parametrize("keep, there, saves, at_once", [
+    (None, 0, 4, 4), (2, 0, 9, 3), (2, 0, 2, 2), (1, 0, 9, 2), (2, 2, 5, 1), (2, 1, 5, 2), (2, 7, 5, 1),
+])
+def test_room_is_asked_for_as_many_checkpoints_as_lie_there_at_once(tmp_path, keep, there, saves, at_once):
+    for step in range(there):
+        write(tmp_path, step + 1)
+    size = 3 * 2**30
+    checkpoints.check_room(Saving(5, keep, tmp_path), saves, size, at_once * size)
+    with pytest.raises(UserError, match=rf"{at_once} checkpoints? of 3.00 GiB need {3 * at_once}.00 GiB") as refused:
+        checkpoints.check_room(Saving(5, keep, tmp_path), saves, size, at_once * size - 1)
+    assert ("KEEP=" in str(refused.value)) == (at_once > 2 and not there)
+    assert "make clean" not in str(refused.value)
+
+
+def test_the_keep_that_is_proposed_where_room_is_short_fits(tmp_path):
+    with pytest.raises(UserError, match="KEEP=2, "):
+        checkpoints.check_room(Saving(5, None, tmp_path), 9, 10, 35)
+    checkpoints.check_room(Saving(5, 2, tmp_path), 9, 10, 35)
+    with pytest.raises(UserError):
+        checkpoints.check_room(Saving(5, 3, tmp_path), 9, 10, 35)
+
+
+@pytest.fixture
+def upstreams_reader(monkeypatch):
+    """What the harness makes of upstream's ``read_metadata``."""
+    from types import ModuleType, SimpleNamespace
+
+    stub = SimpleNamespace(read_metadata=lambda tracker: (Path(tracker).read_text(), "read"))
+    training = ModuleType("megatron.training")
+    training.checkpointing = stub
+    for name, module in (("megatron", ModuleType("megatron")), ("megatron.training", training)):
+        monkeypatch.setitem(sys.modules, name, module)
+    from harness.entry import checkpointing
+
+    checkpointing._survive_a_bad_tracker()
+    return stub.read_metadata
+
+
+@pytest.mark.parametrize("torn", [b"", bytes(2), b"\xff\xfe", b"\n"])
+def test_an_empty_or_torn_tracker_gives_way_to_the_newest_whole_checkpoint(tmp_path, upstreams_reader, capsys, torn):
+    for step in (10, 20, 30):
+        checkpoints.settle(write(tmp_path, step))
+    flip(tmp_path / "iter_0000030" / "__0_0.distcp", 5)
+    tracker = tmp_path / checkpoints.TRACKER
+    assert upstreams_reader(tracker) == ("30", "read")
+    tracker.write_bytes(torn)
+    assert upstreams_reader(tracker) == ("20", "read")
+    assert "the newest whole checkpoint is iter_0000020" in capsys.readouterr().out
+    tracker.write_bytes(b"soon")
+    with pytest.raises(UserError, match="names no iteration: 'soon'"):
+        upstreams_reader(tracker)
+    tracker.write_bytes(torn)
+    for step in (10, 20):
+        flip(tmp_path / f"iter_{step:07d}" / "__0_0.distcp", 5)
+    with pytest.raises(UserError, match="no checkpoint beside it is whole"):
+        upstreams_reader(tracker)
+
+
 def test_a_pickle_is_read_and_never_run(tmp_path):
     class Bomb:
         def __reduce__(self):
             return Path.touch, (tmp_path / "ran",)
 
     path = write(tmp_path, 1)
-    (path / ".metadata").write_bytes(pickle.dumps(Metadata({"bomb": Bomb()}, {})))
-    checkpoints.examine(path, 1)
+    (path / ".metadata").write_bytes(as_torch_pickles(Metadata({"bomb": Bomb()}, {})))
+    assert checkpoints.examine(path, 1).damage.startswith(".metadata names __builtin__.getattr, which is no data")
     assert not (tmp_path / "ran").exists()
 
 

@@ -125,6 +125,28 @@ def test_saves_are_asynchronous(runs):
     assert log.count("scheduled an async checkpoint save") == 3 and "Disabling --async-save" not in log
 
 
+def test_a_flipped_bit_is_noticed_in_weights_in_the_optimizer_and_beside_them(runs, tmp_path):
+    from shutil import copytree
+
+    path = copytree(runs / "tp2" / "saved" / "iter_0000004", tmp_path / "iter_0000004")
+    found = checkpoints.verify(checkpoints.examine(path, 4))
+    assert found.damage is None and found.has_checksums
+    places = [(name, at) for name in ("__0_0.distcp", "__1_0.distcp", ".metadata")
+              for at in range(50, (path / name).stat().st_size, (path / name).stat().st_size // 5)]
+    for name, at in places:
+        with (path / name).open("r+b") as file:
+            file.seek(at)
+            byte = file.read(1)[0]
+            file.seek(at)
+            file.write(bytes([byte ^ 4]))
+            file.flush()
+            damage = checkpoints.verify(checkpoints.examine(path, 4)).damage
+            assert damage and name in damage, (name, at)
+            file.seek(at)
+            file.write(bytes([byte]))
+    assert checkpoints.verify(checkpoints.examine(path, 4)).damage is None
+
+
 def test_only_the_newest_are_kept_and_nothing_is_left_of_others(runs):
     kept = runs / "dropout" / "saved"
     assert sorted(path.name for path in kept.iterdir()) == ["iter_0000004", "iter_0000006", checkpoints.TRACKER]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -38,6 +39,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from harness import checkpoints, checksums, pickles
 from harness.checkpoints import METADATA, TRACKER
 from harness.errors import UserError
 
@@ -84,6 +86,7 @@ def write(folder: Path, pieces: Sequence[Piece], objects: Mapping[str, Any]) -> 
         checkpoint.save({}, storage_writer=FileSystemWriter(folder, thread_count=WRITERS, per_thread_copy_ahead=0),
                         planner=_SavePlanner(pieces, objects), no_dist=True)
     (folder / CONFIG).write_text(json.dumps({"sharded_backend": BACKEND, "sharded_backend_version": 1}))
+    checksums.write(folder)
 
 
 @contextmanager
@@ -136,6 +139,7 @@ class Checkpoint:
         if backend != BACKEND:
             raise UserError(f"{folder} is a checkpoint of format {backend or 'unknown'}; this reads {BACKEND}\n"
                             f"save with ARGS=\"--ckpt-format {BACKEND}\"")
+        pickles.guard()
         self._reader = FileSystemReader(folder)
         try:
             self._metadata = self._reader.read_metadata()
@@ -223,18 +227,34 @@ class _LoadPlanner(LoadPlanner):
 
 
 def latest(folder: Path) -> Path:
-    """The checkpoint that upstream would load from ``folder``: the one its tracker names, or ``folder`` itself.
+    """The checkpoint to read from ``folder``: itself, the one that upstream's tracker names, else the newest whole one.
+
+    Each byte of it is checked first; where the tracker's is damaged, the newest whole one stands in and a warning says so.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or none is whole.
     """
     if (folder / METADATA).exists():
-        return folder
-    tracker = folder / TRACKER
-    try:
-        named = tracker.read_text(encoding="utf-8").strip()
-    except OSError:
-        raise UserError(f"{folder} has no checkpoint: neither {METADATA} nor {TRACKER}") from None
-    if named != "release" and not named.isdigit():
-        raise UserError(f"{tracker} names no iteration: {named[:40]!r}")
-    return folder / ("release" if named == "release" else f"iter_{int(named):07d}")
+        return _whole(checkpoints.examine(folder, 0))
+    damages: list[str] = []
+    named = checkpoints.tracked(folder)
+    if named:
+        found = checkpoints.verify(checkpoints.examine(*named))
+        if found.damage is None:
+            return found.path
+        damages.append(f"{found.path} is not whole: {found.damage}")
+    newest = checkpoints.newest_whole(folder)
+    if newest is None:
+        if named:
+            Checkpoint(named[0])  # says more of what it lacks
+        raise UserError("\n".join(damages) or f"{folder} has no whole checkpoint: neither {METADATA} nor {TRACKER}")
+    damages = damages or [f"{folder / TRACKER} is missing or empty"]
+    print(*(f"WARNING: {damage}" for damage in damages), f"  reading {newest.path.name}", sep="\n", file=sys.stderr)
+    return newest.path
+
+
+def _whole(found: checkpoints.Checkpoint) -> Path:
+    found = checkpoints.verify(found)
+    if found.damage:
+        raise UserError(f"{found.path}: {found.damage}\nmake checkpoints lists those that are whole")
+    return found.path

@@ -1,4 +1,7 @@
-"""Saves: asynchronous, only where there is room, on record in saves.jsonl, and only the newest N of them.
+"""Saves: asynchronous, only where there is room, on the disk for good, on record in saves.jsonl, and only the newest N.
+
+A thread of rank 0 syncs each checkpoint and writes its checksums, before it counts and before an older one is deleted;
+training goes on meanwhile. The lines of metrics.jsonl are synced before the checkpoint that they belong to.
 
 Upstream's ``save_checkpoint`` and the request that it hands to its writer process are wrapped. Upstream's own last save,
 after the loop, finds that writer gone: it is made in place.
@@ -7,6 +10,7 @@ after the loop, finds that writer gone: it is made in place.
 import multiprocessing
 import os
 import shutil
+import tempfile
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +19,7 @@ from harness import checkpoints
 from harness.entry import on_cpu
 from harness.entry.report import RankReport
 from harness.errors import UserError
+from harness.files import sync_file, sync_folder
 from harness.megatron.environment import KEEP_VARIABLE
 from harness.orphans import end_with
 from harness.rundir import Save
@@ -31,6 +36,7 @@ def install(report: RankReport) -> None:
     _start_writer_here()
     _regroup_experts()
     _count_steps_of_fsdp2()
+    _survive_a_bad_tracker()
     remainders.install()
     saves = _Saves(report)
     save, schedule, train = training.save_checkpoint, checkpointing.schedule_async_save, training.train
@@ -42,6 +48,7 @@ def install(report: RankReport) -> None:
 
     def schedule_async_save(request):
         step = saves.step
+        request.finalize_fns.insert(0, saves.lines_are_synced)  # before metadata.json is written
         request.add_finalize_fn(lambda: saves.whole(step))
         schedule(request)
 
@@ -144,6 +151,30 @@ def _set_steps(adam, steps: int) -> None:
             group["step"] = steps
 
 
+def _survive_a_bad_tracker() -> None:
+    """Where latest_checkpointed_iteration.txt is empty or torn, take the newest whole checkpoint: upstream would end here.
+
+    It also reads it where ``--ckpt-step`` says which checkpoint is wanted.
+    """
+    from megatron.training import checkpointing
+
+    read = checkpointing.read_metadata
+
+    def read_metadata(tracker):
+        if checkpoints.tracked(Path(tracker).parent):
+            return read(tracker)
+        newest = checkpoints.newest_whole(Path(tracker).parent)
+        if newest is None:
+            raise UserError(f"{tracker} is empty, and no checkpoint beside it is whole")
+        print(f"WARNING: {tracker} is empty; the newest whole checkpoint is {newest.path.name}", flush=True)
+        with tempfile.NamedTemporaryFile("w", suffix=".txt") as instead:  # upstream's reader also agrees between ranks
+            instead.write("release" if newest.path.name == "release" else str(newest.step))
+            instead.flush()
+            return read(instead.name)
+
+    checkpointing.read_metadata = read_metadata
+
+
 class _Saves:
     """The saves of this rank; rank 0 keeps the record and deletes what is not kept."""
 
@@ -154,8 +185,9 @@ class _Saves:
         self._size_bytes = 0.0
         self._begun_s: dict[int, float] = {}
         self._blocked_s: dict[int, float] = {}
-        self._deletions: Future | None = None
-        self._cleaner = ThreadPoolExecutor(1)
+        self._settling: list[Future] = []
+        self._syncing: list[Future] = []
+        self._settler, self._syncer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
 
     def check_room_for_all(self, model) -> None:
         """Raise UserError where the saves of the whole run cannot fit the disk: better now than after a night."""
@@ -167,15 +199,8 @@ class _Saves:
         self._size_bytes = _expected_bytes(model)
         done = args.iteration // args.save_interval if args.load == args.save else 0
         saves = -(-args.train_iters // args.save_interval) - done
-        at_once = min(saves, self._keep + 1) if self._keep else saves
-        free = self._free_bytes()
-        if at_once * self._size_bytes > free:
-            fitting = int(free // self._size_bytes)
-            way_out = f"KEEP={fitting - 1}, " if fitting > 1 else ""
-            raise UserError(
-                f"{args.save}: {at_once} checkpoints of {_gib(self._size_bytes)} need {_gib(at_once * self._size_bytes)}, "
-                f"{_gib(free)} are free\n{way_out}a larger SAVE_EVERY=, or SAVE= a folder on another disk"
-            )
+        saving = checkpoints.Saving(args.save_interval, self._keep or None, Path(args.save))
+        checkpoints.check_room(saving, saves, self._size_bytes, self._free_bytes())
 
     def begin(self, step: int, model) -> bool:
         """Whether the checkpoint of ``step`` can be saved. Where it cannot, training goes on, and the log says so."""
@@ -184,11 +209,15 @@ class _Saves:
         args = get_args()
         self.step = step
         self._begun_s[step] = time.monotonic()
+        if self._report.is_last:  # it writes the lines
+            self._syncing.append(self._syncer.submit(self._sync_lines))
+        if not args.async_save:
+            self.lines_are_synced()
         if not self._size_bytes:
             self._size_bytes = _expected_bytes(model)
         free = self._free_bytes()
         if free < self._size_bytes:
-            room = f"it needs {_gib(self._size_bytes)}, {_gib(free)} are free"
+            room = f"it needs {checkpoints.gib(self._size_bytes)}, {checkpoints.gib(free)} are free"
             what = f"checkpoint of step {step} not saved to {args.save}: {room}"
             if step >= args.train_iters:
                 raise UserError(f"{what}\nmake room there; RESUME=1 then goes on from the checkpoint before")
@@ -200,6 +229,11 @@ class _Saves:
             checkpoints.remove(folder)
         return True
 
+    def lines_are_synced(self) -> None:
+        """Wait until the lines of the steps so far are on the disk, where this rank writes them."""
+        while self._syncing:
+            self._syncing.pop().result()
+
     def handed_over(self, step: int) -> None:
         """Upstream's call returned: training goes on, with the checkpoint whole only if it was not asynchronous."""
         from megatron.training import get_args
@@ -209,33 +243,55 @@ class _Saves:
             self.whole(step)
 
     def whole(self, step: int) -> None:
-        """The checkpoint of ``step`` is complete on all ranks."""
+        """Upstream has written the checkpoint of ``step`` on all ranks: have it last, then delete what is not kept."""
         if self._report.rank != 0:
             return
         from megatron.training import get_args
 
-        args = get_args()
-        now = time.monotonic()
+        begun_s, blocked_s = self._begun_s.pop(step), self._blocked_s.pop(step, None)
+        asynchronous = get_args().async_save
+        self._settling.append(self._settler.submit(self._settle, step, asynchronous, begun_s, blocked_s))
+
+    def _settle(self, step: int, asynchronous: bool, begun_s: float, blocked_s: float | None) -> None:
         path = self._path(step)
-        size = sum(file.stat().st_size for file in path.iterdir())
+        try:
+            checkpoints.settle(path)
+        except OSError as error:
+            print(f"WARNING: the checkpoint of step {step} may not last: {path}: {error}", flush=True)
+            raise
         line = Save(
             step=step,
-            asynchronous=args.async_save,
-            blocked_ms=self._blocked_s.pop(step, 0.0) * 1e3,
-            whole_after_s=now - self._begun_s.pop(step),
+            asynchronous=asynchronous,
+            blocked_ms=(blocked_s or 0.0) * 1e3,
+            whole_after_s=time.monotonic() - begun_s,
             whole_at_step=max(self._report.step, step),
-            gib=size / 2**30,
+            gib=sum(file.stat().st_size for file in path.iterdir()) / 2**30,
             time=time.time(),
         )
         with self._report.run_dir.saves.open("a") as lines:
             lines.write(line.model_dump_json() + "\n")
+        sync_file(self._report.run_dir.saves)
+        sync_folder(self._report.run_dir.path)
         if self._keep:
-            self._deletions = self._cleaner.submit(checkpoints.prune, path.parent, self._keep)
+            checkpoints.prune(path.parent, self._keep)
+
+    def _sync_lines(self) -> None:
+        for path in (self._report.run_dir.metrics, self._report.run_dir.validation):
+            sync_file(path)
+        sync_folder(self._report.run_dir.path)
 
     def finish(self) -> None:
-        """Wait for deletions that still go on."""
-        if self._deletions:
-            self._deletions.result()
+        """Wait until every checkpoint is on the disk, and deletions are done.
+
+        Raises:
+            UserError: one could not be written there: the disk is full, or broken.
+        """
+        for settling in self._settling:
+            try:
+                settling.result()
+            except OSError as error:
+                raise UserError(f"a checkpoint in {self._path(self.step).parent} may not last: {error}\n"
+                                "make checkpoints says which are whole; SAVE= names a folder on another disk") from None
 
     def _path(self, step: int) -> Path:
         from megatron.training import get_args
@@ -274,7 +330,3 @@ def _expected_bytes(model) -> float:
     total = torch.tensor([here], dtype=torch.float64, device="cuda")
     torch.distributed.all_reduce(total)
     return total.item()
-
-
-def _gib(size_bytes: float) -> str:
-    return f"{size_bytes / 2**30:.2f} GiB" if size_bytes >= 2**27 else f"{size_bytes / 2**20:.1f} MiB"

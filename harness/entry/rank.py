@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
+from harness import pickles
 from harness.entry import (
     checkpointing,
     evaluation,
@@ -41,9 +42,11 @@ def prepare() -> Path | None:
         from harness import cpu
 
         cpu.install()
+    pickles.guard()
     import megatron.core.tokenizers.text  # every run imports it, late, and it takes as long as all the rest
     import megatron.training.training  # noqa: F401
 
+    pickles.guard()  # Transformer Engine was imported
     handing_on.install()
     helpers.ensure_compiled()
     return tree

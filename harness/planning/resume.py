@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from harness import checkpoints
-from harness.checkpoints import STEP_FOLDER, Checkpoint, Contents, examine, newest_whole
+from harness.checkpoints import STEP_FOLDER, Checkpoint, Contents, examine, newest_whole, verify
 from harness.convert import weights
 from harness.data import prepared
 from harness.errors import UserError, nearest
@@ -26,13 +26,17 @@ def find(wanted: str, outdir: Path, tell: Callable[[str], None] = lambda _: None
     """
     path = folder_of(wanted, outdir)
     if step := STEP_FOLDER.fullmatch(path.name):
-        found = examine(path, int(step[1]))
+        found = verify(examine(path, int(step[1])))
         if found.damage:
             raise UserError(f"{path}: {found.damage}\nmake checkpoints lists those that are whole")
         return found
-    if found := newest_whole(path, tell):
+    skipped: list[str] = []
+    if found := newest_whole(path, skipped.append):
+        for damage in skipped:
+            tell(damage)
         return found
-    raise UserError(f"no whole checkpoint in {path}\nSAVE=1 makes a run keep some; make checkpoints lists them")
+    raise UserError("\n".join([f"no whole checkpoint in {path}", *skipped,
+                              "SAVE=1 makes a run keep some; make checkpoints lists them"]))
 
 
 def folder_of(wanted: str, outdir: Path) -> Path:

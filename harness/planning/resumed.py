@@ -76,7 +76,7 @@ def newest_checkpoint(resumed: Resumed, e: Experiment, tell: Callable[[str], Non
         return found
     if at_its_end(run, e):
         return None
-    damaged = [f"  step {c.step}: {c.damage}" for c in checkpoints.in_folder(folder)]
+    damaged = [f"  step {c.step}: {c.damage}" for c in map(checkpoints.verify, checkpoints.in_folder(folder))]
     saved = [save.step for save in run.read_saves()]
     if damaged or saved or (folder / checkpoints.TRACKER).exists():
         gone = f"  {f'step {saved[-1]}' if saved else 'one'} was saved and is no longer there"

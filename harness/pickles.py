@@ -1,0 +1,246 @@
+"""Pickles in checkpoints: only data is read from them. A pickle can name any function, and reading it calls that function.
+
+Two guards stand here. ``check`` reads a file with stand-ins for every class, before anything opens it, and needs no torch.
+``guard`` makes PyTorch and upstream, in this process, look up nothing but the names of ``DATA``: it holds for the bytes that
+are opened, whoever wrote them when, and for pickles inside pickles.
+
+Python's own unpickler resolves the names in both, so nothing can be hidden from them: not by operands from its memo, and not
+by the extension registry, which is empty. What cannot be read to its end is refused.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+import sys
+import tarfile
+import types
+import zipfile
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, BinaryIO
+
+from harness.errors import UserError
+
+DATA: dict[str, frozenset[str]] = {
+    module: frozenset(names.split())
+    for modules, names in (
+        # megatron/core/safe_globals.py, SAFE_GLOBALS and SafeUnpickler: what upstream saves
+        ("types", "SimpleNamespace"),
+        ("argparse", "Namespace"),
+        ("signal", "Signals"),
+        ("pathlib pathlib._local", "PosixPath PurePosixPath"),
+        ("_io io", "BytesIO"),
+        ("collections", "OrderedDict defaultdict deque Counter"),
+        ("builtins __builtin__", "set frozenset bytearray complex slice dict list tuple int float bool bytes str"),
+        ("_codecs", "encode"),  # protocol 2 has bytes as text
+        ("numpy", "dtype ndarray"),
+        ("numpy.core.multiarray numpy._core.multiarray", "_reconstruct scalar"),
+        ("numpy._core.numeric numpy.core.numeric", "_frombuffer"),
+        ("megatron.core.enums", "ModelType"),
+        ("megatron.core.optimizer.optimizer_config megatron.core.optimizer", "OptimizerConfig"),
+        ("megatron.core.rerun_state_machine", "RerunDiagnostic RerunMode RerunState"),
+        ("megatron.core.transformer.enums", "AttnBackend AttnMaskType LayerType CudaGraphModule CudaGraphScope "
+                                            "InferenceCudaGraphScope"),
+        ("megatron.core.extensions.transformer_engine", "TEDelayedScaling"),
+        ("megatron.core.safe_globals", "safe_load_from_bytes"),
+        ("transformer_engine.common.recipe", "DelayedScaling Float8CurrentScaling Float8BlockScaling MXFP8BlockScaling "
+                                             "NVFP4BlockScaling Format _FormatHelper MMParams QParams"),
+        # torch.save
+        ("torch", "Size device"),
+        ("torch._C", "Generator"),
+        ("torch._utils", "_rebuild_tensor _rebuild_tensor_v2 _rebuild_parameter"),
+        ("torch._tensor", "_rebuild_from_type_v2"),
+        ("torch.storage", "UntypedStorage TypedStorage _load_from_bytes"),
+        ("torch.serialization", "_get_layout"),
+        ("torch.nn.parameter", "Parameter"),
+        # .metadata (torch/distributed/checkpoint/metadata.py, filesystem.py)
+        ("torch.distributed.checkpoint.metadata", "BytesStorageMetadata ChunkStorageMetadata Metadata MetadataIndex "
+                                                  "StorageMeta TensorProperties TensorStorageMetadata _MEM_FORMAT_ENCODING"),
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo _StoragePrefix"),
+    )
+    for module in modules.split()
+}
+"""Names that a pickle may look up, by module: classes of data, and functions that only build them."""
+
+_TORCH_DATA = re.compile(r"[A-Z][A-Za-z0-9]*Storage|u?int\d+|b?float\d+(_\w+)?|complex\d+|bool|half|float|double|long")
+_NUMPY_DTYPE = re.compile(r"[A-Z][A-Za-z0-9]*DType")
+_TORCH_MAGIC = 0x1950A86A20F9469CFC6C
+"""First pickle of a file that PyTorch before 1.6 wrote (torch/serialization.py, MAGIC_NUMBER); four more follow."""
+_PROBLEMS_OF_A_BROKEN_FILE = (Exception, RecursionError)
+
+
+class NotData(UserError, pickle.UnpicklingError):
+    """A pickle that names code, or that cannot be read to its end."""
+
+
+def is_data(module: str, name: str) -> bool:
+    """Whether a pickle may look up ``name`` in ``module``."""
+    if name in DATA.get(module, ()):
+        return True
+    pattern = {"torch": _TORCH_DATA, "numpy.dtypes": _NUMPY_DTYPE}.get(module)
+    return bool(pattern and pattern.fullmatch(name))
+
+
+def check_file(path: Path) -> None:
+    """Refuse a file of pickles that holds anything but data: what ``torch.save`` writes, or a bare pickle.
+
+    Raises:
+        NotData: it names code, is a TorchScript archive, or cannot be read.
+        OSError: it cannot be opened.
+    """
+    with path.open("rb") as file:
+        check(file, path.name)
+
+
+def check(file: BinaryIO, where: str) -> None:
+    """As ``check_file``, for an open file that ``where`` names in messages."""
+    start = file.tell()
+    if file.read(4) == b"PK\x03\x04":
+        file.seek(start)
+        _check_archive(file, where)
+        return
+    file.seek(start)
+    if tarfile.is_tarfile(file):
+        raise NotData(f"{where} is a tar archive, as PyTorch wrote before 0.2: refused")
+    file.seek(start)
+    if stand_ins(file, where) == _TORCH_MAGIC:
+        for _ in range(4):  # protocol, system, the objects, the names of storages; the rest is numbers
+            stand_ins(file, where)
+    elif file.read(1):
+        raise NotData(f"{where} goes on behind its pickle: refused")
+
+
+def stand_ins(file: BinaryIO, where: str) -> Any:
+    """Read one pickle with stand-ins for every class: nothing is looked up, nothing is called.
+
+    Raises:
+        NotData: it names anything but data, or it is damaged.
+    """
+    reader = _StandIns(file)
+    try:
+        return reader.load()
+    except NotData as error:
+        raise NotData(f"{where} {error}") from None
+    except _PROBLEMS_OF_A_BROKEN_FILE as error:
+        raise NotData(f"{where} is damaged ({type(error).__name__})") from None
+
+
+def _check_archive(file: BinaryIO, where: str) -> None:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            names = archive.namelist()
+            if len(set(names)) < len(names):
+                raise NotData(f"{where} has two members of one name: refused")
+            for name in names:
+                base = name.rpartition("/")[2]
+                if base == "constants.pkl" or "/code/" in name:
+                    raise NotData(f"{where} is a TorchScript archive, which holds code: refused")
+                if base.endswith((".pkl", ".pickle")):
+                    stand_ins(io.BytesIO(archive.read(name)), where)
+    except NotData:
+        raise
+    except _PROBLEMS_OF_A_BROKEN_FILE as error:
+        raise NotData(f"{where} is damaged ({type(error).__name__})") from None
+
+
+class StandIn(dict):
+    """Stands for any class or function in a pickle: keeps what it was made from, does nothing."""
+
+    args: tuple[Any, ...] = ()
+    state: Any = MappingProxyType({})
+
+    def __init__(self, *args: Any, **_: Any) -> None:
+        self.args = args
+        if type(self).__name__ == "_load_from_bytes":  # a pickle in a pickle: a tensor that pickle.dumps was given
+            check(io.BytesIO(args[0]), "a tensor in it")
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state[0] if isinstance(state, tuple) and state and isinstance(state[0], dict) else state
+
+    def append(self, _: Any) -> None: ...
+
+    def extend(self, _: Any) -> None: ...
+
+    def add(self, _: Any) -> None: ...
+
+    __hash__ = object.__hash__
+
+
+class _StandIns(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> type[StandIn]:
+        _refuse_code(module, name)
+        return type(name, (StandIn,), {})
+
+    def persistent_load(self, _: Any) -> StandIn:
+        return StandIn()
+
+
+def _refuse_code(module: str, name: str) -> None:
+    if not is_data(module, name):
+        raise NotData(f"names {module}.{name}, which is no data: reading it could run code; refused")
+
+
+class _Unpickler(pickle.Unpickler):
+    """Python's unpickler, which looks up data alone."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        _refuse_code(module, name)
+        if (module, name) == ("torch.storage", "_load_from_bytes"):
+            return _tensor_from_bytes
+        return super().find_class(module, name)
+
+
+def _tensor_from_bytes(pickled: bytes) -> Any:
+    import torch
+
+    return torch.load(io.BytesIO(pickled), weights_only=True)
+
+
+def _load(file: BinaryIO, **options: Any) -> Any:
+    return _Unpickler(file, **options).load()
+
+
+def _loads(pickled: bytes, **options: Any) -> Any:
+    return _Unpickler(io.BytesIO(pickled), **options).load()
+
+
+checked = types.ModuleType("pickle")
+"""What stands for the module ``pickle`` where files are read."""
+checked.__dict__.update({**vars(pickle), "Unpickler": _Unpickler, "load": _load, "loads": _loads})
+
+
+def guard() -> None:
+    """From now on PyTorch, NumPy, Transformer Engine and upstream read nothing but data from pickles, in this process.
+
+    Messages between processes are not touched. Call it again when modules of Transformer Engine were imported.
+    """
+    import numpy.lib._format_impl
+    import numpy.lib._npyio_impl
+    import torch
+    import torch.distributed.checkpoint.filesystem
+
+    readers = [torch.distributed.checkpoint.filesystem, numpy.lib._format_impl, numpy.lib._npyio_impl]
+    readers += [module for name, module in list(sys.modules.items()) if name.startswith("transformer_engine.")]
+    for module in readers:
+        if getattr(module, "pickle", None) is pickle:
+            module.pickle = checked
+    if not getattr(torch.load, "reads_data_alone", False):
+        torch.load = torch.serialization.load = _guarded(torch.load)
+        torch.jit.load = _refuse_torchscript
+
+
+def _guarded(load: Any) -> Any:
+    def load_data(f: Any, map_location: Any = None, pickle_module: Any = None, *, weights_only: bool | None = None,
+                  **options: Any) -> Any:
+        if weights_only is None or weights_only:  # an explicit True, which no environment variable undoes
+            return load(f, map_location, weights_only=True, **options)
+        return load(f, map_location, checked, weights_only=False, **options)
+
+    load_data.reads_data_alone = True
+    return load_data
+
+
+def _refuse_torchscript(*_: Any, **__: Any) -> None:
+    raise NotData("a TorchScript archive, which holds code: refused")
