@@ -47,6 +47,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
+    from harness.launching.meeting import told_to_others
+
+    with told_to_others(words):
+        return _run_here(words)
+
+
+def _run_here(words: list[str]) -> int:
     e, settings = _experiment(words)
     if settings.get("SLURM") == "1":
         return _slurm(e, settings)

@@ -560,16 +560,6 @@ def runs(outdir: Path) -> tuple[tuple[Run, ...], tuple[str, ...]]:
     return tuple(found), tuple(warnings)
 
 
-def running_at(outdir: Path, rendezvous: str) -> RunDir | None:
-    """The newest unfinished run in ``outdir`` whose nodes meet at ``rendezvous``, or None."""
-    found = [
-        RunDir(path.parent) for path in outdir.glob("*/running.json") if not (path.parent / "result.json").exists()
-    ]
-    started = {d: running.started for d in found if (running := d.read_running()) and running.rendezvous == rendezvous}
-    alive = [d for d in started if d.state() == "running"]
-    return max(alive, key=started.__getitem__, default=None)
-
-
 def clean(outdir: Path, everything: bool = False) -> int:
     """Remove runs that neither ended ok nor ran out of memory, or all of them; those that still run stay.
 
@@ -603,6 +593,14 @@ def clean(outdir: Path, everything: bool = False) -> int:
 def parse_metrics(line: str) -> StepMetrics | None:
     """One line of metrics.jsonl, or None where it is torn."""
     return _parse(line, StepMetrics)
+
+
+def parse_rank(raw: Mapping[str, Any]) -> Rank | None:
+    """What a rank of another node wrote about itself, or None where it is none."""
+    try:
+        return Rank.model_validate(raw)
+    except ValidationError:
+        return None
 
 
 def _read[Record: _Record](path: Path, kind: type[Record]) -> Record:

@@ -19,10 +19,10 @@ from harness.checkpoints import Saving
 from harness.errors import UserError
 from harness.evidence import measured
 from harness.files import write_json
-from harness.launching import launch, meeting, processes
+from harness.launching import launch, processes
 from harness.launching.terminal import PlainTerminal
 from harness.machine import gpus
-from harness.planning.command import Extras, Place
+from harness.planning.command import Extras
 from harness.rundir import RunDir
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -361,45 +361,6 @@ def test_a_run_that_is_refused_leaves_the_run_that_it_would_have_resumed(tmp_pat
     with pytest.raises(UserError, match="half a submodule"):
         run(make_plan(tmp_path, "ok", steps=6, resumes=finished.dir))
     assert {path: path.read_bytes() for path in finished.dir.path.rglob("*") if path.is_file()} == before
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def test_a_further_node_joins_the_directory_of_node_0(tmp_path):
-    meeting = {"RENDEZVOUS": f"127.0.0.1:{free_port()}"}
-    second = start(tmp_path / "out", "ok", 2, 20, 0.05, NODE_RANK="1", **meeting)
-    time.sleep(0.3)
-    first = start(tmp_path / "out", "ok", 2, 20, 0.05, NODE_RANK="0", **meeting)
-    outputs = [launcher.communicate(timeout=30)[0] for launcher in (first, second)]
-    assert (first.returncode, second.returncode) == (0, 0)
-    directory = the_run(tmp_path / "out")
-    assert directory.read_result().status == "ok" and directory.read_running().pid == first.pid
-    assert "hello" in directory.logs.read_text() and "hello" in directory.logs_of_node(1).read_text()
-    assert "waits for node 0" in outputs[1] and "waits" not in outputs[0]
-
-
-def test_a_further_node_on_another_file_system_keeps_its_own_records(tmp_path, monkeypatch):
-    monkeypatch.setattr(meeting, "SHARED_S", 0.2)
-    with socket.socket() as rendezvous:
-        rendezvous.bind(("127.0.0.1", 0))
-        rendezvous.listen()
-        place = Place("1", f"127.0.0.1:{rendezvous.getsockname()[1]}")
-        finished, printed = run(make_plan(tmp_path, "ok", nodes=2, place=place))
-    assert finished.dir.label == "101-tiny-dp2_cpu.node1" and finished.dir.read_result().status == "ok"
-    assert "node 1 waits for node 0" in printed
-
-
-def test_a_rendezvous_port_of_another_program_is_refused_with_a_free_one(tmp_path):
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
-        port = other.getsockname()[1]
-        with pytest.raises(UserError, match=rf"another program has port {port}; try RENDEZVOUS=127.0.0.1:\d+"):
-            run(make_plan(tmp_path, "ok", nodes=2, place=Place("0", f"127.0.0.1:{port}")))
 
 
 def test_a_spread_of_one_value_has_no_deviation():

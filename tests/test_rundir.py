@@ -195,25 +195,6 @@ def test_an_absent_outdir_holds_no_runs(tmp_path):
     assert rundir.runs(tmp_path / "absent") == ((), ())
 
 
-def test_the_run_of_a_rendezvous_is_the_newest_that_is_alive(tmp_path):
-    def running(label: str, rendezvous: str, started: float, alive: bool = True) -> RunDir:
-        run_dir = make_run(tmp_path, label)
-        here = {"host": os.uname().nodename, "started": started, "rendezvous": rendezvous, "pid": os.getpid()}
-        write_json(run_dir.running, here)
-        if alive:
-            locks.take(run_dir.path)
-        return run_dir
-
-    now = time.time()
-    assert rundir.running_at(tmp_path, "a:1") is None
-    running("101-older", "a:1", now - 1)
-    wanted = running("101-newer", "a:1", now)
-    running("101-elsewhere", "b:1", now)
-    running("101-dead", "a:1", now + 1, alive=False)
-    write_json(running("101-over", "a:1", now).result, RESULT)
-    assert rundir.running_at(tmp_path, "a:1") == wanted
-
-
 def test_clean_keeps_results_and_what_still_runs(tmp_path, capsys):
     def with_result(label: str, status: str) -> None:
         make_run(tmp_path, label, {**RESULT, "status": status})

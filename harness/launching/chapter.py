@@ -166,9 +166,9 @@ class _Chapter:
             self._outcomes[plan.experiment.name] = Outcome("not run", first_line(error))
             return None
         try:
-            return Run(plan, reserved.directory, gpu_ids, self._hang_seconds, held=held)
-        except BaseException:
-            reserved.abandon()
+            return Run(plan, reserved, gpu_ids, self._hang_seconds, held=held)
+        except BaseException as error:
+            reserved.abandon(error)
             raise
 
     def _takes_gpus(self, run: Run) -> None:

@@ -24,7 +24,7 @@ from harness.files import told_if_unwritable, write_json, write_text
 from harness.launching import outcome, processes
 from harness.launching.meeting import SHARED_S, run_directory
 from harness.launching.processes import LAUNCHER_VARIABLE, Signals
-from harness.launching.reserve import folders_of, give_back
+from harness.launching.reserve import Reservation, folders_of, give_back
 from harness.launching.terminal import Progress, Terminal, open_terminal, phase_of, summary
 from harness.machine import gpus
 from harness.machine.provenance import describe_environment
@@ -60,6 +60,10 @@ GRACE_S = 10
 """Time to end after SIGTERM, before SIGKILL."""
 STACKS_S = 5
 """Time to write stacks after SIGUSR1."""
+FOLLOW_S = 5
+"""Another node has failed: ranks of this one notice within this time, or are ended."""
+ENDINGS_S = 10
+"""At its end a node waits this long for what the others say of theirs."""
 STARTING = "starting torchrun"
 LOG_TAIL_BYTES = 64 * 2**20
 """An error further from the end of the log is not looked for."""
@@ -86,21 +90,25 @@ class Run:
     def __init__(
         self,
         plan: Plan,
-        directory: RunDir,
+        reserved: Reservation,
         gpu_ids: tuple[int, ...] = (),
         hang_seconds: float | None = None,
-        keeps_records: bool = True,
         held: bool = False,
     ) -> None:
         """Start ``plan``.
 
         Args:
+            reserved: its run directory, and the other nodes.
             gpu_ids: the GPUs it uses, by NVML index; none on a CPU.
             hang_seconds: silence after a step that counts as a hang (``HANG_S``); before, ``HANG_AT_START_S`` at least.
-            keeps_records: whether this launcher writes the run's files; of nodes that share them only one does.
             held: its ranks import everything, half of a short run's time, and touch no GPU until ``release``.
         """
+        directory, keeps_records = reserved.directory, reserved.keeps_records
         self.plan, self.dir, self.gpu_ids = plan, directory, gpu_ids
+        self._others = reserved.others
+        self._is_last_node = plan.place.node_rank == str(plan.experiment.nodes - 1)
+        self._follow_at = 0.0
+        self._follows = False
         self.packed_with: set[str] = set()
         self._hang_s = hang_seconds or HANG_S
         self._keeps_records = keeps_records
@@ -117,7 +125,7 @@ class Run:
         self._finished: Finished | None = None
 
         log_path = directory.logs if keeps_records else directory.logs_of_node(int(plan.place.node_rank))
-        self._log, self._steps = _Tail(log_path), _Tail(directory.metrics)
+        self._log, self._steps, self._evaluations = _Tail(log_path), _Tail(directory.metrics), _Tail(directory.validation)
         self._script = plan.script(None if gpu_ids == tuple(range(len(gpu_ids))) else gpu_ids)
         self._environment = describe_environment(plan.device, gpu_ids)
         self._begin()
@@ -145,6 +153,7 @@ class Run:
         """Look after the run. Returns whether it still runs."""
         now = time.monotonic()
         self._read_news(now)
+        self._hear(now)
         if now - self._looked_at > LOOK_S:
             self._look(now)
         if self._process.poll() is not None:
@@ -170,7 +179,8 @@ class Run:
             self._sampler.stop()
             self.dir.turn.unlink(missing_ok=True)
             self._read_last_news()
-            self._finished = Finished(self.dir, self._result())
+            found = self._with_others(outcome.classify(self._evidence(), self.plan.experiment))
+            self._finished = Finished(self.dir, self._result(found))
             try:
                 if self._keeps_records:
                     with told_if_unwritable(self.dir.path):
@@ -271,6 +281,56 @@ class Run:
         self._metrics += filter(None, map(rundir.parse_metrics, steps))
         if lines or steps:
             self._active_at = now
+        if self._others and not self._others.shares:
+            self._forward(steps)
+
+    def _forward(self, steps: list[str]) -> None:
+        """Tell node 0, which does not see them, what the last rank wrote here; node 0 tells others that steps are made."""
+        if self._others.node == 0:
+            if steps:
+                self._others.tell({"steps": len(self._metrics)})
+        elif self._is_last_node and (steps or (evaluations := self._evaluations.lines())):
+            evaluations = self._evaluations.lines() if steps else evaluations
+            self._others.tell({"lines": {self.dir.metrics.name: steps, self.dir.validation.name: evaluations}})
+
+    def _hear(self, now: float) -> None:
+        """Take in what other nodes say; end this node's part a while after another's has failed, if it has not by itself."""
+        if self._others is None:
+            return
+        self._others.poll()
+        if self._others.heard:
+            self._active_at = now
+        for path in (self.dir.metrics, self.dir.validation):
+            if (lines := self._others.lines.get(path.name)) and self._keeps_records:
+                with path.open("a", encoding="utf-8") as file:
+                    file.writelines(f"{line}\n" for line in lines)
+        if self._others.failure and not self._kill_at and not self._stopped_by:
+            self._follow_at = self._follow_at or now + FOLLOW_S
+            if now > self._follow_at and self._process.poll() is None:
+                self._follows = True
+                self._terminate()
+
+    def _with_others(self, found: outcome.Outcome) -> outcome.Outcome:
+        """Exchange with the other nodes how it ended; the outcome of the run as a whole, by the node that failed first."""
+        if self._others is None:
+            return found
+        follows = self._follows or found.follows
+        told = {"status": found.status, "detail": found.detail, "rank": found.rank, "follows": follows}
+        if not self._others.shares and self._others.node:
+            told["ranks"] = [rank.model_dump(mode="json") for rank in self.dir.read_ranks()]
+        self._others.tell({"ended": told})
+        deadline = time.monotonic() + (0 if self._stopped_by else ENDINGS_S)
+        while not self._others.all_ended and time.monotonic() < deadline:
+            self._hear(time.monotonic())
+            time.sleep(POLL_S)
+        self._read_news(time.monotonic())
+        self._others.close()
+        failure = self._others.failure
+        if self._stopped_by or failure is None or not (follows or found.status in ("ok", "target-missed")):
+            return found
+        if failure.follows and found.status == "crash" and not self._follows:
+            return found
+        return outcome.Outcome(failure.status, str(failure), failure.rank, f"the log of node {failure.node} says more")
 
     def _read_last_news(self) -> None:
         """Read to the end; steps of another node may arrive late on a shared file system."""
@@ -350,21 +410,23 @@ class Run:
         self._process = self._spawn()
         return True
 
-    def _result(self) -> Result:
-        e, metrics, code = self.plan.experiment, self._metrics, self._process.returncode
-        validation = self.dir.read_validation()
-        evidence = outcome.Evidence(
+    def _evidence(self) -> outcome.Evidence:
+        code = self._process.returncode
+        return outcome.Evidence(
             exit_code=code,
             log=self._log.text() if code else "",
             errors=self.dir.read_rank_errors(),
-            metrics=tuple(metrics),
-            validation=validation,
+            metrics=tuple(self._metrics),
+            validation=self.dir.read_validation(),
             stopped_by=self._stopped_by,
             hang=self._hang,
             oom_kills=processes.oom_kills() - self._oom_kills_before,
             least_free_share=self._least_free_share,
         )
-        found = outcome.classify(evidence, e)
+
+    def _result(self, found: outcome.Outcome) -> Result:
+        e, metrics, code = self.plan.experiment, self._metrics, self._process.returncode
+        validation = self.dir.read_validation()
         return Result(
             status=found.status,
             detail=found.detail or (None if metrics else "the last rank's node has the steps of this run"),
@@ -390,7 +452,7 @@ class Run:
         )
 
     def _memory(self) -> MemoryGib:
-        ranks = self.dir.read_ranks()
+        ranks = (*self.dir.read_ranks(), *self._ranks_elsewhere())
         return MemoryGib(
             allocated=_most(rank.allocated_peak_gib for rank in ranks),
             reserved=_most(rank.reserved_peak_gib for rank in ranks),
@@ -398,6 +460,12 @@ class Run:
             driver=self._driver_gib,
             rss=_most(rank.rss_peak_gib for rank in ranks),
         )
+
+    def _ranks_elsewhere(self) -> list[rundir.Rank]:
+        """What ranks of nodes wrote about themselves whose files are not seen here."""
+        endings = self._others.endings.values() if self._others else ()
+        known = [(ending, rank) for ending in endings for rank in ending.ranks]
+        return [rank for _, raw in known if (rank := rundir.parse_rank(raw))]
 
     @cached_property
     def _driver_gib(self) -> float | None:
@@ -427,9 +495,9 @@ def run_plan(plan: Plan, *, hang_seconds: float | None = None, terminal: Termina
         directory = reserved.directory
         try:
             shown.print(opening(plan, directory))
-            run = Run(plan, directory, gpu_ids, hang_seconds, reserved.keeps_records)
-        except BaseException:
-            reserved.abandon()
+            run = Run(plan, reserved, gpu_ids, hang_seconds)
+        except BaseException as error:
+            reserved.abandon(error)
             raise
         try:
             while run.poll():

@@ -6,7 +6,7 @@ import math
 import re
 import signal
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -48,12 +48,16 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The status, what shows it (a line or three), the rank it came from, and what to do."""
+    """The status, what shows it (a line or three), the rank it came from, and what to do.
+
+    ``follows``: what shows it may well be the effect of another node's failure.
+    """
 
     status: Status
     detail: str | None = None
     rank: int | None = None
     advice: str | None = None
+    follows: bool = False
 
 
 @dataclass(frozen=True)
@@ -269,6 +273,8 @@ _SUMMARY = re.compile(
     r"^  time +: (?P<time>\S+)\n  host .*\n  rank +: (?P<rank>\d+) .*\n  exitcode +: (?P<exitcode>-?\d+) ",
     re.MULTILINE,
 )
+_SIGNALLED_FIRST = re.compile(r"^Root Cause .*:\n\[\d+\]:\n(?:  .*\n)*?  exitcode +: -\d+ ", re.MULTILINE)
+"""torchrun's summary where a signal ended the first rank that failed; no other rank's end caused that."""
 _RANK_PREFIX = re.compile(r"^\[rank(\d+)\]:(?: |$)")
 _PRINTED_ERROR = re.compile(r"^(?:\S+\.py: )?error: ")
 _LAST_WORDS = re.compile(
@@ -281,7 +287,9 @@ _FRAME = re.compile(r'File "(?:.*/)?(?P<file>[^"/]+)", line (?P<line>\d+) in (?P
 
 def _first_error(evidence: Evidence, experiment: Experiment) -> Outcome:
     summary = list(_from_summary(evidence))
-    failures = [*_from_rank_files(evidence), *_from_log(evidence.log), *summary]
+    failures = [*_from_rank_files(evidence), *_from_log(evidence.log)]
+    said = {failure.rank for failure in failures if failure.message}
+    failures += [failure for failure in summary if failure.message or failure.rank not in said]
     first = min(failures, key=lambda f: (f.is_echo, not f.message, f.time), default=Failure(None, ""))
     message = first.message
     rule = _match(f"{message}\n{first.context}")
@@ -293,9 +301,11 @@ def _first_error(evidence: Evidence, experiment: Experiment) -> Outcome:
     root_cause = min((f for f in summary if not f.is_echo), key=lambda f: f.time, default=Failure(None, ""))
     rank = next((r for r in (rank_in_line, first.rank, root_cause.rank) if r is not None), None)
     detail = _shorten(message) or f"exit code {evidence.exit_code}"
+    unnamed = (first.is_echo or not first.message) and not _SIGNALLED_FIRST.search(evidence.log)
     if rule is None:
-        return Outcome("crash", detail, rank, "logs.txt has its traceback and what came before")
-    return _named(rule.status, detail, rank, experiment, rule)
+        return Outcome("crash", detail, rank, "logs.txt has its traceback and what came before", follows=unnamed)
+    weak = rule.status in ("killed", "hang") or bool(_ECHO.search(message.splitlines()[0]))
+    return replace(_named(rule.status, detail, rank, experiment, rule), follows=unnamed and weak)
 
 
 def _named(status: Status, detail: str, rank: int | None, experiment: Experiment, rule: Rule | None = None) -> Outcome:

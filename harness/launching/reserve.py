@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from harness.files import told_if_unwritable
 from harness.rundir import RunDir
 
 if TYPE_CHECKING:
+    from harness.launching.others import Others
     from harness.planning.plan import Plan
 
 
@@ -25,14 +26,22 @@ class Reservation:
     Attributes:
         keeps_records: whether it writes the run's files; of nodes that share them only one does.
         made: folders that were not there before, outermost first.
+        others: the other nodes, where there are some.
     """
 
     directory: RunDir
     keeps_records: bool = True
     made: tuple[Path, ...] = ()
+    others: Others | None = None
 
-    def abandon(self) -> None:
-        """Leave nothing of a run that was refused before it started."""
+    def with_others(self, others: Others) -> Reservation:
+        return replace(self, others=others)
+
+    def abandon(self, why: object) -> None:
+        """Leave nothing of a run that was refused before it started; the other nodes are told ``why``."""
+        if self.others:
+            self.others.tell({"ended": {"status": "bad-configuration", "detail": str(why)}})
+            self.others.close()
         for folder in self.made:
             shutil.rmtree(folder, ignore_errors=True)
         give_back(self.directory)

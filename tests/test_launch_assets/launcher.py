@@ -1,18 +1,22 @@
 """A launcher in a process of its own: ``launcher.py OUTDIR BEHAVIOUR RANKS STEPS [SECONDS_A_STEP]``.
 
-In the environment: GRACE_S, HANG, SAVE, and for one of two nodes NODE_RANK and RENDEZVOUS.
+In the environment: GRACE_S, HANG, SAVE, RESUMES (a run directory), CHANGES (JSON, fields of the experiment), and for one of two nodes NODE_RANK,
+RENDEZVOUS and MEET_S.
 """
 
+import json
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from harness.checkpoints import Saving
+from harness.errors import UserError
 from harness.experiment.catalog import Experiment, Model
-from harness.launching import launch
+from harness.launching import launch, meeting
 from harness.planning.command import Extras, Place
 from harness.planning.plan import Plan
+from harness.rundir import RunDir
 
 TORCHRUN = Path(__file__).with_name("torchrun.py")
 
@@ -47,7 +51,17 @@ if __name__ == "__main__":
     changes = {}
     if "NODE_RANK" in os.environ:
         changes = {"nodes": 2, "place": Place(os.environ["NODE_RANK"], os.environ["RENDEZVOUS"])}
+        meeting.MEET_S = float(os.environ.get("MEET_S", meeting.MEET_S))
+    if "RESUMES" in os.environ:
+        changes["resumes"] = RunDir(Path(os.environ["RESUMES"]))
+    changes |= json.loads(os.environ.get("CHANGES", "{}"))
     if "SAVE" in os.environ:
         changes["extras"] = Extras(saving=Saving(every=2, folder=Path(os.environ["SAVE"])))
     plan = make_plan(Path(outdir), behaviour, *sizes, *[float(n) for n in numbers[2:]], **changes)
-    sys.exit(launch.run_plan(plan, hang_seconds=float(os.environ.get("HANG", 0)) or None).exit_status)
+    try:
+        sys.exit(launch.run_plan(plan, hang_seconds=float(os.environ.get("HANG", 0)) or None).exit_status)
+    except UserError as error:
+        print(f"error: {error}")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -56,7 +56,7 @@ def agent() -> int:
             for rank in ranks:
                 rank.terminate()
             print(f"Root Cause (first observed failure):\n[0]:\n  time      : {time.strftime('%Y-%m-%d_%H:%M:%S')}\n"
-                  f"  host      : localhost\n  rank      : {failed[0]} (local_rank: {failed[0]})\n"
+                  f"  host      : localhost\n  rank      : {FIRST_RANK + failed[0]} (local_rank: {failed[0]})\n"
                   f"  exitcode  : {codes[failed[0]]} (pid: {ranks[failed[0]].pid})")
             return 1
         time.sleep(0.01)

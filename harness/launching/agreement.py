@@ -1,0 +1,119 @@
+"""What the nodes of one run must have in common, and where they differ. Nothing is imported to learn it."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness import ROOT
+from harness.data import prepared
+from harness.machine.provenance import NCCL_PACKAGES, PACKAGES, describe_upstream, package_version, source_commit
+from harness.machine.upstream import locate
+
+if TYPE_CHECKING:
+    from harness.data.prepared import DataSet
+    from harness.planning.plan import Plan
+
+ENDS_BYTES = 1 << 20
+"""So much of both ends of a data set's files is read, to see what a manifest may not know."""
+MOST_DIFFERENCES = 12
+NOT_COMPARED = ("overrides",)
+"""Of an experiment: the settings as they were typed, whose effects are compared."""
+
+
+def facts(plan: Plan) -> dict[str, Any]:
+    """What this node would run, by name: the experiment, code, packages and data.
+
+    Raises:
+        UserError: the data set or upstream is damaged.
+    """
+    saving, loading = plan.extras.saving, plan.extras.loading
+    found = {
+        "experiment": {k: v for k, v in plan.experiment.model_dump(mode="json").items() if k not in NOT_COMPARED},
+        "device": plan.device,
+        "resumed": plan.resumes is not None,
+        "checkpoints": saving and {"every": saving.every, "keep": saving.keep, "folder": str(saving.folder or "")},
+        "begins with": loading and {"step": loading.step, "weights only": loading.only_weights},
+        "Megatron-LM": _upstream(),
+        "harness": {"commit": source_commit(ROOT)[0], "sources": _sources(ROOT / "harness")},
+        "packages": _packages(),
+        "data": {chosen.name: _data(chosen) for chosen in _sets(plan.experiment.data)},
+    }
+    return dict(_flat("", found))
+
+
+def differences(first: dict[str, Any], other: dict[str, Any], names: tuple[str, str]) -> list[str]:
+    """Lines such as ``experiment lr: 0.001 on node 0, 0.1 on node 1``; none where both are the same."""
+    found = [
+        f"{key}: {_shown(first, key)} on {names[0]}, {_shown(other, key)} on {names[1]}"
+        for key in dict.fromkeys([*first, *other])
+        if first.get(key) != other.get(key)
+    ]
+    more = [f"… and {len(found) - MOST_DIFFERENCES} more"] if len(found) > MOST_DIFFERENCES else []
+    return found[:MOST_DIFFERENCES] + more
+
+
+def _shown(known: dict[str, Any], key: str) -> str:
+    return str(known[key]) if known.get(key) is not None else "none"
+
+
+def _flat(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _flat(f"{prefix} {key}".strip(), inner)
+    else:
+        yield prefix, value
+
+
+def _upstream() -> dict[str, Any]:
+    tree, known = locate(), describe_upstream()
+    return {**known.model_dump(), "sources": _sources(tree / "megatron") if tree else None}
+
+
+def _packages() -> dict[str, str | None]:
+    """Versions of what computes. megatron-core's counts where it is what runs, and is in ``Megatron-LM`` then."""
+    wanted = [name for name in (*PACKAGES, *NCCL_PACKAGES) if name != "megatron-core"]
+    python = ".".join(platform.python_version_tuple()[:2])
+    return {"python": python, **{name: package_version(name) for name in wanted}}
+
+
+def _sources(folder: Path) -> str:
+    """Checksum of the Python files below ``folder``: a commit does not tell what was changed since."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(folder)} {len(content)}\n".encode() + content)
+    return digest.hexdigest()[:16]
+
+
+def _sets(data: str) -> tuple[DataSet, ...]:
+    return () if data == prepared.MOCK else prepared.blend(data).sets
+
+
+def _data(chosen: DataSet) -> dict[str, Any]:
+    """The checksums of its manifest where it has one, and what its files say now."""
+    from harness.data.manifest import read_manifest
+
+    manifest = read_manifest(chosen.home)
+    written = manifest and {"bin sha256": manifest.written.bin_sha256[:16], "idx sha256": manifest.written.idx_sha256[:16]}
+    files = {end: Path(f"{chosen.prefix}.{end}") for end in ("bin", "idx")}
+    return {
+        "tokens": chosen.tokens,
+        "documents": chosen.documents,
+        "tokenizer": chosen.tokenizer_sha256[:16],
+        **(written or {}),
+        **{f"{end} bytes": path.stat().st_size for end, path in files.items()},
+        **{f"{end} ends": _ends(path) for end, path in files.items()},
+    }
+
+
+def _ends(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        digest.update(file.read(ENDS_BYTES))
+        file.seek(max(path.stat().st_size - ENDS_BYTES, 0))
+        digest.update(file.read(ENDS_BYTES))
+    return digest.hexdigest()[:16]
