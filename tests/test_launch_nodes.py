@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from test_launch import make_plan, of_run, run, start, the_run, until
 
 HOST = socket.gethostname()
+STARTED: list[subprocess.Popen] = []
 
 
 def free_port() -> int:
@@ -34,9 +35,19 @@ def rendezvous() -> str:
     return f"127.0.0.1:{free_port()}"
 
 
+@pytest.fixture(autouse=True)
+def none_outlives_its_test():
+    yield
+    for launcher in STARTED:
+        launcher.kill()
+        launcher.wait()
+    STARTED.clear()
+
+
 def start_node(node: int, outdir: Path, rendezvous: str, *arguments: object, **environment: str) -> subprocess.Popen:
     arguments = arguments or ("ok", 2, 20, 0.05)
-    return start(outdir, *arguments, NODE_RANK=str(node), RENDEZVOUS=rendezvous, **environment)
+    STARTED.append(start(outdir, *arguments, NODE_RANK=str(node), RENDEZVOUS=rendezvous, **environment))
+    return STARTED[-1]
 
 
 def ended(*launchers: subprocess.Popen) -> list[tuple[int, str]]:
@@ -227,8 +238,8 @@ def test_ctrl_c_while_it_waits_ends_the_node_that_waits_for_it(tmp_path, rendezv
     ("oom", "oom", 3, "CUDA out of memory"),
 ])  # fmt: skip
 def test_node_0_names_the_node_and_the_rank_that_failed(tmp_path, rendezvous, shared, behaviour, status, rank, said):
-    first = start_node(0, tmp_path / "a", rendezvous, "ok", 2, 100000, 0.05, GRACE_S="1")
-    second = start_node(1, tmp_path / ("a" if shared else "b"), rendezvous, behaviour, 2, 100000, 0.05)
+    first = start_node(0, tmp_path / "a", rendezvous, "ok", 2, 2000, 0.05, GRACE_S="1")
+    second = start_node(1, tmp_path / ("a" if shared else "b"), rendezvous, behaviour, 2, 2000, 0.05)
     (own, other) = ended(first, second)
     result = the_run(tmp_path / "a").read_result()
     assert own[0] == 1 and other[0] == 1
@@ -237,8 +248,8 @@ def test_node_0_names_the_node_and_the_rank_that_failed(tmp_path, rendezvous, sh
 
 
 def test_a_launcher_that_was_killed_is_named_and_the_run_ends(tmp_path, rendezvous):
-    first = start_node(0, tmp_path / "a", rendezvous, "ok", 2, 100000, 0.05, GRACE_S="1")
-    second = start_node(1, tmp_path / "b", rendezvous, "ok", 2, 100000, 0.05)
+    first = start_node(0, tmp_path / "a", rendezvous, "ok", 2, 2000, 0.05, GRACE_S="1")
+    second = start_node(1, tmp_path / "b", rendezvous, "ok", 2, 2000, 0.05)
     until(lambda: (tmp_path / "a").exists() and len(the_run(tmp_path / "a").read_metrics()) > 2)
     second.kill()
     ((status, text),) = ended(first)

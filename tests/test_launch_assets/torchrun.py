@@ -29,10 +29,7 @@ def agent() -> int:
     if BEHAVIOUR == "port-always":
         print("The server socket has failed to listen. name: EADDRINUSE")
         return 1
-    ranks = [
-        subprocess.Popen([sys.executable, *sys.argv], env=os.environ | {"RANK": str(rank)}, start_new_session=True)
-        for rank in range(FIRST_RANK, FIRST_RANK + RANKS)
-    ]
+    ranks = []
 
     def pass_on(number, _frame):
         for rank in ranks:
@@ -43,7 +40,10 @@ def agent() -> int:
         print(f"SignalException: Process {os.getpid()} got signal: {number}")
         sys.exit(1)
 
-    signal.signal(signal.SIGTERM, pass_on)
+    signal.signal(signal.SIGTERM, pass_on)  # before a rank can outlive this process
+    for rank in range(FIRST_RANK, FIRST_RANK + RANKS):
+        environment = os.environ | {"RANK": str(rank)}
+        ranks.append(subprocess.Popen([sys.executable, *sys.argv], env=environment, start_new_session=True))
     if BEHAVIOUR == "orphans":
         while not all((RUN_DIR / "ranks" / f"{rank}.json").exists() for rank in range(RANKS)):
             time.sleep(0.01)
