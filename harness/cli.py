@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command and return the exit status: 0 done, 1 a run failed, 2 a mistake to mend, 130 interrupted."""
     words = sys.argv[1:] if argv is None else argv
     try:
-        name, *words = words or ["list"]
+        name, *words = given(words) or ["list"]
         if name not in COMMANDS:
             raise UserError(f"unknown command {name}; {nearest(name, COMMANDS)}")
         return COMMANDS[name](words)
@@ -44,6 +44,15 @@ def main(argv: list[str] | None = None) -> int:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def given(words: Sequence[str]) -> list[str]:
+    """``words``, where those behind ``--given`` are names of settings that make left in the environment, as KEY=VALUE.
+
+    The Makefile passes values so: in the text of a recipe, a shell would read them.
+    """
+    at = words.index("--given") if "--given" in words else len(words)
+    return [*words[:at], *(f"{name}={os.environ.get(name, '')}" for name in words[at + 1 :])]
 
 
 def _run(words: list[str]) -> int:

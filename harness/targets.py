@@ -43,7 +43,7 @@ def target(e: Experiment) -> str:
 
 
 def _lines(catalog: Catalog) -> Iterator[str]:
-    yield "SETTINGS := " + " ".join(setting.key for setting in EXPERIMENT_SETTINGS + LAUNCH_SETTINGS)
+    yield "override SETTINGS := " + " ".join(setting.key for setting in EXPERIMENT_SETTINGS + LAUNCH_SETTINGS)
     yield from _help("What is run:  make 101 KEY=VALUE …", EXPERIMENT_SETTINGS)
     yield from _help("How and where it is launched", LAUNCH_SETTINGS)
     for number in catalog.chapters:

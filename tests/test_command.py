@@ -2,14 +2,18 @@
 
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
+from harness import ROOT
+from harness.checkpoints import Loading, Saving
 from harness.errors import UserError
 from harness.experiment.catalog import load_catalog
 from harness.machine import gpus
 from harness.megatron.flags import megatron_flags
-from harness.planning.command import Place, render
+from harness.megatron.tracking import Tracking
+from harness.planning.command import Extras, Place, render
 from harness.planning.miniature import describe, miniature
 from harness.planning.plan import GRAPHS_DROP, WITHOUT_WEIGHTS, choose_device, plan
 
@@ -142,6 +146,24 @@ def test_gpus_that_are_chosen_are_those_that_nvidia_smi_numbers_so() -> None:
 def test_several_nodes_meet_at_the_rendezvous() -> None:
     script = render(CATALOG.find("219"), "cuda", Place(node_rank="1", rendezvous="node0:29500"))
     assert "--nnodes 2 --node-rank 1 --rdzv-backend c10d --rdzv-endpoint node0:29500" in script.replace(" \\\n    ", " ")
+
+
+@pytest.mark.parametrize("value", ["$(touch touched)", "`touch touched`", "'; touch touched; '", "a\ntouch touched\n", "&touch touched", "$HOME:1", "# a"])
+def test_nothing_in_the_script_executes_but_torchrun(tmp_path, value: str) -> None:
+    """Every text that a setting can bring, in one script, and torchrun's words as they were typed."""
+    fake = tmp_path / "torchrun"
+    fake.write_text('#!/bin/bash\nprintf "%s\\0" "$@"\n')
+    fake.chmod(0o755)
+    extras = Extras(Saving(5, None, Path(f"/tmp/{value}")), Loading(Path(f"/tmp/{value}"), 3), Tracking("offline", value, value, value))
+    e = CATALOG.find("219").with_changes(extra_args=("--note", value))
+    script = render(e, "cuda", Place(value, value), extras=extras).replace("export PATH=", f"export PATH={tmp_path}:")
+    done = subprocess.run(["bash", "-c", script], text=True, capture_output=True, check=True, cwd=tmp_path)
+    assert not [*tmp_path.glob("**/touched")] and not (ROOT / "touched").exists()
+    words = done.stdout.split("\0")
+    after = {word: words[place + 1] for place, word in enumerate(words[:-1]) if word.startswith("-")}
+    for name in ("--node-rank", "--rdzv-endpoint", "--note", "--wandb-project", "--wandb-entity", "--wandb-exp-name"):
+        assert after[name] == value, name
+    assert after["--save"] == after["--load"] == f"/tmp/{value}"
 
 
 def test_without_a_gpu_what_needs_one_is_refused(monkeypatch) -> None:

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -128,3 +129,24 @@ def test_what_slurm_refuses_is_told(tmp_path, programs):
 def test_malformed_settings_are_refused(tmp_path, wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         slurm.render_sbatch(job(tmp_path), {**SETTINGS, **wrong})
+
+
+@pytest.mark.parametrize("name", ["a\ntouch touched\nb", 'a"b', "a'b", "a\\b", "a\x1b[31m"])
+def test_a_folder_that_would_end_a_line_of_options_is_refused(tmp_path, name):
+    with pytest.raises(UserError, match="sbatch takes no folder with quotes, backslashes or line breaks"):
+        slurm.render_sbatch(replace(job(tmp_path), outdir=tmp_path / name), SETTINGS)
+
+
+def test_a_folder_means_itself_to_sbatch(tmp_path):
+    script = slurm.render_sbatch(replace(job(tmp_path), outdir=Path("/tmp/100%j done")), SETTINGS)
+    assert '#SBATCH --output="/tmp/100%%j done/slurm-%j.txt"' in script
+
+
+@pytest.mark.parametrize("value", ["$(touch touched)", "`touch touched`", "'; touch touched; '", "a\ntouch touched\n", "é # x"])
+def test_settings_reach_the_nodes_as_typed_and_nothing_executes(tmp_path, programs, value):
+    program(programs, "srun", 'printf "%s\\0" "$@"')
+    script = slurm.render_sbatch(job(tmp_path), {**SETTINGS, "ARGS": value, "DATA": value})
+    script = script.replace("scripts/setup.sh light heavy", ":")
+    done = subprocess.run(["bash", "-c", script], text=True, capture_output=True, check=True, cwd=tmp_path)
+    assert f"ARGS={value}" in done.stdout.split("\0") and f"DATA={value}" in done.stdout.split("\0")
+    assert not (ROOT / "touched").exists() and not (tmp_path / "touched").exists()

@@ -1,5 +1,6 @@
 """Make's front door: generated targets are fresh, one tab completes a name, words arrive as typed, mistakes are told."""
 
+import json
 import os
 import pty
 import re
@@ -91,19 +92,84 @@ def read_until(terminal: int, wanted: str, seconds: float = 30) -> str:
 def test_the_short_and_the_long_target_run_the_same(target: str) -> None:
     done = make("-n", target, "STEPS=20")
     assert done.returncode == 0
-    assert re.fullmatch(r"scripts/setup\.sh light -- -m harness (?:run|target) '?101(-gpt2xl-dp1-gbs1-bf16)?'? +'STEPS=20' *\n", done.stdout)
+    assert re.fullmatch(r"scripts/setup\.sh light -- -m harness (?:run|target) '?101(-gpt2xl-dp1-gbs1-bf16)?'? +--given +'STEPS' *\n", done.stdout)
 
 
-def test_words_arrive_as_typed(tmp_path: Path) -> None:
-    fake = tmp_path / "harness"
-    fake.write_text(f"#!{sys.executable}\nimport sys\nprint(sys.argv[1:])\n")
+@pytest.fixture(scope="module")
+def front_door(tmp_path_factory):
+    """``make`` in a copy of the front door, where set-up is replaced by a script that prints what would reach the harness.
+
+    Called with make's arguments, and environment variables; gives that list of words, None where make stopped before. Whatever
+    was executed on the way is to leave a file, ``touched``.
+    """
+    home = tmp_path_factory.mktemp("front door")
+    for name in ("Makefile", "experiments/targets.mk"):
+        (home / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, home / name)
+    (home / "scripts").mkdir()
+    fake = home / "scripts" / "setup.sh"
+    fake.write_text(f"#!{sys.executable} -IS\nimport json, os, sys\nprint(json.dumps([sys.argv[sys.argv.index('harness') + 1:], {{**os.environ}}]))")
     fake.chmod(0o755)
-    done = make("101", f"HARNESS={fake}", "ARGS=--lr 1e-4 --note 'it''s' \"two words\"", "TP=2")
-    assert done.stdout.strip() == str(["target", "101", "TP=2", "ARGS=--lr 1e-4 --note 'it''s' \"two words\""])
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("MAKE") and k not in ("MFLAGS", *(s.key for s in SETTINGS))}
+
+    def call(*words: str, **environment: str) -> list[str] | None:
+        done = subprocess.run(["make", "-i", *words], cwd=home, text=True, capture_output=True, env={**clean, **environment})
+        assert not (home / "touched").exists(), (words, environment)
+        assert {path.name for path in home.iterdir()} == {"Makefile", "experiments", "scripts"}
+        if not done.stdout.startswith("["):
+            return None
+        words, passed = json.loads(done.stdout)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "environ", passed)
+            return cli.given(words)
+
+    return call
+
+
+HOSTILE = [
+    "$(shell touch touched)", "${shell touch touched}", "`touch touched`", "$(touch touched)", "'; touch touched; '", '"; touch touched; "',
+    "; touch touched", "& touch touched &", "| touch touched", "a\ntouch touched\nb", "'\ntouch touched\n'", "\\", "\\\ntouch touched", "$$(touch touched)",
+    "$$$(shell touch touched)", "$@ $< $(MAKE)", "# touched", "a#b", "-n", "--given", "--eval=$(shell touch touched)", "  ", "two  words ", "åäö 数 \u202e",
+    "*", "~", "%", "!touched", "${IFS}", "$IFS", "{a,b}", "<touched", ">touched", ":=", "=", "a=b", "\t\x1b[31m", "\udcff",
+    "$(eval X:=$(shell touch touched))", "$(call quoted,x)", "endef", "undefine SETTINGS", "$(error touched)", "$(file >touched)",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("turn", range(4))
+@pytest.mark.parametrize(("target", "command"), [("101", ["target", "101"]), ("data-prepare", ["data", "prepare"]), ("verify-101", ["verify", "101"])])
+def test_values_arrive_as_typed_and_nothing_executes(front_door, target: str, command: list[str], turn: int) -> None:
+    """Every setting, with another of these values in each turn; on the command line, then in the environment."""
+    keys = [setting.key for setting in SETTINGS]
+    values = {key: HOSTILE[(place * 5 + turn * 11) % len(HOSTILE)] for place, key in enumerate(keys)}
+    assert {*values.values()} == {*HOSTILE}
+    # make itself drops blanks behind the first =
+    arrived = front_door(target, *(f"{key}={value}" for key, value in values.items()), f"VENV={HOSTILE[turn]}", f"NCCL_X={HOSTILE[-turn]}")
+    assert arrived == [*command, *(f"{key}={value.lstrip(' ' + chr(9))}" for key, value in values.items() if value.strip())]
+    arrived = front_door(target, **values)
+    assert arrived == [*command, *(f"{key}={value}" for key, value in values.items())]
+
+
+@pytest.mark.parametrize("name", [
+    "WORDS", "NAMES", "GIVEN", "PLAIN", "LETTERS", "without_letters", "quoted", "LINE_BREAK", "HELP", "LAST", "UNKNOWN", "PASSED", "EXPORTED", "FILES",
+    "SETTINGS", "HARNESS", "DATA_HARNESS", "CHAT_HARNESS", "MORE", "SHELL", ".SHELLFLAGS", ".DEFAULT_GOAL", ".RECIPEPREFIX", "MAKE", "MAKEFLAGS",
+    "MAKECMDGOALS", "CURDIR", "VPATH", "with-dash", "STEP",
+])  # fmt: skip
+def test_what_is_no_setting_is_told_by_name_and_nothing_executes(front_door, name: str) -> None:
+    """Also the Makefile's own variables, and make's."""
+    for target, value in (("101", "$(shell touch touched)"), ("help", "'; touch touched; '"), ("list", "; touch touched;")):
+        words = front_door(target, f"{name}={value}")
+        assert words is None or [word for word in words if word.startswith(f"{name}=")], (target, value)
+
+
+@pytest.mark.parametrize("target", ["101'; touch touched; '", '101"; touch touched; "', "101; touch touched", "`touch touched`", "$$touch",
+                                    "data-'; touch touched; '", "a\ntouch touched\n", "'\ntouch touched\n'", "\\", "é", "a b", "*", "-n", "&touch touched", "#"])
+def test_a_target_arrives_as_typed_and_nothing_executes(front_door, target: str) -> None:
+    assert front_door("--", target) == ["target", target.replace("\n", " ")]
+    front_door("--", f"$(shell touch touched){target}")
 
 
 def test_settings_in_the_environment_count_too() -> None:
-    assert "'STEPS=7'" in make("-n", "101", STEPS="7").stdout
+    assert "'STEPS'" in make("-n", "101", STEPS="7").stdout
 
 
 @pytest.mark.parametrize("word, near", [("STEP=3", "STEPS"), ("tp=2", "TP"), ("CHAPTER=100", ""), ("zzz=1", "make help")])
@@ -228,8 +294,8 @@ def test_make_alone_is_one_screen() -> None:
 def test_exported_variables_of_weights_and_biases_ask_for_nothing_by_themselves() -> None:
     """Other programs want them, too; typed, or beside WANDB=, they are meant."""
     assert "WANDB" not in make("-n", "101", WANDB_PROJECT="other").stdout
-    assert "'WANDB_PROJECT=mine'" in make("-n", "101", "WANDB_PROJECT=mine").stdout
-    assert "'WANDB_PROJECT=other'" in make("-n", "101", "WANDB=offline", WANDB_PROJECT="other").stdout
+    assert "'WANDB_PROJECT'" in make("-n", "101", "WANDB_PROJECT=mine").stdout
+    assert "'WANDB_PROJECT'" in make("-n", "101", "WANDB=offline", WANDB_PROJECT="other").stdout
 
 
 def test_help_lists_every_target_that_has_a_line() -> None:

@@ -81,7 +81,7 @@ def render_sbatch(plan: Plan, settings: Mapping[str, str]) -> str:
         "gpus-per-node": str(e.ranks_per_node),
         "cpus-per-gpu": str(CPUS_PER_GPU),
         "signal": f"TERM@{ENDS_EARLY_S}",
-        "output": f"{plan.outdir}/slurm-%j.txt",
+        "output": f"{_in_a_comment(str(plan.outdir))}/slurm-%j.txt",
     }
     words = [f"{key}={value}" for key, value in settings.items() if key not in NOT_FOR_NODES]
     run = [*LAUNCHER, e.id, *words, "DEVICE=cuda", f"OUTDIR={plan.outdir}"]
@@ -115,6 +115,17 @@ def _on_every_node() -> list[str]:
         "# shellcheck disable=SC2016  # expanded on each node",
         """exec srun bash -c 'exec "$@" NODE_RANK="$SLURM_NODEID" RENDEZVOUS="$RENDEZVOUS"' node "${run[@]}\"""",
     ]
+
+
+def _in_a_comment(folder: str) -> str:
+    """``folder`` as sbatch reads it in a line of options, where % has a meaning.
+
+    Raises:
+        UserError: it holds what would end the option or the line.
+    """
+    if not folder.isprintable() or re.search(r"[\"'\\]", folder):
+        raise UserError(f"OUTDIR={folder!r}: sbatch takes no folder with quotes, backslashes or line breaks in its name")
+    return folder.replace("%", "%%")
 
 
 def _option(value: str) -> str:

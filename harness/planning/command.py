@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 from dataclasses import dataclass
@@ -121,8 +122,13 @@ def _torchrun(e: Experiment, place: Place) -> list[str]:
     ranks = ["--nproc-per-node", str(e.ranks_per_node), "--log-dir", os.devnull]
     if e.nodes == 1:
         return ["--standalone", *ranks]
-    return ["--nnodes", str(e.nodes), "--node-rank", place.node_rank, "--rdzv-backend", "c10d",
-            "--rdzv-endpoint", place.rendezvous or "", "--rdzv-id", e.id, *ranks]
+    return ["--nnodes", str(e.nodes), "--node-rank", _word(place.node_rank), "--rdzv-backend", "c10d",
+            "--rdzv-endpoint", _word(place.rendezvous or ""), "--rdzv-id", e.id, *ranks]
+
+
+def _word(value: str) -> str:
+    """A word of the script: text, or one of the variables that Slurm or its script sets, ``$SLURM_NODEID``."""
+    return value if re.fullmatch(r"\$[A-Z_]+", value) else shlex.quote(value)
 
 
 def _quoted(groups: list[list[str]]) -> list[list[str]]:
