@@ -159,10 +159,12 @@ targets: ## write experiments/targets.mk anew from the catalogue
 docs: override MORE = CHECK
 docs: ## write README.md and docs/ anew from the records  [CHECK=1: only say what is stale]
 	@$(HARNESS) docs $(WORDS)
-clean: ## remove failed and unfinished runs from outdir
+clean: MORE = YES
+clean: ## remove runs that failed and cannot be resumed; says which, and asks  [YES=1]
 	@$(HARNESS) clean $(WORDS)
-clean-all: ## remove every run and .venv
-	@$(HARNESS) clean ALL=1
+clean-all: MORE = YES
+clean-all: ## remove every run and .venv; says which, and asks  [YES=1]
+	@$(HARNESS) clean ALL=1 $(WORDS)
 	@rm -rf .venv
 
 # `make 101`, a row newer than targets.mk and every misspelt target land here; not being a target, 101 is no second candidate

@@ -349,10 +349,10 @@ def _claims(words: list[str]) -> int:
 
 
 def _clean(words: list[str]) -> int:
-    from harness.rundir import clean
+    from harness.cleaning import clean
 
-    settings = overrides.parse(words, extra=("ALL",))
-    return clean(_outdir(settings), everything=settings.get("ALL") == "1")
+    settings = overrides.parse(words, extra=("ALL", "YES"))
+    return clean(_outdir(settings), everything=settings.get("ALL") == "1", agreed=settings.get("YES") == "1")
 
 
 def _plots(words: list[str]) -> int:

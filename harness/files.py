@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from pydantic import ValidationError
 
 
+MAKE_ROOM = "make room there (make clean removes failed runs that cannot be resumed)"
+"""The way out of a full disk that costs no work."""
+
+
 @contextmanager
 def atomic(path: Path) -> Iterator[BinaryIO]:
     """A file to write: readers see the old one or the whole new one, after a power cut the new one."""
@@ -121,7 +125,7 @@ def told_if_unwritable(directory: Path, setting: str = "OUTDIR") -> Iterator[Non
         yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        way_out = "delete old runs there (make clean)" if full else "make it a writable directory"
+        way_out = MAKE_ROOM if full else "make it a writable directory"
         raise UserError(
             f"cannot write to {directory}: {error.strerror}\n{way_out}, or set {setting}= to another"
         ) from None

@@ -31,6 +31,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from harness import locks
 from harness.errors import UserError, first_line
 from harness.files import (
+    MAKE_ROOM,
     complaint,
     json_object,
     make_folder,
@@ -41,7 +42,6 @@ from harness.files import (
     write_json,
     write_text,
 )
-from harness.screen import say
 
 if TYPE_CHECKING:
     from harness.checkpoints import Saving
@@ -490,7 +490,7 @@ def create(outdir: Path, label: str) -> RunDir:
         if free_mib < LEAST_FREE_MIB:
             raise UserError(
                 f"{outdir}: {free_mib:.0f} MiB free, a run needs {LEAST_FREE_MIB} MiB\n"
-                "delete old runs there (make clean), or set OUTDIR= to another disk"
+                f"{MAKE_ROOM}, or set OUTDIR= to another disk"
             )
         for name in itertools.chain([label], (f"{label}.{n}" for n in itertools.count(2))):
             path = outdir / name
@@ -558,36 +558,6 @@ def runs(outdir: Path) -> tuple[tuple[Run, ...], tuple[str, ...]]:
         except ValueError as error:
             warnings.append(f"{path}: skipped: {first_line(error)}")
     return tuple(found), tuple(warnings)
-
-
-def clean(outdir: Path, everything: bool = False) -> int:
-    """Remove runs that neither ended ok nor ran out of memory, or all of them; those that still run stay.
-
-    Returns the exit status.
-
-    Raises:
-        UserError: a run cannot be removed.
-    """
-    removed = []
-    for path in sorted(p for p in outdir.glob("*/") if (p / "running.json").exists() or (p / "result.json").exists()):
-        try:
-            state = RunDir(path).state()
-        except ValueError:
-            state = "crash"
-        if state == "running" or (not everything and state in ("ok", "oom")):
-            continue
-        try:
-            locks.take(path, say)
-            shutil.rmtree(path)
-        except locks.Taken:
-            continue
-        except OSError as error:
-            raise UserError(f"cannot remove {path}: {error.strerror}") from None
-        finally:
-            locks.release(path)
-        removed.append(path.name)
-    say(f"removed {', '.join(removed)}" if removed else f"nothing to remove in {outdir}")
-    return 0
 
 
 def parse_metrics(line: str) -> StepMetrics | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import locks, rundir
+from harness import cleaning, locks, rundir
 from harness.errors import UserError
 from harness.experiment.catalog import Experiment, Model
 from harness.files import told_if_unwritable, write_json
@@ -156,7 +156,7 @@ def test_state_follows_the_lock_and_no_clock(tmp_path):
         write_json(run_dir.running, here | {"started": started})
         os.utime(run_dir.path / locks.FILE, (1, 1))
         assert run_dir.state() == "running"
-        rundir.clean(tmp_path, everything=True)
+        cleaning.clean(tmp_path, agreed=True, everything=True)
         assert run_dir.running.exists()
 
     write_json(run_dir.result, RESULT)
@@ -193,27 +193,3 @@ def test_corrupt_runs_are_left_out_with_a_warning_each(tmp_path):
 
 def test_an_absent_outdir_holds_no_runs(tmp_path):
     assert rundir.runs(tmp_path / "absent") == ((), ())
-
-
-def test_clean_keeps_results_and_what_still_runs(tmp_path, capsys):
-    def with_result(label: str, status: str) -> None:
-        make_run(tmp_path, label, {**RESULT, "status": status})
-
-    with_result("101-ok", "ok")
-    with_result("121-oom", "oom")
-    with_result("101-crash", "crash")
-    make_run(tmp_path, "101-torn").result.write_text("{")
-    for label in ("101-killed", "101-running"):
-        started = {"pid": os.getpid(), "host": os.uname().nodename, "started": time.time()}
-        write_json(make_run(tmp_path, label).running, started)
-    locks.take(tmp_path / "101-running")
-    (tmp_path / "notes").mkdir()
-
-    assert rundir.clean(tmp_path) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"101-ok", "121-oom", "101-running", "notes"}
-    assert capsys.readouterr().out == "removed 101-crash, 101-killed, 101-torn\n"
-
-    rundir.clean(tmp_path, everything=True)
-    assert {path.name for path in tmp_path.iterdir()} == {"101-running", "notes"}
-    rundir.clean(tmp_path)
-    assert "nothing to remove" in capsys.readouterr().out

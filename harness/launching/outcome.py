@@ -12,6 +12,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from harness.experiment.fit import levers
+from harness.files import MAKE_ROOM
 from harness.rundir import RankError, Status, StepMetrics, Validation
 
 if TYPE_CHECKING:
@@ -169,7 +170,7 @@ RULES = (
     _rule(
         r"No space left on device|Disk quota exceeded",
         "crash",
-        "the disk is full: make clean, or OUTDIR= on another disk",
+        f"the disk is full: {MAKE_ROOM}, or set OUTDIR= to another",
     ),
     _rule(
         r"found (NaN|Inf) in|Unexpected result (nan|-?inf)",
