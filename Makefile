@@ -56,7 +56,7 @@ override HELP = @if [ -t 1 ]; then width=$${COLUMNS:-$$(stty size 2>/dev/null </
     if [ -z "$$NO_COLOR" ] && [ "$$TERM" != dumb ]; then bold=$$(printf '\033[1m') normal=$$(printf '\033[0m'); fi; fi; \
   awk -v bold="$$bold" -v normal="$$normal" -v width="$$width" -v last=$(call quoted,$(LAST)) -f scripts/help.awk Makefile experiments/targets.mk
 list: override MORE = CHAPTER MODEL
-list: ## the catalogue  [CHAPTER=400] [MODEL=gpt2-xl] [GPUS=4 at most]
+list: ## the catalogue  [CHAPTER=400] [MODEL=gpt2-8.3b] [GPUS=4 at most]
 	@$(HARNESS) list $(WORDS)
 doctor: ## what is installed, what is missing and how to get it
 	@$(HARNESS) doctor
@@ -82,7 +82,7 @@ checkpoints: override MORE = RUN
 checkpoints: ## step, size, loss; whole or not  [RUN=label or folder]
 	@$(HARNESS) checkpoints $(WORDS)
 generate: override MORE = RUN PROMPT QUESTION TOKENS TEMPERATURE TOP_K TOP_P SEED
-generate: ## text from a checkpoint  RUN=label-or-id or WEIGHTS=name; PROMPT= or QUESTION="…", or DATA=name [TOKENS= TEMPERATURE= TOP_K= TOP_P= SEED=]
+generate: ## text from a checkpoint  RUN=label-or-id PROMPT="…" [TOKENS=64] [TEMPERATURE=0.8] [TOP_P=0.9] [SEED=1]; or WEIGHTS=name, QUESTION="…", DATA=name, TOP_K=
 	@$(HARNESS) generate $(WORDS)
 
 ##@ Read

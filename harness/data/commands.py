@@ -83,7 +83,7 @@ def check_set(words: Sequence[str]) -> int:
         print(f"  {'ok   ' if finding.right else 'WRONG'}  {finding.what}: {finding.seen}")
         wrong += not finding.right
     if wrong:
-        print(f"{name} is damaged: make data-{name}, or data-prepare, with FORCE=1 writes it anew")
+        print(f"{name} is damaged; {_how_to_prepare(name)} FORCE=1 writes it anew")
     return 1 if wrong else 0
 
 
@@ -260,6 +260,10 @@ def _describe(manifest: Manifest) -> None:
         print("  skipped: " + ", ".join(f"{number:,} {rule}" for rule, number in sorted(skipped.items())))
     took = ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in manifest.seconds.items())
     print(f"  tokenizer {manifest.tokenizer.name} by {manifest.tokenizer.by}; {took}")
+
+
+def _how_to_prepare(name: str) -> str:
+    return f"make data-{name}" if name in definitions() else f"make data-prepare NAME={name} INPUT=…"
 
 
 def _state(name: str) -> str:

@@ -111,7 +111,7 @@ def find(name: str, folder: Path = DATA) -> DataSet:
     if not home.is_dir() or not idx_path(prefix).exists():
         known = (*prepared(folder), MOCK)
         raise UserError(f"DATA={name} is not prepared; {_hint(name, known)}")
-    again = f"make data-check NAME={name} says more; make data-{name}, or data-prepare, writes it anew"
+    again = f"make data-check NAME={name} says more; preparing it again with FORCE=1 writes it anew"
     manifest = read_manifest(home)
     try:
         tokens = check_ends(prefix)

@@ -1,4 +1,4 @@
-"""What a user may change on the command line: ``make 101 STEPS=20 TP=2``."""
+"""What a user may change on the command line: ``make 408 STEPS=20 VPP=3``."""
 
 from __future__ import annotations
 

@@ -1,0 +1,202 @@
+"""Plans commands of make without running them: ``python tests/plan_commands.py COMMANDS.json`` in a copy of the repository.
+
+What a command would do is replaced where it would begin to train, write or wait; all that reads, parses, checks and plans before that
+is the harness's own. One JSON line on stdout for each command and device: what was refused, and what was printed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import json
+import re
+import shlex
+import shutil
+import struct
+import sys
+from pathlib import Path
+
+from harness import ROOT, cli, targets
+from harness.data import prepared
+from harness.data.manifest import Chat, Counted, Manifest, Source, TokenizerUsed, Written
+from harness.errors import UserError
+from harness.experiment.catalog import load_catalog
+from harness.machine.gpus import Gpu
+from harness.planning import plan as planning
+from harness.planning import start
+
+SETS = {"mine": False, "synthetic": False, "synthetic-sv": False, "openwebtext-10k": False, "tinystories-10k": False, "a": False, "b": False, "toy-chat": True, "toy-chat-2": True}
+"""Prepared data sets -> whether they are conversations."""
+GPUS = tuple(Gpu(index, "NVIDIA H200", f"GPU-{index}", 143771.0) for index in range(8))
+ENDS = {
+    "harness.launching.launch": ("stop",), "harness.launching.verify": ("verify",), "harness.evidence.records": ("record",), "harness.evidence.calibrate": ("calibrate",),
+    "harness.evidence.docs": ("write",), "harness.targets": ("write",), "harness.evidence.tables": ("print_compare",), "harness.evidence.report.page": ("write",),
+    "harness.evidence.plots": ("pictures", "write"), "harness.profiling.profile": ("print_profile",), "harness.rundir": ("clean",), "harness.parity": ("main",),
+    "harness.doctor": ("doctor",), "harness.machine.gpus": ("monitor", "keep_awake"), "harness.megatron.arguments": ("print_arguments",), "harness.planning.resume": ("print_list",),
+    "harness.generate": ("parse", "generate"), "harness.convert.commands": ("import_hf", "export_hf"), "harness.launching.chapter": ("run_chapter",),
+    "harness.data.prepare": ("prepare",), "harness.data.merge": ("merge",), "harness.data.check": ("check",), "harness.data.look": ("inspect",), "harness.data.clean": ("clean",),
+    "harness.data.chat.prepare": ("prepare_chat", "prepare_known"), "harness.cli": ("_install_heavy", "_keep_gpus_awake", "_prepare_conversations"),
+}
+"""What would train, write, or need more than this test has: replaced, so that nothing happens."""
+NEEDED = {"import-hf": ("HF",), "export-hf": ("RUN", "OUT"), "record": ("RUN",), "profile": ("RUN",), "compare": ("A", "B"), "generate": ("PROMPT|QUESTION|DATA", "RUN|WEIGHTS")}
+IDS = ("RUN", "A", "B")
+COMMANDS = ("compare", "generate", "list", "data-prepare", "record", "101")
+"""Some targets whose recipes are the harness's."""
+
+
+class Reached(Exception):
+    """A command came to what is replaced here."""
+
+
+def main() -> None:
+    commands = [tuple(words) for words in json.loads(Path(sys.argv[1]).read_text())]
+    recipes = _recipes()
+    for name, chat in SETS.items():
+        _prepared(name, chat)
+    (ROOT / "texts").mkdir(exist_ok=True)
+    for name in ("texts/one.jsonl", "crawl.jsonl", "chat.jsonl"):
+        (ROOT / name).write_text('{"text": "a document"}\n')
+    _stand_in()
+    for words in commands:
+        for device in ("cpu", "cuda") if re.match(r"(show-|chapter-|train-|half-)?\d", words[0]) else ("cpu",):
+            refused, said = _plan(words, device, recipes)
+            print(json.dumps({"words": words, "device": device, "refused": refused, "said": said}), flush=True)
+
+
+def _recipes() -> dict[str, str]:
+    """Target -> its recipe, of the Makefile and of targets.mk."""
+    found = {}
+    for file in (ROOT / "Makefile", targets.FILE):
+        text = file.read_text()
+        found |= dict(re.findall(r"^([a-z0-9][\w.-]*):.*\n\t(.*)$", text, re.MULTILINE))
+        found |= dict(re.findall(r"^([a-z0-9][\w.-]*): ?; ?(.*)$", text, re.MULTILINE))
+        assert not [name for name in COMMANDS if name in found and "HARNESS" not in found[name]]
+        found |= {name: "" for name in re.findall(r"^([a-z0-9][\w.-]*):", text, re.MULTILINE) if name not in found}
+    return found
+
+
+def _plan(words: tuple[str, ...], device: str, recipes: dict[str, str]) -> tuple[str | None, str]:
+    """Why the command is refused, if it is; and what it printed."""
+    target, *settings = words
+    if target.endswith("*"):
+        return (None if any(name.startswith(target[:-1]) for name in recipes) else f"no target begins with {target[:-1]}"), ""
+    recipe = recipes.get(target)
+    if recipe is None:
+        try:
+            argv = [*targets.command_of(target, load_catalog()), *settings]
+        except UserError as error:
+            return f"error: {error}", ""
+    elif harness := re.fullmatch(r"@\$\(\w*HARNESS\) (.*?)( \$\(WORDS\))?", recipe):
+        if settings and not harness[2]:
+            return f"make {target} ignores {' '.join(settings)}", ""
+        argv = [*shlex.split(harness[1]), *settings]
+    else:
+        return None, ""  # a script, or make itself
+    keys = {word.partition("=")[0] for word in settings}
+    if "DEVICE" not in keys and argv[0] in ("run", "train", "show", "chapter"):
+        argv.append(f"DEVICE={device}")
+    if argv[0] in ("run", "train") and "DRY_RUN" not in keys:
+        argv.append("DRY_RUN=1")
+    out = io.StringIO()
+    given = dict(word.split("=", 1) for word in settings)
+    STATE.update(device=given.get("DEVICE", device), experiment=None)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        try:
+            _known(argv[0], given)
+            status = cli.main(argv)
+        except Reached:
+            return None, out.getvalue()
+        except UserError as error:
+            return f"error: {error}", ""
+        except ImportError as error:
+            return f"not installed: {error.name}", ""
+    said = out.getvalue()
+    if not settings and " missing: " in said:
+        return None, ""  # a command's name alone, in a sentence
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    return (errors[0] if errors else f"exit status {status}" if status and not _verdict(argv) else None), said
+
+
+def _verdict(argv: list[str]) -> bool:
+    """Whether exit status 1 of this command is an answer, not a failure."""
+    return argv[0] in ("memory", "claims", "gpus", "faster")
+
+
+def _known(command: str, given: dict[str, str]) -> None:
+    """What a replaced function would have refused: ids that are none, settings that are missing."""
+    for group in NEEDED.get(command, ()):
+        if given and not any(key in given for key in group.split("|")):
+            raise UserError(f"{group} missing")
+    for key in IDS:
+        if re.match(r"\d{3}h?(-|$)", given.get(key, "")):
+            load_catalog().find(given[key].split("-")[0])
+
+
+STATE: dict[str, object] = {"device": "cpu"}
+
+
+def _stand_in() -> None:
+    for module, names in ENDS.items():
+        try:
+            found = importlib.import_module(module)
+        except ImportError:
+            continue  # of a set-up stage that is not here
+        for name in names:
+            getattr(found, name)  # renamed? then rename it here
+            setattr(found, name, (lambda *a, **k: None) if name.startswith(("_", "keep")) else _reached)
+    importlib.import_module("harness.launching.chapter").run_chapter = _plan_each
+    shutil.which = lambda *a, **k: None  # no sbatch: the script is printed
+    importlib.import_module("harness.machine.gpus").list_gpus = lambda: GPUS if STATE["device"] == "cuda" else ()
+    planning.resumed.choose = planning._loading = lambda *a, **k: None
+    start.find = _weights
+
+
+def _reached(*args: object, **kwargs: object) -> None:
+    raise Reached
+
+
+def _plan_each(experiments, plan_of, **kwargs: object) -> int:
+    refused = []
+    for e in experiments:
+        try:
+            plan_of(e)
+        except UserError as error:
+            refused.append(f"{e.id}: {error}")
+    if len(refused) == len(experiments):
+        raise UserError(refused[0])
+    return 0
+
+
+def _weights(named: str, outdir: Path) -> start.Start:
+    """Weights as ``named``: of an experiment, of a model of the catalogue, else GPT-2's of 124 million parameters."""
+    catalog = load_catalog()
+    models = {e.model.name: e.model for e in catalog.experiments}
+    small = models["gpt2-xl"].model_copy(update={"name": "gpt2", "num_layers": 12, "hidden_size": 768, "num_attention_heads": 12})
+    by_id = {e.id: e.model for e in catalog.experiments}
+    model = by_id.get(named) or models.get(named) or small
+    return start.Start(f"weights/{named}", model, 131072 if model is not small else 1024, None)
+
+
+def _prepared(name: str, chat: bool, documents: int = 2000, tokens_each: int = 4) -> None:
+    """A data set in data/<name>, made without numpy: headers, sizes and manifest are right, tokens are 0."""
+    prefix = prepared.prefix_of(name, ROOT / "data")
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    lengths = struct.pack(f"<{documents}i", *[tokens_each] * documents)
+    pointers = struct.pack(f"<{documents}q", *range(0, 2 * tokens_each * documents, 2 * tokens_each))
+    ends = struct.pack(f"<{documents + 1}q", *range(documents + 1))
+    idx = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 8, documents, documents + 1) + lengths + pointers + ends
+    prefix.with_name(prefix.name + ".idx").write_bytes(idx)
+    prefix.with_name(prefix.name + ".bin").write_bytes(bytes(2 * tokens_each * documents))
+    tokens = documents * tokens_each
+    Manifest(
+        name=name, recipe="", created=0.0, source=Source(kind="files", asked={"input": name}), cleaned=None,
+        counted=Counted(records=documents, documents=documents, empty=0, sequences=documents, tokens=tokens, skipped={}),
+        tokenizer=TokenizerUsed(type="NullTokenizer", name="null", sha256="0", vocab_size=1000, eod=None, by="test"), append_eod=False,
+        chat=Chat(template="simple", template_sha256="0", answer_tokens=1) if chat else None,
+        written=Written(dtype="uint16", bin_bytes=2 * tokens, bin_sha256=name, idx_bytes=len(idx), idx_sha256=name), seconds={}, versions={},
+    ).write(prefix.parent)
+
+
+if __name__ == "__main__":
+    main()
