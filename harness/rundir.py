@@ -412,8 +412,14 @@ class RunDir:
         return tuple(_lines(self.metrics, StepMetrics))
 
     def read_validation(self) -> tuple[Validation, ...]:
-        """Every complete line of validation.jsonl."""
-        return tuple(_lines(self.validation, Validation))
+        """Every evaluation in validation.jsonl; of two of one step the first, which decides whether a loss is reached.
+
+        Upstream evaluates once more at the end, on other batches, where an older run or one that was resumed has two.
+        """
+        found: dict[tuple[str, int], Validation] = {}
+        for line in _lines(self.validation, Validation):
+            found.setdefault((line.split, line.step), line)
+        return tuple(found.values())
 
     def read_saves(self) -> tuple[Save, ...]:
         """Every complete line of saves.jsonl."""

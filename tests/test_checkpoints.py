@@ -499,6 +499,14 @@ def test_a_run_to_a_loss_ends_well_only_where_it_got_there_or_never_looked(losse
     assert classify(Evidence(0, metrics=metrics, validation=validation), e).status == status
 
 
+def test_a_loss_on_the_test_set_is_not_the_one_to_reach():
+    e = plan(load_catalog().find("604"), {"DEVICE": "cpu", "UNTIL": "3", "STEPS": "20"}, "cpu").experiment
+    metrics = tuple(StepMetrics(step=n, loss=4.0, step_ms=1, time=0) for n in range(1, 21))
+    seen = tuple(Validation(step=20, split=split, loss=loss, time=0) for split, loss in (("validation", 3.1), ("test", 2.9)))
+    found = classify(Evidence(0, metrics=metrics, validation=seen), e)
+    assert found.status == "target-missed" and found.detail.startswith("loss 3.1000")
+
+
 def test_a_long_run_scales_its_intervals_in_its_miniature():
     e = plan(load_catalog().find("604"), {"DEVICE": "cpu"}, "cpu").experiment
     assert (e.steps, e.eval_interval, e.save_every, e.keep, e.data) == (240, 12, 30, 2, "mock")

@@ -50,7 +50,7 @@ def eventually(read):
 
 
 def test_what_a_run_records(tmp_path):
-    experiment = tiny(DENSE, {"dp": 2, "steps": 5, "eval_interval": 2})
+    experiment = tiny(DENSE, {"dp": 2, "steps": 5, "eval_interval": 1})
     run = finished(torchrun(experiment, tmp_path / "run", "--eval-iters", "1"), tmp_path / "run")
     steps = run.read_metrics()
     assert [step.step for step in steps] == [1, 2, 3, 4, 5]
@@ -59,8 +59,9 @@ def test_what_a_run_records(tmp_path):
         assert step.tokens_per_s == pytest.approx(8 * 32 / step.step_ms * 1e3)
         assert (step.skipped, step.nan, step.loss_scale, step.learning_rate) == (0, 0, 1.0, 1e-3)
     assert [(line.step, line.split) for line in run.read_validation()] == [
-        (2, "validation"), (4, "validation"), (5, "validation"), (5, "test"),
+        (1, "validation"), (2, "validation"), (3, "validation"), (4, "validation"), (5, "validation"), (5, "test"),
     ]
+    assert len(run.validation.read_text().splitlines()) == 6, "the last step's weights have one loss on held-out data"
     assert all(5 < line.loss < 6 for line in run.read_validation())
     ranks = run.read_ranks()
     assert [rank.coordinates["dp"] for rank in ranks] == [0, 1]

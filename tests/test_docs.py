@@ -12,7 +12,7 @@ from harness.cli import COMMANDS, RECORDS
 from harness.errors import UserError
 from harness.evidence import docs
 from harness.evidence.facts import Facts, NotMeasured
-from harness.evidence.results import Row
+from harness.evidence.results import Ended, Row, ended
 from harness.experiment.catalog import load_catalog
 from harness.experiment.overrides import EXPERIMENT_SETTINGS, LAUNCH_SETTINGS
 from harness.rundir import Upstream
@@ -228,6 +228,29 @@ def test_the_summary_counts_an_experiment_once(facts: Facts) -> None:
     assert summary.startswith(f"* **Reproduced.** {len({row.id for row in facts.of_hardware})} experiments on 1, 2")
     assert docs.block("summary", "records", replace(facts, rows=(*facts.rows, again))) == summary
     assert docs.block("summary", "records", replace(facts, rows=())) == "No records yet."
+
+
+def test_pages_give_one_count_of_what_ended_as_published(facts: Facts) -> None:
+    """README.md counted experiments and docs/records.md rows: 24 of 24 beside 25 of 25."""
+    summary, records = docs.block("summary", "records", facts), docs.block("records", "make docs", facts)
+    count = re.search(r"(\d+) of the (\d+) with a published row", summary)
+    assert f"Ended as published: {count[1]} of the {count[2]} with a published row" in records
+    row = facts.row("111")
+    twice = [row, replace(row, label="again"), replace(row, state="crash")]
+    assert [ended(twice[:n]) for n in (0, 1, 2, 3)] == [Ended(0, 0, 0), Ended(1, 1, 0), Ended(1, 1, 0), Ended(1, 0, 0)]
+
+
+def test_no_page_calls_unmeasured_what_another_quotes(facts: Facts) -> None:
+    """601 with a learning rate of its own: docs/data.md quotes its record, docs/06-models.md called it unmeasured."""
+    row = next(row for row in facts.rows if row.origin.stem == "601_args")
+    ran = replace(facts, rows=(row,))
+    said = "Not measured yet: `602`. Measured with other settings only: `601_args` (`docs/records.md`)."
+    assert docs.block("table", "601 602", ran) == said
+    assert docs.block("memory", "601 602", ran).endswith(f"\n\n{said}")
+    for path in docs.PAGES:
+        text = path.read_text(encoding="utf-8")
+        named = {id_ for line in re.findall(r"Not measured yet: ([^.]*)\.", text) for id_ in re.findall(r"`(\d+h?)`", line)}
+        assert not named & {row.id for row in facts.of_hardware}, path.name
 
 
 def test_other_hardware_and_another_upstream_have_no_place_in_a_chapter(facts: Facts) -> None:

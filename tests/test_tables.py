@@ -70,7 +70,7 @@ def test_the_footer_says_how_numbers_were_made():
         "publ.: 8x H100 80GB SXM5, Megatron-LM core_v0.14",
         "Source: megatron-tutorials",
         "synthetic tokens in place of openwebtext-10k",
-        "Ended as published: 1 of 1 rows.",
+        "Ended as published: 1 of the 1 with a published row.",
     ):
         assert said in text
     assert "formula: ms/step" in text and "formula: ms/step" not in tables.render([row("620")]), "of sinks the formula knows nothing"
@@ -96,7 +96,7 @@ def test_out_of_memory_as_published_counts():
     oom = row("121", state="oom", settings={"CARD": "h100-80gb"}, step_ms=None, window=None)
     text = tables.render([oom, row()])
     assert "OOM as published" in line_of(text, "121")
-    assert "Ended as published: 2 of 2 rows, 1 of them out of memory." in text
+    assert "Ended as published: 2 of the 2 with a published row, 1 of them out of memory." in text
 
 
 @pytest.mark.parametrize(

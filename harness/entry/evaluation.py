@@ -16,14 +16,21 @@ from harness.rundir import Validation
 def install(report: RankReport) -> None:
     """Write a line for every evaluation, and end the run at ``HARNESS_UNTIL`` where that is set."""
     from megatron.training import training
+    from megatron.training.utils import print_rank_0
 
     evaluate, evaluate_and_print = training.evaluate, training.evaluate_and_print_results
     until = float(os.environ[UNTIL_VARIABLE]) if UNTIL_VARIABLE in os.environ else None
     split, step, held_out = "validation", 0, None
+    evaluated: set[tuple[str, int]] = set()
 
     def evaluate_and_print_results(prefix, forward_step, iterator, model, iteration, *args, **kwargs):
         nonlocal split, step, held_out
         split, step, held_out = "test" if "test set" in prefix else "validation", iteration, None
+        if (split, step) in evaluated:
+            # after its last step upstream evaluates again, on other batches: a second loss of the same weights
+            print_rank_0(f"> {prefix}: evaluated already")
+            return None
+        evaluated.add((split, step))
         result = evaluate_and_print(prefix, forward_step, iterator, model, iteration, *args, **kwargs)
         if until is not None and split == "validation" and _on_any_rank(held_out is not None and held_out <= until):
             training.get_args().train_iters = iteration

@@ -43,7 +43,7 @@ from harness.evidence import (
 )
 from harness.evidence.facts import CARD, HARDWARE, Facts, NotMeasured, RanOutOfMemory
 from harness.evidence.plots import IMAGES
-from harness.evidence.results import Reference, Row
+from harness.evidence.results import Reference, Row, ended
 from harness.experiment import formulas
 from harness.experiment.calibrations import machine_measured_by
 from harness.experiment.catalog import Experiment
@@ -123,7 +123,7 @@ def _summary(facts: Facts, _: Sequence[str]) -> str:
     ids = sorted({row.id for row in facts.of_hardware})
     gpus = sorted({row.experiment.world_size for row in facts.of_hardware})
     rows = [row for row in map(facts.row, ids) if row]
-    judged = [row.as_published for row in rows if row.as_published is not None]
+    judged = ended(facts.of_hardware)
     memory = [row.memory_ratio for row in rows if row.memory_ratio]
     steps = [row.step_ratio for row in rows if row.step_ratio]
     if not memory or not steps:
@@ -137,14 +137,15 @@ def _summary(facts: Facts, _: Sequence[str]) -> str:
              for row in rows if row.state == "ok" and row.memory_gib.allocated]
     return (
         f"* **Reproduced.** {len(ids)} experiments on {', '.join(map(str, gpus[:-1]))} and {gpus[-1]} GPUs "
-        f"({find_gpu(HARDWARE).name}): {sum(judged)} of the {len(judged)} with a published row end as published, complete "
+        f"({find_gpu(HARDWARE).name}): {judged.as_published} of the {judged.experiments} with a published row "
+        "end as published, complete "
         f"or out of memory. Memory is {median(memory):.2f} times the published{_with_driver(rows)}, "
         f"{sum(abs(ratio - 1) <= 0.015 for ratio in memory)} of {len(memory)} within 1.5 %; a step takes "
         f"{median(steps):.2f} times the published, on a newer GPU and Megatron-LM.\n"
         f"* **Predicted.** `make memory-620` says by formula, before a run, what PyTorch will allocate: for these at most "
         f"{max(apart):.1%} off, {median(apart):.1%} in the median. `make speed-408` says how long a step will take: "
         f"for these {median(steps_apart):.1%} off in the median, by constants that had not seen the row; for the "
-        f"{len(machine.rows)} published rows, on another GPU, {half:.1%}, nine in ten within {most:.0%} "
+        f"{len(machine.rows)} published rows, on another GPU, {half:.1%}, 90th percentile {most:.0%} "
         "([how](docs/step-time.md)).\n"
         f"* **Checked.** {len(found)} teaching points are formulas over these numbers: {verdicts.counted(here)} "
         "(`make claims`; where one fails, its chapter says why)."
@@ -184,7 +185,7 @@ def _table(facts: Facts, ids: Sequence[str]) -> str:
         ])
     head = ["id", "layout", "GPUs", "GiB", "publ. GiB", "ratio", "ms/step", "publ. ms", "ratio", "formula", "MFU", "8x H200"]
     if not lines:
-        return f"{MISSING.capitalize()}: {_named(ids)}."
+        return _to_measure(facts, ids, named=True)
     return "\n".join([_filled(head, lines, "llrrrrrrrrrl"), "", *_notes(facts, rows)])
 
 
@@ -226,12 +227,22 @@ def _with_driver(rows: Sequence[Row]) -> str:
     return f" ({DRIVER_RESERVED_MIB / 1024:.1f} GiB{of_some} are the driver's, which nvidia-smi leaves out)"
 
 
-def _to_measure(facts: Facts, ids: Sequence[str]) -> str:
-    """Which experiments of a table have no record, in a sentence; nothing where all have one."""
-    missing = [id_ for id_ in ids if facts.row(id_) is None]
-    if len(missing) == len(ids):
-        return f"None of these is {MISSING.removeprefix('not ')}."
-    return f"{MISSING.capitalize()}: {_named(missing)}." if missing else ""
+def _to_measure(facts: Facts, ids: Sequence[str], *, named: bool = False) -> str:
+    """Which experiments of a table have no record, in a sentence; nothing where all have one.
+
+    One that was measured with other settings alone stands in no column, and is not called unmeasured either.
+    """
+    without = [id_ for id_ in ids if facts.row(id_) is None]
+    missing = [id_ for id_ in without if not facts.otherwise(id_)]
+    changed = [f"`{row.origin.stem}`" for id_ in without for row in facts.otherwise(id_)]
+    said = []
+    if len(missing) == len(ids) and not named:
+        said.append(f"None of these is {MISSING.removeprefix('not ')}.")
+    elif missing:
+        said.append(f"{MISSING.capitalize()}: {_named(missing)}.")
+    if changed:
+        said.append(f"Measured with other settings only: {', '.join(changed)} (`docs/records.md`).")
+    return " ".join(said)
 
 
 def _named(ids: Iterable[str]) -> str:

@@ -97,6 +97,10 @@ class Facts:
         """The record of this id with CARD's memory on HARDWARE, where there is one."""
         return self._by_stem.get(f"{name}_card{CARD}")
 
+    def otherwise(self, id_: str) -> tuple[Row, ...]:
+        """The records of this experiment on HARDWARE with settings of their own, such as ``601_args``."""
+        return tuple(row for row in self.of_hardware if row.id == id_ and row.origin.stem not in (id_, f"{id_}_card{CARD}"))
+
     def published(self, id_: str) -> Reference | None:
         """What was published for this experiment. Raises UserError where there is no such experiment."""
         self.catalog.find(id_)

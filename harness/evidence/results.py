@@ -360,6 +360,26 @@ class Results:
         return max(rows, key=_preference)
 
 
+@dataclass(frozen=True)
+class Ended:
+    """How many experiments with a published row ended as published, each counted once, however many rows it has."""
+
+    experiments: int
+    as_published: int
+    out_of_memory: int
+    """Of those that ended as published."""
+
+
+def ended(rows: Iterable[Row]) -> Ended:
+    """The one count of experiments that ended as published; with several rows, where each of them did."""
+    judged: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.as_published is not None:
+            judged.setdefault(row.id, []).append(row)
+    good = [found for found in judged.values() if all(row.as_published for row in found)]
+    return Ended(len(judged), len(good), sum(any(row.state == "oom" for row in found) for found in good))
+
+
 def load_references(path: Path = REFERENCES) -> References:
     """Read references.yaml.
 

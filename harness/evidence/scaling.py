@@ -38,7 +38,7 @@ def print_gpus(id_: str, settings: Mapping[str, str]) -> int:
         for cells, command in _lines(found, card):
             print(_row(cells, command))
         if known:
-            say(f"  {machine.how_sure(e)}: run the first few")
+            say(f"  {machine.how_sure(*(best.experiment for _, best in found if best and best.step))}: run the first few")
         if missing := _not_known(found, card, machine):
             say(f"  no formula for a step {missing}")
     return 0

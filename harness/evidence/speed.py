@@ -87,7 +87,7 @@ def print_faster(id_: str, settings: Mapping[str, str]) -> int:
         for layout in found[:SHOWN]:
             ms, gib = layout.step.total, layout.memory.total
             print(f"  {ms:7,.0f} {ms / now:6.2f} {gib:6.1f}  make {e.id} {layout.settings}")
-        say(f"  {machine.how_sure(found[0].experiment)}: run the first few")
+        say(f"  {machine.how_sure(*(layout.experiment for layout in found[:SHOWN]))}: run the first few")
     return 0
 
 
@@ -126,8 +126,9 @@ def machines_table() -> str:
     lines = [[f"`{name}`", *(f"{getattr(machine.constants, name):.3g}" for machine in machines.values())]
              for name in Calibration.model_fields]
     lines.append(["rows", *(str(len(machine.rows)) for machine in machines.values())])
-    for i, share in enumerate(("half", "nine in ten", "all")):
-        lines.append([f"{share} of them, unseen, within", *(f"{machine.misses()[i]:.1%}" for machine in machines.values())])
+    for i, statistic in enumerate(("median", "90th percentile", "largest")):
+        errors = [f"{machine.misses()[i]:.1%}" for machine in machines.values()]
+        lines.append([f"error on rows left out, {statistic}", *errors])
     return markdown.table(["", *(machine.card.name for machine in machines.values())], lines, "l" + "r" * len(machines))
 
 

@@ -17,7 +17,7 @@ from harness import screen
 from harness.data.prepared import MOCK
 from harness.errors import UserError
 from harness.evidence import markdown
-from harness.evidence.results import Results, Row, collect, load_references, losses, other_launch_rate
+from harness.evidence.results import Results, Row, collect, ended, load_references, losses, other_launch_rate
 from harness.experiment import overrides
 from harness.experiment.catalog import load_catalog
 from harness.experiment.flops import MODEL_FLOPS
@@ -389,11 +389,9 @@ def _footer(rows: list[Row]) -> Iterable[str]:
     if replaced:
         yield (f"data mock: synthetic tokens in place of {', '.join(replaced)}: "
                "time and memory compare, losses do not.")
-    judged = [row for row in rows if row.as_published is not None]
-    if judged:
-        oom = sum(row.state == "oom" for row in judged if row.as_published)
-        yield (f"Ended as published: {sum(row.as_published for row in judged)} of {len(judged)} rows"
-               + f", {oom} of them out of memory" * (oom > 0) + ".")
+    if (found := ended(rows)).experiments:
+        yield (f"Ended as published: {found.as_published} of the {found.experiments} with a published row"
+               + f", {found.out_of_memory} of them out of memory" * (found.out_of_memory > 0) + ".")
 
 
 def _is_mock(row: Row) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import cache, cached_property
+from itertools import combinations
 from pathlib import Path
 from statistics import median
 
@@ -83,22 +84,37 @@ class Machine(BaseModel):
         off = sorted(abs(row.left_out_ms / row.measured_ms - 1) for row in self.rows.values())
         return median(off), off[math.ceil(0.9 * len(off)) - 1], off[-1]
 
-    def how_sure(self, e: Experiment | None = None) -> str:
-        """The same in words, and what of ``e`` no row has that the constants were fitted to."""
+    def how_sure(self, *experiments: Experiment) -> str:
+        """How far off it is for rows that it has not seen, in words, where its rows say so much of ``experiments``.
+
+        No row tells of an experiment with work that none of them has: its error is unknown.
+        """
         half, most, _ = self.misses()
-        said = f"of rows it had not seen, half came within {half:.1%}, nine in ten within {most:.0%}"
-        missing = self.unmeasured(e) if e else ()
-        return said + (f"; counted, not measured yet: {', '.join(missing)}" if missing else "")
+        said = (f"error on rows left out of the fit: median {half:.1%}, 90th percentile {most:.0%} "
+                f"({len(self.rows)} rows)")
+        missing = {e.label: self.unmeasured(e) for e in experiments}
+        if not any(missing.values()):
+            return said
+        *others, last = dict.fromkeys(kind for found in missing.values() for kind in found)
+        kinds = f"{', '.join(others)} or {last}" if others else last
+        if all(missing.values()):
+            return f"no measured row has {kinds}: error unknown"
+        return f"{said}; error unknown with {kinds}, which no measured row has"
 
     def unmeasured(self, e: Experiment) -> tuple[str, ...]:
-        """Kinds of work in ``e`` that no row of this machine, or of the one it is ``like``, has."""
-        return tuple(sorted(step_time.kinds(e) - self._measured))
+        """Kinds of work in ``e`` that no row of this machine has, and pairs of methods that no row has together."""
+        ran = [_made(row.make or name) for name, row in self.rows.items()]
+        alone = sorted(step_time.kinds(e).difference(*map(step_time.kinds, ran)))
+        known = sorted(step_time.methods(e).difference(alone))
+        together = [set(step_time.methods(one)) for one in ran]
+        pairs = [f"{a} with {b}" for a, b in combinations(known, 2) if not any({a, b} <= both for both in together)]
+        return (*alone, *pairs)
 
-    @property
-    def _measured(self) -> frozenset[str]:
-        catalog, like = load_catalog(), load()[self.like]._measured if self.like else frozenset()
-        ran = (overrides.made(row.make or name, catalog) for name, row in self.rows.items())
-        return like.union(*map(step_time.kinds, ran))
+
+@cache
+def _made(words: str) -> Experiment:
+    """What ran in a row: ``111 FP8=tensorwise``."""
+    return overrides.made(words, load_catalog())
 
 
 @cache

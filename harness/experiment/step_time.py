@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from harness.experiment import timeline, understood
+from harness.experiment.catalog import SHARDING
 from harness.experiment.flops import adapter_parameters, parameters_on
 from harness.experiment.hardware import GPUS_OF_A_NODE
 from harness.experiment.work import OPERATION_S, Calibration, Rank, Work
@@ -86,39 +87,64 @@ def unknown(e: Experiment) -> list[str]:
 
 
 def kinds(e: Experiment) -> frozenset[str]:
-    """What work ``e`` has that others have not: constants fitted to rows without it have never met it."""
+    """What work ``e`` has that others have not: constants fitted to rows without it have never met it.
+
+    Every choice of an experiment and its model is here (a test goes through their fields); sizes are not, but for the
+    number of GPUs.
+    """
     m = e.model
     said = {
-        "fp8": e.precision == "fp8",
-        "FSDP": e.fully_sharded,
-        "LoRA": e.lora is not None,
-        "Muon": e.optimizer == "muon",
+        **_methods(e),
         "norms over whole projections": m.qk_norm == "projection",
         "norms of queries and keys": m.qk_norm == "head",
         "gated attention": m.attention_output_gate,
-        "gated MLPs": m.gated,
+        f"gated MLPs ({m.activation})": m.gated,
         "grouped heads": m.key_size < m.query_size,
         "windowed attention": m.window_size is not None,
-        "rotary positions": m.position_embedding != "learned_absolute",
+        "attention sinks": m.attention_sinks,
+        f"{m.position_embedding} positions": m.position_embedding != "learned_absolute",
+        "RMS norms": m.normalization == "RMSNorm",
+        "layers without biases": not m.add_bias_linear,
+        "an output layer of its own": m.untie_embeddings,
         "no dropout": not m.dropout,
+        f"{e.precision} arithmetic": e.precision == "fp32",
         "a fused loss": e.cross_entropy_fusion,
-        "CUDA graphs": e.cuda_graphs,
+        "unfused attention": e.attention_backend == "unfused",
         "bf16 moments": e.optimizer_state == "bf16",
         "bf16 gradients": e.gradients == "bf16",
         "full recomputation": e.recompute == "full",
         **{f"recomputation of {module}": True for module in e.selectively_recomputed},
-        "replicas": e.dp > 1,
-        "a sharded optimizer": e.sharding == "optim" and e.dp * e.cp > 1,
-        "tensor parallelism": e.tp > 1,
         "sequence parallelism": e.sequence_parallel,
-        "pipelines": e.pp > 1,
         "virtual stages": e.vpp > 1,
-        f"context parallelism by {e.cp_comm_type}": e.cp > 1,
-        "experts": m.num_experts is not None,
         "expert parallelism": e.ep > 1,
         "split experts": e.etp > 1,
+        "routers trained to balance": m.moe_aux_loss_coeff is not None or m.moe_z_loss_coeff is not None,
+        "routers with a softmax over all experts": m.moe_router_pre_softmax,
+        f"{e.world_size} GPUs": e.world_size > 1,
+        f"{e.nodes} nodes": e.nodes > 1,
     }
     return frozenset(name for name, applies in said.items() if applies)
+
+
+def methods(e: Experiment) -> frozenset[str]:
+    """Those of its kinds whose costs meet: what was measured of two of them apart says little of both together."""
+    return frozenset(name for name, applies in _methods(e).items() if applies)
+
+
+def _methods(e: Experiment) -> dict[str, bool]:
+    sharded = e.dp * e.cp > 1
+    return {
+        f"fp8 {e.fp8_recipe}": e.precision == "fp8",
+        SHARDING[e.sharding][0]: e.fully_sharded or (e.sharding == "optim" and sharded),
+        "LoRA": e.lora is not None,
+        "Muon": e.optimizer == "muon",
+        "CUDA graphs": e.cuda_graphs,
+        "experts": e.model.num_experts is not None,
+        "replicas": e.dp > 1,
+        "tensor parallelism": e.tp > 1,
+        "pipelines": e.pp > 1,
+        f"context parallelism by {e.cp_comm_type}": e.cp > 1,
+    }
 
 
 def predict(e: Experiment, gpu: Gpu, calibration: Calibration, *, switch_reduces: bool = False) -> StepTime:

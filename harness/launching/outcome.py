@@ -102,12 +102,12 @@ def classify(evidence: Evidence, experiment: Experiment) -> Outcome:
     if lost:
         return _named("nan", f"the loss is {lost.loss} at step {lost.step}", None, experiment)
     elsewhere = experiment.nodes > 1 and not done
-    held_out = [v.loss for v in evidence.validation if v.split == "validation"]
+    held_out = [v for v in evidence.validation if v.split == "validation"]
     wanted = experiment.until.validation_loss if experiment.until else -math.inf
-    if evidence.exit_code == 0 and (low := next((v for v in evidence.validation if v.loss <= wanted), None)):
+    if evidence.exit_code == 0 and (low := next((v for v in held_out if v.loss <= wanted), None)):
         return Outcome("ok", f"loss {low.loss:.4f} on held-out data at step {low.step}, {wanted:g} wanted")
     if evidence.exit_code == 0 and experiment.until and held_out and done >= experiment.steps:
-        detail = f"loss {min(held_out):.4f} on held-out data {progress}, {wanted:g} wanted"
+        detail = f"loss {min(v.loss for v in held_out):.4f} on held-out data {progress}, {wanted:g} wanted"
         return Outcome("target-missed", detail, advice="more STEPS=, or another learning rate (LR=)")
     if evidence.exit_code == 0 and done < experiment.steps and not elsewhere:
         return Outcome("crash", f"it ended without an error {progress}", advice="the end of logs.txt may tell why")
