@@ -52,7 +52,7 @@ def test_the_script_runs_torchrun_with_quoted_words(tmp_path) -> None:
     script = render(e, "cpu").replace("export PATH=", f"export PATH={tmp_path}:")
     done = subprocess.run(["bash", "-c", script], text=True, capture_output=True, check=True)
     printed = done.stdout.splitlines()
-    assert printed[:7] == ["--standalone", "--nproc-per-node", "1", "--log-dir", "/dev/null", "-m", "harness.entry"]
+    assert printed[:9] == ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "1", "--log-dir", "/dev/null", "-m", "harness.entry"]
     assert printed[-2:] == ["--note", "a b'c"]
 
 

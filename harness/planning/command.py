@@ -121,7 +121,8 @@ def _torchrun(e: Experiment, place: Place) -> list[str]:
     # without --log-dir an empty folder of every run stays in the folder of temporary files
     ranks = ["--nproc-per-node", str(e.ranks_per_node), "--log-dir", os.devnull]
     if e.nodes == 1:
-        return ["--standalone", *ranks]
+        # torchrun takes the machine's own name otherwise, and waits for ever where it has no address (containers, VPNs).
+        return ["--standalone", "--local-addr", "127.0.0.1", *ranks]
     return ["--nnodes", str(e.nodes), "--node-rank", _word(place.node_rank), "--rdzv-backend", "c10d",
             "--rdzv-endpoint", _word(place.rendezvous or ""), "--rdzv-id", e.id, *ranks]
 
