@@ -15,17 +15,21 @@ import math
 import re
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from harness import checksums, pickles
 from harness.errors import UserError
-from harness.files import sync_file, sync_folder, sync_tree
+from harness.files import json_object, sync_file, sync_folder, sync_tree, text_lines, write_json
 
 STEP_FOLDER = re.compile(r"iter_(\d{7,})")
 REMOVING = ".removing-"
 """Prefix of a checkpoint that is on its way out: no longer one, whatever is still there of it."""
+UNFINISHED = "it was not written to its end"
+FAILED = "load_failed.json"
+"""In the folder of a checkpoint that upstream could not load: why, and when that was."""
 TRACKER, METADATA = "latest_checkpointed_iteration.txt", ".metadata"
 NOT_WEIGHTS = re.compile(r"(chained_\d+\.)?optimizer|.*_extra_state|rng_state|rerun_state|common_state")
 """Keys of a checkpoint that are no parameters of the model."""
@@ -108,9 +112,10 @@ def examine(path: Path, step: int) -> Checkpoint:
         contents = read_contents(path / METADATA)
         damage = _damage(path, sizes, contents)
     except FileNotFoundError:
-        damage = "it was not written to its end"
+        damage = UNFINISHED
     except ValueError as error:
         damage = str(error)
+    damage = damage or _failed_to_load(path)
     return Checkpoint(path, step, size_bytes, damage, contents, checksums.NAME in sizes)
 
 
@@ -280,11 +285,24 @@ def _damage(path: Path, sizes: dict[str, int], contents: Contents) -> str | None
         except (OSError, ValueError, KeyError, TypeError):
             return "metadata.json is damaged"
     elif not any(key.startswith("model.") for key in contents.shapes):  # fsdp_dtensor, of one step, needs none
-        return "it was not written to its end"
+        return UNFINISHED
     known = checksums.read(path)
     if known is not None and (unknown := {METADATA, *contents.bytes_of} - set(known)):
         return f"{checksums.NAME} does not know {min(unknown)}"
     return None
+
+
+def mark_failed(path: Path, detail: str) -> None:
+    """Note in the checkpoint's folder that it could not be loaded, and why: from then on it counts as damaged."""
+    write_json(path / FAILED, {"detail": detail, "time": time.time()})
+
+
+def _failed_to_load(path: Path) -> str | None:
+    """That upstream could not load it although every byte is there; a new save of the step replaces the folder."""
+    if not (path / FAILED).exists():
+        return None
+    said = json_object("\n".join(text_lines(path / FAILED))) or {}
+    return f"it could not be loaded ({said.get('detail', 'no reason is known')}); rm {path / FAILED} has it tried again"
 
 
 def _check_pickles(found: Checkpoint) -> None:

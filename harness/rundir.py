@@ -167,13 +167,17 @@ class Running(_Record):
 
 
 class Change(_Record):
-    """A setting that another value has since the run was resumed after ``step``. ``curve``: its losses depend on it."""
+    """A setting that another value has since the run was resumed after ``step``.
+
+    ``curve``: its losses depend on it. ``work``: its step times do, so that the run is of more than one experiment.
+    """
 
     step: int
     setting: str
     before: str
     now: str
     curve: bool = False
+    work: bool = True
 
 
 class _Kept(_Record):
@@ -262,6 +266,12 @@ class Result(_Record):
     """Steps from which training was gone on with after an interruption."""
     changed: tuple[Change, ...] = ()
     """Settings that changed when it was resumed."""
+
+    @property
+    def mixed(self) -> tuple[Change, ...]:
+        """The changes that make it a run of more than one experiment."""
+        return tuple(change for change in self.changed if change.work)
+
     data: str
     device: str
     gpu: str | None = None

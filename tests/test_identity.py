@@ -46,7 +46,7 @@ def kept(outdir: Path, id_: str = "101", *steps: int, **settings: str) -> RunDir
 
 def test_every_field_of_an_experiment_has_its_place():
     """A new field is one of what a step computes, of how it is computed, or of names: whoever adds it says which."""
-    groups = [identity.NAMES, identity.KEEPING, identity.NEUTRAL.keys(), identity.CURVE.keys(), identity.OTHER_WORK]
+    groups = [identity.NAMES, identity.KEEPING, identity.NEUTRAL.keys(), identity.CURVE.keys(), identity.COMPARED_ELSEWHERE]
     assert sorted(name for group in groups for name in group) == sorted(Experiment.model_fields)
     settings = {s.key for s in overrides.EXPERIMENT_SETTINGS}
     named = {s for s in (*identity.NEUTRAL.values(), *identity.CURVE.values()) if s.isupper()}
@@ -202,6 +202,14 @@ def test_resume_never_begins_anew_where_checkpoints_were(tmp_path, capsys, left)
 SAVE = '{"step": 5, "asynchronous": true, "blocked_ms": 1, "whole_after_s": 1, "whole_at_step": 6, "gib": 0.1, "time": 0}'
 
 
+def test_a_run_that_was_killed_in_its_first_save_begins_anew_and_says_so(tmp_path):
+    run = kept(tmp_path, "101")
+    (write(run.checkpoints, 5) / "metadata.json").unlink()
+    (run.checkpoints / TRACKER).unlink()
+    found = planned(tmp_path, RESUME="1")
+    assert found.first_step == 0 and found.notices[-1] == f"{run.label} was ended before its first checkpoint: it begins anew at step 1"
+
+
 @pytest.mark.parametrize("settings, said", [
     ({"SAVE": "0"}, "SAVE=0: 101-.* keeps checkpoints, and RESUME= could not continue it once more"),
     ({"SAVE": "elsewhere"}, "SAVE=elsewhere: 101-.* keeps its checkpoints in .*/checkpoints, where RESUME= looks for them"),
@@ -242,9 +250,10 @@ def test_steps_before_a_change_are_not_averaged_with_those_behind_it():
     e = load_catalog().find("101").with_changes(steps=30)
     metrics = [StepMetrics(step=n, loss=7, step_ms=100 if n <= 10 else 50, time=0) for n in range(1, 31)]
     assert measure(e, metrics, None)["window"] == (6, 30)
-    change = Change(step=10, setting="TP", before="1", now="2")
+    change = Change(step=10, setting="TP", before="1", now="2", work=True)
     found = measure(e, metrics, None, [change])
     assert found["window"] == (16, 30) and found["step_ms"].median == 50
+    assert measure(e, metrics, None, [change.model_copy(update={"setting": "STEPS", "work": False})])["window"] == (6, 30)
 
 
 def test_train_resumes_its_own_words_only(tmp_path, monkeypatch):

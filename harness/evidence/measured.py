@@ -34,10 +34,10 @@ def measure(
 ) -> dict[str, Any]:
     """Every field of a Result that follows from the run's metrics alone: a record's can be computed again.
 
-    Steps before the last of the settings ``changed`` are of another experiment: the window begins as far behind it as it
-    else does behind step 0. ``counted``: whose count of FLOPs TFLOP/s and MFU follow.
+    Steps before the last change of the work are of another experiment: the window begins as far behind it as it else does
+    behind step 0. ``counted``: whose count of FLOPs TFLOP/s and MFU follow.
     """
-    since = max((change.step for change in changed), default=0)
+    since = max((change.step for change in changed if change.work), default=0)
     steps = [m for m in window(e, metrics) if m.step >= since + e.window_first_step]
     tflops = _median(_tflops(e, m, counted) for m in steps)
     return {

@@ -50,8 +50,8 @@ def record(run: rundir.RunDir, records: Path, force: bool = False) -> Path:
         raise UserError(f"{run.label} ended as {run.state()}: only finished runs and runs out of memory become records")
     if experiment.miniature or not result.gpu:
         raise UserError(f"{run.label} ran on a CPU; records hold GPU runs only")
-    if result.changed:
-        raise UserError(f"{run.label} is of more than one experiment: {changes_in_words(result.changed)}\n"
+    if result.mixed:
+        raise UserError(f"{run.label} is of more than one experiment: {changes_in_words(result.mixed)}\n"
                         "a record is of one: run it again")
     folder, steps = records / folder_of(result.gpu), run.read_metrics()
     try:

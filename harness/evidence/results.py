@@ -245,7 +245,7 @@ class Row:
     def comparable(self) -> bool:
         """Whether it may share a line with others: finished or out of memory, at full size on GPUs, its work unchanged."""
         whole = self.device == "cuda" and not self.experiment.miniature and is_same_work(self.experiment)
-        return whole and self.state in ("ok", "oom") and not (self.result and self.result.changed)
+        return whole and self.state in ("ok", "oom") and not (self.result and self.result.mixed)
 
     @property
     def as_published(self) -> bool | None:
@@ -478,7 +478,7 @@ def _run_row(run: rundir.Run, group: ReferenceGroup) -> Row:
         launch=_launch(environment),
         result=result,
         steps_done=steps[-1].step if steps else 0,
-        **({} if result and result.changed else _comparison(run.experiment, group)),
+        **({} if result and result.mixed else _comparison(run.experiment, group)),
     )
 
 

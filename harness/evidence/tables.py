@@ -352,8 +352,8 @@ def _notes(row: Row) -> list[str]:
         found.append(f"{row.label}: NVML could not be read: the used memory is unknown")
     if e.card:
         found.append(f"CARD={e.card}: memory capped as on that card")
-    if row.result and row.result.changed:
-        found.append(f"{row.label}: {changes_in_words(row.result.changed)}")
+    if row.result and row.result.mixed:
+        found.append(f"{row.label}: {changes_in_words(row.result.mixed)}")
     elif not row.against and not e.miniature:
         changed = " ".join(f"{key}={value}" for key, value in e.overrides.items())
         found.append(f"{changed}: not the published work, so nothing to compare with")

@@ -35,7 +35,10 @@ CURVE = {
 }
 """Field -> setting of what a step computes and on what: another value is another curve."""
 
-OTHER_WORK = frozenset({"id", "miniature", "model", "extra_args"})
+LENGTH = frozenset({"STEPS", "UNTIL", "EVAL_EVERY", "EVAL_STEPS", "PROFILE"})
+"""Settings of NEUTRAL that leave the work of a step, and how a checkpoint is loaded, as they were."""
+
+COMPARED_ELSEWHERE = frozenset({"id", "miniature", "model", "extra_args"})
 """Compared in other ways: rows and miniatures are other experiments; models and ARGS are compared word by word."""
 
 _BESIDE_THE_CURVE = re.compile(
@@ -53,6 +56,11 @@ class Difference:
     before: str
     now: str
     curve: bool
+
+    @property
+    def work(self) -> bool:
+        """Whether a step does other work, or the same in another way: step times before and after do not compare."""
+        return self.setting not in LENGTH
 
     def __str__(self) -> str:
         return f"{self.setting} {self.before} -> {self.now}"

@@ -213,7 +213,7 @@ def _earlier(plan: Plan) -> Finished | None:
         if run.state in HAS_RESULT
         and run.device == plan.device
         and identity.same(run.experiment, plan.experiment)
-        and not run.result.changed
+        and not run.result.mixed
         and run.result.gpu == here
     ]
     return max(same, key=lambda finished: finished.result.started, default=None)

@@ -21,7 +21,8 @@ from harness.evidence.measured import measure
 from harness.experiment import calibrations, fit
 from harness.experiment.hardware import find_gpu, peak_tflops
 from harness.files import told_if_unwritable, write_json, write_text
-from harness.launching import outcome, processes
+from harness.launching import failed_load, outcome, processes
+from harness.launching.failed_load import upstream_of
 from harness.launching.meeting import SHARED_S, run_directory
 from harness.launching.processes import LAUNCHER_VARIABLE, Signals
 from harness.launching.reserve import Reservation, folders_of, give_back
@@ -116,6 +117,7 @@ class Run:
         self._metrics: list[StepMetrics] = []
         self._resumed_at = _resumed_at(plan, directory)
         self._changed = _changed(plan, directory)
+        self._upstream_before = upstream_of(directory)
         self._phase = STARTING
         self._memory_gib: float | None = None
         self._looked_at = self._kill_at = 0.0
@@ -180,7 +182,10 @@ class Run:
             self.dir.turn.unlink(missing_ok=True)
             self._read_last_news()
             found = self._with_others(outcome.classify(self._evidence(), self.plan.experiment))
-            self._finished = Finished(self.dir, self._result(found))
+            result = self._result(found)
+            if self._keeps_records:
+                result = failed_load.note(self.plan, result, self.dir.read_rank_errors(), self._upstream_before)
+            self._finished = Finished(self.dir, result)
             try:
                 if self._keeps_records:
                     with told_if_unwritable(self.dir.path):
@@ -602,9 +607,10 @@ def _changed(plan: Plan, directory: RunDir) -> tuple[Change, ...]:
     """The settings that changed when the run was resumed, this time included; none where it begins anew."""
     if not plan.resumes or not plan.first_step:
         return ()
-    earlier = (change for change in directory.read_changes() if change.step <= plan.first_step)
-    now = (Change(step=plan.first_step, setting=d.setting, before=d.before, now=d.now, curve=d.curve) for d in plan.changed)
-    return (*earlier, *now)
+    step = plan.first_step
+    earlier = (change.model_copy(update={"step": min(change.step, step)}) for change in directory.read_changes())
+    fields = ("setting", "before", "now", "curve", "work")
+    return (*earlier, *(Change(step=step, **{name: getattr(d, name) for name in fields}) for d in plan.changed))
 
 
 def _most(values: Iterable[float | None]) -> float | None:

@@ -83,8 +83,8 @@ def choose(records: Sequence[Row], run: Row) -> Row:
         raise UserError(f"{run.label} is a CPU miniature; {records[0].label} was measured on {records[0].hardware}")
     if not same_work(records[0].experiment, run.experiment):
         raise UserError(f"{run.label} is a run of {run.experiment.label}, not of the work of {records[0].label}")
-    if run.result and run.result.changed:
-        raise UserError(f"{run.label} is of more than one experiment: {changes_in_words(run.result.changed)}")
+    if run.result and run.result.mixed:
+        raise UserError(f"{run.label} is of more than one experiment: {changes_in_words(run.result.mixed)}")
     here = _on_hardware(records, run.hardware)
     if run.state in ("running", "killed"):
         raise UserError(f"{run.label} is {run.state}: only a run that came to its own end can be compared with a record")

@@ -68,7 +68,11 @@ def newest_checkpoint(resumed: Resumed, e: Experiment, tell: Callable[[str], Non
         UserError: it had some, and none can be used; or it is of another model or beyond the steps of ``e``.
     """
     run, folder = resumed.run, resumed.run.checkpoints
-    if found := checkpoints.newest_whole(folder, tell):
+    skipped: list[str] = []
+    found = checkpoints.newest_whole(folder, skipped.append)
+    if found:
+        for line in skipped:
+            tell(line)
         resume.check_fits(found, e)
         if found.step > e.steps:
             raise UserError(f"RESUME: {run.label} has a checkpoint of step {found.step}, and STEPS={e.steps}\n"
@@ -76,13 +80,14 @@ def newest_checkpoint(resumed: Resumed, e: Experiment, tell: Callable[[str], Non
         return found
     if at_its_end(run, e):
         return None
-    damaged = [f"  step {c.step}: {c.damage}" for c in map(checkpoints.verify, checkpoints.in_folder(folder))]
     saved = [save.step for save in run.read_saves()]
-    if damaged or saved or (folder / checkpoints.TRACKER).exists():
-        gone = f"  {f'step {saved[-1]}' if saved else 'one'} was saved and is no longer there"
+    torn_first = all(line.endswith(checkpoints.UNFINISHED) for line in skipped)  # killed in its first save
+    if not torn_first or saved or (folder / checkpoints.TRACKER).exists():
+        gone = f"{f'step {saved[-1]}' if saved else 'one'} was saved and is no longer there"
         raise UserError("\n".join([f"RESUME: {run.label} kept checkpoints in {folder}, and none of them can be used:",
-                                   *(damaged or [gone]), "put one back there from a copy; without RESUME= a new run begins "
-                                   "at step 1, and this one stays as it is"]))
+                                   *(f"  {line}" for line in skipped or [gone]),
+                                   "put one back there from a copy; without RESUME= a new run begins at step 1, "
+                                   "and this one stays as it is"]))
     tell(f"{run.label} was ended before its first checkpoint: it begins anew at step 1")
     return None
 

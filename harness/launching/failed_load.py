@@ -1,0 +1,64 @@
+"""Mark a checkpoint that passed every check and that upstream could not load: the next RESUME= takes the one before."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from harness import checkpoints
+from harness.errors import UserError
+from harness.files import read_object, told_if_unwritable
+from harness.rundir import RankError, Result, RunDir, Upstream
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from harness.planning.plan import Plan
+
+_LOADING = re.compile(r"\bin (load_checkpoint|_load_base_checkpoint)$", re.MULTILINE)
+_OF_THE_PROGRAM = (
+    "AssertionError", "AttributeError", "ImportError", "ModuleNotFoundError", "NotImplementedError", "TypeError",
+    "UserError",
+)
+"""Errors that say more of the arguments or of upstream's version than of the bytes."""
+
+
+def note(plan: Plan, result: Result, errors: Sequence[RankError], before: Upstream | None) -> Result:
+    """``result``; where the run crashed as it loaded its own checkpoint, that one is marked and the advice says so.
+
+    Nothing is marked where settings or upstream changed since the checkpoint was saved: they may be what cannot load it.
+
+    Args:
+        before: the upstream that the resumed run had before.
+    """
+    loading = plan.extras.loading
+    if not (plan.resumes and loading and result.status == "crash") or any(d.work for d in plan.changed):
+        return result
+    error = next((e for e in errors if _LOADING.search(e.traceback)), None)
+    if error is None or error.type in _OF_THE_PROGRAM or before != result.upstream:
+        return result
+    path = loading.folder / f"iter_{loading.step:07d}"
+    try:
+        with told_if_unwritable(path):
+            checkpoints.mark_failed(path, f"{error.type}: {_cause(error.message)}")
+    except UserError:
+        return result
+    there = checkpoints.newest_whole(loading.folder)
+    advice = f"the checkpoint of step {loading.step} could not be loaded and is marked: " + (
+        f"RESUME=1 falls back to that of step {there.step}" if there else "none before it is whole")
+    return result.model_copy(update={"advice": advice})
+
+
+def upstream_of(run: RunDir) -> Upstream | None:
+    """The upstream that a run had, as its environment.json has it."""
+    try:
+        return Upstream.model_validate(read_object(run.environment)["upstream"])
+    except (KeyError, ValueError):
+        return None
+
+
+def _cause(message: str) -> str:
+    """The exception inside of upstream's CheckpointException, else the first line."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    inner = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b.*: ", line)]
+    return (inner or lines or ["no message"])[-1 if inner else 0][:100]
