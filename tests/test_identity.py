@@ -1,26 +1,37 @@
 """A run is what it froze, not what it is called: which run is resumed, loaded, recorded, compared; and what differs is said."""
 
 import importlib.util
+import io
 import json
 import os
 import shlex
+import shutil
 import sys
+import threading
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from harness import cli, finding, rundir
-from harness.checkpoints import TRACKER, Saving
+from harness.checkpoints import FAILED, TRACKER, Loading, Saving
 from harness.errors import UserError
 from harness.evidence.measured import measure
 from harness.experiment import identity, overrides
 from harness.experiment.catalog import Experiment, load_catalog
+from harness.files import write_json
+from harness.launching import failed_load, launch, processes
+from harness.launching.launch import Finished
+from harness.launching.terminal import PlainTerminal
+from harness.machine.provenance import describe_upstream
+from harness.planning.command import Extras
 from harness.planning.plan import Plan, plan
-from harness.rundir import Change, RunDir, StepMetrics
+from harness.rundir import Change, Result, RunDir, StepMetrics
 
 
 def load(name: str):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # where pickle looks for its classes
     spec.loader.exec_module(module)
@@ -282,3 +293,66 @@ def test_an_id_that_stands_for_different_experiments_is_refused_and_of_one_the_n
     write(kept(tmp_path, "101", **CLIP).checkpoints, 5)
     with pytest.raises(UserError, match=r"(?s)101: 2 different experiments ran.*\(ARGS --clip-grad not given\)\nname one of them by its label"):
         finding.label_of("101", tmp_path)
+
+
+def resuming(outdir: Path, run: RunDir, behaviour: str, step: int, **changes: object) -> Plan:
+    """A plan that resumes ``run`` after ``step``, with test_launch's stand-in for torchrun."""
+    extras = Extras(run.read_saving(), Loading(run.checkpoints, step))
+    e = run.read_experiment()
+    plan_ = load("test_launch_assets/launcher").make_plan(outdir, behaviour, 1, 20, resumes=run, extras=extras, **changes)
+    return replace(plan_, experiment=e, full=e)
+
+
+def finished(plan: Plan) -> tuple[Finished, str]:
+    out = io.StringIO()
+    return launch.run_plan(plan, terminal=PlainTerminal(out)), " ".join(out.getvalue().split())
+
+
+def test_a_checkpoint_that_fails_to_load_is_marked_and_the_next_resume_takes_the_one_before(tmp_path):
+    run = kept(tmp_path, "101", 5, 10)
+    write_json(run.environment, {"upstream": describe_upstream().model_dump(mode="json")})
+    done, said = finished(resuming(tmp_path, run, "load-fails", 10))
+    assert (done.result.status, done.exit_status) == ("crash", 1)
+    assert "-> the checkpoint of step 10 could not be loaded and is marked: RESUME=1 falls back to that of step 5" in said
+    again = planned(tmp_path, RESUME="1")
+    assert again.first_step == 5 and again.notices[0].startswith(
+        "checkpoint of step 10 skipped: it could not be loaded (CheckpointException: _pickle.UnpicklingError: Unsupported operand 0); rm ")
+    assert "none before it is whole" in finished(resuming(tmp_path, run, "load-fails", 5))[1]
+    with pytest.raises(UserError, match=r"(?s)none of them can be used:\n  checkpoint of step 10 skipped: .*\n  checkpoint of step 5 skipped: "):
+        planned(tmp_path, RESUME="1")
+    (run.checkpoints / "iter_0000005" / FAILED).unlink()
+    assert planned(tmp_path, RESUME="1").first_step == 5
+
+
+@pytest.mark.parametrize("spared", ["settings", "upstream", "program", "elsewhere", "memory"])
+def test_a_checkpoint_is_not_marked_for_what_its_bytes_are_not_to_blame_for(tmp_path, spared):
+    run = kept(tmp_path, "101", 5)
+    before = describe_upstream().model_copy(update={"commit": "another"} if spared == "upstream" else {})
+    changed = (identity.Difference("TP", "1", "2", curve=False),) if spared == "settings" else ()
+    plan_ = resuming(tmp_path, run, "load-fails", 5, changed=changed)
+    trace = "in train_step\n" if spared == "elsewhere" else 'File "x", line 2, in load_checkpoint\n'
+    kind = "AssertionError" if spared == "program" else "RuntimeError"
+    error = rundir.RankError(rank=0, type=kind, message="m", traceback=trace, time=0)
+    status = "oom" if spared == "memory" else "crash"
+    content = {"status": status, "exit_code": 1, "started": 0, "finished": 1, "steps": 20, "steps_done": 5, "data": "mock", "device": "cpu"}
+    result = Result.model_validate(content | {"upstream": describe_upstream().model_dump()})
+    assert failed_load.note(plan_, result, [error], before) == result
+    assert not list(run.checkpoints.glob(f"*/{FAILED}"))
+
+
+def test_a_run_whose_directory_is_deleted_ends_with_a_plain_error(tmp_path):
+    plan_ = load("test_launch_assets/launcher").make_plan(tmp_path / "out", "ok", 2, 1000, 0.05)
+
+    def delete() -> None:
+        deadline = time.monotonic() + 30
+        while not list((tmp_path / "out").glob("*/metrics.jsonl")) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        (tmp_path / "out").rename(tmp_path / "gone")  # ranks still write: rmtree alone would find it not empty
+        shutil.rmtree(tmp_path / "gone")
+
+    deleting = threading.Thread(target=delete)
+    deleting.start()
+    with pytest.raises(UserError, match=r"101-tiny-dp2_cpu was deleted while the run went on: it was ended after step \d+"):
+        finished(plan_)
+    deleting.join()
+    assert not processes.marked(HARNESS_RUN_DIR=str(tmp_path / "out" / "101-tiny-dp2_cpu"))

@@ -6,6 +6,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -182,15 +183,21 @@ class _Chapter:
     def _give_up_held(self) -> None:
         """A run that never had its turn leaves nothing behind."""
         if self._held:
-            self._held.abort()
-            shutil.rmtree(self._held.dir.path)
+            with suppress(UserError):  # its directory was deleted
+                self._held.abort()
+            shutil.rmtree(self._held.dir.path, ignore_errors=True)
             self._held = None
 
     def _close(self, run: Run) -> None:
-        finished = run.finish()
-        show_progress(run, self._shown)
         self._running.remove(run)
         self._free = sorted([*(self._free or ()), *run.gpu_ids])
+        try:
+            finished = run.finish()
+        except UserError as error:
+            self._shown.finish(run.label)
+            self._outcomes[run.plan.experiment.name] = Outcome("crash", first_line(error))
+            return
+        show_progress(run, self._shown)
         self._shown.finish(run.label)
         self._shown.print(summary(run.label, finished.dir.path, finished.result))
         self._outcomes[run.plan.experiment.name] = _judge(finished, finished.dir.label)

@@ -158,6 +158,8 @@ class Run:
         self._hear(now)
         if now - self._looked_at > LOOK_S:
             self._look(now)
+            if self._is_deleted and not self._kill_at:
+                self._terminate()
         if self._process.poll() is not None:
             return self._started_anew()
         if self._kill_at and now > self._kill_at:
@@ -175,7 +177,11 @@ class Run:
             self._terminate()
 
     def finish(self) -> Finished:
-        """Write result.json of a run that is over, and see to it that nothing of it is left running."""
+        """Write result.json of a run that is over, and see to it that nothing of it is left running.
+
+        Raises:
+            UserError: the run directory was deleted meanwhile, or cannot be written to.
+        """
         if self._finished is None:
             processes.end(self._marked(), GRACE_S)
             self._sampler.stop()
@@ -187,6 +193,10 @@ class Run:
                 result = failed_load.note(self.plan, result, self.dir.read_rank_errors(), self._upstream_before)
             self._finished = Finished(self.dir, result)
             try:
+                if self._is_deleted:
+                    raise UserError(f"{self.dir.path} was deleted while the run went on: it was ended after step "
+                                    f"{result.steps_done}, and nothing of it is left\n"
+                                    f"make {self.plan.experiment.id} runs it again")
                 if self._keeps_records:
                     with told_if_unwritable(self.dir.path):
                         self._write_launch_rate()
@@ -346,6 +356,10 @@ class Run:
             self._read_news(time.monotonic())
 
     @property
+    def _is_deleted(self) -> bool:
+        return not self.dir.path.is_dir()
+
+    @property
     def _has_last_step(self) -> bool:
         return bool(self._metrics) and self._metrics[-1].step >= self.plan.experiment.steps
 
@@ -401,7 +415,7 @@ class Run:
     def _started_anew(self) -> bool:
         """Start again, once, where a port was taken between torchrun's choosing and using it; whether that was so."""
         failed_early = self._process.returncode != 0 and not self._metrics and not self._kill_at
-        if not failed_early or self._started_again or self.plan.experiment.nodes > 1:
+        if not failed_early or self._started_again or self.plan.experiment.nodes > 1 or self._is_deleted:
             return False
         if not outcome.ADDRESS_IN_USE.search(self._log.text()):
             return False
@@ -589,10 +603,13 @@ class _Tail:
         return [line.decode(errors="replace") for line in lines]
 
     def text(self) -> str:
-        """The end of the file."""
-        with self.path.open("rb") as file:
-            file.seek(max(file.seek(0, os.SEEK_END) - LOG_TAIL_BYTES, 0))
-            return file.read().decode(errors="replace")
+        """The end of the file; nothing where it was deleted."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(max(file.seek(0, os.SEEK_END) - LOG_TAIL_BYTES, 0))
+                return file.read().decode(errors="replace")
+        except FileNotFoundError:
+            return ""
 
 
 def _resumed_at(plan: Plan, directory: RunDir) -> tuple[int, ...]:

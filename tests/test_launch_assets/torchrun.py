@@ -80,6 +80,12 @@ def rank(number: int) -> None:
     print(f"[rank{number}]: hello, {os.environ.get('CUDA_VISIBLE_DEVICES', 'no')} GPUs")
     if number == FIRST_RANK:
         print("> building train, validation, and test datasets ...", flush=True)
+    if BEHAVIOUR == "load-fails":
+        trace = 'File "training.py", line 1, in setup\n  File "checkpointing.py", line 2, in load_checkpoint\n    torch.load()\n'
+        error = {"type": "CheckpointException", "message": "CheckpointException ranks:dict_keys([0])\n  File \"x\"\n"
+                 "_pickle.UnpicklingError: Unsupported operand 0\n", "traceback": trace, "rank": number, "time": time.time()}
+        (files / f"{number}.error.json").write_text(json.dumps(error))
+        sys.exit(1)
     for step in range(1, STEPS + 1):
         time.sleep(STEP_S)
         if step == 3 and BEHAVIOUR == "hang":
