@@ -49,10 +49,12 @@ include experiments/targets.mk
 ##@ Look
 # A first screen: all but what developers need, and the settings.
 start: override LAST := Develop
-start: ; $(HELP); echo; echo 'make help: all this and every setting, KEY=VALUE, of make 101 KEY=VALUE …'
+start: ; @($(HELP); echo; echo 'make help: all this and every setting, KEY=VALUE, of make 101 KEY=VALUE …')$(PIPED)
 help: ## everything, with every setting
-	$(HELP)
-override HELP = @if [ -t 1 ]; then width=$${COLUMNS:-$$(stty size 2>/dev/null </dev/tty | cut -d' ' -f2)}; \
+	@($(HELP))$(PIPED)
+# in a pipe, such as to head, the reader may close it early: 128 + SIGPIPE
+override PIPED := || [ $$? -eq 141 ]
+override HELP = if [ -t 1 ]; then width=$${COLUMNS:-$$(stty size 2>/dev/null </dev/tty | cut -d' ' -f2)}; \
     if [ -z "$$NO_COLOR" ] && [ "$$TERM" != dumb ]; then bold=$$(printf '\033[1m') normal=$$(printf '\033[0m'); fi; fi; \
   awk -v bold="$$bold" -v normal="$$normal" -v width="$$width" -v last=$(call quoted,$(LAST)) -f scripts/help.awk Makefile experiments/targets.mk
 list: override MORE = CHAPTER MODEL

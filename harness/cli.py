@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from textwrap import indent
 
@@ -18,6 +19,7 @@ from harness.experiment import identity, overrides
 from harness.experiment.catalog import Catalog, Experiment, load_catalog
 from harness.megatron import tracking
 from harness.planning.plan import Plan, choose_device, plan
+from harness.streams import lasting_output
 
 OUTDIR = ROOT / "outdir"
 RECORDS = ROOT / "experiments" / "records"
@@ -26,6 +28,13 @@ RECORDS = ROOT / "experiments" / "records"
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return the exit status: 0 done, 1 a run failed, 2 a mistake to mend, 130 interrupted."""
     words = sys.argv[1:] if argv is None else argv
+    # the output of a live view is all that it does
+    output = nullcontext() if words[:1] == ["monitor-gpu"] else lasting_output()
+    with output:
+        return _main(words)
+
+
+def _main(words: list[str]) -> int:
     try:
         name, *words = given(words) or ["list"]
         if name not in COMMANDS:

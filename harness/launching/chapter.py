@@ -102,7 +102,7 @@ class _Chapter:
             while self._waiting or self._running or self._held:
                 if number := signals.take():
                     self._stopped_by = self._stopped_by or number
-                    self._stop(number)
+                    self._stop(number, signals.ended)
                 self._start_what_fits()
                 self._hold_the_next()
                 for run in self._running.copy():
@@ -202,12 +202,12 @@ class _Chapter:
         self._shown.print(summary(run.label, finished.dir.path, finished.result))
         self._outcomes[run.plan.experiment.name] = _judge(finished, finished.dir.label)
 
-    def _stop(self, number: signal.Signals) -> None:
+    def _stop(self, number: signal.Signals, because_ended: str | None = None) -> None:
         """Start nothing more, and end what runs."""
         self._waiting.clear()
         self._give_up_held()
         for run in self._running:
-            run.stop(number)
+            run.stop(number, because_ended)
 
 
 def _earlier(plan: Plan) -> Finished | None:

@@ -122,6 +122,7 @@ class Run:
         self._memory_gib: float | None = None
         self._looked_at = self._kill_at = 0.0
         self._stopped_by: signal.Signals | None = None
+        self._because_ended: str | None = None
         self._hang: str | None = None
         self._started_again = False
         self._finished: Finished | None = None
@@ -168,8 +169,13 @@ class Run:
             self._give_up(now - self._active_at)
         return True
 
-    def stop(self, number: signal.Signals) -> None:
-        """End every rank: SIGTERM, which torchrun passes on; SIGKILL after ``GRACE_S``, or at once when asked again."""
+    def stop(self, number: signal.Signals, because_ended: str | None = None) -> None:
+        """End every rank: SIGTERM, which torchrun passes on; SIGKILL after ``GRACE_S``, or at once when asked again.
+
+        Args:
+            because_ended: the process whose end was the reason.
+        """
+        self._because_ended = self._because_ended or because_ended
         if self._stopped_by:
             self._kill_at = time.monotonic()
         else:
@@ -438,6 +444,7 @@ class Run:
             metrics=tuple(self._metrics),
             validation=self.dir.read_validation(),
             stopped_by=self._stopped_by,
+            because_ended=self._because_ended,
             hang=self._hang,
             oom_kills=processes.oom_kills() - self._oom_kills_before,
             least_free_share=self._least_free_share,
@@ -521,7 +528,7 @@ def run_plan(plan: Plan, *, hang_seconds: float | None = None, terminal: Termina
         try:
             while run.poll():
                 if number := signals.take():
-                    run.stop(number)
+                    run.stop(number, signals.ended)
                 show_progress(run, shown)
                 time.sleep(POLL_S)
             finished = run.finish()

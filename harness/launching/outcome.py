@@ -31,6 +31,7 @@ class Evidence:
         exit_code: of command.sh; negative where a signal ended it, as subprocess reports it.
         log: the text of logs.txt.
         stopped_by: the signal with which the launcher was asked to end the run.
+        because_ended: the process, such as make, with which the run had to end.
         hang: what the launcher saw when it gave up waiting.
         oom_kills: processes that the kernel killed for want of memory while the run lasted.
         least_free_share: the smallest share of the host's memory that was available meanwhile, 0 to 1.
@@ -42,6 +43,7 @@ class Evidence:
     metrics: tuple[StepMetrics, ...] = ()
     validation: tuple[Validation, ...] = ()
     stopped_by: signal.Signals | None = None
+    because_ended: str | None = None
     hang: str | None = None
     oom_kills: int = 0
     least_free_share: float = 1.0
@@ -95,7 +97,8 @@ def classify(evidence: Evidence, experiment: Experiment) -> Outcome:
     progress = f"after step {done} of {experiment.steps}"
     lost = next((m for m in evidence.metrics if m.nan or not math.isfinite(m.loss or 0)), None)
     if evidence.stopped_by:
-        detail = f"ended by {_cause(evidence.stopped_by)} {progress}"
+        gone = evidence.because_ended and f"because {evidence.because_ended}, which started it, is gone,"
+        detail = f"ended {gone or f'by {_cause(evidence.stopped_by)}'} {progress}"
         return Outcome("killed", detail, advice="the results so far are kept")
     if evidence.hang:
         return Outcome("hang", evidence.hang, advice="ranks/*.stacks.txt hold every thread's stack")

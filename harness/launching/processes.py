@@ -11,6 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.launching.parents import Parents
+
 if TYPE_CHECKING:
     import psutil
 
@@ -27,14 +29,18 @@ _CGROUPS, _OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 class Signals:
     """While this context lasts, SIGINT, SIGTERM and SIGHUP are noted instead of ending this process.
 
-    Signals that are ignored (nohup, background jobs) stay so; outside the main thread nothing changes.
+    Signals that are ignored (nohup, background jobs) stay so; outside the main thread nothing changes. The end of what
+    started this process (``Parents``) counts as SIGHUP.
     """
 
     def __init__(self) -> None:
+        self.ended: str | None = None
+        """The process whose end is the last signal that was taken."""
         self._noted: list[signal.Signals] = []
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
+        self._parents = Parents()
         if threading.current_thread() is threading.main_thread():
             for number in _STOPPING:
                 if signal.getsignal(number) != signal.SIG_IGN:
@@ -42,11 +48,16 @@ class Signals:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._parents.close()
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def take(self) -> signal.Signals | None:
         """The oldest signal that nobody took yet, or None."""
+        if not self._noted and (ended := self._parents.ended()):
+            self._parents.close()
+            self.ended = ended
+            return signal.SIGHUP
         return self._noted.pop(0) if self._noted else None
 
     def _note(self, number: int, _frame: object) -> None:

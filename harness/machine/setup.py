@@ -21,6 +21,7 @@ from typing import Literal
 
 from harness.errors import UserError
 from harness.machine.stages import ROOT, Venv, distribution, missing, module, requirements, this_python
+from harness.streams import lasting_output
 
 Device = Literal["cpu", "cuda"]
 
@@ -348,4 +349,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with lasting_output():
+        sys.exit(main(sys.argv[1:]))

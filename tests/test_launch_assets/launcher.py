@@ -17,6 +17,7 @@ from harness.launching import launch, meeting
 from harness.planning.command import Extras, Place
 from harness.planning.plan import Plan
 from harness.rundir import RunDir
+from harness.streams import lasting_output
 
 TORCHRUN = Path(__file__).with_name("torchrun.py")
 
@@ -59,7 +60,9 @@ if __name__ == "__main__":
         changes["extras"] = Extras(saving=Saving(every=2, folder=Path(os.environ["SAVE"])))
     plan = make_plan(Path(outdir), behaviour, *sizes, *[float(n) for n in numbers[2:]], **changes)
     try:
-        sys.exit(launch.run_plan(plan, hang_seconds=float(os.environ.get("HANG", 0)) or None).exit_status)
+        with lasting_output():
+            status = launch.run_plan(plan, hang_seconds=float(os.environ.get("HANG", 0)) or None).exit_status
+        sys.exit(status)
     except UserError as error:
         print(f"error: {error}")
         sys.exit(2)

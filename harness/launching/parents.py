@@ -1,0 +1,69 @@
+"""Whether what started this launcher still lives: a run ends with a make or a script that was killed.
+
+A run that was detached on purpose goes on: under nohup (SIGHUP ignored), in the background of a shell without job control
+(SIGINT ignored), under setsid, or as a job of an interactive shell (a process group of its own, which the terminal ends).
+make waits for what it starts, so its end is never on purpose: it is followed in any case.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+MAKES = ("make", "gmake")
+SHELLS = ("sh", "bash", "dash", "zsh", "ksh", "fish", "busybox")
+
+
+class Parents:
+    """The processes above this one that it was started by and ends with."""
+
+    def __init__(self) -> None:
+        self._watched: dict[int, str] = {}
+        self._poll = select.poll()
+        for pid, name in _followed():
+            with suppress(OSError):  # it has just ended, or this kernel has no such descriptors
+                descriptor = os.pidfd_open(pid)
+                self._watched[descriptor] = f"{name} (process {pid})"
+                self._poll.register(descriptor, select.POLLIN)
+
+    def ended(self) -> str | None:
+        """Which of them has ended, or None."""
+        return next((self._watched[descriptor] for descriptor, _ in self._poll.poll(0)), None)
+
+    def close(self) -> None:
+        for descriptor in self._watched:
+            os.close(descriptor)
+        self._watched, self._poll = {}, select.poll()
+
+
+def _followed() -> Iterator[tuple[int, str]]:
+    """Number and name of each process to follow, the nearest first."""
+    ignored = signal.SIG_IGN in (signal.getsignal(signal.SIGHUP), signal.getsignal(signal.SIGINT))
+    child, pid = os.getpid(), os.getppid()
+    while pid > 1 and (known := _stat(pid)):
+        name, above = known
+        alone = ignored or _group(child) in (None, child) or _group(child) != _group(pid)
+        if name not in MAKES and (name not in SHELLS or alone):
+            return
+        yield pid, name
+        child, pid = pid, above
+
+
+def _group(pid: int) -> int | None:
+    try:
+        return os.getpgid(pid)
+    except ProcessLookupError:
+        return None
+
+
+def _stat(pid: int) -> tuple[str, int] | None:
+    """Name and parent of a process; None where it is gone."""
+    try:
+        front, _, back = Path(f"/proc/{pid}/stat").read_text().rpartition(")")
+    except OSError:
+        return None
+    return front.partition("(")[2], int(back.split()[1])
