@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from textwrap import indent
 
-from harness import ROOT, finding, screen, tutorial
+from harness import ROOT, finding, masking, screen, tutorial
 from harness.data import prepared
 from harness.data.sources import Definition, definitions
 from harness.errors import UserError, nearest
@@ -58,10 +58,12 @@ def _main(words: list[str]) -> int:
 def given(words: Sequence[str]) -> list[str]:
     """``words``, where those behind ``--given`` are names of settings that make left in the environment, as KEY=VALUE.
 
-    The Makefile passes values so: in the text of a recipe, a shell would read them.
+    The Makefile passes values so: in the text of a recipe, a shell would read them. Secrets of ARGS= are hidden.
     """
     at = words.index("--given") if "--given" in words else len(words)
-    return [*words[:at], *(f"{name}={os.environ.get(name, '')}" for name in words[at + 1 :])]
+    found = [*words[:at], *(f"{name}={os.environ.get(name, '')}" for name in words[at + 1 :])]
+    os.environ.pop("ARGS", None)
+    return [f"ARGS={masking.hide(word[5:])}" if word.startswith("ARGS=") else word for word in found]
 
 
 def _run(words: list[str]) -> int:

@@ -6,6 +6,8 @@ import sys
 import time
 from typing import TextIO
 
+from harness.screen import harmless, raw
+
 PLAIN_EVERY_S = 10.0
 _DRAW_EVERY_S = 0.1
 
@@ -14,7 +16,7 @@ class Progress:
     """Shows how far stages are, on ``stream``."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
-        self._stream = stream or sys.stderr
+        self._stream = raw(stream or sys.stderr)
         self._tty = self._stream.isatty()
         self._stage = ""
         self._begun = self._drawn = 0.0
@@ -34,12 +36,12 @@ class Progress:
         parts = [f"{stage}: {amount(done)} of {amount(total)}"]
         if rate:
             parts += [f"{amount(rate)}/s", f"{duration((total - done) / rate)} left"]
-        self._write("  ".join([*parts, *([more] if more else [])]))
+        self._write(harmless("  ".join([*parts, *([more] if more else [])])))
 
     def say(self, line: str) -> None:
         """A line that stays."""
         self.end()
-        print(line, file=self._stream, flush=True)
+        print(harmless(line), file=self._stream, flush=True)
 
     def end(self) -> None:
         """Clear the line that changes."""

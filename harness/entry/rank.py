@@ -19,6 +19,7 @@ from harness.entry import (
     handing_on,
     helpers,
     launch_rate,
+    masked,
     metrics,
     on_cpu,
     profiler,
@@ -71,6 +72,7 @@ def run(own_script: bool = False) -> NoReturn:
         if report:
             report.start()
         tree = prepare()
+        masked.install()
         _wait_for_turn()
         if report:
             for instrument in (launch_rate, metrics, evaluation, profiler, checkpointing, tracking):

@@ -17,6 +17,7 @@ from types import ModuleType
 from harness.entry import on_cpu
 from harness.files import write_json
 from harness.machine import gpus
+from harness.masking import mask
 from harness.rundir import RUN_DIR_VARIABLE, LaunchRate, Rank, RankError, RunDir
 
 GIB = 2**30
@@ -78,8 +79,8 @@ class RankReport:
         found = RankError(
             rank=self.rank,
             type=type(error).__name__,
-            message=str(error),
-            traceback="".join(traceback.format_exception(error)),
+            message=mask(str(error)),
+            traceback=mask("".join(traceback.format_exception(error))),
             time=time.time(),
             step=self.step,
         )

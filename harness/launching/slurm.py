@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from harness import ROOT
 from harness.errors import UserError
-from harness.planning.command import Place
+from harness.planning.command import Place, shell_word
 
 if TYPE_CHECKING:
     from harness.planning.plan import Plan
@@ -98,7 +98,7 @@ def render_sbatch(plan: Plan, settings: Mapping[str, str]) -> str:
         "# Packages are brought up to date once, before every node uses them.",
         "scripts/setup.sh light heavy",
         "",
-        f"run=({shlex.join(run)})",
+        f"run=({' '.join(map(shell_word, run))})",
         *(_on_every_node() if e.nodes > 1 else ['exec srun "${run[@]}"']),
         "",
         "# What runs on each node:",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from harness.rundir import changes_in_words, perplexity
+from harness.screen import harmless, raw
 
 if TYPE_CHECKING:
     from harness.rundir import Result
@@ -137,7 +138,7 @@ class LiveTerminal:
         from rich.console import Console
         from rich.live import Live
 
-        self._console = Console(file=stream, highlight=False)
+        self._console = Console(file=raw(stream), highlight=False)
         self._live = Live(console=self._console, auto_refresh=False, transient=True)
         self._runs: dict[str, Progress] = {}
         self._drawn_at = 0.0
@@ -151,7 +152,7 @@ class LiveTerminal:
         self._live.stop()
 
     def print(self, text: str) -> None:
-        self._console.print(text, markup=False, soft_wrap=True)
+        self._console.print(harmless(text), markup=False, soft_wrap=True)
 
     def show(self, progress: Progress) -> None:
         self._runs[progress.label] = progress
@@ -266,7 +267,7 @@ def _text(*parts: tuple[str, str]) -> Any:
 
     text = Text(no_wrap=True, overflow="ellipsis")
     for words, style in parts:
-        text.append(words, style)
+        text.append(harmless(words), style)
     return text
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from harness.errors import UserError
+from harness.screen import raw
 
 BUSY_MIB = 1024
 """A GPU with more memory in use is busy, also where its processes cannot be seen (another container's)."""
@@ -218,9 +219,10 @@ def monitor(interval_s: float = MONITOR_S) -> int:
         return 0
     try:
         if sys.stdout.isatty():
+            from rich.console import Console
             from rich.live import Live
 
-            with Live(_table(), auto_refresh=False) as live:
+            with Live(_table(), console=Console(file=raw(sys.stdout)), auto_refresh=False) as live:
                 while True:
                     time.sleep(interval_s)
                     live.update(_table(), refresh=True)

@@ -17,6 +17,7 @@ from harness.experiment.catalog import Experiment
 from harness.megatron.environment import variables
 from harness.megatron.flags import Device, loading_flags, megatron_flags, saving_flags, tracking_flags
 from harness.megatron.tracking import Tracking
+from harness.screen import harmless
 
 WIDTH = 110
 
@@ -66,7 +67,7 @@ def render(
     """
     environment = variables(e, device, memory_fraction=memory_fraction, tracking=extras.tracking,
                             keep=extras.saving and extras.saving.keep)
-    found = [(v.name, shlex.quote(v.value), v.reason) for v in environment]
+    found = [(v.name, shell_word(v.value), v.reason) for v in environment]
     if place.gpu_ids is not None:
         found.append(("CUDA_DEVICE_ORDER", "PCI_BUS_ID", "numbers as nvidia-smi shows them"))
         found.append(("CUDA_VISIBLE_DEVICES", ",".join(map(str, place.gpu_ids)), "the GPUs chosen for this run"))
@@ -114,7 +115,7 @@ def _index_mappings(e: Experiment) -> list[str]:
         return []
     samples = samples_of(e.steps, e.global_batch_size, e.eval_interval, e.eval_steps)
     words = [f"DATA={e.data}", f"SEQ={e.seq_length}", f"SAMPLES={','.join(map(str, samples))}", f"SPLIT={e.split}"]
-    return [f"python3 -m harness data mappings {shlex.join(words)}"]
+    return [f"python3 -m harness data mappings {" ".join(map(shell_word, words))}"]
 
 
 def _torchrun(e: Experiment, place: Place) -> list[str]:
@@ -127,13 +128,21 @@ def _torchrun(e: Experiment, place: Place) -> list[str]:
             "--rdzv-endpoint", _word(place.rendezvous or ""), "--rdzv-id", e.id, *ranks]
 
 
+def shell_word(text: str) -> str:
+    """``text`` as one word for bash, without a control character in it but line breaks and tabs."""
+    if harmless(text, masked=False) == text:
+        return shlex.quote(text)
+    encoded = text.encode(errors="surrogateescape")
+    return "$'" + "".join(chr(b) if 32 <= b < 127 and chr(b) not in "\\'" else f"\\x{b:02x}" for b in encoded) + "'"
+
+
 def _word(value: str) -> str:
     """A word of the script: text, or one of the variables that Slurm or its script sets, ``$SLURM_NODEID``."""
-    return value if re.fullmatch(r"\$[A-Z_]+", value) else shlex.quote(value)
+    return value if re.fullmatch(r"\$[A-Z_]+", value) else shell_word(value)
 
 
 def _quoted(groups: list[list[str]]) -> list[list[str]]:
-    return [[shlex.quote(word) for word in group] for group in groups]
+    return [[shell_word(word) for word in group] for group in groups]
 
 
 def _wrap(words: list[str]) -> list[str]:

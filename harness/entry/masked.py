@@ -1,0 +1,72 @@
+"""Secrets of ARGS= in a rank: its arguments have them, what it prints, logs and keeps does not.
+
+Upstream prints every argument, notes them in TensorBoard and Weights & Biases, and keeps them in checkpoints.
+"""
+
+import copy
+import sys
+from argparse import Namespace
+from functools import wraps
+from typing import Any
+
+from harness.masking import mask, reveal
+
+
+class Masked:
+    """A stream that writes names in the place of secrets."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        """Write ``text``; returns how long it was."""
+        self.stream.write(mask(text))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def install() -> None:
+    """Put secrets into ``sys.argv``, and keep them out of all that upstream does with its arguments.
+
+    Raises:
+        UserError: see ``masking.reveal``.
+    """
+    sys.stdout, sys.stderr = Masked(sys.stdout), Masked(sys.stderr)
+    hidden, sys.argv[1:] = sys.argv[1:], reveal(sys.argv[1:])
+    if sys.argv[1:] != hidden:
+        _keep_arguments_masked()
+
+
+def _keep_arguments_masked() -> None:
+    from megatron.training import checkpointing, global_vars
+
+    make_state, set_wandb = checkpointing.generate_state_dict, global_vars._set_wandb_writer
+
+    @wraps(make_state)
+    def generate_state_dict(args: Namespace, *more: Any, **named: Any) -> dict:
+        return make_state(masked(args), *more, **named)
+
+    @wraps(set_wandb)
+    def set_wandb_writer(args: Namespace) -> None:
+        set_wandb(masked(args))
+
+    checkpointing.generate_state_dict, global_vars._set_wandb_writer = generate_state_dict, set_wandb_writer
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:  # then upstream writes none
+        return
+    add_text = SummaryWriter.add_text
+    SummaryWriter.add_text = lambda self, tag, text, *more, **named: add_text(self, tag, mask(text), *more, **named)
+
+
+def masked(args: Namespace) -> Namespace:
+    """A copy of ``args`` with names in the place of secrets."""
+    found = copy.copy(args)
+    for name, value in vars(args).items():
+        if isinstance(value, str):
+            setattr(found, name, mask(value))
+        elif isinstance(value, list | tuple):
+            setattr(found, name, type(value)(mask(each) if isinstance(each, str) else each for each in value))
+    return found
