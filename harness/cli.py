@@ -300,8 +300,9 @@ def _record(words: list[str]) -> int:
     from harness.rundir import RunDir
 
     settings = overrides.parse(words, extra=("RUN",))
-    overrides.require(settings, ["RUN"], "make record RUN=label (a folder in outdir/)")
-    print(record(RunDir(_outdir(settings) / settings["RUN"]), RECORDS, force=settings.get("FORCE") == "1"))
+    overrides.require(settings, ["RUN"], "make record RUN=label (a folder in outdir/), or an id")
+    label = finding.label_of(settings["RUN"], _outdir(settings), lambda run: run.device == "cuda")
+    print(record(RunDir(_outdir(settings) / label), RECORDS, force=settings.get("FORCE") == "1"))
     return 0
 
 

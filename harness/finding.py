@@ -78,6 +78,13 @@ def label_of(wanted: str, outdir: Path, keep: Callable[[Candidate], bool] = lamb
     return one(wanted, kept).dir.label if kept else wanted
 
 
+def with_checkpoints(wanted: str, outdir: Path) -> list[RunDir]:
+    """Every run with checkpoints, the newest first, of the experiment with this id or name; none where it is a label."""
+    if (outdir / wanted).is_dir() or not _ID.match(wanted):
+        return []
+    return [found.dir for found in candidates(outdir, wanted)[0] if found.has_checkpoints]
+
+
 def one(wanted: str, found: Sequence[Candidate], way_out: str = "name one of them by its label") -> Candidate:
     """The newest of ``found``, which must be runs of one experiment on one kind of device.
 

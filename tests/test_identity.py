@@ -14,17 +14,20 @@ from pathlib import Path
 
 import pytest
 
-from harness import cli, finding, rundir
+from harness import ROOT, cli, finding, rundir
 from harness.checkpoints import FAILED, TRACKER, Loading, Saving
 from harness.errors import UserError
+from harness.evidence import records
 from harness.evidence.measured import measure
+from harness.evidence.results import collect, load_references
 from harness.experiment import identity, overrides
 from harness.experiment.catalog import Experiment, load_catalog
 from harness.files import write_json
-from harness.launching import failed_load, launch, processes
+from harness.launching import failed_load, launch, processes, verify
 from harness.launching.launch import Finished
 from harness.launching.terminal import PlainTerminal
 from harness.machine.provenance import describe_upstream
+from harness.planning import resume
 from harness.planning.command import Extras
 from harness.planning.plan import Plan, plan
 from harness.rundir import Change, Result, RunDir, StepMetrics
@@ -40,6 +43,7 @@ def load(name: str):
 
 CHECKPOINTS = load("test_checkpoints")
 TINY, run_in, write = CHECKPOINTS.TINY, CHECKPOINTS.run_in, CHECKPOINTS.write
+RECORDS = ROOT / "experiments" / "records"
 CLIP = {"ARGS": "--clip-grad 10"}
 
 
@@ -356,3 +360,69 @@ def test_a_run_whose_directory_is_deleted_ends_with_a_plain_error(tmp_path):
         finished(plan_)
     deleting.join()
     assert not processes.marked(HARNESS_RUN_DIR=str(tmp_path / "out" / "101-tiny-dp2_cpu"))
+
+
+def test_compare_takes_the_newest_run_of_this_checkout_before_a_record(tmp_path):
+    older, newer = (run_in(tmp_path, planned(tmp_path).experiment, result="ok") for _ in range(2))
+    for started, run in enumerate((older, newer)):
+        write_json(run.result, json.loads(run.result.read_text()) | {"started": started})
+    found = collect(tmp_path, RECORDS, load_references())
+    assert any(row.id == "101" and row.kind == "record" for row in found.rows)
+    assert found.find("101").label == newer.label and found.find("104").kind == "record"
+    assert found.find("h200-141gb/101").kind == "record"
+    other = run_in(tmp_path, planned(tmp_path, **CLIP).experiment, result="ok")
+    assert collect(tmp_path, RECORDS, load_references()).find("101").label == newer.label, "the row's own work"
+    for run in (older, newer):
+        shutil.rmtree(run.path)
+    assert collect(tmp_path, RECORDS, load_references()).find("101").label == other.label
+    run_in(tmp_path, planned(tmp_path, ARGS="--clip-grad 0.001").experiment, result="ok")
+    with pytest.raises(UserError, match=r"(?s)101: 2 different experiments ran under this id:\n.*\(ARGS --clip-grad .*\nname one of them"):
+        collect(tmp_path, RECORDS, load_references()).find("101")
+
+
+def test_the_list_of_checkpoints_of_an_id_shows_every_run_of_it(tmp_path, capsys):
+    labels = [kept(tmp_path, "101", 5, **settings).label for settings in ({}, CLIP)]
+    kept(tmp_path, "111", 5)
+    assert resume.print_list(tmp_path, "101") == 0
+    assert sorted(line for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")) == sorted(labels)
+
+
+def test_a_record_is_replaced_by_one_of_the_same_work_whatever_both_are_called(tmp_path):
+    records_of = load("test_records")
+    experiment = json.loads((records_of.KEPT / "101.json").read_text())["experiment"]
+
+    def recorded(label: str, *words: str) -> str:
+        changed = experiment | {"overrides": {"ARGS": " ".join(words)}, "extra_args": list(words)}
+        return records.record(records_of.run_of(tmp_path, label, experiment=changed), tmp_path / "records").name
+
+    names = [recorded("a", "--clip-grad", "1"), recorded("b", "--clip-grad", "2"), recorded("c", "--clip-grad=1")]
+    assert names == ["101_args.json", "101_args.2.json", "101_args.json"]
+    (tmp_path / "records" / "h200-141gb" / "101_args.json").write_text("{")
+    assert recorded("d", "--seed", "3") == "101_args.3.json", "what is damaged is not overwritten"
+
+
+@pytest.mark.parametrize("path", sorted(RECORDS.glob("*/*.json")), ids=lambda path: path.stem)
+def test_a_kept_record_is_found_as_that_of_its_own_work(path):
+    experiment, _ = records.read(path)
+    assert records._stem(experiment, path.parent) == path.stem
+    assert [other.stem for other in path.parent.glob(f"{experiment.id}*.json") if records._is_of(other, experiment)] == [path.stem]
+
+
+def test_a_run_of_two_experiments_is_no_record_and_says_why(tmp_path):
+    records_of = load("test_records")
+    change = {"step": 40, "setting": "TP", "before": "1", "now": "2", "curve": False, "work": True}
+    run = records_of.run_of(tmp_path, changed=[change])
+    with pytest.raises(UserError, match=r"is of more than one experiment: TP 1 -> 2 after step 40\na record is of one: run it again"):
+        records.record(run, tmp_path / "records")
+
+
+def test_verify_takes_the_newest_run_of_the_records_work(tmp_path):
+    """A run that has no result yet, or is of other work, is not the one that an id means."""
+    records_of = load("test_records")
+    experiment = json.loads((records_of.KEPT / "101.json").read_text())["experiment"]
+    own = records_of.run_of(tmp_path, "own")
+    newer = {"started": 2e9, "finished": 2e9 + 60}
+    records_of.run_of(tmp_path, "other", experiment=experiment | {"extra_args": ["--clip-grad", "2"]}, **newer)
+    records_of.run_of(tmp_path, "unfinished").result.unlink()
+    found = verify._read("101", tmp_path / "outdir", own.read_experiment())
+    assert found.label == "own"

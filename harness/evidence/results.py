@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from harness import rundir, yaml_files
 from harness.errors import UserError, first_line, nearest
 from harness.evidence import measured, records
-from harness.experiment import overrides
+from harness.experiment import identity, overrides
 from harness.experiment.calibrations import Machine, machine_of
 from harness.experiment.catalog import EXPERIMENTS, Catalog, Experiment
 from harness.experiment.flops import mfu
@@ -346,13 +346,14 @@ class Results:
     def find(self, wanted: str) -> Row:
         """The row of this label, path, id or name.
 
-        An id or name means its best run: on GPUs before a miniature, with unchanged work, ok, on a whole card, the latest.
+        An id or name means a run of this checkout before a record: on GPUs before a miniature, with unchanged work, ok, on a
+        whole card, the latest.
 
         Raises:
-            UserError: there is no such run or record.
+            UserError: there is no such run or record, or the id stands for runs of different work, none of it unchanged.
         """
         exact = [row for row in self.rows if wanted in (row.label, str(row.origin), row.origin.name)]
-        rows = exact or [row for row in self.rows if wanted in (row.id, row.experiment.name)]
+        rows = exact or _meant(wanted, [row for row in self.rows if wanted in (row.id, row.experiment.name)])
         if not rows:
             labels = [row.label for row in self.rows]
             there = nearest(wanted, labels) if labels else "no runs yet: make 101"
@@ -523,6 +524,27 @@ def _comparison(experiment: Experiment, group: ReferenceGroup) -> dict[str, Any]
     if experiment.miniature or not is_same_work(experiment):
         return {}
     return {"published": group.beside(experiment.id), "against": group}
+
+
+def _meant(wanted: str, rows: Sequence[Row]) -> Sequence[Row]:
+    """Of the ``rows`` of an id: runs of this checkout with a step or out of memory, else records, else other runs."""
+    began = [row for row in rows if row.kind == "run" and (row.steps_done or row.state == "oom")]
+    rows = began or [row for row in rows if row.kind == "record"] or rows
+    if not rows:
+        return rows
+    best = max(rows, key=_preference)
+    others = [row for row in rows if row.experiment.miniature == best.experiment.miniature]
+    different: dict[str, Row] = {}
+    for row in sorted(others, key=_preference, reverse=True):
+        different.setdefault(records.work(row.experiment).model_dump_json(), row)
+    if len(different) > 1 and not is_same_work(best.experiment):
+        lines = []
+        for row in different.values():
+            apart = [f"{d.setting} {d.before}" for d in identity.differences(row.experiment, best.experiment)]
+            lines.append(f"  {row.label}" + (f"  ({'; '.join(apart)})" if apart else ""))
+        raise UserError("\n".join([f"{wanted}: {len(different)} different experiments ran under this id:", *lines,
+                                   "name one of them by its label"]))
+    return others
 
 
 def _preference(row: Row) -> tuple[bool, bool, bool, bool, float]:

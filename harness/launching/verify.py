@@ -30,7 +30,7 @@ from harness.evidence.results import (
     other_launch_rate,
 )
 from harness.experiment import overrides
-from harness.experiment.catalog import load_catalog
+from harness.experiment.catalog import Experiment, load_catalog
 from harness.machine import gpus
 from harness.machine.provenance import describe_upstream
 from harness.planning import start
@@ -70,7 +70,7 @@ def verify(id_: str, settings: Mapping[str, str], outdir: Path, records: Path, p
     kept = [row for row in rows if same_work(row.experiment, experiment)]
     if not kept:
         raise UserError(f"{experiment.label} has no record\nmake {id_} runs it, make record RUN=… keeps it")
-    run = _read(settings["RUN"], outdir) if "RUN" in settings else _run(kept, settings, prepare)
+    run = _read(settings["RUN"], outdir, experiment) if "RUN" in settings else _run(kept, settings, prepare)
     record = choose(kept, run)
     lines = compare(record, run)
     print(render(record, run, lines))
@@ -159,9 +159,9 @@ def _on_hardware(records: Sequence[Row], hardware: str) -> list[Row]:
     return found
 
 
-def _read(label: str, outdir: Path) -> Row:
+def _read(label: str, outdir: Path, experiment: Experiment) -> Row:
     results = collect_runs(outdir, load_references())
-    found = next((row for row in results.rows if row.label == label), None) or _newest_of(label, results.rows)
+    found = next((row for row in results.rows if row.label == label), None) or _newest_of(label, results.rows, experiment)
     if skipped := [warning for warning in results.warnings if warning.startswith(f"{outdir / label}: ")]:
         raise UserError(f"{skipped[0]}\nrun it again")
     if found is None:
@@ -170,10 +170,15 @@ def _read(label: str, outdir: Path) -> Row:
     return found
 
 
-def _newest_of(wanted: str, rows: Sequence[Row]) -> Row | None:
-    """The newest run of the experiment with this id or name."""
+def _newest_of(wanted: str, rows: Sequence[Row], experiment: Experiment) -> Row | None:
+    """The newest run with this id or name: of the work of ``experiment`` and at its end, if there is one."""
     of_it = [row for row in rows if wanted in (row.experiment.id, row.experiment.name)]
-    return max(of_it, key=lambda row: row.result.started, default=None)
+
+    def order(row: Row) -> tuple[bool, bool, float]:
+        started = row.result.started if row.result else 0.0
+        return same_work(row.experiment, experiment), row.state in ("ok", "oom"), started
+
+    return max(of_it, key=order, default=None)
 
 
 def _run(records: Sequence[Row], settings: Mapping[str, str], prepare: Callable[[], None]) -> Row:
@@ -196,4 +201,4 @@ def _run(records: Sequence[Row], settings: Mapping[str, str], prepare: Callable[
     planned = plan(load_catalog().find(record.id), wanted, "cuda")
     prepare()
     finished = run_plan(planned, hang_seconds=hang)
-    return _read(finished.dir.label, planned.outdir)
+    return _read(finished.dir.label, planned.outdir, planned.experiment)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from harness import checkpoints
+from harness import checkpoints, finding
 from harness.checkpoints import STEP_FOLDER, Checkpoint, Contents, examine, newest_whole, verify
 from harness.convert import weights
 from harness.data import prepared
@@ -177,7 +177,10 @@ def print_list(outdir: Path, label: str | None) -> int:
     Raises:
         UserError: there is no such run.
     """
-    folders = [folder_of(label, outdir)] if label else [run.dir.checkpoints for run in runs(outdir)[0]]
+    if label:
+        folders = [run.checkpoints for run in finding.with_checkpoints(label, outdir)] or [folder_of(label, outdir)]
+    else:
+        folders = [run.dir.checkpoints for run in runs(outdir)[0]]
     lines = [line for folder in dict.fromkeys(folders) for line in _lines(folder)]
     print("\n".join(lines) if lines else f"no checkpoints in {label or outdir}: SAVE=1 makes a run keep some")
     return 0 if lines else 1
