@@ -189,7 +189,7 @@ def read_contents(metadata: Path) -> Contents:
             for index, info in state["storage_data"].items():
                 name, offset, length = (info.state[key] for key in ("relative_path", "offset", "length"))
                 bytes_of[name] = max(bytes_of.get(name, 0), offset + length)
-                if "size" not in state["state_dict_metadata"][index.state["fqn"]].state:
+                if type(state["state_dict_metadata"][index.state["fqn"]]).__name__ != "TensorStorageMetadata":
                     objects.append((name, offset, length))
             tensors = {key: value.state for key, value in state["state_dict_metadata"].items() if "size" in value.state}
             shapes = {key: tuple(tensor["size"].args[0]) for key, tensor in tensors.items() if not NOT_WEIGHTS.match(key)}

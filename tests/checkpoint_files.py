@@ -34,10 +34,16 @@ class Tensor:
 class Metadata:
     state_dict_metadata: dict = field(default_factory=dict)
     storage_data: dict = field(default_factory=dict)
+    planner_data: object = None
+
+
+class Object:
+    """Of an entry that is no tensor."""
 
 
 TORCH = {Index: "torch.distributed.checkpoint.metadata\nMetadataIndex", Info: "torch.distributed.checkpoint.filesystem\n_StorageInfo",
          Size: "torch\nSize", Tensor: "torch.distributed.checkpoint.metadata\nTensorStorageMetadata",
+         Object: "torch.distributed.checkpoint.metadata\nBytesStorageMetadata",
          Metadata: "torch.distributed.checkpoint.metadata\nMetadata"}
 
 
