@@ -531,3 +531,19 @@ def test_a_table_shows_the_held_out_loss_and_its_perplexity(tmp_path):
     assert (values["validation_loss"], values["validation_step"]) == (2.0, 20) and values["perplexity"] == pytest.approx(7.389, abs=1e-3)
     assert rundir.perplexity(1000.0) is None
     assert "2.000 (7.4)" in tables.render([row]) and "perplexity" in tables.render_compare(row, row)
+
+
+def test_weights_are_read_to_their_end_before_a_run_starts_from_them(tmp_path):
+    for step in (10, 20):
+        checkpoints.settle(write(tmp_path, step))
+    start.check_whole(str(tmp_path))
+    flip(tmp_path / "iter_0000020" / "__0_0.distcp", 600)
+    with pytest.raises(UserError, match=r"iter_0000020: __0_0.distcp: not the bytes [^\n]*\niter_0000010 is whole: write 10 into"):
+        start.check_whole(str(tmp_path))
+    (tmp_path / checkpoints.TRACKER).write_text("10")
+    start.check_whole(str(tmp_path))
+    (tmp_path / checkpoints.TRACKER).write_text("")
+    start.check_whole(str(tmp_path))
+    flip(tmp_path / "iter_0000010" / "__0_0.distcp", 600)
+    with pytest.raises(UserError, match=f"no whole checkpoint in {tmp_path}"):
+        start.check_whole(str(tmp_path))

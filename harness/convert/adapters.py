@@ -20,7 +20,7 @@ from harness.convert.architectures import EMBEDDING, LAYERS, Row, architecture_o
 from harness.convert.torch_dist import Checkpoint
 from harness.convert.transforms import FUSED_QKV, TRANSPOSED, Sizes
 from harness.errors import UserError
-from harness.files import write_json
+from harness.files import sync_folder, sync_tree, write_json
 from harness.finetune.adapters import KEY, PARENTS, TENSORS, Adapters, read_record
 
 _FAN_IN_FAN_OUT = (FUSED_QKV, TRANSPOSED)
@@ -118,9 +118,11 @@ def export_peft(adapters: Path, base: Path, target: Path, named: str) -> int:
             "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "target_modules": sorted(targets),
             "fan_in_fan_out": any(targets.values()), "bias": "none", "inference_mode": True,
         })
+        sync_tree(unfinished)
         if target.exists():
             target.rmdir()
         unfinished.rename(target)
+        sync_folder(target.parent)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return sum(tensor.numel() for tensor in tensors.values())

@@ -18,6 +18,7 @@ from harness.convert.safetensor_files import SHARD_BYTES, sliced, writing
 from harness.convert.torch_dist import Checkpoint
 from harness.convert.transforms import Sizes
 from harness.errors import UserError
+from harness.files import sync_folder, sync_tree
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,11 @@ def export_checkpoint(folder: Path, target: Path, *, like: Path | None = None, a
             source = (tokenizer if name in hub.TOKENIZER else origin) or Path()
             if source != Path() and (source / name).is_file():
                 shutil.copyfile(source / name, unfinished / name)
+        sync_tree(unfinished)
         if target.exists():
             target.rmdir()
         unfinished.rename(target)
+        sync_folder(target.parent)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     numbers = {name: torch.Size(shape).numel() for name, (_, shape) in announced.items()}

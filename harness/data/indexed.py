@@ -241,6 +241,8 @@ class Writer:
         part = self.prefix.with_name(self.prefix.name + ".idx.part")
         with part.open("wb") as file:
             sha = _write_index(file, self.dtype, self._parts()[1], self._parts()[2], self.marks)
+            file.flush()
+            os.fsync(file.fileno())
         idx_path(self.prefix).unlink(missing_ok=True)
         self._parts()[0].replace(bin_path(self.prefix))
         part.replace(idx_path(self.prefix))

@@ -49,7 +49,7 @@ from harness.data.sources import Definition, Hub, Synthetic, download, local_fil
 from harness.data.tokenize import Done, Job, Watched, tokenize
 from harness.data.tokenizer import Tokenizer, find_tokenizer
 from harness.errors import UserError
-from harness.files import write_json
+from harness.files import sync_tree, write_json
 from harness.machine.provenance import package_version, source_commit
 
 _VERSIONS = ("numpy", "orjson", "gigatoken", "tokenizers", "transformers", "sentencepiece", "pyarrow", "datasets")
@@ -300,6 +300,7 @@ class _Preparation:
             if source.exists():
                 source.replace(target)
         shutil.rmtree(self.home / "cache", ignore_errors=True)
+        sync_tree(self.home / "tokenizer")
         manifest.write(self.home)
 
     def _moves(self, folder: Path, manifest: Manifest) -> tuple[tuple[Path, Path, int], ...]:
@@ -356,6 +357,7 @@ def publish(part: Path, home: Path, manifest: Manifest) -> None:
     shutil.rmtree(home / "tokenizer", ignore_errors=True)
     (part / "tokenizer").replace(home / "tokenizer")
     shutil.rmtree(home / "cache", ignore_errors=True)
+    sync_tree(home / "tokenizer")
     manifest.write(home)
 
 

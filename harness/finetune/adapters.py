@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from harness.errors import UserError
 from harness.experiment.catalog import COLUMN_PARALLEL, Lora
-from harness.files import write_json
+from harness.files import sync_file, write_json
 
 FOLDER, TENSORS, RECORD = "adapters", "adapters.safetensors", "adapters.json"
 KEY = "decoder.layers.{layer}.{parent}.{name}.{factor}"
@@ -108,6 +108,7 @@ def save(factors: Mapping, folder: Path, record: Adapters) -> None:
              for factor, tensor in zip(("lora_A", "lora_B"), pair, strict=True)}
     part = folder / f".{TENSORS}.part"
     save_file(named, part, metadata={"format": "pt"})
+    sync_file(part)
     part.replace(folder / TENSORS)
     write_json(folder / RECORD, record.model_dump(mode="json"))
 

@@ -14,7 +14,7 @@ from harness import rundir
 from harness.errors import UserError, first_line
 from harness.experiment import identity
 from harness.experiment.catalog import EXPERIMENTS, Experiment
-from harness.launching.launch import POLL_S, Finished, Run, show_progress
+from harness.launching.launch import POLL_S, Finished, Run, check_start, show_progress
 from harness.launching.processes import Signals
 from harness.launching.reserve import reserve
 from harness.launching.terminal import Terminal, open_terminal, summary
@@ -162,6 +162,7 @@ class _Chapter:
     def _launch(self, plan: Plan, gpu_ids: tuple[int, ...], held: bool = False) -> Run | None:
         try:
             check_machine(plan.experiment, plan.device)
+            check_start(plan)
             reserved = reserve(plan, plan.experiment.label, self._shown.print)
         except UserError as error:
             self._outcomes[plan.experiment.name] = Outcome("not run", first_line(error))

@@ -31,6 +31,7 @@ from harness.machine import gpus
 from harness.machine.provenance import describe_environment
 from harness.machine.requirements import check_machine
 from harness.orphans import end_with
+from harness.planning import start
 from harness.rundir import (
     RUN_DIR_VARIABLE,
     TURN_VARIABLE,
@@ -515,6 +516,7 @@ def run_plan(plan: Plan, *, hang_seconds: float | None = None, terminal: Termina
         KeyboardInterrupt: it was interrupted before it began.
     """
     check_machine(plan.experiment, plan.device)
+    check_start(plan)
     gpu_ids = gpus.choose(plan.experiment.ranks_per_node, plan.place.gpu_ids) if plan.device == "cuda" else ()
     with Signals() as signals, terminal or open_terminal() as shown:
         reserved = run_directory(plan, signals, shown)
@@ -538,6 +540,13 @@ def run_plan(plan: Plan, *, hang_seconds: float | None = None, terminal: Termina
             run.abort()
         shown.print(summary(run.label, directory.path, finished.result))
     return finished
+
+
+def check_start(plan: Plan) -> None:
+    """Raise UserError where the weights that ``plan`` starts from are damaged, or hold code."""
+    e = plan.experiment
+    if e.weights and (e.lora or not plan.resumes):
+        start.check_whole(e.weights)
 
 
 def show_progress(run: Run, shown: Terminal) -> None:

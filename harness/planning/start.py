@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness import ROOT
+from harness import ROOT, checkpoints
 from harness.data import prepared
 from harness.errors import UserError, first_line, nearest
 from harness.experiment import overrides, understood
@@ -51,6 +51,28 @@ def find(named: str, outdir: Path) -> Start:
         names = weights.names() + labels_with_checkpoints(outdir)
         raise UserError(f"WEIGHTS={named}: {nearest(named, names)}\nmake import-hf brings some, SAVE=1 keeps a run's own")
     return _of_run(named, runs[0])
+
+
+def check_whole(weights: str) -> None:
+    """Read the checkpoint that upstream will take from the folder ``weights``, once, before a run starts from it.
+
+    Raises:
+        UserError: it is damaged, it holds code, or there is none.
+    """
+    folder = ROOT / weights
+    named = checkpoints.tracked(folder)
+    found = checkpoints.verify(checkpoints.examine(*named)) if named else None
+    if found and found.damage is None:
+        return
+    older = checkpoints.newest_whole(folder)
+    if older and not named and (folder / checkpoints.TRACKER).exists():  # inside the run it stands in for the tracker's
+        return
+    problem = f"{found.path}: {found.damage}" if found else f"no whole checkpoint in {folder}"
+    if older:
+        way_out = f"{older.path.name} is whole: write {older.step} into {folder / checkpoints.TRACKER} to start from it"
+    else:
+        way_out = "make import-hf brings weights (FORCE=1: again), SAVE=1 keeps a run's own"
+    raise UserError(f"WEIGHTS: {problem}\n{way_out}")
 
 
 def _of_run(named: str, run: Path) -> Start:
