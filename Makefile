@@ -41,7 +41,7 @@ override EXPORTED = $(if $(value WANDB),,$(foreach key,$(filter WANDB_%,$(SETTIN
 
 include experiments/targets.mk
 
-.PHONY: checkpoints generate start help list table claims calibrate compare doctor arguments monitor-gpu stop parity profile record report plots docs targets clean clean-all
+.PHONY: checkpoints generate start help list table claims calibrate compare doctor arguments monitor-gpu stop parity profile record report tensorboard plots docs targets clean clean-all
 .PHONY: data-list data-prepare data-chat data-clean data-merge data-inspect data-check
 .PHONY: import-hf export-hf
 .PHONY: setup setup-gpu docker-build docker-run test test-quick test-full lint
@@ -100,6 +100,9 @@ compare: ## two runs side by side  A=… B=… (labels or ids)
 report: override MORE = REPORT
 report: ## one page: tables, plots, comparisons  [REPORT=outdir/report.html]
 	@$(HARNESS) report $(WORDS)
+tensorboard: override MORE = RUN PORT
+tensorboard: ## curves of losses, speed and memory, in a browser  [RUN=label-or-id] [PORT=6006]
+	@$(HARNESS) tensorboard $(WORDS)
 plots: ## memory, step time, scaling, timelines and losses as SVG in outdir/plots
 	@$(HARNESS) plots $(WORDS)
 profile: override MORE = RUN FORMAT

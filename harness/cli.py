@@ -394,6 +394,14 @@ def _report(words: list[str]) -> int:
     return 0
 
 
+def _tensorboard(words: list[str]) -> int:
+    from harness import tensorboard
+
+    settings = overrides.parse(words, extra=("RUN", "PORT"))
+    _install_heavy()
+    return tensorboard.show(settings, _outdir(settings))
+
+
 def _docs(words: list[str]) -> int:
     from harness.evidence import docs
 
@@ -453,7 +461,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "list": _list, "table": _table, "compare": _compare, "doctor": _doctor, "arguments": _arguments, "parity": _parity,
     "monitor-gpu": _monitor_gpu, "stop": _stop, "record": _record, "verify": _verify, "memory": _memory, "speed": _speed,
     "faster": _faster, "gpus": _gpus, "calibrate": _calibrate, "claims": _claims,
-    "profile": _profile, "plots": _plots, "report": _report, "data": _data, "clean": _clean, "docs": _docs,
+    "profile": _profile, "plots": _plots, "report": _report, "tensorboard": _tensorboard,
+    "data": _data, "clean": _clean, "docs": _docs,
     "import-hf": _import_hf, "export-hf": _export_hf, "target": _target, "targets": _targets,
 }
 

@@ -75,6 +75,23 @@ def test_two_nodes_on_loopback_train_as_one_does(tmp_path):
     assert len(list((tmp_path / "two").iterdir())) == 1
     assert together.read_result().steps_done == 8 and len(together.read_ranks()) == 2
     assert losses(together) == pytest.approx(losses(alone), rel=1e-6)
+    for run in (together, alone):
+        assert_logged(run)
+
+
+def assert_logged(run: RunDir) -> None:
+    """TensorBoard's event files have each step's speed and memory, as metrics.jsonl and the ranks' reports say."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run.path / "tensorboard"))
+    events.Reload()
+    shown = {name: {event.step: event.value for event in events.Scalars(name)} for name in events.Tags()["scalars"]}
+    metrics = {m.step: m for m in run.read_metrics()}
+    for name, field in (("step_ms", "step_ms"), ("tflops_per_gpu", "tflops"), ("tokens_per_s", "tokens_per_s")):
+        assert shown[f"performance/{name}"] == pytest.approx({step: getattr(m, field) for step, m in metrics.items()}, rel=1e-5)
+    assert "performance/mfu" not in shown, "a CPU has no peak"
+    fullest = max(rank.rss_peak_gib for rank in run.read_ranks())
+    assert shown["memory/rss_peak_gib"].keys() == metrics.keys() and 0 < shown["memory/rss_peak_gib"][max(metrics)] <= fullest * 1.001
 
 
 def test_ctrl_c_ends_every_rank_and_keeps_the_results_so_far(tmp_path):

@@ -106,7 +106,7 @@ def test_a_resumed_run_continues_its_run_at_weights_and_biases(tmp_path):
     both = {path.name for path in run.path.glob("wandb/offline-run-*")}
     assert len(first) == 1 and len(both) == 2 and len({name.rpartition("-")[2] for name in both}) == 1
     logged = b"".join(path.read_bytes() for path in run.path.glob("wandb/offline-run-*/*.wandb"))
-    for word in (b"lm loss", b"lm loss validation", b"tests", b"first"):
+    for word in (b"lm loss", b"lm loss validation", b"tests", b"first", b"performance/step_ms", b"performance/tokens_per_s", b"memory/rss_peak_gib"):
         assert word in logged
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -95,6 +95,8 @@ def install(report: RankReport) -> None:
                 time=time.time(),
             )
             lines.write(line.model_dump_json() + "\n")
+            for told in report.on_metrics:
+                told(line)
         return result
 
     training.num_floating_point_operations = counted

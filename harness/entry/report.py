@@ -18,7 +18,7 @@ from harness.entry import on_cpu
 from harness.files import write_json
 from harness.machine import gpus
 from harness.masking import mask
-from harness.rundir import RUN_DIR_VARIABLE, LaunchRate, Rank, RankError, RunDir
+from harness.rundir import RUN_DIR_VARIABLE, LaunchRate, Rank, RankError, RunDir, StepMetrics
 
 GIB = 2**30
 EVERY_S = 10
@@ -35,6 +35,8 @@ class RankReport:
         self.is_last = self.rank == int(os.environ.get("WORLD_SIZE", 1)) - 1
         self.step = 0
         self.at_end: list[Callable[[], None]] = []
+        self.on_metrics: list[Callable[[StepMetrics], None]] = []
+        """Told each line of metrics.jsonl, on the rank that writes it."""
         self.phase_medians_ms: Callable[[], dict[str, float]] = dict
         self.launch: LaunchRate | None = None
         self._gc_ms: dict[int, float] = {}

@@ -1,16 +1,34 @@
-"""Weights & Biases, where upstream logs to it: one run there for one run directory, also after it was resumed."""
+"""TensorBoard and Weights & Biases: each step's speed and memory beside what upstream logs; a run directory is one W&B run.
+
+Upstream writes losses, learning rate and the like; of speed and memory it writes nothing without arguments that also time
+each part of a step.
+"""
 
 import json
 import os
 import secrets
+import time
+from collections.abc import Sequence
 
-from harness.entry.report import RankReport
+from harness.entry.report import EVERY_S, RankReport
+from harness.experiment.flops import mfu
+from harness.experiment.hardware import peak_tflops
 from harness.files import write_json
+from harness.rundir import Rank, RunDir, StepMetrics
+
+MEMORY = ("allocated_peak_gib", "reserved_peak_gib", "nvml_used_gib", "rss_peak_gib")
+"""What is known of a rank's memory: PyTorch's allocator, the whole GPU, the host."""
 
 
 def install(report: RankReport) -> None:
-    """Give this run directory's W&B run its id. Checkpoints stay on the disk: upstream would note each as an artifact."""
-    if not os.environ.get("WANDB_MODE") or not report.is_last:
+    """Log every step's speed and memory where upstream logs, and give this run directory's W&B run its id.
+
+    Checkpoints stay on the disk: upstream would note each as an artifact.
+    """
+    if not report.is_last:
+        return
+    report.on_metrics.append(_Logger(report.run_dir))
+    if not os.environ.get("WANDB_MODE"):
         return
     from megatron.training import wandb_utils
 
@@ -18,6 +36,63 @@ def install(report: RankReport) -> None:
     os.environ.setdefault("WANDB_RESUME", "allow")
     os.environ.setdefault("WANDB_SILENT", "true")
     wandb_utils.on_save_checkpoint_success = wandb_utils.on_load_checkpoint_success = lambda *args: None
+
+
+def scalars(line: StepMetrics, ranks: Sequence[Rank], peak: float | None) -> dict[str, float]:
+    """What is logged of a step, by the name it has there; what is not known is left out.
+
+    Args:
+        ranks: memory is that of the fullest of them, so far.
+        peak: of a GPU, in dense TFLOP/s at the run's precision; on a CPU there is none, and so no MFU.
+    """
+    found = {
+        "performance/step_ms": line.step_ms,
+        "performance/tflops_per_gpu": line.tflops,
+        "performance/tokens_per_s": line.tokens_per_s,
+        "performance/mfu": mfu(line.tflops, peak) if line.tflops and peak else None,
+    }
+    for name in MEMORY:
+        found[f"memory/{name}"] = max((gib for rank in ranks if (gib := getattr(rank, name)) is not None), default=None)
+    return {name: value for name, value in found.items() if value is not None}
+
+
+class _Logger:
+    """Writes each step's scalars. Other ranks' memory is read from their reports, written every EVERY_S seconds."""
+
+    def __init__(self, run_dir: RunDir) -> None:
+        self._run_dir = run_dir
+        self._ranks: Sequence[Rank] = []
+        self._read_s = 0.0
+        self._first_steps = 5  # memory still grows
+        self._peak: float | None = None
+
+    def __call__(self, line: StepMetrics) -> None:
+        from megatron.training import get_tensorboard_writer, get_wandb_writer
+
+        board, wandb = get_tensorboard_writer(), get_wandb_writer()
+        if board is None:
+            return
+        if self._first_steps or time.monotonic() - self._read_s > EVERY_S:
+            self._peak = self._peak or _peak(self._run_dir)
+            self._first_steps, self._read_s = max(self._first_steps - 1, 0), time.monotonic()
+            self._ranks = self._run_dir.read_ranks()
+        logged = scalars(line, self._ranks, self._peak)
+        for name, value in logged.items():
+            board.add_scalar(name, value, line.step)
+        if wandb:
+            wandb.log(logged, line.step)
+
+
+def _peak(run_dir: RunDir) -> float | None:
+    """The GPU's dense TFLOP/s at the precision of what runs; None on a CPU, or where nobody froze the experiment."""
+    import torch
+
+    from harness.entry import on_cpu
+
+    try:
+        return None if on_cpu() else peak_tflops(torch.cuda.get_device_name(), run_dir.read_experiment().precision)
+    except ValueError:
+        return None
 
 
 def _run_id(report: RankReport) -> str:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Literal
 
 from harness.errors import UserError
@@ -67,4 +68,5 @@ def check(wanted: Tracking) -> None:
     if done.returncode:
         said = done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise UserError(f"WANDB=online: {said[-1]}\n"
-                        "wandb login, or WANDB_API_KEY=; or WANDB=offline, without network: wandb sync sends it later")
+                        f"{Path(sys.executable).parent}/wandb login, or WANDB_API_KEY=; "
+                        "or WANDB=offline, without network: wandb sync sends it later")
