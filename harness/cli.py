@@ -187,6 +187,9 @@ def _prepare_conversations(experiments: Sequence[Experiment], settings: Mapping[
 def _slurm(e: Experiment, settings: Mapping[str, str]) -> int:
     from harness.launching import slurm
 
+    if settings.get("DEVICE", "cuda") != "cuda":
+        raise UserError(f"SLURM=1 DEVICE={settings['DEVICE']}: jobs run on GPUs; leave DEVICE= out, or SLURM=1: "
+                        f"make {e.id} DEVICE=cpu runs here")
     planned = plan(e, {**settings, "DEVICE": "cuda"}, "cuda")
     return slurm.submit_or_print(planned, settings)
 

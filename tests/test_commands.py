@@ -18,6 +18,7 @@ import spoken_commands
 
 from harness import ROOT
 from harness.experiment.overrides import SETTINGS
+from harness.planning.plan import FOR_GPUS
 
 REFUSED = {
     "make 438 VPP=5": "try vpp in {1, 3, 9}",
@@ -83,6 +84,10 @@ def wrong(planned: Iterable[Planned]) -> list[str]:
     for each in planned:
         expected = REFUSED.get(each.line)
         if each.refused and each.refused.startswith("not installed"):
+            continue
+        if each.device == "cpu" and any(word.partition("=")[0] in FOR_GPUS for word in each.line.split()) and not expected:
+            if "needs a GPU" not in (each.refused or "") and re.match(r"make \d", each.line):
+                found.append(f"{each.line} runs on a CPU")
             continue
         if (expected is None and each.refused) or (expected and expected not in (each.refused or "")):
             found.append(f"{each.line} on {each.device}: {each.refused}")

@@ -30,6 +30,10 @@ GRAPHS_DROP = ("CUDA graphs do again what they did in training: losses on held-o
                "higher; DROPOUT=0 compares")
 
 
+FOR_GPUS = ("GPUS_IDS", "CARD")
+"""Settings that mean nothing to the CPU miniature."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """One run, ready to launch. ``full`` is the experiment at full size, ``experiment`` what runs on ``device``."""
@@ -89,6 +93,8 @@ def plan(experiment: Experiment, settings: Mapping[str, str], device: Device) ->
     Raises:
         UserError: sizes do not fit together, the data set is not prepared, or nodes have no place to meet.
     """
+    if device == "cpu":
+        _check_for_gpus(settings)
     outdir = Path(settings.get("OUTDIR") or ROOT / "outdir").resolve()
     full = start.with_settings(experiment, settings, outdir)
     if "DATA" not in settings:
@@ -132,6 +138,17 @@ def plan(experiment: Experiment, settings: Mapping[str, str], device: Device) ->
         changed=before.changed if before else (),
         notices=tuple(notices),
     )
+
+
+def _check_for_gpus(settings: Mapping[str, str]) -> None:
+    """Raise UserError where ``settings`` ask for what a CPU has not.
+
+    ``FP8=``, ``CUDA_GRAPHS=`` and ``OPTIMIZER_STATE=`` are none of these: the miniature says by what it replaces them.
+    """
+    for key in FOR_GPUS:
+        if key in settings:
+            raise UserError(f"{key}={settings[key]} needs a GPU, and this would run the miniature on the CPU\n"
+                            f"leave {key}= out, or run it where the NVIDIA driver shows a GPU (make doctor)")
 
 
 def _check_format(e: Experiment) -> None:
