@@ -32,7 +32,7 @@ GPUS = tuple(Gpu(index, "NVIDIA H200", f"GPU-{index}", 143771.0) for index in ra
 ENDS = {
     "harness.launching.launch": ("stop",), "harness.launching.verify": ("verify",), "harness.evidence.records": ("record",), "harness.evidence.calibrate": ("calibrate",),
     "harness.evidence.docs": ("write",), "harness.targets": ("write",), "harness.evidence.tables": ("print_compare",), "harness.evidence.report.page": ("write",),
-    "harness.evidence.plots": ("pictures", "write"), "harness.profiling.profile": ("print_profile",), "harness.rundir": ("clean",), "harness.parity": ("main",),
+    "harness.evidence.plots": ("pictures", "write"), "harness.profiling.profile": ("print_profile",), "harness.cleaning": ("clean",), "harness.parity": ("main",),
     "harness.doctor": ("doctor",), "harness.tensorboard": ("show",), "harness.machine.gpus": ("monitor", "keep_awake"), "harness.megatron.arguments": ("print_arguments",), "harness.planning.resume": ("print_list",),
     "harness.generate": ("parse", "generate"), "harness.convert.commands": ("import_hf", "export_hf"), "harness.launching.chapter": ("run_chapter",),
     "harness.data.prepare": ("prepare",), "harness.data.merge": ("merge",), "harness.data.check": ("check",), "harness.data.look": ("inspect",), "harness.data.clean": ("clean",),

@@ -15,7 +15,7 @@ PLAIN = [ROOT / "Makefile", ROOT / "experiments" / "targets.mk", *sorted((ROOT /
          *sorted((ROOT / "experiments").glob("*.yaml")), *sorted((ROOT / "data").glob("*.yaml"))]
 
 VALUE = r"""(?:"[^"\n]*"|'[^'\n]*'|[^\s\]"'`;)]*)"""
-MAKE = re.compile(r"(?<![\w./-])make (?P<target>[a-z0-9<{…\x00][^\s`'\",;:)\]|]*)(?P<words>(?:[ ]+\[?[A-Z][A-Z0-9_]*=" + VALUE + r"\]?)*)")
+MAKE = re.compile(r"(?<![\w./-])make (?P<target>[a-z0-9<{…\x00][^\s`'\",;:)\]|\\]*)(?P<words>(?:[ ]+\[?[A-Z][A-Z0-9_]*=" + VALUE + r"\]?)*)")
 PROSE = {"a", "an", "any", "anew", "arguments,", "another", "each", "fit", "from", "ids", "it", "its", "mends", "more", "of", "one", "or", "out", "room", "sample", "shingles",
          "something", "sure", "takes", "text", "that", "the", "their", "them", "these", "this", "till", "two", "up", "upstream", "us", "use", "when", "which", "with", "your", "what",
          "model", "models", "pip", "ready", "losses", "recipes", "they", "must", "zsh", "has", "tests", "and", "runs", "starts", "by", "is"}
@@ -24,7 +24,7 @@ FENCE = re.compile(r"^( *)```.*?^\1```$", re.DOTALL | re.MULTILINE)
 ROW = re.compile(r"^ +([1-9]\d\dh?): \{", re.MULTILINE)
 
 EXPRESSIONS = {
-    "e.id": "101", "id_": "101", "wanted[0].id": "101", "planned.full.id": "101", "experiments[0].id": "101", "experiment.id": "101", "plan.experiment.id": "101",
+    "e.id": "101", "id_": "101", "wanted[0].id": "101", "planned.full.id": "101", "experiments[0].id": "101", "experiment.id": "101", "plan.experiment.id": "101", "self.plan.experiment.id": "101",
     "best.experiment.id": "101", "row.make or row.id": "101", "best.settings": "STEPS=20", "layout.settings": "STEPS=20",
     "whole[0]": "DRY_RUN", "number": "100", "e.chapter": "100", "card.key": "h100-80gb", "machine.gpu": "h100-80gb", "experiment[0] if experiment else '<id>'": "101",
     "next(iter(known))": "synthetic", "manifest.name": "mine", "name": "synthetic", "run.label": "label", "named": "label", "traced[1]": "282",

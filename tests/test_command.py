@@ -200,3 +200,23 @@ def test_where_a_node_stands_is_said_or_left_to_slurm() -> None:
     there = {"DATA": "mock", "NODES": "2"}
     assert plan(CATALOG.find("219"), there | {"RENDEZVOUS": "a:1", "NODE_RANK": "1"}, "cuda").place == Place("1", "a:1")
     assert plan(CATALOG.find("219"), there | {"SLURM": "1"}, "cuda").place.node_rank == "$SLURM_NODEID"
+
+
+@pytest.mark.parametrize(("setting", "value"), [("GPUS_IDS", "0,99"), ("CARD", "h100-80gb")])
+def test_what_only_a_gpu_has_is_refused_on_a_cpu(setting, value):
+    with pytest.raises(UserError, match=f"{setting}={value} needs a GPU, and this would run the miniature on the CPU"):
+        plan(CATALOG.find("101"), {"DATA": "mock", setting: value}, "cpu")
+
+
+def test_the_ids_of_gpus_are_numbers():
+    with pytest.raises(UserError, match="GPUS_IDS=zero: expected a whole number"):
+        plan(CATALOG.find("101"), {"DATA": "mock", "GPUS_IDS": "zero"}, "cuda")
+
+
+@pytest.mark.parametrize(("settings", "said"), [
+    ({"FP8": "tensorwise"}, "precision fp8 -> bf16"),
+    ({"CUDA_GRAPHS": "1", "DROPOUT": "0"}, "CUDA graphs on -> off"),
+    ({"OPTIMIZER_STATE": "bf16", "SHARDING": "optim"}, "optimizer state bf16 -> fp32"),
+])  # fmt: skip
+def test_what_the_miniature_replaces_is_said(settings, said):
+    assert said in plan(CATALOG.find("111"), {"DATA": "mock", **settings}, "cpu").headline
