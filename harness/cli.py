@@ -56,7 +56,7 @@ def _main(words: list[str]) -> int:
 
 
 def given(words: Sequence[str]) -> list[str]:
-    """``words``, where those behind ``--given`` are names of settings that make left in the environment, as KEY=VALUE.
+    """``words``, where those behind ``--given`` are names of settings left in the environment by make, as KEY=VALUE.
 
     The Makefile passes values so: in the text of a recipe, a shell would read them. Secrets of ARGS= are hidden.
     """

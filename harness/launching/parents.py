@@ -2,7 +2,7 @@
 
 A run that was detached on purpose goes on: under nohup (SIGHUP ignored), in the background of a shell without job control
 (SIGINT ignored), under setsid, or as a job of an interactive shell (a process group of its own, which the terminal ends).
-make waits for what it starts, so its end is never on purpose: it is followed in any case.
+A make does not end before what it started, unless it is killed: it is followed in any case.
 """
 
 from __future__ import annotations
