@@ -17,6 +17,7 @@ import pytest
 
 from harness.checkpoints import Saving
 from harness.errors import UserError
+from harness.checkpoints import Loading
 from harness.evidence import measured
 from harness.files import write_json
 from harness.launching import launch, processes
@@ -154,6 +155,29 @@ def test_a_hang_ends_with_the_stacks_of_every_rank(tmp_path):
     assert "ranks 0, 1 in stuck_in_a_collective (torchrun.py:" in result.detail
     assert set(finished.dir.stacks()) == {0, 1}
     assert not of_run(finished.dir.path)
+
+
+def test_before_its_first_step_a_run_may_be_silent_for_longer(tmp_path):
+    """Imports, initialisation and compilation take minutes, a step afterwards seconds."""
+    finished, _ = run(make_plan(tmp_path, "ok", steps=3, step_s=2.0), hang_seconds=0.7)
+    assert (finished.result.status, finished.result.steps_done) == ("hang", 1)
+
+
+@pytest.mark.parametrize(("at_start_s", "hang_s", "status", "done"), [(0.2, 30, "ok", 1), (0.7, 0.3, "hang", 0)])
+def test_before_its_first_step_the_longer_patience_counts_and_ends(tmp_path, monkeypatch, at_start_s, hang_s, status, done):
+    monkeypatch.setattr(launch, "HANG_AT_START_S", at_start_s)
+    slow_start_s = 2.0 if status == "ok" else 30.0
+    finished, _ = run(make_plan(tmp_path, "ok", steps=1, step_s=slow_start_s), hang_seconds=hang_s)
+    assert (finished.result.status, finished.result.steps_done) == (status, done)
+    assert status == "ok" or finished.result.detail.startswith("no step and no output for ")
+
+
+def test_a_resumed_run_begins_with_the_same_patience(tmp_path):
+    """The steps that it had before are none of this start."""
+    first, _ = run(make_plan(tmp_path, "ok", steps=2))
+    loading = Extras(loading=Loading(first.dir.checkpoints, 2))
+    finished, _ = run(make_plan(tmp_path, "ok", steps=3, step_s=2.0, resumes=first.dir, extras=loading), hang_seconds=0.7)
+    assert finished.result.status == "hang" and len(finished.dir.metrics.read_text().splitlines()) == 3
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])

@@ -170,6 +170,25 @@ def browser():
         browser.close()
 
 
+def test_texts_of_runs_cannot_become_markup(tmp_path: Path) -> None:
+    """Labels, details, ARGS and GPU names that try to end the script in which they stand."""
+    evil = f"{EVIL}<!--<script>\u2028 & &lt;/script&gt;"
+    run(tmp_path, "101-<img src=x onerror=window.hacked=3>", overrides={"ARGS": evil}, gpu=evil, status="crash", detail=evil, advice=evil)
+    found = read(tmp_path)
+    text = page.render(found | {"claims": [{"says": evil}]})
+    begin = text.index('<script type="application/json" id="data">') + len('<script type="application/json" id="data">')
+    data = text[begin : text.index("</script>", begin)]
+    assert not set("<>&\u2028\u2029") & set(data)
+    assert json.loads(data) == json.loads(json.dumps(found | {"claims": [{"says": evil}]})), "and says the same"
+    assert any(evil.split()[0] in str(cell) for cell in json.loads(data)["rows"]["notes"]), "details are on the page"
+    assert text.count("<script") == text.count("</script>") == 2
+
+
+def test_scripts_only_ever_set_text() -> None:
+    code = "".join((page.FOLDER / name).read_text(encoding="utf-8") for name in page.SCRIPTS)
+    assert not re.findall(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|srcdoc|eval\(|new Function|javascript:", code)
+
+
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report of 200 runs, some of them with texts that try to be markup."""

@@ -224,7 +224,7 @@ class Run:
     def progress(self) -> list[Progress]:
         """Every step since the last call, else where the run is now."""
         new, self._shown = self._metrics[self._shown :], len(self._metrics)
-        latest = self._metrics[-1:] if len(self._metrics) > self._before else []
+        latest = self._metrics[-1:] if self._has_stepped else []
         return [self._progress(m) for m in new or latest] or [self._progress(None)]
 
     def _progress(self, last: StepMetrics | None) -> Progress:
@@ -380,7 +380,12 @@ class Run:
 
     @property
     def _patience_s(self) -> float:
-        return self._hang_s if self._metrics else max(self._hang_s, HANG_AT_START_S)
+        return self._hang_s if self._has_stepped else max(self._hang_s, HANG_AT_START_S)
+
+    @property
+    def _has_stepped(self) -> bool:
+        """Whether there are steps of this start; a resumed run has older ones."""
+        return len(self._metrics) > self._before
 
     def _give_up(self, quiet_s: float) -> None:
         """Have every rank of this machine write its stacks, then end the run."""
@@ -421,7 +426,7 @@ class Run:
 
     def _started_anew(self) -> bool:
         """Start again, once, where a port was taken between torchrun's choosing and using it; whether that was so."""
-        failed_early = self._process.returncode != 0 and not self._metrics and not self._kill_at
+        failed_early = self._process.returncode != 0 and not self._has_stepped and not self._kill_at
         if not failed_early or self._started_again or self.plan.experiment.nodes > 1 or self._is_deleted:
             return False
         if not outcome.ADDRESS_IN_USE.search(self._log.text()):
