@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,27 +13,71 @@ from pydantic import BaseModel, ValidationError
 from harness.errors import UserError, nearest
 
 
+class Located(dict):
+    """A mapping that knows where its keys stand. ``lines``: key -> line of the file, from 1."""
+
+    lines: dict[Any, int]
+
+
 class _StrictLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-    """Refuses a key that occurs twice in one mapping, which YAML readers otherwise overwrite silently."""
+    """Refuses what YAML readers otherwise take silently: a key that occurs twice in one mapping, a key that is no name.
+
+    Keys are words or whole numbers (ids). ``yes``, ``1.5`` and ``2024-01-01`` are other things to YAML, lists are no keys.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key, _ in node.value:
-            if key.tag != "tag:yaml.org,2002:merge" and key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} occurs twice", key.start_mark)
+            if key.tag == "tag:yaml.org,2002:merge":
+                continue
+            if not isinstance(key, yaml.ScalarNode):
+                raise self._wrong(key, f"a {key.id} is no key; write `name: value`, and no `?` or `{{` in front of a name")
+            if key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:int"):
+                kind = key.tag.rpartition(":")[2]
+                raise self._wrong(key, f"{key.value!r} is no key but a {kind}; write '{key.value}': to make it a word")
+            if key.value in seen:
+                raise self._wrong(key, f"{key.value!r} occurs twice; leave one out")
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
+    def located(self, node: yaml.MappingNode) -> Iterator[Located]:
+        """A mapping with the lines of its keys, in two steps, so that it may contain itself."""
+        found = Located()
+        yield found
+        found.update(self.construct_mapping(node))
+        found.lines = {self.construct_object(key): key.start_mark.line + 1 for key, _ in node.value}
+
+    @staticmethod
+    def _wrong(node: yaml.Node, said: str) -> yaml.constructor.ConstructorError:
+        return yaml.constructor.ConstructorError(None, None, said, node.start_mark)
+
+
+_StrictLoader.add_constructor("tag:yaml.org,2002:map", _StrictLoader.located)
+
 
 def read(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises UserError where it is none, or has a key twice."""
+    """The mapping in a YAML file. Raises UserError where it is none, has a key twice or one that is no name."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except yaml.constructor.ConstructorError as error:
+        raise UserError(f"{path.name}, line {error.problem_mark.line + 1}: {error.problem}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
         raise UserError(f"{path.name} is not valid YAML: {error}") from None
+    except RecursionError:
+        raise UserError(f"{path.name} is not valid YAML: lists or mappings lie too deep in one another") from None
     return mapping(content, path.name)
+
+
+@contextlib.contextmanager
+def entry(path: Path, content: Mapping[Any, Any], key: Any) -> Iterator[None]:
+    """Add to a complaint about ``content[key]`` where in ``path`` it stands (UserError)."""
+    try:
+        yield
+    except UserError as error:
+        line = getattr(content, "lines", {}).get(key)
+        raise UserError(f"{error}\n{path.name}{f', line {line}' if line else ''}") from None
 
 
 def mapping(value: Any, where: str) -> dict[str, Any]:
@@ -42,10 +87,24 @@ def mapping(value: Any, where: str) -> dict[str, Any]:
     return value
 
 
+def words(value: Any, where: str) -> dict[str, Any]:
+    """``value``, which must be a mapping whose keys are words. Raises UserError."""
+    if odd := [key for key in mapping(value, where) if not isinstance(key, str)]:
+        raise UserError(f"{where}: unknown key {odd[0]!r}; keys are words, `name: value`")
+    return value
+
+
+def word(value: Any, where: str, example: str) -> str:
+    """``value``, which must be text. Raises UserError."""
+    if not isinstance(value, str):
+        raise UserError(f"{where} = {value!r}: expected a word, such as {example}")
+    return value
+
+
 def build[Kind: BaseModel](kind: type[Kind], fields: Mapping[str, Any], where: str) -> Kind:
     """A ``kind`` of ``fields``. Raises UserError with a line for each that is wrong."""
     try:
-        return kind(**fields)
+        return kind(**words(fields, where))
     except ValidationError as error:
         raise UserError("\n".join(f"{where}: {_complaint(e, kind)}" for e in error.errors())) from None
 

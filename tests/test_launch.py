@@ -15,9 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.checkpoints import Saving
+from harness.checkpoints import Loading, Saving
 from harness.errors import UserError
-from harness.checkpoints import Loading
 from harness.evidence import measured
 from harness.files import write_json
 from harness.launching import launch, processes

@@ -72,9 +72,11 @@ def definitions(path: Path = FILE) -> dict[str, Definition]:
         UserError: the file is missing or is no YAML, or a key or value is wrong.
     """
     found = {}
-    for name, row in yaml_files.read(path).items():
+    for name, row in (rows := yaml_files.read(path)).items():
         where = f"{path.name}: {name}"
-        found[name] = yaml_files.build(Definition, {"name": name, **yaml_files.mapping(row, where)}, where)
+        with yaml_files.entry(path, rows, name):
+            yaml_files.word(name, f"{where}: its name", "openwebtext")
+            found[name] = yaml_files.build(Definition, {"name": name, **yaml_files.mapping(row, where)}, where)
     return found
 
 

@@ -122,7 +122,11 @@ def load_claims(catalog: Catalog, path: Path = CLAIMS) -> tuple[Claim, ...]:
     Raises:
         UserError: a key, an experiment or a quantity is unknown, a formula cannot be read, or units are mixed.
     """
-    return tuple(_claim(f"{path.name}: {name}", str(name), raw, catalog) for name, raw in yaml_files.read(path).items())
+    raws, found = yaml_files.read(path), []
+    for name in raws:
+        with yaml_files.entry(path, raws, name):
+            found.append(_claim(f"{path.name}: {name}", str(name), raws[name], catalog))
+    return tuple(found)
 
 
 def evaluate(claims: Sequence[Claim], sources: Sequence[Source]) -> tuple[Evaluated, ...]:

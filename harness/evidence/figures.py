@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from harness import rundir, yaml_files
-from harness.errors import UserError
+from harness.errors import UserError, nearest
 from harness.evidence.results import References, Results, Row, load_references, losses
 from harness.experiment import overrides
 from harness.experiment.calibrations import Machine, machine_measured_by
@@ -133,20 +133,28 @@ def load_panels(catalog: Catalog, path: Path = PLOTS) -> dict[int, list[_Panel]]
         UserError: a key is unknown, a value has the wrong type, or an experiment or axis does not exist.
     """
     panels: dict[int, list[_Panel]] = {}
-    for chapter, raws in yaml_files.read(path).items():
+    for chapter, raws in (chapters := yaml_files.read(path)).items():
         where = f"{path.name}: {chapter}"
-        if not isinstance(raws, list):
-            raise UserError(f"{where}: expected a list of panels, found {raws!r}")
-        panels[chapter] = [yaml_files.build(_Panel, yaml_files.mapping(raw, where), where) for raw in raws]
-    for panel in (panel for listed in panels.values() for panel in listed):
-        if panel.axis is not None and panel.axis not in AXES:
-            raise UserError(f"{path.name}: {panel.title}: unknown axis {panel.axis}; known: {', '.join(AXES)}")
-        for line in panel.lines.values():
-            if isinstance(line, dict) == bool(panel.axis):
-                raise UserError(f"{path.name}: {panel.title}: give an axis and lists of ids, or no axis and words for each")
-            for id_ in line:
-                catalog.find(str(id_))
+        with yaml_files.entry(path, chapters, chapter):
+            if chapter not in catalog.chapters:
+                raise UserError(f"{where}: no such chapter; {nearest(str(chapter), map(str, catalog.chapters))}")
+            if not isinstance(raws, list):
+                raise UserError(f"{where}: expected a list of panels, found {raws!r}")
+            panels[chapter] = [yaml_files.build(_Panel, yaml_files.mapping(raw, where), where) for raw in raws]
+            for panel in panels[chapter]:
+                _check(panel, f"{path.name}: {panel.title}", catalog)
     return panels
+
+
+def _check(panel: _Panel, where: str, catalog: Catalog) -> None:
+    """Raise UserError where ``panel`` names an axis or an experiment that does not exist."""
+    if panel.axis is not None and panel.axis not in AXES:
+        raise UserError(f"{where}: unknown axis {panel.axis}; known: {', '.join(AXES)}")
+    for line in panel.lines.values():
+        if isinstance(line, dict) == bool(panel.axis):
+            raise UserError(f"{where}: give an axis and lists of ids, or no axis and words for each")
+        for id_ in line:
+            catalog.find(str(id_))
 
 
 def sweeps(found: Results, references: References, catalog: Catalog, path: Path = PLOTS) -> tuple[Figure, ...]:

@@ -387,7 +387,11 @@ def load_references(path: Path = REFERENCES) -> References:
     Raises:
         UserError: a key is unknown, a value has the wrong type, or two rows claim the same experiment.
     """
-    groups = tuple(_group(f"{path.name}: {name}", str(name), raw) for name, raw in yaml_files.read(path).items())
+    raws, found = yaml_files.read(path), []
+    for name in raws:
+        with yaml_files.entry(path, raws, name):
+            found.append(_group(f"{path.name}: {name}", str(name), raws[name]))
+    groups = tuple(found)
     published = [group.name for group in groups if group.published]
     if len(published) != 1:
         found = ", ".join(published) or "none"
@@ -556,6 +560,8 @@ def _group(where: str, name: str, raw: Any) -> ReferenceGroup:
     rows = yaml_files.mapping(raw, where).get("rows")
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{where}: rows must be a list of key: value pairs")
+    if not isinstance(raw.get("notes", []), list):
+        raise UserError(f"{where}: notes must be a list of texts (- …)")
     common = {"group": name, "hardware": raw.get("hardware"), "source": raw.get("source")}
     parsed = tuple(_reference(where, row, common) for row in rows)
     fields = {**raw, "name": name, "notes": tuple(raw.get("notes", ())), "rows": parsed}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache, cached_property
 from itertools import combinations
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -121,18 +122,26 @@ def _made(words: str) -> Experiment:
 def load(path: Path = FILE) -> Mapping[str, Machine]:
     """Every machine by its name. Raises UserError where the file makes no sense."""
     machines: dict[str, Machine] = {}
-    for key, fields in yaml_files.read(path).items():
-        name, where = str(key), f"{path.name}: {key}"
-        machine = machines[name] = yaml_files.build(Machine, yaml_files.mapping(fields, where), where)
-        try:
-            _ = machine.card
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
-        above = [other for other in machines if other != name]
-        if machine.like is not None and machine.like not in above:
-            raise UserError(f"{where}: like = {machine.like!r}: no entry further up is called so; "
-                            f"{nearest(machine.like, above)}")
+    for key, fields in (entries := yaml_files.read(path)).items():
+        with yaml_files.entry(path, entries, key):
+            machines[str(key)] = _machine(f"{path.name}: {key}", fields, list(machines))
     return machines
+
+
+def _machine(where: str, fields: Any, above: Sequence[str]) -> Machine:
+    """One entry of the file; ``above``: the names of those further up. Raises UserError where it makes no sense."""
+    fields = dict(yaml_files.mapping(fields, where))
+    if isinstance(fields.get("rows"), dict):
+        fields["rows"] = {str(key): row for key, row in fields["rows"].items()}
+    machine = yaml_files.build(Machine, fields, where)
+    try:
+        _ = machine.card
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    if machine.like is not None and machine.like not in above:
+        raise UserError(f"{where}: like = {machine.like!r}: no entry further up is called so; "
+                        f"{nearest(machine.like, above)}")
+    return machine
 
 
 def fitted() -> Mapping[str, Machine]:

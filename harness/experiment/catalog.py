@@ -379,25 +379,43 @@ def load_catalog(folder: Path = EXPERIMENTS) -> Catalog:
     Raises:
         UserError: a key or name is unknown, a value has the wrong type, sizes do not divide, or an id occurs twice.
     """
-    models = {name: yaml_files.build(Model, {"name": name, **yaml_files.mapping(row, f"model {name}")}, f"model {name}")
-              for name, row in yaml_files.read(folder / "models.yaml").items()}
+    models = _models(folder / "models.yaml")
     chapters: dict[int, str] = {}
     experiments: dict[str, Experiment] = {}
     for path in sorted(folder.glob("[0-9]*.yaml")):
         raw = yaml_files.read(path)
-        raw["experiments"] = {str(key): yaml_files.mapping(row, f"{path.name}: {key}") for key, row in
-                              yaml_files.mapping(raw.get("experiments"), f"{path.name}: experiments").items()}
+        rows = yaml_files.mapping(raw.get("experiments"), f"{path.name}: experiments")
+        raw["experiments"] = {}
+        for key, row in rows.items():
+            with yaml_files.entry(path, rows, key):
+                raw["experiments"][str(key)] = yaml_files.words(row, f"{path.name}: {key}")
         chapter = yaml_files.build(Chapter, raw, path.name)
         chapters[chapter.chapter] = chapter.title
-        for id_, row in chapter.experiments.items():
-            if id_ in experiments:
-                raise UserError(f"{path.name}: experiment {id_} is already in chapter {experiments[id_].chapter}")
-            fields = {**chapter.defaults, **row, "id": id_, "chapter": chapter.chapter}
-            name = fields.get("model")
-            if name not in models:
-                raise UserError(f"{path.name}: {id_}: unknown model {name!r}; {nearest(str(name), models)}")
-            experiments[id_] = _experiment({**fields, "model": models[name]}, id_)
+        for key in rows:
+            with yaml_files.entry(path, rows, key):
+                e = _row(chapter, str(key), models, path.name)
+                if e.id in experiments:
+                    raise UserError(f"{path.name}: experiment {e.id} is already in chapter {experiments[e.id].chapter}")
+                experiments[e.id] = e
     return Catalog(chapters=dict(sorted(chapters.items())), experiments=tuple(experiments[i] for i in sorted(experiments)))
+
+
+def _models(path: Path) -> dict[str, Model]:
+    rows, models = yaml_files.read(path), {}
+    for name in rows:
+        with yaml_files.entry(path, rows, name):
+            where = f"model {yaml_files.word(name, f'{path.name}: model', 'gpt2-xl')}"
+            models[name] = yaml_files.build(Model, {"name": name, **yaml_files.mapping(rows[name], where)}, where)
+    return models
+
+
+def _row(chapter: Chapter, id_: str, models: Mapping[str, Model], file: str) -> Experiment:
+    """One row of a chapter's file. Raises UserError where it makes no sense."""
+    fields = {**chapter.defaults, **chapter.experiments[id_], "id": id_, "chapter": chapter.chapter}
+    name = yaml_files.word(fields.get("model", ""), f"{file}: {id_}: model", next(iter(models), "gpt2-xl"))
+    if name not in models:
+        raise UserError(f"{file}: {id_}: unknown model {name!r}; {nearest(name, models)}")
+    return _experiment({**fields, "model": models[name]}, id_)
 
 
 def _experiment(fields: Mapping[str, Any], where: str) -> Experiment:

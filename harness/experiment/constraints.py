@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from harness.experiment.catalog import Experiment
 
 
+MOST_TRIED = 100_000
+"""A way out beyond this is no help, and counting up to a mistyped number takes for ever."""
+
+
 def violations(experiment: Experiment) -> list[str]:
     """Return one sentence per rule that ``experiment`` breaks; an empty list where it can run."""
     return list(_violations(experiment))
@@ -221,7 +225,7 @@ def divisors(n: int) -> list[int]:
 
 
 def _where(valid: Callable[[int], bool], most: int) -> list[int]:
-    return [k for k in range(1, most + 1) if valid(k)]
+    return [k for k in range(1, min(most, MOST_TRIED) + 1) if valid(k)]
 
 
 def _try(name: str, choices: Iterable[int], wanted: int, most: int = 8) -> str:
