@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import subprocess
 import sys
@@ -135,10 +136,12 @@ def _finished_before(planned: Plan) -> int | None:
 
 
 def _checkpoints(words: list[str]) -> int:
+    from harness.checkpoints import LARGE_BYTES
     from harness.planning.resume import print_list
 
-    settings = overrides.parse(words, extra=("RUN",))
-    return print_list(_outdir(settings), settings.get("RUN"))
+    settings = overrides.parse(words, extra=("RUN", "VERIFY"))
+    read = {"0": 0.0, "1": math.inf}.get(settings.get("VERIFY"), LARGE_BYTES)
+    return print_list(_outdir(settings), settings.get("RUN"), read)
 
 
 def _generate(words: list[str]) -> int:

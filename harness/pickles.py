@@ -14,9 +14,7 @@ import io
 import pickle
 import re
 import sys
-import tarfile
 import types
-import zipfile
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO
@@ -96,6 +94,8 @@ def check_file(path: Path) -> None:
 
 def check(file: BinaryIO, where: str) -> None:
     """As ``check_file``, for an open file that ``where`` names in messages."""
+    import tarfile  # here and below: what a listing needs not is not imported for it
+
     start = file.tell()
     if file.read(4) == b"PK\x03\x04":
         file.seek(start)
@@ -128,6 +128,8 @@ def stand_ins(file: BinaryIO, where: str) -> Any:
 
 
 def _check_archive(file: BinaryIO, where: str) -> None:
+    import zipfile
+
     try:
         with zipfile.ZipFile(file) as archive:
             names = archive.namelist()

@@ -11,7 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from checkpoint_files import Metadata, as_torch_pickles, write
 
-from harness import checkpoints, locks, rundir
+from harness import checkpoints, cli, locks, rundir
 from harness.checkpoints import Saving
 from harness.errors import UserError
 from harness.evidence.measured import measure
@@ -477,9 +477,9 @@ def test_weights_alone_start_at_step_0(tmp_path):
 
 def test_the_list(tmp_path, capsys):
     run = run_in(tmp_path, tiny())
-    write(run.checkpoints, 5)
+    checkpoints.settle(write(run.checkpoints, 5))
     (write(run.checkpoints, 10) / ".metadata").unlink()
-    write(run.checkpoints, 15, optimizer=False)
+    checkpoints.settle(write(run.checkpoints, 15, optimizer=False))
     run_in(tmp_path, tiny(STEPS="9"))  # keeps none
     assert resume.print_list(tmp_path, None) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -487,6 +487,24 @@ def test_the_list(tmp_path, capsys):
     assert lines[3].endswith("it was not written to its end")
     assert lines[4].split(maxsplit=3) == ["15", "0.000", "102,400", "whole, weights only"] and len(lines) == 5
     assert resume.print_list(tmp_path / "empty", None) == 1
+
+
+def test_the_list_tells_flipped_bits_what_has_no_checksums_and_what_was_not_read(tmp_path, capsys):
+    for step in (5, 10):
+        checkpoints.settle(write(tmp_path / "kept", step))
+    write(tmp_path / "kept", 15)
+    flip(tmp_path / "kept" / "iter_0000010" / "__0_0.distcp", 699)
+
+    def states(**settings: str) -> list[str]:
+        words = ["checkpoints", f"RUN={tmp_path / 'kept'}", *(f"{key}={value}" for key, value in settings.items())]
+        assert cli.main(words) == 0
+        return [line.split("102,400")[1].strip() for line in capsys.readouterr().out.splitlines()[2:]]
+
+    changed, plain = "__0_0.distcp: not the bytes that were saved (checksum)", "whole, saved without checksums"
+    assert states() == states(VERIFY="1") == ["whole", changed, plain]
+    unread = "whole, checksums not compared (VERIFY=1)"
+    assert states(VERIFY="0") == [unread, unread, plain]
+    assert cli.main(["checkpoints", "VERIFY=yes"]) == 2
 
 
 @pytest.mark.parametrize("losses, done, status", [

@@ -99,7 +99,7 @@ LAUNCH_SETTINGS = (
 """Settings of how and where it is launched; the experiment stays the same."""
 
 SETTINGS = EXPERIMENT_SETTINGS + LAUNCH_SETTINGS
-SWITCHES = ("DRY_RUN", "SLURM", "PACK", "FORCE", "ALL", "CHECK", "YES")
+SWITCHES = ("DRY_RUN", "SLURM", "PACK", "FORCE", "ALL", "CHECK", "YES", "VERIFY")
 """What is 0 or 1 and nothing else, whichever command it belongs to: DRY_RUN=yes is no dry run."""
 
 SAME_WORK = frozenset({"STEPS", "DATA", "CARD", "EVAL_EVERY", "EVAL_STEPS"})

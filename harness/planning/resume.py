@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from harness import checkpoints, finding
-from harness.checkpoints import STEP_FOLDER, Checkpoint, Contents, examine, newest_whole, verify
+from harness.checkpoints import LARGE_BYTES, STEP_FOLDER, Checkpoint, Contents, examine, newest_whole, verify
 from harness.convert import weights
 from harness.data import prepared
 from harness.errors import UserError, nearest
@@ -171,8 +171,11 @@ def damaged_at_the_end(run: RunDir) -> str | None:
     return "\n".join([*damaged, way_out]) if damaged else None
 
 
-def print_list(outdir: Path, label: str | None) -> int:
+def print_list(outdir: Path, label: str | None, read_bytes: float = LARGE_BYTES) -> int:
     """``make checkpoints``: the checkpoints of one run or folder, or of every run in ``outdir``. Returns the exit status.
+
+    Args:
+        read_bytes: so much is read to compare checksums, of the first that are listed; the others say that they were not.
 
     Raises:
         UserError: there is no such run.
@@ -181,29 +184,44 @@ def print_list(outdir: Path, label: str | None) -> int:
         folders = [run.checkpoints for run in finding.with_checkpoints(label, outdir)] or [folder_of(label, outdir)]
     else:
         folders = [run.dir.checkpoints for run in runs(outdir)[0]]
-    lines = [line for folder in dict.fromkeys(folders) for line in _lines(folder)]
-    print("\n".join(lines) if lines else f"no checkpoints in {label or outdir}: SAVE=1 makes a run keep some")
-    return 0 if lines else 1
+    found = {folder: checkpoints.in_folder(folder) for folder in dict.fromkeys(folders)}
+    if not any(found.values()):
+        print(f"no checkpoints in {label or outdir}: SAVE=1 makes a run keep some")
+        return 1
+    for folder, those in found.items():
+        states = []
+        for checkpoint in those:
+            read_bytes -= checkpoint.size_bytes
+            states.append((checkpoint, _state(checkpoint, read_bytes >= 0)))
+        print(*_lines(folder, states), sep="\n", end="\n" * bool(states))
+    return 0
 
 
-def _lines(folder: Path) -> Iterator[str]:
-    found = checkpoints.in_folder(folder)
+def _lines(folder: Path, states: list[tuple[Checkpoint, str]]) -> Iterator[str]:
     run = RunDir(folder.parent)
     losses = {m.step: m.loss for m in run.read_metrics()}
     held_out = {v.step: v.loss for v in run.read_validation() if v.split == "validation"}
-    if found:
+    if states:
         name = run.label if run.experiment_json.exists() else str(folder)
         yield name
         yield f"  {'step':>8}  {'GiB':>8}  {'parameters':>14}  {'loss':>8}  {'held-out':>8}  state"
-    for c in found:
+    for c, state in states:
         loss, validation = losses.get(c.step), held_out.get(c.step)
         cells = (f"{c.gib:.3f}", f"{c.contents.parameters:,}" if c.contents else "",
                  "" if loss is None else f"{loss:.4f}", "" if validation is None else f"{validation:.4f}")
-        yield "  {:>8}  {:>8}  {:>14}  {:>8}  {:>8}  {}".format(c.step, *cells, c.damage or _whole(c))
+        yield "  {:>8}  {:>8}  {:>14}  {:>8}  {:>8}  {}".format(c.step, *cells, state)
 
 
-def _whole(checkpoint: Checkpoint) -> str:
-    return "whole" if checkpoint.contents and checkpoint.contents.has_optimizer else "whole, weights only"
+def _state(found: Checkpoint, read: bool) -> str:
+    """Whether it is whole; where ``read`` allows it, its bytes are compared with its checksums."""
+    if read:
+        found = verify(found)
+    if found.damage:
+        return found.damage
+    what = "whole" if found.contents and found.contents.has_optimizer else "whole, weights only"
+    if not found.has_checksums:
+        return f"{what}, saved without checksums"
+    return what if read else f"{what}, checksums not compared (VERIFY=1)"
 
 
 def _embedding(contents: Contents | None) -> tuple[int, ...] | None:
