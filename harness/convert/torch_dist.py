@@ -143,6 +143,8 @@ class Checkpoint:
         self._reader = FileSystemReader(folder)
         try:
             self._metadata = self._reader.read_metadata()
+        except pickles.NotData as error:
+            raise UserError(f"{folder / METADATA} {error}") from None
         except Exception as error:  # a damaged pickle can raise anything
             raise UserError(f"{folder / METADATA} is damaged: {type(error).__name__}: {error}") from None
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
