@@ -125,3 +125,18 @@ def test_a_checkpoint_with_other_learned_positions_is_refused_before_anything_ru
     with pytest.raises(UserError, match=rf"has 32 learned positions, .* has 16\nSEQ=32 loads it, WEIGHTS={tmp_path} trains"):
         resume.check_fits(found, e.with_changes(seq_length=16))
     resume.check_fits(found, e.with_changes(seq_length=16, positions=32))
+
+
+def test_every_way_to_a_run_keeps_what_was_given(monkeypatch, capsys, tmp_path):
+    """``make train-…`` and ``make chapter-…`` plan as ``make 101`` does; ``verify`` takes it before the record's."""
+    row = CATALOG.find("604")
+    words = [f"STEPS={row.steps}", f"SEQ={row.seq_length}", "DEVICE=cpu", f"OUTDIR={tmp_path}"]
+    assert cli.main(["train", "604", *words, "DRY_RUN=1"]) == 0
+    said = capsys.readouterr().out
+    assert f"--train-iters {row.steps}" in said and f"--seq-length {row.seq_length}" in said
+    planned = {}
+    monkeypatch.setattr("harness.launching.chapter.run_chapter", lambda experiments, plan_for, **_: planned.update(
+        {e.id: plan_for(e).experiment for e in experiments if e.world_size == 1}) or 0)
+    monkeypatch.setattr(cli, "_install_heavy", lambda *stages: None)
+    assert cli.main(["chapter", "100", "STEPS=100", "SEQ=1024", "DATA=mock", *words[2:]]) == 0
+    assert planned and {(e.steps, e.seq_length) for e in planned.values()} == {(100, 1024)}

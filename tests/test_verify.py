@@ -173,7 +173,7 @@ def test_on_its_hardware_the_records_experiment_is_launched(tmp_path: Path, monk
 
     def run_plan(plan, *, hang_seconds):
         planned.append((plan, hang_seconds))
-        run = second_run(plan.outdir, "launched", stem="111_cardh100-80gb")
+        run = second_run(plan.outdir, f"launched{len(planned)}", stem="111_cardh100-80gb")
         return launch.Finished(run, run.read_result())
 
     monkeypatch.setattr(gpus, "list_gpus", on("NVIDIA H200"))
@@ -186,6 +186,9 @@ def test_on_its_hardware_the_records_experiment_is_launched(tmp_path: Path, monk
     (plan, hang_seconds), = planned
     assert ready and hang_seconds == 77
     assert plan.experiment == experiment and plan.device == "cuda"
+    assert experiment.overrides["STEPS"] == "20"
+    verify("111", settings | {"STEPS": "100"}, tmp_path, RECORDS, prepare=lambda: None)
+    assert planned[1][0].experiment.steps == 100, "the row's own number was asked for"
 
 
 def test_nothing_is_launched_on_another_megatron_lm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,7 +55,8 @@ class Line:
 def verify(id_: str, settings: Mapping[str, str], outdir: Path, records: Path, prepare: Callable[[], None]) -> int:
     """Run experiment ``id_`` again, or read RUN, and print how it compares with its record on the same hardware.
 
-    ``settings`` that change the experiment (CARD=, ARGS=) choose the record of that; STEPS and DATA are the record's.
+    ``settings`` that change the experiment (CARD=, ARGS=) choose the record of that; STEPS and DATA are the
+    record's where they are not given.
     ``prepare`` is called before something runs.
 
     Returns:
