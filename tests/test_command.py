@@ -15,7 +15,7 @@ from harness.megatron.flags import megatron_flags
 from harness.megatron.tracking import Tracking
 from harness.planning.command import Extras, Place, render
 from harness.planning.miniature import describe, miniature
-from harness.planning.plan import GRAPHS_DROP, WITHOUT_WEIGHTS, choose_device, plan
+from harness.planning.plan import GRAPHS_DROP, PLAIN_TEXT, WITHOUT_WEIGHTS, choose_device, plan
 
 CATALOG = load_catalog()
 IDS = [e.id for e in CATALOG.experiments]
@@ -220,3 +220,18 @@ def test_the_ids_of_gpus_are_numbers():
 ])  # fmt: skip
 def test_what_the_miniature_replaces_is_said(settings, said):
     assert said in plan(CATALOG.find("111"), {"DATA": "mock", **settings}, "cpu").headline
+
+
+def test_a_row_of_conversations_says_that_it_gets_none(monkeypatch) -> None:
+    """Plain text is trained on without --sft; with conversations, and in other rows, nothing is said."""
+    from harness.data import prepared
+
+    def script(id_: str, **settings: str) -> str:
+        return plan(CATALOG.find(id_), settings, "cuda").script()
+
+    said = "DATA=mock is no conversations: every token is learned, not answers only, and --sft is left out; DATA=toy-chat is"
+    told = script("801", DATA="mock")
+    assert said in told and "--sft" not in told.replace(PLAIN_TEXT.format("mock", "toy-chat"), "")
+    assert "no conversations" not in script("101", DATA="mock") and "no conversations" not in script("811", DATA="mock")
+    monkeypatch.setattr(prepared, "is_chat", lambda data: True)
+    assert not plan(CATALOG.find("801"), {"DATA": "mock"}, "cuda").headline

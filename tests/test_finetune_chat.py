@@ -1,11 +1,12 @@
 """Conversations: what is one, what is answered in it, how they are packed, and the settings that tune on them."""
 
+import gzip
 import json
 import random
 
 import pytest
 
-from harness.data.chat.conversations import Skipped, Unfit, read_messages, spans
+from harness.data.chat.conversations import Skipped, Unfit, conversations_of, read_messages, spans
 from harness.errors import UserError
 from harness.experiment import overrides
 from harness.experiment.catalog import Lora, load_catalog
@@ -44,6 +45,86 @@ def test_what_is_no_conversation(broken, rule):
     with pytest.raises(Unfit) as caught:
         read_messages(broken)
     assert caught.value.rule == rule
+
+
+QUESTION, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+
+
+@pytest.mark.parametrize("found", [
+    {"messages": [QUESTION, ANSWER]}, {"conversations": [QUESTION, ANSWER]}, {"conversation": [QUESTION, ANSWER]},
+    {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "id": "x"},
+    {"conversations": [{"from": "user", "value": "q", "weight": 1}, {"from": "chatgpt", "value": "a"}]},
+    {"messages": [{"from": "human", "value": "q"}, {"from": "assistant", "value": "a"}]},
+    {"messages": [], "conversations": [{"from": "human", "value": "q"}, {"from": "model", "value": "a"}]},
+])  # fmt: skip
+def test_the_usual_shapes_of_a_conversation(found):
+    assert read_messages(found) == read_messages(json.dumps(found).encode()) == [QUESTION, ANSWER]
+
+
+def test_a_system_message_beside_sharegpts_conversation_comes_first():
+    found = {"system": "be brief", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
+    assert read_messages(found) == [{"role": "system", "content": "be brief"}, QUESTION, ANSWER]
+    found["conversations"].insert(0, {"from": "system", "value": "s"})
+    assert read_messages(found)[0] == {"role": "system", "content": "s"}
+
+
+@pytest.mark.parametrize(("found", "rule"), [
+    ({"conversations": [{"from": "human", "value": 3}, {"from": "gpt", "value": "a"}]}, "no messages"),
+    ({"conversations": "q"}, "no messages"), ([QUESTION, ANSWER], "no messages"), (None, "no messages"), (3.5, "no messages"),
+    ({"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": "f"}]}, "roles"),
+    ({"conversations": [{"from": "gpt", "value": "a"}, {"from": "human", "value": "q"}]}, "roles"),
+    ({"conversations": [{"from": "human", "value": "q"}]}, "no answer"),
+    ({"conversations": [{"from": "human", "value": "q\udcff"}, {"from": "gpt", "value": "a"}]}, "no messages"),
+])  # fmt: skip
+def test_what_is_none_in_another_shape(found, rule):
+    with pytest.raises(Unfit) as caught:
+        read_messages(found)
+    assert caught.value.rule == rule
+
+
+ITEMS = [{"messages": [QUESTION, ANSWER]}, 3, "}],[", None, [1, [2]], {"a": "åä 数 \u2028 \\ \""}, {}, {"long": "x" * 5000}, 12345, True]
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 64, 1 << 20])
+@pytest.mark.parametrize("written", [
+    lambda: json.dumps(ITEMS).encode(), lambda: json.dumps(ITEMS, indent=2, ensure_ascii=False).encode(),
+    lambda: b"\xef\xbb\xbf \n" + json.dumps(ITEMS, separators=(",", ":")).encode() + b"\n\n",
+])  # fmt: skip
+def test_an_array_is_read_item_by_item(tmp_path, monkeypatch, written, chunk):
+    from harness.data.chat import conversations
+
+    monkeypatch.setattr(conversations, "_CHUNK_BYTES", chunk)
+    (tmp_path / "chat.json").write_bytes(written())
+    skipped = Skipped()
+    assert list(conversations_of(tmp_path / "chat.json", skipped)) == [*enumerate(ITEMS, 1)] and skipped.unit == "item"
+    with gzip.open(tmp_path / "chat.json.gz", "wb") as packed:
+        packed.write(written())
+    assert len(list(conversations_of(tmp_path / "chat.json.gz", Skipped()))) == len(ITEMS)
+    (tmp_path / "chat.json").write_bytes(b"[ ]")
+    assert list(conversations_of(tmp_path / "chat.json", Skipped())) == []
+
+
+@pytest.mark.parametrize(("damage", "said"), [
+    (lambda whole: whole[:-1], "is cut short or damaged after 9 items: true"), (lambda whole: whole[:25], "is cut short or damaged after 0 items"),
+    (lambda whole: whole.replace(b", 3,", b" 3,"), "after 0 items"), (lambda whole: whole.replace(b", 3,", b", nonsense,"), "after 1 items: nonsense"),
+    (lambda whole: whole + b"\n[1]", r"ends, and something follows after 10 items: \[1\]"), (lambda whole: b"[" * 100_000, "after 0 items"),
+    (lambda whole: b"[", "after 0 items"),
+])  # fmt: skip
+def test_an_array_that_is_damaged_is_refused_with_the_place(tmp_path, damage, said):
+    (tmp_path / "chat.json").write_bytes(damage(json.dumps(ITEMS).encode()))
+    with pytest.raises(UserError, match=rf"INPUT=.*chat.json: the JSON array .*{said}"):
+        list(conversations_of(tmp_path / "chat.json", Skipped()))
+
+
+def test_lines_stay_lines(tmp_path):
+    (tmp_path / "chat.jsonl").write_bytes(b'\xef\xbb\xbf{"a": 1}\n\n \n\xff\n{"b"')
+    skipped = Skipped()
+    assert list(conversations_of(tmp_path / "chat.jsonl", skipped)) == [(1, b'{"a": 1}\n'), (4, b"\xff\n"), (5, b'{"b"')]
+    assert skipped.unit == "line"
+    (tmp_path / "chat.jsonl.gz").write_bytes(b"no gzip")
+    for path in (tmp_path, tmp_path / "missing.jsonl", tmp_path / "chat.jsonl.gz"):
+        with pytest.raises(UserError, match=f"INPUT={path}: "):
+            list(conversations_of(path, Skipped()))
 
 
 def test_more_keys_are_left_out():

@@ -311,3 +311,14 @@ Current thread 0x02 (most recent call first):
     assert where_ranks_wait({0: waiting, 1: stuck, 2: waiting, 3: ""}) == (
         "ranks 0, 2 in all_reduce (distributed_c10d.py:3007); rank 1 in load (train.py:3)"
     )
+
+
+@pytest.mark.parametrize("log", [
+    "IndexError: index out of range in self\n", "/aten/src/ATen/native/cuda/Indexing.cu:1553: indexSelectLargeIndex: block: [0,0,0] "
+    "Assertion `srcIndex < srcSelectDimSize` failed.\nRuntimeError: CUDA error: device-side assert triggered\n",
+    SUMMARY.format(exitcode=-7),
+])
+def test_what_damaged_data_does_to_a_run_names_the_data_and_its_check(log):
+    outcome = classify(Evidence(exit_code=1, log=log), experiment(data="mine:0.7 other:0.3"))
+    assert outcome.status == "crash" and "make data-check NAME=mine and make data-check NAME=other" in outcome.advice
+    assert "data-check" not in classify(Evidence(exit_code=1, log=log), experiment()).advice

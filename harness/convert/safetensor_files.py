@@ -14,6 +14,7 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -107,8 +108,8 @@ def open_folder(folder: Path) -> Tensors:
     try:
         placed: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         shards = sorted({*placed.values()})
-        missing = [shard for shard in shards if not (folder / shard).is_file()]
-    except (ValueError, KeyError, TypeError, AttributeError):
+        missing = [shard for shard in shards if not (folder / _file_name(shard)).is_file()]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{index} is damaged: it has no weight_map\nfetch it again") from None
     if missing:
         raise UserError(f"{folder}: {len(missing)} of {len(shards)} shards are missing: {_few(missing)}\nfetch them")
@@ -118,6 +119,13 @@ def open_folder(folder: Path) -> Tensors:
     if absent := [name for name in placed if name not in stored]:
         raise UserError(f"{folder}: {INDEX} names tensors that no shard has: {_few(absent)}\nfetch the folder again")
     return Tensors(stored)
+
+
+def _file_name(shard: str) -> str:
+    """``shard`` where it can be a file beside the index. Raises ValueError where it is a path, or too long."""
+    if not shard or shard in (".", "..") or "/" in shard or "\0" in shard or len(os.fsencode(shard)) > 255:
+        raise ValueError(shard)
+    return shard
 
 
 def _none_there(folder: Path) -> str:
@@ -138,28 +146,37 @@ def _read_header(path: Path) -> dict[str, Stored]:
         start = file.read(_LENGTH.size)
         length = _LENGTH.unpack(start)[0] if len(start) == _LENGTH.size else size
         header = file.read(length) if length <= min(size, LARGEST_HEADER) else b""
+    base = _LENGTH.size + length
     try:
         entries = json.loads(header)
         entries.pop("__metadata__", None)
-        base = _LENGTH.size + length
-        ends = [base + entry["data_offsets"][1] for entry in entries.values()]
         stored = {name: _entry(path, entry, base) for name, entry in entries.items()}
-        shapes_fit = all(base + e["data_offsets"][1] == s.offset + s.bytes
-                         for e, s in zip(entries.values(), stored.values(), strict=True))
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        ends = sorted(entry["data_offsets"] for entry in entries.values())
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         raise UserError(f"{path} is no safetensors file: its header cannot be read\nfetch it again") from None
-    if (end := max(ends, default=base)) != size:
+    if (end := max((base + end for _, end in ends), default=base)) != size:
         what = f"is cut off: {size:,} bytes of {end:,}" if size < end else f"has {size:,} bytes, its header says {end:,}"
         raise UserError(f"{path} {what}\nfetch it again")
-    if not shapes_fit:
-        raise UserError(f"{path} is damaged: a tensor's bytes are not as many as its shape says\nfetch it again")
+    for name, entry in stored.items():
+        begin, behind = entries[name]["data_offsets"]
+        if entry.bytes != behind - begin:
+            raise UserError(f"{path} is damaged: {name[:80]} has {behind - begin:,} bytes, its shape says {entry.bytes:,}: "
+                            "a tensor's bytes are not as many as its shape says\nfetch it again")
+    if any(behind != begin for (_, behind), (begin, _) in pairwise([[0, 0], *ends])):
+        raise UserError(f"{path} is damaged: its tensors overlap or leave gaps\nfetch it again")
     return stored
 
 
 def _entry(path: Path, entry: Mapping, base: int) -> Stored:
-    if entry["dtype"] not in DTYPES:
-        raise UserError(f"{path}: a tensor of dtype {entry['dtype']}; known: {', '.join(DTYPES)}")
-    return Stored(path, DTYPES[entry["dtype"]], tuple(entry["shape"]), base + entry["data_offsets"][0])
+    """The tensor that a header's entry describes. Raises ValueError or TypeError where it describes none."""
+    if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
+        raise UserError(f"{path}: a tensor of dtype {str(entry['dtype'])[:40]}; known: {', '.join(DTYPES)}")
+    begin, end = entry["data_offsets"]
+    shape = entry["shape"]
+    # True and 1.0 equal 1, and go nowhere
+    if not isinstance(shape, list) or any(type(n) is not int or n < 0 for n in (*shape, begin, end)) or begin > end:
+        raise ValueError(f"{begin} to {end} of shape {shape}")
+    return Stored(path, DTYPES[entry["dtype"]], tuple(shape), base + begin)
 
 
 def _few(names: Iterable[str], n: int = 4) -> str:

@@ -26,6 +26,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from harness import ROOT
+from harness.data.tiktoken_files import is_tiktoken, tiktoken_folder
 from harness.data.tokenizer_files import DECIDING, DESCRIPTION, OTHERS, SENTENCE_PIECE, Kind, tokenizer_sha256
 from harness.data.vocabulary import gpt2_folder
 from harness.errors import UserError, first_line, nearest
@@ -34,6 +35,9 @@ from harness.machine.provenance import package_version
 
 CACHE_MIB = 600
 """Resident memory above which gigatoken forgets the words that it has seen; it keeps them without a limit otherwise."""
+
+CHOICES = ("gpt2", "bytes", "null:50257")
+"""Tokenizers that go by a name."""
 
 _FORGET_AFTER_BYTES = 16 << 20
 _FACTS = ("vocab_size", "eod", "fast", "slow_because", "before", "after", "end", "joined")
@@ -137,13 +141,14 @@ class Tokenizer:
         return replace(self, model=model)
 
 
-def find_tokenizer(wanted: str, home: Path) -> Tokenizer:
+def find_tokenizer(wanted: str, home: Path, choices: Sequence[str] = CHOICES) -> Tokenizer:
     """The tokenizer that ``TOKENIZER=wanted`` names.
 
     Args:
-        wanted: ``gpt2``; ``null:SIZE``, whose texts are ids already; a folder with tokenizer.json, or that file; or a
-            SentencePiece ``.model``.
+        wanted: ``gpt2``; ``bytes``, a token a byte; ``null:SIZE``, whose texts are ids already; a folder with tokenizer.json
+            or tokenizer.model, or one of these files: a SentencePiece model, or Llama 3's.
         home: where vocabularies and what is known about tokenizers are kept.
+        choices: the names that an error offers.
 
     Raises:
         UserError: there is none of that name, or it has no end-of-document token.
@@ -156,18 +161,26 @@ def find_tokenizer(wanted: str, home: Path) -> Tokenizer:
         return Tokenizer("NullTokenizer", "null", None, digest, int(size), int(size) - 1)
     if wanted == "gpt2":
         return _examined("HuggingFaceTokenizer", "gpt2", gpt2_folder(home), home)
+    if wanted == "bytes":
+        from harness.data.chat.byte_tokenizer import byte_folder
+
+        return _examined("HuggingFaceTokenizer", "bytes", byte_folder(home), home)
     path = Path(wanted).expanduser()
     if path.name == DESCRIPTION and path.is_file():
         path = path.parent
     if (path / DESCRIPTION).is_file():
         return _examined("HuggingFaceTokenizer", path.resolve().name, path.resolve(), home)
+    if path.is_dir() and (path / SENTENCE_PIECE).is_file():
+        path /= SENTENCE_PIECE
+    if path.suffix == ".model" and path.is_file() and is_tiktoken(path):
+        return _examined("HuggingFaceTokenizer", path.resolve().parent.name, tiktoken_folder(path, home), home)
     if path.suffix == ".model" and path.is_file():
         return _examined("SentencePieceTokenizer", path.stem, path.resolve(), home)
     if path.exists():
-        raise UserError(f"TOKENIZER={wanted}: neither a folder with tokenizer.json nor a SentencePiece .model")
+        raise UserError(f"TOKENIZER={wanted}: neither a folder with tokenizer.json nor a SentencePiece or Llama 3 .model")
     raise UserError(
-        f"no tokenizer {wanted}; {nearest(wanted, ('gpt2', 'null:50257'))}\n"
-        "or give a folder with tokenizer.json, or a SentencePiece .model"
+        f"no tokenizer {wanted}; {nearest(wanted, choices)}\n"
+        "or give a folder with tokenizer.json, or a .model of SentencePiece or Llama 3"
     )
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from harness import rundir
+from harness.data.content import check_content
 from harness.errors import UserError, first_line
 from harness.experiment import identity
 from harness.experiment.catalog import EXPERIMENTS, Experiment
@@ -163,6 +164,7 @@ class _Chapter:
         try:
             check_machine(plan.experiment, plan.device)
             check_start(plan)
+            check_content(plan.experiment.data)
             reserved = reserve(plan, plan.experiment.label, self._shown.print)
         except UserError as error:
             self._outcomes[plan.experiment.name] = Outcome("not run", first_line(error))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness import locks, rundir
+from harness.data.content import check_content
 from harness.errors import UserError, nearest
 from harness.evidence.measured import measure
 from harness.experiment import calibrations, fit
@@ -516,12 +517,14 @@ def run_plan(plan: Plan, *, hang_seconds: float | None = None, terminal: Termina
         hang_seconds: see ``Run``.
 
     Raises:
+        UserError: the data is damaged.
         UserError: GPUs are busy, too few or unable, a package is missing, the output directory cannot be written, or
             upstream is half there.
         KeyboardInterrupt: it was interrupted before it began.
     """
     check_machine(plan.experiment, plan.device)
     check_start(plan)
+    check_content(plan.experiment.data)
     gpu_ids = gpus.choose(plan.experiment.ranks_per_node, plan.place.gpu_ids) if plan.device == "cuda" else ()
     with Signals() as signals, terminal or open_terminal() as shown:
         reserved = run_directory(plan, signals, shown)

@@ -153,6 +153,18 @@ def _rule(pattern: str, status: Status, advice: str | Callable[[Experiment], str
     return Rule(re.compile(pattern, re.IGNORECASE), status, advice, anywhere)
 
 
+_SHARED_MEMORY = "/dev/shm is too small for NCCL or the data loaders; a container wants docker run --ipc=host"
+
+
+def _sets(experiment: Experiment) -> list[str]:
+    """The names of the data sets that it reads."""
+    return [word.partition(":")[0] for word in experiment.data.replace(",", " ").split() if word != "mock"]
+
+
+def _checks(experiment: Experiment) -> str:
+    return " and ".join(f"make data-check NAME={name}" for name in _sets(experiment))
+
+
 RULES = (
     _rule(
         r"CUDA out of memory|OutOfMemoryError|CUDA error: out of memory|CU(BLAS|DNN)_STATUS_ALLOC_FAILED"
@@ -166,9 +178,20 @@ RULES = (
         _host_memory,
     ),
     _rule(
-        r"/dev/shm|shm_open|insufficient shared memory|SIGBUS|Bus error",
+        r"/dev/shm|shm_open|insufficient shared memory",
         "crash",
-        "/dev/shm is too small for NCCL or the data loaders; a container wants docker run --ipc=host",
+        _SHARED_MEMORY,
+    ),
+    _rule(
+        r"SIGBUS|Bus error",  # also what a mapped file does that became shorter
+        "crash",
+        lambda e: f"{_SHARED_MEMORY}{'; or a file of the data was cut while it was read: ' if _sets(e) else ''}{_checks(e)}",
+    ),
+    _rule(
+        r"index out of range in self|vectorized_gather_kernel|indexSelect\w*Index"
+        r"|Indexing\.cu.*Assertion|Assertion .*(srcIndex|srcSelectDimSize|ind >=)",
+        "crash",
+        lambda e: "an id beyond vocabulary or positions" + (f", as in damaged data: {_checks(e)}" if _sets(e) else ""),
     ),
     _rule(
         r"No space left on device|Disk quota exceeded",

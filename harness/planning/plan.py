@@ -10,6 +10,7 @@ from pathlib import Path
 from harness import ROOT, checkpoints
 from harness.checkpoints import Loading, Saving
 from harness.data import prepared
+from harness.data.sources import definitions
 from harness.data.splits import check_split
 from harness.errors import UserError
 from harness.experiment import overrides, understood
@@ -25,6 +26,9 @@ from harness.rundir import RunDir
 
 WITHOUT_WEIGHTS = ("adapters beside random weights learn little, this measures time and memory; WEIGHTS= names weights that "
                    "know something: make import-hf brings some, make 801 trains some")
+
+PLAIN_TEXT = ("DATA={} is no conversations: every token is learned, not answers only, and --sft is left out; DATA={} is "
+              "what this row is about, make data-chat makes others")
 
 GRAPHS_DROP = ("CUDA graphs do again what they did in training: losses on held-out data come with dropout, which makes them "
                "higher; DROPOUT=0 compares")
@@ -107,6 +111,8 @@ def plan(experiment: Experiment, settings: Mapping[str, str], device: Device) ->
         start.check_data(full, settings.get("WEIGHTS") or full.weights, outdir)
     if prepared.is_chat(full.data):
         _check_conversations(full)
+    elif (published := definitions().get(full.published_data or "")) and published.chat:
+        headlines.append(PLAIN_TEXT.format(full.data, published.name))
     nodes = full.nodes if "NODES" in settings else 1
     small = miniature(full, nodes, overrides.given(settings)) if device == "cpu" else full
     if device == "cpu":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from harness.data.tiktoken_files import byte_letters
 from harness.data.tokenizer_files import DESCRIPTION
 from harness.files import write_text
 
@@ -17,7 +18,7 @@ def byte_folder(home: Path) -> Path:
     if not (folder / DESCRIPTION).is_file():
         from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-        made = Tokenizer(models.BPE(vocab={letter: byte for byte, letter in enumerate(_letters())}, merges=[]))
+        made = Tokenizer(models.BPE(vocab={letter: byte for byte, letter in enumerate(byte_letters())}, merges=[]))
         made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         made.decoder = decoders.ByteLevel()
         made.add_special_tokens([AddedToken(END, special=True, normalized=False)])
@@ -26,10 +27,3 @@ def byte_folder(home: Path) -> Path:
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
         write_text(folder / DESCRIPTION, made.to_str())
     return folder
-
-
-def _letters() -> list[str]:
-    """What byte-level tokenizers write for each byte: itself where it is printable, else a letter from 256 on (GPT-2)."""
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = iter(range(256, 512))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]

@@ -1,27 +1,38 @@
-"""Conversations: read from JSON Lines, checked, and cut into spans by a chat template.
+"""Conversations: read from JSON, checked, and cut into spans by a chat template.
 
-A line is ``{"messages": [{"role": …, "content": …}, …]}``: an optional system message, then user and assistant in turn,
-an answer last. Templates are Jinja, as Hugging Face keeps them; a tokenizer that has none gets ``simple_template``.
+A file is JSON Lines or one JSON array. A conversation is ``{"messages": [{"role": …, "content": …}, …]}``, or ShareGPT's
+``{"conversations": [{"from": "human", "value": …}, …]}``: an optional system message, then user and assistant in turn, an
+answer last. Templates are Jinja, as Hugging Face keeps them; a tokenizer that has none gets ``simple_template``.
 """
 
 from __future__ import annotations
 
+import codecs
+import gzip
 import json
+import re
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 from harness.errors import UserError, first_line
 
 RULES = {
-    "no JSON": "a line that is no JSON in UTF-8",
-    "no messages": 'no "messages": a list of objects, each with a role and a content that is text',
+    "no JSON": "no JSON in UTF-8",
+    "no messages": 'neither "messages", each with a role and content of text, nor "conversations" with from and value',
     "roles": "roles other than an optional system, then user and assistant in turn",
     "no answer": "the last message is none of the assistant's, or an answer is empty",
     "template": "the chat template refuses it, or rewrites what came before an answer",
 }
 """Why a conversation is skipped."""
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_CHUNK_BYTES = 1 << 20
+_SEPARATOR = re.compile(r"\s*(?:,|(?=\]))")
+"""What follows an item of an array: without it, ``12`` may be the beginning of ``123``."""
 
 Message = dict[str, str]
 Render = Callable[[list[Message], bool], str]
@@ -38,10 +49,11 @@ class Unfit(ValueError):
 
 @dataclass
 class Skipped:
-    """Lines that were no conversation: how many by rule, and the first one of each."""
+    """Lines, or items of an array, that were no conversation: how many by rule, and the first one of each."""
 
     by_rule: Counter[str] = field(default_factory=Counter)
     first: dict[str, int] = field(default_factory=dict)
+    unit: str = "line"
 
     def add(self, rule: str, line: int) -> None:
         self.by_rule[rule] += 1
@@ -49,22 +61,31 @@ class Skipped:
 
     def lines(self) -> list[str]:
         """One sentence a rule."""
-        return [f"{number:,} skipped, the first in line {self.first[rule]:,}: {RULES[rule]}"
+        return [f"{number:,} skipped, the first in {self.unit} {self.first[rule]:,}: {RULES[rule]}"
                 for rule, number in sorted(self.by_rule.items())]
 
 
-def read_messages(line: bytes) -> list[Message]:
-    """The messages in a line of JSON.
+_SPEAKERS = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
+             "chatgpt": "assistant", "model": "assistant", "bing": "assistant", "bard": "assistant"}
+"""Who speaks, in ShareGPT's words and those of its relatives -> the role; tools have none here."""
+_SHAPES = (("messages", "role", "content"), ("conversations", "from", "value"), ("conversations", "role", "content"),
+           ("messages", "from", "value"), ("conversation", "from", "value"), ("conversation", "role", "content"))
+"""Key of the messages, of who speaks and of the text."""
+
+
+def read_messages(found: bytes | object) -> list[Message]:
+    """The messages of a conversation: a line of JSON, or what JSON gave.
 
     Raises:
         Unfit: it is none, or its roles are in no order that can be learned from.
     """
-    try:
-        found = json.loads(line.decode("utf-8"))
-    except ValueError:
-        raise Unfit("no JSON") from None
-    messages = found.get("messages") if isinstance(found, dict) else None
-    if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
+    if isinstance(found, bytes):
+        try:
+            found = json.loads(found.decode("utf-8"))
+        except (ValueError, RecursionError):
+            raise Unfit("no JSON") from None
+    messages = _messages(found) if isinstance(found, dict) else None
+    if not messages:
         raise Unfit("no messages")
     roles = [message["role"] for message in messages]
     turns = roles[1:] if roles[0] == "system" else roles
@@ -72,15 +93,31 @@ def read_messages(line: bytes) -> list[Message]:
         raise Unfit("roles")
     if roles[-1] != "assistant" or any(m["role"] == "assistant" and not m["content"].strip() for m in messages):
         raise Unfit("no answer")
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+    return messages
 
 
-def _is_message(message: object) -> bool:
-    if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-        return False
+def _messages(found: dict) -> list[Message] | None:
+    for key, who, what in _SHAPES:
+        said = found.get(key)
+        if isinstance(said, list) and said and all(_is_message(each, who, what) for each in said):
+            messages = [{"role": _SPEAKERS.get(each[who], each[who]), "content": each[what]} for each in said]
+            system = found.get("system")
+            beside = who == "from" and isinstance(system, str) and system.strip() and _is_text(system)
+            if beside and messages[0]["role"] != "system":
+                messages.insert(0, {"role": "system", "content": system})
+            return messages
+    return None
+
+
+def _is_message(message: object, who: str, what: str) -> bool:
+    return (isinstance(message, dict) and isinstance(message.get(who), str) and isinstance(message.get(what), str)
+            and _is_text(message[what]))
+
+
+def _is_text(text: str) -> bool:
     try:
-        message["content"].encode()
-    except UnicodeEncodeError:  # half a surrogate pair
+        text.encode()
+    except UnicodeEncodeError:  # half a surrogate pair, or bytes that were no UTF-8
         return False
     return True
 
@@ -109,19 +146,72 @@ def spans(messages: list[Message], render: Render) -> list[str]:
     return found
 
 
-def lines_of(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The numbered lines of a file that are not blank.
+def conversations_of(path: Path, skipped: Skipped) -> Iterator[tuple[int, bytes | object]]:
+    """The numbered lines of a file that are not blank, or the items of its JSON array; packed with gzip or not.
+
+    Args:
+        skipped: told which of both it counts.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: it cannot be read, or is an array that is cut short or damaged.
     """
     try:
-        with path.open("rb") as file:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+            start = file.read(4096).removeprefix(BYTE_ORDER_MARK).lstrip()
+            file.seek(0)
+            if start.startswith(b"["):
+                skipped.unit = "item"
+                yield from enumerate(_items(path, file), 1)
+                return
             for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield number, line
-    except OSError as error:
-        raise UserError(f"INPUT={path}: {error.strerror}") from None
+                if (line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line).strip():
+                    yield number, line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"INPUT={path}: {getattr(error, 'strerror', None) or first_line(error)}") from None
+
+
+def _items(path: Path, file: BinaryIO) -> Iterator[object]:
+    """The items of a JSON array, one at a time: a file of any size needs the memory of its longest item."""
+    decoder, read = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
+    text, number, size, at_end = "", 0, _CHUNK_BYTES, False
+
+    def more() -> None:
+        nonlocal text, at_end, size
+        data = file.read(size)
+        at_end = not data
+        text += read(data, at_end)
+
+    def damaged(what: str) -> UserError:
+        near = " ".join(text[:60].split())
+        return UserError(f"INPUT={path}: the JSON array {what} after {number:,} items" + (f": {near} …" if near else ""))
+
+    while not text.lstrip():
+        more()
+    text = text.lstrip()[1:]
+    while True:
+        text = text.lstrip()
+        while not text and not at_end:
+            more()
+            text = text.lstrip()
+        if text.startswith("]"):
+            text = text[1:].lstrip() + file.read(_CHUNK_BYTES).decode(errors="replace").lstrip()
+            if text:
+                raise damaged("ends, and something follows")
+            return
+        try:
+            item, end = decoder.raw_decode(text)
+            behind = _SEPARATOR.match(text, end)
+        except (ValueError, RecursionError):
+            behind = None
+        if behind is None:
+            if at_end:
+                raise damaged("is cut short or damaged")
+            size *= 2  # an item longer than what was read is parsed again, so read ever more
+            more()
+            continue
+        number += 1
+        yield item
+        text, size = text[behind.end() :], _CHUNK_BYTES
 
 
 def simple_template(end: str) -> str:

@@ -20,7 +20,6 @@ import numpy as np
 from harness import ROOT
 from harness.data import indexed
 from harness.data.chat import conversations
-from harness.data.chat.byte_tokenizer import byte_folder
 from harness.data.chat.conversations import Skipped, Unfit
 from harness.data.manifest import Chat, Counted, Manifest, Source, SourceFile
 from harness.data.prepare import check_free, discard, only_one, publish, tokenizer_used, written
@@ -52,9 +51,10 @@ def prepare_chat(name: str, source: Path, tokenizer: str, *, folder: Path = DATA
     if not force:
         check_free(name, folder)
     vocabularies = folder / "tokenizers"
-    used = find_tokenizer(str(byte_folder(vocabularies)) if tokenizer == "bytes" else tokenizer, vocabularies)
+    used = find_tokenizer(tokenizer, vocabularies, choices=("bytes", "gpt2"))
     if used.kind != "HuggingFaceTokenizer":
-        raise UserError(f"TOKENIZER={tokenizer}: conversations need bytes, gpt2 or a folder with tokenizer.json")
+        raise UserError(f"TOKENIZER={tokenizer}: conversations need bytes, gpt2, a folder with tokenizer.json, or Llama 3's "
+                        "tokenizer.model")
     with only_one(home, name):
         part = home / "work" / "chat"
         shutil.rmtree(part, ignore_errors=True)
@@ -93,7 +93,7 @@ def _write(source: Path, tokenizer: Tokenizer, prefix: Path, skipped: Skipped) -
                 documents += 1
         records = documents + skipped.by_rule.total()
         if not documents:
-            raise UserError("\n".join([f"INPUT={source}: no conversation in {records:,} lines", *skipped.lines()]))
+            raise UserError("\n".join([f"INPUT={source}: no conversation in {records:,} {skipped.unit}s", *skipped.lines()]))
         pair = writer.finish()
     finally:
         writer.close()
@@ -105,9 +105,9 @@ def _write(source: Path, tokenizer: Tokenizer, prefix: Path, skipped: Skipped) -
 
 def _conversations(source: Path, tokenizer: Path, skipped: Skipped) -> Iterator[list[str]]:
     render = conversations.template_of(tokenizer)
-    for number, line in conversations.lines_of(source):
+    for number, found in conversations.conversations_of(source, skipped):
         try:
-            yield conversations.spans(conversations.read_messages(line), render)
+            yield conversations.spans(conversations.read_messages(found), render)
         except Unfit as error:
             skipped.add(error.rule, number)
 
