@@ -7,6 +7,7 @@ import platform
 import re
 import resource
 import shutil
+import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from harness.machine.provenance import git, package_version, source_commit
 from harness.machine.stages import ROOT, Venv, distribution, missing, requirements, version
 from harness.machine.upstream import FILL, locate
 
+ANSWERS_WITHIN_S = 10
 State = Literal["ok", "note", "warn", "missing"]
 COLOURS = {"ok": screen.GREEN, "note": screen.FAINT, "warn": screen.YELLOW, "missing": screen.RED}
 
@@ -86,7 +88,7 @@ def packages(on_gpu: bool) -> Iterator[Finding]:
     yield torch(found, on_gpu, gpus.driver_versions()[1])
     yield transformer_engine(package_version("transformer-engine"), on_gpu)
     if found and found.cuda:
-        yield apex(find_spec("amp_C") is not None)
+        yield apex(find_spec("fused_weight_gradient_mlp_cuda") is not None)
 
 
 def stage(name: str, environment: Venv | None, command: str) -> Finding:
@@ -94,6 +96,9 @@ def stage(name: str, environment: Venv | None, command: str) -> Finding:
     topic = f"stage {name}"
     if environment and environment.stamp(name).exists():
         if environment.ready(name):
+            if damaged := environment.half_installed():
+                names = ", ".join(sorted(info.name.split("-")[0] for info in damaged)[:5])
+                return Finding(topic, "warn", f"files are missing from {names}", f"rm {environment.stamp(name)}; {command}")
             return Finding(topic, "ok", f"{len(requirements(name))} packages as pinned in pyproject.toml")
         return Finding(topic, "warn", "out of date or damaged; the next make mends it", command)
     lacking = missing(name)
@@ -142,17 +147,33 @@ def _major(cuda: str | None) -> int:
 
 def transformer_engine(installed: str | None, on_gpu: bool) -> Finding:
     """Transformer Engine, which full-size runs on GPUs use."""
-    if installed:
+    if installed and _has_torch_extension():
         return Finding("Transformer Engine", "ok", installed)
+    if installed:
+        text = f"{installed}, without its extension for PyTorch"
+        if on_gpu:
+            return Finding("Transformer Engine", "missing", text, "make setup-gpu")
+        return Finding("Transformer Engine", "note", f"{text}; runs on a CPU do without")
     if on_gpu:
         return Finding("Transformer Engine", "missing", "not installed; runs on GPUs use it", "make setup-gpu")
     return Finding("Transformer Engine", "note", "not installed; runs on a CPU do without")
 
 
+def _has_torch_extension() -> bool:
+    """Whether Transformer Engine's library for PyTorch is there, from its own wheel or within the package."""
+    try:
+        spec = find_spec("transformer_engine")
+    except ImportError:
+        spec = None
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()] if spec else []
+    places = [place for folder in folders for place in (folder, folder.parent, folder / "wheel_lib")]
+    return any(next(place.glob("transformer_engine_torch*.so"), None) for place in places)
+
+
 def apex(installed: bool) -> Finding:
     """Apex, whose kernel fuses gradient accumulation into the weight gradient's GEMM."""
     if installed:
-        return Finding("Apex", "ok", "its kernels are there")
+        return Finding("Apex", "ok", "its kernel that fuses gradient accumulation is there")
     return Finding("Apex", "note", "not installed; optional, it fuses gradient accumulation into GEMMs")
 
 
@@ -168,12 +189,19 @@ def upstream() -> Finding:
         text = f"megatron-core {wheel} from its wheel" if wheel else "its wheel comes with the first run"
         mend = f"for upstream's own pretrain_gpt.py: {FILL}"
         return Finding("Megatron-LM", "note", f"{text}; the submodule is not checked out", mend)
-    there, pinned = source_commit(tree)[0], git(ROOT, "rev-parse", "HEAD:megatron-lm")
+    (there, changed), pinned = source_commit(tree), git(ROOT, "rev-parse", "HEAD:megatron-lm")
     if os.environ.get("MEGATRON_LM"):
-        return Finding("Megatron-LM", "ok", f"MEGATRON_LM={tree}, {there or 'commit unknown'}")
+        return as_it_is(f"MEGATRON_LM={tree}, {there or 'commit unknown'}", changed)
     if there and pinned and there != pinned:
         return Finding("Megatron-LM", "warn", f"the submodule is at {there[:10]}, tested with {pinned[:10]}", FILL)
-    return Finding("Megatron-LM", "ok", f"the submodule, {there or 'commit unknown'}")
+    return as_it_is(f"the submodule, {there or 'commit unknown'}", changed)
+
+
+def as_it_is(tree: str, changed: bool | None) -> Finding:
+    """A whole upstream tree, whose files may have been changed since its commit."""
+    if changed:
+        return Finding("Megatron-LM", "warn", f"{tree}; its files were changed since", "git status there shows which")
+    return Finding("Megatron-LM", "ok", tree)
 
 
 def devices(cards: tuple[gpus.Gpu, ...]) -> Iterator[Finding]:
@@ -234,8 +262,9 @@ def machine(on_gpu: bool) -> Iterator[Finding]:
                  "make room, or move them: VENV=/big/disk/venv OUTDIR=/big/disk/outdir")
     shared = Path("/dev/shm")
     if shared.is_dir():
-        size = shutil.disk_usage(shared).total / 2**30
-        yield amount("/dev/shm", size, 1, "NCCL and data loaders use it", "", "docker run --ipc=host")
+        use = shutil.disk_usage(shared)
+        yield amount("/dev/shm", use.free / 2**30, 1, "NCCL and data loaders use it", f" free of {use.total / 2**30:.1f}",
+                     "docker run --ipc=host, or end what fills it")
     yield limit("open files", resource.RLIMIT_NOFILE, 4096, "", "ulimit -n 65536")
     if on_gpu:
         yield limit("locked memory", resource.RLIMIT_MEMLOCK, 64 << 20, " bytes",
@@ -260,13 +289,74 @@ def limit(topic: str, which: int, enough: int, unit: str, mend: str) -> Finding:
 
 def around() -> Iterator[Finding]:
     """What single targets use: data sets, a C++ compiler, containers, Slurm."""
+    yield data_sets()
+    yield compiler()
+    yield containers()
+    yield slurm()
+
+
+def data_sets() -> Finding:
+    """Prepared data sets, their headers, sizes and tokenizers checked; not their tokens, which make data-check reads."""
     sets = prepared.prepared()
-    yield Finding("data sets", "ok" if sets else "note",
-                  ", ".join(sets) or "none prepared; experiments run on mock data, and tables say so")
-    for command, use, get in (
-        ("c++", "compiles upstream's index helpers and Transformer Engine", "sudo apt install g++"),
-        ("docker", "make docker-build, make docker-run", "https://docs.docker.com/engine/install"),
-        ("sbatch", "submits what SLURM=1 renders; without it, the script is printed", ""),
-    ):
-        path = shutil.which(command)
-        yield Finding(command, "ok", path) if path else Finding(command, "note", f"not here; {use}", get)
+    damaged = [name for name in sets if not _sound(name)]
+    if damaged:
+        return Finding("data sets", "warn", f"damaged: {', '.join(damaged)}", f"make data-check NAME={damaged[0]}")
+    return Finding("data sets", "ok" if sets else "note",
+                   ", ".join(sets) or "none prepared; experiments run on mock data, and tables say so")
+
+
+def _sound(name: str) -> bool:
+    try:
+        prepared.find(name)
+    except (UserError, OSError):
+        return False
+    return True
+
+
+def compiler() -> Finding:
+    """A C++ compiler that compiles."""
+    path, use = shutil.which("c++"), "compiles upstream's index helpers and Transformer Engine"
+    if path is None:
+        return Finding("c++", "note", f"not here; {use}", "sudo apt install g++")
+    said = _answer([path, "-x", "c++", "-fsyntax-only", "-"], "#include <vector>\nint main() { return 0; }\n")
+    if said is None:
+        return Finding("c++", "ok", path)
+    return Finding("c++", "warn", f"{path} does not compile: {said}", "sudo apt install g++")
+
+
+def containers() -> Finding:
+    """The container tool that docker/engine.sh takes, and whether it answers."""
+    usual = "podman" if shutil.which("podman") and not shutil.which("docker") else "docker"
+    words = os.environ.get("DOCKER", "").split() or [usual]
+    path = shutil.which(words[0])
+    if path is None:
+        return Finding(words[0], "note", "not here; make docker-build, make docker-run", "https://docs.docker.com/engine/install")
+    said = _answer([*words, "info"])
+    if said is None:
+        return Finding(words[0], "ok", f"{path}, and it answers")
+    return Finding(words[0], "warn", f"{path} does not answer: {said}",
+                   "start its service (sudo systemctl start docker), join its group, or DOCKER='sudo docker'")
+
+
+def slurm() -> Finding:
+    """sbatch, and whether its controller answers."""
+    path, use = shutil.which("sbatch"), "submits what SLURM=1 renders; without it, the script is printed"
+    if path is None:
+        return Finding("sbatch", "note", f"not here; {use}")
+    said = _answer(["scontrol", "ping"])
+    if said is None:
+        return Finding("sbatch", "ok", path)
+    return Finding("sbatch", "warn", f"{path}, but its controller does not answer: {said}")
+
+
+def _answer(command: list[str], given: str = "") -> str | None:
+    """None where ``command`` succeeds within ANSWERS_WITHIN_S; else why not, in a line."""
+    try:
+        done = subprocess.run(command, input=given, capture_output=True, text=True, errors="replace",
+                              timeout=ANSWERS_WITHIN_S)
+    except subprocess.TimeoutExpired:
+        return f"no answer within {ANSWERS_WITHIN_S} s"
+    except OSError as error:
+        return str(error.strerror)
+    lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
+    return None if done.returncode == 0 else (lines[-1] if lines else f"exit status {done.returncode}")

@@ -5,10 +5,12 @@
 # torch and of CUDA, which are pip packages too. About 10 min on 2 cores; the wheel is kept.
 #   WHEELS=dir     where built wheels are kept, or where one lies already (default: below ~/.cache)
 #   MAX_JOBS=n     compilers at once (default: one a core, as far as 4 GiB of memory each allow)
+#   DEVICE=cuda    go on though no NVIDIA driver is here, as for an image or another machine
 #   DRY_RUN=1      look at the machine and print the commands
 # PYTHON and VENV as in scripts/setup.sh.
 set -euo pipefail
 cd "${BASH_SOURCE[0]%/*}/.."
+asked=${DEVICE:-}
 export DEVICE=cuda
 
 fail() {
@@ -45,7 +47,11 @@ check_driver() {
   local driver
   [[ $(uname -s) == Linux ]] || fail "training on NVIDIA GPUs wants Linux, this is $(uname -s)"
   if ! driver=$(nvidia-smi 2>/dev/null); then
-    say "no NVIDIA driver here; going on, for the machine that has one"
+    # Gigabytes and minutes, for nothing that runs here.
+    [[ $asked == cuda || -n ${DRY_RUN:-} ]] || fail "no NVIDIA driver here, so nothing of this would run: it downloads about 2.5 GB
+and compiles for about 10 minutes on 2 cores
+to prepare a machine with GPUs all the same: make setup-gpu DEVICE=cuda; runs on this CPU need only: make setup"
+    say "no NVIDIA driver here; going on, as DEVICE=cuda asks"
     return
   fi
   driver=$(sed -n 's/.*CUDA [A-Za-z ]*Version: *\([0-9]*\).*/\1/p' <<<"$driver")
@@ -124,7 +130,7 @@ main() {
     check_compiler
     say "CUDA's compiler and headers, ninja"
     run scripts/setup.sh gpu-build
-    say "building Transformer Engine's extension for PyTorch into $wheels (log: $log)"
+    say "building Transformer Engine's extension for PyTorch into $wheels: about 10 min on 2 cores (log: $log)"
     build_wheel
   fi
   say "Transformer Engine $engine, and a forward pass where a GPU is"

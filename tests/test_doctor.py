@@ -6,6 +6,7 @@ import pytest
 
 from harness import doctor
 from harness.doctor import Torch
+from harness.errors import UserError
 from harness.machine import gpus
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -109,3 +110,102 @@ def test_a_line_shows_state_topic_text_and_the_way_out():
         " " * 31 + "→ or move",
     ]
     assert "\033[33mwarn" in doctor.line(finding, colour=True)
+
+
+def tool(folder: Path, name: str, script: str) -> None:
+    """A command on a PATH of its own."""
+    (folder / name).write_text(f"#!/bin/bash\n{script}\n")
+    (folder / name).chmod(0o755)
+
+
+@pytest.fixture
+def commands(tmp_path, monkeypatch):
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.delenv("DOCKER", raising=False)
+    return folder
+
+
+@pytest.mark.parametrize("look, name, works, broken, why", [
+    (doctor.containers, "docker", "[[ $1 == info ]]", "echo Cannot connect to the Docker daemon. >&2; exit 1", "does not answer: Cannot connect to the Docker daemon."),
+    (doctor.compiler, "c++", "exec /bin/true", "echo vector: No such file >&2; exit 1", "does not compile: vector: No such file"),
+])
+def test_what_is_ok_works(commands, look, name, works, broken, why):
+    assert look().state == "note"
+    tool(commands, name, works)
+    assert look().state == "ok"
+    tool(commands, name, broken)
+    assert look().state == "warn" and why in look().text
+
+
+def test_a_container_tool_that_docker_names(commands, monkeypatch):
+    tool(commands, "podman", "exit 0")
+    assert doctor.containers() == doctor.Finding("podman", "ok", f"{commands}/podman, and it answers")
+    tool(commands, "sudo", 'shift; [[ "$*" == info ]] && echo denied >&2; exit 1')
+    monkeypatch.setenv("DOCKER", "sudo docker")
+    assert doctor.containers().state == "warn" and "denied" in doctor.containers().text
+
+
+def test_slurm_without_its_controller(commands):
+    tool(commands, "sbatch", "exit 0")
+    tool(commands, "scontrol", "echo Slurmctld(primary) at head is DOWN; exit 1")
+    assert doctor.slurm().state == "warn" and "is DOWN" in doctor.slurm().text
+    tool(commands, "scontrol", "exit 0")
+    assert doctor.slurm().state == "ok"
+
+
+def test_what_does_not_answer_is_not_waited_for(commands, monkeypatch):
+    monkeypatch.setattr(doctor, "ANSWERS_WITHIN_S", 0.2)
+    tool(commands, "docker", "exec /bin/sleep 30")
+    assert "no answer within 0.2 s" in doctor.containers().text
+
+
+def test_a_damaged_data_set_is_not_ok(monkeypatch):
+    def find(name):
+        if name == "torn":
+            raise UserError("cut short")
+
+    monkeypatch.setattr(doctor.prepared, "prepared", lambda: ("good", "torn"))
+    monkeypatch.setattr(doctor.prepared, "find", find)
+    assert doctor.data_sets() == doctor.Finding("data sets", "warn", "damaged: torn", "make data-check NAME=torn")
+    monkeypatch.setattr(doctor.prepared, "prepared", lambda: ("good",))
+    assert doctor.data_sets().state == "ok"
+
+
+def test_transformer_engine_without_its_extension(monkeypatch):
+    monkeypatch.setattr(doctor, "_has_torch_extension", lambda: False)
+    assert doctor.transformer_engine("2.19.0", on_gpu=True).state == "missing"
+    assert doctor.transformer_engine("2.19.0", on_gpu=False).state == "note"
+    monkeypatch.setattr(doctor, "_has_torch_extension", lambda: True)
+    assert doctor.transformer_engine("2.19.0", on_gpu=True).state == "ok"
+
+
+def test_the_extension_lies_beside_or_within_transformer_engine(tmp_path, monkeypatch):
+    (tmp_path / "transformer_engine").mkdir()
+    (tmp_path / "transformer_engine/__init__.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "transformer_engine", raising=False)
+    assert not doctor._has_torch_extension()
+    (tmp_path / "transformer_engine_torch.cpython-312-x86_64-linux-gnu.so").touch()
+    assert doctor._has_torch_extension()
+
+
+def test_a_stage_with_deleted_files_is_not_ok(monkeypatch, tmp_path):
+    class Environment:
+        stamp = staticmethod(lambda name: tmp_path)
+        ready = staticmethod(lambda name: True)
+        half_installed = staticmethod(lambda: [Path("torch-2.11.0.dist-info")])
+
+    finding = doctor.stage("light", Environment(), "make help")
+    assert finding.state == "warn" and "torch" in finding.text
+
+
+def test_upstream_with_edited_files(tree):
+    git = ["git", "-C", tree, "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "add", "pretrain_gpt.py"], check=True)
+    subprocess.run([*git, "commit", "-q", "-m", "x"], check=True)
+    assert doctor.upstream().state == "ok"
+    (tree / "pretrain_gpt.py").write_text("edited")
+    assert doctor.upstream().state == "warn" and "changed since" in doctor.upstream().text

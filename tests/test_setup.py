@@ -6,8 +6,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import tomllib
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -129,7 +132,7 @@ class Repository:
 
     def __init__(self, path: Path):
         self.path, self.fakes = path / "repository", path / "fakes"
-        modules = ("__init__", "errors", *(f"machine/{name}" for name in ("__init__", "stages", "setup", "upstream")))
+        modules = ("__init__", "errors", "streams", *(f"machine/{name}" for name in ("__init__", "stages", "setup", "upstream")))
         for file in ("scripts/setup.sh", "scripts/setup-gpu.sh", *(f"harness/{module}.py" for module in modules)):
             (self.path / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / file, self.path / file)
@@ -358,11 +361,57 @@ def test_where_torch_comes_from(tmp_path, monkeypatch, device, answers, given, i
         return given or calls[-1] is None
 
     monkeypatch.setattr(setup.Pip, "install", install)
-    monkeypatch.setattr(setup, "reachable", lambda index: answers)
+    monkeypatch.setattr(setup, "unreachable", lambda index: None if answers else "no route")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 1 << 40))
     monkeypatch.delenv("TORCH_INDEX", raising=False)
     setup.install(stages.Venv(tmp_path), "heavy", device, lock=0)
     assert calls == indices
+
+
+@pytest.mark.parametrize(("answers", "given", "said"), [
+    (True, True, ["with PyTorch for the CPU, about 260 MiB to download, 950 MiB in"]),
+    (False, True, ["cannot be reached (no route): taking PyPI's", "with PyTorch for CUDA, about 2,700 MiB to download, 4,750 MiB in"]),
+    (True, False, ["for the CPU, about 260 MiB", "did not give torch==2.11.0: taking PyPI's", "for CUDA, about 2,700 MiB"]),
+])
+def test_sizes_are_said_before_anything_is_downloaded(tmp_path, monkeypatch, capsys, answers, given, said):
+    def install(pip, *arguments):
+        heard.append(capsys.readouterr().err)
+        return given or "--index-url" not in arguments
+
+    heard = []
+    monkeypatch.setattr(setup.Pip, "install", install)
+    monkeypatch.setattr(setup, "unreachable", lambda index: None if answers else "no route")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 1 << 40))
+    monkeypatch.delenv("TORCH_INDEX", raising=False)
+    setup.install(stages.Venv(tmp_path), "heavy", "cpu", lock=0)
+    before = "".join(heard)
+    assert [before.index(words) for words in said] == sorted(before.index(words) for words in said)
+    assert said[0] in heard[0], "before pip's first call"
+
+
+def test_why_an_index_cannot_be_reached(tmp_path):
+    assert setup.unreachable("http://127.0.0.1:9/whl/cpu", timeout_s=2) == "Connection refused"
+    (tmp_path / "torch").mkdir()
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path)) as index:
+        threading.Thread(target=index.serve_forever, daemon=True).start()
+        assert setup.unreachable(f"http://127.0.0.1:{index.server_port}") is None
+        assert "404" in setup.unreachable(f"http://127.0.0.1:{index.server_port}/whl")
+        index.shutdown()
+
+
+def test_progress_is_shown_against_the_total(tmp_path):
+    pip = setup.Pip(stages.Venv(tmp_path), "heavy", 0, 2700)
+    assert pip._downloaded(530.4) == "530 of about 2,700 MiB"
+    assert pip._downloaded(2701) == "2,701 MiB", "no share above one"
+    pip.total_mib = None
+    assert pip._downloaded(12) == "12 MiB"
+
+
+def test_every_stage_has_a_size():
+    groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
+    assert {*setup.DOWNLOADS_MIB} == {*groups} - {"core", "heavy", "gpu", "gpu-build"}
+    assert setup.SIZES_MIB["cpu"][1] <= 1500 < setup.SIZES_MIB["cuda"][1]
+    assert all(download < setup.DISK_MIB[build] and installed < setup.DISK_MIB[build] for build, (download, installed) in setup.SIZES_MIB.items())
 
 
 def test_cuda_build_wants_more_disk_than_the_cpu_build():
@@ -438,7 +487,7 @@ def set_up_gpu(repository, **environment):
     compiler = repository.fakes / "c++"
     compiler.write_text("#!/bin/sh\necho 12\n")
     compiler.chmod(0o755)
-    environment = {"TORCH_INDEX": "", "DEVICE": "cpu", **environment}
+    environment = {"TORCH_INDEX": "", "DEVICE": "cuda", **environment}
     return repository.run(script="setup-gpu.sh", **environment)
 
 
@@ -460,9 +509,9 @@ def test_gpu_takes_a_wheel_that_lies_somewhere_and_needs_no_compiler_then(reposi
     kept.mkdir()
     (kept / "transformer_engine_torch-2.19.0-cp312-cp312-linux_x86_64.whl").touch()
     bare = f"{repository.fakes}:{tools(repository)}"
-    without = repository.run(script="setup-gpu.sh", PATH=bare, TORCH_INDEX="")
+    without = repository.run(script="setup-gpu.sh", PATH=bare, TORCH_INDEX="", DEVICE="cuda")
     assert without.returncode == 2 and "no C++ compiler" in without.stderr
-    said = repository.run(script="setup-gpu.sh", PATH=bare, TORCH_INDEX="", WHEELS=str(kept))
+    said = repository.run(script="setup-gpu.sh", PATH=bare, TORCH_INDEX="", DEVICE="cuda", WHEELS=str(kept))
     assert said.returncode == 0, said.stderr
     assert not [call for call in repository.log("pip") if call.startswith("wheel")]
 
@@ -485,8 +534,16 @@ def test_gpu_build_that_fails_says_why(repository):
     assert not repository.venv.joinpath("setup-gpu.stamp").exists()
 
 
+def test_gpu_set_up_without_a_gpu_is_refused_unless_asked_for(repository):
+    said = set_up_gpu(repository, DEVICE="")
+    assert said.returncode == 2 and not repository.venv.exists()
+    for word in ("no NVIDIA driver here", "2.5 GB", "10 minutes", "make setup-gpu DEVICE=cuda"):
+        assert word in said.stderr, word
+    assert set_up_gpu(repository, DEVICE="cuda").returncode == 0
+
+
 def test_gpu_dry_run_only_prints(repository):
-    said = set_up_gpu(repository, DRY_RUN="1")
+    said = set_up_gpu(repository, DRY_RUN="1", DEVICE="")
     assert said.returncode == 0, said.stderr
     commands = said.stdout.splitlines()
     assert commands[0] == "scripts/setup.sh heavy" and commands[-1].endswith("scripts/setup.sh gpu")

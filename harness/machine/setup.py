@@ -29,6 +29,13 @@ CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 # Free disk that a set-up takes, by the build of PyTorch it brings: the environment, the wheels it is unpacked
 # from, and pip's cache. Measured (Python 3.12, x86-64): 6.7 GiB at the height with CUDA's, 36 MiB with none.
 DISK_MIB = {"none": 300, "cpu": 3000, "cuda": 9500}
+# What a set-up with PyTorch downloads and what it then takes, in MiB: (download, installed).
+# CUDA's build, from PyPI: summed over wheels and files of the heavy stage (torch 2.11.0, Python 3.12, x86-64); 3,376 MiB of
+# 4,741 are CUDA's packages and Triton. PyPI's PyTorch does not import without CUDA's: libtorch_cpu.so needs libcudart.
+# The CPU's build: computed, the same less those packages and less libtorch_cuda; its wheel has about 190 MiB.
+SIZES_MIB = {"cpu": (260, 950), "cuda": (2700, 4750)}
+# What the other stages download.
+DOWNLOADS_MIB = {"light": 8, "test": 65, "data": 145, "calibrate": 50, "tracking": 45, "peft": 2}
 # What a stage must be able to do beyond importing what it pins.
 PROOFS = {
     "heavy": """
@@ -159,17 +166,32 @@ def install(env: Venv, stage: str, device: Device, lock: int) -> None:
     """
     torch = next((r for r in env.lacking(stage) if distribution(r) == "torch"), None)
     index = os.environ.get("TORCH_INDEX") if torch else None
-    if torch and not index and device == "cpu" and sys.platform == "linux" and reachable(CPU_INDEX):
-        index = CPU_INDEX
-    check_disk(env, "none" if not torch else "cpu" if index == CPU_INDEX else "cuda")
-    pip = Pip(env, stage, lock)
+    if torch and not index and device == "cpu" and sys.platform == "linux":
+        if reason := unreachable(CPU_INDEX):
+            say(f"{CPU_INDEX} cannot be reached ({reason}): taking PyPI's PyTorch, which cannot do without CUDA's libraries")
+        else:
+            index = CPU_INDEX
+    build = "none" if not torch else "cpu" if index == CPU_INDEX else "cuda"
+    check_disk(env, build)
+    pip = Pip(env, stage, lock, announce(env, stage, build))
     if torch and index and not pip.install(torch, "--no-deps", "--index-url", index):
-        say(f"{index} did not give {torch}; taking the ordinary wheel")
+        say(f"{index} did not give {torch}: taking PyPI's, which cannot do without CUDA's libraries")
         check_disk(env, "cuda")
+        pip.total_mib = announce(env, stage, "cuda")
     # scripts/setup-gpu.sh builds its wheel; pip alone would do so for the wrong torch.
     options = ["--constraint", str(ROOT / "scripts/constraints.txt"), "--only-binary", "transformer-engine-torch"]
     if not pip.install(*requirements(stage), *options):
         raise UserError(pip.advice())
+
+
+def announce(env: Venv, stage: str, build: str) -> int | None:
+    """Say what ``stage`` will download and take, and return the download in MiB; None where that is not known."""
+    if build == "none":
+        return DOWNLOADS_MIB.get(stage)
+    download, installed = SIZES_MIB[build]
+    say(f"{stage}: with PyTorch for {'the CPU' if build == 'cpu' else 'CUDA'}, about {download:,} MiB to download, "
+        f"{installed:,} MiB in {env.path}; once, minutes")
+    return download
 
 
 def check_disk(env: Venv, build: str) -> None:
@@ -182,15 +204,19 @@ def check_disk(env: Venv, build: str) -> None:
         )
 
 
-def reachable(index: str, timeout_s: float = 3.0) -> bool:
-    """Whether a package index answers."""
+def unreachable(index: str, timeout_s: float = 3.0) -> str | None:
+    """Why a package index does not answer; None where it does."""
+    import urllib.error
     import urllib.request
 
     try:
         urllib.request.urlopen(f"{index}/torch/", timeout=timeout_s).close()
-    except OSError:
-        return False
-    return True
+    except urllib.error.HTTPError as error:
+        return str(error)
+    except OSError as error:
+        cause = getattr(error, "reason", error)
+        return getattr(cause, "strerror", None) or str(cause)
+    return None
 
 
 def say(text: str) -> None:
@@ -225,6 +251,8 @@ class Pip:
     env: Venv
     stage: str
     lock: int
+    total_mib: int | None = None
+    """About how much this stage downloads, where that is known."""
 
     def __post_init__(self) -> None:
         self.log = self.env.path / f"setup-{self.stage}.log"
@@ -283,11 +311,16 @@ class Pip:
             if self.packages:
                 doing = f"installed {len(self.env.installed()) - before} of {self.packages} packages"
             else:
-                doing = f"{self.doing}, {size_mib(temporary):,.0f} MiB"
+                doing = f"{self.doing}, {self._downloaded(size_mib(temporary))}"
             line = f"setup: {self.stage}: {doing}, {time.monotonic() - started:.0f} s"
             if TERMINAL:
                 line = ERASE + line[: shutil.get_terminal_size().columns - 1]
             print(line, end="" if TERMINAL else "\n", file=sys.stderr, flush=True)
+
+    def _downloaded(self, mib: float) -> str:
+        """``530 of about 2,700 MiB``; without the total where that is unknown, or was too low."""
+        total = f"of about {self.total_mib:,} " if self.total_mib and mib <= self.total_mib else ""
+        return f"{mib:,.0f} {total}MiB"
 
     def advice(self) -> str:
         """Say why pip failed, from its log, and what to do."""
