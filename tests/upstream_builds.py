@@ -165,11 +165,15 @@ def section_of(args, name):
 
 
 def names_read():
-    """Every name that some code of upstream reads as an attribute, or asks for by ``getattr``."""
+    """Every name that code of upstream, or the script that trains, reads as an attribute, or asks for by ``getattr``."""
     import megatron.core
 
-    found = set()
-    for path in Path(megatron.core.__file__).parents[1].rglob("*.py"):
+    from harness.entry import pretrain
+    from harness.machine import upstream
+
+    found, tree = set(), upstream.locate()
+    script = tree / upstream.SCRIPT if tree else Path(pretrain.__file__)
+    for path in (script, *Path(megatron.core.__file__).parents[1].rglob("*.py")):
         if path.name not in PASSED_ON:
             text = path.read_text(encoding="utf-8")
             found |= set(re.findall(r"\.([a-z]\w*)\b(?!\s*=[^=])", text)) | set(re.findall(r"""getattr\([\w.]+, ['"](\w+)""", text))
