@@ -2,12 +2,15 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+
+from harness.entry import warm
 
 ROOT = Path(__file__).resolve().parent.parent
 RANKS = 3
@@ -159,3 +162,78 @@ def test_nothing_outlives_torchrun(start):
     everything = job.ranks() + job.started()
     job.torchrun.kill()
     assert _eventually(lambda: _gone(everything))
+
+
+def _as_another_user(work) -> int:
+    """The exit status of ``work`` in a process of another user; of the group of this one, which must not count."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setresuid(65534, 65534, 65534)
+            work()
+        except PermissionError:
+            os._exit(13)
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.fixture
+def another_user(monkeypatch):
+    """Runs ``work`` so that its peer is of another user: in a process of one, where this is root, else as far as it can tell."""
+    own = os.getuid()
+    if own == 0:
+        return _as_another_user
+
+    def pretend(work) -> int:
+        with monkeypatch.context() as patched:
+            patched.setattr(warm.os, "getuid", lambda: own + 1)
+            try:
+                work()
+            except PermissionError:
+                return 13
+        return 0
+
+    return pretend
+
+
+@pytest.fixture
+def door(monkeypatch):
+    """The socket of a warm process."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", f"test-{os.getpid()}")
+    address = warm._address()
+    monkeypatch.setattr(warm, "_address", lambda: address)
+    with socket.socket(socket.AF_UNIX) as door:
+        door.bind(address)
+        door.listen()
+        yield door
+
+
+def test_a_rank_gives_its_environment_to_no_process_of_another_user(door, another_user):
+    """Whoever comes first may take the name of a socket; an environment holds tokens."""
+    warm._knock().close()
+    assert another_user(lambda: warm._knock()) == 13
+
+
+def test_the_warm_process_forks_for_no_process_of_another_user(door, another_user):
+    def knock() -> None:
+        with socket.socket(socket.AF_UNIX) as link:
+            link.connect(warm._address())
+            environment = b'{"A": "1"}'
+            socket.send_fds(link, [warm.NUMBER.pack(len(environment))], [1, 2])
+            link.sendall(environment)
+
+    knock()
+    link, environment, outputs = warm._accept(door)
+    assert environment == {"A": "1"} and len(outputs) == 2
+    for descriptor in outputs:
+        os.close(descriptor)
+    link.close()
+    if os.getuid() == 0:
+        assert another_user(knock) == 0
+        with pytest.raises(PermissionError, match="of another user uses this run's socket"):
+            warm._accept(door)
+    else:
+        knock()
+        assert another_user(lambda: warm._accept(door)) == 13

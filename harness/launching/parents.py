@@ -2,7 +2,7 @@
 
 A run that was detached on purpose goes on: under nohup (SIGHUP ignored), in the background of a shell without job control
 (SIGINT ignored), under setsid, or as a job of an interactive shell (a process group of its own, which the terminal ends).
-A make does not end before what it started, unless it is killed: it is followed in any case.
+What make starts ends before make, unless that is killed: its end is followed in any case.
 """
 
 from __future__ import annotations
