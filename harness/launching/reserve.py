@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -122,6 +124,8 @@ def _take_save_folder(folder: Path, tell: Callable[[str], None]) -> None:
 
 def _make(folder: Path) -> list[Path]:
     """Make ``folder``; those of it and its parents that were not there, outermost first."""
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
     missing = [path for path in (*reversed(folder.parents), folder) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     return missing[:1]
