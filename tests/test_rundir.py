@@ -195,8 +195,6 @@ def test_an_absent_outdir_holds_no_runs(tmp_path):
     assert rundir.runs(tmp_path / "absent") == ((), ())
 
 
-
-
 def test_the_run_of_a_rendezvous_is_the_newest_that_is_alive(tmp_path):
     def running(label: str, rendezvous: str, started: float, alive: bool = True) -> RunDir:
         run_dir = make_run(tmp_path, label)

@@ -128,7 +128,7 @@ def _certain(reference: Reference | None, name: str) -> float | None:
 
 
 def _of_reference(name: str, reference: Reference, e: Experiment, group: ReferenceGroup) -> float | None:
-    """A quantity of a published row; rates follow from its step time as upstream counts them."""
+    """A quantity of a published row; rates follow from its step time, by model FLOPs."""
     if name in ("step_ms", "memory_gib") or not reference.step_ms:
         return getattr(reference, name, None)
     tflops = tflops_per_gpu(e, reference.step_ms)
