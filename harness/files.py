@@ -165,7 +165,7 @@ def json_object(text: str) -> dict[str, Any] | None:
     """The JSON object in ``text``, or None where it is none."""
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 

@@ -370,12 +370,13 @@ class RunDir:
         commit: str | None,
         saving: Saving | None = None,
         changed: Iterable[Change] = (),
+        data_sets: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write experiment.json: every setting, the device, the source commit, how checkpoints are kept, and which settings
-        ``changed`` when it was resumed."""
+        """Write experiment.json: every setting, the device, the source commit, how checkpoints are kept, which settings
+        ``changed`` when it was resumed, and what its ``data_sets`` are (harness/data/fingerprint.py)."""
         kept = saving and {"every": saving.every, "keep": saving.keep, "folder": saving.folder and str(saving.folder)}
         more = {"device": device, "commit": commit, "saving": kept}
-        more |= {"changed": [change.model_dump(mode="json") for change in changed]}
+        more |= {"changed": [change.model_dump(mode="json") for change in changed], "data_sets": data_sets or {}}
         write_json(self.experiment_json, {**experiment.model_dump(mode="json"), **more})
 
     def read_saving(self) -> Saving | None:
@@ -387,6 +388,14 @@ class RunDir:
         except ValueError:
             return None
         return Saving(kept.every, kept.keep, Path(kept.folder) if kept.folder else None)
+
+    def read_data_sets(self) -> dict[str, Any]:
+        """What its data sets were, by name; empty where experiment.json does not say."""
+        try:
+            known = read_object(self.experiment_json).get("data_sets")
+        except ValueError:
+            return {}
+        return known if isinstance(known, dict) else {}
 
     def read_changes(self) -> tuple[Change, ...]:
         """Settings that changed when it was resumed, in experiment.json; none where that does not say."""

@@ -27,7 +27,7 @@ from harness.launching import failed_load, launch, processes, verify
 from harness.launching.launch import Finished
 from harness.launching.terminal import PlainTerminal
 from harness.machine.provenance import describe_upstream
-from harness.planning import resume
+from harness.planning import resume, resumed
 from harness.planning.command import Extras
 from harness.planning.plan import Plan, plan
 from harness.rundir import Change, Result, RunDir, StepMetrics
@@ -426,3 +426,73 @@ def test_verify_takes_the_newest_run_of_the_records_work(tmp_path):
     records_of.run_of(tmp_path, "unfinished").result.unlink()
     found = verify._read("101", tmp_path / "outdir", own.read_experiment())
     assert found.label == "own"
+
+
+def test_data_prepared_anew_under_the_same_name_are_other_data(tmp_path, monkeypatch):
+    run = kept(tmp_path, "101", 5)
+    write_as(run, data_sets={"mine": {"tokens": 10, "bin ends": "a"}})
+    now = {"tokens": 10, "bin ends": "a"}
+    monkeypatch.setattr(resumed.fingerprint, "of", lambda data: {"mine": now})
+    assert planned(tmp_path, RESUME="1").changed == ()
+    now |= {"tokens": 12, "bin ends": "b"}
+    with pytest.raises(UserError, match=r"which change its losses:\n  the contents of DATA=mine tokens 10 -> tokens 12\n"):
+        planned(tmp_path, RESUME="1")
+    now |= {"tokens": 10}
+    assert "the contents of DATA=mine was bin ends a and is bin ends b from step 6 on: FORCE=1" in planned(tmp_path, RESUME="1", FORCE="1").notices
+
+
+def test_a_run_freezes_what_its_data_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch.fingerprint, "of", lambda data: {data: {"tokens": 10}})
+    run = finished(load("test_launch_assets/launcher").make_plan(tmp_path, "ok", 1, 1))[0].dir
+    assert run.read_data_sets() == {"mock": {"tokens": 10}}
+
+
+FILES = ("experiment.json", "result.json", "environment.json", "running.json", "metrics.jsonl", "validation.jsonl", "saves.jsonl",
+         "ranks/0.json", "ranks/0.error.json", "lock", "checkpoints/iter_0000005/load_failed.json", "checkpoints/" + TRACKER)
+TORN = {"empty": "", "NUL": "\0" * 40, "a list": "[]", "null": "null", "a number": "1", "deep": '{"a":' + "[" * 3000, "torn": None}
+SHAPES = {"saving": (1, "x", [], {"every": 1}, {"every": "x", "keep": None, "folder": None}, {"every": 0, "keep": -1, "folder": 3}),
+          "changed": (1, "x", {}, [1], [{"step": "x"}]), "data_sets": (1, [], {"mock": 3}), "model": ("x", None, {"name": 1}),
+          "device": (3, None), "steps": ("x", None, -1), "extra_args": ("--lr 1", [1]), "overrides": ([], {"ARGS": 1}),
+          "upstream": (1, [], {"version": 1}), "window": (1, [1], ["a", "b"]), "step_ms": (1, "x", {"median": None}), "status": ("x", 1),
+          "memory_gib": (1, []), "started": ("x", None, True), "resumed_at": ("x", [None])}
+
+
+def readers(outdir: Path, label: str) -> list[list[str]]:
+    tiny = [f"{key}={value}" for key, value in TINY.items()]
+    return [["table", "FORMAT=json"], ["compare", "A=101", f"B={label}"], ["checkpoints"], ["checkpoints", "RUN=101"],
+            ["record", f"RUN={label}"], ["run", "101", *tiny, "RESUME=1", "DRY_RUN=1"], ["run", "101", *tiny, f"RESUME={label}", "DRY_RUN=1"],
+            ["run", "101", *tiny, "LOAD=101", "DRY_RUN=1"], ["profile", f"RUN={label}"], ["stop"], ["report"], ["clean", "YES=1"]]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_whatever_a_file_of_a_run_holds_every_reader_ends_with_plain_words(tmp_path, capsys, monkeypatch, name):
+    monkeypatch.setattr(cli, "RECORDS", tmp_path / "records")
+    run = whole_run(tmp_path / "out")
+    path = run.path / name
+    before = path.read_text() if path.exists() else "{}"
+    contents = [before[: len(before) // 2] if text is None else text for text in TORN.values()]
+    known = json.loads(before) if path.suffix == ".json" else None
+    contents += [json.dumps(known | {key: shape}) for key in SHAPES if known and key in known for shape in SHAPES[key]]
+    contents += [f"{before}{line}" for line in ('{"step": "x"}\n', "[]\n", '{"step": 3, "lo')] if path.suffix == ".jsonl" else []
+    for number, content in enumerate(contents):
+        words = readers(tmp_path / "out", run.label)
+        for command in words if number in (0, len(TORN) - 1) else [words[n % len(words)] for n in range(number, number + 4)]:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content)
+            assert cli.main([*command, f"OUTDIR={tmp_path / 'out'}"]) in (0, 1, 2), (command, content)
+            if not run.path.exists():  # make clean had reason to
+                run = whole_run(tmp_path / "out")
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def whole_run(outdir: Path) -> RunDir:
+    """A run with every file that a run directory holds."""
+    run = run_in(outdir, planned(outdir).experiment, result="ok")
+    write(run.checkpoints, 5)
+    write_as(run, changed=[{"step": 3, "setting": "STEPS", "before": "1", "now": "2"}], data_sets={"mock": {"tokens": 1}})
+    write_json(run.environment, {"upstream": describe_upstream().model_dump(mode="json"), "gpu": None, "commit": None})
+    write_json(run.running, {"pid": 1, "host": "elsewhere", "started": 0.0, "resumed_at": [3]})
+    write_json(run.ranks / "0.json", {"rank": 0, "local_rank": 0, "pid": 1, "host": "elsewhere"})
+    run.saves.write_text(SAVE + "\n")
+    run.validation.write_text('{"step": 4, "split": "validation", "loss": 6.9, "time": 0}\n')
+    return run

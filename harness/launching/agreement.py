@@ -9,16 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import ROOT
-from harness.data import prepared
+from harness.data import fingerprint
 from harness.machine.provenance import NCCL_PACKAGES, PACKAGES, describe_upstream, package_version, source_commit
 from harness.machine.upstream import locate
 
 if TYPE_CHECKING:
-    from harness.data.prepared import DataSet
     from harness.planning.plan import Plan
 
-ENDS_BYTES = 1 << 20
-"""So much of both ends of a data set's files is read, to see what a manifest may not know."""
 MOST_DIFFERENCES = 12
 NOT_COMPARED = ("overrides",)
 """Of an experiment: the settings as they were typed, whose effects are compared."""
@@ -40,7 +37,7 @@ def facts(plan: Plan) -> dict[str, Any]:
         "Megatron-LM": _upstream(),
         "harness": {"commit": source_commit(ROOT)[0], "sources": _sources(ROOT / "harness")},
         "packages": _packages(),
-        "data": {chosen.name: _data(chosen) for chosen in _sets(plan.experiment.data)},
+        "data": fingerprint.of(plan.experiment.data),
     }
     return dict(_flat("", found))
 
@@ -86,34 +83,4 @@ def _sources(folder: Path) -> str:
     for path in sorted(folder.rglob("*.py")):
         content = path.read_bytes()
         digest.update(f"{path.relative_to(folder)} {len(content)}\n".encode() + content)
-    return digest.hexdigest()[:16]
-
-
-def _sets(data: str) -> tuple[DataSet, ...]:
-    return () if data == prepared.MOCK else prepared.blend(data).sets
-
-
-def _data(chosen: DataSet) -> dict[str, Any]:
-    """The checksums of its manifest where it has one, and what its files say now."""
-    from harness.data.manifest import read_manifest
-
-    manifest = read_manifest(chosen.home)
-    written = manifest and {"bin sha256": manifest.written.bin_sha256[:16], "idx sha256": manifest.written.idx_sha256[:16]}
-    files = {end: Path(f"{chosen.prefix}.{end}") for end in ("bin", "idx")}
-    return {
-        "tokens": chosen.tokens,
-        "documents": chosen.documents,
-        "tokenizer": chosen.tokenizer_sha256[:16],
-        **(written or {}),
-        **{f"{end} bytes": path.stat().st_size for end, path in files.items()},
-        **{f"{end} ends": _ends(path) for end, path in files.items()},
-    }
-
-
-def _ends(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        digest.update(file.read(ENDS_BYTES))
-        file.seek(max(path.stat().st_size - ENDS_BYTES, 0))
-        digest.update(file.read(ENDS_BYTES))
     return digest.hexdigest()[:16]

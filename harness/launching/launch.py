@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness import locks, rundir
+from harness.data import fingerprint
 from harness.data.content import check_content
 from harness.errors import UserError, nearest
 from harness.evidence.measured import measure
@@ -266,6 +267,7 @@ class Run:
         write_json(self.dir.running, running)
         saving = self.plan.extras.saving
         frozen = self.plan.experiment, self.plan.device, self._environment["commit"], saving, self._changed
+        frozen += (fingerprint.of(self.plan.experiment.data),)
         self.dir.freeze_experiment(*frozen)
         if saving and saving.folder:
             with told_if_unwritable(saving.folder, "SAVE"):

@@ -6,13 +6,14 @@ Layout, speed, saving and the number of steps may change, and that is said. What
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 from harness import checkpoints, finding, locks
 from harness.checkpoints import Checkpoint, Saving
+from harness.data import fingerprint
 from harness.errors import UserError, nearest
 from harness.experiment import identity
 from harness.experiment.catalog import Experiment
@@ -47,7 +48,7 @@ def choose(e: Experiment, device: str, outdir: Path, settings: Mapping[str, str]
     if asked == "0":
         return None
     found = _labelled(asked, outdir, e, device) if asked != "1" else _of_experiment(e, device, outdir, settings)
-    changed = identity.differences(found.experiment, e)
+    changed = (*_data_changed(found, e), *identity.differences(found.experiment, e))
     _check(found, changed, e, outdir, settings, joins)
     return Resumed(found.dir, found.dir.read_saving(), changed)
 
@@ -102,6 +103,17 @@ def at_its_end(resumed: RunDir, e: Experiment) -> bool:
         return False
     reached = result.status == "ok" and result.steps_done < result.steps and frozen.until == e.until
     return reached or result.steps_done >= e.steps
+
+
+def _data_changed(found: Candidate, e: Experiment) -> Iterator[Difference]:
+    """Data sets of the same name that hold something else than when the run was started: prepared anew, or changed."""
+    before = found.dir.read_data_sets()
+    now = fingerprint.of(e.data) if before else {}
+    for name in before.keys() & now.keys():
+        there, here = before[name] if isinstance(before[name], dict) else {}, now[name]
+        if differing := [key for key in there.keys() & here.keys() if there[key] != here[key]]:
+            key = "tokens" if "tokens" in differing else min(differing)
+            yield Difference(f"the contents of DATA={name}", f"{key} {there[key]}", f"{key} {here[key]}", True)
 
 
 def _labelled(label: str, outdir: Path, e: Experiment, device: str) -> Candidate:

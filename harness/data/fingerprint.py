@@ -1,0 +1,51 @@
+"""What a data set is, whatever its name: sizes, tokenizer, checksums of its manifest and of both ends of its files."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from harness.data import prepared
+from harness.data.manifest import read_manifest
+from harness.data.prepared import DataSet
+
+ENDS_BYTES = 1 << 20
+"""So much of both ends of a data set's files is read, to see what a manifest may not know."""
+
+
+def of(data: str) -> dict[str, dict[str, Any]]:
+    """The fingerprint of each data set of ``DATA=data``, by name; empty for mock data.
+
+    Raises:
+        UserError: one is not prepared, or damaged.
+    """
+    return {chosen.name: _data(chosen) for chosen in _sets(data)}
+
+
+def _sets(data: str) -> tuple[DataSet, ...]:
+    return () if data == prepared.MOCK else prepared.blend(data).sets
+
+
+def _data(chosen: DataSet) -> dict[str, Any]:
+    """The checksums of its manifest where it has one, and what its files say now."""
+    manifest = read_manifest(chosen.home)
+    written = manifest and {"bin sha256": manifest.written.bin_sha256[:16], "idx sha256": manifest.written.idx_sha256[:16]}
+    files = {end: Path(f"{chosen.prefix}.{end}") for end in ("bin", "idx")}
+    return {
+        "tokens": chosen.tokens,
+        "documents": chosen.documents,
+        "tokenizer": chosen.tokenizer_sha256[:16],
+        **(written or {}),
+        **{f"{end} bytes": path.stat().st_size for end, path in files.items()},
+        **{f"{end} ends": _ends(path) for end, path in files.items()},
+    }
+
+
+def _ends(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        digest.update(file.read(ENDS_BYTES))
+        file.seek(max(path.stat().st_size - ENDS_BYTES, 0))
+        digest.update(file.read(ENDS_BYTES))
+    return digest.hexdigest()[:16]
