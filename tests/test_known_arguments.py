@@ -9,8 +9,10 @@ import pytest
 
 from harness import ROOT, cli
 from harness.errors import UserError
+from harness.experiment.catalog import load_catalog
 from harness.machine import upstream
 from harness.megatron import known_arguments
+from harness.megatron.flags import megatron_flags
 from harness.megatron.known_arguments import PINNED, check, described, identity, table
 
 WRONG = {
@@ -28,6 +30,8 @@ WRONG = {
     "--swiglu=3": "--swiglu: ignored explicit argument '3'",
     "1e-4": "'1e-4' belongs to no argument",
     "--lr '1e-4": "No closing quotation",
+    "--use-flash-attn": "upstream accepts --use-flash-attn and does nothing with it; --attention-backend flash",
+    "--lr 1e-4 --enable-full-sharding-in-hsdp": "upstream accepts --enable-full-sharding-in-hsdp and does nothing with it; leave",
     "-h": "'-h' belongs to no argument",
 }
 
@@ -46,6 +50,13 @@ def test_what_upstream_would_refuse_is_refused_before_anything_starts(text):
 ])  # fmt: skip
 def test_what_upstream_takes_is_taken(text):
     check(text)
+
+
+def test_nothing_that_the_harness_emits_is_dropped():
+    dropped = {name for row in table() if row["dropped"] for name in row["names"]}
+    words = {word for e in load_catalog().experiments for device in ("cpu", "cuda")
+             for group in megatron_flags(e.with_changes(data="mock"), device) for word in group}  # fmt: skip
+    assert dropped and len(words) > 100 and not dropped & words
 
 
 @pytest.mark.parametrize("command", ["run", "show", "memory", "speed", "faster", "gpus", "verify", "train"])
@@ -75,7 +86,7 @@ def test_another_upstream_is_asked_once_and_without_torch_not_at_all(monkeypatch
 
     def ask(command, **options):
         asked.append(command)
-        row = {"names": ["--its-own"], "nargs": 0, "type": "str", "choices": None}
+        row = {"names": ["--its-own"], "nargs": 0, "type": "str", "choices": None, "dropped": False}
         (tmp_path / "megatron-arguments-another.json").write_text(json.dumps({"arguments": [row]}))
 
     monkeypatch.setattr(known_arguments, "find_spec", lambda name: name == "torch")

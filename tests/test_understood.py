@@ -80,6 +80,13 @@ def test_what_a_model_says_is_its_model(text):
                for option, v in pairs(text)), said
 
 
+@pytest.mark.parametrize("command", ["show", "memory"])
+def test_modules_are_recomputed_selectively_or_not_at_all(command, capsys):
+    assert cli.main([command, "101", "RECOMPUTE=full", "ARGS=--recompute-modules mlp", "DATA=mock"]) == 2
+    assert "RECOMPUTE=full recomputes no single modules, but ARGS names mlp" in capsys.readouterr().err
+    assert cli.main([command, "101", "RECOMPUTE=selective", "ARGS=--recompute-modules mlp", "DATA=mock"]) == 0
+
+
 def test_what_no_setting_says_stays_for_upstream_alone():
     e = apply("101", "ARGS=--lr 1e-4 --num-layers=96 --recompute-granularity full --recompute-method block --x 'a b'", "MBS=1")
     assert e.extra_args == ("--lr", "1e-4", "--recompute-granularity", "full", "--recompute-method", "block", "--x", "a b")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -31,6 +32,9 @@ SOURCES = (
 """The files, below megatron/, of which upstream makes its parser."""
 ADDING = ("modelopt", "nvidia_kitchen")
 """Packages that add arguments of their own where they are installed."""
+OF_OTHER_SCRIPTS = ("rl_", "grpo_", "langrl_", "logits_")
+"""What is read by scripts of the source tree that the wheel lacks."""
+INSTEAD = {"--use-flash-attn": "--attention-backend flash asks for flash attention"}
 _TYPES = {"int": int, "float": float, "str": str}
 
 
@@ -50,6 +54,11 @@ def check(text: str) -> None:
         else:
             parser.add_argument(*row["names"], nargs=row["nargs"], type=_TYPES.get(row["type"], str), choices=row["choices"])
     _, strange = parser.parse_known_args(words)
+    dropped = {name for row in rows if row["dropped"] for name in row["names"]}
+    for argument in understood.arguments(words):
+        if argument.option in dropped:
+            instead = INSTEAD.get(argument.option, "leave it out")
+            raise UserError(f"ARGS: upstream accepts {argument.option} and does nothing with it; {instead}")
     if not strange or (any(map(find_spec, ADDING)) and strange[0].startswith("--")):
         return
     name = strange[0].partition("=")[0]
@@ -100,14 +109,30 @@ def described() -> list[dict[str, Any]]:
     from harness.finetune.arguments import add_arguments
     from harness.megatron.arguments import upstream_parser
 
-    return [_row(action) for action in add_arguments(upstream_parser())._actions if action.option_strings]
+    actions = [action for action in upstream_parser()._actions if action.option_strings]
+    unread, own = _unread({action.dest for action in actions}), add_arguments(argparse.ArgumentParser(add_help=False))
+    return [_row(action, action.dest in unread) for action in (*actions, *own._actions)]
 
 
-def _row(action: argparse.Action) -> dict[str, Any]:
+def _unread(names: set[str]) -> set[str]:
+    """Those of the parser's ``names`` that occur nowhere in the code that trains, outside of the parser."""
+    import megatron.core
+
+    names = {name for name in names if not name.startswith(OF_OTHER_SCRIPTS)}
+    core = Path(megatron.core.__file__).parent
+    parser = core.parent / "training" / "arguments.py"
+    scripts = [ROOT / "harness" / "entry" / "pretrain.py"]
+    for path in (*core.rglob("*.py"), *parser.parent.rglob("*.py"), *scripts):
+        text = path.read_text(encoding="utf-8")
+        names = names - set(re.findall(r"args\.(\w+)" if path == parser else r"\w+", text))
+    return names
+
+
+def _row(action: argparse.Action, dropped: bool) -> dict[str, Any]:
     kind = getattr(action.type, "__name__", "str")
     choices = action.choices and [getattr(choice, "name", choice) for choice in action.choices]
     return {"names": list(action.option_strings), "nargs": action.nargs, "type": kind if kind in _TYPES else "other",
-            "choices": choices}
+            "choices": choices, "dropped": dropped}
 
 
 class _Parser(argparse.ArgumentParser):

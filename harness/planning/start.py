@@ -99,6 +99,11 @@ def with_settings(e: Experiment, settings: Mapping[str, str], outdir: Path) -> E
         UserError: see ``find`` and ``overrides.apply``.
     """
     named = settings.get("WEIGHTS", e.weights)
+    modules = understood.understand(settings.get("ARGS", "")).fields.get("recompute_modules")
+    if modules and settings.get("RECOMPUTE", "selective") != "selective":
+        how = settings["RECOMPUTE"]
+        raise UserError(f"RECOMPUTE={how} recomputes no single modules, but ARGS names {', '.join(modules)}\n"
+                        "set RECOMPUTE=selective, or leave --recompute-modules out")
     if not named:
         return overrides.apply(e, settings)
     start = find(named, outdir)
