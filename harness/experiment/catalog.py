@@ -21,7 +21,7 @@ LONGEST_LABEL = 180
 """Characters of a label: room for ``.2`` and for the names of temporary files."""
 LONGEST_VALUE = 40
 
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Id = Annotated[str, Field(pattern=r"^[1-9]\d\dh?$")]
 
 SHARDING = {

@@ -9,17 +9,13 @@ megatron/core/pipeline_parallel/schedules.py of core_v0.19.0.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from harness.experiment.hardware import find_gpu
 
 if TYPE_CHECKING:
     from harness.experiment.catalog import Experiment
-
-
-MOST_TRIED = 100_000
-"""A way out beyond this is no help, and counting up to a mistyped number takes for ever."""
 
 
 def violations(experiment: Experiment) -> list[str]:
@@ -74,7 +70,7 @@ def _schedule_violations(e: Experiment) -> Iterator[str]:
         if e.vpp > 1 and layers % e.pp == 0:
             way_out = _try("vpp", divisors(layers // e.pp), e.vpp)
         else:
-            way_out = _try("pp", _where(lambda pp: layers % (pp * e.vpp) == 0, layers), e.pp)
+            way_out = _try("pp", divisors(layers // e.vpp) if layers % e.vpp == 0 else (), e.pp)
         yield f"layers {layers} must divide by pp x vpp = {e.pp} x {e.vpp} = {e.pp * e.vpp}; {way_out}"
     if e.vpp > 1 and e.pp == 1:
         yield f"vpp = {e.vpp} interleaves pipeline stages, but pp = 1; set pp > 1 or vpp = 1"
@@ -94,7 +90,7 @@ def _sequence_violations(e: Experiment) -> Iterator[str]:
     m, heads = e.model, e.model.num_attention_heads
     if e.cp > 1 and e.seq_length % (2 * e.cp):
         yield (f"seq {e.seq_length} must divide by 2 x cp = {2 * e.cp} (each rank holds two chunks); "
-               f"{_try('cp', _where(lambda cp: e.seq_length % (2 * cp) == 0, 64), e.cp)}")
+               f"{_try('cp', [cp for cp in range(1, 65) if e.seq_length % (2 * cp) == 0], e.cp)}")
     if e.positions and m.position_embedding == "learned_absolute" and e.seq_length > e.positions:
         yield f"seq {e.seq_length}: positions were learned up to {e.positions}; set SEQ={e.positions} or less"
     if e.cp > 1 and e.cp_comm_type == "a2a" and heads % (e.tp * e.cp):
@@ -212,7 +208,7 @@ def _expert_violations(e: Experiment) -> Iterator[str]:
         yield f"moe_router_topk {m.moe_router_topk} is more than the {m.num_experts} experts there are"
     stage = e.world_size // e.pp
     if stage % (e.ep * e.etp):
-        fits = _where(lambda ep: stage % (ep * e.etp) == 0 and m.num_experts % ep == 0, stage)
+        fits = [ep for ep in divisors(math.gcd(stage, m.num_experts)) if stage % (ep * e.etp) == 0]
         yield (f"the {stage} ranks of a pipeline stage (tp x cp x dp = {e.tp} x {e.cp} x {e.dp}) must divide by "
                f"ep x etp = {e.ep} x {e.etp} = {e.ep * e.etp}; {_try('ep', fits, e.ep)}")
     if e.tp > 1 and not e.sequence_parallel:
@@ -221,11 +217,8 @@ def _expert_violations(e: Experiment) -> Iterator[str]:
 
 def divisors(n: int) -> list[int]:
     """Every whole number that divides ``n``, in order."""
-    return _where(lambda k: n % k == 0, n)
-
-
-def _where(valid: Callable[[int], bool], most: int) -> list[int]:
-    return [k for k in range(1, min(most, MOST_TRIED) + 1) if valid(k)]
+    low = [k for k in range(1, math.isqrt(n) + 1) if n % k == 0]
+    return [*low, *(n // k for k in reversed(low) if k * k != n)]
 
 
 def _try(name: str, choices: Iterable[int], wanted: int, most: int = 8) -> str:
