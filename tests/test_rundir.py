@@ -195,49 +195,6 @@ def test_an_absent_outdir_holds_no_runs(tmp_path):
     assert rundir.runs(tmp_path / "absent") == ((), ())
 
 
-def test_the_run_of_a_rendezvous_is_the_newest_that_is_alive(tmp_path):
-    def running(label: str, rendezvous: str, started: float, alive: bool = True) -> RunDir:
-        run_dir = make_run(tmp_path, label)
-        here = {"host": os.uname().nodename, "started": started, "rendezvous": rendezvous, "pid": os.getpid()}
-        write_json(run_dir.running, here)
-        if alive:
-            locks.take(run_dir.path)
-        return run_dir
-
-    now = time.time()
-    assert rundir.running_at(tmp_path, "a:1") is None
-    running("101-older", "a:1", now - 1)
-    wanted = running("101-newer", "a:1", now)
-    running("101-elsewhere", "b:1", now)
-    running("101-dead", "a:1", now + 1, alive=False)
-    write_json(running("101-over", "a:1", now).result, RESULT)
-    assert rundir.running_at(tmp_path, "a:1") == wanted
-
-
-def test_clean_keeps_results_and_what_still_runs(tmp_path, capsys):
-    def with_result(label: str, status: str) -> None:
-        make_run(tmp_path, label, {**RESULT, "status": status})
-
-    with_result("101-ok", "ok")
-    with_result("121-oom", "oom")
-    with_result("101-crash", "crash")
-    make_run(tmp_path, "101-torn").result.write_text("{")
-    for label in ("101-killed", "101-running"):
-        started = {"pid": os.getpid(), "host": os.uname().nodename, "started": time.time()}
-        write_json(make_run(tmp_path, label).running, started)
-    locks.take(tmp_path / "101-running")
-    (tmp_path / "notes").mkdir()
-
-    assert rundir.clean(tmp_path) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"101-ok", "121-oom", "101-running", "notes"}
-    assert capsys.readouterr().out == "removed 101-crash, 101-killed, 101-torn\n"
-
-    rundir.clean(tmp_path, everything=True)
-    assert {path.name for path in tmp_path.iterdir()} == {"101-running", "notes"}
-    rundir.clean(tmp_path)
-    assert "nothing to remove" in capsys.readouterr().out
-
-
 def test_two_evaluations_of_one_step_are_one(tmp_path):
     """Upstream evaluates again at the end, on other batches; the first is what decides whether a loss is reached."""
     lines = [(6, "validation", 3.0), (12, "validation", 2.5), (12, "validation", 2.75), (12, "test", 2.25)]
