@@ -38,6 +38,14 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
+def expanded(text: str) -> Path:
+    """The path ``text`` with its ~ expanded, as a shell does: that of an unknown user stays as it is."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        return Path(text)
+
+
 def replace_folder(new: Path, target: Path) -> None:
     """Give the folder ``new`` the name ``target``; a folder that has it goes only once the new one stands there.
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from harness.errors import UserError
 from harness.experiment import overrides
+from harness.files import expanded
 from harness.rundir import runs
 
 FOLDER = "tensorboard"
@@ -59,7 +60,7 @@ def logged(wanted: str | None, outdir: Path) -> Path:
         return outdir
     of_it = [run.dir.path for run in runs(outdir)[0] if wanted in (run.experiment.id, run.experiment.name)]
     newest = sorted(of_it, key=lambda path: (path / "experiment.json").stat().st_mtime, reverse=True)
-    for path in (outdir / wanted, Path(wanted).expanduser(), *newest):
+    for path in (outdir / wanted, expanded(wanted), *newest):
         if next((path / FOLDER).glob("*tfevents*"), None):
             return (path / FOLDER).resolve()
     raise UserError(f"RUN={wanted}: no run of this label or experiment in {outdir} has written for TensorBoard")

@@ -13,6 +13,7 @@ from harness.convert.weights import WEIGHTS
 from harness.data import prepared
 from harness.errors import UserError
 from harness.experiment import overrides
+from harness.files import expanded
 from harness.finding import label_of
 from harness.finetune.adapters import FOLDER, read_record
 
@@ -58,7 +59,7 @@ def export_hf(settings: Mapping[str, str], outdir: Path) -> int:
     """
     usage = "make export-hf RUN=label-or-folder OUT=folder [HF=like-this-one] [ADAPTERS=1]"
     overrides.require(settings, ("RUN", "OUT"), usage)
-    target = Path(settings["OUT"]).expanduser().absolute()
+    target = expanded(settings["OUT"]).absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"OUT={settings['OUT']} is there already and not empty; name another one, or remove it")
     from harness.convert import hub
@@ -98,7 +99,7 @@ def saved(run: str, outdir: Path) -> Path:
     Raises:
         UserError: there is none, or it holds no checkpoint.
     """
-    places = [place for place in (outdir / run, WEIGHTS / run, Path(run).expanduser()) if place.is_dir()]
+    places = [place for place in (outdir / run, WEIGHTS / run, expanded(run)) if place.is_dir()]
     if not places:
         raise UserError(f"RUN={run}: no run of this label in {outdir}, no weights of this name, and no such folder")
     for place in places:

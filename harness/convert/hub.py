@@ -9,6 +9,7 @@ from typing import Any
 
 from harness.convert.architectures import ARCHITECTURES, Architecture
 from harness.errors import UserError, first_line
+from harness.files import expanded
 
 WANTED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 CONFIG = "config.json"
@@ -25,7 +26,7 @@ def locate(named: str) -> Path:
     Raises:
         UserError: it is neither, or cannot be fetched.
     """
-    folder = Path(named).expanduser()
+    folder = expanded(named)
     if folder.is_dir():
         return folder.resolve()
     if folder.is_file():

@@ -18,6 +18,7 @@ from harness import ROOT
 from harness.data.prepared import Blend
 from harness.errors import UserError
 from harness.experiment.catalog import Model
+from harness.files import expanded
 
 _ONLY_TRAINING = ("dropout", "init_method_std", "moe_aux_loss_coeff", "moe_z_loss_coeff")
 _TRAINING = (*_ONLY_TRAINING, "name", "ffn_hidden_size", "num_query_groups", "kv_channels", "moe_ffn_hidden_size")
@@ -78,7 +79,7 @@ def find(named: str) -> tuple[Path, Weights] | None:
     Raises:
         UserError: it is damaged.
     """
-    for folder in ([WEIGHTS / named] if "/" not in named else []) + [Path(named).expanduser()]:
+    for folder in ([WEIGHTS / named] if "/" not in named else []) + [expanded(named)]:
         if known := read(folder):
             return folder.resolve(), known
     return None

@@ -19,7 +19,7 @@ from harness.data.progress import Progress, amount, duration
 from harness.data.sources import definition, definitions, local_files
 from harness.errors import UserError, nearest
 from harness.experiment import overrides
-from harness.files import replace_folder, told_if_unwritable
+from harness.files import expanded, replace_folder, told_if_unwritable
 from harness.screen import say
 
 HOW = ("TOKENIZER", "WORKERS", "FORCE", "HUB", "SIZE_MB", "NAME", "LIMIT")
@@ -156,7 +156,7 @@ def clean_files(words: Sequence[str]) -> int:
 
     settings = _settings(words, ("INPUT", "OUT", "RULES", "WORKERS", "FORCE"))
     overrides.require(settings, ("INPUT", "OUT"), "make data-clean INPUT=crawl.jsonl OUT=folder [RULES=sv]")
-    files, out = local_files(settings["INPUT"]), Path(settings["OUT"]).expanduser().absolute()
+    files, out = local_files(settings["INPUT"]), expanded(settings["OUT"]).absolute()
     rules, workers = load_rules(_rules(settings.get("RULES", "sv"))), overrides.count_in(settings, "WORKERS")
     check_output((), out, rules, force=True)
     progress = Progress()
@@ -218,7 +218,7 @@ def prepare_conversations(words: Sequence[str]) -> int:
 
     settings = overrides.parse(words, extra=("NAME", "INPUT", "TOKENIZER", "FORCE"))
     overrides.require(settings, ("NAME", "INPUT"), "make data-chat NAME=mine INPUT=chat.jsonl [TOKENIZER=folder]")
-    source, tokenizer = Path(settings["INPUT"]).expanduser(), settings.get("TOKENIZER", "gpt2")
+    source, tokenizer = expanded(settings["INPUT"]), settings.get("TOKENIZER", "gpt2")
     manifest, skipped = prepare_chat(settings["NAME"], source, tokenizer, force=settings.get("FORCE") == "1")
     tell(manifest, skipped)
     print(f"make 801 DATA={manifest.name} trains on it, make data-inspect NAME={manifest.name} shows it")
@@ -278,7 +278,7 @@ def _means(settings: Mapping[str, str]):
     from harness.data.prepare import Means
 
     return Means(
-        mirror=Path(settings["HUB"]).expanduser() if "HUB" in settings else None,
+        mirror=expanded(settings["HUB"]) if "HUB" in settings else None,
         workers=overrides.count_in(settings, "WORKERS"),
         force=settings.get("FORCE") == "1",
     )
@@ -289,7 +289,7 @@ def _rules(wanted: str | None) -> Path | None:
     if wanted is None:
         return None
     by_name = {path.stem.removeprefix("rules-"): path for path in DATA.glob("rules-*.yaml")}
-    path = by_name.get(wanted, Path(wanted).expanduser())
+    path = by_name.get(wanted, expanded(wanted))
     if not path.is_file():
         raise UserError(f"RULES={wanted}: {nearest(wanted, by_name)}\nor give a file of rules")
     return path

@@ -86,10 +86,13 @@ def _samples(chosen: DataSet, index: indexed.Index, lengths: np.ndarray, count: 
         chosen.tokenizer_type, "", chosen.tokenizer_model, chosen.tokenizer_sha256, chosen.vocab_size or 0, None
     )
     tokens = np.memmap(bin_path(chosen.prefix), index.dtype, "r")
+    again = f"make data-check NAME={chosen.name} says more"
+    if index.dtype.kind not in "iu":
+        raise UserError(f"NAME={chosen.name}: tokens are stored as {index.dtype.name}; ids are integers\n{again}")
     for document in np.flatnonzero(lengths)[:: max(1, np.count_nonzero(lengths) // count)][:count].tolist():
         first = int(index.pointers[index.document_indices[document]]) // index.dtype.itemsize
-        yield Sample(
-            document,
-            int(lengths[document]),
-            tokenizer.decode(tokens[first : first + min(200, lengths[document])].tolist()),
-        )
+        ids = tokens[first : first + min(200, lengths[document])].tolist()
+        if wrong := next((i for i in ids if not 0 <= i < chosen.vocab_size), None):
+            raise UserError(f"NAME={chosen.name}: document {document:,} has id {wrong:,}, the vocabulary is 0 to "
+                            f"{chosen.vocab_size - 1:,}\n{again}")
+        yield Sample(document, int(lengths[document]), tokenizer.decode(ids))

@@ -122,13 +122,13 @@ class Manifest(_Record):
         asked = self.source.asked
         match self.source.kind:
             case "hub":
-                return f"from {asked['repository']} at {self.source.commit or asked.get('revision')}"
+                return f"from {asked.get('repository')} at {self.source.commit or asked.get('revision')}"
             case "files":
-                return f"from {asked['input']}"
+                return f"from {asked.get('input')}"
             case "synthetic":
-                return f"made here, {asked['mixture']}, seed {asked['seed']}"
+                return f"made here, {asked.get('mixture')}, seed {asked.get('seed')}"
             case "merged":
-                return f"joined from {', '.join(asked['from'])}"
+                return f"joined from {', '.join(map(str, asked.get('from') or ['?']))}"
 
     def write(self, folder: Path) -> None:
         """Write it into a data set's folder, whole or not at all."""

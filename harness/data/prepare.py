@@ -420,6 +420,8 @@ def _rules_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"rules {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"rules {path}: no text in UTF-8") from None
 
 
 def _files(files: tuple[TextFile, ...], sha256: Mapping[str, str | None]) -> tuple[SourceFile, ...]:

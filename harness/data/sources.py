@@ -16,6 +16,7 @@ from harness import yaml_files
 from harness.data.documents import TextFile, text_file
 from harness.data.prepared import DATA, NAME
 from harness.errors import UserError, first_line, nearest
+from harness.files import expanded
 
 FILE = DATA / "datasets.yaml"
 HUB_TIMEOUT_S = 10
@@ -98,8 +99,8 @@ def local_files(wanted: str) -> tuple[TextFile, ...]:
         UserError: there are none, or one is of an unknown kind.
     """
     found: list[Path] = []
-    for word in [wanted] if Path(wanted).expanduser().exists() else wanted.split():
-        path = Path(word).expanduser()
+    for word in [wanted] if expanded(wanted).exists() else wanted.split():
+        path = expanded(word)
         if path.is_dir():
             below = sorted(p for p in path.rglob("*") if p.is_file() and _is_known(p) and not p.name.startswith("."))
             if not below:

@@ -30,7 +30,7 @@ from harness.data.tiktoken_files import is_tiktoken, tiktoken_folder
 from harness.data.tokenizer_files import DECIDING, DESCRIPTION, OTHERS, SENTENCE_PIECE, Kind, tokenizer_sha256
 from harness.data.vocabulary import gpt2_folder
 from harness.errors import UserError, first_line, nearest
-from harness.files import write_json
+from harness.files import expanded, write_json
 from harness.machine.provenance import package_version
 
 CACHE_MIB = 600
@@ -165,7 +165,7 @@ def find_tokenizer(wanted: str, home: Path, choices: Sequence[str] = CHOICES) ->
         from harness.data.chat.byte_tokenizer import byte_folder
 
         return _examined("HuggingFaceTokenizer", "bytes", byte_folder(home), home)
-    path = Path(wanted).expanduser()
+    path = expanded(wanted)
     if path.name == DESCRIPTION and path.is_file():
         path = path.parent
     if (path / DESCRIPTION).is_file():

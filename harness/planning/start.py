@@ -11,6 +11,7 @@ from harness.data import prepared
 from harness.errors import UserError, first_line, nearest
 from harness.experiment import overrides, understood
 from harness.experiment.catalog import Experiment, Model, load_catalog
+from harness.files import expanded
 from harness.finding import label_of
 from harness.finetune.adapters import FOLDER, read_record
 from harness.planning.resume import labels_with_checkpoints
@@ -45,7 +46,7 @@ def find(named: str, outdir: Path) -> Start:
     if imported := weights.find(named):
         folder, known = imported
         return Start(_from_root(folder), known.model, known.positions, folder / weights.HF if known.tokenizer else None)
-    places = (outdir / label_of(named, outdir), Path(named).expanduser())
+    places = (outdir / label_of(named, outdir), expanded(named))
     runs = [path for path in places if RunDir(path).experiment_json.is_file()]
     if not runs:
         names = weights.names() + labels_with_checkpoints(outdir)

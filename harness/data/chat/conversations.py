@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from harness.errors import UserError, first_line
+from harness.files import read_object
 
 RULES = {
     "no JSON": "no JSON in UTF-8",
@@ -247,6 +248,6 @@ def has_template(tokenizer: Path) -> bool:
     if (tokenizer / "chat_template.jinja").is_file():
         return True
     try:
-        return bool(json.loads((tokenizer / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template"))
-    except (OSError, ValueError):
+        return bool(read_object(tokenizer / "tokenizer_config.json").get("chat_template"))
+    except ValueError:
         return False
