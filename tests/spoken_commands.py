@@ -27,7 +27,7 @@ EXPRESSIONS = {
     "e.id": "101", "id_": "101", "wanted[0].id": "101", "planned.full.id": "101", "experiments[0].id": "101", "experiment.id": "101", "plan.experiment.id": "101", "self.plan.experiment.id": "101",
     "best.experiment.id": "101", "row.make or row.id": "101", "best.settings": "STEPS=20", "layout.settings": "STEPS=20",
     "whole[0]": "DRY_RUN", "number": "100", "e.chapter": "100", "card.key": "h100-80gb", "machine.gpu": "h100-80gb", "experiment[0] if experiment else '<id>'": "101",
-    "next(iter(known))": "synthetic", "manifest.name": "mine", "name": "synthetic", "run.label": "label", "named": "label", "traced[1]": "282",
+    "next(iter(known))": "synthetic", "manifest.name": "mine", "chosen.name": "synthetic", "name": "synthetic", "run.label": "label", "named": "label", "traced[1]": "282",
     "e.nodes": "2", "known.name": "synthetic", "overrides.words(e)": "101",
 }
 """What stands for an expression in a message."""
