@@ -80,7 +80,8 @@ def _plan(words: tuple[str, ...], device: str, recipes: dict[str, str]) -> tuple
     """Why the command is refused, if it is; and what it printed."""
     target, *settings = words
     if target.endswith("*"):
-        return (None if any(name.startswith(target[:-1]) for name in recipes) else f"no target begins with {target[:-1]}"), ""
+        typed = re.sub(r"^(\d{3}h.*)", r"half-\1", target[:-1])  # scripts/completion.bash
+        return (None if any(name.startswith(typed) for name in recipes) else f"no target begins with {target[:-1]}"), ""
     recipe = recipes.get(target)
     if recipe is None:
         try:

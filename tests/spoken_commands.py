@@ -117,13 +117,15 @@ def _code(text: str) -> str:
 
 
 def _strings(tree: ast.Module) -> Iterator[str]:
-    """Every string; expressions within one stand between NULs."""
+    """Every string, of docstrings what is code in them; expressions within one stand between NULs."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    docs = {id(node.body[0].value) for node in ast.walk(tree) if isinstance(node, documented) and node.body and isinstance(node.body[0], ast.Expr)}
     inside = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
             yield "".join(part.value if isinstance(part, ast.Constant) else f"\x00{ast.unparse(part.value).encode().hex()}\x00" for part in node.values)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in inside:
-            yield node.value
+            yield "\n".join(re.findall(r"``([^`]+)``", node.value)) if id(node) in docs else node.value
 
 
 def _target(word: str, file: str) -> str | None:

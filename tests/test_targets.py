@@ -77,6 +77,23 @@ def test_one_tab_completes_a_name_in_zsh(tmp_path: Path) -> None:
         os.waitpid(pid, 0)
 
 
+@pytest.mark.parametrize("typed, completed", [
+    ("282h", ["282h-gpt-22B-half-tp4-gbs8-len2048-sp"]), ("282", ["282-gpt-22B-tp8-gbs4-len2048-sp"]), ("half-282", ["half-282h-gpt-22B-half-tp4-gbs8-len2048-sp"]),
+    ("129h", ["129h-gpt2xl-dp4-gbs80-zero2"]), ("train-", ["train-gpt3-345m"]), ("999h", []),
+])
+def test_half_size_completes_by_its_id_where_our_completion_is_sourced(typed: str, completed: list[str]) -> None:
+    """Without bash-completion: where that is installed, all but NNNh is left to it."""
+    script = rf"""
+        source scripts/completion.bash
+        COMP_WORDS=(make {typed!r}); COMP_CWORD=1; COMP_LINE="make {typed}"; COMP_POINT=${{#COMP_LINE}}; COMP_TYPE=9
+        $(complete -p make | sed 's/.*-F \([^ ]*\).*/\1/') make {typed!r} make
+        printf '%s\n' "${{COMPREPLY[@]}}"
+    """
+    done = subprocess.run(["bash", "--norc", "-c", script], cwd=ROOT, text=True, capture_output=True)
+    assert done.stdout.split() == completed and not done.stderr
+    assert all(make(name, "DRY_RUN=1").returncode == 0 for name in completed if typed[-1] == "h")
+
+
 def read_until(terminal: int, wanted: str, seconds: float = 30) -> str:
     seen, deadline = "", time.monotonic() + seconds
     while wanted not in seen and time.monotonic() < deadline:

@@ -33,8 +33,8 @@ def check_content(data: str, folder: Path = DATA) -> None:
 
 
 def _check(chosen: DataSet) -> None:
-    again = (f"make data-check NAME={chosen.name} says more; make data-{chosen.name}, data-prepare or data-chat writes it "
-             "anew with FORCE=1")
+    again = (f"make data-check NAME={chosen.name} says more; "
+             "preparing it again with FORCE=1 writes it anew")
     manifest = read_manifest(chosen.home)
     sampled = manifest is None
     if manifest:
