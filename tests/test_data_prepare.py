@@ -417,3 +417,20 @@ def test_rules_that_drop_everything_are_named_with_what_they_dropped(tmp_path, r
     with pytest.raises(UserError, match=r"rules.yaml dropped all 600 documents: 600 length\n.*dropped/ shows which and why"):
         make(replace(recipe, rules=tmp_path / "rules.yaml"), tmp_path / "data")
     assert prepared.prepared(tmp_path / "data") == ()
+
+
+def test_files_of_others_in_the_folder_of_a_data_set_stay(tmp_path, recipe):
+    """Text that somebody keeps in work/, and is the input; a tokenizer that is kept where the set's own would go."""
+    work = tmp_path / "data" / "mine" / "work"
+    work.mkdir(parents=True)
+    source = corpus(work / "in.jsonl")
+    (work / "clean-notes").mkdir()
+    make(replace(recipe, source=str(source)), tmp_path / "data")
+    make(replace(recipe, source=str(source)), tmp_path / "data", force=True)
+    assert source.exists() and (work / "clean-notes").is_dir()
+    kept = tmp_path / "data" / "other" / "tokenizer" / "tokenizer.json"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("{}")
+    with pytest.raises(UserError, match=r"NAME=other is prepared already, .*other/tokenizer is there"):
+        make(replace(recipe, name="other"), tmp_path / "data")
+    assert kept.read_text() == "{}"

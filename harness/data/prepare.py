@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import time
 from collections import Counter
@@ -55,6 +56,8 @@ from harness.machine.provenance import package_version, source_commit
 _VERSIONS = ("numpy", "orjson", "gigatoken", "tokenizers", "transformers", "sentencepiece", "pyarrow", "datasets")
 
 TEXT = Layout()
+_OWN = re.compile(r"(synthetic|text|clean|tokens|source)-[0-9a-f]+(\.json)?|\..*\.tmp")
+"""Names in work/."""
 
 
 @dataclass(frozen=True)
@@ -313,10 +316,10 @@ class _Preparation:
         )
 
     def _clear(self, keep: set[str]) -> None:
-        """Leave only these in work/."""
+        """Leave only these in work/, of what preparations write there."""
         self.work.mkdir(exist_ok=True)
         for path in self.work.iterdir():
-            if path.name not in keep:
+            if path.name not in keep and _OWN.fullmatch(path.name):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         with contextlib.suppress(OSError):
             self.work.rmdir()
@@ -330,9 +333,9 @@ class _Preparation:
 
 
 def check_free(name: str, folder: Path) -> None:
-    """Raise UserError where ``folder`` has a data set ``name``, or a part of one, and say what it is."""
+    """Raise UserError where ``folder`` has a data set ``name``, or a part of one, or a tokenizer there; say what it is."""
     home, prefix = folder / name, prefix_of(name, folder)
-    there = [path for path in (idx_path(prefix), home / MANIFEST) if path.exists()]
+    there = [path for path in (idx_path(prefix), home / MANIFEST, home / "tokenizer") if path.exists()]
     if not there:
         return
     try:
