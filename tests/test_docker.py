@@ -1,6 +1,7 @@
 """The image: what goes into it, what its scripts ask of docker and podman; with buildah (make test-full) the Dockerfile for real."""
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -142,6 +143,53 @@ def test_lock_takes_the_wheels_that_the_image_can_use():
 def test_lock_refuses_a_package_that_would_be_built():
     with pytest.raises(UserError, match="a-package 2 has no wheel for Linux"):
         packages.render_lock(PYLOCK.replace("a_package-2-py3-none-any", "a_package-2-py3-none-win_amd64"))
+
+
+@pytest.fixture
+def base(monkeypatch, tmp_path):
+    """A base with its own torch and an older typer; pip, which would add einops and another typer, writes down what it is asked."""
+    asked = []
+
+    def pip(*words):
+        asked.append(words)
+        files = {word: Path(words[n + 1]) for n, word in enumerate(words[:-1]) if word.startswith("--")}
+        if "--report" in files:
+            asked.append(files["--constraint"].read_text())
+            chosen = [{"metadata": {"name": name}} for name in ("Einops", "typer")]
+            files["--report"].write_text(json.dumps({"install": chosen}))
+        else:
+            asked.append(files["--requirement"].read_text())
+
+    class Distribution:
+        def __init__(self, name, version):
+            self.name, self.version = name, version
+
+    there = [Distribution("torch", "2.9.0a0+50eac811a6.nv25.09"), Distribution("Typer", "0.1")]
+    monkeypatch.setattr(packages.metadata, "distributions", lambda: there)
+    monkeypatch.setattr(packages, "pip", pip)
+    monkeypatch.setattr(packages.stages, "missing", lambda stage: ("einops==0.8.2",) if stage == "heavy" else ())
+    monkeypatch.setattr(packages.setup, "check", asked.append)
+    monkeypatch.setattr(packages, "LOCK", tmp_path / "requirements.txt")
+    packages.LOCK.write_text("".join(f"{pin} \\\n    --hash=sha256:{n}\n" for n, pin in enumerate(("einops==0.8.2", "torch==2.11.0", "typer==0.29.2"))))
+    return asked
+
+
+def test_image_gets_what_it_lacks_by_hash_and_keeps_its_torch(base, capsys):
+    packages.install()
+    (*_, lacking), constraints, installed, chosen, checked = base
+    assert lacking == "einops==0.8.2"
+    assert constraints.splitlines() == ["einops==0.8.2", "torch==2.9.0a0+50eac811a6.nv25.09"]
+    assert {"--no-deps", "--require-hashes"} <= set(installed)
+    assert chosen == "einops==0.8.2 \\\n    --hash=sha256:0\ntyper==0.29.2 \\\n    --hash=sha256:2\n"
+    assert checked == list(packages.STAGES)
+    assert "typer 0.1 is too old or too new" in capsys.readouterr().out
+
+
+def test_image_takes_nothing_that_is_not_locked(base):
+    packages.LOCK.write_text("einops==0.8.2 \\\n    --hash=sha256:0\n")
+    with pytest.raises(UserError, match=r"requirements\.txt lacks typer, which this base needs"):
+        packages.install()
+    assert not any("--require-hashes" in words for words in base)
 
 
 # What docker and podman are asked for.
