@@ -205,7 +205,7 @@ def read_contents(metadata: Path) -> Contents:
 def settle(path: Path) -> None:
     """Make the checkpoint in ``path``, which upstream has written, last: on the disk, and with checksums.
 
-    Upstream syncs tensors alone: after a power cut every metadata.json of the last half minute had 0 bytes.
+    Upstream syncs tensors alone: a power cut left metadata.json empty in checkpoints that were finished.
     """
     sync_tree(path)
     checksums.write(path, checksums.READERS_BESIDE_TRAINING, nice=10)
