@@ -69,19 +69,19 @@ def secret(monkeypatch):
 
 def test_what_plans_scripts_jobs_and_records_are_made_of_has_no_secret(secret, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("ARGS", "left here by make")
-    words = cli.given(["219", f"ARGS=--titles-data-path {secret}", "STEPS=3", f"OUTDIR={tmp_path}"])
+    words = cli.given(["219", f"ARGS=--memory-snapshot-path {secret}", "STEPS=3", f"OUTDIR={tmp_path}"])
     assert os.environ["HARNESS_SECRET_1"] == secret and "ARGS" not in os.environ
     settings = overrides.parse(words[1:])
     planned = plan(load_catalog().find("219"), {**settings, "SLURM": "1"}, "cuda")
     texts = [planned.script(), slurm.render_sbatch(planned, settings), planned.experiment.model_dump_json(), planned.experiment.label]
     assert not any(secret in text for text in texts)
-    assert "--titles-data-path '$HARNESS_SECRET_1'" in texts[0] and "ARGS=--titles-data-path $HARNESS_SECRET_1" in texts[1]
+    assert "--memory-snapshot-path '$HARNESS_SECRET_1'" in texts[0] and "ARGS=--memory-snapshot-path $HARNESS_SECRET_1" in texts[1]
 
 
 def test_make_shows_no_secret(secret) -> None:
     """As a user types it; also where the words are wrong."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "HARNESS_SECRET_"))}
-    for words, status in ((["show-101", f"ARGS=--titles-data-path {secret}"], 0), (["show-101", f"ARGS=--hf-token '{secret}"], 2),
+    for words, status in ((["show-101", f"ARGS=--memory-snapshot-path {secret}"], 0), (["show-101", f"ARGS=--hf-token '{secret}"], 2),
                           (["101", f"ARGS=--wandb-api-key {secret}", "DEVICE=tpu"], 2)):
         done = subprocess.run(["make", *words], cwd=ROOT, text=True, capture_output=True, env=clean)
         assert done.returncode == status and secret not in done.stdout + done.stderr, done.stdout + done.stderr
@@ -183,11 +183,11 @@ def test_no_file_of_a_run_holds_its_secret(tmp_path) -> None:
     """Script, experiment, log, TensorBoard's events, checkpoint: upstream notes its arguments in most of them."""
     pytest.importorskip("torch", reason="the set-up stage `heavy` is not installed")
     secret, clean = "hf_averysecretword", {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "HARNESS_SECRET_"))}
-    words = ["101", f"ARGS=--titles-data-path {secret}", "DEVICE=cpu", "STEPS=2", "SAVE=1", f"OUTDIR={tmp_path}"]
+    words = ["101", f"ARGS=--memory-snapshot-path {secret}", "DEVICE=cpu", "STEPS=2", "SAVE=1", f"OUTDIR={tmp_path}"]
     done = subprocess.run(["make", *words], cwd=ROOT, text=True, capture_output=True, env=clean)
     assert done.returncode == 0, done.stdout + done.stderr
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {"logs.txt", "command.sh", ".metadata"} <= {path.name for path in files}
     assert not [path for path in files if secret.encode() in path.read_bytes()] and secret not in done.stdout + done.stderr
     (log,) = tmp_path.glob("*/logs.txt")
-    assert "titles_data_path ................................ $HARNESS_SECRET_1" in log.read_text()
+    assert "memory_snapshot_path ............................ $HARNESS_SECRET_1" in log.read_text()
