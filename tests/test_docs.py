@@ -28,6 +28,7 @@ WITH_UNIT = re.compile(r"\d[\d,.]*\s?(?:ms|GiB|MiB|TFLOP/s|GB/s|MB/s|%)(?!\w)")
 TYPED = {
     "450 GB/s": "NVLink's, each way", "79.6 GiB": "an H100's", "77 %": "Shoeybi et al. 2019", "0.01 %": "a bound",
     "15 %": "a rule of thumb", "5 %": "a setting", "10 %": "an aim",
+    "256 MiB": "WHOLE_BYTES of data/content.py", "8 GiB": "a bound of what `make checkpoints` reads",
 }
 """Numbers with a unit that no run measured."""
 
