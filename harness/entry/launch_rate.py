@@ -43,7 +43,8 @@ def measure(device: str = "cuda") -> LaunchRate:
     """The launch rate of this process, in a few hundredths of a second. It draws no random numbers and keeps no memory.
 
     ``add_us`` is the host's time for an in-place add, the cheapest operation of PyTorch; ``operation_us`` its time for an
-    element-wise operation that is recorded, and its share of the backward pass. Both are medians of ``BATCHES`` batches.
+    element-wise operation that is recorded, and its share of the backward pass. Both are medians of ``BATCHES`` batches, in
+    turn: what else the process does at its start then slows both alike.
     """
     import torch
 
@@ -64,19 +65,14 @@ def measure(device: str = "cuda") -> LaunchRate:
         leaf.grad = None
 
     with torch.enable_grad():
-        return LaunchRate(
-            add_us=_batch_us(adds, wait) / ADDS,
-            operation_us=_batch_us(chain, wait) / (TURNS * len(CHAIN)),
-        )
+        times_us = [(_host_us(adds, wait), _host_us(chain, wait)) for _ in range(BATCHES + 1)]
+    add_us, chain_us = map(statistics.median, zip(*times_us[1:], strict=True))  # the first batch warms up
+    return LaunchRate(add_us=add_us / ADDS, operation_us=chain_us / (TURNS * len(CHAIN)))
 
 
-def _batch_us(batch: Callable[[], None], wait: Callable[[], None]) -> float:
-    """Median host time of a batch in µs; the GPU is idle when each begins, and a first one warms up."""
-    times_us = []
-    for _ in range(BATCHES + 1):
-        wait()
-        begun = time.perf_counter()
-        batch()
-        times_us.append((time.perf_counter() - begun) * 1e6)
+def _host_us(batch: Callable[[], None], wait: Callable[[], None]) -> float:
+    """Host time of a batch in µs; the GPU is idle when it begins."""
     wait()
-    return statistics.median(times_us[1:])
+    begun = time.perf_counter()
+    batch()
+    return (time.perf_counter() - begun) * 1e6
