@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from harness.experiment import understood
 from harness.experiment.catalog import Experiment, Model, Target
 
 NAMES = frozenset({"slug", "chapter", "shows", "published_data", "window_first_step", "overrides"})
@@ -86,17 +87,8 @@ def differences(before: Experiment, now: Experiment) -> tuple[Difference, ...]:
 
 
 def arguments(words: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Upstream's arguments of ARGS: flag -> its values. The last of a flag counts, as in argparse."""
-    found: dict[str, tuple[str, ...]] = {}
-    flag = ""
-    for word in words:
-        if re.match(r"--?[A-Za-z]", word):
-            flag, equals, value = word.partition("=")
-            found.pop(flag, None)
-            found[flag] = (value,) if equals else ()
-        else:
-            found[flag] = (*found.get(flag, ()), word)
-    return found
+    """Upstream's arguments of ARGS: option -> its values. The last of an option counts, as in argparse."""
+    return {argument.option: argument.values for argument in understood.arguments(words)}
 
 
 def rates(experiment: Experiment) -> tuple[float, float]:
