@@ -97,7 +97,8 @@ def hub(tmp_path) -> Iterator[FakeHub]:
     thread.join()
 
 
-def prepare(hub: FakeHub, tmp_path: Path, limit: int | None = None, revision: str = "refs/convert/parquet") -> dict:
+def prepare(hub: FakeHub, tmp_path: Path, limit: int | None = None, revision: str = "refs/convert/parquet",
+            force: bool = False) -> dict:
     """Prepare in a process of its own, which learns of the hub as users tell it: by HF_ENDPOINT."""
     code = f"""
 from pathlib import Path
@@ -108,7 +109,7 @@ from harness.errors import UserError
 hub = Hub(repository="someone/texts", revision={revision!r}, files="data/train-*.parquet", gated=True)
 try:
     recipe = Recipe("mine", hub, Layout(limit={limit}), tokenizer="null:100")
-    print(prepare(recipe, Means(folder=Path({str(tmp_path / "data")!r}))).model_dump_json())
+    print(prepare(recipe, Means(folder=Path({str(tmp_path / "data")!r}), force={force})).model_dump_json())
 except UserError as error:
     import json
     print(json.dumps(dict(error=str(error))))
@@ -131,7 +132,8 @@ def test_what_is_downloaded_is_noted_with_the_commit_and_not_downloaded_again(hu
     assert manifest["source"]["files"][0]["sha256"] == hashlib.sha256(first.read_bytes()).hexdigest()
     assert manifest["counted"]["documents"] == 60
     assert sorted(hub.asked) == [f"data/train-{n}.parquet" for n in range(3)]
-    assert prepare(hub, tmp_path, limit=25)["counted"]["documents"] == 25
+    assert "FORCE=1" in prepare(hub, tmp_path, limit=25)["error"]
+    assert prepare(hub, tmp_path, limit=25, force=True)["counted"]["documents"] == 25
     assert len(hub.asked) == 3
 
 
