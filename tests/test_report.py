@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from harness import ROOT, cli
+from harness.evidence import tables
 from harness.evidence.figures import load_profiles
 from harness.evidence.measured import measure
 from harness.evidence.report import page
@@ -50,6 +51,13 @@ def run(outdir: Path, label: str, id_: str = "101", *, steps: int = 20, slower: 
 def read(outdir: Path, records: Path = RECORDS) -> dict:
     references = load_references()
     return page_values(collect(outdir, records, references), references, load_catalog(), load_profiles(outdir, records))
+
+
+def test_the_report_counts_what_ended_as_published_as_tables_do(tmp_path: Path) -> None:
+    """The report counted rows: 25 of 25 beside 24 of the 24."""
+    count = read(tmp_path)["ended"]
+    printed = tables.render(collect(tmp_path, RECORDS, load_references()).rows)
+    assert f"Ended as published: {count['as_published']} of the {count['experiments']} with a published row" in printed
 
 
 def test_a_row_for_each_record_run_and_experiment(tmp_path: Path) -> None:
@@ -242,6 +250,7 @@ def test_opens_with_every_row(view) -> None:
     assert len(column(shown, "id")) == int(shown.inner_text("#count").split()[0]) > 200
     assert shown.locator("main section").count() == 7
     assert "NVIDIA H200" in shown.inner_text("#summary")
+    assert re.search(r"\d+ of the \d+ experiments with a published row", shown.inner_text("#summary"))
 
 
 @in_chromium

@@ -12,7 +12,7 @@ from typing import Any
 from harness import rundir
 from harness.errors import UserError
 from harness.evidence import figures, tables
-from harness.evidence.results import References, Results, Row, metrics, predicted_step_ms
+from harness.evidence.results import References, Results, Row, ended, metrics, predicted_step_ms
 from harness.experiment.calibrations import machine_measured_by
 from harness.experiment.catalog import Catalog, Experiment
 from harness.experiment.flops import MODEL_FLOPS
@@ -58,6 +58,7 @@ def page_values(found: Results, references: References, catalog: Catalog, profil
         "lines": list(lines),
         "figures": [_rounded(asdict(figure)) for figure in figures.sweeps(found, references, catalog)],
         "timelines": [_timeline(one) for one in _schedules(catalog, profiles)],
+        "ended": asdict(ended(measured)),
         "flops": MODEL_FLOPS,
         "published": f"{group.hardware}, {group.software}; {group.method}. Source: {group.source}.",
         "warnings": list(found.warnings),

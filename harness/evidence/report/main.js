@@ -31,10 +31,9 @@ byId("theme").addEventListener("click", () => {
 showTheme();
 
 const measured = rows.filter((row) => row.kind !== "catalogue");
-const judged = measured.filter((row) => row.as_published === true || row.as_published === false);
 byId("summary").textContent =
   `${measured.length} runs and records on ${[...new Set(measured.map((row) => row.hardware))].join(", ") || "nothing yet"}; ` +
-  `${judged.filter((row) => row.as_published).length} of ${judged.length} that can be judged ran as published, or ran out of memory as published.`;
+  `${data.ended.as_published} of the ${data.ended.experiments} experiments with a published row ran as published, or ran out of memory as published.`;
 
 const comparing = compare(byId("compare"));
 const everyRow = table(byId("rows"), comparing);
