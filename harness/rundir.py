@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from harness import locks
 from harness.errors import UserError, first_line
@@ -76,17 +76,17 @@ class StepMetrics(_Record):
     step: int
     loss: float | None = None
     grad_norm: float | None = None
-    step_ms: float
-    forward_backward_ms: float | None = None
-    optimizer_ms: float | None = None
-    tflops: float | None = None
-    upstream_tflops: float | None = None
-    tokens_per_s: float | None = None
+    step_ms: FiniteFloat
+    forward_backward_ms: FiniteFloat | None = None
+    optimizer_ms: FiniteFloat | None = None
+    tflops: FiniteFloat | None = None
+    upstream_tflops: FiniteFloat | None = None
+    tokens_per_s: FiniteFloat | None = None
     learning_rate: float | None = None
     loss_scale: float | None = None
     skipped: int = 0
     nan: int = 0
-    time: float
+    time: FiniteFloat
 
 
 class Validation(_Record):

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -172,6 +173,18 @@ def base(monkeypatch, tmp_path):
     monkeypatch.setattr(packages, "LOCK", tmp_path / "requirements.txt")
     packages.LOCK.write_text("".join(f"{pin} \\\n    --hash=sha256:{n}\n" for n, pin in enumerate(("einops==0.8.2", "torch==2.11.0", "typer==0.29.2"))))
     return asked
+
+
+def test_the_layer_of_packages_has_every_module_that_it_imports(tmp_path):
+    before, _ = (ROOT / "docker" / "Dockerfile").read_text().split("RUN python3 docker/packages.py")
+    for *sources, folder in (line.split()[1:] for line in before.splitlines() if line.startswith("COPY ")):
+        for source in sources:
+            target = tmp_path / folder / (Path(source).name if (ROOT / source).is_file() else "")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (shutil.copy if (ROOT / source).is_file() else shutil.copytree)(ROOT / source, target)
+    command = [sys.executable, "-I", "docker/packages.py", "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 def test_image_gets_what_it_lacks_by_hash_and_keeps_its_torch(base, capsys):

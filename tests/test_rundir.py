@@ -202,3 +202,11 @@ def test_two_evaluations_of_one_step_are_one(tmp_path):
     run = rundir.RunDir(tmp_path)
     run.validation.write_text("".join(f"{line.model_dump_json()}\n" for line in found))
     assert run.read_validation() == (found[0], found[1], found[3])
+
+
+@pytest.mark.parametrize("field", ["step_ms", "tflops", "time"])
+def test_a_step_that_took_for_ever_is_no_line_of_metrics(field):
+    """Statistics of an infinite number end with a traceback; a loss may be infinite, and is kept."""
+    line = {"step": 1, "step_ms": 100.0, "tflops": 2.0, "time": 1.0}
+    assert rundir.parse_metrics(json.dumps(line)) is not None
+    assert rundir.parse_metrics(json.dumps(line | {field: 1}).replace(f'"{field}": 1', f'"{field}": 1e999')) is None
