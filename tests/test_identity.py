@@ -154,8 +154,9 @@ def test_what_changes_the_losses_is_refused_named_and_taken_where_asked(tmp_path
 @pytest.mark.parametrize("settings", [{"LR": "1e-3"}, {"ARGS": "--lr 1e-3"}, {"ARGS": "--clip-grad 10 --min-lr 1e-7"}])
 def test_other_rates_are_refused_even_where_asked_for_upstream_finds_its_optimizer_by_them(tmp_path, settings):
     kept(tmp_path, "101", 5, **CLIP)
-    with pytest.raises(UserError, match=r"change its losses:\n(.*\n)?  (LR|MIN_LR) "):
+    with pytest.raises(UserError, match=r"change its losses:\n(.*\n)?  (LR|MIN_LR) ") as refused:
         planned(tmp_path, RESUME="1", **settings)
+    assert "FORCE=1" not in str(refused.value) and "by its learning rates" in str(refused.value)
     with pytest.raises(UserError, match=r"was trained with LR=6e-05 MIN_LR=6e-06, 101-\S+ has LR=.*\n.*--no-load-optim"):
         planned(tmp_path, RESUME="1", FORCE="1", **settings)
 

@@ -172,8 +172,14 @@ def _check(found: Candidate, changed: Sequence[Difference], e: Experiment, outdi
         *(f"  {d}" for d in curve),
         *([f'DATA="{data.before}" continues on the same data'] if data else []),
         *(["other runs of this id with checkpoints, and what they have:", *finding.named(others, e)] if others else []),
-        "give the settings of before; or FORCE=1 continues with these and keeps the step in the run; "
-        f"LOAD={run.label} begins a new run with its checkpoint"]))
+        _way_out(curve) + f"; LOAD={run.label} begins a new run with its checkpoint"]))
+
+
+def _way_out(curve: Sequence[Difference]) -> str:
+    """What a user can do about settings that change the losses. FORCE=1 is no way to other learning rates (check_fits)."""
+    if any(d.setting in ("LR", "MIN_LR") for d in curve):
+        return "give the settings of before: upstream finds the optimizer's state by its learning rates"
+    return "give the settings of before; or FORCE=1 continues with these and keeps the step in the run"
 
 
 def _refuse_without_checkpoints(found: Candidate, e: Experiment) -> NoReturn:
