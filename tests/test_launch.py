@@ -225,7 +225,8 @@ def test_ranks_follow_a_launcher_that_is_killed(tmp_path):
     launcher.kill()
     launcher.wait()
     until(lambda: not of_run(directory.path))
-    assert directory.state() == "killed" and directory.read_result() is None
+    until(lambda: directory.state() == "killed")  # the lock goes with the last process that inherited it
+    assert directory.read_result() is None
     assert len(directory.read_metrics()) >= 2
 
 

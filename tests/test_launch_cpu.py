@@ -47,7 +47,7 @@ def training(outdir: Path, *words: str) -> tuple[subprocess.Popen, RunDir, list[
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and launcher.poll() is None:
         time.sleep(0.2)
-        if outdir.exists() and len((run := the_run(outdir)).read_metrics()) >= 3:
+        if any(outdir.glob("*")) and len((run := the_run(outdir)).read_metrics()) >= 3:
             (torchrun,) = psutil.Process(launcher.pid).children()
             return launcher, run, [torchrun, *(psutil.Process(rank.pid) for rank in run.read_ranks())]
     raise AssertionError(f"no step within two minutes: {launcher.communicate()[0]}")

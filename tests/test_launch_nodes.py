@@ -250,7 +250,7 @@ def test_node_0_names_the_node_and_the_rank_that_failed(tmp_path, rendezvous, sh
 def test_a_launcher_that_was_killed_is_named_and_the_run_ends(tmp_path, rendezvous):
     first = start_node(0, tmp_path / "a", rendezvous, "ok", 2, 2000, 0.05, GRACE_S="1")
     second = start_node(1, tmp_path / "b", rendezvous, "ok", 2, 2000, 0.05)
-    until(lambda: (tmp_path / "a").exists() and len(the_run(tmp_path / "a").read_metrics()) > 2)
+    until(lambda: any((tmp_path / "a").glob("*")) and len(the_run(tmp_path / "a").read_metrics()) > 2)
     second.kill()
     ((status, text),) = ended(first)
     result = the_run(tmp_path / "a").read_result()
