@@ -289,13 +289,13 @@ def limit(topic: str, which: int, enough: int, unit: str, mend: str) -> Finding:
 
 def around() -> Iterator[Finding]:
     """What single targets use: data sets, a C++ compiler, containers, Slurm."""
-    yield data_sets()
+    yield prepared_data()
     yield compiler()
     yield containers()
     yield slurm()
 
 
-def data_sets() -> Finding:
+def prepared_data() -> Finding:
     """Prepared data sets, their headers, sizes and tokenizers checked; not their tokens, which make data-check reads."""
     sets = prepared.prepared()
     damaged = [name for name in sets if not _sound(name)]

@@ -202,13 +202,13 @@ def test_ctrl_c_ends_the_chapter(tmp_path):
     command = [sys.executable, "-c", CHAPTER, LAUNCHER, tmp_path / "out"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     chapter = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
-    directory = rundir.RunDir(tmp_path / "out" / "101-tiny-dp2_cpu")
+    run_dir = rundir.RunDir(tmp_path / "out" / "101-tiny-dp2_cpu")
     deadline = time.monotonic() + 20
-    while len(directory.read_metrics()) < 2 and time.monotonic() < deadline:
+    while len(run_dir.read_metrics()) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
     chapter.send_signal(signal.SIGINT)
     printed, _ = chapter.communicate(timeout=20)
     assert chapter.returncode == 130
-    assert directory.read_result().status == "killed" and len(results(tmp_path / "out")) == 1
+    assert run_dir.read_result().status == "killed" and len(results(tmp_path / "out")) == 1
     assert [line.split()[1] for line in printed.splitlines()[-2:]] == ["killed", "not"]
-    assert not processes.marked(HARNESS_RUN_DIR=str(directory.path))
+    assert not processes.marked(HARNESS_RUN_DIR=str(run_dir.path))

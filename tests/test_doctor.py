@@ -168,9 +168,9 @@ def test_a_damaged_data_set_is_not_ok(monkeypatch):
 
     monkeypatch.setattr(doctor.prepared, "prepared", lambda: ("good", "torn"))
     monkeypatch.setattr(doctor.prepared, "find", find)
-    assert doctor.data_sets() == doctor.Finding("data sets", "warn", "damaged: torn", "make data-check NAME=torn")
+    assert doctor.prepared_data() == doctor.Finding("data sets", "warn", "damaged: torn", "make data-check NAME=torn")
     monkeypatch.setattr(doctor.prepared, "prepared", lambda: ("good",))
-    assert doctor.data_sets().state == "ok"
+    assert doctor.prepared_data().state == "ok"
 
 
 def test_transformer_engine_without_its_extension(monkeypatch):

@@ -107,8 +107,8 @@ class Run:
             hang_seconds: silence after a step that counts as a hang (``HANG_S``); before, ``HANG_AT_START_S`` at least.
             held: its ranks import everything, half of a short run's time, and touch no GPU until ``release``.
         """
-        directory, keeps_records = reserved.directory, reserved.keeps_records
-        self.plan, self.dir, self.gpu_ids = plan, directory, gpu_ids
+        run_dir, keeps_records = reserved.directory, reserved.keeps_records
+        self.plan, self.dir, self.gpu_ids = plan, run_dir, gpu_ids
         self._others = reserved.others
         self._is_last_node = plan.place.node_rank == str(plan.experiment.nodes - 1)
         self._follow_at = 0.0
@@ -118,9 +118,9 @@ class Run:
         self._keeps_records = keeps_records
         self.held = held
         self._metrics: list[StepMetrics] = []
-        self._resumed_at = _resumed_at(plan, directory)
-        self._changed = _changed(plan, directory)
-        self._upstream_before = upstream_of(directory)
+        self._resumed_at = _resumed_at(plan, run_dir)
+        self._changed = _changed(plan, run_dir)
+        self._upstream_before = upstream_of(run_dir)
         self._phase = STARTING
         self._memory_gib: float | None = None
         self._looked_at = self._kill_at = 0.0
@@ -130,17 +130,17 @@ class Run:
         self._started_again = False
         self._finished: Finished | None = None
 
-        log_path = directory.logs if keeps_records else directory.logs_of_node(int(plan.place.node_rank))
-        self._log, self._steps, self._evaluations = _Tail(log_path), _Tail(directory.metrics), _Tail(directory.validation)
+        log_path = run_dir.logs if keeps_records else run_dir.logs_of_node(int(plan.place.node_rank))
+        self._log, self._steps, self._evaluations = _Tail(log_path), _Tail(run_dir.metrics), _Tail(run_dir.validation)
         self._script = plan.script(None if gpu_ids == tuple(range(len(gpu_ids))) else gpu_ids)
         self._environment = describe_environment(plan.device, gpu_ids)
         self._begin()
         if keeps_records:
-            with told_if_unwritable(directory.path):
-                if plan.resumes == directory:
-                    rundir.go_on(directory, plan.first_step)
+            with told_if_unwritable(run_dir.path):
+                if plan.resumes == run_dir:
+                    rundir.go_on(run_dir, plan.first_step)
                 self._write_records()
-        self._before = self._shown = len(directory.read_metrics()) if plan.resumes else 0
+        self._before = self._shown = len(run_dir.read_metrics()) if plan.resumes else 0
         self._process = self._spawn()
         self._sampler = self._new_sampler()
 
@@ -530,9 +530,9 @@ def run_plan(plan: Plan, *, hang_seconds: float | None = None, terminal: Termina
     gpu_ids = gpus.choose(plan.experiment.ranks_per_node, plan.place.gpu_ids) if plan.device == "cuda" else ()
     with Signals() as signals, terminal or open_terminal() as shown:
         reserved = run_directory(plan, signals, shown)
-        directory = reserved.directory
+        run_dir = reserved.directory
         try:
-            shown.print(opening(plan, directory))
+            shown.print(opening(plan, run_dir))
             run = Run(plan, reserved, gpu_ids, hang_seconds)
         except BaseException as error:
             reserved.abandon(error)
@@ -548,7 +548,7 @@ def run_plan(plan: Plan, *, hang_seconds: float | None = None, terminal: Termina
             shown.finish(run.label)
         finally:
             run.abort()
-        shown.print(summary(run.label, directory.path, finished.result))
+        shown.print(summary(run.label, run_dir.path, finished.result))
     return finished
 
 
@@ -565,12 +565,12 @@ def show_progress(run: Run, shown: Terminal) -> None:
         shown.show(progress)
 
 
-def opening(plan: Plan, directory: RunDir) -> str:
+def opening(plan: Plan, run_dir: RunDir) -> str:
     """What is said before a run: its label, what it shows, what its miniature scaled, the memory that a GPU will need."""
     card = find_gpu(plan.experiment.card or gpus.list_gpus()[0].name) if plan.device == "cuda" else None
     going_on = f"goes on from step {plan.first_step}" if plan.resumes and plan.first_step else None
     foretold = [fit.in_a_line(plan.experiment, card), calibrations.in_a_line(plan.experiment, card)] if card else []
-    paragraphs = [f"{directory.label}: {plan.experiment.shows}", plan.headline, *plan.notices, going_on, *foretold]
+    paragraphs = [f"{run_dir.label}: {plan.experiment.shows}", plan.headline, *plan.notices, going_on, *foretold]
     return "\n".join(textwrap.fill(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False)
                      for text in paragraphs if text)
 
@@ -638,20 +638,20 @@ class _Tail:
             return ""
 
 
-def _resumed_at(plan: Plan, directory: RunDir) -> tuple[int, ...]:
+def _resumed_at(plan: Plan, run_dir: RunDir) -> tuple[int, ...]:
     """The steps from which the run was gone on with so far, this time included."""
     if not plan.resumes:
         return ()
-    running = directory.read_running()
+    running = run_dir.read_running()
     return (*(running.resumed_at if running else ()), plan.first_step)
 
 
-def _changed(plan: Plan, directory: RunDir) -> tuple[Change, ...]:
+def _changed(plan: Plan, run_dir: RunDir) -> tuple[Change, ...]:
     """The settings that changed when the run was resumed, this time included; none where it begins anew."""
     if not plan.resumes or not plan.first_step:
         return ()
     step = plan.first_step
-    earlier = (change.model_copy(update={"step": min(change.step, step)}) for change in directory.read_changes())
+    earlier = (change.model_copy(update={"step": min(change.step, step)}) for change in run_dir.read_changes())
     fields = ("setting", "before", "now", "curve", "work")
     return (*earlier, *(Change(step=step, **{name: getattr(d, name) for name in fields}) for d in plan.changed))
 

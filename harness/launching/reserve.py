@@ -31,7 +31,7 @@ class Reservation:
         others: the other nodes, where there are some.
     """
 
-    directory: RunDir
+    run_dir: RunDir
     keeps_records: bool = True
     made: tuple[Path, ...] = ()
     others: Others | None = None
@@ -68,29 +68,29 @@ def reserve(plan: Plan, label: str, tell: Callable[[str], None] = lambda _: None
                 _take_save_folder(folder, tell)
             taken.append(folder)
         resumed = plan.resumes if label == plan.experiment.label else None
-        directory = resumed or rundir.create(plan.outdir, label)
+        run_dir = resumed or rundir.create(plan.outdir, label)
         if not resumed:
-            made.append(directory.path)
-        with told_if_unwritable(directory.path):
-            _take_run(directory, tell)
+            made.append(run_dir.path)
+        with told_if_unwritable(run_dir.path):
+            _take_run(run_dir, tell)
     except BaseException:
         for folder in made:
             shutil.rmtree(folder, ignore_errors=True)
         for folder in taken:
             locks.release(folder)
         raise
-    _folders[directory.path] = (directory.path, *taken)
-    return Reservation(directory, made=tuple(made))
+    _folders[run_dir.path] = (run_dir.path, *taken)
+    return Reservation(run_dir, made=tuple(made))
 
 
-def folders_of(directory: RunDir) -> tuple[Path, ...]:
-    """The folders that this launcher has locked for the run in ``directory``."""
-    return _folders.get(directory.path, ())
+def folders_of(run_dir: RunDir) -> tuple[Path, ...]:
+    """The folders that this launcher has locked for the run in ``run_dir``."""
+    return _folders.get(run_dir.path, ())
 
 
-def give_back(directory: RunDir) -> None:
-    """Release every lock of the run in ``directory``."""
-    for folder in _folders.pop(directory.path, ()):
+def give_back(run_dir: RunDir) -> None:
+    """Release every lock of the run in ``run_dir``."""
+    for folder in _folders.pop(run_dir.path, ()):
         with suppress(OSError):
             locks.release(folder)
 
@@ -104,11 +104,11 @@ def _saved_to(plan: Plan) -> Path | None:
     return saving.folder if saving and plan.place.node_rank == "0" else None
 
 
-def _take_run(directory: RunDir, tell: Callable[[str], None]) -> None:
+def _take_run(run_dir: RunDir, tell: Callable[[str], None]) -> None:
     try:
-        locks.take(directory.path, tell)
+        locks.take(run_dir.path, tell)
     except locks.Taken as taken:
-        raise UserError(rundir.still_runs(directory, taken.holder)) from None
+        raise UserError(rundir.still_runs(run_dir, taken.holder)) from None
 
 
 def _take_save_folder(folder: Path, tell: Callable[[str], None]) -> None:
