@@ -17,8 +17,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from harness import checkpoints, checksums
 from harness.machine import upstream
+from harness.run import checkpoints, checksums
 
 TIMES = 5
 

@@ -34,8 +34,8 @@ sys.path.insert(0, str(ROOT))
 
 import psutil  # noqa: E402
 
+from harness.data.data_sets import DATA, prefix_of  # noqa: E402
 from harness.data.header import bin_path, idx_path  # noqa: E402
-from harness.data.prepared import DATA, prefix_of  # noqa: E402
 from harness.data.tokenizer import find_tokenizer  # noqa: E402
 from harness.machine.provenance import package_version  # noqa: E402
 

@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from harness.finding import candidates  # noqa: E402
+from harness.run.finding import candidates  # noqa: E402
 
 SETS = ("toy-chat", "toy-chat-2")
 

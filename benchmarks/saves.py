@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from harness.rundir import RunDir  # noqa: E402
+from harness.run.directory import RunDir  # noqa: E402
 
 FIRST = 6
 

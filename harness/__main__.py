@@ -3,8 +3,8 @@
 import sys
 
 try:
-    from harness import screen
     from harness.cli import main
+    from harness.system import screen
 
     screen.guard()
     status = main()

@@ -12,15 +12,17 @@ from contextlib import nullcontext
 from pathlib import Path
 from textwrap import indent
 
-from harness import ROOT, finding, masking, screen, tutorial
-from harness.data import prepared
+from harness import ROOT, tutorial
+from harness.data import data_sets
 from harness.data.sources import Definition, definitions
 from harness.errors import UserError, nearest
 from harness.experiment import identity, overrides
 from harness.experiment.catalog import Catalog, Experiment, load_catalog
-from harness.megatron import tracking
 from harness.planning.plan import Plan, choose_device, plan
-from harness.streams import lasting_output
+from harness.run import finding
+from harness.system import masking, screen
+from harness.system.streams import lasting_output
+from harness.upstreams.megatron_lm import tracking
 
 OUTDIR = ROOT / "outdir"
 RECORDS = ROOT / "experiments" / "records"
@@ -136,8 +138,8 @@ def _finished_before(planned: Plan) -> int | None:
 
 
 def _checkpoints(words: list[str]) -> int:
-    from harness.checkpoints import LARGE_BYTES
     from harness.planning.resume import print_list
+    from harness.run.checkpoints import LARGE_BYTES
 
     settings = overrides.parse(words, extra=("RUN", "VERIFY"))
     read = {"0": 0.0, "1": math.inf}.get(settings.get("VERIFY"), LARGE_BYTES)
@@ -165,7 +167,7 @@ def _show(words: list[str]) -> int:
 def _print_script(planned: Plan, settings: Mapping[str, str]) -> int:
     print(planned.script(), end="")
     wanted = planned.full.published_data
-    if planned.full.data == prepared.MOCK and "DATA" not in settings and wanted in _conversations():
+    if planned.full.data == data_sets.MOCK and "DATA" not in settings and wanted in _conversations():
         print(f"# On mock data, for {wanted} is not prepared yet; make {planned.full.id} does that first.", file=sys.stderr)
     return 0
 
@@ -179,7 +181,7 @@ def _prepare_conversations(experiments: Sequence[Experiment], settings: Mapping[
     """Prepare what is to be learned, where that is made here in seconds; a run on mock data would learn nothing."""
     known = _conversations()
     wanted = dict.fromkeys(settings.get("DATA", e.published_data) for e in experiments)
-    if missing := [name for name in wanted if name in known and name not in prepared.prepared()]:
+    if missing := [name for name in wanted if name in known and name not in data_sets.prepared()]:
         _install_heavy()
         from harness.data.chat.prepare import prepare_known
 
@@ -275,7 +277,7 @@ def _doctor(words: list[str]) -> int:
 
 
 def _arguments(words: list[str]) -> int:
-    from harness.megatron.arguments import print_arguments
+    from harness.upstreams.megatron_lm.arguments import print_arguments
 
     _install_heavy()
     return print_arguments(overrides.parse(words, extra=("MATCH",)).get("MATCH"))
@@ -303,7 +305,7 @@ def _stop(words: list[str]) -> int:
 
 def _record(words: list[str]) -> int:
     from harness.evidence.records import record
-    from harness.rundir import RunDir
+    from harness.run.directory import RunDir
 
     settings = overrides.parse(words, extra=("RUN",))
     overrides.require(settings, ["RUN"], "make record RUN=label (a folder in outdir/), or an id")
@@ -367,14 +369,14 @@ def _claims(words: list[str]) -> int:
 
 
 def _clean(words: list[str]) -> int:
-    from harness.cleaning import clean
+    from harness.run.cleaning import clean
 
     settings = overrides.parse(words, extra=("ALL", "YES"))
     return clean(_outdir(settings), everything=settings.get("ALL") == "1", agreed=settings.get("YES") == "1")
 
 
 def _plots(words: list[str]) -> int:
-    from harness.evidence import plots
+    from harness.pages import plots
 
     folder = _outdir(settings := overrides.parse(words)) / "plots"
     drawn, warnings = plots.pictures(_outdir(settings), RECORDS)
@@ -385,7 +387,7 @@ def _plots(words: list[str]) -> int:
 
 
 def _report(words: list[str]) -> int:
-    from harness.evidence.report import page
+    from harness.pages.report import page
 
     settings = overrides.parse(words, extra=("REPORT",))
     outdir = _outdir(settings)
@@ -401,7 +403,7 @@ def _report(words: list[str]) -> int:
 
 
 def _tensorboard(words: list[str]) -> int:
-    from harness import tensorboard
+    from harness.run import tensorboard
 
     settings = overrides.parse(words, extra=("RUN", "PORT"))
     _install_heavy()
@@ -409,10 +411,10 @@ def _tensorboard(words: list[str]) -> int:
 
 
 def _docs(words: list[str]) -> int:
-    from harness.evidence import docs
+    from harness.pages import documents
 
     check = overrides.parse(words, extra=("CHECK",)).get("CHECK") == "1"
-    changed = docs.write(RECORDS, check=check)
+    changed = documents.write(RECORDS, check=check)
     names = ", ".join(str(path.relative_to(ROOT)) for path in changed)
     print(f"{'stale' if check else 'written'}: {names}" if names else "every page is up to date")
     return 1 if check and changed else 0
@@ -489,7 +491,7 @@ def _settings(words: Iterable[str], extra: Iterable[str] = ()) -> dict[str, str]
     """The settings in ``words``, upstream's own arguments among them checked by name and value."""
     settings = overrides.parse(words, extra)
     if "ARGS" in settings:
-        from harness.megatron import known_arguments
+        from harness.upstreams.megatron_lm import known_arguments
 
         known_arguments.check(settings["ARGS"])
     return settings

@@ -17,13 +17,13 @@ from itertools import combinations
 from pathlib import Path
 from typing import Literal
 
-from harness import screen
-from harness.data import prepared
+from harness.data import data_sets
 from harness.errors import UserError
 from harness.machine import gpus
 from harness.machine.provenance import git, package_version, source_commit
 from harness.machine.stages import ROOT, Venv, distribution, missing, requirements, version
 from harness.machine.upstream import FILL, locate
+from harness.system import screen
 
 ANSWERS_WITHIN_S = 10
 State = Literal["ok", "note", "warn", "missing"]
@@ -297,7 +297,7 @@ def around() -> Iterator[Finding]:
 
 def prepared_data() -> Finding:
     """Prepared data sets, their headers, sizes and tokenizers checked; not their tokens, which make data-check reads."""
-    sets = prepared.prepared()
+    sets = data_sets.prepared()
     damaged = [name for name in sets if not _sound(name)]
     if damaged:
         return Finding("data sets", "warn", f"damaged: {', '.join(damaged)}", f"make data-check NAME={damaged[0]}")
@@ -307,7 +307,7 @@ def prepared_data() -> Finding:
 
 def _sound(name: str) -> bool:
     try:
-        prepared.find(name)
+        data_sets.find(name)
     except (UserError, OSError):
         return False
     return True

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness import ROOT
-from harness.checkpoints import Checkpoint, Loading
-from harness.data import prepared
+from harness.data import data_sets
 from harness.errors import UserError, nearest
 from harness.experiment import overrides
 from harness.experiment.catalog import Experiment
-from harness.megatron.environment import variables
-from harness.megatron.flags import Device, flags_as_learned, loading_flags, tokenizer_flags
 from harness.planning import resume
+from harness.run.checkpoints import Checkpoint, Loading
+from harness.upstreams.megatron_lm.environment import variables
+from harness.upstreams.megatron_lm.flags import Device, flags_as_learned, loading_flags, tokenizer_flags
 
 if TYPE_CHECKING:
     from harness.data.chat.conversations import Render
@@ -146,7 +146,7 @@ def _of_weights(named: str, sampling: Sampling) -> Request:
 
 def _of_its_data(e: Experiment) -> Path | None:
     """The tokenizer of what ``e`` was trained on; none for mock data."""
-    return None if e.data == prepared.MOCK else prepared.blend(e.data).sets[0].home / "tokenizer"
+    return None if e.data == data_sets.MOCK else data_sets.blend(e.data).sets[0].home / "tokenizer"
 
 
 def _template(tokenizer: Path | None) -> Render:
@@ -162,12 +162,12 @@ def _conversations(name: str, request: Request, tokenizer: Path | None) -> Path:
     """The pair of the data set ``name``: conversations in the tokens that the model knows."""
     from harness.convert.weights import check_data
 
-    chosen = prepared.find(name)
+    chosen = data_sets.find(name)
     if not chosen.chat:
         raise UserError(f"DATA={name} is plain text; conversations, whose answers can be compared, come from make data-chat")
     if tokenizer is None:
         raise UserError(f"DATA={name}: this run was trained on mock data, it knows no text")
-    check_data(request.experiment.model, tokenizer, prepared.blend(name))
+    check_data(request.experiment.model, tokenizer, data_sets.blend(name))
     return chosen.prefix
 
 

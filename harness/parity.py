@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from harness.experiment.catalog import Experiment, Model
-from harness.megatron.environment import variables
-from harness.megatron.flags import flags_as_learned
-from harness.rundir import RUN_DIR_VARIABLE, RunDir, StepMetrics
+from harness.run.directory import RUN_DIR_VARIABLE, RunDir, StepMetrics
+from harness.upstreams.megatron_lm.environment import variables
+from harness.upstreams.megatron_lm.flags import flags_as_learned
 
 STEPS = 10
 LOSS_TOLERANCE = 2e-6

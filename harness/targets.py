@@ -11,7 +11,7 @@ from harness.data.sources import definitions
 from harness.errors import UserError, similar
 from harness.experiment.catalog import EXPERIMENTS, Catalog, Experiment
 from harness.experiment.overrides import EXPERIMENT_SETTINGS, LAUNCH_SETTINGS, Setting
-from harness.files import write_text
+from harness.system.files import write_text
 
 FILE = EXPERIMENTS / "targets.mk"
 OF_EXPERIMENTS = ("show", "memory", "speed", "faster", "gpus", "verify")

@@ -16,8 +16,8 @@ import torch
 from harness.entry import rank
 from harness.errors import UserError
 from harness.experiment.catalog import load_catalog
-from harness.megatron.environment import variables
-from harness.megatron.flags import megatron_flags
+from harness.upstreams.megatron_lm.environment import variables
+from harness.upstreams.megatron_lm.flags import megatron_flags
 
 WITH_TRANSFORMER_ENGINE = ("--moe-permute-fusion",)
 

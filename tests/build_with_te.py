@@ -21,8 +21,8 @@ from torch.overrides import TorchFunctionMode
 from harness.entry import finetune
 from harness.experiment.catalog import load_catalog
 from harness.machine import upstream
-from harness.megatron.environment import variables
-from harness.megatron.flags import megatron_flags
+from harness.upstreams.megatron_lm.environment import variables
+from harness.upstreams.megatron_lm.flags import megatron_flags
 
 
 class OnMeta(TorchFunctionMode):

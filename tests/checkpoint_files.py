@@ -4,7 +4,7 @@ import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from harness import checkpoints
+from harness.run import checkpoints
 
 
 # What torch.distributed.checkpoint pickles has these shapes. Other names than its own are refused, see ``as_torch_pickles``.

@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 
 from harness.convert import weights
-from harness.megatron.environment import variables
-from harness.megatron.flags import megatron_flags, model_flags
 from harness.parity import DENSE, tiny
+from harness.upstreams.megatron_lm.environment import variables
+from harness.upstreams.megatron_lm.flags import megatron_flags, model_flags
 
 
 def main(cases: list[dict]) -> int:

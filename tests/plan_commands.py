@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 from harness import ROOT, cli, targets
-from harness.data import prepared
+from harness.data import data_sets
 from harness.data.manifest import Chat, Counted, Manifest, Source, TokenizerUsed, Written
 from harness.errors import UserError
 from harness.experiment.catalog import load_catalog
@@ -31,9 +31,9 @@ SETS = {"mine": False, "synthetic": False, "synthetic-sv": False, "openwebtext-1
 GPUS = tuple(Gpu(index, "NVIDIA H200", f"GPU-{index}", 143771.0) for index in range(8))
 ENDS = {
     "harness.launching.launch": ("stop",), "harness.launching.verify": ("verify",), "harness.evidence.records": ("record",), "harness.evidence.calibrate": ("calibrate",),
-    "harness.evidence.docs": ("write",), "harness.targets": ("write",), "harness.evidence.tables": ("print_compare",), "harness.evidence.report.page": ("write",),
-    "harness.evidence.plots": ("pictures", "write"), "harness.profiling.profile": ("print_profile",), "harness.cleaning": ("clean",), "harness.parity": ("main",),
-    "harness.doctor": ("doctor",), "harness.tensorboard": ("show",), "harness.machine.gpus": ("monitor", "keep_awake"), "harness.megatron.arguments": ("print_arguments",), "harness.planning.resume": ("print_list",),
+    "harness.pages.documents": ("write",), "harness.targets": ("write",), "harness.evidence.tables": ("print_compare",), "harness.pages.report.page": ("write",),
+    "harness.pages.plots": ("pictures", "write"), "harness.profiling.profile": ("print_profile",), "harness.run.cleaning": ("clean",), "harness.parity": ("main",),
+    "harness.doctor": ("doctor",), "harness.run.tensorboard": ("show",), "harness.machine.gpus": ("monitor", "keep_awake"), "harness.upstreams.megatron_lm.arguments": ("print_arguments",), "harness.planning.resume": ("print_list",),
     "harness.generate": ("parse", "generate"), "harness.convert.commands": ("import_hf", "export_hf"), "harness.launching.chapter": ("run_chapter",),
     "harness.data.prepare": ("prepare",), "harness.data.merge": ("merge",), "harness.data.check": ("check",), "harness.data.look": ("inspect",), "harness.data.clean": ("clean",),
     "harness.data.chat.prepare": ("prepare_chat", "prepare_known"), "harness.cli": ("_install_heavy", "_keep_gpus_awake", "_prepare_conversations"),
@@ -181,7 +181,7 @@ def _weights(named: str, outdir: Path) -> start.Start:
 
 def _prepared(name: str, chat: bool, documents: int = 2000, tokens_each: int = 4) -> None:
     """A data set in data/<name>, made without numpy: headers, sizes and manifest are right, tokens are 0."""
-    prefix = prepared.prefix_of(name, ROOT / "data")
+    prefix = data_sets.prefix_of(name, ROOT / "data")
     prefix.parent.mkdir(parents=True, exist_ok=True)
     lengths = struct.pack(f"<{documents}i", *[tokens_each] * documents)
     pointers = struct.pack(f"<{documents}q", *range(0, 2 * tokens_each * documents, 2 * tokens_each))

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from harness import rundir
 from harness.errors import UserError
 from harness.evidence.results import load_references
 from harness.launching import processes
 from harness.launching.chapter import run_chapter
 from harness.launching.terminal import PlainTerminal
 from harness.machine import gpus
+from harness.run import directory
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCHER = Path(__file__).parent / "test_launch_assets" / "launcher.py"
@@ -44,8 +44,8 @@ def run(*plans, **kwargs) -> tuple[int, dict[str, str], str]:
     return status, {line.split("-")[0]: line.split(maxsplit=1)[1] for line in table}, out.getvalue()
 
 
-def results(outdir: Path) -> dict[str, rundir.Result]:
-    return {run.dir.label: run.result for run in rundir.runs(outdir)[0]}
+def results(outdir: Path) -> dict[str, directory.Result]:
+    return {run.dir.label: run.result for run in directory.runs(outdir)[0]}
 
 
 @pytest.fixture
@@ -202,7 +202,7 @@ def test_ctrl_c_ends_the_chapter(tmp_path):
     command = [sys.executable, "-c", CHAPTER, LAUNCHER, tmp_path / "out"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     chapter = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
-    run_dir = rundir.RunDir(tmp_path / "out" / "101-tiny-dp2_cpu")
+    run_dir = directory.RunDir(tmp_path / "out" / "101-tiny-dp2_cpu")
     deadline = time.monotonic() + 20
     while len(run_dir.read_metrics()) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)

@@ -11,17 +11,19 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from checkpoint_files import Metadata, as_torch_pickles, write
 
-from harness import checkpoints, cli, locks, rundir
-from harness.checkpoints import Saving
+from harness import cli
 from harness.errors import UserError
-from harness.evidence.measured import measure
 from harness.experiment import overrides
 from harness.experiment.catalog import load_catalog
-from harness.files import write_json
 from harness.launching.outcome import Evidence, classify
 from harness.planning import resume, start
 from harness.planning.plan import Plan, plan
-from harness.rundir import Result, RunDir, StepMetrics, Validation
+from harness.run import checkpoints, directory
+from harness.run.checkpoints import Saving
+from harness.run.directory import Result, RunDir, StepMetrics, Validation
+from harness.run.step_statistics import measure
+from harness.system import locks
+from harness.system.files import write_json
 
 TINY = {"DEVICE": "cpu", "DATA": "mock", "STEPS": "20"}
 
@@ -31,7 +33,7 @@ def steps(folder: Path) -> list[int]:
 
 
 def run_in(outdir: Path, e, *, every: int = 5, result: str | None = None, folder: Path | None = None) -> RunDir:
-    run = rundir.create(outdir, e.label)
+    run = directory.create(outdir, e.label)
     run.freeze_experiment(e, "cpu", None, Saving(every, 2, folder))
     metrics = [StepMetrics(step=n, loss=7 - n / 10, step_ms=1, time=0) for n in range(1, 21 if result else 13)]
     run.metrics.write_text("".join(f"{m.model_dump_json()}\n" for m in metrics))
@@ -295,7 +297,7 @@ def test_settings_that_make_no_sense_are_refused(tmp_path, settings, said):
 
 
 def test_megatron_fsdp_waits_for_its_saves_and_a_cpu_has_none(tmp_path):
-    from harness.megatron.flags import saving_flags
+    from harness.upstreams.megatron_lm.flags import saving_flags
 
     fsdp, fsdp2 = (load_catalog().find(name) for name in ("705", "706"))
     assert saving_flags(fsdp, Saving(5, None, None)) == ["--save-interval", "5"]
@@ -384,7 +386,7 @@ def test_resuming_cuts_what_the_checkpoint_does_not_know_of(tmp_path):
     run.logs.write_text("first\n")
     (run.ranks / "0.error.json").write_text("{}")
     run.validation.write_text("".join(Validation(step=s, split="validation", loss=1, time=0).model_dump_json() + "\n" for s in (4, 8)))
-    rundir.go_on(run, 5)
+    directory.go_on(run, 5)
     assert [m.step for m in run.read_metrics()] == [1, 2, 3, 4, 5] and [v.step for v in run.read_validation()] == [4]
     assert (run.path / "logs.1.txt").read_text() == "first\n" and not run.logs.exists() and not list(run.ranks.iterdir())
 
@@ -547,7 +549,7 @@ def test_a_table_shows_the_held_out_loss_and_its_perplexity(tmp_path):
     (row,) = collect_runs(tmp_path, load_references()).rows
     values = tables.values(row)
     assert (values["validation_loss"], values["validation_step"]) == (2.0, 20) and values["perplexity"] == pytest.approx(7.389, abs=1e-3)
-    assert rundir.perplexity(1000.0) is None
+    assert directory.perplexity(1000.0) is None
     assert "2.000 (7.4)" in tables.render([row]) and "perplexity" in tables.render_compare(row, row)
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from harness import checkpoints
-from harness.rundir import RunDir
+from harness.run import checkpoints
+from harness.run.directory import RunDir
 
 pytestmark = pytest.mark.cpu
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,7 +47,7 @@ DRIVER = """
 import json, os, shutil, sys, time, warnings
 from pathlib import Path
 from harness import parity
-from harness.megatron.environment import variables
+from harness.upstreams.megatron_lm.environment import variables
 from harness.entry import rank
 
 folder, jobs = Path(sys.argv[1]), json.loads(sys.argv[2])
@@ -160,7 +160,7 @@ def test_a_checkpoint_tells_what_it_holds_without_torch(runs):
     hidden, layers, vocabulary, positions = 64, 4, 256, 32
     layer = 12 * hidden**2 + 13 * hidden
     assert found.contents.parameters == layers * layer + (vocabulary + positions + 2) * hidden
-    code = "import sys, pathlib, harness.checkpoints as c; c.in_folder(pathlib.Path(sys.argv[1])); print('torch' in sys.modules)"
+    code = "import sys, pathlib, harness.run.checkpoints as c; c.in_folder(pathlib.Path(sys.argv[1])); print('torch' in sys.modules)"
     said = subprocess.run([sys.executable, "-c", code, str(runs / "tp2" / "saved")], cwd=ROOT, capture_output=True, text=True)
     assert said.stdout == "False\n"
 

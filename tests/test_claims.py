@@ -13,13 +13,13 @@ from harness.cli import main
 from harness.errors import UserError
 from harness.evidence.claims import CLAIMS, Bound, Side, evaluate, load_claims, sources
 from harness.evidence.expressions import Quantity, parse, spell
-from harness.evidence.measured import step_noise_ms
 from harness.evidence.quantities import unit_of
 from harness.evidence.records import metrics_of
 from harness.evidence.results import collect, collect_records, load_references
 from harness.evidence.verdicts import render
 from harness.experiment.catalog import load_catalog
-from harness.files import write_json
+from harness.run.step_statistics import step_noise_ms
+from harness.system.files import write_json
 
 RECORDS = ROOT / "experiments" / "records"
 KEPT = RECORDS / "h200-141gb"

@@ -11,10 +11,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 from checkpoint_files import write
 from test_rundir import RESULT, make_run
 
-from harness import cleaning, cli, locks
-from harness.checkpoints import Saving
-from harness.files import write_json
-from harness.rundir import RunDir
+from harness import cli
+from harness.run import cleaning
+from harness.run.checkpoints import Saving
+from harness.run.directory import RunDir
+from harness.system import locks
+from harness.system.files import write_json
 
 
 def labels(outdir: Path) -> set[str]:

@@ -110,15 +110,15 @@ def test_a_closed_pipe_is_no_error() -> None:
 def test_conversations_that_are_made_here_are_prepared_before_a_run_and_said_to_lack_in_a_script(monkeypatch, capsys):
     pytest.importorskip("numpy", reason="the set-up stage `heavy` is not installed")
     from harness import cli
-    from harness.data import prepared
+    from harness.data import data_sets
     from harness.data.chat import prepare
     from harness.errors import UserError
 
     brought = []
-    monkeypatch.setattr(prepared, "prepared", lambda: ())
+    monkeypatch.setattr(data_sets, "prepared", lambda: ())
     monkeypatch.setattr(cli, "_install_heavy", lambda *stages: None)
     monkeypatch.setattr(prepare, "prepare_known", lambda known: brought.append(known.name))
-    monkeypatch.setattr(prepared, "default_for", lambda e: "mock")
+    monkeypatch.setattr(data_sets, "default_for", lambda e: "mock")
     for words in (["show", "801", "DEVICE=cpu"], ["run", "801", "DEVICE=cpu", "DRY_RUN=1"]):
         assert cli.main(words) == 0
         said = capsys.readouterr()

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 
 from harness import ROOT
-from harness.checkpoints import Loading, Saving
 from harness.errors import UserError
 from harness.experiment.catalog import load_catalog
 from harness.machine import gpus
-from harness.megatron.flags import megatron_flags
-from harness.megatron.tracking import Tracking
 from harness.planning.command import Extras, Place, render
 from harness.planning.miniature import describe, miniature
 from harness.planning.plan import GRAPHS_DROP, PLAIN_TEXT, WITHOUT_WEIGHTS, choose_device, plan
+from harness.run.checkpoints import Loading, Saving
+from harness.upstreams.megatron_lm.flags import megatron_flags
+from harness.upstreams.megatron_lm.tracking import Tracking
 
 CATALOG = load_catalog()
 IDS = [e.id for e in CATALOG.experiments]
@@ -224,7 +224,7 @@ def test_what_the_miniature_replaces_is_said(settings, said):
 
 def test_a_row_of_conversations_says_that_it_gets_none(monkeypatch) -> None:
     """Plain text is trained on without --sft; with conversations, and in other rows, nothing is said."""
-    from harness.data import prepared
+    from harness.data import data_sets
 
     def script(id_: str, **settings: str) -> str:
         return plan(CATALOG.find(id_), settings, "cuda").script()
@@ -233,5 +233,5 @@ def test_a_row_of_conversations_says_that_it_gets_none(monkeypatch) -> None:
     told = script("801", DATA="mock")
     assert said in told and "--sft" not in told.replace(PLAIN_TEXT.format("mock", "toy-chat"), "")
     assert "no conversations" not in script("101", DATA="mock") and "no conversations" not in script("811", DATA="mock")
-    monkeypatch.setattr(prepared, "is_chat", lambda data: True)
+    monkeypatch.setattr(data_sets, "is_chat", lambda data: True)
     assert not plan(CATALOG.find("801"), {"DATA": "mock"}, "cuda").headline

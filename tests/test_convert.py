@@ -384,7 +384,7 @@ def test_a_layout_that_does_not_divide(llama, tmp_path):
 
 def test_data_of_another_tokenizer(llama, tmp_path):
     from harness.convert.weights import check_data
-    from harness.data.prepared import Blend, DataSet
+    from harness.data.data_sets import Blend, DataSet
 
     def data(folder):
         return Blend((DataSet("mine", folder / "x", "HuggingFaceTokenizer", folder, 150, "", 1, 1, 1, ""),))

@@ -13,9 +13,9 @@ import psutil
 import pytest
 
 from harness.launching.processes import lives
-from harness.megatron.environment import variables
 from harness.parity import DENSE, LAYOUTS, MOE, flags, tiny
-from harness.rundir import RUN_DIR_VARIABLE, RunDir
+from harness.run.directory import RUN_DIR_VARIABLE, RunDir
+from harness.upstreams.megatron_lm.environment import variables
 
 pytestmark = pytest.mark.cpu
 

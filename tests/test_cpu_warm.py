@@ -20,7 +20,7 @@ RANK = """
 import os, signal, sys, time
 from pathlib import Path
 from harness.entry import warm
-from harness.orphans import end_with
+from harness.system.orphans import end_with
 
 here = Path(sys.argv[1])
 end_with(os.getppid())

@@ -352,7 +352,7 @@ def test_a_killed_worker_is_told_and_survived(corpus, tmp_path):
 
 def test_workers_die_with_their_parent(tmp_path):
     program = (
-        "import os, time, sys; from harness.workers import map_in_order\n"
+        "import os, time, sys; from harness.system.workers import map_in_order\n"
         "if __name__ == '__main__':\n"
         "    with map_in_order(time.sleep, [(600,)] * 2, 2) as results:\n"
         "        next(results)\n"

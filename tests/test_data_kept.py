@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from harness.errors import UserError
-from harness.files import replace_folder
+from harness.system.files import replace_folder
 
 pytest.importorskip("orjson", reason="the set-up stage `data` is not installed")
 from harness.data import commands

@@ -6,18 +6,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from harness.data import mappings, prepared
+from harness.data import data_sets, mappings
+from harness.data.data_sets import Blend, DataSet
 from harness.data.indexed import DTYPES, Writer
 from harness.data.mappings import Use
-from harness.data.prepared import Blend, DataSet
 from harness.data.splits import samples_of, split_matrix
-from harness.entry.helpers import ensure_compiled
+from harness.entry.build_helpers import ensure_compiled
 from harness.errors import UserError
 
 
 def data_set(folder: Path, name: str, documents: int, seed: int, vocab_size: int = 60000) -> DataSet:
     rng = np.random.default_rng(seed)
-    prefix = prepared.prefix_of(name, folder)
+    prefix = data_sets.prefix_of(name, folder)
     prefix.parent.mkdir(parents=True)
     lengths = rng.integers(1, 60, documents)
     writer = Writer(prefix, DTYPES[8])

@@ -11,7 +11,7 @@ from harness.errors import UserError
 
 pytest.importorskip("numpy", reason="the set-up stage `data` is not installed")
 pytest.importorskip("orjson", reason="the set-up stage `data` is not installed")
-from harness.data import check, commands, content, look, prepared
+from harness.data import check, commands, content, data_sets, look
 from harness.data.chat.conversations import has_template
 from harness.data.header import bin_path
 from harness.data.manifest import read_manifest
@@ -38,7 +38,7 @@ def read_all(data: Path) -> int:
         if manifest := read_manifest(data / "mine"):
             commands._describe(manifest)
 
-    readers = (lambda: prepared.find("mine", data), lambda: [*check.check("mine", data)], lambda: look.inspect("mine", 2, data),
+    readers = (lambda: data_sets.find("mine", data), lambda: [*check.check("mine", data)], lambda: look.inspect("mine", 2, data),
                lambda: content.check_content("mine", data), lambda: check_free("mine", data), describe)
     refused = 0
     for reader in readers:
@@ -79,7 +79,7 @@ def _places(value, before=()):
 
 
 def test_ids_beyond_the_vocabulary_are_said_where_text_is_shown(data) -> None:
-    path = bin_path(prepared.prefix_of("mine", data))
+    path = bin_path(data_sets.prefix_of("mine", data))
     path.write_bytes(b"\xff\xff" * (path.stat().st_size // 2))
     with pytest.raises(UserError, match=r"NAME=mine: document 0 has id 65,535, the vocabulary is 0 to 99\nmake data-check NAME=mine"):
         look.inspect("mine", 1, data)
@@ -99,7 +99,7 @@ def test_places_that_are_not_there(made, tmp_path, words) -> None:
     given = {**whole, **dict(word.split("=") for word in words)}
     with pytest.raises(UserError):
         commands.prepare_input([f"{key}={value}" for key, value in given.items()])
-    assert not (prepared.DATA / "never").exists()
+    assert not (data_sets.DATA / "never").exists()
 
 
 def test_rules_that_are_no_text(made, tmp_path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.data import documents, indexed, prepare, prepared, sources, tokenize
+from harness.data import data_sets, documents, indexed, prepare, sources, tokenize
 from harness.data.documents import Layout
 from harness.data.header import bin_path, idx_path
 from harness.data.manifest import read_manifest
@@ -64,18 +64,18 @@ def make(recipe: Recipe, folder: Path, workers: int = 1, **means) -> tuple[prepa
 
 
 def pair(folder: Path, name: str = "mine") -> tuple[bytes, bytes]:
-    prefix = prepared.prefix_of(name, folder)
+    prefix = data_sets.prefix_of(name, folder)
     return bin_path(prefix).read_bytes(), idx_path(prefix).read_bytes()
 
 
 def test_a_prepared_set_is_found_with_all_that_is_known_of_it(tmp_path, recipe):
     manifest, _ = make(recipe, tmp_path / "data")
-    found = prepared.find("mine", tmp_path / "data")
+    found = data_sets.find("mine", tmp_path / "data")
     assert (
         (found.documents, found.tokens) == (manifest.counted.documents, manifest.counted.tokens) == (600, found.tokens)
     )
     assert (found.tokenizer_type, found.tokenizer_model, found.vocab_size) == ("NullTokenizer", None, 100)
-    assert prepared.prepared(tmp_path / "data") == ("mine",)
+    assert data_sets.prepared(tmp_path / "data") == ("mine",)
     assert read_manifest(tmp_path / "data" / "mine") == manifest
     assert manifest.source.files[0].bytes == (tmp_path / "in.jsonl").stat().st_size
     assert len(manifest.source.files[0].sha256) == 64
@@ -87,12 +87,12 @@ def test_a_prepared_set_is_found_with_all_that_is_known_of_it(tmp_path, recipe):
 def test_what_is_prepared_stays_until_something_changes(tmp_path, recipe):
     data = tmp_path / "data"
     make(recipe, data)
-    first, stamp = pair(data), idx_path(prepared.prefix_of("mine", data)).stat().st_mtime_ns
+    first, stamp = pair(data), idx_path(data_sets.prefix_of("mine", data)).stat().st_mtime_ns
     assert make(recipe, data)[1] == ["mine is prepared already; FORCE=1 prepares it again"]
-    assert idx_path(prepared.prefix_of("mine", data)).stat().st_mtime_ns == stamp
+    assert idx_path(data_sets.prefix_of("mine", data)).stat().st_mtime_ns == stamp
     make(recipe, data, force=True)
     assert pair(data) == first
-    assert idx_path(prepared.prefix_of("mine", data)).stat().st_mtime_ns != stamp
+    assert idx_path(data_sets.prefix_of("mine", data)).stat().st_mtime_ns != stamp
     for changed in (
         replace(recipe, append_eod=False),
         replace(recipe, tokenizer="null:200"),
@@ -118,7 +118,7 @@ def test_a_damaged_set_is_prepared_anew(tmp_path, recipe):
     data = tmp_path / "data"
     make(recipe, data)
     first = pair(data)
-    bin_path(prepared.prefix_of("mine", data)).write_bytes(first[0][:-2])
+    bin_path(data_sets.prefix_of("mine", data)).write_bytes(first[0][:-2])
     make(recipe, data)
     assert pair(data) == first
     (data / "mine" / "manifest.json").write_text("{")
@@ -142,7 +142,7 @@ def test_the_old_set_stays_usable_while_a_new_one_fails(tmp_path, recipe, monkey
     with pytest.raises(UserError, match="is full"):
         make(recipe, data, force=True)
     assert pair(data) == first
-    prepared.find("mine", data)
+    data_sets.find("mine", data)
     monkeypatch.setattr(indexed, "_write", write)
     make(recipe, data, force=True)
     assert pair(data) != first
@@ -193,7 +193,7 @@ def test_cleaned_text_is_tokenised_and_counted(tmp_path, recipe):
     assert manifest.cleaned.documents_in == 604
     assert manifest.cleaned.dropped["unreadable"] == 1
     assert manifest.cleaned.dropped["exact-duplicates"] >= 1
-    assert manifest.cleaned.documents_out == manifest.counted.documents == prepared.find("mine", data).documents
+    assert manifest.cleaned.documents_out == manifest.counted.documents == data_sets.find("mine", data).documents
     assert manifest.source.files[0].sha256
     work = {path.name.partition("-")[0] for path in (data / "mine" / "work").iterdir()}
     assert work == {"clean", "source"}
@@ -278,7 +278,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path, recipe, monkeypa
         if os.WIFSIGNALED(status):
             kills += 1
         try:
-            prepared.find("mine", data)
+            data_sets.find("mine", data)
         except UserError:
             pass
         else:
@@ -416,7 +416,7 @@ def test_rules_that_drop_everything_are_named_with_what_they_dropped(tmp_path, r
     (tmp_path / "rules.yaml").write_text(RULES.replace("min_characters: 4", "min_characters: 9000"))
     with pytest.raises(UserError, match=r"rules.yaml dropped all 600 documents: 600 length\n.*dropped/ shows which and why"):
         make(replace(recipe, rules=tmp_path / "rules.yaml"), tmp_path / "data")
-    assert prepared.prepared(tmp_path / "data") == ()
+    assert data_sets.prepared(tmp_path / "data") == ()
 
 
 def test_files_of_others_in_the_folder_of_a_data_set_stay(tmp_path, recipe):

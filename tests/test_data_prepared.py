@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.data import check, commands, look, prepare, prepared, sources
+from harness.data import check, commands, data_sets, look, prepare, sources
 from harness.data.documents import text_file
 from harness.data.header import bin_path, idx_path
 from harness.data.prepare import Means, Recipe
@@ -59,74 +59,74 @@ SPOILED = {
 @pytest.mark.parametrize("kind", SPOILED)
 def test_a_damaged_set_is_refused_with_a_reason_and_a_way_out(data, kind):
     spoil, reason = SPOILED[kind]
-    spoil(prepared.prefix_of("a", data))
+    spoil(data_sets.prefix_of("a", data))
     if reason is None:
-        assert prepared.find("a", data).documents == 200
+        assert data_sets.find("a", data).documents == 200
         return
     with pytest.raises(UserError, match=reason) as caught:
-        prepared.find("a", data)
+        data_sets.find("a", data)
     assert "data" in str(caught.value).splitlines()[-1]
-    assert prepared.find("b", data).documents == 200
+    assert data_sets.find("b", data).documents == 200
 
 
 def test_a_pair_that_its_manifest_does_not_know_is_refused(data):
     for ending in ("bin", "idx"):
         shutil.copy(data / "b" / f"b_text_document.{ending}", data / "a" / f"a_text_document.{ending}")
     with pytest.raises(UserError, match=r"its manifest says"):
-        prepared.find("a", data)
+        data_sets.find("a", data)
 
 
 def test_a_changed_tokenizer_is_noticed(data):
     home = data / "a" / "tokenizer"
     (home / "tokenizer.json").write_text('{"model": {}}')
     content = json.loads((data / "a" / "manifest.json").read_text())
-    sha256 = prepared.tokenizer_sha256("HuggingFaceTokenizer", home)
+    sha256 = data_sets.tokenizer_sha256("HuggingFaceTokenizer", home)
     content["tokenizer"] |= {"type": "HuggingFaceTokenizer", "sha256": sha256}
     (data / "a" / "manifest.json").write_text(json.dumps(content))
-    found = prepared.find("a", data)
+    found = data_sets.find("a", data)
     assert (found.tokenizer_type, found.tokenizer_model, found.vocab_size) == ("HuggingFaceTokenizer", home, 100)
     (home / "tokenizer.json").write_text('{"model": {"merges": ["a b"]}}')
     with pytest.raises(UserError, match=r"tokenizer .* changed since it made the tokens"):
-        prepared.find("a", data)
+        data_sets.find("a", data)
     (home / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"tokenizer.json is missing"):
-        prepared.find("a", data)
+        data_sets.find("a", data)
 
 
 def test_a_set_made_elsewhere_needs_no_manifest(data):
     (data / "a" / "manifest.json").unlink()
     with pytest.raises(UserError, match=r"tokenizer.json is missing"):
-        prepared.find("a", data)
+        data_sets.find("a", data)
     description = data / "a" / "tokenizer" / "tokenizer.json"
     for vocabulary in ({"x": 0, "y": 1, "<s>": 2}, [["x", -1.0], ["y", -2.0], ["<s>", 0.0]]):
         description.write_text(json.dumps({"model": {"vocab": vocabulary}, "added_tokens": [{"content": "<s>"}, {"content": "</s>"}]}))
-        found = prepared.find("a", data)
+        found = data_sets.find("a", data)
         assert (found.documents, found.vocab_size, found.tokenizer_type) == (200, 4, "HuggingFaceTokenizer")
     for damaged in ("{", "{}", '{"model": {"vocab": 3}}'):
         description.write_text(damaged)
         with pytest.raises(UserError, match=r"tokenizer.json is damaged, or of a kind"):
-            prepared.find("a", data)
+            data_sets.find("a", data)
 
 
 def test_an_unknown_set_is_named_with_what_there_is(made):
-    assert prepared.prepared(made) == ("a", "b")
+    assert data_sets.prepared(made) == ("a", "b")
     with pytest.raises(UserError, match=r"DATA=aa is not prepared; did you mean a\?"):
-        prepared.find("aa", made)
+        data_sets.find("aa", made)
     with pytest.raises(UserError, match=r"DATA=oscar-sv is not prepared; make data-oscar-sv"):
-        prepared.find("oscar-sv", made)
+        data_sets.find("oscar-sv", made)
 
 
 def test_a_single_set_is_upstreams_single_path(made):
-    single = prepared.blend("a", made)
+    single = data_sets.blend("a", made)
     assert single.data_path == (str(made / "a" / "a_text_document"),)
     assert single.cache.parent == made / "a" / "cache"
 
 
 @pytest.mark.parametrize("typed", ["a:0.7 b:0.3", "a:0.7,b:0.3", " a:0.7 ,  b:0.3 "])
 def test_a_blend_is_weights_and_paths(made, typed):
-    mixed = prepared.blend(typed, made)
+    mixed = data_sets.blend(typed, made)
     assert mixed.data_path == ("0.7", str(made / "a" / "a_text_document"), "0.3", str(made / "b" / "b_text_document"))
-    assert mixed.cache != prepared.blend("b:0.3 a:0.7", made).cache
+    assert mixed.cache != data_sets.blend("b:0.3 a:0.7", made).cache
 
 
 BAD_BLENDS = {
@@ -139,21 +139,21 @@ BAD_BLENDS = {
 @pytest.mark.parametrize("typed", BAD_BLENDS)
 def test_a_wrong_blend_is_refused(made, typed):
     with pytest.raises(UserError, match=BAD_BLENDS[typed]):
-        prepared.blend(typed, made)
+        data_sets.blend(typed, made)
 
 
 def test_sets_of_different_tokenizers_do_not_mix(data, tmp_path):
     (tmp_path / "c.jsonl").write_text('{"text": "1 2"}\n')
     prepare.prepare(Recipe("c", str(tmp_path / "c.jsonl"), tokenizer="null:50"), Means(folder=data))
     with pytest.raises(UserError, match=r"a and c were made by different tokenizers\nprepare c again with TOKENIZER=.*/a/tokenizer$"):
-        prepared.blend("a:1 b:1 c:1", data)
+        data_sets.blend("a:1 b:1 c:1", data)
 
 
 def test_the_cache_moves_when_the_content_changes(data, tmp_path):
-    before = prepared.blend("a", data).cache
+    before = data_sets.blend("a", data).cache
     (tmp_path / "a.jsonl").write_text('{"text": "1 2"}\n')
     prepare.prepare(Recipe("a", str(tmp_path / "a.jsonl"), tokenizer="null:100"), Means(folder=data, force=True))
-    assert prepared.blend("a", data).cache != before
+    assert data_sets.blend("a", data).cache != before
 
 
 def test_a_split_has_bounds_as_upstream_has_them():
@@ -166,7 +166,7 @@ def test_a_split_has_bounds_as_upstream_has_them():
 
 
 def test_a_split_that_gets_nothing_is_refused_before_upstream_hangs(made):
-    single = prepared.blend("a", made)
+    single = data_sets.blend("a", made)
     with pytest.raises(UserError, match="of its 200 sequences the split 949,50,1 leaves none for test"):
         check_split(single, "949,50,1")
     check_split(single, "90,9,1")
@@ -176,10 +176,10 @@ def test_a_split_that_gets_nothing_is_refused_before_upstream_hangs(made):
 def test_the_launcher_needs_no_numpy(made):
     code = (
         "import sys; sys.modules['numpy'] = None\n"
-        "from pathlib import Path; from harness.data import prepared, splits\n"
-        f"chosen = prepared.blend('a:1 b:2', Path({str(made)!r})); splits.check_split(chosen, '9,1')\n"
+        "from pathlib import Path; from harness.data import data_sets, splits\n"
+        f"chosen = data_sets.blend('a:1 b:2', Path({str(made)!r})); splits.check_split(chosen, '9,1')\n"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=prepared.ROOT, check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=data_sets.ROOT, check=True)
 
 
 def test_joined_sets_are_one_after_the_other(data):
@@ -189,10 +189,10 @@ def test_joined_sets_are_one_after_the_other(data):
     (data / "all").mkdir()
     (data / "all" / "all_text_document.bin").write_bytes(b"left by a killed one")
     manifest = merge(["a", "b"], "all", data)
-    found, parts = prepared.find("all", data), [prepared.find(name, data) for name in ("a", "b")]
+    found, parts = data_sets.find("all", data), [data_sets.find(name, data) for name in ("a", "b")]
     assert (found.documents, found.tokens) == (400, sum(part.tokens for part in parts))
     assert manifest.counted.records == 400
-    joined, first = (indexed.check_pair(prepared.prefix_of(name, data)) for name in ("all", "a"))
+    joined, first = (indexed.check_pair(data_sets.prefix_of(name, data)) for name in ("all", "a"))
     assert joined.document_tokens()[:200].tolist() == first.document_tokens().tolist()
     assert all(finding.right for finding in check.check("all", data))
     with pytest.raises(UserError, match="is prepared already"):
@@ -221,9 +221,9 @@ def test_a_merge_refuses_what_it_would_spoil_and_leaves_no_trace(data):
     refused(["a", "c"], "all", "FROM=c is not prepared")
     refused(["a", "a"], "all", "a twice")
     refused(["a:0.3", "b"], "all", "without weights")
-    raw = bytearray(bin_path(prepared.prefix_of("b", data)).read_bytes())
+    raw = bytearray(bin_path(data_sets.prefix_of("b", data)).read_bytes())
     raw[8] ^= 1
-    bin_path(prepared.prefix_of("b", data)).write_bytes(raw)
+    bin_path(data_sets.prefix_of("b", data)).write_bytes(raw)
     refused(["a", "b"], "all", "changed since it was prepared")
     manifest = json.loads((data / "a" / "manifest.json").read_text())
     manifest["written"]["dtype"] = "int32"
@@ -240,7 +240,7 @@ def test_joined_conversations_are_conversations(data):
         manifest = json.loads(file.read_text())
         file.write_text(json.dumps({**manifest, "chat": {"template": "simple", "template_sha256": "x", "answer_tokens": answers}}))
     assert merge(["a", "b"], "all", data).chat.answer_tokens == 42
-    assert prepared.find("all", data).chat
+    assert data_sets.find("all", data).chat
 
 
 def findings(data: Path, name: str = "a") -> dict[str, check.Finding]:
@@ -254,14 +254,14 @@ def test_a_good_set_is_right_in_everything(made):
 
 
 def test_a_check_finds_what_the_cheap_look_does_not(data):
-    prefix = prepared.prefix_of("a", data)
+    prefix = data_sets.prefix_of("a", data)
     content = bytearray(bin_path(prefix).read_bytes())
     content[10:12] = (97).to_bytes(2, "little")
     bin_path(prefix).write_bytes(content)
     assert [f.what for f in findings(data).values() if not f.right] in ([".bin checksum"], ["tokens"])
     content[10:12] = (100).to_bytes(2, "little")
     bin_path(prefix).write_bytes(content)
-    assert prepared.find("a", data)
+    assert data_sets.find("a", data)
     wrong = findings(data)["tokens"]
     assert not wrong.right
     assert "id 100" in wrong.seen
@@ -273,7 +273,7 @@ def test_a_check_finds_what_the_cheap_look_does_not(data):
     index = bytearray(idx_path(prefix).read_bytes())
     index[34:38] = (10_000).to_bytes(4, "little")
     idx_path(prefix).write_bytes(index)
-    assert prepared.find("a", data)
+    assert data_sets.find("a", data)
     assert list(findings(data)) == ["manifest", "index"]
     assert not findings(data)["index"].right
 
@@ -292,10 +292,10 @@ def test_an_inspection_counts_and_decodes(made):
 
 
 def test_the_commands_print_what_they_found(made, monkeypatch, capsys):
-    for module in (prepared, commands, look, check):
+    for module in (data_sets, commands, look, check):
         monkeypatch.setattr(module, "DATA", made)
-    for function in (prepared.prepared, prepared.find, prepared.blend, look.inspect, check.check):
-        defaults = [made if value == prepared.ROOT / "data" else value for value in function.__defaults__]
+    for function in (data_sets.prepared, data_sets.find, data_sets.blend, look.inspect, check.check):
+        defaults = [made if value == data_sets.ROOT / "data" else value for value in function.__defaults__]
         monkeypatch.setattr(function, "__defaults__", tuple(defaults))
     assert commands.list_sets([]) == 0
     shown = capsys.readouterr().out
@@ -304,7 +304,7 @@ def test_the_commands_print_what_they_found(made, monkeypatch, capsys):
     assert commands.inspect_set(["NAME=a", "SAMPLES=1"]) == 0
     assert "200 documents" in capsys.readouterr().out
     assert commands.check_set(["NAME=a"]) == 0
-    cut(bin_path(prepared.prefix_of("b", made)), -2)
+    cut(bin_path(data_sets.prefix_of("b", made)), -2)
     assert commands.check_set(["NAME=b"]) == 1
     assert "WRONG  index" in capsys.readouterr().out
     with pytest.raises(UserError, match="NAME missing: one of a, b"):
@@ -429,6 +429,6 @@ def test_the_published_set_is_the_default_where_it_is_prepared(made, tmp_path):
     from harness.experiment.catalog import load_catalog
 
     experiment = load_catalog().find("101")
-    assert prepared.default_for(experiment, tmp_path) == "mock"
-    assert prepared.default_for(experiment.with_changes(published_data="b"), made) == "b"
-    assert replace(prepared.find("a", made), name="z").home == made / "a"
+    assert data_sets.default_for(experiment, tmp_path) == "mock"
+    assert data_sets.default_for(experiment.with_changes(published_data="b"), made) == "b"
+    assert replace(data_sets.find("a", made), name="z").home == made / "a"

@@ -5,23 +5,23 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from harness.cli import RECORDS
-from harness.evidence import diagrams, docs
 from harness.evidence.facts import Facts
-from harness.experiment import timeline
+from harness.pages import diagrams, documents
+from harness.predict import timeline
 
 SVG = "{http://www.w3.org/2000/svg}"
 
 
 @pytest.fixture(scope="module")
 def drawn() -> dict[str, str]:
-    return docs.drawings(Facts.load(RECORDS))
+    return documents.drawings(Facts.load(RECORDS))
 
 
 def test_the_same_every_time(drawn: dict[str, str]) -> None:
-    assert docs.drawings(Facts.load(RECORDS)) == drawn
+    assert documents.drawings(Facts.load(RECORDS)) == drawn
 
 
-@pytest.mark.parametrize("name", docs.DRAWINGS)
+@pytest.mark.parametrize("name", documents.DRAWINGS)
 def test_nothing_leaves_its_card(drawn: dict[str, str], name: str) -> None:
     root = ET.fromstring(drawn[f"diagram-{name}.svg"])
     width, height = (float(root.get(key)) for key in ("width", "height"))
@@ -58,4 +58,4 @@ def test_the_memory_of_a_record_is_drawn_whole(drawn: dict[str, str]) -> None:
 
 
 def test_without_records_the_formulas_are_drawn(tmp_path) -> None:
-    assert "in use" not in docs.drawings(Facts.load(tmp_path))["diagram-memory.svg"].replace("not in use", "")
+    assert "in use" not in documents.drawings(Facts.load(tmp_path))["diagram-memory.svg"].replace("not in use", "")

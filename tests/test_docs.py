@@ -10,12 +10,12 @@ import pytest
 from harness import ROOT
 from harness.cli import COMMANDS, RECORDS
 from harness.errors import UserError
-from harness.evidence import docs
 from harness.evidence.facts import Facts, NotMeasured
 from harness.evidence.results import Ended, Row, ended
 from harness.experiment.catalog import load_catalog
 from harness.experiment.overrides import EXPERIMENT_SETTINGS, LAUNCH_SETTINGS
-from harness.rundir import Upstream
+from harness.pages import documents
+from harness.run.directory import Upstream
 
 PAGES = [ROOT / "README.md", *(path for folder in ("docs", "benchmarks", "data") for path in sorted((ROOT / folder).glob("*.md")))]
 COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
@@ -43,7 +43,7 @@ def each_page(test):
 
 
 def test_everything_generated_is_fresh() -> None:
-    stale = [path.name for path in docs.write(RECORDS, check=True)]
+    stale = [path.name for path in documents.write(RECORDS, check=True)]
     assert not stale, "run `make docs`"
 
 
@@ -63,7 +63,7 @@ def test_every_mark_is_closed(path: Path) -> None:
     text = path.read_text()
     opened = re.findall(r"<!-- (\w+): ", text)
     assert opened == re.findall(r"<!-- /(\w+) -->", text)
-    assert len(docs.VALUE.findall(text)) == opened.count("value")
+    assert len(documents.VALUE.findall(text)) == opened.count("value")
     assert not re.search(r"^ *<!-- value", text, re.MULTILINE), "a line that begins so is HTML, not Markdown"
     assert not [words for words in COMMENT.findall(text) if "--" in words[4:-3]], "which Markdown takes for no comment"
 
@@ -130,7 +130,7 @@ def test_every_page_and_diagram_is_reachable() -> None:
 
 
 def test_a_number_that_a_run_measured_is_not_typed() -> None:
-    pages = [CODE.sub("", FENCE.sub("", docs.BLOCK.sub("", docs.VALUE.sub("", path.read_text())))) for path in docs.PAGES]
+    pages = [CODE.sub("", FENCE.sub("", documents.BLOCK.sub("", documents.VALUE.sub("", path.read_text())))) for path in documents.PAGES]
     assert {number for page in pages for number in WITH_UNIT.findall(page)} == set(TYPED)
 
 
@@ -144,17 +144,17 @@ def test_values(facts: Facts) -> None:
     assert facts.value("step_ms[h200-4gpu, 101, te-rng-tracker]") == 75.5
     assert facts.value("bubble[408]") == 7 / 8
     assert facts.value("bubble[408h]") == 3 / 8
-    assert docs.value("h200-141gb/101 memory_gib.nvml", ".3f", facts) == f"{record['memory_gib']['nvml']:.3f}"
+    assert documents.value("h200-141gb/101 memory_gib.nvml", ".3f", facts) == f"{record['memory_gib']['nvml']:.3f}"
 
 
 def test_what_no_run_measured_is_said_so(facts: Facts, tmp_path: Path) -> None:
     nothing = Facts.load(tmp_path)
     for expression in ("step_ms[101]", "step_ms[101] / published_step_ms[101]", "h200-141gb/101 loss.first"):
-        assert docs.value(expression, ".1f", nothing) == docs.MISSING
+        assert documents.value(expression, ".1f", nothing) == documents.MISSING
     with pytest.raises(NotMeasured):
         facts.value("published_step_ms[121]")  # ran out of memory
     for path in PAGES:
-        docs.render(path.read_text(), nothing)
+        documents.render(path.read_text(), nothing)
 
 
 @pytest.mark.parametrize(("expression", "message"), [
@@ -172,68 +172,68 @@ def test_what_no_run_measured_is_said_so(facts: Facts, tmp_path: Path) -> None:
 ])
 def test_a_value_that_makes_no_sense(facts: Facts, expression: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        docs.value(expression, ".1f", facts)
+        documents.value(expression, ".1f", facts)
 
 
 def test_a_format_that_makes_no_sense(facts: Facts) -> None:
     with pytest.raises(UserError, match="1q is no format of a number"):
-        docs.value("published_step_ms[101]", ".1q", facts)
+        documents.value("published_step_ms[101]", ".1q", facts)
 
 
 def test_blocks(facts: Facts) -> None:
-    table = docs.block("table", "101 121 128 443", facts)
+    table = documents.block("table", "101 121 128 443", facts)
     assert f"| `101` | one GPU | 1 | {facts.value('memory_gib[101]'):.1f} | 32.5 |" in table
     assert "| `121` | ZeRO-2 | 1 | OOM | OOM |" in table
     assert "472 ms" in table and "A reference, not one of the records" in table
     assert "`443`: published as 446, which ran VPP 3" in table
-    assert "8x H200" not in docs.block("table", "101", facts)
-    assert "GiB, ms/step" not in docs.block("table", "505", replace(facts, rows=())), "nothing is measured"
+    assert "8x H200" not in documents.block("table", "101", facts)
+    assert "GiB, ms/step" not in documents.block("table", "505", replace(facts, rows=())), "nothing is measured"
     row = facts.row("111")
     companion = replace(row, experiment=facts.catalog.find("129h"), origin=row.origin.with_name("129h.json"), published=None)
-    assert "publ." not in docs.block("table", "129h", replace(facts, rows=(companion,))), "nothing is published"
+    assert "publ." not in documents.block("table", "129h", replace(facts, rows=(companion,))), "nothing is published"
     apart = row.result.model_copy(update={"memory_gib": row.memory_gib.model_copy(update={"driver": 0.6})})
     for ran, said in ((row, "GiB (0.6 GiB are the driver's"), (replace(row, result=apart), "<sub>GiB, ms/step")):
-        assert said in docs.block("table", "111", replace(facts, rows=(ran,)))
-    memory = docs.block("memory", "111 500", facts).splitlines()
+        assert said in documents.block("table", "111", replace(facts, rows=(ran,)))
+    memory = documents.block("memory", "111 500", facts).splitlines()
     assert memory[2].startswith("| `111` |") and memory[3].startswith("| `500` |")
     nothing = replace(facts, rows=())
-    assert docs.block("memory", "111 500", nothing).endswith("\n\nNone of these is measured yet.")
-    assert docs.block("table", "601 602", nothing) == "Not measured yet: `601`, `602`.", "no table without a number"
-    some = docs.block("table", "111 118 129h", replace(facts, rows=(row,)))
+    assert documents.block("memory", "111 500", nothing).endswith("\n\nNone of these is measured yet.")
+    assert documents.block("table", "601 602", nothing) == "Not measured yet: `601`, `602`.", "no table without a number"
+    some = documents.block("table", "111 118 129h", replace(facts, rows=(row,)))
     assert some.endswith("<sub>Not measured yet: `118`, `129h`.</sub><br>") and "| `118` |" in some and "| `129h` |" not in some
-    assert "| MFU" not in docs.block("table", "121 505", facts), "an empty column is left out"
-    listed = docs.block("experiments", "408 438", facts)
+    assert "| MFU" not in documents.block("table", "121 505", facts), "an empty column is left out"
+    listed = documents.block("experiments", "408 438", facts)
     assert "The same for all: model gpt2-8.3b, GPUs 8, MBS 4, GBS 32, tokens 1,024." in listed
     assert "| `438` | pp8 vpp3 m8 |" in listed and "`438h` pp4 vpp3 m8" in listed
-    assert "| `408` | 8 | 1 | 8 | 4 | 0.875 | 47% | 875 | 467 |" in docs.block("pipeline", "408 498", facts)
-    assert "**holds" in docs.block("claims", "100", facts)
+    assert "| `408` | 8 | 1 | 8 | 4 | 0.875 | 47% | 875 | 467 |" in documents.block("pipeline", "408 498", facts)
+    assert "**holds" in documents.block("claims", "100", facts)
     with pytest.raises(UserError, match=r"no such block; .*table"):
-        docs.render("<!-- tabel: 101 -->\n<!-- /tabel -->", facts)
+        documents.render("<!-- tabel: 101 -->\n<!-- /tabel -->", facts)
     with pytest.raises(UserError, match="no experiment 199"):
-        docs.block("table", "199", facts)
+        documents.block("table", "199", facts)
 
 
 def test_what_ran_out_of_memory(facts: Facts) -> None:
-    memory = docs.block("memory", "121", facts)
+    memory = documents.block("memory", "121", facts)
     assert memory.endswith("| OOM |"), "what it held when it failed is neither what it needs nor what the formula predicts"
-    assert docs.value("memory_gib[121] - allocated_gib[111]", ".1f", facts) == "out of memory"
+    assert documents.value("memory_gib[121] - allocated_gib[111]", ".1f", facts) == "out of memory"
     fits = replace(facts.row("111"), experiment=facts.catalog.find("121"), origin=RECORDS / "h200-141gb" / "121.json")
-    table = docs.block("table", "121", replace(facts, rows=(*facts.rows, fits)))
+    table = documents.block("table", "121", replace(facts, rows=(*facts.rows, fits)))
     assert "| OOM | OOM |" not in table and "`121` runs out of memory with `CARD=h100-80gb`" in table
 
 
 def test_the_summary_counts_an_experiment_once(facts: Facts) -> None:
     row = facts.row("101")
     again = replace(row, origin=row.origin.with_name("101_cardh100-80gb.json"))
-    summary = docs.block("summary", "records", facts)
+    summary = documents.block("summary", "records", facts)
     assert summary.startswith(f"* **Reproduced.** {len({row.id for row in facts.of_hardware})} experiments on 1, 2")
-    assert docs.block("summary", "records", replace(facts, rows=(*facts.rows, again))) == summary
-    assert docs.block("summary", "records", replace(facts, rows=())) == "No records yet."
+    assert documents.block("summary", "records", replace(facts, rows=(*facts.rows, again))) == summary
+    assert documents.block("summary", "records", replace(facts, rows=())) == "No records yet."
 
 
 def test_pages_give_one_count_of_what_ended_as_published(facts: Facts) -> None:
     """README.md counted experiments and docs/records.md rows: 24 of 24 beside 25 of 25."""
-    summary, records = docs.block("summary", "records", facts), docs.block("records", "make docs", facts)
+    summary, records = documents.block("summary", "records", facts), documents.block("records", "make docs", facts)
     count = re.search(r"(\d+) of the (\d+) with a published row", summary)
     assert f"Ended as published: {count[1]} of the {count[2]} with a published row" in records
     row = facts.row("111")
@@ -246,9 +246,9 @@ def test_no_page_calls_unmeasured_what_another_quotes(facts: Facts) -> None:
     row = next(row for row in facts.rows if row.origin.stem == "601_args")
     ran = replace(facts, rows=(row,))
     said = "Not measured yet: `602`. Measured with other settings only: `601_args` (`docs/records.md`)."
-    assert docs.block("table", "601 602", ran) == said
-    assert docs.block("memory", "601 602", ran).endswith(f"\n\n{said}")
-    for path in docs.PAGES:
+    assert documents.block("table", "601 602", ran) == said
+    assert documents.block("memory", "601 602", ran).endswith(f"\n\n{said}")
+    for path in documents.PAGES:
         text = path.read_text(encoding="utf-8")
         named = {id_ for line in re.findall(r"Not measured yet: ([^.]*)\.", text) for id_ in re.findall(r"`(\d+h?)`", line)}
         assert not named & {row.id for row in facts.of_hardware}, path.name
@@ -259,10 +259,10 @@ def test_other_hardware_and_another_upstream_have_no_place_in_a_chapter(facts: F
     newer = replace(row, upstream=row.upstream.model_copy(update={"version": "0.20.0"}))
     elsewhere = replace(facts.row("101"), origin=RECORDS / "h100-80gb" / "101.json", gpu_name="NVIDIA H100 80GB HBM3")
     others = replace(facts, rows=(*(r for r in facts.rows if r is not row), newer, elsewhere))
-    assert "<sub>Not measured yet: `104`.</sub>" in docs.block("table", "101 104", others)
-    assert docs.value("step_ms[101]", ".6f", others) == docs.value("step_ms[101]", ".6f", facts)
-    assert "| claim | must hold | ours | published |" in docs.block("claims", "100", others)
-    assert "Megatron-LM core 0.20.0" in (listed := docs.block("records", "all", others)) and "### NVIDIA H100" in listed
+    assert "<sub>Not measured yet: `104`.</sub>" in documents.block("table", "101 104", others)
+    assert documents.value("step_ms[101]", ".6f", others) == documents.value("step_ms[101]", ".6f", facts)
+    assert "| claim | must hold | ours | published |" in documents.block("claims", "100", others)
+    assert "Megatron-LM core 0.20.0" in (listed := documents.block("records", "all", others)) and "### NVIDIA H100" in listed
 
 
 def test_a_record_that_cannot_be_read_stops_the_documents(tmp_path: Path) -> None:
@@ -277,8 +277,8 @@ def test_a_record_that_cannot_be_read_stops_the_documents(tmp_path: Path) -> Non
 def test_check_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     page = tmp_path / "page.md"
     page.write_text("<!-- value: published_step_ms[101] .0f -->0<!-- /value -->")
-    monkeypatch.setattr(docs, "PAGES", (page,))
-    monkeypatch.setattr(docs, "IMAGES", tmp_path)
+    monkeypatch.setattr(documents, "PAGES", (page,))
+    monkeypatch.setattr(documents, "IMAGES", tmp_path)
     monkeypatch.setattr("harness.cli.ROOT", tmp_path)
     assert COMMANDS["docs"](["CHECK=1"]) == 1
     assert ">0<" in page.read_text() and "stale: page.md" in capsys.readouterr().out

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from harness.entry import helpers
+from harness.entry import build_helpers
 from harness.entry.metrics import StepClock
 from harness.entry.report import RankReport
 from harness.errors import UserError
 from harness.machine import upstream
-from harness.rundir import RunDir
+from harness.run.directory import RunDir
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -77,7 +77,7 @@ from pathlib import Path
 from harness.entry.failures import ended_at_once
 from harness.entry.report import RankReport
 from harness.errors import UserError
-from harness.rundir import RunDir
+from harness.run.directory import RunDir
 report = RankReport(RunDir(Path(sys.argv[1])))
 report.start()
 report.step = 7
@@ -211,7 +211,7 @@ def source(tmp_path):
 
 def test_the_helpers_are_compiled_once_a_node(compiler, source):
     ask = (
-        f"from pathlib import Path; from harness.entry.helpers import compiled; print(compiled(Path({str(source)!r})))"
+        f"from pathlib import Path; from harness.entry.build_helpers import compiled; print(compiled(Path({str(source)!r})))"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     ranks = [
@@ -220,14 +220,14 @@ def test_the_helpers_are_compiled_once_a_node(compiler, source):
     ]
     (folder,) = {rank.communicate()[0].strip() for rank in ranks}
     assert compiler.with_name("runs").read_text() == "run\n"
-    assert [path.name for path in Path(folder).glob("*.so")] == [helpers.library_name()]
+    assert [path.name for path in Path(folder).glob("*.so")] == [build_helpers.library_name()]
 
 
 def test_other_source_is_compiled_anew(compiler, source):
-    first = helpers.compiled(source)
+    first = build_helpers.compiled(source)
     source.write_text("// mended")
-    assert helpers.compiled(source) != first
-    assert helpers.compiled(source) != first
+    assert build_helpers.compiled(source) != first
+    assert build_helpers.compiled(source) != first
     assert compiler.with_name("runs").read_text() == "run\nrun\n"
 
 
@@ -235,7 +235,7 @@ def test_a_failed_compilation_leaves_nothing_to_import(compiler, source):
     compiler.write_text("#!/bin/sh\necho 'helpers.cpp:1: error: no such thing' >&2\nexit 1\n")
     for _ in range(2):
         with pytest.raises(UserError, match=r"could not compile .*helpers.cpp(.|\n)*no such thing"):
-            helpers.compiled(source)
+            build_helpers.compiled(source)
     assert not list(source.parent.rglob("*.so"))
 
 
@@ -243,10 +243,10 @@ def test_without_a_compiler_the_message_says_how_to_get_one(compiler, source, mo
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError, match=r"no C\+\+ compiler\n.*install g\+\+"):
-        helpers.compiled(source)
+        build_helpers.compiled(source)
 
 
 def test_a_cache_that_cannot_be_written_is_named(compiler, source, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(source))
     with pytest.raises(UserError, match=r"cannot write .*\n.*XDG_CACHE_HOME"):
-        helpers.compiled(source)
+        build_helpers.compiled(source)

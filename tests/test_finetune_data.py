@@ -13,7 +13,7 @@ pytest.importorskip("tokenizers", reason="the set-up stage `heavy` is not instal
 
 from tokenizers import Tokenizer  # noqa: E402
 
-from harness.data import prepared  # noqa: E402
+from harness.data import data_sets  # noqa: E402
 from harness.data.check import check  # noqa: E402
 from harness.errors import UserError  # noqa: E402
 from harness.experiment.catalog import load_catalog  # noqa: E402
@@ -40,7 +40,7 @@ def test_a_data_set_of_conversations(tmp_path):
     assert dict(skipped.by_rule) == {"no messages": 1, "no answer": 1} and skipped.first == {"no messages": 2, "no answer": 3}
     assert manifest.chat.template == "simple" and manifest.counted.documents == 1 and manifest.counted.records == 3
     assert all(finding.right for finding in check("chat", tmp_path))
-    chosen = prepared.find("chat", tmp_path)
+    chosen = data_sets.find("chat", tmp_path)
     assert chosen.chat and (chosen.home / "tokenizer" / "chat_template.jinja").exists()
     backend = Tokenizer.from_file(str(chosen.tokenizer_model / "tokenizer.json"))
     ids = np.fromfile(tmp_path / "chat" / "chat_text_document.bin", np.uint16)
@@ -72,7 +72,7 @@ def test_a_tokenizers_own_template_is_used(tmp_path):
 def test_nothing_is_left_of_what_cannot_be_prepared(tmp_path, lines, tokenizer, said):
     with pytest.raises(UserError, match=said):
         prepare(tmp_path, write_lines(tmp_path / "c.jsonl", lines), tokenizer)
-    assert "chat" not in prepared.prepared(tmp_path) and not (tmp_path / "chat").exists()
+    assert "chat" not in data_sets.prepared(tmp_path) and not (tmp_path / "chat").exists()
 
 
 def test_a_missing_file_is_said_so(tmp_path):
@@ -91,7 +91,7 @@ def test_what_a_run_reads(tmp_path):
     hopeless = conversation("z" * 300, "a")
     texts = [conversation(f"{n}?", f"{n}!") for n in range(5)]
     prepare(tmp_path, write_lines(tmp_path / "c.jsonl", [*texts, long, hopeless]))
-    samples, said = read(prepared.prefix_of("chat", tmp_path), 6, 64)
+    samples, said = read(data_sets.prefix_of("chat", tmp_path), 6, 64)
     assert "6 conversations in 4 sequences of 64" in said and "cut at the end: 1; skipped, no answer within a sequence: 1" in said
     seen = set()
     for sample in samples[:4]:
@@ -112,7 +112,7 @@ def test_what_a_run_reads(tmp_path):
                 assert learned == [*f" {number}!".encode(), END], "the answer and its end, nothing else"
                 seen.add(number)
     assert seen == set("01234")
-    again, _ = read(prepared.prefix_of("chat", tmp_path), 6, 64)
+    again, _ = read(data_sets.prefix_of("chat", tmp_path), 6, 64)
     assert all((a["tokens"] == b["tokens"]).all() for a, b in zip(samples, again, strict=True))
 
 
@@ -120,8 +120,8 @@ def test_what_a_run_reads(tmp_path):
 def chat(tmp_path, monkeypatch):
     """Conversations as the data set ``chat``, for plans."""
     prepare(tmp_path, write_lines(tmp_path / "chat.jsonl", [conversation("q", "a")] * 9))
-    find = prepared.find
-    monkeypatch.setattr(prepared, "find", lambda name, folder=tmp_path: find(name, tmp_path))
+    find = data_sets.find
+    monkeypatch.setattr(data_sets, "find", lambda name, folder=tmp_path: find(name, tmp_path))
     return {"DATA": "chat", "OUTDIR": str(tmp_path)}
 
 
@@ -158,16 +158,16 @@ def test_a_checkpoint_of_another_tokenizers_data_is_refused(tmp_path, chat, monk
     """The same sizes, other tokens: it would train, and mean nothing."""
     from dataclasses import replace
 
-    from harness.checkpoints import Checkpoint
     from harness.planning.resume import check_fits
-    from harness.rundir import create
+    from harness.run.checkpoints import Checkpoint
+    from harness.run.directory import create
 
     e = load_catalog().find("801").with_changes(data="chat")
     run = create(tmp_path, "before")
     run.freeze_experiment(e.with_changes(data="old"), "cpu", None)
-    chosen = prepared.find("chat")
+    chosen = data_sets.find("chat")
     others = {"chat": chosen, "old": replace(chosen, name="old", tokenizer_sha256="other")}
-    monkeypatch.setattr(prepared, "find", lambda name, folder=tmp_path: others[name])
+    monkeypatch.setattr(data_sets, "find", lambda name, folder=tmp_path: others[name])
     found = Checkpoint(run.checkpoints / "iter_0000005", 5, 0, None)
     with pytest.raises(UserError, match="was trained on old, DATA=chat was made by another tokenizer\nprepare chat again with TOKENIZER="):
         check_fits(found, e)
@@ -180,5 +180,5 @@ def test_weights_without_a_tokenizer_refuse_more_tokens_than_they_know(chat):
 
     model = load_catalog().find("801").model
     with pytest.raises(UserError, match="DATA=chat has 257 tokens, gpt3-345m-tuned knows 200\nprepare it again with TOKENIZER=the folder"):
-        check_data(model.model_copy(update={"vocab_size": 200}), None, prepared.blend("chat"))
-    check_data(model, None, prepared.blend("chat"))
+        check_data(model.model_copy(update={"vocab_size": 200}), None, data_sets.blend("chat"))
+    check_data(model, None, data_sets.blend("chat"))

@@ -9,8 +9,8 @@ import pytest
 
 pytest.importorskip("numpy", reason="the set-up stage `heavy` is not installed")
 
-from harness.experiment.flops import share_of_upstreams
 from harness.machine.upstream import locate
+from harness.predict.flops import share_of_upstreams
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_chat import LORA, READ, STEPS, adapters, losses, make_data, make_weights, tune

@@ -11,7 +11,7 @@ import pytest
 from harness import ROOT
 from harness.evidence.results import load_references
 from harness.experiment.catalog import Lora, load_catalog
-from harness.experiment.flops import (
+from harness.predict.flops import (
     count_parameters,
     mfu,
     padded_vocab_size,

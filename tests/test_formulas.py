@@ -3,7 +3,7 @@
 import pytest
 
 from harness.experiment.catalog import Experiment, load_catalog
-from harness.experiment.formulas import OF_EXPERIMENT, activations_per_sbh, attention_exchange_mib, idle_share
+from harness.predict.formulas import OF_EXPERIMENT, activations_per_sbh, attention_exchange_mib, idle_share
 
 
 def find(id_: str, **changes: object) -> Experiment:

@@ -19,13 +19,14 @@ from typing import Any
 import pytest
 import yaml
 
-from harness import ROOT, rundir
-from harness.data import header, manifest, prepared
+from harness import ROOT
+from harness.data import data_sets, header, manifest
 from harness.errors import UserError
 from harness.evidence import results, tables
 from harness.experiment.catalog import load_catalog
 from harness.experiment.constraints import divisors
-from harness.files import json_object, read_object
+from harness.run import directory
+from harness.system.files import json_object, read_object
 
 EXPERIMENTS, RECORDS = ROOT / "experiments", ROOT / "experiments" / "records"
 QUICK, LONG = 30, 500
@@ -178,7 +179,7 @@ def run_directory(outdir: Path) -> None:
     (run / "ranks").mkdir(parents=True)
     (run / "experiment.json").write_text(json.dumps({**kept["experiment"], "device": "cuda", "commit": "c", "saving": {
         "every": 5, "keep": 2, "folder": None}}))
-    (run / "result.json").write_text(json.dumps({k: v for k, v in kept.items() if k in rundir.Result.model_fields}))
+    (run / "result.json").write_text(json.dumps({k: v for k, v in kept.items() if k in directory.Result.model_fields}))
     (run / "environment.json").write_text(json.dumps(kept["environment"]))
     shutil.copy(RECORDS / "h200-141gb/101.metrics.jsonl", run / "metrics.jsonl")
     (run / "validation.jsonl").write_text('{"step": 5, "split": "valid", "loss": 3.5, "time": 1.0}\n')
@@ -194,7 +195,7 @@ def run_directory(outdir: Path) -> None:
 def read_run(outdir: Path) -> tuple[str, ...]:
     """All that tables, checkpoints and stop ask of a run; returns the warnings."""
     warnings = shown(results.collect_runs(outdir, references()))
-    run = rundir.RunDir(outdir / "101-run")
+    run = directory.RunDir(outdir / "101-run")
     assert isinstance(run.checkpoints, Path)
     for ask in (run.read_saving, run.read_running, run.read_metrics, run.read_validation, run.read_saves, run.read_ranks,
                 run.read_rank_errors, run.stacks):
@@ -214,7 +215,7 @@ def data_set(folder: Path) -> None:
     """A prepared pair of two documents, with its manifest."""
     home = folder / "mine"
     home.mkdir()
-    prefix = prepared.prefix_of("mine", folder)
+    prefix = data_sets.prefix_of("mine", folder)
     lengths, pointers, documents = (3, 2), (0, 6), (0, 1, 2)
     header.bin_path(prefix).write_bytes(struct.pack("<5H", 1, 2, 3, 4, 5))
     header.idx_path(prefix).write_bytes(b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 8, 2, 3) + struct.pack("<2i", *lengths)
@@ -233,8 +234,8 @@ def data_set(folder: Path) -> None:
 
 def read_data(folder: Path) -> None:
     manifest.read_manifest(folder / "mine")
-    prepared.prepared(folder)
-    prepared.blend("mine", folder)
+    data_sets.prepared(folder)
+    data_sets.blend("mine", folder)
 
 
 INDEX = "model.safetensors.index.json"

@@ -13,11 +13,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 import tiny_hf
 
 from harness import generate
-from harness.checkpoints import Checkpoint
-from harness.data.prepared import DATA
+from harness.data.data_sets import DATA
 from harness.errors import UserError
 from harness.experiment.catalog import load_catalog
 from harness.generate import Sampling
+from harness.run.checkpoints import Checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 SENTENCE = "the quick brown fox jumps over the lazy dog while seven wizards quietly mix a jug of liquid oxygen"

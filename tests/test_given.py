@@ -5,16 +5,16 @@ import re
 import pytest
 
 from harness import cli
-from harness.checkpoints import Checkpoint, Contents
 from harness.errors import UserError
 from harness.evidence import memory
 from harness.experiment import overrides
 from harness.experiment.catalog import load_catalog
-from harness.experiment.layouts import layouts
 from harness.experiment.overrides import FIELDS
 from harness.planning import resume, start
 from harness.planning.miniature import miniature
 from harness.planning.plan import plan
+from harness.predict.layouts import layouts
+from harness.run.checkpoints import Checkpoint, Contents
 
 CATALOG = load_catalog()
 
@@ -62,7 +62,7 @@ def test_intervals_of_a_long_run_are_its_own_where_its_steps_are_given():
 
 def test_a_learning_rate_that_is_given_is_not_scaled_for_conversations(monkeypatch):
     row = CATALOG.find("801")
-    monkeypatch.setattr("harness.data.prepared.is_chat", lambda data: True)
+    monkeypatch.setattr("harness.data.data_sets.is_chat", lambda data: True)
     monkeypatch.setattr("harness.planning.miniature._vocabulary", lambda e: 256)
     assert miniature(row).lr > row.lr
     asked = miniature(row, given={"LR": str(row.lr)})

@@ -13,7 +13,7 @@ import pytest
 from harness.entry.report import RankReport
 from harness.errors import UserError
 from harness.machine import gpus
-from harness.rundir import RunDir
+from harness.run.directory import RunDir
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30

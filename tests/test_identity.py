@@ -14,15 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from harness import ROOT, cli, finding, rundir
-from harness.checkpoints import FAILED, TRACKER, Loading, Saving
+from harness import ROOT, cli
 from harness.errors import UserError
 from harness.evidence import records
-from harness.evidence.measured import measure
 from harness.evidence.results import collect, load_references
 from harness.experiment import identity, overrides
 from harness.experiment.catalog import Experiment, load_catalog
-from harness.files import write_json
 from harness.launching import failed_load, launch, processes, verify
 from harness.launching.launch import Finished
 from harness.launching.terminal import PlainTerminal
@@ -30,7 +27,11 @@ from harness.machine.provenance import describe_upstream
 from harness.planning import resume, resumed
 from harness.planning.command import Extras
 from harness.planning.plan import Plan, plan
-from harness.rundir import Change, Result, RunDir, StepMetrics
+from harness.run import directory, finding
+from harness.run.checkpoints import FAILED, TRACKER, Loading, Saving
+from harness.run.directory import Change, Result, RunDir, StepMetrics
+from harness.run.step_statistics import measure
+from harness.system.files import write_json
 
 
 def load(name: str):
@@ -116,7 +117,7 @@ def test_labels_of_different_experiments_differ(tmp_path, key, first, second):
     labels = [row.with_changes(overrides={"STEPS": "20", key: value}).label for value in (first, second)]
     assert labels[0] != labels[1] and all(label.startswith("101-gpt2xl-dp1-gbs1-bf16_steps20_") for label in labels)
     for label in labels:
-        rundir.create(tmp_path, label)
+        directory.create(tmp_path, label)
     assert row.with_changes(overrides={"SPLIT": "9,1", "LR": "1e-3"}).label == "101-gpt2xl-dp1-gbs1-bf16_split9,1_lr1e-3"
 
 
@@ -240,7 +241,7 @@ def test_a_resumed_run_keeps_its_checkpoints_where_they_are(tmp_path, settings, 
 def test_a_run_that_kept_none_is_not_resumed_whatever_save_says(tmp_path):
     """Its curve would be cut off and begin anew."""
     e = planned(tmp_path).experiment
-    run = rundir.create(tmp_path, e.label)
+    run = directory.create(tmp_path, e.label)
     run.freeze_experiment(e, "cpu", None)
     with pytest.raises(UserError, match="kept no checkpoints, there is nothing to go on from"):
         planned(tmp_path, RESUME="1", SAVE="1")
@@ -337,7 +338,7 @@ def test_a_checkpoint_is_not_marked_for_what_its_bytes_are_not_to_blame_for(tmp_
     plan_ = resuming(tmp_path, run, "load-fails", 5, changed=changed)
     trace = "in train_step\n" if spared == "elsewhere" else 'File "x", line 2, in load_checkpoint\n'
     kind = "AssertionError" if spared == "program" else "RuntimeError"
-    error = rundir.RankError(rank=0, type=kind, message="m", traceback=trace, time=0)
+    error = directory.RankError(rank=0, type=kind, message="m", traceback=trace, time=0)
     status = "oom" if spared == "memory" else "crash"
     content = {"status": status, "exit_code": 1, "started": 0, "finished": 1, "steps": 20, "steps_done": 5, "data": "mock", "device": "cpu"}
     result = Result.model_validate(content | {"upstream": describe_upstream().model_dump()})

@@ -11,9 +11,9 @@ from harness import ROOT, cli
 from harness.errors import UserError
 from harness.experiment.catalog import load_catalog
 from harness.machine import upstream
-from harness.megatron import known_arguments
-from harness.megatron.flags import megatron_flags
-from harness.megatron.known_arguments import PINNED, check, described, identity, table
+from harness.upstreams.megatron_lm import known_arguments
+from harness.upstreams.megatron_lm.flags import megatron_flags
+from harness.upstreams.megatron_lm.known_arguments import PINNED, check, described, identity, table
 
 WRONG = {
     "--nonsense 4": "upstream has no argument --nonsense; ",
@@ -95,7 +95,7 @@ def test_another_upstream_is_asked_once_and_without_torch_not_at_all(monkeypatch
         check("--its-own")
         with pytest.raises(UserError, match="upstream has no argument --lr; valid: --its-own"):
             check("--lr 1")
-    assert len(asked) == 1 and asked[0][:3] == [sys.executable, "-m", "harness.megatron.known_arguments"]
+    assert len(asked) == 1 and asked[0][:3] == [sys.executable, "-m", "harness.upstreams.megatron_lm.known_arguments"]
 
 
 def test_the_arguments_of_packages_that_add_some_are_left_to_upstream(monkeypatch):
@@ -106,14 +106,14 @@ def test_the_arguments_of_packages_that_add_some_are_left_to_upstream(monkeypatc
 
 @pytest.mark.cpu
 def test_the_table_is_that_of_the_pinned_release():
-    """Where this fails after upstream moved: python -m harness.megatron.known_arguments."""
+    """Where this fails after upstream moved: python -m harness.upstreams.megatron_lm.known_arguments."""
     pinned = json.loads(PINNED.read_text(encoding="utf-8"))
     assert (identity(), described()) == (pinned["identity"], pinned["arguments"])
 
 
 @pytest.mark.cpu
 def test_every_file_that_makes_the_parser_counts_in_its_identity(monkeypatch):
-    from harness.megatron.arguments import import_upstream, upstream_parser
+    from harness.upstreams.megatron_lm.arguments import import_upstream, upstream_parser
 
     import_upstream()
     from megatron.training import argument_utils, arguments

@@ -15,15 +15,15 @@ from pathlib import Path
 
 import pytest
 
-from harness.checkpoints import Loading, Saving
 from harness.errors import UserError
-from harness.evidence import measured
-from harness.files import write_json
 from harness.launching import launch, processes
 from harness.launching.terminal import PlainTerminal
 from harness.machine import gpus
 from harness.planning.command import Extras
-from harness.rundir import RunDir
+from harness.run import step_statistics
+from harness.run.checkpoints import Loading, Saving
+from harness.run.directory import RunDir
+from harness.system.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCHER = Path(__file__).parent / "test_launch_assets" / "launcher.py"
@@ -87,7 +87,7 @@ def test_a_run_leaves_everything_that_a_run_directory_holds(tmp_path):
     assert directory.path == tmp_path / "101-tiny-dp2_cpu"
     assert (finished.exit_status, result.status, result.exit_code) == (0, "ok", 0)
     assert (result.steps, result.steps_done, result.window) == (8, 8, (6, 8))
-    assert result.step_ms == measured.spread([106, 107, 108]) and result.step_ms.median == 107
+    assert result.step_ms == step_statistics.spread([106, 107, 108]) and result.step_ms.median == 107
     assert (result.tflops, result.tokens_per_s, result.mfu) == (2.0, 50.0, None)
     assert (result.memory_gib.allocated, result.memory_gib.reserved) == (2.0, 3.0), "of the fullest rank"
     assert result.loss.first == 9.9 and result.loss.last == pytest.approx(9.2)
@@ -388,5 +388,5 @@ def test_a_run_that_is_refused_leaves_the_run_that_it_would_have_resumed(tmp_pat
 
 
 def test_a_spread_of_one_value_has_no_deviation():
-    assert measured.spread([5.0]).model_dump() == {"median": 5, "q1": 5, "q3": 5, "mean": 5, "stdev": 0, "min": 5, "max": 5, "n": 1}
-    assert measured.spread([]) is None
+    assert step_statistics.spread([5.0]).model_dump() == {"median": 5, "q1": 5, "q3": 5, "mean": 5, "stdev": 0, "min": 5, "max": 5, "n": 1}
+    assert step_statistics.spread([]) is None

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from harness.rundir import RunDir
+from harness.run.directory import RunDir
 
 pytestmark = pytest.mark.cpu
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from harness.checkpoints import Loading, Saving
-from harness.data import prepared
+from harness.data import data_sets
 from harness.errors import UserError
 from harness.launching import agreement, links, meeting
 from harness.launching.meeting import told_to_others
 from harness.launching.outcome import Evidence, classify
 from harness.planning.command import Extras, Place
+from harness.run.checkpoints import Loading, Saving
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_launch import make_plan, of_run, run, start, the_run, until
@@ -127,8 +127,8 @@ def test_other_text_under_the_name_of_a_data_set_is_another_data_set(tmp_path, m
         for end, written in (("bin", content), ("idx", b"the same")):
             (home / f"mine_text_document.{end}").write_bytes(written)
         prefix = home / "mine_text_document"
-        mine = prepared.DataSet("mine", prefix, "NullTokenizer", None, 10, "same", 1, 1, 2, fingerprint="")
-        monkeypatch.setattr(prepared, "blend", lambda _, mine=mine: prepared.Blend((mine,)))
+        mine = data_sets.DataSet("mine", prefix, "NullTokenizer", None, 10, "same", 1, 1, 2, fingerprint="")
+        monkeypatch.setattr(data_sets, "blend", lambda _, mine=mine: data_sets.Blend((mine,)))
         known.append(agreement.facts(make_plan(tmp_path, "ok", data="mine")))
     (line,) = agreement.differences(*known, ("node 0", "node 1"))
     assert line.startswith("data mine bin ends: ")

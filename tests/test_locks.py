@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from harness import locks
 from harness.errors import UserError
+from harness.system import locks
 
 ROOT = Path(__file__).resolve().parent.parent
 HOLD = """
 import subprocess, sys, time
 from pathlib import Path
-from harness import locks
+from harness.system import locks
 locks.BEAT_S = 0.05
 locks.take(Path(sys.argv[1]))
 if len(sys.argv) > 2:

@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from harness import checkpoints
-from harness.rundir import RunDir
+from harness.run import checkpoints
+from harness.run.directory import RunDir
 
 pytestmark = [pytest.mark.cpu, pytest.mark.full]
 ROOT = Path(__file__).resolve().parent.parent

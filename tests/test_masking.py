@@ -11,14 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from harness import ROOT, cli, screen
+from harness import ROOT, cli
 from harness.errors import UserError
 from harness.experiment import overrides
 from harness.experiment.catalog import load_catalog
 from harness.launching import slurm
-from harness.masking import hide, mask, reveal
 from harness.planning.command import shell_word
 from harness.planning.plan import plan
+from harness.system import screen
+from harness.system.masking import hide, mask, reveal
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 

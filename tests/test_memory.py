@@ -12,10 +12,10 @@ from harness.cli import RECORDS, main
 from harness.evidence.facts import Facts
 from harness.evidence.results import load_references
 from harness.experiment.catalog import load_catalog
-from harness.experiment.fit import levers, verdict, ways_to_fit
-from harness.experiment.flops import adapter_parameters, parameters_on, state_gib, state_on
 from harness.experiment.hardware import find_gpu
-from harness.experiment.memory import (
+from harness.predict.capacity import levers, verdict, ways_to_fit
+from harness.predict.flops import adapter_parameters, parameters_on, state_gib, state_on
+from harness.predict.memory import (
     _backward_bytes,
     _gathered_layers,
     _layers_in_flight,

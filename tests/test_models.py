@@ -11,13 +11,13 @@ import pytest
 from harness import parity
 from harness.errors import UserError
 from harness.experiment.catalog import Model, load_catalog
-from harness.experiment.flops import count_parameters, padded_vocab_size, state_gib, state_of_parameter, upstream_flops
 from harness.machine.requirements import check_machine
-from harness.megatron.environment import variables
-from harness.megatron.flags import megatron_flags
 from harness.parity import tiny
 from harness.planning.miniature import describe, miniature
-from harness.rundir import RUN_DIR_VARIABLE, RunDir
+from harness.predict.flops import count_parameters, padded_vocab_size, state_gib, state_of_parameter, upstream_flops
+from harness.run.directory import RUN_DIR_VARIABLE, RunDir
+from harness.upstreams.megatron_lm.environment import variables
+from harness.upstreams.megatron_lm.flags import megatron_flags
 
 CATALOG = load_catalog()
 ROWS = CATALOG.in_chapter(600) + CATALOG.in_chapter(700)
@@ -166,7 +166,7 @@ def test_a_miniature_has_a_fourth_of_the_experts_but_enough_for_its_ranks(id_, e
 
 def test_a_miniature_that_learns_to_talk_has_room_and_a_rate_for_its_width(monkeypatch):
     chat = type("Blend", (), {"sets": (type("Set", (), {"vocab_size": 50257, "chat": True}),)})
-    monkeypatch.setattr("harness.data.prepared.blend", lambda data: chat)
+    monkeypatch.setattr("harness.data.data_sets.blend", lambda data: chat)
     full = CATALOG.find("801").with_changes(data="chat")
     small = miniature(full)
     assert (small.seq_length, small.steps, small.model.hidden_size) == (128, full.steps, 64)
@@ -194,7 +194,7 @@ def test_a_smaller_tokenizer_leaves_the_model_as_it_is(monkeypatch):
     """GPT-2's tokens train Llama's 128,256 words: upstream would otherwise build the model from the tokenizer."""
     first = type("Set", (), {"tokenizer_type": "NullTokenizer", "tokenizer_model": None, "vocab_size": 50257, "chat": False})
     blend = type("Blend", (), {"sets": (first,), "data_path": ("1", "x"), "cache": "c"})
-    monkeypatch.setattr("harness.data.prepared.blend", lambda data: blend)
+    monkeypatch.setattr("harness.data.data_sets.blend", lambda data: blend)
     e = CATALOG.find("615").with_changes(data="text")
     assert f"--make-vocab-size-divisible-by {padded_vocab_size(128256, 2) // 2}" in words(e)
     assert "--make-vocab-size-divisible-by" not in words(CATALOG.find("101").with_changes(data="text"))

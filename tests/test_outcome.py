@@ -7,7 +7,7 @@ import pytest
 
 from harness.experiment.catalog import Experiment, Model
 from harness.launching.outcome import Evidence, classify, memory_levers, where_ranks_wait
-from harness.rundir import RankError, StepMetrics
+from harness.run.directory import RankError, StepMetrics
 
 LOGS = Path(__file__).with_name("test_outcome_logs")
 

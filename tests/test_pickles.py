@@ -16,7 +16,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from checkpoint_files import Index, Info, Metadata, Object, Size, Tensor, as_torch_pickles, write
 
-from harness import checkpoints, pickles
+from harness.run import checkpoints, pickles
 
 ROOT = Path(__file__).resolve().parent.parent
 MAGIC = 0x1950A86A20F9469CFC6C
@@ -227,7 +227,7 @@ state = {"weight": torch.zeros(3), "args": None}
 checkpoint.load(state, checkpoint_id=folder / "saved", no_dist=True)
 assert state["weight"].sum() == 3 and state["args"].lr == 1e-4
 tensor = pickle.dumps(torch.arange(3))
-assert torch.equal(__import__("harness.pickles").pickles.checked.loads(tensor), torch.arange(3))
+assert torch.equal(__import__("harness.run.pickles").pickles.checked.loads(tensor), torch.arange(3))
 print(json.dumps(opened))
 """
 

@@ -10,14 +10,14 @@ import pytest
 
 from harness import ROOT
 from harness.errors import UserError
-from harness.evidence import figures, plots
-from harness.evidence.figures import Figure, Panel, Point, Series, load_panels, sweeps, thinned
-from harness.evidence.measured import measure
 from harness.evidence.results import collect_runs, load_references
 from harness.experiment.catalog import Experiment, load_catalog
-from harness.experiment.flops import tflops_per_gpu
-from harness.experiment.timeline import Times, Work, bubble_fraction, order, simulate
-from harness.rundir import Result, StepMetrics
+from harness.pages import figures, plots
+from harness.pages.figures import Figure, Panel, Point, Series, load_panels, sweeps, thinned
+from harness.predict.flops import tflops_per_gpu
+from harness.predict.timeline import Times, Work, bubble_fraction, order, simulate
+from harness.run.directory import Result, StepMetrics
+from harness.run.step_statistics import measure
 
 RECORDS = ROOT / "experiments" / "records"
 SIZES = [(2, 2, 1), (4, 8, 1), (8, 1, 1), (8, 4, 1), (8, 32, 1), (4, 4, 2), (4, 8, 2), (4, 12, 3), (8, 8, 9), (4, 4, 18)]

@@ -13,9 +13,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from checkpoint_files import write
 from crash_image import CrashImage
 
-from harness import checkpoints, checksums
-from harness.files import make_folder, write_text
-from harness.rundir import RunDir
+from harness.run import checkpoints, checksums
+from harness.run.directory import RunDir
+from harness.system.files import make_folder, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -16,19 +16,19 @@ from harness.entry import profiler
 from harness.entry.phases import wrap_phases
 from harness.entry.report import RankReport
 from harness.errors import UserError
-from harness.evidence import profiles as pages
 from harness.evidence.records import record
 from harness.evidence.results import load_references
 from harness.experiment.catalog import load_catalog
 from harness.experiment.overrides import apply
-from harness.files import write_json
-from harness.megatron.environment import variables
+from harness.pages import profiles as pages
 from harness.profiling import profile, summary, trace
 from harness.profiling.kernels import Category, category_of
 from harness.profiling.profile import Profile, find, of_run, render
 from harness.profiling.summary import cut, summarise
 from harness.profiling.trace import Activity, Range, parse, read
-from harness.rundir import RunDir, StepMetrics
+from harness.run.directory import RunDir, StepMetrics
+from harness.system.files import write_json
+from harness.upstreams.megatron_lm.environment import variables
 
 MAIN, AUTOGRAD, GLOO = 1, 2, 3
 GEMM, LAYER_NORM = "nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_TNT", "void transformer_engine::normalization::ln_fwd_tuned_kernel<...>"

@@ -8,7 +8,7 @@ import pytest
 
 from harness.profiling.kernels import Category
 from harness.profiling.profile import Profile, find
-from harness.rundir import RunDir
+from harness.run.directory import RunDir
 
 pytestmark = pytest.mark.cpu
 ROOT = Path(__file__).resolve().parent.parent

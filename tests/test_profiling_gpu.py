@@ -9,7 +9,7 @@ import pytest
 from harness.profiling.kernels import Category
 from harness.profiling.profile import find
 from harness.profiling.trace import read
-from harness.rundir import RunDir
+from harness.run.directory import RunDir
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -9,15 +9,15 @@ import yaml
 
 from harness import ROOT
 from harness.errors import UserError
-from harness.evidence.measured import BETWEEN_RUNS, measure, step_noise_ms
 from harness.evidence.records import folder_of, metrics_of, read, record, same_work
 from harness.evidence.results import REFERENCES, collect_records, load_references
 from harness.evidence.tables import render
 from harness.experiment.catalog import load_catalog
-from harness.experiment.flops import share_of_upstreams, tflops_per_gpu
 from harness.experiment.hardware import find_gpu, peak_tflops
-from harness.files import write_json
-from harness.rundir import Result, RunDir, StepMetrics
+from harness.predict.flops import share_of_upstreams, tflops_per_gpu
+from harness.run.directory import Result, RunDir, StepMetrics
+from harness.run.step_statistics import BETWEEN_RUNS, measure, step_noise_ms
+from harness.system.files import write_json
 
 RECORDS = ROOT / "experiments" / "records"
 FILES = sorted(RECORDS.glob("*/*.json"))

@@ -13,13 +13,13 @@ import pytest
 
 from harness import ROOT, cli
 from harness.evidence import tables
-from harness.evidence.figures import load_profiles
-from harness.evidence.measured import measure
-from harness.evidence.report import page
-from harness.evidence.report.data import make_command, page_values
 from harness.evidence.results import collect, load_references
 from harness.experiment.catalog import load_catalog
-from harness.rundir import Result, StepMetrics
+from harness.pages.figures import load_profiles
+from harness.pages.report import page
+from harness.pages.report.data import make_command, page_values
+from harness.run.directory import Result, StepMetrics
+from harness.run.step_statistics import measure
 
 RECORDS = ROOT / "experiments" / "records"
 IDS = [e.id for e in load_catalog().experiments if e.chapter < 600]

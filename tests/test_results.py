@@ -7,18 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from harness import rundir
 from harness.errors import UserError
-from harness.evidence.measured import measure
 from harness.evidence.records import metrics_of
 from harness.evidence.results import Results, Row, collect, load_references, losses
 from harness.evidence.tables import render, values
 from harness.experiment import overrides
 from harness.experiment.catalog import load_catalog
-from harness.experiment.flops import share_of_upstreams
-from harness.files import write_json
 from harness.planning.miniature import miniature
-from harness.rundir import Result, StepMetrics
+from harness.predict.flops import share_of_upstreams
+from harness.run import directory
+from harness.run.directory import Result, StepMetrics
+from harness.run.step_statistics import measure
+from harness.system.files import write_json
 
 CATALOG = load_catalog()
 REFERENCES = load_references()
@@ -39,8 +39,8 @@ def result(status="ok", **changes):
     } | changes
 
 
-def write_run(outdir: Path, e, outcome: dict | None, steps: int = 20) -> rundir.RunDir:
-    run = rundir.create(outdir, e.label)
+def write_run(outdir: Path, e, outcome: dict | None, steps: int = 20) -> directory.RunDir:
+    run = directory.create(outdir, e.label)
     run.freeze_experiment(e, "cpu" if e.miniature else "cuda", "abc")
     write_json(run.environment, {"gpu": None if e.miniature else H200})
     lines = [StepMetrics(step=n, loss=11 - n / 10, step_ms=376.3, tflops=400.0, time=1.0) for n in range(1, steps + 1)]
@@ -78,7 +78,7 @@ def row(id_="111", status="ok", gpu=H200, settings=None, **changes) -> Row:
 def lora_run(outdir: Path, lines: list[StepMetrics], counted: str):
     """A run of 811 with these metrics, whose result states TFLOP/s as ``counted``."""
     e = experiment("811", STEPS=str(len(lines)))
-    run = rundir.create(outdir, e.label)
+    run = directory.create(outdir, e.label)
     run.freeze_experiment(e, "cuda", "abc")
     run.metrics.write_text("".join(f"{line.model_dump_json(exclude_none=True)}\n" for line in lines))
     content = Result.model_validate({**result(), "steps": len(lines), **measure(e, lines, 989.5, counted=counted), "peak_tflops": 989.5})

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from harness import ROOT, cli, screen
+from harness import ROOT, cli
+from harness.system import screen
 
 
 @pytest.fixture

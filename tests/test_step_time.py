@@ -9,14 +9,15 @@ from harness.cli import RECORDS, main
 from harness.errors import UserError
 from harness.evidence import calibrate, results, speed
 from harness.evidence.facts import Facts
-from harness.experiment import calibrations, layouts, overrides, step_time, timeline
-from harness.experiment.calibrations import Machine
+from harness.experiment import overrides
 from harness.experiment.catalog import Lora, load_catalog
-from harness.experiment.fit import verdict
 from harness.experiment.hardware import find_gpu
-from harness.experiment.memory import predict
-from harness.experiment.step_time import unknown
-from harness.experiment.work import MESSAGE_S, OPERATION_S, Calibration, _filled
+from harness.predict import calibrations, layouts, step_time, timeline
+from harness.predict.calibrations import Machine
+from harness.predict.capacity import verdict
+from harness.predict.memory import predict
+from harness.predict.step_time import unknown
+from harness.predict.work import MESSAGE_S, OPERATION_S, Calibration, _filled
 
 CATALOG = load_catalog()
 FACTS = Facts.load(RECORDS)

@@ -18,7 +18,7 @@ from harness.evidence.results import Row, load_references
 from harness.experiment import overrides
 from harness.experiment.catalog import load_catalog
 from harness.planning.miniature import miniature
-from harness.rundir import Result
+from harness.run.directory import Result
 
 CATALOG = load_catalog()
 GROUP = load_references().published

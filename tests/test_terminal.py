@@ -12,7 +12,7 @@ import pytest
 
 from harness.launching import terminal
 from harness.launching.terminal import PlainTerminal, Progress, phase_of, step_line, summary
-from harness.rundir import Losses, MemoryGib, Result, Spread
+from harness.run.directory import Losses, MemoryGib, Result, Spread
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -12,12 +12,13 @@ from types import ModuleType
 
 import pytest
 
-from harness import ROOT, tensorboard
+from harness import ROOT
 from harness.entry import tracking
 from harness.errors import UserError
 from harness.experiment.catalog import load_catalog
-from harness.files import write_json
-from harness.rundir import Rank, RunDir, StepMetrics
+from harness.run import tensorboard
+from harness.run.directory import Rank, RunDir, StepMetrics
+from harness.system.files import write_json
 
 LINE = StepMetrics(step=7, loss=2.5, step_ms=250.0, tflops=400.0, tokens_per_s=32768.0, time=1.0)
 
@@ -93,7 +94,7 @@ def test_a_port_that_is_taken() -> None:
 @pytest.mark.skipif(not find_spec("tensorboard"), reason="the set-up stage `heavy` is not installed")
 def test_tensorboard_is_served_until_ctrl_c(tmp_path: Path) -> None:
     finished(tmp_path, "one", "101")
-    code = f"import sys; from pathlib import Path; from harness import tensorboard; sys.exit(tensorboard.show({{}}, Path({str(tmp_path)!r})))"
+    code = f"import sys; from pathlib import Path; from harness.run import tensorboard; sys.exit(tensorboard.show({{}}, Path({str(tmp_path)!r})))"
     shown = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "DISPLAY": "", "WAYLAND_DISPLAY": ""})
     try:
         address = next(word for word in shown.stdout.readline().split() if word.startswith("http://localhost:"))

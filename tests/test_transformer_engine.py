@@ -12,7 +12,7 @@ import pytest
 from harness.convert.architectures import ARCHITECTURES
 from harness.convert.transforms import Sizes
 from harness.experiment.catalog import load_catalog
-from harness.experiment.flops import adapter_parameters, parameters_on
+from harness.predict.flops import adapter_parameters, parameters_on
 
 CATALOG = load_catalog()
 ROOT = Path(__file__).parents[1]

@@ -9,11 +9,11 @@ from harness import cli
 from harness.errors import UserError
 from harness.experiment import overrides, understood
 from harness.experiment.catalog import load_catalog
-from harness.experiment.flops import step_flops
-from harness.experiment.layouts import layouts
-from harness.experiment.memory import predict
-from harness.megatron.flags import megatron_flags
 from harness.planning.plan import plan
+from harness.predict.flops import step_flops
+from harness.predict.layouts import layouts
+from harness.predict.memory import predict
+from harness.upstreams.megatron_lm.flags import megatron_flags
 
 CATALOG = load_catalog()
 
@@ -162,7 +162,7 @@ def test_what_changes_no_step_changes_no_prediction(command, capsys):
 
 
 def test_neutral_arguments_are_upstreams():
-    from harness.megatron.known_arguments import table
+    from harness.upstreams.megatron_lm.known_arguments import table
 
     names = {name for row in table() for name in row["names"]}
     known = {*understood._SETTINGS, *understood._SWITCHES, *understood._CHOICES, *understood._MODEL_NUMBERS, *understood._MODEL_FRACTIONS,

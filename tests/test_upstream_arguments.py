@@ -14,11 +14,11 @@ from typing import NamedTuple
 import pytest
 
 from harness import ROOT
-from harness.checkpoints import Loading, Saving
 from harness.experiment.catalog import load_catalog
-from harness.megatron.flags import loading_flags, megatron_flags, saving_flags, tracking_flags
-from harness.megatron.known_arguments import PINNED
-from harness.megatron.tracking import Tracking
+from harness.run.checkpoints import Loading, Saving
+from harness.upstreams.megatron_lm.flags import loading_flags, megatron_flags, saving_flags, tracking_flags
+from harness.upstreams.megatron_lm.known_arguments import PINNED
+from harness.upstreams.megatron_lm.tracking import Tracking
 
 UPSTREAMS = {name: row for row in json.loads(PINNED.read_text(encoding="utf-8"))["arguments"] for name in row["names"]}
 ROPE, MOE = "--position-embedding-type rope", "--num-experts 4 --disable-bias-linear"

@@ -11,15 +11,15 @@ from harness import ROOT
 from harness.cli import main
 from harness.errors import UserError
 from harness.evidence import tables
-from harness.evidence.measured import measure
 from harness.evidence.records import read
 from harness.evidence.results import Row, collect, collect_records, collect_runs, load_references
-from harness.files import write_json
 from harness.launching import launch
 from harness.launching.verify import choose, compare, render, verify
 from harness.machine import gpus
 from harness.machine.gpus import Gpu
-from harness.rundir import MemoryGib, RunDir, StepMetrics, Upstream
+from harness.run.directory import MemoryGib, RunDir, StepMetrics, Upstream
+from harness.run.step_statistics import measure
+from harness.system.files import write_json
 
 RECORDS = ROOT / "experiments" / "records"
 KEPT = RECORDS / "h200-141gb"

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
-from harness import ROOT, yaml_files
+from harness import ROOT
 from harness.errors import UserError
+from harness.system import yaml_files
 
 
 class Inner(BaseModel):

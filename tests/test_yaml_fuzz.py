@@ -11,10 +11,10 @@ from harness import ROOT
 from harness.data import sources
 from harness.errors import UserError
 from harness.evidence.claims import load_claims
-from harness.evidence.figures import load_panels
 from harness.evidence.results import load_references
-from harness.experiment import calibrations
 from harness.experiment.catalog import load_catalog
+from harness.pages.figures import load_panels
+from harness.predict import calibrations
 
 EXPERIMENTS = ROOT / "experiments"
 ODD = (None, [], ["x"], {}, {"a": 1}, {1: 2}, 5, -1, 1.5, True, "x", "", [[1]], [None], {"x": ["y"]}, 10**30, float("nan"))

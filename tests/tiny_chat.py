@@ -11,14 +11,14 @@ from tempfile import TemporaryDirectory
 
 from harness.data.chat.byte_tokenizer import byte_folder
 from harness.data.chat.prepare import Skipped, prepare_chat
+from harness.data.data_sets import prefix_of
 from harness.data.manifest import Manifest
-from harness.data.prepared import prefix_of
 from harness.data.tokenizer import find_tokenizer
 from harness.experiment.catalog import Experiment, Lora
 from harness.machine.upstream import locate, put_on_path
-from harness.megatron.environment import variables
-from harness.megatron.flags import megatron_flags
-from harness.rundir import RUN_DIR_VARIABLE, RunDir
+from harness.run.directory import RUN_DIR_VARIABLE, RunDir
+from harness.upstreams.megatron_lm.environment import variables
+from harness.upstreams.megatron_lm.flags import megatron_flags
 
 ROOT = Path(__file__).resolve().parent.parent
 READ = [sys.executable, str(ROOT / "tests" / "read_chat.py")]

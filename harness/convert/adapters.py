@@ -20,8 +20,8 @@ from harness.convert.architectures import EMBEDDING, LAYERS, Row, architecture_o
 from harness.convert.torch_dist import Checkpoint
 from harness.convert.transforms import FUSED_QKV, TRANSPOSED, Sizes
 from harness.errors import UserError
-from harness.files import sync_folder, sync_tree, write_json
 from harness.finetune.adapters import KEY, PARENTS, TENSORS, Adapters, read_record
+from harness.system.files import sync_folder, sync_tree, write_json
 
 _FAN_IN_FAN_OUT = (FUSED_QKV, TRANSPOSED)
 """Transforms of weights that Hugging Face keeps as [in, out]."""

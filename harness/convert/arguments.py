@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from harness.errors import UserError
 from harness.experiment.catalog import Experiment, Model, Yarn
-from harness.megatron.arguments import import_upstream, upstream_parser
-from harness.megatron.flags import model_flags
+from harness.upstreams.megatron_lm.arguments import import_upstream, upstream_parser
+from harness.upstreams.megatron_lm.flags import model_flags
 
 _UNSUPPORTED = {
     "multi_latent_attention": False, "heterogeneous_layers_config_path": None, "mtp_num_layers": None,

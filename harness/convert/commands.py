@@ -8,14 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from harness import ROOT
-from harness.checkpoints import METADATA, TRACKER
 from harness.convert.weights import WEIGHTS
-from harness.data import prepared
+from harness.data import data_sets
 from harness.errors import UserError
 from harness.experiment import overrides
-from harness.files import expanded
-from harness.finding import label_of
 from harness.finetune.adapters import FOLDER, read_record
+from harness.run.checkpoints import METADATA, TRACKER
+from harness.run.finding import label_of
+from harness.system.files import expanded
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -37,7 +37,7 @@ def import_hf(settings: Mapping[str, str], folder: Path = WEIGHTS) -> int:
     layout = {axis.lower(): overrides.count(axis, settings[axis]) for axis in ("TP", "PP", "EP") if axis in settings}
     from harness.convert.importing import import_folder
 
-    data = prepared.blend(settings["DATA"]) if settings.get("DATA", prepared.MOCK) != prepared.MOCK else None
+    data = data_sets.blend(settings["DATA"]) if settings.get("DATA", data_sets.MOCK) != data_sets.MOCK else None
     begun = time.monotonic()
     weights = import_folder(source, target, name, data=data, **layout)
     print(f"{target}: {weights.architecture}, {weights.parameters:,} parameters, {weights.bytes / 2**30:.2f} GiB "

@@ -18,7 +18,7 @@ from harness.convert.safetensor_files import SHARD_BYTES, sliced, writing
 from harness.convert.torch_dist import Checkpoint
 from harness.convert.transforms import Sizes
 from harness.errors import UserError
-from harness.files import sync_folder, sync_tree
+from harness.system.files import sync_folder, sync_tree
 
 
 @dataclass(frozen=True)

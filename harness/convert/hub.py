@@ -9,7 +9,7 @@ from typing import Any
 
 from harness.convert.architectures import ARCHITECTURES, Architecture
 from harness.errors import UserError, first_line
-from harness.files import expanded
+from harness.system.files import expanded
 
 WANTED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 CONFIG = "config.json"

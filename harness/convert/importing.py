@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.checkpoints import TRACKER
 from harness.convert import arguments, hub, torch_dist
 from harness.convert.architectures import EMBEDDING, EXPERTS, LAYERS, LM_HEAD, Architecture, Row
 from harness.convert.mxfp4 import Dequantized
@@ -19,9 +18,10 @@ from harness.convert.safetensor_files import FLOATS, Tensors, open_folder
 from harness.convert.torch_dist import Piece
 from harness.convert.transforms import Sizes
 from harness.convert.weights import HF, RECORD, RELEASE, Weights, check_data
-from harness.data.prepared import Blend
+from harness.data.data_sets import Blend
 from harness.errors import UserError
-from harness.files import replace_folder, write_json
+from harness.run.checkpoints import TRACKER
+from harness.system.files import replace_folder, write_json
 
 WIDEST_TP = 8
 """Vocabularies get rows for as many tensor-parallel ranks at least; powers of 2 below find theirs among them."""

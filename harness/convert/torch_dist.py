@@ -39,9 +39,9 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from harness import checkpoints, checksums, pickles
-from harness.checkpoints import METADATA, TRACKER
 from harness.errors import UserError
+from harness.run import checkpoints, checksums, pickles
+from harness.run.checkpoints import METADATA, TRACKER
 
 CONFIG = "metadata.json"
 COMMON = "common_state/shard_0_1"

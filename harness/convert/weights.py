@@ -15,10 +15,10 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from harness import ROOT
-from harness.data.prepared import Blend
+from harness.data.data_sets import Blend
 from harness.errors import UserError
 from harness.experiment.catalog import Model
-from harness.files import expanded
+from harness.system.files import expanded
 
 _ONLY_TRAINING = ("dropout", "init_method_std", "moe_aux_loss_coeff", "moe_z_loss_coeff")
 _TRAINING = (*_ONLY_TRAINING, "name", "ffn_hidden_size", "num_query_groups", "kv_channels", "moe_ffn_hidden_size")

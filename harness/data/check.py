@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.data import indexed
+from harness.data.data_sets import DATA, find, prefix_of
 from harness.data.header import FormatError, idx_path
 from harness.data.manifest import Manifest, read_manifest
-from harness.data.prepared import DATA, find, prefix_of
 from harness.errors import UserError, first_line
 
 

@@ -11,16 +11,16 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from harness.data.data_sets import DATA, blend, check_name, find, prepared
 from harness.data.documents import RULES as READING
 from harness.data.documents import TextFile
 from harness.data.manifest import Manifest, read_manifest
-from harness.data.prepared import DATA, blend, check_name, find, prepared
 from harness.data.progress import Progress, amount, duration
 from harness.data.sources import definition, definitions, local_files
 from harness.errors import UserError, nearest
 from harness.experiment import overrides
-from harness.files import expanded, replace_folder, told_if_unwritable
-from harness.screen import say
+from harness.system.files import expanded, replace_folder, told_if_unwritable
+from harness.system.screen import say
 
 HOW = ("TOKENIZER", "WORKERS", "FORCE", "HUB", "SIZE_MB", "NAME", "LIMIT")
 """Settings of ``make data-<name>``."""

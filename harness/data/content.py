@@ -10,9 +10,9 @@ import functools
 import hashlib
 from pathlib import Path
 
+from harness.data.data_sets import DATA, MOCK, DataSet, blend
 from harness.data.header import bin_path, idx_path
 from harness.data.manifest import read_manifest
-from harness.data.prepared import DATA, MOCK, DataSet, blend
 from harness.errors import UserError
 
 WHOLE_BYTES = 256 << 20

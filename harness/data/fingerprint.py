@@ -6,9 +6,9 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from harness.data import prepared
+from harness.data import data_sets
+from harness.data.data_sets import DataSet
 from harness.data.manifest import read_manifest
-from harness.data.prepared import DataSet
 
 ENDS_BYTES = 1 << 20
 """So much of both ends of a data set's files is read, to see what a manifest may not know."""
@@ -24,7 +24,7 @@ def of(data: str) -> dict[str, dict[str, Any]]:
 
 
 def _sets(data: str) -> tuple[DataSet, ...]:
-    return () if data == prepared.MOCK else prepared.blend(data).sets
+    return () if data == data_sets.MOCK else data_sets.blend(data).sets
 
 
 def _data(chosen: DataSet) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from harness.data.documents import Layout, Reader, TextFile
 from harness.data.manifest import noted
-from harness.files import atomic, write_json
+from harness.system.files import atomic, write_json
 
 
 class Shard(BaseModel):

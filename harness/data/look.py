@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from harness.data import indexed
+from harness.data.data_sets import DATA, DataSet, find
 from harness.data.header import FormatError, bin_path
-from harness.data.prepared import DATA, DataSet, find
 from harness.data.tokenizer import Tokenizer
 from harness.errors import UserError
 

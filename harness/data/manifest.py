@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from harness.errors import UserError, first_line
-from harness.files import write_json
+from harness.system.files import write_json
 
 FILE = "manifest.json"
 

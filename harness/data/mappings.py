@@ -23,11 +23,11 @@ from typing import Any
 import numpy as np
 
 from harness.data import indexed
+from harness.data.data_sets import Blend, DataSet
 from harness.data.header import FormatError
-from harness.data.prepared import Blend, DataSet
 from harness.data.splits import SPLITS, Bounds, check_split, sequences_of, split_matrix
 from harness.errors import UserError
-from harness.files import atomic, write_text
+from harness.system.files import atomic, write_text
 
 _SURPLUS = 0.005
 """Upstream's mid_level_dataset_surplus: so many more samples of a set in a blend than its weight asks for."""

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harness.data import indexed
+from harness.data.data_sets import DATA, Blend, blend, check_name, prefix_of, prepared
 from harness.data.header import FormatError, bin_path, idx_path
 from harness.data.manifest import Chat, Counted, Manifest, Source, read_manifest
 from harness.data.prepare import only_one, written
-from harness.data.prepared import DATA, Blend, blend, check_name, prefix_of, prepared
 from harness.data.tokenizer import Tokenizer
 from harness.errors import UserError
 

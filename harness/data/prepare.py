@@ -30,6 +30,7 @@ from typing import Any
 
 from harness import ROOT
 from harness.data import indexed
+from harness.data.data_sets import DATA, check_name, find, prefix_of
 from harness.data.documents import Layout, TextFile, text_file
 from harness.data.header import bin_path, idx_path
 from harness.data.manifest import FILE as MANIFEST
@@ -44,14 +45,13 @@ from harness.data.manifest import (
     noted,
     read_manifest,
 )
-from harness.data.prepared import DATA, check_name, find, prefix_of
 from harness.data.progress import Progress
 from harness.data.sources import Definition, Hub, Synthetic, download, local_files
 from harness.data.tokenize import Done, Job, Watched, tokenize
 from harness.data.tokenizer import Tokenizer, find_tokenizer
 from harness.errors import UserError
-from harness.files import sync_tree, write_json
 from harness.machine.provenance import package_version, source_commit
+from harness.system.files import sync_tree, write_json
 
 _VERSIONS = ("numpy", "orjson", "gigatoken", "tokenizers", "transformers", "sentencepiece", "pyarrow", "datasets")
 

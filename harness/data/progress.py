@@ -6,7 +6,7 @@ import sys
 import time
 from typing import TextIO
 
-from harness.screen import harmless, raw
+from harness.system.screen import harmless, raw
 
 PLAIN_EVERY_S = 10.0
 _DRAW_EVERY_S = 0.1

@@ -12,11 +12,11 @@ from urllib.parse import urlparse
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from harness import yaml_files
+from harness.data.data_sets import DATA, NAME
 from harness.data.documents import TextFile, text_file
-from harness.data.prepared import DATA, NAME
 from harness.errors import UserError, first_line, nearest
-from harness.files import expanded
+from harness.system import yaml_files
+from harness.system.files import expanded
 
 FILE = DATA / "datasets.yaml"
 HUB_TIMEOUT_S = 10

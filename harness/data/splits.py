@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from itertools import accumulate, pairwise
 
-from harness.data.prepared import Blend
+from harness.data.data_sets import Blend
 from harness.errors import UserError
 
 SPLITS = ("train", "valid", "test")

@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 
 from harness.errors import UserError
-from harness.files import write_json
+from harness.system.files import write_json
 
 RANKS = 128_000
 """Tokens in Llama 3's file; other models' have others, with other patterns and special tokens."""

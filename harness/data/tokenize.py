@@ -26,7 +26,7 @@ from harness.data.documents import BEGIN, BLOCK_BYTES, Block, Layout, Place, Rea
 from harness.data.indexed import FormatError, Marks, Pair, Writer
 from harness.data.tokenizer import CACHE_MIB, Encoder, Tokenizer
 from harness.errors import UserError
-from harness.files import write_json
+from harness.system.files import write_json
 
 CHECKPOINT_S = 10.0
 MOST_WORKERS = 8

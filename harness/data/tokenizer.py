@@ -30,8 +30,8 @@ from harness.data.tiktoken_files import is_tiktoken, tiktoken_folder
 from harness.data.tokenizer_files import DECIDING, DESCRIPTION, OTHERS, SENTENCE_PIECE, Kind, tokenizer_sha256
 from harness.data.vocabulary import gpt2_folder
 from harness.errors import UserError, first_line, nearest
-from harness.files import expanded, write_json
 from harness.machine.provenance import package_version
+from harness.system.files import expanded, write_json
 
 CACHE_MIB = 600
 """Resident memory above which gigatoken forgets the words that it has seen; it keeps them without a limit otherwise."""

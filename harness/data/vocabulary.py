@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from harness.errors import UserError, first_line
-from harness.files import write_json
+from harness.system.files import write_json
 
 END_OF_TEXT = "<|endoftext|>"
 ENCODER_MD5 = "dffec25a898b1f5e569bec4dffd7e5c0"

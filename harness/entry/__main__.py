@@ -4,7 +4,7 @@ import os
 import signal
 
 from harness.entry import on_cpu
-from harness.orphans import end_with
+from harness.system.orphans import end_with
 
 
 def main() -> None:

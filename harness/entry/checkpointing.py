@@ -15,14 +15,14 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from harness import checkpoints
 from harness.entry import on_cpu
 from harness.entry.report import RankReport
 from harness.errors import UserError
-from harness.files import sync_file, sync_folder
-from harness.megatron.environment import KEEP_VARIABLE
-from harness.orphans import end_with
-from harness.rundir import Save
+from harness.run import checkpoints
+from harness.run.directory import Save
+from harness.system.files import sync_file, sync_folder
+from harness.system.orphans import end_with
+from harness.upstreams.megatron_lm.environment import KEEP_VARIABLE
 
 SERVER = "harness.entry.writer"
 

@@ -9,8 +9,8 @@ import time
 
 from harness.entry.metrics import LOSS
 from harness.entry.report import RankReport
-from harness.megatron.environment import UNTIL_VARIABLE
-from harness.rundir import Validation
+from harness.run.directory import Validation
+from harness.upstreams.megatron_lm.environment import UNTIL_VARIABLE
 
 
 def install(report: RankReport) -> None:

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from harness.entry import failures, finetune, rank
 from harness.generate import REQUEST_VARIABLE, Sampling
-from harness.orphans import end_with
+from harness.system.orphans import end_with
 
 LENGTHS = 64
 """The model sees a multiple of so many tokens: cuDNN plans its attention anew for every length."""

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from harness.rundir import LaunchRate
+from harness.run.directory import LaunchRate
 
 if TYPE_CHECKING:
     from harness.entry.report import RankReport

@@ -9,7 +9,7 @@ from argparse import Namespace
 from functools import wraps
 from typing import Any
 
-from harness.masking import mask, reveal
+from harness.system.masking import mask, reveal
 
 
 class Masked:

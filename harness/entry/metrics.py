@@ -12,8 +12,8 @@ import time
 from harness.entry.phases import PhaseClock, wrap_phases
 from harness.entry.report import RankReport
 from harness.experiment.catalog import Experiment
-from harness.experiment.flops import share_of_upstreams
-from harness.rundir import RunDir, StepMetrics
+from harness.predict.flops import share_of_upstreams
+from harness.run.directory import RunDir, StepMetrics
 
 LOSS = "lm loss"
 

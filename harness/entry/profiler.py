@@ -13,7 +13,7 @@ from collections.abc import Callable
 from harness.entry.phases import wrap_phases
 from harness.entry.report import RankReport
 from harness.profiling.trace import RANGE, STEP
-from harness.rundir import PROFILE_VARIABLE
+from harness.run.directory import PROFILE_VARIABLE
 
 PHASES = {"forward_step": "forward", "backward_step": "backward"}
 """Functions of upstream's schedules, a call for each micro-batch and model chunk: what its forward-compute and

@@ -10,14 +10,13 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from harness import pickles
 from harness.entry import (
+    build_helpers,
     checkpointing,
     evaluation,
     failures,
     finetune,
     handing_on,
-    helpers,
     launch_rate,
     masked,
     metrics,
@@ -27,7 +26,8 @@ from harness.entry import (
 )
 from harness.entry.report import report_of_this_run
 from harness.machine import upstream
-from harness.rundir import TURN_VARIABLE
+from harness.run import pickles
+from harness.run.directory import TURN_VARIABLE
 
 
 @functools.cache
@@ -49,7 +49,7 @@ def prepare() -> Path | None:
 
     pickles.guard()  # Transformer Engine was imported
     handing_on.install()
-    helpers.ensure_compiled()
+    build_helpers.ensure_compiled()
     return tree
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from types import ModuleType
 
 from harness.entry import on_cpu
-from harness.files import write_json
 from harness.machine import gpus
-from harness.masking import mask
-from harness.rundir import RUN_DIR_VARIABLE, LaunchRate, Rank, RankError, RunDir, StepMetrics
+from harness.run.directory import RUN_DIR_VARIABLE, LaunchRate, Rank, RankError, RunDir, StepMetrics
+from harness.system.files import write_json
+from harness.system.masking import mask
 
 GIB = 2**30
 EVERY_S = 10

@@ -11,10 +11,10 @@ import time
 from collections.abc import Sequence
 
 from harness.entry.report import EVERY_S, RankReport
-from harness.experiment.flops import mfu
 from harness.experiment.hardware import peak_tflops
-from harness.files import write_json
-from harness.rundir import Rank, RunDir, StepMetrics
+from harness.predict.flops import mfu
+from harness.run.directory import Rank, RunDir, StepMetrics
+from harness.system.files import write_json
 
 MEMORY = ("allocated_peak_gib", "reserved_peak_gib", "nvml_used_gib", "rss_peak_gib")
 """What is known of a rank's memory: PyTorch's allocator, the whole GPU, the host."""

@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn
 
-from harness.orphans import end_with
+from harness.system.orphans import end_with
 
 NUMBER = struct.Struct("i")
 CREDENTIALS = struct.Struct("3i")

@@ -2,7 +2,7 @@
 
 import os
 
-from harness.orphans import end_with
+from harness.system.orphans import end_with
 
 end_with(os.getppid())
 _server = os.getpid()

@@ -1,4 +1,4 @@
-"""Fits the constants of harness/experiment/work.py to measured steps: ``make calibrate``.
+"""Fits the constants of harness/predict/work.py to measured steps: ``make calibrate``.
 
 Least squares of log(predicted / measured), with a loss that lets single outliers be (soft L1), by SciPy. A constant that
 the rows do not determine stays near where it began: at the defaults, or at those of the machine it is ``like``.
@@ -19,13 +19,14 @@ from pathlib import Path
 from harness.errors import UserError
 from harness.evidence.records import same_work
 from harness.evidence.results import References, Row, collect_records, load_references
-from harness.experiment import calibrations, overrides, step_time
-from harness.experiment.calibrations import Fitted, Machine
+from harness.experiment import overrides
 from harness.experiment.catalog import Catalog, Experiment, load_catalog
 from harness.experiment.hardware import find_gpu
-from harness.experiment.work import Calibration
-from harness.files import write_text
-from harness.orphans import end_with
+from harness.predict import calibrations, step_time
+from harness.predict.calibrations import Fitted, Machine
+from harness.predict.work import Calibration
+from harness.system.files import write_text
+from harness.system.orphans import end_with
 
 NAMES = tuple(Calibration.model_fields)
 NOISE = 0.03
@@ -39,7 +40,7 @@ WIDTH, SURE_WIDTH, LIKE = 0.8, 0.3, 0.5
 WRITTEN = ("gpu", "measured_by", "switch_reduces", "like")
 """What people write of a machine."""
 HEADER = """\
-# The machines whose measured steps calibrate predictions (harness/experiment/work.py says what each constant is).
+# The machines whose measured steps calibrate predictions (harness/predict/work.py says what each constant is).
 # gpu, measured_by, switch_reduces and like are written by people, the rest by `make calibrate`. Of each row: ms as measured,
 # as predicted, and as predicted by constants fitted without it.
 """

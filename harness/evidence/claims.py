@@ -24,7 +24,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from harness import yaml_files
 from harness.errors import UserError, nearest
 from harness.evidence.expressions import Expression, Quantity, Unit, parse, spell
 from harness.evidence.quantities import BOTH, UNITS, Number, Source, ours, published, unit_of
@@ -32,6 +31,7 @@ from harness.evidence.results import ReferenceGroup, References, Row
 from harness.experiment import overrides
 from harness.experiment.catalog import EXPERIMENTS, Catalog
 from harness.experiment.hardware import find_gpu
+from harness.system import yaml_files
 
 CLAIMS = EXPERIMENTS / "claims.yaml"
 

@@ -3,7 +3,7 @@
     memory_gib[114] - memory_gib[115]     two records, by id or by the base name of their files
     published_step_ms[408]                the published row that ran what 408 runs
     step_ms[h200-8gpu, 128]               a row of another group of references.yaml; a third word is the end of its variant
-    bubble[408h]                          what harness/experiment/formulas.py computes from the experiment's sizes
+    bubble[408h]                          what harness/predict/formulas.py computes from the experiment's sizes
 
 What no run has measured has no value yet.
 """
@@ -26,7 +26,7 @@ from harness.evidence.quantities import Source
 from harness.evidence.results import Reference, References, Row, collect_records, load_references
 from harness.evidence.tables import VALUES
 from harness.experiment.catalog import Catalog, load_catalog
-from harness.experiment.formulas import OF_EXPERIMENT
+from harness.predict.formulas import OF_EXPERIMENT
 
 HARDWARE = "h200-141gb"
 """The folder of records that the chapters talk about; README.md has a table for every hardware."""

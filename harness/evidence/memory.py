@@ -8,11 +8,11 @@ from pathlib import Path
 from harness.evidence.records import same_work
 from harness.evidence.results import Row, collect_records, load_references
 from harness.experiment.catalog import Experiment
-from harness.experiment.fit import DEEPEST, available_gib, verdict, ways_to_fit
 from harness.experiment.hardware import Gpu, find_gpu
-from harness.experiment.memory import Memory, predict
 from harness.planning import start
-from harness.screen import say
+from harness.predict.capacity import DEEPEST, available_gib, verdict, ways_to_fit
+from harness.predict.memory import Memory, predict
+from harness.system.screen import say
 
 CARDS = ("h100-80gb", "h200-141gb")
 """Where there is no GPU and none is named."""

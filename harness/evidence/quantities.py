@@ -6,15 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from harness.errors import UserError, nearest
-from harness.evidence import measured
 from harness.evidence.expressions import Quantity, Unit
 from harness.evidence.records import work
 from harness.evidence.results import Reference, ReferenceGroup, Row, metrics
 from harness.experiment import overrides
 from harness.experiment.catalog import Catalog, Experiment
-from harness.experiment.flops import mfu, tflops_per_gpu
-from harness.experiment.formulas import OF_EXPERIMENT
 from harness.experiment.hardware import DRIVER_RESERVED_MIB, find_gpu, peak_tflops
+from harness.predict.flops import mfu, tflops_per_gpu
+from harness.predict.formulas import OF_EXPERIMENT
+from harness.run import step_statistics
 
 GIB: Unit = (("GiB", 1),)
 UNITS: dict[str, Unit] = {
@@ -171,6 +171,6 @@ def _relative_noise(name: str, row: Row) -> float:
     if name in ("allocated_gib", "published_memory_gib", "published_step_ms"):
         return 0.0
     if name in ("memory_gib", "reserved_gib", "memory_ratio"):
-        return measured.MEMORY_BETWEEN_RUNS
-    window = measured.window(row.experiment, metrics(row))
-    return measured.step_noise_ms([m.step_ms for m in window]) / row.step.median
+        return step_statistics.MEMORY_BETWEEN_RUNS
+    window = step_statistics.window(row.experiment, metrics(row))
+    return step_statistics.step_noise_ms([m.step_ms for m in window]) / row.step.median

@@ -11,21 +11,21 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from harness import rundir
 from harness.errors import UserError
-from harness.evidence.measured import contradictions
 from harness.experiment import identity
 from harness.experiment.catalog import Experiment
 from harness.experiment.hardware import find_gpu
-from harness.files import complaint, read_object, write_json, write_text
 from harness.profiling.profile import FOLDER, of_run
-from harness.rundir import Result, StepMetrics, Validation, changes_in_words
+from harness.run import directory
+from harness.run.directory import Result, StepMetrics, Validation, changes_in_words
+from harness.run.step_statistics import contradictions
+from harness.system.files import complaint, read_object, write_json, write_text
 
 UNRECORDED = ("STEPS", "DATA", "PROFILE")
 """Overrides that do not name a record: a row measured over fewer steps is still that row."""
 
 
-def record(run: rundir.RunDir, records: Path, force: bool = False) -> Path:
+def record(run: directory.RunDir, records: Path, force: bool = False) -> Path:
     """Keep a finished GPU run as a record and return its file.
 
     Only ``force`` replaces the record of another run of the same work on the same GPU.
@@ -134,7 +134,7 @@ def read(path: Path) -> tuple[Experiment, Result]:
     if not isinstance(content.get("experiment"), dict):
         raise ValueError(f"{path.name}: no 'experiment'")
     try:
-        experiment = rundir.experiment_in(content["experiment"])
+        experiment = directory.experiment_in(content["experiment"])
         result = Result.model_validate(content)
     except ValidationError as error:
         raise ValueError(complaint(path, error)) from None
@@ -153,7 +153,7 @@ def _read_metrics(path: Path) -> tuple[StepMetrics, ...]:
         lines = beside.read_text(encoding="utf-8").splitlines()
     except OSError:
         raise ValueError(f"{beside.name} is missing: a record without its metrics proves nothing") from None
-    steps = tuple(map(rundir.parse_metrics, lines))
+    steps = tuple(map(directory.parse_metrics, lines))
     if None in steps:
         raise ValueError(f"{beside.name}: line {steps.index(None) + 1} is torn")
     return steps
@@ -195,7 +195,7 @@ def _stem(experiment: Experiment, folder: Path) -> str:
 def _is_of(path: Path, experiment: Experiment) -> bool:
     """Whether the record, or the recorded profile, in ``path`` is of the work of ``experiment``, whatever it traced."""
     try:
-        recorded = rundir.experiment_in(read_object(path).get("experiment") or {})
+        recorded = directory.experiment_in(read_object(path).get("experiment") or {})
     except ValueError:  # another's place is not taken because it is damaged
         return False
     return same_work(recorded.model_copy(update={"profile": None}), experiment.model_copy(update={"profile": None}))

@@ -10,18 +10,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from harness import rundir, yaml_files
 from harness.errors import UserError, first_line, nearest
-from harness.evidence import measured, records
+from harness.evidence import records
 from harness.experiment import identity, overrides
-from harness.experiment.calibrations import Machine, machine_of
 from harness.experiment.catalog import EXPERIMENTS, Catalog, Experiment
-from harness.experiment.flops import mfu
 from harness.experiment.hardware import Gpu, find_gpu, peak_tflops, required_gpu
 from harness.experiment.overrides import is_same_work
-from harness.experiment.step_time import unknown
-from harness.files import read_object, text_lines
-from harness.rundir import LaunchRate, MemoryGib, Result, Spread, State, StepMetrics, Upstream, Validation
+from harness.predict.calibrations import Machine, machine_of
+from harness.predict.flops import mfu
+from harness.predict.step_time import unknown
+from harness.run import directory, step_statistics
+from harness.run.directory import LaunchRate, MemoryGib, Result, Spread, State, StepMetrics, Upstream, Validation
+from harness.system import yaml_files
+from harness.system.files import read_object, text_lines
 
 REFERENCES = EXPERIMENTS / "references.yaml"
 
@@ -208,7 +209,7 @@ class Row:
     @property
     def tflops(self) -> float | None:
         """Model TFLOP/s per GPU, of older runs too, whose results state upstream's count."""
-        return measured.model_tflops(self.experiment, self.result) if self.result else None
+        return step_statistics.model_tflops(self.experiment, self.result) if self.result else None
 
     @property
     def peak_tflops(self) -> float | None:
@@ -419,7 +420,7 @@ def collect(
 def collect_runs(outdir: Path, references: References, against: str | None = None) -> Results:
     """Every run, as ``collect`` has them where there are no records."""
     group = references.group(against) if against else references.published
-    runs, warnings = rundir.runs(outdir)
+    runs, warnings = directory.runs(outdir)
     rows = []
     for run in runs:
         try:
@@ -462,13 +463,13 @@ def predicted_step_ms(e: Experiment, machine: Machine | None) -> float | None:
 def metrics(row: Row) -> tuple[StepMetrics, ...]:
     """Every complete line of a run's metrics.jsonl, or of NAME.metrics.jsonl beside the record NAME."""
     if row.kind == "run":
-        return rundir.RunDir(row.origin).read_metrics()
-    return tuple(filter(None, map(rundir.parse_metrics, text_lines(records.metrics_of(row.origin)))))
+        return directory.RunDir(row.origin).read_metrics()
+    return tuple(filter(None, map(directory.parse_metrics, text_lines(records.metrics_of(row.origin)))))
 
 
-def _run_row(run: rundir.Run, group: ReferenceGroup) -> Row:
+def _run_row(run: directory.Run, group: ReferenceGroup) -> Row:
     result, steps = run.result, run.dir.read_metrics()
-    if result and (wrong := next(measured.contradictions(run.experiment, result, steps), None)):
+    if result and (wrong := next(step_statistics.contradictions(run.experiment, result, steps), None)):
         raise ValueError(f"result.json: {wrong}")
     environment = _environment(run.dir)
     return Row(
@@ -505,7 +506,7 @@ def _record_row(path: Path, group: ReferenceGroup) -> Row:
     )
 
 
-def _environment(run: rundir.RunDir) -> dict[str, Any]:
+def _environment(run: directory.RunDir) -> dict[str, Any]:
     try:
         return read_object(run.environment)
     except ValueError:

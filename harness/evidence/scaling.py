@@ -7,14 +7,14 @@ from functools import cache
 
 from harness.evidence import markdown
 from harness.evidence.memory import cards_of
-from harness.experiment.calibrations import Machine, machine_of
 from harness.experiment.catalog import load_catalog
-from harness.experiment.flops import mfu, tflops_per_gpu
 from harness.experiment.hardware import Gpu, find_gpu, peak_tflops
-from harness.experiment.layouts import Layout, by_gpus
-from harness.experiment.step_time import unknown
 from harness.planning import start
-from harness.screen import say
+from harness.predict.calibrations import Machine, machine_of
+from harness.predict.flops import mfu, tflops_per_gpu
+from harness.predict.layouts import Layout, by_gpus
+from harness.predict.step_time import unknown
+from harness.system.screen import say
 
 HEAD = ("GPUs", "ms/step", "efficiency", "MFU", "GiB")
 

@@ -19,17 +19,17 @@ from harness.evidence.results import (
     load_references,
 )
 from harness.experiment import overrides
-from harness.experiment.calibrations import Machine, fitted, machine_of
 from harness.experiment.catalog import Catalog, Experiment, load_catalog
-from harness.experiment.fit import verdict
-from harness.experiment.flops import mfu, tflops_per_gpu
 from harness.experiment.hardware import Gpu, find_gpu, peak_tflops
-from harness.experiment.layouts import faster
-from harness.experiment.memory import predict
-from harness.experiment.step_time import StepTime, unknown
-from harness.experiment.work import Calibration
 from harness.planning import start
-from harness.screen import say
+from harness.predict.calibrations import Machine, fitted, machine_of
+from harness.predict.capacity import verdict
+from harness.predict.flops import mfu, tflops_per_gpu
+from harness.predict.layouts import faster
+from harness.predict.memory import predict
+from harness.predict.step_time import StepTime, unknown
+from harness.predict.work import Calibration
+from harness.system.screen import say
 
 SHOWN = 6
 """Faster layouts that are printed."""

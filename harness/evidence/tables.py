@@ -13,16 +13,16 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from harness import screen
-from harness.data.prepared import MOCK
+from harness.data.data_sets import MOCK
 from harness.errors import UserError
 from harness.evidence import markdown
 from harness.evidence.results import Results, Row, collect, ended, load_references, losses, other_launch_rate
 from harness.experiment import overrides
 from harness.experiment.catalog import load_catalog
-from harness.experiment.flops import MODEL_FLOPS
 from harness.experiment.hardware import DRIVER_RESERVED_MIB
-from harness.rundir import changes_in_words, perplexity
+from harness.predict.flops import MODEL_FLOPS
+from harness.run.directory import changes_in_words, perplexity
+from harness.system import screen
 
 FORMATS = ("terminal", "markdown", "csv", "json")
 NOTHING = "no runs yet: make 101"

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import screen
 from harness.errors import UserError, nearest
 from harness.evidence import markdown
 from harness.evidence.claims import Evaluated, Side, evaluate, load_claims, sources
@@ -20,6 +19,7 @@ from harness.evidence.results import collect_records, load_references
 from harness.evidence.tables import MOST_TEXT
 from harness.experiment import overrides
 from harness.experiment.catalog import load_catalog
+from harness.system import screen
 
 FORMATS = ("terminal", "markdown", "json")
 COLOURS = {"holds": screen.GREEN, "fails": screen.RED}

@@ -11,9 +11,10 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from harness import ROOT, yaml_files
+from harness import ROOT
 from harness.errors import UserError, nearest
 from harness.experiment.constraints import violations
+from harness.system import yaml_files
 
 EXPERIMENTS = ROOT / "experiments"
 

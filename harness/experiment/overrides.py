@@ -9,11 +9,11 @@ from collections.abc import Collection, Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import get_args
 
-from harness import yaml_files
 from harness.errors import UserError, nearest, similar
 from harness.experiment import understood
 from harness.experiment.catalog import SHARDING, Catalog, Experiment, LinearLayer, Lora, Model, Target
 from harness.experiment.hardware import required_gpu
+from harness.system import yaml_files
 
 MINIATURE_STEPS = 20
 """Steps of a run on the CPU, unless STEPS= says else."""

@@ -10,7 +10,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from harness import rundir
 from harness.data.content import check_content
 from harness.errors import UserError, first_line
 from harness.experiment import identity
@@ -21,6 +20,7 @@ from harness.launching.reserve import reserve
 from harness.launching.terminal import Terminal, open_terminal, summary
 from harness.machine import gpus
 from harness.machine.requirements import check_machine
+from harness.run import directory
 
 if TYPE_CHECKING:
     from harness.planning.plan import Plan
@@ -215,7 +215,7 @@ class _Chapter:
 
 def _earlier(plan: Plan) -> Finished | None:
     """The newest run of the same configuration on the same hardware that has a result worth keeping."""
-    runs, _ = rundir.runs(plan.outdir)
+    runs, _ = directory.runs(plan.outdir)
     here = next((gpu.name for gpu in gpus.list_gpus()), None) if plan.device == "cuda" else None
     same = [
         Finished(run.dir, run.result)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from harness import checkpoints
 from harness.errors import UserError
-from harness.files import read_object, told_if_unwritable
-from harness.rundir import RankError, Result, RunDir, Upstream
+from harness.run import checkpoints
+from harness.run.directory import RankError, Result, RunDir, Upstream
+from harness.system.files import read_object, told_if_unwritable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

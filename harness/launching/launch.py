@@ -15,14 +15,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness import locks, rundir
 from harness.data import fingerprint
 from harness.data.content import check_content
 from harness.errors import UserError, nearest
-from harness.evidence.measured import measure
-from harness.experiment import calibrations, fit
 from harness.experiment.hardware import find_gpu, peak_tflops
-from harness.files import told_if_unwritable, write_json, write_text
 from harness.launching import failed_load, outcome, processes
 from harness.launching.failed_load import upstream_of
 from harness.launching.meeting import SHARED_S, run_directory
@@ -32,9 +28,10 @@ from harness.launching.terminal import Progress, Terminal, open_terminal, phase_
 from harness.machine import gpus
 from harness.machine.provenance import describe_environment
 from harness.machine.requirements import check_machine
-from harness.orphans import end_with
 from harness.planning import start
-from harness.rundir import (
+from harness.predict import calibrations, capacity
+from harness.run import directory
+from harness.run.directory import (
     RUN_DIR_VARIABLE,
     TURN_VARIABLE,
     Change,
@@ -45,7 +42,11 @@ from harness.rundir import (
     StepMetrics,
     Upstream,
 )
-from harness.screen import say
+from harness.run.step_statistics import measure
+from harness.system import locks
+from harness.system.files import told_if_unwritable, write_json, write_text
+from harness.system.orphans import end_with
+from harness.system.screen import say
 
 if TYPE_CHECKING:
     import psutil
@@ -138,7 +139,7 @@ class Run:
         if keeps_records:
             with told_if_unwritable(run_dir.path):
                 if plan.resumes == run_dir:
-                    rundir.go_on(run_dir, plan.first_step)
+                    directory.go_on(run_dir, plan.first_step)
                 self._write_records()
         self._before = self._shown = len(run_dir.read_metrics()) if plan.resumes else 0
         self._process = self._spawn()
@@ -230,7 +231,7 @@ class Run:
         return [self._progress(m) for m in new or latest] or [self._progress(None)]
 
     def _progress(self, last: StepMetrics | None) -> Progress:
-        from harness.experiment.flops import mfu
+        from harness.predict.flops import mfu
 
         shown = Progress(
             label=self.label,
@@ -303,7 +304,7 @@ class Run:
         lines, steps = self._log.lines(), self._steps.lines()
         for line in lines:
             self._phase = phase_of(line) or self._phase
-        self._metrics += filter(None, map(rundir.parse_metrics, steps))
+        self._metrics += filter(None, map(directory.parse_metrics, steps))
         if lines or steps:
             self._active_at = now
         if self._others and not self._others.shares:
@@ -496,11 +497,11 @@ class Run:
             rss=_most(rank.rss_peak_gib for rank in ranks),
         )
 
-    def _ranks_elsewhere(self) -> list[rundir.Rank]:
+    def _ranks_elsewhere(self) -> list[directory.Rank]:
         """What ranks of nodes wrote about themselves whose files are not seen here."""
         endings = self._others.endings.values() if self._others else ()
         known = [(ending, rank) for ending in endings for rank in ending.ranks]
-        return [rank for _, raw in known if (rank := rundir.parse_rank(raw))]
+        return [rank for _, raw in known if (rank := directory.parse_rank(raw))]
 
     @cached_property
     def _driver_gib(self) -> float | None:
@@ -569,7 +570,7 @@ def opening(plan: Plan, run_dir: RunDir) -> str:
     """What is said before a run: its label, what it shows, what its miniature scaled, the memory that a GPU will need."""
     card = find_gpu(plan.experiment.card or gpus.list_gpus()[0].name) if plan.device == "cuda" else None
     going_on = f"goes on from step {plan.first_step}" if plan.resumes and plan.first_step else None
-    foretold = [fit.in_a_line(plan.experiment, card), calibrations.in_a_line(plan.experiment, card)] if card else []
+    foretold = [capacity.in_a_line(plan.experiment, card), calibrations.in_a_line(plan.experiment, card)] if card else []
     paragraphs = [f"{run_dir.label}: {plan.experiment.shows}", plan.headline, *plan.notices, going_on, *foretold]
     return "\n".join(textwrap.fill(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False)
                      for text in paragraphs if text)
@@ -585,7 +586,7 @@ def stop(outdir: Path, label: str | None = None) -> int:
     """
     import psutil
 
-    runs, _ = rundir.runs(outdir)
+    runs, _ = directory.runs(outdir)
     labels = [run.dir.label for run in runs]
     if label and label not in labels:
         raise UserError(f"no run in {outdir} is called {label}" + (f"; {nearest(label, labels)}" if labels else ""))

@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 from harness.errors import UserError
-from harness.files import json_object
+from harness.system.files import json_object
 
 LONGEST_MESSAGE = 16 * 2**20
 """What sends more without an end of line is no launcher."""

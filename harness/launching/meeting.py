@@ -13,14 +13,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from harness import locks
 from harness.errors import UserError
 from harness.launching import processes
 from harness.launching.agreement import differences, facts
 from harness.launching.links import Link, connect, listen, parts, printable, resolve
 from harness.launching.others import Others
 from harness.launching.reserve import Reservation, reserve
-from harness.rundir import RunDir
+from harness.run.directory import RunDir
+from harness.system import locks
 
 if TYPE_CHECKING:
     from pathlib import Path

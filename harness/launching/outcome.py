@@ -11,9 +11,9 @@ from datetime import datetime
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from harness.experiment.fit import levers
-from harness.files import MAKE_ROOM
-from harness.rundir import RankError, Status, StepMetrics, Validation
+from harness.predict.capacity import levers
+from harness.run.directory import RankError, Status, StepMetrics, Validation
+from harness.system.files import MAKE_ROOM
 
 if TYPE_CHECKING:
     from harness.experiment.catalog import Experiment

@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness import locks, rundir
 from harness.errors import UserError
-from harness.files import told_if_unwritable
-from harness.rundir import RunDir
+from harness.run import directory
+from harness.run.directory import RunDir
+from harness.system import locks
+from harness.system.files import told_if_unwritable
 
 if TYPE_CHECKING:
     from harness.launching.others import Others
@@ -68,7 +69,7 @@ def reserve(plan: Plan, label: str, tell: Callable[[str], None] = lambda _: None
                 _take_save_folder(folder, tell)
             taken.append(folder)
         resumed = plan.resumes if label == plan.experiment.label else None
-        run_dir = resumed or rundir.create(plan.outdir, label)
+        run_dir = resumed or directory.create(plan.outdir, label)
         if not resumed:
             made.append(run_dir.path)
         with told_if_unwritable(run_dir.path):
@@ -108,7 +109,7 @@ def _take_run(run_dir: RunDir, tell: Callable[[str], None]) -> None:
     try:
         locks.take(run_dir.path, tell)
     except locks.Taken as taken:
-        raise UserError(rundir.still_runs(run_dir, taken.holder)) from None
+        raise UserError(directory.still_runs(run_dir, taken.holder)) from None
 
 
 def _take_save_folder(folder: Path, tell: Callable[[str], None]) -> None:

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
-from harness.rundir import changes_in_words, perplexity
-from harness.screen import harmless, raw
+from harness.run.directory import changes_in_words, perplexity
+from harness.system.screen import harmless, raw
 
 if TYPE_CHECKING:
-    from harness.rundir import Result
+    from harness.run.directory import Result
 
 REFRESH_S = 0.5
 LINE_EVERY_S = 1.0

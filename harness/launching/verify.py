@@ -16,9 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness import screen
 from harness.errors import UserError
-from harness.evidence import measured
 from harness.evidence.records import same_work
 from harness.evidence.results import (
     Row,
@@ -34,7 +32,9 @@ from harness.experiment.catalog import Experiment, load_catalog
 from harness.machine import gpus
 from harness.machine.provenance import describe_upstream
 from harness.planning import start
-from harness.rundir import changes_in_words
+from harness.run import step_statistics
+from harness.run.directory import changes_in_words
+from harness.system import screen
 
 MEMORY_TOLERANCE = 0.01
 """Relative; the allocator's caching alone moves used memory by a few tenths of a percent."""
@@ -140,8 +140,8 @@ def render(record: Row, run: Row, lines: Sequence[Line]) -> str:
 
 def _step(row: Row) -> tuple[float, float]:
     """Median step time and its standard uncertainty, in ms, both from the metrics."""
-    steps_ms = [m.step_ms for m in measured.window(row.experiment, metrics(row))]
-    return statistics.median(steps_ms), measured.step_noise_ms(steps_ms)
+    steps_ms = [m.step_ms for m in step_statistics.window(row.experiment, metrics(row))]
+    return statistics.median(steps_ms), step_statistics.step_noise_ms(steps_ms)
 
 
 def _used_gib(row: Row, other: Row) -> float:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from harness.errors import UserError
-from harness.screen import raw
+from harness.system.screen import raw
 
 BUSY_MIB = 1024
 """A GPU with more memory in use is busy, also where its processes cannot be seen (another container's)."""

@@ -21,7 +21,7 @@ from typing import Literal
 
 from harness.errors import UserError
 from harness.machine.stages import ROOT, Venv, distribution, missing, module, requirements, this_python
-from harness.streams import lasting_output
+from harness.system.streams import lasting_output
 
 Device = Literal["cpu", "cuda"]
 

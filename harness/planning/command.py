@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness import ROOT
-from harness.checkpoints import Loading, Saving
-from harness.data import prepared
+from harness.data import data_sets
 from harness.data.splits import samples_of
 from harness.experiment.catalog import Experiment
-from harness.megatron.environment import variables
-from harness.megatron.flags import Device, loading_flags, megatron_flags, saving_flags, tracking_flags
-from harness.megatron.tracking import Tracking
-from harness.screen import harmless
+from harness.run.checkpoints import Loading, Saving
+from harness.system.screen import harmless
+from harness.upstreams.megatron_lm.environment import variables
+from harness.upstreams.megatron_lm.flags import Device, loading_flags, megatron_flags, saving_flags, tracking_flags
+from harness.upstreams.megatron_lm.tracking import Tracking
 
 WIDTH = 110
 
@@ -58,8 +58,8 @@ def render(
     Args:
         place: node and GPUs; several nodes need ``place.rendezvous`` (host:port).
         headline: a comment below the experiment's name, such as what a miniature scaled.
-        memory_fraction: see ``harness.megatron.environment.variables``.
-        apex: see ``harness.megatron.flags.megatron_flags``.
+        memory_fraction: see ``harness.upstreams.megatron_lm.environment.variables``.
+        apex: see ``harness.upstreams.megatron_lm.flags.megatron_flags``.
         extras: checkpoints and tracking.
 
     Raises:
@@ -111,7 +111,7 @@ def _in_run_dir(extras: Extras) -> list[list[str]]:
 
 def _index_mappings(e: Experiment) -> list[str]:
     """The line that builds which tokens make which sample, once a node and before its ranks start."""
-    if e.data == prepared.MOCK or prepared.is_chat(e.data):
+    if e.data == data_sets.MOCK or data_sets.is_chat(e.data):
         return []
     samples = samples_of(e.steps, e.global_batch_size, e.eval_interval, e.eval_steps)
     words = [f"DATA={e.data}", f"SEQ={e.seq_length}", f"SAMPLES={','.join(map(str, samples))}", f"SPLIT={e.split}"]

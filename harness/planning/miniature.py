@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from math import prod
 from typing import Any
 
-from harness.data import prepared
+from harness.data import data_sets
 from harness.experiment.catalog import Experiment, Model
 from harness.experiment.overrides import EXPERIMENT_SETTINGS, FIELDS, MINIATURE_STEPS, explicit_model
 
@@ -57,7 +57,7 @@ def _scaled(experiment: Experiment, nodes: int, given: frozenset[str]) -> dict[s
     while prod(sizes.values()) > MOST_PROCESSES and any(size % 2 == 0 for size in sizes.values()):
         largest = max((axis for axis in sizes if sizes[axis] % 2 == 0), key=sizes.__getitem__)
         sizes[largest] //= 2
-    talks = prepared.is_chat(experiment.data)
+    talks = data_sets.is_chat(experiment.data)
     steps = experiment.until.miniature_steps if experiment.until else experiment.steps if talks else MINIATURE_STEPS
     chunks = 2 * sizes["cp"] * sizes["tp"]
     sequence = max(experiment.seq_length // SEQUENCE_SCALE // chunks, CONVERSATION // chunks if talks else 1) * chunks
@@ -153,6 +153,6 @@ def _miniature_model(experiment: Experiment) -> Model:
 
 
 def _vocabulary(experiment: Experiment) -> int:
-    if experiment.data == prepared.MOCK:
+    if experiment.data == data_sets.MOCK:
         return VOCABULARY
-    return min(experiment.model.vocab_size, prepared.blend(experiment.data).sets[0].vocab_size)
+    return min(experiment.model.vocab_size, data_sets.blend(experiment.data).sets[0].vocab_size)

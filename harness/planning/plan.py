@@ -7,22 +7,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from harness import ROOT, checkpoints
-from harness.checkpoints import Loading, Saving
-from harness.data import prepared
+from harness import ROOT
+from harness.data import data_sets
 from harness.data.sources import definitions
 from harness.data.splits import check_split
 from harness.errors import UserError
 from harness.experiment import overrides, understood
 from harness.experiment.catalog import Experiment
 from harness.experiment.identity import Difference
-from harness.megatron.flags import Device
-from harness.megatron.tracking import tracking
 from harness.planning import resume, resumed, start
 from harness.planning.command import NOTHING_ELSE, Extras, Place, render
 from harness.planning.miniature import describe, miniature
 from harness.planning.resumed import Resumed
-from harness.rundir import RunDir
+from harness.run import checkpoints
+from harness.run.checkpoints import Loading, Saving
+from harness.run.directory import RunDir
+from harness.upstreams.megatron_lm.flags import Device
+from harness.upstreams.megatron_lm.tracking import tracking
 
 WITHOUT_WEIGHTS = ("adapters beside random weights learn little, this measures time and memory; WEIGHTS= names weights that "
                    "know something: make import-hf brings some, make 801 trains some")
@@ -102,14 +103,14 @@ def plan(experiment: Experiment, settings: Mapping[str, str], device: Device) ->
     outdir = Path(settings.get("OUTDIR") or ROOT / "outdir").resolve()
     full = start.with_settings(experiment, settings, outdir)
     if "DATA" not in settings:
-        full = full.with_changes(data=_data_of_its_target(full, device) if full.until else prepared.default_for(full))
+        full = full.with_changes(data=_data_of_its_target(full, device) if full.until else data_sets.default_for(full))
     headlines = []
     if device == "cuda" and full.attention_backend == "flash" and _lacks_flash_attention():
         full = full.with_changes(attention_backend="auto")
         headlines.append("attention by cuDNN: the published run's flash-attn is not installed here")
     if full.weights:
         start.check_data(full, settings.get("WEIGHTS") or full.weights, outdir)
-    if prepared.is_chat(full.data):
+    if data_sets.is_chat(full.data):
         _check_conversations(full)
     elif (published := definitions().get(full.published_data or "")) and published.chat:
         headlines.append(PLAIN_TEXT.format(full.data, published.name))
@@ -118,8 +119,8 @@ def plan(experiment: Experiment, settings: Mapping[str, str], device: Device) ->
     if device == "cpu":
         headlines.append(describe(full, small))
     place = _place(small, settings)
-    if small.data != prepared.MOCK:
-        check_split(prepared.blend(small.data), small.split)
+    if small.data != data_sets.MOCK:
+        check_split(data_sets.blend(small.data), small.split)
     notices = [WITHOUT_WEIGHTS] if small.lora and not small.weights and not small.load else []
     if small.cuda_graphs and small.model.dropout and small.eval_steps:
         notices.append(GRAPHS_DROP)
@@ -160,7 +161,7 @@ def _check_for_gpus(settings: Mapping[str, str]) -> None:
 def _check_format(e: Experiment) -> None:
     """Refuse another format than that of the sharding: upstream saves no other while training, and fails after all steps.
 
-    ``schedule_async_save`` of megatron/training/checkpointing.py takes distributed checkpoints alone; harness.checkpoints
+    ``schedule_async_save`` of megatron/training/checkpointing.py takes distributed checkpoints alone; harness.run.checkpoints
     reads no others.
     """
     ours = "fsdp_dtensor" if e.sharding.startswith("fsdp") else "torch_dist"
@@ -186,7 +187,7 @@ def _data_of_its_target(full: Experiment, device: Device) -> str:
     """A loss to reach is one on certain data: the published set, which must be there; for a miniature, mock data."""
     if device == "cpu" or full.published_data is None:
         return full.data
-    return prepared.find(full.published_data).name
+    return data_sets.find(full.published_data).name
 
 
 def _saving(e: Experiment, settings: Mapping[str, str], before: Resumed | None) -> Saving | None:

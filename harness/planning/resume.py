@@ -7,15 +7,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from harness import checkpoints, finding
-from harness.checkpoints import LARGE_BYTES, STEP_FOLDER, Checkpoint, Contents, examine, newest_whole, verify
 from harness.convert import weights
-from harness.data import prepared
+from harness.data import data_sets
 from harness.errors import UserError, nearest
 from harness.experiment import identity
 from harness.experiment.catalog import Experiment, Model
-from harness.finding import label_of
-from harness.rundir import RunDir, runs
+from harness.run import checkpoints, finding
+from harness.run.checkpoints import LARGE_BYTES, STEP_FOLDER, Checkpoint, Contents, examine, newest_whole, verify
+from harness.run.directory import RunDir, runs
+from harness.run.finding import label_of
 
 
 def find(wanted: str, outdir: Path, tell: Callable[[str], None] = lambda _: None) -> Checkpoint:
@@ -111,13 +111,13 @@ def _check_sharding(found: Checkpoint, experiment: Experiment) -> None:
 def _check_tokenizer(found: Checkpoint, experiment: Experiment) -> None:
     trained = experiment_of(found.path.parent)
     pair = (trained.data, experiment.data) if trained else ()
-    if prepared.MOCK in pair or len(set(pair)) < 2:
+    if data_sets.MOCK in pair or len(set(pair)) < 2:
         return
     try:
-        before = prepared.blend(pair[0]).sets[0]
+        before = data_sets.blend(pair[0]).sets[0]
     except UserError:  # it is no longer there
         return
-    if before.tokenizer_sha256 != (chosen := prepared.blend(pair[1]).sets[0]).tokenizer_sha256:
+    if before.tokenizer_sha256 != (chosen := data_sets.blend(pair[1]).sets[0]).tokenizer_sha256:
         raise UserError(f"{found.path} was trained on {before.name}, DATA={chosen.name} was made by another tokenizer\n"
                         f"prepare {chosen.name} again with TOKENIZER={before.home / 'tokenizer'}")
 

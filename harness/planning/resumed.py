@@ -11,16 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from harness import checkpoints, finding, locks
-from harness.checkpoints import Checkpoint, Saving
 from harness.data import fingerprint
 from harness.errors import UserError, nearest
 from harness.experiment import identity
 from harness.experiment.catalog import Experiment
 from harness.experiment.identity import Difference
-from harness.finding import Candidate
 from harness.planning import resume
-from harness.rundir import RunDir, still_runs
+from harness.run import checkpoints, finding
+from harness.run.checkpoints import Checkpoint, Saving
+from harness.run.directory import RunDir, still_runs
+from harness.run.finding import Candidate
+from harness.system import locks
 
 ORDER = ("upstream shuffles data by the number of samples that a run is to draw: with more than one epoch, they come in "
          "another order from here on")

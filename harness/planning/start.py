@@ -6,16 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness import ROOT, checkpoints
-from harness.data import prepared
+from harness import ROOT
+from harness.data import data_sets
 from harness.errors import UserError, first_line, nearest
 from harness.experiment import overrides, understood
 from harness.experiment.catalog import Experiment, Model, load_catalog
-from harness.files import expanded
-from harness.finding import label_of
 from harness.finetune.adapters import FOLDER, read_record
 from harness.planning.resume import labels_with_checkpoints
-from harness.rundir import RunDir
+from harness.run import checkpoints
+from harness.run.directory import RunDir
+from harness.run.finding import label_of
+from harness.system.files import expanded
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def _of_run(named: str, run: Path) -> Start:
         e = RunDir(run).read_experiment()
     except ValueError as error:
         raise UserError(f"WEIGHTS={named}: {first_line(error)}") from None
-    tokenizer = prepared.blend(e.data).sets[0].tokenizer_model if e.data != prepared.MOCK else None
+    tokenizer = data_sets.blend(e.data).sets[0].tokenizer_model if e.data != data_sets.MOCK else None
     return Start(_from_root(saved(str(run), run.parent)), e.model, e.positions or e.seq_length, tokenizer)
 
 
@@ -148,9 +149,9 @@ def check_data(e: Experiment, named: str, outdir: Path) -> None:
     """Refuse data of ``e`` that another tokenizer made than that of its weights, which are called ``named`` (UserError)."""
     from harness.convert import weights
 
-    if e.data != prepared.MOCK:
+    if e.data != data_sets.MOCK:
         start = find(named, outdir)
-        weights.check_data(start.model, start.tokenizer, prepared.blend(e.data))
+        weights.check_data(start.model, start.tokenizer, data_sets.blend(e.data))
 
 
 def _from_root(folder: Path) -> str:

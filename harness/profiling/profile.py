@@ -12,15 +12,15 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from harness import screen
 from harness.errors import UserError, first_line, nearest
 from harness.experiment import overrides
-from harness.files import complaint, read_object, write_json
-from harness.finding import candidates, one
 from harness.profiling import summary, trace
 from harness.profiling.kernels import TITLES, Category
 from harness.profiling.summary import RankProfile
-from harness.rundir import Rank, RunDir
+from harness.run.directory import Rank, RunDir
+from harness.run.finding import candidates, one
+from harness.system import screen
+from harness.system.files import complaint, read_object, write_json
 
 FORMATS = ("terminal", "csv", "json")
 FOLDER = "profiles"

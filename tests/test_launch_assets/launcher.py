@@ -10,14 +10,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.checkpoints import Saving
 from harness.errors import UserError
 from harness.experiment.catalog import Experiment, Model
 from harness.launching import launch, meeting
 from harness.planning.command import Extras, Place
 from harness.planning.plan import Plan
-from harness.rundir import RunDir
-from harness.streams import lasting_output
+from harness.run.checkpoints import Saving
+from harness.run.directory import RunDir
+from harness.system.streams import lasting_output
 
 TORCHRUN = Path(__file__).with_name("torchrun.py")
 

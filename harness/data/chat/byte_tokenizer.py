@@ -7,7 +7,7 @@ from pathlib import Path
 
 from harness.data.tiktoken_files import byte_letters
 from harness.data.tokenizer_files import DESCRIPTION
-from harness.files import write_text
+from harness.system.files import write_text
 
 END = "<|endoftext|>"
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from harness.errors import UserError, first_line
-from harness.files import read_object
+from harness.system.files import read_object
 
 RULES = {
     "no JSON": "no JSON in UTF-8",

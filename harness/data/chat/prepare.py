@@ -21,9 +21,9 @@ from harness import ROOT
 from harness.data import indexed
 from harness.data.chat import conversations
 from harness.data.chat.conversations import Skipped, Unfit
+from harness.data.data_sets import DATA, check_name, prefix_of, prepared
 from harness.data.manifest import Chat, Counted, Manifest, Source, SourceFile
 from harness.data.prepare import check_free, discard, only_one, publish, tokenizer_used, written
-from harness.data.prepared import DATA, check_name, prefix_of, prepared
 from harness.data.sources import Definition
 from harness.data.tokenizer import Tokenizer, find_tokenizer
 from harness.errors import UserError

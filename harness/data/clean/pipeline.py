@@ -34,8 +34,8 @@ from harness.data.clean.duplicates import exact_duplicates, near_duplicates
 from harness.data.clean.rules import UNREADABLE, Rules
 from harness.data.clean.units import LONGEST_LINE_BYTES, UNIT_BYTES, Unit, cut
 from harness.errors import UserError
-from harness.files import atomic, locked, read_object, write_json
-from harness.workers import map_in_order
+from harness.system.files import atomic, locked, read_object, write_json
+from harness.system.workers import map_in_order
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done and how much there is."""

@@ -9,7 +9,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from harness import yaml_files
 from harness.data.clean.documents import (
     Alphabet,
     DocumentRule,
@@ -22,6 +21,7 @@ from harness.data.clean.documents import (
 )
 from harness.data.clean.duplicates import ExactDuplicates, NearDuplicates
 from harness.errors import UserError, nearest
+from harness.system import yaml_files
 
 UNREADABLE = "unreadable"
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from harness.data.synthetic.corpus import Corpus, Label
 from harness.data.synthetic.language import table
 from harness.errors import UserError
-from harness.files import atomic, locked, write_json
-from harness.workers import map_in_order
+from harness.system.files import atomic, locked, write_json
+from harness.system.workers import map_in_order
 
 DOCUMENTS_PER_SHARD = 16384
 _PLAIN = Corpus()

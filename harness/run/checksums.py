@@ -1,0 +1,81 @@
+"""Checksums of a folder's files, in upstream's format: ``integrity.json`` has the SHA-256 of each.
+
+Upstream writes the same file under ``--verify-integrity`` (megatron/core/dist_checkpointing/validation.py), one file after
+another on rank 0, while training waits. Here several threads read at once, and a training goes on meanwhile
+(benchmarks/checksums.py measures both).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from harness.system.files import read_object, write_json
+
+NAME, ALGORITHM = "integrity.json", "sha256"
+PIECE_BYTES = 4 * 2**20
+MOST_READERS = 16
+"""More threads than this gain nothing on the disks that were measured, and each holds ``PIECE_BYTES``."""
+READERS_BESIDE_TRAINING = 2
+
+
+def write(folder: Path, readers: int | None = None, *, nice: int = 0) -> None:
+    """Write the checksums of every file in ``folder``, whole or not at all.
+
+    Args:
+        readers: threads that read files at the same time; by default one a core.
+        nice: by how much these threads give way to other work, 0 to 19.
+    """
+    names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != NAME)
+    if names:
+        write_json(folder / NAME, {"algorithm": ALGORITHM, "files": _digests(folder, names, readers, nice)})
+
+
+def read(folder: Path) -> dict[str, str] | None:
+    """The checksums kept in ``folder`` by file name; None where there are none.
+
+    Raises:
+        ValueError: ``integrity.json`` is damaged, or of an unknown algorithm.
+    """
+    if not (folder / NAME).exists():
+        return None
+    content = read_object(folder / NAME)
+    files = content.get("files")
+    if content.get("algorithm") != ALGORITHM or not isinstance(files, dict) or not files:
+        raise ValueError(f"{NAME} is damaged")
+    if not all(Path(name).name == name and isinstance(digest, str) for name, digest in files.items()):
+        raise ValueError(f"{NAME} is damaged")
+    return files
+
+
+def differing(folder: Path, known: dict[str, str]) -> list[str]:
+    """The files in ``folder`` whose bytes are not those that ``known`` has the checksums of, or that are gone."""
+    found = _digests(folder, list(known), None, 0)
+    return [name for name, digest in known.items() if found[name] != digest]
+
+
+def _digests(folder: Path, names: Sequence[str], readers: int | None, nice: int) -> dict[str, str | None]:
+    readers = min(readers or len(os.sched_getaffinity(0)), MOST_READERS, len(names) or 1)
+
+    def give_way() -> None:
+        if nice:
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
+
+    with ThreadPoolExecutor(readers, initializer=give_way) as pool:
+        return dict(zip(names, pool.map(lambda name: _digest(folder / name), names), strict=True))
+
+
+def _digest(path: Path) -> str | None:
+    piece = memoryview(bytearray(PIECE_BYTES))
+    digest = hashlib.new(ALGORITHM)
+    try:
+        with path.open("rb", buffering=0) as file:
+            while done := file.readinto(piece):
+                digest.update(piece[:done])
+    except OSError:
+        return None
+    return digest.hexdigest()

@@ -1,0 +1,115 @@
+"""Which run is meant: by its label, by the id of its experiment, or by all of the experiment that it froze.
+
+A label or an id can stand for runs of different experiments: what was frozen decides, or the candidates are named.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from harness.errors import UserError, first_line
+from harness.experiment import identity
+from harness.run.checkpoints import in_folder
+from harness.run.directory import RunDir
+
+if TYPE_CHECKING:
+    from harness.experiment.catalog import Experiment
+
+MOST_NAMED = 5
+_ID = re.compile(r"\d{3}h?(-|$)")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A run directory and the experiment that it froze."""
+
+    dir: RunDir
+    experiment: Experiment
+    device: str
+
+    @property
+    def age(self) -> tuple[int, int]:
+        """Larger for newer ones: when experiment.json was written, then the number behind the label."""
+        number = re.search(r"\.(\d+)$", self.dir.label)
+        try:
+            written_ns = self.dir.experiment_json.stat().st_mtime_ns
+        except OSError:
+            written_ns = 0
+        return written_ns, int(number[1]) if number else 1
+
+    @property
+    def has_checkpoints(self) -> bool:
+        """Whether checkpoints are there, whole or not."""
+        return bool(in_folder(self.dir.checkpoints))
+
+
+def candidates(outdir: Path, wanted: str | None = None) -> tuple[list[Candidate], list[str]]:
+    """Runs in ``outdir``, the newest first, of the experiment with this id or name; and what is wrong with others.
+
+    Only experiment.json is read: a run whose result is torn can still be resumed.
+    """
+    found, problems = [], []
+    for path in outdir.glob("*/experiment.json"):
+        run = RunDir(path.parent.resolve())
+        try:
+            experiment, device = run.read_experiment(), run.read_device()
+        except ValueError as error:
+            if wanted is None or run.label.split("-")[0] == wanted.split("-")[0]:
+                problems.append(f"{run.label}: {first_line(error)}")
+            continue
+        if wanted in (None, experiment.id, experiment.name):
+            found.append(Candidate(run, experiment, device))
+    return sorted(found, key=lambda candidate: candidate.age, reverse=True), sorted(problems)
+
+
+def label_of(wanted: str, outdir: Path, keep: Callable[[Candidate], bool] = lambda found: found.has_checkpoints) -> str:
+    """``wanted``, unless it is an experiment's id or name: then the label of its newest run, by default with checkpoints.
+
+    Raises:
+        UserError: runs of different experiments have this id.
+    """
+    if (outdir / wanted).is_dir() or not _ID.match(wanted):
+        return wanted
+    kept = [found for found in candidates(outdir, wanted)[0] if keep(found)]
+    return one(wanted, kept).dir.label if kept else wanted
+
+
+def with_checkpoints(wanted: str, outdir: Path) -> list[RunDir]:
+    """Every run with checkpoints, the newest first, of the experiment with this id or name; none where it is a label."""
+    if (outdir / wanted).is_dir() or not _ID.match(wanted):
+        return []
+    return [found.dir for found in candidates(outdir, wanted)[0] if found.has_checkpoints]
+
+
+def one(wanted: str, found: Sequence[Candidate], way_out: str = "name one of them by its label") -> Candidate:
+    """The newest of ``found``, which must be runs of one experiment on one kind of device.
+
+    Raises:
+        UserError: they are not; each experiment's newest run is named, with what differs.
+    """
+    different = distinct(found)
+    if len(different) > 1:
+        raise UserError("\n".join([f"{wanted}: {len(different)} different experiments ran under this id:",
+                                   *named(different, different[0].experiment), way_out]))
+    return found[0]
+
+
+def distinct(found: Iterable[Candidate]) -> list[Candidate]:
+    """The newest run of each experiment among ``found``."""
+    kept: dict[tuple[str, str], Candidate] = {}
+    for candidate in found:
+        kept.setdefault((candidate.device, identity.frozen(candidate.experiment).model_dump_json()), candidate)
+    return list(kept.values())
+
+
+def named(found: Sequence[Candidate], other: Experiment) -> list[str]:
+    """A line for each run: its label and in what it differs from ``other``."""
+    lines = []
+    for candidate in found[:MOST_NAMED]:
+        apart = "; ".join(f"{d.setting} {d.before}" for d in identity.differences(candidate.experiment, other))
+        lines.append(f"  {candidate.dir.label}" + (f"  ({apart})" if apart else ""))
+    return lines + ([f"  … and {len(found) - MOST_NAMED} more"] if len(found) > MOST_NAMED else [])

@@ -1,0 +1,1 @@
+"""How an upstream is spoken to: one package an upstream."""
