@@ -1,10 +1,12 @@
-"""The cost of a checkpoint's checksums: upstream's way (one file after another) beside the harness's (several at once).
+"""The cost of a checkpoint's checksums: upstream's way (one file after another) beside the
+harness's (several at once).
 
     .venv/bin/python benchmarks/checksums.py FOLDER [FILES] [MIB_EACH]
 
-Writes FILES files (8) of MIB_EACH (128) random MiB into FOLDER, which is emptied afterwards, and times, median of 5:
-upstream's ``save_integrity_manifest``, for which training waits; ``checkpoints.settle``, which syncs and hashes in the
-background; and the comparison before a load. The files lie in the page cache, as just after a save.
+Writes FILES files (8) of MIB_EACH (128) random MiB into FOLDER, which is emptied afterwards, and
+times, median of 5: upstream's ``save_integrity_manifest``, for which training waits;
+``checkpoints.settle``, which syncs and hashes in the background; and the comparison before a load.
+The files lie in the page cache, as just after a save.
 """
 
 import json
@@ -24,7 +26,8 @@ TIMES = 5
 
 
 def measure(do: Callable[[], object]) -> dict[str, float]:
-    """Medians of ``TIMES`` runs: seconds, and seconds of all cores, which other work on the machine does not lengthen."""
+    """Medians of ``TIMES`` runs: seconds, and seconds of all cores, which other work on the machine
+    does not lengthen."""
     taken = []
     for _ in range(TIMES):
         begun = time.perf_counter(), time.process_time()
@@ -42,7 +45,10 @@ def main() -> None:
     for number in range(files):
         (path / f"__{number}_0.distcp").write_bytes(os.urandom(mib * 2**20))
     upstream.put_on_path(upstream.locate())
-    from megatron.core.dist_checkpointing.validation import save_integrity_manifest, verify_integrity_manifest
+    from megatron.core.dist_checkpointing.validation import (
+        save_integrity_manifest,
+        verify_integrity_manifest,
+    )
 
     took = {
         "upstream_writes": measure(lambda: save_integrity_manifest(str(path))),
@@ -52,8 +58,14 @@ def main() -> None:
     }
     assert not checksums.differing(path, checksums.read(path) or {})
     shutil.rmtree(folder)
-    found = {"gib": files * mib / 1024, "files": files, "cores": len(os.sched_getaffinity(0)), "cpu": platform.machine(),
-             "load_average": round(os.getloadavg()[0], 1), **took}
+    found = {
+        "gib": files * mib / 1024,
+        "files": files,
+        "cores": len(os.sched_getaffinity(0)),
+        "cpu": platform.machine(),
+        "load_average": round(os.getloadavg()[0], 1),
+        **took,
+    }
     print(json.dumps(found, indent=1))
 
 

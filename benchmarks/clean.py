@@ -1,9 +1,10 @@
 """What cleaning costs and how well it does, on synthetic text whose defects are known.
 
-    python benchmarks/clean.py FOLDER [PART …]    parts: making, growth, oscar, quality, identification, near-duplicates
+    python benchmarks/clean.py FOLDER [PART …]    parts: making, growth, oscar, quality,
+                                                  identification, near-duplicates
 
-Writes benchmarks/clean.json (the parts that ran, beside those already in it) and, with all of them, clean.md.
- FOLDER takes 6 GB; corpora that are in it are used again.
+Writes benchmarks/clean.json (the parts that ran, beside those already in it) and, with all of them,
+ clean.md. FOLDER takes 6 GB; corpora that are in it are used again.
 """
 
 from __future__ import annotations
@@ -46,8 +47,11 @@ REPETITIVE = Corpus(2, Mixture({"sv": 1}, {"near-duplicate": 3000}))
 
 
 def in_a_process(*words: str) -> dict[str, Any]:
-    """What this script prints when run with ``words``, and the peak of its processes' memory in GiB."""
-    process = subprocess.Popen([sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True)
+    """What this script prints when run with ``words``, and the peak of its processes' memory in
+    GiB."""
+    process = subprocess.Popen(
+        [sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True
+    )
     peak = 0
     while process.poll() is None:
         peak = max(peak, _memory(process.pid))
@@ -61,7 +65,9 @@ def _memory(pid: int) -> int:
     """Of a process and its descendants, shared pages counted once."""
     try:
         root = psutil.Process(pid)
-        return sum(process.memory_full_info().pss for process in (root, *root.children(recursive=True)))
+        return sum(
+            process.memory_full_info().pss for process in (root, *root.children(recursive=True))
+        )
     except psutil.Error:
         return 0
 
@@ -113,7 +119,9 @@ def one(folder: Path, megabytes: str) -> dict[str, Any]:
     return {
         "bytes": report.bytes_in,
         "documents": report.documents_in,
-        "documents_compared": sum(report.dropped[name] for name in report.dropped if "duplicates" in name)
+        "documents_compared": sum(
+            report.dropped[name] for name in report.dropped if "duplicates" in name
+        )
         + report.documents_out,
         "wall_s": ends["finish"] - started,
         "cpu_s": cpu_s() - cpu_before,
@@ -136,7 +144,9 @@ def oscar(folder: Path) -> dict[str, Any]:
         keep = generator.random((len(late), signatures.shape[1])) < 0.95
         signatures[late] = np.where(keep, signatures[late - size * 4 // 5], signatures[late])
         np.savez(
-            work / f"{number:05}.npz", offsets=np.arange(size), hashes=generator.integers(0, 2**63, size, np.uint64),
+            work / f"{number:05}.npz",
+            offsets=np.arange(size),
+            hashes=generator.integers(0, 2**63, size, np.uint64),
             signatures=signatures,
         )
     result = in_a_process("compare", str(work), str(len(units)))
@@ -146,7 +156,12 @@ def oscar(folder: Path) -> dict[str, Any]:
 
 def compare(work: Path, units: str) -> dict[str, Any]:
     before, started = cpu_s(), time.perf_counter()
-    pipeline.compare([Unit(n, work / "in.jsonl", 0, 0) for n in range(int(units))], work, RULES, lambda *progress: None)
+    pipeline.compare(
+        [Unit(n, work / "in.jsonl", 0, 0) for n in range(int(units))],
+        work,
+        RULES,
+        lambda *progress: None,
+    )
     verdicts = np.load(work / "verdicts.npy")
     return {
         "documents": len(verdicts),
@@ -161,7 +176,9 @@ def quality(folder: Path) -> dict[str, Any]:
     found = measure(folder / "quality", QUALITY_MB * 10**6, RULES, CRAWL, processes=PROCESSES)
     rows = asdict(found) | {"report": found.report.model_dump(exclude={"shards"})}
     for scores, what in ((found.rules, "precision"), (found.defects, "recall")):
-        for score, row in zip(scores, rows["rules" if what == "precision" else "defects"], strict=True):
+        for score, row in zip(
+            scores, rows["rules" if what == "precision" else "defects"], strict=True
+        ):
             row[what] = getattr(score, what)
     return rows
 
@@ -179,7 +196,9 @@ def identification(folder: Path) -> list[dict[str, Any]]:
     for line, label in CRAWL.lines(0, IDENTIFIED):
         if label.defect in (None, "mixed-language"):
             texts.append(" ".join(json.loads(line)["text"].split()))
-            nature.append(label.defect or ("Swedish" if label.language == "sv" else "another language"))
+            nature.append(
+                label.defect or ("Swedish" if label.language == "sv" else "another language")
+            )
 
     def ours() -> list[float]:
         batches = [texts[i : i + 400] for i in range(0, len(texts), 400)]
@@ -208,13 +227,18 @@ def identification(folder: Path) -> list[dict[str, Any]]:
         rows.append({"way": way, "mb_per_core_s": size / 1e6 / (time.process_time() - before)})
         for kind in ("Swedish", "another language", "mixed-language"):
             of_kind = np.array([one == kind for one in nature])
-            rows[-1] |= {f"{kind}: documents": int(of_kind.sum()), f"{kind}: kept": int(kept[of_kind].sum())}
+            rows[-1] |= {
+                f"{kind}: documents": int(of_kind.sum()),
+                f"{kind}: kept": int(kept[of_kind].sum()),
+            }
     return rows
 
 
 def near_duplicates(folder: Path) -> list[dict[str, Any]]:
     """Beside the libraries."""
-    return [in_a_process("library", str(folder), name) for name in ("harness", "rensa", "datasketch")]
+    return [
+        in_a_process("library", str(folder), name) for name in ("harness", "rensa", "datasketch")
+    ]
 
 
 def library(folder: Path, name: str) -> dict[str, Any]:
@@ -222,7 +246,8 @@ def library(folder: Path, name: str) -> dict[str, Any]:
     texts = [" ".join(text.split()) for text in REPETITIVE.texts(range(COMPARED))]
     likeness = {
         label.document: jaccard(texts[label.document], texts[label.source], RULES.near.shingle)
-        for label in labels if label.defect
+        for label in labels
+        if label.defect
     }
     before = time.process_time()
     gone = LIBRARIES[name](texts)
@@ -244,8 +269,12 @@ def _harness(texts: list[str]) -> set[int]:
     from harness.data.clean.duplicates import near_duplicates
 
     encoded = [text.encode() for text in texts]
-    signatures = np.concatenate([RULES.near.signatures(encoded[i : i + 400]) for i in range(0, len(encoded), 400)])
-    return set(np.flatnonzero(near_duplicates(RULES.near, signatures, np.arange(len(texts))) >= 0).tolist())
+    signatures = np.concatenate(
+        [RULES.near.signatures(encoded[i : i + 400]) for i in range(0, len(encoded), 400)]
+    )
+    return set(
+        np.flatnonzero(near_duplicates(RULES.near, signatures, np.arange(len(texts))) >= 0).tolist()
+    )
 
 
 def _shingles(text: str) -> list[str]:
@@ -391,7 +420,10 @@ def markdown(results: dict[str, Any]) -> str:
         lost_share=found["clean_dropped"] / found["clean_documents"],
         rules=table(
             ("rule", "dropped", "rightly", "precision"),
-            ((r["rule"], f"{r['dropped']:,}", f"{r['rightly']:,}", f"{r['precision']:.3f}") for r in found["rules"]),
+            (
+                (r["rule"], f"{r['dropped']:,}", f"{r['rightly']:,}", f"{r['precision']:.3f}")
+                for r in found["rules"]
+            ),
         ),
         defects=table(
             ("defect", "planted", "dropped or mended", "recall", "dropped by"),
@@ -409,7 +441,12 @@ def markdown(results: dict[str, Any]) -> str:
         similarity=table(
             ("similarity", "pairs", "dropped", "part"),
             (
-                (f"{s['least']:.2f} to {s['most']:.2f}", s["pairs"], s["dropped"], f"{s['dropped'] / s['pairs']:.1%}")
+                (
+                    f"{s['least']:.2f} to {s['most']:.2f}",
+                    s["pairs"],
+                    s["dropped"],
+                    f"{s['dropped'] / s['pairs']:.1%}",
+                )
                 for s in found["near_duplicates"]
                 if s["pairs"]
             ),
@@ -453,7 +490,9 @@ def markdown(results: dict[str, Any]) -> str:
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A Markdown table."""
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows))
+    return "\n".join(
+        f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows)
+    )
 
 
 def _cpu() -> str:

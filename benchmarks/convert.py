@@ -1,10 +1,12 @@
-"""Weights of a billion parameters from Hugging Face's files to Megatron-LM's and back: seconds, and memory beside their size.
+"""Weights of a billion parameters from Hugging Face's files to Megatron-LM's and back: seconds, and
+memory beside their size.
 
     python benchmarks/convert.py FOLDER
 
-Writes benchmarks/convert.json. FOLDER takes 8 GB for a while. The model has Llama 3.2 1B's sizes and random bf16 weights.
-Each conversion is a process of its own on two cores, the files being in the page cache; ``fsync`` is part of it. Memory is
-the peak of the process's resident pages, less what it is before the first tensor (Python, PyTorch, upstream's parser).
+Writes benchmarks/convert.json. FOLDER takes 8 GB for a while. The model has Llama 3.2 1B's sizes
+and random bf16 weights. Each conversion is a process of its own on two cores, the files being in
+the page cache; ``fsync`` is part of it. Memory is the peak of the process's resident pages, less
+what it is before the first tensor (Python, PyTorch, upstream's parser).
 """
 
 from __future__ import annotations
@@ -25,11 +27,25 @@ RESULTS = Path(__file__).with_suffix(".json")
 CORES = 2
 REPEATS = 3
 CONFIG = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "num_hidden_layers": 16,
-    "hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
-    "vocab_size": 128256, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "dtype": "bfloat16",
+    "num_hidden_layers": 16,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
     "rope_parameters": {
-        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     },
 }
@@ -48,16 +64,33 @@ def main(folder: Path) -> None:
         runs["import"].append(run("import", source, imported))
         runs["export"].append(run("export", imported, exported))
     same = identical(source, exported)
-    summary = {name: {"seconds": sorted(each["seconds"] for each in both)[REPEATS // 2],
-                      "memory_per_model": max(each["memory_bytes"] for each in both) / model,
-                      "resident_per_model": max(each["resident_bytes"] for each in both) / model}
-               for name, both in runs.items()}
-    machine = {"cpu": cpu(), "cores": CORES, "system": platform.platform(), "load_after": os.getloadavg()[0]}
-    results = {"machine": machine, "model_bytes": model, "weights_identical": same, "runs": runs, "summary": summary}
+    summary = {
+        name: {
+            "seconds": sorted(each["seconds"] for each in both)[REPEATS // 2],
+            "memory_per_model": max(each["memory_bytes"] for each in both) / model,
+            "resident_per_model": max(each["resident_bytes"] for each in both) / model,
+        }
+        for name, both in runs.items()
+    }
+    machine = {
+        "cpu": cpu(),
+        "cores": CORES,
+        "system": platform.platform(),
+        "load_after": os.getloadavg()[0],
+    }
+    results = {
+        "machine": machine,
+        "model_bytes": model,
+        "weights_identical": same,
+        "runs": runs,
+        "summary": summary,
+    }
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     for name, figures in summary.items():
-        print(f"{name}: {figures['seconds']:.1f} s, memory {figures['memory_per_model']:.2f} x the model's {model / 1e9:.2f} GB "
-              f"({figures['resident_per_model']:.2f} x with everything that is imported)")
+        print(
+            f"{name}: {figures['seconds']:.1f} s, memory {figures['memory_per_model']:.2f} x the model's {model / 1e9:.2f} GB "
+            f"({figures['resident_per_model']:.2f} x with everything that is imported)"
+        )
     print(f"weights identical after both ways: {same}; {RESULTS.relative_to(ROOT)} written")
     shutil.rmtree(folder)
 
@@ -69,14 +102,20 @@ def identical(source: Path, exported: Path) -> bool:
     from harness.convert.safetensor_files import open_folder
 
     one, other = open_folder(source), open_folder(exported)
-    return {*one} == {*other} and all(torch.equal(one.read(name).view(torch.int16), other.read(name).view(torch.int16))
-                                      for name in one)
+    return {*one} == {*other} and all(
+        torch.equal(one.read(name).view(torch.int16), other.read(name).view(torch.int16))
+        for name in one
+    )
 
 
 def run(*words: object) -> dict[str, float]:
     """One step in a process of its own, which prints what it took."""
     begun = time.monotonic()
-    done = subprocess.run([sys.executable, "-W", "ignore", __file__, *map(str, words)], stdout=subprocess.PIPE, check=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", __file__, *map(str, words)],
+        stdout=subprocess.PIPE,
+        check=True,
+    )
     return json.loads(done.stdout.splitlines()[-1]) | {"seconds": time.monotonic() - begun}
 
 
@@ -127,8 +166,14 @@ def make(folder: Path) -> None:
     from harness.convert.transforms import Sizes
 
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "initializer_range": 0.02,
-              "attention_dropout": 0.0, **CONFIG}
+    config = {
+        "attention_bias": False,
+        "mlp_bias": False,
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "attention_dropout": 0.0,
+        **CONFIG,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     model, positions = LLAMA.read(config, "benchmark")
     sizes = Sizes(model, positions, model.vocab_size)
@@ -145,7 +190,10 @@ def make(folder: Path) -> None:
 
 def cpu() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""JSON Lines in, .bin/.idx out: this project's preparation beside upstream's tools/preprocess_data.py.
+"""JSON Lines in, .bin/.idx out: this project's preparation beside upstream's
+tools/preprocess_data.py.
 
     python benchmarks/data.py FOLDER [TEXT.jsonl]
 
-Writes benchmarks/data.json and data.md. Without TEXT.jsonl the text is gathered from this machine (translations, sources,
-manuals, documentation; up to 500 MB) and kept in FOLDER, which takes 3 GB. Both sides get the same two cores, the same file in the
-page cache and the same tokenizer.json; a run is timed from outside, from the start of its process to its end. Upstream:
-a tree of core_v0.19.0 at MEGATRON_LM or megatron-lm/.
+Writes benchmarks/data.json and data.md. Without TEXT.jsonl the text is gathered from this machine
+(translations, sources, manuals, documentation; up to 500 MB) and kept in FOLDER, which takes 3 GB.
+Both sides get the same two cores, the same file in the page cache and the same tokenizer.json; a
+run is timed from outside, from the start of its process to its end. Upstream: a tree of
+core_v0.19.0 at MEGATRON_LM or megatron-lm/.
 """
 
 from __future__ import annotations
@@ -68,15 +70,26 @@ def main(folder: Path, text: Path | None = None) -> None:
     runs["upstream"].append(timed(upstream(text, folder, gpt2.model)))
     same = pair(prefix_of("ours", folder)) == pair(folder / "upstream_text_document")
     bytes_in = text.stat().st_size
-    rates = {name: bytes_in / 1e6 / statistics.median(run["seconds"] for run in each) for name, each in runs.items()}
+    rates = {
+        name: bytes_in / 1e6 / statistics.median(run["seconds"] for run in each)
+        for name, each in runs.items()
+    }
     results = {
         "machine": {
-            "cpu": cpu(), "cores": len(cores), "load_before": os.getloadavg()[0], "system": platform.platform(),
+            "cpu": cpu(),
+            "cores": len(cores),
+            "load_before": os.getloadavg()[0],
+            "system": platform.platform(),
             "python": platform.python_version(),
-            **{name: package_version(name) for name in ("gigatoken", "tokenizers", "transformers", "orjson", "numpy")},
+            **{
+                name: package_version(name)
+                for name in ("gigatoken", "tokenizers", "transformers", "orjson", "numpy")
+            },
         },
         "text": {
-            "bytes": bytes_in, "lines": text.read_bytes().count(b"\n"), "sha256": digest(text),
+            "bytes": bytes_in,
+            "lines": text.read_bytes().count(b"\n"),
+            "sha256": digest(text),
             "composition": composition,
         },
         "tokens": idx_tokens(prefix_of("ours", folder)),
@@ -89,7 +102,12 @@ def main(folder: Path, text: Path | None = None) -> None:
     }
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     RESULTS.with_suffix(".md").write_text(markdown(results))
-    print(json.dumps({key: results[key] for key in ("mb_per_s", "times_upstream", "times_tokenizer_alone")}, indent=1))
+    print(
+        json.dumps(
+            {key: results[key] for key in ("mb_per_s", "times_upstream", "times_tokenizer_alone")},
+            indent=1,
+        )
+    )
     print(f"identical to upstream: {same}; {RESULTS.relative_to(ROOT)} written")
 
 
@@ -137,7 +155,8 @@ On {words["bytes"] / 1e6:.0f} MB of random words that never come again, the wors
 
 
 def warm_up(folder: Path, text: Path, tokenizer: Path) -> None:
-    """Run both once on little text: their modules are compiled and in the page cache then, as after an installation."""
+    """Run both once on little text: their modules are compiled and in the page cache then, as after
+    an installation."""
     little = folder / "little.jsonl"
     with text.open("rb") as lines:
         little.write_bytes(b"".join(next(lines) for _ in range(50)))
@@ -151,20 +170,43 @@ def upstream(text: Path, folder: Path, tokenizer: Path) -> list[Any]:
 
     tree = locate()
     if tree is None:
-        raise SystemExit("no upstream tree: git submodule update --init megatron-lm, or set MEGATRON_LM=")
+        raise SystemExit(
+            "no upstream tree: git submodule update --init megatron-lm, or set MEGATRON_LM="
+        )
     return [
-        sys.executable, tree / "tools" / "preprocess_data.py", "--input", text, "--output-prefix", folder / "upstream",
-        "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer, "--append-eod", "--workers", CORES,
+        sys.executable,
+        tree / "tools" / "preprocess_data.py",
+        "--input",
+        text,
+        "--output-prefix",
+        folder / "upstream",
+        "--tokenizer-type",
+        "HuggingFaceTokenizer",
+        "--tokenizer-model",
+        tokenizer,
+        "--append-eod",
+        "--workers",
+        CORES,
     ]
 
 
 def memory(folder: Path, text: Path) -> dict[str, Any]:
-    """Peak memory while the input grows, and on words that never come again; gigatoken remembers every word."""
+    """Peak memory while the input grows, and on words that never come again; gigatoken remembers
+    every word."""
     grown = []
     for times in GROWTH:
         run = timed([sys.executable, __file__, "prepare", folder, "grown", *[text] * times])
         grown.append({"bytes": times * text.stat().st_size, **run})
-    run = timed([sys.executable, __file__, "prepare", folder, "random", random_words(folder / "random.jsonl")])
+    run = timed(
+        [
+            sys.executable,
+            __file__,
+            "prepare",
+            folder,
+            "random",
+            random_words(folder / "random.jsonl"),
+        ]
+    )
     return {"grown": grown, "words_that_never_come_again": {"bytes": RANDOM_BYTES, **run}}
 
 
@@ -188,7 +230,8 @@ def prepare(folder: str, name: str, *texts: str) -> None:
 
 
 def alone(text: str) -> None:
-    """The tokenizer's own time: all texts in memory, one call, all cores; prints the seconds of the call."""
+    """The tokenizer's own time: all texts in memory, one call, all cores; prints the seconds of the
+    call."""
     import orjson
     from gigatoken.gigatoken_rs import load_hf_json
 
@@ -200,17 +243,24 @@ def alone(text: str) -> None:
 
 
 def timed(command: list[Any]) -> dict[str, float]:
-    """Seconds of a process, of its processors, and the peak of its memory and its children's in MiB.
+    """Seconds of a process, of its processors, and the peak of its memory and its children's in
+    MiB.
 
     Where the process prints seconds of its own, these are meant.
     """
     begun = time.monotonic()
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    environment = {
+        key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"
+    }
     environment |= {"HF_HUB_OFFLINE": "1", "RAYON_NUM_THREADS": str(CORES), "PYTHONPATH": str(ROOT)}
-    environment |= {"PYTHONPYCACHEPREFIX": str(Path(tempfile.gettempdir()) / "benchmark-data-pycache")}
+    environment |= {
+        "PYTHONPYCACHEPREFIX": str(Path(tempfile.gettempdir()) / "benchmark-data-pycache")
+    }
     before = os.times()
     with open(os.devnull, "w") as nowhere:  # noqa: PTH123
-        process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=nowhere, env=environment)
+        process = subprocess.Popen(
+            list(map(str, command)), stdout=subprocess.PIPE, stderr=nowhere, env=environment
+        )
     peak = 0
     while process.poll() is None:
         peak = max(peak, resident(process.pid))
@@ -221,7 +271,9 @@ def timed(command: list[Any]) -> dict[str, float]:
     if process.returncode:
         raise SystemExit(f"{command[1]} ended with {process.returncode}")
     own = json.loads(said[-1]) if said and said[-1].startswith("{") else {}
-    cpu_seconds = after.children_user + after.children_system - before.children_user - before.children_system
+    cpu_seconds = (
+        after.children_user + after.children_system - before.children_user - before.children_system
+    )
     return {"seconds": seconds, "cpu_seconds": cpu_seconds, "memory_mib": peak / 2**20, **own}
 
 
@@ -249,13 +301,17 @@ def gather(path: Path) -> tuple[Path, dict[str, int]]:
     with path.open("wb") as out:
         for kind, share in SHARES.items():
             for text in READERS[kind]():
-                key = hashlib.md5(text[:4000].encode(errors="replace"), usedforsecurity=False).digest()
+                key = hashlib.md5(
+                    text[:4000].encode(errors="replace"), usedforsecurity=False
+                ).digest()
                 if len(text) < 200 or key in seen:
                     continue
                 seen.add(key)
                 for start in range(0, len(text), PIECE):
                     row = {"text": text[start : start + PIECE]}
-                    sizes[kind] += out.write(json.dumps(row, ensure_ascii=key[0] < 80).encode() + b"\n")
+                    sizes[kind] += out.write(
+                        json.dumps(row, ensure_ascii=key[0] < 80).encode() + b"\n"
+                    )
                 if sizes[kind] > share * TEXT_BYTES:
                     break
     note.write_text(json.dumps(sizes))
@@ -269,8 +325,20 @@ def files(*patterns: str) -> Iterator[Path]:
         Path(sysconfig.get_path("purelib")),
         Path(sysconfig.get_path("stdlib")),
     )
-    found = sorted({path for root in roots for pattern in patterns for path in root.rglob(pattern) if path.is_file()})
-    return iter(sorted(found, key=lambda path: hashlib.md5(str(path).encode(), usedforsecurity=False).digest()))
+    found = sorted(
+        {
+            path
+            for root in roots
+            for pattern in patterns
+            for path in root.rglob(pattern)
+            if path.is_file()
+        }
+    )
+    return iter(
+        sorted(
+            found, key=lambda path: hashlib.md5(str(path).encode(), usedforsecurity=False).digest()
+        )
+    )
 
 
 def read_each(read: Callable[[Path], str], *patterns: str) -> Iterator[str]:
@@ -292,12 +360,18 @@ def manual(path: Path) -> str:
 
 def page(path: Path) -> str:
     text = path.read_text(encoding="utf-8")
-    return html.unescape(re.sub(r"(?s)<(script|style).*?</\1>|<[^>]+>", "", text)) if path.suffix == ".html" else text
+    return (
+        html.unescape(re.sub(r"(?s)<(script|style).*?</\1>|<[^>]+>", "", text))
+        if path.suffix == ".html"
+        else text
+    )
 
 
 READERS: dict[str, Callable[[], Iterator[str]]] = {
     "translations": lambda: read_each(translation, "*.mo"),
-    "sources": lambda: read_each(lambda path: path.read_text(encoding="utf-8"), "*.py", "*.js", "*.h"),
+    "sources": lambda: read_each(
+        lambda path: path.read_text(encoding="utf-8"), "*.py", "*.js", "*.h"
+    ),
     "manuals": lambda: read_each(manual, "man*/*.gz"),
     "documentation": lambda: read_each(page, "*.md", "*.rst", "*.txt", "*.html"),
 }
@@ -333,7 +407,10 @@ def idx_tokens(prefix: Path) -> int:
 
 def cpu() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
 if __name__ == "__main__":

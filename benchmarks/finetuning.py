@@ -1,4 +1,5 @@
-"""What docs/finetuning.md shows, as it is typed there: ``make 801``, ``make 802 WEIGHTS=801``, and every question asked.
+"""What docs/finetuning.md shows, as it is typed there: ``make 801``, ``make 802 WEIGHTS=801``, and
+every question asked.
 
     .venv/bin/python benchmarks/finetuning.py        writes benchmarks/finetuning.json
 """
@@ -21,18 +22,31 @@ SETS = ("toy-chat", "toy-chat-2")
 
 def make(*words: str) -> str:
     """What a make target prints."""
-    return subprocess.run(["make", *words], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return subprocess.run(
+        ["make", *words], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
+    ).stdout
 
 
 def trained(id_: str, outdir: str, *words: str) -> dict:
-    """Train, and ask: answers as in each data set, the last loss, minutes, and the parameters that were trained."""
+    """Train, and ask: answers as in each data set, the last loss, minutes, and the parameters that
+    were trained."""
     make(id_, "DEVICE=cpu", f"OUTDIR={outdir}", *words)
     run = candidates(Path(outdir), id_)[0][0].dir
     steps = run.read_metrics()
     adapters = re.search(r"trains ([\d,]+) of ([\d,]+) parameters", run.logs.read_text())
-    found = {"loss": steps[-1].loss, "steps": len(steps), "minutes": sum(step.step_ms for step in steps) / 60_000}
+    found = {
+        "loss": steps[-1].loss,
+        "steps": len(steps),
+        "minutes": sum(step.step_ms for step in steps) / 60_000,
+    }
     if adapters:
-        found |= dict(zip(("trained", "parameters"), (int(n.replace(",", "")) for n in adapters.groups()), strict=True))
+        found |= dict(
+            zip(
+                ("trained", "parameters"),
+                (int(n.replace(",", "")) for n in adapters.groups()),
+                strict=True,
+            )
+        )
     for name in SETS:
         said = make("generate", "DEVICE=cpu", f"OUTDIR={outdir}", f"RUN={id_}", f"DATA={name}")
         found[name] = int(re.search(r"^(\d+) of \d+ answers", said, re.MULTILINE)[1])

@@ -1,6 +1,8 @@
-"""How fast the front door answers: completion, `make -n`, `make list`, `make show`, each beside an idle process of its kind.
+"""How fast the front door answers: completion, `make -n`, `make list`, `make show`, each beside an
+idle process of its kind.
 
-    .venv/bin/python benchmarks/front_door.py        writes benchmarks/front_door.json and prints the table
+    .venv/bin/python benchmarks/front_door.py        writes benchmarks/front_door.json and prints
+                                                     the table
 """
 
 import json
@@ -31,21 +33,36 @@ def wall_ms(*command: str, cwd: Path = ROOT) -> float:
 
 
 def completion_ms() -> float:
-    done = subprocess.run(["bash", "--norc", "-c", COMPLETE], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["bash", "--norc", "-c", COMPLETE], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     return int(done.stdout) / 1000
 
 
 def heavy_imports(*words: str) -> list[str]:
-    done = subprocess.run([sys.executable, "-X", "importtime", "-m", "harness", *words], cwd=ROOT,
-                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=True)
-    imported = {line.rsplit("|", 1)[1].strip().split(".")[0] for line in done.stderr.splitlines() if "|" in line}
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "harness", *words],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    imported = {
+        line.rsplit("|", 1)[1].strip().split(".")[0]
+        for line in done.stderr.splitlines()
+        if "|" in line
+    }
     return sorted(imported & {*HEAVY})
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as empty:
         Path(empty, "Makefile").write_text("MAKEFLAGS += -rR\nnothing: ; @true\n")
-        idle_make = ("`make -n` of an empty Makefile", lambda: wall_ms("make", "-n", "nothing", cwd=Path(empty)))
+        idle_make = (
+            "`make -n` of an empty Makefile",
+            lambda: wall_ms("make", "-n", "nothing", cwd=Path(empty)),
+        )
         idle_python = ("`python -c pass`", lambda: wall_ms(sys.executable, "-c", "pass"))
         measured = {
             "bash completion of `make 1<tab>`": (completion_ms, *idle_make),
@@ -56,14 +73,27 @@ def main() -> None:
         rows = []
         for what, (ours, beside, idle) in measured.items():
             pairs = [(ours(), idle()) for _ in range(RUNS)]
-            rows.append({"what": what, "ms": statistics.median(a for a, _ in pairs), "worst_ms": max(a for a, _ in pairs),
-                         "beside": beside, "ratio": statistics.median(a / b for a, b in pairs)})
+            rows.append(
+                {
+                    "what": what,
+                    "ms": statistics.median(a for a, _ in pairs),
+                    "worst_ms": max(a for a, _ in pairs),
+                    "beside": beside,
+                    "ratio": statistics.median(a / b for a, b in pairs),
+                }
+            )
     imports = {words: heavy_imports(*words.split()) for words in ("list", "show 408", "table")}
-    result = {"machine": f"{platform.processor() or platform.machine()}, {platform.python_version()}", "runs": RUNS,
-              "rows": rows, "heavy_imports": imports}
+    result = {
+        "machine": f"{platform.processor() or platform.machine()}, {platform.python_version()}",
+        "runs": RUNS,
+        "rows": rows,
+        "heavy_imports": imports,
+    }
     Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     for row in rows:
-        print(f"{row['what']:34} {row['ms']:6.1f} ms, worst {row['worst_ms']:6.1f}, {row['ratio']:5.1f} x {row['beside']}")
+        print(
+            f"{row['what']:34} {row['ms']:6.1f} ms, worst {row['worst_ms']:6.1f}, {row['ratio']:5.1f} x {row['beside']}"
+        )
     for words, found in imports.items():
         print(f"{words:10} imports of {', '.join(HEAVY)}: {', '.join(found) or 'none'}")
 

@@ -1,9 +1,11 @@
-"""What the harness costs: `make <id>` beside the bare torchrun command it prints, and beside upstream's script on GPUs.
+"""What the harness costs: `make <id>` beside the bare torchrun command it prints, and beside
+upstream's script on GPUs.
 
-    .venv/bin/python benchmarks/overhead.py [ID] [STEPS] [PAIRS]     writes benchmarks/overhead-<device>.json
+    .venv/bin/python benchmarks/overhead.py [ID] [STEPS] [PAIRS]     writes
+                                                                     benchmarks/overhead-<device>.json
 
-The same run is done in turn, pair by pair. Start-up is the time of the whole process less that of its steps; step times are
-upstream's own, from the line it prints a step (median of step 6 to last).
+The same run is done in turn, pair by pair. Start-up is the time of the whole process less that of
+its steps; step times are upstream's own, from the line it prints a step (median of step 6 to last).
 """
 
 import json
@@ -24,13 +26,17 @@ FIRST_STEP = 6
 def measure(command: list[str], outdir: str) -> tuple[float, float]:
     """Run ``command``; return its start-up in seconds and its median step in milliseconds."""
     start = time.perf_counter()
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     wall_s = time.perf_counter() - start
     if done.returncode:
         sys.exit(f"error: {' '.join(command)[:200]} failed:\n{done.stdout[-2000:]}")
     logs = [path.read_text() for path in Path(outdir).glob("*/logs.txt")]
     steps = {int(m[1]): float(m[2]) for m in STEP.finditer(logs[0] if logs else done.stdout)}
-    return wall_s - sum(steps.values()) / 1000, statistics.median(ms for step, ms in steps.items() if step >= FIRST_STEP)
+    return wall_s - sum(steps.values()) / 1000, statistics.median(
+        ms for step, ms in steps.items() if step >= FIRST_STEP
+    )
 
 
 def main() -> None:
@@ -38,7 +44,10 @@ def main() -> None:
     show = [sys.executable, "-m", "harness", "show", id_, f"STEPS={steps}"]
     script = subprocess.run(show, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     device = re.search(r"HARNESS_DEVICE=(\w+)", script)[1]
-    commands = {"harness": ["make", id_, f"STEPS={steps}", "OUTDIR={outdir}"], "bare": ["bash", "-c", script]}
+    commands = {
+        "harness": ["make", id_, f"STEPS={steps}", "OUTDIR={outdir}"],
+        "bare": ["bash", "-c", script],
+    }
     if device == "cuda" and "MEGATRON_LM" in os.environ:
         upstream = f"{os.environ['MEGATRON_LM']}/pretrain_gpt.py"
         commands["upstream"] = ["bash", "-c", script.replace("-m harness.entry", upstream)]
@@ -46,7 +55,9 @@ def main() -> None:
     for _ in range(int(pairs)):
         for name, command in commands.items():
             with tempfile.TemporaryDirectory() as outdir:
-                measured[name].append(measure([word.replace("{outdir}", outdir) for word in command], outdir))
+                measured[name].append(
+                    measure([word.replace("{outdir}", outdir) for word in command], outdir)
+                )
     result = {"id": id_, "steps": int(steps), "device": device, "measured": measured, "against": {}}
     for name in list(commands)[1:]:
         both = list(zip(measured["harness"], measured[name], strict=True))
@@ -55,9 +66,13 @@ def main() -> None:
             "step_ratio": statistics.median(a[1] / b[1] for a, b in both),
         }
         cost = result["against"][name]
-        print(f"{id_} on {device}, {pairs} pairs: harness less {name}: "
-              f"start-up {cost['startup_s']:+.2f} s, step x {cost['step_ratio']:.4f}")
-    (ROOT / "benchmarks" / f"overhead-{device}.json").write_text(json.dumps(result, indent=1) + "\n")
+        print(
+            f"{id_} on {device}, {pairs} pairs: harness less {name}: "
+            f"start-up {cost['startup_s']:+.2f} s, step x {cost['step_ratio']:.4f}"
+        )
+    (ROOT / "benchmarks" / f"overhead-{device}.json").write_text(
+        json.dumps(result, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

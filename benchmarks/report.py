@@ -1,4 +1,5 @@
-"""How long `make report` takes for 200 runs, and how long the page takes to open in headless Chromium.
+"""How long `make report` takes for 200 runs, and how long the page takes to open in headless
+Chromium.
 
     .venv/bin/python benchmarks/report.py        (needs Chromium and the test stage)
 
@@ -41,7 +42,13 @@ def main() -> None:
         for steps in (20, 1000):
             with tempfile.TemporaryDirectory() as folder:
                 for i in range(RUNS):
-                    run(Path(folder), f"{IDS[i % len(IDS)]}-run{i}", IDS[i % len(IDS)], steps=steps, sampled=True)
+                    run(
+                        Path(folder),
+                        f"{IDS[i % len(IDS)]}-run{i}",
+                        IDS[i % len(IDS)],
+                        steps=steps,
+                        sampled=True,
+                    )
                 results[f"{RUNS} runs of {steps} steps"] = measure(browser, Path(folder))
         browser.close()
     Path(__file__).with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
@@ -49,9 +56,15 @@ def main() -> None:
 
 
 def measure(browser: Browser, outdir: Path) -> dict[str, object]:
-    """Build the report of ``outdir`` once and open it several times, each in a browser context of its own."""
+    """Build the report of ``outdir`` once and open it several times, each in a browser context of
+    its own."""
     begun = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "harness", "report", f"OUTDIR={outdir}"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "-m", "harness", "report", f"OUTDIR={outdir}"],
+        cwd=ROOT,
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
     built_s = time.perf_counter() - begun
     path, openings = outdir / "report.html", []
     for _ in range(OPENINGS):
@@ -59,9 +72,18 @@ def measure(browser: Browser, outdir: Path) -> dict[str, object]:
         page.goto(path.as_uri())
         openings.append(page.evaluate(MARKS))
         page.close()
-    return {"build_s": round(built_s, 2), "kib": round(path.stat().st_size / 1024), "openings": OPENINGS,
-            **{mark: {"median": round(statistics.median(o[mark] for o in openings)), "max": round(max(o[mark] for o in openings))}
-               for mark in openings[0]}}
+    return {
+        "build_s": round(built_s, 2),
+        "kib": round(path.stat().st_size / 1024),
+        "openings": OPENINGS,
+        **{
+            mark: {
+                "median": round(statistics.median(o[mark] for o in openings)),
+                "max": round(max(o[mark] for o in openings)),
+            }
+            for mark in openings[0]
+        },
+    }
 
 
 if __name__ == "__main__":

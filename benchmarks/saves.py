@@ -1,7 +1,9 @@
-"""What an asynchronous save adds to the steps that it overlaps: ``python benchmarks/saves.py outdir/LABEL``.
+"""What an asynchronous save adds to the steps that it overlaps: ``python benchmarks/saves.py
+outdir/LABEL``.
 
-A save that training handed over after step n and that was whole at step m overlapped steps n+1 to m. They are compared with
-the steps of the same run that no save overlapped; what training waited for the hand-over is counted to them.
+A save that training handed over after step n and that was whole at step m overlapped steps n+1 to
+m. They are compared with the steps of the same run that no save overlapped; what training waited
+for the hand-over is counted to them.
 """
 
 import json
@@ -18,10 +20,16 @@ FIRST = 6
 
 
 def cost(run: RunDir) -> dict[str, float]:
-    """Medians of steps with and without a save beside them, in ms, and what a save adds to those it overlaps, as a share."""
+    """Medians of steps with and without a save beside them, in ms, and what a save adds to those it
+    overlaps, as a share."""
     steps = {m.step: m.step_ms for m in run.read_metrics() if m.step >= FIRST}
     saves = [save for save in run.read_saves() if save.asynchronous]
-    beside = {step for save in saves for step in range(save.step + 1, save.whole_at_step + 1) if step in steps}
+    beside = {
+        step
+        for save in saves
+        for step in range(save.step + 1, save.whole_at_step + 1)
+        if step in steps
+    }
     alone = [ms for step, ms in steps.items() if step not in beside]
     if not beside or not alone:
         sys.exit(f"{run.label}: no step beside a save, or none without")
@@ -30,9 +38,15 @@ def cost(run: RunDir) -> dict[str, float]:
     each = statistics.median(max(save.whole_at_step - save.step, 1) for save in saves)
     slower_ms = statistics.median(steps[step] for step in beside) - alone_ms
     return {
-        "saves": len(saves), "gib": saves[-1].gib, "step_ms": alone_ms, "beside_a_save_ms": alone_ms + slower_ms,
-        "waited_ms": waited_ms, "first_waited_ms": saves[0].blocked_ms, "overlapped_steps": each,
-        "slower": slower_ms / alone_ms, "added": (slower_ms * each + waited_ms) / (alone_ms * each),
+        "saves": len(saves),
+        "gib": saves[-1].gib,
+        "step_ms": alone_ms,
+        "beside_a_save_ms": alone_ms + slower_ms,
+        "waited_ms": waited_ms,
+        "first_waited_ms": saves[0].blocked_ms,
+        "overlapped_steps": each,
+        "slower": slower_ms / alone_ms,
+        "added": (slower_ms * each + waited_ms) / (alone_ms * each),
     }
 
 

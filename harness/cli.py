@@ -29,7 +29,8 @@ RECORDS = ROOT / "experiments" / "records"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command and return the exit status: 0 done, 1 a run failed, 2 a mistake to mend, 130 interrupted."""
+    """Run one command and return the exit status: 0 done, 1 a run failed, 2 a mistake to mend, 130
+    interrupted."""
     words = sys.argv[1:] if argv is None else argv
     # the output of a live view is all that it does
     output = nullcontext() if words[:1] == ["monitor-gpu"] else lasting_output()
@@ -59,14 +60,18 @@ def _main(words: list[str]) -> int:
 
 
 def given(words: Sequence[str]) -> list[str]:
-    """``words``, where those behind ``--given`` are names of settings left in the environment by make, as KEY=VALUE.
+    """``words``, where those behind ``--given`` are names of settings left in the environment by
+    make, as KEY=VALUE.
 
-    The Makefile passes values so: in the text of a recipe, a shell would read them. Secrets of ARGS= are hidden.
+    The Makefile passes values so: in the text of a recipe, a shell would read them. Secrets of
+    ARGS= are hidden.
     """
     at = words.index("--given") if "--given" in words else len(words)
     found = [*words[:at], *(f"{name}={os.environ.get(name, '')}" for name in words[at + 1 :])]
     os.environ.pop("ARGS", None)
-    return [f"ARGS={masking.hide(word[5:])}" if word.startswith("ARGS=") else word for word in found]
+    return [
+        f"ARGS={masking.hide(word[5:])}" if word.startswith("ARGS=") else word for word in found
+    ]
 
 
 def _run(words: list[str]) -> int:
@@ -101,27 +106,39 @@ def _run_here(words: list[str]) -> int:
 
         tell(finished.dir)
     if finished.result.status == "oom" and as_published(finished):
-        print(f"  reproduced: the published {planned.experiment.half_of or 'run'} ran out of memory too")
+        print(
+            f"  reproduced: the published {planned.experiment.half_of or 'run'} ran out of"
+            " memory too"
+        )
         return 0
     return finished.exit_status
 
 
 def _train(words: list[str]) -> int:
-    """A long run: the same words begin it, go on with it after an interruption, and show its end once it is there."""
+    """A long run: the same words begin it, go on with it after an interruption, and show its end
+    once it is there."""
     e, settings = _experiment(words)
     if e.until is None:
-        raise UserError(f"{e.id} has no validation loss to train to\ngive one, UNTIL=3.2, or make {e.id} trains STEPS=")
+        raise UserError(
+            f"{e.id} has no validation loss to train to\ngive one, UNTIL=3.2, or make {e.id} trains"
+            " STEPS="
+        )
     settings = {"SAVE": "1", **settings}
     device = choose_device(settings)
-    planned = plan(e, {key: value for key, value in settings.items() if key not in ("SAVE", "RESUME")}, device)
+    planned = plan(
+        e, {key: value for key, value in settings.items() if key not in ("SAVE", "RESUME")}, device
+    )
     there, _ = finding.candidates(planned.outdir, e.id)
-    if any(run.device == device and identity.same(run.experiment, planned.experiment) for run in there):
+    if any(
+        run.device == device and identity.same(run.experiment, planned.experiment) for run in there
+    ):
         settings.setdefault("RESUME", "1")
     return _run([e.id, *(f"{key}={value}" for key, value in settings.items())])
 
 
 def _finished_before(planned: Plan) -> int | None:
-    """Show the result of a run that RESUME=1 finds at its end, and return its exit status; None where it is not."""
+    """Show the result of a run that RESUME=1 finds at its end, and return its exit status; None
+    where it is not."""
     from harness.launching.launch import Finished
     from harness.launching.terminal import summary
     from harness.planning.resume import damaged_at_the_end
@@ -158,17 +175,30 @@ def _generate(words: list[str]) -> int:
 def _show(words: list[str]) -> int:
     e, settings = _experiment(words)
     device = choose_device(settings, only_show=True)
-    status = _print_script(plan(e, {"RENDEZVOUS": "first-node:29500", **settings}, device), settings)
+    status = _print_script(
+        plan(e, {"RENDEZVOUS": "first-node:29500", **settings}, device), settings
+    )
     if device == "cpu" and "DEVICE" not in settings:
-        print(f"# This is what runs here, without a GPU. At full size: make show-{e.id} DEVICE=cuda", file=sys.stderr)
+        print(
+            f"# This is what runs here, without a GPU. At full size: make show-{e.id} DEVICE=cuda",
+            file=sys.stderr,
+        )
     return status
 
 
 def _print_script(planned: Plan, settings: Mapping[str, str]) -> int:
     print(planned.script(), end="")
     wanted = planned.full.published_data
-    if planned.full.data == data_sets.MOCK and "DATA" not in settings and wanted in _conversations():
-        print(f"# On mock data, for {wanted} is not prepared yet; make {planned.full.id} does that first.", file=sys.stderr)
+    if (
+        planned.full.data == data_sets.MOCK
+        and "DATA" not in settings
+        and wanted in _conversations()
+    ):
+        print(
+            f"# On mock data, for {wanted} is not prepared yet; make {planned.full.id} does that"
+            " first.",
+            file=sys.stderr,
+        )
     return 0
 
 
@@ -178,7 +208,8 @@ def _conversations() -> dict[str, Definition]:
 
 
 def _prepare_conversations(experiments: Sequence[Experiment], settings: Mapping[str, str]) -> None:
-    """Prepare what is to be learned, where that is made here in seconds; a run on mock data would learn nothing."""
+    """Prepare what is to be learned, where that is made here in seconds; a run on mock data would
+    learn nothing."""
     known = _conversations()
     wanted = dict.fromkeys(settings.get("DATA", e.published_data) for e in experiments)
     if missing := [name for name in wanted if name in known and name not in data_sets.prepared()]:
@@ -193,8 +224,10 @@ def _slurm(e: Experiment, settings: Mapping[str, str]) -> int:
     from harness.launching import slurm
 
     if settings.get("DEVICE", "cuda") != "cuda":
-        raise UserError(f"SLURM=1 DEVICE={settings['DEVICE']}: jobs run on GPUs; leave DEVICE= out, or SLURM=1: "
-                        f"make {e.id} DEVICE=cpu runs here")
+        raise UserError(
+            f"SLURM=1 DEVICE={settings['DEVICE']}: jobs run on GPUs; leave DEVICE= out, or SLURM=1:"
+            f" make {e.id} DEVICE=cpu runs here"
+        )
     planned = plan(e, {**settings, "DEVICE": "cuda"}, "cuda")
     return slurm.submit_or_print(planned, settings)
 
@@ -204,16 +237,23 @@ def _chapter(words: list[str]) -> int:
     settings = _settings(rest)
     experiments = load_catalog().in_chapter(overrides.count("chapter", number))
     if whole := [key for key in ("DRY_RUN", "SLURM", "RESUME") if settings.get(key, "0") != "0"]:
-        raise UserError(f"{whole[0]}=1 is for one experiment: make {experiments[0].id} {whole[0]}=1\n"
-                        f"make list CHAPTER={number} shows what this one runs")
+        raise UserError(
+            f"{whole[0]}=1 is for one experiment: make {experiments[0].id} {whole[0]}=1\n"
+            f"make list CHAPTER={number} shows what this one runs"
+        )
     _keep_gpus_awake()
     device = choose_device(settings)
     _prepare_conversations(experiments, settings)
     from harness.launching.chapter import run_chapter
 
     _install_heavy()
-    return run_chapter(experiments, lambda e: plan(e, settings, device), pack=settings.get("PACK") != "0",
-                       force=settings.get("FORCE") == "1", hang_seconds=overrides.count_in(settings, "HANG"))
+    return run_chapter(
+        experiments,
+        lambda e: plan(e, settings, device),
+        pack=settings.get("PACK") != "0",
+        force=settings.get("FORCE") == "1",
+        hang_seconds=overrides.count_in(settings, "HANG"),
+    )
 
 
 def _list(words: list[str]) -> int:
@@ -221,7 +261,9 @@ def _list(words: list[str]) -> int:
     catalog = load_catalog()
     wanted = [e for e in catalog.experiments if _matches(e, settings, catalog)]
     if not wanted:
-        raise UserError("no experiment matches " + " ".join(f"{k}={v}" for k, v in settings.items()))
+        raise UserError(
+            "no experiment matches " + " ".join(f"{k}={v}" for k, v in settings.items())
+        )
     width, layouts = max(len(e.name) for e in wanted), max(len(e.layout) for e in wanted)
     for number, title in catalog.chapters.items():
         rows = [e for e in wanted if e.chapter == number]
@@ -236,7 +278,10 @@ def _list(words: list[str]) -> int:
             else:
                 screen.say(f"{row}  {e.shows}", hang=len(row) + 2)
     print()
-    screen.say(f"{len(wanted)} experiments. make {wanted[0].id} runs one, make show-{wanted[0].id} prints its command.")
+    screen.say(
+        f"{len(wanted)} experiments. make {wanted[0].id} runs one, make show-{wanted[0].id} prints"
+        " its command."
+    )
     return 0
 
 
@@ -324,7 +369,9 @@ def _profile(words: list[str]) -> int:
 def _verify(words: list[str]) -> int:
     from harness.launching.verify import verify
 
-    id_, settings = _asked(words, "verify which experiment? such as make verify-101", extra=("RUN",))
+    id_, settings = _asked(
+        words, "verify which experiment? such as make verify-101", extra=("RUN",)
+    )
     _keep_gpus_awake()
     return verify(id_, settings, _outdir(settings), RECORDS, _install_heavy)
 
@@ -332,13 +379,17 @@ def _verify(words: list[str]) -> int:
 def _memory(words: list[str]) -> int:
     from harness.evidence.memory import print_memory
 
-    return print_memory(*_asked(words, "the memory of which experiment? such as make memory-101"), RECORDS)
+    return print_memory(
+        *_asked(words, "the memory of which experiment? such as make memory-101"), RECORDS
+    )
 
 
 def _speed(words: list[str]) -> int:
     from harness.evidence.speed import print_speed
 
-    return print_speed(*_asked(words, "the speed of which experiment? such as make speed-408"), RECORDS)
+    return print_speed(
+        *_asked(words, "the speed of which experiment? such as make speed-408"), RECORDS
+    )
 
 
 def _faster(words: list[str]) -> int:
@@ -365,14 +416,18 @@ def _calibrate(words: list[str]) -> int:
 def _claims(words: list[str]) -> int:
     from harness.evidence.verdicts import print_claims
 
-    return print_claims(RECORDS, overrides.parse(words, extra=("CHAPTER", "HARDWARE", "AGAINST", "FORMAT")))
+    return print_claims(
+        RECORDS, overrides.parse(words, extra=("CHAPTER", "HARDWARE", "AGAINST", "FORMAT"))
+    )
 
 
 def _clean(words: list[str]) -> int:
     from harness.run.cleaning import clean
 
     settings = overrides.parse(words, extra=("ALL", "YES"))
-    return clean(_outdir(settings), everything=settings.get("ALL") == "1", agreed=settings.get("YES") == "1")
+    return clean(
+        _outdir(settings), everything=settings.get("ALL") == "1", agreed=settings.get("YES") == "1"
+    )
 
 
 def _plots(words: list[str]) -> int:
@@ -393,12 +448,19 @@ def _report(words: list[str]) -> int:
     outdir = _outdir(settings)
     path = Path(settings.get("REPORT") or outdir / "report.html").absolute()
     if path.is_dir():
-        raise UserError(f"REPORT={settings['REPORT']} is a folder; name a file in it, such as report.html")
+        raise UserError(
+            f"REPORT={settings['REPORT']} is a folder; name a file in it, such as report.html"
+        )
     if settings.get("FORCE") != "1" and path.exists() and not page.is_report(path):
-        raise UserError(f"REPORT={path} is there already and no report\nFORCE=1 replaces it, REPORT=… writes another file")
+        raise UserError(
+            f"REPORT={path} is there already and no report\nFORCE=1 replaces it, REPORT=… writes"
+            " another file"
+        )
     warnings = page.write(outdir, RECORDS, path)
     print(*warnings, sep="\n", end="\n" * bool(warnings), file=sys.stderr)
-    print(f"{path} ({path.stat().st_size / 1024:.0f} KiB): open it in a browser; it needs no network")
+    print(
+        f"{path} ({path.stat().st_size / 1024:.0f} KiB): open it in a browser; it needs no network"
+    )
     return 0
 
 
@@ -421,7 +483,8 @@ def _docs(words: list[str]) -> int:
 
 
 def _target(words: list[str]) -> int:
-    """What make has no rule for: an id, a row newer than targets.mk, a target of the tutorials, or no target at all."""
+    """What make has no rule for: an id, a row newer than targets.mk, a target of the tutorials, or
+    no target at all."""
     from harness import targets
 
     wanted, *rest = words or [""]
@@ -440,7 +503,8 @@ def _targets(words: list[str]) -> int:
 
 
 def _data(words: list[str]) -> int:
-    """``data list``, ``data inspect NAME=…`` and so on; any other word names a data set to prepare."""
+    """``data list``, ``data inspect NAME=…`` and so on; any other word names a data set to
+    prepare."""
     from harness.data import commands
 
     name, *rest = words or ["list"]
@@ -465,13 +529,39 @@ def _export_hf(words: list[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "run": _run, "train": _train, "checkpoints": _checkpoints, "generate": _generate, "show": _show, "chapter": _chapter,
-    "list": _list, "table": _table, "compare": _compare, "doctor": _doctor, "arguments": _arguments, "parity": _parity,
-    "monitor-gpu": _monitor_gpu, "stop": _stop, "record": _record, "verify": _verify, "memory": _memory, "speed": _speed,
-    "faster": _faster, "gpus": _gpus, "calibrate": _calibrate, "claims": _claims,
-    "profile": _profile, "plots": _plots, "report": _report, "tensorboard": _tensorboard,
-    "data": _data, "clean": _clean, "docs": _docs,
-    "import-hf": _import_hf, "export-hf": _export_hf, "target": _target, "targets": _targets,
+    "run": _run,
+    "train": _train,
+    "checkpoints": _checkpoints,
+    "generate": _generate,
+    "show": _show,
+    "chapter": _chapter,
+    "list": _list,
+    "table": _table,
+    "compare": _compare,
+    "doctor": _doctor,
+    "arguments": _arguments,
+    "parity": _parity,
+    "monitor-gpu": _monitor_gpu,
+    "stop": _stop,
+    "record": _record,
+    "verify": _verify,
+    "memory": _memory,
+    "speed": _speed,
+    "faster": _faster,
+    "gpus": _gpus,
+    "calibrate": _calibrate,
+    "claims": _claims,
+    "profile": _profile,
+    "plots": _plots,
+    "report": _report,
+    "tensorboard": _tensorboard,
+    "data": _data,
+    "clean": _clean,
+    "docs": _docs,
+    "import-hf": _import_hf,
+    "export-hf": _export_hf,
+    "target": _target,
+    "targets": _targets,
 }
 
 
@@ -482,7 +572,9 @@ def _id(words: list[str], question: str) -> str:
     return words[0]
 
 
-def _asked(words: list[str], question: str, extra: Iterable[str] = ()) -> tuple[str, dict[str, str]]:
+def _asked(
+    words: list[str], question: str, extra: Iterable[str] = ()
+) -> tuple[str, dict[str, str]]:
     """The id that a command is about, and its settings."""
     return _id(words, question), _settings(words[1:], extra)
 
@@ -498,7 +590,8 @@ def _settings(words: Iterable[str], extra: Iterable[str] = ()) -> dict[str, str]
 
 
 def _experiment(words: list[str]) -> tuple[Experiment, dict[str, str]]:
-    """The experiment that a command is about, and its settings; where it is unknown, that is said first."""
+    """The experiment that a command is about, and its settings; where it is unknown, that is said
+    first."""
     wanted = _id(words, "which experiment? such as 101 (make list shows all)")
     if not wanted[:1].isdigit():
         from harness import targets

@@ -5,7 +5,8 @@ from difflib import SequenceMatcher, get_close_matches
 
 
 class UserError(Exception):
-    """A mistake the user can mend. The command line prints it as ``error: …`` and exits 2, without a traceback."""
+    """A mistake the user can mend. The command line prints it as ``error: …`` and exits 2, without
+    a traceback."""
 
 
 def first_line(error: BaseException) -> str:
@@ -20,9 +21,11 @@ def similar(name: str, valid: Iterable[str]) -> str | None:
 
 
 def nearest(name: str, valid: Iterable[str], n: int = 5) -> str:
-    """Return the valid names closest to ``name``, ready to end a message: ``did you mean 408, 418?``.
+    """Return the valid names closest to ``name``, ready to end a message: ``did you mean 408,
+    418?``.
 
-    Where nothing is close, all valid names are listed if they are few, else the first ``n``; ``there are none`` of no names.
+    Where nothing is close, all valid names are listed if they are few, else the first ``n``;
+    ``there are none`` of no names.
     """
     valid = list(valid)
     if not valid:
@@ -37,7 +40,9 @@ def nearest(name: str, valid: Iterable[str], n: int = 5) -> str:
 def _closest(name: str, valid: list[str], n: int, cutoff: float) -> list[str]:
     """The ``n`` that are most alike; of those that are as much alike, the first in ``valid``."""
     close = get_close_matches(name, valid, len(valid) or 1, cutoff)
-    return sorted(close, key=lambda one: (-SequenceMatcher(None, one, name).ratio(), valid.index(one)))[:n]
+    return sorted(
+        close, key=lambda one: (-SequenceMatcher(None, one, name).ratio(), valid.index(one))
+    )[:n]
 
 
 def _question(names: list[str]) -> str:

@@ -1,9 +1,11 @@
-"""Is it even correct? A tiny model trained under every parallelism: its losses are one process's, step by step.
+"""Is it even correct? A tiny model trained under every parallelism: its losses are one process's,
+step by step.
 
-All runs load the same weights, one ``torch_dist`` checkpoint that upstream reshards, and see the same data in the
-same micro-batches: fp32, no dropout, routing not forced, no token dropped. What differs is the order of sums. The
-learning rate is high enough that a wrong gradient shows in the next loss; the norms of the gradients are compared as
-well, because Adam hides a factor that is wrong in all of them alike.
+All runs load the same weights, one ``torch_dist`` checkpoint that upstream reshards, and see the
+same data in the same micro-batches: fp32, no dropout, routing not forced, no token dropped. What
+differs is the order of sums. The learning rate is high enough that a wrong gradient shows in the
+next loss; the norms of the gradients are compared as well, because Adam hides a factor that is
+wrong in all of them alike.
 """
 
 from __future__ import annotations
@@ -36,14 +38,21 @@ LIMIT_S = 300
 
 DENSE = Model(name="tiny", num_layers=4, hidden_size=64, num_attention_heads=4, vocab_size=255)
 MOE = Model(
-    name="tiny-moe", num_layers=2, hidden_size=64, num_attention_heads=4, vocab_size=255, add_bias_linear=False,
-    num_experts=4, moe_router_topk=2, moe_ffn_hidden_size=64,
+    name="tiny-moe",
+    num_layers=2,
+    hidden_size=64,
+    num_attention_heads=4,
+    vocab_size=255,
+    add_bias_linear=False,
+    num_experts=4,
+    moe_router_topk=2,
+    moe_ffn_hidden_size=64,
 )
 
 SETTINGS = """
     --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.02 --moe-router-load-balancing-type none
     --lr 1e-3 --min-lr 1e-3 --lr-decay-style constant --lr-warmup-fraction 0 --eval-iters 0
-"""
+"""  # noqa: E501
 
 SP2 = {"tp": 2, "sequence_parallel": True}
 ZERO = {"sharding": "optim"}
@@ -61,7 +70,10 @@ LAYOUTS: dict[str, tuple[Model, dict[str, object]]] = {
     "tp2 pp2": (DENSE, {"tp": 2, "pp": 2}),
     "tp2 sp cp2": (DENSE, SP2 | {"cp": 2}),
     "tp2 sp dp2 zero": (DENSE, SP2 | {"dp": 2} | ZERO),
-    "pp2 vpp2 dp2 zero recompute": (DENSE, {"pp": 2, "vpp": 2, "dp": 2, "recompute": "full"} | ZERO),
+    "pp2 vpp2 dp2 zero recompute": (
+        DENSE,
+        {"pp": 2, "vpp": 2, "dp": 2, "recompute": "full"} | ZERO,
+    ),
     "ep2": (MOE, {"dp": 2, "ep": 2}),
     "ep2 zero": (MOE, {"dp": 2, "ep": 2} | ZERO),
     "tp2 sp etp2": (MOE, SP2 | {"etp": 2}),
@@ -110,7 +122,8 @@ class Run:
             self._pids.add(pid)
 
     def ended(self) -> bool:
-        """Whether all ranks have ended. Where one has failed or time is up, the others are ended too."""
+        """Whether all ranks have ended. Where one has failed or time is up, the others are ended
+        too."""
         for pid in tuple(self._pids):
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
@@ -137,8 +150,17 @@ class Run:
         for output in (1, 2):
             os.dup2(log, output)
         ranks = str(self.ranks)
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), RUN_DIR_VARIABLE: str(self.folder)}
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": ranks,
+            "LOCAL_WORLD_SIZE": ranks,
+        }
+        os.environ |= {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            RUN_DIR_VARIABLE: str(self.folder),
+        }
         sys.argv = ["pretrain_gpt.py", *flags(self.experiment), *self.arguments]
         run(self.own_script)
 
@@ -148,7 +170,8 @@ class Run:
 
 
 def _free_port() -> int:
-    """A port that nobody listens on, below those that the system hands out: of these gloo takes some at any moment."""
+    """A port that nobody listens on, below those that the system hands out: of these gloo takes
+    some at any moment."""
     try:
         lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     except OSError:
@@ -160,10 +183,12 @@ def _free_port() -> int:
 
 
 def main(only: Collection[str] | None = None) -> int:
-    """Print a line for every layout; return 0 where the losses of all equal those of one process, else 1.
+    """Print a line for every layout; return 0 where the losses of all equal those of one process,
+    else 1.
 
     Args:
-        only: names in ``LAYOUTS``; by default all of them, and the harness's own script against upstream's.
+        only: names in ``LAYOUTS``; by default all of them, and the harness's own script against
+        upstream's.
     """
     for variable in variables(tiny(DENSE, {}), "cpu"):
         os.environ[variable.name] = variable.value
@@ -183,18 +208,40 @@ def main(only: Collection[str] | None = None) -> int:
     return 0 if equal else 1
 
 
-def _compare(layouts: dict[str, tuple[Model, dict[str, object]]], folder: Path, with_own_script: bool) -> bool:
-    """Make the weights, train one process a model, then every layout; return whether all losses are equal."""
+def _compare(
+    layouts: dict[str, tuple[Model, dict[str, object]]], folder: Path, with_own_script: bool
+) -> bool:
+    """Make the weights, train one process a model, then every layout; return whether all losses are
+    equal."""
     initial, single, runs = [], [], []
     for model in dict.fromkeys(model for model, _ in layouts.values()):
         weights = str(folder / f"{model.name} weights")
         load = ("--load", weights, "--finetune", "--no-load-optim", "--no-load-rng")
-        save = ("--save", weights, "--save-interval", "1", "--lr", "0", "--min-lr", "0", "--train-iters", "1")
+        save = (
+            "--save",
+            weights,
+            "--save-interval",
+            "1",
+            "--lr",
+            "0",
+            "--min-lr",
+            "0",
+            "--train-iters",
+            "1",
+        )
         initial.append(_run("initial weights", model, {}, folder, save))
         single.append(_run("one process", model, {}, folder, load))
-        runs += [_run(name, model, changes, folder, load) for name, (used, changes) in layouts.items() if used is model]
+        runs += [
+            _run(name, model, changes, folder, load)
+            for name, (used, changes) in layouts.items()
+            if used is model
+        ]
         if with_own_script:
-            runs.append(_run("harness's own script", model, {}, folder, load, tolerance=0.0, own_script=True))
+            runs.append(
+                _run(
+                    "harness's own script", model, {}, folder, load, tolerance=0.0, own_script=True
+                )
+            )
 
     for run in _finished(initial):
         if run.failure:
@@ -211,7 +258,14 @@ def _compare(layouts: dict[str, tuple[Model, dict[str, object]]], folder: Path, 
     return equal
 
 
-def _run(name: str, model: Model, changes: dict[str, object], folder: Path, arguments: tuple[str, ...], **more) -> Run:
+def _run(
+    name: str,
+    model: Model,
+    changes: dict[str, object],
+    folder: Path,
+    arguments: tuple[str, ...],
+    **more,
+) -> Run:
     name = f"{model.name}, {name}"
     return Run(name, tiny(model, changes), folder / name, arguments, **more)
 
@@ -219,19 +273,29 @@ def _run(name: str, model: Model, changes: dict[str, object], folder: Path, argu
 def tiny(model: Model, changes: dict[str, object]) -> Experiment:
     """A run of seconds: ``model`` on one process with ``changes`` (fields of Experiment)."""
     one_process = Experiment(
-        id="999", slug="parity", chapter=900, shows="parity", model=model, precision="fp32", steps=STEPS,
-        micro_batch_size=2, global_batch_size=8, seq_length=32,
+        id="999",
+        slug="parity",
+        chapter=900,
+        shows="parity",
+        model=model,
+        precision="fp32",
+        steps=STEPS,
+        micro_batch_size=2,
+        global_batch_size=8,
+        seq_length=32,
     )
     return one_process.with_changes(**changes)
 
 
 def flags(experiment: Experiment) -> list[str]:
-    """Upstream's arguments for ``experiment``, with everything off that may differ between layouts."""
+    """Upstream's arguments for ``experiment``, with everything off that may differ between
+    layouts."""
     return flags_as_learned(experiment, "cpu") + SETTINGS.split()
 
 
 def _finished(runs: list[Run]) -> Iterator[Run]:
-    """Run all, as many at a time as there are cores for their ranks, and yield each when it has ended."""
+    """Run all, as many at a time as there are cores for their ranks, and yield each when it has
+    ended."""
     waiting, running = list(runs), []
     free = max(os.cpu_count() or 1, 2)
     while waiting or running:
@@ -247,7 +311,8 @@ def _finished(runs: list[Run]) -> Iterator[Run]:
 
 
 def _judge(run: Run, reference: tuple[StepMetrics, ...] | None = None) -> bool:
-    """Print the row of ``run``; return whether it equals ``reference``, or can be one, at every step."""
+    """Print the row of ``run``; return whether it equals ``reference``, or can be one, at every
+    step."""
     steps = run.metrics()
     reference = reference or steps
     losses = [step.loss for step in steps]
@@ -257,10 +322,16 @@ def _judge(run: Run, reference: tuple[StepMetrics, ...] | None = None) -> bool:
         print(ROW.format(run.name, run.ranks, len(steps), span, "", "", verdict), flush=True)
         return False
     loss, norm = (
-        max(abs(getattr(a, name) / getattr(b, name) - 1) for a, b in zip(steps, reference, strict=True))
+        max(
+            abs(getattr(a, name) / getattr(b, name) - 1)
+            for a, b in zip(steps, reference, strict=True)
+        )
         for name in ("loss", "grad_norm")
     )
     equal = loss <= run.tolerance and norm <= NORM_TOLERANCE
     verdict = "equal" if equal else f"DIFFERS: allowed {run.tolerance:.0e} and {NORM_TOLERANCE:.0e}"
-    print(ROW.format(run.name, run.ranks, STEPS, span, f"{loss:.1e}", f"{norm:.1e}", verdict), flush=True)
+    print(
+        ROW.format(run.name, run.ranks, STEPS, span, f"{loss:.1e}", f"{norm:.1e}", verdict),
+        flush=True,
+    )
     return equal

@@ -1,4 +1,5 @@
-"""Generates experiments/targets.mk: one Make target an experiment, so that ``make 101<tab>`` completes its name."""
+"""Generates experiments/targets.mk: one Make target an experiment, so that ``make 101<tab>``
+completes its name."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ OF_EXPERIMENTS = ("show", "memory", "speed", "faster", "gpus", "verify")
 HEADER = """\
 # Generated from experiments/*.yaml and harness/experiment/overrides.py by `make targets`; a test keeps it fresh.
 # Every target is spelled out, one a line, because zsh completes from this text and bash from make's database.
-"""
+"""  # noqa: E501
 
 
 def render(catalog: Catalog) -> str:
@@ -38,12 +39,15 @@ def write(catalog: Catalog, file: Path = FILE) -> bool:
 
 
 def target(e: Experiment) -> str:
-    """The target that completion finds: ``half-408h-…`` begins otherwise than ``408-…``, whose number one tab completes."""
+    """The target that completion finds: ``half-408h-…`` begins otherwise than ``408-…``, whose
+    number one tab completes."""
     return f"half-{e.name}" if e.half_of else e.name
 
 
 def _lines(catalog: Catalog) -> Iterator[str]:
-    yield "override SETTINGS := " + " ".join(setting.key for setting in EXPERIMENT_SETTINGS + LAUNCH_SETTINGS)
+    yield "override SETTINGS := " + " ".join(
+        setting.key for setting in EXPERIMENT_SETTINGS + LAUNCH_SETTINGS
+    )
     yield from _help("What is run:  make 101 KEY=VALUE …", EXPERIMENT_SETTINGS)
     yield from _help("How and where it is launched", LAUNCH_SETTINGS)
     for number in catalog.chapters:
@@ -61,7 +65,8 @@ def _lines(catalog: Catalog) -> Iterator[str]:
 
 
 def command_of(wanted: str, catalog: Catalog) -> tuple[str, ...]:
-    """The harness's command and what it is about for a target without a rule: ``101``, or one newer than targets.mk.
+    """The harness's command and what it is about for a target without a rule: ``101``, or one newer
+    than targets.mk.
 
     Raises:
         UserError: it is no target; nothing runs, and the nearest ones are named.
@@ -74,7 +79,11 @@ def command_of(wanted: str, catalog: Catalog) -> tuple[str, ...]:
         return command, catalog.find(about).id
     if command == "chapter" and about.isdecimal() and int(about) in catalog.chapters:
         return "chapter", about
-    long_runs = [e.id for e in catalog.experiments if e.until and command == "train" and e.model.name == about]
+    long_runs = [
+        e.id
+        for e in catalog.experiments
+        if e.until and command == "train" and e.model.name == about
+    ]
     if long_runs:
         return "train", long_runs[-1]
     raise UserError(unknown(wanted))
@@ -84,7 +93,10 @@ def unknown(wanted: str) -> str:
     """What to say of a word that is no target, ``tabel`` or ``show-999``: the nearest ones."""
     rules = (ROOT / "Makefile").read_text(encoding="utf-8") + FILE.read_text(encoding="utf-8")
     meant = similar(wanted, dict.fromkeys(re.findall(r"^([a-z0-9][\w.-]*):", rules, re.MULTILINE)))
-    return f"no target {wanted}{f'; {meant}' if meant else ''}\nmake list shows all experiments, make help all targets"
+    return (
+        f"no target {wanted}{f'; {meant}' if meant else ''}\nmake list shows all experiments, make"
+        " help all targets"
+    )
 
 
 def _help(title: str, settings: tuple[Setting, ...]) -> Iterator[str]:

@@ -29,7 +29,11 @@ def parsed(e, device):
     os.environ |= {variable.name: variable.value for variable in variables(e, device)}
     os.environ |= {"RANK": "0", "WORLD_SIZE": str(e.world_size), "LOCAL_RANK": "0"}
     words = (word for group in megatron_flags(e, device) for word in group)
-    sys.argv = ["pretrain_gpt.py", *(word for word in words if word not in WITH_TRANSFORMER_ENGINE), "--no-rope-fusion"]
+    sys.argv = [
+        "pretrain_gpt.py",
+        *(word for word in words if word not in WITH_TRANSFORMER_ENGINE),
+        "--no-rope-fusion",
+    ]
     args = parse_args()
     validate_args(args)
     return args
@@ -61,7 +65,9 @@ def built(e):
     config = gpt_config_from_args(args)
     config.transformer.perform_initialization = False
     with torch.device("meta"):
-        model = GPTModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups(), True, True)
+        model = GPTModelBuilder(config).build_model(
+            ProcessGroupCollection.use_mpu_process_groups(), True, True
+        )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return parameters, num_floating_point_operations(args, e.global_batch_size), config
 
@@ -73,7 +79,9 @@ def attention_error(config):
 
     heads, groups, width, length, batch = 64, 8, 64, 300, 2
     config.transformer.bf16, config.transformer.params_dtype = False, torch.float32
-    attention = LocalSpecProvider().core_attention()(config.transformer, 1, AttnMaskType.causal, "self")
+    attention = LocalSpecProvider().core_attention()(
+        config.transformer, 1, AttnMaskType.causal, "self"
+    )
     query, key, value = (torch.randn(length, batch, n, width) for n in (heads, groups, groups))
     with torch.no_grad():
         attention.softmax_offset.copy_(torch.randn(heads))
@@ -100,11 +108,22 @@ def main(result):
         with contextlib.suppress(UserError):
             found["graphs"][e.id] = complaint(e.with_changes(cuda_graphs=True))
 
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(1)
-    alone = {"dp": 1, "ep": 1, "tp": 1, "sequence_parallel": False, "sharding": "no_shard", "optimizer_state": "fp32",
-             "gradients": "fp32", "precision": "fp32", "fp8_recipe": None}
+    alone = {
+        "dp": 1,
+        "ep": 1,
+        "tp": 1,
+        "sequence_parallel": False,
+        "sharding": "no_shard",
+        "optimizer_state": "fp32",
+        "gradients": "fp32",
+        "precision": "fp32",
+        "fp8_recipe": None,
+    }
     found["models"] = {}
     for e in {e.model.name: e for e in experiments}.values():
         *counts, config = built(e.with_changes(**alone, global_batch_size=e.micro_batch_size))

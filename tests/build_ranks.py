@@ -25,11 +25,18 @@ def imagined(e, stage):
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank_of(e, stage), world_size=e.world_size)
+    torch.distributed.init_process_group(
+        "fake", store=FakeStore(), rank=rank_of(e, stage), world_size=e.world_size
+    )
     try:
         parallel_state.initialize_model_parallel(
-            e.tp, e.pp, e.vpp if e.vpp > 1 else None, context_parallel_size=e.cp, expert_model_parallel_size=e.ep,
-            expert_tensor_parallel_size=e.etp, create_gloo_process_groups=False,
+            e.tp,
+            e.pp,
+            e.vpp if e.vpp > 1 else None,
+            context_parallel_size=e.cp,
+            expert_model_parallel_size=e.ep,
+            expert_tensor_parallel_size=e.etp,
+            create_gloo_process_groups=False,
         )
         yield ProcessGroupCollection.use_mpu_process_groups()
     finally:
@@ -65,10 +72,22 @@ def held(e, stage):
 def main(result, ids):
     rank.prepare()
     torch.distributed.init_process_group, torch.distributed.new_group = real_groups
-    plain = {"precision": "fp32", "fp8_recipe": None, "sharding": "no_shard", "optimizer_state": "fp32", "gradients": "fp32",
-             "recompute": "none", "recompute_modules": (), "optimizer": "adam", "vpp": 1}
+    plain = {
+        "precision": "fp32",
+        "fp8_recipe": None,
+        "sharding": "no_shard",
+        "optimizer_state": "fp32",
+        "gradients": "fp32",
+        "recompute": "none",
+        "recompute_modules": (),
+        "optimizer": "adam",
+        "vpp": 1,
+    }
     experiments = [load_catalog().find(id_) for id_ in ids]
-    found = {e.id: {stage: held(e.with_changes(**plain), stage) for stage in {0, e.pp - 1}} for e in experiments}
+    found = {
+        e.id: {stage: held(e.with_changes(**plain), stage) for stage in {0, e.pp - 1}}
+        for e in experiments
+    }
     Path(result).write_text(json.dumps(found))
 
 

@@ -39,9 +39,15 @@ class OnMeta(TorchFunctionMode):
 def pretend_hopper():
     """Answer what upstream asks of the driver before it computes."""
     answers = {
-        "is_available": True, "device_count": 8, "current_device": 0, "get_device_capability": (9, 0),
+        "is_available": True,
+        "device_count": 8,
+        "current_device": 0,
+        "get_device_capability": (9, 0),
         "get_device_properties": SimpleNamespace(major=9, minor=0, multi_processor_count=132),
-        "get_rng_state": torch.zeros(16, dtype=torch.uint8), "set_rng_state": None, "Stream": None, "Event": None,
+        "get_rng_state": torch.zeros(16, dtype=torch.uint8),
+        "set_rng_state": None,
+        "Stream": None,
+        "Event": None,
     }
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
@@ -57,7 +63,11 @@ def built(e, stage):
     from megatron.training.models.gpt import GPTModelBuilder
 
     os.environ |= {variable.name: variable.value for variable in variables(e, "cuda")}
-    os.environ |= {"RANK": str(rank_of(e, stage)), "WORLD_SIZE": str(e.world_size), "LOCAL_RANK": "0"}
+    os.environ |= {
+        "RANK": str(rank_of(e, stage)),
+        "WORLD_SIZE": str(e.world_size),
+        "LOCAL_RANK": "0",
+    }
     sys.argv = ["pretrain_gpt.py", *(word for group in megatron_flags(e, "cuda") for word in group)]
     args = parse_args()
     validate_args(args)
@@ -71,7 +81,10 @@ def built(e, stage):
             get_fp8_recipe(config.transformer)
         builder = GPTModelBuilder(config)
         with torch.device("meta"), OnMeta():
-            chunks = [builder.build_model(groups, vp_stage=chunk if e.vpp > 1 else None) for chunk in range(e.vpp)]
+            chunks = [
+                builder.build_model(groups, vp_stage=chunk if e.vpp > 1 else None)
+                for chunk in range(e.vpp)
+            ]
         for hook in config.pre_wrap_hooks:
             hook(chunks)
         return held(chunks)

@@ -24,12 +24,27 @@ def model(lora: Lora | None):
     from harness.finetune.lora import attach
 
     config = TransformerConfig(
-        num_layers=LAYERS, hidden_size=HIDDEN, num_attention_heads=HEADS, num_query_groups=2, ffn_hidden_size=FFN,
-        add_bias_linear=False, gated_linear_unit=True, activation_func=torch.nn.functional.silu, normalization="RMSNorm",
-        hidden_dropout=0.0, attention_dropout=0.0, use_cpu_initialization=True, gradient_accumulation_fusion=False,
+        num_layers=LAYERS,
+        hidden_size=HIDDEN,
+        num_attention_heads=HEADS,
+        num_query_groups=2,
+        ffn_hidden_size=FFN,
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        normalization="RMSNorm",
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        use_cpu_initialization=True,
+        gradient_accumulation_fusion=False,
     )
-    made = GPTModel(config, get_gpt_layer_local_spec(normalization="RMSNorm"), VOCABULARY, SEQUENCE,
-                    share_embeddings_and_output_weights=False)
+    made = GPTModel(
+        config,
+        get_gpt_layer_local_spec(normalization="RMSNorm"),
+        VOCABULARY,
+        SEQUENCE,
+        share_embeddings_and_output_weights=False,
+    )
     if lora:
         attach([made], lora, 1)
     return made
@@ -41,7 +56,9 @@ def flops(targets: str) -> int:
     tokens = torch.arange(BATCH * SEQUENCE).view(BATCH, SEQUENCE) % VOCABULARY
     mask = torch.ones(SEQUENCE, SEQUENCE).triu(1).bool().view(1, 1, SEQUENCE, SEQUENCE)
     with FlopCounterMode(display=False) as counter:
-        made(tokens, torch.arange(SEQUENCE).expand(BATCH, SEQUENCE), mask, labels=tokens).sum().backward()
+        made(
+            tokens, torch.arange(SEQUENCE).expand(BATCH, SEQUENCE), mask, labels=tokens
+        ).sum().backward()
     return counter.get_total_flops()
 
 
@@ -51,7 +68,9 @@ def main() -> None:
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(1)
     print(json.dumps({targets: flops(targets) for targets in sys.argv[1:]}))

@@ -35,10 +35,17 @@ def run(case: dict) -> int:
     found = weights.read(Path(case.get("model", case["load"])))
     ep = case.get("ep", 1)
     layout = {"tp": case.get("tp", 1), "pp": case.get("pp", 1), "ep": ep, "dp": ep}
-    experiment = tiny(found.model, layout | {"seq_length": found.positions, "sequence_parallel": layout["tp"] > 1})
+    experiment = tiny(
+        found.model, layout | {"seq_length": found.positions, "sequence_parallel": layout["tp"] > 1}
+    )
     words = [word for group in megatron_flags(experiment, "cpu") for word in group]
     if case.get("stored"):
-        words = [*without_model(words, experiment), "--use-checkpoint-args", "--seq-length", str(experiment.seq_length)]
+        words = [
+            *without_model(words, experiment),
+            "--use-checkpoint-args",
+            "--seq-length",
+            str(experiment.seq_length),
+        ]
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     ranks = experiment.world_size
@@ -47,11 +54,32 @@ def run(case: dict) -> int:
         if pid := warm.fork():
             pids.append(pid)
             continue
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+        }
         os.environ |= {"MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(ranks)}
-        sys.argv = ["pretrain_gpt.py", *words, "--load", case["load"], "--finetune", *case.get("arguments", [])]
+        sys.argv = [
+            "pretrain_gpt.py",
+            *words,
+            "--load",
+            case["load"],
+            "--finetune",
+            *case.get("arguments", []),
+        ]
         if steps := case.get("steps"):
-            sys.argv += ["--train-iters", str(steps), "--save", case["out"], "--save-interval", str(steps), "--eval-iters", "0"]
+            sys.argv += [
+                "--train-iters",
+                str(steps),
+                "--save",
+                case["out"],
+                "--save-interval",
+                str(steps),
+                "--eval-iters",
+                "0",
+            ]
         be_rank(case)
     return max(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids)
 
@@ -97,9 +125,17 @@ def forward(model: list, case: dict) -> None:
         part.eval()
     with torch.no_grad():
         made = get_forward_backward_func()(
-            forward_step_func=lambda _, part: (part(tokens, positions, None), lambda logits, non_loss_data: logits),
-            data_iterator=None, model=model, num_microbatches=1, seq_length=tokens.shape[1],
-            micro_batch_size=tokens.shape[0], forward_only=True, collect_non_loss_data=True,
+            forward_step_func=lambda _, part: (
+                part(tokens, positions, None),
+                lambda logits, non_loss_data: logits,
+            ),
+            data_iterator=None,
+            model=model,
+            num_microbatches=1,
+            seq_length=tokens.shape[1],
+            micro_batch_size=tokens.shape[0],
+            forward_only=True,
+            collect_non_loss_data=True,
         )
         if mpu.is_pipeline_last_stage():
             logits = gather_from_tensor_model_parallel_region(made[0])

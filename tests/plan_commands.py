@@ -26,20 +26,57 @@ from harness.machine.gpus import Gpu
 from harness.planning import plan as planning
 from harness.planning import start
 
-SETS = {"mine": False, "synthetic": False, "synthetic-sv": False, "openwebtext-10k": False, "tinystories-10k": False, "a": False, "b": False, "toy-chat": True, "toy-chat-2": True}
+SETS = {
+    "mine": False,
+    "synthetic": False,
+    "synthetic-sv": False,
+    "openwebtext-10k": False,
+    "tinystories-10k": False,
+    "a": False,
+    "b": False,
+    "toy-chat": True,
+    "toy-chat-2": True,
+}
 """Prepared data sets -> whether they are conversations."""
 GPUS = tuple(Gpu(index, "NVIDIA H200", f"GPU-{index}", 143771.0) for index in range(8))
 ENDS = {
-    "harness.launching.launch": ("stop",), "harness.launching.verify": ("verify",), "harness.evidence.records": ("record",), "harness.evidence.calibrate": ("calibrate",),
-    "harness.pages.documents": ("write",), "harness.targets": ("write",), "harness.evidence.tables": ("print_compare",), "harness.pages.report.page": ("write",),
-    "harness.pages.plots": ("pictures", "write"), "harness.profiling.profile": ("print_profile",), "harness.run.cleaning": ("clean",), "harness.parity": ("main",),
-    "harness.doctor": ("doctor",), "harness.run.tensorboard": ("show",), "harness.machine.gpus": ("monitor", "keep_awake"), "harness.upstreams.megatron_lm.arguments": ("print_arguments",), "harness.planning.resume": ("print_list",),
-    "harness.generate": ("parse", "generate"), "harness.convert.commands": ("import_hf", "export_hf"), "harness.launching.chapter": ("run_chapter",),
-    "harness.data.prepare": ("prepare",), "harness.data.merge": ("merge",), "harness.data.check": ("check",), "harness.data.look": ("inspect",), "harness.data.clean": ("clean",),
-    "harness.data.chat.prepare": ("prepare_chat", "prepare_known"), "harness.cli": ("_install_heavy", "_keep_gpus_awake", "_prepare_conversations"),
+    "harness.launching.launch": ("stop",),
+    "harness.launching.verify": ("verify",),
+    "harness.evidence.records": ("record",),
+    "harness.evidence.calibrate": ("calibrate",),
+    "harness.pages.documents": ("write",),
+    "harness.targets": ("write",),
+    "harness.evidence.tables": ("print_compare",),
+    "harness.pages.report.page": ("write",),
+    "harness.pages.plots": ("pictures", "write"),
+    "harness.profiling.profile": ("print_profile",),
+    "harness.run.cleaning": ("clean",),
+    "harness.parity": ("main",),
+    "harness.doctor": ("doctor",),
+    "harness.run.tensorboard": ("show",),
+    "harness.machine.gpus": ("monitor", "keep_awake"),
+    "harness.upstreams.megatron_lm.arguments": ("print_arguments",),
+    "harness.planning.resume": ("print_list",),
+    "harness.generate": ("parse", "generate"),
+    "harness.convert.commands": ("import_hf", "export_hf"),
+    "harness.launching.chapter": ("run_chapter",),
+    "harness.data.prepare": ("prepare",),
+    "harness.data.merge": ("merge",),
+    "harness.data.check": ("check",),
+    "harness.data.look": ("inspect",),
+    "harness.data.clean": ("clean",),
+    "harness.data.chat.prepare": ("prepare_chat", "prepare_known"),
+    "harness.cli": ("_install_heavy", "_keep_gpus_awake", "_prepare_conversations"),
 }
 """What would train, write, or need more than this test has: replaced, so that nothing happens."""
-NEEDED = {"import-hf": ("HF",), "export-hf": ("RUN", "OUT"), "record": ("RUN",), "profile": ("RUN",), "compare": ("A", "B"), "generate": ("PROMPT|QUESTION|DATA", "RUN|WEIGHTS")}
+NEEDED = {
+    "import-hf": ("HF",),
+    "export-hf": ("RUN", "OUT"),
+    "record": ("RUN",),
+    "profile": ("RUN",),
+    "compare": ("A", "B"),
+    "generate": ("PROMPT|QUESTION|DATA", "RUN|WEIGHTS"),
+}
 IDS = ("RUN", "A", "B")
 COMMANDS = ("compare", "generate", "list", "data-prepare", "record", "101")
 """Some targets whose recipes are the harness's."""
@@ -59,9 +96,14 @@ def main() -> None:
         (ROOT / name).write_text('{"text": "a document"}\n')
     _stand_in()
     for words in commands:
-        for device in ("cpu", "cuda") if re.match(r"(show-|chapter-|train-|half-)?\d", words[0]) else ("cpu",):
+        for device in (
+            ("cpu", "cuda") if re.match(r"(show-|chapter-|train-|half-)?\d", words[0]) else ("cpu",)
+        ):
             refused, said = _plan(words, device, recipes)
-            print(json.dumps({"words": words, "device": device, "refused": refused, "said": said}), flush=True)
+            print(
+                json.dumps({"words": words, "device": device, "refused": refused, "said": said}),
+                flush=True,
+            )
 
 
 def _recipes() -> dict[str, str]:
@@ -72,7 +114,11 @@ def _recipes() -> dict[str, str]:
         found |= dict(re.findall(r"^([a-z0-9][\w.-]*):.*\n\t(.*)$", text, re.MULTILINE))
         found |= dict(re.findall(r"^([a-z0-9][\w.-]*): ?; ?(.*)$", text, re.MULTILINE))
         assert not [name for name in COMMANDS if name in found and "HARNESS" not in found[name]]
-        found |= {name: "" for name in re.findall(r"^([a-z0-9][\w.-]*):", text, re.MULTILINE) if name not in found}
+        found |= {
+            name: ""
+            for name in re.findall(r"^([a-z0-9][\w.-]*):", text, re.MULTILINE)
+            if name not in found
+        }
     return found
 
 
@@ -81,7 +127,11 @@ def _plan(words: tuple[str, ...], device: str, recipes: dict[str, str]) -> tuple
     target, *settings = words
     if target.endswith("*"):
         typed = re.sub(r"^(\d{3}h.*)", r"half-\1", target[:-1])  # scripts/completion.bash
-        return (None if any(name.startswith(typed) for name in recipes) else f"no target begins with {target[:-1]}"), ""
+        return (
+            None
+            if any(name.startswith(typed) for name in recipes)
+            else f"no target begins with {target[:-1]}"
+        ), ""
     recipe = recipes.get(target)
     if recipe is None:
         try:
@@ -116,7 +166,9 @@ def _plan(words: tuple[str, ...], device: str, recipes: dict[str, str]) -> tuple
     if not settings and " missing: " in said:
         return None, ""  # a command's name alone, in a sentence
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
-    return (errors[0] if errors else f"exit status {status}" if status and not _verdict(argv) else None), said
+    return (
+        errors[0] if errors else f"exit status {status}" if status and not _verdict(argv) else None
+    ), said
 
 
 def _verdict(argv: list[str]) -> bool:
@@ -145,10 +197,14 @@ def _stand_in() -> None:
             continue  # of a set-up stage that is not here
         for name in names:
             getattr(found, name)  # renamed? then rename it here
-            setattr(found, name, (lambda *a, **k: None) if name.startswith(("_", "keep")) else _reached)
+            setattr(
+                found, name, (lambda *a, **k: None) if name.startswith(("_", "keep")) else _reached
+            )
     importlib.import_module("harness.launching.chapter").run_chapter = _plan_each
     shutil.which = lambda *a, **k: None  # no sbatch: the script is printed
-    importlib.import_module("harness.machine.gpus").list_gpus = lambda: GPUS if STATE["device"] == "cuda" else ()
+    importlib.import_module("harness.machine.gpus").list_gpus = lambda: (
+        GPUS if STATE["device"] == "cuda" else ()
+    )
     planning.resumed.choose = planning._loading = lambda *a, **k: None
     start.find = _weights
 
@@ -173,7 +229,9 @@ def _weights(named: str, outdir: Path) -> start.Start:
     """Weights as ``named``: of an experiment, of a model of the catalogue, else GPT-2's of 124 million parameters."""
     catalog = load_catalog()
     models = {e.model.name: e.model for e in catalog.experiments}
-    small = models["gpt2-xl"].model_copy(update={"name": "gpt2", "num_layers": 12, "hidden_size": 768, "num_attention_heads": 12})
+    small = models["gpt2-xl"].model_copy(
+        update={"name": "gpt2", "num_layers": 12, "hidden_size": 768, "num_attention_heads": 12}
+    )
     by_id = {e.id: e.model for e in catalog.experiments}
     model = by_id.get(named) or models.get(named) or small
     return start.Start(f"weights/{named}", model, 131072 if model is not small else 1024, None)
@@ -184,18 +242,48 @@ def _prepared(name: str, chat: bool, documents: int = 2000, tokens_each: int = 4
     prefix = data_sets.prefix_of(name, ROOT / "data")
     prefix.parent.mkdir(parents=True, exist_ok=True)
     lengths = struct.pack(f"<{documents}i", *[tokens_each] * documents)
-    pointers = struct.pack(f"<{documents}q", *range(0, 2 * tokens_each * documents, 2 * tokens_each))
+    pointers = struct.pack(
+        f"<{documents}q", *range(0, 2 * tokens_each * documents, 2 * tokens_each)
+    )
     ends = struct.pack(f"<{documents + 1}q", *range(documents + 1))
-    idx = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 8, documents, documents + 1) + lengths + pointers + ends
+    idx = (
+        b"MMIDIDX\x00\x00"
+        + struct.pack("<QBQQ", 1, 8, documents, documents + 1)
+        + lengths
+        + pointers
+        + ends
+    )
     prefix.with_name(prefix.name + ".idx").write_bytes(idx)
     prefix.with_name(prefix.name + ".bin").write_bytes(bytes(2 * tokens_each * documents))
     tokens = documents * tokens_each
     Manifest(
-        name=name, recipe="", created=0.0, source=Source(kind="files", asked={"input": name}), cleaned=None,
-        counted=Counted(records=documents, documents=documents, empty=0, sequences=documents, tokens=tokens, skipped={}),
-        tokenizer=TokenizerUsed(type="NullTokenizer", name="null", sha256="0", vocab_size=1000, eod=None, by="test"), append_eod=False,
+        name=name,
+        recipe="",
+        created=0.0,
+        source=Source(kind="files", asked={"input": name}),
+        cleaned=None,
+        counted=Counted(
+            records=documents,
+            documents=documents,
+            empty=0,
+            sequences=documents,
+            tokens=tokens,
+            skipped={},
+        ),
+        tokenizer=TokenizerUsed(
+            type="NullTokenizer", name="null", sha256="0", vocab_size=1000, eod=None, by="test"
+        ),
+        append_eod=False,
         chat=Chat(template="simple", template_sha256="0", answer_tokens=1) if chat else None,
-        written=Written(dtype="uint16", bin_bytes=2 * tokens, bin_sha256=name, idx_bytes=len(idx), idx_sha256=name), seconds={}, versions={},
+        written=Written(
+            dtype="uint16",
+            bin_bytes=2 * tokens,
+            bin_sha256=name,
+            idx_bytes=len(idx),
+            idx_sha256=name,
+        ),
+        seconds={},
+        versions={},
     ).write(prefix.parent)
 
 

@@ -20,7 +20,12 @@ def main(pair: str, number: str, length: str = "64") -> None:
 
         from harness.finetune.dataset import ChatDataset
 
-        settings = {"sequence_length": int(length), "random_seed": 1234, "mmap_bin_files": True, "tokenizer": SimpleNamespace(unique_identifiers={})}
+        settings = {
+            "sequence_length": int(length),
+            "random_seed": 1234,
+            "mmap_bin_files": True,
+            "tokenizer": SimpleNamespace(unique_identifiers={}),
+        }
         config = SimpleNamespace(**dict.fromkeys(ChatDataset._key_config_attributes()) | settings)
         opened = ChatDataset.build_low_level_dataset(pair, config)
         conversations = np.arange(ChatDataset.numel_low_level_dataset(opened))

@@ -11,12 +11,86 @@ from harness.planning.miniature import MOST_PROCESSES, miniature
 CATALOG = load_catalog()
 IDS = [e.id for e in CATALOG.experiments]
 
-PUBLISHED = ["101", "104", "111", "112", "114", "115", "118", "121", "122", "124", "128", "129", "130", "211", "212", "214", "218", "219", "221", "222", "224", "228", "231", "232", "234", "238", "241", "242", "244", "248", "281", "282", "283", "300", "301", "302", "304", "308", "318", "328", "338", "348", "358", "401", "402", "404", "408", "416", "420", "424", "432", "438", "442", "443", "446", "449", "458", "498", "500", "501", "502", "503", "504", "505", "506", "511", "512"]
+PUBLISHED = [
+    "101",
+    "104",
+    "111",
+    "112",
+    "114",
+    "115",
+    "118",
+    "121",
+    "122",
+    "124",
+    "128",
+    "129",
+    "130",
+    "211",
+    "212",
+    "214",
+    "218",
+    "219",
+    "221",
+    "222",
+    "224",
+    "228",
+    "231",
+    "232",
+    "234",
+    "238",
+    "241",
+    "242",
+    "244",
+    "248",
+    "281",
+    "282",
+    "283",
+    "300",
+    "301",
+    "302",
+    "304",
+    "308",
+    "318",
+    "328",
+    "338",
+    "348",
+    "358",
+    "401",
+    "402",
+    "404",
+    "408",
+    "416",
+    "420",
+    "424",
+    "432",
+    "438",
+    "442",
+    "443",
+    "446",
+    "449",
+    "458",
+    "498",
+    "500",
+    "501",
+    "502",
+    "503",
+    "504",
+    "505",
+    "506",
+    "511",
+    "512",
+]
 
 
-def write(folder: Path, row: str, models: str = "m: {num_layers: 4, hidden_size: 64, num_attention_heads: 4}") -> Path:
+def write(
+    folder: Path,
+    row: str,
+    models: str = "m: {num_layers: 4, hidden_size: 64, num_attention_heads: 4}",
+) -> Path:
     (folder / "models.yaml").write_text(models)
-    (folder / "100-x.yaml").write_text(f"chapter: 100\ntitle: X\ndefaults: {{model: m, seq: 64}}\nexperiments:\n  {row}\n")
+    (folder / "100-x.yaml").write_text(
+        f"chapter: 100\ntitle: X\ndefaults: {{model: m, seq: 64}}\nexperiments:\n  {row}\n"
+    )
     return folder
 
 
@@ -26,9 +100,20 @@ def test_every_published_id_is_in_the_catalogue() -> None:
 
 @pytest.mark.parametrize(
     ("id_", "vpp", "layers_per_virtual_stage"),
-    [("438", 3, 3), ("498", 9, 1), ("442", 2, 9), ("443", 3, 6), ("446", 6, 3), ("449", 9, 2), ("458", 18, 1), ("424", 1, 18)],
+    [
+        ("438", 3, 3),
+        ("498", 9, 1),
+        ("442", 2, 9),
+        ("443", 3, 6),
+        ("446", 6, 3),
+        ("449", 9, 2),
+        ("458", 18, 1),
+        ("424", 1, 18),
+    ],
 )
-def test_virtual_stages_are_what_the_name_says(id_: str, vpp: int, layers_per_virtual_stage: int) -> None:
+def test_virtual_stages_are_what_the_name_says(
+    id_: str, vpp: int, layers_per_virtual_stage: int
+) -> None:
     e = CATALOG.find(id_)
     assert e.vpp == vpp
     assert e.model.num_layers // (e.pp * e.vpp) == layers_per_virtual_stage
@@ -64,26 +149,74 @@ def test_an_unknown_id_names_the_nearest() -> None:
 @pytest.mark.parametrize(
     ("row", "complaint"),
     [
-        ("101: {slug: a, mbs: 1, gbs: 1, shows: s, micro_batch: 2}", r"101: unknown key 'micro_batch'; .*micro_batch_size"),
+        (
+            "101: {slug: a, mbs: 1, gbs: 1, shows: s, micro_batch: 2}",
+            r"101: unknown key 'micro_batch'; .*micro_batch_size",
+        ),
         ("101: {slug: a, mbs: 1, shows: s}", r"101: 'gbs' is missing"),
-        ("101: {slug: a, mbs: '1', gbs: 1, shows: s}", r"101: mbs = '1': input should be a valid integer"),
-        ("101: {slug: a, mbs: 0, gbs: 1, shows: s}", r"101: mbs = 0: input should be greater than or equal to 1"),
-        ("101: {slug: a, mbs: 2, gbs: 3, shows: s}", r"101: gbs 3 must divide by mbs x dp = 2 x 1 = 2; try mbs in \{1, 3\}, or gbs a multiple of 2\n100-x.yaml, line 5$"),
-        ("101: {slug: a, mbs: 2, gbs: 3, dp: 2, shows: s}", r"gbs 3 must divide by mbs x dp = 2 x 2 = 4; set gbs to a multiple of 4\n100-x.yaml, line 5$"),
-        ("101: {slug: a, mbs: 1, gbs: 1, tp: 3, shows: s}", r"num_attention_heads 4 must divide by tp = 3; try tp in \{1, 2, 4\}"),
-        ("101: {slug: a, mbs: 1, gbs: 8, pp: 2, vpp: 4, shows: s}", r"layers 4 must divide by pp x vpp = 2 x 4 = 8; try vpp in \{1, 2\}"),
-        ("101: {slug: a, mbs: 1, gbs: 8, pp: 3, vpp: 2, shows: s}", r"layers 4 must divide by pp x vpp = 3 x 2 = 6; try pp in \{1, 2\}"),
-        ("101: {slug: a, mbs: 1, gbs: 1, vpp: 2, shows: s}", r"vpp = 2 interleaves pipeline stages, but pp = 1"),
-        ("101: {slug: a, mbs: 1, gbs: 3, pp: 2, vpp: 2, shows: s}", r"micro-batches .* = 3 must divide by pp = 2 when vpp > 1"),
+        (
+            "101: {slug: a, mbs: '1', gbs: 1, shows: s}",
+            r"101: mbs = '1': input should be a valid integer",
+        ),
+        (
+            "101: {slug: a, mbs: 0, gbs: 1, shows: s}",
+            r"101: mbs = 0: input should be greater than or equal to 1",
+        ),
+        (
+            "101: {slug: a, mbs: 2, gbs: 3, shows: s}",
+            r"101: gbs 3 must divide by mbs x dp = 2 x 1 = 2; try mbs in \{1, 3\}, or gbs a multiple of 2\n100-x.yaml, line 5$",
+        ),
+        (
+            "101: {slug: a, mbs: 2, gbs: 3, dp: 2, shows: s}",
+            r"gbs 3 must divide by mbs x dp = 2 x 2 = 4; set gbs to a multiple of 4\n100-x.yaml, line 5$",
+        ),
+        (
+            "101: {slug: a, mbs: 1, gbs: 1, tp: 3, shows: s}",
+            r"num_attention_heads 4 must divide by tp = 3; try tp in \{1, 2, 4\}",
+        ),
+        (
+            "101: {slug: a, mbs: 1, gbs: 8, pp: 2, vpp: 4, shows: s}",
+            r"layers 4 must divide by pp x vpp = 2 x 4 = 8; try vpp in \{1, 2\}",
+        ),
+        (
+            "101: {slug: a, mbs: 1, gbs: 8, pp: 3, vpp: 2, shows: s}",
+            r"layers 4 must divide by pp x vpp = 3 x 2 = 6; try pp in \{1, 2\}",
+        ),
+        (
+            "101: {slug: a, mbs: 1, gbs: 1, vpp: 2, shows: s}",
+            r"vpp = 2 interleaves pipeline stages, but pp = 1",
+        ),
+        (
+            "101: {slug: a, mbs: 1, gbs: 3, pp: 2, vpp: 2, shows: s}",
+            r"micro-batches .* = 3 must divide by pp = 2 when vpp > 1",
+        ),
         ("101: {slug: a, mbs: 1, gbs: 1, cp: 3, shows: s}", r"seq 64 must divide by 2 x cp = 6"),
-        ("101: {slug: a, mbs: 1, gbs: 1, cp: 8, cp_comm_type: a2a, shows: s}", r"num_attention_heads 4 must divide by tp x cp = 1 x 8"),
-        ("101: {slug: a, mbs: 1, gbs: 1, sp: true, shows: s}", r"sp splits activations over tp, but tp = 1"),
-        ("101: {slug: a, mbs: 1, gbs: 1, ep: 2, shows: s}", r"ep = 2, etp = 1 share out experts, but model m has none"),
-        ("101: {slug: a, mbs: 1, gbs: 2, dp: 2, nodes: 3, shows: s}", r"2 GPUs .* must divide by 3 nodes"),
-        ("101: {slug: a, mbs: 1, gbs: 1, sharding: zero2, shows: s}", r"101: sharding = 'zero2'; valid: 'no_shard', 'optim'"),
+        (
+            "101: {slug: a, mbs: 1, gbs: 1, cp: 8, cp_comm_type: a2a, shows: s}",
+            r"num_attention_heads 4 must divide by tp x cp = 1 x 8",
+        ),
+        (
+            "101: {slug: a, mbs: 1, gbs: 1, sp: true, shows: s}",
+            r"sp splits activations over tp, but tp = 1",
+        ),
+        (
+            "101: {slug: a, mbs: 1, gbs: 1, ep: 2, shows: s}",
+            r"ep = 2, etp = 1 share out experts, but model m has none",
+        ),
+        (
+            "101: {slug: a, mbs: 1, gbs: 2, dp: 2, nodes: 3, shows: s}",
+            r"2 GPUs .* must divide by 3 nodes",
+        ),
+        (
+            "101: {slug: a, mbs: 1, gbs: 1, sharding: zero2, shows: s}",
+            r"101: sharding = 'zero2'; valid: 'no_shard', 'optim'",
+        ),
         ("101: {slug: a b, mbs: 1, gbs: 1, shows: s}", r"101: slug = 'a b' must match"),
         ("101: {slug: a, model: q, mbs: 1, gbs: 1, shows: s}", r"101: unknown model 'q'; .*m"),
-        ("101: {slug: a, mbs: 1, gbs: 1, shows: s}\n  101: {slug: b, mbs: 1, gbs: 1, shows: s}", r"'101' occurs twice"),
+        (
+            "101: {slug: a, mbs: 1, gbs: 1, shows: s}\n  101: {slug: b, mbs: 1, gbs: 1, shows: s}",
+            r"'101' occurs twice",
+        ),
         ("101: oops", r"100-x.yaml: 101: expected key: value pairs, found 'oops'"),
         ("101: {", r"100-x.yaml is not valid YAML"),
     ],
@@ -122,7 +255,9 @@ def test_a_change_that_does_not_fit_is_refused_with_its_values(id_, changes, com
 
 
 def test_an_id_of_two_chapters_is_refused(tmp_path: Path) -> None:
-    chapter = (write(tmp_path, "101: {slug: a, mbs: 1, gbs: 1, shows: s}") / "100-x.yaml").read_text()
+    chapter = (
+        write(tmp_path, "101: {slug: a, mbs: 1, gbs: 1, shows: s}") / "100-x.yaml"
+    ).read_text()
     (tmp_path / "200-y.yaml").write_text(chapter.replace("chapter: 100", "chapter: 200"))
     with pytest.raises(UserError, match=r"200-y.yaml: experiment 101 is already in chapter 100"):
         load_catalog(tmp_path)
@@ -131,7 +266,9 @@ def test_an_id_of_two_chapters_is_refused(tmp_path: Path) -> None:
 def test_expert_sizes_that_do_not_divide_are_refused(tmp_path: Path) -> None:
     models = "m: {num_layers: 4, hidden_size: 64, num_attention_heads: 4, num_experts: 8, moe_router_topk: 2}"
     row = "101: {slug: a, mbs: 1, gbs: 6, dp: 6, ep: 4, shows: s}"
-    with pytest.raises(UserError, match=r"the 6 ranks .* must divide by ep x etp = 4 x 1 = 4; try ep in \{1, 2\}"):
+    with pytest.raises(
+        UserError, match=r"the 6 ranks .* must divide by ep x etp = 4 x 1 = 4; try ep in \{1, 2\}"
+    ):
         load_catalog(write(tmp_path, row, models))
 
 
@@ -141,9 +278,17 @@ def test_a_miniature_keeps_the_topology(id_: str) -> None:
     small = miniature(full)
     assert small.miniature and small.world_size <= MOST_PROCESSES and small.nodes == 1
     assert (small.pp, small.vpp, small.cp, small.dp) == (full.pp, full.vpp, full.cp, full.dp)
-    assert (small.num_microbatches, small.micro_batch_size) == (full.num_microbatches, full.micro_batch_size)
+    assert (small.num_microbatches, small.micro_batch_size) == (
+        full.num_microbatches,
+        full.micro_batch_size,
+    )
     assert small.model.num_attention_heads == full.model.num_attention_heads
-    assert (small.ep, small.etp, small.sharding, small.recompute) == (full.ep, full.etp, full.sharding, full.recompute)
+    assert (small.ep, small.etp, small.sharding, small.recompute) == (
+        full.ep,
+        full.etp,
+        full.sharding,
+        full.recompute,
+    )
     if full.world_size <= MOST_PROCESSES:
         assert small.tp == full.tp
     else:
@@ -165,17 +310,30 @@ def test_names_and_labels() -> None:
     assert miniature(e).label == "101-gpt2xl-dp1-gbs1-bf16_cpu"
 
 
-@pytest.mark.parametrize("half", [e for e in load_catalog().experiments if e.half_of], ids=lambda e: e.id)
+@pytest.mark.parametrize(
+    "half", [e for e in load_catalog().experiments if e.half_of], ids=lambda e: e.id
+)
 def test_a_half_size_companion_runs_on_half_the_gpus(half):
     whole = load_catalog().find(half.half_of)
     assert half.world_size * 2 == whole.world_size
     assert half.num_microbatches == whole.num_microbatches
     assert whole.pp == 1 or half.model.num_layers // half.pp == whole.model.num_layers // whole.pp
-    kept = ("vpp", "sequence_parallel", "cp_comm_type", "recompute", "sharding", "attention_backend")
+    kept = (
+        "vpp",
+        "sequence_parallel",
+        "cp_comm_type",
+        "recompute",
+        "sharding",
+        "attention_backend",
+    )
     assert all(getattr(half, name) == getattr(whole, name) for name in kept)
 
 
 def test_all_to_all_shares_out_key_heads_too():
     """32 query heads, 8 key heads over tp x cp = 16."""
-    with pytest.raises(UserError, match=r"num_query_groups 8 must divide by tp x cp = 4 x 4; try cp in \{1, 2\}"):
-        CATALOG.find("611").with_changes(tp=4, cp=4, dp=1, sequence_parallel=True, cp_comm_type="a2a")
+    with pytest.raises(
+        UserError, match=r"num_query_groups 8 must divide by tp x cp = 4 x 4; try cp in \{1, 2\}"
+    ):
+        CATALOG.find("611").with_changes(
+            tp=4, cp=4, dp=1, sequence_parallel=True, cp_comm_type="a2a"
+        )

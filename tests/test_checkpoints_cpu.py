@@ -40,7 +40,14 @@ MORE_JOBS = [
     ("dp4 to tp2 dp2", "DENSE", SP2 | {"dp": 2} | ZERO, RESHARDABLE, "dp4", {}),
     ("ep2", "MOE", {"dp": 2, "ep": 2} | ZERO | LONGER, RESHARDABLE, None, {}),
     ("ep2 to ep1", "MOE", {"dp": 2} | ZERO | LONGER, RESHARDABLE, "ep2", {}),
-    ("ep2 to ep1 to ep2", "MOE", {"dp": 2, "ep": 2} | ZERO | LONGER, f"{RESHARDABLE} --ckpt-step 6", "ep2 to ep1", {}),
+    (
+        "ep2 to ep1 to ep2",
+        "MOE",
+        {"dp": 2, "ep": 2} | ZERO | LONGER,
+        f"{RESHARDABLE} --ckpt-step 6",
+        "ep2 to ep1",
+        {},
+    ),
 ]
 
 DRIVER = """
@@ -74,8 +81,13 @@ def train(folder: Path, jobs) -> Path:
         load = ["--load", str(folder / from_ / "saved"), *LOAD.split()] if from_ else []
         options = ["--save", str(folder / name / "saved"), *SAVE.split(), *load, *arguments.split()]
         words.append((name, model, {"steps": STEPS} | changes, options, variables))
-    done = subprocess.run([sys.executable, "-c", DRIVER, str(folder), json.dumps(words)], cwd=ROOT, env=os.environ,
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER, str(folder), json.dumps(words)],
+        cwd=ROOT,
+        env=os.environ,
+        capture_output=True,
+        text=True,
+    )
     assert not done.returncode and not done.stdout, done.stdout + done.stderr
     return folder
 
@@ -112,7 +124,10 @@ def test_a_pipeline_goes_on_with_tensor_parallel_checkpoints(runs):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("before, after", [("dp4", "dp4 to tp2 dp2"), ("ep2", "ep2 to ep1"), ("ep2", "ep2 to ep1 to ep2")])
+@pytest.mark.parametrize(
+    "before, after",
+    [("dp4", "dp4 to tp2 dp2"), ("ep2", "ep2 to ep1"), ("ep2", "ep2 to ep1 to ep2")],
+)
 def test_another_layout_goes_on_with_a_sharded_optimizer(more_runs, before, after):
     assert goes_on_alike(more_runs, before, after)
 
@@ -120,9 +135,13 @@ def test_another_layout_goes_on_with_a_sharded_optimizer(more_runs, before, afte
 def test_saves_are_asynchronous(runs):
     saves = RunDir(runs / "tp2").read_saves()
     assert [save.step for save in saves] == [2, 4, 6] and all(save.asynchronous for save in saves)
-    assert saves[0].whole_at_step > saves[0].step and all(save.blocked_ms < save.whole_after_s * 1e3 for save in saves)
+    assert saves[0].whole_at_step > saves[0].step and all(
+        save.blocked_ms < save.whole_after_s * 1e3 for save in saves
+    )
     log = (runs / "tp2" / "logs.txt").read_text()
-    assert log.count("scheduled an async checkpoint save") == 3 and "Disabling --async-save" not in log
+    assert (
+        log.count("scheduled an async checkpoint save") == 3 and "Disabling --async-save" not in log
+    )
 
 
 def test_a_flipped_bit_is_noticed_in_weights_in_the_optimizer_and_beside_them(runs, tmp_path):
@@ -131,8 +150,11 @@ def test_a_flipped_bit_is_noticed_in_weights_in_the_optimizer_and_beside_them(ru
     path = copytree(runs / "tp2" / "saved" / "iter_0000004", tmp_path / "iter_0000004")
     found = checkpoints.verify(checkpoints.examine(path, 4))
     assert found.damage is None and found.has_checksums
-    places = [(name, at) for name in ("__0_0.distcp", "__1_0.distcp", ".metadata")
-              for at in range(50, (path / name).stat().st_size, (path / name).stat().st_size // 5)]
+    places = [
+        (name, at)
+        for name in ("__0_0.distcp", "__1_0.distcp", ".metadata")
+        for at in range(50, (path / name).stat().st_size, (path / name).stat().st_size // 5)
+    ]
     for name, at in places:
         with (path / name).open("r+b") as file:
             file.seek(at)
@@ -149,7 +171,11 @@ def test_a_flipped_bit_is_noticed_in_weights_in_the_optimizer_and_beside_them(ru
 
 def test_only_the_newest_are_kept_and_nothing_is_left_of_others(runs):
     kept = runs / "dropout" / "saved"
-    assert sorted(path.name for path in kept.iterdir()) == ["iter_0000004", "iter_0000006", checkpoints.TRACKER]
+    assert sorted(path.name for path in kept.iterdir()) == [
+        "iter_0000004",
+        "iter_0000006",
+        checkpoints.TRACKER,
+    ]
     assert [save.step for save in RunDir(runs / "dropout").read_saves()] == [2, 4, 6]
 
 
@@ -161,7 +187,12 @@ def test_a_checkpoint_tells_what_it_holds_without_torch(runs):
     layer = 12 * hidden**2 + 13 * hidden
     assert found.contents.parameters == layers * layer + (vocabulary + positions + 2) * hidden
     code = "import sys, pathlib, harness.run.checkpoints as c; c.in_folder(pathlib.Path(sys.argv[1])); print('torch' in sys.modules)"
-    said = subprocess.run([sys.executable, "-c", code, str(runs / "tp2" / "saved")], cwd=ROOT, capture_output=True, text=True)
+    said = subprocess.run(
+        [sys.executable, "-c", code, str(runs / "tp2" / "saved")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert said.stdout == "False\n"
 
 
@@ -170,7 +201,9 @@ def test_bytes_that_a_killed_save_leaves_are_no_checkpoint(runs, tmp_path):
     from shutil import copytree
 
     whole = runs / "tp2" / "saved" / "iter_0000002"
-    for number, missing in enumerate([{"metadata.json"}, {"metadata.json", ".metadata"}, {"__1_0.distcp"}], 1):
+    for number, missing in enumerate(
+        [{"metadata.json"}, {"metadata.json", ".metadata"}, {"__1_0.distcp"}], 1
+    ):
         left = copytree(whole, tmp_path / f"iter_{number:07d}")
         for name in missing:
             (left / name).unlink()
@@ -178,7 +211,10 @@ def test_bytes_that_a_killed_save_leaves_are_no_checkpoint(runs, tmp_path):
     with (tmp_path / "iter_0000004" / "__0_0.distcp").open("r+b") as file:
         file.truncate(1000)
     damages = [found.damage for found in checkpoints.in_folder(tmp_path)]
-    assert damages[:2] == ["it was not written to its end"] * 2 and damages[2] == "__1_0.distcp is missing"
+    assert (
+        damages[:2] == ["it was not written to its end"] * 2
+        and damages[2] == "__1_0.distcp is missing"
+    )
     assert damages[3].startswith("__0_0.distcp has 1,000 bytes of ")
 
 
@@ -187,8 +223,24 @@ def test_no_room_is_told_before_training(tmp_path):
     """A save that cannot fit is refused at the start; the disk's free bytes are what rank 0 sees."""
     patch = "import shutil; shutil.disk_usage = lambda path: type('U', (), {'free': 2_000_000})"
     driver = DRIVER.replace("import json,", patch + "\nimport json,", 1)
-    words = [("full", "DENSE", {"steps": STEPS}, ["--save", str(tmp_path / "full" / "saved"), *SAVE.split()], {})]
-    done = subprocess.run([sys.executable, "-c", driver, str(tmp_path), json.dumps(words)], cwd=ROOT, env=os.environ,
-                          capture_output=True, text=True)
-    assert "UserError" in done.stdout and "3 checkpoints of 2.5 MiB need 7.5 MiB, 1.9 MiB are free" in done.stdout
+    words = [
+        (
+            "full",
+            "DENSE",
+            {"steps": STEPS},
+            ["--save", str(tmp_path / "full" / "saved"), *SAVE.split()],
+            {},
+        )
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", driver, str(tmp_path), json.dumps(words)],
+        cwd=ROOT,
+        env=os.environ,
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        "UserError" in done.stdout
+        and "3 checkpoints of 2.5 MiB need 7.5 MiB, 1.9 MiB are free" in done.stdout
+    )
     assert not checkpoints.in_folder(tmp_path / "full" / "saved") and not losses(tmp_path / "full")

@@ -29,19 +29,29 @@ ALL = load_claims(CATALOG)
 
 def claims(tmp_path: Path, **fields: object) -> tuple:
     """The one claim of a file that says this; without a formula, that 115 takes less memory than 114."""
-    one = {"chapter": 100, "says": "so it is", "formula": "memory_gib[115] / memory_gib[114]", "must": "< 0.9", **fields}
+    one = {
+        "chapter": 100,
+        "says": "so it is",
+        "formula": "memory_gib[115] / memory_gib[114]",
+        "must": "< 0.9",
+        **fields,
+    }
     path = tmp_path / "claims.yaml"
     path.write_text(yaml.safe_dump({"it": one}), encoding="utf-8")
     return load_claims(CATALOG, path)
 
 
-def sides(tmp_path: Path, records: Path = RECORDS, group: str | None = None, **fields: object) -> list[Side]:
+def sides(
+    tmp_path: Path, records: Path = RECORDS, group: str | None = None, **fields: object
+) -> list[Side]:
     rows = collect_records(records, REFERENCES).rows
     columns = sources(rows, CATALOG, REFERENCES, group and REFERENCES.group(group))
     return list(evaluate(claims(tmp_path, **fields), columns)[0].sides)
 
 
-def copy(records: Path, name: str, folder: str = "h200-141gb", called: str = "", **changes: object) -> None:
+def copy(
+    records: Path, name: str, folder: str = "h200-141gb", called: str = "", **changes: object
+) -> None:
     """A committed record in another folder, perhaps called otherwise, some of its statements changed."""
     path = records / folder / f"{called or name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,12 +79,17 @@ def test_there_are_claims_for_every_chapter_and_all_are_evaluated():
 
 def test_a_claim_belongs_to_the_chapter_of_its_experiments():
     for claim in ALL:
-        assert {CATALOG.find(q.of.split()[0]).chapter for q in claim.formula.quantities} & {claim.chapter}, claim.name
+        assert {CATALOG.find(q.of.split()[0]).chapter for q in claim.formula.quantities} & {
+            claim.chapter
+        }, claim.name
 
 
 def test_what_stands_in_ran_on_fewer_gpus():
     for claim in (claim for claim in ALL if len(claim.expressions) > 1):
-        whole, half = ([CATALOG.find(q.of.split()[0]).world_size for q in e.quantities] for e in claim.expressions)
+        whole, half = (
+            [CATALOG.find(q.of.split()[0]).world_size for q in e.quantities]
+            for e in claim.expressions
+        )
         assert sum(half) < sum(whole), claim.name
 
 
@@ -82,8 +97,14 @@ def test_reasons_are_about_claims_that_exist():
     names = {claim.name for claim in ALL}
     for claim in ALL:
         for reason in claim.reason.values():
-            mentioned = {word.strip("(),;:.") for word in reason.split() if "-" in word and "=" not in word}
-            like_claims = {word for word in mentioned if word.split("-")[0] in {name.split("-")[0] for name in names}}
+            mentioned = {
+                word.strip("(),;:.") for word in reason.split() if "-" in word and "=" not in word
+            }
+            like_claims = {
+                word
+                for word in mentioned
+                if word.split("-")[0] in {name.split("-")[0] for name in names}
+            }
             assert like_claims <= names, claim.name
 
 
@@ -97,26 +118,58 @@ def test_reasons_are_about_claims_that_exist():
         ("(step_ms[101] - step_ms[104]) * 2", 8.0),
         ("-step_ms[104] + 8", 4.0),
         ("min(step_ms[101], step_ms[104], step_ms[111])", 4.0),
-        ("median(step_ms[101], step_ms[104], step_ms[111]) / max(step_ms[104], step_ms[111])", 8 / 16),
+        (
+            "median(step_ms[101], step_ms[104], step_ms[111]) / max(step_ms[104], step_ms[111])",
+            8 / 16,
+        ),
         ("step_ms[ 101 ] * 1e3", 8000.0),
     ],
 )
 def test_arithmetic(text, value):
-    assert parse(text).value(lambda quantity: {"101": 8.0, "104": 4.0, "111": 16.0}[quantity.of]) == value
+    assert (
+        parse(text).value(lambda quantity: {"101": 8.0, "104": 4.0, "111": 16.0}[quantity.of])
+        == value
+    )
 
 
 def test_brackets_hold_what_one_types_after_make():
     formula = parse("""step_ms[101] / step_ms[101 CARD=h100-80gb ARGS="--lr '1'"]""")
-    assert formula.quantities == (Quantity("step_ms", "101"), Quantity("step_ms", """101 CARD=h100-80gb ARGS="--lr '1'\""""))
+    assert formula.quantities == (
+        Quantity("step_ms", "101"),
+        Quantity("step_ms", """101 CARD=h100-80gb ARGS="--lr '1'\""""),
+    )
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        "__import__('os').system('true')", "step_ms.__class__", "[1, 2]", "step_ms[101][0]", "(lambda: 1)()", "open[1]()",
-        "step_ms[101] ** 9 ** 9", "step_ms[101] < 3", "x", "True", "'a'", "1e999", "min()", "min(*step_ms[101])", "f(1)", "",
-        "step_ms[101] if 1 else 2", "1 +", "step_ms[101]; step_ms[104]", "\0", "(" * 300 + "1" + ")" * 300,
-        "-" * 9999 + "1", "step_ms[101] or 1", "step_ms[a[101]]", "{}", "f'{1}'", "step_ms[101]@step_ms[101]",
+        "__import__('os').system('true')",
+        "step_ms.__class__",
+        "[1, 2]",
+        "step_ms[101][0]",
+        "(lambda: 1)()",
+        "open[1]()",
+        "step_ms[101] ** 9 ** 9",
+        "step_ms[101] < 3",
+        "x",
+        "True",
+        "'a'",
+        "1e999",
+        "min()",
+        "min(*step_ms[101])",
+        "f(1)",
+        "",
+        "step_ms[101] if 1 else 2",
+        "1 +",
+        "step_ms[101]; step_ms[104]",
+        "\0",
+        "(" * 300 + "1" + ")" * 300,
+        "-" * 9999 + "1",
+        "step_ms[101] or 1",
+        "step_ms[a[101]]",
+        "{}",
+        "f'{1}'",
+        "step_ms[101]@step_ms[101]",
     ],
 )
 def test_anything_else_is_refused_and_nothing_is_run(text):
@@ -132,9 +185,13 @@ def test_division_by_zero_is_told():
 @pytest.mark.parametrize(
     ("text", "unit"),
     [
-        ("step_ms[101]", "ms"), ("step_ms[101] / step_ms[104]", "1"), ("memory_gib[101] - state_gib[101]", "GiB"),
-        ("tokens_per_s[101] * step_ms[101]", "ms tokens/s"), ("memory_gib[101] / step_ms[101] / step_ms[101]", "GiB/ms^2"),
-        ("(step_ms[101] / step_ms[104]) - bubble[408]", "1"), ("max(memory_gib[101], reserved_gib[104])", "GiB"),
+        ("step_ms[101]", "ms"),
+        ("step_ms[101] / step_ms[104]", "1"),
+        ("memory_gib[101] - state_gib[101]", "GiB"),
+        ("tokens_per_s[101] * step_ms[101]", "ms tokens/s"),
+        ("memory_gib[101] / step_ms[101] / step_ms[101]", "GiB/ms^2"),
+        ("(step_ms[101] / step_ms[104]) - bubble[408]", "1"),
+        ("max(memory_gib[101], reserved_gib[104])", "GiB"),
     ],
 )
 def test_units_follow_from_quantities(text, unit):
@@ -147,18 +204,32 @@ def test_units_follow_from_quantities(text, unit):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"formula": "step_ms[101] + memory_gib[101]", "must": "< 1"},
-         "mixes units: step_ms[101] is in ms, memory_gib[101] in GiB"),
+        (
+            {"formula": "step_ms[101] + memory_gib[101]", "must": "< 1"},
+            "mixes units: step_ms[101] is in ms, memory_gib[101] in GiB",
+        ),
         ({"formula": "min(step_ms[101], memory_gib[104])", "must": "< 1"}, "mixes units"),
-        ({"formula": "step_ms[101] / step_ms[104] - step_ms[101]"}, "mixes units: step_ms[101] / step_ms[104] is in 1"),
-        ({"formula": "memory_gib[101] - memory_gib[104]"}, "the formula is in GiB, but what must hold, < 0.9, in 1"),
+        (
+            {"formula": "step_ms[101] / step_ms[104] - step_ms[101]"},
+            "mixes units: step_ms[101] / step_ms[104] is in 1",
+        ),
+        (
+            {"formula": "memory_gib[101] - memory_gib[104]"},
+            "the formula is in GiB, but what must hold, < 0.9, in 1",
+        ),
         ({"must": "< 0.9 GiB"}, "the formula is in 1, but what must hold, < 0.9 GiB, in GiB"),
         ({"must": "< 0.9 GB"}, "unknown unit GB; did you mean GiB"),
         ({"must": "smaller"}, "must: smaller: expected < 0.9, > 1.5 GiB, = 1 or 0.9 .. 1.1"),
         ({"must": "2 .. 1"}, "the first number is the larger one"),
         ({"formula": "memory_gib[407] / memory_gib[408]"}, "it: no experiment 407; nearest ids"),
-        ({"formula": "memory_gb[101] / memory_gb[104]"}, "unknown quantity memory_gb; did you mean memory_gib"),
-        ({"formula": "memory_gib[101 CRAD=h100-80gb] / 2"}, "unknown setting CRAD; did you mean CARD"),
+        (
+            {"formula": "memory_gb[101] / memory_gb[104]"},
+            "unknown quantity memory_gb; did you mean memory_gib",
+        ),
+        (
+            {"formula": "memory_gib[101 CRAD=h100-80gb] / 2"},
+            "unknown setting CRAD; did you mean CARD",
+        ),
         ({"formula": "memory_gib[101 CARD=h100] / memory_gib[101]"}, "CARD=h100: unknown GPU"),
         ({"formula": "memory_gib[101 'x] / memory_gib[101]"}, "No closing quotation"),
         ({"formula": "memory_gib[] / memory_gib[101]"}, "no experiment"),
@@ -181,7 +252,9 @@ def test_a_wrong_claim_is_refused(tmp_path, fields, message):
     assert message in str(caught.value) and str(caught.value).startswith("claims.yaml: it: ")
 
 
-@pytest.mark.parametrize("text", ["- 1\n", "a: [", "a: 1\n", "a: {chapter: 100}\na: {chapter: 100}\n"])
+@pytest.mark.parametrize(
+    "text", ["- 1\n", "a: [", "a: 1\n", "a: {chapter: 100}\na: {chapter: 100}\n"]
+)
 def test_a_file_that_is_something_else_is_refused(tmp_path, text):
     path = tmp_path / "claims.yaml"
     path.write_text(text)
@@ -218,7 +291,11 @@ def test_ours_and_published_stand_side_by_side(tmp_path):
     ours, published = sides(tmp_path, formula="step_ms[112] / (4 * step_ms[111])", must="< 1")
     medians = {name: kept(name)["step_ms"]["median"] for name in ("111", "112")}
     assert ours.value == pytest.approx(medians["112"] / 4 / medians["111"])
-    assert (published.value, published.spread, published.verdict) == (pytest.approx(1470 / 4 / 393), 0, "holds")
+    assert (published.value, published.spread, published.verdict) == (
+        pytest.approx(1470 / 4 / 393),
+        0,
+        "holds",
+    )
     assert published.numbers == {Quantity("step_ms", "112"): 1470, Quantity("step_ms", "111"): 393}
 
 
@@ -226,9 +303,14 @@ def test_the_spread_is_twice_the_uncertainty_carried_through_the_formula(tmp_pat
     ours, _ = sides(tmp_path, formula="step_ms[104] / step_ms[101]", must="> 1")
     relative = []
     for name in ("104", "101"):
-        steps = [json.loads(line)["step_ms"] for line in metrics_of(KEPT / f"{name}.json").read_text().splitlines()][5:]
+        steps = [
+            json.loads(line)["step_ms"]
+            for line in metrics_of(KEPT / f"{name}.json").read_text().splitlines()
+        ][5:]
         relative.append(step_noise_ms(steps) / kept(name)["step_ms"]["median"])
-    assert ours.spread == pytest.approx(2 * ours.value * (relative[0] ** 2 + relative[1] ** 2) ** 0.5, rel=0.02)
+    assert ours.spread == pytest.approx(
+        2 * ours.value * (relative[0] ** 2 + relative[1] ** 2) ** 0.5, rel=0.02
+    )
     memory, _ = sides(tmp_path, formula="allocated_gib[114] - allocated_gib[115]", must="> 13 GiB")
     assert (memory.spread, memory.verdict) == (0, "holds")
 
@@ -236,7 +318,9 @@ def test_the_spread_is_twice_the_uncertainty_carried_through_the_formula(tmp_pat
 def test_a_difference_inside_the_spread_is_undecided(tmp_path):
     copy(tmp_path / "records", "211")
     copy(tmp_path / "records", "211", called="231", experiment=kept("231")["experiment"])
-    ours, _ = sides(tmp_path, tmp_path / "records", formula="step_ms[211] / step_ms[231]", must="< 1")
+    ours, _ = sides(
+        tmp_path, tmp_path / "records", formula="step_ms[211] / step_ms[231]", must="< 1"
+    )
     assert (ours.verdict, ours.value) == ("undecided", 1) and ours.spread > 0.01
 
 
@@ -266,7 +350,11 @@ def test_what_is_missing_is_named(tmp_path):
 
 
 def test_stand_ins_are_taken_together_where_the_experiments_are_not_measured(tmp_path):
-    fields = {"formula": "step_ms[128] / step_ms[118]", "must": "0.5 .. 1.5", "or": {128: 124, 118: 114}}
+    fields = {
+        "formula": "step_ms[128] / step_ms[118]",
+        "must": "0.5 .. 1.5",
+        "or": {128: 124, 118: 114},
+    }
     copy(tmp_path / "records", "114")
     ours, _ = sides(tmp_path, tmp_path / "records", **fields)
     assert (ours.verdict, ours.missing) == ("not measured", ("128", "118", "or 124"))
@@ -277,8 +365,13 @@ def test_stand_ins_are_taken_together_where_the_experiments_are_not_measured(tmp
 
 
 def test_half_size_companions_stand_in(tmp_path):
-    (claim,) = claims(tmp_path, formula="fits[282] - fits[281 CARD=h100-80gb]", must="= 1", **{"or": "half"})
-    assert [quantity.of for quantity in claim.expressions[1].quantities] == ["282h", "281h CARD=h100-80gb"]
+    (claim,) = claims(
+        tmp_path, formula="fits[282] - fits[281 CARD=h100-80gb]", must="= 1", **{"or": "half"}
+    )
+    assert [quantity.of for quantity in claim.expressions[1].quantities] == [
+        "282h",
+        "281h CARD=h100-80gb",
+    ]
 
 
 def test_no_claim_mixes_hardware_or_upstream(tmp_path):
@@ -326,7 +419,9 @@ def test_whether_it_fits_the_published_card(tmp_path, formula, value):
     assert published.value == (0 if "121" in formula else 1)
 
 
-@pytest.mark.parametrize("used", [{"nvml": 100.0}, {"nvml": 79.4, "driver": 0.6}])  # of an H100's 79.6 GiB
+@pytest.mark.parametrize(
+    "used", [{"nvml": 100.0}, {"nvml": 79.4, "driver": 0.6}]
+)  # of an H100's 79.6 GiB
 def test_more_memory_than_the_published_card_has_says_nothing(tmp_path, used):
     """122 on an H200, had it used 100 GiB: a card that cannot give so much might have done with less."""
     memory = {"allocated": 62.3, "reserved": 69.6, **used}
@@ -339,23 +434,37 @@ def test_a_time_measured_beside_other_runs_says_so(tmp_path):
     copy(tmp_path / "records", "111", packed_with=["112-a", "101-b"])
     copy(tmp_path / "records", "112")
     packed = "111 shared its node with 2 runs"
-    assert sides(tmp_path, tmp_path / "records", formula="step_ms[112] / step_ms[111]", must="> 1")[0].remarks == (packed,)
-    assert sides(tmp_path, tmp_path / "records", formula="memory_gib[112] / memory_gib[111]", must="> 1")[0].remarks == ()
+    assert sides(tmp_path, tmp_path / "records", formula="step_ms[112] / step_ms[111]", must="> 1")[
+        0
+    ].remarks == (packed,)
+    assert (
+        sides(
+            tmp_path, tmp_path / "records", formula="memory_gib[112] / memory_gib[111]", must="> 1"
+        )[0].remarks
+        == ()
+    )
     found = claims(tmp_path, formula="step_ms[112] / step_ms[111]", must="> 1")
     columns = sources(collect(tmp_path, tmp_path / "records", REFERENCES).rows, CATALOG, REFERENCES)
-    assert all(packed in render(evaluate(found, columns), columns, form) for form in ("terminal", "markdown", "json"))
+    assert all(
+        packed in render(evaluate(found, columns), columns, form)
+        for form in ("terminal", "markdown", "json")
+    )
 
 
 def test_a_claim_about_ours_and_published_is_not_asked_of_the_published_table(tmp_path):
     ours, published = sides(tmp_path, formula="memory_ratio[111]", must="0.9 .. 1.1")
     assert (ours.verdict, published.verdict, published.value) == ("holds", "not asked", None)
-    ours, _ = sides(tmp_path, formula="published_memory_gib[111] - memory_gib[111]", must="> -1 GiB")
+    ours, _ = sides(
+        tmp_path, formula="published_memory_gib[111] - memory_gib[111]", must="> -1 GiB"
+    )
     assert ours.value == pytest.approx(76.7 - kept("111")["memory_gib"]["nvml"])
 
 
 def test_rates_of_the_published_table_follow_from_its_step_time(tmp_path):
     _, published = sides(tmp_path, formula="tflops[111]", must="> 1 TFLOP/s")
-    counted = kept("111")["tflops"] * kept("111")["step_ms"]["median"]  # as upstream counted 111's steps
+    counted = (
+        kept("111")["tflops"] * kept("111")["step_ms"]["median"]
+    )  # as upstream counted 111's steps
     assert published.value == pytest.approx(counted / 393, rel=1e-3)
     _, tokens = sides(tmp_path, formula="tokens_per_s[111]", must="> 1 tokens/s")
     assert tokens.value == pytest.approx(15 * 1024 / 0.393)
@@ -372,7 +481,10 @@ def test_another_group_of_references_can_stand_beside(tmp_path):
 def test_the_markdown_form_has_a_table_for_each_chapter(capsys):
     assert main(["claims", "FORMAT=markdown", "HARDWARE=h200-141gb"]) == 0
     text = capsys.readouterr().out
-    assert text.count("| claim | must hold |") == 5 and "| claim | must hold | ours | published |" in text
+    assert (
+        text.count("| claim | must hold |") == 5
+        and "| claim | must hold | ours | published |" in text
+    )
     tables = [part.splitlines() for part in text.split("\n\n") if part.startswith("| claim")]
     assert all(line.count(" | ") == table[0].count(" | ") for table in tables for line in table)
     assert main(["claims", "CHAPTER=400", "FORMAT=markdown"]) == 0
@@ -384,7 +496,12 @@ def test_the_json_form_has_every_number(capsys):
     found = {one["name"]: one for one in json.loads(capsys.readouterr().out)}
     ours, published = found["accumulation-time"]["sides"]
     assert (ours["source"], published["source"], ours["verdict"]) == ("ours", "published", "holds")
-    assert published["numbers"][0] == {"quantity": "step_ms", "of": "112", "value": 1470.0, "unit": "ms"}
+    assert published["numbers"][0] == {
+        "quantity": "step_ms",
+        "of": "112",
+        "value": 1470.0,
+        "unit": "ms",
+    }
 
 
 def test_claims_are_evaluated_without_torch():

@@ -25,7 +25,9 @@ def labels(outdir: Path) -> set[str]:
 
 def killed(outdir: Path, label: str) -> RunDir:
     run = make_run(outdir, label)
-    write_json(run.running, {"pid": os.getpid(), "host": os.uname().nodename, "started": time.time()})
+    write_json(
+        run.running, {"pid": os.getpid(), "host": os.uname().nodename, "started": time.time()}
+    )
     return run
 
 
@@ -34,7 +36,12 @@ def outdir(tmp_path, monkeypatch) -> Path:
     """Runs of every end; no installed packages stand in for .venv."""
     monkeypatch.setattr(cleaning, "ROOT", tmp_path / "repository")
     folder = tmp_path / "outdir"
-    for label, status in (("101-ok", "ok"), ("121-oom", "oom"), ("101-crash", "crash"), ("122-missed", "target-missed")):
+    for label, status in (
+        ("101-ok", "ok"),
+        ("121-oom", "oom"),
+        ("101-crash", "crash"),
+        ("122-missed", "target-missed"),
+    ):
         make_run(folder, label, {**RESULT, "status": status})
     make_run(folder, "101-torn").result.write_text("{")
     killed(folder, "101-killed").logs.write_bytes(b"x" * 3 * 2**20)
@@ -52,7 +59,9 @@ def test_clean_keeps_results_and_what_still_runs(outdir, capsys):
     assert cleaning.clean(outdir, agreed=True) == 0
     assert labels(outdir) == KEPT
     assert capsys.readouterr().out.endswith("removed 101-crash, 101-killed, 101-torn\n")
-    assert cleaning.clean(outdir, everything=True, agreed=True) == 1  # what still runs is still there, and .venv with it
+    assert (
+        cleaning.clean(outdir, everything=True, agreed=True) == 1
+    )  # what still runs is still there, and .venv with it
     assert labels(outdir) == {"101-running", "notes"}
     assert cleaning.clean(outdir) == 0
     assert "nothing to remove" in capsys.readouterr().out
@@ -79,13 +88,20 @@ def test_what_can_be_resumed_stays_wherever_its_checkpoints_lie(outdir, tmp_path
     assert "101-here           killed, step 10 can be resumed" in capsys.readouterr().out
 
 
-def test_without_a_terminal_and_without_yes_it_says_what_would_go_and_removes_nothing(outdir, capsys, monkeypatch):
+def test_without_a_terminal_and_without_yes_it_says_what_would_go_and_removes_nothing(
+    outdir, capsys, monkeypatch
+):
     before = labels(outdir)
     monkeypatch.setattr("sys.stdin.isatty", lambda: False, raising=False)
-    assert cli.main(["clean", f"OUTDIR={outdir}"]) == 1 and cli.main(["clean", "ALL=1", f"OUTDIR={outdir}"]) == 1
+    assert (
+        cli.main(["clean", f"OUTDIR={outdir}"]) == 1
+        and cli.main(["clean", "ALL=1", f"OUTDIR={outdir}"]) == 1
+    )
     said = capsys.readouterr().out
     assert labels(outdir) == before and "nothing was removed; YES=1" in said
-    (line,) = [line for line in said.splitlines() if line.startswith("  101-killed") and "killed" in line][:1]
+    (line,) = [
+        line for line in said.splitlines() if line.startswith("  101-killed") and "killed" in line
+    ][:1]
     assert line.split()[1:] == ["killed", "3.0", "MiB"]
     assert cli.main(["clean", "YES=no", f"OUTDIR={outdir}"]) == 2 and labels(outdir) == before
     assert cli.main(["clean", "YES=1", f"OUTDIR={outdir}"]) == 0 and labels(outdir) == KEPT

@@ -26,16 +26,28 @@ def harness(*words: str) -> str:
         (["report", "REPORT=docs"], "REPORT=docs is a folder; name a file in it"),
         (["run", "101", "DRY_RUN=yes"], "DRY_RUN=yes: expected 0 or 1"),
         (["docs", "CHECK=2"], "CHECK=2: expected 0 or 1"),
-        (["chapter", "100", "DRY_RUN=1"], "DRY_RUN=1 is for one experiment: make 101 DRY_RUN=1\nmake list CHAPTER=100"),
+        (
+            ["chapter", "100", "DRY_RUN=1"],
+            "DRY_RUN=1 is for one experiment: make 101 DRY_RUN=1\nmake list CHAPTER=100",
+        ),
         (["chapter", "100", "SLURM=1"], "SLURM=1 is for one experiment"),
         (["run", "tabel"], "no target tabel; did you mean table?"),
         (["run", "101-gpt2xl"], "101 is 101-gpt2xl-dp1-gbs1-bf16"),
         (["run"], "which experiment?"),
-        (["run", "231", "TP=3"], "num_attention_heads 16 must divide by tp = 3; try tp in {1, 2, 4, 8, 16}"),
+        (
+            ["run", "231", "TP=3"],
+            "num_attention_heads 16 must divide by tp = 3; try tp in {1, 2, 4, 8, 16}",
+        ),
         (["run", "101", "DEVICE=tpu"], "DEVICE=tpu: expected cpu or cuda"),
         (["run", "101", "DATA=nowhere"], "DATA=nowhere"),
-        (["run", "219", "DEVICE=cpu", "NODES=2"], "make 219 NODES=2 NODE_RANK=0 RENDEZVOUS=first-node:29500"),
-        (["run", "219", "DEVICE=cpu", "NODES=2", "RENDEZVOUS=here"], "RENDEZVOUS=here: expected host:port"),
+        (
+            ["run", "219", "DEVICE=cpu", "NODES=2"],
+            "make 219 NODES=2 NODE_RANK=0 RENDEZVOUS=first-node:29500",
+        ),
+        (
+            ["run", "219", "DEVICE=cpu", "NODES=2", "RENDEZVOUS=here"],
+            "RENDEZVOUS=here: expected host:port",
+        ),
         (["run", "101", "GPUS_IDS=zero", "DEVICE=cpu"], "GPUS_IDS=zero needs a GPU"),
         (["run", "219", "SLURM=1", "DEVICE=cpu"], "SLURM=1 DEVICE=cpu: jobs run on GPUs"),
         (["chapter", "150"], "no chapter 150"),
@@ -48,7 +60,9 @@ def harness(*words: str) -> str:
         (["rum", "101"], "unknown command rum; did you mean run"),
     ],
 )
-def test_a_mistake_is_one_clear_message(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mistake_is_one_clear_message(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(words) == 2
     told = capsys.readouterr().err
     assert told.startswith("error: ") and message in told
@@ -59,7 +73,10 @@ def test_a_file_that_is_no_report_is_replaced_only_when_asked(tmp_path, capsys) 
     notes = tmp_path / "notes.html"
     notes.write_text("<title>mine</title>")
     assert main(["report", f"REPORT={notes}", f"OUTDIR={tmp_path}"]) == 2
-    assert f"REPORT={notes} is there already and no report\nFORCE=1 replaces it" in capsys.readouterr().err
+    assert (
+        f"REPORT={notes} is there already and no report\nFORCE=1 replaces it"
+        in capsys.readouterr().err
+    )
     assert notes.read_text() == "<title>mine</title>"
     for force in (["FORCE=1"], []):
         assert main(["report", f"REPORT={notes}", f"OUTDIR={tmp_path}", *force]) == 0
@@ -72,16 +89,24 @@ def test_several_broken_rules_are_told_together(capsys: pytest.CaptureFixture[st
 
 
 def test_the_process_exits_with_the_status() -> None:
-    done = subprocess.run([sys.executable, "-m", "harness", "run", "407"], cwd=ROOT, text=True, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "harness", "run", "407"], cwd=ROOT, text=True, capture_output=True
+    )
     assert done.returncode == 2 and done.stderr.startswith("error: no experiment 407")
 
 
-@pytest.mark.parametrize("words", [["list"], ["show", "408"], ["show", "512", "DEVICE=cuda"], ["table"]])
+@pytest.mark.parametrize(
+    "words", [["list"], ["show", "408"], ["show", "512", "DEVICE=cuda"], ["table"]]
+)
 def test_light_commands_import_nothing_heavy(words: list[str]) -> None:
     command = [sys.executable, "-X", "importtime", "-m", "harness", *words]
     done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr[-500:]
-    imported = {line.rsplit("|", 1)[1].strip().split(".")[0] for line in done.stderr.splitlines() if "|" in line}
+    imported = {
+        line.rsplit("|", 1)[1].strip().split(".")[0]
+        for line in done.stderr.splitlines()
+        if "|" in line
+    }
     assert not imported & {"torch", "matplotlib", "megatron", "transformers", "datasets"}
 
 
@@ -103,11 +128,18 @@ def test_dry_run_runs_nothing() -> None:
 
 
 def test_a_closed_pipe_is_no_error() -> None:
-    done = subprocess.run(["bash", "-c", f"{sys.executable} -m harness list | head -n 1"], cwd=ROOT, text=True, capture_output=True)
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m harness list | head -n 1"],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+    )
     assert done.returncode == 0 and not done.stderr
 
 
-def test_conversations_that_are_made_here_are_prepared_before_a_run_and_said_to_lack_in_a_script(monkeypatch, capsys):
+def test_conversations_that_are_made_here_are_prepared_before_a_run_and_said_to_lack_in_a_script(
+    monkeypatch, capsys
+):
     pytest.importorskip("numpy", reason="the set-up stage `heavy` is not installed")
     from harness import cli
     from harness.data import data_sets
@@ -122,14 +154,26 @@ def test_conversations_that_are_made_here_are_prepared_before_a_run_and_said_to_
     for words in (["show", "801", "DEVICE=cpu"], ["run", "801", "DEVICE=cpu", "DRY_RUN=1"]):
         assert cli.main(words) == 0
         said = capsys.readouterr()
-        assert "--mock-data" in said.out and "# On mock data, for toy-chat is not prepared yet; make 801 does that" in said.err
-    assert cli.main(["show", "101", "DEVICE=cpu"]) == 0 and "On mock data" not in capsys.readouterr().err
+        assert (
+            "--mock-data" in said.out
+            and "# On mock data, for toy-chat is not prepared yet; make 801 does that" in said.err
+        )
+    assert (
+        cli.main(["show", "101", "DEVICE=cpu"]) == 0
+        and "On mock data" not in capsys.readouterr().err
+    )
     assert not brought
 
     def stop(*args):
         raise UserError("planned")
 
     monkeypatch.setattr(cli, "plan", stop)
-    for words in (["run", "801"], ["run", "101", "DATA=toy-chat-2"], ["run", "801", "DATA=mock"], ["run", "811"], ["chapter", "800"]):
+    for words in (
+        ["run", "801"],
+        ["run", "101", "DATA=toy-chat-2"],
+        ["run", "801", "DATA=mock"],
+        ["run", "811"],
+        ["chapter", "800"],
+    ):
         assert cli.main([*words, "DEVICE=cpu"]) in (1, 2)
     assert brought == ["toy-chat", "toy-chat-2", "toy-chat", "toy-chat-2"]

@@ -31,10 +31,16 @@ SCRIPTS = {id_: f" {words(id_)} " for id_ in IDS}
 @pytest.mark.parametrize("id_", IDS)
 def test_every_script_is_valid_bash(id_: str) -> None:
     e = CATALOG.find(id_)
-    for script in (render(e, "cuda", Place(rendezvous="a:1")), render(miniature(e), "cpu", headline=describe(e, miniature(e)))):
+    for script in (
+        render(e, "cuda", Place(rendezvous="a:1")),
+        render(miniature(e), "cpu", headline=describe(e, miniature(e))),
+    ):
         done = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True)
         assert done.returncode == 0, done.stderr
-        assert f"--nproc-per-node {e.ranks_per_node if '=cuda' in script else miniature(e).world_size} " in script
+        assert (
+            f"--nproc-per-node {e.ranks_per_node if '=cuda' in script else miniature(e).world_size} "
+            in script
+        )
 
 
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
@@ -52,18 +58,35 @@ def test_the_script_runs_torchrun_with_quoted_words(tmp_path) -> None:
     script = render(e, "cpu").replace("export PATH=", f"export PATH={tmp_path}:")
     done = subprocess.run(["bash", "-c", script], text=True, capture_output=True, check=True)
     printed = done.stdout.splitlines()
-    assert printed[:9] == ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "1", "--log-dir", "/dev/null", "-m", "harness.entry"]
+    assert printed[:9] == [
+        "--standalone",
+        "--local-addr",
+        "127.0.0.1",
+        "--nproc-per-node",
+        "1",
+        "--log-dir",
+        "/dev/null",
+        "-m",
+        "harness.entry",
+    ]
     assert printed[-2:] == ["--note", "a b'c"]
 
 
 def test_published_flags() -> None:
     assert "--num-virtual-stages-per-pipeline-rank 3" in words("438")
     assert "--num-layers-per-virtual-pipeline-stage" not in words("438")
-    assert "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather" in words("115")
-    assert "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1" in words("283")
+    assert "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather" in words(
+        "115"
+    )
+    assert (
+        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+        in words("283")
+    )
     assert "--cp-comm-type a2a" in words("328") and "--attention-backend flash" in words("328")
     assert "--sequence-parallel" in words("282") and "--sequence-parallel" not in words("281")
-    assert "--moe-grouped-gemm --moe-permute-fusion --moe-router-force-load-balancing" in words("500")
+    assert "--moe-grouped-gemm --moe-permute-fusion --moe-router-force-load-balancing" in words(
+        "500"
+    )
     assert words("101").count("--train-iters") == 1
 
 
@@ -119,7 +142,9 @@ BRINGS = {
 @pytest.mark.parametrize("arguments", BRINGS)
 def test_a_setting_and_it_alone_brings_its_arguments(arguments) -> None:
     wanted = {e.id for e in CATALOG.experiments if BRINGS[arguments](e)}
-    assert wanted == {id_ for id_, script in SCRIPTS.items() if f" {arguments} " in script} and 0 < len(wanted) < len(IDS)
+    assert wanted == {
+        id_ for id_, script in SCRIPTS.items() if f" {arguments} " in script
+    } and 0 < len(wanted) < len(IDS)
 
 
 def test_layers_with_experts_are_graphed_in_part() -> None:
@@ -127,61 +152,116 @@ def test_layers_with_experts_are_graphed_in_part() -> None:
         groups = megatron_flags(CATALOG.find(id_).with_changes(cuda_graphs=True), device)
         return " ".join(word for group in groups for word in group)
 
-    assert graphed("101", "cuda").count("--cuda-graph") == 1 and "--cuda-graph-impl local --te-rng-tracker" in graphed("101", "cuda")
+    assert graphed("101", "cuda").count(
+        "--cuda-graph"
+    ) == 1 and "--cuda-graph-impl local --te-rng-tracker" in graphed("101", "cuda")
     assert "--cuda-graph-modules attn moe_router" in graphed("501", "cuda")
-    assert "cuda-graph" not in graphed("101", "cpu") and not miniature(CATALOG.find("101").with_changes(cuda_graphs=True)).cuda_graphs
+    assert (
+        "cuda-graph" not in graphed("101", "cpu")
+        and not miniature(CATALOG.find("101").with_changes(cuda_graphs=True)).cuda_graphs
+    )
 
 
 def test_learned_positions_are_not_left_to_pytorch() -> None:
     """Its ``Embedding.reset_parameters``, which upstream calls for what was made on the meta device, knows no deviation."""
-    assert "--init-model-with-meta-device" in words("711") and "--init-model-with-meta-device" not in words("705")
+    assert "--init-model-with-meta-device" in words(
+        "711"
+    ) and "--init-model-with-meta-device" not in words("705")
 
 
 def test_gpus_that_are_chosen_are_those_that_nvidia_smi_numbers_so() -> None:
     script = render(CATALOG.find("101"), "cuda", Place(gpu_ids=(2, 3)))
-    assert "export CUDA_DEVICE_ORDER=PCI_BUS_ID " in script and "export CUDA_VISIBLE_DEVICES=2,3 " in script
-    assert "CUDA_VISIBLE_DEVICES" not in render(CATALOG.find("101"), "cuda") and "# None" not in script
+    assert (
+        "export CUDA_DEVICE_ORDER=PCI_BUS_ID " in script
+        and "export CUDA_VISIBLE_DEVICES=2,3 " in script
+    )
+    assert (
+        "CUDA_VISIBLE_DEVICES" not in render(CATALOG.find("101"), "cuda") and "# None" not in script
+    )
 
 
 def test_several_nodes_meet_at_the_rendezvous() -> None:
     script = render(CATALOG.find("219"), "cuda", Place(node_rank="1", rendezvous="node0:29500"))
-    assert "--nnodes 2 --node-rank 1 --rdzv-backend c10d --rdzv-endpoint node0:29500" in script.replace(" \\\n    ", " ")
+    assert (
+        "--nnodes 2 --node-rank 1 --rdzv-backend c10d --rdzv-endpoint node0:29500"
+        in script.replace(" \\\n    ", " ")
+    )
 
 
-@pytest.mark.parametrize("value", ["$(touch touched)", "`touch touched`", "'; touch touched; '", "a\ntouch touched\n", "&touch touched", "$HOME:1", "# a"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        "$(touch touched)",
+        "`touch touched`",
+        "'; touch touched; '",
+        "a\ntouch touched\n",
+        "&touch touched",
+        "$HOME:1",
+        "# a",
+    ],
+)
 def test_nothing_in_the_script_executes_but_torchrun(tmp_path, value: str) -> None:
     """Every text that a setting can bring, in one script, and torchrun's words as they were typed."""
     fake = tmp_path / "torchrun"
     fake.write_text('#!/bin/bash\nprintf "%s\\0" "$@"\n')
     fake.chmod(0o755)
-    extras = Extras(Saving(5, None, Path(f"/tmp/{value}")), Loading(Path(f"/tmp/{value}"), 3), Tracking("offline", value, value, value))
+    extras = Extras(
+        Saving(5, None, Path(f"/tmp/{value}")),
+        Loading(Path(f"/tmp/{value}"), 3),
+        Tracking("offline", value, value, value),
+    )
     e = CATALOG.find("219").with_changes(extra_args=("--note", value))
-    script = render(e, "cuda", Place(value, value), extras=extras).replace("export PATH=", f"export PATH={tmp_path}:")
-    done = subprocess.run(["bash", "-c", script], text=True, capture_output=True, check=True, cwd=tmp_path)
+    script = render(e, "cuda", Place(value, value), extras=extras).replace(
+        "export PATH=", f"export PATH={tmp_path}:"
+    )
+    done = subprocess.run(
+        ["bash", "-c", script], text=True, capture_output=True, check=True, cwd=tmp_path
+    )
     assert not [*tmp_path.glob("**/touched")] and not (ROOT / "touched").exists()
     words = done.stdout.split("\0")
-    after = {word: words[place + 1] for place, word in enumerate(words[:-1]) if word.startswith("-")}
-    for name in ("--node-rank", "--rdzv-endpoint", "--note", "--wandb-project", "--wandb-entity", "--wandb-exp-name"):
+    after = {
+        word: words[place + 1] for place, word in enumerate(words[:-1]) if word.startswith("-")
+    }
+    for name in (
+        "--node-rank",
+        "--rdzv-endpoint",
+        "--note",
+        "--wandb-project",
+        "--wandb-entity",
+        "--wandb-exp-name",
+    ):
         assert after[name] == value, name
     assert after["--save"] == after["--load"] == f"/tmp/{value}"
 
 
 def test_without_a_gpu_what_needs_one_is_refused(monkeypatch) -> None:
     monkeypatch.setattr(gpus, "list_gpus", list)
-    assert choose_device({}) == "cpu" and choose_device({"DEVICE": "cuda"}, only_show=True) == "cuda"
-    with pytest.raises(UserError, match=r"the NVIDIA driver shows no GPU here\n.*DEVICE=cpu runs the miniature"):
+    assert (
+        choose_device({}) == "cpu" and choose_device({"DEVICE": "cuda"}, only_show=True) == "cuda"
+    )
+    with pytest.raises(
+        UserError, match=r"the NVIDIA driver shows no GPU here\n.*DEVICE=cpu runs the miniature"
+    ):
         choose_device({"DEVICE": "cuda"})
-    with pytest.raises(UserError, match="CARD=h100-80gb caps the memory of the GPU at hand, but there is none here"):
+    with pytest.raises(
+        UserError, match="CARD=h100-80gb caps the memory of the GPU at hand, but there is none here"
+    ):
         plan(CATALOG.find("101"), {"DATA": "mock", "CARD": "h100-80gb"}, "cuda")
 
 
 @pytest.mark.parametrize(("installed", "backend"), [(None, "auto"), ("flash_attn", "flash")])
-def test_without_flash_attn_attention_is_cudnns_and_the_run_says_so(monkeypatch, installed, backend) -> None:
+def test_without_flash_attn_attention_is_cudnns_and_the_run_says_so(
+    monkeypatch, installed, backend
+) -> None:
     monkeypatch.setattr(gpus, "list_gpus", lambda: ["a GPU"])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: installed)
     planned = plan(CATALOG.find("328"), {"DATA": "mock"}, "cuda")
     assert choose_device({}) == "cuda" and planned.experiment.attention_backend == backend
-    assert planned.headline == (None if installed else "attention by cuDNN: the published run's flash-attn is not installed here")
+    assert planned.headline == (
+        None
+        if installed
+        else "attention by cuDNN: the published run's flash-attn is not installed here"
+    )
 
 
 def test_graphs_that_drop_in_evaluation_too_are_told() -> None:
@@ -198,13 +278,20 @@ def test_adapters_beside_random_weights_are_told() -> None:
 
 def test_where_a_node_stands_is_said_or_left_to_slurm() -> None:
     there = {"DATA": "mock", "NODES": "2"}
-    assert plan(CATALOG.find("219"), there | {"RENDEZVOUS": "a:1", "NODE_RANK": "1"}, "cuda").place == Place("1", "a:1")
-    assert plan(CATALOG.find("219"), there | {"SLURM": "1"}, "cuda").place.node_rank == "$SLURM_NODEID"
+    assert plan(
+        CATALOG.find("219"), there | {"RENDEZVOUS": "a:1", "NODE_RANK": "1"}, "cuda"
+    ).place == Place("1", "a:1")
+    assert (
+        plan(CATALOG.find("219"), there | {"SLURM": "1"}, "cuda").place.node_rank == "$SLURM_NODEID"
+    )
 
 
 @pytest.mark.parametrize(("setting", "value"), [("GPUS_IDS", "0,99"), ("CARD", "h100-80gb")])
 def test_what_only_a_gpu_has_is_refused_on_a_cpu(setting, value):
-    with pytest.raises(UserError, match=f"{setting}={value} needs a GPU, and this would run the miniature on the CPU"):
+    with pytest.raises(
+        UserError,
+        match=f"{setting}={value} needs a GPU, and this would run the miniature on the CPU",
+    ):
         plan(CATALOG.find("101"), {"DATA": "mock", setting: value}, "cpu")
 
 
@@ -232,6 +319,8 @@ def test_a_row_of_conversations_says_that_it_gets_none(monkeypatch) -> None:
     said = "DATA=mock is no conversations: every token is learned, not answers only, and --sft is left out; DATA=toy-chat is"
     told = script("801", DATA="mock")
     assert said in told and "--sft" not in told.replace(PLAIN_TEXT.format("mock", "toy-chat"), "")
-    assert "no conversations" not in script("101", DATA="mock") and "no conversations" not in script("811", DATA="mock")
+    assert "no conversations" not in script(
+        "101", DATA="mock"
+    ) and "no conversations" not in script("811", DATA="mock")
     monkeypatch.setattr(data_sets, "is_chat", lambda data: True)
     assert not plan(CATALOG.find("801"), {"DATA": "mock"}, "cuda").headline

@@ -45,18 +45,34 @@ class Copy:
         self.path = path
         for name in ("harness", "experiments", "scripts", "benchmarks"):
             shutil.copytree(ROOT / name, path / name, ignore=shutil.ignore_patterns("__pycache__"))
-        for file in ("Makefile", "pyproject.toml", "tests/plan_commands.py", *(f"data/{p.name}" for p in (ROOT / "data").iterdir() if p.is_file())):
+        for file in (
+            "Makefile",
+            "pyproject.toml",
+            "tests/plan_commands.py",
+            *(f"data/{p.name}" for p in (ROOT / "data").iterdir() if p.is_file()),
+        ):
             (path / file).parent.mkdir(exist_ok=True)
             shutil.copyfile(ROOT / file, path / file)
 
     def plan(self, commands: Iterable[tuple[str, ...]]) -> list[Planned]:
         """Plan each once a device."""
         (self.path / "commands.json").write_text(json.dumps([*dict.fromkeys(commands)]))
-        done = subprocess.run([sys.executable, "tests/plan_commands.py", "commands.json"], cwd=self.path, text=True, capture_output=True,
-                              env={**os.environ, "PYTHONPATH": str(self.path)}, timeout=600)
+        done = subprocess.run(
+            [sys.executable, "tests/plan_commands.py", "commands.json"],
+            cwd=self.path,
+            text=True,
+            capture_output=True,
+            env={**os.environ, "PYTHONPATH": str(self.path)},
+            timeout=600,
+        )
         assert done.returncode == 0, done.stderr[-2000:]
         found = map(json.loads, done.stdout.splitlines())
-        return [Planned(" ".join(["make", *each["words"]]), each["device"], each["refused"], each["said"]) for each in found]
+        return [
+            Planned(
+                " ".join(["make", *each["words"]]), each["device"], each["refused"], each["said"]
+            )
+            for each in found
+        ]
 
 
 @pytest.fixture(scope="module")
@@ -85,25 +101,42 @@ def wrong(planned: Iterable[Planned]) -> list[str]:
         expected = REFUSED.get(each.line)
         if each.refused and each.refused.startswith("not installed"):
             continue
-        if each.device == "cpu" and "SLURM=1" in each.line and each.refused and "jobs run on GPUs" in each.refused:
+        if (
+            each.device == "cpu"
+            and "SLURM=1" in each.line
+            and each.refused
+            and "jobs run on GPUs" in each.refused
+        ):
             continue  # it was planned with DEVICE=cpu
-        if each.device == "cpu" and any(word.partition("=")[0] in FOR_GPUS for word in each.line.split()):
+        if each.device == "cpu" and any(
+            word.partition("=")[0] in FOR_GPUS for word in each.line.split()
+        ):
             if "needs a GPU" not in (each.refused or "") and re.match(r"make \d", each.line):
                 found.append(f"{each.line} runs on a CPU")
             continue
-        if (expected is None and each.refused) or (expected and expected not in (each.refused or "")):
+        if (expected is None and each.refused) or (
+            expected and expected not in (each.refused or "")
+        ):
             found.append(f"{each.line} on {each.device}: {each.refused}")
     return found
 
 
-def test_every_command_that_is_written_down_can_run(planned: list[Planned], spoken: dict[tuple[str, ...], str]) -> None:
+def test_every_command_that_is_written_down_can_run(
+    planned: list[Planned], spoken: dict[tuple[str, ...], str]
+) -> None:
     where = {" ".join(["make", *words]): place for words, place in spoken.items()}
     assert not [f"{where[line.partition(' on ')[0]]}: {line}" for line in wrong(planned)]
 
 
-def test_every_command_that_is_printed_can_run(copy: Copy, planned: list[Planned], spoken: dict[tuple[str, ...], str]) -> None:
+def test_every_command_that_is_printed_can_run(
+    copy: Copy, planned: list[Planned], spoken: dict[tuple[str, ...], str]
+) -> None:
     """Advice of what the commands themselves print: the fastest layout, what to set where memory does not suffice, what to type next."""
-    printed = {command.words for each in planned for command in spoken_commands.in_text(each.said, each.line)}
+    printed = {
+        command.words
+        for each in planned
+        for command in spoken_commands.in_text(each.said, each.line)
+    }
     advised = printed - {*spoken}
     assert any(re.search(r"[A-Z]P=", " ".join(words)) for words in advised)
     assert not wrong(copy.plan(advised))
@@ -112,9 +145,19 @@ def test_every_command_that_is_printed_can_run(copy: Copy, planned: list[Planned
 def test_commands_that_cannot_run_are_noticed(copy: Copy) -> None:
     """The planning above refuses what make would."""
     cannot = {
-        ("122", "LOAD=label", "TP=2", "PP=2"): "try tp in {1, 5, 25}", ("101", "STEP=20"): "unknown setting STEP", ("tabel",): "did you mean table?", ("show-999",): "no experiment 999",
-        ("101", "DATA=openwebtext"): "did you mean openwebtext-10k?", ("compare", "A=101", "B=999"): "no experiment 999", ("export-hf", "RUN=101"): "OUT missing", ("parity", "TP=2"): "ignores TP=2",
-        ("train-gpt3", "STEPS=3"): "did you mean train-gpt3-345m", ("12*",): None, ("125*",): "no target begins with 125", ("memory-101", "CARD=h1000"): "CARD=h1000", ("list", "CHAPTER=900"): "no chapter 900",
+        ("122", "LOAD=label", "TP=2", "PP=2"): "try tp in {1, 5, 25}",
+        ("101", "STEP=20"): "unknown setting STEP",
+        ("tabel",): "did you mean table?",
+        ("show-999",): "no experiment 999",
+        ("101", "DATA=openwebtext"): "did you mean openwebtext-10k?",
+        ("compare", "A=101", "B=999"): "no experiment 999",
+        ("export-hf", "RUN=101"): "OUT missing",
+        ("parity", "TP=2"): "ignores TP=2",
+        ("train-gpt3", "STEPS=3"): "did you mean train-gpt3-345m",
+        ("12*",): None,
+        ("125*",): "no target begins with 125",
+        ("memory-101", "CARD=h1000"): "CARD=h1000",
+        ("list", "CHAPTER=900"): "no chapter 900",
         ("table", "FORMAT=xml"): "FORMAT=xml",
     }
     found = {each.line: each.refused for each in copy.plan(cannot) if each.device == "cpu"}
@@ -126,20 +169,41 @@ def test_commands_that_cannot_run_are_noticed(copy: Copy) -> None:
 def test_commands_are_found_wherever_they_stand(spoken: dict[tuple[str, ...], str]) -> None:
     lines = {" ".join(words): where for words, where in spoken.items()}
     assert len(lines) > 250
-    assert lines["111 DROPOUT=0 CROSS_ENTROPY_FUSION=1 FP8=tensorwise"] == "choosing.md", "a key with a digit"
-    assert lines["802 WEIGHTS=801 DATA=toy-chat:0.5 toy-chat-2:0.5"] == "finetuning.md", "a quoted value with a blank"
-    assert lines["219 NODES=2 NODE_RANK=0 RENDEZVOUS=first-node:29500"] == "harness/planning/plan.py", "a message with expressions"
-    assert lines["import-hf HF=folder NAME=mine TP=2 PP=2 EP=2"] == "Makefile", "optional words of the help"
+    assert lines["111 DROPOUT=0 CROSS_ENTROPY_FUSION=1 FP8=tensorwise"] == "choosing.md", (
+        "a key with a digit"
+    )
+    assert lines["802 WEIGHTS=801 DATA=toy-chat:0.5 toy-chat-2:0.5"] == "finetuning.md", (
+        "a quoted value with a blank"
+    )
+    assert (
+        lines["219 NODES=2 NODE_RANK=0 RENDEZVOUS=first-node:29500"] == "harness/planning/plan.py"
+    ), "a message with expressions"
+    assert lines["import-hf HF=folder NAME=mine TP=2 PP=2 EP=2"] == "Makefile", (
+        "optional words of the help"
+    )
     assert lines["half-282h*"] == "02-tensor-parallel.md", "a tab"
-    assert {s.key for s in SETTINGS} <= {word.partition("=")[0] for words in spoken for word in words[1:]}, "every setting's example"
+    assert {s.key for s in SETTINGS} <= {
+        word.partition("=")[0] for words in spoken for word in words[1:]
+    }, "every setting's example"
     assert not [line for line in lines if "UNKNOWN" in line], "give EXPRESSIONS a value for it"
 
 
 def test_other_commands_of_the_documents_name_what_is_there() -> None:
     pages = "\n".join(path.read_text() for path in spoken_commands.PAGES)
     groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
-    pinned = {re.split(r"[\[=]", entry)[0] for group in groups.values() for entry in group if isinstance(entry, str)}
-    files = set(re.findall(r"(?<![\w/.])((?:benchmarks|scripts|docker|tests)/[\w.-]+\.(?:py|sh))", pages))
+    pinned = {
+        re.split(r"[\[=]", entry)[0]
+        for group in groups.values()
+        for entry in group
+        if isinstance(entry, str)
+    }
+    files = set(
+        re.findall(r"(?<![\w/.])((?:benchmarks|scripts|docker|tests)/[\w.-]+\.(?:py|sh))", pages)
+    )
     assert len(files) > 5 and not [file for file in files if not (ROOT / file).is_file()]
-    assert {stage for words in re.findall(r"scripts/setup\.sh ([a-z -]+)", pages) for stage in words.split(" --")[0].split()} <= {*groups}
+    assert {
+        stage
+        for words in re.findall(r"scripts/setup\.sh ([a-z -]+)", pages)
+        for stage in words.split(" --")[0].split()
+    } <= {*groups}
     assert set(re.findall(r"\.venv/bin/(\w+)", pages)) - {"python"} <= pinned

@@ -50,13 +50,21 @@ def exported(folder: Path, target: Path, **options) -> dict:
     from harness.convert.exporting import export_checkpoint
 
     export_checkpoint(folder, target, **options)
-    return {name: tensor for path in target.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    return {
+        name: tensor
+        for path in target.glob("*.safetensors")
+        for name, tensor in load_file(path).items()
+    }
 
 
 def loaded(folder: Path) -> dict:
     from safetensors.torch import load_file
 
-    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    return {
+        name: tensor
+        for path in folder.glob("*.safetensors")
+        for name, tensor in load_file(path).items()
+    }
 
 
 def edit_config(folder: Path, **changes) -> None:
@@ -86,7 +94,9 @@ def test_there_and_back_is_the_same_bit_by_bit(name, dtype, tmp_path):
         assert tensor.dtype == after[key].dtype
         assert torch.equal(tensor.view(whole), after[key].view(whole)), key
     assert weights.parameters == sum(tensor.numel() for tensor in before.values())
-    assert json.loads((tmp_path / "hf/config.json").read_text()) == json.loads((tmp_path / "back/config.json").read_text())
+    assert json.loads((tmp_path / "hf/config.json").read_text()) == json.loads(
+        (tmp_path / "back/config.json").read_text()
+    )
 
 
 def test_transformers_opens_what_was_exported_in_several_files(tmp_path):
@@ -99,7 +109,9 @@ def test_transformers_opens_what_was_exported_in_several_files(tmp_path):
     exported(tmp_path / "megatron", tmp_path / "back", shard_bytes=60_000)
     assert len(list((tmp_path / "back").glob("*.safetensors"))) > 2
     tokens = torch.arange(60).view(2, 30)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "back", attn_implementation="eager").eval()
+    again = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "back", attn_implementation="eager"
+    ).eval()
     with torch.no_grad():
         assert torch.equal(again(tokens).logits, model(tokens).logits)
 
@@ -118,7 +130,10 @@ def test_files_of_the_base_model_and_their_buffers(folders, tmp_path):
     edit_weights(bare, strip)
     imported(bare, tmp_path / "megatron")
     after, whole = exported(tmp_path / "megatron", tmp_path / "back"), loaded(folders("gpt2"))
-    assert all(torch.equal(after[name], whole[name]) for name in whole) and after.keys() == whole.keys()
+    assert (
+        all(torch.equal(after[name], whole[name]) for name in whole)
+        and after.keys() == whole.keys()
+    )
 
 
 def test_mxfp4_experts_become_bf16(folders, tmp_path):
@@ -138,11 +153,15 @@ def test_mxfp4_experts_become_bf16(folders, tmp_path):
             expected[name] = convert_moe_packed_tensors(blocks, scales)
 
     edit_weights(packed, pack)
-    edit_config(packed, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]})
+    edit_config(
+        packed, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    )
     weights = imported(packed, tmp_path / "megatron")
     assert weights.dequantized == len(expected) == 8 and "bfloat16" in weights.dtypes
     after = exported(tmp_path / "megatron", tmp_path / "back")
-    assert all(torch.equal(after[name].contiguous(), expected[name].contiguous()) for name in expected)
+    assert all(
+        torch.equal(after[name].contiguous(), expected[name].contiguous()) for name in expected
+    )
     assert "quantization_config" not in json.loads((tmp_path / "back/config.json").read_text())
 
 
@@ -160,7 +179,9 @@ def test_rows_added_to_a_vocabulary_hardly_change_the_loss(folders, tmp_path):
     change = (hidden @ padded(tokens, 128).T).logsumexp(-1) - before.logsumexp(-1)
     assert change.min() >= 0 and change.max() < torch.tensor(1.28).log()
     assert (zeros.logsumexp(-1) - before.logsumexp(-1)).min() > 10
-    assert imported(folders("gpt2"), tmp_path / "megatron", tp=2).padded_vocab_size == 1024  # enough for TP up to 8
+    assert (
+        imported(folders("gpt2"), tmp_path / "megatron", tp=2).padded_vocab_size == 1024
+    )  # enough for TP up to 8
 
 
 def test_tensors_are_written_one_after_another(tmp_path):
@@ -177,7 +198,9 @@ def test_tensors_are_written_one_after_another(tmp_path):
         most = max(most, len(alive))
         return tensor
 
-    pieces = [torch_dist.Piece("w", (n,), (64, 64), (100,), torch.float32, make) for n in range(100)]
+    pieces = [
+        torch_dist.Piece("w", (n,), (64, 64), (100,), torch.float32, make) for n in range(100)
+    ]
     torch_dist.write(tmp_path / "release", pieces, {})
     assert torch_dist.Checkpoint(tmp_path / "release").read("w", (7,)).sum() == 64 * 64
     assert most <= 3 * torch_dist.WRITERS
@@ -198,27 +221,81 @@ def test_upstreams_arguments_say_every_model_of_the_catalogue():
 
 
 # As published (Hugging Face: meta-llama/Meta-Llama-3-8B, openai/gpt-oss-20b, allenai/OLMoE-1B-7B-0924), in the keys of their time.
-_PUBLISHED = {"hidden_act": "silu", "attention_dropout": 0.0, "initializer_range": 0.02, "tie_word_embeddings": False}
+_PUBLISHED = {
+    "hidden_act": "silu",
+    "attention_dropout": 0.0,
+    "initializer_range": 0.02,
+    "tie_word_embeddings": False,
+}
 PUBLISHED = {
     "llama3-8b": {
-        **_PUBLISHED, "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
-        "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192,
-        "vocab_size": 128256, "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 500000.0, "attention_bias": False,
+        **_PUBLISHED,
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 8192,
+        "vocab_size": 128256,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": None,
+        "rope_theta": 500000.0,
+        "attention_bias": False,
     },
     "gpt-oss-20b": {
-        **_PUBLISHED, "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "hidden_size": 2880, "head_dim": 64,
-        "intermediate_size": 2880, "num_attention_heads": 64, "num_hidden_layers": 24, "num_key_value_heads": 8,
-        "num_local_experts": 32, "num_experts_per_tok": 4, "experts_per_token": 4, "max_position_embeddings": 131072,
-        "initial_context_length": 4096, "vocab_size": 201088, "rms_norm_eps": 1e-05, "rope_theta": 150000, "sliding_window": 128,
-        "rope_scaling": {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "original_max_position_embeddings": 4096,
-                         "rope_type": "yarn", "truncate": False},
-        "swiglu_limit": 7.0, "router_aux_loss_coef": 0.9, "attention_bias": True, "layer_types": ["sliding_attention", "full_attention"] * 12,
+        **_PUBLISHED,
+        "architectures": ["GptOssForCausalLM"],
+        "model_type": "gpt_oss",
+        "hidden_size": 2880,
+        "head_dim": 64,
+        "intermediate_size": 2880,
+        "num_attention_heads": 64,
+        "num_hidden_layers": 24,
+        "num_key_value_heads": 8,
+        "num_local_experts": 32,
+        "num_experts_per_tok": 4,
+        "experts_per_token": 4,
+        "max_position_embeddings": 131072,
+        "initial_context_length": 4096,
+        "vocab_size": 201088,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 150000,
+        "sliding_window": 128,
+        "rope_scaling": {
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "factor": 32.0,
+            "original_max_position_embeddings": 4096,
+            "rope_type": "yarn",
+            "truncate": False,
+        },
+        "swiglu_limit": 7.0,
+        "router_aux_loss_coef": 0.9,
+        "attention_bias": True,
+        "layer_types": ["sliding_attention", "full_attention"] * 12,
     },
     "olmoe-1b-7b": {
-        **_PUBLISHED, "architectures": ["OlmoeForCausalLM"], "model_type": "olmoe", "hidden_size": 2048, "intermediate_size": 1024,
-        "num_attention_heads": 16, "num_hidden_layers": 16, "num_key_value_heads": 16, "num_experts": 64, "num_experts_per_tok": 8,
-        "max_position_embeddings": 4096, "vocab_size": 50304, "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "rope_scaling": None,
-        "clip_qkv": None, "norm_topk_prob": False, "router_aux_loss_coef": 0.01, "attention_bias": False,
+        **_PUBLISHED,
+        "architectures": ["OlmoeForCausalLM"],
+        "model_type": "olmoe",
+        "hidden_size": 2048,
+        "intermediate_size": 1024,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 16,
+        "num_key_value_heads": 16,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "max_position_embeddings": 4096,
+        "vocab_size": 50304,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 10000.0,
+        "rope_scaling": None,
+        "clip_qkv": None,
+        "norm_topk_prob": False,
+        "router_aux_loss_coef": 0.01,
+        "attention_bias": False,
     },
 }
 
@@ -244,15 +321,26 @@ def test_the_hub(folders, tmp_path, monkeypatch):
     from harness.convert import hub
 
     asked = []
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kwargs: asked.append((args, kwargs)) or str(tmp_path))
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda *args, **kwargs: asked.append((args, kwargs)) or str(tmp_path),
+    )
     assert hub.locate("someone/model@v2") == tmp_path
-    assert asked[0][0] == ("someone/model",) and asked[0][1]["revision"] == "v2" and "*.bin" not in asked[0][1]["allow_patterns"]
+    assert (
+        asked[0][0] == ("someone/model",)
+        and asked[0][1]["revision"] == "v2"
+        and "*.bin" not in asked[0][1]["allow_patterns"]
+    )
 
     def refuse(*args, **kwargs):
         raise OSError("401 Client Error\nmore")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
-    with pytest.raises(UserError, match="the hub does not give it: 401 Client Error\ncheck the name; a gated model needs HF_TOKEN"):
+    with pytest.raises(
+        UserError,
+        match="the hub does not give it: 401 Client Error\ncheck the name; a gated model needs HF_TOKEN",
+    ):
         hub.locate("someone/model")
 
 
@@ -260,8 +348,18 @@ def test_what_weights_fit(folders, tmp_path):
     from harness.convert.weights import differences
 
     model = imported(folders("gpt2"), tmp_path / "gpt2").model
-    assert differences(model, model.model_copy(update={"dropout": 0.0, "init_method_std": 0.5, "ffn_hidden_size": 128})) == {}
-    assert differences(model, model.model_copy(update={"num_layers": 5, "ffn_hidden_size": 64})) == {"num_layers": (4, 5), "ffn": (128, 64)}
+    assert (
+        differences(
+            model,
+            model.model_copy(
+                update={"dropout": 0.0, "init_method_std": 0.5, "ffn_hidden_size": 128}
+            ),
+        )
+        == {}
+    )
+    assert differences(
+        model, model.model_copy(update={"num_layers": 5, "ffn_hidden_size": 64})
+    ) == {"num_layers": (4, 5), "ffn": (128, 64)}
 
 
 REFUSED = {
@@ -269,28 +367,97 @@ REFUSED = {
     "pickle": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "refused"),
     "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
     "config no JSON": (lambda f: (f / "config.json").write_text("{"), "damaged"),
-    "wrong architecture": (lambda f: edit_config(f, architectures=["BertForMaskedLM"]), "this converts GPT2LMHeadModel, LlamaForCausalLM"),
-    "another size": (lambda f: edit_config(f, intermediate_size=96), "mlp.gate_proj.weight is [64, 32], not [96, 32]"),
-    "more layers": (lambda f: edit_config(f, num_hidden_layers=5), "tensors are missing:\nmodel.layers.4"),
-    "fewer layers": (lambda f: edit_config(f, num_hidden_layers=3), "are not known:\nmodel.layers.3"),
+    "wrong architecture": (
+        lambda f: edit_config(f, architectures=["BertForMaskedLM"]),
+        "this converts GPT2LMHeadModel, LlamaForCausalLM",
+    ),
+    "another size": (
+        lambda f: edit_config(f, intermediate_size=96),
+        "mlp.gate_proj.weight is [64, 32], not [96, 32]",
+    ),
+    "more layers": (
+        lambda f: edit_config(f, num_hidden_layers=5),
+        "tensors are missing:\nmodel.layers.4",
+    ),
+    "fewer layers": (
+        lambda f: edit_config(f, num_hidden_layers=3),
+        "are not known:\nmodel.layers.3",
+    ),
     "architectures no list": (lambda f: edit_config(f, architectures=5), "damaged"),
-    "odd groups": (lambda f: edit_config(f, num_key_value_heads=3), "num_attention_heads 4 must divide by num_query_groups 3"),
+    "odd groups": (
+        lambda f: edit_config(f, num_key_value_heads=3),
+        "num_attention_heads 4 must divide by num_query_groups 3",
+    ),
     "odd activation": (lambda f: edit_config(f, hidden_act="gelu"), "hidden_act is 'gelu'"),
-    "odd positions": (lambda f: edit_config(f, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}), "rope_parameters"),
-    **{f"{key} {value}": (lambda f, given={key: value}: edit_config(f, rope_parameters=tiny_hf._ROPE3 | given), f"cannot do {key} {value};")
-       for key, value in {"low_freq_factor": 2.0, "high_freq_factor": 8.0, "original_max_position_embeddings": 4096,
-                          "partial_rotary_factor": 0.5, "attention_factor": 2.0}.items()},
+    "odd positions": (
+        lambda f: edit_config(
+            f, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+        ),
+        "rope_parameters",
+    ),
+    **{
+        f"{key} {value}": (
+            lambda f, given={key: value}: edit_config(f, rope_parameters=tiny_hf._ROPE3 | given),
+            f"cannot do {key} {value};",
+        )
+        for key, value in {
+            "low_freq_factor": 2.0,
+            "high_freq_factor": 8.0,
+            "original_max_position_embeddings": 4096,
+            "partial_rotary_factor": 0.5,
+            "attention_factor": 2.0,
+        }.items()
+    },
     "no number": (lambda f: edit_config(f, num_hidden_layers="four"), "num_hidden_layers"),
-    "cut off": (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-100]), "is cut off"),
-    "two output layers": (lambda f: edit_config(f, tie_word_embeddings=True), "lm_head.weight differs from model.embed_tokens.weight in 200 of 200 rows"),
-    "too long": (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes() + b"x"), " bytes, its header says "),
-    "no safetensors": (lambda f: (f / "model.safetensors").write_bytes(b"PK" * 500), "is no safetensors file"),
+    "cut off": (
+        lambda f: (f / "model.safetensors").write_bytes(
+            (f / "model.safetensors").read_bytes()[:-100]
+        ),
+        "is cut off",
+    ),
+    "two output layers": (
+        lambda f: edit_config(f, tie_word_embeddings=True),
+        "lm_head.weight differs from model.embed_tokens.weight in 200 of 200 rows",
+    ),
+    "too long": (
+        lambda f: (f / "model.safetensors").write_bytes(
+            (f / "model.safetensors").read_bytes() + b"x"
+        ),
+        " bytes, its header says ",
+    ),
+    "no safetensors": (
+        lambda f: (f / "model.safetensors").write_bytes(b"PK" * 500),
+        "is no safetensors file",
+    ),
     "empty": (lambda f: (f / "model.safetensors").write_bytes(b""), "is no safetensors file"),
-    "two dtypes": (lambda f: edit_weights(f, lambda t: t.update({"model.layers.0.self_attn.q_proj.weight": t["model.layers.0.self_attn.q_proj.weight"].half()})), "different dtypes"),
-    "quantised": (lambda f: edit_config(f, quantization_config={"quant_method": "gptq", "bits": 4}), "quantised by gptq"),
-    "whole numbers": (lambda f: edit_weights(f, lambda t: t.update({"model.norm.weight": t["model.norm.weight"].char()})), "model.norm.weight is torch.int8: quantised"),
+    "two dtypes": (
+        lambda f: edit_weights(
+            f,
+            lambda t: t.update(
+                {
+                    "model.layers.0.self_attn.q_proj.weight": t[
+                        "model.layers.0.self_attn.q_proj.weight"
+                    ].half()
+                }
+            ),
+        ),
+        "different dtypes",
+    ),
+    "quantised": (
+        lambda f: edit_config(f, quantization_config={"quant_method": "gptq", "bits": 4}),
+        "quantised by gptq",
+    ),
+    "whole numbers": (
+        lambda f: edit_weights(
+            f, lambda t: t.update({"model.norm.weight": t["model.norm.weight"].char()})
+        ),
+        "model.norm.weight is torch.int8: quantised",
+    ),
     "another's tokenizer": (lambda f: tokenizer(f, 300), "the tokenizer has ids up to 299"),
-    "damaged tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json is damaged"),
+    "damaged tokenizer": (
+        lambda f: (f / "tokenizer.json").write_text("{}"),
+        "tokenizer.json is damaged",
+    ),
 }
 
 
@@ -298,7 +465,9 @@ def tokenizer(folder: Path, size: int, first: str = "t") -> None:
     from tokenizers import Tokenizer, models
 
     folder.mkdir(exist_ok=True)
-    Tokenizer(models.WordLevel({f"{first}{n}": n for n in range(size)}, unk_token=f"{first}0")).save(str(folder / "tokenizer.json"))
+    Tokenizer(
+        models.WordLevel({f"{first}{n}": n for n in range(size)}, unk_token=f"{first}0")
+    ).save(str(folder / "tokenizer.json"))
 
 
 @pytest.mark.parametrize("fault", REFUSED)
@@ -316,10 +485,19 @@ def test_a_tensor_is_written_whole_however_little_the_system_takes_at_once(tmp_p
 
     from harness.convert import safetensor_files
 
-    tensors = {"a": torch.arange(15, dtype=torch.int32).view(5, 3), "the other": torch.arange(4, dtype=torch.float16)}
+    tensors = {
+        "a": torch.arange(15, dtype=torch.int32).view(5, 3),
+        "the other": torch.arange(4, dtype=torch.float16),
+    }
     pwrite = safetensor_files.os.pwrite
-    with safetensor_files.writing(tmp_path, {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}) as writer:
-        monkeypatch.setattr(safetensor_files.os, "pwrite", lambda handle, data, offset: pwrite(handle, data[:7], offset))
+    with safetensor_files.writing(
+        tmp_path, {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+    ) as writer:
+        monkeypatch.setattr(
+            safetensor_files.os,
+            "pwrite",
+            lambda handle, data, offset: pwrite(handle, data[:7], offset),
+        )
         for name, tensor in tensors.items():
             writer.write(name, tensor)
     found, header = loaded(tmp_path), (tmp_path / "model.safetensors").read_bytes()
@@ -331,11 +509,16 @@ def test_a_tensor_is_written_whole_however_little_the_system_takes_at_once(tmp_p
 def test_tied_embeddings_and_an_output_layer_that_is_the_embedding(name, folders, tmp_path):
     """Some files hold both; where they are equal one is enough, where they are not one would be lost."""
     hf = shutil.copytree(folders(name), tmp_path / "hf")
-    embedding = next(key for key in loaded(hf) if key.endswith(("wte.weight", "embed_tokens.weight")))
+    embedding = next(
+        key for key in loaded(hf) if key.endswith(("wte.weight", "embed_tokens.weight"))
+    )
     edit_weights(hf, lambda tensors: tensors.update({"lm_head.weight": tensors[embedding].clone()}))
     assert not imported(hf, tmp_path / "equal").model.untie_embeddings
     edit_weights(hf, lambda tensors: tensors["lm_head.weight"][7].add_(1))
-    with pytest.raises(UserError, match=f"lm_head.weight differs from {embedding} in 1 of .* rows\n.*tie_word_embeddings"):
+    with pytest.raises(
+        UserError,
+        match=f"lm_head.weight differs from {embedding} in 1 of .* rows\n.*tie_word_embeddings",
+    ):
         imported(hf, tmp_path / "other")
     edit_config(hf, tie_word_embeddings=False)
     assert imported(hf, tmp_path / "both").model.untie_embeddings
@@ -354,16 +537,46 @@ def in_header(shard, pattern, by):
 
 
 BROKEN_SHARDS = {
-    "a shard is cut off": (lambda f, shard, index: shard.write_bytes(shard.read_bytes()[:-50]), "is cut off"),
-    "a shard goes on": (lambda f, shard, index: shard.write_bytes(shard.read_bytes() + b"x"), r"has [\d,]+ bytes, its header says"),
-    "a shard has no header": (lambda f, shard, index: shard.write_bytes(bytes(50)), "its header cannot be read"),
-    "a tensor of an unknown kind": (lambda f, shard, index: in_header(shard, rb'"dtype":"F32"', b'"dtype":"F99"'), "dtype F99; known: F32"),
-    "a tensor of another shape": (lambda f, shard, index: in_header(shard, rb'("shape":\[)\d', rb"\g<1>9"), "not as many as its shape says"),
-    "a shard is a folder": (lambda f, shard, index: (shard.unlink(), shard.mkdir()), "1 of 5 shards are missing"),
-    "the index is damaged": (lambda f, shard, index: index.write_text("{"), "index.json is damaged"),
-    "the index names no files": (lambda f, shard, index: index.write_text('{"weight_map": {"a": "b", "c": 1}}'), "index.json is damaged"),
-    "the index names pickles": (lambda f, shard, index: index.write_text('{"weight_map": {"a": "pytorch_model.bin"}}'), "shards are missing"),
-    "the index is gone": (lambda f, shard, index: index.unlink(), "has no model.safetensors and no model.safetensors.index.json"),
+    "a shard is cut off": (
+        lambda f, shard, index: shard.write_bytes(shard.read_bytes()[:-50]),
+        "is cut off",
+    ),
+    "a shard goes on": (
+        lambda f, shard, index: shard.write_bytes(shard.read_bytes() + b"x"),
+        r"has [\d,]+ bytes, its header says",
+    ),
+    "a shard has no header": (
+        lambda f, shard, index: shard.write_bytes(bytes(50)),
+        "its header cannot be read",
+    ),
+    "a tensor of an unknown kind": (
+        lambda f, shard, index: in_header(shard, rb'"dtype":"F32"', b'"dtype":"F99"'),
+        "dtype F99; known: F32",
+    ),
+    "a tensor of another shape": (
+        lambda f, shard, index: in_header(shard, rb'("shape":\[)\d', rb"\g<1>9"),
+        "not as many as its shape says",
+    ),
+    "a shard is a folder": (
+        lambda f, shard, index: (shard.unlink(), shard.mkdir()),
+        "1 of 5 shards are missing",
+    ),
+    "the index is damaged": (
+        lambda f, shard, index: index.write_text("{"),
+        "index.json is damaged",
+    ),
+    "the index names no files": (
+        lambda f, shard, index: index.write_text('{"weight_map": {"a": "b", "c": 1}}'),
+        "index.json is damaged",
+    ),
+    "the index names pickles": (
+        lambda f, shard, index: index.write_text('{"weight_map": {"a": "pytorch_model.bin"}}'),
+        "shards are missing",
+    ),
+    "the index is gone": (
+        lambda f, shard, index: index.unlink(),
+        "has no model.safetensors and no model.safetensors.index.json",
+    ),
 }
 
 
@@ -371,7 +584,11 @@ BROKEN_SHARDS = {
 def test_broken_shards_are_refused(fault, tmp_path):
     spoil, says = BROKEN_SHARDS[fault]
     tiny_hf.make("llama", tmp_path / "hf", shard_size="60KB")
-    spoil(tmp_path / "hf", sorted((tmp_path / "hf").glob("*.safetensors"))[1], tmp_path / "hf" / "model.safetensors.index.json")
+    spoil(
+        tmp_path / "hf",
+        sorted((tmp_path / "hf").glob("*.safetensors"))[1],
+        tmp_path / "hf" / "model.safetensors.index.json",
+    )
     with pytest.raises(UserError, match=says):
         imported(tmp_path / "hf", tmp_path / "out" / "megatron")
     assert not any((tmp_path / "out").glob("*"))
@@ -387,14 +604,19 @@ def test_data_of_another_tokenizer(llama, tmp_path):
     from harness.data.data_sets import Blend, DataSet
 
     def data(folder):
-        return Blend((DataSet("mine", folder / "x", "HuggingFaceTokenizer", folder, 150, "", 1, 1, 1, ""),))
+        return Blend(
+            (DataSet("mine", folder / "x", "HuggingFaceTokenizer", folder, 150, "", 1, 1, 1, ""),)
+        )
 
     model = imported(llama, tmp_path / "weights").model
     tokenizer(llama, 200)
     tokenizer(tmp_path / "same", 150)
     tokenizer(tmp_path / "other", 150, first="u")
     check_data(model, llama, data(tmp_path / "same"))
-    with pytest.raises(UserError, match="another tokenizer than weights's: 150 of 150 tokens have other ids, such as 'u0'"):
+    with pytest.raises(
+        UserError,
+        match="another tokenizer than weights's: 150 of 150 tokens have other ids, such as 'u0'",
+    ):
         check_data(model, llama, data(tmp_path / "other"))
     larger = Blend((DataSet("mine", tmp_path, "NullTokenizer", None, 500, "", 1, 1, 1, ""),))
     with pytest.raises(UserError, match="500 tokens, weights knows 200"):
@@ -412,12 +634,26 @@ def test_tokenizer_and_token_ids_come_back(folders, tmp_path):
 
 
 DAMAGED = {
-    "no metadata": (lambda f: (f / "release/.metadata").unlink(), "no checkpoint, or one whose saving was cut short"),
+    "no metadata": (
+        lambda f: (f / "release/.metadata").unlink(),
+        "no checkpoint, or one whose saving was cut short",
+    ),
     "damaged metadata": (lambda f: (f / "release/.metadata").write_bytes(b"x"), "is damaged"),
     "a file lacks": (lambda f: (f / "release/__0_1.distcp").unlink(), "lacks __0_1.distcp"),
-    "a file is cut off": (lambda f: (f / "release/__0_0.distcp").write_bytes((f / "release/__0_0.distcp").read_bytes()[:5000]), "damaged|cannot be read"),
-    "another format": (lambda f: (f / "release/metadata.json").write_text('{"sharded_backend": "fsdp_dtensor"}'), "format fsdp_dtensor"),
-    "tracker": (lambda f: (f / "latest_checkpointed_iteration.txt").write_text("soon"), "names no iteration"),
+    "a file is cut off": (
+        lambda f: (f / "release/__0_0.distcp").write_bytes(
+            (f / "release/__0_0.distcp").read_bytes()[:5000]
+        ),
+        "damaged|cannot be read",
+    ),
+    "another format": (
+        lambda f: (f / "release/metadata.json").write_text('{"sharded_backend": "fsdp_dtensor"}'),
+        "format fsdp_dtensor",
+    ),
+    "tracker": (
+        lambda f: (f / "latest_checkpointed_iteration.txt").write_text("soon"),
+        "names no iteration",
+    ),
 }
 
 
@@ -437,8 +673,17 @@ def test_a_model_of_no_known_architecture(folders, tmp_path):
     from harness.convert.architectures import architecture_of
 
     with pytest.raises(UserError, match="nearest is LlamaForCausalLM, but"):
-        architecture_of(load_catalog().find("101").model.model_copy(update={
-            "normalization": "RMSNorm", "activation": "swiglu", "position_embedding": "rope"}))
+        architecture_of(
+            load_catalog()
+            .find("101")
+            .model.model_copy(
+                update={
+                    "normalization": "RMSNorm",
+                    "activation": "swiglu",
+                    "position_embedding": "rope",
+                }
+            )
+        )
 
 
 def test_the_commands(folders, tmp_path, capsys, monkeypatch):
@@ -455,7 +700,9 @@ def test_the_commands(folders, tmp_path, capsys, monkeypatch):
         path.parent.mkdir()
         path.write_text("mine")
     assert commands.import_hf({**settings, "FORCE": "1"}, tmp_path / "weights") == 0
-    assert commands.export_hf({"RUN": "tiny", "OUT": str(tmp_path / "back")}, tmp_path / "outdir") == 0
+    assert (
+        commands.export_hf({"RUN": "tiny", "OUT": str(tmp_path / "back")}, tmp_path / "outdir") == 0
+    )
     assert [path.read_text() for path in mine] == ["mine", "mine"]
     with pytest.raises(UserError, match="is there already and not empty"):
         commands.export_hf({"RUN": "tiny", "OUT": str(tmp_path / "back")}, tmp_path / "outdir")

@@ -26,7 +26,9 @@ ALL += [(name, layout) for name in ("olmoe", "gpt-oss") for layout in (EP2, {"pp
 def tokens():
     import torch
 
-    return torch.randint(0, tiny_hf.VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(3))
+    return torch.randint(
+        0, tiny_hf.VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(3)
+    )
 
 
 def logits_of(model):
@@ -48,26 +50,47 @@ def imports(names, folder: Path) -> dict:
 
 
 def upstream(cases: list[dict], folder: Path) -> None:
-    (folder / "cases.json").write_text(json.dumps([{"tokens": tokens().tolist(), **case} for case in cases]))
-    done = subprocess.run([sys.executable, str(ROOT / "tests" / "megatron_logits.py"), str(folder / "cases.json")], cwd=ROOT,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=900)
+    (folder / "cases.json").write_text(
+        json.dumps([{"tokens": tokens().tolist(), **case} for case in cases])
+    )
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "megatron_logits.py"), str(folder / "cases.json")],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
 
 
-def compare(pairs: list[tuple[str, dict]], folder: Path, *arguments: str) -> dict[tuple[str, str], float]:
+def compare(
+    pairs: list[tuple[str, dict]], folder: Path, *arguments: str
+) -> dict[tuple[str, str], float]:
     """The largest difference of a logit, by model and layout."""
     import torch
 
     expected = imports(dict(pairs), folder)
-    cases = [{"load": str(folder / name), "out": str(folder / f"{name}{label(layout)}.pt"), "arguments": arguments, **layout}
-             for name, layout in pairs]
+    cases = [
+        {
+            "load": str(folder / name),
+            "out": str(folder / f"{name}{label(layout)}.pt"),
+            "arguments": arguments,
+            **layout,
+        }
+        for name, layout in pairs
+    ]
     upstream(cases, folder)
     found = {}
     for (name, layout), case in zip(pairs, cases, strict=True):
         ours = torch.load(case["out"])[..., : tiny_hf.VOCABULARY]
         assert expected[name].std() > 1
         found[name, label(layout)] = float((ours - expected[name]).abs().max())
-    print("\n".join(f"{name:12} {layout:8} {difference:.1e}" for (name, layout), difference in found.items()))
+    print(
+        "\n".join(
+            f"{name:12} {layout:8} {difference:.1e}" for (name, layout), difference in found.items()
+        )
+    )
     return found
 
 
@@ -92,7 +115,10 @@ def test_a_wrong_mapping_shows(tmp_path, monkeypatch):
     from harness.convert import architectures, transforms
 
     row = next(row for row in architectures.LLAMA.rows if row.how is transforms.GATE_UP)
-    rows = tuple(architectures.Row(r.megatron, r.shape, r.hf[::-1], r.how) if r is row else r for r in architectures.LLAMA.rows)
+    rows = tuple(
+        architectures.Row(r.megatron, r.shape, r.hf[::-1], r.how) if r is row else r
+        for r in architectures.LLAMA.rows
+    )
     monkeypatch.setitem(vars(architectures.LLAMA), "rows", rows)
     assert compare([("llama", ONE)], tmp_path)["llama", "one"] > 100 * TOLERANCE
 
@@ -105,7 +131,13 @@ def test_what_upstream_trained_comes_back(tmp_path):
 
     from harness.convert.exporting import export_checkpoint
 
-    layouts = {"gpt2": TP2, "llama": PP2, "llama-tied": {"tp": 2, "pp": 2}, "olmoe": EP2, "gpt-oss": {"pp": 2, "ep": 2}}
+    layouts = {
+        "gpt2": TP2,
+        "llama": PP2,
+        "llama-tied": {"tp": 2, "pp": 2},
+        "olmoe": EP2,
+        "gpt-oss": {"pp": 2, "ep": 2},
+    }
     untrained = imports(layouts, tmp_path)
     cases = []
     for name, layout in layouts.items():
@@ -116,7 +148,9 @@ def test_what_upstream_trained_comes_back(tmp_path):
     upstream(cases, tmp_path)
     for name in layouts:
         done = export_checkpoint(tmp_path / f"{name}-run", tmp_path / f"{name}-back")
-        model = AutoModelForCausalLM.from_pretrained(tmp_path / f"{name}-back", attn_implementation="eager").eval()
+        model = AutoModelForCausalLM.from_pretrained(
+            tmp_path / f"{name}-back", attn_implementation="eager"
+        ).eval()
         theirs = logits_of(model)
         ours = torch.load(tmp_path / f"{name}-run.pt")[..., : tiny_hf.VOCABULARY]
         assert done.architecture == tiny_hf.MODELS[name][0] and theirs.shape == ours.shape
@@ -133,8 +167,17 @@ def test_upstream_takes_the_arguments_from_the_checkpoint(tmp_path):
     cases = []
     for name in ("gpt2", "llama-tied"):
         for kind in ("given", "stored"):
-            cases.append({"load": str(tmp_path / name), "out": str(tmp_path / f"{name}-{kind}.pt"), "stored": kind == "stored"})
+            cases.append(
+                {
+                    "load": str(tmp_path / name),
+                    "out": str(tmp_path / f"{name}-{kind}.pt"),
+                    "stored": kind == "stored",
+                }
+            )
     upstream(cases, tmp_path)
     for name in ("gpt2", "llama-tied"):
-        given, stored = (torch.load(tmp_path / f"{name}-{kind}.pt")[..., : tiny_hf.VOCABULARY] for kind in ("given", "stored"))
+        given, stored = (
+            torch.load(tmp_path / f"{name}-{kind}.pt")[..., : tiny_hf.VOCABULARY]
+            for kind in ("given", "stored")
+        )
         assert torch.equal(given, stored)

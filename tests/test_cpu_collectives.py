@@ -29,7 +29,16 @@ for group in (dist.group.WORLD, dist.new_group([0], timeout=timedelta(minutes=7)
 
 @pytest.mark.parametrize("interface", ["lo", None])
 def test_a_gloo_group_has_one_thread(interface):
-    environment = {name: value for name, value in os.environ.items() if name != "GLOO_SOCKET_IFNAME"}
+    environment = {
+        name: value for name, value in os.environ.items() if name != "GLOO_SOCKET_IFNAME"
+    }
     environment |= {"GLOO_SOCKET_IFNAME": interface} if interface else {}
-    done = subprocess.run([sys.executable, "-c", GROUPS], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        [sys.executable, "-c", GROUPS],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
     assert done.returncode == 0, done.stderr

@@ -31,7 +31,9 @@ def torchrun(experiment, run_dir, *arguments, agent=(), **environment) -> subpro
     settings = {variable.name: variable.value for variable in variables(experiment, "cpu")}
     settings |= {RUN_DIR_VARIABLE: str(run_dir), **environment}
     with (run_dir / "logs.txt").open("a") as log:
-        return subprocess.Popen(command, cwd=ROOT, env=os.environ | settings, stdout=log, stderr=subprocess.STDOUT)
+        return subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | settings, stdout=log, stderr=subprocess.STDOUT
+        )
 
 
 def finished(process: subprocess.Popen, run_dir: Path) -> RunDir:
@@ -59,9 +61,16 @@ def test_what_a_run_records(tmp_path):
         assert step.tokens_per_s == pytest.approx(8 * 32 / step.step_ms * 1e3)
         assert (step.skipped, step.nan, step.loss_scale, step.learning_rate) == (0, 0, 1.0, 1e-3)
     assert [(line.step, line.split) for line in run.read_validation()] == [
-        (1, "validation"), (2, "validation"), (3, "validation"), (4, "validation"), (5, "validation"), (5, "test"),
+        (1, "validation"),
+        (2, "validation"),
+        (3, "validation"),
+        (4, "validation"),
+        (5, "validation"),
+        (5, "test"),
     ]
-    assert len(run.validation.read_text().splitlines()) == 6, "the last step's weights have one loss on held-out data"
+    assert len(run.validation.read_text().splitlines()) == 6, (
+        "the last step's weights have one loss on held-out data"
+    )
     assert all(5 < line.loss < 6 for line in run.read_validation())
     ranks = run.read_ranks()
     assert [rank.coordinates["dp"] for rank in ranks] == [0, 1]
@@ -73,11 +82,17 @@ def test_what_a_run_records(tmp_path):
 def test_the_records_are_what_upstream_logs(tmp_path):
     """Upstream's line rounds; its second line averages the first two steps, the others are of one step."""
     run = finished(torchrun(tiny(DENSE, {"steps": 5}), tmp_path / "run"), tmp_path / "run")
-    line = re.compile(r"iteration +(\d+)/.*per iteration \(ms\): ([\d.]+) .*lm loss: (\S+) .*grad norm: ([\d.]+) ")
+    line = re.compile(
+        r"iteration +(\d+)/.*per iteration \(ms\): ([\d.]+) .*lm loss: (\S+) .*grad norm: ([\d.]+) "
+    )
     logged = {int(step): values for step, *values in line.findall(run.logs.read_text())}
     for step in run.read_metrics():
         if step.step != 2:
-            assert logged[step.step] == [f"{step.step_ms:.1f}", f"{step.loss:.6E}", f"{step.grad_norm:.3f}"]
+            assert logged[step.step] == [
+                f"{step.step_ms:.1f}",
+                f"{step.loss:.6E}",
+                f"{step.grad_norm:.3f}",
+            ]
     first, second = run.read_metrics()[:2]
     assert float(logged[2][1]) == pytest.approx((first.loss + second.loss) / 2, rel=1e-6)
     assert float(logged[2][0]) == pytest.approx((first.step_ms + second.step_ms) / 2, abs=0.1)
@@ -109,7 +124,10 @@ def test_half_a_submodule_is_said_so(tmp_path):
     run = RunDir(tmp_path / "run")
     assert [error.type for error in run.read_rank_errors()] == ["UserError"]
     log = run.logs.read_text()
-    assert log.startswith("error: MEGATRON_LM is not a whole Megatron-LM") and "git submodule update --init" in log
+    assert (
+        log.startswith("error: MEGATRON_LM is not a whole Megatron-LM")
+        and "git submodule update --init" in log
+    )
 
 
 @pytest.fixture
@@ -151,24 +169,55 @@ def test_two_nodes_train_as_one(tmp_path):
     experiment = tiny(DENSE, {"tp": 2, "dp": 2})
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    nodes = ("--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--nproc-per-node=2")
-    agents = [torchrun(experiment, tmp_path / "two", agent=(f"--node-rank={rank}", *nodes)) for rank in (0, 1)]
-    assert [agent.wait(timeout=300) for agent in agents] == [0, 0], (tmp_path / "two" / "logs.txt").read_text()[-4000:]
-    two, one = RunDir(tmp_path / "two"), finished(torchrun(experiment, tmp_path / "one"), tmp_path / "one")
+    nodes = (
+        "--nnodes=2",
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint=127.0.0.1:{port}",
+        "--nproc-per-node=2",
+    )
+    agents = [
+        torchrun(experiment, tmp_path / "two", agent=(f"--node-rank={rank}", *nodes))
+        for rank in (0, 1)
+    ]
+    assert [agent.wait(timeout=300) for agent in agents] == [0, 0], (
+        tmp_path / "two" / "logs.txt"
+    ).read_text()[-4000:]
+    two, one = (
+        RunDir(tmp_path / "two"),
+        finished(torchrun(experiment, tmp_path / "one"), tmp_path / "one"),
+    )
     assert [step.loss for step in two.read_metrics()] == [step.loss for step in one.read_metrics()]
-    assert [(rank.rank, rank.local_rank) for rank in two.read_ranks()] == [(0, 0), (1, 1), (2, 0), (3, 1)]
+    assert [(rank.rank, rank.local_rank) for rank in two.read_ranks()] == [
+        (0, 0),
+        (1, 1),
+        (2, 0),
+        (3, 1),
+    ]
 
 
 def test_asynchronous_checkpoints(tmp_path):
     """Upstream writes them from a process that multiprocessing starts, where the stand-in must be as well."""
-    saving = ("--save", str(tmp_path / "saved"), "--save-interval", "2", "--async-save", "--async-strategy", "mcore",
-              "--use-persistent-ckpt-worker")
-    finished(torchrun(tiny(DENSE, {"dp": 2, "steps": 4}), tmp_path / "run", *saving), tmp_path / "run")
+    saving = (
+        "--save",
+        str(tmp_path / "saved"),
+        "--save-interval",
+        "2",
+        "--async-save",
+        "--async-strategy",
+        "mcore",
+        "--use-persistent-ckpt-worker",
+    )
+    finished(
+        torchrun(tiny(DENSE, {"dp": 2, "steps": 4}), tmp_path / "run", *saving), tmp_path / "run"
+    )
     assert (tmp_path / "saved" / "latest_checkpointed_iteration.txt").read_text() == "4"
 
 
 def test_precision_dropout_and_recompute(tmp_path):
-    experiment = tiny(DENSE, {"tp": 2, "sequence_parallel": True, "precision": "bf16", "recompute": "full", "steps": 4})
+    experiment = tiny(
+        DENSE,
+        {"tp": 2, "sequence_parallel": True, "precision": "bf16", "recompute": "full", "steps": 4},
+    )
     dropout = ("--attention-dropout", "0.1", "--hidden-dropout", "0.1")
     run = finished(torchrun(experiment, tmp_path / "run", *dropout), tmp_path / "run")
     losses = [step.loss for step in run.read_metrics()]
@@ -176,8 +225,12 @@ def test_precision_dropout_and_recompute(tmp_path):
     assert "CPU RNG state changed" not in run.logs.read_text()
 
 
-@pytest.mark.skipif("MEGATRON_LM" not in os.environ, reason="no source tree of upstream: set MEGATRON_LM")
-@pytest.mark.skipif((ROOT / "megatron-lm" / "pretrain_gpt.py").exists(), reason="the submodule hides the wheel")
+@pytest.mark.skipif(
+    "MEGATRON_LM" not in os.environ, reason="no source tree of upstream: set MEGATRON_LM"
+)
+@pytest.mark.skipif(
+    (ROOT / "megatron-lm" / "pretrain_gpt.py").exists(), reason="the submodule hides the wheel"
+)
 @pytest.mark.parametrize("layout", ["tp2 sp", "pp2 vpp2", "ep2 zero"])
 def test_the_wheel_trains_as_the_source_tree_does(tmp_path, layout):
     model, changes = LAYOUTS[layout]
@@ -193,7 +246,9 @@ def test_an_unknown_upstream_is_refused(tmp_path):
     core.mkdir(parents=True)
     (core / "__init__.py").touch()
     (core / "package_info.py").write_text("__shortversion__ = '0.20.0'")
-    ask = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from harness import cpu; cpu.install()"
+    ask = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from harness import cpu; cpu.install()"
+    )
     done = subprocess.run([sys.executable, "-c", ask], cwd=ROOT, capture_output=True, text=True)
     assert done.stderr.splitlines()[-2].startswith(
         "harness.errors.UserError: megatron.core 0.20.0 does not run on a CPU"
@@ -217,7 +272,11 @@ EIGHT = {
 def test_eight_processes(tmp_path, layout):
     model, changes = EIGHT[layout]
     layers = 12 if "vpp" in changes else 8
-    larger = {"num_layers": layers, "num_attention_heads": 8, **({"num_experts": 8} if model is MOE else {})}
+    larger = {
+        "num_layers": layers,
+        "num_attention_heads": 8,
+        **({"num_experts": 8} if model is MOE else {}),
+    }
     experiment = tiny(model.model_copy(update=larger), {**changes, "steps": 6})
     run = finished(torchrun(experiment, tmp_path / "run"), tmp_path / "run")
     losses = [step.loss for step in run.read_metrics()]

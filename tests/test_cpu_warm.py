@@ -57,7 +57,9 @@ class Job:
         (here / "rank.py").write_text(RANK)
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-c", TORCHRUN, str(here), work, str(RANKS)]
-        self.torchrun = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        self.torchrun = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, text=True
+        )
 
     def statuses(self) -> list[int]:
         """Wait for all; the exit statuses as torchrun sees them."""
@@ -65,11 +67,16 @@ class Job:
 
     def ranks(self) -> list[int]:
         """The pids of the forks, once all run."""
-        return [int(_eventually(lambda rank=rank: (self.here / f"{rank}.pid").read_text())) for rank in range(RANKS)]
+        return [
+            int(_eventually(lambda rank=rank: (self.here / f"{rank}.pid").read_text()))
+            for rank in range(RANKS)
+        ]
 
     def started(self) -> list[int]:
         """The pids that torchrun started, once it has."""
-        return [int(pid) for pid in _eventually(lambda: (self.here / "torchrun").read_text()).split()]
+        return [
+            int(pid) for pid in _eventually(lambda: (self.here / "torchrun").read_text()).split()
+        ]
 
 
 @pytest.fixture
@@ -117,7 +124,8 @@ def test_prepared_once_and_every_rank_speaks_for_itself(start, tmp_path):
 
 @pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize(
-    ("ending", "status"), [("os._exit(7)", 7), ("sys.exit(3)", 3), ("os.kill(os.getpid(), signal.SIGKILL)", -9)]
+    ("ending", "status"),
+    [("os._exit(7)", 7), ("sys.exit(3)", 3), ("os.kill(os.getpid(), signal.SIGKILL)", -9)],
 )
 def test_a_rank_ends_its_process_as_it_ended(start, rank, ending, status):
     job = start(f"if rank == '{rank}':\n    {ending}")

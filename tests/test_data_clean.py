@@ -57,11 +57,17 @@ def files(folder):
 
 
 def texts(folder):
-    return [json.loads(line)["text"] for path in sorted(folder.glob("0*.jsonl")) for line in path.open("rb")]
+    return [
+        json.loads(line)["text"]
+        for path in sorted(folder.glob("0*.jsonl"))
+        for line in path.open("rb")
+    ]
 
 
 def write(path, *documents):
-    lines = (d if isinstance(d, bytes) else json.dumps({"text": d}).encode() + b"\n" for d in documents)
+    lines = (
+        d if isinstance(d, bytes) else json.dumps({"text": d}).encode() + b"\n" for d in documents
+    )
     path.write_bytes(b"".join(lines))
     return path
 
@@ -125,7 +131,11 @@ def test_output_is_in_order_and_clean(corpus, rules):
     for rule in rules.documents:
         if rule.key != "language":
             assert rule.apply(kept).texts == kept
-    inputs = [json.loads(line.decode(errors="replace"))["text"] for part in corpus[0] for line in part.open("rb")]
+    inputs = [
+        json.loads(line.decode(errors="replace"))["text"]
+        for part in corpus[0]
+        for line in part.open("rb")
+    ]
     sound = [" ".join(text.split()) for text in inputs]
     same = [text for text in kept if text in set(sound)]
     assert len(same) > 0.8 * len(kept)
@@ -139,7 +149,9 @@ def test_the_same_with_two_processes_and_other_units(corpus, rules, tmp_path):
     assert files(tmp_path / "two") == files(output)
     clean(parts, tmp_path / "large", rules, processes=1)
     assert texts(tmp_path / "large") == texts(output)
-    assert (np.load(tmp_path / "large" / "decisions.npy") == np.load(output / "decisions.npy")).all()
+    assert (
+        np.load(tmp_path / "large" / "decisions.npy") == np.load(output / "decisions.npy")
+    ).all()
 
 
 def test_what_is_done_is_not_done_again(corpus, rules, tmp_path):
@@ -151,7 +163,10 @@ def test_what_is_done_is_not_done_again(corpus, rules, tmp_path):
     assert ("filter", size, size) in said
     assert [what for what, done, total in said if done == total] == ["filter", "compare", "write"]
     said.clear()
-    assert clean(parts, tmp_path, rules, lambda *progress: said.append(progress), 1, UNIT_BYTES) == first
+    assert (
+        clean(parts, tmp_path, rules, lambda *progress: said.append(progress), 1, UNIT_BYTES)
+        == first
+    )
     assert not said
 
 
@@ -170,15 +185,33 @@ def test_other_rules_or_inputs_start_afresh(tmp_path):
 
 def test_unreadable_lines_are_counted_and_say_why(tmp_path):
     source = write(
-        tmp_path / "in.jsonl", "bra", b'{"text": "\xff\xfe"}\n', b'{"txt": "x", "id": 1}\n', b'{"text": 5}\n', b"[1]\n",
-        b"{not json\n", b'{"text": "\\ud800"}\n', b"\n", b"   \n", b'{"text": "nul\\u0000"}\n', b"\x00\n",
+        tmp_path / "in.jsonl",
+        "bra",
+        b'{"text": "\xff\xfe"}\n',
+        b'{"txt": "x", "id": 1}\n',
+        b'{"text": 5}\n',
+        b"[1]\n",
+        b"{not json\n",
+        b'{"text": "\\ud800"}\n',
+        b"\n",
+        b"   \n",
+        b'{"text": "nul\\u0000"}\n',
+        b"\x00\n",
         b'{"text": "slut"}',
     )
     report = clean([source], tmp_path / "out", only(tmp_path), processes=1)
     assert (report.documents_in, report.documents_out, report.dropped) == (10, 3, {"unreadable": 7})
     assert texts(tmp_path / "out") == ["bra", "nul\0", "slut"]
-    why = [json.loads(line)["why"] for line in (tmp_path / "out" / "dropped" / "unreadable.jsonl").open()]
-    for part in ("UTF-8", 'no "text" among the keys txt, id', "\"text\" is '5'", "no JSON object but '[1]'"):
+    why = [
+        json.loads(line)["why"]
+        for line in (tmp_path / "out" / "dropped" / "unreadable.jsonl").open()
+    ]
+    for part in (
+        "UTF-8",
+        'no "text" among the keys txt, id',
+        "\"text\" is '5'",
+        "no JSON object but '[1]'",
+    ):
         assert any(part in reason for reason in why), (part, why)
 
 
@@ -209,13 +242,20 @@ def test_odd_documents_do_no_harm(tmp_path):
             return generator.randbytes(generator.randrange(200)).replace(b"\n", b"") + b"\n"
         most = generator.choice([0x180, 0x3000, 0x110000])
         codes = (generator.randrange(generator.choice([0x180, most])) for _ in range(120))
-        return "".join(chr(code) for code in codes if not 0xD800 <= code < 0xE000)[: generator.randrange(120)]
+        return "".join(chr(code) for code in codes if not 0xD800 <= code < 0xE000)[
+            : generator.randrange(120)
+        ]
 
     rules = only(
         tmp_path,
-        *({"length": {"min_characters": 1, "max_characters": 90}} if "length" in entry
-          else {"language": {"name": "Swedish", "above": 0}} if "language" in entry
-          else entry for entry in load_rules(RULES).dump()),
+        *(
+            {"length": {"min_characters": 1, "max_characters": 90}}
+            if "length" in entry
+            else {"language": {"name": "Swedish", "above": 0}}
+            if "language" in entry
+            else entry
+            for entry in load_rules(RULES).dump()
+        ),
     )
     source = write(tmp_path / "in.jsonl", "Ett par ord.", *(odd() for _ in range(3000)))
     report = clean([source], tmp_path / "out", rules, processes=1)
@@ -237,7 +277,9 @@ def test_no_documents_at_all(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         clean([tmp_path / "missing.jsonl"], tmp_path / "out", only(tmp_path), processes=1)
     for _ in range(2):
-        with pytest.raises(UserError, match='none of 3 lines is a document; no "text" among the keys content'):
+        with pytest.raises(
+            UserError, match='none of 3 lines is a document; no "text" among the keys content'
+        ):
             clean([wrong], tmp_path / "out", only(tmp_path), processes=1)
     assert not (tmp_path / "out" / "manifest.json").exists()
 
@@ -249,7 +291,9 @@ def test_an_empty_file_among_others_does_no_harm(tmp_path):
 
 
 def test_all_documents_may_be_dropped(tmp_path, rules):
-    source = write(tmp_path / "in.jsonl", "kort", "The weather is nice today, and so are we, my friends. " * 3)
+    source = write(
+        tmp_path / "in.jsonl", "kort", "The weather is nice today, and so are we, my friends. " * 3
+    )
     report = clean([source], tmp_path / "out", rules, processes=1)
     assert (report.documents_out, report.dropped["length"], report.dropped["language"]) == (0, 1, 1)
     assert [shard.bytes for shard in report.shards] == [0]
@@ -338,11 +382,15 @@ def test_a_killed_worker_is_told_and_survived(corpus, tmp_path):
     for number, part in enumerate(parts):
         parts[number] = tmp_path / f"{number}.jsonl"
         parts[number].symlink_to(part)
-    process = subprocess.Popen(command(parts, tmp_path / "out"), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(parts, tmp_path / "out"), cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
     while not list((tmp_path / "out").glob("work/*.npz")):
         assert process.poll() is None
         time.sleep(0.05)
-    workers = [p for p in psutil.Process(process.pid).children() if "spawn_main" in " ".join(p.cmdline())]
+    workers = [
+        p for p in psutil.Process(process.pid).children() if "spawn_main" in " ".join(p.cmdline())
+    ]
     workers[0].kill()
     assert process.wait(60) != 0
     assert "UserError: cleaning into" in (error := process.stderr.read())

@@ -19,7 +19,10 @@ def document(generator, words=200):
 
 
 def edited(words, share, generator):
-    return [generator.choice("xyz") + str(generator.randrange(99)) if generator.random() < share else w for w in words]
+    return [
+        generator.choice("xyz") + str(generator.randrange(99)) if generator.random() < share else w
+        for w in words
+    ]
 
 
 def jaccard(a, b, width=5):
@@ -35,7 +38,10 @@ def signatures(rule, documents):
 
 def test_words_are_those_of_split():
     generator = random.Random(0)
-    texts = ["".join(generator.choices("aåж漢😀  ", k=generator.randrange(30))).encode() for _ in range(200)]
+    texts = [
+        "".join(generator.choices("aåж漢😀  ", k=generator.randrange(30))).encode()
+        for _ in range(200)
+    ]
     found = split(texts)
     of_each = [[] for _ in texts]
     for start, end, number in zip(found.start, found.end, found.document, strict=True):
@@ -46,9 +52,10 @@ def test_words_are_those_of_split():
         assert by_hash.setdefault(value, word := found.text[start:end].tobytes()) == word
     assert len(by_hash) == len({word for words in of_each for word in words})
     letters = characters(texts)
-    assert [letters.text[s:e].tobytes().decode() for s, e in zip(letters.start, letters.end, strict=True)] == [
-        letter for text in texts for letter in text.decode() if letter != " "
-    ]
+    assert [
+        letters.text[s:e].tobytes().decode()
+        for s, e in zip(letters.start, letters.end, strict=True)
+    ] == [letter for text in texts for letter in text.decode() if letter != " "]
 
 
 def test_exact_duplicates_name_the_first():
@@ -80,13 +87,19 @@ def test_signatures_do_not_depend_on_the_batch():
 
 
 def test_case_and_punctuation_do_not_count():
-    one, other = "Å, vad härligt! (Sade Östen.) Éclair; Привет", "å vad HÄRLIGT sade östen éclair Привет"
+    one, other = (
+        "Å, vad härligt! (Sade Östen.) Éclair; Привет",
+        "å vad HÄRLIGT sade östen éclair Привет",
+    )
     assert (WORDS.signatures([one.encode()]) == WORDS.signatures([other.encode()])).all()
 
 
 def test_characters_where_there_are_no_words():
     one = "政府建议从明年起提高补贴因为物价上涨了很多人民日报昨天报道了这个消息" * 2
-    near, other = one.replace("昨", "今"), "我们在河边散步看见许多鸟儿飞过天空然后回家吃晚饭聊天直到深夜才睡觉" * 2
+    near, other = (
+        one.replace("昨", "今"),
+        "我们在河边散步看见许多鸟儿飞过天空然后回家吃晚饭聊天直到深夜才睡觉" * 2,
+    )
     found = CHARACTERS.signatures([text.encode() for text in (one, near, other)])
     likeness = CHARACTERS.likeness(found, np.array([0, 0]), np.array([1, 2]))
     assert likeness[0] > 0.6
@@ -105,12 +118,16 @@ def test_near_duplicates_are_those_of_all_pairs():
     generator = random.Random(2)
     documents = [document(generator)]
     for _ in range(400):
-        near = edited(generator.choice(documents), generator.choice([0.002, 0.01, 0.02, 0.05]), generator)
+        near = edited(
+            generator.choice(documents), generator.choice([0.002, 0.01, 0.02, 0.05]), generator
+        )
         documents.append(near if generator.random() < 0.3 else document(generator))
     found = signatures(WORDS, documents)
     everyone = np.arange(len(documents))
     twin = near_duplicates(WORDS, found, everyone)
-    likeness = np.array([WORDS.likeness(found, np.full(len(documents), i), everyone) for i in everyone])
+    likeness = np.array(
+        [WORDS.likeness(found, np.full(len(documents), i), everyone) for i in everyone]
+    )
     wanted = (np.tril(likeness, -1) >= WORDS.similarity).any(axis=1)
     assert wanted.sum() > 40
     assert not (~wanted & (twin >= 0)).any()

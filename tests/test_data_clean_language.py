@@ -48,7 +48,10 @@ def test_language_looks_at_the_whole_document():
 
 def test_languages_have_names_and_codes():
     assert len(LANGUAGES) == len(set(LANGUAGES.values())) == 176
-    assert all(code_of(name) == code_of(name.upper()) == code_of(code) == code for code, name in LANGUAGES.items())
+    assert all(
+        code_of(name) == code_of(name.upper()) == code_of(code) == code
+        for code, name in LANGUAGES.items()
+    )
     assert name_of("sv") == "Swedish"
     with pytest.raises(UserError, match="did you mean Norwegian"):
         code_of("norwegain")
@@ -63,12 +66,30 @@ def fasttext():
 def odd_texts():
     """Sentences cut, joined and mixed with characters of all planes, and texts that are hardly one."""
     generator = random.Random(5)
-    yield from ("", " ", "x", "\u00e5", "<>", "a" * 3000, "\U0001f600" * 9, "Ett", "ett ETT Ett", "a\u00a0b\u3000c")
+    yield from (
+        "",
+        " ",
+        "x",
+        "\u00e5",
+        "<>",
+        "a" * 3000,
+        "\U0001f600" * 9,
+        "Ett",
+        "ett ETT Ett",
+        "a\u00a0b\u3000c",
+    )
     for _ in range(600):
         words = " ".join(generator.choices([*SENTENCES.values()], k=3)).split()
-        words += ["".join(chr(generator.choice([*range(33, 0x2000), *range(0x1F300, 0x1F600)])) for _ in range(5))] * 2
+        words += [
+            "".join(
+                chr(generator.choice([*range(33, 0x2000), *range(0x1F300, 0x1F600)]))
+                for _ in range(5)
+            )
+        ] * 2
         generator.shuffle(words)
-        yield generator.choice([" ", "  ", "\t", "\x0b", "\r"]).join(words[: generator.randrange(1, 60)])
+        yield generator.choice([" ", "  ", "\t", "\x0b", "\r"]).join(
+            words[: generator.randrange(1, 60)]
+        )
 
 
 def test_probabilities_are_those_of_fasttext(fasttext):

@@ -32,7 +32,8 @@ def strings(seed, number=300):
     odd = "åäöÅÄÖéü \t\n\r\0\x1f\x85\xa0\xad\u0308\u030a\u200b\u2028\u202e\ufeff\ufffdÃ¤Ã¥Â â€™жшⅳﬁ漢字한e\u0301"
     for _ in range(number):
         yield "".join(
-            generator.choice(odd) if generator.random() < 0.5
+            generator.choice(odd)
+            if generator.random() < 0.5
             else chr(generator.choice([*range(0x20, 0x7F), *range(0xA0, 0x500), 0x1F600, 0x10FFFF]))
             for _ in range(generator.randrange(40))
         )
@@ -40,7 +41,14 @@ def strings(seed, number=300):
 
 def test_swedish_rules_in_order(swedish):
     assert swedish.names == (
-        "unreadable", "normalise", "one-line", "length", "language", "alphabet", "repetition", "exact-duplicates",
+        "unreadable",
+        "normalise",
+        "one-line",
+        "length",
+        "language",
+        "alphabet",
+        "repetition",
+        "exact-duplicates",
         "near-duplicates",
     )
     assert (rule(swedish, Language).name, rule(swedish, Language).above) == ("Swedish", 0.95)
@@ -57,20 +65,38 @@ def test_rules_dump_and_load_again(swedish, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("rules: [lenght: {min_characters: 1, max_characters: 2}]", "no rule 'lenght'; did you mean length?"),
-        ("rules: [length: {min_character: 1, max_characters: 2}]", "no option 'min_character'; did you mean min_char"),
+        (
+            "rules: [lenght: {min_characters: 1, max_characters: 2}]",
+            "no rule 'lenght'; did you mean length?",
+        ),
+        (
+            "rules: [length: {min_character: 1, max_characters: 2}]",
+            "no option 'min_character'; did you mean min_char",
+        ),
         ("rules: [length: {max_characters: 2}]", "length: min_characters is missing"),
-        ("rules: [length: {min_characters: many, max_characters: 2}]", "length: min_characters = 'many'"),
+        (
+            "rules: [length: {min_characters: many, max_characters: 2}]",
+            "length: min_characters = 'many'",
+        ),
         ("rules: [length: {min_characters: 0, max_characters: 2}]", "min_characters = 0"),
-        ("rules: [length: {min_characters: 3, max_characters: 2}]", "min_characters 3 is above max_characters 2"),
+        (
+            "rules: [length: {min_characters: 3, max_characters: 2}]",
+            "min_characters 3 is above max_characters 2",
+        ),
         ("rules: [length: 5]", "length: 5 is no set of options"),
         ("rules: [5]", "5 is no rule"),
         ("rules: [{one-line: {}, length: {}}]", "is no rule"),
-        ("rules: [language: {name: Swedisch, above: 0.9}]", "no language 'Swedisch' in lid.176; did you mean Swedish"),
+        (
+            "rules: [language: {name: Swedisch, above: 0.9}]",
+            "no language 'Swedisch' in lid.176; did you mean Swedish",
+        ),
         ("rules: [language: {name: no, above: 0.9}]", "name = False"),
         ("rules: [language: {name: Swedish, above: 95}]", "above = 95"),
         ("rules: [language: {name: Swedish, above: .nan}]", "above = nan"),
-        ("rules: [alphabet: {allow: [abc], drop_above: 0.1}]", "'abc' is neither a character nor a range"),
+        (
+            "rules: [alphabet: {allow: [abc], drop_above: 0.1}]",
+            "'abc' is neither a character nor a range",
+        ),
         ("rules: [alphabet: {allow: [z-a], drop_above: 0.1}]", "'z-a' is empty"),
         ("rules: [alphabet: {allow: [U+110000], drop_above: 0.1}]", "Unicode ends at"),
         ("rules: [alphabet: {allow: [], drop_above: 0.1}]", "allow = []"),
@@ -147,7 +173,9 @@ def test_repetition_drops_menus_not_prose(swedish):
         "Under sommaren vandrade de längs kusten, sov i tält och lagade mat över öppen eld. När hösten kom flyttade de "
         "in till staden igen, där barnen började skolan och föräldrarna gick tillbaka till sina arbeten på sjukhuset."
     )
-    outcome = rule(swedish, Repetition).apply([prose, "Hem Om oss Kontakt Kundvagn Logga in " * 30, ""])
+    outcome = rule(swedish, Repetition).apply(
+        [prose, "Hem Om oss Kontakt Kundvagn Logga in " * 30, ""]
+    )
     assert prose in outcome.texts
     assert 1 in outcome.dropped
 

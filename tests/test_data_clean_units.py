@@ -15,7 +15,9 @@ def lines_of(path, unit_bytes):
 def test_units_hold_every_line_once_and_in_order(tmp_path, unit_bytes):
     generator = random.Random(unit_bytes)
     for case in range(20):
-        pieces = [b"x" * generator.choice([0, 0, 1, 5, 70, 300]) for _ in range(generator.randrange(60))]
+        pieces = [
+            b"x" * generator.choice([0, 0, 1, 5, 70, 300]) for _ in range(generator.randrange(60))
+        ]
         content = b"\n".join(pieces) + (b"\n" if case % 2 else b"")
         path = tmp_path / f"{case}.jsonl"
         path.write_bytes(content)

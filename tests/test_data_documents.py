@@ -18,7 +18,9 @@ pytest.importorskip("orjson", reason="the set-up stage `data` is not installed")
 TEXTS = Layout()
 
 
-def read(*paths: Path, layout: Layout = TEXTS, start: Place = BEGIN) -> tuple[list, Counter, list[Place], Reader]:
+def read(
+    *paths: Path, layout: Layout = TEXTS, start: Place = BEGIN
+) -> tuple[list, Counter, list[Place], Reader]:
     reader = Reader([text_file(path) for path in paths], layout, start)
     texts, skipped, places = [], Counter(), []
     while block := reader.next():
@@ -30,7 +32,9 @@ def read(*paths: Path, layout: Layout = TEXTS, start: Place = BEGIN) -> tuple[li
 
 
 def jsonl(path: Path, *lines: str | bytes) -> Path:
-    path.write_bytes(b"".join((line if isinstance(line, bytes) else line.encode()) + b"\n" for line in lines))
+    path.write_bytes(
+        b"".join((line if isinstance(line, bytes) else line.encode()) + b"\n" for line in lines)
+    )
     return path
 
 
@@ -42,7 +46,10 @@ def test_texts_are_those_of_pythons_own_reader(tmp_path):
     rng = random.Random(1)
     alphabet = ["a", "é", "漢", "😀", '"', "\\", "\n", "\t", "\u2028", "\x7f", "\0", "/", "\ufeff"]
     texts = ["".join(rng.choices(alphabet, k=rng.randint(0, 50))) for _ in range(3000)]
-    path = jsonl(tmp_path / "x.jsonl", *(row(text, n=rng.random(), list=[None, {"text": 0}]) for text in texts))
+    path = jsonl(
+        tmp_path / "x.jsonl",
+        *(row(text, n=rng.random(), list=[None, {"text": 0}]) for text in texts),
+    )
     assert read(path)[0] == texts
 
 
@@ -98,7 +105,10 @@ def test_a_bad_line_is_counted_and_the_others_are_read(tmp_path, line, rule):
 
 
 def test_a_byte_order_mark_does_not_cost_the_first_document(tmp_path):
-    assert read(jsonl(tmp_path / "x.jsonl", b"\xef\xbb\xbf" + row("a").encode(), row("b")))[0] == ["a", "b"]
+    assert read(jsonl(tmp_path / "x.jsonl", b"\xef\xbb\xbf" + row("a").encode(), row("b")))[0] == [
+        "a",
+        "b",
+    ]
 
 
 def test_a_json_array_is_refused_with_a_way_out(tmp_path):
@@ -120,7 +130,15 @@ def test_an_empty_file_holds_nothing(tmp_path):
 
 def test_a_line_beyond_all_measure_is_skipped_without_holding_it(tmp_path, monkeypatch):
     monkeypatch.setattr(documents, "BLOCK_BYTES", 1000)
-    lines = [row("a"), row("x" * 50_000), row("b"), row("c"), row("y" * 2990), row("z" * 4000), row("d")]
+    lines = [
+        row("a"),
+        row("x" * 50_000),
+        row("b"),
+        row("c"),
+        row("y" * 2990),
+        row("z" * 4000),
+        row("d"),
+    ]
     path = jsonl(tmp_path / "x.jsonl", *lines)
     texts, skipped, places, _ = read(path, layout=Layout(longest=3020))
     assert texts == ["a", "b", "c", "y" * 2990, "d"]
@@ -142,7 +160,9 @@ def files(folder: Path, count: int = 300) -> list[Path]:
         import zstandard
 
         packer = zstandard.ZstdCompressor()
-        (folder / "d.jsonl.zst").write_bytes(packer.compress(data[:7000]) + packer.compress(data[7000:]))
+        (folder / "d.jsonl.zst").write_bytes(
+            packer.compress(data[:7000]) + packer.compress(data[7000:])
+        )
         found.append(folder / "d.jsonl.zst")
     except ImportError:
         pass
@@ -150,7 +170,11 @@ def files(folder: Path, count: int = 300) -> list[Path]:
         import pyarrow
         from pyarrow import parquet
 
-        parquet.write_table(pyarrow.table({"id": range(count), "text": texts}), folder / "e.parquet", row_group_size=70)
+        parquet.write_table(
+            pyarrow.table({"id": range(count), "text": texts}),
+            folder / "e.parquet",
+            row_group_size=70,
+        )
         found.append(folder / "e.parquet")
     except ImportError:
         pass

@@ -42,18 +42,30 @@ class _Answer(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         parts = self.path.split("?")[0].replace("%2F", "/").strip("/").split("/")
-        if parts[:2] == ["api", "datasets"] and (home := self.server.folder / "/".join(parts[2:4])).is_dir():
+        if (
+            parts[:2] == ["api", "datasets"]
+            and (home := self.server.folder / "/".join(parts[2:4])).is_dir()
+        ):
             if parts[4:5] == ["tree"]:
                 return self._tree(home, "/".join(parts[6:]))
-            return self._say(200, {"id": "/".join(parts[2:4]), "sha": COMMIT, "private": False, "siblings": []})
+            return self._say(
+                200, {"id": "/".join(parts[2:4]), "sha": COMMIT, "private": False, "siblings": []}
+            )
         if parts[0] == "datasets" and "resolve" in parts:
-            return self._file(self.server.folder / "/".join(parts[1:3]), "/".join(parts[parts.index("resolve") + 2 :]))
+            return self._file(
+                self.server.folder / "/".join(parts[1:3]),
+                "/".join(parts[parts.index("resolve") + 2 :]),
+            )
         return self._say(404, {}, **{"X-Error-Code": "RepoNotFound"})
 
     def _tree(self, home: Path, below: str) -> None:
         rows = [
-            {"type": "file" if path.is_file() else "directory", "oid": "0" * 40, "size": path.stat().st_size,
-             "path": str(path.relative_to(home))}
+            {
+                "type": "file" if path.is_file() else "directory",
+                "oid": "0" * 40,
+                "size": path.stat().st_size,
+                "path": str(path.relative_to(home)),
+            }
             for path in sorted((home / below).iterdir())
         ]
         self._say(200, rows)
@@ -67,12 +79,18 @@ class _Answer(BaseHTTPRequestHandler):
         if self.command == "GET":
             self.server.asked.append(name)
         etag = hashlib.sha1(content, usedforsecurity=False).hexdigest()
-        return self._say(200, content, **{"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"})
+        return self._say(
+            200, content, **{"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        )
 
     def _say(self, status: int, content: object, **headers: str) -> None:
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
-        for key, value in {"Content-Length": str(len(body)), "Content-Type": "application/json", **headers}.items():
+        for key, value in {
+            "Content-Length": str(len(body)),
+            "Content-Type": "application/json",
+            **headers,
+        }.items():
             self.send_header(key, value)
         self.end_headers()
         if self.command != "HEAD":
@@ -87,7 +105,9 @@ def hub(tmp_path) -> Iterator[FakeHub]:
     (home / "data").mkdir(parents=True)
     for number in range(3):
         rows = [f"{number} {row}" for row in range(20)]
-        parquet.write_table(pyarrow.table({"text": rows}), home / "data" / f"train-{number}.parquet")
+        parquet.write_table(
+            pyarrow.table({"text": rows}), home / "data" / f"train-{number}.parquet"
+        )
     (home / "texts.py").write_text("raise SystemExit('a loading script was run')\n")
     server = FakeHub(tmp_path / "hub")
     thread = threading.Thread(target=server.serve_forever, daemon=True)
@@ -97,8 +117,13 @@ def hub(tmp_path) -> Iterator[FakeHub]:
     thread.join()
 
 
-def prepare(hub: FakeHub, tmp_path: Path, limit: int | None = None, revision: str = "refs/convert/parquet",
-            force: bool = False) -> dict:
+def prepare(
+    hub: FakeHub,
+    tmp_path: Path,
+    limit: int | None = None,
+    revision: str = "refs/convert/parquet",
+    force: bool = False,
+) -> dict:
     """Prepare in a process of its own, which learns of the hub as users tell it: by HF_ENDPOINT."""
     code = f"""
 from pathlib import Path
@@ -115,10 +140,18 @@ except UserError as error:
     print(json.dumps(dict(error=str(error))))
 """
     environment = {key: value for key, value in os.environ.items() if "proxy" not in key.lower()}
-    environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(tmp_path / "home")}
+    environment |= {
+        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
+        "HF_HOME": str(tmp_path / "home"),
+    }
     environment |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=100,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -127,9 +160,13 @@ except UserError as error:
 def test_what_is_downloaded_is_noted_with_the_commit_and_not_downloaded_again(hub, tmp_path):
     manifest = prepare(hub, tmp_path)
     assert manifest["source"]["commit"] == COMMIT
-    assert [file["name"] for file in manifest["source"]["files"]] == [f"data/train-{n}.parquet" for n in range(3)]
+    assert [file["name"] for file in manifest["source"]["files"]] == [
+        f"data/train-{n}.parquet" for n in range(3)
+    ]
     first = hub.folder / "someone" / "texts" / "data" / "train-0.parquet"
-    assert manifest["source"]["files"][0]["sha256"] == hashlib.sha256(first.read_bytes()).hexdigest()
+    assert (
+        manifest["source"]["files"][0]["sha256"] == hashlib.sha256(first.read_bytes()).hexdigest()
+    )
     assert manifest["counted"]["documents"] == 60
     assert sorted(hub.asked) == [f"data/train-{n}.parquet" for n in range(3)]
     assert "FORCE=1" in prepare(hub, tmp_path, limit=25)["error"]

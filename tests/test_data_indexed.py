@@ -19,7 +19,10 @@ def documents(seed: int, count: int, vocab: int = 60000) -> list[list[list[int]]
     """Documents of sequences of ids; some documents are empty, some have several sequences."""
     rng = random.Random(seed)
     return [
-        [[rng.randrange(vocab) for _ in range(rng.randint(1, 40))] for _ in range(rng.choice([0, 1, 1, 1, 3]))]
+        [
+            [rng.randrange(vocab) for _ in range(rng.randint(1, 40))]
+            for _ in range(rng.choice([0, 1, 1, 1, 3]))
+        ]
         for _ in range(count)
     ]
 
@@ -30,7 +33,9 @@ def append(writer: Writer, docs: list[list[list[int]]]) -> None:
     writer.append(ids, np.array([len(s) for s in sequences]), np.cumsum([len(doc) for doc in docs]))
 
 
-def write(prefix: Path, docs: list[list[list[int]]], dtype: np.dtype = UINT16, blocks: int = 3) -> indexed.Pair:
+def write(
+    prefix: Path, docs: list[list[list[int]]], dtype: np.dtype = UINT16, blocks: int = 3
+) -> indexed.Pair:
     writer = Writer(prefix, dtype)
     size = -(-len(docs) // blocks) or 1
     for start in range(0, len(docs), size):
@@ -51,7 +56,9 @@ def test_the_pair_is_the_one_that_upstreams_builder_writes(tmp_path, dtype, coun
     docs = documents(count, count)
     builder = IndexedDatasetBuilder(str(tmp_path / "up.bin"), dtype.type)
     for doc in docs:
-        builder.add_document([i for sequence in doc for i in sequence], [len(sequence) for sequence in doc])
+        builder.add_document(
+            [i for sequence in doc for i in sequence], [len(sequence) for sequence in doc]
+        )
     builder.finalize(str(tmp_path / "up.idx"))
 
     written = write(tmp_path / "ours", docs, dtype)
@@ -59,7 +66,9 @@ def test_the_pair_is_the_one_that_upstreams_builder_writes(tmp_path, dtype, coun
     assert written.marks.documents == count
     if written.marks.tokens:
         theirs = IndexedDataset(str(tmp_path / "ours"))
-        assert [theirs[i].tolist() for i in range(len(theirs))] == [sequence for doc in docs for sequence in doc]
+        assert [theirs[i].tolist() for i in range(len(theirs))] == [
+            sequence for doc in docs for sequence in doc
+        ]
 
 
 @pytest.mark.cpu
@@ -78,7 +87,9 @@ def test_merged_shards_are_the_ones_that_upstream_merges(tmp_path):
     assert pair(tmp_path / "ours") == pair(tmp_path / "up")
 
 
-@pytest.mark.parametrize(("vocab", "dtype"), [(None, INT32), (65499, UINT16), (65500, INT32), (50257, UINT16)])
+@pytest.mark.parametrize(
+    ("vocab", "dtype"), [(None, INT32), (65499, UINT16), (65500, INT32), (50257, UINT16)]
+)
 def test_ids_are_stored_as_upstream_chooses(vocab, dtype):
     assert indexed.best_dtype(vocab) == dtype
 
@@ -125,7 +136,12 @@ def test_an_interrupted_writer_goes_on_where_its_marks_say(tmp_path):
     finished = resumed.finish()
     assert pair(tmp_path / "x") == pair(tmp_path / "whole")
     assert finished.bin_sha256 == hashlib.sha256(pair(tmp_path / "x")[0]).hexdigest()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["whole.bin", "whole.idx", "x.bin", "x.idx"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "whole.bin",
+        "whole.idx",
+        "x.bin",
+        "x.idx",
+    ]
 
 
 def test_marks_beyond_the_parts_are_refused(tmp_path):
@@ -178,10 +194,16 @@ BAD = {
     "longer": (lambda b: b + b"\0", "something follows"),
     "sequences beyond memory": (lambda b: b[:18] + struct.pack("<Q", 2**63) + b[26:], "cut short"),
     "no documents": (lambda b: b[:26] + struct.pack("<Q", 0) + b[34:], "documents \\+ 1"),
-    "negative length": (lambda b: b[:34] + struct.pack("<i", -3) + b[38:], "sequence 0 has length -3"),
+    "negative length": (
+        lambda b: b[:34] + struct.pack("<i", -3) + b[38:],
+        "sequence 0 has length -3",
+    ),
     "length": (lambda b: b[:34] + struct.pack("<i", 4) + b[38:], "sequence 1 points to byte"),
     "first document": (lambda b: b[:-40] + struct.pack("<q", 1) + b[-32:], "begins at sequence 1"),
-    "documents backwards": (lambda b: b[:-24] + struct.pack("<q", 0) + b[-16:], "ends before it begins"),
+    "documents backwards": (
+        lambda b: b[:-24] + struct.pack("<q", 0) + b[-16:],
+        "ends before it begins",
+    ),
     "missing end": (lambda b: b[:-8] + struct.pack("<q", 3), "an end is missing"),
 }
 
@@ -194,7 +216,9 @@ def test_a_broken_index_is_named(tmp_path, name):
         indexed.check_pair(tmp_path / "x")
 
 
-@pytest.mark.parametrize(("change", "message"), [(-1, "cut short"), (-20, "cut short"), (1, "something follows")])
+@pytest.mark.parametrize(
+    ("change", "message"), [(-1, "cut short"), (-20, "cut short"), (1, "something follows")]
+)
 def test_a_bin_of_another_size_is_named(tmp_path, change, message):
     good(tmp_path / "x")
     path = indexed.bin_path(tmp_path / "x")
@@ -213,7 +237,9 @@ def test_ids_outside_the_vocabulary_are_named_with_their_document(tmp_path, monk
     assert (found.highest, found.inner_ends) == (9, 0)
     assert found.sha256 == hashlib.sha256(indexed.bin_path(tmp_path / "x").read_bytes()).hexdigest()
     write(tmp_path / "y", [[[1, 2]], [], [[3], [4, 8]], [[8]]])
-    with pytest.raises(FormatError, match="document 2 has id 8 as its token 2; the vocabulary is 0 to 7"):
+    with pytest.raises(
+        FormatError, match="document 2 has id 8 as its token 2; the vocabulary is 0 to 7"
+    ):
         indexed.check_tokens(tmp_path / "y", indexed.check_pair(tmp_path / "y"), vocab_size=8)
 
 
@@ -243,12 +269,18 @@ def fuzz(tmp_path: Path, count: int, seed: int) -> int:
     for _ in range(count):
         data = bytearray(whole)
         for _ in range(rng.choice([1, 1, 1, 2, 8])):
-            at = rng.randrange(len(data)) if rng.random() < 0.5 else rng.randrange(min(64, len(data)))
+            at = (
+                rng.randrange(len(data))
+                if rng.random() < 0.5
+                else rng.randrange(min(64, len(data)))
+            )
             match rng.randrange(5):
                 case 0:
                     data[at] ^= 1 << rng.randrange(8)
                 case 1:
-                    data[at : at + 8] = struct.pack("<Q", rng.choice([0, 1, 2**31, 2**32, 2**62, 2**63, 2**64 - 1]))
+                    data[at : at + 8] = struct.pack(
+                        "<Q", rng.choice([0, 1, 2**31, 2**32, 2**62, 2**63, 2**64 - 1])
+                    )
                 case 2:
                     del data[at : at + rng.choice([1, 4, 9, len(data)])]
                 case 3:

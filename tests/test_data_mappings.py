@@ -15,7 +15,9 @@ from harness.entry.build_helpers import ensure_compiled
 from harness.errors import UserError
 
 
-def data_set(folder: Path, name: str, documents: int, seed: int, vocab_size: int = 60000) -> DataSet:
+def data_set(
+    folder: Path, name: str, documents: int, seed: int, vocab_size: int = 60000
+) -> DataSet:
     rng = np.random.default_rng(seed)
     prefix = data_sets.prefix_of(name, folder)
     prefix.parent.mkdir(parents=True)
@@ -24,12 +26,23 @@ def data_set(folder: Path, name: str, documents: int, seed: int, vocab_size: int
     writer.append(rng.integers(0, 50000, lengths.sum()), lengths, np.arange(1, documents + 1))
     writer.finish()
     return DataSet(
-        name, prefix, "NullTokenizer", None, vocab_size, "x", documents, documents, int(lengths.sum()), f"{name} {seed}"
+        name,
+        prefix,
+        "NullTokenizer",
+        None,
+        vocab_size,
+        "x",
+        documents,
+        documents,
+        int(lengths.sum()),
+        f"{name} {seed}",
     )
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
+    return {
+        path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")
+    }
 
 
 def test_samples_are_counted_as_upstream_counts_them():
@@ -52,7 +65,9 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("weights", [(), ("0.7", "0.3"), ("3", "1")])
 def test_the_files_are_those_of_upstream(tmp_path, name, weights):
-    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+    from megatron.core.datasets.blended_megatron_dataset_builder import (
+        BlendedMegatronDatasetBuilder,
+    )
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.tokenizers import MegatronTokenizer
 
@@ -60,9 +75,13 @@ def test_the_files_are_those_of_upstream(tmp_path, name, weights):
     samples, split, documents = CASES[name]
     if weights and name == "nothing wanted":
         pytest.skip("upstream itself cannot blend nothing")
-    sets = tuple(data_set(tmp_path, f"set{n}", documents // (n + 1), n) for n in range(len(weights) or 1))
+    sets = tuple(
+        data_set(tmp_path, f"set{n}", documents // (n + 1), n) for n in range(len(weights) or 1)
+    )
     blend, use = Blend(sets, weights), Use(64, samples, split, seed=77)
-    tokenizer = MegatronTokenizer.from_pretrained(metadata_path={"library": "null-text"}, vocab_size=60000, pad_id=-1)
+    tokenizer = MegatronTokenizer.from_pretrained(
+        metadata_path={"library": "null-text"}, vocab_size=60000, pad_id=-1
+    )
     config = GPTDatasetConfig(
         random_seed=77,
         sequence_length=64,
@@ -101,20 +120,38 @@ def test_a_prepared_set_is_described_as_upstreams_run_describes_it(tmp_path, mon
     parser = argparse.ArgumentParser()
     _add_tokenizer_args(parser)
     for kind, model in (("HuggingFaceTokenizer", home), ("NullTokenizer", None)):
-        words = ["--tokenizer-type", kind, *(["--tokenizer-model", str(model)] if model else ["--vocab-size", "60000"])]
+        words = [
+            "--tokenizer-type",
+            kind,
+            *(["--tokenizer-model", str(model)] if model else ["--vocab-size", "60000"]),
+        ]
         arguments = parser.parse_args(words)
-        arguments.rank, arguments.make_vocab_size_divisible_by, arguments.tensor_model_parallel_size = 0, 128, 1
+        (
+            arguments.rank,
+            arguments.make_vocab_size_divisible_by,
+            arguments.tensor_model_parallel_size,
+        ) = 0, 128, 1
         config = GPTDatasetConfig(
-            random_seed=1234, sequence_length=64, blend=([str(chosen.prefix)], None), split="949,50,1",
-            path_to_cache=str(tmp_path / kind), tokenizer=build_tokenizer(arguments), reset_position_ids=False,
-            reset_attention_mask=False, eod_mask_loss=False,
+            random_seed=1234,
+            sequence_length=64,
+            blend=([str(chosen.prefix)], None),
+            split="949,50,1",
+            path_to_cache=str(tmp_path / kind),
+            tokenizer=build_tokenizer(arguments),
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=False,
         )
         indices = np.arange(475, dtype=np.int32)
-        theirs = GPTDataset(IndexedDataset(str(chosen.prefix)), str(chosen.prefix), indices, 50, Split.train, config)
+        theirs = GPTDataset(
+            IndexedDataset(str(chosen.prefix)), str(chosen.prefix), indices, 50, Split.train, config
+        )
         described = DataSet(**{**vars(chosen), "tokenizer_type": kind, "tokenizer_model": model})
         matrix = split_matrix("949,50,1")
         use = Use(64, (50, 10, 10), "949,50,1")
-        ours = mappings._describe(chosen.prefix, use, matrix, "train", 50, mappings._tokenizer(described))
+        ours = mappings._describe(
+            chosen.prefix, use, matrix, "train", 50, mappings._tokenizer(described)
+        )
         assert mappings._stem(ours, "train")[0] == theirs.unique_description
 
 
@@ -123,7 +160,10 @@ def test_a_blend_is_described_with_the_one_tokenizer_of_its_run(tmp_path):
     sets = [data_set(tmp_path, name, 500, 0) for name in ("a", "b")]
     folders = [Path("/tokenizer/of") / chosen.name for chosen in sets]
     kinds = {"tokenizer_type": "HuggingFaceTokenizer"}
-    sets = [DataSet(**vars(s) | kinds | {"tokenizer_model": f}) for s, f in zip(sets, folders, strict=True)]
+    sets = [
+        DataSet(**vars(s) | kinds | {"tokenizer_model": f})
+        for s, f in zip(sets, folders, strict=True)
+    ]
     blend = Blend(tuple(sets), ("1", "1"))
     mappings.build(blend, Use(64, (50, 10, 10), "90,9,1"))
     described = [path.read_text() for path in blend.cache.glob("*description.txt")]
@@ -134,7 +174,9 @@ def test_a_blend_is_described_with_the_one_tokenizer_of_its_run(tmp_path):
 @pytest.mark.cpu
 def test_a_split_without_tokens_is_refused_before_upstream_hangs(tmp_path):
     blend = Blend((data_set(tmp_path, "mine", 40, 0),))
-    with pytest.raises(UserError, match="of its 40 sequences the split 949,50,1 leaves none for test"):
+    with pytest.raises(
+        UserError, match="of its 40 sequences the split 949,50,1 leaves none for test"
+    ):
         mappings.build(blend, Use(64, (10, 10, 10), "949,50,1"))
 
 
@@ -142,7 +184,10 @@ def test_a_split_without_tokens_is_refused_before_upstream_hangs(tmp_path):
 def test_launchers_that_start_at_once_build_once(tmp_path):
     blend, use = Blend((data_set(tmp_path, "mine", 3000, 0),)), Use(64, (500, 50, 50), "949,50,1")
     written = []
-    threads = [threading.Thread(target=lambda: written.append(mappings.build(blend, use))) for _ in range(4)]
+    threads = [
+        threading.Thread(target=lambda: written.append(mappings.build(blend, use)))
+        for _ in range(4)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

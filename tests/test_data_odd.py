@@ -22,7 +22,10 @@ from harness.data.prepare import Means, Recipe, check_free, prepare
 def made(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("made")
     (folder / "in.jsonl").write_text('{"text": "1 2 3"}\n' * 50)
-    prepare(Recipe("mine", str(folder / "in.jsonl"), tokenizer="null:100"), Means(folder=folder / "data", workers=1))
+    prepare(
+        Recipe("mine", str(folder / "in.jsonl"), tokenizer="null:100"),
+        Means(folder=folder / "data", workers=1),
+    )
     return folder / "data"
 
 
@@ -34,12 +37,19 @@ def data(made, tmp_path) -> Path:
 
 def read_all(data: Path) -> int:
     """Every reader of a data set; how many refused it."""
+
     def describe() -> None:
         if manifest := read_manifest(data / "mine"):
             commands._describe(manifest)
 
-    readers = (lambda: data_sets.find("mine", data), lambda: [*check.check("mine", data)], lambda: look.inspect("mine", 2, data),
-               lambda: content.check_content("mine", data), lambda: check_free("mine", data), describe)
+    readers = (
+        lambda: data_sets.find("mine", data),
+        lambda: [*check.check("mine", data)],
+        lambda: look.inspect("mine", 2, data),
+        lambda: content.check_content("mine", data),
+        lambda: check_free("mine", data),
+        describe,
+    )
     refused = 0
     for reader in readers:
         try:
@@ -49,7 +59,9 @@ def read_all(data: Path) -> int:
     return refused
 
 
-@pytest.mark.parametrize("text", [b"\xff\xfe", b"[]", b"null", b'{"name": 1}', b"[" * 100_000, b"", b"{"])
+@pytest.mark.parametrize(
+    "text", [b"\xff\xfe", b"[]", b"null", b'{"name": 1}', b"[" * 100_000, b"", b"{"]
+)
 def test_a_manifest_of_any_bytes(data, text) -> None:
     (data / "mine" / "manifest.json").write_bytes(text)
     assert read_all(data) >= 4
@@ -81,7 +93,10 @@ def _places(value, before=()):
 def test_ids_beyond_the_vocabulary_are_said_where_text_is_shown(data) -> None:
     path = bin_path(data_sets.prefix_of("mine", data))
     path.write_bytes(b"\xff\xff" * (path.stat().st_size // 2))
-    with pytest.raises(UserError, match=r"NAME=mine: document 0 has id 65,535, the vocabulary is 0 to 99\nmake data-check NAME=mine"):
+    with pytest.raises(
+        UserError,
+        match=r"NAME=mine: document 0 has id 65,535, the vocabulary is 0 to 99\nmake data-check NAME=mine",
+    ):
         look.inspect("mine", 1, data)
 
 
@@ -104,8 +119,16 @@ def test_places_that_are_not_there(made, tmp_path, words) -> None:
 
 def test_rules_that_are_no_text(made, tmp_path) -> None:
     (tmp_path / "rules.yaml").write_bytes(b"\xff\xfe")
-    recipe = Recipe("mine", str(made.parent / "in.jsonl"), rules=tmp_path / "rules.yaml", tokenizer="null:100")
+    recipe = Recipe(
+        "mine", str(made.parent / "in.jsonl"), rules=tmp_path / "rules.yaml", tokenizer="null:100"
+    )
     with pytest.raises(UserError, match=r"rules\.yaml: no text in UTF-8"):
         prepare(recipe, Means(folder=tmp_path / "data", workers=1))
     with pytest.raises(UserError, match=r"rules\.yaml"):
-        commands.clean_files([f"INPUT={made.parent / 'in.jsonl'}", f"OUT={tmp_path / 'out'}", f"RULES={tmp_path / 'rules.yaml'}"])
+        commands.clean_files(
+            [
+                f"INPUT={made.parent / 'in.jsonl'}",
+                f"OUT={tmp_path / 'out'}",
+                f"RULES={tmp_path / 'rules.yaml'}",
+            ]
+        )

@@ -47,7 +47,9 @@ class Quiet(Progress):
 
 def corpus(path: Path, count: int = 600, seed: int = 0, key: str = "text") -> Path:
     rng = random.Random(seed)
-    rows = [" ".join(str(rng.randrange(99)) for _ in range(rng.randint(1, 30))) for _ in range(count)]
+    rows = [
+        " ".join(str(rng.randrange(99)) for _ in range(rng.randint(1, 30))) for _ in range(count)
+    ]
     path.write_text("".join(json.dumps({"id": 0, key: text}) + "\n" for text in rows))
     return path
 
@@ -58,9 +60,13 @@ def recipe(tmp_path, monkeypatch) -> Recipe:
     return Recipe("mine", str(corpus(tmp_path / "in.jsonl")), tokenizer="null:100")
 
 
-def make(recipe: Recipe, folder: Path, workers: int = 1, **means) -> tuple[prepare.Manifest, list[str]]:
+def make(
+    recipe: Recipe, folder: Path, workers: int = 1, **means
+) -> tuple[prepare.Manifest, list[str]]:
     progress = Quiet()
-    return prepare.prepare(recipe, Means(folder=folder, workers=workers, **means), progress), progress.said
+    return prepare.prepare(
+        recipe, Means(folder=folder, workers=workers, **means), progress
+    ), progress.said
 
 
 def pair(folder: Path, name: str = "mine") -> tuple[bytes, bytes]:
@@ -72,16 +78,27 @@ def test_a_prepared_set_is_found_with_all_that_is_known_of_it(tmp_path, recipe):
     manifest, _ = make(recipe, tmp_path / "data")
     found = data_sets.find("mine", tmp_path / "data")
     assert (
-        (found.documents, found.tokens) == (manifest.counted.documents, manifest.counted.tokens) == (600, found.tokens)
+        (found.documents, found.tokens)
+        == (manifest.counted.documents, manifest.counted.tokens)
+        == (600, found.tokens)
     )
-    assert (found.tokenizer_type, found.tokenizer_model, found.vocab_size) == ("NullTokenizer", None, 100)
+    assert (found.tokenizer_type, found.tokenizer_model, found.vocab_size) == (
+        "NullTokenizer",
+        None,
+        100,
+    )
     assert data_sets.prepared(tmp_path / "data") == ("mine",)
     assert read_manifest(tmp_path / "data" / "mine") == manifest
     assert manifest.source.files[0].bytes == (tmp_path / "in.jsonl").stat().st_size
     assert len(manifest.source.files[0].sha256) == 64
     assert manifest.tokenizer.by == "harness"
     names = sorted(path.name for path in (tmp_path / "data" / "mine").iterdir())
-    assert names == ["manifest.json", "mine_text_document.bin", "mine_text_document.idx", "tokenizer"]
+    assert names == [
+        "manifest.json",
+        "mine_text_document.bin",
+        "mine_text_document.idx",
+        "tokenizer",
+    ]
 
 
 def test_what_is_prepared_stays_until_something_changes(tmp_path, recipe):
@@ -99,7 +116,10 @@ def test_what_is_prepared_stays_until_something_changes(tmp_path, recipe):
         replace(recipe, layout=Layout(limit=50)),
     ):
         kept = pair(data)
-        with pytest.raises(UserError, match=r"^NAME=mine is prepared already, .*it has [\d,]+ tokens, from .*\n.*FORCE=1 replaces"):
+        with pytest.raises(
+            UserError,
+            match=r"^NAME=mine is prepared already, .*it has [\d,]+ tokens, from .*\n.*FORCE=1 replaces",
+        ):
             make(changed, data)
         assert pair(data) == kept
         assert not make(changed, data, force=True)[1]
@@ -187,13 +207,19 @@ def test_cleaned_text_is_tokenised_and_counted(tmp_path, recipe):
     rules = tmp_path / "rules.yaml"
     rules.write_text(RULES)
     source = tmp_path / "in.jsonl"
-    source.write_text(source.read_text() + '{"text": "1"}\nno json\n{"text": "1 2 3 4"}\n{"text": "1 2  3 4"}\n')
+    source.write_text(
+        source.read_text() + '{"text": "1"}\nno json\n{"text": "1 2 3 4"}\n{"text": "1 2  3 4"}\n'
+    )
     data = tmp_path / "data"
     manifest, _ = make(replace(recipe, rules=rules), data)
     assert manifest.cleaned.documents_in == 604
     assert manifest.cleaned.dropped["unreadable"] == 1
     assert manifest.cleaned.dropped["exact-duplicates"] >= 1
-    assert manifest.cleaned.documents_out == manifest.counted.documents == data_sets.find("mine", data).documents
+    assert (
+        manifest.cleaned.documents_out
+        == manifest.counted.documents
+        == data_sets.find("mine", data).documents
+    )
     assert manifest.source.files[0].sha256
     work = {path.name.partition("-")[0] for path in (data / "mine" / "work").iterdir()}
     assert work == {"clean", "source"}
@@ -233,8 +259,14 @@ class _Counter:
     def watching(self, monkeypatch: pytest.MonkeyPatch):
         with monkeypatch.context() as patch:
             for owner, name in [
-                (indexed, "_write"), (Path, "replace"), (Path, "unlink"), (Path, "mkdir"), (Path, "rmdir"),
-                (os, "fdatasync"), (os, "fsync"), (tokenize._Run, "_append"),
+                (indexed, "_write"),
+                (Path, "replace"),
+                (Path, "unlink"),
+                (Path, "mkdir"),
+                (Path, "rmdir"),
+                (os, "fdatasync"),
+                (os, "fsync"),
+                (tokenize._Run, "_append"),
             ]:
                 patch.setattr(owner, name, self._counted(getattr(owner, name)))
             yield self
@@ -255,7 +287,9 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path, recipe, monkeypa
     if kind == "cleaned":
         (tmp_path / "rules.yaml").write_text(RULES)
         source = corpus(tmp_path / "in.jsonl", key="content")
-        recipe = replace(recipe, rules=tmp_path / "rules.yaml", layout=Layout(key="content"), source=str(source))
+        recipe = replace(
+            recipe, rules=tmp_path / "rules.yaml", layout=Layout(key="content"), source=str(source)
+        )
     monkeypatch.setattr(tokenize, "CHECKPOINT_S", 0.0)
     monkeypatch.setattr(tokenize, "_WATCH_S", 0.0005)
     with _Counter(None).watching(monkeypatch) as dry:
@@ -266,7 +300,11 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path, recipe, monkeypa
         if kind == "over an old one" and not (data / "mine").exists():
             make(replace(recipe, append_eod=False), data)
             old = pair(data)
-        fatal = rng.randint(1, dry.count) if rng.random() < 0.7 else rng.randint(max(1, dry.count - 80), dry.count)
+        fatal = (
+            rng.randint(1, dry.count)
+            if rng.random() < 0.7
+            else rng.randint(max(1, dry.count - 80), dry.count)
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             child = os.fork()
@@ -306,7 +344,9 @@ def mirror(tmp_path) -> Path:
     (home / "data").mkdir(parents=True)
     for number in range(2):
         rows = [f"{number} {row}" for row in range(50)]
-        parquet.write_table(pyarrow.table({"text": rows}), home / "data" / f"train-0000{number}-of-00002.parquet")
+        parquet.write_table(
+            pyarrow.table({"text": rows}), home / "data" / f"train-0000{number}-of-00002.parquet"
+        )
     lines = "".join(json.dumps({"content": f"7 {row}"}) + "\n" for row in range(30)).encode()
     (home / "part_1.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(lines))
     (home / "README.md").write_text("---\nlicense: mit\n---\n# Texts\n")
@@ -315,9 +355,13 @@ def mirror(tmp_path) -> Path:
 
 def test_a_hub_shaped_folder_is_read_as_the_hub_is(tmp_path, mirror):
     hub = Hub(repository="someone/texts", revision="main", files="data/train-*.parquet")
-    manifest, said = make(Recipe("mine", hub, tokenizer="null:100"), tmp_path / "data", mirror=mirror)
+    manifest, said = make(
+        Recipe("mine", hub, tokenizer="null:100"), tmp_path / "data", mirror=mirror
+    )
     assert manifest.counted.documents == 100
-    assert [file.name for file in manifest.source.files] == [f"data/train-0000{n}-of-00002.parquet" for n in range(2)]
+    assert [file.name for file in manifest.source.files] == [
+        f"data/train-0000{n}-of-00002.parquet" for n in range(2)
+    ]
     assert (manifest.source.kind, manifest.source.asked["repository"]) == ("hub", "someone/texts")
     assert said[-1] == "someone/texts: data/train-00001-of-00002.parquet (2 of 2)"
     packed = Hub(repository="someone/texts", revision="main", files="part_*.jsonl.zst")
@@ -330,7 +374,9 @@ def test_no_more_files_are_brought_than_the_limit_needs(tmp_path, mirror):
     limited = Recipe("mine", hub, Layout(limit=50), tokenizer="null:100")
     manifest, _ = make(limited, tmp_path / "data", mirror=mirror)
     assert (manifest.counted.documents, len(manifest.source.files)) == (50, 1)
-    manifest, _ = make(replace(limited, layout=Layout(limit=51)), tmp_path / "data", mirror=mirror, force=True)
+    manifest, _ = make(
+        replace(limited, layout=Layout(limit=51)), tmp_path / "data", mirror=mirror, force=True
+    )
     assert (manifest.counted.documents, len(manifest.source.files)) == (51, 2)
 
 
@@ -339,14 +385,25 @@ def test_a_hub_that_is_not_there_is_named_with_a_way_out(tmp_path, mirror, monke
     recipe = Recipe("mine", hub, tokenizer="null:100")
     with pytest.raises(UserError, match=r"there is no someone/texts/ in it"):
         make(recipe, tmp_path / "data", mirror=tmp_path)
-    with pytest.raises(UserError, match=r"nothing\*.parquet of someone/texts at main: .*(no such|No .*) ?files"):
+    with pytest.raises(
+        UserError, match=r"nothing\*.parquet of someone/texts at main: .*(no such|No .*) ?files"
+    ):
         none = hub.model_copy(update={"files": "nothing*.parquet"})
         make(replace(recipe, source=none), tmp_path / "data", mirror=mirror)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    for proxy in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
+    for proxy in (
+        "HTTP_PROXY",
+        "HTTPS_PROXY",
+        "ALL_PROXY",
+        "http_proxy",
+        "https_proxy",
+        "all_proxy",
+    ):
         monkeypatch.delenv(proxy, raising=False)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    with pytest.raises(UserError, match=r"(?s)127.0.0.1 cannot be reached.*accept its conditions.*HUB=<folder>"):
+    with pytest.raises(
+        UserError, match=r"(?s)127.0.0.1 cannot be reached.*accept its conditions.*HUB=<folder>"
+    ):
         make(recipe, tmp_path / "data")
 
 
@@ -354,14 +411,26 @@ def test_a_hub_that_is_not_there_is_named_with_a_way_out(tmp_path, mirror, monke
     ({}, ("huggingface.co", 443)), ({"HF_ENDPOINT": "http://mirror"}, ("mirror", 80)),
     ({"HF_ENDPOINT": "https://mirror:8443"}, ("mirror", 8443)), ({"HF_HUB_OFFLINE": "1"}, None), ({"ALL_PROXY": "http://p"}, None),
 ])  # fmt: skip
-def test_the_hub_is_asked_for_first_unless_a_proxy_or_a_cache_stands_between(monkeypatch, environment, asked):
+def test_the_hub_is_asked_for_first_unless_a_proxy_or_a_cache_stands_between(
+    monkeypatch, environment, asked
+):
     for name in list(os.environ):
-        if name.upper() in ("HF_ENDPOINT", "HF_HUB_OFFLINE", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        if name.upper() in (
+            "HF_ENDPOINT",
+            "HF_HUB_OFFLINE",
+            "HTTP_PROXY",
+            "HTTPS_PROXY",
+            "ALL_PROXY",
+        ):
             monkeypatch.delenv(name)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     places = []
-    monkeypatch.setattr(sources.socket, "create_connection", lambda place, timeout: places.append(place) or contextlib.nullcontext())
+    monkeypatch.setattr(
+        sources.socket,
+        "create_connection",
+        lambda place, timeout: places.append(place) or contextlib.nullcontext(),
+    )
     sources._reach_hub(Hub(repository="someone/texts", revision="main", files="*.parquet"))
     assert places == ([asked] if asked else [])
 
@@ -372,7 +441,9 @@ def test_text_made_here_is_prepared_cleaned_and_stays_the_same(tmp_path):
     from harness.data.sources import definition
 
     known = prepare.recipe_of(definition("synthetic-sv"))
-    recipe = replace(known, source=known.source.model_copy(update={"size_mb": 2}), tokenizer="null:100")
+    recipe = replace(
+        known, source=known.source.model_copy(update={"size_mb": 2}), tokenizer="null:100"
+    )
     with pytest.raises(UserError, match="no ids"):
         make(recipe, tmp_path / "data")
     home = Path(prepare.ROOT) / "data" / "tokenizers"
@@ -391,7 +462,9 @@ def test_a_replacement_goes_on_where_it_was_interrupted(tmp_path, recipe, monkey
     data = tmp_path / "data"
     make(replace(recipe, append_eod=False), data)
     old = pair(data)
-    monkeypatch.setattr(prepare._Preparation, "_publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        prepare._Preparation, "_publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
         make(recipe, data, force=True)
     assert pair(data) == old
@@ -405,8 +478,10 @@ def test_text_that_is_nothing_but_empty_documents_is_refused(tmp_path, recipe):
     from harness.data.chat.byte_tokenizer import byte_folder
 
     (tmp_path / "in.jsonl").write_text('{"text": ""}\n' * 3)
-    for tokenizer, said in ((str(byte_folder(tmp_path)), "no text to train on: 3 documents, and all of them are empty"),
-                            ("null:100", "no document in .*: 3 no ids")):
+    for tokenizer, said in (
+        (str(byte_folder(tmp_path)), "no text to train on: 3 documents, and all of them are empty"),
+        ("null:100", "no document in .*: 3 no ids"),
+    ):
         with pytest.raises(UserError, match=said):
             make(replace(recipe, tokenizer=tokenizer), tmp_path / "data")
         assert not (tmp_path / "data" / "mine").exists()
@@ -414,7 +489,10 @@ def test_text_that_is_nothing_but_empty_documents_is_refused(tmp_path, recipe):
 
 def test_rules_that_drop_everything_are_named_with_what_they_dropped(tmp_path, recipe):
     (tmp_path / "rules.yaml").write_text(RULES.replace("min_characters: 4", "min_characters: 9000"))
-    with pytest.raises(UserError, match=r"rules.yaml dropped all 600 documents: 600 length\n.*dropped/ shows which and why"):
+    with pytest.raises(
+        UserError,
+        match=r"rules.yaml dropped all 600 documents: 600 length\n.*dropped/ shows which and why",
+    ):
         make(replace(recipe, rules=tmp_path / "rules.yaml"), tmp_path / "data")
     assert data_sets.prepared(tmp_path / "data") == ()
 
@@ -431,6 +509,8 @@ def test_files_of_others_in_the_folder_of_a_data_set_stay(tmp_path, recipe):
     kept = tmp_path / "data" / "other" / "tokenizer" / "tokenizer.json"
     kept.parent.mkdir(parents=True)
     kept.write_text("{}")
-    with pytest.raises(UserError, match=r"NAME=other is prepared already, .*other/tokenizer is there"):
+    with pytest.raises(
+        UserError, match=r"NAME=other is prepared already, .*other/tokenizer is there"
+    ):
         make(replace(recipe, name="other"), tmp_path / "data")
     assert kept.read_text() == "{}"

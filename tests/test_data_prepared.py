@@ -27,8 +27,12 @@ def made(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("made")
     rng = random.Random(0)
     for name in ("a", "b"):
-        rows = [" ".join(str(rng.randrange(98)) for _ in range(rng.randint(1, 60))) for _ in range(200)]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+        rows = [
+            " ".join(str(rng.randrange(98)) for _ in range(rng.randint(1, 60))) for _ in range(200)
+        ]
+        (folder / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"text": row}) + "\n" for row in rows)
+        )
         recipe = Recipe(name, str(folder / f"{name}.jsonl"), tokenizer="null:100")
         prepare.prepare(recipe, Means(folder=folder / "data"))
     return folder / "data"
@@ -46,13 +50,22 @@ def cut(path: Path, size: int) -> None:
 
 SPOILED = {
     "bin cut": (lambda p: cut(bin_path(p), -2), "cut short"),
-    "bin longer": (lambda p: bin_path(p).write_bytes(bin_path(p).read_bytes() + b"ab"), "something follows"),
+    "bin longer": (
+        lambda p: bin_path(p).write_bytes(bin_path(p).read_bytes() + b"ab"),
+        "something follows",
+    ),
     "bin gone": (lambda p: bin_path(p).unlink(), "No such file"),
     "idx cut": (lambda p: cut(idx_path(p), -8), "cut short"),
     "idx empty": (lambda p: idx_path(p).write_bytes(b""), "is empty"),
-    "idx of something else": (lambda p: idx_path(p).write_bytes(b"PK\x03\x04" * 30), "does not begin with"),
+    "idx of something else": (
+        lambda p: idx_path(p).write_bytes(b"PK\x03\x04" * 30),
+        "does not begin with",
+    ),
     "an older pair": (lambda p: shutil.copy(idx_path(p), p.parent / "kept"), None),
-    "manifest": (lambda p: (p.parent / "manifest.json").write_text("{}"), "manifest.json is damaged"),
+    "manifest": (
+        lambda p: (p.parent / "manifest.json").write_text("{}"),
+        "manifest.json is damaged",
+    ),
 }
 
 
@@ -71,7 +84,9 @@ def test_a_damaged_set_is_refused_with_a_reason_and_a_way_out(data, kind):
 
 def test_a_pair_that_its_manifest_does_not_know_is_refused(data):
     for ending in ("bin", "idx"):
-        shutil.copy(data / "b" / f"b_text_document.{ending}", data / "a" / f"a_text_document.{ending}")
+        shutil.copy(
+            data / "b" / f"b_text_document.{ending}", data / "a" / f"a_text_document.{ending}"
+        )
     with pytest.raises(UserError, match=r"its manifest says"):
         data_sets.find("a", data)
 
@@ -84,7 +99,11 @@ def test_a_changed_tokenizer_is_noticed(data):
     content["tokenizer"] |= {"type": "HuggingFaceTokenizer", "sha256": sha256}
     (data / "a" / "manifest.json").write_text(json.dumps(content))
     found = data_sets.find("a", data)
-    assert (found.tokenizer_type, found.tokenizer_model, found.vocab_size) == ("HuggingFaceTokenizer", home, 100)
+    assert (found.tokenizer_type, found.tokenizer_model, found.vocab_size) == (
+        "HuggingFaceTokenizer",
+        home,
+        100,
+    )
     (home / "tokenizer.json").write_text('{"model": {"merges": ["a b"]}}')
     with pytest.raises(UserError, match=r"tokenizer .* changed since it made the tokens"):
         data_sets.find("a", data)
@@ -99,9 +118,20 @@ def test_a_set_made_elsewhere_needs_no_manifest(data):
         data_sets.find("a", data)
     description = data / "a" / "tokenizer" / "tokenizer.json"
     for vocabulary in ({"x": 0, "y": 1, "<s>": 2}, [["x", -1.0], ["y", -2.0], ["<s>", 0.0]]):
-        description.write_text(json.dumps({"model": {"vocab": vocabulary}, "added_tokens": [{"content": "<s>"}, {"content": "</s>"}]}))
+        description.write_text(
+            json.dumps(
+                {
+                    "model": {"vocab": vocabulary},
+                    "added_tokens": [{"content": "<s>"}, {"content": "</s>"}],
+                }
+            )
+        )
         found = data_sets.find("a", data)
-        assert (found.documents, found.vocab_size, found.tokenizer_type) == (200, 4, "HuggingFaceTokenizer")
+        assert (found.documents, found.vocab_size, found.tokenizer_type) == (
+            200,
+            4,
+            "HuggingFaceTokenizer",
+        )
     for damaged in ("{", "{}", '{"model": {"vocab": 3}}'):
         description.write_text(damaged)
         with pytest.raises(UserError, match=r"tokenizer.json is damaged, or of a kind"):
@@ -125,14 +155,26 @@ def test_a_single_set_is_upstreams_single_path(made):
 @pytest.mark.parametrize("typed", ["a:0.7 b:0.3", "a:0.7,b:0.3", " a:0.7 ,  b:0.3 "])
 def test_a_blend_is_weights_and_paths(made, typed):
     mixed = data_sets.blend(typed, made)
-    assert mixed.data_path == ("0.7", str(made / "a" / "a_text_document"), "0.3", str(made / "b" / "b_text_document"))
+    assert mixed.data_path == (
+        "0.7",
+        str(made / "a" / "a_text_document"),
+        "0.3",
+        str(made / "b" / "b_text_document"),
+    )
     assert mixed.cache != data_sets.blend("b:0.3 a:0.7", made).cache
 
 
 BAD_BLENDS = {
-    "a b": "weight above 0", "a:0.7 b": "weight above 0", "a:x": "weight above 0", "a:0": "weight above 0",
-    "a:-1": "weight above 0", "a:inf": "weight above 0", "a:nan": "weight above 0", "": "names no data set",
-    "a:1 mock:1": "cannot be blended", "a:1 c:1": "DATA=c is not prepared",
+    "a b": "weight above 0",
+    "a:0.7 b": "weight above 0",
+    "a:x": "weight above 0",
+    "a:0": "weight above 0",
+    "a:-1": "weight above 0",
+    "a:inf": "weight above 0",
+    "a:nan": "weight above 0",
+    "": "names no data set",
+    "a:1 mock:1": "cannot be blended",
+    "a:1 c:1": "DATA=c is not prepared",
 }
 
 
@@ -145,14 +187,19 @@ def test_a_wrong_blend_is_refused(made, typed):
 def test_sets_of_different_tokenizers_do_not_mix(data, tmp_path):
     (tmp_path / "c.jsonl").write_text('{"text": "1 2"}\n')
     prepare.prepare(Recipe("c", str(tmp_path / "c.jsonl"), tokenizer="null:50"), Means(folder=data))
-    with pytest.raises(UserError, match=r"a and c were made by different tokenizers\nprepare c again with TOKENIZER=.*/a/tokenizer$"):
+    with pytest.raises(
+        UserError,
+        match=r"a and c were made by different tokenizers\nprepare c again with TOKENIZER=.*/a/tokenizer$",
+    ):
         data_sets.blend("a:1 b:1 c:1", data)
 
 
 def test_the_cache_moves_when_the_content_changes(data, tmp_path):
     before = data_sets.blend("a", data).cache
     (tmp_path / "a.jsonl").write_text('{"text": "1 2"}\n')
-    prepare.prepare(Recipe("a", str(tmp_path / "a.jsonl"), tokenizer="null:100"), Means(folder=data, force=True))
+    prepare.prepare(
+        Recipe("a", str(tmp_path / "a.jsonl"), tokenizer="null:100"), Means(folder=data, force=True)
+    )
     assert data_sets.blend("a", data).cache != before
 
 
@@ -167,7 +214,9 @@ def test_a_split_has_bounds_as_upstream_has_them():
 
 def test_a_split_that_gets_nothing_is_refused_before_upstream_hangs(made):
     single = data_sets.blend("a", made)
-    with pytest.raises(UserError, match="of its 200 sequences the split 949,50,1 leaves none for test"):
+    with pytest.raises(
+        UserError, match="of its 200 sequences the split 949,50,1 leaves none for test"
+    ):
         check_split(single, "949,50,1")
     check_split(single, "90,9,1")
     check_split(single, "100,0,0")
@@ -238,7 +287,18 @@ def test_joined_conversations_are_conversations(data):
     for name, answers in (("a", 30), ("b", 12)):
         file = data / name / "manifest.json"
         manifest = json.loads(file.read_text())
-        file.write_text(json.dumps({**manifest, "chat": {"template": "simple", "template_sha256": "x", "answer_tokens": answers}}))
+        file.write_text(
+            json.dumps(
+                {
+                    **manifest,
+                    "chat": {
+                        "template": "simple",
+                        "template_sha256": "x",
+                        "answer_tokens": answers,
+                    },
+                }
+            )
+        )
     assert merge(["a", "b"], "all", data).chat.answer_tokens == 42
     assert data_sets.find("all", data).chat
 
@@ -249,7 +309,15 @@ def findings(data: Path, name: str = "a") -> dict[str, check.Finding]:
 
 def test_a_good_set_is_right_in_everything(made):
     seen = findings(made)
-    assert list(seen) == ["manifest", "index", "counts", ".idx checksum", "tokenizer", "tokens", ".bin checksum"]
+    assert list(seen) == [
+        "manifest",
+        "index",
+        "counts",
+        ".idx checksum",
+        "tokenizer",
+        "tokens",
+        ".bin checksum",
+    ]
     assert all(finding.right for finding in seen.values())
 
 
@@ -258,7 +326,10 @@ def test_a_check_finds_what_the_cheap_look_does_not(data):
     content = bytearray(bin_path(prefix).read_bytes())
     content[10:12] = (97).to_bytes(2, "little")
     bin_path(prefix).write_bytes(content)
-    assert [f.what for f in findings(data).values() if not f.right] in ([".bin checksum"], ["tokens"])
+    assert [f.what for f in findings(data).values() if not f.right] in (
+        [".bin checksum"],
+        ["tokens"],
+    )
     content[10:12] = (100).to_bytes(2, "little")
     bin_path(prefix).write_bytes(content)
     assert data_sets.find("a", data)
@@ -269,7 +340,9 @@ def test_a_check_finds_what_the_cheap_look_does_not(data):
     content[-2:] = (5).to_bytes(2, "little")
     content[10:12] = (1).to_bytes(2, "little")
     bin_path(prefix).write_bytes(content)
-    assert "document 199 ends with id 5, not with end-of-document 99" in findings(data)["tokens"].seen
+    assert (
+        "document 199 ends with id 5, not with end-of-document 99" in findings(data)["tokens"].seen
+    )
     index = bytearray(idx_path(prefix).read_bytes())
     index[34:38] = (10_000).to_bytes(4, "little")
     idx_path(prefix).write_bytes(index)
@@ -286,16 +359,30 @@ def test_an_inspection_counts_and_decodes(made):
     first = json.loads((made.parent / "a.jsonl").read_text().splitlines()[0])["text"]
     assert [sample.document for sample in seen.samples] == [0, 50, 100, 150]
     assert seen.samples[0].text == f"{first} 99"
-    assert look.measure(seen.chosen.documents * [1] and __import__("numpy").array([0, 1, 2, 3, 9])).bars == (
-        (1, 2), (2, 1), (4, 1), (8, 0), (16, 1),
+    assert look.measure(
+        seen.chosen.documents * [1] and __import__("numpy").array([0, 1, 2, 3, 9])
+    ).bars == (
+        (1, 2),
+        (2, 1),
+        (4, 1),
+        (8, 0),
+        (16, 1),
     )
 
 
 def test_the_commands_print_what_they_found(made, monkeypatch, capsys):
     for module in (data_sets, commands, look, check):
         monkeypatch.setattr(module, "DATA", made)
-    for function in (data_sets.prepared, data_sets.find, data_sets.blend, look.inspect, check.check):
-        defaults = [made if value == data_sets.ROOT / "data" else value for value in function.__defaults__]
+    for function in (
+        data_sets.prepared,
+        data_sets.find,
+        data_sets.blend,
+        look.inspect,
+        check.check,
+    ):
+        defaults = [
+            made if value == data_sets.ROOT / "data" else value for value in function.__defaults__
+        ]
         monkeypatch.setattr(function, "__defaults__", tuple(defaults))
     assert commands.list_sets([]) == 0
     shown = capsys.readouterr().out
@@ -335,12 +422,21 @@ def test_wrong_settings_are_named(tmp_path):
 
 
 def test_files_are_found_by_name_folder_and_pattern(tmp_path):
-    for name in ("b.jsonl", "a.jsonl.gz", "sub/c.txt", "sub/d.parquet", "notes.md", ".hidden.jsonl"):
+    for name in (
+        "b.jsonl",
+        "a.jsonl.gz",
+        "sub/c.txt",
+        "sub/d.parquet",
+        "notes.md",
+        ".hidden.jsonl",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     names = lambda wanted: [file.path.name for file in sources.local_files(wanted)]  # noqa: E731
     assert names(str(tmp_path)) == ["a.jsonl.gz", "b.jsonl", "c.txt", "d.parquet"]
-    assert names(f"{tmp_path}/*.jsonl") == [".hidden.jsonl", "b.jsonl"] or names(f"{tmp_path}/*.jsonl") == ["b.jsonl"]
+    assert names(f"{tmp_path}/*.jsonl") == [".hidden.jsonl", "b.jsonl"] or names(
+        f"{tmp_path}/*.jsonl"
+    ) == ["b.jsonl"]
     assert names(f"{tmp_path}/sub {tmp_path}/b.jsonl") == ["c.txt", "d.parquet", "b.jsonl"]
     assert names(f"{tmp_path}/**/*.txt") == ["c.txt"] == names(f"{tmp_path}/*/c.*")
     (tmp_path / "e.txt").mkdir()
@@ -353,7 +449,13 @@ def test_files_are_found_by_name_folder_and_pattern(tmp_path):
 
 def test_the_definitions_are_read_and_pin_what_can_be_pinned():
     known = sources.definitions()
-    assert {"openwebtext-10k", "tinystories-10k", "wikipedia-sv", "oscar-sv", "synthetic"} <= known.keys()
+    assert {
+        "openwebtext-10k",
+        "tinystories-10k",
+        "wikipedia-sv",
+        "oscar-sv",
+        "synthetic",
+    } <= known.keys()
     assert known["tinystories-10k"].limit == known["openwebtext-10k"].limit == 10_000
     for name in ("tinystories-10k", "wikipedia-sv"):
         assert len(known[name].hub.revision) == 40
@@ -419,7 +521,12 @@ def test_progress_is_one_line_on_a_terminal_and_few_in_a_pipe(monkeypatch):
 
 def test_amounts_and_times_are_short():
     assert [amount(n) for n in (0, 999, 1000, 12_345_678, 999_600, 5e13)] == [
-        "0 B", "999 B", "1 kB", "12.3 MB", "1 MB", "50 TB",
+        "0 B",
+        "999 B",
+        "1 kB",
+        "12.3 MB",
+        "1 MB",
+        "50 TB",
     ]
     assert amount(7_350_000, "") == "7.35 M"
     assert [duration(s) for s in (0.4, 59, 185, 7800)] == ["0 s", "59 s", "3:05 min", "2:10 h"]

@@ -39,7 +39,9 @@ def test_any_part_is_the_same_by_itself():
 def test_labels_are_true():
     corpus = Corpus(3, MESS)
     found = list(corpus.lines(0, 3000))
-    of_kind = {defect: [label for _, label in found if label.defect == defect] for defect in DEFECTS}
+    of_kind = {
+        defect: [label for _, label in found if label.defect == defect] for defect in DEFECTS
+    }
     assert all(len(of_one) > 100 for of_one in of_kind.values())
     assert all(label.language == "sv" for of_one in of_kind.values() for label in of_one)
 
@@ -51,16 +53,26 @@ def test_labels_are_true():
 
     for label in of_kind["exact-duplicate"]:
         source = found[label.source][1]
-        assert (source.defect, source.language, source.document < label.document) == (None, "sv", True)
+        assert (source.defect, source.language, source.document < label.document) == (
+            None,
+            "sv",
+            True,
+        )
         assert found[label.document][0] == found[label.source][0]
     for label in of_kind["near-duplicate"]:
         one, other = text(label).split(), json.loads(found[label.source][0])["text"].split()
-        assert 0 <= sum(a != b for a, b in zip(one, other, strict=True)) <= max(1, round(label.share * len(one)))
+        assert (
+            0
+            <= sum(a != b for a, b in zip(one, other, strict=True))
+            <= max(1, round(label.share * len(one)))
+        )
     for label in of_kind["nfd"]:
         assert not unicodedata.is_normalized("NFC", text(label))
         assert unicodedata.normalize("NFC", text(label)) == before(label)
     for label in of_kind["control"]:
-        rest = "".join(c for c in text(label) if unicodedata.category(c) not in ("Cc", "Cf") or c == "\n")
+        rest = "".join(
+            c for c in text(label) if unicodedata.category(c) not in ("Cc", "Cf") or c == "\n"
+        )
         assert rest == before(label)
     for label in of_kind["mojibake"]:
         assert "Ã" in text(label)
@@ -81,7 +93,9 @@ def test_labels_are_true():
 
 def test_mixture_is_as_asked():
     counts = Counter(label.language for _, label in Corpus(5, PLAIN).lines(0, 5000))
-    assert {language: number / 50 for language, number in counts.items()} == pytest.approx(PLAIN.languages, abs=2)
+    assert {language: number / 50 for language, number in counts.items()} == pytest.approx(
+        PLAIN.languages, abs=2
+    )
 
 
 def test_every_language_can_be_the_main_one():
@@ -106,7 +120,9 @@ def test_files_do_not_depend_on_processes_or_interruptions(tmp_path, monkeypatch
     monkeypatch.setattr("harness.data.synthetic.files.DOCUMENTS_PER_SHARD", 100)
 
     def files(folder):
-        return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+        return {
+            p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+        }
 
     def stop(what, done, total):
         if done > 300_000:
@@ -159,7 +175,9 @@ def test_wrong_size(tmp_path):
 
 def test_words_can_be_foretold():
     """A word is worth far fewer bits after the one before it than alone: what a model learns first."""
-    text = " ".join(" ".join(Corpus(0, Mixture({"sv": 1})).texts(range(4000))).lower().split()).split()
+    text = " ".join(
+        " ".join(Corpus(0, Mixture({"sv": 1})).texts(range(4000))).lower().split()
+    ).split()
     train, held_out = text[: len(text) * 9 // 10], text[len(text) * 9 // 10 :]
     one, two = Counter(train), Counter(pairwise(train))
 

@@ -32,7 +32,13 @@ def null(size: int = 60000) -> Tokenizer:
     return find_tokenizer(f"null:{size}", Path())
 
 
-def job(*paths: Path, prefix: Path, tokenizer: Tokenizer | None = None, layout: Layout = TEXT, eod: bool = True) -> Job:
+def job(
+    *paths: Path,
+    prefix: Path,
+    tokenizer: Tokenizer | None = None,
+    layout: Layout = TEXT,
+    eod: bool = True,
+) -> Job:
     return Job(tuple(text_file(path) for path in paths), layout, tokenizer or null(), eod, prefix)
 
 
@@ -54,19 +60,24 @@ def corpus(path: Path, count: int = 2000, seed: int = 0, sentences: bool = False
                 text = [ids(rng) for _ in range(rng.randint(0, 4))]
             line = json.dumps({"text": text}).encode()
             if rng.random() < 0.02:
-                line = rng.choice([b"", b"no json", b'{"text": "x y"}', b'{"id": 3}', b'{"text": "\xff"}'])
+                line = rng.choice(
+                    [b"", b"no json", b'{"text": "x y"}', b'{"id": 3}', b'{"text": "\xff"}']
+                )
             file.write(line + b"\n")
     return path
 
 
-def expected(path: Path, prefix: Path, vocab_size: int = 60000, eod: bool = True) -> tuple[bytes, bytes]:
+def expected(
+    path: Path, prefix: Path, vocab_size: int = 60000, eod: bool = True
+) -> tuple[bytes, bytes]:
     """What upstream's encoder and builder make of the good lines, written down plainly."""
     tokens, lengths, ends = [], [], []
     for line in path.read_bytes().split(b"\n"):
         try:
             text = json.loads(line)["text"]
             sentences = [
-                [int(word) for word in part.split(" ")] for part in ([text] if isinstance(text, str) else text)
+                [int(word) for word in part.split(" ")]
+                for part in ([text] if isinstance(text, str) else text)
             ]
         except (ValueError, KeyError):
             continue
@@ -86,11 +97,15 @@ def expected(path: Path, prefix: Path, vocab_size: int = 60000, eod: bool = True
 @pytest.mark.parametrize("eod", [False, True])
 @pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize("vocab_size", [60000, 70000])
-def test_the_pair_is_what_a_plain_loop_writes(tmp_path, monkeypatch, sentences, eod, workers, vocab_size):
+def test_the_pair_is_what_a_plain_loop_writes(
+    tmp_path, monkeypatch, sentences, eod, workers, vocab_size
+):
     monkeypatch.setattr(documents, "BLOCK_BYTES", 5000)
     path = corpus(tmp_path / "x.jsonl", sentences=sentences)
     wanted = expected(path, tmp_path / "plain", vocab_size, eod)
-    done = tokenize.tokenize(job(path, prefix=tmp_path / "x", tokenizer=null(vocab_size), eod=eod), workers=workers)
+    done = tokenize.tokenize(
+        job(path, prefix=tmp_path / "x", tokenizer=null(vocab_size), eod=eod), workers=workers
+    )
     assert pair(tmp_path / "x") == wanted
     index = indexed.check_pair(tmp_path / "x")
     assert (done.counts.documents, done.counts.tokens) == (index.documents, index.tokens)
@@ -149,7 +164,11 @@ def test_a_run_goes_on_from_what_was_noted(tmp_path, monkeypatch, seed):
     assert pair(tmp_path / "x") == wanted
     monkeypatch.undo()
     fresh = tokenize.tokenize(job(path, prefix=tmp_path / "y"))
-    assert (done.counts, done.pair, done.source_sha256) == (fresh.counts, fresh.pair, fresh.source_sha256)
+    assert (done.counts, done.pair, done.source_sha256) == (
+        fresh.counts,
+        fresh.pair,
+        fresh.source_sha256,
+    )
 
 
 @pytest.mark.parametrize("change", ["input", "tokenizer", "layout", "eod", "parts", "state"])
@@ -218,7 +237,9 @@ def test_an_input_that_changes_meanwhile_is_refused(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["x.jsonl"]
 
 
-@pytest.mark.parametrize(("content", "found"), [(b"", "nothing at all"), (b"no json\n\n", "1 no JSON, 1 blank")])
+@pytest.mark.parametrize(
+    ("content", "found"), [(b"", "nothing at all"), (b"no json\n\n", "1 no JSON, 1 blank")]
+)
 def test_a_source_without_documents_is_refused(tmp_path, content, found):
     (tmp_path / "x.jsonl").write_bytes(content)
     with pytest.raises(UserError, match=f"no document in .*x.jsonl: {found}"):
@@ -279,7 +300,11 @@ done = tokenize(Job(files, Layout(), gpt2, True, Path({str(tmp_path / "x")!r})),
 print(done.counts.skipped, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
 """
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=home.parents[1], capture_output=True, text=True, check=True
+        [sys.executable, "-c", script],
+        cwd=home.parents[1],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     skipped, mib = done.stdout.rsplit(" ", 1)
     assert skipped == "{'too long': 1}"
@@ -298,13 +323,25 @@ def test_the_pair_is_what_upstreams_encoder_and_builder_make(tmp_path, monkeypat
     path = tmp_path / "x.jsonl"
     rows = [ids(rng) for _ in range(500)]
     if sentences:
-        rows = [[ids(rng) for _ in range(rng.randint(0, 4))] if rng.random() < 0.4 else row for row in rows]
+        rows = [
+            [ids(rng) for _ in range(rng.randint(0, 4))] if rng.random() < 0.4 else row
+            for row in rows
+        ]
     path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
-    upstream = MegatronTokenizer.from_pretrained(metadata_path={"library": "null-text"}, vocab_size=60000)
-    builder = IndexedDatasetBuilder(str(tmp_path / "up.bin"), dtype=DType.optimal_dtype(upstream.vocab_size))
+    upstream = MegatronTokenizer.from_pretrained(
+        metadata_path={"library": "null-text"}, vocab_size=60000
+    )
+    builder = IndexedDatasetBuilder(
+        str(tmp_path / "up.bin"), dtype=DType.optimal_dtype(upstream.vocab_size)
+    )
     for row in rows:
-        parts = [upstream.tokenize(sentence) for sentence in ([row] if isinstance(row, str) else row)]
-        tokens, lengths = list(itertools.chain.from_iterable(parts)), [len(part) for part in parts if part]
+        parts = [
+            upstream.tokenize(sentence) for sentence in ([row] if isinstance(row, str) else row)
+        ]
+        tokens, lengths = (
+            list(itertools.chain.from_iterable(parts)),
+            [len(part) for part in parts if part],
+        )
         if tokens:
             tokens.append(upstream.eod)
             lengths[-1] += 1
@@ -322,13 +359,18 @@ def test_the_pair_is_what_upstreams_tool_writes(tmp_path, kind, eod):
 
     tree = locate()
     if tree is None:
-        pytest.skip("upstream's tools/preprocess_data.py is not here: git submodule update --init megatron-lm")
+        pytest.skip(
+            "upstream's tools/preprocess_data.py is not here: git submodule update --init megatron-lm"
+        )
     home = Path(tokenize.__file__).parents[2] / "data" / "tokenizers"
     path = tmp_path / "x.jsonl"
     rng = random.Random(5)
     if kind == "null":
         texts = [ids(rng) for _ in range(400)]
-        tokenizer, arguments = null(), ["--tokenizer-type", "NullTokenizer", "--vocab-size", "60000"]
+        tokenizer, arguments = (
+            null(),
+            ["--tokenizer-type", "NullTokenizer", "--vocab-size", "60000"],
+        )
     else:
         if not (home / "gpt2").is_dir():
             pytest.skip("GPT-2's vocabulary is not here: make data-… brings it")
@@ -336,8 +378,17 @@ def test_the_pair_is_what_upstreams_tool_writes(tmp_path, kind, eod):
 
         texts = list(hard_texts(["<|endoftext|>"]))[::7]
         tokenizer = find_tokenizer("gpt2", home)
-        arguments = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(home / "gpt2")]
-    path.write_text("".join(json.dumps({"text": text}, ensure_ascii=rng.random() < 0.5) + "\n" for text in texts))
+        arguments = [
+            "--tokenizer-type",
+            "HuggingFaceTokenizer",
+            "--tokenizer-model",
+            str(home / "gpt2"),
+        ]
+    path.write_text(
+        "".join(
+            json.dumps({"text": text}, ensure_ascii=rng.random() < 0.5) + "\n" for text in texts
+        )
+    )
     command = [
         sys.executable,
         "tools/preprocess_data.py",
@@ -350,7 +401,11 @@ def test_the_pair_is_what_upstreams_tool_writes(tmp_path, kind, eod):
     ]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(tree)}
     subprocess.run(
-        [*command, *arguments, *["--append-eod"][:eod]], cwd=tree, env=environment, check=True, capture_output=True
+        [*command, *arguments, *["--append-eod"][:eod]],
+        cwd=tree,
+        env=environment,
+        check=True,
+        capture_output=True,
     )
     tokenize.tokenize(job(path, prefix=tmp_path / "x", tokenizer=tokenizer, eod=eod))
     assert pair(tmp_path / "x") == pair(tmp_path / "up_text_document")

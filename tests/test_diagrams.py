@@ -58,4 +58,6 @@ def test_the_memory_of_a_record_is_drawn_whole(drawn: dict[str, str]) -> None:
 
 
 def test_without_records_the_formulas_are_drawn(tmp_path) -> None:
-    assert "in use" not in documents.drawings(Facts.load(tmp_path))["diagram-memory.svg"].replace("not in use", "")
+    assert "in use" not in documents.drawings(Facts.load(tmp_path))["diagram-memory.svg"].replace(
+        "not in use", ""
+    )

@@ -35,7 +35,10 @@ def ignored(patterns: str, path: str) -> bool:
         line = line.strip()
         if not line or line.startswith("#"):
             continue
-        exception, line = line.startswith("!"), os.path.normpath(line.removeprefix("!").strip()).lstrip("/")
+        exception, line = (
+            line.startswith("!"),
+            os.path.normpath(line.removeprefix("!").strip()).lstrip("/"),
+        )
         if any(re.fullmatch(expression(line), part) for part in above):
             out = not exception
     return out
@@ -45,47 +48,94 @@ def expression(pattern: str) -> str:
     """A pattern of .dockerignore as a regular expression: ``*`` stays within a folder, ``**`` does not."""
     parts = re.split(r"(\*\*/|\*\*|\*|\?|\[[^]]*\])", pattern)
     meaning = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    return "".join(meaning.get(part) or (part if part.startswith("[") else re.escape(part)) for part in parts)
+    return "".join(
+        meaning.get(part) or (part if part.startswith("[") else re.escape(part)) for part in parts
+    )
 
 
 def test_docker_drops_the_trailing_slash_of_a_pattern():
     assert ignored("data/*/", "data/datasets.yaml") and ignored("data/*/", "data/mine/a.bin")
     assert not ignored("data/*", "data2/a") and not ignored("*.yaml", "data/datasets.yaml")
-    assert ignored("*\n!data/*.yaml", "data/mine.bin") and not ignored("*\n!data/*.yaml", "data/mine.yaml")
+    assert ignored("*\n!data/*.yaml", "data/mine.bin") and not ignored(
+        "*\n!data/*.yaml", "data/mine.yaml"
+    )
     assert ignored("*\n!harness\n**/__pycache__", "harness/data/__pycache__/a.pyc")
 
 
 def tracked() -> list[str]:
-    return subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    return subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
 
 
-@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="which files are the checkout's is known to git alone")
+@pytest.mark.skipif(
+    not (ROOT / ".git").exists(), reason="which files are the checkout's is known to git alone"
+)
 def test_image_has_what_runs_read_and_nothing_else():
     patterns = (ROOT / ".dockerignore").read_text()
     files = tracked()
     inside = {path for path in files if not ignored(patterns, path)}
-    assert {"data/datasets.yaml", "data/rules-sv.yaml", "data/toy-chat.jsonl", "Makefile", "pyproject.toml", "LICENSE"} <= inside
+    assert {
+        "data/datasets.yaml",
+        "data/rules-sv.yaml",
+        "data/toy-chat.jsonl",
+        "Makefile",
+        "pyproject.toml",
+        "LICENSE",
+    } <= inside
     for folder in ("harness", "experiments", "scripts"):
         needed = {path for path in files if path.startswith(f"{folder}/")}
         assert needed and needed <= inside
-    assert {path.split("/")[0] for path in inside} <= {"LICENSE", "Makefile", "README.md", "data", "docker", "experiments",
-                                                       "harness", "megatron-lm", "pyproject.toml", "scripts"}
-    for private in ("data/mine/mine_text_document.bin", "data/mine/manifest.json", "weights/llama/model/__0_0.distcp", ".git",
-                    ".git/config", "outdir/101/result.json", ".venv/bin/python", ".venv-2/lib/a.py", ".gpu/x", ".env", "tests/test_cli.py",
-                    "megatron-lm/.git", "megatron-lm/tests/unit_tests/a.py", "harness/__pycache__/a.pyc", "id_rsa"):
+    assert {path.split("/")[0] for path in inside} <= {
+        "LICENSE",
+        "Makefile",
+        "README.md",
+        "data",
+        "docker",
+        "experiments",
+        "harness",
+        "megatron-lm",
+        "pyproject.toml",
+        "scripts",
+    }
+    for private in (
+        "data/mine/mine_text_document.bin",
+        "data/mine/manifest.json",
+        "weights/llama/model/__0_0.distcp",
+        ".git",
+        ".git/config",
+        "outdir/101/result.json",
+        ".venv/bin/python",
+        ".venv-2/lib/a.py",
+        ".gpu/x",
+        ".env",
+        "tests/test_cli.py",
+        "megatron-lm/.git",
+        "megatron-lm/tests/unit_tests/a.py",
+        "harness/__pycache__/a.pyc",
+        "id_rsa",
+    ):
         assert ignored(patterns, private), private
-    for upstream in ("megatron-lm/pretrain_gpt.py", "megatron-lm/megatron/core/datasets/helpers.cpp"):
+    for upstream in (
+        "megatron-lm/pretrain_gpt.py",
+        "megatron-lm/megatron/core/datasets/helpers.cpp",
+    ):
         assert not ignored(patterns, upstream)
 
 
 def test_base_is_pinned_by_digest():
     text = (ROOT / "docker/Dockerfile").read_text()
-    assert re.search(r"^ARG BASE=nvcr\.io/nvidia/pytorch:[\w.-]+@sha256:[0-9a-f]{64}$", text, re.MULTILINE)
+    assert re.search(
+        r"^ARG BASE=nvcr\.io/nvidia/pytorch:[\w.-]+@sha256:[0-9a-f]{64}$", text, re.MULTILINE
+    )
     assert re.findall(r"^FROM (.*)", text, re.MULTILINE) == ["${BASE}"]
 
 
 def test_image_does_not_run_as_root():
-    assert re.findall(r"^USER (.*)", (ROOT / "docker/Dockerfile").read_text(), re.MULTILINE)[-1] == "harness"
+    assert (
+        re.findall(r"^USER (.*)", (ROOT / "docker/Dockerfile").read_text(), re.MULTILINE)[-1]
+        == "harness"
+    )
 
 
 # Its packages.
@@ -95,9 +145,19 @@ def test_lock_has_what_is_pinned_in_the_same_versions():
     locked = packages.read_lock(packages.LOCK.read_text())
     versions = {name: stages.version(entry.split()[0]) for name, entry in locked.items()}
     pinned = {r for stage in packages.STAGES for r in stages.requirements(stage)}
-    assert {r for r in pinned if versions.get(stages.distribution(r)) != stages.version(r)} == set(), "docker/packages.py lock"
-    constraints = [line for line in (ROOT / "scripts/constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
-    stale = [line for line in constraints if versions.get(stages.distribution(line), stages.version(line)) != stages.version(line)]
+    assert {
+        r for r in pinned if versions.get(stages.distribution(r)) != stages.version(r)
+    } == set(), "docker/packages.py lock"
+    constraints = [
+        line
+        for line in (ROOT / "scripts/constraints.txt").read_text().splitlines()
+        if line and not line.startswith("#")
+    ]
+    stale = [
+        line
+        for line in constraints
+        if versions.get(stages.distribution(line), stages.version(line)) != stages.version(line)
+    ]
     assert stale == [], "docker/packages.py lock"
 
 
@@ -105,7 +165,9 @@ def test_lock_has_a_hash_for_every_package():
     for entry in packages.read_lock(packages.LOCK.read_text()).values():
         first, *hashes = [line.removesuffix(" \\").strip() for line in entry.strip().splitlines()]
         assert re.fullmatch(r"[a-z0-9-]+==[\w.]+( ; .*)?", first)
-        assert hashes and all(re.fullmatch(r"--hash=sha256:[0-9a-f]{64}", line) for line in hashes), first
+        assert hashes and all(
+            re.fullmatch(r"--hash=sha256:[0-9a-f]{64}", line) for line in hashes
+        ), first
 
 
 PYLOCK = """
@@ -143,7 +205,9 @@ def test_lock_takes_the_wheels_that_the_image_can_use():
 
 def test_lock_refuses_a_package_that_would_be_built():
     with pytest.raises(UserError, match="a-package 2 has no wheel for Linux"):
-        packages.render_lock(PYLOCK.replace("a_package-2-py3-none-any", "a_package-2-py3-none-win_amd64"))
+        packages.render_lock(
+            PYLOCK.replace("a_package-2-py3-none-any", "a_package-2-py3-none-win_amd64")
+        )
 
 
 @pytest.fixture
@@ -153,7 +217,9 @@ def base(monkeypatch, tmp_path):
 
     def pip(*words):
         asked.append(words)
-        files = {word: Path(words[n + 1]) for n, word in enumerate(words[:-1]) if word.startswith("--")}
+        files = {
+            word: Path(words[n + 1]) for n, word in enumerate(words[:-1]) if word.startswith("--")
+        }
         if "--report" in files:
             asked.append(files["--constraint"].read_text())
             chosen = [{"metadata": {"name": name}} for name in ("Einops", "typer")]
@@ -168,16 +234,25 @@ def base(monkeypatch, tmp_path):
     there = [Distribution("torch", "2.9.0a0+50eac811a6.nv25.09"), Distribution("Typer", "0.1")]
     monkeypatch.setattr(packages.metadata, "distributions", lambda: there)
     monkeypatch.setattr(packages, "pip", pip)
-    monkeypatch.setattr(packages.stages, "missing", lambda stage: ("einops==0.8.2",) if stage == "heavy" else ())
+    monkeypatch.setattr(
+        packages.stages, "missing", lambda stage: ("einops==0.8.2",) if stage == "heavy" else ()
+    )
     monkeypatch.setattr(packages.setup, "check", asked.append)
     monkeypatch.setattr(packages, "LOCK", tmp_path / "requirements.txt")
-    packages.LOCK.write_text("".join(f"{pin} \\\n    --hash=sha256:{n}\n" for n, pin in enumerate(("einops==0.8.2", "torch==2.11.0", "typer==0.29.2"))))
+    packages.LOCK.write_text(
+        "".join(
+            f"{pin} \\\n    --hash=sha256:{n}\n"
+            for n, pin in enumerate(("einops==0.8.2", "torch==2.11.0", "typer==0.29.2"))
+        )
+    )
     return asked
 
 
 def test_the_layer_of_packages_has_every_module_that_it_imports(tmp_path):
     before, _ = (ROOT / "docker" / "Dockerfile").read_text().split("RUN python3 docker/packages.py")
-    for *sources, folder in (line.split()[1:] for line in before.splitlines() if line.startswith("COPY ")):
+    for *sources, folder in (
+        line.split()[1:] for line in before.splitlines() if line.startswith("COPY ")
+    ):
         for source in sources:
             target = tmp_path / folder / (Path(source).name if (ROOT / source).is_file() else "")
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -193,7 +268,9 @@ def test_image_gets_what_it_lacks_by_hash_and_keeps_its_torch(base, capsys):
     assert lacking == "einops==0.8.2"
     assert constraints.splitlines() == ["einops==0.8.2", "torch==2.9.0a0+50eac811a6.nv25.09"]
     assert {"--no-deps", "--require-hashes"} <= set(installed)
-    assert chosen == "einops==0.8.2 \\\n    --hash=sha256:0\ntyper==0.29.2 \\\n    --hash=sha256:2\n"
+    assert (
+        chosen == "einops==0.8.2 \\\n    --hash=sha256:0\ntyper==0.29.2 \\\n    --hash=sha256:2\n"
+    )
     assert checked == list(packages.STAGES)
     assert "typer 0.1 is too old or too new" in capsys.readouterr().out
 
@@ -211,7 +288,7 @@ def test_image_takes_nothing_that_is_not_locked(base):
 @pytest.fixture
 def checkout(tmp_path):
     """A committed checkout with a filled submodule, and a docker and a podman that print the words they are asked to act on."""
-    tree = tmp_path / "a checkout, with: odd \"words\""
+    tree = tmp_path / 'a checkout, with: odd "words"'
     shutil.copytree(ROOT / "docker", tree / "docker")
     (tree / "megatron-lm").mkdir()
     (tree / "megatron-lm/pretrain_gpt.py").touch()
@@ -235,13 +312,24 @@ echo {name}; for word; do echo "$word"; done; exit ${{STATUS:-0}}
 
 
 def git(tree, *words):
-    return subprocess.run(["git", *words], cwd=tree, check=True, capture_output=True, text=True).stdout
+    return subprocess.run(
+        ["git", *words], cwd=tree, check=True, capture_output=True, text=True
+    ).stdout
 
 
 def call(checkout, script, *words, **environment):
-    environment = {"PATH": f"{checkout.parent}/bin:/usr/bin:/bin", "HOME": str(checkout.parent), **environment}
-    return subprocess.run([checkout / "docker" / script, *words], env=environment, capture_output=True, text=True,
-                          stdin=subprocess.DEVNULL)
+    environment = {
+        "PATH": f"{checkout.parent}/bin:/usr/bin:/bin",
+        "HOME": str(checkout.parent),
+        **environment,
+    }
+    return subprocess.run(
+        [checkout / "docker" / script, *words],
+        env=environment,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
 
 
 def words_of(said):
@@ -251,18 +339,39 @@ def words_of(said):
 
 def test_build_passes_the_base_and_the_commit(checkout):
     commit = git(checkout, "rev-parse", "HEAD").strip()
-    arguments = ["docker", "build", "--build-arg", f"COMMIT={commit}", "--build-arg", "UPSTREAM_COMMIT="]
+    arguments = [
+        "docker",
+        "build",
+        "--build-arg",
+        f"COMMIT={commit}",
+        "--build-arg",
+        "UPSTREAM_COMMIT=",
+    ]
     rest = ["--file", "docker/Dockerfile", "--tag", "megatron-harness", "--label", "a b", "."]
     assert words_of(call(checkout, "build.sh", "--label", "a b")) == arguments + rest
     (checkout / "docker/run.sh").write_text("changed")
     arguments[3] += " dirty"
     assert words_of(call(checkout, "build.sh", "--label", "a b", BASE="debian:13")) == [
-        *arguments, "--build-arg", "BASE=debian:13", *rest]
+        *arguments,
+        "--build-arg",
+        "BASE=debian:13",
+        *rest,
+    ]
 
 
 def test_build_names_upstreams_commit_where_it_is_a_checkout(checkout):
     git(checkout / "megatron-lm", "init", "--quiet")
-    git(checkout / "megatron-lm", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "--allow-empty", "--quiet", "--message=up")
+    git(
+        checkout / "megatron-lm",
+        "-c",
+        "user.name=a",
+        "-c",
+        "user.email=a@b",
+        "commit",
+        "--allow-empty",
+        "--quiet",
+        "--message=up",
+    )
     upstream = git(checkout / "megatron-lm", "rev-parse", "HEAD").strip()
     assert f"UPSTREAM_COMMIT={upstream}" in words_of(call(checkout, "build.sh"))
 
@@ -293,7 +402,10 @@ def test_run_mounts_what_runs_read_and_write_as_the_caller(checkout, tool):
 
 def test_run_lets_rdma_lock_memory(checkout):
     words = words_of(call(checkout, "run.sh"))
-    assert [words[n + 1] for n, word in enumerate(words) if word == "--ulimit"] == ["memlock=-1", "stack=67108864"]
+    assert [words[n + 1] for n, word in enumerate(words) if word == "--ulimit"] == [
+        "memlock=-1",
+        "stack=67108864",
+    ]
     assert words[-3:] == ["megatron-harness", "docker/forward.sh", "bash"]
 
 
@@ -325,7 +437,9 @@ def test_status_is_the_tools(checkout, script, environment):
 def test_without_docker(checkout, script):
     said = call(checkout, script, DOCKER="no-such-docker")
     assert said.returncode == 2
-    assert said.stderr.startswith("error: no no-such-docker here\ninstall Docker (https://docs.docker.com/engine/install), or podman")
+    assert said.stderr.startswith(
+        "error: no no-such-docker here\ninstall Docker (https://docs.docker.com/engine/install), or podman"
+    )
 
 
 @pytest.mark.parametrize("script", ["build.sh", "run.sh"])
@@ -342,7 +456,9 @@ def test_podman_where_only_that_is(checkout, script):
 def test_docker_without_its_service(checkout, script):
     said = call(checkout, script, DEAF="1")
     assert (said.returncode, said.stdout) == (2, "")
-    assert said.stderr.startswith("error: docker is installed, but does not answer: Cannot connect to the daemon\nstart its service")
+    assert said.stderr.startswith(
+        "error: docker is installed, but does not answer: Cannot connect to the daemon\nstart its service"
+    )
 
 
 def test_words_before_the_tool(checkout):
@@ -362,11 +478,15 @@ def test_run_without_an_image_says_how_to_build_it(checkout):
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_signals_reach_what_the_command_started(tmp_path, sent):
     """As make does, the shell waits for its child, which alone writes the file."""
-    child = "import pathlib, signal, sys, time; file = pathlib.Path(sys.argv[1])\n" \
-            "def end(number, _): file.write_text(str(number)); sys.exit(7)\n" \
-            "signal.signal(signal.SIGINT, end); signal.signal(signal.SIGTERM, end); file.with_name('up').touch(); time.sleep(60)"
+    child = (
+        "import pathlib, signal, sys, time; file = pathlib.Path(sys.argv[1])\n"
+        "def end(number, _): file.write_text(str(number)); sys.exit(7)\n"
+        "signal.signal(signal.SIGINT, end); signal.signal(signal.SIGTERM, end); file.with_name('up').touch(); time.sleep(60)"
+    )
     command = 'trap : INT TERM; python3 -c "$1" "$2"; exit $?'
-    with subprocess.Popen([ROOT / "docker/forward.sh", "bash", "-c", command, "bash", child, tmp_path / "got"]) as forward:
+    with subprocess.Popen(
+        [ROOT / "docker/forward.sh", "bash", "-c", command, "bash", child, tmp_path / "got"]
+    ) as forward:
         try:
             deadline = time.monotonic() + 60
             while not (tmp_path / "up").exists() and time.monotonic() < deadline:
@@ -391,7 +511,9 @@ def test_forward_passes_input_words_and_status():
 def test_image_is_built_and_trains_with_and_without_mounts(tmp_path):
     if os.geteuid() or not (shutil.which("buildah") and shutil.which("debootstrap")):
         pytest.skip("needs root, buildah and debootstrap")
-    said = subprocess.run([ROOT / "docker/prove.sh", tmp_path / "new" / "folder"], capture_output=True, text=True)
+    said = subprocess.run(
+        [ROOT / "docker/prove.sh", tmp_path / "new" / "folder"], capture_output=True, text=True
+    )
     assert said.returncode == 0, said.stdout + said.stderr
     assert said.stdout.endswith("== proven\n")
     assert re.search(r"make 101<tab>: 101-\S+$", said.stdout, re.MULTILINE)

@@ -17,7 +17,16 @@ def test_report_on_this_machine_imports_nothing_heavy():
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert said.stderr == ""
     assert said.stdout.splitlines()[-1] == "False"
-    for topic in ("Python", "stage light", "PyTorch", "Megatron-LM", "disk", "/dev/shm", "open files", "sbatch"):
+    for topic in (
+        "Python",
+        "stage light",
+        "PyTorch",
+        "Megatron-LM",
+        "disk",
+        "/dev/shm",
+        "open files",
+        "sbatch",
+    ):
         assert f"  {topic} " in said.stdout
     verdict = said.stdout.splitlines()[-2]
     assert verdict.startswith("Runs can start" if said.returncode == 0 else "Runs cannot start")
@@ -42,7 +51,9 @@ def test_torch_must_fit_the_device(found, on_gpu, driver, state, mend):
 
 
 def test_missing_on_the_gpu_means_runs_cannot_start(monkeypatch, capsys):
-    monkeypatch.setattr(gpus, "list_gpus", lambda: (gpus.Gpu(0, "NVIDIA H100 80GB HBM3", "GPU-1", 81559.0),))
+    monkeypatch.setattr(
+        gpus, "list_gpus", lambda: (gpus.Gpu(0, "NVIDIA H100 80GB HBM3", "GPU-1", 81559.0),)
+    )
     monkeypatch.setattr(gpus, "driver_versions", lambda: ("580.95", "13.0"))
     monkeypatch.setattr(gpus, "use", lambda: (gpus.Use(gpus.list_gpus()[0], 70.0),))
     monkeypatch.setattr(doctor, "package_version", lambda name: None)
@@ -61,7 +72,9 @@ def test_torch_is_read_from_its_files(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "torch", raising=False)
     assert doctor.installed_torch() == Torch("2.9.0a0+nv25.09", "13.0")
-    (tmp_path / "torch/version.py").write_text("__version__ = '2.11.0+cpu'\ncuda: Optional[str] = None\n")
+    (tmp_path / "torch/version.py").write_text(
+        "__version__ = '2.11.0+cpu'\ncuda: Optional[str] = None\n"
+    )
     assert doctor.installed_torch() == Torch("2.11.0+cpu", None)
 
 
@@ -82,7 +95,9 @@ def test_upstream_named_by_the_environment(tree):
     git = ["git", "-C", tree, "-c", "user.name=a", "-c", "user.email=a@b.c"]
     subprocess.run([*git, "init", "-q"], check=True)
     subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
-    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    head = subprocess.run(
+        [*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True
+    ).stdout.strip()
     finding = doctor.upstream()
     assert finding.state == "ok" and head in finding.text
 
@@ -97,7 +112,10 @@ def test_upstream_half_checked_out(tree):
 def test_links_and_amounts():
     assert doctor.nvlink(28, 28).state == "ok"
     assert doctor.nvlink(4, 28).state == "warn" and "4 of 28" in doctor.nvlink(4, 28).text
-    enough, short = (doctor.amount("/dev/shm", gib, 1, "NCCL uses it", "", "--ipc=host") for gib in (16.0, 0.0625))
+    enough, short = (
+        doctor.amount("/dev/shm", gib, 1, "NCCL uses it", "", "--ipc=host")
+        for gib in (16.0, 0.0625)
+    )
     assert (enough.state, short.state) == ("ok", "warn")
     assert short.mend == "--ipc=host"
 
@@ -127,10 +145,25 @@ def commands(tmp_path, monkeypatch):
     return folder
 
 
-@pytest.mark.parametrize("look, name, works, broken, why", [
-    (doctor.containers, "docker", "[[ $1 == info ]]", "echo Cannot connect to the Docker daemon. >&2; exit 1", "does not answer: Cannot connect to the Docker daemon."),
-    (doctor.compiler, "c++", "exec /bin/true", "echo vector: No such file >&2; exit 1", "does not compile: vector: No such file"),
-])
+@pytest.mark.parametrize(
+    "look, name, works, broken, why",
+    [
+        (
+            doctor.containers,
+            "docker",
+            "[[ $1 == info ]]",
+            "echo Cannot connect to the Docker daemon. >&2; exit 1",
+            "does not answer: Cannot connect to the Docker daemon.",
+        ),
+        (
+            doctor.compiler,
+            "c++",
+            "exec /bin/true",
+            "echo vector: No such file >&2; exit 1",
+            "does not compile: vector: No such file",
+        ),
+    ],
+)
 def test_what_is_ok_works(commands, look, name, works, broken, why):
     assert look().state == "note"
     tool(commands, name, works)
@@ -141,7 +174,9 @@ def test_what_is_ok_works(commands, look, name, works, broken, why):
 
 def test_a_container_tool_that_docker_names(commands, monkeypatch):
     tool(commands, "podman", "exit 0")
-    assert doctor.containers() == doctor.Finding("podman", "ok", f"{commands}/podman, and it answers")
+    assert doctor.containers() == doctor.Finding(
+        "podman", "ok", f"{commands}/podman, and it answers"
+    )
     tool(commands, "sudo", 'shift; [[ "$*" == info ]] && echo denied >&2; exit 1')
     monkeypatch.setenv("DOCKER", "sudo docker")
     assert doctor.containers().state == "warn" and "denied" in doctor.containers().text
@@ -168,7 +203,9 @@ def test_a_damaged_data_set_is_not_ok(monkeypatch):
 
     monkeypatch.setattr(doctor.prepared, "prepared", lambda: ("good", "torn"))
     monkeypatch.setattr(doctor.prepared, "find", find)
-    assert doctor.prepared_data() == doctor.Finding("data sets", "warn", "damaged: torn", "make data-check NAME=torn")
+    assert doctor.prepared_data() == doctor.Finding(
+        "data sets", "warn", "damaged: torn", "make data-check NAME=torn"
+    )
     monkeypatch.setattr(doctor.prepared, "prepared", lambda: ("good",))
     assert doctor.prepared_data().state == "ok"
 

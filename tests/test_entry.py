@@ -104,7 +104,10 @@ def ended(folder: Path, work: str) -> subprocess.CompletedProcess:
 )
 def test_a_failing_rank_ends_at_once_and_on_record(tmp_path, work, status, kind):
     # a thread that would never end, as a collective without its other ranks would
-    done = ended(tmp_path, f"import threading; threading.Thread(target=threading.Event().wait).start(); {work}")
+    done = ended(
+        tmp_path,
+        f"import threading; threading.Thread(target=threading.Event().wait).start(); {work}",
+    )
     assert done.returncode == status
     (error,) = RunDir(tmp_path).read_rank_errors()
     assert (error.rank, error.type, error.step) == (3, kind, 7)
@@ -123,7 +126,9 @@ def test_a_rank_that_is_done_leaves_no_error(tmp_path, work):
 def test_stacks_on_request(tmp_path):
     waits = "import time\ndef waits_for_the_others(): time.sleep(60)\nwaits_for_the_others()"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "RANK": "3", "HARNESS_DEVICE": "cpu"}
-    process = subprocess.Popen([sys.executable, "-c", ENDING, str(tmp_path), waits], env=environment)
+    process = subprocess.Popen(
+        [sys.executable, "-c", ENDING, str(tmp_path), waits], env=environment
+    )
     try:
         while not (ranks := RunDir(tmp_path).read_ranks()):
             time.sleep(0.02)
@@ -141,7 +146,9 @@ def test_stacks_on_request(tmp_path):
 def test_reports_are_rare_after_the_first_steps(tmp_path, monkeypatch):
     report = RankReport(RunDir(tmp_path))
     written = []
-    monkeypatch.setattr("harness.entry.report.write_json", lambda path, value: written.append(value["step"]))
+    monkeypatch.setattr(
+        "harness.entry.report.write_json", lambda path, value: written.append(value["step"])
+    )
     now = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     for step in range(1, 51):
@@ -210,12 +217,12 @@ def source(tmp_path):
 
 
 def test_the_helpers_are_compiled_once_a_node(compiler, source):
-    ask = (
-        f"from pathlib import Path; from harness.entry.build_helpers import compiled; print(compiled(Path({str(source)!r})))"
-    )
+    ask = f"from pathlib import Path; from harness.entry.build_helpers import compiled; print(compiled(Path({str(source)!r})))"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     ranks = [
-        subprocess.Popen([sys.executable, "-c", ask], env=environment, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", ask], env=environment, stdout=subprocess.PIPE, text=True
+        )
         for _ in range(4)
     ]
     (folder,) = {rank.communicate()[0].strip() for rank in ranks}

@@ -17,7 +17,9 @@ LORA, SFT, MOE = CATALOG.find("802"), CATALOG.find("801"), CATALOG.find("631")
 
 
 def line(*messages: tuple[str, str]) -> bytes:
-    return json.dumps({"messages": [{"role": role, "content": content} for role, content in messages]}).encode()
+    return json.dumps(
+        {"messages": [{"role": role, "content": content} for role, content in messages]}
+    ).encode()
 
 
 @pytest.mark.parametrize(
@@ -30,7 +32,10 @@ def line(*messages: tuple[str, str]) -> bytes:
         (b'{"messages": []}', "no messages"),
         (b'{"messages": [{"role": "user"}]}', "no messages"),
         (b'{"messages": [{"role": "user", "content": ["parts"]}]}', "no messages"),
-        (b'{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "b"}]}', "no messages"),
+        (
+            b'{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "b"}]}',
+            "no messages",
+        ),
         (line(("assistant", "hello")), "roles"),
         (line(("user", "a"), ("user", "b"), ("assistant", "c")), "roles"),
         (line(("user", "a"), ("system", "b"), ("assistant", "c")), "roles"),
@@ -62,7 +67,10 @@ def test_the_usual_shapes_of_a_conversation(found):
 
 
 def test_a_system_message_beside_sharegpts_conversation_comes_first():
-    found = {"system": "be brief", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
+    found = {
+        "system": "be brief",
+        "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}],
+    }
     assert read_messages(found) == [{"role": "system", "content": "be brief"}, QUESTION, ANSWER]
     found["conversations"].insert(0, {"from": "system", "value": "s"})
     assert read_messages(found)[0] == {"role": "system", "content": "s"}
@@ -82,7 +90,18 @@ def test_what_is_none_in_another_shape(found, rule):
     assert caught.value.rule == rule
 
 
-ITEMS = [{"messages": [QUESTION, ANSWER]}, 3, "}],[", None, [1, [2]], {"a": "åä 数 \u2028 \\ \""}, {}, {"long": "x" * 5000}, 12345, True]
+ITEMS = [
+    {"messages": [QUESTION, ANSWER]},
+    3,
+    "}],[",
+    None,
+    [1, [2]],
+    {"a": 'åä 数 \u2028 \\ "'},
+    {},
+    {"long": "x" * 5000},
+    12345,
+    True,
+]
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 64, 1 << 20])
@@ -96,7 +115,10 @@ def test_an_array_is_read_item_by_item(tmp_path, monkeypatch, written, chunk):
     monkeypatch.setattr(conversations, "_CHUNK_BYTES", chunk)
     (tmp_path / "chat.json").write_bytes(written())
     skipped = Skipped()
-    assert list(conversations_of(tmp_path / "chat.json", skipped)) == [*enumerate(ITEMS, 1)] and skipped.unit == "item"
+    assert (
+        list(conversations_of(tmp_path / "chat.json", skipped)) == [*enumerate(ITEMS, 1)]
+        and skipped.unit == "item"
+    )
     with gzip.open(tmp_path / "chat.json.gz", "wb") as packed:
         packed.write(written())
     assert len(list(conversations_of(tmp_path / "chat.json.gz", Skipped()))) == len(ITEMS)
@@ -119,7 +141,11 @@ def test_an_array_that_is_damaged_is_refused_with_the_place(tmp_path, damage, sa
 def test_lines_stay_lines(tmp_path):
     (tmp_path / "chat.jsonl").write_bytes(b'\xef\xbb\xbf{"a": 1}\n\n \n\xff\n{"b"')
     skipped = Skipped()
-    assert list(conversations_of(tmp_path / "chat.jsonl", skipped)) == [(1, b'{"a": 1}\n'), (4, b"\xff\n"), (5, b'{"b"')]
+    assert list(conversations_of(tmp_path / "chat.jsonl", skipped)) == [
+        (1, b'{"a": 1}\n'),
+        (4, b"\xff\n"),
+        (5, b'{"b"'),
+    ]
     assert skipped.unit == "line"
     (tmp_path / "chat.jsonl.gz").write_bytes(b"no gzip")
     for path in (tmp_path, tmp_path / "missing.jsonl", tmp_path / "chat.jsonl.gz"):
@@ -129,7 +155,10 @@ def test_lines_stay_lines(tmp_path):
 
 def test_more_keys_are_left_out():
     raw = b'{"id": 7, "messages": [{"role": "user", "content": "a", "name": "x"}, {"role": "assistant", "content": "b"}]}'
-    assert read_messages(raw) == [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert read_messages(raw) == [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+    ]
 
 
 def brackets(messages, answer: bool) -> str:
@@ -137,7 +166,9 @@ def brackets(messages, answer: bool) -> str:
 
 
 def test_answers_begin_behind_their_header_and_end_with_the_turn():
-    messages = read_messages(line(("system", "s"), ("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b")))
+    messages = read_messages(
+        line(("system", "s"), ("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b"))
+    )
     found = spans(messages, brackets)
     assert found == ["<system>s</><user>q</><assistant>", "a</>", "<user>r</><assistant>", "b</>"]
     assert "".join(found) == brackets(messages, False)
@@ -153,7 +184,9 @@ def refuses(messages, answer: bool) -> str:
 
 @pytest.mark.parametrize("template", [only_the_last, refuses])
 def test_templates_that_cannot_be_cut(template):
-    messages = read_messages(line(("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b")))
+    messages = read_messages(
+        line(("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b"))
+    )
     with pytest.raises(Unfit) as caught:
         spans(messages, template)
     assert caught.value.rule == "template"
@@ -163,7 +196,10 @@ def test_what_was_skipped_is_counted_and_found():
     skipped = Skipped()
     for number, rule in ((3, "roles"), (5, "no JSON"), (9, "roles")):
         skipped.add(rule, number)
-    assert [said.partition(":")[0] for said in skipped.lines()] == ["1 skipped, the first in line 5", "2 skipped, the first in line 3"]
+    assert [said.partition(":")[0] for said in skipped.lines()] == [
+        "1 skipped, the first in line 5",
+        "2 skipped, the first in line 3",
+    ]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -176,7 +212,9 @@ def test_packing_is_whole_and_close_to_the_fewest(seed):
     assert all(0 < sum(lengths[item] for item in each) <= room for each in bins)
     assert len(bins) <= 11 / 9 * -(-sum(lengths) // room) + 0.35 * len(lengths) + 1
     emptiest = sorted(room - sum(lengths[i] for i in each) for each in bins)[-2:]
-    assert len(bins) < 2 or sum(emptiest) < 2 * room - min(lengths), "two bins that would fit into one"
+    assert len(bins) < 2 or sum(emptiest) < 2 * room - min(lengths), (
+        "two bins that would fit into one"
+    )
 
 
 def test_packing_fills_exactly_where_it_can():
@@ -184,10 +222,15 @@ def test_packing_fills_exactly_where_it_can():
 
 
 def test_settings_change_the_rows_adapters():
-    assert overrides.apply(LORA, {"LORA_RANK": "4"}).lora == Lora(rank=4, alpha=8.0), "the scale stays"
-    assert overrides.apply(LORA, {"LORA_ALPHA": "16", "LORA_DROPOUT": "0.1"}).lora == Lora(rank=16, alpha=16.0, dropout=0.1)
-    assert overrides.apply(SFT, {"LORA_RANK": "8", "LORA_TARGETS": "linear_qkv,linear_proj"}).lora == Lora(
-        rank=8, alpha=16.0, targets=("linear_qkv", "linear_proj"))
+    assert overrides.apply(LORA, {"LORA_RANK": "4"}).lora == Lora(rank=4, alpha=8.0), (
+        "the scale stays"
+    )
+    assert overrides.apply(LORA, {"LORA_ALPHA": "16", "LORA_DROPOUT": "0.1"}).lora == Lora(
+        rank=16, alpha=16.0, dropout=0.1
+    )
+    assert overrides.apply(
+        SFT, {"LORA_RANK": "8", "LORA_TARGETS": "linear_qkv,linear_proj"}
+    ).lora == Lora(rank=8, alpha=16.0, targets=("linear_qkv", "linear_proj"))
     assert overrides.apply(LORA, {"LORA_RANK": "0"}).lora is None
     same = overrides.apply(LORA, {"LORA_RANK": "16"})
     assert same == LORA and not same.overrides

@@ -37,15 +37,25 @@ END = 256  # the byte tokenizer's end of document
 def test_a_data_set_of_conversations(tmp_path):
     lines = [conversation("q", "a", "r", "b", system="s"), {"text": "none"}, conversation("q")]
     manifest, skipped = prepare(tmp_path, write_lines(tmp_path / "chat.jsonl", lines))
-    assert dict(skipped.by_rule) == {"no messages": 1, "no answer": 1} and skipped.first == {"no messages": 2, "no answer": 3}
-    assert manifest.chat.template == "simple" and manifest.counted.documents == 1 and manifest.counted.records == 3
+    assert dict(skipped.by_rule) == {"no messages": 1, "no answer": 1} and skipped.first == {
+        "no messages": 2,
+        "no answer": 3,
+    }
+    assert (
+        manifest.chat.template == "simple"
+        and manifest.counted.documents == 1
+        and manifest.counted.records == 3
+    )
     assert all(finding.right for finding in check("chat", tmp_path))
     chosen = data_sets.find("chat", tmp_path)
     assert chosen.chat and (chosen.home / "tokenizer" / "chat_template.jinja").exists()
     backend = Tokenizer.from_file(str(chosen.tokenizer_model / "tokenizer.json"))
     ids = np.fromfile(tmp_path / "chat" / "chat_text_document.bin", np.uint16)
     end = "<|endoftext|>"
-    assert backend.decode(ids, skip_special_tokens=False) == f"s\n\nUser: q\n\nAssistant: a{end}\n\nUser: r\n\nAssistant: b{end}"
+    assert (
+        backend.decode(ids, skip_special_tokens=False)
+        == f"s\n\nUser: q\n\nAssistant: a{end}\n\nUser: r\n\nAssistant: b{end}"
+    )
     with pytest.raises(UserError, match="is prepared already"):
         prepare(tmp_path, tmp_path / "chat.jsonl")
 
@@ -56,8 +66,12 @@ def test_a_tokenizers_own_template_is_used(tmp_path):
     folder = byte_folder(tmp_path)
     template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
     (folder / "chat_template.jinja").write_text(template)
-    manifest, _ = prepare(tmp_path, write_lines(tmp_path / "c.jsonl", [conversation("q", "a")]), str(folder))
-    assert manifest.chat.template == "own" and manifest.counted.tokens == len("[user]q_[assistant]a_")
+    manifest, _ = prepare(
+        tmp_path, write_lines(tmp_path / "c.jsonl", [conversation("q", "a")]), str(folder)
+    )
+    assert manifest.chat.template == "own" and manifest.counted.tokens == len(
+        "[user]q_[assistant]a_"
+    )
     assert manifest.chat.answer_tokens == len("a_")
 
 
@@ -92,11 +106,18 @@ def test_what_a_run_reads(tmp_path):
     texts = [conversation(f"{n}?", f"{n}!") for n in range(5)]
     prepare(tmp_path, write_lines(tmp_path / "c.jsonl", [*texts, long, hopeless]))
     samples, said = read(data_sets.prefix_of("chat", tmp_path), 6, 64)
-    assert "6 conversations in 4 sequences of 64" in said and "cut at the end: 1; skipped, no answer within a sequence: 1" in said
+    assert (
+        "6 conversations in 4 sequences of 64" in said
+        and "cut at the end: 1; skipped, no answer within a sequence: 1" in said
+    )
     seen = set()
     for sample in samples[:4]:
         bounds = sorted(set(sample["cu_seqlens"].tolist()))
-        assert bounds[0] == 0 and bounds[-1] == 64 and int(sample["max_seqlen"]) == max(b - a for a, b in pairwise(bounds))
+        assert (
+            bounds[0] == 0
+            and bounds[-1] == 64
+            and int(sample["max_seqlen"]) == max(b - a for a, b in pairwise(bounds))
+        )
         for begin, end in pairwise(bounds):
             assert sample["position_ids"][begin:end].tolist() == list(range(end - begin))
             labels, mask = sample["labels"][begin:end], sample["loss_mask"][begin:end].bool()
@@ -109,7 +130,9 @@ def test_what_a_run_reads(tmp_path):
                 assert end - begin == 64 and set(learned) == {ord(" "), ord("y")}
             else:
                 number = question[len("User: ")]
-                assert learned == [*f" {number}!".encode(), END], "the answer and its end, nothing else"
+                assert learned == [*f" {number}!".encode(), END], (
+                    "the answer and its end, nothing else"
+                )
                 seen.add(number)
     assert seen == set("01234")
     again, _ = read(data_sets.prefix_of("chat", tmp_path), 6, 64)
@@ -133,19 +156,30 @@ def test_a_narrow_model_learns_as_fast_as_a_wide_one(chat):
 
     wide = load_catalog().find("801")
     assert rate("801") == wide.lr * wide.model.hidden_size / 64 and rate("801", LR="1e-3") == 1e-3
-    assert rate("802") == load_catalog().find("802").lr, "adapters begin as nothing, whatever the width"
+    assert rate("802") == load_catalog().find("802").lr, (
+        "adapters begin as nothing, whatever the width"
+    )
 
 
 def test_adapters_beside_random_weights_are_told(chat):
     from harness.planning.plan import plan
 
-    assert "adapters beside random weights learn little" in plan(load_catalog().find("802"), chat, "cpu").notices[0]
+    assert (
+        "adapters beside random weights learn little"
+        in plan(load_catalog().find("802"), chat, "cpu").notices[0]
+    )
     assert not plan(load_catalog().find("801"), chat, "cpu").notices
 
 
 @pytest.mark.parametrize(
     ("settings", "said"),
-    [({"CP": "2"}, "set CP=1"), ({"CUDA_GRAPHS": "1"}, "set CUDA_GRAPHS=0"), ({"PP": "2"}, "MBS=1"), ({"SPLIT": "98,1,1"}, "conversations"), ({"WEIGHTS": "nothing"}, "import-hf")],
+    [
+        ({"CP": "2"}, "set CP=1"),
+        ({"CUDA_GRAPHS": "1"}, "set CUDA_GRAPHS=0"),
+        ({"PP": "2"}, "MBS=1"),
+        ({"SPLIT": "98,1,1"}, "conversations"),
+        ({"WEIGHTS": "nothing"}, "import-hf"),
+    ],
 )
 def test_runs_that_conversations_do_not_fit(chat, settings, said):
     from harness.planning.plan import plan
@@ -169,7 +203,10 @@ def test_a_checkpoint_of_another_tokenizers_data_is_refused(tmp_path, chat, monk
     others = {"chat": chosen, "old": replace(chosen, name="old", tokenizer_sha256="other")}
     monkeypatch.setattr(data_sets, "find", lambda name, folder=tmp_path: others[name])
     found = Checkpoint(run.checkpoints / "iter_0000005", 5, 0, None)
-    with pytest.raises(UserError, match="was trained on old, DATA=chat was made by another tokenizer\nprepare chat again with TOKENIZER="):
+    with pytest.raises(
+        UserError,
+        match="was trained on old, DATA=chat was made by another tokenizer\nprepare chat again with TOKENIZER=",
+    ):
         check_fits(found, e)
     others["old"] = replace(chosen, name="old")
     check_fits(found, e)
@@ -179,6 +216,9 @@ def test_weights_without_a_tokenizer_refuse_more_tokens_than_they_know(chat):
     from harness.convert.weights import check_data
 
     model = load_catalog().find("801").model
-    with pytest.raises(UserError, match="DATA=chat has 257 tokens, gpt3-345m-tuned knows 200\nprepare it again with TOKENIZER=the folder"):
+    with pytest.raises(
+        UserError,
+        match="DATA=chat has 257 tokens, gpt3-345m-tuned knows 200\nprepare it again with TOKENIZER=the folder",
+    ):
         check_data(model.model_copy(update={"vocab_size": 200}), None, data_sets.blend("chat"))
     check_data(model, None, data_sets.blend("chat"))

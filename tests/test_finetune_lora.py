@@ -36,18 +36,27 @@ def test_adapters_begin_as_nothing_and_leave_the_weights_alone(tmp_path):
     _, e = make_weights(tmp_path)
     alone = tune(e, data, tmp_path / "one")
     whole = tune(e.with_changes(lora=None, steps=1), data, tmp_path / "whole")
-    assert losses(alone)[0] == losses(whole)[0], "with B = 0 it is the model itself, to the last bit"
+    assert losses(alone)[0] == losses(whole)[0], (
+        "with B = 0 it is the model itself, to the last bit"
+    )
     assert losses(alone)[-1] < losses(alone)[0]
     for run, least, most in ((alone, 0.6, share_of_upstreams(e)), (whole, 1, 1)):
         shares = [m.tflops / m.upstream_tflops for m in run.read_metrics()]
-        assert all(least <= share <= most for share in shares), "frozen weights have no gradient; packed attention is less"
+        assert all(least <= share <= most for share in shares), (
+            "frozen weights have no gradient; packed attention is less"
+        )
     parallel = tune(e.with_changes(**LAYOUTS["tp2+sp"]), data, tmp_path / "two")
     assert losses(parallel) == pytest.approx(losses(alone), abs=2e-5)
     close(adapters(parallel), adapters(alone), 2e-4)
 
 
-@pytest.mark.skipif(locate() is None, reason="upstream's script is not here: git submodule update --init")
-@pytest.mark.parametrize("layout", [{}, *(pytest.param(LAYOUTS[name], marks=pytest.mark.full) for name in ("tp2+sp", "pp2"))])
+@pytest.mark.skipif(
+    locate() is None, reason="upstream's script is not here: git submodule update --init"
+)
+@pytest.mark.parametrize(
+    "layout",
+    [{}, *(pytest.param(LAYOUTS[name], marks=pytest.mark.full) for name in ("tp2+sp", "pp2"))],
+)
 def test_the_harnesss_own_script_tunes_as_upstreams(tmp_path, layout):
     """What the megatron-core wheel has no script for; to the last bit, and sequences of a micro-batch are joined."""
     data = make_data(tmp_path)
@@ -61,13 +70,28 @@ def test_the_harnesss_own_script_tunes_as_upstreams(tmp_path, layout):
 def test_checkpoints_hold_adapters_alone_and_resume(tmp_path):
     data = make_data(tmp_path)
     _, e = make_weights(tmp_path)
-    alone = tune(e, data, tmp_path / "one", "--save", str(tmp_path / "saved"), "--save-interval", "2")
-    resumed = tune(e, data, tmp_path / "resumed", "--load", str(tmp_path / "saved"), "--ckpt-step", "2", "--exit-on-missing-checkpoint")
+    alone = tune(
+        e, data, tmp_path / "one", "--save", str(tmp_path / "saved"), "--save-interval", "2"
+    )
+    resumed = tune(
+        e,
+        data,
+        tmp_path / "resumed",
+        "--load",
+        str(tmp_path / "saved"),
+        "--ckpt-step",
+        "2",
+        "--exit-on-missing-checkpoint",
+    )
     assert losses(resumed) == losses(alone)[2:]
     close(adapters(resumed), adapters(alone), 1e-12)
     from harness.convert.torch_dist import Checkpoint
 
-    kept = {name for name in Checkpoint(tmp_path / "saved" / "iter_0000004").shapes if not name.startswith("optimizer")}
+    kept = {
+        name
+        for name in Checkpoint(tmp_path / "saved" / "iter_0000004").shapes
+        if not name.startswith("optimizer")
+    }
     assert kept and all(".lora_" in name for name in kept)
 
 
@@ -77,20 +101,42 @@ def test_checkpoints_hold_adapters_alone_and_resume(tmp_path):
 def test_layouts_train_the_same_adapters(tmp_path, kind, layout):
     data = make_data(tmp_path)
     _, e = make_weights(tmp_path, kind)
-    alone, parallel = tune(e, data, tmp_path / "one"), tune(e.with_changes(**layout), data, tmp_path / "two")
+    alone, parallel = (
+        tune(e, data, tmp_path / "one"),
+        tune(e.with_changes(**layout), data, tmp_path / "two"),
+    )
     assert losses(parallel) == pytest.approx(losses(alone), abs=2e-5)
     close(adapters(parallel), adapters(alone), 2e-4)
 
 
-TARGETS = {"linear_qkv": "attn.c_attn", "linear_proj": "attn.c_proj", "linear_fc1": "mlp.c_fc", "linear_fc2": "mlp.c_proj"}
-PARENTS = {"linear_qkv": "self_attention", "linear_proj": "self_attention", "linear_fc1": "mlp", "linear_fc2": "mlp"}
+TARGETS = {
+    "linear_qkv": "attn.c_attn",
+    "linear_proj": "attn.c_proj",
+    "linear_fc1": "mlp.c_fc",
+    "linear_fc2": "mlp.c_proj",
+}
+PARENTS = {
+    "linear_qkv": "self_attention",
+    "linear_proj": "self_attention",
+    "linear_fc1": "mlp",
+    "linear_fc2": "mlp",
+}
 
 
-@pytest.mark.parametrize("layout", [
-    pytest.param({}, id="tp1"), *(pytest.param(LAYOUTS[name], id=name, marks=pytest.mark.full) for name in ("tp2", "tp2+sp")),
-])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param({}, id="tp1"),
+        *(
+            pytest.param(LAYOUTS[name], id=name, marks=pytest.mark.full)
+            for name in ("tp2", "tp2+sp")
+        ),
+    ],
+)
 def test_adapters_are_those_of_peft(tmp_path, layout):
-    data = make_data(tmp_path)  # puts upstream's tree on the path; the imports below find what is there
+    data = make_data(
+        tmp_path
+    )  # puts upstream's tree on the path; the imports below find what is there
     model, e = make_weights(tmp_path)
     peft = pytest.importorskip("peft")
     import torch
@@ -100,11 +146,21 @@ def test_adapters_are_those_of_peft(tmp_path, layout):
 
     run = tune(e.with_changes(**layout), data, tmp_path / "run")
     # c_proj names two layers of a block, in attention and in the MLP
-    theirs = peft.get_peft_model(model, peft.LoraConfig(
-        r=LORA.rank, lora_alpha=LORA.alpha, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True,
-    ))
+    theirs = peft.get_peft_model(
+        model,
+        peft.LoraConfig(
+            r=LORA.rank,
+            lora_alpha=LORA.alpha,
+            target_modules=["c_attn", "c_proj", "c_fc"],
+            fan_in_fan_out=True,
+        ),
+    )
     blocks = theirs.base_model.model.transformer.h
-    factors = {(n, name): block.get_submodule(TARGETS[name]) for n, block in enumerate(blocks) for name in TARGETS}
+    factors = {
+        (n, name): block.get_submodule(TARGETS[name])
+        for n, block in enumerate(blocks)
+        for name in TARGETS
+    }
     with torch.no_grad():
         for (n, name), linear in factors.items():
             weight = linear.lora_A["default"].weight
@@ -116,7 +172,10 @@ def test_adapters_are_those_of_peft(tmp_path, layout):
     for (n, name), linear in factors.items():
         a, b = linear.lora_A["default"].weight.detach(), linear.lora_B["default"].weight.detach()
         b = FUSED_QKV.join([b.t()], sizes) if name == "linear_qkv" else b
-        expected |= {f"decoder.layers.{n}.{PARENTS[name]}.{name}.lora_{f}": t for f, t in (("A", a), ("B", b))}
+        expected |= {
+            f"decoder.layers.{n}.{PARENTS[name]}.{name}.lora_{f}": t
+            for f, t in (("A", a), ("B", b))
+        }
     close(adapters(run), expected, 2e-4)
 
 
@@ -135,11 +194,18 @@ def trained_by_peft(model, data) -> list[float]:
         total, tokens = 0.0, sum(sample["loss_mask"].sum() for sample in batch)
         for sample in batch:
             length = len(sample["tokens"])
-            segment = torch.bucketize(torch.arange(length), sample["cu_seqlens"][1:].long(), right=True)
-            seen = (segment[:, None] == segment) & torch.ones(length, length, dtype=torch.bool).tril()
+            segment = torch.bucketize(
+                torch.arange(length), sample["cu_seqlens"][1:].long(), right=True
+            )
+            seen = (segment[:, None] == segment) & torch.ones(
+                length, length, dtype=torch.bool
+            ).tril()
             mask = torch.zeros(length, length).masked_fill(~seen, torch.finfo(torch.float32).min)
-            logits = model(input_ids=sample["tokens"][None], position_ids=sample["position_ids"][None],
-                           attention_mask=mask[None, None]).logits[0]
+            logits = model(
+                input_ids=sample["tokens"][None],
+                position_ids=sample["position_ids"][None],
+                attention_mask=mask[None, None],
+            ).logits[0]
             each = cross_entropy(logits, sample["labels"], reduction="none") * sample["loss_mask"]
             (each.sum() / tokens).backward()
             total += each.sum().item()

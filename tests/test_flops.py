@@ -42,11 +42,16 @@ def test_ranks_together_hold_the_whole_model():
     tp4 = count_parameters(CATALOG.find("234"))
     assert whole / 4 < tp4.per_rank < whole / 4 * 1.02
     pp8 = count_parameters(CATALOG.find("408"))
-    assert pp8.total / 8 < pp8.per_rank < pp8.total / 8 * 1.15  # the first stage has the embeddings, too
+    assert (
+        pp8.total / 8 < pp8.per_rank < pp8.total / 8 * 1.15
+    )  # the first stage has the embeddings, too
 
 
 def test_experts_are_spread_and_mostly_idle():
-    replicated, spread = count_parameters(CATALOG.find("501")), count_parameters(CATALOG.find("502"))
+    replicated, spread = (
+        count_parameters(CATALOG.find("501")),
+        count_parameters(CATALOG.find("502")),
+    )
     assert replicated.total == spread.total and replicated.active == spread.active
     held, held_spread = (parameters_on(CATALOG.find(id_), 0).experts for id_ in ("501", "502"))
     assert held_spread * 8 == held
@@ -65,7 +70,9 @@ def test_experts_are_spread_and_mostly_idle():
 )
 def test_measured_tflops_follow_from_the_measured_step_time(id_, reference):
     e = CATALOG.find(id_)
-    counted = tflops_per_gpu(e, reference.step_ms) / share_of_upstreams(e)  # as the log of that run does
+    counted = tflops_per_gpu(e, reference.step_ms) / share_of_upstreams(
+        e
+    )  # as the log of that run does
     assert counted == pytest.approx(reference.tflops, abs=0.7)
 
 
@@ -74,7 +81,9 @@ def test_state_is_18_bytes_a_parameter_and_shards():
     assert state_gib(CATALOG.find("101")) * 1024 == pytest.approx(26699, rel=0.002)
     parameters = count_parameters(CATALOG.find("128")).total
     assert state_gib(CATALOG.find("128")) * 2**30 == pytest.approx(parameters * (6 + 12 / 8))
-    ring = CATALOG.find("302").with_changes(sharding="optim")  # context parallel ranks share the state out, too
+    ring = CATALOG.find("302").with_changes(
+        sharding="optim"
+    )  # context parallel ranks share the state out, too
     assert state_gib(ring) * 2**30 == pytest.approx(count_parameters(ring).total * (6 + 12 / 2))
     zero3 = CATALOG.find("128").with_changes(sharding="fsdp_optim_grads_params")
     assert state_gib(zero3) * 2**30 == pytest.approx(parameters * 16 / 8)
@@ -91,7 +100,9 @@ def test_flops_and_state_equal_upstreams():
     theory = pytest.importorskip("megatron.training.theoretical_memory_usage")
     for e in CATALOG.experiments:
         args = _upstream_arguments(e)
-        assert upstream_flops(e) == training.num_floating_point_operations(args, e.global_batch_size), e.id
+        assert upstream_flops(e) == training.num_floating_point_operations(
+            args, e.global_batch_size
+        ), e.id
         if e.chapter >= 600:  # gated MLPs, states of other sizes: tests/test_models.py
             continue
         left_out = 1 - theory.compute_weight_and_optimizer_memory(args) / (state_gib(e) * 2**30)
@@ -105,7 +116,12 @@ def test_flops_and_state_equal_upstreams():
         {},
         {"num_query_groups": 2},
         {"add_bias_linear": False},
-        {"num_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 32, "add_bias_linear": False},
+        {
+            "num_experts": 4,
+            "moe_router_topk": 2,
+            "moe_ffn_hidden_size": 32,
+            "add_bias_linear": False,
+        },
     ],
     ids=lambda changes: ",".join(changes) or "dense",
 )
@@ -124,7 +140,9 @@ def test_parameters_equal_those_of_upstreams_model(changes):
         seq_length=32,
     )
     m = e.model
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
     try:
         parallel_state.initialize_model_parallel()
         config = TransformerConfig(
@@ -145,7 +163,9 @@ def test_parameters_equal_those_of_upstreams_model(changes):
             e.seq_length,
             share_embeddings_and_output_weights=True,
         )
-        assert count_parameters(e).total == sum(parameter.numel() for parameter in model.parameters())
+        assert count_parameters(e).total == sum(
+            parameter.numel() for parameter in model.parameters()
+        )
     finally:
         parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()
@@ -159,9 +179,20 @@ TARGETS = ("-", "linear_qkv,linear_proj,linear_fc1,linear_fc2", "linear_qkv", "l
 def counted():
     """What PyTorch counts in one pass there and back, for every set of adapters: {targets: FLOPs}."""
     pytest.importorskip("torch")
-    environment = os.environ | {"HARNESS_DEVICE": "cpu", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    done = subprocess.run([sys.executable, "-m", "tests.count_products", *TARGETS], cwd=ROOT, env=environment,
-                          capture_output=True, text=True, timeout=280)
+    environment = os.environ | {
+        "HARNESS_DEVICE": "cpu",
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.count_products", *TARGETS],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -175,12 +206,29 @@ def test_what_is_counted_is_what_is_computed(counted, targets):
     """
     from tests import count_products as tiny
 
-    m = CATALOG.find("611").model.model_copy(update={
-        "num_layers": tiny.LAYERS, "hidden_size": tiny.HIDDEN, "num_attention_heads": tiny.HEADS, "num_query_groups": 2,
-        "ffn_hidden_size": tiny.FFN, "vocab_size": tiny.VOCABULARY, "kv_channels": None})
-    lora = None if targets == "-" else Lora(rank=tiny.RANK, alpha=4.0, targets=tuple(targets.split(",")))
-    e = CATALOG.find("101").with_changes(model=m, lora=lora, seq_length=tiny.SEQUENCE, micro_batch_size=tiny.BATCH,
-                                         global_batch_size=tiny.BATCH)
+    m = CATALOG.find("611").model.model_copy(
+        update={
+            "num_layers": tiny.LAYERS,
+            "hidden_size": tiny.HIDDEN,
+            "num_attention_heads": tiny.HEADS,
+            "num_query_groups": 2,
+            "ffn_hidden_size": tiny.FFN,
+            "vocab_size": tiny.VOCABULARY,
+            "kv_channels": None,
+        }
+    )
+    lora = (
+        None
+        if targets == "-"
+        else Lora(rank=tiny.RANK, alpha=4.0, targets=tuple(targets.split(",")))
+    )
+    e = CATALOG.find("101").with_changes(
+        model=m,
+        lora=lora,
+        seq_length=tiny.SEQUENCE,
+        micro_batch_size=tiny.BATCH,
+        global_batch_size=tiny.BATCH,
+    )
     assert step_flops(e, squares=2 * tiny.BATCH * tiny.SEQUENCE**2) == counted[targets]
     assert (upstream_flops(e) == step_flops(e)) == (lora is None)
 
@@ -191,19 +239,33 @@ def test_frozen_weights_cost_two_thirds():
     assert e.lora and 0.66 < share_of_upstreams(e) < 0.70
     assert share_of_upstreams(CATALOG.find("611")) == 1
     recomputed = CATALOG.find("812")
-    assert recomputed.recompute == "full" and 0 < share_of_upstreams(recomputed) - share_of_upstreams(e) < 0.002
-    assert share_of_upstreams(e, tokens=1000, squares=1000) < share_of_upstreams(e), "attention has no frozen weights"
+    assert (
+        recomputed.recompute == "full"
+        and 0 < share_of_upstreams(recomputed) - share_of_upstreams(e) < 0.002
+    )
+    assert share_of_upstreams(e, tokens=1000, squares=1000) < share_of_upstreams(e), (
+        "attention has no frozen weights"
+    )
 
 
 def test_a_window_sees_no_more_than_it_computes():
     """Half the layers of GPT-OSS see 128 tokens; its experts are three matrices, of which upstream counts two."""
     e = CATALOG.find("620")
-    narrow, wide = (e.with_changes(model=e.model.model_copy(update={"window_size": w})) for w in (1, e.seq_length))
+    narrow, wide = (
+        e.with_changes(model=e.model.model_copy(update={"window_size": w}))
+        for w in (1, e.seq_length)
+    )
     scores = 6 * e.model.query_size * e.global_batch_size
     half = e.model.num_layers // 2
-    assert step_flops(wide) - step_flops(narrow) == scores * half * (e.seq_length**2 - (2 * e.seq_length - 1))
-    window = sum(2 * min(seen, 128) - 1 for seen in range(1, e.seq_length + 1))  # as s^2 is the sum of 2 i - 1
-    assert (step_flops(e) - step_flops(narrow)) / scores / half == pytest.approx(window - (2 * e.seq_length - 1), rel=0.01)
+    assert step_flops(wide) - step_flops(narrow) == scores * half * (
+        e.seq_length**2 - (2 * e.seq_length - 1)
+    )
+    window = sum(
+        2 * min(seen, 128) - 1 for seen in range(1, e.seq_length + 1)
+    )  # as s^2 is the sum of 2 i - 1
+    assert (step_flops(e) - step_flops(narrow)) / scores / half == pytest.approx(
+        window - (2 * e.seq_length - 1), rel=0.01
+    )
     expert = 3 * e.model.hidden_size * e.model.moe_ffn * e.model.moe_router_topk
     gate = 6 * e.model.num_layers * expert / 3 * e.global_batch_size * e.seq_length
     assert step_flops(wide) - upstream_flops(e) == pytest.approx(gate, rel=1e-9)

@@ -3,17 +3,29 @@
 import pytest
 
 from harness.experiment.catalog import Experiment, load_catalog
-from harness.predict.formulas import OF_EXPERIMENT, activations_per_sbh, attention_exchange_mib, idle_share
+from harness.predict.formulas import (
+    OF_EXPERIMENT,
+    activations_per_sbh,
+    attention_exchange_mib,
+    idle_share,
+)
 
 
 def find(id_: str, **changes: object) -> Experiment:
     return load_catalog().find(id_).with_changes(**changes)
 
 
-@pytest.mark.parametrize(("id_", "changes", "units"), [
-    ("281", {"tp": 1}, 34), ("281", {}, 10 + 24 / 8), ("282", {}, 34 / 8), ("283", {}, 2),
-    ("283", {"sequence_parallel": True}, 2 / 8), ("304", {}, 34),
-])
+@pytest.mark.parametrize(
+    ("id_", "changes", "units"),
+    [
+        ("281", {"tp": 1}, 34),
+        ("281", {}, 10 + 24 / 8),
+        ("282", {}, 34 / 8),
+        ("283", {}, 2),
+        ("283", {"sequence_parallel": True}, 2 / 8),
+        ("304", {}, 34),
+    ],
+)
 def test_activations_of_a_layer(id_: str, changes: dict, units: float) -> None:
     assert activations_per_sbh(find(id_, **changes)) == units
 
@@ -21,7 +33,9 @@ def test_activations_of_a_layer(id_: str, changes: dict, units: float) -> None:
 def test_a_narrower_mlp_keeps_less_of_its_own_width_alone() -> None:
     """Its first matrix's output and GELU's; inputs and masks are as wide as the hidden state."""
     e = find("281", tp=1)
-    half = e.with_changes(model=e.model.model_copy(update={"ffn_hidden_size": 2 * e.model.hidden_size}))
+    half = e.with_changes(
+        model=e.model.model_copy(update={"ffn_hidden_size": 2 * e.model.hidden_size})
+    )
     assert activations_per_sbh(half) == 34 - 2 * 4
 
 
@@ -38,7 +52,11 @@ def test_bubbles() -> None:
 
 def test_bytes_exchanged() -> None:
     piece = 8 * 4096 * 1536 * 2 / 2**20
-    assert attention_exchange_mib(find("308")) == attention_exchange_mib(find("318")) == pytest.approx(2 * 7 / 8 * piece)
+    assert (
+        attention_exchange_mib(find("308"))
+        == attention_exchange_mib(find("318"))
+        == pytest.approx(2 * 7 / 8 * piece)
+    )
     assert attention_exchange_mib(find("328")) == pytest.approx(4 * 7 / 64 * piece)
     assert attention_exchange_mib(find("300")) is None
 

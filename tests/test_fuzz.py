@@ -35,12 +35,72 @@ STUCK_S = 120
 """A reader that works for so long on a few kB has hung, however busy the machine is."""
 
 # What people and killed programs leave where something else belongs.
-HOSTILE = (None, True, False, 0, -1, 3, 2**70, 0.5, -0.0, 1e308, float("inf"), float("nan"), "", "0", "-1", "\u0661", "nan", "cpu", "../..", "a\x00b",
-           "\ud800", "x" * 5000, [], [None], ["x"], [1, 2, 3], [[1]], {}, {"every": 1}, {"x": {"y": []}}, {"": 0})
+HOSTILE = (
+    None,
+    True,
+    False,
+    0,
+    -1,
+    3,
+    2**70,
+    0.5,
+    -0.0,
+    1e308,
+    float("inf"),
+    float("nan"),
+    "",
+    "0",
+    "-1",
+    "\u0661",
+    "nan",
+    "cpu",
+    "../..",
+    "a\x00b",
+    "\ud800",
+    "x" * 5000,
+    [],
+    [None],
+    ["x"],
+    [1, 2, 3],
+    [[1]],
+    {},
+    {"every": 1},
+    {"x": {"y": []}},
+    {"": 0},
+)
 # Fragments of text with a meaning of their own in YAML or JSON.
-FRAGMENTS = ("? [a]\n: b\n", "? {a: 1}\n", "&a [*a]", "*none", "!!python/object/apply:os.getcwd []", "!!binary 'AA=='", "!!set {a}",
-             "2026-01-01", "<<: 3\n", "<<: [x]\n", "1: 2\n", "~: x\n", "[1]: x\n", "0x10", "1e400", "- ", "%YAML 9.9\n---\n", "---\na: b\n",
-             "\t", "'", "{", "}", ",", "[" * 3000, "NaN", "\\ud800", "null", "\x00", "\u2028", "9" * 5000)
+FRAGMENTS = (
+    "? [a]\n: b\n",
+    "? {a: 1}\n",
+    "&a [*a]",
+    "*none",
+    "!!python/object/apply:os.getcwd []",
+    "!!binary 'AA=='",
+    "!!set {a}",
+    "2026-01-01",
+    "<<: 3\n",
+    "<<: [x]\n",
+    "1: 2\n",
+    "~: x\n",
+    "[1]: x\n",
+    "0x10",
+    "1e400",
+    "- ",
+    "%YAML 9.9\n---\n",
+    "---\na: b\n",
+    "\t",
+    "'",
+    "{",
+    "}",
+    ",",
+    "[" * 3000,
+    "NaN",
+    "\\ud800",
+    "null",
+    "\x00",
+    "\u2028",
+    "9" * 5000,
+)
 
 
 def damaged_values(value: Any, rng: random.Random) -> Any:
@@ -63,7 +123,13 @@ def damaged_values(value: Any, rng: random.Random) -> Any:
 
 def nodes(tree: Any) -> Iterator[tuple[Any, Any]]:
     """Every place in a tree, as the holder and its key."""
-    keys = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    keys = (
+        tree.items()
+        if isinstance(tree, dict)
+        else enumerate(tree)
+        if isinstance(tree, list)
+        else ()
+    )
     for key, value in list(keys):
         yield tree, key
         yield from nodes(value)
@@ -76,11 +142,11 @@ def damaged_bytes(data: bytes, rng: random.Random) -> bytes:
         case 0:
             return data[:at]
         case 1:
-            return data[:at] + bytes(min(size, len(data) - at)) + data[at + size:]
+            return data[:at] + bytes(min(size, len(data) - at)) + data[at + size :]
         case 2:
-            return data[:at] + data[at + size:]
+            return data[:at] + data[at + size :]
         case 3:
-            return data[:at] + bytes([rng.randrange(256)]) + data[at + 1:]
+            return data[:at] + bytes([rng.randrange(256)]) + data[at + 1 :]
         case 4:
             return data[:at] + rng.randbytes(size) + data[at:]
         case _:
@@ -99,13 +165,17 @@ def damaged_lines(data: bytes, rng: random.Random) -> bytes:
     """A .jsonl with one line damaged."""
     lines = data.splitlines(keepends=True)
     at = rng.randrange(len(lines))
-    return b"".join([*lines[:at], damaged_json(lines[at], rng).strip(b"\n") + b"\n", *lines[at + 1:]])
+    return b"".join(
+        [*lines[:at], damaged_json(lines[at], rng).strip(b"\n") + b"\n", *lines[at + 1 :]]
+    )
 
 
 def damaged_yaml(data: bytes, rng: random.Random) -> bytes:
     if rng.random() < 0.5:
         return damaged_bytes(data, rng)
-    return yaml.dump(damaged_values(string_keys(yaml.safe_load(data)), rng), allow_unicode=True).encode("utf-8", "surrogatepass")
+    return yaml.dump(
+        damaged_values(string_keys(yaml.safe_load(data)), rng), allow_unicode=True
+    ).encode("utf-8", "surrogatepass")
 
 
 def string_keys(tree: Any) -> Any:
@@ -117,12 +187,17 @@ def damaged_safetensors(data: bytes, rng: random.Random) -> bytes:
     length = struct.unpack("<Q", data[:8])[0]
     match rng.randrange(4):
         case 0:
-            return struct.pack("<Q", rng.choice((0, 1, length - 1, length + 1, 2**31, 2**63, 2**64 - 1))) + data[8:]
+            return (
+                struct.pack(
+                    "<Q", rng.choice((0, 1, length - 1, length + 1, 2**31, 2**63, 2**64 - 1))
+                )
+                + data[8:]
+            )
         case 1:
             return damaged_bytes(data, rng)
         case _:
             head = damaged_json(data[8 : 8 + length].rstrip(), rng)
-            return struct.pack("<Q", len(head)) + head + data[8 + length:]
+            return struct.pack("<Q", len(head)) + head + data[8 + length :]
 
 
 @dataclass(frozen=True)
@@ -177,19 +252,52 @@ def run_directory(outdir: Path) -> None:
     kept = json.loads((RECORDS / "h200-141gb/101.json").read_text())
     run = outdir / "101-run"
     (run / "ranks").mkdir(parents=True)
-    (run / "experiment.json").write_text(json.dumps({**kept["experiment"], "device": "cuda", "commit": "c", "saving": {
-        "every": 5, "keep": 2, "folder": None}}))
-    (run / "result.json").write_text(json.dumps({k: v for k, v in kept.items() if k in directory.Result.model_fields}))
+    (run / "experiment.json").write_text(
+        json.dumps(
+            {
+                **kept["experiment"],
+                "device": "cuda",
+                "commit": "c",
+                "saving": {"every": 5, "keep": 2, "folder": None},
+            }
+        )
+    )
+    (run / "result.json").write_text(
+        json.dumps({k: v for k, v in kept.items() if k in directory.Result.model_fields})
+    )
     (run / "environment.json").write_text(json.dumps(kept["environment"]))
     shutil.copy(RECORDS / "h200-141gb/101.metrics.jsonl", run / "metrics.jsonl")
-    (run / "validation.jsonl").write_text('{"step": 5, "split": "valid", "loss": 3.5, "time": 1.0}\n')
-    (run / "saves.jsonl").write_text('{"step": 5, "asynchronous": true, "blocked_ms": 3.5, "whole_after_s": 1.0, "whole_at_step": 6, '
-                                     '"gib": 1.5, "time": 1.0}\n')
-    (run / "running.json").write_text('{"pid": 1, "host": "h", "started": 1.0, "rendezvous": "h:1", "resumed_at": [4]}')
-    (run / "ranks/0.json").write_text(json.dumps({
-        "rank": 0, "local_rank": 0, "pid": 1, "host": "h", "device": "cuda:0", "coordinates": {"tp": 0}, "allocated_peak_gib": 1.5,
-        "reserved_peak_gib": 2.5, "nvml_used_gib": None, "rss_peak_gib": 3.0, "gc_ms": {"3": 1.5}, "step": 9}))
-    (run / "ranks/0.error.json").write_text('{"rank": 0, "type": "E", "message": "m", "traceback": "t", "time": 1.0, "step": 3}')
+    (run / "validation.jsonl").write_text(
+        '{"step": 5, "split": "valid", "loss": 3.5, "time": 1.0}\n'
+    )
+    (run / "saves.jsonl").write_text(
+        '{"step": 5, "asynchronous": true, "blocked_ms": 3.5, "whole_after_s": 1.0, "whole_at_step": 6, '
+        '"gib": 1.5, "time": 1.0}\n'
+    )
+    (run / "running.json").write_text(
+        '{"pid": 1, "host": "h", "started": 1.0, "rendezvous": "h:1", "resumed_at": [4]}'
+    )
+    (run / "ranks/0.json").write_text(
+        json.dumps(
+            {
+                "rank": 0,
+                "local_rank": 0,
+                "pid": 1,
+                "host": "h",
+                "device": "cuda:0",
+                "coordinates": {"tp": 0},
+                "allocated_peak_gib": 1.5,
+                "reserved_peak_gib": 2.5,
+                "nvml_used_gib": None,
+                "rss_peak_gib": 3.0,
+                "gc_ms": {"3": 1.5},
+                "step": 9,
+            }
+        )
+    )
+    (run / "ranks/0.error.json").write_text(
+        '{"rank": 0, "type": "E", "message": "m", "traceback": "t", "time": 1.0, "step": 3}'
+    )
 
 
 def read_run(outdir: Path) -> tuple[str, ...]:
@@ -197,8 +305,16 @@ def read_run(outdir: Path) -> tuple[str, ...]:
     warnings = shown(results.collect_runs(outdir, references()))
     run = directory.RunDir(outdir / "101-run")
     assert isinstance(run.checkpoints, Path)
-    for ask in (run.read_saving, run.read_running, run.read_metrics, run.read_validation, run.read_saves, run.read_ranks,
-                run.read_rank_errors, run.stacks):
+    for ask in (
+        run.read_saving,
+        run.read_running,
+        run.read_metrics,
+        run.read_validation,
+        run.read_saves,
+        run.read_ranks,
+        run.read_rank_errors,
+        run.stacks,
+    ):
         ask()
     for ask in (run.state, run.read_result, run.read_experiment, run.read_device):
         with_value_error(ask)
@@ -218,16 +334,60 @@ def data_set(folder: Path) -> None:
     prefix = data_sets.prefix_of("mine", folder)
     lengths, pointers, documents = (3, 2), (0, 6), (0, 1, 2)
     header.bin_path(prefix).write_bytes(struct.pack("<5H", 1, 2, 3, 4, 5))
-    header.idx_path(prefix).write_bytes(b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 8, 2, 3) + struct.pack("<2i", *lengths)
-                                        + struct.pack("<2q", *pointers) + struct.pack("<3q", *documents))
+    header.idx_path(prefix).write_bytes(
+        b"MMIDIDX\x00\x00"
+        + struct.pack("<QBQQ", 1, 8, 2, 3)
+        + struct.pack("<2i", *lengths)
+        + struct.pack("<2q", *pointers)
+        + struct.pack("<3q", *documents)
+    )
     kept = {
-        "name": "mine", "recipe": "r", "created": 1.0, "append_eod": True, "chat": None, "seconds": {"write": 1.0}, "versions": {"numpy": "2"},
-        "source": {"kind": "files", "asked": {"paths": ["a"]}, "commit": None, "skipped": {"empty": 1},
-                   "files": [{"name": "a", "bytes": 3, "sha256": None}]},
-        "cleaned": {"rules": "r", "documents_in": 2, "documents_out": 2, "bytes_in": 5, "bytes_out": 5, "dropped": {}, "changed": {}},
-        "counted": {"records": 2, "documents": 2, "empty": 0, "sequences": 2, "tokens": 5, "skipped": {}},
-        "tokenizer": {"type": "NullTokenizer", "name": "bytes", "sha256": "", "vocab_size": 256, "eod": 0, "by": "b"},
-        "written": {"dtype": "uint16", "bin_bytes": 10, "bin_sha256": "b", "idx_bytes": 74, "idx_sha256": "i"},
+        "name": "mine",
+        "recipe": "r",
+        "created": 1.0,
+        "append_eod": True,
+        "chat": None,
+        "seconds": {"write": 1.0},
+        "versions": {"numpy": "2"},
+        "source": {
+            "kind": "files",
+            "asked": {"paths": ["a"]},
+            "commit": None,
+            "skipped": {"empty": 1},
+            "files": [{"name": "a", "bytes": 3, "sha256": None}],
+        },
+        "cleaned": {
+            "rules": "r",
+            "documents_in": 2,
+            "documents_out": 2,
+            "bytes_in": 5,
+            "bytes_out": 5,
+            "dropped": {},
+            "changed": {},
+        },
+        "counted": {
+            "records": 2,
+            "documents": 2,
+            "empty": 0,
+            "sequences": 2,
+            "tokens": 5,
+            "skipped": {},
+        },
+        "tokenizer": {
+            "type": "NullTokenizer",
+            "name": "bytes",
+            "sha256": "",
+            "vocab_size": 256,
+            "eod": 0,
+            "by": "b",
+        },
+        "written": {
+            "dtype": "uint16",
+            "bin_bytes": 10,
+            "bin_sha256": "b",
+            "idx_bytes": 74,
+            "idx_sha256": "i",
+        },
     }
     (home / manifest.FILE).write_text(json.dumps(kept))
 
@@ -251,11 +411,20 @@ def open_shards(folder: Path) -> None:
 def sharded_model(folder: Path) -> None:
     """A tensor in each of two shards, with an index."""
     for n, name in enumerate(("a", "b")):
-        head = json.dumps({"__metadata__": {"format": "pt"}, name: {"dtype": "F32", "shape": [2, n + 1],
-                                                                  "data_offsets": [0, 8 * (n + 1)]}}).encode()
-        (folder / f"model-{n}.safetensors").write_bytes(struct.pack("<Q", len(head)) + head + bytes(range(8 * (n + 1))))
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": {"a": "model-0.safetensors",
-                                                                                            "b": "model-1.safetensors"}}))
+        head = json.dumps(
+            {
+                "__metadata__": {"format": "pt"},
+                name: {"dtype": "F32", "shape": [2, n + 1], "data_offsets": [0, 8 * (n + 1)]},
+            }
+        ).encode()
+        (folder / f"model-{n}.safetensors").write_bytes(
+            struct.pack("<Q", len(head)) + head + bytes(range(8 * (n + 1)))
+        )
+    (folder / INDEX).write_text(
+        json.dumps(
+            {"metadata": {}, "weight_map": {"a": "model-0.safetensors", "b": "model-1.safetensors"}}
+        )
+    )
 
 
 CASES = {
@@ -289,7 +458,11 @@ def test_readers_accept_what_is_whole(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("seeds", [range(QUICK), pytest.param(range(QUICK, LONG), marks=pytest.mark.full)], ids=["quick", "long"])
+@pytest.mark.parametrize(
+    "seeds",
+    [range(QUICK), pytest.param(range(QUICK, LONG), marks=pytest.mark.full)],
+    ids=["quick", "long"],
+)
 def test_readers_say_what_is_damaged(name, seeds, tmp_path):
     case = CASES[name]
     case.build(tmp_path)
@@ -319,16 +492,21 @@ def stuck(_number: int, _frame: Any) -> None:
 # What this found, one by one.
 
 
-@pytest.mark.parametrize(("row", "said"), [
-    (f"gbs: {'9' * 5000}", "is not valid YAML: Exceeds the limit"),
-    ("gbs: 100000000000", "less than or equal to 2147483647"),
-    (f"mbs: {'[' * 3000}", "400-pipeline-parallel.yaml is"),
-    ("shows: 2026-02-30", "is not valid YAML"),
-])
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (f"gbs: {'9' * 5000}", "is not valid YAML: Exceeds the limit"),
+        ("gbs: 100000000000", "less than or equal to 2147483647"),
+        (f"mbs: {'[' * 3000}", "400-pipeline-parallel.yaml is"),
+        ("shows: 2026-02-30", "is not valid YAML"),
+    ],
+)
 def test_a_row_is_refused_with_what_is_wrong_in_it(tmp_path, row, said):
     chapter(tmp_path)
     path = tmp_path / "400-pipeline-parallel.yaml"
-    path.write_text(re.sub(r"(?m)^experiments:\n", f"experiments:\n  499:\n    {row}\n", path.read_text()))
+    path.write_text(
+        re.sub(r"(?m)^experiments:\n", f"experiments:\n  499:\n    {row}\n", path.read_text())
+    )
     with pytest.raises(UserError, match=re.escape(said)):
         load_catalog.__wrapped__(tmp_path)
 

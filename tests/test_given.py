@@ -43,16 +43,28 @@ EQUAL = {"STEPS": "steps", "TP": "tp", "PP": "pp", "CP": "cp", "DP": "dp", "VPP"
 @pytest.mark.parametrize("id_", ["101", "224", "304", "408", "438", "604"])
 def test_every_setting_given_as_the_row_has_it_reaches_the_miniature(id_):
     row = CATALOG.find(id_)
-    given = {key: str(getattr(row, field)) for key, field in EQUAL.items()} | {"DROPOUT": str(row.model.dropout)}
+    given = {key: str(getattr(row, field)) for key, field in EQUAL.items()} | {
+        "DROPOUT": str(row.model.dropout)
+    }
     e = small(id_, **given)
-    assert {key: str(getattr(e, FIELDS[key])) for key in EQUAL} == {key: given[key] for key in EQUAL}
+    assert {key: str(getattr(e, FIELDS[key])) for key in EQUAL} == {
+        key: given[key] for key in EQUAL
+    }
     assert e.model.dropout == row.model.dropout
-    assert overrides.apply(row, given) is row, "at full size nothing is changed, and the label is the row's"
+    assert overrides.apply(row, given) is row, (
+        "at full size nothing is changed, and the label is the row's"
+    )
 
 
 def test_a_setting_that_makes_no_other_miniature_leaves_no_trace_in_its_label():
-    assert small("101", MBS="1", TP="1", DROPOUT="0.1", EVAL_EVERY="50").label == "101-gpt2xl-dp1-gbs1-bf16_cpu"
-    assert small("101", SEQ="1024", STEPS="100", MBS="1").label == "101-gpt2xl-dp1-gbs1-bf16_steps100_seq1024_cpu"
+    assert (
+        small("101", MBS="1", TP="1", DROPOUT="0.1", EVAL_EVERY="50").label
+        == "101-gpt2xl-dp1-gbs1-bf16_cpu"
+    )
+    assert (
+        small("101", SEQ="1024", STEPS="100", MBS="1").label
+        == "101-gpt2xl-dp1-gbs1-bf16_steps100_seq1024_cpu"
+    )
 
 
 def test_intervals_of_a_long_run_are_its_own_where_its_steps_are_given():
@@ -81,7 +93,9 @@ def test_mock_data_that_were_asked_for_are_no_stand_in(monkeypatch, capsys):
 @pytest.fixture
 def four_heads(monkeypatch):
     """WEIGHTS=four: a model with 4 heads and 64 learned positions; 101's has 25."""
-    model = small("101").model.model_copy(update={"name": "four", "hidden_size": 64, "num_attention_heads": 4})
+    model = small("101").model.model_copy(
+        update={"name": "four", "hidden_size": 64, "num_attention_heads": 4}
+    )
     monkeypatch.setattr(start, "find", lambda named, outdir: start.Start("/four", model, 64, None))
     return model
 
@@ -89,11 +103,20 @@ def four_heads(monkeypatch):
 def test_sizes_are_checked_against_the_model_of_the_weights(four_heads):
     settings = {"DEVICE": "cpu", "DATA": "mock", "WEIGHTS": "four"}
     e = plan(CATALOG.find("101"), settings | {"TP": "2"}, "cpu").experiment
-    assert (e.tp, e.model.num_attention_heads, e.overrides) == (2, 4, {"TP": "2", "WEIGHTS": "four"})
-    for words, said in (({"TP": "5"}, "num_attention_heads 4 must divide by tp = 5"),
-                        ({"PP": "4"}, "layers 2 must divide by pp x vpp = 4 x 1"),
-                        ({"SEQ": "1024"}, "seq 1024: positions were learned up to 64"),
-                        ({"CP": "8", "CP_COMM_TYPE": "a2a"}, "num_attention_heads 4 must divide by tp x cp = 1 x 8")):
+    assert (e.tp, e.model.num_attention_heads, e.overrides) == (
+        2,
+        4,
+        {"TP": "2", "WEIGHTS": "four"},
+    )
+    for words, said in (
+        ({"TP": "5"}, "num_attention_heads 4 must divide by tp = 5"),
+        ({"PP": "4"}, "layers 2 must divide by pp x vpp = 4 x 1"),
+        ({"SEQ": "1024"}, "seq 1024: positions were learned up to 64"),
+        (
+            {"CP": "8", "CP_COMM_TYPE": "a2a"},
+            "num_attention_heads 4 must divide by tp x cp = 1 x 8",
+        ),
+    ):
         with pytest.raises(UserError, match=re.escape(said)):
             plan(CATALOG.find("101"), settings | words, "cpu")
 
@@ -103,26 +126,38 @@ def test_experts_of_the_row_forbid_nothing_to_weights_without_any(four_heads, tm
     settings = {"EP": "1", "DP": "1", "GBS": "1", "MBS": "1", "TP": "2"}
     with pytest.raises(UserError, match="need sequence parallelism"):
         overrides.apply(CATALOG.find("501"), settings)
-    e = start.with_settings(CATALOG.find("501"), settings | {"WEIGHTS": "four", "LORA_RANK": "4"}, tmp_path)
+    e = start.with_settings(
+        CATALOG.find("501"), settings | {"WEIGHTS": "four", "LORA_RANK": "4"}, tmp_path
+    )
     assert (e.model.num_experts, e.lora.rank, e.tp) == (None, 4, 2)
 
 
 def test_predictions_are_of_the_model_of_the_weights(four_heads, tmp_path, capsys):
     settings = {"WEIGHTS": "four"}
     memory.print_memory("101", settings, tmp_path)
-    assert "gpt2xl" not in (said := capsys.readouterr().out.partition(": ")[2]) and said.startswith("four, one GPU")
+    assert "gpt2xl" not in (said := capsys.readouterr().out.partition(": ")[2]) and said.startswith(
+        "four, one GPU"
+    )
     e = start.of_catalogue("101", settings | {"GBS": "4"})
-    assert {layout.model.name for layout in layouts(e, 4)} == {"four"} and any(layout.tp == 4 for layout in layouts(e, 4))
+    assert {layout.model.name for layout in layouts(e, 4)} == {"four"} and any(
+        layout.tp == 4 for layout in layouts(e, 4)
+    )
 
 
 def test_a_checkpoint_with_other_learned_positions_is_refused_before_anything_runs(tmp_path):
     e = small("101")
-    shapes = {"embedding.word_embeddings.weight": (1024, 100), "embedding.position_embeddings.weight": (32, 100)}
+    shapes = {
+        "embedding.word_embeddings.weight": (1024, 100),
+        "embedding.position_embeddings.weight": (32, 100),
+    }
     found = Checkpoint(tmp_path / "iter_0000005", 5, 700, None, Contents({}, shapes, True))
     resume.check_fits(found, e)
     with pytest.raises(UserError, match=r"has 32 learned positions, .* has 128\nSEQ=32 loads it$"):
         resume.check_fits(found, e.with_changes(seq_length=128))
-    with pytest.raises(UserError, match=rf"has 32 learned positions, .* has 16\nSEQ=32 loads it, WEIGHTS={tmp_path} trains"):
+    with pytest.raises(
+        UserError,
+        match=rf"has 32 learned positions, .* has 16\nSEQ=32 loads it, WEIGHTS={tmp_path} trains",
+    ):
         resume.check_fits(found, e.with_changes(seq_length=16))
     resume.check_fits(found, e.with_changes(seq_length=16, positions=32))
 
@@ -135,8 +170,13 @@ def test_every_way_to_a_run_keeps_what_was_given(monkeypatch, capsys, tmp_path):
     said = capsys.readouterr().out
     assert f"--train-iters {row.steps}" in said and f"--seq-length {row.seq_length}" in said
     planned = {}
-    monkeypatch.setattr("harness.launching.chapter.run_chapter", lambda experiments, plan_for, **_: planned.update(
-        {e.id: plan_for(e).experiment for e in experiments if e.world_size == 1}) or 0)
+    monkeypatch.setattr(
+        "harness.launching.chapter.run_chapter",
+        lambda experiments, plan_for, **_: (
+            planned.update({e.id: plan_for(e).experiment for e in experiments if e.world_size == 1})
+            or 0
+        ),
+    )
     monkeypatch.setattr(cli, "_install_heavy", lambda *stages: None)
     assert cli.main(["chapter", "100", "STEPS=100", "SEQ=1024", "DATA=mock", *words[2:]]) == 0
     assert planned and {(e.steps, e.seq_length) for e in planned.values()} == {(100, 1024)}

@@ -30,7 +30,9 @@ class FakeNvml:
     nvmlMemory_v2 = 2
 
     def __init__(
-        self, used_gib: list[float], processes: dict[int, list[tuple[int, int | None]]] | None = None
+        self,
+        used_gib: list[float],
+        processes: dict[int, list[tuple[int, int | None]]] | None = None,
     ):
         self.used_gib = used_gib
         self.processes = processes or {}
@@ -62,7 +64,10 @@ class FakeNvml:
         return SimpleNamespace(total=143771 * 2**20, used=used, reserved=RESERVED)
 
     def nvmlDeviceGetComputeRunningProcesses(self, index):
-        return [SimpleNamespace(pid=pid, usedGpuMemory=used) for pid, used in self.processes.get(index, [])]
+        return [
+            SimpleNamespace(pid=pid, usedGpuMemory=used)
+            for pid, used in self.processes.get(index, [])
+        ]
 
     def nvmlDeviceGetUtilizationRates(self, index):
         return SimpleNamespace(gpu=97)
@@ -97,7 +102,9 @@ def nvml(monkeypatch):
 
 def test_without_a_driver_there_are_no_gpus(nvml, monkeypatch):
     fake = nvml([0])
-    monkeypatch.setattr(fake, "nvmlInit", lambda: (_ for _ in ()).throw(fake.NVMLError("no driver")))
+    monkeypatch.setattr(
+        fake, "nvmlInit", lambda: (_ for _ in ()).throw(fake.NVMLError("no driver"))
+    )
     assert gpus.list_gpus() == gpus.use() == gpus.sample([0]) == ()
     assert gpus.driver_versions() == (None, None)
 
@@ -130,7 +137,9 @@ def test_what_the_driver_keeps_is_told_apart(nvml, monkeypatch):
 def test_a_rank_counts_what_nvidia_smi_does(nvml, tmp_path, monkeypatch):
     nvml([1.25])
     monkeypatch.setattr(FakeNvml, "nvmlDeviceGetHandleByUUID", lambda self, uuid: 0, raising=False)
-    cuda = SimpleNamespace(current_device=lambda: 0, get_device_properties=lambda _: SimpleNamespace(uuid="0a-b"))
+    cuda = SimpleNamespace(
+        current_device=lambda: 0, get_device_properties=lambda _: SimpleNamespace(uuid="0a-b")
+    )
     assert RankReport(RunDir(tmp_path))._nvml_used_gib(SimpleNamespace(cuda=cuda)) == 1.25
 
 
@@ -138,7 +147,9 @@ def test_the_driver_is_kept_awake_where_there_is_one(nvml, monkeypatch):
     fake = nvml([0])
     gpus.keep_awake()
     assert fake.open == 1
-    monkeypatch.setattr(fake, "nvmlInit", lambda: (_ for _ in ()).throw(fake.NVMLError("no driver")))
+    monkeypatch.setattr(
+        fake, "nvmlInit", lambda: (_ for _ in ()).throw(fake.NVMLError("no driver"))
+    )
     gpus.keep_awake()
     monkeypatch.setitem(sys.modules, "pynvml", None)
     gpus.keep_awake()
@@ -216,7 +227,9 @@ def test_the_sampler_writes_lines_and_keeps_the_peak(nvml, tmp_path, monkeypatch
 def test_a_gpu_that_is_lost_ends_only_its_samples(nvml, tmp_path, monkeypatch):
     fake = nvml([1.0])
     monkeypatch.setattr(
-        fake, "nvmlDeviceGetMemoryInfo", lambda *_a, **_k: (_ for _ in ()).throw(fake.NVMLError("lost"))
+        fake,
+        "nvmlDeviceGetMemoryInfo",
+        lambda *_a, **_k: (_ for _ in ()).throw(fake.NVMLError("lost")),
     )
     monkeypatch.setattr(gpus, "SAMPLE_S", 0.01)
     sampler = gpus.Sampler(tmp_path / "gpus.jsonl", [0])
@@ -244,7 +257,9 @@ def test_the_monitor_prints_a_line_a_gpu_into_a_pipe(nvml, capsys, monkeypatch):
 
 def test_nothing_heavy_is_imported():
     code = "import sys, harness.machine.gpus; print([m for m in ('torch', 'rich', 'pynvml') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "[]"
 
 
@@ -255,7 +270,14 @@ def test_the_real_driver_answers():
         pytest.skip("no NVIDIA GPU")
     assert all(g.total_mib > 1024 for g in found)
     assert all(s.used_gib >= 0 and s.temperature_c for s in gpus.sample([g.index for g in found]))
-    words = ["nvidia-smi", "--query-gpu=memory.used,memory.reserved", "--format=csv,noheader,nounits", "--id=0"]
-    used_mib, kept_mib = map(float, subprocess.run(words, capture_output=True, text=True, check=True).stdout.split(","))
+    words = [
+        "nvidia-smi",
+        "--query-gpu=memory.used,memory.reserved",
+        "--format=csv,noheader,nounits",
+        "--id=0",
+    ]
+    used_mib, kept_mib = map(
+        float, subprocess.run(words, capture_output=True, text=True, check=True).stdout.split(",")
+    )
     assert gpus.use()[0].used_gib * 1024 == pytest.approx(used_mib, abs=64)
     assert gpus.kept_by_driver_gib([0]) * 1024 == pytest.approx(kept_mib, abs=64)

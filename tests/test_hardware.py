@@ -27,7 +27,9 @@ def test_names_of_nvml_and_short_keys_are_found(name, key):
     assert find_gpu(name).key == key
 
 
-@pytest.mark.parametrize("name", ["NVIDIA H100", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "Quadro FX 570", ""])
+@pytest.mark.parametrize(
+    "name", ["NVIDIA H100", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "Quadro FX 570", ""]
+)
 def test_unknown_names_are_not_guessed(name):
     assert find_gpu(name) is None
     assert peak_tflops(name, "bf16") is None

@@ -59,7 +59,9 @@ def test_nothing_that_the_harness_emits_is_dropped():
     assert dropped and len(words) > 100 and not dropped & words
 
 
-@pytest.mark.parametrize("command", ["run", "show", "memory", "speed", "faster", "gpus", "verify", "train"])
+@pytest.mark.parametrize(
+    "command", ["run", "show", "memory", "speed", "faster", "gpus", "verify", "train"]
+)
 def test_every_command_of_an_experiment_checks(command, capsys):
     assert cli.main([command, "101", "ARGS=--nonsense 4"]) == 2
     assert "upstream has no argument --nonsense" in capsys.readouterr().err
@@ -71,8 +73,10 @@ def test_a_chapter_checks(capsys):
 
 
 def test_neither_torch_nor_upstream_is_imported():
-    script = ("import sys; from harness.megatron import known_arguments; known_arguments.check('--lr 1e-4'); "
-              "sys.exit(any(name.split('.')[0] in ('torch', 'megatron') for name in sys.modules))")
+    script = (
+        "import sys; from harness.megatron import known_arguments; known_arguments.check('--lr 1e-4'); "
+        "sys.exit(any(name.split('.')[0] in ('torch', 'megatron') for name in sys.modules))"
+    )
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0
 
 
@@ -95,7 +99,11 @@ def test_another_upstream_is_asked_once_and_without_torch_not_at_all(monkeypatch
         check("--its-own")
         with pytest.raises(UserError, match="upstream has no argument --lr; valid: --its-own"):
             check("--lr 1")
-    assert len(asked) == 1 and asked[0][:3] == [sys.executable, "-m", "harness.upstreams.megatron_lm.known_arguments"]
+    assert len(asked) == 1 and asked[0][:3] == [
+        sys.executable,
+        "-m",
+        "harness.upstreams.megatron_lm.known_arguments",
+    ]
 
 
 def test_the_arguments_of_packages_that_add_some_are_left_to_upstream(monkeypatch):
@@ -119,10 +127,23 @@ def test_every_file_that_makes_the_parser_counts_in_its_identity(monkeypatch):
     from megatron.training import argument_utils, arguments
 
     classes, make = [], argument_utils.ArgumentGroupFactory.__init__
-    monkeypatch.setattr(argument_utils.ArgumentGroupFactory, "__init__",
-                        lambda self, kind, *rest, **more: (classes.append(kind), make(self, kind, *rest, **more))[1])
-    types = [action.type for action in upstream_parser()._actions if inspect.isfunction(action.type)]
-    files = {inspect.getfile(part) for kind in classes for part in kind.__mro__ if part is not object}
+    monkeypatch.setattr(
+        argument_utils.ArgumentGroupFactory,
+        "__init__",
+        lambda self, kind, *rest, **more: (classes.append(kind), make(self, kind, *rest, **more))[
+            1
+        ],
+    )
+    types = [
+        action.type for action in upstream_parser()._actions if inspect.isfunction(action.type)
+    ]
+    files = {
+        inspect.getfile(part) for kind in classes for part in kind.__mro__ if part is not object
+    }
     files |= {inspect.getfile(kind) for kind in types} | {arguments.__file__}
-    megatron = (upstream.locate() / "megatron") if upstream.locate() else ROOT.joinpath(arguments.__file__).parents[1]
+    megatron = (
+        (upstream.locate() / "megatron")
+        if upstream.locate()
+        else ROOT.joinpath(arguments.__file__).parents[1]
+    )
     assert len(files) > 5 and files <= {str(path) for path in known_arguments.sources(megatron)}

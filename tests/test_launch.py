@@ -50,8 +50,14 @@ def start(outdir: Path, *arguments: object, **environment: str) -> subprocess.Po
     """A launcher in a process of its own, in which a hang-up ends it although these tests may run under nohup."""
     command = [sys.executable, LAUNCHER, outdir, *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True,
-                            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+    )
 
 
 def until(condition, seconds: float = 20.0):
@@ -87,19 +93,28 @@ def test_a_run_leaves_everything_that_a_run_directory_holds(tmp_path):
     assert directory.path == tmp_path / "101-tiny-dp2_cpu"
     assert (finished.exit_status, result.status, result.exit_code) == (0, "ok", 0)
     assert (result.steps, result.steps_done, result.window) == (8, 8, (6, 8))
-    assert result.step_ms == step_statistics.spread([106, 107, 108]) and result.step_ms.median == 107
+    assert (
+        result.step_ms == step_statistics.spread([106, 107, 108]) and result.step_ms.median == 107
+    )
     assert (result.tflops, result.tokens_per_s, result.mfu) == (2.0, 50.0, None)
-    assert (result.memory_gib.allocated, result.memory_gib.reserved) == (2.0, 3.0), "of the fullest rank"
+    assert (result.memory_gib.allocated, result.memory_gib.reserved) == (2.0, 3.0), (
+        "of the fullest rank"
+    )
     assert result.loss.first == 9.9 and result.loss.last == pytest.approx(9.2)
     assert directory.read_result() == result and directory.state() == "ok"
     assert "[rank0]: hello, no GPUs" in directory.logs.read_text()
     environment = json.loads(directory.environment.read_text())
-    assert environment["host"] == socket.gethostname() and environment["upstream"]["source"] in ("submodule", "package")
+    assert environment["host"] == socket.gethostname() and environment["upstream"]["source"] in (
+        "submodule",
+        "package",
+    )
     assert environment["launch"] == {"add_us": 6.0, "operation_us": 20.0}, "of the slowest ranks"
     assert directory.read_experiment().id == "101"
     assert directory.read_running().pid == os.getpid()
     assert "8/8  loss 9.2000  108.0 ms" in printed and "median of steps 6 to 8" in printed
-    assert [line.split("/")[0] for line in printed.splitlines() if "/8  loss" in line] == list("12345678")
+    assert [line.split("/")[0] for line in printed.splitlines() if "/8  loss" in line] == list(
+        "12345678"
+    )
 
 
 def test_the_command_can_be_run_again(tmp_path):
@@ -118,7 +133,11 @@ def test_a_second_run_gets_a_directory_of_its_own(tmp_path):
 
 def test_a_run_shorter_than_its_window_has_no_median(tmp_path):
     finished, printed = run(make_plan(tmp_path, "ok", steps=3))
-    assert finished.result.window is None and finished.result.step_ms is None and finished.result.tflops is None
+    assert (
+        finished.result.window is None
+        and finished.result.step_ms is None
+        and finished.result.tflops is None
+    )
     assert "no median: the averaging window begins after step 3" in printed
 
 
@@ -131,7 +150,9 @@ def test_a_run_shorter_than_its_window_has_no_median(tmp_path):
         ("port-always", "crash", 1, None, "EADDRINUSE"),
     ],
 )
-def test_failures_are_named_and_keep_the_results_so_far(tmp_path, behaviour, status, exit_status, rank, words):
+def test_failures_are_named_and_keep_the_results_so_far(
+    tmp_path, behaviour, status, exit_status, rank, words
+):
     finished, printed = run(make_plan(tmp_path, behaviour))
     result = finished.result
     assert (result.status, finished.exit_status, result.rank) == (status, exit_status, rank)
@@ -162,8 +183,12 @@ def test_before_its_first_step_a_run_may_be_silent_for_longer(tmp_path):
     assert (finished.result.status, finished.result.steps_done) == ("hang", 1)
 
 
-@pytest.mark.parametrize(("at_start_s", "hang_s", "status", "done"), [(0.2, 30, "ok", 1), (0.7, 0.3, "hang", 0)])
-def test_before_its_first_step_the_longer_patience_counts_and_ends(tmp_path, monkeypatch, at_start_s, hang_s, status, done):
+@pytest.mark.parametrize(
+    ("at_start_s", "hang_s", "status", "done"), [(0.2, 30, "ok", 1), (0.7, 0.3, "hang", 0)]
+)
+def test_before_its_first_step_the_longer_patience_counts_and_ends(
+    tmp_path, monkeypatch, at_start_s, hang_s, status, done
+):
     monkeypatch.setattr(launch, "HANG_AT_START_S", at_start_s)
     slow_start_s = 2.0 if status == "ok" else 30.0
     finished, _ = run(make_plan(tmp_path, "ok", steps=1, step_s=slow_start_s), hang_seconds=hang_s)
@@ -175,11 +200,18 @@ def test_a_resumed_run_begins_with_the_same_patience(tmp_path):
     """The steps that it had before are none of this start."""
     first, _ = run(make_plan(tmp_path, "ok", steps=2))
     loading = Extras(loading=Loading(first.dir.checkpoints, 2))
-    finished, _ = run(make_plan(tmp_path, "ok", steps=3, step_s=2.0, resumes=first.dir, extras=loading), hang_seconds=0.7)
-    assert finished.result.status == "hang" and len(finished.dir.metrics.read_text().splitlines()) == 3
+    finished, _ = run(
+        make_plan(tmp_path, "ok", steps=3, step_s=2.0, resumes=first.dir, extras=loading),
+        hang_seconds=0.7,
+    )
+    assert (
+        finished.result.status == "hang" and len(finished.dir.metrics.read_text().splitlines()) == 3
+    )
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_a_signal_ends_every_rank_and_keeps_the_results_so_far(tmp_path, number, status):
     launcher = start(tmp_path / "out", "ok", 3, 1000, 0.05)
     directory = wait_for_steps(tmp_path / "out")
@@ -225,7 +257,9 @@ def test_ranks_follow_a_launcher_that_is_killed(tmp_path):
     launcher.kill()
     launcher.wait()
     until(lambda: not of_run(directory.path))
-    until(lambda: directory.state() == "killed")  # the lock goes with the last process that inherited it
+    until(
+        lambda: directory.state() == "killed"
+    )  # the lock goes with the last process that inherited it
     assert directory.read_result() is None
     assert len(directory.read_metrics()) >= 2
 
@@ -237,7 +271,9 @@ def test_a_launcher_that_cannot_go_on_ends_its_run(tmp_path):
                 raise BrokenPipeError
 
     with pytest.raises(BrokenPipeError):
-        launch.run_plan(make_plan(tmp_path, "ok", steps=1000, step_s=0.05), terminal=Broken(io.StringIO()))
+        launch.run_plan(
+            make_plan(tmp_path, "ok", steps=1000, step_s=0.05), terminal=Broken(io.StringIO())
+        )
     directory = the_run(tmp_path)
     assert directory.read_result().status == "killed"
     assert not of_run(directory.path)
@@ -245,7 +281,9 @@ def test_a_launcher_that_cannot_go_on_ends_its_run(tmp_path):
 
 def test_a_run_goes_where_there_is_no_main_thread(tmp_path):
     results = []
-    thread = threading.Thread(target=lambda: results.append(run(make_plan(tmp_path, "ok", steps=1))[0]))
+    thread = threading.Thread(
+        target=lambda: results.append(run(make_plan(tmp_path, "ok", steps=1))[0])
+    )
     thread.start()
     thread.join()
     assert results[0].result.status == "ok"
@@ -281,8 +319,15 @@ def test_gpus_are_chosen_sampled_and_recorded(tmp_path, monkeypatch):
     assert (result.gpu, result.gpus, result.device) == ("NVIDIA H200", (2, 3), "cuda")
     assert result.peak_tflops > 900 and result.mfu == pytest.approx(2.0 / result.peak_tflops)
     assert "hello, 2,3 GPUs" in finished.dir.logs.read_text()
-    assert "memory by formula: " in printed and "fits on NVIDIA H200" in printed and "step by formula: " in printed
-    assert "MFU" in printed and json.loads(finished.dir.environment.read_text())["driver"] == "580.95.05"
+    assert (
+        "memory by formula: " in printed
+        and "fits on NVIDIA H200" in printed
+        and "step by formula: " in printed
+    )
+    assert (
+        "MFU" in printed
+        and json.loads(finished.dir.environment.read_text())["driver"] == "580.95.05"
+    )
 
 
 def stop(*arguments: object) -> str:
@@ -314,7 +359,9 @@ def test_stop_kills_no_process_that_only_has_the_number(tmp_path):
     bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     finished, _ = run(make_plan(tmp_path, "ok", steps=1))
     finished.dir.result.unlink()
-    write_json(finished.dir.running, {"pid": bystander.pid, "host": socket.gethostname(), "started": 1.0})
+    write_json(
+        finished.dir.running, {"pid": bystander.pid, "host": socket.gethostname(), "started": 1.0}
+    )
     launch.stop(tmp_path)
     assert bystander.poll() is None
     bystander.kill()
@@ -334,7 +381,10 @@ def saving_to(folder: Path) -> dict:
 def test_two_runs_do_not_keep_checkpoints_in_one_folder(tmp_path):
     first = start(tmp_path / "out", "ok", 2, 1000, 0.05, SAVE=str(tmp_path / "kept"))
     directory = wait_for_steps(tmp_path / "out")
-    with pytest.raises(UserError, match=rf"SAVE={tmp_path}/kept: another run keeps .*process {first.pid} on .*\nname another folder"):
+    with pytest.raises(
+        UserError,
+        match=rf"SAVE={tmp_path}/kept: another run keeps .*process {first.pid} on .*\nname another folder",
+    ):
         run(make_plan(tmp_path / "other", "ok", **saving_to(tmp_path / "kept")))
     with pytest.raises(UserError, match="another run keeps its checkpoints there"):
         run(make_plan(tmp_path / "other", "ok", **saving_to(directory.path / "checkpoints")))
@@ -348,7 +398,10 @@ def test_two_runs_do_not_keep_checkpoints_in_one_folder(tmp_path):
 def test_a_run_that_goes_on_is_not_resumed_a_second_time(tmp_path):
     first = start(tmp_path / "out", "ok", 2, 1000, 0.05)
     directory = wait_for_steps(tmp_path / "out")
-    with pytest.raises(UserError, match=rf"101-tiny-dp2_cpu still runs: process {first.pid} on .*\nmake stop RUN=101-tiny-dp2_cpu OUTDIR="):
+    with pytest.raises(
+        UserError,
+        match=rf"101-tiny-dp2_cpu still runs: process {first.pid} on .*\nmake stop RUN=101-tiny-dp2_cpu OUTDIR=",
+    ):
         run(make_plan(tmp_path / "out", "ok", resumes=directory))
     assert first.poll() is None and directory.logs.exists() and directory.read_result() is None
     steps = len(directory.read_metrics())
@@ -357,7 +410,11 @@ def test_a_run_that_goes_on_is_not_resumed_a_second_time(tmp_path):
     first.wait()
     until(lambda: directory.state() == "killed")
     finished, _ = run(make_plan(tmp_path / "out", "ok", steps=3, resumes=directory))
-    assert finished.dir == directory and finished.result.status == "ok" and (directory.path / "logs.1.txt").exists()
+    assert (
+        finished.dir == directory
+        and finished.result.status == "ok"
+        and (directory.path / "logs.1.txt").exists()
+    )
 
 
 @pytest.mark.parametrize("folder", ["file", "file/below", "new/below"])
@@ -369,7 +426,9 @@ def test_a_run_that_is_refused_leaves_nothing(tmp_path, monkeypatch, folder):
             raise UserError("half a submodule")
 
         monkeypatch.setattr("harness.launching.launch.describe_environment", refuse)
-    with pytest.raises(UserError, match=r"(?s)half a submodule|cannot write to .*set SAVE= to another"):
+    with pytest.raises(
+        UserError, match=r"(?s)half a submodule|cannot write to .*set SAVE= to another"
+    ):
         run(make_plan(tmp_path / "out", "ok", **saving_to(tmp_path / folder)))
     assert {path.name for path in tmp_path.rglob("*")} <= {"file", "out"}
 
@@ -384,9 +443,20 @@ def test_a_run_that_is_refused_leaves_the_run_that_it_would_have_resumed(tmp_pat
     monkeypatch.setattr("harness.launching.launch.describe_environment", refuse)
     with pytest.raises(UserError, match="half a submodule"):
         run(make_plan(tmp_path, "ok", steps=6, resumes=finished.dir))
-    assert {path: path.read_bytes() for path in finished.dir.path.rglob("*") if path.is_file()} == before
+    assert {
+        path: path.read_bytes() for path in finished.dir.path.rglob("*") if path.is_file()
+    } == before
 
 
 def test_a_spread_of_one_value_has_no_deviation():
-    assert step_statistics.spread([5.0]).model_dump() == {"median": 5, "q1": 5, "q3": 5, "mean": 5, "stdev": 0, "min": 5, "max": 5, "n": 1}
+    assert step_statistics.spread([5.0]).model_dump() == {
+        "median": 5,
+        "q1": 5,
+        "q3": 5,
+        "mean": 5,
+        "stdev": 0,
+        "min": 5,
+        "max": 5,
+        "n": 1,
+    }
     assert step_statistics.spread([]) is None

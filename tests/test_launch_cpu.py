@@ -34,7 +34,9 @@ ENDLESS = "STEPS=1000000"
 
 def start(outdir: Path, *words: str) -> subprocess.Popen:
     command = [sys.executable, "-c", RUN, TWO_RANKS, f"OUTDIR={outdir}", *words]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
 
 
 def the_run(outdir: Path) -> RunDir:
@@ -49,7 +51,11 @@ def training(outdir: Path, *words: str) -> tuple[subprocess.Popen, RunDir, list[
         time.sleep(0.2)
         if any(outdir.glob("*")) and len((run := the_run(outdir)).read_metrics()) >= 3:
             (torchrun,) = psutil.Process(launcher.pid).children()
-            return launcher, run, [torchrun, *(psutil.Process(rank.pid) for rank in run.read_ranks())]
+            return (
+                launcher,
+                run,
+                [torchrun, *(psutil.Process(rank.pid) for rank in run.read_ranks())],
+            )
     raise AssertionError(f"no step within two minutes: {launcher.communicate()[0]}")
 
 
@@ -66,7 +72,10 @@ def test_two_nodes_on_loopback_train_as_one_does(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         meeting = f"RENDEZVOUS=127.0.0.1:{probe.getsockname()[1]}"
-    nodes = [start(tmp_path / "two", "STEPS=8", "NODES=2", meeting, f"NODE_RANK={node}") for node in (1, 0)]
+    nodes = [
+        start(tmp_path / "two", "STEPS=8", "NODES=2", meeting, f"NODE_RANK={node}")
+        for node in (1, 0)
+    ]
     assert [node.communicate(timeout=180) and node.returncode for node in nodes] == [0, 0]
     one = start(tmp_path / "one", "STEPS=8")
     assert one.communicate(timeout=180) and one.returncode == 0
@@ -85,13 +94,25 @@ def assert_logged(run: RunDir) -> None:
 
     events = EventAccumulator(str(run.path / "tensorboard"))
     events.Reload()
-    shown = {name: {event.step: event.value for event in events.Scalars(name)} for name in events.Tags()["scalars"]}
+    shown = {
+        name: {event.step: event.value for event in events.Scalars(name)}
+        for name in events.Tags()["scalars"]
+    }
     metrics = {m.step: m for m in run.read_metrics()}
-    for name, field in (("step_ms", "step_ms"), ("tflops_per_gpu", "tflops"), ("tokens_per_s", "tokens_per_s")):
-        assert shown[f"performance/{name}"] == pytest.approx({step: getattr(m, field) for step, m in metrics.items()}, rel=1e-5)
+    for name, field in (
+        ("step_ms", "step_ms"),
+        ("tflops_per_gpu", "tflops"),
+        ("tokens_per_s", "tokens_per_s"),
+    ):
+        assert shown[f"performance/{name}"] == pytest.approx(
+            {step: getattr(m, field) for step, m in metrics.items()}, rel=1e-5
+        )
     assert "performance/mfu" not in shown, "a CPU has no peak"
     fullest = max(rank.rss_peak_gib for rank in run.read_ranks())
-    assert shown["memory/rss_peak_gib"].keys() == metrics.keys() and 0 < shown["memory/rss_peak_gib"][max(metrics)] <= fullest * 1.001
+    assert (
+        shown["memory/rss_peak_gib"].keys() == metrics.keys()
+        and 0 < shown["memory/rss_peak_gib"][max(metrics)] <= fullest * 1.001
+    )
 
 
 def test_ctrl_c_ends_every_rank_and_keeps_the_results_so_far(tmp_path):
@@ -118,7 +139,11 @@ def test_a_killed_rank_is_named(tmp_path):
     os.kill(run.read_ranks()[1].pid, signal.SIGKILL)
     launcher.communicate(timeout=60)
     result = run.read_result()
-    assert (launcher.returncode, result.status, result.rank) == (1, "crash", 1) and "SIGKILL" in result.detail
+    assert (launcher.returncode, result.status, result.rank) == (
+        1,
+        "crash",
+        1,
+    ) and "SIGKILL" in result.detail
     assert_gone(processes)
 
 
@@ -137,5 +162,8 @@ def test_a_value_that_only_upstream_can_judge_is_a_bad_configuration(tmp_path):
     launcher = start(tmp_path / "out", "STEPS=2", "ARGS=--moe-layer-freq often")
     printed, _ = launcher.communicate(timeout=120)
     assert launcher.returncode == 2
-    assert "--moe-layer-freq: invalid moe_freq_type value: 'often'" in printed and "make arguments" in printed
+    assert (
+        "--moe-layer-freq: invalid moe_freq_type value: 'often'" in printed
+        and "make arguments" in printed
+    )
     assert json.loads(the_run(tmp_path / "out").result.read_text())["status"] == "bad-configuration"

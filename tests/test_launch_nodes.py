@@ -44,9 +44,13 @@ def none_outlives_its_test():
     STARTED.clear()
 
 
-def start_node(node: int, outdir: Path, rendezvous: str, *arguments: object, **environment: str) -> subprocess.Popen:
+def start_node(
+    node: int, outdir: Path, rendezvous: str, *arguments: object, **environment: str
+) -> subprocess.Popen:
     arguments = arguments or ("ok", 2, 20, 0.05)
-    STARTED.append(start(outdir, *arguments, NODE_RANK=str(node), RENDEZVOUS=rendezvous, **environment))
+    STARTED.append(
+        start(outdir, *arguments, NODE_RANK=str(node), RENDEZVOUS=rendezvous, **environment)
+    )
     return STARTED[-1]
 
 
@@ -63,12 +67,19 @@ def test_a_further_node_joins_the_directory_of_node_0(tmp_path, rendezvous):
     outputs = [text for status, text in ended(first, second) if status == 0]
     directory = the_run(tmp_path / "out")
     assert directory.read_result().status == "ok" and directory.read_running().pid == first.pid
-    assert "hello" in directory.logs.read_text() and "hello" in directory.logs_of_node(1).read_text()
-    assert "node 1 waits for node 0" in outputs[1] and f"node 0 waits at {rendezvous} for node 1, 10 minutes" in outputs[0]
+    assert (
+        "hello" in directory.logs.read_text() and "hello" in directory.logs_of_node(1).read_text()
+    )
+    assert (
+        "node 1 waits for node 0" in outputs[1]
+        and f"node 0 waits at {rendezvous} for node 1, 10 minutes" in outputs[0]
+    )
 
 
 def test_node_0_shows_steps_and_losses_that_another_file_system_has(tmp_path, rendezvous):
-    nodes = [start_node(node, tmp_path / f"disk{node}", rendezvous, "ok", 2, 8, 0.05) for node in (0, 1)]
+    nodes = [
+        start_node(node, tmp_path / f"disk{node}", rendezvous, "ok", 2, 8, 0.05) for node in (0, 1)
+    ]
     (first, second) = ended(*nodes)
     assert (first[0], second[0]) == (0, 0), first[1] + second[1]
     own, other = the_run(tmp_path / "disk0"), the_run(tmp_path / "disk1")
@@ -84,11 +95,16 @@ def test_node_0_shows_steps_and_losses_that_another_file_system_has(tmp_path, re
     (20, '{"lr": 0.1}', "experiment lr: none on node 0, 0.1 on node 1"),
     (6, "{}", "experiment steps: 20 on node 0, 6 on node 1"),
 ])  # fmt: skip
-def test_nodes_that_would_not_run_the_same_are_all_refused(tmp_path, rendezvous, steps, changes, said):
+def test_nodes_that_would_not_run_the_same_are_all_refused(
+    tmp_path, rendezvous, steps, changes, said
+):
     first = start_node(0, tmp_path / "out", rendezvous)
     second = start_node(1, tmp_path / "out", rendezvous, "ok", 2, steps, 0.05, CHANGES=changes)
     for status, text in ended(first, second):
-        assert status == 2 and f"node 0 ({HOST}) and node 1 ({HOST}) would not run the same\n  {said}\n" in text
+        assert (
+            status == 2
+            and f"node 0 ({HOST}) and node 1 ({HOST}) would not run the same\n  {said}\n" in text
+        )
         assert "give all nodes the same settings" in text
     assert not (tmp_path / "out").exists()
 
@@ -98,18 +114,36 @@ def test_what_nodes_compare(tmp_path, monkeypatch):
         return agreement.facts(make_plan(tmp_path, "ok", **changes))
 
     def differs(**changes) -> list[str]:
-        return [line.split(":")[0] for line in agreement.differences(before, known(**changes), ("node 0", "node 1"))]
+        return [
+            line.split(":")[0]
+            for line in agreement.differences(before, known(**changes), ("node 0", "node 1"))
+        ]
 
     before = known()
     assert differs() == []
     assert differs(overrides={"LR": "typed otherwise"}) == []
-    assert differs(extra_args=("--clip-grad", "0.1"), mbs=2) == ["experiment micro_batch_size", "experiment extra_args"]
-    assert differs(extras=Extras(saving=Saving(every=3))) == ["checkpoints every", "checkpoints folder"]
-    assert differs(extras=Extras(loading=Loading(tmp_path, 5))) == ["begins with step", "begins with weights only"]
-    monkeypatch.setattr(agreement, "package_version", lambda name: "9.9" if name == "numpy" else None)
+    assert differs(extra_args=("--clip-grad", "0.1"), mbs=2) == [
+        "experiment micro_batch_size",
+        "experiment extra_args",
+    ]
+    assert differs(extras=Extras(saving=Saving(every=3))) == [
+        "checkpoints every",
+        "checkpoints folder",
+    ]
+    assert differs(extras=Extras(loading=Loading(tmp_path, 5))) == [
+        "begins with step",
+        "begins with weights only",
+    ]
+    monkeypatch.setattr(
+        agreement, "package_version", lambda name: "9.9" if name == "numpy" else None
+    )
     monkeypatch.setattr(agreement, "source_commit", lambda tree: ("another", False))
     found = differs()
-    assert {"packages numpy", "harness commit"} <= set(found) <= {key for key in before if key.startswith(("packages", "harness"))}
+    assert (
+        {"packages numpy", "harness commit"}
+        <= set(found)
+        <= {key for key in before if key.startswith(("packages", "harness"))}
+    )
     monkeypatch.undo()
     sources = tmp_path / "sources"
     (sources / "below").mkdir(parents=True)
@@ -127,7 +161,9 @@ def test_other_text_under_the_name_of_a_data_set_is_another_data_set(tmp_path, m
         for end, written in (("bin", content), ("idx", b"the same")):
             (home / f"mine_text_document.{end}").write_bytes(written)
         prefix = home / "mine_text_document"
-        mine = data_sets.DataSet("mine", prefix, "NullTokenizer", None, 10, "same", 1, 1, 2, fingerprint="")
+        mine = data_sets.DataSet(
+            "mine", prefix, "NullTokenizer", None, 10, "same", 1, 1, 2, fingerprint=""
+        )
         monkeypatch.setattr(data_sets, "blend", lambda _, mine=mine: data_sets.Blend((mine,)))
         known.append(agreement.facts(make_plan(tmp_path, "ok", data="mine")))
     (line,) = agreement.differences(*known, ("node 0", "node 1"))
@@ -135,7 +171,10 @@ def test_other_text_under_the_name_of_a_data_set_is_another_data_set(tmp_path, m
 
 
 def test_a_node_that_does_not_come_is_named_in_bounded_time(tmp_path, rendezvous):
-    for node, said in ((0, f"node 1 did not come to RENDEZVOUS={rendezvous} within"), (1, "node 0 did not come within")):
+    for node, said in (
+        (0, f"node 1 did not come to RENDEZVOUS={rendezvous} within"),
+        (1, "node 0 did not come within"),
+    ):
         ((status, text),) = ended(start_node(node, tmp_path / "out", rendezvous, MEET_S="0.6"))
         assert status == 2 and said in text
     assert not (tmp_path / "out").exists()
@@ -145,7 +184,10 @@ def test_a_node_that_does_not_come_is_named_in_bounded_time(tmp_path, rendezvous
 def test_a_node_that_refuses_by_itself_tells_the_others(tmp_path, rendezvous, refusing):
     waiting = start_node(1 - refusing, tmp_path / "out", rendezvous)
     assert "waits" in waiting.stdout.readline()
-    with pytest.raises(UserError, match=r"^no such data$"), told_to_others([f"RENDEZVOUS={rendezvous}", f"NODE_RANK={refusing}"]):
+    with (
+        pytest.raises(UserError, match=r"^no such data$"),
+        told_to_others([f"RENDEZVOUS={rendezvous}", f"NODE_RANK={refusing}"]),
+    ):
         raise UserError("no such data")
     ((status, text),) = ended(waiting)
     assert status == 2 and f"error: node {refusing} ({HOST}) refuses: no such data" in text
@@ -154,15 +196,27 @@ def test_a_node_that_refuses_by_itself_tells_the_others(tmp_path, rendezvous, re
 
 def test_nobody_is_told_of_what_would_only_be_shown(rendezvous, monkeypatch):
     monkeypatch.setattr(meeting, "_tell", lambda *_: pytest.fail("it told"))
-    for words in ([], [f"RENDEZVOUS={rendezvous}", "DRY_RUN=1"], [f"RENDEZVOUS={rendezvous}", "SLURM=1"], ["RENDEZVOUS=nonsense"]):
+    for words in (
+        [],
+        [f"RENDEZVOUS={rendezvous}", "DRY_RUN=1"],
+        [f"RENDEZVOUS={rendezvous}", "SLURM=1"],
+        ["RENDEZVOUS=nonsense"],
+    ):
         with pytest.raises(UserError, match="no"), told_to_others(words):
             raise UserError("no")
 
 
 def test_a_directory_that_node_0_cannot_make_ends_all(tmp_path, rendezvous):
     (tmp_path / "file").touch()
-    nodes = start_node(0, tmp_path / "file", rendezvous), start_node(1, tmp_path / "out", rendezvous)
-    for (status, text), refused in zip(ended(*nodes), ("error: cannot write to", f"node 0 ({HOST}) refuses: cannot write to"), strict=True):
+    nodes = (
+        start_node(0, tmp_path / "file", rendezvous),
+        start_node(1, tmp_path / "out", rendezvous),
+    )
+    for (status, text), refused in zip(
+        ended(*nodes),
+        ("error: cannot write to", f"node 0 ({HOST}) refuses: cannot write to"),
+        strict=True,
+    ):
         assert status == 2 and refused in text
 
 
@@ -171,7 +225,11 @@ def test_a_directory_that_a_further_node_cannot_make_ends_all(tmp_path, rendezvo
     first = start_node(0, tmp_path / "out", rendezvous, "ok", 2, 1000, 0.05)
     second = start_node(1, tmp_path / "file", rendezvous, "ok", 2, 1000, 0.05)
     (own, other) = ended(first, second)
-    assert other[0] == 2 and own[0] == 2 and f"node 1 ({HOST}): cannot write to {tmp_path}/file" in own[1]
+    assert (
+        other[0] == 2
+        and own[0] == 2
+        and f"node 1 ({HOST}): cannot write to {tmp_path}/file" in own[1]
+    )
     assert not of_run(the_run(tmp_path / "out").path)
 
 
@@ -181,7 +239,10 @@ def test_a_host_without_an_address_is_named_at_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(links.socket, "getaddrinfo", unknown)
     for node in ("0", "1"):
-        with pytest.raises(UserError, match=r"RENDEZVOUS=nowhere:29500: the host nowhere has no address here: Name or service"):
+        with pytest.raises(
+            UserError,
+            match=r"RENDEZVOUS=nowhere:29500: the host nowhere has no address here: Name or service",
+        ):
             run(make_plan(tmp_path / "out", "ok", nodes=2, place=Place(node, "nowhere:29500")))
     assert not (tmp_path / "out").exists()
 
@@ -192,7 +253,9 @@ def test_a_rendezvous_port_of_another_program_is_refused_with_a_free_one(tmp_pat
         other.bind(("", 0))
         other.listen()
         port = other.getsockname()[1]
-        with pytest.raises(UserError, match=rf"another program has port {port}; try RENDEZVOUS=127.0.0.1:\d+"):
+        with pytest.raises(
+            UserError, match=rf"another program has port {port}; try RENDEZVOUS=127.0.0.1:\d+"
+        ):
             run(make_plan(tmp_path, "ok", nodes=2, place=Place("0", f"127.0.0.1:{port}")))
         with pytest.raises(UserError, match="another program has that port"):
             run(make_plan(tmp_path, "ok", nodes=2, place=Place("1", f"127.0.0.1:{port}")))
@@ -214,11 +277,21 @@ def test_a_number_that_comes_twice_or_is_too_high_is_refused():
     def admit(node: int, others: dict) -> None:
         ours, theirs = socket.socketpair()
         with ours, theirs:
-            meeting._admit(links.Link(ours), {meeting.MARK: 1, "node": node, "host": "b\033[2J", "facts": {}}, others, {}, 3)
+            meeting._admit(
+                links.Link(ours),
+                {meeting.MARK: 1, "node": node, "host": "b\033[2J", "facts": {}},
+                others,
+                {},
+                3,
+            )
 
     there: dict = {}
     admit(1, there)
-    for node, said in ((1, r"NODE_RANK=1 came twice, from b\?\[2J and from b\?\[2J"), (3, "NODE_RANK=3 came from .*, and NODES=3"), (0, "NODE_RANK=0")):
+    for node, said in (
+        (1, r"NODE_RANK=1 came twice, from b\?\[2J and from b\?\[2J"),
+        (3, "NODE_RANK=3 came from .*, and NODES=3"),
+        (0, "NODE_RANK=0"),
+    ):
         with pytest.raises(UserError, match=said):
             admit(node, dict(there))
 
@@ -237,9 +310,13 @@ def test_ctrl_c_while_it_waits_ends_the_node_that_waits_for_it(tmp_path, rendezv
     ("killed", "crash", 3, "ended by SIGKILL"),
     ("oom", "oom", 3, "CUDA out of memory"),
 ])  # fmt: skip
-def test_node_0_names_the_node_and_the_rank_that_failed(tmp_path, rendezvous, shared, behaviour, status, rank, said):
+def test_node_0_names_the_node_and_the_rank_that_failed(
+    tmp_path, rendezvous, shared, behaviour, status, rank, said
+):
     first = start_node(0, tmp_path / "a", rendezvous, "ok", 2, 2000, 0.05, GRACE_S="1")
-    second = start_node(1, tmp_path / ("a" if shared else "b"), rendezvous, behaviour, 2, 2000, 0.05)
+    second = start_node(
+        1, tmp_path / ("a" if shared else "b"), rendezvous, behaviour, 2, 2000, 0.05
+    )
     (own, other) = ended(first, second)
     result = the_run(tmp_path / "a").read_result()
     assert own[0] == 1 and other[0] == 1
@@ -250,12 +327,17 @@ def test_node_0_names_the_node_and_the_rank_that_failed(tmp_path, rendezvous, sh
 def test_a_launcher_that_was_killed_is_named_and_the_run_ends(tmp_path, rendezvous):
     first = start_node(0, tmp_path / "a", rendezvous, "ok", 2, 2000, 0.05, GRACE_S="1")
     second = start_node(1, tmp_path / "b", rendezvous, "ok", 2, 2000, 0.05)
-    until(lambda: any((tmp_path / "a").glob("*")) and len(the_run(tmp_path / "a").read_metrics()) > 2)
+    until(
+        lambda: any((tmp_path / "a").glob("*")) and len(the_run(tmp_path / "a").read_metrics()) > 2
+    )
     second.kill()
     ((status, text),) = ended(first)
     result = the_run(tmp_path / "a").read_result()
     assert status == 1 and result.status == "crash"
-    assert f"node 1 ({HOST}): it is gone: its launcher was killed" in result.detail and "it is gone" in text
+    assert (
+        f"node 1 ({HOST}): it is gone: its launcher was killed" in result.detail
+        and "it is gone" in text
+    )
     until(lambda: not of_run(the_run(tmp_path / "b").path))
     second.communicate()
 
@@ -267,7 +349,10 @@ def test_a_further_node_resumes_what_node_0_has_resumed_already(tmp_path, rendez
     assert "waits" in first.stdout.readline()
     (own, other) = ended(first, start_node(1, tmp_path, rendezvous, **resumed))
     assert (own[0], other[0]) == (0, 0), own[1] + other[1]
-    assert the_run(tmp_path).read_result().status == "ok" and (finished.dir.path / "logs.1.txt").exists()
+    assert (
+        the_run(tmp_path).read_result().status == "ok"
+        and (finished.dir.path / "logs.1.txt").exists()
+    )
 
 
 def test_ranks_that_only_follow_do_not_count_as_the_cause():
@@ -276,5 +361,8 @@ def test_ranks_that_only_follow_do_not_count_as_the_cause():
     log = f"[rank0]: Traceback (most recent call last):\n{echo}\n"
     assert classify(Evidence(exit_code=1, log=log), experiment).follows
     assert classify(Evidence(exit_code=1), experiment).follows
-    assert not classify(Evidence(exit_code=1, log=log.replace("Connection closed by peer", "no such layer")), experiment).follows
+    assert not classify(
+        Evidence(exit_code=1, log=log.replace("Connection closed by peer", "no such layer")),
+        experiment,
+    ).follows
     assert not classify(Evidence(exit_code=1, log=f"{log}CUDA out of memory\n"), experiment).follows

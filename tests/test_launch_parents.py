@@ -21,8 +21,14 @@ def started_by(script: str, outdir: Path) -> subprocess.Popen:
     """A shell that starts a launcher as ``script`` says, in which RUN is its command."""
     command = script.replace("RUN", f"{RUN} {outdir} ok 2 2000 0.05")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(["bash", "-c", command], env=environment, start_new_session=True, stdout=subprocess.DEVNULL,
-                            stderr=subprocess.DEVNULL, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))
+    return subprocess.Popen(
+        ["bash", "-c", command],
+        env=environment,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+    )
 
 
 def launcher_of(outdir: Path) -> psutil.Process:
@@ -34,7 +40,9 @@ def with_make(tmp_path: Path) -> str:
     return f"make -f {tmp_path}/Makefile run COMMAND='RUN'"
 
 
-@pytest.mark.parametrize("script", ["RUN; true", "make RUN; true", "nohup make RUN; true", "make RUN & wait"])
+@pytest.mark.parametrize(
+    "script", ["RUN; true", "make RUN; true", "nohup make RUN; true", "make RUN & wait"]
+)
 def test_a_run_ends_with_the_make_or_the_script_that_was_killed(tmp_path, script):
     by_make = "make" in script
     if by_make and shutil.which("make") is None:
@@ -47,7 +55,10 @@ def test_a_run_ends_with_the_make_or_the_script_that_was_killed(tmp_path, script
     above.kill()
     result = until(directory.read_result)
     assert result.status == "killed" and result.steps_done < 2000 and result.exit_code == 129
-    assert f"ended because {'make' if by_make else 'bash'} (process {above.pid}), which started it, is gone" in result.detail
+    assert (
+        f"ended because {'make' if by_make else 'bash'} (process {above.pid}), which started it, is gone"
+        in result.detail
+    )
     assert not of_run(directory.path)
     shell.wait(timeout=20)
 
@@ -62,7 +73,9 @@ def test_a_run_of_make_ends_with_the_script_that_was_killed(tmp_path):
     assert f"bash (process {shell.pid})" in until(directory.read_result).detail
 
 
-@pytest.mark.parametrize("script", ["nohup RUN; true", "setsid --wait RUN; true", "RUN & wait", "set -m; RUN & wait"])
+@pytest.mark.parametrize(
+    "script", ["nohup RUN; true", "setsid --wait RUN; true", "RUN & wait", "set -m; RUN & wait"]
+)
 def test_a_run_that_was_detached_on_purpose_goes_on(tmp_path, script):
     shell = started_by(script, tmp_path / "out")
     launcher = launcher_of(tmp_path / "out")
@@ -83,4 +96,7 @@ def test_a_run_whose_reader_went_away_trains_on_and_tells_its_status(tmp_path):
         launcher.stdout.readline()
         launcher.stdout.close()
         assert launcher.wait(timeout=60) == status
-        assert the_run(tmp_path / behaviour).read_result().steps_done == {"ok": 30, "killed": 2}[behaviour]
+        assert (
+            the_run(tmp_path / behaviour).read_result().steps_done
+            == {"ok": 30, "killed": 2}[behaviour]
+        )

@@ -22,7 +22,9 @@ def ready(preparation: str, **marks: str) -> subprocess.Popen:
     """A sleeping process that has made its preparation."""
     code = f"import faulthandler, signal, time; {preparation}; print(1, flush=True); time.sleep(60)"
     command = [sys.executable, "-c", code]
-    process = subprocess.Popen(command, env=os.environ | marks, stdout=subprocess.PIPE, start_new_session=True)
+    process = subprocess.Popen(
+        command, env=os.environ | marks, stdout=subprocess.PIPE, start_new_session=True
+    )
     with process.stdout as stdout:
         stdout.readline()
     return process
@@ -34,7 +36,9 @@ def test_processes_are_found_by_all_of_their_marks():
         assert {p.pid for p in processes.marked(HARNESS_RUN_DIR="/a")} == {one.pid, other.pid}
         assert [p.pid for p in processes.marked(HARNESS_RUN_DIR="/a", NODE="2")] == [other.pid]
         assert processes.marked(HARNESS_RUN_DIR="/") == []
-        assert processes.has_variable(one.pid, "NODE") and not processes.has_variable(one.pid, "NOD")
+        assert processes.has_variable(one.pid, "NODE") and not processes.has_variable(
+            one.pid, "NOD"
+        )
     finally:
         for process in (one, other):
             process.kill()
@@ -42,7 +46,10 @@ def test_processes_are_found_by_all_of_their_marks():
 
 
 def test_the_end_is_sigterm_then_sigkill_and_leaves_the_exit_status_to_the_parent():
-    mild, hard = start(MARK="end"), ready("signal.signal(signal.SIGTERM, signal.SIG_IGN)", MARK="end")
+    mild, hard = (
+        start(MARK="end"),
+        ready("signal.signal(signal.SIGTERM, signal.SIG_IGN)", MARK="end"),
+    )
     started = time.monotonic()
     processes.end(processes.marked(MARK="end"), grace_s=0.3)
     assert time.monotonic() - started < 5
@@ -56,7 +63,11 @@ def test_signals_are_noted_in_order_and_handlers_come_back():
         assert signals.take() is None
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
-        assert [signals.take(), signals.take(), signals.take()] == [signal.SIGTERM, signal.SIGINT, None]
+        assert [signals.take(), signals.take(), signals.take()] == [
+            signal.SIGTERM,
+            signal.SIGINT,
+            None,
+        ]
     assert signal.getsignal(signal.SIGTERM) == before
 
 
@@ -86,7 +97,10 @@ def cgroups(tmp_path, monkeypatch):
     """A control group of 4 GiB, below one without a limit, in place of this process's own."""
     group = tmp_path / "slurm" / "job"
     group.mkdir(parents=True)
-    for name, text in {"memory.max": str(4 << 30), "memory.stat": f"anon 1\ninactive_file {1 << 30}"}.items():
+    for name, text in {
+        "memory.max": str(4 << 30),
+        "memory.stat": f"anon 1\ninactive_file {1 << 30}",
+    }.items():
         (group / name).write_text(text)
     (tmp_path / "slurm" / "memory.max").write_text("max")
     (tmp_path / "own").write_text("12:memory:/x\n0::/slurm/job\n")

@@ -14,7 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def git(tree: Path, *arguments: str) -> str:
     identity = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
-    done = subprocess.run(["git", "-C", tree, *identity, *arguments], check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        ["git", "-C", tree, *identity, *arguments], check=True, capture_output=True, text=True
+    )
     return done.stdout.strip()
 
 
@@ -41,7 +43,12 @@ def test_a_folder_inside_a_repository_is_not_that_repository(repository):
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("abc123\n", ("abc123", False)), ("abc123 dirty\n", ("abc123", True)), ("", (None, None)), (None, (None, None))],
+    [
+        ("abc123\n", ("abc123", False)),
+        ("abc123 dirty\n", ("abc123", True)),
+        ("", (None, None)),
+        (None, (None, None)),
+    ],
 )
 def test_without_git_the_file_commit_tells(tmp_path, text, expected):
     if text is not None:
@@ -53,7 +60,9 @@ def make_upstream(tree: Path) -> None:
     for part in ("megatron/core", "megatron/training"):
         (tree / part).mkdir(parents=True)
     (tree / "pretrain_gpt.py").touch()
-    (tree / "megatron/core/package_info.py").write_text("MAJOR = 0\nMINOR = 19\nPATCH = 0\nPRE_RELEASE = 'rc1'\n")
+    (tree / "megatron/core/package_info.py").write_text(
+        "MAJOR = 0\nMINOR = 19\nPATCH = 0\nPRE_RELEASE = 'rc1'\n"
+    )
 
 
 def test_upstreams_tree_tells_its_version_and_commit(tmp_path, monkeypatch):
@@ -77,5 +86,13 @@ def test_the_environment_is_described_without_importing_torch():
         "import sys; from harness.machine.provenance import describe_environment as d; e = d('cpu'); "
         "print(e['python'], e['gpu'], e['memory_gib'] > 0, 'torch' in e, 'torch' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["{}.{}.{}".format(*sys.version_info[:3]), "None", "True", "True", "False"]
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == [
+        "{}.{}.{}".format(*sys.version_info[:3]),
+        "None",
+        "True",
+        "True",
+        "False",
+    ]

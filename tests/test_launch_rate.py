@@ -14,7 +14,9 @@ def test_measuring_draws_no_random_numbers_and_leaves_no_gradient():
     with torch.no_grad():
         rate = launch_rate.measure("cpu")
     assert torch.get_rng_state().equal(before)
-    assert 0 < rate.add_us < rate.operation_us, "an operation that autograd records costs more than one that it does not"
+    assert 0 < rate.add_us < rate.operation_us, (
+        "an operation that autograd records costs more than one that it does not"
+    )
 
 
 def test_a_host_that_launches_more_slowly_shows(monkeypatch):

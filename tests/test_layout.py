@@ -23,9 +23,14 @@ def imported(path: Path) -> set[str]:
 
 def test_modules_keep_their_names_where_they_are_imported() -> None:
     """Whoever reads a call finds its file by the name."""
-    renamed = [f"{path.name}: {node.module}.{alias.name} as {alias.asname}" for path in (ROOT / "harness").rglob("*.py")
-               for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.ImportFrom)
-               for alias in node.names if alias.asname and _is_module(f"{node.module}.{alias.name}")]
+    renamed = [
+        f"{path.name}: {node.module}.{alias.name} as {alias.asname}"
+        for path in (ROOT / "harness").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if alias.asname and _is_module(f"{node.module}.{alias.name}")
+    ]
     assert not renamed
 
 
@@ -40,17 +45,43 @@ def test_packages_import_each_other_in_one_direction():
         part = path.relative_to(ROOT / "harness").with_suffix("").parts[0]
         imports[part] |= {name.split(".")[1] for name in imported(path)} - {part, "ROOT"}
     assert "experiment" in imports["planning"]
-    order = list(TopologicalSorter(imports).static_order())  # raises CycleError, which names the circle
-    assert order.index("experiment") < order.index("data") < order.index("planning") < order.index("launching")
+    order = list(
+        TopologicalSorter(imports).static_order()
+    )  # raises CycleError, which names the circle
+    assert (
+        order.index("experiment")
+        < order.index("data")
+        < order.index("planning")
+        < order.index("launching")
+    )
 
 
-HEAVY = ("torch", "megatron.core", "numpy", "safetensors", "transformers", "tokenizers", "datasets", "scipy")
+HEAVY = (
+    "torch",
+    "megatron.core",
+    "numpy",
+    "safetensors",
+    "transformers",
+    "tokenizers",
+    "datasets",
+    "scipy",
+)
 
 
 def test_quick_tests_need_nothing_heavy() -> None:
     """``make test-quick`` runs on a machine where only the light stage is installed: nothing heavy is imported to collect."""
     script = f"import sys; sys.modules.update(dict.fromkeys({HEAVY!r})); import pytest; sys.exit(pytest.main(sys.argv[1:]))"
-    words = ["--collect-only", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--ignore-glob=tests/test_data_*"]
-    done = subprocess.run([sys.executable, "-c", script, *words], cwd=ROOT, capture_output=True, text=True)
+    words = [
+        "--collect-only",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "--ignore-glob=tests/test_data_*",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *words], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout[-3000:]
     assert " tests collected" in done.stdout and "test_step_time.py" in done.stdout

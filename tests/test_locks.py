@@ -52,9 +52,18 @@ def never_watched(monkeypatch):
 
 def of_another_machine(folder: Path, beat: int = 0) -> None:
     """What a holder on another machine left, whose flock does not reach this one."""
-    known = {"host": "far-away", "pid": os.getpid(), "boot": "another", "start": 1, "token": "t", "beat": beat}
+    known = {
+        "host": "far-away",
+        "pid": os.getpid(),
+        "boot": "another",
+        "start": 1,
+        "token": "t",
+        "beat": beat,
+    }
     descriptor = os.open(folder / locks.FILE, os.O_WRONLY | os.O_CREAT)
-    os.pwrite(descriptor, f"{json.dumps(known):{locks.SIZE}}".encode(), 0)  # in place, as holders do
+    os.pwrite(
+        descriptor, f"{json.dumps(known):{locks.SIZE}}".encode(), 0
+    )  # in place, as holders do
     os.close(descriptor)
 
 
@@ -62,7 +71,10 @@ def test_a_living_process_keeps_its_folder_whatever_the_clock_says(tmp_path, nev
     process, _ = holding(tmp_path)
     for moment in (1, time.time() + 7200):
         os.utime(tmp_path / locks.FILE, (moment, moment))
-        with pytest.raises(UserError, match=f"{tmp_path} is in use by process {process.pid} on {socket.gethostname()}$"):
+        with pytest.raises(
+            UserError,
+            match=f"{tmp_path} is in use by process {process.pid} on {socket.gethostname()}$",
+        ):
             locks.take(tmp_path)
     assert locks.holder(tmp_path).pid == process.pid and locks.holder(tmp_path).lives
     end(process)
@@ -81,7 +93,10 @@ def test_a_killed_process_has_nothing_from_then_on(tmp_path, never_watched):
 def test_the_lock_lasts_until_what_inherited_it_has_ended(tmp_path, never_watched):
     process, child = holding(tmp_path, "child")
     end(process)
-    with pytest.raises(locks.Taken, match=f"process {process.pid} .* which was killed; what it started is still ending"):
+    with pytest.raises(
+        locks.Taken,
+        match=f"process {process.pid} .* which was killed; what it started is still ending",
+    ):
         locks.take(tmp_path)
     assert not locks.holder(tmp_path).lives
     os.kill(int(child), signal.SIGKILL)
@@ -94,7 +109,12 @@ def test_the_lock_lasts_until_what_inherited_it_has_ended(tmp_path, never_watche
 
 def test_of_several_that_want_it_at_once_one_gets_it(tmp_path):
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
-    several = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) for _ in range(3)]
+    several = [
+        subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        for _ in range(3)
+    ]
     said = [process.stdout.readline() for process in several]  # the losers end, the winner stays
     assert sorted(said) == ["", "", "has it\n"]
     assert locks.holder(tmp_path).pid == several[said.index("has it\n")].pid

@@ -19,7 +19,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def start(*words: str, **environment: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "harness", *words]
-    return subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def killed_at(step: int, outdir: Path, *words: str) -> RunDir:
@@ -57,22 +64,36 @@ def test_the_same_command_goes_on_after_kill_9_and_reaches_its_loss(tmp_path):
     assert f"goes on from step {newest}" in said and result.resumed_at == (newest,)
     after = {m.step: m.loss for m in run.read_metrics()}
     again = [step for step in before if step > newest]
-    assert {step: after[step] for step in before} == before and again  # also the steps that were lost and made again
+    assert {
+        step: after[step] for step in before
+    } == before and again  # also the steps that were lost and made again
     assert list(after) == list(range(1, len(after) + 1))
     reached = next(v for v in run.read_validation() if v.loss <= 2.9)
     assert f"loss {reached.loss:.4f} on held-out data at step {reached.step}, 2.9 wanted" in said
     assert result.status == "ok" and result.steps_done == reached.step < result.steps
     assert [c.step for c in checkpoints.in_folder(run.checkpoints)][-1] == reached.step
     assert len(checkpoints.in_folder(run.checkpoints)) == 2
-    assert f"{run.label}: ok" in ended(start(*words, f"OUTDIR={tmp_path}")) and len(list(tmp_path.iterdir())) == 1
+    assert (
+        f"{run.label}: ok" in ended(start(*words, f"OUTDIR={tmp_path}"))
+        and len(list(tmp_path.iterdir())) == 1
+    )
 
 
 def test_a_damaged_newest_checkpoint_is_skipped_and_said(tmp_path):
     words = ("DEVICE=cpu", "DATA=mock", "STEPS=30", "SAVE_EVERY=10", "EVAL_STEPS=0")
-    run = killed_at(24, tmp_path, "run", "101", "STEPS=3000", *[w for w in words if not w.startswith("STEPS")])
+    run = killed_at(
+        24, tmp_path, "run", "101", "STEPS=3000", *[w for w in words if not w.startswith("STEPS")]
+    )
     newest = checkpoints.newest_whole(run.checkpoints)
     (newest.path / "__0_0.distcp").write_bytes(b"")
-    stopped = start("run", "101", "STEPS=3000", *[w for w in words if not w.startswith("STEPS")], "RESUME=1", f"OUTDIR={tmp_path}")
+    stopped = start(
+        "run",
+        "101",
+        "STEPS=3000",
+        *[w for w in words if not w.startswith("STEPS")],
+        "RESUME=1",
+        f"OUTDIR={tmp_path}",
+    )
     lines = [stopped.stdout.readline() for _ in range(8)]
     stopped.terminate()
     stopped.communicate(timeout=60)
@@ -82,14 +103,32 @@ def test_a_damaged_newest_checkpoint_is_skipped_and_said(tmp_path):
 
 
 def test_a_loss_that_is_no_number_ends_the_run_and_leaves_its_checkpoint(tmp_path):
-    words = ("DEVICE=cpu", "DATA=mock", "STEPS=40", "SAVE_EVERY=2", "EVAL_STEPS=0", "LR=1e30", "MIN_LR=0", f"OUTDIR={tmp_path}")
+    words = (
+        "DEVICE=cpu",
+        "DATA=mock",
+        "STEPS=40",
+        "SAVE_EVERY=2",
+        "EVAL_STEPS=0",
+        "LR=1e30",
+        "MIN_LR=0",
+        f"OUTDIR={tmp_path}",
+    )
     said = ended(start("run", "101", *words), 1)
     run = RunDir(next(tmp_path.iterdir()))
     assert run.read_result().status == "nan" and "nan" in said and run.read_result().steps_done < 40
 
 
 def test_a_pipeline_stops_at_its_loss_on_every_rank(tmp_path):
-    words = ("DEVICE=cpu", "DATA=mock", "PP=2", "STEPS=30", "UNTIL=6.99", "EVAL_EVERY=3", "EVAL_STEPS=1", f"OUTDIR={tmp_path}")
+    words = (
+        "DEVICE=cpu",
+        "DATA=mock",
+        "PP=2",
+        "STEPS=30",
+        "UNTIL=6.99",
+        "EVAL_EVERY=3",
+        "EVAL_STEPS=1",
+        f"OUTDIR={tmp_path}",
+    )
     ended(start("run", "601", *words))
     result = RunDir(next(tmp_path.iterdir())).read_result()
     assert (result.status, result.steps_done) == ("ok", 3)
@@ -97,23 +136,44 @@ def test_a_pipeline_stops_at_its_loss_on_every_rank(tmp_path):
 
 @pytest.mark.skipif(not find_spec("wandb"), reason="no wandb: scripts/setup.sh tracking")
 def test_a_resumed_run_continues_its_run_at_weights_and_biases(tmp_path):
-    words = ("DEVICE=cpu", "DATA=mock", "STEPS=60", "SAVE_EVERY=10", "EVAL_EVERY=20", "EVAL_STEPS=1", "WANDB=offline",
-             "WANDB_PROJECT=tests", "WANDB_NAME=first")
+    words = (
+        "DEVICE=cpu",
+        "DATA=mock",
+        "STEPS=60",
+        "SAVE_EVERY=10",
+        "EVAL_EVERY=20",
+        "EVAL_STEPS=1",
+        "WANDB=offline",
+        "WANDB_PROJECT=tests",
+        "WANDB_NAME=first",
+    )
     run = killed_at(25, tmp_path, "run", "101", *words)
     first = {path.name for path in run.path.glob("wandb/offline-run-*")}
     said = ended(start("run", "101", *words, "RESUME=1", f"OUTDIR={tmp_path}"))
     assert "goes on from step" in said
     both = {path.name for path in run.path.glob("wandb/offline-run-*")}
-    assert len(first) == 1 and len(both) == 2 and len({name.rpartition("-")[2] for name in both}) == 1
+    assert (
+        len(first) == 1 and len(both) == 2 and len({name.rpartition("-")[2] for name in both}) == 1
+    )
     logged = b"".join(path.read_bytes() for path in run.path.glob("wandb/offline-run-*/*.wandb"))
-    for word in (b"lm loss", b"lm loss validation", b"tests", b"first", b"performance/step_ms", b"performance/tokens_per_s", b"memory/rss_peak_gib"):
+    for word in (
+        b"lm loss",
+        b"lm loss validation",
+        b"tests",
+        b"first",
+        b"performance/step_ms",
+        b"performance/tokens_per_s",
+        b"memory/rss_peak_gib",
+    ):
         assert word in logged
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run.path / "tensorboard"))
     events.Reload()
     shown = {event.step: event.value for event in events.Scalars("lm loss validation")}
-    kept = {v.step: v.loss for v in run.read_validation() if v.split == "validation" and v.step < 60}
+    kept = {
+        v.step: v.loss for v in run.read_validation() if v.split == "validation" and v.step < 60
+    }
     assert {step: shown[step] for step in kept} == pytest.approx(kept, rel=1e-6) and kept
     assert {"lm loss", "learning-rate", "lm loss validation ppl"} <= set(events.Tags()["scalars"])
 
@@ -121,6 +181,17 @@ def test_a_resumed_run_continues_its_run_at_weights_and_biases(tmp_path):
 @pytest.mark.skipif(not find_spec("wandb"), reason="no wandb: scripts/setup.sh tracking")
 def test_no_login_is_told_before_anything_starts(tmp_path):
     home = {"HOME": str(tmp_path), "WANDB_API_KEY": "", "NETRC": str(tmp_path / "none")}
-    said = ended(start("run", "101", "DEVICE=cpu", "DATA=mock", "WANDB=online", f"OUTDIR={tmp_path / 'out'}", **home), 2)
+    said = ended(
+        start(
+            "run",
+            "101",
+            "DEVICE=cpu",
+            "DATA=mock",
+            "WANDB=online",
+            f"OUTDIR={tmp_path / 'out'}",
+            **home,
+        ),
+        2,
+    )
     assert "error: WANDB=online: " in said and "wandb login" in said and "WANDB=offline" in said
     assert not (tmp_path / "out").exists()

@@ -41,10 +41,15 @@ OF_THE_SCHEDULE = {"--lr", "--min-lr", "--lr-decay-iters", "--lr-warmup-fraction
 
 def measured():
     """Every record of a run that ended well, on the hardware that the chapters talk about."""
+
     def known(e):
         return {word for word in e.extra_args if word.startswith("--")} <= OF_THE_SCHEDULE
 
-    return [row for row in FACTS.of_hardware if row.state == "ok" and row.memory_gib.allocated and known(row.experiment)]
+    return [
+        row
+        for row in FACTS.of_hardware
+        if row.state == "ok" and row.memory_gib.allocated and known(row.experiment)
+    ]
 
 
 def tolerance(e):
@@ -57,12 +62,16 @@ def tolerance(e):
         return 0.06
     if e.model.gated or e.model.attention_output_gate:
         return 0.03
-    return 0.02 if e.micro_batch_size * e.seq_length <= 1024 else 0.01  # small sums are missing, which one sequence shows
+    return (
+        0.02 if e.micro_batch_size * e.seq_length <= 1024 else 0.01
+    )  # small sums are missing, which one sequence shows
 
 
 @pytest.mark.parametrize("row", measured(), ids=lambda row: row.origin.stem)
 def test_records(row):
-    assert predict(row.experiment).total == pytest.approx(row.memory_gib.allocated, rel=tolerance(row.experiment))
+    assert predict(row.experiment).total == pytest.approx(
+        row.memory_gib.allocated, rel=tolerance(row.experiment)
+    )
 
 
 @pytest.mark.parametrize("id_", ["101", "115", "128", "244", "408", "506", "611", "632"])
@@ -90,7 +99,9 @@ def test_dropout_keeps_a_byte_an_element_twice_a_layer_and_once_after_the_embedd
         assert (predict(e).total - predict(plain).total) * 2**30 == pytest.approx(masks)
 
 
-@pytest.mark.parametrize(("id_", "kept_bytes"), [("651", 2 + 4 / 128), ("631", 4 + 4 + 2)], ids=["head", "projection"])
+@pytest.mark.parametrize(
+    ("id_", "kept_bytes"), [("651", 2 + 4 / 128), ("631", 4 + 4 + 2)], ids=["head", "projection"]
+)
 def test_norms_of_queries_and_keys_keep_their_inputs_and_statistics(id_, kept_bytes):
     e = CATALOG.find(id_)
     plain = e.with_changes(model=e.model.model_copy(update={"qk_norm": "none"}))
@@ -114,39 +125,59 @@ def test_layers_are_gathered_ahead_up_to_half_a_billion_elements_or_one_by_fsdp2
 
 def test_the_last_stage_has_the_logits():
     assert predict(find("401")).passing > loss_bytes(find("401")) / 2**30 > 9, "a micro-batch of 32"
-    assert predict(find("408")).passing < 1, "the first stage, with eight micro-batches in flight, has more in all"
+    assert predict(find("408")).passing < 1, (
+        "the first stage, with eight micro-batches in flight, has more in all"
+    )
 
 
 def test_fp8_copies_weights_and_keeps_less():
     bf16, fp8, blockwise = (predict(find(id_)) for id_ in ("611", "612", "614"))
-    assert fp8.weights - bf16.weights == pytest.approx(2 * parameters_on(find("611"), 0).matrices / 2**30)
-    assert (blockwise.weights - bf16.weights) / (fp8.weights - bf16.weights) == pytest.approx(1 + 4 / 128**2, rel=1e-9)
-    assert fp8.mlp < blockwise.mlp < bf16.mlp and fp8.attention == pytest.approx(bf16.attention, rel=0.03)
+    assert fp8.weights - bf16.weights == pytest.approx(
+        2 * parameters_on(find("611"), 0).matrices / 2**30
+    )
+    assert (blockwise.weights - bf16.weights) / (fp8.weights - bf16.weights) == pytest.approx(
+        1 + 4 / 128**2, rel=1e-9
+    )
+    assert fp8.mlp < blockwise.mlp < bf16.mlp and fp8.attention == pytest.approx(
+        bf16.attention, rel=0.03
+    )
 
 
 def test_what_experts_cost_besides_their_rows():
     """Their router in forward: logits, map and rows of each expert; backward, the gradient of their first matrices."""
     e = find("501")
     m, tokens = e.model, e.seq_length * e.micro_batch_size
-    for changes, each in (({"num_experts": 2 * m.num_experts}, 4 + 1 + 8), ({"moe_aux_loss_coeff": 0.01}, 4), ({"moe_z_loss_coeff": 0.01}, 4)):
+    for changes, each in (
+        ({"num_experts": 2 * m.num_experts}, 4 + 1 + 8),
+        ({"moe_aux_loss_coeff": 0.01}, 4),
+        ({"moe_z_loss_coeff": 0.01}, 4),
+    ):
         more = e.with_changes(model=m.model_copy(update=changes))
         assert mlp_bytes(more) - mlp_bytes(e) == each * m.num_experts * tokens
-    assert _backward_bytes(e) - _backward_bytes(find("501", ep=2)) == 2 * m.num_experts / 2 * m.hidden_size * m.moe_ffn * (2 if m.gated else 1)
+    assert _backward_bytes(e) - _backward_bytes(
+        find("501", ep=2)
+    ) == 2 * m.num_experts / 2 * m.hidden_size * m.moe_ffn * (2 if m.gated else 1)
 
 
 def test_what_makes_room_in_gpt_oss():
-    plain, moments, selective, full, together = (predict(find(id_)) for id_ in ("620", "621", "622", "623", "625"))
+    plain, moments, selective, full, together = (
+        predict(find(id_)) for id_ in ("620", "621", "622", "623", "625")
+    )
     assert plain.optimizer == 2 * moments.optimizer and plain.weights == moments.weights
     assert selective.mlp < 0.55 * plain.mlp and selective.attention == plain.attention
     assert full.mlp == 0 and full.attention < 0.2 * plain.attention
-    assert together.total == pytest.approx(plain.total - (plain.optimizer - moments.optimizer) - (plain.mlp - selective.mlp))
+    assert together.total == pytest.approx(
+        plain.total - (plain.optimizer - moments.optimizer) - (plain.mlp - selective.mlp)
+    )
 
 
 def test_a_gate_takes_what_was_measured():
     """124 with a gate on attention's output, on four H200s: 12.7 GiB more in use than without."""
     rows = load_references().group("h200-4gpu").rows
-    gated, plain = (next(row.memory_gib for row in rows if row.id == "124" and row.variant == variant)
-                    for variant in ("--attention-output-gate", None))
+    gated, plain = (
+        next(row.memory_gib for row in rows if row.id == "124" and row.variant == variant)
+        for variant in ("--attention-output-gate", None)
+    )
     e = find("124")
     with_gate = e.with_changes(model=e.model.model_copy(update={"attention_output_gate": True}))
     assert predict(with_gate).total - predict(e).total == pytest.approx(gated - plain, abs=0.2)
@@ -159,11 +190,18 @@ def test_adapters_are_all_that_is_trained():
     assert adapter_parameters(e) == trained
     assert (state.gradients, state.optimizer) == (4 * trained, 12 * trained)
     assert state.weights == 2 * (held.dense + trained)
-    assert adapter_parameters(find("803")) < adapter_parameters(find("802")) < 2 * adapter_parameters(find("803"))
+    assert (
+        adapter_parameters(find("803"))
+        < adapter_parameters(find("802"))
+        < 2 * adapter_parameters(find("803"))
+    )
 
 
-@pytest.mark.parametrize("reference", [row for row in load_references().published.rows if row.id and not row.in_doubt],
-                         ids=lambda row: row.id)
+@pytest.mark.parametrize(
+    "reference",
+    [row for row in load_references().published.rows if row.id and not row.in_doubt],
+    ids=lambda row: row.id,
+)
 def test_published_rows_fit_their_card(reference):
     """What ran on an H100 does not count as too large for it, and what ran out of memory not as surely fitting."""
     e = CATALOG.find(reference.stands_for or reference.id)
@@ -178,7 +216,10 @@ def test_published_rows_fit_their_card(reference):
     ("642", "RECOMPUTE=full, TP=2 SP=1 GPUS=8, TP=2 SP=1 GPUS=16, PP=2 GPUS=16"),
 ])  # fmt: skip
 def test_levers_come_in_order_and_only_those_that_help(id_, expected):
-    assert ", ".join(" ".join(map("=".join, settings.items())) for settings, _ in levers(find(id_))) == expected
+    assert (
+        ", ".join(" ".join(map("=".join, settings.items())) for settings, _ in levers(find(id_)))
+        == expected
+    )
 
 
 @pytest.mark.parametrize("id_", ["620", "611", "121", "501", "301"])
@@ -192,16 +233,29 @@ def test_settings_that_are_said_to_fit_do(id_):
 def test_the_command(capsys):
     assert main(["memory", "611", "CARD=h100-80gb"]) == 0
     said = capsys.readouterr().out
-    assert "does not fit\nwhat fits\n" in said and "TP=2 SP=1 GPUS=4" in said and "gradients      29.9  the most" in said
+    assert (
+        "does not fit\nwhat fits\n" in said
+        and "TP=2 SP=1 GPUS=4" in said
+        and "gradients      29.9  the most" in said
+    )
     assert main(["memory", "111"]) == 0
     said = capsys.readouterr().out
-    assert f"measured {FACTS.value('allocated_gib[111]'):.1f} on NVIDIA H200" in said and "NVIDIA H200, 137.4 GiB beside CUDA and NCCL: fits" in said
+    assert (
+        f"measured {FACTS.value('allocated_gib[111]'):.1f} on NVIDIA H200" in said
+        and "NVIDIA H200, 137.4 GiB beside CUDA and NCCL: fits" in said
+    )
 
 
-@pytest.mark.parametrize(("words", "complaint"), [
-    ([], "the memory of which experiment"), (["629"], "no experiment 629"), (["620", "CARD=h100"], "unknown GPU"),
-    (["620", "TP=7"], "must divide by tp = 7"), (["620", "MEMORY=1"], "unknown setting MEMORY"),
-])
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ([], "the memory of which experiment"),
+        (["629"], "no experiment 629"),
+        (["620", "CARD=h100"], "unknown GPU"),
+        (["620", "TP=7"], "must divide by tp = 7"),
+        (["620", "MEMORY=1"], "unknown setting MEMORY"),
+    ],
+)
 def test_bad_input(words, complaint, capsys):
     assert main(["memory", *words]) == 2
     assert complaint in capsys.readouterr().err
@@ -211,7 +265,12 @@ def test_bad_input(words, complaint, capsys):
 def test_ranks_hold_what_upstream_builds(tmp_path):
     """Under tensor, pipeline and expert parallelism, at full size: every parameter of the first and of the last rank."""
     ids = ("282", "408", "424h", "506", "511", "615", "620", "631", "642", "651")
-    command = [sys.executable, str(ROOT / "tests" / "build_ranks.py"), str(tmp_path / "found.json"), *ids]
+    command = [
+        sys.executable,
+        str(ROOT / "tests" / "build_ranks.py"),
+        str(tmp_path / "found.json"),
+        *ids,
+    ]
     environment = os.environ | {"HARNESS_DEVICE": "cpu", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -233,7 +292,10 @@ def kept(function, *inputs):
             found[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.compiler.set_stance("force_eager"), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with (
+        torch.compiler.set_stance("force_eager"),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+    ):
         outputs = function(*inputs)
     assert outputs is not None  # alive while counted
     return sum(size for size in found.values() if size > 16 * 64)
@@ -243,7 +305,9 @@ TOKENS, WIDTH = 64, 32
 
 
 @pytest.mark.cpu
-@pytest.mark.parametrize(("id_", "saved"), [("620", 8), ("631", 4)], ids=["clamped quick-GeGLU", "SwiGLU"])
+@pytest.mark.parametrize(
+    ("id_", "saved"), [("620", 8), ("631", 4)], ids=["clamped quick-GeGLU", "SwiGLU"]
+)
 def test_activations_of_experts_keep_what_upstream_keeps(id_, saved):
     torch = pytest.importorskip("torch")
     pytest.importorskip("megatron.core")
@@ -268,7 +332,9 @@ def test_activations_of_experts_keep_what_upstream_keeps(id_, saved):
 def group():
     """A process group of this process alone."""
     torch = pytest.importorskip("torch")
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
     yield torch.distributed.group.WORLD
     torch.distributed.destroy_process_group()
 
@@ -280,7 +346,9 @@ def test_a_loss_keeps_its_logits_in_fp32(group):
     from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 
     def loss(logits):
-        return vocab_parallel_cross_entropy(logits, torch.zeros(TOKENS, 1, dtype=torch.long), tp_group=group)
+        return vocab_parallel_cross_entropy(
+            logits, torch.zeros(TOKENS, 1, dtype=torch.long), tp_group=group
+        )
 
     logits = torch.randn(TOKENS, 1, 128, dtype=torch.bfloat16, requires_grad=True)
     assert kept(loss, logits) == 4 * TOKENS * 128
@@ -293,8 +361,14 @@ def test_norms_over_projections_keep_what_is_counted(group):
     pytest.importorskip("megatron.training")
     from harness.specs.projection_norm import ProjectionNorm
 
-    norm = ProjectionNorm.__new__(ProjectionNorm)  # its constructor asks for CUDA and for all of upstream's groups
+    norm = ProjectionNorm.__new__(
+        ProjectionNorm
+    )  # its constructor asks for CUDA and for all of upstream's groups
     torch.nn.Module.__init__(norm)
-    norm.group, norm.eps, norm.weight = group, 1e-5, torch.nn.Parameter(torch.ones(WIDTH, dtype=torch.bfloat16))
+    norm.group, norm.eps, norm.weight = (
+        group,
+        1e-5,
+        torch.nn.Parameter(torch.ones(WIDTH, dtype=torch.bfloat16)),
+    )
     x = torch.randn(TOKENS, 1, 4, WIDTH // 4, dtype=torch.bfloat16, requires_grad=True)
     assert kept(norm, x) == (4 + 4 + 2) * TOKENS * WIDTH

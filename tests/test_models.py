@@ -14,7 +14,13 @@ from harness.experiment.catalog import Model, load_catalog
 from harness.machine.requirements import check_machine
 from harness.parity import tiny
 from harness.planning.miniature import describe, miniature
-from harness.predict.flops import count_parameters, padded_vocab_size, state_gib, state_of_parameter, upstream_flops
+from harness.predict.flops import (
+    count_parameters,
+    padded_vocab_size,
+    state_gib,
+    state_of_parameter,
+    upstream_flops,
+)
 from harness.run.directory import RUN_DIR_VARIABLE, RunDir
 from harness.upstreams.megatron_lm.environment import variables
 from harness.upstreams.megatron_lm.flags import megatron_flags
@@ -49,7 +55,9 @@ def test_active_parameters(id_):
 
 def test_what_upstream_calls_857m_is_the_345m():
     small, called_857m = CATALOG.find("601"), CATALOG.find("602")
-    assert count_parameters(called_857m).total - count_parameters(small).total == 1024 * 1024  # its longer position embedding
+    assert (
+        count_parameters(called_857m).total - count_parameters(small).total == 1024 * 1024
+    )  # its longer position embedding
     assert count_parameters(CATALOG.find("603")).total == pytest.approx(760e6, rel=0.005)
 
 
@@ -60,13 +68,23 @@ def test_gated_attention_is_compared_at_equal_parameters():
 
 def test_rows_to_compare_differ_in_one_thing():
     def settings(id_, *without):
-        return {k: v for k, v in CATALOG.find(id_) if k not in {"id", "slug", "chapter", "shows", *without}}
+        return {
+            k: v
+            for k, v in CATALOG.find(id_)
+            if k not in {"id", "slug", "chapter", "shows", *without}
+        }
 
     bf16 = settings("611", "precision", "fp8_recipe")
     assert all(settings(id_, "precision", "fp8_recipe") == bf16 for id_ in ("612", "613", "614"))
-    for id_, changed in {"621": ["optimizer_state"], "622": ["recompute", "recompute_modules"], "623": ["recompute"],
-                         "624": ["cross_entropy_fusion"]}.items():
-        assert settings(id_, *changed) == settings("620", *changed) and settings(id_) != settings("620")
+    for id_, changed in {
+        "621": ["optimizer_state"],
+        "622": ["recompute", "recompute_modules"],
+        "623": ["recompute"],
+        "624": ["cross_entropy_fusion"],
+    }.items():
+        assert settings(id_, *changed) == settings("620", *changed) and settings(id_) != settings(
+            "620"
+        )
     assert all(settings(f"70{n}", "sharding") == settings("701", "sharding") for n in range(2, 7))
     assert settings("702", "published_data") == settings("124", "published_data")
     assert settings("711", "sharding") == settings("611", "sharding")
@@ -75,7 +93,14 @@ def test_rows_to_compare_differ_in_one_thing():
 
 def test_state_follows_from_sharding_and_precision():
     e = CATALOG.find("702")
-    states = {"no_shard": 18, "optim": 9, "fsdp_optim": 7, "fsdp_optim_grads": 5.5, "fsdp_optim_grads_params": 4, "torch_fsdp2": 4}
+    states = {
+        "no_shard": 18,
+        "optim": 9,
+        "fsdp_optim": 7,
+        "fsdp_optim_grads": 5.5,
+        "fsdp_optim_grads_params": 4,
+        "torch_fsdp2": 4,
+    }
     for sharding, expected in states.items():
         assert state_of_parameter(e.with_changes(sharding=sharding), 4).total == expected
     assert state_of_parameter(CATALOG.find("621"), 1).total == 12
@@ -83,13 +108,19 @@ def test_state_follows_from_sharding_and_precision():
     assert state_of_parameter(CATALOG.find("671"), 1).total == 14
 
 
-@pytest.mark.parametrize(("recipe", "optimizer"), [("delayed", 6), ("tensorwise", 8), ("blockwise", 8)])
+@pytest.mark.parametrize(
+    ("recipe", "optimizer"), [("delayed", 6), ("tensorwise", 8), ("blockwise", 8)]
+)
 def test_fp8_weights_scaled_now_keep_whole_fp32_ones(recipe, optimizer):
-    row = CATALOG.find("611").with_changes(precision="fp8", fp8_recipe=recipe, optimizer_state="bf16")
+    row = CATALOG.find("611").with_changes(
+        precision="fp8", fp8_recipe=recipe, optimizer_state="bf16"
+    )
     assert state_of_parameter(row, 4).total == 6 + optimizer / 4
 
 
-@pytest.mark.parametrize("id_", ["620", "621", "625", "631", "632", "641", "642", "651", "611", "711", "713"])
+@pytest.mark.parametrize(
+    "id_", ["620", "621", "625", "631", "632", "641", "642", "651", "611", "711", "713"]
+)
 def test_state_leaves_room_on_the_gpus_meant(id_):
     """139.8 GiB of an H200 less 3 GiB for CUDA and NCCL; a quarter of it for activations."""
     assert state_gib(CATALOG.find(id_)) < (139.8 - 3) * (0.85 if id_ == "641" else 0.75)
@@ -109,17 +140,41 @@ def test_mixtral_fits_four_gpus_only_with_bf16_gradients():
         ("614", {"seq_length": 8200}, r"blocks of 128: .* mbs x seq / cp = 8200"),
         ("621", {"sharding": "no_shard"}, "optimizer_state bf16 is for Adam with sharding optim"),
         ("620", {"gradients": "bf16"}, "gradients bf16 need upstream's precision-aware optimizer"),
-        ("622", {"precision": "fp8", "fp8_recipe": "delayed"}, "fp8 delayed cannot recompute layernorm, moe_act"),
-        ("622", {"recompute": "full"}, "recompute_modules layernorm, moe_act needs recompute: selective"),
-        ("620", {"ep": 2, "etp": 2, "tp": 2, "dp": 2, "sequence_parallel": True}, "experts without biases only; set etp = 1"),
+        (
+            "622",
+            {"precision": "fp8", "fp8_recipe": "delayed"},
+            "fp8 delayed cannot recompute layernorm, moe_act",
+        ),
+        (
+            "622",
+            {"recompute": "full"},
+            "recompute_modules layernorm, moe_act needs recompute: selective",
+        ),
+        (
+            "620",
+            {"ep": 2, "etp": 2, "tp": 2, "dp": 2, "sequence_parallel": True},
+            "experts without biases only; set etp = 1",
+        ),
         ("620", {"cp": 2, "dp": 2}, "windows and sinks need context parallelism by all-to-all"),
         ("631", {"tp": 3}, "num_attention_heads 16 must divide by tp = 3"),
-        ("300", {"cuda_graphs": True}, "CUDA graphs of layers cannot be recomputed whole; set RECOMPUTE=none"),
-        ("111", {"cuda_graphs": True, "recompute": "selective"}, "dropout of recomputed attention again; set DROPOUT=0"),
+        (
+            "300",
+            {"cuda_graphs": True},
+            "CUDA graphs of layers cannot be recomputed whole; set RECOMPUTE=none",
+        ),
+        (
+            "111",
+            {"cuda_graphs": True, "recompute": "selective"},
+            "dropout of recomputed attention again; set DROPOUT=0",
+        ),
         ("811", {"cuda_graphs": True}, "CUDA graphs are not tested with adapters"),
         ("703", {"cuda_graphs": True}, "hooks by which fsdp_optim gathers weights"),
         ("705", {"optimizer": "muon"}, "upstream's muon works with sharding no_shard or optim"),
-        ("706", {"pp": 2, "dp": 2}, "torch FSDP2 works with neither pipeline nor expert parallelism"),
+        (
+            "706",
+            {"pp": 2, "dp": 2},
+            "torch FSDP2 works with neither pipeline nor expert parallelism",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(id_, changes, complaint):
@@ -132,24 +187,42 @@ def test_a_gpu_without_fp8_and_a_missing_optimizer_are_told_before_the_run(monke
     monkeypatch.setattr("harness.machine.requirements.list_gpus", lambda: (gpu,))
     check_machine(CATALOG.find("611"), "cuda")
     check_machine(CATALOG.find("613"), "cpu")
-    with pytest.raises(UserError, match="613 computes in fp8, which NVIDIA A100-SXM4-80GB does not"):
+    with pytest.raises(
+        UserError, match="613 computes in fp8, which NVIDIA A100-SXM4-80GB does not"
+    ):
         check_machine(CATALOG.find("613"), "cuda")
     monkeypatch.setattr("harness.machine.requirements.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="671: upstream's muon is in the package emerging-optimizers"):
+    with pytest.raises(
+        UserError, match="671: upstream's muon is in the package emerging-optimizers"
+    ):
         check_machine(CATALOG.find("671"), "cpu")
 
 
 def test_a_miniature_says_what_a_cpu_has_not():
     full = CATALOG.find("625").with_changes(precision="fp8", fp8_recipe="tensorwise")
     said = describe(full, miniature(full))
-    assert "precision fp8 -> bf16" in said and "optimizer state bf16 -> fp32" in said and "window 128 -> 4" in said
+    assert (
+        "precision fp8 -> bf16" in said
+        and "optimizer state bf16 -> fp32" in said
+        and "window 128 -> 4" in said
+    )
 
 
 @pytest.mark.parametrize("id_", ["611", "620", "631", "641", "651", "662"])
 def test_a_miniature_is_made_of_the_same(id_):
     full, small = CATALOG.find(id_).model, miniature(CATALOG.find(id_)).model
-    kept = ("normalization", "activation", "position_embedding", "qk_norm", "attention_sinks", "attention_output_gate",
-            "untie_embeddings", "add_bias_linear", "moe_router_pre_softmax", "num_query_groups")
+    kept = (
+        "normalization",
+        "activation",
+        "position_embedding",
+        "qk_norm",
+        "attention_sinks",
+        "attention_output_gate",
+        "untie_embeddings",
+        "add_bias_linear",
+        "moe_router_pre_softmax",
+        "num_query_groups",
+    )
     assert all(getattr(small, name) == getattr(full, name) for name in kept)
     assert bool(small.window_size) == bool(full.window_size) and bool(small.yarn) == bool(full.yarn)
     assert (small.query_size == small.hidden_size) == (full.query_size == full.hidden_size)
@@ -182,22 +255,40 @@ def words(e, device="cuda"):
 
 def test_gpt_oss_is_spelt_as_published():
     said = words(CATALOG.find("620"))
-    for part in ("--window-size 127,0 --window-attn-skip-freq 2", "--softmax-type learnable", "--kv-channels 64",
-                 "--quick-geglu --glu-linear-offset 1.0 --activation-func-clamp-value 7.0", "--rotary-base 150000",
-                 "--position-embedding-type yarn", "--yarn-original-max-position-embeddings 4096 --rotary-scaling-factor 32.0",
-                 "--no-yarn-correction-range-round-to-int", "--num-experts 32 --moe-router-topk 4"):
+    for part in (
+        "--window-size 127,0 --window-attn-skip-freq 2",
+        "--softmax-type learnable",
+        "--kv-channels 64",
+        "--quick-geglu --glu-linear-offset 1.0 --activation-func-clamp-value 7.0",
+        "--rotary-base 150000",
+        "--position-embedding-type yarn",
+        "--yarn-original-max-position-embeddings 4096 --rotary-scaling-factor 32.0",
+        "--no-yarn-correction-range-round-to-int",
+        "--num-experts 32 --moe-router-topk 4",
+    ):
         assert part in said
     assert "--disable-bias-linear" not in said and "--moe-router-force-load-balancing" not in said
 
 
 def test_a_smaller_tokenizer_leaves_the_model_as_it_is(monkeypatch):
     """GPT-2's tokens train Llama's 128,256 words: upstream would otherwise build the model from the tokenizer."""
-    first = type("Set", (), {"tokenizer_type": "NullTokenizer", "tokenizer_model": None, "vocab_size": 50257, "chat": False})
+    first = type(
+        "Set",
+        (),
+        {
+            "tokenizer_type": "NullTokenizer",
+            "tokenizer_model": None,
+            "vocab_size": 50257,
+            "chat": False,
+        },
+    )
     blend = type("Blend", (), {"sets": (first,), "data_path": ("1", "x"), "cache": "c"})
     monkeypatch.setattr("harness.data.data_sets.blend", lambda data: blend)
     e = CATALOG.find("615").with_changes(data="text")
     assert f"--make-vocab-size-divisible-by {padded_vocab_size(128256, 2) // 2}" in words(e)
-    assert "--make-vocab-size-divisible-by" not in words(CATALOG.find("101").with_changes(data="text"))
+    assert "--make-vocab-size-divisible-by" not in words(
+        CATALOG.find("101").with_changes(data="text")
+    )
     assert miniature(e).model.vocab_size == 50257
 
 
@@ -220,7 +311,17 @@ def test_upstream_accepts_every_script(upstream):
 @pytest.mark.cpu
 def test_upstream_accepts_cuda_graphs_where_the_catalogue_does(upstream):
     found = upstream["graphs"]
-    assert {"101", "244", "304", "408", "438", "501", "502", "613", "620"} < found.keys() and "300" not in found
+    assert {
+        "101",
+        "244",
+        "304",
+        "408",
+        "438",
+        "501",
+        "502",
+        "613",
+        "620",
+    } < found.keys() and "300" not in found
     assert found == dict.fromkeys(found)
 
 
@@ -230,9 +331,19 @@ def test_upstream_builds_models_of_that_size(upstream):
     found = upstream["models"]
     assert set(found) == {e.model.name for e in ROWS}
     for e in {e.model.name: e for e in ROWS}.values():
-        alone = e.with_changes(dp=1, tp=1, ep=1, sequence_parallel=False, sharding="no_shard", optimizer_state="fp32",
-                               gradients="fp32", global_batch_size=e.micro_batch_size)
-        assert found[e.model.name] == [count_parameters(alone).total, upstream_flops(alone)], e.model.name
+        alone = e.with_changes(
+            dp=1,
+            tp=1,
+            ep=1,
+            sequence_parallel=False,
+            sharding="no_shard",
+            optimizer_state="fp32",
+            gradients="fp32",
+            global_batch_size=e.micro_batch_size,
+        )
+        assert found[e.model.name] == [count_parameters(alone).total, upstream_flops(alone)], (
+            e.model.name
+        )
 
 
 @pytest.mark.cpu
@@ -241,14 +352,37 @@ def test_windows_and_sinks_equal_their_definition(upstream):
 
 
 OSS = Model(
-    name="tiny-oss", num_layers=2, hidden_size=32, num_attention_heads=8, num_query_groups=4, kv_channels=8, vocab_size=255,
-    untie_embeddings=True, normalization="RMSNorm", activation="clamped_quick_geglu", position_embedding="yarn", window_size=6,
-    attention_sinks=True, yarn={"rotary_scaling_factor": 32.0, "original_max_position_embeddings": 16},
-    num_experts=4, moe_router_topk=2, moe_ffn_hidden_size=32, moe_aux_loss_coeff=0.0,
+    name="tiny-oss",
+    num_layers=2,
+    hidden_size=32,
+    num_attention_heads=8,
+    num_query_groups=4,
+    kv_channels=8,
+    vocab_size=255,
+    untie_embeddings=True,
+    normalization="RMSNorm",
+    activation="clamped_quick_geglu",
+    position_embedding="yarn",
+    window_size=6,
+    attention_sinks=True,
+    yarn={"rotary_scaling_factor": 32.0, "original_max_position_embeddings": 16},
+    num_experts=4,
+    moe_router_topk=2,
+    moe_ffn_hidden_size=32,
+    moe_aux_loss_coeff=0.0,
 )
 NORMS = Model(
-    name="tiny-norms", num_layers=2, hidden_size=32, num_attention_heads=4, num_query_groups=2, vocab_size=255,
-    untie_embeddings=True, add_bias_linear=False, normalization="RMSNorm", activation="swiglu", position_embedding="rope",
+    name="tiny-norms",
+    num_layers=2,
+    hidden_size=32,
+    num_attention_heads=4,
+    num_query_groups=2,
+    vocab_size=255,
+    untie_embeddings=True,
+    add_bias_linear=False,
+    normalization="RMSNorm",
+    activation="swiglu",
+    position_embedding="rope",
     qk_norm="projection",
 )
 PARITY = """
@@ -270,17 +404,35 @@ def test_windows_sinks_and_norms_train_alike_under_every_parallelism():
     command = [sys.executable, "-c", PARITY.format(tests=str(ROOT / "tests"))]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    assert done.stdout.count(" equal") == 3 + 2, done.stdout  # and what they are compared with, one process a model
+    assert done.stdout.count(" equal") == 3 + 2, (
+        done.stdout
+    )  # and what they are compared with, one process a model
 
 
 def losses(sharding, folder):
     """The losses of two ranks from fresh weights, under plain data parallelism or FSDP."""
     model = parity.DENSE.model_copy(update={"untie_embeddings": True, "num_layers": 2})
     experiment = tiny(model, {"dp": 2, "sharding": sharding, "steps": 6})
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "harness.entry"]
-    environment = {variable.name: variable.value for variable in variables(experiment, "cpu")} | {RUN_DIR_VARIABLE: str(folder)}
-    done = subprocess.run([*command, *parity.flags(experiment)], cwd=ROOT, env=os.environ | environment, capture_output=True,
-                          text=True, timeout=200)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "harness.entry",
+    ]
+    environment = {variable.name: variable.value for variable in variables(experiment, "cpu")} | {
+        RUN_DIR_VARIABLE: str(folder)
+    }
+    done = subprocess.run(
+        [*command, *parity.flags(experiment)],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return [step.loss for step in RunDir(folder).read_metrics()]
 

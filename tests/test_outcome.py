@@ -63,7 +63,9 @@ def error(
 
 
 def metrics(*losses: float) -> tuple[StepMetrics, ...]:
-    return tuple(StepMetrics(step=i, loss=loss, step_ms=1.0, time=i) for i, loss in enumerate(losses, 1))
+    return tuple(
+        StepMetrics(step=i, loss=loss, step_ms=1.0, time=i) for i, loss in enumerate(losses, 1)
+    )
 
 
 def captured(name: str) -> str:
@@ -80,7 +82,13 @@ def captured(name: str) -> str:
             "unrecognized arguments: --no-such-flag 3",
             "make arguments",
         ),
-        ("bad_value", "bad-configuration", 1, "--micro-batch-size: invalid int value: 'x'", "ARGS="),
+        (
+            "bad_value",
+            "bad-configuration",
+            1,
+            "--micro-batch-size: invalid int value: 'x'",
+            "ARGS=",
+        ),
         (
             "sizes_do_not_fit",
             "bad-configuration",
@@ -112,18 +120,26 @@ def test_captured_logs_are_recognised(log, status, rank, detail, advice):
 @pytest.mark.parametrize(
     ("words", "detail"),
     [
-        ("malloc(): unaligned tcache chunk detected", ": malloc(): unaligned tcache chunk detected"),
+        (
+            "malloc(): unaligned tcache chunk detected",
+            ": malloc(): unaligned tcache chunk detected",
+        ),
         ("free(): double free detected in tcache 2", ": free(): double free detected in tcache 2"),
         (
             "terminate called after throwing an instance of 'gloo::EnforceNotMet'\n  what():  [enforce fail at pair.cc:446] 8 vs 4",
             ": terminate called after throwing an instance of 'gloo::EnforceNotMet' what(): [enforce fail at pair.cc:446] 8 vs 4",
         ),
-        ("python: pair.cc:446: bool read(): Assertion `length <= 4' failed.", ": python: pair.cc:446: bool read(): Assertion"),
+        (
+            "python: pair.cc:446: bool read(): Assertion `length <= 4' failed.",
+            ": python: pair.cc:446: bool read(): Assertion",
+        ),
         ("iteration 5/ 6 | free memory: 3 (MB)", None),
     ],
 )
 def test_of_a_rank_that_aborts_the_last_words_are_shown(words, detail):
-    log = f"iteration 4/ 6\n{words}\n\nFatal Python error: Aborted\n" + captured("sigsegv").replace("exitcode  : -11", "exitcode  : -6")
+    log = f"iteration 4/ 6\n{words}\n\nFatal Python error: Aborted\n" + captured("sigsegv").replace(
+        "exitcode  : -11", "exitcode  : -6"
+    )
     outcome = classify(Evidence(exit_code=1, log=log), experiment())
     assert (outcome.status, outcome.rank) == ("crash", 1)
     assert outcome.detail.startswith("ended by SIGABRT" + (detail or ""))
@@ -131,9 +147,13 @@ def test_of_a_rank_that_aborts_the_last_words_are_shown(words, detail):
 
 
 def test_a_gpu_out_of_memory_names_the_rank_and_the_levers():
-    outcome = classify(Evidence(exit_code=1, errors=(error(5, OOM, 9.0, "OutOfMemoryError"),)), experiment())
+    outcome = classify(
+        Evidence(exit_code=1, errors=(error(5, OOM, 9.0, "OutOfMemoryError"),)), experiment()
+    )
     assert (outcome.status, outcome.rank) == ("oom", 5)
-    assert outcome.detail.startswith("OutOfMemoryError: CUDA out of memory. Tried to allocate 2.93 GiB.")
+    assert outcome.detail.startswith(
+        "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.93 GiB."
+    )
     assert len(outcome.detail.splitlines()) <= 3
     assert "MBS=2" in outcome.advice
 
@@ -171,7 +191,8 @@ def test_a_rank_killed_while_memory_was_short_died_of_it(seen):
         (WATCHDOG + SUMMARY.format(exitcode=-6), "hang", 3),
         (NAN_RERUN + SUMMARY.format(exitcode=17), "nan", 1),
         (
-            "NCCL WARN Error: failed to extend /dev/shm/nccl-x to 9 bytes\n" + SUMMARY.format(exitcode=1),
+            "NCCL WARN Error: failed to extend /dev/shm/nccl-x to 9 bytes\n"
+            + SUMMARY.format(exitcode=1),
             "crash",
             1,
         ),
@@ -189,7 +210,11 @@ def test_failures_without_an_exception_are_found_in_the_log(log, status, rank):
     ("message", "status", "advice"),
     [
         ("CUDA error: an illegal memory access was encountered", "crash", "dmesg"),
-        ("CUDA error: no kernel image is available for execution on the device", "crash", "make doctor"),
+        (
+            "CUDA error: no kernel image is available for execution on the device",
+            "crash",
+            "make doctor",
+        ),
         (
             "The NVIDIA driver on your system is too old (found version 12020).",
             "crash",
@@ -198,49 +223,72 @@ def test_failures_without_an_exception_are_found_in_the_log(log, status, rank):
         ("CUDA error: all CUDA-capable devices are busy or unavailable", "crash", "GPUS_IDS="),
         ("CUDA error: CUDA-capable device(s) is/are busy or unavailable", "crash", "GPUS_IDS="),
         ("CUDA error: invalid device ordinal", "crash", "GPUS="),
-        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "oom", "MBS="),
+        (
+            "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+            "oom",
+            "MBS=",
+        ),
         (
             "NCCL error in: ProcessGroupNCCL.cpp:93, unhandled system error, ncclSystemError",
             "crash",
             "NCCL_DEBUG",
         ),
-        ("Unexpected result nan (message='found NaN in local grad norm for bucket #0')", "nan", "--lr"),
+        (
+            "Unexpected result nan (message='found NaN in local grad norm for bucket #0')",
+            "nan",
+            "--lr",
+        ),
         ("No module named 'transformer_engine'", "crash", "make doctor"),
         ("[Errno 2] No such file or directory: '/data/x.idx'", "crash", "DATA="),
     ],
 )
 def test_named_errors_of_a_rank(message, status, advice):
     kinds = {"No module": "ModuleNotFoundError"}
-    kind = next((kind for start, kind in kinds.items() if message.startswith(start)), "RuntimeError")
+    kind = next(
+        (kind for start, kind in kinds.items() if message.startswith(start)), "RuntimeError"
+    )
     outcome = classify(Evidence(exit_code=1, errors=(error(0, message, 1.0, kind),)), experiment())
     assert (outcome.status, outcome.rank) == (status, 0)
     assert advice in outcome.advice
 
 
 def test_settings_that_upstream_refuses_are_told_by_where_they_are_refused():
-    traceback = 'File "megatron/core/transformer/transformer_config.py", line 1200, in __post_init__'
+    traceback = (
+        'File "megatron/core/transformer/transformer_config.py", line 1200, in __post_init__'
+    )
     refused = error(0, "num_layers: 5 must be divisible", 1.0, "ValueError", traceback)
-    assert classify(Evidence(exit_code=1, errors=(refused,)), experiment()).status == "bad-configuration"
+    assert (
+        classify(Evidence(exit_code=1, errors=(refused,)), experiment()).status
+        == "bad-configuration"
+    )
 
 
 def test_a_mistake_that_the_entry_reports_is_a_bad_configuration():
     told = error(2, "no Megatron-LM found", 1.0, "UserError")
-    for evidence in ({"errors": (told,)}, {"log": "error: no Megatron-LM found\n" + SUMMARY.format(exitcode=2)}):
+    for evidence in (
+        {"errors": (told,)},
+        {"log": "error: no Megatron-LM found\n" + SUMMARY.format(exitcode=2)},
+    ):
         outcome = classify(Evidence(exit_code=1, **evidence), experiment())
         assert outcome.status == "bad-configuration"
         assert "no Megatron-LM found" in outcome.detail
 
 
-@pytest.mark.parametrize(("log", "status"), [("unknown_argument", "bad-configuration"), (None, "nan")])
+@pytest.mark.parametrize(
+    ("log", "status"), [("unknown_argument", "bad-configuration"), (None, "nan")]
+)
 def test_of_a_rank_that_exits_the_log_has_the_reason(log, status):
     text = captured(log) if log else NAN_RERUN + SUMMARY.format(exitcode=17)
-    outcome = classify(Evidence(exit_code=1, log=text, errors=(error(1, "2", 1.0, "SystemExit"),)), experiment())
+    outcome = classify(
+        Evidence(exit_code=1, log=text, errors=(error(1, "2", 1.0, "SystemExit"),)), experiment()
+    )
     assert (outcome.status, outcome.rank) == (status, 1)
     assert "SystemExit" not in outcome.detail
 
 
 @pytest.mark.parametrize(
-    ("signum", "words"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM"), (signal.SIGHUP, "terminal")]
+    ("signum", "words"),
+    [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM"), (signal.SIGHUP, "terminal")],
 )
 def test_a_run_that_was_stopped_is_killed_whatever_its_ranks_say(signum, words):
     evidence = Evidence(
@@ -260,19 +308,30 @@ def test_a_run_stopped_behind_the_launchers_back_is_killed_too():
 
 
 def test_a_loss_that_is_no_number_is_nan_even_where_the_run_ends_well():
-    outcome = classify(Evidence(exit_code=0, metrics=metrics(3.0, float("nan"))), experiment(steps=2))
+    outcome = classify(
+        Evidence(exit_code=0, metrics=metrics(3.0, float("nan"))), experiment(steps=2)
+    )
     assert outcome.status == "nan" and "step 2" in outcome.detail and "--lr" in outcome.advice
     skipped = (StepMetrics(step=1, loss=3.0, step_ms=1, time=1, nan=1),)
     assert classify(Evidence(exit_code=0, metrics=skipped), experiment(steps=1)).status == "nan"
 
 
 def test_a_hang_says_what_was_seen():
-    outcome = classify(Evidence(exit_code=-15, hang="no step for 300 s", metrics=metrics(3.0)), experiment())
-    assert outcome.status == "hang" and outcome.detail == "no step for 300 s" and "stacks" in outcome.advice
+    outcome = classify(
+        Evidence(exit_code=-15, hang="no step for 300 s", metrics=metrics(3.0)), experiment()
+    )
+    assert (
+        outcome.status == "hang"
+        and outcome.detail == "no step for 300 s"
+        and "stacks" in outcome.advice
+    )
 
 
 def test_ok_needs_every_step():
-    assert classify(Evidence(exit_code=0, metrics=metrics(3.0, 2.0)), experiment(steps=2)).status == "ok"
+    assert (
+        classify(Evidence(exit_code=0, metrics=metrics(3.0, 2.0)), experiment(steps=2)).status
+        == "ok"
+    )
     early = classify(Evidence(exit_code=0, metrics=metrics(3.0, 2.0)), experiment(steps=3))
     assert early.status == "crash" and "after step 2 of 3" in early.detail
 
@@ -282,7 +341,9 @@ def test_ok_needs_every_step():
     (-40, "crash", "torchrun: ended by signal 40"),
 ])  # fmt: skip
 def test_an_exit_without_any_other_evidence_is_named_by_its_code(exit_code, status, detail):
-    outcome = classify(Evidence(exit_code=exit_code, log="bash: torchrun: command not found\n"), experiment())
+    outcome = classify(
+        Evidence(exit_code=exit_code, log="bash: torchrun: command not found\n"), experiment()
+    )
     assert (outcome.status, outcome.detail) == (status, detail)
 
 
@@ -291,8 +352,20 @@ def test_levers_fit_the_experiment():
     assert plain.endswith("try MBS=2 or SHARDING=optim or RECOMPUTE=full")
     split = memory_levers(experiment(mbs=1, gbs=2, dp=1, tp=2, recompute="full"))
     assert "SP=1" in split and "TP=4" in split and "MBS" not in split and "RECOMPUTE" not in split
-    assert "TP=" not in memory_levers(experiment(mbs=1, gbs=2, dp=2, tp=4, sharding="optim")), "4 heads, tp 8"
-    last = experiment(mbs=1, gbs=1, dp=1, tp=4, sp=True, pp=4, recompute="full", sharding="optim", optimizer_state="bf16")
+    assert "TP=" not in memory_levers(experiment(mbs=1, gbs=2, dp=2, tp=4, sharding="optim")), (
+        "4 heads, tp 8"
+    )
+    last = experiment(
+        mbs=1,
+        gbs=1,
+        dp=1,
+        tp=4,
+        sp=True,
+        pp=4,
+        recompute="full",
+        sharding="optim",
+        optimizer_state="bf16",
+    )
     assert memory_levers(last).endswith("try a smaller SEQ=")
 
 
@@ -313,12 +386,19 @@ Current thread 0x02 (most recent call first):
     )
 
 
-@pytest.mark.parametrize("log", [
-    "IndexError: index out of range in self\n", "/aten/src/ATen/native/cuda/Indexing.cu:1553: indexSelectLargeIndex: block: [0,0,0] "
-    "Assertion `srcIndex < srcSelectDimSize` failed.\nRuntimeError: CUDA error: device-side assert triggered\n",
-    SUMMARY.format(exitcode=-7),
-])
+@pytest.mark.parametrize(
+    "log",
+    [
+        "IndexError: index out of range in self\n",
+        "/aten/src/ATen/native/cuda/Indexing.cu:1553: indexSelectLargeIndex: block: [0,0,0] "
+        "Assertion `srcIndex < srcSelectDimSize` failed.\nRuntimeError: CUDA error: device-side assert triggered\n",
+        SUMMARY.format(exitcode=-7),
+    ],
+)
 def test_what_damaged_data_does_to_a_run_names_the_data_and_its_check(log):
     outcome = classify(Evidence(exit_code=1, log=log), experiment(data="mine:0.7 other:0.3"))
-    assert outcome.status == "crash" and "make data-check NAME=mine and make data-check NAME=other" in outcome.advice
+    assert (
+        outcome.status == "crash"
+        and "make data-check NAME=mine and make data-check NAME=other" in outcome.advice
+    )
     assert "data-check" not in classify(Evidence(exit_code=1, log=log), experiment()).advice

@@ -33,7 +33,10 @@ def test_what_changes_nothing_leaves_no_trace() -> None:
 def test_dependent_settings_follow() -> None:
     assert not apply("282", "TP=1").sequence_parallel
     assert apply("438", "PP=1").vpp == 1
-    assert CATALOG.find("622").recompute_modules and not apply("622", "RECOMPUTE=full").recompute_modules
+    assert (
+        CATALOG.find("622").recompute_modules
+        and not apply("622", "RECOMPUTE=full").recompute_modules
+    )
 
 
 def test_dropout_is_the_models_and_switches_are_on_or_off() -> None:
@@ -45,15 +48,29 @@ def test_dropout_is_the_models_and_switches_are_on_or_off() -> None:
 
 def test_fp8_is_a_precision_and_a_recipe():
     e = apply("111", "FP8=tensorwise")
-    assert (e.precision, e.fp8_recipe, e.label) == ("fp8", "tensorwise", "111-gpt2xl-dp1-fit-80GB_fp8tensorwise")
+    assert (e.precision, e.fp8_recipe, e.label) == (
+        "fp8",
+        "tensorwise",
+        "111-gpt2xl-dp1-fit-80GB_fp8tensorwise",
+    )
     plain, listed = apply("612", "FP8=0"), CATALOG.find("611")
     assert (plain.precision, plain.fp8_recipe, plain.layout) == ("bf16", None, listed.layout)
-    assert apply("612", "FP8=delayed") is CATALOG.find("612") and apply("111", "FP8=0") is CATALOG.find("111")
+    assert apply("612", "FP8=delayed") is CATALOG.find("612") and apply(
+        "111", "FP8=0"
+    ) is CATALOG.find("111")
     with pytest.raises(UserError, match="FP8=e4m3; valid: delayed, tensorwise, blockwise, 0"):
         apply("111", "FP8=e4m3")
-    with pytest.raises(UserError, match=r"in blocks of 16, by which hidden_size = 1000, queries, keys and values / tp = 3000, queries"):
-        CATALOG.find("111").with_changes(precision="fp8", fp8_recipe="delayed", model=CATALOG.find("111").model.model_copy(
-            update={"hidden_size": 1000, "kv_channels": None}))
+    with pytest.raises(
+        UserError,
+        match=r"in blocks of 16, by which hidden_size = 1000, queries, keys and values / tp = 3000, queries",
+    ):
+        CATALOG.find("111").with_changes(
+            precision="fp8",
+            fp8_recipe="delayed",
+            model=CATALOG.find("111").model.model_copy(
+                update={"hidden_size": 1000, "kv_channels": None}
+            ),
+        )
     with pytest.raises(UserError, match="in blocks of 128"):
         apply("111", "FP8=blockwise", "SEQ=1000", "MBS=1", "GBS=1")
 
@@ -66,7 +83,10 @@ def test_arguments_are_split_as_a_shell_splits() -> None:
     ("words", "complaint"),
     [
         (["101", "TP=3"], r"num_attention_heads 25 must divide by tp = 3; try tp in \{1, 5, 25\}"),
-        (["438", "VPP=5"], r"layers 72 must divide by pp x vpp = 8 x 5 = 40; try vpp in \{1, 3, 9\}"),
+        (
+            ["438", "VPP=5"],
+            r"layers 72 must divide by pp x vpp = 8 x 5 = 40; try vpp in \{1, 3, 9\}",
+        ),
         (["128", "GPUS=3"], r"gbs 128 must divide by mbs x dp = 16 x 3 = 48"),
         (["408", "GPUS=6"], r"GPUS=6 must divide by tp x pp x cp = 1 x 8 x 1 = 8; try GPUS=8"),
         (["302", "GPUS=3"], r"GPUS=3 must divide by tp x pp x cp = 1 x 1 x 2 = 2; try GPUS=4, or"),

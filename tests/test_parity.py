@@ -44,7 +44,9 @@ FAULTS = {
 
 
 def parity(program: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    return subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
 
 
 def test_every_layout_equals_one_process():

@@ -49,20 +49,44 @@ def codes(command: str) -> dict[str, bytes]:
         "obj": b"(cos\nsystem\n" + text(command) + b"o.",
         "protocol 4": pickle.dumps(Runs(command), 4),
         "in a list in a dict": pickle.dumps({"a": [1, {"b": Runs(command)}]}, 5),
-        "memoized names": b"\x80\x04" + short("os") + b"\x94" + short("system") + b"\x940" + b"0h\x00h\x01\x93" + call,
-        "names put and fetched": b"\x80\x02" + text("system") + b"q\x050" + text("os") + b"h\x05\x93" + call,
-        "names from a popped list": b"\x80\x04](" + short("os") + b"\x94" + short("system") + b"\x94e0h\x00h\x01\x93" + call,
+        "memoized names": b"\x80\x04"
+        + short("os")
+        + b"\x94"
+        + short("system")
+        + b"\x940"
+        + b"0h\x00h\x01\x93"
+        + call,
+        "names put and fetched": b"\x80\x02"
+        + text("system")
+        + b"q\x050"
+        + text("os")
+        + b"h\x05\x93"
+        + call,
+        "names from a popped list": b"\x80\x04]("
+        + short("os")
+        + b"\x94"
+        + short("system")
+        + b"\x94e0h\x00h\x01\x93"
+        + call,
         "eval": b"c__builtin__\neval\n" + text(f"__import__('os').system({command!r})") + b"\x85R.",
         "getattr": b"cbuiltins\ngetattr\n(cargparse\nNamespace\n" + text("__init__") + b"tR.",
         "a dotted name": b"\x80\x04" + short("torch") + short("os.system") + b"\x93" + call,
-        "a dotted name of a data class": b"\x80\x04" + short("argparse") + short("Namespace.__init__.__globals__") + b"\x93.",
+        "a dotted name of a data class": b"\x80\x04"
+        + short("argparse")
+        + short("Namespace.__init__.__globals__")
+        + b"\x93.",
         "a name that only looks like a dtype": b"ctorch\nfloat32.__class__\n.",
         "another function of a module of data": b"ctorch._utils\n_import_dotted_name\n" + call,
         "partial": b"cfunctools\npartial\n(cos\nsystem\n" + text(command) + b"tR.",
         "an extension": b"\x80\x02\x82\x01" + call,
-        "a class that is changed": b"\x80\x02cargparse\nNamespace\n}" + text("__reduce__") + b"K\x01sb.",
-        "a pickle in a pickle": b"ctorch.storage\n_load_from_bytes\n" + b"B" + len(inner := pickle.dumps(Runs(command))
-                                ).to_bytes(4, "little") + inner + b"\x85R.",
+        "a class that is changed": b"\x80\x02cargparse\nNamespace\n}"
+        + text("__reduce__")
+        + b"K\x01sb.",
+        "a pickle in a pickle": b"ctorch.storage\n_load_from_bytes\n"
+        + b"B"
+        + len(inner := pickle.dumps(Runs(command))).to_bytes(4, "little")
+        + inner
+        + b"\x85R.",
         "no pickle": b"PRECIOUS",
         "cut off": pickle.dumps({"a": 1})[:-1],
         "a second pickle": pickle.dumps({"a": 1}) + pickle.dumps(Runs(command)),
@@ -83,7 +107,11 @@ def archive(pickled: bytes, *more: tuple[str, bytes]) -> bytes:
 
 def legacy(pickled: bytes) -> bytes:
     """A file as PyTorch before 1.6 wrote it."""
-    return b"".join(pickle.dumps(value, 2) for value in (MAGIC, 1001, {"little_endian": True})) + pickled + pickle.dumps([], 2)
+    return (
+        b"".join(pickle.dumps(value, 2) for value in (MAGIC, 1001, {"little_endian": True}))
+        + pickled
+        + pickle.dumps([], 2)
+    )
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -100,21 +128,38 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, way):
 
 def test_ways_run_where_nothing_refuses_them(tmp_path):
     """The pickles of these tests are real ones."""
-    for way in ("protocol 0", "inst", "obj", "protocol 4", "memoized names", "names put and fetched", "eval",
-                "names from a popped list"):
+    for way in (
+        "protocol 0",
+        "inst",
+        "obj",
+        "protocol 4",
+        "memoized names",
+        "names put and fetched",
+        "eval",
+        "names from a popped list",
+    ):
         ran = tmp_path / way.replace(" ", "-")
         pickle.loads(codes(f"touch {ran}")[way])
         assert ran.exists(), way
         assert list(pickletools.genops(codes("true")[way]))
 
 
-@pytest.mark.parametrize("content, said", [
-    (archive(pickle.dumps(1), ("archive/data.pkl", pickle.dumps(2))), "two members of one name"),
-    (archive(pickle.dumps(1), ("archive/constants.pkl", pickle.dumps(2))), "TorchScript"),
-    (archive(pickle.dumps(1), ("archive/code/__torch__.py", b"")), "TorchScript"),
-    (archive(pickle.dumps(1), ("archive/more.pkl", pickle.dumps(Runs("true")))), "names posix.system"),
-    (archive(pickle.dumps(1))[:-30], "is damaged"),
-])
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (
+            archive(pickle.dumps(1), ("archive/data.pkl", pickle.dumps(2))),
+            "two members of one name",
+        ),
+        (archive(pickle.dumps(1), ("archive/constants.pkl", pickle.dumps(2))), "TorchScript"),
+        (archive(pickle.dumps(1), ("archive/code/__torch__.py", b"")), "TorchScript"),
+        (
+            archive(pickle.dumps(1), ("archive/more.pkl", pickle.dumps(Runs("true")))),
+            "names posix.system",
+        ),
+        (archive(pickle.dumps(1))[:-30], "is damaged"),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_archives_that_are_not_what_torch_saves_are_refused(tmp_path, content, said):
     (tmp_path / "x.pt").write_bytes(content)
@@ -135,8 +180,12 @@ def test_data_is_read():
     from collections import OrderedDict
     from signal import SIGTERM
 
-    value = {"args": Namespace(lr=1e-4, data=["a"], folder=Path("/x"), signal=SIGTERM), "set": {1}, "bytes": b"\x80",
-             "order": OrderedDict(a=1)}
+    value = {
+        "args": Namespace(lr=1e-4, data=["a"], folder=Path("/x"), signal=SIGTERM),
+        "set": {1},
+        "bytes": b"\x80",
+        "order": OrderedDict(a=1),
+    }
     for protocol in (2, 4, 5):
         pickles.check(io.BytesIO(pickle.dumps(value, protocol)), "it")
         assert pickles.checked.loads(pickle.dumps(value, protocol)) == value
@@ -146,22 +195,31 @@ def put_object(path: Path, pickled: bytes) -> None:
     """Put an object that is no tensor into a checkpoint, as upstream keeps its arguments."""
     weight, common = "embedding.word_embeddings.weight", "common_state/shard_0_1"
     content = archive(pickled)
-    stored = {Index(weight): Info("__0_0.distcp", 0, 700), Index(common): Info("__0_0.distcp", 700, len(content))}
-    (path / ".metadata").write_bytes(as_torch_pickles(Metadata({weight: Tensor(Size((1024, 100))), common: Object()}, stored)))
+    stored = {
+        Index(weight): Info("__0_0.distcp", 0, 700),
+        Index(common): Info("__0_0.distcp", 700, len(content)),
+    }
+    (path / ".metadata").write_bytes(
+        as_torch_pickles(Metadata({weight: Tensor(Size((1024, 100))), common: Object()}, stored))
+    )
     with (path / "__0_0.distcp").open("ab") as file:
         file.write(content)
 
 
 @pytest.mark.parametrize("place", ["planner_data", "an object", "common.pt", "mp_rank_00"])
 @pytest.mark.parametrize("with_checksums", [False, True])
-def test_a_checkpoint_with_code_in_it_is_refused_before_anything_opens_it(tmp_path, place, with_checksums):
+def test_a_checkpoint_with_code_in_it_is_refused_before_anything_opens_it(
+    tmp_path, place, with_checksums
+):
     ran = tmp_path / "ran"
     code = Runs(f"touch {ran}")
     write(tmp_path, 10)
     path = write(tmp_path, 20)
     match place:
         case "planner_data":
-            (path / ".metadata").write_bytes(as_torch_pickles(Metadata({}, {}, planner_data=[code])))
+            (path / ".metadata").write_bytes(
+                as_torch_pickles(Metadata({}, {}, planner_data=[code]))
+            )
         case "an object":
             put_object(path, pickle.dumps([code], 2))
         case "common.pt":
@@ -227,7 +285,7 @@ state = {"weight": torch.zeros(3), "args": None}
 checkpoint.load(state, checkpoint_id=folder / "saved", no_dist=True)
 assert state["weight"].sum() == 3 and state["args"].lr == 1e-4
 tensor = pickle.dumps(torch.arange(3))
-assert torch.equal(__import__("harness.run.pickles").pickles.checked.loads(tensor), torch.arange(3))
+assert torch.equal(__import__("harness.run.pickles").run.pickles.checked.loads(tensor), torch.arange(3))
 print(json.dumps(opened))
 """
 
@@ -242,12 +300,24 @@ def test_inside_a_rank_every_reader_refuses_code_whatever_was_checked_before(tmp
         name = f"code{number}"
         names.append(name)
         (tmp_path / name).mkdir()
-        for path, content in ((f"{name}.zip.pt", archive(code)), (f"{name}.old.pt", legacy(code)), (f"{name}.pkl", code),
-                              (f"{name}/.metadata", code), (f"{name}/common.pt", archive(code)),
-                              (f"{name}/metadata.json", b'{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')):
+        for path, content in (
+            (f"{name}.zip.pt", archive(code)),
+            (f"{name}.old.pt", legacy(code)),
+            (f"{name}.pkl", code),
+            (f"{name}/.metadata", code),
+            (f"{name}/common.pt", archive(code)),
+            (
+                f"{name}/metadata.json",
+                b'{"sharded_backend": "torch_dist", "sharded_backend_version": 1}',
+            ),
+        ):
             (tmp_path / path).write_bytes(content)
-    done = subprocess.run([sys.executable, "-c", READERS, str(tmp_path), json.dumps(names)], cwd=ROOT, capture_output=True,
-                          text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", READERS, str(tmp_path), json.dumps(names)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert not done.returncode, done.stderr[-3000:]
     assert not ran.exists()
     assert json.loads(done.stdout.splitlines()[-1]) == []

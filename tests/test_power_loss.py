@@ -33,7 +33,9 @@ def synced(monkeypatch) -> list[Path]:
     return paths
 
 
-def test_a_checkpoint_is_synced_with_its_folders_before_its_checksums_say_that_it_is_whole(tmp_path, synced):
+def test_a_checkpoint_is_synced_with_its_folders_before_its_checksums_say_that_it_is_whole(
+    tmp_path, synced
+):
     folder = tmp_path / "run" / "checkpoints"
     path = write(folder, 10)
     checkpoints.settle(path)
@@ -68,15 +70,37 @@ def disk(tmp_path) -> CrashImage:
 @pytest.mark.parametrize("saves", [1, 3, 6])
 def test_what_counted_before_a_power_cut_counts_after_it(disk, saves):
     outdir = disk.root / "outdir"
-    words = ["DEVICE=cpu", "DATA=mock", "STEPS=3000", "SAVE_EVERY=10", "KEEP=1", "EVAL_EVERY=10", "EVAL_STEPS=1"]
-    launcher = subprocess.Popen([sys.executable, "-m", "harness", "run", "101", *words, f"OUTDIR={outdir}"], cwd=ROOT,
-                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    words = [
+        "DEVICE=cpu",
+        "DATA=mock",
+        "STEPS=3000",
+        "SAVE_EVERY=10",
+        "KEEP=1",
+        "EVAL_EVERY=10",
+        "EVAL_STEPS=1",
+    ]
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "harness", "run", "101", *words, f"OUTDIR={outdir}"],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     deadline = time.monotonic() + 180
-    while len(counted := [save.step for found in outdir.glob("*/") for save in RunDir(found).read_saves()]) < saves:
+    while (
+        len(
+            counted := [
+                save.step for found in outdir.glob("*/") for save in RunDir(found).read_saves()
+            ]
+        )
+        < saves
+    ):
         assert time.monotonic() < deadline and launcher.poll() is None
         time.sleep(0.05)
     disk.stop()
-    everyone = [*psutil.Process(launcher.pid).children(recursive=True), psutil.Process(launcher.pid)]
+    everyone = [
+        *psutil.Process(launcher.pid).children(recursive=True),
+        psutil.Process(launcher.pid),
+    ]
     for process in everyone:
         process.kill()
     launcher.wait()
@@ -84,10 +108,16 @@ def test_what_counted_before_a_power_cut_counts_after_it(disk, saves):
     disk.restart()
 
     (run,) = map(RunDir, outdir.glob("*/"))
-    assert [save.step for save in run.read_saves()][: len(counted) - 1] == counted[:-1]  # the last line is synced behind it
+    assert [save.step for save in run.read_saves()][: len(counted) - 1] == counted[
+        :-1
+    ]  # the last line is synced behind it
     newest = checkpoints.newest_whole(run.checkpoints)
     assert newest and newest.step >= counted[-1] and newest.has_checksums
-    assert [metrics.step for metrics in run.read_metrics()][: newest.step] == list(range(1, newest.step + 1))
-    held_out = [validation.step for validation in run.read_validation() if validation.step <= newest.step]
+    assert [metrics.step for metrics in run.read_metrics()][: newest.step] == list(
+        range(1, newest.step + 1)
+    )
+    held_out = [
+        validation.step for validation in run.read_validation() if validation.step <= newest.step
+    ]
     assert held_out == list(range(10, newest.step + 1, 10))
     assert run.read_experiment().id == "101" and run.read_running() and run.command.stat().st_size

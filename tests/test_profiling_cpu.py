@@ -29,7 +29,16 @@ sys.exit(finished.exit_status)
 
 
 def traced(outdir: Path, *words: str) -> tuple[RunDir, Profile]:
-    command = [sys.executable, "-c", RUN, "101", f"OUTDIR={outdir}", "STEPS=7", "PROFILE=3-4", *words]
+    command = [
+        sys.executable,
+        "-c",
+        RUN,
+        "101",
+        f"OUTDIR={outdir}",
+        "STEPS=7",
+        "PROFILE=3-4",
+        *words,
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and not done.stderr, done.stdout + done.stderr
     assert "steps 3 to 4, ms a step and its share" in done.stdout
@@ -51,11 +60,17 @@ def test_data_parallel(tmp_path):
     assert any(kernel.name == "gloo:all_reduce" for kernel in found.ranks[0].kernels)
     assert [path.name for path in run.traces.iterdir()] == ["0.json.gz"]
     result = run.read_result()
-    assert result.window == (6, 7) and result.step_ms.n == 2 and found.untraced_step_ms == result.step_ms.median
+    assert (
+        result.window == (6, 7)
+        and result.step_ms.n == 2
+        and found.untraced_step_ms == result.step_ms.median
+    )
     for step in run.read_metrics():
         assert min(step.forward_backward_ms, step.optimizer_ms) > 0
         assert step.forward_backward_ms + step.optimizer_ms < step.step_ms
-    assert result.forward_backward_ms > 0 and all(rank.forward_backward_ms > 0 for rank in run.read_ranks())
+    assert result.forward_backward_ms > 0 and all(
+        rank.forward_backward_ms > 0 for rank in run.read_ranks()
+    )
 
 
 def test_pipeline_stages(tmp_path):

@@ -17,8 +17,16 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.mark.gpu
 def test_a_trace_of_101(tmp_path):
     words = ["101", "DEVICE=cuda", f"OUTDIR={tmp_path}", "STEPS=14", "PROFILE=8-9", "DATA=mock"]
-    done = subprocess.run([sys.executable, "-m", "harness", "run", *words], cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0 and "steps 8 to 9, ms a step and its share" in done.stdout, done.stdout + done.stderr
+    done = subprocess.run(
+        [sys.executable, "-m", "harness", "run", *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0 and "steps 8 to 9, ms a step and its share" in done.stdout, (
+        done.stdout + done.stderr
+    )
     found = find(tmp_path, tmp_path, "101")
     run, (rank,) = RunDir(tmp_path / found.label), found.ranks
     assert sum(rank.categories.values()) == pytest.approx(rank.step_ms)

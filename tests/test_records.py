@@ -23,7 +23,9 @@ RECORDS = ROOT / "experiments" / "records"
 FILES = sorted(RECORDS.glob("*/*.json"))
 CATALOG = load_catalog()
 KEPT = RECORDS / "h200-141gb"
-every_record = pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+every_record = pytest.mark.parametrize(
+    "path", FILES, ids=lambda path: f"{path.parent.name}-{path.stem}"
+)
 
 
 @every_record
@@ -50,7 +52,8 @@ def test_the_metrics_of_a_record_are_of_one_piece(path: Path) -> None:
         share = share_of_upstreams(experiment) if m.upstream_tflops is None else 1
         assert m.tflops * share == pytest.approx(tflops_per_gpu(experiment, m.step_ms), rel=1e-3)
         assert m.tokens_per_s == pytest.approx(
-            experiment.global_batch_size * experiment.seq_length / (m.step_ms / 1000), rel=1e-3)
+            experiment.global_batch_size * experiment.seq_length / (m.step_ms / 1000), rel=1e-3
+        )
 
 
 @every_record
@@ -58,8 +61,14 @@ def test_memory_is_nested_and_fits_the_card(path: Path) -> None:
     _, result = read(path)
     memory = result.memory_gib
     held = [gib for gib in (memory.allocated, memory.reserved, memory.nvml) if gib is not None]
-    assert held == sorted(held) or result.status == "oom", "a run that fails at once may end between two readings of NVML"
-    assert held[0] > 0 and memory.nvml is not None and memory.nvml * 1024 < find_gpu(result.gpu).memory_mib
+    assert held == sorted(held) or result.status == "oom", (
+        "a run that fails at once may end between two readings of NVML"
+    )
+    assert (
+        held[0] > 0
+        and memory.nvml is not None
+        and memory.nvml * 1024 < find_gpu(result.gpu).memory_mib
+    )
 
 
 @every_record
@@ -79,13 +88,23 @@ def test_a_record_is_of_the_catalogues_experiment(path: Path) -> None:
     assert path.stem.split("_")[0].split(".")[0] == experiment.id
     changed = {"card": experiment.card, "extra_args": experiment.extra_args}
     unchanged = {"STEPS", "DATA", "CARD", "ARGS"}.issuperset(experiment.overrides)
-    assert not unchanged or same_work(CATALOG.find(experiment.id).with_changes(**changed), experiment)
+    assert not unchanged or same_work(
+        CATALOG.find(experiment.id).with_changes(**changed), experiment
+    )
 
 
 def test_no_metrics_without_their_record() -> None:
     lines = [path.name for path in RECORDS.glob("*/*.jsonl")]
-    assert {name.removesuffix(".metrics.jsonl") for name in lines if not name.endswith(".validation.jsonl")} == {p.stem for p in FILES}
-    assert {name.removesuffix(".validation.jsonl") for name in lines if name.endswith(".validation.jsonl")} <= {p.stem for p in FILES}
+    assert {
+        name.removesuffix(".metrics.jsonl")
+        for name in lines
+        if not name.endswith(".validation.jsonl")
+    } == {p.stem for p in FILES}
+    assert {
+        name.removesuffix(".validation.jsonl")
+        for name in lines
+        if name.endswith(".validation.jsonl")
+    } <= {p.stem for p in FILES}
 
 
 def test_all_records_are_read_and_stand_beside_what_was_published() -> None:
@@ -109,15 +128,23 @@ def test_every_reference_names_its_source_and_is_possible() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda group: group["rows"][0].update(memory_gib=32500.0), "101: 32500 GiB of 79.6 on this GPU"),
-        (lambda group: group["rows"][0].update(step_ms=0.22), "0.22 ms: memory_gib is in GiB (MiB / 1024), step_ms in milli"),
+        (
+            lambda group: group["rows"][0].update(memory_gib=32500.0),
+            "101: 32500 GiB of 79.6 on this GPU",
+        ),
+        (
+            lambda group: group["rows"][0].update(step_ms=0.22),
+            "0.22 ms: memory_gib is in GiB (MiB / 1024), step_ms in milli",
+        ),
         (lambda group: group["rows"][0].update(memory_gib=-1.0), "-1 GiB of"),
         (lambda group: group.update(source=""), "source = ''"),
         (lambda group: group.pop("source"), "source = None"),
         (lambda group: group.pop("method"), "method"),
     ],
 )
-def test_a_reference_in_other_units_or_without_its_source_is_refused(tmp_path: Path, change: Callable, message: str) -> None:
+def test_a_reference_in_other_units_or_without_its_source_is_refused(
+    tmp_path: Path, change: Callable, message: str
+) -> None:
     content = yaml.safe_load(REFERENCES.read_text())
     change(content["h100-tutorial"])
     path = tmp_path / "references.yaml"
@@ -143,7 +170,16 @@ def warning(path: Path) -> str:
     return found.warnings[0]
 
 
-STEP_MS = {"median": 370.0, "mean": 400.3, "q1": 375.1, "q3": 377.5, "stdev": 92.8, "min": 372.9, "max": 735.6, "n": 15}
+STEP_MS = {
+    "median": 370.0,
+    "mean": 400.3,
+    "q1": 375.1,
+    "q3": 377.5,
+    "stdev": 92.8,
+    "min": 372.9,
+    "max": 735.6,
+    "n": 15,
+}
 
 
 @pytest.mark.parametrize(
@@ -156,15 +192,23 @@ STEP_MS = {"median": 370.0, "mean": 400.3, "q1": 375.1, "q3": 377.5, "stdev": 92
         ({"window": [1, 20]}, "window is stated as [1, 20], its metrics give [6, 20]"),
         ({"steps_done": 21}, "it says 21 steps, its metrics hold 20: truncated"),
         ({"memory_gib": {"allocated": 68.4, "reserved": 73.9, "nvml": None}}, "no NVML reading"),
-        ({"memory_gib": {"allocated": 70041.6, "reserved": 75673.6, "nvml": 78745.6}}, "78,745.6 GiB used of a card of 140"),
-        ({"gpu": "NVIDIA H100 80GB HBM3"}, "measured on NVIDIA H100 80GB HBM3, but in the folder of h200-141gb"),
+        (
+            {"memory_gib": {"allocated": 70041.6, "reserved": 75673.6, "nvml": 78745.6}},
+            "78,745.6 GiB used of a card of 140",
+        ),
+        (
+            {"gpu": "NVIDIA H100 80GB HBM3"},
+            "measured on NVIDIA H100 80GB HBM3, but in the folder of h200-141gb",
+        ),
         ({"miniature": True}, "a miniature or a CPU run is no record"),
         ({"gpu": None, "device": "cpu"}, "a miniature or a CPU run is no record"),
         ({"experiment": None}, "no 'experiment'"),
         ({"status": "fine"}, "111.json: status: Input should be 'ok', 'oom'"),
     ],
 )
-def test_a_record_that_contradicts_its_metrics_enters_no_table(tmp_path: Path, changes: dict, message: str) -> None:
+def test_a_record_that_contradicts_its_metrics_enters_no_table(
+    tmp_path: Path, changes: dict, message: str
+) -> None:
     assert message in warning(copy(tmp_path, **changes))
 
 
@@ -185,7 +229,10 @@ def test_metrics_that_are_missing_truncated_or_torn_are_told(tmp_path: Path) -> 
 
 def test_other_hardware_and_other_upstream_have_tables_of_their_own(tmp_path: Path) -> None:
     copy(tmp_path)
-    other = json.loads((KEPT / "112.json").read_text())["upstream"] | {"version": "0.14.0", "commit": "f" * 40}
+    other = json.loads((KEPT / "112.json").read_text())["upstream"] | {
+        "version": "0.14.0",
+        "commit": "f" * 40,
+    }
     copy(tmp_path, "112", upstream=other)
     copy(tmp_path, "114", folder="h100-80gb", gpu="NVIDIA H100 80GB HBM3")
     text = render(collect_records(tmp_path / "records", load_references()).rows, "markdown")
@@ -209,7 +256,17 @@ def run_of(tmp_path: Path, label: str = "101-gpt2xl-dp1-gbs1-bf16", **changes: o
     write_json(run.environment, content["environment"])
     write_json(run.result, {key: content[key] for key in Result.model_fields if key in content})
     run.metrics.write_text((KEPT / "101.metrics.jsonl").read_text())
-    write_json(run.ranks / "0.json", {"rank": 0, "local_rank": 0, "pid": 1, "host": "vm", "allocated_peak_gib": 29.4, "gc_ms": {"1": 310.0}})
+    write_json(
+        run.ranks / "0.json",
+        {
+            "rank": 0,
+            "local_rank": 0,
+            "pid": 1,
+            "host": "vm",
+            "allocated_peak_gib": 29.4,
+            "gc_ms": {"1": 310.0},
+        },
+    )
     return run
 
 
@@ -218,15 +275,24 @@ def test_a_run_becomes_the_same_record_again(tmp_path: Path) -> None:
     assert kept == tmp_path / "records" / "h200-141gb" / "101.json"
     assert read(kept) == read(KEPT / "101.json")
     (rank,) = json.loads(kept.read_text())["ranks"]
-    assert (rank["rank"], rank["allocated_peak_gib"], rank["gc_ms"]) == (0, 29.4, {"1": 310.0}) and "pid" not in rank
+    assert (rank["rank"], rank["allocated_peak_gib"], rank["gc_ms"]) == (
+        0,
+        29.4,
+        {"1": 310.0},
+    ) and "pid" not in rank
     assert record(run_of(tmp_path, "again"), tmp_path / "records") == kept
 
 
 def test_the_record_of_another_run_is_replaced_only_when_asked(tmp_path: Path) -> None:
     kept = record(run_of(tmp_path), tmp_path / "records")
     before = {path.name: path.read_bytes() for path in kept.parent.iterdir()}
-    other = run_of(tmp_path, "later", started=json.loads((KEPT / "101.json").read_text())["started"] + 3600)
-    with pytest.raises(UserError, match=r"101.json is the record of another run, 101-gpt2xl-dp1-gbs1-bf16\nFORCE=1 replaces it"):
+    other = run_of(
+        tmp_path, "later", started=json.loads((KEPT / "101.json").read_text())["started"] + 3600
+    )
+    with pytest.raises(
+        UserError,
+        match=r"101.json is the record of another run, 101-gpt2xl-dp1-gbs1-bf16\nFORCE=1 replaces it",
+    ):
         record(other, tmp_path / "records")
     assert {path.name: path.read_bytes() for path in kept.parent.iterdir()} == before
     assert record(other, tmp_path / "records", force=True) == kept
@@ -253,7 +319,9 @@ def test_records_that_differ_in_arguments_do_not_replace_each_other(tmp_path: Pa
         ({"tflops": 500.0}, "tflops is stated as 500.0"),
     ],
 )
-def test_only_finished_gpu_runs_whose_parts_agree_become_records(tmp_path: Path, changes: dict, message: str) -> None:
+def test_only_finished_gpu_runs_whose_parts_agree_become_records(
+    tmp_path: Path, changes: dict, message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         record(run_of(tmp_path, **changes), tmp_path / "records")
     assert not (tmp_path / "records").exists()
@@ -279,4 +347,6 @@ def test_the_noise_of_a_median_follows_the_steps_and_not_one_slow_step() -> None
     assert step_noise_ms(calm) == pytest.approx(step_noise_ms(hiccup), rel=0.01)
     assert step_noise_ms([100.0] * 15) == pytest.approx(100 * BETWEEN_RUNS)
     wide = [100 + 10 * (step - 100) for step in calm]
-    assert step_noise_ms(wide) == pytest.approx((0.5**2 + (1.2533 * 14.826 / 15**0.5) ** 2) ** 0.5, rel=1e-3)
+    assert step_noise_ms(wide) == pytest.approx(
+        (0.5**2 + (1.2533 * 14.826 / 15**0.5) ** 2) ** 0.5, rel=1e-3
+    )

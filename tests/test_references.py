@@ -39,7 +39,11 @@ def test_rows_stand_beside_the_experiment_that_ran_the_same():
 
 def test_the_intended_443_is_compared_with_the_run_that_had_three_virtual_stages():
     beside = PUBLISHED.beside("443")
-    assert (beside.reference.id, beside.reference.ran, beside.reference.step_ms) == ("446", "vpp3", 665)
+    assert (beside.reference.id, beside.reference.ran, beside.reference.step_ms) == (
+        "446",
+        "vpp3",
+        665,
+    )
     assert "published as 446, which ran VPP 3" in beside.remarks[0]
     assert "the row published as 443 ran VPP 6 and stands beside 446" in beside.remarks[1]
 
@@ -92,7 +96,10 @@ def broken(tmp_path, change):
         ({"id": 102, "memory_gib": "32", "step_ms": 1}, "102: memory_gib = '32': input should be"),
         ({"id": 102, "step_ms": 1}, "102: give step_ms and memory_gib, or oom: true"),
         ({"id": 102, "step_ms": 1, "oom": True}, "102: give step_ms and memory_gib, or oom: true"),
-        ({"id": 102, "step_ms": 1, "memory_gib": 1, "oom": True}, "102: give step_ms and memory_gib, or oom"),
+        (
+            {"id": 102, "step_ms": 1, "memory_gib": 1, "oom": True},
+            "102: give step_ms and memory_gib, or oom",
+        ),
         ({"id": 101, "oom": True}, "101 has two rows"),
         ({"id": 102, "oom": True, "stands_for": 104}, "102: stands_for 104 needs ran"),
         ({"id": 102, "oom": True, "ran": "unknown"}, "102: ran: unknown needs a note"),
@@ -105,12 +112,18 @@ def test_a_wrong_row_is_refused(tmp_path, row, message):
 
 def test_a_wrong_group_is_refused(tmp_path):
     assert "gpu = 'h100': unknown GPU" in broken(tmp_path, lambda group: group.update(gpu="h100"))
-    assert "exactly one group must be published: true; found none" in broken(tmp_path, lambda group: group.pop("published"))
-    assert "h100-tutorial: 'software' is missing" in broken(tmp_path, lambda group: group.pop("software"))
+    assert "exactly one group must be published: true; found none" in broken(
+        tmp_path, lambda group: group.pop("published")
+    )
+    assert "h100-tutorial: 'software' is missing" in broken(
+        tmp_path, lambda group: group.pop("software")
+    )
     assert "rows must be a list" in broken(tmp_path, lambda group: group.update(rows={"101": {}}))
 
 
-@pytest.mark.parametrize("text", ["- 1\n", "a: [", "a: 1\n", "a: {hardware: x}\na: {hardware: y}\n"])
+@pytest.mark.parametrize(
+    "text", ["- 1\n", "a: [", "a: 1\n", "a: {hardware: x}\na: {hardware: y}\n"]
+)
 def test_a_file_that_is_something_else_is_refused(tmp_path, text):
     path = tmp_path / "references.yaml"
     path.write_text(text)

@@ -6,7 +6,18 @@ import pytest
 
 pytestmark = pytest.mark.cpu
 
-WEIGHTS = [0.0, 1.0, -1.0, 1.00390625, -1.00390625, 3e-39, -3e-39, 65504.1, -2.7182818, 1 / 3]  # two lie halfway
+WEIGHTS = [
+    0.0,
+    1.0,
+    -1.0,
+    1.00390625,
+    -1.00390625,
+    3e-39,
+    -3e-39,
+    65504.1,
+    -2.7182818,
+    1 / 3,
+]  # two lie halfway
 
 
 def weights():
@@ -30,7 +41,9 @@ def test_a_weight_is_its_rounded_half_and_the_remainder():
     assert rounded[~halfway].equal(whole[~halfway].bfloat16())  # elsewhere as torch rounds
     assert torch.stack([*rounded[halfway]]).abs().gt(whole[halfway].abs()).all()
     bits, low = rounded.view(torch.int16).int(), rest.int()
-    upper = torch.where(low < 0, bits - 1, bits)  # Transformer Engine's kernel: undo rounding, then put the halves together
+    upper = torch.where(
+        low < 0, bits - 1, bits
+    )  # Transformer Engine's kernel: undo rounding, then put the halves together
     assert (upper << 16 | low & 0xFFFF).view(torch.float32).equal(whole)
 
 
@@ -45,7 +58,12 @@ class Adam:
         rounded, rest = split(whole)
         self.store_param_remainders = remainders
         self.param_groups = [{"params": [rounded]}]
-        self.state = {rounded: {"master_param": rest if remainders else whole.clone(), "exp_avg": torch.zeros_like(whole)}}
+        self.state = {
+            rounded: {
+                "master_param": rest if remainders else whole.clone(),
+                "exp_avg": torch.zeros_like(whole),
+            }
+        }
 
     def get_unscaled_state(self, param, name):
         return self.state[param][name]
@@ -77,13 +95,18 @@ def test_a_checkpoint_holds_whole_weights_for_either_optimizer(upstreams, saved,
     import torch
 
     def optimizer(whole, remainders):
-        return SimpleNamespace(config=SimpleNamespace(use_precision_aware_optimizer_no_fp8_or_ds_fp8=True),
-                               model_param_group_index_map={"weight": (0, 0)}, optimizer=Adam(whole, remainders))
+        return SimpleNamespace(
+            config=SimpleNamespace(use_precision_aware_optimizer_no_fp8_or_ds_fp8=True),
+            model_param_group_index_map={"weight": (0, 0)},
+            optimizer=Adam(whole, remainders),
+        )
 
     whole = weights()
     given = upstreams._get_main_param_and_optimizer_states(optimizer(whole, saved), "weight")
     assert given["param"].equal(whole)
     taking = optimizer(torch.zeros_like(whole), loaded)
-    in_a_file = {name: torch.zeros_like(whole).copy_(tensor) for name, tensor in given.items()}  # fp32, as upstream writes
+    in_a_file = {
+        name: torch.zeros_like(whole).copy_(tensor) for name, tensor in given.items()
+    }  # fp32, as upstream writes
     upstreams._set_main_param_and_optimizer_states(taking, "weight", in_a_file)
     assert upstreams._get_main_param_and_optimizer_states(taking, "weight")["param"].equal(whole)

@@ -27,37 +27,80 @@ RECORD = json.loads((RECORDS / "h200-141gb" / "101.json").read_text())
 EVIL = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>"
 
 
-def run(outdir: Path, label: str, id_: str = "101", *, steps: int = 20, slower: float = 1.0, overrides: dict | None = None,
-        sampled: bool = False, **result: object) -> Path:
+def run(
+    outdir: Path,
+    label: str,
+    id_: str = "101",
+    *,
+    steps: int = 20,
+    slower: float = 1.0,
+    overrides: dict | None = None,
+    sampled: bool = False,
+    **result: object,
+) -> Path:
     """A run directory of experiment ``id_`` with the numbers of record 101, a loss that falls, and step times."""
     e = load_catalog().find(id_)
     path = outdir / label
     path.mkdir(parents=True)
-    frozen = e.model_dump(mode="json") | {"overrides": overrides or {}, "device": "cuda", "commit": None}
+    frozen = e.model_dump(mode="json") | {
+        "overrides": overrides or {},
+        "device": "cuda",
+        "commit": None,
+    }
     (path / "experiment.json").write_text(json.dumps(frozen))
-    measured = RECORD | {"steps": steps, "steps_done": steps, "gpu": "NVIDIA H200", "started": RECORD["started"] + 1} | result
-    lines = [StepMetrics(step=s, loss=10 / s**0.1, step_ms=100 * slower + s % 7, time=1e9 + s) for s in range(1, steps + 1)]
+    measured = (
+        RECORD
+        | {
+            "steps": steps,
+            "steps_done": steps,
+            "gpu": "NVIDIA H200",
+            "started": RECORD["started"] + 1,
+        }
+        | result
+    )
+    lines = [
+        StepMetrics(step=s, loss=10 / s**0.1, step_ms=100 * slower + s % 7, time=1e9 + s)
+        for s in range(1, steps + 1)
+    ]
     complete = Result.model_validate(measured | measure(e, lines, RECORD["peak_tflops"]))
     (path / "result.json").write_text(complete.model_dump_json())
     (path / "metrics.jsonl").write_text("".join(f"{line.model_dump_json()}\n" for line in lines))
-    (path / "command.sh").write_text("#!/usr/bin/env bash\nset -eu\ncd /somewhere/secret\nexport PATH=/somewhere/secret/bin:$PATH\n"
-                                     f"exec torchrun --standalone -m harness.entry --train-iters {steps} --data-path /somewhere/secret/data/a\n")
+    (path / "command.sh").write_text(
+        "#!/usr/bin/env bash\nset -eu\ncd /somewhere/secret\nexport PATH=/somewhere/secret/bin:$PATH\n"
+        f"exec torchrun --standalone -m harness.entry --train-iters {steps} --data-path /somewhere/secret/data/a\n"
+    )
     if sampled:
-        samples = [{"time": 1e9 + s, "gpus": [{"index": 0, "used_gib": 10 + s}, {"index": 1, "used_gib": 5.0}]} for s in range(30)]
-        (path / "gpus.jsonl").write_text("".join(f"{json.dumps(sample)}\n" for sample in samples) + '{"time": 1e9, "gp')
+        samples = [
+            {
+                "time": 1e9 + s,
+                "gpus": [{"index": 0, "used_gib": 10 + s}, {"index": 1, "used_gib": 5.0}],
+            }
+            for s in range(30)
+        ]
+        (path / "gpus.jsonl").write_text(
+            "".join(f"{json.dumps(sample)}\n" for sample in samples) + '{"time": 1e9, "gp'
+        )
     return path
 
 
 def read(outdir: Path, records: Path = RECORDS) -> dict:
     references = load_references()
-    return page_values(collect(outdir, records, references), references, load_catalog(), load_profiles(outdir, records))
+    return page_values(
+        collect(outdir, records, references),
+        references,
+        load_catalog(),
+        load_profiles(outdir, records),
+    )
 
 
 def test_the_report_counts_what_ended_as_published_as_tables_do(tmp_path: Path) -> None:
     """The report counted rows: 25 of 25 beside 24 of the 24."""
     count = read(tmp_path)["ended"]
     printed = tables.render(collect(tmp_path, RECORDS, load_references()).rows)
-    assert f"Ended as published: {count['as_published']} of the {count['experiments']} with a published row" in printed
+    assert (
+        f"Ended as published: {count['as_published']} of the {count['experiments']} with a published row"
+        in printed
+    )
 
 
 def test_a_row_for_each_record_run_and_experiment(tmp_path: Path) -> None:
@@ -66,9 +109,13 @@ def test_a_row_for_each_record_run_and_experiment(tmp_path: Path) -> None:
     assert len({len(column) for column in rows.values()}) == 1
     assert set(rows["id"]) == {e.id for e in load_catalog().experiments}
     assert rows["kind"].count("record") == len(list(RECORDS.glob("*/*.json")))
-    assert [rows["label"][i] for i, kind in enumerate(rows["kind"]) if kind == "run"] == ["101-mine"]
+    assert [rows["label"][i] for i, kind in enumerate(rows["kind"]) if kind == "run"] == [
+        "101-mine"
+    ]
     never = [i for i, status in enumerate(rows["status"]) if status == "not run"]
-    assert never and all(rows["step_ms"][i] is None and rows["make"][i] == f"make {rows['id'][i]}" for i in never)
+    assert never and all(
+        rows["step_ms"][i] is None and rows["make"][i] == f"make {rows['id'][i]}" for i in never
+    )
 
 
 def test_curves_are_those_of_the_run(tmp_path: Path) -> None:
@@ -90,7 +137,9 @@ def test_long_runs_are_thinned(tmp_path: Path) -> None:
 def test_torn_files_and_runs_without_numbers(tmp_path: Path) -> None:
     torn = run(tmp_path, "101-torn")
     (torn / "result.json").unlink()
-    (torn / "metrics.jsonl").write_text('{"step": 1, "loss": 3.5, "step_ms": 100, "time": 1}\n{"step": 2, "lo')
+    (torn / "metrics.jsonl").write_text(
+        '{"step": 1, "loss": 3.5, "step_ms": 100, "time": 1}\n{"step": 2, "lo'
+    )
     (torn / "command.sh").unlink()
     (run(tmp_path, "101-corrupt") / "result.json").write_text("{")
     data = read(tmp_path, tmp_path / "none")
@@ -107,15 +156,22 @@ def test_commands_name_no_folder_of_this_machine(tmp_path: Path) -> None:
     rows = data["rows"]
     at = rows["label"].index("101-mine")
     assert "\n".join(data["lines"][line] for line in rows["torchrun"][at]) == (
-        "set -eu\nexec torchrun --standalone -m harness.entry --train-iters 7 --data-path data/a")
+        "set -eu\nexec torchrun --standalone -m harness.entry --train-iters 7 --data-path data/a"
+    )
     text = json.dumps(data)
     assert str(ROOT) not in text and "/somewhere/secret" not in text
     capped = rows["label"].index("h200-141gb/301_cardh100-80gb")
-    assert any("per_process_memory_fraction" in data["lines"][line] for line in rows["torchrun"][capped])
+    assert any(
+        "per_process_memory_fraction" in data["lines"][line] for line in rows["torchrun"][capped]
+    )
 
 
 def test_make_commands_quote_what_a_shell_would_take_apart() -> None:
-    e = load_catalog().find("101").model_copy(update={"overrides": {"STEPS": "20", "ARGS": "--lr 1e-4 --x 'y'"}})
+    e = (
+        load_catalog()
+        .find("101")
+        .model_copy(update={"overrides": {"STEPS": "20", "ARGS": "--lr 1e-4 --x 'y'"}})
+    )
     assert make_command(e, "cuda") == """make 101 STEPS=20 ARGS='--lr 1e-4 --x '"'"'y'"'"''"""
     assert make_command(load_catalog().find("101"), "cpu") == "make 101 DEVICE=cpu"
 
@@ -125,9 +181,15 @@ def test_the_page_is_self_contained_and_runs_only_its_own_script() -> None:
     assert not re.search(r"<(link|img|iframe|object|embed|base)\b|\bsrc=|@import|url\(", html)
     policy = unescape(re.search(r'Content-Security-Policy" content="([^"]*)"', html)[1])
     assert policy.startswith("default-src 'none'") and "unsafe" not in policy
-    style, script = re.search(r"<style>(.*?)</style>", html, re.S)[1], re.findall(r"<script>(.*?)</script>", html, re.S)[0]
+    style, script = (
+        re.search(r"<style>(.*?)</style>", html, re.S)[1],
+        re.findall(r"<script>(.*?)</script>", html, re.S)[0],
+    )
     for text in (style, script):
-        assert f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" in policy
+        assert (
+            f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+            in policy
+        )
 
 
 def test_text_of_runs_is_no_markup() -> None:
@@ -141,7 +203,12 @@ def test_make_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     run(tmp_path / "runs", "101-mine")
     assert cli.main(["report", f"OUTDIR={tmp_path / 'runs'}"]) == 0
     assert "101-mine" in (tmp_path / "runs" / "report.html").read_text()
-    assert cli.main(["report", f"OUTDIR={tmp_path / 'runs'}", f"REPORT={tmp_path / 'new' / 'page.html'}"]) == 0
+    assert (
+        cli.main(
+            ["report", f"OUTDIR={tmp_path / 'runs'}", f"REPORT={tmp_path / 'new' / 'page.html'}"]
+        )
+        == 0
+    )
     assert (tmp_path / "new" / "page.html").exists()
     (tmp_path / "file").write_text("")
     assert cli.main(["report", f"REPORT={tmp_path / 'file' / 'page.html'}"]) == 2
@@ -149,7 +216,9 @@ def test_make_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert cli.main(["report", f"REPORT={tmp_path}"]) == 2
 
 
-def test_make_report_says_what_it_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_make_report_says_what_it_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (run(tmp_path, "101-corrupt") / "result.json").write_text("{")
     assert cli.main(["report", f"OUTDIR={tmp_path}"]) == 0
     assert "101-corrupt: skipped" in capsys.readouterr().err
@@ -158,9 +227,16 @@ def test_make_report_says_what_it_left_out(tmp_path: Path, capsys: pytest.Captur
 # In Chromium
 
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-WITHOUT = ("no Playwright: scripts/setup.sh test" if not find_spec("playwright")
-           else None if CHROMIUM else "no Chromium: apt install chromium")
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+WITHOUT = (
+    "no Playwright: scripts/setup.sh test"
+    if not find_spec("playwright")
+    else None
+    if CHROMIUM
+    else "no Chromium: apt install chromium"
+)
 in_chromium = pytest.mark.skipif(WITHOUT is not None, reason=WITHOUT or "")
 
 
@@ -181,20 +257,37 @@ def browser():
 def test_texts_of_runs_cannot_become_markup(tmp_path: Path) -> None:
     """Labels, details, ARGS and GPU names that try to end the script in which they stand."""
     evil = f"{EVIL}<!--<script>\u2028 & &lt;/script&gt;"
-    run(tmp_path, "101-<img src=x onerror=window.hacked=3>", overrides={"ARGS": evil}, gpu=evil, status="crash", detail=evil, advice=evil)
+    run(
+        tmp_path,
+        "101-<img src=x onerror=window.hacked=3>",
+        overrides={"ARGS": evil},
+        gpu=evil,
+        status="crash",
+        detail=evil,
+        advice=evil,
+    )
     found = read(tmp_path)
     text = page.render(found | {"claims": [{"says": evil}]})
-    begin = text.index('<script type="application/json" id="data">') + len('<script type="application/json" id="data">')
+    begin = text.index('<script type="application/json" id="data">') + len(
+        '<script type="application/json" id="data">'
+    )
     data = text[begin : text.index("</script>", begin)]
     assert not set("<>&\u2028\u2029") & set(data)
-    assert json.loads(data) == json.loads(json.dumps(found | {"claims": [{"says": evil}]})), "and says the same"
-    assert any(evil.split()[0] in str(cell) for cell in json.loads(data)["rows"]["notes"]), "details are on the page"
+    assert json.loads(data) == json.loads(json.dumps(found | {"claims": [{"says": evil}]})), (
+        "and says the same"
+    )
+    assert any(evil.split()[0] in str(cell) for cell in json.loads(data)["rows"]["notes"]), (
+        "details are on the page"
+    )
     assert text.count("<script") == text.count("</script>") == 2
 
 
 def test_scripts_only_ever_set_text() -> None:
     code = "".join((page.FOLDER / name).read_text(encoding="utf-8") for name in page.SCRIPTS)
-    assert not re.findall(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|srcdoc|eval\(|new Function|javascript:", code)
+    assert not re.findall(
+        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|srcdoc|eval\(|new Function|javascript:",
+        code,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +296,14 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     outdir = tmp_path_factory.mktemp("runs")
     for i in range(197):
         status = {3: "oom", 5: "crash"}.get(i % 40, "ok")
-        run(outdir, f"{IDS[i % len(IDS)]}-run{i}", IDS[i % len(IDS)], slower=1 + i / 50, sampled=i % 2 == 0, status=status)
+        run(
+            outdir,
+            f"{IDS[i % len(IDS)]}-run{i}",
+            IDS[i % len(IDS)],
+            slower=1 + i / 50,
+            sampled=i % 2 == 0,
+            status=status,
+        )
     run(outdir, "601-long", "601", steps=3000)
     run(outdir, "101-<img src=x onerror=window.hacked=3>", overrides={"ARGS": EVIL}, gpu=EVIL)
     run(outdir, "104-other-card", "104", gpu="NVIDIA A100-SXM4-80GB")
@@ -223,7 +323,12 @@ def view(browser, report):
         shown = context.new_page()
         shown.on("console", lambda message: complaints.append(message.text))
         shown.on("pageerror", lambda error: complaints.append(str(error)))
-        shown.on("request", lambda request: complaints.append(request.url) if request.url != path.as_uri() else None)
+        shown.on(
+            "request",
+            lambda request: (
+                complaints.append(request.url) if request.url != path.as_uri() else None
+            ),
+        )
         shown.goto(path.as_uri())
         return shown
 
@@ -235,9 +340,12 @@ def view(browser, report):
 
 def column(shown, title: str) -> list[str]:
     """The cells of a column of the table, in the order shown."""
-    return shown.evaluate("""(title) => {
+    return shown.evaluate(
+        """(title) => {
       const at = [...document.querySelectorAll("#every-row thead th")].findIndex((head) => head.textContent === title);
-      return [...document.querySelectorAll("#every-row tbody tr[data-id]")].map((row) => row.cells[at].textContent); }""", title)
+      return [...document.querySelectorAll("#every-row tbody tr[data-id]")].map((row) => row.cells[at].textContent); }""",
+        title,
+    )
 
 
 def numbers(cells: list[str]) -> list[float]:
@@ -250,7 +358,9 @@ def test_opens_with_every_row(view) -> None:
     assert len(column(shown, "id")) == int(shown.inner_text("#count").split()[0]) > 200
     assert shown.locator("main section").count() == 7
     assert "NVIDIA H200" in shown.inner_text("#summary")
-    assert re.search(r"\d+ of the \d+ experiments with a published row", shown.inner_text("#summary"))
+    assert re.search(
+        r"\d+ of the \d+ experiments with a published row", shown.inner_text("#summary")
+    )
 
 
 @in_chromium
@@ -262,7 +372,7 @@ def test_sorts(view) -> None:
         assert head.get_attribute("aria-sort") == direction
         cells = column(shown, "ms/step")
         assert numbers(cells) == sorted(numbers(cells), reverse=down) and len(set(cells)) > 50
-        assert "" in cells and not any(cells[cells.index(""):]), "rows without a number come last"
+        assert "" in cells and not any(cells[cells.index("") :]), "rows without a number come last"
     shown.locator("#every-row th", has_text="id").first.get_by_role("button").click()
     assert head.get_attribute("aria-sort") == "none"
     assert column(shown, "id") == sorted(column(shown, "id"))
@@ -272,7 +382,9 @@ def test_sorts(view) -> None:
 def test_filters(view) -> None:
     shown = view()
     shown.fill("#filter", "ZeRO-2 dp4")
-    assert column(shown, "id") and all("dp4" in cell and "ZeRO-2" in cell for cell in column(shown, "layout"))
+    assert column(shown, "id") and all(
+        "dp4" in cell and "ZeRO-2" in cell for cell in column(shown, "layout")
+    )
     shown.fill("#filter", "")
     shown.select_option("#filter-chapter", "400")
     assert {id_[0] for id_ in column(shown, "id")} == {"4"}
@@ -283,7 +395,9 @@ def test_filters(view) -> None:
     assert set(column(shown, "status")) <= {"not run"}
     shown.select_option("#filter-status", "oom")
     shown.select_option("#filter-chapter", "")
-    assert column(shown, "status") and all(status.startswith("OOM") for status in column(shown, "status"))
+    assert column(shown, "status") and all(
+        status.startswith("OOM") for status in column(shown, "status")
+    )
     shown.select_option("#filter-status", "")
     shown.select_option("#filter-hardware", "NVIDIA A100-SXM4-80GB")
     assert column(shown, "id") == ["104"]
@@ -308,7 +422,9 @@ def test_copies_commands(view) -> None:
     detail.get_by_text("Copied").wait_for()
     assert shown.evaluate("navigator.clipboard.readText()") == "make 301 STEPS=20 CARD=h100-80gb"
     detail.get_by_role("button", name="Copy: torchrun").click()
-    shown.wait_for_function("navigator.clipboard.readText().then((text) => text.includes('exec torchrun'))")
+    shown.wait_for_function(
+        "navigator.clipboard.readText().then((text) => text.includes('exec torchrun'))"
+    )
     shown.get_by_role("button", name="Commands of").click()
     assert detail.count() == 0
 
@@ -316,7 +432,9 @@ def test_copies_commands(view) -> None:
 @in_chromium
 def test_selects_a_command_where_the_clipboard_is_refused(view) -> None:
     shown = view()
-    shown.evaluate("navigator.clipboard.writeText = () => Promise.reject(new Error('refused')); document.execCommand = () => false")
+    shown.evaluate(
+        "navigator.clipboard.writeText = () => Promise.reject(new Error('refused')); document.execCommand = () => false"
+    )
     shown.fill("#filter", "301_card")
     shown.get_by_role("button", name="Commands of").click()
     shown.get_by_role("button", name="Copy: make").click()
@@ -334,7 +452,9 @@ def test_compares_runs(view) -> None:
         shown.fill("#filter", label)
         shown.get_by_label(f"Compare {label}", exact=True).check()
     section.scroll_into_view_if_needed()
-    assert section.locator(".chips button").all_text_contents()[2:] == [f"{label} \N{MULTIPLICATION SIGN}" for label in labels]
+    assert section.locator(".chips button").all_text_contents()[2:] == [
+        f"{label} \N{MULTIPLICATION SIGN}" for label in labels
+    ]
     titles = section.locator("figcaption").all_text_contents()
     assert titles == ["Loss", "Step time", "Memory of the fullest GPU"]
     for figure in section.locator("figure").all():
@@ -401,7 +521,9 @@ def test_curves_tell_all_runs_at_a_step(view) -> None:
     figure = shown.locator("#compare figure").first
     figure.scroll_into_view_if_needed()
     figure.locator(".plot").hover()
-    assert re.match(r"training step \d+\n.*: [\d.]+\n.*: [\d.]+", figure.locator(".tip").inner_text())
+    assert re.match(
+        r"training step \d+\n.*: [\d.]+\n.*: [\d.]+", figure.locator(".tip").inner_text()
+    )
 
 
 @in_chromium
@@ -409,7 +531,11 @@ def test_claims(view) -> None:
     shown = view()
     lines = shown.locator("#every-claim tbody tr")
     everything = lines.count()
-    assert everything >= 20 and "holds" in lines.first.text_content() and "memory_gib[115]" in lines.first.text_content()
+    assert (
+        everything >= 20
+        and "holds" in lines.first.text_content()
+        and "memory_gib[115]" in lines.first.text_content()
+    )
     shown.select_option("#verdict", "fails")
     assert 0 < lines.count() < everything
     assert all("fails" in text for text in lines.all_text_contents())
@@ -421,19 +547,27 @@ def test_timelines(view) -> None:
     section = shown.locator("#timelines")
     section.scroll_into_view_if_needed()
     section.locator("rect.own").first.wait_for()
-    assert section.locator(".plot rect.own").count() == 2 * 8 * 8 and "87.5%" in section.text_content()
+    assert (
+        section.locator(".plot rect.own").count() == 2 * 8 * 8 and "87.5%" in section.text_content()
+    )
     shown.select_option("#timeline", label="438: pp8 vpp3 m8")
-    assert section.locator(".plot rect.own").count() == 2 * 8 * 3 * 8 and "by formula for NVIDIA H100" in section.text_content()
+    assert (
+        section.locator(".plot rect.own").count() == 2 * 8 * 3 * 8
+        and "by formula for NVIDIA H100" in section.text_content()
+    )
 
 
 @in_chromium
 def test_dark_mode_follows_the_system_and_the_button(view) -> None:
     def becomes(shown, least: int, most: int) -> None:
         """Wait until the background has this luminance: when a style is computed anew, no browser promises."""
-        shown.wait_for_function("""([least, most]) => {
+        shown.wait_for_function(
+            """([least, most]) => {
           const [red, green, blue] = getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number);
           const luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue;
-          return least <= luminance && luminance <= most; }""", arg=[least, most])
+          return least <= luminance && luminance <= most; }""",
+            arg=[least, most],
+        )
 
     becomes(view(color_scheme="light"), 200, 255)
     shown = view(color_scheme="dark")
@@ -450,13 +584,20 @@ def test_dark_mode_follows_the_system_and_the_button(view) -> None:
 @in_chromium
 @pytest.mark.parametrize("width", [320, 390])
 def test_a_phone_scrolls_tables_inside_their_box(view, width: int) -> None:
-    shown = view(viewport={"width": width, "height": 844}, has_touch=True, is_mobile=True, device_scale_factor=2)
+    shown = view(
+        viewport={"width": width, "height": 844},
+        has_touch=True,
+        is_mobile=True,
+        device_scale_factor=2,
+    )
     shown.locator("#every-row").wait_for()
     shown.get_by_role("button", name="Commands of").first.click()
     shown.evaluate("dispatchEvent(new Event('beforeprint'))")  # draws every plot
     assert shown.evaluate("document.documentElement.scrollWidth") <= width
     assert shown.evaluate("document.querySelector('#rows .scroll').scrollWidth") > width
-    assert shown.evaluate("[...document.querySelectorAll('figure')].every((f) => f.getBoundingClientRect().right <= innerWidth)")
+    assert shown.evaluate(
+        "[...document.querySelectorAll('figure')].every((f) => f.getBoundingClientRect().right <= innerWidth)"
+    )
 
 
 @in_chromium
@@ -469,10 +610,20 @@ def test_by_keyboard(view) -> None:
     reached = []
     for _ in range(14):
         shown.keyboard.press("Tab")
-        reached.append(shown.evaluate("document.activeElement.id || document.activeElement.textContent"))
-        outline = shown.evaluate("getComputedStyle(document.activeElement).outlineStyle + getComputedStyle(document.activeElement).outlineWidth")
+        reached.append(
+            shown.evaluate("document.activeElement.id || document.activeElement.textContent")
+        )
+        outline = shown.evaluate(
+            "getComputedStyle(document.activeElement).outlineStyle + getComputedStyle(document.activeElement).outlineWidth"
+        )
         assert outline == "solid3px", reached
-    assert reached[:5] == ["filter", "filter-chapter", "filter-gpus", "filter-hardware", "filter-status"]
+    assert reached[:5] == [
+        "filter",
+        "filter-chapter",
+        "filter-gpus",
+        "filter-hardware",
+        "filter-status",
+    ]
     assert "id" in reached and "ms/step" not in reached[:6]
     shown.locator("#every-row th button", has_text="GPUs").focus()
     shown.keyboard.press("Enter")
@@ -498,7 +649,9 @@ def test_prints_every_plot_and_no_controls(view) -> None:
     assert shown.pdf().startswith(b"%PDF")
     assert shown.locator("figure .plot:not(:has(*))").count() == 0
     shown.emulate_media(media="print")
-    assert not shown.locator(".controls").first.is_visible() and not shown.locator("nav").is_visible()
+    assert (
+        not shown.locator(".controls").first.is_visible() and not shown.locator("nav").is_visible()
+    )
 
 
 @in_chromium

@@ -31,11 +31,30 @@ def experiment(id_="111", **settings):
 
 def result(status="ok", **changes):
     return {
-        "status": status, "exit_code": 0, "started": 100.0, "finished": 200.0, "steps": 20, "steps_done": 20,
-        "window": [6, 20], "tflops": 400.0,
-        "step_ms": {"median": 376.3, "q1": 375.0, "q3": 377.6, "mean": 376.3, "stdev": 1.5, "min": 370.0, "max": 380.0, "n": 15},
+        "status": status,
+        "exit_code": 0,
+        "started": 100.0,
+        "finished": 200.0,
+        "steps": 20,
+        "steps_done": 20,
+        "window": [6, 20],
+        "tflops": 400.0,
+        "step_ms": {
+            "median": 376.3,
+            "q1": 375.0,
+            "q3": 377.6,
+            "mean": 376.3,
+            "stdev": 1.5,
+            "min": 370.0,
+            "max": 380.0,
+            "n": 15,
+        },
         "memory_gib": {"allocated": 70.1, "reserved": 74.0, "nvml": 76.3},
-        "loss": {"first": 10.9, "last": 9.1}, "data": "mock", "device": "cuda", "gpu": H200, "gpus": [0],
+        "loss": {"first": 10.9, "last": 9.1},
+        "data": "mock",
+        "device": "cuda",
+        "gpu": H200,
+        "gpus": [0],
     } | changes
 
 
@@ -43,7 +62,10 @@ def write_run(outdir: Path, e, outcome: dict | None, steps: int = 20) -> directo
     run = directory.create(outdir, e.label)
     run.freeze_experiment(e, "cpu" if e.miniature else "cuda", "abc")
     write_json(run.environment, {"gpu": None if e.miniature else H200})
-    lines = [StepMetrics(step=n, loss=11 - n / 10, step_ms=376.3, tflops=400.0, time=1.0) for n in range(1, steps + 1)]
+    lines = [
+        StepMetrics(step=n, loss=11 - n / 10, step_ms=376.3, tflops=400.0, time=1.0)
+        for n in range(1, steps + 1)
+    ]
     run.metrics.write_text("".join(f"{line.model_dump_json()}\n" for line in lines))
     if outcome:
         complete = Result.model_validate({**outcome, **measure(e, lines, None)})
@@ -55,7 +77,10 @@ def write_record(records: Path, e, outcome: dict) -> Path:
     """A record as a run of ``e`` would have left it, its metrics beside it."""
     path = records / "h200-141gb" / f"{e.id}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    steps = [StepMetrics(step=n, loss=9.5, step_ms=376.3, tflops=400.0, time=1.0) for n in range(1, e.steps + 1)]
+    steps = [
+        StepMetrics(step=n, loss=9.5, step_ms=376.3, tflops=400.0, time=1.0)
+        for n in range(1, e.steps + 1)
+    ]
     metrics_of(path).write_text("".join(f"{step.model_dump_json()}\n" for step in steps))
     complete = Result.model_validate({**outcome, "steps": e.steps, **measure(e, steps, None)})
     write_json(path, {**complete.model_dump(mode="json"), "experiment": e.model_dump(mode="json")})
@@ -69,9 +94,16 @@ def gather(tmp_path, against=None) -> Results:
 def row(id_="111", status="ok", gpu=H200, settings=None, **changes) -> Row:
     e = experiment(id_, **(settings or {}))
     return Row(
-        label=e.label, experiment=e, state=status, device="cuda", origin=Path("outdir", e.label), kind="run",
-        gpu_name=gpu, result=Result.model_validate(result(status, **changes)),
-        published=REFERENCES.published.beside(id_), against=REFERENCES.published,
+        label=e.label,
+        experiment=e,
+        state=status,
+        device="cuda",
+        origin=Path("outdir", e.label),
+        kind="run",
+        gpu_name=gpu,
+        result=Result.model_validate(result(status, **changes)),
+        published=REFERENCES.published.beside(id_),
+        against=REFERENCES.published,
     )
 
 
@@ -80,10 +112,22 @@ def lora_run(outdir: Path, lines: list[StepMetrics], counted: str):
     e = experiment("811", STEPS=str(len(lines)))
     run = directory.create(outdir, e.label)
     run.freeze_experiment(e, "cuda", "abc")
-    run.metrics.write_text("".join(f"{line.model_dump_json(exclude_none=True)}\n" for line in lines))
-    content = Result.model_validate({**result(), "steps": len(lines), **measure(e, lines, 989.5, counted=counted), "peak_tflops": 989.5})
+    run.metrics.write_text(
+        "".join(f"{line.model_dump_json(exclude_none=True)}\n" for line in lines)
+    )
+    content = Result.model_validate(
+        {
+            **result(),
+            "steps": len(lines),
+            **measure(e, lines, 989.5, counted=counted),
+            "peak_tflops": 989.5,
+        }
+    )
     content = content.model_dump(mode="json")
-    write_json(run.result, {key: value for key, value in content.items() if key != "counted" or value == "model"})
+    write_json(
+        run.result,
+        {key: value for key, value in content.items() if key != "counted" or value == "model"},
+    )
     return run, e
 
 
@@ -93,9 +137,14 @@ def step(n: int, **rates: float) -> StepMetrics:
 
 def test_older_runs_with_frozen_weights_are_read_with_the_count_of_what_they_computed(tmp_path):
     """Upstream counted 667 TFLOP/s, as if all weights were trained; what the run wrote stays."""
-    run, e = lora_run(tmp_path / "outdir", [step(n, tflops=667.0) for n in range(1, 21)], "upstream")
+    run, e = lora_run(
+        tmp_path / "outdir", [step(n, tflops=667.0) for n in range(1, 21)], "upstream"
+    )
     stated = json.loads(run.result.read_text())
-    assert (stated["tflops"], stated["mfu"]) == (667.0, pytest.approx(0.674, abs=1e-3)) and "counted" not in stated
+    assert (stated["tflops"], stated["mfu"]) == (
+        667.0,
+        pytest.approx(0.674, abs=1e-3),
+    ) and "counted" not in stated
     (found,) = gather(tmp_path).rows
     assert found.tflops == pytest.approx(667 * share_of_upstreams(e)) and 440 < found.tflops < 470
     assert found.mfu == pytest.approx(found.tflops / 989.5)
@@ -110,8 +159,12 @@ def test_newer_runs_with_frozen_weights_state_that_count_themselves(tmp_path):
     lines = [step(n, tflops=667.0 * share, upstream_tflops=667.0) for n in range(1, 21)]
     lora_run(tmp_path / "outdir", lines, "model")
     (found,) = gather(tmp_path).rows
-    assert found.result.counted == "model" and found.tflops == found.result.tflops == pytest.approx(667 * share)
-    resumed = [step(n, tflops=667.0) for n in range(1, 11)] + lines[10:]  # by a newer harness, from step 11 on
+    assert found.result.counted == "model" and found.tflops == found.result.tflops == pytest.approx(
+        667 * share
+    )
+    resumed = [step(n, tflops=667.0) for n in range(1, 11)] + lines[
+        10:
+    ]  # by a newer harness, from step 11 on
     assert measure(e, resumed, 989.5)["tflops"] == pytest.approx(667 * share)
     assert measure(e, resumed, 989.5, counted="upstream")["tflops"] == 667.0
 
@@ -181,8 +234,14 @@ def test_what_is_corrupt_is_left_out_with_a_warning(tmp_path):
     [
         (lambda lines: lines[:12], "it says 20 steps, its metrics end at step 12: truncated"),
         (lambda lines: [], "it says 20 steps, its metrics end at step 0: truncated"),
-        (lambda lines: [*lines[:-1], lines[-1][:-30]], "it says 20 steps, its metrics end at step 19: truncated"),
-        (lambda lines: [line.replace("376.3", "370.0") for line in lines], "step_ms.median is stated as 376.3, its metrics give 370.0"),
+        (
+            lambda lines: [*lines[:-1], lines[-1][:-30]],
+            "it says 20 steps, its metrics end at step 19: truncated",
+        ),
+        (
+            lambda lines: [line.replace("376.3", "370.0") for line in lines],
+            "step_ms.median is stated as 376.3, its metrics give 370.0",
+        ),
         (lambda lines: lines[7:], "window is stated as [6, 20], its metrics give [8, 20]"),
     ],
 )
@@ -199,7 +258,9 @@ def test_a_run_that_contradicts_its_metrics_is_left_out_with_a_warning(tmp_path,
 @pytest.mark.parametrize("status", ["nan", "killed"])
 def test_a_run_without_steps_or_with_a_loss_that_is_no_number_is_kept(tmp_path, status):
     run = write_run(tmp_path / "outdir", experiment(STEPS="20"), None)
-    lines = [] if status == "killed" else [StepMetrics(step=1, loss=math.nan, step_ms=1.0, time=1.0)]
+    lines = (
+        [] if status == "killed" else [StepMetrics(step=1, loss=math.nan, step_ms=1.0, time=1.0)]
+    )
     run.metrics.write_text("".join(f"{line.model_dump_json()}\n" for line in lines))
     outcome = Result.model_validate(result(status) | measure(experiment(STEPS="20"), lines, None))
     write_json(run.result, outcome.model_dump(mode="json"))
@@ -217,7 +278,9 @@ def test_a_run_without_a_result_says_how_far_it_came(tmp_path):
 def test_an_unfinished_run_already_knows_its_upstream(tmp_path):
     run = write_run(tmp_path / "outdir", experiment(), None, steps=7)
     assert gather(tmp_path).rows[0].software == "Megatron-LM of unknown version"
-    write_json(run.environment, {"gpu": H200, "upstream": {"version": "0.19.1", "commit": "5be96267"}})
+    write_json(
+        run.environment, {"gpu": H200, "upstream": {"version": "0.19.1", "commit": "5be96267"}}
+    )
     assert gather(tmp_path).rows[0].software == "Megatron-LM core 0.19.1 (commit 5be9626)"
 
 
@@ -226,7 +289,12 @@ def test_a_miniature_is_on_its_own_and_compared_with_nothing(tmp_path):
     write_run(tmp_path / "outdir", e, result(device="cpu", gpu=None, miniature=True, tflops=None))
     (small,) = gather(tmp_path).rows
     assert small.hardware == "CPU miniature"
-    assert (small.published, small.peak_tflops, small.mfu, small.as_published) == (None, None, None, None)
+    assert (small.published, small.peak_tflops, small.mfu, small.as_published) == (
+        None,
+        None,
+        None,
+        None,
+    )
 
 
 @pytest.mark.parametrize("settings", [{"MBS": "5"}, {"ARGS": "--lr 1e-4"}, {"RECOMPUTE": "full"}])
@@ -283,24 +351,36 @@ def test_a_gpu_of_unknown_model_has_no_mfu():
 def test_rows_are_chosen_by_chapter_id_and_hardware():
     results = Results((row("101"), row("111"), row("408"), row("408", gpu="NVIDIA L40S")))
     assert [r.id for r in results.select(chapter=100).rows] == ["101", "111"]
-    assert [r.id for r in results.select(ids=["111", "408"], hardware="h200-141gb").rows] == ["111", "408"]
+    assert [r.id for r in results.select(ids=["111", "408"], hardware="h200-141gb").rows] == [
+        "111",
+        "408",
+    ]
     assert [r.gpu_name for r in results.select(400, hardware="l40s").rows] == ["NVIDIA L40S"]
     assert Results(()).select(chapter=700) == Results(())
-    with pytest.raises(UserError, match=r"no run of chapter 700\nthere are runs of chapter 100, 400"):
+    with pytest.raises(
+        UserError, match=r"no run of chapter 700\nthere are runs of chapter 100, 400"
+    ):
         results.select(chapter=700)
 
 
 def test_find_means_the_best_run_of_an_experiment():
-    plain, later = row(), replace(row(started=300.0), label="111-later", origin=Path("outdir/111-later"))
+    plain, later = (
+        row(),
+        replace(row(started=300.0), label="111-later", origin=Path("outdir/111-later")),
+    )
     failed, other = row(status="crash", started=900.0), row(settings={"MBS": "5"}, started=900.0)
     results = Results((plain, later, replace(failed, label="111-failed"), other))
     assert results.find("111") is later
     capped = row(settings={"CARD": "h100-80gb"}, started=900.0)
-    assert Results((capped, later)).find("111") is later, "a record on the whole card goes before one with less memory"
+    assert Results((capped, later)).find("111") is later, (
+        "a record on the whole card goes before one with less memory"
+    )
     assert results.find("111-gpt2xl-dp1-fit-80GB") is plain
     assert results.find("111-gpt2xl-dp1-fit-80GB_mbs5") is other
     assert results.find("111-failed").state == "crash"
-    with pytest.raises(UserError, match=r"no run or record is called 111-faild; did you mean 111-failed"):
+    with pytest.raises(
+        UserError, match=r"no run or record is called 111-faild; did you mean 111-failed"
+    ):
         results.find("111-faild")
     with pytest.raises(UserError, match=r"no runs yet: make 101"):
         Results(()).find("111")

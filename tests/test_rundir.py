@@ -33,7 +33,15 @@ RESULT = {
 def experiment() -> Experiment:
     model = Model(name="tiny", num_layers=2, hidden_size=64, num_attention_heads=4)
     return Experiment(
-        id="101", slug="tiny-dp1", chapter=100, shows="one GPU", model=model, mbs=1, gbs=1, seq=64, steps=20
+        id="101",
+        slug="tiny-dp1",
+        chapter=100,
+        shows="one GPU",
+        model=model,
+        mbs=1,
+        gbs=1,
+        seq=64,
+        steps=20,
     )
 
 
@@ -69,9 +77,12 @@ def test_an_outdir_that_is_a_file_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("code", "way_out"), [(errno.EROFS, "writable"), (errno.EACCES, "writable"), (errno.ENOSPC, "make clean")]
+    ("code", "way_out"),
+    [(errno.EROFS, "writable"), (errno.EACCES, "writable"), (errno.ENOSPC, "make clean")],
 )
-def test_an_outdir_that_cannot_be_written_is_refused_with_the_way_out(tmp_path, monkeypatch, code, way_out):
+def test_an_outdir_that_cannot_be_written_is_refused_with_the_way_out(
+    tmp_path, monkeypatch, code, way_out
+):
     def refuse(*_args, **_kwargs):
         raise OSError(code, os.strerror(code))
 
@@ -83,7 +94,9 @@ def test_an_outdir_that_cannot_be_written_is_refused_with_the_way_out(tmp_path, 
 
 def test_a_nearly_full_disk_is_refused_with_the_value(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage(2**40, 2**40 - 150 * 2**20, 150 * 2**20))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda _path: usage(2**40, 2**40 - 150 * 2**20, 150 * 2**20)
+    )
     with pytest.raises(UserError, match="150 MiB free"):
         directory.create(tmp_path, "101")
 
@@ -105,7 +118,10 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match=r"No space left on device\n.*make clean"), told_if_unwritable(tmp_path):
+    with (
+        pytest.raises(UserError, match=r"No space left on device\n.*make clean"),
+        told_if_unwritable(tmp_path),
+    ):
         write_json(path, {"new": 2})
     assert json.loads(path.read_text()) == {"old": 1} and list(tmp_path.iterdir()) == [path]
 
@@ -134,10 +150,12 @@ def test_rank_files_are_told_apart(tmp_path):
     run_dir = directory.create(tmp_path, "101")
     for rank in (10, 2):
         write_json(
-            run_dir.ranks / f"{rank}.json", {"rank": rank, "local_rank": rank, "pid": 1, "host": "h"}
+            run_dir.ranks / f"{rank}.json",
+            {"rank": rank, "local_rank": rank, "pid": 1, "host": "h"},
         )
     write_json(
-        run_dir.ranks / "2.error.json", {"rank": 2, "type": "ValueError", "message": "no", "time": 1.0}
+        run_dir.ranks / "2.error.json",
+        {"rank": 2, "type": "ValueError", "message": "no", "time": 1.0},
     )
     (run_dir.ranks / "3.json").write_text("{")
     (run_dir.ranks / "2.stacks.txt").write_text("Thread")
@@ -173,7 +191,9 @@ def test_corrupt_runs_are_left_out_with_a_warning_each(tmp_path):
     make_run(tmp_path, "104-empty").experiment_json.write_text("")
     make_run(tmp_path, "106-list").experiment_json.write_text("[]")
     make_run(tmp_path, "107-nowhere").freeze_experiment(experiment(), "tpu", None)
-    make_run(tmp_path, "105-older", RESULT).experiment_json.write_text('{"id": "101", "device": "cpu"}')
+    make_run(tmp_path, "105-older", RESULT).experiment_json.write_text(
+        '{"id": "101", "device": "cpu"}'
+    )
     (tmp_path / "notes").mkdir()
     (tmp_path / ".gitkeep").touch()
 
@@ -198,8 +218,16 @@ def test_an_absent_outdir_holds_no_runs(tmp_path):
 
 def test_two_evaluations_of_one_step_are_one(tmp_path):
     """Upstream evaluates again at the end, on other batches; the first is what decides whether a loss is reached."""
-    lines = [(6, "validation", 3.0), (12, "validation", 2.5), (12, "validation", 2.75), (12, "test", 2.25)]
-    found = [directory.Validation(step=step, split=split, loss=loss, time=0) for step, split, loss in lines]
+    lines = [
+        (6, "validation", 3.0),
+        (12, "validation", 2.5),
+        (12, "validation", 2.75),
+        (12, "test", 2.25),
+    ]
+    found = [
+        directory.Validation(step=step, split=split, loss=loss, time=0)
+        for step, split, loss in lines
+    ]
     run = directory.RunDir(tmp_path)
     run.validation.write_text("".join(f"{line.model_dump_json()}\n" for line in found))
     assert run.read_validation() == (found[0], found[1], found[3])
@@ -210,4 +238,9 @@ def test_a_step_that_took_for_ever_is_no_line_of_metrics(field):
     """Statistics of an infinite number end with a traceback; a loss may be infinite, and is kept."""
     line = {"step": 1, "step_ms": 100.0, "tflops": 2.0, "time": 1.0}
     assert directory.parse_metrics(json.dumps(line)) is not None
-    assert directory.parse_metrics(json.dumps(line | {field: 1}).replace(f'"{field}": 1', f'"{field}": 1e999')) is None
+    assert (
+        directory.parse_metrics(
+            json.dumps(line | {field: 1}).replace(f'"{field}": 1', f'"{field}": 1e999')
+        )
+        is None
+    )

@@ -13,7 +13,10 @@ torch = pytest.importorskip("torch", reason="the set-up stage `heavy` is not ins
 from harness.convert import safetensor_files  # noqa: E402
 from harness.convert.safetensor_files import open_folder  # noqa: E402
 
-WHOLE = {"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, "b": {"dtype": "U8", "shape": [4], "data_offsets": [24, 28]}}
+WHOLE = {
+    "a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
+    "b": {"dtype": "U8", "shape": [4], "data_offsets": [24, 28]},
+}
 
 
 def write(folder: Path, header: object, data: bytes = bytes(28)) -> Path:
@@ -50,7 +53,10 @@ def test_a_header_that_says_nonsense_is_refused(tmp_path, header, said) -> None:
         open_folder(write(tmp_path, header))
 
 
-@pytest.mark.parametrize("shard", ["x" * 5000, "å" * 200, "../model.safetensors", "/etc/passwd", "", ".", "..", "a\0b", "\ud800"])
+@pytest.mark.parametrize(
+    "shard",
+    ["x" * 5000, "å" * 200, "../model.safetensors", "/etc/passwd", "", ".", "..", "a\0b", "\ud800"],
+)
 def test_an_index_that_names_no_file_is_damaged(tmp_path, shard) -> None:
     write(tmp_path, WHOLE)
     (tmp_path / safetensor_files.INDEX).write_text(json.dumps({"weight_map": {"a": shard}}))
@@ -60,7 +66,15 @@ def test_an_index_that_names_no_file_is_damaged(tmp_path, shard) -> None:
 
 def test_an_index_of_any_bytes_is_read_or_refused(tmp_path) -> None:
     write(tmp_path, WHOLE)
-    for text in (b"\xff\xfe{}", b"[" * 100_000, b"null", b'{"weight_map": []}', b'{"weight_map": {"a": ["x"]}}', b'{"weight_map": {"a": null}}', b""):
+    for text in (
+        b"\xff\xfe{}",
+        b"[" * 100_000,
+        b"null",
+        b'{"weight_map": []}',
+        b'{"weight_map": {"a": ["x"]}}',
+        b'{"weight_map": {"a": null}}',
+        b"",
+    ):
         (tmp_path / safetensor_files.INDEX).write_bytes(text)
         with pytest.raises(UserError, match="is damaged"):
             open_folder(tmp_path)
@@ -68,13 +82,28 @@ def test_an_index_of_any_bytes_is_read_or_refused(tmp_path) -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_flipped_and_lost_bytes_end_in_words(tmp_path, seed) -> None:
-    whole = bytearray(write(tmp_path, {"__metadata__": {"format": "pt"}, **WHOLE}).joinpath("model.safetensors").read_bytes())
+    whole = bytearray(
+        write(tmp_path, {"__metadata__": {"format": "pt"}, **WHOLE})
+        .joinpath("model.safetensors")
+        .read_bytes()
+    )
     rng, refused = random.Random(seed), 0
     for _ in range(250):
         damaged = bytearray(whole)
         for _ in range(rng.randint(1, 3)):
             at = rng.randrange(len(damaged) - 28)
-            damaged[at] = rng.choice([rng.randrange(256), ord('"'), ord("}"), ord("0"), ord("-"), ord("."), ord("e"), ord("9")])
+            damaged[at] = rng.choice(
+                [
+                    rng.randrange(256),
+                    ord('"'),
+                    ord("}"),
+                    ord("0"),
+                    ord("-"),
+                    ord("."),
+                    ord("e"),
+                    ord("9"),
+                ]
+            )
         if rng.random() < 0.2:
             del damaged[rng.randrange(len(damaged)) :]
         (tmp_path / "model.safetensors").write_bytes(damaged)

@@ -27,7 +27,9 @@ def test_a_pipe_gets_whole_lines(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("words", [["list"], ["speed", "408"], ["claims"]])
-def test_nothing_is_wider_than_the_terminal(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_wider_than_the_terminal(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(words) == 0
     assert max(map(len, re.sub(r"\033\[\d*m", "", capsys.readouterr().out).splitlines())) <= 60
 
@@ -46,19 +48,31 @@ def test_colour_where_it_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_help_says_the_same_in_a_narrow_terminal() -> None:
     def lines(width: int) -> list[str]:
-        command = ["awk", "-v", f"width={width}", "-f", "scripts/help.awk", "Makefile", "experiments/targets.mk"]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+        command = [
+            "awk",
+            "-v",
+            f"width={width}",
+            "-f",
+            "scripts/help.awk",
+            "Makefile",
+            "experiments/targets.mk",
+        ]
+        return subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.splitlines()
 
     assert max(map(len, lines(80))) <= 80
     assert " ".join(lines(80)).split() == " ".join(lines(0)).split()
 
 
 def test_ctrl_c_while_it_is_imported_says_nothing() -> None:
-    program = ("import runpy, sys\n"
-               "class Interrupted:\n"
-               "    def find_spec(self, name, *_):\n"
-               "        if name == 'harness.cli': raise KeyboardInterrupt\n"
-               "sys.meta_path.insert(0, Interrupted())\n"
-               "runpy.run_module('harness', run_name='__main__')\n")
+    program = (
+        "import runpy, sys\n"
+        "class Interrupted:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'harness.cli': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupted())\n"
+        "runpy.run_module('harness', run_name='__main__')\n"
+    )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (130, "")

@@ -132,8 +132,17 @@ class Repository:
 
     def __init__(self, path: Path):
         self.path, self.fakes = path / "repository", path / "fakes"
-        modules = ("__init__", "errors", "streams", *(f"machine/{name}" for name in ("__init__", "stages", "setup", "upstream")))
-        for file in ("scripts/setup.sh", "scripts/setup-gpu.sh", *(f"harness/{module}.py" for module in modules)):
+        modules = (
+            "__init__",
+            "errors",
+            "streams",
+            *(f"machine/{name}" for name in ("__init__", "stages", "setup", "upstream")),
+        )
+        for file in (
+            "scripts/setup.sh",
+            "scripts/setup-gpu.sh",
+            *(f"harness/{module}.py" for module in modules),
+        ):
             (self.path / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / file, self.path / file)
         (self.path / "scripts/constraints.txt").touch()
@@ -162,7 +171,9 @@ class Repository:
         file.chmod(0o755)
         return file
 
-    def start(self, *words: str, script: str = "setup.sh", **environment: str) -> subprocess.Popen[str]:
+    def start(
+        self, *words: str, script: str = "setup.sh", **environment: str
+    ) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [self.path / "scripts" / script, *words],
             env=self.environment | environment,
@@ -172,7 +183,9 @@ class Repository:
             start_new_session=True,
         )
 
-    def run(self, *words: str, script: str = "setup.sh", **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *words: str, script: str = "setup.sh", **environment: str
+    ) -> subprocess.CompletedProcess[str]:
         process = self.start(*words, script=script, **environment)
         out, err = process.communicate(timeout=60)
         assert "Traceback" not in err
@@ -208,7 +221,9 @@ def test_first_call_installs_and_a_second_starts_nothing(repository):
 
 
 def test_the_command_finds_the_environment_first_and_its_status_is_kept(repository):
-    said = repository.run("light", "--", "-c", "import os, sys; print(os.environ['PATH']); sys.exit(7)")
+    said = repository.run(
+        "light", "--", "-c", "import os, sys; print(os.environ['PATH']); sys.exit(7)"
+    )
     assert said.returncode == 7
     assert said.stdout.startswith(f"{repository.venv}/bin:")
 
@@ -246,7 +261,12 @@ def test_python_of_pyenv_and_of_uv(repository):
     pyenv = repository.path / "pyenv/versions/3.12.1/bin"
     pyenv.mkdir(parents=True)
     (repository.fakes / "real").rename(pyenv / "python")
-    assert repository.run("light", PATH=str(bare), PYENV_ROOT=str(repository.path / "pyenv")).returncode == 0
+    assert (
+        repository.run(
+            "light", PATH=str(bare), PYENV_ROOT=str(repository.path / "pyenv")
+        ).returncode
+        == 0
+    )
 
 
 def test_wrong_python_named(repository):
@@ -302,8 +322,15 @@ def test_changed_pin_is_installed(repository):
     assert len(repository.log("pip")) == calls, "a setting elsewhere in pyproject.toml is no pin"
 
 
-@pytest.mark.parametrize("deleted", ["bin/python", "lib/python3.12/site-packages/alpha-1.0.dist-info",
-                                     "lib/python3.12/site-packages/alpha/__init__.py", "lib"])
+@pytest.mark.parametrize(
+    "deleted",
+    [
+        "bin/python",
+        "lib/python3.12/site-packages/alpha-1.0.dist-info",
+        "lib/python3.12/site-packages/alpha/__init__.py",
+        "lib",
+    ],
+)
 def test_broken_environment_is_mended(repository, deleted):
     repository.run("light")
     path = repository.venv / deleted
@@ -327,8 +354,10 @@ def test_what_does_not_import_is_made_anew_once(repository):
     assert said.stderr.count("making") == 1
 
 
-@pytest.mark.parametrize(("mood", "advice"), [("network", "cannot be reached"), ("disk", "make room"),
-                                              ("index", "lacks a pinned version")])
+@pytest.mark.parametrize(
+    ("mood", "advice"),
+    [("network", "cannot be reached"), ("disk", "make room"), ("index", "lacks a pinned version")],
+)
 def test_failing_pip_says_why_and_leaves_the_light_stage(repository, mood, advice):
     repository.run("light")
     said = repository.run("heavy", PIP_MOOD=mood)
@@ -338,8 +367,12 @@ def test_failing_pip_says_why_and_leaves_the_light_stage(repository, mood, advic
 
 
 def test_full_disk(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 250 << 20))
-    assert setup.main(["install", "light", "--venv", str(tmp_path / "venv"), "--device", "cpu"]) == 2
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 250 << 20)
+    )
+    assert (
+        setup.main(["install", "light", "--venv", str(tmp_path / "venv"), "--device", "cpu"]) == 2
+    )
     assert "has 250 MiB free, this set-up takes 300 MiB" in capsys.readouterr().err
 
 
@@ -357,7 +390,9 @@ def test_where_torch_comes_from(tmp_path, monkeypatch, device, answers, given, i
     calls = []
 
     def install(pip, *arguments):
-        calls.append(arguments[arguments.index("--index-url") + 1] if "--index-url" in arguments else None)
+        calls.append(
+            arguments[arguments.index("--index-url") + 1] if "--index-url" in arguments else None
+        )
         return given or calls[-1] is None
 
     monkeypatch.setattr(setup.Pip, "install", install)
@@ -368,12 +403,32 @@ def test_where_torch_comes_from(tmp_path, monkeypatch, device, answers, given, i
     assert calls == indices
 
 
-@pytest.mark.parametrize(("answers", "given", "said"), [
-    (True, True, ["with PyTorch for the CPU, about 260 MiB to download, 950 MiB in"]),
-    (False, True, ["cannot be reached (no route): taking PyPI's", "with PyTorch for CUDA, about 2,700 MiB to download, 4,750 MiB in"]),
-    (True, False, ["for the CPU, about 260 MiB", "did not give torch==2.11.0: taking PyPI's", "for CUDA, about 2,700 MiB"]),
-])
-def test_sizes_are_said_before_anything_is_downloaded(tmp_path, monkeypatch, capsys, answers, given, said):
+@pytest.mark.parametrize(
+    ("answers", "given", "said"),
+    [
+        (True, True, ["with PyTorch for the CPU, about 260 MiB to download, 950 MiB in"]),
+        (
+            False,
+            True,
+            [
+                "cannot be reached (no route): taking PyPI's",
+                "with PyTorch for CUDA, about 2,700 MiB to download, 4,750 MiB in",
+            ],
+        ),
+        (
+            True,
+            False,
+            [
+                "for the CPU, about 260 MiB",
+                "did not give torch==2.11.0: taking PyPI's",
+                "for CUDA, about 2,700 MiB",
+            ],
+        ),
+    ],
+)
+def test_sizes_are_said_before_anything_is_downloaded(
+    tmp_path, monkeypatch, capsys, answers, given, said
+):
     def install(pip, *arguments):
         heard.append(capsys.readouterr().err)
         return given or "--index-url" not in arguments
@@ -392,7 +447,9 @@ def test_sizes_are_said_before_anything_is_downloaded(tmp_path, monkeypatch, cap
 def test_why_an_index_cannot_be_reached(tmp_path):
     assert setup.unreachable("http://127.0.0.1:9/whl/cpu", timeout_s=2) == "Connection refused"
     (tmp_path / "torch").mkdir()
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path)) as index:
+    with ThreadingHTTPServer(
+        ("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    ) as index:
         threading.Thread(target=index.serve_forever, daemon=True).start()
         assert setup.unreachable(f"http://127.0.0.1:{index.server_port}") is None
         assert "404" in setup.unreachable(f"http://127.0.0.1:{index.server_port}/whl")
@@ -411,7 +468,10 @@ def test_every_stage_has_a_size():
     groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
     assert {*setup.DOWNLOADS_MIB} == {*groups} - {"core", "heavy", "gpu", "gpu-build"}
     assert setup.SIZES_MIB["cpu"][1] <= 1500 < setup.SIZES_MIB["cuda"][1]
-    assert all(download < setup.DISK_MIB[build] and installed < setup.DISK_MIB[build] for build, (download, installed) in setup.SIZES_MIB.items())
+    assert all(
+        download < setup.DISK_MIB[build] and installed < setup.DISK_MIB[build]
+        for build, (download, installed) in setup.SIZES_MIB.items()
+    )
 
 
 def test_cuda_build_wants_more_disk_than_the_cpu_build():
@@ -442,7 +502,9 @@ def test_another_python_named_remakes_the_environment(repository):
     said = repository.run("light", PYTHON=str(repository.fakes / "python3.12"))
     assert said.returncode == 0 and "making" in said.stderr
     assert "/elsewhere" not in config.read_text()
-    assert "making" not in repository.run("light", PYTHON=str(repository.fakes / "python3.12")).stderr
+    assert (
+        "making" not in repository.run("light", PYTHON=str(repository.fakes / "python3.12")).stderr
+    )
 
 
 def test_cpu_build_is_replaced_where_a_gpu_is_used(repository):
@@ -497,8 +559,14 @@ def test_gpu_builds_transformer_engine_once_and_keeps_the_wheel(repository, tmp_
     assert (repository.site / "transformer_engine_torch-2.19.0.dist-info").exists()
     assert list((tmp_path / ".cache/megatron-harness/torch-2.11.0-cu13").glob("*.whl"))
     built = [call for call in repository.log("pip") if call.startswith("wheel")]
-    assert len(built) == 1 and "transformer-engine-torch==2.19.0" in built[0] and "--no-build-isolation" in built[0]
-    shutil.rmtree(repository.venv / "lib/python3.12/site-packages/transformer_engine_torch-2.19.0.dist-info")
+    assert (
+        len(built) == 1
+        and "transformer-engine-torch==2.19.0" in built[0]
+        and "--no-build-isolation" in built[0]
+    )
+    shutil.rmtree(
+        repository.venv / "lib/python3.12/site-packages/transformer_engine_torch-2.19.0.dist-info"
+    )
     assert set_up_gpu(repository).returncode == 0
     assert [call for call in repository.log("pip") if call.startswith("wheel")] == built
 
@@ -511,14 +579,18 @@ def test_gpu_takes_a_wheel_that_lies_somewhere_and_needs_no_compiler_then(reposi
     bare = f"{repository.fakes}:{tools(repository)}"
     without = repository.run(script="setup-gpu.sh", PATH=bare, TORCH_INDEX="", DEVICE="cuda")
     assert without.returncode == 2 and "no C++ compiler" in without.stderr
-    said = repository.run(script="setup-gpu.sh", PATH=bare, TORCH_INDEX="", DEVICE="cuda", WHEELS=str(kept))
+    said = repository.run(
+        script="setup-gpu.sh", PATH=bare, TORCH_INDEX="", DEVICE="cuda", WHEELS=str(kept)
+    )
     assert said.returncode == 0, said.stderr
     assert not [call for call in repository.log("pip") if call.startswith("wheel")]
 
 
 def test_gpu_with_an_old_driver(repository):
     smi = repository.fakes / "nvidia-smi"
-    smi.write_text("#!/bin/sh\necho '| NVIDIA-SMI 550.54   Driver Version: 550.54   CUDA Version: 12.4 |'\n")
+    smi.write_text(
+        "#!/bin/sh\necho '| NVIDIA-SMI 550.54   Driver Version: 550.54   CUDA Version: 12.4 |'\n"
+    )
     smi.chmod(0o755)
     said = set_up_gpu(repository)
     assert said.returncode == 2
@@ -574,8 +646,10 @@ def test_pins_are_exact_and_in_one_place():
 
 def test_script_and_pyproject_want_the_same_python():
     wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
-    low, high = re.search(r"\((\d, \d+)\) <= sys.version_info\[:2\] < \((\d, \d+)\)",
-                          (ROOT / "scripts/setup.sh").read_text()).groups()
+    low, high = re.search(
+        r"\((\d, \d+)\) <= sys.version_info\[:2\] < \((\d, \d+)\)",
+        (ROOT / "scripts/setup.sh").read_text(),
+    ).groups()
     assert wanted == f">={low.replace(', ', '.')},<{high.replace(', ', '.')}"
 
 

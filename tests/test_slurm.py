@@ -19,7 +19,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def job(tmp_path: Path, **changes) -> Plan:
     model = Model(name="tiny", num_layers=2, hidden_size=64, num_attention_heads=4)
-    fields = {"id": "219", "slug": "tiny-tp4", "chapter": 200, "shows": "it's two nodes", "model": model}
+    fields = {
+        "id": "219",
+        "slug": "tiny-tp4",
+        "chapter": 200,
+        "shows": "it's two nodes",
+        "model": model,
+    }
     sizes = {"tp": 4, "dp": 2, "mbs": 1, "gbs": 2, "seq": 64}
     e = Experiment(**{**fields, **sizes, "published_data": None, **changes})
     return plan(e, {"SLURM": "1", "DEVICE": "cuda", "OUTDIR": str(tmp_path / "out dir")}, "cuda")
@@ -56,19 +62,28 @@ def test_the_script_asks_for_what_the_experiment_needs(tmp_path):
         "signal": "TERM@60",
         "output": f'"{tmp_path}/out dir/slurm-%j.txt"',
     }
-    assert "torchrun --nnodes 2 --node-rank $SLURM_NODEID" in script and "--rdzv-endpoint $RENDEZVOUS" in script
+    assert (
+        "torchrun --nnodes 2 --node-rank $SLURM_NODEID" in script
+        and "--rdzv-endpoint $RENDEZVOUS" in script
+    )
 
 
 def test_without_settings_slurm_decides(tmp_path):
     script = slurm.render_sbatch(job(tmp_path), {"SLURM": "1"})
-    assert "--partition" not in script and "--account" not in script and "#SBATCH --time=00:30:00" in script
+    assert (
+        "--partition" not in script
+        and "--account" not in script
+        and "#SBATCH --time=00:30:00" in script
+    )
 
 
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_the_script_pleases_shellcheck(tmp_path, nodes):
     if shutil.which("shellcheck") is None:
         pytest.skip("no shellcheck")
-    script = slurm.render_sbatch(job(tmp_path, nodes=nodes), {**SETTINGS, "ARGS": "--lr 1e-4 --name 'a b'"})
+    script = slurm.render_sbatch(
+        job(tmp_path, nodes=nodes), {**SETTINGS, "ARGS": "--lr 1e-4 --name 'a b'"}
+    )
     done = subprocess.run(["shellcheck", "-"], input=script, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
@@ -77,14 +92,20 @@ def test_the_script_pleases_shellcheck(tmp_path, nodes):
 def test_every_node_runs_a_launcher_with_the_users_settings(tmp_path, programs, nodes):
     """The script itself is run, with an srun that plays both nodes and a set-up that tells its arguments."""
     program(programs, "scontrol", 'printf "%s\\n" node-a node-b')
-    program(programs, "srun", f'for SLURM_NODEID in $(seq 0 {nodes - 1}); do export SLURM_NODEID; ("$@"); done')
+    program(
+        programs,
+        "srun",
+        f'for SLURM_NODEID in $(seq 0 {nodes - 1}); do export SLURM_NODEID; ("$@"); done',
+    )
     repository = tmp_path / "repository"
     (repository / "scripts").mkdir(parents=True)
     program(repository / "scripts", "setup.sh", 'printf "<%s>" "$@"; echo')
     script = slurm.render_sbatch(job(tmp_path, nodes=nodes), {**SETTINGS, "ARGS": "--name 'a b'"})
     script = script.replace(f"cd {ROOT}", f"cd {repository}")
     environment = os.environ | {"SLURM_JOB_NODELIST": "node-[a-b]", "SLURM_JOB_ID": "40123"}
-    done = subprocess.run(["bash"], input=script, env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["bash"], input=script, env=environment, capture_output=True, text=True, check=True
+    )
     first, *launchers = done.stdout.splitlines()
     assert first == "<light><heavy>"
     common = "<light><--><-m><harness><run><219><STEPS=5><ARGS=--name 'a b'><DEVICE=cuda>"
@@ -112,7 +133,9 @@ def test_a_dry_run_prints_and_submits_nothing(tmp_path, programs, capsys):
     assert not (tmp_path / "submitted").exists() and not planned.outdir.exists()
 
 
-def test_without_sbatch_the_script_is_printed_with_where_to_submit_it(tmp_path, monkeypatch, capsys):
+def test_without_sbatch_the_script_is_printed_with_where_to_submit_it(
+    tmp_path, monkeypatch, capsys
+):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert slurm.submit_or_print(job(tmp_path), {"SLURM": "1"}) == 0
     out, err = capsys.readouterr()
@@ -120,12 +143,16 @@ def test_without_sbatch_the_script_is_printed_with_where_to_submit_it(tmp_path, 
 
 
 def test_what_slurm_refuses_is_told(tmp_path, programs):
-    program(programs, "sbatch", 'echo "sbatch: error: invalid partition specified: gpu" >&2; exit 1')
+    program(
+        programs, "sbatch", 'echo "sbatch: error: invalid partition specified: gpu" >&2; exit 1'
+    )
     with pytest.raises(UserError, match="invalid partition specified"):
         slurm.submit_or_print(job(tmp_path), SETTINGS)
 
 
-@pytest.mark.parametrize("wrong", [{"TIME": "soon"}, {"PARTITION": "gpu\n#SBATCH --x"}, {"ACCOUNT": "$(reboot)"}])
+@pytest.mark.parametrize(
+    "wrong", [{"TIME": "soon"}, {"PARTITION": "gpu\n#SBATCH --x"}, {"ACCOUNT": "$(reboot)"}]
+)
 def test_malformed_settings_are_refused(tmp_path, wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         slurm.render_sbatch(job(tmp_path), {**SETTINGS, **wrong})
@@ -133,7 +160,9 @@ def test_malformed_settings_are_refused(tmp_path, wrong):
 
 @pytest.mark.parametrize("name", ["a\ntouch touched\nb", 'a"b', "a'b", "a\\b", "a\x1b[31m"])
 def test_a_folder_that_would_end_a_line_of_options_is_refused(tmp_path, name):
-    with pytest.raises(UserError, match="sbatch takes no folder with quotes, backslashes or line breaks"):
+    with pytest.raises(
+        UserError, match="sbatch takes no folder with quotes, backslashes or line breaks"
+    ):
         slurm.render_sbatch(replace(job(tmp_path), outdir=tmp_path / name), SETTINGS)
 
 
@@ -142,11 +171,16 @@ def test_a_folder_means_itself_to_sbatch(tmp_path):
     assert '#SBATCH --output="/tmp/100%%j done/slurm-%j.txt"' in script
 
 
-@pytest.mark.parametrize("value", ["$(touch touched)", "`touch touched`", "'; touch touched; '", "a\ntouch touched\n", "é # x"])
+@pytest.mark.parametrize(
+    "value",
+    ["$(touch touched)", "`touch touched`", "'; touch touched; '", "a\ntouch touched\n", "é # x"],
+)
 def test_settings_reach_the_nodes_as_typed_and_nothing_executes(tmp_path, programs, value):
     program(programs, "srun", 'printf "%s\\0" "$@"')
     script = slurm.render_sbatch(job(tmp_path), {**SETTINGS, "ARGS": value, "DATA": value})
     script = script.replace("scripts/setup.sh light heavy", ":")
-    done = subprocess.run(["bash", "-c", script], text=True, capture_output=True, check=True, cwd=tmp_path)
+    done = subprocess.run(
+        ["bash", "-c", script], text=True, capture_output=True, check=True, cwd=tmp_path
+    )
     assert f"ARGS={value}" in done.stdout.split("\0") and f"DATA={value}" in done.stdout.split("\0")
     assert not (ROOT / "touched").exists() and not (tmp_path / "touched").exists()

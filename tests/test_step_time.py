@@ -42,7 +42,9 @@ def test_pieces_make_the_step(e, machine):
     assert step.total == pytest.approx(sum(step.pieces.values())) and step.products > 0
     assert (step.bubble > 0) == (e.pp > 1)
     assert (step.gradients > 0) == (e.dp * e.cp > 1 or (e.pp > 1 and not e.model.untie_embeddings))
-    assert (step.exchange > 0) == (e.tp > 1 or e.pp > 1 or e.ep * e.etp > 1 or e.cp_comm_type != "p2p")
+    assert (step.exchange > 0) == (
+        e.tp > 1 or e.pp > 1 or e.ep * e.etp > 1 or e.cp_comm_type != "p2p"
+    )
 
 
 @pytest.mark.parametrize("machine", MACHINES.values(), ids=MACHINES)
@@ -52,7 +54,9 @@ def test_the_file_has_every_measured_step_and_what_the_formula_says_now(machine)
     assert steps.keys() == machine.rows.keys()
     for name, row in machine.rows.items():
         assert row.measured_ms == pytest.approx(steps[name].step_ms, abs=0.06)
-        assert row.predicted_ms == pytest.approx(machine.predict(steps[name].experiment).total, rel=2e-3)
+        assert row.predicted_ms == pytest.approx(
+            machine.predict(steps[name].experiment).total, rel=2e-3
+        )
 
 
 @pytest.mark.parametrize("name", MACHINES)
@@ -61,20 +65,48 @@ def test_constants_are_those_that_fit(name):
     machine, steps = MACHINES[name], steps_of(MACHINES[name])
     again = calibrate.fit(machine, MACHINES.get(machine.like), steps, machine.constants)
     for step in steps:
-        anew = step_time.predict(step.experiment, machine.card, again, switch_reduces=machine.switch_reduces).total
+        anew = step_time.predict(
+            step.experiment, machine.card, again, switch_reduces=machine.switch_reduces
+        ).total
         assert anew == pytest.approx(machine.predict(step.experiment).total, rel=0.01)
 
 
 def test_a_fit_finds_the_machine_that_made_the_steps():
     """Steps computed with other constants, a slow CPU and slow links: the fit must predict rows that it was not given."""
     pytest.importorskip("scipy", reason="SciPy is not installed: scripts/setup.sh calibrate")
-    made_by = PUBLISHED.model_copy(update={"constants": PUBLISHED.constants.model_copy(
-        update={"forward_launch_ms": 3.0, "backward_launch_ms": 4.0, "link_gb_s": 100.0, "matrix_share": 0.6})})
-    given = ("101", "104", "111", "114", "211", "214", "218", "221", "224", "228", "234", "244", "282")
+    made_by = PUBLISHED.model_copy(
+        update={
+            "constants": PUBLISHED.constants.model_copy(
+                update={
+                    "forward_launch_ms": 3.0,
+                    "backward_launch_ms": 4.0,
+                    "link_gb_s": 100.0,
+                    "matrix_share": 0.6,
+                }
+            )
+        }
+    )
+    given = (
+        "101",
+        "104",
+        "111",
+        "114",
+        "211",
+        "214",
+        "218",
+        "221",
+        "224",
+        "228",
+        "234",
+        "244",
+        "282",
+    )
     steps = [calibrate.Measured(id_, find(id_), made_by.predict(find(id_)).total) for id_ in given]
     found = PUBLISHED.model_copy(update={"constants": calibrate.fit(PUBLISHED, PUBLISHED, steps)})
     for id_ in ("112", "128", "212", "222", "232", "248", "283"):
-        assert found.predict(find(id_)).total == pytest.approx(made_by.predict(find(id_)).total, rel=0.06)
+        assert found.predict(find(id_)).total == pytest.approx(
+            made_by.predict(find(id_)).total, rel=0.06
+        )
         assert abs(PUBLISHED.predict(find(id_)).total / made_by.predict(find(id_)).total - 1) > 0.08
 
 
@@ -84,17 +116,25 @@ def test_rows_that_were_left_out(machine):
     assert half < 0.04 and most < 0.13
 
 
-@pytest.mark.parametrize(("row", "e"), [*speed.same_as(FACTS.references.group("h200-4gpu"), CATALOG)],
-                         ids=lambda value: getattr(value, "id", None) or getattr(value, "workload", None))
+@pytest.mark.parametrize(
+    ("row", "e"),
+    [*speed.same_as(FACTS.references.group("h200-4gpu"), CATALOG)],
+    ids=lambda value: getattr(value, "id", None) or getattr(value, "workload", None),
+)
 def test_rows_that_nothing_was_fitted_to(row, e):
     assert MACHINES["h200"].predict(e).total == pytest.approx(row.step_ms, rel=0.15)
 
 
 def test_layouts_come_in_the_order_that_was_measured():
     """The 8.3B model on four H200s: 1,170 ms with TP 4, 825 with PP 4, 551 (without dropout) with DP 4."""
-    tensor, pipeline, data = (MACHINES["h200"].predict(find(*words)).total for words in (
-        ("420", "GPUS=4 TP=4 GBS=16 MBS=4"), ("401", "GPUS=4 PP=4 GBS=16 MBS=2"),
-        ("401", "GPUS=4 PP=1 DP=4 SHARDING=optim GBS=16 MBS=4 DROPOUT=0")))
+    tensor, pipeline, data = (
+        MACHINES["h200"].predict(find(*words)).total
+        for words in (
+            ("420", "GPUS=4 TP=4 GBS=16 MBS=4"),
+            ("401", "GPUS=4 PP=4 GBS=16 MBS=2"),
+            ("401", "GPUS=4 PP=1 DP=4 SHARDING=optim GBS=16 MBS=4 DROPOUT=0"),
+        )
+    )
     assert tensor > pipeline > data
 
 
@@ -102,10 +142,18 @@ def test_a_graph_leaves_nothing_to_launch():
     """101 waits for launches, 111 for its GPU."""
     for machine in MACHINES.values():
         small, graphs = machine.predict(find("101")), machine.predict(find("101", "CUDA_GRAPHS=1"))
-        assert graphs.launches < small.launches / 3 and graphs.products == small.products and graphs.total < 0.6 * small.total
+        assert (
+            graphs.launches < small.launches / 3
+            and graphs.products == small.products
+            and graphs.total < 0.6 * small.total
+        )
         large, graphs = machine.predict(find("111")), machine.predict(find("111", "CUDA_GRAPHS=1"))
         assert 0.98 * large.total < graphs.total <= large.total
-    assert unknown(find("408", "CUDA_GRAPHS=1")) == unknown(find("302", "CUDA_GRAPHS=1")) == unknown(find("501", "CUDA_GRAPHS=1"))
+    assert (
+        unknown(find("408", "CUDA_GRAPHS=1"))
+        == unknown(find("302", "CUDA_GRAPHS=1"))
+        == unknown(find("501", "CUDA_GRAPHS=1"))
+    )
     assert "CUDA graphs beside pipelines" in unknown(find("408", "CUDA_GRAPHS=1"))[0]
 
 
@@ -117,49 +165,80 @@ def test_teaching_points_follow_from_the_formula(group):
     assert max(pieces["101"], key=pieces["101"].get) == "launches"
     assert ms["401"] > ms["402"] > ms["404"] > ms["408"] < ms["416"] < ms["432"]
     assert ms["438"] < ms["408"] and ms["282"] < ms["283"]
-    assert ms["328"] < ms["308"] and ms["502"] < ms["501"] < ms["503"] and ms["506"] < ms["511"] < ms["512"]
+    assert (
+        ms["328"] < ms["308"]
+        and ms["502"] < ms["501"] < ms["503"]
+        and ms["506"] < ms["511"] < ms["512"]
+    )
 
 
 def test_recomputing_an_activation_of_experts_moves_their_rows_and_a_norm_its_tokens():
     e, machine = find("642"), MACHINES["h200"]
-    none, experts, norm = (machine.predict(e.with_changes(recompute="selective" if modules else "none", recompute_modules=modules)).passes
-                           for modules in ((), ("moe_act",), ("layernorm",)))
+    none, experts, norm = (
+        machine.predict(
+            e.with_changes(recompute="selective" if modules else "none", recompute_modules=modules)
+        ).passes
+        for modules in ((), ("moe_act",), ("layernorm",))
+    )
     rows = machine.constants.routed_passes * e.model.moe_router_topk * e.model.moe_ffn * 6
-    assert norm > none and (experts - none) / (norm - none) == pytest.approx(rows / (e.model.hidden_size * 4))
+    assert norm > none and (experts - none) / (norm - none) == pytest.approx(
+        rows / (e.model.hidden_size * 4)
+    )
 
 
 def test_a_pipeline_waits_as_its_schedule_says():
     """With stages alike, idle over busy time is (p-1)/(v m)."""
     e = find("408", "GBS=64")
-    alike = Calibration(stage_launch_ms=1e-9, chunk_launch_ms=1e-9, forward_launch_ms=1e-9, backward_launch_ms=1e-9)
+    alike = Calibration(
+        stage_launch_ms=1e-9, chunk_launch_ms=1e-9, forward_launch_ms=1e-9, backward_launch_ms=1e-9
+    )
     machine = replace_constants(PUBLISHED, alike)
     for settings, chunks in (("GBS=64", 1), ("GBS=64 VPP=3", 3)):
-        e = find("408", settings).model_copy(update={"model": CATALOG.find("408").model.model_copy(update={"vocab_size": 128})})
+        e = find("408", settings).model_copy(
+            update={"model": CATALOG.find("408").model.model_copy(update={"vocab_size": 128})}
+        )
         step = machine.predict(e)
         busy = step.products + step.attention + step.passes + step.exchange + step.launches
-        assert step.bubble / busy == pytest.approx(timeline.bubble_fraction(8, 16, chunks), rel=0.03)
+        assert step.bubble / busy == pytest.approx(
+            timeline.bubble_fraction(8, 16, chunks), rel=0.03
+        )
 
 
-@pytest.mark.parametrize(("stages", "micro_batches", "chunks"), [(2, 1, 1), (4, 8, 1), (8, 8, 3), (8, 32, 1), (3, 6, 4)])
+@pytest.mark.parametrize(
+    ("stages", "micro_batches", "chunks"), [(2, 1, 1), (4, 8, 1), (8, 8, 3), (8, 32, 1), (3, 6, 4)]
+)
 def test_a_duration_is_the_end_of_its_timeline(stages, micro_batches, chunks):
-    times = timeline.Times(tuple(1 + stage / 10 for stage in range(stages)), tuple(2 + stage / 3 for stage in range(stages)))
+    times = timeline.Times(
+        tuple(1 + stage / 10 for stage in range(stages)),
+        tuple(2 + stage / 3 for stage in range(stages)),
+    )
     ends = timeline.simulate(micro_batches, times, chunks).end
     assert timeline.duration(micro_batches, times, chunks) == pytest.approx(ends, rel=1e-12)
 
 
 def test_waves_of_tiles():
     assert _filled(128 * 132, 256) == 1
-    assert _filled(128 * 133, 256) == pytest.approx(133 / 264, abs=0.42)  # smaller tiles waste less of the second wave
+    assert _filled(128 * 133, 256) == pytest.approx(
+        133 / 264, abs=0.42
+    )  # smaller tiles waste less of the second wave
     assert 0.9 * 133 / 264 < _filled(128 * 133, 256) < 1
     assert _filled(1, 1) < 1e-4
 
 
 def test_the_slower_of_gpu_and_cpu_decides():
     e = find("101")
-    slow = replace_constants(PUBLISHED, PUBLISHED.constants.model_copy(update={"forward_launch_ms": 50.0}))
+    slow = replace_constants(
+        PUBLISHED, PUBLISHED.constants.model_copy(update={"forward_launch_ms": 50.0})
+    )
     assert slow.predict(e).total == pytest.approx(48 * 50, rel=0.1)
-    fast = replace_constants(PUBLISHED, PUBLISHED.constants.model_copy(update=dict.fromkeys(
-        ("forward_launch_ms", "backward_launch_ms", "step_launch_ms"), 1e-9)))
+    fast = replace_constants(
+        PUBLISHED,
+        PUBLISHED.constants.model_copy(
+            update=dict.fromkeys(
+                ("forward_launch_ms", "backward_launch_ms", "step_launch_ms"), 1e-9
+            )
+        ),
+    )
     assert fast.predict(e).launches < 0.1 < PUBLISHED.predict(e).launches
 
 
@@ -185,7 +264,9 @@ def test_embedding_and_output_layer_send_under_tensor_parallelism():
     forward, backward = 2 * e.model.num_layers + 1, 2 * e.model.num_layers + 1
     sent = forward * each + backward * each * exposed + 3 * MESSAGE_S
     assert pieces("281").exchange == pytest.approx(1e3 * sent)
-    assert pieces("281").exchange - pieces("281", cross_entropy_fusion=True).exchange == pytest.approx(1e3 * MESSAGE_S)
+    assert pieces("281").exchange - pieces(
+        "281", cross_entropy_fusion=True
+    ).exchange == pytest.approx(1e3 * MESSAGE_S)
 
 
 def test_sequence_parallelism_splits_tokens_before_they_are_routed():
@@ -199,13 +280,23 @@ def test_sequence_parallelism_splits_tokens_before_they_are_routed():
     sums = 2 * gathered * (1 + PUBLISHED.constants.tensor_exposed)
     # with learned positions, embeddings are all-reduced
     embedding = 9 / 8 * 2 * tokens * e.model.hidden_size / link + MESSAGE_S
-    ends = embedding + gathered + gathered + 2 * gathered * PUBLISHED.constants.tensor_exposed + 3 * MESSAGE_S
-    assert split.exchange == pytest.approx(1e3 * (e.model.num_layers * (sums + 2 * exchanged) + ends))
+    ends = (
+        embedding
+        + gathered
+        + gathered
+        + 2 * gathered * PUBLISHED.constants.tensor_exposed
+        + 3 * MESSAGE_S
+    )
+    assert split.exchange == pytest.approx(
+        1e3 * (e.model.num_layers * (sums + 2 * exchanged) + ends)
+    )
 
 
 def test_bf16_moments_and_gradients_move_less():
-    full, moments, both = (pieces("611", optimizer_state=state, gradients=gradients)
-                           for state, gradients in (("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16")))
+    full, moments, both = (
+        pieces("611", optimizer_state=state, gradients=gradients)
+        for state, gradients in (("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16"))
+    )
     assert full.optimizer > moments.optimizer > both.optimizer
     assert full.gradients == moments.gradients == pytest.approx(both.gradients * 6 / 4)
     assert full.passes == moments.passes > both.passes
@@ -213,47 +304,84 @@ def test_bf16_moments_and_gradients_move_less():
 
 def test_fewer_key_heads_move_less_and_every_element_of_a_model_costs():
     assert pieces("111", model={"num_query_groups": 5}).attention < pieces("111").attention
-    for element in ({"position_embedding": "rope"}, {"qk_norm": "head"}, {"attention_output_gate": True}, {"activation": "swiglu"}):
+    for element in (
+        {"position_embedding": "rope"},
+        {"qk_norm": "head"},
+        {"attention_output_gate": True},
+        {"activation": "swiglu"},
+    ):
         assert pieces("111", model=element).passes > pieces("111").passes
     assert pieces("111", cross_entropy_fusion=True).passes < pieces("111").passes
 
 
 def test_fp8_halves_products_and_pays_with_passes():
     """Of 611's layers: what enters a linear layer forward, and the gradient of what leaves it, is quantized; logits are not."""
-    e, machine = find("611"), replace_constants(PUBLISHED, PUBLISHED.constants.model_copy(update={"fp8_share": 1.0}))
+    e, machine = (
+        find("611"),
+        replace_constants(PUBLISHED, PUBLISHED.constants.model_copy(update={"fp8_share": 1.0})),
+    )
     m, tokens = e.model, e.seq_length * e.micro_batch_size * e.num_microbatches
     step = {id_: machine.predict(find(id_)) for id_ in ("611", "612", "613", "614")}
-    logits = 3 * machine.predict(find("611")).products  # an upper bound of what the output layer takes of it
-    assert 0.5 < step["612"].products / step["611"].products < 0.6 and step["612"].products == step["613"].products < logits
-    elements = tokens * (2 * m.hidden_size + m.query_size + m.ffn) + tokens * (m.qkv_size + 2 * m.ffn + 2 * m.hidden_size)
+    logits = (
+        3 * machine.predict(find("611")).products
+    )  # an upper bound of what the output layer takes of it
+    assert (
+        0.5 < step["612"].products / step["611"].products < 0.6
+        and step["612"].products == step["613"].products < logits
+    )
+    elements = tokens * (2 * m.hidden_size + m.query_size + m.ffn) + tokens * (
+        m.qkv_size + 2 * m.ffn + 2 * m.hidden_size
+    )
     weights = m.hidden_size * (m.qkv_size + m.query_size + 3 * m.ffn)
     bandwidth = machine.card.bandwidth_gb_s * 1e9 * machine.constants.bandwidth_share
     for id_, each in (("612", 4), ("613", 6), ("614", 4)):
         more = each * m.num_layers * (elements + weights) / bandwidth
         assert step[id_].passes - step["611"].passes == pytest.approx(1e3 * more)
-    assert step["613"].gradients == step["611"].gradients and step["613"].attention == step["611"].attention
+    assert (
+        step["613"].gradients == step["611"].gradients
+        and step["613"].attention == step["611"].attention
+    )
     assert unknown(find("615", "FP8=delayed")) == ["fp8 beside tensor parallelism or experts"]
 
 
 def test_sharded_weights_are_gathered_twice_a_micro_batch():
     """Bytes of a parameter: fp32 gradients and bf16 weights once, 6; bf16 both, 4; weights twice, 6; in two micro-batches, 12."""
     sent = {id_: pieces(id_).gradients for id_ in ("702", "703", "704", "705", "706", "611", "711")}
-    assert sent["702"] == sent["705"] == pytest.approx(1.5 * sent["703"]) and sent["703"] == sent["704"]
+    assert (
+        sent["702"] == sent["705"] == pytest.approx(1.5 * sent["703"])
+        and sent["703"] == sent["704"]
+    )
     assert sent["711"] == pytest.approx(2 * sent["611"]) and sent["706"] > sent["705"]
     assert pieces("704", "MBS=8").gradients == pytest.approx(sent["704"] * 6 / 4)
-    assert pieces("702").optimizer > pieces("703").optimizer > pieces("704").optimizer == pieces("705").optimizer
+    assert (
+        pieces("702").optimizer
+        > pieces("703").optimizer
+        > pieces("704").optimizer
+        == pieces("705").optimizer
+    )
     assert pieces("713", "DP=1").gradients == 0
-    assert unknown(find("711", "TP=2 DP=2")) == ["FSDP beside tensor or context parallelism"], "both want the queues otherwise"
+    assert unknown(find("711", "TP=2 DP=2")) == ["FSDP beside tensor or context parallelism"], (
+        "both want the queues otherwise"
+    )
 
 
 def test_adapters_leave_out_the_products_of_frozen_weights():
     """A third of all products is for the weights' gradients; what adapters add is small and launched one by one."""
-    whole, narrow, wide = pieces("811", "LORA_RANK=0"), pieces("811", "LORA_RANK=1"), pieces("811", "LORA_RANK=512")
+    whole, narrow, wide = (
+        pieces("811", "LORA_RANK=0"),
+        pieces("811", "LORA_RANK=1"),
+        pieces("811", "LORA_RANK=512"),
+    )
     assert 2 / 3 < narrow.products / whole.products < 0.8 < wide.products / whole.products
     assert narrow.optimizer < 0.1 * whole.optimizer and narrow.optimizer < wide.optimizer
-    few, all_four = (pieces("802", f"LORA_TARGETS={targets}") for targets in (
-        "linear_qkv", "linear_qkv,linear_proj,linear_fc1,linear_fc2"))
-    assert few.launches + few.products + few.passes < all_four.launches + all_four.products + all_four.passes
+    few, all_four = (
+        pieces("802", f"LORA_TARGETS={targets}")
+        for targets in ("linear_qkv", "linear_qkv,linear_proj,linear_fc1,linear_fc2")
+    )
+    assert (
+        few.launches + few.products + few.passes
+        < all_four.launches + all_four.products + all_four.passes
+    )
     assert pieces("802", "LORA_DROPOUT=0.1").passes > pieces("802", "LORA_DROPOUT=0").passes
     assert pieces("803").exchange > pieces("803", "LORA_TARGETS=linear_qkv").exchange > 0
 
@@ -270,21 +398,35 @@ def test_muon_iterates_on_every_matrix():
 
 
 def test_norms_over_projections_cost_more_than_those_of_heads():
-    none, head, projection = (pieces("631", model={"qk_norm": kind}) for kind in ("none", "head", "projection"))
+    none, head, projection = (
+        pieces("631", model={"qk_norm": kind}) for kind in ("none", "head", "projection")
+    )
     assert none.passes < head.passes < projection.passes
     for id_ in ("101", "631"):  # where the GPU waits for launches, and where it does not
-        waits = [sum(pieces(id_, model={"qk_norm": kind}).pieces.values()) for kind in ("head", "projection")]
+        waits = [
+            sum(pieces(id_, model={"qk_norm": kind}).pieces.values())
+            for kind in ("head", "projection")
+        ]
         assert waits[0] < waits[1]
-    tp, heads = (pieces("631", "TP=2 SP=1 DP=2 EP=4", model={"qk_norm": kind}) for kind in ("projection", "head"))
-    assert tp.exchange - heads.exchange == pytest.approx(1e3 * 2 * 2 * 4 * 16 * MESSAGE_S)  # passes, sums, micro-batches, layers
+    tp, heads = (
+        pieces("631", "TP=2 SP=1 DP=2 EP=4", model={"qk_norm": kind})
+        for kind in ("projection", "head")
+    )
+    assert tp.exchange - heads.exchange == pytest.approx(
+        1e3 * 2 * 2 * 4 * 16 * MESSAGE_S
+    )  # passes, sums, micro-batches, layers
 
 
 def test_what_no_row_has_is_named():
     assert PUBLISHED.unmeasured(find("111")) == ()
     assert PUBLISHED.unmeasured(find("705")) == ("FSDP",)
     young = young_machine()
-    assert "fp8 tensorwise" in young.unmeasured(find("613")) and "fp8 blockwise" in young.unmeasured(find("614"))
-    assert "pipelines" in young.unmeasured(find("408")), "of the machine that it is like, other errors are known"
+    assert "fp8 tensorwise" in young.unmeasured(
+        find("613")
+    ) and "fp8 blockwise" in young.unmeasured(find("614"))
+    assert "pipelines" in young.unmeasured(find("408")), (
+        "of the machine that it is like, other errors are known"
+    )
     assert PUBLISHED.how_sure(find("705")) == "no measured row has FSDP: error unknown"
     assert all(step_time.kinds(e) for e in CATALOG.experiments if e.world_size > 1)
 
@@ -295,13 +437,22 @@ def test_no_percentile_where_no_measured_row_has_the_like():
     said = h200.how_sure(find("408"))
     assert said == "no measured row has 8 GPUs or pipelines: error unknown"
     for id_ in ("802", "811", "613", "631", "671", "705", "128", "505"):
-        assert "percentile" not in h200.how_sure(find(id_)) and "error unknown" in h200.how_sure(find(id_)), id_
+        assert "percentile" not in h200.how_sure(find(id_)) and "error unknown" in h200.how_sure(
+            find(id_)
+        ), id_
     known = h200.how_sure(find("111"))
-    assert known == h200.how_sure() and "median 2.6%, 90th percentile 10% (23 rows)" in known and "unknown" not in known
+    assert (
+        known == h200.how_sure()
+        and "median 2.6%, 90th percentile 10% (23 rows)" in known
+        and "unknown" not in known
+    )
     both = h200.how_sure(find("111"), find("408"))
     assert both == f"{known}; error unknown with 8 GPUs or pipelines, which no measured row has"
     for machine in MACHINES.values():
-        assert not any(machine.unmeasured(overrides.made(row.make or name, CATALOG)) for name, row in machine.rows.items())
+        assert not any(
+            machine.unmeasured(overrides.made(row.make or name, CATALOG))
+            for name, row in machine.rows.items()
+        )
 
 
 def test_methods_that_no_row_has_together_are_named_as_a_pair():
@@ -337,34 +488,53 @@ def test_every_choice_that_changes_the_work_is_a_kind_of_its_own():
             continue  # what these change is asked for below
         of_model = field in type(e.model).model_fields
         change = {field: CHOICES[field]}
-        changed = e.model_copy(update={"model": e.model.model_copy(update=change)} if of_model else change)
+        changed = e.model_copy(
+            update={"model": e.model.model_copy(update=change)} if of_model else change
+        )
         assert step_time.kinds(changed) - step_time.kinds(e), field
-    for pair in (({"precision": "fp8", "fp8_recipe": "delayed"}, {"precision": "fp8", "fp8_recipe": "blockwise"}),
-                 ({"cp": 2, "cp_comm_type": "p2p"}, {"cp": 2, "cp_comm_type": "a2a"}), ({"dp": 4}, {"dp": 8}),
-                 ({"dp": 2, "sharding": "fsdp_optim"}, {"dp": 2, "sharding": "torch_fsdp2"}),
-                 ({"recompute": "selective"}, {"recompute": "selective", "recompute_modules": ("mlp",)})):
+    for pair in (
+        (
+            {"precision": "fp8", "fp8_recipe": "delayed"},
+            {"precision": "fp8", "fp8_recipe": "blockwise"},
+        ),
+        ({"cp": 2, "cp_comm_type": "p2p"}, {"cp": 2, "cp_comm_type": "a2a"}),
+        ({"dp": 4}, {"dp": 8}),
+        ({"dp": 2, "sharding": "fsdp_optim"}, {"dp": 2, "sharding": "torch_fsdp2"}),
+        ({"recompute": "selective"}, {"recompute": "selective", "recompute_modules": ("mlp",)}),
+    ):
         one, other = (step_time.kinds(e.model_copy(update=change)) for change in pair)
         assert one != other, pair
 
 
 def test_fp8_needs_a_card_that_has_it():
     machine = Machine(gpu="a100-80gb", measured_by="records", switch_reduces=True)
-    with pytest.raises(UserError, match="612 computes in fp8, which NVIDIA A100-SXM4-80GB does not"):
+    with pytest.raises(
+        UserError, match="612 computes in fp8, which NVIDIA A100-SXM4-80GB does not"
+    ):
         machine.predict(find("612"))
 
 
 def test_recomputation_costs_what_is_done_again():
-    none, selective, full = (pieces("302", f"RECOMPUTE={how}") for how in ("none", "selective", "full"))
+    none, selective, full = (
+        pieces("302", f"RECOMPUTE={how}") for how in ("none", "selective", "full")
+    )
     assert none.attention < selective.attention == full.attention
-    assert none.products == selective.products < full.products and none.passes < selective.passes < full.passes
-    assert unknown(find("111").model_copy(update={"recompute": "selective", "recompute_modules": ("mlp",)})) == ["recomputation of mlp"]
+    assert (
+        none.products == selective.products < full.products
+        and none.passes < selective.passes < full.passes
+    )
+    assert unknown(
+        find("111").model_copy(update={"recompute": "selective", "recompute_modules": ("mlp",)})
+    ) == ["recomputation of mlp"]
 
 
 def test_reducing_in_the_switch_sends_less():
     e = find("248")
     without = PUBLISHED.model_copy(update={"switch_reduces": False})
     assert PUBLISHED.predict(e).exchange < without.predict(e).exchange
-    assert PUBLISHED.predict(find("242")).exchange == without.predict(find("242")).exchange  # two ranks send directly
+    assert (
+        PUBLISHED.predict(find("242")).exchange == without.predict(find("242")).exchange
+    )  # two ranks send directly
 
 
 def young_machine() -> Machine:
@@ -384,9 +554,17 @@ def test_faster_layouts_do_the_same_work_on_as_many_gpus(id_):
     assert ms == sorted(ms)
     for layout in found[:12]:
         made = find(id_, layout.settings)
-        assert made.model_copy(update={"overrides": {}}) == layout.experiment.model_copy(update={"overrides": {}})
-        assert (made.world_size, made.global_batch_size, made.seq_length) == (e.world_size, e.global_batch_size, e.seq_length)
-        assert verdict(predict(made), PUBLISHED.card) == "fits" and PUBLISHED.predict(made).total < now
+        assert made.model_copy(update={"overrides": {}}) == layout.experiment.model_copy(
+            update={"overrides": {}}
+        )
+        assert (made.world_size, made.global_batch_size, made.seq_length) == (
+            e.world_size,
+            e.global_batch_size,
+            e.seq_length,
+        )
+        assert (
+            verdict(predict(made), PUBLISHED.card) == "fits" and PUBLISHED.predict(made).total < now
+        )
 
 
 @pytest.mark.parametrize("id_", ["301", "642"])
@@ -399,16 +577,27 @@ def test_what_may_not_fit_gets_every_layout_that_fits(id_):
 
 
 def test_recomputation_of_the_catalogue_is_tried_before_everything_is_recomputed():
-    found = [layout.experiment.recompute for layout in layouts.faster(find("642"), MACHINES["h200"])]
+    found = [
+        layout.experiment.recompute for layout in layouts.faster(find("642"), MACHINES["h200"])
+    ]
     assert {"none", "selective"} <= set(found)
 
 
 def test_layouts_keep_what_was_asked_for():
     e = find("408", "GPUS=4 PP=2 GBS=16 SEQ=2048")
     found = list(layouts.layouts(e, e.world_size))
-    assert all((way.world_size, way.global_batch_size, way.seq_length) == (4, 16, 2048) for way in found)
+    assert all(
+        (way.world_size, way.global_batch_size, way.seq_length) == (4, 16, 2048) for way in found
+    )
     sizes = {(way.tp, way.pp, way.cp, way.dp) for way in found}
-    assert {(4, 1, 1, 1), (1, 4, 1, 1), (1, 1, 4, 1), (1, 1, 1, 4), (2, 2, 1, 1), (2, 1, 1, 2)} <= sizes
+    assert {
+        (4, 1, 1, 1),
+        (1, 4, 1, 1),
+        (1, 1, 4, 1),
+        (1, 1, 1, 4),
+        (2, 2, 1, 1),
+        (2, 1, 1, 2),
+    } <= sizes
     assert all(math.prod(way) == 4 for way in sizes)
 
 
@@ -421,7 +610,9 @@ def test_layouts_exchange_keys_and_values_in_every_way():
 
 
 def test_on_one_gpu_levers_are_what_there_is():
-    assert [layout.settings for layout in layouts.faster(find("101"), PUBLISHED)] == ["CUDA_GRAPHS=1"]
+    assert [layout.settings for layout in layouts.faster(find("101"), PUBLISHED)] == [
+        "CUDA_GRAPHS=1"
+    ]
     assert layouts.faster(find("101", "CUDA_GRAPHS=1"), PUBLISHED) == []
     found = [layout.experiment for layout in layouts.faster(find("642"), MACHINES["h200"])]
     assert found and not any(e.cuda_graphs and e.recompute == "full" for e in found)
@@ -438,14 +629,24 @@ def test_a_lever_is_pulled_where_it_brings_a_hundredth():
 def test_the_best_layout_for_each_number_of_gpus(id_):
     e, fewest = find(id_), 0
     for gpus, best in layouts.by_gpus(e, PUBLISHED.card, PUBLISHED):
-        fitting = [way for way in layouts.layouts(e, gpus) if verdict(predict(way), PUBLISHED.card) == "fits"]
+        fitting = [
+            way
+            for way in layouts.layouts(e, gpus)
+            if verdict(predict(way), PUBLISHED.card) == "fits"
+        ]
         if best is None:
             assert not fitting and not fewest
             continue
         fewest = fewest or gpus
         made = find(id_, best.settings)
-        assert made.model_copy(update={"overrides": {}}) == best.experiment.model_copy(update={"overrides": {}})
-        assert (made.world_size, made.global_batch_size, made.seq_length) == (gpus, e.global_batch_size, e.seq_length)
+        assert made.model_copy(update={"overrides": {}}) == best.experiment.model_copy(
+            update={"overrides": {}}
+        )
+        assert (made.world_size, made.global_batch_size, made.seq_length) == (
+            gpus,
+            e.global_batch_size,
+            e.seq_length,
+        )
         assert verdict(predict(made), PUBLISHED.card) == "fits"
         assert best.step.total <= min(PUBLISHED.predict(way).total for way in fitting) + 0.1
     assert fewest == {"124": 1, "408": 4, "641": 8}[id_]
@@ -461,7 +662,12 @@ def test_what_a_node_does_not_hold_goes_to_several_by_memory_alone():
     card = find_gpu("a100-40gb")
     *none, (gpus, best) = layouts.by_gpus(find("641"), card, None)
     assert [ranks for ranks, layout in none if layout is None] == [1, 2, 4, 8]
-    assert gpus == 16 and best.experiment.nodes == 2 and best.step is None and verdict(best.memory, card) == "fits"
+    assert (
+        gpus == 16
+        and best.experiment.nodes == 2
+        and best.step is None
+        and verdict(best.memory, card) == "fits"
+    )
     assert find("641", best.settings).nodes == 2
     assert unknown(find("408", "PP=1 DP=16 MBS=1")) == ["more than 8 GPUs in a node"]
     known = dict(layouts.by_gpus(find("641"), card, MACHINES["h100-tutorial"]))
@@ -470,7 +676,11 @@ def test_what_a_node_does_not_hold_goes_to_several_by_memory_alone():
 
 def test_without_a_speed_the_model_is_split_least():
     best = dict(layouts.by_gpus(find("620"), find_gpu("h200-141gb"), MACHINES["h200"]))
-    fitting = [way for way in layouts.layouts(find("620"), 8) if verdict(predict(way), find_gpu("h200-141gb")) == "fits"]
+    fitting = [
+        way
+        for way in layouts.layouts(find("620"), 8)
+        if verdict(predict(way), find_gpu("h200-141gb")) == "fits"
+    ]
     e = best[8].experiment
     assert best[8].step is None and e.recompute == "none"
     assert e.tp * e.pp * e.cp * e.ep == min(way.tp * way.pp * way.cp * way.ep for way in fitting)
@@ -485,48 +695,78 @@ def test_sharded_weights_stay_an_option_for_rows_that_have_them():
 def test_measured_steps_are_those_that_the_catalogue_makes():
     """A run that was traced, capped, shared its node or ran on another GPU calibrates nothing; nor does a row that has changed."""
     machine, row = MACHINES["h200"], next(row for row in FACTS.rows if row.origin.stem == "101")
+
     def names(rows):
         return [step.name for step in calibrate.steps_of(machine, rows, FACTS.references, CATALOG)]
 
     assert names([row]) == ["101"]
-    changed = calibrate.steps_of(machine, [replace(row, experiment=find("101", "MBS=2 GBS=2 STEPS=30"))], FACTS.references, CATALOG)
+    changed = calibrate.steps_of(
+        machine,
+        [replace(row, experiment=find("101", "MBS=2 GBS=2 STEPS=30"))],
+        FACTS.references,
+        CATALOG,
+    )
     assert [step.experiment for step in changed] == [find("101", "MBS=2 GBS=2")]
     for not_its_own in ("PROFILE=1", "CARD=h100-80gb", "ARGS=--manual-gc"):
         assert names([replace(row, experiment=find("101", not_its_own))]) == []
-    assert names([replace(row, experiment=row.experiment.model_copy(update={"seq_length": 512}))]) == [], "the row was another then"
+    assert (
+        names([replace(row, experiment=row.experiment.model_copy(update={"seq_length": 512}))])
+        == []
+    ), "the row was another then"
     assert names([replace(row, gpu_name="NVIDIA H100 80GB HBM3")]) == []
-    assert names([replace(row, result=row.result.model_copy(update={"packed_with": ("104",)}))]) == []
+    assert (
+        names([replace(row, result=row.result.model_copy(update={"packed_with": ("104",)}))]) == []
+    )
     assert names([replace(row, state="oom")]) == []
-    assert "115" not in {step.name for step in steps_of(PUBLISHED)}, "nobody knows what the row published as 115 ran"
+    assert "115" not in {step.name for step in steps_of(PUBLISHED)}, (
+        "nobody knows what the row published as 115 ran"
+    )
 
 
 def test_a_row_shows_what_was_foretold_without_it():
     row = next(row for row in FACTS.rows if row.origin.stem == "304")
     assert row.predicted_step_ms == MACHINES["h200"].rows["304"].left_out_ms
     changed = replace(row, experiment=find("304", "MBS=4"))
-    assert changed.predicted_step_ms == pytest.approx(MACHINES["h200"].predict(find("304", "MBS=4")).total)
+    assert changed.predicted_step_ms == pytest.approx(
+        MACHINES["h200"].predict(find("304", "MBS=4")).total
+    )
     assert replace(row, experiment=find("620")).predicted_step_ms is None
     assert replace(row, gpu_name="Tesla T4").predicted_step_ms is None
 
 
 def test_a_changed_run_calibrates_and_is_found_again():
     e = find("111", "DROPOUT=0 FP8=tensorwise STEPS=30")
-    assert overrides.words(e) == "111 DROPOUT=0 FP8=tensorwise" and overrides.words(find("111", "STEPS=3")) == "111"
-    row = calibrations.Fitted(measured_ms=318, predicted_ms=300, left_out_ms=290, make=overrides.words(e))
+    assert (
+        overrides.words(e) == "111 DROPOUT=0 FP8=tensorwise"
+        and overrides.words(find("111", "STEPS=3")) == "111"
+    )
+    row = calibrations.Fitted(
+        measured_ms=318, predicted_ms=300, left_out_ms=290, make=overrides.words(e)
+    )
     young = young_machine()
     machine = young.model_copy(update={"rows": young.rows | {"111_fp8": row}})
-    assert results.predicted_step_ms(e, machine) == 290 and results.predicted_step_ms(find("111", "FP8=delayed"), machine) != 290
+    assert (
+        results.predicted_step_ms(e, machine) == 290
+        and results.predicted_step_ms(find("111", "FP8=delayed"), machine) != 290
+    )
     assert machine.row_of(find("111")) == MACHINES["h200"].rows["111"]
     assert "fp8 tensorwise" in young.unmeasured(e) and machine.unmeasured(e) == ()
 
 
 def test_a_row_published_under_another_label_stands_beside_what_ran():
     """The published 443 ran 446 and the other way round; 458 ran 424, which has a row of its own."""
-    assert PUBLISHED.row_of(find("446")).measured_ms == 680 and PUBLISHED.row_of(find("443")).measured_ms == 665
-    assert PUBLISHED.row_of(find("424")).measured_ms == 887 and PUBLISHED.row_of(find("458")) is None
+    assert (
+        PUBLISHED.row_of(find("446")).measured_ms == 680
+        and PUBLISHED.row_of(find("443")).measured_ms == 665
+    )
+    assert (
+        PUBLISHED.row_of(find("424")).measured_ms == 887 and PUBLISHED.row_of(find("458")) is None
+    )
     e = find("443")
     assert results.predicted_step_ms(e, PUBLISHED) == PUBLISHED.row_of(find("443")).left_out_ms
-    assert PUBLISHED.row_of(find("443")).predicted_ms == pytest.approx(PUBLISHED.predict(e).total, rel=2e-3)
+    assert PUBLISHED.row_of(find("443")).predicted_ms == pytest.approx(
+        PUBLISHED.predict(e).total, rel=2e-3
+    )
 
 
 def test_what_is_written_is_read_again(tmp_path):
@@ -539,7 +779,9 @@ def test_what_is_written_is_read_again(tmp_path):
 def test_what_a_run_says_before_it_begins():
     assert "step by formula: " in calibrations.in_a_line(find("408"), find_gpu("h100-80gb"))
     assert "percentile" in calibrations.in_a_line(find("408"), find_gpu("h100-80gb"))
-    assert calibrations.in_a_line(find("408"), find_gpu("h200-141gb")).endswith("8 GPUs or pipelines: error unknown")
+    assert calibrations.in_a_line(find("408"), find_gpu("h200-141gb")).endswith(
+        "8 GPUs or pipelines: error unknown"
+    )
     assert calibrations.in_a_line(find("620"), find_gpu("h100-80gb")) is None
     assert calibrations.in_a_line(find("101"), find_gpu("a100-80gb")) is None
 
@@ -547,41 +789,71 @@ def test_what_a_run_says_before_it_begins():
 def test_the_commands(capsys):
     assert main(["speed", "408", "CARD=h100-80gb"]) == 0
     said = capsys.readouterr().out
-    assert "the most; a pipeline stage waits for another" in said and "published 875, off by" in said
+    assert (
+        "the most; a pipeline stage waits for another" in said and "published 875, off by" in said
+    )
     assert main(["speed", "101"]) == 0
     assert f"measured {FACTS.value('step_ms[101]'):,.1f}, off by" in capsys.readouterr().out
     assert main(["speed", "281", "CARD=h100-80gb"]) == 0
     assert main(["faster", "420", "GPUS=4", "TP=4", "GBS=16", "MBS=4", "CARD=h200-141gb"]) == 0
     said = capsys.readouterr().out
-    assert "layouts of the same work that fit and are faster: " in said and "CARD=" not in said.partition("\n")[2]
+    assert (
+        "layouts of the same work that fit and are faster: " in said
+        and "CARD=" not in said.partition("\n")[2]
+    )
     assert main(["faster", "101", "CUDA_GRAPHS=1"]) == 0
     assert "no layout that fits is faster" in capsys.readouterr().out
     assert main(["gpus", "408", "CARD=h100-80gb"]) == 0
     said = capsys.readouterr().out
-    assert "32 samples of 1,024 tokens a step" in said and "      2                                   nothing fits" in said
+    assert (
+        "32 samples of 1,024 tokens a step" in said
+        and "      2                                   nothing fits" in said
+    )
     assert "\n\nNVIDIA H100 80GB HBM3, by formula: the fastest layout that fits\n" in said
-    assert "efficiency" in said and "make 408 GPUS=8 TP=2" in said and "no measured row has CUDA graphs" in said
+    assert (
+        "efficiency" in said
+        and "make 408 GPUS=8 TP=2" in said
+        and "no measured row has CUDA graphs" in said
+    )
     assert "no formula" not in said
-    rows = [[float(cell.replace(",", "")) for cell in line.split()[:3]] for line in said.splitlines() if "make 408" in line]
+    rows = [
+        [float(cell.replace(",", "")) for cell in line.split()[:3]]
+        for line in said.splitlines()
+        if "make 408" in line
+    ]
     assert len(rows) == 2 and rows[0][2] == 1
     for gpus, step_ms, efficiency in rows:
         assert efficiency == pytest.approx(rows[0][0] * rows[0][1] / (gpus * step_ms), abs=0.01)
     assert main(["gpus", "620", "CARD=h200-141gb"]) == 0
     said = capsys.readouterr().out
-    assert "of the layouts that fit, the one that splits least\n" in said and "no formula for a step with attention sinks\n" in said
+    assert (
+        "of the layouts that fit, the one that splits least\n" in said
+        and "no formula for a step with attention sinks\n" in said
+    )
     assert main(["gpus", "101", "CARD=a100-80gb"]) == 0
     said = capsys.readouterr().out
-    assert "gpt2-xl, 1 sample of 1,024 tokens a step" in said and "no formula for a step on NVIDIA A100-SXM4-80GB\n" in said
+    assert (
+        "gpt2-xl, 1 sample of 1,024 tokens a step" in said
+        and "no formula for a step on NVIDIA A100-SXM4-80GB\n" in said
+    )
 
 
-@pytest.mark.parametrize(("words", "complaint"), [
-    (["speed"], "the speed of which experiment"), (["faster", "TP=2"], "faster than which experiment"),
-    (["gpus"], "how many GPUs for which experiment"), (["gpus", "101", "MBS=x"], "expected a whole number"),
-    (["speed", "620"], "none was measured with attention sinks"), (["speed", "615", "FP8=delayed"], "fp8 beside tensor"),
-    (["speed", "111", "FP8=yes"], "FP8=yes; valid: delayed, tensorwise, blockwise, 0"), (["speed", "219"], "links between nodes"),
-    (["speed", "101", "CARD=a100-80gb"], "CARD= may be h100-80gb, h200-141gb"), (["speed", "101", "TP=7"], "must divide by tp = 7"),
-    (["speed", "101", "ARGS=--manual-gc"], "arguments of your own"),
-])
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["speed"], "the speed of which experiment"),
+        (["faster", "TP=2"], "faster than which experiment"),
+        (["gpus"], "how many GPUs for which experiment"),
+        (["gpus", "101", "MBS=x"], "expected a whole number"),
+        (["speed", "620"], "none was measured with attention sinks"),
+        (["speed", "615", "FP8=delayed"], "fp8 beside tensor"),
+        (["speed", "111", "FP8=yes"], "FP8=yes; valid: delayed, tensorwise, blockwise, 0"),
+        (["speed", "219"], "links between nodes"),
+        (["speed", "101", "CARD=a100-80gb"], "CARD= may be h100-80gb, h200-141gb"),
+        (["speed", "101", "TP=7"], "must divide by tp = 7"),
+        (["speed", "101", "ARGS=--manual-gc"], "arguments of your own"),
+    ],
+)
 def test_bad_input(words, complaint, capsys):
     assert main(words) == 2
     assert complaint in capsys.readouterr().err
@@ -589,45 +861,78 @@ def test_bad_input(words, complaint, capsys):
 
 def test_a_file_of_constants_that_makes_no_sense(tmp_path):
     path = tmp_path / "calibrations.yaml"
-    path.write_text("mine: {gpu: h100-80gb, measured_by: records, switch_reduces: true, constants: {link_gb_s: -1}}")
+    path.write_text(
+        "mine: {gpu: h100-80gb, measured_by: records, switch_reduces: true, constants: {link_gb_s: -1}}"
+    )
     with pytest.raises(UserError, match=r"constants.link_gb_s = -1"):
         calibrations.load(path)
-    path.write_text("mine: {gpu: h100-80gb, measured_by: records, switch_reduces: true, constants: {links_gb_s: 1}}")
+    path.write_text(
+        "mine: {gpu: h100-80gb, measured_by: records, switch_reduces: true, constants: {links_gb_s: 1}}"
+    )
     with pytest.raises(UserError, match=r"link_gb_s"):
         calibrations.load(path)
 
 
-@pytest.mark.parametrize(("entry", "complaint"), [
-    ("{gpu: h111, measured_by: records, switch_reduces: true}", "'h111': unknown GPU"),
-    ("{gpu: v100-16gb, measured_by: records, switch_reduces: true}", "has no bf16"),
-    ("{gpu: h200-141gb, measured_by: records, switch_reduces: true, like: theirs}", "no entry further up is called so"),
-    ("{gpu: h200-141gb, measured_by: records, switch_reduces: true, like: mine}", "no entry further up is called so"),
-    ("{gpu: h200-141gb, measured_by: records, switch_reduces: true, rows: {'101': {measured_ms: 0, predicted_ms: 1, left_out_ms: 1}}}",
-     "greater than 0"),
-    ("3", "mine: expected key: value pairs, found 3"),
-])
+@pytest.mark.parametrize(
+    ("entry", "complaint"),
+    [
+        ("{gpu: h111, measured_by: records, switch_reduces: true}", "'h111': unknown GPU"),
+        ("{gpu: v100-16gb, measured_by: records, switch_reduces: true}", "has no bf16"),
+        (
+            "{gpu: h200-141gb, measured_by: records, switch_reduces: true, like: theirs}",
+            "no entry further up is called so",
+        ),
+        (
+            "{gpu: h200-141gb, measured_by: records, switch_reduces: true, like: mine}",
+            "no entry further up is called so",
+        ),
+        (
+            "{gpu: h200-141gb, measured_by: records, switch_reduces: true, rows: {'101': {measured_ms: 0, predicted_ms: 1, left_out_ms: 1}}}",
+            "greater than 0",
+        ),
+        ("3", "mine: expected key: value pairs, found 3"),
+    ],
+)
 def test_an_entry_that_makes_no_sense(tmp_path, entry, complaint):
     path = tmp_path / "calibrations.yaml"
-    path.write_text(f"first: {{gpu: h100-80gb, measured_by: records, switch_reduces: true}}\nmine: {entry}\n"
-                    "theirs: {gpu: h100-80gb, measured_by: records, switch_reduces: true}\n")
+    path.write_text(
+        f"first: {{gpu: h100-80gb, measured_by: records, switch_reduces: true}}\nmine: {entry}\n"
+        "theirs: {gpu: h100-80gb, measured_by: records, switch_reduces: true}\n"
+    )
     with pytest.raises(UserError, match=complaint):
         calibrations.load(path)
 
 
 def test_of_two_entries_for_a_card_the_last_that_was_fitted_counts(monkeypatch):
     mine = PUBLISHED.model_copy(update={"measured_by": "records"})
-    monkeypatch.setattr(calibrations, "load", lambda: MACHINES | {"mine": mine.model_copy(update={"rows": {}})})
+    monkeypatch.setattr(
+        calibrations, "load", lambda: MACHINES | {"mine": mine.model_copy(update={"rows": {}})}
+    )
     assert calibrations.machine_of(PUBLISHED.card) is PUBLISHED
     monkeypatch.setattr(calibrations, "load", lambda: MACHINES | {"mine": mine})
     assert calibrations.machine_of(PUBLISHED.card) is mine
 
 
-@pytest.mark.parametrize(("entry", "complaint"), [
-    ("{gpu: a100-80gb, measured_by: records, switch_reduces: true}", "records has no step on NVIDIA A100-SXM4-80GB"),
-    ("{gpu: a100-80gb, measured_by: h100-tutorial, switch_reduces: true}", "h100-tutorial has no step on NVIDIA A100-SXM4-80GB"),
-    ("{gpu: h100-80gb, measured_by: h100-tutorials, switch_reduces: true}", "no references called h100-tutorials"),
-])
-def test_a_machine_without_steps_is_refused_before_anything_is_fitted(tmp_path, entry, complaint, monkeypatch):
+@pytest.mark.parametrize(
+    ("entry", "complaint"),
+    [
+        (
+            "{gpu: a100-80gb, measured_by: records, switch_reduces: true}",
+            "records has no step on NVIDIA A100-SXM4-80GB",
+        ),
+        (
+            "{gpu: a100-80gb, measured_by: h100-tutorial, switch_reduces: true}",
+            "h100-tutorial has no step on NVIDIA A100-SXM4-80GB",
+        ),
+        (
+            "{gpu: h100-80gb, measured_by: h100-tutorials, switch_reduces: true}",
+            "no references called h100-tutorials",
+        ),
+    ],
+)
+def test_a_machine_without_steps_is_refused_before_anything_is_fitted(
+    tmp_path, entry, complaint, monkeypatch
+):
     monkeypatch.setattr(calibrate, "fit_machine", None)
     monkeypatch.setattr(calibrate, "find_spec", lambda _: True)
     path = tmp_path / "calibrations.yaml"

@@ -51,5 +51,11 @@ def test_a_mistake_is_one_though_nobody_reads_of_it(tmp_path):
 def test_what_is_only_read_ends_quietly_in_head(target):
     environment = os.environ | {"DEVICE": "cpu"}
     command = f"make {target} | head -1; echo ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.stdout.splitlines()[-1] == "0" and "roken pipe" not in done.stderr and "Error" not in done.stderr
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert (
+        done.stdout.splitlines()[-1] == "0"
+        and "roken pipe" not in done.stderr
+        and "Error" not in done.stderr
+    )

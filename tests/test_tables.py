@@ -23,11 +23,28 @@ from harness.run.directory import Result
 CATALOG = load_catalog()
 GROUP = load_references().published
 OK = {
-    "status": "ok", "exit_code": 0, "started": 1.0, "finished": 2.0,
-    "steps": 100, "steps_done": 100, "window": [6, 100],
-    "step_ms": {"median": 376.3, "q1": 375.0, "q3": 377.6, "mean": 377.0, "stdev": 1.5, "min": 370.0, "max": 390.0, "n": 95},
-    "tflops": 400.0, "memory_gib": {"allocated": 70.1, "reserved": 74.0, "nvml": 76.3},
-    "loss": {"first": 10.9, "last": 9.1}, "data": "mock", "device": "cuda",
+    "status": "ok",
+    "exit_code": 0,
+    "started": 1.0,
+    "finished": 2.0,
+    "steps": 100,
+    "steps_done": 100,
+    "window": [6, 100],
+    "step_ms": {
+        "median": 376.3,
+        "q1": 375.0,
+        "q3": 377.6,
+        "mean": 377.0,
+        "stdev": 1.5,
+        "min": 370.0,
+        "max": 390.0,
+        "n": 95,
+    },
+    "tflops": 400.0,
+    "memory_gib": {"allocated": 70.1, "reserved": 74.0, "nvml": 76.3},
+    "loss": {"first": 10.9, "last": 9.1},
+    "data": "mock",
+    "device": "cuda",
     "upstream": {"version": "0.19.0", "source": "submodule"},
 }
 
@@ -38,10 +55,18 @@ def row(id_="111", gpu="NVIDIA H200", settings=None, small=False, **changes) -> 
     result = Result.model_validate(OK | {"status": changes.pop("state", "ok")} | changes)
     same = not small and not set(e.overrides) - {"STEPS", "CARD"}
     return Row(
-        label=e.label, experiment=e, state=result.status, device="cpu" if small else "cuda", kind="run",
-        origin=Path("outdir", e.label), gpu_name=None if small else gpu, result=result,
-        steps_done=result.steps_done, published=GROUP.beside(id_) if same else None,
-        against=GROUP if same else None, upstream=result.upstream,
+        label=e.label,
+        experiment=e,
+        state=result.status,
+        device="cpu" if small else "cuda",
+        kind="run",
+        origin=Path("outdir", e.label),
+        gpu_name=None if small else gpu,
+        result=result,
+        steps_done=result.steps_done,
+        published=GROUP.beside(id_) if same else None,
+        against=GROUP if same else None,
+        upstream=result.upstream,
     )
 
 
@@ -54,8 +79,23 @@ def test_a_run_is_printed_beside_the_published_row():
     foretold = f"{row().predicted_step_ms:.1f}"
     assert "formula: ms/step predicted" in text
     assert line_of(text, "111").split() == [
-        "111", "gpt2xl-dp1-fit-80GB", "1", "76.3", "76.7", "0.99", "376.3", "1.3", "393", "0.96", foretold, "400",
-        "40.4%", "6-100", "1", "mock", "ok",
+        "111",
+        "gpt2xl-dp1-fit-80GB",
+        "1",
+        "76.3",
+        "76.7",
+        "0.99",
+        "376.3",
+        "1.3",
+        "393",
+        "0.96",
+        foretold,
+        "400",
+        "40.4%",
+        "6-100",
+        "1",
+        "mock",
+        "ok",
     ]
     assert text.startswith("NVIDIA H200\n id  experiment")
     assert "\n100 Data parallelism\n" in text
@@ -73,7 +113,9 @@ def test_the_footer_says_how_numbers_were_made():
         "Ended as published: 1 of the 1 with a published row.",
     ):
         assert said in text
-    assert "formula: ms/step" in text and "formula: ms/step" not in tables.render([row("620")]), "of sinks the formula knows nothing"
+    assert "formula: ms/step" in text and "formula: ms/step" not in tables.render([row("620")]), (
+        "of sinks the formula knows nothing"
+    )
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 100, 120, 200])
@@ -89,7 +131,9 @@ def test_a_narrow_terminal_gets_the_important_columns(width):
 
 def test_a_record_says_so():
     kept = replace(row(), kind="record", label="h200-141gb/111_cardh100-80gb")
-    assert "gpt2xl-dp1-fit-80GB_cardh100-80gb (record)" in line_of(tables.render([kept], width=200), "111")
+    assert "gpt2xl-dp1-fit-80GB_cardh100-80gb (record)" in line_of(
+        tables.render([kept], width=200), "111"
+    )
 
 
 def test_out_of_memory_as_published_counts():
@@ -104,7 +148,13 @@ def test_out_of_memory_as_published_counts():
     [
         ("111", "oom", {}, "OOM (publ. ran) [1]", "rank 3: it broke; mend it"),
         ("115", "oom", {}, "  OOM [1] [2]", "115: published as 115, but what ran is unknown"),
-        ("121", "ok", {}, "ok (publ. OOM) [1]", "143,771 MiB here, more than published; CARD=h100-80gb"),
+        (
+            "121",
+            "ok",
+            {},
+            "ok (publ. OOM) [1]",
+            "143,771 MiB here, more than published; CARD=h100-80gb",
+        ),
         ("408", "crash", {}, "crash at 7/100 [1]", "rank 3: it broke; mend it"),
         ("408", "hang", {}, "hang at 7/100 [1]", "rank 3: it broke; mend it"),
         ("408", "nan", {}, "NaN at 7/100 [1]", "rank 3: it broke; mend it"),
@@ -113,7 +163,15 @@ def test_out_of_memory_as_published_counts():
     ],
 )
 def test_what_a_reader_must_know_stands_in_notes(id_, state, settings, status, note):
-    odd = row(id_, settings=settings, state=state, rank=3, detail="it broke", advice="mend it", steps_done=7)
+    odd = row(
+        id_,
+        settings=settings,
+        state=state,
+        rank=3,
+        detail="it broke",
+        advice="mend it",
+        steps_done=7,
+    )
     text = tables.render([odd if state != "ok" else row(id_, settings=settings)], width=200)
     assert line_of(text, id_).endswith(status)
     assert note in line_of(text, "[1]")
@@ -127,7 +185,9 @@ def test_numbers_in_doubt_are_marked_and_get_no_ratio():
 
 
 def test_a_run_without_nvml_says_so_and_gets_no_ratio():
-    text = tables.render([row(memory_gib={"allocated": 70.1, "reserved": 74.0}), row("114")], width=200)
+    text = tables.render(
+        [row(memory_gib={"allocated": 70.1, "reserved": 74.0}), row("114")], width=200
+    )
     assert "NVML could not be read: the used memory is unknown" in line_of(text, "[1]")
     assert line_of(text, "111").split()[2:5] == ["1", "76.7", "376.3"]  # no GiB, no ratio
 
@@ -156,13 +216,19 @@ def test_miniatures_and_kinds_of_gpu_never_share_a_table():
 
 
 def test_an_unknown_gpu_says_why_there_is_no_mfu():
-    assert "No MFU: harness/experiment/hardware.py has no peak of NVIDIA X1" in tables.render([row(gpu="NVIDIA X1")])
+    assert "No MFU: harness/experiment/hardware.py has no peak of NVIDIA X1" in tables.render(
+        [row(gpu="NVIDIA X1")]
+    )
 
 
 def test_running_and_killed_show_how_far_they_came():
     unfinished = replace(row("408"), result=None, steps_done=12)
-    assert line_of(tables.render([replace(unfinished, state="running")]), "408").endswith("running at 12/100")
-    assert line_of(tables.render([replace(unfinished, state="killed")]), "408").endswith("killed at 12/100")
+    assert line_of(tables.render([replace(unfinished, state="running")]), "408").endswith(
+        "running at 12/100"
+    )
+    assert line_of(tables.render([replace(unfinished, state="killed")]), "408").endswith(
+        "killed at 12/100"
+    )
 
 
 def test_colour_changes_nothing_but_colour():
@@ -176,11 +242,19 @@ def test_markdown_is_a_table_for_each_chapter():
     text = tables.render([row(), row("408")], "markdown", titles={100: "Data"})
     assert "**100 Data**" in text and "**400**" in text
     head = line_of(text, "| id ")
-    assert all(line.count("|") == head.count("|") for line in text.splitlines() if line.startswith("|"))
+    assert all(
+        line.count("|") == head.count("|") for line in text.splitlines() if line.startswith("|")
+    )
 
 
 def test_csv_and_json_hold_the_same_plain_values():
-    rows = [row(), row("115"), row("121", state="oom", step_ms=None), replace(row("408"), result=None), row("611")]
+    rows = [
+        row(),
+        row("115"),
+        row("121", state="oom", step_ms=None),
+        replace(row("408"), result=None),
+        row("611"),
+    ]
     parsed = json.loads(tables.render(rows, "json"))
     assert [line["id"] for line in parsed] == ["111", "115", "121", "408", "611"]
     assert parsed[0]["step_ms"] == 376.3 and parsed[0]["published_step_ms"] == 393
@@ -254,7 +328,9 @@ def test_make_table_prints_the_rest_where_a_file_is_corrupt(tmp_path, capsys):
 
 def test_tables_are_made_without_torch_matplotlib_or_rich():
     code = "import sys, harness.evidence.tables; print({'torch', 'matplotlib', 'rich'} & sys.modules.keys())"
-    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert found.stdout.strip() == "set()"
 
 

@@ -24,11 +24,15 @@ HALF_SIZE = [e for e in load_catalog().experiments if e.half_of]
 
 def make(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     clean = {k: v for k, v in os.environ.items() if not k.startswith("MAKE") and k != "MFLAGS"}
-    return subprocess.run(["make", *words], cwd=ROOT, text=True, capture_output=True, env={**clean, **environment})
+    return subprocess.run(
+        ["make", *words], cwd=ROOT, text=True, capture_output=True, env={**clean, **environment}
+    )
 
 
 def test_targets_mk_is_fresh() -> None:
-    assert targets.FILE.read_text() == targets.render(load_catalog()), "stale: run `make targets` and commit the result"
+    assert targets.FILE.read_text() == targets.render(load_catalog()), (
+        "stale: run `make targets` and commit the result"
+    )
 
 
 def bash_completes(typed: str) -> list[str]:
@@ -39,7 +43,9 @@ def bash_completes(typed: str) -> list[str]:
         $(complete -p make | sed 's/.*-F \([^ ]*\).*/\1/') make {typed!r} make
         printf '%s\n' "${{COMPREPLY[@]}}"
     """
-    done = subprocess.run(["bash", "--norc", "-c", script], cwd=ROOT, text=True, capture_output=True)
+    done = subprocess.run(
+        ["bash", "--norc", "-c", script], cwd=ROOT, text=True, capture_output=True
+    )
     return done.stdout.split()
 
 
@@ -51,10 +57,23 @@ def test_one_tab_completes_a_name_in_bash(name: str) -> None:
 
 @pytest.mark.skipif(not BASH_COMPLETION.exists(), reason="bash-completion is not installed")
 def test_other_targets_complete_in_bash() -> None:
-    assert sorted(bash_completes("show-4")) == sorted(f"show-{e.id}" for e in load_catalog().in_chapter(400))
-    assert sorted(bash_completes("memory-62")) == ["memory-620", "memory-621", "memory-622", "memory-623", "memory-624", "memory-625"]
-    assert sorted(bash_completes("speed-12")) == [f"speed-{id_}" for id_ in ("121", "122", "124", "128", "129", "129h")]
-    assert sorted(bash_completes("half-4")) == sorted(f"half-{e.name}" for e in HALF_SIZE if e.chapter == 400)
+    assert sorted(bash_completes("show-4")) == sorted(
+        f"show-{e.id}" for e in load_catalog().in_chapter(400)
+    )
+    assert sorted(bash_completes("memory-62")) == [
+        "memory-620",
+        "memory-621",
+        "memory-622",
+        "memory-623",
+        "memory-624",
+        "memory-625",
+    ]
+    assert sorted(bash_completes("speed-12")) == [
+        f"speed-{id_}" for id_ in ("121", "122", "124", "128", "129", "129h")
+    ]
+    assert sorted(bash_completes("half-4")) == sorted(
+        f"half-{e.name}" for e in HALF_SIZE if e.chapter == 400
+    )
     assert bash_completes("chapter-3") == ["chapter-300"]
     assert "help" in bash_completes("he")
 
@@ -62,7 +81,9 @@ def test_other_targets_complete_in_bash() -> None:
 @pytest.mark.skipif(not shutil.which("zsh"), reason="zsh is not installed")
 def test_one_tab_completes_a_name_in_zsh(tmp_path: Path) -> None:
     """A real interactive zsh on a pseudo-terminal: type ``make 101``, press tab, read the line."""
-    (tmp_path / ".zshrc").write_text(f"autoload -Uz compinit; compinit -u -d {tmp_path}/dump; PS1='ready> '\n")
+    (tmp_path / ".zshrc").write_text(
+        f"autoload -Uz compinit; compinit -u -d {tmp_path}/dump; PS1='ready> '\n"
+    )
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(ROOT)
@@ -77,11 +98,20 @@ def test_one_tab_completes_a_name_in_zsh(tmp_path: Path) -> None:
         os.waitpid(pid, 0)
 
 
-@pytest.mark.parametrize("typed, completed", [
-    ("282h", ["282h-gpt-22B-half-tp4-gbs8-len2048-sp"]), ("282", ["282-gpt-22B-tp8-gbs4-len2048-sp"]), ("half-282", ["half-282h-gpt-22B-half-tp4-gbs8-len2048-sp"]),
-    ("129h", ["129h-gpt2xl-dp4-gbs80-zero2"]), ("train-", ["train-gpt3-345m"]), ("999h", []),
-])
-def test_half_size_completes_by_its_id_where_our_completion_is_sourced(typed: str, completed: list[str]) -> None:
+@pytest.mark.parametrize(
+    "typed, completed",
+    [
+        ("282h", ["282h-gpt-22B-half-tp4-gbs8-len2048-sp"]),
+        ("282", ["282-gpt-22B-tp8-gbs4-len2048-sp"]),
+        ("half-282", ["half-282h-gpt-22B-half-tp4-gbs8-len2048-sp"]),
+        ("129h", ["129h-gpt2xl-dp4-gbs80-zero2"]),
+        ("train-", ["train-gpt3-345m"]),
+        ("999h", []),
+    ],
+)
+def test_half_size_completes_by_its_id_where_our_completion_is_sourced(
+    typed: str, completed: list[str]
+) -> None:
     """Without bash-completion: where that is installed, all but NNNh is left to it."""
     script = rf"""
         source scripts/completion.bash
@@ -89,7 +119,9 @@ def test_half_size_completes_by_its_id_where_our_completion_is_sourced(typed: st
         $(complete -p make | sed 's/.*-F \([^ ]*\).*/\1/') make {typed!r} make
         printf '%s\n' "${{COMPREPLY[@]}}"
     """
-    done = subprocess.run(["bash", "--norc", "-c", script], cwd=ROOT, text=True, capture_output=True)
+    done = subprocess.run(
+        ["bash", "--norc", "-c", script], cwd=ROOT, text=True, capture_output=True
+    )
     assert done.stdout.split() == completed and not done.stderr
     assert all(make(name, "DRY_RUN=1").returncode == 0 for name in completed if typed[-1] == "h")
 
@@ -109,7 +141,10 @@ def read_until(terminal: int, wanted: str, seconds: float = 30) -> str:
 def test_the_short_and_the_long_target_run_the_same(target: str) -> None:
     done = make("-n", target, "STEPS=20")
     assert done.returncode == 0
-    assert re.fullmatch(r"scripts/setup\.sh light -- -m harness (?:run|target) '?101(-gpt2xl-dp1-gbs1-bf16)?'? +--given +'STEPS' *\n", done.stdout)
+    assert re.fullmatch(
+        r"scripts/setup\.sh light -- -m harness (?:run|target) '?101(-gpt2xl-dp1-gbs1-bf16)?'? +--given +'STEPS' *\n",
+        done.stdout,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -125,12 +160,24 @@ def front_door(tmp_path_factory):
         shutil.copy(ROOT / name, home / name)
     (home / "scripts").mkdir()
     fake = home / "scripts" / "setup.sh"
-    fake.write_text(f"#!{sys.executable} -IS\nimport json, os, sys\nprint(json.dumps([sys.argv[sys.argv.index('harness') + 1:], {{**os.environ}}]))")
+    fake.write_text(
+        f"#!{sys.executable} -IS\nimport json, os, sys\nprint(json.dumps([sys.argv[sys.argv.index('harness') + 1:], {{**os.environ}}]))"
+    )
     fake.chmod(0o755)
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("MAKE") and k not in ("MFLAGS", *(s.key for s in SETTINGS))}
+    clean = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith("MAKE") and k not in ("MFLAGS", *(s.key for s in SETTINGS))
+    }
 
     def call(*words: str, **environment: str) -> list[str] | None:
-        done = subprocess.run(["make", "-i", *words], cwd=home, text=True, capture_output=True, env={**clean, **environment})
+        done = subprocess.run(
+            ["make", "-i", *words],
+            cwd=home,
+            text=True,
+            capture_output=True,
+            env={**clean, **environment},
+        )
         assert not (home / "touched").exists(), (words, environment)
         assert {path.name for path in home.iterdir()} == {"Makefile", "experiments", "scripts"}
         if not done.stdout.startswith("["):
@@ -153,15 +200,34 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("turn", range(4))
-@pytest.mark.parametrize(("target", "command"), [("101", ["target", "101"]), ("data-prepare", ["data", "prepare"]), ("verify-101", ["verify", "101"])])
-def test_values_arrive_as_typed_and_nothing_executes(front_door, target: str, command: list[str], turn: int) -> None:
+@pytest.mark.parametrize(
+    ("target", "command"),
+    [
+        ("101", ["target", "101"]),
+        ("data-prepare", ["data", "prepare"]),
+        ("verify-101", ["verify", "101"]),
+    ],
+)
+def test_values_arrive_as_typed_and_nothing_executes(
+    front_door, target: str, command: list[str], turn: int
+) -> None:
     """Every setting, with another of these values in each turn; on the command line, then in the environment."""
     keys = [setting.key for setting in SETTINGS]
-    values = {key: HOSTILE[(place * 5 + turn * 11) % len(HOSTILE)] for place, key in enumerate(keys)}
+    values = {
+        key: HOSTILE[(place * 5 + turn * 11) % len(HOSTILE)] for place, key in enumerate(keys)
+    }
     assert {*values.values()} == {*HOSTILE}
     # make itself drops blanks behind the first =
-    arrived = front_door(target, *(f"{key}={value}" for key, value in values.items()), f"VENV={HOSTILE[turn]}", f"NCCL_X={HOSTILE[-turn]}")
-    assert arrived == [*command, *(f"{key}={value.lstrip(' ' + chr(9))}" for key, value in values.items() if value.strip())]
+    arrived = front_door(
+        target,
+        *(f"{key}={value}" for key, value in values.items()),
+        f"VENV={HOSTILE[turn]}",
+        f"NCCL_X={HOSTILE[-turn]}",
+    )
+    assert arrived == [
+        *command,
+        *(f"{key}={value.lstrip(' ' + chr(9))}" for key, value in values.items() if value.strip()),
+    ]
     arrived = front_door(target, **values)
     assert arrived == [*command, *(f"{key}={value}" for key, value in values.items())]
 
@@ -173,13 +239,38 @@ def test_values_arrive_as_typed_and_nothing_executes(front_door, target: str, co
 ])  # fmt: skip
 def test_what_is_no_setting_is_told_by_name_and_nothing_executes(front_door, name: str) -> None:
     """Also the Makefile's own variables, and make's."""
-    for target, value in (("101", "$(shell touch touched)"), ("help", "'; touch touched; '"), ("list", "; touch touched;")):
+    for target, value in (
+        ("101", "$(shell touch touched)"),
+        ("help", "'; touch touched; '"),
+        ("list", "; touch touched;"),
+    ):
         words = front_door(target, f"{name}={value}")
-        assert words is None or [word for word in words if word.startswith(f"{name}=")], (target, value)
+        assert words is None or [word for word in words if word.startswith(f"{name}=")], (
+            target,
+            value,
+        )
 
 
-@pytest.mark.parametrize("target", ["101'; touch touched; '", '101"; touch touched; "', "101; touch touched", "`touch touched`", "$$touch",
-                                    "data-'; touch touched; '", "a\ntouch touched\n", "'\ntouch touched\n'", "\\", "é", "a b", "*", "-n", "&touch touched", "#"])
+@pytest.mark.parametrize(
+    "target",
+    [
+        "101'; touch touched; '",
+        '101"; touch touched; "',
+        "101; touch touched",
+        "`touch touched`",
+        "$$touch",
+        "data-'; touch touched; '",
+        "a\ntouch touched\n",
+        "'\ntouch touched\n'",
+        "\\",
+        "é",
+        "a b",
+        "*",
+        "-n",
+        "&touch touched",
+        "#",
+    ],
+)
 def test_a_target_arrives_as_typed_and_nothing_executes(front_door, target: str) -> None:
     assert front_door("--", target) == ["target", target.replace("\n", " ")]
     front_door("--", f"$(shell touch touched){target}")
@@ -189,61 +280,119 @@ def test_settings_in_the_environment_count_too() -> None:
     assert "'STEPS'" in make("-n", "101", STEPS="7").stdout
 
 
-@pytest.mark.parametrize("word, near", [("STEP=3", "STEPS"), ("tp=2", "TP"), ("CHAPTER=100", ""), ("zzz=1", "make help")])
+@pytest.mark.parametrize(
+    "word, near", [("STEP=3", "STEPS"), ("tp=2", "TP"), ("CHAPTER=100", ""), ("zzz=1", "make help")]
+)
 def test_no_word_of_the_command_line_is_ignored(word: str, near: str) -> None:
     done = make("101", word, "DRY_RUN=1")
-    assert done.returncode == 2 and f"unknown setting {word.split('=')[0]}" in done.stderr and near in done.stderr
+    assert (
+        done.returncode == 2
+        and f"unknown setting {word.split('=')[0]}" in done.stderr
+        and near in done.stderr
+    )
 
 
 def test_variables_of_the_environment_may_stand_on_the_command_line() -> None:
     assert "NCCL_DEBUG" not in make("-n", "101", "NCCL_DEBUG=INFO").stdout
 
 
-@pytest.mark.parametrize("target, said", [
-    ("show-999", "no experiment 999; nearest ids"), ("memory-999", "no experiment 999; nearest ids"), ("speed-999", "no experiment 999; nearest ids"), ("faster-999", "no experiment 999; nearest ids"),
-    ("gpus-999", "no experiment 999; nearest ids"),
-    ("tabel", "did you mean table?"), ("chapter-900", "did you mean chapter-100, chapter-200"), ("speed", "did you mean speed-101"), ("1O1", "no experiment 1O1"),
-    ("data-openwebtext", "did you mean data-openwebtext-10k"), ("qqqq", "no target qqqq\nmake list"),
-])
+@pytest.mark.parametrize(
+    "target, said",
+    [
+        ("show-999", "no experiment 999; nearest ids"),
+        ("memory-999", "no experiment 999; nearest ids"),
+        ("speed-999", "no experiment 999; nearest ids"),
+        ("faster-999", "no experiment 999; nearest ids"),
+        ("gpus-999", "no experiment 999; nearest ids"),
+        ("tabel", "did you mean table?"),
+        ("chapter-900", "did you mean chapter-100, chapter-200"),
+        ("speed", "did you mean speed-101"),
+        ("1O1", "no experiment 1O1"),
+        ("data-openwebtext", "did you mean data-openwebtext-10k"),
+        ("qqqq", "no target qqqq\nmake list"),
+    ],
+)
 def test_a_target_that_is_none_gets_the_nearest(target: str, said: str) -> None:
     done = make(target)
     assert done.returncode == 2 and said in done.stderr
 
 
-@pytest.mark.parametrize("name", ["half-282h", "half-282", "282h", "half-282h-gpt-22B-half-tp4-gbs8-len2048-sp", "282h-gpt-22B-half-tp4-gbs8-len2048-sp"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "half-282h",
+        "half-282",
+        "282h",
+        "half-282h-gpt-22B-half-tp4-gbs8-len2048-sp",
+        "282h-gpt-22B-half-tp4-gbs8-len2048-sp",
+    ],
+)
 def test_half_the_size_goes_by_each_of_its_names(name: str) -> None:
     done = make(name, "DRY_RUN=1", "DEVICE=cuda")
-    assert done.returncode == 0 and "# 282h-gpt-22B-half-tp4-gbs8-len2048-sp:" in done.stdout, done.stderr
+    assert done.returncode == 0 and "# 282h-gpt-22B-half-tp4-gbs8-len2048-sp:" in done.stdout, (
+        done.stderr
+    )
 
 
-@pytest.mark.parametrize("old, now", [
-    ("install-dependencies", "make setup"), ("prepare-ds-openwebtext-10k", "make data-openwebtext-10k"), ("show-arguments", "make arguments"),
-    ("count-arguments", "make arguments | tail -n 1"), ("profile-282-gpt-22B-tp8-gbs4-len2048-sp", "make 282 PROFILE=1"), ("profile-283", "make 283 PROFILE=1"),
-    ("train-gpt3-345m-1gpu-x-model-parallelism", "make 601"), ("130-gpt2xl-dp8-zero2-fit-param", "make 128 ARGS='--num-layers 60'"),
-])
+@pytest.mark.parametrize(
+    "old, now",
+    [
+        ("install-dependencies", "make setup"),
+        ("prepare-ds-openwebtext-10k", "make data-openwebtext-10k"),
+        ("show-arguments", "make arguments"),
+        ("count-arguments", "make arguments | tail -n 1"),
+        ("profile-282-gpt-22B-tp8-gbs4-len2048-sp", "make 282 PROFILE=1"),
+        ("profile-283", "make 283 PROFILE=1"),
+        ("train-gpt3-345m-1gpu-x-model-parallelism", "make 601"),
+        ("130-gpt2xl-dp8-zero2-fit-param", "make 128 ARGS='--num-layers 60'"),
+    ],
+)
 def test_what_the_tutorials_call_otherwise(old: str, now: str) -> None:
     assert tutorial.replacement(old) == now
 
 
 def test_every_name_of_the_tutorials_is_a_target_or_has_a_replacement() -> None:
     """The targets of that Makefile in all its commits, experiments of this catalogue left out."""
-    names = ["install-dependencies", "prepare-ds-openwebtext-10k", "show-arguments", "count-arguments", "how-to-recompute-activation",
-             "profile-282-gpt-22B-tp8-gbs4-len2048-sp", "profile-283-gpt-22B-tp8-gbs4-len2048-ra", "129-gpt2xl-dp8-zero2-fit-gbs", "130-gpt2xl-dp8-zero2-fit-param"]
+    names = [
+        "install-dependencies",
+        "prepare-ds-openwebtext-10k",
+        "show-arguments",
+        "count-arguments",
+        "how-to-recompute-activation",
+        "profile-282-gpt-22B-tp8-gbs4-len2048-sp",
+        "profile-283-gpt-22B-tp8-gbs4-len2048-ra",
+        "129-gpt2xl-dp8-zero2-fit-gbs",
+        "130-gpt2xl-dp8-zero2-fit-param",
+    ]
     assert all(tutorial.replacement(name) for name in names)
-    assert not [e.name for e in load_catalog().experiments if tutorial.replacement(e.name) or tutorial.replacement(e.id)]
+    assert not [
+        e.name
+        for e in load_catalog().experiments
+        if tutorial.replacement(e.name) or tutorial.replacement(e.id)
+    ]
 
 
 def test_a_name_of_the_tutorials_runs_what_stands_for_it() -> None:
     done = make("profile-282-gpt-22B-tp8-gbs4-len2048-sp", "DRY_RUN=1", "DEVICE=cuda", "STEPS=30")
-    assert done.returncode == 0 and "here: make 282 PROFILE=1" in done.stderr and "--train-iters 30" in done.stdout and "HARNESS_PROFILE=8-9" in done.stdout
+    assert (
+        done.returncode == 0
+        and "here: make 282 PROFILE=1" in done.stderr
+        and "--train-iters 30" in done.stdout
+        and "HARNESS_PROFILE=8-9" in done.stdout
+    )
     recomputes = make("how-to-recompute-activation")
     changed = [line for line in recomputes.stdout.splitlines() if line[:1] in "+-"]
     assert recomputes.returncode == 0 and any("--sequence-parallel" in line for line in changed)
     assert any(line.startswith("+") and "--recompute-granularity full" in line for line in changed)
 
 
-@pytest.mark.parametrize("name, near", [("train-cp2-gpt2-large-2gpu", "make 302"), ("train-sp2-gpt2-large-2gpu", "make 232 SP=1")])
-def test_a_model_that_is_not_in_the_catalogue_gets_the_nearest_experiment(name: str, near: str) -> None:
+@pytest.mark.parametrize(
+    "name, near",
+    [("train-cp2-gpt2-large-2gpu", "make 302"), ("train-sp2-gpt2-large-2gpu", "make 232 SP=1")],
+)
+def test_a_model_that_is_not_in_the_catalogue_gets_the_nearest_experiment(
+    name: str, near: str
+) -> None:
     done = make(name)
     assert done.returncode == 2 and near in done.stderr and "gpt2-large" in done.stderr
 
@@ -253,7 +402,9 @@ def test_a_name_of_the_tutorials_that_takes_no_settings_says_so() -> None:
     assert done.returncode == 2 and "takes no settings" in done.stderr
 
 
-@pytest.mark.parametrize("target, near", [("tests", "test"), ("data", "data-list"), ("scripts", ""), ("experiments", "")])
+@pytest.mark.parametrize(
+    "target, near", [("tests", "test"), ("data", "data-list"), ("scripts", ""), ("experiments", "")]
+)
 def test_a_file_of_that_name_makes_no_target(target: str, near: str) -> None:
     done = make(target)
     assert done.returncode == 2 and f"no target {target}" in done.stderr and near in done.stderr
@@ -261,7 +412,13 @@ def test_a_file_of_that_name_makes_no_target(target: str, near: str) -> None:
 
 def test_only_docs_is_both_a_target_and_a_folder() -> None:
     """The Makefile says that a file's name is no target, except of this one."""
-    rules = set(re.findall(r"^([a-z0-9][\w.-]*):", (ROOT / "Makefile").read_text() + targets.FILE.read_text(), re.MULTILINE))
+    rules = set(
+        re.findall(
+            r"^([a-z0-9][\w.-]*):",
+            (ROOT / "Makefile").read_text() + targets.FILE.read_text(),
+            re.MULTILINE,
+        )
+    )
     assert {path.name for path in ROOT.iterdir()} & rules == {"docs"}
 
 
@@ -270,8 +427,10 @@ def newer_catalog(tmp_path: Path, monkeypatch):
     """A catalogue with 921, which targets.mk does not have."""
     for path in (ROOT / "experiments").glob("*.yaml"):
         shutil.copy(path, tmp_path)
-    (tmp_path / "900-new.yaml").write_text("chapter: 900\ntitle: New\nexperiments:\n"
-                                           "  921: {slug: new, model: gpt2-xl, mbs: 1, gbs: 1, seq: 1024, shows: s}\n")
+    (tmp_path / "900-new.yaml").write_text(
+        "chapter: 900\ntitle: New\nexperiments:\n"
+        "  921: {slug: new, model: gpt2-xl, mbs: 1, gbs: 1, seq: 1024, shows: s}\n"
+    )
     catalog = load_catalog(tmp_path)
     monkeypatch.setattr(cli, "load_catalog", lambda: catalog)
     return catalog
@@ -282,21 +441,40 @@ def newer_catalog(tmp_path: Path, monkeypatch):
     ("speed-921-new", ("speed", "921")), ("chapter-900", ("chapter", "900")), ("half-282h", ("run", "282h")),
     ("train-gpt3-345m", ("train", "604")),
 ])  # fmt: skip
-def test_a_row_newer_than_the_targets_gets_the_command_that_was_asked_for(newer_catalog, monkeypatch, target, ran) -> None:
+def test_a_row_newer_than_the_targets_gets_the_command_that_was_asked_for(
+    newer_catalog, monkeypatch, target, ran
+) -> None:
     called = []
-    commands = {name: lambda words, name=name: called.append((name, words)) or 0 for name in cli.COMMANDS if name != "target"}
+    commands = {
+        name: lambda words, name=name: called.append((name, words)) or 0
+        for name in cli.COMMANDS
+        if name != "target"
+    }
     monkeypatch.setattr(cli, "COMMANDS", {**commands, "target": cli.COMMANDS["target"]})
     assert cli.main(["target", target, "STEPS=3"]) == 0
     assert called == [(ran[0], [ran[1], "STEPS=3"])]
 
 
-@pytest.mark.parametrize("target, said", [
-    ("speed-922", "no experiment 922; nearest ids"), ("speed921", "no target speed921; did you mean speed-"), ("sped-921", "did you mean speed-"), ("half-921", "no experiment 921h"),
-    ("show-921-old", "no experiment is called 921-old; 921 is 921-new"), ("chapter-901", "no target chapter-901"), ("train-gpt2-xl", "no target train-gpt2-xl"), ("run-921", "no target run-921"),
-    ("show-", "no target show-"), ("", "no target"), ("clean-921", "no target clean-921"),
-])
+@pytest.mark.parametrize(
+    "target, said",
+    [
+        ("speed-922", "no experiment 922; nearest ids"),
+        ("speed921", "no target speed921; did you mean speed-"),
+        ("sped-921", "did you mean speed-"),
+        ("half-921", "no experiment 921h"),
+        ("show-921-old", "no experiment is called 921-old; 921 is 921-new"),
+        ("chapter-901", "no target chapter-901"),
+        ("train-gpt2-xl", "no target train-gpt2-xl"),
+        ("run-921", "no target run-921"),
+        ("show-", "no target show-"),
+        ("", "no target"),
+        ("clean-921", "no target clean-921"),
+    ],
+)
 def test_what_is_no_target_runs_nothing(newer_catalog, monkeypatch, capsys, target, said) -> None:
-    refused = {name: lambda words: pytest.fail("it ran") for name in cli.COMMANDS if name != "target"}
+    refused = {
+        name: lambda words: pytest.fail("it ran") for name in cli.COMMANDS if name != "target"
+    }
     monkeypatch.setattr(cli, "COMMANDS", {**refused, "target": cli.COMMANDS["target"]})
     assert cli.main(["target", target]) == 2
     assert said in capsys.readouterr().err
@@ -305,7 +483,9 @@ def test_what_is_no_target_runs_nothing(newer_catalog, monkeypatch, capsys, targ
 def test_make_alone_is_one_screen() -> None:
     lines = make().stdout.splitlines()
     assert len(lines) <= 50 and "make help" in lines[-1]
-    assert any(line.startswith("  make list ") for line in lines) and not any("STEPS=20" in line for line in lines)
+    assert any(line.startswith("  make list ") for line in lines) and not any(
+        "STEPS=20" in line for line in lines
+    )
 
 
 def test_exported_variables_of_weights_and_biases_ask_for_nothing_by_themselves() -> None:
@@ -319,6 +499,9 @@ def test_help_lists_every_target_that_has_a_line() -> None:
     done = make("help")
     assert done.returncode == 0
     makefile = (ROOT / "Makefile").read_text()
-    for word in (*(f"make {name} " for name in re.findall(r"^([^\s:]+):.* ## ", makefile, re.MULTILINE)), *(f"  {s.key}=" for s in SETTINGS)):
+    for word in (
+        *(f"make {name} " for name in re.findall(r"^([^\s:]+):.* ## ", makefile, re.MULTILINE)),
+        *(f"  {s.key}=" for s in SETTINGS),
+    ):
         assert word in done.stdout, word
     assert "\x1b" not in done.stdout

@@ -18,7 +18,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def at(step: int, steps: int = 20, **changes) -> Progress:
-    fields = {"label": "101-x", "steps": steps, "phase": "building data", "elapsed_s": 7, "step": step}
+    fields = {
+        "label": "101-x",
+        "steps": steps,
+        "phase": "building data",
+        "elapsed_s": 7,
+        "step": step,
+    }
     numbers = {"loss": 10.98765, "step_ms": 186.84, "left_s": 62.0} if step else {}
     return Progress(**{**fields, **numbers, **changes})
 
@@ -32,7 +38,9 @@ def result(**changes) -> Result:
         "steps": 20,
         "steps_done": 20,
         "window": (6, 20),
-        "step_ms": Spread(median=186.8, q1=186.1, q3=187.9, mean=187.1, stdev=1.23, min=185.1, max=190.2, n=15),
+        "step_ms": Spread(
+            median=186.8, q1=186.1, q3=187.9, mean=187.1, stdev=1.23, min=185.1, max=190.2, n=15
+        ),
         "tflops": 54.04,
         "mfu": 0.0546,
         "peak_tflops": 989.5,
@@ -48,7 +56,10 @@ def result(**changes) -> Result:
 @pytest.mark.parametrize(
     ("line", "phase"),
     [
-        ("using world size: 8, data-parallel size: 2, context-parallel size: 1, ", "reading arguments"),
+        (
+            "using world size: 8, data-parallel size: 2, context-parallel size: 1, ",
+            "reading arguments",
+        ),
         ("> initializing torch distributed ...", "connecting ranks"),
         ("> compiling dataset index builder ...", "compiling helpers"),
         ("building GPT model ...", "building the model"),
@@ -66,7 +77,9 @@ def test_phases_are_read_from_upstreams_log(line, phase):
 
 def test_a_step_fits_into_80_columns_with_everything():
     line = step_line(at(12, 100, tflops=421.96, mfu=0.4264, memory_gib=76.31, left_s=92))
-    assert line == " 12/100  loss 10.9877  186.8 ms  422 TFLOP/s/GPU  MFU 42.6%  76.3 GiB  1:32 left"
+    assert (
+        line == " 12/100  loss 10.9877  186.8 ms  422 TFLOP/s/GPU  MFU 42.6%  76.3 GiB  1:32 left"
+    )
     assert len(line) == 80
     assert "left" not in step_line(at(20)), "the last step has nothing left"
     assert "TFLOP" not in step_line(at(1, tflops=0.0002)), "a miniature's rate says nothing"
@@ -81,7 +94,9 @@ def test_a_pipe_gets_phases_and_every_step_of_a_short_run():
         shown.finish("101-x")
     lines = out.getvalue().splitlines()
     assert lines[:2] == ["0:07  building data", "0:07  first step"]
-    assert [line.split("/")[0].strip() for line in lines[2:]] == [str(step) for step in range(1, 21)]
+    assert [line.split("/")[0].strip() for line in lines[2:]] == [
+        str(step) for step in range(1, 21)
+    ]
 
 
 def test_a_pipe_gets_few_lines_of_a_long_run_but_always_the_first_and_the_last(monkeypatch):
@@ -127,7 +142,9 @@ def test_the_summary_of_a_failure_has_its_rank_and_advice():
 
 
 def test_a_run_shorter_than_the_window_says_so():
-    short = result(steps=3, steps_done=3, step_ms=None, window=None, tflops=None, mfu=None, miniature=True)
+    short = result(
+        steps=3, steps_done=3, step_ms=None, window=None, tflops=None, mfu=None, miniature=True
+    )
     text = summary("101-x", Path("/x"), short)
     assert "no median: the averaging window begins after step 3" in text and "miniature" in text
 
@@ -147,9 +164,13 @@ with open_terminal() as t:
 def on_a_terminal(**environment: str) -> str:
     """What DRAW writes to a terminal of 80 columns."""
     leader, follower = pty.openpty()
-    environment = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR")} | environment
+    environment = {
+        k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR")
+    } | environment
     environment = {"TERM": "xterm-256color", "COLUMNS": "80"} | environment
-    process = subprocess.Popen([sys.executable, "-c", DRAW], cwd=ROOT, stdout=follower, env=environment)
+    process = subprocess.Popen(
+        [sys.executable, "-c", DRAW], cwd=ROOT, stdout=follower, env=environment
+    )
     os.close(follower)
     written = b""
     while True:
@@ -187,5 +208,7 @@ def test_a_dumb_terminal_gets_lines():
 
 def test_rich_is_imported_on_terminals_only():
     code = "import sys\nfrom harness.launching.terminal import open_terminal\nopen_terminal()\nprint('rich' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "False"

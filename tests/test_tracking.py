@@ -28,23 +28,39 @@ def rank(number: int, **memory: float) -> Rank:
 
 
 def test_a_step_on_gpus_has_speed_mfu_and_the_memory_of_the_fullest_rank() -> None:
-    ranks = [rank(0, allocated_peak_gib=61.5, reserved_peak_gib=64.0, nvml_used_gib=66.5), rank(1, allocated_peak_gib=70.25, reserved_peak_gib=63.0)]
+    ranks = [
+        rank(0, allocated_peak_gib=61.5, reserved_peak_gib=64.0, nvml_used_gib=66.5),
+        rank(1, allocated_peak_gib=70.25, reserved_peak_gib=63.0),
+    ]
     assert tracking.scalars(LINE, ranks, peak=989.4) == {
-        "performance/step_ms": 250.0, "performance/tflops_per_gpu": 400.0, "performance/tokens_per_s": 32768.0, "performance/mfu": pytest.approx(400 / 989.4),
-        "memory/allocated_peak_gib": 70.25, "memory/reserved_peak_gib": 64.0, "memory/nvml_used_gib": 66.5,
+        "performance/step_ms": 250.0,
+        "performance/tflops_per_gpu": 400.0,
+        "performance/tokens_per_s": 32768.0,
+        "performance/mfu": pytest.approx(400 / 989.4),
+        "memory/allocated_peak_gib": 70.25,
+        "memory/reserved_peak_gib": 64.0,
+        "memory/nvml_used_gib": 66.5,
     }
 
 
 def test_what_is_not_known_is_left_out() -> None:
     line = LINE.model_copy(update={"tflops": None})
-    assert tracking.scalars(line, [rank(0, rss_peak_gib=0.5)], peak=None) == {"performance/step_ms": 250.0, "performance/tokens_per_s": 32768.0, "memory/rss_peak_gib": 0.5}
+    assert tracking.scalars(line, [rank(0, rss_peak_gib=0.5)], peak=None) == {
+        "performance/step_ms": 250.0,
+        "performance/tokens_per_s": 32768.0,
+        "memory/rss_peak_gib": 0.5,
+    }
 
 
 def test_both_get_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     board, wandb = [], []
     upstream = ModuleType("megatron.training")
-    upstream.get_tensorboard_writer = lambda: type("Board", (), {"add_scalar": lambda self, *what: board.append(what)})()
-    upstream.get_wandb_writer = lambda: type("Wandb", (), {"log": lambda self, *what: wandb.append(what)})()
+    upstream.get_tensorboard_writer = lambda: type(
+        "Board", (), {"add_scalar": lambda self, *what: board.append(what)}
+    )()
+    upstream.get_wandb_writer = lambda: type(
+        "Wandb", (), {"log": lambda self, *what: wandb.append(what)}
+    )()
     monkeypatch.setitem(sys.modules, "megatron.training", upstream)
     monkeypatch.setattr(tracking, "_peak", lambda run_dir: 800.0)
     run = RunDir(tmp_path)
@@ -62,7 +78,9 @@ def finished(outdir: Path, label: str, id_: str) -> RunDir:
     run = RunDir(outdir / label)
     (run.path / "tensorboard").mkdir(parents=True)
     (run.path / "tensorboard" / "events.out.tfevents.1.here.1.0").touch()
-    write_json(run.experiment_json, {**load_catalog().find(id_).model_dump(mode="json"), "device": "cpu"})
+    write_json(
+        run.experiment_json, {**load_catalog().find(id_).model_dump(mode="json"), "device": "cpu"}
+    )
     return run
 
 
@@ -91,13 +109,23 @@ def test_a_port_that_is_taken() -> None:
         tensorboard.free_port(70000)
 
 
-@pytest.mark.skipif(not find_spec("tensorboard"), reason="the set-up stage `heavy` is not installed")
+@pytest.mark.skipif(
+    not find_spec("tensorboard"), reason="the set-up stage `heavy` is not installed"
+)
 def test_tensorboard_is_served_until_ctrl_c(tmp_path: Path) -> None:
     finished(tmp_path, "one", "101")
     code = f"import sys; from pathlib import Path; from harness.run import tensorboard; sys.exit(tensorboard.show({{}}, Path({str(tmp_path)!r})))"
-    shown = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "DISPLAY": "", "WAYLAND_DISPLAY": ""})
+    shown = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "DISPLAY": "", "WAYLAND_DISPLAY": ""},
+    )
     try:
-        address = next(word for word in shown.stdout.readline().split() if word.startswith("http://localhost:"))
+        address = next(
+            word for word in shown.stdout.readline().split() if word.startswith("http://localhost:")
+        )
         assert b"TensorBoard" in urllib.request.urlopen(address).read()
     finally:
         shown.send_signal(signal.SIGINT)

@@ -18,7 +18,9 @@ CATALOG = load_catalog()
 ROOT = Path(__file__).parents[1]
 pytestmark = [
     pytest.mark.cpu,
-    pytest.mark.skipif(not find_spec("transformer_engine"), reason="no Transformer Engine: scripts/setup.sh gpu"),
+    pytest.mark.skipif(
+        not find_spec("transformer_engine"), reason="no Transformer Engine: scripts/setup.sh gpu"
+    ),
 ]
 
 
@@ -28,7 +30,9 @@ def upstream(tmp_path_factory):
     result = tmp_path_factory.mktemp("te") / "found.json"
     command = [sys.executable, str(ROOT / "tests" / "build_with_te.py"), str(result)]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(result.read_text())
 
@@ -48,14 +52,24 @@ def test_ranks_hold_what_the_formulas_say(upstream):
             assert found["adapters"] == adapter_parameters(e), (id_, stage)
 
 
-@pytest.mark.parametrize(("architecture", "id_"), [
-    ("GPT2LMHeadModel", "601"), ("LlamaForCausalLM", "611"), ("GptOssForCausalLM", "620"), ("OlmoeForCausalLM", "631"),
-])
+@pytest.mark.parametrize(
+    ("architecture", "id_"),
+    [
+        ("GPT2LMHeadModel", "601"),
+        ("LlamaForCausalLM", "611"),
+        ("GptOssForCausalLM", "620"),
+        ("OlmoeForCausalLM", "631"),
+    ],
+)
 def test_imported_weights_have_all_that_these_layers_load(upstream, architecture, id_):
     from harness.convert.importing import states
 
     model = CATALOG.find(id_).model
-    imported = {key for row in ARCHITECTURES[architecture].rows_of(model) for key in (row.megatron, *row.also)}
+    imported = {
+        key
+        for row in ARCHITECTURES[architecture].rows_of(model)
+        for key in (row.megatron, *row.also)
+    }
     imported |= {key.partition("/")[0] for key in states(Sizes(model, 1, model.vocab_size))}
     wanted = set(upstream[id_]["0"]["keys"])
     assert "decoder.layers.self_attention.linear_qkv.layer_norm_weight" in wanted

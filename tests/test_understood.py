@@ -56,7 +56,11 @@ def flags(e):
 
 
 def pairs(text):
-    return {(a.option, value) for a in understood.arguments(shlex.split(text)) for value in (a.values or (None,))}
+    return {
+        (a.option, value)
+        for a in understood.arguments(shlex.split(text))
+        for value in (a.values or (None,))
+    }
 
 
 @pytest.mark.parametrize("text", SETTINGS)
@@ -64,7 +68,9 @@ def test_what_a_setting_says_is_that_setting(text):
     """The same experiment, label and all; and upstream is still told what was typed."""
     id_, setting = SETTINGS[text]
     e = apply(id_, f"ARGS={text}")
-    assert e == apply(id_, setting) != CATALOG.find(id_) and e.overrides == dict([setting.split("=")])
+    assert e == apply(id_, setting) != CATALOG.find(id_) and e.overrides == dict(
+        [setting.split("=")]
+    )
     assert pairs(text) - {("--recompute-activations", None)} <= pairs(shlex.join(flags(e)))
     assert apply(id_, f"ARGS={text} --seed 3").extra_args == ("--seed", "3")
 
@@ -76,22 +82,54 @@ def test_what_a_model_says_is_its_model(text):
     assert getattr(e.model, field) == value != getattr(CATALOG.find(id_).model, field)
     assert not e.extra_args and e.overrides == {"ARGS": text}
     said = dict(pairs(shlex.join(flags(e))))
-    assert all(option in said and (v is None or float(said[option]) == float(v) if v and v[0].isdigit() else said[option] == v)
-               for option, v in pairs(text)), said
+    assert all(
+        option in said
+        and (
+            v is None or float(said[option]) == float(v)
+            if v and v[0].isdigit()
+            else said[option] == v
+        )
+        for option, v in pairs(text)
+    ), said
 
 
 @pytest.mark.parametrize("command", ["show", "memory"])
 def test_modules_are_recomputed_selectively_or_not_at_all(command, capsys):
-    assert cli.main([command, "101", "RECOMPUTE=full", "ARGS=--recompute-modules mlp", "DATA=mock"]) == 2
-    assert "RECOMPUTE=full recomputes no single modules, but ARGS names mlp" in capsys.readouterr().err
-    assert cli.main([command, "101", "RECOMPUTE=selective", "ARGS=--recompute-modules mlp", "DATA=mock"]) == 0
+    assert (
+        cli.main([command, "101", "RECOMPUTE=full", "ARGS=--recompute-modules mlp", "DATA=mock"])
+        == 2
+    )
+    assert (
+        "RECOMPUTE=full recomputes no single modules, but ARGS names mlp" in capsys.readouterr().err
+    )
+    assert (
+        cli.main(
+            [command, "101", "RECOMPUTE=selective", "ARGS=--recompute-modules mlp", "DATA=mock"]
+        )
+        == 0
+    )
 
 
 def test_what_no_setting_says_stays_for_upstream_alone():
-    e = apply("101", "ARGS=--lr 1e-4 --num-layers=96 --recompute-granularity full --recompute-method block --x 'a b'", "MBS=1")
-    assert e.extra_args == ("--lr", "1e-4", "--recompute-granularity", "full", "--recompute-method", "block", "--x", "a b")
+    e = apply(
+        "101",
+        "ARGS=--lr 1e-4 --num-layers=96 --recompute-granularity full --recompute-method block --x 'a b'",
+        "MBS=1",
+    )
+    assert e.extra_args == (
+        "--lr",
+        "1e-4",
+        "--recompute-granularity",
+        "full",
+        "--recompute-method",
+        "block",
+        "--x",
+        "a b",
+    )
     assert (e.model.num_layers, e.recompute) == (96, "none")
-    assert apply("101", "ARGS=--num-experts 8 --moe-router-topk 2").extra_args, "more is needed to make experts of a dense row"
+    assert apply("101", "ARGS=--num-experts 8 --moe-router-topk 2").extra_args, (
+        "more is needed to make experts of a dense row"
+    )
 
 
 def test_the_fields_without_a_setting():
@@ -118,10 +156,21 @@ def test_what_cannot_be_is_refused_with_its_values(words, complaint):
 
 
 def test_sizes_are_checked_with_both():
-    assert apply("101", "ARGS=--num-layers 50", "PP=5").model.num_layers == 50, "48 layers have no five stages"
+    assert apply("101", "ARGS=--num-layers 50", "PP=5").model.num_layers == 50, (
+        "48 layers have no five stages"
+    )
 
 
-@pytest.mark.parametrize("text", ["--num-layers 96", "--ffn-hidden-size 12800", "--seq-length 2048", "--swiglu", "--vocab-size 300000"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "--num-layers 96",
+        "--ffn-hidden-size 12800",
+        "--seq-length 2048",
+        "--swiglu",
+        "--vocab-size 300000",
+    ],
+)
 def test_formulas_are_of_the_model_that_runs(text):
     e, row = apply("101", f"ARGS={text}"), CATALOG.find("101")
     assert predict(e).total > predict(row).total and step_flops(e) > step_flops(row)
@@ -135,7 +184,9 @@ def test_every_prediction_understands_a_deeper_model(command, capsys):
     assert deeper != capsys.readouterr().out
     commands = re.findall(r"make \S*111 .*|make \S*111_.*", deeper)
     for typed in commands:
-        assert "ARGS='--num-layers 96'" in typed and "--num-layers 96" in shlex.split(typed)[-1], typed
+        assert "ARGS='--num-layers 96'" in typed and "--num-layers 96" in shlex.split(typed)[-1], (
+            typed
+        )
     assert commands or command in ("memory", "speed")
 
 
@@ -149,7 +200,11 @@ def test_every_prediction_understands_a_deeper_model(command, capsys):
 def test_every_prediction_refuses_what_it_does_not_know(command, text, named, way_out, capsys):
     assert cli.main([command, "111", f"ARGS={text}", "CARD=h200-141gb"]) == 2
     said = capsys.readouterr()
-    assert f"no formula knows arguments of your own, here {named} in ARGS" in said.err and way_out in said.err and not said.out
+    assert (
+        f"no formula knows arguments of your own, here {named} in ARGS" in said.err
+        and way_out in said.err
+        and not said.out
+    )
 
 
 @pytest.mark.parametrize("command", PREDICTS)
@@ -173,7 +228,9 @@ def test_neutral_arguments_are_upstreams():
 def test_a_layout_that_is_proposed_keeps_the_model_of_args():
     e = apply("111", "ARGS=--num-layers 96 --seed 3")
     found = list(layouts(e, 2))
-    assert found and {(layout.model.num_layers, layout.extra_args) for layout in found} == {(96, ("--seed", "3"))}
+    assert found and {(layout.model.num_layers, layout.extra_args) for layout in found} == {
+        (96, ("--seed", "3"))
+    }
 
 
 def miniature(*words):
@@ -182,22 +239,39 @@ def miniature(*words):
 
 def test_the_miniature_scales_all_but_what_was_asked_for():
     small = miniature()
-    for text, changed in (("--num-layers 48", {"num_layers": 48}), ("--hidden-size 200 --swiglu", {"hidden_size": 200, "activation": "swiglu"}),
-                          ("--num-attention-heads 20", {"num_attention_heads": 20, "hidden_size": 80})):
+    for text, changed in (
+        ("--num-layers 48", {"num_layers": 48}),
+        ("--hidden-size 200 --swiglu", {"hidden_size": 200, "activation": "swiglu"}),
+        ("--num-attention-heads 20", {"num_attention_heads": 20, "hidden_size": 80}),
+    ):
         asked = miniature(f"ARGS={text}")
-        assert asked.model == small.model.model_copy(update=changed) and re.fullmatch(small.label.replace("_cpu", "_args[^_]*_cpu"), asked.label)
-    assert miniature("ARGS=--seq-length 64 --train-iters 3").label == miniature("SEQ=64", "STEPS=3").label != small.label
+        assert asked.model == small.model.model_copy(update=changed) and re.fullmatch(
+            small.label.replace("_cpu", "_args[^_]*_cpu"), asked.label
+        )
+    assert (
+        miniature("ARGS=--seq-length 64 --train-iters 3").label
+        == miniature("SEQ=64", "STEPS=3").label
+        != small.label
+    )
 
 
 def test_weights_bring_their_model_and_args_may_not_say_another(monkeypatch, tmp_path):
     from harness.planning import start
 
-    model = miniature().model.model_copy(update={"name": "four", "hidden_size": 64, "num_attention_heads": 4})
+    model = miniature().model.model_copy(
+        update={"name": "four", "hidden_size": 64, "num_attention_heads": 4}
+    )
     monkeypatch.setattr(start, "find", lambda named, outdir: start.Start("/four", model, 64, None))
-    made = start.with_settings(CATALOG.find("101"), {"WEIGHTS": "four", "ARGS": "--num-attention-heads 4 --seed 3"}, tmp_path)
+    made = start.with_settings(
+        CATALOG.find("101"),
+        {"WEIGHTS": "four", "ARGS": "--num-attention-heads 4 --seed 3"},
+        tmp_path,
+    )
     assert made.model.num_attention_heads == 4 and made.extra_args == ("--seed", "3")
-    for text, said in (("--num-layers 96", "their model has num_layers 2, not 96"),
-                       ("--max-position-embeddings 128", "they have 64 learned positions, not 128")):
+    for text, said in (
+        ("--num-layers 96", "their model has num_layers 2, not 96"),
+        ("--max-position-embeddings 128", "they have 64 learned positions, not 128"),
+    ):
         with pytest.raises(UserError, match=re.escape(said)):
             start.with_settings(CATALOG.find("101"), {"WEIGHTS": "four", "ARGS": text}, tmp_path)
 
@@ -206,14 +280,21 @@ def test_weights_bring_their_model_and_args_may_not_say_another(monkeypatch, tmp
     ("101", "--ckpt-format torch", "torch_dist"), ("101", "--ckpt-format fsdp_dtensor", "torch_dist"), ("101", "--dist-ckpt-format zarr", "torch_dist"),
     ("705", "--ckpt-format torch_dist", "fsdp_dtensor"),
 ])  # fmt: skip
-def test_a_format_that_fails_after_all_steps_is_refused_before_them(id_, text, ours, monkeypatch, tmp_path):
+def test_a_format_that_fails_after_all_steps_is_refused_before_them(
+    id_, text, ours, monkeypatch, tmp_path
+):
     settings = {"DATA": "mock", "SAVE": "1", "OUTDIR": str(tmp_path), "ARGS": text}
-    with pytest.raises(UserError, match=f"ARGS has {text}, but checkpoints with sharding .* are {ours}"):
+    with pytest.raises(
+        UserError, match=f"ARGS has {text}, but checkpoints with sharding .* are {ours}"
+    ):
         plan(CATALOG.find(id_), settings, "cuda")
     assert plan(CATALOG.find(id_), settings | {"SAVE": "0"}, "cuda") and not any(tmp_path.iterdir())
     assert plan(CATALOG.find(id_), settings | {"ARGS": f"--ckpt-format {ours}"}, "cuda")
 
 
 def test_async_save_is_the_harness_s_to_ask_for():
-    with pytest.raises(UserError, match=r"--async-save is the harness's to say; use SAVE=1, which saves while training goes on"):
+    with pytest.raises(
+        UserError,
+        match=r"--async-save is the harness's to say; use SAVE=1, which saves while training goes on",
+    ):
         apply("101", "ARGS=--async-save --ckpt-format torch")

@@ -16,15 +16,30 @@ import pytest
 from harness import ROOT
 from harness.experiment.catalog import load_catalog
 from harness.run.checkpoints import Loading, Saving
-from harness.upstreams.megatron_lm.flags import loading_flags, megatron_flags, saving_flags, tracking_flags
+from harness.upstreams.megatron_lm.flags import (
+    loading_flags,
+    megatron_flags,
+    saving_flags,
+    tracking_flags,
+)
 from harness.upstreams.megatron_lm.known_arguments import PINNED
 from harness.upstreams.megatron_lm.tracking import Tracking
 
-UPSTREAMS = {name: row for row in json.loads(PINNED.read_text(encoding="utf-8"))["arguments"] for name in row["names"]}
+UPSTREAMS = {
+    name: row
+    for row in json.loads(PINNED.read_text(encoding="utf-8"))["arguments"]
+    for name in row["names"]
+}
 ROPE, MOE = "--position-embedding-type rope", "--num-experts 4 --disable-bias-linear"
 YARN = "--position-embedding-type yarn --rotary-scaling-factor 4.0 --yarn-original-max-position-embeddings 16"
-SHARDED, FSDP = "--use-distributed-optimizer", "--use-megatron-fsdp --use-distributed-optimizer --ckpt-format fsdp_dtensor --bf16"
-TE, FP8 = "--transformer-impl transformer_engine --attention-backend auto", "--bf16 --fp8-format hybrid"
+SHARDED, FSDP = (
+    "--use-distributed-optimizer",
+    "--use-megatron-fsdp --use-distributed-optimizer --ckpt-format fsdp_dtensor --bf16",
+)
+TE, FP8 = (
+    "--transformer-impl transformer_engine --attention-backend auto",
+    "--bf16 --fp8-format hybrid",
+)
 SAVES, BEHIND = "--save somewhere --save-interval 3", "--load somewhere"
 
 
@@ -147,7 +162,9 @@ MAPPED = ("understood.py", "known_arguments.py")
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("arguments")
-    (folder / "rows.json").write_text(json.dumps([{**row._asdict(), "option": row.option} for row in ROWS]))
+    (folder / "rows.json").write_text(
+        json.dumps([{**row._asdict(), "option": row.option} for row in ROWS])
+    )
     # what another test's use of upstream left in this process would be upstream's answer here
     clean = {key: value for key, value in os.environ.items() if not key.startswith("NVTE_")}
     done = subprocess.run([sys.executable, str(ROOT / "tests" / "upstream_builds.py"), str(folder / "rows.json"), str(folder / "answer.json")],
@@ -165,9 +182,13 @@ def test_an_argument_changes_what_upstream_builds(row, built):
     name = row.option.removeprefix("--").replace("-", "_")
     wanted = (row.where,) if row.where else (name, name.removeprefix("no_"))
     named = [key for key in found["difference"] if any(one in key for one in wanted)]
-    assert named, f"{row.section} is the same with and without {row.words}, or differs elsewhere: {found['difference']}"
+    assert named, (
+        f"{row.section} is the same with and without {row.words}, or differs elsewhere: {found['difference']}"
+    )
     if row.section not in ("model", "muon", "lora"):
-        assert {key.rpartition(".")[2] for key in named} & set(found["read"]), f"no code of upstream reads {', '.join(named)}"
+        assert {key.rpartition(".")[2] for key in named} & set(found["read"]), (
+            f"no code of upstream reads {', '.join(named)}"
+        )
 
 
 def emitted() -> set[str]:
@@ -175,9 +196,18 @@ def emitted() -> set[str]:
     found = set()
     for path in (ROOT / "harness").rglob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        documentation = {id(statement.value) for node in ast.walk(tree) for statement in _body(node) if isinstance(statement, ast.Expr)}
+        documentation = {
+            id(statement.value)
+            for node in ast.walk(tree)
+            for statement in _body(node)
+            if isinstance(statement, ast.Expr)
+        }
         for node in ast.walk(tree) if path.name not in MAPPED else ():
-            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documentation:
+            if (
+                isinstance(node, ast.Constant)
+                and isinstance(node.value, str)
+                and id(node) not in documentation
+            ):
                 found |= set(re.findall(r"(?<![\w-])--[a-z][\w-]*", node.value)) & UPSTREAMS.keys()
     return found
 
@@ -190,7 +220,9 @@ def _body(node: ast.AST) -> list[ast.stmt]:
 def test_every_argument_that_the_harness_emits_has_a_row():
     rows = {row.option for row in ROWS}
     assert len(rows) > 140 and not rows & ONLY_NAMED.keys()
-    assert emitted() - rows == set(ONLY_NAMED), "add a row to ROWS: what must differ, at a value that is not the default"
+    assert emitted() - rows == set(ONLY_NAMED), (
+        "add a row to ROWS: what must differ, at a value that is not the default"
+    )
     assert rows - emitted() == set(), "the harness emits these no longer"
 
 
@@ -198,8 +230,17 @@ def test_what_the_catalogue_emits_has_a_row(tmp_path):
     rows, words = {row.option for row in ROWS}, set()
     for e in load_catalog().experiments:
         e = e.with_changes(data="mock")
-        words |= {word for device in ("cpu", "cuda") for group in megatron_flags(e, device) for word in group}
-        words |= {*saving_flags(e, Saving(3, None, None)), *loading_flags(Loading(tmp_path, 3, False)), *loading_flags(Loading(tmp_path, 3, True))}
+        words |= {
+            word
+            for device in ("cpu", "cuda")
+            for group in megatron_flags(e, device)
+            for word in group
+        }
+        words |= {
+            *saving_flags(e, Saving(3, None, None)),
+            *loading_flags(Loading(tmp_path, 3, False)),
+            *loading_flags(Loading(tmp_path, 3, True)),
+        }
     words |= {*tracking_flags(Tracking("offline", "p", "e", "n"), "label")}
     assert {word for word in words if word.startswith("--")} <= rows
 

@@ -47,7 +47,10 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str, message
     ("fields", "message"),
     [
         ({"name": "a", "gsb": 1}, "here: unknown key 'gsb'; did you mean gbs?"),
-        ({"name": "a", "inner": {"width": 1, "widht": 1}}, "here: unknown key 'inner.widht'; did you mean width?"),
+        (
+            {"name": "a", "inner": {"width": 1, "widht": 1}},
+            "here: unknown key 'inner.widht'; did you mean width?",
+        ),
         ({"name": "a", "inner": {}}, "here: 'inner.width' is missing"),
         ({"name": 5}, "here: name = 5: input should be a valid string"),
         ({"gbs": "x"}, "here: 'name' is missing\nhere: gbs = 'x': input should be a valid integer"),
@@ -60,5 +63,9 @@ def test_each_wrong_key_is_a_line_with_its_place(fields: dict, message: str) -> 
 
 
 def test_yaml_is_read_in_one_place() -> None:
-    readers = {path.name for path in (ROOT / "harness").rglob("*.py") if "import yaml\n" in path.read_text(encoding="utf-8")}
+    readers = {
+        path.name
+        for path in (ROOT / "harness").rglob("*.py")
+        if "import yaml\n" in path.read_text(encoding="utf-8")
+    }
     assert readers == {"yaml_files.py"}

@@ -17,7 +17,25 @@ from harness.pages.figures import load_panels
 from harness.predict import calibrations
 
 EXPERIMENTS = ROOT / "experiments"
-ODD = (None, [], ["x"], {}, {"a": 1}, {1: 2}, 5, -1, 1.5, True, "x", "", [[1]], [None], {"x": ["y"]}, 10**30, float("nan"))
+ODD = (
+    None,
+    [],
+    ["x"],
+    {},
+    {"a": 1},
+    {1: 2},
+    5,
+    -1,
+    1.5,
+    True,
+    "x",
+    "",
+    [[1]],
+    [None],
+    {"x": ["y"]},
+    10**30,
+    float("nan"),
+)
 
 
 def catalog(path: Path):
@@ -60,7 +78,13 @@ def place(tmp_path: Path, request) -> Path:
 def places(value, at=()):
     """The way to every value inside: keys and numbers."""
     yield at
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     for key, inside in items:
         yield from places(inside, (*at, key))
 
@@ -80,7 +104,11 @@ def changed(content, way, odd, as_key: bool):
 
 @pytest.mark.parametrize("place", READERS, indirect=True, ids=lambda path: path.stem)
 def test_damage_is_refused_with_the_name_of_the_file(place: Path, request) -> None:
-    read, content, chance = READERS[request.node.callspec.params["place"]], yaml.safe_load(place.read_text()), random.Random(14)
+    read, content, chance = (
+        READERS[request.node.callspec.params["place"]],
+        yaml.safe_load(place.read_text()),
+        random.Random(14),
+    )
     ways = list(places(content))
     for _ in range(25):
         damaged = changed(content, chance.choice(ways), chance.choice(ODD), chance.random() < 0.3)
@@ -88,7 +116,9 @@ def test_damage_is_refused_with_the_name_of_the_file(place: Path, request) -> No
         try:
             read(place)
         except UserError as error:
-            named = place.name in str(error) or (place.name == "models.yaml" and ".yaml, line" in str(error))
+            named = place.name in str(error) or (
+                place.name == "models.yaml" and ".yaml, line" in str(error)
+            )
             assert named, "of a wrong model the row that it does not fit may be named"
 
 
@@ -98,7 +128,9 @@ def test_damage_is_refused_with_the_name_of_the_file(place: Path, request) -> No
     ("yes: 1", "'yes' is no key but a bool; write 'yes': to make it a word"), ("1.5: 1", "'1.5' is no key but a float"),
     ("~: 1", "'~' is no key but a null"), ("2024-01-01: 1", "'2024-01-01' is no key but a timestamp"),
 ])  # fmt: skip
-def test_a_key_that_is_none_is_refused_with_its_line(place: Path, request, line: str, said: str) -> None:
+def test_a_key_that_is_none_is_refused_with_its_line(
+    place: Path, request, line: str, said: str
+) -> None:
     text = place.read_text(encoding="utf-8").rstrip("\n")
     place.write_text(f"{text}\n{line}\n", encoding="utf-8")
     with pytest.raises(UserError) as refused:
@@ -117,8 +149,13 @@ def test_a_wrong_row_is_refused_with_its_line(tmp_path: Path, row: str, said: st
         shutil.copy(path, tmp_path)
     place = tmp_path / "100-data-parallel.yaml"
     text = place.read_text(encoding="utf-8").rstrip("\n")
-    place.write_text(f"{text}\n  999: {{slug: a, mbs: 1, gbs: 1, shows: s, {row}}}\n".replace("slug: a, mbs: 1, gbs: 1, shows: s, slug",
-                                                                                              "mbs: 1, gbs: 1, shows: s, slug"))
+    place.write_text(
+        f"{text}\n  999: {{slug: a, mbs: 1, gbs: 1, shows: s, {row}}}\n".replace(
+            "slug: a, mbs: 1, gbs: 1, shows: s, slug", "mbs: 1, gbs: 1, shows: s, slug"
+        )
+    )
     with pytest.raises(UserError) as refused:
         catalog(place)
-    assert said in str(refused.value) and str(refused.value).endswith(f"100-data-parallel.yaml, line {len(text.splitlines()) + 1}")
+    assert said in str(refused.value) and str(refused.value).endswith(
+        f"100-data-parallel.yaml, line {len(text.splitlines()) + 1}"
+    )

@@ -27,12 +27,25 @@ ROWS = 512
 """Of the vocabulary: what it is padded to under tp 1 and 2 alike, so that losses compare."""
 STEPS = 4
 LORA = Lora(rank=4, alpha=8.0)
-TRAINING = ["--lr", "1e-2", "--min-lr", "1e-2", "--lr-decay-style", "constant", "--lr-warmup-fraction", "0", "--eval-iters", "0"]
+TRAINING = [
+    "--lr",
+    "1e-2",
+    "--min-lr",
+    "1e-2",
+    "--lr-decay-style",
+    "constant",
+    "--lr-warmup-fraction",
+    "0",
+    "--eval-iters",
+    "0",
+]
 
 
 def conversation(*texts: str, system: str | None = None) -> dict:
     """Question, answer, question, answer."""
-    turns = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
+    turns = [
+        {"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)
+    ]
     return {"messages": ([{"role": "system", "content": system}] if system else []) + turns}
 
 
@@ -59,7 +72,10 @@ def prepare(folder: Path, lines: Path, tokenizer: str = "bytes") -> tuple[Manife
 def make_data(folder: Path, number: int = 12) -> Path:
     """Prepare short conversations as the data set ``chat`` in ``folder``; path of its pair."""
     put_on_path(locate())  # before transformers imports what it finds of Megatron-LM
-    lines = [conversation(f"{n}+{n}?", f"{2 * n}.", *(["and?", "no"] if n % 3 == 0 else [])) for n in range(number)]
+    lines = [
+        conversation(f"{n}+{n}?", f"{2 * n}.", *(["and?", "no"] if n % 3 == 0 else []))
+        for n in range(number)
+    ]
     prepare(folder, write_lines(folder / "chat.jsonl", lines))
     return prefix_of("chat", folder)
 
@@ -72,13 +88,32 @@ def make_hf(folder: Path, kind: str = "gpt2"):
     torch.manual_seed(1)
     ends = dict.fromkeys(("bos_token_id", "eos_token_id"))
     if kind == "gpt2":
-        config = transformers.GPT2Config(n_layer=2, n_embd=32, n_head=4, n_positions=SEQUENCE, vocab_size=ROWS, initializer_range=0.2,
-                                         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **ends)
+        config = transformers.GPT2Config(
+            n_layer=2,
+            n_embd=32,
+            n_head=4,
+            n_positions=SEQUENCE,
+            vocab_size=ROWS,
+            initializer_range=0.2,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            **ends,
+        )
         model = transformers.GPT2LMHeadModel._from_config(config, attn_implementation="eager")
     else:
-        config = transformers.LlamaConfig(num_hidden_layers=2, hidden_size=32, num_attention_heads=4, num_key_value_heads=2,
-                                          intermediate_size=64, vocab_size=ROWS, max_position_embeddings=SEQUENCE,
-                                          initializer_range=0.2, tie_word_embeddings=False, **ends)
+        config = transformers.LlamaConfig(
+            num_hidden_layers=2,
+            hidden_size=32,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=64,
+            vocab_size=ROWS,
+            max_position_embeddings=SEQUENCE,
+            initializer_range=0.2,
+            tie_word_embeddings=False,
+            **ends,
+        )
         model = transformers.LlamaForCausalLM._from_config(config, attn_implementation="eager")
     model.float().save_pretrained(folder)
     return model
@@ -90,27 +125,71 @@ def make_weights(folder: Path, kind: str = "gpt2"):
 
     model = make_hf(folder / "hf", kind)
     imported = import_folder(str(folder / "hf"), folder / "weights", "tiny")
-    e = Experiment(id="999", slug="tuned", chapter=900, shows="x", model=imported.model, mbs=2, gbs=4, seq=SEQUENCE, steps=STEPS,
-                   precision="fp32", weights=str(folder / "weights"), positions=imported.positions, lora=LORA)
+    e = Experiment(
+        id="999",
+        slug="tuned",
+        chapter=900,
+        shows="x",
+        model=imported.model,
+        mbs=2,
+        gbs=4,
+        seq=SEQUENCE,
+        steps=STEPS,
+        precision="fp32",
+        weights=str(folder / "weights"),
+        positions=imported.positions,
+        lora=LORA,
+    )
     return model, e
 
 
-def tune(e: Experiment, data: Path, run_dir: Path, *arguments: str, script: tuple[str, ...] = ("-m", "harness.entry")) -> RunDir:
+def tune(
+    e: Experiment,
+    data: Path,
+    run_dir: Path,
+    *arguments: str,
+    script: tuple[str, ...] = ("-m", "harness.entry"),
+) -> RunDir:
     """Train ``e`` on the conversations in ``data`` and wait for it."""
     run_dir.mkdir(parents=True)
     RunDir(run_dir).freeze_experiment(e, "cpu", None)
     words = [word for group in megatron_flags(e, "cpu") for word in group]
     at = words.index("--mock-data")
     end = words.index("--split")
-    words[at:end] = ["--data-path", str(data), "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model",
-                     str(data.parent / "tokenizer"), "--sft", "--no-create-attention-mask-in-dataloader",
-                     "--calculate-per-token-loss", "--data-cache-path", str(data.parent / "cache"),
-                     "--make-vocab-size-divisible-by", str(ROWS // e.tp)]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={e.world_size}", *script]
-    settings = {variable.name: variable.value for variable in variables(e, "cpu")} | {RUN_DIR_VARIABLE: str(run_dir)}
+    words[at:end] = [
+        "--data-path",
+        str(data),
+        "--tokenizer-type",
+        "HuggingFaceTokenizer",
+        "--tokenizer-model",
+        str(data.parent / "tokenizer"),
+        "--sft",
+        "--no-create-attention-mask-in-dataloader",
+        "--calculate-per-token-loss",
+        "--data-cache-path",
+        str(data.parent / "cache"),
+        "--make-vocab-size-divisible-by",
+        str(ROWS // e.tp),
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={e.world_size}",
+        *script,
+    ]
+    settings = {variable.name: variable.value for variable in variables(e, "cpu")} | {
+        RUN_DIR_VARIABLE: str(run_dir)
+    }
     with (run_dir / "logs.txt").open("w") as log:
-        status = subprocess.run([*command, *words, *TRAINING, "--split", "1", *arguments], cwd=ROOT,
-                                env=os.environ | settings | {"HF_HUB_OFFLINE": "1"}, stdout=log, stderr=subprocess.STDOUT).returncode
+        status = subprocess.run(
+            [*command, *words, *TRAINING, "--split", "1", *arguments],
+            cwd=ROOT,
+            env=os.environ | settings | {"HF_HUB_OFFLINE": "1"},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        ).returncode
     assert status == 0, (run_dir / "logs.txt").read_text()[-4000:]
     return RunDir(run_dir)
 

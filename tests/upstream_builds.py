@@ -29,12 +29,23 @@ BASE = """
     --distributed-backend gloo --use-cpu-initialization --no-persist-layer-norm --no-masked-softmax-fusion --no-rope-fusion
     --no-gradient-accumulation-fusion --attention-backend unfused --eval-interval 5 --split 949,50,1
 """
-PASSED_ON = {"arguments.py", "argument_utils.py", "yaml_arguments.py", "training_config.py", "common_config.py", "resilience_config.py"}
+PASSED_ON = {
+    "arguments.py",
+    "argument_utils.py",
+    "yaml_arguments.py",
+    "training_config.py",
+    "common_config.py",
+    "resilience_config.py",
+}
 
 
 def words_of(case, with_it):
     """The command line of ``case``, with or without its argument; what both begin with says nothing of it."""
-    words = [word for word in BASE.split() if word != case["without"] and (word != case["option"] or len(case["words"].split()) > 1)]
+    words = [
+        word
+        for word in BASE.split()
+        if word != case["without"] and (word != case["option"] or len(case["words"].split()) > 1)
+    ]
     return [*words, *case["beside"].split(), *(case["words"].split() if with_it else ())]
 
 
@@ -42,8 +53,15 @@ def validated(words, world):
     """Upstream's arguments of ``words``, as rank 0 of ``world`` has them."""
     from megatron.training.arguments import parse_args, validate_args
 
-    fsdp = any("fsdp" in word for word in words)  # upstream wants several connections for these, one for the others
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world), "CUDA_DEVICE_MAX_CONNECTIONS": "8" if fsdp else "1"}
+    fsdp = any(
+        "fsdp" in word for word in words
+    )  # upstream wants several connections for these, one for the others
+    os.environ |= {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": str(world),
+        "CUDA_DEVICE_MAX_CONNECTIONS": "8" if fsdp else "1",
+    }
     sys.argv = ["pretrain_gpt.py", *words]
     args = parse_args()
     validate_args(args)
@@ -55,12 +73,18 @@ def imagined(args):
     """The process groups of rank 0; there is no other rank."""
     from megatron.core import parallel_state
 
-    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=args.world_size)
+    torch.distributed.init_process_group(
+        "fake", store=FakeStore(), rank=0, world_size=args.world_size
+    )
     try:
         parallel_state.initialize_model_parallel(
-            args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.virtual_pipeline_model_parallel_size,
-            context_parallel_size=args.context_parallel_size, expert_model_parallel_size=args.expert_model_parallel_size,
-            expert_tensor_parallel_size=args.expert_tensor_parallel_size, create_gloo_process_groups=False,
+            args.tensor_model_parallel_size,
+            args.pipeline_model_parallel_size,
+            args.virtual_pipeline_model_parallel_size,
+            context_parallel_size=args.context_parallel_size,
+            expert_model_parallel_size=args.expert_model_parallel_size,
+            expert_tensor_parallel_size=args.expert_tensor_parallel_size,
+            create_gloo_process_groups=False,
         )
         yield
     finally:
@@ -75,9 +99,15 @@ def transformer_engine():
     from megatron.core.transformer.moe import moe_utils
 
     class FusedAdam:
-        def __init__(self, master_weight_dtype, exp_avg_dtype, exp_avg_sq_dtype, use_decoupled_grad): ...
+        def __init__(
+            self, master_weight_dtype, exp_avg_dtype, exp_avg_sq_dtype, use_decoupled_grad
+        ): ...
 
-    names = ("transformer_engine", "transformer_engine.pytorch", "transformer_engine.pytorch.optimizers")
+    names = (
+        "transformer_engine",
+        "transformer_engine.pytorch",
+        "transformer_engine.pytorch.optimizers",
+    )
     fakes = dict.fromkeys(names, SimpleNamespace(FusedAdam=FusedAdam))
     kernels = ("fused_permute", "fused_permute_with_probs", "fused_sort_chunks_by_index", "fused_sort_chunks_by_index_with_probs",
                "fused_unpermute")  # fmt: skip
@@ -100,7 +130,9 @@ def model_of(args):
         model_parallel_cuda_manual_seed(1, force_reset_rng=True)
         chunk = 0 if args.virtual_pipeline_model_parallel_size else None
         config = argument_utils.gpt_config_from_args(args)
-        model = GPTModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups(), vp_stage=chunk)
+        model = GPTModelBuilder(config).build_model(
+            ProcessGroupCollection.use_mpu_process_groups(), vp_stage=chunk
+        )
         for path, module in model.named_modules():
             found[path] = type(module).__name__
             for name, value in vars(module).items():
@@ -113,7 +145,9 @@ def model_of(args):
         for name, parameter in model.named_parameters():
             found[name] = f"{tuple(parameter.shape)} {parameter.dtype}"
         embedding = getattr(model, "embedding", None)
-        found["std"] = round(float(embedding.word_embeddings.weight.float().std()), 2) if embedding else None
+        found["std"] = (
+            round(float(embedding.word_embeddings.weight.float().std()), 2) if embedding else None
+        )
     return found
 
 
@@ -125,7 +159,9 @@ def plain(config, prefix=""):
         if is_dataclass(value) and not isinstance(value, type):
             found |= plain(value, f"{prefix}{field.name}.")
         else:
-            found[prefix + field.name] = getattr(value, "__qualname__", repr(value)) if callable(value) else repr(value)
+            found[prefix + field.name] = (
+                getattr(value, "__qualname__", repr(value)) if callable(value) else repr(value)
+            )
     return found
 
 
@@ -140,7 +176,9 @@ def section_of(args, name):
         from megatron.core.optimizer import emerging_optimizers
 
         config, _ = training.get_megatron_optimizer_config(args)
-        return emerging_optimizers._kwargs_from_config(emerging_optimizers.TensorParallelMuon, "muon", config)
+        return emerging_optimizers._kwargs_from_config(
+            emerging_optimizers.TensorParallelMuon, "muon", config
+        )
     if name == "lora":
         from harness.finetune.arguments import lora_of
 
@@ -158,7 +196,11 @@ def section_of(args, name):
         from harness.entry import pretrain
 
         pretrain.build_tokenizer = build_tokenizer
-        return {key: value for key, value in plain(pretrain._dataset_config(args)).items() if key != "tokenizer"}
+        return {
+            key: value
+            for key, value in plain(pretrain._dataset_config(args)).items()
+            if key != "tokenizer"
+        }
     if name == "transformer":
         return plain(argument_utils.core_transformer_config_from_args(args))
     return plain(getattr(argument_utils.pretrain_cfg_container_from_args(args, object()), name))
@@ -176,7 +218,9 @@ def names_read():
     for path in (script, *Path(megatron.core.__file__).parents[1].rglob("*.py")):
         if path.name not in PASSED_ON:
             text = path.read_text(encoding="utf-8")
-            found |= set(re.findall(r"\.([a-z]\w*)\b(?!\s*=[^=])", text)) | set(re.findall(r"""getattr\([\w.]+, ['"](\w+)""", text))
+            found |= set(re.findall(r"\.([a-z]\w*)\b(?!\s*=[^=])", text)) | set(
+                re.findall(r"""getattr\([\w.]+, ['"](\w+)""", text)
+            )
     return found
 
 
@@ -188,15 +232,33 @@ def main(asked, answer):
     for case in json.loads(Path(asked).read_text()):
         said = io.StringIO()
         try:
-            with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said), transformer_engine():
-                sides = [(case["section"], case["world"], *words_of(case, with_it)) for with_it in (False, True)]
+            with (
+                contextlib.redirect_stderr(said),
+                contextlib.redirect_stdout(said),
+                transformer_engine(),
+            ):
+                sides = [
+                    (case["section"], case["world"], *words_of(case, with_it))
+                    for with_it in (False, True)
+                ]
                 for side in sides:
                     if side not in known:
-                        known[side] = section_of(validated(side[2:], case["world"]), case["section"])
+                        known[side] = section_of(
+                            validated(side[2:], case["world"]), case["section"]
+                        )
                 without, with_it = (known[side] for side in sides)
-            keys = sorted(key for key in {*without, *with_it} if without.get(key) != with_it.get(key))
-            found.append({"difference": {key: [str(side.get(key))[:60] for side in (without, with_it)] for key in keys},
-                          "read": sorted({key.rpartition(".")[2] for key in keys} & read)})
+            keys = sorted(
+                key for key in {*without, *with_it} if without.get(key) != with_it.get(key)
+            )
+            found.append(
+                {
+                    "difference": {
+                        key: [str(side.get(key))[:60] for side in (without, with_it)]
+                        for key in keys
+                    },
+                    "read": sorted({key.rpartition(".")[2] for key in keys} & read),
+                }
+            )
         except (SystemExit, Exception) as error:
             found.append({"failure": f"{type(error).__name__}: {error} {said.getvalue()[-300:]}"})
         os.environ.clear()

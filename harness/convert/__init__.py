@@ -1,4 +1,5 @@
-"""Hugging Face weights in and out: safetensors <-> Megatron-LM's ``torch_dist`` checkpoints, tensor by tensor.
+"""Hugging Face weights in and out: safetensors <-> Megatron-LM's ``torch_dist`` checkpoints, tensor
+by tensor.
 
 ``architectures``  which there are: one table each, read in both directions
 ``transforms``     how a tensor of the one is made of tensors of the other

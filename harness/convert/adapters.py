@@ -2,8 +2,9 @@
 
 Merging: W + alpha / r B A, summed in fp32 and rounded once to the weight's own precision.
 
-PEFT adapts each of Hugging Face's layers; upstream joins some. The adapter of a joined layer becomes one of each part: with
-all of A, and with its rows of B. That is exact; the other way it is not, since PEFT's adapters of the parts have an A each.
+PEFT adapts each of Hugging Face's layers; upstream joins some. The adapter of a joined layer
+becomes one of each part: with all of A, and with its rows of B. That is exact; the other way it is
+not, since PEFT's adapters of the parts have an A each.
 """
 
 from __future__ import annotations
@@ -49,10 +50,14 @@ class Factors:
             raise UserError(f"{folder / TENSORS} is damaged: {error}") from None
 
     def of(self, key: str, index: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
-        """A [r, in] and B [out, r] beside the weight ``key`` of upstream's checkpoints, in layer ``index``; None without."""
+        """A [r, in] and B [out, r] beside the weight ``key`` of upstream's checkpoints, in layer
+        ``index``; None without."""
         for name, parent in PARENTS.items():
             if key == f"{LAYERS}{parent}.{name}.weight":
-                keys = [KEY.format(layer=index[0], parent=parent, name=name, factor=f) for f in ("lora_A", "lora_B")]
+                keys = [
+                    KEY.format(layer=index[0], parent=parent, name=name, factor=f)
+                    for f in ("lora_A", "lora_B")
+                ]
                 return tuple(self._tensors[k] for k in keys) if keys[0] in self._tensors else None
         return None
 
@@ -75,20 +80,25 @@ class Merged(Checkpoint):
             return weight
         a, b = (factor.float() for factor in pair)
         if weight.shape != (len(b), a.shape[1]):
-            raise UserError(f"{self._factors.folder}: adapters for {len(b)} x {a.shape[1]}, but {key} in {self.folder} is "
-                            f"{' x '.join(map(str, weight.shape))}: they belong to other weights")
+            raise UserError(
+                f"{self._factors.folder}: adapters for {len(b)} x {a.shape[1]}, but {key} in"
+                f" {self.folder} is {' x '.join(map(str, weight.shape))}: they belong to other"
+                " weights"
+            )
         return (weight.float() + self._factors.record.lora.scale * (b @ a)).to(weight.dtype)
 
 
 def export_peft(adapters: Path, base: Path, target: Path, named: str) -> int:
-    """Write the adapters in a folder as PEFT's into ``target``, whole or not at all; returns how many parameters they are.
+    """Write the adapters in a folder as PEFT's into ``target``, whole or not at all; returns how
+    many parameters they are.
 
     Args:
         base: the checkpoint that they stand beside.
         named: what adapter_config.json calls it: a folder or repository of Hugging Face's.
 
     Raises:
-        UserError: adapters or checkpoint are missing or damaged, or no architecture of Hugging Face has such layers.
+        UserError: adapters or checkpoint are missing or damaged, or no architecture of Hugging Face
+        has such layers.
     """
     from safetensors.torch import save_file
 
@@ -113,11 +123,21 @@ def export_peft(adapters: Path, base: Path, target: Path, named: str) -> int:
     unfinished.mkdir(parents=True)
     try:
         save_file(tensors, unfinished / "adapter_model.safetensors", metadata={"format": "pt"})
-        write_json(unfinished / "adapter_config.json", {
-            "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": named, "r": lora.rank,
-            "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "target_modules": sorted(targets),
-            "fan_in_fan_out": any(targets.values()), "bias": "none", "inference_mode": True,
-        })
+        write_json(
+            unfinished / "adapter_config.json",
+            {
+                "peft_type": "LORA",
+                "task_type": "CAUSAL_LM",
+                "base_model_name_or_path": named,
+                "r": lora.rank,
+                "lora_alpha": lora.alpha,
+                "lora_dropout": lora.dropout,
+                "target_modules": sorted(targets),
+                "fan_in_fan_out": any(targets.values()),
+                "bias": "none",
+                "inference_mode": True,
+            },
+        )
         sync_tree(unfinished)
         if target.exists():
             target.rmdir()
@@ -128,11 +148,15 @@ def export_peft(adapters: Path, base: Path, target: Path, named: str) -> int:
     return sum(tensor.numel() for tensor in tensors.values())
 
 
-def _as_peft(row: Row, index: tuple[int, ...], pair: tuple[Tensor, Tensor], sizes: Sizes) -> dict[str, Tensor]:
+def _as_peft(
+    row: Row, index: tuple[int, ...], pair: tuple[Tensor, Tensor], sizes: Sizes
+) -> dict[str, Tensor]:
     """PEFT's tensors for the layers that the weight ``row`` is made of."""
     a, b = pair
     parts = row.how.split(b, sizes)
     parts = [part.t() for part in parts] if row.how in _FAN_IN_FAN_OUT else parts
     named = [f"base_model.model.{name.removesuffix('.weight')}" for name in row.names(index)]
     return {f"{name}.lora_A.weight": a.clone() for name in named} | {
-        f"{name}.lora_B.weight": part.contiguous().clone() for name, part in zip(named, parts, strict=True)}
+        f"{name}.lora_B.weight": part.contiguous().clone()
+        for name, part in zip(named, parts, strict=True)
+    }

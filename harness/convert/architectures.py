@@ -1,8 +1,9 @@
 """The architectures of Hugging Face that can be read and written, one table each.
 
-A ``Row`` says which tensors of Hugging Face a tensor of Megatron-LM is made of, a ``Setting`` which key of config.json a
-field of the catalogue's ``Model`` is. Both are read in both directions, so that import and export cannot differ.
-Shapes are Megatron-LM's; those of Hugging Face follow from the transform.
+A ``Row`` says which tensors of Hugging Face a tensor of Megatron-LM is made of, a ``Setting`` which
+key of config.json a field of the catalogue's ``Model`` is. Both are read in both directions, so
+that import and export cannot differ. Shapes are Megatron-LM's; those of Hugging Face follow from
+the transform.
 """
 
 from __future__ import annotations
@@ -38,11 +39,13 @@ LM_HEAD = "lm_head.weight"
 
 @dataclass(frozen=True)
 class Row:
-    """A tensor of Megatron-LM's checkpoint, or one a layer, or one a layer and expert, stacked under one name.
+    """A tensor of Megatron-LM's checkpoint, or one a layer, or one a layer and expert, stacked
+    under one name.
 
     Attributes:
         shape: names of ``Sizes``, of one layer and one expert.
-        hf: names with ``{layer}`` and ``{expert}``; ``name[{expert}]`` is a slice of a tensor that holds all experts.
+        hf: names with ``{layer}`` and ``{expert}``; ``name[{expert}]`` is a slice of a tensor that
+        holds all experts.
         also: other names under which some of upstream's layer specs keep the same tensor.
     """
 
@@ -71,7 +74,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Setting:
-    """A key of config.json: what it says in fields of ``Model``, and back. ``positions`` is no field but goes along."""
+    """A key of config.json: what it says in fields of ``Model``, and back. ``positions`` is no
+    field but goes along."""
 
     key: str
     fields: Callable[[Any, Config], Mapping[str, Any]]
@@ -84,16 +88,27 @@ def _is(key: str, field: str) -> Setting:
 
 
 def _ffn(*names: str) -> Setting:
-    return Setting("intermediate_size", lambda value, config: dict.fromkeys(names, value), lambda fields: fields[names[0]],
-                   ", ".join(names))
+    return Setting(
+        "intermediate_size",
+        lambda value, config: dict.fromkeys(names, value),
+        lambda fields: fields[names[0]],
+        ", ".join(names),
+    )
 
 
-_TIED = Setting("tie_word_embeddings", lambda value, config: {"untie_embeddings": not value},
-                lambda fields: not fields["untie_embeddings"], "not untie_embeddings")
+_TIED = Setting(
+    "tie_word_embeddings",
+    lambda value, config: {"untie_embeddings": not value},
+    lambda fields: not fields["untie_embeddings"],
+    "not untie_embeddings",
+)
 _GROUPS = Setting(
     "num_key_value_heads",
-    lambda value, config: {"num_query_groups": None if value == config["num_attention_heads"] else value},
-    lambda fields: fields["num_query_groups"] or fields["num_attention_heads"], "num_query_groups",
+    lambda value, config: {
+        "num_query_groups": None if value == config["num_attention_heads"] else value
+    },
+    lambda fields: fields["num_query_groups"] or fields["num_attention_heads"],
+    "num_query_groups",
 )
 
 
@@ -103,11 +118,18 @@ def _own_width(value: int | None, config: Config) -> Mapping[str, Any]:
 
 
 _HEAD = Setting(
-    "head_dim", _own_width,
-    lambda fields: fields["kv_channels"] or fields["hidden_size"] // fields["num_attention_heads"], "kv_channels",
+    "head_dim",
+    _own_width,
+    lambda fields: fields["kv_channels"] or fields["hidden_size"] // fields["num_attention_heads"],
+    "kv_channels",
 )
-_LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-"""What upstream's ``--use-rope-scaling`` fixes (megatron/core/models/common/embeddings/rotary_pos_embedding.py)."""
+_LLAMA3_ROPE = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+"""What upstream's ``--use-rope-scaling`` fixes
+(megatron/core/models/common/embeddings/rotary_pos_embedding.py)."""
 _ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 
 
@@ -115,12 +137,17 @@ def _rope(value: Config, config: Config) -> Mapping[str, Any]:
     kind = value.get("rope_type", "default")
     read = _ROPE_KEYS | ({"factor", *_LLAMA3_ROPE} if kind == "llama3" else set())
     fixed = {"partial_rotary_factor": 1.0} | (_LLAMA3_ROPE if kind == "llama3" else {})
-    given = {"partial_rotary_factor": 1.0} | {key: one for key, one in value.items() if one is not None}
+    given = {"partial_rotary_factor": 1.0} | {
+        key: one for key, one in value.items() if one is not None
+    }
     wrong = [f"{key} {given.get(key)}" for key in fixed if given.get(key) != fixed[key]]
     wrong += [f"{key} {one}" for key, one in given.items() if key not in read]
     if kind not in ("default", "llama3") or wrong:
-        raise UserError(f"config.json: rope_parameters {dict(value)}: upstream cannot do {', '.join(wrong) or kind}; "
-                        f"known are default, and llama3 with any factor and {_LLAMA3_ROPE}")
+        raise UserError(
+            f"config.json: rope_parameters {dict(value)}: upstream cannot do"
+            f" {', '.join(wrong) or kind}; known are default, and llama3 with any factor and"
+            f" {_LLAMA3_ROPE}"
+        )
     scaling = {"rope_scaling_factor": float(value["factor"])} if kind == "llama3" else {}
     return {"rotary_base": _whole(value["rope_theta"])} | scaling
 
@@ -137,11 +164,14 @@ _ROPE = Setting("rope_parameters", _rope, _rope_value, "rotary_base, rope_scalin
 
 def _yarn(value: Config, config: Config) -> Mapping[str, Any]:
     if value.get("rope_type") != "yarn" or value.get("attention_factor") or value.get("mscale"):
-        raise UserError(f"rope_parameters {dict(value)}: known is yarn without attention_factor and mscale")
+        raise UserError(
+            f"rope_parameters {dict(value)}: known is yarn without attention_factor and mscale"
+        )
     yarn = Yarn(
         rotary_scaling_factor=float(value["factor"]),
         original_max_position_embeddings=value["original_max_position_embeddings"],
-        beta_fast=float(value.get("beta_fast") or 32), beta_slow=float(value.get("beta_slow") or 1),
+        beta_fast=float(value.get("beta_fast") or 32),
+        beta_slow=float(value.get("beta_slow") or 1),
         correction_range_round_to_int=value.get("truncate", True),
     )
     return {"rotary_base": _whole(value["rope_theta"]), "yarn": yarn}
@@ -150,8 +180,12 @@ def _yarn(value: Config, config: Config) -> Mapping[str, Any]:
 def _yarn_value(fields: Mapping[str, Any]) -> dict[str, Any]:
     yarn = fields["yarn"]
     return {
-        "rope_type": "yarn", "rope_theta": float(fields["rotary_base"]), "factor": yarn.rotary_scaling_factor,
-        "beta_fast": yarn.beta_fast, "beta_slow": yarn.beta_slow, "truncate": yarn.correction_range_round_to_int,
+        "rope_type": "yarn",
+        "rope_theta": float(fields["rotary_base"]),
+        "factor": yarn.rotary_scaling_factor,
+        "beta_fast": yarn.beta_fast,
+        "beta_slow": yarn.beta_slow,
+        "truncate": yarn.correction_range_round_to_int,
         "original_max_position_embeddings": yarn.original_max_position_embeddings,
     }
 
@@ -168,14 +202,20 @@ def _alternating(layers: int) -> list[str]:
 
 def _checked_layer_types(value: list[str], config: Config) -> Mapping[str, Any]:
     if value != _alternating(config["num_hidden_layers"]):
-        raise UserError("config.json: layer_types must be sliding_attention and full_attention in turn, for all "
-                        f"{config['num_hidden_layers']} layers: upstream's --window-attn-skip-freq 2")
+        raise UserError(
+            "config.json: layer_types must be sliding_attention and full_attention in turn, for"
+            f" all {config['num_hidden_layers']} layers: upstream's --window-attn-skip-freq 2"
+        )
     return {}
 
 
 _WINDOW = Setting("sliding_window", _window, lambda fields: fields["window_size"], "window_size")
-_LAYER_TYPES = Setting("layer_types", _checked_layer_types, lambda fields: _alternating(fields["num_layers"]),
-                       "every other layer has a window, the first one too")
+_LAYER_TYPES = Setting(
+    "layer_types",
+    _checked_layer_types,
+    lambda fields: _alternating(fields["num_layers"]),
+    "every other layer has a window, the first one too",
+)
 
 
 def _whole(value: float) -> int:
@@ -219,7 +259,9 @@ class Architecture:
         for key, known in self.needs.items():
             if key in config and config[key] not in known:
                 one = " or ".join(map(repr, known))
-                raise UserError(f"config.json: {key} is {config[key]!r}; this converts models where it is {one}")
+                raise UserError(
+                    f"config.json: {key} is {config[key]!r}; this converts models where it is {one}"
+                )
         fields: dict[str, Any] = dict(self.fixed)
         try:
             for setting in self.settings:
@@ -230,20 +272,30 @@ class Architecture:
             raise UserError(f"config.json says nothing about {error}") from None
         except ValidationError as error:
             first = error.errors()[0]
-            raise UserError(f"config.json: {first['loc'][0]} is {first['input']!r}: {first['msg']}") from None
+            raise UserError(
+                f"config.json: {first['loc'][0]} is {first['input']!r}: {first['msg']}"
+            ) from None
 
     def write(self, model: Model, positions: int) -> dict[str, Any]:
         """The keys of config.json for ``model``."""
         fields = {name: getattr(model, name) for name in Model.model_fields}
-        fields |= {"positions": positions, "ffn_hidden_size": model.ffn, "moe_ffn_hidden_size": model.moe_ffn}
+        fields |= {
+            "positions": positions,
+            "ffn_hidden_size": model.ffn,
+            "moe_ffn_hidden_size": model.moe_ffn,
+        }
         known = {key: values[0] for key, values in self.needs.items()}
         said = {setting.key: setting.value(fields) for setting in self.settings}
         return {"architectures": [self.name], "model_type": self.model_type} | known | said
 
     def differences(self, model: Model) -> list[str]:
-        """Why ``model`` is none of this architecture: its fields that differ from the ``fixed`` ones, in words."""
-        return [f"{name} is {getattr(model, name)}, not {value}" for name, value in self.fixed.items()
-                if getattr(model, name) != value]
+        """Why ``model`` is none of this architecture: its fields that differ from the ``fixed``
+        ones, in words."""
+        return [
+            f"{name} is {getattr(model, name)}, not {value}"
+            for name, value in self.fixed.items()
+            if getattr(model, name) != value
+        ]
 
     def rows_of(self, model: Model) -> Iterator[Row]:
         """Its tensors; an output layer that is the embedding is none."""
@@ -254,9 +306,21 @@ class Architecture:
         return name.endswith(self.unused) or (name == LM_HEAD and not model.untie_embeddings)
 
 
-def _layer(megatron: str, shape: tuple[str, ...], *hf: str, how: Transform = SAME, also: tuple[str, ...] = (),
-           of: str = "model.layers.{layer}.") -> Row:
-    return Row(LAYERS + megatron, shape, tuple(of + name for name in hf), how, tuple(LAYERS + name for name in also))
+def _layer(
+    megatron: str,
+    shape: tuple[str, ...],
+    *hf: str,
+    how: Transform = SAME,
+    also: tuple[str, ...] = (),
+    of: str = "model.layers.{layer}.",
+) -> Row:
+    return Row(
+        LAYERS + megatron,
+        shape,
+        tuple(of + name for name in hf),
+        how,
+        tuple(LAYERS + name for name in also),
+    )
 
 
 _OUTPUT = Row(OUTPUT, ("vocabulary", "hidden"), (LM_HEAD,), VOCABULARY)
@@ -267,43 +331,106 @@ def _inner_value(fields: Mapping[str, Any]) -> int | None:
     return None if usual else fields["ffn_hidden_size"]
 
 
-_INNER = Setting("n_inner", lambda value, config: {"ffn_hidden_size": value}, _inner_value, "ffn_hidden_size")
+_INNER = Setting(
+    "n_inner", lambda value, config: {"ffn_hidden_size": value}, _inner_value, "ffn_hidden_size"
+)
 _GPT2_LAYERS = "transformer.h.{layer}."
 GPT2 = Architecture(
-    name="GPT2LMHeadModel", model_type="gpt2", prefix="transformer.", unused=(".attn.bias", ".attn.masked_bias"),
+    name="GPT2LMHeadModel",
+    model_type="gpt2",
+    prefix="transformer.",
+    unused=(".attn.bias", ".attn.masked_bias"),
     rows=(
         Row(EMBEDDING, ("vocabulary", "hidden"), ("transformer.wte.weight",), VOCABULARY),
-        Row("embedding.position_embeddings.weight", ("positions", "hidden"), ("transformer.wpe.weight",)),
-        _layer("self_attention.linear_qkv.layer_norm_weight", ("hidden",), "ln_1.weight", of=_GPT2_LAYERS),
-        _layer("self_attention.linear_qkv.layer_norm_bias", ("hidden",), "ln_1.bias", of=_GPT2_LAYERS),
-        _layer("self_attention.linear_qkv.weight", ("qkv", "hidden"), "attn.c_attn.weight", how=FUSED_QKV, of=_GPT2_LAYERS),
-        _layer("self_attention.linear_qkv.bias", ("qkv",), "attn.c_attn.bias", how=FUSED_QKV, of=_GPT2_LAYERS),
-        _layer("self_attention.linear_proj.weight", ("hidden", "queries"), "attn.c_proj.weight", how=TRANSPOSED,
-               of=_GPT2_LAYERS),
+        Row(
+            "embedding.position_embeddings.weight",
+            ("positions", "hidden"),
+            ("transformer.wpe.weight",),
+        ),
+        _layer(
+            "self_attention.linear_qkv.layer_norm_weight",
+            ("hidden",),
+            "ln_1.weight",
+            of=_GPT2_LAYERS,
+        ),
+        _layer(
+            "self_attention.linear_qkv.layer_norm_bias", ("hidden",), "ln_1.bias", of=_GPT2_LAYERS
+        ),
+        _layer(
+            "self_attention.linear_qkv.weight",
+            ("qkv", "hidden"),
+            "attn.c_attn.weight",
+            how=FUSED_QKV,
+            of=_GPT2_LAYERS,
+        ),
+        _layer(
+            "self_attention.linear_qkv.bias",
+            ("qkv",),
+            "attn.c_attn.bias",
+            how=FUSED_QKV,
+            of=_GPT2_LAYERS,
+        ),
+        _layer(
+            "self_attention.linear_proj.weight",
+            ("hidden", "queries"),
+            "attn.c_proj.weight",
+            how=TRANSPOSED,
+            of=_GPT2_LAYERS,
+        ),
         _layer("self_attention.linear_proj.bias", ("hidden",), "attn.c_proj.bias", of=_GPT2_LAYERS),
         _layer("mlp.linear_fc1.layer_norm_weight", ("hidden",), "ln_2.weight", of=_GPT2_LAYERS),
         _layer("mlp.linear_fc1.layer_norm_bias", ("hidden",), "ln_2.bias", of=_GPT2_LAYERS),
-        _layer("mlp.linear_fc1.weight", ("ffn", "hidden"), "mlp.c_fc.weight", how=TRANSPOSED, of=_GPT2_LAYERS),
+        _layer(
+            "mlp.linear_fc1.weight",
+            ("ffn", "hidden"),
+            "mlp.c_fc.weight",
+            how=TRANSPOSED,
+            of=_GPT2_LAYERS,
+        ),
         _layer("mlp.linear_fc1.bias", ("ffn",), "mlp.c_fc.bias", of=_GPT2_LAYERS),
-        _layer("mlp.linear_fc2.weight", ("hidden", "ffn"), "mlp.c_proj.weight", how=TRANSPOSED, of=_GPT2_LAYERS),
+        _layer(
+            "mlp.linear_fc2.weight",
+            ("hidden", "ffn"),
+            "mlp.c_proj.weight",
+            how=TRANSPOSED,
+            of=_GPT2_LAYERS,
+        ),
         _layer("mlp.linear_fc2.bias", ("hidden",), "mlp.c_proj.bias", of=_GPT2_LAYERS),
         Row("decoder.final_layernorm.weight", ("hidden",), ("transformer.ln_f.weight",)),
         Row("decoder.final_layernorm.bias", ("hidden",), ("transformer.ln_f.bias",)),
         _OUTPUT,
     ),
     settings=(
-        _is("n_layer", "num_layers"), _is("n_embd", "hidden_size"), _is("n_head", "num_attention_heads"),
-        _INNER, _is("n_positions", "positions"), _is("vocab_size", "vocab_size"),
-        _is("resid_pdrop", "dropout"), _is("initializer_range", "init_method_std"), _TIED,
+        _is("n_layer", "num_layers"),
+        _is("n_embd", "hidden_size"),
+        _is("n_head", "num_attention_heads"),
+        _INNER,
+        _is("n_positions", "positions"),
+        _is("vocab_size", "vocab_size"),
+        _is("resid_pdrop", "dropout"),
+        _is("initializer_range", "init_method_std"),
+        _TIED,
     ),
     needs={
-        "activation_function": ("gelu_new", "gelu_pytorch_tanh"), "layer_norm_epsilon": (1e-5,),
-        "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+        "layer_norm_epsilon": (1e-5,),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "add_cross_attention": (False,),
     },
     fixed={
-        "normalization": "LayerNorm", "norm_epsilon": 1e-5, "activation": "gelu", "add_bias_linear": True,
-        "position_embedding": "learned_absolute", "num_query_groups": None, "kv_channels": None, "num_experts": None,
-        "attention_output_gate": False, "attention_sinks": False, "qk_norm": "none", "window_size": None,
+        "normalization": "LayerNorm",
+        "norm_epsilon": 1e-5,
+        "activation": "gelu",
+        "add_bias_linear": True,
+        "position_embedding": "learned_absolute",
+        "num_query_groups": None,
+        "kv_channels": None,
+        "num_experts": None,
+        "attention_output_gate": False,
+        "attention_sinks": False,
+        "qk_norm": "none",
+        "window_size": None,
     },
 )
 
@@ -312,30 +439,58 @@ _FINAL_NORM = Row("decoder.final_layernorm.weight", ("hidden",), ("model.norm.we
 _Q_K_V = tuple(f"self_attn.{part}_proj" for part in "qkv")
 _ATTENTION = (
     _layer("self_attention.linear_qkv.layer_norm_weight", ("hidden",), "input_layernorm.weight"),
-    _layer("self_attention.linear_qkv.weight", ("qkv", "hidden"), *(f"{name}.weight" for name in _Q_K_V), how=QKV),
+    _layer(
+        "self_attention.linear_qkv.weight",
+        ("qkv", "hidden"),
+        *(f"{name}.weight" for name in _Q_K_V),
+        how=QKV,
+    ),
     _layer("self_attention.linear_proj.weight", ("hidden", "queries"), "self_attn.o_proj.weight"),
 )
-_PRE_EXPERTS_NORM = _layer("mlp.linear_fc1.layer_norm_weight", ("hidden",), "post_attention_layernorm.weight",
-                           also=("pre_mlp_layernorm.weight",))
+_PRE_EXPERTS_NORM = _layer(
+    "mlp.linear_fc1.layer_norm_weight",
+    ("hidden",),
+    "post_attention_layernorm.weight",
+    also=("pre_mlp_layernorm.weight",),
+)
 _LLAMA_SETTINGS = (
-    _is("num_hidden_layers", "num_layers"), _is("hidden_size", "hidden_size"),
-    _is("num_attention_heads", "num_attention_heads"), _GROUPS, _is("max_position_embeddings", "positions"),
-    _is("vocab_size", "vocab_size"), _is("rms_norm_eps", "norm_epsilon"), _is("initializer_range", "init_method_std"),
-    _is("attention_dropout", "dropout"), _TIED,
+    _is("num_hidden_layers", "num_layers"),
+    _is("hidden_size", "hidden_size"),
+    _is("num_attention_heads", "num_attention_heads"),
+    _GROUPS,
+    _is("max_position_embeddings", "positions"),
+    _is("vocab_size", "vocab_size"),
+    _is("rms_norm_eps", "norm_epsilon"),
+    _is("initializer_range", "init_method_std"),
+    _is("attention_dropout", "dropout"),
+    _TIED,
 )
 _LLAMA_NEEDS = {"hidden_act": ("silu",), "attention_bias": (False,)}
 _LLAMA_FIXED = {
-    "normalization": "RMSNorm", "activation": "swiglu", "add_bias_linear": False, "position_embedding": "rope",
-    "attention_output_gate": False, "attention_sinks": False,
+    "normalization": "RMSNorm",
+    "activation": "swiglu",
+    "add_bias_linear": False,
+    "position_embedding": "rope",
+    "attention_output_gate": False,
+    "attention_sinks": False,
 }
 
 LLAMA = Architecture(
-    name="LlamaForCausalLM", model_type="llama", prefix="model.", unused=("rotary_emb.inv_freq",),
+    name="LlamaForCausalLM",
+    model_type="llama",
+    prefix="model.",
+    unused=("rotary_emb.inv_freq",),
     rows=(
         _EMBEDDING,
         *_ATTENTION,
         _layer("mlp.linear_fc1.layer_norm_weight", ("hidden",), "post_attention_layernorm.weight"),
-        _layer("mlp.linear_fc1.weight", ("gated", "hidden"), "mlp.gate_proj.weight", "mlp.up_proj.weight", how=GATE_UP),
+        _layer(
+            "mlp.linear_fc1.weight",
+            ("gated", "hidden"),
+            "mlp.gate_proj.weight",
+            "mlp.up_proj.weight",
+            how=GATE_UP,
+        ),
         _layer("mlp.linear_fc2.weight", ("hidden", "ffn"), "mlp.down_proj.weight"),
         _FINAL_NORM,
         _OUTPUT,
@@ -346,7 +501,10 @@ LLAMA = Architecture(
 )
 
 OLMOE = Architecture(
-    name="OlmoeForCausalLM", model_type="olmoe", prefix="model.", unused=("rotary_emb.inv_freq",),
+    name="OlmoeForCausalLM",
+    model_type="olmoe",
+    prefix="model.",
+    unused=("rotary_emb.inv_freq",),
     rows=(
         _EMBEDDING,
         *_ATTENTION,
@@ -354,51 +512,104 @@ OLMOE = Architecture(
         _layer("self_attention.k_layernorm.weight", ("keys",), "self_attn.k_norm.weight"),
         _PRE_EXPERTS_NORM,
         _layer("mlp.router.weight", ("experts", "hidden"), "mlp.gate.weight"),
-        _layer(EXPERTS + "linear_fc1.weight", ("gated expert", "hidden"),
-               *(f"mlp.experts.{{expert}}.{part}_proj.weight" for part in ("gate", "up")), how=GATE_UP),
-        _layer(EXPERTS + "linear_fc2.weight", ("hidden", "expert"), "mlp.experts.{expert}.down_proj.weight"),
+        _layer(
+            EXPERTS + "linear_fc1.weight",
+            ("gated expert", "hidden"),
+            *(f"mlp.experts.{{expert}}.{part}_proj.weight" for part in ("gate", "up")),
+            how=GATE_UP,
+        ),
+        _layer(
+            EXPERTS + "linear_fc2.weight",
+            ("hidden", "expert"),
+            "mlp.experts.{expert}.down_proj.weight",
+        ),
         _FINAL_NORM,
         _OUTPUT,
     ),
     settings=(
-        *_LLAMA_SETTINGS, _ffn("moe_ffn_hidden_size", "ffn_hidden_size"), _is("num_experts", "num_experts"),
-        _is("num_experts_per_tok", "moe_router_topk"), _is("router_aux_loss_coef", "moe_aux_loss_coeff"),
+        *_LLAMA_SETTINGS,
+        _ffn("moe_ffn_hidden_size", "ffn_hidden_size"),
+        _is("num_experts", "num_experts"),
+        _is("num_experts_per_tok", "moe_router_topk"),
+        _is("router_aux_loss_coef", "moe_aux_loss_coeff"),
         _ROPE,
     ),
     needs={**_LLAMA_NEEDS, "clip_qkv": (None,), "norm_topk_prob": (False,)},
-    fixed={**_LLAMA_FIXED, "qk_norm": "projection", "kv_channels": None, "window_size": None,
-           "moe_router_pre_softmax": True},
+    fixed={
+        **_LLAMA_FIXED,
+        "qk_norm": "projection",
+        "kv_channels": None,
+        "window_size": None,
+        "moe_router_pre_softmax": True,
+    },
 )
 
 GPT_OSS = Architecture(
-    name="GptOssForCausalLM", model_type="gpt_oss", prefix="model.", unused=("rotary_emb.inv_freq",),
+    name="GptOssForCausalLM",
+    model_type="gpt_oss",
+    prefix="model.",
+    unused=("rotary_emb.inv_freq",),
     rows=(
         _EMBEDDING,
         *_ATTENTION,
-        _layer("self_attention.linear_qkv.bias", ("qkv",), *(f"{name}.bias" for name in _Q_K_V), how=QKV),
+        _layer(
+            "self_attention.linear_qkv.bias",
+            ("qkv",),
+            *(f"{name}.bias" for name in _Q_K_V),
+            how=QKV,
+        ),
         _layer("self_attention.linear_proj.bias", ("hidden",), "self_attn.o_proj.bias"),
         _layer("self_attention.core_attention.softmax_offset", ("heads",), "self_attn.sinks"),
         _PRE_EXPERTS_NORM,
         _layer("mlp.router.weight", ("experts", "hidden"), "mlp.router.weight"),
         _layer("mlp.router.bias", ("experts",), "mlp.router.bias"),
-        _layer(EXPERTS + "linear_fc1.weight", ("gated expert", "hidden"), "mlp.experts.gate_up_proj[{expert}]",
-               how=INTERLEAVED_GATE_UP),
-        _layer(EXPERTS + "linear_fc1.bias", ("gated expert",), "mlp.experts.gate_up_proj_bias[{expert}]",
-               how=INTERLEAVED_GATE_UP),
-        _layer(EXPERTS + "linear_fc2.weight", ("hidden", "expert"), "mlp.experts.down_proj[{expert}]", how=TRANSPOSED),
+        _layer(
+            EXPERTS + "linear_fc1.weight",
+            ("gated expert", "hidden"),
+            "mlp.experts.gate_up_proj[{expert}]",
+            how=INTERLEAVED_GATE_UP,
+        ),
+        _layer(
+            EXPERTS + "linear_fc1.bias",
+            ("gated expert",),
+            "mlp.experts.gate_up_proj_bias[{expert}]",
+            how=INTERLEAVED_GATE_UP,
+        ),
+        _layer(
+            EXPERTS + "linear_fc2.weight",
+            ("hidden", "expert"),
+            "mlp.experts.down_proj[{expert}]",
+            how=TRANSPOSED,
+        ),
         _layer(EXPERTS + "linear_fc2.bias", ("hidden",), "mlp.experts.down_proj_bias[{expert}]"),
         _FINAL_NORM,
         _OUTPUT,
     ),
     settings=(
-        *_LLAMA_SETTINGS, _HEAD, _ffn("moe_ffn_hidden_size", "ffn_hidden_size"), _is("num_local_experts", "num_experts"),
-        _is("num_experts_per_tok", "moe_router_topk"), _is("router_aux_loss_coef", "moe_aux_loss_coeff"),
-        _WINDOW, _LAYER_TYPES, Setting("rope_parameters", _yarn, _yarn_value, "rotary_base, yarn"),
+        *_LLAMA_SETTINGS,
+        _HEAD,
+        _ffn("moe_ffn_hidden_size", "ffn_hidden_size"),
+        _is("num_local_experts", "num_experts"),
+        _is("num_experts_per_tok", "moe_router_topk"),
+        _is("router_aux_loss_coef", "moe_aux_loss_coeff"),
+        _WINDOW,
+        _LAYER_TYPES,
+        Setting("rope_parameters", _yarn, _yarn_value, "rotary_base, yarn"),
     ),
-    needs={**_LLAMA_NEEDS, "attention_bias": (True,), "swiglu_alpha": (1.702,), "swiglu_limit": (7.0,)},
+    needs={
+        **_LLAMA_NEEDS,
+        "attention_bias": (True,),
+        "swiglu_alpha": (1.702,),
+        "swiglu_limit": (7.0,),
+    },
     fixed={
-        **_LLAMA_FIXED, "activation": "clamped_quick_geglu", "add_bias_linear": True, "position_embedding": "yarn",
-        "attention_sinks": True, "qk_norm": "none", "moe_router_pre_softmax": False,
+        **_LLAMA_FIXED,
+        "activation": "clamped_quick_geglu",
+        "add_bias_linear": True,
+        "position_embedding": "yarn",
+        "attention_sinks": True,
+        "qk_norm": "none",
+        "moe_router_pre_softmax": False,
     },
 )
 ARCHITECTURES = {a.name: a for a in (GPT2, LLAMA, OLMOE, GPT_OSS)}
@@ -414,7 +625,8 @@ def architecture_of(model: Model) -> Architecture:
     nearest = min(reasons, key=lambda a: len(reasons[a]))
     if reasons[nearest]:
         raise UserError(
-            f"{model.name}: no architecture of Hugging Face that this writes ({', '.join(ARCHITECTURES)})\n"
-            f"nearest is {nearest.name}, but " + "; ".join(reasons[nearest])
+            f"{model.name}: no architecture of Hugging Face that this writes"
+            f" ({', '.join(ARCHITECTURES)})\nnearest is {nearest.name}, but "
+            + "; ".join(reasons[nearest])
         )
     return nearest

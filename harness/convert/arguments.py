@@ -1,4 +1,5 @@
-"""Upstream's arguments as a checkpoint keeps them, made of a model, and the model that they describe."""
+"""Upstream's arguments as a checkpoint keeps them, made of a model, and the model that they
+describe."""
 
 from __future__ import annotations
 
@@ -11,25 +12,46 @@ from harness.upstreams.megatron_lm.arguments import import_upstream, upstream_pa
 from harness.upstreams.megatron_lm.flags import model_flags
 
 _UNSUPPORTED = {
-    "multi_latent_attention": False, "heterogeneous_layers_config_path": None, "mtp_num_layers": None,
-    "moe_shared_expert_intermediate_size": None, "moe_router_enable_expert_bias": False, "moe_latent_size": None,
-    "moe_layer_freq": 1, "moe_router_score_function": "softmax", "apply_layernorm_1p": False, "squared_relu": False,
-    "rotary_interleaved": False, "rotary_percent": 1.0, "qk_l2_norm": False, "hybrid_layer_pattern": None,
+    "multi_latent_attention": False,
+    "heterogeneous_layers_config_path": None,
+    "mtp_num_layers": None,
+    "moe_shared_expert_intermediate_size": None,
+    "moe_router_enable_expert_bias": False,
+    "moe_latent_size": None,
+    "moe_layer_freq": 1,
+    "moe_router_score_function": "softmax",
+    "apply_layernorm_1p": False,
+    "squared_relu": False,
+    "rotary_interleaved": False,
+    "rotary_percent": 1.0,
+    "qk_l2_norm": False,
+    "hybrid_layer_pattern": None,
 }
 """Arguments that make a model that no architecture here is, with the values that do not."""
 _PROJECTION_NORM = ["harness.specs.projection_norm", "layer_spec"]
 
 
 def flags(model: Model, positions: int, tp: int = 1, pp: int = 1, ep: int = 1) -> list[str]:
-    """Upstream's arguments for ``model`` under a layout; the length of sequences is left to the run.
+    """Upstream's arguments for ``model`` under a layout; the length of sequences is left to the
+    run.
 
     Raises:
         UserError: the model cannot be cut like this.
     """
-    one = Experiment(id="999", slug="weights", chapter=900, shows="weights", model=model, micro_batch_size=1,
-                     global_batch_size=1, seq_length=positions)
+    one = Experiment(
+        id="999",
+        slug="weights",
+        chapter=900,
+        shows="weights",
+        model=model,
+        micro_batch_size=1,
+        global_batch_size=1,
+        seq_length=positions,
+    )
     try:
-        cut = one.with_changes(tp=tp, pp=pp, ep=ep, dp=ep, sequence_parallel=tp > 1, global_batch_size=ep)
+        cut = one.with_changes(
+            tp=tp, pp=pp, ep=ep, dp=ep, sequence_parallel=tp > 1, global_batch_size=ep
+        )
     except UserError as error:
         raise UserError(str(error).replace(f"{one.id}: ", f"{model.name}: ")) from None
     words = model_flags(cut)
@@ -57,11 +79,19 @@ def model_of(args: Namespace, name: str, vocab_size: int) -> tuple[Model, int]:
         UserError: it is none that the catalogue can say.
     """
     if not hasattr(args, "num_layers") or args.num_layers is None:
-        raise UserError(f"{name}: the checkpoint does not say what its model is: it has none of upstream's arguments")
-    odd = [f"{key} = {getattr(args, key)}" for key, usual in _UNSUPPORTED.items()
-           if getattr(args, key, usual) not in (usual, None)]
+        raise UserError(
+            f"{name}: the checkpoint does not say what its model is: it has none of upstream's"
+            " arguments"
+        )
+    odd = [
+        f"{key} = {getattr(args, key)}"
+        for key, usual in _UNSUPPORTED.items()
+        if getattr(args, key, usual) not in (usual, None)
+    ]
     if odd:
-        raise UserError(f"{name}: no architecture of Hugging Face that this writes has {', '.join(odd)}")
+        raise UserError(
+            f"{name}: no architecture of Hugging Face that this writes has {', '.join(odd)}"
+        )
     usual_head = args.hidden_size // args.num_attention_heads
     groups = args.num_query_groups if args.group_query_attention else None
     fields = {
@@ -93,14 +123,18 @@ def model_of(args: Namespace, name: str, vocab_size: int) -> tuple[Model, int]:
         fields["yarn"] = Yarn(
             rotary_scaling_factor=args.rotary_scaling_factor,
             original_max_position_embeddings=args.yarn_original_max_position_embeddings or 4096,
-            beta_fast=args.yarn_beta_fast or 32.0, beta_slow=args.yarn_beta_slow or 1.0,
+            beta_fast=args.yarn_beta_fast or 32.0,
+            beta_slow=args.yarn_beta_slow or 1.0,
             correction_range_round_to_int=args.yarn_correction_range_round_to_int is not False,
         )
     if args.num_experts:
         fields |= {
-            "num_experts": args.num_experts, "moe_router_topk": args.moe_router_topk,
-            "moe_ffn_hidden_size": args.moe_ffn_hidden_size, "moe_router_pre_softmax": args.moe_router_pre_softmax,
-            "moe_aux_loss_coeff": _single(args.moe_aux_loss_coeff), "moe_z_loss_coeff": args.moe_z_loss_coeff,
+            "num_experts": args.num_experts,
+            "moe_router_topk": args.moe_router_topk,
+            "moe_ffn_hidden_size": args.moe_ffn_hidden_size,
+            "moe_router_pre_softmax": args.moe_router_pre_softmax,
+            "moe_aux_loss_coeff": _single(args.moe_aux_loss_coeff),
+            "moe_z_loss_coeff": args.moe_z_loss_coeff,
         }
     return Model(name=name, **fields), args.max_position_embeddings
 
@@ -116,13 +150,19 @@ def _activation(args: Namespace) -> str:
     if not args.quick_geglu:
         return "gelu"
     if (args.glu_linear_offset, args.activation_func_clamp_value) != (1.0, 7.0):
-        raise UserError("--quick-geglu: known is GPT-OSS's, with --glu-linear-offset 1.0 --activation-func-clamp-value 7.0")
+        raise UserError(
+            "--quick-geglu: known is GPT-OSS's, with --glu-linear-offset 1.0"
+            " --activation-func-clamp-value 7.0"
+        )
     return "clamped_quick_geglu"
 
 
 def _qk_norm(args: Namespace) -> str:
     if args.spec not in (None, _PROJECTION_NORM):
-        raise UserError(f"--spec {' '.join(args.spec)}: its weights are not known; known is {' '.join(_PROJECTION_NORM)}")
+        raise UserError(
+            f"--spec {' '.join(args.spec)}: its weights are not known; known is"
+            f" {' '.join(_PROJECTION_NORM)}"
+        )
     if not args.qk_layernorm:
         return "none"
     return "projection" if args.spec else "head"
@@ -133,6 +173,8 @@ def _window(args: Namespace) -> int | None:
         return None
     before, after = args.window_size
     if after or args.window_attn_skip_freq != 2:
-        raise UserError(f"--window-size {before},{after} --window-attn-skip-freq {args.window_attn_skip_freq}: known are "
-                        "windows into the past, on every other layer")
+        raise UserError(
+            f"--window-size {before},{after} --window-attn-skip-freq {args.window_attn_skip_freq}:"
+            " known are windows into the past, on every other layer"
+        )
     return before + 1

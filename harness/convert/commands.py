@@ -24,9 +24,14 @@ def import_hf(settings: Mapping[str, str], folder: Path = WEIGHTS) -> int:
     """Import HF= into ``folder``/NAME and say what it is.
 
     Raises:
-        UserError: see ``importing.import_folder``; HF= is missing, NAME= is there already, or DATA= is another tokenizer's.
+        UserError: see ``importing.import_folder``; HF= is missing, NAME= is there already, or DATA=
+        is another tokenizer's.
     """
-    overrides.require(settings, ["HF"], "make import-hf HF=folder-or-repository [NAME=…] [DATA=…] [TP=… PP=… EP=…]")
+    overrides.require(
+        settings,
+        ["HF"],
+        "make import-hf HF=folder-or-repository [NAME=…] [DATA=…] [TP=… PP=… EP=…]",
+    )
     source = settings["HF"]
     name = settings.get("NAME") or Path(source.partition("@")[0]).name
     if not _NAME.fullmatch(name):
@@ -34,16 +39,29 @@ def import_hf(settings: Mapping[str, str], folder: Path = WEIGHTS) -> int:
     target = folder / name
     if target.exists() and settings.get("FORCE") != "1":
         raise UserError(f"{target} is there already\nFORCE=1 writes it anew, NAME=… another one")
-    layout = {axis.lower(): overrides.count(axis, settings[axis]) for axis in ("TP", "PP", "EP") if axis in settings}
+    layout = {
+        axis.lower(): overrides.count(axis, settings[axis])
+        for axis in ("TP", "PP", "EP")
+        if axis in settings
+    }
     from harness.convert.importing import import_folder
 
-    data = data_sets.blend(settings["DATA"]) if settings.get("DATA", data_sets.MOCK) != data_sets.MOCK else None
+    data = (
+        data_sets.blend(settings["DATA"])
+        if settings.get("DATA", data_sets.MOCK) != data_sets.MOCK
+        else None
+    )
     begun = time.monotonic()
     weights = import_folder(source, target, name, data=data, **layout)
-    print(f"{target}: {weights.architecture}, {weights.parameters:,} parameters, {weights.bytes / 2**30:.2f} GiB "
-          f"in {time.monotonic() - begun:.0f} s")
+    print(
+        f"{target}: {weights.architecture}, {weights.parameters:,} parameters,"
+        f" {weights.bytes / 2**30:.2f} GiB in {time.monotonic() - begun:.0f} s"
+    )
     if weights.dequantized:
-        print(f"  {weights.dequantized} tensors were MXFP4 and are bf16 here: the same values, nearly four times the bytes")
+        print(
+            f"  {weights.dequantized} tensors were MXFP4 and are bf16 here: the same values, nearly"
+            " four times the bytes"
+        )
     if not weights.tokenizer:
         print("  no tokenizer came with them")
     print(f"  make <id> WEIGHTS={name} trains on from them")
@@ -61,7 +79,9 @@ def export_hf(settings: Mapping[str, str], outdir: Path) -> int:
     overrides.require(settings, ("RUN", "OUT"), usage)
     target = expanded(settings["OUT"]).absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"OUT={settings['OUT']} is there already and not empty; name another one, or remove it")
+        raise UserError(
+            f"OUT={settings['OUT']} is there already and not empty; name another one, or remove it"
+        )
     from harness.convert import hub
     from harness.convert.exporting import export_checkpoint
 
@@ -75,9 +95,15 @@ def export_hf(settings: Mapping[str, str], outdir: Path) -> int:
         return _export_adapters(adapters, folder, target, like)
     done = export_checkpoint(folder, target, like=like, adapters=adapters if trained else None)
     if trained:
-        print(f"  adapters of rank {trained.lora.rank}, step {trained.iteration}, are merged with {folder}")
-    print(f"{target}: {done.architecture}, {done.parameters:,} parameters, {done.bytes / 2**30:.2f} GiB in {done.files} "
-          f"file{'s' if done.files > 1 else ''}, {time.monotonic() - begun:.0f} s")
+        print(
+            f"  adapters of rank {trained.lora.rank}, step {trained.iteration}, are merged with"
+            f" {folder}"
+        )
+    print(
+        f"{target}: {done.architecture}, {done.parameters:,} parameters, {done.bytes / 2**30:.2f}"
+        f" GiB in {done.files} file{'s' if done.files > 1 else ''},"
+        f" {time.monotonic() - begun:.0f} s"
+    )
     if done.tokenizer is None:
         print("  no tokenizer is known for it; HF=folder takes one from there")
     return 0
@@ -89,7 +115,10 @@ def _export_adapters(adapters: Path, base: Path, target: Path, like: Path | None
 
     start = read(base)
     named = str(like) if like else start.source if start else str(base)
-    print(f"{target}: PEFT's adapters, {export_peft(adapters, base, target, named):,} parameters, for {named}")
+    print(
+        f"{target}: PEFT's adapters, {export_peft(adapters, base, target, named):,} parameters, for"
+        f" {named}"
+    )
     return 0
 
 
@@ -101,7 +130,10 @@ def saved(run: str, outdir: Path) -> Path:
     """
     places = [place for place in (outdir / run, WEIGHTS / run, expanded(run)) if place.is_dir()]
     if not places:
-        raise UserError(f"RUN={run}: no run of this label in {outdir}, no weights of this name, and no such folder")
+        raise UserError(
+            f"RUN={run}: no run of this label in {outdir}, no weights of this name, and no such"
+            " folder"
+        )
     for place in places:
         for folder in (place, *sorted(tracker.parent for tracker in place.glob(f"*/{TRACKER}"))):
             if (folder / TRACKER).exists() or (folder / METADATA).exists():

@@ -1,4 +1,5 @@
-"""Megatron-LM -> Hugging Face: a checkpoint becomes a folder that ``from_pretrained`` opens, tensor by tensor."""
+"""Megatron-LM -> Hugging Face: a checkpoint becomes a folder that ``from_pretrained`` opens, tensor
+by tensor."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ from harness.system.files import sync_folder, sync_tree
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written. ``tokenizer``: where the tokenizer's files came from; none where none was found."""
+    """What was written. ``tokenizer``: where the tokenizer's files came from; none where none was
+    found."""
 
     architecture: str
     parameters: int
@@ -32,18 +34,26 @@ class Exported:
     tokenizer: Path | None
 
 
-def export_checkpoint(folder: Path, target: Path, *, like: Path | None = None, adapters: Path | None = None,
-                      shard_bytes: int = SHARD_BYTES) -> Exported:
-    """Write the checkpoint in ``folder`` as a Hugging Face model into ``target``, whole or not at all.
+def export_checkpoint(
+    folder: Path,
+    target: Path,
+    *,
+    like: Path | None = None,
+    adapters: Path | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Exported:
+    """Write the checkpoint in ``folder`` as a Hugging Face model into ``target``, whole or not at
+    all.
 
     Args:
         folder: one of upstream's save folders, or a checkpoint in it, or a folder of weights/.
-        like: a Hugging Face folder whose vocabulary size, token ids and tokenizer the model keeps; by default that of the
-            weights that the run started from.
+        like: a Hugging Face folder whose vocabulary size, token ids and tokenizer the model keeps;
+            by default that of the weights that the run started from.
         adapters: a folder of LoRA's adapters, to be merged with the weights.
 
     Raises:
-        UserError: there is no whole checkpoint, the adapters do not fit, or no architecture of Hugging Face has its weights.
+        UserError: there is no whole checkpoint, the adapters do not fit, or no architecture of
+        Hugging Face has its weights.
     """
     found = torch_dist.latest(folder)
     arguments.register_safe_globals()
@@ -71,7 +81,14 @@ def export_checkpoint(folder: Path, target: Path, *, like: Path | None = None, a
                     parts = row.how.split(checkpoint.read(key, index), sizes)
                     for name, part in zip(row.names(index), parts, strict=True):
                         writer.write(name, part)
-        _write_config(unfinished, architecture, model, positions, kept, checkpoint.dtypes[next(iter(keys.values()))])
+        _write_config(
+            unfinished,
+            architecture,
+            model,
+            positions,
+            kept,
+            checkpoint.dtypes[next(iter(keys.values()))],
+        )
         for name in (*hub.TOKENIZER, "generation_config.json"):
             source = (tokenizer if name in hub.TOKENIZER else origin) or Path()
             if source != Path() and (source / name).is_file():
@@ -85,25 +102,31 @@ def export_checkpoint(folder: Path, target: Path, *, like: Path | None = None, a
         shutil.rmtree(unfinished, ignore_errors=True)
     numbers = {name: torch.Size(shape).numel() for name, (_, shape) in announced.items()}
     return Exported(
-        architecture.name, sum(numbers.values()),
+        architecture.name,
+        sum(numbers.values()),
         sum(numbers[name] * dtype.itemsize for name, (dtype, _) in announced.items()),
-        len(list(target.glob("*.safetensors"))), tokenizer,
+        len(list(target.glob("*.safetensors"))),
+        tokenizer,
     )
 
 
 def _origin(folder: Path, args: Namespace) -> Path | None:
-    """The Hugging Face files of the weights that ``folder`` is, or that its run started from, where they are still there."""
+    """The Hugging Face files of the weights that ``folder`` is, or that its run started from, where
+    they are still there."""
     starts = (getattr(args, key, None) for key in ("pretrained_checkpoint", "load"))
     candidates = [folder, folder.parent, *(ROOT / start for start in starts if start)]
     return next((c / weights.HF for c in candidates if weights.read(c)), None)
 
 
 def _tokenizer(origin: Path | None, args: Namespace) -> Path | None:
-    """The folder with the tokenizer's files: the run's own, else that of the weights it started from."""
+    """The folder with the tokenizer's files: the run's own, else that of the weights it started
+    from."""
     own = Path(args.tokenizer_model) if getattr(args, "tokenizer_model", None) else None
     if own and own.is_file():
         own = own.parent
-    return next((place for place in (own, origin) if place and (place / "tokenizer.json").is_file()), None)
+    return next(
+        (place for place in (own, origin) if place and (place / "tokenizer.json").is_file()), None
+    )
 
 
 def _vocab_size(tokenizer: Path | None, args: Namespace) -> int | None:
@@ -111,7 +134,11 @@ def _vocab_size(tokenizer: Path | None, args: Namespace) -> int | None:
     if tokenizer and (vocabulary := hub.vocabulary_of(tokenizer)):
         return max(vocabulary.values()) + 1
     stated = getattr(args, "vocab_size", None)
-    return stated + 1 if stated and getattr(args, "tokenizer_type", None) == "NullTokenizer" else stated
+    return (
+        stated + 1
+        if stated and getattr(args, "tokenizer_type", None) == "NullTokenizer"
+        else stated
+    )
 
 
 def _check(checkpoint: Checkpoint, architecture: Architecture, sizes: Sizes) -> dict[Row, str]:
@@ -124,20 +151,27 @@ def _check(checkpoint: Checkpoint, architecture: Architecture, sizes: Sizes) -> 
     for row in architecture.rows_of(sizes.model):
         key = next((key for key in (row.megatron, *row.also) if key in checkpoint.shapes), None)
         if key is None:
-            raise UserError(f"{checkpoint.folder} has no {row.megatron}, which every {architecture.name} has")
+            raise UserError(
+                f"{checkpoint.folder} has no {row.megatron}, which every {architecture.name} has"
+            )
         shape = (*row.stacked(sizes), *sizes.shape(row.shape))
         if checkpoint.shapes[key] != shape:
-            raise UserError(f"{checkpoint.folder}: {key} is {list(checkpoint.shapes[key])}, "
-                            f"the arguments beside it say {list(shape)}")
+            raise UserError(
+                f"{checkpoint.folder}: {key} is {list(checkpoint.shapes[key])}, "
+                f"the arguments beside it say {list(shape)}"
+            )
         keys[row] = key
     if sizes.vocabulary < sizes.model.vocab_size:
-        raise UserError(f"{checkpoint.folder} has {sizes.vocabulary:,} tokens, fewer than the {sizes.model.vocab_size:,} "
-                        "of its tokenizer or of HF=")
+        raise UserError(
+            f"{checkpoint.folder} has {sizes.vocabulary:,} tokens, fewer than the"
+            f" {sizes.model.vocab_size:,} of its tokenizer or of HF="
+        )
     return keys
 
 
-def _announced(checkpoint: Checkpoint, architecture: Architecture, sizes: Sizes,
-               keys: dict[Row, str]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def _announced(
+    checkpoint: Checkpoint, architecture: Architecture, sizes: Sizes, keys: dict[Row, str]
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """dtype and shape of every tensor to write, by Hugging Face's name, in the order of layers."""
     found = {}
     for row, key in keys.items():
@@ -145,18 +179,27 @@ def _announced(checkpoint: Checkpoint, architecture: Architecture, sizes: Sizes,
         for index in row.places(sizes):
             for name, part in zip(row.names(index), parts, strict=True):
                 whole, expert = sliced(name)
-                shape = tuple(part.shape) if expert is None else (sizes.model.num_experts, *part.shape)
+                shape = (
+                    tuple(part.shape) if expert is None else (sizes.model.num_experts, *part.shape)
+                )
                 found[whole] = index[:1], (checkpoint.dtypes[key], shape)
     last = (LM_HEAD, "model.norm.weight", "transformer.ln_f.weight", "transformer.ln_f.bias")
     order = sorted(found, key=lambda name: (name in last, *(found[name][0] or (-1,))))
     return {name: found[name][1] for name in order}
 
 
-def _write_config(folder: Path, architecture: Architecture, model, positions: int, kept: dict, dtype: torch.dtype) -> None:
-    """config.json: what the origin's said, with everything that concerns the weights as they are now."""
+def _write_config(
+    folder: Path, architecture: Architecture, model, positions: int, kept: dict, dtype: torch.dtype
+) -> None:
+    """config.json: what the origin's said, with everything that concerns the weights as they are
+    now."""
     from transformers import AutoConfig
 
-    said = {**kept, **architecture.write(model, positions), "dtype": str(dtype).removeprefix("torch.")}
+    said = {
+        **kept,
+        **architecture.write(model, positions),
+        "dtype": str(dtype).removeprefix("torch."),
+    }
     for key in ("quantization_config", "_name_or_path"):  # MXFP4 no longer; another folder
         said.pop(key, None)
     AutoConfig.for_model(**said).save_pretrained(folder)

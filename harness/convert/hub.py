@@ -13,15 +13,24 @@ from harness.system.files import expanded
 
 WANTED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 CONFIG = "config.json"
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-             "merges.txt", "tokenizer.model", "chat_template.jinja")
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
 KEPT = (CONFIG, "generation_config.json", *TOKENIZER)
 """Files that a folder of weights keeps as they are."""
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
 def locate(named: str) -> Path:
-    """The folder ``named``, or a copy of the hub's repository ``owner/name`` or ``owner/name@revision``.
+    """The folder ``named``, or a copy of the hub's repository ``owner/name`` or
+    ``owner/name@revision``.
 
     Raises:
         UserError: it is neither, or cannot be fetched.
@@ -30,16 +39,26 @@ def locate(named: str) -> Path:
     if folder.is_dir():
         return folder.resolve()
     if folder.is_file():
-        raise UserError(f"HF={named} is a file; name the folder that holds config.json and the weights")
+        raise UserError(
+            f"HF={named} is a file; name the folder that holds config.json and the weights"
+        )
     if not _REPOSITORY.fullmatch(named):
-        raise UserError(f"HF={named}: no such folder, and no repository such as openai-community/gpt2")
+        raise UserError(
+            f"HF={named}: no such folder, and no repository such as openai-community/gpt2"
+        )
     from huggingface_hub import snapshot_download
 
     repository, _, revision = named.partition("@")
     print(f"fetching {named}")
     try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(WANTED),
-                                      ignore_patterns=["*/*"]))
+        return Path(
+            snapshot_download(
+                repository,
+                revision=revision or None,
+                allow_patterns=list(WANTED),
+                ignore_patterns=["*/*"],
+            )
+        )
     except Exception as error:  # the hub's client raises what its transport does
         raise UserError(
             f"HF={named}: no such folder, and the hub does not give it: {first_line(error)}\n"
@@ -48,7 +67,8 @@ def locate(named: str) -> Path:
 
 
 def read_config(folder: Path) -> tuple[Architecture, dict[str, Any]]:
-    """The architecture of the model in ``folder``, and its config.json with transformers' defaults filled in.
+    """The architecture of the model in ``folder``, and its config.json with transformers' defaults
+    filled in.
 
     Raises:
         UserError: there is none, it is damaged, or of another architecture.
@@ -58,18 +78,26 @@ def read_config(folder: Path) -> tuple[Architecture, dict[str, Any]]:
         raw = json.loads(path.read_text(encoding="utf-8"))
         names = [str(name) for name in raw.get("architectures") or []]
     except FileNotFoundError:
-        raise UserError(f"{folder} has no {CONFIG}\nHF= wants a folder as save_pretrained writes it") from None
+        raise UserError(
+            f"{folder} has no {CONFIG}\nHF= wants a folder as save_pretrained writes it"
+        ) from None
     except (ValueError, AttributeError, TypeError):
         raise UserError(f"{path} is damaged: no JSON object") from None
     known = [name for name in names if name in ARCHITECTURES]
     if not known:
-        raise UserError(f"{path}: architecture {', '.join(names) or 'not named'}; this converts {', '.join(ARCHITECTURES)}")
+        raise UserError(
+            f"{path}: architecture {', '.join(names) or 'not named'}; this converts"
+            f" {', '.join(ARCHITECTURES)}"
+        )
     architecture = ARCHITECTURES[known[0]]
     if raw.get("model_type") != architecture.model_type:
         raise UserError(f"{path}: {architecture.name} with model_type {raw.get('model_type')!r}")
     quantised = (raw.get("quantization_config") or {}).get("quant_method")
     if quantised not in (None, "mxfp4"):
-        raise UserError(f"{path}: quantised by {quantised}; MXFP4 is all that can be undone here\nget the unquantised model")
+        raise UserError(
+            f"{path}: quantised by {quantised}; MXFP4 is all that can be undone here\nget the"
+            " unquantised model"
+        )
     from transformers import AutoConfig
     from transformers.utils import logging
 

@@ -1,4 +1,5 @@
-"""Hugging Face -> Megatron-LM: check a folder against its config.json, then write the checkpoint, tensor by tensor."""
+"""Hugging Face -> Megatron-LM: check a folder against its config.json, then write the checkpoint,
+tensor by tensor."""
 
 from __future__ import annotations
 
@@ -24,21 +25,38 @@ from harness.run.checkpoints import TRACKER
 from harness.system.files import replace_folder, write_json
 
 WIDEST_TP = 8
-"""Vocabularies get rows for as many tensor-parallel ranks at least; powers of 2 below find theirs among them."""
+"""Vocabularies get rows for as many tensor-parallel ranks at least; powers of 2 below find theirs
+among them."""
 
 ALIGNMENT = 128
 """Upstream's --make-vocab-size-divisible-by."""
 
-# Modules of upstream's layer specs, Transformer Engine's or local, that keep a state beside their weights. It is empty
-# without fp8, but upstream wants it to be there.
-_STATEFUL = ("self_attention.linear_qkv", "self_attention.linear_proj", "self_attention.core_attention",
-             "self_attention.q_layernorm", "self_attention.k_layernorm", "input_layernorm", "pre_mlp_layernorm",
-             "mlp.linear_fc1", "mlp.linear_fc2")
+# Modules of upstream's layer specs, Transformer Engine's or local, that keep a state beside their
+# weights. It is empty without fp8, but upstream wants it to be there.
+_STATEFUL = (
+    "self_attention.linear_qkv",
+    "self_attention.linear_proj",
+    "self_attention.core_attention",
+    "self_attention.q_layernorm",
+    "self_attention.k_layernorm",
+    "input_layernorm",
+    "pre_mlp_layernorm",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+)
 _STATEFUL_EXPERTS = (EXPERTS + "linear_fc1", EXPERTS + "linear_fc2")
 
 
-def import_folder(source: str, target: Path, name: str, *, tp: int = 1, pp: int = 1, ep: int = 1,
-                  data: Blend | None = None) -> Weights:
+def import_folder(
+    source: str,
+    target: Path,
+    name: str,
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    ep: int = 1,
+    data: Blend | None = None,
+) -> Weights:
     """Write the weights of Hugging Face's ``source`` into ``target``, whole or not at all.
 
     Args:
@@ -46,7 +64,8 @@ def import_folder(source: str, target: Path, name: str, *, tp: int = 1, pp: int 
         data: data sets to check the tokenizer against.
 
     Raises:
-        UserError: the folder is incomplete, damaged, not what its config.json says, or of a kind that is not known.
+        UserError: the folder is incomplete, damaged, not what its config.json says, or of a kind
+        that is not known.
     """
     folder = hub.locate(source)
     architecture, config = hub.read_config(folder)
@@ -61,23 +80,38 @@ def import_folder(source: str, target: Path, name: str, *, tp: int = 1, pp: int 
     if data:
         check_data(model, folder, data)
     has_tokenizer = _check_tokenizer(folder, model.vocab_size)
-    used = [tensors[name] for row in architecture.rows_of(model) for index in row.places(sizes)
-            for name in _found(architecture, row, index, tensors)]
+    used = [
+        tensors[name]
+        for row in architecture.rows_of(model)
+        for index in row.places(sizes)
+        for name in _found(architecture, row, index, tensors)
+    ]
     weights = Weights(
-        name=name, source=source, architecture=architecture.name, model=model, positions=positions,
-        padded_vocab_size=sizes.vocabulary, parameters=sum(t.bytes // t.dtype.itemsize for t in used),
-        bytes=sum(t.bytes for t in used), dtypes=tuple(sorted({str(t.dtype).removeprefix("torch.") for t in used})),
-        dequantized=len(tensors.quantized), tokenizer=has_tokenizer, flags=tuple(words),
+        name=name,
+        source=source,
+        architecture=architecture.name,
+        model=model,
+        positions=positions,
+        padded_vocab_size=sizes.vocabulary,
+        parameters=sum(t.bytes // t.dtype.itemsize for t in used),
+        bytes=sum(t.bytes for t in used),
+        dtypes=tuple(sorted({str(t.dtype).removeprefix("torch.") for t in used})),
+        dequantized=len(tensors.quantized),
+        tokenizer=has_tokenizer,
+        flags=tuple(words),
     )
     _check_room(target, weights.bytes)
-    unfinished = target.with_name(f".{target.name}.part")  # no NAME= begins with a dot: nobody's weights are called so
+    # no NAME= begins with a dot: nobody's weights are called so
+    unfinished = target.with_name(f".{target.name}.part")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         (unfinished / HF).mkdir(parents=True)
         for kept in hub.KEPT:
             if (folder / kept).is_file():
                 shutil.copyfile(folder / kept, unfinished / HF / kept)
-        torch_dist.write(unfinished / RELEASE, pieces, states(sizes) | {torch_dist.COMMON: _common(words, sizes)})
+        torch_dist.write(
+            unfinished / RELEASE, pieces, states(sizes) | {torch_dist.COMMON: _common(words, sizes)}
+        )
         (unfinished / TRACKER).write_text("release")
         write_json(unfinished / RECORD, weights.model_dump(mode="json"))
         replace_folder(unfinished, target)
@@ -96,7 +130,9 @@ def plan(architecture: Architecture, sizes: Sizes, tensors: Tensors) -> list[Pie
     pieces = []
     for row in architecture.rows_of(sizes.model):
         shape = sizes.shape(row.shape)
-        expected = [tuple(part.shape) for part in row.how.split(torch.empty(shape, device="meta"), sizes)]
+        expected = [
+            tuple(part.shape) for part in row.how.split(torch.empty(shape, device="meta"), sizes)
+        ]
         for index in row.places(sizes):
             names = _found(architecture, row, index, tensors)
             wanted.update(name.partition("[")[0] for name in names)
@@ -104,21 +140,43 @@ def plan(architecture: Architecture, sizes: Sizes, tensors: Tensors) -> list[Pie
             missing += absent
             if absent:
                 continue
-            misfits += [f"{name} is {list(tensors[name].shape)}, not {list(fits)}"
-                        for name, fits in zip(names, expected, strict=True) if tensors[name].shape != fits]
+            misfits += [
+                f"{name} is {list(tensors[name].shape)}, not {list(fits)}"
+                for name, fits in zip(names, expected, strict=True)
+                if tensors[name].shape != fits
+            ]
             dtypes = {tensors[name].dtype for name in names}
             if len(dtypes) > 1:
-                misfits.append(f"{', '.join(names)} have different dtypes: {', '.join(map(str, dtypes))}")
-            misfits += [f"{names[0]} is {dtype}: quantised, and not in MXFP4" for dtype in dtypes if dtype not in FLOATS]
+                misfits.append(
+                    f"{', '.join(names)} have different dtypes: {', '.join(map(str, dtypes))}"
+                )
+            misfits += [
+                f"{names[0]} is {dtype}: quantised, and not in MXFP4"
+                for dtype in dtypes
+                if dtype not in FLOATS
+            ]
             make = partial(_made, row, names, tensors, sizes)
             for key in (row.megatron, *row.also):
-                pieces.append(Piece(key, index, shape, row.stacked(sizes), next(iter(dtypes)), make))
-    extra = [name for name in tensors if name not in wanted and not architecture.unneeded(name, sizes.model)]
-    for problem, names in (("are missing", missing), ("are not what config.json says", misfits),
-                           ("are not known", extra)):
+                pieces.append(
+                    Piece(key, index, shape, row.stacked(sizes), next(iter(dtypes)), make)
+                )
+    extra = [
+        name
+        for name in tensors
+        if name not in wanted and not architecture.unneeded(name, sizes.model)
+    ]
+    for problem, names in (
+        ("are missing", missing),
+        ("are not what config.json says", misfits),
+        ("are not known", extra),
+    ):
         if names:
             more = f"\n… and {len(names) - 5} more" if len(names) > 5 else ""
-            raise UserError(f"{architecture.name}: {len(names)} tensors {problem}:\n" + "\n".join(names[:5]) + more)
+            raise UserError(
+                f"{architecture.name}: {len(names)} tensors {problem}:\n"
+                + "\n".join(names[:5])
+                + more
+            )
     return pieces
 
 
@@ -127,7 +185,8 @@ def _made(row: Row, names: tuple[str, ...], tensors: Tensors, sizes: Sizes) -> T
 
 
 def _check_tied(folder: Path, architecture: Architecture, sizes: Sizes, tensors: Tensors) -> None:
-    """An output layer beside tied embeddings must be the embedding: upstream keeps one of them, the other would be lost."""
+    """An output layer beside tied embeddings must be the embedding: upstream keeps one of them, the
+    other would be lost."""
     if LM_HEAD not in tensors:
         return
     embedding = next(row for row in architecture.rows if row.megatron == EMBEDDING)
@@ -140,12 +199,16 @@ def _check_tied(folder: Path, architecture: Architecture, sizes: Sizes, tensors:
     else:
         return
     raise UserError(
-        f"{folder}: config.json ties the embeddings (tie_word_embeddings), but {LM_HEAD} {differs}\n"
-        f'"tie_word_embeddings": false in config.json keeps both; files without {LM_HEAD} leave the embedding as both'
+        f"{folder}: config.json ties the embeddings (tie_word_embeddings), but {LM_HEAD}"
+        f" {differs}\n"
+        f'"tie_word_embeddings": false in config.json keeps both; files without {LM_HEAD} leave the'
+        " embedding as both"
     )
 
 
-def _found(architecture: Architecture, row: Row, index: tuple[int, ...], tensors: Tensors) -> tuple[str, ...]:
+def _found(
+    architecture: Architecture, row: Row, index: tuple[int, ...], tensors: Tensors
+) -> tuple[str, ...]:
     """The names in ``tensors``; files of the base model alone leave the prefix out."""
     names = row.names(index)
     bare = tuple(name.removeprefix(architecture.prefix) for name in names)
@@ -153,29 +216,44 @@ def _found(architecture: Architecture, row: Row, index: tuple[int, ...], tensors
 
 
 def states(sizes: Sizes) -> dict[str, Any]:
-    """Upstream's names of the empty states: key/shard_<index>_<sizes>, with the layers and experts as in the weights."""
+    """Upstream's names of the empty states: key/shard_<index>_<sizes>, with the layers and experts
+    as in the weights."""
     layers, experts = sizes.model.num_layers, sizes.model.num_experts or 0
-    found = {f"{LAYERS}{module}._extra_state/shard_{n}_{layers}" for module in _STATEFUL for n in range(layers)}
-    found |= {f"{LAYERS}{module}._extra_state/shard_{n}.{e}_{layers}.{experts}"
-               for module in _STATEFUL_EXPERTS for n in range(layers) for e in range(experts)}
+    found = {
+        f"{LAYERS}{module}._extra_state/shard_{n}_{layers}"
+        for module in _STATEFUL
+        for n in range(layers)
+    }
+    found |= {
+        f"{LAYERS}{module}._extra_state/shard_{n}.{e}_{layers}.{experts}"
+        for module in _STATEFUL_EXPERTS
+        for n in range(layers)
+        for e in range(experts)
+    }
     return dict.fromkeys([*sorted(found), "decoder.final_layernorm._extra_state/shard_0_1"])
 
 
 def _common(words: list[str], sizes: Sizes) -> dict[str, Any]:
-    """What upstream keeps beside tensors (generate_state_dict in megatron/training/checkpointing.py)."""
+    """What upstream keeps beside tensors (generate_state_dict in
+    megatron/training/checkpointing.py)."""
     args = arguments.parse(words)
     args.padded_vocab_size, args.vocab_size = sizes.vocabulary, sizes.model.vocab_size
     args.ckpt_format, args.iteration = torch_dist.BACKEND, 0
-    return {"args": args, "checkpoint_version": 3.0, "iteration": 0, "num_floating_point_operations_so_far": 0,
-            "content_metadata": {"singleton_local_shards": False}}
+    return {
+        "args": args,
+        "checkpoint_version": 3.0,
+        "iteration": 0,
+        "num_floating_point_operations_so_far": 0,
+        "content_metadata": {"singleton_local_shards": False},
+    }
 
 
 def _check_tokenizer(folder: Path, vocab_size: int) -> bool:
     vocabulary = hub.vocabulary_of(folder)
     if vocabulary and (largest := max(vocabulary.values())) >= vocab_size:
         raise UserError(
-            f"{folder}: the tokenizer has ids up to {largest:,}, the model's vocabulary ends at {vocab_size - 1:,}: it "
-            "belongs to another model\nfetch both from the same repository"
+            f"{folder}: the tokenizer has ids up to {largest:,}, the model's vocabulary ends at"
+            f" {vocab_size - 1:,}: it belongs to another model\nfetch both from the same repository"
         )
     return vocabulary is not None or (folder / "tokenizer.model").exists()
 
@@ -184,4 +262,7 @@ def _check_room(target: Path, needed: int) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(target.parent).free
     if free < needed * 1.1:
-        raise UserError(f"{target.parent} has {free / 2**30:.1f} GiB free, the weights take {needed / 2**30:.1f}")
+        raise UserError(
+            f"{target.parent} has {free / 2**30:.1f} GiB free, the weights take"
+            f" {needed / 2**30:.1f}"
+        )

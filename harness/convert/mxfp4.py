@@ -1,5 +1,6 @@
-"""MXFP4, in which OpenAI publishes GPT-OSS's experts: 32 numbers of 4 bits share a scale of 8 bits (OCP Microscaling
-Formats 1.0, sections 5.2 and 5.3). Megatron-LM has no such weights, so they are made bf16, which holds them exactly.
+"""MXFP4, in which OpenAI publishes GPT-OSS's experts: 32 numbers of 4 bits share a scale of 8 bits
+(OCP Microscaling Formats 1.0, sections 5.2 and 5.3). Megatron-LM has no such weights, so they are
+made bf16, which holds them exactly.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ BIAS = 127
 
 
 def dequantized(blocks: Tensor, scales: Tensor) -> Tensor:
-    """bf16 [rows, columns] of ``blocks`` uint8 [rows, columns / 32, 16], low half-byte first, and ``scales`` uint8
-    [rows, columns / 32], exponents of 2.
+    """bf16 [rows, columns] of ``blocks`` uint8 [rows, columns / 32, 16], low half-byte first, and
+    ``scales`` uint8 [rows, columns / 32], exponents of 2.
     """
     values = torch.tensor(VALUES, dtype=torch.bfloat16)
     codes = torch.stack((blocks & 15, blocks >> 4), -1).flatten(-2)
@@ -28,13 +29,15 @@ def dequantized(blocks: Tensor, scales: Tensor) -> Tensor:
 
 
 class Dequantized(Tensors):
-    """The tensors of a folder in which some may be MXFP4; these are there as bf16, [experts, columns, rows] as in GPT-OSS's
-    files that are not quantised.
+    """The tensors of a folder in which some may be MXFP4; these are there as bf16, [experts,
+    columns, rows] as in GPT-OSS's files that are not quantised.
     """
 
     def __init__(self, tensors: Tensors) -> None:
         self._packed = tensors
-        self.quantized = frozenset(name.removesuffix(BLOCKS) for name in tensors if name.endswith(BLOCKS))
+        self.quantized = frozenset(
+            name.removesuffix(BLOCKS) for name in tensors if name.endswith(BLOCKS)
+        )
 
     def __getitem__(self, name: str) -> Stored:
         whole, index = sliced(name)
@@ -42,7 +45,9 @@ class Dequantized(Tensors):
             return self._packed[name]
         blocks = self._packed[whole + BLOCKS]
         experts, rows, groups, half = blocks.shape
-        stored = Stored(blocks.file, torch.bfloat16, (experts, groups * half * 2, rows), blocks.offset)
+        stored = Stored(
+            blocks.file, torch.bfloat16, (experts, groups * half * 2, rows), blocks.offset
+        )
         return stored if index is None else stored.part(index)
 
     def __iter__(self) -> Iterator[str]:
@@ -58,5 +63,7 @@ class Dequantized(Tensors):
         if whole not in self.quantized:
             return self._packed.read(name)
         at = "" if index is None else f"[{index}]"
-        values = dequantized(*(self._packed.read(whole + ending + at) for ending in (BLOCKS, SCALES)))
+        values = dequantized(
+            *(self._packed.read(whole + ending + at) for ending in (BLOCKS, SCALES))
+        )
         return values.transpose(-1, -2)

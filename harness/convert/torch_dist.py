@@ -1,8 +1,9 @@
 """Megatron-LM's ``torch_dist`` checkpoints, written and read a piece at a time.
 
-The format is PyTorch's distributed checkpoint (torch.distributed.checkpoint), whose own writer and reader are used: the
-planners below only make each tensor when its turn comes. Upstream's additions are a ``metadata.json`` and objects next
-to tensors, one of them ``common_state`` (megatron/core/dist_checkpointing/serialization.py, strategies/torch.py).
+The format is PyTorch's distributed checkpoint (torch.distributed.checkpoint), whose own writer and
+reader are used: the planners below only make each tensor when its turn comes. Upstream's additions
+are a ``metadata.json`` and objects next to tensors, one of them ``common_state``
+(megatron/core/dist_checkpointing/serialization.py, strategies/torch.py).
 """
 
 from __future__ import annotations
@@ -74,18 +75,28 @@ class Piece:
         """What the planner of PyTorch's checkpoints needs to know of it."""
         local = torch.Size((*(1 for _ in self.index), *self.shape))
         data = TensorWriteData(
-            ChunkStorageMetadata(self.offset, local), TensorProperties(self.dtype),
+            ChunkStorageMetadata(self.offset, local),
+            TensorProperties(self.dtype),
             torch.Size((*self.stacked, *self.shape)),
         )
-        return WriteItem(MetadataIndex(self.key, self.offset), WriteItemType.SHARD, tensor_data=data)
+        return WriteItem(
+            MetadataIndex(self.key, self.offset), WriteItemType.SHARD, tensor_data=data
+        )
 
 
 def write(folder: Path, pieces: Sequence[Piece], objects: Mapping[str, Any]) -> None:
-    """Write a checkpoint of ``pieces`` and pickled ``objects`` into ``folder``; in memory is what is being written."""
+    """Write a checkpoint of ``pieces`` and pickled ``objects`` into ``folder``; in memory is what
+    is being written."""
     with _one_process():
-        checkpoint.save({}, storage_writer=FileSystemWriter(folder, thread_count=WRITERS, per_thread_copy_ahead=0),
-                        planner=_SavePlanner(pieces, objects), no_dist=True)
-    (folder / CONFIG).write_text(json.dumps({"sharded_backend": BACKEND, "sharded_backend_version": 1}))
+        checkpoint.save(
+            {},
+            storage_writer=FileSystemWriter(folder, thread_count=WRITERS, per_thread_copy_ahead=0),
+            planner=_SavePlanner(pieces, objects),
+            no_dist=True,
+        )
+    (folder / CONFIG).write_text(
+        json.dumps({"sharded_backend": BACKEND, "sharded_backend_version": 1})
+    )
     checksums.write(folder)
 
 
@@ -117,7 +128,10 @@ class _SavePlanner(DefaultSavePlanner):
         piece = self._pieces[index.fqn, index.offset]
         tensor = piece.make()
         if tuple(tensor.shape) != piece.shape or tensor.dtype != piece.dtype:
-            raise ValueError(f"{piece.key}: {tuple(tensor.shape)} {tensor.dtype}, planned {piece.shape} {piece.dtype}")
+            raise ValueError(
+                f"{piece.key}: {tuple(tensor.shape)} {tensor.dtype}, planned {piece.shape}"
+                f" {piece.dtype}"
+            )
         return tensor.contiguous().view(*(1 for _ in piece.index), *piece.shape)
 
 
@@ -131,14 +145,18 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         if not (folder / METADATA).exists():
-            raise UserError(f"{folder} has no {METADATA}: no checkpoint, or one whose saving was cut short")
+            raise UserError(
+                f"{folder} has no {METADATA}: no checkpoint, or one whose saving was cut short"
+            )
         try:
             backend = json.loads((folder / CONFIG).read_text())["sharded_backend"]
         except (OSError, ValueError, KeyError, TypeError):
             backend = None
         if backend != BACKEND:
-            raise UserError(f"{folder} is a checkpoint of format {backend or 'unknown'}; this reads {BACKEND}\n"
-                            f"save with ARGS=\"--ckpt-format {BACKEND}\"")
+            raise UserError(
+                f"{folder} is a checkpoint of format {backend or 'unknown'}; this reads {BACKEND}\n"
+                f'save with ARGS="--ckpt-format {BACKEND}"'
+            )
         pickles.guard()
         self._reader = FileSystemReader(folder)
         try:
@@ -146,11 +164,15 @@ class Checkpoint:
         except pickles.NotData as error:
             raise UserError(f"{folder / METADATA} {error}") from None
         except Exception as error:  # a damaged pickle can raise anything
-            raise UserError(f"{folder / METADATA} is damaged: {type(error).__name__}: {error}") from None
+            raise UserError(
+                f"{folder / METADATA} is damaged: {type(error).__name__}: {error}"
+            ) from None
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
         named = {info.relative_path for info in self._metadata.storage_data.values()}
         if missing := sorted(name for name in named if not (folder / name).exists()):
-            raise UserError(f"{folder} lacks {', '.join(missing)}: its saving, or its copying, was cut short")
+            raise UserError(
+                f"{folder} lacks {', '.join(missing)}: its saving, or its copying, was cut short"
+            )
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         for key, entry in self._metadata.state_dict_metadata.items():
@@ -158,14 +180,17 @@ class Checkpoint:
                 self.shapes[key], self.dtypes[key] = tuple(entry.size), entry.properties.dtype
 
     def read(self, key: str, index: tuple[int, ...] = ()) -> Tensor:
-        """Part ``index`` of the tensor ``key``, along its leading axes, put together from what the ranks saved.
+        """Part ``index`` of the tensor ``key``, along its leading axes, put together from what the
+        ranks saved.
 
         Raises:
             UserError: a file is shorter than it was.
         """
         entry = self._metadata.state_dict_metadata[key]
-        shape = entry.size[len(index):]
-        part = ChunkStorageMetadata(torch.Size((*index, *(0 for _ in shape))), torch.Size((*(1 for _ in index), *shape)))
+        shape = entry.size[len(index) :]
+        part = ChunkStorageMetadata(
+            torch.Size((*index, *(0 for _ in shape))), torch.Size((*(1 for _ in index), *shape))
+        )
         target = torch.empty(part.sizes, dtype=entry.properties.dtype)
         items = create_read_items_for_chunk_list(key, entry, [part])
         self._read(LoadPlan(items), _LoadPlanner(target))
@@ -189,7 +214,9 @@ class Checkpoint:
                 return torch.load(loaded[COMMON], weights_only=True)[0]
             return loaded[COMMON][0]
         except Exception as error:  # a damaged pickle can raise anything
-            raise UserError(f"{self.folder}: upstream's arguments cannot be read: {error}") from None
+            raise UserError(
+                f"{self.folder}: upstream's arguments cannot be read: {error}"
+            ) from None
 
     def _read(self, plan: LoadPlan, planner: LoadPlanner) -> None:
         try:
@@ -207,7 +234,9 @@ class _LoadPlanner(LoadPlanner):
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
         place = self._target
-        for axis, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+        for axis, (start, length) in enumerate(
+            zip(read_item.dest_offsets, read_item.lengths, strict=True)
+        ):
             place = place.narrow(axis, start, length)
         return place
 
@@ -229,9 +258,11 @@ class _LoadPlanner(LoadPlanner):
 
 
 def latest(folder: Path) -> Path:
-    """The checkpoint to read from ``folder``: itself, the one that upstream's tracker names, else the newest whole one.
+    """The checkpoint to read from ``folder``: itself, the one that upstream's tracker names, else
+    the newest whole one.
 
-    Each byte of it is checked first; where the tracker's is damaged, the newest whole one stands in and a warning says so.
+    Each byte of it is checked first; where the tracker's is damaged, the newest whole one stands in
+    and a warning says so.
 
     Raises:
         UserError: there is none, or none is whole.
@@ -249,14 +280,24 @@ def latest(folder: Path) -> Path:
     if newest is None:
         if named:
             Checkpoint(named[0])  # says more of what it lacks
-        raise UserError("\n".join(damages) or f"{folder} has no whole checkpoint: neither {METADATA} nor {TRACKER}")
+        raise UserError(
+            "\n".join(damages)
+            or f"{folder} has no whole checkpoint: neither {METADATA} nor {TRACKER}"
+        )
     damages = damages or [f"{folder / TRACKER} is missing or empty"]
-    print(*(f"WARNING: {damage}" for damage in damages), f"  reading {newest.path.name}", sep="\n", file=sys.stderr)
+    print(
+        *(f"WARNING: {damage}" for damage in damages),
+        f"  reading {newest.path.name}",
+        sep="\n",
+        file=sys.stderr,
+    )
     return newest.path
 
 
 def _whole(found: checkpoints.Checkpoint) -> Path:
     found = checkpoints.verify(found)
     if found.damage:
-        raise UserError(f"{found.path}: {found.damage}\nmake checkpoints lists those that are whole")
+        raise UserError(
+            f"{found.path}: {found.damage}\nmake checkpoints lists those that are whole"
+        )
     return found.path

@@ -1,4 +1,5 @@
-"""How one tensor of Megatron-LM is made of tensors of Hugging Face, and back. Each is the other's inverse, bit by bit."""
+"""How one tensor of Megatron-LM is made of tensors of Hugging Face, and back. Each is the other's
+inverse, bit by bit."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sizes:
-    """A model's sizes. ``positions``: the longest sequence. ``vocabulary``: rows in Megatron-LM, those added included."""
+    """A model's sizes. ``positions``: the longest sequence. ``vocabulary``: rows in Megatron-LM,
+    those added included."""
 
     model: Model
     positions: int
@@ -24,10 +26,18 @@ class Sizes:
         """``("gated", "hidden")`` in numbers."""
         m = self.model
         known = {
-            "hidden": m.hidden_size, "positions": self.positions, "vocabulary": self.vocabulary,
-            "heads": m.num_attention_heads, "queries": m.query_size, "keys": m.key_size,
-            "qkv": m.query_size + 2 * m.key_size, "ffn": m.ffn, "gated": 2 * m.ffn,
-            "experts": m.num_experts, "expert": m.moe_ffn, "gated expert": 2 * m.moe_ffn,
+            "hidden": m.hidden_size,
+            "positions": self.positions,
+            "vocabulary": self.vocabulary,
+            "heads": m.num_attention_heads,
+            "queries": m.query_size,
+            "keys": m.key_size,
+            "qkv": m.query_size + 2 * m.key_size,
+            "ffn": m.ffn,
+            "gated": 2 * m.ffn,
+            "experts": m.num_experts,
+            "expert": m.moe_ffn,
+            "gated expert": 2 * m.moe_ffn,
         }
         return tuple(known[name] for name in dimensions)
 
@@ -38,7 +48,8 @@ class Transform:
 
     Attributes:
         join: tensors of Hugging Face -> Megatron-LM's tensor.
-        split: Megatron-LM's tensor -> tensors of Hugging Face; also on the meta device, where only shapes are wanted.
+        split: Megatron-LM's tensor -> tensors of Hugging Face; also on the meta device, where only
+        shapes are wanted.
     """
 
     name: str
@@ -48,8 +59,11 @@ class Transform:
 
 
 def _join_qkv(parts: Sequence[Tensor], sizes: Sizes) -> Tensor:
-    """q [heads x head, …], k and v [groups x head, …] -> [groups x (queries of a group, key, value), …]."""
-    return _stacked([part.unflatten(0, (sizes.model.key_heads, -1)) for part in parts], 1).flatten(0, 1)
+    """q [heads x head, …], k and v [groups x head, …] -> [groups x (queries of a group, key,
+    value), …]."""
+    return _stacked([part.unflatten(0, (sizes.model.key_heads, -1)) for part in parts], 1).flatten(
+        0, 1
+    )
 
 
 def _split_qkv(whole: Tensor, sizes: Sizes) -> list[Tensor]:
@@ -69,7 +83,8 @@ def _split_fused_qkv(whole: Tensor, sizes: Sizes) -> list[Tensor]:
 
 
 def _join_interleaved(parts: Sequence[Tensor], sizes: Sizes) -> Tensor:
-    """GPT-OSS's gate_up_proj: weight [hidden, g u g u …] or bias [g u g u …] -> [g g … u u …, hidden]."""
+    """GPT-OSS's gate_up_proj: weight [hidden, g u g u …] or bias [g u g u …] -> [g g … u u …,
+    hidden]."""
     return parts[0].t().unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1)
 
 
@@ -80,10 +95,11 @@ def _split_interleaved(whole: Tensor, sizes: Sizes) -> list[Tensor]:
 def padded(vocabulary: Tensor, rows: int) -> Tensor:
     """``vocabulary`` [v, hidden] with rows added up to ``rows``, each the mean of the others.
 
-    A padded row is a token that never occurs, but its logit takes part in the softmax. The logit of the mean row is the
-    mean of all logits, and exp is convex, so n such rows add at most n / v to the softmax's denominator (Jensen): the
-    loss changes by less than log(1 + n / v), whatever the weights are. Rows of zeros would have the logit 0, which
-    outweighs all others where a model's logits are far below zero, as GPT-2's are.
+    A padded row is a token that never occurs, but its logit takes part in the softmax. The logit of
+    the mean row is the mean of all logits, and exp is convex, so n such rows add at most n / v to
+    the softmax's denominator (Jensen): the loss changes by less than log(1 + n / v), whatever the
+    weights are. Rows of zeros would have the logit 0, which outweighs all others where a model's
+    logits are far below zero, as GPT-2's are.
     """
     import torch
 
@@ -103,20 +119,30 @@ SAME = Transform("same", "as it is", lambda parts, sizes: parts[0], lambda whole
 TRANSPOSED = Transform(
     "transposed", "transposed", lambda parts, sizes: parts[0].t(), lambda whole, sizes: [whole.t()]
 )
-QKV = Transform("qkv", "rows by query group: its queries, its key, its value", _join_qkv, _split_qkv)
+QKV = Transform(
+    "qkv", "rows by query group: its queries, its key, its value", _join_qkv, _split_qkv
+)
 FUSED_QKV = Transform(
-    "fused qkv", "transposed, cut into q, k and v; then rows by head: its query, its key, its value",
-    _join_fused_qkv, _split_fused_qkv,
+    "fused qkv",
+    "transposed, cut into q, k and v; then rows by head: its query, its key, its value",
+    _join_fused_qkv,
+    _split_fused_qkv,
 )
 GATE_UP = Transform(
-    "gate, up", "all rows of the gate, then all rows of up",
-    lambda parts, sizes: _stacked(parts), lambda whole, sizes: whole.chunk(2),
+    "gate, up",
+    "all rows of the gate, then all rows of up",
+    lambda parts, sizes: _stacked(parts),
+    lambda whole, sizes: whole.chunk(2),
 )
 INTERLEAVED_GATE_UP = Transform(
-    "interleaved gate, up", "transposed; then the even rows (gate), then the odd rows (up)",
-    _join_interleaved, _split_interleaved,
+    "interleaved gate, up",
+    "transposed; then the even rows (gate), then the odd rows (up)",
+    _join_interleaved,
+    _split_interleaved,
 )
 VOCABULARY = Transform(
-    "vocabulary", "rows added up to a multiple of 128 x TP, each the mean of all; cut off on export",
-    lambda parts, sizes: padded(parts[0], sizes.vocabulary), lambda whole, sizes: [whole[: sizes.model.vocab_size]],
+    "vocabulary",
+    "rows added up to a multiple of 128 x TP, each the mean of all; cut off on export",
+    lambda parts, sizes: padded(parts[0], sizes.vocabulary),
+    lambda whole, sizes: [whole[: sizes.model.vocab_size]],
 )

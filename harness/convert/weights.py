@@ -1,6 +1,7 @@
 """weights/<name>/: what ``make import-hf`` leaves, ready for ``--load``.
 
-weights.json                       what it is: the model, where it came from, upstream's arguments for it
+weights.json                       what it is: the model, where it came from, upstream's arguments
+                                   for it
 latest_checkpointed_iteration.txt  upstream's tracker; says ``release``: weights alone, iteration 0
 release/                           the torch_dist checkpoint, loadable under any TP, PP and EP
 hf/                                config.json and the tokenizer, as they came
@@ -21,8 +22,16 @@ from harness.experiment.catalog import Model
 from harness.system.files import expanded
 
 _ONLY_TRAINING = ("dropout", "init_method_std", "moe_aux_loss_coeff", "moe_z_loss_coeff")
-_TRAINING = (*_ONLY_TRAINING, "name", "ffn_hidden_size", "num_query_groups", "kv_channels", "moe_ffn_hidden_size")
-"""Fields of a model that its weights do not depend on, or whose defaults say the same in another way."""
+_TRAINING = (
+    *_ONLY_TRAINING,
+    "name",
+    "ffn_hidden_size",
+    "num_query_groups",
+    "kv_channels",
+    "moe_ffn_hidden_size",
+)
+"""Fields of a model that its weights do not depend on, or whose defaults say the same in another
+way."""
 WEIGHTS = ROOT / "weights"
 RECORD, RELEASE, HF = "weights.json", "release", "hf"
 
@@ -33,7 +42,8 @@ class Weights(BaseModel):
     Attributes:
         source: HF= as it was given.
         positions: the longest sequence.
-        padded_vocab_size: rows of the vocabulary with those added; upstream takes as many as it needs.
+        padded_vocab_size: rows of the vocabulary with those added; upstream takes as many as it
+        needs.
         dequantized: tensors that were MXFP4 and are bf16 here.
         flags: upstream's arguments for the model; what a run adds is its --seq-length.
     """
@@ -70,11 +80,14 @@ def read(folder: Path) -> Weights | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValidationError as error:
-        raise UserError(f"{folder / RECORD} is damaged: {error.errors()[0]['msg']}\nimport it again") from None
+        raise UserError(
+            f"{folder / RECORD} is damaged: {error.errors()[0]['msg']}\nimport it again"
+        ) from None
 
 
 def find(named: str) -> tuple[Path, Weights] | None:
-    """What ``WEIGHTS=named`` is of imported weights: a name in weights/, else a folder (``./name``); None: it is neither.
+    """What ``WEIGHTS=named`` is of imported weights: a name in weights/, else a folder
+    (``./name``); None: it is neither.
 
     Raises:
         UserError: it is damaged.
@@ -91,7 +104,9 @@ def differences(trained: Model, model: Model) -> dict[str, tuple[object, object]
     What only training is about (dropout, initial weights, losses of the router) may differ.
     """
     widths = ("query_size", "key_size", "ffn", *(["moe_ffn"] if trained.num_experts else []))
-    return _pairs(trained, model, (*widths, *(name for name in Model.model_fields if name not in _TRAINING)))
+    return _pairs(
+        trained, model, (*widths, *(name for name in Model.model_fields if name not in _TRAINING))
+    )
 
 
 def training_differences(trained: Model, model: Model) -> dict[str, tuple[object, object]]:
@@ -105,7 +120,8 @@ def _pairs(trained: Model, model: Model, names: Sequence[str]) -> dict[str, tupl
 
 
 def check_data(model: Model, tokenizer: Path | None, blend: Blend) -> None:
-    """Refuse data that another tokenizer made than the one in the folder ``tokenizer``, which ``model`` was trained with.
+    """Refuse data that another tokenizer made than the one in the folder ``tokenizer``, which
+    ``model`` was trained with.
 
     Where that one is not known (None), only the number of tokens is compared.
 
@@ -115,17 +131,27 @@ def check_data(model: Model, tokenizer: Path | None, blend: Blend) -> None:
     from harness.convert.hub import vocabulary_of
 
     data = blend.sets[0]
-    again = f"prepare it again with TOKENIZER={tokenizer or 'the folder of the tokenizer of the weights'}"
+    again = (
+        "prepare it again with"
+        f" TOKENIZER={tokenizer or 'the folder of the tokenizer of the weights'}"
+    )
     if data.vocab_size and data.vocab_size > model.vocab_size:
-        raise UserError(f"DATA={data.name} has {data.vocab_size:,} tokens, {model.name} knows {model.vocab_size:,}\n{again}")
+        raise UserError(
+            f"DATA={data.name} has {data.vocab_size:,} tokens, {model.name} knows"
+            f" {model.vocab_size:,}\n{again}"
+        )
     ours = vocabulary_of(tokenizer) if tokenizer else None
-    theirs = vocabulary_of(data.tokenizer_model) if data.tokenizer_model and data.tokenizer_model.is_dir() else None
+    theirs = (
+        vocabulary_of(data.tokenizer_model)
+        if data.tokenizer_model and data.tokenizer_model.is_dir()
+        else None
+    )
     if ours is None or theirs is None:
         return
     if differing := [token for token, number in theirs.items() if ours.get(token) != number]:
         first = min(differing, key=theirs.__getitem__)
         pair = f"{first!r}: {theirs[first]} in the data, {ours.get(first)} in the weights"
         raise UserError(
-            f"DATA={data.name} was made by another tokenizer than {model.name}'s: {len(differing):,} of "
-            f"{len(theirs):,} tokens have other ids, such as {pair}\n{again}"
+            f"DATA={data.name} was made by another tokenizer than {model.name}'s:"
+            f" {len(differing):,} of {len(theirs):,} tokens have other ids, such as {pair}\n{again}"
         )

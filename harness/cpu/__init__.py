@@ -1,4 +1,5 @@
-"""Upstream's training loop on a CPU: real gloo collectives, one process a rank, upstream unmodified.
+"""Upstream's training loop on a CPU: real gloo collectives, one process a rank, upstream
+unmodified.
 
 ``cuda``         stands in for ``torch.cuda``
 ``collectives``  what NCCL has and gloo lacks
@@ -20,11 +21,13 @@ from pathlib import Path
 from harness.errors import UserError
 
 KNOWN = ("0.19.0", "0.19.1")
-"""Versions of ``megatron.core`` that this was written against; the source tree core_v0.19.0 calls itself 0.19.1."""
+"""Versions of ``megatron.core`` that this was written against; the source tree core_v0.19.0 calls
+itself 0.19.1."""
 
 
 def install() -> None:
-    """Let ``megatron`` train on the CPU, in this process and its forks. Call it before ``megatron`` is imported.
+    """Let ``megatron`` train on the CPU, in this process and its forks. Call it before ``megatron``
+    is imported.
 
     Raises:
         UserError: upstream is a version that this was not written against.
@@ -33,8 +36,9 @@ def install() -> None:
     version = runpy.run_path(str(package_info))["__shortversion__"]
     if version not in KNOWN:
         raise UserError(
-            f"megatron.core {version} does not run on a CPU: the stand-in for CUDA knows {', '.join(KNOWN)}\n"
-            "check out core_v0.19.0 (git submodule update --init megatron-lm), or run on a GPU"
+            f"megatron.core {version} does not run on a CPU: the stand-in for CUDA knows"
+            f" {', '.join(KNOWN)}\ncheck out core_v0.19.0 (git submodule update --init"
+            " megatron-lm), or run on a GPU"
         )
     from harness.cpu import collectives, cuda
 
@@ -49,7 +53,8 @@ def install() -> None:
     recompute.install()
     checkpoints.install()
     multiprocessing.set_forkserver_preload([f"{__name__}.fork_server"])
-    # The CPU's random state is the device's here: upstream's warning that the one changed with the other says nothing.
+    # The CPU's random state is the device's here: upstream's warning that the one changed with the
+    # other says nothing.
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
     )

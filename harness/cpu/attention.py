@@ -1,14 +1,19 @@
-"""Context-parallel attention in plain torch, behind the interface of upstream's ``DotProductAttention``.
+"""Context-parallel attention in plain torch, behind the interface of upstream's
+``DotProductAttention``.
 
-Upstream splits a sequence into 2n chunks and gives rank r of n the chunks r and 2n-1-r: causal attention is then the
-same work for every rank. ``--cp-comm-type`` chooses how the ranks attend to each other's chunks:
+Upstream splits a sequence into 2n chunks and gives rank r of n the chunks r and 2n-1-r: causal
+attention is then the same work for every rank. ``--cp-comm-type`` chooses how the ranks attend to
+each other's chunks:
 
-* ``a2a`` (Ulysses): an all-to-all trades all heads of a slice of the sequence for 1/n of the heads of the whole.
+* ``a2a`` (Ulysses): an all-to-all trades all heads of a slice of the sequence for 1/n of the heads
+of the whole.
 * ``all_gather``: every rank gathers all keys and values.
-* ``p2p`` (ring attention) is emulated by the same gathering: the sums are the same, but nothing overlaps.
+* ``p2p`` (ring attention) is emulated by the same gathering: the sums are the same, but nothing
+overlaps.
 
 Packed sequences (``--sft``) attend within their segments, as Transformer Engine's THD format does.
-Windows and softmax sinks are upstream's own; here they meet the parts of the sequence and of the heads.
+Windows and softmax sinks are upstream's own; here they meet the parts of the sequence and of the
+heads.
 """
 
 from copy import copy
@@ -35,11 +40,14 @@ def install() -> None:
 def sequence_positions(context_parallel: int, sequence: int) -> torch.Tensor:
     """Return the positions [sequence] in the order in which ranks 0, 1, … n-1 hold them."""
     chunks = torch.arange(sequence).chunk(2 * context_parallel)
-    return torch.cat([torch.cat((chunks[rank], chunks[-1 - rank])) for rank in range(context_parallel)])
+    return torch.cat(
+        [torch.cat((chunks[rank], chunks[-1 - rank])) for rank in range(context_parallel)]
+    )
 
 
 def _unseen(distance: torch.Tensor, window: tuple[int, int] | None) -> torch.Tensor:
-    """Which keys a query does not see, from how many places they lie before it; ``window`` as upstream's --window-size."""
+    """Which keys a query does not see, from how many places they lie before it; ``window`` as
+    upstream's --window-size."""
     later = distance < 0
     return later | (distance > window[0]) if window else later
 
@@ -47,11 +55,17 @@ def _unseen(distance: torch.Tensor, window: tuple[int, int] | None) -> torch.Ten
 class ContextParallelAttention(DotProductAttention):
     """Attention over a sequence whose parts lie on the ranks of the context-parallel group."""
 
-    def __init__(self, config, *args, cp_comm_type: str | None = None, pg_collection=None, **kwargs):
-        pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
+    def __init__(
+        self, config, *args, cp_comm_type: str | None = None, pg_collection=None, **kwargs
+    ):
+        pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups(
+            required_pgs=["tp", "cp"]
+        )
         whole = copy(config)
         whole.context_parallel_size = 1
-        super().__init__(whole, *args, cp_comm_type=cp_comm_type, pg_collection=pg_collection, **kwargs)
+        super().__init__(
+            whole, *args, cp_comm_type=cp_comm_type, pg_collection=pg_collection, **kwargs
+        )
         self.config = config
         self.group = pg_collection.cp
         size = config.context_parallel_size
@@ -59,11 +73,17 @@ class ContextParallelAttention(DotProductAttention):
         if self.heads_travel:
             heads = self.num_query_groups_per_partition
             if heads % size:
-                raise UserError(f"a2a: {heads} key/value heads a rank must divide by cp = {size}; try p2p, all_gather")
+                raise UserError(
+                    f"a2a: {heads} key/value heads a rank must divide by cp = {size}; try p2p,"
+                    " all_gather"
+                )
             self.hidden_size_per_partition //= size
             self.scale_mask_softmax.register_forward_pre_hook(self._sinks_of_my_heads)
         elif size > 1:
-            self.window, self.scale_mask_softmax.window_size = self.scale_mask_softmax.window_size, None
+            self.window, self.scale_mask_softmax.window_size = (
+                self.scale_mask_softmax.window_size,
+                None,
+            )
         if size > 1 and self.layer_number == 1:
             moved = "heads by all-to-all" if self.heads_travel else "keys and values by all-gather"
             print_rank_0(f"> CPU: context parallelism {cp_comm_type} moves {moved}")
@@ -83,7 +103,10 @@ class ContextParallelAttention(DotProductAttention):
             batch, hidden = context.shape[1:]
             scattered = all_to_all_hp2sp(context[positions].reshape(-1, hidden), group=self.group)
             return scattered.view(query.shape[0], batch, hidden * size)
-        gathered = (gather_from_sequence_parallel_region(tensor, group=self.group) for tensor in (key, value))
+        gathered = (
+            gather_from_sequence_parallel_region(tensor, group=self.group)
+            for tensor in (key, value)
+        )
         key, value = (tensor[ordered] for tensor in gathered)
         mine = positions.chunk(size)[self.group.rank()]
         unseen = _unseen(mine[:, None] - torch.arange(len(positions)), self.window)
@@ -92,26 +115,46 @@ class ContextParallelAttention(DotProductAttention):
     def _packed(self, query, key, value, packed, *args, **kwargs):
         """Attend within segments: query, key, value [t, heads, hn] -> [t, 1, hidden].
 
-        No segment goes beyond its sample, so the samples, one after another in t, are a batch again meanwhile.
+        No segment goes beyond its sample, so the samples, one after another in t, are a batch again
+        meanwhile.
         """
         if self.group.size() > 1:
-            raise UserError("CPU: packed sequences under context parallelism need Transformer Engine; set cp = 1")
+            raise UserError(
+                "CPU: packed sequences under context parallelism need Transformer Engine; set"
+                " cp = 1"
+            )
         length = packed.tokens_per_sample
         places = torch.arange(length)
-        segments = torch.bucketize(torch.arange(len(query)), packed.cu_seqlens_q[1:].long(), right=True).view(-1, 1, length)
+        segments = torch.bucketize(
+            torch.arange(len(query)), packed.cu_seqlens_q[1:].long(), right=True
+        ).view(-1, 1, length)
         softmax = self.scale_mask_softmax
-        window, softmax.window_size = softmax.window_size, None  # upstream's would take the place of the mask
-        unseen = _unseen(places[:, None] - places, window) | (segments[..., None] != segments[..., None, :])
-        batch = (x.unflatten(0, (-1, length)).transpose(0, 1).contiguous() for x in (query, key, value))
+        # upstream's would take the place of the mask
+        window, softmax.window_size = softmax.window_size, None
+        unseen = _unseen(places[:, None] - places, window) | (
+            segments[..., None] != segments[..., None, :]
+        )
+        batch = (
+            x.unflatten(0, (-1, length)).transpose(0, 1).contiguous() for x in (query, key, value)
+        )
         try:
-            return super().forward(*batch, unseen, *args, **kwargs).transpose(0, 1).flatten(0, 1).unsqueeze(1)
+            return (
+                super()
+                .forward(*batch, unseen, *args, **kwargs)
+                .transpose(0, 1)
+                .flatten(0, 1)
+                .unsqueeze(1)
+            )
         finally:
             softmax.window_size = window
 
     def _sinks_of_my_heads(self, _, inputs: tuple) -> tuple:
-        """The softmax's inputs (scores, mask, sinks of all heads) with the sinks of the heads that this rank computes."""
+        """The softmax's inputs (scores, mask, sinks of all heads) with the sinks of the heads that
+        this rank computes."""
         *others, sinks = inputs
-        return *others, sinks if sinks is None else sinks.chunk(self.group.size())[self.group.rank()]
+        return *others, (
+            sinks if sinks is None else sinks.chunk(self.group.size())[self.group.rank()]
+        )
 
     def _sequence_for_heads(self, tensor: torch.Tensor) -> torch.Tensor:
         """Trade [s/cp, b, heads, hn] for [s, b, heads/cp, hn], the sequence in the ranks' order."""

@@ -1,4 +1,5 @@
-"""``torch.cuda`` answered by the CPU: one device whose memory is host memory and whose streams are already done."""
+"""``torch.cuda`` answered by the CPU: one device whose memory is host memory and whose streams are
+already done."""
 
 import functools
 import time
@@ -57,8 +58,8 @@ class Event:
 
 FACTORIES = {
     torch: (
-        "arange as_tensor empty empty_like empty_strided eye full full_like linspace ones ones_like rand rand_like "
-        "randint randn randn_like randperm tensor zeros zeros_like"
+        "arange as_tensor empty empty_like empty_strided eye full full_like linspace ones ones_like"
+        " rand rand_like randint randn randn_like randperm tensor zeros zeros_like"
     ),
     torch.Tensor: "new_empty new_full new_ones new_tensor new_zeros",
 }
@@ -76,7 +77,8 @@ def _on_cpu(device: object) -> object:
 
 
 def _made_on_cpu(factory):
-    """Return ``factory`` making tensors on the CPU that were wanted on a CUDA device or in pinned memory."""
+    """Return ``factory`` making tensors on the CPU that were wanted on a CUDA device or in pinned
+    memory."""
 
     @functools.wraps(factory)
     def make(*args, **kwargs):
@@ -89,13 +91,15 @@ def _made_on_cpu(factory):
 
 
 def _mend_tensor(tensor: type = torch.Tensor) -> None:
-    """Let a tensor's methods take CUDA devices and streams, and let a tensor say that it is on CUDA."""
+    """Let a tensor's methods take CUDA devices and streams, and let a tensor say that it is on
+    CUDA."""
     to, type_ = tensor.to, tensor.type
 
     def type_or_cast(self, dtype=None, **kwargs):
         if dtype is not None:
             return type_(self, dtype, **kwargs)
-        return type_(self).replace("torch.", "torch.cuda.")  # optimizers look for 'torch.cuda.FloatTensor'
+        # optimizers look for 'torch.cuda.FloatTensor'
+        return type_(self).replace("torch.", "torch.cuda.")
 
     tensor.to = _made_on_cpu(lambda self, *args, **kwargs: to(self, *map(_on_cpu, args), **kwargs))
     tensor.type = type_or_cast
@@ -106,13 +110,25 @@ def _mend_tensor(tensor: type = torch.Tensor) -> None:
 
 def install() -> None:
     """Put the stand-in into ``torch``, for this process and the ones it forks."""
-    import torch._dynamo  # optimizers import it on first use; it refuses to load once torch.cuda is replaced
+    # optimizers import it on first use; it refuses to load once torch.cuda is replaced
+    import torch._dynamo
 
     for owner, names in FACTORIES.items():
         for name in names.split():
             setattr(owner, name, _made_on_cpu(getattr(owner, name)))
     _mend_tensor()
-    for name in ("Byte", "Char", "Short", "Int", "Long", "Half", "BFloat16", "Float", "Double", "Bool"):
+    for name in (
+        "Byte",
+        "Char",
+        "Short",
+        "Int",
+        "Long",
+        "Half",
+        "BFloat16",
+        "Float",
+        "Double",
+        "Bool",
+    ):
         setattr(torch.cuda, f"{name}Tensor", getattr(torch, f"{name}Tensor"))
     for name, answer in _device().items():
         setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
@@ -124,13 +140,17 @@ def install() -> None:
     for module in (torch.cuda, torch.cuda.random):
         module.get_rng_state = lambda device=None: torch.get_rng_state()
         module.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
-    torch.compile = lambda function=None, **_: function or (lambda function: function)  # slower to compile than to run
+    # slower to compile than to run
+    torch.compile = lambda function=None, **_: function or (lambda function: function)
 
 
 def _device() -> dict[str, object]:
-    """What the functions of ``torch.cuda`` answer, whatever they are asked: a Hopper GPU without memory of its own."""
+    """What the functions of ``torch.cuda`` answer, whatever they are asked: a Hopper GPU without
+    memory of its own."""
     stream = Stream()
-    nothing = "init _lazy_init set_device set_stream synchronize empty_cache check_error manual_seed_all"
+    nothing = (
+        "init _lazy_init set_device set_stream synchronize empty_cache check_error manual_seed_all"
+    )
     memory = "memory_allocated max_memory_allocated memory_reserved max_memory_reserved"
     return (
         dict.fromkeys(nothing.split())

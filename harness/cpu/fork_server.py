@@ -1,4 +1,5 @@
-"""Imported by multiprocessing's fork server: what it forks, upstream's checkpoint writers, has the stand-in too."""
+"""Imported by multiprocessing's fork server: what it forks, upstream's checkpoint writers, has the
+stand-in too."""
 
 from harness.cpu import cuda
 

@@ -8,8 +8,9 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 def install() -> None:
     """Let upstream's torch norm serve under sequence parallelism, as Transformer Engine's does.
 
-    Every tensor-parallel rank then normalises its own slice of the sequence, so the gradients of the norm's parameters
-    have to be summed over these ranks: upstream does that for parameters marked ``sequence_parallel``.
+    Every tensor-parallel rank then normalises its own slice of the sequence, so the gradients of
+    the norm's parameters have to be summed over these ranks: upstream does that for parameters
+    marked ``sequence_parallel``.
     """
     build = WrappedTorchNorm.__new__
 

@@ -1,4 +1,5 @@
-"""Recomputation of single modules, which upstream does with Transformer Engine's help even where nothing is fp8."""
+"""Recomputation of single modules, which upstream does with Transformer Engine's help even where
+nothing is fp8."""
 
 from contextlib import nullcontext
 from types import SimpleNamespace

@@ -26,7 +26,8 @@ class Finding:
 def check(
     name: str, folder: Path = DATA, watch: Callable[[int, int], None] = lambda done, total: None
 ) -> Iterator[Finding]:
-    """Look at everything, the cheap first; ends with the first thing that makes the rest unreadable.
+    """Look at everything, the cheap first; ends with the first thing that makes the rest
+    unreadable.
 
     Args:
         watch: told how many bytes of .bin are read, of how many.
@@ -39,7 +40,9 @@ def check(
         yield Finding("manifest", False, first_line(error))
     else:
         yield Finding(
-            "manifest", True, "is there" if manifest else "none: made elsewhere, so its checksums are unknown"
+            "manifest",
+            True,
+            "is there" if manifest else "none: made elsewhere, so its checksums are unknown",
         )
     try:
         index = indexed.check_pair(prefix)
@@ -49,7 +52,8 @@ def check(
     yield Finding(
         "index",
         True,
-        f"{index.documents:,} documents, {index.sequences:,} sequences, {index.tokens:,} tokens of {index.dtype.name}",
+        f"{index.documents:,} documents, {index.sequences:,} sequences, {index.tokens:,} tokens of"
+        f" {index.dtype.name}",
     )
     yield from _against_manifest(prefix, index, manifest)
     try:
@@ -61,12 +65,21 @@ def check(
     yield from _tokens(prefix, index, manifest, chosen.vocab_size, watch)
 
 
-def _against_manifest(prefix: Path, index: indexed.Index, manifest: Manifest | None) -> Iterator[Finding]:
+def _against_manifest(
+    prefix: Path, index: indexed.Index, manifest: Manifest | None
+) -> Iterator[Finding]:
     if manifest is None:
         return
     counted = manifest.counted
-    same = (counted.documents, counted.sequences, counted.tokens) == (index.documents, index.sequences, index.tokens)
-    expected = f"{counted.documents:,} documents, {counted.sequences:,} sequences, {counted.tokens:,} tokens"
+    same = (counted.documents, counted.sequences, counted.tokens) == (
+        index.documents,
+        index.sequences,
+        index.tokens,
+    )
+    expected = (
+        f"{counted.documents:,} documents, {counted.sequences:,} sequences, {counted.tokens:,}"
+        " tokens"
+    )
     yield Finding("counts", same, "as in the manifest" if same else f"the manifest says {expected}")
     with idx_path(prefix).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -96,7 +109,10 @@ def _tokens(
     ends = (
         ""
         if eod is None
-        else f"; every document ends with {eod}, which stands within documents {found.inner_ends:,} times"
+        else (
+            f"; every document ends with {eod}, which stands within documents {found.inner_ends:,}"
+            " times"
+        )
     )
     yield Finding("tokens", True, f"ids up to {found.highest:,} of {vocab_size:,}{ends}")
     if manifest:
@@ -105,5 +121,7 @@ def _tokens(
 
 def _digest(what: str, found: str, expected: str) -> Finding:
     return Finding(
-        what, found == expected, found[:12] if found == expected else f"{found[:12]}, the manifest says {expected[:12]}"
+        what,
+        found == expected,
+        found[:12] if found == expected else f"{found[:12]}, the manifest says {expected[:12]}",
     )

@@ -1,4 +1,5 @@
-"""The data commands behind the Makefile's targets; each takes ``KEY=VALUE`` words and returns the exit status."""
+"""The data commands behind the Makefile's targets; each takes ``KEY=VALUE`` words and returns the
+exit status."""
 
 from __future__ import annotations
 
@@ -24,7 +25,19 @@ from harness.system.screen import say
 
 HOW = ("TOKENIZER", "WORKERS", "FORCE", "HUB", "SIZE_MB", "NAME", "LIMIT")
 """Settings of ``make data-<name>``."""
-INPUT = ("INPUT", "NAME", "TOKENIZER", "KEY", "DOCUMENTS", "RULES", "LIMIT", "LONGEST", "APPEND_EOD", "WORKERS", "FORCE")
+INPUT = (
+    "INPUT",
+    "NAME",
+    "TOKENIZER",
+    "KEY",
+    "DOCUMENTS",
+    "RULES",
+    "LIMIT",
+    "LONGEST",
+    "APPEND_EOD",
+    "WORKERS",
+    "FORCE",
+)
 """Settings of ``make data-prepare``."""
 
 
@@ -33,13 +46,19 @@ def list_sets(words: Sequence[str]) -> int:
     _settings(words, ())
     known = definitions()
     there = prepared()
-    states = {name: _state(name) if name in there else "not prepared" for name in dict.fromkeys((*known, *there))}
+    states = {
+        name: _state(name) if name in there else "not prepared"
+        for name in dict.fromkeys((*known, *there))
+    }
     width, widest = max(map(len, states)), max(map(len, states.values()))
     for name in states:
         shows = known[name].shows if name in known else "your own"
         say(f"  {name:{width}}  {states[name]:{widest}}  {shows}", hang=width + widest + 6)
     print()
-    say(f"make data-{next(iter(known))} prepares one, make 101 DATA={next(iter(known))} trains on it;")
+    say(
+        f"make data-{next(iter(known))} prepares one, make 101 DATA={next(iter(known))} trains"
+        " on it;"
+    )
     say("make data-prepare NAME=… INPUT=file-or-folder makes one of your own text")
     return 0
 
@@ -49,7 +68,9 @@ def inspect_set(words: Sequence[str]) -> int:
     from harness.data import look
 
     settings = _settings(words, ("NAME", "SAMPLES"))
-    seen = look.inspect(_name(settings), overrides.count("SAMPLES", settings.get("SAMPLES", "3"), least=0))
+    seen = look.inspect(
+        _name(settings), overrides.count("SAMPLES", settings.get("SAMPLES", "3"), least=0)
+    )
     manifest = read_manifest(seen.chosen.home)
     lengths = seen.lengths
     print(f"{seen.chosen.name}: {seen.chosen.documents:,} documents, {seen.chosen.tokens:,} tokens")
@@ -57,17 +78,26 @@ def inspect_set(words: Sequence[str]) -> int:
     print(f"  {amount(seen.bin_bytes)} of {seen.dtype}, {kind} of {vocab_size} ids")
     if manifest:
         _describe(manifest)
-    print(f"\ntokens per document: mean {lengths.mean:,.1f}, longest {lengths.longest:,}, none in {lengths.empty:,}")
+    print(
+        f"\ntokens per document: mean {lengths.mean:,.1f}, longest {lengths.longest:,}, none in"
+        f" {lengths.empty:,}"
+    )
     print(
         "  "
-        + ", ".join(f"{share:.0%} up to {tokens:,}" for share, tokens in zip(look.SHARES, lengths.shares, strict=True))
+        + ", ".join(
+            f"{share:.0%} up to {tokens:,}"
+            for share, tokens in zip(look.SHARES, lengths.shares, strict=True)
+        )
     )
     most = max((count for _, count in lengths.bars), default=1)
     for upper, count in lengths.bars:
         print(f"  {f'up to {upper:,}':>16} {count:>12,} {'#' * -(-40 * count // most)}")
     for sample in seen.samples:
         text = " ".join(sample.text.split())
-        print(f"\ndocument {sample.document:,}, {sample.tokens:,} tokens:\n  {text[:400]}{' …' * (len(text) > 400)}")
+        print(
+            f"\ndocument {sample.document:,}, {sample.tokens:,} tokens:\n "
+            f" {text[:400]}{' …' * (len(text) > 400)}"
+        )
     return 0
 
 
@@ -100,11 +130,15 @@ def prepare_known(name: str, words: Sequence[str]) -> int:
     recipe = recipe_of(known)
     if "SIZE_MB" in settings:
         if not hasattr(recipe.source, "size_mb"):
-            raise UserError(f"SIZE_MB={settings['SIZE_MB']}: {name} is not made here, so its size is given")
+            raise UserError(
+                f"SIZE_MB={settings['SIZE_MB']}: {name} is not made here, so its size is given"
+            )
         size = overrides.count("SIZE_MB", settings["SIZE_MB"])
         recipe = replace(recipe, source=recipe.source.model_copy(update={"size_mb": size}))
     if "LIMIT" in settings:
-        recipe = replace(recipe, layout=replace(recipe.layout, limit=overrides.count("LIMIT", settings["LIMIT"])))
+        recipe = replace(
+            recipe, layout=replace(recipe.layout, limit=overrides.count("LIMIT", settings["LIMIT"]))
+        )
     if "TOKENIZER" in settings:
         recipe = replace(recipe, tokenizer=settings["TOKENIZER"])
     if "NAME" in settings:
@@ -118,10 +152,14 @@ def prepare_input(words: Sequence[str]) -> int:
     from harness.data.prepare import Recipe, prepare
 
     settings = _settings(words, INPUT)
-    overrides.require(settings, ("NAME", "INPUT"), "make data-prepare NAME=mine INPUT=file-or-folder")
+    overrides.require(
+        settings, ("NAME", "INPUT"), "make data-prepare NAME=mine INPUT=file-or-folder"
+    )
     each = settings.get("DOCUMENTS", "line")
     if each not in ("line", "file"):
-        raise UserError(f"DOCUMENTS={each}: each line of a text file is a document, or each file: line or file")
+        raise UserError(
+            f"DOCUMENTS={each}: each line of a text file is a document, or each file: line or file"
+        )
     layout = Layout(
         key=settings.get("KEY", "text"),
         each=each,
@@ -155,9 +193,14 @@ def clean_files(words: Sequence[str]) -> int:
     from harness.data.clean.rules import load_rules
 
     settings = _settings(words, ("INPUT", "OUT", "RULES", "WORKERS", "FORCE"))
-    overrides.require(settings, ("INPUT", "OUT"), "make data-clean INPUT=crawl.jsonl OUT=folder [RULES=sv]")
+    overrides.require(
+        settings, ("INPUT", "OUT"), "make data-clean INPUT=crawl.jsonl OUT=folder [RULES=sv]"
+    )
     files, out = local_files(settings["INPUT"]), expanded(settings["OUT"]).absolute()
-    rules, workers = load_rules(_rules(settings.get("RULES", "sv"))), overrides.count_in(settings, "WORKERS")
+    rules, workers = (
+        load_rules(_rules(settings.get("RULES", "sv"))),
+        overrides.count_in(settings, "WORKERS"),
+    )
     check_output((), out, rules, force=True)
     progress = Progress()
     with _as_json_lines(files, out, progress) as inputs:
@@ -166,27 +209,37 @@ def clean_files(words: Sequence[str]) -> int:
     progress.end()
     if target != out:
         replace_folder(target, out)
-    print(f"{report.documents_out:,} of {report.documents_in:,} documents left, in {settings['OUT']}")
+    print(
+        f"{report.documents_out:,} of {report.documents_in:,} documents left, in {settings['OUT']}"
+    )
     for rule, number in report.dropped.items():
         print(f"  {rule:18} dropped {number:>10,}")
     return 0
 
 
 @contextmanager
-def _as_json_lines(files: Sequence[TextFile], out: Path, progress: Progress) -> Iterator[list[Path]]:
-    """The files as cleaning reads them: themselves where they are JSON Lines, else written anew beside ``out``."""
+def _as_json_lines(
+    files: Sequence[TextFile], out: Path, progress: Progress
+) -> Iterator[list[Path]]:
+    """The files as cleaning reads them: themselves where they are JSON Lines, else written anew
+    beside ``out``."""
     if all(file.kind == "jsonl" and not file.packing for file in files):
         yield [file.path for file in files]
         return
     from harness.data.documents import Layout
     from harness.data.json_lines import write_json_lines
 
-    facts = [(str(file.path), file.path.stat().st_size, file.path.stat().st_mtime_ns) for file in files]
-    folder = out.with_name(f".{out.name}.text-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}")
+    facts = [
+        (str(file.path), file.path.stat().st_size, file.path.stat().st_mtime_ns) for file in files
+    ]
+    folder = out.with_name(
+        f".{out.name}.text-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}"
+    )
     with told_if_unwritable(folder, "OUT"):
         paths, shards = write_json_lines(files, Layout(), folder, progress.show)
         for path, (_, _, changed_ns) in zip(paths, facts, strict=True):
-            os.utime(path, ns=(changed_ns, changed_ns))  # cleaning goes on where it stopped if its input is as old as it was
+            # cleaning goes on where it stopped if its input is as old as it was
+            os.utime(path, ns=(changed_ns, changed_ns))
     progress.end()
     for rule, number in sum((Counter(shard.skipped) for shard in shards), Counter()).items():
         print(f"  skipped {number:,}: {READING[rule]}")
@@ -195,15 +248,20 @@ def _as_json_lines(files: Sequence[TextFile], out: Path, progress: Progress) -> 
 
 
 def build_mappings(words: Sequence[str]) -> int:
-    """``data-mappings DATA=… SEQ=… SAMPLES=train,valid,test SPLIT=… SEED=…``: what a run's script does on each node."""
+    """``data-mappings DATA=… SEQ=… SAMPLES=train,valid,test SPLIT=… SEED=…``: what a run's script
+    does on each node."""
     from harness.data.mappings import Use, build
 
     settings = _settings(words, ("DATA", "SEQ", "SAMPLES", "SPLIT", "SEED"))
     usage = "data-mappings DATA=… SEQ=1024 SAMPLES=800,240,80 SPLIT=949,50,1"
     overrides.require(settings, ("DATA", "SEQ", "SAMPLES", "SPLIT"), usage)
-    samples = tuple(overrides.count("SAMPLES", number, least=0) for number in settings["SAMPLES"].split(","))
+    samples = tuple(
+        overrides.count("SAMPLES", number, least=0) for number in settings["SAMPLES"].split(",")
+    )
     if len(samples) != 3:
-        raise UserError(f"SAMPLES={settings['SAMPLES']}: give those of training, validation and test")
+        raise UserError(
+            f"SAMPLES={settings['SAMPLES']}: give those of training, validation and test"
+        )
     seed = overrides.count("SEED", settings.get("SEED", "1234"), least=0)
     use = Use(overrides.count("SEQ", settings["SEQ"]), samples, settings["SPLIT"], seed)
     chosen = blend(settings["DATA"])
@@ -213,15 +271,23 @@ def build_mappings(words: Sequence[str]) -> int:
 
 
 def prepare_conversations(words: Sequence[str]) -> int:
-    """``make data-chat NAME=… INPUT=chat.jsonl [TOKENIZER=…] [FORCE=1]``: conversations, of which answers are learned."""
+    """``make data-chat NAME=… INPUT=chat.jsonl [TOKENIZER=…] [FORCE=1]``: conversations, of which
+    answers are learned."""
     from harness.data.chat.prepare import prepare_chat, tell
 
     settings = overrides.parse(words, extra=("NAME", "INPUT", "TOKENIZER", "FORCE"))
-    overrides.require(settings, ("NAME", "INPUT"), "make data-chat NAME=mine INPUT=chat.jsonl [TOKENIZER=folder]")
+    overrides.require(
+        settings, ("NAME", "INPUT"), "make data-chat NAME=mine INPUT=chat.jsonl [TOKENIZER=folder]"
+    )
     source, tokenizer = expanded(settings["INPUT"]), settings.get("TOKENIZER", "gpt2")
-    manifest, skipped = prepare_chat(settings["NAME"], source, tokenizer, force=settings.get("FORCE") == "1")
+    manifest, skipped = prepare_chat(
+        settings["NAME"], source, tokenizer, force=settings.get("FORCE") == "1"
+    )
     tell(manifest, skipped)
-    print(f"make 801 DATA={manifest.name} trains on it, make data-inspect NAME={manifest.name} shows it")
+    print(
+        f"make 801 DATA={manifest.name} trains on it, make data-inspect NAME={manifest.name}"
+        " shows it"
+    )
     return 0
 
 
@@ -239,9 +305,15 @@ COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
 
 
 def _done(manifest: Manifest) -> int:
-    print(f"{manifest.name}: {manifest.counted.documents:,} documents, {manifest.counted.tokens:,} tokens")
+    print(
+        f"{manifest.name}: {manifest.counted.documents:,} documents, {manifest.counted.tokens:,}"
+        " tokens"
+    )
     _describe(manifest)
-    print(f"make 101 DATA={manifest.name} trains on it, make data-inspect NAME={manifest.name} shows it")
+    print(
+        f"make 101 DATA={manifest.name} trains on it, make data-inspect NAME={manifest.name}"
+        " shows it"
+    )
     return 0
 
 
@@ -250,20 +322,31 @@ def _describe(manifest: Manifest) -> None:
     files = f", {len(source.files)} file{'s' * (len(source.files) != 1)}" if source.files else ""
     print(f"  {manifest.origin}{files}")
     if cleaned:
-        dropped = ", ".join(f"{number:,} {rule}" for rule, number in cleaned.dropped.items() if number)
-        print(f"  cleaned by {cleaned.rules}: {cleaned.documents_out:,} of {cleaned.documents_in:,} documents left")
+        dropped = ", ".join(
+            f"{number:,} {rule}" for rule, number in cleaned.dropped.items() if number
+        )
+        print(
+            f"  cleaned by {cleaned.rules}: {cleaned.documents_out:,} of {cleaned.documents_in:,}"
+            " documents left"
+        )
         print(f"  dropped: {dropped or 'none'}")
     skipped = {
-        rule: source.skipped.get(rule, 0) + counted.skipped.get(rule, 0) for rule in {*source.skipped, *counted.skipped}
+        rule: source.skipped.get(rule, 0) + counted.skipped.get(rule, 0)
+        for rule in {*source.skipped, *counted.skipped}
     }
     if skipped:
-        print("  skipped: " + ", ".join(f"{number:,} {rule}" for rule, number in sorted(skipped.items())))
+        print(
+            "  skipped: "
+            + ", ".join(f"{number:,} {rule}" for rule, number in sorted(skipped.items()))
+        )
     took = ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in manifest.seconds.items())
     print(f"  tokenizer {manifest.tokenizer.name} by {manifest.tokenizer.by}; {took}")
 
 
 def _how_to_prepare(name: str) -> str:
-    return f"make data-{name}" if name in definitions() else f"make data-prepare NAME={name} INPUT=…"
+    return (
+        f"make data-{name}" if name in definitions() else f"make data-prepare NAME={name} INPUT=…"
+    )
 
 
 def _state(name: str) -> str:
@@ -297,7 +380,9 @@ def _rules(wanted: str | None) -> Path | None:
 
 def _name(settings: Mapping[str, str]) -> str:
     if "NAME" not in settings:
-        raise UserError(f"NAME missing: one of {', '.join(prepared()) or 'none yet; make data-list'}")
+        raise UserError(
+            f"NAME missing: one of {', '.join(prepared()) or 'none yet; make data-list'}"
+        )
     return settings["NAME"]
 
 

@@ -1,4 +1,5 @@
-"""Prepared data sets: what lies in data/<name>/ and is ready to train on. Reads headers only; needs no numpy.
+"""Prepared data sets: what lies in data/<name>/ and is ready to train on. Reads headers only; needs
+no numpy.
 
 data/<name>/<name>_text_document.bin, .idx     what Megatron-LM reads
 data/<name>/tokenizer/                         the tokenizer that made it
@@ -37,11 +38,13 @@ class DataSet:
     Attributes:
         prefix: path of the ``.bin``/``.idx`` pair without its ending.
         tokenizer_type: upstream's name of its kind.
-        tokenizer_model: a folder with tokenizer.json, or a SentencePiece model; none for a NullTokenizer.
+        tokenizer_model: a folder with tokenizer.json, or a SentencePiece model; none for a
+        NullTokenizer.
         vocab_size: as upstream counts it.
         tokenizer_sha256: two data sets with the same one can be blended.
         fingerprint: changes with the pair's content.
-        chat: whether documents are conversations: text to read and text to answer, in turn (harness/finetune/).
+        chat: whether documents are conversations: text to read and text to answer, in turn
+        (harness/finetune/).
     """
 
     name: str
@@ -78,7 +81,8 @@ class Blend:
 
     @property
     def cache(self) -> Path:
-        """Upstream's ``--data-cache-path``, where index mappings are kept; another folder once a set has changed."""
+        """Upstream's ``--data-cache-path``, where index mappings are kept; another folder once a
+        set has changed."""
         contents = " ".join(chosen.fingerprint for chosen in self.sets)
         return self.sets[0].home / "cache" / hashlib.sha256(contents.encode()).hexdigest()[:16]
 
@@ -91,12 +95,17 @@ def prefix_of(name: str, folder: Path = DATA) -> Path:
 def prepared(folder: Path = DATA) -> tuple[str, ...]:
     """Names of the data sets in ``folder`` whose .bin/.idx pair is there."""
     return tuple(
-        sorted(p.parent.name for p in folder.glob("*/*_text_document.idx") if p.stem.startswith(p.parent.name))
+        sorted(
+            p.parent.name
+            for p in folder.glob("*/*_text_document.idx")
+            if p.stem.startswith(p.parent.name)
+        )
     )
 
 
 def default_for(experiment: Experiment, folder: Path = DATA) -> str:
-    """The data an experiment runs on unless DATA= says else: the published set where it is prepared, mock otherwise."""
+    """The data an experiment runs on unless DATA= says else: the published set where it is
+    prepared, mock otherwise."""
     published = experiment.published_data
     return published if published in prepared(folder) else experiment.data
 
@@ -105,7 +114,8 @@ def find(name: str, folder: Path = DATA) -> DataSet:
     """The prepared data set ``name``, its headers, sizes and tokenizer checked.
 
     Raises:
-        UserError: it, its pair of files or its tokenizer is missing, damaged, or not what its manifest says.
+        UserError: it, its pair of files or its tokenizer is missing, damaged, or not what its
+        manifest says.
     """
     home, prefix = folder / name, prefix_of(name, folder)
     if not home.is_dir() or not idx_path(prefix).exists():
@@ -125,11 +135,24 @@ def find(name: str, folder: Path = DATA) -> DataSet:
         fingerprint = manifest.written.idx_sha256 + manifest.written.bin_sha256
         if (tokens, head.documents) != (manifest.counted.tokens, manifest.counted.documents):
             raise UserError(
-                f"DATA={name}: the pair has {tokens:,} tokens in {head.documents:,} documents, its manifest says "
-                f"{manifest.counted.tokens:,} in {manifest.counted.documents:,}\n{again}"
+                f"DATA={name}: the pair has {tokens:,} tokens in {head.documents:,} documents, its"
+                f" manifest says {manifest.counted.tokens:,} in"
+                f" {manifest.counted.documents:,}\n{again}"
             )
     chat = manifest is not None and manifest.chat is not None
-    return DataSet(name, prefix, kind, model, vocab_size, digest, head.documents, head.sequences, tokens, fingerprint, chat)
+    return DataSet(
+        name,
+        prefix,
+        kind,
+        model,
+        vocab_size,
+        digest,
+        head.documents,
+        head.sequences,
+        tokens,
+        fingerprint,
+        chat,
+    )
 
 
 def blend(data: str, folder: Path = DATA) -> Blend:
@@ -149,22 +172,29 @@ def blend(data: str, folder: Path = DATA) -> Blend:
         except ValueError:
             right = False
         if not right:
-            raise UserError(f'DATA="{data}": give each data set a weight above 0, such as "a:0.7 b:0.3"')
+            raise UserError(
+                f'DATA="{data}": give each data set a weight above 0, such as "a:0.7 b:0.3"'
+            )
         if name == MOCK:
             raise UserError(f'DATA="{data}": mock data cannot be blended')
         names.append(name)
         weights.append(weight)
     if not names:
-        raise UserError(f'DATA="{data}" names no data set; {nearest("", (*prepared(folder), MOCK))}')
+        raise UserError(
+            f'DATA="{data}" names no data set; {nearest("", (*prepared(folder), MOCK))}'
+        )
     sets = tuple(find(name, folder) for name in names)
     for other in sets[1:]:
         if other.tokenizer_sha256 != sets[0].tokenizer_sha256:
             raise UserError(
-                f'DATA="{data}": {sets[0].name} and {other.name} were made by different tokenizers\n'
+                f'DATA="{data}": {sets[0].name} and {other.name} were made by different'
+                " tokenizers\n"
                 f"prepare {other.name} again with TOKENIZER={sets[0].home / 'tokenizer'}"
             )
     if len({chosen.chat for chosen in sets}) > 1:
-        raise UserError(f'DATA="{data}": conversations (make data-chat) and plain text cannot be blended')
+        raise UserError(
+            f'DATA="{data}": conversations (make data-chat) and plain text cannot be blended'
+        )
     return Blend(sets, tuple(weights))
 
 
@@ -176,7 +206,10 @@ def is_chat(data: str) -> bool:
 def check_name(name: str) -> str:
     """``name`` where it can name a data set. Raises UserError otherwise."""
     if not NAME.fullmatch(name) or name == MOCK:
-        raise UserError(f"NAME={name}: use lower-case letters, digits and . _ - (not {MOCK}), a letter or digit first")
+        raise UserError(
+            f"NAME={name}: use lower-case letters, digits and . _ - (not {MOCK}), a letter or digit"
+            " first"
+        )
     return name
 
 
@@ -192,26 +225,37 @@ def _hint(name: str, known: tuple[str, ...]) -> str:
 def _tokenizer(
     name: str, home: Path, manifest: Manifest | None, again: str
 ) -> tuple[str, Path | None, str, int]:
-    """Type, model, fingerprint and size of the data set's tokenizer; its files are as they were when it was used."""
+    """Type, model, fingerprint and size of the data set's tokenizer; its files are as they were
+    when it was used."""
     used = manifest.tokenizer if manifest else None
     kind = used.type if used else "HuggingFaceTokenizer"
     if kind == "NullTokenizer":
         return kind, None, used.sha256, used.vocab_size
-    model = home / "tokenizer" / SENTENCE_PIECE if kind == "SentencePieceTokenizer" else home / "tokenizer"
+    model = (
+        home / "tokenizer" / SENTENCE_PIECE
+        if kind == "SentencePieceTokenizer"
+        else home / "tokenizer"
+    )
     needed = model if kind == "SentencePieceTokenizer" else model / DESCRIPTION
     if not needed.is_file():
         raise UserError(f"DATA={name}: {needed} is missing\n{again}")
     digest = tokenizer_sha256(kind, model)
     if used and digest != used.sha256:
-        raise UserError(f"DATA={name}: the tokenizer in {home / 'tokenizer'} changed since it made the tokens\n{again}")
+        raise UserError(
+            f"DATA={name}: the tokenizer in {home / 'tokenizer'} changed since it made the"
+            f" tokens\n{again}"
+        )
     try:
         return kind, model, digest, used.vocab_size if used else _vocab_size(needed)
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"DATA={name}: {needed} is damaged, or of a kind that is not known\n{again}") from None
+        raise UserError(
+            f"DATA={name}: {needed} is damaged, or of a kind that is not known\n{again}"
+        ) from None
 
 
 def _vocab_size(description: Path) -> int:
-    """The tokens of a tokenizer.json, added ones included, as upstream counts them: ``len`` of transformers' tokenizer."""
+    """The tokens of a tokenizer.json, added ones included, as upstream counts them: ``len`` of
+    transformers' tokenizer."""
     content = read_object(description)
     vocabulary = content["model"]["vocab"]
     tokens = vocabulary if isinstance(vocabulary, dict) else (token for token, _ in vocabulary)

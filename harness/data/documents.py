@@ -1,7 +1,7 @@
 """Documents out of files: JSON Lines, Parquet, plain text, packed with gzip or zstd or not.
 
-Files are read once, front to back, in blocks of about 2 MiB; many threads then find out what the blocks hold.
-A line or row that is no document is skipped and counted under the rule that it breaks.
+Files are read once, front to back, in blocks of about 2 MiB; many threads then find out what the
+blocks hold. A line or row that is no document is skipped and counted under the rule that it breaks.
 """
 
 from __future__ import annotations
@@ -31,20 +31,28 @@ RULES = {
     "too long": "a line, row or file longer than LONGEST MiB",
     "no ids": "text that a null tokenizer cannot read",
 }
-"""Why something is skipped. An empty text is not: it becomes a document without tokens, as with upstream's tool."""
+"""Why something is skipped. An empty text is not: it becomes a document without tokens, as with
+upstream's tool."""
 
 LONGEST_MIB = 16
-"""The longest line or row that is taken. A document needs up to 40 times its size while it is tokenised."""
+"""The longest line or row that is taken. A document needs up to 40 times its size while it is
+tokenised."""
 
 BLOCK_BYTES = 2 << 20
 _PACKED_BYTES = 64 << 10
 
 Kind = Literal["jsonl", "parquet", "text"]
 Text = str | list[str]
-"""A document: its text, or its sentences, which become sequences of their own, as with upstream's tool."""
+"""A document: its text, or its sentences, which become sequences of their own, as with upstream's
+tool."""
 
 _KINDS: dict[str, Kind] = {
-    ".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".txt": "text", ".text": "text",
+    ".jsonl": "jsonl",
+    ".json": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+    ".txt": "text",
+    ".text": "text",
 }
 _PACKINGS = (".gz", ".zst")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -78,7 +86,8 @@ class Layout:
 
 
 class Place(NamedTuple):
-    """How far reading is: the file, its bytes (unpacked) or rows that are done, and lines or rows in all files."""
+    """How far reading is: the file, its bytes (unpacked) or rows that are done, and lines or rows
+    in all files."""
 
     file: int = 0
     offset: int = 0
@@ -110,14 +119,15 @@ class _Stream(Protocol):
 
 
 def text_file(path: Path, name: str | None = None) -> TextFile:
-    """What kind of file it is, by the ending of ``name``. Raises UserError where it is none that holds documents."""
+    """What kind of file it is, by the ending of ``name``. Raises UserError where it is none that
+    holds documents."""
     named = Path(name or path.name)
     packing = named.suffix if named.suffix in _PACKINGS else ""
     kind = _KINDS.get(Path(named.stem).suffix if packing else named.suffix)
     if kind is None or (kind == "parquet" and packing):
         raise UserError(
-            f"{path}: cannot tell what it is\n"
-            f"known endings: {' '.join(_KINDS)}; all but .parquet also packed, with another {' or '.join(_PACKINGS)}"
+            f"{path}: cannot tell what it is\nknown endings: {' '.join(_KINDS)}; all but .parquet"
+            f" also packed, with another {' or '.join(_PACKINGS)}"
         )
     return TextFile(path, name or str(path), kind, packing)
 
@@ -178,7 +188,8 @@ class _Counted:
 
 
 class _Unzstd:
-    """Unpacks zstd, and unlike the package's own reader says so where the last frame is cut short."""
+    """Unpacks zstd, and unlike the package's own reader says so where the last frame is cut
+    short."""
 
     def __init__(self, packed: _Stream) -> None:
         from zstandard import ZstdDecompressor, ZstdError
@@ -287,7 +298,9 @@ def _parquet(file: TextFile, raw: _Counted, layout: Layout, place: Place) -> Ite
                 if row + rows <= place.offset:
                     row += rows
                     continue
-                at_once = max(1, rows * BLOCK_BYTES // max(1, _column_bytes(table, group, layout.key)))
+                at_once = max(
+                    1, rows * BLOCK_BYTES // max(1, _column_bytes(table, group, layout.key))
+                )
                 for batch in table.iter_batches(at_once, [group], [layout.key], use_threads=False):
                     done = max(0, place.offset - row)
                     row += len(batch)
@@ -297,7 +310,9 @@ def _parquet(file: TextFile, raw: _Counted, layout: Layout, place: Place) -> Ite
                         continue
                     column = batch.column(0).slice(done, new)
                     place = Place(place.file, place.offset + new, place.records + new)
-                    yield Block(partial(_rows, column, longest=layout.longest), column.nbytes, place)
+                    yield Block(
+                        partial(_rows, column, longest=layout.longest), column.nbytes, place
+                    )
                     if _full(layout, place):
                         return
     except pyarrow.ArrowException as error:
@@ -340,7 +355,8 @@ def _json_lines(data: bytes, key: str, longest: int) -> Found:
 
 
 def _json_line(line: bytes, key: str, found: Found) -> None:
-    """A line that is not the usual one: what Python's own reader, which upstream's tool uses, makes of it."""
+    """A line that is not the usual one: what Python's own reader, which upstream's tool uses, makes
+    of it."""
     try:
         parts = line.removesuffix(b"\r").decode().split("\r")
     except UnicodeDecodeError:
@@ -357,7 +373,9 @@ def _json_line(line: bytes, key: str, found: Found) -> None:
             continue
         text = value.get(key) if isinstance(value, dict) else None
         sentences = [text] if isinstance(text, str) else text
-        if not isinstance(sentences, list) or not all(isinstance(sentence, str) for sentence in sentences):
+        if not isinstance(sentences, list) or not all(
+            isinstance(sentence, str) for sentence in sentences
+        ):
             found.skipped["no text"] += 1
         elif any(_has_surrogate(sentence) for sentence in sentences):
             found.skipped["surrogate"] += 1
@@ -476,7 +494,11 @@ def _column_bytes(table: pyarrow.parquet.ParquetFile, group: int, key: str) -> i
     """What the column of a row group holds, unpacked."""
     row_group = table.metadata.row_group(group)
     columns = (row_group.column(n) for n in range(row_group.num_columns))
-    return sum(column.total_uncompressed_size for column in columns if column.path_in_schema.split(".")[0] == key)
+    return sum(
+        column.total_uncompressed_size
+        for column in columns
+        if column.path_in_schema.split(".")[0] == key
+    )
 
 
 def _reason(error: Exception) -> str:

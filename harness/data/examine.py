@@ -1,4 +1,5 @@
-"""Finds out about a tokenizer, once a machine: its facts, and whether gigatoken gives the ids that upstream gets.
+"""Finds out about a tokenizer, once a machine: its facts, and whether gigatoken gives the ids that
+upstream gets.
 
 python -m harness.data.examine KIND MODEL      prints them as JSON
 """
@@ -15,7 +16,14 @@ from typing import Any
 import numpy as np
 
 from harness.data.hard_texts import hard_texts
-from harness.data.tokenizer import Encoder, Gigatoken, SentencePiece, Tokenizers, described, versions
+from harness.data.tokenizer import (
+    Encoder,
+    Gigatoken,
+    SentencePiece,
+    Tokenizers,
+    described,
+    versions,
+)
 from harness.errors import UserError, first_line
 
 Ids = list[list[int]]
@@ -37,22 +45,29 @@ def examine_hugging_face(folder: Path) -> dict[str, Any]:
         ) from None
     try:
         upstream = AutoTokenizer.from_pretrained(str(folder))
-        special = [token.content for token in upstream.backend_tokenizer.get_added_tokens_decoder().values()]
+        special = [
+            token.content
+            for token in upstream.backend_tokenizer.get_added_tokens_decoder().values()
+        ]
     except Exception as error:
-        raise UserError(f"transformers cannot load the tokenizer in {folder}: {first_line(error)}") from None
+        raise UserError(
+            f"transformers cannot load the tokenizer in {folder}: {first_line(error)}"
+        ) from None
     eod = upstream.eos_token_id
     description = (folder / "tokenizer.json").read_text(encoding="utf-8")
     plain = Tokenizers(description, eod)
     texts = list(hard_texts(special))
     if first_difference(plain, texts, lambda some: upstream(some).input_ids) is not None:
         raise UserError(
-            f"{folder}: transformers' AutoTokenizer, which upstream uses, gives other ids than its tokenizer.json\n"
-            "save it with save_pretrained() and give that folder"
+            f"{folder}: transformers' AutoTokenizer, which upstream uses, gives other ids than its"
+            " tokenizer.json\nsave it with save_pretrained() and give that folder"
         )
     before, after = plain.frame()
     end = plain.token(eod)
     facts = {"vocab_size": len(upstream), "eod": eod, "before": before, "after": after, "end": end}
-    return facts | _examine_fast(lambda joined: Gigatoken(description, before, after, end, joined), texts, plain, eod)
+    return facts | _examine_fast(
+        lambda joined: Gigatoken(description, before, after, end, joined), texts, plain, eod
+    )
 
 
 def examine_sentence_piece(model: Path) -> dict[str, Any]:
@@ -62,28 +77,44 @@ def examine_sentence_piece(model: Path) -> dict[str, Any]:
     eod = processor.eos_id() if processor.eos_id() >= 0 else None
     end = None if eod is None else processor.id_to_piece(eod)
     pieces = range(processor.get_piece_size())
-    special = [processor.id_to_piece(i) for i in pieces if processor.is_control(i) or processor.is_unknown(i)]
+    special = [
+        processor.id_to_piece(i)
+        for i in pieces
+        if processor.is_control(i) or processor.is_unknown(i)
+    ]
     facts = {"vocab_size": len(pieces), "eod": eod, "before": (), "after": (), "end": end}
     texts = list(hard_texts(special))
-    return facts | _examine_fast(lambda joined: Gigatoken(described(model), (), (), end, joined), texts, reference, eod)
+    return facts | _examine_fast(
+        lambda joined: Gigatoken(described(model), (), (), end, joined), texts, reference, eod
+    )
 
 
 def first_difference(
-    encoder: Encoder, texts: Iterable[str], expected: Callable[[list[str]], Ids], closed: bool = False
+    encoder: Encoder,
+    texts: Iterable[str],
+    expected: Callable[[list[str]], Ids],
+    closed: bool = False,
 ) -> str | None:
     """The first of ``texts`` for which ``encoder`` gives other ids than ``expected``, if any."""
     for some in batched(texts, _TEXTS_AT_ONCE):
         wanted = expected(list(some))
         ids, lengths = encoder.encode(some, closed)
-        if lengths.tolist() != [len(each) for each in wanted] or ids.tolist() != list(chain.from_iterable(wanted)):
-            return next(text for text, got, want in zip(some, _rows(ids, lengths), wanted, strict=True) if got != want)
+        if lengths.tolist() != [len(each) for each in wanted] or ids.tolist() != list(
+            chain.from_iterable(wanted)
+        ):
+            return next(
+                text
+                for text, got, want in zip(some, _rows(ids, lengths), wanted, strict=True)
+                if got != want
+            )
     return None
 
 
 def _examine_fast(
     make: Callable[[bool], Encoder], texts: list[str], reference: Encoder, eod: int | None
 ) -> dict[str, Any]:
-    """Whether gigatoken gives the ids of ``reference``, also with the end-of-document token behind each text."""
+    """Whether gigatoken gives the ids of ``reference``, also with the end-of-document token behind
+    each text."""
     package = versions()["gigatoken"]
     slow = {"fast": None, "joined": False}
     if package is None:
@@ -97,7 +128,11 @@ def _examine_fast(
                 def expected(some: list[str], closed: bool = closed) -> Ids:
                     return list(_rows(*reference.encode(some, closed)))
 
-                different = first_difference(encoder, texts, expected, closed) if different is None else different
+                different = (
+                    first_difference(encoder, texts, expected, closed)
+                    if different is None
+                    else different
+                )
             if different is None:
                 return {"fast": f"gigatoken {package}", "slow_because": None, "joined": joined}
     except Exception as error:
@@ -112,7 +147,9 @@ def _rows(ids: np.ndarray, lengths: np.ndarray) -> Iterator[list[int]]:
 def main(kind: str, model: str) -> int:
     """Print the facts. Returns the exit status."""
     try:
-        examine = examine_sentence_piece if kind == "SentencePieceTokenizer" else examine_hugging_face
+        examine = (
+            examine_sentence_piece if kind == "SentencePieceTokenizer" else examine_hugging_face
+        )
         print(json.dumps(examine(Path(model))))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,4 +1,5 @@
-"""What a data set is, whatever its name: sizes, tokenizer, checksums of its manifest and of both ends of its files."""
+"""What a data set is, whatever its name: sizes, tokenizer, checksums of its manifest and of both
+ends of its files."""
 
 from __future__ import annotations
 
@@ -30,7 +31,10 @@ def _sets(data: str) -> tuple[DataSet, ...]:
 def _data(chosen: DataSet) -> dict[str, Any]:
     """The checksums of its manifest where it has one, and what its files say now."""
     manifest = read_manifest(chosen.home)
-    written = manifest and {"bin sha256": manifest.written.bin_sha256[:16], "idx sha256": manifest.written.idx_sha256[:16]}
+    written = manifest and {
+        "bin sha256": manifest.written.bin_sha256[:16],
+        "idx sha256": manifest.written.idx_sha256[:16],
+    }
     files = {end: Path(f"{chosen.prefix}.{end}") for end in ("bin", "idx")}
     return {
         "tokens": chosen.tokens,

@@ -1,5 +1,6 @@
 # ruff: noqa: RUF001
-"""Texts on which tokenizers differ where they differ at all: every script, runs of any length, odd white space."""
+"""Texts on which tokenizers differ where they differ at all: every script, runs of any length, odd
+white space."""
 
 from __future__ import annotations
 
@@ -8,15 +9,53 @@ import random
 from collections.abc import Iterable, Iterator
 
 _RUN_LENGTHS = (*range(1, 18), 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 1000, 4097)
-_RUN_OF = " \n\t\r" + "aAz10!.-=_'\"\\/éßя漢あกعि\u0301\u200d\u00a0\u2003\u3000\ufeff😀\0\x1f\x7f\x85"
+_RUN_OF = (
+    " \n\t\r" + "aAz10!.-=_'\"\\/éßя漢あกعि\u0301\u200d\u00a0\u2003\u3000\ufeff😀\0\x1f\x7f\x85"
+)
 _SPACES = (" ", "\n", "\t", "\r", "\v", "\u00a0", "\u2003", "\u2028", "a", "7", ".", "'", "ä")
-_CONTRACTIONS = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d", "'S", "'LL", "’s", "'x", "''s", "' s", " 's", "s'", "'ſ")
+_CONTRACTIONS = (
+    "'s",
+    "'t",
+    "'re",
+    "'ve",
+    "'m",
+    "'ll",
+    "'d",
+    "'S",
+    "'LL",
+    "’s",
+    "'x",
+    "''s",
+    "' s",
+    " 's",
+    "s'",
+    "'ſ",
+)
 _SCRIPTS = (
-    "abcdefghijklmnopqrstuvwxyz", "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "0123456789", "٠١٢٣४५६Ⅷ½²①", "åäöéüßøæœñçşğİıſ",
-    "абвгдеёжзийклмн", "αβγδεζηθικλμν", "אבגדהוזח", "ابتثجحخد", "कखगघिीुू्", "กขคงเแโ์", "漢字仮名交文国語",
-    "ひらがなカタカナ", "한국어문장가각", "😀👍🏽👩\u200d👩\u200d👧🇸🇪", " \t\n\r\u00a0\u2009", ".,;:!?-–—…()[]{}<>",
-    "'\"`´’“”«»", "@#$%^&*+=|\\/~_", "\u0300\u0301\u0308\u20d7", "\0\x01\x08\x1b\x7f\x80\x9f",
-    "\u200b\u200d\u2060\ufeff\u202e", "ﬁﬂ㎏ﷺＡＢ１２", "𝐀𝒷𝔠𝟙𐍈𠀀𪜶",
+    "abcdefghijklmnopqrstuvwxyz",
+    "ABCDEFGHIJKLMNOPQRSTUVWXYZ",
+    "0123456789",
+    "٠١٢٣४५६Ⅷ½²①",
+    "åäöéüßøæœñçşğİıſ",
+    "абвгдеёжзийклмн",
+    "αβγδεζηθικλμν",
+    "אבגדהוזח",
+    "ابتثجحخد",
+    "कखगघिीुू्",
+    "กขคงเแโ์",
+    "漢字仮名交文国語",
+    "ひらがなカタカナ",
+    "한국어문장가각",
+    "😀👍🏽👩\u200d👩\u200d👧🇸🇪",
+    " \t\n\r\u00a0\u2009",
+    ".,;:!?-–—…()[]{}<>",
+    "'\"`´’“”«»",
+    "@#$%^&*+=|\\/~_",
+    "\u0300\u0301\u0308\u20d7",
+    "\0\x01\x08\x1b\x7f\x80\x9f",
+    "\u200b\u200d\u2060\ufeff\u202e",
+    "ﬁﬂ㎏ﷺＡＢ１２",
+    "𝐀𝒷𝔠𝟙𐍈𠀀𪜶",
 )
 
 
@@ -25,11 +64,24 @@ def hard_texts(special: Iterable[str] = (), every_code_point: bool = False) -> I
 
     Args:
         special: the tokenizer's special tokens, which then occur within texts.
-        every_code_point: all of Unicode's 17 planes (4 MB), else the two that scripts live in and samples of the rest.
+        every_code_point: all of Unicode's 17 planes (4 MB), else the two that scripts live in and
+        samples of the rest.
     """
-    yield from ("", " ", "\n", "a", "Hello world", " Hello  world \n\n", "x" * 100_000, "ab " * 50_000, "漢字" * 20_000)
+    yield from (
+        "",
+        " ",
+        "\n",
+        "a",
+        "Hello world",
+        " Hello  world \n\n",
+        "x" * 100_000,
+        "ab " * 50_000,
+        "漢字" * 20_000,
+    )
     yield from (char * length for char in _RUN_OF for length in _RUN_LENGTHS)
-    yield from (f"x{char * length}y {char * length} y" for char in _RUN_OF for length in (1, 2, 3, 5, 8))
+    yield from (
+        f"x{char * length}y {char * length} y" for char in _RUN_OF for length in (1, 2, 3, 5, 8)
+    )
     yield from ("".join(parts) for parts in itertools.product(_SPACES, repeat=3))
     yield from (
         f"{word}{end}{after}"
@@ -74,6 +126,7 @@ def _mixtures(rng: random.Random) -> Iterator[str]:
         yield rng.randbytes(rng.randint(1, 800)).decode("utf-8", "replace")
     for _ in range(200):
         codes = (
-            rng.choice((rng.randrange(0xD800), rng.randrange(0xE000, 0x110000))) for _ in range(rng.randint(1, 200))
+            rng.choice((rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)))
+            for _ in range(rng.randint(1, 200))
         )
         yield "".join(map(chr, codes))

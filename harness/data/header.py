@@ -1,6 +1,8 @@
-"""What an .idx says at its two ends, and whether that fits the sizes of the pair: read in no time, without numpy.
+"""What an .idx says at its two ends, and whether that fits the sizes of the pair: read in no time,
+without numpy.
 
-The whole of the format is in ``indexed``; this is the part that a launcher looks at before every run.
+The whole of the format is in ``indexed``; this is the part that a launcher looks at before every
+run.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ ITEM_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 8, 7: 4, 8: 2}
 
 
 class FormatError(ValueError):
-    """A pair of files that is not, or not all of, an IndexedDataset. The message says what does not add up."""
+    """A pair of files that is not, or not all of, an IndexedDataset. The message says what does not
+    add up."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,13 @@ def read_head(path: Path) -> Head:
     with path.open("rb") as file:
         head = file.read(HEADER.size)
     if not head.startswith(MAGIC):
-        raise FormatError(f"{path} does not begin with {MAGIC!r}: no index" if head else f"{path} is empty")
+        raise FormatError(
+            f"{path} does not begin with {MAGIC!r}: no index" if head else f"{path} is empty"
+        )
     if len(head) < HEADER.size:
-        raise FormatError(f"{path} ends after {len(head)} bytes, within its header of {HEADER.size}")
+        raise FormatError(
+            f"{path} ends after {len(head)} bytes, within its header of {HEADER.size}"
+        )
     _, version, code, sequences, entries = HEADER.unpack(head)
     if version != 1:
         raise FormatError(f"{path} is of version {version}, not 1")
@@ -65,14 +72,16 @@ def read_head(path: Path) -> Head:
     found = Head(code, sequences, entries - 1)
     if size != found.idx_bytes:
         raise FormatError(
-            f"{path}: {sequences:,} sequences and {entries - 1:,} documents take {HEADER.size} + 12 x {sequences} + "
-            f"8 x {entries} = {found.idx_bytes:,} bytes, the file has {size:,}: {_too(size, found.idx_bytes)}"
+            f"{path}: {sequences:,} sequences and {entries - 1:,} documents take {HEADER.size} + 12"
+            f" x {sequences} + 8 x {entries} = {found.idx_bytes:,} bytes, the file has {size:,}:"
+            f" {_too(size, found.idx_bytes)}"
         )
     return found
 
 
 def check_ends(prefix: Path) -> int:
-    """Tokens of the pair; the last sequence must end where .bin ends, the last document with the last sequence.
+    """Tokens of the pair; the last sequence must end where .bin ends, the last document with the
+    last sequence.
 
     Raises:
         FormatError: see ``read_head``; or a file is missing, or the ends do not fit.
@@ -82,21 +91,31 @@ def check_ends(prefix: Path) -> int:
         head = read_head(path)
         held = bin_path(prefix).stat().st_size
         with path.open("rb") as file:
-            length = _number(file, HEADER.size + 4 * head.sequences - 4, "<i") if head.sequences else 0
-            pointer = _number(file, HEADER.size + 12 * head.sequences - 8, "<q") if head.sequences else 0
+            length = (
+                _number(file, HEADER.size + 4 * head.sequences - 4, "<i") if head.sequences else 0
+            )
+            pointer = (
+                _number(file, HEADER.size + 12 * head.sequences - 8, "<q") if head.sequences else 0
+            )
             last = _number(file, HEADER.size + 12 * head.sequences + 8 * head.documents, "<q")
     except OSError as error:
         raise FormatError(f"{error.filename}: {error.strerror}") from None
     check_bin_bytes(prefix, held, pointer + length * ITEM_BYTES[head.code])
     if last != head.sequences:
-        raise FormatError(f"{path}: the documents end at sequence {last:,} of {head.sequences:,}: an end is missing")
+        raise FormatError(
+            f"{path}: the documents end at sequence {last:,} of {head.sequences:,}: an end is"
+            " missing"
+        )
     return held // ITEM_BYTES[head.code]
 
 
 def check_bin_bytes(prefix: Path, held: int, expected: int) -> None:
     """Raise FormatError where .bin does not have the bytes that the index says."""
     if held != expected:
-        raise FormatError(f"{bin_path(prefix)} has {held:,} bytes, the index says {expected:,}: {_too(held, expected)}")
+        raise FormatError(
+            f"{bin_path(prefix)} has {held:,} bytes, the index says {expected:,}:"
+            f" {_too(held, expected)}"
+        )
 
 
 def _number(file, offset: int, form: str) -> int:

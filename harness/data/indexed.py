@@ -1,11 +1,16 @@
-"""Megatron's IndexedDataset: a ``.bin`` of token ids, and an ``.idx`` that says where each sequence and document is.
+"""Megatron's IndexedDataset: a ``.bin`` of token ids, and an ``.idx`` that says where each sequence
+and document is.
 
-    .idx   magic "MMIDIDX\\0\\0", version 1 (uint64), dtype code (uint8), sequences n (uint64), documents + 1 (uint64),
-           n lengths (int32, tokens), n pointers (int64, bytes into .bin), documents + 1 indices (int64): document i is
-           the sequences document_indices[i] to document_indices[i + 1]; the first index is 0, the last n
+    .idx   magic "MMIDIDX\\0\\0", version 1 (uint64), dtype code (uint8), sequences n (uint64),
+           documents + 1 (uint64),
+           n lengths (int32, tokens), n pointers (int64, bytes into .bin), documents + 1 indices
+               (int64): document i is
+           the sequences document_indices[i] to document_indices[i + 1]; the first index is 0, the
+               last n
     .bin   the token ids of all sequences, one after another
 
-All little-endian. Source: megatron/core/datasets/indexed_dataset.py of core_v0.19.0; its builder writes the same bytes.
+All little-endian. Source: megatron/core/datasets/indexed_dataset.py of core_v0.19.0; its builder
+writes the same bytes.
 """
 
 from __future__ import annotations
@@ -20,11 +25,25 @@ from typing import BinaryIO
 
 import numpy as np
 
-from harness.data.header import HEADER, MAGIC, FormatError, bin_path, check_bin_bytes, idx_path, read_head
+from harness.data.header import (
+    HEADER,
+    MAGIC,
+    FormatError,
+    bin_path,
+    check_bin_bytes,
+    idx_path,
+    read_head,
+)
 
 DTYPES = {
-    1: np.dtype("u1"), 2: np.dtype("i1"), 3: np.dtype("<i2"), 4: np.dtype("<i4"),
-    5: np.dtype("<i8"), 6: np.dtype("<f8"), 7: np.dtype("<f4"), 8: np.dtype("<u2"),
+    1: np.dtype("u1"),
+    2: np.dtype("i1"),
+    3: np.dtype("<i2"),
+    4: np.dtype("<i4"),
+    5: np.dtype("<i8"),
+    6: np.dtype("<f8"),
+    7: np.dtype("<f4"),
+    8: np.dtype("<u2"),
 }
 """Upstream's code in the header -> how .bin is stored."""
 
@@ -33,7 +52,8 @@ _BLOCK = 1 << 20
 
 
 def best_dtype(vocab_size: int | None) -> np.dtype:
-    """How ids below ``vocab_size`` are stored: uint16 below 65500, else int32 (upstream's DType.optimal_dtype)."""
+    """How ids below ``vocab_size`` are stored: uint16 below 65500, else int32 (upstream's
+    DType.optimal_dtype)."""
     return DTYPES[8] if vocab_size is not None and vocab_size < 65500 else DTYPES[4]
 
 
@@ -41,7 +61,8 @@ def best_dtype(vocab_size: int | None) -> np.dtype:
 class Index:
     """A validated .idx; the arrays are views of the file on disk.
 
-    ``lengths``: (sequences,) int32, in tokens. ``pointers``: (sequences,) int64, first byte in .bin.
+    ``lengths``: (sequences,) int32, in tokens. ``pointers``: (sequences,) int64, first byte in
+    .bin.
     ``document_indices``: (documents + 1,) int64.
     """
 
@@ -66,14 +87,18 @@ class Index:
 
     def document_tokens(self) -> np.ndarray:
         """Tokens of each document, int64."""
-        return np.diff(np.concatenate(([0], np.cumsum(self.lengths, dtype=np.int64)))[self.document_indices])
+        return np.diff(
+            np.concatenate(([0], np.cumsum(self.lengths, dtype=np.int64)))[self.document_indices]
+        )
 
 
 def read_index(path: Path) -> Index:
-    """Read an .idx and check all that it says about itself; whatever bytes the file holds, this ends.
+    """Read an .idx and check all that it says about itself; whatever bytes the file holds, this
+    ends.
 
     Raises:
-        FormatError: it is no .idx, it is cut short or too long, or its lengths, pointers and documents do not add up.
+        FormatError: it is no .idx, it is cut short or too long, or its lengths, pointers and
+        documents do not add up.
         OSError: it cannot be read.
     """
     head = read_head(path)
@@ -109,7 +134,8 @@ def check_pair(prefix: Path) -> Index:
 
 @dataclass(frozen=True)
 class Tokens:
-    """What a pass over a .bin found. ``inner_ends``: end-of-document tokens within documents (the text spelled one)."""
+    """What a pass over a .bin found. ``inner_ends``: end-of-document tokens within documents (the
+    text spelled one)."""
 
     highest: int
     inner_ends: int
@@ -117,7 +143,11 @@ class Tokens:
 
 
 def check_tokens(
-    prefix: Path, index: Index, vocab_size: int, eod: int | None = None, advance: Callable[[int], None] = lambda _: None
+    prefix: Path,
+    index: Index,
+    vocab_size: int,
+    eod: int | None = None,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> Tokens:
     """Read every token of ``prefix``.bin.
 
@@ -127,10 +157,13 @@ def check_tokens(
         advance: told the bytes of each block read.
 
     Raises:
-        FormatError: an id is outside the vocabulary, or a document does not end with ``eod``; the first is named.
+        FormatError: an id is outside the vocabulary, or a document does not end with ``eod``; the
+        first is named.
     """
     if index.dtype.kind not in "iu":
-        raise FormatError(f"{idx_path(prefix)}: tokens are stored as {index.dtype.name}; ids are integers")
+        raise FormatError(
+            f"{idx_path(prefix)}: tokens are stored as {index.dtype.name}; ids are integers"
+        )
     sha = hashlib.sha256()
     highest, seen, ends, inner = -1, 0, _document_ends(index), 0
     pending = next(ends, None)
@@ -143,8 +176,8 @@ def check_tokens(
                 at = int(np.argmax((ids < 0) | (ids >= vocab_size)))
                 document, token = _place(index, seen + at)
                 raise FormatError(
-                    f"{bin_path(prefix)}: document {document:,} has id {ids[at]} as its token {token:,}; "
-                    f"the vocabulary is 0 to {vocab_size - 1}"
+                    f"{bin_path(prefix)}: document {document:,} has id {ids[at]} as its token"
+                    f" {token:,}; the vocabulary is 0 to {vocab_size - 1}"
                 )
             highest = max(highest, high)
             if eod is not None:
@@ -155,8 +188,8 @@ def check_tokens(
                     if len(wrong):
                         document, _ = _place(index, int(here[wrong[0]]))
                         raise FormatError(
-                            f"{bin_path(prefix)}: document {document:,} ends with id {ids[here[wrong[0]] - seen]}, "
-                            f"not with end-of-document {eod}"
+                            f"{bin_path(prefix)}: document {document:,} ends with id"
+                            f" {ids[here[wrong[0]] - seen]}, not with end-of-document {eod}"
                         )
                     inner -= len(here)
                     pending = pending[len(here) :]
@@ -171,9 +204,11 @@ def check_tokens(
 
 
 class Writer:
-    """Writes a pair of any size in little memory. Stopped at any moment it leaves parts, no pair, and can go on.
+    """Writes a pair of any size in little memory. Stopped at any moment it leaves parts, no pair,
+    and can go on.
 
-    ``.bin.part``, ``.lengths.part`` and ``.documents.part`` grow; ``finish`` turns them into ``.bin`` and ``.idx``.
+    ``.bin.part``, ``.lengths.part`` and ``.documents.part`` grow; ``finish`` turns them into
+    ``.bin`` and ``.idx``.
     """
 
     def __init__(self, prefix: Path, dtype: np.dtype, resume: Marks | None = None) -> None:
@@ -185,8 +220,14 @@ class Writer:
         self.prefix, self.dtype = prefix, dtype
         self.marks = resume or Marks(0, 0, 0)
         """How far the parts have grown."""
-        sizes = (self.marks.tokens * dtype.itemsize, 4 * self.marks.sequences, 8 * self.marks.documents)
-        self._files = [_open_part(path, size) for path, size in zip(self._parts(), sizes, strict=True)]
+        sizes = (
+            self.marks.tokens * dtype.itemsize,
+            4 * self.marks.sequences,
+            8 * self.marks.documents,
+        )
+        self._files = [
+            _open_part(path, size) for path, size in zip(self._parts(), sizes, strict=True)
+        ]
         self._sha = _sha256(self._parts()[0])
 
     def append(self, ids: np.ndarray, lengths: np.ndarray, document_ends: np.ndarray) -> None:
@@ -195,15 +236,21 @@ class Writer:
         Args:
             ids: (tokens,) of any integer dtype; must fit ``dtype``.
             lengths: (sequences,) tokens of each sequence; add up to ``len(ids)``.
-            document_ends: (documents,) sequences among these before each document's end; a document may have none.
+            document_ends: (documents,) sequences among these before each document's end; a document
+            may have none.
         """
         block = np.ascontiguousarray(ids, self.dtype).view(np.uint8).data
         self._sha.update(block)
         _write(self._files[0], block)
         _write(self._files[1], np.ascontiguousarray(lengths, "<i4").view(np.uint8).data)
-        _write(self._files[2], np.add(document_ends, self.marks.sequences, dtype="<i8").view(np.uint8).data)
+        _write(
+            self._files[2],
+            np.add(document_ends, self.marks.sequences, dtype="<i8").view(np.uint8).data,
+        )
         m = self.marks
-        self.marks = Marks(m.tokens + len(ids), m.sequences + len(lengths), m.documents + len(document_ends))
+        self.marks = Marks(
+            m.tokens + len(ids), m.sequences + len(lengths), m.documents + len(document_ends)
+        )
 
     def append_pair(self, prefix: Path) -> str:
         """Add a whole other pair, as upstream's add_index, and return the SHA-256 of its .bin.
@@ -213,7 +260,8 @@ class Writer:
         index = check_pair(prefix)
         if index.dtype != self.dtype:
             raise FormatError(
-                f"{idx_path(prefix)} stores {index.dtype.name}, {self.prefix.name} {self.dtype.name}: they do not merge"
+                f"{idx_path(prefix)} stores {index.dtype.name}, {self.prefix.name}"
+                f" {self.dtype.name}: they do not merge"
             )
         base, sha = self.marks, hashlib.sha256()
         with bin_path(prefix).open("rb") as file:
@@ -226,7 +274,9 @@ class Writer:
         for block in _blocks(index.document_indices[1:]):
             _write(self._files[2], (block + base.sequences).astype("<i8").tobytes())
         self.marks = Marks(
-            base.tokens + index.tokens, base.sequences + index.sequences, base.documents + index.documents
+            base.tokens + index.tokens,
+            base.sequences + index.sequences,
+            base.documents + index.documents,
         )
         return sha.hexdigest()
 
@@ -236,7 +286,8 @@ class Writer:
             os.fdatasync(file.fileno())
 
     def finish(self) -> Pair:
-        """Write the index and give both files their names, the .idx last; an older pair goes first."""
+        """Write the index and give both files their names, the .idx last; an older pair goes
+        first."""
         self.close(sync=True)
         part = self.prefix.with_name(self.prefix.name + ".idx.part")
         with part.open("wb") as file:
@@ -267,7 +318,9 @@ class Writer:
 
     def _parts(self) -> tuple[Path, Path, Path]:
         name = self.prefix.name
-        return tuple(self.prefix.with_name(f"{name}.{kind}.part") for kind in ("bin", "lengths", "documents"))
+        return tuple(
+            self.prefix.with_name(f"{name}.{kind}.part") for kind in ("bin", "lengths", "documents")
+        )
 
 
 @dataclass(frozen=True)
@@ -292,7 +345,8 @@ def merge(prefixes: Sequence[Path], prefix: Path, bin_sha256: Sequence[str] = ()
     """Join pairs, in order, into ``prefix``.bin and .idx, in little memory.
 
     Raises:
-        FormatError: one of them is no pair, their dtypes differ, or a .bin is not what ``bin_sha256`` says of it.
+        FormatError: one of them is no pair, their dtypes differ, or a .bin is not what
+        ``bin_sha256`` says of it.
     """
     writer = Writer(prefix, read_index(idx_path(prefixes[0])).dtype)
     try:
@@ -305,7 +359,9 @@ def merge(prefixes: Sequence[Path], prefix: Path, bin_sha256: Sequence[str] = ()
         writer.close()
 
 
-def _write_index(file: BinaryIO, dtype: np.dtype, lengths: Path, documents: Path, marks: Marks) -> str:
+def _write_index(
+    file: BinaryIO, dtype: np.dtype, lengths: Path, documents: Path, marks: Marks
+) -> str:
     code = next(code for code, known in DTYPES.items() if known == dtype)
     sha = hashlib.sha256()
 
@@ -341,7 +397,8 @@ def _check_sequences(path: Path, lengths: np.ndarray, pointers: np.ndarray, item
         if wrong.any():
             at = start + int(np.argmax(wrong))
             raise FormatError(
-                f"{path}: sequence {at:,} points to byte {pointers[at]:,}; the lengths before it add up to another"
+                f"{path}: sequence {at:,} points to byte {pointers[at]:,}; the lengths before it"
+                " add up to another"
             )
         tokens = int(ends[-1])
     return tokens
@@ -349,7 +406,9 @@ def _check_sequences(path: Path, lengths: np.ndarray, pointers: np.ndarray, item
 
 def _check_documents(path: Path, document_indices: np.ndarray, sequences: int) -> None:
     if document_indices[0] != 0:
-        raise FormatError(f"{path}: the first document begins at sequence {document_indices[0]:,}, not 0")
+        raise FormatError(
+            f"{path}: the first document begins at sequence {document_indices[0]:,}, not 0"
+        )
     for start in range(0, len(document_indices) - 1, _BLOCK):
         block = document_indices[start : start + _BLOCK + 1]
         step = np.flatnonzero(block[:-1] > block[1:])
@@ -357,7 +416,8 @@ def _check_documents(path: Path, document_indices: np.ndarray, sequences: int) -
             raise FormatError(f"{path}: document {start + int(step[0]):,} ends before it begins")
     if document_indices[-1] != sequences:
         raise FormatError(
-            f"{path}: the documents end at sequence {document_indices[-1]:,} of {sequences:,}: an end is missing"
+            f"{path}: the documents end at sequence {document_indices[-1]:,} of {sequences:,}: an"
+            " end is missing"
         )
 
 

@@ -1,4 +1,5 @@
-"""Documents of any kind of file, written as JSON Lines with "text", which cleaning reads: a shard for each file."""
+"""Documents of any kind of file, written as JSON Lines with "text", which cleaning reads: a shard
+for each file."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from harness.system.files import atomic, write_json
 
 
 class Shard(BaseModel):
-    """A file written anew. ``name`` and ``sha256`` are of the file that was read; none where only its front was."""
+    """A file written anew. ``name`` and ``sha256`` are of the file that was read; none where only
+    its front was."""
 
     model_config = ConfigDict(frozen=True)
     name: str
@@ -24,7 +26,10 @@ class Shard(BaseModel):
 
 
 def write_json_lines(
-    files: Sequence[TextFile], layout: Layout, folder: Path, progress: Callable[[str, int, int], None]
+    files: Sequence[TextFile],
+    layout: Layout,
+    folder: Path,
+    progress: Callable[[str, int, int], None],
 ) -> tuple[tuple[Path, ...], tuple[Shard, ...]]:
     """Write ``folder``/00000.jsonl and so on; what an earlier call finished stays.
 
@@ -66,11 +71,15 @@ def _write(file: TextFile, layout: Layout, path: Path, watch: Callable[[int], No
         while block := reader.next():
             found = block.find()
             texts = (text if isinstance(text, str) else "\n".join(text) for text in found.texts)
-            out.writelines(orjson.dumps({"text": text}, option=orjson.OPT_APPEND_NEWLINE) for text in texts)
+            out.writelines(
+                orjson.dumps({"text": text}, option=orjson.OPT_APPEND_NEWLINE) for text in texts
+            )
             records = block.end.records
             for rule, count in found.skipped.items():
                 skipped[rule] = skipped.get(rule, 0) + count
             watch(reader.read_bytes)
-    shard = Shard(name=file.name, sha256=reader.sha256.get(file.name), records=records, skipped=skipped)
+    shard = Shard(
+        name=file.name, sha256=reader.sha256.get(file.name), records=records, skipped=skipped
+    )
     write_json(path.with_suffix(".json"), shard.model_dump())
     return shard

@@ -19,7 +19,8 @@ SHARES = (0.01, 0.25, 0.5, 0.75, 0.99)
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of documents. ``shares``: what SHARES of them do not exceed. ``bars``: by powers of two, how many."""
+    """Tokens of documents. ``shares``: what SHARES of them do not exceed. ``bars``: by powers of
+    two, how many."""
 
     mean: float
     longest: int
@@ -64,7 +65,11 @@ def inspect(name: str, samples: int = 3, folder: Path = DATA) -> Inspection:
         raise UserError(str(error)) from None
     lengths = index.document_tokens()
     return Inspection(
-        chosen, index.dtype.name, index.bin_bytes, measure(lengths), tuple(_samples(chosen, index, lengths, samples))
+        chosen,
+        index.dtype.name,
+        index.bin_bytes,
+        measure(lengths),
+        tuple(_samples(chosen, index, lengths, samples)),
     )
 
 
@@ -75,24 +80,44 @@ def measure(lengths: np.ndarray) -> Lengths:
     ordered = np.sort(lengths)
     shares = tuple(int(ordered[int(share * (len(ordered) - 1))]) for share in SHARES)
     powers = np.bincount(np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64))
-    bars = tuple((2**power, int(count)) for power, count in enumerate(powers) if power >= np.flatnonzero(powers)[0])
-    return Lengths(float(lengths.mean()), int(ordered[-1]), int(np.count_nonzero(lengths == 0)), shares, bars)
+    bars = tuple(
+        (2**power, int(count))
+        for power, count in enumerate(powers)
+        if power >= np.flatnonzero(powers)[0]
+    )
+    return Lengths(
+        float(lengths.mean()), int(ordered[-1]), int(np.count_nonzero(lengths == 0)), shares, bars
+    )
 
 
-def _samples(chosen: DataSet, index: indexed.Index, lengths: np.ndarray, count: int) -> Iterator[Sample]:
+def _samples(
+    chosen: DataSet, index: indexed.Index, lengths: np.ndarray, count: int
+) -> Iterator[Sample]:
     if not index.tokens or not count:
         return
     tokenizer = Tokenizer(
-        chosen.tokenizer_type, "", chosen.tokenizer_model, chosen.tokenizer_sha256, chosen.vocab_size or 0, None
+        chosen.tokenizer_type,
+        "",
+        chosen.tokenizer_model,
+        chosen.tokenizer_sha256,
+        chosen.vocab_size or 0,
+        None,
     )
     tokens = np.memmap(bin_path(chosen.prefix), index.dtype, "r")
     again = f"make data-check NAME={chosen.name} says more"
     if index.dtype.kind not in "iu":
-        raise UserError(f"NAME={chosen.name}: tokens are stored as {index.dtype.name}; ids are integers\n{again}")
-    for document in np.flatnonzero(lengths)[:: max(1, np.count_nonzero(lengths) // count)][:count].tolist():
+        raise UserError(
+            f"NAME={chosen.name}: tokens are stored as {index.dtype.name}; ids are"
+            f" integers\n{again}"
+        )
+    for document in np.flatnonzero(lengths)[:: max(1, np.count_nonzero(lengths) // count)][
+        :count
+    ].tolist():
         first = int(index.pointers[index.document_indices[document]]) // index.dtype.itemsize
         ids = tokens[first : first + min(200, lengths[document])].tolist()
         if wrong := next((i for i in ids if not 0 <= i < chosen.vocab_size), None):
-            raise UserError(f"NAME={chosen.name}: document {document:,} has id {wrong:,}, the vocabulary is 0 to "
-                            f"{chosen.vocab_size - 1:,}\n{again}")
+            raise UserError(
+                f"NAME={chosen.name}: document {document:,} has id {wrong:,}, the vocabulary is 0"
+                f" to {chosen.vocab_size - 1:,}\n{again}"
+            )
         yield Sample(document, int(lengths[document]), tokenizer.decode(ids))

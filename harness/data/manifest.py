@@ -1,4 +1,5 @@
-"""manifest.json of a data set: where its text came from, what became of it, and the checksums of what was written."""
+"""manifest.json of a data set: where its text came from, what became of it, and the checksums of
+what was written."""
 
 from __future__ import annotations
 
@@ -29,9 +30,11 @@ class Source(_Record):
     """Where text came from.
 
     Attributes:
-        asked: how it was named: a repository and its revision, or paths, or a seed and a size, or other data sets.
+        asked: how it was named: a repository and its revision, or paths, or a seed and a size, or
+        other data sets.
         commit: what a hub's revision stood for.
-        skipped: lines or rows that were no documents, by rule, where they were left out before cleaning.
+        skipped: lines or rows that were no documents, by rule, where they were left out before
+        cleaning.
     """
 
     kind: Literal["hub", "files", "synthetic", "merged"]
@@ -42,7 +45,8 @@ class Source(_Record):
 
 
 class Counted(_Record):
-    """Lines or rows of the source, or of the cleaning's output, and what they became. ``skipped`` is by rule."""
+    """Lines or rows of the source, or of the cleaning's output, and what they became. ``skipped``
+    is by rule."""
 
     records: int
     documents: int
@@ -99,7 +103,8 @@ class Written(_Record):
 class Manifest(_Record):
     """All of it.
 
-    ``chat``: set where documents are conversations. ``recipe``: checksum of all that decides the pair.
+    ``chat``: set where documents are conversations. ``recipe``: checksum of all that decides the
+    pair.
     ``seconds``: by stage. ``created``: Unix time.
     """
 
@@ -122,7 +127,7 @@ class Manifest(_Record):
         asked = self.source.asked
         match self.source.kind:
             case "hub":
-                return f"from {asked.get('repository')} at {self.source.commit or asked.get('revision')}"
+                return f"from {asked.get('repository')} at {self.source.commit or asked.get('revision')}"  # noqa: E501
             case "files":
                 return f"from {asked.get('input')}"
             case "synthetic":
@@ -155,4 +160,6 @@ def read_manifest(folder: Path) -> Manifest | None:
     except FileNotFoundError:
         return None
     except (OSError, ValidationError) as error:
-        raise UserError(f"{path} is damaged: {first_line(error)}\nprepare the data set again: make data-…") from None
+        raise UserError(
+            f"{path} is damaged: {first_line(error)}\nprepare the data set again: make data-…"
+        ) from None

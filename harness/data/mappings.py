@@ -1,8 +1,9 @@
 """Index mappings, built before the ranks start: which tokens make sample number n.
 
-Upstream builds them on rank 0 while all others wait, and does not find them on a second node without a shared disk.
-The files here have the names and bytes that core_v0.19.0's megatron/core/datasets/gpt_dataset.py and blended_dataset.py
-would write, so every rank finds them in ``--data-cache-path``; for a run with other arguments upstream builds its own.
+Upstream builds them on rank 0 while all others wait, and does not find them on a second node
+without a shared disk. The files here have the names and bytes that core_v0.19.0's
+megatron/core/datasets/gpt_dataset.py and blended_dataset.py would write, so every rank finds them
+in ``--data-cache-path``; for a run with other arguments upstream builds its own.
 
 Upstream's own compiled loops are used; torch is not imported.
 """
@@ -30,14 +31,17 @@ from harness.errors import UserError
 from harness.system.files import atomic, write_text
 
 _SURPLUS = 0.005
-"""Upstream's mid_level_dataset_surplus: so many more samples of a set in a blend than its weight asks for."""
+"""Upstream's mid_level_dataset_surplus: so many more samples of a set in a blend than its weight
+asks for."""
 _FINAL_EPOCH_SHARE = 0.80
-"""Upstream shuffles the last epoch by itself where the samples asked of it are a smaller share of it."""
+"""Upstream shuffles the last epoch by itself where the samples asked of it are a smaller share of
+it."""
 
 
 @dataclass(frozen=True)
 class Use:
-    """What a run draws: samples of ``seq_length`` tokens for training, validation, test; ``split`` as ``--split``."""
+    """What a run draws: samples of ``seq_length`` tokens for training, validation, test; ``split``
+    as ``--split``."""
 
     seq_length: int
     samples: tuple[int, int, int]
@@ -46,13 +50,14 @@ class Use:
 
 
 def build(blend: Blend, use: Use) -> int:
-    """Build what is missing of the mappings of ``use`` in ``blend.cache``; returns how many files were written.
+    """Build what is missing of the mappings of ``use`` in ``blend.cache``; returns how many files
+    were written.
 
     Processes that do this at the same time wait for each other.
 
     Raises:
-        UserError: a set is damaged or too small for the split, the disk cannot be written, or megatron-core is not
-            installed.
+        UserError: a set is damaged or too small for the split, the disk cannot be written, or
+            megatron-core is not installed.
     """
     check_split(blend, use.split)
     helpers = _helpers()
@@ -76,10 +81,15 @@ def _build(blend: Blend, use: Use, helpers: ModuleType) -> Iterator[int]:
             continue
         wanted = [use.samples[number]]
         if weights:
-            wanted = [math.ceil(math.ceil(use.samples[number] * weight) * (1 + _SURPLUS)) for weight in weights]
+            wanted = [
+                math.ceil(math.ceil(use.samples[number] * weight) * (1 + _SURPLUS))
+                for weight in weights
+            ]
         sets = []
         for chosen, own, samples in zip(blend.sets, lengths, wanted, strict=True):
-            described = _describe(chosen.prefix, use, matrix, split, samples, _tokenizer(blend.sets[0]))
+            described = _describe(
+                chosen.prefix, use, matrix, split, samples, _tokenizer(blend.sets[0])
+            )
             sets.append(described)
             yield _write_set(blend.cache, described, own, bounds, use.seq_length, helpers)
         if weights:
@@ -88,7 +98,12 @@ def _build(blend: Blend, use: Use, helpers: ModuleType) -> Iterator[int]:
 
 
 def _describe(
-    prefix: Path, use: Use, matrix: Sequence[Any], split: str, samples: int, tokenizer: dict[str, Any]
+    prefix: Path,
+    use: Use,
+    matrix: Sequence[Any],
+    split: str,
+    samples: int,
+    tokenizer: dict[str, Any],
 ) -> dict[str, Any]:
     """GPTDataset's unique_identifiers, in its order."""
     return {
@@ -105,9 +120,14 @@ def _describe(
 
 
 def _tokenizer(chosen: DataSet) -> dict[str, Any]:
-    """MegatronTokenizerText's unique_identifiers, with upstream's defaults of all other arguments."""
-    common = {"class": "megatron.core.tokenizers.text.models.default_tokenizer.DefaultTokenizerText"}
-    common["tokenizer_path"] = None if chosen.tokenizer_model is None else str(chosen.tokenizer_model)
+    """MegatronTokenizerText's unique_identifiers, with upstream's defaults of all other
+    arguments."""
+    common = {
+        "class": "megatron.core.tokenizers.text.models.default_tokenizer.DefaultTokenizerText"
+    }
+    common["tokenizer_path"] = (
+        None if chosen.tokenizer_model is None else str(chosen.tokenizer_model)
+    )
     match chosen.tokenizer_type:
         case "NullTokenizer":
             return common | {"vocab_size": str(chosen.vocab_size), "pad_id": "-1"}
@@ -116,7 +136,11 @@ def _tokenizer(chosen: DataSet) -> dict[str, Any]:
             return common | dict(zip(names, ("None", "True", "False", "None"), strict=True))
         case _:
             files = dict.fromkeys(("chat_template", "vocab_file", "merges_file"), "None")
-            flags = {"use_fast": "True", "trust_remote_code": "False", "include_special_tokens": "True"}
+            flags = {
+                "use_fast": "True",
+                "trust_remote_code": "False",
+                "include_special_tokens": "True",
+            }
             return common | files | {"additional_special_tokens": "[]"} | flags
 
 
@@ -130,7 +154,10 @@ def _write_set(
 ) -> int:
     """Document, sample and shuffle index of one split of one set; returns the files written."""
     description, stem = _stem(described, described["index_split"])
-    names = [cache / f"{stem}-{name}" for name in ("document_index.npy", "sample_index.npy", "shuffle_index.npy")]
+    names = [
+        cache / f"{stem}-{name}"
+        for name in ("document_index.npy", "sample_index.npy", "shuffle_index.npy")
+    ]
     text = cache / f"{stem}-description.txt"
     if all(path.is_file() for path in (*names, text)):
         return 0
@@ -160,8 +187,11 @@ def _write_set(
     return len(names) + 1
 
 
-def _shuffled_epochs(documents: np.ndarray, epochs: int, separate: bool, random: np.random.RandomState) -> np.ndarray:
-    """``documents`` once an epoch, shuffled over all epochs, the last one by itself where ``separate``."""
+def _shuffled_epochs(
+    documents: np.ndarray, epochs: int, separate: bool, random: np.random.RandomState
+) -> np.ndarray:
+    """``documents`` once an epoch, shuffled over all epochs, the last one by itself where
+    ``separate``."""
     parts = [np.tile(documents, epochs - separate)]
     if separate:
         parts.append(documents.copy())
@@ -171,18 +201,31 @@ def _shuffled_epochs(documents: np.ndarray, epochs: int, separate: bool, random:
 
 
 def _write_blend(
-    cache: Path, sets: list[dict[str, Any]], split: str, weights: list[float], size: int, helpers: ModuleType
+    cache: Path,
+    sets: list[dict[str, Any]],
+    split: str,
+    weights: list[float],
+    size: int,
+    helpers: ModuleType,
 ) -> int:
     """Which set, and which of its samples, each sample of a blend is; returns the files written."""
     weights = _normal(weights)
-    described = {"class": "BlendedDataset", "datasets": sets, "split": split, "weights": weights, "size": size}
+    described = {
+        "class": "BlendedDataset",
+        "datasets": sets,
+        "split": split,
+        "weights": weights,
+        "size": size,
+    }
     description, stem = _stem(described, split)
     names = [cache / f"{stem}-{name}" for name in ("dataset_index.npy", "dataset_sample_index.npy")]
     text = cache / f"{stem}-description.txt"
     if all(path.is_file() for path in (*names, text)):
         return 0
     dataset_index, dataset_sample_index = np.zeros(size, np.int16), np.zeros(size, np.int64)
-    helpers.build_blending_indices(dataset_index, dataset_sample_index, weights, len(sets), size, False)
+    helpers.build_blending_indices(
+        dataset_index, dataset_sample_index, weights, len(sets), size, False
+    )
     for path, array in zip(names, (dataset_index, dataset_sample_index), strict=True):
         _save(path, array)
     write_text(text, description)

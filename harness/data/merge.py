@@ -1,4 +1,5 @@
-"""Prepared data sets joined into one, such as shards of several machines: make data-merge NAME=… FROM="a b"."""
+"""Prepared data sets joined into one, such as shards of several machines: make data-merge NAME=…
+FROM="a b"."""
 
 from __future__ import annotations
 
@@ -17,24 +18,28 @@ from harness.data.tokenizer import Tokenizer
 from harness.errors import UserError
 
 WORK = "work/merge"
-"""Where in its folder a data set is joined; what an interrupted merge left there is replaced by the next."""
+"""Where in its folder a data set is joined; what an interrupted merge left there is replaced by the
+next."""
 
 
 def merge(names: Sequence[str], name: str, folder: Path = DATA) -> Manifest:
     """Join the data sets ``names``, in order, into ``name``, and return its manifest.
 
-    The tokens are checked against the checksums of their manifests on the way, and the finished pair against its index.
+    The tokens are checked against the checksums of their manifests on the way, and the finished
+    pair against its index.
 
     Raises:
-        UserError: one is missing, damaged, of another tokenizer or kind, or without a manifest; or ``name`` is there, or its
-            folder holds something else.
+        UserError: one is missing, damaged, of another tokenizer or kind, or without a manifest; or
+            ``name`` is there, or its folder holds something else.
     """
     home = folder / check_name(name)
     if name in prepared(folder):
         raise UserError(f"NAME={name} is prepared already; give another one")
     chosen, manifests = _chosen(names, folder)
     if other := _others(home, name):
-        raise UserError(f"{home} holds {', '.join(other)}, which a merge does not make\ngive another NAME=")
+        raise UserError(
+            f"{home} holds {', '.join(other)}, which a merge does not make\ngive another NAME="
+        )
     chat = _chat(manifests)
     try:
         with only_one(home, name):
@@ -45,14 +50,18 @@ def merge(names: Sequence[str], name: str, folder: Path = DATA) -> Manifest:
         raise UserError(f"merging into {home}: {error.strerror}") from None
 
 
-def _merge(chosen: Blend, manifests: Sequence[Manifest], name: str, home: Path, chat: Chat | None) -> Manifest:
+def _merge(
+    chosen: Blend, manifests: Sequence[Manifest], name: str, home: Path, chat: Chat | None
+) -> Manifest:
     work, begun, used = home / WORK, time.monotonic(), manifests[0].tokenizer
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     try:
         prefix = prefix_of(name, work)
         prefix.parent.mkdir()
-        pair = indexed.merge([each.prefix for each in chosen.sets], prefix, [m.written.bin_sha256 for m in manifests])
+        pair = indexed.merge(
+            [each.prefix for each in chosen.sets], prefix, [m.written.bin_sha256 for m in manifests]
+        )
         index = indexed.check_pair(prefix)
         manifest = Manifest(
             name=name,
@@ -68,7 +77,14 @@ def _merge(chosen: Blend, manifests: Sequence[Manifest], name: str, home: Path, 
             seconds={"merge": round(time.monotonic() - begun, 3)},
             versions=manifests[0].versions,
         )
-        tokenizer = Tokenizer(used.type, used.name, chosen.sets[0].tokenizer_model, used.sha256, used.vocab_size, used.eod)
+        tokenizer = Tokenizer(
+            used.type,
+            used.name,
+            chosen.sets[0].tokenizer_model,
+            used.sha256,
+            used.vocab_size,
+            used.eod,
+        )
         tokenizer.install(home / "tokenizer")
         final = prefix_of(name, home.parent)
         for path in (bin_path, idx_path):  # the index last: it makes the set a prepared one
@@ -88,8 +104,10 @@ def _chosen(names: Sequence[str], folder: Path) -> tuple[Blend, list[Manifest]]:
     if twice := [name for name, times in Counter(names).items() if times > 1]:
         raise UserError(f"FROM= names {', '.join(twice)} twice")
     if weighted := [name for name in names if ":" in name]:
-        raise UserError(f'FROM= takes names without weights, not {weighted[0]}\n'
-                        'DATA="a:0.7 b:0.3" blends data sets without joining them')
+        raise UserError(
+            f"FROM= takes names without weights, not {weighted[0]}\n"
+            'DATA="a:0.7 b:0.3" blends data sets without joining them'
+        )
     blended = " ".join(f"{name}:1" for name in names)
     try:
         chosen = blend(blended, folder)
@@ -100,21 +118,30 @@ def _chosen(names: Sequence[str], folder: Path) -> tuple[Blend, list[Manifest]]:
     for each in chosen.sets:
         manifest = read_manifest(each.home)
         if manifest is None:
-            raise UserError(f"{each.name} has no manifest, which says how it was made; prepare it again")
+            raise UserError(
+                f"{each.name} has no manifest, which says how it was made; prepare it again"
+            )
         manifests.append(manifest)
     for each, manifest in zip(chosen.sets, manifests, strict=True):
         if manifest.written.dtype != manifests[0].written.dtype:
-            raise UserError(f"{each.name} is stored as {manifest.written.dtype}, {chosen.sets[0].name} as "
-                            f"{manifests[0].written.dtype}\nprepare one of them again: a merge copies tokens as they are")
+            raise UserError(
+                f"{each.name} is stored as {manifest.written.dtype}, {chosen.sets[0].name} as"
+                f" {manifests[0].written.dtype}\nprepare one of them again: a merge copies tokens"
+                " as they are"
+            )
     return chosen, manifests
 
 
 def _others(home: Path, name: str) -> list[str]:
     """What lies in a folder that a merge into it would not make or replace."""
     there = sorted(path.name for path in home.iterdir()) if home.is_dir() else []
-    work = sorted(path.name for path in (home / "work").iterdir()) if (home / "work").is_dir() else []
+    work = (
+        sorted(path.name for path in (home / "work").iterdir()) if (home / "work").is_dir() else []
+    )
     mine = (".lock", "work", "tokenizer", bin_path(prefix_of(name, home.parent)).name)
-    return [entry for entry in there if entry not in mine] + [f"work/{entry}" for entry in work if entry != "merge"]
+    return [entry for entry in there if entry not in mine] + [
+        f"work/{entry}" for entry in work if entry != "merge"
+    ]
 
 
 def _chat(manifests: Sequence[Manifest]) -> Chat | None:
@@ -123,12 +150,17 @@ def _chat(manifests: Sequence[Manifest]) -> Chat | None:
     if not chats:
         return None
     if len({chat.template_sha256 for chat in chats}) > 1:
-        raise UserError("these conversations were made with different templates; prepare them again with one tokenizer")
+        raise UserError(
+            "these conversations were made with different templates; prepare them again with one"
+            " tokenizer"
+        )
     return chats[0].model_copy(update={"answer_tokens": sum(chat.answer_tokens for chat in chats)})
 
 
 def _sum(manifests: Sequence[Manifest]) -> Counted:
     names = ("records", "documents", "empty", "sequences", "tokens")
-    totals = {name: sum(getattr(manifest.counted, name) for manifest in manifests) for name in names}
+    totals = {
+        name: sum(getattr(manifest.counted, name) for manifest in manifests) for name in names
+    }
     skipped = sum((Counter(manifest.counted.skipped) for manifest in manifests), Counter())
     return Counted(**totals, skipped=dict(skipped))

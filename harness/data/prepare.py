@@ -1,12 +1,13 @@
 """Prepare a data set: bring its text, clean it where it says so, tokenise, check, publish.
 
     data/<name>/work/synthetic-…/   text that was made here
-    data/<name>/work/text-…/        the source as JSON Lines, where cleaning needs it and it is something else
+    data/<name>/work/text-…/        the source as JSON Lines, where cleaning needs it and it is
+                                    something else
     data/<name>/work/clean-…/       what cleaning left, and samples of what it dropped; stays
     data/<name>/work/tokens-…/      the pair while it is written
 
-Each stage goes on where it was killed and appears whole or not at all; the names end in a checksum of all that decides
-what is in them. The manifest is written last. A data set that is there is
+Each stage goes on where it was killed and appears whole or not at all; the names end in a checksum
+of all that decides what is in them. The manifest is written last. A data set that is there is
 replaced only where that is asked for (FORCE=1), once the new one is whole.
 """
 
@@ -53,7 +54,16 @@ from harness.errors import UserError
 from harness.machine.provenance import package_version, source_commit
 from harness.system.files import sync_tree, write_json
 
-_VERSIONS = ("numpy", "orjson", "gigatoken", "tokenizers", "transformers", "sentencepiece", "pyarrow", "datasets")
+_VERSIONS = (
+    "numpy",
+    "orjson",
+    "gigatoken",
+    "tokenizers",
+    "transformers",
+    "sentencepiece",
+    "pyarrow",
+    "datasets",
+)
 
 TEXT = Layout()
 _OWN = re.compile(r"(synthetic|text|clean|tokens|source)-[0-9a-f]+(\.json)?|\..*\.tmp")
@@ -81,7 +91,8 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Means:
-    """How it is prepared: where data sets lie, a copy of the hub, threads, and whether to do again what is done."""
+    """How it is prepared: where data sets lie, a copy of the hub, threads, and whether to do again
+    what is done."""
 
     folder: Path = DATA
     mirror: Path | None = None
@@ -103,8 +114,9 @@ def prepare(recipe: Recipe, means: Means = USUAL, progress: Progress | None = No
     """Prepare the data set of ``recipe`` and return its manifest; what is prepared already stays.
 
     Raises:
-        UserError: the text, the tokenizer or the rules cannot be had, another process prepares this name, or the disk
-            is full, or the name has another data set and ``means`` does not force it.
+        UserError: the text, the tokenizer or the rules cannot be had, another process prepares this
+            name, or the disk is full, or the name has another data set and ``means`` does not force
+            it.
     """
     progress = progress or Progress()
     home = means.folder / check_name(recipe.name)
@@ -113,8 +125,14 @@ def prepare(recipe: Recipe, means: Means = USUAL, progress: Progress | None = No
             return _Preparation(recipe, means, home, progress).run()
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        way_out = "make room and start again: it goes on where it stopped" if full else "mend that and start again"
-        raise UserError(f"preparing {recipe.name} in {home}: {error.strerror or error}\n{way_out}") from None
+        way_out = (
+            "make room and start again: it goes on where it stopped"
+            if full
+            else "mend that and start again"
+        )
+        raise UserError(
+            f"preparing {recipe.name} in {home}: {error.strerror or error}\n{way_out}"
+        ) from None
     finally:
         progress.end()
 
@@ -128,12 +146,22 @@ class _Preparation:
         self.seconds: dict[str, float] = {}
         self.asked = _asked(recipe.source)
         self.source_key = _digest(self.asked, asdict(recipe.layout))
-        self.clean_key = _digest(self.source_key, _rules_text(recipe.rules)) if recipe.rules else None
-        self.kept = {f"source-{self.source_key}.json", f"clean-{self.clean_key}"} if recipe.rules else set()
+        self.clean_key = (
+            _digest(self.source_key, _rules_text(recipe.rules)) if recipe.rules else None
+        )
+        self.kept = (
+            {f"source-{self.source_key}.json", f"clean-{self.clean_key}"} if recipe.rules else set()
+        )
 
     def run(self) -> Manifest:
         tokenizer = find_tokenizer(self.recipe.tokenizer, self.means.folder / "tokenizers")
-        key = _digest(self.source_key, self.clean_key, tokenizer.kind, tokenizer.sha256, self.recipe.append_eod)
+        key = _digest(
+            self.source_key,
+            self.clean_key,
+            tokenizer.kind,
+            tokenizer.sha256,
+            self.recipe.append_eod,
+        )
         if not self.means.force and (found := self._there(key)):
             self.progress.say(f"{self.recipe.name} is prepared already; FORCE=1 prepares it again")
             return found
@@ -142,9 +170,12 @@ class _Preparation:
         if not self.means.force and not same and self._finished(tokens) is None:
             check_free(self.recipe.name, self.means.folder)
         if tokenizer.slow_because:
-            self.progress.say(f"{tokenizer.name} is tokenised by {tokenizer.by}, slowly: {tokenizer.slow_because}")
+            self.progress.say(
+                f"{tokenizer.name} is tokenised by {tokenizer.by}, slowly: {tokenizer.slow_because}"
+            )
         own = {f"{stage}-{self.source_key}" for stage in ("synthetic", "text")} | {tokens.name}
-        # forced, what is done is done again; but the replacement of another set goes on where it was interrupted
+        # forced, what is done is done again; but the replacement of another set goes on where it
+        # was interrupted
         self._clear(set() if self.means.force and same else self.kept | own)
         manifest = self._finished(tokens)
         if manifest is None:
@@ -183,7 +214,10 @@ class _Preparation:
         from harness.data.clean.rules import load_rules
 
         rules = load_rules(self.recipe.rules)
-        folder, source_file = self.work / f"clean-{self.clean_key}", self.work / f"source-{self.source_key}.json"
+        folder, source_file = (
+            self.work / f"clean-{self.clean_key}",
+            self.work / f"source-{self.source_key}.json",
+        )
         known = noted(source_file, Source), noted(folder / "manifest.json", CleanReport)
         if all(known):
             source, report = known
@@ -195,10 +229,16 @@ class _Preparation:
             with self._timed("clean"):
                 report = clean(paths, folder, rules, self.progress.show, self.means.workers)
         if not report.documents_out:
-            dropped = ", ".join(f"{number:,} {rule}" for rule, number in report.dropped.items() if number)
-            raise UserError(f"{self.recipe.rules.name} dropped all {report.documents_in:,} documents: {dropped}\n"
-                            f"{folder / 'dropped'}/ shows which and why; set other RULES=, or none")
-        described = {name: getattr(report, name) for name in Cleaned.model_fields if name != "rules"}
+            dropped = ", ".join(
+                f"{number:,} {rule}" for rule, number in report.dropped.items() if number
+            )
+            raise UserError(
+                f"{self.recipe.rules.name} dropped all {report.documents_in:,} documents:"
+                f" {dropped}\n{folder / 'dropped'}/ shows which and why; set other RULES=, or none"
+            )
+        described = {
+            name: getattr(report, name) for name in Cleaned.model_fields if name != "rules"
+        }
         shards = tuple(text_file(folder / shard.name, shard.name) for shard in report.shards)
         return source, shards, TEXT, Cleaned(rules=self.recipe.rules.name, **described)
 
@@ -207,7 +247,9 @@ class _Preparation:
         match self.recipe.source:
             case Hub() as hub:
                 with self._timed("download"):
-                    got = download(hub, self.recipe.layout.limit, self.means.mirror, self.progress.say)
+                    got = download(
+                        hub, self.recipe.layout.limit, self.means.mirror, self.progress.say
+                    )
                 return Source(kind="hub", asked=self.asked, commit=got.commit), got.files
             case Synthetic() as wanted:
                 from harness.data import synthetic
@@ -216,13 +258,20 @@ class _Preparation:
                 folder = self.work / f"synthetic-{self.source_key}"
                 with self._timed("make"):
                     size = wanted.size_mb * 10**6
-                    paths = synthetic.generate(folder, size, corpus, self.means.workers, self.progress.show)
-                return Source(kind="synthetic", asked=self.asked), tuple(text_file(path, path.name) for path in paths)
+                    paths = synthetic.generate(
+                        folder, size, corpus, self.means.workers, self.progress.show
+                    )
+                return Source(kind="synthetic", asked=self.asked), tuple(
+                    text_file(path, path.name) for path in paths
+                )
             case wanted:
                 return Source(kind="files", asked=self.asked), local_files(wanted)
 
-    def _json_lines(self, source: Source, files: tuple[TextFile, ...]) -> tuple[Source, tuple[Path, ...]]:
-        """The files as JSON Lines, which cleaning reads: themselves where they are that, else written anew."""
+    def _json_lines(
+        self, source: Source, files: tuple[TextFile, ...]
+    ) -> tuple[Source, tuple[Path, ...]]:
+        """The files as JSON Lines, which cleaning reads: themselves where they are that, else
+        written anew."""
         layout = self.recipe.layout
         with self._timed("read"):
             if (
@@ -239,14 +288,23 @@ class _Preparation:
                 paths, shards = write_json_lines(files, layout, folder, self.progress.show)
                 known = {shard.name: shard.sha256 for shard in shards}
                 skipped = sum((Counter(shard.skipped) for shard in shards), Counter())
-        return source.model_copy(update={"files": _files(files, known), "skipped": dict(skipped)}), paths
+        return (
+            source.model_copy(update={"files": _files(files, known), "skipped": dict(skipped)}),
+            paths,
+        )
 
-    def _tokenize(self, folder: Path, files: tuple[TextFile, ...], layout: Layout, tokenizer: Tokenizer) -> Done:
-        job = Job(files, layout, tokenizer, self.recipe.append_eod, prefix_of(self.recipe.name, folder))
+    def _tokenize(
+        self, folder: Path, files: tuple[TextFile, ...], layout: Layout, tokenizer: Tokenizer
+    ) -> Done:
+        job = Job(
+            files, layout, tokenizer, self.recipe.append_eod, prefix_of(self.recipe.name, folder)
+        )
         job.prefix.parent.mkdir(parents=True, exist_ok=True)
 
         def watch(now: Watched) -> None:
-            self.progress.show("tokenise", now.read_bytes, now.all_bytes, f"{now.tokens / 1e6:,.1f} M tokens")
+            self.progress.show(
+                "tokenise", now.read_bytes, now.all_bytes, f"{now.tokens / 1e6:,.1f} M tokens"
+            )
 
         try:
             with self._timed("tokenise"):
@@ -259,11 +317,20 @@ class _Preparation:
             raise
         if not done.counts.tokens:
             discard(folder)
-            raise UserError(f"no text to train on: {done.counts.documents:,} documents, and all of them are empty")
+            raise UserError(
+                f"no text to train on: {done.counts.documents:,} documents, and all of them are"
+                " empty"
+            )
         return done
 
     def _manifest(
-        self, key: str, source: Source, cleaned: Cleaned | None, done: Done, tokenizer: Tokenizer, folder: Path
+        self,
+        key: str,
+        source: Source,
+        cleaned: Cleaned | None,
+        done: Done,
+        tokenizer: Tokenizer,
+        folder: Path,
     ) -> Manifest:
         prefix = prefix_of(self.recipe.name, folder)
         return Manifest(
@@ -282,7 +349,8 @@ class _Preparation:
         )
 
     def _finished(self, folder: Path) -> Manifest | None:
-        """The manifest of a pair that an earlier process finished but did not, or not wholly, publish."""
+        """The manifest of a pair that an earlier process finished but did not, or not wholly,
+        publish."""
         manifest = noted(folder / "done.json", Manifest)
         if manifest is None:
             return None
@@ -293,7 +361,8 @@ class _Preparation:
         return manifest
 
     def _publish(self, folder: Path, manifest: Manifest, tokenizer: Tokenizer) -> None:
-        """Put the new pair in the place of an old one; stopped half-way there is none until it goes on."""
+        """Put the new pair in the place of an old one; stopped half-way there is none until it goes
+        on."""
         (self.home / MANIFEST).unlink(missing_ok=True)
         moves = self._moves(folder, manifest)
         if all(source.exists() for source, _, _ in moves):
@@ -308,7 +377,10 @@ class _Preparation:
 
     def _moves(self, folder: Path, manifest: Manifest) -> tuple[tuple[Path, Path, int], ...]:
         """From, to, bytes: .bin, then .idx."""
-        old, new = prefix_of(self.recipe.name, folder), prefix_of(self.recipe.name, self.means.folder)
+        old, new = (
+            prefix_of(self.recipe.name, folder),
+            prefix_of(self.recipe.name, self.means.folder),
+        )
         written = manifest.written
         return (
             (bin_path(old), bin_path(new), written.bin_bytes),
@@ -333,9 +405,12 @@ class _Preparation:
 
 
 def check_free(name: str, folder: Path) -> None:
-    """Raise UserError where ``folder`` has a data set ``name``, or a part of one, or a tokenizer there; say what it is."""
+    """Raise UserError where ``folder`` has a data set ``name``, or a part of one, or a tokenizer
+    there; say what it is."""
     home, prefix = folder / name, prefix_of(name, folder)
-    there = [path for path in (idx_path(prefix), home / MANIFEST, home / "tokenizer") if path.exists()]
+    there = [
+        path for path in (idx_path(prefix), home / MANIFEST, home / "tokenizer") if path.exists()
+    ]
     if not there:
         return
     try:
@@ -345,13 +420,19 @@ def check_free(name: str, folder: Path) -> None:
     if manifest is None:
         what = f"{there[0]} is there, without a manifest that says how it was made"
     else:
-        what = f"it has {manifest.counted.tokens:,} tokens, {manifest.origin}, tokenizer {manifest.tokenizer.name}"
-    raise UserError(f"NAME={name} is prepared already, from other input or with other settings: {what}\n"
-                    "NAME=… prepares another data set; FORCE=1 replaces this one once the new one is whole")
+        what = (
+            f"it has {manifest.counted.tokens:,} tokens, {manifest.origin}, tokenizer"
+            f" {manifest.tokenizer.name}"
+        )
+    raise UserError(
+        f"NAME={name} is prepared already, from other input or with other settings: {what}\n"
+        "NAME=… prepares another data set; FORCE=1 replaces this one once the new one is whole"
+    )
 
 
 def publish(part: Path, home: Path, manifest: Manifest) -> None:
-    """Put the pair and the tokenizer in ``part`` in the place of those in ``home``, and the manifest last."""
+    """Put the pair and the tokenizer in ``part`` in the place of those in ``home``, and the
+    manifest last."""
     old, new = prefix_of(manifest.name, part), prefix_of(manifest.name, home.parent)
     (home / MANIFEST).unlink(missing_ok=True)
     idx_path(new).unlink(missing_ok=True)
@@ -373,7 +454,8 @@ def discard(part: Path) -> None:
 
 @contextlib.contextmanager
 def only_one(home: Path, name: str) -> Iterator[None]:
-    """Hold the folder of ``name``, which exists while it is held; another process that wants it gets a UserError."""
+    """Hold the folder of ``name``, which exists while it is held; another process that wants it
+    gets a UserError."""
     path = home / ".lock"
     while True:
         home.mkdir(parents=True, exist_ok=True)
@@ -401,20 +483,34 @@ def only_one(home: Path, name: str) -> Iterator[None]:
 
 def tokenizer_used(tokenizer: Tokenizer, by: str) -> TokenizerUsed:
     """What a manifest says of ``tokenizer``; ``by`` is the package that made the ids."""
-    return TokenizerUsed(type=tokenizer.kind, name=tokenizer.name, sha256=tokenizer.sha256, vocab_size=tokenizer.vocab_size,
-                         eod=tokenizer.eod, by=by)
+    return TokenizerUsed(
+        type=tokenizer.kind,
+        name=tokenizer.name,
+        sha256=tokenizer.sha256,
+        vocab_size=tokenizer.vocab_size,
+        eod=tokenizer.eod,
+        by=by,
+    )
 
 
 def written(prefix: Path, dtype: str, pair: indexed.Pair) -> Written:
     """What a manifest says of the finished ``pair`` at ``prefix``."""
-    return Written(dtype=dtype, bin_bytes=bin_path(prefix).stat().st_size, bin_sha256=pair.bin_sha256,
-                   idx_bytes=idx_path(prefix).stat().st_size, idx_sha256=pair.idx_sha256)
+    return Written(
+        dtype=dtype,
+        bin_bytes=bin_path(prefix).stat().st_size,
+        bin_sha256=pair.bin_sha256,
+        idx_bytes=idx_path(prefix).stat().st_size,
+        idx_sha256=pair.idx_sha256,
+    )
 
 
 def _asked(source: Hub | Synthetic | str) -> dict[str, Any]:
     if isinstance(source, str):
         stats = [(str(file.path), file.path.stat()) for file in local_files(source)]
-        return {"input": source, "files": [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats]}
+        return {
+            "input": source,
+            "files": [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats],
+        }
     return source.model_dump(mode="json")
 
 
@@ -428,7 +524,10 @@ def _rules_text(path: Path) -> str:
 
 
 def _files(files: tuple[TextFile, ...], sha256: Mapping[str, str | None]) -> tuple[SourceFile, ...]:
-    return tuple(SourceFile(name=f.name, bytes=f.path.stat().st_size, sha256=sha256.get(f.name)) for f in files)
+    return tuple(
+        SourceFile(name=f.name, bytes=f.path.stat().st_size, sha256=sha256.get(f.name))
+        for f in files
+    )
 
 
 def _digest(*parts: Any) -> str:

@@ -28,7 +28,12 @@ class Progress:
         now = time.monotonic()
         if stage != self._stage:
             self.end()
-            self._stage, self._begun, self._drawn, self._at_begin = stage, now, now if not self._tty else 0.0, done
+            self._stage, self._begun, self._drawn, self._at_begin = (
+                stage,
+                now,
+                now if not self._tty else 0.0,
+                done,
+            )
         if now - self._drawn < (_DRAW_EVERY_S if self._tty else PLAIN_EVERY_S):
             return
         self._drawn = now

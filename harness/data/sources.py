@@ -1,4 +1,5 @@
-"""Where text comes from: the data sets of data/datasets.yaml, files of the user's, the Hugging Face hub."""
+"""Where text comes from: the data sets of data/datasets.yaml, files of the user's, the Hugging Face
+hub."""
 
 from __future__ import annotations
 
@@ -77,7 +78,9 @@ def definitions(path: Path = FILE) -> dict[str, Definition]:
         where = f"{path.name}: {name}"
         with yaml_files.entry(path, rows, name):
             yaml_files.word(name, f"{where}: its name", "openwebtext")
-            found[name] = yaml_files.build(Definition, {"name": name, **yaml_files.mapping(row, where)}, where)
+            found[name] = yaml_files.build(
+                Definition, {"name": name, **yaml_files.mapping(row, where)}, where
+            )
     return found
 
 
@@ -93,7 +96,8 @@ def definition(name: str) -> Definition:
 
 
 def local_files(wanted: str) -> tuple[TextFile, ...]:
-    """The files that ``INPUT=wanted`` names: a file, a folder with all below it, a pattern, or several of these.
+    """The files that ``INPUT=wanted`` names: a file, a folder with all below it, a pattern, or
+    several of these.
 
     Raises:
         UserError: there are none, or one is of an unknown kind.
@@ -102,13 +106,21 @@ def local_files(wanted: str) -> tuple[TextFile, ...]:
     for word in [wanted] if expanded(wanted).exists() else wanted.split():
         path = expanded(word)
         if path.is_dir():
-            below = sorted(p for p in path.rglob("*") if p.is_file() and _is_known(p) and not p.name.startswith("."))
+            below = sorted(
+                p
+                for p in path.rglob("*")
+                if p.is_file() and _is_known(p) and not p.name.startswith(".")
+            )
             if not below:
-                raise UserError(f"INPUT={word}: no .jsonl, .parquet or .txt file in this folder, packed or not")
+                raise UserError(
+                    f"INPUT={word}: no .jsonl, .parquet or .txt file in this folder, packed or not"
+                )
             found += below
         elif path.is_file():
             found.append(path)
-        elif matches := sorted(p for p in Path(path.anchor).glob(str(path.relative_to(path.anchor))) if p.is_file()):
+        elif matches := sorted(
+            p for p in Path(path.anchor).glob(str(path.relative_to(path.anchor))) if p.is_file()
+        ):
             found += matches
         else:
             raise UserError(f"INPUT={word}: no such file or folder, and nothing matches")
@@ -117,18 +129,23 @@ def local_files(wanted: str) -> tuple[TextFile, ...]:
 
 @dataclass(frozen=True)
 class Downloaded:
-    """Files of a hub's repository, here. ``commit`` is what the revision stood for, where that is known."""
+    """Files of a hub's repository, here. ``commit`` is what the revision stood for, where that is
+    known."""
 
     files: tuple[TextFile, ...]
     commit: str | None
 
 
-def download(hub: Hub, limit: int | None, mirror: Path | None, say: Callable[[str], None]) -> Downloaded:
-    """Bring the files of ``hub`` here, into the cache of Hugging Face's packages; what is there already stays.
+def download(
+    hub: Hub, limit: int | None, mirror: Path | None, say: Callable[[str], None]
+) -> Downloaded:
+    """Bring the files of ``hub`` here, into the cache of Hugging Face's packages; what is there
+    already stays.
 
     Args:
         limit: no more files than are needed for so many rows of Parquet.
-        mirror: a folder with a copy of the repository, at <mirror>/<owner>/<name>, to use instead of the hub.
+        mirror: a folder with a copy of the repository, at <mirror>/<owner>/<name>, to use instead
+        of the hub.
 
     Raises:
         UserError: the hub or the repository cannot be reached, or has no such files.
@@ -137,7 +154,12 @@ def download(hub: Hub, limit: int | None, mirror: Path | None, say: Callable[[st
         _reach_hub(hub)
     elif not (mirror / hub.repository).is_dir():
         raise UserError(f"HUB={mirror}: there is no {hub.repository}/ in it, with {hub.files}")
-    from datasets import DownloadConfig, DownloadManager, disable_progress_bars, load_dataset_builder
+    from datasets import (
+        DownloadConfig,
+        DownloadManager,
+        disable_progress_bars,
+        load_dataset_builder,
+    )
 
     disable_progress_bars()
     kind = "parquet" if hub.files.endswith(".parquet") else "json"
@@ -165,7 +187,9 @@ def download(hub: Hub, limit: int | None, mirror: Path | None, say: Callable[[st
         raise
     except Exception as error:
         reason = first_line(error)
-        raise UserError(f"{hub.files} of {hub.repository} at {hub.revision}: {reason}\n{_way_out(hub)}") from None
+        raise UserError(
+            f"{hub.files} of {hub.repository} at {hub.revision}: {reason}\n{_way_out(hub)}"
+        ) from None
     return Downloaded(tuple(files), commit)
 
 
@@ -183,15 +207,20 @@ def _reach_hub(hub: Hub) -> None:
             pass
     except OSError as error:
         raise UserError(
-            f"the hub {place.hostname} cannot be reached: {error.strerror or error}\n{_way_out(hub)}"
+            f"the hub {place.hostname} cannot be reached:"
+            f" {error.strerror or error}\n{_way_out(hub)}"
         ) from None
 
 
 def _way_out(hub: Hub) -> str:
-    login = "accept its conditions on the hub, then set HF_TOKEN or run `hf auth login`\n" if hub.gated else ""
+    login = (
+        "accept its conditions on the hub, then set HF_TOKEN or run `hf auth login`\n"
+        if hub.gated
+        else ""
+    )
     return (
-        f"{login}without a network: copy {hub.files} of {hub.repository} to <folder>/{hub.repository}/\n"
-        "and set HUB=<folder>; or make data-synthetic"
+        f"{login}without a network: copy {hub.files} of {hub.repository} to"
+        f" <folder>/{hub.repository}/\nand set HUB=<folder>; or make data-synthetic"
     )
 
 

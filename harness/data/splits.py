@@ -1,4 +1,5 @@
-"""Training, validation and test: which share of a data set's sequences each gets. Needs no numpy."""
+"""Training, validation and test: which share of a data set's sequences each gets. Needs no
+numpy."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ Bounds = tuple[float, float]
 
 
 def split_matrix(split: str) -> tuple[Bounds | None, ...]:
-    """Where each of SPLITS begins and ends among a set's sequences, from 0 to 1; none for one without a share.
+    """Where each of SPLITS begins and ends among a set's sequences, from 0 to 1; none for one
+    without a share.
 
     Args:
         split: as upstream's ``--split``, such as ``949,50,1``.
@@ -30,7 +32,9 @@ def split_matrix(split: str) -> tuple[Bounds | None, ...]:
     right = 0 < len(shares) <= len(SPLITS) and min(shares) >= 0 and 0 < total < math.inf
     if not right:
         raise UserError(f"SPLIT={split}: give the shares of {', '.join(SPLITS)}, such as 949,50,1")
-    ends = accumulate([*(share / total for share in shares), *[0.0] * (len(SPLITS) - len(shares))], initial=0)
+    ends = accumulate(
+        [*(share / total for share in shares), *[0.0] * (len(SPLITS) - len(shares))], initial=0
+    )
     return tuple((begin, end) if end > begin else None for begin, end in pairwise(ends))
 
 
@@ -40,20 +44,32 @@ def sequences_of(bounds: Bounds, sequences: int) -> tuple[int, int]:
     return first, behind
 
 
-def samples_of(steps: int, global_batch_size: int, eval_interval: int, eval_iters: int) -> tuple[int, int, int]:
-    """Samples for training, validation and test, as upstream's get_train_valid_test_num_samples counts them."""
+def samples_of(
+    steps: int, global_batch_size: int, eval_interval: int, eval_iters: int
+) -> tuple[int, int, int]:
+    """Samples for training, validation and test, as upstream's get_train_valid_test_num_samples
+    counts them."""
     evaluations = steps // eval_interval + 1
-    return steps * global_batch_size, evaluations * eval_iters * global_batch_size, eval_iters * global_batch_size
+    return (
+        steps * global_batch_size,
+        evaluations * eval_iters * global_batch_size,
+        eval_iters * global_batch_size,
+    )
 
 
 def check_split(blend: Blend, split: str) -> None:
-    """Raise UserError where a split of a set gets no sequence: upstream would look for its tokens for ever."""
+    """Raise UserError where a split of a set gets no sequence: upstream would look for its tokens
+    for ever."""
     for chosen in blend.sets:
-        parts, what = (chosen.documents, "conversations") if chosen.chat else (chosen.sequences, "sequences")
+        parts, what = (
+            (chosen.documents, "conversations") if chosen.chat else (chosen.sequences, "sequences")
+        )
         for name, bounds in zip(SPLITS, split_matrix(split), strict=True):
             if bounds is None:
                 continue
             first, behind = sequences_of(bounds, parts)
             if first == behind:
                 shares = f"of its {parts:,} {what} the split {split} leaves none for {name}"
-                raise UserError(f"DATA={chosen.name}: {shares}\ngive {name} a larger share, or 0, with SPLIT=")
+                raise UserError(
+                    f"DATA={chosen.name}: {shares}\ngive {name} a larger share, or 0, with SPLIT="
+                )

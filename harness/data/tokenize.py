@@ -1,7 +1,8 @@
 """Tokenise and write: documents in, .bin/.idx out, in one pass by all cores and in bounded memory.
 
-One thread at a time reads a block; each parses and encodes its own (the tokenizers release the GIL); blocks are
-appended in the order they were read. What is on the disk is noted every few seconds: a killed run goes on there.
+One thread at a time reads a block; each parses and encodes its own (the tokenizers release the
+GIL); blocks are appended in the order they were read. What is on the disk is noted every few
+seconds: a killed run goes on there.
 """
 
 from __future__ import annotations
@@ -63,9 +64,18 @@ class Job:
     def key(self) -> str:
         """Changes with everything that decides the pair's bytes."""
         stats = [
-            (str(f.path), f.kind, f.packing, s.st_size, s.st_mtime_ns) for f in self.files for s in [f.path.stat()]
+            (str(f.path), f.kind, f.packing, s.st_size, s.st_mtime_ns)
+            for f in self.files
+            for s in [f.path.stat()]
         ]
-        known = [_FORMAT, stats, asdict(self.layout), self.tokenizer.kind, self.tokenizer.sha256, self.append_eod]
+        known = [
+            _FORMAT,
+            stats,
+            asdict(self.layout),
+            self.tokenizer.kind,
+            self.tokenizer.sha256,
+            self.append_eod,
+        ]
         return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
 
@@ -92,14 +102,17 @@ class Watched:
 
 @dataclass(frozen=True)
 class Done:
-    """A finished pair. ``source_sha256`` is of each input file that was read to its end, by name."""
+    """A finished pair. ``source_sha256`` is of each input file that was read to its end, by
+    name."""
 
     pair: Pair
     counts: Counts
     source_sha256: dict[str, str]
 
 
-def tokenize(job: Job, watch: Callable[[Watched], None] = lambda _: None, workers: int | None = None) -> Done:
+def tokenize(
+    job: Job, watch: Callable[[Watched], None] = lambda _: None, workers: int | None = None
+) -> Done:
     """Write the pair of ``job``; goes on where a run of the same job stopped.
 
     Args:
@@ -107,18 +120,21 @@ def tokenize(job: Job, watch: Callable[[Watched], None] = lambda _: None, worker
         workers: threads; by default one a core, 8 at most.
 
     Raises:
-        UserError: an input cannot be read or changed meanwhile, no document is in it, or the disk is full.
+        UserError: an input cannot be read or changed meanwhile, no document is in it, or the disk
+        is full.
     """
     if job.append_eod and job.tokenizer.eod is None:
         raise UserError(
-            f"tokenizer {job.tokenizer.name} has no end-of-document token\nset eos_token in its tokenizer_config.json"
+            f"tokenizer {job.tokenizer.name} has no end-of-document token\nset eos_token in its"
+            " tokenizer_config.json"
         )
     try:
         return _Run(job, workers or min(MOST_WORKERS, len(os.sched_getaffinity(0)))).finish(watch)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
-                f"the disk of {job.prefix.parent} is full\nmake room and start again: it goes on where it stopped"
+                f"the disk of {job.prefix.parent} is full\nmake room and start again: it goes on"
+                " where it stopped"
             ) from None
         raise UserError(f"{error.filename or job.prefix.parent}: {error.strerror}") from None
 
@@ -139,7 +155,10 @@ class _Run:
 
     def finish(self, watch: Callable[[Watched], None]) -> Done:
         all_bytes = self.job.bytes
-        threads = [threading.Thread(target=self._work, name=f"tokenize-{n}", daemon=True) for n in range(self.workers)]
+        threads = [
+            threading.Thread(target=self._work, name=f"tokenize-{n}", daemon=True)
+            for n in range(self.workers)
+        ]
         try:
             for thread in threads:
                 thread.start()
@@ -162,10 +181,15 @@ class _Run:
             raise self._failure
         if self.job.key() != self.key:
             self._discard()
-            raise UserError("an input changed while it was read; start again when it no longer does")
+            raise UserError(
+                "an input changed while it was read; start again when it no longer does"
+            )
         if not self.counts.documents:
             self._discard()
-            found = ", ".join(f"{number:,} {rule}" for rule, number in self.counts.skipped.items()) or "nothing at all"
+            found = (
+                ", ".join(f"{number:,} {rule}" for rule, number in self.counts.skipped.items())
+                or "nothing at all"
+            )
             raise UserError(f"no document in {_named(self.job.files)}: {found}")
         pair = self.writer.finish()
         self.job.state.unlink(missing_ok=True)
@@ -173,7 +197,9 @@ class _Run:
 
     def _work(self) -> None:
         try:
-            encoder = self.job.tokenizer.encoder(CACHE_MIB + _MIB_A_WORKER * max(0, self.workers - 2))
+            encoder = self.job.tokenizer.encoder(
+                CACHE_MIB + _MIB_A_WORKER * max(0, self.workers - 2)
+            )
             while self._failure is None:
                 with self._reading:
                     block = self.reader.next()
@@ -191,10 +217,13 @@ class _Run:
             self._fail(error)
 
     def _append(self, number: int, block: Block, encoded: _Encoded) -> None:
-        """Write the block and those behind it that wait for it; where an earlier one is missing, leave it waiting."""
+        """Write the block and those behind it that wait for it; where an earlier one is missing,
+        leave it waiting."""
         ahead = 1 if block.size > 2 * BLOCK_BYTES else 2 * self.workers
         with self._turn:
-            self._turn.wait_for(lambda: number < self._next_written + ahead or self._failure is not None)
+            self._turn.wait_for(
+                lambda: number < self._next_written + ahead or self._failure is not None
+            )
             self._waiting[number] = block, encoded
             while self._failure is None and self._next_written in self._waiting:
                 self._write(*self._waiting.pop(self._next_written))
@@ -251,18 +280,28 @@ class _Encoded:
 
 
 def _encode(texts: Sequence[Text], encoder: Encoder, job: Job) -> _Encoded:
-    """Ids, lengths of sequences, and sequences up to each document's end, as upstream's tool would have them."""
+    """Ids, lengths of sequences, and sequences up to each document's end, as upstream's tool would
+    have them."""
     if any(type(text) is list for text in texts):
-        return _encode_sentences([[text] if type(text) is str else text for text in texts], encoder, job)
+        return _encode_sentences(
+            [[text] if type(text) is str else text for text in texts], encoder, job
+        )
     ids, lengths = encoder.encode(texts, job.append_eod)
     readable = lengths >= 0
     ends = np.cumsum(lengths > 0)[readable]
     skipped = Counter({"no ids": len(texts) - len(ends)}) if len(ends) < len(texts) else Counter()
-    return _Encoded(ids.astype(job.dtype), lengths[lengths > 0], ends, int(np.count_nonzero(lengths == 0)), skipped)
+    return _Encoded(
+        ids.astype(job.dtype),
+        lengths[lengths > 0],
+        ends,
+        int(np.count_nonzero(lengths == 0)),
+        skipped,
+    )
 
 
 def _encode_sentences(texts: Sequence[list[str]], encoder: Encoder, job: Job) -> _Encoded:
-    """As ``_encode``, where documents are lists of sentences: each that has tokens becomes a sequence."""
+    """As ``_encode``, where documents are lists of sentences: each that has tokens becomes a
+    sequence."""
     ids, lengths = encoder.encode(list(chain.from_iterable(texts)), False)
     first = np.concatenate(([0], np.cumsum([len(sentences) for sentences in texts])))
     at = np.concatenate(([0], np.cumsum(np.maximum(lengths, 0))))
@@ -280,7 +319,11 @@ def _encode_sentences(texts: Sequence[list[str]], encoder: Encoder, job: Job) ->
         sequences += kept
         ends.append(len(sequences))
         empty += not kept
-    joined = np.concatenate([np.asarray(part, job.dtype) for part in parts]) if parts else np.empty(0, job.dtype)
+    joined = (
+        np.concatenate([np.asarray(part, job.dtype) for part in parts])
+        if parts
+        else np.empty(0, job.dtype)
+    )
     return _Encoded(joined, np.array(sequences, np.int64), np.array(ends, np.int64), empty, skipped)
 
 

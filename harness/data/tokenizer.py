@@ -1,8 +1,9 @@
 """Tokenizers: which there are, and the fastest way to the ids that upstream's own class gives.
 
-The reference is what upstream runs: transformers' AutoTokenizer, sentencepiece, or upstream's NullTokenizer. The
-package gigatoken is many times faster; it is used where its ids were equal on the texts of ``hard_texts``, on this
-machine and with these versions. Otherwise the reference itself is.
+The reference is what upstream runs: transformers' AutoTokenizer, sentencepiece, or upstream's
+NullTokenizer. The package gigatoken is many times faster; it is used where its ids were equal on
+the texts of ``hard_texts``, on this machine and with these versions. Otherwise the reference itself
+is.
 """
 
 from __future__ import annotations
@@ -27,14 +28,22 @@ import numpy as np
 
 from harness import ROOT
 from harness.data.tiktoken_files import is_tiktoken, tiktoken_folder
-from harness.data.tokenizer_files import DECIDING, DESCRIPTION, OTHERS, SENTENCE_PIECE, Kind, tokenizer_sha256
+from harness.data.tokenizer_files import (
+    DECIDING,
+    DESCRIPTION,
+    OTHERS,
+    SENTENCE_PIECE,
+    Kind,
+    tokenizer_sha256,
+)
 from harness.data.vocabulary import gpt2_folder
 from harness.errors import UserError, first_line, nearest
 from harness.machine.provenance import package_version
 from harness.system.files import expanded, write_json
 
 CACHE_MIB = 600
-"""Resident memory above which gigatoken forgets the words that it has seen; it keeps them without a limit otherwise."""
+"""Resident memory above which gigatoken forgets the words that it has seen; it keeps them without a
+limit otherwise."""
 
 CHOICES = ("gpt2", "bytes", "null:50257")
 """Tokenizers that go by a name."""
@@ -47,7 +56,8 @@ class Encoder(Protocol):
     """Turns texts into ids. One thread uses it at a time."""
 
     def encode(self, texts: Sequence[str], closed: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of all texts one after another, and how many each text has (int64), -1 for a text that has no ids.
+        """Ids of all texts one after another, and how many each text has (int64), -1 for a text
+        that has no ids.
 
         ``closed`` puts the end-of-document token behind each text that has tokens.
         """
@@ -59,7 +69,8 @@ class Tokenizer:
 
     Attributes:
         name: ``gpt2``, ``null``, or the name of the folder or file it came from.
-        model: for ``--tokenizer-model``: a folder with tokenizer.json, or a SentencePiece model; none for ``null``.
+        model: for ``--tokenizer-model``: a folder with tokenizer.json, or a SentencePiece model;
+        none for ``null``.
         sha256: of all that decides the ids.
         vocab_size: as upstream counts it; ids are below it.
         eod: the end-of-document token, where there is one.
@@ -128,7 +139,11 @@ class Tokenizer:
         model = None
         if self.kind == "HuggingFaceTokenizer":
             model = home
-            sources = {name: self.model / name for name in (*DECIDING, *OTHERS) if (self.model / name).is_file()}
+            sources = {
+                name: self.model / name
+                for name in (*DECIDING, *OTHERS)
+                if (self.model / name).is_file()
+            }
         elif self.kind == "SentencePieceTokenizer":
             model = home / SENTENCE_PIECE
             sources = {SENTENCE_PIECE: self.model}
@@ -145,8 +160,9 @@ def find_tokenizer(wanted: str, home: Path, choices: Sequence[str] = CHOICES) ->
     """The tokenizer that ``TOKENIZER=wanted`` names.
 
     Args:
-        wanted: ``gpt2``; ``bytes``, a token a byte; ``null:SIZE``, whose texts are ids already; a folder with tokenizer.json
-            or tokenizer.model, or one of these files: a SentencePiece model, or Llama 3's.
+        wanted: ``gpt2``; ``bytes``, a token a byte; ``null:SIZE``, whose texts are ids already; a
+            folder with tokenizer.json or tokenizer.model, or one of these files: a SentencePiece
+            model, or Llama 3's.
         home: where vocabularies and what is known about tokenizers are kept.
         choices: the names that an error offers.
 
@@ -173,11 +189,16 @@ def find_tokenizer(wanted: str, home: Path, choices: Sequence[str] = CHOICES) ->
     if path.is_dir() and (path / SENTENCE_PIECE).is_file():
         path /= SENTENCE_PIECE
     if path.suffix == ".model" and path.is_file() and is_tiktoken(path):
-        return _examined("HuggingFaceTokenizer", path.resolve().parent.name, tiktoken_folder(path, home), home)
+        return _examined(
+            "HuggingFaceTokenizer", path.resolve().parent.name, tiktoken_folder(path, home), home
+        )
     if path.suffix == ".model" and path.is_file():
         return _examined("SentencePieceTokenizer", path.stem, path.resolve(), home)
     if path.exists():
-        raise UserError(f"TOKENIZER={wanted}: neither a folder with tokenizer.json nor a SentencePiece or Llama 3 .model")
+        raise UserError(
+            f"TOKENIZER={wanted}: neither a folder with tokenizer.json nor a SentencePiece or Llama"
+            " 3 .model"
+        )
     raise UserError(
         f"no tokenizer {wanted}; {nearest(wanted, choices)}\n"
         "or give a folder with tokenizer.json, or a .model of SentencePiece or Llama 3"
@@ -187,32 +208,48 @@ def find_tokenizer(wanted: str, home: Path, choices: Sequence[str] = CHOICES) ->
 def _examined(kind: Kind, name: str, model: Path, home: Path) -> Tokenizer:
     """What is known about the tokenizer: read from ``home``, or found out once and kept there."""
     digest = tokenizer_sha256(kind, model)
-    key = hashlib.sha256(json.dumps([digest, versions(), _machine(), _FACTS]).encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps([digest, versions(), _machine(), _FACTS]).encode()).hexdigest()[
+        :16
+    ]
     known = home / "examined" / f"{key}.json"
     try:
         facts = json.loads(known.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         facts = _examine(kind, model)
         known.parent.mkdir(parents=True, exist_ok=True)
-        write_json(known, facts | {"tokenizer": name, "sha256": digest, "versions": versions(), "machine": _machine()})
+        write_json(
+            known,
+            facts
+            | {
+                "tokenizer": name,
+                "sha256": digest,
+                "versions": versions(),
+                "machine": _machine(),
+            },
+        )
     around = {key: tuple(facts[key]) for key in ("before", "after")}
     return Tokenizer(kind, name, model, digest, **{key: facts[key] for key in _FACTS} | around)
 
 
 def _examine(kind: Kind, model: Path) -> dict[str, Any]:
-    """What harness.data.examine finds out, in a process of its own: what it imports is large and not needed again."""
+    """What harness.data.examine finds out, in a process of its own: what it imports is large and
+    not needed again."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}
     command = [sys.executable, "-m", "harness.data.examine", kind, str(model)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise UserError((done.stderr.strip() or f"{model} cannot be examined").removeprefix("error: "))
+        raise UserError(
+            (done.stderr.strip() or f"{model} cannot be examined").removeprefix("error: ")
+        )
     return json.loads(done.stdout.splitlines()[-1])
 
 
 class Gigatoken:
-    """gigatoken's Rust tokenizer, with special tokens before and after each text as the description's template says.
+    """gigatoken's Rust tokenizer, with special tokens before and after each text as the
+    description's template says.
 
-    ``joined`` encodes texts as one, parted by the end-of-document token: faster, and with most tokenizers the same.
+    ``joined`` encodes texts as one, parted by the end-of-document token: faster, and with most
+    tokenizers the same.
     """
 
     def __init__(
@@ -255,15 +292,19 @@ class Gigatoken:
         return ids, lengths
 
     def _as_one(self, rows: Sequence[str], texts: int) -> tuple[np.ndarray, np.ndarray] | None:
-        """Ids and lengths; none where a text spells the end-of-document token itself, so that it is no sure sign."""
-        whole = self._source(b"".join(map(str.encode, rows)))  # a list of str would have it import awkward first, for 0.25 s
+        """Ids and lengths; none where a text spells the end-of-document token itself, so that it is
+        no sure sign."""
+        # a list of str would have it import awkward first, for 0.25 s
+        whole = self._source(b"".join(map(str.encode, rows)))
         matrix, _ = self._rust.encode_batch_padded(whole, self._unpadded, parallel=False)
         ends = np.flatnonzero(matrix[0] == self._end_id)
         return (matrix[0], np.diff(ends, prepend=-1)) if len(ends) == texts else None
 
     def _each(self, rows: Sequence[str], rows_of_a_text: int) -> tuple[np.ndarray, np.ndarray]:
         layout = self._rust.encode_batch(rows, parallel=False).layout
-        return np.asarray(layout.content.data), np.diff(np.asarray(layout.offsets.data)[::rows_of_a_text])
+        return np.asarray(layout.content.data), np.diff(
+            np.asarray(layout.offsets.data)[::rows_of_a_text]
+        )
 
     def _forget(self) -> None:
         if self._seen_bytes > _FORGET_AFTER_BYTES and resident_mib() > self._cache_mib:
@@ -286,7 +327,10 @@ class Tokenizers:
         self._eod = eod
 
     def encode(self, texts: Sequence[str], closed: bool) -> tuple[np.ndarray, np.ndarray]:
-        rows = [found.ids for found in self.backend.encode_batch_fast(list(texts), add_special_tokens=True)]
+        rows = [
+            found.ids
+            for found in self.backend.encode_batch_fast(list(texts), add_special_tokens=True)
+        ]
         return _joined(rows, self._eod if closed else None)
 
     def frame(self) -> tuple[list[str], list[str]]:
@@ -294,7 +338,9 @@ class Tokenizers:
         bare = self.backend.encode("a", add_special_tokens=False).ids
         whole = self.backend.encode("a", add_special_tokens=True).ids
         before = next((n for n in range(len(whole)) if whole[n : n + len(bare)] == bare), 0)
-        return [self.token(i) for i in whole[:before]], [self.token(i) for i in whole[before + len(bare) :]]
+        return [self.token(i) for i in whole[:before]], [
+            self.token(i) for i in whole[before + len(bare) :]
+        ]
 
     def token(self, number: int | None) -> str | None:
         return None if number is None else self.backend.id_to_token(number)
@@ -312,7 +358,9 @@ class SentencePiece:
             raise UserError(f"{model} is no SentencePiece model: {first_line(error)}") from None
 
     def encode(self, texts: Sequence[str], closed: bool) -> tuple[np.ndarray, np.ndarray]:
-        return _joined(self.processor.encode_as_ids(list(texts)), self.processor.eos_id() if closed else None)
+        return _joined(
+            self.processor.encode_as_ids(list(texts)), self.processor.eos_id() if closed else None
+        )
 
 
 class _Null:
@@ -361,14 +409,21 @@ def _overlaps_itself(token: str) -> bool:
 def resident_mib() -> float:
     """This process's memory that is in RAM now, in MiB."""
     with contextlib.suppress(OSError):
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+        return (
+            int(Path("/proc/self/statm").read_text().split()[1])
+            * os.sysconf("SC_PAGE_SIZE")
+            / 2**20
+        )
     import psutil
 
     return psutil.Process().memory_info().rss / 2**20
 
 
 def versions() -> dict[str, str | None]:
-    return {name: package_version(name) for name in ("gigatoken", "tokenizers", "transformers", "sentencepiece")}
+    return {
+        name: package_version(name)
+        for name in ("gigatoken", "tokenizers", "transformers", "sentencepiece")
+    }
 
 
 def _machine() -> str:

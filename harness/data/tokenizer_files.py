@@ -26,5 +26,8 @@ def tokenizer_sha256(kind: Kind, model: Path) -> str:
     for path in files:
         if path.is_file():
             data = path.read_bytes()
-            sha.update(f"\n{path.name if kind == 'HuggingFaceTokenizer' else ''} {len(data)}\n".encode() + data)
+            sha.update(
+                f"\n{path.name if kind == 'HuggingFaceTokenizer' else ''} {len(data)}\n".encode()
+                + data
+            )
     return sha.hexdigest()

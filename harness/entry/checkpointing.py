@@ -1,10 +1,12 @@
-"""Saves: asynchronous, only where there is room, on the disk for good, on record in saves.jsonl, and only the newest N.
+"""Saves: asynchronous, only where there is room, on the disk for good, on record in saves.jsonl,
+and only the newest N.
 
-A thread of rank 0 syncs each checkpoint and writes its checksums, before it counts and before an older one is deleted;
-training goes on meanwhile. The lines of metrics.jsonl are synced before the checkpoint that they belong to.
+A thread of rank 0 syncs each checkpoint and writes its checksums, before it counts and before an
+older one is deleted; training goes on meanwhile. The lines of metrics.jsonl are synced before the
+checkpoint that they belong to.
 
-Upstream's ``save_checkpoint`` and the request that it hands to its writer process are wrapped. Upstream's own last save,
-after the loop, finds that writer gone: it is made in place.
+Upstream's ``save_checkpoint`` and the request that it hands to its writer process are wrapped.
+Upstream's own last save, after the loop, finds that writer gone: it is made in place.
 """
 
 import multiprocessing
@@ -39,7 +41,11 @@ def install(report: RankReport) -> None:
     _survive_a_bad_tracker()
     remainders.install()
     saves = _Saves(report)
-    save, schedule, train = training.save_checkpoint, checkpointing.schedule_async_save, training.train
+    save, schedule, train = (
+        training.save_checkpoint,
+        checkpointing.schedule_async_save,
+        training.train,
+    )
 
     def save_checkpoint(iteration, model, *args, **kwargs):
         if saves.begin(iteration, model):
@@ -65,7 +71,8 @@ def install(report: RankReport) -> None:
 
 
 def _start_writer_here() -> None:
-    """Have upstream's writer, and the manager of its results, end with this rank, however that ends.
+    """Have upstream's writer, and the manager of its results, end with this rank, however that
+    ends.
 
     On a CPU the writer is forked: the stand-in for CUDA is in it, and it starts in no time.
     """
@@ -92,8 +99,9 @@ def _start_writer_here() -> None:
 def _regroup_experts() -> None:
     """Let a run with expert parallelism go on without it, and the other way round.
 
-    Upstream keeps one optimizer without it, and two with it, the second for the experts; it loads a checkpoint of as many.
-    The moments lie under the names of their parameters, as the weights do: only what is said of parameter groups is sorted.
+    Upstream keeps one optimizer without it, and two with it, the second for the experts; it loads a
+    checkpoint of as many. The moments lie under the names of their parameters, as the weights do:
+    only what is said of parameter groups is sorted.
     """
     from megatron.core.optimizer.optimizer import ChainedOptimizer
 
@@ -106,7 +114,8 @@ def _regroup_experts() -> None:
 
 
 def _regrouped(state, optimizers: int):
-    """A loaded ``state`` of one optimizer or of two, {0: …, 1: …}, as ``optimizers`` of them want it."""
+    """A loaded ``state`` of one optimizer or of two, {0: …, 1: …}, as ``optimizers`` of them want
+    it."""
     if not isinstance(state, dict):
         return state
     numbered = {key: value for key, value in state.items() if isinstance(key, int)}
@@ -115,24 +124,36 @@ def _regrouped(state, optimizers: int):
         return {**numbered[0], **rest}
     if optimizers == 2 and "optimizer" in rest:
         known = rest["optimizer"]
-        groups = [[{**group, "is_expert_parallel": bool(n)} for group in known["param_groups"]] for n in (0, 1)]
-        return {n: {**rest, "optimizer": {**known, "param_groups": groups[n]}, **numbered[n]} for n in (0, 1)}
+        groups = [
+            [{**group, "is_expert_parallel": bool(n)} for group in known["param_groups"]]
+            for n in (0, 1)
+        ]
+        return {
+            n: {**rest, "optimizer": {**known, "param_groups": groups[n]}, **numbered[n]}
+            for n in (0, 1)
+        }
     return state
 
 
 def _count_steps_of_fsdp2() -> None:
-    """Tell Adam how many steps its moments are of, where upstream loads them in place and leaves that out.
+    """Tell Adam how many steps its moments are of, where upstream loads them in place and leaves
+    that out.
 
-    So it does for FSDP2 (``skip_load_to_model_and_opt`` in megatron/training/training.py): Transformer Engine's Adam would
-    correct the bias of old moments as if they were new, PyTorch's fails. In bf16 every iteration is a step.
+    So it does for FSDP2 (``skip_load_to_model_and_opt`` in megatron/training/training.py):
+    Transformer Engine's Adam would correct the bias of old moments as if they were new, PyTorch's
+    fails. In bf16 every iteration is a step.
     """
     from megatron.training import get_args, training
 
     load = training.load_checkpoint
 
     def load_checkpoint(model, optimizer, *args, skip_load_to_model_and_opt=False, **kwargs):
-        found = load(model, optimizer, *args, skip_load_to_model_and_opt=skip_load_to_model_and_opt, **kwargs)
-        with_optimizer = optimizer is not None and not (get_args().finetune or get_args().no_load_optim)
+        found = load(
+            model, optimizer, *args, skip_load_to_model_and_opt=skip_load_to_model_and_opt, **kwargs
+        )
+        with_optimizer = optimizer is not None and not (
+            get_args().finetune or get_args().no_load_optim
+        )
         if skip_load_to_model_and_opt and with_optimizer and found[0]:
             _set_steps(optimizer.optimizer, found[0])
         return found
@@ -152,7 +173,8 @@ def _set_steps(adam, steps: int) -> None:
 
 
 def _survive_a_bad_tracker() -> None:
-    """Where latest_checkpointed_iteration.txt is empty or torn, take the newest whole checkpoint: upstream would end here.
+    """Where latest_checkpointed_iteration.txt is empty or torn, take the newest whole checkpoint:
+    upstream would end here.
 
     It also reads it where ``--ckpt-step`` says which checkpoint is wanted.
     """
@@ -166,8 +188,12 @@ def _survive_a_bad_tracker() -> None:
         newest = checkpoints.newest_whole(Path(tracker).parent)
         if newest is None:
             raise UserError(f"{tracker} is empty, and no checkpoint beside it is whole")
-        print(f"WARNING: {tracker} is empty; the newest whole checkpoint is {newest.path.name}", flush=True)
-        with tempfile.NamedTemporaryFile("w", suffix=".txt") as instead:  # upstream's reader also agrees between ranks
+        print(
+            f"WARNING: {tracker} is empty; the newest whole checkpoint is {newest.path.name}",
+            flush=True,
+        )
+        # upstream's reader also agrees between ranks
+        with tempfile.NamedTemporaryFile("w", suffix=".txt") as instead:
             instead.write("release" if newest.path.name == "release" else str(newest.step))
             instead.flush()
             return read(instead.name)
@@ -190,7 +216,8 @@ class _Saves:
         self._settler, self._syncer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
 
     def check_room_for_all(self, model) -> None:
-        """Raise UserError where the saves of the whole run cannot fit the disk: better now than after a night."""
+        """Raise UserError where the saves of the whole run cannot fit the disk: better now than
+        after a night."""
         from megatron.training import get_args
 
         args = get_args()
@@ -203,7 +230,8 @@ class _Saves:
         checkpoints.check_room(saving, saves, self._size_bytes, self._free_bytes())
 
     def begin(self, step: int, model) -> bool:
-        """Whether the checkpoint of ``step`` can be saved. Where it cannot, training goes on, and the log says so."""
+        """Whether the checkpoint of ``step`` can be saved. Where it cannot, training goes on, and
+        the log says so."""
         from megatron.training import get_args
 
         args = get_args()
@@ -220,12 +248,15 @@ class _Saves:
             room = f"it needs {checkpoints.gib(self._size_bytes)}, {checkpoints.gib(free)} are free"
             what = f"checkpoint of step {step} not saved to {args.save}: {room}"
             if step >= args.train_iters:
-                raise UserError(f"{what}\nmake room there; RESUME=1 then goes on from the checkpoint before")
+                raise UserError(
+                    f"{what}\nmake room there; RESUME=1 then goes on from the checkpoint before"
+                )
             if self._report.rank == 0:
                 print(f"WARNING: {what}", flush=True)
             return False
         folder = self._path(step)
-        if self._report.rank == 0 and folder.exists():  # what a killed save left would look like part of this one
+        # what a killed save left would look like part of this one
+        if self._report.rank == 0 and folder.exists():
             checkpoints.remove(folder)
         return True
 
@@ -235,7 +266,8 @@ class _Saves:
             self._syncing.pop().result()
 
     def handed_over(self, step: int) -> None:
-        """Upstream's call returned: training goes on, with the checkpoint whole only if it was not asynchronous."""
+        """Upstream's call returned: training goes on, with the checkpoint whole only if it was not
+        asynchronous."""
         from megatron.training import get_args
 
         self._blocked_s[step] = time.monotonic() - self._begun_s[step]
@@ -243,21 +275,28 @@ class _Saves:
             self.whole(step)
 
     def whole(self, step: int) -> None:
-        """Upstream has written the checkpoint of ``step`` on all ranks: have it last, then delete what is not kept."""
+        """Upstream has written the checkpoint of ``step`` on all ranks: have it last, then delete
+        what is not kept."""
         if self._report.rank != 0:
             return
         from megatron.training import get_args
 
         begun_s, blocked_s = self._begun_s.pop(step), self._blocked_s.pop(step, None)
         asynchronous = get_args().async_save
-        self._settling.append(self._settler.submit(self._settle, step, asynchronous, begun_s, blocked_s))
+        self._settling.append(
+            self._settler.submit(self._settle, step, asynchronous, begun_s, blocked_s)
+        )
 
-    def _settle(self, step: int, asynchronous: bool, begun_s: float, blocked_s: float | None) -> None:
+    def _settle(
+        self, step: int, asynchronous: bool, begun_s: float, blocked_s: float | None
+    ) -> None:
         path = self._path(step)
         try:
             checkpoints.settle(path)
         except OSError as error:
-            print(f"WARNING: the checkpoint of step {step} may not last: {path}: {error}", flush=True)
+            print(
+                f"WARNING: the checkpoint of step {step} may not last: {path}: {error}", flush=True
+            )
             raise
         line = Save(
             step=step,
@@ -290,8 +329,10 @@ class _Saves:
             try:
                 settling.result()
             except OSError as error:
-                raise UserError(f"a checkpoint in {self._path(self.step).parent} may not last: {error}\n"
-                                "make checkpoints says which are whole; SAVE= names a folder on another disk") from None
+                raise UserError(
+                    f"a checkpoint in {self._path(self.step).parent} may not last: {error}\n"
+                    "make checkpoints says which are whole; SAVE= names a folder on another disk"
+                ) from None
 
     def _path(self, step: int) -> Path:
         from megatron.training import get_args
@@ -305,15 +346,19 @@ class _Saves:
 
         folder = Path(get_args().save)
         folder.mkdir(parents=True, exist_ok=True)
-        free = torch.tensor([float(shutil.disk_usage(folder).free)], dtype=torch.float64, device="cuda")
+        free = torch.tensor(
+            [float(shutil.disk_usage(folder).free)], dtype=torch.float64, device="cuda"
+        )
         torch.distributed.broadcast(free, src=0)
         return free.item()
 
 
 def _expected_bytes(model) -> float:
-    """Bytes of a whole checkpoint: weights, and for the optimizer fp32 weights where they are not, and two moments.
+    """Bytes of a whole checkpoint: weights, and for the optimizer fp32 weights where they are not,
+    and two moments.
 
-    Each rank counts its parameters once for all that hold the same; tensor-parallel replicas of norms count double.
+    Each rank counts its parameters once for all that hold the same; tensor-parallel replicas of
+    norms count double.
     """
     import torch
     from megatron.core import parallel_state as ranks

@@ -1,7 +1,9 @@
-"""validation.jsonl: every evaluation's loss as upstream computed it; and a run's early end, once that is low enough.
+"""validation.jsonl: every evaluation's loss as upstream computed it; and a run's early end, once
+that is low enough.
 
-``HARNESS_UNTIL`` is the loss on held-out data at which the run is done: all ranks then hold the step they are at for the
-last one, so that upstream saves, evaluates and leaves as after any last step.
+``HARNESS_UNTIL`` is the loss on held-out data at which the run is done: all ranks then hold the
+step they are at for the last one, so that upstream saves, evaluates and leaves as after any last
+step.
 """
 
 import os
@@ -23,16 +25,25 @@ def install(report: RankReport) -> None:
     split, step, held_out = "validation", 0, None
     evaluated: set[tuple[str, int]] = set()
 
-    def evaluate_and_print_results(prefix, forward_step, iterator, model, iteration, *args, **kwargs):
+    def evaluate_and_print_results(
+        prefix, forward_step, iterator, model, iteration, *args, **kwargs
+    ):
         nonlocal split, step, held_out
         split, step, held_out = "test" if "test set" in prefix else "validation", iteration, None
         if (split, step) in evaluated:
-            # after its last step upstream evaluates again, on other batches: a second loss of the same weights
+            # after its last step upstream evaluates again, on other batches: a second loss of the
+            # same weights
             print_rank_0(f"> {prefix}: evaluated already")
             return None
         evaluated.add((split, step))
-        result = evaluate_and_print(prefix, forward_step, iterator, model, iteration, *args, **kwargs)
-        if until is not None and split == "validation" and _on_any_rank(held_out is not None and held_out <= until):
+        result = evaluate_and_print(
+            prefix, forward_step, iterator, model, iteration, *args, **kwargs
+        )
+        if (
+            until is not None
+            and split == "validation"
+            and _on_any_rank(held_out is not None and held_out <= until)
+        ):
             training.get_args().train_iters = iteration
         return result
 

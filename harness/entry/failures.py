@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 @contextmanager
 def ended_at_once(report: "RankReport | None") -> Iterator[None]:
-    """End the process as soon as an exception reaches here: status 2 for the user's mistake, else 1 or upstream's own.
+    """End the process as soon as an exception reaches here: status 2 for the user's mistake, else 1
+    or upstream's own.
 
     Nothing is torn down on the way: a collective whose other ranks are gone would never return.
     """

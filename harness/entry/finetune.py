@@ -1,4 +1,5 @@
-"""Fine-tuning inside a rank: upstream reads packed conversations, knows LoRA's arguments, and trains adapters."""
+"""Fine-tuning inside a rank: upstream reads packed conversations, knows LoRA's arguments, and
+trains adapters."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from harness.entry.report import RankReport
 
 
 def install(report: RankReport | None) -> None:
-    """Prepare upstream for ``--sft`` and ``--lora-…``, before its script runs; without these arguments nothing changes."""
+    """Prepare upstream for ``--sft`` and ``--lora-…``, before its script runs; without these
+    arguments nothing changes."""
     from megatron.training import argument_utils, arguments, training
     from megatron.training.datasets import sft_dataset
 
@@ -25,14 +27,17 @@ def install(report: RankReport | None) -> None:
     def config_with_adapters(args, *rest, **kwargs):
         config = make_config(args, *rest, **kwargs)
         if lora := lora_of(args):
-            config.pre_wrap_hooks.append(lambda chunks: _with_adapters(chunks, lora, args, training, report))
+            config.pre_wrap_hooks.append(
+                lambda chunks: _with_adapters(chunks, lora, args, training, report)
+            )
         return config
 
     argument_utils.gpt_config_from_args = config_with_adapters
 
 
 def _with_adapters(chunks: list, lora, args, training, report: RankReport | None) -> list:
-    """Upstream's model, before it is wrapped: frozen, with adapters, of which checkpoints hold what the weights lack."""
+    """Upstream's model, before it is wrapped: frozen, with adapters, of which checkpoints hold what
+    the weights lack."""
     from megatron.training.utils import print_rank_0
 
     from harness.finetune import adapters
@@ -41,14 +46,21 @@ def _with_adapters(chunks: list, lora, args, training, report: RankReport | None
     attached = attach(chunks, lora, args.seed)
     parameters = [p for chunk in chunks for p in chunk.parameters()]
     trained = sum(p.numel() for p in parameters if p.requires_grad)
-    print_rank_0(f"> LoRA: rank {lora.rank}, alpha {lora.alpha:g}, {', '.join(lora.targets)}: trains {trained:,} of "
-                 f"{sum(p.numel() for p in parameters):,} parameters on this rank")
+    print_rank_0(
+        f"> LoRA: rank {lora.rank}, alpha {lora.alpha:g}, {', '.join(lora.targets)}: trains"
+        f" {trained:,} of {sum(p.numel() for p in parameters):,} parameters on this rank"
+    )
     if args.pretrained_checkpoint:
         _load_both(training, adapters.Holding(chunks), args)
     if report:
 
         def write() -> None:
-            adapters.write(attached, report.run_dir.path / adapters.FOLDER, args.pretrained_checkpoint, report.step)
+            adapters.write(
+                attached,
+                report.run_dir.path / adapters.FOLDER,
+                args.pretrained_checkpoint,
+                report.step,
+            )
 
         report.at_end.append(write)
         _after_each_save(training, write)
@@ -56,7 +68,8 @@ def _with_adapters(chunks: list, lora, args, training, report: RankReport | None
 
 
 def _load_both(training, holding, args) -> None:
-    """Let upstream load the weights of ``--pretrained-checkpoint``, then adapters from ``--load``, where it has some."""
+    """Let upstream load the weights of ``--pretrained-checkpoint``, then adapters from ``--load``,
+    where it has some."""
     from megatron.training.checkpointing import checkpoint_exists
 
     load = training.load_checkpoint

@@ -1,4 +1,5 @@
-"""The process that samples: upstream's own start-up builds and loads the model, then tokens are drawn one by one."""
+"""The process that samples: upstream's own start-up builds and loads the model, then tokens are
+drawn one by one."""
 
 import json
 import os
@@ -41,21 +42,27 @@ def main() -> None:
 
 
 def sample(model, sampling: Sampling) -> dict[str, object]:
-    """The prompt and what follows it; returns ``text``, and how many tokens the prompt and the continuation have."""
+    """The prompt and what follows it; returns ``text``, and how many tokens the prompt and the
+    continuation have."""
     from megatron.training import get_tokenizer
 
     tokenizer = get_tokenizer()
     prompt = list(tokenizer.tokenize(sampling.prompt))
     said = go_on(model, prompt, sampling)
     shown = said[:-1] if said[-1] == getattr(tokenizer, "eod", None) else said
-    return {"text": tokenizer.detokenize(prompt + shown), "prompt_tokens": len(prompt), "tokens": len(said)}
+    return {
+        "text": tokenizer.detokenize(prompt + shown),
+        "prompt_tokens": len(prompt),
+        "tokens": len(said),
+    }
 
 
 def compare(model, pair: Path) -> dict[str, object]:
-    """The model's likeliest answers beside those of conversations, each after all that comes before it there.
+    """The model's likeliest answers beside those of conversations, each after all that comes before
+    it there.
 
-    Returns how many ``answers`` there are, how many the model gives the ``same``, token by token, and of the ``others``
-    the last thing asked, the answer in the data and the model's.
+    Returns how many ``answers`` there are, how many the model gives the ``same``, token by token,
+    and of the ``others`` the last thing asked, the answer in the data and the model's.
     """
     from megatron.core.datasets.indexed_dataset import IndexedDataset
     from megatron.training import get_tokenizer
@@ -65,18 +72,27 @@ def compare(model, pair: Path) -> dict[str, object]:
     answers, others = 0, []
     for first, behind in pairwise(bounds):
         before: list[int] = []
-        for read, answer in ((data[n].tolist(), data[n + 1].tolist()) for n in range(first, behind, 2)):
+        for read, answer in (
+            (data[n].tolist(), data[n + 1].tolist()) for n in range(first, behind, 2)
+        ):
             before += read
             said = go_on(model, before, Sampling("", tokens=len(answer), temperature=0.0))
             answers += 1
             if said != answer:
-                others.append([tokenizer.detokenize(read), tokenizer.detokenize(answer), tokenizer.detokenize(said)])
+                others.append(
+                    [
+                        tokenizer.detokenize(read),
+                        tokenizer.detokenize(answer),
+                        tokenizer.detokenize(said),
+                    ]
+                )
             before += answer
     return {"answers": answers, "same": answers - len(others), "others": others}
 
 
 def go_on(model, prompt: list[int], sampling: Sampling) -> list[int]:
-    """The tokens that follow ``prompt``. Where both outgrow the model's sequence, it sees the end of them."""
+    """The tokens that follow ``prompt``. Where both outgrow the model's sequence, it sees the end
+    of them."""
     import torch
     from megatron.training import get_args, get_tokenizer
 
@@ -88,9 +104,14 @@ def go_on(model, prompt: list[int], sampling: Sampling) -> list[int]:
         for _ in range(sampling.tokens):
             seen = ids[-args.seq_length :]
             shown = min(-len(seen) // LENGTHS * -LENGTHS, args.seq_length)
-            tokens = torch.tensor([seen + [0] * (shown - len(seen))], device="cuda")  # [1, s]; what comes later is not seen
+            # [1, s]; what comes later is not seen
+            tokens = torch.tensor([seen + [0] * (shown - len(seen))], device="cuda")
             positions = torch.arange(shown, device="cuda")[None]
-            logits = model(tokens, positions, None)[0, len(seen) - 1, : tokenizer.vocab_size].float().cpu()
+            logits = (
+                model(tokens, positions, None)[0, len(seen) - 1, : tokenizer.vocab_size]
+                .float()
+                .cpu()
+            )
             ids.append(draw(logits, sampling, generator))
             if ids[-1] == getattr(tokenizer, "eod", None):
                 break

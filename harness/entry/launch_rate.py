@@ -1,7 +1,9 @@
-"""How fast this process launches work: what a step of small kernels waits for, measured just before the first step.
+"""How fast this process launches work: what a step of small kernels waits for, measured just before
+the first step.
 
-Two hosts with the same GPU can differ by a factor of two here, and a launch-bound step takes that much longer. So every rank
-measures its own rate, with all ranks and the run's own environment around it, and the run keeps it in environment.json.
+Two hosts with the same GPU can differ by a factor of two here, and a launch-bound step takes that
+much longer. So every rank measures its own rate, with all ranks and the run's own environment
+around it, and the run keeps it in environment.json.
 """
 
 from __future__ import annotations
@@ -18,12 +20,13 @@ if TYPE_CHECKING:
 
 BATCHES = 7
 ADDS = 400
-"""Launches in a batch: fewer than the 1,024 that a stream of CUDA queues, so that the host never waits for the GPU."""
+"""Launches in a batch: fewer than the 1,024 that a stream of CUDA queues, so that the host never
+waits for the GPU."""
 
 CHAIN = ("sin", "exp", "tanh", "sigmoid", "erf", "cos")
 TURNS = 16
-"""Operations that autograd records, ``TURNS`` times in a row before one backward pass. They are element-wise: a product of
-matrices would allocate cuBLAS's workspace."""
+"""Operations that autograd records, ``TURNS`` times in a row before one backward pass. They are
+element-wise: a product of matrices would allocate cuBLAS's workspace."""
 
 
 def install(report: RankReport) -> None:
@@ -40,10 +43,12 @@ def install(report: RankReport) -> None:
 
 
 def measure(device: str = "cuda") -> LaunchRate:
-    """The launch rate of this process, in a few hundredths of a second. It draws no random numbers and keeps no memory.
+    """The launch rate of this process, in a few hundredths of a second. It draws no random numbers
+    and keeps no memory.
 
-    ``add_us`` is the host's time for an in-place add, the cheapest operation of PyTorch; ``operation_us`` its time for an
-    element-wise operation that is recorded, and its share of the backward pass. Both are medians of ``BATCHES`` batches, in
+    ``add_us`` is the host's time for an in-place add, the cheapest operation of PyTorch;
+    ``operation_us`` its time for an element-wise operation that is recorded, and its share of the
+    backward pass. Both are medians of ``BATCHES`` batches, in
     turn: what else the process does at its start then slows both alike.
     """
     import torch
@@ -66,7 +71,8 @@ def measure(device: str = "cuda") -> LaunchRate:
 
     with torch.enable_grad():
         times_us = [(_host_us(adds, wait), _host_us(chain, wait)) for _ in range(BATCHES + 1)]
-    add_us, chain_us = map(statistics.median, zip(*times_us[1:], strict=True))  # the first batch warms up
+    # the first batch warms up
+    add_us, chain_us = map(statistics.median, zip(*times_us[1:], strict=True))
     return LaunchRate(add_us=add_us / ADDS, operation_us=chain_us / (TURNS * len(CHAIN)))
 
 

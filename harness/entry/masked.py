@@ -1,6 +1,7 @@
 """Secrets of ARGS= in a rank: its arguments have them, what it prints, logs and keeps does not.
 
-Upstream prints every argument, notes them in TensorBoard and Weights & Biases, and keeps them in checkpoints.
+Upstream prints every argument, notes them in TensorBoard and Weights & Biases, and keeps them in
+checkpoints.
 """
 
 import copy
@@ -28,7 +29,8 @@ class Masked:
 
 
 def install() -> None:
-    """Put secrets into ``sys.argv``, and keep them out of all that upstream does with its arguments.
+    """Put secrets into ``sys.argv``, and keep them out of all that upstream does with its
+    arguments.
 
     Raises:
         UserError: see ``masking.reveal``.
@@ -52,13 +54,18 @@ def _keep_arguments_masked() -> None:
     def set_wandb_writer(args: Namespace) -> None:
         set_wandb(masked(args))
 
-    checkpointing.generate_state_dict, global_vars._set_wandb_writer = generate_state_dict, set_wandb_writer
+    checkpointing.generate_state_dict, global_vars._set_wandb_writer = (
+        generate_state_dict,
+        set_wandb_writer,
+    )
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:  # then upstream writes none
         return
     add_text = SummaryWriter.add_text
-    SummaryWriter.add_text = lambda self, tag, text, *more, **named: add_text(self, tag, mask(text), *more, **named)
+    SummaryWriter.add_text = lambda self, tag, text, *more, **named: add_text(
+        self, tag, mask(text), *more, **named
+    )
 
 
 def masked(args: Namespace) -> Namespace:
@@ -68,5 +75,9 @@ def masked(args: Namespace) -> Namespace:
         if isinstance(value, str):
             setattr(found, name, mask(value))
         elif isinstance(value, list | tuple):
-            setattr(found, name, type(value)(mask(each) if isinstance(each, str) else each for each in value))
+            setattr(
+                found,
+                name,
+                type(value)(mask(each) if isinstance(each, str) else each for each in value),
+            )
     return found

@@ -1,9 +1,9 @@
 """metrics.jsonl: upstream's own numbers, before it rounds them for its log.
 
-``training_log`` and its neighbours in upstream's training module are wrapped. Nothing is measured or synchronised a
-second time: a step's time is what upstream's interval timer answered, its FLOPs are what upstream's count answered, and
-beside it what of these is computed: upstream counts frozen weights as if they were trained.
-Only its phases have marks of their own, see ``phases``.
+``training_log`` and its neighbours in upstream's training module are wrapped. Nothing is measured
+or synchronised a second time: a step's time is what upstream's interval timer answered, its FLOPs
+are what upstream's count answered, and beside it what of these is computed: upstream counts frozen
+weights as if they were trained. Only its phases have marks of their own, see ``phases``.
 """
 
 import math
@@ -21,8 +21,9 @@ LOSS = "lm loss"
 class StepClock:
     """Hears what upstream's interval timer answers when ``training_log`` asks it.
 
-    Upstream asks after the first step without resetting the timer, so that its second answer covers two steps; here
-    each step gets its own time. With ``--log-interval`` above 1 a step's time is the mean since the last logged one.
+    Upstream asks after the first step without resetting the timer, so that its second answer covers
+    two steps; here each step gets its own time. With ``--log-interval`` above 1 a step's time is
+    the mean since the last logged one.
     """
 
     def __init__(self) -> None:
@@ -64,20 +65,38 @@ def install(report: RankReport) -> None:
     def counted(*args, **kwargs):
         nonlocal flops, share
         flops = count(*args, **kwargs)
-        packed = (kwargs.get(name) for name in ("total_real_tokens_in_batch", "seqlen_squared_sum_in_batch"))
+        packed = (
+            kwargs.get(name)
+            for name in ("total_real_tokens_in_batch", "seqlen_squared_sum_in_batch")
+        )
         share = share_of_upstreams(experiment, *packed) if experiment else 1.0
         return flops
 
-    def training_log(losses, totals, learning_rate, step, loss_scale, memory, skipped, grad_norm, *args, **kwargs):
+    def training_log(
+        losses, totals, learning_rate, step, loss_scale, memory, skipped, grad_norm, *args, **kwargs
+    ):
         clock.listen(training.get_timers()("interval-time"))
-        result = log(losses, totals, learning_rate, step, loss_scale, memory, skipped, grad_norm, *args, **kwargs)
+        result = log(
+            losses,
+            totals,
+            learning_rate,
+            step,
+            loss_scale,
+            memory,
+            skipped,
+            grad_norm,
+            *args,
+            **kwargs,
+        )
         step_s = clock.answer_s
         phases_ms = phases.read_ms() if step_s else {}
         report.after_step(step)
         if lines and step_s:
             args = training.get_args()
             loss = losses[LOSS].item()
-            samples = args.micro_batch_size * args.data_parallel_size * training.get_num_microbatches()
+            samples = (
+                args.micro_batch_size * args.data_parallel_size * training.get_num_microbatches()
+            )
             line = StepMetrics(
                 step=step,
                 loss=loss,

@@ -1,11 +1,14 @@
-"""How long forward-backward and the optimizer take in every step, at the cost of two CUDA events each.
+"""How long forward-backward and the optimizer take in every step, at the cost of two CUDA events
+each.
 
-Upstream's own timers for them (``--timing-log-level 1``: ``forward-backward``, ``optimizer``) wait for the GPU and, by
-default, for all ranks, before and after; that lengthens the step. An event is a mark in the GPU's queue that nothing
-waits for; its time is read once upstream has drained the queue to time the step (megatron/core/timers.py).
+Upstream's own timers for them (``--timing-log-level 1``: ``forward-backward``, ``optimizer``) wait
+for the GPU and, by default, for all ranks, before and after; that lengthens the step. An event is a
+mark in the GPU's queue that nothing waits for; its time is read once upstream has drained the queue
+to time the step (megatron/core/timers.py).
 
-``forward_backward_ms`` includes what a pipeline stage waits for its neighbours and the reduction of gradients;
-``optimizer_ms`` includes clipping and, with a distributed optimizer that does not overlap it, gathering parameters.
+``forward_backward_ms`` includes what a pipeline stage waits for its neighbours and the reduction of
+gradients; ``optimizer_ms`` includes clipping and, with a distributed optimizer that does not
+overlap it, gathering parameters.
 """
 
 import functools
@@ -16,13 +19,15 @@ from types import ModuleType
 from typing import Any
 
 FIRST_STEPS = 5
-"""Steps that compile, tune and grow memory, left out of medians: as ``window_first_step`` of an experiment."""
+"""Steps that compile, tune and grow memory, left out of medians: as ``window_first_step`` of an
+experiment."""
 
 Wrap = Callable[[str, Callable], Callable]
 
 
 class PhaseClock:
-    """Marks on the GPU's time line around the phases of the current step; on a CPU, on the host's clock."""
+    """Marks on the GPU's time line around the phases of the current step; on a CPU, on the host's
+    clock."""
 
     def __init__(self) -> None:
         self._marks: list[tuple[str, Any, Any]] = []
@@ -57,11 +62,16 @@ class PhaseClock:
         return found
 
     def medians_ms(self) -> dict[str, float]:
-        """The medians over all steps that were read, but the first few where there are later ones."""
-        return {phase: statistics.median(ms[FIRST_STEPS:] or ms) for phase, ms in self._history.items()}
+        """The medians over all steps that were read, but the first few where there are later
+        ones."""
+        return {
+            phase: statistics.median(ms[FIRST_STEPS:] or ms) for phase, ms in self._history.items()
+        }
 
 
-def wrap_phases(training: ModuleType, wrap: Wrap, begin_step: Callable[[], None] = lambda: None) -> None:
+def wrap_phases(
+    training: ModuleType, wrap: Wrap, begin_step: Callable[[], None] = lambda: None
+) -> None:
     """Have every training step run ``forward_backward`` and ``optimizer`` as ``wrap`` returns them.
 
     Args:
@@ -72,18 +82,39 @@ def wrap_phases(training: ModuleType, wrap: Wrap, begin_step: Callable[[], None]
     train_step = training.train_step
 
     @functools.wraps(train_step)
-    def step(forward_step, iterator, model, optimizer, scheduler, config, forward_backward, *args, **kwargs):
+    def step(
+        forward_step,
+        iterator,
+        model,
+        optimizer,
+        scheduler,
+        config,
+        forward_backward,
+        *args,
+        **kwargs,
+    ):
         begin_step()
         forward_backward = wrap("forward_backward", forward_backward)
         with _replaced(optimizer, "step", wrap("optimizer", optimizer.step)):
-            return train_step(forward_step, iterator, model, optimizer, scheduler, config, forward_backward, *args, **kwargs)
+            return train_step(
+                forward_step,
+                iterator,
+                model,
+                optimizer,
+                scheduler,
+                config,
+                forward_backward,
+                *args,
+                **kwargs,
+            )
 
     training.train_step = step
 
 
 @contextmanager
 def _replaced(owner: object, name: str, value: object) -> Iterator[None]:
-    """Set an attribute of the instance, and afterwards whatever it was; a method of its class shows again."""
+    """Set an attribute of the instance, and afterwards whatever it was; a method of its class shows
+    again."""
     before = vars(owner).get(name)
     setattr(owner, name, value)
     try:

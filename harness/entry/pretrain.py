@@ -1,9 +1,11 @@
-"""GPT training on ``megatron.training``: what upstream's ``pretrain_gpt.py`` does, where that script is missing.
+"""GPT training on ``megatron.training``: what upstream's ``pretrain_gpt.py`` does, where that
+script is missing.
 
-The ``megatron-core`` wheel brings the training loop, the model and the data sets, but not the script that joins them.
-This one covers pre-training of dense and mixture-of-experts models on mock or prepared data, under every parallelism, and
-fine-tuning on packed conversations (``--sft``). Its losses equal those of upstream's script bit by bit (``make parity``,
-tests/test_cpu_training.py, tests/test_finetune_lora.py).
+The ``megatron-core`` wheel brings the training loop, the model and the data sets, but not the
+script that joins them. This one covers pre-training of dense and mixture-of-experts models on mock
+or prepared data, under every parallelism, and fine-tuning on packed conversations (``--sft``). Its
+losses equal those of upstream's script bit by bit (``make parity``, tests/test_cpu_training.py,
+tests/test_finetune_lora.py).
 """
 
 from dataclasses import fields
@@ -32,11 +34,26 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 
 from harness.errors import UserError
 
-ONLY_UPSTREAM = ("fim_data", "mtp_num_layers", "hybrid_context_parallel", "dataloader_inter_document_masking",
-                 "overlap_moe_expert_parallel_comm", "logits_load_dir", "per_dataset_sequences_path")
+ONLY_UPSTREAM = (
+    "fim_data",
+    "mtp_num_layers",
+    "hybrid_context_parallel",
+    "dataloader_inter_document_masking",
+    "overlap_moe_expert_parallel_comm",
+    "logits_load_dir",
+    "per_dataset_sequences_path",
+)
 """What ``pretrain_gpt.py`` can do beyond this script."""
 
-BATCH = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids", "cu_seqlens", "max_seqlen")
+BATCH = (
+    "tokens",
+    "labels",
+    "loss_mask",
+    "attention_mask",
+    "position_ids",
+    "cu_seqlens",
+    "max_seqlen",
+)
 ABSENT = dict.fromkeys(("cu_seqlens_padded", "local_cp_size"))
 """What upstream looks for in a batch, and no data set here has."""
 
@@ -51,18 +68,24 @@ def main() -> None:
     for name in ONLY_UPSTREAM:
         if getattr(args, name):
             option = "--" + name.replace("_", "-")
-            raise UserError(f"{option} needs upstream's own script\nrun: git submodule update --init megatron-lm")
+            raise UserError(
+                f"{option} needs upstream's own script\nrun: git submodule update --init"
+                " megatron-lm"
+            )
     datasets.is_distributed = True
     config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
     pretrain(config, datasets, ModelType.encoder_or_decoder, forward_step)
 
 
 def datasets(samples: tuple[int, int, int], vp_stage: int | None = None) -> tuple:
-    """Build the training, validation and test sets with ``samples`` samples each, on the ranks that read them."""
+    """Build the training, validation and test sets with ``samples`` samples each, on the ranks that
+    read them."""
     args = get_args()
 
     def read_here() -> bool:
-        return mpu.get_tensor_model_parallel_rank() == 0 and (args.sft or is_first_or_last_pipeline_stage(vp_stage))
+        return mpu.get_tensor_model_parallel_rank() == 0 and (
+            args.sft or is_first_or_last_pipeline_stage(vp_stage)
+        )
 
     kind = sft_dataset.SFTDataset if args.sft else MockGPTDataset if args.mock_data else GPTDataset
     return BlendedMegatronDatasetBuilder(kind, samples, read_here, _dataset_config(args)).build()
@@ -70,7 +93,11 @@ def datasets(samples: tuple[int, int, int], vp_stage: int | None = None) -> tupl
 
 def _dataset_config(args) -> GPTDatasetConfig:
     blend, blend_per_split = get_blend_and_blend_per_split(args)
-    same_name = {f.name: getattr(args, f.name) for f in fields(GPTDatasetConfig) if f.init and hasattr(args, f.name)}
+    same_name = {
+        f.name: getattr(args, f.name)
+        for f in fields(GPTDatasetConfig)
+        if f.init and hasattr(args, f.name)
+    }
     return GPTDatasetConfig(
         **same_name
         | {
@@ -89,9 +116,11 @@ def _dataset_config(args) -> GPTDatasetConfig:
 
 
 def _batch(iterator, vp_stage: int | None) -> dict[str, torch.Tensor | None]:
-    """Return this rank's part of the next micro-batch: tensors [b, s/cp], or None where the stage needs none.
+    """Return this rank's part of the next micro-batch: tensors [b, s/cp], or None where the stage
+    needs none.
 
-    Packed sequences are one row [1, b s], and every stage needs their bounds: ``cu_seqlens`` [1, n], ``max_seqlen`` [1].
+    Packed sequences are one row [1, b s], and every stage needs their bounds: ``cu_seqlens`` [1,
+    n], ``max_seqlen`` [1].
     """
     args, at_an_end = get_args(), is_first_or_last_pipeline_stage(vp_stage)
     if not at_an_end and not args.sft:
@@ -99,7 +128,9 @@ def _batch(iterator, vp_stage: int | None) -> dict[str, torch.Tensor | None]:
     batch = {}
     if mpu.get_tensor_model_parallel_rank() == 0:
         read = next(iterator)
-        batch = {key: read[key].cuda(non_blocking=True) if key in read else None for key in BATCH} | ABSENT
+        batch = {
+            key: read[key].cuda(non_blocking=True) if key in read else None for key in BATCH
+        } | ABSENT
     batch = get_batch_on_this_tp_rank(
         batch,
         has_cu_seqlens=args.sft,
@@ -119,21 +150,31 @@ def _batch(iterator, vp_stage: int | None) -> dict[str, torch.Tensor | None]:
     batch = flatten_batch_for_packed_sequences(batch)
     if not at_an_end:
         return dict.fromkeys(BATCH) | {key: batch[key] for key in ("cu_seqlens", "max_seqlen")}
-    return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
+    return get_batch_on_this_cp_rank(
+        batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()
+    )
 
 
 def _packing(batch: dict[str, torch.Tensor | None]) -> PackedSeqParams | None:
-    """The bounds of packed sequences, in the THD format of Transformer Engine; None where nothing is packed."""
+    """The bounds of packed sequences, in the THD format of Transformer Engine; None where nothing
+    is packed."""
     if batch["cu_seqlens"] is None:
         return None
     bounds, longest = batch["cu_seqlens"].squeeze(0), int(batch["max_seqlen"].item())
     update_seqlen_stats_from_cu_seqlens(bounds)
-    return PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest,
-                           max_seqlen_kv=longest, tokens_per_sample=get_args().seq_length)
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=bounds,
+        cu_seqlens_kv=bounds,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        tokens_per_sample=get_args().seq_length,
+    )
 
 
 def forward_step(iterator, model) -> tuple[torch.Tensor, partial]:
-    """Run the model on the next micro-batch; return its output and the function that turns it into the loss."""
+    """Run the model on the next micro-batch; return its output and the function that turns it into
+    the loss."""
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     batch = _batch(iterator, get_attr_wrapped_model(model, "vp_stage"))
@@ -150,8 +191,11 @@ def forward_step(iterator, model) -> tuple[torch.Tensor, partial]:
     return output, partial(_loss, batch["loss_mask"])
 
 
-def _loss(mask: torch.Tensor, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Return the summed loss, the number of tokens it is over, and both for the report: losses [b, s], mask [b, s]."""
+def _loss(
+    mask: torch.Tensor, output: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Return the summed loss, the number of tokens it is over, and both for the report: losses [b,
+    s], mask [b, s]."""
     mask = mask.view(-1).float()
     loss = torch.sum(output.view(-1).float() * mask)
     tokens = mask.sum().clone().detach().to(torch.int)

@@ -1,8 +1,9 @@
 """Kineto traces of a few steps: of rank 0, and of one rank in every pipeline stage.
 
-Upstream's own ``--profile --use-pytorch-profiler`` would trace as well, but its ranks are named by hand, it does not say
-which kernel belongs to forward, backward or optimizer, and a profiler that fails ends its run. Here the same torch.profiler
-runs within the entry, with the names of those phases in the trace; where it fails, the run goes on without.
+Upstream's own ``--profile --use-pytorch-profiler`` would trace as well, but its ranks are named by
+hand, it does not say which kernel belongs to forward, backward or optimizer, and a profiler that
+fails ends its run. Here the same torch.profiler runs within the entry, with the names of those
+phases in the trace; where it fails, the run goes on without.
 """
 
 import functools
@@ -16,8 +17,8 @@ from harness.profiling.trace import RANGE, STEP
 from harness.run.directory import PROFILE_VARIABLE
 
 PHASES = {"forward_step": "forward", "backward_step": "backward"}
-"""Functions of upstream's schedules, a call for each micro-batch and model chunk: what its forward-compute and
-backward-compute timers time."""
+"""Functions of upstream's schedules, a call for each micro-batch and model chunk: what its
+forward-compute and backward-compute timers time."""
 
 
 def install(report: RankReport) -> None:
@@ -45,7 +46,8 @@ def install(report: RankReport) -> None:
 
 
 def _follow_steps(training, tracer: "_Tracer") -> None:
-    """Tell ``tracer`` when steps begin and end; a step is what upstream times: ``train_step`` and ``training_log``."""
+    """Tell ``tracer`` when steps begin and end; a step is what upstream times: ``train_step`` and
+    ``training_log``."""
     train_step, training_log = training.train_step, training.training_log
 
     def step(*args, iteration: int, **kwargs):
@@ -72,8 +74,13 @@ class _Tracer:
         from torch.profiler import profile, record_function, schedule
 
         if step == self._first - 1 and _is_traced():
-            self._guarded(lambda: self._start(profile(schedule=schedule(
-                wait=0, warmup=1, active=self._last - self._first + 1))))
+            self._guarded(
+                lambda: self._start(
+                    profile(
+                        schedule=schedule(wait=0, warmup=1, active=self._last - self._first + 1)
+                    )
+                )
+            )
         elif self._profile and step >= self._first:
             self._guarded(self._profile.step)
             self._range = record_function(f"{STEP}{step}")
@@ -104,8 +111,12 @@ class _Tracer:
     def _guarded(self, work: Callable[[], None]) -> None:
         try:
             work()
-        except Exception as error:  # whatever CUPTI or a full disk says: a run without its trace is still a run
-            print(f"harness: no trace of rank {self._report.rank}, the run goes on: {error}", file=sys.stderr)
+        # whatever CUPTI or a full disk says: a run without its trace is still a run
+        except Exception as error:
+            print(
+                f"harness: no trace of rank {self._report.rank}, the run goes on: {error}",
+                file=sys.stderr,
+            )
             self._profile = None
 
 
@@ -113,5 +124,10 @@ def _is_traced() -> bool:
     """Whether this is the first rank of its pipeline stage."""
     from megatron.core import parallel_state as state
 
-    return not any((state.get_tensor_model_parallel_rank(), state.get_context_parallel_rank(),
-                    state.get_data_parallel_rank()))
+    return not any(
+        (
+            state.get_tensor_model_parallel_rank(),
+            state.get_context_parallel_rank(),
+            state.get_data_parallel_rank(),
+        )
+    )

@@ -32,10 +32,12 @@ from harness.run.directory import TURN_VARIABLE
 
 @functools.cache
 def prepare() -> Path | None:
-    """Import what all ranks share, the costly part of a start; returns upstream's source tree, None for the wheel.
+    """Import what all ranks share, the costly part of a start; returns upstream's source tree, None
+    for the wheel.
 
     Raises:
-        UserError: there is no whole Megatron-LM, its helpers cannot be compiled, or the CPU stand-in does not know it.
+        UserError: there is no whole Megatron-LM, its helpers cannot be compiled, or the CPU
+        stand-in does not know it.
     """
     tree = upstream.locate()
     upstream.put_on_path(tree)
@@ -44,7 +46,8 @@ def prepare() -> Path | None:
 
         cpu.install()
     pickles.guard()
-    import megatron.core.tokenizers.text  # every run imports it, late, and it takes as long as all the rest
+    # every run imports it, late, and it takes as long as all the rest
+    import megatron.core.tokenizers.text
     import megatron.training.training  # noqa: F401
 
     pickles.guard()  # Transformer Engine was imported
@@ -54,7 +57,8 @@ def prepare() -> Path | None:
 
 
 def prepare_for_forks() -> None:
-    """Call ``prepare`` in the process that ranks are forked from; a failure is reported as rank 0's."""
+    """Call ``prepare`` in the process that ranks are forked from; a failure is reported as rank
+    0's."""
     with failures.ended_at_once(report_of_this_run()):
         prepare()
     gc.collect()
@@ -62,10 +66,11 @@ def prepare_for_forks() -> None:
 
 
 def run(own_script: bool = False) -> NoReturn:
-    """Train as this rank of the job that torchrun's environment describes, with the arguments in ``sys.argv``.
+    """Train as this rank of the job that torchrun's environment describes, with the arguments in
+    ``sys.argv``.
 
-    Without ``HARNESS_RUN_DIR`` no file is written. ``own_script``: the harness's own script trains, though upstream's is
-    there.
+    Without ``HARNESS_RUN_DIR`` no file is written. ``own_script``: the harness's own script trains,
+    though upstream's is there.
     """
     report = report_of_this_run()
     with failures.ended_at_once(report):
@@ -87,14 +92,16 @@ def run(own_script: bool = False) -> NoReturn:
 
 
 def _wait_for_turn() -> None:
-    """Wait until the file is there that ``HARNESS_TURN`` names: another run has the GPUs until then."""
+    """Wait until the file is there that ``HARNESS_TURN`` names: another run has the GPUs until
+    then."""
     turn = os.environ.get(TURN_VARIABLE)
     while turn and not Path(turn).exists():
         time.sleep(0.05)
 
 
 def train(tree: Path | None) -> None:
-    """Run upstream's script in ``tree``, or the harness's own where there is none, with the arguments in ``sys.argv``."""
+    """Run upstream's script in ``tree``, or the harness's own where there is none, with the
+    arguments in ``sys.argv``."""
     try:
         if tree:
             sys.argv[0] = str(tree / upstream.SCRIPT)
@@ -103,13 +110,15 @@ def train(tree: Path | None) -> None:
             from harness.entry import pretrain
 
             pretrain.main()
-    except SystemExit as stop:  # upstream leaves like this when --exit-interval and the like end the run
+    # upstream leaves like this when --exit-interval and the like end the run
+    except SystemExit as stop:
         if stop.code not in (None, 0):
             raise
 
 
 def leave() -> NoReturn:
-    """End the process, done: to free every object of a forked rank one by one would copy its pages, for seconds."""
+    """End the process, done: to free every object of a forked rank one by one would copy its pages,
+    for seconds."""
     import torch
 
     if torch.distributed.is_initialized():

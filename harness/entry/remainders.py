@@ -1,8 +1,9 @@
 """Whole fp32 weights in the checkpoints of upstream's precision-aware optimizer.
 
 Of an fp32 weight, Transformer Engine's Adam keeps the 16 bits that the rounded bf16 weight lacks
-(AdamFunctorMasterParamRemainder in its common/multi_tensor/adam.cu). Upstream writes these numbers as if they were the
-weight where a checkpoint is to load under any layout, and cannot read them back (NVIDIA/Megatron-LM pull request 4222).
+(AdamFunctorMasterParamRemainder in its common/multi_tensor/adam.cu). Upstream writes these numbers
+as if they were the weight where a checkpoint is to load under any layout, and cannot read them back
+(NVIDIA/Megatron-LM pull request 4222).
 """
 
 from __future__ import annotations
@@ -14,10 +15,14 @@ from torch import Tensor
 
 
 def install() -> None:
-    """Have upstream's distributed optimizer give and take whole weights; without remainders nothing changes."""
+    """Have upstream's distributed optimizer give and take whole weights; without remainders nothing
+    changes."""
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer as Sharded
 
-    get, put = Sharded._get_main_param_and_optimizer_states, Sharded._set_main_param_and_optimizer_states
+    get, put = (
+        Sharded._get_main_param_and_optimizer_states,
+        Sharded._set_main_param_and_optimizer_states,
+    )
 
     def get_whole(self, model_param) -> dict:
         tensors = get(self, model_param)
@@ -27,7 +32,10 @@ def install() -> None:
 
     def put_parts(self, model_param, tensors: Mapping) -> None:
         weight = _shard(self, model_param)
-        remainders = getattr(self.optimizer, "store_param_remainders", False) and weight.dtype == torch.bfloat16
+        remainders = (
+            getattr(self.optimizer, "store_param_remainders", False)
+            and weight.dtype == torch.bfloat16
+        )
         if remainders and tensors["param"].dtype == torch.float32:
             rounded, rest = split(tensors["param"])
             weight.data.copy_(rounded)
@@ -39,12 +47,14 @@ def install() -> None:
 
 
 def joined(rounded: Tensor, rest: Tensor) -> Tensor:
-    """The fp32 weights [n] of bf16 ones [n] and the int16 remainders [n], which are negative where bf16 was rounded up."""
+    """The fp32 weights [n] of bf16 ones [n] and the int16 remainders [n], which are negative where
+    bf16 was rounded up."""
     return (rounded.detach().view(torch.int16).int() * 2**16 + rest.int()).view(torch.float32)
 
 
 def split(whole: Tensor) -> tuple[Tensor, Tensor]:
-    """What ``joined`` joins: the bf16 weights, halves rounded away from zero, and the remainders."""
+    """What ``joined`` joins: the bf16 weights, halves rounded away from zero, and the
+    remainders."""
     bits = whole.view(torch.int32)
     rounded = (bits + 2**15) >> 16
     return rounded.short().view(torch.bfloat16), (bits - rounded * 2**16).short()

@@ -1,4 +1,5 @@
-"""What a rank tells about itself while it runs: where it is, how much memory it took, how it failed, where it hangs."""
+"""What a rank tells about itself while it runs: where it is, how much memory it took, how it
+failed, where it hangs."""
 
 import contextlib
 import faulthandler
@@ -23,11 +24,13 @@ from harness.system.masking import mask
 GIB = 2**30
 EVERY_S = 10
 EARLY_STEPS = 2
-"""Memory grows until the optimizer's state is there, after the first step; so the first two are always reported."""
+"""Memory grows until the optimizer's state is there, after the first step; so the first two are
+always reported."""
 
 
 class RankReport:
-    """Writes ``ranks/<rank>.json`` as the rank goes on, and its error or stacks when it comes to that."""
+    """Writes ``ranks/<rank>.json`` as the rank goes on, and its error or stacks when it comes to
+    that."""
 
     def __init__(self, run_dir: RunDir) -> None:
         self.run_dir = run_dir
@@ -46,7 +49,8 @@ class RankReport:
         run_dir.ranks.mkdir(parents=True, exist_ok=True)
 
     def start(self) -> None:
-        """Report this process, and from now on its full garbage collections, and its stacks on SIGUSR1 or a crash."""
+        """Report this process, and from now on its full garbage collections, and its stacks on
+        SIGUSR1 or a crash."""
         faulthandler.enable()
         faulthandler.register(signal.SIGUSR1, self._file("stacks.txt").open("a"))
         gc.callbacks.append(self._heard_of_garbage)
@@ -87,7 +91,8 @@ class RankReport:
             step=self.step,
         )
         write_json(self._file("error.json"), found.model_dump())
-        with contextlib.suppress(Exception):  # a GPU that failed may not answer, and the rank must end
+        # a GPU that failed may not answer, and the rank must end
+        with contextlib.suppress(Exception):
             self.write()  # the peaks that it failed with
 
     def finished(self) -> None:
@@ -98,7 +103,8 @@ class RankReport:
             stacks.unlink()
 
     def _heard_of_garbage(self, moment: str, collection: dict) -> None:
-        """Count the time of a collection of all generations to the step in which it happens (see ``gc.callbacks``)."""
+        """Count the time of a collection of all generations to the step in which it happens (see
+        ``gc.callbacks``)."""
         if collection["generation"] < 2:
             return
         if moment == "start":
@@ -111,7 +117,8 @@ class RankReport:
         return self.run_dir.ranks / f"{self.rank}.{suffix}"
 
     def _gpu_memory(self) -> dict:
-        """The device's name and, on a GPU, PyTorch's peaks and what nvidia-smi shows as used of the whole device, in GiB."""
+        """The device's name and, on a GPU, PyTorch's peaks and what nvidia-smi shows as used of the
+        whole device, in GiB."""
         if on_cpu():
             return {"device": "cpu"}
         torch = sys.modules.get("torch")

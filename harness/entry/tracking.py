@@ -1,7 +1,8 @@
-"""TensorBoard and Weights & Biases: each step's speed and memory beside what upstream logs; a run directory is one W&B run.
+"""TensorBoard and Weights & Biases: each step's speed and memory beside what upstream logs; a run
+directory is one W&B run.
 
-Upstream writes losses, learning rate and the like; of speed and memory it writes nothing without arguments that also time
-each part of a step.
+Upstream writes losses, learning rate and the like; of speed and memory it writes nothing without
+arguments that also time each part of a step.
 """
 
 import json
@@ -21,7 +22,8 @@ MEMORY = ("allocated_peak_gib", "reserved_peak_gib", "nvml_used_gib", "rss_peak_
 
 
 def install(report: RankReport) -> None:
-    """Log every step's speed and memory where upstream logs, and give this run directory's W&B run its id.
+    """Log every step's speed and memory where upstream logs, and give this run directory's W&B run
+    its id.
 
     Checkpoints stay on the disk: upstream would note each as an artifact.
     """
@@ -35,7 +37,9 @@ def install(report: RankReport) -> None:
     os.environ["WANDB_RUN_ID"] = _run_id(report)
     os.environ.setdefault("WANDB_RESUME", "allow")
     os.environ.setdefault("WANDB_SILENT", "true")
-    wandb_utils.on_save_checkpoint_success = wandb_utils.on_load_checkpoint_success = lambda *args: None
+    wandb_utils.on_save_checkpoint_success = wandb_utils.on_load_checkpoint_success = lambda *args: (  # noqa: E501
+        None
+    )
 
 
 def scalars(line: StepMetrics, ranks: Sequence[Rank], peak: float | None) -> dict[str, float]:
@@ -43,7 +47,8 @@ def scalars(line: StepMetrics, ranks: Sequence[Rank], peak: float | None) -> dic
 
     Args:
         ranks: memory is that of the fullest of them, so far.
-        peak: of a GPU, in dense TFLOP/s at the run's precision; on a CPU there is none, and so no MFU.
+        peak: of a GPU, in dense TFLOP/s at the run's precision; on a CPU there is none, and so no
+        MFU.
     """
     found = {
         "performance/step_ms": line.step_ms,
@@ -52,12 +57,15 @@ def scalars(line: StepMetrics, ranks: Sequence[Rank], peak: float | None) -> dic
         "performance/mfu": mfu(line.tflops, peak) if line.tflops and peak else None,
     }
     for name in MEMORY:
-        found[f"memory/{name}"] = max((gib for rank in ranks if (gib := getattr(rank, name)) is not None), default=None)
+        found[f"memory/{name}"] = max(
+            (gib for rank in ranks if (gib := getattr(rank, name)) is not None), default=None
+        )
     return {name: value for name, value in found.items() if value is not None}
 
 
 class _Logger:
-    """Writes each step's scalars. Other ranks' memory is read from their reports, written every EVERY_S seconds."""
+    """Writes each step's scalars. Other ranks' memory is read from their reports, written every
+    EVERY_S seconds."""
 
     def __init__(self, run_dir: RunDir) -> None:
         self._run_dir = run_dir
@@ -84,13 +92,18 @@ class _Logger:
 
 
 def _peak(run_dir: RunDir) -> float | None:
-    """The GPU's dense TFLOP/s at the precision of what runs; None on a CPU, or where nobody froze the experiment."""
+    """The GPU's dense TFLOP/s at the precision of what runs; None on a CPU, or where nobody froze
+    the experiment."""
     import torch
 
     from harness.entry import on_cpu
 
     try:
-        return None if on_cpu() else peak_tflops(torch.cuda.get_device_name(), run_dir.read_experiment().precision)
+        return (
+            None
+            if on_cpu()
+            else peak_tflops(torch.cuda.get_device_name(), run_dir.read_experiment().precision)
+        )
     except ValueError:
         return None
 

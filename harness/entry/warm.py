@@ -1,10 +1,11 @@
-"""One warm process a node: it imports PyTorch and Megatron-LM once and forks every rank of the node.
+"""One warm process a node: it imports PyTorch and Megatron-LM once and forks every rank of the
+node.
 
-torchrun starts one process a rank, and each would spend the same seconds and memory on the same imports. Here
-local rank 0 imports and forks; the others stay what they are, small: each hands its environment and its output to
-the fork that runs its rank, passes signals on to it, and ends as it ends. So torchrun sees N processes, and what it
-sees of them is true. A rank dies with its process of torchrun's, and all die with the warm one: whoever is killed,
-nothing is left behind.
+torchrun starts one process a rank, and each would spend the same seconds and memory on the same
+imports. Here local rank 0 imports and forks; the others stay what they are, small: each hands its
+environment and its output to the fork that runs its rank, passes signals on to it, and ends as it
+ends. So torchrun sees N processes, and what it sees of them is true. A rank dies with its process
+of torchrun's, and all die with the warm one: whoever is killed, nothing is left behind.
 """
 
 import json
@@ -30,7 +31,8 @@ PASSED_ON = (signal.SIGTERM, signal.SIGINT)
 
 @dataclass(frozen=True)
 class Fork:
-    """A forked rank, and the link to torchrun's process of that rank where this is not the warm one itself."""
+    """A forked rank, and the link to torchrun's process of that rank where this is not the warm one
+    itself."""
 
     pid: int
     handle: int
@@ -42,9 +44,11 @@ class Fork:
 
 
 def become_rank(prepare: Callable[[], object]) -> None:
-    """Return in the process that is to run this rank, ``prepare`` having been called; the others end in here.
+    """Return in the process that is to run this rank, ``prepare`` having been called; the others
+    end in here.
 
-    Call it before anything starts a thread: a fork lacks its parent's threads, and would wait for their locks.
+    Call it before anything starts a thread: a fork lacks its parent's threads, and would wait for
+    their locks.
     """
     if os.environ["LOCAL_RANK"] != "0":
         _stand_for_fork()
@@ -56,7 +60,8 @@ def become_rank(prepare: Callable[[], object]) -> None:
 
 
 def fork() -> int:
-    """Fork as ``os.fork`` does; the fork dies with this process and takes signals as a fresh process would."""
+    """Fork as ``os.fork`` does; the fork dies with this process and takes signals as a fresh
+    process would."""
     parent = os.getpid()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -123,7 +128,8 @@ def _fork_ranks(door: socket.socket, ranks: int) -> None:
 
 
 def _stand_for_fork() -> NoReturn:
-    """Have this process's rank forked by the warm one, pass signals on to it, and end as it ends."""
+    """Have this process's rank forked by the warm one, pass signals on to it, and end as it
+    ends."""
     link = _knock()
     environment = json.dumps(dict(os.environ)).encode()
     socket.send_fds(link, [NUMBER.pack(len(environment))], [1, 2])
@@ -141,7 +147,9 @@ def _stand_for_fork() -> NoReturn:
 
 def _address() -> str:
     """The abstract socket where the processes meet that one torchrun started on this node."""
-    run = (os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"))
+    run = (
+        os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
+    )
     return "\0harness/" + "/".join([str(os.getppid()), *run])
 
 
@@ -159,7 +167,8 @@ def _knock() -> socket.socket:
 
 
 def _accept(door: socket.socket) -> tuple[socket.socket, dict[str, str], list[int]]:
-    """Return the link to a process that knocks, its environment, and its standard output and error."""
+    """Return the link to a process that knocks, its environment, and its standard output and
+    error."""
     link, _ = door.accept()
     _check_owner(link)
     size, outputs, _, _ = socket.recv_fds(link, NUMBER.size, 2)
@@ -168,10 +177,13 @@ def _accept(door: socket.socket) -> tuple[socket.socket, dict[str, str], list[in
 
 
 def _check_owner(link: socket.socket) -> None:
-    """Refuse a peer of another user: abstract sockets have no permissions, and an environment may hold secrets."""
+    """Refuse a peer of another user: abstract sockets have no permissions, and an environment may
+    hold secrets."""
     peer = link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
     if CREDENTIALS.unpack(peer)[1] != os.getuid():
-        raise PermissionError(f"process {CREDENTIALS.unpack(peer)[0]} of another user uses this run's socket")
+        raise PermissionError(
+            f"process {CREDENTIALS.unpack(peer)[0]} of another user uses this run's socket"
+        )
 
 
 def _end_as(status: int) -> NoReturn:

@@ -1,4 +1,5 @@
-"""Imported by multiprocessing's fork server: the checkpoint writer that it forks dies with it, and it with its rank."""
+"""Imported by multiprocessing's fork server: the checkpoint writer that it forks dies with it, and
+it with its rank."""
 
 import os
 

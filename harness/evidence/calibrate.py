@@ -1,7 +1,8 @@
 """Fits the constants of harness/predict/work.py to measured steps: ``make calibrate``.
 
-Least squares of log(predicted / measured), with a loss that lets single outliers be (soft L1), by SciPy. A constant that
-the rows do not determine stays near where it began: at the defaults, or at those of the machine it is ``like``.
+Least squares of log(predicted / measured), with a loss that lets single outliers be (soft L1), by
+SciPy. A constant that the rows do not determine stays near where it began: at the defaults, or at
+those of the machine it is ``like``.
 """
 
 from __future__ import annotations
@@ -30,20 +31,30 @@ from harness.system.orphans import end_with
 
 NAMES = tuple(Calibration.model_fields)
 NOISE = 0.03
-"""What the formula is off by at least, relative: rows weigh alike however steady their steps were."""
+"""What the formula is off by at least, relative: rows weigh alike however steady their steps were.
+"""
 SURE = frozenset(
-    {"matrix_share", "bandwidth_share", "fp8_share", "experts_share", "no_dropout_share", "tensor_exposed", "overlap"}
+    {
+        "matrix_share",
+        "bandwidth_share",
+        "fp8_share",
+        "experts_share",
+        "no_dropout_share",
+        "tensor_exposed",
+        "overlap",
+    }
 )
 """Constants whose order of magnitude is known: shares of a whole."""
 WIDTH, SURE_WIDTH, LIKE = 0.8, 0.3, 0.5
-"""How far a constant may stray from where it began, as a standard deviation of its logarithm; half as far if ``like``."""
+"""How far a constant may stray from where it began, as a standard deviation of its logarithm; half
+as far if ``like``."""
 WRITTEN = ("gpu", "measured_by", "switch_reduces", "like")
 """What people write of a machine."""
 HEADER = """\
 # The machines whose measured steps calibrate predictions (harness/predict/work.py says what each constant is).
 # gpu, measured_by, switch_reduces and like are written by people, the rest by `make calibrate`. Of each row: ms as measured,
 # as predicted, and as predicted by constants fitted without it.
-"""
+"""  # noqa: E501
 
 
 @dataclass(frozen=True)
@@ -58,23 +69,32 @@ class Measured:
 def calibrate(records: Path, path: Path = calibrations.FILE) -> dict[str, Machine]:
     """Fit every machine anew, write ``path`` and return them.
 
-    Raises UserError where records or references cannot be read, a machine has no measured step, or SciPy is missing.
+    Raises UserError where records or references cannot be read, a machine has no measured step, or
+    SciPy is missing.
     """
     if find_spec("scipy") is None:
-        raise UserError("SciPy is not installed, which fits the constants: scripts/setup.sh calibrate")
+        raise UserError(
+            "SciPy is not installed, which fits the constants: scripts/setup.sh calibrate"
+        )
     catalog, references = load_catalog(), load_references()
     rows = collect_records(records, references).rows
     machines = calibrations.load(path)
-    steps = {name: steps_of(machine, rows, references, catalog) for name, machine in machines.items()}
+    steps = {
+        name: steps_of(machine, rows, references, catalog) for name, machine in machines.items()
+    }
     for name, machine in machines.items():
         if not steps[name]:
-            raise UserError(f"{path.name}: {name}: {machine.measured_by} has no step on {machine.card.name} "
-                            "that the formula covers\n"
-                            f"make record RUN=… keeps runs of yours; or take {name} out of the file")
+            raise UserError(
+                f"{path.name}: {name}: {machine.measured_by} has no step on {machine.card.name} "
+                "that the formula covers\n"
+                f"make record RUN=… keeps runs of yours; or take {name} out of the file"
+            )
     fitted: dict[str, Machine] = {}
     for name, machine in machines.items():
         print(f"{name}: fitting, once for every experiment that is left out …", file=sys.stderr)
-        fitted[name] = fit_machine(machine, fitted[machine.like] if machine.like else None, steps[name])
+        fitted[name] = fit_machine(
+            machine, fitted[machine.like] if machine.like else None, steps[name]
+        )
     write_text(path, render(fitted))
     calibrations.load.cache_clear()
     return fitted
@@ -86,14 +106,22 @@ def fit_machine(machine: Machine, like: Machine | None, steps: Sequence[Measured
     ids = sorted({step.experiment.id for step in steps})
     others = [[step for step in steps if step.experiment.id != id_] for id_ in ids]
     with ProcessPoolExecutor(initializer=_begin_worker, initargs=(os.getpid(),)) as pool:
-        again = pool.map(fit, [machine] * len(ids), [like] * len(ids), others, [constants] * len(ids))
+        again = pool.map(
+            fit, [machine] * len(ids), [like] * len(ids), others, [constants] * len(ids)
+        )
         left_out = dict(zip(ids, again, strict=True))
     rows = {
         step.name: Fitted(
             measured_ms=round(step.step_ms, 1),
             predicted_ms=round(_predicted(machine, constants, step.experiment), 1),
-            left_out_ms=round(_predicted(machine, left_out[step.experiment.id], step.experiment), 1),
-            make=overrides.words(step.experiment) if overrides.words(step.experiment) != step.name else None,
+            left_out_ms=round(
+                _predicted(machine, left_out[step.experiment.id], step.experiment), 1
+            ),
+            make=(
+                overrides.words(step.experiment)
+                if overrides.words(step.experiment) != step.name
+                else None
+            ),
         )
         for step in steps
     }
@@ -105,37 +133,60 @@ def _begin_worker(parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it, not only what it computes
 
 
-def fit(machine: Machine, like: Machine | None, steps: Sequence[Measured], near: Calibration | None = None) -> Calibration:
-    """The constants that predict ``steps`` best, to four digits; ``near`` them the search begins."""
+def fit(
+    machine: Machine,
+    like: Machine | None,
+    steps: Sequence[Measured],
+    near: Calibration | None = None,
+) -> Calibration:
+    """The constants that predict ``steps`` best, to four digits; ``near`` them the search
+    begins."""
     import numpy as np
     from scipy.optimize import least_squares
 
     begin = like.constants if like else Calibration()
-    expected, start = (np.log([getattr(values, name) for name in NAMES]) for values in (begin, near or begin))
-    width = np.array([SURE_WIDTH if name in SURE else WIDTH for name in NAMES]) * (LIKE if like else 1)
+    expected, start = (
+        np.log([getattr(values, name) for name in NAMES]) for values in (begin, near or begin)
+    )
+    width = np.array([SURE_WIDTH if name in SURE else WIDTH for name in NAMES]) * (
+        LIKE if like else 1
+    )
 
     def constants(logarithms) -> Calibration:
-        return Calibration(**{name: float(f"{math.exp(x):.4g}") for name, x in zip(NAMES, logarithms, strict=True)})
+        return Calibration(
+            **{name: float(f"{math.exp(x):.4g}") for name, x in zip(NAMES, logarithms, strict=True)}
+        )
 
     def residuals(logarithms):
         exact = Calibration(**dict(zip(NAMES, map(math.exp, logarithms), strict=True)))
-        off = [math.log(_predicted(machine, exact, step.experiment) / step.step_ms) / NOISE for step in steps]
+        off = [
+            math.log(_predicted(machine, exact, step.experiment) / step.step_ms) / NOISE
+            for step in steps
+        ]
         return np.concatenate([off, (logarithms - expected) / width])
 
     return constants(least_squares(residuals, start, loss="soft_l1", max_nfev=100).x)
 
 
-def steps_of(machine: Machine, rows: Sequence[Row], references: References, catalog: Catalog) -> list[Measured]:
-    """The steps that were measured on ``machine`` and can be predicted, of experiments with whatever settings."""
+def steps_of(
+    machine: Machine, rows: Sequence[Row], references: References, catalog: Catalog
+) -> list[Measured]:
+    """The steps that were measured on ``machine`` and can be predicted, of experiments with
+    whatever settings."""
     ours = machine.measured_by == "records"
     found = _recorded(machine, rows, catalog) if ours else _published(machine, references, catalog)
     known = (step for step in found if not step_time.unknown(step.experiment))
-    return [step for step in known if not step.experiment.extra_args]  # constants come from rows as the catalogue has them
+    # constants come from rows as the catalogue has them
+    return [step for step in known if not step.experiment.extra_args]
 
 
 def _recorded(machine: Machine, rows: Sequence[Row], catalog: Catalog) -> Iterator[Measured]:
     for row in rows:
-        settings = {key: value for key, value in row.experiment.overrides.items() if key not in overrides.SAME_WORK}
+        settings = {
+            key: value
+            for key, value in row.experiment.overrides.items()
+            if key not in overrides.SAME_WORK
+        }
         now = overrides.admitted(catalog.find(row.id), settings)
         solo = row.runs_on_node == 1 or row.experiment.world_size > 1
         undisturbed = row.state == "ok" and row.step and solo and not row.experiment.profile
@@ -151,7 +202,9 @@ def _published(machine: Machine, references: References, catalog: Catalog) -> It
 
 
 def _predicted(machine: Machine, constants: Calibration, e: Experiment) -> float:
-    return step_time.predict(e, machine.card, constants, switch_reduces=machine.switch_reduces).total
+    return step_time.predict(
+        e, machine.card, constants, switch_reduces=machine.switch_reduces
+    ).total
 
 
 def render(machines: Mapping[str, Machine]) -> str:
@@ -159,7 +212,9 @@ def render(machines: Mapping[str, Machine]) -> str:
     lines = [HEADER]
     for name, machine in machines.items():
         given, constants = machine.model_dump(exclude_none=True), machine.constants.model_dump()
-        rows = {f"'{row}'": fitted.model_dump(exclude_none=True) for row, fitted in machine.rows.items()}
+        rows = {
+            f"'{row}'": fitted.model_dump(exclude_none=True) for row, fitted in machine.rows.items()
+        }
         lines += [f"{name}:", *(f"  {key}: {_yaml(given[key])}" for key in WRITTEN if key in given)]
         lines += ["  constants:", *(f"    {key}: {value:g}" for key, value in constants.items())]
         lines += ["  rows:", *(f"    {row}: {_yaml(fitted)}" for row, fitted in rows.items()), ""]

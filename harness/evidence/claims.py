@@ -1,7 +1,8 @@
-"""What the numbers must show: experiments/claims.yaml, each claim a formula over records, and over the published table.
+"""What the numbers must show: experiments/claims.yaml, each claim a formula over records, and over
+the published table.
 
-A claim is evaluated once for every hardware and upstream version that has records, on records of nothing else, and once on
-the published table. It
+A claim is evaluated once for every hardware and upstream version that has records, on records of
+nothing else, and once on the published table. It
 
     holds          its value meets what must hold, as far as its spread reaches
     fails          nowhere within its spread does it
@@ -9,8 +10,9 @@ the published table. It
     not measured   a record is missing, or a number in one
     not asked      it compares our records with the published table, which alone says nothing
 
-The spread is twice the standard uncertainty (about 95 %): each quantity's own (evidence/measured.py), carried through the
-formula one at a time and added in quadrature, as if independent. Published numbers state none: they count as exact.
+The spread is twice the standard uncertainty (about 95 %): each quantity's own
+(evidence/measured.py), carried through the formula one at a time and added in quadrature, as if
+independent. Published numbers state none: they count as exact.
 """
 
 from __future__ import annotations
@@ -64,7 +66,8 @@ class Bound:
 
 @dataclass(frozen=True)
 class Side:
-    """A claim on one source of numbers: its own value there with its spread, and the numbers that made it."""
+    """A claim on one source of numbers: its own value there with its spread, and the numbers that
+    made it."""
 
     verdict: Verdict
     value: float | None = None
@@ -76,7 +79,8 @@ class Side:
 
 @dataclass(frozen=True)
 class Claim:
-    """One teaching point. ``expressions``: its formula, then the same over the rows that may stand in."""
+    """One teaching point. ``expressions``: its formula, then the same over the rows that may stand
+    in."""
 
     name: str
     chapter: int
@@ -91,7 +95,8 @@ class Claim:
 
     @property
     def is_about_both(self) -> bool:
-        """Whether it compares records with the published table, so that the table alone says nothing."""
+        """Whether it compares records with the published table, so that the table alone says
+        nothing."""
         return any(quantity.name in BOTH for quantity in self.formula.quantities)
 
 
@@ -120,7 +125,8 @@ def load_claims(catalog: Catalog, path: Path = CLAIMS) -> tuple[Claim, ...]:
     """Read claims.yaml.
 
     Raises:
-        UserError: a key, an experiment or a quantity is unknown, a formula cannot be read, or units are mixed.
+        UserError: a key, an experiment or a quantity is unknown, a formula cannot be read, or units
+        are mixed.
     """
     raws, found = yaml_files.read(path), []
     for name in raws:
@@ -131,21 +137,34 @@ def load_claims(catalog: Catalog, path: Path = CLAIMS) -> tuple[Claim, ...]:
 
 def evaluate(claims: Sequence[Claim], sources: Sequence[Source]) -> tuple[Evaluated, ...]:
     """Every claim on every source."""
-    return tuple(Evaluated(claim, tuple(_side(claim, source) for source in sources)) for claim in claims)
+    return tuple(
+        Evaluated(claim, tuple(_side(claim, source) for source in sources)) for claim in claims
+    )
 
 
 def sources(
-    rows: Sequence[Row], catalog: Catalog, references: References, group: ReferenceGroup | None = None
+    rows: Sequence[Row],
+    catalog: Catalog,
+    references: References,
+    group: ReferenceGroup | None = None,
 ) -> tuple[Source, ...]:
-    """One source for each hardware and upstream version that has records, then the published table (or another ``group``).
+    """One source for each hardware and upstream version that has records, then the published table
+    (or another ``group``).
 
     Miniatures and runs that are no records give no numbers.
     """
     kept = [row for row in rows if row.kind == "record" and not row.experiment.miniature]
     kinds = sorted({(row.hardware, row.software) for row in kept})
     card_mib = find_gpu(references.published.gpu).memory_mib
-    found = [ours(", ".join(kind), [row for row in kept if (row.hardware, row.software) == kind], catalog, card_mib)
-             for kind in kinds]
+    found = [
+        ours(
+            ", ".join(kind),
+            [row for row in kept if (row.hardware, row.software) == kind],
+            catalog,
+            card_mib,
+        )
+        for kind in kinds
+    ]
     columns = found or [ours("no records", [], catalog, card_mib)]
     return (*columns, published(catalog, group or references.published, card_mib))
 
@@ -168,8 +187,11 @@ def _side(claim: Claim, source: Source) -> Side:
 def _judged(bound: Bound, expression: Expression, found: Mapping[Quantity, Number]) -> Side:
     numbers = {quantity: number.value for quantity, number in found.items()}
     value = expression.value(numbers.__getitem__)
-    moved = [expression.value((numbers | {quantity: number.value + number.noise}).__getitem__) - value
-             for quantity, number in found.items() if number.noise]
+    moved = [
+        expression.value((numbers | {quantity: number.value + number.noise}).__getitem__) - value
+        for quantity, number in found.items()
+        if number.noise
+    ]
     spread = 2 * math.hypot(*moved)
     remarks = dict.fromkeys(number.remark for number in found.values() if number.remark)
     return Side(bound.judge(value, spread), value, spread, numbers, remarks=tuple(remarks))
@@ -181,7 +203,10 @@ def _claim(where: str, name: str, raw: Any, catalog: Catalog) -> Claim:
     parsed = yaml_files.build(_Raw, raw, where)
     try:
         if parsed.chapter not in catalog.chapters:
-            raise UserError(f"no chapter {parsed.chapter}; {nearest(str(parsed.chapter), map(str, catalog.chapters))}")
+            raise UserError(
+                f"no chapter {parsed.chapter};"
+                f" {nearest(str(parsed.chapter), map(str, catalog.chapters))}"
+            )
         expressions = (first := parse(parsed.formula), *_stand_ins(first, parsed.stand_in))
         bound = _bound(parsed.must)
         for expression in expressions:
@@ -189,7 +214,10 @@ def _claim(where: str, name: str, raw: Any, catalog: Catalog) -> Claim:
             for quantity in expression.quantities:
                 overrides.made(quantity.of, catalog)
         if unit != bound.unit:
-            raise UserError(f"the formula is in {spell(unit)}, but what must hold, {parsed.must}, in {spell(bound.unit)}")
+            raise UserError(
+                f"the formula is in {spell(unit)}, but what must hold, {parsed.must}, in"
+                f" {spell(bound.unit)}"
+            )
         if not first.quantities:
             raise UserError(f"{parsed.formula} names no experiment")
     except UserError as error:
@@ -197,15 +225,24 @@ def _claim(where: str, name: str, raw: Any, catalog: Catalog) -> Claim:
     return Claim(name, parsed.chapter, parsed.says, expressions, bound, dict(parsed.reason))
 
 
-def _stand_ins(expression: Expression, stand_in: str | Mapping[str, str] | None) -> tuple[Expression, ...]:
-    """The same formula over other experiments: the half-size companions of all, or those named instead."""
+def _stand_ins(
+    expression: Expression, stand_in: str | Mapping[str, str] | None
+) -> tuple[Expression, ...]:
+    """The same formula over other experiments: the half-size companions of all, or those named
+    instead."""
     if stand_in is None:
         return ()
     ids = {quantity.of.split()[0] for quantity in expression.quantities}
     others = {id_: f"{id_}h" for id_ in ids} if stand_in == "half" else stand_in
     if unused := sorted(set(others) - ids):
         raise UserError(f"or: {', '.join(unused)} is not in the formula")
-    return (parse(re.sub(r"\[\s*([^\s\]]+)", lambda row: f"[{others.get(row[1], row[1])}", expression.text)),)
+    return (
+        parse(
+            re.sub(
+                r"\[\s*([^\s\]]+)", lambda row: f"[{others.get(row[1], row[1])}", expression.text
+            )
+        ),
+    )
 
 
 def _bound(text: str) -> Bound:
@@ -220,4 +257,6 @@ def _bound(text: str) -> Bound:
     ends = {"<": (-math.inf, one), ">": (one, math.inf), "=": (one, one), None: (low, high)}[sign]
     if float(ends[0]) > float(ends[1]):
         raise UserError(f"must: {text}: the first number is the larger one")
-    return Bound(" ".join(text.split()), float(ends[0]), float(ends[1]), known[unit] if unit else ())
+    return Bound(
+        " ".join(text.split()), float(ends[0]), float(ends[1]), known[unit] if unit else ()
+    )

@@ -1,7 +1,9 @@
-"""Arithmetic over quantities of experiments, read without running it: ``step_ms[401] / step_ms[408h]``.
+"""Arithmetic over quantities of experiments, read without running it: ``step_ms[401] /
+step_ms[408h]``.
 
-In brackets stands an experiment as one would type it after ``make``: ``101``, ``121 CARD=h100-80gb``. Numbers, + - * /, min,
-max and median are all there is. Quantities have units, and what has different units cannot be added or compared.
+In brackets stands an experiment as one would type it after ``make``: ``101``, ``121
+CARD=h100-80gb``. Numbers, + - * /, min, max and median are all there is. Quantities have units, and
+what has different units cannot be added or compared.
 """
 
 from __future__ import annotations
@@ -20,7 +22,12 @@ from harness.errors import UserError, nearest
 LONGEST = 800
 """Characters of an expression; what is longer is nested deeper than anybody reads."""
 
-_OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+_OPERATORS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
 _FUNCTIONS: dict[str, Callable[..., float]] = {
     "min": lambda *values: min(values),
     "max": lambda *values: max(values),
@@ -54,10 +61,15 @@ class Expression:
     def quantities(self) -> tuple[Quantity, ...]:
         """What it needs, each once, in the order of the text."""
         found = [node for node in ast.walk(self._tree) if isinstance(node, ast.Subscript)]
-        return tuple(dict.fromkeys(self._quantity(node) for node in sorted(found, key=lambda node: node.col_offset)))
+        return tuple(
+            dict.fromkeys(
+                self._quantity(node) for node in sorted(found, key=lambda node: node.col_offset)
+            )
+        )
 
     def unit(self, unit_of: Callable[[str], Unit]) -> Unit:
-        """The unit of its value, given the unit of a quantity's name. Raises UserError where units are mixed."""
+        """The unit of its value, given the unit of a quantity's name. Raises UserError where units
+        are mixed."""
         return self._unit(self._tree, unit_of)
 
     def value(self, value_of: Callable[[Quantity], float]) -> float:
@@ -90,11 +102,16 @@ class Expression:
         for node, unit in zip(nodes, units, strict=True):
             if unit != units[0]:
                 one, other = self._said(nodes[0]), self._said(node)
-                raise UserError(f"{self.text}: mixes units: {one} is in {spell(units[0])}, {other} in {spell(unit)}")
+                raise UserError(
+                    f"{self.text}: mixes units: {one} is in {spell(units[0])}, {other} in"
+                    f" {spell(unit)}"
+                )
         return units[0]
 
     def _said(self, node: ast.expr) -> str:
-        return re.sub(r"\[(\d+)\]", lambda index: f"[{self._rows[int(index[1])]}]", ast.unparse(node))
+        return re.sub(
+            r"\[(\d+)\]", lambda index: f"[{self._rows[int(index[1])]}]", ast.unparse(node)
+        )
 
     def _value(self, node: ast.expr, value_of: Callable[[Quantity], float]) -> float:
         match node:
@@ -105,9 +122,13 @@ class Expression:
             case ast.UnaryOp():
                 return -self._value(node.operand, value_of)
             case ast.BinOp(left, operation, right):
-                return _OPERATORS[type(operation)](self._value(left, value_of), self._value(right, value_of))
+                return _OPERATORS[type(operation)](
+                    self._value(left, value_of), self._value(right, value_of)
+                )
             case ast.Call(ast.Name(function), arguments):
-                return _FUNCTIONS[function](*(self._value(argument, value_of) for argument in arguments))
+                return _FUNCTIONS[function](
+                    *(self._value(argument, value_of) for argument in arguments)
+                )
         raise AssertionError(node)
 
 
@@ -130,7 +151,9 @@ def parse(text: str) -> Expression:
         _check(tree)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         why = f" ({error.msg})" if isinstance(error, SyntaxError) else ""
-        raise UserError(f"{text}: no arithmetic over quantities such as step_ms[401] / step_ms[408]{why}") from None
+        raise UserError(
+            f"{text}: no arithmetic over quantities such as step_ms[401] / step_ms[408]{why}"
+        ) from None
     return Expression(text, tree, tuple(rows))
 
 
@@ -144,7 +167,9 @@ def spell(unit: Unit) -> str:
 def _check(node: ast.expr) -> None:
     """Raise SyntaxError at the first thing that is not allowed."""
     match node:
-        case ast.Constant(int() | float() as number) if not isinstance(number, bool) and math.isfinite(number):
+        case ast.Constant(int() | float() as number) if not isinstance(
+            number, bool
+        ) and math.isfinite(number):
             return
         case ast.Subscript(ast.Name(), ast.Constant(int())):
             return

@@ -1,9 +1,12 @@
-"""Numbers that a document quotes, each an expression over records, references and formulas (evidence/expressions.py).
+"""Numbers that a document quotes, each an expression over records, references and formulas
+(evidence/expressions.py).
 
     memory_gib[114] - memory_gib[115]     two records, by id or by the base name of their files
     published_step_ms[408]                the published row that ran what 408 runs
-    step_ms[h200-8gpu, 128]               a row of another group of references.yaml; a third word is the end of its variant
-    bubble[408h]                          what harness/predict/formulas.py computes from the experiment's sizes
+    step_ms[h200-8gpu, 128]               a row of another group of references.yaml; a third word is
+                                          the end of its variant
+    bubble[408h]                          what harness/predict/formulas.py computes from the
+                                          experiment's sizes
 
 What no run has measured has no value yet.
 """
@@ -55,22 +58,31 @@ class Facts:
 
     @classmethod
     def load(cls, records: Path) -> Facts:
-        """Every record in the folder. Raises UserError where one cannot be read: its numbers would vanish from the pages."""
+        """Every record in the folder. Raises UserError where one cannot be read: its numbers would
+        vanish from the pages."""
         references = load_references()
         found = collect_records(records, references)
         if found.warnings:
-            raise UserError("\n".join(("documents quote every record, and these cannot be read:", *found.warnings)))
+            raise UserError(
+                "\n".join(
+                    ("documents quote every record, and these cannot be read:", *found.warnings)
+                )
+            )
         return cls(records, load_catalog(), references, found.rows)
 
     @cached_property
     def of_hardware(self) -> tuple[Row, ...]:
-        """The records on HARDWARE, of the upstream that most of them ran: numbers of two do not stand in one column.
+        """The records on HARDWARE, of the upstream that most of them ran: numbers of two do not
+        stand in one column.
 
         Of two that ran equally often it is the one of the newest record.
         """
         rows = [row for row in self.rows if row.origin.parent.name == HARDWARE]
         ran = Counter(row.software for row in rows)
-        newest = {row.software: row.result.started for row in sorted(rows, key=lambda row: row.result.started)}
+        newest = {
+            row.software: row.result.started
+            for row in sorted(rows, key=lambda row: row.result.started)
+        }
         chosen = max(ran, key=lambda software: (ran[software], newest[software]), default=None)
         return tuple(row for row in rows if row.software == chosen)
 
@@ -98,11 +110,17 @@ class Facts:
         return self._by_stem.get(f"{name}_card{CARD}")
 
     def otherwise(self, id_: str) -> tuple[Row, ...]:
-        """The records of this experiment on HARDWARE with settings of their own, such as ``601_args``."""
-        return tuple(row for row in self.of_hardware if row.id == id_ and row.origin.stem not in (id_, f"{id_}_card{CARD}"))
+        """The records of this experiment on HARDWARE with settings of their own, such as
+        ``601_args``."""
+        return tuple(
+            row
+            for row in self.of_hardware
+            if row.id == id_ and row.origin.stem not in (id_, f"{id_}_card{CARD}")
+        )
 
     def published(self, id_: str) -> Reference | None:
-        """What was published for this experiment. Raises UserError where there is no such experiment."""
+        """What was published for this experiment. Raises UserError where there is no such
+        experiment."""
         self.catalog.find(id_)
         published = self.references.published.beside(id_)
         return published and published.reference
@@ -117,7 +135,8 @@ class Facts:
         return parse(expression).value(self._quantity)
 
     def record_value(self, name: str, keys: str) -> Any:
-        """The value at ``keys``, joined by dots, of record ``name`` (``h200-141gb/101``) or of ``benchmarks/…``.
+        """The value at ``keys``, joined by dots, of record ``name`` (``h200-141gb/101``) or of
+        ``benchmarks/…``.
 
         Raises NotMeasured.
         """
@@ -141,7 +160,9 @@ class Facts:
         if name in PUBLISHED:
             return _measured(_of_reference(self.published(of), PUBLISHED[name]), str(quantity))
         if name not in VALUES:
-            raise UserError(f"{quantity}: no such quantity; {nearest(name, [*VALUES, *OF_EXPERIMENT])}")
+            raise UserError(
+                f"{quantity}: no such quantity; {nearest(name, [*VALUES, *OF_EXPERIMENT])}"
+            )
         row = self.row(of)
         if row and row.state == "oom":
             raise RanOutOfMemory(str(quantity))
@@ -149,9 +170,15 @@ class Facts:
 
     def _reference(self, group: str, name: str, variant: str = "") -> Reference:
         rows = [row for row in self.references.group(group).rows if name in (row.id, row.workload)]
-        fits = [row for row in rows if (row.variant or "").endswith(variant) and bool(row.variant) == bool(variant)]
+        fits = [
+            row
+            for row in rows
+            if (row.variant or "").endswith(variant) and bool(row.variant) == bool(variant)
+        ]
         if len(fits) != 1:
-            raise UserError(f"[{group}, {name}, {variant or 'without variant'}]: {len(fits)} rows are called so")
+            raise UserError(
+                f"[{group}, {name}, {variant or 'without variant'}]: {len(fits)} rows are called so"
+            )
         return fits[0]
 
 

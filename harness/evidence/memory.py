@@ -1,4 +1,5 @@
-"""What an experiment takes, by formula and beside its record, and whether it fits: ``make memory-620``."""
+"""What an experiment takes, by formula and beside its record, and whether it fits: ``make
+memory-620``."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ SHOWN = 4
 
 
 def print_memory(id_: str, settings: Mapping[str, str], records: Path) -> int:
-    """Print what experiment ``id_`` with ``settings`` takes, and how it stands to ``CARD`` or the GPUs at hand.
+    """Print what experiment ``id_`` with ``settings`` takes, and how it stands to ``CARD`` or the
+    GPUs at hand.
 
     Raises UserError where the experiment or a setting makes no sense.
     """
@@ -51,12 +53,20 @@ def heading(e: Experiment) -> str:
 
 def _pieces(e: Experiment, memory: Memory) -> list[tuple[str, float, str]]:
     recomputed = "inputs of recomputed layers" if e.recompute == "full" else ""
-    experts = "of tokens that routers deal out evenly; else the fullest GPU has more" if e.model.num_experts else ""
+    experts = (
+        "of tokens that routers deal out evenly; else the fullest GPU has more"
+        if e.model.num_experts
+        else ""
+    )
     pieces = [
         ("weights", memory.weights, "with their fp8 copies" if e.precision == "fp8" else ""),
         ("gradients", memory.gradients, ""),
         ("optimizer", memory.optimizer, ""),
-        ("attention", memory.attention, recomputed or "what it keeps for the backward pass, of all layers"),
+        (
+            "attention",
+            memory.attention,
+            recomputed or "what it keeps for the backward pass, of all layers",
+        ),
         ("experts" if e.model.num_experts else "MLPs", memory.mlp, experts),
         ("passing", memory.passing, "logits and loss, or a layer on its way back"),
     ]
@@ -64,9 +74,17 @@ def _pieces(e: Experiment, memory: Memory) -> list[tuple[str, float, str]]:
 
 
 def _measured(e: Experiment, memory: Memory, rows: Sequence[Row]) -> str:
-    kept = [row for row in rows if same_work(row.experiment, e) and row.memory_gib and row.memory_gib.allocated]
-    return "; ".join(f"measured {row.memory_gib.allocated:.1f} on {row.gpu_name}, off by "
-                     f"{memory.total / row.memory_gib.allocated - 1:+.1%}" for row in kept if row.state == "ok")
+    kept = [
+        row
+        for row in rows
+        if same_work(row.experiment, e) and row.memory_gib and row.memory_gib.allocated
+    ]
+    return "; ".join(
+        f"measured {row.memory_gib.allocated:.1f} on {row.gpu_name}, off by "
+        f"{memory.total / row.memory_gib.allocated - 1:+.1%}"
+        for row in kept
+        if row.state == "ok"
+    )
 
 
 def _advice(e: Experiment, card: Gpu) -> Iterator[str]:
@@ -75,7 +93,10 @@ def _advice(e: Experiment, card: Gpu) -> Iterator[str]:
         yield f"  no {DEEPEST} settings make it fit: a smaller SEQ=, or more GPUs"
         return
     yield "what fits"
-    lines = [(" ".join(f"{key}={value}" for key, value in settings.items()), changed) for settings, changed in ways[:SHOWN]]
+    lines = [
+        (" ".join(f"{key}={value}" for key, value in settings.items()), changed)
+        for settings, changed in ways[:SHOWN]
+    ]
     width = max(len(words) for words, _ in lines)
     for words, changed in lines:
         yield f"  {words:{width}} {predict(changed).total:6.1f} GiB on {_gpus(changed)}"
@@ -86,7 +107,9 @@ def cards_of(e: Experiment) -> list[Gpu]:
     from harness.machine.gpus import list_gpus
 
     names = [e.card] if e.card else sorted({gpu.name for gpu in list_gpus()}) or CARDS
-    return [gpu for name in names if (gpu := find_gpu(name))] or [gpu for name in CARDS if (gpu := find_gpu(name))]
+    return [gpu for name in names if (gpu := find_gpu(name))] or [
+        gpu for name in CARDS if (gpu := find_gpu(name))
+    ]
 
 
 def _gpus(e: Experiment) -> str:

@@ -1,4 +1,5 @@
-"""Where a formula's numbers come from: our records, one hardware and upstream version at a time, or published tables."""
+"""Where a formula's numbers come from: our records, one hardware and upstream version at a time, or
+published tables."""
 
 from __future__ import annotations
 
@@ -18,11 +19,21 @@ from harness.run import step_statistics
 
 GIB: Unit = (("GiB", 1),)
 UNITS: dict[str, Unit] = {
-    "step_ms": (("ms", 1),), "memory_gib": GIB, "reserved_gib": GIB, "allocated_gib": GIB, "tflops": (("TFLOP/s", 1),),
-    "mfu": (), "tokens_per_s": (("tokens/s", 1),), "fits": (),
-    "memory_ratio": (), "step_ratio": (), "published_memory_gib": GIB, "published_step_ms": (("ms", 1),),
+    "step_ms": (("ms", 1),),
+    "memory_gib": GIB,
+    "reserved_gib": GIB,
+    "allocated_gib": GIB,
+    "tflops": (("TFLOP/s", 1),),
+    "mfu": (),
+    "tokens_per_s": (("tokens/s", 1),),
+    "fits": (),
+    "memory_ratio": (),
+    "step_ratio": (),
+    "published_memory_gib": GIB,
+    "published_step_ms": (("ms", 1),),
 }
-"""What is measured: of the step time the median; memory of the fullest GPU, ``memory_gib`` as NVML shows it.
+"""What is measured: of the step time the median; memory of the fullest GPU, ``memory_gib`` as NVML
+shows it.
 
 ``fits``: 1 where the experiment fits the published card, 0 where it runs out of memory on it.
 ``memory_ratio``, ``step_ratio``: here over published.
@@ -42,7 +53,8 @@ class Number:
 
 @dataclass(frozen=True)
 class Source:
-    """Where the numbers of one column come from; ``find`` gives a quantity's number, or says why there is none."""
+    """Where the numbers of one column come from; ``find`` gives a quantity's number, or says why
+    there is none."""
 
     key: str
     """``ours`` or ``published``, as under ``reason``."""
@@ -57,12 +69,18 @@ def unit_of(name: str) -> Unit:
     if name not in OF_EXPERIMENT:
         raise UserError(f"unknown quantity {name}; {nearest(name, [*UNITS, *OF_EXPERIMENT], 8)}")
     suffix = name.rpartition("_")[2]
-    return {"gib": GIB, "mib": (("MiB", 1),), "pflop": (("PFLOP", 1),), "b": (("10^9", 1),)}.get(suffix, ())
+    return {"gib": GIB, "mib": (("MiB", 1),), "pflop": (("PFLOP", 1),), "b": (("10^9", 1),)}.get(
+        suffix, ()
+    )
 
 
 def ours(title: str, rows: Sequence[Row], catalog: Catalog, card_mib: int) -> Source:
-    """Numbers of these records, the newest of an experiment; ``card_mib``: memory of the published card."""
-    by_age = [(work(row.experiment), row) for row in sorted(rows, key=lambda row: row.result.started, reverse=True)]
+    """Numbers of these records, the newest of an experiment; ``card_mib``: memory of the published
+    card."""
+    by_age = [
+        (work(row.experiment), row)
+        for row in sorted(rows, key=lambda row: row.result.started, reverse=True)
+    ]
 
     def find(quantity: Quantity) -> Number | str:
         experiment = overrides.made(quantity.of, catalog)
@@ -92,7 +110,11 @@ def published(catalog: Catalog, group: ReferenceGroup, card_mib: int) -> Source:
         if quantity.name in OF_EXPERIMENT and quantity.name not in UNITS:
             return _computed(quantity, experiment)
         whole = experiment.model_copy(update={"card": None})
-        beside = group.beside(experiment.id) if work(whole) == work(catalog.find(experiment.id)) else None
+        beside = (
+            group.beside(experiment.id)
+            if work(whole) == work(catalog.find(experiment.id))
+            else None
+        )
         reference = beside and beside.reference
         if reference is None:
             return quantity.of
@@ -127,14 +149,19 @@ def _certain(reference: Reference | None, name: str) -> float | None:
     return None if reference is None or reference.in_doubt else getattr(reference, name)
 
 
-def _of_reference(name: str, reference: Reference, e: Experiment, group: ReferenceGroup) -> float | None:
+def _of_reference(
+    name: str, reference: Reference, e: Experiment, group: ReferenceGroup
+) -> float | None:
     """A quantity of a published row; rates follow from its step time, by model FLOPs."""
     if name in ("step_ms", "memory_gib") or not reference.step_ms:
         return getattr(reference, name, None)
     tflops = tflops_per_gpu(e, reference.step_ms)
     peak = peak_tflops(group.gpu, e.precision)
-    rates = {"tflops": tflops, "mfu": mfu(tflops, peak) if peak else None,
-             "tokens_per_s": e.global_batch_size * e.seq_length / reference.step_ms * 1000}
+    rates = {
+        "tflops": tflops,
+        "mfu": mfu(tflops, peak) if peak else None,
+        "tokens_per_s": e.global_batch_size * e.seq_length / reference.step_ms * 1000,
+    }
     return rates.get(name)
 
 
@@ -145,7 +172,11 @@ def _without(quantity: Quantity, oom: bool) -> str:
 def _shared(quantity: Quantity, row: Row) -> str | None:
     """That other runs on the node may have slowed it down, where the number is a time or a rate."""
     is_timed = quantity.name not in ("memory_gib", "reserved_gib", "allocated_gib", "memory_ratio")
-    return f"{quantity.of} shared its node with {row.runs_on_node - 1} runs" if is_timed and row.runs_on_node > 1 else None
+    return (
+        f"{quantity.of} shared its node with {row.runs_on_node - 1} runs"
+        if is_timed and row.runs_on_node > 1
+        else None
+    )
 
 
 def _computed(quantity: Quantity, experiment: Experiment) -> Number | str:
@@ -153,14 +184,21 @@ def _computed(quantity: Quantity, experiment: Experiment) -> Number | str:
     return f"{quantity.of} (no {quantity.name})" if value is None else Number(float(value))
 
 
-def _fits(oom: bool, taken_gib: float | None, here_mib: int | None, card_mib: int, words: str) -> Number | str:
-    """Whether what ran on a card of ``here_mib`` fits the published one of ``card_mib``; emulated cards count as real.
+def _fits(
+    oom: bool, taken_gib: float | None, here_mib: int | None, card_mib: int, words: str
+) -> Number | str:
+    """Whether what ran on a card of ``here_mib`` fits the published one of ``card_mib``; emulated
+    cards count as real.
 
     Args:
         taken_gib: used memory, and what the driver keeps for itself.
     """
     if oom:
-        return Number(0) if here_mib and here_mib >= card_mib else f"{words} (out of memory on a smaller card)"
+        return (
+            Number(0)
+            if here_mib and here_mib >= card_mib
+            else f"{words} (out of memory on a smaller card)"
+        )
     if (here_mib and here_mib <= card_mib) or (taken_gib and taken_gib * 1024 < card_mib):
         return Number(1)
     return f"{words} (a larger card holds it: CARD= emulates the published one)"

@@ -1,4 +1,5 @@
-"""Records: the measured results that are committed, experiments/records/<gpu>/<id>.json with ID.metrics.jsonl beside it."""
+"""Records: the measured results that are committed, experiments/records/<gpu>/<id>.json with
+ID.metrics.jsonl beside it."""
 
 from __future__ import annotations
 
@@ -30,15 +31,17 @@ def record(run: directory.RunDir, records: Path, force: bool = False) -> Path:
 
     Only ``force`` replaces the record of another run of the same work on the same GPU.
 
-    The record is result.json with the frozen experiment, the environment and each rank's memory inside; the metrics travel
-    beside it, so that every number can be computed again. What was frozen decides which record is of the same work; names
-    do not tell ARGS apart, so that those of other work get numbers: ``101_args.2``.
-    Tracing slows a step, so that of a traced run only its profile is kept, in a folder of its own.
+    The record is result.json with the frozen experiment, the environment and each rank's memory
+    inside; the metrics travel beside it, so that every number can be computed again. What was
+    frozen decides which record is of the same work; names do not tell ARGS apart, so that those of
+    other work get numbers: ``101_args.2``. Tracing slows a step, so that of a traced run only its
+    profile is kept, in a folder of its own.
 
     Raises:
         UserError: the same work has the record of another run.
-        UserError: the run is unfinished, failed for another reason than memory, ran as a CPU miniature, lost its traces, or
-            what it left does not fit together, such as metrics that end before the run does.
+        UserError: the run is unfinished, failed for another reason than memory, ran as a CPU
+            miniature, lost its traces, or what it left does not fit together, such as metrics that
+            end before the run does.
     """
     if not run.path.is_dir():
         raise UserError(f"no run {run.label} in {run.path.parent}")
@@ -47,17 +50,24 @@ def record(run: directory.RunDir, records: Path, force: bool = False) -> Path:
     except ValueError as error:
         raise UserError(f"{run.label}: {error}") from None
     if result is None or result.status not in ("ok", "oom"):
-        raise UserError(f"{run.label} ended as {run.state()}: only finished runs and runs out of memory become records")
+        raise UserError(
+            f"{run.label} ended as {run.state()}: only finished runs and runs out of memory become"
+            " records"
+        )
     if experiment.miniature or not result.gpu:
         raise UserError(f"{run.label} ran on a CPU; records hold GPU runs only")
     if result.mixed:
-        raise UserError(f"{run.label} is of more than one experiment: {changes_in_words(result.mixed)}\n"
-                        "a record is of one: run it again")
+        raise UserError(
+            f"{run.label} is of more than one experiment: {changes_in_words(result.mixed)}\n"
+            "a record is of one: run it again"
+        )
     folder, steps = records / folder_of(result.gpu), run.read_metrics()
     try:
         environment = read_object(run.environment)
     except ValueError as error:
-        raise UserError(f"{run.label}: {error}\na record says which versions ran: run it again") from None
+        raise UserError(
+            f"{run.label}: {error}\na record says which versions ran: run it again"
+        ) from None
     evidence = {"experiment": experiment.model_dump(mode="json"), "environment": environment}
     if experiment.profile:
         content = of_run(run).model_dump(mode="json")
@@ -67,7 +77,9 @@ def record(run: directory.RunDir, records: Path, force: bool = False) -> Path:
         write_json(target, content | evidence)
         return target
     if wrong := list(_contradictions(experiment, result, steps, folder.name)):
-        raise UserError(f"{run.label}: {'; '.join(wrong)}\na record must follow from its metrics: run it again")
+        raise UserError(
+            f"{run.label}: {'; '.join(wrong)}\na record must follow from its metrics: run it again"
+        )
     target = folder / f"{_stem(experiment, folder)}.json"
     content = json.loads(run.result.read_text(encoding="utf-8"))
     _check_replaces(target, content, force)
@@ -81,7 +93,8 @@ def record(run: directory.RunDir, records: Path, force: bool = False) -> Path:
 
 
 def _check_replaces(target: Path, content: Mapping[str, Any], force: bool) -> None:
-    """Raise UserError where ``target`` is a record of another run; the same run may be recorded again."""
+    """Raise UserError where ``target`` is a record of another run; the same run may be recorded
+    again."""
     if force or not target.exists():
         return
     try:
@@ -89,8 +102,10 @@ def _check_replaces(target: Path, content: Mapping[str, Any], force: bool) -> No
     except ValueError as error:
         raise UserError(f"{target.parent}: {error}\nFORCE=1 replaces it") from None
     if kept | content != kept:
-        raise UserError(f"{target} is the record of another run, {kept.get('label', 'of unknown label')}\n"
-                        "FORCE=1 replaces it")
+        raise UserError(
+            f"{target} is the record of another run, {kept.get('label', 'of unknown label')}\n"
+            "FORCE=1 replaces it"
+        )
 
 
 def folder_of(gpu_name: str) -> str:
@@ -112,7 +127,8 @@ def validation_of(path: Path) -> Path:
 def same_work(a: Experiment, b: Experiment) -> bool:
     """Whether a record of one is a record of the other: the same work on the same card.
 
-    Names do not matter, nor how many steps were run, on which data, with which of the two attention libraries.
+    Names do not matter, nor how many steps were run, on which data, with which of the two attention
+    libraries.
     """
     return work(a) == work(b)
 
@@ -127,8 +143,8 @@ def read(path: Path) -> tuple[Experiment, Result]:
     """The experiment of a record and its result, checked against the metrics beside it.
 
     Raises:
-        ValueError: the record or its metrics are missing, damaged or truncated; it states what its metrics do not say; it is
-            a miniature's, or of another GPU than its folder is for.
+        ValueError: the record or its metrics are missing, damaged or truncated; it states what its
+            metrics do not say; it is a miniature's, or of another GPU than its folder is for.
     """
     content = read_object(path)
     if not isinstance(content.get("experiment"), dict):
@@ -152,14 +168,18 @@ def _read_metrics(path: Path) -> tuple[StepMetrics, ...]:
     try:
         lines = beside.read_text(encoding="utf-8").splitlines()
     except OSError:
-        raise ValueError(f"{beside.name} is missing: a record without its metrics proves nothing") from None
+        raise ValueError(
+            f"{beside.name} is missing: a record without its metrics proves nothing"
+        ) from None
     steps = tuple(map(directory.parse_metrics, lines))
     if None in steps:
         raise ValueError(f"{beside.name}: line {steps.index(None) + 1} is torn")
     return steps
 
 
-def _contradictions(e: Experiment, result: Result, steps: Sequence[StepMetrics], folder: str) -> Iterator[str]:
+def _contradictions(
+    e: Experiment, result: Result, steps: Sequence[StepMetrics], folder: str
+) -> Iterator[str]:
     """What a record with these parts would say that is not so."""
     if e.miniature or result.miniature or result.device != "cuda" or not result.gpu:
         yield "a miniature or a CPU run is no record"
@@ -174,7 +194,10 @@ def _contradictions(e: Experiment, result: Result, steps: Sequence[StepMetrics],
     if result.memory_gib.nvml is None:
         yield "no NVML reading: its used memory is unknown"
     elif (gpu := find_gpu(result.gpu)) and result.memory_gib.nvml * 1024 > gpu.memory_mib:
-        yield f"{result.memory_gib.nvml:,.1f} GiB used of a card of {gpu.memory_mib / 1024:.1f}: in another unit?"
+        yield (
+            f"{result.memory_gib.nvml:,.1f} GiB used of a card of {gpu.memory_mib / 1024:.1f}: in"
+            " another unit?"
+        )
     if result.data != e.data:
         yield f"data is stated as {result.data}, its experiment has {e.data}"
     yield from contradictions(e, result, steps)
@@ -184,8 +207,14 @@ def _stem(experiment: Experiment, folder: Path) -> str:
     """Base name of the record's files: that of the record it replaces, else one that is free."""
     naming = {key: value for key, value in experiment.overrides.items() if key not in UNRECORDED}
     label = experiment.model_copy(update={"overrides": naming}).label
-    stem = re.sub(r"_args-[0-9a-f]{6}(?=_|$)", "_args", label.replace(experiment.name, experiment.id, 1))
-    same = [path.stem for path in sorted(folder.glob(f"{experiment.id}*.json")) if _is_of(path, experiment)]
+    stem = re.sub(
+        r"_args-[0-9a-f]{6}(?=_|$)", "_args", label.replace(experiment.name, experiment.id, 1)
+    )
+    same = [
+        path.stem
+        for path in sorted(folder.glob(f"{experiment.id}*.json"))
+        if _is_of(path, experiment)
+    ]
     if same:
         return stem if stem in same else same[0]
     names = itertools.chain([stem], (f"{stem}.{n}" for n in itertools.count(2)))
@@ -193,9 +222,13 @@ def _stem(experiment: Experiment, folder: Path) -> str:
 
 
 def _is_of(path: Path, experiment: Experiment) -> bool:
-    """Whether the record, or the recorded profile, in ``path`` is of the work of ``experiment``, whatever it traced."""
+    """Whether the record, or the recorded profile, in ``path`` is of the work of ``experiment``,
+    whatever it traced."""
     try:
         recorded = directory.experiment_in(read_object(path).get("experiment") or {})
     except ValueError:  # another's place is not taken because it is damaged
         return False
-    return same_work(recorded.model_copy(update={"profile": None}), experiment.model_copy(update={"profile": None}))
+    return same_work(
+        recorded.model_copy(update={"profile": None}),
+        experiment.model_copy(update={"profile": None}),
+    )

@@ -1,4 +1,5 @@
-"""What was measured beside what was published: runs, records and references, joined into rows of tables."""
+"""What was measured beside what was published: runs, records and references, joined into rows of
+tables."""
 
 from __future__ import annotations
 
@@ -20,7 +21,16 @@ from harness.predict.calibrations import Machine, machine_of
 from harness.predict.flops import mfu
 from harness.predict.step_time import unknown
 from harness.run import directory, step_statistics
-from harness.run.directory import LaunchRate, MemoryGib, Result, Spread, State, StepMetrics, Upstream, Validation
+from harness.run.directory import (
+    LaunchRate,
+    MemoryGib,
+    Result,
+    Spread,
+    State,
+    StepMetrics,
+    Upstream,
+    Validation,
+)
 from harness.system import yaml_files
 from harness.system.files import read_object, text_lines
 
@@ -38,7 +48,8 @@ Text = Annotated[str, Field(min_length=1)]
 
 
 class Reference(_Strict):
-    """One published or separately measured result. Memory is GiB as nvidia-smi shows it on one GPU."""
+    """One published or separately measured result. Memory is GiB as nvidia-smi shows it on one
+    GPU."""
 
     id: str | None = None
     """The experiment as its source labels it; None where it is none of the catalogue."""
@@ -86,14 +97,16 @@ class ReferenceGroup(_Strict):
     rows: tuple[Reference, ...]
 
     def ran(self, catalog: Catalog) -> Iterator[tuple[Reference, Experiment]]:
-        """The rows with a step time that an experiment or a command of ours runs alike, each with what it is here."""
+        """The rows with a step time that an experiment or a command of ours runs alike, each with
+        what it is here."""
         for row in self.rows:
             words = row.make or (row.stands_for if row.variant is None else None)
             if words and row.step_ms and not row.in_doubt:
                 yield row, overrides.made(words, catalog)
 
     def beside(self, id_: str) -> Published | None:
-        """What to show beside experiment ``id_``, or None where this source has nothing to say about it."""
+        """What to show beside experiment ``id_``, or None where this source has nothing to say
+        about it."""
         same = [row for row in self.rows if row.stands_for == id_ and row.variant is None]
         shown = next((row for row in same if row.id == id_), same[0] if same else None)
         labelled = next((row for row in self.rows if row.id == id_ and row.variant is None), None)
@@ -104,9 +117,13 @@ class ReferenceGroup(_Strict):
             remarks.append(f"published as {shown.id}, which ran {_words(shown.ran)}")
         if labelled and labelled.stands_for != id_:
             ran = "is in doubt" if labelled.in_doubt else f"ran {_words(labelled.ran)}"
-            remarks.append(f"the row published as {id_} {ran} and stands beside {labelled.stands_for}")
+            remarks.append(
+                f"the row published as {id_} {ran} and stands beside {labelled.stands_for}"
+            )
         others = [row for row in same if row is not shown]
-        remarks += [f"the row published as {row.id} ran the same: {row.numbers()}" for row in others]
+        remarks += [
+            f"the row published as {row.id} ran the same: {row.numbers()}" for row in others
+        ]
         return Published(shown, tuple(remarks)) if shown or remarks else None
 
 
@@ -133,7 +150,9 @@ class References:
         for group in self.groups:
             if group.name == name:
                 return group
-        raise UserError(f"no references called {name}; {nearest(name, [g.name for g in self.groups])}")
+        raise UserError(
+            f"no references called {name}; {nearest(name, [g.name for g in self.groups])}"
+        )
 
 
 @dataclass(frozen=True)
@@ -203,7 +222,8 @@ class Row:
 
     @property
     def counts_driver(self) -> bool:
-        """Whether its used memory includes what the driver keeps for itself, which nvidia-smi leaves out."""
+        """Whether its used memory includes what the driver keeps for itself, which nvidia-smi
+        leaves out."""
         return self.memory_gib.nvml is not None and self.memory_gib.driver is None
 
     @property
@@ -230,7 +250,9 @@ class Row:
     @property
     def step_ratio(self) -> float | None:
         """Step time over the published step time."""
-        return self._ratio(self.step and self.step.median, self.reference and self.reference.step_ms)
+        return self._ratio(
+            self.step and self.step.median, self.reference and self.reference.step_ms
+        )
 
     @cached_property
     def predicted_step_ms(self) -> float | None:
@@ -244,16 +266,22 @@ class Row:
 
     @property
     def comparable(self) -> bool:
-        """Whether it may share a line with others: finished or out of memory, at full size on GPUs, its work unchanged."""
-        whole = self.device == "cuda" and not self.experiment.miniature and is_same_work(self.experiment)
+        """Whether it may share a line with others: finished or out of memory, at full size on GPUs,
+        its work unchanged."""
+        whole = (
+            self.device == "cuda"
+            and not self.experiment.miniature
+            and is_same_work(self.experiment)
+        )
         return whole and self.state in ("ok", "oom") and not (self.result and self.result.mixed)
 
     @property
     def as_published(self) -> bool | None:
         """Whether it ran where published it ran, and ran out of memory where published it did.
 
-        None where that cannot be said: there is no reference or it is in doubt, the run is not over or was
-        stopped from outside, or it had more or less memory than the published card and that decided.
+        None where that cannot be said: there is no reference or it is in doubt, the run is not over
+        or was stopped from outside, or it had more or less memory than the published card and that
+        decided.
         """
         reference = self.reference
         if not reference or reference.in_doubt or self.state in ("running", "killed"):
@@ -268,7 +296,8 @@ class Row:
 
     @property
     def other_memory_decided(self) -> bool:
-        """Whether it ran out of memory, or fits, unlike published because its card has less, or more."""
+        """Whether it ran out of memory, or fits, unlike published because its card has less, or
+        more."""
         certain = self.reference and not self.reference.in_doubt and self.state in ("ok", "oom")
         return bool(certain) and self.as_published is None
 
@@ -285,16 +314,19 @@ class Row:
 
 
 def other_launch_rate(here: Row, there: Row) -> str | None:
-    """Where the hosts of two runs launch at different rates: by how much, and what follows; else None."""
+    """Where the hosts of two runs launch at different rates: by how much, and what follows; else
+    None."""
     if not here.launch or not there.launch:
         return None
     ratio = here.launch.operation_us / there.launch.operation_us
     if 1 / SAME_LAUNCH_RATE < ratio < SAME_LAUNCH_RATE:
         return None
     pace = f"{ratio:.1f} x slower" if ratio > 1 else f"{1 / ratio:.1f} x faster"
-    return (f"The host of {here.label} launched operations {pace} than that of {there.label} "
-            f"({here.launch.operation_us:.1f} and {there.launch.operation_us:.1f} µs each): "
-            "a launch-bound step differs by as much; CUDA_GRAPHS=1 hides it.")
+    return (
+        f"The host of {here.label} launched operations {pace} than that of {there.label} "
+        f"({here.launch.operation_us:.1f} and {there.launch.operation_us:.1f} µs each): "
+        "a launch-bound step differs by as much; CUDA_GRAPHS=1 hides it."
+    )
 
 
 def in_words(upstream: Upstream) -> str:
@@ -332,29 +364,40 @@ class Results:
         }
         chosen = {name: choice for name, choice in choices.items() if choice[0]}
         kept = tuple(
-            row for row in self.rows
+            row
+            for row in self.rows
             if chapter in (None, row.experiment.chapter)
             and (not ids or row.id in ids)
-            and (not hardware or hardware.lower() in f"{row.hardware} {row.gpu and row.gpu.key}".lower())
+            and (
+                not hardware
+                or hardware.lower() in f"{row.hardware} {row.gpu and row.gpu.key}".lower()
+            )
         )
         if not kept:
             asked = ", ".join(f"{name} {' '.join(wanted)}" for name, (wanted, _) in chosen.items())
-            there = "; ".join(f"{name} {', '.join(sorted(set(map(of, self.rows))))}"
-                              for name, (_, of) in chosen.items())
+            there = "; ".join(
+                f"{name} {', '.join(sorted(set(map(of, self.rows))))}"
+                for name, (_, of) in chosen.items()
+            )
             raise UserError(f"no run of {asked}\nthere are runs of {there}")
         return replace(self, rows=kept)
 
     def find(self, wanted: str) -> Row:
         """The row of this label, path, id or name.
 
-        An id or name means a run of this checkout before a record: on GPUs before a miniature, with unchanged work, ok, on a
-        whole card, the latest.
+        An id or name means a run of this checkout before a record: on GPUs before a miniature, with
+        unchanged work, ok, on a whole card, the latest.
 
         Raises:
-            UserError: there is no such run or record, or the id stands for runs of different work, none of it unchanged.
+            UserError: there is no such run or record, or the id stands for runs of different work,
+            none of it unchanged.
         """
-        exact = [row for row in self.rows if wanted in (row.label, str(row.origin), row.origin.name)]
-        rows = exact or _meant(wanted, [row for row in self.rows if wanted in (row.id, row.experiment.name)])
+        exact = [
+            row for row in self.rows if wanted in (row.label, str(row.origin), row.origin.name)
+        ]
+        rows = exact or _meant(
+            wanted, [row for row in self.rows if wanted in (row.id, row.experiment.name)]
+        )
         if not rows:
             labels = [row.label for row in self.rows]
             there = nearest(wanted, labels) if labels else "no runs yet: make 101"
@@ -364,7 +407,8 @@ class Results:
 
 @dataclass(frozen=True)
 class Ended:
-    """How many experiments with a published row ended as published, each counted once, however many rows it has."""
+    """How many experiments with a published row ended as published, each counted once, however many
+    rows it has."""
 
     experiments: int
     as_published: int
@@ -373,20 +417,24 @@ class Ended:
 
 
 def ended(rows: Iterable[Row]) -> Ended:
-    """The one count of experiments that ended as published; with several rows, where each of them did."""
+    """The one count of experiments that ended as published; with several rows, where each of them
+    did."""
     judged: dict[str, list[Row]] = {}
     for row in rows:
         if row.as_published is not None:
             judged.setdefault(row.id, []).append(row)
     good = [found for found in judged.values() if all(row.as_published for row in found)]
-    return Ended(len(judged), len(good), sum(any(row.state == "oom" for row in found) for found in good))
+    return Ended(
+        len(judged), len(good), sum(any(row.state == "oom" for row in found) for found in good)
+    )
 
 
 def load_references(path: Path = REFERENCES) -> References:
     """Read references.yaml.
 
     Raises:
-        UserError: a key is unknown, a value has the wrong type, or two rows claim the same experiment.
+        UserError: a key is unknown, a value has the wrong type, or two rows claim the same
+        experiment.
     """
     raws, found = yaml_files.read(path), []
     for name in raws:
@@ -403,15 +451,19 @@ def load_references(path: Path = REFERENCES) -> References:
 def collect(
     outdir: Path, records_dir: Path, references: References, against: str | None = None
 ) -> Results:
-    """Every run in ``outdir`` and every record, beside the published numbers (or the group ``against``).
+    """Every run in ``outdir`` and every record, beside the published numbers (or the group
+    ``against``).
 
-    What cannot be read, or states what its metrics do not say, is left out with a warning. A record whose run is still in
-    ``outdir`` shows once.
+    What cannot be read, or states what its metrics do not say, is left out with a warning. A record
+    whose run is still in ``outdir`` shows once.
 
     Raises:
         UserError: there is no reference group ``against``.
     """
-    runs, kept = collect_runs(outdir, references, against), collect_records(records_dir, references, against)
+    runs, kept = (
+        collect_runs(outdir, references, against),
+        collect_records(records_dir, references, against),
+    )
     here = {(row.id, row.result.started) for row in runs.rows if row.result}
     others = (row for row in kept.rows if (row.id, row.result.started) not in here)
     return Results(_in_order([*runs.rows, *others]), runs.warnings + kept.warnings, kept.rows)
@@ -430,7 +482,9 @@ def collect_runs(outdir: Path, references: References, against: str | None = Non
     return Results(_in_order(rows), warnings)
 
 
-def collect_records(records_dir: Path, references: References, against: str | None = None) -> Results:
+def collect_records(
+    records_dir: Path, references: References, against: str | None = None
+) -> Results:
     """Every record, as ``collect`` has them where there are no runs."""
     group = references.group(against) if against else references.published
     rows, warnings = [], []
@@ -448,12 +502,14 @@ def _in_order(rows: Iterable[Row]) -> tuple[Row, ...]:
 
 
 def losses(row: Row) -> dict[int, float]:
-    """Training loss by step, from a run's metrics.jsonl or from NAME.metrics.jsonl beside the record NAME."""
+    """Training loss by step, from a run's metrics.jsonl or from NAME.metrics.jsonl beside the
+    record NAME."""
     return {step.step: step.loss for step in metrics(row) if step.loss is not None}
 
 
 def predicted_step_ms(e: Experiment, machine: Machine | None) -> float | None:
-    """Step time by formula (step_time.py), with constants fitted without this experiment; None where none covers it."""
+    """Step time by formula (step_time.py), with constants fitted without this experiment; None
+    where none covers it."""
     if machine is None or e.miniature or unknown(e):
         return None
     row = machine.row_of(e)
@@ -461,15 +517,20 @@ def predicted_step_ms(e: Experiment, machine: Machine | None) -> float | None:
 
 
 def metrics(row: Row) -> tuple[StepMetrics, ...]:
-    """Every complete line of a run's metrics.jsonl, or of NAME.metrics.jsonl beside the record NAME."""
+    """Every complete line of a run's metrics.jsonl, or of NAME.metrics.jsonl beside the record
+    NAME."""
     if row.kind == "run":
         return directory.RunDir(row.origin).read_metrics()
-    return tuple(filter(None, map(directory.parse_metrics, text_lines(records.metrics_of(row.origin)))))
+    return tuple(
+        filter(None, map(directory.parse_metrics, text_lines(records.metrics_of(row.origin))))
+    )
 
 
 def _run_row(run: directory.Run, group: ReferenceGroup) -> Row:
     result, steps = run.result, run.dir.read_metrics()
-    if result and (wrong := next(step_statistics.contradictions(run.experiment, result, steps), None)):
+    if result and (
+        wrong := next(step_statistics.contradictions(run.experiment, result, steps), None)
+    ):
         raise ValueError(f"result.json: {wrong}")
     environment = _environment(run.dir)
     return Row(
@@ -525,14 +586,16 @@ def _launch(environment: Any) -> LaunchRate | None:
 
 
 def _comparison(experiment: Experiment, group: ReferenceGroup) -> dict[str, Any]:
-    """The published side of a row: nothing for a miniature or an experiment whose work was changed."""
+    """The published side of a row: nothing for a miniature or an experiment whose work was
+    changed."""
     if experiment.miniature or not is_same_work(experiment):
         return {}
     return {"published": group.beside(experiment.id), "against": group}
 
 
 def _meant(wanted: str, rows: Sequence[Row]) -> Sequence[Row]:
-    """Of the ``rows`` of an id: runs of this checkout with a step or out of memory, else records, else other runs."""
+    """Of the ``rows`` of an id: runs of this checkout with a step or out of memory, else records,
+    else other runs."""
     began = [row for row in rows if row.kind == "run" and (row.steps_done or row.state == "oom")]
     rows = began or [row for row in rows if row.kind == "record"] or rows
     if not rows:
@@ -545,10 +608,20 @@ def _meant(wanted: str, rows: Sequence[Row]) -> Sequence[Row]:
     if len(different) > 1 and not is_same_work(best.experiment):
         lines = []
         for row in different.values():
-            apart = [f"{d.setting} {d.before}" for d in identity.differences(row.experiment, best.experiment)]
+            apart = [
+                f"{d.setting} {d.before}"
+                for d in identity.differences(row.experiment, best.experiment)
+            ]
             lines.append(f"  {row.label}" + (f"  ({'; '.join(apart)})" if apart else ""))
-        raise UserError("\n".join([f"{wanted}: {len(different)} different experiments ran under this id:", *lines,
-                                   "name one of them by its label"]))
+        raise UserError(
+            "\n".join(
+                [
+                    f"{wanted}: {len(different)} different experiments ran under this id:",
+                    *lines,
+                    "name one of them by its label",
+                ]
+            )
+        )
     return others
 
 
@@ -570,8 +643,11 @@ def _group(where: str, name: str, raw: Any) -> ReferenceGroup:
     card_gib = required_gpu(group.gpu, f"{where}: gpu = {group.gpu!r}").memory_mib / 1024
     for row in group.rows:
         if not row.oom and not (0 < row.memory_gib < card_gib and row.step_ms > 1):
-            raise UserError(f"{where}: {row.id or row.workload}: {row.memory_gib:g} GiB of {card_gib:.1f} on this GPU, "
-                            f"{row.step_ms:g} ms: memory_gib is in GiB (MiB / 1024), step_ms in milliseconds")
+            raise UserError(
+                f"{where}: {row.id or row.workload}: {row.memory_gib:g} GiB of {card_gib:.1f} on"
+                f" this GPU, {row.step_ms:g} ms: memory_gib is in GiB (MiB / 1024), step_ms in"
+                " milliseconds"
+            )
     labels = [row.id for row in group.rows if row.id and row.variant is None]
     if twice := sorted({label for label in labels if labels.count(label) > 1}):
         raise UserError(f"{where}: {', '.join(twice)} has two rows; give one of them a variant")

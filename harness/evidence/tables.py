@@ -1,4 +1,5 @@
-"""Rows as people and programs read them: terminal, Markdown, CSV, JSON; and two runs side by side."""
+"""Rows as people and programs read them: terminal, Markdown, CSV, JSON; and two runs side by
+side."""
 
 from __future__ import annotations
 
@@ -16,7 +17,15 @@ from typing import Any
 from harness.data.data_sets import MOCK
 from harness.errors import UserError
 from harness.evidence import markdown
-from harness.evidence.results import Results, Row, collect, ended, load_references, losses, other_launch_rate
+from harness.evidence.results import (
+    Results,
+    Row,
+    collect,
+    ended,
+    load_references,
+    losses,
+    other_launch_rate,
+)
 from harness.experiment import overrides
 from harness.experiment.catalog import load_catalog
 from harness.experiment.hardware import DRIVER_RESERVED_MIB
@@ -116,11 +125,16 @@ def _window(row: Row) -> str:
 
 def _loss(row: Row) -> str:
     loss = row.result and row.result.loss
-    return f"{loss.first:.3f} → {loss.last:.3f}" if loss and None not in (loss.first, loss.last) else ""
+    return (
+        f"{loss.first:.3f} → {loss.last:.3f}"
+        if loss and None not in (loss.first, loss.last)
+        else ""
+    )
 
 
 def _held_out(row: Row) -> str:
-    """Loss and perplexity on data that was held out; on mock data only where the run was to reach one."""
+    """Loss and perplexity on data that was held out; on mock data only where the run was to reach
+    one."""
     if not row.validation or (row.experiment.data == MOCK and not row.experiment.until):
         return ""
     return f"{row.validation.loss:.3f} ({_number(perplexity(row.validation.loss), 1)})"
@@ -140,7 +154,9 @@ def _status(row: Row) -> str:
         return "OOM as published" if oom_published else "OOM (publ. ran)" if certain else "OOM"
     if state == "ok":
         return "ok (publ. OOM)" if oom_published else "ok"
-    word = {"nan": "NaN", "oom-host": "host OOM", "bad-configuration": "bad configuration"}.get(state, state)
+    word = {"nan": "NaN", "oom-host": "host OOM", "bad-configuration": "bad configuration"}.get(
+        state, state
+    )
     return f"{word} at {row.steps_done}/{row.experiment.steps}"
 
 
@@ -159,11 +175,17 @@ GPU_COLUMNS = (
     _EXPERIMENT,
     Column("GPUs", lambda row: str(row.experiment.world_size), 60),
     Column("GiB", lambda row: _number(row.memory_gib.nvml, 1), 90),
-    Column("publ.", lambda row: _published(row, _number(row.reference and row.reference.memory_gib, 1)), 70),
+    Column(
+        "publ.",
+        lambda row: _published(row, _number(row.reference and row.reference.memory_gib, 1)),
+        70,
+    ),
     Column("ratio", lambda row: _number(row.memory_ratio, 2), 80),
     _STEP,
     _SPREAD,
-    Column("publ.", lambda row: _published(row, _number(row.reference and row.reference.step_ms)), 71),
+    Column(
+        "publ.", lambda row: _published(row, _number(row.reference and row.reference.step_ms)), 71
+    ),
     Column("ratio", lambda row: _number(row.step_ratio, 2), 85),
     Column("formula", lambda row: _ms(row.step and row.predicted_step_ms), 55),
     Column("TFLOP/s", lambda row: _number(row.tflops), 65),
@@ -216,12 +238,20 @@ class _Table:
         return [*(f"[{number}] {note}" for number, note in enumerate(self.notes, 1)), *self.footer]
 
 
-def render(rows: Sequence[Row], format: str = "terminal", width: int = 100, *, colour: bool = False,
-           titles: Mapping[int, str] | None = None) -> str:
-    """The rows as text without a final newline, one table for each hardware and upstream version, miniatures last.
+def render(
+    rows: Sequence[Row],
+    format: str = "terminal",
+    width: int = 100,
+    *,
+    colour: bool = False,
+    titles: Mapping[int, str] | None = None,
+) -> str:
+    """The rows as text without a final newline, one table for each hardware and upstream version,
+    miniatures last.
 
     Args:
-        format: ``terminal``, ``markdown``, ``csv`` (one line a row) or ``json`` (a list of objects).
+        format: ``terminal``, ``markdown``, ``csv`` (one line a row) or ``json`` (a list of
+        objects).
         width: columns of the terminal; what does not fit is left out, and named.
         colour: paint headings and verdicts with ANSI codes (``terminal`` only).
         titles: titles of the chapters by number.
@@ -248,43 +278,67 @@ def values(row: Row) -> dict[str, Any]:
 
 
 def render_compare(a: Row, b: Row, format: str = "terminal") -> str:
-    """Two runs: the settings that differ, their numbers with the ratio B/A, and whether their losses agree.
+    """Two runs: the settings that differ, their numbers with the ratio B/A, and whether their
+    losses agree.
 
     Raises:
         UserError: the format is unknown, or cannot show this (CSV).
     """
     overrides.choice("FORMAT", format, [name for name in FORMATS if name != "csv"])
-    settings = {key: pair for key, pair in _pairs(_settings(a), _settings(b)).items() if pair[0] != pair[1]}
-    numbers = {key: pair for key, pair in _pairs(_numbers(a), _numbers(b)).items() if pair != (None, None)}
+    settings = {
+        key: pair for key, pair in _pairs(_settings(a), _settings(b)).items() if pair[0] != pair[1]
+    }
+    numbers = {
+        key: pair for key, pair in _pairs(_numbers(a), _numbers(b)).items() if pair != (None, None)
+    }
     losses_differ, sentence = _agreement(losses(a), losses(b))
     if format == "json":
-        return json.dumps({
-            "a": a.label,
-            "b": b.label,
-            "settings": {key: {"a": x, "b": y} for key, (x, y) in settings.items()},
-            "numbers": {key: {"a": x, "b": y, "ratio": _ratio(x, y)} for key, (x, y) in numbers.items()},
-            "loss_largest_relative_difference": losses_differ,
-        }, indent=1)
+        return json.dumps(
+            {
+                "a": a.label,
+                "b": b.label,
+                "settings": {key: {"a": x, "b": y} for key, (x, y) in settings.items()},
+                "numbers": {
+                    key: {"a": x, "b": y, "ratio": _ratio(x, y)} for key, (x, y) in numbers.items()
+                },
+                "loss_largest_relative_difference": losses_differ,
+            },
+            indent=1,
+        )
     head = ("", f"A  {a.label}", f"B  {b.label}", "B/A")
     lines = [(key, _plain(x), _plain(y), "") for key, (x, y) in settings.items()]
-    lines += [(key, _plain(x), _plain(y), _number(_ratio(x, y), 3)) for key, (x, y) in numbers.items()]
+    lines += [
+        (key, _plain(x), _plain(y), _number(_ratio(x, y), 3)) for key, (x, y) in numbers.items()
+    ]
     remarks = [sentence] if settings else ["settings: the same", sentence]
     if a.hardware != b.hardware:
-        remarks.append(f"Different hardware ({a.hardware}, {b.hardware}): times and memory do not compare.")
+        remarks.append(
+            f"Different hardware ({a.hardware}, {b.hardware}): times and memory do not compare."
+        )
     if a.software != b.software:
-        remarks.append(f"Different upstream ({a.software}, {b.software}): times and memory do not compare.")
+        remarks.append(
+            f"Different upstream ({a.software}, {b.software}): times and memory do not compare."
+        )
     if rates := other_launch_rate(b, a):
         remarks.append(rates)
     if format == "markdown":
         return "\n".join([markdown.table(head, lines, "lrrr"), "", *remarks])
     text_width = min(screen.width(piped=MOST_TEXT), MOST_TEXT)
-    return "\n".join([*screen.grid([head, *lines]), "", *(text for remark in remarks for text in _wrap(remark, text_width))])
+    return "\n".join(
+        [
+            *screen.grid([head, *lines]),
+            "",
+            *(text for remark in remarks for text in _wrap(remark, text_width)),
+        ]
+    )
 
 
 def print_table(outdir: Path, records_dir: Path, settings: Mapping[str, str]) -> int:
-    """``make table``: print the rows of CHAPTER, ID and HARDWARE, in FORMAT, AGAINST a group of references.
+    """``make table``: print the rows of CHAPTER, ID and HARDWARE, in FORMAT, AGAINST a group of
+    references.
 
-    Returns the exit status: 1 where there is no row at all. Raises UserError where the settings choose none.
+    Returns the exit status: 1 where there is no row at all. Raises UserError where the settings
+    choose none.
     """
     chapter = settings.get("CHAPTER")
     if chapter and not chapter.isdecimal():
@@ -293,7 +347,15 @@ def print_table(outdir: Path, records_dir: Path, settings: Mapping[str, str]) ->
     results = _collect(outdir, records_dir, settings.get("AGAINST"))
     rows = results.select(chapter and int(chapter), ids, settings.get("HARDWARE")).rows
     width, colour = screen.width(piped=1000), screen.colour()
-    print(render(rows, settings.get("FORMAT", "terminal"), width, colour=colour, titles=load_catalog().chapters))
+    print(
+        render(
+            rows,
+            settings.get("FORMAT", "terminal"),
+            width,
+            colour=colour,
+            titles=load_catalog().chapters,
+        )
+    )
     return 0 if rows else 1
 
 
@@ -363,35 +425,69 @@ def _notes(row: Row) -> list[str]:
 def _footer(rows: list[Row]) -> Iterable[str]:
     """What a reader must know about the columns: windows, formulas with their values, sources."""
     if any(row.step for row in rows):
-        yield "ms/step: median over the steps named in column steps; ±: half their interquartile range."
+        yield (
+            "ms/step: median over the steps named in column steps; ±: half their interquartile"
+            " range."
+        )
     if any((row.runs_on_node or 1) > 1 for row in rows):
-        yield "shared: runs on the node at the same time, this one included; they can slow each other down."
+        yield (
+            "shared: runs on the node at the same time, this one included; they can slow each other"
+            " down."
+        )
     if any(row.memory_gib.nvml for row in rows):
-        yield "GiB: used memory of the fullest GPU as nvidia-smi shows it, CUDA context and NCCL included."
+        yield (
+            "GiB: used memory of the fullest GPU as nvidia-smi shows it, CUDA context and NCCL"
+            " included."
+        )
     if any(row.counts_driver for row in rows):
-        yield ("Runs whose result.json has no memory_gib.driver count in GiB what the driver keeps for itself, too, "
-               f"{DRIVER_RESERVED_MIB / 1024:.1f} GiB of an H200; nvidia-smi leaves that out.")
+        yield (
+            "Runs whose result.json has no memory_gib.driver count in GiB what the driver keeps"
+            f" for itself, too, {DRIVER_RESERVED_MIB / 1024:.1f} GiB of an H200; nvidia-smi leaves"
+            " that out."
+        )
     if any(row.step and row.predicted_step_ms for row in rows):
-        yield "formula: ms/step predicted from sizes, by constants fitted without the row (make speed-101)."
-    for gpu, precision in dict.fromkeys((row.gpu, row.experiment.precision) for row in rows if row.mfu):
-        yield (f"MFU = TFLOP/s / {getattr(gpu, precision):g}, the dense {precision} peak of {gpu.name} "
-               f"({gpu.source}). TFLOP/s: per GPU, {MODEL_FLOPS}.")
+        yield (
+            "formula: ms/step predicted from sizes, by constants fitted without the row (make"
+            " speed-101)."
+        )
+    for gpu, precision in dict.fromkeys(
+        (row.gpu, row.experiment.precision) for row in rows if row.mfu
+    ):
+        yield (
+            f"MFU = TFLOP/s / {getattr(gpu, precision):g}, the dense {precision} peak of {gpu.name}"
+            f" ({gpu.source}). TFLOP/s: per GPU, {MODEL_FLOPS}."
+        )
     if any(row.tflops and not row.mfu for row in rows if row.device == "cuda"):
-        yield f"No MFU: harness/experiment/hardware.py has no peak of {rows[0].hardware} at the precision of these runs."
-    timed = sorted((row for row in rows if row.launch and row.step), key=lambda row: row.launch.operation_us)
+        yield (
+            f"No MFU: harness/experiment/hardware.py has no peak of {rows[0].hardware} at the"
+            " precision of these runs."
+        )
+    timed = sorted(
+        (row for row in rows if row.launch and row.step), key=lambda row: row.launch.operation_us
+    )
     if timed and (rates := other_launch_rate(timed[-1], timed[0])):
         yield rates
     if group := next((row.against for row in rows if row.reference), None):
         yield f"Here: {rows[0].hardware}, {rows[0].software}."
         yield f"publ.: {group.hardware}, {group.software}; {group.method}. Source: {group.source}."
-        yield "ratio: here / publ." + " A number with ? is in doubt and gets no ratio." * _doubt(rows)
-    replaced = dict.fromkeys(row.experiment.published_data for row in rows if row.reference and _is_mock(row))
+        yield "ratio: here / publ." + " A number with ? is in doubt and gets no ratio." * _doubt(
+            rows
+        )
+    replaced = dict.fromkeys(
+        row.experiment.published_data for row in rows if row.reference and _is_mock(row)
+    )
     if replaced:
-        yield (f"data mock: synthetic tokens in place of {', '.join(replaced)}: "
-               "time and memory compare, losses do not.")
+        yield (
+            f"data mock: synthetic tokens in place of {', '.join(replaced)}: "
+            "time and memory compare, losses do not."
+        )
     if (found := ended(rows)).experiments:
-        yield (f"Ended as published: {found.as_published} of the {found.experiments} with a published row"
-               + f", {found.out_of_memory} of them out of memory" * (found.out_of_memory > 0) + ".")
+        yield (
+            f"Ended as published: {found.as_published} of the {found.experiments} with a"
+            " published row"
+            + f", {found.out_of_memory} of them out of memory" * (found.out_of_memory > 0)
+            + "."
+        )
 
 
 def _is_mock(row: Row) -> bool:
@@ -404,7 +500,9 @@ def _doubt(rows: list[Row]) -> bool:
 
 def _terminal(table: _Table, width: int, colour: bool) -> str:
     columns = list(table.columns)
-    sizes = {id(c): max(len(c.title), *(len(table.cell(c, row)) for row in table.rows)) for c in columns}
+    sizes = {
+        id(c): max(len(c.title), *(len(table.cell(c, row)) for row in table.rows)) for c in columns
+    }
     shortest = min(sizes[id(_EXPERIMENT)], SHORTEST_NAME)
 
     def beside_name() -> int:
@@ -420,7 +518,10 @@ def _terminal(table: _Table, width: int, colour: bool) -> str:
         fitted = (_fit(cell, sizes[id(c)], c.left) for c, cell in zip(columns, cells, strict=True))
         return GAP.join(fitted).rstrip()
 
-    out = [screen.paint(head, screen.BOLD, colour) for head in (table.title, line(c.title for c in columns))]
+    out = [
+        screen.paint(head, screen.BOLD, colour)
+        for head in (table.title, line(c.title for c in columns))
+    ]
     for title, rows in table.chapters:
         out.append(title)
         for row in rows:
@@ -432,7 +533,9 @@ def _terminal(table: _Table, width: int, colour: bool) -> str:
         titles = ", ".join(dict.fromkeys(column.title for column in left_out))
         remarks.append(f"Left out at {width} columns: {titles}. FORMAT=markdown has all.")
     text_width = min(width, MOST_TEXT)
-    return "\n".join([*out, "", *(text for remark in remarks for text in _wrap(remark, text_width))])
+    return "\n".join(
+        [*out, "", *(text for remark in remarks for text in _wrap(remark, text_width))]
+    )
 
 
 def _markdown(table: _Table) -> str:
@@ -459,12 +562,16 @@ def _fit(text: str, size: int, left: bool) -> str:
 
 
 def _wrap(text: str, width: int) -> list[str]:
-    return textwrap.wrap(text, width, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False)
+    return textwrap.wrap(
+        text, width, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False
+    )
 
 
 def _settings(row: Row) -> dict[str, Any]:
     """Settings with what they ran on, flat."""
-    settings = row.experiment.model_dump(mode="json", exclude={"id", "slug", "chapter", "shows", "overrides"})
+    settings = row.experiment.model_dump(
+        mode="json", exclude={"id", "slug", "chapter", "shows", "overrides"}
+    )
     model, extra = settings.pop("model"), settings.pop("extra_args")
     upstream = row.result.upstream if row.result else None
     return {
@@ -479,14 +586,29 @@ def _settings(row: Row) -> dict[str, Any]:
 
 
 def _numbers(row: Row) -> dict[str, float | None]:
-    names = ("step_ms", "step_ms_half_iqr", "memory_gib", "reserved_gib", "allocated_gib", "tflops", "mfu",
-             "tokens_per_s", "steps_done", "loss_first", "loss_last",
-             "validation_loss", "perplexity", "launch_add_us", "launch_operation_us")
+    names = (
+        "step_ms",
+        "step_ms_half_iqr",
+        "memory_gib",
+        "reserved_gib",
+        "allocated_gib",
+        "tflops",
+        "mfu",
+        "tokens_per_s",
+        "steps_done",
+        "loss_first",
+        "loss_last",
+        "validation_loss",
+        "perplexity",
+        "launch_add_us",
+        "launch_operation_us",
+    )
     return {name: VALUES[name](row) for name in names}
 
 
 def _agreement(a: Mapping[int, float], b: Mapping[int, float]) -> tuple[float | None, str]:
-    """The largest relative difference of two loss curves over their common steps, and a sentence about it."""
+    """The largest relative difference of two loss curves over their common steps, and a sentence
+    about it."""
     common = sorted(a.keys() & b.keys())
     if not common:
         return None, "losses: no step in common"
@@ -496,10 +618,16 @@ def _agreement(a: Mapping[int, float], b: Mapping[int, float]) -> tuple[float | 
     first = next((step for step in common if differences[step] > SAME_LOSS), None)
     steps = f"steps {common[0]} to {common[-1]}"
     if first is None:
-        return differences[worst], f"losses: equal over {steps} (largest relative difference {largest})"
-    return differences[worst], (
-        f"losses: apart from step {first} on; over {steps} the largest relative difference is {largest}, "
-        f"at step {worst} (equal means {SAME_LOSS:.0e} or less)"
+        return (
+            differences[worst],
+            f"losses: equal over {steps} (largest relative difference {largest})",
+        )
+    return (
+        differences[worst],
+        (
+            f"losses: apart from step {first} on; over {steps} the largest relative difference is"
+            f" {largest}, at step {worst} (equal means {SAME_LOSS:.0e} or less)"
+        ),
     )
 
 

@@ -23,16 +23,29 @@ from harness.system import screen
 
 FORMATS = ("terminal", "markdown", "json")
 COLOURS = {"holds": screen.GREEN, "fails": screen.RED}
-PLURALS = {"holds": "hold", "fails": "fail", "undecided": "undecided", "not measured": "not measured"}
+PLURALS = {
+    "holds": "hold",
+    "fails": "fail",
+    "undecided": "undecided",
+    "not measured": "not measured",
+}
 INDENT = "  "
 
 
-def render(found: Sequence[Evaluated], sources: Sequence[Source], format: str = "terminal", width: int = 100, *,
-           colour: bool = False, titles: Mapping[int, str] | None = None) -> str:
+def render(
+    found: Sequence[Evaluated],
+    sources: Sequence[Source],
+    format: str = "terminal",
+    width: int = 100,
+    *,
+    colour: bool = False,
+    titles: Mapping[int, str] | None = None,
+) -> str:
     """The claims by chapter as text without a final newline.
 
     Args:
-        format: ``terminal``, ``markdown`` (a table for each chapter) or ``json`` (a list of objects).
+        format: ``terminal``, ``markdown`` (a table for each chapter) or ``json`` (a list of
+        objects).
         width: columns of the terminal.
         colour: paint verdicts with ANSI codes (``terminal`` only).
         titles: titles of the chapters by number.
@@ -46,16 +59,25 @@ def render(found: Sequence[Evaluated], sources: Sequence[Source], format: str = 
     chapters = {}
     for one in found:
         chapters.setdefault(one.claim.chapter, []).append(one)
-    named = {f"{number} {(titles or {}).get(number, '')}".strip(): chapters[number] for number in sorted(chapters)}
+    named = {
+        f"{number} {(titles or {}).get(number, '')}".strip(): chapters[number]
+        for number in sorted(chapters)
+    }
     names = _names(sources)
     if format == "markdown":
         parts = [_markdown(title, ones, sources, names) for title, ones in named.items()]
     else:
         width = min(width, MOST_TEXT)
-        parts = [_terminal(title, ones, sources, names, width, colour) for title, ones in named.items()]
+        parts = [
+            _terminal(title, ones, sources, names, width, colour) for title, ones in named.items()
+        ]
     summary = _summary(found, sources, names, "- " if format == "markdown" else "")
     if format == "terminal":
-        summary = [text for line in summary for text in textwrap.wrap(line, width, subsequent_indent=INDENT)]
+        summary = [
+            text
+            for line in summary
+            for text in textwrap.wrap(line, width, subsequent_indent=INDENT)
+        ]
     return "\n\n".join([*parts, "\n".join(summary)])
 
 
@@ -64,97 +86,149 @@ def print_claims(records: Path, settings: Mapping[str, str]) -> int:
 
     ``settings``: CHAPTER, HARDWARE, AGAINST (another group of references), FORMAT.
 
-    Returns 0 whenever the claims could be evaluated: one that fails is a finding, not an error. Raises UserError where
-    claims.yaml is wrong or the settings choose nothing.
+    Returns 0 whenever the claims could be evaluated: one that fails is a finding, not an error.
+    Raises UserError where claims.yaml is wrong or the settings choose nothing.
     """
     catalog, references = load_catalog(), load_references()
     group = references.group(settings["AGAINST"]) if "AGAINST" in settings else references.published
     kept = collect_records(records, references, group.name)
     for warning in kept.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    columns = sources(kept.select(hardware=settings.get("HARDWARE")).rows, catalog, references, group)
+    columns = sources(
+        kept.select(hardware=settings.get("HARDWARE")).rows, catalog, references, group
+    )
     wanted, chapter = load_claims(catalog), settings.get("CHAPTER")
     chapters = sorted({str(claim.chapter) for claim in wanted})
     if chapter is not None and chapter not in chapters:
         raise UserError(f"no claims of chapter {chapter}; {nearest(chapter, chapters)}")
     found = evaluate([claim for claim in wanted if chapter in (None, str(claim.chapter))], columns)
     width, colour = screen.width(piped=MOST_TEXT), screen.colour()
-    print(render(found, columns, settings.get("FORMAT", "terminal"), width, colour=colour, titles=catalog.chapters))
+    print(
+        render(
+            found,
+            columns,
+            settings.get("FORMAT", "terminal"),
+            width,
+            colour=colour,
+            titles=catalog.chapters,
+        )
+    )
     return 0
 
 
 def _names(sources: Sequence[Source]) -> list[str]:
-    """Short names of the columns: ``ours`` and ``published``, with the hardware where there are several of ours."""
+    """Short names of the columns: ``ours`` and ``published``, with the hardware where there are
+    several of ours."""
     ours = sum(source.key == "ours" for source in sources)
     return [source.title if source.key == "ours" and ours > 1 else source.key for source in sources]
 
 
-def _terminal(title: str, ones: Sequence[Evaluated], sources: Sequence[Source], names: Sequence[str], width: int,
-              colour: bool) -> str:
+def _terminal(
+    title: str,
+    ones: Sequence[Evaluated],
+    sources: Sequence[Source],
+    names: Sequence[str],
+    width: int,
+    colour: bool,
+) -> str:
     out = [screen.paint(title, screen.BOLD, colour)]
     column = max(map(len, names))
     for one in ones:
         claim = one.claim
         out += ["", *textwrap.wrap(f"{claim.name}: {claim.says}", width)]
-        out += textwrap.wrap(f"{claim.formula.text} must be {claim.bound.text}", width, initial_indent=INDENT,
-                             subsequent_indent=2 * INDENT, break_long_words=False)
+        out += textwrap.wrap(
+            f"{claim.formula.text} must be {claim.bound.text}",
+            width,
+            initial_indent=INDENT,
+            subsequent_indent=2 * INDENT,
+            break_long_words=False,
+        )
         for source, name, side in zip(sources, names, one.sides, strict=True):
             start, hang = f"{INDENT}{name:{column}}  ", " " * (len(INDENT) + column + 2)
             line = f"{start}{_verdict(side)}{INDENT}{_numbers(side)}".rstrip()
-            wrapped = textwrap.wrap(line, width, subsequent_indent=hang, break_long_words=False, break_on_hyphens=False)
+            wrapped = textwrap.wrap(
+                line, width, subsequent_indent=hang, break_long_words=False, break_on_hyphens=False
+            )
             painted = screen.paint(side.verdict, COLOURS.get(side.verdict, ""), colour)
             out += [wrapped[0].replace(f"  {side.verdict}", f"  {painted}", 1), *wrapped[1:]]
             if reason := _reason(one, source, side):
-                out += textwrap.wrap(f"because {reason}", width, initial_indent=hang, subsequent_indent=hang)
+                out += textwrap.wrap(
+                    f"because {reason}", width, initial_indent=hang, subsequent_indent=hang
+                )
     return "\n".join(out)
 
 
-def _markdown(title: str, ones: Sequence[Evaluated], sources: Sequence[Source], names: Sequence[str]) -> str:
-    """A table of those columns in which something is measured; the others have their line below it."""
+def _markdown(
+    title: str, ones: Sequence[Evaluated], sources: Sequence[Source], names: Sequence[str]
+) -> str:
+    """A table of those columns in which something is measured; the others have their line below
+    it."""
     shown = [i for i in range(len(names)) if any(one.sides[i].value is not None for one in ones)]
     lines, reasons = [], []
     for one in ones:
         cells = [_cell(one, one.sides[i]) for i in shown]
-        lines.append([f"`{one.claim.name}` {one.claim.says}", f"`{one.claim.formula.text}` {one.claim.bound.text}", *cells])
+        lines.append(
+            [
+                f"`{one.claim.name}` {one.claim.says}",
+                f"`{one.claim.formula.text}` {one.claim.bound.text}",
+                *cells,
+            ]
+        )
         for source, name, side in zip(sources, names, one.sides, strict=True):
             if reason := _reason(one, source, side):
                 reasons.append(f"- {one.claim.name} {side.verdict} ({name}): {reason}")
-    table = markdown.table(["claim", "must hold", *(names[i] for i in shown)], lines, "l" * (2 + len(shown)))
+    table = markdown.table(
+        ["claim", "must hold", *(names[i] for i in shown)], lines, "l" * (2 + len(shown))
+    )
     return "\n".join([f"**{title}**", "", table, *([""] if reasons else []), *reasons])
 
 
 def _cell(one: Evaluated, side: Side) -> str:
-    """The verdict, and what the formula does not say: what was measured in place of its experiments, and remarks."""
+    """The verdict, and what the formula does not say: what was measured in place of its
+    experiments, and remarks."""
     if side.value is None:
         doubts = [experiment for experiment in side.missing if "(" in experiment]
         return f"{side.verdict}: {', '.join(doubts)}" if doubts else side.verdict
-    others = dict.fromkeys(quantity.of for quantity in side.numbers if f"[{quantity.of}]" not in one.claim.formula.text)
+    others = dict.fromkeys(
+        quantity.of for quantity in side.numbers if f"[{quantity.of}]" not in one.claim.formula.text
+    )
     said = "; ".join([*([f"by {', '.join(others)}"] if others else []), *side.remarks])
     return f"**{_verdict(side)}**" + f" ({said})" * bool(said)
 
 
-def _summary(found: Sequence[Evaluated], sources: Sequence[Source], names: Sequence[str], bullet: str) -> list[str]:
+def _summary(
+    found: Sequence[Evaluated], sources: Sequence[Source], names: Sequence[str], bullet: str
+) -> list[str]:
     out = []
     for index, (source, name) in enumerate(zip(sources, names, strict=True)):
         said = counted(one.sides[index] for one in found)
         out.append(f"{bullet}{name}: {said}" + f" ({source.title})" * (source.title != name))
     if bullet:
-        out.append(f"{bullet}by: measured with these in place of the formula's; `make claims` prints every number")
-    out.append(f"{bullet}±: twice the standard uncertainty; undecided: what must hold begins within it. Published numbers "
-               "state none.")
+        out.append(
+            f"{bullet}by: measured with these in place of the formula's; `make claims` prints every"
+            " number"
+        )
+    out.append(
+        f"{bullet}±: twice the standard uncertainty; undecided: what must hold begins within it."
+        " Published numbers state none."
+    )
     return out
 
 
 def counted(sides: Iterable[Side]) -> str:
     """How many of them there are of each verdict, in words; those of no verdict are left out."""
     count = Counter(side.verdict for side in sides)
-    return ", ".join(f"{count[verdict]} {plural}" for verdict, plural in PLURALS.items() if count[verdict])
+    return ", ".join(
+        f"{count[verdict]} {plural}" for verdict, plural in PLURALS.items() if count[verdict]
+    )
 
 
 def _verdict(side: Side) -> str:
     if side.value is None:
         return side.verdict
-    return f"{side.verdict} " + (f"{side.value:.3f} ± {side.spread:.3f}" if side.spread else _short(side.value))
+    return f"{side.verdict} " + (
+        f"{side.value:.3f} ± {side.spread:.3f}" if side.spread else _short(side.value)
+    )
 
 
 def _numbers(side: Side) -> str:
@@ -164,7 +238,9 @@ def _numbers(side: Side) -> str:
     by_name: dict[str, list[str]] = {}
     for quantity, value in side.numbers.items():
         by_name.setdefault(quantity.name, []).append(f"{_short(value)} [{quantity.of}]")
-    return "; ".join([*(f"{name}: {', '.join(values)}" for name, values in by_name.items()), *side.remarks])
+    return "; ".join(
+        [*(f"{name}: {', '.join(values)}" for name, values in by_name.items()), *side.remarks]
+    )
 
 
 def _reason(one: Evaluated, source: Source, side: Side) -> str | None:
@@ -186,15 +262,29 @@ def values(found: Sequence[Evaluated], sources: Sequence[Source]) -> list[dict[s
 def _values(one: Evaluated, sources: Sequence[Source]) -> dict[str, Any]:
     claim = one.claim
     return {
-        "name": claim.name, "chapter": claim.chapter, "says": claim.says, "formula": claim.formula.text,
-        "must": claim.bound.text, "unit": spell(claim.bound.unit),
+        "name": claim.name,
+        "chapter": claim.chapter,
+        "says": claim.says,
+        "formula": claim.formula.text,
+        "must": claim.bound.text,
+        "unit": spell(claim.bound.unit),
         "sides": [
             {
-                "source": source.key, "title": source.title, "verdict": side.verdict, "value": side.value,
-                "spread": side.spread, "reason": _reason(one, source, side), "missing": list(side.missing),
+                "source": source.key,
+                "title": source.title,
+                "verdict": side.verdict,
+                "value": side.value,
+                "spread": side.spread,
+                "reason": _reason(one, source, side),
+                "missing": list(side.missing),
                 "remarks": list(side.remarks),
                 "numbers": [
-                    {"quantity": quantity.name, "of": quantity.of, "value": value, "unit": spell(unit_of(quantity.name))}
+                    {
+                        "quantity": quantity.name,
+                        "of": quantity.of,
+                        "value": value,
+                        "unit": spell(unit_of(quantity.name)),
+                    }
                     for quantity, value in side.numbers.items()
                 ],
             }

@@ -1,4 +1,5 @@
-"""The catalogue: models and experiments as validated, frozen values, read from experiments/*.yaml."""
+"""The catalogue: models and experiments as validated, frozen values, read from
+experiments/*.yaml."""
 
 from __future__ import annotations
 
@@ -26,13 +27,31 @@ Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Id = Annotated[str, Field(pattern=r"^[1-9]\d\dh?$")]
 
 SHARDING = {
-    "no_shard": ("replicated", "every data-parallel rank holds all parameters, gradients and optimizer state"),
-    "optim": ("ZeRO-2", "published as ZeRO-2; upstream's distributed optimizer shards the optimizer state (ZeRO-1 in "
-                        "memory): gradients are reduce-scattered but held whole, parameters are replicated"),
+    "no_shard": (
+        "replicated",
+        "every data-parallel rank holds all parameters, gradients and optimizer state",
+    ),
+    "optim": (
+        "ZeRO-2",
+        (
+            "published as ZeRO-2; upstream's distributed optimizer shards the optimizer state"
+            " (ZeRO-1 in memory): gradients are reduce-scattered but held whole, parameters are"
+            " replicated"
+        ),
+    ),
     "fsdp_optim": ("FSDP optim", "Megatron-FSDP optim: optimizer state is sharded (ZeRO-1)"),
-    "fsdp_optim_grads": ("FSDP grads", "Megatron-FSDP optim_grads: optimizer state and gradients are sharded (ZeRO-2)"),
-    "fsdp_optim_grads_params": ("FSDP", "Megatron-FSDP optim_grads_params: parameters are sharded too (ZeRO-3)"),
-    "torch_fsdp2": ("FSDP2", "PyTorch's fully_shard: parameters, gradients and optimizer state are sharded (ZeRO-3)"),
+    "fsdp_optim_grads": (
+        "FSDP grads",
+        "Megatron-FSDP optim_grads: optimizer state and gradients are sharded (ZeRO-2)",
+    ),
+    "fsdp_optim_grads_params": (
+        "FSDP",
+        "Megatron-FSDP optim_grads_params: parameters are sharded too (ZeRO-3)",
+    ),
+    "torch_fsdp2": (
+        "FSDP2",
+        "PyTorch's fully_shard: parameters, gradients and optimizer state are sharded (ZeRO-3)",
+    ),
 }
 """Sharding level -> (label in tables, what upstream really shards over the data-parallel ranks)."""
 
@@ -42,7 +61,8 @@ class _Frozen(BaseModel):
 
 
 class Yarn(_Frozen):
-    """How YaRN stretches rotary positions (Peng et al. 2023, arXiv:2309.00071), in upstream's terms."""
+    """How YaRN stretches rotary positions (Peng et al. 2023, arXiv:2309.00071), in upstream's
+    terms."""
 
     rotary_scaling_factor: Annotated[float, Field(gt=0)]
     original_max_position_embeddings: Count
@@ -73,12 +93,14 @@ class Model(_Frozen):
     """How much longer Llama 3.1's scaling makes the low frequencies of rotary positions."""
     yarn: Yarn | None = None
     qk_norm: Literal["none", "head", "projection"] = "none"
-    """``head``: Q and K are normalised head by head; ``projection``: over all heads together (harness/specs/)."""
+    """``head``: Q and K are normalised head by head; ``projection``: over all heads together
+    (harness/specs/)."""
     attention_output_gate: bool = False
     attention_sinks: bool = False
     """A learned term per head in the softmax's denominator."""
     window_size: Count | None = None
-    """Tokens that every other layer sees, the first layer being one of them: the token itself and those before it."""
+    """Tokens that every other layer sees, the first layer being one of them: the token itself and
+    those before it."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     init_method_std: Annotated[float, Field(gt=0)] = 0.006
     num_experts: Count | None = None
@@ -87,7 +109,8 @@ class Model(_Frozen):
     moe_router_pre_softmax: bool = False
     """Softmax over all experts before the choice, so that the chosen weights do not sum to 1."""
     moe_aux_loss_coeff: Annotated[float, Field(ge=0)] | None = None
-    """Weight of the load-balancing loss; None: tokens are dealt out to the experts at random, for timing."""
+    """Weight of the load-balancing loss; None: tokens are dealt out to the experts at random, for
+    timing."""
     moe_z_loss_coeff: Annotated[float, Field(ge=0)] | None = None
 
     @property
@@ -97,7 +120,8 @@ class Model(_Frozen):
 
     @property
     def head_size(self) -> int:
-        """Width of one attention head: ``kv_channels``, by default hidden_size / num_attention_heads as upstream."""
+        """Width of one attention head: ``kv_channels``, by default hidden_size /
+        num_attention_heads as upstream."""
         return self.kv_channels or self.hidden_size // self.num_attention_heads
 
     @property
@@ -117,7 +141,8 @@ class Model(_Frozen):
 
     @property
     def qkv_size(self) -> int:
-        """Outputs of the attention's first matrix: queries, keys and values, and a gate as wide as the queries."""
+        """Outputs of the attention's first matrix: queries, keys and values, and a gate as wide as
+        the queries."""
         return self.query_size * (2 if self.attention_output_gate else 1) + 2 * self.key_size
 
     @property
@@ -127,7 +152,8 @@ class Model(_Frozen):
 
     @property
     def fc1_matrices(self) -> int:
-        """Matrices as wide as an MLP, or an expert, side by side in linear_fc1: of a gated one the gate's and its own."""
+        """Matrices as wide as an MLP, or an expert, side by side in linear_fc1: of a gated one the
+        gate's and its own."""
         return 2 if self.gated else 1
 
     @property
@@ -142,12 +168,15 @@ COLUMN_PARALLEL: tuple[LinearLayer, ...] = ("linear_qkv", "linear_fc1")
 
 
 class Lora(_Frozen):
-    """Adapters of low rank beside frozen layers (harness/finetune/lora.py). ``targets``: upstream's names of them."""
+    """Adapters of low rank beside frozen layers (harness/finetune/lora.py). ``targets``: upstream's
+    names of them."""
 
     rank: Count
     alpha: Annotated[float, Field(gt=0)]
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    targets: Annotated[tuple[LinearLayer, ...], Field(strict=False, min_length=1)] = get_args(LinearLayer)
+    targets: Annotated[tuple[LinearLayer, ...], Field(strict=False, min_length=1)] = get_args(
+        LinearLayer
+    )
 
     @property
     def scale(self) -> float:
@@ -156,7 +185,8 @@ class Lora(_Frozen):
 
 
 class Target(_Frozen):
-    """The validation loss at which a long run is done; its miniature, another model on other data, has its own."""
+    """The validation loss at which a long run is done; its miniature, another model on other data,
+    has its own."""
 
     validation_loss: Annotated[float, Field(gt=0)]
     miniature_loss: Annotated[float, Field(gt=0)]
@@ -164,7 +194,8 @@ class Target(_Frozen):
 
 
 class Experiment(_Frozen):
-    """One row of the catalogue with every setting filled in. Sizes are counts of ranks; batches are counts of sequences."""
+    """One row of the catalogue with every setting filled in. Sizes are counts of ranks; batches are
+    counts of sequences."""
 
     id: Id
     slug: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -185,7 +216,12 @@ class Experiment(_Frozen):
     global_batch_size: Count = Field(alias="gbs")
     seq_length: Count = Field(alias="seq")
     sharding: Literal[
-        "no_shard", "optim", "fsdp_optim", "fsdp_optim_grads", "fsdp_optim_grads_params", "torch_fsdp2"
+        "no_shard",
+        "optim",
+        "fsdp_optim",
+        "fsdp_optim_grads",
+        "fsdp_optim_grads_params",
+        "torch_fsdp2",
     ] = "no_shard"
     recompute: Literal["none", "full", "selective"] = "none"
     recompute_modules: Annotated[tuple[str, ...], Field(strict=False)] = ()
@@ -197,15 +233,19 @@ class Experiment(_Frozen):
     gradients: Literal["fp32", "bf16"] = "fp32"
     """Precision in which gradients are summed up over micro-batches and ranks."""
     lr: Annotated[float, Field(gt=0)] | None = None
-    """Highest learning rate, decayed to a tenth over ``steps``; None: the published launchers' schedule."""
+    """Highest learning rate, decayed to a tenth over ``steps``; None: the published launchers'
+    schedule."""
     weights: str | None = None
-    """What it starts from, whose model it trains: a name in weights/, or a run; None: random weights."""
+    """What it starts from, whose model it trains: a name in weights/, or a run; None: random
+    weights."""
     positions: Count | None = None
-    """The longest sequence that learned positions are there for; None: as long as those it trains on."""
+    """The longest sequence that learned positions are there for; None: as long as those it trains
+    on."""
     lora: Lora | None = None
     cross_entropy_fusion: bool = False
     cuda_graphs: bool = False
-    """A layer's kernels, or of a layer with experts its attention's and router's, are launched together."""
+    """A layer's kernels, or of a layer with experts its attention's and router's, are launched
+    together."""
     attention_backend: Literal["auto", "flash", "fused", "unfused"] = "auto"
     steps: Count = 100
     eval_interval: Count = 50
@@ -234,7 +274,8 @@ class Experiment(_Frozen):
 
     @property
     def half_of(self) -> str | None:
-        """The eight-GPU experiment that this one is the half-size companion of: ``408`` for ``408h``."""
+        """The eight-GPU experiment that this one is the half-size companion of: ``408`` for
+        ``408h``."""
         return self.id.removesuffix("h") if self.id.endswith("h") else None
 
     @property
@@ -262,7 +303,8 @@ class Experiment(_Frozen):
 
     @property
     def lr_decay_steps(self) -> int:
-        """Steps until the lowest learning rate: the whole run, or with the published rate the published number."""
+        """Steps until the lowest learning rate: the whole run, or with the published rate the
+        published number."""
         return 430000 if self.lr is None else self.steps
 
     @property
@@ -272,12 +314,14 @@ class Experiment(_Frozen):
 
     @property
     def disturbed_steps(self) -> range:
-        """The steps whose times a trace of the steps ``profile`` distorts: its warm-up, they themselves, its writing."""
+        """The steps whose times a trace of the steps ``profile`` distorts: its warm-up, they
+        themselves, its writing."""
         return range(self.profile[0] - 1, self.profile[1] + 2) if self.profile else range(0)
 
     @property
     def selectively_recomputed(self) -> tuple[str, ...]:
-        """What selective recomputation takes, as upstream: attention's scores where no module is named."""
+        """What selective recomputation takes, as upstream: attention's scores where no module is
+        named."""
         return (self.recompute_modules or ("core_attn",)) if self.recompute == "selective" else ()
 
     @property
@@ -296,8 +340,12 @@ class Experiment(_Frozen):
     @property
     def layout(self) -> str:
         """The parallel layout in a few words: ``tp2+sp pp4 vpp3 m4``."""
-        parts = [f"{axis}{getattr(self, axis)}" + ("+sp" if axis == "tp" and self.sequence_parallel else "")
-                 for axis in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp") if getattr(self, axis) > 1]
+        parts = [
+            f"{axis}{getattr(self, axis)}"
+            + ("+sp" if axis == "tp" and self.sequence_parallel else "")
+            for axis in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp")
+            if getattr(self, axis) > 1
+        ]
         if self.cp > 1 and self.cp_comm_type != "p2p":
             parts.append(self.cp_comm_type)
         if self.num_microbatches > 1 or self.pp > 1:
@@ -318,18 +366,27 @@ class Experiment(_Frozen):
 
     @property
     def label(self) -> str:
-        """Base name of the run directory: the name, then what was overridden, then ``cpu`` for a miniature.
+        """Base name of the run directory: the name, then what was overridden, then ``cpu`` for a
+        miniature.
 
-        A value that a file name cannot hold as it is stands there with a digest of it, so that two of them differ; of ARGS
-        there is the digest alone. It names a run and does not identify it: see harness/experiment/identity.py.
+        A value that a file name cannot hold as it is stands there with a digest of it, so that two
+        of them differ; of ARGS there is the digest alone. It names a run and does not identify it:
+        see harness/experiment/identity.py.
         """
-        changed = [f"args-{_digest(value)}" if key == "ARGS" else f"{key.lower()}{_safe(value)}"
-                   for key, value in self.overrides.items()]
+        changed = [
+            f"args-{_digest(value)}" if key == "ARGS" else f"{key.lower()}{_safe(value)}"
+            for key, value in self.overrides.items()
+        ]
         whole = "_".join([self.name, *changed, *(["cpu"] if self.miniature else [])])
-        return whole if len(whole) <= LONGEST_LABEL else f"{whole[:LONGEST_LABEL - 7]}-{_digest(whole)}"
+        return (
+            whole
+            if len(whole) <= LONGEST_LABEL
+            else f"{whole[: LONGEST_LABEL - 7]}-{_digest(whole)}"
+        )
 
     def with_changes(self, **changes: Any) -> Experiment:
-        """A copy with ``changes`` (field names), validated again. Raises UserError where they do not fit together."""
+        """A copy with ``changes`` (field names), validated again. Raises UserError where they do
+        not fit together."""
         fields = {name: getattr(self, name) for name in Experiment.model_fields}
         return _experiment({**fields, **changes}, self.id)
 
@@ -354,7 +411,8 @@ class Catalog(_Frozen):
         return {e.id: e for e in self.experiments} | {e.name: e for e in self.experiments}
 
     def find(self, wanted: str) -> Experiment:
-        """The experiment with this id (``101``) or full name. Raises UserError naming the nearest ids."""
+        """The experiment with this id (``101``) or full name. Raises UserError naming the nearest
+        ids."""
         found = self._by_name.get(wanted) or self._by_name.get(wanted.split("-")[0])
         if found and wanted in (found.id, found.name):
             return found
@@ -363,7 +421,9 @@ class Catalog(_Frozen):
         ids = [e.id for e in self.experiments if not e.half_of]
         if re.fullmatch(r"\d+", wanted):
             close = sorted(sorted(ids, key=lambda i: abs(int(i) - int(wanted)))[:5])
-            raise UserError(f"no experiment {wanted}; nearest ids: {', '.join(close)} (make list shows all)")
+            raise UserError(
+                f"no experiment {wanted}; nearest ids: {', '.join(close)} (make list shows all)"
+            )
         raise UserError(f"no experiment {wanted}; {nearest(wanted, ids)} (make list shows all)")
 
     def in_chapter(self, number: int) -> tuple[Experiment, ...]:
@@ -378,7 +438,8 @@ def load_catalog(folder: Path = EXPERIMENTS) -> Catalog:
     """Read models.yaml and every NNN-*.yaml in ``folder``, once a process.
 
     Raises:
-        UserError: a key or name is unknown, a value has the wrong type, sizes do not divide, or an id occurs twice.
+        UserError: a key or name is unknown, a value has the wrong type, sizes do not divide, or an
+        id occurs twice.
     """
     models = _models(folder / "models.yaml")
     chapters: dict[int, str] = {}
@@ -396,9 +457,15 @@ def load_catalog(folder: Path = EXPERIMENTS) -> Catalog:
             with yaml_files.entry(path, rows, key):
                 e = _row(chapter, str(key), models, path.name)
                 if e.id in experiments:
-                    raise UserError(f"{path.name}: experiment {e.id} is already in chapter {experiments[e.id].chapter}")
+                    raise UserError(
+                        f"{path.name}: experiment {e.id} is already in chapter"
+                        f" {experiments[e.id].chapter}"
+                    )
                 experiments[e.id] = e
-    return Catalog(chapters=dict(sorted(chapters.items())), experiments=tuple(experiments[i] for i in sorted(experiments)))
+    return Catalog(
+        chapters=dict(sorted(chapters.items())),
+        experiments=tuple(experiments[i] for i in sorted(experiments)),
+    )
 
 
 def _models(path: Path) -> dict[str, Model]:
@@ -406,21 +473,26 @@ def _models(path: Path) -> dict[str, Model]:
     for name in rows:
         with yaml_files.entry(path, rows, name):
             where = f"model {yaml_files.word(name, f'{path.name}: model', 'gpt2-xl')}"
-            models[name] = yaml_files.build(Model, {"name": name, **yaml_files.mapping(rows[name], where)}, where)
+            models[name] = yaml_files.build(
+                Model, {"name": name, **yaml_files.mapping(rows[name], where)}, where
+            )
     return models
 
 
 def _row(chapter: Chapter, id_: str, models: Mapping[str, Model], file: str) -> Experiment:
     """One row of a chapter's file. Raises UserError where it makes no sense."""
     fields = {**chapter.defaults, **chapter.experiments[id_], "id": id_, "chapter": chapter.chapter}
-    name = yaml_files.word(fields.get("model", ""), f"{file}: {id_}: model", next(iter(models), "gpt2-xl"))
+    name = yaml_files.word(
+        fields.get("model", ""), f"{file}: {id_}: model", next(iter(models), "gpt2-xl")
+    )
     if name not in models:
         raise UserError(f"{file}: {id_}: unknown model {name!r}; {nearest(name, models)}")
     return _experiment({**fields, "model": models[name]}, id_)
 
 
 def _experiment(fields: Mapping[str, Any], where: str) -> Experiment:
-    """Construct an experiment and check its constraints; every complaint becomes one line of a UserError."""
+    """Construct an experiment and check its constraints; every complaint becomes one line of a
+    UserError."""
     experiment = yaml_files.build(Experiment, fields, where)
     if broken := violations(experiment):
         raise UserError("\n".join(f"{where}: {sentence}" for sentence in broken))
@@ -429,7 +501,11 @@ def _experiment(fields: Mapping[str, Any], where: str) -> Experiment:
 
 def _safe(value: str) -> str:
     readable = re.sub(r"[^A-Za-z0-9.,+]+", "-", value).strip("-")
-    return readable if readable == value else f"{readable[:LONGEST_VALUE]}-{_digest(value)}".lstrip("-")
+    return (
+        readable
+        if readable == value
+        else f"{readable[:LONGEST_VALUE]}-{_digest(value)}".lstrip("-")
+    )
 
 
 def _digest(text: str) -> str:

@@ -1,8 +1,10 @@
-"""Upstream's arguments in ``ARGS=``: which of them a setting or a field of the model says, too, and what is left.
+"""Upstream's arguments in ``ARGS=``: which of them a setting or a field of the model says, too, and
+what is left.
 
-``ARGS="--num-layers 96"`` changes the model, ``ARGS="--tensor-model-parallel-size 2"`` is ``TP=2``: checks, labels, the
-miniature and every prediction see the experiment that runs. What is left goes to upstream as it is; of that, formulas know
-what does not change a step (``NEUTRAL``) and refuse the rest. Spelling: megatron/training/arguments.py of core_v0.19.0.
+``ARGS="--num-layers 96"`` changes the model, ``ARGS="--tensor-model-parallel-size 2"`` is ``TP=2``:
+checks, labels, the miniature and every prediction see the experiment that runs. What is left goes
+to upstream as it is; of that, formulas know what does not change a step (``NEUTRAL``) and refuse
+the rest. Spelling: megatron/training/arguments.py of core_v0.19.0.
 """
 
 from __future__ import annotations
@@ -16,74 +18,157 @@ from typing import Any
 from harness.errors import UserError
 
 _SETTINGS = {
-    "--train-iters": "STEPS", "--tensor-model-parallel-size": "TP", "--pipeline-model-parallel-size": "PP",
-    "--num-virtual-stages-per-pipeline-rank": "VPP", "--context-parallel-size": "CP", "--cp-comm-type": "CP_COMM_TYPE",
-    "--expert-model-parallel-size": "EP", "--expert-tensor-parallel-size": "ETP", "--micro-batch-size": "MBS",
-    "--global-batch-size": "GBS", "--seq-length": "SEQ", "--eval-interval": "EVAL_EVERY", "--eval-iters": "EVAL_STEPS",
+    "--train-iters": "STEPS",
+    "--tensor-model-parallel-size": "TP",
+    "--pipeline-model-parallel-size": "PP",
+    "--num-virtual-stages-per-pipeline-rank": "VPP",
+    "--context-parallel-size": "CP",
+    "--cp-comm-type": "CP_COMM_TYPE",
+    "--expert-model-parallel-size": "EP",
+    "--expert-tensor-parallel-size": "ETP",
+    "--micro-batch-size": "MBS",
+    "--global-batch-size": "GBS",
+    "--seq-length": "SEQ",
+    "--eval-interval": "EVAL_EVERY",
+    "--eval-iters": "EVAL_STEPS",
     "--split": "SPLIT",
 }
 """Arguments of one value that a setting takes, too."""
 _SWITCHES = {
-    "--sequence-parallel": ("SP", "1"), "--recompute-activations": ("RECOMPUTE", "selective"),
+    "--sequence-parallel": ("SP", "1"),
+    "--recompute-activations": ("RECOMPUTE", "selective"),
     "--cross-entropy-loss-fusion": ("CROSS_ENTROPY_FUSION", "1"),
 }
 _CHOICES = {"--optimizer": ("OPTIMIZER", ("adam", "muon"))}
 _MODEL_NUMBERS = {
-    "--num-layers": "num_layers", "--hidden-size": "hidden_size", "--num-attention-heads": "num_attention_heads",
-    "--ffn-hidden-size": "ffn_hidden_size", "--kv-channels": "kv_channels", "--rotary-base": "rotary_base",
-    "--vocab-size": "vocab_size", "--moe-router-topk": "moe_router_topk", "--moe-ffn-hidden-size": "moe_ffn_hidden_size",
+    "--num-layers": "num_layers",
+    "--hidden-size": "hidden_size",
+    "--num-attention-heads": "num_attention_heads",
+    "--ffn-hidden-size": "ffn_hidden_size",
+    "--kv-channels": "kv_channels",
+    "--rotary-base": "rotary_base",
+    "--vocab-size": "vocab_size",
+    "--moe-router-topk": "moe_router_topk",
+    "--moe-ffn-hidden-size": "moe_ffn_hidden_size",
     "--num-experts": "num_experts",
 }
 _MODEL_FRACTIONS = {"--norm-epsilon": "norm_epsilon"}
 _MODEL_SWITCHES: dict[str, tuple[str, Any]] = {
-    "--disable-bias-linear": ("add_bias_linear", False), "--swiglu": ("activation", "swiglu"),
-    "--untie-embeddings-and-output-weights": ("untie_embeddings", True), "--qk-layernorm": ("qk_norm", "head"),
-    "--attention-output-gate": ("attention_output_gate", True), "--moe-router-pre-softmax": ("moe_router_pre_softmax", True),
+    "--disable-bias-linear": ("add_bias_linear", False),
+    "--swiglu": ("activation", "swiglu"),
+    "--untie-embeddings-and-output-weights": ("untie_embeddings", True),
+    "--qk-layernorm": ("qk_norm", "head"),
+    "--attention-output-gate": ("attention_output_gate", True),
+    "--moe-router-pre-softmax": ("moe_router_pre_softmax", True),
 }
 _MODEL_CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
     "--normalization": ("normalization", {"LayerNorm": "LayerNorm", "RMSNorm": "RMSNorm"}),
-    "--position-embedding-type": ("position_embedding", {"learned_absolute": "learned_absolute", "rope": "rope"}),
+    "--position-embedding-type": (
+        "position_embedding",
+        {"learned_absolute": "learned_absolute", "rope": "rope"},
+    ),
     "--softmax-type": ("attention_sinks", {"vanilla": False, "learnable": True}),
 }
-_OF_EXPERTS = ("--num-experts", "--moe-router-topk", "--moe-ffn-hidden-size", "--moe-router-pre-softmax")
+_OF_EXPERTS = (
+    "--num-experts",
+    "--moe-router-topk",
+    "--moe-ffn-hidden-size",
+    "--moe-router-pre-softmax",
+)
 """Of a row that has experts; to make a dense one a mixture takes more than these."""
 
-NEUTRAL = frozenset({
-    "--lr", "--min-lr", "--lr-decay-style", "--lr-decay-iters", "--lr-warmup-fraction", "--lr-warmup-iters",
-    "--lr-warmup-init", "--lr-wsd-decay-style", "--lr-wsd-decay-iters", "--weight-decay", "--start-weight-decay",
-    "--end-weight-decay",
-    "--weight-decay-incr-style", "--adam-beta1", "--adam-beta2", "--adam-eps", "--clip-grad", "--muon-momentum",
-    "--muon-extra-scale-factor", "--seed", "--init-method-std", "--override-opt_param-scheduler",
-    "--override-opt-param-scheduler", "--use-checkpoint-opt_param-scheduler", "--use-checkpoint-opt-param-scheduler",
-    "--finetune", "--no-load-optim", "--no-load-rng", "--verify-integrity", "--ckpt-format", "--exit-interval",
-    "--exit-duration-in-mins", "--log-timers-to-tensorboard",
-})
+NEUTRAL = frozenset(
+    {
+        "--lr",
+        "--min-lr",
+        "--lr-decay-style",
+        "--lr-decay-iters",
+        "--lr-warmup-fraction",
+        "--lr-warmup-iters",
+        "--lr-warmup-init",
+        "--lr-wsd-decay-style",
+        "--lr-wsd-decay-iters",
+        "--weight-decay",
+        "--start-weight-decay",
+        "--end-weight-decay",
+        "--weight-decay-incr-style",
+        "--adam-beta1",
+        "--adam-beta2",
+        "--adam-eps",
+        "--clip-grad",
+        "--muon-momentum",
+        "--muon-extra-scale-factor",
+        "--seed",
+        "--init-method-std",
+        "--override-opt_param-scheduler",
+        "--override-opt-param-scheduler",
+        "--use-checkpoint-opt_param-scheduler",
+        "--use-checkpoint-opt-param-scheduler",
+        "--finetune",
+        "--no-load-optim",
+        "--no-load-rng",
+        "--verify-integrity",
+        "--ckpt-format",
+        "--exit-interval",
+        "--exit-duration-in-mins",
+        "--log-timers-to-tensorboard",
+    }
+)
 """What changes neither the memory nor the time of a step."""
 
 _OWNED = {
-    **dict.fromkeys(("--save",), "SAVE=1, or SAVE=folder"), **dict.fromkeys(("--load",), "LOAD=label, or a folder"),
+    **dict.fromkeys(("--save",), "SAVE=1, or SAVE=folder"),
+    **dict.fromkeys(("--load",), "LOAD=label, or a folder"),
     **dict.fromkeys(("--save-interval", "--persistent-save-interval"), "SAVE_EVERY=50"),
-    **dict.fromkeys(("--data-path", "--train-data-path", "--valid-data-path", "--test-data-path", "--data-args-path",
-                     "--data-cache-path", "--per-split-data-args-path"), "make data-prepare, then DATA=name"),
-    "--mock-data": "DATA=mock", "--sft": "DATA= of conversations (make data-chat)",
+    **dict.fromkeys(
+        (
+            "--data-path",
+            "--train-data-path",
+            "--valid-data-path",
+            "--test-data-path",
+            "--data-args-path",
+            "--data-cache-path",
+            "--per-split-data-args-path",
+        ),
+        "make data-prepare, then DATA=name",
+    ),
+    "--mock-data": "DATA=mock",
+    "--sft": "DATA= of conversations (make data-chat)",
     "--ckpt-step": "LOAD=folder, which takes the newest",
-    "--pretrained-checkpoint": "WEIGHTS=name", "--use-checkpoint-args": "WEIGHTS=name, which brings its model",
-    **dict.fromkeys(("--async-save", "--use-persistent-ckpt-worker", "--async-strategy"),
-                    "SAVE=1, which saves while training goes on where upstream can"),
-    "--train-samples": "STEPS=", "--tensorboard-dir": "the run directory, which has it",
-    "--wandb-project": "WANDB_PROJECT=", "--wandb-exp-name": "WANDB_NAME=", "--wandb-entity": "WANDB_ENTITY=",
-    "--wandb-save-dir": "WANDB=, into the run directory", "--distributed-backend": "DEVICE=",
+    "--pretrained-checkpoint": "WEIGHTS=name",
+    "--use-checkpoint-args": "WEIGHTS=name, which brings its model",
+    **dict.fromkeys(
+        ("--async-save", "--use-persistent-ckpt-worker", "--async-strategy"),
+        "SAVE=1, which saves while training goes on where upstream can",
+    ),
+    "--train-samples": "STEPS=",
+    "--tensorboard-dir": "the run directory, which has it",
+    "--wandb-project": "WANDB_PROJECT=",
+    "--wandb-exp-name": "WANDB_NAME=",
+    "--wandb-entity": "WANDB_ENTITY=",
+    "--wandb-save-dir": "WANDB=, into the run directory",
+    "--distributed-backend": "DEVICE=",
     "--yaml-cfg": "a row in experiments/",
-    "--lora-rank": "LORA_RANK=", "--lora-alpha": "LORA_ALPHA=", "--lora-dropout": "LORA_DROPOUT=",
+    "--lora-rank": "LORA_RANK=",
+    "--lora-alpha": "LORA_ALPHA=",
+    "--lora-dropout": "LORA_DROPOUT=",
     "--lora-targets": "LORA_TARGETS=",
 }
-"""What the harness says itself and reads back later; a second voice would make it read the wrong thing."""
+"""What the harness says itself and reads back later; a second voice would make it read the wrong
+thing."""
 _HINTS = {
-    "--use-distributed-optimizer": "SHARDING=optim", "--use-megatron-fsdp": "SHARDING=fsdp_optim_grads_params",
-    "--data-parallel-sharding-strategy": "SHARDING=", "--use-torch-fsdp2": "SHARDING=torch_fsdp2",
-    "--fp8-format": "FP8=", "--fp8-recipe": "FP8=", "--cuda-graph-impl": "CUDA_GRAPHS=1",
-    "--exp-avg-dtype": "OPTIMIZER_STATE=bf16", "--use-precision-aware-optimizer": "OPTIMIZER_STATE=bf16",
-    "--attention-dropout": "DROPOUT=", "--hidden-dropout": "DROPOUT=", "--recompute-granularity": "RECOMPUTE=",
+    "--use-distributed-optimizer": "SHARDING=optim",
+    "--use-megatron-fsdp": "SHARDING=fsdp_optim_grads_params",
+    "--data-parallel-sharding-strategy": "SHARDING=",
+    "--use-torch-fsdp2": "SHARDING=torch_fsdp2",
+    "--fp8-format": "FP8=",
+    "--fp8-recipe": "FP8=",
+    "--cuda-graph-impl": "CUDA_GRAPHS=1",
+    "--exp-avg-dtype": "OPTIMIZER_STATE=bf16",
+    "--use-precision-aware-optimizer": "OPTIMIZER_STATE=bf16",
+    "--attention-dropout": "DROPOUT=",
+    "--hidden-dropout": "DROPOUT=",
+    "--recompute-granularity": "RECOMPUTE=",
 }
 """Settings that say what an argument is about, but not in the same words."""
 
@@ -105,7 +190,8 @@ class Argument:
 
 @dataclass(frozen=True)
 class Understood:
-    """What ``ARGS=`` says: in settings, in fields of the model and of the experiment, and in words for upstream alone."""
+    """What ``ARGS=`` says: in settings, in fields of the model and of the experiment, and in words
+    for upstream alone."""
 
     settings: Mapping[str, str] = field(default_factory=dict)
     model: Mapping[str, Any] = field(default_factory=dict)
@@ -141,7 +227,8 @@ def understand(text: str, *, experts: bool = True) -> Understood:
     """What ``ARGS=text`` says for a row with or without ``experts``.
 
     Raises:
-        UserError: an argument is given twice, is no number where it must be one, or is for a setting to say.
+        UserError: an argument is given twice, is no number where it must be one, or is for a
+        setting to say.
     """
     given = arguments(split(text))
     by_option = {argument.option: argument for argument in given}
@@ -150,7 +237,9 @@ def understand(text: str, *, experts: bool = True) -> Understood:
         raise UserError(f"ARGS={text}: {twice} is given twice; leave one out")
     for argument in given:
         if argument.option in _OWNED:
-            raise UserError(f"ARGS: {argument.option} is the harness's to say; use {_OWNED[argument.option]}")
+            raise UserError(
+                f"ARGS: {argument.option} is the harness's to say; use {_OWNED[argument.option]}"
+            )
     settings: dict[str, str] = {}
     fields: dict[str, Any] = {}
     taken = _recompute(by_option, settings) | _dropout(by_option, settings) | _fusion(by_option)
@@ -169,24 +258,33 @@ def understand(text: str, *, experts: bool = True) -> Understood:
         elif more := _field(argument):
             fields |= more
             of_model.add(option)
-    rest = tuple(word for a in given if a.option not in taken | of_model for word in a.words if word)
+    rest = tuple(
+        word for a in given if a.option not in taken | of_model for word in a.words if word
+    )
     kept = tuple(word for a in given if a.option not in taken for word in a.words if word)
     return Understood(settings, model, fields, rest, kept)
 
 
 def unpredictable(extra_args: Iterable[str]) -> list[str]:
-    """Of the words that go to upstream as they are: arguments whose memory and time no formula knows."""
+    """Of the words that go to upstream as they are: arguments whose memory and time no formula
+    knows."""
     return [argument.option for argument in arguments(extra_args) if argument.option not in NEUTRAL]
 
 
 def refusal(id_: str, extra_args: Iterable[str]) -> str | None:
-    """Why nothing can be predicted with these arguments, and what can be done; None where it can."""
+    """Why nothing can be predicted with these arguments, and what can be done; None where it
+    can."""
     if not (unknown := unpredictable(extra_args)):
         return None
     hints = [f"{hint} says what {name} is about" for name in unknown if (hint := _HINTS.get(name))]
-    leave = f"leave {'it' if len(unknown) == 1 else 'them'} out, or measure: make {id_} STEPS=20 ARGS=…"
+    leave = (
+        f"leave {'it' if len(unknown) == 1 else 'them'} out, or measure: make {id_} STEPS=20 ARGS=…"
+    )
     way_out = "; ".join(hints) or leave
-    return f"{id_}: no formula knows arguments of your own, here {', '.join(unknown)} in ARGS\n{way_out}"
+    return (
+        f"{id_}: no formula knows arguments of your own, here {', '.join(unknown)} in"
+        f" ARGS\n{way_out}"
+    )
 
 
 def _setting(argument: Argument) -> dict[str, str]:
@@ -218,10 +316,16 @@ def _of_model(argument: Argument) -> dict[str, Any]:
 
 
 def _field(argument: Argument) -> dict[str, Any]:
-    """The field of the experiment, without a setting, that says the same as ``argument``; empty where none does."""
+    """The field of the experiment, without a setting, that says the same as ``argument``; empty
+    where none does."""
     if argument.option == "--max-position-embeddings" and len(argument.values) == 1:
         return {"positions": _number(argument, int)}
-    if argument.option == "--attention-backend" and argument.values in (("auto",), ("flash",), ("fused",), ("unfused",)):
+    if argument.option == "--attention-backend" and argument.values in (
+        ("auto",),
+        ("flash",),
+        ("fused",),
+        ("unfused",),
+    ):
         return {"attention_backend": argument.values[0]}
     if argument.option == "--recompute-modules" and argument.values:
         return {"recompute_modules": argument.values}
@@ -229,7 +333,8 @@ def _field(argument: Argument) -> dict[str, Any]:
 
 
 def _recompute(given: Mapping[str, Argument], settings: dict[str, str]) -> set[str]:
-    """RECOMPUTE=full is upstream's ``uniform`` with one layer; every other way is none of the settings."""
+    """RECOMPUTE=full is upstream's ``uniform`` with one layer; every other way is none of the
+    settings."""
     how = {"--recompute-method": ("uniform",), "--recompute-num-layers": ("1",)}
     said = {name: given[name].values for name in how if name in given}
     granularity = given.get("--recompute-granularity", Argument("", ())).values
@@ -266,7 +371,8 @@ def _groups(given: Mapping[str, Argument], model: dict[str, Any]) -> set[str]:
 
 
 def _rope_scaling(given: Mapping[str, Argument], model: dict[str, Any]) -> set[str]:
-    """The factor without ``--use-rope-scaling`` is for rows that scale already; 8 is upstream's default."""
+    """The factor without ``--use-rope-scaling`` is for rows that scale already; 8 is upstream's
+    default."""
     names = {"--use-rope-scaling", "--rope-scaling-factor"} & given.keys()
     if names:
         factor = given.get("--rope-scaling-factor", Argument("--rope-scaling-factor", ("8.0",)))

@@ -1,9 +1,10 @@
 """Adapters apart from their model: what of it a checkpoint holds, and their own file.
 
-A run that starts from weights keeps checkpoints of adapters and their optimizer state alone; it resumes from the weights and
-those. Beside them lies, for one process and no process group:
+A run that starts from weights keeps checkpoints of adapters and their optimizer state alone; it
+resumes from the weights and those. Beside them lies, for one process and no process group:
 
-adapters/adapters.safetensors  lora_A [r, in] and lora_B [out, r] of each layer, whole, in upstream's names and order of rows
+adapters/adapters.safetensors  lora_A [r, in] and lora_B [out, r] of each layer, whole, in
+                               upstream's names and order of rows
 adapters/adapters.json         rank, alpha, targets, what they were trained on top of, and the step
 """
 
@@ -21,14 +22,20 @@ from harness.system.files import sync_file, write_json
 
 FOLDER, TENSORS, RECORD = "adapters", "adapters.safetensors", "adapters.json"
 KEY = "decoder.layers.{layer}.{parent}.{name}.{factor}"
-PARENTS = {"linear_qkv": "self_attention", "linear_proj": "self_attention", "linear_fc1": "mlp", "linear_fc2": "mlp"}
+PARENTS = {
+    "linear_qkv": "self_attention",
+    "linear_proj": "self_attention",
+    "linear_fc1": "mlp",
+    "linear_fc2": "mlp",
+}
 """Where in a layer upstream keeps its linear layers."""
 PREFIX = "lora_"
 """What the adapters' names begin with in a model."""
 
 
 class Adapters(BaseModel):
-    """adapters.json. ``base``: the checkpoint's folder that they belong to; ``iteration``: training steps they have had."""
+    """adapters.json. ``base``: the checkpoint's folder that they belong to; ``iteration``: training
+    steps they have had."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -38,7 +45,8 @@ class Adapters(BaseModel):
 
 
 class Holding:
-    """Which part of the models' parameters goes into checkpoints, and comes out of them: adapters, or all but them."""
+    """Which part of the models' parameters goes into checkpoints, and comes out of them: adapters,
+    or all but them."""
 
     def __init__(self, chunks: Sequence) -> None:
         self._adapters = True
@@ -61,20 +69,32 @@ class Holding:
         sharded_state_dict, load_state_dict = chunk.sharded_state_dict, chunk.load_state_dict
 
         def held_part(*args, **kwargs) -> dict:
-            return {name: value for name, value in sharded_state_dict(*args, **kwargs).items() if self._held(name)}
+            return {
+                name: value
+                for name, value in sharded_state_dict(*args, **kwargs).items()
+                if self._held(name)
+            }
 
         def load_part(state: Mapping, strict: bool = True):
             result = load_state_dict(state, strict=False)
-            missing = [name for name in result.missing_keys if self._held(name) and not name.endswith("_extra_state")]
+            missing = [
+                name
+                for name in result.missing_keys
+                if self._held(name) and not name.endswith("_extra_state")
+            ]
             if strict and (missing or result.unexpected_keys):
-                raise UserError(f"the checkpoint does not fit: missing {missing[:3]}, unknown {result.unexpected_keys[:3]}")
+                raise UserError(
+                    f"the checkpoint does not fit: missing {missing[:3]}, unknown"
+                    f" {result.unexpected_keys[:3]}"
+                )
             return result
 
         chunk.sharded_state_dict, chunk.load_state_dict = held_part, load_part
 
 
 def write(adapters: Sequence, folder: Path, base: str | None, iteration: int) -> None:
-    """Gather the adapters of all ranks and write them into ``folder`` on rank 0; every rank must call it.
+    """Gather the adapters of all ranks and write them into ``folder`` on rank 0; every rank must
+    call it.
 
     Args:
         adapters: this rank's, see ``lora.attach``.
@@ -83,9 +103,15 @@ def write(adapters: Sequence, folder: Path, base: str | None, iteration: int) ->
     from megatron.core import parallel_state as state
 
     first_copy = state.get_data_parallel_rank(with_context_parallel=True) == 0
-    mine = {(a.layer, a.name): (a.lora_A.detach().cpu(), a.lora_B.detach().cpu()) for a in adapters} if first_copy else {}
+    mine = (
+        {(a.layer, a.name): (a.lora_A.detach().cpu(), a.lora_B.detach().cpu()) for a in adapters}
+        if first_copy
+        else {}
+    )
     told = (state.get_tensor_model_parallel_rank(), mine)
-    heard: list = [None] * torch.distributed.get_world_size() if torch.distributed.get_rank() == 0 else None
+    heard: list = (
+        [None] * torch.distributed.get_world_size() if torch.distributed.get_rank() == 0 else None
+    )
     torch.distributed.gather_object(told, heard)
     if heard is None:
         return
@@ -94,18 +120,24 @@ def write(adapters: Sequence, folder: Path, base: str | None, iteration: int) ->
         for place, factors in theirs.items():
             parts.setdefault(place, []).append(factors)
     gated = {adapter.name for adapter in adapters if adapter.gated}
-    whole = {place: _joined(place[1], factors, place[1] in gated) for place, factors in sorted(parts.items())}
+    whole = {
+        place: _joined(place[1], factors, place[1] in gated)
+        for place, factors in sorted(parts.items())
+    }
     save(whole, folder, Adapters(lora=adapters[0].lora, base=base, iteration=iteration))
 
 
 def save(factors: Mapping, folder: Path, record: Adapters) -> None:
-    """Write ``(layer, name) -> (A, B)`` and ``record``; the record last, so that it never speaks of older tensors."""
+    """Write ``(layer, name) -> (A, B)`` and ``record``; the record last, so that it never speaks of
+    older tensors."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    named = {KEY.format(layer=layer, parent=PARENTS[name], name=name, factor=factor): tensor.contiguous()
-             for (layer, name), pair in factors.items()
-             for factor, tensor in zip(("lora_A", "lora_B"), pair, strict=True)}
+    named = {
+        KEY.format(layer=layer, parent=PARENTS[name], name=name, factor=factor): tensor.contiguous()
+        for (layer, name), pair in factors.items()
+        for factor, tensor in zip(("lora_A", "lora_B"), pair, strict=True)
+    }
     part = folder / f".{TENSORS}.part"
     save_file(named, part, metadata={"format": "pt"})
     sync_file(part)

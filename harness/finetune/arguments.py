@@ -1,4 +1,5 @@
-"""LoRA's arguments, beside upstream's own: the parser knows them, and checkpoints keep them with the others."""
+"""LoRA's arguments, beside upstream's own: the parser knows them, and checkpoints keep them with
+the others."""
 
 from __future__ import annotations
 
@@ -11,10 +12,24 @@ from harness.experiment.catalog import Lora
 def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     """Add ``--lora-…`` to upstream's parser."""
     group = parser.add_argument_group(title="lora")
-    group.add_argument("--lora-rank", type=int, default=None, help="Rank of the adapters; without it there are none.")
-    group.add_argument("--lora-alpha", type=float, default=None, help="What adapters add is scaled by alpha / rank.")
-    group.add_argument("--lora-dropout", type=float, default=0.0, help="Dropout of the adapters' input.")
-    group.add_argument("--lora-targets", nargs="+", default=None, help="The linear layers that get an adapter.")
+    group.add_argument(
+        "--lora-rank",
+        type=int,
+        default=None,
+        help="Rank of the adapters; without it there are none.",
+    )
+    group.add_argument(
+        "--lora-alpha",
+        type=float,
+        default=None,
+        help="What adapters add is scaled by alpha / rank.",
+    )
+    group.add_argument(
+        "--lora-dropout", type=float, default=0.0, help="Dropout of the adapters' input."
+    )
+    group.add_argument(
+        "--lora-targets", nargs="+", default=None, help="The linear layers that get an adapter."
+    )
     return parser
 
 
@@ -28,4 +43,9 @@ def lora_of(args: Namespace) -> Lora | None:
     """What ``args`` say of LoRA; None where nothing."""
     if getattr(args, "lora_rank", None) is None:
         return None
-    return Lora(rank=args.lora_rank, alpha=args.lora_alpha, dropout=args.lora_dropout, targets=tuple(args.lora_targets))
+    return Lora(
+        rank=args.lora_rank,
+        alpha=args.lora_alpha,
+        dropout=args.lora_dropout,
+        targets=tuple(args.lora_targets),
+    )

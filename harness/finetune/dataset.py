@@ -1,12 +1,15 @@
-"""What upstream's ``--sft`` path reads: packed conversations, in place of upstream's own ``SFTDataset``.
+"""What upstream's ``--sft`` path reads: packed conversations, in place of upstream's own
+``SFTDataset``.
 
-Upstream's path is used from the batch on: ``--sft`` broadcasts ``cu_seqlens`` to all stages, gives them to attention in
-Transformer Engine's THD format, so that no conversation sees another, and counts FLOPs by them (pretrain_gpt.py). Its data
-set (megatron/training/datasets/sft_dataset.py) is not: it tokenises while training, fills a sequence only with
-conversations that a line already joins, cuts on the right without saying so, and tells answers from questions in two
-formats of Nemotron's only. Here tokens and answers are those of ``make data-chat``.
+Upstream's path is used from the batch on: ``--sft`` broadcasts ``cu_seqlens`` to all stages, gives
+them to attention in Transformer Engine's THD format, so that no conversation sees another, and
+counts FLOPs by them (pretrain_gpt.py). Its data set (megatron/training/datasets/sft_dataset.py) is
+not: it tokenises while training, fills a sequence only with conversations that a line already
+joins, cuts on the right without saying so, and tells answers from questions in two formats of
+Nemotron's only. Here tokens and answers are those of ``make data-chat``.
 
-A document of the ``.bin``/``.idx`` pair is a conversation; its sequences are text to read and text to answer, in turn.
+A document of the ``.bin``/``.idx`` pair is a conversation; its sequences are text to read and text
+to answer, in turn.
 """
 
 from __future__ import annotations
@@ -26,9 +29,9 @@ from harness.finetune.packing import pack
 class ChatDataset(MegatronDataset):
     """Sequences of several conversations, each a segment of its own; the loss is over answers only.
 
-    A conversation of n tokens takes n - 1 places: its last token is a label only, so that no token of one conversation is
-    predicted from another. One that is longer than a sequence is cut at its end, and skipped where no answer is left.
-    Every epoch has the same sequences in another order.
+    A conversation of n tokens takes n - 1 places: its last token is a label only, so that no token
+    of one conversation is predicted from another. One that is longer than a sequence is cut at its
+    end, and skipped where no answer is left. Every epoch has the same sequences in another order.
     """
 
     def __init__(self, dataset, dataset_path, indices, num_samples, index_split, config) -> None:
@@ -43,15 +46,17 @@ class ChatDataset(MegatronDataset):
         self._conversations = np.asarray(indices)[fits]
         places = np.minimum(tokens[fits] - 1, room)
         if not len(places):
-            raise UserError(f"{dataset_path}: none of {len(tokens):,} conversations has an answer within {room} tokens\n"
-                            "give longer sequences: SEQ=")
+            raise UserError(
+                f"{dataset_path}: none of {len(tokens):,} conversations has an answer within {room}"
+                " tokens\ngive longer sequences: SEQ="
+            )
         self._packs = pack(places.tolist(), room)
         self._order = (-1, np.empty(0, np.int64))
         filled = places.sum() / (len(self._packs) * room)
         print_rank_0(
-            f"> {index_split.name}: {len(places):,} conversations in {len(self._packs):,} sequences of {room}, {filled:.0%} "
-            f"filled; cut at the end: {(tokens[fits] - 1 > room).sum():,}; skipped, no answer within a sequence: "
-            f"{len(tokens) - len(places):,}"
+            f"> {index_split.name}: {len(places):,} conversations in {len(self._packs):,} sequences"
+            f" of {room}, {filled:.0%} filled; cut at the end: {(tokens[fits] - 1 > room).sum():,};"
+            f" skipped, no answer within a sequence: {len(tokens) - len(places):,}"
         )
 
     @staticmethod
@@ -68,8 +73,9 @@ class ChatDataset(MegatronDataset):
         return len(self._packs) if self.num_samples is None else self.num_samples
 
     def __getitem__(self, sample: int) -> dict[str, Any]:
-        """Sample number ``sample``: ``tokens``, ``labels``, ``position_ids`` and ``loss_mask`` [s]; ``cu_seqlens`` [s + 1],
-        where its segments begin and end, filled up with s; and ``max_seqlen``, the longest of them.
+        """Sample number ``sample``: ``tokens``, ``labels``, ``position_ids`` and ``loss_mask`` [s];
+        ``cu_seqlens`` [s + 1], where its segments begin and end, filled up with s; and
+        ``max_seqlen``, the longest of them.
         """
         room = self.config.sequence_length
         epoch, at = divmod(int(sample), len(self._packs))

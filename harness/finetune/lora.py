@@ -1,13 +1,15 @@
-"""Adapters of low rank beside frozen linear layers (Hu et al. 2021, arXiv:2106.09685): y = W x + alpha / r B A x.
+"""Adapters of low rank beside frozen linear layers (Hu et al. 2021, arXiv:2106.09685): y = W x +
+alpha / r B A x.
 
-Under tensor parallelism the factors are cut like the weight that they stand beside, and the other one is whole on every
-rank (t ranks, rank r of the adapter; out and in are the weight's):
+Under tensor parallelism the factors are cut like the weight that they stand beside, and the other
+one is whole on every rank (t ranks, rank r of the adapter; out and in are the weight's):
 
     linear_qkv, linear_fc1   rows are split      A [r, in] whole      B [out/t, r] a part
     linear_proj, linear_fc2  columns are split   A [r, in/t] a part   B [out, r] whole
 
-What crosses ranks is r wide. With sequence parallelism a whole factor sees only a part of the sequence on each rank; it is
-marked as upstream marks norms, whose gradients ``finalize_model_grads`` sums up over the ranks.
+What crosses ranks is r wide. With sequence parallelism a whole factor sees only a part of the
+sequence on each rank; it is marked as upstream marks norms, whose gradients
+``finalize_model_grads`` sums up over the ranks.
 """
 
 from __future__ import annotations
@@ -25,7 +27,10 @@ from megatron.core.tensor_parallel.mappings import (
     reduce_scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
-from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    make_sharded_tensors_for_checkpoint,
+)
 from torch import Tensor
 from torch.nn import functional
 
@@ -34,13 +39,17 @@ from harness.finetune.adapters import PARENTS, PREFIX
 
 
 class Adapter(torch.nn.Module):
-    """The two factors beside one linear layer: ``lora_A`` [r, in], ``lora_B`` [out, r], or this rank's parts of them.
+    """The two factors beside one linear layer: ``lora_A`` [r, in], ``lora_B`` [out, r], or this
+    rank's parts of them.
 
-    A begins uniform as PEFT's and ``torch.nn.Linear``'s do (Kaiming with a = sqrt(5)), B zero, so that training begins
-    with what the frozen model gives. The numbers in A follow from the seed, the layer and the name, whatever the layout.
+    A begins uniform as PEFT's and ``torch.nn.Linear``'s do (Kaiming with a = sqrt(5)), B zero, so
+    that training begins with what the frozen model gives. The numbers in A follow from the seed,
+    the layer and the name, whatever the layout.
     """
 
-    def __init__(self, linear: torch.nn.Module, name: str, layer: int, lora: Lora, config, group, seed: int) -> None:
+    def __init__(
+        self, linear: torch.nn.Module, name: str, layer: int, lora: Lora, config, group, seed: int
+    ) -> None:
         super().__init__()
         self.name, self.layer, self.lora, self.config, self.group = name, layer, lora, config, group
         self.splits_rows = name in COLUMN_PARALLEL
@@ -50,10 +59,18 @@ class Adapter(torch.nn.Module):
         width = columns if self.splits_rows else columns * group.size()
         whole = first_factor(seed, layer, name, lora.rank, width)
         mine = whole if self.splits_rows else whole.chunk(group.size(), 1)[group.rank()]
-        self.lora_A = torch.nn.Parameter(mine.to(weight.device, weight.dtype, copy=True).contiguous())
-        self.lora_B = torch.nn.Parameter(torch.zeros(rows, lora.rank, dtype=weight.dtype, device=weight.device))
-        part, whole_one = (self.lora_B, self.lora_A) if self.splits_rows else (self.lora_A, self.lora_B)
-        tensor_parallel.set_tensor_model_parallel_attributes(part, True, 0 if self.splits_rows else 1, 1)
+        self.lora_A = torch.nn.Parameter(
+            mine.to(weight.device, weight.dtype, copy=True).contiguous()
+        )
+        self.lora_B = torch.nn.Parameter(
+            torch.zeros(rows, lora.rank, dtype=weight.dtype, device=weight.device)
+        )
+        part, whole_one = (
+            (self.lora_B, self.lora_A) if self.splits_rows else (self.lora_A, self.lora_B)
+        )
+        tensor_parallel.set_tensor_model_parallel_attributes(
+            part, True, 0 if self.splits_rows else 1, 1
+        )
         whole_one.sequence_parallel = config.sequence_parallel
         self._norm = _norm_within(linear, config)
 
@@ -70,29 +87,48 @@ class Adapter(torch.nn.Module):
         low = functional.linear(hidden, self.lora_A)
         sequence_parallel = self.config.sequence_parallel
         if self.splits_rows:
-            low = (gather_from_sequence_parallel_region(low, tensor_parallel_output_grad=True, group=self.group)
-                   if sequence_parallel else copy_to_tensor_model_parallel_region(low, group=self.group))
+            low = (
+                gather_from_sequence_parallel_region(
+                    low, tensor_parallel_output_grad=True, group=self.group
+                )
+                if sequence_parallel
+                else copy_to_tensor_model_parallel_region(low, group=self.group)
+            )
         else:
-            low = (reduce_scatter_to_sequence_parallel_region(low, group=self.group) if sequence_parallel
-                   else reduce_from_tensor_model_parallel_region(low, group=self.group))
+            low = (
+                reduce_scatter_to_sequence_parallel_region(low, group=self.group)
+                if sequence_parallel
+                else reduce_from_tensor_model_parallel_region(low, group=self.group)
+            )
         return functional.linear(low, self.lora_B) * self.lora.scale
 
     def _own_randomness(self) -> contextlib.AbstractContextManager:
-        """The generator that differs between tensor-parallel ranks, where their inputs are different parts of one."""
+        """The generator that differs between tensor-parallel ranks, where their inputs are
+        different parts of one."""
         parted = not self.splits_rows or self.config.sequence_parallel
-        return tensor_parallel.get_cuda_rng_tracker().fork() if parted and self.lora.dropout else contextlib.nullcontext()
+        return (
+            tensor_parallel.get_cuda_rng_tracker().fork()
+            if parted and self.lora.dropout
+            else contextlib.nullcontext()
+        )
 
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict:
         """Both factors as upstream's checkpoints want them: loadable under any layout."""
         metadata = ensure_metadata_has_dp_cp_group(metadata)
         groups = {"tp_group": self.group, "dp_cp_group": metadata["dp_cp_group"]}
         split = {"lora_B": 0} if self.splits_rows else {"lora_A": 1}
-        found = make_sharded_tensors_for_checkpoint(self.state_dict(prefix="", keep_vars=True), prefix, split,
-                                                    sharded_offsets, **groups)
+        found = make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True), prefix, split, sharded_offsets, **groups
+        )
         if self.gated:
             found[f"{prefix}lora_B"] = apply_swiglu_sharded_factory(
-                found[f"{prefix}lora_B"], sharded_offsets, metadata.get("singleton_local_shards", False),
-                tp_group=self.group, dp_group=metadata["dp_cp_group"],
+                found[f"{prefix}lora_B"],
+                sharded_offsets,
+                metadata.get("singleton_local_shards", False),
+                tp_group=self.group,
+                dp_group=metadata["dp_cp_group"],
             )
         return found
 
@@ -106,9 +142,11 @@ def first_factor(seed: int, layer: int, name: str, rank: int, width: int) -> Ten
 
 
 def attach(chunks: list[torch.nn.Module], lora: Lora, seed: int) -> list[Adapter]:
-    """Freeze a model, one chunk a virtual stage, and put adapters beside its linear layers; returns them in order.
+    """Freeze a model, one chunk a virtual stage, and put adapters beside its linear layers; returns
+    them in order.
 
-    They are children of the layer's attention and MLP, not of the linear layers, whose checkpoint format stays.
+    They are children of the layer's attention and MLP, not of the linear layers, whose checkpoint
+    format stays.
     """
     found = []
     for chunk in chunks:
@@ -117,13 +155,18 @@ def attach(chunks: list[torch.nn.Module], lora: Lora, seed: int) -> list[Adapter
             for name in lora.targets:
                 parent = getattr(layer, PARENTS[name])
                 linear = getattr(parent, name)
-                adapter = Adapter(linear, name, layer.layer_number - 1, lora, chunk.config, parent.tp_group, seed)
+                adapter = Adapter(
+                    linear, name, layer.layer_number - 1, lora, chunk.config, parent.tp_group, seed
+                )
                 parent.add_module(PREFIX + name, adapter)
                 linear.register_forward_hook(_adding(adapter))
                 found.append(adapter)
         if chunk.pre_process and chunk.config.recompute_granularity == "full":
-            # recomputation passes no gradient on where no input wants one, and a frozen embedding's output wants none
-            chunk.embedding.register_forward_hook(lambda module, args, output: output.requires_grad_())
+            # recomputation passes no gradient on where no input wants one, and a frozen embedding's
+            # output wants none
+            chunk.embedding.register_forward_hook(
+                lambda module, args, output: output.requires_grad_()
+            )
     return found
 
 
@@ -135,14 +178,21 @@ def _adding(adapter: Adapter):
 
 
 def _norm_within(linear: torch.nn.Module, config):
-    """The norm that Transformer Engine's layers apply to their input themselves; None for other layers."""
+    """The norm that Transformer Engine's layers apply to their input themselves; None for other
+    layers."""
     if not hasattr(linear, "layer_norm_weight"):
         return None
 
     def norm(hidden: Tensor) -> Tensor:
-        weight = linear.layer_norm_weight + 1 if config.layernorm_zero_centered_gamma else linear.layer_norm_weight
+        weight = (
+            linear.layer_norm_weight + 1
+            if config.layernorm_zero_centered_gamma
+            else linear.layer_norm_weight
+        )
         if config.normalization == "RMSNorm":
             return functional.rms_norm(hidden, weight.shape, weight, config.layernorm_epsilon)
-        return functional.layer_norm(hidden, weight.shape, weight, linear.layer_norm_bias, config.layernorm_epsilon)
+        return functional.layer_norm(
+            hidden, weight.shape, weight, linear.layer_norm_bias, config.layernorm_epsilon
+        )
 
     return norm

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 
 def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """Put items of ``lengths`` into as few bins of size ``room`` as best-fit decreasing finds (Johnson 1974: at most 11/9
-    of the fewest, and a constant).
+    """Put items of ``lengths`` into as few bins of size ``room`` as best-fit decreasing finds
+    (Johnson 1974: at most 11/9 of the fewest, and a constant).
 
     Args:
         lengths: each between 1 and ``room``.

@@ -1,4 +1,5 @@
-"""What the nodes of one run must have in common, and where they differ. Nothing is imported to learn it."""
+"""What the nodes of one run must have in common, and where they differ. Nothing is imported to
+learn it."""
 
 from __future__ import annotations
 
@@ -10,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from harness import ROOT
 from harness.data import fingerprint
-from harness.machine.provenance import NCCL_PACKAGES, PACKAGES, describe_upstream, package_version, source_commit
+from harness.machine.provenance import (
+    NCCL_PACKAGES,
+    PACKAGES,
+    describe_upstream,
+    package_version,
+    source_commit,
+)
 from harness.machine.upstream import locate
 
 if TYPE_CHECKING:
@@ -29,10 +36,17 @@ def facts(plan: Plan) -> dict[str, Any]:
     """
     saving, loading = plan.extras.saving, plan.extras.loading
     found = {
-        "experiment": {k: v for k, v in plan.experiment.model_dump(mode="json").items() if k not in NOT_COMPARED},
+        "experiment": {
+            k: v
+            for k, v in plan.experiment.model_dump(mode="json").items()
+            if k not in NOT_COMPARED
+        },
         "device": plan.device,
         "resumed": plan.resumes is not None,
-        "checkpoints": saving and {"every": saving.every, "keep": saving.keep, "folder": str(saving.folder or "")},
+        "checkpoints": (
+            saving
+            and {"every": saving.every, "keep": saving.keep, "folder": str(saving.folder or "")}
+        ),
         "begins with": loading and {"step": loading.step, "weights only": loading.only_weights},
         "Megatron-LM": _upstream(),
         "harness": {"commit": source_commit(ROOT)[0], "sources": _sources(ROOT / "harness")},
@@ -43,7 +57,8 @@ def facts(plan: Plan) -> dict[str, Any]:
 
 
 def differences(first: dict[str, Any], other: dict[str, Any], names: tuple[str, str]) -> list[str]:
-    """Lines such as ``experiment lr: 0.001 on node 0, 0.1 on node 1``; none where both are the same."""
+    """Lines such as ``experiment lr: 0.001 on node 0, 0.1 on node 1``; none where both are the
+    same."""
     found = [
         f"{key}: {_shown(first, key)} on {names[0]}, {_shown(other, key)} on {names[1]}"
         for key in dict.fromkeys([*first, *other])
@@ -71,14 +86,16 @@ def _upstream() -> dict[str, Any]:
 
 
 def _packages() -> dict[str, str | None]:
-    """Versions of what computes. megatron-core's counts where it is what runs, and is in ``Megatron-LM`` then."""
+    """Versions of what computes. megatron-core's counts where it is what runs, and is in
+    ``Megatron-LM`` then."""
     wanted = [name for name in (*PACKAGES, *NCCL_PACKAGES) if name != "megatron-core"]
     python = ".".join(platform.python_version_tuple()[:2])
     return {"python": python, **{name: package_version(name) for name in wanted}}
 
 
 def _sources(folder: Path) -> str:
-    """Checksum of the Python files below ``folder``: a commit does not tell what was changed since."""
+    """Checksum of the Python files below ``folder``: a commit does not tell what was changed
+    since."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
         content = path.read_bytes()

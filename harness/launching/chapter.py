@@ -1,4 +1,5 @@
-"""Many experiments in one go: those that have a result are skipped, small ones run side by side on a node's GPUs."""
+"""Many experiments in one go: those that have a result are skipped, small ones run side by side on
+a node's GPUs."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ HAS_RESULT = ("ok", "oom")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one experiment of a chapter. ``good``: it ended ok, or ran out of memory as published."""
+    """What became of one experiment of a chapter. ``good``: it ended ok, or ran out of memory as
+    published."""
 
     status: str
     note: str
@@ -47,17 +49,18 @@ def run_chapter(
     force: bool = False,
     terminal: Terminal | None = None,
 ) -> int:
-    """Run ``experiments`` and print what became of each; a failure does not keep the others from running.
+    """Run ``experiments`` and print what became of each; a failure does not keep the others from
+    running.
 
     Args:
         plan_for: fits an experiment to this machine; a UserError skips it, with its reason.
         hang_seconds: see ``harness.launching.launch.Run``.
-        pack: run side by side what fits on the GPUs; else one at a time, for timing. CPU runs are never packed.
+        pack: run side by side what fits on the GPUs; else one at a time, for timing. CPU runs are
+        never packed.
         force: run again what has a result.
 
-    Returns:
-        0 if all that were run, now or before, ended ok or ran out of memory as published; 1 if not, or if none ran;
-        128 + signal if it was stopped.
+    Returns: 0 if all that were run, now or before, ended ok or ran out of memory as published; 1 if
+        not, or if none ran; 128 + signal if it was stopped.
     """
     with Signals() as signals, terminal or open_terminal() as shown:
         chapter = _Chapter(shown, hang_seconds, pack)
@@ -79,7 +82,9 @@ class _Chapter:
         self._gpus: tuple[int, ...] = ()
         self._stopped_by: signal.Signals | None = None
 
-    def add(self, experiment: Experiment, plan_for: Callable[[Experiment], Plan], force: bool) -> None:
+    def add(
+        self, experiment: Experiment, plan_for: Callable[[Experiment], Plan], force: bool
+    ) -> None:
         """Queue an experiment, unless it cannot run here or has a result."""
         try:
             plan = plan_for(experiment)
@@ -133,12 +138,21 @@ class _Chapter:
                 self._gpus = tuple(sorted(gpus.available(plan.place.gpu_ids)))
                 self._free = list(self._gpus)
             if e.ranks_per_node > len(self._free):
-                raise UserError(f"it needs {e.ranks_per_node} GPUs, {len(self._free)} are free here")
+                raise UserError(
+                    f"it needs {e.ranks_per_node} GPUs, {len(self._free)} are free here"
+                )
         if e.half_of and (self._free is None or 2 * e.ranks_per_node <= len(self._free)):
-            raise UserError(f"{e.half_of} itself runs here: make {e.id} runs its half-size companion all the same")
+            raise UserError(
+                f"{e.half_of} itself runs here: make {e.id} runs its half-size companion all the"
+                " same"
+            )
 
     def _start_what_fits(self) -> None:
-        if self._held and set(self._held.gpu_ids) <= set(self._free or ()) and not (self._running and not self._pack):
+        if (
+            self._held
+            and set(self._held.gpu_ids) <= set(self._free or ())
+            and not (self._running and not self._pack)
+        ):
             held, self._held = self._held, None
             self._takes_gpus(held)
             held.release()
@@ -151,7 +165,8 @@ class _Chapter:
                     self._takes_gpus(run)
 
     def _hold_the_next(self) -> None:
-        """While GPUs are busy, have the next run import what it needs: that takes as long as twenty steps, and no GPU."""
+        """While GPUs are busy, have the next run import what it needs: that takes as long as twenty
+        steps, and no GPU."""
         if self._held or not self._running or not self._waiting:
             return
         plan = self._waiting[0]
@@ -176,7 +191,8 @@ class _Chapter:
             raise
 
     def _takes_gpus(self, run: Run) -> None:
-        """Count ``run`` among those that run, side by side with the others, and its GPUs as taken."""
+        """Count ``run`` among those that run, side by side with the others, and its GPUs as
+        taken."""
         self._free = self._free and [gpu for gpu in self._free if gpu not in run.gpu_ids]
         for other in self._running:
             other.packed_with.add(run.label)
@@ -214,7 +230,8 @@ class _Chapter:
 
 
 def _earlier(plan: Plan) -> Finished | None:
-    """The newest run of the same configuration on the same hardware that has a result worth keeping."""
+    """The newest run of the same configuration on the same hardware that has a result worth
+    keeping."""
     runs, _ = directory.runs(plan.outdir)
     here = next((gpu.name for gpu in gpus.list_gpus()), None) if plan.device == "cuda" else None
     same = [
@@ -237,9 +254,11 @@ def _judge(finished: Finished, note: str) -> Outcome:
 
 
 def as_published(finished: Finished) -> bool:
-    """Whether a run did what the published one did: ran, or ran out of memory, on a card that lets it be compared.
+    """Whether a run did what the published one did: ran, or ran out of memory, on a card that lets
+    it be compared.
 
-    A half-size companion is published nowhere; out of memory, it did what the published run of the whole did, if that did.
+    A half-size companion is published nowhere; out of memory, it did what the published run of the
+    whole did, if that did.
     """
     from harness.evidence.results import collect, load_references
 
@@ -249,9 +268,14 @@ def as_published(finished: Finished) -> bool:
     if row is None:
         return False
     whole = references.published.beside(row.experiment.half_of) if row.experiment.half_of else None
-    return bool(row.as_published or (row.state == "oom" and whole and whole.reference and whole.reference.oom))
+    return bool(
+        row.as_published
+        or (row.state == "oom" and whole and whole.reference and whole.reference.oom)
+    )
 
 
 def _table(outcomes: dict[str, Outcome]) -> str:
     width = max(map(len, outcomes))
-    return "\n".join(f"{name:{width}}  {o.status:8}  {o.note}".rstrip() for name, o in outcomes.items())
+    return "\n".join(
+        f"{name:{width}}  {o.status:8}  {o.note}".rstrip() for name, o in outcomes.items()
+    )

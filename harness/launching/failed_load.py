@@ -1,4 +1,5 @@
-"""Mark a checkpoint that passed every check and that upstream could not load: the next RESUME= takes the one before."""
+"""Mark a checkpoint that passed every check and that upstream could not load: the next RESUME=
+takes the one before."""
 
 from __future__ import annotations
 
@@ -17,22 +18,33 @@ if TYPE_CHECKING:
 
 _LOADING = re.compile(r"\bin (load_checkpoint|_load_base_checkpoint)$", re.MULTILINE)
 _OF_THE_PROGRAM = (
-    "AssertionError", "AttributeError", "ImportError", "ModuleNotFoundError", "NotImplementedError", "TypeError",
+    "AssertionError",
+    "AttributeError",
+    "ImportError",
+    "ModuleNotFoundError",
+    "NotImplementedError",
+    "TypeError",
     "UserError",
 )
 """Errors that say more of the arguments or of upstream's version than of the bytes."""
 
 
-def note(plan: Plan, result: Result, errors: Sequence[RankError], before: Upstream | None) -> Result:
-    """``result``; where the run crashed as it loaded its own checkpoint, that one is marked and the advice says so.
+def note(
+    plan: Plan, result: Result, errors: Sequence[RankError], before: Upstream | None
+) -> Result:
+    """``result``; where the run crashed as it loaded its own checkpoint, that one is marked and the
+    advice says so.
 
-    Nothing is marked where settings or upstream changed since the checkpoint was saved: they may be what cannot load it.
+    Nothing is marked where settings or upstream changed since the checkpoint was saved: they may be
+    what cannot load it.
 
     Args:
         before: the upstream that the resumed run had before.
     """
     loading = plan.extras.loading
-    if not (plan.resumes and loading and result.status == "crash") or any(d.work for d in plan.changed):
+    if not (plan.resumes and loading and result.status == "crash") or any(
+        d.work for d in plan.changed
+    ):
         return result
     error = next((e for e in errors if _LOADING.search(e.traceback)), None)
     if error is None or error.type in _OF_THE_PROGRAM or before != result.upstream:
@@ -45,7 +57,8 @@ def note(plan: Plan, result: Result, errors: Sequence[RankError], before: Upstre
         return result
     there = checkpoints.newest_whole(loading.folder)
     advice = f"the checkpoint of step {loading.step} could not be loaded and is marked: " + (
-        f"RESUME=1 falls back to that of step {there.step}" if there else "none before it is whole")
+        f"RESUME=1 falls back to that of step {there.step}" if there else "none before it is whole"
+    )
     return result.model_copy(update={"advice": advice})
 
 

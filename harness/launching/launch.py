@@ -1,4 +1,5 @@
-"""Launch a run: its directory, its processes, what they do meanwhile, how they end. Nothing outlives its launcher."""
+"""Launch a run: its directory, its processes, what they do meanwhile, how they end. Nothing
+outlives its launcher."""
 
 from __future__ import annotations
 
@@ -90,7 +91,8 @@ class Finished:
 
 
 class Run:
-    """A run from its start to its result. Its owner polls it until it is over, then finishes it; no call blocks."""
+    """A run from its start to its result. Its owner polls it until it is over, then finishes it; no
+    call blocks."""
 
     def __init__(
         self,
@@ -105,10 +107,12 @@ class Run:
         Args:
             reserved: its run directory, and the other nodes.
             gpu_ids: the GPUs it uses, by NVML index; none on a CPU.
-            hang_seconds: silence after a step that counts as a hang (``HANG_S``); before, ``HANG_AT_START_S`` at least.
-            held: its ranks import everything, half of a short run's time, and touch no GPU until ``release``.
+            hang_seconds: silence after a step that counts as a hang (``HANG_S``); before,
+            ``HANG_AT_START_S`` at least.
+            held: its ranks import everything, half of a short run's time, and touch no GPU until
+            ``release``.
         """
-        run_dir, keeps_records = reserved.directory, reserved.keeps_records
+        run_dir, keeps_records = reserved.run_dir, reserved.keeps_records
         self.plan, self.dir, self.gpu_ids = plan, run_dir, gpu_ids
         self._others = reserved.others
         self._is_last_node = plan.place.node_rank == str(plan.experiment.nodes - 1)
@@ -131,8 +135,14 @@ class Run:
         self._started_again = False
         self._finished: Finished | None = None
 
-        log_path = run_dir.logs if keeps_records else run_dir.logs_of_node(int(plan.place.node_rank))
-        self._log, self._steps, self._evaluations = _Tail(log_path), _Tail(run_dir.metrics), _Tail(run_dir.validation)
+        log_path = (
+            run_dir.logs if keeps_records else run_dir.logs_of_node(int(plan.place.node_rank))
+        )
+        self._log, self._steps, self._evaluations = (
+            _Tail(log_path),
+            _Tail(run_dir.metrics),
+            _Tail(run_dir.validation),
+        )
         self._script = plan.script(None if gpu_ids == tuple(range(len(gpu_ids))) else gpu_ids)
         self._environment = describe_environment(plan.device, gpu_ids)
         self._begin()
@@ -174,7 +184,8 @@ class Run:
         return True
 
     def stop(self, number: signal.Signals, because_ended: str | None = None) -> None:
-        """End every rank: SIGTERM, which torchrun passes on; SIGKILL after ``GRACE_S``, or at once when asked again.
+        """End every rank: SIGTERM, which torchrun passes on; SIGKILL after ``GRACE_S``, or at once
+        when asked again.
 
         Args:
             because_ended: the process whose end was the reason.
@@ -187,7 +198,8 @@ class Run:
             self._terminate()
 
     def finish(self) -> Finished:
-        """Write result.json of a run that is over, and see to it that nothing of it is left running.
+        """Write result.json of a run that is over, and see to it that nothing of it is left
+        running.
 
         Raises:
             UserError: the run directory was deleted meanwhile, or cannot be written to.
@@ -200,13 +212,17 @@ class Run:
             found = self._with_others(outcome.classify(self._evidence(), self.plan.experiment))
             result = self._result(found)
             if self._keeps_records:
-                result = failed_load.note(self.plan, result, self.dir.read_rank_errors(), self._upstream_before)
+                result = failed_load.note(
+                    self.plan, result, self.dir.read_rank_errors(), self._upstream_before
+                )
             self._finished = Finished(self.dir, result)
             try:
                 if self._is_deleted:
-                    raise UserError(f"{self.dir.path} was deleted while the run went on: it was ended after step "
-                                    f"{result.steps_done}, and nothing of it is left\n"
-                                    f"make {self.plan.experiment.id} runs it again")
+                    raise UserError(
+                        f"{self.dir.path} was deleted while the run went on: it was ended after"
+                        f" step {result.steps_done}, and nothing of it is left\nmake"
+                        f" {self.plan.experiment.id} runs it again"
+                    )
                 if self._keeps_records:
                     with told_if_unwritable(self.dir.path):
                         self._write_launch_rate()
@@ -216,7 +232,8 @@ class Run:
         return self._finished
 
     def abort(self) -> None:
-        """End and finish a run that nobody will look after any more. Does nothing to a finished one."""
+        """End and finish a run that nobody will look after any more. Does nothing to a finished
+        one."""
         if self._finished is None:
             if not self._stopped_by:
                 self.stop(signal.SIGTERM)
@@ -260,14 +277,22 @@ class Run:
         self._oom_kills_before = processes.oom_kills()
 
     def _new_sampler(self) -> gpus.Sampler:
-        return gpus.Sampler(self.dir.gpus, self.gpu_ids if self._keeps_records and not self.held else ())
+        return gpus.Sampler(
+            self.dir.gpus, self.gpu_ids if self._keeps_records and not self.held else ()
+        )
 
     def _write_records(self) -> None:
         running = {"pid": os.getpid(), "host": socket.gethostname(), "started": self._started}
         running |= {"rendezvous": self.plan.place.rendezvous, "resumed_at": self._resumed_at}
         write_json(self.dir.running, running)
         saving = self.plan.extras.saving
-        frozen = self.plan.experiment, self.plan.device, self._environment["commit"], saving, self._changed
+        frozen = (
+            self.plan.experiment,
+            self.plan.device,
+            self._environment["commit"],
+            saving,
+            self._changed,
+        )
         frozen += (fingerprint.of(self.plan.experiment.data),)
         self.dir.freeze_experiment(*frozen)
         if saving and saving.folder:
@@ -278,10 +303,14 @@ class Run:
         write_text(self.dir.command, self._script)
 
     def _write_launch_rate(self) -> None:
-        """Add to environment.json what the ranks measured: that of the slowest rank, which all others wait for."""
+        """Add to environment.json what the ranks measured: that of the slowest rank, which all
+        others wait for."""
         measured = [rank.launch for rank in self.dir.read_ranks() if rank.launch]
         if measured:
-            slowest = LaunchRate(add_us=max(m.add_us for m in measured), operation_us=max(m.operation_us for m in measured))
+            slowest = LaunchRate(
+                add_us=max(m.add_us for m in measured),
+                operation_us=max(m.operation_us for m in measured),
+            )
             self._environment["launch"] = slowest.model_dump()
             write_json(self.dir.environment, self._environment)
 
@@ -294,7 +323,12 @@ class Run:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, RUN_DIR_VARIABLE: str(self.dir.path), LAUNCHER_VARIABLE: str(launcher), **turn},
+                env={
+                    **os.environ,
+                    RUN_DIR_VARIABLE: str(self.dir.path),
+                    LAUNCHER_VARIABLE: str(launcher),
+                    **turn,
+                },
                 start_new_session=True,
                 pass_fds=locks.descriptors(*folders_of(self.dir)),
                 preexec_fn=lambda: end_with(launcher, signal.SIGTERM),
@@ -311,16 +345,20 @@ class Run:
             self._forward(steps)
 
     def _forward(self, steps: list[str]) -> None:
-        """Tell node 0, which does not see them, what the last rank wrote here; node 0 tells others that steps are made."""
+        """Tell node 0, which does not see them, what the last rank wrote here; node 0 tells others
+        that steps are made."""
         if self._others.node == 0:
             if steps:
                 self._others.tell({"steps": len(self._metrics)})
         elif self._is_last_node and (steps or (evaluations := self._evaluations.lines())):
             evaluations = self._evaluations.lines() if steps else evaluations
-            self._others.tell({"lines": {self.dir.metrics.name: steps, self.dir.validation.name: evaluations}})
+            self._others.tell(
+                {"lines": {self.dir.metrics.name: steps, self.dir.validation.name: evaluations}}
+            )
 
     def _hear(self, now: float) -> None:
-        """Take in what other nodes say; end this node's part a while after another's has failed, if it has not by itself."""
+        """Take in what other nodes say; end this node's part a while after another's has failed, if
+        it has not by itself."""
         if self._others is None:
             return
         self._others.poll()
@@ -337,11 +375,17 @@ class Run:
                 self._terminate()
 
     def _with_others(self, found: outcome.Outcome) -> outcome.Outcome:
-        """Exchange with the other nodes how it ended; the outcome of the run as a whole, by the node that failed first."""
+        """Exchange with the other nodes how it ended; the outcome of the run as a whole, by the
+        node that failed first."""
         if self._others is None:
             return found
         follows = self._follows or found.follows
-        told = {"status": found.status, "detail": found.detail, "rank": found.rank, "follows": follows}
+        told = {
+            "status": found.status,
+            "detail": found.detail,
+            "rank": found.rank,
+            "follows": follows,
+        }
         if not self._others.shares and self._others.node:
             told["ranks"] = [rank.model_dump(mode="json") for rank in self.dir.read_ranks()]
         self._others.tell({"ended": told})
@@ -352,17 +396,27 @@ class Run:
         self._read_news(time.monotonic())
         self._others.close()
         failure = self._others.failure
-        if self._stopped_by or failure is None or not (follows or found.status in ("ok", "target-missed")):
+        if (
+            self._stopped_by
+            or failure is None
+            or not (follows or found.status in ("ok", "target-missed"))
+        ):
             return found
         if failure.follows and found.status == "crash" and not self._follows:
             return found
-        return outcome.Outcome(failure.status, str(failure), failure.rank, f"the log of node {failure.node} says more")
+        return outcome.Outcome(
+            failure.status, str(failure), failure.rank, f"the log of node {failure.node} says more"
+        )
 
     def _read_last_news(self) -> None:
         """Read to the end; steps of another node may arrive late on a shared file system."""
         deadline = time.monotonic() + (SHARED_S if self.plan.experiment.nodes > 1 else 0)
         self._read_news(time.monotonic())
-        while self._process.returncode == 0 and time.monotonic() < deadline and not self._has_last_step:
+        while (
+            self._process.returncode == 0
+            and time.monotonic() < deadline
+            and not self._has_last_step
+        ):
             time.sleep(POLL_S)
             self._read_news(time.monotonic())
 
@@ -393,15 +447,25 @@ class Run:
 
     def _give_up(self, quiet_s: float) -> None:
         """Have every rank of this machine write its stacks, then end the run."""
-        ranks = {rank.pid: rank.rank for rank in self.dir.read_ranks() if rank.host == socket.gethostname()}
-        pids = [p.pid for p in self._processes() if p.pid in ranks and processes.catches(p.pid, signal.SIGUSR1)]
+        ranks = {
+            rank.pid: rank.rank
+            for rank in self.dir.read_ranks()
+            if rank.host == socket.gethostname()
+        }
+        pids = [
+            p.pid
+            for p in self._processes()
+            if p.pid in ranks and processes.catches(p.pid, signal.SIGUSR1)
+        ]
         for pid in pids:
             os.kill(pid, signal.SIGUSR1)
         deadline = time.monotonic() + STACKS_S
         while len(self._stacks()) < len(pids) and time.monotonic() < deadline:
             time.sleep(POLL_S)
         stacks = self._stacks()
-        silent = [f"rank {rank} does not answer" for rank in sorted(set(ranks.values()) - set(stacks))]
+        silent = [
+            f"rank {rank} does not answer" for rank in sorted(set(ranks.values()) - set(stacks))
+        ]
         where = "; ".join(filter(None, [outcome.where_ranks_wait(stacks), *silent]))
         self._hang = f"no step and no output for {quiet_s:.0f} s" + (f": {where}" if where else "")
         self._terminate()
@@ -416,7 +480,9 @@ class Run:
             os.killpg(self._process.pid, signal.SIGTERM)
 
     def _marked(self) -> list[psutil.Process]:
-        return processes.marked(**{RUN_DIR_VARIABLE: str(self.dir.path), LAUNCHER_VARIABLE: str(os.getpid())})
+        return processes.marked(
+            **{RUN_DIR_VARIABLE: str(self.dir.path), LAUNCHER_VARIABLE: str(os.getpid())}
+        )
 
     def _processes(self) -> list[psutil.Process]:
         """torchrun, its descendants, and whoever else carries the mark of this run."""
@@ -429,9 +495,15 @@ class Run:
             return self._marked()
 
     def _started_anew(self) -> bool:
-        """Start again, once, where a port was taken between torchrun's choosing and using it; whether that was so."""
+        """Start again, once, where a port was taken between torchrun's choosing and using it;
+        whether that was so."""
         failed_early = self._process.returncode != 0 and not self._has_stepped and not self._kill_at
-        if not failed_early or self._started_again or self.plan.experiment.nodes > 1 or self._is_deleted:
+        if (
+            not failed_early
+            or self._started_again
+            or self.plan.experiment.nodes > 1
+            or self._is_deleted
+        ):
             return False
         if not outcome.ADDRESS_IN_USE.search(self._log.text()):
             return False
@@ -465,10 +537,13 @@ class Run:
         validation = self.dir.read_validation()
         return Result(
             status=found.status,
-            detail=found.detail or (None if metrics else "the last rank's node has the steps of this run"),
+            detail=found.detail
+            or (None if metrics else "the last rank's node has the steps of this run"),
             rank=found.rank,
             advice=found.advice,
-            exit_code=128 + self._stopped_by if self._stopped_by else code if code >= 0 else 128 - code,
+            exit_code=(
+                128 + self._stopped_by if self._stopped_by else code if code >= 0 else 128 - code
+            ),
             started=self._started,
             finished=time.time(),
             steps=e.steps,
@@ -513,7 +588,9 @@ class Run:
         return peak_tflops(gpu, self.plan.experiment.precision) if gpu else None
 
 
-def run_plan(plan: Plan, *, hang_seconds: float | None = None, terminal: Terminal | None = None) -> Finished:
+def run_plan(
+    plan: Plan, *, hang_seconds: float | None = None, terminal: Terminal | None = None
+) -> Finished:
     """Run ``plan`` to its end: choose GPUs, show progress, print a summary.
 
     Args:
@@ -521,17 +598,21 @@ def run_plan(plan: Plan, *, hang_seconds: float | None = None, terminal: Termina
 
     Raises:
         UserError: the data is damaged.
-        UserError: GPUs are busy, too few or unable, a package is missing, the output directory cannot be written, or
-            upstream is half there.
+        UserError: GPUs are busy, too few or unable, a package is missing, the output directory
+            cannot be written, or upstream is half there.
         KeyboardInterrupt: it was interrupted before it began.
     """
     check_machine(plan.experiment, plan.device)
     check_start(plan)
     check_content(plan.experiment.data)
-    gpu_ids = gpus.choose(plan.experiment.ranks_per_node, plan.place.gpu_ids) if plan.device == "cuda" else ()
+    gpu_ids = (
+        gpus.choose(plan.experiment.ranks_per_node, plan.place.gpu_ids)
+        if plan.device == "cuda"
+        else ()
+    )
     with Signals() as signals, terminal or open_terminal() as shown:
         reserved = run_directory(plan, signals, shown)
-        run_dir = reserved.directory
+        run_dir = reserved.run_dir
         try:
             shown.print(opening(plan, run_dir))
             run = Run(plan, reserved, gpu_ids, hang_seconds)
@@ -567,17 +648,38 @@ def show_progress(run: Run, shown: Terminal) -> None:
 
 
 def opening(plan: Plan, run_dir: RunDir) -> str:
-    """What is said before a run: its label, what it shows, what its miniature scaled, the memory that a GPU will need."""
-    card = find_gpu(plan.experiment.card or gpus.list_gpus()[0].name) if plan.device == "cuda" else None
+    """What is said before a run: its label, what it shows, what its miniature scaled, the memory
+    that a GPU will need."""
+    card = (
+        find_gpu(plan.experiment.card or gpus.list_gpus()[0].name)
+        if plan.device == "cuda"
+        else None
+    )
     going_on = f"goes on from step {plan.first_step}" if plan.resumes and plan.first_step else None
-    foretold = [capacity.in_a_line(plan.experiment, card), calibrations.in_a_line(plan.experiment, card)] if card else []
-    paragraphs = [f"{run_dir.label}: {plan.experiment.shows}", plan.headline, *plan.notices, going_on, *foretold]
-    return "\n".join(textwrap.fill(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False)
-                     for text in paragraphs if text)
+    foretold = (
+        [capacity.in_a_line(plan.experiment, card), calibrations.in_a_line(plan.experiment, card)]
+        if card
+        else []
+    )
+    paragraphs = [
+        f"{run_dir.label}: {plan.experiment.shows}",
+        plan.headline,
+        *plan.notices,
+        going_on,
+        *foretold,
+    ]
+    return "\n".join(
+        textwrap.fill(
+            text, WIDTH, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False
+        )
+        for text in paragraphs
+        if text
+    )
 
 
 def stop(outdir: Path, label: str | None = None) -> int:
-    """End every run of this machine in ``outdir``, orphans of dead launchers included, or the one called ``label``.
+    """End every run of this machine in ``outdir``, orphans of dead launchers included, or the one
+    called ``label``.
 
     Results so far are kept. Returns the exit status, 1 where a run of another machine goes on.
 
@@ -589,14 +691,23 @@ def stop(outdir: Path, label: str | None = None) -> int:
     runs, _ = directory.runs(outdir)
     labels = [run.dir.label for run in runs]
     if label and label not in labels:
-        raise UserError(f"no run in {outdir} is called {label}" + (f"; {nearest(label, labels)}" if labels else ""))
+        raise UserError(
+            f"no run in {outdir} is called {label}"
+            + (f"; {nearest(label, labels)}" if labels else "")
+        )
     ended: dict[str, list[psutil.Process]] = {}
     elsewhere: list[str] = []
     for run in runs:
         if (run.state == "running" or run.result is None) and label in (None, run.dir.label):
             holder = locks.holder(run.dir.path, watch=False)
-            launcher = psutil.Process(holder.pid) if holder and holder.lives and label is None else None
-            found = [launcher] if launcher else processes.marked(**{RUN_DIR_VARIABLE: str(run.dir.path.resolve())})
+            launcher = (
+                psutil.Process(holder.pid) if holder and holder.lives and label is None else None
+            )
+            found = (
+                [launcher]
+                if launcher
+                else processes.marked(**{RUN_DIR_VARIABLE: str(run.dir.path.resolve())})
+            )
             if found:
                 ended[run.dir.label] = found
             elif holder:
@@ -618,7 +729,8 @@ class _Tail:
         self._rest = b""
 
     def lines(self) -> list[str]:
-        """Whole lines since the last call; a line that is still being written comes with the next."""
+        """Whole lines since the last call; a line that is still being written comes with the
+        next."""
         try:
             with self.path.open("rb") as file:
                 file.seek(self._read)
@@ -648,13 +760,20 @@ def _resumed_at(plan: Plan, run_dir: RunDir) -> tuple[int, ...]:
 
 
 def _changed(plan: Plan, run_dir: RunDir) -> tuple[Change, ...]:
-    """The settings that changed when the run was resumed, this time included; none where it begins anew."""
+    """The settings that changed when the run was resumed, this time included; none where it begins
+    anew."""
     if not plan.resumes or not plan.first_step:
         return ()
     step = plan.first_step
-    earlier = (change.model_copy(update={"step": min(change.step, step)}) for change in run_dir.read_changes())
+    earlier = (
+        change.model_copy(update={"step": min(change.step, step)})
+        for change in run_dir.read_changes()
+    )
     fields = ("setting", "before", "now", "curve", "work")
-    return (*earlier, *(Change(step=step, **{name: getattr(d, name) for name in fields}) for d in plan.changed))
+    return (
+        *earlier,
+        *(Change(step=step, **{name: getattr(d, name) for name in fields}) for d in plan.changed),
+    )
 
 
 def _most(values: Iterable[float | None]) -> float | None:

@@ -1,4 +1,5 @@
-"""Connections between the launchers of one run: lines of JSON over the port where its nodes meet."""
+"""Connections between the launchers of one run: lines of JSON over the port where its nodes
+meet."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class Link:
-    """One connection; ``receive`` never blocks. ``node`` and ``host`` are known once the peer has said them."""
+    """One connection; ``receive`` never blocks. ``node`` and ``host`` are known once the peer has
+    said them."""
 
     def __init__(self, peer: socket.socket) -> None:
         self.node: int | None = None
@@ -28,9 +30,14 @@ class Link:
         self._socket = peer
         self._received = b""
         self._messages: list[dict[str, Any]] = []
-        with suppress(OSError, AttributeError):  # a machine that lost its power sends no end: ask it, where that can be set
+        # a machine that lost its power sends no end: ask it, where that can be set
+        with suppress(OSError, AttributeError):
             peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            for option, value in ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3)):
+            for option, value in (
+                (socket.TCP_KEEPIDLE, 10),
+                (socket.TCP_KEEPINTVL, 5),
+                (socket.TCP_KEEPCNT, 3),
+            ):
                 peer.setsockopt(socket.IPPROTO_TCP, option, value)
 
     def send(self, message: dict[str, Any]) -> None:
@@ -42,7 +49,8 @@ class Link:
             self.is_open = False
 
     def receive(self) -> list[dict[str, Any]]:
-        """The messages that have come; the link closes at the end of the connection, or where they are none of ours."""
+        """The messages that have come; the link closes at the end of the connection, or where they
+        are none of ours."""
         self._read()
         messages, self._messages = self._messages, []
         return messages
@@ -88,16 +96,21 @@ def resolve(rendezvous: str) -> None:
         socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"RENDEZVOUS={rendezvous}: the host {host} has no address here: {reason}\n"
-                        "name node 0 as this machine can reach it, or by its IP address") from None
+        raise UserError(
+            f"RENDEZVOUS={rendezvous}: the host {host} has no address here: {reason}\n"
+            "name node 0 as this machine can reach it, or by its IP address"
+        ) from None
 
 
 def listen(rendezvous: str) -> socket.socket:
-    """A listening socket at the port of ``rendezvous``, on every address here. Raises OSError where it is taken."""
+    """A listening socket at the port of ``rendezvous``, on every address here. Raises OSError where
+    it is taken."""
     _, port = parts(rendezvous)
     if socket.has_dualstack_ipv6():
         with suppress(OSError):
-            return _listening(socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True))
+            return _listening(
+                socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+            )
     return _listening(socket.create_server(("", port)))
 
 

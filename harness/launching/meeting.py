@@ -1,7 +1,10 @@
-"""How the launchers of several nodes meet before anything trains: all there, all alike, and where records are kept.
+"""How the launchers of several nodes meet before anything trains: all there, all alike, and where
+records are kept.
 
-Node 0 listens at RENDEZVOUS; the others connect and say what they would run. Node 0 compares that with its own and tells
-all: go, or why not. Then it stops listening, for torchrun listens there next; the connections last as long as the run.
+Node 0 listens at RENDEZVOUS; the others connect and say what they would run. Node 0 compares that
+with its own and tells
+all: go, or why not. Then it stops listening, for torchrun listens there next; the connections last
+as long as the run.
 """
 
 from __future__ import annotations
@@ -30,7 +33,8 @@ if TYPE_CHECKING:
     from harness.planning.plan import Plan
 
 MEET_S = 600.0
-"""The nodes wait for each other this long. A first run installs packages before, which takes minutes."""
+"""The nodes wait for each other this long. A first run installs packages before, which takes
+minutes."""
 LOOK_S = 0.2
 SHARED_S = 3
 """What another node wrote appears here within this time, where the file system is shared."""
@@ -46,13 +50,14 @@ class Refused(UserError):
 
 
 def run_directory(plan: Plan, signals: Signals, shown: Terminal) -> Reservation:
-    """Where this launcher writes; where the run has several nodes, after all of them have met and agreed.
+    """Where this launcher writes; where the run has several nodes, after all of them have met and
+    agreed.
 
     A further node joins the directory of node 0 where it sees it, else it keeps records of its own.
 
     Raises:
-        UserError: the directory cannot be made, another program has the rendezvous' port, a node does not come within
-            ``MEET_S``, refuses, or would run something else.
+        UserError: the directory cannot be made, another program has the rendezvous' port, a node
+            does not come within ``MEET_S``, refuses, or would run something else.
         KeyboardInterrupt: a signal came while waiting.
     """
     if plan.experiment.nodes == 1:
@@ -65,7 +70,8 @@ def run_directory(plan: Plan, signals: Signals, shown: Terminal) -> Reservation:
 
 @contextmanager
 def told_to_others(words: Iterable[str]) -> Iterator[None]:
-    """Where this node refuses by itself what ``KEY=VALUE`` words ask for, tell the nodes that wait for it.
+    """Where this node refuses by itself what ``KEY=VALUE`` words ask for, tell the nodes that wait
+    for it.
 
     That takes ``LINGER_S`` at most.
     """
@@ -114,35 +120,51 @@ def _lead(plan: Plan, signals: Signals, shown: Terminal) -> Reservation:
     with _server(rendezvous) as server:
         links: dict[int, Link] = {}
         try:
-            shown.print(f"{e.label}: node 0 waits at {rendezvous} for {_nodes(range(1, e.nodes))}, "
-                        f"{MEET_S / 60:g} minutes at most")
+            shown.print(
+                f"{e.label}: node 0 waits at {rendezvous} for {_nodes(range(1, e.nodes))}, "
+                f"{MEET_S / 60:g} minutes at most"
+            )
             _gather(server, plan, links, signals, shown)
             reserved = reserve(plan, e.label, shown.print)
         except BaseException as error:
             why = str(error) if isinstance(error, UserError) else "it was stopped"
-            told = why if isinstance(error, Refused) else f"node 0 ({socket.gethostname()}) refuses: {why}"
+            told = (
+                why
+                if isinstance(error, Refused)
+                else f"node 0 ({socket.gethostname()}) refuses: {why}"
+            )
             with suppress(KeyboardInterrupt):
-                _refuse_all(server, list(links.values()), e.nodes - 1, told, time.monotonic() + LINGER_S)
+                _refuse_all(
+                    server, list(links.values()), e.nodes - 1, told, time.monotonic() + LINGER_S
+                )
             raise
-    lock = locks.own(reserved.directory.path)
+    lock = locks.own(reserved.run_dir.path)
     for link in links.values():
-        link.send({"go": {"label": reserved.directory.label, "token": lock.token if lock else ""}})
+        link.send({"go": {"label": reserved.run_dir.label, "token": lock.token if lock else ""}})
     return reserved.with_others(Others(0, list(links.values()), shares=True))
 
 
 def _server(rendezvous: str) -> socket.socket:
-    """Listen at ``rendezvous``. Raises UserError where another program does, for torchrun would wait for it in vain."""
+    """Listen at ``rendezvous``. Raises UserError where another program does, for torchrun would
+    wait for it in vain."""
     host, port = parts(rendezvous)
     try:
         return listen(rendezvous)
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
-            raise UserError(f"RENDEZVOUS={rendezvous}: cannot listen at port {port}: {error.strerror}") from None
+            raise UserError(
+                f"RENDEZVOUS={rendezvous}: cannot listen at port {port}: {error.strerror}"
+            ) from None
     with socket.socket() as probe:
         probe.bind(("", 0))
         free = probe.getsockname()[1]
-    whose = "another run of this harness, or another node 0," if _is_ours(port) else "another program"
-    raise UserError(f"RENDEZVOUS={rendezvous}: {whose} has port {port}; try RENDEZVOUS={host}:{free} on all nodes")
+    whose = (
+        "another run of this harness, or another node 0," if _is_ours(port) else "another program"
+    )
+    raise UserError(
+        f"RENDEZVOUS={rendezvous}: {whose} has port {port}; try RENDEZVOUS={host}:{free} on all"
+        " nodes"
+    )
 
 
 def _is_ours(port: int) -> bool:
@@ -150,12 +172,18 @@ def _is_ours(port: int) -> bool:
     import psutil
 
     listening = [
-        c.pid for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.laddr.port == port
+        c.pid
+        for c in psutil.net_connections("tcp")
+        if c.status == psutil.CONN_LISTEN and c.laddr.port == port
     ]
-    return any(pid and processes.has_variable(pid, processes.LAUNCHER_VARIABLE) for pid in listening)
+    return any(
+        pid and processes.has_variable(pid, processes.LAUNCHER_VARIABLE) for pid in listening
+    )
 
 
-def _gather(server: socket.socket, plan: Plan, links: dict[int, Link], signals: Signals, shown: Terminal) -> None:
+def _gather(
+    server: socket.socket, plan: Plan, links: dict[int, Link], signals: Signals, shown: Terminal
+) -> None:
     """Fill ``links`` with one to every other node. Raises Refused where that is not to be."""
     nodes, own = plan.experiment.nodes, facts(plan)
     deadline, unknown = time.monotonic() + MEET_S, []
@@ -164,8 +192,11 @@ def _gather(server: socket.socket, plan: Plan, links: dict[int, Link], signals: 
             raise KeyboardInterrupt
         if time.monotonic() > deadline:
             missing = _nodes(sorted(set(range(1, nodes)) - links.keys()))
-            raise Refused(f"{missing} did not come to RENDEZVOUS={plan.place.rendezvous} within {MEET_S / 60:g} minutes\n"
-                          "start it there with the same settings and its own NODE_RANK=; that port must be open")
+            raise Refused(
+                f"{missing} did not come to RENDEZVOUS={plan.place.rendezvous} within"
+                f" {MEET_S / 60:g} minutes\nstart it there with the same settings and its own"
+                " NODE_RANK=; that port must be open"
+            )
         unknown += _accepted(server)
         for link in list(unknown):
             if (message := link.receive_one()) is not None:
@@ -184,13 +215,19 @@ def _gather(server: socket.socket, plan: Plan, links: dict[int, Link], signals: 
         link.close()
 
 
-def _admit(link: Link, message: dict[str, Any], links: dict[int, Link], own: dict[str, Any], nodes: int) -> None:
-    """Add a node that says hello to ``links``. Raises Refused where it refuses, is one too many, or differs."""
+def _admit(
+    link: Link, message: dict[str, Any], links: dict[int, Link], own: dict[str, Any], nodes: int
+) -> None:
+    """Add a node that says hello to ``links``. Raises Refused where it refuses, is one too many, or
+    differs."""
     known = {number: known.host for number, known in links.items()}
     link.host, node = printable(message.get("host", "?"))[:255], message.get("node")
-    links[node if isinstance(node, int) and node not in links else -1] = link  # it is told in any case
+    # it is told in any case
+    links[node if isinstance(node, int) and node not in links else -1] = link
     if message.get(MARK) != 1 or not isinstance(node, int):
-        raise Refused("a launcher of another version came to the rendezvous: all nodes want the same commit")
+        raise Refused(
+            "a launcher of another version came to the rendezvous: all nodes want the same commit"
+        )
     link.node = node
     if (why := message.get("refused")) is not None:
         raise Refused(f"node {node} ({link.host}) refuses: {printable(why)}")
@@ -200,7 +237,10 @@ def _admit(link: Link, message: dict[str, Any], links: dict[int, Link], own: dic
     elif node in known:
         problem = f"NODE_RANK={node} came twice, from {known[node]} and from {link.host}"
     elif differ := differences(own, message.get("facts") or {}, ("node 0", f"node {node}")):
-        problem = f"node 0 ({socket.gethostname()}) and node {node} ({link.host}) would not run the same\n"
+        problem = (
+            f"node 0 ({socket.gethostname()}) and node {node} ({link.host}) would not run the"
+            " same\n"
+        )
         problem += "\n".join(f"  {printable(line)}" for line in differ)
     if problem:
         raise Refused(f"{problem}\ngive all nodes the same settings, code, packages and data")
@@ -217,8 +257,11 @@ def _accepted(server: socket.socket) -> list[Link]:
     return found
 
 
-def _refuse_all(server: socket.socket, links: list[Link], count: int, why: str, deadline: float) -> None:
-    """Tell ``why`` to those who are there, and until ``deadline`` to those who still come; ``count`` are expected."""
+def _refuse_all(
+    server: socket.socket, links: list[Link], count: int, why: str, deadline: float
+) -> None:
+    """Tell ``why`` to those who are there, and until ``deadline`` to those who still come;
+    ``count`` are expected."""
     for link in links:
         link.send({"refused": why})
     told, new = len(links), []
@@ -233,10 +276,17 @@ def _refuse_all(server: socket.socket, links: list[Link], count: int, why: str, 
 
 
 def _follow(plan: Plan, signals: Signals, shown: Terminal) -> Reservation:
-    """A further node: say what this one would run, wait for the answer, find node 0's run directory or make another."""
-    node, label, rendezvous = int(plan.place.node_rank), plan.experiment.label, plan.place.rendezvous
+    """A further node: say what this one would run, wait for the answer, find node 0's run directory
+    or make another."""
+    node, label, rendezvous = (
+        int(plan.place.node_rank),
+        plan.experiment.label,
+        plan.place.rendezvous,
+    )
     own = facts(plan)
-    shown.print(f"{label}: node {node} waits for node 0 at {rendezvous}, {MEET_S / 60:g} minutes at most")
+    shown.print(
+        f"{label}: node {node} waits for node 0 at {rendezvous}, {MEET_S / 60:g} minutes at most"
+    )
     deadline = time.monotonic() + MEET_S
     link, go = None, None
     while go is None:
@@ -244,14 +294,19 @@ def _follow(plan: Plan, signals: Signals, shown: Terminal) -> Reservation:
             raise KeyboardInterrupt
         if time.monotonic() > deadline:
             state = "did not let this node go" if link else "did not come"
-            raise Refused(f"node 0 {state} within {MEET_S / 60:g} minutes: RENDEZVOUS={rendezvous}\n"
-                          "it must be node 0's address, with that port open, and the same on all nodes")
+            raise Refused(
+                f"node 0 {state} within {MEET_S / 60:g} minutes: RENDEZVOUS={rendezvous}\n"
+                "it must be node 0's address, with that port open, and the same on all nodes"
+            )
         if link is None and (link := connect(rendezvous)):
             if _greeted(link, time.monotonic() + GREETING_S):
                 link.send({**_hello(node), "facts": own})
             elif link.is_open:
                 link.close()
-                raise UserError(f"RENDEZVOUS={rendezvous}: another program has that port; choose another, on all nodes")
+                raise UserError(
+                    f"RENDEZVOUS={rendezvous}: another program has that port; choose another, on"
+                    " all nodes"
+                )
         for message in link.receive() if link else ():
             if "refused" in message:
                 raise Refused(printable(message["refused"]))

@@ -1,4 +1,5 @@
-"""The other nodes of a run while it lasts: what they report, how they end, and that they are still there."""
+"""The other nodes of a run while it lasts: what they report, how they end, and that they are still
+there."""
 
 from __future__ import annotations
 
@@ -54,7 +55,10 @@ class Others:
                 if "ended" in message:
                     self.endings[link.node] = _ending(link, message["ended"])
             if not link.is_open and link.node not in self.endings:
-                gone = "it is gone: its launcher was killed, or its machine or the network between failed"
+                gone = (
+                    "it is gone: its launcher was killed, or its machine or the network between"
+                    " failed"
+                )
                 self.endings[link.node] = Ending(link.node, link.host, "crash", gone)
 
     def tell(self, message: dict[str, Any]) -> None:
@@ -73,8 +77,13 @@ class Others:
 
     @property
     def failure(self) -> Ending | None:
-        """What ended another node's part, the cause before what followed from it; None where all is well."""
-        failed = [ending for ending in self.endings.values() if ending.status not in ("ok", "target-missed")]
+        """What ended another node's part, the cause before what followed from it; None where all is
+        well."""
+        failed = [
+            ending
+            for ending in self.endings.values()
+            if ending.status not in ("ok", "target-missed")
+        ]
         return min(failed, key=lambda ending: (ending.follows, ending.node), default=None)
 
 

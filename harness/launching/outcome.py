@@ -1,4 +1,5 @@
-"""How a run ended: evidence in, one outcome with its first error, its rank and advice out. No I/O."""
+"""How a run ended: evidence in, one outcome with its first error, its rank and advice out. No
+I/O."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 
 LONGEST_LINE = 300
 LOW_MEMORY_SHARE = 0.05
-"""A rank killed while less than this share of the host's memory was available died for want of memory."""
+"""A rank killed while less than this share of the host's memory was available died for want of
+memory."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class Evidence:
         because_ended: the process, such as make, with which the run had to end.
         hang: what the launcher saw when it gave up waiting.
         oom_kills: processes that the kernel killed for want of memory while the run lasted.
-        least_free_share: the smallest share of the host's memory that was available meanwhile, 0 to 1.
+        least_free_share: the smallest share of the host's memory that was available meanwhile, 0 to
+        1.
     """
 
     exit_code: int
@@ -65,7 +68,8 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Rule:
-    """Text that gives a failure away, the status it means, and advice, which may depend on the experiment.
+    """Text that gives a failure away, the status it means, and advice, which may depend on the
+    experiment.
 
     ``anywhere``: so telling that it counts in any line of the log, not only in the first error.
     """
@@ -87,17 +91,22 @@ class Failure:
 
     @property
     def is_echo(self) -> bool:
-        """Whether another rank's end caused it: a closed connection, or torchrun ending the survivors."""
+        """Whether another rank's end caused it: a closed connection, or torchrun ending the
+        survivors."""
         return bool(_ECHO.search(self.message))
 
 
 def classify(evidence: Evidence, experiment: Experiment) -> Outcome:
-    """Name the outcome of a run: by its first error in time, passing over echoes of it in other ranks."""
+    """Name the outcome of a run: by its first error in time, passing over echoes of it in other
+    ranks."""
     done = evidence.metrics[-1].step if evidence.metrics else 0
     progress = f"after step {done} of {experiment.steps}"
     lost = next((m for m in evidence.metrics if m.nan or not math.isfinite(m.loss or 0)), None)
     if evidence.stopped_by:
-        gone = evidence.because_ended and f"because {evidence.because_ended}, which started it, is gone,"
+        gone = (
+            evidence.because_ended
+            and f"because {evidence.because_ended}, which started it, is gone,"
+        )
         detail = f"ended {gone or f'by {_cause(evidence.stopped_by)}'} {progress}"
         return Outcome("killed", detail, advice="the results so far are kept")
     if evidence.hang:
@@ -108,20 +117,34 @@ def classify(evidence: Evidence, experiment: Experiment) -> Outcome:
     held_out = [v for v in evidence.validation if v.split == "validation"]
     wanted = experiment.until.validation_loss if experiment.until else -math.inf
     if evidence.exit_code == 0 and (low := next((v for v in held_out if v.loss <= wanted), None)):
-        return Outcome("ok", f"loss {low.loss:.4f} on held-out data at step {low.step}, {wanted:g} wanted")
+        return Outcome(
+            "ok", f"loss {low.loss:.4f} on held-out data at step {low.step}, {wanted:g} wanted"
+        )
     if evidence.exit_code == 0 and experiment.until and held_out and done >= experiment.steps:
-        detail = f"loss {min(v.loss for v in held_out):.4f} on held-out data {progress}, {wanted:g} wanted"
-        return Outcome("target-missed", detail, advice="more STEPS=, or another learning rate (LR=)")
+        detail = (
+            f"loss {min(v.loss for v in held_out):.4f} on held-out data {progress}, {wanted:g}"
+            " wanted"
+        )
+        return Outcome(
+            "target-missed", detail, advice="more STEPS=, or another learning rate (LR=)"
+        )
     if evidence.exit_code == 0 and done < experiment.steps and not elsewhere:
-        return Outcome("crash", f"it ended without an error {progress}", advice="the end of logs.txt may tell why")
+        return Outcome(
+            "crash",
+            f"it ended without an error {progress}",
+            advice="the end of logs.txt may tell why",
+        )
     if evidence.exit_code == 0:
         return Outcome("ok")
     return _first_error(evidence, experiment)
 
 
 def memory_levers(experiment: Experiment) -> str:
-    """Settings that lower the memory of ``experiment`` by formula, the least intrusive first, each one admitted."""
-    settings = [" ".join(map("=".join, words.items())) for words, _ in islice(levers(experiment), 3)]
+    """Settings that lower the memory of ``experiment`` by formula, the least intrusive first, each
+    one admitted."""
+    settings = [
+        " ".join(map("=".join, words.items())) for words, _ in islice(levers(experiment), 3)
+    ]
     return f"it needs less memory a GPU: try {' or '.join(settings) or 'a smaller SEQ='}"
 
 
@@ -141,24 +164,35 @@ def where_ranks_wait(stacks: Mapping[int, str]) -> str:
 def _host_memory(experiment: Experiment) -> str:
     ranks = experiment.ranks_per_node
     fewer = f"fewer than {ranks} ranks (GPUS=), " if ranks > 1 else ""
-    return f"the host ran out of memory: {fewer}a smaller SEQ= or MBS=, or close what else runs there"
+    return (
+        f"the host ran out of memory: {fewer}a smaller SEQ= or MBS=, or close what else runs there"
+    )
 
 
 ADDRESS_IN_USE = re.compile(
-    r"EADDRINUSE|Address already in use|failed to listen on any local network address", re.IGNORECASE
+    r"EADDRINUSE|Address already in use|failed to listen on any local network address",
+    re.IGNORECASE,
 )
 
 
-def _rule(pattern: str, status: Status, advice: str | Callable[[Experiment], str], anywhere: bool = True) -> Rule:
+def _rule(
+    pattern: str, status: Status, advice: str | Callable[[Experiment], str], anywhere: bool = True
+) -> Rule:
     return Rule(re.compile(pattern, re.IGNORECASE), status, advice, anywhere)
 
 
-_SHARED_MEMORY = "/dev/shm is too small for NCCL or the data loaders; a container wants docker run --ipc=host"
+_SHARED_MEMORY = (
+    "/dev/shm is too small for NCCL or the data loaders; a container wants docker run --ipc=host"
+)
 
 
 def _sets(experiment: Experiment) -> list[str]:
     """The names of the data sets that it reads."""
-    return [word.partition(":")[0] for word in experiment.data.replace(",", " ").split() if word != "mock"]
+    return [
+        word.partition(":")[0]
+        for word in experiment.data.replace(",", " ").split()
+        if word != "mock"
+    ]
 
 
 def _checks(experiment: Experiment) -> str:
@@ -167,13 +201,15 @@ def _checks(experiment: Experiment) -> str:
 
 RULES = (
     _rule(
-        r"CUDA out of memory|OutOfMemoryError|CUDA error: out of memory|CU(BLAS|DNN)_STATUS_ALLOC_FAILED"
+        r"CUDA out of memory|OutOfMemoryError|CUDA error: out of"
+        r" memory|CU(BLAS|DNN)_STATUS_ALLOC_FAILED"
         r"|Cuda failure 2 'out of memory'",
         "oom",
         memory_levers,
     ),
     _rule(
-        r"DefaultCPUAllocator: can't allocate|Cannot allocate memory|\bMemoryError\b|for want of memory",
+        r"DefaultCPUAllocator: can't allocate|Cannot allocate memory|\bMemoryError\b|for want of"
+        r" memory",
         "oom-host",
         _host_memory,
     ),
@@ -185,13 +221,18 @@ RULES = (
     _rule(
         r"SIGBUS|Bus error",  # also what a mapped file does that became shorter
         "crash",
-        lambda e: f"{_SHARED_MEMORY}{'; or a file of the data was cut while it was read: ' if _sets(e) else ''}{_checks(e)}",
+        lambda e: (
+            f"{_SHARED_MEMORY}{'; or a file of the data was cut while it was read: ' if _sets(e) else ''}{_checks(e)}"  # noqa: E501
+        ),
     ),
     _rule(
         r"index out of range in self|vectorized_gather_kernel|indexSelect\w*Index"
         r"|Indexing\.cu.*Assertion|Assertion .*(srcIndex|srcSelectDimSize|ind >=)",
         "crash",
-        lambda e: "an id beyond vocabulary or positions" + (f", as in damaged data: {_checks(e)}" if _sets(e) else ""),
+        lambda e: (
+            "an id beyond vocabulary or positions"
+            + (f", as in damaged data: {_checks(e)}" if _sets(e) else "")
+        ),
     ),
     _rule(
         r"No space left on device|Disk quota exceeded",
@@ -220,9 +261,11 @@ RULES = (
         "the nodes did not meet: all want the same RENDEZVOUS=host:port, and that port open",
     ),
     _rule(
-        r"driver version is insufficient|driver on your system is too old|unsupported display driver",
+        r"driver version is insufficient|driver on your system is too old|unsupported display"
+        r" driver",
         "crash",
-        "the GPU driver is too old for this PyTorch: make doctor; update it, or install an older PyTorch",
+        "the GPU driver is too old for this PyTorch: make doctor; update it, or install an older"
+        " PyTorch",
     ),
     _rule(
         r"no kernel image is available|PTX was compiled with an unsupported toolchain",
@@ -248,12 +291,14 @@ RULES = (
         "fewer GPUs than ranks: GPUS= for fewer, or DEVICE=cpu for the miniature",
     ),
     _rule(
-        r"unrecognized arguments|error: (argument|the following arguments|ambiguous option)|invalid choice:",
+        r"unrecognized arguments|error: (argument|the following arguments|ambiguous option)|invalid"
+        r" choice:",
         "bad-configuration",
         "upstream refused an argument: make arguments lists what it knows; yours are in ARGS=",
     ),
     _rule(
-        r"\bin (validate_args|parse_args|core_transformer_config_from_args|_initialize_distributed)\b"
+        r"\bin"
+        r" (validate_args|parse_args|core_transformer_config_from_args|_initialize_distributed)\b"
         r"|transformer_config\.py\", line \d+, in __post_init__",
         "bad-configuration",
         "upstream refuses these settings together; they are in command.sh",
@@ -275,7 +320,8 @@ RULES = (
     _rule(
         r"NCCL error|ncclUnhandledCudaError|ncclSystemError|ncclInternalError|ncclInvalidUsage",
         "crash",
-        "NCCL failed: NCCL_DEBUG=INFO in the environment says where; between nodes see NCCL_SOCKET_IFNAME",
+        "NCCL failed: NCCL_DEBUG=INFO in the environment says where; between nodes see"
+        " NCCL_SOCKET_IFNAME",
     ),
     _rule(
         r"ended by SIGKILL",
@@ -289,7 +335,8 @@ RULES = (
         "the results so far are kept",
     ),
 )
-"""Every failure that has a name, the specific before the general: the first rule that matches decides."""
+"""Every failure that has a name, the specific before the general: the first rule that matches
+decides."""
 
 _ECHO = re.compile(
     r"Connection (was )?(closed|reset|refused)|Broken pipe|remote process (exited|has terminated)"
@@ -297,15 +344,20 @@ _ECHO = re.compile(
     re.IGNORECASE,
 )
 _SUMMARY = re.compile(
-    r"^  time +: (?P<time>\S+)\n  host .*\n  rank +: (?P<rank>\d+) .*\n  exitcode +: (?P<exitcode>-?\d+) ",
+    r"^  time +: (?P<time>\S+)\n  host .*\n  rank +: (?P<rank>\d+) .*\n  exitcode +:"
+    r" (?P<exitcode>-?\d+) ",
     re.MULTILINE,
 )
-_SIGNALLED_FIRST = re.compile(r"^Root Cause .*:\n\[\d+\]:\n(?:  .*\n)*?  exitcode +: -\d+ ", re.MULTILINE)
-"""torchrun's summary where a signal ended the first rank that failed; no other rank's end caused that."""
+_SIGNALLED_FIRST = re.compile(
+    r"^Root Cause .*:\n\[\d+\]:\n(?:  .*\n)*?  exitcode +: -\d+ ", re.MULTILINE
+)
+"""torchrun's summary where a signal ended the first rank that failed; no other rank's end caused
+that."""
 _RANK_PREFIX = re.compile(r"^\[rank(\d+)\]:(?: |$)")
 _PRINTED_ERROR = re.compile(r"^(?:\S+\.py: )?error: ")
 _LAST_WORDS = re.compile(
-    r"^(?:terminate called .*(?:\n +what\(\): .*)?|\w+\(\): .*|double free or .*|corrupted .*|.*: Assertion `.*' failed\.)$",
+    r"^(?:terminate called .*(?:\n +what\(\): .*)?|\w+\(\): .*|double free or .*|corrupted .*|.*:"
+    r" Assertion `.*' failed\.)$",
     re.MULTILINE,
 )
 """What C++ and the C library say before they abort the process."""
@@ -317,7 +369,9 @@ def _first_error(evidence: Evidence, experiment: Experiment) -> Outcome:
     failures = [*_from_rank_files(evidence), *_from_log(evidence.log)]
     said = {failure.rank for failure in failures if failure.message}
     failures += [failure for failure in summary if failure.message or failure.rank not in said]
-    first = min(failures, key=lambda f: (f.is_echo, not f.message, f.time), default=Failure(None, ""))
+    first = min(
+        failures, key=lambda f: (f.is_echo, not f.message, f.time), default=Failure(None, "")
+    )
     message = first.message
     rule = _match(f"{message}\n{first.context}")
     rank_in_line = None
@@ -325,23 +379,36 @@ def _first_error(evidence: Evidence, experiment: Experiment) -> Outcome:
         rule, line = in_log
         rank_in_line = _rank_in(line)
         message = f"{line}\n{message}"
-    root_cause = min((f for f in summary if not f.is_echo), key=lambda f: f.time, default=Failure(None, ""))
+    root_cause = min(
+        (f for f in summary if not f.is_echo), key=lambda f: f.time, default=Failure(None, "")
+    )
     rank = next((r for r in (rank_in_line, first.rank, root_cause.rank) if r is not None), None)
     detail = _shorten(message) or f"exit code {evidence.exit_code}"
     unnamed = (first.is_echo or not first.message) and not _SIGNALLED_FIRST.search(evidence.log)
     if rule is None:
-        return Outcome("crash", detail, rank, "logs.txt has its traceback and what came before", follows=unnamed)
+        return Outcome(
+            "crash",
+            detail,
+            rank,
+            "logs.txt has its traceback and what came before",
+            follows=unnamed,
+        )
     weak = rule.status in ("killed", "hang") or bool(_ECHO.search(message.splitlines()[0]))
     return replace(_named(rule.status, detail, rank, experiment, rule), follows=unnamed and weak)
 
 
-def _named(status: Status, detail: str, rank: int | None, experiment: Experiment, rule: Rule | None = None) -> Outcome:
+def _named(
+    status: Status, detail: str, rank: int | None, experiment: Experiment, rule: Rule | None = None
+) -> Outcome:
     rule = rule or next(rule for rule in RULES if rule.status == status)
-    return Outcome(status, detail, rank, rule.advice(experiment) if callable(rule.advice) else rule.advice)
+    return Outcome(
+        status, detail, rank, rule.advice(experiment) if callable(rule.advice) else rule.advice
+    )
 
 
 def _from_rank_files(evidence: Evidence) -> Iterator[Failure]:
-    """Exceptions of ranks. Of SystemExit the reason is in the log; UserError is what the entry tells users."""
+    """Exceptions of ranks. Of SystemExit the reason is in the log; UserError is what the entry
+    tells users."""
     for error in evidence.errors:
         messages = {"SystemExit": "", "UserError": f"error: {error.message}"}
         message = messages.get(error.type, f"{error.type}: {error.message}")
@@ -349,11 +416,14 @@ def _from_rank_files(evidence: Evidence) -> Iterator[Failure]:
 
 
 def _from_summary(evidence: Evidence) -> Iterator[Failure]:
-    """Ranks in torchrun's summary. It truncates times to seconds, so the end of that second is taken."""
+    """Ranks in torchrun's summary. It truncates times to seconds, so the end of that second is
+    taken."""
     for entry in _SUMMARY.finditer(evidence.log):
         code = int(entry["exitcode"])
         time = datetime.fromisoformat(entry["time"].replace("_", "T")).timestamp() + 1
-        yield Failure(int(entry["rank"]), _signalled(-code, evidence) if code < 0 else "", time=time)
+        yield Failure(
+            int(entry["rank"]), _signalled(-code, evidence) if code < 0 else "", time=time
+        )
     if evidence.exit_code < 0:
         yield Failure(None, f"torchrun: {_signalled(-evidence.exit_code, evidence)}")
 
@@ -372,7 +442,8 @@ def _signalled(number: int, evidence: Evidence) -> str:
 
 
 def _from_log(log: str) -> Iterator[Failure]:
-    """Tracebacks and printed errors in the order of the log; without a time, files of ranks come first."""
+    """Tracebacks and printed errors in the order of the log; without a time, files of ranks come
+    first."""
     open_tracebacks: dict[int | None, list[str]] = {}
     for line in log.splitlines():
         prefix = _RANK_PREFIX.match(line)
@@ -410,7 +481,9 @@ def _rank_in(line: str) -> int | None:
 
 def _shorten(message: str) -> str:
     lines = [line.strip() for line in message.splitlines() if line.strip()][:3]
-    return "\n".join(line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}…" for line in lines)
+    return "\n".join(
+        line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}…" for line in lines
+    )
 
 
 def _signal_name(number: int) -> str:
@@ -421,7 +494,9 @@ def _signal_name(number: int) -> str:
 
 
 def _cause(number: signal.Signals) -> str:
-    return {signal.SIGINT: "Ctrl-C", signal.SIGHUP: "the closed terminal (SIGHUP)"}.get(number, number.name)
+    return {signal.SIGINT: "Ctrl-C", signal.SIGHUP: "the closed terminal (SIGHUP)"}.get(
+        number, number.name
+    )
 
 
 def _innermost_frame(stacks: str) -> str | None:

@@ -1,8 +1,10 @@
-"""Whether what started this launcher still lives: a run ends with a make or a script that was killed.
+"""Whether what started this launcher still lives: a run ends with a make or a script that was
+killed.
 
-A run that was detached on purpose goes on: under nohup (SIGHUP ignored), in the background of a shell without job control
-(SIGINT ignored), under setsid, or as a job of an interactive shell (a process group of its own, which the terminal ends).
-What make starts ends before make, unless that is killed: its end is followed in any case.
+A run that was detached on purpose goes on: under nohup (SIGHUP ignored), in the background of a
+shell without job control (SIGINT ignored), under setsid, or as a job of an interactive shell (a
+process group of its own, which the terminal ends). What make starts ends before make, unless that
+is killed: its end is followed in any case.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Processes of a run: found by the mark they carry, ended without exception, and what killed them."""
+"""Processes of a run: found by the mark they carry, ended without exception, and what killed
+them."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
     import psutil
 
 LAUNCHER_VARIABLE = "HARNESS_LAUNCHER"
-"""Environment variable with the launcher's pid: tells apart nodes that share a run directory on one machine."""
+"""Environment variable with the launcher's pid: tells apart nodes that share a run directory on one
+machine."""
 
 KILLED_S = 5
 """A process that is still there so long after SIGKILL hangs in a driver; it is not waited for."""
@@ -27,10 +29,11 @@ _CGROUPS, _OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 class Signals:
-    """While this context lasts, SIGINT, SIGTERM and SIGHUP are noted instead of ending this process.
+    """While this context lasts, SIGINT, SIGTERM and SIGHUP are noted instead of ending this
+    process.
 
-    Signals that are ignored (nohup, background jobs) stay so; outside the main thread nothing changes. The end of what
-    started this process (``Parents``) counts as SIGHUP.
+    Signals that are ignored (nohup, background jobs) stay so; outside the main thread nothing
+    changes. The end of what started this process (``Parents``) counts as SIGHUP.
     """
 
     def __init__(self) -> None:
@@ -67,16 +70,20 @@ class Signals:
 def marked(**marks: str) -> list[psutil.Process]:
     """Processes that were started with these environment variables, other than this one.
 
-    Children inherit them, so a rank is found wherever it is: in another session, or adopted by init.
+    Children inherit them, so a rank is found wherever it is: in another session, or adopted by
+    init.
     """
     import psutil
 
     wanted = {f"{name}={value}".encode() for name, value in marks.items()}
-    return [p for p in psutil.process_iter() if p.pid != os.getpid() and wanted <= _environment(p.pid)]
+    return [
+        p for p in psutil.process_iter() if p.pid != os.getpid() and wanted <= _environment(p.pid)
+    ]
 
 
 def end(processes: Iterable[psutil.Process], grace_s: float) -> None:
-    """SIGTERM to each, and SIGKILL to those that are still there after ``grace_s``. Returns when all are gone."""
+    """SIGTERM to each, and SIGKILL to those that are still there after ``grace_s``. Returns when
+    all are gone."""
     left = list(processes)
     for process in left:
         send(process, signal.SIGTERM)
@@ -87,7 +94,8 @@ def end(processes: Iterable[psutil.Process], grace_s: float) -> None:
 
 
 def _still_there(processes: list[psutil.Process], seconds: float) -> list[psutil.Process]:
-    """Those that have not ended after ``seconds``. Children are not reaped: their exit status is for their parent."""
+    """Those that have not ended after ``seconds``. Children are not reaped: their exit status is
+    for their parent."""
     deadline = time.monotonic() + seconds
     while (left := [p for p in processes if lives(p)]) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -118,7 +126,9 @@ def catches(pid: int, number: signal.Signals) -> bool:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return False
-    caught = next((line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:")), "0")
+    caught = next(
+        (line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:")), "0"
+    )
     return bool(int(caught, 16) >> (number - 1) & 1)
 
 
@@ -128,7 +138,8 @@ def has_variable(pid: int, name: str) -> bool:
 
 
 def _environment(pid: int) -> set[bytes]:
-    """``NAME=value`` of a process as it was started; empty for one that is not ours to see, or over."""
+    """``NAME=value`` of a process as it was started; empty for one that is not ours to see, or
+    over."""
     try:
         return set(Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
     except OSError:
@@ -136,7 +147,8 @@ def _environment(pid: int) -> set[bytes]:
 
 
 def oom_kills() -> int:
-    """Processes that the kernel has killed for want of memory since it started, those of containers included."""
+    """Processes that the kernel has killed for want of memory since it started, those of containers
+    included."""
     try:
         lines = Path("/proc/vmstat").read_text().splitlines()
     except OSError:
@@ -145,7 +157,8 @@ def oom_kills() -> int:
 
 
 def free_memory_share() -> float:
-    """The share of memory that is still available, 0 to 1: of this machine or of this process's control group."""
+    """The share of memory that is still available, 0 to 1: of this machine or of this process's
+    control group."""
     import psutil
 
     memory = psutil.virtual_memory()
@@ -153,11 +166,18 @@ def free_memory_share() -> float:
 
 
 def _free_share_of_control_group() -> float:
-    """The smallest free share of the control groups above this process (cgroup v2); 1 where there is no limit."""
+    """The smallest free share of the control groups above this process (cgroup v2); 1 where there
+    is no limit."""
     try:
-        own = next(line[3:] for line in _OWN_CGROUP.read_text().splitlines() if line.startswith("0::"))
+        own = next(
+            line[3:] for line in _OWN_CGROUP.read_text().splitlines() if line.startswith("0::")
+        )
         group = _CGROUPS / own.lstrip("/")
-        shares = [_free_share(folder) for folder in (group, *group.parents) if folder.is_relative_to(_CGROUPS)]
+        shares = [
+            _free_share(folder)
+            for folder in (group, *group.parents)
+            if folder.is_relative_to(_CGROUPS)
+        ]
     except (OSError, StopIteration):
         return 1.0
     return min(shares, default=1.0)
@@ -167,7 +187,9 @@ def _free_share(group: Path) -> float:
     try:
         limit = int((group / "memory.max").read_text())
         used = int((group / "memory.current").read_text())
-        cache = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["inactive_file"]
+        cache = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())[
+            "inactive_file"
+        ]
     except (OSError, ValueError, KeyError):
         return 1.0
     return 1 - (used - int(cache)) / limit

@@ -1,4 +1,5 @@
-"""The folders that a run writes to: made and locked before it starts, given back at its end, removed where it is refused."""
+"""The folders that a run writes to: made and locked before it starts, given back at its end,
+removed where it is refused."""
 
 from __future__ import annotations
 
@@ -41,20 +42,23 @@ class Reservation:
         return replace(self, others=others)
 
     def abandon(self, why: object) -> None:
-        """Leave nothing of a run that was refused before it started; the other nodes are told ``why``."""
+        """Leave nothing of a run that was refused before it started; the other nodes are told
+        ``why``."""
         if self.others:
             self.others.tell({"ended": {"status": "bad-configuration", "detail": str(why)}})
             self.others.close()
         for folder in self.made:
             shutil.rmtree(folder, ignore_errors=True)
-        give_back(self.directory)
+        give_back(self.run_dir)
 
 
 def reserve(plan: Plan, label: str, tell: Callable[[str], None] = lambda _: None) -> Reservation:
-    """Make and lock the run directory of ``plan``, new or resumed, and on node 0 its ``SAVE=`` folder.
+    """Make and lock the run directory of ``plan``, new or resumed, and on node 0 its ``SAVE=``
+    folder.
 
     Args:
-        label: of the new run; another than the experiment's for a node that keeps records of its own.
+        label: of the new run; another than the experiment's for a node that keeps records of its
+        own.
         tell: see ``locks.take``.
 
     Raises:
@@ -119,8 +123,10 @@ def _take_save_folder(folder: Path, tell: Callable[[str], None]) -> None:
             raise locks.Taken(folder.parent, holder)
         locks.take(folder, tell)
     except locks.Taken as taken:
-        raise UserError(f"SAVE={folder}: another run keeps its checkpoints there: {taken}\n"
-                        "name another folder, or wait until that run is over") from None
+        raise UserError(
+            f"SAVE={folder}: another run keeps its checkpoints there: {taken}\n"
+            "name another folder, or wait until that run is over"
+        ) from None
 
 
 def _make(folder: Path) -> list[Path]:

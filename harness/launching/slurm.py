@@ -1,4 +1,5 @@
-"""Runs as Slurm jobs: a batch script with one launcher a node, which writes the same run directory as anywhere else."""
+"""Runs as Slurm jobs: a batch script with one launcher a node, which writes the same run directory
+as anywhere else."""
 
 from __future__ import annotations
 
@@ -25,16 +26,28 @@ ENDS_EARLY_S = 60
 """A job that reaches its time limit ends its ranks so long before, to keep its results."""
 
 LAUNCHER = ("scripts/setup.sh", "light", "--", "-m", "harness", "run")
-NOT_FOR_NODES = ("SLURM", "PARTITION", "ACCOUNT", "TIME", "DRY_RUN", "NODE_RANK", "RENDEZVOUS", "OUTDIR", "DEVICE")
+NOT_FOR_NODES = (
+    "SLURM",
+    "PARTITION",
+    "ACCOUNT",
+    "TIME",
+    "DRY_RUN",
+    "NODE_RANK",
+    "RENDEZVOUS",
+    "OUTDIR",
+    "DEVICE",
+)
 _NAME = re.compile(r"[\w.,@+-]+")
 _DURATION = re.compile(r"\d+|(\d+-)?\d+(:\d\d){1,2}|\d+-\d+")
 
 
 def submit_or_print(plan: Plan, settings: Mapping[str, str]) -> int:
-    """Submit ``plan`` as a job where sbatch exists (unless DRY_RUN=1), else print the script. Returns the exit status.
+    """Submit ``plan`` as a job where sbatch exists (unless DRY_RUN=1), else print the script.
+    Returns the exit status.
 
     Raises:
-        UserError: a setting is malformed, the output directory cannot be made, or Slurm refuses the job.
+        UserError: a setting is malformed, the output directory cannot be made, or Slurm refuses the
+        job.
     """
     script = render_sbatch(plan, settings)
     sbatch = shutil.which("sbatch")
@@ -42,8 +55,11 @@ def submit_or_print(plan: Plan, settings: Mapping[str, str]) -> int:
         print(script, end="")
         if sbatch is None:
             e = plan.experiment
-            print(f"# no sbatch here; on a login node that sees {ROOT}: "
-                  f"make {e.id} SLURM=1, or sbatch this script", file=sys.stderr)
+            print(
+                f"# no sbatch here; on a login node that sees {ROOT}: "
+                f"make {e.id} SLURM=1, or sbatch this script",
+                file=sys.stderr,
+            )
         return 0
     try:
         plan.outdir.mkdir(parents=True, exist_ok=True)
@@ -52,20 +68,24 @@ def submit_or_print(plan: Plan, settings: Mapping[str, str]) -> int:
     done = subprocess.run([sbatch, "--parsable"], input=script, capture_output=True, text=True)
     if done.returncode:
         raise UserError(
-            f"sbatch refused the job: {done.stderr.strip()}\nmake {plan.experiment.id} SLURM=1 DRY_RUN=1 shows it"
+            f"sbatch refused the job: {done.stderr.strip()}\nmake {plan.experiment.id} SLURM=1"
+            " DRY_RUN=1 shows it"
         )
     job = done.stdout.strip().split(";")[0]
     print(
-        f"submitted job {job}: {plan.experiment.label}\n  squeue --job {job}\n  tail -F {plan.outdir}/slurm-{job}.txt"
+        f"submitted job {job}: {plan.experiment.label}\n  squeue --job {job}\n  tail -F"
+        f" {plan.outdir}/slurm-{job}.txt"
     )
     return 0
 
 
 def render_sbatch(plan: Plan, settings: Mapping[str, str]) -> str:
-    """The batch script for ``plan``: resources, the place where the nodes meet, one launcher on each of them.
+    """The batch script for ``plan``: resources, the place where the nodes meet, one launcher on
+    each of them.
 
     Args:
-        settings: the user's; PARTITION, ACCOUNT and TIME are Slurm's, the others go on to the launchers.
+        settings: the user's; PARTITION, ACCOUNT and TIME are Slurm's, the others go on to the
+        launchers.
 
     Raises:
         UserError: a setting of Slurm's is malformed.
@@ -91,7 +111,10 @@ def render_sbatch(plan: Plan, settings: Mapping[str, str]) -> str:
         *(f"#SBATCH --{name}={_option(value)}" for name, value in options.items() if value),
         "",
         f"# {e.name}: {e.shows}",
-        f"# Slurm sends SIGTERM {ENDS_EARLY_S} s before the time limit: ranks end, results so far are kept.",
+        (
+            f"# Slurm sends SIGTERM {ENDS_EARLY_S} s before the time limit: ranks end, results so"
+            " far are kept."
+        ),
         "set -euo pipefail",
         f"cd {shlex.quote(str(ROOT))}",
         "",
@@ -113,7 +136,7 @@ def _on_every_node() -> list[str]:
         'read -r first < <(scontrol show hostnames "$SLURM_JOB_NODELIST")',
         'export RENDEZVOUS="$first:$((20000 + SLURM_JOB_ID % 20000))"',
         "# shellcheck disable=SC2016  # expanded on each node",
-        """exec srun bash -c 'exec "$@" NODE_RANK="$SLURM_NODEID" RENDEZVOUS="$RENDEZVOUS"' node "${run[@]}\"""",
+        """exec srun bash -c 'exec "$@" NODE_RANK="$SLURM_NODEID" RENDEZVOUS="$RENDEZVOUS"' node "${run[@]}\"""",  # noqa: E501
     ]
 
 
@@ -124,7 +147,10 @@ def _in_a_comment(folder: str) -> str:
         UserError: it holds what would end the option or the line.
     """
     if not folder.isprintable() or re.search(r"[\"'\\]", folder):
-        raise UserError(f"OUTDIR={folder!r}: sbatch takes no folder with quotes, backslashes or line breaks in its name")
+        raise UserError(
+            f"OUTDIR={folder!r}: sbatch takes no folder with quotes, backslashes or line breaks in"
+            " its name"
+        )
     return folder.replace("%", "%%")
 
 
@@ -136,6 +162,7 @@ def _checked(settings: Mapping[str, str], key: str, pattern: re.Pattern[str]) ->
     value = settings.get(key)
     if value is not None and not pattern.fullmatch(value):
         raise UserError(
-            f"{key}={value} is not what sbatch takes, such as {key}={'00:30:00' if key == 'TIME' else 'gpu'}"
+            f"{key}={value} is not what sbatch takes, such as"
+            f" {key}={'00:30:00' if key == 'TIME' else 'gpu'}"
         )
     return value

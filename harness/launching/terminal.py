@@ -28,7 +28,10 @@ PHASES = tuple(
     for pattern, words in (
         (r"using world size: \d+", "reading arguments"),
         (r"initializing torch distributed", "connecting ranks"),
-        (r"compiling dataset index builder|compiling and loading fused kernels", "compiling helpers"),
+        (
+            r"compiling dataset index builder|compiling and loading fused kernels",
+            "compiling helpers",
+        ),
         (r"setting random seeds", "initialising"),
         (r"building \S+ model", "building the model"),
         (r"number of parameters on", "building the model"),
@@ -45,7 +48,8 @@ PHASES = tuple(
 
 @dataclass(frozen=True)
 class Progress:
-    """A run at one moment. ``tflops`` is per GPU, ``mfu`` a fraction, ``memory_gib`` of the fullest rank."""
+    """A run at one moment. ``tflops`` is per GPU, ``mfu`` a fraction, ``memory_gib`` of the fullest
+    rank."""
 
     label: str
     steps: int
@@ -89,7 +93,8 @@ def phase_of(line: str) -> str | None:
 
 
 class PlainTerminal:
-    """Lines for a pipe or a file: every phase, the first and the last step, others about every second."""
+    """Lines for a pipe or a file: every phase, the first and the last step, others about every
+    second."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -132,7 +137,8 @@ class PlainTerminal:
 
 
 class LiveTerminal:
-    """A display that is redrawn in place, at most every ``REFRESH_S``, and gives way to the summary."""
+    """A display that is redrawn in place, at most every ``REFRESH_S``, and gives way to the
+    summary."""
 
     def __init__(self, stream: TextIO):
         from rich.console import Console
@@ -180,18 +186,24 @@ class LiveTerminal:
 
         bar = Table.grid(padding=(0, 2))
         ends = f"{_clock(p.left_s)} left" if p.left_s is not None else _clock(p.elapsed_s)
-        bar.add_row(ProgressBar(total=p.steps, completed=p.step, width=40), f"{p.step}/{p.steps}", ends)
-        return Group(_text((p.label, "bold")), bar, _text((_numbers(p) if p.step else p.phase, "cyan")))
+        bar.add_row(
+            ProgressBar(total=p.steps, completed=p.step, width=40), f"{p.step}/{p.steps}", ends
+        )
+        return Group(
+            _text((p.label, "bold")), bar, _text((_numbers(p) if p.step else p.phase, "cyan"))
+        )
 
 
 def step_line(p: Progress) -> str:
-    """One step: ``12/20  loss 10.8312  186.8 ms  54 TFLOP/s/GPU  MFU 5.5%  32.2 GiB  0:12 left``."""
+    """One step: ``12/20  loss 10.8312  186.8 ms  54 TFLOP/s/GPU  MFU 5.5%  32.2 GiB  0:12
+    left``."""
     left = f"  {_clock(p.left_s)} left" if p.left_s is not None and p.step < p.steps else ""
     return f"{p.step:>{len(str(p.steps))}}/{p.steps}  {_numbers(p)}{left}"
 
 
 def summary(label: str, path: Path, result: Result) -> str:
-    """What a run leaves on the terminal: status, medians and where the files are, or what went wrong."""
+    """What a run leaves on the terminal: status, medians and where the files are, or what went
+    wrong."""
     r = result
     took = _clock(r.finished - r.started)
     where = f" on rank {r.rank}" if r.rank is not None else ""
@@ -202,8 +214,8 @@ def summary(label: str, path: Path, result: Result) -> str:
     if r.step_ms:
         s = r.step_ms
         lines.append(
-            f"  step    {s.median:.1f} ± {s.half_iqr:.1f} ms, median of steps {r.window[0]} to {r.window[1]} "
-            f"({s.min:.1f} to {s.max:.1f})"
+            f"  step    {s.median:.1f} ± {s.half_iqr:.1f} ms, median of steps {r.window[0]} to"
+            f" {r.window[1]} ({s.min:.1f} to {s.max:.1f})"
         )
     elif r.status == "ok":
         lines.append(f"  step    no median: the averaging window begins after step {r.steps_done}")
@@ -212,8 +224,13 @@ def summary(label: str, path: Path, result: Result) -> str:
     if r.loss.first is not None and r.loss.last is not None:
         lines.append(f"  loss    {r.loss.first:.4f} -> {r.loss.last:.4f}")
     if r.validation:
-        word = "" if (value := perplexity(r.validation.loss)) is None else f", perplexity {value:,.2f}"
-        lines.append(f"  eval    loss {r.validation.loss:.4f}{word} on held-out data after step {r.validation.step}")
+        word = (
+            "" if (value := perplexity(r.validation.loss)) is None else f", perplexity {value:,.2f}"
+        )
+        lines.append(
+            f"  eval    loss {r.validation.loss:.4f}{word} on held-out data after step"
+            f" {r.validation.step}"
+        )
     if r.resumed_at:
         lines.append(f"  resumed after step {', '.join(map(str, r.resumed_at))}")
     if r.changed:

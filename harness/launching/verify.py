@@ -1,9 +1,12 @@
-"""Does a second run of a row agree with its record? ``make verify-101`` runs it again, ``RUN=label`` reads a run instead.
+"""Does a second run of a row agree with its record? ``make verify-101`` runs it again,
+``RUN=label`` reads a run instead.
 
 They agree where both ran out of memory, or where both are ok and
 
-    step time   |median here - median recorded| <= 2 sqrt(u1^2 + u2^2), u the standard uncertainty of each median by
-                measured.step_noise_ms: robust against single slow steps, and with what runs of the same work differ by
+    step time   |median here - median recorded| <= 2 sqrt(u1^2 + u2^2), u the standard uncertainty
+                of each median by
+                measured.step_noise_ms: robust against single slow steps, and with what runs of the
+                    same work differ by
     memory      used memory of the fullest GPU (NVML) within 1 %
 """
 
@@ -52,26 +55,35 @@ class Line:
     agrees: bool
 
 
-def verify(id_: str, settings: Mapping[str, str], outdir: Path, records: Path, prepare: Callable[[], None]) -> int:
-    """Run experiment ``id_`` again, or read RUN, and print how it compares with its record on the same hardware.
+def verify(
+    id_: str, settings: Mapping[str, str], outdir: Path, records: Path, prepare: Callable[[], None]
+) -> int:
+    """Run experiment ``id_`` again, or read RUN, and print how it compares with its record on the
+    same hardware.
 
-    ``settings`` that change the experiment (CARD=, ARGS=) choose the record of that; STEPS and DATA are the
-    record's where they are not given.
-    ``prepare`` is called before something runs.
+    ``settings`` that change the experiment (CARD=, ARGS=) choose the record of that; STEPS and DATA
+    are the record's where they are not given. ``prepare`` is called before something runs.
 
     Returns:
         0 where they agree, 1 where they do not or the run failed.
 
     Raises:
-        UserError: there is no record, the run is of other work, or it cannot be compared: other hardware or upstream, fewer
-            steps than the averaging window needs, or other runs on the node.
+        UserError: there is no record, the run is of other work, or it cannot be compared: other
+            hardware or upstream, fewer steps than the averaging window needs, or other runs on the
+            node.
     """
     experiment = start.with_settings(load_catalog().find(id_), settings, outdir)
     rows = collect_records(records, load_references()).rows
     kept = [row for row in rows if same_work(row.experiment, experiment)]
     if not kept:
-        raise UserError(f"{experiment.label} has no record\nmake {id_} runs it, make record RUN=… keeps it")
-    run = _read(settings["RUN"], outdir, experiment) if "RUN" in settings else _run(kept, settings, prepare)
+        raise UserError(
+            f"{experiment.label} has no record\nmake {id_} runs it, make record RUN=… keeps it"
+        )
+    run = (
+        _read(settings["RUN"], outdir, experiment)
+        if "RUN" in settings
+        else _run(kept, settings, prepare)
+    )
     record = choose(kept, run)
     lines = compare(record, run)
     print(render(record, run, lines))
@@ -79,26 +91,45 @@ def verify(id_: str, settings: Mapping[str, str], outdir: Path, records: Path, p
 
 
 def choose(records: Sequence[Row], run: Row) -> Row:
-    """The newest of ``records`` that ``run`` can be compared with. Raises UserError where there is none, and says why."""
+    """The newest of ``records`` that ``run`` can be compared with. Raises UserError where there is
+    none, and says why."""
     if run.experiment.miniature:
-        raise UserError(f"{run.label} is a CPU miniature; {records[0].label} was measured on {records[0].hardware}")
+        raise UserError(
+            f"{run.label} is a CPU miniature; {records[0].label} was measured on"
+            f" {records[0].hardware}"
+        )
     if not same_work(records[0].experiment, run.experiment):
-        raise UserError(f"{run.label} is a run of {run.experiment.label}, not of the work of {records[0].label}")
+        raise UserError(
+            f"{run.label} is a run of {run.experiment.label}, not of the work of {records[0].label}"
+        )
     if run.result and run.result.mixed:
-        raise UserError(f"{run.label} is of more than one experiment: {changes_in_words(run.result.mixed)}")
+        raise UserError(
+            f"{run.label} is of more than one experiment: {changes_in_words(run.result.mixed)}"
+        )
     here = _on_hardware(records, run.hardware)
     if run.state in ("running", "killed"):
-        raise UserError(f"{run.label} is {run.state}: only a run that came to its own end can be compared with a record")
+        raise UserError(
+            f"{run.label} is {run.state}: only a run that came to its own end can be compared with"
+            " a record"
+        )
     record = next((row for row in here if row.software == run.software), None)
     if record is None:
-        raise UserError(f"{run.label} ran {run.software}, the record {here[0].software}: their times do not compare")
+        raise UserError(
+            f"{run.label} ran {run.software}, the record {here[0].software}: their times do not"
+            " compare"
+        )
     for name, value_of in _CONDITIONS.items():
         if value_of(run) != value_of(record):
-            raise UserError(f"{run.label}: {name} {value_of(run)}, but {value_of(record)} in the record: "
-                            "their times do not compare")
+            raise UserError(
+                f"{run.label}: {name} {value_of(run)}, but {value_of(record)} in the record: "
+                "their times do not compare"
+            )
     if run.state == "ok" == record.state and (run.step is None or run.memory_gib.nvml is None):
-        raise UserError(f"{run.label} has no {'step in its averaging window' if run.step is None else 'NVML reading'}\n"
-                        f"let it run {record.experiment.steps} steps where NVML can be read")
+        raise UserError(
+            f"{run.label} has no"
+            f" {'step in its averaging window' if run.step is None else 'NVML reading'}\nlet it run"
+            f" {record.experiment.steps} steps where NVML can be read"
+        )
     return record
 
 
@@ -117,10 +148,22 @@ def compare(record: Row, run: Row) -> list[Line]:
     used, used_here = _used_gib(record, run), _used_gib(run, record)
     apart = abs(used_here - used) / used
     return [
-        Line("step time, ms", f"{median:,.1f} ± {2 * noise:.1f}", f"{here:,.1f} ± {2 * noise_here:.1f}",
-             f"{abs(here - median):.1f}", f"{allowed:.1f}", abs(here - median) <= allowed),
-        Line("used memory, GiB", f"{used:.2f}", f"{used_here:.2f}", f"{apart:.2%}", f"{MEMORY_TOLERANCE:.0%}",
-             apart <= MEMORY_TOLERANCE),
+        Line(
+            "step time, ms",
+            f"{median:,.1f} ± {2 * noise:.1f}",
+            f"{here:,.1f} ± {2 * noise_here:.1f}",
+            f"{abs(here - median):.1f}",
+            f"{allowed:.1f}",
+            abs(here - median) <= allowed,
+        ),
+        Line(
+            "used memory, GiB",
+            f"{used:.2f}",
+            f"{used_here:.2f}",
+            f"{apart:.2%}",
+            f"{MEMORY_TOLERANCE:.0%}",
+            apart <= MEMORY_TOLERANCE,
+        ),
     ]
 
 
@@ -128,14 +171,26 @@ def render(record: Row, run: Row, lines: Sequence[Line]) -> str:
     """The comparison as text."""
     measured_on = time.strftime("%Y-%m-%d", time.gmtime(record.result.started))
     table = [("", "record", "this run", "apart", "allowed", "")]
-    table += [(x.name, x.record, x.run, x.apart, x.allowed, f"{'agrees' if x.agrees else 'DIFFERS':7}") for x in lines]
+    table += [
+        (x.name, x.record, x.run, x.apart, x.allowed, f"{'agrees' if x.agrees else 'DIFFERS':7}")
+        for x in lines
+    ]
     agrees = all(line.agrees for line in lines)
-    return "\n".join([
-        f"{run.label} beside {record.label} of {measured_on}: {record.hardware}, {record.software}",
-        *screen.grid(table),
-        *filter(None, [other_launch_rate(run, record)]),
-        f"{run.id} agrees with its record" if agrees else f"{run.id} does not agree with its record",
-    ])
+    return "\n".join(
+        [
+            (
+                f"{run.label} beside {record.label} of {measured_on}: {record.hardware},"
+                f" {record.software}"
+            ),
+            *screen.grid(table),
+            *filter(None, [other_launch_rate(run, record)]),
+            (
+                f"{run.id} agrees with its record"
+                if agrees
+                else f"{run.id} does not agree with its record"
+            ),
+        ]
+    )
 
 
 def _step(row: Row) -> tuple[float, float]:
@@ -152,18 +207,28 @@ def _used_gib(row: Row, other: Row) -> float:
 
 def _on_hardware(records: Sequence[Row], hardware: str) -> list[Row]:
     """The records of this hardware, the newest first. Raises UserError where there is none."""
-    found = sorted((row for row in records if row.hardware == hardware), key=lambda row: row.result.started, reverse=True)
+    found = sorted(
+        (row for row in records if row.hardware == hardware),
+        key=lambda row: row.result.started,
+        reverse=True,
+    )
     if not found:
         names = ", ".join(sorted({row.hardware for row in records}))
-        raise UserError(f"{records[0].id} is recorded on {names}; {hardware} cannot verify that\n"
-                        f"RUN=label compares a run that was made there")
+        raise UserError(
+            f"{records[0].id} is recorded on {names}; {hardware} cannot verify that\n"
+            "RUN=label compares a run that was made there"
+        )
     return found
 
 
 def _read(label: str, outdir: Path, experiment: Experiment) -> Row:
     results = collect_runs(outdir, load_references())
-    found = next((row for row in results.rows if row.label == label), None) or _newest_of(label, results.rows, experiment)
-    if skipped := [warning for warning in results.warnings if warning.startswith(f"{outdir / label}: ")]:
+    found = next((row for row in results.rows if row.label == label), None) or _newest_of(
+        label, results.rows, experiment
+    )
+    if skipped := [
+        warning for warning in results.warnings if warning.startswith(f"{outdir / label}: ")
+    ]:
         raise UserError(f"{skipped[0]}\nrun it again")
     if found is None:
         there = ", ".join(row.label for row in results.rows[:5]) or "none"
@@ -172,7 +237,8 @@ def _read(label: str, outdir: Path, experiment: Experiment) -> Row:
 
 
 def _newest_of(wanted: str, rows: Sequence[Row], experiment: Experiment) -> Row | None:
-    """The newest run with this id or name: of the work of ``experiment`` and at its end, if there is one."""
+    """The newest run with this id or name: of the work of ``experiment`` and at its end, if there
+    is one."""
     of_it = [row for row in rows if wanted in (row.experiment.id, row.experiment.name)]
 
     def order(row: Row) -> tuple[bool, bool, float]:
@@ -189,14 +255,22 @@ def _run(records: Sequence[Row], settings: Mapping[str, str], prepare: Callable[
 
     id_ = records[0].id
     if settings.get("DRY_RUN") == "1" or settings.get("SLURM") == "1":
-        raise UserError(f"make verify-{id_} runs here and now\nmake show-{id_} prints the command; make {id_} SLURM=1 "
-                        f"submits it, then make verify-{id_} RUN=label compares")
+        raise UserError(
+            f"make verify-{id_} runs here and now\nmake show-{id_} prints the command; make {id_}"
+            f" SLURM=1 submits it, then make verify-{id_} RUN=label compares"
+        )
     device = choose_device(settings)
     here = gpus.list_gpus()
-    record, *others = _on_hardware(records, here[0].name if device == "cuda" else "a machine without a GPU")
-    if (software := in_words(describe_upstream())) not in {row.software for row in (record, *others)}:
-        raise UserError(f"here is {software}, {record.label} ran {record.software}: their times would not compare\n"
-                        "MEGATRON_LM=folder names another checkout")
+    record, *others = _on_hardware(
+        records, here[0].name if device == "cuda" else "a machine without a GPU"
+    )
+    if (software := in_words(describe_upstream())) not in {
+        row.software for row in (record, *others)
+    }:
+        raise UserError(
+            f"here is {software}, {record.label} ran {record.software}: their times would not"
+            " compare\nMEGATRON_LM=folder names another checkout"
+        )
     wanted = {**record.experiment.overrides, "DATA": record.experiment.data, **settings}
     hang = overrides.count_in(settings, "HANG")
     planned = plan(load_catalog().find(record.id), wanted, "cuda")

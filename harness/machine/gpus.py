@@ -1,4 +1,5 @@
-"""NVIDIA GPUs as the driver's NVML shows them: which are there, which are busy, how they do meanwhile."""
+"""NVIDIA GPUs as the driver's NVML shows them: which are there, which are busy, how they do
+meanwhile."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from harness.errors import UserError
 from harness.system.screen import raw
 
 BUSY_MIB = 1024
-"""A GPU with more memory in use is busy, also where its processes cannot be seen (another container's)."""
+"""A GPU with more memory in use is busy, also where its processes cannot be seen (another
+container's)."""
 
 SAMPLE_S = 0.5
 MONITOR_S = 1.0
@@ -25,7 +27,8 @@ MONITOR_S = 1.0
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU: its NVML index (that of nvidia-smi), name as the driver spells it, and all of its memory."""
+    """One GPU: its NVML index (that of nvidia-smi), name as the driver spells it, and all of its
+    memory."""
 
     index: int
     name: str
@@ -35,7 +38,8 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Sample:
-    """One GPU at one moment; None where the driver does not tell. Memory is what nvidia-smi shows as used."""
+    """One GPU at one moment; None where the driver does not tell. Memory is what nvidia-smi shows
+    as used."""
 
     index: int
     used_gib: float
@@ -82,7 +86,8 @@ def list_gpus() -> tuple[Gpu, ...]:
 
 
 def keep_awake() -> None:
-    """Keep the driver initialised until this process ends: where nothing else does, each question to it starts it anew."""
+    """Keep the driver initialised until this process ends: where nothing else does, each question
+    to it starts it anew."""
     try:
         import pynvml
     except ImportError:
@@ -92,7 +97,8 @@ def keep_awake() -> None:
 
 
 def driver_versions() -> tuple[str | None, str | None]:
-    """The driver's version and the newest CUDA it supports, ``("580.95.05", "13.0")``; None without one."""
+    """The driver's version and the newest CUDA it supports, ``("580.95.05", "13.0")``; None without
+    one."""
     with _nvml() as nvml:
         if nvml is None:
             return None, None
@@ -101,15 +107,21 @@ def driver_versions() -> tuple[str | None, str | None]:
 
 
 def kept_by_driver_gib(indices: Sequence[int]) -> float | None:
-    """The most that the driver keeps for itself of one of these GPUs, and does not count as used; None: it does not tell."""
+    """The most that the driver keeps for itself of one of these GPUs, and does not count as used;
+    None: it does not tell."""
     with _nvml() as nvml:
-        handles = [_ask(nvml, nvml.nvmlDeviceGetHandleByIndex, index) for index in indices] if nvml else []
+        handles = (
+            [_ask(nvml, nvml.nvmlDeviceGetHandleByIndex, index) for index in indices]
+            if nvml
+            else []
+        )
         found = [_ask(nvml, memory, nvml, handle) for handle in handles if handle is not None]
     return max((m.reserved / 2**30 for m in found if hasattr(m, "reserved")), default=None)
 
 
 def use() -> tuple[Use, ...]:
-    """Memory in use and compute processes of every GPU. A driver that hides processes shows none."""
+    """Memory in use and compute processes of every GPU. A driver that hides processes shows
+    none."""
     gpus = list_gpus()
     with _nvml() as nvml:
         return tuple(_use(nvml, gpu) for gpu in gpus) if nvml else ()
@@ -121,16 +133,23 @@ def choose(count: int, wanted: Sequence[int] | None = None) -> tuple[int, ...]:
     GPUs that are named in ``wanted`` are taken even if they are busy.
 
     Raises:
-        UserError: there are too few GPUs, or too few free ones; the busy are listed with their processes.
+        UserError: there are too few GPUs, or too few free ones; the busy are listed with their
+        processes.
     """
     free = available(wanted)
     if len(free) >= count:
         return free[:count]
     if wanted is not None:
-        raise UserError(f"GPUS_IDS={_ids(wanted)} names {_gpus(len(wanted))}, this run needs {count}")
+        raise UserError(
+            f"GPUS_IDS={_ids(wanted)} names {_gpus(len(wanted))}, this run needs {count}"
+        )
     uses = _visible(use())
     if len(uses) < count:
-        where = "CUDA_VISIBLE_DEVICES shows" if "CUDA_VISIBLE_DEVICES" in os.environ else "this machine has"
+        where = (
+            "CUDA_VISIBLE_DEVICES shows"
+            if "CUDA_VISIBLE_DEVICES" in os.environ
+            else "this machine has"
+        )
         raise UserError(
             f"this run needs {_gpus(count)}, {where} {len(uses)}\n"
             f"GPUS={max(len(uses), 1)} runs it on fewer, DEVICE=cpu as a miniature"
@@ -143,7 +162,8 @@ def choose(count: int, wanted: Sequence[int] | None = None) -> tuple[int, ...]:
 
 
 def available(wanted: Sequence[int] | None = None) -> tuple[int, ...]:
-    """The GPUs that may be used: ``wanted``, or the free ones within CUDA_VISIBLE_DEVICES where that is set.
+    """The GPUs that may be used: ``wanted``, or the free ones within CUDA_VISIBLE_DEVICES where
+    that is set.
 
     Raises:
         UserError: one of ``wanted`` does not exist or is named twice.
@@ -154,7 +174,8 @@ def available(wanted: Sequence[int] | None = None) -> tuple[int, ...]:
     unknown = [index for index in wanted if index not in there]
     if unknown:
         raise UserError(
-            f"GPUS_IDS={_ids(wanted)}: no GPU {_ids(unknown)}; this machine has {_ids(there) or 'none'}"
+            f"GPUS_IDS={_ids(wanted)}: no GPU {_ids(unknown)}; this machine has"
+            f" {_ids(there) or 'none'}"
         )
     if len(set(wanted)) < len(wanted):
         raise UserError(f"GPUS_IDS={_ids(wanted)} names a GPU twice")
@@ -170,13 +191,15 @@ def describe(use: Use) -> str:
 
 
 def sample(indices: Sequence[int]) -> tuple[Sample, ...]:
-    """Memory, utilisation, clock, power and temperature of these GPUs now; empty without a driver."""
+    """Memory, utilisation, clock, power and temperature of these GPUs now; empty without a
+    driver."""
     with _nvml() as nvml:
         return tuple(_sample(nvml, index) for index in indices) if nvml else ()
 
 
 class Sampler:
-    """Appends samples to a file every ``SAMPLE_S``, from its own thread: a GPU in trouble may block NVML."""
+    """Appends samples to a file every ``SAMPLE_S``, from its own thread: a GPU in trouble may block
+    NVML."""
 
     def __init__(self, path: Path, indices: Sequence[int]):
         self._path = path
@@ -213,7 +236,8 @@ class Sampler:
 
 
 def monitor(interval_s: float = MONITOR_S) -> int:
-    """Show every GPU until interrupted: a live table on a terminal, a line each in a pipe. Returns 0."""
+    """Show every GPU until interrupted: a live table on a terminal, a line each in a pipe. Returns
+    0."""
     if not list_gpus():
         print("no NVIDIA GPU here: the driver shows none (make doctor says more)")
         return 0
@@ -265,7 +289,8 @@ def _or_dash(value: float | None, unit: str) -> str:
 
 @contextmanager
 def _nvml() -> Iterator[Any]:
-    """The NVML bindings, initialised, or None where the bindings, the library or the driver is missing."""
+    """The NVML bindings, initialised, or None where the bindings, the library or the driver is
+    missing."""
     try:
         import pynvml
     except ImportError:
@@ -283,7 +308,8 @@ def _nvml() -> Iterator[Any]:
 
 
 def memory(nvml: Any, handle: Any) -> Any:
-    """Memory as nvidia-smi shows it: what the driver keeps for itself is ``reserved``, and not counted as ``used``."""
+    """Memory as nvidia-smi shows it: what the driver keeps for itself is ``reserved``, and not
+    counted as ``used``."""
     try:
         return nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2)
     except (nvml.NVMLError, AttributeError):
@@ -297,7 +323,8 @@ def _use(nvml: Any, gpu: Gpu) -> Use:
         gpu,
         memory(nvml, handle).used / 2**30,
         tuple(
-            Process(p.pid, p.usedGpuMemory and p.usedGpuMemory / 2**30, _name_of(p.pid)) for p in processes
+            Process(p.pid, p.usedGpuMemory and p.usedGpuMemory / 2**30, _name_of(p.pid))
+            for p in processes
         ),
     )
 
@@ -317,7 +344,8 @@ def _sample(nvml: Any, index: int) -> Sample:
 
 
 def _ask(nvml: Any, question: Any, *arguments: Any) -> Any:
-    """The answer, or None where this GPU or driver does not give it (virtual GPUs, missing rights)."""
+    """The answer, or None where this GPU or driver does not give it (virtual GPUs, missing
+    rights)."""
     try:
         return question(*arguments)
     except nvml.NVMLError:
@@ -325,14 +353,17 @@ def _ask(nvml: Any, question: Any, *arguments: Any) -> Any:
 
 
 def _visible(uses: Sequence[Use]) -> tuple[Use, ...]:
-    """Those that CUDA_VISIBLE_DEVICES names, by index or UUID and in its order; all where it is not set."""
+    """Those that CUDA_VISIBLE_DEVICES names, by index or UUID and in its order; all where it is not
+    set."""
     names = os.environ.get("CUDA_VISIBLE_DEVICES")
     if names is None:
         return tuple(uses)
     found = []
     for name in (name.strip() for name in names.split(",")):
         match = [
-            u for u in uses if name == str(u.gpu.index) or ("GPU-" in name and u.gpu.uuid.startswith(name))
+            u
+            for u in uses
+            if name == str(u.gpu.index) or ("GPU-" in name and u.gpu.uuid.startswith(name))
         ]
         if not match:
             break

@@ -1,4 +1,5 @@
-"""Where a run's numbers come from: versions, hardware, commits. Nothing is imported to learn its version."""
+"""Where a run's numbers come from: versions, hardware, commits. Nothing is imported to learn its
+version."""
 
 from __future__ import annotations
 
@@ -23,14 +24,17 @@ _VERSION_PARTS = ("MAJOR", "MINOR", "PATCH", "PRE_RELEASE")
 
 
 def describe_environment(device: str, gpu_ids: Sequence[int] = ()) -> dict[str, Any]:
-    """The content of environment.json: this machine, its packages, the GPUs in use, the commits that ran.
+    """The content of environment.json: this machine, its packages, the GPUs in use, the commits
+    that ran.
 
     Raises:
         UserError: upstream is half checked out.
     """
     import psutil
 
-    used = [gpu.name for gpu in gpus.list_gpus() if gpu.index in gpu_ids] if device == "cuda" else []
+    used = (
+        [gpu.name for gpu in gpus.list_gpus() if gpu.index in gpu_ids] if device == "cuda" else []
+    )
     driver, cuda = gpus.driver_versions() if used else (None, None)
     commit, dirty = source_commit(ROOT)
     return {
@@ -42,7 +46,9 @@ def describe_environment(device: str, gpu_ids: Sequence[int] = ()) -> dict[str, 
         "python": platform.python_version(),
         "executable": sys.executable,
         **{name: package_version(name) for name in PACKAGES},
-        "nccl": next(filter(None, map(package_version, NCCL_PACKAGES)), os.environ.get("NCCL_VERSION")),
+        "nccl": next(
+            filter(None, map(package_version, NCCL_PACKAGES)), os.environ.get("NCCL_VERSION")
+        ),
         "device": device,
         "gpu": used[0] if used else None,
         "gpus": used,
@@ -63,12 +69,20 @@ def describe_upstream() -> Upstream:
         return Upstream(version=package_version("megatron-core"), source="package")
     info = (tree / "megatron" / "core" / "package_info.py").read_text(encoding="utf-8")
     major, minor, patch, suffix = (_assigned(name, info) for name in _VERSION_PARTS)
-    return Upstream(version=f"{major}.{minor}.{patch}{suffix}", commit=source_commit(tree)[0], source="submodule")
+    return Upstream(
+        version=f"{major}.{minor}.{patch}{suffix}",
+        commit=source_commit(tree)[0],
+        source="submodule",
+    )
 
 
 def source_commit(tree: Path) -> tuple[str | None, bool | None]:
-    """The commit of ``tree`` and whether it was changed since; from its file COMMIT where git cannot tell."""
-    top, head = git(tree, "rev-parse", "--show-toplevel"), git(tree, "rev-parse", "--verify", "--quiet", "HEAD")
+    """The commit of ``tree`` and whether it was changed since; from its file COMMIT where git
+    cannot tell."""
+    top, head = (
+        git(tree, "rev-parse", "--show-toplevel"),
+        git(tree, "rev-parse", "--verify", "--quiet", "HEAD"),
+    )
     if head and top and Path(top) == tree.resolve():
         changes = git(tree, "status", "--porcelain", "--ignore-submodules", "--untracked-files=no")
         return head, None if changes is None else bool(changes)
@@ -80,9 +94,12 @@ def source_commit(tree: Path) -> tuple[str | None, bool | None]:
 
 
 def git(tree: Path, *arguments: str) -> str | None:
-    """What git says of a checkout; None where there is no git, or it fails, or it takes ten seconds."""
+    """What git says of a checkout; None where there is no git, or it fails, or it takes ten
+    seconds."""
     try:
-        done = subprocess.run(["git", "-C", tree, *arguments], capture_output=True, text=True, timeout=10)
+        done = subprocess.run(
+            ["git", "-C", tree, *arguments], capture_output=True, text=True, timeout=10
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
@@ -106,4 +123,7 @@ def _cpu_name() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
-    return next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.split(": ", 1)[1] for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )

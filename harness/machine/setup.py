@@ -20,33 +20,47 @@ from pathlib import Path
 from typing import Literal
 
 from harness.errors import UserError
-from harness.machine.stages import ROOT, Venv, distribution, missing, module, requirements, this_python
+from harness.machine.stages import (
+    ROOT,
+    Venv,
+    distribution,
+    missing,
+    module,
+    requirements,
+    this_python,
+)
 from harness.system.streams import lasting_output
 
 Device = Literal["cpu", "cuda"]
 
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-# Free disk that a set-up takes, by the build of PyTorch it brings: the environment, the wheels it is unpacked
-# from, and pip's cache. Measured (Python 3.12, x86-64): 6.7 GiB at the height with CUDA's, 36 MiB with none.
+# Free disk that a set-up takes, by the build of PyTorch it brings: the environment, the wheels it
+# is unpacked from, and pip's cache. Measured (Python 3.12, x86-64): 6.7 GiB at the height with
+# CUDA's, 36 MiB with none.
 DISK_MIB = {"none": 300, "cpu": 3000, "cuda": 9500}
-# What a set-up with PyTorch downloads and what it then takes, in MiB: (download, installed).
-# CUDA's build, from PyPI: summed over wheels and files of the heavy stage (torch 2.11.0, Python 3.12, x86-64); 3,376 MiB of
-# 4,741 are CUDA's packages and Triton. PyPI's PyTorch does not import without CUDA's: libtorch_cpu.so needs libcudart.
-# The CPU's build: computed, the same less those packages and less libtorch_cuda; its wheel has about 190 MiB.
+# What a set-up with PyTorch downloads and what it then takes, in MiB: (download, installed). CUDA's
+# build, from PyPI: summed over wheels and files of the heavy stage (torch 2.11.0, Python 3.12,
+# x86-64); 3,376 MiB of 4,741 are CUDA's packages and Triton. PyPI's PyTorch does not import without
+# CUDA's: libtorch_cpu.so needs libcudart. The CPU's build: computed, the same less those packages
+# and less libtorch_cuda; its wheel has about 190 MiB.
 SIZES_MIB = {"cpu": (260, 950), "cuda": (2700, 4750)}
 # What the other stages download.
 DOWNLOADS_MIB = {"light": 8, "test": 65, "data": 145, "calibrate": 50, "tracking": 45, "peft": 2}
 # What a stage must be able to do beyond importing what it pins.
 PROOFS = {
-    "heavy": """
+    "heavy": (
+        """
 import torch.distributed, megatron.training.training
 assert torch.distributed.is_gloo_available(), "this torch has no gloo"
-""",
-    "gpu": """
+"""
+    ),
+    "gpu": (
+        """
 if torch.cuda.is_available():
     layer = transformer_engine.pytorch.LayerNormLinear(64, 64, params_dtype=torch.bfloat16)
     assert layer(torch.ones(64, 64, dtype=torch.bfloat16, device="cuda")).isfinite().all()
-""",
+"""
+    ),
 }
 
 
@@ -62,7 +76,8 @@ def set_up(env: Venv, stages: list[str], device: Device, *, exact: bool = False)
         exact: make it anew if it was made with another interpreter than the running one.
 
     Raises:
-        UserError: the path is something else, the disk is full, pip failed, or the result does not work.
+        UserError: the path is something else, the disk is full, pip failed, or the result does not
+        work.
     """
     with locked(env) as lock:
         new = not works(env) or (exact and env.made_with() != this_python())
@@ -102,10 +117,13 @@ def works(env: Venv) -> bool:
 
 
 def create(env: Venv) -> None:
-    """Make ``env`` anew with the running interpreter. Raises UserError where its folder is something else."""
+    """Make ``env`` anew with the running interpreter. Raises UserError where its folder is
+    something else."""
     content = [entry for entry in env.path.iterdir() if entry.name != "lock"]
     if content and not (env.path / "pyvenv.cfg").exists():
-        raise UserError(f"{env.path} holds files but is no virtual environment\nname another place: VENV=dir")
+        raise UserError(
+            f"{env.path} holds files but is no virtual environment\nname another place: VENV=dir"
+        )
     check_disk(env, "none")
     say(f"making {env.path} with Python {this_python()}")
     for entry in content:
@@ -168,29 +186,42 @@ def install(env: Venv, stage: str, device: Device, lock: int) -> None:
     index = os.environ.get("TORCH_INDEX") if torch else None
     if torch and not index and device == "cpu" and sys.platform == "linux":
         if reason := unreachable(CPU_INDEX):
-            say(f"{CPU_INDEX} cannot be reached ({reason}): taking PyPI's PyTorch, which cannot do without CUDA's libraries")
+            say(
+                f"{CPU_INDEX} cannot be reached ({reason}): taking PyPI's PyTorch, which cannot do"
+                " without CUDA's libraries"
+            )
         else:
             index = CPU_INDEX
     build = "none" if not torch else "cpu" if index == CPU_INDEX else "cuda"
     check_disk(env, build)
     pip = Pip(env, stage, lock, announce(env, stage, build))
     if torch and index and not pip.install(torch, "--no-deps", "--index-url", index):
-        say(f"{index} did not give {torch}: taking PyPI's, which cannot do without CUDA's libraries")
+        say(
+            f"{index} did not give {torch}: taking PyPI's, which cannot do without CUDA's libraries"
+        )
         check_disk(env, "cuda")
         pip.total_mib = announce(env, stage, "cuda")
     # scripts/setup-gpu.sh builds its wheel; pip alone would do so for the wrong torch.
-    options = ["--constraint", str(ROOT / "scripts/constraints.txt"), "--only-binary", "transformer-engine-torch"]
+    options = [
+        "--constraint",
+        str(ROOT / "scripts/constraints.txt"),
+        "--only-binary",
+        "transformer-engine-torch",
+    ]
     if not pip.install(*requirements(stage), *options):
         raise UserError(pip.advice())
 
 
 def announce(env: Venv, stage: str, build: str) -> int | None:
-    """Say what ``stage`` will download and take, and return the download in MiB; None where that is not known."""
+    """Say what ``stage`` will download and take, and return the download in MiB; None where that is
+    not known."""
     if build == "none":
         return DOWNLOADS_MIB.get(stage)
     download, installed = SIZES_MIB[build]
-    say(f"{stage}: with PyTorch for {'the CPU' if build == 'cpu' else 'CUDA'}, about {download:,} MiB to download, "
-        f"{installed:,} MiB in {env.path}; once, minutes")
+    say(
+        f"{stage}: with PyTorch for {'the CPU' if build == 'cpu' else 'CUDA'}, about {download:,}"
+        f" MiB to download, {installed:,} MiB in {env.path}; once, minutes"
+    )
     return download
 
 
@@ -232,9 +263,9 @@ CAUSES = {
     "No space left on device|Disk quota exceeded": (
         "the disk or a quota is full: make room, or VENV=/big/disk/venv PIP_CACHE_DIR=/big/disk/pip"
     ),
-    "ConnectionError|NameResolution|Max retries|[Tt]imed? ?out|ProxyError|SSLError|Network is unreachable": (
-        "the package index cannot be reached: look at the network, https_proxy and `pip config list`\n"
-        "a mirror: PIP_INDEX_URL=…; without a network, use packages that are there: VENV=0"
+    "ConnectionError|NameResolution|Max retries|[Tt]imed? ?out|ProxyError|SSLError|Network is unreachable": (  # noqa: E501
+        "the package index cannot be reached: look at the network, https_proxy and `pip config"
+        " list`\na mirror: PIP_INDEX_URL=…; without a network, use packages that are there: VENV=0"
     ),
     "No matching distribution found for transformer-engine-torch": "it is built by make setup-gpu",
     "No matching distribution|Could not find a version|ResolutionImpossible": (
@@ -265,7 +296,13 @@ class Pip:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         # Not compiled here: the first import compiles what is used, and most is not.
-        options = ["--no-input", "--disable-pip-version-check", "--no-compile", "--progress-bar", "off"]
+        options = [
+            "--no-input",
+            "--disable-pip-version-check",
+            "--no-compile",
+            "--progress-bar",
+            "off",
+        ]
         done = threading.Event()
         ticker = threading.Thread(target=self._tick, args=(temporary, done))
         with (
@@ -309,7 +346,9 @@ class Pip:
         started, before = time.monotonic(), len(self.env.installed())
         while not done.wait(0.5 if TERMINAL else 10):
             if self.packages:
-                doing = f"installed {len(self.env.installed()) - before} of {self.packages} packages"
+                doing = (
+                    f"installed {len(self.env.installed()) - before} of {self.packages} packages"
+                )
             else:
                 doing = f"{self.doing}, {self._downloaded(size_mib(temporary))}"
             line = f"setup: {self.stage}: {doing}, {time.monotonic() - started:.0f} s"
@@ -328,7 +367,9 @@ class Pip:
         words = "\n".join(lines[-60:])
         cause = [advice for pattern, advice in CAUSES.items() if re.search(pattern, words)][:1]
         errors = [line for line in lines if line.startswith("ERROR")][-2:] or lines[-3:]
-        return "\n".join([f"pip could not install {self.stage}; its words: {self.log}", *errors, *cause])
+        return "\n".join(
+            [f"pip could not install {self.stage}; its words: {self.log}", *errors, *cause]
+        )
 
 
 def size_mib(folder: Path) -> float:
@@ -343,7 +384,8 @@ def size_mib(folder: Path) -> float:
 
 
 def check(stages: list[str]) -> None:
-    """Raises UserError naming what the running interpreter lacks for ``stages`` (VENV=0), in any version."""
+    """Raises UserError naming what the running interpreter lacks for ``stages`` (VENV=0), in any
+    version."""
     needed = ["core" if stage == "heavy" else stage for stage in stages]
     lacking = dict.fromkeys(r for stage in needed for r in missing(stage))
     if lacking:
@@ -356,7 +398,9 @@ def check(stages: list[str]) -> None:
 
 def main(arguments: list[str]) -> int:
     """The command line that scripts/setup.sh uses; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m harness.machine.setup", description="Bring what runs need.")
+    parser = argparse.ArgumentParser(
+        prog="python -m harness.machine.setup", description="Bring what runs need."
+    )
     parser.add_argument("what", choices=["install", "check", "missing"])
     parser.add_argument("stages", nargs="+", metavar="STAGE")
     parser.add_argument("--venv", type=Path)

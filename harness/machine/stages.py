@@ -1,4 +1,5 @@
-"""What must be installed, by stage, and whether it is. The stages are dependency groups of pyproject.toml.
+"""What must be installed, by stage, and whether it is. The stages are dependency groups of
+pyproject.toml.
 
 Standard library only: the set-up runs this before anything is installed.
 """
@@ -32,7 +33,8 @@ MODULES = {
 
 
 def pins() -> str:
-    """Return the text of pyproject.toml's ``[dependency-groups]``; scripts/setup.sh cuts out the same."""
+    """Return the text of pyproject.toml's ``[dependency-groups]``; scripts/setup.sh cuts out the
+    same."""
     text = (ROOT / "pyproject.toml").read_text().rstrip("\n")
     return text.partition("[dependency-groups]")[2].partition("\n[")[0]
 
@@ -58,7 +60,8 @@ def requirements(stage: str) -> tuple[str, ...]:
 
 
 def distribution(requirement: str) -> str:
-    """Return the normalised name in a requirement: ``cuda-toolkit`` of ``cuda-toolkit[nvcc]==13.0.2``."""
+    """Return the normalised name in a requirement: ``cuda-toolkit`` of
+    ``cuda-toolkit[nvcc]==13.0.2``."""
     return _normal(re.split(r"[\[=]", requirement)[0])
 
 
@@ -68,7 +71,8 @@ def version(requirement: str) -> str:
 
 
 def module(requirement: str) -> str:
-    """Return the module that a requirement is imported as: ``pynvml`` of ``nvidia-ml-py==13.615.71``."""
+    """Return the module that a requirement is imported as: ``pynvml`` of
+    ``nvidia-ml-py==13.615.71``."""
     name = distribution(requirement)
     return MODULES.get(name, name.replace("-", "_"))
 
@@ -79,7 +83,9 @@ def missing(stage: str) -> tuple[str, ...]:
     Upstream's tree stands for megatron-core.
     """
     given = {"megatron-core"} if locate() else set()
-    return tuple(r for r in requirements(stage) if distribution(r) not in given and not _found(module(r)))
+    return tuple(
+        r for r in requirements(stage) if distribution(r) not in given and not _found(module(r))
+    )
 
 
 def _found(name: str) -> bool:
@@ -115,7 +121,9 @@ class Venv:
 
     def lacking(self, stage: str) -> tuple[str, ...]:
         """Return the requirements of ``stage`` that are not installed in the pinned version."""
-        have = {(name, version.partition("+")[0]) for name, (version, _) in self.installed().items()}
+        have = {
+            (name, version.partition("+")[0]) for name, (version, _) in self.installed().items()
+        }
         return tuple(r for r in requirements(stage) if (distribution(r), version(r)) not in have)
 
     def stamp(self, stage: str) -> Path:
@@ -123,7 +131,8 @@ class Venv:
         return self.path / f"setup-{stage}.stamp"
 
     def stamp_text(self, stage: str) -> str:
-        """What the stamp of a finished ``stage`` says: files that must be there, an empty line, the pins."""
+        """What the stamp of a finished ``stage`` says: files that must be there, an empty line, the
+        pins."""
         have, pinned = self.installed(), requirements(stage)
         records = [have[distribution(r)][1] / "RECORD" for r in pinned]
         modules = [self.site / module(r).replace(".", "/") / "__init__.py" for r in pinned]
@@ -137,15 +146,18 @@ class Venv:
         return finished and stamp.read_text() == self.stamp_text(stage)
 
     def half_installed(self) -> list[Path]:
-        """Return the .dist-info folders of distributions that lack a file they recorded, or the record."""
+        """Return the .dist-info folders of distributions that lack a file they recorded, or the
+        record."""
         return [info for _, info in self.installed().values() if not _whole(info)]
 
     def run(self, code: str) -> subprocess.CompletedProcess[str]:
-        """Run ``code`` with its interpreter, isolated from PYTHONPATH. Raises OSError where there is none."""
+        """Run ``code`` with its interpreter, isolated from PYTHONPATH. Raises OSError where there
+        is none."""
         return subprocess.run([self.python, "-I", "-c", code], capture_output=True, text=True)
 
     def made_with(self) -> str:
-        """Return the interpreter it was made with, as `this_python` names the running one; "" if unknown."""
+        """Return the interpreter it was made with, as `this_python` names the running one; "" if
+        unknown."""
         config = self.path / "pyvenv.cfg"
         lines = config.read_text().splitlines() if config.exists() else []
         said = dict(line.split(" = ", 1) for line in lines if " = " in line)
@@ -153,7 +165,8 @@ class Venv:
 
 
 def this_python() -> str:
-    """Return ``3.12.1 (/usr/bin)``: the running interpreter, or the one behind its virtual environment."""
+    """Return ``3.12.1 (/usr/bin)``: the running interpreter, or the one behind its virtual
+    environment."""
     return f"{platform.python_version()} ({Path(sys._base_executable).parent})"
 
 

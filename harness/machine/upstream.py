@@ -13,28 +13,41 @@ FILL = "git submodule update --init megatron-lm"
 
 
 def locate() -> Path | None:
-    """The source tree of upstream that runs: MEGATRON_LM, else ``megatron-lm/`` of the repository; None: the wheel.
+    """The source tree of upstream that runs: MEGATRON_LM, else ``megatron-lm/`` of the repository;
+    None: the wheel.
 
     Raises:
-        UserError: MEGATRON_LM is no source tree of Megatron-LM, or the submodule is half checked out.
+        UserError: MEGATRON_LM is no source tree of Megatron-LM, or the submodule is half checked
+        out.
     """
     if named := os.environ.get("MEGATRON_LM"):
-        tree, name, way_out = Path(named), "MEGATRON_LM", f"point it at a checkout, or unset it and run: {FILL}"
+        tree, name, way_out = (
+            Path(named),
+            "MEGATRON_LM",
+            f"point it at a checkout, or unset it and run: {FILL}",
+        )
     else:
         tree, name, way_out = ROOT / "megatron-lm", "the submodule", f"fill it with: {FILL}"
         if not tree.is_dir() or not any(entry.name != ".git" for entry in tree.iterdir()):
             return None
-    missing = [part for part in (SCRIPT, "megatron/core", "megatron/training") if not (tree / part).exists()]
+    missing = [
+        part
+        for part in (SCRIPT, "megatron/core", "megatron/training")
+        if not (tree / part).exists()
+    ]
     if missing:
-        raise UserError(f"{name} is not a whole Megatron-LM: {tree} has no {', '.join(missing)}\n{way_out}")
+        raise UserError(
+            f"{name} is not a whole Megatron-LM: {tree} has no {', '.join(missing)}\n{way_out}"
+        )
     return tree.resolve()
 
 
 def put_on_path(tree: Path | None) -> None:
-    """Make ``import megatron`` mean the upstream in ``tree``, or the installed wheel, and nothing else.
+    """Make ``import megatron`` mean the upstream in ``tree``, or the installed wheel, and nothing
+    else.
 
-    A source tree goes first on ``sys.path`` and wins over an installed wheel: ``megatron`` is a namespace package,
-    whose parts are looked up in the path's order.
+    A source tree goes first on ``sys.path`` and wins over an installed wheel: ``megatron`` is a
+    namespace package, whose parts are looked up in the path's order.
 
     Raises:
         UserError: neither a source tree nor the wheel is there.
@@ -45,4 +58,6 @@ def put_on_path(tree: Path | None) -> None:
     if core is None or core.origin is None:
         raise UserError(f"no Megatron-LM found\nrun {FILL}, or pip install megatron-core")
     if tree and tree not in Path(core.origin).resolve().parents:
-        raise UserError(f"megatron.core comes from {core.origin}, not from {tree}\nunset PYTHONPATH")
+        raise UserError(
+            f"megatron.core comes from {core.origin}, not from {tree}\nunset PYTHONPATH"
+        )

@@ -1,4 +1,5 @@
-"""Figures as SVG files, for `make plots` and docs/: self-contained, light and dark, the same every time."""
+"""Figures as SVG files, for `make plots` and docs/: self-contained, light and dark, the same every
+time."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ IMAGES = ROOT / "docs" / "images"
 
 LIGHT = ("#0072b2", "#c25100", "#007f5f", "#a3528f", "#8a6400")
 DARK = ("#5cb8f0", "#ff9250", "#35c79a", "#e59bd0", "#e5bc45")
-"""Okabe and Ito's hues, which colour-blind readers tell apart, at a contrast of 4.5 or more on white and on near-black."""
+"""Okabe and Ito's hues, which colour-blind readers tell apart, at a contrast of 4.5 or more on
+white and on near-black."""
 
 WIDTH, PANEL_HEIGHT, COLUMNS = 760, 272, 2
 LEFT, RIGHT, TOP, BOTTOM, FOR_OOM = 58, 14, 54, 62, 26
@@ -46,12 +48,14 @@ text { fill: #e6edf3 } .quiet { fill: #9da7b3 } .paper { fill: #0d1117 } .grid {
 .number { fill: #0d1117 } .number.dark { fill: #e6edf3 }
 DARK
 }
-""".replace("LIGHT", " ".join(f".c{i} {{ color: {colour} }}" for i, colour in enumerate(LIGHT))) \
-   .replace("DARK", " ".join(f".c{i} {{ color: {colour} }}" for i, colour in enumerate(DARK)))
+""".replace(
+    "LIGHT", " ".join(f".c{i} {{ color: {colour} }}" for i, colour in enumerate(LIGHT))
+).replace("DARK", " ".join(f".c{i} {{ color: {colour} }}" for i, colour in enumerate(DARK)))
 
 
 def pictures(outdir: Path | None, records: Path) -> tuple[dict[str, str], tuple[str, ...]]:
-    """File name -> SVG of every figure that runs and records allow, and warnings of what could not be read.
+    """File name -> SVG of every figure that runs and records allow, and warnings of what could not
+    be read.
 
     Args:
         outdir: None draws from records alone.
@@ -60,12 +64,18 @@ def pictures(outdir: Path | None, records: Path) -> tuple[dict[str, str], tuple[
         UserError: experiments/plots.yaml, the catalogue or the references are wrong.
     """
     references, catalog = results.load_references(), load_catalog()
-    found = results.collect(outdir, records, references) if outdir else results.collect_records(records, references)
+    found = (
+        results.collect(outdir, records, references)
+        if outdir
+        else results.collect_records(records, references)
+    )
     drawn = {figure.name: sweep(figure) for figure in figures.sweeps(found, references, catalog)}
     pipelines = figures.schedules(catalog, figures.load_profiles(outdir, records))
     drawn |= {schedule.name: timeline(schedule) for schedule in pipelines}
     for chapter, title in catalog.chapters.items():
-        curves = figures.loss_curves(row for row in found.rows if row.experiment.chapter == chapter and row.state == "ok")
+        curves = figures.loss_curves(
+            row for row in found.rows if row.experiment.chapter == chapter and row.state == "ok"
+        )
         long = [curve for curve in curves if curve.steps[-1] >= figures.LONG_STEPS]
         if long:
             drawn[f"{chapter}-loss"] = loss(f"Training loss: {title}", long)
@@ -84,7 +94,10 @@ def write(folder: Path, drawn: dict[str, str]) -> list[Path]:
         for name, svg in drawn.items():
             path = folder / name
             if path.exists() and not path.read_bytes().startswith(b"<svg"):
-                raise UserError(f"{path} is no picture that was drawn here; move it, or set OUTDIR= to another folder")
+                raise UserError(
+                    f"{path} is no picture that was drawn here; move it, or set OUTDIR= to another"
+                    " folder"
+                )
             if not path.exists() or path.read_text(encoding="utf-8") != svg:
                 write_text(path, svg)
                 changed.append(path)
@@ -99,10 +112,16 @@ def sweep(figure: Figure) -> str:
     for i, panel in enumerate(figure.panels):
         body.append(_panel(panel, (i % COLUMNS) * width, 40 + i // COLUMNS * PANEL_HEIGHT, width))
     y = 40 + rows * PANEL_HEIGHT + 14
-    sources = dict.fromkeys((series.source, series.where) for panel in figure.panels for series in panel.series)
+    sources = dict.fromkeys(
+        (series.source, series.where) for panel in figure.panels for series in panel.series
+    )
     for source, where in sources:
-        body += [f'<g class="ink">{_line(source, [(16, y - 4), (52, y - 4)])}{_marker(source, 34, y - 4)}</g>',
-                 _text(60, y, _words(source, where))]
+        body += [
+            (
+                f'<g class="ink">{_line(source, [(16, y - 4), (52, y - 4)])}{_marker(source, 34, y - 4)}</g>'
+            ),
+            _text(60, y, _words(source, where)),
+        ]
         y += LINE + 3
     for note in figure.notes:
         body.append(_text(16, y, note, "small quiet"))
@@ -118,15 +137,25 @@ def loss(title: str, curves: Sequence[Curve]) -> str:
     scale = _ticks(low, high)
     x = _scale(first, last, LEFT, WIDTH - RIGHT)
     y = _scale(scale[0], scale[-1], bottom, bottom - height)
-    body = [_text(16, 26, title, "title"), _grid(scale, y, LEFT, WIDTH - RIGHT), _turned("loss", 16, bottom - height / 2)]
+    body = [
+        _text(16, 26, title, "title"),
+        _grid(scale, y, LEFT, WIDTH - RIGHT),
+        _turned("loss", 16, bottom - height / 2),
+    ]
     for at in _ticks(first, last):
         if first <= at <= last:
             body.append(_text(x(at), bottom + 17, _short(at), "small", "middle"))
-    body.append(_text((LEFT + WIDTH - RIGHT) / 2, bottom + 36, "training step", "small quiet", "middle"))
+    body.append(
+        _text((LEFT + WIDTH - RIGHT) / 2, bottom + 36, "training step", "small quiet", "middle")
+    )
     below = bottom + 58
     for i, curve in enumerate(curves):
-        points = [(x(step), y(value)) for step, value in zip(curve.steps, curve.values, strict=True)]
-        body.append(f'<g class="c{i % len(LIGHT)}">{_path(points)}{_path([(16, below - 4), (44, below - 4)])}</g>')
+        points = [
+            (x(step), y(value)) for step, value in zip(curve.steps, curve.values, strict=True)
+        ]
+        body.append(
+            f'<g class="c{i % len(LIGHT)}">{_path(points)}{_path([(16, below - 4), (44, below - 4)])}</g>'
+        )
         went = f"{curve.values[0]:.2f} to {curve.values[-1]:.2f} in {curve.steps[-1]} steps"
         body.append(_text(52, below, f"{curve.label}: {went}"))
         below += LINE + 3
@@ -148,7 +177,14 @@ def timeline(schedule: Schedule) -> str:
             box = _box("own" + " late" * late, start + 0.5, y, width - 1, row - 6)
             body.append(f'<g class="c{int(span.work.kind == "backward")}">{box}</g>')
             if width >= 7:
-                body.append(_text(start + width / 2, y + 16, str(span.work.micro_batch + 1), "number" + " dark" * late))
+                body.append(
+                    _text(
+                        start + width / 2,
+                        y + 16,
+                        str(span.work.micro_batch + 1),
+                        "number" + " dark" * late,
+                    )
+                )
     bottom = top + plan.stages * row
     for at in _ticks(0, schedule.until):
         if at <= schedule.until:
@@ -164,9 +200,16 @@ def timeline(schedule: Schedule) -> str:
             body.append(_text(at + 17, 52, words, "small"))
             at += 34 + 6 * len(words)
     body += [_box("idle", at, 42, 12, 12), _text(at + 17, 52, "idle", "small")]
-    formula = f"(p-1)/(v m) with p = {p}, m = {m}, v = {v}" if v > 1 else f"(p-1)/m with p = {p}, m = {m}"
-    texts = [f"Bubble, idle over ideal time: {plan.bubble_fraction:.1%}. Narayanan et al. 2021: {formula}, "
-             f"{bubble_fraction(p, m, v):.1%}.", f"Times: {schedule.times_from}. Numbers are micro-batches."]
+    formula = (
+        f"(p-1)/(v m) with p = {p}, m = {m}, v = {v}" if v > 1 else f"(p-1)/m with p = {p}, m = {m}"
+    )
+    texts = [
+        (
+            f"Bubble, idle over ideal time: {plan.bubble_fraction:.1%}. Narayanan et al. 2021:"
+            f" {formula}, {bubble_fraction(p, m, v):.1%}."
+        ),
+        f"Times: {schedule.times_from}. Numbers are micro-batches.",
+    ]
     body += [_text(16, bottom + 54 + i * LINE, text, "small quiet") for i, text in enumerate(texts)]
     return _svg(schedule.title, bottom + 54 + len(texts) * LINE, body)
 
@@ -174,22 +217,33 @@ def timeline(schedule: Schedule) -> str:
 def _panel(panel: Panel, left: float, top: float, width: float) -> str:
     lines = list(dict.fromkeys(series.line for series in panel.series))
     under = max(0, len(lines) - 2) * LINE
-    x0, x1, y0, y1 = left + LEFT, left + width - RIGHT, top + PANEL_HEIGHT - BOTTOM, top + TOP + under
-    highest = max((p.value for s in panel.series for p in s.points if p.value is not None), default=1.0)
+    x0, x1, y0, y1 = (
+        left + LEFT,
+        left + width - RIGHT,
+        top + PANEL_HEIGHT - BOTTOM,
+        top + TOP + under,
+    )
+    highest = max(
+        (p.value for s in panel.series for p in s.points if p.value is not None), default=1.0
+    )
     y1 += FOR_OOM * any(p.value is None for s in panel.series for p in s.points)
     scale = _ticks(0, highest)
     y = _scale(0, scale[-1], y0, y1)
     step = (x1 - x0) / len(panel.ticks)
     x = {tick: x0 + step * (i + 0.5) for i, tick in enumerate(panel.ticks)}
     out = [_text(left + 16, top + 16, panel.title, "panel"), _grid(scale, y, x0, x1)]
-    failed = {point.tick for series in panel.series for point in series.points if point.value is None}
+    failed = {
+        point.tick for series in panel.series for point in series.points if point.value is None
+    }
     out += [_text(x[tick], y1 - FOR_OOM + 20, "OOM", "small", "middle") for tick in failed]
     at, row = left + 16.0, top + 33
     for i, line in enumerate(lines):
         if i and (len(lines) > 2 or at + 20 + 6.4 * len(line) > left + width):
             at, row = left + 16.0, row + LINE
-        out.append(f'<g class="c{i % len(LIGHT)}">{_box("own", at, row - 9, 10, 10)}</g>'
-                   + _text(at + 15, row, line, "small"))
+        out.append(
+            f'<g class="c{i % len(LIGHT)}">{_box("own", at, row - 9, 10, 10)}</g>'
+            + _text(at + 15, row, line, "small")
+        )
         at += 34 + 6.4 * len(line)
     for tick in panel.ticks:
         for i, part in enumerate(tick.split("\n")):
@@ -197,7 +251,9 @@ def _panel(panel: Panel, left: float, top: float, width: float) -> str:
     if panel.x_title:
         out.append(_text((x0 + x1) / 2, y0 + 36, panel.x_title, "small quiet", "middle"))
     out.append(_turned(panel.y_title, left + 14, (y0 + y1) / 2))
-    for series in sorted(panel.series, key=lambda s: ("published", "reference", "half", "here").index(s.source)):
+    for series in sorted(
+        panel.series, key=lambda s: ("published", "reference", "half", "here").index(s.source)
+    ):
         colour = lines.index(series.line) % len(LIGHT)
         out.append(f'<g class="c{colour}">{_series(series, x, y, y1 - FOR_OOM, panel.order)}</g>')
     return "".join(out)
@@ -213,7 +269,9 @@ def _series(series: Series, x: dict[str, float], y, top: float, join: bool) -> s
         if point.value is None:
             left = x[point.tick] + (1.5 * ASIDE[series.source] if join else 0) - 4
             thin = " thin" * (series.source == "published")
-            out.append(f'<g>{told}<path class="oom{thin}" d="M{left:.1f} {top:.1f}l8 8m0 -8l-8 8"/></g>')
+            out.append(
+                f'<g>{told}<path class="oom{thin}" d="M{left:.1f} {top:.1f}l8 8m0 -8l-8 8"/></g>'
+            )
         else:
             out.append(f"<g>{told}{_marker(series.source, x[point.tick], y(point.value))}</g>")
     return "".join(out)
@@ -237,17 +295,28 @@ def _marker(source: str, x: float, y: float) -> str:
 
 
 def _words(source: str, where: str) -> str:
-    """``measured here: NVIDIA H200 …``, ``measured apart: …``; of the others, ``where`` itself says it."""
-    return f"measured here: {where}" if source == "here" else where.replace("reference:", "measured apart:", 1)
+    """``measured here: NVIDIA H200 …``, ``measured apart: …``; of the others, ``where`` itself says
+    it."""
+    return (
+        f"measured here: {where}"
+        if source == "here"
+        else where.replace("reference:", "measured apart:", 1)
+    )
 
 
 def _grid(scale: Sequence[float], y, x0: float, x1: float) -> str:
-    lines = (f'<path class="{"grid" if i else "axis"}" d="M{x0:.0f} {y(at):.1f}H{x1:.0f}"/>' for i, at in enumerate(scale))
-    return "".join(lines) + "".join(_text(x0 - 6, y(at) + 4, _short(at), "small", "end") for at in scale)
+    lines = (
+        f'<path class="{"grid" if i else "axis"}" d="M{x0:.0f} {y(at):.1f}H{x1:.0f}"/>'
+        for i, at in enumerate(scale)
+    )
+    return "".join(lines) + "".join(
+        _text(x0 - 6, y(at) + 4, _short(at), "small", "end") for at in scale
+    )
 
 
 def _ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Round numbers from at or below ``low`` to at or above ``high``, about ``most``: multiples of 1, 2, 2.5 or 5 x 10^n."""
+    """Round numbers from at or below ``low`` to at or above ``high``, about ``most``: multiples of
+    1, 2, 2.5 or 5 x 10^n."""
     rough = (high - low or 1.0) / most
     power = 10.0 ** math.floor(math.log10(rough))
     size = next(power * f for f in (1, 2, 2.5, 5, 10) if power * f >= rough * 0.9999)
@@ -271,21 +340,29 @@ def _path(points: Iterable[tuple[float, float]], kind: str = "join") -> str:
 
 
 def _text(x: float, y: float, text: str, kind: str = "", anchor: str = "start") -> str:
-    attributes = (f' class="{kind}"' if kind else "") + (f' text-anchor="{anchor}"' if anchor != "start" else "")
+    attributes = (f' class="{kind}"' if kind else "") + (
+        f' text-anchor="{anchor}"' if anchor != "start" else ""
+    )
     return f'<text x="{x:.1f}" y="{y:.1f}"{attributes}>{escape(text)}</text>'
 
 
 def _turned(text: str, x: float, y: float) -> str:
-    return (f'<text class="small quiet" text-anchor="middle" transform="translate({x:.1f} {y:.1f}) rotate(-90)">'
-            f"{escape(text)}</text>")
+    return (
+        f'<text class="small quiet" text-anchor="middle" transform="translate({x:.1f} {y:.1f})'
+        f' rotate(-90)">{escape(text)}</text>'
+    )
 
 
 def _box(kind: str, x: float, y: float, width: float, height: float) -> str:
-    return f'<rect class="{kind}" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"/>'
+    return (
+        f'<rect class="{kind}" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"/>'
+    )
 
 
 def _svg(title: str, height: float, body: Iterable[str]) -> str:
     size = f'viewBox="0 0 {WIDTH} {height:.0f}" width="{WIDTH}" height="{height:.0f}"'
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" aria-label="{escape(title)}">'
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" aria-label="{escape(title)}">'
+    )
     paper = '<rect class="paper" width="100%" height="100%"/>'
     return "\n".join([head, f"<style>{STYLE}</style>", paper, *body, "</svg>\n"])

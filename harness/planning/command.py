@@ -1,4 +1,5 @@
-"""The bash script of a run: what ``make show-<id>`` prints, what ``make <id>`` executes, what reruns a finished run."""
+"""The bash script of a run: what ``make show-<id>`` prints, what ``make <id>`` executes, what
+reruns a finished run."""
 
 from __future__ import annotations
 
@@ -16,7 +17,13 @@ from harness.experiment.catalog import Experiment
 from harness.run.checkpoints import Loading, Saving
 from harness.system.screen import harmless
 from harness.upstreams.megatron_lm.environment import variables
-from harness.upstreams.megatron_lm.flags import Device, loading_flags, megatron_flags, saving_flags, tracking_flags
+from harness.upstreams.megatron_lm.flags import (
+    Device,
+    loading_flags,
+    megatron_flags,
+    saving_flags,
+    tracking_flags,
+)
 from harness.upstreams.megatron_lm.tracking import Tracking
 
 WIDTH = 110
@@ -65,17 +72,33 @@ def render(
     Raises:
         UserError: the experiment's data set is not prepared.
     """
-    environment = variables(e, device, memory_fraction=memory_fraction, tracking=extras.tracking,
-                            keep=extras.saving and extras.saving.keep)
+    environment = variables(
+        e,
+        device,
+        memory_fraction=memory_fraction,
+        tracking=extras.tracking,
+        keep=extras.saving and extras.saving.keep,
+    )
     found = [(v.name, shell_word(v.value), v.reason) for v in environment]
     if place.gpu_ids is not None:
         found.append(("CUDA_DEVICE_ORDER", "PCI_BUS_ID", "numbers as nvidia-smi shows them"))
-        found.append(("CUDA_VISIBLE_DEVICES", ",".join(map(str, place.gpu_ids)), "the GPUs chosen for this run"))
+        found.append(
+            (
+                "CUDA_VISIBLE_DEVICES",
+                ",".join(map(str, place.gpu_ids)),
+                "the GPUs chosen for this run",
+            )
+        )
     width = max(len(f"export {name}={value}") for name, value, _ in found)
     exports = [f"{f'export {name}={value}':{width}}  # {reason}" for name, value, reason in found]
-    groups = [_torchrun(e, place), ["-m", "harness.entry"], *_quoted(megatron_flags(e, device, apex=apex)),
-              *_quoted(_extra_flags(e, extras)), *_in_run_dir(extras),
-              ['${HARNESS_RUN_DIR:+--tensorboard-dir', '"$HARNESS_RUN_DIR/tensorboard"}']]
+    groups = [
+        _torchrun(e, place),
+        ["-m", "harness.entry"],
+        *_quoted(megatron_flags(e, device, apex=apex)),
+        *_quoted(_extra_flags(e, extras)),
+        *_in_run_dir(extras),
+        ["${HARNESS_RUN_DIR:+--tensorboard-dir", '"$HARNESS_RUN_DIR/tensorboard"}'],
+    ]
     return "\n".join(
         [
             "#!/usr/bin/env bash",
@@ -96,7 +119,11 @@ def _extra_flags(e: Experiment, extras: Extras) -> list[list[str]]:
     saving, loading, tracking = extras.saving, extras.loading, extras.tracking
     groups = [
         loading_flags(loading) if loading else [],
-        [*(["--save", str(saving.folder)] if saving.folder else []), *saving_flags(e, saving)] if saving else [],
+        (
+            [*(["--save", str(saving.folder)] if saving.folder else []), *saving_flags(e, saving)]
+            if saving
+            else []
+        ),
         tracking_flags(tracking, e.label) if tracking else [],
     ]
     return [group for group in groups if group]
@@ -106,26 +133,47 @@ def _in_run_dir(extras: Extras) -> list[list[str]]:
     """Folders of the run directory, where there is one."""
     folders = {"--save": "/checkpoints"} if extras.saving and not extras.saving.folder else {}
     folders |= {"--wandb-save-dir": ""} if extras.tracking else {}
-    return [[f"${{HARNESS_RUN_DIR:+{flag}", f'"$HARNESS_RUN_DIR{folder}"}}'] for flag, folder in folders.items()]
+    return [
+        [f"${{HARNESS_RUN_DIR:+{flag}", f'"$HARNESS_RUN_DIR{folder}"}}']
+        for flag, folder in folders.items()
+    ]
 
 
 def _index_mappings(e: Experiment) -> list[str]:
-    """The line that builds which tokens make which sample, once a node and before its ranks start."""
+    """The line that builds which tokens make which sample, once a node and before its ranks
+    start."""
     if e.data == data_sets.MOCK or data_sets.is_chat(e.data):
         return []
     samples = samples_of(e.steps, e.global_batch_size, e.eval_interval, e.eval_steps)
-    words = [f"DATA={e.data}", f"SEQ={e.seq_length}", f"SAMPLES={','.join(map(str, samples))}", f"SPLIT={e.split}"]
-    return [f"python3 -m harness data mappings {" ".join(map(shell_word, words))}"]
+    words = [
+        f"DATA={e.data}",
+        f"SEQ={e.seq_length}",
+        f"SAMPLES={','.join(map(str, samples))}",
+        f"SPLIT={e.split}",
+    ]
+    return [f"python3 -m harness data mappings {' '.join(map(shell_word, words))}"]
 
 
 def _torchrun(e: Experiment, place: Place) -> list[str]:
     # without --log-dir an empty folder of every run stays in the folder of temporary files
     ranks = ["--nproc-per-node", str(e.ranks_per_node), "--log-dir", os.devnull]
     if e.nodes == 1:
-        # torchrun takes the machine's own name otherwise, and waits for ever where it has no address (containers, VPNs).
+        # torchrun takes the machine's own name otherwise, and waits for ever where it has no
+        # address (containers, VPNs).
         return ["--standalone", "--local-addr", "127.0.0.1", *ranks]
-    return ["--nnodes", str(e.nodes), "--node-rank", _word(place.node_rank), "--rdzv-backend", "c10d",
-            "--rdzv-endpoint", _word(place.rendezvous or ""), "--rdzv-id", e.id, *ranks]
+    return [
+        "--nnodes",
+        str(e.nodes),
+        "--node-rank",
+        _word(place.node_rank),
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        _word(place.rendezvous or ""),
+        "--rdzv-id",
+        e.id,
+        *ranks,
+    ]
 
 
 def shell_word(text: str) -> str:
@@ -133,11 +181,18 @@ def shell_word(text: str) -> str:
     if harmless(text, masked=False) == text:
         return shlex.quote(text)
     encoded = text.encode(errors="surrogateescape")
-    return "$'" + "".join(chr(b) if 32 <= b < 127 and chr(b) not in "\\'" else f"\\x{b:02x}" for b in encoded) + "'"
+    return (
+        "$'"
+        + "".join(
+            chr(b) if 32 <= b < 127 and chr(b) not in "\\'" else f"\\x{b:02x}" for b in encoded
+        )
+        + "'"
+    )
 
 
 def _word(value: str) -> str:
-    """A word of the script: text, or one of the variables that Slurm or its script sets, ``$SLURM_NODEID``."""
+    """A word of the script: text, or one of the variables that Slurm or its script sets,
+    ``$SLURM_NODEID``."""
     return value if re.fullmatch(r"\$[A-Z_]+", value) else shell_word(value)
 
 

@@ -1,9 +1,11 @@
-"""The CPU miniature of an experiment: the same parallel topology and schedule, a model small enough for a laptop.
+"""The CPU miniature of an experiment: the same parallel topology and schedule, a model small enough
+for a laptop.
 
-Kept: every parallel degree up to eight processes, virtual stages, heads (and so heads per rank), micro-batch size and
-count, sharding, recomputation, precision, and what an architecture is made of. Scaled: width, depth, sequence, windows,
-vocabulary, experts and, but for conversations, steps.
-A CPU has neither fp8 nor Transformer Engine's optimizer, so bf16 and fp32 stand in for both; nor has it CUDA graphs.
+Kept: every parallel degree up to eight processes, virtual stages, heads (and so heads per rank),
+micro-batch size and count, sharding, recomputation, precision, and what an architecture is made of.
+Scaled: width, depth, sequence, windows, vocabulary, experts and, but for conversations, steps. A
+CPU has neither fp8 nor Transformer Engine's optimizer, so bf16 and fp32 stand in for both; nor has
+it CUDA graphs.
 """
 
 from __future__ import annotations
@@ -14,7 +16,12 @@ from typing import Any
 
 from harness.data import data_sets
 from harness.experiment.catalog import Experiment, Model
-from harness.experiment.overrides import EXPERIMENT_SETTINGS, FIELDS, MINIATURE_STEPS, explicit_model
+from harness.experiment.overrides import (
+    EXPERIMENT_SETTINGS,
+    FIELDS,
+    MINIATURE_STEPS,
+    explicit_model,
+)
 
 MOST_PROCESSES = 8
 HEAD_SIZE = 4
@@ -28,21 +35,29 @@ EXPERT_WIDTH = 16
 VOCABULARY = 1024
 
 
-def miniature(experiment: Experiment, nodes: int = 1, given: Mapping[str, str] | None = None) -> Experiment:
+def miniature(
+    experiment: Experiment, nodes: int = 1, given: Mapping[str, str] | None = None
+) -> Experiment:
     """Scale ``experiment`` to at most eight CPU processes on ``nodes`` nodes.
 
     Args:
-        given: the settings of the command line, those too that say what the catalogue says anyway: what was asked for is
-            not scaled. Its label names those that make another miniature.
+        given: the settings of the command line, those too that say what the catalogue says anyway:
+            what was asked for is not scaled. Its label names those that make another miniature.
 
     Raises UserError where the scaled sizes cannot fit together.
     """
     given = {**experiment.overrides, **(given or {})}
     small = _scaled(experiment, nodes, frozenset(given))
     unasked = _scaled(experiment, nodes, frozenset(experiment.overrides))
-    told = [key for key in given
-            if key in experiment.overrides or _value(small, key, experiment) != _value(unasked, key, experiment)]
-    ordered = {setting.key: given[setting.key] for setting in EXPERIMENT_SETTINGS if setting.key in told}
+    told = [
+        key
+        for key in given
+        if key in experiment.overrides
+        or _value(small, key, experiment) != _value(unasked, key, experiment)
+    ]
+    ordered = {
+        setting.key: given[setting.key] for setting in EXPERIMENT_SETTINGS if setting.key in told
+    }
     return experiment.with_changes(**small, overrides=ordered)
 
 
@@ -58,14 +73,30 @@ def _scaled(experiment: Experiment, nodes: int, given: frozenset[str]) -> dict[s
         largest = max((axis for axis in sizes if sizes[axis] % 2 == 0), key=sizes.__getitem__)
         sizes[largest] //= 2
     talks = data_sets.is_chat(experiment.data)
-    steps = experiment.until.miniature_steps if experiment.until else experiment.steps if talks else MINIATURE_STEPS
+    steps = (
+        experiment.until.miniature_steps
+        if experiment.until
+        else experiment.steps
+        if talks
+        else MINIATURE_STEPS
+    )
     chunks = 2 * sizes["cp"] * sizes["tp"]
-    sequence = max(experiment.seq_length // SEQUENCE_SCALE // chunks, CONVERSATION // chunks if talks else 1) * chunks
+    sequence = (
+        max(
+            experiment.seq_length // SEQUENCE_SCALE // chunks,
+            CONVERSATION // chunks if talks else 1,
+        )
+        * chunks
+    )
     stage_ranks = prod(sizes.values()) // sizes["pp"]
     ep = min(experiment.ep, stage_ranks)
     if "STEPS" in given:
         steps = experiment.steps
-    model = experiment.model if experiment.weights else explicit_model(experiment, _miniature_model(experiment))
+    model = (
+        experiment.model
+        if experiment.weights
+        else explicit_model(experiment, _miniature_model(experiment))
+    )
     intervals = _intervals(experiment, steps) if experiment.until else {}
     if "EVAL_EVERY" in given:
         intervals["eval_interval"] = experiment.eval_interval
@@ -80,7 +111,8 @@ def _scaled(experiment: Experiment, nodes: int, given: frozenset[str]) -> dict[s
         "seq_length": experiment.seq_length if "SEQ" in given else sequence,
         "steps": steps,
         **intervals,
-        "until": experiment.until and experiment.until.model_copy(
+        "until": experiment.until
+        and experiment.until.model_copy(
             update={"validation_loss": experiment.until.miniature_loss}
         ),
         "card": None,
@@ -109,12 +141,15 @@ def describe(full: Experiment, small: Experiment) -> str:
         ("optimizer state", full.optimizer_state, small.optimizer_state),
         ("CUDA graphs", "on" if full.cuda_graphs else "off", "off"),
     ]
-    changes = ", ".join(f"{what} {before} -> {after}" for what, before, after in scaled if before != after)
+    changes = ", ".join(
+        f"{what} {before} -> {after}" for what, before, after in scaled if before != after
+    )
     return f"CPU miniature, not comparable with a GPU run{': ' * bool(changes)}{changes}"
 
 
 def _learning_rate(experiment: Experiment, model: Model) -> float | None:
-    """Where all weights learn, in inverse proportion to the width (Adam: Yang et al. 2022, arXiv:2203.03466, table 3)."""
+    """Where all weights learn, in inverse proportion to the width (Adam: Yang et al. 2022,
+    arXiv:2203.03466, table 3)."""
     if experiment.lr is None or experiment.lora:
         return experiment.lr
     return experiment.lr * experiment.model.hidden_size / model.hidden_size
@@ -122,7 +157,10 @@ def _learning_rate(experiment: Experiment, model: Model) -> float | None:
 
 def _intervals(experiment: Experiment, steps: int) -> dict[str, int]:
     """Evaluations and checkpoints of a long run: as many in the miniature's steps as in its own."""
-    intervals = {"eval_interval": experiment.eval_interval, "save_every": experiment.save_every or experiment.steps}
+    intervals = {
+        "eval_interval": experiment.eval_interval,
+        "save_every": experiment.save_every or experiment.steps,
+    }
     return {key: max(1, every * steps // experiment.steps) for key, every in intervals.items()}
 
 
@@ -137,15 +175,20 @@ def _miniature_model(experiment: Experiment) -> Model:
         "vocab_size": _vocabulary(experiment),
     }
     if model.kv_channels:
-        scaled["kv_channels"] = 2 * HEAD_SIZE  # wider than hidden_size / heads, as in the models that have it
+        # wider than hidden_size / heads, as in the models that have it
+        scaled["kv_channels"] = 2 * HEAD_SIZE
     if model.window_size:
         scaled["window_size"] = max(model.window_size // SEQUENCE_SCALE, 1)
     if model.yarn:
         positions = max(model.yarn.original_max_position_embeddings // SEQUENCE_SCALE, 1)
-        scaled["yarn"] = model.yarn.model_copy(update={"original_max_position_embeddings": positions})
+        scaled["yarn"] = model.yarn.model_copy(
+            update={"original_max_position_embeddings": positions}
+        )
     if model.num_experts:
         scaled |= {
-            "num_experts": max(model.num_experts // EXPERT_SCALE, min(model.num_experts, MOST_PROCESSES)),
+            "num_experts": max(
+                model.num_experts // EXPERT_SCALE, min(model.num_experts, MOST_PROCESSES)
+            ),
             "moe_router_topk": min(model.moe_router_topk or 1, MOST_TOPK),
             "moe_ffn_hidden_size": EXPERT_WIDTH,
         }

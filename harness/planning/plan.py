@@ -1,4 +1,5 @@
-"""What will run, here: an experiment with its overrides, on the device at hand, as one script. No torch."""
+"""What will run, here: an experiment with its overrides, on the device at hand, as one script. No
+torch."""
 
 from __future__ import annotations
 
@@ -25,14 +26,20 @@ from harness.run.directory import RunDir
 from harness.upstreams.megatron_lm.flags import Device
 from harness.upstreams.megatron_lm.tracking import tracking
 
-WITHOUT_WEIGHTS = ("adapters beside random weights learn little, this measures time and memory; WEIGHTS= names weights that "
-                   "know something: make import-hf brings some, make 801 trains some")
+WITHOUT_WEIGHTS = (
+    "adapters beside random weights learn little, this measures time and memory; WEIGHTS= names"
+    " weights that know something: make import-hf brings some, make 801 trains some"
+)
 
-PLAIN_TEXT = ("DATA={} is no conversations: every token is learned, not answers only, and --sft is left out; DATA={} is "
-              "what this row is about, make data-chat makes others")
+PLAIN_TEXT = (
+    "DATA={} is no conversations: every token is learned, not answers only, and --sft is left out;"
+    " DATA={} is what this row is about, make data-chat makes others"
+)
 
-GRAPHS_DROP = ("CUDA graphs do again what they did in training: losses on held-out data come with dropout, which makes them "
-               "higher; DROPOUT=0 compares")
+GRAPHS_DROP = (
+    "CUDA graphs do again what they did in training: losses on held-out data come with dropout,"
+    " which makes them higher; DROPOUT=0 compares"
+)
 
 
 FOR_GPUS = ("GPUS_IDS", "CARD")
@@ -41,7 +48,8 @@ FOR_GPUS = ("GPUS_IDS", "CARD")
 
 @dataclass(frozen=True)
 class Plan:
-    """One run, ready to launch. ``full`` is the experiment at full size, ``experiment`` what runs on ``device``."""
+    """One run, ready to launch. ``full`` is the experiment at full size, ``experiment`` what runs
+    on ``device``."""
 
     full: Experiment
     experiment: Experiment
@@ -66,16 +74,23 @@ class Plan:
     def script(self, gpu_ids: tuple[int, ...] | None = None) -> str:
         """The run's bash script, on these GPUs (by default those of ``place``)."""
         place = self.place if gpu_ids is None else replace(self.place, gpu_ids=gpu_ids)
-        return render(self.experiment, self.device, place, headline=self.headline,
-                      memory_fraction=self.memory_fraction, apex=importlib.util.find_spec("apex") is not None,
-                      extras=self.extras)
+        return render(
+            self.experiment,
+            self.device,
+            place,
+            headline=self.headline,
+            memory_fraction=self.memory_fraction,
+            apex=importlib.util.find_spec("apex") is not None,
+            extras=self.extras,
+        )
 
 
 def choose_device(settings: Mapping[str, str], *, only_show: bool = False) -> Device:
     """``DEVICE`` where given, else cuda where NVML sees a GPU, else cpu.
 
     Raises:
-        UserError: ``DEVICE`` is another word, or it is cuda where there is no GPU (unless the command is only shown).
+        UserError: ``DEVICE`` is another word, or it is cuda where there is no GPU (unless the
+        command is only shown).
     """
     wanted = settings.get("DEVICE")
     if wanted not in (None, "cpu", "cuda"):
@@ -87,8 +102,10 @@ def choose_device(settings: Mapping[str, str], *, only_show: bool = False) -> De
     if list_gpus():
         return "cuda"
     if wanted == "cuda":
-        raise UserError("DEVICE=cuda, but the NVIDIA driver shows no GPU here\n"
-                        "make doctor says what is missing; DEVICE=cpu runs the miniature")
+        raise UserError(
+            "DEVICE=cuda, but the NVIDIA driver shows no GPU here\n"
+            "make doctor says what is missing; DEVICE=cpu runs the miniature"
+        )
     return "cpu"
 
 
@@ -96,14 +113,17 @@ def plan(experiment: Experiment, settings: Mapping[str, str], device: Device) ->
     """Apply ``settings`` to ``experiment`` and fit it to ``device``.
 
     Raises:
-        UserError: sizes do not fit together, the data set is not prepared, or nodes have no place to meet.
+        UserError: sizes do not fit together, the data set is not prepared, or nodes have no place
+        to meet.
     """
     if device == "cpu":
         _check_for_gpus(settings)
     outdir = Path(settings.get("OUTDIR") or ROOT / "outdir").resolve()
     full = start.with_settings(experiment, settings, outdir)
     if "DATA" not in settings:
-        full = full.with_changes(data=_data_of_its_target(full, device) if full.until else data_sets.default_for(full))
+        full = full.with_changes(
+            data=_data_of_its_target(full, device) if full.until else data_sets.default_for(full)
+        )
     headlines = []
     if device == "cuda" and full.attention_backend == "flash" and _lacks_flash_attention():
         full = full.with_changes(attention_backend="auto")
@@ -124,11 +144,16 @@ def plan(experiment: Experiment, settings: Mapping[str, str], device: Device) ->
     notices = [WITHOUT_WEIGHTS] if small.lora and not small.weights and not small.load else []
     if small.cuda_graphs and small.model.dropout and small.eval_steps:
         notices.append(GRAPHS_DROP)
-    before = resumed.choose(small, device, outdir, settings, joins=place.node_rank not in ("0", "$SLURM_NODEID"))
+    before = resumed.choose(
+        small, device, outdir, settings, joins=place.node_rank not in ("0", "$SLURM_NODEID")
+    )
     saving = _saving(small, settings, before)
     if saving and device == "cpu" and small.sharding.startswith("fsdp"):
-        raise UserError(f"{small.id}: Megatron-FSDP saves on GPUs only: on a CPU its ranks wait for each other for ever\n"
-                        "SAVE=0 trains without checkpoints, SHARDING=optim or torch_fsdp2 saves here, too")
+        raise UserError(
+            f"{small.id}: Megatron-FSDP saves on GPUs only: on a CPU its ranks wait for each other"
+            " for ever\nSAVE=0 trains without checkpoints, SHARDING=optim or torch_fsdp2 saves"
+            " here, too"
+        )
     loading = _loading(small, outdir, before, notices.append)
     if saving or loading:
         _check_format(small)
@@ -150,56 +175,77 @@ def plan(experiment: Experiment, settings: Mapping[str, str], device: Device) ->
 def _check_for_gpus(settings: Mapping[str, str]) -> None:
     """Raise UserError where ``settings`` ask for what a CPU has not.
 
-    ``FP8=``, ``CUDA_GRAPHS=`` and ``OPTIMIZER_STATE=`` are none of these: the miniature says by what it replaces them.
+    ``FP8=``, ``CUDA_GRAPHS=`` and ``OPTIMIZER_STATE=`` are none of these: the miniature says by
+    what it replaces them.
     """
     for key in FOR_GPUS:
         if key in settings:
-            raise UserError(f"{key}={settings[key]} needs a GPU, and this would run the miniature on the CPU\n"
-                            f"leave {key}= out, or run it where the NVIDIA driver shows a GPU (make doctor)")
+            raise UserError(
+                f"{key}={settings[key]} needs a GPU, and this would run the miniature on the CPU\n"
+                f"leave {key}= out, or run it where the NVIDIA driver shows a GPU (make doctor)"
+            )
 
 
 def _check_format(e: Experiment) -> None:
-    """Refuse another format than that of the sharding: upstream saves no other while training, and fails after all steps.
+    """Refuse another format than that of the sharding: upstream saves no other while training, and
+    fails after all steps.
 
-    ``schedule_async_save`` of megatron/training/checkpointing.py takes distributed checkpoints alone; harness.run.checkpoints
-    reads no others.
+    ``schedule_async_save`` of megatron/training/checkpointing.py takes distributed checkpoints
+    alone; harness.run.checkpoints reads no others.
     """
     ours = "fsdp_dtensor" if e.sharding.startswith("fsdp") else "torch_dist"
     for argument in understood.arguments(e.extra_args):
-        if argument.option in ("--ckpt-format", "--dist-ckpt-format") and argument.values != (ours,):
-            raise UserError(f"{e.id}: ARGS has {argument}, but checkpoints with sharding {e.sharding} are {ours}: "
-                            f"other formats cannot be saved beside training, nor resumed\nleave {argument.option} out")
+        if argument.option in ("--ckpt-format", "--dist-ckpt-format") and argument.values != (
+            ours,
+        ):
+            raise UserError(
+                f"{e.id}: ARGS has {argument}, but checkpoints with sharding {e.sharding} are"
+                f" {ours}: other formats cannot be saved beside training, nor resumed\nleave"
+                f" {argument.option} out"
+            )
 
 
 def _check_conversations(e: Experiment) -> None:
     """Raise UserError where packed conversations do not go with the sizes of ``e``."""
     if e.cp > 1:
-        raise UserError(f"{e.id}: conversations are packed, which is not tested with cp = {e.cp}; set CP=1")
+        raise UserError(
+            f"{e.id}: conversations are packed, which is not tested with cp = {e.cp}; set CP=1"
+        )
     if e.cuda_graphs:
-        raise UserError(f"{e.id}: packed conversations begin and end elsewhere in each sequence, which no CUDA graph "
-                        "follows; set CUDA_GRAPHS=0")
+        raise UserError(
+            f"{e.id}: packed conversations begin and end elsewhere in each sequence, which no CUDA"
+            " graph follows; set CUDA_GRAPHS=0"
+        )
     if e.pp > 1 and e.micro_batch_size > 1:
-        raise UserError(f"{e.id}: upstream joins a micro-batch of packed sequences, and pipeline stages expect them apart: "
-                        f"mbs {e.micro_batch_size}, pp {e.pp}; set MBS=1 or PP=1")
+        raise UserError(
+            f"{e.id}: upstream joins a micro-batch of packed sequences, and pipeline stages expect"
+            f" them apart: mbs {e.micro_batch_size}, pp {e.pp}; set MBS=1 or PP=1"
+        )
 
 
 def _data_of_its_target(full: Experiment, device: Device) -> str:
-    """A loss to reach is one on certain data: the published set, which must be there; for a miniature, mock data."""
+    """A loss to reach is one on certain data: the published set, which must be there; for a
+    miniature, mock data."""
     if device == "cpu" or full.published_data is None:
         return full.data
     return data_sets.find(full.published_data).name
 
 
 def _saving(e: Experiment, settings: Mapping[str, str], before: Resumed | None) -> Saving | None:
-    """How checkpoints are kept: as said now, else as the resumed run did, else as the experiment's row says."""
+    """How checkpoints are kept: as said now, else as the resumed run did, else as the experiment's
+    row says."""
     where = settings.get("SAVE")
     asked = [key for key in ("SAVE_EVERY", "KEEP") if key in settings]
     if where == "0":
         if asked:
-            raise UserError(f"SAVE=0 keeps no checkpoints, but {' and '.join(asked)} is given; leave one out")
+            raise UserError(
+                f"SAVE=0 keeps no checkpoints, but {' and '.join(asked)} is given; leave one out"
+            )
         if before:
-            raise UserError(f"SAVE=0: {before.run.label} keeps checkpoints, and RESUME= could not continue it once more "
-                            "without\nleave SAVE=0 out")
+            raise UserError(
+                f"SAVE=0: {before.run.label} keeps checkpoints, and RESUME= could not continue it"
+                " once more without\nleave SAVE=0 out"
+            )
         return None
     earlier = before and before.saving
     if where is None and not asked and not earlier and e.save_every is None:
@@ -209,18 +255,29 @@ def _saving(e: Experiment, settings: Mapping[str, str], before: Resumed | None) 
     if earlier:
         label, kept = before.run.label, before.run.checkpoints
         if where is not None and kept.resolve() != (folder or before.run.path / "checkpoints"):
-            raise UserError(f"SAVE={where}: {label} keeps its checkpoints in {kept}, where RESUME= looks for them\n"
-                            f"leave SAVE= out; LOAD={label} SAVE={where} begins a new run")
+            raise UserError(
+                f"SAVE={where}: {label} keeps its checkpoints in {kept}, where RESUME= looks for"
+                f" them\nleave SAVE= out; LOAD={label} SAVE={where} begins a new run"
+            )
         return Saving(every or earlier.every, keep or earlier.keep, earlier.folder)
     saving = Saving(every or e.save_every or e.steps, keep or e.keep, folder)
-    if folder and (there := checkpoints.in_folder(folder)) and not (e.load and Path(e.load).resolve() == folder):
-        raise UserError(f"SAVE={where} already holds checkpoints, the newest of step {there[-1].step}\n"
-                        f"name another folder, or go on from them: LOAD={where}")
+    if (
+        folder
+        and (there := checkpoints.in_folder(folder))
+        and not (e.load and Path(e.load).resolve() == folder)
+    ):
+        raise UserError(
+            f"SAVE={where} already holds checkpoints, the newest of step {there[-1].step}\n"
+            f"name another folder, or go on from them: LOAD={where}"
+        )
     return saving
 
 
-def _loading(e: Experiment, outdir: Path, before: Resumed | None, tell: Callable[[str], None]) -> Loading | None:
-    """The checkpoint to begin with: the resumed run's newest whole one, else the one that LOAD= names."""
+def _loading(
+    e: Experiment, outdir: Path, before: Resumed | None, tell: Callable[[str], None]
+) -> Loading | None:
+    """The checkpoint to begin with: the resumed run's newest whole one, else the one that LOAD=
+    names."""
     if before:
         found = resumed.newest_checkpoint(before, e, tell)
         for notice in resumed.notices(before, e, found.step if found else 0):
@@ -233,27 +290,39 @@ def _loading(e: Experiment, outdir: Path, before: Resumed | None, tell: Callable
     resume.check_fits(found, e)
     only_weights = not found.contents.has_optimizer
     if not only_weights and found.step >= e.steps:
-        raise UserError(f"LOAD={e.load}: its checkpoint is of step {found.step}, and STEPS={e.steps}: nothing is left\n"
-                        f"STEPS={2 * found.step} trains as long again")
-    tell(f"begins with {'the weights' if only_weights else f'step {found.step}'} of {found.path.parent}")
+        raise UserError(
+            f"LOAD={e.load}: its checkpoint is of step {found.step}, and STEPS={e.steps}: nothing"
+            f" is left\nSTEPS={2 * found.step} trains as long again"
+        )
+    tell(
+        f"begins with {'the weights' if only_weights else f'step {found.step}'} of"
+        f" {found.path.parent}"
+    )
     return Loading(found.path.parent, found.step, only_weights)
 
 
 def _place(e: Experiment, settings: Mapping[str, str]) -> Place:
     ids = settings.get("GPUS_IDS")
-    gpu_ids = tuple(overrides.count("GPUS_IDS", i, least=0) for i in ids.split(",")) if ids else None
+    gpu_ids = (
+        tuple(overrides.count("GPUS_IDS", i, least=0) for i in ids.split(",")) if ids else None
+    )
     slurm = settings.get("SLURM") == "1"
     if e.nodes > 1 and not slurm and not settings.get("RENDEZVOUS"):
         raise UserError(
-            f"{e.id} runs on {e.nodes} nodes of {e.ranks_per_node} GPUs; on each of them, with rank 0 to {e.nodes - 1}:\n"
-            f"    make {e.id} NODES={e.nodes} NODE_RANK=0 RENDEZVOUS=first-node:29500\n"
-            "or SLURM=1 for a batch job"
+            f"{e.id} runs on {e.nodes} nodes of {e.ranks_per_node} GPUs; on each of them, with rank"
+            f" 0 to {e.nodes - 1}:\n    make {e.id} NODES={e.nodes} NODE_RANK=0"
+            " RENDEZVOUS=first-node:29500\nor SLURM=1 for a batch job"
         )
     node_rank = overrides.count("NODE_RANK", settings.get("NODE_RANK", "0"), least=0)
     if node_rank >= e.nodes:
-        raise UserError(f"NODE_RANK={node_rank}: {e.id} runs on nodes 0 to {e.nodes - 1}; NODES= sets their number")
+        raise UserError(
+            f"NODE_RANK={node_rank}: {e.id} runs on nodes 0 to {e.nodes - 1}; NODES= sets their"
+            " number"
+        )
     rendezvous = settings.get("RENDEZVOUS")
-    if rendezvous and not (rendezvous.rpartition(":")[0] and rendezvous.rpartition(":")[2].isdigit()):
+    if rendezvous and not (
+        rendezvous.rpartition(":")[0] and rendezvous.rpartition(":")[2].isdigit()
+    ):
         raise UserError(f"RENDEZVOUS={rendezvous}: expected host:port, such as node0:29500")
     return Place("$SLURM_NODEID" if slurm else str(node_rank), rendezvous, gpu_ids)
 

@@ -13,13 +13,22 @@ from harness.errors import UserError, nearest
 from harness.experiment import identity
 from harness.experiment.catalog import Experiment, Model
 from harness.run import checkpoints, finding
-from harness.run.checkpoints import LARGE_BYTES, STEP_FOLDER, Checkpoint, Contents, examine, newest_whole, verify
+from harness.run.checkpoints import (
+    LARGE_BYTES,
+    STEP_FOLDER,
+    Checkpoint,
+    Contents,
+    examine,
+    newest_whole,
+    verify,
+)
 from harness.run.directory import RunDir, runs
 from harness.run.finding import label_of
 
 
 def find(wanted: str, outdir: Path, tell: Callable[[str], None] = lambda _: None) -> Checkpoint:
-    """The newest whole checkpoint of a run (its label in ``outdir``) or of a folder, or that of a step's folder.
+    """The newest whole checkpoint of a run (its label in ``outdir``) or of a folder, or that of a
+    step's folder.
 
     Raises:
         UserError: there is none.
@@ -35,8 +44,15 @@ def find(wanted: str, outdir: Path, tell: Callable[[str], None] = lambda _: None
         for damage in skipped:
             tell(damage)
         return found
-    raise UserError("\n".join([f"no whole checkpoint in {path}", *skipped,
-                              "SAVE=1 makes a run keep some; make checkpoints lists them"]))
+    raise UserError(
+        "\n".join(
+            [
+                f"no whole checkpoint in {path}",
+                *skipped,
+                "SAVE=1 makes a run keep some; make checkpoints lists them",
+            ]
+        )
+    )
 
 
 def folder_of(wanted: str, outdir: Path) -> Path:
@@ -65,14 +81,16 @@ def labels_with_checkpoints(outdir: Path) -> list[str]:
 
 
 def check_fits(found: Checkpoint, experiment: Experiment) -> None:
-    """Raise UserError where ``found`` is of another model than ``experiment``'s, of data of another tokenizer, or holds an
-    optimizer of other learning rates."""
+    """Raise UserError where ``found`` is of another model than ``experiment``'s, of data of another
+    tokenizer, or holds an optimizer of other learning rates."""
     model, trained = experiment.model, model_of(found.path.parent)
     if trained:
         check_model(found.path, trained, experiment)
     shape = _embedding(found.contents)
     if shape and shape[1] != model.hidden_size:
-        _refuse(found.path, f"hidden_size {shape[1]}", f"hidden_size {model.hidden_size}", experiment)
+        _refuse(
+            found.path, f"hidden_size {shape[1]}", f"hidden_size {model.hidden_size}", experiment
+        )
     _check_positions(found, experiment)
     _check_sharding(found, experiment)
     _check_tokenizer(found, experiment)
@@ -80,32 +98,46 @@ def check_fits(found: Checkpoint, experiment: Experiment) -> None:
 
 
 def check_model(path: Path, trained: Model, experiment: Experiment) -> None:
-    """Raise UserError where ``experiment``'s model cannot take the weights of ``trained``, the model of ``path``."""
+    """Raise UserError where ``experiment``'s model cannot take the weights of ``trained``, the
+    model of ``path``."""
     if found := weights.differences(trained, experiment.model):
-        own = {key: pair for key, pair in found.items() if key in type(trained).model_fields} or found  # not what follows
-        there, here = (", ".join(f"{key} {pair[side]}" for key, pair in own.items()) for side in (0, 1))
+        # not what follows
+        own = {
+            key: pair for key, pair in found.items() if key in type(trained).model_fields
+        } or found
+        there, here = (
+            ", ".join(f"{key} {pair[side]}" for key, pair in own.items()) for side in (0, 1)
+        )
         _refuse(path, there, here, experiment)
 
 
 def _check_positions(found: Checkpoint, experiment: Experiment) -> None:
-    """A learned position is a row of a tensor, whose shape upstream compares (``--max-position-embeddings``)."""
+    """A learned position is a row of a tensor, whose shape upstream compares
+    (``--max-position-embeddings``)."""
     shape = _shape_of("position_embeddings.weight", found.contents)
     wanted = experiment.positions or experiment.seq_length
     if shape and experiment.model.position_embedding == "learned_absolute" and shape[0] != wanted:
         folder = found.path.parent
         run = folder.parent if RunDir(folder.parent).experiment_json.exists() else folder
-        shorter = f", WEIGHTS={run} trains its weights on shorter sequences" if wanted < shape[0] else ""
-        raise UserError(f"{found.path} has {shape[0]} learned positions, {experiment.label} has {wanted}\n"
-                        f"SEQ={shape[0]} loads it{shorter}")
+        shorter = (
+            f", WEIGHTS={run} trains its weights on shorter sequences" if wanted < shape[0] else ""
+        )
+        raise UserError(
+            f"{found.path} has {shape[0]} learned positions, {experiment.label} has {wanted}\n"
+            f"SEQ={shape[0]} loads it{shorter}"
+        )
 
 
 def _check_sharding(found: Checkpoint, experiment: Experiment) -> None:
-    """Megatron-FSDP saves in a format (fsdp_dtensor) that nothing else loads, and loads no other."""
+    """Megatron-FSDP saves in a format (fsdp_dtensor) that nothing else loads, and loads no
+    other."""
     trained = experiment_of(found.path.parent)
     if trained and trained.sharding.startswith("fsdp") != experiment.sharding.startswith("fsdp"):
-        raise UserError(f"{found.path} was saved with SHARDING={trained.sharding}, {experiment.label} has "
-                        f"SHARDING={experiment.sharding}\nMegatron-FSDP's checkpoints are for Megatron-FSDP alone: "
-                        f"SHARDING={trained.sharding} loads it")
+        raise UserError(
+            f"{found.path} was saved with SHARDING={trained.sharding}, {experiment.label} has"
+            f" SHARDING={experiment.sharding}\nMegatron-FSDP's checkpoints are for Megatron-FSDP"
+            f" alone: SHARDING={trained.sharding} loads it"
+        )
 
 
 def _check_tokenizer(found: Checkpoint, experiment: Experiment) -> None:
@@ -118,12 +150,15 @@ def _check_tokenizer(found: Checkpoint, experiment: Experiment) -> None:
     except UserError:  # it is no longer there
         return
     if before.tokenizer_sha256 != (chosen := data_sets.blend(pair[1]).sets[0]).tokenizer_sha256:
-        raise UserError(f"{found.path} was trained on {before.name}, DATA={chosen.name} was made by another tokenizer\n"
-                        f"prepare {chosen.name} again with TOKENIZER={before.home / 'tokenizer'}")
+        raise UserError(
+            f"{found.path} was trained on {before.name}, DATA={chosen.name} was made by another"
+            f" tokenizer\nprepare {chosen.name} again with TOKENIZER={before.home / 'tokenizer'}"
+        )
 
 
 def _check_rates(found: Checkpoint, experiment: Experiment) -> None:
-    """Upstream finds an optimizer's state by its rates (``param_group_identifier_keys`` of megatron/core/optimizer)."""
+    """Upstream finds an optimizer's state by its rates (``param_group_identifier_keys`` of
+    megatron/core/optimizer)."""
     trained = experiment_of(found.path.parent)
     if not trained or not found.contents or not found.contents.has_optimizer:
         return
@@ -131,17 +166,22 @@ def _check_rates(found: Checkpoint, experiment: Experiment) -> None:
         return
     there, here = ("LR={:g} MIN_LR={:g}".format(*identity.rates(e)) for e in (trained, experiment))
     if there != here:
-        raise UserError(f"{found.path} was trained with {there}, {experiment.label} has {here}\n"
-                        f"{there} goes on; ARGS=--no-load-optim takes the weights alone, at any rate")
+        raise UserError(
+            f"{found.path} was trained with {there}, {experiment.label} has {here}\n"
+            f"{there} goes on; ARGS=--no-load-optim takes the weights alone, at any rate"
+        )
 
 
 def _refuse(path: Path, there: str, here: str, experiment: Experiment) -> NoReturn:
-    raise UserError(f"{path} holds another model: {there} there, {here} in {experiment.label}\n"
-                    "load a checkpoint of the same model, or train without LOAD= and RESUME=")
+    raise UserError(
+        f"{path} holds another model: {there} there, {here} in {experiment.label}\n"
+        "load a checkpoint of the same model, or train without LOAD= and RESUME="
+    )
 
 
 def model_of(folder: Path) -> Model | None:
-    """The model whose checkpoints lie in ``folder``: a run's, or an imported one; None where nothing says."""
+    """The model whose checkpoints lie in ``folder``: a run's, or an imported one; None where
+    nothing says."""
     if experiment := experiment_of(folder):
         return experiment.model
     imported = weights.read(folder)
@@ -149,7 +189,8 @@ def model_of(folder: Path) -> Model | None:
 
 
 def experiment_of(folder: Path) -> Experiment | None:
-    """The experiment whose checkpoints lie in ``folder``, where its run directory is around it or a copy beside them."""
+    """The experiment whose checkpoints lie in ``folder``, where its run directory is around it or a
+    copy beside them."""
     for place in (folder, folder.parent):
         try:
             return RunDir(place).read_experiment()
@@ -159,11 +200,15 @@ def experiment_of(folder: Path) -> Experiment | None:
 
 
 def damaged_at_the_end(run: RunDir) -> str | None:
-    """Which checkpoints of a run are damaged that are newer than its newest whole one, and which that is; None: none are."""
+    """Which checkpoints of a run are damaged that are newer than its newest whole one, and which
+    that is; None: none are."""
     damaged: list[str] = []
     for found in reversed(checkpoints.in_folder(run.checkpoints)):
         if found.damage is None:
-            way_out = f"the newest whole one is of step {found.step}: LOAD={run.label} goes on from it, in a new run"
+            way_out = (
+                f"the newest whole one is of step {found.step}: LOAD={run.label} goes on from it,"
+                " in a new run"
+            )
             break
         damaged.append(f"checkpoint of step {found.step} is damaged: {found.damage}")
     else:
@@ -172,16 +217,20 @@ def damaged_at_the_end(run: RunDir) -> str | None:
 
 
 def print_list(outdir: Path, label: str | None, read_bytes: float = LARGE_BYTES) -> int:
-    """``make checkpoints``: the checkpoints of one run or folder, or of every run in ``outdir``. Returns the exit status.
+    """``make checkpoints``: the checkpoints of one run or folder, or of every run in ``outdir``.
+    Returns the exit status.
 
     Args:
-        read_bytes: so much is read to compare checksums, of the first that are listed; the others say that they were not.
+        read_bytes: so much is read to compare checksums, of the first that are listed; the others
+        say that they were not.
 
     Raises:
         UserError: there is no such run.
     """
     if label:
-        folders = [run.checkpoints for run in finding.with_checkpoints(label, outdir)] or [folder_of(label, outdir)]
+        folders = [run.checkpoints for run in finding.with_checkpoints(label, outdir)] or [
+            folder_of(label, outdir)
+        ]
     else:
         folders = [run.dir.checkpoints for run in runs(outdir)[0]]
     found = {folder: checkpoints.in_folder(folder) for folder in dict.fromkeys(folders)}
@@ -207,8 +256,12 @@ def _lines(folder: Path, states: list[tuple[Checkpoint, str]]) -> Iterator[str]:
         yield f"  {'step':>8}  {'GiB':>8}  {'parameters':>14}  {'loss':>8}  {'held-out':>8}  state"
     for c, state in states:
         loss, validation = losses.get(c.step), held_out.get(c.step)
-        cells = (f"{c.gib:.3f}", f"{c.contents.parameters:,}" if c.contents else "",
-                 "" if loss is None else f"{loss:.4f}", "" if validation is None else f"{validation:.4f}")
+        cells = (
+            f"{c.gib:.3f}",
+            f"{c.contents.parameters:,}" if c.contents else "",
+            "" if loss is None else f"{loss:.4f}",
+            "" if validation is None else f"{validation:.4f}",
+        )
         yield "  {:>8}  {:>8}  {:>14}  {:>8}  {:>8}  {}".format(c.step, *cells, state)
 
 
@@ -230,6 +283,7 @@ def _embedding(contents: Contents | None) -> tuple[int, ...] | None:
 
 
 def _shape_of(tensor: str, contents: Contents | None) -> tuple[int, ...] | None:
-    """Shape of the tensor whose name ends so; None where a checkpoint has none, or its contents are not known."""
+    """Shape of the tensor whose name ends so; None where a checkpoint has none, or its contents are
+    not known."""
     shapes = contents.shapes.items() if contents else ()
     return next((shape for key, shape in shapes if key.endswith(tensor)), None)

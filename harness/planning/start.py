@@ -1,4 +1,5 @@
-"""What a run starts from: ``WEIGHTS=`` names imported weights, an earlier run, or a folder with either."""
+"""What a run starts from: ``WEIGHTS=`` names imported weights, an earlier run, or a folder with
+either."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ class Start:
     """Weights to start from.
 
     Attributes:
-        folder: for upstream's ``--pretrained-checkpoint``; below the repository as a path from there.
+        folder: for upstream's ``--pretrained-checkpoint``; below the repository as a path from
+        there.
         model: what their model is.
         positions: the longest sequence that learned positions are there for.
         tokenizer: the folder of the tokenizer that its tokens are from; none where it is not known.
@@ -46,17 +48,26 @@ def find(named: str, outdir: Path) -> Start:
 
     if imported := weights.find(named):
         folder, known = imported
-        return Start(_from_root(folder), known.model, known.positions, folder / weights.HF if known.tokenizer else None)
+        return Start(
+            _from_root(folder),
+            known.model,
+            known.positions,
+            folder / weights.HF if known.tokenizer else None,
+        )
     places = (outdir / label_of(named, outdir), expanded(named))
     runs = [path for path in places if RunDir(path).experiment_json.is_file()]
     if not runs:
         names = weights.names() + labels_with_checkpoints(outdir)
-        raise UserError(f"WEIGHTS={named}: {nearest(named, names)}\nmake import-hf brings some, SAVE=1 keeps a run's own")
+        raise UserError(
+            f"WEIGHTS={named}: {nearest(named, names)}\nmake import-hf brings some, SAVE=1 keeps a"
+            " run's own"
+        )
     return _of_run(named, runs[0])
 
 
 def check_whole(weights: str) -> None:
-    """Read the checkpoint that upstream will take from the folder ``weights``, once, before a run starts from it.
+    """Read the checkpoint that upstream will take from the folder ``weights``, once, before a run
+    starts from it.
 
     Raises:
         UserError: it is damaged, it holds code, or there is none.
@@ -67,11 +78,15 @@ def check_whole(weights: str) -> None:
     if found and found.damage is None:
         return
     older = checkpoints.newest_whole(folder)
-    if older and not named and (folder / checkpoints.TRACKER).exists():  # inside the run it stands in for the tracker's
+    # inside the run it stands in for the tracker's
+    if older and not named and (folder / checkpoints.TRACKER).exists():
         return
     problem = f"{found.path}: {found.damage}" if found else f"no whole checkpoint in {folder}"
     if older:
-        way_out = f"{older.path.name} is whole: write {older.step} into {folder / checkpoints.TRACKER} to start from it"
+        way_out = (
+            f"{older.path.name} is whole: write {older.step} into {folder / checkpoints.TRACKER} to"
+            " start from it"
+        )
     else:
         way_out = "make import-hf brings weights (FORCE=1: again), SAVE=1 keeps a run's own"
     raise UserError(f"WEIGHTS: {problem}\n{way_out}")
@@ -81,21 +96,28 @@ def _of_run(named: str, run: Path) -> Start:
     from harness.convert.commands import saved
 
     if read_record(run / FOLDER):
-        raise UserError(f"WEIGHTS={named}: this run trained adapters\nmake export-hf RUN={named} OUT=… merges them with the "
-                        "weights, make import-hf brings those back")
+        raise UserError(
+            f"WEIGHTS={named}: this run trained adapters\nmake export-hf RUN={named} OUT=… merges"
+            " them with the weights, make import-hf brings those back"
+        )
     try:
         e = RunDir(run).read_experiment()
     except ValueError as error:
         raise UserError(f"WEIGHTS={named}: {first_line(error)}") from None
-    tokenizer = data_sets.blend(e.data).sets[0].tokenizer_model if e.data != data_sets.MOCK else None
-    return Start(_from_root(saved(str(run), run.parent)), e.model, e.positions or e.seq_length, tokenizer)
+    tokenizer = (
+        data_sets.blend(e.data).sets[0].tokenizer_model if e.data != data_sets.MOCK else None
+    )
+    return Start(
+        _from_root(saved(str(run), run.parent)), e.model, e.positions or e.seq_length, tokenizer
+    )
 
 
 def with_settings(e: Experiment, settings: Mapping[str, str], outdir: Path) -> Experiment:
     """``e`` with ``settings``, on the model of the weights that ``WEIGHTS=`` names, where it does.
 
-    The model is known before sizes are checked: what 25 heads forbid, a model of 4 may allow. Dropout stays that of
-    ``e``; sequences are as long as there are learned positions for, unless ``SEQ`` says how long.
+    The model is known before sizes are checked: what 25 heads forbid, a model of 4 may allow.
+    Dropout stays that of ``e``; sequences are as long as there are learned positions for, unless
+    ``SEQ`` says how long.
 
     Raises:
         UserError: see ``find`` and ``overrides.apply``.
@@ -104,8 +126,10 @@ def with_settings(e: Experiment, settings: Mapping[str, str], outdir: Path) -> E
     modules = understood.understand(settings.get("ARGS", "")).fields.get("recompute_modules")
     if modules and settings.get("RECOMPUTE", "selective") != "selective":
         how = settings["RECOMPUTE"]
-        raise UserError(f"RECOMPUTE={how} recomputes no single modules, but ARGS names {', '.join(modules)}\n"
-                        "set RECOMPUTE=selective, or leave --recompute-modules out")
+        raise UserError(
+            f"RECOMPUTE={how} recomputes no single modules, but ARGS names {', '.join(modules)}\n"
+            "set RECOMPUTE=selective, or leave --recompute-modules out"
+        )
     if not named:
         return overrides.apply(e, settings)
     start = find(named, outdir)
@@ -115,8 +139,8 @@ def with_settings(e: Experiment, settings: Mapping[str, str], outdir: Path) -> E
 
 
 def of_catalogue(id_: str, settings: Mapping[str, str]) -> Experiment:
-    """Experiment ``id_`` with ``settings``, as predictions take it. Raises UserError as ``with_settings``,
-    and where ARGS= has what no formula knows.
+    """Experiment ``id_`` with ``settings``, as predictions take it. Raises UserError as
+    ``with_settings``, and where ARGS= has what no formula knows.
     """
     outdir = Path(settings.get("OUTDIR") or ROOT / "outdir").resolve()
     e = with_settings(load_catalog().find(id_), settings, outdir)
@@ -131,10 +155,17 @@ def _check_shapes(named: str, start: Start, e: Experiment) -> None:
 
     if wrong := weights.differences(start.model, e.model):
         said = ", ".join(f"{key} {there}, not {here}" for key, (there, here) in wrong.items())
-        raise UserError(f"WEIGHTS={named}: their model has {said}\nleave out of ARGS what says otherwise")
-    if start.model.position_embedding == "learned_absolute" and (e.positions or start.positions) != start.positions:
-        raise UserError(f"WEIGHTS={named}: they have {start.positions} learned positions, not {e.positions}\n"
-                        "leave --max-position-embeddings out of ARGS")
+        raise UserError(
+            f"WEIGHTS={named}: their model has {said}\nleave out of ARGS what says otherwise"
+        )
+    if (
+        start.model.position_embedding == "learned_absolute"
+        and (e.positions or start.positions) != start.positions
+    ):
+        raise UserError(
+            f"WEIGHTS={named}: they have {start.positions} learned positions, not {e.positions}\n"
+            "leave --max-position-embeddings out of ARGS"
+        )
 
 
 def _brought(e: Experiment, start: Start) -> dict[str, object]:
@@ -142,11 +173,17 @@ def _brought(e: Experiment, start: Start) -> dict[str, object]:
     model = start.model.model_copy(update={"dropout": e.model.dropout})
     learned = model.position_embedding == "learned_absolute"
     length = min(e.seq_length, start.positions) if learned else e.seq_length
-    return {"weights": start.folder, "model": model, "positions": start.positions, "seq_length": length}
+    return {
+        "weights": start.folder,
+        "model": model,
+        "positions": start.positions,
+        "seq_length": length,
+    }
 
 
 def check_data(e: Experiment, named: str, outdir: Path) -> None:
-    """Refuse data of ``e`` that another tokenizer made than that of its weights, which are called ``named`` (UserError)."""
+    """Refuse data of ``e`` that another tokenizer made than that of its weights, which are called
+    ``named`` (UserError)."""
     from harness.convert import weights
 
     if e.data != data_sets.MOCK:

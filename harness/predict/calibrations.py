@@ -1,4 +1,5 @@
-"""The machines whose measured steps calibrate predictions: experiments/calibrations.yaml, written by ``make calibrate``."""
+"""The machines whose measured steps calibrate predictions: experiments/calibrations.yaml, written
+by ``make calibrate``."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ class Fitted(BaseModel):
     left_out_ms: Positive
     """By constants fitted without this row, and without others of the same experiment."""
     make: str | None = None
-    """What ran, where it is not the experiment that the row is called: ``446``, or ``111 FP8=tensorwise``."""
+    """What ran, where it is not the experiment that the row is called: ``446``, or ``111
+    FP8=tensorwise``."""
 
 
 class Machine(BaseModel):
@@ -60,7 +62,9 @@ class Machine(BaseModel):
         """The GPU's data. Raises UserError where no GPU is called so, or it has no bf16."""
         gpu = required_gpu(self.gpu, f"gpu = {self.gpu!r}")
         if gpu.bf16 is None:
-            raise UserError(f"gpu = {self.gpu!r}: {gpu.name} has no bf16, and steps are predicted in bf16 only")
+            raise UserError(
+                f"gpu = {self.gpu!r}: {gpu.name} has no bf16, and steps are predicted in bf16 only"
+            )
         return gpu
 
     def predict(self, e: Experiment) -> StepTime:
@@ -69,31 +73,43 @@ class Machine(BaseModel):
         Raises UserError where ``e`` computes in fp8 and the card does not.
         """
         if e.precision == "fp8" and self.card.fp8 is None:
-            raise UserError(f"{e.id} computes in fp8, which {self.card.name} does not (Ada, Hopper and later do)")
+            raise UserError(
+                f"{e.id} computes in fp8, which {self.card.name} does not (Ada, Hopper and"
+                " later do)"
+            )
         return step_time.predict(e, self.card, self.constants, switch_reduces=self.switch_reduces)
 
     def stage_times(self, e: Experiment) -> Times:
-        """Each pipeline stage's passes of one micro-batch, in ms; where ``step_time.unknown(e)`` is empty."""
-        return step_time.stage_times(e, self.card, self.constants, switch_reduces=self.switch_reduces)
+        """Each pipeline stage's passes of one micro-batch, in ms; where ``step_time.unknown(e)`` is
+        empty."""
+        return step_time.stage_times(
+            e, self.card, self.constants, switch_reduces=self.switch_reduces
+        )
 
     def row_of(self, e: Experiment) -> Fitted | None:
         """The row in which ``e`` ran, labelled so if there is one."""
-        ran = {name: row for name, row in self.rows.items() if (row.make or name) == overrides.words(e)}
+        ran = {
+            name: row for name, row in self.rows.items() if (row.make or name) == overrides.words(e)
+        }
         return ran.get(e.id) or next(iter(ran.values()), None)
 
     def misses(self) -> tuple[float, float, float]:
-        """How far off it is for rows that it has not seen, relative: half of them, nine in ten, all stay within."""
+        """How far off it is for rows that it has not seen, relative: half of them, nine in ten, all
+        stay within."""
         off = sorted(abs(row.left_out_ms / row.measured_ms - 1) for row in self.rows.values())
         return median(off), off[math.ceil(0.9 * len(off)) - 1], off[-1]
 
     def how_sure(self, *experiments: Experiment) -> str:
-        """How far off it is for rows that it has not seen, in words, where its rows say so much of ``experiments``.
+        """How far off it is for rows that it has not seen, in words, where its rows say so much of
+        ``experiments``.
 
         No row tells of an experiment with work that none of them has: its error is unknown.
         """
         half, most, _ = self.misses()
-        said = (f"error on rows left out of the fit: median {half:.1%}, 90th percentile {most:.0%} "
-                f"({len(self.rows)} rows)")
+        said = (
+            f"error on rows left out of the fit: median {half:.1%}, 90th percentile {most:.0%} "
+            f"({len(self.rows)} rows)"
+        )
         missing = {e.label: self.unmeasured(e) for e in experiments}
         if not any(missing.values()):
             return said
@@ -104,12 +120,17 @@ class Machine(BaseModel):
         return f"{said}; error unknown with {kinds}, which no measured row has"
 
     def unmeasured(self, e: Experiment) -> tuple[str, ...]:
-        """Kinds of work in ``e`` that no row of this machine has, and pairs of methods that no row has together."""
+        """Kinds of work in ``e`` that no row of this machine has, and pairs of methods that no row
+        has together."""
         ran = [_made(row.make or name) for name, row in self.rows.items()]
         alone = sorted(step_time.kinds(e).difference(*map(step_time.kinds, ran)))
         known = sorted(step_time.methods(e).difference(alone))
         together = [set(step_time.methods(one)) for one in ran]
-        pairs = [f"{a} with {b}" for a, b in combinations(known, 2) if not any({a, b} <= both for both in together)]
+        pairs = [
+            f"{a} with {b}"
+            for a, b in combinations(known, 2)
+            if not any({a, b} <= both for both in together)
+        ]
         return (*alone, *pairs)
 
 
@@ -130,7 +151,8 @@ def load(path: Path = FILE) -> Mapping[str, Machine]:
 
 
 def _machine(where: str, fields: Any, above: Sequence[str]) -> Machine:
-    """One entry of the file; ``above``: the names of those further up. Raises UserError where it makes no sense."""
+    """One entry of the file; ``above``: the names of those further up. Raises UserError where it
+    makes no sense."""
     fields = dict(yaml_files.mapping(fields, where))
     if isinstance(fields.get("rows"), dict):
         fields["rows"] = {str(key): row for key, row in fields["rows"].items()}
@@ -140,8 +162,10 @@ def _machine(where: str, fields: Any, above: Sequence[str]) -> Machine:
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     if machine.like is not None and machine.like not in above:
-        raise UserError(f"{where}: like = {machine.like!r}: no entry further up is called so; "
-                        f"{nearest(machine.like, above)}")
+        raise UserError(
+            f"{where}: like = {machine.like!r}: no entry further up is called so; "
+            f"{nearest(machine.like, above)}"
+        )
     return machine
 
 
@@ -151,18 +175,24 @@ def fitted() -> Mapping[str, Machine]:
 
 
 def in_a_line(e: Experiment, card: Gpu) -> str | None:
-    """What a step of ``e`` will take, as a run says it before it begins; None where no formula covers it."""
+    """What a step of ``e`` will take, as a run says it before it begins; None where no formula
+    covers it."""
     machine = machine_of(card)
     if machine is None or step_time.unknown(e):
         return None
-    return f"step by formula: {machine.predict(e).total:,.0f} ms alone on the node; {machine.how_sure(e)}"
+    return (
+        f"step by formula: {machine.predict(e).total:,.0f} ms alone on the node;"
+        f" {machine.how_sure(e)}"
+    )
 
 
 def machine_measured_by(group: str) -> Machine | None:
-    """The machine whose steps are those of this group of references.yaml, where it was calibrated."""
+    """The machine whose steps are those of this group of references.yaml, where it was
+    calibrated."""
     return next((machine for machine in fitted().values() if machine.measured_by == group), None)
 
 
 def machine_of(card: Gpu) -> Machine | None:
-    """The machine with cards of this kind, where one was calibrated; of several, the last in the file."""
+    """The machine with cards of this kind, where one was calibrated; of several, the last in the
+    file."""
     return next((machine for machine in reversed(fitted().values()) if machine.card == card), None)

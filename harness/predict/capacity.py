@@ -14,7 +14,8 @@ Verdict = Literal["fits", "may run out", "does not fit"]
 Settings = dict[str, str]
 
 SURE_SHARE = 0.91
-"""Of what PyTorch may have, tensors may take so much; the rest may be fragments. 111 ran at 0.89, 121 failed at 0.92."""
+"""Of what PyTorch may have, tensors may take so much; the rest may be fragments. 111 ran at 0.89,
+121 failed at 0.92."""
 DEEPEST = 3
 """Levers that are pulled at once."""
 
@@ -37,12 +38,20 @@ def in_a_line(e: Experiment, card: Gpu) -> str:
     memory = predict(e)
     most, gib = max(memory.pieces.items(), key=lambda piece: piece[1])
     sure = verdict(memory, card)
-    way_out = "" if sure == "fits" else f"; make memory-{overrides.words(e)} CARD={card.key} says what would"
-    return f"memory by formula: {memory.total:.1f} GiB, most of it {most} ({gib:.1f}): {sure} on {card.name}{way_out}"
+    way_out = (
+        ""
+        if sure == "fits"
+        else f"; make memory-{overrides.words(e)} CARD={card.key} says what would"
+    )
+    return (
+        f"memory by formula: {memory.total:.1f} GiB, most of it {most} ({gib:.1f}): {sure} on"
+        f" {card.name}{way_out}"
+    )
 
 
 def levers(e: Experiment) -> Iterator[tuple[Settings, Experiment]]:
-    """Settings that lower the memory of ``e``, the least intrusive first, each with the experiment it makes.
+    """Settings that lower the memory of ``e``, the least intrusive first, each with the experiment
+    it makes.
 
     Only those that the experiment admits, and that by ``predict`` need less.
     """
@@ -53,7 +62,8 @@ def levers(e: Experiment) -> Iterator[tuple[Settings, Experiment]]:
 
 
 def ways_to_fit(e: Experiment, card: Gpu) -> list[tuple[Settings, Experiment]]:
-    """What makes ``e`` fit ``card`` with the fewest levers, at most DEEPEST: on more GPUs, and on as many as it has.
+    """What makes ``e`` fit ``card`` with the fewest levers, at most DEEPEST: on more GPUs, and on
+    as many as it has.
 
     First what keeps the number of GPUs.
     """
@@ -66,11 +76,16 @@ def ways_to_fit(e: Experiment, card: Gpu) -> list[tuple[Settings, Experiment]]:
             for more, _ in levers(experiment):
                 both = settings | more
                 changed = overrides.admitted(e, both)
-                if changed and (key := repr(changed.model_copy(update={"overrides": {}}))) not in seen:
+                if (
+                    changed
+                    and (key := repr(changed.model_copy(update={"overrides": {}}))) not in seen
+                ):
                     seen.add(key)
                     further.append((both, changed))
         fitting = [way for way in further if verdict(predict(way[1]), card) == "fits"]
-        found += fitting if not found else [way for way in fitting if way[1].world_size == e.world_size]
+        found += (
+            fitting if not found else [way for way in fitting if way[1].world_size == e.world_size]
+        )
         if any(changed.world_size == e.world_size for _, changed in found):
             break
         reached = further
@@ -80,7 +95,10 @@ def ways_to_fit(e: Experiment, card: Gpu) -> list[tuple[Settings, Experiment]]:
 def _candidates(e: Experiment) -> Iterator[Settings]:
     """What may lower memory; ``levers`` leaves out what does not, or is not admitted."""
     same, more = {"GPUS": str(e.world_size)}, {"GPUS": str(2 * e.world_size)}
-    if smaller := next((m for m in range(e.micro_batch_size - 1, 0, -1) if e.global_batch_size % (m * e.dp) == 0), None):
+    if smaller := next(
+        (m for m in range(e.micro_batch_size - 1, 0, -1) if e.global_batch_size % (m * e.dp) == 0),
+        None,
+    ):
         yield {"MBS": str(smaller)}
     yield {"SP": "1"}
     if e.dp > 1:

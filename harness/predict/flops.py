@@ -10,14 +10,17 @@ if TYPE_CHECKING:
     from harness.experiment.catalog import Experiment, Model
 
 
-MODEL_FLOPS = ("model FLOPs (Korthikanti et al. 2022, arXiv:2205.05198, with causal attention; frozen weights have no "
-               "gradient, recomputation does not count)")
+MODEL_FLOPS = (
+    "model FLOPs (Korthikanti et al. 2022, arXiv:2205.05198, with causal attention; frozen weights"
+    " have no gradient, recomputation does not count)"
+)
 """Which count TFLOP/s and MFU follow, in words: see step_flops."""
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """Parameters with the padded vocabulary; ``total`` and ``active`` count tied embeddings once."""
+    """Parameters with the padded vocabulary; ``total`` and ``active`` count tied embeddings
+    once."""
 
     total: int
     active: int
@@ -33,7 +36,8 @@ class Held:
     dense: int
     experts: int
     matrices: int
-    """The part of ``dense`` in weights of linear layers, without biases, embeddings and the output layer."""
+    """The part of ``dense`` in weights of linear layers, without biases, embeddings and the output
+    layer."""
     expert_matrices: int
     """The part of ``experts`` in weights of linear layers."""
     ends: int
@@ -43,16 +47,19 @@ class Held:
 def padded_vocab_size(vocab_size: int, tp: int) -> int:
     """``vocab_size`` rounded up to a multiple of 128 x tp.
 
-    Source: vocab_size_with_padding in megatron/core/tokenizers/utils/build_tokenizer.py, core_v0.19.0.
+    Source: vocab_size_with_padding in megatron/core/tokenizers/utils/build_tokenizer.py,
+    core_v0.19.0.
     """
     return math.ceil(vocab_size / (128 * tp)) * 128 * tp
 
 
 def count_parameters(e: Experiment) -> Parameters:
-    """Parameters of upstream's GPT model: biases, norms, softmax sinks and learned positions included.
+    """Parameters of upstream's GPT model: biases, norms, softmax sinks and learned positions
+    included.
 
     Upstream's own estimate leaves out the linear layers' biases and the position embedding
-    (compute_weight_and_optimizer_memory in megatron/training/theoretical_memory_usage.py, core_v0.19.0).
+    (compute_weight_and_optimizer_memory in megatron/training/theoretical_memory_usage.py,
+    core_v0.19.0).
     """
     m, layer, first = e.model, _layer(e), parameters_on(e, 0)
     shared = layer.column + layer.row + layer.replicated + layer.column_bias + layer.row_bias
@@ -61,13 +68,15 @@ def count_parameters(e: Experiment) -> Parameters:
     ends = words * (2 if _untied(e) else 1) + _positions(e) + _norm(m)
     return Parameters(
         total=m.num_layers * (shared + (m.num_experts or 0) * expert) + ends,
-        active=m.num_layers * (shared + (m.moe_router_topk if m.num_experts else 0) * expert) + ends,
+        active=m.num_layers * (shared + (m.moe_router_topk if m.num_experts else 0) * expert)
+        + ends,
         per_rank=first.dense + first.experts,
     )
 
 
 def parameters_on(e: Experiment, stage: int) -> Held:
-    """What a rank of pipeline stage ``stage`` (from 0) holds of the model, before data parallelism shards it.
+    """What a rank of pipeline stage ``stage`` (from 0) holds of the model, before data parallelism
+    shards it.
 
     The last stage has the output layer: with tied embeddings, a copy of the word embedding.
     """
@@ -134,22 +143,28 @@ def _positions(e: Experiment) -> int:
 
 def _qk_norms(m: Model) -> int:
     """Parameters of a layer's norms of queries and keys."""
-    weights = {"none": 0, "head": 2 * m.head_size, "projection": m.query_size + m.key_size}[m.qk_norm]
+    weights = {"none": 0, "head": 2 * m.head_size, "projection": m.query_size + m.key_size}[
+        m.qk_norm
+    ]
     return weights * (2 if m.normalization == "LayerNorm" else 1)
 
 
 def step_flops(e: Experiment, tokens: float | None = None, squares: float | None = None) -> float:
-    """Model FLOPs of one training step over the whole batch: what its products compute, recomputation left out.
+    """Model FLOPs of one training step over the whole batch: what its products compute,
+    recomputation left out.
 
-    As in Korthikanti et al. 2022 (arXiv:2205.05198, section 5 and appendix A), with causal attention: a token costs 6 a
-    weight of the matrix products, 2 for a multiply-add, once forward and twice backward, in the output layer as well (over
-    the padded vocabulary); attention costs 6 x width of the queries x tokens seen x 2, for scores and values, where a token
-    sees half of its sequence, or a window of it. Of experts, those a token is routed to count; routers do not.
-    A frozen weight (LoRA) has no gradient: 4; and what lies before the first adapter is not gone through backward at all: 2.
+    As in Korthikanti et al. 2022 (arXiv:2205.05198, section 5 and appendix A), with causal
+    attention: a token costs 6 a weight of the matrix products, 2 for a multiply-add, once forward
+    and twice backward, in the output layer as well (over the padded vocabulary); attention costs 6
+    x width of the queries x tokens seen x 2, for scores and values, where a token sees half of its
+    sequence, or a window of it. Of experts, those a token is routed to count; routers do not. A
+    frozen weight (LoRA) has no gradient: 4; and what lies before the first adapter is not gone
+    through backward at all: 2.
 
     Args:
         tokens: of the batch; None: ``global_batch_size`` sequences of ``seq_length``.
-        squares: sum of the squared lengths of the sequences that attention keeps apart, as upstream counts packed ones.
+        squares: sum of the squared lengths of the sequences that attention keeps apart, as upstream
+        counts packed ones.
     """
     tokens = e.global_batch_size * e.seq_length if tokens is None else tokens
     squares = e.global_batch_size * e.seq_length**2 if squares is None else squares
@@ -162,15 +177,21 @@ def step_flops(e: Experiment, tokens: float | None = None, squares: float | None
         return tokens * 6 * (m.num_layers * each + output) + 6 * m.query_size * seen
     whole = adapter_widths(e.model_copy(update={"tp": 1}))
     adapters = e.lora.rank * sum(map(sum, whole.values()))
-    flops = tokens * (m.num_layers * (4 * each + 6 * adapters) + 4 * output) + 6 * m.query_size * seen
-    return flops - _not_gone_through_backward(e, tokens, _windowed_squares(e, tokens, squares) if windowed else squares)
+    flops = (
+        tokens * (m.num_layers * (4 * each + 6 * adapters) + 4 * output) + 6 * m.query_size * seen
+    )
+    return flops - _not_gone_through_backward(
+        e, tokens, _windowed_squares(e, tokens, squares) if windowed else squares
+    )
 
 
-def upstream_flops(e: Experiment, tokens: float | None = None, squares: float | None = None) -> float:
+def upstream_flops(
+    e: Experiment, tokens: float | None = None, squares: float | None = None
+) -> float:
     """The same exactly as upstream counts it for its TFLOP/s.
 
-    Upstream counts frozen weights as if they were trained, attention in a window as if it saw all tokens, and a gated
-    quick-GELU as two products where it is three.
+    Upstream counts frozen weights as if they were trained, attention in a window as if it saw all
+    tokens, and a gated quick-GELU as two products where it is three.
     Source: num_floating_point_operations in megatron/training/training.py, core_v0.19.0.
     """
     tokens = e.global_batch_size * e.seq_length if tokens is None else tokens
@@ -180,20 +201,31 @@ def upstream_flops(e: Experiment, tokens: float | None = None, squares: float | 
     products = 3 if m.activation == "swiglu" else 2
     mlp = products * h * (m.moe_ffn * (m.moe_router_topk or 1) if m.num_experts else m.ffn)
     output = h * padded_vocab_size(m.vocab_size, e.tp)
-    return tokens * 6 * (m.num_layers * (attention + mlp) + output) + 6 * m.num_layers * m.query_size * squares
+    return (
+        tokens * 6 * (m.num_layers * (attention + mlp) + output)
+        + 6 * m.num_layers * m.query_size * squares
+    )
 
 
-def share_of_upstreams(e: Experiment, tokens: float | None = None, squares: float | None = None) -> float:
-    """Model FLOPs over upstream's count of them; 1 where all weights are trained, in full attention."""
+def share_of_upstreams(
+    e: Experiment, tokens: float | None = None, squares: float | None = None
+) -> float:
+    """Model FLOPs over upstream's count of them; 1 where all weights are trained, in full
+    attention."""
     return step_flops(e, tokens, squares) / upstream_flops(e, tokens, squares)
 
 
 def _products(m: Model) -> dict[str, int]:
-    """Weights that a token is multiplied with in a layer, by upstream's names of the linear layers, in order."""
+    """Weights that a token is multiplied with in a layer, by upstream's names of the linear layers,
+    in order."""
     width = m.moe_ffn * (m.moe_router_topk or 1) if m.num_experts else m.ffn
     h = m.hidden_size
-    return {"linear_qkv": h * m.qkv_size, "linear_proj": m.query_size * h,
-            "linear_fc1": h * width * m.fc1_matrices, "linear_fc2": width * h}
+    return {
+        "linear_qkv": h * m.qkv_size,
+        "linear_proj": m.query_size * h,
+        "linear_fc1": h * width * m.fc1_matrices,
+        "linear_fc2": width * h,
+    }
 
 
 def _windowed_squares(e: Experiment, tokens: float, squares: float) -> float:
@@ -208,7 +240,8 @@ def _windowed_squares(e: Experiment, tokens: float, squares: float) -> float:
 
 
 def _not_gone_through_backward(e: Experiment, tokens: float, squares: float) -> float:
-    """FLOPs of gradients that nothing asks for: those of the first layer's frozen input, down to its first adapter.
+    """FLOPs of gradients that nothing asks for: those of the first layer's frozen input, down to
+    its first adapter.
 
     With full recomputation the embedding's output asks for one (harness/finetune/lora.py).
     """
@@ -218,7 +251,10 @@ def _not_gone_through_backward(e: Experiment, tokens: float, squares: float) -> 
     order = list(products)
     first = min(e.lora.targets, key=order.index)
     before = order[: order.index(first) + 1]
-    weights = sum(products[name] for name in before) + e.lora.rank * adapter_widths(e.model_copy(update={"tp": 1}))[first][0]
+    weights = (
+        sum(products[name] for name in before)
+        + e.lora.rank * adapter_widths(e.model_copy(update={"tp": 1}))[first][0]
+    )
     attention = 4 * e.model.query_size * squares if "linear_proj" in before else 0
     return 2 * tokens * weights + attention
 
@@ -229,7 +265,8 @@ def tflops_per_gpu(e: Experiment, step_ms: float) -> float:
 
 
 def mfu(tflops: float, peak_tflops: float) -> float:
-    """Model FLOPs utilisation, from 0 to 1: model TFLOP/s per GPU / its dense peak at the run's precision."""
+    """Model FLOPs utilisation, from 0 to 1: model TFLOP/s per GPU / its dense peak at the run's
+    precision."""
     return tflops / peak_tflops
 
 
@@ -246,23 +283,32 @@ class State:
         return self.weights + self.gradients + self.optimizer
 
     def times(self, parameters: float) -> State:
-        return State(self.weights * parameters, self.gradients * parameters, self.optimizer * parameters)
+        return State(
+            self.weights * parameters, self.gradients * parameters, self.optimizer * parameters
+        )
 
     def __add__(self, other: State) -> State:
-        return State(self.weights + other.weights, self.gradients + other.gradients, self.optimizer + other.optimizer)
+        return State(
+            self.weights + other.weights,
+            self.gradients + other.gradients,
+            self.optimizer + other.optimizer,
+        )
 
 
 def state_of_parameter(e: Experiment, replicas: int, *, matrix: bool = True) -> State:
-    """Bytes of one trained parameter on a rank: weight, gradient and optimizer state, sharded over ``replicas``.
+    """Bytes of one trained parameter on a rank: weight, gradient and optimizer state, sharded over
+    ``replicas``.
 
-    bf16: 2 + 4 + 12 (fp32 copy, two Adam moments), so 18 replicated and 6 + 12/replicas with the distributed
-    optimizer (upstream's theoretical_memory_usage.py). bf16 moments: 2 + 4 + 6, because two bytes of the fp32 copy are
-    the weight itself (store_param_remainders in megatron/core/optimizer/optimizer_config.py), but for fp8 that is
-    scaled otherwise than delayed: 4 + 2 + 2 (use_precision_aware_optimizer_no_fp8_or_ds_fp8 there). bf16 gradients: 2 of 4.
-    Muon has one moment in place of two for a ``matrix``; embeddings, biases and norms stay with Adam
-    (megatron/core/optimizer/emerging_optimizers.py). fp32: 4 + 4 + 8. FSDP: Rajbhandari et al. 2020 (arXiv:1910.02054),
-    section 5; both kinds keep gradients as weights, in bf16: 2 + 2 + 12 (_resolve_group_grad_dtype in Megatron-FSDP's
-    param_and_grad_buffer.py, where --megatron-fsdp-main-grads-dtype is not given; fully_shard without a precision policy).
+    bf16: 2 + 4 + 12 (fp32 copy, two Adam moments), so 18 replicated and 6 + 12/replicas with the
+    distributed optimizer (upstream's theoretical_memory_usage.py). bf16 moments: 2 + 4 + 6, because
+    two bytes of the fp32 copy are the weight itself (store_param_remainders in
+    megatron/core/optimizer/optimizer_config.py), but for fp8 that is scaled otherwise than delayed:
+    4 + 2 + 2 (use_precision_aware_optimizer_no_fp8_or_ds_fp8 there). bf16 gradients: 2 of 4. Muon
+    has one moment in place of two for a ``matrix``; embeddings, biases and norms stay with Adam
+    (megatron/core/optimizer/emerging_optimizers.py). fp32: 4 + 4 + 8. FSDP: Rajbhandari et al. 2020
+    (arXiv:1910.02054), section 5; both kinds keep gradients as weights, in bf16: 2 + 2 + 12
+    (_resolve_group_grad_dtype in Megatron-FSDP's param_and_grad_buffer.py, where
+    --megatron-fsdp-main-grads-dtype is not given; fully_shard without a precision policy).
     """
     weight, gradient, optimizer = (4, 4, 8) if e.precision == "fp32" else (2, 4, 12)
     if e.gradients == "bf16" or e.fully_sharded:
@@ -283,17 +329,22 @@ def state_of_parameter(e: Experiment, replicas: int, *, matrix: bool = True) -> 
 
 
 def state_on(e: Experiment, stage: int) -> State:
-    """Bytes of weights, gradients and optimizer state on a rank of pipeline stage ``stage``; no activations, no buffers.
+    """Bytes of weights, gradients and optimizer state on a rank of pipeline stage ``stage``; no
+    activations, no buffers.
 
-    Shards are over data-parallel x context-parallel ranks; of experts, over the ranks that hold the same. Beside LoRA's
-    adapters, weights are frozen: they have neither gradients nor optimizer state.
+    Shards are over data-parallel x context-parallel ranks; of experts, over the ranks that hold the
+    same. Beside LoRA's adapters, weights are frozen: they have neither gradients nor optimizer
+    state.
     """
     held, replicas = parameters_on(e, stage), e.dp * e.cp
     if e.lora:
         frozen = (held.dense + held.experts) * (4 if e.precision == "fp32" else 2)
         return State(frozen, 0, 0) + state_of_parameter(e, replicas).times(adapter_parameters(e))
     matrices = (held.matrices, replicas), (held.expert_matrices, e.expert_replicas)
-    rest = (held.dense - held.matrices, replicas), (held.experts - held.expert_matrices, e.expert_replicas)
+    rest = (
+        (held.dense - held.matrices, replicas),
+        (held.experts - held.expert_matrices, e.expert_replicas),
+    )
     parts = [state_of_parameter(e, among).times(count) for count, among in matrices]
     parts += [state_of_parameter(e, among, matrix=False).times(count) for count, among in rest]
     return sum(parts, State(0, 0, 0))
@@ -305,7 +356,8 @@ def state_gib(e: Experiment) -> float:
 
 
 def adapter_parameters(e: Experiment) -> int:
-    """Parameters of LoRA's adapters on a rank: factors [rank, in] and [out, rank] beside every target.
+    """Parameters of LoRA's adapters on a rank: factors [rank, in] and [out, rank] beside every
+    target.
 
     Source: Hu et al. 2021 (arXiv:2106.09685), section 4.1.
     """
@@ -316,7 +368,8 @@ def adapter_parameters(e: Experiment) -> int:
 def adapter_widths(e: Experiment) -> dict[str, tuple[int, int]]:
     """In and out of the linear layers of a rank that have an adapter.
 
-    Under tensor parallelism the factor on the split side is split, the other whole (harness/finetune/lora.py).
+    Under tensor parallelism the factor on the split side is split, the other whole
+    (harness/finetune/lora.py).
     """
     m = e.model
     widths = {
@@ -329,5 +382,6 @@ def adapter_widths(e: Experiment) -> dict[str, tuple[int, int]]:
 
 
 def _untied(e: Experiment) -> bool:
-    """Whether the output layer has weights of its own: fully_shard cannot share them with the embedding."""
+    """Whether the output layer has weights of its own: fully_shard cannot share them with the
+    embedding."""
     return e.model.untie_embeddings or e.sharding == "torch_fsdp2"

@@ -1,4 +1,5 @@
-"""Every way to lay the same work out over GPUs, and the best that fit: ``make faster-420``, ``make gpus-420``."""
+"""Every way to lay the same work out over GPUs, and the best that fit: ``make faster-420``, ``make
+gpus-420``."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ WORTH = 0.99
 
 @dataclass(frozen=True)
 class Layout:
-    """An experiment laid out anew: what it will take by formula. ``experiment.overrides`` are the settings that make it."""
+    """An experiment laid out anew: what it will take by formula. ``experiment.overrides`` are the
+    settings that make it."""
 
     experiment: Experiment
     memory: Memory
@@ -36,28 +38,37 @@ class Layout:
     @property
     def settings(self) -> str:
         """The words after ``make <id>``."""
-        return overrides.typed({key: value for key, value in self.experiment.overrides.items() if key != "CARD"})
+        return overrides.typed(
+            {key: value for key, value in self.experiment.overrides.items() if key != "CARD"}
+        )
 
 
 def faster(e: Experiment, machine: Machine) -> list[Layout]:
-    """What fits ``machine``'s cards and by formula is faster than ``e``, fastest first; of layouts as fast, the smallest.
+    """What fits ``machine``'s cards and by formula is faster than ``e``, fastest first; of layouts
+    as fast, the smallest.
 
-    Where ``e`` may not fit itself: what fits. Of those that differ in virtual stages alone, the fastest.
+    Where ``e`` may not fit itself: what fits. Of those that differ in virtual stages alone, the
+    fastest.
     """
     now = machine.predict(e).total if verdict(predict(e), machine.card) == "fits" else math.inf
     fitting = _fitting(e, e.world_size, machine.card, machine)
     found = [layout for layout in fitting if layout.step and layout.step.total < now]
     best: dict[str, Layout] = {}
     for layout in sorted(found, key=_rank):
-        best.setdefault(repr(layout.experiment.model_copy(update={"vpp": 1, "overrides": {}})), layout)
+        best.setdefault(
+            repr(layout.experiment.model_copy(update={"vpp": 1, "overrides": {}})), layout
+        )
     return list(best.values())
 
 
-def by_gpus(e: Experiment, card: Gpu, machine: Machine | None) -> Iterator[tuple[int, Layout | None]]:
-    """The best layout of ``e``'s work over 1, 2, 4 and 8 GPUs, a node, or None where none fits ``card``.
+def by_gpus(
+    e: Experiment, card: Gpu, machine: Machine | None
+) -> Iterator[tuple[int, Layout | None]]:
+    """The best layout of ``e``'s work over 1, 2, 4 and 8 GPUs, a node, or None where none fits
+    ``card``.
 
-    The best is the fastest; where no constants cover it, the one that splits the model least. Where a node does not hold the
-    work, twice as many nodes are tried until they do, MOST_NODES at most.
+    The best is the fastest; where no constants cover it, the one that splits the model least. Where
+    a node does not hold the work, twice as many nodes are tried until they do, MOST_NODES at most.
     """
     ranks, held = 1, False
     while ranks <= GPUS_OF_A_NODE or (not held and ranks <= MOST_NODES * GPUS_OF_A_NODE):
@@ -70,22 +81,34 @@ def _rank(layout: Layout) -> tuple[float, ...]:
     e = layout.experiment
     if layout.step:
         return round(layout.step.total, 1), layout.memory.total
-    return math.inf, e.recompute != "none", e.tp * e.pp * e.cp * e.ep, -e.micro_batch_size, layout.memory.total
+    return (
+        math.inf,
+        e.recompute != "none",
+        e.tp * e.pp * e.cp * e.ep,
+        -e.micro_batch_size,
+        layout.memory.total,
+    )
 
 
 def _fitting(e: Experiment, ranks: int, card: Gpu, machine: Machine | None) -> Iterator[Layout]:
     """The layouts of ``e``'s work over so many GPUs that fit ``card``.
 
-    What does not fit without recomputation is tried with that of the catalogue, and with full recomputation. LEVERS are
-    pulled where they make it faster.
+    What does not fit without recomputation is tried with that of the catalogue, and with full
+    recomputation. LEVERS are pulled where they make it faster.
     """
     listed = _listed(e)
     for layout in layouts(e, ranks):
         ways = ((way, predict(way)) for way in _recomputed(layout, listed))
-        if fitting := next(((way, memory) for way, memory in ways if verdict(memory, card) == "fits"), None):
+        if fitting := next(
+            ((way, memory) for way, memory in ways if verdict(memory, card) == "fits"), None
+        ):
             way, memory = fitting
             known = machine and not unknown(way)
-            yield _tuned(Layout(way, memory, machine.predict(way)), listed, machine) if known else Layout(way, memory, None)
+            yield (
+                _tuned(Layout(way, memory, machine.predict(way)), listed, machine)
+                if known
+                else Layout(way, memory, None)
+            )
 
 
 def _tuned(layout: Layout, listed: Experiment, machine: Machine) -> Layout:
@@ -100,11 +123,12 @@ def _tuned(layout: Layout, listed: Experiment, machine: Machine) -> Layout:
 
 
 def layouts(e: Experiment, ranks: int) -> Iterator[Experiment]:
-    """``e`` with other tensor, pipeline, context and expert parallel sizes, virtual stages, micro-batches and sharding.
+    """``e`` with other tensor, pipeline, context and expert parallel sizes, virtual stages,
+    micro-batches and sharding.
 
-    On ``ranks`` GPUs, with as many samples a step, without recomputation; sequence parallelism goes with tensor
-    parallelism, context parallelism exchanges in every way, and experts are whole. Those that its sizes do not admit are
-    left out.
+    On ``ranks`` GPUs, with as many samples a step, without recomputation; sequence parallelism goes
+    with tensor parallelism, context parallelism exchanges in every way, and experts are whole.
+    Those that its sizes do not admit are left out.
     """
     listed = _listed(e)
     given = {key: value for key, value in e.overrides.items() if key not in ("DP", "SP", "VPP")}
@@ -113,14 +137,28 @@ def layouts(e: Experiment, ranks: int) -> Iterator[Experiment]:
     for tp, pp, cp, dp in _axes(ranks):
         if e.global_batch_size % dp:
             continue
-        axes = given | {"GPUS": ranks, "TP": tp, "PP": pp, "CP": cp, "RECOMPUTE": "none"} | ({"SP": 1} if tp > 1 else {})
-        for ep in divisors(math.gcd(e.model.num_experts, ranks // pp)) if e.model.num_experts else (1,):
+        axes = (
+            given
+            | {"GPUS": ranks, "TP": tp, "PP": pp, "CP": cp, "RECOMPUTE": "none"}
+            | ({"SP": 1} if tp > 1 else {})
+        )
+        for ep in (
+            divisors(math.gcd(e.model.num_experts, ranks // pp)) if e.model.num_experts else (1,)
+        ):
             for mbs in divisors(e.global_batch_size // dp):
                 for vpp in divisors(e.model.num_layers // pp) if pp > 1 else (1,):
                     for sharding in _shardings(e, dp * cp):
                         for way in CP_COMM_TYPES if cp > 1 else (e.cp_comm_type,):
-                            more = {"EP": ep, "ETP": 1, "MBS": mbs, "SHARDING": sharding, "CP_COMM_TYPE": way}
-                            if layout := overrides.admitted(listed, axes | more | ({"VPP": vpp} if pp > 1 else {})):
+                            more = {
+                                "EP": ep,
+                                "ETP": 1,
+                                "MBS": mbs,
+                                "SHARDING": sharding,
+                                "CP_COMM_TYPE": way,
+                            }
+                            if layout := overrides.admitted(
+                                listed, axes | more | ({"VPP": vpp} if pp > 1 else {})
+                            ):
                                 yield layout
 
 
@@ -129,7 +167,9 @@ def _listed(e: Experiment) -> Experiment:
     listed = load_catalog().find(e.id)
     if not e.weights:
         return listed
-    return listed.model_copy(update={"model": e.model, "positions": e.positions, "seq_length": e.seq_length})
+    return listed.model_copy(
+        update={"model": e.model, "positions": e.positions, "seq_length": e.seq_length}
+    )
 
 
 def _shardings(e: Experiment, replicas: int) -> Iterable[str]:
@@ -147,8 +187,11 @@ def _axes(ranks: int) -> Iterator[tuple[int, int, int, int]]:
 
 
 def _recomputed(layout: Experiment, listed: Experiment) -> Iterator[Experiment]:
-    """``layout``, then with ever more recomputation; ``listed`` is the experiment as in the catalogue."""
+    """``layout``, then with ever more recomputation; ``listed`` is the experiment as in the
+    catalogue."""
     yield layout
     for how in dict.fromkeys((listed.recompute, "full")):
-        if how != "none" and (recomputed := overrides.admitted(listed, layout.overrides | {"RECOMPUTE": how})):
+        if how != "none" and (
+            recomputed := overrides.admitted(listed, layout.overrides | {"RECOMPUTE": how})
+        ):
             yield recomputed

@@ -1,9 +1,12 @@
-"""What a rank allocates at most, tensor by tensor: predicted from an experiment's sizes before it runs.
+"""What a rank allocates at most, tensor by tensor: predicted from an experiment's sizes before it
+runs.
 
-Counted are the tensors that autograd keeps in Megatron-LM core_v0.19.0 with Transformer Engine 2.19's layers, as read
-there: megatron/core/transformer/{attention,mlp,transformer_layer}.py, megatron/core/transformer/moe/{router,experts,
-token_dispatcher}.py, and transformer_engine/pytorch/module/{layernorm_linear,linear,grouped_linear}.py. The method, and
-for GPT-2's layers the result (34 bytes a token and hidden unit), are those of Korthikanti et al. 2022
+Counted are the tensors that autograd keeps in Megatron-LM core_v0.19.0 with Transformer Engine
+2.19's layers, as read
+there: megatron/core/transformer/{attention,mlp,transformer_layer}.py,
+megatron/core/transformer/moe/{router,experts, token_dispatcher}.py, and
+transformer_engine/pytorch/module/{layernorm_linear,linear,grouped_linear}.py. The method, and for
+GPT-2's layers the result (34 bytes a token and hidden unit), are those of Korthikanti et al. 2022
 (arXiv:2205.05198), section 4.1.
 """
 
@@ -20,7 +23,8 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 WORKSPACE = 2**25
-"""cuBLAS's on Hopper, from PyTorch and from get_cublas_workspace_size_bytes in transformer_engine/pytorch/cpp_extensions."""
+"""cuBLAS's on Hopper, from PyTorch and from get_cublas_workspace_size_bytes in
+transformer_engine/pytorch/cpp_extensions."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +36,13 @@ class Memory:
     gradients: float
     optimizer: float
     attention: float
-    """Of activations, what attention keeps for its backward pass, its norm included; in all layers."""
+    """Of activations, what attention keeps for its backward pass, its norm included; in all layers.
+    """
     mlp: float
     """The same of MLPs or experts."""
     passing: float
-    """Logits, or what is there for a moment while a layer is recomputed or goes backward, where that is more."""
+    """Logits, or what is there for a moment while a layer is recomputed or goes backward, where
+    that is more."""
 
     @property
     def pieces(self) -> dict[str, float]:
@@ -55,7 +61,8 @@ class Memory:
 def predict(e: Experiment) -> Memory:
     """What ``e`` allocates on its fullest rank: one of the first or of the last pipeline stage.
 
-    Routers are taken to deal tokens out evenly; where they do not, the rank with most tokens needs more.
+    Routers are taken to deal tokens out evenly; where they do not, the rank with most tokens needs
+    more.
     """
     return max((_on_stage(e, stage) for stage in {0, e.pp - 1}), key=lambda memory: memory.total)
 
@@ -83,20 +90,25 @@ def _on_stage(e: Experiment, stage: int) -> Memory:
 
 
 def attention_bytes(e: Experiment) -> float:
-    """Bytes that the attention of a layer keeps of one micro-batch: norm, projections, queries, keys, values, output."""
+    """Bytes that the attention of a layer keeps of one micro-batch: norm, projections, queries,
+    keys, values, output."""
     m, size, saved = e.model, _element(e), _saved(e)
     queries, keys = m.query_size, m.key_size
-    each = size * (2 * queries + 2 * keys)  # queries, keys, values; the output, which is the projection's input
+    # queries, keys, values; the output, which is the projection's input
+    each = size * (2 * queries + 2 * keys)
     each += 4 * m.num_attention_heads  # softmax statistics, fp32
     if e.precision == "fp8":
         each += saved * queries  # the projection's input, quantised
     if m.attention_output_gate:
-        each += size * (2 * queries + 2 * keys) + size * queries  # the gate, a view that holds its buffer; the product
+        # the gate, a view that holds its buffer; the product
+        each += size * (2 * queries + 2 * keys) + size * queries
     match m.qk_norm:
         case "head":
-            each += size * (queries + keys) + 4 * (queries + keys) / m.head_size  # inputs and statistics
+            # inputs and statistics
+            each += size * (queries + keys) + 4 * (queries + keys) / m.head_size
         case "projection":
-            each += (4 + 4 + size) * (queries + keys)  # harness/specs/projection_norm.py, in fp32 and eager
+            # harness/specs/projection_norm.py, in fp32 and eager
+            each += (4 + 4 + size) * (queries + keys)
     return _normed(e) + _masks(e) + each * _tokens(e) / e.tp
 
 
@@ -110,19 +122,32 @@ def mlp_bytes(e: Experiment) -> float:
 
 
 def _experts_bytes(e: Experiment) -> float:
-    """Router, dispatch and experts: of each token, ``moe_router_topk`` copies that are dealt out evenly.
+    """Router, dispatch and experts: of each token, ``moe_router_topk`` copies that are dealt out
+    evenly.
 
-    The norm before them is apart from the first matrix, and its output, the router's input, may be recomputed
-    (``layernorm``); so may be the activation, the second matrix's input (``moe_act``). Clamping as GPT-OSS does keeps its
-    own input beside the clamped one (weighted_bias_quick_geglu_impl in megatron/core/fusions/fused_bias_geglu.py); the
-    product with the router's weights in bf16, for which upstream has no fused kernel without a gate, its two factors.
+    The norm before them is apart from the first matrix, and its output, the router's input, may be
+    recomputed (``layernorm``); so may be the activation, the second matrix's input (``moe_act``).
+    Clamping as GPT-OSS does keeps its own input beside the clamped one
+    (weighted_bias_quick_geglu_impl in megatron/core/fusions/fused_bias_geglu.py); the product with
+    the router's weights in bf16, for which upstream has no fused kernel without a gate, its two
+    factors.
     """
     m, size = e.model, _element(e)
     tokens = _hidden_tokens(e)
     modules = e.recompute_modules
     # probabilities, their map, the rows they go to, scores for the balancing loss
-    router = m.num_experts * (4 + 1 + 8 + (4 if m.moe_aux_loss_coeff else 0) + (4 if m.moe_z_loss_coeff else 0)
-                              + (4 if m.moe_router_pre_softmax else 0)) + 12 * m.moe_router_topk
+    router = (
+        m.num_experts
+        * (
+            4
+            + 1
+            + 8
+            + (4 if m.moe_aux_loss_coeff else 0)
+            + (4 if m.moe_z_loss_coeff else 0)
+            + (4 if m.moe_router_pre_softmax else 0)
+        )
+        + 12 * m.moe_router_topk
+    )
     norm = m.hidden_size * size * (1 if "layernorm" in modules else 2)
     before = size * m.moe_ffn * m.fc1_matrices
     if "moe_act" in modules:
@@ -132,21 +157,34 @@ def _experts_bytes(e: Experiment) -> float:
         product = 0 if m.gated else size * m.moe_ffn
         activation = before * factors + product + _saved(e) * m.moe_ffn
     rows = tokens * m.moe_router_topk * e.etp
-    return tokens * (norm + router) + _masks(e) + rows * (_saved(e) * m.hidden_size + activation / e.etp)
+    return (
+        tokens * (norm + router)
+        + _masks(e)
+        + rows * (_saved(e) * m.hidden_size + activation / e.etp)
+    )
 
 
 def loss_bytes(e: Experiment) -> float:
-    """Bytes of the logits when the loss goes backward: in fp32, as the softmax, and their gradient in bf16.
+    """Bytes of the logits when the loss goes backward: in fp32, as the softmax, and their gradient
+    in bf16.
 
-    Source: megatron/core/tensor_parallel/cross_entropy.py; the fused loss keeps the same (fusions/fused_cross_entropy.py).
+    Source: megatron/core/tensor_parallel/cross_entropy.py; the fused loss keeps the same
+    (fusions/fused_cross_entropy.py).
     """
-    return _tokens(e) * padded_vocab_size(e.model.vocab_size, e.tp) / e.tp * (4 + (2 if e.precision != "fp32" else 0))
+    return (
+        _tokens(e)
+        * padded_vocab_size(e.model.vocab_size, e.tp)
+        / e.tp
+        * (4 + (2 if e.precision != "fp32" else 0))
+    )
 
 
 def _ends_bytes(e: Experiment, stage: int) -> float:
-    """What is kept besides layers: embedding's dropout, attention mask, last norm, the output layer's input, workspaces.
+    """What is kept besides layers: embedding's dropout, attention mask, last norm, the output
+    layer's input, workspaces.
 
-    cuBLAS works for PyTorch's forward and backward thread and for Transformer Engine, for whose experts on four streams.
+    cuBLAS works for PyTorch's forward and backward thread and for Transformer Engine, for whose
+    experts on four streams.
     """
     mask = e.micro_batch_size * e.seq_length**2 / e.cp
     workspaces = WORKSPACE * (7 if e.model.num_experts else 3)
@@ -156,19 +194,24 @@ def _ends_bytes(e: Experiment, stage: int) -> float:
 
 
 def _backward_bytes(e: Experiment) -> float:
-    """The largest gradients in a layer: of its MLP's or experts' activation, input and output, and of the first matrix.
+    """The largest gradients in a layer: of its MLP's or experts' activation, input and output, and
+    of the first matrix.
 
     Without Apex a weight's gradient is a tensor of its own before it is added up.
     """
     m, size, fc1 = e.model, _element(e), e.model.fc1_matrices
     if m.num_experts:
-        rows, matrix = _hidden_tokens(e) * m.moe_router_topk, m.num_experts // e.ep * m.hidden_size * m.moe_ffn * fc1 / e.etp
+        rows, matrix = (
+            _hidden_tokens(e) * m.moe_router_topk,
+            m.num_experts // e.ep * m.hidden_size * m.moe_ffn * fc1 / e.etp,
+        )
         return size * (rows * (m.moe_ffn * (fc1 + 1) + m.hidden_size) + matrix)
     return size * m.ffn * (_tokens(e) * (fc1 + 1) + m.hidden_size * fc1) / e.tp + _hidden(e)
 
 
 def _layers_in_flight(e: Experiment, stage: int) -> float:
-    """Layers times micro-batches whose activations a rank of ``stage`` keeps at most, under 1F1B, interleaved or not.
+    """Layers times micro-batches whose activations a rank of ``stage`` keeps at most, under 1F1B,
+    interleaved or not.
 
     Source: Narayanan et al. 2021 (arXiv:2104.04473), section 2.2, and get_pp_rank_microbatches in
     megatron/core/pipeline_parallel/schedules.py.
@@ -180,18 +223,24 @@ def _layers_in_flight(e: Experiment, stage: int) -> float:
 
 
 def _fp8_copies(e: Experiment, held: Held) -> float:
-    """Bytes of quantised weights that Transformer Engine caches for all micro-batches, once by rows, once by columns.
+    """Bytes of quantised weights that Transformer Engine caches for all micro-batches, once by
+    rows, once by columns.
 
-    Source: quantize_weight and _fp8_workspaces in transformer_engine/pytorch/module; blockwise scales are fp32, one for
-    128 x 128.
+    Source: quantize_weight and _fp8_workspaces in transformer_engine/pytorch/module; blockwise
+    scales are fp32, one for 128 x 128.
     """
     if e.precision != "fp8":
         return 0
-    return 2 * (held.matrices + held.expert_matrices) * (1 + (4 / 128**2 if e.fp8_recipe == "blockwise" else 0))
+    return (
+        2
+        * (held.matrices + held.expert_matrices)
+        * (1 + (4 / 128**2 if e.fp8_recipe == "blockwise" else 0))
+    )
 
 
 def _gathered(e: Experiment, held: Held) -> float:
-    """Bytes of embeddings, last norm and output layer, which Megatron-FSDP holds whole all the time: its units are layers.
+    """Bytes of embeddings, last norm and output layer, which Megatron-FSDP holds whole all the
+    time: its units are layers.
 
     Source: fsdp_unit_modules in megatron/core/distributed/fsdp/mcore_fsdp_adapter.py.
     """
@@ -199,9 +248,11 @@ def _gathered(e: Experiment, held: Held) -> float:
 
 
 def _gathered_layers(e: Experiment, held: Held) -> float:
-    """Bytes of the layers gathered while one goes backward: FSDP2 has one ahead, Megatron-FSDP half a billion elements.
+    """Bytes of the layers gathered while one goes backward: FSDP2 has one ahead, Megatron-FSDP half
+    a billion elements.
 
-    Source: suggested_AG_prefetch_size in megatron/core/distributed/fsdp/src/megatron_fsdp/megatron_fsdp.py.
+    Source: suggested_AG_prefetch_size in
+    megatron/core/distributed/fsdp/src/megatron_fsdp/megatron_fsdp.py.
     """
     if e.sharding not in ("fsdp_optim_grads_params", "torch_fsdp2"):
         return 0
@@ -232,7 +283,8 @@ def _tokens(e: Experiment) -> float:
 
 
 def _hidden_tokens(e: Experiment) -> float:
-    """Tokens of the hidden states between the split products, which sequence parallelism splits, too."""
+    """Tokens of the hidden states between the split products, which sequence parallelism splits,
+    too."""
     return _tokens(e) / (e.tp if e.sequence_parallel else 1)
 
 
@@ -241,7 +293,8 @@ def _element(e: Experiment) -> int:
 
 
 def _saved(e: Experiment) -> float:
-    """Bytes an element of what a linear layer keeps of its input; blockwise, with a scale for each 128."""
+    """Bytes an element of what a linear layer keeps of its input; blockwise, with a scale for each
+    128."""
     if e.precision == "fp8":
         return 1 + (4 / 128 if e.fp8_recipe == "blockwise" else 0)
     return _element(e)

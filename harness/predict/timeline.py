@@ -1,7 +1,9 @@
-"""When each pipeline stage computes what: 1F1B and interleaved schedules, simulated from the times of one stage.
+"""When each pipeline stage computes what: 1F1B and interleaved schedules, simulated from the times
+of one stage.
 
-The orders are those of upstream's megatron/core/pipeline_parallel/schedules.py (core_v0.19.0). Sending costs no time
-here, so that idle time is the bubble of Narayanan et al. 2021 (arXiv 2104.04473), section 2.2.
+The orders are those of upstream's megatron/core/pipeline_parallel/schedules.py (core_v0.19.0).
+Sending costs no time here, so that idle time is the bubble of Narayanan et al. 2021 (arXiv
+2104.04473), section 2.2.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ Pass = Literal["forward", "backward"]
 
 
 class Work(NamedTuple):
-    """One pass of one micro-batch through one chunk (virtual stage) of a pipeline stage; counted from 0."""
+    """One pass of one micro-batch through one chunk (virtual stage) of a pipeline stage; counted
+    from 0."""
 
     micro_batch: int
     chunk: int
@@ -25,7 +28,8 @@ class Work(NamedTuple):
 
 
 class Span(NamedTuple):
-    """``work`` on ``stage`` from ``start`` to ``end``, in the unit of the times it was simulated with."""
+    """``work`` on ``stage`` from ``start`` to ``end``, in the unit of the times it was simulated
+    with."""
 
     stage: int
     work: Work
@@ -42,7 +46,8 @@ class Times:
 
     @classmethod
     def alike(cls, stages: int, forward: float = 1.0, backward: float = 2.0) -> Times:
-        """Equal stages, by default with a backward pass of twice the forward one: it has twice the matrix products."""
+        """Equal stages, by default with a backward pass of twice the forward one: it has twice the
+        matrix products."""
         return cls((forward,) * stages, (backward,) * stages)
 
 
@@ -62,9 +67,11 @@ class Timeline:
 
     @cached_property
     def bubble_fraction(self) -> float:
-        """Idle time over ideal time, (end - busy) / busy of the busiest stage, as the paper counts it.
+        """Idle time over ideal time, (end - busy) / busy of the busiest stage, as the paper counts
+        it.
 
-        With equal stages this is (p-1)/m without interleaving and (p-1)/(v m) with v chunks a stage.
+        With equal stages this is (p-1)/m without interleaving and (p-1)/(v m) with v chunks a
+        stage.
         Source: Narayanan et al. 2021, section 2.2, "t_pb / t_id".
         """
         busy = [0.0] * self.stages
@@ -83,20 +90,24 @@ def bubble_fraction(stages: int, micro_batches: int, chunks: int = 1) -> float:
 
 
 def order(stage: int, stages: int, micro_batches: int, chunks: int = 1) -> tuple[Work, ...]:
-    """What ``stage`` runs, in order: forward passes to warm up, then one forward and one backward in turn, then the rest.
+    """What ``stage`` runs, in order: forward passes to warm up, then one forward and one backward
+    in turn, then the rest.
 
-    Source: get_pp_rank_microbatches and get_schedule_table, with micro-batches in groups of ``stages`` as by default.
+    Source: get_pp_rank_microbatches and get_schedule_table, with micro-batches in groups of
+    ``stages`` as by default.
 
     Raises:
         UserError: the interleaved schedule has no such order.
     """
     _check(stages, micro_batches, chunks)
     forward = [Work(b, c, "forward") for b, c in _table(stages, micro_batches, chunks)]
-    backward = [Work(b, chunks - 1 - c, "backward") for b, c in _table(stages, micro_batches, chunks)]
+    backward = [
+        Work(b, chunks - 1 - c, "backward") for b, c in _table(stages, micro_batches, chunks)
+    ]
     after = stages - 1 - stage
     warm_up = min(after if chunks == 1 else 2 * after + (chunks - 1) * stages, len(forward))
     steady = [work for pair in zip(forward[warm_up:], backward, strict=False) for work in pair]
-    return (*forward[:warm_up], *steady, *backward[len(forward) - warm_up:])
+    return (*forward[:warm_up], *steady, *backward[len(forward) - warm_up :])
 
 
 def simulate(micro_batches: int, times: Times, chunks: int = 1) -> Timeline:
@@ -108,17 +119,27 @@ def simulate(micro_batches: int, times: Times, chunks: int = 1) -> Timeline:
     stages = len(times.forward)
     plan = _plan(stages, micro_batches, chunks)
     ends, durations = _ends(plan, times, chunks), _durations(times, chunks)
-    spans = [Span(p.stage, p.work, end - durations[p.work.kind][p.stage], end) for p, end in zip(plan, ends, strict=True)]
-    return Timeline(stages, chunks, micro_batches, tuple(sorted(spans, key=lambda span: (span.stage, span.start))))
+    spans = [
+        Span(p.stage, p.work, end - durations[p.work.kind][p.stage], end)
+        for p, end in zip(plan, ends, strict=True)
+    ]
+    return Timeline(
+        stages,
+        chunks,
+        micro_batches,
+        tuple(sorted(spans, key=lambda span: (span.stage, span.start))),
+    )
 
 
 def duration(micro_batches: int, times: Times, chunks: int = 1) -> float:
-    """When the last stage is done: ``simulate(…).end``, without its spans. Raises as ``simulate``."""
+    """When the last stage is done: ``simulate(…).end``, without its spans. Raises as
+    ``simulate``."""
     return max(_ends(_plan(len(times.forward), micro_batches, chunks), times, chunks))
 
 
 class _Pass(NamedTuple):
-    """A pass of the plan; ``before`` and ``source``: the places in it of the stage's last pass and of its input, or -1."""
+    """A pass of the plan; ``before`` and ``source``: the places in it of the stage's last pass and
+    of its input, or -1."""
 
     stage: int
     work: Work
@@ -129,7 +150,9 @@ class _Pass(NamedTuple):
 @lru_cache(maxsize=256)
 def _plan(stages: int, micro_batches: int, chunks: int) -> tuple[_Pass, ...]:
     """All passes, each behind those it waits for: the same whatever they take."""
-    queues = [list(reversed(order(stage, stages, micro_batches, chunks))) for stage in range(stages)]
+    queues = [
+        list(reversed(order(stage, stages, micro_batches, chunks))) for stage in range(stages)
+    ]
     plan: list[_Pass] = []
     last, place = [-1] * stages, {}
     while any(queues):
@@ -159,17 +182,26 @@ def _ends(plan: Sequence[_Pass], times: Times, chunks: int) -> list[float]:
 
 def _durations(times: Times, chunks: int) -> dict[Pass, list[float]]:
     """Of each stage's pass of one micro-batch through one chunk."""
-    return {"forward": [whole / chunks for whole in times.forward], "backward": [whole / chunks for whole in times.backward]}
+    return {
+        "forward": [whole / chunks for whole in times.forward],
+        "backward": [whole / chunks for whole in times.backward],
+    }
 
 
 def _table(stages: int, micro_batches: int, chunks: int) -> Sequence[tuple[int, int]]:
-    """(micro-batch, chunk) of each forward pass: ``stages`` micro-batches through every chunk, then the next as many."""
-    return [(b, c) for first in range(0, micro_batches, stages) for c in range(chunks)
-            for b in range(first, min(first + stages, micro_batches))]
+    """(micro-batch, chunk) of each forward pass: ``stages`` micro-batches through every chunk, then
+    the next as many."""
+    return [
+        (b, c)
+        for first in range(0, micro_batches, stages)
+        for c in range(chunks)
+        for b in range(first, min(first + stages, micro_batches))
+    ]
 
 
 def _input(stage: int, work: Work, stages: int, chunks: int) -> tuple[int, Work] | None:
-    """The stage and pass whose result ``work`` on ``stage`` needs, or None where it needs no other."""
+    """The stage and pass whose result ``work`` on ``stage`` needs, or None where it needs no
+    other."""
     micro_batch, chunk, kind = work
     if kind == "forward":
         if stage > 0:
@@ -186,7 +218,11 @@ def _check(stages: int, micro_batches: int, chunks: int) -> None:
     if chunks == 1:
         return
     if stages == 1:
-        raise UserError(f"vpp = {chunks} interleaves pipeline stages, but pp = 1; set pp > 1 or vpp = 1")
+        raise UserError(
+            f"vpp = {chunks} interleaves pipeline stages, but pp = 1; set pp > 1 or vpp = 1"
+        )
     if micro_batches % stages:
-        raise UserError(f"micro-batches m = {micro_batches} must divide by pp = {stages} when vpp > 1; "
-                        f"try m = {-(-micro_batches // stages) * stages}, or vpp = 1")
+        raise UserError(
+            f"micro-batches m = {micro_batches} must divide by pp = {stages} when vpp > 1; "
+            f"try m = {-(-micro_batches // stages) * stages}, or vpp = 1"
+        )

@@ -8,7 +8,8 @@ from enum import StrEnum
 
 
 class Category(StrEnum):
-    """Where a moment of a step goes. Of several things at the same moment, the first of these counts."""
+    """Where a moment of a step goes. Of several things at the same moment, the first of these
+    counts."""
 
     GEMM = "gemm"
     ATTENTION = "attention"
@@ -21,7 +22,9 @@ class Category(StrEnum):
     IDLE = "idle"
 
 
-COMPUTE = frozenset({Category.GEMM, Category.ATTENTION, Category.ELEMENTWISE, Category.OPTIMIZER, Category.OTHER})
+COMPUTE = frozenset(
+    {Category.GEMM, Category.ATTENTION, Category.ELEMENTWISE, Category.OPTIMIZER, Category.OTHER}
+)
 
 TITLES = {
     Category.GEMM: "GEMM",
@@ -36,25 +39,43 @@ TITLES = {
 }
 
 _RULES = (
-    # NCCL (src/device: ncclDevKernel_*), gloo and c10d on a CPU, TE's user buffers, NVSHMEM and PyTorch's symmetric memory
-    (Category.COMMUNICATION, r"nccl|^gloo:|^c10d::|userbuffers|nvshmem|deep_ep|multimem_|_shot_all_"),
-    # Apex' and TE's multi-tensor kernels, which optimizers, clipping and gradient norms use; PyTorch's fused optimizers
+    # NCCL (src/device: ncclDevKernel_*), gloo and c10d on a CPU, TE's user buffers, NVSHMEM and
+    # PyTorch's symmetric memory
+    (
+        Category.COMMUNICATION,
+        r"nccl|^gloo:|^c10d::|userbuffers|nvshmem|deep_ep|multimem_|_shot_all_",
+    ),
+    # Apex' and TE's multi-tensor kernels, which optimizers, clipping and gradient norms use;
+    # PyTorch's fused optimizers
     (Category.OPTIMIZER, r"multi_tensor_apply|(?<![Hh])[Aa]dam|^Optimizer\."),
-    # FlashAttention, cuDNN (cudnn_generated_fort_native_sdpa_*, and around it cudnn::fusion::compute_dot_do_o and others),
-    # memory-efficient attention; a CPU's batched products
-    (Category.ATTENTION, r"[Ff]lash|fmha|sdpa|cudnn::fusion|[Aa]ttention|[Ss]oft[Mm]ax|aten::(bmm|baddbmm)"),
-    # cuBLAS (nvjet_*, *gemm*, *gemv*, splitKreduce), CUTLASS, grouped GEMMs, inductor's GEMM templates
-    (Category.GEMM, r"[Gg]emm|GEMM|nvjet|gemv|cublas|splitKreduce|cutlass|xmma|triton_tem|aten::(add)?mm|aten::_grouped_mm"),
+    # FlashAttention, cuDNN (cudnn_generated_fort_native_sdpa_*, and around it
+    # cudnn::fusion::compute_dot_do_o and others), memory-efficient attention; a CPU's batched
+    # products
+    (
+        Category.ATTENTION,
+        r"[Ff]lash|fmha|sdpa|cudnn::fusion|[Aa]ttention|[Ss]oft[Mm]ax|aten::(bmm|baddbmm)",
+    ),
+    # cuBLAS (nvjet_*, *gemm*, *gemv*, splitKreduce), CUTLASS, grouped GEMMs, inductor's GEMM
+    # templates
+    (
+        Category.GEMM,
+        r"[Gg]emm|GEMM|nvjet|gemv|cublas|splitKreduce|cutlass|xmma|triton_tem|aten::(add)?mm|aten::_grouped_mm",
+    ),
     (Category.MEMORY, r"^aten::(copy_|fill_|zero_)$"),
-    # PyTorch's and TE's other kernels (layer_norm, ln_fwd_*, casts, dropout, biases, permutations), sorts, and inductor's
-    (Category.ELEMENTWISE, r"at::native|^aten::|at_cuda_detail|cub::|elementwise|[Nn]orm|ln_[fb]wd|triton_|"
-                           r"transformer_engine|[Dd]ropout|[Gg]elu|silu|swiglu|rope|rotary|bias|[Ee]mbedding|permute|row_id_map|topk|"
-                           r"[Ss]ort|scatter|index|cast|transpose"),
+    # PyTorch's and TE's other kernels (layer_norm, ln_fwd_*, casts, dropout, biases, permutations),
+    # sorts, and inductor's
+    (
+        Category.ELEMENTWISE,
+        r"at::native|^aten::|at_cuda_detail|cub::|elementwise|[Nn]orm|ln_[fb]wd|triton_|"
+        r"transformer_engine|[Dd]ropout|[Gg]elu|silu|swiglu|rope|rotary|bias|[Ee]mbedding|permute|row_id_map|topk|"
+        r"[Ss]ort|scatter|index|cast|transpose",
+    ),
 )
 RULES = tuple((category, re.compile(pattern)) for category, pattern in _RULES)
 
 
 @functools.cache
 def category_of(name: str) -> Category:
-    """The category of a GPU kernel, or of an operator on a CPU; ``OTHER`` where no rule knows it."""
+    """The category of a GPU kernel, or of an operator on a CPU; ``OTHER`` where no rule knows
+    it."""
     return next((category for category, pattern in RULES if pattern.search(name)), Category.OTHER)

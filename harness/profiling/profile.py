@@ -1,4 +1,5 @@
-"""The profile of a run: what the traces of its ranks say, kept in profile.json; and ``make profile``, which prints it."""
+"""The profile of a run: what the traces of its ranks say, kept in profile.json; and ``make
+profile``, which prints it."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ from harness.system.files import complaint, read_object, write_json
 
 FORMATS = ("terminal", "csv", "json")
 FOLDER = "profiles"
-"""Where profiles lie among the records of a GPU: experiments/records/<gpu>/profiles/<id>.json, apart from the results."""
+"""Where profiles lie among the records of a GPU: experiments/records/<gpu>/profiles/<id>.json,
+apart from the results."""
 MOST_UNKNOWN = 5
 PASSES = ("forward_pass", "backward_pass")
 
@@ -32,8 +34,8 @@ PASSES = ("forward_pass", "backward_pass")
 class Profile(BaseModel):
     """The traced steps ``first_step`` to ``last_step`` of a run.
 
-    ``untraced_step_ms`` is the median of the same run's other steps: what tracing adds is the difference to a rank's
-    ``step_ms``.
+    ``untraced_step_ms`` is the median of the same run's other steps: what tracing adds is the
+    difference to a rank's ``step_ms``.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -59,12 +61,17 @@ def of_run(run: RunDir) -> Profile:
     except (OSError, ValueError) as error:
         raise UserError(f"{run.label}: {first_line(error)}") from None
     if not experiment.profile:
-        raise UserError(f"{run.label} was not traced\nrun it with PROFILE=1: make {experiment.id} PROFILE=1")
+        raise UserError(
+            f"{run.label} was not traced\nrun it with PROFILE=1: make {experiment.id} PROFILE=1"
+        )
     first, last = experiment.profile
     found = sorted(run.traces.glob("[0-9]*.json.gz"), key=_rank_of)
     if not found:
         done = result.steps_done if result else 0
-        raise UserError(f"{run.label} left no trace of steps {first} to {last}: it did {done} steps\nlogs.txt says more")
+        raise UserError(
+            f"{run.label} left no trace of steps {first} to {last}: it did {done} steps\nlogs.txt"
+            " says more"
+        )
     ranks = {rank.rank: rank for rank in run.read_ranks()}
     profile = Profile(
         label=run.label,
@@ -72,8 +79,12 @@ def of_run(run: RunDir) -> Profile:
         first_step=first,
         last_step=last,
         untraced_step_ms=result.step_ms.median if result and result.step_ms else None,
-        ranks=tuple(summary.summarise(trace.read(path, device), _rank_of(path), _coordinates(ranks.get(_rank_of(path))))
-                    for path in found),
+        ranks=tuple(
+            summary.summarise(
+                trace.read(path, device), _rank_of(path), _coordinates(ranks.get(_rank_of(path)))
+            )
+            for path in found
+        ),
     )
     if result:  # before, the median may still change
         write_json(run.profile, profile.model_dump(mode="json"))
@@ -89,7 +100,8 @@ def _coordinates(rank: Rank | None) -> dict[str, int]:
 
 
 def find(outdir: Path, records: Path, wanted: str) -> Profile:
-    """The profile of the run with this label, else of the newest traced run of this experiment, else the record of it.
+    """The profile of the run with this label, else of the newest traced run of this experiment,
+    else the record of it.
 
     Raises:
         UserError: there is none.
@@ -100,13 +112,18 @@ def find(outdir: Path, records: Path, wanted: str) -> Profile:
     same = [run for run in traced if wanted in (run.experiment.id, run.experiment.name)]
     if same:
         return of_run(one(wanted, same).dir)
-    recorded = {f"{path.parents[1].name}/{path.stem}": path for path in sorted(records.glob(f"*/{FOLDER}/*.json"))}
+    recorded = {
+        f"{path.parents[1].name}/{path.stem}": path
+        for path in sorted(records.glob(f"*/{FOLDER}/*.json"))
+    }
     for name, path in recorded.items():
         if wanted in (name, path.stem):
             return read_recorded(path)
     there = [*(run.dir.label for run in traced), *recorded]
-    raise UserError(f"no traced run is called {wanted}; "
-                    + (nearest(wanted, there) if there else "trace one: make 101 PROFILE=1"))
+    raise UserError(
+        f"no traced run is called {wanted}; "
+        + (nearest(wanted, there) if there else "trace one: make 101 PROFILE=1")
+    )
 
 
 def read_recorded(path: Path) -> Profile:
@@ -120,9 +137,16 @@ def read_recorded(path: Path) -> Profile:
 
 
 def print_profile(outdir: Path, records: Path, settings: Mapping[str, str]) -> int:
-    """``make profile RUN=… FORMAT=…``. Returns the exit status; raises as ``find`` and ``render`` do."""
-    overrides.require(settings, ["RUN"], "make profile RUN=101 (an id, or a label in outdir/); make 101 PROFILE=1 makes one")
-    print(render(find(outdir, records, settings["RUN"]), settings.get("FORMAT", "terminal")), end="")
+    """``make profile RUN=… FORMAT=…``. Returns the exit status; raises as ``find`` and ``render``
+    do."""
+    overrides.require(
+        settings,
+        ["RUN"],
+        "make profile RUN=101 (an id, or a label in outdir/); make 101 PROFILE=1 makes one",
+    )
+    print(
+        render(find(outdir, records, settings["RUN"]), settings.get("FORMAT", "terminal")), end=""
+    )
     return 0
 
 
@@ -135,7 +159,8 @@ def tell(run: RunDir) -> None:
 
 
 def render(profile: Profile, format: str = "terminal") -> str:
-    """The profile as a table for people, a column a rank; as CSV, a line for each number of each rank; or as JSON.
+    """The profile as a table for people, a column a rank; as CSV, a line for each number of each
+    rank; or as JSON.
 
     Raises:
         UserError: the format is unknown.
@@ -145,19 +170,24 @@ def render(profile: Profile, format: str = "terminal") -> str:
         return json.dumps(profile.model_dump(mode="json"), indent=1) + "\n"
     if format == "csv":
         text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([("label", "rank", "quantity", "name", "ms", "share", "calls"),
-                                                         *_values(profile)])
+        csv.writer(text, lineterminator="\n").writerows(
+            [("label", "rank", "quantity", "name", "ms", "share", "calls"), *_values(profile)]
+        )
         return text.getvalue()
     return "\n".join(_lines(profile)) + "\n"
 
 
 def _values(profile: Profile) -> Iterator[tuple[Any, ...]]:
-    """(label, rank, quantity, name, ms per step, share of the step, calls per step) of everything that is known."""
+    """(label, rank, quantity, name, ms per step, share of the step, calls per step) of everything
+    that is known."""
     for r in profile.ranks:
         numbers = [("step", "", r.step_ms, None)]
         numbers += [("category", category, ms, None) for category, ms in r.categories.items()]
         numbers += [("phase", phase, ms, None) for phase, ms in r.phases.items()]
-        numbers += [("communication", "all", r.communication_ms, None), ("communication", "hidden", r.hidden_ms, None)]
+        numbers += [
+            ("communication", "all", r.communication_ms, None),
+            ("communication", "hidden", r.hidden_ms, None),
+        ]
         numbers += [("kernel", kernel.name, kernel.ms, kernel.calls) for kernel in r.kernels]
         for quantity, name, ms, calls in numbers:
             yield profile.label, r.rank, quantity, name, ms, ms / r.step_ms, calls
@@ -165,7 +195,10 @@ def _values(profile: Profile) -> Iterator[tuple[Any, ...]]:
 
 def _lines(profile: Profile) -> Iterator[str]:
     ranks = profile.ranks
-    yield f"{profile.label}: steps {profile.first_step} to {profile.last_step}, ms a step and its share"
+    yield (
+        f"{profile.label}: steps {profile.first_step} to {profile.last_step}, ms a step and its"
+        " share"
+    )
     head = ["", *(_title(r, len(ranks)) for r in ranks)]
     used = [c for c in Category if any(r.categories[c] for r in ranks)]
     rows = [[TITLES[c], *(_with_share(r.categories[c], r) for r in ranks)] for c in used]
@@ -173,7 +206,9 @@ def _lines(profile: Profile) -> Iterator[str]:
     rows.append([])
     rows.append(["forward", *(_with_share(r.phases["forward"], r) for r in ranks)])
     rows.append(["backward", *(_with_share(r.phases["backward"], r) for r in ranks)])
-    rows.append(["other", *(_with_share(r.phases["optimizer"] + r.phases["rest"], r) for r in ranks)])
+    rows.append(
+        ["other", *(_with_share(r.phases["optimizer"] + r.phases["rest"], r) for r in ranks)]
+    )
     rows.append(["  optimizer of it", *(_with_share(r.phases["optimizer"], r) for r in ranks)])
     rows.append([])
     if any(r.communication_ms for r in ranks):
@@ -181,20 +216,35 @@ def _lines(profile: Profile) -> Iterator[str]:
         rows.append(["  hidden of it", *(_with_share(r.hidden_ms, r) for r in ranks)])
     for name in PASSES:
         if any(getattr(r, name) for r in ranks):
-            rows.append([f"one {name.replace('_pass', '')} pass, busy", *(_pass(getattr(r, name)) for r in ranks)])
+            rows.append(
+                [
+                    f"one {name.replace('_pass', '')} pass, busy",
+                    *(_pass(getattr(r, name)) for r in ranks),
+                ]
+            )
     yield from screen.grid([head, *rows])
     if profile.untraced_step_ms:
-        yield f"The run's other steps take {profile.untraced_step_ms:.1f} ms: tracing slows a step, so take the shares."
+        yield (
+            f"The run's other steps take {profile.untraced_step_ms:.1f} ms: tracing slows a step,"
+            " so take the shares."
+        )
     if ranks[0].device == "cpu":
-        yield "CPU miniature: operators of the main thread and gloo's collectives; idle is Python between them."
+        yield (
+            "CPU miniature: operators of the main thread and gloo's collectives; idle is Python"
+            " between them."
+        )
     for r in ranks:
         if r.unknown:
             longest = ", ".join(f"{k.name[:60]} {k.ms:.2f}" for k in r.unknown[:MOST_UNKNOWN])
-            yield f"other kernels on rank {r.rank}, ms a step: {longest}" + (", …" if len(r.unknown) > MOST_UNKNOWN else "")
+            yield f"other kernels on rank {r.rank}, ms a step: {longest}" + (
+                ", …" if len(r.unknown) > MOST_UNKNOWN else ""
+            )
 
 
 def _title(r: RankProfile, ranks: int) -> str:
-    return f"rank {r.rank}" + (f", stage {r.coordinates['pp']}" if ranks > 1 and "pp" in r.coordinates else "")
+    return f"rank {r.rank}" + (
+        f", stage {r.coordinates['pp']}" if ranks > 1 and "pp" in r.coordinates else ""
+    )
 
 
 def _with_share(ms: float, r: RankProfile) -> str:

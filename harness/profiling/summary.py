@@ -1,10 +1,12 @@
-"""Where the time of a step goes, from its trace: each moment counts once, so that the parts add up to the step.
+"""Where the time of a step goes, from its trace: each moment counts once, so that the parts add up
+to the step.
 
-A moment belongs to the compute kernel that runs then, whatever else does; else to communication, which is then exposed;
-else to a copy; else the GPU is idle. Communication while a compute kernel runs is hidden and takes no time of its own.
-An idle moment before the call that launches the next kernel returns is *launch-bound*: the GPU waits for the CPU. Other
-idle moments lie between a launched kernel and its start: launch latency, or a wait for another stream.
-Likewise for phases: an idle moment belongs to the phase of the kernel that ends it.
+A moment belongs to the compute kernel that runs then, whatever else does; else to communication,
+which is then exposed; else to a copy; else the GPU is idle. Communication while a compute kernel
+runs is hidden and takes no time of its own. An idle moment before the call that launches the next
+kernel returns is *launch-bound*: the GPU waits for the CPU. Other idle moments lie between a
+launched kernel and its start: launch latency, or a wait for another stream. Likewise for phases: an
+idle moment belongs to the phase of the kernel that ends it.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ PRIORITY = {category: number for number, category in enumerate(Category)}
 PHASES = ("forward", "backward", "optimizer", REST)
 LONGEST_NAME = 160
 LEAST_SHARE = 0.0005
-"""Kernels that take less of a step are left out of ``RankProfile.kernels``, unless no rule knows them."""
+"""Kernels that take less of a step are left out of ``RankProfile.kernels``, unless no rule knows
+them."""
 
 
 class _Frozen(BaseModel):
@@ -30,7 +33,8 @@ class _Frozen(BaseModel):
 
 
 class Kernel(_Frozen):
-    """All calls of one kernel or operator: their time in ms and their number, both per step; they may overlap others."""
+    """All calls of one kernel or operator: their time in ms and their number, both per step; they
+    may overlap others."""
 
     name: str
     category: Category
@@ -39,7 +43,8 @@ class Kernel(_Frozen):
 
 
 class Pass(_Frozen):
-    """One forward or backward of a micro-batch through the layers that a rank holds: busy time in ms, mean of ``calls``."""
+    """One forward or backward of a micro-batch through the layers that a rank holds: busy time in
+    ms, mean of ``calls``."""
 
     ms: float
     calls: float
@@ -48,8 +53,8 @@ class Pass(_Frozen):
 class RankProfile(_Frozen):
     """The traced steps of one rank; every time is in ms per step.
 
-    ``categories`` add up to ``step_ms``, and so do ``phases``. ``communication_ms`` is the time in which any
-    communication runs, ``hidden_ms`` the part of it beneath compute kernels.
+    ``categories`` add up to ``step_ms``, and so do ``phases``. ``communication_ms`` is the time in
+    which any communication runs, ``hidden_ms`` the part of it beneath compute kernels.
     """
 
     rank: int
@@ -72,7 +77,8 @@ class RankProfile(_Frozen):
 
 
 class Slice(NamedTuple):
-    """A stretch of a step in which the same activities run: ``owner`` it counts for, ``next`` that ends it if idle."""
+    """A stretch of a step in which the same activities run: ``owner`` it counts for, ``next`` that
+    ends it if idle."""
 
     start: float
     end: float
@@ -121,7 +127,9 @@ def cut(activities: tuple[Activity, ...], step: Range) -> Iterator[Slice]:
     """``step`` cut where an activity begins or ends; the slices cover it without gap or overlap."""
     clipped = [(max(a.start, step.start), min(a.end, step.end), a) for a in activities]
     inside = [(start, end, a) for start, end, a in clipped if start < end]
-    moments = [(start, True, a) for start, _, a in inside] + [(end, False, a) for _, end, a in inside]
+    moments = [(start, True, a) for start, _, a in inside] + [
+        (end, False, a) for _, end, a in inside
+    ]
     running: list[Activity] = []
     at = step.start
     for moment, begins, activity in sorted(moments, key=lambda m: m[:2]):
@@ -138,11 +146,14 @@ _NOTHING = Activity(0, 0, "", Category.IDLE)
 
 def _slice(start: float, end: float, running: list[Activity], following: Activity | None) -> Slice:
     owner = min(running, key=lambda a: (PRIORITY[a.category], a.start), default=None)
-    return Slice(start, end, owner, following, any(a.category == Category.COMMUNICATION for a in running))
+    return Slice(
+        start, end, owner, following, any(a.category == Category.COMMUNICATION for a in running)
+    )
 
 
 def _launch_bound(idle: Slice, device: str) -> float:
-    """The part of an idle slice in which the next kernel is not launched; where none follows in the step, all of it."""
+    """The part of an idle slice in which the next kernel is not launched; where none follows in the
+    step, all of it."""
     if device == "cpu":
         return 0.0
     if idle.next is None:
@@ -152,7 +163,10 @@ def _launch_bound(idle: Slice, device: str) -> float:
 
 
 def _pass(phase: str, busy: Counter[str], trace: Trace) -> Pass | None:
-    calls = sum(phase == found.name and any(s.start <= found.start < s.end for s in trace.steps) for found in trace.phases)
+    calls = sum(
+        phase == found.name and any(s.start <= found.start < s.end for s in trace.steps)
+        for found in trace.phases
+    )
     return Pass(ms=busy[phase] / calls * 1e-3, calls=calls / len(trace.steps)) if calls else None
 
 
@@ -164,6 +178,13 @@ def _kernels(trace: Trace, step_ms: float) -> tuple[Kernel, ...]:
             us[key] += activity.end - activity.start
             calls[key] += 1
     steps = len(trace.steps)
-    found = [Kernel(name=name, category=category, ms=took * 1e-3 / steps, calls=calls[name, category] / steps)
-             for (name, category), took in us.most_common()]
+    found = [
+        Kernel(
+            name=name,
+            category=category,
+            ms=took * 1e-3 / steps,
+            calls=calls[name, category] / steps,
+        )
+        for (name, category), took in us.most_common()
+    ]
     return tuple(k for k in found if k.category == Category.OTHER or k.ms >= LEAST_SHARE * step_ms)

@@ -1,8 +1,10 @@
-"""A Kineto trace (Chrome's trace format) as what happened when: steps, and what kept the GPU, or the CPU, busy in them.
+"""A Kineto trace (Chrome's trace format) as what happened when: steps, and what kept the GPU, or
+the CPU, busy in them.
 
-On a GPU an activity is a kernel, copy or memset on any stream. On a CPU it is a stretch of the main thread within one
-innermost operator, or a collective on one of gloo's threads; an autograd function around operators computes nothing itself,
-and may wait for gloo. Times are in µs on the trace's clock.
+On a GPU an activity is a kernel, copy or memset on any stream. On a CPU it is a stretch of the main
+thread within one innermost operator, or a collective on one of gloo's threads; an autograd function
+around operators computes nothing itself, and may wait for gloo. Times are in µs on the trace's
+clock.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from harness.errors import UserError
 from harness.profiling.kernels import Category, category_of
 
 RANGE = "harness: "
-"""What the names of our own ranges begin with (harness/entry/profiler.py); the rest is the phase or the step."""
+"""What the names of our own ranges begin with (harness/entry/profiler.py); the rest is the phase or
+the step."""
 STEP = RANGE + "step "
 REST = "rest"
 """The phase of what is in neither forward, backward nor optimizer."""
@@ -38,7 +41,8 @@ class Range(NamedTuple):
 
 
 class Activity(NamedTuple):
-    """Something that keeps a GPU or CPU busy. ``launched``: when the call that launched it on the GPU returned."""
+    """Something that keeps a GPU or CPU busy. ``launched``: when the call that launched it on the
+    GPU returned."""
 
     start: float
     end: float
@@ -50,7 +54,8 @@ class Activity(NamedTuple):
 
 @dataclass(frozen=True)
 class Trace:
-    """The steps of one rank, the passes (a forward or backward of a micro-batch) in them, and every activity by start."""
+    """The steps of one rank, the passes (a forward or backward of a micro-batch) in them, and every
+    activity by start."""
 
     device: str
     steps: tuple[Range, ...]
@@ -65,13 +70,16 @@ def read(path: Path, device: str) -> Trace:
         device: ``cpu`` or ``cuda``, what the run ran on.
 
     Raises:
-        UserError: the file is missing or torn, holds no step, or holds no kernel although it ran on a GPU.
+        UserError: the file is missing or torn, holds no step, or holds no kernel although it ran on
+        a GPU.
     """
     try:
         with gzip.open(path, "rt", encoding="utf-8", errors="replace") as file:
             events = json.load(file)["traceEvents"]
     except FileNotFoundError:
-        raise UserError(f"no trace {path}\nthe run ended before its traced steps did, or logs.txt says why") from None
+        raise UserError(
+            f"no trace {path}\nthe run ended before its traced steps did, or logs.txt says why"
+        ) from None
     except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is no whole trace: {error}\nrun it again") from None
     return parse(events, device, str(path))
@@ -80,24 +88,32 @@ def read(path: Path, device: str) -> Trace:
 def parse(events: Iterable[dict[str, Any]], device: str, name: str = "the trace") -> Trace:
     """The trace made of ``events``, Chrome's trace events. Raises as ``read`` does."""
     complete = [event for event in events if event.get("ph") == "X" and "dur" in event]
-    ours = [event for event in complete if event.get("cat") == "user_annotation" and event["name"].startswith(RANGE)]
+    ours = [
+        event
+        for event in complete
+        if event.get("cat") == "user_annotation" and event["name"].startswith(RANGE)
+    ]
     steps = _ranges(event for event in ours if event["name"].startswith(STEP))
     if not steps:
         raise UserError(f"{name} holds no training step\nrun it again with PROFILE=1")
     phases = _ranges(event for event in ours if not event["name"].startswith(STEP))
     main_thread = next(event["tid"] for event in ours)
-    activities = _on_gpu(complete, phases) if device == "cuda" else _on_cpu(complete, phases, main_thread)
+    activities = (
+        _on_gpu(complete, phases) if device == "cuda" else _on_cpu(complete, phases, main_thread)
+    )
     if not activities:
         raise UserError(
-            f"{name} holds no {'GPU kernel' if device == 'cuda' else 'operator'}\n"
-            "CUPTI delivered none: is nvidia-cuda-cupti installed in torch's version, and no other profiler attached? "
-            "Lines with CUPTI in logs.txt say more"
+            f"{name} holds no {'GPU kernel' if device == 'cuda' else 'operator'}\nCUPTI delivered"
+            " none: is nvidia-cuda-cupti installed in torch's version, and no other profiler"
+            " attached? Lines with CUPTI in logs.txt say more"
         )
     return Trace(device, steps, phases, tuple(sorted(activities, key=lambda a: a.start)))
 
 
 def _ranges(events: Iterable[dict[str, Any]]) -> tuple[Range, ...]:
-    return tuple(sorted(Range(e["ts"], e["ts"] + e["dur"], e["name"].removeprefix(RANGE)) for e in events))
+    return tuple(
+        sorted(Range(e["ts"], e["ts"] + e["dur"], e["name"].removeprefix(RANGE)) for e in events)
+    )
 
 
 def _on_gpu(events: list[dict[str, Any]], phases: tuple[Range, ...]) -> list[Activity]:
@@ -117,10 +133,19 @@ def _on_gpu(events: list[dict[str, Any]], phases: tuple[Range, ...]) -> list[Act
     return found
 
 
-def _on_cpu(events: list[dict[str, Any]], phases: tuple[Range, ...], main_thread: Any) -> list[Activity]:
-    operators = [Range(e["ts"], e["ts"] + e["dur"], e["name"]) for e in events
-                 if e.get("cat") == "cpu_op" and e["tid"] == main_thread]
-    collectives = [Range(e["ts"], e["ts"] + e["dur"], e["name"]) for e in events if e["name"].startswith("gloo:")]
+def _on_cpu(
+    events: list[dict[str, Any]], phases: tuple[Range, ...], main_thread: Any
+) -> list[Activity]:
+    operators = [
+        Range(e["ts"], e["ts"] + e["dur"], e["name"])
+        for e in events
+        if e.get("cat") == "cpu_op" and e["tid"] == main_thread
+    ]
+    collectives = [
+        Range(e["ts"], e["ts"] + e["dur"], e["name"])
+        for e in events
+        if e["name"].startswith("gloo:")
+    ]
     found = []
     computed = (stretch for stretch in _innermost(operators) if not _only_wraps(stretch.name))
     for start, end, name in [*computed, *collectives]:
@@ -132,7 +157,8 @@ def _on_cpu(events: list[dict[str, Any]], phases: tuple[Range, ...], main_thread
 
 
 def _only_wraps(name: str) -> bool:
-    """Whether it is an autograd function (``_AllToAll``) or the engine, and no operator (``aten::mm``)."""
+    """Whether it is an autograd function (``_AllToAll``) or the engine, and no operator
+    (``aten::mm``)."""
     return "::" not in name or "autograd::" in name
 
 

@@ -1,9 +1,12 @@
-"""Checkpoints on disk: which are whole, how large they are, what they hold, which may go. Needs no torch.
+"""Checkpoints on disk: which are whole, how large they are, what they hold, which may go. Needs no
+torch.
 
 FOLDER/iter_0000100/                         the checkpoint of step 100, as upstream writes it
     __<rank>_<n>.distcp, .metadata           tensors, and which of them lies where
-    metadata.json                            written behind them (torch_dist only): all of it is there
-    integrity.json                           written last: the checksum of every file, see ``checksums``
+    metadata.json                            written behind them (torch_dist only): all of it is
+                                             there
+    integrity.json                           written last: the checksum of every file, see
+                                             ``checksums``
 FOLDER/latest_checkpointed_iteration.txt     upstream's note of the newest
 """
 
@@ -22,7 +25,14 @@ from pathlib import Path
 
 from harness.errors import UserError
 from harness.run import checksums, pickles
-from harness.system.files import json_object, sync_file, sync_folder, sync_tree, text_lines, write_json
+from harness.system.files import (
+    json_object,
+    sync_file,
+    sync_folder,
+    sync_tree,
+    text_lines,
+    write_json,
+)
 
 STEP_FOLDER = re.compile(r"iter_(\d{7,})")
 REMOVING = ".removing-"
@@ -31,7 +41,9 @@ UNFINISHED = "it was not written to its end"
 FAILED = "load_failed.json"
 """In the folder of a checkpoint that upstream could not load: why, and when that was."""
 TRACKER, METADATA = "latest_checkpointed_iteration.txt", ".metadata"
-NOT_WEIGHTS = re.compile(r"(chained_\d+\.)?optimizer|.*_extra_state|rng_state|rerun_state|common_state")
+NOT_WEIGHTS = re.compile(
+    r"(chained_\d+\.)?optimizer|.*_extra_state|rng_state|rerun_state|common_state"
+)
 """Keys of a checkpoint that are no parameters of the model."""
 LARGE_BYTES = 8 * 2**30
 """Reading so much takes long enough to say so."""
@@ -39,7 +51,8 @@ LARGE_BYTES = 8 * 2**30
 
 @dataclass(frozen=True)
 class Saving:
-    """How a run keeps checkpoints: ``every`` so many steps, all or the newest ``keep``; no folder: in its run directory."""
+    """How a run keeps checkpoints: ``every`` so many steps, all or the newest ``keep``; no folder:
+    in its run directory."""
 
     every: int
     keep: int | None = None
@@ -81,7 +94,8 @@ class Contents:
 class Checkpoint:
     """One checkpoint on disk; ``damage`` says why it cannot be used, None where it is whole.
 
-    ``has_checksums``: it was saved with them. Without (upstream's own, older ones) a flipped bit is not noticed.
+    ``has_checksums``: it was saved with them. Without (upstream's own, older ones) a flipped bit is
+    not noticed.
     """
 
     path: Path
@@ -97,14 +111,16 @@ class Checkpoint:
 
 
 def in_folder(folder: Path) -> tuple[Checkpoint, ...]:
-    """Every checkpoint in ``folder`` by step, whole or not; an imported one (``release``) counts as step 0."""
+    """Every checkpoint in ``folder`` by step, whole or not; an imported one (``release``) counts as
+    step 0."""
     steps = _steps_in(folder)
     release = [(0, folder / "release")] if (folder / "release").is_dir() else []
     return tuple(examine(path, step) for step, path in sorted(steps + release))
 
 
 def examine(path: Path, step: int) -> Checkpoint:
-    """The checkpoint of ``step`` in ``path``: every byte its metadata names must be there. Tensors are not read."""
+    """The checkpoint of ``step`` in ``path``: every byte its metadata names must be there. Tensors
+    are not read."""
     sizes = {entry.name: entry.stat().st_size for entry in _entries(path)}
     size_bytes = sum(sizes.values())
     contents = None
@@ -120,19 +136,24 @@ def examine(path: Path, step: int) -> Checkpoint:
 
 
 def verify(found: Checkpoint) -> Checkpoint:
-    """``found``, with its damage where its bytes are not those that were saved, or where its pickles hold more than data.
+    """``found``, with its damage where its bytes are not those that were saved, or where its
+    pickles hold more than data.
 
     Every byte is read, by several threads, where it has checksums; else its pickles alone.
     """
     if found.damage is not None:
         return found
     if found.size_bytes > LARGE_BYTES and found.has_checksums:
-        print(f"reading {found.path} ({found.gib:.0f} GiB) to check it", file=sys.stderr, flush=True)
+        print(
+            f"reading {found.path} ({found.gib:.0f} GiB) to check it", file=sys.stderr, flush=True
+        )
     try:
         known = checksums.read(found.path)
         changed = checksums.differing(found.path, known) if known else []
         if changed:
-            return replace(found, damage=f"{', '.join(changed[:3])}: not the bytes that were saved (checksum)")
+            return replace(
+                found, damage=f"{', '.join(changed[:3])}: not the bytes that were saved (checksum)"
+            )
         _check_pickles(found)
     except (ValueError, OSError, pickles.NotData) as error:
         return replace(found, damage=str(error))
@@ -140,7 +161,8 @@ def verify(found: Checkpoint) -> Checkpoint:
 
 
 def newest_whole(folder: Path, tell: Callable[[str], None] = lambda _: None) -> Checkpoint | None:
-    """The newest checkpoint in ``folder`` that can be used, or None; ``tell`` hears of each newer one that cannot.
+    """The newest checkpoint in ``folder`` that can be used, or None; ``tell`` hears of each newer
+    one that cannot.
 
     It is read to its end (``verify``): what begins with it need not doubt it.
     """
@@ -153,7 +175,8 @@ def newest_whole(folder: Path, tell: Callable[[str], None] = lambda _: None) -> 
 
 
 def tracked(folder: Path) -> tuple[Path, int] | None:
-    """The checkpoint that upstream's tracker in ``folder`` names, and its step; None where the tracker is missing or empty.
+    """The checkpoint that upstream's tracker in ``folder`` names, and its step; None where the
+    tracker is missing or empty.
 
     Upstream writes it in place and syncs nothing: a power cut leaves it empty or full of NUL.
 
@@ -161,7 +184,11 @@ def tracked(folder: Path) -> tuple[Path, int] | None:
         UserError: it has other words in it.
     """
     try:
-        named = (folder / TRACKER).read_text(encoding="utf-8", errors="replace").strip("\0 \n\t\r\ufffd")
+        named = (
+            (folder / TRACKER)
+            .read_text(encoding="utf-8", errors="replace")
+            .strip("\0 \n\t\r\ufffd")
+        )
     except OSError:
         return None
     if named == "release":
@@ -172,7 +199,8 @@ def tracked(folder: Path) -> tuple[Path, int] | None:
 
 
 def read_contents(metadata: Path) -> Contents:
-    """Read a ``.metadata`` of torch.distributed.checkpoint. It is a pickle: only data is taken from it, no code is run.
+    """Read a ``.metadata`` of torch.distributed.checkpoint. It is a pickle: only data is taken from
+    it, no code is run.
 
     Raises:
         FileNotFoundError: it is not there.
@@ -187,12 +215,25 @@ def read_contents(metadata: Path) -> Contents:
             bytes_of: dict[str, int] = {}
             objects = []
             for index, info in state["storage_data"].items():
-                name, offset, length = (info.state[key] for key in ("relative_path", "offset", "length"))
+                name, offset, length = (
+                    info.state[key] for key in ("relative_path", "offset", "length")
+                )
                 bytes_of[name] = max(bytes_of.get(name, 0), offset + length)
-                if type(state["state_dict_metadata"][index.state["fqn"]]).__name__ != "TensorStorageMetadata":
+                if (
+                    type(state["state_dict_metadata"][index.state["fqn"]]).__name__
+                    != "TensorStorageMetadata"
+                ):
                     objects.append((name, offset, length))
-            tensors = {key: value.state for key, value in state["state_dict_metadata"].items() if "size" in value.state}
-            shapes = {key: tuple(tensor["size"].args[0]) for key, tensor in tensors.items() if not NOT_WEIGHTS.match(key)}
+            tensors = {
+                key: value.state
+                for key, value in state["state_dict_metadata"].items()
+                if "size" in value.state
+            }
+            shapes = {
+                key: tuple(tensor["size"].args[0])
+                for key, tensor in tensors.items()
+                if not NOT_WEIGHTS.match(key)
+            }
         except pickles.NotData as error:
             raise ValueError(str(error)) from None
         except Exception as error:  # a damaged pickle raises anything
@@ -203,9 +244,11 @@ def read_contents(metadata: Path) -> Contents:
 
 
 def settle(path: Path) -> None:
-    """Make the checkpoint in ``path``, which upstream has written, last: on the disk, and with checksums.
+    """Make the checkpoint in ``path``, which upstream has written, last: on the disk, and with
+    checksums.
 
-    Upstream syncs tensors alone: a power cut left metadata.json empty in checkpoints that were finished.
+    Upstream syncs tensors alone: a power cut left metadata.json empty in checkpoints that were
+    finished.
     """
     sync_tree(path)
     checksums.write(path, checksums.READERS_BESIDE_TRAINING, nice=10)
@@ -215,7 +258,8 @@ def settle(path: Path) -> None:
 
 
 def check_room(saving: Saving, saves: int, size_bytes: float, free_bytes: float) -> None:
-    """Raise UserError where the checkpoints of a whole run do not fit the disk: better now than after a night.
+    """Raise UserError where the checkpoints of a whole run do not fit the disk: better now than
+    after a night.
 
     Args:
         saving: where and how they are kept; what lies in its folder already takes no more room.
@@ -224,34 +268,42 @@ def check_room(saving: Saving, saves: int, size_bytes: float, free_bytes: float)
         free_bytes: on the disk. One more than ``keep`` lie there while the newest is written.
     """
     there = len(_steps_in(saving.folder))
-    at_once = max(min(saves, saving.keep + 1 - min(there, saving.keep)), 1) if saving.keep else saves
+    at_once = (
+        max(min(saves, saving.keep + 1 - min(there, saving.keep)), 1) if saving.keep else saves
+    )
     if at_once * size_bytes <= free_bytes:
         return
     fitting = int(free_bytes // size_bytes)
     way_out = f"KEEP={fitting - 1}, " if fitting > 1 and not there else ""
     raise UserError(
-        f"{saving.folder}: {at_once} checkpoint{'s' * (at_once > 1)} of {gib(size_bytes)} need {gib(at_once * size_bytes)}, "
-        f"{gib(free_bytes)} are free\n{way_out}a larger SAVE_EVERY=, or SAVE= a folder on another disk"
+        f"{saving.folder}: {at_once} checkpoint{'s' * (at_once > 1)} of {gib(size_bytes)} need"
+        f" {gib(at_once * size_bytes)}, {gib(free_bytes)} are free\n{way_out}a larger SAVE_EVERY=,"
+        " or SAVE= a folder on another disk"
     )
 
 
 def gib(size_bytes: float) -> str:
     """``size_bytes`` for people."""
-    return f"{size_bytes / 2**30:.2f} GiB" if size_bytes >= 2**27 else f"{size_bytes / 2**20:.1f} MiB"
+    return (
+        f"{size_bytes / 2**30:.2f} GiB" if size_bytes >= 2**27 else f"{size_bytes / 2**20:.1f} MiB"
+    )
 
 
 def prune(folder: Path, keep: int) -> list[int]:
-    """Delete all but the newest ``keep`` whole checkpoints, and what broken saves left before the newest; their steps.
+    """Delete all but the newest ``keep`` whole checkpoints, and what broken saves left before the
+    newest; their steps.
 
-    At least one whole checkpoint stays, always. What is deleted stops being a checkpoint at once: a kill half-way leaves
-    nothing that looks like one.
+    At least one whole checkpoint stays, always. What is deleted stops being a checkpoint at once: a
+    kill half-way leaves nothing that looks like one.
     """
     found = in_folder(folder)
     whole = [c for c in found if c.damage is None and c.path.name != "release"]
     kept = whole[-max(keep, 1) :]
     if not kept:
         return []
-    gone = [c for c in found if c.path.name != "release" and c.step < kept[-1].step and c not in kept]
+    gone = [
+        c for c in found if c.path.name != "release" and c.step < kept[-1].step and c not in kept
+    ]
     for checkpoint in gone:
         remove(checkpoint.path)
     sweep(folder)
@@ -284,7 +336,8 @@ def _damage(path: Path, sizes: dict[str, int], contents: Contents) -> str | None
             json.loads((path / "metadata.json").read_text(encoding="utf-8"))["sharded_backend"]
         except (OSError, ValueError, KeyError, TypeError):
             return "metadata.json is damaged"
-    elif not any(key.startswith("model.") for key in contents.shapes):  # fsdp_dtensor, of one step, needs none
+    # fsdp_dtensor, of one step, needs none
+    elif not any(key.startswith("model.") for key in contents.shapes):
         return UNFINISHED
     known = checksums.read(path)
     if known is not None and (unknown := {METADATA, *contents.bytes_of} - set(known)):
@@ -293,22 +346,29 @@ def _damage(path: Path, sizes: dict[str, int], contents: Contents) -> str | None
 
 
 def mark_failed(path: Path, detail: str) -> None:
-    """Note in the checkpoint's folder that it could not be loaded, and why: from then on it counts as damaged."""
+    """Note in the checkpoint's folder that it could not be loaded, and why: from then on it counts
+    as damaged."""
     write_json(path / FAILED, {"detail": detail, "time": time.time()})
 
 
 def _failed_to_load(path: Path) -> str | None:
-    """That upstream could not load it although every byte is there; a new save of the step replaces the folder."""
+    """That upstream could not load it although every byte is there; a new save of the step replaces
+    the folder."""
     if not (path / FAILED).exists():
         return None
     said = json_object("\n".join(text_lines(path / FAILED))) or {}
-    return f"it could not be loaded ({said.get('detail', 'no reason is known')}); rm {path / FAILED} has it tried again"
+    return (
+        f"it could not be loaded ({said.get('detail', 'no reason is known')}); rm {path / FAILED}"
+        " has it tried again"
+    )
 
 
 def _check_pickles(found: Checkpoint) -> None:
-    """Raise NotData where an object in ``found`` that is no tensor, or a file of PyTorch's beside them, holds code.
+    """Raise NotData where an object in ``found`` that is no tensor, or a file of PyTorch's beside
+    them, holds code.
 
-    PyTorch reads tensors with an unpickler that knows tensors alone (``weights_only`` in filesystem.py).
+    PyTorch reads tensors with an unpickler that knows tensors alone (``weights_only`` in
+    filesystem.py).
     """
     for name, offset, length in found.contents.objects if found.contents else ():
         with (found.path / name).open("rb") as file:
@@ -320,7 +380,11 @@ def _check_pickles(found: Checkpoint) -> None:
 
 
 def _steps_in(folder: Path) -> list[tuple[int, Path]]:
-    return [(int(found[1]), path) for path in _entries(folder) if (found := STEP_FOLDER.fullmatch(path.name))]
+    return [
+        (int(found[1]), path)
+        for path in _entries(folder)
+        if (found := STEP_FOLDER.fullmatch(path.name))
+    ]
 
 
 def _entries(folder: Path) -> list[Path]:

@@ -1,8 +1,9 @@
 """Checksums of a folder's files, in upstream's format: ``integrity.json`` has the SHA-256 of each.
 
-Upstream writes the same file under ``--verify-integrity`` (megatron/core/dist_checkpointing/validation.py), one file after
-another on rank 0, while training waits. Here several threads read at once, and a training goes on meanwhile
-(benchmarks/checksums.py measures both).
+Upstream writes the same file under ``--verify-integrity``
+(megatron/core/dist_checkpointing/validation.py), one file after another on rank 0, while training
+waits. Here several threads read at once, and a training goes on meanwhile (benchmarks/checksums.py
+measures both).
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from harness.system.files import read_object, write_json
 NAME, ALGORITHM = "integrity.json", "sha256"
 PIECE_BYTES = 4 * 2**20
 MOST_READERS = 16
-"""More threads than this gain nothing on the disks that were measured, and each holds ``PIECE_BYTES``."""
+"""More threads than this gain nothing on the disks that were measured, and each holds
+``PIECE_BYTES``."""
 READERS_BESIDE_TRAINING = 2
 
 
@@ -32,7 +34,9 @@ def write(folder: Path, readers: int | None = None, *, nice: int = 0) -> None:
     """
     names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != NAME)
     if names:
-        write_json(folder / NAME, {"algorithm": ALGORITHM, "files": _digests(folder, names, readers, nice)})
+        write_json(
+            folder / NAME, {"algorithm": ALGORITHM, "files": _digests(folder, names, readers, nice)}
+        )
 
 
 def read(folder: Path) -> dict[str, str] | None:
@@ -47,18 +51,23 @@ def read(folder: Path) -> dict[str, str] | None:
     files = content.get("files")
     if content.get("algorithm") != ALGORITHM or not isinstance(files, dict) or not files:
         raise ValueError(f"{NAME} is damaged")
-    if not all(Path(name).name == name and isinstance(digest, str) for name, digest in files.items()):
+    if not all(
+        Path(name).name == name and isinstance(digest, str) for name, digest in files.items()
+    ):
         raise ValueError(f"{NAME} is damaged")
     return files
 
 
 def differing(folder: Path, known: dict[str, str]) -> list[str]:
-    """The files in ``folder`` whose bytes are not those that ``known`` has the checksums of, or that are gone."""
+    """The files in ``folder`` whose bytes are not those that ``known`` has the checksums of, or
+    that are gone."""
     found = _digests(folder, list(known), None, 0)
     return [name for name, digest in known.items() if found[name] != digest]
 
 
-def _digests(folder: Path, names: Sequence[str], readers: int | None, nice: int) -> dict[str, str | None]:
+def _digests(
+    folder: Path, names: Sequence[str], readers: int | None, nice: int
+) -> dict[str, str | None]:
     readers = min(readers or len(os.sched_getaffinity(0)), MOST_READERS, len(names) or 1)
 
     def give_way() -> None:

@@ -1,4 +1,5 @@
-"""``make clean``: what can go from a folder of runs, how large it is, and its removal once that was agreed to."""
+"""``make clean``: what can go from a folder of runs, how large it is, and its removal once that was
+agreed to."""
 
 from __future__ import annotations
 
@@ -32,17 +33,22 @@ class _Found:
     @property
     def has_work(self) -> bool:
         """Whether training is in it that could be continued or used."""
-        return self.resumable_at is not None or (self.path / adapters.FOLDER / adapters.RECORD).exists()
+        return (
+            self.resumable_at is not None
+            or (self.path / adapters.FOLDER / adapters.RECORD).exists()
+        )
 
 
 def clean(outdir: Path, *, everything: bool = False, agreed: bool = False) -> int:
-    """Remove runs that failed or were killed and have nothing to resume; say first which, and how large they are.
+    """Remove runs that failed or were killed and have nothing to resume; say first which, and how
+    large they are.
 
     Runs that are running stay, whatever is asked for.
 
     Args:
         everything: results and runs that can be resumed go, too.
-        agreed: do not ask. Else a question is asked on a terminal, and without one nothing is removed.
+        agreed: do not ask. Else a question is asked on a terminal, and without one nothing is
+        removed.
 
     Returns the exit status: 1 where something that could go is still there.
 
@@ -52,7 +58,11 @@ def clean(outdir: Path, *, everything: bool = False, agreed: bool = False) -> in
     found = list(_runs(outdir))
     running = [run for run in found if run.state == "running"]
     ended = [run for run in found if run.state != "running"]
-    going = ended if everything else [run for run in ended if run.state not in FINISHED and not run.has_work]
+    going = (
+        ended
+        if everything
+        else [run for run in ended if run.state not in FINISHED and not run.has_work]
+    )
     kept = [run for run in ended if run not in going and run.state not in FINISHED]
     venv = ROOT / ".venv"
     extra = [venv] if everything and venv.is_dir() else []
@@ -60,7 +70,10 @@ def clean(outdir: Path, *, everything: bool = False, agreed: bool = False) -> in
         _say_what_goes(outdir, going, extra)
     for run in kept:
         way = f"RESUME={run.path.name} continues after step {run.resumable_at}"
-        say(f"kept: {run.path.name} ({run.state}): {'its adapters' if run.resumable_at is None else way}")
+        say(
+            f"kept: {run.path.name} ({run.state}):"
+            f" {'its adapters' if run.resumable_at is None else way}"
+        )
     if not going and not extra:
         say(f"nothing to remove in {outdir}")
         return 0
@@ -70,7 +83,10 @@ def clean(outdir: Path, *, everything: bool = False, agreed: bool = False) -> in
     removed = [run.path.name for run in going if _remove(run.path)]
     say(f"removed {', '.join(removed)}" if removed else "no run was removed")
     if everything and running:
-        say(f"{', '.join(run.path.name for run in running)} still running: kept, and .venv with it; make stop ends runs")
+        say(
+            f"{', '.join(run.path.name for run in running)} still running: kept, and .venv with it;"
+            " make stop ends runs"
+        )
         return 1
     return 0
 
@@ -84,17 +100,32 @@ def _runs(outdir: Path) -> Iterator[_Found]:
             state = run.state()
         except ValueError:
             state = "crash"
-        whole = [found.step for found in checkpoints.in_folder(run.checkpoints) if found.damage is None]
+        whole = [
+            found.step for found in checkpoints.in_folder(run.checkpoints) if found.damage is None
+        ]
         yield _Found(path, state, max(whole, default=None))
 
 
 def _say_what_goes(outdir: Path, going: list[_Found], extra: list[Path]) -> None:
     sizes = {path: _size_bytes(path) for path in [*(run.path for run in going), *extra]}
     say(f"to be removed from {outdir}:" if going else "to be removed:")
-    work = {run.path: f", step {run.resumable_at} can be resumed" for run in going if run.resumable_at is not None}
-    lines = [(run.path.name, run.state + work.get(run.path, ""), checkpoints.gib(sizes[run.path])) for run in going]
+    work = {
+        run.path: f", step {run.resumable_at} can be resumed"
+        for run in going
+        if run.resumable_at is not None
+    }
+    lines = [
+        (run.path.name, run.state + work.get(run.path, ""), checkpoints.gib(sizes[run.path]))
+        for run in going
+    ]
     lines += [(str(path), "installed packages", checkpoints.gib(sizes[path])) for path in extra]
-    print(*(f"  {line}" for line in grid([*lines, ("in all", "", checkpoints.gib(sum(sizes.values())))])), sep="\n")
+    print(
+        *(
+            f"  {line}"
+            for line in grid([*lines, ("in all", "", checkpoints.gib(sum(sizes.values())))])
+        ),
+        sep="\n",
+    )
 
 
 def _asked() -> bool:

@@ -1,6 +1,8 @@
-"""The run directory: every file name in it, and typed readers that survive what a killed run leaves.
+"""The run directory: every file name in it, and typed readers that survive what a killed run
+leaves.
 
-experiment.json    the frozen experiment with its overrides, and the device and source commit it ran with
+experiment.json    the frozen experiment with its overrides, and the device and source commit it ran
+                   with
 command.sh         exactly what ran; ``HARNESS_RUN_DIR=… bash command.sh`` runs it again
 environment.json   versions, GPU, driver, git commit, upstream commit, host, launch rate
 logs.txt           everything that the ranks and torchrun printed
@@ -10,7 +12,8 @@ ranks/             <rank>.json (memory, coordinates), <rank>.error.json, <rank>.
 traces/            <rank>.json.gz: Kineto traces of a profiled run; profile.json: what they say
 gpus.jsonl         NVML samples
 running.json       who started it, when, and where its nodes meet
-lock               who has it now (harness/system/locks.py); without result.json and with nobody there: killed
+lock               who has it now (harness/system/locks.py); without result.json and with nobody
+                   there: killed
 result.json        written last
 """
 
@@ -47,14 +50,17 @@ if TYPE_CHECKING:
     from harness.experiment.catalog import Experiment
     from harness.run.checkpoints import Saving
 
-Status = Literal["ok", "oom", "oom-host", "nan", "hang", "crash", "killed", "bad-configuration", "target-missed"]
+Status = Literal[
+    "ok", "oom", "oom-host", "nan", "hang", "crash", "killed", "bad-configuration", "target-missed"
+]
 State = Status | Literal["running"]
 
 RUN_DIR_VARIABLE = "HARNESS_RUN_DIR"
 """Environment variable that tells the ranks where to write, and marks every process of a run."""
 
 TURN_VARIABLE = "HARNESS_TURN"
-"""Environment variable with the path of a file: ranks import everything, then wait until it is there."""
+"""Environment variable with the path of a file: ranks import everything, then wait until it is
+there."""
 
 PROFILE_VARIABLE = "HARNESS_PROFILE"
 """Environment variable that tells the ranks which steps to trace: ``8-9``."""
@@ -67,10 +73,12 @@ class _Record(BaseModel):
 
 
 class StepMetrics(_Record):
-    """One line of metrics.jsonl. ``tflops``: model TFLOP/s per GPU (flops.py), or upstream's count where a line has no
-    ``upstream_tflops`` (runs before these were told apart); ``time``: Unix seconds.
+    """One line of metrics.jsonl. ``tflops``: model TFLOP/s per GPU (flops.py), or upstream's count
+    where a line has no ``upstream_tflops`` (runs before these were told apart); ``time``: Unix
+    seconds.
 
-    ``forward_backward_ms`` and ``optimizer_ms`` are of the rank that writes, the last one; see harness/entry/phases.py.
+    ``forward_backward_ms`` and ``optimizer_ms`` are of the rank that writes, the last one; see
+    harness/entry/phases.py.
     """
 
     step: int
@@ -101,8 +109,8 @@ class Validation(_Record):
 class Save(_Record):
     """One line of saves.jsonl: a checkpoint that became whole.
 
-    ``blocked_ms``: training waited so long for it. It was whole ``whole_after_s`` after its begin, when training was at step
-    ``whole_at_step``. ``time``: Unix seconds.
+    ``blocked_ms``: training waited so long for it. It was whole ``whole_after_s`` after its begin,
+    when training was at step ``whole_at_step``. ``time``: Unix seconds.
     """
 
     step: int
@@ -122,10 +130,12 @@ class LaunchRate(_Record):
 
 
 class Rank(_Record):
-    """ranks/<rank>.json: where a rank runs, its memory peaks so far in GiB, and where its time went.
+    """ranks/<rank>.json: where a rank runs, its memory peaks so far in GiB, and where its time
+    went.
 
-    ``forward_backward_ms`` and ``optimizer_ms`` are medians over its steps so far but the first few; ``gc_ms`` is the time
-    of Python's full garbage collections by the step in which they happened.
+    ``forward_backward_ms`` and ``optimizer_ms`` are medians over its steps so far but the first
+    few; ``gc_ms`` is the time of Python's full garbage collections by the step in which they
+    happened.
     """
 
     rank: int
@@ -157,7 +167,8 @@ class RankError(_Record):
 
 
 class Running(_Record):
-    """running.json: the launcher's process, when it started the run (Unix seconds), and where its nodes meet."""
+    """running.json: the launcher's process, when it started the run (Unix seconds), and where its
+    nodes meet."""
 
     pid: int
     host: str
@@ -169,7 +180,8 @@ class Running(_Record):
 class Change(_Record):
     """A setting that another value has since the run was resumed after ``step``.
 
-    ``curve``: its losses depend on it. ``work``: its step times do, so that the run is of more than one experiment.
+    ``curve``: its losses depend on it. ``work``: its step times do, so that the run is of more than
+    one experiment.
     """
 
     step: int
@@ -193,7 +205,8 @@ class _Changed(_Record):
 
 
 class Spread(_Record):
-    """A quantity over the ``n`` steps of a run's averaging window; ``q1`` and ``q3`` are its quartiles."""
+    """A quantity over the ``n`` steps of a run's averaging window; ``q1`` and ``q3`` are its
+    quartiles."""
 
     median: float
     q1: float
@@ -206,14 +219,17 @@ class Spread(_Record):
 
     @property
     def half_iqr(self) -> float:
-        """Half the interquartile range: how far steps scatter, which a few slow ones do not move."""
+        """Half the interquartile range: how far steps scatter, which a few slow ones do not
+        move."""
         return (self.q3 - self.q1) / 2
 
 
 class MemoryGib(_Record):
-    """Peaks of the fullest rank: of PyTorch's allocator, of its whole GPU as nvidia-smi shows it, and on the host.
+    """Peaks of the fullest rank: of PyTorch's allocator, of its whole GPU as nvidia-smi shows it,
+    and on the host.
 
-    ``driver`` is what the driver keeps for itself and ``nvml`` leaves out; where it is None on a GPU, ``nvml`` includes it.
+    ``driver`` is what the driver keeps for itself and ``nvml`` leaves out; where it is None on a
+    GPU, ``nvml`` includes it.
     """
 
     allocated: float | None = None
@@ -372,15 +388,24 @@ class RunDir:
         changed: Iterable[Change] = (),
         data_sets: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write experiment.json: every setting, the device, the source commit, how checkpoints are kept, which settings
-        ``changed`` when it was resumed, and what its ``data_sets`` are (harness/data/fingerprint.py)."""
-        kept = saving and {"every": saving.every, "keep": saving.keep, "folder": saving.folder and str(saving.folder)}
+        """Write experiment.json: every setting, the device, the source commit, how checkpoints are
+        kept, which settings ``changed`` when it was resumed, and what its ``data_sets`` are
+        (harness/data/fingerprint.py)."""
+        kept = saving and {
+            "every": saving.every,
+            "keep": saving.keep,
+            "folder": saving.folder and str(saving.folder),
+        }
         more = {"device": device, "commit": commit, "saving": kept}
-        more |= {"changed": [change.model_dump(mode="json") for change in changed], "data_sets": data_sets or {}}
+        more |= {
+            "changed": [change.model_dump(mode="json") for change in changed],
+            "data_sets": data_sets or {},
+        }
         write_json(self.experiment_json, {**experiment.model_dump(mode="json"), **more})
 
     def read_saving(self) -> Saving | None:
-        """How this run keeps checkpoints; None where it keeps none, or experiment.json does not say."""
+        """How this run keeps checkpoints; None where it keeps none, or experiment.json does not
+        say."""
         from harness.run.checkpoints import Saving
 
         try:
@@ -398,7 +423,8 @@ class RunDir:
         return known if isinstance(known, dict) else {}
 
     def read_changes(self) -> tuple[Change, ...]:
-        """Settings that changed when it was resumed, in experiment.json; none where that does not say."""
+        """Settings that changed when it was resumed, in experiment.json; none where that does not
+        say."""
         try:
             return _Changed.model_validate(read_object(self.experiment_json)).changed
         except ValueError:
@@ -416,7 +442,8 @@ class RunDir:
         return device
 
     def read_result(self) -> Result | None:
-        """The result, or None where the run has written none. Raises ValueError where it is corrupt."""
+        """The result, or None where the run has written none. Raises ValueError where it is
+        corrupt."""
         return _read(self.result, Result) if self.result.exists() else None
 
     def read_running(self) -> Running | None:
@@ -431,9 +458,11 @@ class RunDir:
         return tuple(_lines(self.metrics, StepMetrics))
 
     def read_validation(self) -> tuple[Validation, ...]:
-        """Every evaluation in validation.jsonl; of two of one step the first, which decides whether a loss is reached.
+        """Every evaluation in validation.jsonl; of two of one step the first, which decides whether
+        a loss is reached.
 
-        Upstream evaluates once more at the end, on other batches, where an older run or one that was resumed has two.
+        Upstream evaluates once more at the end, on other batches, where an older run or one that
+        was resumed has two.
         """
         found: dict[tuple[str, int], Validation] = {}
         for line in _lines(self.validation, Validation):
@@ -454,12 +483,16 @@ class RunDir:
 
     def stacks(self) -> dict[int, Path]:
         """rank -> the file with the stacks of its threads."""
-        return {int(path.name.split(".")[0]): path for path in sorted(self.ranks.glob("*.stacks.txt"))}
+        return {
+            int(path.name.split(".")[0]): path for path in sorted(self.ranks.glob("*.stacks.txt"))
+        }
 
     def state(self) -> State:
-        """``running`` while a process has its lock, else how the run ended; ``killed`` where it left no result.
+        """``running`` while a process has its lock, else how the run ended; ``killed`` where it
+        left no result.
 
-        For listings: another machine's lock is not watched (``locks.holder``). What deletes or resumes a run takes its lock.
+        For listings: another machine's lock is not watched (``locks.holder``). What deletes or
+        resumes a run takes its lock.
 
         Raises ValueError where result.json is corrupt.
         """
@@ -491,23 +524,28 @@ class Run:
 
 
 def experiment_in(frozen: Mapping[str, Any]) -> Experiment:
-    """The experiment that ``frozen`` describes, keys of other versions left out. Raises ValidationError where it is none."""
+    """The experiment that ``frozen`` describes, keys of other versions left out. Raises
+    ValidationError where it is none."""
     from harness.experiment.catalog import Experiment
 
-    return Experiment.model_validate_json(json.dumps({k: v for k, v in frozen.items() if k in Experiment.model_fields}))
+    return Experiment.model_validate_json(
+        json.dumps({k: v for k, v in frozen.items() if k in Experiment.model_fields})
+    )
 
 
 def create(outdir: Path, label: str) -> RunDir:
-    """Create ``outdir/label``, or ``label.2``, ``label.3`` … where that exists: nothing is ever overwritten.
+    """Create ``outdir/label``, or ``label.2``, ``label.3`` … where that exists: nothing is ever
+    overwritten.
 
     Safe against another launcher that does the same at the same moment.
 
     Raises:
-        UserError: the label is no file name, ``outdir`` cannot be written, or its disk is nearly full.
+        UserError: the label is no file name, ``outdir`` cannot be written, or its disk is nearly
+        full.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+=,-]{0,199}", label):
         raise UserError(
-            f"run label {label!r}: use letters, digits and . _ + = , - (at most 200), a letter or digit first"
+            f"run label {label!r}: use letters, digits and . _ + = , - (at most 200), a letter or digit first"  # noqa: E501
         )
     with told_if_unwritable(outdir):
         make_folder(outdir)
@@ -529,13 +567,21 @@ def create(outdir: Path, label: str) -> RunDir:
 
 
 def go_on(run_dir: RunDir, step: int) -> None:
-    """Prepare ``run_dir`` for training on from ``step``: later lines are cut off, the log and the result are put aside."""
+    """Prepare ``run_dir`` for training on from ``step``: later lines are cut off, the log and the
+    result are put aside."""
     number = 1 + len(list(run_dir.path.glob("logs.[0-9]*.txt")))
-    for path, aside in ((run_dir.result, f"result.{number}.json"), (run_dir.logs, f"logs.{number}.txt")):
+    for path, aside in (
+        (run_dir.result, f"result.{number}.json"),
+        (run_dir.logs, f"logs.{number}.txt"),
+    ):
         if path.exists():
             path.rename(run_dir.path / aside)
     for path in (run_dir.metrics, run_dir.validation, run_dir.saves):
-        lines = [line for line in text_lines(path) if (json_object(line) or {}).get("step", math.inf) <= step]
+        lines = [
+            line
+            for line in text_lines(path)
+            if (json_object(line) or {}).get("step", math.inf) <= step
+        ]
         if path.exists():
             write_text(path, "".join(f"{line}\n" for line in lines))
     for path in run_dir.ranks.iterdir():
@@ -544,7 +590,9 @@ def go_on(run_dir: RunDir, step: int) -> None:
 
 def still_runs(run_dir: RunDir, holder: locks.Holder | None) -> str:
     """That ``holder`` has ``run_dir``, and what to do about it."""
-    way_out = f"wait until it is over, or end it on {holder.host}" if holder else "wait until it is over"
+    way_out = (
+        f"wait until it is over, or end it on {holder.host}" if holder else "wait until it is over"
+    )
     if holder and holder.is_here:
         way_out = f"make stop RUN={run_dir.label} OUTDIR={run_dir.path.parent} ends it"
     return f"{run_dir.label} still runs: {holder or 'another process'} has it\n{way_out}"
@@ -552,7 +600,10 @@ def still_runs(run_dir: RunDir, holder: locks.Holder | None) -> str:
 
 def changes_in_words(changed: Iterable[Change]) -> str:
     """Which settings changed while it ran: ``LR 0.001 -> 0.0001 after step 40``."""
-    return "; ".join(f"{change.setting} {change.before} -> {change.now} after step {change.step}" for change in changed)
+    return "; ".join(
+        f"{change.setting} {change.before} -> {change.now} after step {change.step}"
+        for change in changed
+    )
 
 
 def perplexity(loss: float) -> float | None:
@@ -564,7 +615,8 @@ def perplexity(loss: float) -> float | None:
 
 
 def runs(outdir: Path) -> tuple[tuple[Run, ...], tuple[str, ...]]:
-    """Every run in ``outdir`` by label, and a warning for each directory that is corrupt and was left out."""
+    """Every run in ``outdir`` by label, and a warning for each directory that is corrupt and was
+    left out."""
     found, warnings = [], []
     for path in sorted(outdir.iterdir()) if outdir.is_dir() else []:
         run_dir = RunDir(path)

@@ -1,6 +1,8 @@
-"""Which run is meant: by its label, by the id of its experiment, or by all of the experiment that it froze.
+"""Which run is meant: by its label, by the id of its experiment, or by all of the experiment that
+it froze.
 
-A label or an id can stand for runs of different experiments: what was frozen decides, or the candidates are named.
+A label or an id can stand for runs of different experiments: what was frozen decides, or the
+candidates are named.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ class Candidate:
 
     @property
     def age(self) -> tuple[int, int]:
-        """Larger for newer ones: when experiment.json was written, then the number behind the label."""
+        """Larger for newer ones: when experiment.json was written, then the number behind the
+        label."""
         number = re.search(r"\.(\d+)$", self.dir.label)
         try:
             written_ns = self.dir.experiment_json.stat().st_mtime_ns
@@ -48,7 +51,8 @@ class Candidate:
 
 
 def candidates(outdir: Path, wanted: str | None = None) -> tuple[list[Candidate], list[str]]:
-    """Runs in ``outdir``, the newest first, of the experiment with this id or name; and what is wrong with others.
+    """Runs in ``outdir``, the newest first, of the experiment with this id or name; and what is
+    wrong with others.
 
     Only experiment.json is read: a run whose result is torn can still be resumed.
     """
@@ -66,8 +70,13 @@ def candidates(outdir: Path, wanted: str | None = None) -> tuple[list[Candidate]
     return sorted(found, key=lambda candidate: candidate.age, reverse=True), sorted(problems)
 
 
-def label_of(wanted: str, outdir: Path, keep: Callable[[Candidate], bool] = lambda found: found.has_checkpoints) -> str:
-    """``wanted``, unless it is an experiment's id or name: then the label of its newest run, by default with checkpoints.
+def label_of(
+    wanted: str,
+    outdir: Path,
+    keep: Callable[[Candidate], bool] = lambda found: found.has_checkpoints,
+) -> str:
+    """``wanted``, unless it is an experiment's id or name: then the label of its newest run, by
+    default with checkpoints.
 
     Raises:
         UserError: runs of different experiments have this id.
@@ -79,13 +88,16 @@ def label_of(wanted: str, outdir: Path, keep: Callable[[Candidate], bool] = lamb
 
 
 def with_checkpoints(wanted: str, outdir: Path) -> list[RunDir]:
-    """Every run with checkpoints, the newest first, of the experiment with this id or name; none where it is a label."""
+    """Every run with checkpoints, the newest first, of the experiment with this id or name; none
+    where it is a label."""
     if (outdir / wanted).is_dir() or not _ID.match(wanted):
         return []
     return [found.dir for found in candidates(outdir, wanted)[0] if found.has_checkpoints]
 
 
-def one(wanted: str, found: Sequence[Candidate], way_out: str = "name one of them by its label") -> Candidate:
+def one(
+    wanted: str, found: Sequence[Candidate], way_out: str = "name one of them by its label"
+) -> Candidate:
     """The newest of ``found``, which must be runs of one experiment on one kind of device.
 
     Raises:
@@ -93,8 +105,15 @@ def one(wanted: str, found: Sequence[Candidate], way_out: str = "name one of the
     """
     different = distinct(found)
     if len(different) > 1:
-        raise UserError("\n".join([f"{wanted}: {len(different)} different experiments ran under this id:",
-                                   *named(different, different[0].experiment), way_out]))
+        raise UserError(
+            "\n".join(
+                [
+                    f"{wanted}: {len(different)} different experiments ran under this id:",
+                    *named(different, different[0].experiment),
+                    way_out,
+                ]
+            )
+        )
     return found[0]
 
 
@@ -102,7 +121,9 @@ def distinct(found: Iterable[Candidate]) -> list[Candidate]:
     """The newest run of each experiment among ``found``."""
     kept: dict[tuple[str, str], Candidate] = {}
     for candidate in found:
-        kept.setdefault((candidate.device, identity.frozen(candidate.experiment).model_dump_json()), candidate)
+        kept.setdefault(
+            (candidate.device, identity.frozen(candidate.experiment).model_dump_json()), candidate
+        )
     return list(kept.values())
 
 
@@ -110,6 +131,8 @@ def named(found: Sequence[Candidate], other: Experiment) -> list[str]:
     """A line for each run: its label and in what it differs from ``other``."""
     lines = []
     for candidate in found[:MOST_NAMED]:
-        apart = "; ".join(f"{d.setting} {d.before}" for d in identity.differences(candidate.experiment, other))
+        apart = "; ".join(
+            f"{d.setting} {d.before}" for d in identity.differences(candidate.experiment, other)
+        )
         lines.append(f"  {candidate.dir.label}" + (f"  ({apart})" if apart else ""))
     return lines + ([f"  … and {len(found) - MOST_NAMED} more"] if len(found) > MOST_NAMED else [])

@@ -1,11 +1,14 @@
-"""Pickles in checkpoints: only data is read from them. A pickle can name any function, and reading it calls that function.
+"""Pickles in checkpoints: only data is read from them. A pickle can name any function, and reading
+it calls that function.
 
-Two guards stand here. ``check`` reads a file with stand-ins for every class, before anything opens it, and needs no torch.
-``guard`` makes PyTorch and upstream, in this process, look up nothing but the names of ``DATA``: it holds for the bytes that
-are opened, whoever wrote them when, and for pickles inside pickles.
+Two guards stand here. ``check`` reads a file with stand-ins for every class, before anything opens
+it, and needs no torch. ``guard`` makes PyTorch and upstream, in this process, look up nothing but
+the names of ``DATA``: it holds for the bytes that are opened, whoever wrote them when, and for
+pickles inside pickles.
 
-Python's own unpickler resolves the names in both, so nothing can be hidden from them: not by operands from its memo, and not
-by the extension registry, which is empty. What cannot be read to its end is refused.
+Python's own unpickler resolves the names in both, so nothing can be hidden from them: not by
+operands from its memo, and not by the extension registry, which is empty. What cannot be read to
+its end is refused.
 """
 
 from __future__ import annotations
@@ -31,7 +34,10 @@ DATA: dict[str, frozenset[str]] = {
         ("pathlib pathlib._local", "PosixPath PurePosixPath"),
         ("_io io", "BytesIO"),
         ("collections", "OrderedDict defaultdict deque Counter"),
-        ("builtins __builtin__", "set frozenset bytearray complex slice dict list tuple int float bool bytes str"),
+        (
+            "builtins __builtin__",
+            "set frozenset bytearray complex slice dict list tuple int float bool bytes str",
+        ),
         ("_codecs", "encode"),  # protocol 2 has bytes as text
         ("numpy", "dtype ndarray"),
         ("numpy.core.multiarray numpy._core.multiarray", "_reconstruct scalar"),
@@ -39,12 +45,18 @@ DATA: dict[str, frozenset[str]] = {
         ("megatron.core.enums", "ModelType"),
         ("megatron.core.optimizer.optimizer_config megatron.core.optimizer", "OptimizerConfig"),
         ("megatron.core.rerun_state_machine", "RerunDiagnostic RerunMode RerunState"),
-        ("megatron.core.transformer.enums", "AttnBackend AttnMaskType LayerType CudaGraphModule CudaGraphScope "
-                                            "InferenceCudaGraphScope"),
+        (
+            "megatron.core.transformer.enums",
+            "AttnBackend AttnMaskType LayerType CudaGraphModule CudaGraphScope "
+            "InferenceCudaGraphScope",
+        ),
         ("megatron.core.extensions.transformer_engine", "TEDelayedScaling"),
         ("megatron.core.safe_globals", "safe_load_from_bytes"),
-        ("transformer_engine.common.recipe", "DelayedScaling Float8CurrentScaling Float8BlockScaling MXFP8BlockScaling "
-                                             "NVFP4BlockScaling Format _FormatHelper MMParams QParams"),
+        (
+            "transformer_engine.common.recipe",
+            "DelayedScaling Float8CurrentScaling Float8BlockScaling MXFP8BlockScaling "
+            "NVFP4BlockScaling Format _FormatHelper MMParams QParams",
+        ),
         # torch.save
         ("torch", "Size device"),
         ("torch._C", "Generator"),
@@ -54,18 +66,25 @@ DATA: dict[str, frozenset[str]] = {
         ("torch.serialization", "_get_layout"),
         ("torch.nn.parameter", "Parameter"),
         # .metadata (torch/distributed/checkpoint/metadata.py, filesystem.py)
-        ("torch.distributed.checkpoint.metadata", "BytesStorageMetadata ChunkStorageMetadata Metadata MetadataIndex "
-                                                  "StorageMeta TensorProperties TensorStorageMetadata _MEM_FORMAT_ENCODING"),
+        (
+            "torch.distributed.checkpoint.metadata",
+            "BytesStorageMetadata ChunkStorageMetadata Metadata MetadataIndex "
+            "StorageMeta TensorProperties TensorStorageMetadata _MEM_FORMAT_ENCODING",
+        ),
         ("torch.distributed.checkpoint.filesystem", "_StorageInfo _StoragePrefix"),
     )
     for module in modules.split()
 }
-"""Names that a pickle may look up, by module: classes of data, and functions that only build them."""
+"""Names that a pickle may look up, by module: classes of data, and functions that only build them.
+"""
 
-_TORCH_DATA = re.compile(r"[A-Z][A-Za-z0-9]*Storage|u?int\d+|b?float\d+(_\w+)?|complex\d+|bool|half|float|double|long")
+_TORCH_DATA = re.compile(
+    r"[A-Z][A-Za-z0-9]*Storage|u?int\d+|b?float\d+(_\w+)?|complex\d+|bool|half|float|double|long"
+)
 _NUMPY_DTYPE = re.compile(r"[A-Z][A-Za-z0-9]*DType")
 _TORCH_MAGIC = 0x1950A86A20F9469CFC6C
-"""First pickle of a file that PyTorch before 1.6 wrote (torch/serialization.py, MAGIC_NUMBER); four more follow."""
+"""First pickle of a file that PyTorch before 1.6 wrote (torch/serialization.py, MAGIC_NUMBER); four
+more follow."""
 _PROBLEMS_OF_A_BROKEN_FILE = (Exception, RecursionError)
 
 
@@ -82,7 +101,8 @@ def is_data(module: str, name: str) -> bool:
 
 
 def check_file(path: Path) -> None:
-    """Refuse a file of pickles that holds anything but data: what ``torch.save`` writes, or a bare pickle.
+    """Refuse a file of pickles that holds anything but data: what ``torch.save`` writes, or a bare
+    pickle.
 
     Raises:
         NotData: it names code, is a TorchScript archive, or cannot be read.
@@ -106,7 +126,8 @@ def check(file: BinaryIO, where: str) -> None:
         raise NotData(f"{where} is a tar archive, as PyTorch wrote before 0.2: refused")
     file.seek(start)
     if stand_ins(file, where) == _TORCH_MAGIC:
-        for _ in range(4):  # protocol, system, the objects, the names of storages; the rest is numbers
+        # protocol, system, the objects, the names of storages; the rest is numbers
+        for _ in range(4):
             stand_ins(file, where)
     elif file.read(1):
         raise NotData(f"{where} goes on behind its pickle: refused")
@@ -155,11 +176,14 @@ class StandIn(dict):
 
     def __init__(self, *args: Any, **_: Any) -> None:
         self.args = args
-        if type(self).__name__ == "_load_from_bytes":  # a pickle in a pickle: a tensor that pickle.dumps was given
+        # a pickle in a pickle: a tensor that pickle.dumps was given
+        if type(self).__name__ == "_load_from_bytes":
             check(io.BytesIO(args[0]), "a tensor in it")
 
     def __setstate__(self, state: Any) -> None:
-        self.state = state[0] if isinstance(state, tuple) and state and isinstance(state[0], dict) else state
+        self.state = (
+            state[0] if isinstance(state, tuple) and state and isinstance(state[0], dict) else state
+        )
 
     def append(self, _: Any) -> None: ...
 
@@ -181,7 +205,9 @@ class _StandIns(pickle.Unpickler):
 
 def _refuse_code(module: str, name: str) -> None:
     if not is_data(module, name):
-        raise NotData(f"names {module}.{name}, which is no data: reading it could run code; refused")
+        raise NotData(
+            f"names {module}.{name}, which is no data: reading it could run code; refused"
+        )
 
 
 class _Unpickler(pickle.Unpickler):
@@ -214,17 +240,27 @@ checked.__dict__.update({**vars(pickle), "Unpickler": _Unpickler, "load": _load,
 
 
 def guard() -> None:
-    """From now on PyTorch, NumPy, Transformer Engine and upstream read nothing but data from pickles, in this process.
+    """From now on PyTorch, NumPy, Transformer Engine and upstream read nothing but data from
+    pickles, in this process.
 
-    Messages between processes are not touched. Call it again when modules of Transformer Engine were imported.
+    Messages between processes are not touched. Call it again when modules of Transformer Engine
+    were imported.
     """
     import numpy.lib._format_impl
     import numpy.lib._npyio_impl
     import torch
     import torch.distributed.checkpoint.filesystem
 
-    readers = [torch.distributed.checkpoint.filesystem, numpy.lib._format_impl, numpy.lib._npyio_impl]
-    readers += [module for name, module in list(sys.modules.items()) if name.startswith("transformer_engine.")]
+    readers = [
+        torch.distributed.checkpoint.filesystem,
+        numpy.lib._format_impl,
+        numpy.lib._npyio_impl,
+    ]
+    readers += [
+        module
+        for name, module in list(sys.modules.items())
+        if name.startswith("transformer_engine.")
+    ]
     for module in readers:
         if getattr(module, "pickle", None) is pickle:
             module.pickle = checked
@@ -234,9 +270,16 @@ def guard() -> None:
 
 
 def _guarded(load: Any) -> Any:
-    def load_data(f: Any, map_location: Any = None, pickle_module: Any = None, *, weights_only: bool | None = None,
-                  **options: Any) -> Any:
-        if weights_only is None or weights_only:  # an explicit True, which no environment variable undoes
+    def load_data(
+        f: Any,
+        map_location: Any = None,
+        pickle_module: Any = None,
+        *,
+        weights_only: bool | None = None,
+        **options: Any,
+    ) -> Any:
+        # an explicit True, which no environment variable undoes
+        if weights_only is None or weights_only:
             return load(f, map_location, weights_only=True, **options)
         return load(f, map_location, checked, weights_only=False, **options)
 

@@ -1,4 +1,5 @@
-"""What the metrics of a run say: its averaging window, the medians over it, and how sure a median is."""
+"""What the metrics of a run say: its averaging window, the medians over it, and how sure a median
+is."""
 
 from __future__ import annotations
 
@@ -14,14 +15,17 @@ if TYPE_CHECKING:
     from harness.experiment.catalog import Experiment
 
 BETWEEN_RUNS = 0.005
-"""Relative standard deviation of the median step time between runs of the same work, which the steps of one run do not show:
-0.4 % over the pairs 111 with and without CARD, 211 and 231, 221 and 241, as recorded on an H200."""
+"""Relative standard deviation of the median step time between runs of the same work, which the
+steps of one run do not show: 0.4 % over the pairs 111 with and without CARD, 211 and 231, 221 and
+241, as recorded on an H200."""
 MEMORY_BETWEEN_RUNS = 0.001
-"""The same of memory as NVML and PyTorch's allocator hold it: 0.1 %. What is allocated is equal to the byte."""
+"""The same of memory as NVML and PyTorch's allocator hold it: 0.1 %. What is allocated is equal to
+the byte."""
 
 
 def window(e: Experiment, metrics: Iterable[StepMetrics]) -> list[StepMetrics]:
-    """The steps to average over: from ``window_first_step`` on, without those that a trace distorts."""
+    """The steps to average over: from ``window_first_step`` on, without those that a trace
+    distorts."""
     return [m for m in metrics if m.step >= e.window_first_step and m.step not in e.disturbed_steps]
 
 
@@ -32,10 +36,12 @@ def measure(
     changed: Iterable[Change] = (),
     counted: Literal["model", "upstream"] = "model",
 ) -> dict[str, Any]:
-    """Every field of a Result that follows from the run's metrics alone: a record's can be computed again.
+    """Every field of a Result that follows from the run's metrics alone: a record's can be computed
+    again.
 
-    Steps before the last change of the work are of another experiment: the window begins as far behind it as it else does
-    behind step 0. ``counted``: whose count of FLOPs TFLOP/s and MFU follow.
+    Steps before the last change of the work are of another experiment: the window begins as far
+    behind it as it else does behind step 0. ``counted``: whose count of FLOPs TFLOP/s and MFU
+    follow.
     """
     since = max((change.step for change in changed if change.work), default=0)
     steps = [m for m in window(e, metrics) if m.step >= since + e.window_first_step]
@@ -56,9 +62,14 @@ def measure(
 
 def contradictions(e: Experiment, result: Result, metrics: Sequence[StepMetrics]) -> Iterator[str]:
     """What ``result`` states and the run's metrics do not say, in words."""
-    computed = result.model_copy(update=measure(e, metrics, result.peak_tflops, result.changed, result.counted))
+    computed = result.model_copy(
+        update=measure(e, metrics, result.peak_tflops, result.changed, result.counted)
+    )
     if computed.steps_done != result.steps_done:
-        yield f"it says {result.steps_done} steps, its metrics end at step {computed.steps_done}: truncated"
+        yield (
+            f"it says {result.steps_done} steps, its metrics end at step {computed.steps_done}:"
+            " truncated"
+        )
         return
     stated, given = (_flat(r.model_dump(mode="json")) for r in (result, computed))
     for key in stated | given:
@@ -76,25 +87,42 @@ def model_tflops(e: Experiment, result: Result) -> float | None:
 def _tflops(e: Experiment, m: StepMetrics, counted: str) -> float | None:
     if counted == "upstream":
         return m.tflops if m.upstream_tflops is None else m.upstream_tflops
-    return m.tflops if m.tflops is None or m.upstream_tflops is not None else m.tflops * share_of_upstreams(e)
+    return (
+        m.tflops
+        if m.tflops is None or m.upstream_tflops is not None
+        else m.tflops * share_of_upstreams(e)
+    )
 
 
 def spread(values: Sequence[float]) -> Spread | None:
-    """Median, quartiles, mean, standard deviation (of a sample) and extremes of ``values``; None of nothing."""
+    """Median, quartiles, mean, standard deviation (of a sample) and extremes of ``values``; None of
+    nothing."""
     if not values:
         return None
-    q1, median, q3 = statistics.quantiles(values, method="inclusive") if len(values) > 1 else [*values] * 3
+    q1, median, q3 = (
+        statistics.quantiles(values, method="inclusive") if len(values) > 1 else [*values] * 3
+    )
     stdev = statistics.stdev(values) if len(values) > 1 else 0.0
-    return Spread(median=median, q1=q1, q3=q3, mean=statistics.fmean(values), stdev=stdev, min=min(values), max=max(values),
-                  n=len(values))
+    return Spread(
+        median=median,
+        q1=q1,
+        q3=q3,
+        mean=statistics.fmean(values),
+        stdev=stdev,
+        min=min(values),
+        max=max(values),
+        n=len(values),
+    )
 
 
 def step_noise_ms(steps_ms: Sequence[float]) -> float:
-    """Standard uncertainty of the median of a run's steps, in ms: within the run and between runs, added in quadrature.
+    """Standard uncertainty of the median of a run's steps, in ms: within the run and between runs,
+    added in quadrature.
 
-    Within: the standard error of a median, sqrt(pi/2) s / sqrt(n), where s = 1.4826 x the median absolute deviation is the
-    standard deviation that one slow step among fifteen does not move (Rousseeuw and Croux 1993, section 1; 111 has a step of
-    736 ms among steps of 376, and so a standard deviation of 93). Between: BETWEEN_RUNS of the median.
+    Within: the standard error of a median, sqrt(pi/2) s / sqrt(n), where s = 1.4826 x the median
+    absolute deviation is the standard deviation that one slow step among fifteen does not move
+    (Rousseeuw and Croux 1993, section 1; 111 has a step of 736 ms among steps of 376, and so a
+    standard deviation of 93). Between: BETWEEN_RUNS of the median.
     """
     median = statistics.median(steps_ms)
     s = 1.4826 * statistics.median(abs(value - median) for value in steps_ms)
@@ -104,12 +132,18 @@ def step_noise_ms(steps_ms: Sequence[float]) -> float:
 def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, item in value.items():
-        flat |= _flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {f"{prefix}{key}": item}
+        flat |= (
+            _flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {f"{prefix}{key}": item}
+        )
     return flat
 
 
 def _equal(a: Any, b: Any) -> bool:
-    return math.isclose(a, b, rel_tol=1e-9) if isinstance(a, float) and isinstance(b, float) else a == b
+    return (
+        math.isclose(a, b, rel_tol=1e-9)
+        if isinstance(a, float) and isinstance(b, float)
+        else a == b
+    )
 
 
 def _median(values: Iterable[float | None]) -> float | None:

@@ -1,6 +1,8 @@
-"""Queries and keys normalised over all heads together, as OLMoE does; upstream's ``--qk-layernorm`` goes head by head.
+"""Queries and keys normalised over all heads together, as OLMoE does; upstream's ``--qk-layernorm``
+goes head by head.
 
-Source: Muennighoff et al. 2024 (arXiv:2409.02060), section 2 and appendix B.2; ``OlmoeAttention`` in transformers.
+Source: Muennighoff et al. 2024 (arXiv:2409.02060), section 2 and appendix B.2; ``OlmoeAttention``
+in transformers.
 """
 
 from functools import partial
@@ -18,11 +20,14 @@ from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 class ProjectionNorm(torch.nn.Module):
     """RMS norm over the heads of all tensor-parallel ranks.
 
-    Every rank holds the weights of all heads and uses its own part: upstream sums the gradients of ``q_layernorm`` and
-    ``k_layernorm`` over these ranks, whose other parts are zero, and a checkpoint holds the weights once.
+    Every rank holds the weights of all heads and uses its own part: upstream sums the gradients of
+    ``q_layernorm`` and ``k_layernorm`` over these ranks, whose other parts are zero, and a
+    checkpoint holds the weights once.
     """
 
-    def __init__(self, hidden_size: int, config: TransformerConfig, eps: float, *, heads: str) -> None:
+    def __init__(
+        self, hidden_size: int, config: TransformerConfig, eps: float, *, heads: str
+    ) -> None:
         """
         Args:
             hidden_size: width of one head.
@@ -32,7 +37,9 @@ class ProjectionNorm(torch.nn.Module):
         self.group = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp"]).tp
         self.eps = eps
         width = getattr(config, heads) * hidden_size
-        self.weight = torch.nn.Parameter(torch.ones(width, dtype=config.params_dtype, device=torch.cuda.current_device()))
+        self.weight = torch.nn.Parameter(
+            torch.ones(width, dtype=config.params_dtype, device=torch.cuda.current_device())
+        )
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -48,7 +55,8 @@ class ProjectionNorm(torch.nn.Module):
 
 
 def layer_spec(config: GPTModelConfig, vp_stage: int | None = None):
-    """Upstream's own spec for ``config``, with ``ProjectionNorm`` for queries and keys; needs ``--qk-layernorm``."""
+    """Upstream's own spec for ``config``, with ``ProjectionNorm`` for queries and keys; needs
+    ``--qk-layernorm``."""
     spec = default_layer_spec(config, vp_stage)
     for layer in getattr(spec, "layer_specs", [spec]):
         attention = layer.submodules.self_attention.submodules

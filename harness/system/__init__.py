@@ -1,1 +1,2 @@
-"""The operating system underneath: files that appear whole, locks, processes, terminals, secrets kept out of print."""
+"""The operating system underneath: files that appear whole, locks, processes, terminals, secrets
+kept out of print."""

@@ -25,7 +25,8 @@ MAKE_ROOM = "make room there (make clean removes failed runs that cannot be resu
 
 @contextmanager
 def atomic(path: Path) -> Iterator[BinaryIO]:
-    """A file to write: readers see the old one or the whole new one, after a power cut the new one."""
+    """A file to write: readers see the old one or the whole new one, after a power cut the new
+    one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -39,7 +40,8 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
 
 
 def expanded(text: str) -> Path:
-    """The path ``text`` with its ~ expanded, as a shell does: that of an unknown user stays as it is."""
+    """The path ``text`` with its ~ expanded, as a shell does: that of an unknown user stays as it
+    is."""
     try:
         return Path(text).expanduser()
     except RuntimeError:
@@ -47,9 +49,11 @@ def expanded(text: str) -> Path:
 
 
 def replace_folder(new: Path, target: Path) -> None:
-    """Give the folder ``new`` the name ``target``; a folder that has it goes only once the new one stands there.
+    """Give the folder ``new`` the name ``target``; a folder that has it goes only once the new one
+    stands there.
 
-    A process that is killed between the two renames leaves the old folder, whole, as ``.<name>.<pid>.old`` beside it.
+    A process that is killed between the two renames leaves the old folder, whole, as
+    ``.<name>.<pid>.old`` beside it.
     """
     sync_tree(new)
     old = target.with_name(f".{target.name}.{os.getpid()}.old")
@@ -61,7 +65,8 @@ def replace_folder(new: Path, target: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the disk know the names in ``folder``: a file that was synced can still be nameless after a power cut.
+    """Have the disk know the names in ``folder``: a file that was synced can still be nameless
+    after a power cut.
 
     File systems that cannot sync folders (some network and overlay ones) are left as they are.
     """
@@ -79,7 +84,8 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Have the disk know the bytes of ``path``, whoever wrote them on this host. Does nothing where it is not there."""
+    """Have the disk know the bytes of ``path``, whoever wrote them on this host. Does nothing where
+    it is not there."""
     try:
         handle = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
@@ -91,7 +97,8 @@ def sync_file(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Have the disk know every file below ``folder``, and the names of all of them, of ``folder`` too."""
+    """Have the disk know every file below ``folder``, and the names of all of them, of ``folder``
+    too."""
     for inner, _, names in os.walk(folder):
         for name in names:
             sync_file(Path(inner, name))
@@ -100,7 +107,8 @@ def sync_tree(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make ``folder`` and what is missing above it, for good: after a power cut they are still there."""
+    """Make ``folder`` and what is missing above it, for good: after a power cut they are still
+    there."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in missing:
@@ -128,20 +136,23 @@ def _finite(value: Any) -> Any:
 
 @contextmanager
 def told_if_unwritable(directory: Path, setting: str = "OUTDIR") -> Iterator[None]:
-    """Turn a full disk, missing rights and the like into a UserError with the way out; ``setting`` names the directory."""
+    """Turn a full disk, missing rights and the like into a UserError with the way out; ``setting``
+    names the directory."""
     try:
         yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         way_out = MAKE_ROOM if full else "make it a writable directory"
         raise UserError(
-            f"cannot write to {directory}: {error.strerror}\n{way_out}, or set {setting}= to another"
+            f"cannot write to {directory}: {error.strerror}\n{way_out}, or set {setting}= to"
+            " another"
         ) from None
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Make ``folder`` and keep it to this process; remove the files that a killed one left half-written.
+    """Make ``folder`` and keep it to this process; remove the files that a killed one left
+    half-written.
 
     Raises:
         UserError: another process has it.
@@ -151,7 +162,9 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another process is writing to {folder}\nwait for it, or give another NAME=") from None
+            raise UserError(
+                f"another process is writing to {folder}\nwait for it, or give another NAME="
+            ) from None
         for left in folder.rglob(".*.tmp"):
             left.unlink(missing_ok=True)
         yield

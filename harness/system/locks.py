@@ -1,10 +1,12 @@
-"""Locks on folders: which living process has one, by a lock that the kernel releases when that process ends.
+"""Locks on folders: which living process has one, by a lock that the kernel releases when that
+process ends.
 
 FOLDER/lock    locked with flock(2) for as long as its holder lives; the text in it says who that is
 
-flock decides among the processes of one machine, and reads no clock. Whether it reaches other machines depends on the file
-system (NFS: yes; Lustre without -o flock and many FUSE mounts: no). So the holder also counts in the file, every ``BEAT_S``:
-a lock of another machine that flock does not show is held for as long as its count goes on.
+flock decides among the processes of one machine, and reads no clock. Whether it reaches other
+machines depends on the file system (NFS: yes; Lustre without -o flock and many FUSE mounts: no). So
+the holder also counts in the file, every ``BEAT_S``: a lock of another machine that flock does not
+show is held for as long as its count goes on.
 """
 
 from __future__ import annotations
@@ -30,19 +32,23 @@ BEAT_S = 5.0
 WATCH_S = 15.0
 """The count of another machine's lock is watched for this long before its holder counts as dead."""
 RECENT_S = 60.0
-"""A listing, which does not watch, believes a lock of another machine whose file changed so recently."""
+"""A listing, which does not watch, believes a lock of another machine whose file changed so
+recently."""
 PROBES_S = 0.5
 """Others look whether a lock is free by taking it for a moment; that is over within this time."""
 SIZE = 512
-"""Bytes of the file's text: it is rewritten in place, for flock belongs to the file and not to its name."""
+"""Bytes of the file's text: it is rewritten in place, for flock belongs to the file and not to its
+name."""
 
 
 @dataclass(frozen=True)
 class Holder:
-    """The process that has a folder: its machine, by name and by the kernel's boot, and its number there.
+    """The process that has a folder: its machine, by name and by the kernel's boot, and its number
+    there.
 
     Attributes:
-        start: when it started, in clock ticks since boot (proc(5)): no other process of that number has the same.
+        start: when it started, in clock ticks since boot (proc(5)): no other process of that number
+        has the same.
         token: of this one lock, so that another machine can tell that it sees the same file.
         beat: how often it has counted.
     """
@@ -61,7 +67,8 @@ class Holder:
 
     @property
     def lives(self) -> bool:
-        """Whether it is a living process here; its number means nothing in another container of this machine."""
+        """Whether it is a living process here; its number means nothing in another container of
+        this machine."""
         return self._is_in_this_container and _start(self.pid) == self.start
 
     @property
@@ -83,7 +90,8 @@ class Taken(UserError):
 
 
 def take(folder: Path, tell: Callable[[str], None] = lambda _: None) -> None:
-    """Have ``folder`` to this process, until ``release`` or until it and what inherited the lock have ended.
+    """Have ``folder`` to this process, until ``release`` or until it and what inherited the lock
+    have ended.
 
     Args:
         tell: called with a line where another machine's lock has to be watched for ``WATCH_S``.
@@ -102,10 +110,19 @@ def take(folder: Path, tell: Callable[[str], None] = lambda _: None) -> None:
         if reaches and path.stat().st_ino != os.fstat(descriptor).st_ino:
             raise FileNotFoundError(f"{path} was removed")
         if earlier and not (reaches and earlier.is_here):
-            tell(f"{folder} was locked by {earlier}: watching for {WATCH_S:.0f} s whether it still is")
+            tell(
+                f"{folder} was locked by {earlier}: watching for {WATCH_S:.0f} s whether it"
+                " still is"
+            )
             if _count_goes_on({path: earlier}):
                 raise Taken(folder, earlier)
-        own = Holder(socket.gethostname(), os.getpid(), _boot(), _start(os.getpid()) or 0, secrets.token_hex(8))
+        own = Holder(
+            socket.gethostname(),
+            os.getpid(),
+            _boot(),
+            _start(os.getpid()) or 0,
+            secrets.token_hex(8),
+        )
         _write(descriptor, own)
     except BlockingIOError:
         holder = _read(descriptor)
@@ -134,7 +151,8 @@ def holder(folder: Path, watch: bool = True) -> Holder | None:
     """The living process that has ``folder``, or None.
 
     Args:
-        watch: wait up to ``WATCH_S`` where only the count of another machine's lock can tell; else its file's age must do.
+        watch: wait up to ``WATCH_S`` where only the count of another machine's lock can tell; else
+        its file's age must do.
     """
     return holders([folder], watch).get(folder)
 
@@ -158,7 +176,11 @@ def holders(folders: Iterable[Path], watch: bool = True) -> dict[Path, Holder]:
             found[folder] = _read(descriptor) or Holder("this machine", 0, "", 0, "")
         finally:
             os.close(descriptor)
-    alive = _count_goes_on(unclear) if watch and unclear else [path for path in unclear if _is_recent(path)]
+    alive = (
+        _count_goes_on(unclear)
+        if watch and unclear
+        else [path for path in unclear if _is_recent(path)]
+    )
     return found | {folder_of[path]: unclear[path] for path in alive}
 
 
@@ -177,7 +199,8 @@ def own(folder: Path) -> Holder | None:
 
 
 def descriptors(*folders: Path) -> tuple[int, ...]:
-    """File descriptors of locks that this process has: who inherits them has the folders for as long as it lives."""
+    """File descriptors of locks that this process has: who inherits them has the folders for as
+    long as it lives."""
     return tuple(_held[path][0] for path in map(_file, folders) if path in _held)
 
 
@@ -203,7 +226,8 @@ def _flock_for(descriptor: int, seconds: float) -> bool:
 
 
 def _flock(descriptor: int, kind: int) -> bool:
-    """Take the lock; False where this file system has none. Raises BlockingIOError where another process has it."""
+    """Take the lock; False where this file system has none. Raises BlockingIOError where another
+    process has it."""
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -277,7 +301,8 @@ def _boot() -> str:
 
 
 def _start(pid: int) -> int | None:
-    """When process ``pid`` started, in clock ticks since boot; None where there is none, or it is a zombie."""
+    """When process ``pid`` started, in clock ticks since boot; None where there is none, or it is a
+    zombie."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -1,8 +1,10 @@
-"""Passwords, tokens and keys of ARGS=: the run gets them, and nothing that is written or shown does.
+"""Passwords, tokens and keys of ARGS=: the run gets them, and nothing that is written or shown
+does.
 
-On the command line's border ``hide`` puts ``$HARNESS_SECRET_1`` in the place of the first secret, and the secret into this
-process's environment, which ranks inherit. Experiments, scripts, Slurm jobs, error messages and reports hold the name only;
-a rank puts the secret back into its own arguments (``reveal``), and masks it in what it prints (``mask``).
+On the command line's border ``hide`` puts ``$HARNESS_SECRET_1`` in the place of the first secret,
+and the secret into this process's environment, which ranks inherit. Experiments, scripts, Slurm
+jobs, error messages and reports hold the name only; a rank puts the secret back into its own
+arguments (``reveal``), and masks it in what it prints (``mask``).
 """
 
 from __future__ import annotations
@@ -26,20 +28,27 @@ _VALUE = r"""(?:'[^']*'|"[^"]*"|[^\s'"]+)"""
 _NAMED = re.compile(
     rf"""(?P<name>(?:(?<![\w-])--?(?:[\w-]*[_-])?(?:api[_-]?key|(?:access|secret|private)[_-]key(?:[_-]id)?|secret|passw(?:or)?d|passphrase|
     credentials?|(?:auth|access|hf|hub|api|bearer|github|wandb|user)[_-]?token)|(?<![\w-])--?token)(?:=|\s+)
-    |\b(?:\w+_)?(?:API_KEY|TOKEN|PASSWORD|SECRET)=)(?P<value>{_VALUE})""", re.IGNORECASE | re.VERBOSE)
+    |\b(?:\w+_)?(?:API_KEY|TOKEN|PASSWORD|SECRET)=)(?P<value>{_VALUE})""",
+    re.IGNORECASE | re.VERBOSE,
+)
 _SHAPED = re.compile(
     r"""(?<![A-Za-z0-9$])(?P<value>hf_[A-Za-z0-9]{8,}|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}
     |sk-[\w-]{16,}|xox[abpr]-[\w-]{10,}|AKIA[0-9A-Z]{16}|wandb_v\d_\w{16,}
-    |eyJ[\w-]+\.[\w-]+\.[\w-]+|[0-9a-f]{40}(?![0-9a-f/]))""", re.VERBOSE)
-_IN_URL = re.compile(r"(?P<before>\w[\w+.-]*://[^\s:/@'\"]*:)(?P<value>[^\s/@'\"]+)(?=@)"
-                     r"|(?P<user>\w[\w+.-]*://)(?P<only>[^\s:/@'\"]{16,})(?=@)")
+    |eyJ[\w-]+\.[\w-]+\.[\w-]+|[0-9a-f]{40}(?![0-9a-f/]))""",
+    re.VERBOSE,
+)
+_IN_URL = re.compile(
+    r"(?P<before>\w[\w+.-]*://[^\s:/@'\"]*:)(?P<value>[^\s/@'\"]+)(?=@)"
+    r"|(?P<user>\w[\w+.-]*://)(?P<only>[^\s:/@'\"]{16,})(?=@)"
+)
 
 
 def hide(text: str, environment: MutableMapping[str, str] = os.environ) -> str:
-    """``text``, the value of ARGS=, with names in the place of its secrets, which go into ``environment``.
+    """``text``, the value of ARGS=, with names in the place of its secrets, which go into
+    ``environment``.
 
-    A secret is what follows an argument such as --wandb-api-key, what has the shape of a token (hf_…, 40 hexadecimal
-    digits), and the password of a URL.
+    A secret is what follows an argument such as --wandb-api-key, what has the shape of a token
+    (hf_…, 40 hexadecimal digits), and the password of a URL.
     """
     names: dict[str, str] = {}
 
@@ -56,7 +65,10 @@ def hide(text: str, environment: MutableMapping[str, str] = os.environ) -> str:
         return f"${names[bare]}"
 
     now = _NAMED.sub(lambda found: found["name"] + kept(found["value"]), text)
-    now = _IN_URL.sub(lambda found: (found["before"] or found["user"]) + kept(found["value"] or found["only"]), now)
+    now = _IN_URL.sub(
+        lambda found: (found["before"] or found["user"]) + kept(found["value"] or found["only"]),
+        now,
+    )
     return _SHAPED.sub(lambda found: kept(found["value"]), now)
 
 
@@ -66,9 +78,13 @@ def reveal(words: list[str]) -> list[str]:
     Raises:
         UserError: one is not in the environment, as where a script is run again by hand.
     """
+
     def secret(found: re.Match[str]) -> str:
         if found[1] not in os.environ:
-            raise UserError(f"{found[0]} stands for a secret that is not written down\nexport {found[1]}=… and start again")
+            raise UserError(
+                f"{found[0]} stands for a secret that is not written down\nexport {found[1]}=… and"
+                " start again"
+            )
         return os.environ[found[1]]
 
     return [PLACE.sub(secret, word) for word in words]
@@ -77,8 +93,16 @@ def reveal(words: list[str]) -> list[str]:
 def mask(text: str) -> str:
     """``text`` with names in the place of this process's secrets."""
     for name, value in os.environ.items():
-        if (name in KNOWN or name.startswith(VARIABLE)) and len(value) >= SHORTEST and value in text:
-            text = re.sub(rf"(?<![A-Za-z0-9]){re.escape(value)}(?![A-Za-z0-9])", lambda _, name=name: f"${name}", text)
+        if (
+            (name in KNOWN or name.startswith(VARIABLE))
+            and len(value) >= SHORTEST
+            and value in text
+        ):
+            text = re.sub(
+                rf"(?<![A-Za-z0-9]){re.escape(value)}(?![A-Za-z0-9])",
+                lambda _, name=name: f"${name}",
+                text,
+            )
     return text
 
 

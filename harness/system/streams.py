@@ -1,4 +1,5 @@
-"""Standard output and error whose reader may go away: ``make 101 | head`` closes a pipe, and the work goes on."""
+"""Standard output and error whose reader may go away: ``make 101 | head`` closes a pipe, and the
+work goes on."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from typing import Any, TextIO
 
 
 class LastingStream:
-    """A text stream that drops what is written once nobody reads it, in place of BrokenPipeError."""
+    """A text stream that drops what is written once nobody reads it, in place of
+    BrokenPipeError."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -31,7 +33,8 @@ class LastingStream:
         try:
             return act(*arguments)
         except BrokenPipeError:
-            # the descriptor, not only this object: what was buffered, and processes that are still to start, use it, too
+            # the descriptor, not only this object: what was buffered, and processes that are still
+            # to start, use it, too
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
@@ -40,7 +43,8 @@ class LastingStream:
 
 @contextmanager
 def lasting_output() -> Iterator[None]:
-    """While this context lasts, nothing ends because the reader of standard output or error has gone."""
+    """While this context lasts, nothing ends because the reader of standard output or error has
+    gone."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = map(LastingStream, before)
     try:

@@ -19,16 +19,21 @@ from harness.system.orphans import end_with
 def map_in_order(
     function: Callable[..., Any], tasks: Iterable[tuple], processes: int | None = None
 ) -> Iterator[Iterator[Any]]:
-    """``function(*task)`` for each task, spread over ``processes`` (all cores by default), two tasks ahead.
+    """``function(*task)`` for each task, spread over ``processes`` (all cores by default), two
+    tasks ahead.
 
-    ``tasks`` may be endless: leaving the context abandons what is not yet asked for. One process: this one.
+    ``tasks`` may be endless: leaving the context abandons what is not yet asked for. One process:
+    this one.
     """
     processes = processes or len(os.sched_getaffinity(0))
     if processes == 1:
         yield starmap(function, tasks)
         return
     pool = ProcessPoolExecutor(
-        processes, multiprocessing.get_context("spawn"), initializer=end_with, initargs=(os.getpid(),)
+        processes,
+        multiprocessing.get_context("spawn"),
+        initializer=end_with,
+        initargs=(os.getpid(),),
     )
     try:
         yield _ordered(pool, function, iter(tasks), 2 * processes)

@@ -1,4 +1,5 @@
-"""YAML files that people write, as checked values: what is wrong in one is said with the file, the key and the way out."""
+"""YAML files that people write, as checked values: what is wrong in one is said with the file, the
+key and the way out."""
 
 from __future__ import annotations
 
@@ -20,9 +21,11 @@ class Located(dict):
 
 
 class _StrictLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-    """Refuses what YAML readers otherwise take silently: a key that occurs twice in one mapping, a key that is no name.
+    """Refuses what YAML readers otherwise take silently: a key that occurs twice in one mapping, a
+    key that is no name.
 
-    Keys are words or whole numbers (ids). ``yes``, ``1.5`` and ``2024-01-01`` are other things to YAML, lists are no keys.
+    Keys are words or whole numbers (ids). ``yes``, ``1.5`` and ``2024-01-01`` are other things to
+    YAML, lists are no keys.
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
@@ -31,10 +34,16 @@ class _StrictLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
             if key.tag == "tag:yaml.org,2002:merge":
                 continue
             if not isinstance(key, yaml.ScalarNode):
-                raise self._wrong(key, f"a {key.id} is no key; write `name: value`, and no `?` or `{{` in front of a name")
+                raise self._wrong(
+                    key,
+                    f"a {key.id} is no key; write `name: value`, and no `?` or `{{` in front of a name",  # noqa: E501
+                )
             if key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:int"):
                 kind = key.tag.rpartition(":")[2]
-                raise self._wrong(key, f"{key.value!r} is no key but a {kind}; write '{key.value}': to make it a word")
+                raise self._wrong(
+                    key,
+                    f"{key.value!r} is no key but a {kind}; write '{key.value}': to make it a word",
+                )
             if key.value in seen:
                 raise self._wrong(key, f"{key.value!r} occurs twice; leave one out")
             seen.add(key.value)
@@ -56,17 +65,22 @@ _StrictLoader.add_constructor("tag:yaml.org,2002:map", _StrictLoader.located)
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises UserError where it is none, has a key twice or one that is no name."""
+    """The mapping in a YAML file. Raises UserError where it is none, has a key twice or one that is
+    no name."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except yaml.constructor.ConstructorError as error:
-        raise UserError(f"{path.name}, line {error.problem_mark.line + 1}: {error.problem}") from None
+        raise UserError(
+            f"{path.name}, line {error.problem_mark.line + 1}: {error.problem}"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
         raise UserError(f"{path.name} is not valid YAML: {error}") from None
     except RecursionError:
-        raise UserError(f"{path.name} is not valid YAML: lists or mappings lie too deep in one another") from None
+        raise UserError(
+            f"{path.name} is not valid YAML: lists or mappings lie too deep in one another"
+        ) from None
     return mapping(content, path.name)
 
 
@@ -106,14 +120,16 @@ def build[Kind: BaseModel](kind: type[Kind], fields: Mapping[str, Any], where: s
     try:
         return kind(**words(fields, where))
     except ValidationError as error:
-        raise UserError("\n".join(f"{where}: {_complaint(e, kind)}" for e in error.errors())) from None
+        raise UserError(
+            "\n".join(f"{where}: {_complaint(e, kind)}" for e in error.errors())
+        ) from None
 
 
 def _complaint(error: Mapping[str, Any], kind: type[BaseModel]) -> str:
     key, said = ".".join(map(str, error["loc"])), error["msg"][0].lower() + error["msg"][1:]
     match error["type"]:
         case "extra_forbidden":
-            return f"unknown key {key!r}; {nearest(str(error['loc'][-1]), _keys(kind, error['loc'][:-1]))}"
+            return f"unknown key {key!r}; {nearest(str(error['loc'][-1]), _keys(kind, error['loc'][:-1]))}"  # noqa: E501
         case "missing":
             return f"{key!r} is missing"
         case "literal_error":
@@ -121,14 +137,21 @@ def _complaint(error: Mapping[str, Any], kind: type[BaseModel]) -> str:
         case "string_pattern_mismatch":
             return f"{key} = {error['input']!r} must match {error['ctx']['pattern']}"
         case _:
-            return f"{key} = {error['input']!r}: {said}" if key else said.removeprefix("value error, ")
+            return (
+                f"{key} = {error['input']!r}: {said}" if key else said.removeprefix("value error, ")
+            )
 
 
 def _keys(kind: type[BaseModel], at: tuple[int | str, ...]) -> list[str]:
     """The keys of ``kind``, or of the values inside it that lie ``at`` these keys."""
     for part in at:
         fields = [field for name, field in kind.model_fields.items() if part in (name, field.alias)]
-        inside = [i for field in fields for i in (field.annotation, *get_args(field.annotation)) if _is_model(i)]
+        inside = [
+            i
+            for field in fields
+            for i in (field.annotation, *get_args(field.annotation))
+            if _is_model(i)
+        ]
         kind = inside[0] if inside else kind
     return [key for name, field in kind.model_fields.items() for key in (field.alias, name) if key]
 

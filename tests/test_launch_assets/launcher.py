@@ -29,20 +29,44 @@ class Scripted(Plan):
     text: str = ""
 
     def script(self, gpu_ids=None) -> str:
-        ids = "" if gpu_ids is None else f"export CUDA_VISIBLE_DEVICES={','.join(map(str, gpu_ids))}\n"
+        ids = (
+            ""
+            if gpu_ids is None
+            else f"export CUDA_VISIBLE_DEVICES={','.join(map(str, gpu_ids))}\n"
+        )
         return f"{ids}exec {self.text}\n"
 
 
-def make_plan(outdir: Path, behaviour: str, ranks: int = 2, steps: int = 8, step_s: float = 0.0, **changes) -> Scripted:
+def make_plan(
+    outdir: Path, behaviour: str, ranks: int = 2, steps: int = 8, step_s: float = 0.0, **changes
+) -> Scripted:
     """A plan whose script runs torchrun.py; ``changes`` are fields of the plan or of its experiment."""
     model = Model(name="tiny", num_layers=2, hidden_size=64, num_attention_heads=4)
     sizes = {"mbs": 1, "gbs": ranks, "seq": 64, "dp": ranks, "steps": steps, "miniature": True}
-    fields = {"id": "101", "slug": f"tiny-dp{ranks}", "chapter": 100, "shows": "a test", "model": model, **sizes}
-    experiment = Experiment(**{**fields, **{k: v for k, v in changes.items() if k not in Plan.__dataclass_fields__}})
-    plan = {"full": experiment, "experiment": experiment, "device": "cpu", "place": Place(), "outdir": outdir}
+    fields = {
+        "id": "101",
+        "slug": f"tiny-dp{ranks}",
+        "chapter": 100,
+        "shows": "a test",
+        "model": model,
+        **sizes,
+    }
+    experiment = Experiment(
+        **{**fields, **{k: v for k, v in changes.items() if k not in Plan.__dataclass_fields__}}
+    )
+    plan = {
+        "full": experiment,
+        "experiment": experiment,
+        "device": "cpu",
+        "place": Place(),
+        "outdir": outdir,
+    }
     plan |= {"headline": None, "memory_fraction": None}
     text = f"{sys.executable} {TORCHRUN} {behaviour} {ranks} {steps} {step_s}"
-    return Scripted(**{**plan, **{k: v for k, v in changes.items() if k in Plan.__dataclass_fields__}}, text=text)
+    return Scripted(
+        **{**plan, **{k: v for k, v in changes.items() if k in Plan.__dataclass_fields__}},
+        text=text,
+    )
 
 
 if __name__ == "__main__":
@@ -61,7 +85,9 @@ if __name__ == "__main__":
     plan = make_plan(Path(outdir), behaviour, *sizes, *[float(n) for n in numbers[2:]], **changes)
     try:
         with lasting_output():
-            status = launch.run_plan(plan, hang_seconds=float(os.environ.get("HANG", 0)) or None).exit_status
+            status = launch.run_plan(
+                plan, hang_seconds=float(os.environ.get("HANG", 0)) or None
+            ).exit_status
         sys.exit(status)
     except UserError as error:
         print(f"error: {error}")

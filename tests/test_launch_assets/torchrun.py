@@ -24,7 +24,9 @@ LAST_RANK = RANKS * (2 if "NODE_RANK" in os.environ else 1) - 1
 def agent() -> int:
     if BEHAVIOUR == "port" and not (RUN_DIR / "second").exists():
         (RUN_DIR / "second").touch()
-        print("torch.distributed.DistNetworkError: The server socket has failed to listen on any local network address")
+        print(
+            "torch.distributed.DistNetworkError: The server socket has failed to listen on any local network address"
+        )
         return 1
     if BEHAVIOUR == "port-always":
         print("The server socket has failed to listen. name: EADDRINUSE")
@@ -43,7 +45,9 @@ def agent() -> int:
     signal.signal(signal.SIGTERM, pass_on)  # before a rank can outlive this process
     for rank in range(FIRST_RANK, FIRST_RANK + RANKS):
         environment = os.environ | {"RANK": str(rank)}
-        ranks.append(subprocess.Popen([sys.executable, *sys.argv], env=environment, start_new_session=True))
+        ranks.append(
+            subprocess.Popen([sys.executable, *sys.argv], env=environment, start_new_session=True)
+        )
     if BEHAVIOUR == "orphans":
         while not all((RUN_DIR / "ranks" / f"{rank}.json").exists() for rank in range(RANKS)):
             time.sleep(0.01)
@@ -55,9 +59,11 @@ def agent() -> int:
         if failed := [rank for rank, code in enumerate(codes) if code]:
             for rank in ranks:
                 rank.terminate()
-            print(f"Root Cause (first observed failure):\n[0]:\n  time      : {time.strftime('%Y-%m-%d_%H:%M:%S')}\n"
-                  f"  host      : localhost\n  rank      : {FIRST_RANK + failed[0]} (local_rank: {failed[0]})\n"
-                  f"  exitcode  : {codes[failed[0]]} (pid: {ranks[failed[0]].pid})")
+            print(
+                f"Root Cause (first observed failure):\n[0]:\n  time      : {time.strftime('%Y-%m-%d_%H:%M:%S')}\n"
+                f"  host      : localhost\n  rank      : {FIRST_RANK + failed[0]} (local_rank: {failed[0]})\n"
+                f"  exitcode  : {codes[failed[0]]} (pid: {ranks[failed[0]].pid})"
+            )
             return 1
         time.sleep(0.01)
 
@@ -69,7 +75,11 @@ def rank(number: int) -> None:
     faulthandler.register(signal.SIGUSR1, (files / f"{number}.stacks.txt").open("a"))
     report = {"rank": number, "local_rank": number, "pid": os.getpid(), "host": os.uname().nodename}
     report["launch"] = {"add_us": 5.0 + number, "operation_us": 20.0 - number}
-    memory = {"allocated_peak_gib": 1.0 + number, "reserved_peak_gib": 2.0 + number, "rss_peak_gib": 0.25}
+    memory = {
+        "allocated_peak_gib": 1.0 + number,
+        "reserved_peak_gib": 2.0 + number,
+        "rss_peak_gib": 0.25,
+    }
     temporary = files / f".{number}.tmp"
     temporary.write_text(json.dumps(report | memory))
     temporary.rename(files / f"{number}.json")
@@ -82,8 +92,14 @@ def rank(number: int) -> None:
         print("> building train, validation, and test datasets ...", flush=True)
     if BEHAVIOUR == "load-fails":
         trace = 'File "training.py", line 1, in setup\n  File "checkpointing.py", line 2, in load_checkpoint\n    torch.load()\n'
-        error = {"type": "CheckpointException", "message": "CheckpointException ranks:dict_keys([0])\n  File \"x\"\n"
-                 "_pickle.UnpicklingError: Unsupported operand 0\n", "traceback": trace, "rank": number, "time": time.time()}
+        error = {
+            "type": "CheckpointException",
+            "message": 'CheckpointException ranks:dict_keys([0])\n  File "x"\n'
+            "_pickle.UnpicklingError: Unsupported operand 0\n",
+            "traceback": trace,
+            "rank": number,
+            "time": time.time(),
+        }
         (files / f"{number}.error.json").write_text(json.dumps(error))
         sys.exit(1)
     for step in range(1, STEPS + 1):
@@ -93,7 +109,13 @@ def rank(number: int) -> None:
         if step == 3 and number == LAST_RANK:
             misbehave(number, step)
         if number == LAST_RANK:
-            metrics = {"step": step, "loss": 10 - step / 10, "step_ms": 100.0 + step, "tflops": 2.0, "tokens_per_s": 50}
+            metrics = {
+                "step": step,
+                "loss": 10 - step / 10,
+                "step_ms": 100.0 + step,
+                "tflops": 2.0,
+                "tokens_per_s": 50,
+            }
             with (RUN_DIR / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(metrics | {"time": time.time()}) + "\n")
     if BEHAVIOUR in ("stubborn", "orphans"):
@@ -104,7 +126,10 @@ def misbehave(number: int, step: int) -> None:
     if BEHAVIOUR == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if BEHAVIOUR == "oom":
-        error = {"type": "OutOfMemoryError", "message": "CUDA out of memory. Tried to allocate 2.93 GiB."}
+        error = {
+            "type": "OutOfMemoryError",
+            "message": "CUDA out of memory. Tried to allocate 2.93 GiB.",
+        }
         error |= {"rank": number, "time": time.time(), "step": step}
         (RUN_DIR / "ranks" / f"{number}.error.json").write_text(json.dumps(error))
         sys.exit(1)

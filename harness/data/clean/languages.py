@@ -42,7 +42,9 @@ def code_of(name: str) -> str:
     for code, known in LANGUAGES.items():
         if wanted in (code, known.casefold()):
             return code
-    raise UserError(f"no language {name!r} in lid.176; {nearest(name.strip().title(), LANGUAGES.values())}")
+    raise UserError(
+        f"no language {name!r} in lid.176; {nearest(name.strip().title(), LANGUAGES.values())}"
+    )
 
 
 def name_of(code: str) -> str:

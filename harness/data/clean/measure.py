@@ -50,7 +50,8 @@ class RuleScore:
 
 @dataclass(frozen=True)
 class DefectScore:
-    """``treated`` of the ``planted`` defects were dropped, or mended to what the text was. ``by``: rule -> dropped."""
+    """``treated`` of the ``planted`` defects were dropped, or mended to what the text was. ``by``:
+    rule -> dropped."""
 
     defect: str
     planted: int
@@ -64,7 +65,8 @@ class DefectScore:
 
 @dataclass(frozen=True)
 class SimilarityScore:
-    """``dropped`` of the ``pairs`` of planted near-duplicates with a Jaccard similarity of ``least`` … ``most``."""
+    """``dropped`` of the ``pairs`` of planted near-duplicates with a Jaccard similarity of
+    ``least`` … ``most``."""
 
     least: float
     most: float
@@ -93,7 +95,8 @@ def measure(
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
     processes: int | None = None,
 ) -> Measurement:
-    """Make a corpus in ``folder``/in, clean it into ``folder``/out, compare what was dropped with what was planted."""
+    """Make a corpus in ``folder``/in, clean it into ``folder``/out, compare what was dropped with
+    what was planted."""
     inputs = generate(folder / "in", size_bytes, corpus, processes, progress)
     report = clean(inputs, folder / "out", rules, progress, processes)
     decisions = np.load(folder / "out" / "decisions.npy")
@@ -112,12 +115,17 @@ def measure(
         clean_documents=sound.total(),
         clean_dropped=sound.total() - sound[KEPT],
         rules=tuple(
-            RuleScore(rule, report.dropped[rule], sum(dropped[d][rule] for d in right if d in dropped))
-            for rule, right in RIGHT.items() if rule in report.dropped
+            RuleScore(
+                rule, report.dropped[rule], sum(dropped[d][rule] for d in right if d in dropped)
+            )
+            for rule, right in RIGHT.items()
+            if rule in report.dropped
         ),
         defects=tuple(
             DefectScore(
-                defect, by.total(), mended[defect] if defect in MENDABLE else by.total() - by[KEPT],
+                defect,
+                by.total(),
+                mended[defect] if defect in MENDABLE else by.total() - by[KEPT],
                 {rule: number for rule, number in by.most_common() if rule != KEPT},
             )
             for defect, by in sorted(dropped.items())
@@ -156,7 +164,9 @@ def _mended(
         if number in before:
             defect = truth[number].defect
             # The foreign words themselves are to go, no more.
-            expected = re.sub("[\u0400-\u04ff]", "", text) if defect == "foreign-few" else before[number]
+            expected = (
+                re.sub("[\u0400-\u04ff]", "", text) if defect == "foreign-few" else before[number]
+            )
             mended[defect] += OneLine().apply([expected]).texts[0] == kept[number]
     return mended
 
@@ -172,15 +182,22 @@ def _texts(paths: Sequence[Path] | Iterator[Path]) -> Iterator[str]:
 
 
 def _by_similarity(
-    rules: Rules, decisions: np.ndarray, names: Sequence[str], truth: dict[int, Label], corpus: Corpus
+    rules: Rules,
+    decisions: np.ndarray,
+    names: Sequence[str],
+    truth: dict[int, Label],
+    corpus: Corpus,
 ) -> Iterator[SimilarityScore]:
-    """Near-duplicates that the rules of documents let pass, by their true similarity to what they were made from."""
+    """Near-duplicates that the rules of documents let pass, by their true similarity to what they
+    were made from."""
     if not rules.near:
         return
     passed = (KEPT, "exact-duplicates", rules.near.key)
     pairs = [
-        label for label in truth.values()
-        if label.defect == "near-duplicate" and names[decisions[label.document]] in passed
+        label
+        for label in truth.values()
+        if label.defect == "near-duplicate"
+        and names[decisions[label.document]] in passed
         and names[decisions[label.source]] in passed
     ][:_PAIRS]
     similarity = np.array(

@@ -1,13 +1,15 @@
 """Cleaning a corpus: filter each unit, compare all documents, write what is left.
 
     output_dir/00000.jsonl …        what is kept, in the order of the input: one {"text": …} a line
-    output_dir/dropped/RULE.jsonl   up to 100 of the documents a rule dropped, drawn evenly: where, why, how they begin
-    output_dir/decisions.npy        for each document of the input: 0 kept, n dropped by the n-th of the report's rules
+    output_dir/dropped/RULE.jsonl   up to 100 of the documents a rule dropped, drawn evenly: where,
+                                    why, how they begin
+    output_dir/decisions.npy        for each document of the input: 0 kept, n dropped by the n-th of
+                                    the report's rules
     output_dir/manifest.json        the report, written last
     output_dir/work/                of a run that is not yet done
 
-Units are independent but for the comparison, every file appears whole or not at all, and nothing depends on time or on
-the number of processes: a run that was killed goes on to the same bytes.
+Units are independent but for the comparison, every file appears whole or not at all, and nothing
+depends on time or on the number of processes: a run that was killed goes on to the same bytes.
 """
 
 from __future__ import annotations
@@ -50,7 +52,9 @@ _SHARD_NAME = re.compile(r"\d{5,}\.jsonl|\..*\.tmp")
 _FORMAT = 1
 """Counts changes of this code after which an unfinished or finished run must not be taken up."""
 
-_VERDICT = np.dtype([("decision", np.uint8), ("unit", np.int32), ("offset", np.int64), ("likeness", np.float32)])
+_VERDICT = np.dtype(
+    [("decision", np.uint8), ("unit", np.int32), ("offset", np.int64), ("likeness", np.float32)]
+)
 """Of a document that passed the filter: what is decided, and the earlier one that it duplicates."""
 
 
@@ -65,7 +69,8 @@ class Shard(BaseModel):
 
 
 class CleanReport(BaseModel):
-    """What came in, what each rule dropped and changed, what is left. ``bytes`` are those of JSON Lines files."""
+    """What came in, what each rule dropped and changed, what is left. ``bytes`` are those of JSON
+    Lines files."""
 
     model_config = ConfigDict(frozen=True)
     documents_in: int
@@ -88,14 +93,16 @@ def clean(
     processes: int | None = None,
     unit_bytes: int = UNIT_BYTES,
 ) -> CleanReport:
-    """Apply ``rules`` to the documents of ``inputs`` (JSON Lines with "text") and write what is left to ``output_dir``.
+    """Apply ``rules`` to the documents of ``inputs`` (JSON Lines with "text") and write what is
+    left to ``output_dir``.
 
-    What an earlier call with the same rules and inputs finished is kept; what it left half-way goes on. Each
-    ``unit_bytes`` of an input become one shard; memory is 300 MiB a process, and 160 bytes a document in this one.
+    What an earlier call with the same rules and inputs finished is kept; what it left half-way goes
+    on. Each ``unit_bytes`` of an input become one shard; memory is 300 MiB a process, and 160 bytes
+    a document in this one.
 
     Raises:
-        UserError: an input is missing, none holds a readable document, another process writes to ``output_dir``, or its
-            disk is full.
+        UserError: an input is missing, none holds a readable document, another process writes to
+            ``output_dir``, or its disk is full.
     """
     try:
         units = _units(inputs, unit_bytes)
@@ -106,7 +113,9 @@ def clean(
             way_out = "make room and start again: it goes on where it stopped"
         else:
             way_out = "mend that and start again: it goes on where it stopped"
-        raise UserError(f"cleaning into {output_dir}: {error.strerror or error}\n{way_out}") from None
+        raise UserError(
+            f"cleaning into {output_dir}: {error.strerror or error}\n{way_out}"
+        ) from None
     except BrokenProcessPool:
         raise UserError(
             f"cleaning into {output_dir}: a process was killed, perhaps for want of memory\n"
@@ -114,13 +123,17 @@ def clean(
         ) from None
 
 
-def check_output(inputs: Sequence[Path], output_dir: Path, rules: Rules, force: bool = False) -> Path:
-    """Where to clean ``inputs`` to: ``output_dir``, or with ``force`` a folder beside it that is to replace it.
+def check_output(
+    inputs: Sequence[Path], output_dir: Path, rules: Rules, force: bool = False
+) -> Path:
+    """Where to clean ``inputs`` to: ``output_dir``, or with ``force`` a folder beside it that is to
+    replace it.
 
     Without inputs, only whether ``output_dir`` may be written to at all.
 
     Raises:
-        UserError: ``output_dir`` has files that no cleaning wrote; or, without ``force``, what other inputs or rules left.
+        UserError: ``output_dir`` has files that no cleaning wrote; or, without ``force``, what
+        other inputs or rules left.
     """
     try:
         there = {path.name for path in output_dir.iterdir()}
@@ -128,20 +141,36 @@ def check_output(inputs: Sequence[Path], output_dir: Path, rules: Rules, force: 
         return output_dir
     except OSError as error:
         raise UserError(f"OUT={output_dir}: {error.strerror}; name a folder") from None
-    own = {name for name in there if name in _OWN or _SHARD_NAME.fullmatch(name)} if _STATE in there else {".lock"}
+    own = (
+        {name for name in there if name in _OWN or _SHARD_NAME.fullmatch(name)}
+        if _STATE in there
+        else {".lock"}
+    )
     if foreign := sorted(there - own):
-        shown = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
-        raise UserError(f"OUT={output_dir} holds what no cleaning wrote: {shown}\nname a folder that is new or empty")
-    if _STATE not in there or not inputs or noted_state(output_dir) == _state(_units(inputs, UNIT_BYTES), rules):
+        shown = ", ".join(foreign[:3]) + (
+            f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+        )
+        raise UserError(
+            f"OUT={output_dir} holds what no cleaning wrote: {shown}\nname a folder that is new or"
+            " empty"
+        )
+    if (
+        _STATE not in there
+        or not inputs
+        or noted_state(output_dir) == _state(_units(inputs, UNIT_BYTES), rules)
+    ):
         return output_dir
     if not force:
-        raise UserError(f"OUT={output_dir} holds what other inputs or other rules left\n"
-                        "name another folder; FORCE=1 replaces this one once the new one is whole")
+        raise UserError(
+            f"OUT={output_dir} holds what other inputs or other rules left\n"
+            "name another folder; FORCE=1 replaces this one once the new one is whole"
+        )
     return output_dir.with_name(f".{output_dir.name}.new")
 
 
 def noted_state(output_dir: Path) -> dict[str, Any] | None:
-    """What the run that wrote to ``output_dir`` depended on; None where it is not there, or damaged."""
+    """What the run that wrote to ``output_dir`` depended on; None where it is not there, or
+    damaged."""
     try:
         return read_object(output_dir / _STATE)
     except ValueError:
@@ -157,7 +186,11 @@ def _units(inputs: Sequence[Path], unit_bytes: int) -> tuple[Unit, ...]:
 
 
 def _resume(
-    units: tuple[Unit, ...], output_dir: Path, rules: Rules, progress: Progress, processes: int | None
+    units: tuple[Unit, ...],
+    output_dir: Path,
+    rules: Rules,
+    progress: Progress,
+    processes: int | None,
 ) -> CleanReport:
     work = output_dir / "work"
     manifest = output_dir / "manifest.json"
@@ -181,7 +214,10 @@ def _state(units: Sequence[Unit], rules: Rules) -> dict[str, Any]:
     return {
         "format": _FORMAT,
         "rules": rules.dump(),
-        "units": [[str(unit.path.resolve()), unit.path.stat().st_mtime_ns, unit.start, unit.end] for unit in units],
+        "units": [
+            [str(unit.path.resolve()), unit.path.stat().st_mtime_ns, unit.start, unit.end]
+            for unit in units
+        ],
         "versions": _versions(),
     }
 
@@ -189,7 +225,11 @@ def _state(units: Sequence[Unit], rules: Rules) -> dict[str, Any]:
 def _versions() -> dict[str, str]:
     import unicodedata
 
-    return {"numpy": np.__version__, "orjson": orjson.__version__, "unicode": unicodedata.unidata_version}
+    return {
+        "numpy": np.__version__,
+        "orjson": orjson.__version__,
+        "unicode": unicodedata.unidata_version,
+    }
 
 
 def _clear(output_dir: Path) -> None:
@@ -201,7 +241,9 @@ def _clear(output_dir: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _filter_all(units: Sequence[Unit], work: Path, rules: Rules, progress: Progress, processes: int | None) -> None:
+def _filter_all(
+    units: Sequence[Unit], work: Path, rules: Rules, progress: Progress, processes: int | None
+) -> None:
     done, total = 0, sum(unit.bytes for unit in units)
     progress("filter", 0, total)
     with map_in_order(_filter, ((unit, work, rules) for unit in units), processes) as finished:
@@ -211,17 +253,22 @@ def _filter_all(units: Sequence[Unit], work: Path, rules: Rules, progress: Progr
     counts = sum((Counter(_marker(work, unit)["dropped"]) for unit in units), Counter())
     documents = sum(_marker(work, unit)["documents"] for unit in units)
     if documents == counts[UNREADABLE]:
-        sample = next(iter(s for unit in units for s in _marker(work, unit)["samples"]), {"why": "there is none"})
+        sample = next(
+            iter(s for unit in units for s in _marker(work, unit)["samples"]),
+            {"why": "there is none"},
+        )
         raise UserError(
-            f'none of {documents:,} lines is a document; {sample["why"]}\nlines must be like {{"text": "…"}}'
+            f"none of {documents:,} lines is a document; {sample['why']}\nlines must be like"
+            ' {"text": "…"}'
         )
 
 
 def _filter(unit: Unit, work: Path, rules: Rules) -> None:
     """Apply the rules of documents to a unit.
 
-    Writes work/N.jsonl (what passes), N.npz (``decisions`` of all its documents; ``offsets`` in the input, ``ends`` in
-    N.jsonl, ``hashes`` and ``signatures`` of those that pass) and, last, N.json (counts and samples).
+    Writes work/N.jsonl (what passes), N.npz (``decisions`` of all its documents; ``offsets`` in the
+    input, ``ends`` in N.jsonl, ``hashes`` and ``signatures`` of those that pass) and, last, N.json
+    (counts and samples).
     """
     if (work / f"{unit.name}.json").exists():
         return
@@ -238,8 +285,14 @@ def _filter(unit: Unit, work: Path, rules: Rules) -> None:
                 for position, why in outcome.dropped.items():
                     decision[alive[position]] = number
                     samples.add(rule.key, offsets[alive[position]], why, texts[position])
-                before = [(i, t) for p, (i, t) in enumerate(zip(alive, texts, strict=True)) if p not in outcome.dropped]
-                changed[rule.key] += sum(a is not b for (_, a), b in zip(before, outcome.texts, strict=True))
+                before = [
+                    (i, t)
+                    for p, (i, t) in enumerate(zip(alive, texts, strict=True))
+                    if p not in outcome.dropped
+                ]
+                changed[rule.key] += sum(
+                    a is not b for (_, a), b in zip(before, outcome.texts, strict=True)
+                )
                 alive, texts = [i for i, _ in before], outcome.texts
             decisions.append(decision)
             passed.append(_write_batch(file, [offsets[i] for i in alive], texts, rules))
@@ -252,7 +305,9 @@ def _filter(unit: Unit, work: Path, rules: Rules) -> None:
             offsets=np.concatenate([np.empty(0, np.int64), *offsets]),
             ends=np.cumsum(np.concatenate([np.empty(0, np.int64), *sizes])),
             hashes=np.concatenate([np.empty(0, np.uint64), *hashes]),
-            signatures=np.concatenate([np.empty((0, signature_bytes(rules)), np.uint8), *signatures]),
+            signatures=np.concatenate(
+                [np.empty((0, signature_bytes(rules)), np.uint8), *signatures]
+            ),
         )
     counts = np.bincount(decided, minlength=len(rules.names) + 1).tolist()
     write_json(
@@ -288,7 +343,9 @@ def _parse(
         text, why = _text(line)
         if why:
             decision[i] = 1
-            samples.add(UNREADABLE, offsets[i], why, line[: 4 * _SAMPLE_CHARACTERS].decode(errors="replace"))
+            samples.add(
+                UNREADABLE, offsets[i], why, line[: 4 * _SAMPLE_CHARACTERS].decode(errors="replace")
+            )
         else:
             texts.append(text)
             alive.append(i)
@@ -308,18 +365,30 @@ def _text(line: bytes) -> tuple[str, str | None]:
     if not isinstance(text := value.get("text"), str):
         return (
             "",
-            f'no "text" among the keys {", ".join(value)[:200]}' if text is None else f'"text" is {str(text)[:50]!r}',
+            (
+                f'no "text" among the keys {", ".join(value)[:200]}'
+                if text is None
+                else f'"text" is {str(text)[:50]!r}'
+            ),
         )
     return text, None
 
 
-def _write_batch(file, offsets: list[int], texts: list[str], rules: Rules) -> tuple[np.ndarray, ...]:
+def _write_batch(
+    file, offsets: list[int], texts: list[str], rules: Rules
+) -> tuple[np.ndarray, ...]:
     """Write what passed; give back offsets in the input, sizes of the lines, hashes, signatures."""
     lines = [orjson.dumps({"text": text}, option=orjson.OPT_APPEND_NEWLINE) for text in texts]
     file.writelines(lines)
     encoded = [text.encode() for text in texts]
-    hashes = b"".join(hashlib.blake2b(text, digest_size=8).digest() for text in encoded) if rules.exact else b""
-    signatures = rules.near.signatures(encoded) if rules.near else np.empty((len(texts), 0), np.uint8)
+    hashes = (
+        b"".join(hashlib.blake2b(text, digest_size=8).digest() for text in encoded)
+        if rules.exact
+        else b""
+    )
+    signatures = (
+        rules.near.signatures(encoded) if rules.near else np.empty((len(texts), 0), np.uint8)
+    )
     return (
         np.array(offsets, np.int64),
         np.array([len(line) for line in lines], np.int64),
@@ -334,7 +403,8 @@ def signature_bytes(rules: Rules) -> int:
 
 
 def compare(units: Sequence[Unit], work: Path, rules: Rules, progress: Progress) -> None:
-    """Write work/verdicts.npy: a ``_VERDICT`` for every document that passed the filter, in order."""
+    """Write work/verdicts.npy: a ``_VERDICT`` for every document that passed the filter, in
+    order."""
     kept = [_array(work, unit, "offsets") for unit in units]
     offsets = np.concatenate(kept)
     unit_of = np.repeat(np.arange(len(units), dtype=np.int32), [len(of_unit) for of_unit in kept])
@@ -352,7 +422,9 @@ def compare(units: Sequence[Unit], work: Path, rules: Rules, progress: Progress)
             signatures[start : start + len(of_unit)] = of_unit
             start += len(of_unit)
         left = np.flatnonzero(verdicts["decision"] == 0)
-        twin = near_duplicates(rules.near, signatures, left, lambda *done: progress("compare", *done))
+        twin = near_duplicates(
+            rules.near, signatures, left, lambda *done: progress("compare", *done)
+        )
         _decide(verdicts, twin, rules, rules.near.key, unit_of, offsets)
         later = np.flatnonzero(twin >= 0)
         verdicts["likeness"][later] = rules.near.likeness(signatures, twin[later], later)
@@ -361,7 +433,12 @@ def compare(units: Sequence[Unit], work: Path, rules: Rules, progress: Progress)
 
 
 def _decide(
-    verdicts: np.ndarray, twin: np.ndarray, rules: Rules, key: str, unit_of: np.ndarray, offsets: np.ndarray
+    verdicts: np.ndarray,
+    twin: np.ndarray,
+    rules: Rules,
+    key: str,
+    unit_of: np.ndarray,
+    offsets: np.ndarray,
 ) -> None:
     later = np.flatnonzero(twin >= 0)
     verdicts["decision"][later] = 1 + rules.names.index(key)
@@ -374,14 +451,17 @@ def _write_all(
 ) -> None:
     lengths = [len(_array(output_dir / "work", unit, "offsets")) for unit in units]
     firsts = np.cumsum([0, *lengths]).tolist()
-    tasks = ((unit, output_dir, rules, units, first) for unit, first in zip(units, firsts, strict=False))
+    tasks = (
+        (unit, output_dir, rules, units, first) for unit, first in zip(units, firsts, strict=False)
+    )
     with map_in_order(_write, tasks, processes) as finished:
         for done, _ in enumerate(finished, start=1):
             progress("write", done, len(units))
 
 
 def _write(unit: Unit, output_dir: Path, rules: Rules, units: Sequence[Unit], first: int) -> None:
-    """Copy what is kept of a unit to its shard; work/N.done.json tells its counts, work/N.jsonl goes."""
+    """Copy what is kept of a unit to its shard; work/N.done.json tells its counts, work/N.jsonl
+    goes."""
     work = output_dir / "work"
     done = work / f"{unit.name}.done.json"
     filtered = work / f"{unit.name}.jsonl"
@@ -406,7 +486,12 @@ def _write(unit: Unit, output_dir: Path, rules: Rules, units: Sequence[Unit], fi
             why = f"{verdict['likeness']:.2f} like the one at {twin}"
             text = orjson.loads(data[starts[i] : starts[i + 1]])["text"]
             samples.add(rules.names[verdict["decision"] - 1], int(offsets[i]), why, text)
-        shard = Shard(name=f"{unit.name}.jsonl", documents=int(keep.sum()), bytes=size, sha256=digest.hexdigest())
+        shard = Shard(
+            name=f"{unit.name}.jsonl",
+            documents=int(keep.sum()),
+            bytes=size,
+            sha256=digest.hexdigest(),
+        )
         dropped = np.bincount(verdicts["decision"], minlength=len(rules.names) + 1).tolist()[1:]
         write_json(
             done,
@@ -426,7 +511,12 @@ def _finish(units: Sequence[Unit], output_dir: Path, rules: Rules) -> None:
     written = [json.loads((work / f"{unit.name}.done.json").read_text()) for unit in units]
     (output_dir / "dropped").mkdir(exist_ok=True)
     for name in rules.names:
-        found = [sample for part in (*filtered, *written) for sample in part["samples"] if sample["rule"] == name]
+        found = [
+            sample
+            for part in (*filtered, *written)
+            for sample in part["samples"]
+            if sample["rule"] == name
+        ]
         with atomic(output_dir / "dropped" / f"{name}.jsonl") as file:
             for sample in heapq.nsmallest(SAMPLES, found, key=lambda sample: sample["draw"]):
                 file.write(orjson.dumps({k: v for k, v in sample.items() if k != "draw"}) + b"\n")
@@ -442,10 +532,15 @@ def _finish(units: Sequence[Unit], output_dir: Path, rules: Rules) -> None:
         documents_out=sum(shard.documents for shard in shards),
         bytes_out=sum(shard.bytes for shard in shards),
         dropped={n: sum(part["dropped"][n] for part in (*filtered, *written)) for n in rules.names},
-        changed={rule.key: sum(part["changed"].get(rule.key, 0) for part in filtered) for rule in rules.documents},
+        changed={
+            rule.key: sum(part["changed"].get(rule.key, 0) for part in filtered)
+            for rule in rules.documents
+        },
         shards=shards,
         rules=tuple(rules.dump()),
-        language_model=model if any(isinstance(rule, Language) for rule in rules.documents) else None,
+        language_model=(
+            model if any(isinstance(rule, Language) for rule in rules.documents) else None
+        ),
         versions=_versions(),
     )
     write_json(output_dir / "manifest.json", report.model_dump(mode="json"))
@@ -470,10 +565,16 @@ class _Samples:
     def add(self, rule: str, offset: int, why: str, text: str) -> None:
         draw = hashlib.blake2b(f"{self._unit.number} {offset}".encode(), digest_size=7).digest()
         found = self._found.setdefault(rule, [])
-        found.append({
-            "draw": int.from_bytes(draw), "rule": rule, "file": self._unit.path.name, "offset": offset, "why": why,
-            "text": text[:_SAMPLE_CHARACTERS],
-        })
+        found.append(
+            {
+                "draw": int.from_bytes(draw),
+                "rule": rule,
+                "file": self._unit.path.name,
+                "offset": offset,
+                "why": why,
+                "text": text[:_SAMPLE_CHARACTERS],
+            }
+        )
         if len(found) > 8 * SAMPLES:
             found[:] = self._least(found)
 

@@ -1,4 +1,5 @@
-"""The rules of cleaning, read from YAML and checked: rules of documents, then those that compare all documents."""
+"""The rules of cleaning, read from YAML and checked: rules of documents, then those that compare
+all documents."""
 
 from __future__ import annotations
 
@@ -27,7 +28,16 @@ UNREADABLE = "unreadable"
 
 KINDS: dict[str, type[Rule]] = {
     kind.key: kind
-    for kind in (Normalise, OneLine, Length, Repetition, Language, Alphabet, ExactDuplicates, NearDuplicates)
+    for kind in (
+        Normalise,
+        OneLine,
+        Length,
+        Repetition,
+        Language,
+        Alphabet,
+        ExactDuplicates,
+        NearDuplicates,
+    )
 }
 
 
@@ -45,7 +55,8 @@ class Rules:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The reasons for which a document is dropped, in order; a decision is a position in (kept, *names)."""
+        """The reasons for which a document is dropped, in order; a decision is a position in (kept,
+        *names)."""
         return (UNREADABLE, *(rule.key for rule in self.all))
 
     def dump(self) -> list[dict[str, Any]]:
@@ -64,7 +75,9 @@ def load_rules(path: Path) -> Rules:
         raise UserError(f"RULES={path}: no such file; {nearest(str(path), there)}")
     content = yaml_files.read(path)
     if set(content) != {"rules"} or not isinstance(content["rules"], list):
-        raise UserError(f"{path}: it must hold one key, rules, with a list of rules (as data/rules-sv.yaml)")
+        raise UserError(
+            f"{path}: it must hold one key, rules, with a list of rules (as data/rules-sv.yaml)"
+        )
     try:
         return _in_order([_rule(entry) for entry in content["rules"]])
     except UserError as error:
@@ -73,10 +86,17 @@ def load_rules(path: Path) -> Rules:
 
 def _rule(entry: Any) -> Rule:
     name, options = (
-        (entry, {}) if isinstance(entry, str) else next(iter(entry.items())) if _is_single(entry) else (None, None)
+        (entry, {})
+        if isinstance(entry, str)
+        else next(iter(entry.items()))
+        if _is_single(entry)
+        else (None, None)
     )
     if not isinstance(name, str):
-        raise UserError(f"{entry!r} is no rule: write `- name:` with its options below, or `- name` where it has none")
+        raise UserError(
+            f"{entry!r} is no rule: write `- name:` with its options below, or `- name` where it"
+            " has none"
+        )
     if name not in KINDS:
         raise UserError(f"no rule {name!r}; {nearest(name, KINDS)}")
     if not isinstance(options or {}, dict):
@@ -85,7 +105,9 @@ def _rule(entry: Any) -> Rule:
     try:
         return kind.model_validate(options or {})
     except ValidationError as error:
-        raise UserError("\n".join(f"{name}: {_explain(kind, one)}" for one in error.errors())) from None
+        raise UserError(
+            "\n".join(f"{name}: {_explain(kind, one)}" for one in error.errors())
+        ) from None
 
 
 def _is_single(entry: Any) -> bool:
@@ -113,6 +135,7 @@ def _in_order(rules: Sequence[Rule]) -> Rules:
     found = Rules(documents, exact, near)
     if found.all != tuple(rules):
         raise UserError(
-            "exact-duplicates and then near-duplicates come last: they compare documents as the other rules leave them"
+            "exact-duplicates and then near-duplicates come last: they compare documents as the"
+            " other rules leave them"
         )
     return found

@@ -28,7 +28,8 @@ class Unit:
         return self.end - self.start
 
     def lines(self) -> Iterator[tuple[int, bytes]]:
-        """Each line that is not blank, with the offset of its first byte; of one too long to hold, its beginning."""
+        """Each line that is not blank, with the offset of its first byte; of one too long to hold,
+        its beginning."""
         with self.path.open("rb") as file:
             offset = self.start
             if offset:
@@ -44,7 +45,8 @@ class Unit:
 
 
 def _skip_line(file, end: int) -> int:
-    """Read on behind the next line break, or to ``end`` or so where there is none before. Returns the bytes read."""
+    """Read on behind the next line break, or to ``end`` or so where there is none before. Returns
+    the bytes read."""
     read = 0
     while piece := file.readline(1 << 20):
         read += len(piece)

@@ -14,7 +14,8 @@ _SPACE = ord(" ")
 
 @dataclass(frozen=True)
 class Words:
-    """Words as runs of bytes that are not spaces: ``text[start:end]``, with a 64-bit ``hash``, in ``document``."""
+    """Words as runs of bytes that are not spaces: ``text[start:end]``, with a 64-bit ``hash``, in
+    ``document``."""
 
     text: np.ndarray
     start: np.ndarray
@@ -24,12 +25,15 @@ class Words:
 
 
 def split(documents: Sequence[bytes], separator: bytes = b" ") -> Words:
-    """The words of each document and of the ``separator``, which must begin and end with a space, behind each."""
+    """The words of each document and of the ``separator``, which must begin and end with a space,
+    behind each."""
     text = np.frombuffer(separator.join([*documents, b""]), np.uint8)
     inside = np.concatenate(([False], text != _SPACE, [False]))
     bounds = np.flatnonzero(inside[1:] != inside[:-1])
     start, end = bounds[::2], bounds[1::2]
-    return Words(text, start, end, hash_spans(text, start, end), _document_of(start, documents, separator))
+    return Words(
+        text, start, end, hash_spans(text, start, end), _document_of(start, documents, separator)
+    )
 
 
 def characters(documents: Sequence[bytes], separator: bytes = b" ") -> Words:
@@ -38,7 +42,9 @@ def characters(documents: Sequence[bytes], separator: bytes = b" ") -> Words:
     bounds = np.append(np.flatnonzero((text & 0xC0) != 0x80), len(text))
     letters = np.flatnonzero(text[bounds[:-1]] != _SPACE)
     start, end = bounds[:-1][letters], bounds[1:][letters]
-    return Words(text, start, end, hash_spans(text, start, end), _document_of(start, documents, separator))
+    return Words(
+        text, start, end, hash_spans(text, start, end), _document_of(start, documents, separator)
+    )
 
 
 def _document_of(start: np.ndarray, documents: Sequence[bytes], separator: bytes) -> np.ndarray:
@@ -49,7 +55,8 @@ def _document_of(start: np.ndarray, documents: Sequence[bytes], separator: bytes
 def hash_spans(text: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
     """A 64-bit hash of each ``text[start:end]``: sum of text[start + i] * BASE**i, mixed.
 
-    The sums over all prefixes are one pass; each span is a difference of two of them, shifted back to its start.
+    The sums over all prefixes are one pass; each span is a difference of two of them, shifted back
+    to its start.
     """
     up, down = _powers(len(text) + 1)
     prefixes = np.zeros(len(text) + 1, np.uint64)
@@ -58,7 +65,8 @@ def hash_spans(text: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarr
 
 
 def mix(values: np.ndarray) -> np.ndarray:
-    """A bijection of 64-bit numbers after which every bit depends on all (MurmurHash3's finaliser)."""
+    """A bijection of 64-bit numbers after which every bit depends on all (MurmurHash3's
+    finaliser)."""
     values = (values ^ (values >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
     values = (values ^ (values >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
     return values ^ (values >> np.uint64(33))

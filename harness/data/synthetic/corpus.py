@@ -1,4 +1,5 @@
-"""An endless corpus: every document, and what is wrong with it, follows from (seed, document number)."""
+"""An endless corpus: every document, and what is wrong with it, follows from (seed, document
+number)."""
 
 from __future__ import annotations
 
@@ -16,12 +17,21 @@ from harness.errors import UserError, nearest
 DUPLICATES = ("exact-duplicate", "near-duplicate")
 MENDABLE = ("foreign-few", "nfd", "control", "mojibake")
 """Defects that a text can be freed of; a document with another one must go."""
-DEFECTS = (*DUPLICATES, *MENDABLE, "mixed-language", "foreign-many", "too-short", "repeated", "invalid")
+DEFECTS = (
+    *DUPLICATES,
+    *MENDABLE,
+    "mixed-language",
+    "foreign-many",
+    "too-short",
+    "repeated",
+    "invalid",
+)
 
 _BATCH = 512
 _CHAIN = 64
 _FOLLOWS, _FAVOURS = 184, 216
-"""Of 256 words, the first so many follow from the one before, those up to the second are the document's favourites."""
+"""Of 256 words, the first so many follow from the one before, those up to the second are the
+document's favourites."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +42,10 @@ class Mixture:
     defects: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for what, known, given in (("language", LANGUAGES, self.languages), ("defect", DEFECTS, self.defects)):
+        for what, known, given in (
+            ("language", LANGUAGES, self.languages),
+            ("defect", DEFECTS, self.defects),
+        ):
             for name, parts in given.items():
                 if name not in known:
                     raise UserError(f"synthetic {what} {name!r}: {nearest(name, known)}")
@@ -41,7 +54,9 @@ class Mixture:
         if not sum(self.languages.values()):
             raise UserError(f"synthetic text needs a language; {nearest('', LANGUAGES)}")
         if sum(self.defects.values()) > 9000:
-            raise UserError(f"{sum(self.defects.values())} defects in 10,000 documents; give 9,000 at most")
+            raise UserError(
+                f"{sum(self.defects.values())} defects in 10,000 documents; give 9,000 at most"
+            )
 
     @property
     def main(self) -> str:
@@ -52,14 +67,17 @@ PLAIN = Mixture({"sv": 50, "en": 25, "de": 10, "code": 10, "fi": 5})
 """Several languages, nothing damaged."""
 DAMAGED = Mixture(
     {"sv": 80, "en": 5, "da": 4, "nb": 4, "de": 2, "fi": 1, "ru": 2, "zh": 1, "code": 1},
-    {"exact-duplicate": 400, "near-duplicate": 600, "invalid": 20} | dict.fromkeys(DEFECTS[2:-1], 100),
+    {"exact-duplicate": 400, "near-duplicate": 600, "invalid": 20}
+    | dict.fromkeys(DEFECTS[2:-1], 100),
 )
-"""A Swedish crawl: one document in five is of another language, one in six of the others is damaged or a duplicate."""
+"""A Swedish crawl: one document in five is of another language, one in six of the others is damaged
+or a duplicate."""
 
 
 @dataclass(frozen=True)
 class Label:
-    """What is true of a document. ``source``: what it duplicates, but for ``share`` of its words."""
+    """What is true of a document. ``source``: what it duplicates, but for ``share`` of its
+    words."""
 
     document: int
     language: str
@@ -70,7 +88,8 @@ class Label:
 
 @dataclass(frozen=True)
 class _Plan:
-    """Of some documents: index into DEFECTS or -1, whose words they have, index of the language, a random number."""
+    """Of some documents: index into DEFECTS or -1, whose words they have, index of the language, a
+    random number."""
 
     defect: np.ndarray
     source: np.ndarray
@@ -90,7 +109,8 @@ class Corpus:
         return self._lines(range(first, last))
 
     def texts(self, documents: Sequence[int]) -> list[str]:
-        """Some documents as they are, damage included. An invalid one is no UTF-8: UnicodeDecodeError."""
+        """Some documents as they are, damage included. An invalid one is no UTF-8:
+        UnicodeDecodeError."""
         return [json.loads(line)["text"] for line, _ in self._lines(documents)]
 
     def undamaged(self, documents: Sequence[int]) -> list[str]:
@@ -114,7 +134,13 @@ class Corpus:
                 numbers.tolist(), plan.source.tolist(), table().render(words), natures, strict=True
             ):
                 share = SHARES[random % len(SHARES)] if defect == "near-duplicate" else None
-                label = Label(number, LANGUAGES[language], defect, source if defect in DUPLICATES else None, share)
+                label = Label(
+                    number,
+                    LANGUAGES[language],
+                    defect,
+                    source if defect in DUPLICATES else None,
+                    share,
+                )
                 yield line_with(defect, body, random), label
 
     def _plan(self, documents: np.ndarray) -> _Plan:
@@ -147,7 +173,8 @@ class Corpus:
         return stream(np.array([self.seed], np.uint64), 1)[0]
 
     def _walk(self, plan: _Plan) -> list[np.ndarray]:
-        """Each document as numbers of word forms: 60 words or more, 370 on average, one document in 256 over 15,000.
+        """Each document as numbers of word forms: 60 words or more, 370 on average, one document in
+        256 over 15,000.
 
         Chains of 64 words walk side by side; a document has as many as it needs.
         """
@@ -168,12 +195,19 @@ class Corpus:
             word = np.where(
                 choice < _FOLLOWS,
                 known.successors[word, known.skew[(bits >> 8) & 0xFF]],
-                np.where(choice < _FAVOURS, favourites[owner, (bits >> 16) & 0xF], known.draw(language, random)),
+                np.where(
+                    choice < _FAVOURS,
+                    favourites[owner, (bits >> 16) & 0xF],
+                    known.draw(language, random),
+                ),
             )
             forms[:, step] = word * FORMS + known.punctuation[(bits >> 20) & 0xFF]
         forms[first, 0] += START - forms[first, 0] % FORMS
         flat = forms.reshape(-1)
-        return [flat[at : at + n] for at, n in zip((first * _CHAIN).tolist(), lengths.tolist(), strict=True)]
+        return [
+            flat[at : at + n]
+            for at, n in zip((first * _CHAIN).tolist(), lengths.tolist(), strict=True)
+        ]
 
 
 def _batches(documents: Sequence[int]) -> Iterator[np.ndarray]:
@@ -184,5 +218,7 @@ def _batches(documents: Sequence[int]) -> Iterator[np.ndarray]:
 def _pick(random: np.ndarray, weights: Sequence[int]) -> np.ndarray:
     """Index into ``weights``, in proportion to them, for each random number."""
     return np.searchsorted(
-        np.cumsum(shares(weights, 1 << 16)), (random >> np.uint64(48)).astype(np.int64), side="right"
+        np.cumsum(shares(weights, 1 << 16)),
+        (random >> np.uint64(48)).astype(np.int64),
+        side="right",
     )

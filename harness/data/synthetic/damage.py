@@ -50,7 +50,9 @@ def _mixed_language(words: np.ndarray, language: int, seed: int) -> np.ndarray:
 def _russian(words: np.ndarray, share: float, among: int, seed: int) -> np.ndarray:
     """``share`` of the words become one of the ``among`` most frequent Russian ones."""
     where = _places(words, share, seed)
-    return _exchange(words, where, LANGUAGES.index("ru") * WORDS + _draw(0, len(where), seed) % among)
+    return _exchange(
+        words, where, LANGUAGES.index("ru") * WORDS + _draw(0, len(where), seed) % among
+    )
 
 
 def _repeated(words: np.ndarray, seed: int) -> np.ndarray:
@@ -69,7 +71,8 @@ OF_WORDS: dict[str | None, Callable[[np.ndarray, int, int], np.ndarray]] = {
 
 
 def _control(text: str, seed: int) -> str:
-    """Control characters, zero-width characters and direction marks behind one word in five to fifteen."""
+    """Control characters, zero-width characters and direction marks behind one word in five to
+    fifteen."""
     words = text.split(" ")
     marks = "\0\b\x1f\x7f\u200b\ufeff\u00ad\u202e\u2060"
     step = 5 + seed % 10
@@ -79,7 +82,9 @@ def _control(text: str, seed: int) -> str:
 
 
 _WINDOWS_1252 = {
-    byte: bytes([byte]).decode("cp1252") for byte in range(0x80, 0xA0) if byte not in b"\x81\x8d\x8f\x90\x9d"
+    byte: bytes([byte]).decode("cp1252")
+    for byte in range(0x80, 0xA0)
+    if byte not in b"\x81\x8d\x8f\x90\x9d"
 }
 
 
@@ -102,7 +107,8 @@ def words_with(defect: str | None, words: np.ndarray, language: int, seed: int) 
 
 
 def line_with(defect: str | None, body: bytes, seed: int) -> bytes:
-    """A document as a JSON line, damaged where ``defect`` is one of text. ``body``: the inside of the JSON string."""
+    """A document as a JSON line, damaged where ``defect`` is one of text. ``body``: the inside of
+    the JSON string."""
     if defect in OF_TEXT:
         text = OF_TEXT[defect](json.loads(b'"%s"' % body), seed)
         body = json.dumps(text, ensure_ascii=False)[1:-1].encode()

@@ -1,7 +1,8 @@
 """A synthetic corpus as files.
 
 folder/00000.jsonl …         one {"text": …} a line
-folder/labels/00000.jsonl …  the truth: a Label a line, for each document that is damaged or not of the main language
+folder/labels/00000.jsonl …  the truth: a Label a line, for each document that is damaged or not of
+                             the main language
 folder/synthetic.json        seed, mixture and size
 """
 
@@ -49,7 +50,10 @@ def generate(
     try:
         with locked(folder):
             if recipe_file.exists() and (found := json.loads(recipe_file.read_text())) != recipe:
-                raise UserError(f"{folder} holds another synthetic corpus: {found}\nremove it, or give another NAME=")
+                raise UserError(
+                    f"{folder} holds another synthetic corpus: {found}\nremove it, or give another"
+                    " NAME="
+                )
             write_json(recipe_file, recipe)
             (folder / "labels").mkdir(exist_ok=True)
             return tuple(_shards(folder, size_bytes, corpus, processes, progress))
@@ -57,7 +61,8 @@ def generate(
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         way_out = "make room" if full else "mend that"
         raise UserError(
-            f"synthetic text into {folder}: {error.strerror}\n{way_out} and start again: it goes on where it stopped"
+            f"synthetic text into {folder}: {error.strerror}\n{way_out} and start again: it goes on"
+            " where it stopped"
         ) from None
 
 
@@ -68,7 +73,11 @@ def labels(folder: Path) -> Iterator[Label]:
 
 
 def _shards(
-    folder: Path, size_bytes: int, corpus: Corpus, processes: int | None, progress: Callable[[str, int, int], None]
+    folder: Path,
+    size_bytes: int,
+    corpus: Corpus,
+    processes: int | None,
+    progress: Callable[[str, int, int], None],
 ) -> list[Path]:
     shards: list[Path] = []
     done = 0
@@ -86,14 +95,17 @@ def _shards(
 
 
 def _write_shard(corpus: Corpus, folder: Path, number: int, limit_bytes: int) -> int:
-    """Write a shard unless it is there, no document behind the one that reaches ``limit_bytes``. Returns its size."""
+    """Write a shard unless it is there, no document behind the one that reaches ``limit_bytes``.
+    Returns its size."""
     path = folder / f"{number:05}.jsonl"
     if path.exists():
         return path.stat().st_size
     size = 0
     truth = []
     with atomic(path) as file:
-        for line, label in corpus.lines(number * DOCUMENTS_PER_SHARD, (number + 1) * DOCUMENTS_PER_SHARD):
+        for line, label in corpus.lines(
+            number * DOCUMENTS_PER_SHARD, (number + 1) * DOCUMENTS_PER_SHARD
+        ):
             size += file.write(line)
             if label.defect or label.language != corpus.mixture.main:
                 truth.append(label)

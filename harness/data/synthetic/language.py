@@ -19,7 +19,8 @@ WORDS = 16384
 """Words a language."""
 FORMS = 6
 MID, COMMA, SENTENCE, QUESTION, PARAGRAPH, START = range(FORMS)
-"""How a word is written: inside a sentence, after a comma, at the start of a sentence, a paragraph, a document."""
+"""How a word is written: inside a sentence, after a comma, at the start of a sentence, a paragraph,
+a document."""
 
 _SUCCESSORS = 16
 _DRAW_BITS = 18
@@ -28,10 +29,12 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 @dataclass(frozen=True)
 class Table:
-    """All languages side by side: word w of language l is number l x WORDS + w, its form f is number word x FORMS + f.
+    """All languages side by side: word w of language l is number l x WORDS + w, its form f is
+    number word x FORMS + f.
 
-    ``text``: every form as JSON-escaped UTF-8, form f at ``starts[f]`` … ``starts[f + 1]``. ``draws``: words, each as
-    often as it is frequent, 2**18 a language. ``successors``: [word, 16]. ``skew``: 256 indices of successors, and
+    ``text``: every form as JSON-escaped UTF-8, form f at ``starts[f]`` … ``starts[f + 1]``.
+    ``draws``: words, each as often as it is frequent, 2**18 a language. ``successors``: [word, 16].
+    ``skew``: 256 indices of successors, and
     ``punctuation``: 256 forms, as often as likely.
     """
 
@@ -44,7 +47,9 @@ class Table:
 
     def draw(self, language: np.ndarray | int, random: np.ndarray) -> np.ndarray:
         """A word of ``language`` for each of some 64-bit random numbers."""
-        return self.draws[(language << _DRAW_BITS) + (random >> np.uint64(64 - _DRAW_BITS)).astype(np.int64)]
+        return self.draws[
+            (language << _DRAW_BITS) + (random >> np.uint64(64 - _DRAW_BITS)).astype(np.int64)
+        ]
 
     def render(self, documents: Sequence[np.ndarray]) -> list[bytes]:
         """Each document, given as numbers of forms, as the inside of a JSON string."""
@@ -61,12 +66,21 @@ class Table:
 @functools.cache
 def table() -> Table:
     """The one table. The word of rank r, from 0, has a frequency in proportion to 1 / (r + 3)."""
-    forms = [form for name in LANGUAGES for word in _words(name) for form in _WRITTEN.get(name, _spaced)(word)]
+    forms = [
+        form
+        for name in LANGUAGES
+        for word in _words(name)
+        for form in _WRITTEN.get(name, _spaced)(word)
+    ]
     text = np.frombuffer("".join(forms).encode(), np.uint8)
     starts = np.cumsum([0, *(len(form.encode()) for form in forms)], dtype=np.int32)
-    ranks = np.repeat(np.arange(WORDS), shares([10**9 // (rank + 3) for rank in range(WORDS)], 1 << _DRAW_BITS))
+    ranks = np.repeat(
+        np.arange(WORDS), shares([10**9 // (rank + 3) for rank in range(WORDS)], 1 << _DRAW_BITS)
+    )
     draws = (np.arange(len(LANGUAGES))[:, None] * WORDS + ranks).astype(np.int32).reshape(-1)
-    skew = np.repeat(np.arange(_SUCCESSORS), shares([1000 // (rank + 1) for rank in range(_SUCCESSORS)], 256))
+    skew = np.repeat(
+        np.arange(_SUCCESSORS), shares([1000 // (rank + 1) for rank in range(_SUCCESSORS)], 256)
+    )
     punctuation = np.repeat([MID, COMMA, SENTENCE, QUESTION, PARAGRAPH], [214, 16, 20, 2, 4])
     known = Table(text, starts, draws, np.empty(0), skew, punctuation)
     words = np.arange(len(LANGUAGES) * WORDS)
@@ -91,8 +105,14 @@ def _words(language: str) -> list[str]:
     try:
         from wordfreq import get_frequency_list
     except ImportError:
-        raise UserError("synthetic text takes its words from the package wordfreq\nrun make setup") from None
-    words = (unicodedata.normalize("NFC", w) for words in get_frequency_list(language, "small") for w in words)
+        raise UserError(
+            "synthetic text takes its words from the package wordfreq\nrun make setup"
+        ) from None
+    words = (
+        unicodedata.normalize("NFC", w)
+        for words in get_frequency_list(language, "small")
+        for w in words
+    )
     return list(islice(filter(str.isalpha, words), WORDS))
 
 

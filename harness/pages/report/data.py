@@ -1,4 +1,5 @@
-"""What the page shows, as plain JSON values: columns of rows, curves of runs, figures, timelines. No HTML here."""
+"""What the page shows, as plain JSON values: columns of rows, curves of runs, figures, timelines.
+No HTML here."""
 
 from __future__ import annotations
 
@@ -23,12 +24,41 @@ from harness.run import directory
 from harness.system.files import text_lines
 
 COLUMNS = (
-    "chapter", "id", "slug", "label", "kind", "miniature", "gpus", "hardware", "status", "as_published", "data", "precision",
-    "memory_gib", "reserved_gib", "allocated_gib", "published_memory_gib", "memory_ratio",
-    "step_ms", "step_ms_half_iqr", "published_step_ms", "step_ratio", "predicted_step_ms", "published_oom",
+    "chapter",
+    "id",
+    "slug",
+    "label",
+    "kind",
+    "miniature",
+    "gpus",
+    "hardware",
+    "status",
+    "as_published",
+    "data",
+    "precision",
+    "memory_gib",
+    "reserved_gib",
+    "allocated_gib",
+    "published_memory_gib",
+    "memory_ratio",
+    "step_ms",
+    "step_ms_half_iqr",
+    "published_step_ms",
+    "step_ratio",
+    "predicted_step_ms",
+    "published_oom",
     "published_hardware",
-    "tflops", "mfu", "tokens_per_s", "steps_done", "steps", "window_first_step", "window_last_step",
-    "loss_first", "loss_last", "runs_on_node", "notes",
+    "tflops",
+    "mfu",
+    "tokens_per_s",
+    "steps_done",
+    "steps",
+    "window_first_step",
+    "window_last_step",
+    "loss_first",
+    "loss_last",
+    "runs_on_node",
+    "notes",
 )
 """Keys of ``tables.VALUES``; paths of this machine stay out of the page."""
 DIGITS = 5
@@ -38,26 +68,35 @@ THIS_MACHINE = re.compile(r"#!|cd |export PATH=")
 NOT_RUN = "not run"
 
 
-def page_values(found: Results, references: References, catalog: Catalog, profiles: Mapping[str, Profile]) -> dict[str, Any]:
-    """Everything for the page but claims; its rows are those of ``found`` and the experiments that have none there.
+def page_values(
+    found: Results, references: References, catalog: Catalog, profiles: Mapping[str, Profile]
+) -> dict[str, Any]:
+    """Everything for the page but claims; its rows are those of ``found`` and the experiments that
+    have none there.
 
     Raises:
         UserError: plots.yaml is wrong.
     """
-    measured = sorted(found.rows, key=lambda row: (row.id, row.experiment.miniature, row.hardware, row.label))
+    measured = sorted(
+        found.rows, key=lambda row: (row.id, row.experiment.miniature, row.hardware, row.label)
+    )
     rows = [_row(row) for row in measured]
     have = {row.id for row in measured if not row.experiment.miniature}
     rows += [_unmeasured(e, references) for e in catalog.experiments if e.id not in have]
     rows.sort(key=lambda row: (row["chapter"], row["id"]))
     lines: dict[str, int] = {}
     for row in rows:  # commands share most of their lines
-        row["torchrun"] = [lines.setdefault(line, len(lines)) for line in row["torchrun"].splitlines()]
+        row["torchrun"] = [
+            lines.setdefault(line, len(lines)) for line in row["torchrun"].splitlines()
+        ]
     group = references.published
     return {
         "chapters": {str(number): title for number, title in catalog.chapters.items()},
         "rows": _columns(rows),
         "lines": list(lines),
-        "figures": [_rounded(asdict(figure)) for figure in figures.sweeps(found, references, catalog)],
+        "figures": [
+            _rounded(asdict(figure)) for figure in figures.sweeps(found, references, catalog)
+        ],
         "timelines": [_timeline(one) for one in _schedules(catalog, profiles)],
         "ended": asdict(ended(measured)),
         "flops": MODEL_FLOPS,
@@ -70,9 +109,15 @@ def _row(row: Row) -> dict[str, Any]:
     e = row.experiment
     values = {name: tables.VALUES[name](row) for name in COLUMNS}
     return values | {
-        "layout": e.layout, "model": e.model.name, "shows": e.shows, "make": make_command(e, row.device),
-        "torchrun": torchrun_command(row), "curves": _curves(row), "overrides": dict(e.overrides),
-        "upstream": row.software, "in_doubt": row.reference and row.reference.in_doubt,
+        "layout": e.layout,
+        "model": e.model.name,
+        "shows": e.shows,
+        "make": make_command(e, row.device),
+        "torchrun": torchrun_command(row),
+        "curves": _curves(row),
+        "overrides": dict(e.overrides),
+        "upstream": row.software,
+        "in_doubt": row.reference and row.reference.in_doubt,
     }
 
 
@@ -81,14 +126,30 @@ def _unmeasured(e: Experiment, references: References) -> dict[str, Any]:
     beside = references.published.beside(e.id)
     reference = beside and beside.reference
     return {
-        "chapter": e.chapter, "id": e.id, "slug": e.slug, "label": e.name, "kind": "catalogue", "miniature": False,
-        "gpus": e.world_size, "hardware": None, "status": NOT_RUN, "data": e.data, "precision": e.precision,
-        "published_memory_gib": reference and reference.memory_gib, "published_step_ms": reference and reference.step_ms,
+        "chapter": e.chapter,
+        "id": e.id,
+        "slug": e.slug,
+        "label": e.name,
+        "kind": "catalogue",
+        "miniature": False,
+        "gpus": e.world_size,
+        "hardware": None,
+        "status": NOT_RUN,
+        "data": e.data,
+        "precision": e.precision,
+        "published_memory_gib": reference and reference.memory_gib,
+        "published_step_ms": reference and reference.step_ms,
         "predicted_step_ms": predicted_step_ms(e, machine_measured_by(references.published.name)),
-        "published_oom": reference and reference.oom, "in_doubt": reference and reference.in_doubt,
-        "published_hardware": reference and reference.hardware, "notes": "; ".join(beside.remarks) if beside else "",
-        "layout": e.layout, "model": e.model.name, "shows": e.shows, "make": make_command(e, "cuda"),
-        "torchrun": _script(e), "overrides": {},
+        "published_oom": reference and reference.oom,
+        "in_doubt": reference and reference.in_doubt,
+        "published_hardware": reference and reference.hardware,
+        "notes": "; ".join(beside.remarks) if beside else "",
+        "layout": e.layout,
+        "model": e.model.name,
+        "shows": e.shows,
+        "make": make_command(e, "cuda"),
+        "torchrun": _script(e),
+        "overrides": {},
     }
 
 
@@ -101,7 +162,11 @@ def make_command(e: Experiment, device: str) -> str:
 def torchrun_command(row: Row) -> str:
     """What ran, without the lines that only mean something on the machine where it did."""
     try:
-        text = directory.RunDir(row.origin).command.read_text(encoding="utf-8") if row.kind == "run" else None
+        text = (
+            directory.RunDir(row.origin).command.read_text(encoding="utf-8")
+            if row.kind == "run"
+            else None
+        )
     except (OSError, UnicodeDecodeError):
         text = None
     if text is None:
@@ -122,11 +187,14 @@ def _portable(script: str) -> str:
     """``script`` as it would read in any checkout: paths below its folder are relative to it."""
     if folder := re.search(r"^cd (.+)$", script, re.MULTILINE):
         script = script.replace(f"{folder[1].rstrip('/')}/", "")
-    return "\n".join(line.rstrip() for line in script.splitlines() if not THIS_MACHINE.match(line)).strip()
+    return "\n".join(
+        line.rstrip() for line in script.splitlines() if not THIS_MACHINE.match(line)
+    ).strip()
 
 
 def _curves(row: Row) -> dict[str, Any] | None:
-    """Loss and step time by step, and, of a run that was sampled, used memory of the fullest GPU by second."""
+    """Loss and step time by step, and, of a run that was sampled, used memory of the fullest GPU by
+    second."""
     steps = metrics(row)
     found = {
         "loss": _curve({m.step: m.loss for m in steps if m.loss is not None}),
@@ -142,7 +210,9 @@ def _curve(values: Mapping[int, float]) -> dict[str, Any] | None:
         return None
     curve = figures.thinned("", values)
     y = [_short(value) for value in curve.values]
-    return {"y": y} if curve.steps == tuple(range(1, len(y) + 1)) else {"x": list(curve.steps), "y": y}
+    return (
+        {"y": y} if curve.steps == tuple(range(1, len(y) + 1)) else {"x": list(curve.steps), "y": y}
+    )
 
 
 def _memory(row: Row) -> dict[str, Any] | None:
@@ -167,11 +237,27 @@ def _timeline(schedule: figures.Schedule) -> dict[str, Any]:
     """Spans as [micro-batch, chunk, 1 for backward, start, end], a list for each stage."""
     plan = schedule.timeline
     return {
-        "title": schedule.title, "times_from": schedule.times_from, "unit": schedule.unit,
-        "stages": plan.stages, "chunks": plan.chunks, "micro_batches": plan.micro_batches, "end": _short(plan.end),
+        "title": schedule.title,
+        "times_from": schedule.times_from,
+        "unit": schedule.unit,
+        "stages": plan.stages,
+        "chunks": plan.chunks,
+        "micro_batches": plan.micro_batches,
+        "end": _short(plan.end),
         "bubble": _short(plan.bubble_fraction),
-        "spans": [[[s.work.micro_batch, s.work.chunk, int(s.work.kind == "backward"), _short(s.start), _short(s.end)]
-                   for s in plan.of_stage(stage)] for stage in range(plan.stages)],
+        "spans": [
+            [
+                [
+                    s.work.micro_batch,
+                    s.work.chunk,
+                    int(s.work.kind == "backward"),
+                    _short(s.start),
+                    _short(s.end),
+                ]
+                for s in plan.of_stage(stage)
+            ]
+            for stage in range(plan.stages)
+        ],
     }
 
 

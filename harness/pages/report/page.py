@@ -1,4 +1,5 @@
-"""The page itself: a template, a style sheet and scripts of this folder, with the data inside. It loads nothing else."""
+"""The page itself: a template, a style sheet and scripts of this folder, with the data inside. It
+loads nothing else."""
 
 from __future__ import annotations
 
@@ -24,10 +25,12 @@ SCRIPTS = ("dom.js", "charts.js", "table.js", "compare.js", "sections.js", "main
 
 
 def write(outdir: Path, records: Path, path: Path) -> tuple[str, ...]:
-    """Write the report of ``outdir`` and ``records`` to ``path`` and return warnings of what could not be read.
+    """Write the report of ``outdir`` and ``records`` to ``path`` and return warnings of what could
+    not be read.
 
     Raises:
-        UserError: ``path`` cannot be written, or the catalogue, the references or plots.yaml are wrong.
+        UserError: ``path`` cannot be written, or the catalogue, the references or plots.yaml are
+        wrong.
     """
     references, catalog = results.load_references(), load_catalog()
     found = results.collect(outdir, records, references)
@@ -46,8 +49,11 @@ def is_report(path: Path) -> bool:
         return title.encode() in file.read(4096)
 
 
-def claims(records: Sequence[results.Row], references: results.References, catalog: Catalog) -> list[dict[str, Any]]:
-    """Every claim as `make claims FORMAT=json` has it: on the records alone, and on the published table."""
+def claims(
+    records: Sequence[results.Row], references: results.References, catalog: Catalog
+) -> list[dict[str, Any]]:
+    """Every claim as `make claims FORMAT=json` has it: on the records alone, and on the published
+    table."""
     sources = all_sources(records, catalog, references)
     return verdicts.values(evaluate(load_claims(catalog), sources), sources)
 
@@ -55,14 +61,17 @@ def claims(records: Sequence[results.Row], references: results.References, catal
 def render(data: Mapping[str, Any]) -> str:
     """The page for ``data``.
 
-    Text of runs cannot become markup: the data is JSON in which < is spelled \\u003c, the scripts only set text, and the
-    content security policy runs no other script than the one whose hash it names.
+    Text of runs cannot become markup: the data is JSON in which < is spelled \\u003c, the scripts
+    only set text, and the content security policy runs no other script than the one whose hash it
+    names.
     """
     style = (FOLDER / "report.css").read_text(encoding="utf-8")
     code = "\n".join((FOLDER / name).read_text(encoding="utf-8") for name in SCRIPTS)
     script = f'(() => {{\n"use strict";\n{code}\n}})();'
-    policy = (f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; img-src data:; "
-              "base-uri 'none'; form-action 'none'")
+    policy = (
+        f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
     json_text = json.dumps(data, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
     for character in "<>&\u2028\u2029":
         json_text = json_text.replace(character, f"\\u{ord(character):04x}")

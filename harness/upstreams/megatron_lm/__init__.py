@@ -1,1 +1,2 @@
-"""How Megatron-LM is spoken to: its arguments, its environment variables, its log to Weights & Biases."""
+"""How Megatron-LM is spoken to: its arguments, its environment variables, its log to Weights &
+Biases."""

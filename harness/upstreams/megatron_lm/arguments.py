@@ -11,32 +11,47 @@ from harness.errors import UserError
 
 
 def print_arguments(match: str | None = None) -> int:
-    """Print every argument of ``pretrain_gpt.py`` by upstream's groups; ``match`` keeps those with it, and their help.
+    """Print every argument of ``pretrain_gpt.py`` by upstream's groups; ``match`` keeps those with
+    it, and their help.
 
     Raises UserError where nothing matches.
     """
-    groups = [(title, [a for a in actions if not match or match in " ".join(a.option_strings)])
-              for title, actions in _groups()]
+    groups = [
+        (title, [a for a in actions if not match or match in " ".join(a.option_strings)])
+        for title, actions in _groups()
+    ]
     total = sum(len(actions) for _, actions in groups)
     if not total:
-        raise UserError(f"MATCH={match}: none of upstream's arguments contains it; make arguments lists all")
+        raise UserError(
+            f"MATCH={match}: none of upstream's arguments contains it; make arguments lists all"
+        )
     for title, actions in groups:
         if actions:
             print(f"\n{title} ({len(actions)})")
         for action in actions:
             values = "|".join(map(str, action.choices)) if action.choices else ""
-            default = "" if action.default in (None, False, argparse.SUPPRESS) else f"  [{action.default}]"
+            default = (
+                ""
+                if action.default in (None, False, argparse.SUPPRESS)
+                else f"  [{action.default}]"
+            )
             print(f"  {', '.join(action.option_strings)} {values}".rstrip() + default)
             if match and isinstance(action.help, str):
                 print(textwrap.indent(textwrap.fill(" ".join(action.help.split()), 110), "      "))
-    print(f"\n{total} arguments" + (f" contain {match}" if match else "") + f", in {sum(1 for _, a in groups if a)} groups. "
-          'Pass any: make 101 ARGS="--lr 1e-4"')
+    print(
+        f"\n{total} arguments"
+        + (f" contain {match}" if match else "")
+        + f", in {sum(1 for _, a in groups if a)} groups. "
+        'Pass any: make 101 ARGS="--lr 1e-4"'
+    )
     return 0
 
 
 def _groups() -> list[tuple[str, list[argparse.Action]]]:
-    return [(group.title or "other", [a for a in group._group_actions if a.option_strings])
-            for group in upstream_parser()._action_groups]
+    return [
+        (group.title or "other", [a for a in group._group_actions if a.option_strings])
+        for group in upstream_parser()._action_groups
+    ]
 
 
 def upstream_parser() -> argparse.ArgumentParser:
@@ -53,6 +68,7 @@ def import_upstream() -> None:
     from harness.machine.upstream import locate, put_on_path
 
     put_on_path(locate())
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of no GPU, which nothing here needs
+    # it warns of no GPU, which nothing here needs
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     with warnings.catch_warnings(action="ignore"):
         import megatron.training.arguments  # noqa: F401

@@ -35,17 +35,34 @@ def variables(
     """The variables of ``e`` on ``device``.
 
     Args:
-        memory_fraction: share of the GPU's memory that PyTorch may allocate, where ``e.card`` emulates a smaller card.
+        memory_fraction: share of the GPU's memory that PyTorch may allocate, where ``e.card``
+        emulates a smaller card.
         keep: so many checkpoints, the newest, are kept.
         tracking: how Weights & Biases is told of the run.
     """
     found = _cpu(e) if device == "cpu" else _cuda(e, memory_fraction)
     if e.profile:
-        found.append(Variable(PROFILE_VARIABLE, "-".join(map(str, e.profile)), "the steps of which a trace is kept"))
+        found.append(
+            Variable(
+                PROFILE_VARIABLE,
+                "-".join(map(str, e.profile)),
+                "the steps of which a trace is kept",
+            )
+        )
     if e.data != data_sets.MOCK:
-        found.append(Variable("HF_HUB_OFFLINE", "1", "the tokenizer lies beside the data; nothing is fetched"))
+        found.append(
+            Variable(
+                "HF_HUB_OFFLINE", "1", "the tokenizer lies beside the data; nothing is fetched"
+            )
+        )
     if e.until:
-        found.append(Variable(UNTIL_VARIABLE, f"{e.until.validation_loss:g}", "the held-out loss at which it is done"))
+        found.append(
+            Variable(
+                UNTIL_VARIABLE,
+                f"{e.until.validation_loss:g}",
+                "the held-out loss at which it is done",
+            )
+        )
     if keep:
         found.append(Variable(KEEP_VARIABLE, str(keep), "checkpoints that are kept, the newest"))
     if tracking:
@@ -59,23 +76,44 @@ def _cpu(e: Experiment) -> list[Variable]:
         Variable("HARNESS_DEVICE", "cpu", "harness.cpu stands in for CUDA"),
         Variable("CUDA_DEVICE_MAX_CONNECTIONS", "8", "upstream refuses 1 for FSDP")
         if e.fully_sharded
-        else Variable("CUDA_DEVICE_MAX_CONNECTIONS", "1", "upstream asserts it for tensor and context parallelism"),
+        else Variable(
+            "CUDA_DEVICE_MAX_CONNECTIONS",
+            "1",
+            "upstream asserts it for tensor and context parallelism",
+        ),
         Variable("OMP_NUM_THREADS", str(threads), "the ranks share the cores"),
     ]
     if e.nodes == 1:
-        found.append(Variable("GLOO_SOCKET_IFNAME", "lo", "else gloo resolves the host's name, which laptops often cannot"))
+        found.append(
+            Variable(
+                "GLOO_SOCKET_IFNAME",
+                "lo",
+                "else gloo resolves the host's name, which laptops often cannot",
+            )
+        )
     return found
 
 
 def _cuda(e: Experiment, memory_fraction: float | None) -> list[Variable]:
     found = [
         Variable("HARNESS_DEVICE", "cuda", "one GPU a rank"),
-        Variable("CUDA_DEVICE_MAX_CONNECTIONS", "8", "FSDP gathers on several queues; upstream refuses 1")
+        Variable(
+            "CUDA_DEVICE_MAX_CONNECTIONS", "8", "FSDP gathers on several queues; upstream refuses 1"
+        )
         if e.fully_sharded
-        else Variable("CUDA_DEVICE_MAX_CONNECTIONS", "1", "one queue: communication starts before the GEMM beside it"),
+        else Variable(
+            "CUDA_DEVICE_MAX_CONNECTIONS",
+            "1",
+            "one queue: communication starts before the GEMM beside it",
+        ),
         Variable("OMP_NUM_THREADS", "1", "torchrun's own choice for several ranks"),
     ]
     if memory_fraction is not None:
-        found.append(Variable("PYTORCH_CUDA_ALLOC_CONF", f"per_process_memory_fraction:{memory_fraction:.4f}",
-                              f"behave as {e.card}: what its memory leaves to the allocator beside CUDA and NCCL"))
+        found.append(
+            Variable(
+                "PYTORCH_CUDA_ALLOC_CONF",
+                f"per_process_memory_fraction:{memory_fraction:.4f}",
+                f"behave as {e.card}: what its memory leaves to the allocator beside CUDA and NCCL",
+            )
+        )
     return found

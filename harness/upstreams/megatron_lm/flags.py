@@ -1,6 +1,7 @@
 """The one place that spells Megatron-LM's arguments (core_v0.19.0: megatron/training/arguments.py).
 
-``megatron_flags`` gives them in groups, each group one line of the script that ``make show-<id>`` prints.
+``megatron_flags`` gives them in groups, each group one line of the script that ``make show-<id>``
+prints.
 """
 
 from __future__ import annotations
@@ -23,48 +24,78 @@ _OPTIMIZER = "--weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.95 --clip-grad 
 _LOGGING = "--log-interval 1 --log-throughput --log-validation-ppl-to-tensorboard"
 
 # The core_v0.19.0 features that are CUDA kernels, switched off on a CPU.
-_WITHOUT_CUDA = ("--transformer-impl local --distributed-backend gloo --use-cpu-initialization --num-workers 0",
-                 "--no-persist-layer-norm --no-masked-softmax-fusion --no-rope-fusion",
-                 "--no-bias-dropout-fusion --no-bias-swiglu-fusion --no-gradient-reduce-div-fusion")
+_WITHOUT_CUDA = (
+    "--transformer-impl local --distributed-backend gloo --use-cpu-initialization --num-workers 0",
+    "--no-persist-layer-norm --no-masked-softmax-fusion --no-rope-fusion",
+    "--no-bias-dropout-fusion --no-bias-swiglu-fusion --no-gradient-reduce-div-fusion",
+)
 
-_FSDP = ("--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --ckpt-format fsdp_dtensor",)
+_FSDP = (
+    (
+        "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --ckpt-format"
+        " fsdp_dtensor"
+    ),
+)
 _SHARDING = {
     "no_shard": (),
     "optim": ("--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",),
     "fsdp_optim": ("--use-megatron-fsdp --data-parallel-sharding-strategy optim", *_FSDP),
-    "fsdp_optim_grads": ("--use-megatron-fsdp --data-parallel-sharding-strategy optim_grads", *_FSDP),
-    "fsdp_optim_grads_params": ("--use-megatron-fsdp --data-parallel-sharding-strategy optim_grads_params", *_FSDP),
-    "torch_fsdp2": ("--use-torch-fsdp2 --ckpt-format torch_dist --untie-embeddings-and-output-weights",),
+    "fsdp_optim_grads": (
+        "--use-megatron-fsdp --data-parallel-sharding-strategy optim_grads",
+        *_FSDP,
+    ),
+    "fsdp_optim_grads_params": (
+        "--use-megatron-fsdp --data-parallel-sharding-strategy optim_grads_params",
+        *_FSDP,
+    ),
+    "torch_fsdp2": (
+        "--use-torch-fsdp2 --ckpt-format torch_dist --untie-embeddings-and-output-weights",
+    ),
 }
 _RECOMPUTE = {
     "none": "",
     "full": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
     "selective": "--recompute-granularity selective",
 }
-# Conversations, packed: attention knows their bounds from cu_seqlens, and every token of an answer weighs the same
+# Conversations, packed: attention knows their bounds from cu_seqlens, and every token of an answer
+# weighs the same
 _CONVERSATIONS = "--sft --no-create-attention-mask-in-dataloader --calculate-per-token-loss"
 _PRECISION = {"bf16": "--bf16", "fp32": "", "fp8": "--bf16"}
 _FP8 = {
-    # delayed: the largest of the last 1,024 steps, Transformer Engine's default; blockwise: 128 values, as DeepSeek-V3
-    "delayed": "--fp8-format hybrid --fp8-recipe delayed --fp8-amax-history-len 1024 --fp8-amax-compute-algo max",
+    # delayed: the largest of the last 1,024 steps, Transformer Engine's default; blockwise: 128
+    # values, as DeepSeek-V3
+    "delayed": (
+        "--fp8-format hybrid --fp8-recipe delayed --fp8-amax-history-len 1024"
+        " --fp8-amax-compute-algo max"
+    ),
     "tensorwise": "--fp8-format hybrid --fp8-recipe tensorwise",
     "blockwise": "--fp8-format e4m3 --fp8-recipe blockwise",
 }
-# Muon's update is scaled to the size of Adam's, so that a learning rate serves both (Liu et al. 2025, arXiv:2502.16982)
-_OPTIMIZERS = {"adam": "", "muon": "--optimizer muon --muon-momentum 0.95 --muon-nesterov --muon-extra-scale-factor 0.2"}
+# Muon's update is scaled to the size of Adam's, so that a learning rate serves both (Liu et al.
+# 2025, arXiv:2502.16982)
+_OPTIMIZERS = {
+    "adam": "",
+    "muon": "--optimizer muon --muon-momentum 0.95 --muon-nesterov --muon-extra-scale-factor 0.2",
+}
 _GRADIENTS = {"fp32": "", "bf16": "--grad-reduce-in-bf16 --main-grads-dtype bf16"}
-_OPTIMIZER_STATE = {"fp32": "", "bf16": "--use-precision-aware-optimizer --exp-avg-dtype bf16 --exp-avg-sq-dtype bf16"}
+_OPTIMIZER_STATE = {
+    "fp32": "",
+    "bf16": "--use-precision-aware-optimizer --exp-avg-dtype bf16 --exp-avg-sq-dtype bf16",
+}
 _FORCED_ROUTING = "--moe-router-force-load-balancing"
 _POSITIONS = {
     "learned_absolute": "",
     "rope": "--position-embedding-type rope --rotary-base {}",
-    "yarn": "--position-embedding-type yarn --rotary-base {} --no-rope-fusion",  # the fused kernel cannot scale
+    # the fused kernel cannot scale
+    "yarn": "--position-embedding-type yarn --rotary-base {} --no-rope-fusion",
 }
 # quick-GeGLU as in GPT-OSS: (up + 1) x gate x sigmoid(1.702 gate), both clamped at 7
 _ACTIVATION = {
     "gelu": "",
     "swiglu": "--swiglu",
-    "clamped_quick_geglu": "--quick-geglu --glu-linear-offset 1.0 --activation-func-clamp-value 7.0",
+    "clamped_quick_geglu": (
+        "--quick-geglu --glu-linear-offset 1.0 --activation-func-clamp-value 7.0"
+    ),
 }
 _QK_NORM = {
     "none": "",
@@ -78,7 +109,8 @@ def megatron_flags(e: Experiment, device: Device, *, apex: bool = False) -> list
 
     Args:
         device: ``cpu`` switches the CUDA-only features off.
-        apex: whether Apex is installed; without it upstream cannot fuse gradient accumulation into the weight gradient.
+        apex: whether Apex is installed; without it upstream cannot fuse gradient accumulation into
+        the weight gradient.
 
     Raises:
         UserError: the experiment's data set is not prepared.
@@ -90,11 +122,19 @@ def megatron_flags(e: Experiment, device: Device, *, apex: bool = False) -> list
         _words(*_parallel(e)),
         _words(*_SHARDING[e.sharding], *_on_meta_device(e)),
         _words(_RECOMPUTE[e.recompute], *_recompute_modules(e)),
-        _words(f"--micro-batch-size {e.micro_batch_size} --global-batch-size {e.global_batch_size}",
-               f"--train-iters {e.steps}", *_precision(e)),
+        _words(
+            f"--micro-batch-size {e.micro_batch_size} --global-batch-size {e.global_batch_size}",
+            f"--train-iters {e.steps}",
+            *_precision(e),
+        ),
         _words(_schedule(e), _OPTIMIZER, f"--init-method-std {e.model.init_method_std}"),
-        [*(["--pretrained-checkpoint", e.weights] if e.weights else []), *_words(*(lora_flags(e.lora) if e.lora else ()))],
-        _words(_OPTIMIZERS[e.optimizer], _OPTIMIZER_STATE[e.optimizer_state], _GRADIENTS[e.gradients]),
+        [
+            *(["--pretrained-checkpoint", e.weights] if e.weights else []),
+            *_words(*(lora_flags(e.lora) if e.lora else ())),
+        ],
+        _words(
+            _OPTIMIZERS[e.optimizer], _OPTIMIZER_STATE[e.optimizer_state], _GRADIENTS[e.gradients]
+        ),
         _words(*_cuda_graphs(e)) if cuda else _words(*_WITHOUT_CUDA),
         [] if cuda and apex else ["--no-gradient-accumulation-fusion"],
         _data(e),
@@ -105,54 +145,92 @@ def megatron_flags(e: Experiment, device: Device, *, apex: bool = False) -> list
 
 
 def flags_as_learned(e: Experiment, device: Device) -> list[str]:
-    """The arguments of ``megatron_flags`` in one list, with routers that choose as they have learned to."""
-    return [word for group in megatron_flags(e, device) for word in group if word != _FORCED_ROUTING]
+    """The arguments of ``megatron_flags`` in one list, with routers that choose as they have
+    learned to."""
+    return [
+        word for group in megatron_flags(e, device) for word in group if word != _FORCED_ROUTING
+    ]
 
 
 def model_flags(e: Experiment) -> list[str]:
     """The arguments that say what ``e``'s model is, apart from how it is trained."""
-    return _words(*_model(e), *_experts(e, cuda=False), f"--init-method-std {e.model.init_method_std}")
+    return _words(
+        *_model(e), *_experts(e, cuda=False), f"--init-method-std {e.model.init_method_std}"
+    )
 
 
 def tokenizer_flags(model: Model, folder: Path) -> list[str]:
-    """The tokenizer in ``folder`` in place of the one that ``megatron_flags`` names; the model keeps its vocabulary."""
-    return ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(folder),
-            "--make-vocab-size-divisible-by", str(padded_vocab_size(model.vocab_size, 1))]
+    """The tokenizer in ``folder`` in place of the one that ``megatron_flags`` names; the model
+    keeps its vocabulary."""
+    return [
+        "--tokenizer-type",
+        "HuggingFaceTokenizer",
+        "--tokenizer-model",
+        str(folder),
+        "--make-vocab-size-divisible-by",
+        str(padded_vocab_size(model.vocab_size, 1)),
+    ]
 
 
 def saving_flags(e: Experiment, saving: Saving) -> list[str]:
-    """How checkpoints are saved: while training goes on, and so that another parallel layout can load them.
+    """How checkpoints are saved: while training goes on, and so that another parallel layout can
+    load them.
 
-    Upstream drops ``--async-save`` without its persistent worker, and wants nvidia-resiliency-ext unless told otherwise;
-    Megatron-FSDP's format needs that package, so that those runs wait for their saves.
+    Upstream drops ``--async-save`` without its persistent worker, and wants nvidia-resiliency-ext
+    unless told otherwise; Megatron-FSDP's format needs that package, so that those runs wait for
+    their saves.
     """
     waits = e.sharding.startswith("fsdp")
-    return _words(f"--save-interval {saving.every}",
-                  "" if waits else "--async-save --use-persistent-ckpt-worker --async-strategy mcore",
-                  "--dist-ckpt-optim-fully-reshardable" if e.sharding == "optim" else "")
+    return _words(
+        f"--save-interval {saving.every}",
+        "" if waits else "--async-save --use-persistent-ckpt-worker --async-strategy mcore",
+        "--dist-ckpt-optim-fully-reshardable" if e.sharding == "optim" else "",
+    )
 
 
 def loading_flags(loading: Loading) -> list[str]:
-    """Which checkpoint a run begins with; a schedule that differs from the checkpoint's is this run's."""
-    return ["--load", str(loading.folder), *_words(
-        f"--ckpt-step {loading.step}" if loading.step else "",
-        "--finetune --no-load-optim --no-load-rng" if loading.only_weights else "--override-opt_param-scheduler",
-        "--exit-on-missing-checkpoint",
-    )]
+    """Which checkpoint a run begins with; a schedule that differs from the checkpoint's is this
+    run's."""
+    return [
+        "--load",
+        str(loading.folder),
+        *_words(
+            f"--ckpt-step {loading.step}" if loading.step else "",
+            (
+                "--finetune --no-load-optim --no-load-rng"
+                if loading.only_weights
+                else "--override-opt_param-scheduler"
+            ),
+            "--exit-on-missing-checkpoint",
+        ),
+    ]
 
 
 def tracking_flags(tracking: Tracking, label: str) -> list[str]:
     """Weights & Biases: upstream's writer wants a project and a name."""
     entity = ["--wandb-entity", tracking.entity] if tracking.entity else []
-    return ["--wandb-project", tracking.project, "--wandb-exp-name", tracking.name or label, *entity]
+    return [
+        "--wandb-project",
+        tracking.project,
+        "--wandb-exp-name",
+        tracking.name or label,
+        *entity,
+    ]
 
 
 def _model(e: Experiment) -> tuple[str, ...]:
     m = e.model
     return (
-        f"--num-layers {m.num_layers} --hidden-size {m.hidden_size} --num-attention-heads {m.num_attention_heads}",
+        (
+            f"--num-layers {m.num_layers} --hidden-size {m.hidden_size} --num-attention-heads"
+            f" {m.num_attention_heads}"
+        ),
         *([f"--ffn-hidden-size {m.ffn_hidden_size}"] if m.ffn_hidden_size else []),
-        *([f"--group-query-attention --num-query-groups {m.num_query_groups}"] if m.num_query_groups else []),
+        *(
+            [f"--group-query-attention --num-query-groups {m.num_query_groups}"]
+            if m.num_query_groups
+            else []
+        ),
         *([f"--kv-channels {m.kv_channels}"] if m.kv_channels else []),
         *([] if m.add_bias_linear else ["--disable-bias-linear"]),
         *_published(e),
@@ -192,9 +270,12 @@ def _published(e: Experiment) -> Iterator[str]:
 
 
 def _on_meta_device(e: Experiment) -> tuple[str, ...]:
-    """Megatron-FSDP makes weights sharded; but learned positions are then PyTorch's, of deviation 1, and not the model's."""
+    """Megatron-FSDP makes weights sharded; but learned positions are then PyTorch's, of deviation
+    1, and not the model's."""
     learned = e.model.position_embedding == "learned_absolute"
-    return ("--init-model-with-meta-device",) if e.sharding.startswith("fsdp") and not learned else ()
+    return (
+        ("--init-model-with-meta-device",) if e.sharding.startswith("fsdp") and not learned else ()
+    )
 
 
 def _recompute_modules(e: Experiment) -> tuple[str, ...]:
@@ -220,13 +301,18 @@ def _schedule(e: Experiment) -> str:
     warmup = f"--lr-warmup-iters {e.lr_warmup_steps}"
     if e.lr_warmup_steps is None:
         warmup = f"--lr-warmup-fraction {'.001' if e.lr is None else '.05'}"
-    return (f"--lr {e.highest_lr:g} --min-lr {e.lowest_lr:g} --lr-decay-style {e.lr_decay} "
-            f"--lr-decay-iters {e.lr_decay_steps} {warmup}")
+    return (
+        f"--lr {e.highest_lr:g} --min-lr {e.lowest_lr:g} --lr-decay-style {e.lr_decay} "
+        f"--lr-decay-iters {e.lr_decay_steps} {warmup}"
+    )
 
 
 def _parallel(e: Experiment) -> tuple[str, ...]:
     return (
-        f"--tensor-model-parallel-size {e.tp} --pipeline-model-parallel-size {e.pp} --context-parallel-size {e.cp}",
+        (
+            f"--tensor-model-parallel-size {e.tp} --pipeline-model-parallel-size {e.pp}"
+            f" --context-parallel-size {e.cp}"
+        ),
         *(["--sequence-parallel"] if e.sequence_parallel else []),
         *([f"--num-virtual-stages-per-pipeline-rank {e.vpp}"] if e.vpp > 1 else []),
         *([f"--cp-comm-type {e.cp_comm_type}"] if e.cp > 1 else []),
@@ -238,8 +324,14 @@ def _experts(e: Experiment, cuda: bool) -> tuple[str, ...]:
     if not m.num_experts:
         return ()
     return (
-        f"--num-experts {m.num_experts} --moe-router-topk {m.moe_router_topk} --moe-ffn-hidden-size {m.moe_ffn}",
-        f"--expert-model-parallel-size {e.ep} --expert-tensor-parallel-size {e.etp} --moe-token-dispatcher-type alltoall",
+        (
+            f"--num-experts {m.num_experts} --moe-router-topk {m.moe_router_topk}"
+            f" --moe-ffn-hidden-size {m.moe_ffn}"
+        ),
+        (
+            f"--expert-model-parallel-size {e.ep} --expert-tensor-parallel-size {e.etp}"
+            " --moe-token-dispatcher-type alltoall"
+        ),
         "--moe-grouped-gemm",
         *(["--moe-permute-fusion"] if cuda else []),
         *(["--no-bias-dropout-fusion"] if cuda and m.add_bias_linear else []),
@@ -254,7 +346,9 @@ def _router(e: Experiment) -> Iterator[str]:
     if m.moe_aux_loss_coeff is None:
         yield _FORCED_ROUTING
     else:
-        yield f"--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff {m.moe_aux_loss_coeff}"
+        yield (
+            f"--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff {m.moe_aux_loss_coeff}"
+        )
         yield "--moe-router-dtype fp32"
     if m.moe_z_loss_coeff is not None:
         yield f"--moe-z-loss-coeff {m.moe_z_loss_coeff}"
@@ -262,26 +356,41 @@ def _router(e: Experiment) -> Iterator[str]:
 
 def _data(e: Experiment) -> list[str]:
     if e.data == data_sets.MOCK:
-        source = ["--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", str(e.model.vocab_size)]
+        source = [
+            "--mock-data",
+            "--tokenizer-type",
+            "NullTokenizer",
+            "--vocab-size",
+            str(e.model.vocab_size),
+        ]
     else:
         blend = data_sets.blend(e.data)
         first = blend.sets[0]
         source = ["--data-path", *blend.data_path, "--data-cache-path", str(blend.cache)]
         source += ["--tokenizer-type", first.tokenizer_type]
         source += ["--tokenizer-model", str(first.tokenizer_model)] if first.tokenizer_model else []
-        source += ["--vocab-size", str(first.vocab_size)] if first.tokenizer_type == "NullTokenizer" else []
+        source += (
+            ["--vocab-size", str(first.vocab_size)]
+            if first.tokenizer_type == "NullTokenizer"
+            else []
+        )
         source += _whole_vocabulary(e, first.vocab_size)
         source += _CONVERSATIONS.split() if first.chat else []
     return [*source, "--split", e.split]
 
 
 def _whole_vocabulary(e: Experiment, vocab_size: int) -> list[str]:
-    """Keep the model's vocabulary where a data set's tokenizer has fewer tokens, by which upstream would shrink it.
+    """Keep the model's vocabulary where a data set's tokenizer has fewer tokens, by which upstream
+    would shrink it.
 
     With more tokens than the model has, the model grows.
     """
     padded = padded_vocab_size(e.model.vocab_size, e.tp)
-    return ["--make-vocab-size-divisible-by", str(padded // e.tp)] if padded_vocab_size(vocab_size, e.tp) < padded else []
+    return (
+        ["--make-vocab-size-divisible-by", str(padded // e.tp)]
+        if padded_vocab_size(vocab_size, e.tp) < padded
+        else []
+    )
 
 
 def _words(*parts: str) -> list[str]:

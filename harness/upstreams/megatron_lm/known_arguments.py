@@ -1,7 +1,9 @@
-"""Upstream's parser as a table: names and values in ``ARGS=`` are checked before anything starts, without torch.
+"""Upstream's parser as a table: names and values in ``ARGS=`` are checked before anything starts,
+without torch.
 
-The table of the pinned release lies beside this file; another Megatron-LM (MEGATRON_LM=, another wheel) gets one of its own
-where torch is installed, kept in the virtual environment. Written by ``python -m harness.upstreams.megatron_lm.known_arguments FILE``.
+The table of the pinned release lies beside this file; another Megatron-LM (MEGATRON_LM=, another
+wheel) gets one of its own where torch is installed, kept in the virtual environment. Written by
+``python -m harness.upstreams.megatron_lm.known_arguments FILE``.
 """
 
 from __future__ import annotations
@@ -25,8 +27,13 @@ from harness.system.files import write_text
 
 PINNED = Path(__file__).with_name("known_arguments.json")
 SOURCES = (
-    "training/arguments.py", "training/argument_utils.py", "training/config/*.py", "core/model_parallel_config.py",
-    "core/fault_injector.py", "core/transformer/transformer_config.py", "core/transformer/enums.py",
+    "training/arguments.py",
+    "training/argument_utils.py",
+    "training/config/*.py",
+    "core/model_parallel_config.py",
+    "core/fault_injector.py",
+    "core/transformer/transformer_config.py",
+    "core/transformer/enums.py",
     "core/transformer/cuda_graph_config.py",
 )
 """The files, below megatron/, of which upstream makes its parser."""
@@ -42,7 +49,8 @@ def check(text: str) -> None:
     """Check ``ARGS=text`` against upstream's parser.
 
     Raises:
-        UserError: an argument has no such name, too few or too many values, or a value that is none of its own.
+        UserError: an argument has no such name, too few or too many values, or a value that is none
+        of its own.
     """
     words = understood.split(text)
     if not words or (rows := table()) is None:
@@ -52,25 +60,37 @@ def check(text: str) -> None:
         if row["nargs"] == 0:
             parser.add_argument(*row["names"], action="store_true")
         else:
-            parser.add_argument(*row["names"], nargs=row["nargs"], type=_TYPES.get(row["type"], str), choices=row["choices"])
+            parser.add_argument(
+                *row["names"],
+                nargs=row["nargs"],
+                type=_TYPES.get(row["type"], str),
+                choices=row["choices"],
+            )
     _, strange = parser.parse_known_args(words)
     dropped = {name for row in rows if row["dropped"] for name in row["names"]}
     for argument in understood.arguments(words):
         if argument.option in dropped:
             instead = INSTEAD.get(argument.option, "leave it out")
-            raise UserError(f"ARGS: upstream accepts {argument.option} and does nothing with it; {instead}")
+            raise UserError(
+                f"ARGS: upstream accepts {argument.option} and does nothing with it; {instead}"
+            )
     if not strange or (any(map(find_spec, ADDING)) and strange[0].startswith("--")):
         return
     name = strange[0].partition("=")[0]
     if name.startswith("--"):
         valid = [known for row in rows for known in row["names"]]
-        raise UserError(f"ARGS: upstream has no argument {name}; {nearest(name, valid)}\n"
-                        "make arguments MATCH= looks for some")
-    raise UserError(f"ARGS: {name!r} belongs to no argument: values follow a name, such as --lr 1e-4")
+        raise UserError(
+            f"ARGS: upstream has no argument {name}; {nearest(name, valid)}\n"
+            "make arguments MATCH= looks for some"
+        )
+    raise UserError(
+        f"ARGS: {name!r} belongs to no argument: values follow a name, such as --lr 1e-4"
+    )
 
 
 def table() -> list[dict[str, Any]] | None:
-    """Every argument of the Megatron-LM at hand; None where it is not the pinned one and there is no torch to ask it."""
+    """Every argument of the Megatron-LM at hand; None where it is not the pinned one and there is
+    no torch to ask it."""
     here = identity()
     known = json.loads(PINNED.read_text(encoding="utf-8"))
     if here in (None, known["identity"]):
@@ -78,7 +98,9 @@ def table() -> list[dict[str, Any]] | None:
     own = Path(sys.prefix) / f"megatron-arguments-{here[:16]}.json"
     if not own.is_file() and find_spec("torch"):
         print("reading the arguments of this Megatron-LM, once …", file=sys.stderr)
-        subprocess.run([sys.executable, "-m", __spec__.name, str(own)], cwd=ROOT, capture_output=True)
+        subprocess.run(
+            [sys.executable, "-m", __spec__.name, str(own)], cwd=ROOT, capture_output=True
+        )
     try:
         return json.loads(own.read_text(encoding="utf-8"))["arguments"]
     except (OSError, ValueError):
@@ -86,7 +108,8 @@ def table() -> list[dict[str, Any]] | None:
 
 
 def identity() -> str | None:
-    """A checksum of the files that make upstream's parser; None where no Megatron-LM is installed yet."""
+    """A checksum of the files that make upstream's parser; None where no Megatron-LM is installed
+    yet."""
     tree = upstream.locate()
     wheel = getattr(find_spec("megatron"), "submodule_search_locations", ())
     places = [tree / "megatron"] if tree else [Path(place) for place in wheel]
@@ -94,7 +117,9 @@ def identity() -> str | None:
         if (place / SOURCES[0]).is_file():
             digest = hashlib.sha256()
             for path in sources(place):
-                digest.update(path.relative_to(place).as_posix().encode() + b"\0" + path.read_bytes())
+                digest.update(
+                    path.relative_to(place).as_posix().encode() + b"\0" + path.read_bytes()
+                )
             return digest.hexdigest()
     return None
 
@@ -110,12 +135,16 @@ def described() -> list[dict[str, Any]]:
     from harness.upstreams.megatron_lm.arguments import upstream_parser
 
     actions = [action for action in upstream_parser()._actions if action.option_strings]
-    unread, own = _unread({action.dest for action in actions}), add_arguments(argparse.ArgumentParser(add_help=False))
+    unread, own = (
+        _unread({action.dest for action in actions}),
+        add_arguments(argparse.ArgumentParser(add_help=False)),
+    )
     return [_row(action, action.dest in unread) for action in (*actions, *own._actions)]
 
 
 def _unread(names: set[str]) -> set[str]:
-    """Those of the parser's ``names`` that occur nowhere in the code that trains, outside of the parser."""
+    """Those of the parser's ``names`` that occur nowhere in the code that trains, outside of the
+    parser."""
     import megatron.core
 
     names = {name for name in names if not name.startswith(OF_OTHER_SCRIPTS)}
@@ -131,8 +160,13 @@ def _unread(names: set[str]) -> set[str]:
 def _row(action: argparse.Action, dropped: bool) -> dict[str, Any]:
     kind = getattr(action.type, "__name__", "str")
     choices = action.choices and [getattr(choice, "name", choice) for choice in action.choices]
-    return {"names": list(action.option_strings), "nargs": action.nargs, "type": kind if kind in _TYPES else "other",
-            "choices": choices, "dropped": dropped}
+    return {
+        "names": list(action.option_strings),
+        "nargs": action.nargs,
+        "type": kind if kind in _TYPES else "other",
+        "choices": choices,
+        "dropped": dropped,
+    }
 
 
 class _Parser(argparse.ArgumentParser):
@@ -141,7 +175,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(words: Sequence[str]) -> None:
-    """Write the table of the Megatron-LM at hand into the file that ``words`` name, by default that of the pinned one."""
+    """Write the table of the Megatron-LM at hand into the file that ``words`` name, by default that
+    of the pinned one."""
     rows = ",\n".join(json.dumps(row) for row in described())
     path = Path(words[0]) if words else PINNED
     write_text(path, f'{{"identity": {json.dumps(identity())},\n"arguments": [\n{rows}\n]}}\n')

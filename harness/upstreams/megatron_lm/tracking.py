@@ -1,7 +1,9 @@
-"""Weights & Biases: what upstream needs to log to it, checked before anything starts. Needs no torch.
+"""Weights & Biases: what upstream needs to log to it, checked before anything starts. Needs no
+torch.
 
-Upstream's writer only logs where TensorBoard is on as well, and wants a project and a name; a run's TensorBoard files are
-always written (``<run directory>/tensorboard``), so all of them are set here together.
+Upstream's writer only logs where TensorBoard is on as well, and wants a project and a name; a run's
+TensorBoard files are always written (``<run directory>/tensorboard``), so all of them are set here
+together.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ except Exception as error:
 
 @dataclass(frozen=True)
 class Tracking:
-    """Where a run is logged to. ``offline``: into its run directory, for ``wandb sync``. No name: the run's label."""
+    """Where a run is logged to. ``offline``: into its run directory, for ``wandb sync``. No name:
+    the run's label."""
 
     mode: Literal["offline", "online"]
     project: str = PROJECT
@@ -44,29 +47,50 @@ def tracking(settings: Mapping[str, str]) -> Tracking | None:
     """What the WANDB settings ask for, or None. Raises UserError where they do not go together."""
     mode = settings.get("WANDB")
     if mode is None:
-        if more := [f"{key}={settings[key]}" for key in ("WANDB_PROJECT", "WANDB_ENTITY", "WANDB_NAME") if key in settings]:
-            raise UserError(f"{' '.join(more)} logs nothing without WANDB=\n"
-                            "add WANDB=offline or WANDB=online, or leave it out")
+        if more := [
+            f"{key}={settings[key]}"
+            for key in ("WANDB_PROJECT", "WANDB_ENTITY", "WANDB_NAME")
+            if key in settings
+        ]:
+            raise UserError(
+                f"{' '.join(more)} logs nothing without WANDB=\n"
+                "add WANDB=offline or WANDB=online, or leave it out"
+            )
         return None
     if mode not in ("offline", "online"):
         raise UserError(f"WANDB={mode}: expected offline or online")
-    return Tracking(mode, settings.get("WANDB_PROJECT", PROJECT), settings.get("WANDB_ENTITY"), settings.get("WANDB_NAME"))
+    return Tracking(
+        mode,
+        settings.get("WANDB_PROJECT", PROJECT),
+        settings.get("WANDB_ENTITY"),
+        settings.get("WANDB_NAME"),
+    )
 
 
 def check(wanted: Tracking) -> None:
     """Make sure that the run can be logged.
 
     Raises:
-        UserError: the package is missing; online, there is no login, or the server does not answer or accept it.
+        UserError: the package is missing; online, there is no login, or the server does not answer
+        or accept it.
     """
     if find_spec("wandb") is None:
-        raise UserError("WANDB= needs the package wandb\ninstall what the project pins: scripts/setup.sh tracking")
+        raise UserError(
+            "WANDB= needs the package wandb\ninstall what the project pins: scripts/setup.sh"
+            " tracking"
+        )
     if wanted.mode == "offline":
         return
     command = [sys.executable, "-c", LOGIN, str(LOGIN_S)]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode:
-        said = done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise UserError(f"WANDB=online: {said[-1]}\n"
-                        f"{Path(sys.executable).parent}/wandb login, or WANDB_API_KEY=; "
-                        "or WANDB=offline, without network: wandb sync sends it later")
+        said = (
+            done.stdout.strip().splitlines()
+            or done.stderr.strip().splitlines()
+            or [f"exit code {done.returncode}"]
+        )
+        raise UserError(
+            f"WANDB=online: {said[-1]}\n"
+            f"{Path(sys.executable).parent}/wandb login, or WANDB_API_KEY=; "
+            "or WANDB=offline, without network: wandb sync sends it later"
+        )
