@@ -158,6 +158,7 @@ test-full: ## everything, long ones too
 	@scripts/setup.sh test data heavy peft calibrate tracking -- -m pytest -m ""
 lint: ## ruff and shellcheck
 	@scripts/setup.sh test -- -m ruff check harness tests benchmarks docker
+	@scripts/setup.sh test -- -m ruff format --check --quiet harness tests benchmarks docker
 	@if command -v shellcheck >/dev/null; then shellcheck scripts/*.sh docker/*.sh .ci/run; fi
 targets: ## write experiments/targets.mk anew from the catalogue
 	@$(HARNESS) targets

@@ -74,7 +74,7 @@ def test_a_chapter_checks(capsys):
 
 def test_neither_torch_nor_upstream_is_imported():
     script = (
-        "import sys; from harness.megatron import known_arguments; known_arguments.check('--lr 1e-4'); "
+        "import sys; from harness.upstreams.megatron_lm import known_arguments; known_arguments.check('--lr 1e-4'); "
         "sys.exit(any(name.split('.')[0] in ('torch', 'megatron') for name in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0
