@@ -11,6 +11,7 @@ from harness import ROOT
 
 PAGES = [
     ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
     *(
         path
         for folder in ("docs", "benchmarks", "data")
