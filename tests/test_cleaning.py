@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 from checkpoint_files import write
-from test_rundir import RESULT, make_run
+from test_run_directory import RESULT, make_run
 
 from harness import cli
 from harness.run import cleaning
