@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from harness.errors import UserError
-from harness.evidence.results import load_references
+from harness.evidence.references import load_references
 from harness.launching import processes
 from harness.launching.chapter import run_chapter
 from harness.launching.terminal import PlainTerminal

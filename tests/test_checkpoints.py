@@ -823,7 +823,8 @@ def test_every_setting_is_read():
 
 def test_a_table_shows_the_held_out_loss_and_its_perplexity(tmp_path):
     from harness.evidence import tables
-    from harness.evidence.results import collect_runs, load_references
+    from harness.evidence.references import load_references
+    from harness.evidence.results import collect_runs
 
     run = run_in(tmp_path, tiny(UNTIL="3"), result="ok")
     result = json.loads(run.result.read_text()) | {

@@ -15,7 +15,8 @@ from harness.evidence.claims import CLAIMS, Bound, Side, evaluate, load_claims, 
 from harness.evidence.expressions import Quantity, parse, spell
 from harness.evidence.quantities import unit_of
 from harness.evidence.records import metrics_of
-from harness.evidence.results import collect, collect_records, load_references
+from harness.evidence.references import load_references
+from harness.evidence.results import collect, collect_records
 from harness.evidence.verdicts import render
 from harness.experiment.catalog import load_catalog
 from harness.run.step_statistics import step_noise_ms

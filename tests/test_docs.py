@@ -11,7 +11,8 @@ from harness import ROOT
 from harness.cli import COMMANDS, RECORDS
 from harness.errors import UserError
 from harness.evidence.facts import Facts, NotMeasured
-from harness.evidence.results import Ended, Row, ended
+from harness.evidence.results import Ended, ended
+from harness.evidence.rows import Row
 from harness.experiment.catalog import load_catalog
 from harness.experiment.overrides import EXPERIMENT_SETTINGS, LAUNCH_SETTINGS
 from harness.pages import documents

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from harness import ROOT
-from harness.evidence.results import load_references
+from harness.evidence.references import load_references
 from harness.experiment.catalog import Lora, load_catalog
 from harness.predict.flops import (
     count_parameters,

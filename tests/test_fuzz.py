@@ -23,6 +23,7 @@ from harness import ROOT
 from harness.data import data_sets, header, manifest
 from harness.errors import UserError
 from harness.evidence import results, tables
+from harness.evidence.references import load_references
 from harness.experiment.catalog import load_catalog
 from harness.experiment.constraints import divisors
 from harness.run import directory
@@ -238,7 +239,7 @@ def read_records(folder: Path) -> tuple[str, ...]:
 
 @cache
 def references() -> results.References:
-    return results.load_references()
+    return load_references()
 
 
 def shown(found: results.Results) -> tuple[str, ...]:

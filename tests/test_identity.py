@@ -17,7 +17,8 @@ import pytest
 from harness import ROOT, cli
 from harness.errors import UserError
 from harness.evidence import records
-from harness.evidence.results import collect, load_references
+from harness.evidence.references import load_references
+from harness.evidence.results import collect
 from harness.experiment import identity, overrides
 from harness.experiment.catalog import Experiment, load_catalog
 from harness.launching import failed_load, launch, processes, verify
@@ -563,7 +564,7 @@ def test_a_record_is_replaced_by_one_of_the_same_work_whatever_both_are_called(t
 
 @pytest.mark.parametrize("path", sorted(RECORDS.glob("*/*.json")), ids=lambda path: path.stem)
 def test_a_kept_record_is_found_as_that_of_its_own_work(path):
-    experiment, _ = records.read(path)
+    experiment = records.read(path).experiment
     assert records._stem(experiment, path.parent) == path.stem
     assert [
         other.stem

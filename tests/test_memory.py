@@ -10,7 +10,7 @@ import pytest
 
 from harness.cli import RECORDS, main
 from harness.evidence.facts import Facts
-from harness.evidence.results import load_references
+from harness.evidence.references import load_references
 from harness.experiment.catalog import load_catalog
 from harness.experiment.hardware import find_gpu
 from harness.predict.capacity import levers, verdict, ways_to_fit

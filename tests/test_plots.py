@@ -10,7 +10,8 @@ import pytest
 
 from harness import ROOT
 from harness.errors import UserError
-from harness.evidence.results import collect_runs, load_references
+from harness.evidence.references import load_references
+from harness.evidence.results import collect_runs
 from harness.experiment.catalog import Experiment, load_catalog
 from harness.pages import figures, plots
 from harness.pages.figures import Figure, Panel, Point, Series, load_panels, sweeps, thinned

@@ -17,7 +17,7 @@ from harness.entry.phases import wrap_phases
 from harness.entry.report import RankReport
 from harness.errors import UserError
 from harness.evidence.records import record
-from harness.evidence.results import load_references
+from harness.evidence.references import load_references
 from harness.experiment.catalog import load_catalog
 from harness.experiment.overrides import apply
 from harness.pages import profiles as pages

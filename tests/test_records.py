@@ -10,7 +10,8 @@ import yaml
 from harness import ROOT
 from harness.errors import UserError
 from harness.evidence.records import folder_of, metrics_of, read, record, same_work
-from harness.evidence.results import REFERENCES, collect_records, load_references
+from harness.evidence.references import REFERENCES, load_references
+from harness.evidence.results import collect_records
 from harness.evidence.tables import render
 from harness.experiment.catalog import load_catalog
 from harness.experiment.hardware import find_gpu, peak_tflops
@@ -31,7 +32,7 @@ every_record = pytest.mark.parametrize(
 @every_record
 def test_a_record_states_what_its_metrics_say(path: Path) -> None:
     """All that follows from the metrics: steps, window, spread of the step time, TFLOP/s, tokens/s, MFU, loss."""
-    experiment, result = read(path)
+    experiment, result, _ = read(path)
     lines = metrics_of(path).read_text().splitlines()
     steps = [StepMetrics.model_validate_json(line) for line in lines]
     assert [m.step for m in steps] == list(range(1, result.steps_done + 1))
@@ -46,7 +47,7 @@ def test_a_record_states_what_its_metrics_say(path: Path) -> None:
 @every_record
 def test_the_metrics_of_a_record_are_of_one_piece(path: Path) -> None:
     """Step time, TFLOP/s and tokens/s of a step are three views of one clock; in other units they do not fit together."""
-    experiment, _ = read(path)
+    experiment = read(path).experiment
     for line in metrics_of(path).read_text().splitlines():
         m = StepMetrics.model_validate_json(line)
         share = share_of_upstreams(experiment) if m.upstream_tflops is None else 1
@@ -58,7 +59,7 @@ def test_the_metrics_of_a_record_are_of_one_piece(path: Path) -> None:
 
 @every_record
 def test_memory_is_nested_and_fits_the_card(path: Path) -> None:
-    _, result = read(path)
+    result = read(path).result
     memory = result.memory_gib
     held = [gib for gib in (memory.allocated, memory.reserved, memory.nvml) if gib is not None]
     assert held == sorted(held) or result.status == "oom", (
@@ -84,7 +85,7 @@ def test_a_record_says_where_it_comes_from(path: Path) -> None:
 @every_record
 def test_a_record_is_of_the_catalogues_experiment(path: Path) -> None:
     """A row of the catalogue whose sizes change needs another record."""
-    experiment, _ = read(path)
+    experiment = read(path).experiment
     assert path.stem.split("_")[0].split(".")[0] == experiment.id
     changed = {"card": experiment.card, "extra_args": experiment.extra_args}
     unchanged = {"STEPS", "DATA", "CARD", "ARGS"}.issuperset(experiment.overrides)
@@ -214,7 +215,7 @@ def test_a_record_that_contradicts_its_metrics_enters_no_table(
 
 def test_metrics_that_are_missing_truncated_or_torn_are_told(tmp_path: Path) -> None:
     path = copy(tmp_path)
-    assert read(path)[1].step_ms.n == 15
+    assert read(path).result.step_ms.n == 15
     lines = metrics_of(path).read_text().splitlines(keepends=True)
     metrics_of(path).write_text("".join(lines[:-1]))
     assert "it says 20 steps, its metrics hold 19: truncated" in warning(path)

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from harness.errors import UserError
-from harness.evidence.results import REFERENCES, load_references
+from harness.evidence.references import REFERENCES, load_references
 from harness.experiment.catalog import load_catalog
 from harness.experiment.hardware import find_gpu
 

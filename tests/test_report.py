@@ -13,7 +13,8 @@ import pytest
 
 from harness import ROOT, cli
 from harness.evidence import tables
-from harness.evidence.results import collect, load_references
+from harness.evidence.references import load_references
+from harness.evidence.results import collect
 from harness.experiment.catalog import load_catalog
 from harness.pages.figures import load_profiles
 from harness.pages.report import page

@@ -9,7 +9,9 @@ import pytest
 
 from harness.errors import UserError
 from harness.evidence.records import metrics_of
-from harness.evidence.results import Results, Row, collect, load_references, losses
+from harness.evidence.references import load_references
+from harness.evidence.results import Results, collect
+from harness.evidence.rows import Row, losses
 from harness.evidence.tables import render, values
 from harness.experiment import overrides
 from harness.experiment.catalog import load_catalog
@@ -384,3 +386,18 @@ def test_find_means_the_best_run_of_an_experiment():
         results.find("111-faild")
     with pytest.raises(UserError, match=r"no runs yet: make 101"):
         Results(()).find("111")
+
+
+def test_a_record_is_read_once(tmp_path, monkeypatch):
+    """It was read a second time for its launch rate."""
+    path = write_record(tmp_path / "records", experiment(), result())
+    content = json.loads(path.read_text())
+    launch = {"add_us": 7.1, "operation_us": 4.5}
+    write_json(path, content | {"environment": {"launch": launch}})
+    opened = []
+    read_text = Path.read_text
+    monkeypatch.setattr(
+        Path, "read_text", lambda self, **how: opened.append(self) or read_text(self, **how)
+    )
+    (found,) = gather(tmp_path).rows
+    assert opened.count(path) == 1 and found.launch.operation_us == 4.5

@@ -7,8 +7,9 @@ import pytest
 
 from harness.cli import RECORDS, main
 from harness.errors import UserError
-from harness.evidence import calibrate, results, speed
+from harness.evidence import calibrate, speed
 from harness.evidence.facts import Facts
+from harness.evidence.rows import predicted_step_ms
 from harness.experiment import overrides
 from harness.experiment.catalog import Lora, load_catalog
 from harness.experiment.hardware import find_gpu
@@ -746,8 +747,8 @@ def test_a_changed_run_calibrates_and_is_found_again():
     young = young_machine()
     machine = young.model_copy(update={"rows": young.rows | {"111_fp8": row}})
     assert (
-        results.predicted_step_ms(e, machine) == 290
-        and results.predicted_step_ms(find("111", "FP8=delayed"), machine) != 290
+        predicted_step_ms(e, machine) == 290
+        and predicted_step_ms(find("111", "FP8=delayed"), machine) != 290
     )
     assert machine.row_of(find("111")) == MACHINES["h200"].rows["111"]
     assert "fp8 tensorwise" in young.unmeasured(e) and machine.unmeasured(e) == ()
@@ -763,7 +764,7 @@ def test_a_row_published_under_another_label_stands_beside_what_ran():
         PUBLISHED.row_of(find("424")).measured_ms == 887 and PUBLISHED.row_of(find("458")) is None
     )
     e = find("443")
-    assert results.predicted_step_ms(e, PUBLISHED) == PUBLISHED.row_of(find("443")).left_out_ms
+    assert predicted_step_ms(e, PUBLISHED) == PUBLISHED.row_of(find("443")).left_out_ms
     assert PUBLISHED.row_of(find("443")).predicted_ms == pytest.approx(
         PUBLISHED.predict(e).total, rel=2e-3
     )

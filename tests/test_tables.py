@@ -14,7 +14,8 @@ import pytest
 from harness import ROOT
 from harness.errors import UserError
 from harness.evidence import tables
-from harness.evidence.results import Row, load_references
+from harness.evidence.references import load_references
+from harness.evidence.rows import Row
 from harness.experiment import overrides
 from harness.experiment.catalog import load_catalog
 from harness.planning.miniature import miniature

@@ -12,7 +12,9 @@ from harness.cli import main
 from harness.errors import UserError
 from harness.evidence import tables
 from harness.evidence.records import read
-from harness.evidence.results import Row, collect, collect_records, collect_runs, load_references
+from harness.evidence.references import load_references
+from harness.evidence.results import collect, collect_records, collect_runs
+from harness.evidence.rows import Row
 from harness.launching import launch
 from harness.launching.verify import choose, compare, render, verify
 from harness.machine import gpus
@@ -37,7 +39,7 @@ def second_run(
 ) -> RunDir:
     """A run directory as another run of a record's work would have left it: ``slower`` and larger by these factors."""
     path = KEPT / f"{stem}.json"
-    experiment, result = read(path)
+    experiment, result, _ = read(path)
     content = json.loads(path.read_text())
     lines = path.with_suffix(".metrics.jsonl").read_text().splitlines()[:steps]
     metrics = [
@@ -73,7 +75,7 @@ def verified(tmp_path: Path, id_: str = "101", **settings: str) -> int:
 def test_an_id_stands_for_its_newest_run(
     tmp_path: Path, wanted: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    started = read(KEPT / "101.json")[1].started
+    started = read(KEPT / "101.json").result.started
     second_run(tmp_path, label="old", slower=3.0, started=started - 60)
     second_run(tmp_path, label="newest")
     second_run(tmp_path, stem="104", label="other", started=started + 60)
@@ -91,7 +93,7 @@ def test_the_same_again_agrees_and_is_shown(
         said[0].startswith("again beside h200-141gb/101 of 2026-")
         and "NVIDIA H200, Megatron-LM core 0.19.1" in said[0]
     )
-    median = f"{read(KEPT / '101.json')[1].step_ms.median:,.1f}"
+    median = f"{read(KEPT / '101.json').result.step_ms.median:,.1f}"
     assert (
         said[2].startswith("step time, ms")
         and said[2].split().count(median) == 2
@@ -257,7 +259,7 @@ def test_on_its_hardware_the_records_experiment_is_launched(
 
     monkeypatch.setattr(gpus, "list_gpus", on("NVIDIA H200"))
     monkeypatch.setattr(launch, "run_plan", run_plan)
-    experiment, result = read(KEPT / "111_cardh100-80gb.json")
+    experiment, result, _ = read(KEPT / "111_cardh100-80gb.json")
     monkeypatch.setattr("harness.launching.verify.describe_upstream", lambda: result.upstream)
     ready = []
     settings = {"CARD": experiment.overrides["CARD"], "OUTDIR": str(tmp_path), "HANG": "77"}

@@ -11,7 +11,7 @@ from harness import ROOT
 from harness.data import sources
 from harness.errors import UserError
 from harness.evidence.claims import load_claims
-from harness.evidence.results import load_references
+from harness.evidence.references import load_references
 from harness.experiment.catalog import load_catalog
 from harness.pages.figures import load_panels
 from harness.predict import calibrations

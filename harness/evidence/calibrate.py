@@ -19,7 +19,9 @@ from pathlib import Path
 
 from harness.errors import UserError
 from harness.evidence.records import same_work
-from harness.evidence.results import References, Row, collect_records, load_references
+from harness.evidence.references import References, load_references
+from harness.evidence.results import collect_records
+from harness.evidence.rows import Row
 from harness.experiment import overrides
 from harness.experiment.catalog import Catalog, Experiment, load_catalog
 from harness.experiment.hardware import find_gpu

@@ -29,7 +29,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from harness.errors import UserError, nearest
 from harness.evidence.expressions import Expression, Quantity, Unit, parse, spell
 from harness.evidence.quantities import BOTH, UNITS, Number, Source, ours, published, unit_of
-from harness.evidence.results import ReferenceGroup, References, Row
+from harness.evidence.references import ReferenceGroup, References
+from harness.evidence.rows import Row
 from harness.experiment import overrides
 from harness.experiment.catalog import EXPERIMENTS, Catalog
 from harness.experiment.hardware import find_gpu

@@ -26,7 +26,9 @@ from harness.errors import UserError, nearest
 from harness.evidence.claims import Evaluated, evaluate, load_claims, sources
 from harness.evidence.expressions import Quantity, parse
 from harness.evidence.quantities import Source
-from harness.evidence.results import Reference, References, Row, collect_records, load_references
+from harness.evidence.references import Reference, References, load_references
+from harness.evidence.results import collect_records
+from harness.evidence.rows import Row
 from harness.evidence.tables import VALUES
 from harness.experiment.catalog import Catalog, load_catalog
 from harness.predict.formulas import OF_EXPERIMENT

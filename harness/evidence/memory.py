@@ -7,7 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from harness.evidence.records import same_work
-from harness.evidence.results import Row, collect_records, load_references
+from harness.evidence.references import load_references
+from harness.evidence.results import collect_records
+from harness.evidence.rows import Row
 from harness.experiment.catalog import Experiment
 from harness.experiment.hardware import Gpu, find_gpu
 from harness.planning import start

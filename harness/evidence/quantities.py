@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from harness.errors import UserError, nearest
 from harness.evidence.expressions import Quantity, Unit
 from harness.evidence.records import work
-from harness.evidence.results import Reference, ReferenceGroup, Row, metrics
+from harness.evidence.references import Reference, ReferenceGroup
+from harness.evidence.rows import Row, metrics
 from harness.experiment import overrides
 from harness.experiment.catalog import Catalog, Experiment
 from harness.experiment.hardware import DRIVER_RESERVED_MIB, find_gpu, peak_tflops

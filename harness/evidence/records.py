@@ -1,5 +1,4 @@
-"""Records: the measured results that are committed, experiments/records/<gpu>/<id>.json with
-ID.metrics.jsonl beside it."""
+"""Records: committed measurements, experiments/records/GPU/ID.json with ID.metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -8,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
@@ -23,28 +22,115 @@ from harness.run.step_statistics import contradictions
 from harness.system.files import complaint, read_object, write_json, write_text
 
 UNRECORDED = ("STEPS", "DATA", "PROFILE")
-"""Overrides that do not name a record: a row measured over fewer steps is still that row."""
+"""Settings that do not name a record: a row measured over fewer steps is still that row."""
+
+
+class Recorded(NamedTuple):
+    """What a record's file holds; ``environment`` is None in older records."""
+
+    experiment: Experiment
+    result: Result
+    environment: Any
 
 
 def record(run: directory.RunDir, records: Path, force: bool = False) -> Path:
     """Keep a finished GPU run as a record and return its file.
 
-    Only ``force`` replaces the record of another run of the same work on the same GPU.
-
-    The record is result.json with the frozen experiment, the environment and each rank's memory
-    inside; the metrics travel beside it, so that every number can be computed again. What was
-    frozen decides which record is of the same work; names do not tell ARGS apart, so that those of
-    other work get numbers: ``101_args.2``. Tracing slows a step, so that of a traced run only its
-    profile is kept, in a folder of its own.
+    A record is result.json with the frozen experiment, the environment and each rank's memory; the
+    metrics are kept with it, so that every number can be computed again. The frozen experiment
+    decides which record is replaced; records of other work whose names collide get numbers
+    (``101_args.2``). Tracing slows a step, so a traced run leaves only its profile, in a folder of
+    its own. Only ``force`` replaces the record of another run.
 
     Raises:
         UserError: the same work has the record of another run.
         UserError: the run is unfinished, failed for another reason than memory, ran as a CPU
-            miniature, lost its traces, or what it left does not fit together, such as metrics that
-            end before the run does.
+            miniature, lost its traces, or contradicts its metrics, which may end before the run.
     """
     if not run.path.is_dir():
         raise UserError(f"no run {run.label} in {run.path.parent}")
+    experiment, result = _recordable(run)
+    folder = records / folder_of(result.gpu)
+    evidence = {
+        "experiment": experiment.model_dump(mode="json"),
+        "environment": _environment(run),
+    }
+    if experiment.profile:
+        folder /= FOLDER
+        content = of_run(run).model_dump(mode="json")
+    else:
+        steps = run.read_metrics()
+        if wrong := list(_contradictions(experiment, result, steps, folder.name)):
+            raise UserError(
+                f"{run.label}: {'; '.join(wrong)}\n"
+                "a record must follow from its metrics: run it again"
+            )
+        content = json.loads(run.result.read_text(encoding="utf-8"))
+    target = folder / f"{_stem(experiment, folder)}.json"
+    _check_replaces(target, content, force)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not experiment.profile:
+        write_text(metrics_of(target), _lines(steps))
+        if evaluations := run.read_validation():
+            write_text(validation_of(target), _lines(evaluations))
+        ranks = [rank.model_dump(mode="json", exclude={"pid", "host"}) for rank in run.read_ranks()]
+        content |= {"label": run.label, "ranks": ranks}
+    write_json(target, content | evidence)
+    return target
+
+
+def read(path: Path) -> Recorded:
+    """Read a record and check it against its metrics.
+
+    Raises:
+        ValueError: the record or its metrics are missing, damaged or truncated; it contradicts its
+            metrics; it is a miniature's, or in the folder of another GPU.
+    """
+    content = read_object(path)
+    if not isinstance(content.get("experiment"), dict):
+        raise ValueError(f"{path.name}: no 'experiment'")
+    try:
+        experiment = directory.experiment_in(content["experiment"])
+        result = Result.model_validate(content)
+    except ValidationError as error:
+        raise ValueError(complaint(path, error)) from None
+    if wrong := list(_contradictions(experiment, result, _read_metrics(path), path.parent.name)):
+        raise ValueError(f"{path.name}: {'; '.join(wrong)}")
+    return Recorded(experiment, result, content.get("environment"))
+
+
+def same_work(a: Experiment, b: Experiment) -> bool:
+    """Whether a record of one is a record of the other: the same work on the same card."""
+    return work(a) == work(b)
+
+
+def work(experiment: Experiment) -> Experiment:
+    """The experiment without what may differ between records of the same work.
+
+    Names do not matter, nor the number of steps, the data, or which attention library ran.
+    """
+    same = {"steps": 1, "data": "any", "eval_interval": 1, "attention_backend": "auto"}
+    return identity.frozen(experiment).model_copy(update=same)
+
+
+def folder_of(gpu_name: str) -> str:
+    """The folder of records measured on this GPU, such as ``h200-141gb``."""
+    gpu = find_gpu(gpu_name)
+    return gpu.key if gpu else re.sub(r"\W+", "-", gpu_name.lower())
+
+
+def metrics_of(path: Path) -> Path:
+    """The metrics file of the record ``path``."""
+    return path.with_name(f"{path.stem}.metrics.jsonl")
+
+
+def validation_of(path: Path) -> Path:
+    """The file of the record's evaluations, where it has any."""
+    return path.with_name(f"{path.stem}.validation.jsonl")
+
+
+def _recordable(run: directory.RunDir) -> tuple[Experiment, Result]:
+    """The run's experiment and result. Raises UserError where it cannot become a record."""
     try:
         experiment, result = run.read_experiment(), run.read_result()
     except ValueError as error:
@@ -61,40 +147,20 @@ def record(run: directory.RunDir, records: Path, force: bool = False) -> Path:
             f"{run.label} is of more than one experiment: {changes_in_words(result.mixed)}\n"
             "a record is of one: run it again"
         )
-    folder, steps = records / folder_of(result.gpu), run.read_metrics()
+    return experiment, result
+
+
+def _environment(run: directory.RunDir) -> dict[str, Any]:
     try:
-        environment = read_object(run.environment)
+        return read_object(run.environment)
     except ValueError as error:
         raise UserError(
             f"{run.label}: {error}\na record says which versions ran: run it again"
         ) from None
-    evidence = {"experiment": experiment.model_dump(mode="json"), "environment": environment}
-    if experiment.profile:
-        content = of_run(run).model_dump(mode="json")
-        target = folder / FOLDER / f"{_stem(experiment, folder / FOLDER)}.json"
-        _check_replaces(target, content, force)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_json(target, content | evidence)
-        return target
-    if wrong := list(_contradictions(experiment, result, steps, folder.name)):
-        raise UserError(
-            f"{run.label}: {'; '.join(wrong)}\na record must follow from its metrics: run it again"
-        )
-    target = folder / f"{_stem(experiment, folder)}.json"
-    content = json.loads(run.result.read_text(encoding="utf-8"))
-    _check_replaces(target, content, force)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(metrics_of(target), _lines(steps))
-    if evaluations := run.read_validation():
-        write_text(validation_of(target), _lines(evaluations))
-    ranks = [rank.model_dump(mode="json", exclude={"pid", "host"}) for rank in run.read_ranks()]
-    write_json(target, content | {"label": run.label, "ranks": ranks} | evidence)
-    return target
 
 
 def _check_replaces(target: Path, content: Mapping[str, Any], force: bool) -> None:
-    """Raise UserError where ``target`` is a record of another run; the same run may be recorded
-    again."""
+    """Raise UserError where ``target`` records another run; the same run may be recorded again."""
     if force or not target.exists():
         return
     try:
@@ -108,80 +174,29 @@ def _check_replaces(target: Path, content: Mapping[str, Any], force: bool) -> No
         )
 
 
-def folder_of(gpu_name: str) -> str:
-    """The folder of records measured on this GPU, such as ``h200-141gb``."""
-    gpu = find_gpu(gpu_name)
-    return gpu.key if gpu else re.sub(r"\W+", "-", gpu_name.lower())
-
-
-def metrics_of(path: Path) -> Path:
-    """The file of metrics beside the record ``path``."""
-    return path.with_name(f"{path.stem}.metrics.jsonl")
-
-
-def validation_of(path: Path) -> Path:
-    """The file of evaluations beside the record ``path``, where it has any."""
-    return path.with_name(f"{path.stem}.validation.jsonl")
-
-
-def same_work(a: Experiment, b: Experiment) -> bool:
-    """Whether a record of one is a record of the other: the same work on the same card.
-
-    Names do not matter, nor how many steps were run, on which data, with which of the two attention
-    libraries.
-    """
-    return work(a) == work(b)
-
-
-def work(e: Experiment) -> Experiment:
-    """The experiment without what may differ between records of the same work (see same_work)."""
-    same = {"steps": 1, "data": "any", "eval_interval": 1, "attention_backend": "auto"}
-    return identity.frozen(e).model_copy(update=same)
-
-
-def read(path: Path) -> tuple[Experiment, Result]:
-    """The experiment of a record and its result, checked against the metrics beside it.
-
-    Raises:
-        ValueError: the record or its metrics are missing, damaged or truncated; it states what its
-            metrics do not say; it is a miniature's, or of another GPU than its folder is for.
-    """
-    content = read_object(path)
-    if not isinstance(content.get("experiment"), dict):
-        raise ValueError(f"{path.name}: no 'experiment'")
-    try:
-        experiment = directory.experiment_in(content["experiment"])
-        result = Result.model_validate(content)
-    except ValidationError as error:
-        raise ValueError(complaint(path, error)) from None
-    if wrong := list(_contradictions(experiment, result, _read_metrics(path), path.parent.name)):
-        raise ValueError(f"{path.name}: {'; '.join(wrong)}")
-    return experiment, result
-
-
 def _lines(rows: Sequence[StepMetrics | Validation]) -> str:
     return "".join(f"{row.model_dump_json()}\n" for row in rows)
 
 
 def _read_metrics(path: Path) -> tuple[StepMetrics, ...]:
-    beside = metrics_of(path)
+    file = metrics_of(path)
     try:
-        lines = beside.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").splitlines()
     except OSError:
         raise ValueError(
-            f"{beside.name} is missing: a record without its metrics proves nothing"
+            f"{file.name} is missing: a record without its metrics proves nothing"
         ) from None
     steps = tuple(map(directory.parse_metrics, lines))
     if None in steps:
-        raise ValueError(f"{beside.name}: line {steps.index(None) + 1} is torn")
+        raise ValueError(f"{file.name}: line {steps.index(None) + 1} is torn")
     return steps
 
 
 def _contradictions(
-    e: Experiment, result: Result, steps: Sequence[StepMetrics], folder: str
+    experiment: Experiment, result: Result, steps: Sequence[StepMetrics], folder: str
 ) -> Iterator[str]:
-    """What a record with these parts would say that is not so."""
-    if e.miniature or result.miniature or result.device != "cuda" or not result.gpu:
+    """What is false in a record made of these parts."""
+    if experiment.miniature or result.miniature or result.device != "cuda" or not result.gpu:
         yield "a miniature or a CPU run is no record"
         return
     if folder != folder_of(result.gpu):
@@ -189,8 +204,8 @@ def _contradictions(
     if [step.step for step in steps] != list(range(1, result.steps_done + 1)):
         yield f"it says {result.steps_done} steps, its metrics hold {len(steps)}: truncated"
         return
-    if result.status == "ok" and result.steps_done != e.steps and not e.until:
-        yield f"ok after {result.steps_done} of {e.steps} steps"
+    if result.status == "ok" and result.steps_done != experiment.steps and not experiment.until:
+        yield f"ok after {result.steps_done} of {experiment.steps} steps"
     if result.memory_gib.nvml is None:
         yield "no NVML reading: its used memory is unknown"
     elif (gpu := find_gpu(result.gpu)) and result.memory_gib.nvml * 1024 > gpu.memory_mib:
@@ -198,13 +213,13 @@ def _contradictions(
             f"{result.memory_gib.nvml:,.1f} GiB used of a card of {gpu.memory_mib / 1024:.1f}: in"
             " another unit?"
         )
-    if result.data != e.data:
-        yield f"data is stated as {result.data}, its experiment has {e.data}"
-    yield from contradictions(e, result, steps)
+    if result.data != experiment.data:
+        yield f"data is stated as {result.data}, its experiment has {experiment.data}"
+    yield from contradictions(experiment, result, steps)
 
 
 def _stem(experiment: Experiment, folder: Path) -> str:
-    """Base name of the record's files: that of the record it replaces, else one that is free."""
+    """Base name of the record's files: that of the record it replaces, else a free one."""
     naming = {key: value for key, value in experiment.overrides.items() if key not in UNRECORDED}
     label = experiment.model_copy(update={"overrides": naming}).label
     stem = re.sub(
@@ -222,11 +237,10 @@ def _stem(experiment: Experiment, folder: Path) -> str:
 
 
 def _is_of(path: Path, experiment: Experiment) -> bool:
-    """Whether the record, or the recorded profile, in ``path`` is of the work of ``experiment``,
-    whatever it traced."""
+    """Whether the record or profile in ``path`` is of this work, whichever steps it traced."""
     try:
         recorded = directory.experiment_in(read_object(path).get("experiment") or {})
-    except ValueError:  # another's place is not taken because it is damaged
+    except ValueError:  # a damaged record of another run keeps its name
         return False
     return same_work(
         recorded.model_copy(update={"profile": None}),

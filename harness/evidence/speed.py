@@ -11,14 +11,9 @@ from harness.errors import UserError, nearest
 from harness.evidence import markdown
 from harness.evidence.memory import cards_of, heading
 from harness.evidence.records import same_work
-from harness.evidence.results import (
-    Reference,
-    ReferenceGroup,
-    References,
-    Row,
-    collect_records,
-    load_references,
-)
+from harness.evidence.references import Reference, ReferenceGroup, References, load_references
+from harness.evidence.results import collect_records
+from harness.evidence.rows import Row
 from harness.experiment import overrides
 from harness.experiment.catalog import Catalog, Experiment, load_catalog
 from harness.experiment.hardware import Gpu, find_gpu, peak_tflops

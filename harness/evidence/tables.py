@@ -17,15 +17,9 @@ from typing import Any
 from harness.data.data_sets import MOCK
 from harness.errors import UserError
 from harness.evidence import markdown
-from harness.evidence.results import (
-    Results,
-    Row,
-    collect,
-    ended,
-    load_references,
-    losses,
-    other_launch_rate,
-)
+from harness.evidence.references import load_references
+from harness.evidence.results import Results, collect, ended
+from harness.evidence.rows import Row, launch_rate_remark, losses
 from harness.experiment import overrides
 from harness.experiment.catalog import load_catalog
 from harness.experiment.hardware import DRIVER_RESERVED_MIB
@@ -319,7 +313,7 @@ def render_compare(a: Row, b: Row, format: str = "terminal") -> str:
         remarks.append(
             f"Different upstream ({a.software}, {b.software}): times and memory do not compare."
         )
-    if rates := other_launch_rate(b, a):
+    if rates := launch_rate_remark(b, a):
         remarks.append(rates)
     if format == "markdown":
         return "\n".join([markdown.table(head, lines, "lrrr"), "", *remarks])
@@ -465,7 +459,7 @@ def _footer(rows: list[Row]) -> Iterable[str]:
     timed = sorted(
         (row for row in rows if row.launch and row.step), key=lambda row: row.launch.operation_us
     )
-    if timed and (rates := other_launch_rate(timed[-1], timed[0])):
+    if timed and (rates := launch_rate_remark(timed[-1], timed[0])):
         yield rates
     if group := next((row.against for row in rows if row.reference), None):
         yield f"Here: {rows[0].hardware}, {rows[0].software}."

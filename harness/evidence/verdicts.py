@@ -15,7 +15,8 @@ from harness.evidence import markdown
 from harness.evidence.claims import Evaluated, Side, evaluate, load_claims, sources
 from harness.evidence.expressions import spell
 from harness.evidence.quantities import Source, unit_of
-from harness.evidence.results import collect_records, load_references
+from harness.evidence.references import load_references
+from harness.evidence.results import collect_records
 from harness.evidence.tables import MOST_TEXT
 from harness.experiment import overrides
 from harness.experiment.catalog import load_catalog

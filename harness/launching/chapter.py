@@ -260,7 +260,8 @@ def as_published(finished: Finished) -> bool:
     A half-size companion is published nowhere; out of memory, it did what the published run of the
     whole did, if that did.
     """
-    from harness.evidence.results import collect, load_references
+    from harness.evidence.references import load_references
+    from harness.evidence.results import collect
 
     references = load_references()
     rows = collect(finished.dir.path.parent, EXPERIMENTS / "records", references).rows

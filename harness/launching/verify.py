@@ -21,15 +21,9 @@ from pathlib import Path
 
 from harness.errors import UserError
 from harness.evidence.records import same_work
-from harness.evidence.results import (
-    Row,
-    collect_records,
-    collect_runs,
-    in_words,
-    load_references,
-    metrics,
-    other_launch_rate,
-)
+from harness.evidence.references import load_references
+from harness.evidence.results import collect_records, collect_runs
+from harness.evidence.rows import Row, launch_rate_remark, metrics, upstream_name
 from harness.experiment import overrides
 from harness.experiment.catalog import Experiment, load_catalog
 from harness.machine import gpus
@@ -183,7 +177,7 @@ def render(record: Row, run: Row, lines: Sequence[Line]) -> str:
                 f" {record.software}"
             ),
             *screen.grid(table),
-            *filter(None, [other_launch_rate(run, record)]),
+            *filter(None, [launch_rate_remark(run, record)]),
             (
                 f"{run.id} agrees with its record"
                 if agrees
@@ -264,7 +258,7 @@ def _run(records: Sequence[Row], settings: Mapping[str, str], prepare: Callable[
     record, *others = _on_hardware(
         records, here[0].name if device == "cuda" else "a machine without a GPU"
     )
-    if (software := in_words(describe_upstream())) not in {
+    if (software := upstream_name(describe_upstream())) not in {
         row.software for row in (record, *others)
     }:
         raise UserError(

@@ -48,7 +48,9 @@ from harness import ROOT
 from harness.errors import UserError, nearest
 from harness.evidence import markdown, scaling, speed, tables, verdicts
 from harness.evidence.facts import CARD, HARDWARE, Facts, NotMeasured, RanOutOfMemory
-from harness.evidence.results import Reference, Row, ended
+from harness.evidence.references import Reference
+from harness.evidence.results import ended
+from harness.evidence.rows import Row
 from harness.experiment.catalog import Experiment
 from harness.experiment.hardware import DRIVER_RESERVED_MIB, find_gpu
 from harness.pages import architectures, diagrams, plots, profiles, step_drawings

@@ -14,7 +14,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from harness.errors import UserError, nearest
-from harness.evidence.results import References, Results, Row, load_references, losses
+from harness.evidence.references import References, load_references
+from harness.evidence.results import Results
+from harness.evidence.rows import Row, losses
 from harness.experiment import overrides
 from harness.experiment.catalog import EXPERIMENTS, Catalog, Experiment
 from harness.predict.calibrations import Machine, machine_measured_by

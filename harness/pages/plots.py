@@ -11,6 +11,7 @@ from pathlib import Path
 from harness import ROOT
 from harness.errors import UserError
 from harness.evidence import results
+from harness.evidence.references import load_references
 from harness.experiment.catalog import load_catalog
 from harness.pages import figures
 from harness.pages.figures import Curve, Figure, Panel, Schedule, Series
@@ -63,7 +64,7 @@ def pictures(outdir: Path | None, records: Path) -> tuple[dict[str, str], tuple[
     Raises:
         UserError: experiments/plots.yaml, the catalogue or the references are wrong.
     """
-    references, catalog = results.load_references(), load_catalog()
+    references, catalog = load_references(), load_catalog()
     found = (
         results.collect(outdir, records, references)
         if outdir

@@ -6,7 +6,8 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from harness.evidence.results import Reference, Row, metrics
+from harness.evidence.references import Reference
+from harness.evidence.rows import Row, metrics
 from harness.profiling.kernels import TITLES, Category
 from harness.profiling.profile import FOLDER, read_recorded
 from harness.profiling.summary import RankProfile

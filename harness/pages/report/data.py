@@ -12,7 +12,9 @@ from typing import Any
 
 from harness.errors import UserError
 from harness.evidence import tables
-from harness.evidence.results import References, Results, Row, ended, metrics, predicted_step_ms
+from harness.evidence.references import References
+from harness.evidence.results import Results, ended
+from harness.evidence.rows import Row, metrics, predicted_step_ms
 from harness.experiment.catalog import Catalog, Experiment
 from harness.experiment.hardware import allocator_fraction
 from harness.pages import figures

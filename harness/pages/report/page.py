@@ -15,6 +15,8 @@ from typing import Any
 from harness.evidence import results, verdicts
 from harness.evidence.claims import evaluate, load_claims
 from harness.evidence.claims import sources as all_sources
+from harness.evidence.references import References, load_references
+from harness.evidence.rows import Row
 from harness.experiment.catalog import Catalog, load_catalog
 from harness.pages.figures import load_profiles
 from harness.pages.report.data import page_values
@@ -32,7 +34,7 @@ def write(outdir: Path, records: Path, path: Path) -> tuple[str, ...]:
         UserError: ``path`` cannot be written, or the catalogue, the references or plots.yaml are
         wrong.
     """
-    references, catalog = results.load_references(), load_catalog()
+    references, catalog = load_references(), load_catalog()
     found = results.collect(outdir, records, references)
     data = page_values(found, references, catalog, load_profiles(outdir, records))
     page = render(data | {"claims": claims(found.records, references, catalog)})
@@ -50,7 +52,7 @@ def is_report(path: Path) -> bool:
 
 
 def claims(
-    records: Sequence[results.Row], references: results.References, catalog: Catalog
+    records: Sequence[Row], references: References, catalog: Catalog
 ) -> list[dict[str, Any]]:
     """Every claim as `make claims FORMAT=json` has it: on the records alone, and on the published
     table."""
