@@ -19,7 +19,7 @@ from harness.data.documents import Layout
 from harness.data.header import bin_path, idx_path
 from harness.data.manifest import read_manifest
 from harness.data.prepare import Means, Recipe
-from harness.data.progress import Progress
+from harness.data.progress import StageProgress
 from harness.data.sources import Hub
 from harness.errors import UserError
 
@@ -33,7 +33,7 @@ rules:
 """
 
 
-class Quiet(Progress):
+class Quiet(StageProgress):
     def __init__(self) -> None:
         super().__init__()
         self.said: list[str] = []

@@ -14,7 +14,7 @@ from harness.data import check, commands, data_sets, look, prepare, sources
 from harness.data.documents import text_file
 from harness.data.header import bin_path, idx_path
 from harness.data.prepare import Means, Recipe
-from harness.data.progress import Progress, amount, duration
+from harness.data.progress import StageProgress, amount, duration
 from harness.data.splits import check_split, split_matrix
 from harness.errors import UserError
 
@@ -501,22 +501,46 @@ class Screen:
         pass
 
 
-def test_progress_is_one_line_on_a_terminal_and_few_in_a_pipe(monkeypatch):
+def shown(monkeypatch, tty: bool, stages: dict[str, int]) -> str:
+    """What 60 steps of each stage, one a second, write; the values are the bytes done at first."""
     from harness.data import progress as module
 
-    now = [100.0]
+    now, screen = [100.0], Screen(tty)
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
-    for tty in (True, False):
-        screen = Screen(tty)
-        progress = Progress(screen)
-        for second in range(60):
-            now[0] += 1
-            progress.show("tokenise", second * 10**6, 60 * 10**6, "5 M tokens")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    with StageProgress(screen) as progress:
+        for stage, first in stages.items():
+            for second in range(60):
+                now[0] += 1
+                done = first + second * 10**6
+                progress.show(stage, done, first + 60 * 10**6, "5 M tokens")
         progress.say("done")
-        lines = screen.text.splitlines() if not tty else screen.text.split("\r")
-        assert lines[-1] == ("done\n" if tty else "done")
-        assert "50 MB of 60 MB  1 MB/s  10 s left  5 M tokens" in screen.text
-        assert screen.text.count("\n") == (1 if tty else 6)
+    return screen.text
+
+
+def test_progress_in_a_pipe_is_a_line_every_ten_seconds(monkeypatch):
+    lines = shown(monkeypatch, False, {"tokenise": 0}).splitlines()
+    assert len(lines) == 6
+    assert lines[4] == "tokenise: 50 MB of 60 MB  1 MB/s  10 s left  5 M tokens"
+    assert lines[5] == "done"
+
+
+def test_progress_on_a_terminal_is_one_bar_that_goes(monkeypatch):
+    text = shown(monkeypatch, True, {"tokenise": 0})
+    assert "50 MB of 60 MB  1 MB/s  10 s left  5 M tokens" in text
+    assert text.endswith("done\n")
+    assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1, "the cursor is hidden for good"
+    assert text.count("\n") <= 2, "more than one line"
+
+
+def test_progress_of_a_resumed_stage_has_its_own_rate(monkeypatch):
+    text = shown(monkeypatch, False, {"read": 0, "tokenise": 540 * 10**6})
+    assert "tokenise: 590 MB of 600 MB  1 MB/s  10 s left  5 M tokens" in text
+
+
+def test_progress_of_comparing_counts_bands_not_bytes(monkeypatch):
+    assert "compare: 50 M of 60 M  1 M/s" in shown(monkeypatch, False, {"compare": 0})
 
 
 def test_amounts_and_times_are_short():

@@ -16,7 +16,7 @@ from harness.data.data_sets import DATA, blend, check_name, find, prepared
 from harness.data.documents import RULES as READING
 from harness.data.documents import TextFile
 from harness.data.manifest import Manifest, read_manifest
-from harness.data.progress import Progress, amount, duration
+from harness.data.progress import StageProgress, amount, duration
 from harness.data.sources import definition, definitions, local_files
 from harness.errors import UserError, nearest
 from harness.experiment import overrides
@@ -105,13 +105,14 @@ def check_set(words: Sequence[str]) -> int:
     """Everything about a data set, checked; 1 where something is wrong."""
     from harness.data.check import check
 
-    name, progress, wrong = _name(_settings(words, ("NAME",))), Progress(), 0
+    name, wrong = _name(_settings(words, ("NAME",))), 0
     if name not in prepared():
         find(name)
-    for finding in check(name, watch=lambda done, total: progress.show("tokens", done, total)):
-        progress.end()
-        print(f"  {'ok   ' if finding.right else 'WRONG'}  {finding.what}: {finding.seen}")
-        wrong += not finding.right
+    with StageProgress() as progress:
+        for finding in check(name, watch=lambda done, total: progress.show("tokens", done, total)):
+            progress.end()
+            print(f"  {'ok   ' if finding.right else 'WRONG'}  {finding.what}: {finding.seen}")
+            wrong += not finding.right
     if wrong:
         print(f"{name} is damaged; {_how_to_prepare(name)} FORCE=1 writes it anew")
     return 1 if wrong else 0
@@ -202,11 +203,9 @@ def clean_files(words: Sequence[str]) -> int:
         overrides.count_in(settings, "WORKERS"),
     )
     check_output((), out, rules, force=True)
-    progress = Progress()
-    with _as_json_lines(files, out, progress) as inputs:
+    with StageProgress() as progress, _as_json_lines(files, out, progress) as inputs:
         target = check_output(inputs, out, rules, force=settings.get("FORCE") == "1")
         report = clean(inputs, target, rules, progress.show, workers)
-    progress.end()
     if target != out:
         replace_folder(target, out)
     print(
@@ -219,7 +218,7 @@ def clean_files(words: Sequence[str]) -> int:
 
 @contextmanager
 def _as_json_lines(
-    files: Sequence[TextFile], out: Path, progress: Progress
+    files: Sequence[TextFile], out: Path, progress: StageProgress
 ) -> Iterator[list[Path]]:
     """The files as cleaning reads them: themselves where they are JSON Lines, else written anew
     beside ``out``."""

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from harness.data.documents import Layout, Reader, TextFile
 from harness.data.manifest import noted
+from harness.data.progress import ShowProgress
 from harness.system.files import atomic, write_json
 
 
@@ -29,7 +30,7 @@ def write_json_lines(
     files: Sequence[TextFile],
     layout: Layout,
     folder: Path,
-    progress: Callable[[str, int, int], None],
+    progress: ShowProgress,
 ) -> tuple[tuple[Path, ...], tuple[Shard, ...]]:
     """Write ``folder``/00000.jsonl and so on; what an earlier call finished stays.
 

@@ -46,7 +46,7 @@ from harness.data.manifest import (
     noted,
     read_manifest,
 )
-from harness.data.progress import Progress
+from harness.data.progress import StageProgress
 from harness.data.sources import Definition, Hub, Synthetic, download, local_files
 from harness.data.tokenize import Done, Job, Watched, tokenize
 from harness.data.tokenizer import Tokenizer, find_tokenizer
@@ -110,7 +110,9 @@ def recipe_of(known: Definition) -> Recipe:
     return Recipe(known.name, known.hub or known.synthetic, layout, rules, known.tokenizer)
 
 
-def prepare(recipe: Recipe, means: Means = USUAL, progress: Progress | None = None) -> Manifest:
+def prepare(
+    recipe: Recipe, means: Means = USUAL, progress: StageProgress | None = None
+) -> Manifest:
     """Prepare the data set of ``recipe`` and return its manifest; what is prepared already stays.
 
     Raises:
@@ -118,7 +120,7 @@ def prepare(recipe: Recipe, means: Means = USUAL, progress: Progress | None = No
             name, or the disk is full, or the name has another data set and ``means`` does not force
             it.
     """
-    progress = progress or Progress()
+    progress = progress or StageProgress()
     home = means.folder / check_name(recipe.name)
     try:
         with only_one(home, recipe.name):
@@ -140,7 +142,7 @@ def prepare(recipe: Recipe, means: Means = USUAL, progress: Progress | None = No
 class _Preparation:
     """One preparation, of a name that no other process prepares."""
 
-    def __init__(self, recipe: Recipe, means: Means, home: Path, progress: Progress) -> None:
+    def __init__(self, recipe: Recipe, means: Means, home: Path, progress: StageProgress) -> None:
         self.recipe, self.means, self.home, self.progress = recipe, means, home, progress
         self.work = home / "work"
         self.seconds: dict[str, float] = {}

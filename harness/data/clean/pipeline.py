@@ -21,7 +21,7 @@ import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,10 @@ from harness.data.clean.documents import Language
 from harness.data.clean.duplicates import exact_duplicates, near_duplicates
 from harness.data.clean.rules import UNREADABLE, Rules
 from harness.data.clean.units import LONGEST_LINE_BYTES, UNIT_BYTES, Unit, cut
+from harness.data.progress import ShowProgress
 from harness.errors import UserError
 from harness.system.files import atomic, locked, read_object, write_json
 from harness.system.workers import map_in_order
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done and how much there is."""
 
 SAMPLES = 100
 _SAMPLE_CHARACTERS = 1000
@@ -89,7 +87,7 @@ def clean(
     inputs: Sequence[Path],
     output_dir: Path,
     rules: Rules,
-    progress: Progress = lambda what, done, total: None,
+    progress: ShowProgress = lambda what, done, total: None,
     processes: int | None = None,
     unit_bytes: int = UNIT_BYTES,
 ) -> CleanReport:
@@ -189,7 +187,7 @@ def _resume(
     units: tuple[Unit, ...],
     output_dir: Path,
     rules: Rules,
-    progress: Progress,
+    progress: ShowProgress,
     processes: int | None,
 ) -> CleanReport:
     work = output_dir / "work"
@@ -242,7 +240,7 @@ def _clear(output_dir: Path) -> None:
 
 
 def _filter_all(
-    units: Sequence[Unit], work: Path, rules: Rules, progress: Progress, processes: int | None
+    units: Sequence[Unit], work: Path, rules: Rules, progress: ShowProgress, processes: int | None
 ) -> None:
     done, total = 0, sum(unit.bytes for unit in units)
     progress("filter", 0, total)
@@ -402,7 +400,7 @@ def signature_bytes(rules: Rules) -> int:
     return rules.near.bands * rules.near.rows if rules.near else 0
 
 
-def compare(units: Sequence[Unit], work: Path, rules: Rules, progress: Progress) -> None:
+def compare(units: Sequence[Unit], work: Path, rules: Rules, progress: ShowProgress) -> None:
     """Write work/verdicts.npy: a ``_VERDICT`` for every document that passed the filter, in
     order."""
     kept = [_array(work, unit, "offsets") for unit in units]
@@ -447,7 +445,11 @@ def _decide(
 
 
 def _write_all(
-    units: Sequence[Unit], output_dir: Path, rules: Rules, progress: Progress, processes: int | None
+    units: Sequence[Unit],
+    output_dir: Path,
+    rules: Rules,
+    progress: ShowProgress,
+    processes: int | None,
 ) -> None:
     lengths = [len(_array(output_dir / "work", unit, "offsets")) for unit in units]
     firsts = np.cumsum([0, *lengths]).tolist()

@@ -11,11 +11,12 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
 
+from harness.data.progress import ShowProgress
 from harness.data.synthetic.corpus import Corpus, Label
 from harness.data.synthetic.language import table
 from harness.errors import UserError
@@ -31,7 +32,7 @@ def generate(
     size_bytes: int,
     corpus: Corpus = _PLAIN,
     processes: int | None = None,
-    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    progress: ShowProgress = lambda what, done, total: None,
 ) -> tuple[Path, ...]:
     """Write the first documents of ``corpus``: ``size_bytes`` and what ends the last document.
 
@@ -77,7 +78,7 @@ def _shards(
     size_bytes: int,
     corpus: Corpus,
     processes: int | None,
-    progress: Callable[[str, int, int], None],
+    progress: ShowProgress,
 ) -> list[Path]:
     shards: list[Path] = []
     done = 0
