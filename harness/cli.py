@@ -308,11 +308,11 @@ def _table(words: list[str]) -> int:
 
 
 def _compare(words: list[str]) -> int:
-    from harness.evidence import tables
+    from harness.evidence import compare
 
     settings = overrides.parse(words, extra=("A", "B", "FORMAT"))
     overrides.require(settings, "AB", "make compare A=101 B=111 (ids, names or labels in outdir/)")
-    return tables.print_compare(_outdir(settings), RECORDS, settings)
+    return compare.print_compare(_outdir(settings), RECORDS, settings)
 
 
 def _doctor(words: list[str]) -> int:

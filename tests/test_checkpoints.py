@@ -822,7 +822,7 @@ def test_every_setting_is_read():
 
 
 def test_a_table_shows_the_held_out_loss_and_its_perplexity(tmp_path):
-    from harness.evidence import tables
+    from harness.evidence import columns, compare, tables
     from harness.evidence.references import load_references
     from harness.evidence.results import collect_runs
 
@@ -832,12 +832,14 @@ def test_a_table_shows_the_held_out_loss_and_its_perplexity(tmp_path):
     }
     write_json(run.result, result)
     (row,) = collect_runs(tmp_path, load_references()).rows
-    values = tables.values(row)
+    values = columns.values(row)
     assert (values["validation_loss"], values["validation_step"]) == (2.0, 20) and values[
         "perplexity"
     ] == pytest.approx(7.389, abs=1e-3)
     assert directory.perplexity(1000.0) is None
-    assert "2.000 (7.4)" in tables.render([row]) and "perplexity" in tables.render_compare(row, row)
+    assert "2.000 (7.4)" in tables.render([row]) and "perplexity" in compare.render_compare(
+        row, row
+    )
 
 
 def test_weights_are_read_to_their_end_before_a_run_starts_from_them(tmp_path):

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from harness.errors import UserError
+from harness.evidence.columns import values
 from harness.evidence.records import metrics_of
 from harness.evidence.references import load_references
 from harness.evidence.results import Results, collect
 from harness.evidence.rows import Row, losses
-from harness.evidence.tables import render, values
+from harness.evidence.tables import render
 from harness.experiment import overrides
 from harness.experiment.catalog import load_catalog
 from harness.planning.miniature import miniature

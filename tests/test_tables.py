@@ -13,7 +13,7 @@ import pytest
 
 from harness import ROOT
 from harness.errors import UserError
-from harness.evidence import tables
+from harness.evidence import columns, compare, tables
 from harness.evidence.references import load_references
 from harness.evidence.rows import Row
 from harness.experiment import overrides
@@ -195,9 +195,9 @@ def test_a_run_without_nvml_says_so_and_gets_no_ratio():
 
 def test_two_runs_of_other_upstream_versions_do_not_compare():
     older = row(upstream={"version": "0.14.0", "source": "submodule"})
-    said = tables.render_compare(row(), older)
+    said = compare.render_compare(row(), older)
     assert "Different upstream (Megatron-LM core 0.19.0, Megatron-LM core 0.14.0)" in said
-    assert "Different upstream" not in tables.render_compare(row(), row())
+    assert "Different upstream" not in compare.render_compare(row(), row())
 
 
 def test_runs_that_shared_the_node_say_so():
@@ -264,7 +264,7 @@ def test_csv_and_json_hold_the_same_plain_values():
     assert parsed[1]["step_ratio"] is None and parsed[1]["published_ran"] == "unknown"
     lines = list(csv.DictReader(io.StringIO(tables.render(rows, "csv"))))
     assert [line["published_oom"] for line in lines] == ["False", "False", "True", "False", ""]
-    assert lines[0].keys() == parsed[0].keys() == tables.VALUES.keys()
+    assert lines[0].keys() == parsed[0].keys() == columns.VALUES.keys()
 
 
 def test_without_runs_it_says_how_to_make_one():
@@ -277,7 +277,7 @@ def test_unknown_formats_are_refused():
     with pytest.raises(UserError, match="FORMAT=markdwon; did you mean markdown"):
         tables.render([], "markdwon")
     with pytest.raises(UserError, match="FORMAT=csv"):
-        tables.render_compare(row(), row(), "csv")
+        compare.render_compare(row(), row(), "csv")
 
 
 def with_losses(folder: Path, name: str, values: list[float], **changes) -> Row:
@@ -291,13 +291,13 @@ def with_losses(folder: Path, name: str, values: list[float], **changes) -> Row:
 def test_compare_shows_what_differs(tmp_path):
     a = with_losses(tmp_path, "one", [11.0, 10.0], id_="443")
     b = with_losses(tmp_path, "two", [11.0, 10.0], id_="446", tflops=300.0)
-    text = tables.render_compare(a, b)
+    text = compare.render_compare(a, b)
     assert line_of(text, "vpp").split() == ["vpp", "3", "6"]
     assert line_of(text, "tflops").split() == ["tflops", "400", "300", "0.750"]
     assert not re.search("^hidden_size|^tp ", text, re.MULTILINE)
     assert "losses: equal over steps 1 to 2" in text
-    assert line_of(tables.render_compare(a, b, "markdown"), "| vpp ") == "| vpp | 3 | 6 |  |"
-    values = json.loads(tables.render_compare(a, b, "json"))
+    assert line_of(compare.render_compare(a, b, "markdown"), "| vpp ") == "| vpp | 3 | 6 |  |"
+    values = json.loads(compare.render_compare(a, b, "json"))
     assert values["settings"]["vpp"] == {"a": 3, "b": 6}
     assert values["numbers"]["tflops"]["ratio"] == 0.75
 
@@ -305,15 +305,15 @@ def test_compare_shows_what_differs(tmp_path):
 def test_compare_says_from_where_losses_part(tmp_path):
     a = with_losses(tmp_path, "one", [11.0, 10.0, 9.0])
     b = with_losses(tmp_path, "two", [11.0, 10.00001, 9.001, 8.0])
-    assert "settings: the same" in tables.render_compare(a, a)
-    text = tables.render_compare(a, b)
+    assert "settings: the same" in compare.render_compare(a, a)
+    text = compare.render_compare(a, b)
     assert "losses: equal" not in text
     assert "over steps 1 to 3 the largest relative difference is 1.1e-04, at step 3" in text
-    assert "no step in common" in tables.render_compare(row(), row())
+    assert "no step in common" in compare.render_compare(row(), row())
 
 
 def test_compare_warns_of_different_hardware():
-    assert "Different hardware" in tables.render_compare(row(), row(small=True))
+    assert "Different hardware" in compare.render_compare(row(), row(small=True))
 
 
 def test_make_table_prints_the_rest_where_a_file_is_corrupt(tmp_path, capsys):
@@ -337,4 +337,4 @@ def test_tables_are_made_without_torch_matplotlib_or_rich():
 
 def test_make_compare_names_what_is_there(tmp_path):
     with pytest.raises(UserError, match="no run or record is called 101; no runs yet: make 101"):
-        tables.print_compare(tmp_path, tmp_path, {"A": "101", "B": "111"})
+        compare.print_compare(tmp_path, tmp_path, {"A": "101", "B": "111"})

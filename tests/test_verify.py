@@ -10,7 +10,8 @@ import pytest
 from harness import ROOT
 from harness.cli import main
 from harness.errors import UserError
-from harness.evidence import tables
+from harness.evidence import columns, tables
+from harness.evidence.compare import render_compare
 from harness.evidence.records import read
 from harness.evidence.references import load_references
 from harness.evidence.results import collect, collect_records, collect_runs
@@ -352,9 +353,9 @@ def test_tables_and_comparisons_say_where_launch_rates_differ(tmp_path: Path) ->
     with_launch_rate(second_run(tmp_path, label="a"), 15.0)
     with_launch_rate(second_run(tmp_path, label="b"), 30.0)
     rows = collect_runs(tmp_path, load_references()).rows
-    for printed in (tables.render(rows), tables.render_compare(*rows)):
+    for printed in (tables.render(rows), render_compare(*rows)):
         assert (
             "The host of b launched operations 2.0 x slower than that of a (30.0 and 15.0 µs each)"
             in " ".join(printed.split())
         )
-    assert [tables.values(row)["launch_operation_us"] for row in rows] == [15.0, 30.0]
+    assert [columns.values(row)["launch_operation_us"] for row in rows] == [15.0, 30.0]

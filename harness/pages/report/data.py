@@ -11,7 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from harness.errors import UserError
-from harness.evidence import tables
+from harness.evidence import columns
 from harness.evidence.references import References
 from harness.evidence.results import Results, ended
 from harness.evidence.rows import Row, metrics, predicted_step_ms
@@ -62,7 +62,7 @@ COLUMNS = (
     "runs_on_node",
     "notes",
 )
-"""Keys of ``tables.VALUES``; paths of this machine stay out of the page."""
+"""Keys of ``columns.VALUES``; paths of this machine stay out of the page."""
 DIGITS = 5
 SAMPLES = 200
 """Most points of a memory curve."""
@@ -109,7 +109,7 @@ def page_values(
 
 def _row(row: Row) -> dict[str, Any]:
     e = row.experiment
-    values = {name: tables.VALUES[name](row) for name in COLUMNS}
+    values = {name: columns.VALUES[name](row) for name in COLUMNS}
     return values | {
         "layout": e.layout,
         "model": e.model.name,
