@@ -75,9 +75,9 @@ def given(words: Sequence[str]) -> list[str]:
 
 
 def _run(words: list[str]) -> int:
-    from harness.launching.meeting import told_to_others
+    from harness.launching.rendezvous.handshake import refusals_sent
 
-    with told_to_others(words):
+    with refusals_sent(words):
         return _run_here(words)
 
 
@@ -139,7 +139,7 @@ def _train(words: list[str]) -> int:
 def _finished_before(planned: Plan) -> int | None:
     """Show the result of a run that RESUME=1 finds at its end, and return its exit status; None
     where it is not."""
-    from harness.launching.launch import Finished
+    from harness.launching.active_run import Finished
     from harness.launching.terminal import summary
     from harness.planning.resume import damaged_at_the_end
     from harness.planning.resumed import at_its_end
@@ -342,7 +342,7 @@ def _monitor_gpu(words: list[str]) -> int:
 
 
 def _stop(words: list[str]) -> int:
-    from harness.launching.launch import stop
+    from harness.launching.stop import stop
 
     settings = overrides.parse(words, extra=("RUN",))
     return stop(_outdir(settings), settings.get("RUN"))

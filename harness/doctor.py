@@ -265,7 +265,7 @@ def as_it_is(tree: str, changed: bool | None) -> Finding:
     return Finding("Megatron-LM", "ok", tree)
 
 
-def devices(cards: tuple[gpus.Gpu, ...]) -> Iterator[Finding]:
+def devices(cards: tuple[gpus.LocalGpu, ...]) -> Iterator[Finding]:
     """Driver, every GPU with who uses it, and how they are connected."""
     driver, cuda = gpus.driver_versions()
     if not cards:

@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from harness.experiment.catalog import Experiment, Model
-from harness.run.directory import RUN_DIR_VARIABLE, RunDir, StepMetrics
+from harness.run.directory import RUN_DIR_VARIABLE, RunDir
+from harness.run.schema import StepMetrics
 from harness.upstreams.megatron_lm.environment import variables
 from harness.upstreams.megatron_lm.flags import flags_as_learned
 
@@ -85,7 +86,7 @@ ROW = "{:36} {:>5} {:>5}  {:16} {:>10} {:>10}  {}"
 
 
 @dataclass
-class Run:
+class ParityRun:
     """A training run whose ranks are forked from this process, which has imported everything.
 
     Attributes:
@@ -265,9 +266,9 @@ def _run(
     folder: Path,
     arguments: tuple[str, ...],
     **more,
-) -> Run:
+) -> ParityRun:
     name = f"{model.name}, {name}"
-    return Run(name, tiny(model, changes), folder / name, arguments, **more)
+    return ParityRun(name, tiny(model, changes), folder / name, arguments, **more)
 
 
 def tiny(model: Model, changes: dict[str, object]) -> Experiment:
@@ -293,7 +294,7 @@ def flags(experiment: Experiment) -> list[str]:
     return flags_as_learned(experiment, "cpu") + SETTINGS.split()
 
 
-def _finished(runs: list[Run]) -> Iterator[Run]:
+def _finished(runs: list[ParityRun]) -> Iterator[ParityRun]:
     """Run all, as many at a time as there are cores for their ranks, and yield each when it has
     ended."""
     waiting, running = list(runs), []
@@ -310,7 +311,7 @@ def _finished(runs: list[Run]) -> Iterator[Run]:
         time.sleep(0.02)
 
 
-def _judge(run: Run, reference: tuple[StepMetrics, ...] | None = None) -> bool:
+def _judge(run: ParityRun, reference: tuple[StepMetrics, ...] | None = None) -> bool:
     """Print the row of ``run``; return whether it equals ``reference``, or can be one, at every
     step."""
     steps = run.metrics()

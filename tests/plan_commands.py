@@ -22,7 +22,7 @@ from harness.data import data_sets
 from harness.data.manifest import Chat, Counted, Manifest, Source, TokenizerUsed, Written
 from harness.errors import UserError
 from harness.experiment.catalog import load_catalog
-from harness.machine.gpus import Gpu
+from harness.machine.gpus import LocalGpu
 from harness.planning import plan as planning
 from harness.planning import start
 
@@ -38,9 +38,9 @@ SETS = {
     "toy-chat-2": True,
 }
 """Prepared data sets -> whether they are conversations."""
-GPUS = tuple(Gpu(index, "NVIDIA H200", f"GPU-{index}", 143771.0) for index in range(8))
+GPUS = tuple(LocalGpu(index, "NVIDIA H200", f"GPU-{index}", 143771.0) for index in range(8))
 ENDS = {
-    "harness.launching.launch": ("stop",),
+    "harness.launching.stop": ("stop",),
     "harness.launching.verify": ("verify",),
     "harness.evidence.records": ("record",),
     "harness.evidence.calibrate": ("calibrate",),

@@ -18,7 +18,7 @@ from harness.launching import processes
 from harness.launching.chapter import run_chapter
 from harness.launching.terminal import PlainTerminal
 from harness.machine import gpus
-from harness.run import directory
+from harness.run import directory, schema
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCHER = Path(__file__).parent / "test_launch_assets" / "launcher.py"
@@ -44,13 +44,13 @@ def run(*plans, **kwargs) -> tuple[int, dict[str, str], str]:
     return status, {line.split("-")[0]: line.split(maxsplit=1)[1] for line in table}, out.getvalue()
 
 
-def results(outdir: Path) -> dict[str, directory.Result]:
+def results(outdir: Path) -> dict[str, schema.Result]:
     return {run.dir.label: run.result for run in directory.runs(outdir)[0]}
 
 
 @pytest.fixture
 def four_gpus(monkeypatch):
-    there = tuple(gpus.Gpu(index, "NVIDIA H200", f"GPU-{index}", 143771) for index in range(4))
+    there = tuple(gpus.LocalGpu(index, "NVIDIA H200", f"GPU-{index}", 143771) for index in range(4))
     monkeypatch.setattr(gpus, "list_gpus", lambda: there)
     monkeypatch.setattr(gpus, "available", lambda wanted=None: wanted or (0, 1, 2, 3))
     monkeypatch.setattr(gpus, "driver_versions", lambda: ("580", "13.0"))
@@ -174,7 +174,9 @@ def test_a_result_of_another_gpu_does_not_count(tmp_path, four_gpus, monkeypatch
     plan = make_plan(tmp_path, "ok", ranks=1, device="cuda", miniature=False)
     run(plan)
     assert run(plan)[2].startswith("0 of 1")
-    monkeypatch.setattr(gpus, "list_gpus", lambda: (gpus.Gpu(0, "NVIDIA B200", "GPU-0", 183359),))
+    monkeypatch.setattr(
+        gpus, "list_gpus", lambda: (gpus.LocalGpu(0, "NVIDIA B200", "GPU-0", 183359),)
+    )
     assert run(plan)[2].startswith("1 of 1")
 
 

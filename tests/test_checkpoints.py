@@ -18,9 +18,10 @@ from harness.experiment.catalog import load_catalog
 from harness.launching.outcome import Evidence, classify
 from harness.planning import resume, start
 from harness.planning.plan import Plan, plan
-from harness.run import checkpoints, directory
+from harness.run import checkpoints, schema, writing
 from harness.run.checkpoints import Saving
-from harness.run.directory import Result, RunDir, StepMetrics, Validation
+from harness.run.directory import RunDir
+from harness.run.schema import Result, StepMetrics, Validation
 from harness.run.step_statistics import measure
 from harness.system import locks
 from harness.system.files import write_json
@@ -35,7 +36,7 @@ def steps(folder: Path) -> list[int]:
 def run_in(
     outdir: Path, e, *, every: int = 5, result: str | None = None, folder: Path | None = None
 ) -> RunDir:
-    run = directory.create(outdir, e.label)
+    run = writing.create(outdir, e.label)
     run.freeze_experiment(e, "cpu", None, Saving(every, 2, folder))
     metrics = [
         StepMetrics(step=n, loss=7 - n / 10, step_ms=1, time=0)
@@ -578,7 +579,7 @@ def test_resuming_cuts_what_the_checkpoint_does_not_know_of(tmp_path):
             for s in (4, 8)
         )
     )
-    directory.go_on(run, 5)
+    writing.prepare_to_resume(run, 5)
     assert [m.step for m in run.read_metrics()] == [1, 2, 3, 4, 5] and [
         v.step for v in run.read_validation()
     ] == [4]
@@ -836,7 +837,7 @@ def test_a_table_shows_the_held_out_loss_and_its_perplexity(tmp_path):
     assert (values["validation_loss"], values["validation_step"]) == (2.0, 20) and values[
         "perplexity"
     ] == pytest.approx(7.389, abs=1e-3)
-    assert directory.perplexity(1000.0) is None
+    assert schema.perplexity(1000.0) is None
     assert "2.000 (7.4)" in tables.render([row]) and "perplexity" in compare.render_compare(
         row, row
     )

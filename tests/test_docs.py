@@ -17,7 +17,7 @@ from harness.experiment.catalog import load_catalog
 from harness.experiment.overrides import EXPERIMENT_SETTINGS, LAUNCH_SETTINGS
 from harness.pages import documents
 from harness.pages.template_functions import functions
-from harness.run.directory import Upstream
+from harness.run.schema import Upstream
 
 PAGES = [
     ROOT / "README.md",

@@ -52,10 +52,10 @@ def test_torch_must_fit_the_device(found, on_gpu, driver, state, mend):
 
 def test_missing_on_the_gpu_means_runs_cannot_start(monkeypatch, capsys):
     monkeypatch.setattr(
-        gpus, "list_gpus", lambda: (gpus.Gpu(0, "NVIDIA H100 80GB HBM3", "GPU-1", 81559.0),)
+        gpus, "list_gpus", lambda: (gpus.LocalGpu(0, "NVIDIA H100 80GB HBM3", "GPU-1", 81559.0),)
     )
     monkeypatch.setattr(gpus, "driver_versions", lambda: ("580.95", "13.0"))
-    monkeypatch.setattr(gpus, "use", lambda: (gpus.Use(gpus.list_gpus()[0], 70.0),))
+    monkeypatch.setattr(gpus, "use", lambda: (gpus.GpuUse(gpus.list_gpus()[0], 70.0),))
     monkeypatch.setattr(doctor, "package_version", lambda name: None)
     assert doctor.doctor() == 1
     said = capsys.readouterr().out

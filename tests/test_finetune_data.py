@@ -194,7 +194,7 @@ def test_a_checkpoint_of_another_tokenizers_data_is_refused(tmp_path, chat, monk
 
     from harness.planning.resume import check_fits
     from harness.run.checkpoints import Checkpoint
-    from harness.run.directory import create
+    from harness.run.writing import create
 
     e = load_catalog().find("801").with_changes(data="chat")
     run = create(tmp_path, "before")

@@ -26,7 +26,7 @@ from harness.evidence import results, tables
 from harness.evidence.references import load_references
 from harness.experiment.catalog import load_catalog
 from harness.experiment.constraints import divisors
-from harness.run import directory
+from harness.run import directory, schema
 from harness.system.files import json_object, read_object
 
 EXPERIMENTS, RECORDS = ROOT / "experiments", ROOT / "experiments" / "records"
@@ -264,7 +264,7 @@ def run_directory(outdir: Path) -> None:
         )
     )
     (run / "result.json").write_text(
-        json.dumps({k: v for k, v in kept.items() if k in directory.Result.model_fields})
+        json.dumps({k: v for k, v in kept.items() if k in schema.Result.model_fields})
     )
     (run / "environment.json").write_text(json.dumps(kept["environment"]))
     shutil.copy(RECORDS / "h200-141gb/101.metrics.jsonl", run / "metrics.jsonl")

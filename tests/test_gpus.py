@@ -116,14 +116,14 @@ def test_without_the_bindings_there_are_no_gpus(monkeypatch):
 
 def test_gpus_are_listed_with_their_memory(nvml):
     fake = nvml([0, 5])
-    assert gpus.list_gpus()[1] == gpus.Gpu(1, "NVIDIA H200", "GPU-1a-b", 143771)
+    assert gpus.list_gpus()[1] == gpus.LocalGpu(1, "NVIDIA H200", "GPU-1a-b", 143771)
     assert gpus.driver_versions() == ("580.95.05", "13.0")
     assert fake.open == 0, "every nvmlInit has its nvmlShutdown"
 
 
 def test_a_sample_has_what_the_driver_tells(nvml):
     nvml([1.25])
-    assert gpus.sample([0]) == (gpus.Sample(0, 1.25, 97, 1980, 650.5, None),)
+    assert gpus.sample([0]) == (gpus.GpuSample(0, 1.25, 97, 1980, 650.5, None),)
 
 
 def test_what_the_driver_keeps_is_told_apart(nvml, monkeypatch):

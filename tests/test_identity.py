@@ -22,15 +22,16 @@ from harness.evidence.results import collect
 from harness.experiment import identity, overrides
 from harness.experiment.catalog import Experiment, load_catalog
 from harness.launching import failed_load, launch, processes, verify
-from harness.launching.launch import Finished
+from harness.launching.active_run import Finished
 from harness.launching.terminal import PlainTerminal
 from harness.machine.provenance import describe_upstream
 from harness.planning import resume, resumed
 from harness.planning.command import Extras
 from harness.planning.plan import Plan, plan
-from harness.run import directory, finding
+from harness.run import finding, schema, writing
 from harness.run.checkpoints import FAILED, TRACKER, Loading, Saving
-from harness.run.directory import Change, Result, RunDir, StepMetrics
+from harness.run.directory import RunDir
+from harness.run.schema import Change, Result, StepMetrics
 from harness.run.step_statistics import measure
 from harness.system.files import write_json
 
@@ -155,7 +156,7 @@ def test_labels_of_different_experiments_differ(tmp_path, key, first, second):
         label.startswith("101-gpt2xl-dp1-gbs1-bf16_steps20_") for label in labels
     )
     for label in labels:
-        directory.create(tmp_path, label)
+        writing.create(tmp_path, label)
     assert (
         row.with_changes(overrides={"SPLIT": "9,1", "LR": "1e-3"}).label
         == "101-gpt2xl-dp1-gbs1-bf16_split9,1_lr1e-3"
@@ -325,7 +326,7 @@ def test_a_resumed_run_keeps_its_checkpoints_where_they_are(tmp_path, settings, 
 def test_a_run_that_kept_none_is_not_resumed_whatever_save_says(tmp_path):
     """Its curve would be cut off and begin anew."""
     e = planned(tmp_path).experiment
-    run = directory.create(tmp_path, e.label)
+    run = writing.create(tmp_path, e.label)
     run.freeze_experiment(e, "cpu", None)
     with pytest.raises(UserError, match="kept no checkpoints, there is nothing to go on from"):
         planned(tmp_path, RESUME="1", SAVE="1")
@@ -470,7 +471,7 @@ def test_a_checkpoint_is_not_marked_for_what_its_bytes_are_not_to_blame_for(tmp_
     plan_ = resuming(tmp_path, run, "load-fails", 5, changed=changed)
     trace = "in train_step\n" if spared == "elsewhere" else 'File "x", line 2, in load_checkpoint\n'
     kind = "AssertionError" if spared == "program" else "RuntimeError"
-    error = directory.RankError(rank=0, type=kind, message="m", traceback=trace, time=0)
+    error = schema.RankError(rank=0, type=kind, message="m", traceback=trace, time=0)
     status = "oom" if spared == "memory" else "crash"
     content = {
         "status": status,
@@ -483,7 +484,7 @@ def test_a_checkpoint_is_not_marked_for_what_its_bytes_are_not_to_blame_for(tmp_
         "device": "cpu",
     }
     result = Result.model_validate(content | {"upstream": describe_upstream().model_dump()})
-    assert failed_load.note(plan_, result, [error], before) == result
+    assert failed_load.mark(plan_, result, [error], before) == result
     assert not list(run.checkpoints.glob(f"*/{FAILED}"))
 
 
@@ -503,7 +504,7 @@ def test_a_run_whose_directory_is_deleted_ends_with_a_plain_error(tmp_path):
     deleting.start()
     with pytest.raises(
         UserError,
-        match=r"101-tiny-dp2_cpu was deleted while the run went on: it was ended after step \d+",
+        match=r"101-tiny-dp2_cpu was deleted during the run: the run was ended after step \d+",
     ):
         finished(plan_)
     deleting.join()

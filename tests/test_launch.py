@@ -16,7 +16,9 @@ from pathlib import Path
 import pytest
 
 from harness.errors import UserError
-from harness.launching import launch, processes
+from harness.launching import hangs, launch, processes, torchrun
+from harness.launching.active_run import Finished
+from harness.launching.stop import stop as stop_here
 from harness.launching.terminal import PlainTerminal
 from harness.machine import gpus
 from harness.planning.command import Extras
@@ -39,7 +41,7 @@ def load_launcher():
 make_plan = load_launcher().make_plan
 
 
-def run(plan, **kwargs) -> tuple[launch.Finished, str]:
+def run(plan, **kwargs) -> tuple[Finished, str]:
     """Run to the end; what it printed into a pipe."""
     out = io.StringIO()
     finished = launch.run_plan(plan, terminal=PlainTerminal(out), **kwargs)
@@ -189,7 +191,7 @@ def test_before_its_first_step_a_run_may_be_silent_for_longer(tmp_path):
 def test_before_its_first_step_the_longer_patience_counts_and_ends(
     tmp_path, monkeypatch, at_start_s, hang_s, status, done
 ):
-    monkeypatch.setattr(launch, "HANG_AT_START_S", at_start_s)
+    monkeypatch.setattr(hangs, "BEFORE_FIRST_STEP_S", at_start_s)
     slow_start_s = 2.0 if status == "ok" else 30.0
     finished, _ = run(make_plan(tmp_path, "ok", steps=1, step_s=slow_start_s), hang_seconds=hang_s)
     assert (finished.result.status, finished.result.steps_done) == (status, done)
@@ -245,7 +247,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_grace_period(tmp_path):
 
 
 def test_ranks_follow_a_torchrun_that_dies_without_ending_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(launch, "GRACE_S", 0.5)
+    monkeypatch.setattr(torchrun, "GRACE_S", 0.5)
     finished, _ = run(make_plan(tmp_path, "orphans", ranks=2, steps=2))
     assert finished.result.status == "crash"
     assert not of_run(finished.dir.path)
@@ -303,7 +305,7 @@ def test_a_disk_that_fills_up_is_told_and_leaves_nothing_running(tmp_path, monke
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(path, value)
 
-    monkeypatch.setattr("harness.launching.launch.write_json", full)
+    monkeypatch.setattr("harness.launching.run_files.write_json", full)
     with pytest.raises(UserError, match="No space left on device"):
         run(make_plan(tmp_path, "ok", steps=2))
     assert not of_run(the_run(tmp_path).path)
@@ -311,7 +313,7 @@ def test_a_disk_that_fills_up_is_told_and_leaves_nothing_running(tmp_path, monke
 
 def test_gpus_are_chosen_sampled_and_recorded(tmp_path, monkeypatch):
     monkeypatch.setattr(gpus, "choose", lambda count, wanted: (2, 3)[:count])
-    there = tuple(gpus.Gpu(index, "NVIDIA H200", f"GPU-{index}", 143771) for index in range(4))
+    there = tuple(gpus.LocalGpu(index, "NVIDIA H200", f"GPU-{index}", 143771) for index in range(4))
     monkeypatch.setattr(gpus, "list_gpus", lambda: there)
     monkeypatch.setattr(gpus, "driver_versions", lambda: ("580.95.05", "13.0"))
     finished, printed = run(make_plan(tmp_path, "ok", device="cuda", miniature=False))
@@ -332,7 +334,7 @@ def test_gpus_are_chosen_sampled_and_recorded(tmp_path, monkeypatch):
 
 def stop(*arguments: object) -> str:
     """What ``make stop`` prints, from a process of its own as there."""
-    code = "import sys; from pathlib import Path; from harness.launching.launch import stop; "
+    code = "import sys; from pathlib import Path; from harness.launching.stop import stop; "
     code += "sys.exit(stop(Path(sys.argv[1]), *sys.argv[2:]))"
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
@@ -362,7 +364,7 @@ def test_stop_kills_no_process_that_only_has_the_number(tmp_path):
     write_json(
         finished.dir.running, {"pid": bystander.pid, "host": socket.gethostname(), "started": 1.0}
     )
-    launch.stop(tmp_path)
+    stop_here(tmp_path)
     assert bystander.poll() is None
     bystander.kill()
     bystander.wait()
@@ -371,7 +373,7 @@ def test_stop_kills_no_process_that_only_has_the_number(tmp_path):
 def test_stop_of_an_unknown_label_names_the_nearest(tmp_path):
     run(make_plan(tmp_path, "ok", steps=1))
     with pytest.raises(UserError, match="101-tiny-dp2_cpu"):
-        launch.stop(tmp_path, "101-tiny-dp2")
+        stop_here(tmp_path, "101-tiny-dp2")
 
 
 def saving_to(folder: Path) -> dict:
@@ -425,7 +427,7 @@ def test_a_run_that_is_refused_leaves_nothing(tmp_path, monkeypatch, folder):
         def refuse(*_):
             raise UserError("half a submodule")
 
-        monkeypatch.setattr("harness.launching.launch.describe_environment", refuse)
+        monkeypatch.setattr("harness.launching.run_files.describe_environment", refuse)
     with pytest.raises(
         UserError, match=r"(?s)half a submodule|cannot write to .*set SAVE= to another"
     ):
@@ -440,7 +442,7 @@ def test_a_run_that_is_refused_leaves_the_run_that_it_would_have_resumed(tmp_pat
     def refuse(*_):
         raise UserError("half a submodule")
 
-    monkeypatch.setattr("harness.launching.launch.describe_environment", refuse)
+    monkeypatch.setattr("harness.launching.run_files.describe_environment", refuse)
     with pytest.raises(UserError, match="half a submodule"):
         run(make_plan(tmp_path, "ok", steps=6, resumes=finished.dir))
     assert {

@@ -11,9 +11,9 @@ import pytest
 
 from harness.data import data_sets
 from harness.errors import UserError
-from harness.launching import agreement, links, meeting
-from harness.launching.meeting import told_to_others
 from harness.launching.outcome import Evidence, classify
+from harness.launching.rendezvous import agreement, connections, handshake
+from harness.launching.rendezvous.handshake import refusals_sent
 from harness.planning.command import Extras, Place
 from harness.run.checkpoints import Loading, Saving
 
@@ -131,8 +131,8 @@ def test_what_nodes_compare(tmp_path, monkeypatch):
         "checkpoints folder",
     ]
     assert differs(extras=Extras(loading=Loading(tmp_path, 5))) == [
-        "begins with step",
-        "begins with weights only",
+        "starts from step",
+        "starts from weights only",
     ]
     monkeypatch.setattr(
         agreement, "package_version", lambda name: "9.9" if name == "numpy" else None
@@ -172,10 +172,10 @@ def test_other_text_under_the_name_of_a_data_set_is_another_data_set(tmp_path, m
 
 def test_a_node_that_does_not_come_is_named_in_bounded_time(tmp_path, rendezvous):
     for node, said in (
-        (0, f"node 1 did not come to RENDEZVOUS={rendezvous} within"),
-        (1, "node 0 did not come within"),
+        (0, f"node 1 did not connect to RENDEZVOUS={rendezvous} within"),
+        (1, "node 0 did not answer within"),
     ):
-        ((status, text),) = ended(start_node(node, tmp_path / "out", rendezvous, MEET_S="0.6"))
+        ((status, text),) = ended(start_node(node, tmp_path / "out", rendezvous, TIMEOUT_S="0.6"))
         assert status == 2 and said in text
     assert not (tmp_path / "out").exists()
 
@@ -186,7 +186,7 @@ def test_a_node_that_refuses_by_itself_tells_the_others(tmp_path, rendezvous, re
     assert "waits" in waiting.stdout.readline()
     with (
         pytest.raises(UserError, match=r"^no such data$"),
-        told_to_others([f"RENDEZVOUS={rendezvous}", f"NODE_RANK={refusing}"]),
+        refusals_sent([f"RENDEZVOUS={rendezvous}", f"NODE_RANK={refusing}"]),
     ):
         raise UserError("no such data")
     ((status, text),) = ended(waiting)
@@ -195,14 +195,14 @@ def test_a_node_that_refuses_by_itself_tells_the_others(tmp_path, rendezvous, re
 
 
 def test_nobody_is_told_of_what_would_only_be_shown(rendezvous, monkeypatch):
-    monkeypatch.setattr(meeting, "_tell", lambda *_: pytest.fail("it told"))
+    monkeypatch.setattr(handshake, "_send_refusal", lambda *_: pytest.fail("it told"))
     for words in (
         [],
         [f"RENDEZVOUS={rendezvous}", "DRY_RUN=1"],
         [f"RENDEZVOUS={rendezvous}", "SLURM=1"],
         ["RENDEZVOUS=nonsense"],
     ):
-        with pytest.raises(UserError, match="no"), told_to_others(words):
+        with pytest.raises(UserError, match="no"), refusals_sent(words):
             raise UserError("no")
 
 
@@ -237,7 +237,7 @@ def test_a_host_without_an_address_is_named_at_once(tmp_path, monkeypatch):
     def unknown(*_, **__):
         raise socket.gaierror(-2, "Name or service not known")
 
-    monkeypatch.setattr(links.socket, "getaddrinfo", unknown)
+    monkeypatch.setattr(connections.socket, "getaddrinfo", unknown)
     for node in ("0", "1"):
         with pytest.raises(
             UserError,
@@ -248,7 +248,7 @@ def test_a_host_without_an_address_is_named_at_once(tmp_path, monkeypatch):
 
 
 def test_a_rendezvous_port_of_another_program_is_refused_with_a_free_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(meeting, "GREETING_S", 0.3)
+    monkeypatch.setattr(handshake, "HELLO_S", 0.3)
     with socket.socket() as other:
         other.bind(("", 0))
         other.listen()
@@ -265,9 +265,9 @@ def test_strangers_at_the_port_do_not_disturb(tmp_path, rendezvous):
     first = start_node(0, tmp_path / "out", rendezvous)
     first.stdout.readline()
     for said in (b"", b"GET / HTTP/1.1\r\n\r\n", b"\0\xff\n", b"[1]\n", b'{"harn'):
-        with socket.create_connection(links.parts(rendezvous)) as stranger:
+        with socket.create_connection(connections.host_and_port(rendezvous)) as stranger:
             stranger.sendall(said)
-    silent = socket.create_connection(links.parts(rendezvous))
+    silent = socket.create_connection(connections.host_and_port(rendezvous))
     (own, other) = ended(first, start_node(1, tmp_path / "out", rendezvous))
     silent.close()
     assert (own[0], other[0]) == (0, 0), own[1]
@@ -277,9 +277,9 @@ def test_a_number_that_comes_twice_or_is_too_high_is_refused():
     def admit(node: int, others: dict) -> None:
         ours, theirs = socket.socketpair()
         with ours, theirs:
-            meeting._admit(
-                links.Link(ours),
-                {meeting.MARK: 1, "node": node, "host": "b\033[2J", "facts": {}},
+            handshake._admit(
+                connections.Connection(ours),
+                {handshake.PROTOCOL: 1, "node": node, "host": "b\033[2J", "facts": {}},
                 others,
                 {},
                 3,
@@ -297,10 +297,10 @@ def test_a_number_that_comes_twice_or_is_too_high_is_refused():
 
 
 def test_ctrl_c_while_it_waits_ends_the_node_that_waits_for_it(tmp_path, rendezvous):
-    first = start_node(0, tmp_path / "out", rendezvous, MEET_S="60")
+    first = start_node(0, tmp_path / "out", rendezvous, TIMEOUT_S="60")
     assert "waits" in first.stdout.readline()
     first.send_signal(signal.SIGINT)
-    second = start_node(1, tmp_path / "out", rendezvous, MEET_S="5")
+    second = start_node(1, tmp_path / "out", rendezvous, TIMEOUT_S="5")
     (own, other) = ended(first, second)
     assert own[0] == 130 and other[0] == 2 and not (tmp_path / "out").exists()
 
@@ -335,8 +335,8 @@ def test_a_launcher_that_was_killed_is_named_and_the_run_ends(tmp_path, rendezvo
     result = the_run(tmp_path / "a").read_result()
     assert status == 1 and result.status == "crash"
     assert (
-        f"node 1 ({HOST}): it is gone: its launcher was killed" in result.detail
-        and "it is gone" in text
+        f"node 1 ({HOST}): its launcher no longer answers: it was killed" in result.detail
+        and "no longer answers" in text
     )
     until(lambda: not of_run(the_run(tmp_path / "b").path))
     second.communicate()
@@ -359,10 +359,12 @@ def test_ranks_that_only_follow_do_not_count_as_the_cause():
     experiment = make_plan(Path("/x"), "ok").experiment
     echo = "[rank0]: RuntimeError: Connection closed by peer [127.0.0.1]:29500"
     log = f"[rank0]: Traceback (most recent call last):\n{echo}\n"
-    assert classify(Evidence(exit_code=1, log=log), experiment).follows
-    assert classify(Evidence(exit_code=1), experiment).follows
+    assert classify(Evidence(exit_code=1, log=log), experiment).is_consequence
+    assert classify(Evidence(exit_code=1), experiment).is_consequence
     assert not classify(
         Evidence(exit_code=1, log=log.replace("Connection closed by peer", "no such layer")),
         experiment,
-    ).follows
-    assert not classify(Evidence(exit_code=1, log=f"{log}CUDA out of memory\n"), experiment).follows
+    ).is_consequence
+    assert not classify(
+        Evidence(exit_code=1, log=f"{log}CUDA out of memory\n"), experiment
+    ).is_consequence

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from harness.experiment.catalog import Experiment, Model
-from harness.launching.outcome import Evidence, classify, memory_levers, where_ranks_wait
-from harness.run.directory import RankError, StepMetrics
+from harness.launching.hangs import by_frame
+from harness.launching.outcome import Evidence, classify, memory_levers
+from harness.run.schema import RankError, StepMetrics
 
 LOGS = Path(__file__).with_name("test_outcome_logs")
 
@@ -381,7 +382,7 @@ Current thread 0x02 (most recent call first):
   File "train.py", line 3 in load
   File "train.py", line 9 in step
 """
-    assert where_ranks_wait({0: waiting, 1: stuck, 2: waiting, 3: ""}) == (
+    assert "; ".join(by_frame({0: waiting, 1: stuck, 2: waiting, 3: ""})) == (
         "ranks 0, 2 in all_reduce (distributed_c10d.py:3007); rank 1 in load (train.py:3)"
     )
 

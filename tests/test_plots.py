@@ -17,7 +17,7 @@ from harness.pages import figures, plots
 from harness.pages.figures import Figure, Panel, Point, Series, load_panels, sweeps, thinned
 from harness.predict.flops import tflops_per_gpu
 from harness.predict.timeline import Times, Work, bubble_fraction, order, simulate
-from harness.run.directory import Result, StepMetrics
+from harness.run.schema import Result, StepMetrics
 from harness.run.step_statistics import measure
 
 RECORDS = ROOT / "experiments" / "records"

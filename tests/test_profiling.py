@@ -26,7 +26,8 @@ from harness.profiling.kernels import Category, category_of
 from harness.profiling.profile import Profile, find, of_run, render
 from harness.profiling.summary import cut, summarise
 from harness.profiling.trace import Activity, Range, parse, read
-from harness.run.directory import RunDir, StepMetrics
+from harness.run.directory import RunDir
+from harness.run.schema import StepMetrics
 from harness.system.files import write_json
 from harness.upstreams.megatron_lm.environment import variables
 

@@ -16,7 +16,8 @@ from harness.evidence.tables import render
 from harness.experiment.catalog import load_catalog
 from harness.experiment.hardware import find_gpu, peak_tflops
 from harness.predict.flops import share_of_upstreams, tflops_per_gpu
-from harness.run.directory import Result, RunDir, StepMetrics
+from harness.run.directory import RunDir
+from harness.run.schema import Result, StepMetrics
 from harness.run.step_statistics import BETWEEN_RUNS, measure, step_noise_ms
 from harness.system.files import write_json
 

@@ -19,7 +19,7 @@ from harness.experiment.catalog import load_catalog
 from harness.pages.figures import load_profiles
 from harness.pages.report import page
 from harness.pages.report.data import make_command, page_values
-from harness.run.directory import Result, StepMetrics
+from harness.run.schema import Result, StepMetrics
 from harness.run.step_statistics import measure
 
 RECORDS = ROOT / "experiments" / "records"

@@ -18,8 +18,8 @@ from harness.experiment import overrides
 from harness.experiment.catalog import load_catalog
 from harness.planning.miniature import miniature
 from harness.predict.flops import share_of_upstreams
-from harness.run import directory
-from harness.run.directory import Result, StepMetrics
+from harness.run import directory, writing
+from harness.run.schema import Result, StepMetrics
 from harness.run.step_statistics import measure
 from harness.system.files import write_json
 
@@ -62,7 +62,7 @@ def result(status="ok", **changes):
 
 
 def write_run(outdir: Path, e, outcome: dict | None, steps: int = 20) -> directory.RunDir:
-    run = directory.create(outdir, e.label)
+    run = writing.create(outdir, e.label)
     run.freeze_experiment(e, "cpu" if e.miniature else "cuda", "abc")
     write_json(run.environment, {"gpu": None if e.miniature else H200})
     lines = [
@@ -113,7 +113,7 @@ def row(id_="111", status="ok", gpu=H200, settings=None, **changes) -> Row:
 def lora_run(outdir: Path, lines: list[StepMetrics], counted: str):
     """A run of 811 with these metrics, whose result states TFLOP/s as ``counted``."""
     e = experiment("811", STEPS=str(len(lines)))
-    run = directory.create(outdir, e.label)
+    run = writing.create(outdir, e.label)
     run.freeze_experiment(e, "cuda", "abc")
     run.metrics.write_text(
         "".join(f"{line.model_dump_json(exclude_none=True)}\n" for line in lines)

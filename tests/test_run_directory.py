@@ -13,8 +13,9 @@ import pytest
 
 from harness.errors import UserError
 from harness.experiment.catalog import Experiment, Model
-from harness.run import cleaning, directory
-from harness.run.directory import Result, RunDir
+from harness.run import cleaning, directory, schema, writing
+from harness.run.directory import RunDir
+from harness.run.schema import Result
 from harness.system import locks
 from harness.system.files import told_if_unwritable, write_json
 
@@ -46,7 +47,7 @@ def experiment() -> Experiment:
 
 
 def make_run(outdir: Path, label: str = "101-tiny-dp1", result: dict | None = None) -> RunDir:
-    run_dir = directory.create(outdir, label)
+    run_dir = writing.create(outdir, label)
     run_dir.freeze_experiment(experiment(), "cpu", "abc")
     if result:
         write_json(run_dir.result, result)
@@ -54,26 +55,26 @@ def make_run(outdir: Path, label: str = "101-tiny-dp1", result: dict | None = No
 
 
 def test_a_label_is_never_used_twice(tmp_path):
-    assert [directory.create(tmp_path, "101").label for _ in range(3)] == ["101", "101.2", "101.3"]
+    assert [writing.create(tmp_path, "101").label for _ in range(3)] == ["101", "101.2", "101.3"]
 
 
 def test_launchers_that_start_at_once_get_directories_of_their_own(tmp_path):
     with ThreadPoolExecutor(16) as pool:
-        made = list(pool.map(lambda _: directory.create(tmp_path, "101").path, range(64)))
+        made = list(pool.map(lambda _: writing.create(tmp_path, "101").path, range(64)))
     assert len(set(made)) == 64
 
 
 @pytest.mark.parametrize("label", ["", "../x", "a/b", "a b", ".hidden", "-x", "x" * 201, "a\n"])
 def test_a_label_that_is_no_file_name_is_refused(tmp_path, label):
     with pytest.raises(UserError, match="run label"):
-        directory.create(tmp_path, label)
+        writing.create(tmp_path, label)
 
 
 def test_an_outdir_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").touch()
     for outdir in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UserError, match="cannot write to"):
-            directory.create(outdir, "101")
+            writing.create(outdir, "101")
 
 
 @pytest.mark.parametrize(
@@ -89,7 +90,7 @@ def test_an_outdir_that_cannot_be_written_is_refused_with_the_way_out(
     (tmp_path / "out").mkdir()
     monkeypatch.setattr(os, "mkdir", refuse)
     with pytest.raises(UserError, match=way_out):
-        directory.create(tmp_path / "out", "101")
+        writing.create(tmp_path / "out", "101")
 
 
 def test_a_nearly_full_disk_is_refused_with_the_value(tmp_path, monkeypatch):
@@ -98,7 +99,7 @@ def test_a_nearly_full_disk_is_refused_with_the_value(tmp_path, monkeypatch):
         shutil, "disk_usage", lambda _path: usage(2**40, 2**40 - 150 * 2**20, 150 * 2**20)
     )
     with pytest.raises(UserError, match="150 MiB free"):
-        directory.create(tmp_path, "101")
+        writing.create(tmp_path, "101")
 
 
 def test_json_is_replaced_whole_and_has_no_nan(tmp_path):
@@ -133,7 +134,7 @@ def test_the_experiment_comes_back_as_it_was_frozen(tmp_path):
 
 
 def test_metrics_survive_a_torn_last_line(tmp_path):
-    run_dir = directory.create(tmp_path, "101")
+    run_dir = writing.create(tmp_path, "101")
     whole = "".join(
         f'{{"step": {step}, "loss": {loss}, "step_ms": 12.5, "time": 1.0}}\n'
         for step, loss in [(1, 10.5), (2, "NaN")]
@@ -147,7 +148,7 @@ def test_metrics_survive_a_torn_last_line(tmp_path):
 
 
 def test_rank_files_are_told_apart(tmp_path):
-    run_dir = directory.create(tmp_path, "101")
+    run_dir = writing.create(tmp_path, "101")
     for rank in (10, 2):
         write_json(
             run_dir.ranks / f"{rank}.json",
@@ -225,8 +226,7 @@ def test_two_evaluations_of_one_step_are_one(tmp_path):
         (12, "test", 2.25),
     ]
     found = [
-        directory.Validation(step=step, split=split, loss=loss, time=0)
-        for step, split, loss in lines
+        schema.Validation(step=step, split=split, loss=loss, time=0) for step, split, loss in lines
     ]
     run = directory.RunDir(tmp_path)
     run.validation.write_text("".join(f"{line.model_dump_json()}\n" for line in found))
@@ -237,9 +237,9 @@ def test_two_evaluations_of_one_step_are_one(tmp_path):
 def test_a_step_that_took_for_ever_is_no_line_of_metrics(field):
     """Statistics of an infinite number end with a traceback; a loss may be infinite, and is kept."""
     line = {"step": 1, "step_ms": 100.0, "tflops": 2.0, "time": 1.0}
-    assert directory.parse_metrics(json.dumps(line)) is not None
+    assert schema.parse_metrics(json.dumps(line)) is not None
     assert (
-        directory.parse_metrics(
+        schema.parse_metrics(
             json.dumps(line | {field: 1}).replace(f'"{field}": 1', f'"{field}": 1e999')
         )
         is None

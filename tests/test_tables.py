@@ -19,7 +19,7 @@ from harness.evidence.rows import Row
 from harness.experiment import overrides
 from harness.experiment.catalog import load_catalog
 from harness.planning.miniature import miniature
-from harness.run.directory import Result
+from harness.run.schema import Result
 
 CATALOG = load_catalog()
 GROUP = load_references().published

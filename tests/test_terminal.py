@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from harness.launching import terminal
-from harness.launching.terminal import PlainTerminal, Progress, phase_of, step_line, summary
-from harness.run.directory import Losses, MemoryGib, Result, Spread
+from harness.launching.terminal import PlainTerminal, Snapshot, phase_of, step_line, summary
+from harness.run.schema import Losses, MemoryGib, Result, Spread
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def at(step: int, steps: int = 20, **changes) -> Progress:
+def at(step: int, steps: int = 20, **changes) -> Snapshot:
     fields = {
         "label": "101-x",
         "steps": steps,
@@ -26,7 +26,7 @@ def at(step: int, steps: int = 20, **changes) -> Progress:
         "step": step,
     }
     numbers = {"loss": 10.98765, "step_ms": 186.84, "left_s": 62.0} if step else {}
-    return Progress(**{**fields, **numbers, **changes})
+    return Snapshot(**{**fields, **numbers, **changes})
 
 
 def result(**changes) -> Result:
@@ -150,12 +150,12 @@ def test_a_run_shorter_than_the_window_says_so():
 
 
 DRAW = """
-from harness.launching.terminal import Progress, open_terminal
+from harness.launching.terminal import Snapshot, open_terminal
 with open_terminal() as t:
     t.print("101 [starts] here")
     for step in range(4):
         t._drawn_at = 0
-        t.show(Progress("101-gpt2xl-dp1-gbs1-bf16", 3, "building data", 5, step, *((10.5, 12.5) if step else ())))
+        t.show(Snapshot("101-gpt2xl-dp1-gbs1-bf16", 3, "building data", 5, step, *((10.5, 12.5) if step else ())))
     t.finish("101-gpt2xl-dp1-gbs1-bf16")
     t.print("over")
 """

@@ -17,7 +17,8 @@ from harness.entry import tracking
 from harness.errors import UserError
 from harness.experiment.catalog import load_catalog
 from harness.run import tensorboard
-from harness.run.directory import Rank, RunDir, StepMetrics
+from harness.run.directory import RunDir
+from harness.run.schema import Rank, StepMetrics
 from harness.system.files import write_json
 
 LINE = StepMetrics(step=7, loss=2.5, step_ms=250.0, tflops=400.0, tokens_per_s=32768.0, time=1.0)

@@ -19,8 +19,9 @@ from harness.evidence.rows import Row
 from harness.launching import launch
 from harness.launching.verify import choose, compare, render, verify
 from harness.machine import gpus
-from harness.machine.gpus import Gpu
-from harness.run.directory import MemoryGib, RunDir, StepMetrics, Upstream
+from harness.machine.gpus import LocalGpu
+from harness.run.directory import RunDir
+from harness.run.schema import MemoryGib, StepMetrics, Upstream
 from harness.run.step_statistics import measure
 from harness.system.files import write_json
 
@@ -229,8 +230,8 @@ def test_mistakes_are_told(
     assert message in capsys.readouterr().err
 
 
-def on(name: str | None) -> Callable[[], tuple[Gpu, ...]]:
-    return lambda: (Gpu(0, name, "GPU-0", 143771.0),) if name else ()
+def on(name: str | None) -> Callable[[], tuple[LocalGpu, ...]]:
+    return lambda: (LocalGpu(0, name, "GPU-0", 143771.0),) if name else ()
 
 
 @pytest.mark.parametrize(

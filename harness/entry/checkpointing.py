@@ -21,7 +21,7 @@ from harness.entry import on_cpu
 from harness.entry.report import RankReport
 from harness.errors import UserError
 from harness.run import checkpoints
-from harness.run.directory import Save
+from harness.run.schema import Save
 from harness.system.files import sync_file, sync_folder
 from harness.system.orphans import end_with
 from harness.upstreams.megatron_lm.environment import KEEP_VARIABLE

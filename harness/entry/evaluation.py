@@ -11,7 +11,7 @@ import time
 
 from harness.entry.metrics import LOSS
 from harness.entry.report import RankReport
-from harness.run.directory import Validation
+from harness.run.schema import Validation
 from harness.upstreams.megatron_lm.environment import UNTIL_VARIABLE
 
 

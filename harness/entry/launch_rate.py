@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from harness.run.directory import LaunchRate
+from harness.run.schema import LaunchRate
 
 if TYPE_CHECKING:
     from harness.entry.report import RankReport

@@ -17,7 +17,8 @@ from types import ModuleType
 
 from harness.entry import on_cpu
 from harness.machine import gpus
-from harness.run.directory import RUN_DIR_VARIABLE, LaunchRate, Rank, RankError, RunDir, StepMetrics
+from harness.run.directory import RUN_DIR_VARIABLE, RunDir
+from harness.run.schema import LaunchRate, Rank, RankError, StepMetrics
 from harness.system.files import write_json
 from harness.system.masking import mask
 

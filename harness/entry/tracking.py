@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from harness.entry.report import EVERY_S, RankReport
 from harness.experiment.hardware import peak_tflops
 from harness.predict.flops import mfu
-from harness.run.directory import Rank, RunDir, StepMetrics
+from harness.run.directory import RunDir
+from harness.run.schema import Rank, StepMetrics
 from harness.system.files import write_json
 
 MEMORY = ("allocated_peak_gib", "reserved_peak_gib", "nvml_used_gib", "rss_peak_gib")

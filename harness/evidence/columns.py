@@ -8,7 +8,7 @@ from typing import Any
 
 from harness.data.data_sets import MOCK
 from harness.evidence.rows import Row
-from harness.run.directory import changes_in_words, perplexity
+from harness.run.schema import changes_in_words, perplexity
 
 VALUES: dict[str, Callable[[Row], Any]] = {
     "hardware": lambda row: row.hardware,

@@ -16,8 +16,8 @@ from harness.experiment import identity
 from harness.experiment.catalog import Experiment
 from harness.experiment.hardware import find_gpu
 from harness.profiling.profile import FOLDER, of_run
-from harness.run import directory
-from harness.run.directory import Result, StepMetrics, Validation, changes_in_words
+from harness.run import directory, schema
+from harness.run.schema import Result, StepMetrics, Validation, changes_in_words
 from harness.run.step_statistics import contradictions
 from harness.system.files import complaint, read_object, write_json, write_text
 
@@ -186,7 +186,7 @@ def _read_metrics(path: Path) -> tuple[StepMetrics, ...]:
         raise ValueError(
             f"{file.name} is missing: a record without its metrics proves nothing"
         ) from None
-    steps = tuple(map(directory.parse_metrics, lines))
+    steps = tuple(map(schema.parse_metrics, lines))
     if None in steps:
         raise ValueError(f"{file.name}: line {steps.index(None) + 1} is torn")
     return steps

@@ -17,7 +17,7 @@ from harness.experiment import identity
 from harness.experiment.catalog import Experiment
 from harness.experiment.overrides import is_same_work
 from harness.run import directory, step_statistics
-from harness.run.directory import LaunchRate, Upstream
+from harness.run.schema import LaunchRate, Upstream
 from harness.system.files import read_object
 
 
@@ -160,7 +160,7 @@ def _in_order(rows: Iterable[Row]) -> tuple[Row, ...]:
     return tuple(sorted(rows, key=lambda row: (row.id, row.hardware, row.label)))
 
 
-def _run_row(run: directory.Run, group: ReferenceGroup) -> Row:
+def _run_row(run: directory.StoredRun, group: ReferenceGroup) -> Row:
     result, steps = run.result, run.dir.read_metrics()
     if result and (
         wrong := next(step_statistics.contradictions(run.experiment, result, steps), None)

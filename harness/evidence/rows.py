@@ -15,8 +15,8 @@ from harness.experiment.overrides import is_same_work
 from harness.predict.calibrations import Machine, machine_of
 from harness.predict.flops import mfu
 from harness.predict.step_time import unknown
-from harness.run import directory, step_statistics
-from harness.run.directory import (
+from harness.run import directory, schema, step_statistics
+from harness.run.schema import (
     LaunchRate,
     MemoryGib,
     Result,
@@ -218,7 +218,7 @@ def metrics(row: Row) -> tuple[StepMetrics, ...]:
     if row.kind == "run":
         return directory.RunDir(row.origin).read_metrics()
     lines = text_lines(records.metrics_of(row.origin))
-    return tuple(filter(None, map(directory.parse_metrics, lines)))
+    return tuple(filter(None, map(schema.parse_metrics, lines)))
 
 
 def losses(row: Row) -> dict[int, float]:

@@ -11,16 +11,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from harness.data.content import check_content
 from harness.errors import UserError, first_line
 from harness.experiment import identity
 from harness.experiment.catalog import EXPERIMENTS, Experiment
-from harness.launching.launch import POLL_S, Finished, Run, check_start, show_progress
+from harness.launching.active_run import POLL_S, ActiveRun, Finished
+from harness.launching.launch import check_ready, show_progress
 from harness.launching.processes import Signals
-from harness.launching.reserve import reserve
+from harness.launching.reservation import reserve
 from harness.launching.terminal import Terminal, open_terminal, summary
 from harness.machine import gpus
-from harness.machine.requirements import check_machine
 from harness.run import directory
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ HAS_RESULT = ("ok", "oom")
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ExperimentOutcome:
     """What became of one experiment of a chapter. ``good``: it ended ok, or ran out of memory as
     published."""
 
@@ -54,7 +53,7 @@ def run_chapter(
 
     Args:
         plan_for: fits an experiment to this machine; a UserError skips it, with its reason.
-        hang_seconds: see ``harness.launching.launch.Run``.
+        hang_seconds: see ``ActiveRun``.
         pack: run side by side what fits on the GPUs; else one at a time, for timing. CPU runs are
         never packed.
         force: run again what has a result.
@@ -74,10 +73,10 @@ class _Chapter:
 
     def __init__(self, shown: Terminal, hang_seconds: float | None, pack: bool) -> None:
         self._shown, self._hang_seconds, self._pack = shown, hang_seconds, pack
-        self._outcomes: dict[str, Outcome] = {}
+        self._outcomes: dict[str, ExperimentOutcome] = {}
         self._waiting: list[Plan] = []
-        self._running: list[Run] = []
-        self._held: Run | None = None
+        self._running: list[ActiveRun] = []
+        self._held: ActiveRun | None = None
         self._free: list[int] | None = None
         self._gpus: tuple[int, ...] = ()
         self._stopped_by: signal.Signals | None = None
@@ -90,7 +89,7 @@ class _Chapter:
             plan = plan_for(experiment)
             self._check(plan)
         except UserError as error:
-            self._outcomes[experiment.name] = Outcome("skipped", first_line(error))
+            self._outcomes[experiment.name] = ExperimentOutcome("skipped", first_line(error))
             return
         earlier = None if force else _earlier(plan)
         if earlier:
@@ -98,7 +97,7 @@ class _Chapter:
                 earlier, f"{earlier.dir.label} has its result, FORCE=1 runs it again"
             )
         else:
-            self._outcomes[experiment.name] = Outcome("not run", "")
+            self._outcomes[experiment.name] = ExperimentOutcome("not run", "")
             self._waiting.append(plan)
 
     def run(self, signals: Signals) -> int:
@@ -175,22 +174,20 @@ class _Chapter:
             self._waiting.remove(plan)
             self._held = self._launch(plan, self._gpus[:count], held=True)
 
-    def _launch(self, plan: Plan, gpu_ids: tuple[int, ...], held: bool = False) -> Run | None:
+    def _launch(self, plan: Plan, gpu_ids: tuple[int, ...], held: bool = False) -> ActiveRun | None:
         try:
-            check_machine(plan.experiment, plan.device)
-            check_start(plan)
-            check_content(plan.experiment.data)
+            check_ready(plan)
             reserved = reserve(plan, plan.experiment.label, self._shown.print)
         except UserError as error:
-            self._outcomes[plan.experiment.name] = Outcome("not run", first_line(error))
+            self._outcomes[plan.experiment.name] = ExperimentOutcome("not run", first_line(error))
             return None
         try:
-            return Run(plan, reserved, gpu_ids, self._hang_seconds, held=held)
+            return ActiveRun(plan, reserved, gpu_ids, self._hang_seconds, held=held)
         except BaseException as error:
             reserved.abandon(error)
             raise
 
-    def _takes_gpus(self, run: Run) -> None:
+    def _takes_gpus(self, run: ActiveRun) -> None:
         """Count ``run`` among those that run, side by side with the others, and its GPUs as
         taken."""
         self._free = self._free and [gpu for gpu in self._free if gpu not in run.gpu_ids]
@@ -207,14 +204,14 @@ class _Chapter:
             shutil.rmtree(self._held.dir.path, ignore_errors=True)
             self._held = None
 
-    def _close(self, run: Run) -> None:
+    def _close(self, run: ActiveRun) -> None:
         self._running.remove(run)
         self._free = sorted([*(self._free or ()), *run.gpu_ids])
         try:
             finished = run.finish()
         except UserError as error:
             self._shown.finish(run.label)
-            self._outcomes[run.plan.experiment.name] = Outcome("crash", first_line(error))
+            self._outcomes[run.plan.experiment.name] = ExperimentOutcome("crash", first_line(error))
             return
         show_progress(run, self._shown)
         self._shown.finish(run.label)
@@ -246,11 +243,11 @@ def _earlier(plan: Plan) -> Finished | None:
     return max(same, key=lambda finished: finished.result.started, default=None)
 
 
-def _judge(finished: Finished, note: str) -> Outcome:
+def _judge(finished: Finished, note: str) -> ExperimentOutcome:
     result = finished.result
     if result.status == "oom" and as_published(finished):
-        return Outcome("oom", f"as published; {note}", good=True)
-    return Outcome(result.status, note, good=result.status == "ok")
+        return ExperimentOutcome("oom", f"as published; {note}", good=True)
+    return ExperimentOutcome(result.status, note, good=result.status == "ok")
 
 
 def as_published(finished: Finished) -> bool:
@@ -275,7 +272,7 @@ def as_published(finished: Finished) -> bool:
     )
 
 
-def _table(outcomes: dict[str, Outcome]) -> str:
+def _table(outcomes: dict[str, ExperimentOutcome]) -> str:
     width = max(map(len, outcomes))
     return "\n".join(
         f"{name:{width}}  {o.status:8}  {o.note}".rstrip() for name, o in outcomes.items()

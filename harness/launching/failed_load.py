@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from harness.errors import UserError
 from harness.run import checkpoints
-from harness.run.directory import RankError, Result, RunDir, Upstream
+from harness.run.directory import RunDir
+from harness.run.schema import RankError, Result, Upstream
 from harness.system.files import read_object, told_if_unwritable
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ _OF_THE_PROGRAM = (
 """Errors that say more of the arguments or of upstream's version than of the bytes."""
 
 
-def note(
+def mark(
     plan: Plan, result: Result, errors: Sequence[RankError], before: Upstream | None
 ) -> Result:
     """``result``; where the run crashed as it loaded its own checkpoint, that one is marked and the

@@ -6,14 +6,14 @@ from __future__ import annotations
 import math
 import re
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import islice
 from typing import TYPE_CHECKING
 
 from harness.predict.capacity import levers
-from harness.run.directory import RankError, Status, StepMetrics, Validation
+from harness.run.schema import RankError, Status, StepMetrics, Validation
 from harness.system.files import MAKE_ROOM
 
 if TYPE_CHECKING:
@@ -53,21 +53,21 @@ class Evidence:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunOutcome:
     """The status, what shows it (a line or three), the rank it came from, and what to do.
 
-    ``follows``: what shows it may well be the effect of another node's failure.
+    ``is_consequence``: what shows it may well be the effect of another node's failure.
     """
 
     status: Status
     detail: str | None = None
     rank: int | None = None
     advice: str | None = None
-    follows: bool = False
+    is_consequence: bool = False
 
 
 @dataclass(frozen=True)
-class Rule:
+class FailureRule:
     """Text that gives a failure away, the status it means, and advice, which may depend on the
     experiment.
 
@@ -96,7 +96,7 @@ class Failure:
         return bool(_ECHO.search(self.message))
 
 
-def classify(evidence: Evidence, experiment: Experiment) -> Outcome:
+def classify(evidence: Evidence, experiment: Experiment) -> RunOutcome:
     """Name the outcome of a run: by its first error in time, passing over echoes of it in other
     ranks."""
     done = evidence.metrics[-1].step if evidence.metrics else 0
@@ -108,16 +108,18 @@ def classify(evidence: Evidence, experiment: Experiment) -> Outcome:
             and f"because {evidence.because_ended}, which started it, is gone,"
         )
         detail = f"ended {gone or f'by {_cause(evidence.stopped_by)}'} {progress}"
-        return Outcome("killed", detail, advice="the results so far are kept")
+        return RunOutcome("killed", detail, advice="the results so far are kept")
     if evidence.hang:
-        return Outcome("hang", evidence.hang, advice="ranks/*.stacks.txt hold every thread's stack")
+        return RunOutcome(
+            "hang", evidence.hang, advice="ranks/*.stacks.txt hold every thread's stack"
+        )
     if lost:
         return _named("nan", f"the loss is {lost.loss} at step {lost.step}", None, experiment)
     elsewhere = experiment.nodes > 1 and not done
     held_out = [v for v in evidence.validation if v.split == "validation"]
     wanted = experiment.until.validation_loss if experiment.until else -math.inf
     if evidence.exit_code == 0 and (low := next((v for v in held_out if v.loss <= wanted), None)):
-        return Outcome(
+        return RunOutcome(
             "ok", f"loss {low.loss:.4f} on held-out data at step {low.step}, {wanted:g} wanted"
         )
     if evidence.exit_code == 0 and experiment.until and held_out and done >= experiment.steps:
@@ -125,17 +127,17 @@ def classify(evidence: Evidence, experiment: Experiment) -> Outcome:
             f"loss {min(v.loss for v in held_out):.4f} on held-out data {progress}, {wanted:g}"
             " wanted"
         )
-        return Outcome(
+        return RunOutcome(
             "target-missed", detail, advice="more STEPS=, or another learning rate (LR=)"
         )
     if evidence.exit_code == 0 and done < experiment.steps and not elsewhere:
-        return Outcome(
+        return RunOutcome(
             "crash",
             f"it ended without an error {progress}",
             advice="the end of logs.txt may tell why",
         )
     if evidence.exit_code == 0:
-        return Outcome("ok")
+        return RunOutcome("ok")
     return _first_error(evidence, experiment)
 
 
@@ -146,19 +148,6 @@ def memory_levers(experiment: Experiment) -> str:
         " ".join(map("=".join, words.items())) for words, _ in islice(levers(experiment), 3)
     ]
     return f"it needs less memory a GPU: try {' or '.join(settings) or 'a smaller SEQ='}"
-
-
-def where_ranks_wait(stacks: Mapping[int, str]) -> str:
-    """One line that groups ranks by the innermost frame of their main thread.
-
-    Args:
-        stacks: rank -> text that ``faulthandler`` wrote.
-    """
-    places: dict[str, list[int]] = {}
-    for rank, text in sorted(stacks.items()):
-        if frame := _innermost_frame(text):
-            places.setdefault(frame, []).append(rank)
-    return "; ".join(f"{_ranks(ranks)} in {frame}" for frame, ranks in places.items())
 
 
 def _host_memory(experiment: Experiment) -> str:
@@ -177,8 +166,8 @@ ADDRESS_IN_USE = re.compile(
 
 def _rule(
     pattern: str, status: Status, advice: str | Callable[[Experiment], str], anywhere: bool = True
-) -> Rule:
-    return Rule(re.compile(pattern, re.IGNORECASE), status, advice, anywhere)
+) -> FailureRule:
+    return FailureRule(re.compile(pattern, re.IGNORECASE), status, advice, anywhere)
 
 
 _SHARED_MEMORY = (
@@ -361,10 +350,9 @@ _LAST_WORDS = re.compile(
     re.MULTILINE,
 )
 """What C++ and the C library say before they abort the process."""
-_FRAME = re.compile(r'File "(?:.*/)?(?P<file>[^"/]+)", line (?P<line>\d+) in (?P<function>\S+)')
 
 
-def _first_error(evidence: Evidence, experiment: Experiment) -> Outcome:
+def _first_error(evidence: Evidence, experiment: Experiment) -> RunOutcome:
     summary = list(_from_summary(evidence))
     failures = [*_from_rank_files(evidence), *_from_log(evidence.log)]
     said = {failure.rank for failure in failures if failure.message}
@@ -386,22 +374,28 @@ def _first_error(evidence: Evidence, experiment: Experiment) -> Outcome:
     detail = _shorten(message) or f"exit code {evidence.exit_code}"
     unnamed = (first.is_echo or not first.message) and not _SIGNALLED_FIRST.search(evidence.log)
     if rule is None:
-        return Outcome(
+        return RunOutcome(
             "crash",
             detail,
             rank,
             "logs.txt has its traceback and what came before",
-            follows=unnamed,
+            is_consequence=unnamed,
         )
     weak = rule.status in ("killed", "hang") or bool(_ECHO.search(message.splitlines()[0]))
-    return replace(_named(rule.status, detail, rank, experiment, rule), follows=unnamed and weak)
+    return replace(
+        _named(rule.status, detail, rank, experiment, rule), is_consequence=unnamed and weak
+    )
 
 
 def _named(
-    status: Status, detail: str, rank: int | None, experiment: Experiment, rule: Rule | None = None
-) -> Outcome:
+    status: Status,
+    detail: str,
+    rank: int | None,
+    experiment: Experiment,
+    rule: FailureRule | None = None,
+) -> RunOutcome:
     rule = rule or next(rule for rule in RULES if rule.status == status)
-    return Outcome(
+    return RunOutcome(
         status, detail, rank, rule.advice(experiment) if callable(rule.advice) else rule.advice
     )
 
@@ -461,11 +455,11 @@ def _from_log(log: str) -> Iterator[Failure]:
             yield Failure(rank, text)
 
 
-def _match(text: str) -> Rule | None:
+def _match(text: str) -> FailureRule | None:
     return next((rule for rule in RULES if rule.pattern.search(text)), None)
 
 
-def _match_log(log: str) -> tuple[Rule, str] | None:
+def _match_log(log: str) -> tuple[FailureRule, str] | None:
     """The first rule that counts anywhere and occurs in the log, with the line it occurs in."""
     for rule in RULES:
         if rule.anywhere and (found := rule.pattern.search(log)):
@@ -497,14 +491,3 @@ def _cause(number: signal.Signals) -> str:
     return {signal.SIGINT: "Ctrl-C", signal.SIGHUP: "the closed terminal (SIGHUP)"}.get(
         number, number.name
     )
-
-
-def _innermost_frame(stacks: str) -> str | None:
-    """``function (file:line)`` of the main thread, which faulthandler writes last."""
-    start = max(stacks.rfind("Current thread"), stacks.rfind("Thread 0x"), 0)
-    frame = _FRAME.search(stacks, start)
-    return f"{frame['function']} ({frame['file']}:{frame['line']})" if frame else None
-
-
-def _ranks(ranks: list[int]) -> str:
-    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"

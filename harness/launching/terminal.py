@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
-from harness.run.directory import changes_in_words, perplexity
+from harness.run.schema import changes_in_words, perplexity
 from harness.system.screen import harmless, raw
 
 if TYPE_CHECKING:
-    from harness.run.directory import Result
+    from harness.run.schema import Result
 
 REFRESH_S = 0.5
 LINE_EVERY_S = 1.0
@@ -47,7 +47,7 @@ PHASES = tuple(
 
 
 @dataclass(frozen=True)
-class Progress:
+class Snapshot:
     """A run at one moment. ``tflops`` is per GPU, ``mfu`` a fraction, ``memory_gib`` of the fullest
     rank."""
 
@@ -67,7 +67,7 @@ class Progress:
 class Terminal(Protocol):
     """Where runs show themselves; a context manager."""
 
-    def show(self, progress: Progress) -> None: ...
+    def show(self, snapshot: Snapshot) -> None: ...
 
     def finish(self, label: str) -> None:
         """The run shows no more progress."""
@@ -98,8 +98,8 @@ class PlainTerminal:
 
     def __init__(self, stream: TextIO):
         self._stream = stream
-        self._shown: dict[str, Progress] = {}
-        self._latest: dict[str, Progress] = {}
+        self._shown: dict[str, Snapshot] = {}
+        self._latest: dict[str, Snapshot] = {}
         self._printed_at: dict[str, float] = {}
 
     def __enter__(self) -> PlainTerminal:
@@ -111,17 +111,17 @@ class PlainTerminal:
     def print(self, text: str) -> None:
         print(text, file=self._stream, flush=True)
 
-    def show(self, progress: Progress) -> None:
-        label, shown = progress.label, self._shown.get(progress.label)
-        self._latest[label] = progress
-        if progress.step == 0:
-            if shown is None or shown.phase != progress.phase:
-                self._print(progress, f"{_clock(progress.elapsed_s)}  {progress.phase}")
-        elif shown is None or shown.step < progress.step:
+    def show(self, snapshot: Snapshot) -> None:
+        label, shown = snapshot.label, self._shown.get(snapshot.label)
+        self._latest[label] = snapshot
+        if snapshot.step == 0:
+            if shown is None or shown.phase != snapshot.phase:
+                self._print(snapshot, f"{_clock(snapshot.elapsed_s)}  {snapshot.phase}")
+        elif shown is None or shown.step < snapshot.step:
             due = time.monotonic() - self._printed_at.get(label, 0) >= LINE_EVERY_S
-            edge = progress.step == progress.steps or shown is None or shown.step == 0
-            if due or edge or progress.steps <= FEW_STEPS:
-                self._print(progress, step_line(progress))
+            edge = snapshot.step == snapshot.steps or shown is None or shown.step == 0
+            if due or edge or snapshot.steps <= FEW_STEPS:
+                self._print(snapshot, step_line(snapshot))
 
     def finish(self, label: str) -> None:
         latest, shown = self._latest.pop(label, None), self._shown.pop(label, None)
@@ -129,11 +129,11 @@ class PlainTerminal:
             self._print(latest, step_line(latest))
             del self._shown[label]
 
-    def _print(self, progress: Progress, text: str) -> None:
+    def _print(self, snapshot: Snapshot, text: str) -> None:
         several = len(self._latest) > 1
-        self.print(f"{_id(progress.label)}  {text}" if several else text)
-        self._shown[progress.label] = progress
-        self._printed_at[progress.label] = time.monotonic()
+        self.print(f"{_id(snapshot.label)}  {text}" if several else text)
+        self._shown[snapshot.label] = snapshot
+        self._printed_at[snapshot.label] = time.monotonic()
 
 
 class LiveTerminal:
@@ -146,7 +146,7 @@ class LiveTerminal:
 
         self._console = Console(file=raw(stream), highlight=False)
         self._live = Live(console=self._console, auto_refresh=False, transient=True)
-        self._runs: dict[str, Progress] = {}
+        self._runs: dict[str, Snapshot] = {}
         self._drawn_at = 0.0
 
     def __enter__(self) -> LiveTerminal:
@@ -160,8 +160,8 @@ class LiveTerminal:
     def print(self, text: str) -> None:
         self._console.print(harmless(text), markup=False, soft_wrap=True)
 
-    def show(self, progress: Progress) -> None:
-        self._runs[progress.label] = progress
+    def show(self, snapshot: Snapshot) -> None:
+        self._runs[snapshot.label] = snapshot
         if time.monotonic() - self._drawn_at >= REFRESH_S:
             self._draw()
 
@@ -176,10 +176,10 @@ class LiveTerminal:
         self._live.update(Group(*(draw(p) for p in self._runs.values())), refresh=True)
         self._drawn_at = time.monotonic()
 
-    def _one_line(self, p: Progress) -> Any:
+    def _one_line(self, p: Snapshot) -> Any:
         return _text((f"{_id(p.label)}  ", "bold"), (_state(p), ""))
 
-    def _block(self, p: Progress) -> Any:
+    def _block(self, p: Snapshot) -> Any:
         from rich.console import Group
         from rich.progress_bar import ProgressBar
         from rich.table import Table
@@ -194,7 +194,7 @@ class LiveTerminal:
         )
 
 
-def step_line(p: Progress) -> str:
+def step_line(p: Snapshot) -> str:
     """One step: ``12/20  loss 10.8312  186.8 ms  54 TFLOP/s/GPU  MFU 5.5%  32.2 GiB  0:12
     left``."""
     left = f"  {_clock(p.left_s)} left" if p.left_s is not None and p.step < p.steps else ""
@@ -264,7 +264,7 @@ def _memory(r: Result) -> list[str]:
     return [f"  memory  {', '.join(parts)}, GiB of the fullest rank"] if parts else []
 
 
-def _numbers(p: Progress) -> str:
+def _numbers(p: Snapshot) -> str:
     parts = [
         p.loss is not None and f"loss {p.loss:.4f}",
         p.step_ms is not None and f"{p.step_ms:.1f} ms",
@@ -275,7 +275,7 @@ def _numbers(p: Progress) -> str:
     return "  ".join(part for part in parts if part)
 
 
-def _state(p: Progress) -> str:
+def _state(p: Snapshot) -> str:
     return step_line(p) if p.step else f"{p.phase}  {_clock(p.elapsed_s)}"
 
 

@@ -30,7 +30,7 @@ from harness.machine import gpus
 from harness.machine.provenance import describe_upstream
 from harness.planning import start
 from harness.run import step_statistics
-from harness.run.directory import changes_in_words
+from harness.run.schema import changes_in_words
 from harness.system import screen
 
 MEMORY_TOLERANCE = 0.01

@@ -26,7 +26,7 @@ MONITOR_S = 1.0
 
 
 @dataclass(frozen=True)
-class Gpu:
+class LocalGpu:
     """One GPU: its NVML index (that of nvidia-smi), name as the driver spells it, and all of its
     memory."""
 
@@ -37,7 +37,7 @@ class Gpu:
 
 
 @dataclass(frozen=True)
-class Sample:
+class GpuSample:
     """One GPU at one moment; None where the driver does not tell. Memory is what nvidia-smi shows
     as used."""
 
@@ -51,7 +51,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Process:
+class GpuProcess:
     """A compute process on a GPU."""
 
     pid: int
@@ -60,19 +60,19 @@ class Process:
 
 
 @dataclass(frozen=True)
-class Use:
+class GpuUse:
     """Who uses a GPU."""
 
-    gpu: Gpu
+    gpu: LocalGpu
     used_gib: float
-    processes: tuple[Process, ...] = ()
+    processes: tuple[GpuProcess, ...] = ()
 
     @property
     def busy(self) -> bool:
         return bool(self.processes) or self.used_gib * 1024 > BUSY_MIB
 
 
-def list_gpus() -> tuple[Gpu, ...]:
+def list_gpus() -> tuple[LocalGpu, ...]:
     """Every GPU of this machine by index; none where there is no driver."""
     with _nvml() as nvml:
         if nvml is None:
@@ -81,7 +81,9 @@ def list_gpus() -> tuple[Gpu, ...]:
         for index in range(nvml.nvmlDeviceGetCount()):
             handle = nvml.nvmlDeviceGetHandleByIndex(index)
             name, uuid = nvml.nvmlDeviceGetName(handle), nvml.nvmlDeviceGetUUID(handle)
-            found.append(Gpu(index, _text(name), _text(uuid), memory(nvml, handle).total / 2**20))
+            found.append(
+                LocalGpu(index, _text(name), _text(uuid), memory(nvml, handle).total / 2**20)
+            )
         return tuple(found)
 
 
@@ -119,7 +121,7 @@ def kept_by_driver_gib(indices: Sequence[int]) -> float | None:
     return max((m.reserved / 2**30 for m in found if hasattr(m, "reserved")), default=None)
 
 
-def use() -> tuple[Use, ...]:
+def use() -> tuple[GpuUse, ...]:
     """Memory in use and compute processes of every GPU. A driver that hides processes shows
     none."""
     gpus = list_gpus()
@@ -182,7 +184,7 @@ def available(wanted: Sequence[int] | None = None) -> tuple[int, ...]:
     return tuple(wanted)
 
 
-def describe(use: Use) -> str:
+def describe(use: GpuUse) -> str:
     """One line about who uses a GPU: ``GPU 3: 71.2 GiB used, by python (pid 4711, 70.9 GiB)``."""
     line = f"GPU {use.gpu.index}: {use.used_gib:.1f} GiB used"
     if use.processes:
@@ -190,7 +192,7 @@ def describe(use: Use) -> str:
     return line
 
 
-def sample(indices: Sequence[int]) -> tuple[Sample, ...]:
+def sample(indices: Sequence[int]) -> tuple[GpuSample, ...]:
     """Memory, utilisation, clock, power and temperature of these GPUs now; empty without a
     driver."""
     with _nvml() as nvml:
@@ -229,7 +231,7 @@ class Sampler:
             except (nvml.NVMLError, OSError):
                 return
 
-    def _write(self, file: TextIO, samples: list[Sample]) -> None:
+    def _write(self, file: TextIO, samples: list[GpuSample]) -> None:
         self.peak_gib = max(self.peak_gib or 0, *(s.used_gib for s in samples))
         file.write(json.dumps({"time": time.time(), "gpus": [asdict(s) for s in samples]}) + "\n")
         file.flush()
@@ -267,11 +269,11 @@ def _table() -> Any:
     return table
 
 
-def _samples_of_all() -> tuple[Sample, ...]:
+def _samples_of_all() -> tuple[GpuSample, ...]:
     return sample([gpu.index for gpu in list_gpus()])
 
 
-def _cells(shown: Use, now: Sample) -> list[str]:
+def _cells(shown: GpuUse, now: GpuSample) -> list[str]:
     return [
         f"{shown.gpu.index} {shown.gpu.name.removeprefix('NVIDIA ')}",
         f"{shown.used_gib:.1f}/{shown.gpu.total_mib / 1024:.0f} GiB",
@@ -316,24 +318,24 @@ def memory(nvml: Any, handle: Any) -> Any:
         return nvml.nvmlDeviceGetMemoryInfo(handle)
 
 
-def _use(nvml: Any, gpu: Gpu) -> Use:
+def _use(nvml: Any, gpu: LocalGpu) -> GpuUse:
     handle = nvml.nvmlDeviceGetHandleByIndex(gpu.index)
     processes = _ask(nvml, nvml.nvmlDeviceGetComputeRunningProcesses, handle) or []
-    return Use(
+    return GpuUse(
         gpu,
         memory(nvml, handle).used / 2**30,
         tuple(
-            Process(p.pid, p.usedGpuMemory and p.usedGpuMemory / 2**30, _name_of(p.pid))
+            GpuProcess(p.pid, p.usedGpuMemory and p.usedGpuMemory / 2**30, _name_of(p.pid))
             for p in processes
         ),
     )
 
 
-def _sample(nvml: Any, index: int) -> Sample:
+def _sample(nvml: Any, index: int) -> GpuSample:
     handle = nvml.nvmlDeviceGetHandleByIndex(index)
     utilization = _ask(nvml, nvml.nvmlDeviceGetUtilizationRates, handle)
     power_mw = _ask(nvml, nvml.nvmlDeviceGetPowerUsage, handle)
-    return Sample(
+    return GpuSample(
         index,
         round(memory(nvml, handle).used / 2**30, 3),
         utilization and utilization.gpu,
@@ -352,7 +354,7 @@ def _ask(nvml: Any, question: Any, *arguments: Any) -> Any:
         return None
 
 
-def _visible(uses: Sequence[Use]) -> tuple[Use, ...]:
+def _visible(uses: Sequence[GpuUse]) -> tuple[GpuUse, ...]:
     """Those that CUDA_VISIBLE_DEVICES names, by index or UUID and in its order; all where it is not
     set."""
     names = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -371,7 +373,7 @@ def _visible(uses: Sequence[Use]) -> tuple[Use, ...]:
     return tuple(found)
 
 
-def _describe_process(process: Process) -> str:
+def _describe_process(process: GpuProcess) -> str:
     memory = f", {process.used_gib:.1f} GiB" if process.used_gib else ""
     return f"{process.name or 'a process of another user or container'} (pid {process.pid}{memory})"
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from harness import ROOT
 from harness.machine import gpus
-from harness.run.directory import Upstream
+from harness.run.schema import Upstream
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "apex", "triton", "numpy")
 NCCL_PACKAGES = ("nvidia-nccl-cu13", "nvidia-nccl-cu12")

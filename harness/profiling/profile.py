@@ -18,8 +18,9 @@ from harness.experiment import overrides
 from harness.profiling import summary, trace
 from harness.profiling.kernels import TITLES, Category
 from harness.profiling.summary import RankProfile
-from harness.run.directory import Rank, RunDir
+from harness.run.directory import RunDir
 from harness.run.finding import candidates, one
+from harness.run.schema import Rank
 from harness.system import screen
 from harness.system.files import complaint, read_object, write_json
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from harness.predict.flops import mfu, share_of_upstreams
-from harness.run.directory import Change, Losses, Result, Spread, StepMetrics
+from harness.run.schema import Change, Losses, Result, Spread, StepMetrics
 
 if TYPE_CHECKING:
     from harness.experiment.catalog import Experiment

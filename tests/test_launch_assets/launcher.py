@@ -1,7 +1,7 @@
 """A launcher in a process of its own: ``launcher.py OUTDIR BEHAVIOUR RANKS STEPS [SECONDS_A_STEP]``.
 
 In the environment: GRACE_S, HANG, SAVE, RESUMES (a run directory), CHANGES (JSON, fields of the experiment), and for one of two nodes NODE_RANK,
-RENDEZVOUS and MEET_S.
+RENDEZVOUS and TIMEOUT_S.
 """
 
 import json
@@ -12,7 +12,8 @@ from pathlib import Path
 
 from harness.errors import UserError
 from harness.experiment.catalog import Experiment, Model
-from harness.launching import launch, meeting
+from harness.launching import launch, torchrun
+from harness.launching.rendezvous import handshake
 from harness.planning.command import Extras, Place
 from harness.planning.plan import Plan
 from harness.run.checkpoints import Saving
@@ -71,12 +72,12 @@ def make_plan(
 
 if __name__ == "__main__":
     outdir, behaviour, *numbers = sys.argv[1:]
-    launch.GRACE_S = float(os.environ.get("GRACE_S", launch.GRACE_S))
+    torchrun.GRACE_S = float(os.environ.get("GRACE_S", torchrun.GRACE_S))
     sizes = [int(n) for n in numbers[:2]]
     changes = {}
     if "NODE_RANK" in os.environ:
         changes = {"nodes": 2, "place": Place(os.environ["NODE_RANK"], os.environ["RENDEZVOUS"])}
-        meeting.MEET_S = float(os.environ.get("MEET_S", meeting.MEET_S))
+        handshake.TIMEOUT_S = float(os.environ.get("TIMEOUT_S", handshake.TIMEOUT_S))
     if "RESUMES" in os.environ:
         changes["resumes"] = RunDir(Path(os.environ["RESUMES"]))
     changes |= json.loads(os.environ.get("CHANGES", "{}"))

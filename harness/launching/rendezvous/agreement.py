@@ -1,5 +1,5 @@
-"""What the nodes of one run must have in common, and where they differ. Nothing is imported to
-learn it."""
+"""What the nodes of one run must have in common: experiment, code, packages, data; and where they
+differ."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 MOST_DIFFERENCES = 12
 NOT_COMPARED = ("overrides",)
-"""Of an experiment: the settings as they were typed, whose effects are compared."""
+"""Fields of an experiment: settings as they were typed. Their effects are compared."""
 
 
 def facts(plan: Plan) -> dict[str, Any]:
-    """What this node would run, by name: the experiment, code, packages and data.
+    """What this node would run, by name. Packages are looked up, not imported.
 
     Raises:
         UserError: the data set or upstream is damaged.
@@ -47,7 +47,7 @@ def facts(plan: Plan) -> dict[str, Any]:
             saving
             and {"every": saving.every, "keep": saving.keep, "folder": str(saving.folder or "")}
         ),
-        "begins with": loading and {"step": loading.step, "weights only": loading.only_weights},
+        "starts from": loading and {"step": loading.step, "weights only": loading.only_weights},
         "Megatron-LM": _upstream(),
         "harness": {"commit": source_commit(ROOT)[0], "sources": _sources(ROOT / "harness")},
         "packages": _packages(),
@@ -57,8 +57,8 @@ def facts(plan: Plan) -> dict[str, Any]:
 
 
 def differences(first: dict[str, Any], other: dict[str, Any], names: tuple[str, str]) -> list[str]:
-    """Lines such as ``experiment lr: 0.001 on node 0, 0.1 on node 1``; none where both are the
-    same."""
+    """Lines such as ``experiment lr: 0.001 on node 0, 0.1 on node 1``; none where both are
+    equal."""
     found = [
         f"{key}: {_shown(first, key)} on {names[0]}, {_shown(other, key)} on {names[1]}"
         for key in dict.fromkeys([*first, *other])
@@ -86,16 +86,18 @@ def _upstream() -> dict[str, Any]:
 
 
 def _packages() -> dict[str, str | None]:
-    """Versions of what computes. megatron-core's counts where it is what runs, and is in
-    ``Megatron-LM`` then."""
+    """Versions of the packages that compute.
+
+    megatron-core's is left out: where it runs, it is in ``Megatron-LM``; where a source tree runs,
+    it does not matter.
+    """
     wanted = [name for name in (*PACKAGES, *NCCL_PACKAGES) if name != "megatron-core"]
     python = ".".join(platform.python_version_tuple()[:2])
     return {"python": python, **{name: package_version(name) for name in wanted}}
 
 
 def _sources(folder: Path) -> str:
-    """Checksum of the Python files below ``folder``: a commit does not tell what was changed
-    since."""
+    """Checksum of the Python files in ``folder``: a commit does not show uncommitted changes."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
         content = path.read_bytes()

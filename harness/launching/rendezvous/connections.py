@@ -1,5 +1,4 @@
-"""Connections between the launchers of one run: lines of JSON over the port where its nodes
-meet."""
+"""TCP connections between the launchers of one run: one JSON object a line."""
 
 from __future__ import annotations
 
@@ -12,16 +11,16 @@ from typing import Any
 from harness.errors import UserError
 from harness.system.files import json_object
 
-LONGEST_MESSAGE = 16 * 2**20
-"""What sends more without an end of line is no launcher."""
+LONGEST_MESSAGE_BYTES = 16 * 2**20
+"""A peer that sends more without a line break is no launcher."""
 SEND_S = 5.0
-"""A peer that takes nothing for this long counts as gone."""
+"""A peer that accepts no bytes for this long counts as disconnected."""
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
-class Link:
-    """One connection; ``receive`` never blocks. ``node`` and ``host`` are known once the peer has
-    said them."""
+class Connection:
+    """One connection; ``receive`` never blocks. ``node`` and ``host`` are set once the peer sent
+    them."""
 
     def __init__(self, peer: socket.socket) -> None:
         self.node: int | None = None
@@ -30,7 +29,8 @@ class Link:
         self._socket = peer
         self._received = b""
         self._messages: list[dict[str, Any]] = []
-        # a machine that lost its power sends no end: ask it, where that can be set
+        # A machine that loses power never closes its connections: TCP keep-alive notices after
+        # 10 + 3 x 5 s. Not every platform has these options.
         with suppress(OSError, AttributeError):
             peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             for option, value in (
@@ -41,7 +41,7 @@ class Link:
                 peer.setsockopt(socket.IPPROTO_TCP, option, value)
 
     def send(self, message: dict[str, Any]) -> None:
-        """Send one message; the link closes where the peer is gone."""
+        """Send one message. The connection closes where the peer is gone."""
         try:
             self._socket.settimeout(SEND_S)
             self._socket.sendall(json.dumps(message).encode() + b"\n")
@@ -49,14 +49,16 @@ class Link:
             self.is_open = False
 
     def receive(self) -> list[dict[str, Any]]:
-        """The messages that have come; the link closes at the end of the connection, or where they
-        are none of ours."""
+        """Messages that have arrived.
+
+        The connection closes when the peer closes it, or when it sends anything but JSON objects.
+        """
         self._read()
         messages, self._messages = self._messages, []
         return messages
 
     def receive_one(self) -> dict[str, Any] | None:
-        """The first message that has come, or None; the others stay."""
+        """The oldest message that has arrived, or None; later ones stay for ``receive``."""
         self._read()
         return self._messages.pop(0) if self._messages else None
 
@@ -75,7 +77,7 @@ class Link:
             except OSError:
                 new = b""
             self._received += new
-            self.is_open = bool(new) and len(self._received) <= LONGEST_MESSAGE
+            self.is_open = bool(new) and len(self._received) <= LONGEST_MESSAGE_BYTES
         *lines, self._received = self._received.split(b"\n")
         messages = [json_object(line.decode(errors="replace")) for line in lines]
         if None in messages:
@@ -83,15 +85,21 @@ class Link:
         self._messages += [message for message in messages if message is not None]
 
 
-def parts(rendezvous: str) -> tuple[str, int]:
+def host_and_port(rendezvous: str) -> tuple[str, int]:
     """Host and port of ``host:port``; an IPv6 address may stand in brackets."""
     host, _, port = rendezvous.rpartition(":")
     return host.strip("[]"), int(port)
 
 
-def resolve(rendezvous: str) -> None:
+def is_address(rendezvous: str) -> bool:
+    """Whether ``rendezvous`` has the form host:port."""
+    host, _, port = rendezvous.rpartition(":")
+    return bool(host) and port.isdecimal() and 0 < int(port) < 65536
+
+
+def check_resolves(rendezvous: str) -> None:
     """Raise UserError where the host of ``rendezvous`` has no address."""
-    host, port = parts(rendezvous)
+    host, port = host_and_port(rendezvous)
     try:
         socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
@@ -103,30 +111,29 @@ def resolve(rendezvous: str) -> None:
 
 
 def listen(rendezvous: str) -> socket.socket:
-    """A listening socket at the port of ``rendezvous``, on every address here. Raises OSError where
-    it is taken."""
-    _, port = parts(rendezvous)
+    """A non-blocking server at the port of ``rendezvous``, on every address of this machine.
+
+    Raises:
+        OSError: the port is in use.
+    """
+    _, port = host_and_port(rendezvous)
+    server = None
     if socket.has_dualstack_ipv6():
-        with suppress(OSError):
-            return _listening(
-                socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
-            )
-    return _listening(socket.create_server(("", port)))
-
-
-def _listening(server: socket.socket) -> socket.socket:
+        with suppress(OSError):  # the kernel was booted without IPv6
+            server = socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+    server = server or socket.create_server(("", port))
     server.setblocking(False)
     return server
 
 
-def connect(rendezvous: str, timeout_s: float = 1.0) -> Link | None:
-    """A connection to what listens at ``rendezvous``; None where nothing does."""
+def connect(rendezvous: str, timeout_s: float = 1.0) -> Connection | None:
+    """A connection to the program that listens at ``rendezvous``; None where none listens."""
     try:
-        return Link(socket.create_connection(parts(rendezvous), timeout=timeout_s))
+        return Connection(socket.create_connection(host_and_port(rendezvous), timeout=timeout_s))
     except OSError:
         return None
 
 
 def printable(text: object) -> str:
-    """``text`` of another machine, without what would steer a terminal."""
+    """``text`` of another machine, without characters that control a terminal."""
     return _CONTROLS.sub("?", str(text))
