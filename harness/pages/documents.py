@@ -79,6 +79,8 @@ def render(template: Path, facts: Facts) -> str:
         loader=FileSystemLoader(template.parent),
         undefined=StrictUndefined,
         keep_trailing_newline=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.globals = functions(facts)
     try:

@@ -4,7 +4,7 @@ formulas.
     {{ value("memory_gib[115]", ".1f") }}     one number, in Python's format
     {{ recorded("benchmarks/data", "mb_per_s.ours", ".0f") }}
                                               one number of a JSON file of records or benchmarks
-    {{ summary() }}                           how many records there are and how they compare
+    {% set found = summary() %}               what all records show together: found.experiments, …
     {{ records() }}                           every record with its published row
     {{ experiments(chapter=100) }}            what each experiment isolates
     {{ table("101 104") }}                    measured and published memory and step time
@@ -24,8 +24,10 @@ formulas.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from statistics import median
+from typing import Any
 
 from harness.errors import UserError
 from harness.evidence import markdown, scaling, speed, tables, verdicts
@@ -46,8 +48,8 @@ RIGHT = ("GPUs", "MBS", "GBS", "tokens")
 PIECES = ("weights", "gradients", "optimizer", "activations")
 
 
-def functions(facts: Facts) -> dict[str, Callable[..., str]]:
-    """Every function by the name that templates use; each returns Markdown."""
+def functions(facts: Facts) -> dict[str, Callable[..., Any]]:
+    """Every function by the name that templates use; all but ``summary`` return Markdown."""
     return {name: partial(function, facts) for name, function in FUNCTIONS.items()}
 
 
@@ -85,8 +87,44 @@ def records(facts: Facts) -> str:
     return text.replace(" (record)", "")  # here, every row is one
 
 
-def summary(facts: Facts) -> str:
-    """An experiment counts once, however often it is recorded."""
+@dataclass(frozen=True)
+class Summary:
+    """What all records on HARDWARE show together, ready to print; an experiment counts once,
+    however often it is recorded."""
+
+    experiments: int
+    gpus: str
+    """How many GPUs they ran on: ``1, 2 and 4``."""
+    gpu: str
+    compared: int
+    """Experiments with a published row."""
+    as_published: int
+    """Those of them that ended as published, complete or out of memory."""
+    memory_ratio: str
+    """Median of measured over published memory."""
+    memory_compared: int
+    memory_close: int
+    """Those within 1.5 % of the published memory."""
+    driver: str
+    """A note in brackets where measured memory includes what the driver reserves."""
+    step_ratio: str
+    """Median of measured over published step time."""
+    memory_error_median: str
+    memory_error_largest: str
+    """Of predicted over allocated memory."""
+    step_error_median: str
+    """Of step times predicted by constants fitted without the row."""
+    published_rows: int
+    published_error_median: str
+    published_error_90th_percentile: str
+    """Of step times predicted for published rows, by constants fitted without the row."""
+    claims: int
+    verdicts: str
+    """How many claims have which verdict on our records: ``30 hold, 5 fail``."""
+
+
+def summary(facts: Facts) -> Summary | None:
+    """What the records show together; None without records."""
     ids = sorted({row.id for row in facts.of_hardware})
     gpus = sorted({row.experiment.world_size for row in facts.of_hardware})
     rows = [row for row in map(facts.row, ids) if row]
@@ -94,41 +132,40 @@ def summary(facts: Facts) -> str:
     memory = [row.memory_ratio for row in rows if row.memory_ratio]
     steps = [row.step_ratio for row in rows if row.step_ratio]
     if not memory or not steps:
-        return "No records yet."
+        return None
     columns, found = facts.claims
-    here = [
-        side
-        for one in found
-        for side, column in zip(one.sides, columns, strict=True)
-        if column.key == "ours"
-    ]
-    steps_apart = [
-        abs(row.predicted_step_ms / row.step.median - 1)
-        for row in rows
-        if row.step and row.predicted_step_ms
-    ]
+    ours = [column.key for column in columns].index("ours")
     machine = machine_measured_by(facts.references.published.name)
-    half, most, _ = machine.misses()
-    apart = [
+    published_median, published_90th, _ = machine.misses()
+    memory_errors = [
         abs(predict(row.experiment).total / row.memory_gib.allocated - 1)
         for row in rows
         if row.state == "ok" and row.memory_gib.allocated
     ]
-    return (
-        f"* **Reproduced.** {len(ids)} experiments on {', '.join(map(str, gpus[:-1]))} and"
-        f" {gpus[-1]} GPUs ({find_gpu(HARDWARE).name}): {judged.as_published} of the"
-        f" {judged.experiments} with a published row end as published, complete or out of memory."
-        f" Memory is {median(memory):.2f} times the published{_with_driver(rows)},"
-        f" {sum(abs(ratio - 1) <= 0.015 for ratio in memory)} of {len(memory)} within 1.5 %; a step"
-        f" takes {median(steps):.2f} times the published, on a newer GPU and Megatron-LM.\n*"
-        " **Predicted.** `make memory-620` says by formula, before a run, what PyTorch will"
-        f" allocate: for these at most {max(apart):.1%} off, {median(apart):.1%} in the median."
-        f" `make speed-408` says how long a step will take: for these {median(steps_apart):.1%} off"
-        f" in the median, by constants that had not seen the row; for the {len(machine.rows)}"
-        f" published rows, on another GPU, {half:.1%}, 90th percentile {most:.0%}"
-        f" ([how](docs/step-time.md)).\n* **Checked.** {len(found)} teaching points are formulas"
-        f" over these numbers: {verdicts.counted(here)} (`make claims`; where one fails, its"
-        " chapter says why)."
+    step_errors = [
+        abs(row.predicted_step_ms / row.step.median - 1)
+        for row in rows
+        if row.step and row.predicted_step_ms
+    ]
+    return Summary(
+        experiments=len(ids),
+        gpus=f"{', '.join(map(str, gpus[:-1]))} and {gpus[-1]}",
+        gpu=find_gpu(HARDWARE).name,
+        compared=judged.experiments,
+        as_published=judged.as_published,
+        memory_ratio=f"{median(memory):.2f}",
+        memory_compared=len(memory),
+        memory_close=sum(abs(ratio - 1) <= 0.015 for ratio in memory),
+        driver=_with_driver(rows),
+        step_ratio=f"{median(steps):.2f}",
+        memory_error_median=f"{median(memory_errors):.1%}",
+        memory_error_largest=f"{max(memory_errors):.1%}",
+        step_error_median=f"{median(step_errors):.1%}",
+        published_rows=len(machine.rows),
+        published_error_median=f"{published_median:.1%}",
+        published_error_90th_percentile=f"{published_90th:.0%}",
+        claims=len(found),
+        verdicts=verdicts.counted(one.sides[ours] for one in found),
     )
 
 
@@ -356,7 +393,7 @@ def claims(facts: Facts, chapter: int) -> str:
     return verdicts.render(wanted, columns, "markdown").partition("\n\n")[2]  # without its title
 
 
-FUNCTIONS: dict[str, Callable[..., str]] = {
+FUNCTIONS: dict[str, Callable[..., Any]] = {
     "value": value,
     "recorded": recorded,
     "summary": summary,
