@@ -17,7 +17,8 @@ from harness.data import data_sets
 from harness.data.sources import Definition, definitions
 from harness.errors import UserError, nearest
 from harness.experiment import identity, overrides
-from harness.experiment.catalog import Catalog, Experiment, load_catalog
+from harness.experiment.catalog import Catalog, load_catalog
+from harness.experiment.experiment import Experiment
 from harness.planning.plan import Plan, choose_device, plan
 from harness.run import finding
 from harness.system import masking, screen

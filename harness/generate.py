@@ -18,7 +18,8 @@ from harness import ROOT
 from harness.data import data_sets
 from harness.errors import UserError, nearest
 from harness.experiment import overrides
-from harness.experiment.catalog import Experiment
+from harness.experiment.constraints import with_changes
+from harness.experiment.experiment import Experiment
 from harness.planning import resume
 from harness.run.checkpoints import Checkpoint, Loading
 from harness.upstreams.megatron_lm.environment import variables
@@ -285,7 +286,7 @@ def _flags(request: Request, device: Device) -> list[str]:
     learnt."""
     e = request.experiment
     precision = {"precision": "bf16", "fp8_recipe": None} if e.precision == "fp8" else {}
-    alone = e.with_changes(**ONE_PROCESS, **precision)
+    alone = with_changes(e, **ONE_PROCESS, **precision)
     untied = ["--untie-embeddings-and-output-weights"] if e.sharding == "torch_fsdp2" else []
     loading = Loading(request.checkpoint.path.parent, request.checkpoint.step, only_weights=True)
     tokenizer = tokenizer_flags(alone.model, request.tokenizer) if request.tokenizer else []
@@ -304,7 +305,7 @@ def _flags(request: Request, device: Device) -> list[str]:
 def _environment(e: Experiment, device: Device, folder: Path) -> dict[str, str]:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    one = e.with_changes(**ONE_PROCESS, until=None)
+    one = with_changes(e, **ONE_PROCESS, until=None)
     found = {variable.name: variable.value for variable in variables(one, device)}
     ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), REQUEST_VARIABLE: str(folder)}

@@ -25,7 +25,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
-from harness.experiment.catalog import Experiment, Model
+from harness.experiment.constraints import with_changes
+from harness.experiment.experiment import Experiment
+from harness.experiment.model import Model
 from harness.run.directory import RUN_DIR_VARIABLE, RunDir
 from harness.run.schema import StepMetrics
 from harness.upstreams.megatron_lm.environment import variables
@@ -285,7 +287,7 @@ def tiny(model: Model, changes: dict[str, object]) -> Experiment:
         global_batch_size=8,
         seq_length=32,
     )
-    return one_process.with_changes(**changes)
+    return with_changes(one_process, **changes)
 
 
 def flags(experiment: Experiment) -> list[str]:

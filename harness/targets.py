@@ -10,7 +10,8 @@ from pathlib import Path
 from harness import ROOT
 from harness.data.sources import definitions
 from harness.errors import UserError, similar
-from harness.experiment.catalog import EXPERIMENTS, Catalog, Experiment
+from harness.experiment.catalog import EXPERIMENTS, Catalog
+from harness.experiment.experiment import Experiment
 from harness.experiment.overrides import EXPERIMENT_SETTINGS, LAUNCH_SETTINGS, Setting
 from harness.system.files import write_text
 

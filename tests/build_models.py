@@ -16,6 +16,7 @@ import torch
 from harness.entry import rank
 from harness.errors import UserError
 from harness.experiment.catalog import load_catalog
+from harness.experiment.constraints import with_changes
 from harness.upstreams.megatron_lm.environment import variables
 from harness.upstreams.megatron_lm.flags import megatron_flags
 
@@ -106,7 +107,7 @@ def main(result):
     found = {"complaints": {e.id: complaint(e) for e in experiments}, "graphs": {}}
     for e in catalog.experiments:
         with contextlib.suppress(UserError):
-            found["graphs"][e.id] = complaint(e.with_changes(cuda_graphs=True))
+            found["graphs"][e.id] = complaint(with_changes(e, cuda_graphs=True))
 
     torch.distributed.init_process_group(
         "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
@@ -126,7 +127,7 @@ def main(result):
     }
     found["models"] = {}
     for e in {e.model.name: e for e in experiments}.values():
-        *counts, config = built(e.with_changes(**alone, global_batch_size=e.micro_batch_size))
+        *counts, config = built(with_changes(e, **alone, global_batch_size=e.micro_batch_size))
         found["models"][e.model.name] = counts
         if e.model.attention_sinks:
             found["attention"] = attention_error(config)

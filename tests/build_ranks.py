@@ -15,6 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from harness.entry import rank
 from harness.experiment.catalog import load_catalog
+from harness.experiment.constraints import with_changes
 
 real_groups = torch.distributed.init_process_group, torch.distributed.new_group
 
@@ -85,7 +86,7 @@ def main(result, ids):
     }
     experiments = [load_catalog().find(id_) for id_ in ids]
     found = {
-        e.id: {stage: held(e.with_changes(**plain), stage) for stage in {0, e.pp - 1}}
+        e.id: {stage: held(with_changes(e, **plain), stage) for stage in {0, e.pp - 1}}
         for e in experiments
     }
     Path(result).write_text(json.dumps(found))

@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from harness.entry import rank
-from harness.experiment.catalog import Lora
+from harness.experiment.model import Lora
 
 LAYERS, HIDDEN, HEADS, FFN, VOCABULARY, SEQUENCE, BATCH, RANK = 3, 32, 4, 48, 128, 16, 2, 2
 

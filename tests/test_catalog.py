@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from harness.errors import UserError
-from harness.experiment.catalog import Model, load_catalog
+from harness.experiment.catalog import load_catalog
+from harness.experiment.constraints import with_changes
+from harness.experiment.model import Model
 from harness.planning.miniature import MOST_PROCESSES, miniature
 
 CATALOG = load_catalog()
@@ -250,7 +252,7 @@ def test_a_change_that_does_not_fit_is_refused_with_its_values(id_, changes, com
     if changes.keys() <= Model.model_fields.keys():
         changes = {"model": e.model.model_copy(update=changes)}
     with pytest.raises(UserError) as refused:
-        e.with_changes(**changes)
+        with_changes(e, **changes)
     assert complaint in str(refused.value)
 
 
@@ -334,6 +336,6 @@ def test_all_to_all_shares_out_key_heads_too():
     with pytest.raises(
         UserError, match=r"num_query_groups 8 must divide by tp x cp = 4 x 4; try cp in \{1, 2\}"
     ):
-        CATALOG.find("611").with_changes(
-            tp=4, cp=4, dp=1, sequence_parallel=True, cp_comm_type="a2a"
+        with_changes(
+            CATALOG.find("611"), tp=4, cp=4, dp=1, sequence_parallel=True, cp_comm_type="a2a"
         )

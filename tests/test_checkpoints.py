@@ -15,6 +15,7 @@ from harness import cli
 from harness.errors import UserError
 from harness.experiment import overrides
 from harness.experiment.catalog import load_catalog
+from harness.experiment.constraints import with_changes
 from harness.launching.outcome import Evidence, classify
 from harness.planning import resume, start
 from harness.planning.plan import Plan, plan
@@ -322,7 +323,7 @@ def test_weights_of_a_run_bring_its_model_on_sequences_as_long_as_it_has_positio
         {"WEIGHTS": run.label},
     )
     assert (
-        start.with_settings(e.with_changes(weights=run.label), {}, tmp_path).model == tiny().model
+        start.with_settings(with_changes(e, weights=run.label), {}, tmp_path).model == tiny().model
     )
     assert start.with_settings(e, {"WEIGHTS": run.label, "SEQ": "32"}, tmp_path).seq_length == 32
     assert e.seq_length == 1024, "given, although the row says the same"
@@ -529,15 +530,15 @@ def test_resuming_with_another_model_names_the_difference_and_with_another_dropo
     write(run.checkpoints, 5)
     asked = TINY | {"RESUME": "1", "OUTDIR": str(tmp_path)}
     row = load_catalog().find("101")
-    other = row.with_changes(
-        model=row.model.model_copy(update={"add_bias_linear": False, "dropout": 0.0})
+    other = with_changes(
+        row, model=row.model.model_copy(update={"add_bias_linear": False, "dropout": 0.0})
     )
     with pytest.raises(
         UserError,
         match=f"{run.label} holds another model: add_bias_linear True there, add_bias_linear False in 101-",
     ):
         plan(other, asked, "cpu")
-    same = row.with_changes(model=row.model.model_copy(update={"dropout": 0.0}))
+    same = with_changes(row, model=row.model.model_copy(update={"dropout": 0.0}))
     with pytest.raises(
         UserError, match=r"ran with other settings, which change its losses:\n  DROPOUT 0.1 -> 0\n"
     ):

@@ -9,6 +9,7 @@ import pytest
 from harness import ROOT
 from harness.errors import UserError
 from harness.experiment.catalog import load_catalog
+from harness.experiment.constraints import with_changes
 from harness.machine import gpus
 from harness.planning.command import Extras, Place, render
 from harness.planning.miniature import describe, miniature
@@ -51,7 +52,7 @@ def test_shellcheck_has_nothing_to_say() -> None:
 
 
 def test_the_script_runs_torchrun_with_quoted_words(tmp_path) -> None:
-    e = CATALOG.find("101").with_changes(extra_args=("--note", "a b'c"))
+    e = with_changes(CATALOG.find("101"), extra_args=("--note", "a b'c"))
     fake = tmp_path / "torchrun"
     fake.write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
     fake.chmod(0o755)
@@ -149,7 +150,7 @@ def test_a_setting_and_it_alone_brings_its_arguments(arguments) -> None:
 
 def test_layers_with_experts_are_graphed_in_part() -> None:
     def graphed(id_: str, device: str) -> str:
-        groups = megatron_flags(CATALOG.find(id_).with_changes(cuda_graphs=True), device)
+        groups = megatron_flags(with_changes(CATALOG.find(id_), cuda_graphs=True), device)
         return " ".join(word for group in groups for word in group)
 
     assert graphed("101", "cuda").count(
@@ -158,7 +159,7 @@ def test_layers_with_experts_are_graphed_in_part() -> None:
     assert "--cuda-graph-modules attn moe_router" in graphed("501", "cuda")
     assert (
         "cuda-graph" not in graphed("101", "cpu")
-        and not miniature(CATALOG.find("101").with_changes(cuda_graphs=True)).cuda_graphs
+        and not miniature(with_changes(CATALOG.find("101"), cuda_graphs=True)).cuda_graphs
     )
 
 
@@ -210,7 +211,7 @@ def test_nothing_in_the_script_executes_but_torchrun(tmp_path, value: str) -> No
         Loading(Path(f"/tmp/{value}"), 3),
         Tracking("offline", value, value, value),
     )
-    e = CATALOG.find("219").with_changes(extra_args=("--note", value))
+    e = with_changes(CATALOG.find("219"), extra_args=("--note", value))
     script = render(e, "cuda", Place(value, value), extras=extras).replace(
         "export PATH=", f"export PATH={tmp_path}:"
     )

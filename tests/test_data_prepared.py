@@ -17,6 +17,7 @@ from harness.data.prepare import Means, Recipe
 from harness.data.progress import StageProgress, amount, duration
 from harness.data.splits import check_split, split_matrix
 from harness.errors import UserError
+from harness.experiment.constraints import with_changes
 
 pytest.importorskip("orjson", reason="the set-up stage `data` is not installed")
 
@@ -561,5 +562,5 @@ def test_the_published_set_is_the_default_where_it_is_prepared(made, tmp_path):
 
     experiment = load_catalog().find("101")
     assert data_sets.default_for(experiment, tmp_path) == "mock"
-    assert data_sets.default_for(experiment.with_changes(published_data="b"), made) == "b"
+    assert data_sets.default_for(with_changes(experiment, published_data="b"), made) == "b"
     assert replace(data_sets.find("a", made), name="z").home == made / "a"

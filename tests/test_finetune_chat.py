@@ -9,7 +9,8 @@ import pytest
 from harness.data.chat.conversations import Skipped, Unfit, conversations_of, read_messages, spans
 from harness.errors import UserError
 from harness.experiment import overrides
-from harness.experiment.catalog import Lora, load_catalog
+from harness.experiment.catalog import load_catalog
+from harness.experiment.model import Lora
 from harness.finetune.packing import pack
 
 CATALOG = load_catalog()

@@ -17,6 +17,7 @@ from harness.data import data_sets  # noqa: E402
 from harness.data.check import check  # noqa: E402
 from harness.errors import UserError  # noqa: E402
 from harness.experiment.catalog import load_catalog  # noqa: E402
+from harness.experiment.constraints import with_changes  # noqa: E402
 from harness.machine.upstream import locate, put_on_path  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -196,9 +197,9 @@ def test_a_checkpoint_of_another_tokenizers_data_is_refused(tmp_path, chat, monk
     from harness.run.checkpoints import Checkpoint
     from harness.run.writing import create
 
-    e = load_catalog().find("801").with_changes(data="chat")
+    e = with_changes(load_catalog().find("801"), data="chat")
     run = create(tmp_path, "before")
-    run.freeze_experiment(e.with_changes(data="old"), "cpu", None)
+    run.freeze_experiment(with_changes(e, data="old"), "cpu", None)
     chosen = data_sets.find("chat")
     others = {"chat": chosen, "old": replace(chosen, name="old", tokenizer_sha256="other")}
     monkeypatch.setattr(data_sets, "find", lambda name, folder=tmp_path: others[name])

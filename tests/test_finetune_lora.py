@@ -15,6 +15,8 @@ from harness.predict.flops import share_of_upstreams
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_chat import LORA, READ, STEPS, adapters, losses, make_data, make_weights, tune
 
+from harness.experiment.constraints import with_changes
+
 pytestmark = pytest.mark.cpu
 
 LAYOUTS = {
@@ -35,7 +37,7 @@ def test_adapters_begin_as_nothing_and_leave_the_weights_alone(tmp_path):
     data = make_data(tmp_path)
     _, e = make_weights(tmp_path)
     alone = tune(e, data, tmp_path / "one")
-    whole = tune(e.with_changes(lora=None, steps=1), data, tmp_path / "whole")
+    whole = tune(with_changes(e, lora=None, steps=1), data, tmp_path / "whole")
     assert losses(alone)[0] == losses(whole)[0], (
         "with B = 0 it is the model itself, to the last bit"
     )
@@ -45,7 +47,7 @@ def test_adapters_begin_as_nothing_and_leave_the_weights_alone(tmp_path):
         assert all(least <= share <= most for share in shares), (
             "frozen weights have no gradient; packed attention is less"
         )
-    parallel = tune(e.with_changes(**LAYOUTS["tp2+sp"]), data, tmp_path / "two")
+    parallel = tune(with_changes(e, **LAYOUTS["tp2+sp"]), data, tmp_path / "two")
     assert losses(parallel) == pytest.approx(losses(alone), abs=2e-5)
     close(adapters(parallel), adapters(alone), 2e-4)
 
@@ -61,7 +63,7 @@ def test_the_harnesss_own_script_tunes_as_upstreams(tmp_path, layout):
     """What the megatron-core wheel has no script for; to the last bit, and sequences of a micro-batch are joined."""
     data = make_data(tmp_path)
     _, e = make_weights(tmp_path)
-    e = e.with_changes(**layout)
+    e = with_changes(e, **layout)
     own = tune(e, data, tmp_path / "own", script=("-m", "tests.own_script"))
     assert losses(own) == losses(tune(e, data, tmp_path / "upstream"))
 
@@ -103,7 +105,7 @@ def test_layouts_train_the_same_adapters(tmp_path, kind, layout):
     _, e = make_weights(tmp_path, kind)
     alone, parallel = (
         tune(e, data, tmp_path / "one"),
-        tune(e.with_changes(**layout), data, tmp_path / "two"),
+        tune(with_changes(e, **layout), data, tmp_path / "two"),
     )
     assert losses(parallel) == pytest.approx(losses(alone), abs=2e-5)
     close(adapters(parallel), adapters(alone), 2e-4)
@@ -144,7 +146,7 @@ def test_adapters_are_those_of_peft(tmp_path, layout):
     from harness.convert.transforms import FUSED_QKV, Sizes
     from harness.finetune.lora import first_factor
 
-    run = tune(e.with_changes(**layout), data, tmp_path / "run")
+    run = tune(with_changes(e, **layout), data, tmp_path / "run")
     # c_proj names two layers of a block, in attention and in the MLP
     theirs = peft.get_peft_model(
         model,

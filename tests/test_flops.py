@@ -10,7 +10,9 @@ import pytest
 
 from harness import ROOT
 from harness.evidence.references import load_references
-from harness.experiment.catalog import Lora, load_catalog
+from harness.experiment.catalog import load_catalog
+from harness.experiment.constraints import with_changes
+from harness.experiment.model import Lora
 from harness.predict.flops import (
     count_parameters,
     mfu,
@@ -81,11 +83,11 @@ def test_state_is_18_bytes_a_parameter_and_shards():
     assert state_gib(CATALOG.find("101")) * 1024 == pytest.approx(26699, rel=0.002)
     parameters = count_parameters(CATALOG.find("128")).total
     assert state_gib(CATALOG.find("128")) * 2**30 == pytest.approx(parameters * (6 + 12 / 8))
-    ring = CATALOG.find("302").with_changes(
-        sharding="optim"
+    ring = with_changes(
+        CATALOG.find("302"), sharding="optim"
     )  # context parallel ranks share the state out, too
     assert state_gib(ring) * 2**30 == pytest.approx(count_parameters(ring).total * (6 + 12 / 2))
-    zero3 = CATALOG.find("128").with_changes(sharding="fsdp_optim_grads_params")
+    zero3 = with_changes(CATALOG.find("128"), sharding="fsdp_optim_grads_params")
     assert state_gib(zero3) * 2**30 == pytest.approx(parameters * 16 / 8)
 
 
@@ -135,7 +137,8 @@ def test_parameters_equal_those_of_upstreams_model(changes):
     from megatron.core.transformer import TransformerConfig
 
     e = CATALOG.find("101")
-    e = e.with_changes(
+    e = with_changes(
+        e,
         model=e.model.model_copy(update=TINY | changes),
         seq_length=32,
     )
@@ -222,7 +225,8 @@ def test_what_is_counted_is_what_is_computed(counted, targets):
         if targets == "-"
         else Lora(rank=tiny.RANK, alpha=4.0, targets=tuple(targets.split(",")))
     )
-    e = CATALOG.find("101").with_changes(
+    e = with_changes(
+        CATALOG.find("101"),
         model=m,
         lora=lora,
         seq_length=tiny.SEQUENCE,
@@ -252,7 +256,7 @@ def test_a_window_sees_no_more_than_it_computes():
     """Half the layers of GPT-OSS see 128 tokens; its experts are three matrices, of which upstream counts two."""
     e = CATALOG.find("620")
     narrow, wide = (
-        e.with_changes(model=e.model.model_copy(update={"window_size": w}))
+        with_changes(e, model=e.model.model_copy(update={"window_size": w}))
         for w in (1, e.seq_length)
     )
     scores = 6 * e.model.query_size * e.global_batch_size

@@ -2,7 +2,9 @@
 
 import pytest
 
-from harness.experiment.catalog import Experiment, load_catalog
+from harness.experiment.catalog import load_catalog
+from harness.experiment.constraints import with_changes
+from harness.experiment.experiment import Experiment
 from harness.predict.formulas import (
     OF_EXPERIMENT,
     activations_per_sbh,
@@ -12,7 +14,7 @@ from harness.predict.formulas import (
 
 
 def find(id_: str, **changes: object) -> Experiment:
-    return load_catalog().find(id_).with_changes(**changes)
+    return with_changes(load_catalog().find(id_), **changes)
 
 
 @pytest.mark.parametrize(
@@ -33,8 +35,8 @@ def test_activations_of_a_layer(id_: str, changes: dict, units: float) -> None:
 def test_a_narrower_mlp_keeps_less_of_its_own_width_alone() -> None:
     """Its first matrix's output and GELU's; inputs and masks are as wide as the hidden state."""
     e = find("281", tp=1)
-    half = e.with_changes(
-        model=e.model.model_copy(update={"ffn_hidden_size": 2 * e.model.hidden_size})
+    half = with_changes(
+        e, model=e.model.model_copy(update={"ffn_hidden_size": 2 * e.model.hidden_size})
     )
     assert activations_per_sbh(half) == 34 - 2 * 4
 

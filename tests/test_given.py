@@ -9,6 +9,7 @@ from harness.errors import UserError
 from harness.evidence import memory
 from harness.experiment import overrides
 from harness.experiment.catalog import load_catalog
+from harness.experiment.constraints import with_changes
 from harness.experiment.overrides import FIELDS
 from harness.planning import resume, start
 from harness.planning.miniature import miniature
@@ -153,13 +154,13 @@ def test_a_checkpoint_with_other_learned_positions_is_refused_before_anything_ru
     found = Checkpoint(tmp_path / "iter_0000005", 5, 700, None, Contents({}, shapes, True))
     resume.check_fits(found, e)
     with pytest.raises(UserError, match=r"has 32 learned positions, .* has 128\nSEQ=32 loads it$"):
-        resume.check_fits(found, e.with_changes(seq_length=128))
+        resume.check_fits(found, with_changes(e, seq_length=128))
     with pytest.raises(
         UserError,
         match=rf"has 32 learned positions, .* has 16\nSEQ=32 loads it, WEIGHTS={tmp_path} trains",
     ):
-        resume.check_fits(found, e.with_changes(seq_length=16))
-    resume.check_fits(found, e.with_changes(seq_length=16, positions=32))
+        resume.check_fits(found, with_changes(e, seq_length=16))
+    resume.check_fits(found, with_changes(e, seq_length=16, positions=32))
 
 
 def test_every_way_to_a_run_keeps_what_was_given(monkeypatch, capsys, tmp_path):

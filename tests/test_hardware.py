@@ -3,7 +3,7 @@
 import pytest
 
 from harness.errors import UserError
-from harness.experiment.hardware import GPUS, allocator_fraction, find_gpu, peak_tflops
+from harness.experiment.hardware import CARDS, allocator_fraction, find_card, peak_tflops
 
 
 @pytest.mark.parametrize(
@@ -24,20 +24,20 @@ from harness.experiment.hardware import GPUS, allocator_fraction, find_gpu, peak
     ],
 )
 def test_names_of_nvml_and_short_keys_are_found(name, key):
-    assert find_gpu(name).key == key
+    assert find_card(name).key == key
 
 
 @pytest.mark.parametrize(
     "name", ["NVIDIA H100", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "Quadro FX 570", ""]
 )
 def test_unknown_names_are_not_guessed(name):
-    assert find_gpu(name) is None
+    assert find_card(name) is None
     assert peak_tflops(name, "bf16") is None
 
 
 def test_keys_and_names_are_unique():
-    assert len({gpu.key for gpu in GPUS}) == len(GPUS)
-    assert all(find_gpu(gpu.key) is gpu and find_gpu(gpu.name) is gpu for gpu in GPUS)
+    assert len({card.key for card in CARDS}) == len(CARDS)
+    assert all(find_card(card.key) is card and find_card(card.name) is card for card in CARDS)
 
 
 def test_peaks_are_dense_and_by_precision():
@@ -45,12 +45,14 @@ def test_peaks_are_dense_and_by_precision():
     assert peak_tflops("NVIDIA H200", "fp8") == 1979
     assert peak_tflops("NVIDIA H200", "fp32") == 67
     assert peak_tflops("Tesla V100-SXM2-32GB", "bf16") is None
-    for gpu in GPUS:
-        assert gpu.fp8 is None or gpu.fp8 == pytest.approx(2 * gpu.bf16, rel=0.02), gpu.key
+    for card in CARDS:
+        assert card.fp8_tflops is None or card.fp8_tflops == pytest.approx(
+            2 * card.bf16_tflops, rel=0.02
+        ), card.key
 
 
 def test_an_h200_as_an_h100_leaves_the_allocator_what_was_proven_there():
-    fraction = allocator_fraction("h100-80gb", find_gpu("NVIDIA H200").memory_mib)
+    fraction = allocator_fraction("h100-80gb", find_card("NVIDIA H200").memory_mib)
     assert fraction == 0.548
     assert fraction * 139.81 == pytest.approx(76.6, abs=0.05)  # GiB; 111 ran and 121 did not
 

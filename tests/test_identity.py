@@ -20,7 +20,9 @@ from harness.evidence import records
 from harness.evidence.references import load_references
 from harness.evidence.results import collect
 from harness.experiment import identity, overrides
-from harness.experiment.catalog import Experiment, load_catalog
+from harness.experiment.catalog import load_catalog
+from harness.experiment.constraints import with_changes
+from harness.experiment.experiment import Experiment
 from harness.launching import failed_load, launch, processes, verify
 from harness.launching.active_run import Finished
 from harness.launching.terminal import PlainTerminal
@@ -120,15 +122,15 @@ def test_a_schedule_that_follows_the_steps_changes_with_them():
 
 def test_the_same_said_in_another_way_is_the_same():
     row = load_catalog().find("101")
-    plain = row.with_changes(lr=1e-3)
+    plain = with_changes(row, lr=1e-3)
     assert identity.same(
         plain,
-        plain.with_changes(
-            min_lr=1e-4, slug="other", shows="else", overrides={"LR": "1e-3"}, keep=3
+        with_changes(
+            plain, min_lr=1e-4, slug="other", shows="else", overrides={"LR": "1e-3"}, keep=3
         ),
     )
     words = [
-        row.with_changes(extra_args=tuple(shlex.split(args)))
+        with_changes(row, extra_args=tuple(shlex.split(args)))
         for args in (
             "--seed 7 --clip-grad 2",
             "--clip-grad 2 --seed=7",
@@ -150,7 +152,7 @@ def test_the_same_said_in_another_way_is_the_same():
 def test_labels_of_different_experiments_differ(tmp_path, key, first, second):
     row = load_catalog().find("101")
     labels = [
-        row.with_changes(overrides={"STEPS": "20", key: value}).label for value in (first, second)
+        with_changes(row, overrides={"STEPS": "20", key: value}).label for value in (first, second)
     ]
     assert labels[0] != labels[1] and all(
         label.startswith("101-gpt2xl-dp1-gbs1-bf16_steps20_") for label in labels
@@ -158,7 +160,7 @@ def test_labels_of_different_experiments_differ(tmp_path, key, first, second):
     for label in labels:
         writing.create(tmp_path, label)
     assert (
-        row.with_changes(overrides={"SPLIT": "9,1", "LR": "1e-3"}).label
+        with_changes(row, overrides={"SPLIT": "9,1", "LR": "1e-3"}).label
         == "101-gpt2xl-dp1-gbs1-bf16_split9,1_lr1e-3"
     )
 
@@ -352,7 +354,7 @@ def test_a_finished_run_goes_on_where_more_steps_are_wanted(tmp_path, capsys):
 
 
 def test_steps_before_a_change_are_not_averaged_with_those_behind_it():
-    e = load_catalog().find("101").with_changes(steps=30)
+    e = with_changes(load_catalog().find("101"), steps=30)
     metrics = [
         StepMetrics(step=n, loss=7, step_ms=100 if n <= 10 else 50, time=0) for n in range(1, 31)
     ]

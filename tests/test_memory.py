@@ -12,7 +12,8 @@ from harness.cli import RECORDS, main
 from harness.evidence.facts import Facts
 from harness.evidence.references import load_references
 from harness.experiment.catalog import load_catalog
-from harness.experiment.hardware import find_gpu
+from harness.experiment.constraints import with_changes
+from harness.experiment.hardware import find_card
 from harness.predict.capacity import levers, verdict, ways_to_fit
 from harness.predict.flops import adapter_parameters, parameters_on, state_gib, state_on
 from harness.predict.memory import (
@@ -28,11 +29,11 @@ from harness.predict.memory import (
 CATALOG = load_catalog()
 ROOT = Path(__file__).parents[1]
 FACTS = Facts.load(RECORDS)
-H100, H200 = find_gpu("h100-80gb"), find_gpu("h200-141gb")
+H100, H200 = find_card("h100-80gb"), find_card("h200-141gb")
 
 
 def find(id_, **changes):
-    return CATALOG.find(id_).with_changes(**changes)
+    return with_changes(CATALOG.find(id_), **changes)
 
 
 OF_THE_SCHEDULE = {"--lr", "--min-lr", "--lr-decay-iters", "--lr-warmup-fraction"}
@@ -94,7 +95,7 @@ def test_a_layer_of_gpt2_keeps_what_the_paper_says(id_):
 def test_dropout_keeps_a_byte_an_element_twice_a_layer_and_once_after_the_embedding():
     for id_, layers in (("111", 48), ("408", 72)):
         e = find(id_)
-        plain = e.with_changes(model=e.model.model_copy(update={"dropout": 0.0}))
+        plain = with_changes(e, model=e.model.model_copy(update={"dropout": 0.0}))
         masks = (2 * layers + 1) * e.seq_length * e.micro_batch_size * e.model.hidden_size
         assert (predict(e).total - predict(plain).total) * 2**30 == pytest.approx(masks)
 
@@ -104,7 +105,7 @@ def test_dropout_keeps_a_byte_an_element_twice_a_layer_and_once_after_the_embedd
 )
 def test_norms_of_queries_and_keys_keep_their_inputs_and_statistics(id_, kept_bytes):
     e = CATALOG.find(id_)
-    plain = e.with_changes(model=e.model.model_copy(update={"qk_norm": "none"}))
+    plain = with_changes(e, model=e.model.model_copy(update={"qk_norm": "none"}))
     of_both = (e.model.query_size + e.model.key_size) * e.seq_length * e.micro_batch_size
     assert attention_bytes(e) - attention_bytes(plain) == kept_bytes * of_both
 
@@ -152,7 +153,7 @@ def test_what_experts_cost_besides_their_rows():
         ({"moe_aux_loss_coeff": 0.01}, 4),
         ({"moe_z_loss_coeff": 0.01}, 4),
     ):
-        more = e.with_changes(model=m.model_copy(update=changes))
+        more = with_changes(e, model=m.model_copy(update=changes))
         assert mlp_bytes(more) - mlp_bytes(e) == each * m.num_experts * tokens
     assert _backward_bytes(e) - _backward_bytes(
         find("501", ep=2)
@@ -179,7 +180,7 @@ def test_a_gate_takes_what_was_measured():
         for variant in ("--attention-output-gate", None)
     )
     e = find("124")
-    with_gate = e.with_changes(model=e.model.model_copy(update={"attention_output_gate": True}))
+    with_gate = with_changes(e, model=e.model.model_copy(update={"attention_output_gate": True}))
     assert predict(with_gate).total - predict(e).total == pytest.approx(gated - plain, abs=0.2)
 
 
@@ -324,7 +325,7 @@ def test_activations_of_experts_keep_what_upstream_keeps(id_, saved):
     assert kept(activate, before, weights) == saved * TOKENS * WIDTH
     e = CATALOG.find(id_)
     rows = e.seq_length * e.micro_batch_size * e.model.moe_router_topk * e.model.moe_ffn
-    without = e.with_changes(recompute="selective", recompute_modules=("moe_act",))
+    without = with_changes(e, recompute="selective", recompute_modules=("moe_act",))
     assert mlp_bytes(e) - mlp_bytes(without) == (saved - 4 + 2) * rows, "and its output"
 
 

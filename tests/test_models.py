@@ -10,7 +10,9 @@ import pytest
 
 from harness import parity
 from harness.errors import UserError
-from harness.experiment.catalog import Model, load_catalog
+from harness.experiment.catalog import load_catalog
+from harness.experiment.constraints import with_changes
+from harness.experiment.model import Model
 from harness.machine.requirements import check_machine
 from harness.parity import tiny
 from harness.planning.miniature import describe, miniature
@@ -102,7 +104,7 @@ def test_state_follows_from_sharding_and_precision():
         "torch_fsdp2": 4,
     }
     for sharding, expected in states.items():
-        assert state_of_parameter(e.with_changes(sharding=sharding), 4).total == expected
+        assert state_of_parameter(with_changes(e, sharding=sharding), 4).total == expected
     assert state_of_parameter(CATALOG.find("621"), 1).total == 12
     assert state_of_parameter(CATALOG.find("641"), 1).total == 10
     assert state_of_parameter(CATALOG.find("671"), 1).total == 14
@@ -112,8 +114,8 @@ def test_state_follows_from_sharding_and_precision():
     ("recipe", "optimizer"), [("delayed", 6), ("tensorwise", 8), ("blockwise", 8)]
 )
 def test_fp8_weights_scaled_now_keep_whole_fp32_ones(recipe, optimizer):
-    row = CATALOG.find("611").with_changes(
-        precision="fp8", fp8_recipe=recipe, optimizer_state="bf16"
+    row = with_changes(
+        CATALOG.find("611"), precision="fp8", fp8_recipe=recipe, optimizer_state="bf16"
     )
     assert state_of_parameter(row, 4).total == 6 + optimizer / 4
 
@@ -128,7 +130,7 @@ def test_state_leaves_room_on_the_gpus_meant(id_):
 
 def test_mixtral_fits_four_gpus_only_with_bf16_gradients():
     e = CATALOG.find("641")
-    assert state_gib(e.with_changes(gradients="fp32")) > 0.95 * 139.8
+    assert state_gib(with_changes(e, gradients="fp32")) > 0.95 * 139.8
 
 
 @pytest.mark.parametrize(
@@ -179,7 +181,7 @@ def test_mixtral_fits_four_gpus_only_with_bf16_gradients():
 )
 def test_what_does_not_go_together_is_refused(id_, changes, complaint):
     with pytest.raises(UserError, match=complaint):
-        CATALOG.find(id_).with_changes(**changes)
+        with_changes(CATALOG.find(id_), **changes)
 
 
 def test_a_gpu_without_fp8_and_a_missing_optimizer_are_told_before_the_run(monkeypatch):
@@ -199,7 +201,7 @@ def test_a_gpu_without_fp8_and_a_missing_optimizer_are_told_before_the_run(monke
 
 
 def test_a_miniature_says_what_a_cpu_has_not():
-    full = CATALOG.find("625").with_changes(precision="fp8", fp8_recipe="tensorwise")
+    full = with_changes(CATALOG.find("625"), precision="fp8", fp8_recipe="tensorwise")
     said = describe(full, miniature(full))
     assert (
         "precision fp8 -> bf16" in said
@@ -240,12 +242,12 @@ def test_a_miniature_has_a_fourth_of_the_experts_but_enough_for_its_ranks(id_, e
 def test_a_miniature_that_learns_to_talk_has_room_and_a_rate_for_its_width(monkeypatch):
     chat = type("Blend", (), {"sets": (type("Set", (), {"vocab_size": 50257, "chat": True}),)})
     monkeypatch.setattr("harness.data.data_sets.blend", lambda data: chat)
-    full = CATALOG.find("801").with_changes(data="chat")
+    full = with_changes(CATALOG.find("801"), data="chat")
     small = miniature(full)
     assert (small.seq_length, small.steps, small.model.hidden_size) == (128, full.steps, 64)
     assert small.lr == pytest.approx(full.lr * full.model.hidden_size / 64)
     for kept in ({"overrides": {"LR": "1e-5"}}, {"lora": CATALOG.find("802").lora}, {"lr": None}):
-        same = full.with_changes(**kept)
+        same = with_changes(full, **kept)
         assert miniature(same).lr == same.lr
 
 
@@ -284,10 +286,10 @@ def test_a_smaller_tokenizer_leaves_the_model_as_it_is(monkeypatch):
     )
     blend = type("Blend", (), {"sets": (first,), "data_path": ("1", "x"), "cache": "c"})
     monkeypatch.setattr("harness.data.data_sets.blend", lambda data: blend)
-    e = CATALOG.find("615").with_changes(data="text")
+    e = with_changes(CATALOG.find("615"), data="text")
     assert f"--make-vocab-size-divisible-by {padded_vocab_size(128256, 2) // 2}" in words(e)
     assert "--make-vocab-size-divisible-by" not in words(
-        CATALOG.find("101").with_changes(data="text")
+        with_changes(CATALOG.find("101"), data="text")
     )
     assert miniature(e).model.vocab_size == 50257
 
@@ -331,7 +333,8 @@ def test_upstream_builds_models_of_that_size(upstream):
     found = upstream["models"]
     assert set(found) == {e.model.name for e in ROWS}
     for e in {e.model.name: e for e in ROWS}.values():
-        alone = e.with_changes(
+        alone = with_changes(
+            e,
             dp=1,
             tp=1,
             ep=1,

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.experiment.catalog import Experiment, Model
+from harness.experiment.experiment import Experiment
+from harness.experiment.model import Model
 from harness.launching.hangs import by_frame
 from harness.launching.outcome import Evidence, classify, memory_levers
 from harness.run.schema import RankError, StepMetrics

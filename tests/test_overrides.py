@@ -5,6 +5,7 @@ import pytest
 from harness.errors import UserError
 from harness.experiment import overrides
 from harness.experiment.catalog import load_catalog
+from harness.experiment.constraints import with_changes
 
 CATALOG = load_catalog()
 
@@ -64,7 +65,8 @@ def test_fp8_is_a_precision_and_a_recipe():
         UserError,
         match=r"in blocks of 16, by which hidden_size = 1000, queries, keys and values / tp = 3000, queries",
     ):
-        CATALOG.find("111").with_changes(
+        with_changes(
+            CATALOG.find("111"),
             precision="fp8",
             fp8_recipe="delayed",
             model=CATALOG.find("111").model.model_copy(

@@ -12,7 +12,8 @@ from harness import ROOT
 from harness.errors import UserError
 from harness.evidence.references import load_references
 from harness.evidence.results import collect_runs
-from harness.experiment.catalog import Experiment, load_catalog
+from harness.experiment.catalog import load_catalog
+from harness.experiment.experiment import Experiment
 from harness.pages import figures, plots
 from harness.pages.figures import Figure, Panel, Point, Series, load_panels, sweeps, thinned
 from harness.predict.flops import tflops_per_gpu

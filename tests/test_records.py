@@ -14,7 +14,8 @@ from harness.evidence.references import REFERENCES, load_references
 from harness.evidence.results import collect_records
 from harness.evidence.tables import render
 from harness.experiment.catalog import load_catalog
-from harness.experiment.hardware import find_gpu, peak_tflops
+from harness.experiment.constraints import with_changes
+from harness.experiment.hardware import find_card, peak_tflops
 from harness.predict.flops import share_of_upstreams, tflops_per_gpu
 from harness.run.directory import RunDir
 from harness.run.schema import Result, StepMetrics
@@ -69,7 +70,7 @@ def test_memory_is_nested_and_fits_the_card(path: Path) -> None:
     assert (
         held[0] > 0
         and memory.nvml is not None
-        and memory.nvml * 1024 < find_gpu(result.gpu).memory_mib
+        and memory.nvml * 1024 < find_card(result.gpu).memory_mib
     )
 
 
@@ -91,7 +92,7 @@ def test_a_record_is_of_the_catalogues_experiment(path: Path) -> None:
     changed = {"card": experiment.card, "extra_args": experiment.extra_args}
     unchanged = {"STEPS", "DATA", "CARD", "ARGS"}.issuperset(experiment.overrides)
     assert not unchanged or same_work(
-        CATALOG.find(experiment.id).with_changes(**changed), experiment
+        with_changes(CATALOG.find(experiment.id), **changed), experiment
     )
 
 

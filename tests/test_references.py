@@ -8,7 +8,7 @@ import yaml
 from harness.errors import UserError
 from harness.evidence.references import REFERENCES, load_references
 from harness.experiment.catalog import load_catalog
-from harness.experiment.hardware import find_gpu
+from harness.experiment.hardware import find_card
 
 CATALOG = load_catalog()
 GROUPS = load_references().groups
@@ -70,7 +70,7 @@ def test_out_of_memory_rows_are_those_published():
 def test_numbers_are_possible_on_the_hardware_they_are_from():
     for group in GROUPS:
         for row in group.rows:
-            assert row.oom or 0 < row.memory_gib * 1024 < find_gpu(group.gpu).memory_mib
+            assert row.oom or 0 < row.memory_gib * 1024 < find_card(group.gpu).memory_mib
 
 
 def test_variants_are_never_shown_beside_the_plain_experiment():

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from harness.errors import UserError
-from harness.experiment.catalog import Experiment, Model
+from harness.experiment.experiment import Experiment
+from harness.experiment.model import Model
 from harness.run import cleaning, directory, schema, writing
 from harness.run.directory import RunDir
 from harness.run.schema import Result

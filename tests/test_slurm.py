@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from harness.errors import UserError
-from harness.experiment.catalog import Experiment, Model
+from harness.experiment.experiment import Experiment
+from harness.experiment.model import Model
 from harness.launching import slurm
 from harness.planning.plan import Plan, plan
 

@@ -11,8 +11,10 @@ from harness.evidence import calibrate, speed
 from harness.evidence.facts import Facts
 from harness.evidence.rows import predicted_step_ms
 from harness.experiment import overrides
-from harness.experiment.catalog import Lora, load_catalog
-from harness.experiment.hardware import find_gpu
+from harness.experiment.catalog import load_catalog
+from harness.experiment.constraints import with_changes
+from harness.experiment.hardware import find_card
+from harness.experiment.model import Lora
 from harness.predict import calibrations, layouts, step_time, timeline
 from harness.predict.calibrations import Machine
 from harness.predict.capacity import verdict
@@ -177,7 +179,7 @@ def test_recomputing_an_activation_of_experts_moves_their_rows_and_a_norm_its_to
     e, machine = find("642"), MACHINES["h200"]
     none, experts, norm = (
         machine.predict(
-            e.with_changes(recompute="selective" if modules else "none", recompute_modules=modules)
+            with_changes(e, recompute="selective" if modules else "none", recompute_modules=modules)
         ).passes
         for modules in ((), ("moe_act",), ("layernorm",))
     )
@@ -334,7 +336,7 @@ def test_fp8_halves_products_and_pays_with_passes():
         m.qkv_size + 2 * m.ffn + 2 * m.hidden_size
     )
     weights = m.hidden_size * (m.qkv_size + m.query_size + 3 * m.ffn)
-    bandwidth = machine.card.bandwidth_gb_s * 1e9 * machine.constants.bandwidth_share
+    bandwidth = machine.card.memory_gb_per_s * 1e9 * machine.constants.bandwidth_share
     for id_, each in (("612", 4), ("613", 6), ("614", 4)):
         more = each * m.num_layers * (elements + weights) / bandwidth
         assert step[id_].passes - step["611"].passes == pytest.approx(1e3 * more)
@@ -660,7 +662,7 @@ def test_as_many_gpus_as_the_row_has_get_what_faster_finds_first():
 
 
 def test_what_a_node_does_not_hold_goes_to_several_by_memory_alone():
-    card = find_gpu("a100-40gb")
+    card = find_card("a100-40gb")
     *none, (gpus, best) = layouts.by_gpus(find("641"), card, None)
     assert [ranks for ranks, layout in none if layout is None] == [1, 2, 4, 8]
     assert (
@@ -676,11 +678,11 @@ def test_what_a_node_does_not_hold_goes_to_several_by_memory_alone():
 
 
 def test_without_a_speed_the_model_is_split_least():
-    best = dict(layouts.by_gpus(find("620"), find_gpu("h200-141gb"), MACHINES["h200"]))
+    best = dict(layouts.by_gpus(find("620"), find_card("h200-141gb"), MACHINES["h200"]))
     fitting = [
         way
         for way in layouts.layouts(find("620"), 8)
-        if verdict(predict(way), find_gpu("h200-141gb")) == "fits"
+        if verdict(predict(way), find_card("h200-141gb")) == "fits"
     ]
     e = best[8].experiment
     assert best[8].step is None and e.recompute == "none"
@@ -778,13 +780,13 @@ def test_what_is_written_is_read_again(tmp_path):
 
 
 def test_what_a_run_says_before_it_begins():
-    assert "step by formula: " in calibrations.in_a_line(find("408"), find_gpu("h100-80gb"))
-    assert "percentile" in calibrations.in_a_line(find("408"), find_gpu("h100-80gb"))
-    assert calibrations.in_a_line(find("408"), find_gpu("h200-141gb")).endswith(
+    assert "step by formula: " in calibrations.in_a_line(find("408"), find_card("h100-80gb"))
+    assert "percentile" in calibrations.in_a_line(find("408"), find_card("h100-80gb"))
+    assert calibrations.in_a_line(find("408"), find_card("h200-141gb")).endswith(
         "8 GPUs or pipelines: error unknown"
     )
-    assert calibrations.in_a_line(find("620"), find_gpu("h100-80gb")) is None
-    assert calibrations.in_a_line(find("101"), find_gpu("a100-80gb")) is None
+    assert calibrations.in_a_line(find("620"), find_card("h100-80gb")) is None
+    assert calibrations.in_a_line(find("101"), find_card("a100-80gb")) is None
 
 
 def test_the_commands(capsys):

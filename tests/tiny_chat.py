@@ -14,7 +14,8 @@ from harness.data.chat.prepare import Skipped, prepare_chat
 from harness.data.data_sets import prefix_of
 from harness.data.manifest import Manifest
 from harness.data.tokenizer import find_tokenizer
-from harness.experiment.catalog import Experiment, Lora
+from harness.experiment.experiment import Experiment
+from harness.experiment.model import Lora
 from harness.machine.upstream import locate, put_on_path
 from harness.run.directory import RUN_DIR_VARIABLE, RunDir
 from harness.upstreams.megatron_lm.environment import variables

@@ -25,7 +25,7 @@ from harness.convert.transforms import (
     Transform,
 )
 from harness.errors import UserError
-from harness.experiment.catalog import Model, Yarn
+from harness.experiment.model import Model, Yarn
 
 Config = Mapping[str, Any]
 """config.json of Hugging Face, with transformers' defaults filled in."""

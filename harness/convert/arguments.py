@@ -7,7 +7,9 @@ from argparse import Namespace
 from collections.abc import Sequence
 
 from harness.errors import UserError
-from harness.experiment.catalog import Experiment, Model, Yarn
+from harness.experiment.constraints import with_changes
+from harness.experiment.experiment import Experiment
+from harness.experiment.model import Model, Yarn
 from harness.upstreams.megatron_lm.arguments import import_upstream, upstream_parser
 from harness.upstreams.megatron_lm.flags import model_flags
 
@@ -49,8 +51,8 @@ def flags(model: Model, positions: int, tp: int = 1, pp: int = 1, ep: int = 1) -
         seq_length=positions,
     )
     try:
-        cut = one.with_changes(
-            tp=tp, pp=pp, ep=ep, dp=ep, sequence_parallel=tp > 1, global_batch_size=ep
+        cut = with_changes(
+            one, tp=tp, pp=pp, ep=ep, dp=ep, sequence_parallel=tp > 1, global_batch_size=ep
         )
     except UserError as error:
         raise UserError(str(error).replace(f"{one.id}: ", f"{model.name}: ")) from None

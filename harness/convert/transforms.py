@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from harness.experiment.catalog import Model
+from harness.experiment.model import Model
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from harness import ROOT
 from harness.data.data_sets import Blend
 from harness.errors import UserError
-from harness.experiment.catalog import Model
+from harness.experiment.model import Model
 from harness.system.files import expanded
 
 _ONLY_TRAINING = ("dropout", "init_method_std", "moe_aux_loss_coeff", "moe_z_loss_coeff")

@@ -24,7 +24,7 @@ from harness.errors import UserError, nearest
 from harness.system.files import read_object
 
 if TYPE_CHECKING:
-    from harness.experiment.catalog import Experiment
+    from harness.experiment.experiment import Experiment
 
 DATA = ROOT / "data"
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,79}")

@@ -11,7 +11,7 @@ import time
 
 from harness.entry.phases import PhaseClock, wrap_phases
 from harness.entry.report import RankReport
-from harness.experiment.catalog import Experiment
+from harness.experiment.experiment import Experiment
 from harness.predict.flops import share_of_upstreams
 from harness.run.directory import RunDir
 from harness.run.schema import StepMetrics

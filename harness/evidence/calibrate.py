@@ -23,8 +23,9 @@ from harness.evidence.references import References, load_references
 from harness.evidence.results import collect_records
 from harness.evidence.rows import Row
 from harness.experiment import overrides
-from harness.experiment.catalog import Catalog, Experiment, load_catalog
-from harness.experiment.hardware import find_gpu
+from harness.experiment.catalog import Catalog, load_catalog
+from harness.experiment.experiment import Experiment
+from harness.experiment.hardware import find_card
 from harness.predict import calibrations, step_time
 from harness.predict.calibrations import Fitted, Machine
 from harness.predict.work import Calibration
@@ -198,7 +199,7 @@ def _recorded(machine: Machine, rows: Sequence[Row], catalog: Catalog) -> Iterat
 
 def _published(machine: Machine, references: References, catalog: Catalog) -> Iterator[Measured]:
     group = references.group(machine.measured_by)
-    for row, e in group.ran(catalog) if find_gpu(group.gpu) == machine.card else ():
+    for row, e in group.ran(catalog) if find_card(group.gpu) == machine.card else ():
         if row.id:
             yield Measured(row.id, e, row.step_ms)
 

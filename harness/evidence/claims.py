@@ -33,7 +33,7 @@ from harness.evidence.references import ReferenceGroup, References
 from harness.evidence.rows import Row
 from harness.experiment import overrides
 from harness.experiment.catalog import EXPERIMENTS, Catalog
-from harness.experiment.hardware import find_gpu
+from harness.experiment.hardware import find_card
 from harness.system import yaml_files
 
 CLAIMS = EXPERIMENTS / "claims.yaml"
@@ -156,7 +156,7 @@ def sources(
     """
     kept = [row for row in rows if row.kind == "record" and not row.experiment.miniature]
     kinds = sorted({(row.hardware, row.software) for row in kept})
-    card_mib = find_gpu(references.published.gpu).memory_mib
+    card_mib = find_card(references.published.gpu).memory_mib
     found = [
         ours(
             ", ".join(kind),

@@ -10,8 +10,8 @@ from harness.evidence.records import same_work
 from harness.evidence.references import load_references
 from harness.evidence.results import collect_records
 from harness.evidence.rows import Row
-from harness.experiment.catalog import Experiment
-from harness.experiment.hardware import Gpu, find_gpu
+from harness.experiment.experiment import Experiment
+from harness.experiment.hardware import Gpu, find_card
 from harness.planning import start
 from harness.predict.capacity import DEEPEST, available_gib, verdict, ways_to_fit
 from harness.predict.memory import Memory, predict
@@ -109,8 +109,8 @@ def cards_of(e: Experiment) -> list[Gpu]:
     from harness.machine.gpus import list_gpus
 
     names = [e.card] if e.card else sorted({gpu.name for gpu in list_gpus()}) or CARDS
-    return [gpu for name in names if (gpu := find_gpu(name))] or [
-        gpu for name in CARDS if (gpu := find_gpu(name))
+    return [gpu for name in names if (gpu := find_card(name))] or [
+        gpu for name in CARDS if (gpu := find_card(name))
     ]
 
 

@@ -12,8 +12,9 @@ from harness.evidence.records import work
 from harness.evidence.references import Reference, ReferenceGroup
 from harness.evidence.rows import Row, metrics
 from harness.experiment import overrides
-from harness.experiment.catalog import Catalog, Experiment
-from harness.experiment.hardware import DRIVER_RESERVED_MIB, find_gpu, peak_tflops
+from harness.experiment.catalog import Catalog
+from harness.experiment.experiment import Experiment
+from harness.experiment.hardware import DRIVER_RESERVED_MIB, find_card, peak_tflops
 from harness.predict.flops import mfu, tflops_per_gpu
 from harness.predict.formulas import OF_EXPERIMENT
 from harness.run import step_statistics
@@ -104,7 +105,7 @@ def ours(title: str, rows: Sequence[Row], catalog: Catalog, card_mib: int) -> So
 
 def published(catalog: Catalog, group: ReferenceGroup, card_mib: int) -> Source:
     """Numbers of a group of references; ``card_mib``: memory of the published card."""
-    there_mib = find_gpu(group.gpu).memory_mib
+    there_mib = find_card(group.gpu).memory_mib
 
     def find(quantity: Quantity) -> Number | str:
         experiment = overrides.made(quantity.of, catalog)

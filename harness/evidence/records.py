@@ -13,8 +13,8 @@ from pydantic import ValidationError
 
 from harness.errors import UserError
 from harness.experiment import identity
-from harness.experiment.catalog import Experiment
-from harness.experiment.hardware import find_gpu
+from harness.experiment.experiment import Experiment
+from harness.experiment.hardware import find_card
 from harness.profiling.profile import FOLDER, of_run
 from harness.run import directory, schema
 from harness.run.schema import Result, StepMetrics, Validation, changes_in_words
@@ -115,7 +115,7 @@ def work(experiment: Experiment) -> Experiment:
 
 def folder_of(gpu_name: str) -> str:
     """The folder of records measured on this GPU, such as ``h200-141gb``."""
-    gpu = find_gpu(gpu_name)
+    gpu = find_card(gpu_name)
     return gpu.key if gpu else re.sub(r"\W+", "-", gpu_name.lower())
 
 
@@ -208,7 +208,7 @@ def _contradictions(
         yield f"ok after {result.steps_done} of {experiment.steps} steps"
     if result.memory_gib.nvml is None:
         yield "no NVML reading: its used memory is unknown"
-    elif (gpu := find_gpu(result.gpu)) and result.memory_gib.nvml * 1024 > gpu.memory_mib:
+    elif (gpu := find_card(result.gpu)) and result.memory_gib.nvml * 1024 > gpu.memory_mib:
         yield (
             f"{result.memory_gib.nvml:,.1f} GiB used of a card of {gpu.memory_mib / 1024:.1f}: in"
             " another unit?"

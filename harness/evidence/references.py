@@ -11,8 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from harness.errors import UserError, nearest
 from harness.experiment import overrides
-from harness.experiment.catalog import EXPERIMENTS, Catalog, Experiment
-from harness.experiment.hardware import required_gpu
+from harness.experiment.catalog import EXPERIMENTS, Catalog
+from harness.experiment.experiment import Experiment
+from harness.experiment.hardware import required_card
 from harness.system import yaml_files
 
 REFERENCES = EXPERIMENTS / "references.yaml"
@@ -178,7 +179,7 @@ def _group(where: str, name: str, raw: Any) -> ReferenceGroup:
     parsed = tuple(_reference(where, row, common) for row in rows)
     fields = {**raw, "name": name, "notes": tuple(raw.get("notes", ())), "rows": parsed}
     group = yaml_files.build(ReferenceGroup, fields, where)
-    card_gib = required_gpu(group.gpu, f"{where}: gpu = {group.gpu!r}").memory_mib / 1024
+    card_gib = required_card(group.gpu, f"{where}: gpu = {group.gpu!r}").memory_mib / 1024
     for row in group.rows:
         # a value in MiB or in seconds is the mistake that nobody sees in a table
         if not row.oom and not (0 < row.memory_gib < card_gib and row.step_ms > 1):

@@ -14,7 +14,7 @@ from harness.evidence import records
 from harness.evidence.references import ReferenceGroup, References
 from harness.evidence.rows import Row
 from harness.experiment import identity
-from harness.experiment.catalog import Experiment
+from harness.experiment.experiment import Experiment
 from harness.experiment.overrides import is_same_work
 from harness.run import directory, step_statistics
 from harness.run.schema import LaunchRate, Upstream

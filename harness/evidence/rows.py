@@ -9,8 +9,8 @@ from typing import Literal
 
 from harness.evidence import records
 from harness.evidence.references import Published, Reference, ReferenceGroup
-from harness.experiment.catalog import Experiment
-from harness.experiment.hardware import Gpu, find_gpu, peak_tflops
+from harness.experiment.experiment import Experiment
+from harness.experiment.hardware import Card, find_card, peak_tflops
 from harness.experiment.overrides import is_same_work
 from harness.predict.calibrations import Machine, machine_of
 from harness.predict.flops import mfu
@@ -70,8 +70,8 @@ class Row:
         return upstream_name(self.upstream) if self.upstream else "Megatron-LM of unknown version"
 
     @cached_property
-    def gpu(self) -> Gpu | None:
-        return find_gpu(self.gpu_name) if self.gpu_name else None
+    def gpu(self) -> Card | None:
+        return find_card(self.gpu_name) if self.gpu_name else None
 
     @property
     def reference(self) -> Reference | None:
@@ -172,7 +172,7 @@ class Row:
             return False
         if (self.state == "oom") == reference.oom:
             return True
-        here, there = self.memory_mib, find_gpu(self.against.gpu).memory_mib
+        here, there = self.memory_mib, find_card(self.against.gpu).memory_mib
         by_memory = here is not None and (here < there if self.state == "oom" else here > there)
         return None if by_memory else False
 
@@ -185,7 +185,7 @@ class Row:
     @property
     def memory_mib(self) -> int | None:
         """Memory of the card: the emulated one where there is one."""
-        card = find_gpu(self.experiment.card) if self.experiment.card else self.gpu
+        card = find_card(self.experiment.card) if self.experiment.card else self.gpu
         return card.memory_mib if card else None
 
     @property

@@ -9,7 +9,7 @@ from functools import cache
 from harness.evidence import markdown
 from harness.evidence.memory import cards_of
 from harness.experiment.catalog import load_catalog
-from harness.experiment.hardware import Gpu, find_gpu, peak_tflops
+from harness.experiment.hardware import Card, find_card, peak_tflops
 from harness.planning import start
 from harness.predict.calibrations import Machine, machine_of
 from harness.predict.flops import mfu, tflops_per_gpu
@@ -59,7 +59,7 @@ def print_gpus(id_: str, settings: Mapping[str, str]) -> int:
 @cache
 def table(card: str, *ids: str) -> str:
     """Markdown: the same for some experiments of the catalogue, on one kind of card."""
-    gpu, lines = find_gpu(card), []
+    gpu, lines = find_card(card), []
     for e in map(load_catalog().find, ids):
         for i, (cells, command) in enumerate(_lines(by_gpus(e, gpu, machine_of(gpu)), gpu)):
             first = [f"`{e.id}`", e.model.name] if i == 0 else ["", ""]
@@ -68,7 +68,7 @@ def table(card: str, *ids: str) -> str:
 
 
 def _lines(
-    found: Iterable[tuple[int, Layout | None]], card: Gpu
+    found: Iterable[tuple[int, Layout | None]], card: Card
 ) -> Iterator[tuple[tuple[str, ...], str]]:
     """The cells below HEAD and what to type, for each number of GPUs.
 
@@ -99,7 +99,7 @@ def _row(cells: Sequence[str], command: str) -> str:
 
 
 def _not_known(
-    found: Iterable[tuple[int, Layout | None]], card: Gpu, machine: Machine | None
+    found: Iterable[tuple[int, Layout | None]], card: Card, machine: Machine | None
 ) -> str:
     """Why steps are missing, ready to follow a sentence; empty where none is."""
     if machine is None:

@@ -15,8 +15,9 @@ from harness.evidence.references import Reference, ReferenceGroup, References, l
 from harness.evidence.results import collect_records
 from harness.evidence.rows import Row
 from harness.experiment import overrides
-from harness.experiment.catalog import Catalog, Experiment, load_catalog
-from harness.experiment.hardware import Gpu, find_gpu, peak_tflops
+from harness.experiment.catalog import Catalog, load_catalog
+from harness.experiment.experiment import Experiment
+from harness.experiment.hardware import Card, find_card, peak_tflops
 from harness.planning import start
 from harness.predict.calibrations import Machine, fitted, machine_of
 from harness.predict.capacity import verdict
@@ -174,7 +175,7 @@ def unseen_table(catalog: Catalog, references: References, group: str) -> str:
     """Markdown: steps of a group of references.yaml that no constant was fitted to, beside the
     formula."""
     found = references.group(group)
-    machine, lines = machine_of(find_gpu(found.gpu)), []
+    machine, lines = machine_of(find_card(found.gpu)), []
     for row, e in same_as(found, catalog):
         ms = machine.predict(e).total
         lines.append(
@@ -226,7 +227,7 @@ def _machine(name: str) -> Machine:
     return fitted()[name]
 
 
-def _names(cards: Sequence[Gpu]) -> str:
+def _names(cards: Sequence[Card]) -> str:
     return " or ".join(card.name for card in cards)
 
 
@@ -255,7 +256,7 @@ def _measured(
         row
         and row.step_ms
         and not row.in_doubt
-        and find_gpu(published.gpu) == machine.card
+        and find_card(published.gpu) == machine.card
         and overrides.is_same_work(e)
     ):
         said.append(f"published {row.step_ms:,.0f}, off by {step.total / row.step_ms - 1:+.1%}")

@@ -10,13 +10,31 @@ megatron/core/pipeline_parallel/schedules.py of core_v0.19.0.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
-from harness.experiment.hardware import find_gpu
+from harness.errors import UserError
+from harness.experiment.experiment import Experiment
+from harness.experiment.hardware import find_card
+from harness.system import yaml_files
 
-if TYPE_CHECKING:
-    from harness.experiment.catalog import Experiment
+
+def checked(fields: Mapping[str, Any], where: str) -> Experiment:
+    """The experiment of ``fields``.
+
+    Raises:
+        UserError: a field is wrong or a rule is broken; a line for each, after ``where``.
+    """
+    experiment = yaml_files.build(Experiment, fields, where)
+    if broken := violations(experiment):
+        raise UserError("\n".join(f"{where}: {sentence}" for sentence in broken))
+    return experiment
+
+
+def with_changes(experiment: Experiment, **changes: Any) -> Experiment:
+    """A copy of ``experiment`` with ``changes`` (field names). Raises UserError as ``checked``."""
+    fields = {name: getattr(experiment, name) for name in Experiment.model_fields}
+    return checked({**fields, **changes}, experiment.id)
 
 
 def violations(experiment: Experiment) -> list[str]:
@@ -198,7 +216,7 @@ def _precision_violations(e: Experiment) -> Iterator[str]:
             f"precision {e.precision}, fp8_recipe {e.fp8_recipe}: fp8, and nothing else, needs a"
             " recipe: delayed, tensorwise or blockwise"
         )
-    if e.precision == "fp8" and e.card and (gpu := find_gpu(e.card)) and gpu.fp8 is None:
+    if e.precision == "fp8" and e.card and (gpu := find_card(e.card)) and gpu.fp8_tflops is None:
         yield (
             f"precision fp8: {gpu.name} has none (Ada, Hopper and later do); leave CARD= out, or"
             " choose a bf16 row"

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness.experiment import understood
-from harness.experiment.catalog import Experiment, Model, Target
+from harness.experiment.experiment import Experiment, Target
+from harness.experiment.model import Model
 
 NAMES = frozenset({"slug", "chapter", "shows", "published_data", "window_first_step", "overrides"})
 """Fields that say what an experiment is called and how it is judged; ``overrides`` say how it came

@@ -11,16 +11,11 @@ from typing import get_args
 
 from harness.errors import UserError, nearest, similar
 from harness.experiment import understood
-from harness.experiment.catalog import (
-    SHARDING,
-    Catalog,
-    Experiment,
-    LinearLayer,
-    Lora,
-    Model,
-    Target,
-)
-from harness.experiment.hardware import required_gpu
+from harness.experiment.catalog import Catalog
+from harness.experiment.constraints import with_changes
+from harness.experiment.experiment import SHARDING, Experiment, Target
+from harness.experiment.hardware import required_card
+from harness.experiment.model import LinearLayer, Lora, Model
 from harness.system import yaml_files
 
 MINIATURE_STEPS = 20
@@ -329,7 +324,7 @@ def apply(
         return experiment
     kept = {key: value for key, value in asked.items() if FIELDS[key] in effective or key == "ARGS"}
     weights = {"weights": brought["weights"]} if brought else {}
-    return experiment.with_changes(**effective | weights, overrides=kept)
+    return with_changes(experiment, **effective | weights, overrides=kept)
 
 
 def _changes(experiment: Experiment, given: Mapping[str, str]) -> dict[str, object]:
@@ -360,7 +355,7 @@ def _changes(experiment: Experiment, given: Mapping[str, str]) -> dict[str, obje
         )
     changes |= {field: given[key] for key, field in _TEXTS.items() if key in given}
     if "CARD" in given:
-        required_gpu(given["CARD"], f"CARD={given['CARD']}")
+        required_card(given["CARD"], f"CARD={given['CARD']}")
         changes["card"] = given["CARD"]
     if "PROFILE" in given:
         changes["profile"] = _profiled_steps(given["PROFILE"])

@@ -17,7 +17,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from harness.errors import UserError
-from harness.experiment.catalog import COLUMN_PARALLEL, Lora
+from harness.experiment.model import COLUMN_PARALLEL, Lora
 from harness.system.files import sync_file, write_json
 
 FOLDER, TENSORS, RECORD = "adapters", "adapters.safetensors", "adapters.json"

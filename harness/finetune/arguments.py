@@ -6,7 +6,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 
-from harness.experiment.catalog import Lora
+from harness.experiment.model import Lora
 
 
 def add_arguments(parser: ArgumentParser) -> ArgumentParser:

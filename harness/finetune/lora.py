@@ -34,7 +34,7 @@ from megatron.core.transformer.utils import (
 from torch import Tensor
 from torch.nn import functional
 
-from harness.experiment.catalog import COLUMN_PARALLEL, Lora
+from harness.experiment.model import COLUMN_PARALLEL, Lora
 from harness.finetune.adapters import PARENTS, PREFIX
 
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from harness.errors import UserError, first_line
 from harness.experiment import identity
-from harness.experiment.catalog import EXPERIMENTS, Experiment
+from harness.experiment.catalog import EXPERIMENTS
+from harness.experiment.experiment import Experiment
 from harness.launching.active_run import POLL_S, ActiveRun, Finished
 from harness.launching.launch import check_ready, show_progress
 from harness.launching.processes import Signals

@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 from harness.data.content import check_content
-from harness.experiment.hardware import find_gpu
+from harness.experiment.hardware import find_card
 from harness.launching.active_run import POLL_S, ActiveRun, Finished
 from harness.launching.processes import Signals
 from harness.launching.rendezvous.handshake import reserve_run_directory
@@ -90,7 +90,7 @@ def opening(plan: Plan, label: str) -> str:
     if plan.resumes and plan.first_step:
         paragraphs.append(f"resumes at step {plan.first_step}")
     if plan.device == "cuda":
-        card = find_gpu(experiment.card or gpus.list_gpus()[0].name)
+        card = find_card(experiment.card or gpus.list_gpus()[0].name)
         if card:
             paragraphs.append(capacity.in_a_line(experiment, card))
             paragraphs.append(calibrations.in_a_line(experiment, card))

@@ -17,7 +17,7 @@ from harness.run.schema import RankError, Status, StepMetrics, Validation
 from harness.system.files import MAKE_ROOM
 
 if TYPE_CHECKING:
-    from harness.experiment.catalog import Experiment
+    from harness.experiment.experiment import Experiment
 
 LONGEST_LINE = 300
 LOW_MEMORY_SHARE = 0.05

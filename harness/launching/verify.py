@@ -25,7 +25,8 @@ from harness.evidence.references import load_references
 from harness.evidence.results import collect_records, collect_runs
 from harness.evidence.rows import Row, launch_rate_remark, metrics, upstream_name
 from harness.experiment import overrides
-from harness.experiment.catalog import Experiment, load_catalog
+from harness.experiment.catalog import load_catalog
+from harness.experiment.experiment import Experiment
 from harness.machine import gpus
 from harness.machine.provenance import describe_upstream
 from harness.planning import start

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from harness.experiment.hardware import find_gpu
+from harness.experiment.constraints import with_changes
+from harness.experiment.hardware import find_card
 from harness.predict import timeline
 from harness.predict.flops import state_of_parameter
 from harness.predict.formulas import OF_EXPERIMENT, activations_per_sbh
@@ -170,7 +171,7 @@ def _dp_shards(facts: Facts) -> Drawing:
         x0 = 24 + 210 * i
         d.head(x0, 28, title)
         d.text(x0, 45, other, colour=QUIET, size=11)
-        whole = state_of_parameter(e.with_changes(sharding=sharding), 1)
+        whole = state_of_parameter(with_changes(e, sharding=sharding), 1)
         for rank in range(e.dp):
             x, y = x0 + 44 * rank, 58
             for name, colour in (
@@ -185,7 +186,7 @@ def _dp_shards(facts: Facts) -> Drawing:
                     d.rect(x, y + rank * (height - 2) / e.dp, 36, (height - 2) / e.dp, colour)
                 y += height
             d.text(x + 18, 236, f"GPU {rank}", size=11, colour=QUIET, anchor="middle")
-        per_parameter = state_of_parameter(e.with_changes(sharding=sharding), e.dp)
+        per_parameter = state_of_parameter(with_changes(e, sharding=sharding), e.dp)
         d.text(x0, 256, f"{per_parameter.total:g} bytes a parameter", size=12)
     d.legend(
         24,
@@ -311,7 +312,7 @@ def _tp_layer(facts: Facts) -> Drawing:
 def _tp_activations(facts: Facts) -> Drawing:
     d = Drawing(860, 214, "Bytes of activations a layer keeps, by parallelism and recomputation")
     e = facts.catalog.find("281")
-    alone = e.with_changes(tp=1)
+    alone = with_changes(e, tp=1)
     rows = (
         ("one GPU: 34", alone, ""),
         (f"TP {e.tp}: 10 + 24/t", e, "281"),
@@ -588,7 +589,7 @@ def _ep_dispatch(facts: Facts) -> Drawing:
 
 def _memory(facts: Facts) -> Drawing:
     ids = ("101", "111", "115", "244", "304")
-    card = find_gpu("h100-80gb").memory_mib / 1024
+    card = find_card("h100-80gb").memory_mib / 1024
     d = Drawing(860, 62 + 44 * len(ids) + 46, "Where the memory of a GPU goes")
     d.head(24, 28, "Memory of one GPU, GiB: pieces by formula, totals as measured")
     scale, x0 = 560 / card, 190

@@ -18,7 +18,8 @@ from harness.evidence.references import References, load_references
 from harness.evidence.results import Results
 from harness.evidence.rows import Row, losses
 from harness.experiment import overrides
-from harness.experiment.catalog import EXPERIMENTS, Catalog, Experiment
+from harness.experiment.catalog import EXPERIMENTS, Catalog
+from harness.experiment.experiment import Experiment
 from harness.predict.calibrations import Machine, machine_measured_by
 from harness.predict.flops import tflops_per_gpu
 from harness.predict.step_time import unknown

@@ -35,8 +35,8 @@ from harness.evidence.facts import CARD, HARDWARE, Facts, NotMeasured, RanOutOfM
 from harness.evidence.references import Reference
 from harness.evidence.results import ended
 from harness.evidence.rows import Row
-from harness.experiment.catalog import Experiment
-from harness.experiment.hardware import DRIVER_RESERVED_MIB, find_gpu
+from harness.experiment.experiment import Experiment
+from harness.experiment.hardware import DRIVER_RESERVED_MIB, find_card
 from harness.pages import architectures, profiles
 from harness.predict import formulas
 from harness.predict.calibrations import machine_measured_by
@@ -150,7 +150,7 @@ def summary(facts: Facts) -> Summary | None:
     return Summary(
         experiments=len(ids),
         gpus=f"{', '.join(map(str, gpus[:-1]))} and {gpus[-1]}",
-        gpu=find_gpu(HARDWARE).name,
+        gpu=find_card(HARDWARE).name,
         compared=judged.experiments,
         as_published=judged.as_published,
         memory_ratio=f"{median(memory):.2f}",
@@ -248,7 +248,7 @@ def _notes(
     if any(ours for _, ours, _, _ in rows):
         sources.append(
             f"GiB{_with_driver([ours for _, ours, _, _ in rows if ours])}, ms/step and MFU:"
-            f" measured on {find_gpu(HARDWARE).name}, ± half the interquartile range of a run's"
+            f" measured on {find_card(HARDWARE).name}, ± half the interquartile range of a run's"
             " steps; formula: ms/step by constants fitted without the row (`docs/step-time.md`)"
         )
     if any(ours and ours.mfu for _, ours, _, _ in rows):

@@ -13,7 +13,7 @@ from pathlib import Path
 from harness import ROOT
 from harness.data import data_sets
 from harness.data.splits import samples_of
-from harness.experiment.catalog import Experiment
+from harness.experiment.experiment import Experiment
 from harness.run.checkpoints import Loading, Saving
 from harness.system.screen import harmless
 from harness.upstreams.megatron_lm.environment import variables

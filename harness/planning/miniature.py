@@ -15,7 +15,9 @@ from math import prod
 from typing import Any
 
 from harness.data import data_sets
-from harness.experiment.catalog import Experiment, Model
+from harness.experiment.constraints import with_changes
+from harness.experiment.experiment import Experiment
+from harness.experiment.model import Model
 from harness.experiment.overrides import (
     EXPERIMENT_SETTINGS,
     FIELDS,
@@ -58,7 +60,7 @@ def miniature(
     ordered = {
         setting.key: given[setting.key] for setting in EXPERIMENT_SETTINGS if setting.key in told
     }
-    return experiment.with_changes(**small, overrides=ordered)
+    return with_changes(experiment, **small, overrides=ordered)
 
 
 def _value(changes: Mapping[str, object], key: str, experiment: Experiment) -> object:

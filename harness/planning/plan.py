@@ -14,7 +14,8 @@ from harness.data.sources import definitions
 from harness.data.splits import check_split
 from harness.errors import UserError
 from harness.experiment import overrides, understood
-from harness.experiment.catalog import Experiment
+from harness.experiment.constraints import with_changes
+from harness.experiment.experiment import Experiment
 from harness.experiment.identity import Difference
 from harness.planning import resume, resumed, start
 from harness.planning.command import NOTHING_ELSE, Extras, Place, render
@@ -121,12 +122,13 @@ def plan(experiment: Experiment, settings: Mapping[str, str], device: Device) ->
     outdir = Path(settings.get("OUTDIR") or ROOT / "outdir").resolve()
     full = start.with_settings(experiment, settings, outdir)
     if "DATA" not in settings:
-        full = full.with_changes(
-            data=_data_of_its_target(full, device) if full.until else data_sets.default_for(full)
+        full = with_changes(
+            full,
+            data=_data_of_its_target(full, device) if full.until else data_sets.default_for(full),
         )
     headlines = []
     if device == "cuda" and full.attention_backend == "flash" and _lacks_flash_attention():
-        full = full.with_changes(attention_backend="auto")
+        full = with_changes(full, attention_backend="auto")
         headlines.append("attention by cuDNN: the published run's flash-attn is not installed here")
     if full.weights:
         start.check_data(full, settings.get("WEIGHTS") or full.weights, outdir)

@@ -11,7 +11,8 @@ from harness.convert import weights
 from harness.data import data_sets
 from harness.errors import UserError, nearest
 from harness.experiment import identity
-from harness.experiment.catalog import Experiment, Model
+from harness.experiment.experiment import Experiment
+from harness.experiment.model import Model
 from harness.run import checkpoints, finding
 from harness.run.checkpoints import (
     LARGE_BYTES,

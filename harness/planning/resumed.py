@@ -15,7 +15,7 @@ from typing import NoReturn
 from harness.data import fingerprint
 from harness.errors import UserError, nearest
 from harness.experiment import identity
-from harness.experiment.catalog import Experiment
+from harness.experiment.experiment import Experiment
 from harness.experiment.identity import Difference
 from harness.planning import resume
 from harness.run import checkpoints, finding

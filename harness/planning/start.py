@@ -11,7 +11,9 @@ from harness import ROOT
 from harness.data import data_sets
 from harness.errors import UserError, first_line, nearest
 from harness.experiment import overrides, understood
-from harness.experiment.catalog import Experiment, Model, load_catalog
+from harness.experiment.catalog import load_catalog
+from harness.experiment.experiment import Experiment
+from harness.experiment.model import Model
 from harness.finetune.adapters import FOLDER, read_record
 from harness.planning.resume import labels_with_checkpoints
 from harness.run import checkpoints

@@ -15,8 +15,9 @@ from pydantic import BaseModel, ConfigDict
 
 from harness.errors import UserError, nearest
 from harness.experiment import overrides
-from harness.experiment.catalog import EXPERIMENTS, Experiment, load_catalog
-from harness.experiment.hardware import Gpu, required_gpu
+from harness.experiment.catalog import EXPERIMENTS, load_catalog
+from harness.experiment.experiment import Experiment
+from harness.experiment.hardware import Card, required_card
 from harness.predict import step_time
 from harness.predict.step_time import StepTime
 from harness.predict.timeline import Times
@@ -58,10 +59,10 @@ class Machine(BaseModel):
     """Empty until ``make calibrate`` has fitted the constants."""
 
     @cached_property
-    def card(self) -> Gpu:
+    def card(self) -> Card:
         """The GPU's data. Raises UserError where no GPU is called so, or it has no bf16."""
-        gpu = required_gpu(self.gpu, f"gpu = {self.gpu!r}")
-        if gpu.bf16 is None:
+        gpu = required_card(self.gpu, f"gpu = {self.gpu!r}")
+        if gpu.bf16_tflops is None:
             raise UserError(
                 f"gpu = {self.gpu!r}: {gpu.name} has no bf16, and steps are predicted in bf16 only"
             )
@@ -72,7 +73,7 @@ class Machine(BaseModel):
 
         Raises UserError where ``e`` computes in fp8 and the card does not.
         """
-        if e.precision == "fp8" and self.card.fp8 is None:
+        if e.precision == "fp8" and self.card.fp8_tflops is None:
             raise UserError(
                 f"{e.id} computes in fp8, which {self.card.name} does not (Ada, Hopper and"
                 " later do)"
@@ -174,7 +175,7 @@ def fitted() -> Mapping[str, Machine]:
     return {name: machine for name, machine in load().items() if machine.rows}
 
 
-def in_a_line(e: Experiment, card: Gpu) -> str | None:
+def in_a_line(e: Experiment, card: Card) -> str | None:
     """What a step of ``e`` will take, as a run says it before it begins; None where no formula
     covers it."""
     machine = machine_of(card)
@@ -192,7 +193,7 @@ def machine_measured_by(group: str) -> Machine | None:
     return next((machine for machine in fitted().values() if machine.measured_by == group), None)
 
 
-def machine_of(card: Gpu) -> Machine | None:
+def machine_of(card: Card) -> Machine | None:
     """The machine with cards of this kind, where one was calibrated; of several, the last in the
     file."""
     return next((machine for machine in reversed(fitted().values()) if machine.card == card), None)

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import Literal
 
 from harness.experiment import overrides, understood
-from harness.experiment.catalog import Experiment
-from harness.experiment.hardware import NON_ALLOCATOR_MIB, Gpu
+from harness.experiment.experiment import Experiment
+from harness.experiment.hardware import NON_ALLOCATOR_MIB, Card
 from harness.predict.memory import Memory, predict
 
 Verdict = Literal["fits", "may run out", "does not fit"]
@@ -20,18 +20,18 @@ DEEPEST = 3
 """Levers that are pulled at once."""
 
 
-def verdict(memory: Memory, card: Gpu) -> Verdict:
+def verdict(memory: Memory, card: Card) -> Verdict:
     """Whether ``memory`` fits ``card`` beside CUDA and NCCL."""
     share = memory.total / available_gib(card)
     return "fits" if share <= SURE_SHARE else "may run out" if share <= 1 else "does not fit"
 
 
-def available_gib(card: Gpu) -> float:
+def available_gib(card: Card) -> float:
     """What PyTorch's allocator can have of ``card``."""
     return (card.memory_mib - NON_ALLOCATOR_MIB) / 1024
 
 
-def in_a_line(e: Experiment, card: Gpu) -> str:
+def in_a_line(e: Experiment, card: Card) -> str:
     """What ``e`` will take of ``card``, as a run says it before it begins."""
     if unknown := understood.unpredictable(e.extra_args):
         return f"memory: no formula knows {', '.join(unknown)} in ARGS"
@@ -61,7 +61,7 @@ def levers(e: Experiment) -> Iterator[tuple[Settings, Experiment]]:
             yield settings, changed
 
 
-def ways_to_fit(e: Experiment, card: Gpu) -> list[tuple[Settings, Experiment]]:
+def ways_to_fit(e: Experiment, card: Card) -> list[tuple[Settings, Experiment]]:
     """What makes ``e`` fit ``card`` with the fewest levers, at most DEEPEST: on more GPUs, and on
     as many as it has.
 

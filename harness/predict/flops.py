@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from harness.experiment.catalog import Experiment, Model
+    from harness.experiment.experiment import Experiment
+    from harness.experiment.model import Model
 
 
 MODEL_FLOPS = (

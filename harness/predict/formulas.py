@@ -11,7 +11,8 @@ from harness.predict.flops import count_parameters, state_gib, step_flops
 from harness.predict.memory import predict
 
 if TYPE_CHECKING:
-    from harness.experiment.catalog import Experiment, Model
+    from harness.experiment.experiment import Experiment
+    from harness.experiment.model import Model
 
 
 def activations_per_sbh(e: Experiment) -> float | None:

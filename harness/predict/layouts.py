@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import get_args
 
 from harness.experiment import overrides
-from harness.experiment.catalog import Experiment, load_catalog
+from harness.experiment.catalog import load_catalog
 from harness.experiment.constraints import divisors
-from harness.experiment.hardware import GPUS_OF_A_NODE, Gpu
+from harness.experiment.experiment import Experiment
+from harness.experiment.hardware import GPUS_OF_A_NODE, Card
 from harness.predict.calibrations import Machine
 from harness.predict.capacity import verdict
 from harness.predict.memory import Memory, predict
@@ -62,7 +63,7 @@ def faster(e: Experiment, machine: Machine) -> list[Layout]:
 
 
 def by_gpus(
-    e: Experiment, card: Gpu, machine: Machine | None
+    e: Experiment, card: Card, machine: Machine | None
 ) -> Iterator[tuple[int, Layout | None]]:
     """The best layout of ``e``'s work over 1, 2, 4 and 8 GPUs, a node, or None where none fits
     ``card``.
@@ -90,7 +91,7 @@ def _rank(layout: Layout) -> tuple[float, ...]:
     )
 
 
-def _fitting(e: Experiment, ranks: int, card: Gpu, machine: Machine | None) -> Iterator[Layout]:
+def _fitting(e: Experiment, ranks: int, card: Card, machine: Machine | None) -> Iterator[Layout]:
     """The layouts of ``e``'s work over so many GPUs that fit ``card``.
 
     What does not fit without recomputation is tried with that of the catalogue, and with full

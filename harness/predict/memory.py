@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from harness.predict.flops import Held, padded_vocab_size, parameters_on, state_on
 
 if TYPE_CHECKING:
-    from harness.experiment.catalog import Experiment
+    from harness.experiment.experiment import Experiment
 
 GIB = 2**30
 WORKSPACE = 2**25

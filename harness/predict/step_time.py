@@ -19,15 +19,15 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from harness.experiment import understood
-from harness.experiment.catalog import SHARDING
+from harness.experiment.experiment import SHARDING
 from harness.experiment.hardware import GPUS_OF_A_NODE
 from harness.predict import timeline
 from harness.predict.flops import adapter_parameters, parameters_on
 from harness.predict.work import OPERATION_S, Calibration, Rank, Work
 
 if TYPE_CHECKING:
-    from harness.experiment.catalog import Experiment
-    from harness.experiment.hardware import Gpu
+    from harness.experiment.experiment import Experiment
+    from harness.experiment.hardware import Card
 
 ADAM_BYTES = {"fp32": 30, "bf16": 16}
 """Per parameter, by the precision of moments: these and fp32 weights are read and written, then
@@ -165,7 +165,7 @@ def _methods(e: Experiment) -> dict[str, bool]:
 
 
 def predict(
-    e: Experiment, gpu: Gpu, calibration: Calibration, *, switch_reduces: bool = False
+    e: Experiment, gpu: Card, calibration: Calibration, *, switch_reduces: bool = False
 ) -> StepTime:
     """A step of ``e`` on cards of kind ``gpu``, in a machine with these constants, where
     ``unknown(e)`` is empty.
@@ -178,7 +178,7 @@ def predict(
 
 
 def stage_times(
-    e: Experiment, gpu: Gpu, calibration: Calibration, *, switch_reduces: bool = False
+    e: Experiment, gpu: Card, calibration: Calibration, *, switch_reduces: bool = False
 ) -> timeline.Times:
     """Milliseconds of one micro-batch through each pipeline stage, messages included; arguments as
     of ``predict``."""

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from harness.experiment.catalog import COLUMN_PARALLEL
+from harness.experiment.model import COLUMN_PARALLEL
 from harness.predict import timeline
 from harness.predict.flops import adapter_widths, padded_vocab_size
 
 if TYPE_CHECKING:
-    from harness.experiment.catalog import Experiment
-    from harness.experiment.hardware import Gpu
+    from harness.experiment.experiment import Experiment
+    from harness.experiment.hardware import Card
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -134,12 +134,14 @@ class Rank:
     throughout."""
 
     def __init__(
-        self, e: Experiment, gpu: Gpu, calibration: Calibration, switch_reduces: bool
+        self, e: Experiment, gpu: Card, calibration: Calibration, switch_reduces: bool
     ) -> None:
         self.e, self.c, self.switch_reduces = e, calibration, switch_reduces
-        self.rate = gpu.bf16 * 1e12 * calibration.matrix_share
-        self.fp8_rate = (gpu.fp8 or 0) * 1e12 * calibration.matrix_share * calibration.fp8_share
-        self.bandwidth = gpu.bandwidth_gb_s * 1e9 * calibration.bandwidth_share
+        self.rate = gpu.bf16_tflops * 1e12 * calibration.matrix_share
+        self.fp8_rate = (
+            (gpu.fp8_tflops or 0) * 1e12 * calibration.matrix_share * calibration.fp8_share
+        )
+        self.bandwidth = gpu.memory_gb_per_s * 1e9 * calibration.bandwidth_share
         self.link = calibration.link_gb_s * 1e9
         self.tokens = e.micro_batch_size * e.seq_length / e.cp
         self.spread = e.tp if e.sequence_parallel else 1

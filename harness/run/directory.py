@@ -44,7 +44,7 @@ from harness.system import locks
 from harness.system.files import complaint, read_object, text_lines, write_json
 
 if TYPE_CHECKING:
-    from harness.experiment.catalog import Experiment
+    from harness.experiment.experiment import Experiment
     from harness.run.checkpoints import Saving
 
 RUN_DIR_VARIABLE = "HARNESS_RUN_DIR"
@@ -273,7 +273,7 @@ def experiment_in(frozen: Mapping[str, Any]) -> Experiment:
     Raises:
         ValidationError: it describes none.
     """
-    from harness.experiment.catalog import Experiment
+    from harness.experiment.experiment import Experiment
 
     return Experiment.model_validate_json(
         json.dumps({k: v for k, v in frozen.items() if k in Experiment.model_fields})

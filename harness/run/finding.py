@@ -19,7 +19,7 @@ from harness.run.checkpoints import in_folder
 from harness.run.directory import RunDir
 
 if TYPE_CHECKING:
-    from harness.experiment.catalog import Experiment
+    from harness.experiment.experiment import Experiment
 
 MOST_NAMED = 5
 _ID = re.compile(r"\d{3}h?(-|$)")

@@ -12,7 +12,7 @@ from harness.predict.flops import mfu, share_of_upstreams
 from harness.run.schema import Change, Losses, Result, Spread, StepMetrics
 
 if TYPE_CHECKING:
-    from harness.experiment.catalog import Experiment
+    from harness.experiment.experiment import Experiment
 
 BETWEEN_RUNS = 0.005
 """Relative standard deviation of the median step time between runs of the same work, which the

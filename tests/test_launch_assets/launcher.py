@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.errors import UserError
-from harness.experiment.catalog import Experiment, Model
+from harness.experiment.experiment import Experiment
+from harness.experiment.model import Model
 from harness.launching import launch, torchrun
 from harness.launching.rendezvous import handshake
 from harness.planning.command import Extras, Place

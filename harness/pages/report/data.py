@@ -15,7 +15,8 @@ from harness.evidence import columns
 from harness.evidence.references import References
 from harness.evidence.results import Results, ended
 from harness.evidence.rows import Row, metrics, predicted_step_ms
-from harness.experiment.catalog import Catalog, Experiment
+from harness.experiment.catalog import Catalog
+from harness.experiment.experiment import Experiment
 from harness.experiment.hardware import allocator_fraction
 from harness.pages import figures
 from harness.planning.command import Place, render

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 
 from harness.data import data_sets
-from harness.experiment.catalog import Experiment
+from harness.experiment.experiment import Experiment
 from harness.run.directory import PROFILE_VARIABLE
 from harness.upstreams.megatron_lm.flags import Device
 from harness.upstreams.megatron_lm.tracking import Tracking

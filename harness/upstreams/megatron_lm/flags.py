@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Literal
 
 from harness.data import data_sets
-from harness.experiment.catalog import Experiment, Model
+from harness.experiment.experiment import Experiment
+from harness.experiment.model import Model
 from harness.finetune.arguments import flags as lora_flags
 from harness.predict.flops import padded_vocab_size
 from harness.run.checkpoints import Loading, Saving

@@ -1,0 +1,260 @@
+"""What an experiment is: one row of the catalogue as a frozen value, and what follows from it."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from harness.experiment.model import Checked, Count, Lora, Model
+
+LONGEST_LABEL = 180
+"""Characters of a label: room for ``.2`` and for the names of temporary files."""
+LONGEST_VALUE = 40
+
+Id = Annotated[str, Field(pattern=r"^[1-9]\d\dh?$")]
+
+SHARDING = {
+    "no_shard": (
+        "replicated",
+        "every data-parallel rank holds all parameters, gradients and optimizer state",
+    ),
+    "optim": (
+        "ZeRO-2",
+        (
+            "published as ZeRO-2; upstream's distributed optimizer shards the optimizer state"
+            " (ZeRO-1 in memory): gradients are reduce-scattered but held whole, parameters are"
+            " replicated"
+        ),
+    ),
+    "fsdp_optim": ("FSDP optim", "Megatron-FSDP optim: optimizer state is sharded (ZeRO-1)"),
+    "fsdp_optim_grads": (
+        "FSDP grads",
+        "Megatron-FSDP optim_grads: optimizer state and gradients are sharded (ZeRO-2)",
+    ),
+    "fsdp_optim_grads_params": (
+        "FSDP",
+        "Megatron-FSDP optim_grads_params: parameters are sharded too (ZeRO-3)",
+    ),
+    "torch_fsdp2": (
+        "FSDP2",
+        "PyTorch's fully_shard: parameters, gradients and optimizer state are sharded (ZeRO-3)",
+    ),
+}
+"""Sharding level -> (label in tables, what upstream really shards over the data-parallel ranks)."""
+
+
+class Target(Checked):
+    """The validation loss at which a long run is done; its miniature, another model on other data,
+    has its own."""
+
+    validation_loss: Annotated[float, Field(gt=0)]
+    miniature_loss: Annotated[float, Field(gt=0)]
+    miniature_steps: Count
+
+
+class Experiment(Checked):
+    """One row of the catalogue with every setting filled in. Sizes are counts of ranks; batches are
+    counts of sequences."""
+
+    id: Id
+    slug: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    chapter: Count
+    shows: Annotated[str, Field(min_length=1)]
+    model: Model
+    tp: Count = 1
+    pp: Count = 1
+    vpp: Count = 1
+    cp: Count = 1
+    ep: Count = 1
+    etp: Count = 1
+    dp: Count = 1
+    nodes: Count = 1
+    sequence_parallel: bool = Field(False, alias="sp")
+    cp_comm_type: Literal["p2p", "all_gather", "a2a"] = "p2p"
+    micro_batch_size: Count = Field(alias="mbs")
+    global_batch_size: Count = Field(alias="gbs")
+    seq_length: Count = Field(alias="seq")
+    sharding: Literal[
+        "no_shard",
+        "optim",
+        "fsdp_optim",
+        "fsdp_optim_grads",
+        "fsdp_optim_grads_params",
+        "torch_fsdp2",
+    ] = "no_shard"
+    recompute: Literal["none", "full", "selective"] = "none"
+    recompute_modules: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    precision: Literal["bf16", "fp32", "fp8"] = "bf16"
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise"] | None = None
+    optimizer: Literal["adam", "muon"] = "adam"
+    optimizer_state: Literal["fp32", "bf16"] = "fp32"
+    """Precision of Adam's moments; bf16 keeps of the fp32 weights only what bf16 lacks, too."""
+    gradients: Literal["fp32", "bf16"] = "fp32"
+    """Precision in which gradients are summed up over micro-batches and ranks."""
+    lr: Annotated[float, Field(gt=0)] | None = None
+    """Highest learning rate, decayed to a tenth over ``steps``; None: the published launchers'
+    schedule."""
+    weights: str | None = None
+    """What it starts from, whose model it trains: a name in weights/, or a run; None: random
+    weights."""
+    positions: Count | None = None
+    """The longest sequence that learned positions are there for; None: as long as those it trains
+    on."""
+    lora: Lora | None = None
+    cross_entropy_fusion: bool = False
+    cuda_graphs: bool = False
+    """A layer's kernels, or of a layer with experts its attention's and router's, are launched
+    together."""
+    attention_backend: Literal["auto", "flash", "fused", "unfused"] = "auto"
+    steps: Count = 100
+    eval_interval: Count = 50
+    eval_steps: Annotated[int, Field(ge=0)] = 10
+    min_lr: Annotated[float, Field(ge=0)] | None = None
+    lr_decay: Literal["cosine", "linear", "constant", "inverse-square-root"] = "cosine"
+    lr_warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    save_every: Count | None = None
+    keep: Count | None = None
+    until: Target | None = None
+    load: str | None = None
+    window_first_step: Count = 6
+    data: str = "mock"
+    split: Annotated[str, Field(pattern=r"^\d+(\.\d+)?(,\d+(\.\d+)?){0,2}$")] = "949,50,1"
+    published_data: str | None = "openwebtext-10k"
+    card: str | None = None
+    profile: tuple[Count, Count] | None = None
+    miniature: bool = False
+    overrides: dict[str, str] = Field(default_factory=dict)
+    extra_args: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The target's full name, such as ``101-gpt2xl-dp1-gbs1-bf16``."""
+        return f"{self.id}-{self.slug}"
+
+    @property
+    def half_of(self) -> str | None:
+        """The eight-GPU experiment that this one is the half-size companion of: ``408`` for
+        ``408h``."""
+        return self.id.removesuffix("h") if self.id.endswith("h") else None
+
+    @property
+    def world_size(self) -> int:
+        """Ranks in all: tp x pp x cp x dp (experts share the same ranks)."""
+        return self.tp * self.pp * self.cp * self.dp
+
+    @property
+    def expert_replicas(self) -> int:
+        """Ranks that hold the same experts."""
+        return max(self.world_size // (self.pp * self.ep * self.etp), 1)
+
+    @property
+    def ranks_per_node(self) -> int:
+        return self.world_size // self.nodes
+
+    @property
+    def highest_lr(self) -> float:
+        """The learning rate after the warm-up: ``lr``, by default as in every published script."""
+        return 6.0e-5 if self.lr is None else self.lr
+
+    @property
+    def lowest_lr(self) -> float:
+        return self.highest_lr / 10 if self.min_lr is None else self.min_lr
+
+    @property
+    def lr_decay_steps(self) -> int:
+        """Steps until the lowest learning rate: the whole run, or with the published rate the
+        published number."""
+        return 430000 if self.lr is None else self.steps
+
+    @property
+    def num_microbatches(self) -> int:
+        """Micro-batches a rank runs in one step: gbs / (mbs x dp)."""
+        return self.global_batch_size // (self.micro_batch_size * self.dp)
+
+    @property
+    def disturbed_steps(self) -> range:
+        """The steps whose times a trace of the steps ``profile`` distorts: its warm-up, they
+        themselves, its writing."""
+        return range(self.profile[0] - 1, self.profile[1] + 2) if self.profile else range(0)
+
+    @property
+    def selectively_recomputed(self) -> tuple[str, ...]:
+        """What selective recomputation takes, as upstream: attention's scores where no module is
+        named."""
+        return (self.recompute_modules or ("core_attn",)) if self.recompute == "selective" else ()
+
+    @property
+    def fully_sharded(self) -> bool:
+        """Whether data parallelism is an FSDP, Megatron-LM's or PyTorch's."""
+        return self.sharding not in ("no_shard", "optim")
+
+    @property
+    def shards_gradients(self) -> bool:
+        return self.fully_sharded and self.sharding != "fsdp_optim"
+
+    @property
+    def shards_weights(self) -> bool:
+        return self.sharding in ("fsdp_optim_grads_params", "torch_fsdp2")
+
+    @property
+    def layout(self) -> str:
+        """The parallel layout in a few words: ``tp2+sp pp4 vpp3 m4``."""
+        parts = [
+            f"{axis}{getattr(self, axis)}"
+            + ("+sp" if axis == "tp" and self.sequence_parallel else "")
+            for axis in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp")
+            if getattr(self, axis) > 1
+        ]
+        if self.cp > 1 and self.cp_comm_type != "p2p":
+            parts.append(self.cp_comm_type)
+        if self.num_microbatches > 1 or self.pp > 1:
+            parts.append(f"m{self.num_microbatches}")
+        if self.sharding != "no_shard":
+            parts.append(SHARDING[self.sharding][0])
+        if self.recompute != "none":
+            parts.append(f"{self.recompute} recompute")
+        if self.fp8_recipe:
+            parts.append(f"fp8 {self.fp8_recipe}")
+        if self.optimizer != "adam":
+            parts.append(self.optimizer)
+        if self.optimizer_state != "fp32":
+            parts.append(f"{self.optimizer_state} moments")
+        if self.cuda_graphs:
+            parts.append("CUDA graphs")
+        return " ".join(parts) or "one GPU"
+
+    @property
+    def label(self) -> str:
+        """Base name of the run directory: the name, then what was overridden, then ``cpu`` for a
+        miniature.
+
+        A value that a file name cannot hold as it is stands there with a digest of it, so that two
+        of them differ; of ARGS there is the digest alone. It names a run and does not identify it:
+        see harness/experiment/identity.py.
+        """
+        changed = [
+            f"args-{_digest(value)}" if key == "ARGS" else f"{key.lower()}{_safe(value)}"
+            for key, value in self.overrides.items()
+        ]
+        whole = "_".join([self.name, *changed, *(["cpu"] if self.miniature else [])])
+        return (
+            whole
+            if len(whole) <= LONGEST_LABEL
+            else f"{whole[: LONGEST_LABEL - 7]}-{_digest(whole)}"
+        )
+
+
+def _safe(value: str) -> str:
+    readable = re.sub(r"[^A-Za-z0-9.,+]+", "-", value).strip("-")
+    return (
+        readable
+        if readable == value
+        else f"{readable[:LONGEST_VALUE]}-{_digest(value)}".lstrip("-")
+    )
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:6]
