@@ -11,7 +11,7 @@ from harness.evidence.references import load_references
 from harness.evidence.results import collect_records
 from harness.evidence.rows import Row
 from harness.experiment.experiment import Experiment
-from harness.experiment.hardware import Gpu, find_card
+from harness.experiment.hardware import Card, find_card
 from harness.planning import start
 from harness.predict.capacity import DEEPEST, available_gib, verdict, ways_to_fit
 from harness.predict.memory import Memory, predict
@@ -89,7 +89,7 @@ def _measured(e: Experiment, memory: Memory, rows: Sequence[Row]) -> str:
     )
 
 
-def _advice(e: Experiment, card: Gpu) -> Iterator[str]:
+def _advice(e: Experiment, card: Card) -> Iterator[str]:
     ways = ways_to_fit(e, card)
     if not ways:
         yield f"  no {DEEPEST} settings make it fit: a smaller SEQ=, or more GPUs"
@@ -104,7 +104,7 @@ def _advice(e: Experiment, card: Gpu) -> Iterator[str]:
         yield f"  {words:{width}} {predict(changed).total:6.1f} GiB on {_gpus(changed)}"
 
 
-def cards_of(e: Experiment) -> list[Gpu]:
+def cards_of(e: Experiment) -> list[Card]:
     """What ``e`` is judged by: ``CARD``, or the GPUs here, or else those of CARDS."""
     from harness.machine.gpus import list_gpus
 
