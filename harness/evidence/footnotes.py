@@ -58,8 +58,8 @@ def _rates(rows: Sequence[Row]) -> Iterator[str]:
         (row.gpu, row.experiment.precision) for row in rows if row.mfu
     ):
         yield (
-            f"MFU = TFLOP/s / {getattr(gpu, f'{precision}_tflops'):g}, the dense {precision} peak of"
-            f" {gpu.name} ({gpu.source}). TFLOP/s: per GPU, {MODEL_FLOPS}."
+            f"MFU = TFLOP/s / {getattr(gpu, f'{precision}_tflops'):g}, the dense {precision} peak"
+            f" of {gpu.name} ({gpu.source}). TFLOP/s: per GPU, {MODEL_FLOPS}."
         )
     if any(row.tflops and not row.mfu for row in rows if row.device == "cuda"):
         yield (
