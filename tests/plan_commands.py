@@ -17,12 +17,13 @@ import struct
 import sys
 from pathlib import Path
 
-from harness import ROOT, cli, targets
+from harness import ROOT, cli
 from harness.data import data_sets
 from harness.data.manifest import Chat, Counted, Manifest, Source, TokenizerUsed, Written
 from harness.errors import UserError
 from harness.experiment.catalog import load_catalog
 from harness.machine.gpus import LocalGpu
+from harness.make import targets
 from harness.planning import plan as planning
 from harness.planning import start
 
@@ -45,7 +46,7 @@ ENDS = {
     "harness.evidence.records": ("record",),
     "harness.evidence.calibrate": ("calibrate",),
     "harness.pages.documents": ("write",),
-    "harness.targets": ("write",),
+    "harness.make.targets": ("write",),
     "harness.evidence.tables": ("print_compare",),
     "harness.pages.report.page": ("write",),
     "harness.pages.plots": ("pictures", "write"),
@@ -66,7 +67,8 @@ ENDS = {
     "harness.data.look": ("inspect",),
     "harness.data.clean": ("clean",),
     "harness.data.chat.prepare": ("prepare_chat", "prepare_known"),
-    "harness.cli": ("_install_heavy", "_keep_gpus_awake", "_prepare_conversations"),
+    "harness.machine.packages": ("install",),
+    "harness.launching.commands": ("_prepare_conversations",),
 }
 """What would train, write, or need more than this test has: replaced, so that nothing happens."""
 NEEDED = {

@@ -127,6 +127,7 @@ EXPRESSIONS = {
     "e.nodes": "2",
     "known.name": "synthetic",
     "overrides.words(e)": "101",
+    "command.name": "table",
 }
 """What stands for an expression in a message."""
 IN_FILE = {

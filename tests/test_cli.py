@@ -148,7 +148,7 @@ def test_conversations_that_are_made_here_are_prepared_before_a_run_and_said_to_
 
     brought = []
     monkeypatch.setattr(data_sets, "prepared", lambda: ())
-    monkeypatch.setattr(cli, "_install_heavy", lambda *stages: None)
+    monkeypatch.setattr("harness.machine.packages.install", lambda *stages: None)
     monkeypatch.setattr(prepare, "prepare_known", lambda known: brought.append(known.name))
     monkeypatch.setattr(data_sets, "default_for", lambda e: "mock")
     for words in (["show", "801", "DEVICE=cpu"], ["run", "801", "DEVICE=cpu", "DRY_RUN=1"]):
@@ -167,7 +167,7 @@ def test_conversations_that_are_made_here_are_prepared_before_a_run_and_said_to_
     def stop(*args):
         raise UserError("planned")
 
-    monkeypatch.setattr(cli, "plan", stop)
+    monkeypatch.setattr("harness.planning.plan.plan", stop)
     for words in (
         ["run", "801"],
         ["run", "101", "DATA=toy-chat-2"],

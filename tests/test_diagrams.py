@@ -4,7 +4,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from harness.cli import RECORDS
+from harness import RECORDS
 from harness.evidence.facts import Facts
 from harness.pages import diagrams, documents
 from harness.predict import timeline

@@ -12,6 +12,7 @@ from harness.experiment.catalog import load_catalog
 from harness.experiment.constraints import with_changes
 from harness.experiment.overrides import FIELDS
 from harness.planning import resume, start
+from harness.planning.commands import print_script
 from harness.planning.miniature import miniature
 from harness.planning.plan import plan
 from harness.predict.layouts import layouts
@@ -85,9 +86,9 @@ def test_a_learning_rate_that_is_given_is_not_scaled_for_conversations(monkeypat
 def test_mock_data_that_were_asked_for_are_no_stand_in(monkeypatch, capsys):
     conversations = CATALOG.find("801")
     planned = plan(conversations, {"DATA": "mock"}, "cpu")
-    cli._print_script(planned, {"DATA": "mock"})
+    print_script(planned, {"DATA": "mock"})
     assert "On mock data" not in capsys.readouterr().err
-    cli._print_script(planned, {})
+    print_script(planned, {})
     assert "On mock data" in capsys.readouterr().err
 
 
@@ -178,6 +179,6 @@ def test_every_way_to_a_run_keeps_what_was_given(monkeypatch, capsys, tmp_path):
             or 0
         ),
     )
-    monkeypatch.setattr(cli, "_install_heavy", lambda *stages: None)
+    monkeypatch.setattr("harness.machine.packages.install", lambda *stages: None)
     assert cli.main(["chapter", "100", "STEPS=100", "SEQ=1024", "DATA=mock", *words[2:]]) == 0
     assert planned and {(e.steps, e.seq_length) for e in planned.values()} == {(100, 1024)}

@@ -23,7 +23,7 @@ from harness.experiment import identity, overrides
 from harness.experiment.catalog import load_catalog
 from harness.experiment.constraints import with_changes
 from harness.experiment.experiment import Experiment
-from harness.launching import failed_load, launch, processes, verify
+from harness.launching import commands, failed_load, launch, processes, verify
 from harness.launching.active_run import Finished
 from harness.launching.terminal import PlainTerminal
 from harness.machine.provenance import describe_upstream
@@ -350,7 +350,7 @@ def test_a_finished_run_goes_on_where_more_steps_are_wanted(tmp_path, capsys):
     )
     assert cli.main([*words, "STEPS=40", "DRY_RUN=1"]) == 0
     assert "--train-iters 40" in (script := capsys.readouterr().out) and "--ckpt-step 20" in script
-    assert cli._finished_before(planned(tmp_path, RESUME="1", STEPS="40")) is None
+    assert commands._finished_before(planned(tmp_path, RESUME="1", STEPS="40")) is None
 
 
 def test_steps_before_a_change_are_not_averaged_with_those_behind_it():
@@ -370,7 +370,7 @@ def test_steps_before_a_change_are_not_averaged_with_those_behind_it():
 def test_train_resumes_its_own_words_only(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        cli, "_run", lambda words: asked.append(dict(w.split("=", 1) for w in words[1:])) or 0
+        commands, "run_experiment", lambda id_, settings: asked.append(settings) or 0
     )
     own = kept(tmp_path, "604", 30, LR="2e-3")
     for lr, resumes in (("2e-3", "1"), ("1e-3", None)):
@@ -697,7 +697,8 @@ def readers(outdir: Path, label: str) -> list[list[str]]:
 def test_whatever_a_file_of_a_run_holds_every_reader_ends_with_plain_words(
     tmp_path, capsys, monkeypatch, name
 ):
-    monkeypatch.setattr(cli, "RECORDS", tmp_path / "records")
+    for package in ("evidence", "profiling", "pages"):
+        monkeypatch.setattr(f"harness.{package}.commands.RECORDS", tmp_path / "records")
     run = whole_run(tmp_path / "out")
     path = run.path / name
     before = path.read_text() if path.exists() else "{}"

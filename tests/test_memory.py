@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.cli import RECORDS, main
+from harness import RECORDS
+from harness.cli import main
 from harness.evidence.facts import Facts
 from harness.evidence.references import load_references
 from harness.experiment.catalog import load_catalog

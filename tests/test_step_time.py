@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from harness.cli import RECORDS, main
+from harness import RECORDS
+from harness.cli import main
 from harness.errors import UserError
 from harness.evidence import calibrate, speed
 from harness.evidence.facts import Facts

@@ -14,16 +14,17 @@ COMMAND = """
 import subprocess, sys
 from pathlib import Path
 from harness import cli
+from harness.commands import Command
 
-def work(words):
+def work(settings):
     for _ in range(20000):
         print("a line", file=sys.{stream})
     done = subprocess.run(["bash", "-c", "echo a line of a program; echo one more"]).returncode
-    Path(words[0]).write_text(f"done, {{done}}")
+    Path(settings["MODEL"]).write_text(f"done, {{done}}")
     return 3
 
-cli.COMMANDS["list"] = work
-sys.exit(cli.main(["list", sys.argv[1]]))
+Command.function = lambda command: work
+sys.exit(cli.main(["list", "MODEL=" + sys.argv[1]]))
 """
 
 

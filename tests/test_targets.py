@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from harness import ROOT, cli, targets, tutorial
+from harness import ROOT, cli, commands
 from harness.experiment.catalog import load_catalog
 from harness.experiment.overrides import SETTINGS
+from harness.make import targets, tutorial
 
 BASH_COMPLETION = Path("/usr/share/bash-completion/bash_completion")
 FULL_SIZE = [e.name for e in load_catalog().experiments if not e.half_of]
@@ -432,7 +433,7 @@ def newer_catalog(tmp_path: Path, monkeypatch):
         "  921: {slug: new, model: gpt2-xl, mbs: 1, gbs: 1, seq: 1024, shows: s}\n"
     )
     catalog = load_catalog(tmp_path)
-    monkeypatch.setattr(cli, "load_catalog", lambda: catalog)
+    monkeypatch.setattr(targets, "load_catalog", lambda: catalog)
     return catalog
 
 
@@ -445,14 +446,13 @@ def test_a_row_newer_than_the_targets_gets_the_command_that_was_asked_for(
     newer_catalog, monkeypatch, target, ran
 ) -> None:
     called = []
-    commands = {
-        name: lambda words, name=name: called.append((name, words)) or 0
-        for name in cli.COMMANDS
-        if name != "target"
-    }
-    monkeypatch.setattr(cli, "COMMANDS", {**commands, "target": cli.COMMANDS["target"]})
+    monkeypatch.setattr(
+        commands.Command,
+        "function",
+        lambda self: lambda *given: called.append((self.name, *given)) or 0,
+    )
     assert cli.main(["target", target, "STEPS=3"]) == 0
-    assert called == [(ran[0], [ran[1], "STEPS=3"])]
+    assert called == [(*ran, {"STEPS": "3"})]
 
 
 @pytest.mark.parametrize(
@@ -472,10 +472,7 @@ def test_a_row_newer_than_the_targets_gets_the_command_that_was_asked_for(
     ],
 )
 def test_what_is_no_target_runs_nothing(newer_catalog, monkeypatch, capsys, target, said) -> None:
-    refused = {
-        name: lambda words: pytest.fail("it ran") for name in cli.COMMANDS if name != "target"
-    }
-    monkeypatch.setattr(cli, "COMMANDS", {**refused, "target": cli.COMMANDS["target"]})
+    monkeypatch.setattr(commands.Command, "function", lambda self: pytest.fail("it ran"))
     assert cli.main(["target", target]) == 2
     assert said in capsys.readouterr().err
 

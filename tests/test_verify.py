@@ -215,7 +215,7 @@ def test_what_cannot_be_compared_says_why(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "verify which experiment?"),
+        ([], "which experiment?"),
         (["407"], "no experiment 407"),
         (["219"], "219-weak-scale-tp8-gpt2-8.3B-2nodes has no record\nmake 219 runs it"),
         (["111", "MBS=5"], "111-gpt2xl-dp1-fit-80GB_mbs5 has no record"),

@@ -13,8 +13,8 @@ from harness.data import data_sets
 from harness.errors import UserError
 from harness.experiment import overrides
 from harness.finetune.adapters import FOLDER, read_record
+from harness.run import finding
 from harness.run.checkpoints import METADATA, TRACKER
-from harness.run.finding import label_of
 from harness.system.files import expanded
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -69,7 +69,7 @@ def import_hf(settings: Mapping[str, str], folder: Path = WEIGHTS) -> int:
     return 0
 
 
-def export_hf(settings: Mapping[str, str], outdir: Path) -> int:
+def export_hf(settings: Mapping[str, str], outdir: Path | None = None) -> int:
     """Export RUN=, a run in ``outdir`` or a folder, to OUT= and say what it became.
 
     Raises:
@@ -77,6 +77,7 @@ def export_hf(settings: Mapping[str, str], outdir: Path) -> int:
     """
     usage = "make export-hf RUN=label-or-folder OUT=folder [HF=like-this-one] [ADAPTERS=1]"
     overrides.require(settings, ("RUN", "OUT"), usage)
+    outdir = outdir or finding.outdir(settings)
     target = expanded(settings["OUT"]).absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(
@@ -87,7 +88,7 @@ def export_hf(settings: Mapping[str, str], outdir: Path) -> int:
 
     like = hub.locate(settings["HF"]) if "HF" in settings else None
     begun = time.monotonic()
-    run = label_of(settings["RUN"], outdir)
+    run = finding.label_of(settings["RUN"], outdir)
     adapters = outdir / run / FOLDER
     trained = read_record(adapters)
     folder = ROOT / trained.base if trained and trained.base else saved(run, outdir)

@@ -8,11 +8,12 @@ candidates are named.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from harness import ROOT
 from harness.errors import UserError, first_line
 from harness.experiment import identity
 from harness.run.checkpoints import in_folder
@@ -136,3 +137,8 @@ def named(found: Sequence[Candidate], other: Experiment) -> list[str]:
         )
         lines.append(f"  {candidate.dir.label}" + (f"  ({apart})" if apart else ""))
     return lines + ([f"  … and {len(found) - MOST_NAMED} more"] if len(found) > MOST_NAMED else [])
+
+
+def outdir(settings: Mapping[str, str]) -> Path:
+    """Where run directories are: OUTDIR, or outdir/ of the repository."""
+    return Path(settings.get("OUTDIR") or ROOT / "outdir").resolve()

@@ -4,15 +4,16 @@ completes its name."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from harness import ROOT
 from harness.data.sources import definitions
 from harness.errors import UserError, similar
-from harness.experiment.catalog import EXPERIMENTS, Catalog
+from harness.experiment.catalog import EXPERIMENTS, Catalog, load_catalog
 from harness.experiment.experiment import Experiment
 from harness.experiment.overrides import EXPERIMENT_SETTINGS, LAUNCH_SETTINGS, Setting
+from harness.make import tutorial
 from harness.system.files import write_text
 
 FILE = EXPERIMENTS / "targets.mk"
@@ -63,6 +64,20 @@ def _lines(catalog: Catalog) -> Iterator[str]:
     for command in OF_EXPERIMENTS:
         for e in catalog.experiments:
             yield f"{command}-{e.id}: ; @$(HARNESS) {command} {e.id} $(WORDS)"
+
+
+def meant(words: Sequence[str]) -> list[str]:
+    """The harness's command line for a target without a rule and its settings.
+
+    A target of the tutorials replaces this process.
+
+    Raises:
+        UserError: there is no such target.
+    """
+    wanted, *settings = words or [""]
+    if replacement := tutorial.replacement(wanted, settings):
+        tutorial.become(replacement)
+    return [*command_of(wanted, load_catalog()), *settings]
 
 
 def command_of(wanted: str, catalog: Catalog) -> tuple[str, ...]:

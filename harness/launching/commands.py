@@ -1,0 +1,152 @@
+"""``make 101``, ``make train-…``, ``make chapter-100``, verify, stop and generate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from textwrap import indent
+
+from harness import RECORDS, generate
+from harness.data import data_sets
+from harness.errors import UserError
+from harness.experiment import identity, overrides
+from harness.experiment.catalog import load_catalog
+from harness.experiment.experiment import Experiment
+from harness.launching import chapter, launch, slurm, stop, terminal, verify
+from harness.launching.active_run import Finished
+from harness.machine import gpus, packages
+from harness.planning import plan, resume, resumed
+from harness.planning.commands import made_here, print_script
+from harness.planning.plan import Plan
+from harness.run import finding
+from harness.upstreams.megatron_lm import tracking
+
+
+def run_experiment(id_: str, settings: Mapping[str, str]) -> int:
+    """Run an experiment here, submit it to Slurm, or print its script (DRY_RUN=1)."""
+    experiment = load_catalog().find(id_)
+    if settings.get("SLURM") == "1":
+        return _submit(experiment, settings)
+    gpus.keep_awake()
+    dry_run = settings.get("DRY_RUN") == "1"
+    if not dry_run:
+        _prepare_conversations([experiment], settings)
+    device = plan.choose_device(settings, only_show=dry_run)
+    planned = plan.plan(experiment, settings, device)
+    if dry_run:
+        return print_script(planned, settings)
+    if (status := _finished_before(planned)) is not None:
+        return status
+    packages.install("heavy", *(["tracking"] if planned.extras.tracking else []))
+    if planned.extras.tracking:
+        tracking.check(planned.extras.tracking)
+    finished = launch.run_plan(planned, hang_seconds=overrides.count_in(settings, "HANG"))
+    if planned.experiment.profile and finished.result.status == "ok":
+        from harness.profiling import profile
+
+        profile.tell(finished.dir)
+    if finished.result.status == "oom" and chapter.as_published(finished):
+        print(
+            f"  reproduced: the published {planned.experiment.half_of or 'run'} ran out of"
+            " memory too"
+        )
+        return 0
+    return finished.exit_status
+
+
+def train(id_: str, settings: Mapping[str, str]) -> int:
+    """Begin a long run, resume it after an interruption, or show its result at its end."""
+    experiment = load_catalog().find(id_)
+    if experiment.until is None:
+        raise UserError(
+            f"{experiment.id} has no validation loss to train to\n"
+            f"give one, UNTIL=3.2, or make {experiment.id} trains STEPS="
+        )
+    settings = {"SAVE": "1", **settings}
+    device = plan.choose_device(settings)
+    own = {key: value for key, value in settings.items() if key not in ("SAVE", "RESUME")}
+    planned = plan.plan(experiment, own, device)
+    earlier, _ = finding.candidates(planned.outdir, experiment.id)
+    if any(
+        found.device == device and identity.same(found.experiment, planned.experiment)
+        for found in earlier
+    ):
+        settings.setdefault("RESUME", "1")
+    return run_experiment(id_, settings)
+
+
+def run_chapter(number: str, settings: Mapping[str, str]) -> int:
+    """Run the experiments of a chapter, small ones side by side (PACK=0: one after another)."""
+    experiments = load_catalog().in_chapter(overrides.count("chapter", number))
+    if whole := [key for key in ("DRY_RUN", "SLURM", "RESUME") if settings.get(key, "0") != "0"]:
+        raise UserError(
+            f"{whole[0]}=1 is for one experiment: make {experiments[0].id} {whole[0]}=1\n"
+            f"make list CHAPTER={number} shows what this one runs"
+        )
+    gpus.keep_awake()
+    device = plan.choose_device(settings)
+    _prepare_conversations(experiments, settings)
+    packages.install("heavy")
+    return chapter.run_chapter(
+        experiments,
+        lambda experiment: plan.plan(experiment, settings, device),
+        pack=settings.get("PACK") != "0",
+        force=settings.get("FORCE") == "1",
+        hang_seconds=overrides.count_in(settings, "HANG"),
+    )
+
+
+def verify_record(id_: str, settings: Mapping[str, str]) -> int:
+    """Run an experiment again, or take RUN=, and compare it with its record."""
+    gpus.keep_awake()
+    return verify.verify(
+        id_, settings, finding.outdir(settings), RECORDS, lambda: packages.install("heavy")
+    )
+
+
+def stop_runs(settings: Mapping[str, str]) -> int:
+    """End the runs of this machine, or RUN=."""
+    return stop.stop(finding.outdir(settings), settings.get("RUN"))
+
+
+def sample_text(settings: Mapping[str, str]) -> int:
+    """Sample text from a checkpoint."""
+    request = generate.parse(settings, finding.outdir(settings))
+    packages.install("heavy")
+    return generate.generate(request, plan.choose_device(settings))
+
+
+def _submit(experiment: Experiment, settings: Mapping[str, str]) -> int:
+    if settings.get("DEVICE", "cuda") != "cuda":
+        raise UserError(
+            f"SLURM=1 DEVICE={settings['DEVICE']}: jobs run on GPUs; leave DEVICE= out, or SLURM=1:"
+            f" make {experiment.id} DEVICE=cpu runs here"
+        )
+    planned = plan.plan(experiment, {**settings, "DEVICE": "cuda"}, "cuda")
+    return slurm.submit_or_print(planned, settings)
+
+
+def _prepare_conversations(experiments: Iterable[Experiment], settings: Mapping[str, str]) -> None:
+    """Prepare the conversations that are made here in seconds: on mock data, nothing is learned."""
+    known = made_here()
+    wanted = dict.fromkeys(settings.get("DATA", each.published_data) for each in experiments)
+    if missing := [name for name in wanted if name in known and name not in data_sets.prepared()]:
+        packages.install("heavy")
+        from harness.data.chat import prepare
+
+        for name in missing:
+            prepare.prepare_known(known[name])
+
+
+def _finished_before(planned: Plan) -> int | None:
+    """Show the result of the run that RESUME=1 finds complete, and return its exit status.
+
+    None where there is something left to train.
+    """
+    earlier = planned.resumes
+    if earlier is None or not resumed.at_its_end(earlier, planned.experiment):
+        return None
+    result = earlier.read_result()
+    print(terminal.summary(earlier.label, earlier.path, result))
+    if damaged := resume.damaged_at_the_end(earlier):
+        print(indent(damaged, "  "))
+    return Finished(earlier, result).exit_status
