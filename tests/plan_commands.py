@@ -47,7 +47,7 @@ ENDS = {
     "harness.evidence.calibrate": ("calibrate",),
     "harness.pages.documents": ("write",),
     "harness.make.targets": ("write",),
-    "harness.evidence.tables": ("print_compare",),
+    "harness.evidence.compare": ("print_compare",),
     "harness.pages.report.page": ("write",),
     "harness.pages.plots": ("pictures", "write"),
     "harness.profiling.profile": ("print_profile",),
