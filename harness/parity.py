@@ -53,9 +53,10 @@ MOE = Model(
 )
 
 SETTINGS = """
-    --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.02 --moe-router-load-balancing-type none
-    --lr 1e-3 --min-lr 1e-3 --lr-decay-style constant --lr-warmup-fraction 0 --eval-iters 0
-"""  # noqa: E501
+    --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.02
+    --moe-router-load-balancing-type none --eval-iters 0
+    --lr 1e-3 --min-lr 1e-3 --lr-decay-style constant --lr-warmup-fraction 0
+"""
 
 SP2 = {"tp": 2, "sequence_parallel": True}
 ZERO = {"sharding": "optim"}

@@ -111,7 +111,7 @@ def test_small_runs_share_a_nodes_gpus(tmp_path, four_gpus):
     assert table["104"] == "skipped   it needs 8 GPUs, 4 are free here"
     assert (
         table["105h"]
-        == "skipped   105 itself runs here: make 105h runs its half-size companion all the same"
+        == "skipped   105 itself fits here; make 105h runs its half-size companion all the same"
     )
     found = results(tmp_path)
     large, whole, small = (

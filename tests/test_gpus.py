@@ -240,7 +240,7 @@ def test_a_gpu_that_is_lost_ends_only_its_samples(nvml, tmp_path, monkeypatch):
 def test_the_monitor_says_that_there_is_no_gpu(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert gpus.monitor() == 0
-    assert "no NVIDIA GPU here" in capsys.readouterr().out
+    assert "the NVIDIA driver shows no GPU" in capsys.readouterr().out
 
 
 def test_the_monitor_prints_a_line_a_gpu_into_a_pipe(nvml, capsys, monkeypatch):

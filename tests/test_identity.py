@@ -23,7 +23,7 @@ from harness.experiment import identity, overrides
 from harness.experiment.catalog import load_catalog
 from harness.experiment.constraints import with_changes
 from harness.experiment.experiment import Experiment
-from harness.launching import commands, failed_load, launch, processes, verify
+from harness.launching import commands, failed_load, launch, processes, run_files, verify
 from harness.launching.active_run import Finished
 from harness.launching.terminal import PlainTerminal
 from harness.machine.provenance import describe_upstream
@@ -453,7 +453,7 @@ def test_a_checkpoint_that_fails_to_load_is_marked_and_the_next_resume_takes_the
     assert again.first_step == 5 and again.notices[0].startswith(
         "checkpoint of step 10 skipped: it could not be loaded (CheckpointException: _pickle.UnpicklingError: Unsupported operand 0); rm "
     )
-    assert "none before it is whole" in finished(resuming(tmp_path, run, "load-fails", 5))[1]
+    assert "no earlier one is complete" in finished(resuming(tmp_path, run, "load-fails", 5))[1]
     with pytest.raises(
         UserError,
         match=r"(?s)none of them can be used:\n  checkpoint of step 10 skipped: .*\n  checkpoint of step 5 skipped: ",
@@ -621,7 +621,7 @@ def test_data_prepared_anew_under_the_same_name_are_other_data(tmp_path, monkeyp
 
 
 def test_a_run_freezes_what_its_data_are(tmp_path, monkeypatch):
-    monkeypatch.setattr(launch.fingerprint, "of", lambda data: {data: {"tokens": 10}})
+    monkeypatch.setattr(run_files.fingerprint, "of", lambda data: {data: {"tokens": 10}})
     run = finished(load("test_launch_assets/launcher").make_plan(tmp_path, "ok", 1, 1))[0].dir
     assert run.read_data_sets() == {"mock": {"tokens": 10}}
 

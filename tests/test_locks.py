@@ -21,7 +21,7 @@ HOLD = """
 import subprocess, sys, time
 from pathlib import Path
 from harness.system import locks
-locks.BEAT_S = 0.05
+locks.HEARTBEAT_S = 0.05
 locks.take(Path(sys.argv[1]))
 if len(sys.argv) > 2:
     child = subprocess.Popen(["sleep", "60"], pass_fds=locks.descriptors(Path(sys.argv[1])))
@@ -47,7 +47,7 @@ def end(process: subprocess.Popen) -> None:
 @pytest.fixture
 def never_watched(monkeypatch):
     """Waiting for the count of another machine would be a mistake."""
-    monkeypatch.setattr(locks, "_count_goes_on", lambda seen: pytest.fail("it was watched"))
+    monkeypatch.setattr(locks, "_with_heartbeat", lambda seen: pytest.fail("it was watched"))
 
 
 def of_another_machine(folder: Path, beat: int = 0) -> None:
@@ -62,7 +62,7 @@ def of_another_machine(folder: Path, beat: int = 0) -> None:
     }
     descriptor = os.open(folder / locks.FILE, os.O_WRONLY | os.O_CREAT)
     os.pwrite(
-        descriptor, f"{json.dumps(known):{locks.SIZE}}".encode(), 0
+        descriptor, f"{json.dumps(known):{locks.SIZE_BYTES}}".encode(), 0
     )  # in place, as holders do
     os.close(descriptor)
 
@@ -95,7 +95,7 @@ def test_the_lock_lasts_until_what_inherited_it_has_ended(tmp_path, never_watche
     end(process)
     with pytest.raises(
         locks.Taken,
-        match=f"process {process.pid} .* which was killed; what it started is still ending",
+        match=f"process {process.pid} .* which was killed; processes it started are still ending",
     ):
         locks.take(tmp_path)
     assert not locks.holder(tmp_path).lives
@@ -122,7 +122,7 @@ def test_of_several_that_want_it_at_once_one_gets_it(tmp_path):
         end(process)
 
 
-def test_a_lock_of_another_machine_is_held_while_its_count_goes_on(tmp_path, monkeypatch):
+def test_a_lock_of_another_machine_is_held_while_its_with_heartbeat(tmp_path, monkeypatch):
     monkeypatch.setattr(locks, "WATCH_S", 30.0)
     of_another_machine(tmp_path)
     over, said = threading.Event(), []

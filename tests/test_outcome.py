@@ -181,7 +181,7 @@ def test_a_killed_rank_is_the_cause_of_connections_that_others_lost():
 def test_a_rank_killed_while_memory_was_short_died_of_it(seen):
     outcome = classify(Evidence(exit_code=1, log=captured("sigkill"), **seen), experiment())
     assert (outcome.status, outcome.rank) == ("oom-host", 1)
-    assert "for want of memory" in outcome.detail
+    assert "for lack of memory" in outcome.detail
     assert "fewer than 2 ranks" in outcome.advice
     alone = classify(Evidence(exit_code=1, log=captured("sigkill"), **seen), experiment(dp=1))
     assert alone.advice.startswith("the host ran out of memory: a smaller SEQ=")

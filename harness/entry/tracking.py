@@ -38,9 +38,8 @@ def install(report: RankReport) -> None:
     os.environ["WANDB_RUN_ID"] = _run_id(report)
     os.environ.setdefault("WANDB_RESUME", "allow")
     os.environ.setdefault("WANDB_SILENT", "true")
-    wandb_utils.on_save_checkpoint_success = wandb_utils.on_load_checkpoint_success = lambda *args: (  # noqa: E501
-        None
-    )
+    for name in ("on_save_checkpoint_success", "on_load_checkpoint_success"):
+        setattr(wandb_utils, name, lambda *_: None)
 
 
 def scalars(line: StepMetrics, ranks: Sequence[Rank], peak: float | None) -> dict[str, float]:

@@ -1,5 +1,5 @@
-"""Many experiments in one go: those that have a result are skipped, small ones run side by side on
-a node's GPUs."""
+"""``make chapter-100``: all experiments of a chapter. Those with a result are skipped, small ones
+share the GPUs of the machine."""
 
 from __future__ import annotations
 
@@ -27,13 +27,15 @@ if TYPE_CHECKING:
     from harness.planning.plan import Plan
 
 HAS_RESULT = ("ok", "oom")
-"""Statuses that another run of the same configuration would only repeat."""
+"""Statuses that another run of the same experiment would repeat."""
 
 
 @dataclass(frozen=True)
 class ExperimentOutcome:
-    """What became of one experiment of a chapter. ``good``: it ended ok, or ran out of memory as
-    published."""
+    """What happened to one experiment of a chapter.
+
+    ``good``: it ended ok, or ran out of memory like the published run.
+    """
 
     status: str
     note: str
@@ -49,18 +51,18 @@ def run_chapter(
     force: bool = False,
     terminal: Terminal | None = None,
 ) -> int:
-    """Run ``experiments`` and print what became of each; a failure does not keep the others from
-    running.
+    """Run ``experiments`` and print a table of what happened; a failure does not stop the others.
 
     Args:
-        plan_for: fits an experiment to this machine; a UserError skips it, with its reason.
+        plan_for: plans an experiment for this machine; a UserError skips it, with its reason.
         hang_seconds: see ``ActiveRun``.
-        pack: run side by side what fits on the GPUs; else one at a time, for timing. CPU runs are
-        never packed.
-        force: run again what has a result.
+        pack: run as many at the same time as the GPUs allow; else one at a time, for timing. CPU
+            runs are never packed.
+        force: also run experiments that have a result.
 
-    Returns: 0 if all that were run, now or before, ended ok or ran out of memory as published; 1 if
-        not, or if none ran; 128 + signal if it was stopped.
+    Returns:
+        the exit status: 0 if all that ran, now or before, ended ok or ran out of memory like the
+        published run; 1 if not, or if none ran; 128 + signal if it was stopped.
     """
     with Signals() as signals, terminal or open_terminal() as shown:
         chapter = _Chapter(shown, hang_seconds, pack)
@@ -70,7 +72,7 @@ def run_chapter(
 
 
 class _Chapter:
-    """The runs of a chapter: waiting, running, over."""
+    """The runs of a chapter: waiting, held, running, over."""
 
     def __init__(self, shown: Terminal, hang_seconds: float | None, pack: bool) -> None:
         self._shown, self._hang_seconds, self._pack = shown, hang_seconds, pack
@@ -85,7 +87,7 @@ class _Chapter:
     def add(
         self, experiment: Experiment, plan_for: Callable[[Experiment], Plan], force: bool
     ) -> None:
-        """Queue an experiment, unless it cannot run here or has a result."""
+        """Queue an experiment that can run here and has no result."""
         try:
             plan = plan_for(experiment)
             self._check(plan)
@@ -102,7 +104,7 @@ class _Chapter:
             self._waiting.append(plan)
 
     def run(self, signals: Signals) -> int:
-        """Run all that is queued, print what became of each, return the exit status."""
+        """Run the queued experiments, print the table, return the exit status."""
         self._shown.print(f"{len(self._waiting)} of {len(self._outcomes)} experiments to run")
         try:
             while self._waiting or self._running or self._held:
@@ -121,7 +123,7 @@ class _Chapter:
             self._stop(signal.SIGTERM)
             for run in self._running:
                 run.abort()
-            self._give_up_held()
+            self._drop_held()
         self._shown.print(_table(self._outcomes))
         if self._stopped_by:
             return 128 + self._stopped_by
@@ -143,8 +145,8 @@ class _Chapter:
                 )
         if e.half_of and (self._free is None or 2 * e.ranks_per_node <= len(self._free)):
             raise UserError(
-                f"{e.half_of} itself runs here: make {e.id} runs its half-size companion all the"
-                " same"
+                f"{e.half_of} itself fits here; make {e.id} runs its half-size companion all the "
+                "same"
             )
 
     def _start_what_fits(self) -> None:
@@ -154,7 +156,7 @@ class _Chapter:
             and not (self._running and not self._pack)
         ):
             held, self._held = self._held, None
-            self._takes_gpus(held)
+            self._occupy_gpus(held)
             held.release()
         for plan in self._waiting.copy():
             count = plan.experiment.ranks_per_node if plan.device == "cuda" else 0
@@ -162,11 +164,13 @@ class _Chapter:
             if count <= len(self._free or ()) and not (alone and (self._running or self._held)):
                 self._waiting.remove(plan)
                 if run := self._launch(plan, tuple((self._free or ())[:count])):
-                    self._takes_gpus(run)
+                    self._occupy_gpus(run)
 
     def _hold_the_next(self) -> None:
-        """While GPUs are busy, have the next run import what it needs: that takes as long as twenty
-        steps, and no GPU."""
+        """While the GPUs are busy, start the next run held.
+
+        Importing takes as long as twenty steps of a short run, and needs no GPU.
+        """
         if self._held or not self._running or not self._waiting:
             return
         plan = self._waiting[0]
@@ -188,17 +192,16 @@ class _Chapter:
             reserved.abandon(error)
             raise
 
-    def _takes_gpus(self, run: ActiveRun) -> None:
-        """Count ``run`` among those that run, side by side with the others, and its GPUs as
-        taken."""
+    def _occupy_gpus(self, run: ActiveRun) -> None:
+        """Move ``run`` to the running ones, and its GPUs out of the free ones."""
         self._free = self._free and [gpu for gpu in self._free if gpu not in run.gpu_ids]
         for other in self._running:
             other.packed_with.add(run.label)
             run.packed_with.add(other.label)
         self._running.append(run)
 
-    def _give_up_held(self) -> None:
-        """A run that never had its turn leaves nothing behind."""
+    def _drop_held(self) -> None:
+        """End a held run and remove its directory."""
         if self._held:
             with suppress(UserError):  # its directory was deleted
                 self._held.abort()
@@ -220,16 +223,15 @@ class _Chapter:
         self._outcomes[run.plan.experiment.name] = _judge(finished, finished.dir.label)
 
     def _stop(self, number: signal.Signals, because_ended: str | None = None) -> None:
-        """Start nothing more, and end what runs."""
+        """Start no further run, and end the running ones."""
         self._waiting.clear()
-        self._give_up_held()
+        self._drop_held()
         for run in self._running:
             run.stop(number, because_ended)
 
 
 def _earlier(plan: Plan) -> Finished | None:
-    """The newest run of the same configuration on the same hardware that has a result worth
-    keeping."""
+    """The newest run of the same experiment on this hardware whose status is in ``HAS_RESULT``."""
     runs, _ = directory.runs(plan.outdir)
     here = next((gpu.name for gpu in gpus.list_gpus()), None) if plan.device == "cuda" else None
     same = [
@@ -252,11 +254,10 @@ def _judge(finished: Finished, note: str) -> ExperimentOutcome:
 
 
 def as_published(finished: Finished) -> bool:
-    """Whether a run did what the published one did: ran, or ran out of memory, on a card that lets
-    it be compared.
+    """Whether a run ended like the published one, on a comparable card: ok, or out of memory.
 
-    A half-size companion is published nowhere; out of memory, it did what the published run of the
-    whole did, if that did.
+    Half-size experiments are not published: one that ran out of memory ended as published if the
+    full-size experiment did so.
     """
     from harness.evidence.references import load_references
     from harness.evidence.results import collect

@@ -1,5 +1,7 @@
-"""Mark a checkpoint that passed every check and that upstream could not load: the next RESUME=
-takes the one before."""
+"""Marks a checkpoint that passed every check but that upstream could not load.
+
+The next RESUME= then takes the one before it.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from harness.planning.plan import Plan
 
 _LOADING = re.compile(r"\bin (load_checkpoint|_load_base_checkpoint)$", re.MULTILINE)
-_OF_THE_PROGRAM = (
+_NOT_FROM_DATA = (
     "AssertionError",
     "AttributeError",
     "ImportError",
@@ -27,20 +29,19 @@ _OF_THE_PROGRAM = (
     "TypeError",
     "UserError",
 )
-"""Errors that say more of the arguments or of upstream's version than of the bytes."""
+"""Errors that come from arguments or upstream's version rather than from a checkpoint's bytes."""
 
 
 def mark(
     plan: Plan, result: Result, errors: Sequence[RankError], before: Upstream | None
 ) -> Result:
-    """``result``; where the run crashed as it loaded its own checkpoint, that one is marked and the
-    advice says so.
+    """Mark the checkpoint if the run crashed while loading it; ``result`` with advice about that.
 
-    Nothing is marked where settings or upstream changed since the checkpoint was saved: they may be
-    what cannot load it.
+    Nothing is marked where settings or upstream changed since the checkpoint was saved, because the
+    change may be the reason.
 
     Args:
-        before: the upstream that the resumed run had before.
+        before: the upstream with which the run ran before it was resumed.
     """
     loading = plan.extras.loading
     if not (plan.resumes and loading and result.status == "crash") or any(
@@ -48,7 +49,7 @@ def mark(
     ):
         return result
     error = next((e for e in errors if _LOADING.search(e.traceback)), None)
-    if error is None or error.type in _OF_THE_PROGRAM or before != result.upstream:
+    if error is None or error.type in _NOT_FROM_DATA or before != result.upstream:
         return result
     path = loading.folder / f"iter_{loading.step:07d}"
     try:
@@ -58,13 +59,15 @@ def mark(
         return result
     there = checkpoints.newest_whole(loading.folder)
     advice = f"the checkpoint of step {loading.step} could not be loaded and is marked: " + (
-        f"RESUME=1 falls back to that of step {there.step}" if there else "none before it is whole"
+        f"RESUME=1 falls back to that of step {there.step}"
+        if there
+        else "no earlier one is complete"
     )
     return result.model_copy(update={"advice": advice})
 
 
 def upstream_of(run: RunDir) -> Upstream | None:
-    """The upstream that a run had, as its environment.json has it."""
+    """The upstream of a run, from its environment.json; None where that is unknown."""
     try:
         return Upstream.model_validate(read_object(run.environment)["upstream"])
     except (KeyError, ValueError):
@@ -72,7 +75,7 @@ def upstream_of(run: RunDir) -> Upstream | None:
 
 
 def _cause(message: str) -> str:
-    """The exception inside of upstream's CheckpointException, else the first line."""
+    """The exception inside upstream's CheckpointException, else the first line."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     inner = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b.*: ", line)]
     return (inner or lines or ["no message"])[-1 if inner else 0][:100]

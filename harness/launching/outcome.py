@@ -1,5 +1,4 @@
-"""How a run ended: evidence in, one outcome with its first error, its rank and advice out. No
-I/O."""
+"""How a run ended, from what it left: status, first error, its rank, and advice. No I/O."""
 
 from __future__ import annotations
 
@@ -21,23 +20,22 @@ if TYPE_CHECKING:
 
 LONGEST_LINE = 300
 LOW_MEMORY_SHARE = 0.05
-"""A rank killed while less than this share of the host's memory was available died for want of
-memory."""
+"""A rank killed by SIGKILL while less than this share of the host's memory was available counts as
+killed for lack of memory: in a container the kernel's count of OOM kills may be hidden."""
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a run left behind.
+    """What a run left.
 
     Attributes:
         exit_code: of command.sh; negative where a signal ended it, as subprocess reports it.
         log: the text of logs.txt.
-        stopped_by: the signal with which the launcher was asked to end the run.
-        because_ended: the process, such as make, with which the run had to end.
-        hang: what the launcher saw when it gave up waiting.
-        oom_kills: processes that the kernel killed for want of memory while the run lasted.
-        least_free_share: the smallest share of the host's memory that was available meanwhile, 0 to
-        1.
+        stopped_by: the signal that asked the launcher to end the run.
+        because_ended: the parent process, such as make, whose end ended the run.
+        hang: what the launcher found when it ended a hanging run.
+        oom_kills: processes that the kernel killed for lack of memory during the run.
+        least_free_share: smallest available share of the host's memory during the run, 0 to 1.
     """
 
     exit_code: int
@@ -54,9 +52,9 @@ class Evidence:
 
 @dataclass(frozen=True)
 class RunOutcome:
-    """The status, what shows it (a line or three), the rank it came from, and what to do.
+    """The status, its evidence (up to three lines), the rank it came from, and advice.
 
-    ``is_consequence``: what shows it may well be the effect of another node's failure.
+    ``is_consequence``: the evidence may be the effect of another node's failure.
     """
 
     status: Status
@@ -68,10 +66,9 @@ class RunOutcome:
 
 @dataclass(frozen=True)
 class FailureRule:
-    """Text that gives a failure away, the status it means, and advice, which may depend on the
-    experiment.
+    """A pattern in an error, the status it means, and advice, which may depend on the experiment.
 
-    ``anywhere``: so telling that it counts in any line of the log, not only in the first error.
+    ``anywhere``: specific enough to count in any line of the log, not only in the first error.
     """
 
     pattern: re.Pattern[str]
@@ -91,14 +88,12 @@ class Failure:
 
     @property
     def is_echo(self) -> bool:
-        """Whether another rank's end caused it: a closed connection, or torchrun ending the
-        survivors."""
+        """Whether another rank's end caused it: a closed connection, or SIGTERM from torchrun."""
         return bool(_ECHO.search(self.message))
 
 
 def classify(evidence: Evidence, experiment: Experiment) -> RunOutcome:
-    """Name the outcome of a run: by its first error in time, passing over echoes of it in other
-    ranks."""
+    """The outcome of a run, by its first error in time, without echoes of it in other ranks."""
     done = evidence.metrics[-1].step if evidence.metrics else 0
     progress = f"after step {done} of {experiment.steps}"
     lost = next((m for m in evidence.metrics if m.nan or not math.isfinite(m.loss or 0)), None)
@@ -142,20 +137,17 @@ def classify(evidence: Evidence, experiment: Experiment) -> RunOutcome:
 
 
 def memory_levers(experiment: Experiment) -> str:
-    """Settings that lower the memory of ``experiment`` by formula, the least intrusive first, each
-    one admitted."""
+    """Advice: up to three changes that lower memory by formula and keep to all constraints."""
     settings = [
         " ".join(map("=".join, words.items())) for words, _ in islice(levers(experiment), 3)
     ]
-    return f"it needs less memory a GPU: try {' or '.join(settings) or 'a smaller SEQ='}"
+    return f"use less memory per GPU: try {' or '.join(settings) or 'a smaller SEQ='}"
 
 
 def _host_memory(experiment: Experiment) -> str:
     ranks = experiment.ranks_per_node
     fewer = f"fewer than {ranks} ranks (GPUS=), " if ranks > 1 else ""
-    return (
-        f"the host ran out of memory: {fewer}a smaller SEQ= or MBS=, or close what else runs there"
-    )
+    return f"the host ran out of memory: {fewer}a smaller SEQ= or MBS=, or end other programs there"
 
 
 ADDRESS_IN_USE = re.compile(
@@ -176,7 +168,7 @@ _SHARED_MEMORY = (
 
 
 def _sets(experiment: Experiment) -> list[str]:
-    """The names of the data sets that it reads."""
+    """Names of the data sets that it reads."""
     return [
         word.partition(":")[0]
         for word in experiment.data.replace(",", " ").split()
@@ -197,7 +189,7 @@ RULES = (
         memory_levers,
     ),
     _rule(
-        r"DefaultCPUAllocator: can't allocate|Cannot allocate memory|\bMemoryError\b|for want of"
+        r"DefaultCPUAllocator: can't allocate|Cannot allocate memory|\bMemoryError\b|for lack of"
         r" memory",
         "oom-host",
         _host_memory,
@@ -211,7 +203,8 @@ RULES = (
         r"SIGBUS|Bus error",  # also what a mapped file does that became shorter
         "crash",
         lambda e: (
-            f"{_SHARED_MEMORY}{'; or a file of the data was cut while it was read: ' if _sets(e) else ''}{_checks(e)}"  # noqa: E501
+            _SHARED_MEMORY
+            + (f"; or a data file was truncated during the run: {_checks(e)}" if _sets(e) else "")
         ),
     ),
     _rule(
@@ -219,7 +212,7 @@ RULES = (
         r"|Indexing\.cu.*Assertion|Assertion .*(srcIndex|srcSelectDimSize|ind >=)",
         "crash",
         lambda e: (
-            "an id beyond vocabulary or positions"
+            "a token or position id is out of range"
             + (f", as in damaged data: {_checks(e)}" if _sets(e) else "")
         ),
     ),
@@ -231,23 +224,23 @@ RULES = (
     _rule(
         r"found (NaN|Inf) in|Unexpected result (nan|-?inf)",
         "nan",
-        'the numbers left their range: a lower learning rate (ARGS="--lr 1e-5"), or other data',
+        'a number is not finite: a lower learning rate (ARGS="--lr 1e-5"), or other data',
     ),
     _rule(
         r"Watchdog caught collective operation timeout|ran for \d+ milliseconds before timing out"
         r"|Timed out waiting \d+ms for",
         "hang",
-        "a rank waited for others in vain; logs.txt names the collective",
+        "a rank waited for others that did not answer; logs.txt names the collective",
     ),
     _rule(
         ADDRESS_IN_USE.pattern,
         "crash",
-        "a port was taken: run it again; with several nodes, name another in RENDEZVOUS=host:port",
+        "a port was taken: run it again; with several nodes, set another RENDEZVOUS=host:port",
     ),
     _rule(
         r"RendezvousTimeoutError|RendezvousConnectionError",
         "crash",
-        "the nodes did not meet: all want the same RENDEZVOUS=host:port, and that port open",
+        "the nodes found no rendezvous: all need the same RENDEZVOUS=host:port, and that port open",
     ),
     _rule(
         r"driver version is insufficient|driver on your system is too old|unsupported display"
@@ -283,7 +276,7 @@ RULES = (
         r"unrecognized arguments|error: (argument|the following arguments|ambiguous option)|invalid"
         r" choice:",
         "bad-configuration",
-        "upstream refused an argument: make arguments lists what it knows; yours are in ARGS=",
+        "upstream refused an argument: make arguments lists the valid ones; yours are in ARGS=",
     ),
     _rule(
         r"\bin"
@@ -324,8 +317,7 @@ RULES = (
         "the results so far are kept",
     ),
 )
-"""Every failure that has a name, the specific before the general: the first rule that matches
-decides."""
+"""Known failures, the specific before the general: the first rule that matches decides."""
 
 _ECHO = re.compile(
     r"Connection (was )?(closed|reset|refused)|Broken pipe|remote process (exited|has terminated)"
@@ -340,8 +332,7 @@ _SUMMARY = re.compile(
 _SIGNALLED_FIRST = re.compile(
     r"^Root Cause .*:\n\[\d+\]:\n(?:  .*\n)*?  exitcode +: -\d+ ", re.MULTILINE
 )
-"""torchrun's summary where a signal ended the first rank that failed; no other rank's end caused
-that."""
+"""torchrun's summary where a signal ended the first rank that failed: that is a cause, no echo."""
 _RANK_PREFIX = re.compile(r"^\[rank(\d+)\]:(?: |$)")
 _PRINTED_ERROR = re.compile(r"^(?:\S+\.py: )?error: ")
 _LAST_WORDS = re.compile(
@@ -349,7 +340,7 @@ _LAST_WORDS = re.compile(
     r" Assertion `.*' failed\.)$",
     re.MULTILINE,
 )
-"""What C++ and the C library say before they abort the process."""
+"""What C++ and the C library print before they abort the process."""
 
 
 def _first_error(evidence: Evidence, experiment: Experiment) -> RunOutcome:
@@ -401,8 +392,7 @@ def _named(
 
 
 def _from_rank_files(evidence: Evidence) -> Iterator[Failure]:
-    """Exceptions of ranks. Of SystemExit the reason is in the log; UserError is what the entry
-    tells users."""
+    """Exceptions of ranks. The reason of a SystemExit is in the log; UserErrors are for users."""
     for error in evidence.errors:
         messages = {"SystemExit": "", "UserError": f"error: {error.message}"}
         message = messages.get(error.type, f"{error.type}: {error.message}")
@@ -410,8 +400,10 @@ def _from_rank_files(evidence: Evidence) -> Iterator[Failure]:
 
 
 def _from_summary(evidence: Evidence) -> Iterator[Failure]:
-    """Ranks in torchrun's summary. It truncates times to seconds, so the end of that second is
-    taken."""
+    """Ranks in torchrun's summary.
+
+    It truncates times to seconds; the end of that second keeps errors with exact times first.
+    """
     for entry in _SUMMARY.finditer(evidence.log):
         code = int(entry["exitcode"])
         time = datetime.fromisoformat(entry["time"].replace("_", "T")).timestamp() + 1
@@ -429,15 +421,17 @@ def _signalled(number: int, evidence: Evidence) -> str:
     if number != signal.SIGKILL:
         return text
     if evidence.oom_kills:
-        return f"{text}: the kernel killed it for want of memory"
+        return f"{text}: the kernel killed it for lack of memory"
     if evidence.least_free_share < LOW_MEMORY_SHARE:
-        return f"{text} for want of memory: {evidence.least_free_share:.1%} of the host's was left"
+        return f"{text} for lack of memory: {evidence.least_free_share:.1%} of the host's was left"
     return text
 
 
 def _from_log(log: str) -> Iterator[Failure]:
-    """Tracebacks and printed errors in the order of the log; without a time, files of ranks come
-    first."""
+    """Tracebacks and printed errors in the order of the log.
+
+    They have no time, so the error files of ranks come first.
+    """
     open_tracebacks: dict[int | None, list[str]] = {}
     for line in log.splitlines():
         prefix = _RANK_PREFIX.match(line)
@@ -460,7 +454,7 @@ def _match(text: str) -> FailureRule | None:
 
 
 def _match_log(log: str) -> tuple[FailureRule, str] | None:
-    """The first rule that counts anywhere and occurs in the log, with the line it occurs in."""
+    """The first rule for any line of the log that matches, with the line."""
     for rule in RULES:
         if rule.anywhere and (found := rule.pattern.search(log)):
             start, end = log.rfind("\n", 0, found.start()) + 1, log.find("\n", found.end())

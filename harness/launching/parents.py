@@ -1,10 +1,10 @@
-"""Whether what started this launcher still lives: a run ends with a make or a script that was
-killed.
+"""Whether the make or script that started this launcher still runs: if it was killed, the run ends.
 
-A run that was detached on purpose goes on: under nohup (SIGHUP ignored), in the background of a
+SIGKILL of a make leaves its children running, and a user would not know of the GPUs they occupy.
+A run that was detached on purpose continues: under nohup (SIGHUP ignored), in the background of a
 shell without job control (SIGINT ignored), under setsid, or as a job of an interactive shell (a
-process group of its own, which the terminal ends). What make starts ends before make, unless that
-is killed: its end is followed in any case.
+process group of its own, which the terminal ends). make itself is always watched: it waits for what
+it starts, so it ends first only where it was killed.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ SHELLS = ("sh", "bash", "dash", "zsh", "ksh", "fish", "busybox")
 
 
 class Parents:
-    """The processes above this one that it was started by and ends with."""
+    """The parent processes with which this one ends."""
 
     def __init__(self) -> None:
         self._watched: dict[int, str] = {}
         self._poll = select.poll()
-        for pid, name in _followed():
-            with suppress(OSError):  # it has just ended, or this kernel has no such descriptors
+        for pid, name in _to_watch():
+            with suppress(OSError):  # it has just ended, or the kernel is older than 5.3
                 descriptor = os.pidfd_open(pid)
                 self._watched[descriptor] = f"{name} (process {pid})"
                 self._poll.register(descriptor, select.POLLIN)
@@ -42,8 +42,8 @@ class Parents:
         self._watched, self._poll = {}, select.poll()
 
 
-def _followed() -> Iterator[tuple[int, str]]:
-    """Number and name of each process to follow, the nearest first."""
+def _to_watch() -> Iterator[tuple[int, str]]:
+    """Pid and name of each process to watch, from the parent upwards."""
     ignored = signal.SIG_IGN in (signal.getsignal(signal.SIGHUP), signal.getsignal(signal.SIGINT))
     child, pid = os.getpid(), os.getppid()
     while pid > 1 and (known := _stat(pid)):
@@ -63,7 +63,7 @@ def _group(pid: int) -> int | None:
 
 
 def _stat(pid: int) -> tuple[str, int] | None:
-    """Name and parent of a process; None where it is gone."""
+    """Name and parent pid of a process; None where it has ended."""
     try:
         front, _, back = Path(f"/proc/{pid}/stat").read_text().rpartition(")")
     except OSError:

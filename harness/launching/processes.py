@@ -1,5 +1,4 @@
-"""Processes of a run: found by the mark they carry, ended without exception, and what killed
-them."""
+"""Processes of a run: found by their environment, ended, and signs of what killed them."""
 
 from __future__ import annotations
 
@@ -18,28 +17,27 @@ if TYPE_CHECKING:
     import psutil
 
 LAUNCHER_VARIABLE = "HARNESS_LAUNCHER"
-"""Environment variable with the launcher's pid: tells apart nodes that share a run directory on one
+"""Environment variable with the launcher's pid, since two nodes may share a run directory on one
 machine."""
 
 KILLED_S = 5
-"""A process that is still there so long after SIGKILL hangs in a driver; it is not waited for."""
+"""A process that outlives SIGKILL for this long hangs in a driver, and is not waited for."""
 
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _CGROUPS, _OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 class Signals:
-    """While this context lasts, SIGINT, SIGTERM and SIGHUP are noted instead of ending this
-    process.
+    """While this context lasts, SIGINT, SIGTERM and SIGHUP are recorded and end nothing.
 
-    Signals that are ignored (nohup, background jobs) stay so; outside the main thread nothing
-    changes. The end of what started this process (``Parents``) counts as SIGHUP.
+    Ignored signals (nohup, background jobs) stay ignored. Python handles signals in the main thread
+    only, so elsewhere nothing changes. The end of a parent process (``Parents``) counts as SIGHUP.
     """
 
     def __init__(self) -> None:
         self.ended: str | None = None
-        """The process whose end is the last signal that was taken."""
-        self._noted: list[signal.Signals] = []
+        """The parent process whose end was the last signal taken."""
+        self._recorded: list[signal.Signals] = []
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
@@ -47,7 +45,7 @@ class Signals:
         if threading.current_thread() is threading.main_thread():
             for number in _STOPPING:
                 if signal.getsignal(number) != signal.SIG_IGN:
-                    self._before[number] = signal.signal(number, self._note)
+                    self._before[number] = signal.signal(number, self._record)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -56,22 +54,22 @@ class Signals:
             signal.signal(number, handler)
 
     def take(self) -> signal.Signals | None:
-        """The oldest signal that nobody took yet, or None."""
-        if not self._noted and (ended := self._parents.ended()):
+        """The oldest signal not taken yet, or None."""
+        if not self._recorded and (ended := self._parents.ended()):
             self._parents.close()
             self.ended = ended
             return signal.SIGHUP
-        return self._noted.pop(0) if self._noted else None
+        return self._recorded.pop(0) if self._recorded else None
 
-    def _note(self, number: int, _frame: object) -> None:
-        self._noted.append(signal.Signals(number))
+    def _record(self, number: int, _frame: object) -> None:
+        self._recorded.append(signal.Signals(number))
 
 
 def marked(**marks: str) -> list[psutil.Process]:
-    """Processes that were started with these environment variables, other than this one.
+    """Processes that were started with these environment variables, without this one.
 
-    Children inherit them, so a rank is found wherever it is: in another session, or adopted by
-    init.
+    Children inherit the variables: a rank is found even in another session or adopted by init,
+    where neither a process group nor a parent leads to it.
     """
     import psutil
 
@@ -82,20 +80,21 @@ def marked(**marks: str) -> list[psutil.Process]:
 
 
 def end(processes: Iterable[psutil.Process], grace_s: float) -> None:
-    """SIGTERM to each, and SIGKILL to those that are still there after ``grace_s``. Returns when
-    all are gone."""
+    """SIGTERM to each, SIGKILL to those that still run after ``grace_s``; wait for their end."""
     left = list(processes)
     for process in left:
         send(process, signal.SIGTERM)
-    stubborn = _still_there(left, grace_s)
-    for process in stubborn:
+    surviving = _running_after(left, grace_s)
+    for process in surviving:
         send(process, signal.SIGKILL)
-    _still_there(stubborn, KILLED_S)
+    _running_after(surviving, KILLED_S)
 
 
-def _still_there(processes: list[psutil.Process], seconds: float) -> list[psutil.Process]:
-    """Those that have not ended after ``seconds``. Children are not reaped: their exit status is
-    for their parent."""
+def _running_after(processes: list[psutil.Process], seconds: float) -> list[psutil.Process]:
+    """Those that have not ended after ``seconds``.
+
+    Their exit status is not collected: it belongs to their parent.
+    """
     deadline = time.monotonic() + seconds
     while (left := [p for p in processes if lives(p)]) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -103,7 +102,7 @@ def _still_there(processes: list[psutil.Process], seconds: float) -> list[psutil
 
 
 def lives(process: psutil.Process) -> bool:
-    """Whether it still runs; a zombie does not."""
+    """Whether it runs; a zombie does not."""
     import psutil
 
     try:
@@ -113,7 +112,7 @@ def lives(process: psutil.Process) -> bool:
 
 
 def send(process: psutil.Process, number: signal.Signals) -> None:
-    """Signal a process, if it still is the one that was found."""
+    """Signal a process, unless it ended and its pid is another process's now."""
     import psutil
 
     with suppress(psutil.Error):
@@ -121,7 +120,7 @@ def send(process: psutil.Process, number: signal.Signals) -> None:
 
 
 def catches(pid: int, number: signal.Signals) -> bool:
-    """Whether the process handles this signal, whose default would end it."""
+    """Whether the process has a handler for this signal, whose default would end it."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
@@ -138,8 +137,7 @@ def has_variable(pid: int, name: str) -> bool:
 
 
 def _environment(pid: int) -> set[bytes]:
-    """``NAME=value`` of a process as it was started; empty for one that is not ours to see, or
-    over."""
+    """``NAME=value`` of a process as it was started; empty where it ended or is another user's."""
     try:
         return set(Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
     except OSError:
@@ -147,8 +145,7 @@ def _environment(pid: int) -> set[bytes]:
 
 
 def oom_kills() -> int:
-    """Processes that the kernel has killed for want of memory since it started, those of containers
-    included."""
+    """Processes that the kernel has killed for lack of memory since boot, in containers too."""
     try:
         lines = Path("/proc/vmstat").read_text().splitlines()
     except OSError:
@@ -157,8 +154,7 @@ def oom_kills() -> int:
 
 
 def free_memory_share() -> float:
-    """The share of memory that is still available, 0 to 1: of this machine or of this process's
-    control group."""
+    """Share of memory that is available, 0 to 1: of this machine or of this process's cgroup."""
     import psutil
 
     memory = psutil.virtual_memory()
@@ -166,8 +162,7 @@ def free_memory_share() -> float:
 
 
 def _free_share_of_control_group() -> float:
-    """The smallest free share of the control groups above this process (cgroup v2); 1 where there
-    is no limit."""
+    """The smallest free share of this process's cgroups (v2); 1 where there is no limit."""
     try:
         own = next(
             line[3:] for line in _OWN_CGROUP.read_text().splitlines() if line.startswith("0::")

@@ -1,5 +1,4 @@
-"""Runs as Slurm jobs: a batch script with one launcher a node, which writes the same run directory
-as anywhere else."""
+"""Runs as Slurm jobs: a batch script that starts one launcher on each node."""
 
 from __future__ import annotations
 
@@ -21,9 +20,9 @@ if TYPE_CHECKING:
 
 TIME = "00:30:00"
 CPUS_PER_GPU = 4
-"""A rank's main thread, its two data loaders and NCCL's proxy."""
+"""A rank's main thread, two data loaders and NCCL's proxy thread."""
 ENDS_EARLY_S = 60
-"""A job that reaches its time limit ends its ranks so long before, to keep its results."""
+"""Slurm sends SIGTERM this long before the time limit: the launcher then writes the result."""
 
 LAUNCHER = ("scripts/setup.sh", "light", "--", "-m", "harness", "run")
 NOT_FOR_NODES = (
@@ -46,8 +45,8 @@ def submit_or_print(plan: Plan, settings: Mapping[str, str]) -> int:
     Returns the exit status.
 
     Raises:
-        UserError: a setting is malformed, the output directory cannot be made, or Slurm refuses the
-        job.
+        UserError: a setting is malformed, the output directory cannot be made, or Slurm refuses
+            the job.
     """
     script = render_sbatch(plan, settings)
     sbatch = shutil.which("sbatch")
@@ -80,15 +79,14 @@ def submit_or_print(plan: Plan, settings: Mapping[str, str]) -> int:
 
 
 def render_sbatch(plan: Plan, settings: Mapping[str, str]) -> str:
-    """The batch script for ``plan``: resources, the place where the nodes meet, one launcher on
-    each of them.
+    """The batch script for ``plan``: resources, rendezvous, one launcher on each node.
 
     Args:
-        settings: the user's; PARTITION, ACCOUNT and TIME are Slurm's, the others go on to the
-        launchers.
+        settings: the user's; PARTITION, ACCOUNT and TIME are for Slurm, the others are passed to
+            the launchers.
 
     Raises:
-        UserError: a setting of Slurm's is malformed.
+        UserError: a setting for Slurm is malformed.
     """
     e = plan.experiment
     options = {
@@ -132,19 +130,20 @@ def render_sbatch(plan: Plan, settings: Mapping[str, str]) -> str:
 
 def _on_every_node() -> list[str]:
     return [
-        "# The nodes meet on the first of them, at a port that other jobs hardly have.",
+        "# The rendezvous is on the first node, at a port that differs between jobs.",
         'read -r first < <(scontrol show hostnames "$SLURM_JOB_NODELIST")',
         'export RENDEZVOUS="$first:$((20000 + SLURM_JOB_ID % 20000))"',
         "# shellcheck disable=SC2016  # expanded on each node",
-        """exec srun bash -c 'exec "$@" NODE_RANK="$SLURM_NODEID" RENDEZVOUS="$RENDEZVOUS"' node "${run[@]}\"""",  # noqa: E501
+        "exec srun bash -c "
+        """'exec "$@" NODE_RANK="$SLURM_NODEID" RENDEZVOUS="$RENDEZVOUS"' node "${run[@]}\"""",
     ]
 
 
 def _in_a_comment(folder: str) -> str:
-    """``folder`` as sbatch reads it in a line of options, where % has a meaning.
+    """``folder`` as an option in a line of ``#SBATCH``, where % must be doubled.
 
     Raises:
-        UserError: it holds what would end the option or the line.
+        UserError: it has characters that would end the option or the line.
     """
     if not folder.isprintable() or re.search(r"[\"'\\]", folder):
         raise UserError(

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 REFRESH_S = 0.5
 LINE_EVERY_S = 1.0
 FEW_STEPS = 25
-"""A run of so few steps prints each of them into a pipe."""
+"""A run of at most so many steps prints all of them into a pipe."""
 MANY_RUNS = 3
-"""So many runs at once get one line each."""
+"""From so many runs at once, each gets one line in place of three."""
 
 PHASES = tuple(
     (re.compile(pattern), words)
@@ -43,13 +43,13 @@ PHASES = tuple(
         (r"after training is done", "finishing"),
     )
 )
-"""Lines of upstream's log, and what they mean to someone who waits."""
+"""Phases of a run before its steps, and the lines of upstream's log that begin them."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A run at one moment. ``tflops`` is per GPU, ``mfu`` a fraction, ``memory_gib`` of the fullest
-    rank."""
+    """A run at one moment. ``tflops`` is per GPU, ``mfu`` a fraction; ``memory_gib`` is of the
+    fullest rank."""
 
     label: str
     steps: int
@@ -65,15 +65,15 @@ class Snapshot:
 
 
 class Terminal(Protocol):
-    """Where runs show themselves; a context manager."""
+    """Shows runs while they last; a context manager."""
 
     def show(self, snapshot: Snapshot) -> None: ...
 
     def finish(self, label: str) -> None:
-        """The run shows no more progress."""
+        """The run is over: show its last step, if that was not shown yet."""
 
     def print(self, text: str) -> None:
-        """Lines that stay."""
+        """Print lines that are not redrawn."""
 
     def __enter__(self) -> Terminal: ...
 
@@ -88,13 +88,12 @@ def open_terminal(stream: TextIO | None = None) -> Terminal:
 
 
 def phase_of(line: str) -> str | None:
-    """What a line of upstream's log says about where a run is, or None."""
+    """The phase that a line of upstream's log begins, or None."""
     return next((words for pattern, words in PHASES if pattern.search(line)), None)
 
 
 class PlainTerminal:
-    """Lines for a pipe or a file: every phase, the first and the last step, others about every
-    second."""
+    """Lines for a pipe or a file: every phase, the first and the last step, one step a second."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -137,8 +136,7 @@ class PlainTerminal:
 
 
 class LiveTerminal:
-    """A display that is redrawn in place, at most every ``REFRESH_S``, and gives way to the
-    summary."""
+    """Progress bars, redrawn in place at most every ``REFRESH_S`` and removed at the end."""
 
     def __init__(self, stream: TextIO):
         from rich.console import Console
@@ -202,7 +200,7 @@ def step_line(p: Snapshot) -> str:
 
 
 def summary(label: str, path: Path, result: Result) -> str:
-    """What a run leaves on the terminal: status, medians and where the files are, or what went
+    """What a run prints at its end: status, medians and where its files are, or what went
     wrong."""
     r = result
     took = _clock(r.finished - r.started)

@@ -1,5 +1,4 @@
-"""NVIDIA GPUs as the driver's NVML shows them: which are there, which are busy, how they do
-meanwhile."""
+"""NVIDIA GPUs of this machine through NVML: which exist, which are busy, memory and clocks."""
 
 from __future__ import annotations
 
@@ -18,8 +17,8 @@ from harness.errors import UserError
 from harness.system.screen import raw
 
 BUSY_MIB = 1024
-"""A GPU with more memory in use is busy, also where its processes cannot be seen (another
-container's)."""
+"""A GPU with more memory in use is busy, even where NVML lists no process: processes of other
+containers are hidden."""
 
 SAMPLE_S = 0.5
 MONITOR_S = 1.0
@@ -27,8 +26,7 @@ MONITOR_S = 1.0
 
 @dataclass(frozen=True)
 class LocalGpu:
-    """One GPU: its NVML index (that of nvidia-smi), name as the driver spells it, and all of its
-    memory."""
+    """One GPU: its NVML index (that of nvidia-smi), the driver's name for it, and its memory."""
 
     index: int
     name: str
@@ -38,13 +36,12 @@ class LocalGpu:
 
 @dataclass(frozen=True)
 class GpuSample:
-    """One GPU at one moment; None where the driver does not tell. Memory is what nvidia-smi shows
-    as used."""
+    """One GPU at one moment; None where the driver does not say. Memory as nvidia-smi shows it."""
 
     index: int
     used_gib: float
     utilization: int | None = None
-    """Percent of the last moments in which a kernel ran."""
+    """Percent of the last sampling period in which a kernel ran."""
     sm_clock_mhz: int | None = None
     power_w: float | None = None
     temperature_c: int | None = None
@@ -61,7 +58,7 @@ class GpuProcess:
 
 @dataclass(frozen=True)
 class GpuUse:
-    """Who uses a GPU."""
+    """Memory in use and processes of a GPU."""
 
     gpu: LocalGpu
     used_gib: float
@@ -73,7 +70,7 @@ class GpuUse:
 
 
 def list_gpus() -> tuple[LocalGpu, ...]:
-    """Every GPU of this machine by index; none where there is no driver."""
+    """Every GPU of this machine, by index; none without a driver."""
     with _nvml() as nvml:
         if nvml is None:
             return ()
@@ -88,8 +85,10 @@ def list_gpus() -> tuple[LocalGpu, ...]:
 
 
 def keep_awake() -> None:
-    """Keep the driver initialised until this process ends: where nothing else does, each question
-    to it starts it anew."""
+    """Keep the driver initialised until this process ends.
+
+    Without persistence mode the driver initialises the GPUs at each first query, for seconds.
+    """
     try:
         import pynvml
     except ImportError:
@@ -99,8 +98,8 @@ def keep_awake() -> None:
 
 
 def driver_versions() -> tuple[str | None, str | None]:
-    """The driver's version and the newest CUDA it supports, ``("580.95.05", "13.0")``; None without
-    one."""
+    """Driver version and the newest CUDA it supports, ``("580.95.05", "13.0")``; None without a
+    driver."""
     with _nvml() as nvml:
         if nvml is None:
             return None, None
@@ -109,8 +108,10 @@ def driver_versions() -> tuple[str | None, str | None]:
 
 
 def kept_by_driver_gib(indices: Sequence[int]) -> float | None:
-    """The most that the driver keeps for itself of one of these GPUs, and does not count as used;
-    None: it does not tell."""
+    """The most memory that the driver reserves on one of these GPUs and does not count as used.
+
+    None where the driver does not say.
+    """
     with _nvml() as nvml:
         handles = (
             [_ask(nvml, nvml.nvmlDeviceGetHandleByIndex, index) for index in indices]
@@ -122,8 +123,7 @@ def kept_by_driver_gib(indices: Sequence[int]) -> float | None:
 
 
 def use() -> tuple[GpuUse, ...]:
-    """Memory in use and compute processes of every GPU. A driver that hides processes shows
-    none."""
+    """Memory in use and compute processes of every GPU; those of other containers are hidden."""
     gpus = list_gpus()
     with _nvml() as nvml:
         return tuple(_use(nvml, gpu) for gpu in gpus) if nvml else ()
@@ -132,11 +132,11 @@ def use() -> tuple[GpuUse, ...]:
 def choose(count: int, wanted: Sequence[int] | None = None) -> tuple[int, ...]:
     """Pick ``count`` of the ``available`` GPUs.
 
-    GPUs that are named in ``wanted`` are taken even if they are busy.
+    GPUs named in ``wanted`` are taken even if they are busy.
 
     Raises:
-        UserError: there are too few GPUs, or too few free ones; the busy are listed with their
-        processes.
+        UserError: there are too few GPUs, or too few free ones; busy ones are listed with their
+            processes.
     """
     free = available(wanted)
     if len(free) >= count:
@@ -159,13 +159,12 @@ def choose(count: int, wanted: Sequence[int] | None = None) -> tuple[int, ...]:
     busy = "\n".join(f"  {describe(u)}" for u in uses if u.busy)
     raise UserError(
         f"this run needs {_gpus(count)}, {len(free)} of {len(uses)} are free; busy:\n{busy}\n"
-        f"GPUS_IDS={_ids([u.gpu.index for u in uses][:count])} takes them all the same"
+        f"GPUS_IDS={_ids([u.gpu.index for u in uses][:count])} takes them although they are busy"
     )
 
 
 def available(wanted: Sequence[int] | None = None) -> tuple[int, ...]:
-    """The GPUs that may be used: ``wanted``, or the free ones within CUDA_VISIBLE_DEVICES where
-    that is set.
+    """GPUs that may be used: ``wanted``, or the free ones (of CUDA_VISIBLE_DEVICES, if set).
 
     Raises:
         UserError: one of ``wanted`` does not exist or is named twice.
@@ -185,7 +184,7 @@ def available(wanted: Sequence[int] | None = None) -> tuple[int, ...]:
 
 
 def describe(use: GpuUse) -> str:
-    """One line about who uses a GPU: ``GPU 3: 71.2 GiB used, by python (pid 4711, 70.9 GiB)``."""
+    """One line about the use of a GPU: ``GPU 3: 71.2 GiB used, by python (pid 4711, 70.9 GiB)``."""
     line = f"GPU {use.gpu.index}: {use.used_gib:.1f} GiB used"
     if use.processes:
         line += ", by " + ", ".join(_describe_process(p) for p in use.processes)
@@ -193,15 +192,16 @@ def describe(use: GpuUse) -> str:
 
 
 def sample(indices: Sequence[int]) -> tuple[GpuSample, ...]:
-    """Memory, utilisation, clock, power and temperature of these GPUs now; empty without a
-    driver."""
+    """Memory, utilisation, clock, power and temperature of these GPUs; empty without a driver."""
     with _nvml() as nvml:
         return tuple(_sample(nvml, index) for index in indices) if nvml else ()
 
 
 class Sampler:
-    """Appends samples to a file every ``SAMPLE_S``, from its own thread: a GPU in trouble may block
-    NVML."""
+    """Appends samples to a file every ``SAMPLE_S``.
+
+    It has a thread of its own: NVML may block where a GPU has failed.
+    """
 
     def __init__(self, path: Path, indices: Sequence[int]):
         self._path = path
@@ -209,12 +209,12 @@ class Sampler:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="gpu-sampler", daemon=True)
         self.peak_gib: float | None = None
-        """The most memory seen in use on one of the GPUs."""
+        """The most memory in use on one of the GPUs so far."""
         if self._indices:
             self._thread.start()
 
     def stop(self) -> None:
-        """Write a last sample and end; a blocked driver is waited for only briefly."""
+        """Write a last sample and end; waits 2 s at most for a blocked driver."""
         self._over.set()
         if self._thread.is_alive():
             self._thread.join(timeout=2)
@@ -241,7 +241,7 @@ def monitor(interval_s: float = MONITOR_S) -> int:
     """Show every GPU until interrupted: a live table on a terminal, a line each in a pipe. Returns
     0."""
     if not list_gpus():
-        print("no NVIDIA GPU here: the driver shows none (make doctor says more)")
+        print("the NVIDIA driver shows no GPU here (make doctor says more)")
         return 0
     try:
         if sys.stdout.isatty():
@@ -291,8 +291,7 @@ def _or_dash(value: float | None, unit: str) -> str:
 
 @contextmanager
 def _nvml() -> Iterator[Any]:
-    """The NVML bindings, initialised, or None where the bindings, the library or the driver is
-    missing."""
+    """The initialised NVML bindings; None without bindings, library or driver."""
     try:
         import pynvml
     except ImportError:
@@ -310,8 +309,10 @@ def _nvml() -> Iterator[Any]:
 
 
 def memory(nvml: Any, handle: Any) -> Any:
-    """Memory as nvidia-smi shows it: what the driver keeps for itself is ``reserved``, and not
-    counted as ``used``."""
+    """Memory as nvidia-smi shows it: ``used`` without what the driver reserves (``reserved``).
+
+    Version 1 of this call, which older drivers have alone, counts reserved memory as used.
+    """
     try:
         return nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2)
     except (nvml.NVMLError, AttributeError):
@@ -346,8 +347,7 @@ def _sample(nvml: Any, index: int) -> GpuSample:
 
 
 def _ask(nvml: Any, question: Any, *arguments: Any) -> Any:
-    """The answer, or None where this GPU or driver does not give it (virtual GPUs, missing
-    rights)."""
+    """The answer; None where this GPU or driver gives none (virtual GPUs, missing rights)."""
     try:
         return question(*arguments)
     except nvml.NVMLError:
@@ -355,8 +355,10 @@ def _ask(nvml: Any, question: Any, *arguments: Any) -> Any:
 
 
 def _visible(uses: Sequence[GpuUse]) -> tuple[GpuUse, ...]:
-    """Those that CUDA_VISIBLE_DEVICES names, by index or UUID and in its order; all where it is not
-    set."""
+    """The GPUs in CUDA_VISIBLE_DEVICES, by index or UUID and in its order; all where it is unset.
+
+    As in CUDA, the list ends at the first entry that names no GPU.
+    """
     names = os.environ.get("CUDA_VISIBLE_DEVICES")
     if names is None:
         return tuple(uses)

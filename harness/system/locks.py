@@ -1,12 +1,11 @@
-"""Locks on folders: which living process has one, by a lock that the kernel releases when that
-process ends.
+"""Locks on folders, which the kernel releases when their holder ends.
 
-FOLDER/lock    locked with flock(2) for as long as its holder lives; the text in it says who that is
+FOLDER/lock    locked with flock(2) while its holder lives; its text names the holder
 
-flock decides among the processes of one machine, and reads no clock. Whether it reaches other
+flock decides among the processes of one machine, and needs no clock. Whether it works between
 machines depends on the file system (NFS: yes; Lustre without -o flock and many FUSE mounts: no). So
-the holder also counts in the file, every ``BEAT_S``: a lock of another machine that flock does not
-show is held for as long as its count goes on.
+the holder also writes a heartbeat to the file every ``HEARTBEAT_S``. A lock of another machine that
+flock does not show is held while its heartbeat changes.
 """
 
 from __future__ import annotations
@@ -27,30 +26,28 @@ from harness.errors import UserError
 from harness.system.files import json_object
 
 FILE = "lock"
-BEAT_S = 5.0
-"""The holder counts on in its file this often."""
+HEARTBEAT_S = 5.0
 WATCH_S = 15.0
-"""The count of another machine's lock is watched for this long before its holder counts as dead."""
+"""A lock of another machine whose heartbeat does not change for this long has a dead holder."""
 RECENT_S = 60.0
-"""A listing, which does not watch, believes a lock of another machine whose file changed so
-recently."""
-PROBES_S = 0.5
-"""Others look whether a lock is free by taking it for a moment; that is over within this time."""
-SIZE = 512
-"""Bytes of the file's text: it is rewritten in place, for flock belongs to the file and not to its
-name."""
+"""A listing, which does not watch heartbeats, believes a lock whose file changed so recently."""
+PROBE_S = 0.5
+"""``holder`` takes a shared lock for a moment; ``take`` tries again for this long."""
+SIZE_BYTES = 512
+"""Of the file's text. It is rewritten in place: flock belongs to the file, not to its name."""
 
 
 @dataclass(frozen=True)
 class Holder:
-    """The process that has a folder: its machine, by name and by the kernel's boot, and its number
-    there.
+    """The process that holds a lock.
 
     Attributes:
-        start: when it started, in clock ticks since boot (proc(5)): no other process of that number
-        has the same.
-        token: of this one lock, so that another machine can tell that it sees the same file.
-        beat: how often it has counted.
+        pid: its number on ``host``, or in its container there.
+        boot: the kernel's id of this boot of the machine.
+        start: when the process started, in clock ticks since boot (proc(5)); a later process with
+            the same pid has another.
+        token: random, of this lock: another machine can check that it sees the same file.
+        beat: the heartbeat, a counter.
     """
 
     host: str
@@ -62,13 +59,12 @@ class Holder:
 
     @property
     def is_here(self) -> bool:
-        """Whether it is a process of this machine, since its last boot."""
+        """Whether it is a process of this boot of this machine."""
         return self.boot == _boot()
 
     @property
     def lives(self) -> bool:
-        """Whether it is a living process here; its number means nothing in another container of
-        this machine."""
+        """Whether it is a living process in this container; elsewhere its pid means nothing."""
         return self._is_in_this_container and _start(self.pid) == self.start
 
     @property
@@ -76,28 +72,28 @@ class Holder:
         return self.is_here and self.host == socket.gethostname()
 
     def __str__(self) -> str:
+        # the lock is inherited: it is held until the last process of a run has ended
         killed = self._is_in_this_container and not self.lives
-        ending = ", which was killed; what it started is still ending" if killed else ""
+        ending = ", which was killed; processes it started are still ending" if killed else ""
         return f"process {self.pid} on {self.host}{ending}"
 
 
 class Taken(UserError):
-    """Another process has the folder."""
+    """Another process holds the lock."""
 
     def __init__(self, folder: Path, holder: Holder | None) -> None:
         super().__init__(f"{folder} is in use by {holder or 'another process'}")
         self.holder = holder
 
 
-def take(folder: Path, tell: Callable[[str], None] = lambda _: None) -> None:
-    """Have ``folder`` to this process, until ``release`` or until it and what inherited the lock
-    have ended.
+def take(folder: Path, report: Callable[[str], None] = lambda _: None) -> None:
+    """Lock ``folder`` until ``release``, or until all processes that inherited the lock have ended.
 
     Args:
-        tell: called with a line where another machine's lock has to be watched for ``WATCH_S``.
+        report: called with a line where another machine's lock has to be watched for ``WATCH_S``.
 
     Raises:
-        Taken: another process has it.
+        Taken: another process holds the lock.
         OSError: the lock file cannot be made.
     """
     path = _file(folder)
@@ -105,16 +101,17 @@ def take(folder: Path, tell: Callable[[str], None] = lambda _: None) -> None:
         return
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        reaches = _flock_for(descriptor, PROBES_S)
+        reaches = _flock_for(descriptor, PROBE_S)
         earlier = _read(descriptor)
+        # the folder may have been removed, and made again, between open and flock
         if reaches and path.stat().st_ino != os.fstat(descriptor).st_ino:
             raise FileNotFoundError(f"{path} was removed")
         if earlier and not (reaches and earlier.is_here):
-            tell(
-                f"{folder} was locked by {earlier}: watching for {WATCH_S:.0f} s whether it"
-                " still is"
+            report(
+                f"{folder} was locked by {earlier}: watching for {WATCH_S:.0f} s whether it "
+                "still is"
             )
-            if _count_goes_on({path: earlier}):
+            if _with_heartbeat({path: earlier}):
                 raise Taken(folder, earlier)
         own = Holder(
             socket.gethostname(),
@@ -133,13 +130,13 @@ def take(folder: Path, tell: Callable[[str], None] = lambda _: None) -> None:
         raise
     with _guard:
         _held[path] = (descriptor, own)
-        if not _beating.is_set():
-            _beating.set()
+        if not _heartbeat_runs.is_set():
+            _heartbeat_runs.set()
             threading.Thread(target=_beat, name="locks", daemon=True).start()
 
 
 def release(folder: Path) -> None:
-    """Give ``folder`` back, where this process has it; the folder may be gone."""
+    """Unlock ``folder`` if this process holds its lock; the folder may be gone."""
     with _guard:
         descriptor, _ = _held.pop(_file(folder), (None, None))
     if descriptor is not None:
@@ -148,17 +145,17 @@ def release(folder: Path) -> None:
 
 
 def holder(folder: Path, watch: bool = True) -> Holder | None:
-    """The living process that has ``folder``, or None.
+    """The living process that holds the lock of ``folder``, or None.
 
     Args:
-        watch: wait up to ``WATCH_S`` where only the count of another machine's lock can tell; else
-        its file's age must do.
+        watch: wait up to ``WATCH_S`` for a heartbeat where the lock is another machine's. Without,
+            the age of the file decides.
     """
     return holders([folder], watch).get(folder)
 
 
 def holders(folders: Iterable[Path], watch: bool = True) -> dict[Path, Holder]:
-    """Who has which of ``folders``, as ``holder``; all counts are watched at once."""
+    """The ``holder`` of each locked folder; all heartbeats are watched at the same time."""
     found: dict[Path, Holder] = {}
     unclear: dict[Path, Holder] = {}
     folder_of = {_file(folder): folder for folder in folders}
@@ -176,16 +173,15 @@ def holders(folders: Iterable[Path], watch: bool = True) -> dict[Path, Holder]:
             found[folder] = _read(descriptor) or Holder("this machine", 0, "", 0, "")
         finally:
             os.close(descriptor)
-    alive = (
-        _count_goes_on(unclear)
-        if watch and unclear
-        else [path for path in unclear if _is_recent(path)]
-    )
+    if watch and unclear:
+        alive = _with_heartbeat(unclear)
+    else:
+        alive = [path for path in unclear if _is_recent(path)]
     return found | {folder_of[path]: unclear[path] for path in alive}
 
 
 def is_visible(folder: Path, token: str) -> bool:
-    """Whether ``folder`` is here the one that a lock with ``token`` lies in."""
+    """Whether ``folder``, as this machine sees it, has the lock with ``token``."""
     try:
         known = _parse(_file(folder).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError):
@@ -194,19 +190,19 @@ def is_visible(folder: Path, token: str) -> bool:
 
 
 def own(folder: Path) -> Holder | None:
-    """This process's lock on ``folder``, if it has it."""
+    """This process's lock on ``folder``; None where it holds none."""
     return _held.get(_file(folder), (None, None))[1]
 
 
 def descriptors(*folders: Path) -> tuple[int, ...]:
-    """File descriptors of locks that this process has: who inherits them has the folders for as
-    long as it lives."""
+    """File descriptors of this process's locks; a child that inherits them keeps the folders
+    locked."""
     return tuple(_held[path][0] for path in map(_file, folders) if path in _held)
 
 
 _held: dict[Path, tuple[int, Holder]] = {}
 _guard = threading.Lock()
-_beating = threading.Event()
+_heartbeat_runs = threading.Event()
 
 
 def _file(folder: Path) -> Path:
@@ -226,8 +222,11 @@ def _flock_for(descriptor: int, seconds: float) -> bool:
 
 
 def _flock(descriptor: int, kind: int) -> bool:
-    """Take the lock; False where this file system has none. Raises BlockingIOError where another
-    process has it."""
+    """Take the lock; False where this file system has none.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -240,7 +239,7 @@ def _flock(descriptor: int, kind: int) -> bool:
 def _beat() -> None:
     beat = 0
     while True:
-        time.sleep(BEAT_S)
+        time.sleep(HEARTBEAT_S)
         beat += 1
         with _guard:
             for descriptor, holder in _held.values():
@@ -248,8 +247,8 @@ def _beat() -> None:
                     _write(descriptor, holder, beat)
 
 
-def _count_goes_on(locks: dict[Path, Holder]) -> list[Path]:
-    """Those of ``locks`` whose count changes within ``WATCH_S``."""
+def _with_heartbeat(locks: dict[Path, Holder]) -> list[Path]:
+    """Those of ``locks`` whose heartbeat changes within ``WATCH_S``."""
     left, alive = dict(locks), []
     deadline = time.monotonic() + WATCH_S
     while left and time.monotonic() < deadline:
@@ -272,16 +271,16 @@ def _is_recent(path: Path) -> bool:
 
 def _write(descriptor: int, holder: Holder, beat: int = 0) -> None:
     text = json.dumps({**asdict(holder), "beat": beat})
-    os.pwrite(descriptor, f"{text:{SIZE - 1}}\n".encode(), 0)
-    os.fsync(descriptor)
+    os.pwrite(descriptor, f"{text:{SIZE_BYTES - 1}}\n".encode(), 0)
+    os.fsync(descriptor)  # other machines see it only then
 
 
 def _read(descriptor: int) -> Holder | None:
-    return _parse(os.pread(descriptor, SIZE, 0).decode(errors="replace"))
+    return _parse(os.pread(descriptor, SIZE_BYTES, 0).decode(errors="replace"))
 
 
 def _parse(text: str) -> Holder | None:
-    """Who the text names; None where the lock was given back, or the text is damaged."""
+    """The holder in ``text``; None where the lock was released, or the text is damaged."""
     try:
         known = json_object(text) or {}
         return Holder(**{key: kind(known[key]) for key, kind in _FIELDS.items()})
@@ -293,7 +292,7 @@ _FIELDS = {"host": str, "pid": int, "boot": str, "start": int, "token": str, "be
 
 
 def _boot() -> str:
-    """What tells this boot of this machine from others; its name where the kernel does not say."""
+    """The kernel's id of this boot; the machine's name where there is none."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -301,8 +300,7 @@ def _boot() -> str:
 
 
 def _start(pid: int) -> int | None:
-    """When process ``pid`` started, in clock ticks since boot; None where there is none, or it is a
-    zombie."""
+    """When process ``pid`` started, in clock ticks since boot; None where it does not run."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -36,7 +36,8 @@ class _StrictLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
             if not isinstance(key, yaml.ScalarNode):
                 raise self._wrong(
                     key,
-                    f"a {key.id} is no key; write `name: value`, and no `?` or `{{` in front of a name",  # noqa: E501
+                    f"a {key.id} is no key; write `name: value`, and no `?` or `{{` in front of a "
+                    "name",
                 )
             if key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:int"):
                 kind = key.tag.rpartition(":")[2]
@@ -129,7 +130,8 @@ def _complaint(error: Mapping[str, Any], kind: type[BaseModel]) -> str:
     key, said = ".".join(map(str, error["loc"])), error["msg"][0].lower() + error["msg"][1:]
     match error["type"]:
         case "extra_forbidden":
-            return f"unknown key {key!r}; {nearest(str(error['loc'][-1]), _keys(kind, error['loc'][:-1]))}"  # noqa: E501
+            *at, name = error["loc"]
+            return f"unknown key {key!r}; {nearest(str(name), _keys(kind, tuple(at)))}"
         case "missing":
             return f"{key!r} is missing"
         case "literal_error":
