@@ -13,7 +13,8 @@ from harness.cli import main
 from harness.errors import UserError
 from harness.evidence.claims import CLAIMS, Bound, Side, evaluate, load_claims, sources
 from harness.evidence.expressions import Quantity, parse, spell
-from harness.evidence.quantities import unit_of
+from harness.evidence.facts import Facts
+from harness.evidence.quantities import RanOutOfMemory, unit_of
 from harness.evidence.records import metrics_of
 from harness.evidence.references import load_references
 from harness.evidence.results import collect, collect_records
@@ -474,6 +475,31 @@ def test_rates_of_the_published_table_follow_from_its_step_time(tmp_path):
 def test_another_group_of_references_can_stand_beside(tmp_path):
     _, other = sides(tmp_path, group="h200-8gpu", formula="step_ms[438] / step_ms[408]", must="< 1")
     assert other.value == pytest.approx(738.9 / 1093)
+
+
+def test_claims_and_documents_read_the_same_expressions(tmp_path):
+    """Documents refused settings in brackets, and claims refused references."""
+    facts = Facts.load(RECORDS)
+    with pytest.raises(RanOutOfMemory):
+        facts.value("step_ms[121 CARD=h100-80gb]")
+    capped = kept("111_cardh100-80gb")["step_ms"]["median"]
+    assert facts.value("step_ms[111 CARD=h100-80gb]") == capped
+    formula = "step_ms[111] / step_ms[h200-4gpu, 111]"
+    ours, published = sides(tmp_path, formula=formula, must="0.9 .. 1.1")
+    assert ours.value == facts.value(formula) == kept("111")["step_ms"]["median"] / 376.3
+    assert (ours.verdict, published.verdict) == ("holds", "not asked")
+    with pytest.raises(UserError, match="it: no references called h200-9gpu"):
+        claims(tmp_path, formula="step_ms[111] / step_ms[h200-9gpu, 111]")
+    with pytest.raises(UserError, match=r"it: \[h200-4gpu, 999, without variant\]: 0 rows"):
+        claims(tmp_path, formula="step_ms[111] / step_ms[h200-4gpu, 999]")
+    with pytest.raises(UserError, match="mixes units"):
+        facts.value("step_ms[101] + memory_gib[101]")
+
+
+def test_what_stands_in_leaves_references_alone(tmp_path):
+    fields = {"formula": "step_ms[401] / step_ms[h200-8gpu, 408]", "must": "> 0", "or": "half"}
+    (claim,) = claims(tmp_path, **fields)
+    assert [one.of for one in claim.expressions[1].quantities] == ["401h", "h200-8gpu, 408"]
 
 
 # ---- as people read it

@@ -11,7 +11,8 @@ import pytest
 from harness import RECORDS, ROOT
 from harness.cli import main
 from harness.errors import UserError
-from harness.evidence.facts import Facts, NotMeasured
+from harness.evidence.facts import Facts
+from harness.evidence.quantities import NotMeasured
 from harness.evidence.results import Ended, ended
 from harness.evidence.rows import Row
 from harness.experiment.catalog import load_catalog
@@ -222,11 +223,11 @@ def test_what_no_run_measured_is_said_so(facts: Facts, tmp_path: Path) -> None:
     ("expression", "message"),
     [
         ("step_ms[199]", "no experiment 199"),
-        ("step_s[101]", r"no such quantity; .*step_ms"),
-        ("bubbel[101]", r"no such quantity; .*bubble"),
-        ("speed[h200-8gpu, 128]", "a reference has no speed"),
+        ("step_s[101]", r"did you mean .*step_ms"),
+        ("bubbel[101]", r"did you mean .*bubble"),
+        ("speed[h200-8gpu, 128]", "unknown quantity speed"),
         ("step_ms[h200-9gpu, 101]", "no references called"),
-        ("step_ms[h200-4gpu, 199]", "0 rows are called so"),
+        ("step_ms[h200-4gpu, 199]", "0 rows are named so"),
         ("step_ms[101] / 0", "divides by zero"),
         ("step_ms(101)", "no arithmetic over quantities"),
         ("open[x].read()", "no arithmetic over quantities"),
@@ -306,7 +307,10 @@ def test_what_ran_out_of_memory(facts: Facts) -> None:
     assert memory.endswith("| OOM |"), (
         "what it held when it failed is neither what it needs nor what the formula predicts"
     )
-    assert call(facts, "value", "memory_gib[121] - allocated_gib[111]", ".1f") == "out of memory"
+    assert (
+        call(facts, "value", "memory_gib[121 CARD=h100-80gb] - allocated_gib[111]", ".1f")
+        == "out of memory"
+    )
     fits = replace(
         facts.row("111"),
         experiment=facts.catalog.find("121"),
@@ -423,7 +427,7 @@ def test_check_writes_nothing(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{{ value("step_s[101]", ".1f") }}', r"step_s\[101\]: no such quantity; .*step_ms"),
+        ('{{ value("step_s[101]", ".1f") }}', r"unknown quantity step_s; did you mean .*step_ms"),
         ('{{ tabel("101") }}', "'tabel' is undefined; did you mean table"),
         ("{{ value() }}", "missing 2 required positional arguments"),
         ('{{ value("step_ms[101]", .1f) }}', "unexpected '.'|expected token"),

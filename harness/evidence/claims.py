@@ -1,18 +1,17 @@
-"""What the numbers must show: experiments/claims.yaml, each claim a formula over records, and over
-the published table.
+"""Claims, experiments/claims.yaml: what the numbers must show, each a formula with a bound.
 
 A claim is evaluated once for every hardware and upstream version that has records, on records of
-nothing else, and once on the published table. It
+nothing else, and once on the published table. Its verdict is one of
 
-    holds          its value meets what must hold, as far as its spread reaches
-    fails          nowhere within its spread does it
-    is undecided   what must hold begins within the spread: the records cannot tell
-    not measured   a record is missing, or a number in one
-    not asked      it compares our records with the published table, which alone says nothing
+    holds          the bound holds over the whole spread of the value
+    fails          the bound holds nowhere in the spread
+    undecided      the bound holds in a part of the spread: the records cannot tell
+    not measured   a record, or a number in one, is missing
+    not asked      it compares our records with references, which alone say nothing
 
-The spread is twice the standard uncertainty (about 95 %): each quantity's own
-(evidence/measured.py), carried through the formula one at a time and added in quadrature, as if
-independent. Published numbers state none: they count as exact.
+The spread is twice the standard uncertainty (about 95 %). Each quantity's own uncertainty
+(quantities.py) is carried through the formula one at a time and added in quadrature, as if they
+were independent. Published numbers state no uncertainty and count as exact.
 """
 
 from __future__ import annotations
@@ -28,12 +27,21 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from harness.errors import UserError, nearest
 from harness.evidence.expressions import Expression, Quantity, Unit, parse, spell
-from harness.evidence.quantities import BOTH, UNITS, Number, Source, ours, published, unit_of
+from harness.evidence.quantities import (
+    IN_DOUBT,
+    UNITS,
+    Missing,
+    Number,
+    NumberSource,
+    check,
+    compares_with_references,
+    ours,
+    published,
+    unit_of,
+)
 from harness.evidence.references import ReferenceGroup, References
 from harness.evidence.rows import Row
-from harness.experiment import overrides
 from harness.experiment.catalog import EXPERIMENTS, Catalog
-from harness.experiment.hardware import find_card
 from harness.system import yaml_files
 
 CLAIMS = EXPERIMENTS / "claims.yaml"
@@ -43,7 +51,7 @@ Verdict = Literal["holds", "fails", "undecided", "not measured", "not asked"]
 
 @dataclass(frozen=True)
 class Bound:
-    """What must hold of a value: ``< 0.9``, ``> 1.5 GiB``, ``= 1``, ``0.9 .. 1.1``."""
+    """What must hold for a value: ``< 0.9``, ``> 1.5 GiB``, ``= 1``, ``0.9 .. 1.1``."""
 
     text: str
     low: float
@@ -51,7 +59,7 @@ class Bound:
     unit: Unit
 
     def judge(self, value: float, spread: float) -> Verdict:
-        """Whether it holds all over ``value`` ± ``spread``, nowhere there, or neither."""
+        """Whether the bound holds over all of ``value`` ± ``spread``, none of it, or a part."""
         low, high = value - spread, value + spread
         if self._allows(low) and self._allows(high):
             return "holds"
@@ -67,8 +75,7 @@ class Bound:
 
 @dataclass(frozen=True)
 class Side:
-    """A claim on one source of numbers: its own value there with its spread, and the numbers that
-    made it."""
+    """A claim on one source: its value with its spread, and the numbers that it follows from."""
 
     verdict: Verdict
     value: float | None = None
@@ -80,13 +87,13 @@ class Side:
 
 @dataclass(frozen=True)
 class Claim:
-    """One teaching point. ``expressions``: its formula, then the same over the rows that may stand
-    in."""
+    """One teaching point."""
 
     name: str
     chapter: int
     says: str
     expressions: tuple[Expression, ...]
+    """The formula, then the same formula over the experiments that may stand in."""
     bound: Bound
     reason: Mapping[str, str]
 
@@ -96,21 +103,20 @@ class Claim:
 
     @property
     def is_about_both(self) -> bool:
-        """Whether it compares records with the published table, so that the table alone says
-        nothing."""
-        return any(quantity.name in BOTH for quantity in self.formula.quantities)
+        """Whether it compares records with references, so that references alone say nothing."""
+        return any(map(compares_with_references, self.formula.quantities))
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A claim and how it stands on every source, in their order."""
+    """A claim with its side on every source, in their order."""
 
     claim: Claim
     sides: tuple[Side, ...]
 
 
 class _Raw(BaseModel):
-    """A claim as claims.yaml has it."""
+    """An entry of claims.yaml."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -136,7 +142,7 @@ def load_claims(catalog: Catalog, path: Path = CLAIMS) -> tuple[Claim, ...]:
     return tuple(found)
 
 
-def evaluate(claims: Sequence[Claim], sources: Sequence[Source]) -> tuple[Evaluated, ...]:
+def evaluate(claims: Sequence[Claim], sources: Sequence[NumberSource]) -> tuple[Evaluated, ...]:
     """Every claim on every source."""
     return tuple(
         Evaluated(claim, tuple(_side(claim, source) for source in sources)) for claim in claims
@@ -148,41 +154,42 @@ def sources(
     catalog: Catalog,
     references: References,
     group: ReferenceGroup | None = None,
-) -> tuple[Source, ...]:
-    """One source for each hardware and upstream version that has records, then the published table
-    (or another ``group``).
+) -> tuple[NumberSource, ...]:
+    """One source for each hardware and upstream version with records, then the published table.
 
-    Miniatures and runs that are no records give no numbers.
+    ``group`` takes the published table's place. Miniatures and runs that are no records give no
+    numbers.
     """
     kept = [row for row in rows if row.kind == "record" and not row.experiment.miniature]
-    kinds = sorted({(row.hardware, row.software) for row in kept})
-    card_mib = find_card(references.published.gpu).memory_mib
-    found = [
-        ours(
-            ", ".join(kind),
-            [row for row in kept if (row.hardware, row.software) == kind],
-            catalog,
-            card_mib,
-        )
-        for kind in kinds
-    ]
-    columns = found or [ours("no records", [], catalog, card_mib)]
-    return (*columns, published(catalog, group or references.published, card_mib))
+    kinds: dict[tuple[str, str], list[Row]] = {}
+    for row in sorted(kept, key=lambda row: (row.hardware, row.software)):
+        kinds.setdefault((row.hardware, row.software), []).append(row)
+    found = [ours(", ".join(kind), alike, catalog, references) for kind, alike in kinds.items()]
+    return (
+        *(found or [ours("no records", [], catalog, references)]),
+        published(group or references.published, catalog, references),
+    )
 
 
-def _side(claim: Claim, source: Source) -> Side:
-    """The claim over the first of its expressions that is measured in full, else over none."""
+def _side(claim: Claim, source: NumberSource) -> Side:
+    """The claim over the first of its expressions whose numbers are all there."""
     if claim.is_about_both and source.key != "ours":
         return Side("not asked")
     tried = []
     for expression in claim.expressions:
         found = {quantity: source.find(quantity) for quantity in expression.quantities}
-        missing = tuple(dict.fromkeys(why for why in found.values() if isinstance(why, str)))
+        missing = tuple(dict.fromkeys(filter(None, map(_missing, found, found.values()))))
         if not missing:
             return _judged(claim.bound, expression, found)
         tried.append(missing)
     rest = [f"or {', '.join(missing)}" for missing in tried[1:]]
     return Side("not measured", missing=(*tried[0], *rest))
+
+
+def _missing(quantity: Quantity, found: Number | Missing) -> str | None:
+    if isinstance(found, Missing):
+        return found.why
+    return f"{quantity.of} ({IN_DOUBT})" if found.in_doubt else None
 
 
 def _judged(bound: Bound, expression: Expression, found: Mapping[Quantity, Number]) -> Side:
@@ -213,7 +220,7 @@ def _claim(where: str, name: str, raw: Any, catalog: Catalog) -> Claim:
         for expression in expressions:
             unit = expression.unit(unit_of)
             for quantity in expression.quantities:
-                overrides.made(quantity.of, catalog)
+                check(quantity, catalog)
         if unit != bound.unit:
             raise UserError(
                 f"the formula is in {spell(unit)}, but what must hold, {parsed.must}, in"
@@ -229,21 +236,18 @@ def _claim(where: str, name: str, raw: Any, catalog: Catalog) -> Claim:
 def _stand_ins(
     expression: Expression, stand_in: str | Mapping[str, str] | None
 ) -> tuple[Expression, ...]:
-    """The same formula over other experiments: the half-size companions of all, or those named
-    instead."""
+    """The same formula over the half-size companions of its experiments, or over those named."""
     if stand_in is None:
         return ()
-    ids = {quantity.of.split()[0] for quantity in expression.quantities}
+    experiments = (one.of for one in expression.quantities if not one.names_reference)
+    ids = {words.split()[0] for words in experiments}
     others = {id_: f"{id_}h" for id_ in ids} if stand_in == "half" else stand_in
     if unused := sorted(set(others) - ids):
         raise UserError(f"or: {', '.join(unused)} is not in the formula")
-    return (
-        parse(
-            re.sub(
-                r"\[\s*([^\s\]]+)", lambda row: f"[{others.get(row[1], row[1])}", expression.text
-            )
-        ),
+    replaced = re.sub(
+        r"\[\s*([^\s\]]+)", lambda id_: f"[{others.get(id_[1], id_[1])}", expression.text
     )
+    return (parse(replaced),)
 
 
 def _bound(text: str) -> Bound:

@@ -1,9 +1,8 @@
-"""Arithmetic over quantities of experiments, read without running it: ``step_ms[401] /
-step_ms[408h]``.
+"""Arithmetic over quantities: ``step_ms[401] / step_ms[408h]``. It is parsed, never executed.
 
-In brackets stands an experiment as one would type it after ``make``: ``101``, ``121
-CARD=h100-80gb``. Numbers, + - * /, min, max and median are all there is. Quantities have units, and
-what has different units cannot be added or compared.
+Brackets hold an experiment as typed after ``make`` (``101``, ``121 CARD=h100-80gb``) or a row of
+references.yaml (``h200-8gpu, 128``). Numbers, + - * /, min, max and median are allowed. Quantities
+have units; different units cannot be added or compared.
 """
 
 from __future__ import annotations
@@ -20,7 +19,9 @@ from functools import cached_property
 from harness.errors import UserError, nearest
 
 LONGEST = 800
-"""Characters of an expression; what is longer is nested deeper than anybody reads."""
+"""Characters of an expression. A longer one could exhaust the parser's stack."""
+GROUP = re.compile(r"([\w.-]+)\s*,\s*(.+)")
+"""``GROUP, NAME[, VARIANT]`` in brackets: a row of references.yaml."""
 
 _OPERATORS = {
     ast.Add: operator.add,
@@ -44,6 +45,12 @@ class Quantity:
 
     name: str
     of: str
+    """What stands in its brackets."""
+
+    @property
+    def names_reference(self) -> bool:
+        """Whether it names a row of references.yaml, not an experiment."""
+        return bool(GROUP.fullmatch(self.of))
 
     def __str__(self) -> str:
         return f"{self.name}[{self.of}]"
@@ -51,7 +58,7 @@ class Quantity:
 
 @dataclass(frozen=True)
 class Expression:
-    """An expression that could be read."""
+    """A parsed expression."""
 
     text: str
     _tree: ast.expr
@@ -59,7 +66,7 @@ class Expression:
 
     @cached_property
     def quantities(self) -> tuple[Quantity, ...]:
-        """What it needs, each once, in the order of the text."""
+        """The quantities in it, each once, in the order of the text."""
         found = [node for node in ast.walk(self._tree) if isinstance(node, ast.Subscript)]
         return tuple(
             dict.fromkeys(
@@ -68,12 +75,11 @@ class Expression:
         )
 
     def unit(self, unit_of: Callable[[str], Unit]) -> Unit:
-        """The unit of its value, given the unit of a quantity's name. Raises UserError where units
-        are mixed."""
+        """The unit of its value. Raises UserError where units are mixed."""
         return self._unit(self._tree, unit_of)
 
     def value(self, value_of: Callable[[Quantity], float]) -> float:
-        """Its value, given those of its quantities. Raises UserError where it divides by zero."""
+        """Its value, given those of its quantities. Raises UserError on a division by zero."""
         try:
             return self._value(self._tree, value_of)
         except ZeroDivisionError:
@@ -101,14 +107,14 @@ class Expression:
         units = [self._unit(node, unit_of) for node in nodes]
         for node, unit in zip(nodes, units, strict=True):
             if unit != units[0]:
-                one, other = self._said(nodes[0]), self._said(node)
+                one, other = self._text(nodes[0]), self._text(node)
                 raise UserError(
                     f"{self.text}: mixes units: {one} is in {spell(units[0])}, {other} in"
                     f" {spell(unit)}"
                 )
         return units[0]
 
-    def _said(self, node: ast.expr) -> str:
+    def _text(self, node: ast.expr) -> str:
         return re.sub(
             r"\[(\d+)\]", lambda index: f"[{self._rows[int(index[1])]}]", ast.unparse(node)
         )
@@ -133,10 +139,10 @@ class Expression:
 
 
 def parse(text: str) -> Expression:
-    """Read an expression.
+    """Parse an expression.
 
     Raises:
-        UserError: it is no arithmetic over quantities; nothing else is ever run.
+        UserError: it is no arithmetic over quantities.
     """
     rows: list[str] = []
 
@@ -158,14 +164,14 @@ def parse(text: str) -> Expression:
 
 
 def spell(unit: Unit) -> str:
-    """A unit as people write it: ``GiB``, ``GiB/ms``; ``1`` for a pure number."""
+    """The text of a unit: ``GiB``, ``GiB/ms``; ``1`` for a pure number."""
     above = " ".join(f"{name}{f'^{power}' * (power > 1)}" for name, power in unit if power > 0)
     below = " ".join(f"{name}{f'^{-power}' * (power < -1)}" for name, power in unit if power < 0)
     return (above or "1") + (f"/{below}" if below else "")
 
 
 def _check(node: ast.expr) -> None:
-    """Raise SyntaxError at the first thing that is not allowed."""
+    """Raise SyntaxError at the first node that is not allowed."""
     match node:
         case ast.Constant(int() | float() as number) if not isinstance(
             number, bool

@@ -14,7 +14,7 @@ from harness.errors import UserError, nearest
 from harness.evidence import markdown
 from harness.evidence.claims import Evaluated, Side, evaluate, load_claims, sources
 from harness.evidence.expressions import spell
-from harness.evidence.quantities import Source, unit_of
+from harness.evidence.quantities import NumberSource, unit_of
 from harness.evidence.references import load_references
 from harness.evidence.results import collect_records
 from harness.evidence.tables import MOST_TEXT
@@ -35,7 +35,7 @@ INDENT = "  "
 
 def render(
     found: Sequence[Evaluated],
-    sources: Sequence[Source],
+    sources: Sequence[NumberSource],
     format: str = "terminal",
     width: int = 100,
     *,
@@ -117,7 +117,7 @@ def print_claims(records: Path, settings: Mapping[str, str]) -> int:
     return 0
 
 
-def _names(sources: Sequence[Source]) -> list[str]:
+def _names(sources: Sequence[NumberSource]) -> list[str]:
     """Short names of the columns: ``ours`` and ``published``, with the hardware where there are
     several of ours."""
     ours = sum(source.key == "ours" for source in sources)
@@ -127,7 +127,7 @@ def _names(sources: Sequence[Source]) -> list[str]:
 def _terminal(
     title: str,
     ones: Sequence[Evaluated],
-    sources: Sequence[Source],
+    sources: Sequence[NumberSource],
     names: Sequence[str],
     width: int,
     colour: bool,
@@ -160,7 +160,7 @@ def _terminal(
 
 
 def _markdown(
-    title: str, ones: Sequence[Evaluated], sources: Sequence[Source], names: Sequence[str]
+    title: str, ones: Sequence[Evaluated], sources: Sequence[NumberSource], names: Sequence[str]
 ) -> str:
     """A table of those columns in which something is measured; the others have their line below
     it."""
@@ -198,7 +198,7 @@ def _cell(one: Evaluated, side: Side) -> str:
 
 
 def _summary(
-    found: Sequence[Evaluated], sources: Sequence[Source], names: Sequence[str], bullet: str
+    found: Sequence[Evaluated], sources: Sequence[NumberSource], names: Sequence[str], bullet: str
 ) -> list[str]:
     out = []
     for index, (source, name) in enumerate(zip(sources, names, strict=True)):
@@ -244,7 +244,7 @@ def _numbers(side: Side) -> str:
     )
 
 
-def _reason(one: Evaluated, source: Source, side: Side) -> str | None:
+def _reason(one: Evaluated, source: NumberSource, side: Side) -> str | None:
     return one.claim.reason.get(source.key) if side.verdict in ("fails", "undecided") else None
 
 
@@ -255,12 +255,12 @@ def _short(value: float) -> str:
     return f"{value:,.{0 if size >= 1000 else 1 if size >= 10 else 2 if size >= 1 else 3}f}"
 
 
-def values(found: Sequence[Evaluated], sources: Sequence[Source]) -> list[dict[str, Any]]:
+def values(found: Sequence[Evaluated], sources: Sequence[NumberSource]) -> list[dict[str, Any]]:
     """The claims as plain values, as JSON has them."""
     return [_values(one, sources) for one in found]
 
 
-def _values(one: Evaluated, sources: Sequence[Source]) -> dict[str, Any]:
+def _values(one: Evaluated, sources: Sequence[NumberSource]) -> dict[str, Any]:
     claim = one.claim
     return {
         "name": claim.name,

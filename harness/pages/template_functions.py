@@ -31,7 +31,8 @@ from typing import Any
 
 from harness.errors import UserError
 from harness.evidence import markdown, scaling, speed, tables, verdicts
-from harness.evidence.facts import CARD, HARDWARE, Facts, NotMeasured, RanOutOfMemory
+from harness.evidence.facts import CARD, HARDWARE, Facts
+from harness.evidence.quantities import NotMeasured, RanOutOfMemory
 from harness.evidence.references import Reference
 from harness.evidence.results import ended
 from harness.evidence.rows import Row
