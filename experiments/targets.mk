@@ -10,7 +10,7 @@ override SETTINGS := STEPS GPUS DP TP SP PP VPP CP CP_COMM_TYPE EP ETP MBS GBS S
 #PP=4 ## pipeline-parallel size
 #VPP=3 ## virtual stages on each pipeline rank
 #CP=2 ## context-parallel size
-#CP_COMM_TYPE=a2a ## what context parallelism exchanges: p2p (a ring), all_gather, or a2a (heads)
+#CP_COMM_TYPE=a2a ## how context parallelism exchanges: p2p (a ring), all_gather, or a2a (heads)
 #EP=4 ## expert-parallel size
 #ETP=2 ## expert tensor-parallel size
 #MBS=2 ## micro-batch size, in sequences
@@ -19,7 +19,7 @@ override SETTINGS := STEPS GPUS DP TP SP PP VPP CP CP_COMM_TYPE EP ETP MBS GBS S
 #RECOMPUTE=full ## activation recomputation: none, selective or full
 #DROPOUT=0 ## share of hidden states and of attention weights that training drops
 #CROSS_ENTROPY_FUSION=1 ## the loss in fewer kernels, 0 or 1
-#CUDA_GRAPHS=1 ## launch a layer's kernels together, 0 or 1: for GPUs that wait for the CPU
+#CUDA_GRAPHS=1 ## launch a layer's kernels together, 0 or 1: for launch-bound steps
 #FP8=tensorwise ## linear layers in fp8, scaled: delayed, tensorwise or blockwise; 0: bf16
 #OPTIMIZER=muon ## adam or muon
 #OPTIMIZER_STATE=bf16 ## precision of Adam's moments, fp32 or bf16 (with SHARDING=optim)
@@ -28,7 +28,7 @@ override SETTINGS := STEPS GPUS DP TP SP PP VPP CP CP_COMM_TYPE EP ETP MBS GBS S
 #DATA=mock ## mock, a prepared data set (make data-list), or a blend: DATA="a:0.7 b:0.3"
 #SPLIT=949,50,1 ## shares of the data for training, validation and test
 #WEIGHTS=llama3-8b ## start from these: a name in weights/ (make import-hf), a run, or a folder
-#LORA_RANK=16 ## train adapters of this rank beside frozen weights; 0: train the weights
+#LORA_RANK=16 ## train adapters of this rank, with frozen weights; 0: train the weights
 #LORA_ALPHA=32 ## what adapters add is scaled by alpha / rank (default: twice the rank)
 #LORA_DROPOUT=0.05 ## dropout of the adapters' input
 #LORA_TARGETS=linear_qkv,linear_proj ## layers that get an adapter (default: linear_fc1, linear_fc2 too)
@@ -39,17 +39,17 @@ override SETTINGS := STEPS GPUS DP TP SP PP VPP CP CP_COMM_TYPE EP ETP MBS GBS S
 #EVAL_EVERY=50 ## steps between evaluations on held-out data
 #EVAL_STEPS=10 ## batches of one evaluation; 0: none
 #UNTIL=3.2 ## stop at this loss on held-out data; STEPS at most
-#LOAD=label ## go on from the newest checkpoint of a run, or of a folder; another layout will do
-#CARD=h100-80gb ## behave as a smaller card: cap the memory as on that GPU
+#LOAD=label ## continue from the newest checkpoint of a run or a folder, under any layout
+#CARD=h100-80gb ## emulate a smaller card: cap the memory as on that GPU
 #PROFILE=1 ## trace steps 8-9, or PROFILE=8-10: where does the time of a step go? (make profile)
 #ARGS="--lr 1e-4" ## more of upstream's own arguments (make arguments)
 ##@ How and where it is launched
-#DEVICE=cpu ## cpu (a miniature) or cuda; found by itself
+#DEVICE=cpu ## cpu (a miniature) or cuda; detected if not given
 #DRY_RUN=1 ## print the command, run nothing
 #GPUS_IDS=0,1 ## the GPUs to use, by index
 #OUTDIR=outdir ## where run directories go
 #NODE_RANK=0 ## which of NODES this machine is
-#RENDEZVOUS=host:29500 ## where the nodes meet
+#RENDEZVOUS=host:29500 ## address at which the nodes rendezvous
 #SLURM=1 ## render an sbatch script; submit it where sbatch exists
 #PARTITION=gpu ## Slurm partition (with SLURM=1)
 #ACCOUNT=team ## Slurm account (with SLURM=1)
@@ -57,14 +57,14 @@ override SETTINGS := STEPS GPUS DP TP SP PP VPP CP CP_COMM_TYPE EP ETP MBS GBS S
 #SAVE=1 ## keep checkpoints: 1 in the run directory, or a folder; 0: none
 #SAVE_EVERY=50 ## steps between checkpoints (default: one, at the end)
 #KEEP=2 ## checkpoints to keep, the newest (default: all)
-#RESUME=1 ## continue the run of these settings, or RESUME=label, from its newest whole checkpoint
+#RESUME=1 ## resume the run of these settings, or RESUME=label, from its newest whole checkpoint
 #WANDB=offline ## log to Weights & Biases: offline (wandb sync later) or online
 #WANDB_PROJECT=megatron ## its project (with WANDB=)
 #WANDB_ENTITY=team ## its user or team (with WANDB=)
 #WANDB_NAME=first ## name of the run there (default: the label)
 #HANG=300 ## seconds without a step before a run counts as hung
 #PACK=0 ## make chapter-N: 0 runs one experiment at a time, for timing
-#FORCE=1 ## make chapter-N: run again what has a result; RESUME=: take settings that change the losses
+#FORCE=1 ## make chapter-N: run again what has a result; RESUME=: accept settings that change the losses
 chapter-100: ; @$(HARNESS) chapter 100 $(WORDS)
 chapter-200: ; @$(HARNESS) chapter 200 $(WORDS)
 chapter-300: ; @$(HARNESS) chapter 300 $(WORDS)

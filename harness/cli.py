@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from harness import commands
 from harness.commands import Command
 from harness.errors import UserError
-from harness.experiment import overrides
+from harness.experiment import command_line
 from harness.system import masking
 from harness.system.streams import lasting_output
 
@@ -91,8 +91,8 @@ def _call(command: Command, words: list[str]) -> int:
         about, words = [_about(command, words)], words[1:]
     if command.where.startswith("data.commands"):
         return command.function()(*about, words)
-    settings = overrides.parse(words, command.keys)
-    overrides.require(settings, command.required, f"make {command.name} {command.usage}")
+    settings = command_line.parse(words, command.keys)
+    command_line.require(settings, command.required, f"make {command.name} {command.usage}")
     if "ARGS" in settings:
         from harness.upstreams.megatron_lm import known_arguments
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from harness import ROOT
 from harness.data import data_sets
 from harness.errors import UserError, nearest
-from harness.experiment import overrides
+from harness.experiment import command_line
 from harness.experiment.constraints import with_changes
 from harness.experiment.experiment import Experiment
 from harness.planning import resume
@@ -101,11 +101,11 @@ def parse(settings: Mapping[str, str], outdir: Path) -> Request:
     _check_words(settings)
     sampling = Sampling(
         prompt=settings.get("PROMPT", ""),
-        tokens=overrides.count("TOKENS", settings.get("TOKENS", "64")),
-        temperature=overrides.non_negative("TEMPERATURE", settings.get("TEMPERATURE", "1")),
-        top_k=overrides.count("TOP_K", settings.get("TOP_K", "0"), least=0),
-        top_p=overrides.non_negative("TOP_P", settings.get("TOP_P", "0")),
-        seed=overrides.count("SEED", settings.get("SEED", "1234"), least=0),
+        tokens=command_line.count("TOKENS", settings.get("TOKENS", "64")),
+        temperature=command_line.non_negative("TEMPERATURE", settings.get("TEMPERATURE", "1")),
+        top_k=command_line.count("TOP_K", settings.get("TOP_K", "0"), least=0),
+        top_p=command_line.non_negative("TOP_P", settings.get("TOP_P", "0")),
+        seed=command_line.count("SEED", settings.get("SEED", "1234"), least=0),
     )
     if sampling.top_p > 1:
         raise UserError(f"TOP_P={settings['TOP_P']}: expected a probability, 0 to 1")

@@ -126,7 +126,7 @@ EXPRESSIONS = {
     "traced[1]": "282",
     "e.nodes": "2",
     "known.name": "synthetic",
-    "overrides.words(e)": "101",
+    "overrides.command_of(e)": "101",
     "command.name": "table",
 }
 """What stands for an expression in a message."""

@@ -13,7 +13,7 @@ from checkpoint_files import Metadata, as_torch_pickles, write
 
 from harness import cli
 from harness.errors import UserError
-from harness.experiment import overrides
+from harness.experiment import command_line
 from harness.experiment.catalog import load_catalog
 from harness.experiment.constraints import with_changes
 from harness.launching.outcome import Evidence, classify
@@ -808,7 +808,7 @@ def test_a_long_run_scales_its_intervals_in_its_miniature():
 
 
 def test_every_setting_is_read():
-    known = {setting.key for setting in overrides.SETTINGS}
+    known = {setting.key for setting in command_line.SETTINGS}
     assert {
         "SAVE",
         "SAVE_EVERY",

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import spoken_commands
 
 from harness import ROOT
-from harness.experiment.overrides import SETTINGS
+from harness.experiment.command_line import SETTINGS
 from harness.planning.plan import FOR_GPUS
 
 REFUSED = {

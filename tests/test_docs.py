@@ -16,7 +16,7 @@ from harness.evidence.quantities import NotMeasured
 from harness.evidence.results import Ended, ended
 from harness.evidence.rows import Row
 from harness.experiment.catalog import load_catalog
-from harness.experiment.overrides import EXPERIMENT_SETTINGS, LAUNCH_SETTINGS
+from harness.experiment.command_line import EXPERIMENT_SETTINGS, LAUNCH_SETTINGS
 from harness.pages import documents
 from harness.pages.template_functions import functions
 from harness.run.schema import Upstream

@@ -9,8 +9,8 @@ from harness.errors import UserError
 from harness.evidence import memory
 from harness.experiment import overrides
 from harness.experiment.catalog import load_catalog
+from harness.experiment.command_line import FIELDS
 from harness.experiment.constraints import with_changes
-from harness.experiment.overrides import FIELDS
 from harness.planning import resume, start
 from harness.planning.commands import print_script
 from harness.planning.miniature import miniature

@@ -19,7 +19,7 @@ from harness.errors import UserError
 from harness.evidence import records
 from harness.evidence.references import load_references
 from harness.evidence.results import collect
-from harness.experiment import identity, overrides
+from harness.experiment import command_line, extra_arguments, identity, overrides
 from harness.experiment.catalog import load_catalog
 from harness.experiment.constraints import with_changes
 from harness.experiment.experiment import Experiment
@@ -74,7 +74,7 @@ def test_every_field_of_an_experiment_has_its_place():
         identity.COMPARED_ELSEWHERE,
     ]
     assert sorted(name for group in groups for name in group) == sorted(Experiment.model_fields)
-    settings = {s.key for s in overrides.EXPERIMENT_SETTINGS}
+    settings = {s.key for s in command_line.EXPERIMENT_SETTINGS}
     named = {s for s in (*identity.NEUTRAL.values(), *identity.CURVE.values()) if s.isupper()}
     assert named <= settings and settings - named <= {
         "ARGS",
@@ -139,7 +139,7 @@ def test_the_same_said_in_another_way_is_the_same():
         )
     ]
     assert [identity.same(words[0], other) for other in words] == [True, True, True, False]
-    assert identity.arguments(("--moe", "--layers", "1", "-2", "--moe")) == {
+    assert extra_arguments.by_option(("--moe", "--layers", "1", "-2", "--moe")) == {
         "--layers": ("1", "-2"),
         "--moe": (),
     }

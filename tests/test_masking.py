@@ -13,7 +13,7 @@ import pytest
 
 from harness import ROOT, cli
 from harness.errors import UserError
-from harness.experiment import overrides
+from harness.experiment import command_line
 from harness.experiment.catalog import load_catalog
 from harness.launching import slurm
 from harness.planning.command import shell_word
@@ -99,7 +99,7 @@ def test_what_plans_scripts_jobs_and_records_are_made_of_has_no_secret(
         ["219", f"ARGS=--memory-snapshot-path {secret}", "STEPS=3", f"OUTDIR={tmp_path}"]
     )
     assert os.environ["HARNESS_SECRET_1"] == secret and "ARGS" not in os.environ
-    settings = overrides.parse(words[1:])
+    settings = command_line.parse(words[1:])
     planned = plan(load_catalog().find("219"), {**settings, "SLURM": "1"}, "cuda")
     texts = [
         planned.script(),

@@ -3,7 +3,7 @@
 import pytest
 
 from harness.errors import UserError
-from harness.experiment import overrides
+from harness.experiment import command_line, overrides
 from harness.experiment.catalog import load_catalog
 from harness.experiment.constraints import with_changes
 
@@ -11,7 +11,7 @@ CATALOG = load_catalog()
 
 
 def apply(id_: str, *words: str):
-    return overrides.apply(CATALOG.find(id_), overrides.parse(words))
+    return overrides.apply(CATALOG.find(id_), command_line.parse(words))
 
 
 def test_sizes_change_and_show_in_the_label() -> None:

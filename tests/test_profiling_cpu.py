@@ -14,14 +14,14 @@ pytestmark = pytest.mark.cpu
 ROOT = Path(__file__).resolve().parent.parent
 RUN = """
 import sys
-from harness.experiment import overrides
+from harness.experiment import command_line
 from harness.experiment.catalog import load_catalog
 from harness.launching.launch import run_plan
 from harness.planning.plan import plan
 from harness.profiling.profile import tell
 
 id_, *words = sys.argv[1:]
-settings = {"DEVICE": "cpu", "DATA": "mock", **overrides.parse(words)}
+settings = {"DEVICE": "cpu", "DATA": "mock", **command_line.parse(words)}
 finished = run_plan(plan(load_catalog().find(id_), settings, "cpu"))
 tell(finished.dir)
 sys.exit(finished.exit_status)

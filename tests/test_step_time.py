@@ -11,7 +11,7 @@ from harness.errors import UserError
 from harness.evidence import calibrate, speed
 from harness.evidence.facts import Facts
 from harness.evidence.rows import predicted_step_ms
-from harness.experiment import overrides
+from harness.experiment import command_line, overrides
 from harness.experiment.catalog import load_catalog
 from harness.experiment.constraints import with_changes
 from harness.experiment.hardware import find_card
@@ -31,7 +31,7 @@ PUBLISHED = MACHINES["h100-tutorial"]
 
 
 def find(id_, settings=""):
-    return overrides.apply(CATALOG.find(id_), overrides.parse(settings.split()))
+    return overrides.apply(CATALOG.find(id_), command_line.parse(settings.split()))
 
 
 def steps_of(machine):
@@ -454,7 +454,7 @@ def test_no_percentile_where_no_measured_row_has_the_like():
     assert both == f"{known}; error unknown with 8 GPUs or pipelines, which no measured row has"
     for machine in MACHINES.values():
         assert not any(
-            machine.unmeasured(overrides.made(row.make or name, CATALOG))
+            machine.unmeasured(overrides.experiment_of(row.make or name, CATALOG))
             for name, row in machine.rows.items()
         )
 
@@ -741,11 +741,11 @@ def test_a_row_shows_what_was_foretold_without_it():
 def test_a_changed_run_calibrates_and_is_found_again():
     e = find("111", "DROPOUT=0 FP8=tensorwise STEPS=30")
     assert (
-        overrides.words(e) == "111 DROPOUT=0 FP8=tensorwise"
-        and overrides.words(find("111", "STEPS=3")) == "111"
+        overrides.command_of(e) == "111 DROPOUT=0 FP8=tensorwise"
+        and overrides.command_of(find("111", "STEPS=3")) == "111"
     )
     row = calibrations.Fitted(
-        measured_ms=318, predicted_ms=300, left_out_ms=290, make=overrides.words(e)
+        measured_ms=318, predicted_ms=300, left_out_ms=290, make=overrides.command_of(e)
     )
     young = young_machine()
     machine = young.model_copy(update={"rows": young.rows | {"111_fp8": row}})

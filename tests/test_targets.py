@@ -15,7 +15,7 @@ import pytest
 
 from harness import ROOT, cli, commands
 from harness.experiment.catalog import load_catalog
-from harness.experiment.overrides import SETTINGS
+from harness.experiment.command_line import SETTINGS
 from harness.make import targets, tutorial
 
 BASH_COMPLETION = Path("/usr/share/bash-completion/bash_completion")

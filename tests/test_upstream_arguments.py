@@ -156,7 +156,7 @@ ROWS = (
       for words in ("--lora-rank 8", "--lora-alpha 9", "--lora-dropout 0.5", "--lora-targets linear_proj")),
 )  # fmt: skip
 ONLY_NAMED = {"--dist-ckpt-format": "an old name that ARGS may have"}
-MAPPED = ("understood.py", "known_arguments.py")
+MAPPED = ("extra_arguments.py", "known_arguments.py")
 """Modules that name arguments of ARGS=; what they name is emitted by flags.py, or not at all."""
 
 

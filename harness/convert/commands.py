@@ -11,7 +11,7 @@ from harness import ROOT
 from harness.convert.weights import WEIGHTS
 from harness.data import data_sets
 from harness.errors import UserError
-from harness.experiment import overrides
+from harness.experiment import command_line
 from harness.finetune.adapters import FOLDER, read_record
 from harness.run import finding
 from harness.run.checkpoints import METADATA, TRACKER
@@ -27,7 +27,7 @@ def import_hf(settings: Mapping[str, str], folder: Path = WEIGHTS) -> int:
         UserError: see ``importing.import_folder``; HF= is missing, NAME= is there already, or DATA=
         is another tokenizer's.
     """
-    overrides.require(
+    command_line.require(
         settings,
         ["HF"],
         "make import-hf HF=folder-or-repository [NAME=…] [DATA=…] [TP=… PP=… EP=…]",
@@ -40,7 +40,7 @@ def import_hf(settings: Mapping[str, str], folder: Path = WEIGHTS) -> int:
     if target.exists() and settings.get("FORCE") != "1":
         raise UserError(f"{target} is there already\nFORCE=1 writes it anew, NAME=… another one")
     layout = {
-        axis.lower(): overrides.count(axis, settings[axis])
+        axis.lower(): command_line.count(axis, settings[axis])
         for axis in ("TP", "PP", "EP")
         if axis in settings
     }
@@ -76,7 +76,7 @@ def export_hf(settings: Mapping[str, str], outdir: Path | None = None) -> int:
         UserError: see ``exporting.export_checkpoint``; or a setting is missing, or OUT= is in use.
     """
     usage = "make export-hf RUN=label-or-folder OUT=folder [HF=like-this-one] [ADAPTERS=1]"
-    overrides.require(settings, ("RUN", "OUT"), usage)
+    command_line.require(settings, ("RUN", "OUT"), usage)
     outdir = outdir or finding.outdir(settings)
     target = expanded(settings["OUT"]).absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -92,7 +92,7 @@ def export_hf(settings: Mapping[str, str], outdir: Path | None = None) -> int:
     adapters = outdir / run / FOLDER
     trained = read_record(adapters)
     folder = ROOT / trained.base if trained and trained.base else saved(run, outdir)
-    if overrides.switch("ADAPTERS", settings.get("ADAPTERS", "0")):
+    if command_line.switch("ADAPTERS", settings.get("ADAPTERS", "0")):
         return _export_adapters(adapters, folder, target, like)
     done = export_checkpoint(folder, target, like=like, adapters=adapters if trained else None)
     if trained:

@@ -19,7 +19,7 @@ from harness.data.manifest import Manifest, read_manifest
 from harness.data.progress import StageProgress, amount, duration
 from harness.data.sources import definition, definitions, local_files
 from harness.errors import UserError, nearest
-from harness.experiment import overrides
+from harness.experiment import command_line
 from harness.system.files import expanded, replace_folder, told_if_unwritable
 from harness.system.screen import say
 
@@ -69,7 +69,7 @@ def inspect_set(words: Sequence[str]) -> int:
 
     settings = _settings(words, ("NAME", "SAMPLES"))
     seen = look.inspect(
-        _name(settings), overrides.count("SAMPLES", settings.get("SAMPLES", "3"), least=0)
+        _name(settings), command_line.count("SAMPLES", settings.get("SAMPLES", "3"), least=0)
     )
     manifest = read_manifest(seen.chosen.home)
     lengths = seen.lengths
@@ -134,11 +134,12 @@ def prepare_known(name: str, words: Sequence[str]) -> int:
             raise UserError(
                 f"SIZE_MB={settings['SIZE_MB']}: {name} is not made here, so its size is given"
             )
-        size = overrides.count("SIZE_MB", settings["SIZE_MB"])
+        size = command_line.count("SIZE_MB", settings["SIZE_MB"])
         recipe = replace(recipe, source=recipe.source.model_copy(update={"size_mb": size}))
     if "LIMIT" in settings:
         recipe = replace(
-            recipe, layout=replace(recipe.layout, limit=overrides.count("LIMIT", settings["LIMIT"]))
+            recipe,
+            layout=replace(recipe.layout, limit=command_line.count("LIMIT", settings["LIMIT"])),
         )
     if "TOKENIZER" in settings:
         recipe = replace(recipe, tokenizer=settings["TOKENIZER"])
@@ -153,7 +154,7 @@ def prepare_input(words: Sequence[str]) -> int:
     from harness.data.prepare import Recipe, prepare
 
     settings = _settings(words, INPUT)
-    overrides.require(
+    command_line.require(
         settings, ("NAME", "INPUT"), "make data-prepare NAME=mine INPUT=file-or-folder"
     )
     each = settings.get("DOCUMENTS", "line")
@@ -164,8 +165,8 @@ def prepare_input(words: Sequence[str]) -> int:
     layout = Layout(
         key=settings.get("KEY", "text"),
         each=each,
-        longest=overrides.count("LONGEST", settings.get("LONGEST", str(LONGEST_MIB))) << 20,
-        limit=overrides.count_in(settings, "LIMIT"),
+        longest=command_line.count("LONGEST", settings.get("LONGEST", str(LONGEST_MIB))) << 20,
+        limit=command_line.count_in(settings, "LIMIT"),
     )
     recipe = Recipe(
         check_name(settings["NAME"]),
@@ -173,7 +174,7 @@ def prepare_input(words: Sequence[str]) -> int:
         layout,
         _rules(settings.get("RULES")),
         settings.get("TOKENIZER", "gpt2"),
-        overrides.switch("APPEND_EOD", settings.get("APPEND_EOD", "1")),
+        command_line.switch("APPEND_EOD", settings.get("APPEND_EOD", "1")),
     )
     return _done(prepare(recipe, _means(settings)))
 
@@ -183,7 +184,7 @@ def merge_sets(words: Sequence[str]) -> int:
     from harness.data.merge import merge
 
     settings = _settings(words, ("NAME", "FROM"))
-    overrides.require(settings, ("NAME", "FROM"), 'make data-merge NAME=all FROM="a b"')
+    command_line.require(settings, ("NAME", "FROM"), 'make data-merge NAME=all FROM="a b"')
     return _done(merge(settings["FROM"].replace(",", " ").split(), settings["NAME"]))
 
 
@@ -194,13 +195,13 @@ def clean_files(words: Sequence[str]) -> int:
     from harness.data.clean.rules import load_rules
 
     settings = _settings(words, ("INPUT", "OUT", "RULES", "WORKERS", "FORCE"))
-    overrides.require(
+    command_line.require(
         settings, ("INPUT", "OUT"), "make data-clean INPUT=crawl.jsonl OUT=folder [RULES=sv]"
     )
     files, out = local_files(settings["INPUT"]), expanded(settings["OUT"]).absolute()
     rules, workers = (
         load_rules(_rules(settings.get("RULES", "sv"))),
-        overrides.count_in(settings, "WORKERS"),
+        command_line.count_in(settings, "WORKERS"),
     )
     check_output((), out, rules, force=True)
     with StageProgress() as progress, _as_json_lines(files, out, progress) as inputs:
@@ -253,16 +254,16 @@ def build_mappings(words: Sequence[str]) -> int:
 
     settings = _settings(words, ("DATA", "SEQ", "SAMPLES", "SPLIT", "SEED"))
     usage = "data-mappings DATA=… SEQ=1024 SAMPLES=800,240,80 SPLIT=949,50,1"
-    overrides.require(settings, ("DATA", "SEQ", "SAMPLES", "SPLIT"), usage)
+    command_line.require(settings, ("DATA", "SEQ", "SAMPLES", "SPLIT"), usage)
     samples = tuple(
-        overrides.count("SAMPLES", number, least=0) for number in settings["SAMPLES"].split(",")
+        command_line.count("SAMPLES", number, least=0) for number in settings["SAMPLES"].split(",")
     )
     if len(samples) != 3:
         raise UserError(
             f"SAMPLES={settings['SAMPLES']}: give those of training, validation and test"
         )
-    seed = overrides.count("SEED", settings.get("SEED", "1234"), least=0)
-    use = Use(overrides.count("SEQ", settings["SEQ"]), samples, settings["SPLIT"], seed)
+    seed = command_line.count("SEED", settings.get("SEED", "1234"), least=0)
+    use = Use(command_line.count("SEQ", settings["SEQ"]), samples, settings["SPLIT"], seed)
     chosen = blend(settings["DATA"])
     if written := build(chosen, use):
         print(f"{written} index mappings built in {chosen.cache}")
@@ -274,8 +275,8 @@ def prepare_conversations(words: Sequence[str]) -> int:
     answers are learned."""
     from harness.data.chat.prepare import prepare_chat, tell
 
-    settings = overrides.parse(words, extra=("NAME", "INPUT", "TOKENIZER", "FORCE"))
-    overrides.require(
+    settings = command_line.parse(words, extra=("NAME", "INPUT", "TOKENIZER", "FORCE"))
+    command_line.require(
         settings, ("NAME", "INPUT"), "make data-chat NAME=mine INPUT=chat.jsonl [TOKENIZER=folder]"
     )
     source, tokenizer = expanded(settings["INPUT"]), settings.get("TOKENIZER", "gpt2")
@@ -361,7 +362,7 @@ def _means(settings: Mapping[str, str]):
 
     return Means(
         mirror=expanded(settings["HUB"]) if "HUB" in settings else None,
-        workers=overrides.count_in(settings, "WORKERS"),
+        workers=command_line.count_in(settings, "WORKERS"),
         force=settings.get("FORCE") == "1",
     )
 
@@ -386,4 +387,6 @@ def _name(settings: Mapping[str, str]) -> str:
 
 
 def _settings(words: Sequence[str], keys: tuple[str, ...]) -> dict[str, str]:
-    return {key: value for key, value in overrides.parse(words, extra=keys).items() if key in keys}
+    return {
+        key: value for key, value in command_line.parse(words, extra=keys).items() if key in keys
+    }

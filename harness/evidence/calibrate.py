@@ -22,7 +22,7 @@ from harness.evidence.records import same_work
 from harness.evidence.references import References, load_references
 from harness.evidence.results import collect_records
 from harness.evidence.rows import Row
-from harness.experiment import overrides
+from harness.experiment import command_line, overrides
 from harness.experiment.catalog import Catalog, load_catalog
 from harness.experiment.experiment import Experiment
 from harness.experiment.hardware import find_card
@@ -121,8 +121,8 @@ def fit_machine(machine: Machine, like: Machine | None, steps: Sequence[Measured
                 _predicted(machine, left_out[step.experiment.id], step.experiment), 1
             ),
             make=(
-                overrides.words(step.experiment)
-                if overrides.words(step.experiment) != step.name
+                overrides.command_of(step.experiment)
+                if overrides.command_of(step.experiment) != step.name
                 else None
             ),
         )
@@ -188,7 +188,7 @@ def _recorded(machine: Machine, rows: Sequence[Row], catalog: Catalog) -> Iterat
         settings = {
             key: value
             for key, value in row.experiment.overrides.items()
-            if key not in overrides.SAME_WORK
+            if key not in command_line.SAME_WORK
         }
         now = overrides.admitted(catalog.find(row.id), settings)
         solo = row.runs_on_node == 1 or row.experiment.world_size > 1

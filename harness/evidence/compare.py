@@ -11,7 +11,7 @@ from harness.evidence import markdown
 from harness.evidence.columns import VALUES
 from harness.evidence.rows import Row, launch_rate_remark, losses
 from harness.evidence.tables import MOST_TEXT, collect_warned, wrap
-from harness.experiment import overrides
+from harness.experiment import command_line
 from harness.system import screen
 
 FORMATS = ("terminal", "markdown", "json")
@@ -44,7 +44,7 @@ def render_compare(a: Row, b: Row, format: str = "terminal") -> str:
     Raises:
         UserError: the format is unknown, or cannot show this (CSV).
     """
-    overrides.choice("FORMAT", format, FORMATS)
+    command_line.choice("FORMAT", format, FORMATS)
     pairs = _pairs(_settings(a), _settings(b))
     settings = {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
     numbers = {name: (VALUES[name](a), VALUES[name](b)) for name in NUMBERS}

@@ -116,7 +116,7 @@ class NumberSource:
         if quantity.names_reference:
             reference = _of_group(quantity, self.references)
             return _present(getattr(reference, name), quantity, reference.oom)
-        experiment = overrides.made(quantity.of, self.catalog)
+        experiment = overrides.experiment_of(quantity.of, self.catalog)
         if name in OF_EXPERIMENT:
             return _present(OF_EXPERIMENT[name](experiment), quantity)
         if name in PUBLISHED:
@@ -160,7 +160,7 @@ def check(quantity: Quantity, catalog: Catalog) -> None:
     if quantity.names_reference:
         _of_group(quantity, load_references())
     else:
-        overrides.made(quantity.of, catalog)
+        overrides.experiment_of(quantity.of, catalog)
 
 
 def compares_with_references(quantity: Quantity) -> bool:

@@ -86,7 +86,7 @@ class ReferenceGroup(_Strict):
         for row in self.rows:
             words = row.make or (row.stands_for if row.variant is None else None)
             if words and row.step_ms and not row.in_doubt:
-                yield row, overrides.made(words, catalog)
+                yield row, overrides.experiment_of(words, catalog)
 
     def beside(self, id_: str) -> Published | None:
         """The row that ran what experiment ``id_`` runs; None where this source says nothing."""

@@ -66,8 +66,8 @@ def print_speed(id_: str, settings: Mapping[str, str], records: Path) -> int:
         say(f"  {tflops:.0f} TFLOP/s a GPU of model FLOPs, MFU {share:.0%}; {machine.how_sure(e)}")
         if verdict(predict(e), machine.card) == "does not fit":
             print(
-                f"  it does not fit there: make memory-{overrides.words(e)} CARD={machine.gpu} says"
-                " what would"
+                f"  it does not fit there: make memory-{overrides.command_of(e)} CARD={machine.gpu}"
+                " says what would"
             )
     return 0
 
@@ -203,8 +203,8 @@ def _known(e: Experiment) -> Experiment:
     if missing := unknown(e):
         raise UserError(
             f"{e.id}: no formula for its step yet, since none was measured with"
-            f" {' or '.join(missing)}\nmake memory-{overrides.words(e)} says what it takes; make"
-            f" {overrides.words(e)} STEPS=20 how long"
+            f" {' or '.join(missing)}\nmake memory-{overrides.command_of(e)} says what it takes;"
+            f" make {overrides.command_of(e)} STEPS=20 how long"
         )
     return e
 

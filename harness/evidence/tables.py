@@ -28,7 +28,7 @@ from harness.evidence.footnotes import footnotes
 from harness.evidence.references import load_references
 from harness.evidence.results import Results, collect
 from harness.evidence.rows import Row
-from harness.experiment import overrides
+from harness.experiment import command_line
 from harness.experiment.catalog import load_catalog
 from harness.system import screen
 
@@ -84,7 +84,7 @@ def render(
     Raises:
         UserError: the format is unknown.
     """
-    overrides.choice("FORMAT", format, FORMATS)
+    command_line.choice("FORMAT", format, FORMATS)
     if format == "json":
         return json.dumps([values(row) for row in rows], indent=1)
     if format == "csv":

@@ -18,7 +18,7 @@ from harness.evidence.quantities import NumberSource, unit_of
 from harness.evidence.references import load_references
 from harness.evidence.results import collect_records
 from harness.evidence.tables import MOST_TEXT
-from harness.experiment import overrides
+from harness.experiment import command_line
 from harness.experiment.catalog import load_catalog
 from harness.system import screen
 
@@ -54,7 +54,7 @@ def render(
     Raises:
         UserError: the format is unknown.
     """
-    overrides.choice("FORMAT", format, FORMATS)
+    command_line.choice("FORMAT", format, FORMATS)
     if format == "json":
         return json.dumps(values(found, sources), indent=1)
     chapters = {}

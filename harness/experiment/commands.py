@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from harness.errors import UserError, nearest
-from harness.experiment import overrides
+from harness.experiment import command_line
 from harness.experiment.catalog import Catalog, load_catalog
 from harness.experiment.experiment import Experiment
 from harness.system import screen
@@ -43,7 +43,7 @@ def list_experiments(settings: Mapping[str, str]) -> int:
 
 def _matches(experiment: Experiment, settings: Mapping[str, str], catalog: Catalog) -> bool:
     if "CHAPTER" in settings:
-        chapter = overrides.count("CHAPTER", settings["CHAPTER"])
+        chapter = command_line.count("CHAPTER", settings["CHAPTER"])
         catalog.in_chapter(chapter)
         if experiment.chapter != chapter:
             return False
@@ -53,6 +53,6 @@ def _matches(experiment: Experiment, settings: Mapping[str, str], catalog: Catal
             raise UserError(f"MODEL={settings['MODEL']}; {nearest(settings['MODEL'], models)}")
         if settings["MODEL"] not in experiment.model.name:
             return False
-    return "GPUS" not in settings or experiment.world_size <= overrides.count(
+    return "GPUS" not in settings or experiment.world_size <= command_line.count(
         "GPUS", settings["GPUS"]
     )

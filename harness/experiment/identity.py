@@ -1,85 +1,44 @@
-"""Whether two experiments are the same: what differs, in the words of the command line, and whether
-it changes the losses.
+"""Whether two experiments are the same, which settings differ, and whether the losses change.
 
-A label is a name and loses information; the frozen experiment is what a run is.
+A label is a name and loses information; the frozen experiment identifies a run.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from harness.experiment import understood
+from harness.experiment.command_line import EXPERIMENT_SETTINGS
 from harness.experiment.experiment import Experiment, Target
+from harness.experiment.extra_arguments import by_option
 from harness.experiment.model import Model
 
 NAMES = frozenset({"slug", "chapter", "shows", "published_data", "window_first_step", "overrides"})
-"""Fields that say what an experiment is called and how it is judged; ``overrides`` say how it came
-to be what it is."""
+"""Fields that name an experiment, say how it is judged, or how it was derived from a row."""
 
 KEEPING = frozenset({"save_every", "keep"})
-"""Fields of which checkpoints are kept: the run's Saving decides, and no step changes."""
+"""Fields of which checkpoints are kept; they change no step."""
 
-NEUTRAL = {
-    "tp": "TP",
-    "pp": "PP",
-    "vpp": "VPP",
-    "cp": "CP",
-    "ep": "EP",
-    "etp": "ETP",
-    "dp": "DP",
-    "nodes": "NODES",
-    "sequence_parallel": "SP",
-    "cp_comm_type": "CP_COMM_TYPE",
-    "micro_batch_size": "MBS",
-    "sharding": "SHARDING",
-    "recompute": "RECOMPUTE",
-    "recompute_modules": "recompute_modules",
-    "cross_entropy_fusion": "CROSS_ENTROPY_FUSION",
-    "cuda_graphs": "CUDA_GRAPHS",
-    "attention_backend": "attention_backend",
-    "steps": "STEPS",
-    "eval_interval": "EVAL_EVERY",
-    "eval_steps": "EVAL_STEPS",
-    "until": "UNTIL",
-    "card": "CARD",
-    "profile": "PROFILE",
+_FIELDS = {setting.field: setting for setting in EXPERIMENT_SETTINGS if setting.changes}
+CURVE = {field: one.key for field, one in _FIELDS.items() if one.changes == "losses"} | {
+    field: field for field in ("precision", "gradients", "positions")
+}
+"""Field -> setting (or its own name) of what a step computes and on what data: another value gives
+another loss curve."""
+NEUTRAL = {field: one.key for field, one in _FIELDS.items() if one.changes != "losses"} | {
+    field: field for field in ("recompute_modules", "attention_backend")
 }
 """Field -> setting of layout, speed, length and evaluation: losses stay the same but for rounding
 and dropout's draws."""
-
-CURVE = {
-    "global_batch_size": "GBS",
-    "seq_length": "SEQ",
-    "precision": "precision",
-    "fp8_recipe": "FP8",
-    "optimizer": "OPTIMIZER",
-    "optimizer_state": "OPTIMIZER_STATE",
-    "gradients": "gradients",
-    "lr": "LR",
-    "min_lr": "MIN_LR",
-    "lr_decay": "LR_DECAY",
-    "lr_warmup_steps": "LR_WARMUP",
-    "weights": "WEIGHTS",
-    "positions": "positions",
-    "lora": "LORA_RANK",
-    "load": "LOAD",
-    "data": "DATA",
-    "split": "SPLIT",
-}
-"""Field -> setting of what a step computes and on what: another value is another curve."""
-
-LENGTH = frozenset({"STEPS", "UNTIL", "EVAL_EVERY", "EVAL_STEPS", "PROFILE"})
-"""Settings of NEUTRAL that leave the work of a step, and how a checkpoint is loaded, as they were.
-"""
+LENGTH = frozenset(one.key for one in _FIELDS.values() if one.changes == "length")
+"""Settings of NEUTRAL that change neither the work of a step nor how a checkpoint is loaded."""
 
 COMPARED_ELSEWHERE = frozenset({"id", "miniature", "model", "extra_args"})
-"""Compared in other ways: rows and miniatures are other experiments; models and ARGS are compared
-word by word."""
+"""Rows and miniatures are other experiments; models are compared by field, ARGS by option."""
 
-_BESIDE_THE_CURVE = re.compile(
+_NOT_OF_THE_LOSSES = re.compile(
     r"--(no-)?(log-|timing-log|tensorboard-|wandb-|one-logger|num-workers$|exit-|manual-gc|distributed-timeout|verify-integrity"
     r"|overlap-|tp-comm-overlap|nccl-|async-|use-persistent-ckpt|ckpt-(?!step)|dist-ckpt-|save-interval$|eval-(interval|iters)$)"
 )
@@ -88,18 +47,17 @@ _BESIDE_THE_CURVE = re.compile(
 
 @dataclass(frozen=True)
 class Difference:
-    """A setting in which two experiments differ. ``curve``: the losses of later steps depend on
-    it."""
+    """A setting in which two experiments differ."""
 
     setting: str
     before: str
     now: str
     curve: bool
+    """Whether the losses of later steps depend on it."""
 
     @property
     def work(self) -> bool:
-        """Whether a step does other work, or the same in another way: step times before and after
-        do not compare."""
+        """Whether it changes a step's work, so that step times before and after do not compare."""
         return self.setting not in LENGTH
 
     def __str__(self) -> str:
@@ -107,17 +65,15 @@ class Difference:
 
 
 def same(before: Experiment, now: Experiment) -> bool:
-    """Whether the two are one experiment, whatever they are called and whoever keeps their
-    checkpoints."""
+    """Whether the two are one experiment, whatever their names and kept checkpoints."""
     return frozen(before) == frozen(now)
 
 
 def frozen(experiment: Experiment) -> Experiment:
-    """``experiment`` without its names, and with ARGS in one order: two that are equal are one
-    experiment."""
+    """``experiment`` without its names and with ARGS sorted: equal values are one experiment."""
     words = tuple(
         word
-        for flag, values in sorted(arguments(experiment.extra_args).items())
+        for flag, values in sorted(by_option(experiment.extra_args).items())
         for word in (flag, *values)
     )
     neutral = {
@@ -137,22 +93,18 @@ def frozen(experiment: Experiment) -> Experiment:
 
 
 def differences(before: Experiment, now: Experiment) -> tuple[Difference, ...]:
-    """In which settings ``now`` differs from ``before``, those that change the losses first."""
-    return tuple(sorted(_all(before, now), key=lambda found: not found.curve))
+    """The settings in which ``now`` differs from ``before``.
 
-
-def arguments(words: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Upstream's arguments of ARGS: option -> its values. The last of an option counts, as in
-    argparse."""
-    return {argument.option: argument.values for argument in understood.arguments(words)}
+    First those that change the losses, then those that change a step's work, then the rest.
+    """
+    return tuple(sorted(_all(before, now), key=lambda found: (not found.curve, not found.work)))
 
 
 def rates(experiment: Experiment) -> tuple[float, float]:
-    """Its highest and lowest learning rate, those in ARGS included."""
-    given = arguments(experiment.extra_args)
-    return _number(given.get("--lr"), experiment.highest_lr), _number(
-        given.get("--min-lr"), experiment.lowest_lr
-    )
+    """Its highest and lowest learning rate, including those in ARGS."""
+    given = by_option(experiment.extra_args)
+    highest = _number(given.get("--lr"), experiment.highest_lr)
+    return highest, _number(given.get("--min-lr"), experiment.lowest_lr)
 
 
 def _all(before: Experiment, now: Experiment) -> Iterator[Difference]:
@@ -170,18 +122,17 @@ def _all(before: Experiment, now: Experiment) -> Iterator[Difference]:
         elif field != "min_lr":
             yield from _difference(setting, getattr(before, field), getattr(now, field), True)
     for field, setting in NEUTRAL.items():
-        # by micro-batch
+        # upstream averages the routers' balancing loss over micro-batches
         averaged = field == "micro_batch_size" and now.model.moe_aux_loss_coeff is not None
         yield from _difference(setting, getattr(before, field), getattr(now, field), averaged)
     yield from _arguments(before, now)
 
 
 def _schedules(before: Experiment, now: Experiment) -> Iterator[Difference]:
-    """Differences of the learning rate over the steps: of its ends, and of the steps until the
-    lower one."""
+    """Differences of the learning rate's ends, and of the steps between them."""
     for setting, there, here in zip(("LR", "MIN_LR"), rates(before), rates(now), strict=True):
         yield from _difference(setting, f"{there:g}", f"{here:g}", True)
-    # a warm-up by default is a share of those steps
+    # the default warm-up is a share of those steps, so that they matter at a constant rate, too
     if now.lr_decay != "constant" or now.lr_warmup_steps is None:
         yield from _difference(
             "steps of the learning rate's decay", before.lr_decay_steps, now.lr_decay_steps, True
@@ -189,12 +140,12 @@ def _schedules(before: Experiment, now: Experiment) -> Iterator[Difference]:
 
 
 def _arguments(before: Experiment, now: Experiment) -> Iterator[Difference]:
-    there, here = arguments(before.extra_args), arguments(now.extra_args)
+    there, here = by_option(before.extra_args), by_option(now.extra_args)
     for flag in dict.fromkeys([*there, *here]):
         if flag not in ("--lr", "--min-lr"):
             setting = f"ARGS {flag}" if flag else "ARGS"
             yield from _difference(
-                setting, _given(there, flag), _given(here, flag), not _BESIDE_THE_CURVE.match(flag)
+                setting, _given(there, flag), _given(here, flag), not _NOT_OF_THE_LOSSES.match(flag)
             )
 
 

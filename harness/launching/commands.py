@@ -8,7 +8,7 @@ from textwrap import indent
 from harness import RECORDS, generate
 from harness.data import data_sets
 from harness.errors import UserError
-from harness.experiment import identity, overrides
+from harness.experiment import command_line, identity
 from harness.experiment.catalog import load_catalog
 from harness.experiment.experiment import Experiment
 from harness.launching import chapter, launch, slurm, stop, terminal, verify
@@ -39,7 +39,7 @@ def run_experiment(id_: str, settings: Mapping[str, str]) -> int:
     packages.install("heavy", *(["tracking"] if planned.extras.tracking else []))
     if planned.extras.tracking:
         tracking.check(planned.extras.tracking)
-    finished = launch.run_plan(planned, hang_seconds=overrides.count_in(settings, "HANG"))
+    finished = launch.run_plan(planned, hang_seconds=command_line.count_in(settings, "HANG"))
     if planned.experiment.profile and finished.result.status == "ok":
         from harness.profiling import profile
 
@@ -76,7 +76,7 @@ def train(id_: str, settings: Mapping[str, str]) -> int:
 
 def run_chapter(number: str, settings: Mapping[str, str]) -> int:
     """Run the experiments of a chapter, small ones side by side (PACK=0: one after another)."""
-    experiments = load_catalog().in_chapter(overrides.count("chapter", number))
+    experiments = load_catalog().in_chapter(command_line.count("chapter", number))
     if whole := [key for key in ("DRY_RUN", "SLURM", "RESUME") if settings.get(key, "0") != "0"]:
         raise UserError(
             f"{whole[0]}=1 is for one experiment: make {experiments[0].id} {whole[0]}=1\n"
@@ -91,7 +91,7 @@ def run_chapter(number: str, settings: Mapping[str, str]) -> int:
         lambda experiment: plan.plan(experiment, settings, device),
         pack=settings.get("PACK") != "0",
         force=settings.get("FORCE") == "1",
-        hang_seconds=overrides.count_in(settings, "HANG"),
+        hang_seconds=command_line.count_in(settings, "HANG"),
     )
 
 

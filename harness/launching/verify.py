@@ -24,7 +24,7 @@ from harness.evidence.records import same_work
 from harness.evidence.references import load_references
 from harness.evidence.results import collect_records, collect_runs
 from harness.evidence.rows import Row, launch_rate_remark, metrics, upstream_name
-from harness.experiment import overrides
+from harness.experiment import command_line
 from harness.experiment.catalog import load_catalog
 from harness.experiment.experiment import Experiment
 from harness.machine import gpus
@@ -267,7 +267,7 @@ def _run(records: Sequence[Row], settings: Mapping[str, str], prepare: Callable[
             " compare\nMEGATRON_LM=folder names another checkout"
         )
     wanted = {**record.experiment.overrides, "DATA": record.experiment.data, **settings}
-    hang = overrides.count_in(settings, "HANG")
+    hang = command_line.count_in(settings, "HANG")
     planned = plan(load_catalog().find(record.id), wanted, "cuda")
     prepare()
     finished = run_plan(planned, hang_seconds=hang)

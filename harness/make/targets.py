@@ -11,8 +11,8 @@ from harness import ROOT
 from harness.data.sources import definitions
 from harness.errors import UserError, similar
 from harness.experiment.catalog import EXPERIMENTS, Catalog, load_catalog
+from harness.experiment.command_line import EXPERIMENT_SETTINGS, LAUNCH_SETTINGS, Setting
 from harness.experiment.experiment import Experiment
-from harness.experiment.overrides import EXPERIMENT_SETTINGS, LAUNCH_SETTINGS, Setting
 from harness.make import tutorial
 from harness.system.files import write_text
 

@@ -17,7 +17,7 @@ from harness.errors import UserError, nearest
 from harness.evidence.references import References, load_references
 from harness.evidence.results import Results
 from harness.evidence.rows import Row, losses
-from harness.experiment import overrides
+from harness.experiment import command_line, overrides
 from harness.experiment.catalog import EXPERIMENTS, Catalog
 from harness.experiment.experiment import Experiment
 from harness.predict.calibrations import Machine, machine_measured_by
@@ -331,7 +331,7 @@ def schedules(catalog: Catalog, profiles: Mapping[str, Profile]) -> tuple[Schedu
 
 
 def _as_catalogued(e: Experiment) -> bool:
-    return not e.miniature and overrides.is_same_work(e, overrides.SAME_WORK | {"PROFILE"})
+    return not e.miniature and overrides.is_same_work(e, command_line.SAME_WORK | {"PROFILE"})
 
 
 def _panel(

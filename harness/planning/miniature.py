@@ -15,15 +15,11 @@ from math import prod
 from typing import Any
 
 from harness.data import data_sets
+from harness.experiment.command_line import EXPERIMENT_SETTINGS, FIELDS, MINIATURE_STEPS
 from harness.experiment.constraints import with_changes
 from harness.experiment.experiment import Experiment
 from harness.experiment.model import Model
-from harness.experiment.overrides import (
-    EXPERIMENT_SETTINGS,
-    FIELDS,
-    MINIATURE_STEPS,
-    explicit_model,
-)
+from harness.experiment.overrides import explicit_model
 
 MOST_PROCESSES = 8
 HEAD_SIZE = 4

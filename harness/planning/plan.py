@@ -13,7 +13,7 @@ from harness.data import data_sets
 from harness.data.sources import definitions
 from harness.data.splits import check_split
 from harness.errors import UserError
-from harness.experiment import overrides, understood
+from harness.experiment import command_line, extra_arguments, overrides
 from harness.experiment.constraints import with_changes
 from harness.experiment.experiment import Experiment
 from harness.experiment.identity import Difference
@@ -196,7 +196,7 @@ def _check_format(e: Experiment) -> None:
     alone; harness.run.checkpoints reads no others.
     """
     ours = "fsdp_dtensor" if e.sharding.startswith("fsdp") else "torch_dist"
-    for argument in understood.arguments(e.extra_args):
+    for argument in extra_arguments.arguments(e.extra_args):
         if argument.option in ("--ckpt-format", "--dist-ckpt-format") and argument.values != (
             ours,
         ):
@@ -252,7 +252,10 @@ def _saving(e: Experiment, settings: Mapping[str, str], before: Resumed | None) 
     earlier = before and before.saving
     if where is None and not asked and not earlier and e.save_every is None:
         return None
-    every, keep = overrides.count_in(settings, "SAVE_EVERY"), overrides.count_in(settings, "KEEP")
+    every, keep = (
+        command_line.count_in(settings, "SAVE_EVERY"),
+        command_line.count_in(settings, "KEEP"),
+    )
     folder = Path(where).resolve() if where not in (None, "1") else None
     if earlier:
         label, kept = before.run.label, before.run.checkpoints
@@ -306,7 +309,7 @@ def _loading(
 def _place(e: Experiment, settings: Mapping[str, str]) -> Place:
     ids = settings.get("GPUS_IDS")
     gpu_ids = (
-        tuple(overrides.count("GPUS_IDS", i, least=0) for i in ids.split(",")) if ids else None
+        tuple(command_line.count("GPUS_IDS", i, least=0) for i in ids.split(",")) if ids else None
     )
     slurm = settings.get("SLURM") == "1"
     if e.nodes > 1 and not slurm and not settings.get("RENDEZVOUS"):
@@ -315,7 +318,7 @@ def _place(e: Experiment, settings: Mapping[str, str]) -> Place:
             f" 0 to {e.nodes - 1}:\n    make {e.id} NODES={e.nodes} NODE_RANK=0"
             " RENDEZVOUS=first-node:29500\nor SLURM=1 for a batch job"
         )
-    node_rank = overrides.count("NODE_RANK", settings.get("NODE_RANK", "0"), least=0)
+    node_rank = command_line.count("NODE_RANK", settings.get("NODE_RANK", "0"), least=0)
     if node_rank >= e.nodes:
         raise UserError(
             f"NODE_RANK={node_rank}: {e.id} runs on nodes 0 to {e.nodes - 1}; NODES= sets their"

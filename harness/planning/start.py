@@ -10,7 +10,7 @@ from pathlib import Path
 from harness import ROOT
 from harness.data import data_sets
 from harness.errors import UserError, first_line, nearest
-from harness.experiment import overrides, understood
+from harness.experiment import extra_arguments, overrides
 from harness.experiment.catalog import load_catalog
 from harness.experiment.experiment import Experiment
 from harness.experiment.model import Model
@@ -125,7 +125,7 @@ def with_settings(e: Experiment, settings: Mapping[str, str], outdir: Path) -> E
         UserError: see ``find`` and ``overrides.apply``.
     """
     named = settings.get("WEIGHTS", e.weights)
-    modules = understood.understand(settings.get("ARGS", "")).fields.get("recompute_modules")
+    modules = extra_arguments.translate(settings.get("ARGS", "")).fields.get("recompute_modules")
     if modules and settings.get("RECOMPUTE", "selective") != "selective":
         how = settings["RECOMPUTE"]
         raise UserError(
@@ -146,7 +146,7 @@ def of_catalogue(id_: str, settings: Mapping[str, str]) -> Experiment:
     """
     outdir = Path(settings.get("OUTDIR") or ROOT / "outdir").resolve()
     e = with_settings(load_catalog().find(id_), settings, outdir)
-    if reason := understood.refusal(e.id, e.extra_args):
+    if reason := extra_arguments.refusal(e.id, e.extra_args):
         raise UserError(reason)
     return e
 

@@ -90,7 +90,9 @@ class Machine(BaseModel):
     def row_of(self, e: Experiment) -> Fitted | None:
         """The row in which ``e`` ran, labelled so if there is one."""
         ran = {
-            name: row for name, row in self.rows.items() if (row.make or name) == overrides.words(e)
+            name: row
+            for name, row in self.rows.items()
+            if (row.make or name) == overrides.command_of(e)
         }
         return ran.get(e.id) or next(iter(ran.values()), None)
 
@@ -138,7 +140,7 @@ class Machine(BaseModel):
 @cache
 def _made(words: str) -> Experiment:
     """What ran in a row: ``111 FP8=tensorwise``."""
-    return overrides.made(words, load_catalog())
+    return overrides.experiment_of(words, load_catalog())
 
 
 @cache

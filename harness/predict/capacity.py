@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
-from harness.experiment import overrides, understood
+from harness.experiment import extra_arguments, overrides
 from harness.experiment.experiment import Experiment
 from harness.experiment.hardware import NON_ALLOCATOR_MIB, Card
 from harness.predict.memory import Memory, predict
@@ -33,7 +33,7 @@ def available_gib(card: Card) -> float:
 
 def in_a_line(e: Experiment, card: Card) -> str:
     """What ``e`` will take of ``card``, as a run says it before it begins."""
-    if unknown := understood.unpredictable(e.extra_args):
+    if unknown := extra_arguments.unpredictable(e.extra_args):
         return f"memory: no formula knows {', '.join(unknown)} in ARGS"
     memory = predict(e)
     most, gib = max(memory.pieces.items(), key=lambda piece: piece[1])
@@ -41,7 +41,7 @@ def in_a_line(e: Experiment, card: Card) -> str:
     way_out = (
         ""
         if sure == "fits"
-        else f"; make memory-{overrides.words(e)} CARD={card.key} says what would"
+        else f"; make memory-{overrides.command_of(e)} CARD={card.key} says what would"
     )
     return (
         f"memory by formula: {memory.total:.1f} GiB, most of it {most} ({gib:.1f}): {sure} on"

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from harness.experiment import understood
+from harness.experiment import extra_arguments
 from harness.experiment.experiment import SHARDING
 from harness.experiment.hardware import GPUS_OF_A_NODE
 from harness.predict import timeline
@@ -94,7 +94,7 @@ def unknown(e: Experiment) -> list[str]:
         "CUDA graphs beside pipelines, context parallelism or experts": (
             e.cuda_graphs and (e.pp * e.cp > 1 or e.model.num_experts is not None)
         ),
-        "arguments of your own (ARGS)": bool(understood.unpredictable(e.extra_args)),
+        "arguments of your own (ARGS)": bool(extra_arguments.unpredictable(e.extra_args)),
     }
     return [name for name, applies in said.items() if applies]
 

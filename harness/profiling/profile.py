@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from harness.errors import UserError, first_line, nearest
-from harness.experiment import overrides
+from harness.experiment import command_line
 from harness.profiling import summary, trace
 from harness.profiling.kernels import TITLES, Category
 from harness.profiling.summary import RankProfile
@@ -140,7 +140,7 @@ def read_recorded(path: Path) -> Profile:
 def print_profile(outdir: Path, records: Path, settings: Mapping[str, str]) -> int:
     """``make profile RUN=… FORMAT=…``. Returns the exit status; raises as ``find`` and ``render``
     do."""
-    overrides.require(
+    command_line.require(
         settings,
         ["RUN"],
         "make profile RUN=101 (an id, or a label in outdir/); make 101 PROFILE=1 makes one",
@@ -166,7 +166,7 @@ def render(profile: Profile, format: str = "terminal") -> str:
     Raises:
         UserError: the format is unknown.
     """
-    overrides.choice("FORMAT", format, FORMATS)
+    command_line.choice("FORMAT", format, FORMATS)
     if format == "json":
         return json.dumps(profile.model_dump(mode="json"), indent=1) + "\n"
     if format == "csv":

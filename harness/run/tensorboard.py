@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from harness.errors import UserError
-from harness.experiment import overrides
+from harness.experiment import command_line
 from harness.run.directory import runs
 from harness.system.files import expanded
 
@@ -30,7 +30,7 @@ def show(settings: Mapping[str, str], outdir: Path) -> int:
         UserError: there are none, PORT= is taken, or TensorBoard does not start.
     """
     folder = logged(settings.get("RUN"), outdir)
-    port = free_port(overrides.count_in(settings, "PORT"))
+    port = free_port(command_line.count_in(settings, "PORT"))
     command = [
         sys.executable,
         "-m",

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 from harness import ROOT
 from harness.errors import UserError, nearest
-from harness.experiment import understood
+from harness.experiment import extra_arguments
 from harness.machine import upstream
 from harness.system.files import write_text
 
@@ -52,7 +52,7 @@ def check(text: str) -> None:
         UserError: an argument has no such name, too few or too many values, or a value that is none
         of its own.
     """
-    words = understood.split(text)
+    words = extra_arguments.split(text)
     if not words or (rows := table()) is None:
         return
     parser = _Parser(add_help=False, allow_abbrev=False)
@@ -68,7 +68,7 @@ def check(text: str) -> None:
             )
     _, strange = parser.parse_known_args(words)
     dropped = {name for row in rows if row["dropped"] for name in row["names"]}
-    for argument in understood.arguments(words):
+    for argument in extra_arguments.arguments(words):
         if argument.option in dropped:
             instead = INSTEAD.get(argument.option, "leave it out")
             raise UserError(

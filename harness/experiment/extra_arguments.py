@@ -1,10 +1,9 @@
-"""Upstream's arguments in ``ARGS=``: which of them a setting or a field of the model says, too, and
-what is left.
+"""``ARGS=``: upstream's arguments, and which of them mean the same as a setting or a model's field.
 
-``ARGS="--num-layers 96"`` changes the model, ``ARGS="--tensor-model-parallel-size 2"`` is ``TP=2``:
-checks, labels, the miniature and every prediction see the experiment that runs. What is left goes
-to upstream as it is; of that, formulas know what does not change a step (``NEUTRAL``) and refuse
-the rest. Spelling: megatron/training/arguments.py of core_v0.19.0.
+``ARGS="--num-layers 96"`` changes the model and ``ARGS="--tensor-model-parallel-size 2"`` is
+``TP=2``, so that checks, labels, the miniature and every prediction see the experiment that runs.
+The rest goes to upstream unchanged. Of the rest, predictions admit what does not change a step
+(``NEUTRAL``) and refuse everything else. Spelling: megatron/training/arguments.py of core_v0.19.0.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ _SETTINGS = {
     "--eval-iters": "EVAL_STEPS",
     "--split": "SPLIT",
 }
-"""Arguments of one value that a setting takes, too."""
+"""Arguments with one value -> the setting with the same meaning."""
 _SWITCHES = {
     "--sequence-parallel": ("SP", "1"),
     "--recompute-activations": ("RECOMPUTE", "selective"),
@@ -75,7 +74,7 @@ _OF_EXPERTS = (
     "--moe-ffn-hidden-size",
     "--moe-router-pre-softmax",
 )
-"""Of a row that has experts; to make a dense one a mixture takes more than these."""
+"""Only for rows with experts: these alone do not turn a dense model into a mixture."""
 
 NEUTRAL = frozenset(
     {
@@ -114,11 +113,11 @@ NEUTRAL = frozenset(
         "--log-timers-to-tensorboard",
     }
 )
-"""What changes neither the memory nor the time of a step."""
+"""Arguments that change neither the memory nor the time of a step."""
 
 _OWNED = {
-    **dict.fromkeys(("--save",), "SAVE=1, or SAVE=folder"),
-    **dict.fromkeys(("--load",), "LOAD=label, or a folder"),
+    "--save": "SAVE=1, or SAVE=folder",
+    "--load": "LOAD=label, or a folder",
     **dict.fromkeys(("--save-interval", "--persistent-save-interval"), "SAVE_EVERY=50"),
     **dict.fromkeys(
         (
@@ -139,10 +138,10 @@ _OWNED = {
     "--use-checkpoint-args": "WEIGHTS=name, which brings its model",
     **dict.fromkeys(
         ("--async-save", "--use-persistent-ckpt-worker", "--async-strategy"),
-        "SAVE=1, which saves while training goes on where upstream can",
+        "SAVE=1, which saves asynchronously where upstream can",
     ),
     "--train-samples": "STEPS=",
-    "--tensorboard-dir": "the run directory, which has it",
+    "--tensorboard-dir": "the run directory, which contains it",
     "--wandb-project": "WANDB_PROJECT=",
     "--wandb-exp-name": "WANDB_NAME=",
     "--wandb-entity": "WANDB_ENTITY=",
@@ -154,8 +153,7 @@ _OWNED = {
     "--lora-dropout": "LORA_DROPOUT=",
     "--lora-targets": "LORA_TARGETS=",
 }
-"""What the harness says itself and reads back later; a second voice would make it read the wrong
-thing."""
+"""Arguments that the harness passes itself and reads back later -> what to use instead."""
 _HINTS = {
     "--use-distributed-optimizer": "SHARDING=optim",
     "--use-megatron-fsdp": "SHARDING=fsdp_optim_grads_params",
@@ -170,7 +168,7 @@ _HINTS = {
     "--hidden-dropout": "DROPOUT=",
     "--recompute-granularity": "RECOMPUTE=",
 }
-"""Settings that say what an argument is about, but not in the same words."""
+"""Arguments -> the setting on the same subject, whose values are spelled otherwise."""
 
 
 @dataclass(frozen=True)
@@ -189,20 +187,20 @@ class Argument:
 
 
 @dataclass(frozen=True)
-class Understood:
-    """What ``ARGS=`` says: in settings, in fields of the model and of the experiment, and in words
-    for upstream alone."""
+class Translation:
+    """``ARGS=`` as settings, fields of the model, fields of the experiment, and a rest."""
 
     settings: Mapping[str, str] = field(default_factory=dict)
     model: Mapping[str, Any] = field(default_factory=dict)
     fields: Mapping[str, Any] = field(default_factory=dict)
     rest: tuple[str, ...] = ()
+    """For upstream alone."""
     kept: tuple[str, ...] = ()
-    """The words of ARGS= that no setting says: those of the model, and ``rest``."""
+    """Everything but the settings, as it was given."""
 
 
 def split(text: str) -> list[str]:
-    """The words of ``ARGS=text``. Raises UserError where a quotation does not end."""
+    """``ARGS=text`` split as a shell does. Raises UserError if a quotation does not end."""
     try:
         return shlex.split(text)
     except ValueError as error:
@@ -210,7 +208,7 @@ def split(text: str) -> list[str]:
 
 
 def arguments(words: Iterable[str]) -> list[Argument]:
-    """``words`` by argument. What stands before the first one is an argument without a name."""
+    """``words`` grouped by argument; those before the first ``--`` form one without a name."""
     found: list[Argument] = []
     for word in words:
         if word.startswith("--"):
@@ -222,13 +220,18 @@ def arguments(words: Iterable[str]) -> list[Argument]:
     return found
 
 
+def by_option(words: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Option -> its values. If an option occurs twice the last one counts, as in argparse."""
+    return {argument.option: argument.values for argument in arguments(words)}
+
+
 @lru_cache(64)
-def understand(text: str, *, experts: bool = True) -> Understood:
-    """What ``ARGS=text`` says for a row with or without ``experts``.
+def translate(text: str, *, experts: bool = True) -> Translation:
+    """Translate ``ARGS=text`` for a row with or without ``experts``.
 
     Raises:
-        UserError: an argument is given twice, is no number where it must be one, or is for a
-        setting to say.
+        UserError: an argument is given twice, is not a number where one is expected, or belongs to
+        a setting.
     """
     given = arguments(split(text))
     by_option = {argument.option: argument for argument in given}
@@ -238,7 +241,7 @@ def understand(text: str, *, experts: bool = True) -> Understood:
     for argument in given:
         if argument.option in _OWNED:
             raise UserError(
-                f"ARGS: {argument.option} is the harness's to say; use {_OWNED[argument.option]}"
+                f"ARGS: the harness sets {argument.option} itself; use {_OWNED[argument.option]}"
             )
     settings: dict[str, str] = {}
     fields: dict[str, Any] = {}
@@ -262,33 +265,28 @@ def understand(text: str, *, experts: bool = True) -> Understood:
         word for a in given if a.option not in taken | of_model for word in a.words if word
     )
     kept = tuple(word for a in given if a.option not in taken for word in a.words if word)
-    return Understood(settings, model, fields, rest, kept)
+    return Translation(settings, model, fields, rest, kept)
 
 
 def unpredictable(extra_args: Iterable[str]) -> list[str]:
-    """Of the words that go to upstream as they are: arguments whose memory and time no formula
-    knows."""
+    """The options among ``extra_args`` whose effect on memory and time no formula knows."""
     return [argument.option for argument in arguments(extra_args) if argument.option not in NEUTRAL]
 
 
 def refusal(id_: str, extra_args: Iterable[str]) -> str | None:
-    """Why nothing can be predicted with these arguments, and what can be done; None where it
-    can."""
+    """Why nothing can be predicted with these arguments, and the way out; None where it can."""
     if not (unknown := unpredictable(extra_args)):
         return None
-    hints = [f"{hint} says what {name} is about" for name in unknown if (hint := _HINTS.get(name))]
+    hints = [f"{hint} replaces {name}" for name in unknown if (hint := _HINTS.get(name))]
     leave = (
         f"leave {'it' if len(unknown) == 1 else 'them'} out, or measure: make {id_} STEPS=20 ARGS=…"
     )
     way_out = "; ".join(hints) or leave
-    return (
-        f"{id_}: no formula knows arguments of your own, here {', '.join(unknown)} in"
-        f" ARGS\n{way_out}"
-    )
+    return f"{id_}: no formula covers {', '.join(unknown)} in ARGS\n{way_out}"
 
 
 def _setting(argument: Argument) -> dict[str, str]:
-    """The setting that says the same as ``argument``; empty where none does."""
+    """The setting with the meaning of ``argument``; empty if there is none."""
     option, values = argument.option, argument.values
     if option in _SWITCHES and not values:
         return dict([_SWITCHES[option]])
@@ -301,7 +299,7 @@ def _setting(argument: Argument) -> dict[str, str]:
 
 
 def _of_model(argument: Argument) -> dict[str, Any]:
-    """The field of the model that says the same as ``argument``; empty where none does."""
+    """The model's field with the meaning of ``argument``; empty if there is none."""
     option, values = argument.option, argument.values
     if option in _MODEL_SWITCHES and not values:
         return dict([_MODEL_SWITCHES[option]])
@@ -316,16 +314,11 @@ def _of_model(argument: Argument) -> dict[str, Any]:
 
 
 def _field(argument: Argument) -> dict[str, Any]:
-    """The field of the experiment, without a setting, that says the same as ``argument``; empty
-    where none does."""
+    """The experiment's field, one without a setting, with the meaning of ``argument``."""
     if argument.option == "--max-position-embeddings" and len(argument.values) == 1:
         return {"positions": _number(argument, int)}
-    if argument.option == "--attention-backend" and argument.values in (
-        ("auto",),
-        ("flash",),
-        ("fused",),
-        ("unfused",),
-    ):
+    backends = (("auto",), ("flash",), ("fused",), ("unfused",))
+    if argument.option == "--attention-backend" and argument.values in backends:
         return {"attention_backend": argument.values[0]}
     if argument.option == "--recompute-modules" and argument.values:
         return {"recompute_modules": argument.values}
@@ -333,8 +326,7 @@ def _field(argument: Argument) -> dict[str, Any]:
 
 
 def _recompute(given: Mapping[str, Argument], settings: dict[str, str]) -> set[str]:
-    """RECOMPUTE=full is upstream's ``uniform`` with one layer; every other way is none of the
-    settings."""
+    """RECOMPUTE=full is upstream's ``uniform`` with one layer; no setting has other methods."""
     how = {"--recompute-method": ("uniform",), "--recompute-num-layers": ("1",)}
     said = {name: given[name].values for name in how if name in given}
     granularity = given.get("--recompute-granularity", Argument("", ())).values
@@ -371,8 +363,7 @@ def _groups(given: Mapping[str, Argument], model: dict[str, Any]) -> set[str]:
 
 
 def _rope_scaling(given: Mapping[str, Argument], model: dict[str, Any]) -> set[str]:
-    """The factor without ``--use-rope-scaling`` is for rows that scale already; 8 is upstream's
-    default."""
+    """The factor alone is for rows that scale already; 8 is upstream's default."""
     names = {"--use-rope-scaling", "--rope-scaling-factor"} & given.keys()
     if names:
         factor = given.get("--rope-scaling-factor", Argument("--rope-scaling-factor", ("8.0",)))

@@ -7,7 +7,7 @@ import pytest
 
 from harness import cli
 from harness.errors import UserError
-from harness.experiment import overrides, understood
+from harness.experiment import command_line, extra_arguments, overrides
 from harness.experiment.catalog import load_catalog
 from harness.planning.plan import plan
 from harness.predict.flops import step_flops
@@ -48,7 +48,7 @@ PREDICTS = ("memory", "speed", "faster", "gpus")
 
 
 def apply(id_, *words):
-    return overrides.apply(CATALOG.find(id_), overrides.parse(words))
+    return overrides.apply(CATALOG.find(id_), command_line.parse(words))
 
 
 def flags(e):
@@ -58,7 +58,7 @@ def flags(e):
 def pairs(text):
     return {
         (a.option, value)
-        for a in understood.arguments(shlex.split(text))
+        for a in extra_arguments.arguments(shlex.split(text))
         for value in (a.values or (None,))
     }
 
@@ -148,7 +148,7 @@ def test_the_fields_without_a_setting():
     (["ARGS=--num-layers many"], "ARGS: --num-layers many: expected a whole number"),
     (["ARGS=--hidden-size 1601"], "hidden_size 1601 must divide by num_attention_heads 25"),
     (["ARGS=--softmax-type learnable", "CP=2"], "windows and sinks need context parallelism by all-to-all"),
-    *(([f"ARGS={option} x"], f"{option} is the harness's to say; use ") for option in understood._OWNED),
+    *(([f"ARGS={option} x"], f"the harness sets {option} itself; use ") for option in extra_arguments._OWNED),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused_with_its_values(words, complaint):
     with pytest.raises(UserError, match=re.escape(complaint)):
@@ -194,17 +194,13 @@ def test_every_prediction_understands_a_deeper_model(command, capsys):
 @pytest.mark.parametrize(("text", "named", "way_out"), [
     ("--manual-gc", "--manual-gc", "leave it out, or measure: make 111 STEPS=20"), ("--lr 1e-4 --fp16", "--fp16", "leave it out"),
     ("--recompute-granularity full --recompute-method block --recompute-num-layers 3",
-     "--recompute-granularity, --recompute-method, --recompute-num-layers", "RECOMPUTE= says what --recompute-granularity is about"),
-    ("--use-distributed-optimizer", "--use-distributed-optimizer", "SHARDING=optim says"), ("--hidden-dropout 0", "--hidden-dropout", "DROPOUT="),
+     "--recompute-granularity, --recompute-method, --recompute-num-layers", "RECOMPUTE= replaces --recompute-granularity"),
+    ("--use-distributed-optimizer", "--use-distributed-optimizer", "SHARDING=optim replaces"), ("--hidden-dropout 0", "--hidden-dropout", "DROPOUT="),
 ])  # fmt: skip
 def test_every_prediction_refuses_what_it_does_not_know(command, text, named, way_out, capsys):
     assert cli.main([command, "111", f"ARGS={text}", "CARD=h200-141gb"]) == 2
     said = capsys.readouterr()
-    assert (
-        f"no formula knows arguments of your own, here {named} in ARGS" in said.err
-        and way_out in said.err
-        and not said.out
-    )
+    assert f"no formula covers {named} in ARGS" in said.err and way_out in said.err and not said.out
 
 
 @pytest.mark.parametrize("command", PREDICTS)
@@ -220,9 +216,9 @@ def test_neutral_arguments_are_upstreams():
     from harness.upstreams.megatron_lm.known_arguments import table
 
     names = {name for row in table() for name in row["names"]}
-    known = {*understood._SETTINGS, *understood._SWITCHES, *understood._CHOICES, *understood._MODEL_NUMBERS, *understood._MODEL_FRACTIONS,
-             *understood._MODEL_SWITCHES, *understood._MODEL_CHOICES, *understood._OWNED, *understood._HINTS, *understood.NEUTRAL}  # fmt: skip
-    assert known <= names and not understood.NEUTRAL & (known - understood.NEUTRAL)
+    known = {*extra_arguments._SETTINGS, *extra_arguments._SWITCHES, *extra_arguments._CHOICES, *extra_arguments._MODEL_NUMBERS, *extra_arguments._MODEL_FRACTIONS,
+             *extra_arguments._MODEL_SWITCHES, *extra_arguments._MODEL_CHOICES, *extra_arguments._OWNED, *extra_arguments._HINTS, *extra_arguments.NEUTRAL}  # fmt: skip
+    assert known <= names and not extra_arguments.NEUTRAL & (known - extra_arguments.NEUTRAL)
 
 
 def test_a_layout_that_is_proposed_keeps_the_model_of_args():
@@ -234,7 +230,7 @@ def test_a_layout_that_is_proposed_keeps_the_model_of_args():
 
 
 def miniature(*words):
-    return plan(CATALOG.find("101"), overrides.parse(["DATA=mock", *words]), "cpu").experiment
+    return plan(CATALOG.find("101"), command_line.parse(["DATA=mock", *words]), "cpu").experiment
 
 
 def test_the_miniature_scales_all_but_what_was_asked_for():
@@ -295,6 +291,6 @@ def test_a_format_that_fails_after_all_steps_is_refused_before_them(
 def test_async_save_is_the_harness_s_to_ask_for():
     with pytest.raises(
         UserError,
-        match=r"--async-save is the harness's to say; use SAVE=1, which saves while training goes on",
+        match=r"the harness sets --async-save itself; use SAVE=1, which saves asynchronously",
     ):
         apply("101", "ARGS=--async-save --ckpt-format torch")
