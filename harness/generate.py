@@ -20,7 +20,7 @@ from harness.errors import UserError, nearest
 from harness.experiment import command_line
 from harness.experiment.constraints import with_changes
 from harness.experiment.experiment import Experiment
-from harness.planning import resume
+from harness.run import finding
 from harness.run.checkpoints import Checkpoint, Loading
 from harness.upstreams.megatron_lm.environment import variables
 from harness.upstreams.megatron_lm.flags import (
@@ -153,8 +153,8 @@ def _check_words(settings: Mapping[str, str]) -> None:
 
 def _of_run(wanted: str, outdir: Path, sampling: Sampling) -> Request:
     """The newest whole checkpoint of the run, or in the folder, ``wanted``."""
-    found = resume.find(wanted, outdir, lambda said: print(said, file=sys.stderr))
-    experiment = resume.experiment_of(found.path.parent)
+    found = finding.checkpoint(wanted, outdir, lambda said: print(said, file=sys.stderr))
+    experiment = finding.experiment_of(found.path.parent)
     if experiment is None:
         raise UserError(
             f"{found.path.parent}: of which model? there is no experiment.json in it nor above"
@@ -198,7 +198,7 @@ def _of_weights(named: str, sampling: Sampling) -> Request:
         precision=precision,
     )
     return Request(
-        resume.find(str(folder), folder.parent), experiment, sampling, folder / weights.HF
+        finding.checkpoint(str(folder), folder.parent), experiment, sampling, folder / weights.HF
     )
 
 

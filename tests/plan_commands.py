@@ -24,8 +24,8 @@ from harness.errors import UserError
 from harness.experiment.catalog import load_catalog
 from harness.machine.gpus import LocalGpu
 from harness.make import targets
-from harness.planning import plan as planning
-from harness.planning import start
+from harness.planning import checked, run_to_resume, starting_weights
+from harness.planning.starting_weights import StartingWeights
 
 SETS = {
     "mine": False,
@@ -57,7 +57,7 @@ ENDS = {
     "harness.run.tensorboard": ("show",),
     "harness.machine.gpus": ("monitor", "keep_awake"),
     "harness.upstreams.megatron_lm.arguments": ("print_arguments",),
-    "harness.planning.resume": ("print_list",),
+    "harness.run.checkpoint_list": ("print_list",),
     "harness.generate": ("parse", "generate"),
     "harness.convert.commands": ("import_hf", "export_hf"),
     "harness.launching.chapter": ("run_chapter",),
@@ -207,8 +207,8 @@ def _stand_in() -> None:
     importlib.import_module("harness.machine.gpus").list_gpus = lambda: (
         GPUS if STATE["device"] == "cuda" else ()
     )
-    planning.resumed.choose = planning._loading = lambda *a, **k: None
-    start.find = _weights
+    run_to_resume.find = checked._loaded_checkpoint = lambda *a, **k: None
+    starting_weights.find = _weights
 
 
 def _reached(*args: object, **kwargs: object) -> None:
@@ -227,7 +227,7 @@ def _plan_each(experiments, plan_of, **kwargs: object) -> int:
     return 0
 
 
-def _weights(named: str, outdir: Path) -> start.Start:
+def _weights(named: str, outdir: Path) -> StartingWeights:
     """Weights as ``named``: of an experiment, of a model of the catalogue, else GPT-2's of 124 million parameters."""
     catalog = load_catalog()
     models = {e.model.name: e.model for e in catalog.experiments}
@@ -236,7 +236,8 @@ def _weights(named: str, outdir: Path) -> start.Start:
     )
     by_id = {e.id: e.model for e in catalog.experiments}
     model = by_id.get(named) or models.get(named) or small
-    return start.Start(f"weights/{named}", model, 131072 if model is not small else 1024, None)
+    positions = 131072 if model is not small else 1024
+    return StartingWeights(named, f"weights/{named}", model, positions, None)
 
 
 def _prepared(name: str, chat: bool, documents: int = 2000, tokens_each: int = 4) -> None:

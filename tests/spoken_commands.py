@@ -105,6 +105,7 @@ EXPRESSIONS = {
     "planned.full.id": "101",
     "experiments[0].id": "101",
     "experiment.id": "101",
+    "found.experiment.id": "101",
     "plan.experiment.id": "101",
     "self.plan.experiment.id": "101",
     "best.experiment.id": "101",
@@ -131,7 +132,7 @@ EXPRESSIONS = {
 }
 """What stands for an expression in a message."""
 IN_FILE = {
-    ("plan.py", "e.id"): "219",
+    ("checked.py", "e.id"): "219",
     ("commands.py", "manifest.name"): "toy-chat",
     ("prepared.py", "name"): "synthetic",
     ("cli.py", "e.id"): "604",

@@ -17,9 +17,9 @@ from harness.experiment import command_line
 from harness.experiment.catalog import load_catalog
 from harness.experiment.constraints import with_changes
 from harness.launching.outcome import Evidence, classify
-from harness.planning import resume, start
+from harness.planning import resolved, starting_weights
 from harness.planning.plan import Plan, plan
-from harness.run import checkpoints, schema, writing
+from harness.run import checkpoint_list, checkpoints, finding, schema, writing
 from harness.run.checkpoints import Saving
 from harness.run.directory import RunDir
 from harness.run.schema import Result, StepMetrics, Validation
@@ -293,20 +293,20 @@ def test_finding_by_label_folder_and_step(tmp_path):
         (str(run.checkpoints), 10),
         (str(run.checkpoints / "iter_0000005"), 5),
     ):
-        assert resume.find(wanted, tmp_path).step == step
+        assert finding.checkpoint(wanted, tmp_path).step == step
     with pytest.raises(
         UserError,
         match=f"no folder and no run with a checkpoint is called nothing; valid: {e.label}$",
     ):
-        resume.find("nothing", tmp_path)
+        finding.checkpoint("nothing", tmp_path)
     with pytest.raises(UserError, match="no whole checkpoint in"):
-        resume.find(str(tmp_path), tmp_path)
+        finding.checkpoint(str(tmp_path), tmp_path)
     (run.checkpoints / "iter_0000005" / "__0_0.distcp").unlink()
     with pytest.raises(
         UserError,
         match=r"iter_0000005: __0_0.distcp is missing\nmake checkpoints lists those that are whole",
     ):
-        resume.find(str(run.checkpoints / "iter_0000005"), tmp_path)
+        finding.checkpoint(str(run.checkpoints / "iter_0000005"), tmp_path)
 
 
 def test_weights_of_a_run_bring_its_model_on_sequences_as_long_as_it_has_positions_for(
@@ -315,7 +315,7 @@ def test_weights_of_a_run_bring_its_model_on_sequences_as_long_as_it_has_positio
     run = run_in(tmp_path, tiny(SEQ="64"))
     write(run.checkpoints, 5)
     e = load_catalog().find("101")
-    started = start.with_settings(e, {"WEIGHTS": run.label}, tmp_path)
+    started = resolved.with_settings(e, {"WEIGHTS": run.label}, tmp_path)
     assert (started.model, started.weights) == (tiny().model, str(run.checkpoints))
     assert (started.positions, started.seq_length, started.overrides) == (
         64,
@@ -323,24 +323,27 @@ def test_weights_of_a_run_bring_its_model_on_sequences_as_long_as_it_has_positio
         {"WEIGHTS": run.label},
     )
     assert (
-        start.with_settings(with_changes(e, weights=run.label), {}, tmp_path).model == tiny().model
+        resolved.with_settings(with_changes(e, weights=run.label), {}, tmp_path).model
+        == tiny().model
     )
-    assert start.with_settings(e, {"WEIGHTS": run.label, "SEQ": "32"}, tmp_path).seq_length == 32
+    assert resolved.with_settings(e, {"WEIGHTS": run.label, "SEQ": "32"}, tmp_path).seq_length == 32
     assert e.seq_length == 1024, "given, although the row says the same"
     with pytest.raises(UserError, match="seq 1024: positions were learned up to 64"):
-        start.with_settings(e, {"WEIGHTS": run.label, "SEQ": "1024"}, tmp_path)
+        resolved.with_settings(e, {"WEIGHTS": run.label, "SEQ": "1024"}, tmp_path)
     with pytest.raises(
         UserError, match=f"WEIGHTS=nothing: .*{run.label}\n.*make import-hf brings some"
     ):
-        start.find("nothing", tmp_path)
+        starting_weights.find("nothing", tmp_path)
     run.experiment_json.write_text("{")
     with pytest.raises(
         UserError, match=f"WEIGHTS={run.label}: experiment.json is not a JSON object"
     ):
-        start.find(run.label, tmp_path)
-    monkeypatch.setattr(start, "read_record", lambda folder: folder == run.path / "adapters")
+        starting_weights.find(run.label, tmp_path)
+    monkeypatch.setattr(
+        starting_weights, "read_record", lambda folder: folder == run.path / "adapters"
+    )
     with pytest.raises(UserError, match="this run trained adapters\nmake export-hf"):
-        start.find(run.label, tmp_path)
+        starting_weights.find(run.label, tmp_path)
 
 
 def test_an_experiment_stands_for_its_newest_run_with_checkpoints(tmp_path):
@@ -352,19 +355,19 @@ def test_an_experiment_stands_for_its_newest_run_with_checkpoints(tmp_path):
     for run in (older, newer):
         write(run.checkpoints, 5)
     for wanted in ("101", tiny().name):
-        assert resume.find(wanted, tmp_path).path.parent == newer.checkpoints
-    assert resume.find(older.label, tmp_path).path.parent == older.checkpoints
+        assert finding.checkpoint(wanted, tmp_path).path.parent == newer.checkpoints
+    assert finding.checkpoint(older.label, tmp_path).path.parent == older.checkpoints
     write(empty.checkpoints, 5)
     for wanted in ("101", tiny().name):
         with pytest.raises(
             UserError, match=f"{wanted}: 2 different experiments ran under this id:"
         ) as refused:
-            resume.find(wanted, tmp_path)
+            finding.checkpoint(wanted, tmp_path)
     assert f"  {empty.label}\n  {newer.label}  (LR 6e-05; MIN_LR 6e-06; " in str(refused.value)
     with pytest.raises(
         UserError, match="no folder and no run with a checkpoint is called 111; valid: 101"
     ):
-        resume.find("111", tmp_path)
+        finding.checkpoint("111", tmp_path)
 
 
 def test_another_model_is_refused_with_both_sizes(tmp_path):
@@ -550,7 +553,7 @@ def test_resuming_with_another_model_names_the_difference_and_with_another_dropo
     write_json(run.experiment_json, json.loads(run.experiment_json.read_text()) | {"data": "gone"})
     with pytest.raises(
         UserError,
-        match='change its losses:\n  DATA gone -> mock\nDATA="gone" continues on the same data\n',
+        match='change its losses:\n  DATA gone -> mock\nDATA="gone" resumes on the same data\n',
     ):
         plan(row, asked, "cpu")
 
@@ -562,7 +565,7 @@ def still_running(run):
 @pytest.mark.parametrize("made, said", [
     (still_running, r"RESUME=1: 101-\S+ still runs: process \d+ on \S+ has it\nmake stop RUN=101-"),
     (lambda run: run.experiment_json.write_text("{"), "RESUME=1: .*experiment.json is not a JSON object"),
-    (lambda run: run.freeze_experiment(tiny(), "cpu", None), "kept no checkpoints, there is nothing to go on from\nstart anew with SAVE=1"),
+    (lambda run: run.freeze_experiment(tiny(), "cpu", None), "kept no checkpoints, there is nothing to resume from\nstart anew with SAVE=1"),
 ])  # fmt: skip
 def test_what_cannot_be_gone_on_with_says_why(tmp_path, made, said):
     made(run_in(tmp_path, tiny()))
@@ -637,7 +640,7 @@ def test_a_run_at_its_end_says_which_checkpoint_is_damaged_and_which_is_whole(tm
     assert cli.main(words) == 0
     assert capsys.readouterr().out.endswith(
         "  checkpoint of step 20 is damaged: __0_0.distcp has 4 bytes of 700\n"
-        f"  the newest whole one is of step 15: LOAD={run.label} goes on from it, in a new run\n"
+        f"  the newest whole one is of step 15: LOAD={run.label} begins a new run with it\n"
     )
     assert (
         plan(
@@ -659,7 +662,6 @@ def test_a_name_in_weights_comes_before_a_folder_of_that_name_in_a_run_and_in_ge
 ):
     from harness import generate
     from harness.convert import weights
-    from harness.planning import start
 
     def imported(folder: Path, positions: int) -> Path:
         write(folder, 5)
@@ -683,7 +685,7 @@ def test_a_name_in_weights_comes_before_a_folder_of_that_name_in_a_run_and_in_ge
 
     def both(named: str) -> set:
         asked = generate.parse({"WEIGHTS": named, "PROMPT": "a"}, tmp_path / "outdir")
-        found = start.find(named, tmp_path / "outdir")
+        found = starting_weights.find(named, tmp_path / "outdir")
         return {
             (Path(found.folder), found.positions),
             (asked.checkpoint.path.parent, asked.experiment.positions),
@@ -697,7 +699,7 @@ def test_a_name_in_weights_comes_before_a_folder_of_that_name_in_a_run_and_in_ge
     kept = imported(tmp_path / "weights" / "mine", 64)
     assert both("mine") == {(kept, 64)} and both("./mine") == both(str(folder)) == {(folder, 32)}
     for said in (
-        lambda: start.find("mime", tmp_path),
+        lambda: starting_weights.find("mime", tmp_path),
         lambda: generate.parse({"WEIGHTS": "mime", "PROMPT": "a"}, tmp_path),
     ):
         with pytest.raises(
@@ -723,7 +725,7 @@ def test_the_list(tmp_path, capsys):
     (write(run.checkpoints, 10) / ".metadata").unlink()
     checkpoints.settle(write(run.checkpoints, 15, optimizer=False))
     run_in(tmp_path, tiny(STEPS="9"))  # keeps none
-    assert resume.print_list(tmp_path, None) == 0
+    assert checkpoint_list.print_list(tmp_path, None) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == run.label and lines[2].split() == [
         "5",
@@ -737,7 +739,7 @@ def test_the_list(tmp_path, capsys):
         lines[4].split(maxsplit=3) == ["15", "0.000", "102,400", "whole, weights only"]
         and len(lines) == 5
     )
-    assert resume.print_list(tmp_path / "empty", None) == 1
+    assert checkpoint_list.print_list(tmp_path / "empty", None) == 1
 
 
 def test_the_list_tells_flipped_bits_what_has_no_checksums_and_what_was_not_read(tmp_path, capsys):
@@ -847,17 +849,17 @@ def test_a_table_shows_the_held_out_loss_and_its_perplexity(tmp_path):
 def test_weights_are_read_to_their_end_before_a_run_starts_from_them(tmp_path):
     for step in (10, 20):
         checkpoints.settle(write(tmp_path, step))
-    start.check_whole(str(tmp_path))
+    starting_weights.check_whole(str(tmp_path))
     flip(tmp_path / "iter_0000020" / "__0_0.distcp", 600)
     with pytest.raises(
         UserError,
         match=r"iter_0000020: __0_0.distcp: not the bytes [^\n]*\niter_0000010 is whole: write 10 into",
     ):
-        start.check_whole(str(tmp_path))
+        starting_weights.check_whole(str(tmp_path))
     (tmp_path / checkpoints.TRACKER).write_text("10")
-    start.check_whole(str(tmp_path))
+    starting_weights.check_whole(str(tmp_path))
     (tmp_path / checkpoints.TRACKER).write_text("")
-    start.check_whole(str(tmp_path))
+    starting_weights.check_whole(str(tmp_path))
     flip(tmp_path / "iter_0000010" / "__0_0.distcp", 600)
     with pytest.raises(UserError, match=f"no whole checkpoint in {tmp_path}"):
-        start.check_whole(str(tmp_path))
+        starting_weights.check_whole(str(tmp_path))

@@ -11,9 +11,11 @@ from harness.errors import UserError
 from harness.experiment.catalog import load_catalog
 from harness.experiment.constraints import with_changes
 from harness.machine import gpus
-from harness.planning.command import Extras, Place, render
+from harness.planning.checked import GRAPHS_DROP, RANDOM_WEIGHTS
 from harness.planning.miniature import describe, miniature
-from harness.planning.plan import GRAPHS_DROP, PLAIN_TEXT, WITHOUT_WEIGHTS, choose_device, plan
+from harness.planning.plan import choose_device, plan
+from harness.planning.resolved import PLAIN_TEXT
+from harness.planning.script import Extras, Place, render
 from harness.run.checkpoints import Loading, Saving
 from harness.upstreams.megatron_lm.flags import megatron_flags
 from harness.upstreams.megatron_lm.tracking import Tracking
@@ -273,7 +275,7 @@ def test_graphs_that_drop_in_evaluation_too_are_told() -> None:
 
 
 def test_adapters_beside_random_weights_are_told() -> None:
-    assert plan(CATALOG.find("802"), {"DATA": "mock"}, "cuda").notices == (WITHOUT_WEIGHTS,)
+    assert plan(CATALOG.find("802"), {"DATA": "mock"}, "cuda").notices == (RANDOM_WEIGHTS,)
     assert plan(CATALOG.find("802"), {"DATA": "mock", "LORA_RANK": "0"}, "cuda").notices == ()
 
 

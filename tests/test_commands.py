@@ -18,7 +18,7 @@ import spoken_commands
 
 from harness import ROOT
 from harness.experiment.command_line import SETTINGS
-from harness.planning.plan import FOR_GPUS
+from harness.planning.request import FOR_GPUS
 
 REFUSED = {
     "make 438 VPP=5": "try vpp in {1, 3, 9}",
@@ -176,7 +176,8 @@ def test_commands_are_found_wherever_they_stand(spoken: dict[tuple[str, ...], st
         "a quoted value with a blank"
     )
     assert (
-        lines["219 NODES=2 NODE_RANK=0 RENDEZVOUS=first-node:29500"] == "harness/planning/plan.py"
+        lines["219 NODES=2 NODE_RANK=0 RENDEZVOUS=first-node:29500"]
+        == "harness/planning/checked.py"
     ), "a message with expressions"
     assert lines["import-hf HF=folder NAME=mine TP=2 PP=2 EP=2"] == "Makefile", (
         "optional words of the help"

@@ -252,13 +252,16 @@ def test_the_miniature_scales_all_but_what_was_asked_for():
 
 
 def test_weights_bring_their_model_and_args_may_not_say_another(monkeypatch, tmp_path):
-    from harness.planning import start
+    from harness.planning import resolved, starting_weights
+    from harness.planning.starting_weights import StartingWeights
 
     model = miniature().model.model_copy(
         update={"name": "four", "hidden_size": 64, "num_attention_heads": 4}
     )
-    monkeypatch.setattr(start, "find", lambda named, outdir: start.Start("/four", model, 64, None))
-    made = start.with_settings(
+    monkeypatch.setattr(
+        starting_weights, "find", lambda n, outdir: StartingWeights(n, "/four", model, 64, None)
+    )
+    made = resolved.with_settings(
         CATALOG.find("101"),
         {"WEIGHTS": "four", "ARGS": "--num-attention-heads 4 --seed 3"},
         tmp_path,
@@ -269,7 +272,7 @@ def test_weights_bring_their_model_and_args_may_not_say_another(monkeypatch, tmp
         ("--max-position-embeddings 128", "they have 64 learned positions, not 128"),
     ):
         with pytest.raises(UserError, match=re.escape(said)):
-            start.with_settings(CATALOG.find("101"), {"WEIGHTS": "four", "ARGS": text}, tmp_path)
+            resolved.with_settings(CATALOG.find("101"), {"WEIGHTS": "four", "ARGS": text}, tmp_path)
 
 
 @pytest.mark.parametrize(("id_", "text", "ours"), [

@@ -193,7 +193,7 @@ def test_a_checkpoint_of_another_tokenizers_data_is_refused(tmp_path, chat, monk
     """The same sizes, other tokens: it would train, and mean nothing."""
     from dataclasses import replace
 
-    from harness.planning.resume import check_fits
+    from harness.planning.checkpoint_fits import check_fits
     from harness.run.checkpoints import Checkpoint
     from harness.run.writing import create
 

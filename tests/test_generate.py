@@ -55,8 +55,8 @@ def test_a_request_that_makes_no_sense_is_refused(tmp_path, settings, said):
 @pytest.mark.parametrize("prompt", ["Once upon a time", "1 -2", "1 50257", "1.5"])
 def test_a_model_of_mock_data_takes_numbers_of_its_vocabulary(tmp_path, monkeypatch, prompt):
     found = Checkpoint(tmp_path / "iter_0000020", step=20, size_bytes=0, damage=None)
-    monkeypatch.setattr(generate.resume, "find", lambda wanted, outdir, tell: found)
-    monkeypatch.setattr(generate.resume, "experiment_of", lambda path: load_catalog().find("101"))
+    monkeypatch.setattr(generate.finding, "checkpoint", lambda wanted, outdir, tell: found)
+    monkeypatch.setattr(generate.finding, "experiment_of", lambda path: load_catalog().find("101"))
     with pytest.raises(
         UserError,
         match=r"trained on mock data, whose tokens are numbers below 50257: PROMPT=\"1 2 3\"",

@@ -11,10 +11,11 @@ from harness.experiment import overrides
 from harness.experiment.catalog import load_catalog
 from harness.experiment.command_line import FIELDS
 from harness.experiment.constraints import with_changes
-from harness.planning import resume, start
+from harness.planning import checkpoint_fits, resolved, starting_weights
 from harness.planning.commands import print_script
 from harness.planning.miniature import miniature
 from harness.planning.plan import plan
+from harness.planning.starting_weights import StartingWeights
 from harness.predict.layouts import layouts
 from harness.run.checkpoints import Checkpoint, Contents
 
@@ -98,7 +99,11 @@ def four_heads(monkeypatch):
     model = small("101").model.model_copy(
         update={"name": "four", "hidden_size": 64, "num_attention_heads": 4}
     )
-    monkeypatch.setattr(start, "find", lambda named, outdir: start.Start("/four", model, 64, None))
+    monkeypatch.setattr(
+        starting_weights,
+        "find",
+        lambda named, outdir: StartingWeights(named, "/four", model, 64, None),
+    )
     return model
 
 
@@ -128,7 +133,7 @@ def test_experts_of_the_row_forbid_nothing_to_weights_without_any(four_heads, tm
     settings = {"EP": "1", "DP": "1", "GBS": "1", "MBS": "1", "TP": "2"}
     with pytest.raises(UserError, match="need sequence parallelism"):
         overrides.apply(CATALOG.find("501"), settings)
-    e = start.with_settings(
+    e = resolved.with_settings(
         CATALOG.find("501"), settings | {"WEIGHTS": "four", "LORA_RANK": "4"}, tmp_path
     )
     assert (e.model.num_experts, e.lora.rank, e.tp) == (None, 4, 2)
@@ -140,7 +145,7 @@ def test_predictions_are_of_the_model_of_the_weights(four_heads, tmp_path, capsy
     assert "gpt2xl" not in (said := capsys.readouterr().out.partition(": ")[2]) and said.startswith(
         "four, one GPU"
     )
-    e = start.of_catalogue("101", settings | {"GBS": "4"})
+    e = resolved.of_catalogue("101", settings | {"GBS": "4"})
     assert {layout.model.name for layout in layouts(e, 4)} == {"four"} and any(
         layout.tp == 4 for layout in layouts(e, 4)
     )
@@ -153,15 +158,15 @@ def test_a_checkpoint_with_other_learned_positions_is_refused_before_anything_ru
         "embedding.position_embeddings.weight": (32, 100),
     }
     found = Checkpoint(tmp_path / "iter_0000005", 5, 700, None, Contents({}, shapes, True))
-    resume.check_fits(found, e)
+    checkpoint_fits.check_fits(found, e)
     with pytest.raises(UserError, match=r"has 32 learned positions, .* has 128\nSEQ=32 loads it$"):
-        resume.check_fits(found, with_changes(e, seq_length=128))
+        checkpoint_fits.check_fits(found, with_changes(e, seq_length=128))
     with pytest.raises(
         UserError,
         match=rf"has 32 learned positions, .* has 16\nSEQ=32 loads it, WEIGHTS={tmp_path} trains",
     ):
-        resume.check_fits(found, with_changes(e, seq_length=16))
-    resume.check_fits(found, with_changes(e, seq_length=16, positions=32))
+        checkpoint_fits.check_fits(found, with_changes(e, seq_length=16))
+    checkpoint_fits.check_fits(found, with_changes(e, seq_length=16, positions=32))
 
 
 def test_every_way_to_a_run_keeps_what_was_given(monkeypatch, capsys, tmp_path):

@@ -27,10 +27,10 @@ from harness.launching import commands, failed_load, launch, processes, run_file
 from harness.launching.active_run import Finished
 from harness.launching.terminal import PlainTerminal
 from harness.machine.provenance import describe_upstream
-from harness.planning import resume, resumed
-from harness.planning.command import Extras
+from harness.planning import run_to_resume
 from harness.planning.plan import Plan, plan
-from harness.run import finding, schema, writing
+from harness.planning.script import Extras
+from harness.run import checkpoint_list, finding, schema, writing
 from harness.run.checkpoints import FAILED, TRACKER, Loading, Saving
 from harness.run.directory import RunDir
 from harness.run.schema import Change, Result, StepMetrics
@@ -196,7 +196,7 @@ def test_what_changes_the_losses_is_refused_named_and_taken_where_asked(tmp_path
         f"RESUME=1: {run.label} ran with other settings, which change its losses:\n{said}\n"
         in str(refused.value)
     )
-    assert "FORCE=1 continues with these" in str(refused.value) and f"LOAD={run.label}" in str(
+    assert "FORCE=1 resumes with these" in str(refused.value) and f"LOAD={run.label}" in str(
         refused.value
     )
     found = planned(tmp_path, RESUME="1", FORCE="1", **settings)
@@ -244,7 +244,7 @@ def test_the_one_of_several_that_is_meant_must_be_named(tmp_path):
         planned(tmp_path, RESUME="1")
     assert str(refused.value).startswith("101: 2 different experiments ran under this id:\n")
     assert f"\n  {full.label}  (" in str(refused.value) and f"\n  {pp.label}" in str(refused.value)
-    assert str(refused.value).endswith("RESUME=label names the one to continue")
+    assert str(refused.value).endswith("RESUME=label names the one to resume")
     assert (
         planned(tmp_path, RESUME=full.label).resumes == full
         and planned(tmp_path, RESUME="1", PP="2").resumes == pp
@@ -315,7 +315,7 @@ def test_a_run_that_was_killed_in_its_first_save_begins_anew_and_says_so(tmp_pat
 
 
 @pytest.mark.parametrize("settings, said", [
-    ({"SAVE": "0"}, "SAVE=0: 101-.* keeps checkpoints, and RESUME= could not continue it once more"),
+    ({"SAVE": "0"}, "SAVE=0: 101-.* keeps checkpoints, and RESUME= could not resume it once more"),
     ({"SAVE": "elsewhere"}, "SAVE=elsewhere: 101-.* keeps its checkpoints in .*/checkpoints, where RESUME= looks for them"),
 ])  # fmt: skip
 def test_a_resumed_run_keeps_its_checkpoints_where_they_are(tmp_path, settings, said):
@@ -330,7 +330,7 @@ def test_a_run_that_kept_none_is_not_resumed_whatever_save_says(tmp_path):
     e = planned(tmp_path).experiment
     run = writing.create(tmp_path, e.label)
     run.freeze_experiment(e, "cpu", None)
-    with pytest.raises(UserError, match="kept no checkpoints, there is nothing to go on from"):
+    with pytest.raises(UserError, match="kept no checkpoints, there is nothing to resume from"):
         planned(tmp_path, RESUME="1", SAVE="1")
 
 
@@ -539,7 +539,7 @@ def test_compare_takes_the_newest_run_of_this_checkout_before_a_record(tmp_path)
 def test_the_list_of_checkpoints_of_an_id_shows_every_run_of_it(tmp_path, capsys):
     labels = [kept(tmp_path, "101", 5, **settings).label for settings in ({}, CLIP)]
     kept(tmp_path, "111", 5)
-    assert resume.print_list(tmp_path, "101") == 0
+    assert checkpoint_list.print_list(tmp_path, "101") == 0
     assert sorted(
         line for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")
     ) == sorted(labels)
@@ -605,7 +605,7 @@ def test_data_prepared_anew_under_the_same_name_are_other_data(tmp_path, monkeyp
     run = kept(tmp_path, "101", 5)
     write_as(run, data_sets={"mine": {"tokens": 10, "bin ends": "a"}})
     now = {"tokens": 10, "bin ends": "a"}
-    monkeypatch.setattr(resumed.fingerprint, "of", lambda data: {"mine": now})
+    monkeypatch.setattr(run_to_resume.fingerprint, "of", lambda data: {"mine": now})
     assert planned(tmp_path, RESUME="1").changed == ()
     now |= {"tokens": 12, "bin ends": "b"}
     with pytest.raises(

@@ -21,7 +21,7 @@ from harness.launching.active_run import Finished
 from harness.launching.stop import stop as stop_here
 from harness.launching.terminal import PlainTerminal
 from harness.machine import gpus
-from harness.planning.command import Extras
+from harness.planning.script import Extras
 from harness.run import step_statistics
 from harness.run.checkpoints import Loading, Saving
 from harness.run.directory import RunDir

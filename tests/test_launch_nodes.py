@@ -14,7 +14,7 @@ from harness.errors import UserError
 from harness.launching.outcome import Evidence, classify
 from harness.launching.rendezvous import agreement, connections, handshake
 from harness.launching.rendezvous.handshake import refusals_sent
-from harness.planning.command import Extras, Place
+from harness.planning.script import Extras, Place
 from harness.run.checkpoints import Loading, Saving
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -16,8 +16,8 @@ from harness.errors import UserError
 from harness.experiment import command_line
 from harness.experiment.catalog import load_catalog
 from harness.launching import slurm
-from harness.planning.command import shell_word
 from harness.planning.plan import plan
+from harness.planning.script import shell_word
 from harness.system import screen
 from harness.system.masking import hide, mask, reveal
 

@@ -12,7 +12,7 @@ from harness.evidence.results import collect_records
 from harness.evidence.rows import Row
 from harness.experiment.experiment import Experiment
 from harness.experiment.hardware import Card, find_card
-from harness.planning import start
+from harness.planning import resolved
 from harness.predict.capacity import DEEPEST, available_gib, verdict, ways_to_fit
 from harness.predict.memory import Memory, predict
 from harness.system.screen import say
@@ -29,7 +29,7 @@ def print_memory(id_: str, settings: Mapping[str, str], records: Path) -> int:
 
     Raises UserError where the experiment or a setting makes no sense.
     """
-    e = start.of_catalogue(id_, settings)
+    e = resolved.of_catalogue(id_, settings)
     memory, cards = predict(e), cards_of(e)
     say(heading(e))
     print("\nGiB of the fullest GPU, by formula")

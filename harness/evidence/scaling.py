@@ -10,7 +10,7 @@ from harness.evidence import markdown
 from harness.evidence.memory import cards_of
 from harness.experiment.catalog import load_catalog
 from harness.experiment.hardware import Card, find_card, peak_tflops
-from harness.planning import start
+from harness.planning import resolved
 from harness.predict.calibrations import Machine, machine_of
 from harness.predict.flops import mfu, tflops_per_gpu
 from harness.predict.layouts import Layout, by_gpus
@@ -26,7 +26,7 @@ def print_gpus(id_: str, settings: Mapping[str, str]) -> int:
 
     Raises UserError where the experiment or a setting makes no sense.
     """
-    e = start.of_catalogue(id_, settings)
+    e = resolved.of_catalogue(id_, settings)
     samples = (
         f"{e.global_batch_size} sample{'s' * (e.global_batch_size > 1)} of {e.seq_length:,} tokens"
         " a step"

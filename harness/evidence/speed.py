@@ -18,7 +18,7 @@ from harness.experiment import overrides
 from harness.experiment.catalog import Catalog, load_catalog
 from harness.experiment.experiment import Experiment
 from harness.experiment.hardware import Card, find_card, peak_tflops
-from harness.planning import start
+from harness.planning import resolved
 from harness.predict.calibrations import Machine, fitted, machine_of
 from harness.predict.capacity import verdict
 from harness.predict.flops import mfu, tflops_per_gpu
@@ -48,7 +48,7 @@ def print_speed(id_: str, settings: Mapping[str, str], records: Path) -> int:
 
     Raises UserError where the experiment or a setting makes no sense, or no constants cover it.
     """
-    e = _known(start.of_catalogue(id_, settings))
+    e = _known(resolved.of_catalogue(id_, settings))
     machines, references = _machines(e), load_references()
     rows = collect_records(records, references).rows
     say(heading(e))
@@ -78,7 +78,7 @@ def print_faster(id_: str, settings: Mapping[str, str]) -> int:
 
     Raises UserError as ``print_speed``.
     """
-    e = _known(start.of_catalogue(id_, settings))
+    e = _known(resolved.of_catalogue(id_, settings))
     machines = _machines(e)
     say(heading(e))
     for machine in machines:

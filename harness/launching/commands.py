@@ -14,10 +14,10 @@ from harness.experiment.experiment import Experiment
 from harness.launching import chapter, launch, slurm, stop, terminal, verify
 from harness.launching.active_run import Finished
 from harness.machine import gpus, packages
-from harness.planning import plan, resume, resumed
+from harness.planning import plan, run_to_resume
 from harness.planning.commands import made_here, print_script
 from harness.planning.plan import Plan
-from harness.run import finding
+from harness.run import checkpoint_list, finding
 from harness.upstreams.megatron_lm import tracking
 
 
@@ -143,10 +143,10 @@ def _finished_before(planned: Plan) -> int | None:
     None where there is something left to train.
     """
     earlier = planned.resumes
-    if earlier is None or not resumed.at_its_end(earlier, planned.experiment):
+    if earlier is None or not run_to_resume.at_its_end(earlier, planned.experiment):
         return None
     result = earlier.read_result()
     print(terminal.summary(earlier.label, earlier.path, result))
-    if damaged := resume.damaged_at_the_end(earlier):
+    if damaged := checkpoint_list.damaged_at_the_end(earlier):
         print(indent(damaged, "  "))
     return Finished(earlier, result).exit_status

@@ -14,7 +14,7 @@ from harness.launching.rendezvous.handshake import reserve_run_directory
 from harness.launching.terminal import Terminal, open_terminal, summary
 from harness.machine import gpus
 from harness.machine.requirements import check_machine
-from harness.planning import start
+from harness.planning import starting_weights
 from harness.predict import calibrations, capacity
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def check_ready(plan: Plan) -> None:
     experiment = plan.experiment
     check_machine(experiment, plan.device)
     if experiment.weights and (experiment.lora or not plan.resumes):
-        start.check_whole(experiment.weights)
+        starting_weights.check_whole(experiment.weights)
     check_content(experiment.data)
 
 

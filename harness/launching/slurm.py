@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from harness import ROOT
 from harness.errors import UserError
-from harness.planning.command import Place, shell_word
+from harness.planning.script import shell_word
 
 if TYPE_CHECKING:
     from harness.planning.plan import Plan
@@ -25,6 +25,7 @@ ENDS_EARLY_S = 60
 """Slurm sends SIGTERM this long before the time limit: the launcher then writes the result."""
 
 LAUNCHER = ("scripts/setup.sh", "light", "--", "-m", "harness", "run")
+ON_A_NODE = {"node_rank": "$SLURM_NODEID", "rendezvous": "$RENDEZVOUS"}
 NOT_FOR_NODES = (
     "SLURM",
     "PARTITION",
@@ -103,7 +104,7 @@ def render_sbatch(plan: Plan, settings: Mapping[str, str]) -> str:
     }
     words = [f"{key}={value}" for key, value in settings.items() if key not in NOT_FOR_NODES]
     run = [*LAUNCHER, e.id, *words, "DEVICE=cuda", f"OUTDIR={plan.outdir}"]
-    here = replace(plan, place=Place("$SLURM_NODEID", "$RENDEZVOUS")) if e.nodes > 1 else plan
+    here = replace(plan, place=replace(plan.place, **ON_A_NODE)) if e.nodes > 1 else plan
     lines = [
         "#!/usr/bin/env bash",
         *(f"#SBATCH --{name}={_option(value)}" for name, value in options.items() if value),

@@ -29,7 +29,7 @@ from harness.experiment.catalog import load_catalog
 from harness.experiment.experiment import Experiment
 from harness.machine import gpus
 from harness.machine.provenance import describe_upstream
-from harness.planning import start
+from harness.planning import resolved
 from harness.run import step_statistics
 from harness.run.schema import changes_in_words
 from harness.system import screen
@@ -67,7 +67,7 @@ def verify(
             hardware or upstream, fewer steps than the averaging window needs, or other runs on the
             node.
     """
-    experiment = start.with_settings(load_catalog().find(id_), settings, outdir)
+    experiment = resolved.with_settings(load_catalog().find(id_), settings, outdir)
     rows = collect_records(records, load_references()).rows
     kept = [row for row in rows if same_work(row.experiment, experiment)]
     if not kept:

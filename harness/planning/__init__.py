@@ -1,1 +1,1 @@
-"""What a run will be, before anything starts: where it begins, on which device, as which script."""
+"""Plan a run in stages: request, resolved, fitted, placed, checked, script. Begin at plan.py."""

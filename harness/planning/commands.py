@@ -8,9 +8,9 @@ from collections.abc import Mapping
 
 from harness.data import data_sets, sources
 from harness.experiment.catalog import load_catalog
-from harness.planning import plan, resume
+from harness.planning import plan
 from harness.planning.plan import Plan
-from harness.run import checkpoints, finding
+from harness.run import checkpoint_list, checkpoints, finding
 
 
 def show(id_: str, settings: Mapping[str, str]) -> int:
@@ -47,4 +47,4 @@ def made_here() -> dict[str, sources.Definition]:
 def list_checkpoints(settings: Mapping[str, str]) -> int:
     """List checkpoints. VERIFY=1 compares all checksums, VERIFY=0 none; else a bounded amount."""
     read_bytes = {"0": 0.0, "1": math.inf}.get(settings.get("VERIFY"), checkpoints.LARGE_BYTES)
-    return resume.print_list(finding.outdir(settings), settings.get("RUN"), read_bytes)
+    return checkpoint_list.print_list(finding.outdir(settings), settings.get("RUN"), read_bytes)

@@ -1,5 +1,4 @@
-"""The CPU miniature of an experiment: the same parallel topology and schedule, a model small enough
-for a laptop.
+"""The CPU miniature of an experiment: the same parallel topology, a model that a laptop trains.
 
 Kept: every parallel degree up to eight processes, virtual stages, heads (and so heads per rank),
 micro-batch size and count, sharding, recomputation, precision, and what an architecture is made of.
@@ -10,7 +9,7 @@ it CUDA graphs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from math import prod
 from typing import Any
 
@@ -32,6 +31,15 @@ MOST_TOPK = 2
 EXPERT_WIDTH = 16
 VOCABULARY = 1024
 
+NOT_ON_A_CPU = {
+    "card": None,
+    "fp8_recipe": None,
+    "optimizer_state": "fp32",
+    "gradients": "fp32",
+    "cuda_graphs": False,
+}
+"""Fields that need a GPU, or Transformer Engine's optimizer, and what a miniature has instead."""
+
 
 def miniature(
     experiment: Experiment, nodes: int = 1, given: Mapping[str, str] | None = None
@@ -39,87 +47,73 @@ def miniature(
     """Scale ``experiment`` to at most eight CPU processes on ``nodes`` nodes.
 
     Args:
-        given: the settings of the command line, those too that say what the catalogue says anyway:
-            what was asked for is not scaled. Its label names those that make another miniature.
+        given: the settings of the command line, also those that repeat a value of the catalogue.
+            What they set is not scaled. The label names those that make another miniature.
 
     Raises UserError where the scaled sizes cannot fit together.
     """
     given = {**experiment.overrides, **(given or {})}
-    small = _scaled(experiment, nodes, frozenset(given))
-    unasked = _scaled(experiment, nodes, frozenset(experiment.overrides))
-    told = [
+    model = experiment.model
+    if not experiment.weights:
+        model = explicit_model(experiment, _miniature_model(experiment))
+    degrees = _degrees(experiment)
+    unasked = _lengths(experiment, degrees, model, experiment.overrides.keys())
+    lengths = _lengths(experiment, degrees, model, given.keys())
+    named = {
         key
         for key in given
-        if key in experiment.overrides
-        or _value(small, key, experiment) != _value(unasked, key, experiment)
-    ]
-    ordered = {
-        setting.key: given[setting.key] for setting in EXPERIMENT_SETTINGS if setting.key in told
+        if key in experiment.overrides or lengths.get(FIELDS[key]) != unasked.get(FIELDS[key])
     }
-    return with_changes(experiment, **small, overrides=ordered)
-
-
-def _value(changes: Mapping[str, object], key: str, experiment: Experiment) -> object:
-    """What the setting ``key`` sets, after ``changes`` of ``experiment``."""
-    return changes.get(FIELDS[key], getattr(experiment, FIELDS[key]))
-
-
-def _scaled(experiment: Experiment, nodes: int, given: frozenset[str]) -> dict[str, Any]:
-    """The fields of the miniature; what ``given`` settings set stays as it is."""
-    sizes = {axis: getattr(experiment, axis) for axis in ("dp", "tp", "pp", "cp")}
-    while prod(sizes.values()) > MOST_PROCESSES and any(size % 2 == 0 for size in sizes.values()):
-        largest = max((axis for axis in sizes if sizes[axis] % 2 == 0), key=sizes.__getitem__)
-        sizes[largest] //= 2
-    talks = data_sets.is_chat(experiment.data)
-    steps = (
-        experiment.until.miniature_steps
-        if experiment.until
-        else experiment.steps
-        if talks
-        else MINIATURE_STEPS
-    )
-    chunks = 2 * sizes["cp"] * sizes["tp"]
-    sequence = (
-        max(
-            experiment.seq_length // SEQUENCE_SCALE // chunks,
-            CONVERSATION // chunks if talks else 1,
-        )
-        * chunks
-    )
-    stage_ranks = prod(sizes.values()) // sizes["pp"]
-    ep = min(experiment.ep, stage_ranks)
-    if "STEPS" in given:
-        steps = experiment.steps
-    model = (
-        experiment.model
-        if experiment.weights
-        else explicit_model(experiment, _miniature_model(experiment))
-    )
-    intervals = _intervals(experiment, steps) if experiment.until else {}
-    if "EVAL_EVERY" in given:
-        intervals["eval_interval"] = experiment.eval_interval
-    return {
-        **sizes,
-        "ep": ep,
-        "etp": min(experiment.etp, stage_ranks // ep),
-        "global_batch_size": experiment.global_batch_size * sizes["dp"] // experiment.dp,
+    until = experiment.until
+    small = {
+        **NOT_ON_A_CPU,
+        **degrees,
+        **lengths,
+        "miniature": True,
         "nodes": nodes,
         "model": model,
-        "lr": experiment.lr if "LR" in given or not talks else _learning_rate(experiment, model),
-        "seq_length": experiment.seq_length if "SEQ" in given else sequence,
+        "global_batch_size": experiment.global_batch_size * degrees["dp"] // experiment.dp,
+        "precision": "bf16" if experiment.precision == "fp8" else experiment.precision,
+        "until": until and until.model_copy(update={"validation_loss": until.miniature_loss}),
+        "overrides": {s.key: given[s.key] for s in EXPERIMENT_SETTINGS if s.key in named},
+    }
+    return with_changes(experiment, **small)
+
+
+def _degrees(experiment: Experiment) -> dict[str, int]:
+    """Parallel degrees of at most ``MOST_PROCESSES`` ranks: the largest even one is halved until
+    they fit."""
+    degrees = {axis: getattr(experiment, axis) for axis in ("dp", "tp", "pp", "cp")}
+    while prod(degrees.values()) > MOST_PROCESSES and any(n % 2 == 0 for n in degrees.values()):
+        largest = max((axis for axis in degrees if degrees[axis] % 2 == 0), key=degrees.get)
+        degrees[largest] //= 2
+    stage_ranks = prod(degrees.values()) // degrees["pp"]
+    ep = min(experiment.ep, stage_ranks)
+    return degrees | {"ep": ep, "etp": min(experiment.etp, stage_ranks // ep)}
+
+
+def _lengths(
+    experiment: Experiment, degrees: Mapping[str, int], model: Model, given: Collection[str]
+) -> dict[str, Any]:
+    """Steps, intervals, sequence length and learning rate; what ``given`` settings set stays."""
+    chat = data_sets.is_chat(experiment.data)
+    if "STEPS" in given or (chat and not experiment.until):
+        steps = experiment.steps
+    else:
+        steps = experiment.until.miniature_steps if experiment.until else MINIATURE_STEPS
+    intervals = _intervals(experiment, steps) if experiment.until else {}
+    if "EVAL_EVERY" in given or not intervals:
+        intervals["eval_interval"] = experiment.eval_interval
+    # Two chunks a rank of context parallelism, each split over tensor parallelism.
+    chunks = 2 * degrees["cp"] * degrees["tp"]
+    shortest = CONVERSATION // chunks if chat else 1
+    sequence = max(experiment.seq_length // SEQUENCE_SCALE // chunks, shortest) * chunks
+    scales_rate = chat and "LR" not in given
+    return {
         "steps": steps,
         **intervals,
-        "until": experiment.until
-        and experiment.until.model_copy(
-            update={"validation_loss": experiment.until.miniature_loss}
-        ),
-        "card": None,
-        "miniature": True,
-        "precision": "bf16" if experiment.precision == "fp8" else experiment.precision,
-        "fp8_recipe": None,
-        "optimizer_state": "fp32",
-        "gradients": "fp32",
-        "cuda_graphs": False,
+        "seq_length": experiment.seq_length if "SEQ" in given else sequence,
+        "lr": _learning_rate(experiment, model) if scales_rate else experiment.lr,
     }
 
 

@@ -1,8 +1,7 @@
-"""Which run is meant: by its label, by the id of its experiment, or by all of the experiment that
-it froze.
+"""Find runs and checkpoints by label, by the id of an experiment, or by folder.
 
-A label or an id can stand for runs of different experiments: what was frozen decides, or the
-candidates are named.
+Runs of different experiments can share an id or a label's name. The experiment in their
+experiment.json tells which are the same; where they are not, a message names the candidates.
 """
 
 from __future__ import annotations
@@ -14,9 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness import ROOT
-from harness.errors import UserError, first_line
+from harness.errors import UserError, first_line, nearest
 from harness.experiment import identity
-from harness.run.checkpoints import in_folder
+from harness.run.checkpoints import (
+    STEP_FOLDER,
+    Checkpoint,
+    examine,
+    in_folder,
+    newest_whole,
+    verify,
+)
 from harness.run.directory import RunDir
 
 if TYPE_CHECKING:
@@ -94,6 +100,69 @@ def with_checkpoints(wanted: str, outdir: Path) -> list[RunDir]:
     if (outdir / wanted).is_dir() or not _ID.match(wanted):
         return []
     return [found.dir for found in candidates(outdir, wanted)[0] if found.has_checkpoints]
+
+
+def checkpoint(
+    wanted: str, outdir: Path, tell: Callable[[str], None] = lambda _: None
+) -> Checkpoint:
+    """The newest whole checkpoint of a run or a folder, or the one in the folder of a step.
+
+    Args:
+        wanted: a run's label in ``outdir``, an experiment's id or name, or a folder.
+        tell: called for each newer checkpoint that is damaged.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = checkpoint_folder(wanted, outdir)
+    if step := STEP_FOLDER.fullmatch(path.name):
+        found = verify(examine(path, int(step[1])))
+        if found.damage:
+            raise UserError(f"{path}: {found.damage}\nmake checkpoints lists those that are whole")
+        return found
+    skipped: list[str] = []
+    if found := newest_whole(path, skipped.append):
+        for damage in skipped:
+            tell(damage)
+        return found
+    way_out = "SAVE=1 makes a run keep some; make checkpoints lists them"
+    raise UserError("\n".join([f"no whole checkpoint in {path}", *skipped, way_out]))
+
+
+def checkpoint_folder(wanted: str, outdir: Path) -> Path:
+    """The folder of checkpoints of a run, of an experiment's newest run, or ``wanted`` itself.
+
+    Raises:
+        UserError: ``wanted`` is none of them.
+    """
+    for path in (outdir / label_of(wanted, outdir), Path(wanted)):
+        run = RunDir(path.resolve())
+        if run.experiment_json.exists():
+            return run.checkpoints
+        if path.is_dir():
+            return path.resolve()
+    labels = labels_with_checkpoints(outdir)
+    experiment = re.match(r"\d{3}h?(?=-|$)", wanted)
+    make = f"make {experiment[0] if experiment else '<id>'} SAVE=1"
+    there = nearest(wanted, labels) if labels else f"SAVE=1 makes a run keep checkpoints: {make}"
+    raise UserError(f"no folder and no run with a checkpoint is called {wanted}; {there}")
+
+
+def labels_with_checkpoints(outdir: Path) -> list[str]:
+    """Labels of the runs in ``outdir`` that kept checkpoints, whole or not."""
+    found = [RunDir(path.parent) for path in sorted(outdir.glob("*/experiment.json"))]
+    return [run.label for run in found if run.checkpoints.is_dir()]
+
+
+def experiment_of(folder: Path) -> Experiment | None:
+    """The experiment whose checkpoints lie in ``folder``: its experiment.json lies there or in the
+    folder above; None where neither has one."""
+    for place in (folder, folder.parent):
+        try:
+            return RunDir(place).read_experiment()
+        except ValueError:
+            continue
+    return None
 
 
 def one(

@@ -15,8 +15,8 @@ from harness.experiment.experiment import Experiment
 from harness.experiment.model import Model
 from harness.launching import launch, torchrun
 from harness.launching.rendezvous import handshake
-from harness.planning.command import Extras, Place
 from harness.planning.plan import Plan
+from harness.planning.script import Extras, Place
 from harness.run.checkpoints import Saving
 from harness.run.directory import RunDir
 from harness.system.streams import lasting_output
@@ -63,7 +63,7 @@ def make_plan(
         "place": Place(),
         "outdir": outdir,
     }
-    plan |= {"headline": None, "memory_fraction": None}
+    plan["headline"] = None
     text = f"{sys.executable} {TORCHRUN} {behaviour} {ranks} {steps} {step_s}"
     return Scripted(
         **{**plan, **{k: v for k, v in changes.items() if k in Plan.__dataclass_fields__}},

@@ -19,7 +19,7 @@ from harness.experiment.catalog import Catalog
 from harness.experiment.experiment import Experiment
 from harness.experiment.hardware import allocator_fraction
 from harness.pages import figures
-from harness.planning.command import Place, render
+from harness.planning.script import Place, render
 from harness.predict.calibrations import machine_measured_by
 from harness.predict.flops import MODEL_FLOPS
 from harness.profiling.profile import Profile
@@ -178,10 +178,11 @@ def torchrun_command(row: Row) -> str:
 
 
 def _script(e: Experiment, device: str = "cuda", gpu_mib: int | None = None) -> str:
-    place = Place(rendezvous="first-node:29500" if e.nodes > 1 else None)
+    rendezvous = "first-node:29500" if e.nodes > 1 else None
     fraction = allocator_fraction(e.card, gpu_mib) if e.card and gpu_mib else None
+    place = Place(rendezvous=rendezvous, memory_fraction=fraction)
     try:
-        return _portable(render(e, device, place, memory_fraction=fraction))
+        return _portable(render(e, device, place))
     except UserError as error:
         return f"# {error}"
 

@@ -1,5 +1,5 @@
-"""The bash script of a run: what ``make show-<id>`` prints, what ``make <id>`` executes, what
-reruns a finished run."""
+"""Last stage: the bash script that ``make show-<id>`` prints, ``make <id>`` executes, and a run
+directory keeps."""
 
 from __future__ import annotations
 
@@ -31,16 +31,25 @@ WIDTH = 110
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run happens: which node this is, where the nodes meet, which GPUs are used."""
+    """Where a run happens.
+
+    Attributes:
+        node_rank: which of its nodes this is; ``$SLURM_NODEID`` in a batch job.
+        rendezvous: where several nodes meet, host:port.
+        gpu_ids: the GPUs that it uses, by NVML index; None: as many as it needs, from the first.
+        memory_fraction: see ``harness.upstreams.megatron_lm.environment.variables``.
+    """
 
     node_rank: str = "0"
     rendezvous: str | None = None
     gpu_ids: tuple[int, ...] | None = None
+    memory_fraction: float | None = None
 
 
 @dataclass(frozen=True)
 class Extras:
-    """What a run does beside training: keep checkpoints, begin with one, tell Weights & Biases."""
+    """What a run does apart from training: it keeps checkpoints, begins with one, logs to Weights &
+    Biases."""
 
     saving: Saving | None = None
     loading: Loading | None = None
@@ -56,16 +65,14 @@ def render(
     place: Place = Place(),
     *,
     headline: str | None = None,
-    memory_fraction: float | None = None,
     apex: bool = False,
     extras: Extras = NOTHING_ELSE,
 ) -> str:
     """The whole script for ``e``.
 
     Args:
-        place: node and GPUs; several nodes need ``place.rendezvous`` (host:port).
+        place: node and GPUs; several nodes need ``place.rendezvous``.
         headline: a comment below the experiment's name, such as what a miniature scaled.
-        memory_fraction: see ``harness.upstreams.megatron_lm.environment.variables``.
         apex: see ``harness.upstreams.megatron_lm.flags.megatron_flags``.
         extras: checkpoints and tracking.
 
@@ -75,7 +82,7 @@ def render(
     environment = variables(
         e,
         device,
-        memory_fraction=memory_fraction,
+        memory_fraction=place.memory_fraction,
         tracking=extras.tracking,
         keep=extras.saving and extras.saving.keep,
     )

@@ -1,0 +1,236 @@
+"""Fifth stage: check what the stages before brought together, the checkpoint's bytes last."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness.data import data_sets
+from harness.data.splits import check_split
+from harness.errors import UserError
+from harness.experiment import extra_arguments, overrides
+from harness.experiment.experiment import Experiment
+from harness.planning import run_to_resume
+from harness.planning.checkpoint_fits import check_fits, check_model
+from harness.planning.placed import PlacedRun
+from harness.planning.resolved import ResolvedRun
+from harness.run import checkpoints, finding
+from harness.run.checkpoints import Loading
+from harness.run.directory import still_runs
+from harness.system import locks
+
+RANDOM_WEIGHTS = (
+    "adapters beside random weights learn little, this measures time and memory; WEIGHTS= names"
+    " weights that know something: make import-hf brings some, make 801 trains some"
+)
+GRAPHS_DROP = (
+    "CUDA graphs do again what they did in training: losses on held-out data come with dropout,"
+    " which makes them higher; DROPOUT=0 compares"
+)
+
+
+@dataclass(frozen=True)
+class CheckedRun:
+    """A run that can start.
+
+    Attributes:
+        loading: the checkpoint that it begins with; None: none.
+        notices: what its user should know before it starts.
+    """
+
+    placed: PlacedRun
+    loading: Loading | None
+    notices: tuple[str, ...]
+
+
+def check(placed: PlacedRun) -> CheckedRun:
+    """Check ``placed``, and find the checkpoint that it begins with.
+
+    Raises:
+        UserError: two stages do not go together; the message has the values of both.
+    """
+    fitted = placed.fitted
+    experiment = fitted.experiment
+    _check_data(fitted.resolved, experiment)
+    _check_nodes(placed)
+    if placed.resumed:
+        _check_resumed(placed)
+    _check_saving(placed)
+    notices = []
+    if experiment.lora and not experiment.weights and not experiment.load:
+        notices.append(RANDOM_WEIGHTS)
+    if experiment.cuda_graphs and experiment.model.dropout and experiment.eval_steps:
+        notices.append(GRAPHS_DROP)
+    loading = _resumed_checkpoint(placed, notices.append) if placed.resumed else None
+    if loading is None:
+        loading = _loaded_checkpoint(placed, notices.append)
+    if placed.saving or loading:
+        _check_format(experiment)
+    return CheckedRun(placed, loading, tuple(notices))
+
+
+def _check_data(resolved: ResolvedRun, experiment: Experiment) -> None:
+    """Check the data set against weights, sizes and split."""
+    full = resolved.experiment
+    if resolved.weights:
+        resolved.weights.check_data(full.data)
+    if data_sets.is_chat(full.data):
+        _check_conversations(full)
+    if experiment.data != data_sets.MOCK:
+        check_split(data_sets.blend(experiment.data), experiment.split)
+
+
+def _check_conversations(full: Experiment) -> None:
+    """Raise UserError where packed conversations do not go with the sizes of ``full``."""
+    if full.cp > 1:
+        raise UserError(
+            f"{full.id}: conversations are packed, which is not tested with cp = {full.cp}; set"
+            " CP=1"
+        )
+    if full.cuda_graphs:
+        raise UserError(
+            f"{full.id}: packed conversations begin and end elsewhere in each sequence, which no"
+            " CUDA graph follows; set CUDA_GRAPHS=0"
+        )
+    if full.pp > 1 and full.micro_batch_size > 1:
+        raise UserError(
+            f"{full.id}: upstream joins a micro-batch of packed sequences, and pipeline stages"
+            f" expect them apart: mbs {full.micro_batch_size}, pp {full.pp}; set MBS=1 or PP=1"
+        )
+
+
+def _check_nodes(placed: PlacedRun) -> None:
+    """Several nodes need a rendezvous, or Slurm, which brings one; and this is one of them."""
+    request, e = placed.fitted.resolved.request, placed.fitted.experiment
+    if e.nodes > 1 and not request.slurm and not placed.place.rendezvous:
+        others = {
+            key: value
+            for key, value in request.settings.items()
+            if key not in ("NODES", "NODE_RANK")
+        }
+        command = (
+            f"make {e.id} NODES={e.nodes} NODE_RANK=0 RENDEZVOUS=first-node:29500"
+            f" {overrides.typed(others)}"
+        ).rstrip()
+        raise UserError(
+            f"{e.id} runs on {e.nodes} nodes of {e.ranks_per_node} GPUs; on each of them, with rank"
+            f" 0 to {e.nodes - 1}:\n    {command}\nor SLURM=1 for a batch job"
+        )
+    rank = placed.place.node_rank
+    if rank.isdecimal() and int(rank) >= e.nodes:
+        raise UserError(
+            f"NODE_RANK={rank}: {e.id} runs on nodes 0 to {e.nodes - 1}; NODES= sets their number"
+        )
+
+
+def _check_saving(placed: PlacedRun) -> None:
+    """Check where checkpoints go: against the run to resume, what lies there, and the device."""
+    request, experiment = placed.fitted.resolved.request, placed.fitted.experiment
+    where, saving = request.settings.get("SAVE"), placed.saving
+    if placed.resumed:
+        _check_resumed_folder(placed, where)
+    elif saving and saving.folder:
+        there = checkpoints.in_folder(saving.folder)
+        loads_them = experiment.load and Path(experiment.load).resolve() == saving.folder
+        if there and not loads_them:
+            raise UserError(
+                f"SAVE={where} already holds checkpoints, the newest of step {there[-1].step}\n"
+                f"name another folder, or begin with the newest of them: LOAD={where}"
+            )
+    if saving and request.device == "cpu" and experiment.sharding.startswith("fsdp"):
+        raise UserError(
+            f"{experiment.id}: Megatron-FSDP saves on GPUs only: on a CPU its ranks wait for each"
+            " other for ever\nSAVE=0 trains without checkpoints, SHARDING=optim or torch_fsdp2"
+            " saves here, too"
+        )
+
+
+def _check_resumed_folder(placed: PlacedRun, where: str | None) -> None:
+    """A resumed run keeps its checkpoints where they are: ``RESUME=`` looks for them there."""
+    run = placed.resumed.run
+    if where == "0":
+        raise UserError(
+            f"SAVE=0: {run.label} keeps checkpoints, and RESUME= could not resume it once more"
+            " without\nleave SAVE=0 out"
+        )
+    folder = run.path / "checkpoints" if where == "1" else Path(where or run.checkpoints)
+    if folder.resolve() != run.checkpoints.resolve():
+        raise UserError(
+            f"SAVE={where}: {run.label} keeps its checkpoints in {run.checkpoints}, where RESUME="
+            f" looks for them\nleave SAVE= out; LOAD={run.label} SAVE={where} begins a new run"
+        )
+
+
+def _check_format(experiment: Experiment) -> None:
+    """Refuse another format than that of the sharding: upstream saves no other while training, and
+    fails after all steps.
+
+    ``schedule_async_save`` of megatron/training/checkpointing.py takes distributed checkpoints
+    alone; harness.run.checkpoints reads no others.
+    """
+    ours = "fsdp_dtensor" if experiment.sharding.startswith("fsdp") else "torch_dist"
+    for argument in extra_arguments.arguments(experiment.extra_args):
+        of_format = argument.option in ("--ckpt-format", "--dist-ckpt-format")
+        if of_format and argument.values != (ours,):
+            raise UserError(
+                f"{experiment.id}: ARGS has {argument}, but checkpoints with sharding"
+                f" {experiment.sharding} are {ours}: other formats cannot be saved beside training,"
+                f" nor resumed\nleave {argument.option} out"
+            )
+
+
+def _check_resumed(placed: PlacedRun) -> None:
+    """The run to resume must be over, of the same model, and, without ``FORCE=1``, of the same
+    losses."""
+    fitted, resumed = placed.fitted, placed.resumed
+    request = fitted.resolved.request
+    # Node 0 may have resumed it already, and has its lock then.
+    is_node_0 = placed.place.node_rank in ("0", "$SLURM_NODEID")
+    if is_node_0 and (holder := locks.holder(resumed.run.path)):
+        raise UserError(f"RESUME={request.resume}: {still_runs(resumed.run, holder)}")
+    check_model(resumed.run.path, resumed.trained.model, fitted.experiment)
+    if resumed.curve_changes and request.settings.get("FORCE") != "1":
+        run_to_resume.refuse_other_losses(resumed, fitted)
+
+
+def _resumed_checkpoint(placed: PlacedRun, tell: Callable[[str], None]) -> Loading | None:
+    """The newest whole checkpoint of the run to resume; None where it ended before its first, or
+    has nothing left to do."""
+    resumed, experiment = placed.resumed, placed.fitted.experiment
+    skipped: list[str] = []
+    found = checkpoints.newest_whole(resumed.run.checkpoints, skipped.append)
+    if found:
+        for line in skipped:
+            tell(line)
+        check_fits(found, experiment)
+    elif not run_to_resume.at_its_end(resumed.run, experiment):
+        tell(run_to_resume.check_never_saved(resumed.run, skipped))
+    for notice in resumed.notices(experiment, found.step if found else 0):
+        tell(notice)
+    if found and found.step > experiment.steps:
+        raise UserError(
+            f"RESUME: {resumed.run.label} has a checkpoint of step {found.step}, and"
+            f" STEPS={experiment.steps}\nSTEPS={2 * found.step} trains as long again; RESUME= never"
+            " goes back"
+        )
+    return Loading(found.path.parent, found.step) if found else None
+
+
+def _loaded_checkpoint(placed: PlacedRun, tell: Callable[[str], None]) -> Loading | None:
+    """The newest whole checkpoint of what ``LOAD=`` names; None where it is not given."""
+    experiment = placed.fitted.experiment
+    if not experiment.load:
+        return None
+    found = finding.checkpoint(experiment.load, placed.fitted.resolved.request.outdir, tell)
+    check_fits(found, experiment)
+    only_weights = not found.contents.has_optimizer
+    if not only_weights and found.step >= experiment.steps:
+        raise UserError(
+            f"LOAD={experiment.load}: its checkpoint is of step {found.step}, and"
+            f" STEPS={experiment.steps}: nothing is left\nSTEPS={2 * found.step} trains as long"
+            " again"
+        )
+    what = "the weights" if only_weights else f"step {found.step}"
+    tell(f"begins with {what} of {found.path.parent}")
+    return Loading(found.path.parent, found.step, only_weights)

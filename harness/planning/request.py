@@ -1,0 +1,92 @@
+"""First stage: what was asked for, an experiment with settings on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness.errors import UserError
+from harness.experiment import overrides
+from harness.experiment.experiment import Experiment
+from harness.run import finding
+from harness.upstreams.megatron_lm.flags import Device
+from harness.upstreams.megatron_lm.tracking import Tracking, tracking
+
+FOR_GPUS = ("GPUS_IDS", "CARD")
+"""Settings that mean nothing to the CPU miniature."""
+FOR_SLURM = ("PARTITION", "ACCOUNT", "TIME")
+"""Settings that only a batch job has."""
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """What was asked for.
+
+    Attributes:
+        row: the experiment as the catalogue has it.
+        settings: every ``KEY=VALUE`` of the command line.
+        given: those that change the experiment, with what ``ARGS=`` says of them.
+        outdir: where run directories go.
+    """
+
+    row: Experiment
+    settings: Mapping[str, str]
+    device: Device
+    given: Mapping[str, str]
+    outdir: Path
+    tracking: Tracking | None
+
+    @property
+    def resume(self) -> str | None:
+        """``1``, or the label of the run to resume; None: a new run."""
+        asked = self.settings.get("RESUME", "0")
+        return asked if asked != "0" else None
+
+    @property
+    def slurm(self) -> bool:
+        """Whether it becomes a batch job."""
+        return self.settings.get("SLURM") == "1"
+
+
+def read_request(row: Experiment, settings: Mapping[str, str], device: Device) -> RunRequest:
+    """The request for ``row`` with ``settings`` on ``device``.
+
+    Raises:
+        UserError: settings contradict each other, or the device lacks what one of them needs.
+    """
+    if device == "cpu":
+        _refuse(
+            settings,
+            FOR_GPUS,
+            "needs a GPU, and this would run the miniature on the CPU",
+            "leave {key}= out, or run it where the NVIDIA driver shows a GPU (make doctor)",
+        )
+    if settings.get("SLURM") != "1":
+        _refuse(
+            settings,
+            FOR_SLURM,
+            "is for a batch job, and SLURM=1 is not given",
+            "add SLURM=1, or leave {key}= out",
+        )
+    if settings.get("SAVE") == "0" and (
+        saving := [key for key in ("SAVE_EVERY", "KEEP") if key in settings]
+    ):
+        raise UserError(
+            f"SAVE=0 keeps no checkpoints, but {' and '.join(saving)} is given; leave one out"
+        )
+    return RunRequest(
+        row,
+        settings,
+        device,
+        overrides.given(settings),
+        finding.outdir(settings),
+        tracking(settings),
+    )
+
+
+def _refuse(settings: Mapping[str, str], keys: tuple[str, ...], why: str, way_out: str) -> None:
+    """Raise UserError where one of ``keys`` is given."""
+    for key in keys:
+        if key in settings:
+            raise UserError(f"{key}={settings[key]} {why}\n{way_out.format(key=key)}")
