@@ -236,22 +236,22 @@ def test_the_command(capsys):
     assert main(["memory", "611", "CARD=h100-80gb"]) == 0
     said = capsys.readouterr().out
     assert (
-        "does not fit\nwhat fits\n" in said
+        ": does not fit\nfits with\n" in said
         and "TP=2 SP=1 GPUS=4" in said
-        and "gradients      29.9  the most" in said
+        and "gradients      29.9  largest" in said
     )
     assert main(["memory", "111"]) == 0
     said = capsys.readouterr().out
     assert (
         f"measured {FACTS.value('allocated_gib[111]'):.1f} on NVIDIA H200" in said
-        and "NVIDIA H200, 137.4 GiB beside CUDA and NCCL: fits" in said
+        and " GiB + ~3 GiB for CUDA and NCCL; the card has 140.4: fits\n" in said
     )
 
 
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        ([], "the memory of which experiment"),
+        ([], "which experiment"),
         (["629"], "no experiment 629"),
         (["620", "CARD=h100"], "unknown GPU"),
         (["620", "TP=7"], "must divide by tp = 7"),

@@ -8,7 +8,7 @@ import pytest
 from harness import RECORDS
 from harness.cli import main
 from harness.errors import UserError
-from harness.evidence import calibrate, speed
+from harness.evidence import calibrate, step_time_tables
 from harness.evidence.facts import Facts
 from harness.evidence.rows import predicted_step_ms
 from harness.experiment import command_line, overrides
@@ -122,7 +122,7 @@ def test_rows_that_were_left_out(machine):
 
 @pytest.mark.parametrize(
     ("row", "e"),
-    [*speed.same_as(FACTS.references.group("h200-4gpu"), CATALOG)],
+    [*step_time_tables.predictable_rows(FACTS.references.group("h200-4gpu"), CATALOG)],
     ids=lambda value: getattr(value, "id", None) or getattr(value, "workload", None),
 )
 def test_rows_that_nothing_was_fitted_to(row, e):
@@ -794,10 +794,11 @@ def test_the_commands(capsys):
     assert main(["speed", "408", "CARD=h100-80gb"]) == 0
     said = capsys.readouterr().out
     assert (
-        "the most; a pipeline stage waits for another" in said and "published 875, off by" in said
+        "largest; pipeline stages wait for each other" in said
+        and "published 875: prediction +" in said
     )
     assert main(["speed", "101"]) == 0
-    assert f"measured {FACTS.value('step_ms[101]'):,.1f}, off by" in capsys.readouterr().out
+    assert f"measured {FACTS.value('step_ms[101]'):,.1f}: prediction " in capsys.readouterr().out
     assert main(["speed", "281", "CARD=h100-80gb"]) == 0
     assert main(["faster", "420", "GPUS=4", "TP=4", "GBS=16", "MBS=4", "CARD=h200-141gb"]) == 0
     said = capsys.readouterr().out
@@ -810,16 +811,16 @@ def test_the_commands(capsys):
     assert main(["gpus", "408", "CARD=h100-80gb"]) == 0
     said = capsys.readouterr().out
     assert (
-        "32 samples of 1,024 tokens a step" in said
+        "32 samples of 1,024 tokens per step" in said
         and "      2                                   nothing fits" in said
     )
-    assert "\n\nNVIDIA H100 80GB HBM3, by formula: the fastest layout that fits\n" in said
+    assert "\n\nNVIDIA H100 80GB HBM3: the fastest layout that fits, predicted\n" in said
     assert (
         "efficiency" in said
         and "make 408 GPUS=8 TP=2" in said
         and "no measured row has CUDA graphs" in said
     )
-    assert "no formula" not in said
+    assert "not predicted" not in said
     rows = [
         [float(cell.replace(",", "")) for cell in line.split()[:3]]
         for line in said.splitlines()
@@ -831,31 +832,32 @@ def test_the_commands(capsys):
     assert main(["gpus", "620", "CARD=h200-141gb"]) == 0
     said = capsys.readouterr().out
     assert (
-        "of the layouts that fit, the one that splits least\n" in said
-        and "no formula for a step with attention sinks\n" in said
+        ": the layout that fits with the least model parallelism, predicted\n" in said
+        and "step time not predicted: no measured row has attention sinks\n" in said
     )
     assert main(["gpus", "101", "CARD=a100-80gb"]) == 0
     said = capsys.readouterr().out
     assert (
-        "gpt2-xl, 1 sample of 1,024 tokens a step" in said
-        and "no formula for a step on NVIDIA A100-SXM4-80GB\n" in said
+        "gpt2-xl, 1 sample of 1,024 tokens per step" in said
+        and "step time not predicted: no machine with NVIDIA A100-SXM4-80GB was calibrated\n"
+        in said
     )
 
 
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (["speed"], "the speed of which experiment"),
-        (["faster", "TP=2"], "faster than which experiment"),
-        (["gpus"], "how many GPUs for which experiment"),
+        (["speed"], "which experiment"),
+        (["faster", "TP=2"], "which experiment"),
+        (["gpus"], "which experiment"),
         (["gpus", "101", "MBS=x"], "expected a whole number"),
-        (["speed", "620"], "none was measured with attention sinks"),
+        (["speed", "620"], "no measured row has attention sinks"),
         (["speed", "615", "FP8=delayed"], "fp8 beside tensor"),
         (["speed", "111", "FP8=yes"], "FP8=yes; valid: delayed, tensorwise, blockwise, 0"),
         (["speed", "219"], "links between nodes"),
         (["speed", "101", "CARD=a100-80gb"], "CARD= may be h100-80gb, h200-141gb"),
         (["speed", "101", "TP=7"], "must divide by tp = 7"),
-        (["speed", "101", "ARGS=--manual-gc"], "arguments of your own"),
+        (["speed", "101", "ARGS=--manual-gc"], "no formula covers --manual-gc"),
     ],
 )
 def test_bad_input(words, complaint, capsys):

@@ -1,5 +1,4 @@
-"""What an experiment takes, by formula and beside its record, and whether it fits: ``make
-memory-620``."""
+"""``make memory-620``: predicted memory of an experiment, and settings that make it fit."""
 
 from __future__ import annotations
 
@@ -11,108 +10,100 @@ from harness.evidence.references import load_references
 from harness.evidence.results import collect_records
 from harness.evidence.rows import Row
 from harness.experiment.experiment import Experiment
-from harness.experiment.hardware import Card, find_card
+from harness.experiment.hardware import NON_ALLOCATOR_MIB, Card, find_card
 from harness.planning import resolved
-from harness.predict.capacity import DEEPEST, available_gib, verdict, ways_to_fit
+from harness.predict.capacity import DEEPEST, verdict, ways_to_fit
 from harness.predict.memory import Memory, predict
 from harness.system.screen import say
 
 CARDS = ("h100-80gb", "h200-141gb")
-"""Where there is no GPU and none is named."""
+"""Cards to judge by where this machine has no GPU and CARD= names none."""
 SHOWN = 4
-"""Ways to fit that are printed."""
+"""Number of ways to fit that are printed."""
 
 
 def print_memory(id_: str, settings: Mapping[str, str], records: Path) -> int:
-    """Print what experiment ``id_`` with ``settings`` takes, and how it stands to ``CARD`` or the
-    GPUs at hand.
+    """Print the predicted memory of experiment ``id_``, and whether it fits each card in question.
 
-    Raises UserError where the experiment or a setting makes no sense.
+    Raises UserError where the experiment or a setting is invalid.
     """
-    e = resolved.of_catalogue(id_, settings)
-    memory, cards = predict(e), cards_of(e)
-    say(heading(e))
-    print("\nGiB of the fullest GPU, by formula")
-    pieces = _pieces(e, memory)
-    widest = max(gib for _, gib, _ in pieces)
-    for name, gib, meaning in pieces:
-        said = "; ".join(filter(None, ["the most" if gib == widest else "", meaning]))
-        say(f"  {name:12}{gib:7.1f}  {said}".rstrip(), hang=23)
+    experiment = resolved.of_catalogue(id_, settings)
+    memory = predict(experiment)
+    say(heading(experiment))
+    print("\nPredicted memory of the fullest GPU, GiB")
+    parts = _parts(experiment, memory)
+    largest = max(gib for _, gib, _ in parts)
+    for name, gib, meaning in parts:
+        remark = "; ".join(filter(None, ["largest" if gib == largest else "", meaning]))
+        say(f"  {name:12}{gib:7.1f}  {remark}".rstrip(), hang=23)
     rows = collect_records(records, load_references()).rows
-    say(f"  {'allocated':12}{memory.total:7.1f}  {_measured(e, memory, rows)}".rstrip(), hang=23)
-    for card in cards:
+    measured = _measured(experiment, memory, rows)
+    say(f"  {'allocated':12}{memory.total:7.1f}  {measured}".rstrip(), hang=23)
+    for card in cards_of(experiment):
         judged = verdict(memory, card)
-        print(f"\n{card.name}, {available_gib(card):.1f} GiB beside CUDA and NCCL: {judged}")
+        print()
+        say(
+            f"{card.name}: needs {memory.total:.1f} GiB + ~{NON_ALLOCATOR_MIB / 1024:.0f} GiB for"
+            f" CUDA and NCCL; the card has {card.memory_mib / 1024:.1f}: {judged}"
+        )
         if judged != "fits":
-            print(*_advice(e, card), sep="\n")
+            print(*_advice(experiment, card), sep="\n")
     return 0
 
 
-def heading(e: Experiment) -> str:
-    """What is asked about: label, model, layout, GPUs."""
-    return f"{e.label}: {e.model.name}, {e.layout}" + (f", {_gpus(e)}" if e.world_size > 1 else "")
+def heading(experiment: Experiment) -> str:
+    """The experiment that is asked about: label, model, layout, GPUs."""
+    several = f", {_gpus(experiment)}" if experiment.world_size > 1 else ""
+    return f"{experiment.label}: {experiment.model.name}, {experiment.layout}{several}"
 
 
-def _pieces(e: Experiment, memory: Memory) -> list[tuple[str, float, str]]:
-    recomputed = "inputs of recomputed layers" if e.recompute == "full" else ""
-    experts = (
-        "of tokens that routers deal out evenly; else the fullest GPU has more"
-        if e.model.num_experts
-        else ""
-    )
-    pieces = [
-        ("weights", memory.weights, "with their fp8 copies" if e.precision == "fp8" else ""),
-        ("gradients", memory.gradients, ""),
-        ("optimizer", memory.optimizer, ""),
-        (
-            "attention",
-            memory.attention,
-            recomputed or "what it keeps for the backward pass, of all layers",
-        ),
-        ("experts" if e.model.num_experts else "MLPs", memory.mlp, experts),
-        ("passing", memory.passing, "logits and loss, or a layer on its way back"),
-    ]
-    return [piece for piece in pieces if piece[1] >= 0.05]
-
-
-def _measured(e: Experiment, memory: Memory, rows: Sequence[Row]) -> str:
-    kept = [
-        row
-        for row in rows
-        if same_work(row.experiment, e) and row.memory_gib and row.memory_gib.allocated
-    ]
-    return "; ".join(
-        f"measured {row.memory_gib.allocated:.1f} on {row.gpu_name}, off by "
-        f"{memory.total / row.memory_gib.allocated - 1:+.1%}"
-        for row in kept
-        if row.state == "ok"
-    )
-
-
-def _advice(e: Experiment, card: Card) -> Iterator[str]:
-    ways = ways_to_fit(e, card)
-    if not ways:
-        yield f"  no {DEEPEST} settings make it fit: a smaller SEQ=, or more GPUs"
-        return
-    yield "what fits"
-    lines = [
-        (" ".join(f"{key}={value}" for key, value in settings.items()), changed)
-        for settings, changed in ways[:SHOWN]
-    ]
-    width = max(len(words) for words, _ in lines)
-    for words, changed in lines:
-        yield f"  {words:{width}} {predict(changed).total:6.1f} GiB on {_gpus(changed)}"
-
-
-def cards_of(e: Experiment) -> list[Card]:
-    """What ``e`` is judged by: ``CARD``, or the GPUs here, or else those of CARDS."""
+def cards_of(experiment: Experiment) -> list[Card]:
+    """The cards to judge by: ``CARD=``, else this machine's GPUs, else CARDS."""
     from harness.machine.gpus import list_gpus
 
-    names = [e.card] if e.card else sorted({gpu.name for gpu in list_gpus()}) or CARDS
-    return [gpu for name in names if (gpu := find_card(name))] or [
-        gpu for name in CARDS if (gpu := find_card(name))
+    names = [experiment.card] if experiment.card else sorted({gpu.name for gpu in list_gpus()})
+    known = [card for name in names if (card := find_card(name))]
+    return known or [card for name in CARDS if (card := find_card(name))]
+
+
+def _parts(experiment: Experiment, memory: Memory) -> list[tuple[str, float, str]]:
+    """Name, GiB and meaning of each part of the memory that is worth a line."""
+    moe, full = experiment.model.num_experts, experiment.recompute == "full"
+    kept = "inputs of recomputed layers" if full else "kept for the backward pass, all layers"
+    routed = "if routers balance the tokens; otherwise the fullest GPU has more"
+    parts = [
+        ("weights", memory.weights, "and fp8 copies" if experiment.precision == "fp8" else ""),
+        ("gradients", memory.gradients, ""),
+        ("optimizer", memory.optimizer, ""),
+        ("attention", memory.attention, kept),
+        ("experts" if moe else "MLPs", memory.mlp, routed if moe else ""),
+        ("passing", memory.passing, "logits and loss, or one layer in its backward pass"),
     ]
+    return [part for part in parts if part[1] >= 0.05]
 
 
-def _gpus(e: Experiment) -> str:
-    return f"{e.world_size} GPU{'s' if e.world_size > 1 else ''}"
+def _measured(experiment: Experiment, memory: Memory, rows: Sequence[Row]) -> str:
+    return "; ".join(
+        f"measured {row.memory_gib.allocated:.1f} on {row.gpu_name}: prediction"
+        f" {memory.total / row.memory_gib.allocated - 1:+.1%}"
+        for row in rows
+        if row.state == "ok" and row.memory_gib.allocated and same_work(row.experiment, experiment)
+    )
+
+
+def _advice(experiment: Experiment, card: Card) -> Iterator[str]:
+    ways = ways_to_fit(experiment, card)[:SHOWN]
+    if not ways:
+        yield f"  no {DEEPEST} settings make it fit: lower SEQ=, or use more GPUs"
+        return
+    yield "fits with"
+    spelled = [
+        " ".join(f"{key}={value}" for key, value in settings.items()) for settings, _ in ways
+    ]
+    width = max(map(len, spelled))
+    for text, (_, changed) in zip(spelled, ways, strict=True):
+        yield f"  {text:{width}} {predict(changed).total:6.1f} GiB on {_gpus(changed)}"
+
+
+def _gpus(experiment: Experiment) -> str:
+    return f"{experiment.world_size} GPU{'s' if experiment.world_size > 1 else ''}"

@@ -1,5 +1,4 @@
-"""How many GPUs an experiment's work needs, and what more of them would bring, by formula: ``make
-gpus-408``."""
+"""``make gpus-408``: the best layout of an experiment's work for each number of GPUs, predicted."""
 
 from __future__ import annotations
 
@@ -18,41 +17,36 @@ from harness.predict.step_time import unknown
 from harness.system.screen import say
 
 HEAD = ("GPUs", "ms/step", "efficiency", "MFU", "GiB")
+Layouts = Iterable[tuple[int, Layout | None]]
+"""For each number of GPUs the best layout; None where none fits."""
 
 
 def print_gpus(id_: str, settings: Mapping[str, str]) -> int:
-    """Print the best layout of experiment ``id_`` with ``settings`` for each number of GPUs, on
-    each card in question.
+    """Print the best layout of experiment ``id_`` per number of GPUs, on each card in question.
 
-    Raises UserError where the experiment or a setting makes no sense.
+    Raises UserError where the experiment or a setting is invalid.
     """
-    e = resolved.of_catalogue(id_, settings)
-    samples = (
-        f"{e.global_batch_size} sample{'s' * (e.global_batch_size > 1)} of {e.seq_length:,} tokens"
-        " a step"
+    experiment = resolved.of_catalogue(id_, settings)
+    size = experiment.global_batch_size
+    say(
+        f"{experiment.label}: {experiment.model.name}, {size} sample{'s' * (size > 1)} of"
+        f" {experiment.seq_length:,} tokens per step, on any number of GPUs"
     )
-    say(f"{e.label}: {e.model.name}, {samples}, however many GPUs share them")
-    for card in cards_of(e):
+    for card in cards_of(experiment):
         machine = machine_of(card)
-        found = tuple(by_gpus(e, card, machine))
-        known = any(best and best.step for _, best in found)
-        best = (
-            "the fastest layout that fits"
-            if known
-            else "of the layouts that fit, the one that splits least"
-        )
+        layouts = tuple(by_gpus(experiment, card, machine))
+        timed = [best.experiment for _, best in layouts if best and best.step]
         print()
-        say(f"{card.name}, by formula: {best}")
-        print(_row(HEAD, ""))
-        for cells, command in _lines(found, card):
+        if timed:
+            say(f"{card.name}: the fastest layout that fits, predicted")
+        else:
+            say(f"{card.name}: the layout that fits with the least model parallelism, predicted")
+        for cells, command in ((HEAD, ""), *_lines(layouts, card)):
             print(_row(cells, command))
-        if known:
-            say(
-                f"  {machine.how_sure(*(best.experiment for _, best in found if best and best.step))}:"  # noqa: E501
-                " run the first few"
-            )
-        if missing := _not_known(found, card, machine):
-            say(f"  no formula for a step {missing}")
+        if timed:
+            say(f"  {machine.how_sure(*timed)}")
+        if reason := _untimed(layouts, card, machine):
+            say(f"  step time not predicted: {reason}")
     return 0
 
 
@@ -60,51 +54,45 @@ def print_gpus(id_: str, settings: Mapping[str, str]) -> int:
 def table(card: str, *ids: str) -> str:
     """Markdown: the same for some experiments of the catalogue, on one kind of card."""
     gpu, lines = find_card(card), []
-    for e in map(load_catalog().find, ids):
-        for i, (cells, command) in enumerate(_lines(by_gpus(e, gpu, machine_of(gpu)), gpu)):
-            first = [f"`{e.id}`", e.model.name] if i == 0 else ["", ""]
+    for experiment in map(load_catalog().find, ids):
+        layouts = by_gpus(experiment, gpu, machine_of(gpu))
+        for i, (cells, command) in enumerate(_lines(layouts, gpu)):
+            first = [f"`{experiment.id}`", experiment.model.name] if i == 0 else ["", ""]
             lines.append([*first, *cells, f"`{command}`" if cells[-1] else command])
     return markdown.table(["id", "model", *HEAD, "command"], lines, "llrrrrrl")
 
 
-def _lines(
-    found: Iterable[tuple[int, Layout | None]], card: Card
-) -> Iterator[tuple[tuple[str, ...], str]]:
-    """The cells below HEAD and what to type, for each number of GPUs.
+def _lines(layouts: Layouts, card: Card) -> Iterator[tuple[tuple[str, ...], str]]:
+    """The cells below HEAD and the command, for each number of GPUs.
 
-    Efficiency: a GPU's share of the work in a second, against that of the fewest GPUs whose step is
-    known.
+    Efficiency: a GPU's share of the work per second, relative to the fewest GPUs whose step time is
+    predicted.
     """
-    fewest: float | None = None
-    for gpus, best in found:
+    fewest_gpu_ms: float | None = None
+    for gpus, best in layouts:
         if best is None:
             yield (str(gpus), "", "", "", ""), "nothing fits, even fully recomputed"
             continue
         step, shown = best.step, ("", "", "")
         if step:
-            fewest = fewest or gpus * step.total
-            share = mfu(
-                tflops_per_gpu(best.experiment, step.total),
-                peak_tflops(card.name, best.experiment.precision),
-            )
-            shown = f"{step.total:,.0f}", f"{fewest / (gpus * step.total):.2f}", f"{share:.0%}"
-        yield (
-            (str(gpus), *shown, f"{best.memory.total:.1f}"),
-            f"make {best.experiment.id} {best.settings}".strip(),
-        )
+            gpu_ms = gpus * step.total
+            fewest_gpu_ms = fewest_gpu_ms or gpu_ms
+            peak = peak_tflops(card.name, best.experiment.precision)
+            share = mfu(tflops_per_gpu(best.experiment, step.total), peak)
+            shown = f"{step.total:,.0f}", f"{fewest_gpu_ms / gpu_ms:.2f}", f"{share:.0%}"
+        command = f"make {best.experiment.id} {best.settings}".strip()
+        yield (str(gpus), *shown, f"{best.memory.total:.1f}"), command
 
 
 def _row(cells: Sequence[str], command: str) -> str:
     return ("  {:>5} {:>8} {:>10} {:>5} {:>6}".format(*cells) + f"  {command}").rstrip()
 
 
-def _not_known(
-    found: Iterable[tuple[int, Layout | None]], card: Card, machine: Machine | None
-) -> str:
-    """Why steps are missing, ready to follow a sentence; empty where none is."""
+def _untimed(layouts: Layouts, card: Card, machine: Machine | None) -> str:
+    """Why step times are missing; empty where none is."""
     if machine is None:
-        return f"on {card.name}"
+        return f"no machine with {card.name} was calibrated"
     kinds = dict.fromkeys(
-        what for _, best in found if best and not best.step for what in unknown(best.experiment)
+        what for _, best in layouts if best and not best.step for what in unknown(best.experiment)
     )
-    return f"with {', '.join(kinds)}" if kinds else ""
+    return f"no measured row has {', '.join(kinds)}" if kinds else ""

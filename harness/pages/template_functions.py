@@ -30,7 +30,7 @@ from statistics import median
 from typing import Any
 
 from harness.errors import UserError
-from harness.evidence import markdown, scaling, speed, tables, verdicts
+from harness.evidence import markdown, scaling, step_time_tables, tables, verdicts
 from harness.evidence.facts import CARD, HARDWARE, Facts
 from harness.evidence.quantities import NotMeasured, RanOutOfMemory
 from harness.evidence.references import Reference
@@ -402,11 +402,15 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "experiments": experiments,
     "table": table,
     "memory": memory,
-    "speed": lambda facts, ids, machine: speed.pieces_table(facts.catalog, machine, ids.split()),
-    "faster": lambda _, ids, machine: speed.faster_table(machine, *ids.split()),
+    "speed": lambda facts, ids, machine: step_time_tables.parts_table(
+        facts.catalog, machine, ids.split()
+    ),
+    "faster": lambda _, ids, machine: step_time_tables.faster_table(machine, *ids.split()),
     "gpus": lambda _, ids, card: scaling.table(card, *ids.split()),
-    "machines": lambda _: speed.machines_table(),
-    "unseen": lambda facts, group: speed.unseen_table(facts.catalog, facts.references, group),
+    "machines": lambda _: step_time_tables.machines_table(),
+    "unseen": lambda facts, group: step_time_tables.unseen_table(
+        facts.catalog, facts.references, group
+    ),
     "pipeline": pipeline,
     "claims": claims,
     "profile": profile,

@@ -1,0 +1,116 @@
+"""Markdown tables of docs/step-time.md: predicted step times, calibrations, and their errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cache
+
+from harness.errors import UserError, nearest
+from harness.evidence import markdown
+from harness.evidence.references import Reference, ReferenceGroup, References
+from harness.evidence.speed import MEANING
+from harness.experiment.catalog import Catalog, load_catalog
+from harness.experiment.experiment import Experiment
+from harness.experiment.hardware import find_card
+from harness.predict.calibrations import Machine, fitted, machine_of
+from harness.predict.layouts import faster
+from harness.predict.step_time import unknown
+from harness.predict.work import Calibration
+
+
+def parts_table(catalog: Catalog, name: str, ids: Sequence[str]) -> str:
+    """Predicted parts of a step on machine ``name``, with the measured step time."""
+    machine, lines = _machine(name), []
+    for experiment in map(catalog.find, ids):
+        step, row = machine.predict(experiment), machine.row_of(experiment)
+        lines.append(
+            [
+                f"`{experiment.id}`",
+                experiment.layout,
+                *(f"{ms:,.0f}" if ms >= 0.5 else "" for ms in step.pieces.values()),
+                f"{step.total:,.0f}",
+                f"{row.measured_ms:,.0f}" if row else "",
+                f"{row.left_out_ms / row.measured_ms - 1:+.1%}" if row else "",
+            ]
+        )
+    head = ["id", "layout", *MEANING, "step", "measured", "unseen"]
+    return markdown.table(head, lines, "ll" + "r" * (len(head) - 2))
+
+
+@cache
+def faster_table(name: str, *ids: str) -> str:
+    """For each experiment on machine ``name``, the layout of the same work predicted fastest."""
+    machine, lines = _machine(name), []
+    for experiment in map(load_catalog().find, ids):
+        now_ms, row = machine.predict(experiment).total, machine.row_of(experiment)
+        first = [
+            f"`{experiment.id}`",
+            experiment.layout,
+            f"{row.measured_ms:,.0f}" if row else "",
+            f"{now_ms:,.0f}",
+        ]
+        found = faster(experiment, machine)
+        if not found:
+            lines.append([*first, "none", "", "", "", ""])
+            continue
+        best = found[0]
+        lines.append(
+            [
+                *first,
+                best.experiment.layout,
+                f"{best.step.total:,.0f}",
+                f"{best.step.total / now_ms:.2f}",
+                f"{best.memory.total:.0f}",
+                f"`make {experiment.id} {best.settings}`",
+            ]
+        )
+    head = ["id", "layout", "measured", "formula", "fastest", "formula", "of it", "GiB", "command"]
+    return markdown.table(head, lines, "llrrlrrrl")
+
+
+def machines_table() -> str:
+    """The constants of every calibrated machine, and the error on rows left out of the fit."""
+    machines = fitted().values()
+    lines = [
+        [f"`{name}`", *(f"{getattr(machine.constants, name):.3g}" for machine in machines)]
+        for name in Calibration.model_fields
+    ]
+    lines.append(["rows", *(str(len(machine.rows)) for machine in machines)])
+    for i, statistic in enumerate(("median", "90th percentile", "largest")):
+        errors = [f"{machine.misses()[i]:.1%}" for machine in machines]
+        lines.append([f"error on rows left out, {statistic}", *errors])
+    head = ["", *(machine.card.name for machine in machines)]
+    return markdown.table(head, lines, "l" + "r" * len(machines))
+
+
+def unseen_table(catalog: Catalog, references: References, group: str) -> str:
+    """Measured steps of a group of references that calibrated no machine, with predictions."""
+    found = references.group(group)
+    machine, lines = machine_of(find_card(found.gpu)), []
+    for row, experiment in predictable_rows(found, catalog):
+        ms = machine.predict(experiment).total
+        lines.append(
+            [
+                row.id or row.workload,
+                f"`make {row.make or row.id}`",
+                experiment.layout,
+                f"{row.step_ms:,.0f}",
+                f"{ms:,.0f}",
+                f"{ms / row.step_ms - 1:+.1%}",
+            ]
+        )
+    head = ["row", "same as", "layout", "measured", "formula", "off by"]
+    return markdown.table(head, lines, "lllrrr")
+
+
+def predictable_rows(
+    group: ReferenceGroup, catalog: Catalog
+) -> Iterator[tuple[Reference, Experiment]]:
+    """The group's rows whose step time can be predicted, each with its experiment."""
+    return (pair for pair in group.ran(catalog) if not unknown(pair[1]))
+
+
+def _machine(name: str) -> Machine:
+    if name not in fitted():
+        raise UserError(f"no machine is called {name}; {nearest(name, fitted())}")
+    return fitted()[name]
