@@ -112,7 +112,7 @@ def stage(name: str, environment: Venv | None, command: str) -> Finding:
     topic = f"stage {name}"
     if environment and environment.stamp(name).exists():
         if environment.ready(name):
-            if damaged := environment.half_installed():
+            if damaged := environment.damaged():
                 names = ", ".join(sorted(info.name.split("-")[0] for info in damaged)[:5])
                 return Finding(
                     topic,

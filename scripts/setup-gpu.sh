@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # usage: scripts/setup-gpu.sh
-# CUDA's PyTorch and Transformer Engine in .venv: no container, no root, no CUDA on the machine but its driver.
-# Transformer Engine's PyTorch extension is on PyPI as source only, so it is built here, once: C++ against the headers of
-# torch and of CUDA, which are pip packages too. About 10 min on 2 cores; the wheel is kept.
-#   WHEELS=dir     where built wheels are kept, or where one lies already (default: below ~/.cache)
+# Installs CUDA's PyTorch and Transformer Engine into .venv. It needs no container, no root, and of CUDA only the driver.
+# PyPI has Transformer Engine's PyTorch extension as source only. This script compiles it once, against the headers of torch
+# and of CUDA, which are pip packages too, and keeps the wheel. That takes about 10 min on 2 cores.
+#   WHEELS=dir     where built wheels are kept (default: below ~/.cache); a wheel that is there is not built again
 #   MAX_JOBS=n     compilers at once (default: one a core, as far as 4 GiB of memory each allow)
-#   DEVICE=cuda    go on though no NVIDIA driver is here, as for an image or another machine
-#   DRY_RUN=1      look at the machine and print the commands
+#   DEVICE=cuda    continue without an NVIDIA driver, as for an image or another machine
+#   DRY_RUN=1      check the machine and print the commands
 # PYTHON and VENV as in scripts/setup.sh.
 set -euo pipefail
 cd "${BASH_SOURCE[0]%/*}/.."
@@ -45,18 +45,18 @@ log=$venv/setup-gpu-build.log
 
 check_driver() {
   local driver
-  [[ $(uname -s) == Linux ]] || fail "training on NVIDIA GPUs wants Linux, this is $(uname -s)"
+  [[ $(uname -s) == Linux ]] || fail "training on NVIDIA GPUs needs Linux; this is $(uname -s)"
   if ! driver=$(nvidia-smi 2>/dev/null); then
     # Gigabytes and minutes, for nothing that runs here.
-    [[ $asked == cuda || -n ${DRY_RUN:-} ]] || fail "no NVIDIA driver here, so nothing of this would run: it downloads about 2.5 GB
-and compiles for about 10 minutes on 2 cores
-to prepare a machine with GPUs all the same: make setup-gpu DEVICE=cuda; runs on this CPU need only: make setup"
-    say "no NVIDIA driver here; going on, as DEVICE=cuda asks"
+    [[ $asked == cuda || -n ${DRY_RUN:-} ]] || fail "no NVIDIA driver here, so this machine could not use what would be installed:
+a download of about 2.5 GB and a build of about 10 minutes on 2 cores
+to prepare another machine: make setup-gpu DEVICE=cuda; runs on this CPU need only: make setup"
+    say "no NVIDIA driver here; DEVICE=cuda was given"
     return
   fi
   driver=$(sed -n 's/.*CUDA [A-Za-z ]*Version: *\([0-9]*\).*/\1/p' <<<"$driver")
-  ((${driver:-$toolkit} >= toolkit)) || fail "the NVIDIA driver speaks CUDA $driver, torch $torch from PyPI wants $toolkit
-update the driver (580 or later), or use NVIDIA's container, which brings what older drivers need: make docker-run"
+  ((${driver:-$toolkit} >= toolkit)) || fail "the NVIDIA driver supports CUDA $driver, torch $torch from PyPI needs $toolkit
+update the driver (580 or later), or use NVIDIA's container, which supports older drivers: make docker-run"
 }
 
 check_compiler() {
@@ -65,7 +65,7 @@ check_compiler() {
 get one, for example:  sudo apt install g++   |   sudo dnf install gcc-c++   |   module load gcc"
   version=$(c++ -dumpversion)
   [[ $(c++ --version) == *clang* ]] || ((${version%%.*} >= 9)) ||
-    fail "c++ is GCC $version, torch's headers want 9 or later; put a newer one on the PATH, or: module load gcc"
+    fail "c++ is GCC $version, torch's headers need 9 or later; put a newer one on the PATH, or: module load gcc"
 }
 
 # Is there a wheel for .venv's Python? (No .venv: no.)
@@ -88,7 +88,7 @@ build_wheel() {
   local -a command
   site=$(echo "$venv"/lib/python3*/site-packages)
   cuda=$site/nvidia/cu$toolkit
-  # NCCL's expert parallelism is left out: its sources are not in the package, and megatron-core does not use it.
+  # Without NCCL's expert parallelism: its sources are not in the package, and megatron-core does not use it.
   command=(env "PATH=$venv/bin:$cuda/bin:$PATH" "CUDA_HOME=$cuda"
     "CPLUS_INCLUDE_PATH=$cuda/include:$site/nvidia/cudnn/include:$site/nvidia/nccl/include"
     NVTE_WITH_NCCL_EP=0 NVTE_PYTORCH_FORCE_BUILD=TRUE "MAX_JOBS=${MAX_JOBS:-$(compilers_at_once)}"
@@ -98,13 +98,13 @@ build_wheel() {
   if [[ -n ${DRY_RUN:-} ]]; then
     run "${command[@]}"
   else
-    "${command[@]}" 2>&1 | tee "$log" | show_progress || fail "the build failed; from its log, $log:
+    "${command[@]}" 2>&1 | tee "$log" | show_progress || fail "the build failed. Errors in its log, $log:
 $(grep -E 'error|Error|Killed' "$log" | tail -5)
-where compilers were killed, memory ran out: MAX_JOBS=1 make setup-gpu; without a build: make docker-run"
+\"Killed\" means that memory ran out: MAX_JOBS=1 make setup-gpu; without a build: make docker-run"
   fi
 }
 
-# Of ninja's "[12/40] …": a line that changes on a terminal, every tenth elsewhere.
+# Shows ninja's "[12/40] …" as one changing line on a terminal, and every tenth elsewhere.
 show_progress() {
   local line
   while IFS= read -r line; do
@@ -119,13 +119,13 @@ show_progress() {
   if [[ -t 2 ]]; then echo >&2; fi
 }
 
-# In a function, which bash reads whole: a git pull may change this file while it works.
+# In a function, which bash reads whole: a git pull may change this file while it runs.
 main() {
   check_driver
   say "torch $torch for CUDA, and what else runs need"
   run scripts/setup.sh heavy
   if have_wheel; then
-    say "a built wheel lies in $wheels"
+    say "using the wheel in $wheels"
   else
     check_compiler
     say "CUDA's compiler and headers, ninja"
@@ -134,7 +134,7 @@ main() {
     build_wheel
   fi
   say "Transformer Engine $engine, and a forward pass where a GPU is"
-  run env PIP_FIND_LINKS="${PIP_FIND_LINKS:+$PIP_FIND_LINKS }$wheels" scripts/setup.sh gpu
+  run env UV_FIND_LINKS="${UV_FIND_LINKS:+$UV_FIND_LINKS,}$wheels" scripts/setup.sh gpu
 }
 
 main

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # usage: scripts/setup.sh STAGE… [-- ARGUMENT…]
-# Brings .venv up to the stages (dependency groups of pyproject.toml: light, heavy, test; gpu through scripts/setup-gpu.sh),
-# then runs its Python with the arguments. What is up to date costs a comparison of files; harness/machine/setup.py does the rest.
+# Installs the stages into .venv, then runs its Python with the arguments. Stages are dependency groups of pyproject.toml
+# (light, heavy, data, test, …; gpu through scripts/setup-gpu.sh), locked in uv.lock. A stage that is up to date costs
+# milliseconds; harness/machine/setup.py installs the others with uv, which comes from PyPI where none is on the PATH.
 #   PYTHON=path    make .venv with this interpreter
 #   VENV=dir       make it there instead; VENV=0: use the interpreter and the packages that are there
-#   DEVICE=cuda    install CUDA's wheels though no GPU is here; DEVICE=cpu: the CPU's though one is
+#   DEVICE=cuda    install CUDA's wheels though this machine has no GPU; DEVICE=cpu: the CPU's though it has one
 set -euo pipefail
 cd "${BASH_SOURCE[0]%/*}/.."
 
@@ -27,11 +28,6 @@ import os, sys
 version = "%d.%d" % sys.version_info[:2]
 if not (3, 12) <= sys.version_info[:2] < (3, 14):
     sys.exit("is Python " + version)
-if sys.argv[1] != "0":
-    try:
-        import ensurepip, venv
-    except ImportError:
-        sys.exit("Python %s comes without venv (Debian, Ubuntu: sudo apt install python%s-venv)" % (version, version))
 print(os.path.realpath(sys._base_executable) if sys.argv[1] != "0" else sys.executable)' "$venv"
 }
 
@@ -43,9 +39,8 @@ find_python() {
     where="at PYTHON=$PYTHON"
   elif [[ $venv == 0 ]]; then
     candidates=(python3 python)
-  fi
-  if [[ -z ${PYTHON:-} && $venv != 0 ]] && type -P uv >/dev/null; then
-    candidates+=("$(uv python find '>=3.12,<3.14' 2>/dev/null || true)")
+  elif uv python dir &>/dev/null; then
+    candidates+=("$(uv python find --managed-python '>=3.12,<3.14' 2>/dev/null || true)")
   fi
   for candidate in "${candidates[@]}"; do
     path=$(type -P "$candidate") || continue
@@ -56,27 +51,83 @@ find_python() {
     [[ $answer == *"Python 3"* ]] && seen+=$'\n'"  $path: ${answer##*$'\n'}"
   done
   [[ $venv == 0 ]] && fail "${PYTHON:-python3} is not a Python 3.12 or 3.13; name one: VENV=0 PYTHON=/path/to/python3.12$seen"
+  if [[ -z ${PYTHON:-} ]]; then
+    echo "setup: no Python 3.12 or 3.13 here; uv downloads one" >&2
+    if answer=$(download_python 2>&1); then
+      printf '%s\n' "$answer"
+      return
+    fi
+    seen+=$'\n'"  uv could not download one: ${answer##*$'\n'}"
+  fi
   fail "no Python 3.12 or 3.13 ${where}$seen
-get one, for example:  uv python install 3.12   |   pyenv install 3.12   |   sudo apt install python3.12-venv
+get one, for example:  uv python install 3.12   |   pyenv install 3.12   |   sudo apt install python3.12
 or name one:           make … PYTHON=/path/to/python3.12"
 }
 
-# Is stage $1 as pyproject.toml wants it? Its stamp lists files that must be there, then the pins it was made for.
+# Has uv download a Python and prints where it is, or why it could not.
+download_python() {
+  local uv
+  uv=$(find_uv python3) || return
+  "$uv" python install --quiet 3.12 && "$uv" python find --managed-python 3.12
+}
+
+# Prints the path of uv: the PATH's if pyproject.toml allows its version, else the one in $venv, which Python $1 installs.
+find_uv() {
+  local python=$1 fetched version
+  # uv refuses to start where [tool.uv] wants another version.
+  if uv python dir &>/dev/null; then
+    type -P uv
+    return
+  fi
+  if [[ ! -x $venv/uv ]]; then
+    version=$(sed -n 's/.*"uv==\(.*\)".*/\1/p' pyproject.toml)
+    mkdir -p "$venv"
+    fetched=$(mktemp -d "$venv/uv-XXXXXX")
+    if install_uv "$python" "$fetched" "$version" &>"$venv/setup-uv.log"; then mv -f "$fetched/bin/uv" "$venv/uv"; fi
+    rm -rf "$fetched"
+  fi
+  [[ -x $venv/uv ]] || fail "no uv on the PATH, and $python could not install uv $version: $(tail -n 1 "$venv/setup-uv.log")
+install it:            https://docs.astral.sh/uv   |   on Debian, Ubuntu: sudo apt install python3-venv, then again
+without a network, use packages that are there: VENV=0"
+  echo "$venv/uv"
+}
+
+# Some Pythons come without pip, some without venv.
+install_uv() {
+  local python=$1
+  if ! "$python" -m pip --version; then
+    "$python" -m venv "$2/venv" && python=$2/venv/bin/python
+  fi
+  PIP_USER=0 PIP_REQUIRE_VIRTUALENV=0 PIP_ROOT_USER_ACTION=ignore "$python" -m pip install --no-input --disable-pip-version-check --no-deps \
+    --target "$2" "uv==$3"
+}
+
+# Is stage $1 as uv.lock wants it? Its stamp lists files that must be there, then the checksum of the lock it was made from.
 fresh() {
-  local file='' made_for=''
+  local file='' made_from=''
   {
     while IFS= read -r file && [[ -n $file ]]; do
       [[ -e $venv/$file ]] || return 1
       [[ $device == cuda && $file == *+cpu.dist-info/* ]] && return 1
     done
-    IFS= read -r -d '' made_for || true
-  } 2>/dev/null <"$venv/setup-$1.stamp" || return 1
-  [[ $made_for == "$pins" ]]
+    IFS= read -r made_from || true
+  } 2>/dev/null <"$venv/stage-$1.stamp" || return 1
+  [[ $made_from == "$lock" ]]
 }
 
-# In a function, which bash reads whole: set-ups take minutes, and a git pull meanwhile may change this file.
+install() {
+  local base uv
+  if [[ -e $venv && ! -e $venv/pyvenv.cfg && -n $(find "$venv" -mindepth 1 -maxdepth 1 ! -name lock ! -name 'uv*' ! -name 'setup*') ]]; then
+    fail "$venv holds files but is no virtual environment"$'\n'"name another place: VENV=dir"
+  fi
+  base=$(find_python)
+  uv=$(find_uv "$base")
+  "$base" -m harness.machine.setup install --uv "$uv" --venv "$venv" --device "$device" ${PYTHON:+--exact} "$@"
+}
+
+# In a function, which bash reads whole: set-ups take a while, and a git pull meanwhile may change this file.
 main() {
-  local python base stage current=yes pins
+  local python stage current=yes lock
   local -a stages=()
   while (($#)) && [[ $1 != -- ]]; do
     stages+=("$1")
@@ -90,17 +141,12 @@ main() {
     "$python" -m harness.machine.setup check "${stages[@]}"
   else
     python=$venv/bin/python
-    pins=$(<pyproject.toml)
-    pins=${pins#*'[dependency-groups]'}
-    pins=${pins%%$'\n['*}
+    lock=$(cksum <uv.lock)
     for stage in "${stages[@]}"; do
       fresh "$stage" || current=
     done
     if [[ -n ${PYTHON:-} && ! $python -ef $(type -P "$PYTHON") ]]; then current=; fi
-    if [[ -z $current ]]; then
-      base=$(find_python)
-      "$base" -m harness.machine.setup install --venv "$venv" --device "$device" ${PYTHON:+--exact} "${stages[@]}"
-    fi
+    [[ -n $current ]] || install "${stages[@]}"
     [[ $venv == /* ]] || venv=$PWD/$venv
     export VIRTUAL_ENV=$venv PATH=$venv/bin:$PATH
     unset PYTHONHOME

@@ -1,7 +1,6 @@
 """The image: what goes into it, what its scripts ask of docker and podman; with buildah (make test-full) the Dockerfile for real."""
 
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -14,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from harness.errors import UserError
-from harness.machine import stages
 
 ROOT = Path(__file__).resolve().parent.parent
 INSIDE = re.search(r"^WORKDIR (.*)", (ROOT / "docker/Dockerfile").read_text(), re.MULTILINE)[1]
@@ -97,6 +95,7 @@ def test_image_has_what_runs_read_and_nothing_else():
         "megatron-lm",
         "pyproject.toml",
         "scripts",
+        "uv.lock",
     }
     for private in (
         "data/mine/mine_text_document.bin",
@@ -141,91 +140,40 @@ def test_image_does_not_run_as_root():
 # Its packages.
 
 
-def test_lock_has_what_is_pinned_in_the_same_versions():
-    locked = packages.read_lock(packages.LOCK.read_text())
-    versions = {name: stages.version(entry.split()[0]) for name, entry in locked.items()}
-    pinned = {r for stage in packages.STAGES for r in stages.requirements(stage)}
-    assert {
-        r for r in pinned if versions.get(stages.distribution(r)) != stages.version(r)
-    } == set(), "docker/packages.py lock"
-    constraints = [
-        line
-        for line in (ROOT / "scripts/constraints.txt").read_text().splitlines()
-        if line and not line.startswith("#")
-    ]
-    stale = [
-        line
-        for line in constraints
-        if versions.get(stages.distribution(line), stages.version(line)) != stages.version(line)
-    ]
-    assert stale == [], "docker/packages.py lock"
-
-
-def test_lock_has_a_hash_for_every_package():
-    for entry in packages.read_lock(packages.LOCK.read_text()).values():
-        first, *hashes = [line.removesuffix(" \\").strip() for line in entry.strip().splitlines()]
-        assert re.fullmatch(r"[a-z0-9-]+==[\w.]+( ; .*)?", first)
-        assert hashes and all(
-            re.fullmatch(r"--hash=sha256:[0-9a-f]{64}", line) for line in hashes
-        ), first
-
-
-PYLOCK = """
-[[packages]]
-name = "b-package"
-version = "1.5"
-marker = "sys_platform == 'linux'"
-wheels = [
-    { url = "https://h/b_package-1.5-cp312-cp312-manylinux_2_27_x86_64.manylinux_2_28_x86_64.whl", hashes = { sha256 = "11" } },
-    { url = "https://h/b_package-1.5-cp313-cp313t-manylinux_2_28_x86_64.whl", hashes = { sha256 = "12" } },
-    { url = "https://h/b_package-1.5-cp313-cp313-musllinux_1_2_x86_64.whl", hashes = { sha256 = "13" } },
-    { url = "https://h/b_package-1.5-cp39-abi3-manylinux2014_aarch64.whl", hashes = { sha256 = "14" } },
-    { url = "https://h/b_package-1.5-cp314-cp314-manylinux_2_28_x86_64.whl", hashes = { sha256 = "15" } },
-    { url = "https://h/b_package-1.5-cp312-cp312-win_amd64.whl", hashes = { sha256 = "16" } },
-]
-[[packages]]
-name = "a-package"
-version = "2"
-wheels = [{ name = "a_package-2-py3-none-any.whl", url = "https://h/x", hashes = { sha256 = "21" } }]
-[[packages]]
-name = "colorama"
-version = "1"
-marker = "sys_platform == 'win32'"
-wheels = [{ url = "https://h/colorama-1-py3-none-any.whl", hashes = { sha256 = "31" } }]
-"""
-
-
-def test_lock_takes_the_wheels_that_the_image_can_use():
-    assert packages.render_lock(PYLOCK).removeprefix(packages.HEADER) == (
-        "a-package==2 \\\n    --hash=sha256:21\n"
-        "b-package==1.5 ; sys_platform == 'linux' \\\n    --hash=sha256:11 \\\n    --hash=sha256:14\n"
+def test_an_exported_lock_is_read_by_name():
+    exported = (
+        "einops==0.8.2 \\\n    --hash=sha256:0\n"
+        "colorama==0.4.6 ; sys_platform == 'win32' \\\n    --hash=sha256:1 \\\n    --hash=sha256:2\n"
     )
-    assert list(packages.read_lock(packages.render_lock(PYLOCK))) == ["a-package", "b-package"]
+    locked = packages.entries(exported)
+    assert "".join(locked.values()) == exported
+    assert list(locked) == ["einops", "colorama"]
 
 
-def test_lock_refuses_a_package_that_would_be_built():
-    with pytest.raises(UserError, match="a-package 2 has no wheel for Linux"):
-        packages.render_lock(
-            PYLOCK.replace("a_package-2-py3-none-any", "a_package-2-py3-none-win_amd64")
-        )
+LOCKED = "".join(
+    f"{pin} \\\n    --hash=sha256:{n}\n"
+    for n, pin in enumerate(("einops==0.8.2", "torch==2.11.0", "typer==0.29.2"))
+)
 
 
 @pytest.fixture
-def base(monkeypatch, tmp_path):
-    """A base with its own torch and an older typer; pip, which would add einops and another typer, writes down what it is asked."""
+def base(monkeypatch):
+    """A base with its own torch and an older typer; uv, which would add einops and another typer, notes what it is asked."""
     asked = []
 
-    def pip(*words):
+    def run(*words):
         asked.append(words)
         files = {
             word: Path(words[n + 1]) for n, word in enumerate(words[:-1]) if word.startswith("--")
         }
-        if "--report" in files:
-            asked.append(files["--constraint"].read_text())
-            chosen = [{"metadata": {"name": name}} for name in ("Einops", "typer")]
-            files["--report"].write_text(json.dumps({"install": chosen}))
-        else:
-            asked.append(files["--requirement"].read_text())
+        if "export" in words:
+            return packages.locked
+        if "--dry-run" in words:
+            asked.append(files["--constraints"].read_text())
+            return "Would install 2 packages\n + Einops==0.8.2\n - typer==0.1\n + typer==0.30.0\n"
+        if "--requirements" in words:
+            asked.append(files["--requirements"].read_text())
+        return ""
 
     class Distribution:
         def __init__(self, name, version):
@@ -233,23 +181,19 @@ def base(monkeypatch, tmp_path):
 
     there = [Distribution("torch", "2.9.0a0+50eac811a6.nv25.09"), Distribution("Typer", "0.1")]
     monkeypatch.setattr(packages.metadata, "distributions", lambda: there)
-    monkeypatch.setattr(packages, "pip", pip)
+    monkeypatch.setattr(packages, "run", run)
+    monkeypatch.setattr(packages, "locked", LOCKED, raising=False)
     monkeypatch.setattr(
         packages.stages, "missing", lambda stage: ("einops==0.8.2",) if stage == "heavy" else ()
     )
     monkeypatch.setattr(packages.setup, "check", asked.append)
-    monkeypatch.setattr(packages, "LOCK", tmp_path / "requirements.txt")
-    packages.LOCK.write_text(
-        "".join(
-            f"{pin} \\\n    --hash=sha256:{n}\n"
-            for n, pin in enumerate(("einops==0.8.2", "torch==2.11.0", "typer==0.29.2"))
-        )
-    )
     return asked
 
 
 def test_the_layer_of_packages_has_every_module_that_it_imports(tmp_path):
-    before, _ = (ROOT / "docker" / "Dockerfile").read_text().split("RUN python3 docker/packages.py")
+    before, _ = (
+        (ROOT / "docker" / "Dockerfile").read_text().split("RUN python3 docker/packages.py\n")
+    )
     for *sources, folder in (
         line.split()[1:] for line in before.splitlines() if line.startswith("COPY ")
     ):
@@ -257,29 +201,36 @@ def test_the_layer_of_packages_has_every_module_that_it_imports(tmp_path):
             target = tmp_path / folder / (Path(source).name if (ROOT / source).is_file() else "")
             target.parent.mkdir(parents=True, exist_ok=True)
             (shutil.copy if (ROOT / source).is_file() else shutil.copytree)(ROOT / source, target)
-    command = [sys.executable, "-I", "docker/packages.py", "--help"]
+    assert (tmp_path / "uv.lock").exists()
+    command = [sys.executable, "-I", "-c", "import runpy; runpy.run_path('docker/packages.py')"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
 
 
 def test_image_gets_what_it_lacks_by_hash_and_keeps_its_torch(base, capsys):
     packages.install()
-    (*_, lacking), constraints, installed, chosen, checked = base
+    fetching, _, (*_, lacking), constraints, installing, chosen, checked = base
+    assert {"--no-deps", "--require-hashes", "--target"} <= set(fetching)
     assert lacking == "einops==0.8.2"
     assert constraints.splitlines() == ["einops==0.8.2", "torch==2.9.0a0+50eac811a6.nv25.09"]
-    assert {"--no-deps", "--require-hashes"} <= set(installed)
+    assert {"--no-deps", "--require-hashes"} <= set(installing)
     assert (
         chosen == "einops==0.8.2 \\\n    --hash=sha256:0\ntyper==0.29.2 \\\n    --hash=sha256:2\n"
     )
     assert checked == list(packages.STAGES)
-    assert "typer 0.1 is too old or too new" in capsys.readouterr().out
+    assert "typer 0.1 does not fit what is added; replaced" in capsys.readouterr().out
 
 
-def test_image_takes_nothing_that_is_not_locked(base):
-    packages.LOCK.write_text("einops==0.8.2 \\\n    --hash=sha256:0\n")
-    with pytest.raises(UserError, match=r"requirements\.txt lacks typer, which this base needs"):
+def test_image_takes_nothing_that_is_not_locked(base, monkeypatch):
+    monkeypatch.setattr(packages, "locked", "einops==0.8.2 \\\n    --hash=sha256:0\n")
+    with pytest.raises(UserError, match=r"uv\.lock lacks typer, which this base needs"):
         packages.install()
-    assert not any("--require-hashes" in words for words in base)
+    assert not any("--requirements" in words for words in base)
+
+
+def test_a_failing_tool_is_an_error_with_what_it_printed():
+    with pytest.raises(UserError, match=r"(?s)failed:.*no network"):
+        packages.run(sys.executable, "-c", "import sys; sys.exit('no network')")
 
 
 # What docker and podman are asked for.

@@ -232,7 +232,7 @@ def test_a_stage_with_deleted_files_is_not_ok(monkeypatch, tmp_path):
     class Environment:
         stamp = staticmethod(lambda name: tmp_path)
         ready = staticmethod(lambda name: True)
-        half_installed = staticmethod(lambda: [Path("torch-2.11.0.dist-info")])
+        damaged = staticmethod(lambda: [Path("torch-2.11.0.dist-info")])
 
     finding = doctor.stage("light", Environment(), "make help")
     assert finding.state == "warn" and "torch" in finding.text

@@ -1,4 +1,4 @@
-"""Brings a virtual environment to the set-up stages, where scripts/setup.sh finds them out of date.
+"""Installs set-up stages into a virtual environment with uv; scripts/setup.sh calls it.
 
 Standard library only: this runs before anything is installed.
 """
@@ -6,16 +6,18 @@ Standard library only: this runs before anything is installed.
 import argparse
 import fcntl
 import os
+import platform
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -27,70 +29,82 @@ from harness.machine.stages import (
     missing,
     module,
     requirements,
-    this_python,
 )
 from harness.system.streams import lasting_output
 
 Device = Literal["cpu", "cuda"]
+BASE = Path(sys._base_executable).resolve()
+"""The running interpreter, or the one that its virtual environment was made with."""
 
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-# Free disk that a set-up takes, by the build of PyTorch it brings: the environment, the wheels it
-# is unpacked from, and pip's cache. Measured (Python 3.12, x86-64): 6.7 GiB at the height with
-# CUDA's, 36 MiB with none.
-DISK_MIB = {"none": 300, "cpu": 3000, "cuda": 9500}
+# Free disk that a set-up takes, by the build of PyTorch it brings: the environment and the
+# download, which uv's cache shares with it by hard links. Measured on x86-64 with Python 3.12.
+DISK_MIB = {"none": 300, "cpu": 2000, "cuda": 8000}
 # What a set-up with PyTorch downloads and what it then takes, in MiB: (download, installed). CUDA's
 # build, from PyPI: summed over wheels and files of the heavy stage (torch 2.11.0, Python 3.12,
 # x86-64); 3,376 MiB of 4,741 are CUDA's packages and Triton. PyPI's PyTorch does not import without
 # CUDA's: libtorch_cpu.so needs libcudart. The CPU's build: computed, the same less those packages
 # and less libtorch_cuda; its wheel has about 190 MiB.
 SIZES_MIB = {"cpu": (260, 950), "cuda": (2700, 4750)}
-# What the other stages download.
-DOWNLOADS_MIB = {"light": 8, "test": 65, "data": 145, "calibrate": 50, "tracking": 45, "peft": 2}
-# What a stage must be able to do beyond importing what it pins.
+# A compiler builds this package here, so uv.lock cannot know the hash of its wheel.
+BUILT_HERE = "transformer-engine-torch"
+# What a stage must be able to do; other stages must import what they pin. The heavy stage's other
+# packages are left to the run: importing them all takes as long as installing them.
 PROOFS = {
-    "heavy": (
-        """
-import torch.distributed, megatron.training.training
+    "heavy": """
+import torch.distributed
 assert torch.distributed.is_gloo_available(), "this torch has no gloo"
-"""
-    ),
-    "gpu": (
-        """
+""",
+    "gpu": """
+import torch, transformer_engine.pytorch
 if torch.cuda.is_available():
     layer = transformer_engine.pytorch.LayerNormLinear(64, 64, params_dtype=torch.bfloat16)
     assert layer(torch.ones(64, 64, dtype=torch.bfloat16, device="cuda")).isfinite().all()
-"""
-    ),
+""",
 }
 
 
 class Unproven(UserError):
-    """All was installed, and yet the stage does not work."""
+    """Everything was installed, and yet the stage does not work."""
 
 
-def set_up(env: Venv, stages: list[str], device: Device, *, exact: bool = False) -> None:
+def set_up(env: Venv, stages: list[str], device: Device, uv: str, *, exact: bool = False) -> None:
     """Bring ``env`` to ``stages``; what is there and whole is kept.
 
     Args:
         device: whose PyTorch build.
+        uv: path of the executable.
         exact: make it anew if it was made with another interpreter than the running one.
 
     Raises:
-        UserError: the path is something else, the disk is full, pip failed, or the result does not
-        work.
+        UserError: the disk is full, uv failed, or the result does not work.
     """
     with locked(env) as lock:
-        new = not works(env) or (exact and env.made_with() != this_python())
+        tool = Uv(uv, env, lock)
+        new = not works(env) or (exact and not env.python.samefile(BASE))
         if new:
-            create(env)
+            create(env, tool)
         try:
-            bring(env, stages, device, lock)
+            bring(env, stages, device, tool)
         except Unproven as broken:
             if new:
                 raise
             say(f"{broken}; making {env.path} anew")
-            create(env)
-            bring(env, stages, device, lock)
+            create(env, tool)
+            bring(env, stages, device, tool)
+
+
+def check(stages: list[str]) -> None:
+    """Raises UserError naming what the running interpreter lacks for ``stages`` (VENV=0), in any
+    version."""
+    needed = ["core" if stage == "heavy" else stage for stage in stages]
+    lacking = dict.fromkeys(r for stage in needed for r in missing(stage))
+    if lacking:
+        raise UserError(
+            f"VENV=0 uses {sys.executable}, which lacks {', '.join(map(distribution, lacking))}\n"
+            f"install:  {sys.executable} -m pip install {' '.join(lacking)}\n"
+            "or leave VENV=0 away, and .venv is made"
+        )
 
 
 @contextmanager
@@ -109,120 +123,151 @@ def locked(env: Venv) -> Iterator[int]:
 
 
 def works(env: Venv) -> bool:
-    """Whether its interpreter starts and has pip."""
+    """Whether its interpreter starts."""
     try:
-        return env.run("import pip").returncode == 0
+        return env.run("").returncode == 0
     except OSError:
         return False
 
 
-def create(env: Venv) -> None:
-    """Make ``env`` anew with the running interpreter. Raises UserError where its folder is
-    something else."""
-    content = [entry for entry in env.path.iterdir() if entry.name != "lock"]
-    if content and not (env.path / "pyvenv.cfg").exists():
-        raise UserError(
-            f"{env.path} holds files but is no virtual environment\nname another place: VENV=dir"
-        )
-    check_disk(env, "none")
-    say(f"making {env.path} with Python {this_python()}")
-    for entry in content:
+def create(env: Venv, uv: "Uv") -> None:
+    """Make ``env`` anew with the running interpreter; the lock and uv stay."""
+    say(f"making {env.path} with Python {platform.python_version()} ({BASE.parent})")
+    for entry in env.path.iterdir():
+        if entry.name in ("lock", "uv"):
+            continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         else:
             entry.unlink()
-    import venv
+    options = ["--quiet", "--allow-existing", "--prompt", "megatron-harness", "--python", str(BASE)]
+    if not uv.run("venv", *options, str(env.path.resolve())):
+        raise UserError(uv.advice())
 
-    venv.EnvBuilder(symlinks=True, with_pip=True, prompt="megatron-harness").create(env.path)
 
-
-def bring(env: Venv, stages: list[str], device: Device, lock: int) -> None:
+def bring(env: Venv, stages: list[str], device: Device, uv: "Uv") -> None:
     """Install the stages that are not ready, prove each, and stamp it last.
 
     Raises:
-        Unproven: a stage cannot be imported though pip installed it.
-        UserError: the disk is full, or pip failed.
+        Unproven: a stage does not work though uv installed it.
+        UserError: the disk is full, or uv failed.
     """
     if device == "cuda":
         forget_cpu_torch(env)
-    for stage in stages:
-        if env.ready(stage):
-            continue
-        started = time.monotonic()
+    due = [stage for stage in stages if not env.ready(stage)]
+    if not due:
+        return
+    started = time.monotonic()
+    for stage in due:
         env.stamp(stage).unlink(missing_ok=True)
-        for info in env.half_installed():  # by an interrupted pip, or with files deleted since
-            shutil.rmtree(info)
-        if env.lacking(stage):
-            install(env, stage, device, lock)
+    # uv takes a distribution for installed once its .dist-info folder is there.
+    for info in env.damaged():
+        shutil.rmtree(info)
+        for stamp in env.path.glob("stage-*.stamp"):
+            stamp.unlink()
+    install(env, due, device, uv)
+    for stage in due:
         if lacking := env.lacking(stage):
-            raise Unproven(f"pip left {', '.join(lacking)} out of {stage}")
-        say(f"{stage}: proving that it imports")
-        imports = "".join(f"import {module(r)}\n" for r in requirements(stage))
-        proof = env.run(imports + PROOFS.get(stage, ""))
+            raise UserError(
+                f"uv.lock has other versions than pyproject.toml pins: {', '.join(lacking)}\n"
+                "write it anew: uv lock"
+            )
+        imports = "\n".join(f"import {module(r)}" for r in requirements(stage))
+        proof = env.run(PROOFS.get(stage, imports))
         if proof.returncode:
             reason = (proof.stderr.strip() or "killed").splitlines()[-1]
             raise Unproven(f"{stage} is installed, but does not work: {reason}")
         half = env.stamp(stage).with_suffix(".half")
         half.write_text(env.stamp_text(stage))
         half.replace(env.stamp(stage))
-        say(f"{stage}: ready after {time.monotonic() - started:.0f} s")
+    say(f"{', '.join(due)}: ready after {time.monotonic() - started:.0f} s")
 
 
 def forget_cpu_torch(env: Venv) -> None:
-    """If PyTorch's CPU build is there, make pip install the one for CUDA over it."""
+    """If PyTorch's CPU build is there, make uv install the one for CUDA over it."""
     build, info = env.installed().get("torch", ("", env.site))
     if build.endswith("+cpu"):
         say("replacing PyTorch's CPU build by the one for CUDA")
         shutil.rmtree(info)
 
 
-def install(env: Venv, stage: str, device: Device, lock: int) -> None:
-    """Have pip install what ``stage`` pins; PyTorch first from its CPU index, or from TORCH_INDEX.
+def install(env: Venv, stages: list[str], device: Device, uv: "Uv") -> None:
+    """Install what uv.lock has for ``stages``, by hash.
+
+    Two packages may come without one: PyTorch from its CPU index or TORCH_INDEX, and the extension
+    of Transformer Engine that scripts/setup-gpu.sh builds.
 
     Raises:
-        UserError: the disk is full, or pip failed.
+        UserError: the disk is full, or uv failed.
     """
-    torch = next((r for r in env.lacking(stage) if distribution(r) == "torch"), None)
-    index = os.environ.get("TORCH_INDEX") if torch else None
-    if torch and not index and device == "cpu" and sys.platform == "linux":
-        if reason := unreachable(CPU_INDEX):
-            say(
-                f"{CPU_INDEX} cannot be reached ({reason}): taking PyPI's PyTorch, which cannot do"
-                " without CUDA's libraries"
-            )
-        else:
-            index = CPU_INDEX
-    build = "none" if not torch else "cpu" if index == CPU_INDEX else "cuda"
+    pins = {distribution(r): r for stage in stages for r in requirements(stage)}
+    lacking = {distribution(r) for stage in stages for r in env.lacking(stage)}
+    if "torch" in lacking:
+        install_torch(pins["torch"], device, env, uv)
+    check_disk(env, "none")
+    options = [word for stage in stages for word in ("--only-group", stage)]
+    if BUILT_HERE in pins:
+        options += ["--no-emit-package", BUILT_HERE]
+    locked = str(env.path / "setup-locked.txt")
+    done = True
+    if "torch" in pins and "+" in env.installed().get("torch", ("",))[0]:
+        # Another build than PyPI's: it names its own packages for CUDA.
+        options += ["--no-emit-package", "torch", *without_cuda()]
+        done = uv.run(*EXPORT, "--no-hashes", *options, "--output-file", locked)
+        done = done and uv.install(pins["torch"], "--constraints", locked)
+    done = done and uv.run(*EXPORT, *options, "--output-file", locked)
+    done = done and uv.install("--no-deps", "--require-hashes", "--requirements", locked)
+    if done and BUILT_HERE in lacking:
+        done = uv.install("--no-deps", "--no-build", pins[BUILT_HERE])
+    if not done:
+        raise UserError(uv.advice())
+
+
+def install_torch(pin: str, device: Device, env: Venv, uv: "Uv") -> None:
+    """Install PyTorch alone from an index of its own, where there is one; else only say how much
+    PyPI's takes.
+
+    Raises:
+        UserError: the disk is full.
+    """
+    if index := torch_index(device):
+        announce(env, "cpu" if index == CPU_INDEX else "cuda")
+        if uv.install("--no-deps", pin, "--default-index", index):
+            return
+        say(f"{index} did not give {pin}: taking PyPI's PyTorch for CUDA")
+    announce(env, "cuda")
+
+
+def torch_index(device: Device) -> str | None:
+    """The index that PyTorch comes from; None: the one that all packages come from."""
+    if given := os.environ.get("TORCH_INDEX"):
+        return given
+    if device != "cpu" or sys.platform != "linux":
+        return None
+    if reason := unreachable(CPU_INDEX):
+        say(f"{CPU_INDEX} cannot be reached ({reason}): taking PyPI's PyTorch for CUDA")
+        return None
+    return CPU_INDEX
+
+
+def without_cuda() -> list[str]:
+    """Options of ``uv export`` that leave out the CUDA packages of PyPI's PyTorch."""
+    packages = tomllib.loads((ROOT / "uv.lock").read_text())["package"]
+    torch = next(package for package in packages if package["name"] == "torch")
+    # PyPI's PyTorch is built for CUDA on Linux alone.
+    cuda = [d["name"] for d in torch.get("dependencies", ()) if "linux" in d.get("marker", "")]
+    return [word for name in cuda for word in ("--prune", name)]
+
+
+def announce(env: Venv, build: str) -> None:
+    """Say what a set-up with this ``build`` of PyTorch downloads and takes. Raises UserError where
+    the disk has less."""
     check_disk(env, build)
-    pip = Pip(env, stage, lock, announce(env, stage, build))
-    if torch and index and not pip.install(torch, "--no-deps", "--index-url", index):
-        say(
-            f"{index} did not give {torch}: taking PyPI's, which cannot do without CUDA's libraries"
-        )
-        check_disk(env, "cuda")
-        pip.total_mib = announce(env, stage, "cuda")
-    # scripts/setup-gpu.sh builds its wheel; pip alone would do so for the wrong torch.
-    options = [
-        "--constraint",
-        str(ROOT / "scripts/constraints.txt"),
-        "--only-binary",
-        "transformer-engine-torch",
-    ]
-    if not pip.install(*requirements(stage), *options):
-        raise UserError(pip.advice())
-
-
-def announce(env: Venv, stage: str, build: str) -> int | None:
-    """Say what ``stage`` will download and take, and return the download in MiB; None where that is
-    not known."""
-    if build == "none":
-        return DOWNLOADS_MIB.get(stage)
     download, installed = SIZES_MIB[build]
     say(
-        f"{stage}: with PyTorch for {'the CPU' if build == 'cpu' else 'CUDA'}, about {download:,}"
-        f" MiB to download, {installed:,} MiB in {env.path}; once, minutes"
+        f"PyTorch for {'the CPU' if build == 'cpu' else 'CUDA'}: download up to {download:,} MiB,"
+        f" {installed:,} MiB in {env.path}; once"
     )
-    return download
 
 
 def check_disk(env: Venv, build: str) -> None:
@@ -231,7 +276,7 @@ def check_disk(env: Venv, build: str) -> None:
     if free_mib < DISK_MIB[build]:
         raise UserError(
             f"{env.path} has {free_mib:,} MiB free, this set-up takes {DISK_MIB[build]:,} MiB\n"
-            "make room, or put it on another disk: VENV=/big/disk/venv PIP_CACHE_DIR=/big/disk/pip"
+            "make room, or put it on another disk: VENV=/big/disk/venv UV_CACHE_DIR=/big/disk/uv"
         )
 
 
@@ -257,143 +302,116 @@ def say(text: str) -> None:
 
 TERMINAL = sys.stderr.isatty()
 ERASE = "\r\033[K" if TERMINAL else ""
+EXPORT = ("export", "--quiet", "--frozen", "--no-emit-project", "--no-header", "--no-annotate")
 
-# What pip's words mean, the cause before what follows from it.
+# Why uv fails, by what it prints; the cause comes before what follows from it.
 CAUSES = {
     "No space left on device|Disk quota exceeded": (
-        "the disk or a quota is full: make room, or VENV=/big/disk/venv PIP_CACHE_DIR=/big/disk/pip"
+        "the disk or a quota is full: make room, or VENV=/big/disk/venv UV_CACHE_DIR=/big/disk/uv"
     ),
-    "ConnectionError|NameResolution|Max retries|[Tt]imed? ?out|ProxyError|SSLError|Network is unreachable": (  # noqa: E501
-        "the package index cannot be reached: look at the network, https_proxy and `pip config"
-        " list`\na mirror: PIP_INDEX_URL=…; without a network, use packages that are there: VENV=0"
+    "Failed to fetch|error sending request|dns error|timed out": (
+        "the package index cannot be reached: look at the network and https_proxy\n"
+        "a mirror: UV_DEFAULT_INDEX=…; without a network, use packages that are there: VENV=0"
     ),
-    "No matching distribution found for transformer-engine-torch": "it is built by make setup-gpu",
-    "No matching distribution|Could not find a version|ResolutionImpossible": (
-        "the package index lacks a pinned version for this machine: look at `pip config list`\n"
-        "another index: PIP_INDEX_URL=…"
+    f"{BUILT_HERE}.*no wheels|Building source distributions.*disabled": (
+        f"{BUILT_HERE} is built by make setup-gpu"
+    ),
+    "Hash mismatch": "the package index has another file than uv.lock; another: UV_DEFAULT_INDEX=…",
+    "No solution found|not found in the package registry": (
+        "the package index lacks a pinned version for this machine; another: UV_DEFAULT_INDEX=…"
     ),
 }
 
 
 @dataclass
-class Pip:
-    """pip inside ``env``: its words go to a log, what it does shows as one line."""
+class Uv:
+    """uv for one environment: its output goes to a log, its downloads show as one line."""
 
+    executable: str
     env: Venv
-    stage: str
     lock: int
-    total_mib: int | None = None
-    """About how much this stage downloads, where that is known."""
+    """Descriptor of the set-up's lock."""
+    downloads_mib: dict[str, float] = field(default_factory=dict)
+    """Distribution -> size, of the larger ones."""
+    downloaded: set[str] = field(default_factory=set)
+    shown_s: float = field(default_factory=time.monotonic)
+    """When progress was printed last, on the monotonic clock."""
 
-    def __post_init__(self) -> None:
-        self.log = self.env.path / f"setup-{self.stage}.log"
-        self.log.write_text("")
+    @property
+    def log(self) -> Path:
+        return self.env.path / "setup.log"
 
     def install(self, *arguments: str) -> bool:
-        """Run ``pip install``; returns whether it succeeded. What interrupts this ends pip too."""
-        self.doing, self.packages = "starting pip", 0
-        temporary = self.env.path / "tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        # Not compiled here: the first import compiles what is used, and most is not.
-        options = [
-            "--no-input",
-            "--disable-pip-version-check",
-            "--no-compile",
-            "--progress-bar",
-            "off",
-        ]
-        done = threading.Event()
-        ticker = threading.Thread(target=self._tick, args=(temporary, done))
+        """Run ``uv pip install``; returns whether it succeeded."""
+        return self.run("pip", "install", "--python", str(self.env.python), *arguments)
+
+    def run(self, *arguments: str) -> bool:
+        """Run uv; returns whether it succeeded. What interrupts this ends uv too."""
         with (
-            self.log.open("a") as log,
+            self.log.open("w") as log,
             subprocess.Popen(
-                [self.env.python, "-I", "-m", "pip", "install", *options, *arguments],
+                [self.executable, *arguments],
+                cwd=ROOT,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
                 errors="replace",
-                env=os.environ | {"PIP_USER": "0", "TMPDIR": str(temporary.resolve())},
-                pass_fds=[self.lock],  # should a set-up be killed, the next one waits for its pip
-            ) as pip,
+                env={"UV_SYSTEM_CERTS": "1", **pip_index(), **os.environ, "NO_COLOR": "1"},
+                pass_fds=[self.lock],  # should a set-up be killed, the next one waits for its uv
+            ) as uv,
         ):
-            ticker.start()
             try:
-                for line in pip.stdout:
+                for line in uv.stdout:
                     log.write(line)
                     self._see(line)
             except BaseException:
-                pip.terminate()
+                uv.terminate()
                 raise
-            finally:
-                done.set()
-                ticker.join()
-                shutil.rmtree(temporary, ignore_errors=True)
-        return pip.returncode == 0
+        return uv.returncode == 0
 
     def _see(self, line: str) -> None:
-        """Learn from a line of pip's what it does."""
-        match line.split():
-            case ["Installing", "collected", "packages:", *packages]:
-                self.packages = len(packages)
-            case ["Collecting" | "Downloading" as verb, what, *_]:
-                self.doing = f"{verb.lower()} {'-'.join(what.rsplit('/')[-1].split('-')[:2])}"
-            case ["Building", "wheel", "for", what, *_]:
-                self.doing = f"building {what}"
+        """Learn from a line of uv's what it downloads: ``Downloading torch (506.1MiB)``."""
+        match re.split(r"[ ()]+", line.strip()):
+            case ["Downloading", name, size, *_]:
+                number, unit = float(size[:-3]), size[-3:]
+                self.downloads_mib[name] = number * {"KiB": 2**-10, "GiB": 2**10}.get(unit, 1)
+            case ["Downloaded", name]:
+                self.downloaded.add(name)
+            case _:
+                return
+        if TERMINAL:
+            columns = shutil.get_terminal_size().columns
+            print(f"{ERASE}{self.progress()[: columns - 1]}", end="", file=sys.stderr, flush=True)
+        elif time.monotonic() - self.shown_s > 10:
+            self.shown_s = time.monotonic()
+            print(self.progress(), file=sys.stderr, flush=True)
 
-    def _tick(self, temporary: Path, done: threading.Event) -> None:
-        """Show what pip does: twice a second on a terminal, every ten seconds elsewhere."""
-        started, before = time.monotonic(), len(self.env.installed())
-        while not done.wait(0.5 if TERMINAL else 10):
-            if self.packages:
-                doing = (
-                    f"installed {len(self.env.installed()) - before} of {self.packages} packages"
-                )
-            else:
-                doing = f"{self.doing}, {self._downloaded(size_mib(temporary))}"
-            line = f"setup: {self.stage}: {doing}, {time.monotonic() - started:.0f} s"
-            if TERMINAL:
-                line = ERASE + line[: shutil.get_terminal_size().columns - 1]
-            print(line, end="" if TERMINAL else "\n", file=sys.stderr, flush=True)
-
-    def _downloaded(self, mib: float) -> str:
-        """``530 of about 2,700 MiB``; without the total where that is unknown, or was too low."""
-        total = f"of about {self.total_mib:,} " if self.total_mib and mib <= self.total_mib else ""
-        return f"{mib:,.0f} {total}MiB"
+    def progress(self) -> str:
+        """What is downloaded, of how much, and which large packages are not."""
+        waiting = {n: mib for n, mib in self.downloads_mib.items() if n not in self.downloaded}
+        total = sum(self.downloads_mib.values())
+        line = f"setup: downloaded {total - sum(waiting.values()):,.0f} of {total:,.0f} MiB"
+        largest = sorted(waiting, key=waiting.get, reverse=True)[:3]
+        return f"{line}, waiting for {', '.join(largest)}" if largest else f"{line}, installing"
 
     def advice(self) -> str:
-        """Say why pip failed, from its log, and what to do."""
-        lines = self.log.read_text().splitlines()
-        words = "\n".join(lines[-60:])
-        cause = [advice for pattern, advice in CAUSES.items() if re.search(pattern, words)][:1]
-        errors = [line for line in lines if line.startswith("ERROR")][-2:] or lines[-3:]
-        return "\n".join(
-            [f"pip could not install {self.stage}; its words: {self.log}", *errors, *cause]
-        )
+        """Say why uv failed, from its log, and what to do."""
+        text = self.log.read_text()
+        causes = [advice for pattern, advice in CAUSES.items() if re.search(pattern, text)][:1]
+        errors = re.findall(r"^(?:error: |  cause: )(.*)", text, re.MULTILINE)
+        lines = [errors[0], *errors[-1:]] if errors[1:] else errors or text.splitlines()[-3:]
+        return "\n".join([f"uv failed; all it printed: {self.log}", *lines, *causes])
 
 
-def size_mib(folder: Path) -> float:
-    """Return the size of the files below ``folder``, some of which may vanish meanwhile."""
-    total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size if path.is_file() else 0
-        except OSError:
-            continue
-    return total / 2**20
-
-
-def check(stages: list[str]) -> None:
-    """Raises UserError naming what the running interpreter lacks for ``stages`` (VENV=0), in any
-    version."""
-    needed = ["core" if stage == "heavy" else stage for stage in stages]
-    lacking = dict.fromkeys(r for stage in needed for r in missing(stage))
-    if lacking:
-        raise UserError(
-            f"VENV=0 uses {sys.executable}, which lacks {', '.join(map(distribution, lacking))}\n"
-            f"install:  {sys.executable} -m pip install {' '.join(lacking)}\n"
-            "or leave VENV=0 away, and .venv is made"
-        )
+@cache
+def pip_index() -> dict[str, str]:
+    """The index that pip's settings name, as the variable that uv reads; pip's own it ignores."""
+    if "UV_DEFAULT_INDEX" in os.environ or "UV_INDEX_URL" in os.environ:
+        return {}
+    command = [sys.executable, "-m", "pip", "config", "list"]
+    settings = subprocess.run(command, capture_output=True, text=True).stdout
+    named = re.findall(r"^(?::env:|install|global)\.index-url='(.*)'$", settings, re.MULTILINE)
+    return {"UV_DEFAULT_INDEX": named[0]} if named else {}
 
 
 def main(arguments: list[str]) -> int:
@@ -401,21 +419,19 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m harness.machine.setup", description="Bring what runs need."
     )
-    parser.add_argument("what", choices=["install", "check", "missing"])
+    parser.add_argument("what", choices=["install", "check"])
     parser.add_argument("stages", nargs="+", metavar="STAGE")
+    parser.add_argument("--uv", metavar="PATH")
     parser.add_argument("--venv", type=Path)
     parser.add_argument("--device", choices=["cpu", "cuda"])
     parser.add_argument("--exact", action="store_true", help="insist on this interpreter")
     given = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        match given.what:
-            case "install":
-                set_up(Venv(given.venv), given.stages, given.device, exact=given.exact)
-            case "check":
-                check(given.stages)
-            case "missing":
-                print(*dict.fromkeys(r for stage in given.stages for r in missing(stage)), sep="\n")
+        if given.what == "check":
+            check(given.stages)
+        else:
+            set_up(Venv(given.venv), given.stages, given.device, given.uv, exact=given.exact)
     except (UserError, OSError) as error:
         print(f"{ERASE}error: {error}", file=sys.stderr)
         return 2

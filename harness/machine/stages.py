@@ -1,14 +1,12 @@
-"""What must be installed, by stage, and whether it is. The stages are dependency groups of
-pyproject.toml.
+"""Which packages each set-up stage needs, and which of them are installed.
 
-Standard library only: the set-up runs this before anything is installed.
+A stage is a dependency group of pyproject.toml. Standard library only: the set-up runs this before
+anything is installed.
 """
 
 import csv
-import platform
 import re
 import subprocess
-import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,13 +30,6 @@ MODULES = {
 }
 
 
-def pins() -> str:
-    """Return the text of pyproject.toml's ``[dependency-groups]``; scripts/setup.sh cuts out the
-    same."""
-    text = (ROOT / "pyproject.toml").read_text().rstrip("\n")
-    return text.partition("[dependency-groups]")[2].partition("\n[")[0]
-
-
 def requirements(stage: str) -> tuple[str, ...]:
     """Return what ``stage`` pins, included groups resolved: ``("psutil==7.2.2", …)``.
 
@@ -59,14 +50,25 @@ def requirements(stage: str) -> tuple[str, ...]:
     return tuple(expand(stage))
 
 
+def missing(stage: str) -> tuple[str, ...]:
+    """Return what ``stage`` pins and the running interpreter has in no version.
+
+    Upstream's source tree replaces megatron-core.
+    """
+    given = {"megatron-core"} if locate() else set()
+    return tuple(
+        r for r in requirements(stage) if distribution(r) not in given and not _found(module(r))
+    )
+
+
 def distribution(requirement: str) -> str:
-    """Return the normalised name in a requirement: ``cuda-toolkit`` of
-    ``cuda-toolkit[nvcc]==13.0.2``."""
-    return _normal(re.split(r"[\[=]", requirement)[0])
+    """Return the normalised name in a requirement: ``nvidia-ml-py`` of
+    ``nvidia_ml_py==13.615.71``."""
+    return re.sub(r"[-_.]+", "-", requirement.partition("==")[0]).lower()
 
 
 def version(requirement: str) -> str:
-    """Return the pinned version: ``13.0.2`` of ``cuda-toolkit[nvcc]==13.0.2``."""
+    """Return the pinned version: ``13.615.71`` of ``nvidia-ml-py==13.615.71``."""
     return requirement.partition("==")[2]
 
 
@@ -75,28 +77,6 @@ def module(requirement: str) -> str:
     ``nvidia-ml-py==13.615.71``."""
     name = distribution(requirement)
     return MODULES.get(name, name.replace("-", "_"))
-
-
-def missing(stage: str) -> tuple[str, ...]:
-    """Return what ``stage`` pins and the running interpreter has in no version.
-
-    Upstream's tree stands for megatron-core.
-    """
-    given = {"megatron-core"} if locate() else set()
-    return tuple(
-        r for r in requirements(stage) if distribution(r) not in given and not _found(module(r))
-    )
-
-
-def _found(name: str) -> bool:
-    try:
-        return find_spec(name) is not None
-    except ImportError:
-        return False
-
-
-def _normal(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 @dataclass(frozen=True)
@@ -117,37 +97,35 @@ class Venv:
     def installed(self) -> dict[str, tuple[str, Path]]:
         """Return normalised name -> (version, its .dist-info folder), of every distribution."""
         infos = [(*info.stem.split("-", 1), info) for info in self.site.glob("*-*.dist-info")]
-        return {_normal(name): (version, info) for name, version, info in infos}
+        return {distribution(name): (version, info) for name, version, info in infos}
 
     def lacking(self, stage: str) -> tuple[str, ...]:
         """Return the requirements of ``stage`` that are not installed in the pinned version."""
-        have = {
-            (name, version.partition("+")[0]) for name, (version, _) in self.installed().items()
-        }
-        return tuple(r for r in requirements(stage) if (distribution(r), version(r)) not in have)
+        have = {name: version.partition("+")[0] for name, (version, _) in self.installed().items()}
+        return tuple(r for r in requirements(stage) if have.get(distribution(r)) != version(r))
 
     def stamp(self, stage: str) -> Path:
-        """The file that says a stage was finished, and with what."""
-        return self.path / f"setup-{stage}.stamp"
+        """The file that is written last, once ``stage`` is installed and works."""
+        return self.path / f"stage-{stage}.stamp"
 
     def stamp_text(self, stage: str) -> str:
-        """What the stamp of a finished ``stage`` says: files that must be there, an empty line, the
-        pins."""
+        """What the stamp of ``stage`` says, for scripts/setup.sh to compare: files that must be
+        there, an empty line, the checksum of uv.lock."""
         have, pinned = self.installed(), requirements(stage)
         records = [have[distribution(r)][1] / "RECORD" for r in pinned]
         modules = [self.site / module(r).replace(".", "/") / "__init__.py" for r in pinned]
         files = [self.python, *records, *(m for m in modules if m.exists())]
-        return "\n".join([*(str(f.relative_to(self.path)) for f in files), "", pins()])
+        return "\n".join([*(str(f.relative_to(self.path)) for f in files), "", lock_checksum()])
 
     def ready(self, stage: str) -> bool:
-        """Whether ``stage`` was finished with today's pins, and is still there."""
+        """Whether ``stage`` was finished with today's uv.lock, and is still there."""
         stamp = self.stamp(stage)
         finished = self.python.exists() and stamp.exists() and not self.lacking(stage)
         return finished and stamp.read_text() == self.stamp_text(stage)
 
-    def half_installed(self) -> list[Path]:
-        """Return the .dist-info folders of distributions that lack a file they recorded, or the
-        record."""
+    def damaged(self) -> list[Path]:
+        """Return the .dist-info folders of distributions without their RECORD, or without a file
+        that it lists, as an interrupted installation leaves them."""
         return [info for _, info in self.installed().values() if not _whole(info)]
 
     def run(self, code: str) -> subprocess.CompletedProcess[str]:
@@ -155,25 +133,25 @@ class Venv:
         is none."""
         return subprocess.run([self.python, "-I", "-c", code], capture_output=True, text=True)
 
-    def made_with(self) -> str:
-        """Return the interpreter it was made with, as `this_python` names the running one; "" if
-        unknown."""
-        config = self.path / "pyvenv.cfg"
-        lines = config.read_text().splitlines() if config.exists() else []
-        said = dict(line.split(" = ", 1) for line in lines if " = " in line)
-        return f"{said.get('version')} ({said.get('home')})" if said else ""
+
+def lock_checksum() -> str:
+    """Return what ``cksum <uv.lock`` prints, as in scripts/setup.sh."""
+    with (ROOT / "uv.lock").open("rb") as lock:
+        return subprocess.run(["cksum"], stdin=lock, stdout=subprocess.PIPE, text=True).stdout
 
 
-def this_python() -> str:
-    """Return ``3.12.1 (/usr/bin)``: the running interpreter, or the one behind its virtual
-    environment."""
-    return f"{platform.python_version()} ({Path(sys._base_executable).parent})"
+def _found(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ImportError:
+        return False
 
 
 def _whole(info: Path) -> bool:
-    record = info / "RECORD"
-    if not record.exists():
+    try:
+        with (info / "RECORD").open(newline="") as record:
+            rows = [row for row in csv.reader(record) if row and not row[0].endswith(".pyc")]
+        sizes = [((info.parent / path).stat().st_size, recorded) for path, _, recorded in rows]
+    except OSError:
         return False
-    with record.open(newline="") as file:
-        paths = [row[0] for row in csv.reader(file) if row]
-    return all((info.parent / path).exists() for path in paths if not path.endswith(".pyc"))
+    return all(not recorded or size == int(recorded) for size, recorded in sizes)
