@@ -16,12 +16,14 @@ import tomllib
 import zipfile
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from harness.errors import UserError
 from harness.machine import setup, stages
+from harness.machine.provenance import package_version
 
 ROOT = Path(__file__).resolve().parent.parent
 UV = shutil.which("uv", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
@@ -767,6 +769,13 @@ def test_pins_are_exact_and_those_of_uv_lock():
         for group, requirements in project["metadata"]["requires-dev"].items()
     }
     assert wanted == {group: set(stages.requirements(group)) for group in groups}, "run: uv lock"
+
+
+def test_pins_are_imported_by_names_that_exist():
+    groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
+    pinned = {r for group in groups for r in stages.requirements(group)}
+    installed = {r for r in pinned if package_version(stages.distribution(r))}
+    assert {r for r in installed if not find_spec(stages.module(r))} == set()
 
 
 def test_lock_names_public_addresses_and_hashes_alone():

@@ -19,6 +19,7 @@ from harness.machine.upstream import locate
 
 # Where the imported name is not the distribution's with underscores.
 MODULES = {
+    "fasttext-predict": "fasttext",
     "megatron-core": "megatron.core",
     "nvidia-cuda-cccl": "nvidia.cu13",
     "nvidia-cuda-crt": "nvidia.cu13",
