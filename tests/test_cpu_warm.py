@@ -220,8 +220,8 @@ def door(monkeypatch):
 
 def test_a_rank_gives_its_environment_to_no_process_of_another_user(door, another_user):
     """Whoever comes first may take the name of a socket; an environment holds tokens."""
-    warm._knock().close()
-    assert another_user(lambda: warm._knock()) == 13
+    warm._connect().close()
+    assert another_user(lambda: warm._connect()) == 13
 
 
 def test_the_warm_process_forks_for_no_process_of_another_user(door, another_user):

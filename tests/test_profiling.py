@@ -633,7 +633,7 @@ def test_a_profiler_that_fails_does_not_end_the_run(tmp_path, capsys):
         tracer.after(step)
     assert (
         capsys.readouterr().err
-        == "harness: no trace of rank 0, the run goes on: CUPTI_ERROR_NOT_INITIALIZED\n"
+        == "harness: no trace of rank 0, the run continues: CUPTI_ERROR_NOT_INITIALIZED\n"
     )
     assert not RunDir(tmp_path).traces.exists()
 

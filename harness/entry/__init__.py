@@ -1,8 +1,8 @@
-"""Inside the training process: upstream made ready, what it does put on record, and how it ends."""
+"""What runs inside each rank: upstream is prepared, instrumented and run; failures are recorded."""
 
 import os
 
 
 def on_cpu() -> bool:
-    """Whether the CPU stands in for GPUs (``HARNESS_DEVICE=cpu``)."""
+    """Whether this rank runs on the CPU stand-in for CUDA (``HARNESS_DEVICE=cpu``)."""
     return os.environ.get("HARNESS_DEVICE") == "cpu"

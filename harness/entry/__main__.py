@@ -1,5 +1,4 @@
-"""What torchrun starts, one process a rank: ``torchrun … -m harness.entry <upstream's
-arguments>``."""
+"""What torchrun starts for each rank: ``torchrun … -m harness.entry <upstream's arguments>``."""
 
 import os
 import signal
@@ -9,8 +8,7 @@ from harness.system.orphans import end_with
 
 
 def main() -> None:
-    """Run this rank; on a CPU, ranks of one node are forked from one process that has imported
-    everything."""
+    """Run this rank. On a CPU, all ranks of a node are forked from one that imported everything."""
     end_with(os.getppid())
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a rank without a traceback
     if on_cpu() and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:

@@ -1,9 +1,9 @@
-"""Upstream's compiled index helpers, ready on every node before its ranks start.
+"""Upstream's compiled data set helpers, built once on each node.
 
 Upstream compiles ``megatron/core/datasets/helpers.cpp`` on global rank 0 only, into its own tree,
-for whatever ``python3-config`` comes first on the PATH. Here the first rank of every node compiles
-it for the interpreter that runs, into a cache named by what is compiled, while the node's other
-ranks wait. Upstream's tree stays as it was.
+for the ``python3-config`` that comes first on the PATH (``compile_helpers`` in
+megatron/core/datasets/utils.py). Here the first rank of every node compiles it for the running
+interpreter into a cache, while the other ranks of the node wait. Upstream's tree is not changed.
 """
 
 import fcntl
@@ -25,11 +25,11 @@ def ensure_compiled() -> None:
     """Make ``megatron.core.datasets.helpers_cpp`` importable, and upstream's ``compile_helpers`` a
     no-op.
 
-    The wheel brings it compiled, and so may a source tree; else it is compiled, once a node.
+    The wheel has it compiled, and a source tree may; else it is compiled once a node.
 
     Raises:
-        UserError: there is no C++ compiler, no Python headers, no cache that can be written; or
-        compiling failed.
+        UserError: there is no C++ compiler, no Python headers or no writable cache, or compiling
+            failed.
     """
     from megatron.core import datasets
     from megatron.core.datasets import utils
@@ -41,13 +41,12 @@ def ensure_compiled() -> None:
 
 
 def library_name() -> str:
-    """The file name under which this interpreter finds the helpers."""
+    """The file name under which this interpreter imports the helpers."""
     return MODULE + sysconfig.get_config_var("EXT_SUFFIX")
 
 
 def compiled(source: Path) -> Path:
-    """Return the cache folder with ``source`` compiled for this interpreter. Raises as
-    ``ensure_compiled`` does."""
+    """The cache folder with ``source`` compiled for this interpreter. Raises UserError."""
     digest = hashlib.sha256(source.read_bytes() + library_name().encode()).hexdigest()[:12]
     cache = (
         Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -72,14 +71,14 @@ def compiled(source: Path) -> Path:
 
 
 def _compile(source: Path, library: Path) -> None:
-    """Compile ``source`` into ``library``, which appears only when it is whole."""
+    """Compile ``source`` into ``library``, which appears only once it is complete."""
     compiler = shlex.split(
         os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or ""
     )
     if not compiler:
         raise UserError(
             "upstream's data set helpers must be compiled, and there is no C++ compiler\ninstall"
-            " g++ (apt-get install g++), or use the megatron-core wheel, which brings them compiled"
+            " g++ (apt-get install g++), or use the megatron-core wheel, which has them compiled"
         )
     include = sysconfig.get_paths()["include"]
     if not Path(include, "Python.h").exists():

@@ -1,12 +1,12 @@
-"""Saves: asynchronous, only where there is room, on the disk for good, on record in saves.jsonl,
-and only the newest N.
+"""Saving checkpoints: asynchronous, checked for room, synced to disk, recorded, and pruned.
 
-A thread of rank 0 syncs each checkpoint and writes its checksums, before it counts and before an
-older one is deleted; training goes on meanwhile. The lines of metrics.jsonl are synced before the
-checkpoint that they belong to.
+A thread of rank 0 syncs each checkpoint and writes its checksums while training continues. Only
+then is the checkpoint recorded in saves.jsonl, and older ones are deleted. Lines of metrics.jsonl
+are synced before the checkpoint they belong to.
 
-Upstream's ``save_checkpoint`` and the request that it hands to its writer process are wrapped.
-Upstream's own last save, after the loop, finds that writer gone: it is made in place.
+Wrapped are ``save_checkpoint`` in megatron/training/checkpointing.py and the request that it passes
+to its writer process. Upstream stops that writer before it saves once more after the last step, so
+that last save is synchronous.
 """
 
 import multiprocessing
@@ -71,16 +71,16 @@ def install(report: RankReport) -> None:
 
 
 def _start_writer_here() -> None:
-    """Have upstream's writer, and the manager of its results, end with this rank, however that
-    ends.
+    """Have upstream's writer, and the manager of its results, end with this rank.
 
-    On a CPU the writer is forked: the stand-in for CUDA is in it, and it starts in no time.
+    On a CPU the writer is forked: it then has the stand-in for CUDA, and starts at once. With CUDA
+    a fork is not possible, because the context does not survive it.
     """
     from megatron.training import initialize
 
     start, rank, starting = initialize.init_persistent_async_worker, os.getpid(), False
 
-    def follow() -> None:
+    def end_with_rank() -> None:
         if starting and os.getppid() == rank:
             end_with(rank)
 
@@ -92,16 +92,16 @@ def _start_writer_here() -> None:
 
     if not on_cpu():
         multiprocessing.set_forkserver_preload([SERVER])
-    os.register_at_fork(after_in_child=follow)
+    os.register_at_fork(after_in_child=end_with_rank)
     initialize.init_persistent_async_worker = start_worker
 
 
 def _regroup_experts() -> None:
-    """Let a run with expert parallelism go on without it, and the other way round.
+    """Let a run with expert parallelism resume without it, and the other way round.
 
-    Upstream keeps one optimizer without it, and two with it, the second for the experts; it loads a
-    checkpoint of as many. The moments lie under the names of their parameters, as the weights do:
-    only what is said of parameter groups is sorted.
+    Upstream has one optimizer without expert parallelism and two with it, the second for experts
+    (``ChainedOptimizer``), and loads only a checkpoint of the same number. Moments are stored by
+    parameter name, like weights, so only the entries of parameter groups are converted.
     """
     from megatron.core.optimizer.optimizer import ChainedOptimizer
 
@@ -114,8 +114,7 @@ def _regroup_experts() -> None:
 
 
 def _regrouped(state, optimizers: int):
-    """A loaded ``state`` of one optimizer or of two, {0: …, 1: …}, as ``optimizers`` of them want
-    it."""
+    """A loaded ``state`` of one optimizer, or of two {0: …, 1: …}, for ``optimizers`` of them."""
     if not isinstance(state, dict):
         return state
     numbered = {key: value for key, value in state.items() if isinstance(key, int)}
@@ -136,12 +135,11 @@ def _regrouped(state, optimizers: int):
 
 
 def _count_steps_of_fsdp2() -> None:
-    """Tell Adam how many steps its moments are of, where upstream loads them in place and leaves
-    that out.
+    """Set Adam's step count where upstream loads an optimizer in place, which it does for FSDP2.
 
-    So it does for FSDP2 (``skip_load_to_model_and_opt`` in megatron/training/training.py):
-    Transformer Engine's Adam would correct the bias of old moments as if they were new, PyTorch's
-    fails. In bf16 every iteration is a step.
+    There (``skip_load_to_model_and_opt`` in megatron/training/training.py) the count is not loaded:
+    Transformer Engine's Adam would correct the bias of old moments as if they were new, and
+    PyTorch's Adam raises. In bf16 every iteration is a step.
     """
     from megatron.training import get_args, training
 
@@ -173,10 +171,10 @@ def _set_steps(adam, steps: int) -> None:
 
 
 def _survive_a_bad_tracker() -> None:
-    """Where latest_checkpointed_iteration.txt is empty or torn, take the newest whole checkpoint:
-    upstream would end here.
+    """Where upstream's tracker file is empty or damaged, take the newest whole checkpoint.
 
-    It also reads it where ``--ckpt-step`` says which checkpoint is wanted.
+    Upstream's ``read_metadata`` (megatron/training/checkpointing.py) would exit, even where
+    ``--ckpt-step`` names the checkpoint.
     """
     from megatron.training import checkpointing
 
@@ -192,7 +190,7 @@ def _survive_a_bad_tracker() -> None:
             f"WARNING: {tracker} is empty; the newest whole checkpoint is {newest.path.name}",
             flush=True,
         )
-        # upstream's reader also agrees between ranks
+        # upstream's reader also makes all ranks agree: give it a tracker with the step found
         with tempfile.NamedTemporaryFile("w", suffix=".txt") as instead:
             instead.write("release" if newest.path.name == "release" else str(newest.step))
             instead.flush()
@@ -202,7 +200,7 @@ def _survive_a_bad_tracker() -> None:
 
 
 class _Saves:
-    """The saves of this rank; rank 0 keeps the record and deletes what is not kept."""
+    """The saves of this rank; rank 0 records them and deletes old checkpoints."""
 
     def __init__(self, report: RankReport) -> None:
         self.step = 0
@@ -216,8 +214,7 @@ class _Saves:
         self._settler, self._syncer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
 
     def check_room_for_all(self, model) -> None:
-        """Raise UserError where the saves of the whole run cannot fit the disk: better now than
-        after a night."""
+        """Raise UserError before the first step where all saves of the run cannot fit the disk."""
         from megatron.training import get_args
 
         args = get_args()
@@ -230,14 +227,17 @@ class _Saves:
         checkpoints.check_room(saving, saves, self._size_bytes, self._free_bytes())
 
     def begin(self, step: int, model) -> bool:
-        """Whether the checkpoint of ``step`` can be saved. Where it cannot, training goes on, and
-        the log says so."""
+        """Whether there is room for the checkpoint of ``step``; if not, warn and continue training.
+
+        Raises:
+            UserError: it is the last one, without which the run's work would be lost.
+        """
         from megatron.training import get_args
 
         args = get_args()
         self.step = step
         self._begun_s[step] = time.monotonic()
-        if self._report.is_last:  # it writes the lines
+        if self._report.is_last:  # the rank that writes metrics
             self._syncing.append(self._syncer.submit(self._sync_lines))
         if not args.async_save:
             self.lines_are_synced()
@@ -249,25 +249,24 @@ class _Saves:
             what = f"checkpoint of step {step} not saved to {args.save}: {room}"
             if step >= args.train_iters:
                 raise UserError(
-                    f"{what}\nmake room there; RESUME=1 then goes on from the checkpoint before"
+                    f"{what}\nmake room there; RESUME=1 then resumes at the checkpoint before"
                 )
             if self._report.rank == 0:
                 print(f"WARNING: {what}", flush=True)
             return False
         folder = self._path(step)
-        # what a killed save left would look like part of this one
+        # files of a save that was killed would count as part of this one
         if self._report.rank == 0 and folder.exists():
             checkpoints.remove(folder)
         return True
 
     def lines_are_synced(self) -> None:
-        """Wait until the lines of the steps so far are on the disk, where this rank writes them."""
+        """Wait until the metrics so far are on the disk, on the rank that writes them."""
         while self._syncing:
             self._syncing.pop().result()
 
     def handed_over(self, step: int) -> None:
-        """Upstream's call returned: training goes on, with the checkpoint whole only if it was not
-        asynchronous."""
+        """Upstream's save returned: a synchronous checkpoint is complete."""
         from megatron.training import get_args
 
         self._blocked_s[step] = time.monotonic() - self._begun_s[step]
@@ -275,8 +274,7 @@ class _Saves:
             self.whole(step)
 
     def whole(self, step: int) -> None:
-        """Upstream has written the checkpoint of ``step`` on all ranks: have it last, then delete
-        what is not kept."""
+        """All ranks have written the checkpoint of ``step``: settle it, delete old ones."""
         if self._report.rank != 0:
             return
         from megatron.training import get_args
@@ -295,7 +293,8 @@ class _Saves:
             checkpoints.settle(path)
         except OSError as error:
             print(
-                f"WARNING: the checkpoint of step {step} may not last: {path}: {error}", flush=True
+                f"WARNING: the checkpoint of step {step} may not be on the disk: {path}: {error}",
+                flush=True,
             )
             raise
         line = Save(
@@ -320,17 +319,18 @@ class _Saves:
         sync_folder(self._report.run_dir.path)
 
     def finish(self) -> None:
-        """Wait until every checkpoint is on the disk, and deletions are done.
+        """Wait until every checkpoint is on the disk and old ones are deleted.
 
         Raises:
-            UserError: one could not be written there: the disk is full, or broken.
+            UserError: one could not be written: the disk is full or broken.
         """
         for settling in self._settling:
             try:
                 settling.result()
             except OSError as error:
                 raise UserError(
-                    f"a checkpoint in {self._path(self.step).parent} may not last: {error}\n"
+                    f"a checkpoint in {self._path(self.step).parent} may not be on the disk: "
+                    f"{error}\n"
                     "make checkpoints says which are whole; SAVE= names a folder on another disk"
                 ) from None
 
@@ -340,7 +340,7 @@ class _Saves:
         return Path(get_args().save) / f"iter_{step:07d}"
 
     def _free_bytes(self) -> float:
-        """Free on the disk as rank 0 sees it; the same answer on all ranks."""
+        """Free bytes on the disk as rank 0 sees it, so that all ranks decide alike."""
         import torch
         from megatron.training import get_args
 
@@ -354,11 +354,10 @@ class _Saves:
 
 
 def _expected_bytes(model) -> float:
-    """Bytes of a whole checkpoint: weights, and for the optimizer fp32 weights where they are not,
-    and two moments.
+    """Bytes of a checkpoint: weights, two fp32 moments, and fp32 weights where the model's are not.
 
-    Each rank counts its parameters once for all that hold the same; tensor-parallel replicas of
-    norms count double.
+    Each rank counts its parameters divided by the number of data-parallel replicas. Norms, which
+    tensor-parallel ranks replicate, are counted several times; they are small.
     """
     import torch
     from megatron.core import parallel_state as ranks

@@ -1,8 +1,7 @@
-"""validation.jsonl: every evaluation's loss as upstream computed it; and a run's early end, once
-that is low enough.
+"""validation.jsonl: the loss of every evaluation; and the end of a run at a target loss.
 
-``HARNESS_UNTIL`` is the loss on held-out data at which the run is done: all ranks then hold the
-step they are at for the last one, so that upstream saves, evaluates and leaves as after any last
+``HARNESS_UNTIL`` is the loss on held-out data at which the run is done. All ranks then set
+``train_iters`` to the current step, so that upstream saves, evaluates and exits as after any last
 step.
 """
 
@@ -16,7 +15,7 @@ from harness.upstreams.megatron_lm.environment import UNTIL_VARIABLE
 
 
 def install(report: RankReport) -> None:
-    """Write a line for every evaluation, and end the run at ``HARNESS_UNTIL`` where that is set."""
+    """Write a line for every evaluation, and end the run at ``HARNESS_UNTIL`` if that is set."""
     from megatron.training import training
     from megatron.training.utils import print_rank_0
 
@@ -31,7 +30,7 @@ def install(report: RankReport) -> None:
         nonlocal split, step, held_out
         split, step, held_out = "test" if "test set" in prefix else "validation", iteration, None
         if (split, step) in evaluated:
-            # after its last step upstream evaluates again, on other batches: a second loss of the
+            # after the last step upstream evaluates again, on other batches: a second loss of the
             # same weights
             print_rank_0(f"> {prefix}: evaluated already")
             return None
@@ -64,7 +63,7 @@ def install(report: RankReport) -> None:
 
 
 def _on_any_rank(here: bool) -> bool:
-    """Whether it is so on any rank: only those of the last pipeline stage know the loss."""
+    """Whether ``here`` is true on any rank: only the last pipeline stage knows the loss."""
     import torch
 
     answer = torch.tensor([int(here)], device="cuda")

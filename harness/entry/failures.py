@@ -1,4 +1,4 @@
-"""How a rank ends that fails: at once and on record."""
+"""How a failing rank ends: its error is recorded, and it exits at once."""
 
 import os
 import sys
@@ -15,10 +15,9 @@ if TYPE_CHECKING:
 
 @contextmanager
 def ended_at_once(report: "RankReport | None") -> Iterator[None]:
-    """End the process as soon as an exception reaches here: status 2 for the user's mistake, else 1
-    or upstream's own.
+    """Exit at the first exception: with status 2 for a UserError, else 1 or upstream's own.
 
-    Nothing is torn down on the way: a collective whose other ranks are gone would never return.
+    Nothing is torn down: destroying process groups waits for ranks that may be gone.
     """
     try:
         yield

@@ -1,5 +1,4 @@
-"""Fine-tuning inside a rank: upstream reads packed conversations, knows LoRA's arguments, and
-trains adapters."""
+"""Fine-tuning inside a rank: packed conversations, LoRA's arguments, and training of adapters."""
 
 from __future__ import annotations
 
@@ -10,8 +9,7 @@ from harness.entry.report import RankReport
 
 
 def install(report: RankReport | None) -> None:
-    """Prepare upstream for ``--sft`` and ``--lora-…``, before its script runs; without these
-    arguments nothing changes."""
+    """Prepare upstream for ``--sft`` and ``--lora-…``; without these arguments nothing changes."""
     from megatron.training import argument_utils, arguments, training
     from megatron.training.datasets import sft_dataset
 
@@ -36,8 +34,7 @@ def install(report: RankReport | None) -> None:
 
 
 def _with_adapters(chunks: list, lora, args, training, report: RankReport | None) -> list:
-    """Upstream's model, before it is wrapped: frozen, with adapters, of which checkpoints hold what
-    the weights lack."""
+    """Freeze upstream's model and add adapters, before upstream wraps it for data parallelism."""
     from megatron.training.utils import print_rank_0
 
     from harness.finetune import adapters
@@ -68,8 +65,10 @@ def _with_adapters(chunks: list, lora, args, training, report: RankReport | None
 
 
 def _load_both(training, holding, args) -> None:
-    """Let upstream load the weights of ``--pretrained-checkpoint``, then adapters from ``--load``,
-    where it has some."""
+    """Load weights from ``--pretrained-checkpoint``, then adapters from ``--load``, if any.
+
+    Upstream's ``load_checkpoint`` loads one or the other.
+    """
     from megatron.training.checkpointing import checkpoint_exists
 
     load = training.load_checkpoint

@@ -1,5 +1,4 @@
-"""The process that samples: upstream's own start-up builds and loads the model, then tokens are
-drawn one by one."""
+"""The process that samples text: upstream builds and loads the model, then tokens are drawn."""
 
 import json
 import os
@@ -13,7 +12,7 @@ from harness.generate import REQUEST_VARIABLE, Sampling
 from harness.system.orphans import end_with
 
 LENGTHS = 64
-"""The model sees a multiple of so many tokens: cuDNN plans its attention anew for every length."""
+"""Inputs are padded to a multiple of this: cuDNN builds an attention plan for each new length."""
 
 
 def main() -> None:
@@ -42,13 +41,12 @@ def main() -> None:
 
 
 def sample(model, sampling: Sampling) -> dict[str, object]:
-    """The prompt and what follows it; returns ``text``, and how many tokens the prompt and the
-    continuation have."""
+    """The prompt with its continuation as ``text``, and the numbers of tokens of both."""
     from megatron.training import get_tokenizer
 
     tokenizer = get_tokenizer()
     prompt = list(tokenizer.tokenize(sampling.prompt))
-    said = go_on(model, prompt, sampling)
+    said = continuation(model, prompt, sampling)
     shown = said[:-1] if said[-1] == getattr(tokenizer, "eod", None) else said
     return {
         "text": tokenizer.detokenize(prompt + shown),
@@ -58,11 +56,10 @@ def sample(model, sampling: Sampling) -> dict[str, object]:
 
 
 def compare(model, pair: Path) -> dict[str, object]:
-    """The model's likeliest answers beside those of conversations, each after all that comes before
-    it there.
+    """Compare the model's most likely answers with those of conversations, given all turns before.
 
-    Returns how many ``answers`` there are, how many the model gives the ``same``, token by token,
-    and of the ``others`` the last thing asked, the answer in the data and the model's.
+    Returns the number of ``answers``, how many of the model's are the ``same`` token by token, and
+    for the ``others`` the last question, the answer in the data and the model's.
     """
     from megatron.core.datasets.indexed_dataset import IndexedDataset
     from megatron.training import get_tokenizer
@@ -76,7 +73,7 @@ def compare(model, pair: Path) -> dict[str, object]:
             (data[n].tolist(), data[n + 1].tolist()) for n in range(first, behind, 2)
         ):
             before += read
-            said = go_on(model, before, Sampling("", tokens=len(answer), temperature=0.0))
+            said = continuation(model, before, Sampling("", tokens=len(answer), temperature=0.0))
             answers += 1
             if said != answer:
                 others.append(
@@ -90,9 +87,8 @@ def compare(model, pair: Path) -> dict[str, object]:
     return {"answers": answers, "same": answers - len(others), "others": others}
 
 
-def go_on(model, prompt: list[int], sampling: Sampling) -> list[int]:
-    """The tokens that follow ``prompt``. Where both outgrow the model's sequence, it sees the end
-    of them."""
+def continuation(model, prompt: list[int], sampling: Sampling) -> list[int]:
+    """The tokens that follow ``prompt``; the model sees the last ``seq_length`` tokens of both."""
     import torch
     from megatron.training import get_args, get_tokenizer
 
@@ -104,7 +100,7 @@ def go_on(model, prompt: list[int], sampling: Sampling) -> list[int]:
         for _ in range(sampling.tokens):
             seen = ids[-args.seq_length :]
             shown = min(-len(seen) // LENGTHS * -LENGTHS, args.seq_length)
-            # [1, s]; what comes later is not seen
+            # [1, s]; attention is causal, so the padding behind is not seen
             tokens = torch.tensor([seen + [0] * (shown - len(seen))], device="cuda")
             positions = torch.arange(shown, device="cuda")[None]
             logits = (

@@ -1,9 +1,8 @@
-"""How fast this process launches work: what a step of small kernels waits for, measured just before
-the first step.
+"""The launch rate: host time per operation, which bounds steps of small kernels.
 
-Two hosts with the same GPU can differ by a factor of two here, and a launch-bound step takes that
-much longer. So every rank measures its own rate, with all ranks and the run's own environment
-around it, and the run keeps it in environment.json.
+Two hosts with the same GPU can differ by a factor of two, and a launch-bound step takes that much
+longer. So every rank measures its rate just before the first step, while all ranks run, and
+environment.json keeps it.
 """
 
 from __future__ import annotations
@@ -20,17 +19,17 @@ if TYPE_CHECKING:
 
 BATCHES = 7
 ADDS = 400
-"""Launches in a batch: fewer than the 1,024 that a stream of CUDA queues, so that the host never
-waits for the GPU."""
+"""Launches in a batch: fewer than the 1,024 that a CUDA stream queues, so that the host never waits
+for the GPU."""
 
 CHAIN = ("sin", "exp", "tanh", "sigmoid", "erf", "cos")
 TURNS = 16
-"""Operations that autograd records, ``TURNS`` times in a row before one backward pass. They are
-element-wise: a product of matrices would allocate cuBLAS's workspace."""
+"""Operations that autograd records, repeated ``TURNS`` times before one backward pass. They are
+element-wise: a matrix product would allocate cuBLAS's workspace, part of the run's memory."""
 
 
 def install(report: RankReport) -> None:
-    """Measure between upstream's set-up and its first step, outside of every timed step."""
+    """Measure between upstream's set-up and its first step, outside every timed step."""
     from megatron.training import training
 
     train = training.train
@@ -43,13 +42,12 @@ def install(report: RankReport) -> None:
 
 
 def measure(device: str = "cuda") -> LaunchRate:
-    """The launch rate of this process, in a few hundredths of a second. It draws no random numbers
-    and keeps no memory.
+    """The launch rate of this process; takes a few hundredths of a second.
 
-    ``add_us`` is the host's time for an in-place add, the cheapest operation of PyTorch;
-    ``operation_us`` its time for an element-wise operation that is recorded, and its share of the
-    backward pass. Both are medians of ``BATCHES`` batches, in
-    turn: what else the process does at its start then slows both alike.
+    It draws no random numbers, which would change the run, and keeps no memory. ``add_us`` is the
+    host time of an in-place add, the cheapest operation of PyTorch. ``operation_us`` is that of an
+    element-wise operation that autograd records, with its share of the backward pass. Both are
+    medians of ``BATCHES`` batches, taken in turn so that other work of the process slows both.
     """
     import torch
 
@@ -77,7 +75,7 @@ def measure(device: str = "cuda") -> LaunchRate:
 
 
 def _host_us(batch: Callable[[], None], wait: Callable[[], None]) -> float:
-    """Host time of a batch in µs; the GPU is idle when it begins."""
+    """Host time of a batch in µs, begun on an idle GPU."""
     wait()
     begun = time.perf_counter()
     batch()

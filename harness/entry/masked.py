@@ -1,6 +1,6 @@
-"""Secrets of ARGS= in a rank: its arguments have them, what it prints, logs and keeps does not.
+"""Secrets of ARGS= in a rank: its arguments have them; its output, logs and checkpoints do not.
 
-Upstream prints every argument, notes them in TensorBoard and Weights & Biases, and keeps them in
+Upstream prints every argument, writes them to TensorBoard and Weights & Biases, and stores them in
 checkpoints.
 """
 
@@ -14,7 +14,7 @@ from harness.system.masking import mask, reveal
 
 
 class Masked:
-    """A stream that writes names in the place of secrets."""
+    """A stream that writes the names of secrets in place of their values."""
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
@@ -29,8 +29,7 @@ class Masked:
 
 
 def install() -> None:
-    """Put secrets into ``sys.argv``, and keep them out of all that upstream does with its
-    arguments.
+    """Put secrets into ``sys.argv``, and keep them out of everything upstream writes.
 
     Raises:
         UserError: see ``masking.reveal``.
@@ -60,7 +59,7 @@ def _keep_arguments_masked() -> None:
     )
     try:
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError:  # then upstream writes none
+    except ImportError:  # without the package upstream writes none
         return
     add_text = SummaryWriter.add_text
     SummaryWriter.add_text = lambda self, tag, text, *more, **named: add_text(
@@ -69,7 +68,7 @@ def _keep_arguments_masked() -> None:
 
 
 def masked(args: Namespace) -> Namespace:
-    """A copy of ``args`` with names in the place of secrets."""
+    """A copy of ``args`` with the names of secrets in place of their values."""
     found = copy.copy(args)
     for name, value in vars(args).items():
         if isinstance(value, str):

@@ -1,9 +1,9 @@
-"""metrics.jsonl: upstream's own numbers, before it rounds them for its log.
+"""metrics.jsonl: upstream's own numbers of each step, before it rounds them for its log.
 
-``training_log`` and its neighbours in upstream's training module are wrapped. Nothing is measured
-or synchronised a second time: a step's time is what upstream's interval timer answered, its FLOPs
-are what upstream's count answered, and beside it what of these is computed: upstream counts frozen
-weights as if they were trained. Only its phases have marks of their own, see ``phases``.
+``training_log`` and ``num_floating_point_operations`` in megatron/training/training.py are wrapped.
+Nothing is measured or synchronised a second time: a step's time is what upstream's interval timer
+returned. FLOPs are upstream's count, and the share of it that is computed: upstream counts frozen
+weights as if they were trained. Only phases have timers of their own; see ``phases``.
 """
 
 import math
@@ -20,11 +20,11 @@ LOSS = "lm loss"
 
 
 class StepClock:
-    """Hears what upstream's interval timer answers when ``training_log`` asks it.
+    """Records the answers of upstream's interval timer to ``training_log``, as time per step.
 
-    Upstream asks after the first step without resetting the timer, so that its second answer covers
-    two steps; here each step gets its own time. With ``--log-interval`` above 1 a step's time is
-    the mean since the last logged one.
+    After the first step upstream reads the timer without resetting it, so that its second answer
+    covers two steps (``training_log`` in megatron/training/training.py); here each step gets its
+    own time. With ``--log-interval`` above 1 that is the mean since the last logged step.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class StepClock:
         self._steps = 0
 
     def listen(self, timer) -> None:
-        """Count a step, and hear ``timer`` from now on."""
+        """Count a step, and record the answers of ``timer`` from now on."""
         self._steps += 1
         self.answer_s = None
         if timer is self._timer:
@@ -52,7 +52,7 @@ class StepClock:
 
 
 def install(report: RankReport) -> None:
-    """Write a line for every step that upstream logs, and keep every rank's report up to date."""
+    """Write a line for every step that upstream logs; update every rank's report."""
     from megatron.training import training
 
     log, count = training.training_log, training.num_floating_point_operations
@@ -73,6 +73,7 @@ def install(report: RankReport) -> None:
         share = share_of_upstreams(experiment, *packed) if experiment else 1.0
         return flops
 
+    # the parameters are upstream's; later ones are passed through
     def training_log(
         losses, totals, learning_rate, step, loss_scale, memory, skipped, grad_norm, *args, **kwargs
     ):
@@ -115,8 +116,8 @@ def install(report: RankReport) -> None:
                 time=time.time(),
             )
             lines.write(line.model_dump_json() + "\n")
-            for told in report.on_metrics:
-                told(line)
+            for receive in report.on_metrics:
+                receive(line)
         return result
 
     training.num_floating_point_operations = counted
@@ -124,7 +125,7 @@ def install(report: RankReport) -> None:
 
 
 def _experiment(run: RunDir) -> Experiment | None:
-    """What runs; None where nobody froze it, as where upstream's script is started by hand."""
+    """The experiment that runs; None where upstream's script was started by hand."""
     try:
         return run.read_experiment()
     except ValueError:

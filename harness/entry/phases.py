@@ -1,14 +1,13 @@
-"""How long forward-backward and the optimizer take in every step, at the cost of two CUDA events
-each.
+"""Time of forward-backward and of the optimizer in every step, by two CUDA events each.
 
-Upstream's own timers for them (``--timing-log-level 1``: ``forward-backward``, ``optimizer``) wait
-for the GPU and, by default, for all ranks, before and after; that lengthens the step. An event is a
-mark in the GPU's queue that nothing waits for; its time is read once upstream has drained the queue
-to time the step (megatron/core/timers.py).
+Upstream's own timers (``--timing-log-level 1``: ``forward-backward``, ``optimizer``) synchronise
+with the GPU and, by default, with all ranks before and after, which lengthens the step. An event is
+a mark in the GPU's queue. It is read once upstream has synchronised to time the whole step
+(megatron/core/timers.py).
 
-``forward_backward_ms`` includes what a pipeline stage waits for its neighbours and the reduction of
-gradients; ``optimizer_ms`` includes clipping and, with a distributed optimizer that does not
-overlap it, gathering parameters.
+``forward_backward_ms`` includes the reduction of gradients and, in a pipeline, waiting for other
+stages. ``optimizer_ms`` includes clipping and, where a distributed optimizer does not overlap it,
+gathering parameters.
 """
 
 import functools
@@ -19,26 +18,25 @@ from types import ModuleType
 from typing import Any
 
 FIRST_STEPS = 5
-"""Steps that compile, tune and grow memory, left out of medians: as ``window_first_step`` of an
-experiment."""
+"""Steps that compile, autotune and grow memory: left out of medians, like those before
+``window_first_step`` of an experiment."""
 
 Wrap = Callable[[str, Callable], Callable]
 
 
 class PhaseClock:
-    """Marks on the GPU's time line around the phases of the current step; on a CPU, on the host's
-    clock."""
+    """CUDA events around the phases of the current step; on a CPU they read the host's clock."""
 
     def __init__(self) -> None:
-        self._marks: list[tuple[str, Any, Any]] = []
+        self._events: list[tuple[str, Any, Any]] = []
         self._history: dict[str, list[float]] = {}
 
     def begin_step(self) -> None:
-        """Forget the marks of the step before."""
-        self._marks.clear()
+        """Forget the events of the step before."""
+        self._events.clear()
 
     def around(self, phase: str, work: Callable) -> Callable:
-        """``work`` with a mark before and after it."""
+        """``work`` with an event before and after it."""
         from torch.cuda import Event
 
         def timed(*args, **kwargs):
@@ -46,24 +44,23 @@ class PhaseClock:
             start.record()
             result = work(*args, **kwargs)
             end.record()
-            self._marks.append((phase, start, end))
+            self._events.append((phase, start, end))
             return result
 
         return timed
 
     def read_ms(self) -> dict[str, float]:
-        """The phases' times in this step, in ms. The GPU must be done with the step."""
+        """Time of each phase in this step, in ms. The GPU must have finished the step."""
         found: dict[str, float] = {}
-        for phase, start, end in self._marks:
+        for phase, start, end in self._events:
             found[phase] = found.get(phase, 0.0) + start.elapsed_time(end)
-        self._marks.clear()
+        self._events.clear()
         for phase, ms in found.items():
             self._history.setdefault(phase, []).append(ms)
         return found
 
     def medians_ms(self) -> dict[str, float]:
-        """The medians over all steps that were read, but the first few where there are later
-        ones."""
+        """Medians over the steps so far, without the first few where there are later ones."""
         return {
             phase: statistics.median(ms[FIRST_STEPS:] or ms) for phase, ms in self._history.items()
         }
@@ -72,7 +69,7 @@ class PhaseClock:
 def wrap_phases(
     training: ModuleType, wrap: Wrap, begin_step: Callable[[], None] = lambda: None
 ) -> None:
-    """Have every training step run ``forward_backward`` and ``optimizer`` as ``wrap`` returns them.
+    """Wrap ``forward_backward`` and ``optimizer`` of every training step.
 
     Args:
         training: upstream's ``megatron.training.training``.
@@ -81,6 +78,7 @@ def wrap_phases(
     """
     train_step = training.train_step
 
+    # the parameters are those of upstream's train_step
     @functools.wraps(train_step)
     def step(
         forward_step,
@@ -113,8 +111,7 @@ def wrap_phases(
 
 @contextmanager
 def _replaced(owner: object, name: str, value: object) -> Iterator[None]:
-    """Set an attribute of the instance, and afterwards whatever it was; a method of its class shows
-    again."""
+    """Set an attribute of the instance; afterwards restore it, or remove it to uncover a method."""
     before = vars(owner).get(name)
     setattr(owner, name, value)
     try:

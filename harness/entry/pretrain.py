@@ -1,10 +1,10 @@
-"""GPT training on ``megatron.training``: what upstream's ``pretrain_gpt.py`` does, where that
-script is missing.
+"""GPT training where upstream's ``pretrain_gpt.py`` is missing.
 
-The ``megatron-core`` wheel brings the training loop, the model and the data sets, but not the
-script that joins them. This one covers pre-training of dense and mixture-of-experts models on mock
-or prepared data, under every parallelism, and fine-tuning on packed conversations (``--sft``). Its
-losses equal those of upstream's script bit by bit (``make parity``, tests/test_cpu_training.py,
+The ``megatron-core`` wheel has the training loop, the model and the data sets, but not the script
+that combines them. This one mirrors ``pretrain_gpt.py`` and ``gpt_builders.py``. It covers
+pre-training of dense and mixture-of-experts models on mock or prepared data, under every
+parallelism, and fine-tuning on packed conversations (``--sft``). Its losses equal those of
+upstream's script bit by bit (``make parity``, tests/test_cpu_training.py,
 tests/test_finetune_lora.py).
 """
 
@@ -43,7 +43,7 @@ ONLY_UPSTREAM = (
     "logits_load_dir",
     "per_dataset_sequences_path",
 )
-"""What ``pretrain_gpt.py`` can do beyond this script."""
+"""Arguments that only ``pretrain_gpt.py`` supports."""
 
 BATCH = (
     "tokens",
@@ -55,14 +55,14 @@ BATCH = (
     "max_seqlen",
 )
 ABSENT = dict.fromkeys(("cu_seqlens_padded", "local_cp_size"))
-"""What upstream looks for in a batch, and no data set here has."""
+"""Keys of a batch that upstream reads and no data set here has."""
 
 
 def main() -> None:
-    """Train as the command line says.
+    """Train with the arguments of the command line.
 
     Raises:
-        UserError: an argument that only upstream's own script understands.
+        UserError: an argument is supported by upstream's own script alone.
     """
     args = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
     for name in ONLY_UPSTREAM:
@@ -78,8 +78,11 @@ def main() -> None:
 
 
 def datasets(samples: tuple[int, int, int], vp_stage: int | None = None) -> tuple:
-    """Build the training, validation and test sets with ``samples`` samples each, on the ranks that
-    read them."""
+    """Build the training, validation and test sets with ``samples`` samples each.
+
+    As in ``train_valid_test_datasets_provider`` of pretrain_gpt.py, only ranks that read data build
+    them.
+    """
     args = get_args()
 
     def read_here() -> bool:
@@ -116,11 +119,10 @@ def _dataset_config(args) -> GPTDatasetConfig:
 
 
 def _batch(iterator, vp_stage: int | None) -> dict[str, torch.Tensor | None]:
-    """Return this rank's part of the next micro-batch: tensors [b, s/cp], or None where the stage
-    needs none.
+    """This rank's part of the next micro-batch: tensors [b, s/cp], None where the stage needs none.
 
-    Packed sequences are one row [1, b s], and every stage needs their bounds: ``cu_seqlens`` [1,
-    n], ``max_seqlen`` [1].
+    Packed sequences are one row [1, b s]. Every stage needs their bounds, because attention does:
+    ``cu_seqlens`` [1, n], ``max_seqlen`` [1]. Mirrors ``get_batch`` of pretrain_gpt.py.
     """
     args, at_an_end = get_args(), is_first_or_last_pipeline_stage(vp_stage)
     if not at_an_end and not args.sft:
@@ -156,8 +158,7 @@ def _batch(iterator, vp_stage: int | None) -> dict[str, torch.Tensor | None]:
 
 
 def _packing(batch: dict[str, torch.Tensor | None]) -> PackedSeqParams | None:
-    """The bounds of packed sequences, in the THD format of Transformer Engine; None where nothing
-    is packed."""
+    """Bounds of packed sequences in Transformer Engine's THD format; None without packing."""
     if batch["cu_seqlens"] is None:
         return None
     bounds, longest = batch["cu_seqlens"].squeeze(0), int(batch["max_seqlen"].item())
@@ -173,8 +174,7 @@ def _packing(batch: dict[str, torch.Tensor | None]) -> PackedSeqParams | None:
 
 
 def forward_step(iterator, model) -> tuple[torch.Tensor, partial]:
-    """Run the model on the next micro-batch; return its output and the function that turns it into
-    the loss."""
+    """Run the model on the next micro-batch; its output and the function that computes the loss."""
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     batch = _batch(iterator, get_attr_wrapped_model(model, "vp_stage"))
@@ -194,8 +194,10 @@ def forward_step(iterator, model) -> tuple[torch.Tensor, partial]:
 def _loss(
     mask: torch.Tensor, output: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Return the summed loss, the number of tokens it is over, and both for the report: losses [b,
-    s], mask [b, s]."""
+    """The summed loss, its number of tokens, and both for the log: ``output`` and ``mask`` [b, s].
+
+    Mirrors ``loss_func`` of pretrain_gpt.py.
+    """
     mask = mask.view(-1).float()
     loss = torch.sum(output.view(-1).float() * mask)
     tokens = mask.sum().clone().detach().to(torch.int)

@@ -1,9 +1,8 @@
-"""Kineto traces of a few steps: of rank 0, and of one rank in every pipeline stage.
+"""Kineto traces of a few steps: of the first rank of every pipeline stage.
 
-Upstream's own ``--profile --use-pytorch-profiler`` would trace as well, but its ranks are named by
-hand, it does not say which kernel belongs to forward, backward or optimizer, and a profiler that
-fails ends its run. Here the same torch.profiler runs within the entry, with the names of those
-phases in the trace; where it fails, the run goes on without.
+Upstream's ``--profile --use-pytorch-profiler`` traces too, but its ranks are chosen by hand, the
+trace does not name forward, backward and optimizer, and a failing profiler ends the run. Here the
+same torch.profiler runs with these phases named; where it fails, the run continues without a trace.
 """
 
 import functools
@@ -17,12 +16,12 @@ from harness.profiling.trace import RANGE, STEP
 from harness.run.directory import PROFILE_VARIABLE
 
 PHASES = {"forward_step": "forward", "backward_step": "backward"}
-"""Functions of upstream's schedules, a call for each micro-batch and model chunk: what its
-forward-compute and backward-compute timers time."""
+"""Functions of megatron/core/pipeline_parallel/schedules.py, called once per micro-batch and model
+chunk. Upstream's timers forward-compute and backward-compute time them."""
 
 
 def install(report: RankReport) -> None:
-    """Trace the steps that the environment names, if it names any."""
+    """Trace the steps in ``HARNESS_PROFILE``, if that is set."""
     named = os.environ.get(PROFILE_VARIABLE)
     if not named:
         return
@@ -46,8 +45,10 @@ def install(report: RankReport) -> None:
 
 
 def _follow_steps(training, tracer: "_Tracer") -> None:
-    """Tell ``tracer`` when steps begin and end; a step is what upstream times: ``train_step`` and
-    ``training_log``."""
+    """Tell ``tracer`` when steps begin and end.
+
+    As upstream times them, a step ends with ``training_log``.
+    """
     train_step, training_log = training.train_step, training.training_log
 
     def step(*args, iteration: int, **kwargs):
@@ -63,7 +64,7 @@ def _follow_steps(training, tracer: "_Tracer") -> None:
 
 
 class _Tracer:
-    """Warms the profiler up one step early, traces, and writes what it saw after the last step."""
+    """Warms the profiler up in the step before the first, traces, and writes the trace."""
 
     def __init__(self, report: RankReport, first: int, last: int) -> None:
         self._report, self._first, self._last = report, first, last
@@ -111,10 +112,10 @@ class _Tracer:
     def _guarded(self, work: Callable[[], None]) -> None:
         try:
             work()
-        # whatever CUPTI or a full disk says: a run without its trace is still a run
+        # whatever CUPTI or a full disk raises: the run is worth more than its trace
         except Exception as error:
             print(
-                f"harness: no trace of rank {self._report.rank}, the run goes on: {error}",
+                f"harness: no trace of rank {self._report.rank}, the run continues: {error}",
                 file=sys.stderr,
             )
             self._profile = None

@@ -1,4 +1,4 @@
-"""The life of one rank: make upstream ready, add the instruments, train, leave."""
+"""One rank from start to end: prepare upstream, install instruments, train, exit."""
 
 import atexit
 import functools
@@ -13,10 +13,10 @@ from typing import NoReturn
 from harness.entry import (
     build_helpers,
     checkpointing,
+    dropped_arguments,
     evaluation,
     failures,
     finetune,
-    handing_on,
     launch_rate,
     masked,
     metrics,
@@ -32,12 +32,14 @@ from harness.run.directory import TURN_VARIABLE
 
 @functools.cache
 def prepare() -> Path | None:
-    """Import what all ranks share, the costly part of a start; returns upstream's source tree, None
-    for the wheel.
+    """Import what every rank needs, the slow part of a start.
+
+    Returns:
+        upstream's source tree; None where the wheel is used.
 
     Raises:
-        UserError: there is no whole Megatron-LM, its helpers cannot be compiled, or the CPU
-        stand-in does not know it.
+        UserError: Megatron-LM is missing or incomplete, its helpers cannot be compiled, or the CPU
+            stand-in was not written for its version.
     """
     tree = upstream.locate()
     upstream.put_on_path(tree)
@@ -46,31 +48,33 @@ def prepare() -> Path | None:
 
         cpu.install()
     pickles.guard()
-    # every run imports it, late, and it takes as long as all the rest
+    # every run imports this later, and it takes as long as all the rest: forks share it
     import megatron.core.tokenizers.text
     import megatron.training.training  # noqa: F401
 
-    pickles.guard()  # Transformer Engine was imported
-    handing_on.install()
+    pickles.guard()  # again, for Transformer Engine's modules
+    dropped_arguments.install()
     build_helpers.ensure_compiled()
     return tree
 
 
 def prepare_for_forks() -> None:
-    """Call ``prepare`` in the process that ranks are forked from; a failure is reported as rank
-    0's."""
+    """Call ``prepare`` in the process that ranks are forked from; rank 0 reports its failure."""
     with failures.ended_at_once(report_of_this_run()):
         prepare()
     gc.collect()
-    gc.freeze()  # no later collection writes to what the forks share
+    # A collection writes to the header of every object it visits, which would copy the page.
+    # Frozen objects are not visited, so the forks keep sharing memory.
+    gc.freeze()
 
 
 def run(own_script: bool = False) -> NoReturn:
-    """Train as this rank of the job that torchrun's environment describes, with the arguments in
-    ``sys.argv``.
+    """Train as the rank in torchrun's environment, with the arguments in ``sys.argv``.
 
-    Without ``HARNESS_RUN_DIR`` no file is written. ``own_script``: the harness's own script trains,
-    though upstream's is there.
+    Without ``HARNESS_RUN_DIR`` no file is written.
+
+    Args:
+        own_script: train by harness/entry/pretrain.py even where upstream's script is there.
     """
     report = report_of_this_run()
     with failures.ended_at_once(report):
@@ -92,16 +96,14 @@ def run(own_script: bool = False) -> NoReturn:
 
 
 def _wait_for_turn() -> None:
-    """Wait until the file is there that ``HARNESS_TURN`` names: another run has the GPUs until
-    then."""
+    """In a held run, wait for the file that ``HARNESS_TURN`` names: then the GPUs are free."""
     turn = os.environ.get(TURN_VARIABLE)
     while turn and not Path(turn).exists():
         time.sleep(0.05)
 
 
 def train(tree: Path | None) -> None:
-    """Run upstream's script in ``tree``, or the harness's own where there is none, with the
-    arguments in ``sys.argv``."""
+    """Run upstream's script in ``tree``, or the harness's own script where ``tree`` is None."""
     try:
         if tree:
             sys.argv[0] = str(tree / upstream.SCRIPT)
@@ -110,15 +112,14 @@ def train(tree: Path | None) -> None:
             from harness.entry import pretrain
 
             pretrain.main()
-    # upstream leaves like this when --exit-interval and the like end the run
+    # upstream exits like this when --exit-interval or --exit-duration-in-mins ends the run
     except SystemExit as stop:
         if stop.code not in (None, 0):
             raise
 
 
 def leave() -> NoReturn:
-    """End the process, done: to free every object of a forked rank one by one would copy its pages,
-    for seconds."""
+    """Exit at once: freeing every object of a forked rank would copy shared pages, for seconds."""
     import torch
 
     if torch.distributed.is_initialized():

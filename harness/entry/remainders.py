@@ -1,8 +1,8 @@
-"""Whole fp32 weights in the checkpoints of upstream's precision-aware optimizer.
+"""Whole fp32 weights in checkpoints of upstream's precision-aware optimizer.
 
-Of an fp32 weight, Transformer Engine's Adam keeps the 16 bits that the rounded bf16 weight lacks
-(AdamFunctorMasterParamRemainder in its common/multi_tensor/adam.cu). Upstream writes these numbers
-as if they were the weight where a checkpoint is to load under any layout, and cannot read them back
+Transformer Engine's Adam keeps only the 16 bits of an fp32 weight that the bf16 weight lacks
+(AdamFunctorMasterParamRemainder in its common/multi_tensor/adam.cu). In fully reshardable
+checkpoints upstream writes these bits as if they were the weight, and cannot load them again
 (NVIDIA/Megatron-LM pull request 4222).
 """
 
@@ -15,8 +15,10 @@ from torch import Tensor
 
 
 def install() -> None:
-    """Have upstream's distributed optimizer give and take whole weights; without remainders nothing
-    changes."""
+    """Have upstream's distributed optimizer save and load whole weights.
+
+    Without remainders nothing changes.
+    """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer as Sharded
 
     get, put = (
@@ -47,20 +49,21 @@ def install() -> None:
 
 
 def joined(rounded: Tensor, rest: Tensor) -> Tensor:
-    """The fp32 weights [n] of bf16 ones [n] and the int16 remainders [n], which are negative where
-    bf16 was rounded up."""
+    """fp32 weights [n] from bf16 weights [n] and int16 remainders [n].
+
+    A remainder is negative where bf16 was rounded up.
+    """
     return (rounded.detach().view(torch.int16).int() * 2**16 + rest.int()).view(torch.float32)
 
 
 def split(whole: Tensor) -> tuple[Tensor, Tensor]:
-    """What ``joined`` joins: the bf16 weights, halves rounded away from zero, and the
-    remainders."""
+    """The reverse of ``joined``: bf16 weights, halves rounded away from zero, and remainders."""
     bits = whole.view(torch.int32)
     rounded = (bits + 2**15) >> 16
     return rounded.short().view(torch.bfloat16), (bits - rounded * 2**16).short()
 
 
 def _shard(optimizer, model_param) -> Tensor:
-    """This rank's part of ``model_param``, a view."""
+    """A view of this rank's shard of ``model_param``."""
     group, place = optimizer.model_param_group_index_map[model_param]
     return optimizer.optimizer.param_groups[group]["params"][place]

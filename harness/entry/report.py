@@ -1,5 +1,4 @@
-"""What a rank tells about itself while it runs: where it is, how much memory it took, how it
-failed, where it hangs."""
+"""What a rank records about itself: its place, memory peaks, failure, stacks in a hang."""
 
 import contextlib
 import faulthandler
@@ -25,13 +24,16 @@ from harness.system.masking import mask
 GIB = 2**30
 EVERY_S = 10
 EARLY_STEPS = 2
-"""Memory grows until the optimizer's state is there, after the first step; so the first two are
-always reported."""
+"""Steps that are always reported: memory grows until the optimizer state exists, after step 1."""
 
 
 class RankReport:
-    """Writes ``ranks/<rank>.json`` as the rank goes on, and its error or stacks when it comes to
-    that."""
+    """Writes ``ranks/<rank>.json`` while the rank runs, and its error or stacks if it fails.
+
+    Attributes:
+        at_end: called after training.
+        on_metrics: called with each line of metrics.jsonl, on the rank that writes it.
+    """
 
     def __init__(self, run_dir: RunDir) -> None:
         self.run_dir = run_dir
@@ -40,7 +42,6 @@ class RankReport:
         self.step = 0
         self.at_end: list[Callable[[], None]] = []
         self.on_metrics: list[Callable[[StepMetrics], None]] = []
-        """Told each line of metrics.jsonl, on the rank that writes it."""
         self.phase_medians_ms: Callable[[], dict[str, float]] = dict
         self.launch: LaunchRate | None = None
         self._gc_ms: dict[int, float] = {}
@@ -50,15 +51,17 @@ class RankReport:
         run_dir.ranks.mkdir(parents=True, exist_ok=True)
 
     def start(self) -> None:
-        """Report this process, and from now on its full garbage collections, and its stacks on
-        SIGUSR1 or a crash."""
+        """Write the first report; from now on record stacks and garbage collections.
+
+        Stacks are written on SIGUSR1, which the launcher sends in a hang, and on a crash.
+        """
         faulthandler.enable()
         faulthandler.register(signal.SIGUSR1, self._file("stacks.txt").open("a"))
-        gc.callbacks.append(self._heard_of_garbage)
+        gc.callbacks.append(self._time_collection)
         self.write()
 
     def after_step(self, step: int) -> None:
-        """Report, if this is one of the first steps or the last report is old."""
+        """Write a report if this is one of the first steps or the last report is old."""
         self.step = step
         if step <= EARLY_STEPS or time.monotonic() - self._written_s > EVERY_S:
             self.write()
@@ -92,20 +95,19 @@ class RankReport:
             step=self.step,
         )
         write_json(self._file("error.json"), found.model_dump())
-        # a GPU that failed may not answer, and the rank must end
+        # after a GPU failure, reading its memory may raise; the rank must end all the same
         with contextlib.suppress(Exception):
-            self.write()  # the peaks that it failed with
+            self.write()  # memory peaks at the failure
 
     def finished(self) -> None:
-        """Report for the last time; no stacks were asked for, so their file goes."""
+        """Write the last report; remove the stacks' file if it is empty."""
         self.write()
         stacks = self._file("stacks.txt")
         if not stacks.stat().st_size:
             stacks.unlink()
 
-    def _heard_of_garbage(self, moment: str, collection: dict) -> None:
-        """Count the time of a collection of all generations to the step in which it happens (see
-        ``gc.callbacks``)."""
+    def _time_collection(self, moment: str, collection: dict) -> None:
+        """Add the time of a full collection to the current step (``gc.callbacks``)."""
         if collection["generation"] < 2:
             return
         if moment == "start":
@@ -118,8 +120,8 @@ class RankReport:
         return self.run_dir.ranks / f"{self.rank}.{suffix}"
 
     def _gpu_memory(self) -> dict:
-        """The device's name and, on a GPU, PyTorch's peaks and what nvidia-smi shows as used of the
-        whole device, in GiB."""
+        """Device name; on a GPU also peaks of PyTorch's allocator, and memory used of the whole GPU
+        as nvidia-smi shows it, in GiB."""
         if on_cpu():
             return {"device": "cpu"}
         torch = sys.modules.get("torch")
@@ -148,13 +150,13 @@ class RankReport:
 
 
 def report_of_this_run() -> RankReport | None:
-    """The report of this rank, or None where no run directory was given."""
+    """The report of this rank; None without a run directory."""
     path = os.environ.get(RUN_DIR_VARIABLE)
     return RankReport(RunDir(Path(path))) if path else None
 
 
 def _coordinates() -> dict[str, int]:
-    """This rank's place in every parallelism, or nothing before upstream has laid them out."""
+    """This rank's coordinates; empty before upstream has initialised model parallelism."""
     state = sys.modules.get("megatron.core.parallel_state")
     if state is None or not state.model_parallel_is_initialized():
         return {}

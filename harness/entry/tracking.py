@@ -1,8 +1,7 @@
-"""TensorBoard and Weights & Biases: each step's speed and memory beside what upstream logs; a run
-directory is one W&B run.
+"""TensorBoard and Weights & Biases: speed and memory of each step, added to what upstream logs.
 
-Upstream writes losses, learning rate and the like; of speed and memory it writes nothing without
-arguments that also time each part of a step.
+Upstream logs losses, learning rate and the like. It logs speed and memory only with arguments that
+also time each part of a step, which slows it down. A run directory is one W&B run.
 """
 
 import json
@@ -19,14 +18,13 @@ from harness.run.schema import Rank, StepMetrics
 from harness.system.files import write_json
 
 MEMORY = ("allocated_peak_gib", "reserved_peak_gib", "nvml_used_gib", "rss_peak_gib")
-"""What is known of a rank's memory: PyTorch's allocator, the whole GPU, the host."""
+"""Memory peaks of a rank: PyTorch's allocator, the whole GPU, the host."""
 
 
 def install(report: RankReport) -> None:
-    """Log every step's speed and memory where upstream logs, and give this run directory's W&B run
-    its id.
+    """Log speed and memory of every step where upstream logs, and set the id of the W&B run.
 
-    Checkpoints stay on the disk: upstream would note each as an artifact.
+    W&B gets no checkpoints: upstream would register each as an artifact.
     """
     if not report.is_last:
         return
@@ -43,12 +41,11 @@ def install(report: RankReport) -> None:
 
 
 def scalars(line: StepMetrics, ranks: Sequence[Rank], peak: float | None) -> dict[str, float]:
-    """What is logged of a step, by the name it has there; what is not known is left out.
+    """Logged values of a step by name, without unknown ones.
 
     Args:
-        ranks: memory is that of the fullest of them, so far.
-        peak: of a GPU, in dense TFLOP/s at the run's precision; on a CPU there is none, and so no
-        MFU.
+        ranks: their reports so far; memory is that of the fullest.
+        peak: dense TFLOP/s of one GPU at the run's precision; None on a CPU, where MFU is unknown.
     """
     found = {
         "performance/step_ms": line.step_ms,
@@ -64,8 +61,7 @@ def scalars(line: StepMetrics, ranks: Sequence[Rank], peak: float | None) -> dic
 
 
 class _Logger:
-    """Writes each step's scalars. Other ranks' memory is read from their reports, written every
-    EVERY_S seconds."""
+    """Logs the scalars of each step; memory of other ranks comes from their reports."""
 
     def __init__(self, run_dir: RunDir) -> None:
         self._run_dir = run_dir
@@ -92,8 +88,7 @@ class _Logger:
 
 
 def _peak(run_dir: RunDir) -> float | None:
-    """The GPU's dense TFLOP/s at the precision of what runs; None on a CPU, or where nobody froze
-    the experiment."""
+    """The GPU's dense TFLOP/s at the run's precision; None on a CPU or without experiment.json."""
     import torch
 
     from harness.entry import on_cpu

@@ -1,11 +1,10 @@
-"""One warm process a node: it imports PyTorch and Megatron-LM once and forks every rank of the
-node.
+"""A warm process on each node: it imports PyTorch and Megatron-LM once and forks every rank.
 
-torchrun starts one process a rank, and each would spend the same seconds and memory on the same
-imports. Here local rank 0 imports and forks; the others stay what they are, small: each hands its
-environment and its output to the fork that runs its rank, passes signals on to it, and ends as it
-ends. So torchrun sees N processes, and what it sees of them is true. A rank dies with its process
-of torchrun's, and all die with the warm one: whoever is killed, nothing is left behind.
+torchrun starts one process per rank, and each would spend the same seconds and memory on the same
+imports. Here local rank 0 imports and forks. Each other process is a proxy: it sends its
+environment and output streams to the fork that runs its rank, forwards signals, and exits as the
+fork exits. So torchrun sees N processes with their true exit statuses. A fork dies with its proxy,
+and all die with the warm process: whichever is killed, none is left behind.
 """
 
 import json
@@ -26,13 +25,12 @@ from harness.system.orphans import end_with
 
 NUMBER = struct.Struct("i")
 CREDENTIALS = struct.Struct("3i")
-PASSED_ON = (signal.SIGTERM, signal.SIGINT)
+FORWARDED = (signal.SIGTERM, signal.SIGINT)
 
 
 @dataclass(frozen=True)
 class Fork:
-    """A forked rank, and the link to torchrun's process of that rank where this is not the warm one
-    itself."""
+    """A forked rank, and the connection to its proxy; the warm process's own rank has none."""
 
     pid: int
     handle: int
@@ -44,42 +42,40 @@ class Fork:
 
 
 def become_rank(prepare: Callable[[], object]) -> None:
-    """Return in the process that is to run this rank, ``prepare`` having been called; the others
-    end in here.
+    """Return in the fork that runs this rank, after ``prepare`` was called; never in the others.
 
-    Call it before anything starts a thread: a fork lacks its parent's threads, and would wait for
-    their locks.
+    Call it before anything starts a thread: a fork has only the calling thread, and would wait
+    forever for a lock that another thread of its parent held.
     """
     if os.environ["LOCAL_RANK"] != "0":
-        _stand_for_fork()
-    with socket.socket(socket.AF_UNIX) as door:
-        door.bind(_address())
-        door.listen()
+        _be_proxy()
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(_address())
+        server.listen()
         prepare()
-        _fork_ranks(door, ranks=int(os.environ["LOCAL_WORLD_SIZE"]))
+        _fork_ranks(server, ranks=int(os.environ["LOCAL_WORLD_SIZE"]))
 
 
 def fork() -> int:
-    """Fork as ``os.fork`` does; the fork dies with this process and takes signals as a fresh
-    process would."""
+    """``os.fork``, but the fork dies with this process and has default signal handlers."""
     parent = os.getpid()
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
     if pid == 0:
         end_with(parent)
-        for number in PASSED_ON:
+        for number in FORWARDED:
             signal.signal(number, signal.SIG_DFL)
     return pid
 
 
-def _fork_ranks(door: socket.socket, ranks: int) -> None:
-    """Fork this process's own rank and one for every process that knocks; return in the forks.
+def _fork_ranks(server: socket.socket, ranks: int) -> None:
+    """Fork this process's own rank and one for every proxy that connects; return in the forks.
 
-    When all have ended, or the own rank has failed, this process ends as its own rank did.
+    When all have ended, or the own rank has failed, this process exits as its own rank did.
     """
     selector = selectors.DefaultSelector()
-    selector.register(door, selectors.EVENT_READ)
+    selector.register(server, selectors.EVENT_READ)
 
     def watch(pid: int, link: socket.socket | None = None) -> Fork:
         watched = Fork(pid, os.pidfd_open(pid), link)
@@ -90,14 +86,14 @@ def _fork_ranks(door: socket.socket, ranks: int) -> None:
     if not (pid := fork()):
         return
     own = watch(pid)
-    for number in PASSED_ON:
+    for number in FORWARDED:
         signal.signal(number, lambda number, _: own.signal(number))
     status = 0
     while ranks:
         for key, _ in selector.select():
             one: Fork = key.data
-            if key.fileobj is door:
-                link, environment, outputs = _accept(door)
+            if key.fileobj is server:
+                link, environment, outputs = _accept(server)
                 if not (pid := fork()):
                     os.environ.clear()
                     os.environ.update(environment)
@@ -111,7 +107,7 @@ def _fork_ranks(door: socket.socket, ranks: int) -> None:
                 numbers = one.link.recv(16)
                 for number in numbers or (signal.SIGKILL,):
                     one.signal(number)
-                if not numbers:  # the rank's process is gone
+                if not numbers:  # the proxy ended
                     selector.unregister(one.link)
             else:
                 ended = os.waitstatus_to_exitcode(os.waitpid(one.pid, 0)[1])
@@ -127,33 +123,32 @@ def _fork_ranks(door: socket.socket, ranks: int) -> None:
     _end_as(status)
 
 
-def _stand_for_fork() -> NoReturn:
-    """Have this process's rank forked by the warm one, pass signals on to it, and end as it
-    ends."""
-    link = _knock()
+def _be_proxy() -> NoReturn:
+    """Have the warm process fork this rank, forward signals to it, and exit as it exits."""
+    link = _connect()
     environment = json.dumps(dict(os.environ)).encode()
     socket.send_fds(link, [NUMBER.pack(len(environment))], [1, 2])
     link.sendall(environment)
 
-    def pass_on(number: int, _: object) -> None:
+    def forward(number: int, _: object) -> None:
         with suppress(BrokenPipeError):
             link.send(bytes([number]))
 
-    for number in PASSED_ON:
-        signal.signal(number, pass_on)
+    for number in FORWARDED:
+        signal.signal(number, forward)
     ended = link.recv(NUMBER.size, socket.MSG_WAITALL)
     _end_as(NUMBER.unpack(ended)[0] if ended else -signal.SIGTERM)  # all die with the warm process
 
 
 def _address() -> str:
-    """The abstract socket where the processes meet that one torchrun started on this node."""
+    """The abstract socket of the processes that one torchrun started on this node."""
     run = (
         os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
     )
     return "\0harness/" + "/".join([str(os.getppid()), *run])
 
 
-def _knock() -> socket.socket:
+def _connect() -> socket.socket:
     """Connect to the warm process, which may still be starting."""
     while True:
         link = socket.socket(socket.AF_UNIX)
@@ -166,10 +161,9 @@ def _knock() -> socket.socket:
             time.sleep(0.02)
 
 
-def _accept(door: socket.socket) -> tuple[socket.socket, dict[str, str], list[int]]:
-    """Return the link to a process that knocks, its environment, and its standard output and
-    error."""
-    link, _ = door.accept()
+def _accept(server: socket.socket) -> tuple[socket.socket, dict[str, str], list[int]]:
+    """The connection to a new proxy, its environment, and its standard output and error."""
+    link, _ = server.accept()
     _check_owner(link)
     size, outputs, _, _ = socket.recv_fds(link, NUMBER.size, 2)
     environment = link.recv(NUMBER.unpack(size)[0], socket.MSG_WAITALL)
@@ -177,8 +171,10 @@ def _accept(door: socket.socket) -> tuple[socket.socket, dict[str, str], list[in
 
 
 def _check_owner(link: socket.socket) -> None:
-    """Refuse a peer of another user: abstract sockets have no permissions, and an environment may
-    hold secrets."""
+    """Refuse a peer of another user.
+
+    Abstract sockets have no permissions, and an environment may hold secrets.
+    """
     peer = link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
     if CREDENTIALS.unpack(peer)[1] != os.getuid():
         raise PermissionError(
@@ -187,10 +183,10 @@ def _check_owner(link: socket.socket) -> None:
 
 
 def _end_as(status: int) -> NoReturn:
-    """End this process as another ended: with its exit status, or by the signal ``-status``."""
+    """Exit with ``status``, or by signal ``-status``, so that torchrun reports the true cause."""
     if status >= 0:
         os._exit(status)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the fork has dumped its core already
     if -status not in (signal.SIGKILL, signal.SIGSTOP):
         signal.signal(-status, signal.SIG_DFL)
     os.kill(os.getpid(), -status)

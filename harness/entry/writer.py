@@ -1,5 +1,8 @@
-"""Imported by multiprocessing's fork server: the checkpoint writer that it forks dies with it, and
-it with its rank."""
+"""Imported by multiprocessing's fork server, which forks upstream's checkpoint writer.
+
+The server ends with its rank, and the writer with the server. Without this, a rank killed by
+SIGKILL leaves both running.
+"""
 
 import os
 

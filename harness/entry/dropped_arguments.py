@@ -1,19 +1,18 @@
-"""Arguments that upstream's parser takes and then drops, handed to the model that they are about.
+"""Arguments that upstream's parser accepts and does not pass on to the model.
 
 core_v0.19.0 parses ``--rope-scaling-factor`` (megatron/training/arguments.py) and
 ``gpt_config_from_args`` (megatron/training/argument_utils.py) leaves it out, so that every Llama
-3.x model is scaled by GPTModelConfig's default, 8. tests/test_upstream_arguments.py holds every
-argument that the harness emits against what upstream builds of it.
+3.x model is scaled by GPTModelConfig's default, 8. tests/test_upstream_arguments.py compares every
+argument that the harness emits with the configuration upstream builds from it.
 """
 
 from functools import wraps
 
 
 def install() -> None:
-    """Wrap ``gpt_config_from_args``, of which upstream's ``pretrain_gpt.py`` and the harness's
-    script both make their model.
+    """Wrap ``gpt_config_from_args``, which upstream's and the harness's script call.
 
-    Call it before either script is imported: both import the function by its name.
+    Call it before either script is imported: both import the function by name.
     """
     from megatron.training import argument_utils
 
