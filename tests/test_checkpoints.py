@@ -251,7 +251,7 @@ def test_a_pickle_is_read_and_never_run(tmp_path):
     path = write(tmp_path, 1)
     (path / ".metadata").write_bytes(as_torch_pickles(Metadata({"bomb": Bomb()}, {})))
     assert checkpoints.examine(path, 1).damage.startswith(
-        ".metadata names __builtin__.getattr, which is no data"
+        ".metadata names __builtin__.getattr, which is not data"
     )
     assert not (tmp_path / "ran").exists()
 

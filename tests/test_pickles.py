@@ -231,7 +231,7 @@ def test_a_checkpoint_with_code_in_it_is_refused_before_anything_opens_it(
         checkpoints.settle(path)
     told = []
     assert checkpoints.newest_whole(tmp_path, told.append).step == 10
-    assert "names posix.system, which is no data" in told[0] and not ran.exists()
+    assert "names posix.system, which is not data" in told[0] and not ran.exists()
 
 
 READERS = """

@@ -1,15 +1,14 @@
-"""Upstream's training loop on a CPU: real gloo collectives, one process a rank, upstream
-unmodified.
+"""Upstream's training loop on a CPU: one process per rank, gloo collectives, upstream unmodified.
 
 ``cuda``         stands in for ``torch.cuda``
-``collectives``  what NCCL has and gloo lacks
-``norm``         layer norms that know sequence parallelism
-``attention``    attention that knows context parallelism
+``collectives``  collectives that NCCL has and gloo lacks
+``norm``         layer norms under sequence parallelism
+``attention``    attention under context parallelism
 ``experts``      experts with biases
 ``recompute``    recomputation of single modules
 ``fsdp``         PyTorch's FSDP2 on CPUs
 ``checkpoints``  saving and loading
-``fork_server``  gives the checkpoint writers the same
+``fork_server``  the stand-in for checkpoint writers
 """
 
 import logging
@@ -21,22 +20,23 @@ from pathlib import Path
 from harness.errors import UserError
 
 KNOWN = ("0.19.0", "0.19.1")
-"""Versions of ``megatron.core`` that this was written against; the source tree core_v0.19.0 calls
-itself 0.19.1."""
+"""Versions of ``megatron.core`` this was written for; the source tree core_v0.19.0 calls itself
+0.19.1."""
 
 
 def install() -> None:
-    """Let ``megatron`` train on the CPU, in this process and its forks. Call it before ``megatron``
-    is imported.
+    """Let ``megatron`` train on the CPU, in this process and its forks.
+
+    Call it before ``megatron`` is imported: modules copy names of ``torch`` when they are imported.
 
     Raises:
-        UserError: upstream is a version that this was not written against.
+        UserError: this was not written for the version of upstream.
     """
     package_info = Path(find_spec("megatron.core").origin).with_name("package_info.py")
     version = runpy.run_path(str(package_info))["__shortversion__"]
     if version not in KNOWN:
         raise UserError(
-            f"megatron.core {version} does not run on a CPU: the stand-in for CUDA knows"
+            f"megatron.core {version} does not run on a CPU: the stand-in for CUDA supports"
             f" {', '.join(KNOWN)}\ncheck out core_v0.19.0 (git submodule update --init"
             " megatron-lm), or run on a GPU"
         )
@@ -53,8 +53,8 @@ def install() -> None:
     recompute.install()
     checkpoints.install()
     multiprocessing.set_forkserver_preload([f"{__name__}.fork_server"])
-    # The CPU's random state is the device's here: upstream's warning that the one changed with the
-    # other says nothing.
+    # The CPU's random state is also the device's here, so upstream's warning that one changed with
+    # the other (megatron/core/tensor_parallel/random.py) means nothing.
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
     )

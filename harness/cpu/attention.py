@@ -1,19 +1,18 @@
-"""Context-parallel attention in plain torch, behind the interface of upstream's
-``DotProductAttention``.
+"""Context-parallel attention in plain torch, with the interface of ``DotProductAttention``.
 
 Upstream splits a sequence into 2n chunks and gives rank r of n the chunks r and 2n-1-r: causal
 attention is then the same work for every rank. ``--cp-comm-type`` chooses how the ranks attend to
 each other's chunks:
 
-* ``a2a`` (Ulysses): an all-to-all trades all heads of a slice of the sequence for 1/n of the heads
-of the whole.
+* ``a2a`` (Ulysses): an all-to-all exchanges all heads of a slice of the sequence for 1/n of the
+  heads of the whole sequence.
 * ``all_gather``: every rank gathers all keys and values.
-* ``p2p`` (ring attention) is emulated by the same gathering: the sums are the same, but nothing
-overlaps.
+* ``p2p`` (ring attention) is emulated by the same gathering: the sums are the same, but
+  nothing overlaps.
 
 Packed sequences (``--sft``) attend within their segments, as Transformer Engine's THD format does.
-Windows and softmax sinks are upstream's own; here they meet the parts of the sequence and of the
-heads.
+Windows and softmax sinks are upstream's own, applied to the parts of sequence and heads that this
+rank has.
 """
 
 from copy import copy
@@ -38,22 +37,24 @@ def install() -> None:
 
 
 def sequence_positions(context_parallel: int, sequence: int) -> torch.Tensor:
-    """Return the positions [sequence] in the order in which ranks 0, 1, … n-1 hold them."""
+    """Positions [sequence] in the order in which ranks 0, 1, … n-1 hold them."""
     chunks = torch.arange(sequence).chunk(2 * context_parallel)
     return torch.cat(
         [torch.cat((chunks[rank], chunks[-1 - rank])) for rank in range(context_parallel)]
     )
 
 
-def _unseen(distance: torch.Tensor, window: tuple[int, int] | None) -> torch.Tensor:
-    """Which keys a query does not see, from how many places they lie before it; ``window`` as
-    upstream's --window-size."""
+def _masked(distance: torch.Tensor, window: tuple[int, int] | None) -> torch.Tensor:
+    """Keys hidden from a query, by how many places they lie before it.
+
+    ``window``: as upstream's --window-size.
+    """
     later = distance < 0
     return later | (distance > window[0]) if window else later
 
 
 class ContextParallelAttention(DotProductAttention):
-    """Attention over a sequence whose parts lie on the ranks of the context-parallel group."""
+    """Attention over a sequence that is split over the context-parallel group."""
 
     def __init__(
         self, config, *args, cp_comm_type: str | None = None, pg_collection=None, **kwargs
@@ -74,8 +75,8 @@ class ContextParallelAttention(DotProductAttention):
             heads = self.num_query_groups_per_partition
             if heads % size:
                 raise UserError(
-                    f"a2a: {heads} key/value heads a rank must divide by cp = {size}; try p2p,"
-                    " all_gather"
+                    f"a2a: {heads} key/value heads per rank must be divisible by cp ({size}); "
+                    "try p2p, all_gather"
                 )
             self.hidden_size_per_partition //= size
             self.scale_mask_softmax.register_forward_pre_hook(self._sinks_of_my_heads)
@@ -109,14 +110,14 @@ class ContextParallelAttention(DotProductAttention):
         )
         key, value = (tensor[ordered] for tensor in gathered)
         mine = positions.chunk(size)[self.group.rank()]
-        unseen = _unseen(mine[:, None] - torch.arange(len(positions)), self.window)
-        return super().forward(query, key, value, unseen[None, None], *args, **kwargs)
+        masked = _masked(mine[:, None] - torch.arange(len(positions)), self.window)
+        return super().forward(query, key, value, masked[None, None], *args, **kwargs)
 
     def _packed(self, query, key, value, packed, *args, **kwargs):
         """Attend within segments: query, key, value [t, heads, hn] -> [t, 1, hidden].
 
-        No segment goes beyond its sample, so the samples, one after another in t, are a batch again
-        meanwhile.
+        Samples lie one after another in t. No segment crosses a sample, so they are attended to as
+        a batch.
         """
         if self.group.size() > 1:
             raise UserError(
@@ -129,9 +130,9 @@ class ContextParallelAttention(DotProductAttention):
             torch.arange(len(query)), packed.cu_seqlens_q[1:].long(), right=True
         ).view(-1, 1, length)
         softmax = self.scale_mask_softmax
-        # upstream's would take the place of the mask
+        # upstream's FusedScaleMaskSoftmax would build a window mask in place of this one
         window, softmax.window_size = softmax.window_size, None
-        unseen = _unseen(places[:, None] - places, window) | (
+        masked = _masked(places[:, None] - places, window) | (
             segments[..., None] != segments[..., None, :]
         )
         batch = (
@@ -140,7 +141,7 @@ class ContextParallelAttention(DotProductAttention):
         try:
             return (
                 super()
-                .forward(*batch, unseen, *args, **kwargs)
+                .forward(*batch, masked, *args, **kwargs)
                 .transpose(0, 1)
                 .flatten(0, 1)
                 .unsqueeze(1)
@@ -149,15 +150,15 @@ class ContextParallelAttention(DotProductAttention):
             softmax.window_size = window
 
     def _sinks_of_my_heads(self, _, inputs: tuple) -> tuple:
-        """The softmax's inputs (scores, mask, sinks of all heads) with the sinks of the heads that
-        this rank computes."""
+        """The softmax's inputs (scores, mask, sinks of all heads) with the sinks of this rank's
+        heads."""
         *others, sinks = inputs
         return *others, (
             sinks if sinks is None else sinks.chunk(self.group.size())[self.group.rank()]
         )
 
     def _sequence_for_heads(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Trade [s/cp, b, heads, hn] for [s, b, heads/cp, hn], the sequence in the ranks' order."""
+        """Exchange [s/cp, b, heads, hn] for [s, b, heads/cp, hn], the sequence in ranks' order."""
         length, batch, heads, width = tensor.shape
         size = self.group.size()
         whole = all_to_all_sp2hp(tensor.reshape(length * batch, heads * width), group=self.group)

@@ -1,22 +1,22 @@
-"""Saving and loading on a CPU.
+"""Saving and loading checkpoints on a CPU.
 
-On a GPU the checkpoint writer's first act is to copy the tensors to the host, and training waits
-for that. Here they are on the host already and would be shared: the writer would write what
-training makes of them. So they are copied before.
+On a GPU the checkpoint writer first copies tensors to the host, and training waits for that
+(``FileSystemWriterAsync``). Here tensors are on the host already and would be shared: the writer
+would save values of later steps. So they are copied when the save is prepared.
 
-Where a checkpoint is loaded, upstream's distributed optimizer asks PyTorch's Adam for its step
-before there is one, takes the step for one of the moments, and has all parameters count the same
-one up; Transformer Engine's Adam, as on a GPU, keeps it elsewhere.
+When a checkpoint is loaded, upstream's distributed optimizer reads the step of PyTorch's Adam
+before the first step, treats the step as one of the moments, and lets all parameters share one
+counter (megatron/core/optimizer/distrib_optimizer.py). On a GPU, Transformer Engine's Adam keeps
+the step in its parameter groups.
 
-Each iterator over a data loader draws a seed from the CPU's random numbers, which are the device's
-here: a run that goes on makes its iterators anew, and its dropout would differ. So loaders have
-random numbers of their own.
+Each iterator over a data loader draws a seed from the CPU's random state, which is the device's
+here. A resumed run makes new iterators, so its dropout would differ from that of an uninterrupted
+run. So loaders have a random state of their own.
 """
 
 
 def install() -> None:
-    """Copy what is saved when its writing is prepared; give an optimizer that has not stepped a
-    state of step 0."""
+    """Copy tensors when a save is prepared; give an optimizer a state before its first step."""
     import torch
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -46,7 +46,7 @@ def install() -> None:
         return state_dict(self)
 
     def put_states(self, parameter, tensors) -> None:
-        # which is a tensor of PyTorch's, and put in elsewhere
+        # upstream looks for a step among the moments; it is loaded with the parameter groups
         set_states(self, parameter, {"step": None, **tensors})
 
     def load_with_own_steps(self, state) -> None:

@@ -1,13 +1,12 @@
-"""What NCCL has and gloo lacks.
+"""Collectives that NCCL has and gloo lacks.
 
-Collectives of shares of different lengths: expert tensor parallelism needs them.
+Tensors whose length differs between ranks: expert tensor parallelism gathers and scatters them.
 
-Several collectives of one group under way at once, which Megatron-FSDP and overlapping optimizers
-start: a gloo group has two threads for them, and each writes the name of what it has done into one
-string, without a lock (``ProcessGroupGloo::runLoop``, ``lastCompletedWorkName``). Names longer than
-a C++ string holds in itself, such as ALLGATHER_COALESCED, lie on the heap; two threads that end at
-the same moment corrupt it, and the rank aborts. So here a group has one thread, and its collectives
-run in the order in which they were started.
+Concurrent collectives of one group, which Megatron-FSDP and overlapping optimizers start. A gloo
+group has two threads, and each writes the name of its last collective into one string without a
+lock (``ProcessGroupGloo::runLoop``, ``lastCompletedWorkName``). A long name, such as
+ALLGATHER_COALESCED, lies on the heap; two threads that finish at the same moment corrupt it, and
+the rank aborts. So a group gets one thread here, which runs its collectives in order.
 """
 
 import os
@@ -19,9 +18,7 @@ import torch.distributed as dist
 
 
 def install() -> None:
-    """Let ``torch.distributed`` gather and reduce-scatter tensors [n_rank, ...] whose n differs
-    between ranks, and let gloo run the collectives of a group one after another.
-    """
+    """Gather and reduce-scatter tensors [n_rank, ...] of different n; one thread per group."""
     _one_thread_a_group()
     dist.all_gather = _any_lengths(dist.all_gather, _all_gather)
     dist.reduce_scatter = _any_lengths(dist.reduce_scatter, _reduce_scatter)
@@ -45,7 +42,7 @@ def _one_thread_a_group() -> None:
 
 
 def _any_lengths(one_length: Callable, several_lengths: Callable) -> Callable:
-    """Return a collective that takes lists of tensors of one length or of several."""
+    """A collective for lists of tensors of equal or different lengths."""
 
     def collective(output, tensor, *args, **kwargs):
         shares = output if isinstance(output, Sequence) else tensor
@@ -58,8 +55,10 @@ def _any_lengths(one_length: Callable, several_lengths: Callable) -> Callable:
 def _all_gather(
     shares: list[torch.Tensor], mine: torch.Tensor, group, async_op: bool = False
 ) -> dist.Work | None:
-    """Every rank sends its tensor to all; ``shares`` receives them, before this returns even where
-    ``async_op`` is true."""
+    """Every rank sends its tensor to all; ``shares`` receives them.
+
+    This returns only then, even where ``async_op`` is true.
+    """
     lengths = [len(share) for share in shares]
     received = torch.cat(shares)
     sent = torch.cat([mine] * len(shares))
@@ -73,8 +72,7 @@ def _all_gather(
 
 
 def _reduce_scatter(mine: torch.Tensor, shares: list[torch.Tensor], group) -> None:
-    """Every rank sends each rank its share; ``mine`` receives the sum of what is sent to this one,
-    in ranks' order."""
+    """Every rank sends each rank its share; ``mine`` becomes their sum, added in order of ranks."""
     lengths = [len(share) for share in shares]
     received = torch.cat([mine] * len(shares))
     dist.all_to_all_single(

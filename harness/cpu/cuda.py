@@ -1,5 +1,4 @@
-"""``torch.cuda`` answered by the CPU: one device whose memory is host memory and whose streams are
-already done."""
+"""A stand-in for ``torch.cuda``: one device with host memory, whose streams are always finished."""
 
 import functools
 import time
@@ -10,7 +9,7 @@ import torch
 
 
 class Stream:
-    """A stream on which everything has happened: CPU operations are synchronous."""
+    """A stream that is always finished: CPU operations are synchronous."""
 
     cuda_stream = 0
 
@@ -37,7 +36,7 @@ class Stream:
 
 
 class Event:
-    """A moment on the host's clock."""
+    """A time on the host's clock."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         self.seconds = 0.0
@@ -66,7 +65,7 @@ FACTORIES = {
 
 
 def _on_cpu(device: object) -> object:
-    """Return the CPU where ``device`` names a CUDA device, else ``device`` as it is.
+    """The CPU where ``device`` names a CUDA device, else ``device``.
 
     Upstream names devices as ``"cuda"``, ``"cuda:0"``, ``torch.device("cuda")`` or the number that
     ``torch.cuda.current_device()`` gave.
@@ -77,8 +76,7 @@ def _on_cpu(device: object) -> object:
 
 
 def _made_on_cpu(factory):
-    """Return ``factory`` making tensors on the CPU that were wanted on a CUDA device or in pinned
-    memory."""
+    """``factory``, with CUDA devices and pinned memory replaced by the CPU."""
 
     @functools.wraps(factory)
     def make(*args, **kwargs):
@@ -90,15 +88,14 @@ def _made_on_cpu(factory):
     return make
 
 
-def _mend_tensor(tensor: type = torch.Tensor) -> None:
-    """Let a tensor's methods take CUDA devices and streams, and let a tensor say that it is on
-    CUDA."""
+def _patch_tensor(tensor: type = torch.Tensor) -> None:
+    """Let a tensor's methods accept CUDA devices and streams, and ``is_cuda`` be true."""
     to, type_ = tensor.to, tensor.type
 
     def type_or_cast(self, dtype=None, **kwargs):
         if dtype is not None:
             return type_(self, dtype, **kwargs)
-        # optimizers look for 'torch.cuda.FloatTensor'
+        # upstream's optimizers compare with 'torch.cuda.FloatTensor' (optimizer.py)
         return type_(self).replace("torch.", "torch.cuda.")
 
     tensor.to = _made_on_cpu(lambda self, *args, **kwargs: to(self, *map(_on_cpu, args), **kwargs))
@@ -109,14 +106,14 @@ def _mend_tensor(tensor: type = torch.Tensor) -> None:
 
 
 def install() -> None:
-    """Put the stand-in into ``torch``, for this process and the ones it forks."""
-    # optimizers import it on first use; it refuses to load once torch.cuda is replaced
+    """Replace ``torch.cuda``, in this process and its forks."""
+    # torch.optim imports it on first use, and it cannot be imported once torch.cuda is replaced
     import torch._dynamo
 
     for owner, names in FACTORIES.items():
         for name in names.split():
             setattr(owner, name, _made_on_cpu(getattr(owner, name)))
-    _mend_tensor()
+    _patch_tensor()
     for name in (
         "Byte",
         "Char",
@@ -140,13 +137,12 @@ def install() -> None:
     for module in (torch.cuda, torch.cuda.random):
         module.get_rng_state = lambda device=None: torch.get_rng_state()
         module.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
-    # slower to compile than to run
+    # compiling takes longer than the few steps of a miniature
     torch.compile = lambda function=None, **_: function or (lambda function: function)
 
 
 def _device() -> dict[str, object]:
-    """What the functions of ``torch.cuda`` answer, whatever they are asked: a Hopper GPU without
-    memory of its own."""
+    """Answers of ``torch.cuda``'s functions, for any arguments: a Hopper GPU without memory."""
     stream = Stream()
     nothing = (
         "init _lazy_init set_device set_stream synchronize empty_cache check_error manual_seed_all"

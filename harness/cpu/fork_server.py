@@ -1,5 +1,4 @@
-"""Imported by multiprocessing's fork server: what it forks, upstream's checkpoint writers, has the
-stand-in too."""
+"""Imported by multiprocessing's fork server, so that checkpoint writers have the stand-in too."""
 
 from harness.cpu import cuda
 

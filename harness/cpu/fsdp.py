@@ -4,7 +4,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 
 def install() -> None:
-    """Let a mesh made of a process group be one of CPUs."""
+    """Let a mesh made from a process group be one of CPUs."""
     from_group = DeviceMesh.from_group
 
     def of_cpus(group, device_type, *args, **kwargs):

@@ -1,4 +1,4 @@
-"""Layer norms in plain torch that know sequence parallelism."""
+"""Layer norms in plain torch under sequence parallelism."""
 
 from copy import copy
 
@@ -6,11 +6,11 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
 
 def install() -> None:
-    """Let upstream's torch norm serve under sequence parallelism, as Transformer Engine's does.
+    """Let upstream's ``WrappedTorchNorm`` work under sequence parallelism, which it refuses.
 
-    Every tensor-parallel rank then normalises its own slice of the sequence, so the gradients of
-    the norm's parameters have to be summed over these ranks: upstream does that for parameters
-    marked ``sequence_parallel``.
+    Every tensor-parallel rank normalises its own slice of the sequence, so the gradients of the
+    norm's parameters must be summed over these ranks. Upstream does that for parameters marked
+    ``sequence_parallel`` (megatron/core/distributed/finalize_model_grads.py).
     """
     build = WrappedTorchNorm.__new__
 

@@ -1,5 +1,4 @@
-"""Recomputation of single modules, which upstream does with Transformer Engine's help even where
-nothing is fp8."""
+"""Recomputation of single modules, for which upstream calls Transformer Engine even without fp8."""
 
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -8,6 +7,6 @@ from megatron.core.tensor_parallel import random
 
 
 def install() -> None:
-    """Let upstream's ``CheckpointWithoutOutput`` ask whether fp8 is on, and hear that it is not."""
+    """Let upstream's ``CheckpointWithoutOutput`` (random.py) find that fp8 is off."""
     random.FP8GlobalStateManager = SimpleNamespace(is_fp8_enabled=lambda: False)
     random.activation_recompute_forward = random.fp8_autocast = lambda **_: nullcontext()

@@ -1,1 +1,1 @@
-"""What a run leaves: its directory and schema, checkpoints, statistics of its metrics."""
+"""What a run leaves: its directory, typed records, checkpoints, statistics of its metrics."""

@@ -1,13 +1,10 @@
-"""Checkpoints on disk: which are whole, how large they are, what they hold, which may go. Needs no
-torch.
+"""Checkpoints on disk: whether complete, their size, contents and deletion. Needs no torch.
 
 FOLDER/iter_0000100/                         the checkpoint of step 100, as upstream writes it
     __<rank>_<n>.distcp, .metadata           tensors, and which of them lies where
-    metadata.json                            written behind them (torch_dist only): all of it is
-                                             there
-    integrity.json                           written last: the checksum of every file, see
-                                             ``checksums``
-FOLDER/latest_checkpointed_iteration.txt     upstream's note of the newest
+    metadata.json                            written after them (torch_dist only)
+    integrity.json                           written last: checksums of all files (``checksums``)
+FOLDER/latest_checkpointed_iteration.txt     upstream's tracker: the newest step
 """
 
 from __future__ import annotations
@@ -36,23 +33,25 @@ from harness.system.files import (
 
 STEP_FOLDER = re.compile(r"iter_(\d{7,})")
 REMOVING = ".removing-"
-"""Prefix of a checkpoint that is on its way out: no longer one, whatever is still there of it."""
+"""Prefix of a checkpoint that is being deleted, and counts as deleted."""
 UNFINISHED = "it was not written to its end"
 FAILED = "load_failed.json"
-"""In the folder of a checkpoint that upstream could not load: why, and when that was."""
+"""File in the folder of a checkpoint that upstream could not load: the reason and the time."""
 TRACKER, METADATA = "latest_checkpointed_iteration.txt", ".metadata"
 NOT_WEIGHTS = re.compile(
     r"(chained_\d+\.)?optimizer|.*_extra_state|rng_state|rerun_state|common_state"
 )
-"""Keys of a checkpoint that are no parameters of the model."""
+"""Keys of a checkpoint that are not parameters of the model."""
 LARGE_BYTES = 8 * 2**30
-"""Reading so much takes long enough to say so."""
+"""Reading more than this takes long enough to print a line."""
 
 
 @dataclass(frozen=True)
 class Saving:
-    """How a run keeps checkpoints: ``every`` so many steps, all or the newest ``keep``; no folder:
-    in its run directory."""
+    """How a run keeps checkpoints: ``every`` so many steps, all of them or the newest ``keep``.
+
+    Without a ``folder`` they are in the run directory.
+    """
 
     every: int
     keep: int | None = None
@@ -65,7 +64,7 @@ class Saving:
 
 @dataclass(frozen=True)
 class Loading:
-    """A checkpoint to begin with: the one of ``step`` in ``folder``, or only its weights."""
+    """A checkpoint to start from: that of ``step`` in ``folder``, or only its weights."""
 
     folder: Path
     step: int
@@ -74,9 +73,9 @@ class Loading:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a checkpoint says it holds: bytes it needs in each file, shapes of the model's tensors.
+    """What a checkpoint's metadata lists: bytes needed in each file, shapes of the model's tensors.
 
-    ``objects``: where pickled objects lie, that are no tensors, as (file, offset, length) in bytes.
+    ``objects``: pickled objects other than tensors, as (file, offset, length) in bytes.
     """
 
     bytes_of: dict[str, int]
@@ -92,10 +91,10 @@ class Contents:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One checkpoint on disk; ``damage`` says why it cannot be used, None where it is whole.
+    """One checkpoint on disk; ``damage`` says why it cannot be used, None where it is complete.
 
-    ``has_checksums``: it was saved with them. Without (upstream's own, older ones) a flipped bit is
-    not noticed.
+    ``has_checksums``: without them (upstream's own checkpoints, old ones) a changed bit is not
+    noticed.
     """
 
     path: Path
@@ -111,16 +110,14 @@ class Checkpoint:
 
 
 def in_folder(folder: Path) -> tuple[Checkpoint, ...]:
-    """Every checkpoint in ``folder`` by step, whole or not; an imported one (``release``) counts as
-    step 0."""
+    """Every checkpoint in ``folder`` by step, complete or not; ``release`` (imported) is step 0."""
     steps = _steps_in(folder)
     release = [(0, folder / "release")] if (folder / "release").is_dir() else []
     return tuple(examine(path, step) for step, path in sorted(steps + release))
 
 
 def examine(path: Path, step: int) -> Checkpoint:
-    """The checkpoint of ``step`` in ``path``: every byte its metadata names must be there. Tensors
-    are not read."""
+    """The checkpoint in ``path``, by its metadata and file sizes; tensors are not read."""
     sizes = {entry.name: entry.stat().st_size for entry in _entries(path)}
     size_bytes = sum(sizes.values())
     contents = None
@@ -136,10 +133,9 @@ def examine(path: Path, step: int) -> Checkpoint:
 
 
 def verify(found: Checkpoint) -> Checkpoint:
-    """``found``, with its damage where its bytes are not those that were saved, or where its
-    pickles hold more than data.
+    """``found``, with its damage where bytes changed since the save, or a pickle holds code.
 
-    Every byte is read, by several threads, where it has checksums; else its pickles alone.
+    With checksums every byte is read, by several threads; without, pickles alone.
     """
     if found.damage is not None:
         return found
@@ -160,28 +156,28 @@ def verify(found: Checkpoint) -> Checkpoint:
     return found
 
 
-def newest_whole(folder: Path, tell: Callable[[str], None] = lambda _: None) -> Checkpoint | None:
-    """The newest checkpoint in ``folder`` that can be used, or None; ``tell`` hears of each newer
-    one that cannot.
+def newest_whole(folder: Path, report: Callable[[str], None] = lambda _: None) -> Checkpoint | None:
+    """The newest checkpoint in ``folder`` that can be used, read completely (``verify``), or None.
 
-    It is read to its end (``verify``): what begins with it need not doubt it.
+    Args:
+        report: called with a line about each newer one that cannot be used.
     """
     for found in reversed(in_folder(folder)):
         found = verify(found)
         if found.damage is None:
             return found
-        tell(f"checkpoint of step {found.step} skipped: {found.damage}")
+        report(f"checkpoint of step {found.step} skipped: {found.damage}")
     return None
 
 
 def tracked(folder: Path) -> tuple[Path, int] | None:
-    """The checkpoint that upstream's tracker in ``folder`` names, and its step; None where the
-    tracker is missing or empty.
+    """The checkpoint that upstream's tracker in ``folder`` names, and its step; None without one.
 
-    Upstream writes it in place and syncs nothing: a power cut leaves it empty or full of NUL.
+    Upstream writes the tracker in place and does not sync it: a power cut leaves it empty or full
+    of NUL, which counts as none.
 
     Raises:
-        UserError: it has other words in it.
+        UserError: it holds anything but an iteration.
     """
     try:
         named = (
@@ -199,18 +195,17 @@ def tracked(folder: Path) -> tuple[Path, int] | None:
 
 
 def read_contents(metadata: Path) -> Contents:
-    """Read a ``.metadata`` of torch.distributed.checkpoint. It is a pickle: only data is taken from
-    it, no code is run.
+    """Read a ``.metadata`` of torch.distributed.checkpoint, a pickle, without running code from it.
 
     Raises:
-        FileNotFoundError: it is not there.
+        FileNotFoundError: there is none.
         ValueError: it is damaged, or names code.
     """
     with metadata.open("rb") as file:
         try:
             read = pickles.stand_ins(file, METADATA)
             if file.read(1):
-                raise pickles.NotData(f"{METADATA} goes on behind its pickle: refused")
+                raise pickles.NotData(f"{METADATA} has bytes after its pickle: refused")
             state = read.state
             bytes_of: dict[str, int] = {}
             objects = []
@@ -244,28 +239,25 @@ def read_contents(metadata: Path) -> Contents:
 
 
 def settle(path: Path) -> None:
-    """Make the checkpoint in ``path``, which upstream has written, last: on the disk, and with
-    checksums.
+    """Sync the checkpoint in ``path``, which upstream has written, and write its checksums.
 
-    Upstream syncs tensors alone: a power cut left metadata.json empty in checkpoints that were
-    finished.
+    Upstream syncs tensors alone: a power cut left metadata.json empty in finished checkpoints.
     """
     sync_tree(path)
-    checksums.write(path, checksums.READERS_BESIDE_TRAINING, nice=10)
+    checksums.write(path, checksums.READERS_DURING_TRAINING, nice=10)
     sync_file(path.parent / TRACKER)
     for folder in (path.parent, path.parent.parent):
         sync_folder(folder)
 
 
 def check_room(saving: Saving, saves: int, size_bytes: float, free_bytes: float) -> None:
-    """Raise UserError where the checkpoints of a whole run do not fit the disk: better now than
-    after a night.
+    """Raise UserError where the checkpoints of a whole run do not fit the disk.
 
     Args:
-        saving: where and how they are kept; what lies in its folder already takes no more room.
-        saves: checkpoints that the run will make.
+        saving: where and how they are kept; existing checkpoints in its folder need no more room.
+        saves: number of checkpoints the run will make.
         size_bytes: of one of them.
-        free_bytes: on the disk. One more than ``keep`` lie there while the newest is written.
+        free_bytes: on the disk. While the newest is written, ``keep`` + 1 of them exist.
     """
     there = len(_steps_in(saving.folder))
     at_once = (
@@ -283,18 +275,20 @@ def check_room(saving: Saving, saves: int, size_bytes: float, free_bytes: float)
 
 
 def gib(size_bytes: float) -> str:
-    """``size_bytes`` for people."""
+    """``size_bytes`` as text, in GiB or MiB."""
     return (
         f"{size_bytes / 2**30:.2f} GiB" if size_bytes >= 2**27 else f"{size_bytes / 2**20:.1f} MiB"
     )
 
 
 def prune(folder: Path, keep: int) -> list[int]:
-    """Delete all but the newest ``keep`` whole checkpoints, and what broken saves left before the
-    newest; their steps.
+    """Delete all but the newest ``keep`` whole checkpoints, and incomplete ones before the newest.
 
-    At least one whole checkpoint stays, always. What is deleted stops being a checkpoint at once: a
-    kill half-way leaves nothing that looks like one.
+    At least one whole checkpoint stays. A folder is renamed before it is deleted, so that a kill
+    leaves nothing that looks like a checkpoint.
+
+    Returns:
+        the deleted steps.
     """
     found = in_folder(folder)
     whole = [c for c in found if c.damage is None and c.path.name != "release"]
@@ -311,7 +305,7 @@ def prune(folder: Path, keep: int) -> list[int]:
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint, or what is left of one."""
+    """Delete a checkpoint, complete or not."""
     away = path.with_name(REMOVING + path.name)
     shutil.rmtree(away, ignore_errors=True)
     path.rename(away)
@@ -336,7 +330,7 @@ def _damage(path: Path, sizes: dict[str, int], contents: Contents) -> str | None
             json.loads((path / "metadata.json").read_text(encoding="utf-8"))["sharded_backend"]
         except (OSError, ValueError, KeyError, TypeError):
             return "metadata.json is damaged"
-    # fsdp_dtensor, of one step, needs none
+    # only fsdp_dtensor has no metadata.json; its keys start with "model."
     elif not any(key.startswith("model.") for key in contents.shapes):
         return UNFINISHED
     known = checksums.read(path)
@@ -346,28 +340,25 @@ def _damage(path: Path, sizes: dict[str, int], contents: Contents) -> str | None
 
 
 def mark_failed(path: Path, detail: str) -> None:
-    """Note in the checkpoint's folder that it could not be loaded, and why: from then on it counts
-    as damaged."""
+    """Write to the checkpoint's folder why it could not be loaded; it then counts as damaged."""
     write_json(path / FAILED, {"detail": detail, "time": time.time()})
 
 
 def _failed_to_load(path: Path) -> str | None:
-    """That upstream could not load it although every byte is there; a new save of the step replaces
-    the folder."""
+    """The damage of a checkpoint that upstream could not load; a new save replaces its folder."""
     if not (path / FAILED).exists():
         return None
     said = json_object("\n".join(text_lines(path / FAILED))) or {}
     return (
         f"it could not be loaded ({said.get('detail', 'no reason is known')}); rm {path / FAILED}"
-        " has it tried again"
+        " makes RESUME= try it again"
     )
 
 
 def _check_pickles(found: Checkpoint) -> None:
-    """Raise NotData where an object in ``found`` that is no tensor, or a file of PyTorch's beside
-    them, holds code.
+    """Raise NotData where a pickled object in ``found``, or a file of PyTorch's in it, holds code.
 
-    PyTorch reads tensors with an unpickler that knows tensors alone (``weights_only`` in
+    Tensors are not checked: PyTorch reads them with ``weights_only`` (torch.distributed.checkpoint,
     filesystem.py).
     """
     for name, offset, length in found.contents.objects if found.contents else ():

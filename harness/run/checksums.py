@@ -1,9 +1,8 @@
-"""Checksums of a folder's files, in upstream's format: ``integrity.json`` has the SHA-256 of each.
+"""Checksums of a folder's files, in upstream's format: ``integrity.json`` holds their SHA-256.
 
 Upstream writes the same file under ``--verify-integrity``
 (megatron/core/dist_checkpointing/validation.py), one file after another on rank 0, while training
-waits. Here several threads read at once, and a training goes on meanwhile (benchmarks/checksums.py
-measures both).
+waits. Here several threads read while training continues (benchmarks/checksums.py measures both).
 """
 
 from __future__ import annotations
@@ -20,17 +19,16 @@ from harness.system.files import read_object, write_json
 NAME, ALGORITHM = "integrity.json", "sha256"
 PIECE_BYTES = 4 * 2**20
 MOST_READERS = 16
-"""More threads than this gain nothing on the disks that were measured, and each holds
-``PIECE_BYTES``."""
-READERS_BESIDE_TRAINING = 2
+"""More threads gain nothing on the measured disks, and each holds ``PIECE_BYTES``."""
+READERS_DURING_TRAINING = 2
 
 
 def write(folder: Path, readers: int | None = None, *, nice: int = 0) -> None:
-    """Write the checksums of every file in ``folder``, whole or not at all.
+    """Write the checksums of every file in ``folder``, atomically.
 
     Args:
-        readers: threads that read files at the same time; by default one a core.
-        nice: by how much these threads give way to other work, 0 to 19.
+        readers: threads that read files at the same time; by default one per core.
+        nice: added to the niceness of these threads, 0 to 19.
     """
     names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != NAME)
     if names:
@@ -40,7 +38,7 @@ def write(folder: Path, readers: int | None = None, *, nice: int = 0) -> None:
 
 
 def read(folder: Path) -> dict[str, str] | None:
-    """The checksums kept in ``folder`` by file name; None where there are none.
+    """The checksums in ``folder`` by file name; None where there are none.
 
     Raises:
         ValueError: ``integrity.json`` is damaged, or of an unknown algorithm.
@@ -59,8 +57,7 @@ def read(folder: Path) -> dict[str, str] | None:
 
 
 def differing(folder: Path, known: dict[str, str]) -> list[str]:
-    """The files in ``folder`` whose bytes are not those that ``known`` has the checksums of, or
-    that are gone."""
+    """Files in ``folder`` that are missing, or whose checksum is not the ``known`` one."""
     found = _digests(folder, list(known), None, 0)
     return [name for name, digest in known.items() if found[name] != digest]
 
@@ -70,11 +67,11 @@ def _digests(
 ) -> dict[str, str | None]:
     readers = min(readers or len(os.sched_getaffinity(0)), MOST_READERS, len(names) or 1)
 
-    def give_way() -> None:
-        if nice:
+    def lower_priority() -> None:
+        if nice:  # Linux has a niceness for each thread
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
 
-    with ThreadPoolExecutor(readers, initializer=give_way) as pool:
+    with ThreadPoolExecutor(readers, initializer=lower_priority) as pool:
         return dict(zip(names, pool.map(lambda name: _digest(folder / name), names), strict=True))
 
 

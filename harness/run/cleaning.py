@@ -1,5 +1,4 @@
-"""``make clean``: what can go from a folder of runs, how large it is, and its removal once that was
-agreed to."""
+"""``make clean``: lists runs that can be removed, asks, and removes them."""
 
 from __future__ import annotations
 
@@ -19,12 +18,12 @@ from harness.system import locks
 from harness.system.screen import grid, say
 
 FINISHED = ("ok", "oom", "target-missed")
-"""Ends that are results."""
+"""Statuses that are results."""
 
 
 @dataclass(frozen=True)
 class _Found:
-    """A run directory: its state, and the step of its newest whole checkpoint."""
+    """A run directory, its state, and the step of its newest whole checkpoint."""
 
     path: Path
     state: str
@@ -32,7 +31,7 @@ class _Found:
 
     @property
     def has_work(self) -> bool:
-        """Whether training is in it that could be continued or used."""
+        """Whether it has checkpoints to resume from, or adapters."""
         return (
             self.resumable_at is not None
             or (self.path / adapters.FOLDER / adapters.RECORD).exists()
@@ -40,17 +39,16 @@ class _Found:
 
 
 def clean(outdir: Path, *, everything: bool = False, agreed: bool = False) -> int:
-    """Remove runs that failed or were killed and have nothing to resume; say first which, and how
-    large they are.
+    """List runs that failed or were killed and have nothing to resume, then remove them.
 
-    Runs that are running stay, whatever is asked for.
+    Running runs stay in any case.
 
     Args:
-        everything: results and runs that can be resumed go, too.
-        agreed: do not ask. Else a question is asked on a terminal, and without one nothing is
-        removed.
+        everything: also remove results and runs that can be resumed.
+        agreed: do not ask. Otherwise a terminal is asked; without one nothing is removed.
 
-    Returns the exit status: 1 where something that could go is still there.
+    Returns:
+        the exit status: 1 where runs remain that should have been removed.
 
     Raises:
         UserError: a run cannot be removed.
@@ -58,29 +56,29 @@ def clean(outdir: Path, *, everything: bool = False, agreed: bool = False) -> in
     found = list(_runs(outdir))
     running = [run for run in found if run.state == "running"]
     ended = [run for run in found if run.state != "running"]
-    going = (
+    to_remove = (
         ended
         if everything
         else [run for run in ended if run.state not in FINISHED and not run.has_work]
     )
-    kept = [run for run in ended if run not in going and run.state not in FINISHED]
+    kept = [run for run in ended if run not in to_remove and run.state not in FINISHED]
     venv = ROOT / ".venv"
     extra = [venv] if everything and venv.is_dir() else []
-    if going or extra:
-        _say_what_goes(outdir, going, extra)
+    if to_remove or extra:
+        _list_removals(outdir, to_remove, extra)
     for run in kept:
         way = f"RESUME={run.path.name} continues after step {run.resumable_at}"
         say(
             f"kept: {run.path.name} ({run.state}):"
             f" {'its adapters' if run.resumable_at is None else way}"
         )
-    if not going and not extra:
+    if not to_remove and not extra:
         say(f"nothing to remove in {outdir}")
         return 0
     if not (agreed or _asked()):
         say("nothing was removed; YES=1 removes it without asking")
         return 1
-    removed = [run.path.name for run in going if _remove(run.path)]
+    removed = [run.path.name for run in to_remove if _remove(run.path)]
     say(f"removed {', '.join(removed)}" if removed else "no run was removed")
     if everything and running:
         say(
@@ -106,17 +104,17 @@ def _runs(outdir: Path) -> Iterator[_Found]:
         yield _Found(path, state, max(whole, default=None))
 
 
-def _say_what_goes(outdir: Path, going: list[_Found], extra: list[Path]) -> None:
-    sizes = {path: _size_bytes(path) for path in [*(run.path for run in going), *extra]}
-    say(f"to be removed from {outdir}:" if going else "to be removed:")
+def _list_removals(outdir: Path, to_remove: list[_Found], extra: list[Path]) -> None:
+    sizes = {path: _size_bytes(path) for path in [*(run.path for run in to_remove), *extra]}
+    say(f"to be removed from {outdir}:" if to_remove else "to be removed:")
     work = {
         run.path: f", step {run.resumable_at} can be resumed"
-        for run in going
+        for run in to_remove
         if run.resumable_at is not None
     }
     lines = [
         (run.path.name, run.state + work.get(run.path, ""), checkpoints.gib(sizes[run.path]))
-        for run in going
+        for run in to_remove
     ]
     lines += [(str(path), "installed packages", checkpoints.gib(sizes[path])) for path in extra]
     print(
@@ -129,7 +127,7 @@ def _say_what_goes(outdir: Path, going: list[_Found], extra: list[Path]) -> None
 
 
 def _asked() -> bool:
-    """Whether a person at a terminal says yes."""
+    """Whether the user at the terminal says yes."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         return False
     try:
@@ -139,7 +137,7 @@ def _asked() -> bool:
 
 
 def _remove(path: Path) -> bool:
-    """Remove a run directory, unless a run has begun in it meanwhile."""
+    """Remove a run directory, unless a run has been started in it meanwhile."""
     try:
         locks.take(path, say)
         shutil.rmtree(path)

@@ -1,14 +1,12 @@
-"""Pickles in checkpoints: only data is read from them. A pickle can name any function, and reading
-it calls that function.
+"""Pickles in checkpoints: only data is read. A pickle can name any function, and reading calls it.
 
-Two guards stand here. ``check`` reads a file with stand-ins for every class, before anything opens
-it, and needs no torch. ``guard`` makes PyTorch and upstream, in this process, look up nothing but
-the names of ``DATA``: it holds for the bytes that are opened, whoever wrote them when, and for
-pickles inside pickles.
+``check`` reads a file with stand-ins for every class, before anything else opens it, and needs no
+torch. ``guard`` restricts PyTorch and upstream in this process to the names in ``DATA``; it holds
+for the bytes that are really opened, and for pickles inside pickles.
 
-Python's own unpickler resolves the names in both, so nothing can be hidden from them: not by
-operands from its memo, and not by the extension registry, which is empty. What cannot be read to
-its end is refused.
+Both use Python's own unpickler to resolve names, so that no encoding hides a name from them:
+neither operands from the memo nor the extension registry, which is empty. A pickle that cannot be
+read completely is refused.
 """
 
 from __future__ import annotations
@@ -75,25 +73,23 @@ DATA: dict[str, frozenset[str]] = {
     )
     for module in modules.split()
 }
-"""Names that a pickle may look up, by module: classes of data, and functions that only build them.
-"""
+"""Names that a pickle may use, by module: classes of data, and functions that only build them."""
 
 _TORCH_DATA = re.compile(
     r"[A-Z][A-Za-z0-9]*Storage|u?int\d+|b?float\d+(_\w+)?|complex\d+|bool|half|float|double|long"
 )
 _NUMPY_DTYPE = re.compile(r"[A-Z][A-Za-z0-9]*DType")
 _TORCH_MAGIC = 0x1950A86A20F9469CFC6C
-"""First pickle of a file that PyTorch before 1.6 wrote (torch/serialization.py, MAGIC_NUMBER); four
-more follow."""
+"""First pickle of a file of PyTorch before 1.6 (torch/serialization.py, MAGIC_NUMBER)."""
 _PROBLEMS_OF_A_BROKEN_FILE = (Exception, RecursionError)
 
 
 class NotData(UserError, pickle.UnpicklingError):
-    """A pickle that names code, or that cannot be read to its end."""
+    """A pickle that names code, or that cannot be read completely."""
 
 
 def is_data(module: str, name: str) -> bool:
-    """Whether a pickle may look up ``name`` in ``module``."""
+    """Whether a pickle may use ``name`` of ``module``."""
     if name in DATA.get(module, ()):
         return True
     pattern = {"torch": _TORCH_DATA, "numpy.dtypes": _NUMPY_DTYPE}.get(module)
@@ -101,8 +97,7 @@ def is_data(module: str, name: str) -> bool:
 
 
 def check_file(path: Path) -> None:
-    """Refuse a file of pickles that holds anything but data: what ``torch.save`` writes, or a bare
-    pickle.
+    """Refuse a file of ``torch.save``, or a bare pickle, that holds anything but data.
 
     Raises:
         NotData: it names code, is a TorchScript archive, or cannot be read.
@@ -114,7 +109,7 @@ def check_file(path: Path) -> None:
 
 def check(file: BinaryIO, where: str) -> None:
     """As ``check_file``, for an open file that ``where`` names in messages."""
-    import tarfile  # here and below: what a listing needs not is not imported for it
+    import tarfile  # imported here: listings do not need it
 
     start = file.tell()
     if file.read(4) == b"PK\x03\x04":
@@ -126,15 +121,15 @@ def check(file: BinaryIO, where: str) -> None:
         raise NotData(f"{where} is a tar archive, as PyTorch wrote before 0.2: refused")
     file.seek(start)
     if stand_ins(file, where) == _TORCH_MAGIC:
-        # protocol, system, the objects, the names of storages; the rest is numbers
+        # four more pickles: protocol, system, objects, names of storages; then raw numbers
         for _ in range(4):
             stand_ins(file, where)
     elif file.read(1):
-        raise NotData(f"{where} goes on behind its pickle: refused")
+        raise NotData(f"{where} has bytes after its pickle: refused")
 
 
 def stand_ins(file: BinaryIO, where: str) -> Any:
-    """Read one pickle with stand-ins for every class: nothing is looked up, nothing is called.
+    """Read one pickle with stand-ins for every class: nothing is imported, nothing is called.
 
     Raises:
         NotData: it names anything but data, or it is damaged.
@@ -169,14 +164,14 @@ def _check_archive(file: BinaryIO, where: str) -> None:
 
 
 class StandIn(dict):
-    """Stands for any class or function in a pickle: keeps what it was made from, does nothing."""
+    """Replaces any class or function in a pickle: keeps its arguments and state, does nothing."""
 
     args: tuple[Any, ...] = ()
     state: Any = MappingProxyType({})
 
     def __init__(self, *args: Any, **_: Any) -> None:
         self.args = args
-        # a pickle in a pickle: a tensor that pickle.dumps was given
+        # a pickle inside a pickle: a tensor that was given to pickle.dumps
         if type(self).__name__ == "_load_from_bytes":
             check(io.BytesIO(args[0]), "a tensor in it")
 
@@ -206,12 +201,12 @@ class _StandIns(pickle.Unpickler):
 def _refuse_code(module: str, name: str) -> None:
     if not is_data(module, name):
         raise NotData(
-            f"names {module}.{name}, which is no data: reading it could run code; refused"
+            f"names {module}.{name}, which is not data: reading it could run code; refused"
         )
 
 
 class _Unpickler(pickle.Unpickler):
-    """Python's unpickler, which looks up data alone."""
+    """Python's unpickler, restricted to data."""
 
     def find_class(self, module: str, name: str) -> Any:
         _refuse_code(module, name)
@@ -235,16 +230,15 @@ def _loads(pickled: bytes, **options: Any) -> Any:
 
 
 checked = types.ModuleType("pickle")
-"""What stands for the module ``pickle`` where files are read."""
+"""Replaces the module ``pickle`` where files are read."""
 checked.__dict__.update({**vars(pickle), "Unpickler": _Unpickler, "load": _load, "loads": _loads})
 
 
 def guard() -> None:
-    """From now on PyTorch, NumPy, Transformer Engine and upstream read nothing but data from
-    pickles, in this process.
+    """Restrict PyTorch, NumPy, Transformer Engine and upstream to data in pickles, in this process.
 
-    Messages between processes are not touched. Call it again when modules of Transformer Engine
-    were imported.
+    Messages between processes are not restricted. Call it again after Transformer Engine was
+    imported.
     """
     import numpy.lib._format_impl
     import numpy.lib._npyio_impl
@@ -278,7 +272,7 @@ def _guarded(load: Any) -> Any:
         weights_only: bool | None = None,
         **options: Any,
     ) -> Any:
-        # an explicit True, which no environment variable undoes
+        # explicit: TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD changes only a missing argument
         if weights_only is None or weights_only:
             return load(f, map_location, weights_only=True, **options)
         return load(f, map_location, checked, weights_only=False, **options)

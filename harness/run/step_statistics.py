@@ -1,5 +1,4 @@
-"""What the metrics of a run say: its averaging window, the medians over it, and how sure a median
-is."""
+"""Statistics of a run's metrics: its averaging window, medians over it, and their uncertainty."""
 
 from __future__ import annotations
 
@@ -19,13 +18,12 @@ BETWEEN_RUNS = 0.005
 steps of one run do not show: 0.4 % over the pairs 111 with and without CARD, 211 and 231, 221 and
 241, as recorded on an H200."""
 MEMORY_BETWEEN_RUNS = 0.001
-"""The same of memory as NVML and PyTorch's allocator hold it: 0.1 %. What is allocated is equal to
-the byte."""
+"""The same for NVML's memory and PyTorch's reserved memory: 0.1 %. Allocated memory is equal to the
+byte."""
 
 
 def window(e: Experiment, metrics: Iterable[StepMetrics]) -> list[StepMetrics]:
-    """The steps to average over: from ``window_first_step`` on, without those that a trace
-    distorts."""
+    """The steps to average over: from ``window_first_step``, without those slowed by a trace."""
     return [m for m in metrics if m.step >= e.window_first_step and m.step not in e.disturbed_steps]
 
 
@@ -36,12 +34,11 @@ def measure(
     changed: Iterable[Change] = (),
     counted: Literal["model", "upstream"] = "model",
 ) -> dict[str, Any]:
-    """Every field of a Result that follows from the run's metrics alone: a record's can be computed
-    again.
+    """The fields of a Result that follow from metrics alone, so that records can be checked.
 
-    Steps before the last change of the work are of another experiment: the window begins as far
-    behind it as it else does behind step 0. ``counted``: whose count of FLOPs TFLOP/s and MFU
-    follow.
+    Steps before the last change of the work are of another experiment: the window begins as many
+    steps after it as it otherwise begins after step 0. ``counted``: whose count of FLOPs TFLOP/s
+    and MFU follow.
     """
     since = max((change.step for change in changed if change.work), default=0)
     steps = [m for m in window(e, metrics) if m.step >= since + e.window_first_step]
@@ -61,7 +58,7 @@ def measure(
 
 
 def contradictions(e: Experiment, result: Result, metrics: Sequence[StepMetrics]) -> Iterator[str]:
-    """What ``result`` states and the run's metrics do not say, in words."""
+    """Differences between ``result`` and the run's metrics, as messages."""
     computed = result.model_copy(
         update=measure(e, metrics, result.peak_tflops, result.changed, result.counted)
     )
@@ -78,7 +75,7 @@ def contradictions(e: Experiment, result: Result, metrics: Sequence[StepMetrics]
 
 
 def model_tflops(e: Experiment, result: Result) -> float | None:
-    """Model TFLOP/s per GPU of a run, whoever's count its result states."""
+    """Model TFLOP/s per GPU of a run, also where its result follows upstream's count."""
     if result.tflops is None or result.counted == "model":
         return result.tflops
     return result.tflops * share_of_upstreams(e)
@@ -95,8 +92,7 @@ def _tflops(e: Experiment, m: StepMetrics, counted: str) -> float | None:
 
 
 def spread(values: Sequence[float]) -> Spread | None:
-    """Median, quartiles, mean, standard deviation (of a sample) and extremes of ``values``; None of
-    nothing."""
+    """Statistics of ``values`` (sample standard deviation); None without values."""
     if not values:
         return None
     q1, median, q3 = (
@@ -116,8 +112,9 @@ def spread(values: Sequence[float]) -> Spread | None:
 
 
 def step_noise_ms(steps_ms: Sequence[float]) -> float:
-    """Standard uncertainty of the median of a run's steps, in ms: within the run and between runs,
-    added in quadrature.
+    """Standard uncertainty of a run's median step time, in ms.
+
+    The uncertainties within the run and between runs are added in quadrature.
 
     Within: the standard error of a median, sqrt(pi/2) s / sqrt(n), where s = 1.4826 x the median
     absolute deviation is the standard deviation that one slow step among fifteen does not move

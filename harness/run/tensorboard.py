@@ -1,4 +1,4 @@
-"""``make tensorboard``: TensorBoard over the run directories, on a port of this machine alone."""
+"""``make tensorboard``: TensorBoard of run directories, at a port of localhost."""
 
 from __future__ import annotations
 
@@ -19,12 +19,11 @@ from harness.system.files import expanded
 FOLDER = "tensorboard"
 USUAL_PORT = 6006
 STARTS_WITHIN_S = 60
-"""TensorBoard imports for seconds, on a busy machine for many."""
+"""TensorBoard imports for seconds, and for many on a busy machine."""
 
 
 def show(settings: Mapping[str, str], outdir: Path) -> int:
-    """Serve the event files of RUN=, or of every run in ``outdir``, until Ctrl-C; returns the exit
-    status.
+    """Serve the event files of RUN=, or of every run in ``outdir``, until Ctrl-C; the exit status.
 
     Raises:
         UserError: there are none, PORT= is taken, or TensorBoard does not start.
@@ -61,7 +60,7 @@ def show(settings: Mapping[str, str], outdir: Path) -> int:
                 or os.environ.get("WAYLAND_DISPLAY")
             ):
                 webbrowser.open(f"http://localhost:{port}/")
-            board.communicate()  # reads what it says, so that it never waits for a full pipe
+            board.communicate()  # reads its output: a full pipe would block it
         except KeyboardInterrupt:
             board.terminate()
             return 0
@@ -69,8 +68,7 @@ def show(settings: Mapping[str, str], outdir: Path) -> int:
 
 
 def logged(wanted: str | None, outdir: Path) -> Path:
-    """The folder to serve: of the run with this label, of the newest run of this experiment, or of
-    all.
+    """The folder to serve: of the run with this label, the newest run of this experiment, or all.
 
     Raises:
         UserError: no event files are there.
@@ -98,8 +96,7 @@ def logged(wanted: str | None, outdir: Path) -> Path:
 
 
 def free_port(wanted: int | None) -> int:
-    """``wanted``, else the first free port from TensorBoard's usual one on. Raises UserError where
-    ``wanted`` is taken."""
+    """``wanted``, else the first free port from TensorBoard's default. Raises UserError."""
     for port in (wanted,) if wanted else range(USUAL_PORT, USUAL_PORT + 100):
         try:
             with socket.socket() as probe:
@@ -116,7 +113,7 @@ def free_port(wanted: int | None) -> int:
 
 
 def _answers(board: subprocess.Popen[str], port: int) -> bool:
-    """Wait until the server takes connections; False where it ends before, or takes too long."""
+    """Wait until the server accepts connections; False where it ends or takes too long."""
     end = time.monotonic() + STARTS_WITHIN_S
     while board.poll() is None and time.monotonic() < end:
         try:

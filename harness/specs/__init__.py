@@ -1,2 +1,1 @@
-"""Layer specs of our own, for what upstream has no argument for: ``--spec harness.specs.<module>
-layer_spec``."""
+"""Layer specs, for models that upstream has no arguments for (``--spec MODULE layer_spec``)."""

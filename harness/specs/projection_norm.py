@@ -1,5 +1,6 @@
-"""Queries and keys normalised over all heads together, as OLMoE does; upstream's ``--qk-layernorm``
-goes head by head.
+"""Norm of queries and keys over all heads together, as in OLMoE.
+
+Upstream's ``--qk-layernorm`` normalises each head.
 
 Source: Muennighoff et al. 2024 (arXiv:2409.02060), section 2 and appendix B.2; ``OlmoeAttention``
 in transformers.
@@ -20,9 +21,9 @@ from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 class ProjectionNorm(torch.nn.Module):
     """RMS norm over the heads of all tensor-parallel ranks.
 
-    Every rank holds the weights of all heads and uses its own part: upstream sums the gradients of
-    ``q_layernorm`` and ``k_layernorm`` over these ranks, whose other parts are zero, and a
-    checkpoint holds the weights once.
+    Every rank holds the weights of all heads and uses its own part. Upstream sums the gradients of
+    ``q_layernorm`` and ``k_layernorm`` over these ranks; the parts of other ranks are zero. So a
+    checkpoint has the weights once.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class ProjectionNorm(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise x [s, b, heads of this rank, head]."""
         squares = x.float().square().sum((-2, -1), keepdim=True)
-        # The sum is every rank's, and so is what flows back into it.
+        # forward: sum over ranks; backward: every rank used the sum, so gradients are summed, too
         squares = copy_to_tensor_model_parallel_region(
             reduce_from_tensor_model_parallel_region(squares, group=self.group), group=self.group
         )
@@ -55,8 +56,10 @@ class ProjectionNorm(torch.nn.Module):
 
 
 def layer_spec(config: GPTModelConfig, vp_stage: int | None = None):
-    """Upstream's own spec for ``config``, with ``ProjectionNorm`` for queries and keys; needs
-    ``--qk-layernorm``."""
+    """Upstream's own spec for ``config``, with ``ProjectionNorm`` for queries and keys.
+
+    Needs ``--qk-layernorm``.
+    """
     spec = default_layer_spec(config, vp_stage)
     for layer in getattr(spec, "layer_specs", [spec]):
         attention = layer.submodules.self_attention.submodules
