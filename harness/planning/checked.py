@@ -57,16 +57,16 @@ def check(placed: PlacedRun) -> CheckedRun:
     if placed.resumed:
         _check_resumed(placed)
     _check_saving(placed)
+    if placed.saving or experiment.load:
+        _check_format(experiment)
     notices = []
     if experiment.lora and not experiment.weights and not experiment.load:
         notices.append(RANDOM_WEIGHTS)
     if experiment.cuda_graphs and experiment.model.dropout and experiment.eval_steps:
         notices.append(GRAPHS_DROP)
     loading = _resumed_checkpoint(placed, notices.append) if placed.resumed else None
-    if loading is None:
+    if loading is None and experiment.load:
         loading = _loaded_checkpoint(placed, notices.append)
-    if placed.saving or loading:
-        _check_format(experiment)
     return CheckedRun(placed, loading, tuple(notices))
 
 
@@ -206,7 +206,7 @@ def _resumed_checkpoint(placed: PlacedRun, tell: Callable[[str], None]) -> Loadi
         check_fits(found, experiment)
     elif not run_to_resume.at_its_end(resumed.run, experiment):
         tell(run_to_resume.check_never_saved(resumed.run, skipped))
-    for notice in resumed.notices(experiment, found.step if found else 0):
+    for notice in resumed.notices(experiment.data, found.step if found else 0):
         tell(notice)
     if found and found.step > experiment.steps:
         raise UserError(
@@ -217,11 +217,9 @@ def _resumed_checkpoint(placed: PlacedRun, tell: Callable[[str], None]) -> Loadi
     return Loading(found.path.parent, found.step) if found else None
 
 
-def _loaded_checkpoint(placed: PlacedRun, tell: Callable[[str], None]) -> Loading | None:
-    """The newest whole checkpoint of what ``LOAD=`` names; None where it is not given."""
+def _loaded_checkpoint(placed: PlacedRun, tell: Callable[[str], None]) -> Loading:
+    """The newest whole checkpoint of what ``LOAD=`` names."""
     experiment = placed.fitted.experiment
-    if not experiment.load:
-        return None
     found = finding.checkpoint(experiment.load, placed.fitted.resolved.request.outdir, tell)
     check_fits(found, experiment)
     only_weights = not found.contents.has_optimizer

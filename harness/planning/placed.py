@@ -37,11 +37,12 @@ def place(fitted: FittedRun) -> PlacedRun:
     Raises:
         UserError: a setting is malformed, or there is no run to resume.
     """
-    settings = fitted.resolved.request.settings
-    here = _place(settings, fitted)
-    resumed = run_to_resume.find(fitted) if fitted.resolved.request.resume else None
-    saving = _saving(settings, fitted.experiment, resumed)
-    return PlacedRun(fitted, here, resumed, saving)
+    request = fitted.resolved.request
+    here = _place(request.settings, fitted)
+    if request.resume is None:
+        return PlacedRun(fitted, here, None, _saving(request.settings, fitted.experiment))
+    resumed = run_to_resume.find(fitted)
+    return PlacedRun(fitted, here, resumed, _saving_as_before(request.settings, resumed.saving))
 
 
 def _place(settings: Mapping[str, str], fitted: FittedRun) -> Place:
@@ -62,20 +63,22 @@ def _place(settings: Mapping[str, str], fitted: FittedRun) -> Place:
     )
 
 
-def _saving(
-    settings: Mapping[str, str], experiment: Experiment, resumed: RunToResume | None
-) -> Saving | None:
-    """How checkpoints are kept: as the settings say, else as the resumed run did, else as the
-    experiment's row says."""
+def _saving(settings: Mapping[str, str], experiment: Experiment) -> Saving | None:
+    """How a new run keeps checkpoints: as the settings say, else as the experiment's row says."""
     where = settings.get("SAVE")
     wanted = {"SAVE", "SAVE_EVERY", "KEEP"} & settings.keys()
-    if where == "0" or not (wanted or resumed or experiment.save_every):
+    if where == "0" or not (wanted or experiment.save_every):
         return None
+    folder = Path(where).resolve() if where not in (None, "1") else None
     every = command_line.count_in(settings, "SAVE_EVERY")
     keep = command_line.count_in(settings, "KEEP")
-    if resumed:
-        before = resumed.saving
-        return Saving(every or before.every, keep or before.keep, before.folder)
-    folder = Path(where).resolve() if where not in (None, "1") else None
     every = every or experiment.save_every or experiment.steps
     return Saving(every, keep or experiment.keep, folder)
+
+
+def _saving_as_before(settings: Mapping[str, str], before: Saving) -> Saving:
+    """How a resumed run keeps checkpoints: in the same folder, as often as before unless the
+    settings say otherwise."""
+    every = command_line.count_in(settings, "SAVE_EVERY")
+    keep = command_line.count_in(settings, "KEEP")
+    return Saving(every or before.every, keep or before.keep, before.folder)

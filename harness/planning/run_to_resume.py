@@ -47,15 +47,15 @@ class RunToResume:
         """Those of ``changed`` that change the losses."""
         return [difference for difference in self.changed if difference.curve]
 
-    def notices(self, experiment: Experiment, step: int) -> list[str]:
-        """A line for each setting that changes where ``experiment`` resumes it after ``step``."""
+    def notices(self, data: str, step: int) -> list[str]:
+        """A line for each setting that changes after ``step``; ``data``: what it trains on then."""
         lines = [
             f"{d.setting} was {d.before} and is {d.now} from step {step + 1} on"
             + (": FORCE=1" if d.curve else "")
             for d in self.changed
         ]
         other_steps = any(d.setting == "STEPS" for d in self.changed)
-        if other_steps and experiment.data != data_sets.MOCK:
+        if other_steps and data != data_sets.MOCK:
             lines.append(OTHER_ORDER)
         return lines
 
