@@ -36,8 +36,9 @@ override NAMES = $(foreach key,$(filter-out $(EXPORTED),$(SETTINGS)) $(MORE),$(i
 override UNKNOWN = $(filter-out $(SETTINGS) $(MORE) $(PASSED),$(GIVEN))
 override PASSED := VENV PYTHON MEGATRON_LM CXX HOME TMPDIR MASTER_% \
   CUDA_% NCCL_% NVTE_% TORCH% PYTORCH_% GLOO_% OMP_% HF_% PIP_% UV_% XDG_% %_PROXY %_proxy WANDB_API_KEY WANDB_BASE_URL
-# What is exported for other programs that use Weights & Biases asks for no logging without WANDB=.
-override EXPORTED = $(if $(value WANDB),,$(foreach key,$(filter WANDB_%,$(SETTINGS)),$(if $(filter environment,$(origin $(key))),$(key))))
+# What is exported for other programs that use Weights & Biases, or for a cluster, asks for nothing without WANDB= or SLURM=.
+override EXPORTED = $(foreach key,$(if $(value WANDB),,$(filter WANDB_%,$(SETTINGS))) $(if $(value SLURM),,PARTITION ACCOUNT TIME), \
+  $(if $(filter environment,$(origin $(key))),$(key)))
 
 include experiments/targets.mk
 

@@ -485,11 +485,15 @@ def test_make_alone_is_one_screen() -> None:
     )
 
 
-def test_exported_variables_of_weights_and_biases_ask_for_nothing_by_themselves() -> None:
-    """Other programs want them, too; typed, or beside WANDB=, they are meant."""
+def test_variables_exported_for_other_programs_ask_for_nothing_by_themselves() -> None:
+    """Typed, or where WANDB= or SLURM= is given, they are meant."""
     assert "WANDB" not in make("-n", "101", WANDB_PROJECT="other").stdout
     assert "'WANDB_PROJECT'" in make("-n", "101", "WANDB_PROJECT=mine").stdout
     assert "'WANDB_PROJECT'" in make("-n", "101", "WANDB=offline", WANDB_PROJECT="other").stdout
+    for name in ("PARTITION", "ACCOUNT", "TIME"):
+        assert f"'{name}'" not in make("-n", "101", **{name: "of-the-cluster"}).stdout
+        assert f"'{name}'" in make("-n", "101", "SLURM=1", **{name: "of-the-cluster"}).stdout
+        assert f"'{name}'" in make("-n", "101", f"{name}=typed").stdout
 
 
 def test_help_lists_every_target_that_has_a_line() -> None:
