@@ -14,7 +14,7 @@ from harness.evidence.references import load_references
 from harness.evidence.results import collect_runs
 from harness.experiment.catalog import load_catalog
 from harness.experiment.experiment import Experiment
-from harness.pages import figures, plots
+from harness.pages import plots, schedules
 from harness.pages.figures import Figure, Panel, Point, Series, load_panels, sweeps, thinned
 from harness.predict.flops import tflops_per_gpu
 from harness.predict.timeline import Times, Work, bubble_fraction, order, simulate
@@ -383,7 +383,7 @@ def profile(folder: Path, id_: str, forward_ms: float, **changes: object) -> Non
 def test_timelines_are_drawn_from_measured_stage_times(tmp_path: Path) -> None:
     for id_ in ("408", "438"):
         profile(tmp_path, id_, 10.0)
-    found = figures.schedules(load_catalog(), figures.load_profiles(None, tmp_path))
+    found = schedules.pair(load_catalog(), schedules.load_profiles(None, tmp_path))
     assert [one.timeline.chunks for one in found] == [1, 3] and len(
         {one.until for one in found}
     ) == 1
@@ -403,7 +403,7 @@ def test_one_profiled_pipeline_of_the_pair_is_not_enough(tmp_path: Path) -> None
     profile(tmp_path, "408", 10.0)
     assert all(
         "by formula" in one.times_from
-        for one in figures.schedules(load_catalog(), figures.load_profiles(tmp_path, tmp_path))
+        for one in schedules.pair(load_catalog(), schedules.load_profiles(tmp_path, tmp_path))
     )
 
 
@@ -422,7 +422,7 @@ def test_profiles_of_other_work_are_not_drawn(tmp_path: Path, other: dict) -> No
         )
     assert all(
         "by formula" in one.times_from
-        for one in figures.schedules(load_catalog(), figures.load_profiles(tmp_path, tmp_path))
+        for one in schedules.pair(load_catalog(), schedules.load_profiles(tmp_path, tmp_path))
     )
 
 
@@ -434,7 +434,7 @@ def test_profiles_that_say_nothing_about_stages(tmp_path: Path, changes: dict) -
         profile(tmp_path, id_, 10.0, **changes)
     assert all(
         "by formula" in one.times_from
-        for one in figures.schedules(load_catalog(), figures.load_profiles(tmp_path, tmp_path))
+        for one in schedules.pair(load_catalog(), schedules.load_profiles(tmp_path, tmp_path))
     )
 
 

@@ -16,9 +16,9 @@ from harness.evidence import tables
 from harness.evidence.references import load_references
 from harness.evidence.results import collect
 from harness.experiment.catalog import load_catalog
-from harness.pages.figures import load_profiles
 from harness.pages.report import page
 from harness.pages.report.data import make_command, page_values
+from harness.pages.schedules import load_profiles
 from harness.run.schema import Result, StepMetrics
 from harness.run.step_statistics import measure
 

@@ -1,5 +1,4 @@
-"""Figures as SVG files, for `make plots` and docs/: self-contained, light and dark, the same every
-time."""
+"""Figures as SVG files for `make plots` and docs/: self-contained, light and dark, reproducible."""
 
 from __future__ import annotations
 
@@ -13,23 +12,26 @@ from harness.errors import UserError
 from harness.evidence import results
 from harness.evidence.references import load_references
 from harness.experiment.catalog import load_catalog
-from harness.pages import figures
-from harness.pages.figures import Curve, Figure, Panel, Schedule, Series
-from harness.predict.timeline import bubble_fraction
+from harness.pages import figures, schedules
+from harness.pages.axes import ticks
+from harness.pages.figures import Curve, Figure, Panel, Series
+from harness.pages.schedules import Schedule
 from harness.system.files import told_if_unwritable, write_text
 
 IMAGES = ROOT / "docs" / "images"
 
 LIGHT = ("#0072b2", "#c25100", "#007f5f", "#a3528f", "#8a6400")
 DARK = ("#5cb8f0", "#ff9250", "#35c79a", "#e59bd0", "#e5bc45")
-"""Okabe and Ito's hues, which colour-blind readers tell apart, at a contrast of 4.5 or more on
-white and on near-black."""
+"""Okabe and Ito's hues, which colour-blind readers can distinguish.
+
+Their contrast is 4.5 or more, on white and on near-black.
+"""
 
 WIDTH, PANEL_HEIGHT, COLUMNS = 760, 272, 2
 LEFT, RIGHT, TOP, BOTTOM, FOR_OOM = 58, 14, 54, 62, 26
 LINE = 15
 ASIDE = {"here": -8, "half": 0, "published": 8, "reference": 8}
-"""How far markers that stand side by side are moved, in pixels."""
+"""Horizontal shift in pixels of markers that share a tick."""
 
 STYLE = """
 text { font: 12px system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; fill: #1f2328 }
@@ -55,8 +57,9 @@ DARK
 
 
 def pictures(outdir: Path | None, records: Path) -> tuple[dict[str, str], tuple[str, ...]]:
-    """File name -> SVG of every figure that runs and records allow, and warnings of what could not
-    be read.
+    """SVG by file name of every figure that runs and records allow, and warnings.
+
+    Each warning names a file that could not be read.
 
     Args:
         outdir: None draws from records alone.
@@ -71,7 +74,7 @@ def pictures(outdir: Path | None, records: Path) -> tuple[dict[str, str], tuple[
         else results.collect_records(records, references)
     )
     drawn = {figure.name: sweep(figure) for figure in figures.sweeps(found, references, catalog)}
-    pipelines = figures.schedules(catalog, figures.load_profiles(outdir, records))
+    pipelines = schedules.pair(catalog, schedules.load_profiles(outdir, records))
     drawn |= {schedule.name: timeline(schedule) for schedule in pipelines}
     for chapter, title in catalog.chapters.items():
         curves = figures.loss_curves(
@@ -106,7 +109,7 @@ def write(folder: Path, drawn: dict[str, str]) -> list[Path]:
 
 
 def sweep(figure: Figure) -> str:
-    """The panels of ``figure``, two beside each other, and below them which marker means what."""
+    """The panels of ``figure``, two in a row, and below them the meaning of each marker."""
     rows = math.ceil(len(figure.panels) / COLUMNS)
     width = WIDTH / min(COLUMNS, len(figure.panels))
     body = [_text(16, 26, figure.title, "title")]
@@ -117,12 +120,8 @@ def sweep(figure: Figure) -> str:
         (series.source, series.where) for panel in figure.panels for series in panel.series
     )
     for source, where in sources:
-        body += [
-            (
-                f'<g class="ink">{_line(source, [(16, y - 4), (52, y - 4)])}{_marker(source, 34, y - 4)}</g>'
-            ),
-            _text(60, y, _words(source, where)),
-        ]
+        marker = _line(source, [(16, y - 4), (52, y - 4)]) + _marker(source, 34, y - 4)
+        body += [f'<g class="ink">{marker}</g>', _text(60, y, _words(source, where))]
         y += LINE + 3
     for note in figure.notes:
         body.append(_text(16, y, note, "small quiet"))
@@ -135,7 +134,7 @@ def loss(title: str, curves: Sequence[Curve]) -> str:
     height, bottom = 300, 300 + 46
     first, last = min(c.steps[0] for c in curves), max(c.steps[-1] for c in curves)
     low, high = min(min(c.values) for c in curves), max(max(c.values) for c in curves)
-    scale = _ticks(low, high)
+    scale = ticks(low, high)
     x = _scale(first, last, LEFT, WIDTH - RIGHT)
     y = _scale(scale[0], scale[-1], bottom, bottom - height)
     body = [
@@ -143,7 +142,7 @@ def loss(title: str, curves: Sequence[Curve]) -> str:
         _grid(scale, y, LEFT, WIDTH - RIGHT),
         _turned("loss", 16, bottom - height / 2),
     ]
-    for at in _ticks(first, last):
+    for at in ticks(first, last):
         if first <= at <= last:
             body.append(_text(x(at), bottom + 17, _short(at), "small", "middle"))
     body.append(
@@ -154,9 +153,8 @@ def loss(title: str, curves: Sequence[Curve]) -> str:
         points = [
             (x(step), y(value)) for step, value in zip(curve.steps, curve.values, strict=True)
         ]
-        body.append(
-            f'<g class="c{i % len(LIGHT)}">{_path(points)}{_path([(16, below - 4), (44, below - 4)])}</g>'
-        )
+        lines = _path(points) + _path([(16, below - 4), (44, below - 4)])
+        body.append(f'<g class="c{i % len(LIGHT)}">{lines}</g>')
         went = f"{curve.values[0]:.2f} to {curve.values[-1]:.2f} in {curve.steps[-1]} steps"
         body.append(_text(52, below, f"{curve.label}: {went}"))
         below += LINE + 3
@@ -164,7 +162,7 @@ def loss(title: str, curves: Sequence[Curve]) -> str:
 
 
 def timeline(schedule: Schedule) -> str:
-    """Which stage computes which micro-batch when; where it is idle the background shows."""
+    """Which stage computes which micro-batch when; idle time shows the background."""
     plan = schedule.timeline
     left, row, top = 66, 30, 62
     x = _scale(0, schedule.until, left, WIDTH - RIGHT)
@@ -187,32 +185,20 @@ def timeline(schedule: Schedule) -> str:
                     )
                 )
     bottom = top + plan.stages * row
-    for at in _ticks(0, schedule.until):
-        if at <= schedule.until:
-            body.append(_text(x(at), bottom + 12, _short(at), "small", "middle"))
-    unit = schedule.unit or "forward passes of one micro-batch through one stage"
-    body.append(_text((left + WIDTH) / 2, bottom + 29, f"time, {unit}", "small quiet", "middle"))
-    p, m, v = plan.stages, plan.micro_batches, plan.chunks
-    at = left
-    for colour, kind in enumerate(("forward", "backward")):
-        for chunk, parity in enumerate(("odd", "even")[:v]):
-            words = f"{kind}, {parity} chunk" if v > 1 else kind
-            body.append(f'<g class="c{colour}">{_box("own" + " late" * chunk, at, 42, 12, 12)}</g>')
-            body.append(_text(at + 17, 52, words, "small"))
-            at += 34 + 6 * len(words)
-    body += [_box("idle", at, 42, 12, 12), _text(at + 17, 52, "idle", "small")]
-    formula = (
-        f"(p-1)/(v m) with p = {p}, m = {m}, v = {v}" if v > 1 else f"(p-1)/m with p = {p}, m = {m}"
+    for at in schedule.ticks:
+        body.append(_text(x(at), bottom + 12, _short(at), "small", "middle"))
+    body.append(
+        _text((left + WIDTH) / 2, bottom + 29, schedule.axis_title, "small quiet", "middle")
     )
-    texts = [
-        (
-            f"Bubble, idle over ideal time: {plan.bubble_fraction:.1%}. Narayanan et al. 2021:"
-            f" {formula}, {bubble_fraction(p, m, v):.1%}."
-        ),
-        f"Times: {schedule.times_from}. Numbers are micro-batches.",
-    ]
-    body += [_text(16, bottom + 54 + i * LINE, text, "small quiet") for i, text in enumerate(texts)]
-    return _svg(schedule.title, bottom + 54 + len(texts) * LINE, body)
+    at = left
+    for key in schedule.keys:
+        box = _box(key.kind, at, 42, 12, 12)
+        body.append(box if key.colour is None else f'<g class="c{key.colour}">{box}</g>')
+        body.append(_text(at + 17, 52, key.words, "small"))
+        at += 34 + 6 * len(key.words)
+    for i, text in enumerate(schedule.caption):
+        body.append(_text(16, bottom + 54 + i * LINE, text, "small quiet"))
+    return _svg(schedule.title, bottom + 54 + len(schedule.caption) * LINE, body)
 
 
 def _panel(panel: Panel, left: float, top: float, width: float) -> str:
@@ -224,11 +210,8 @@ def _panel(panel: Panel, left: float, top: float, width: float) -> str:
         top + PANEL_HEIGHT - BOTTOM,
         top + TOP + under,
     )
-    highest = max(
-        (p.value for s in panel.series for p in s.points if p.value is not None), default=1.0
-    )
     y1 += FOR_OOM * any(p.value is None for s in panel.series for p in s.points)
-    scale = _ticks(0, highest)
+    scale = panel.y_ticks
     y = _scale(0, scale[-1], y0, y1)
     step = (x1 - x0) / len(panel.ticks)
     x = {tick: x0 + step * (i + 0.5) for i, tick in enumerate(panel.ticks)}
@@ -266,7 +249,8 @@ def _series(series: Series, x: dict[str, float], y, top: float, join: bool) -> s
     out = [_line(series.source, at)] if join and len(at) > 1 else []
     for point in series.points:
         where = point.id + ("" if point.value is None else f": {_short(point.value)}")
-        told = f"<title>{escape(f'{where}, {series.line}, {_words(series.source, series.where)}')}</title>"
+        words = f"{where}, {series.line}, {_words(series.source, series.where)}"
+        told = f"<title>{escape(words)}</title>"
         if point.value is None:
             left = x[point.tick] + (1.5 * ASIDE[series.source] if join else 0) - 4
             thin = " thin" * (series.source == "published")
@@ -296,13 +280,10 @@ def _marker(source: str, x: float, y: float) -> str:
 
 
 def _words(source: str, where: str) -> str:
-    """``measured here: NVIDIA H200 …``, ``measured apart: …``; of the others, ``where`` itself says
-    it."""
-    return (
-        f"measured here: {where}"
-        if source == "here"
-        else where.replace("reference:", "measured apart:", 1)
-    )
+    """A source for the legend: ``measured here: NVIDIA H200 …``, ``measured apart: …``."""
+    if source == "here":
+        return f"measured here: {where}"
+    return where.replace("reference:", "measured apart:", 1)
 
 
 def _grid(scale: Sequence[float], y, x0: float, x1: float) -> str:
@@ -315,18 +296,8 @@ def _grid(scale: Sequence[float], y, x0: float, x1: float) -> str:
     )
 
 
-def _ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Round numbers from at or below ``low`` to at or above ``high``, about ``most``: multiples of
-    1, 2, 2.5 or 5 x 10^n."""
-    rough = (high - low or 1.0) / most
-    power = 10.0 ** math.floor(math.log10(rough))
-    size = next(power * f for f in (1, 2, 2.5, 5, 10) if power * f >= rough * 0.9999)
-    first, last = math.floor(low / size + 1e-9), math.ceil(high / size - 1e-9)
-    return [round(i * size, 10) for i in range(first, max(last, first + 1) + 1)]
-
-
 def _scale(low: float, high: float, start: float, end: float):
-    """The straight line that takes ``low`` to ``start`` and ``high`` to ``end``."""
+    """The linear map of ``low`` to ``start`` and ``high`` to ``end``."""
     return lambda value: start + (value - low) / ((high - low) or 1.0) * (end - start)
 
 
