@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness.data.data_sets import MOCK
+from harness.evidence.references import Reference
 from harness.evidence.rows import Row
 from harness.run.schema import changes_in_words, perplexity
 
@@ -118,10 +119,11 @@ def milliseconds(value: float | None) -> str:
     return number(value, 1 if value is not None and value < 1000 else 0)
 
 
-def _published(row: Row, number: str) -> str:
-    if not row.reference:
+def published_text(reference: Reference | None, number: str) -> str:
+    """A published number: ``OOM`` for a run out of memory, with ``?`` where it is in doubt."""
+    if not reference:
         return ""
-    return "OOM" if row.reference.oom else number + "?" * row.reference.in_doubt
+    return "OOM" if reference.oom else number + "?" * reference.in_doubt
 
 
 def _window(row: Row) -> str:
@@ -182,14 +184,18 @@ GPU_COLUMNS = (
     Column("GiB", lambda row: number(row.memory_gib.nvml, 1), 90),
     Column(
         "publ.",
-        lambda row: _published(row, number(row.reference and row.reference.memory_gib, 1)),
+        lambda row: published_text(
+            row.reference, number(row.reference and row.reference.memory_gib, 1)
+        ),
         70,
     ),
     Column("ratio", lambda row: number(row.memory_ratio, 2), 80),
     _STEP,
     _SPREAD,
     Column(
-        "publ.", lambda row: _published(row, number(row.reference and row.reference.step_ms)), 71
+        "publ.",
+        lambda row: published_text(row.reference, number(row.reference and row.reference.step_ms)),
+        71,
     ),
     Column("ratio", lambda row: number(row.step_ratio, 2), 85),
     Column("formula", lambda row: milliseconds(row.step and row.predicted_step_ms), 55),

@@ -1,20 +1,16 @@
-// Plots: lines over evenly spaced ticks (sweeps) or over a scale (curves). Hover, arrow keys and a legend that switches lines.
+// Charts: lines over evenly spaced ticks (sweeps) or over a scale (curves). Hover and arrow keys read values, the legend hides lines.
 const DASHES = ["", "7 4", "2 3", "9 3 2 3", "1 2", "5 2"];
 const SOURCES = { published: "published", reference: "measured apart", half: "half size", here: "here" }; // in the order of drawing
 const LINES = { published: "5 4", half: "8 3 2 3", here: "" };
-const ASIDE = { here: -8, half: 0, published: 8, reference: 8 }; // pixels between markers that stand side by side
+const ASIDE = { here: -8, half: 0, published: 8, reference: 8 }; // horizontal shift in pixels of markers that share a tick
 const SEVERAL_VERSIONS = new Set(rows.filter((row) => !row.miniature && row.upstream).map((row) => row.upstream)).size > 1;
 
-/** Round numbers from at or below low to at or above high: multiples of 1, 2, 2.5 or 5 x 10^n. */
-function roundTicks(low, high, most) {
-  const rough = (high - low || 1) / most;
-  const power = 10 ** Math.floor(Math.log10(rough));
-  const size = [1, 2, 2.5, 5, 10].map((factor) => factor * power).find((step) => step >= rough * 0.9999);
-  const ticks = [];
-  for (let i = Math.floor(low / size + 1e-9); ; i++) {
-    ticks.push(+(i * size).toPrecision(12));
-    if (i * size >= high - size * 1e-9) return ticks;
-  }
+/** Multiples of one of Python's tick sizes, from at or below low to at or above high, for ranges that the reader chooses. */
+function ticksOf(low, high, most) {
+  const size = data.tick_sizes.find((one) => one * most >= (high - low || 1) * 0.9999) ?? (high - low || 1);
+  const first = Math.floor(low / size + 1e-9);
+  const last = Math.max(Math.ceil(high / size - 1e-9), first + 1);
+  return Array.from({ length: last - first + 1 }, (_, i) => +((first + i) * size).toPrecision(12));
 }
 
 function marker(kind, x, y) {
@@ -25,7 +21,7 @@ function marker(kind, x, y) {
 }
 
 /**
- * chart({title, yTitle, xTitle, ticks, order, fromZero, most, series, legend}): a figure.
+ * chart({title, yTitle, xTitle, ticks, yTicks, fromZero, most, series, legend}): a figure. Without yTicks the scale fits what is shown.
  * series: [{colour, marker, dash, join, aside, keys, name, points: [{x, y, text()}]}]; y null is out of memory; x is a tick or a number.
  * legend: [{key, name, colour, marker, dash}]; a key switched off hides the series that have it.
  */
@@ -75,7 +71,8 @@ function chart(options) {
     const values = shown.flatMap((series) => series.points.map((point) => point.y)).filter((y) => y !== null);
     const failed = shown.some((series) => series.points.some((point) => point.y === null));
     const highest = Math.min(Math.max(...values, -Infinity), options.most ?? Infinity);
-    const scale = values.length ? roundTicks(options.fromZero ? 0 : Math.min(...values), highest, 5) : [0, 1];
+    const fitted = () => (values.length ? ticksOf(options.fromZero ? 0 : Math.min(...values), highest, 5) : [0, 1]);
+    const scale = options.yTicks ?? fitted();
     const left = 16 + 7 * Math.max(...scale.map((tick) => short(tick).length));
     const box = { x0: left + 8, x1: width - 12, y0: height - (options.xTitle ? 40 : 44), y1: 8 + 31 * failed };
     const toY = (y) => box.y0 + ((Math.min(y, scale.at(-1)) - scale[0]) / (scale.at(-1) - scale[0])) * (box.y1 - box.y0);
@@ -86,7 +83,7 @@ function chart(options) {
       : (x) => box.x0 + ((x - first) / (last - first || 1)) * (box.x1 - box.x0);
     const xTicks =
       options.ticks ??
-      (xs.length ? roundTicks(first, last, Math.max(2, width / 110)).filter((x) => x >= first && x <= last) : []);
+      (xs.length ? ticksOf(first, last, Math.max(2, width / 110)).filter((x) => x >= first && x <= last) : []);
     plot.setAttribute("viewBox", `0 0 ${width} ${height}`);
     plot.replaceChildren(
       ...scale.flatMap((tick, i) => [
@@ -207,7 +204,7 @@ function sweepChart(figure, panel) {
     yTitle: panel.y_title,
     xTitle: panel.x_title,
     ticks: panel.ticks,
-    fromZero: true,
+    yTicks: panel.y_ticks,
     legend: [
       ...lines.map((line) => ({ key: `line ${line}`, name: line, colour: colour(line), dash: "" })),
       ...sources.map((series) => ({

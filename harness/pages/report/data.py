@@ -1,24 +1,24 @@
-"""What the page shows, as plain JSON values: columns of rows, curves of runs, figures, timelines.
-No HTML here."""
+"""Values that the report's page shows, as JSON: rows, curves of runs, figures, timelines."""
 
 from __future__ import annotations
 
 import json
 import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 from harness.errors import UserError
 from harness.evidence import columns
-from harness.evidence.references import References
+from harness.evidence.references import Reference, References
 from harness.evidence.results import Results, ended
 from harness.evidence.rows import Row, metrics, predicted_step_ms
 from harness.experiment.catalog import Catalog
 from harness.experiment.experiment import Experiment
 from harness.experiment.hardware import allocator_fraction
-from harness.pages import figures
+from harness.pages import axes, figures, schedules
+from harness.pages.schedules import Schedule
 from harness.planning.script import Place, render
 from harness.predict.calibrations import machine_measured_by
 from harness.predict.flops import MODEL_FLOPS
@@ -42,14 +42,11 @@ COLUMNS = (
     "memory_gib",
     "reserved_gib",
     "allocated_gib",
-    "published_memory_gib",
     "memory_ratio",
     "step_ms",
     "step_ms_half_iqr",
-    "published_step_ms",
     "step_ratio",
     "predicted_step_ms",
-    "published_oom",
     "published_hardware",
     "tflops",
     "mfu",
@@ -63,8 +60,9 @@ COLUMNS = (
     "runs_on_node",
     "notes",
 )
-"""Keys of ``columns.VALUES``; paths of this machine stay out of the page."""
+"""Names in ``columns.VALUES``; paths of this machine stay out of the page."""
 DIGITS = 5
+"""Significant digits of numbers on the page."""
 SAMPLES = 200
 """Most points of a memory curve."""
 THIS_MACHINE = re.compile(r"#!|cd |export PATH=")
@@ -74,8 +72,7 @@ NOT_RUN = "not run"
 def page_values(
     found: Results, references: References, catalog: Catalog, profiles: Mapping[str, Profile]
 ) -> dict[str, Any]:
-    """Everything for the page but claims; its rows are those of ``found`` and the experiments that
-    have none there.
+    """Everything for the page but claims: a row for each of ``found``, and for other experiments.
 
     Raises:
         UserError: plots.yaml is wrong.
@@ -85,7 +82,8 @@ def page_values(
     )
     rows = [_row(row) for row in measured]
     have = {row.id for row in measured if not row.experiment.miniature}
-    rows += [_unmeasured(e, references) for e in catalog.experiments if e.id not in have]
+    missing = (experiment for experiment in catalog.experiments if experiment.id not in have)
+    rows += [_unmeasured(experiment, references) for experiment in missing]
     rows.sort(key=lambda row: (row["chapter"], row["id"]))
     lines: dict[str, int] = {}
     for row in rows:  # commands share most of their lines
@@ -97,10 +95,9 @@ def page_values(
         "chapters": {str(number): title for number, title in catalog.chapters.items()},
         "rows": _columns(rows),
         "lines": list(lines),
-        "figures": [
-            _rounded(asdict(figure)) for figure in figures.sweeps(found, references, catalog)
-        ],
-        "timelines": [_timeline(one) for one in _schedules(catalog, profiles)],
+        "figures": list(map(_figure, figures.sweeps(found, references, catalog))),
+        "timelines": list(map(_timeline, schedules.every(catalog, profiles))),
+        "tick_sizes": axes.SIZES,
         "ended": asdict(ended(measured)),
         "flops": MODEL_FLOPS,
         "published": f"{group.hardware}, {group.software}; {group.method}. Source: {group.source}.",
@@ -109,61 +106,76 @@ def page_values(
 
 
 def _row(row: Row) -> dict[str, Any]:
-    e = row.experiment
-    values = {name: columns.VALUES[name](row) for name in COLUMNS}
-    return values | {
-        "layout": e.layout,
-        "model": e.model.name,
-        "shows": e.shows,
-        "make": make_command(e, row.device),
+    return {
+        **{name: columns.VALUES[name](row) for name in COLUMNS},
+        **_described(row.experiment),
+        **_published(row.reference),
+        "name": columns.EXPERIMENT.text(row),
+        "status_text": columns.status_text(row),
+        "make": make_command(row.experiment, row.device),
         "torchrun": torchrun_command(row),
         "curves": _curves(row),
-        "overrides": dict(e.overrides),
         "upstream": row.software,
-        "in_doubt": row.reference and row.reference.in_doubt,
     }
 
 
-def _unmeasured(e: Experiment, references: References) -> dict[str, Any]:
-    """A row of the catalogue that nobody has run here, beside what was published."""
-    beside = references.published.beside(e.id)
-    reference = beside and beside.reference
+def _unmeasured(experiment: Experiment, references: References) -> dict[str, Any]:
+    """A row of the catalogue without a run or record, with what was published."""
+    published = references.published
+    found = published.beside(experiment.id)
     return {
-        "chapter": e.chapter,
-        "id": e.id,
-        "slug": e.slug,
-        "label": e.name,
+        **_described(experiment),
+        **_published(found and found.reference),
+        "chapter": experiment.chapter,
+        "id": experiment.id,
+        "slug": experiment.slug,
+        "label": experiment.name,
         "kind": "catalogue",
         "miniature": False,
-        "gpus": e.world_size,
+        "gpus": experiment.world_size,
         "hardware": None,
         "status": NOT_RUN,
-        "data": e.data,
-        "precision": e.precision,
-        "published_memory_gib": reference and reference.memory_gib,
-        "published_step_ms": reference and reference.step_ms,
-        "predicted_step_ms": predicted_step_ms(e, machine_measured_by(references.published.name)),
-        "published_oom": reference and reference.oom,
-        "in_doubt": reference and reference.in_doubt,
-        "published_hardware": reference and reference.hardware,
-        "notes": "; ".join(beside.remarks) if beside else "",
-        "layout": e.layout,
-        "model": e.model.name,
-        "shows": e.shows,
-        "make": make_command(e, "cuda"),
-        "torchrun": _script(e),
-        "overrides": {},
+        "data": experiment.data,
+        "precision": experiment.precision,
+        "predicted_step_ms": predicted_step_ms(experiment, machine_measured_by(published.name)),
+        "notes": "; ".join(found.remarks) if found else "",
+        "name": experiment.slug,
+        "status_text": NOT_RUN,
+        "make": make_command(experiment, "cuda"),
+        "torchrun": _script(experiment),
     }
 
 
-def make_command(e: Experiment, device: str) -> str:
-    """The line that runs ``e`` again: ``make 408 STEPS=20``."""
-    words = [f"{key}={shlex.quote(value)}" for key, value in e.overrides.items()]
-    return " ".join(["make", e.id, *words, *(["DEVICE=cpu"] if device == "cpu" else [])])
+def _described(experiment: Experiment) -> dict[str, Any]:
+    return {
+        "layout": experiment.layout,
+        "model": experiment.model.name,
+        "shows": experiment.shows,
+        "overrides": dict(experiment.overrides),
+    }
+
+
+def _published(reference: Reference | None) -> dict[str, Any]:
+    """Published numbers: to sort by, and as the table shows them."""
+    if reference is None:
+        return {}
+    memory, step = columns.number(reference.memory_gib, 1), columns.number(reference.step_ms)
+    return {
+        "published_memory_gib": reference.memory_gib,
+        "published_step_ms": reference.step_ms,
+        "published_memory_text": columns.published_text(reference, memory),
+        "published_step_text": columns.published_text(reference, step),
+    }
+
+
+def make_command(experiment: Experiment, device: str) -> str:
+    """The command that runs the experiment again: ``make 408 STEPS=20``."""
+    words = [f"{key}={shlex.quote(value)}" for key, value in experiment.overrides.items()]
+    return " ".join(["make", experiment.id, *words, *(["DEVICE=cpu"] if device == "cpu" else [])])
 
 
 def torchrun_command(row: Row) -> str:
-    """What ran, without the lines that only mean something on the machine where it did."""
+    """The script that ran, without lines that only hold on the machine where it ran."""
     try:
         text = (
             directory.RunDir(row.origin).command.read_text(encoding="utf-8")
@@ -177,18 +189,18 @@ def torchrun_command(row: Row) -> str:
     return _portable(text)
 
 
-def _script(e: Experiment, device: str = "cuda", gpu_mib: int | None = None) -> str:
-    rendezvous = "first-node:29500" if e.nodes > 1 else None
-    fraction = allocator_fraction(e.card, gpu_mib) if e.card and gpu_mib else None
+def _script(experiment: Experiment, device: str = "cuda", gpu_mib: int | None = None) -> str:
+    rendezvous = "first-node:29500" if experiment.nodes > 1 else None
+    fraction = allocator_fraction(experiment.card, gpu_mib) if experiment.card and gpu_mib else None
     place = Place(rendezvous=rendezvous, memory_fraction=fraction)
     try:
-        return _portable(render(e, device, place))
+        return _portable(render(experiment, device, place))
     except UserError as error:
         return f"# {error}"
 
 
 def _portable(script: str) -> str:
-    """``script`` as it would read in any checkout: paths below its folder are relative to it."""
+    """``script`` for any checkout: paths below the checkout's folder become relative."""
     if folder := re.search(r"^cd (.+)$", script, re.MULTILINE):
         script = script.replace(f"{folder[1].rstrip('/')}/", "")
     return "\n".join(
@@ -197,8 +209,7 @@ def _portable(script: str) -> str:
 
 
 def _curves(row: Row) -> dict[str, Any] | None:
-    """Loss and step time by step, and, of a run that was sampled, used memory of the fullest GPU by
-    second."""
+    """Loss and step time by step; used memory of the fullest GPU by second, where sampled."""
     steps = metrics(row)
     found = {
         "loss": _curve({m.step: m.loss for m in steps if m.loss is not None}),
@@ -209,7 +220,7 @@ def _curves(row: Row) -> dict[str, Any] | None:
 
 
 def _curve(values: Mapping[int, float]) -> dict[str, Any] | None:
-    """``{"y": values}`` where steps count from 1, else with ``x``."""
+    """``{"y": values}`` where steps count from 1, else ``x`` too."""
     if not values:
         return None
     curve = figures.thinned("", values)
@@ -237,40 +248,38 @@ def _memory(row: Row) -> dict[str, Any] | None:
     return {"x": list(curve.steps), "y": [_short(value) for value in curve.values]}
 
 
-def _timeline(schedule: figures.Schedule) -> dict[str, Any]:
+def _figure(figure: figures.Figure) -> dict[str, Any]:
+    panels = [asdict(panel) | {"y_ticks": panel.y_ticks} for panel in figure.panels]
+    return _rounded(asdict(figure) | {"panels": panels})
+
+
+def _timeline(schedule: Schedule) -> dict[str, Any]:
     """Spans as [micro-batch, chunk, 1 for backward, start, end], a list for each stage."""
     plan = schedule.timeline
+    spans = [
+        [
+            [
+                span.work.micro_batch,
+                span.work.chunk,
+                int(span.work.kind == "backward"),
+                _short(span.start),
+                _short(span.end),
+            ]
+            for span in plan.of_stage(stage)
+        ]
+        for stage in range(plan.stages)
+    ]
     return {
         "title": schedule.title,
-        "times_from": schedule.times_from,
-        "unit": schedule.unit,
-        "stages": plan.stages,
+        "axis_title": schedule.axis_title,
+        "ticks": schedule.ticks,
+        "keys": [asdict(key) for key in schedule.keys],
+        "caption": " ".join(schedule.caption),
         "chunks": plan.chunks,
         "micro_batches": plan.micro_batches,
         "end": _short(plan.end),
-        "bubble": _short(plan.bubble_fraction),
-        "spans": [
-            [
-                [
-                    s.work.micro_batch,
-                    s.work.chunk,
-                    int(s.work.kind == "backward"),
-                    _short(s.start),
-                    _short(s.end),
-                ]
-                for s in plan.of_stage(stage)
-            ]
-            for stage in range(plan.stages)
-        ],
+        "spans": spans,
     }
-
-
-def _schedules(catalog: Catalog, profiles: Mapping[str, Profile]) -> Iterable[figures.Schedule]:
-    """Of every pipeline; those that the chapter draws come first."""
-    drawn = figures.PIPELINES[0]
-    for e in sorted(catalog.experiments, key=lambda e: e.id not in drawn):
-        if e.pp > 1:
-            yield figures.schedule(e.id, f"{e.id}: {e.layout}", e, profiles.get(e.id))
 
 
 def _columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:

@@ -1,5 +1,4 @@
-"""The page itself: a template, a style sheet and scripts of this folder, with the data inside. It
-loads nothing else."""
+"""The report's page: style sheet, scripts and data in one file that loads nothing else."""
 
 from __future__ import annotations
 
@@ -10,16 +9,16 @@ import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from harness.evidence import results, verdicts
-from harness.evidence.claims import evaluate, load_claims
+from harness.evidence.claims import Verdict, evaluate, load_claims
 from harness.evidence.claims import sources as all_sources
 from harness.evidence.references import References, load_references
 from harness.evidence.rows import Row
 from harness.experiment.catalog import Catalog, load_catalog
-from harness.pages.figures import load_profiles
 from harness.pages.report.data import page_values
+from harness.pages.schedules import load_profiles
 from harness.system.files import told_if_unwritable, write_text
 
 FOLDER = Path(__file__).parent
@@ -27,8 +26,7 @@ SCRIPTS = ("dom.js", "charts.js", "table.js", "compare.js", "sections.js", "main
 
 
 def write(outdir: Path, records: Path, path: Path) -> tuple[str, ...]:
-    """Write the report of ``outdir`` and ``records`` to ``path`` and return warnings of what could
-    not be read.
+    """Write the report to ``path`` and return a warning for each file that could not be read.
 
     Raises:
         UserError: ``path`` cannot be written, or the catalogue, the references or plots.yaml are
@@ -37,7 +35,7 @@ def write(outdir: Path, records: Path, path: Path) -> tuple[str, ...]:
     references, catalog = load_references(), load_catalog()
     found = results.collect(outdir, records, references)
     data = page_values(found, references, catalog, load_profiles(outdir, records))
-    page = render(data | {"claims": claims(found.records, references, catalog)})
+    page = render(data | claims(found.records, references, catalog))
     with told_if_unwritable(path.parent, "REPORT"):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, page)
@@ -51,21 +49,26 @@ def is_report(path: Path) -> bool:
         return title.encode() in file.read(4096)
 
 
-def claims(
-    records: Sequence[Row], references: References, catalog: Catalog
-) -> list[dict[str, Any]]:
-    """Every claim as `make claims FORMAT=json` has it: on the records alone, and on the published
-    table."""
+def claims(records: Sequence[Row], references: References, catalog: Catalog) -> dict[str, Any]:
+    """Claims as `make claims FORMAT=json` has them, and the count of verdicts for each source."""
     sources = all_sources(records, catalog, references)
-    return verdicts.values(evaluate(load_claims(catalog), sources), sources)
+    found = evaluate(load_claims(catalog), sources)
+    counts = [verdicts.counted(one.sides[i] for one in found) for i in range(len(sources))]
+    return {
+        "claims": verdicts.values(found, sources),
+        "claim_sources": [
+            {"title": source.title, "counted": count}
+            for source, count in zip(sources, counts, strict=True)
+        ],
+        "verdicts": get_args(Verdict),
+    }
 
 
 def render(data: Mapping[str, Any]) -> str:
     """The page for ``data``.
 
-    Text of runs cannot become markup: the data is JSON in which < is spelled \\u003c, the scripts
-    only set text, and the content security policy runs no other script than the one whose hash it
-    names.
+    Text of runs cannot become markup. The data is JSON in which < is spelled \\u003c, the scripts
+    only set text, and the content security policy allows no script but the one with its hash.
     """
     style = (FOLDER / "report.css").read_text(encoding="utf-8")
     code = "\n".join((FOLDER / name).read_text(encoding="utf-8") for name in SCRIPTS)

@@ -1,4 +1,4 @@
-// The other sections: plots by chapter, claims, pipeline timelines, loss curves, notes.
+// Sections: plots by chapter, claims, pipeline timelines, loss curves, notes.
 function chapters(section, everyRow) {
   for (const [chapter, title] of Object.entries(data.chapters)) {
     const of = rows.filter((row) => String(row.chapter) === chapter);
@@ -43,8 +43,6 @@ function chapters(section, everyRow) {
   }
 }
 
-const ORDER = ["holds", "fails", "undecided", "not measured", "not asked"];
-const PLURALS = { holds: "hold", fails: "fail" };
 const VERDICTS = { holds: "good", fails: "bad" };
 function claims(section) {
   const found = data.claims ?? [];
@@ -52,14 +50,8 @@ function claims(section) {
     add(section, el("p", { class: "quiet" }, "No claims were evaluated."));
     return;
   }
-  const sources = found[0].sides.map((side) => side.title);
-  const verdicts = ORDER.filter((verdict) => found.some((claim) => claim.sides.some((side) => side.verdict === verdict)));
-  const counted = (index) => {
-    const those = grouped(found, (claim) => claim.sides[index].verdict);
-    return ORDER.filter((verdict) => those.has(verdict))
-      .map((verdict) => `${those.get(verdict).length} ${PLURALS[verdict] ?? verdict}`)
-      .join(", ");
-  };
+  const sources = data.claim_sources;
+  const verdicts = data.verdicts.filter((verdict) => found.some((claim) => claim.sides.some((side) => side.verdict === verdict)));
   const body = el("tbody");
   const select = el(
     "select",
@@ -91,12 +83,12 @@ function claims(section) {
     el(
       "ul",
       {},
-      sources.map((title, index) => el("li", {}, `${title}: ${counted(index)}`)),
+      sources.map(({ title, counted }) => el("li", {}, `${title}: ${counted}`)),
     ),
     el(
       "p",
       { class: "quiet small" },
-      "±: twice the standard uncertainty; undecided: what must hold begins within it. Published numbers state none.",
+      "±: twice the standard uncertainty. Undecided: the bound holds in a part of that range. Published numbers state no uncertainty.",
     ),
     el("div", { class: "controls" }, el("label", {}, "Verdict", select)),
     el(
@@ -111,7 +103,7 @@ function claims(section) {
           el(
             "tr",
             {},
-            ["", "claim", ...sources].map((title) => el("th", { scope: "col", class: "left" }, title)),
+            ["", "claim", ...sources.map((source) => source.title)].map((title) => el("th", { scope: "col", class: "left" }, title)),
           ),
         ),
         body,
@@ -121,7 +113,7 @@ function claims(section) {
   draw();
 }
 
-/** A claim on one source: the verdict, its value, the numbers behind it and why it fails. */
+/** A claim on one source: verdict, value, the numbers that it follows from, and why it fails. */
 function sideOf(claim, side) {
   const spread = side.spread ? ` ± ${rough.format(side.spread)}` : "";
   return [
@@ -152,7 +144,7 @@ function timelines(section) {
     el(
       "p",
       {},
-      "Which stage computes which micro-batch when, in the order in which upstream's schedules run them. Sending costs no time here: idle time is the bubble.",
+      "When each stage computes which micro-batch, in the order of Megatron-LM's schedules. Communication takes no time here: idle time is the bubble.",
     ),
     el("div", { class: "controls" }, el("label", {}, "Pipeline", select)),
     place,
@@ -164,14 +156,14 @@ function timeline(one) {
   const [row, left, top] = [28, 56, 8];
   const width = Math.max(700, byId("timelines").clientWidth - 4, 32 * one.micro_batches * one.chunks);
   const toX = (time) => left + (time / one.end) * (width - left - 8);
-  const bottom = top + row * one.stages;
+  const bottom = top + row * one.spans.length;
   const picture = svg("svg", {
     class: "plot",
     width,
     height: bottom + 40,
     viewBox: `0 0 ${width} ${bottom + 40}`,
     role: "img",
-    "aria-label": `${one.title}: idle ${number(100 * one.bubble, 1)}% of the ideal time`,
+    "aria-label": `${one.title}. ${one.caption}`,
   });
   one.spans.forEach((spans, stage) => {
     const y = top + stage * row;
@@ -199,47 +191,32 @@ function timeline(one) {
       );
     }
   });
-  for (const tick of roundTicks(0, one.end, 8).filter((time) => time <= one.end))
+  for (const tick of one.ticks)
     picture.append(svg("text", { x: toX(tick), y: bottom + 12, "text-anchor": "middle" }, short(tick)));
   picture.append(
     svg(
       "text",
       { x: (left + width) / 2, y: bottom + 32, "text-anchor": "middle" },
-      `time, ${one.unit ?? "forward passes of one micro-batch through one stage"}`,
+      one.axis_title,
     ),
   );
-  const key = (words, kind, colour) =>
+  const key = ({ words, kind, colour }) =>
     el(
       "span",
       { class: "key" },
       svg(
         "svg",
-        { class: colour, width: 14, height: 12, "aria-hidden": "true" },
+        { class: colour === null ? "" : `c${colour}`, width: 14, height: 12, "aria-hidden": "true" },
         svg("rect", { class: kind, width: 12, height: 12 }),
       ),
       ` ${words}`,
     );
-  const formula = (one.stages - 1) / (one.micro_batches * one.chunks);
   return el(
     "div",
     { class: "timeline" },
-    el(
-      "p",
-      { class: "small keys" },
-      [...(one.chunks > 1 ? ["odd", "even"] : [""])].flatMap((parity, i) =>
-        ["forward", "backward"].map((kind, c) =>
-          key(parity ? `${kind}, ${parity} chunk` : kind, i ? "own late" : "own", `c${c}`),
-        ),
-      ),
-      key("idle", "idle", ""),
-    ),
+    el("p", { class: "small keys" }, one.keys.map(key)),
     el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Timeline; scrolls sideways" }, picture),
-    el(
-      "p",
-      { class: "small" },
-      `Bubble, idle over ideal time: ${number(100 * one.bubble, 1)}%. Narayanan et al. 2021: (p-1)/(v m) with p = ${one.stages}, v = ${one.chunks}, ` +
-        `m = ${one.micro_batches}: ${number(100 * formula, 1)}%. Times: ${one.times_from}. Numbers are micro-batches.`,
-    ),
+    el("p", { class: "small" }, one.caption),
   );
 }
 

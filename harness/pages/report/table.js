@@ -1,47 +1,38 @@
-// The table of every row: sorted by a column's button, filtered, each row with its commands and a box that adds it to the comparison.
+// The table of all rows: sorted by a column's button and filtered. Each row has its commands, and a box that adds it to the comparison.
 const ratioText = (value) => number(value, 2);
-const publishedText = (row, text) => (row.published_oom ? "OOM" : text && row.in_doubt ? `${text}?` : text);
-const statusText = (row) => {
-  const published = row.published_oom ? " as published" : row.published_memory_gib && !row.in_doubt ? " (publ. ran)" : "";
-  if (row.status === "oom") return `OOM${published}`;
-  if (row.status === "ok") return row.published_oom ? "ok (publ. OOM)" : "ok";
-  return row.status === "not run" ? "not run" : `${row.status} at ${row.steps_done}/${row.steps}`;
-};
 const COLUMNS = [
   { key: "id", title: "id", left: true },
   {
-    key: "label",
+    key: "name",
     title: "experiment",
     left: true,
     wrap: true,
-    text: (row) =>
-      `${row.slug}${row.label.includes(row.slug) ? row.label.split(row.slug).pop() : row.label.split("/").pop().replace(row.id, "")}`,
   },
-  { key: "status", title: "status", left: true, text: statusText },
+  { key: "status", title: "status", left: true, text: (row) => row.status_text },
   { key: "gpus", title: "GPUs" },
   { key: "layout", title: "layout", left: true, wrap: true },
   { key: "memory_gib", title: "GiB", text: (row) => number(row.memory_gib, 1), hint: "used memory of the fullest GPU" },
   {
     key: "published_memory_gib",
     title: "publ. GiB",
-    text: (row) => publishedText(row, number(row.published_memory_gib, 1)),
+    text: (row) => row.published_memory_text ?? "",
   },
   { key: "memory_ratio", title: "ratio", text: (row) => ratioText(row.memory_ratio), hint: "memory here / published" },
   { key: "step_ms", title: "ms/step", text: (row) => milliseconds(row.step_ms), hint: "median over the averaging window" },
   { key: "step_ms_half_iqr", title: "±", text: (row) => milliseconds(row.step_ms_half_iqr), hint: "half the interquartile range" },
-  { key: "published_step_ms", title: "publ. ms", text: (row) => publishedText(row, number(row.published_step_ms, 0)) },
+  { key: "published_step_ms", title: "publ. ms", text: (row) => row.published_step_text ?? "" },
   { key: "step_ratio", title: "ratio", text: (row) => ratioText(row.step_ratio), hint: "step time here / published" },
   {
     key: "predicted_step_ms",
     title: "formula",
     text: (row) => milliseconds(row.predicted_step_ms),
-    hint: "ms/step predicted from sizes: for the row's own GPU, of what was not run for the published one",
+    hint: "predicted ms/step: on the row's GPU, or, where it was not run, on the published GPU",
   },
   { key: "tflops", title: "TFLOP/s", text: (row) => number(row.tflops, 0), hint: "model TFLOP/s of one GPU" },
   { key: "mfu", title: "MFU", text: (row) => (row.mfu ? `${number(100 * row.mfu, 1)}%` : "") },
   { key: "loss_last", title: "loss", text: (row) => number(row.loss_last, 3), hint: "training loss of the last step" },
   { key: "hardware", title: "hardware", left: true },
-  { key: "runs_on_node", title: "shared", hint: "runs on the node at that time, this one included" },
+  { key: "runs_on_node", title: "shared", hint: "runs on the node at the same time, this one included" },
 ];
 const textOf = (column, row) => (column.text ? column.text(row) : (row[column.key] ?? "")).toString();
 const CHOICES = [
@@ -144,8 +135,8 @@ function table(section, comparison) {
     el(
       "p",
       { class: "quiet small" },
-      `Published: ${data.published} A row of the catalogue that was not run here stands with its published numbers alone. ` +
-        "Rows of other hardware, of a miniature or with changed work have no ratio; a number with ? is in doubt.",
+      `Published: ${data.published} An experiment that was not run here shows its published numbers only. ` +
+        "A miniature or a run with changed work has no ratio; a number with ? is in doubt.",
     ),
     el("div", { class: "controls" }, el("label", {}, "Text", search), selects, count),
     el(
