@@ -11,16 +11,8 @@ from contextlib import nullcontext
 from harness import commands
 from harness.commands import Command
 from harness.errors import UserError
-from harness.experiment import command_line
 from harness.system import masking
 from harness.system.streams import lasting_output
-
-EXAMPLES = {
-    "experiment": "101 (make list shows all)",
-    "chapter": "100 (make list shows all)",
-    "data set": "openwebtext-10k (make data-list shows all)",
-}
-"""What a command may be about."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -89,26 +81,25 @@ def _call(command: Command, words: list[str]) -> int:
     about = []
     if command.about:
         about, words = [_about(command, words)], words[1:]
-    if command.where.startswith("data.commands"):
-        return command.function()(*about, words)
-    settings = command_line.parse(words, command.keys)
-    command_line.require(settings, command.required, f"make {command.name} {command.usage}")
+    settings = command.parse(words)
     if "ARGS" in settings:
         from harness.upstreams.megatron_lm import known_arguments
 
         known_arguments.check(settings["ARGS"])
+    if not command.where:
+        return 0
     if command.installs:
         from harness.machine import packages
 
         packages.install(command.installs)
-    takes_settings = command.usage or command.general
-    return command.function()(*about, *([settings] if takes_settings else []))
+    return command.function()(*about, *([settings] if command.keys else []))
 
 
 def _about(command: Command, words: list[str]) -> str:
     """The experiment, chapter or data set that ``command`` is about."""
     if not words or "=" in words[0]:
-        raise UserError(f"which {command.about}? such as {EXAMPLES[command.about]}")
+        shows_all = "make data-list" if command.about == "data set" else "make list"
+        raise UserError(f"which {command.about}? {shows_all} shows all")
     if command.about == "experiment" and not words[0][:1].isdigit():
         from harness.make import targets
 

@@ -1,50 +1,81 @@
-"""All commands, by section of ``make help``: their settings, and where the function is."""
+"""All commands, by section of ``make help``: what they do, their settings, where their code is."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 
 from harness.errors import UserError, nearest
+from harness.experiment import command_line
 
-EVERY = "every setting of an experiment and of its launch"
+EVERY = " ".join(setting.key for setting in command_line.SETTINGS)
 
 
 @dataclass(frozen=True)
 class Command:
     """A target of make, which is also ``python -m harness NAME``.
 
-    Its function, ``where`` in harness/, is called with what the command is about, if
-    ``about`` is set, then with the settings, if the command takes any, and returns the exit status.
+    Its function, ``where`` in harness/, is called with what the command is about, if it is about
+    something, then with the settings, if it takes any. It returns the exit status.
 
     Attributes:
+        where: ``module:function``; empty where the Makefile has the recipe.
         does: its line in ``make help``.
         usage: its own settings, as help and errors show them; those in brackets are optional.
         general: settings that ``make help`` explains once for all commands and that it takes too.
-        about: what it is about, where the word after its name says so, such as an experiment.
-        installs: the set-up stage that it needs before anything else.
+        about: what the word after its name is, such as an experiment.
+        example: such a word, which makes a target: ``show-101``.
+        installs: stages of the set-up that it needs.
     """
 
     name: str
-    where: str
+    where: str = ""
     does: str = ""
     usage: str = ""
     general: str = ""
     about: str = ""
+    example: str = ""
     installs: str = ""
 
     @property
+    def target(self) -> str:
+        """A target of make that calls it."""
+        return f"{self.name}-{self.example}" if self.example else self.name
+
+    @property
     def keys(self) -> tuple[str, ...]:
-        """Its own settings."""
-        return tuple(key for word in _words(self.usage) for key in _KEY.findall(word))
+        """Every setting that it takes."""
+        own = [key for word in _words(self.usage) for key in _KEY.findall(word)]
+        return tuple(dict.fromkeys([*own, *self.general.split()]))
 
     @property
     def required(self) -> tuple[str, ...]:
-        """The settings that must be given. Of ``RUN=…|WEIGHTS=…``, neither one must be."""
-        words = [_KEY.findall(word) for word in _words(self.usage) if not word.startswith("[")]
-        return tuple(keys[0] for keys in words if len(keys) == 1)
+        """The settings that must be given.
+
+        Of alternatives, ``RUN=…|WEIGHTS=…``, and of ``NAME=<name>``, the command itself says what
+        is missing.
+        """
+        words = [
+            word for word in _words(self.usage) if not word.startswith("[") and "<" not in word
+        ]
+        return tuple(keys[0] for keys in map(_KEY.findall, words) if len(keys) == 1)
+
+    def parse(self, words: Sequence[str]) -> dict[str, str]:
+        """The settings in ``words``, ``KEY=VALUE`` each.
+
+        Raises:
+            UserError: a setting is unknown, not for this command, missing, or no ``KEY=VALUE``.
+        """
+        settings = command_line.parse(words, self.keys)
+        if refused := [f"{key}={settings[key]}" for key in settings if key not in self.keys]:
+            takes = f"takes {', '.join(self.keys)}" if self.keys else "takes no settings"
+            raise UserError(
+                f"make {self.target} does not take {' '.join(refused)}\nmake {self.target} {takes}"
+            )
+        command_line.require(settings, self.required, f"make {self.target} {self.usage}")
+        return settings
 
     def function(self) -> Callable[..., int]:
         """Import what does it."""
@@ -59,34 +90,11 @@ def _words(usage: str) -> list[str]:
     return re.findall(r"\[?[A-Z][A-Z0-9_]*=(?:\"[^\"]*\"|[^\s\]])*\]?", usage)
 
 
+def _of_experiment(name: str, where: str, does: str, usage: str = "") -> Command:
+    return Command(name, where, does, usage, EVERY, about="experiment", example="101")
+
+
 SECTIONS: dict[str, tuple[Command, ...]] = {
-    "": (
-        Command("run", "launching.commands:run_experiment", general=EVERY, about="experiment"),
-        Command("train", "launching.commands:train", general=EVERY, about="experiment"),
-        Command("chapter", "launching.commands:run_chapter", general=EVERY, about="chapter"),
-        Command("show", "planning.commands:show", general=EVERY, about="experiment"),
-        Command("memory", "evidence.commands:memory", general=EVERY, about="experiment"),
-        Command("speed", "evidence.commands:speed", general=EVERY, about="experiment"),
-        Command("faster", "evidence.commands:faster", general=EVERY, about="experiment"),
-        Command("gpus", "evidence.commands:gpus", general=EVERY, about="experiment"),
-        Command(
-            "verify", "launching.commands:verify_record", "", "[RUN=label]", EVERY, "experiment"
-        ),
-        Command(
-            "data",
-            "data.commands:prepare_known",
-            "",
-            "[TOKENIZER=gpt2] [WORKERS=4] [HUB=folder] [SIZE_MB=100] [NAME=…] [LIMIT=1000]",
-            "FORCE",
-            "data set",
-        ),
-        Command(
-            "data-mappings",
-            "data.commands:build_mappings",
-            "",
-            "DATA=… SEQ=1024 SAMPLES=800,240,80 SPLIT=949,50,1 [SEED=1234]",
-        ),
-    ),
     "Look": (
         Command(
             "list",
@@ -104,6 +112,50 @@ SECTIONS: dict[str, tuple[Command, ...]] = {
         ),
     ),
     "Run": (
+        Command(
+            "run",
+            "launching.commands:run_experiment",
+            "run experiment 101; without a GPU, a miniature of it on the CPU",
+            general=EVERY,
+            about="experiment",
+        ),
+        _of_experiment("show", "planning.commands:show", "the script that it would run"),
+        _of_experiment(
+            "memory",
+            "evidence.commands:memory",
+            "the memory it needs; whether it fits CARD= or the GPUs here",
+        ),
+        _of_experiment("speed", "evidence.commands:speed", "the step time to expect, part by part"),
+        _of_experiment(
+            "faster", "evidence.commands:faster", "layouts that do the same work in less time"
+        ),
+        _of_experiment(
+            "gpus",
+            "evidence.commands:gpus",
+            "how many GPUs the same work needs; what more of them bring",
+        ),
+        _of_experiment(
+            "verify",
+            "launching.commands:verify_record",
+            "run it again, or take a run, and compare with its record",
+            "[RUN=label-or-id]",
+        ),
+        Command(
+            "chapter",
+            "launching.commands:run_chapter",
+            "all experiments of a chapter, small ones side by side",
+            general=EVERY,
+            about="chapter",
+            example="100",
+        ),
+        Command(
+            "train",
+            "launching.commands:train",
+            "a long run to a validation loss; run again, it resumes",
+            general=EVERY,
+            about="experiment",
+            example="gpt3-345m",
+        ),
         Command(
             "parity",
             "parity:main",
@@ -181,24 +233,27 @@ SECTIONS: dict[str, tuple[Command, ...]] = {
         Command(
             "profile",
             "profiling.commands:profile",
-            "where the time of a traced step goes",
+            "where the time of a step goes, of a run with PROFILE=1",
             "RUN=label-or-id [FORMAT=terminal|csv|json]",
             "OUTDIR",
         ),
-        Command(
-            "calibrate",
-            "evidence.commands:calibrate",
-            "fit the formula of make speed-101 to the records; takes minutes",
-        ),
-        Command(
-            "record",
-            "evidence.commands:record",
-            "keep a run in experiments/records",
-            "RUN=label-or-id",
-            "OUTDIR FORCE",
-        ),
     ),
-    "Data": (
+    "Data:  make data-<tab>, then make 101 DATA=<name>": (
+        Command(
+            "data",
+            "data.commands:prepare_listed",
+            "",
+            "[TOKENIZER=gpt2] [WORKERS=4] [HUB=folder] [SIZE_MB=100] [NAME=…] [LIMIT=1000]",
+            "FORCE",
+            about="data set",
+            example="openwebtext-10k",
+        ),
+        Command(
+            "data-mappings",
+            "data.commands:build_mappings",
+            "",
+            "DATA=… SEQ=1024 SAMPLES=800,240,80 SPLIT=949,50,1 [SEED=1234]",
+        ),
         Command("data-list", "data.commands:list_sets", "data sets that are, or can be, prepared"),
         Command(
             "data-prepare",
@@ -207,6 +262,7 @@ SECTIONS: dict[str, tuple[Command, ...]] = {
             "NAME=… INPUT=file-or-folder [RULES=sv] [TOKENIZER=gpt2] [KEY=text]"
             " [DOCUMENTS=line|file] [LIMIT=1000] [LONGEST=16] [APPEND_EOD=1] [WORKERS=4]",
             "FORCE",
+            installs="data",
         ),
         Command(
             "data-chat",
@@ -214,6 +270,7 @@ SECTIONS: dict[str, tuple[Command, ...]] = {
             "a data set of conversations, to fine-tune on",
             "NAME=… INPUT=chat.jsonl [TOKENIZER=folder|gpt2|bytes]",
             "FORCE",
+            installs="heavy",
         ),
         Command(
             "data-clean",
@@ -221,22 +278,31 @@ SECTIONS: dict[str, tuple[Command, ...]] = {
             "text without what its rules drop",
             "INPUT=… OUT=folder [RULES=sv] [WORKERS=4]",
             "FORCE",
+            installs="data",
         ),
         Command(
             "data-merge",
             "data.commands:merge_sets",
             "prepared data sets of one tokenizer joined into one",
             'NAME=… FROM="a b"',
+            installs="data",
         ),
         Command(
             "data-inspect",
             "data.commands:inspect_set",
             "documents, tokens, lengths, samples",
-            "NAME=… [SAMPLES=3]",
+            "NAME=<name> [SAMPLES=3]",
+            installs="data",
         ),
-        Command("data-check", "data.commands:check_set", "is every byte of it in order?", "NAME=…"),
+        Command(
+            "data-check",
+            "data.commands:check_set",
+            "is every byte of it in order?",
+            "NAME=<name>",
+            installs="data",
+        ),
     ),
-    "Weights": (
+    "Weights:  make import-hf, then make 101 WEIGHTS=<name>": (
         Command(
             "import-hf",
             "convert.commands:import_hf",
@@ -254,8 +320,50 @@ SECTIONS: dict[str, tuple[Command, ...]] = {
             installs="heavy",
         ),
     ),
+    "Set up": (
+        Command(
+            "setup",
+            does="everything a run needs, into .venv (the first run does this by itself)",
+            general="DEVICE",
+        ),
+        Command(
+            "setup-gpu",
+            does="CUDA and Transformer Engine, without a container",
+            usage="[WHEELS=folder] [MAX_JOBS=8]",
+            general="DEVICE DRY_RUN",
+        ),
+        Command("docker-build", does="the GPU image", usage="[BASE=image] [DOCKER=podman]"),
+        Command(
+            "docker-run",
+            does="a shell in it, where make 101<tab> works",
+            usage="[DOCKER=podman]",
+            general="OUTDIR",
+        ),
+    ),
     "Develop": (
-        Command("targets", "make.commands:write_targets", "write experiments/targets.mk anew"),
+        Command("help", does="everything, with every setting"),
+        Command("test", does="quick tests, real gloo training, parity: a quarter of an hour"),
+        Command("test-quick", does="without torch and without data sets: two minutes"),
+        Command("test-full", does="everything, long ones too"),
+        Command("lint", does="ruff and shellcheck"),
+        Command(
+            "record",
+            "evidence.commands:record",
+            "keep a run in experiments/records",
+            "RUN=label-or-id",
+            "OUTDIR FORCE",
+        ),
+        Command(
+            "calibrate",
+            "evidence.commands:calibrate",
+            "fit the formula of make speed-101 to the records; takes minutes",
+            installs="calibrate",
+        ),
+        Command(
+            "targets",
+            "make.commands:write_targets",
+            "write experiments/targets.mk anew from commands and catalogue",
+        ),
         Command(
             "docs",
             "pages.commands:docs",
@@ -268,6 +376,12 @@ SECTIONS: dict[str, tuple[Command, ...]] = {
             "remove runs that failed and cannot be resumed; asks first",
             "[YES=1] [ALL=1]",
             "OUTDIR",
+        ),
+        Command(
+            "clean-all",
+            does="remove every run and .venv; asks first",
+            usage="[YES=1]",
+            general="OUTDIR",
         ),
     ),
 }

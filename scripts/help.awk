@@ -1,19 +1,18 @@
-# Prints the Makefile's targets and settings from their comments: `target: ## what it does  OPTIONS`, `#KEY=value ## what it does`.
+# Prints the help in experiments/targets.mk: `#target ## what it does  SETTINGS` and `#KEY=value ## what it does`, by section.
 # -v last=TITLE ends before that section; -v bold= -v normal= frame the titles; -v width= is the terminal's, 0 where there is none.
 BEGIN { FS = " ## " }
 $0 == "##@ " last { exit }
-/^##@ / { print ""; say(substr($0, 5), 6, bold, normal) }
-/^[a-z0-9-]+:.* ## / {
-  sub(/:.*/, "", $1)
+/^##@ / { if (sections++) print ""; say(substr($0, 5), 6, bold, normal) }
+/^#[a-z0-9-]+ ## / {
   split($2, said, "  ")
-  line = sprintf("  make %-14s %-54s %s", $1, said[1], said[2])
-  if (width && length(line) > width) line = sprintf("  make %-14s %s  %s", $1, said[1], said[2])
+  line = sprintf("  make %-15s %-54s %s", substr($1, 2), said[1], said[2])
+  if (width && length(line) > width) line = sprintf("  make %-15s %s  %s", substr($1, 2), said[1], said[2])
   sub(/ +$/, "", line)
-  say(line, 22)
+  say(line, 23)
 }
 /^#[A-Z0-9_]+=.* ## / { say(sprintf("  %-22s %s", substr($1, 2), $2), 25) }
 
-# What a terminal is too narrow for goes on below, indented by `hang`.
+# A line wider than the terminal continues below, indented by `hang`.
 function say(line, hang, before, after,    cut) {
   while (width > 2 * hang && length(line) > width) {
     for (cut = width + 1; cut > hang && substr(line, cut, 1) != " "; cut--);

@@ -11,13 +11,14 @@ import importlib
 import io
 import json
 import re
-import shlex
 import shutil
 import struct
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from harness import ROOT, cli
+from harness.commands import COMMANDS
 from harness.data import data_sets
 from harness.data.manifest import Chat, Counted, Manifest, Source, TokenizerUsed, Written
 from harness.errors import UserError
@@ -80,8 +81,6 @@ NEEDED = {
     "generate": ("PROMPT|QUESTION|DATA", "RUN|WEIGHTS"),
 }
 IDS = ("RUN", "A", "B")
-COMMANDS = ("compare", "generate", "list", "data-prepare", "record", "101")
-"""Some targets whose recipes are the harness's."""
 
 
 class Reached(Exception):
@@ -90,7 +89,6 @@ class Reached(Exception):
 
 def main() -> None:
     commands = [tuple(words) for words in json.loads(Path(sys.argv[1]).read_text())]
-    recipes = _recipes()
     for name, chat in SETS.items():
         _prepared(name, chat)
     (ROOT / "texts").mkdir(exist_ok=True)
@@ -101,51 +99,27 @@ def main() -> None:
         for device in (
             ("cpu", "cuda") if re.match(r"(show-|chapter-|train-|half-)?\d", words[0]) else ("cpu",)
         ):
-            refused, said = _plan(words, device, recipes)
+            refused, said = _plan(words, device)
             print(
                 json.dumps({"words": words, "device": device, "refused": refused, "said": said}),
                 flush=True,
             )
 
 
-def _recipes() -> dict[str, str]:
-    """Target -> its recipe, of the Makefile and of targets.mk."""
-    found = {}
-    for file in (ROOT / "Makefile", targets.FILE):
-        text = file.read_text()
-        found |= dict(re.findall(r"^([a-z0-9][\w.-]*):.*\n\t(.*)$", text, re.MULTILINE))
-        found |= dict(re.findall(r"^([a-z0-9][\w.-]*): ?; ?(.*)$", text, re.MULTILINE))
-        assert not [name for name in COMMANDS if name in found and "HARNESS" not in found[name]]
-        found |= {
-            name: ""
-            for name in re.findall(r"^([a-z0-9][\w.-]*):", text, re.MULTILINE)
-            if name not in found
-        }
-    return found
-
-
-def _plan(words: tuple[str, ...], device: str, recipes: dict[str, str]) -> tuple[str | None, str]:
+def _plan(words: tuple[str, ...], device: str) -> tuple[str | None, str]:
     """Why the command is refused, if it is; and what it printed."""
     target, *settings = words
     if target.endswith("*"):
         typed = re.sub(r"^(\d{3}h.*)", r"half-\1", target[:-1])  # scripts/completion.bash
         return (
             None
-            if any(name.startswith(typed) for name in recipes)
+            if any(name.startswith(typed) for name in targets.names(load_catalog()))
             else f"no target begins with {target[:-1]}"
         ), ""
-    recipe = recipes.get(target)
-    if recipe is None:
-        try:
-            argv = [*targets.command_of(target, load_catalog()), *settings]
-        except UserError as error:
-            return f"error: {error}", ""
-    elif harness := re.fullmatch(r"@\$\(\w*HARNESS\) (.*?)( \$\(WORDS\))?", recipe):
-        if settings and not harness[2]:
-            return f"make {target} ignores {' '.join(settings)}", ""
-        argv = [*shlex.split(harness[1]), *settings]
-    else:
-        return None, ""  # a script, or make itself
+    try:
+        argv = [*_argv(target), *settings]
+    except UserError as error:
+        return f"error: {error}", ""
     keys = {word.partition("=")[0] for word in settings}
     if "DEVICE" not in keys and argv[0] in ("run", "train", "show", "chapter"):
         argv.append(f"DEVICE={device}")
@@ -171,6 +145,15 @@ def _plan(words: tuple[str, ...], device: str, recipes: dict[str, str]) -> tuple
     return (
         errors[0] if errors else f"exit status {status}" if status and not _verdict(argv) else None
     ), said
+
+
+def _argv(target: str) -> Sequence[str]:
+    """The words that make calls the harness with."""
+    catalog = load_catalog()
+    if target in COMMANDS:
+        return (target,)
+    about = dict(targets.about(catalog))
+    return about[target].split() if target in about else targets.command_of(target, catalog)
 
 
 def _verdict(argv: list[str]) -> bool:

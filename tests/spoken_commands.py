@@ -128,7 +128,7 @@ EXPRESSIONS = {
     "e.nodes": "2",
     "known.name": "synthetic",
     "overrides.command_of(e)": "101",
-    "command.name": "table",
+    "self.target": "table",
 }
 """What stands for an expression in a message."""
 IN_FILE = {
@@ -237,9 +237,9 @@ def in_sources() -> Iterator[Spoken]:
             yield from in_text(text, str(path.relative_to(ROOT)), path.name)
     for path in PLAIN:
         for line in path.read_text().splitlines():
-            if usage := re.match(r"([a-z0-9-]+):.* ## [^ ].*?(?:  (.*))?$", line):
+            if usage := re.match(r"#([a-z0-9-]+) ## [^ ].*?(?:  (.*))?$", line):
                 yield from in_text(
-                    f"make {usage[1]} {' '.join(re.findall(r'\[?[A-Z0-9_]+=' + VALUE + r'[^]]*\]?', (usage[2] or '').partition(';')[0]))}",
+                    f"make {usage[1]} {' '.join(re.findall(r'\[?[A-Z0-9_]+=' + VALUE + r'[^]]*\]?', usage[2] or ''))}",
                     path.name,
                 )
             elif setting := re.match(r"#([A-Z0-9_]+)=(.*?) ## ", line):

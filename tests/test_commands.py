@@ -152,7 +152,7 @@ def test_commands_that_cannot_run_are_noticed(copy: Copy) -> None:
         ("101", "DATA=openwebtext"): "did you mean openwebtext-10k?",
         ("compare", "A=101", "B=999"): "no experiment 999",
         ("export-hf", "RUN=101"): "OUT missing",
-        ("parity", "TP=2"): "ignores TP=2",
+        ("parity", "TP=2"): "make parity does not take TP=2",
         ("train-gpt3", "STEPS=3"): "did you mean train-gpt3-345m",
         ("12*",): None,
         ("125*",): "no target begins with 125",
@@ -179,7 +179,7 @@ def test_commands_are_found_wherever_they_stand(spoken: dict[tuple[str, ...], st
         lines["219 NODES=2 NODE_RANK=0 RENDEZVOUS=first-node:29500"]
         == "harness/planning/checked.py"
     ), "a message with expressions"
-    assert lines["import-hf HF=folder NAME=mine TP=2 PP=2 EP=2"] == "Makefile", (
+    assert lines["import-hf HF=folder NAME=mine DATA=mine TP=2 PP=2 EP=2"] == "targets.mk", (
         "optional words of the help"
     )
     assert lines["half-282h*"] == "02-tensor-parallel.md", "a tab"

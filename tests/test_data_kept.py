@@ -40,7 +40,7 @@ def clean(tmp_path, capsys):
             "RULES": str(tmp_path / "rules.yaml"),
             "WORKERS": "1",
         } | settings
-        assert commands.clean_files([f"{key}={value}" for key, value in words.items()]) == 0
+        assert commands.clean_files(words) == 0
         return capsys.readouterr().out
 
     return run
@@ -143,10 +143,13 @@ def test_conversations_take_the_settings_of_their_target(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(prepare, "tell", lambda *_: None)
     monkeypatch.setattr(prepare, "prepared", lambda: ("toy-chat",))
-    assert commands.prepare_known("toy-chat", []) == 0 and not asked
-    assert commands.prepare_known("toy-chat", ["NAME=other", "TOKENIZER=bytes", "FORCE=1"]) == 0
+    assert commands.prepare_known("toy-chat", {}) == 0 and not asked
+    assert (
+        commands.prepare_known("toy-chat", {"NAME": "other", "TOKENIZER": "bytes", "FORCE": "1"})
+        == 0
+    )
     assert asked == [("other", "bytes", {"force": True})]
     with pytest.raises(
         UserError, match="LIMIT, SIZE_MB: conversations of toy-chat have no such setting"
     ):
-        commands.prepare_known("toy-chat", ["SIZE_MB=3", "LIMIT=2"])
+        commands.prepare_known("toy-chat", {"SIZE_MB": "3", "LIMIT": "2"})

@@ -113,7 +113,7 @@ def test_places_that_are_not_there(made, tmp_path, words) -> None:
     whole = {"INPUT": str(made.parent / "in.jsonl"), "NAME": "never", "TOKENIZER": "null:100"}
     given = {**whole, **dict(word.split("=") for word in words)}
     with pytest.raises(UserError):
-        commands.prepare_input([f"{key}={value}" for key, value in given.items()])
+        commands.prepare_input(given)
     assert not (data_sets.DATA / "never").exists()
 
 
@@ -126,9 +126,9 @@ def test_rules_that_are_no_text(made, tmp_path) -> None:
         prepare(recipe, Means(folder=tmp_path / "data", workers=1))
     with pytest.raises(UserError, match=r"rules\.yaml"):
         commands.clean_files(
-            [
-                f"INPUT={made.parent / 'in.jsonl'}",
-                f"OUT={tmp_path / 'out'}",
-                f"RULES={tmp_path / 'rules.yaml'}",
-            ]
+            {
+                "INPUT": str(made.parent / "in.jsonl"),
+                "OUT": str(tmp_path / "out"),
+                "RULES": str(tmp_path / "rules.yaml"),
+            }
         )

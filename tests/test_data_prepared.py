@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from harness.commands import COMMANDS
 from harness.data import check, commands, data_sets, look, prepare, sources
 from harness.data.documents import text_file
 from harness.data.header import bin_path, idx_path
@@ -385,20 +386,20 @@ def test_the_commands_print_what_they_found(made, monkeypatch, capsys):
             made if value == data_sets.ROOT / "data" else value for value in function.__defaults__
         ]
         monkeypatch.setattr(function, "__defaults__", tuple(defaults))
-    assert commands.list_sets([]) == 0
+    assert commands.list_sets() == 0
     shown = capsys.readouterr().out
     assert "tinystories-10k  not prepared" in shown
     assert "200 documents" in shown
-    assert commands.inspect_set(["NAME=a", "SAMPLES=1"]) == 0
+    assert commands.inspect_set({"NAME": "a", "SAMPLES": "1"}) == 0
     assert "200 documents" in capsys.readouterr().out
-    assert commands.check_set(["NAME=a"]) == 0
+    assert commands.check_set({"NAME": "a"}) == 0
     cut(bin_path(data_sets.prefix_of("b", made)), -2)
-    assert commands.check_set(["NAME=b"]) == 1
+    assert commands.check_set({"NAME": "b"}) == 1
     assert "WRONG  index" in capsys.readouterr().out
     with pytest.raises(UserError, match="NAME missing: one of a, b"):
-        commands.check_set([])
+        commands.check_set({})
     with pytest.raises(UserError, match="DATA=c is not prepared"):
-        commands.check_set(["NAME=c"])
+        commands.check_set({"NAME": "c"})
 
 
 def test_wrong_settings_are_named(tmp_path):
@@ -415,11 +416,11 @@ def test_wrong_settings_are_named(tmp_path):
         (["INPUT=x", "NAME=x", "RULES=se"], "RULES=se: .*sv"),
     ]:
         with pytest.raises(UserError, match=message):
-            commands.prepare_input(words)
+            commands.prepare_input(COMMANDS["data-prepare"].parse(words))
     with pytest.raises(UserError, match="did you mean tinystories-10k"):
-        commands.prepare_known("tinystories", [])
+        commands.prepare_known("tinystories", {})
     with pytest.raises(UserError, match="is not made here"):
-        commands.prepare_known("tinystories-10k", ["SIZE_MB=3"])
+        commands.prepare_known("tinystories-10k", {"SIZE_MB": "3"})
 
 
 def test_files_are_found_by_name_folder_and_pattern(tmp_path):

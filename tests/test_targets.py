@@ -1,5 +1,6 @@
 """Make's front door: generated targets are fresh, one tab completes a name, words arrive as typed, mistakes are told."""
 
+import inspect
 import json
 import os
 import pty
@@ -58,32 +59,33 @@ def test_one_tab_completes_a_name_in_bash(name: str) -> None:
 
 @pytest.mark.skipif(not BASH_COMPLETION.exists(), reason="bash-completion is not installed")
 def test_other_targets_complete_in_bash() -> None:
-    assert sorted(bash_completes("show-4")) == sorted(
-        f"show-{e.id}" for e in load_catalog().in_chapter(400)
-    )
-    assert sorted(bash_completes("memory-62")) == [
-        "memory-620",
-        "memory-621",
-        "memory-622",
-        "memory-623",
-        "memory-624",
-        "memory-625",
-    ]
-    assert sorted(bash_completes("speed-12")) == [
-        f"speed-{id_}" for id_ in ("121", "122", "124", "128", "129", "129h")
-    ]
+    """Without scripts/completion.bash: of each command about an experiment, an example."""
+    assert bash_completes("sh") == ["show-101"]
     assert sorted(bash_completes("half-4")) == sorted(
         f"half-{e.name}" for e in HALF_SIZE if e.chapter == 400
     )
     assert bash_completes("chapter-3") == ["chapter-300"]
     assert "help" in bash_completes("he")
+    assert {*FULL_SIZE, "table", "help"} < {*bash_completes("")}
+    assert len(bash_completes("")) < 2 * len(FULL_SIZE)
 
 
 @pytest.mark.skipif(not shutil.which("zsh"), reason="zsh is not installed")
-def test_one_tab_completes_a_name_in_zsh(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("source", "typed", "completed"),
+    [
+        ("", "101", "101-gpt2xl-dp1-gbs1-bf16"),
+        ("source scripts/completion.bash", "101", "101-gpt2xl-dp1-gbs1-bf16"),
+        ("source scripts/completion.bash", "282h", "282h-gpt-22B-half-tp4-gbs8-len2048-sp"),
+        ("source scripts/completion.bash", "show-10\t", "show-104"),
+    ],
+)
+def test_one_tab_completes_a_name_in_zsh(
+    tmp_path: Path, source: str, typed: str, completed: str
+) -> None:
     """A real interactive zsh on a pseudo-terminal: type ``make 101``, press tab, read the line."""
     (tmp_path / ".zshrc").write_text(
-        f"autoload -Uz compinit; compinit -u -d {tmp_path}/dump; PS1='ready> '\n"
+        f"autoload -Uz compinit; compinit -u -d {tmp_path}/dump; {source}\nPS1='ready> '\n"
     )
     pid, terminal = pty.fork()
     if pid == 0:
@@ -91,40 +93,71 @@ def test_one_tab_completes_a_name_in_zsh(tmp_path: Path) -> None:
         os.execvpe("zsh", ["zsh", "-i"], {**os.environ, "ZDOTDIR": str(tmp_path), "TERM": "dumb"})
     try:
         read_until(terminal, "ready> ")
-        os.write(terminal, b"make 101\t")
-        assert "101-gpt2xl-dp1-gbs1-bf16" in read_until(terminal, "bf16")
+        os.write(terminal, f"make {typed}\t".encode())
+        assert completed in read_until(terminal, completed)
     finally:
         os.write(terminal, b"\x03\x04exit\n")
         os.close(terminal)
         os.waitpid(pid, 0)
 
 
-@pytest.mark.parametrize(
-    "typed, completed",
-    [
-        ("282h", ["282h-gpt-22B-half-tp4-gbs8-len2048-sp"]),
-        ("282", ["282-gpt-22B-tp8-gbs4-len2048-sp"]),
-        ("half-282", ["half-282h-gpt-22B-half-tp4-gbs8-len2048-sp"]),
-        ("129h", ["129h-gpt2xl-dp4-gbs80-zero2"]),
-        ("train-", ["train-gpt3-345m"]),
-        ("999h", []),
-    ],
-)
-def test_half_size_completes_by_its_id_where_our_completion_is_sourced(
-    typed: str, completed: list[str]
-) -> None:
-    """Without bash-completion: where that is installed, all but NNNh is left to it."""
+def ours_completes(typed: str, bash_completion: bool = False) -> list[str]:
+    """What scripts/completion.bash offers, with and without bash-completion."""
     script = rf"""
+        {f"source {BASH_COMPLETION}" if bash_completion else ""}
         source scripts/completion.bash
         COMP_WORDS=(make {typed!r}); COMP_CWORD=1; COMP_LINE="make {typed}"; COMP_POINT=${{#COMP_LINE}}; COMP_TYPE=9
+        compopt() {{ echo "compopt $*" >&2; }}
         $(complete -p make | sed 's/.*-F \([^ ]*\).*/\1/') make {typed!r} make
         printf '%s\n' "${{COMPREPLY[@]}}"
     """
     done = subprocess.run(
         ["bash", "--norc", "-c", script], cwd=ROOT, text=True, capture_output=True
     )
-    assert done.stdout.split() == completed and not done.stderr
-    assert all(make(name, "DRY_RUN=1").returncode == 0 for name in completed if typed[-1] == "h")
+    # a prefix alone is completed without a space behind it
+    alone = done.stdout.endswith("-\n") and len(done.stdout.split()) == 1
+    assert done.stderr == "compopt -o nospace\n" * alone
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize(
+    "typed, completed",
+    [
+        ("101", ["101-gpt2xl-dp1-gbs1-bf16"]),
+        ("282h", ["282h-gpt-22B-half-tp4-gbs8-len2048-sp"]),
+        ("282", ["282-gpt-22B-tp8-gbs4-len2048-sp"]),
+        ("half-282", ["half-282h-gpt-22B-half-tp4-gbs8-len2048-sp"]),
+        ("129h", ["129h-gpt2xl-dp4-gbs80-zero2"]),
+        ("train-", ["train-gpt3-345m"]),
+        ("999h", []),
+        ("s", ["setup", "setup-gpu", "show-", "speed-", "stop"]),
+        ("sh", ["show-"]),
+        ("show-4", [f"show-{e.id}" for e in load_catalog().in_chapter(400)]),
+        ("memory-62", [f"memory-{id_}" for id_ in range(620, 626)]),
+        ("speed-12", [f"speed-{id_}" for id_ in ("121", "122", "124", "128", "129", "129h")]),
+        ("half-4", [f"half-{e.name}" for e in HALF_SIZE if e.chapter == 400]),
+        ("chapter-3", ["chapter-300"]),
+        ("he", ["help"]),
+    ],
+)
+def test_our_completion_offers_variants_once_their_prefix_is_typed(
+    typed: str, completed: list[str]
+) -> None:
+    assert sorted(ours_completes(typed)) == sorted(completed)
+    if typed[-1] == "h":
+        assert all(
+            make(name, "DRY_RUN=1").returncode == 0 for name in completed if name[0].isdigit()
+        )
+
+
+@pytest.mark.parametrize("bash_completion", [False, True])
+def test_our_completion_offers_experiments_and_commands_first(bash_completion: bool) -> None:
+    if bash_completion and not BASH_COMPLETION.exists():
+        pytest.skip("bash-completion is not installed")
+    offered = ours_completes("", bash_completion)
+    assert {*FULL_SIZE} < {*offered} and {"table", "help", "show-", "half-", "data-"} < {*offered}
+    assert len(offered) == len({*offered}) < len(FULL_SIZE) + 50
+    assert not [name for name in offered if re.match(r"(show|half|data)-.", name)]
 
 
 def read_until(terminal: int, wanted: str, seconds: float = 30) -> str:
@@ -202,22 +235,22 @@ HOSTILE = [
 
 @pytest.mark.parametrize("turn", range(4))
 @pytest.mark.parametrize(
-    ("target", "command"),
+    ("target", "command", "name"),
     [
-        ("101", ["target", "101"]),
-        ("data-prepare", ["data", "prepare"]),
-        ("verify-101", ["verify", "101"]),
+        ("101", ["target", "101"], "run"),
+        ("data-prepare", ["data-prepare"], "data-prepare"),
+        ("verify-101", ["verify", "101"], "verify"),
     ],
 )
 def test_values_arrive_as_typed_and_nothing_executes(
-    front_door, target: str, command: list[str], turn: int
+    front_door, target: str, command: list[str], name: str, turn: int
 ) -> None:
     """Every setting, with another of these values in each turn; on the command line, then in the environment."""
-    keys = [setting.key for setting in SETTINGS]
+    keys = commands.COMMANDS[name].keys
     values = {
         key: HOSTILE[(place * 5 + turn * 11) % len(HOSTILE)] for place, key in enumerate(keys)
     }
-    assert {*values.values()} == {*HOSTILE}
+    assert {*values.values()} == {*HOSTILE} or len(keys) < len(HOSTILE)
     # make itself drops blanks behind the first =
     arrived = front_door(
         target,
@@ -235,7 +268,7 @@ def test_values_arrive_as_typed_and_nothing_executes(
 
 @pytest.mark.parametrize("name", [
     "WORDS", "NAMES", "GIVEN", "PLAIN", "LETTERS", "without_letters", "quoted", "LINE_BREAK", "HELP", "LAST", "UNKNOWN", "PASSED", "EXPORTED", "FILES",
-    "SETTINGS", "HARNESS", "DATA_HARNESS", "CHAT_HARNESS", "MORE", "SHELL", ".SHELLFLAGS", ".DEFAULT_GOAL", ".RECIPEPREFIX", "MAKE", "MAKEFLAGS",
+    "SETTINGS", "HARNESS", "TAKES", "CHECKED", "PIPED", "SHELL", ".SHELLFLAGS", ".DEFAULT_GOAL", ".RECIPEPREFIX", "MAKE", "MAKEFLAGS",
     "MAKECMDGOALS", "CURDIR", "VPATH", "with-dash", "STEP",
 ])  # fmt: skip
 def test_what_is_no_setting_is_told_by_name_and_nothing_executes(front_door, name: str) -> None:
@@ -438,7 +471,7 @@ def newer_catalog(tmp_path: Path, monkeypatch):
 
 
 @pytest.mark.parametrize("target, ran", [
-    ("921", ("run", "921")), ("921-new", ("run", "921")), *((f"{c}-921", (c, "921")) for c in targets.OF_EXPERIMENTS),
+    ("921", ("run", "921")), ("921-new", ("run", "921")), *((f"{c}-921", (c, "921")) for c in targets.VARIANTS),
     ("speed-921-new", ("speed", "921")), ("chapter-900", ("chapter", "900")), ("half-282h", ("run", "282h")),
     ("train-gpt3-345m", ("train", "604")),
 ])  # fmt: skip
@@ -496,13 +529,69 @@ def test_variables_exported_for_other_programs_ask_for_nothing_by_themselves() -
         assert f"'{name}'" in make("-n", "101", f"{name}=typed").stdout
 
 
-def test_help_lists_every_target_that_has_a_line() -> None:
+def test_help_lists_every_command_and_setting() -> None:
     done = make("help")
     assert done.returncode == 0
-    makefile = (ROOT / "Makefile").read_text()
-    for word in (
-        *(f"make {name} " for name in re.findall(r"^([^\s:]+):.* ## ", makefile, re.MULTILINE)),
-        *(f"  {s.key}=" for s in SETTINGS),
-    ):
-        assert word in done.stdout, word
+    for command in commands.COMMANDS.values():
+        line = f"  make {command.target if command.name != 'run' else '101':15} {command.does}"
+        assert not command.does or line in done.stdout, line
+        assert not command.does or command.usage in done.stdout
+    for setting in SETTINGS:
+        assert f"  {setting.key}={setting.example}" in done.stdout
     assert "\x1b" not in done.stdout
+
+
+@pytest.mark.parametrize("command", commands.COMMANDS.values(), ids=lambda command: command.name)
+def test_a_command_has_the_function_or_the_recipe_that_it_declares(
+    command: commands.Command,
+) -> None:
+    if not command.where:
+        assert make("-n", command.name).stdout
+        return
+    try:
+        function = command.function()
+    except ImportError as error:
+        pytest.skip(f"the set-up stage of {error.name} is not installed")
+    needed = [
+        parameter
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.default is parameter.empty
+    ]
+    assert len(needed) == bool(command.about) + bool(command.keys)
+
+
+def test_keys_of_a_command_are_read_from_its_usage() -> None:
+    usage = 'RUN=a|WEIGHTS=b PROMPT="… …" NAME=<name> [FORMAT=csv|json] [TOP_K=4]'
+    command = commands.Command("x", usage=usage, general="OUTDIR DEVICE")
+    own = ("RUN", "WEIGHTS", "PROMPT", "NAME", "FORMAT", "TOP_K")
+    assert command.keys == (*own, "OUTDIR", "DEVICE") and command.required == ("PROMPT",)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("parity", "TP=2"), "make parity does not take TP=2\nmake parity takes no settings"),
+        (("doctor", "X=1"), "unknown setting X; make help lists all"),
+        (
+            ("table", "STEPS=3", "ID=101"),
+            "make table does not take STEPS=3\nmake table takes CHAPTER",
+        ),
+        (("data-list", "FORCE=1"), "make data-list does not take FORCE=1"),
+        (("data-openwebtext-10k", "TP=2"), "make data-openwebtext-10k does not take TP=2"),
+        (("show-408", "RUN=x"), "unknown setting RUN"),
+        (("lint", "TP=2"), "make lint does not take TP=2"),
+        (("setup", "STEPS=3"), "make setup does not take STEPS=3\nmake setup takes DEVICE"),
+        (("clean-all", "TP=2"), "make clean does not take TP=2"),
+        (("help", "X=1"), "unknown setting X"),
+    ],
+)
+def test_a_setting_of_another_command_is_refused_before_anything_runs(
+    words: tuple[str, ...], said: str
+) -> None:
+    done = make(*words)
+    assert done.returncode == 2 and f"error: {said}" in done.stderr and not done.stdout
+
+
+def test_exported_settings_reach_only_the_commands_that_take_them() -> None:
+    assert "STEPS" not in make("-n", "table", STEPS="7").stdout
+    assert "'OUTDIR'" in make("-n", "table", OUTDIR="/runs").stdout

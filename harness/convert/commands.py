@@ -24,14 +24,9 @@ def import_hf(settings: Mapping[str, str], folder: Path = WEIGHTS) -> int:
     """Import HF= into ``folder``/NAME and say what it is.
 
     Raises:
-        UserError: see ``importing.import_folder``; HF= is missing, NAME= is there already, or DATA=
-        is another tokenizer's.
+        UserError: see ``importing.import_folder``; NAME= is there already, or DATA= is another
+        tokenizer's.
     """
-    command_line.require(
-        settings,
-        ["HF"],
-        "make import-hf HF=folder-or-repository [NAME=…] [DATA=…] [TP=… PP=… EP=…]",
-    )
     source = settings["HF"]
     name = settings.get("NAME") or Path(source.partition("@")[0]).name
     if not _NAME.fullmatch(name):
@@ -73,10 +68,8 @@ def export_hf(settings: Mapping[str, str], outdir: Path | None = None) -> int:
     """Export RUN=, a run in ``outdir`` or a folder, to OUT= and say what it became.
 
     Raises:
-        UserError: see ``exporting.export_checkpoint``; or a setting is missing, or OUT= is in use.
+        UserError: see ``exporting.export_checkpoint``; or OUT= is in use.
     """
-    usage = "make export-hf RUN=label-or-folder OUT=folder [HF=like-this-one] [ADAPTERS=1]"
-    command_line.require(settings, ("RUN", "OUT"), usage)
     outdir = outdir or finding.outdir(settings)
     target = expanded(settings["OUT"]).absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):

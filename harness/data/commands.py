@@ -1,5 +1,4 @@
-"""The data commands behind the Makefile's targets; each takes ``KEY=VALUE`` words and returns the
-exit status."""
+"""The commands about data sets, ``make data-…``; each returns the exit status."""
 
 from __future__ import annotations
 
@@ -7,7 +6,7 @@ import hashlib
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,30 +19,13 @@ from harness.data.progress import StageProgress, amount, duration
 from harness.data.sources import definition, definitions, local_files
 from harness.errors import UserError, nearest
 from harness.experiment import command_line
+from harness.machine import packages
 from harness.system.files import expanded, replace_folder, told_if_unwritable
 from harness.system.screen import say
 
-HOW = ("TOKENIZER", "WORKERS", "FORCE", "HUB", "SIZE_MB", "NAME", "LIMIT")
-"""Settings of ``make data-<name>``."""
-INPUT = (
-    "INPUT",
-    "NAME",
-    "TOKENIZER",
-    "KEY",
-    "DOCUMENTS",
-    "RULES",
-    "LIMIT",
-    "LONGEST",
-    "APPEND_EOD",
-    "WORKERS",
-    "FORCE",
-)
-"""Settings of ``make data-prepare``."""
 
-
-def list_sets(words: Sequence[str]) -> int:
+def list_sets() -> int:
     """Every data set that can be, or is, prepared."""
-    _settings(words, ())
     known = definitions()
     there = prepared()
     states = {
@@ -63,11 +45,10 @@ def list_sets(words: Sequence[str]) -> int:
     return 0
 
 
-def inspect_set(words: Sequence[str]) -> int:
+def inspect_set(settings: Mapping[str, str]) -> int:
     """Documents, tokens, lengths and some text of a data set."""
     from harness.data import look
 
-    settings = _settings(words, ("NAME", "SAMPLES"))
     seen = look.inspect(
         _name(settings), command_line.count("SAMPLES", settings.get("SAMPLES", "3"), least=0)
     )
@@ -101,11 +82,11 @@ def inspect_set(words: Sequence[str]) -> int:
     return 0
 
 
-def check_set(words: Sequence[str]) -> int:
+def check_set(settings: Mapping[str, str]) -> int:
     """Everything about a data set, checked; 1 where something is wrong."""
     from harness.data.check import check
 
-    name, wrong = _name(_settings(words, ("NAME",))), 0
+    name, wrong = _name(settings), 0
     if name not in prepared():
         find(name)
     with StageProgress() as progress:
@@ -118,11 +99,16 @@ def check_set(words: Sequence[str]) -> int:
     return 1 if wrong else 0
 
 
-def prepare_known(name: str, words: Sequence[str]) -> int:
+def prepare_listed(name: str, settings: Mapping[str, str]) -> int:
+    """``make data-<name>``: install what it takes, then prepare it."""
+    packages.install("heavy" if definition(name).chat else "data")
+    return prepare_known(name, settings)
+
+
+def prepare_known(name: str, settings: Mapping[str, str]) -> int:
     """``make data-<name>``: a data set of data/datasets.yaml."""
     from harness.data.prepare import prepare, recipe_of
 
-    settings = _settings(words, HOW)
     known = definition(name)
     if known.chat:
         from harness.data.chat.prepare import prepare_known as prepare_known_chat
@@ -148,15 +134,11 @@ def prepare_known(name: str, words: Sequence[str]) -> int:
     return _done(prepare(recipe, _means(settings)))
 
 
-def prepare_input(words: Sequence[str]) -> int:
+def prepare_input(settings: Mapping[str, str]) -> int:
     """``make data-prepare NAME=… INPUT=…``: a data set of the user's own text."""
     from harness.data.documents import LONGEST_MIB, Layout
     from harness.data.prepare import Recipe, prepare
 
-    settings = _settings(words, INPUT)
-    command_line.require(
-        settings, ("NAME", "INPUT"), "make data-prepare NAME=mine INPUT=file-or-folder"
-    )
     each = settings.get("DOCUMENTS", "line")
     if each not in ("line", "file"):
         raise UserError(
@@ -179,25 +161,19 @@ def prepare_input(words: Sequence[str]) -> int:
     return _done(prepare(recipe, _means(settings)))
 
 
-def merge_sets(words: Sequence[str]) -> int:
+def merge_sets(settings: Mapping[str, str]) -> int:
     """``make data-merge NAME=… FROM="a b"``: data sets of one tokenizer joined into one."""
     from harness.data.merge import merge
 
-    settings = _settings(words, ("NAME", "FROM"))
-    command_line.require(settings, ("NAME", "FROM"), 'make data-merge NAME=all FROM="a b"')
     return _done(merge(settings["FROM"].replace(",", " ").split(), settings["NAME"]))
 
 
-def clean_files(words: Sequence[str]) -> int:
+def clean_files(settings: Mapping[str, str]) -> int:
     """``make data-clean INPUT=… OUT=… RULES=…``: text in and out, without tokenising it."""
     from harness.data.clean import clean
     from harness.data.clean.pipeline import check_output
     from harness.data.clean.rules import load_rules
 
-    settings = _settings(words, ("INPUT", "OUT", "RULES", "WORKERS", "FORCE"))
-    command_line.require(
-        settings, ("INPUT", "OUT"), "make data-clean INPUT=crawl.jsonl OUT=folder [RULES=sv]"
-    )
     files, out = local_files(settings["INPUT"]), expanded(settings["OUT"]).absolute()
     rules, workers = (
         load_rules(_rules(settings.get("RULES", "sv"))),
@@ -247,14 +223,11 @@ def _as_json_lines(
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def build_mappings(words: Sequence[str]) -> int:
+def build_mappings(settings: Mapping[str, str]) -> int:
     """``data-mappings DATA=… SEQ=… SAMPLES=train,valid,test SPLIT=… SEED=…``: what a run's script
     does on each node."""
     from harness.data.mappings import Use, build
 
-    settings = _settings(words, ("DATA", "SEQ", "SAMPLES", "SPLIT", "SEED"))
-    usage = "data-mappings DATA=… SEQ=1024 SAMPLES=800,240,80 SPLIT=949,50,1"
-    command_line.require(settings, ("DATA", "SEQ", "SAMPLES", "SPLIT"), usage)
     samples = tuple(
         command_line.count("SAMPLES", number, least=0) for number in settings["SAMPLES"].split(",")
     )
@@ -270,15 +243,11 @@ def build_mappings(words: Sequence[str]) -> int:
     return 0
 
 
-def prepare_conversations(words: Sequence[str]) -> int:
+def prepare_conversations(settings: Mapping[str, str]) -> int:
     """``make data-chat NAME=… INPUT=chat.jsonl [TOKENIZER=…] [FORCE=1]``: conversations, of which
     answers are learned."""
     from harness.data.chat.prepare import prepare_chat, tell
 
-    settings = command_line.parse(words, extra=("NAME", "INPUT", "TOKENIZER", "FORCE"))
-    command_line.require(
-        settings, ("NAME", "INPUT"), "make data-chat NAME=mine INPUT=chat.jsonl [TOKENIZER=folder]"
-    )
     source, tokenizer = expanded(settings["INPUT"]), settings.get("TOKENIZER", "gpt2")
     manifest, skipped = prepare_chat(
         settings["NAME"], source, tokenizer, force=settings.get("FORCE") == "1"
@@ -289,19 +258,6 @@ def prepare_conversations(words: Sequence[str]) -> int:
         " shows it"
     )
     return 0
-
-
-COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
-    "data-list": list_sets,
-    "data-inspect": inspect_set,
-    "data-check": check_set,
-    "data-prepare": prepare_input,
-    "data-chat": prepare_conversations,
-    "data-clean": clean_files,
-    "data-merge": merge_sets,
-    "data-mappings": build_mappings,
-}
-"""By the name of the Makefile's target; ``prepare_known`` serves data-<name>."""
 
 
 def _done(manifest: Manifest) -> int:
@@ -384,9 +340,3 @@ def _name(settings: Mapping[str, str]) -> str:
             f"NAME missing: one of {', '.join(prepared()) or 'none yet; make data-list'}"
         )
     return settings["NAME"]
-
-
-def _settings(words: Sequence[str], keys: tuple[str, ...]) -> dict[str, str]:
-    return {
-        key: value for key, value in command_line.parse(words, extra=keys).items() if key in keys
-    }

@@ -140,11 +140,6 @@ def read_recorded(path: Path) -> Profile:
 def print_profile(outdir: Path, records: Path, settings: Mapping[str, str]) -> int:
     """``make profile RUN=… FORMAT=…``. Returns the exit status; raises as ``find`` and ``render``
     do."""
-    command_line.require(
-        settings,
-        ["RUN"],
-        "make profile RUN=101 (an id, or a label in outdir/); make 101 PROFILE=1 makes one",
-    )
     print(
         render(find(outdir, records, settings["RUN"]), settings.get("FORMAT", "terminal")), end=""
     )
