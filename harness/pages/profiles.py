@@ -1,4 +1,4 @@
-"""What documents quote of profiles and of slow steps, as Markdown made from records."""
+"""Markdown of where the time of a traced step goes, and of steps that took unusually long."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from harness.evidence import markdown
 from harness.evidence.references import Reference
 from harness.evidence.rows import Row, metrics
 from harness.profiling.kernels import TITLES, Category
-from harness.profiling.profile import FOLDER, read_recorded
+from harness.profiling.profile import FOLDER, Profile, read_recorded
 from harness.profiling.summary import RankProfile
 
 SLOW = 1.5
@@ -17,55 +18,34 @@ SLOW = 1.5
 
 
 def profiles(records: Path, ids: Sequence[str], published: Sequence[Reference | None]) -> str:
-    """Where the time of a step goes: a column for the first rank of each experiment in ``ids``,
-    profiled on one kind of GPU.
+    """Where the time of a step goes on the first rank: a column for each profiled experiment.
 
     Args:
-        records: the folder of that GPU, such as experiments/records/h200-141gb.
-        published: the published row beside each, whose profile is shown where it has one.
+        records: the folder of one kind of GPU, such as experiments/records/h200-141gb.
+        published: the published row of each experiment, whose profile is shown where it has one.
     """
     paths = {id_: records / FOLDER / f"{id_}.json" for id_ in ids}
     found = {id_: read_recorded(path) for id_, path in paths.items() if path.exists()}
-    measured = {id_: profile.ranks[0] for id_, profile in found.items()}
-    lines = [
+    parts = [
         f"- {id_}: not measured yet; `make {id_} PROFILE=1` does, `make record RUN=…` keeps it."
         for id_ in ids
-        if id_ not in measured
+        if id_ not in found
     ]
-    if measured:
-        lines += ["", f"| ms a step | {' | '.join(measured)} |", "|:--|" + "--:|" * len(measured)]
-        lines += [
-            f"| {TITLES[c]} | {_row(measured, lambda r, c=c: r.categories[c])} |" for c in Category
-        ]
-        untraced = (profile.untraced_step_ms for profile in found.values())
-        lines += [
-            f"| **step, traced** | {_row(measured, lambda r: r.step_ms)} |",
-            (
-                "| the run's other steps |"
-                f" {' | '.join(f'{ms:.1f}' if ms else '' for ms in untraced)} |"
-            ),
-            f"| communication in all | {_row(measured, lambda r: r.communication_ms)} |",
-            f"| hidden of it | {_row(measured, lambda r: r.hidden_ms)} |",
-        ]
-        lines += [
-            f"| {name} | {_row(measured, _phase(name))} |"
-            for name in ("forward", "backward", "other")
-        ]
-    lines += [
-        f"\n{r.id} as published:"
-        f" {', '.join(f'{name} {ms:g} ms' for name, ms in r.profiled_ms.items())}, together"
-        f" {sum(r.profiled_ms.values()):g} of a step of {r.step_ms:g} ms."
-        for r in published
-        if r and r.profiled_ms
+    if found:
+        parts += ["", _profile_table(found)]
+    parts += [
+        f"\n{row.id} as published:"
+        f" {', '.join(f'{name} {ms:g} ms' for name, ms in row.profiled_ms.items())}, together"
+        f" {sum(row.profiled_ms.values()):g} of a step of {row.step_ms:g} ms."
+        for row in published
+        if row and row.profiled_ms
     ]
-    return "\n".join(lines)
+    return "\n".join(parts)
 
 
 def slow_steps(rows: Sequence[Row]) -> str:
-    """Every step of a record after its first few that took SLOW times the median, and what it took
-    more, in ms."""
-    lines = ["| record | GPUs | steps | median ms | slow steps |", "|:--|--:|--:|--:|:--|"]
-    calm = []
+    """Steps that took more than SLOW times the median of their run, with the ms beyond it."""
+    lines, calm = [], []
     for row in rows:
         steps_ms = {
             step.step: step.step_ms
@@ -76,24 +56,31 @@ def slow_steps(rows: Sequence[Row]) -> str:
             continue
         median = statistics.median(steps_ms.values())
         slow = {step: ms - median for step, ms in steps_ms.items() if ms > SLOW * median}
-        said = ", ".join(f"{step} (+{more:.0f} ms)" for step, more in slow.items())
-        if said:
-            lines.append(
-                f"| {row.origin.stem} | {row.experiment.world_size} | {len(steps_ms)} |"
-                f" {median:.0f} | {said} |"
-            )
-        else:
+        if not slow:
             calm.append(row.origin.stem)
-    return "\n".join([*lines, "", f"None in {', '.join(calm)}."])
+            continue
+        said = ", ".join(f"{step} (+{more:.0f} ms)" for step, more in slow.items())
+        gpus = str(row.experiment.world_size)
+        lines.append([row.origin.stem, gpus, str(len(steps_ms)), f"{median:.0f}", said])
+    head = ["record", "GPUs", "steps", "median ms", "slow steps"]
+    return f"{markdown.table(head, lines, 'lrrrl')}\n\nNone in {', '.join(calm)}."
 
 
-def _row(measured: Mapping[str, RankProfile], number: Callable[[RankProfile], float]) -> str:
-    return " | ".join(
-        f"{number(rank):.1f} ({number(rank) / rank.step_ms:.0%})" for rank in measured.values()
-    )
+def _profile_table(found: Mapping[str, Profile]) -> str:
+    ranks = [profile.ranks[0] for profile in found.values()]
 
+    def line(title: str, ms: Callable[[RankProfile], float]) -> list[str]:
+        return [title, *(f"{ms(rank):.1f} ({ms(rank) / rank.step_ms:.0%})" for rank in ranks)]
 
-def _phase(name: str) -> Callable[[RankProfile], float]:
-    return lambda rank: (
-        rank.phases["optimizer"] + rank.phases["rest"] if name == "other" else rank.phases[name]
-    )
+    untraced = (profile.untraced_step_ms for profile in found.values())
+    lines = [
+        *(line(TITLES[kind], lambda rank, kind=kind: rank.categories[kind]) for kind in Category),
+        line("**step, traced**", lambda rank: rank.step_ms),
+        ["the run's other steps", *(f"{ms:.1f}" if ms else "" for ms in untraced)],
+        line("communication in all", lambda rank: rank.communication_ms),
+        line("hidden of it", lambda rank: rank.hidden_ms),
+        line("forward", lambda rank: rank.phases["forward"]),
+        line("backward", lambda rank: rank.phases["backward"]),
+        line("other", lambda rank: rank.phases["optimizer"] + rank.phases["rest"]),
+    ]
+    return markdown.table(["ms a step", *found], lines, "l" + "r" * len(found))
