@@ -166,48 +166,51 @@ def test_an_unknown_id_names_the_nearest() -> None:
         ),
         (
             "101: {slug: a, mbs: 2, gbs: 3, shows: s}",
-            r"101: gbs 3 must divide by mbs x dp = 2 x 1 = 2; try mbs in \{1, 3\}, or gbs a multiple of 2\n100-x.yaml, line 5$",
+            r"101: GBS \(3\) must be divisible by MBS x DP \(2 x 1 = 2\); try MBS in \{1, 3\}, or GBS a multiple of 2\n100-x.yaml, line 5$",
         ),
         (
             "101: {slug: a, mbs: 2, gbs: 3, dp: 2, shows: s}",
-            r"gbs 3 must divide by mbs x dp = 2 x 2 = 4; set gbs to a multiple of 4\n100-x.yaml, line 5$",
+            r"GBS \(3\) must be divisible by MBS x DP \(2 x 2 = 4\); set GBS to a multiple of 4\n100-x.yaml, line 5$",
         ),
         (
             "101: {slug: a, mbs: 1, gbs: 1, tp: 3, shows: s}",
-            r"num_attention_heads 4 must divide by tp = 3; try tp in \{1, 2, 4\}",
+            r"num_attention_heads \(4\) must be divisible by TP \(3\); try TP in \{1, 2, 4\}",
         ),
         (
             "101: {slug: a, mbs: 1, gbs: 8, pp: 2, vpp: 4, shows: s}",
-            r"layers 4 must divide by pp x vpp = 2 x 4 = 8; try vpp in \{1, 2\}",
+            r"layers \(4\) must be divisible by PP x VPP \(2 x 4 = 8\); try VPP in \{1, 2\}",
         ),
         (
             "101: {slug: a, mbs: 1, gbs: 8, pp: 3, vpp: 2, shows: s}",
-            r"layers 4 must divide by pp x vpp = 3 x 2 = 6; try pp in \{1, 2\}",
+            r"layers \(4\) must be divisible by PP x VPP \(3 x 2 = 6\); try PP in \{1, 2\}",
         ),
         (
             "101: {slug: a, mbs: 1, gbs: 1, vpp: 2, shows: s}",
-            r"vpp = 2 interleaves pipeline stages, but pp = 1",
+            r"VPP=2 interleaves pipeline stages, but PP=1",
         ),
         (
             "101: {slug: a, mbs: 1, gbs: 3, pp: 2, vpp: 2, shows: s}",
-            r"micro-batches .* = 3 must divide by pp = 2 when vpp > 1",
+            r"micro-batches .* \(3\) must be divisible by PP \(2\) when VPP > 1",
         ),
-        ("101: {slug: a, mbs: 1, gbs: 1, cp: 3, shows: s}", r"seq 64 must divide by 2 x cp = 6"),
+        (
+            "101: {slug: a, mbs: 1, gbs: 1, cp: 3, shows: s}",
+            r"SEQ \(64\) must be divisible by 2 x CP \(2 x 3 = 6\)",
+        ),
         (
             "101: {slug: a, mbs: 1, gbs: 1, cp: 8, cp_comm_type: a2a, shows: s}",
-            r"num_attention_heads 4 must divide by tp x cp = 1 x 8",
+            r"num_attention_heads \(4\) must be divisible by TP x CP \(1 x 8 = 8\)",
         ),
         (
             "101: {slug: a, mbs: 1, gbs: 1, sp: true, shows: s}",
-            r"sp splits activations over tp, but tp = 1",
+            r"SP=1 splits activations over TP, but TP=1",
         ),
         (
             "101: {slug: a, mbs: 1, gbs: 1, ep: 2, shows: s}",
-            r"ep = 2, etp = 1 share out experts, but model m has none",
+            r"EP=2, ETP=1 split experts, but m has none",
         ),
         (
             "101: {slug: a, mbs: 1, gbs: 2, dp: 2, nodes: 3, shows: s}",
-            r"2 GPUs .* must divide by 3 nodes",
+            r"TP x PP x CP x DP \(2\) must be divisible by NODES \(3\)",
         ),
         (
             "101: {slug: a, mbs: 1, gbs: 1, sharding: zero2, shows: s}",
@@ -231,20 +234,20 @@ def test_a_mistake_is_refused_with_its_values(tmp_path: Path, row: str, complain
 @pytest.mark.parametrize(
     ("id_", "changes", "complaint"),
     [
-        ("101", {"num_attention_heads": 24}, "hidden_size 1600 must divide by num_attention_heads 24"),
-        ("281", {"ffn_hidden_size": 100}, "ffn_hidden_size 100 must divide by tp = 8; try tp in {1, 2, 4}"),
-        ("611", {"num_query_groups": 5}, "num_attention_heads 32 must divide by num_query_groups 5"),
-        ("611", {"kv_channels": 127}, "the head size 127 must be even"),
-        ("101", {"positions": 1023}, "seq 1024: positions were learned up to 1023; set SEQ=1023 or less"),
-        ("101", {"tp": 5, "sequence_parallel": True}, "seq / cp = 1024 / 1 must divide by tp = 5 for sequence parallelism"),
+        ("101", {"num_attention_heads": 24}, "hidden_size (1600) must be divisible by num_attention_heads (24)"),
+        ("281", {"ffn_hidden_size": 100}, "ffn_hidden_size (100) must be divisible by TP (8); try TP in {1, 2, 4}"),
+        ("611", {"num_query_groups": 5}, "num_attention_heads (32) must be divisible by num_query_groups (5)"),
+        ("611", {"kv_channels": 127}, "the head size (127) must be even"),
+        ("101", {"positions": 1023}, "SEQ=1024: positions were learned up to 1023; set SEQ=1023 or less"),
+        ("101", {"tp": 5, "sequence_parallel": True}, "SEQ / CP (1024 / 1) must be divisible by TP (5) for sequence parallelism"),
         ("620", {"yarn": None}, "position_embedding yarn, yarn missing: set both or neither"),
         ("631", {"normalization": "LayerNorm"}, "qk_norm projection is an RMS norm"),
         ("802", {"precision": "fp8", "fp8_recipe": "delayed"}, "LoRA: fp8 is not tested with adapters"),
-        ("620", {"optimizer": "muon"}, "upstream's sharded muon does not take experts with biases yet"),
-        ("511", {"moe_ffn_hidden_size": 1023}, "moe_ffn_hidden_size 1023 must divide by etp = 2"),
-        ("511", {"ep": 8}, "the 8 ranks of a pipeline stage (tp x cp x dp = 1 x 1 x 8) must divide by ep x etp = 8 x 2 = 16; "
-                           "try ep in {1, 2, 4}"),
-        ("511", {"moe_router_topk": 257}, "moe_router_topk 257 is more than the 256 experts there are"),
+        ("620", {"optimizer": "muon"}, "upstream's sharded muon does not take experts with biases; set SHARDING=no_shard"),
+        ("511", {"moe_ffn_hidden_size": 1023}, "moe_ffn_hidden_size (1023) must be divisible by ETP (2)"),
+        ("511", {"ep": 8}, "ranks of a stage, TP x CP x DP (8) must be divisible by EP x ETP (8 x 2 = 16); "
+                           "try EP in {1, 2, 4}"),
+        ("511", {"moe_router_topk": 257}, "moe_router_topk (257) exceeds the number of experts (256)"),
     ],
 )  # fmt: skip
 def test_a_change_that_does_not_fit_is_refused_with_its_values(id_, changes, complaint) -> None:
@@ -269,7 +272,7 @@ def test_expert_sizes_that_do_not_divide_are_refused(tmp_path: Path) -> None:
     models = "m: {num_layers: 4, hidden_size: 64, num_attention_heads: 4, num_experts: 8, moe_router_topk: 2}"
     row = "101: {slug: a, mbs: 1, gbs: 6, dp: 6, ep: 4, shows: s}"
     with pytest.raises(
-        UserError, match=r"the 6 ranks .* must divide by ep x etp = 4 x 1 = 4; try ep in \{1, 2\}"
+        UserError, match=r"\(6\) must be divisible by EP x ETP \(4 x 1 = 4\); try EP in \{1, 2\}"
     ):
         load_catalog(write(tmp_path, row, models))
 
@@ -334,7 +337,8 @@ def test_a_half_size_companion_runs_on_half_the_gpus(half):
 def test_all_to_all_shares_out_key_heads_too():
     """32 query heads, 8 key heads over tp x cp = 16."""
     with pytest.raises(
-        UserError, match=r"num_query_groups 8 must divide by tp x cp = 4 x 4; try cp in \{1, 2\}"
+        UserError,
+        match=r"num_query_groups \(8\) must be divisible by TP x CP \(4 x 4 = 16\); try CP in \{1, 2\}",
     ):
         with_changes(
             CATALOG.find("611"), tp=4, cp=4, dp=1, sequence_parallel=True, cp_comm_type="a2a"

@@ -36,7 +36,7 @@ def harness(*words: str) -> str:
         (["run"], "which experiment?"),
         (
             ["run", "231", "TP=3"],
-            "num_attention_heads 16 must divide by tp = 3; try tp in {1, 2, 4, 8, 16}",
+            "num_attention_heads (16) must be divisible by TP (3); try TP in {1, 2, 4, 8, 16}",
         ),
         (["run", "101", "DEVICE=tpu"], "DEVICE=tpu: expected cpu or cuda"),
         (["run", "101", "DATA=nowhere"], "DATA=nowhere"),

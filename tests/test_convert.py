@@ -386,7 +386,7 @@ REFUSED = {
     "architectures no list": (lambda f: edit_config(f, architectures=5), "damaged"),
     "odd groups": (
         lambda f: edit_config(f, num_key_value_heads=3),
-        "num_attention_heads 4 must divide by num_query_groups 3",
+        "num_attention_heads (4) must be divisible by num_query_groups (3)",
     ),
     "odd activation": (lambda f: edit_config(f, hidden_act="gelu"), "hidden_act is 'gelu'"),
     "odd positions": (
@@ -595,7 +595,7 @@ def test_broken_shards_are_refused(fault, tmp_path):
 
 
 def test_a_layout_that_does_not_divide(llama, tmp_path):
-    with pytest.raises(UserError, match="num_attention_heads 4 must divide by tp = 3"):
+    with pytest.raises(UserError, match=r"num_attention_heads \(4\) must be divisible by TP \(3\)"):
         imported(llama, tmp_path / "out", tp=3)
 
 

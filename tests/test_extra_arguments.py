@@ -142,12 +142,12 @@ def test_the_fields_without_a_setting():
 @pytest.mark.parametrize(("words", "complaint"), [
     (["TP=2", "ARGS=--tensor-model-parallel-size 5"], "TP=2, and ARGS says TP=5; leave one out"),
     (["ARGS=--lr 1 --lr 2"], "--lr is given twice"),
-    (["ARGS=--tensor-model-parallel-size 3"], "num_attention_heads 25 must divide by tp = 3"),
-    (["ARGS=--num-layers 50", "PP=4"], "layers 50 must divide by pp x vpp = 4 x 1"),
+    (["ARGS=--tensor-model-parallel-size 3"], "num_attention_heads (25) must be divisible by TP (3)"),
+    (["ARGS=--num-layers 50", "PP=4"], "layers (50) must be divisible by PP x VPP (4 x 1 = 4)"),
     (["ARGS=--num-layers 0"], "ARGS: num_layers = 0"),
     (["ARGS=--num-layers many"], "ARGS: --num-layers many: expected a whole number"),
-    (["ARGS=--hidden-size 1601"], "hidden_size 1601 must divide by num_attention_heads 25"),
-    (["ARGS=--softmax-type learnable", "CP=2"], "windows and sinks need context parallelism by all-to-all"),
+    (["ARGS=--hidden-size 1601"], "hidden_size (1601) must be divisible by num_attention_heads (25)"),
+    (["ARGS=--softmax-type learnable", "CP=2"], "windows and sinks need context parallelism by CP_COMM_TYPE=a2a"),
     *(([f"ARGS={option} x"], f"the harness sets {option} itself; use ") for option in extra_arguments._OWNED),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused_with_its_values(words, complaint):

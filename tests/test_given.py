@@ -116,12 +116,12 @@ def test_sizes_are_checked_against_the_model_of_the_weights(four_heads):
         {"TP": "2", "WEIGHTS": "four"},
     )
     for words, said in (
-        ({"TP": "5"}, "num_attention_heads 4 must divide by tp = 5"),
-        ({"PP": "4"}, "layers 2 must divide by pp x vpp = 4 x 1"),
-        ({"SEQ": "1024"}, "seq 1024: positions were learned up to 64"),
+        ({"TP": "5"}, "num_attention_heads (4) must be divisible by TP (5)"),
+        ({"PP": "4"}, "layers (2) must be divisible by PP x VPP (4 x 1 = 4)"),
+        ({"SEQ": "1024"}, "SEQ=1024: positions were learned up to 64"),
         (
             {"CP": "8", "CP_COMM_TYPE": "a2a"},
-            "num_attention_heads 4 must divide by tp x cp = 1 x 8",
+            "num_attention_heads (4) must be divisible by TP x CP (1 x 8 = 8)",
         ),
     ):
         with pytest.raises(UserError, match=re.escape(said)):

@@ -19,7 +19,7 @@ from harness.predict.capacity import levers, verdict, ways_to_fit
 from harness.predict.flops import adapter_parameters, parameters_on, state_gib, state_on
 from harness.predict.memory import (
     _backward_bytes,
-    _gathered_layers,
+    _gathered_layer_bytes,
     _layers_in_flight,
     attention_bytes,
     loss_bytes,
@@ -122,7 +122,7 @@ def test_layers_are_gathered_ahead_up_to_half_a_billion_elements_or_one_by_fsdp2
     e = find(id_)
     held = parameters_on(e, 0)
     layer = (held.dense - held.ends) / e.model.num_layers
-    assert _gathered_layers(e, held) == (0 if ahead is None else (1 + ahead) * layer * 2)
+    assert _gathered_layer_bytes(e, held) == (0 if ahead is None else (1 + ahead) * layer * 2)
 
 
 def test_the_last_stage_has_the_logits():
@@ -254,7 +254,7 @@ def test_the_command(capsys):
         ([], "which experiment"),
         (["629"], "no experiment 629"),
         (["620", "CARD=h100"], "unknown GPU"),
-        (["620", "TP=7"], "must divide by tp = 7"),
+        (["620", "TP=7"], "must be divisible by TP (7)"),
         (["620", "MEMORY=1"], "unknown setting MEMORY"),
     ],
 )

@@ -63,7 +63,7 @@ def test_fp8_is_a_precision_and_a_recipe():
         apply("111", "FP8=e4m3")
     with pytest.raises(
         UserError,
-        match=r"in blocks of 16, by which hidden_size = 1000, queries, keys and values / tp = 3000, queries",
+        match=r"in blocks of 16: hidden_size \(1000\), queries, keys and values / TP \(3000\), queries",
     ):
         with_changes(
             CATALOG.find("111"),
@@ -84,15 +84,24 @@ def test_arguments_are_split_as_a_shell_splits() -> None:
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (["101", "TP=3"], r"num_attention_heads 25 must divide by tp = 3; try tp in \{1, 5, 25\}"),
+        (
+            ["101", "TP=3"],
+            r"num_attention_heads \(25\) must be divisible by TP \(3\); try TP in \{1, 5, 25\}",
+        ),
         (
             ["438", "VPP=5"],
-            r"layers 72 must divide by pp x vpp = 8 x 5 = 40; try vpp in \{1, 3, 9\}",
+            r"layers \(72\) must be divisible by PP x VPP \(8 x 5 = 40\); try VPP in \{1, 3, 9\}",
         ),
-        (["128", "GPUS=3"], r"gbs 128 must divide by mbs x dp = 16 x 3 = 48"),
-        (["408", "GPUS=6"], r"GPUS=6 must divide by tp x pp x cp = 1 x 8 x 1 = 8; try GPUS=8"),
-        (["302", "GPUS=3"], r"GPUS=3 must divide by tp x pp x cp = 1 x 1 x 2 = 2; try GPUS=4, or"),
-        (["128", "GPUS=4", "DP=2"], r"GPUS=4 makes dp = 4, but DP=2 is given"),
+        (["128", "GPUS=3"], r"GBS \(128\) must be divisible by MBS x DP \(16 x 3 = 48\)"),
+        (
+            ["408", "GPUS=6"],
+            r"GPUS \(6\) must be divisible by TP x PP x CP \(1 x 8 x 1 = 8\); try GPUS=8",
+        ),
+        (
+            ["302", "GPUS=3"],
+            r"GPUS \(3\) must be divisible by TP x PP x CP \(1 x 1 x 2 = 2\); try GPUS=4, or",
+        ),
+        (["128", "GPUS=4", "DP=2"], r"GPUS=4 makes DP=4, but DP=2 is given"),
         (["101", "STEPS=many"], r"STEPS=many: expected a whole number, 1 or more"),
         (["101", "STEPS=0"], r"STEPS=0: expected a whole number"),
         (["101", "STEPS=²"], r"expected a whole number"),

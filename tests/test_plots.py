@@ -17,7 +17,7 @@ from harness.experiment.experiment import Experiment
 from harness.pages import plots, schedules
 from harness.pages.figures import Figure, Panel, Point, Series, load_panels, sweeps, thinned
 from harness.predict.flops import tflops_per_gpu
-from harness.predict.timeline import Times, Work, bubble_fraction, order, simulate
+from harness.predict.timeline import ChunkPass, Times, bubble_fraction, order, simulate
 from harness.run.schema import Result, StepMetrics
 from harness.run.step_statistics import measure
 
@@ -62,15 +62,15 @@ def test_every_pass_runs_once_after_what_it_needs(
         chain = work.chunk * stages + stage
         if work.kind == "forward" and chain:
             before = ends[
-                (chain - 1) % stages, Work(work.micro_batch, (chain - 1) // stages, "forward")
+                (chain - 1) % stages, ChunkPass(work.micro_batch, (chain - 1) // stages, "forward")
             ]
         elif work.kind == "backward" and chain < chunks * stages - 1:
             before = ends[
-                (chain + 1) % stages, Work(work.micro_batch, (chain + 1) // stages, "backward")
+                (chain + 1) % stages, ChunkPass(work.micro_batch, (chain + 1) // stages, "backward")
             ]
         else:
             before = (
-                ends.get((stage, Work(work.micro_batch, work.chunk, "forward")))
+                ends.get((stage, ChunkPass(work.micro_batch, work.chunk, "forward")))
                 if work.kind == "backward"
                 else None
             )
@@ -99,7 +99,7 @@ def test_order_of_chunks_is_upstreams(stages: int, micro_batches: int, chunks: i
 
 @pytest.mark.parametrize(
     ("stages", "micro_batches", "message"),
-    [(4, 6, "m = 6 must divide by pp = 4"), (1, 4, "pp = 1")],
+    [(4, 6, r"micro-batches \(6\) must be divisible by PP \(4\)"), (1, 4, "PP=1")],
 )
 def test_interleaving_that_upstream_refuses(stages: int, micro_batches: int, message: str) -> None:
     with pytest.raises(UserError, match=message):

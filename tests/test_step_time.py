@@ -781,13 +781,13 @@ def test_what_is_written_is_read_again(tmp_path):
 
 
 def test_what_a_run_says_before_it_begins():
-    assert "step by formula: " in calibrations.in_a_line(find("408"), find_card("h100-80gb"))
-    assert "percentile" in calibrations.in_a_line(find("408"), find_card("h100-80gb"))
-    assert calibrations.in_a_line(find("408"), find_card("h200-141gb")).endswith(
+    assert "step by formula: " in calibrations.summary(find("408"), find_card("h100-80gb"))
+    assert "percentile" in calibrations.summary(find("408"), find_card("h100-80gb"))
+    assert calibrations.summary(find("408"), find_card("h200-141gb")).endswith(
         "8 GPUs or pipelines: error unknown"
     )
-    assert calibrations.in_a_line(find("620"), find_card("h100-80gb")) is None
-    assert calibrations.in_a_line(find("101"), find_card("a100-80gb")) is None
+    assert calibrations.summary(find("620"), find_card("h100-80gb")) is None
+    assert calibrations.summary(find("101"), find_card("a100-80gb")) is None
 
 
 def test_the_commands(capsys):

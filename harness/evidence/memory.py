@@ -12,7 +12,7 @@ from harness.evidence.rows import Row
 from harness.experiment.experiment import Experiment
 from harness.experiment.hardware import NON_ALLOCATOR_MIB, Card, find_card
 from harness.planning import resolved
-from harness.predict.capacity import DEEPEST, verdict, ways_to_fit
+from harness.predict.capacity import MOST_CHANGES, verdict, ways_to_fit
 from harness.predict.memory import Memory, predict
 from harness.system.screen import say
 
@@ -94,7 +94,7 @@ def _measured(experiment: Experiment, memory: Memory, rows: Sequence[Row]) -> st
 def _advice(experiment: Experiment, card: Card) -> Iterator[str]:
     ways = ways_to_fit(experiment, card)[:SHOWN]
     if not ways:
-        yield f"  no {DEEPEST} settings make it fit: lower SEQ=, or use more GPUs"
+        yield f"  no {MOST_CHANGES} settings make it fit: lower SEQ=, or use more GPUs"
         return
     yield "fits with"
     spelled = [

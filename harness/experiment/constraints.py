@@ -1,7 +1,7 @@
-"""What must divide what: the arithmetic between a model, its parallel sizes and its batch.
+"""What must hold between a model, its parallel sizes and its batch, checked before anything runs.
 
-Each rule states the formula with the values at hand and a way out, so that nothing is truncated
-silently and nothing fails minutes later inside upstream. Sources: ``validate_args`` in
+Each rule gives the formula with its values and a way out, so that nothing is truncated silently
+and nothing fails minutes later inside upstream. Sources: ``validate_args`` in
 megatron/training/arguments.py, ``__post_init__`` in
 megatron/core/transformer/transformer_config.py, megatron/core/parallel_state.py and
 megatron/core/pipeline_parallel/schedules.py of core_v0.19.0.
@@ -18,6 +18,9 @@ from harness.experiment.experiment import Experiment
 from harness.experiment.hardware import find_card
 from harness.system import yaml_files
 
+_MOST_CHOICES = 8
+"""That a message lists."""
+
 
 def checked(fields: Mapping[str, Any], where: str) -> Experiment:
     """The experiment of ``fields``.
@@ -26,7 +29,7 @@ def checked(fields: Mapping[str, Any], where: str) -> Experiment:
         UserError: a field is wrong or a rule is broken; a line for each, after ``where``.
     """
     experiment = yaml_files.build(Experiment, fields, where)
-    if broken := violations(experiment):
+    if broken := list(violations(experiment)):
         raise UserError("\n".join(f"{where}: {sentence}" for sentence in broken))
     return experiment
 
@@ -37,309 +40,21 @@ def with_changes(experiment: Experiment, **changes: Any) -> Experiment:
     return checked({**fields, **changes}, experiment.id)
 
 
-def violations(experiment: Experiment) -> list[str]:
-    """Return one sentence per rule that ``experiment`` breaks; an empty list where it can run."""
-    return list(_violations(experiment))
-
-
-def _violations(e: Experiment) -> Iterator[str]:
-    if e.lowest_lr > e.highest_lr:
-        yield f"min_lr {e.lowest_lr:g} must not be above lr {e.highest_lr:g}"
-    if (e.lr_warmup_steps or 0) >= e.lr_decay_steps:
-        yield (
-            f"lr_warmup_steps {e.lr_warmup_steps} must be below the {e.lr_decay_steps} steps in"
-            " which the rate decays"
-        )
-    yield from _width_violations(e)
-    yield from _schedule_violations(e)
-    yield from _sequence_violations(e)
-    yield from _expert_violations(e)
-    if e.world_size % e.nodes:
-        yield (
-            f"{e.world_size} GPUs (tp x pp x cp x dp = {e.tp} x {e.pp} x {e.cp} x {e.dp}) must"
-            f" divide by {e.nodes} nodes; {_try('nodes', divisors(e.world_size), e.nodes)}"
-        )
-    yield from _model_violations(e)
-    yield from _precision_violations(e)
-    yield from _sharding_violations(e)
-    yield from _cuda_graph_violations(e)
-    yield from _lora_violations(e)
-    if e.profile and not 2 <= e.profile[0] <= e.profile[1] <= e.steps:
-        first, last = e.profile
-        ways_out = [f"PROFILE={max(e.steps - 1, 2)}-{e.steps}"] * (e.steps >= 2)
-        ways_out += [f"STEPS={max(first, last)}"] * (max(first, last) > max(e.steps, 1))
-        if 2 <= last < first <= e.steps:
-            ways_out = [f"PROFILE={last}-{first}"]
-        yield (
-            f"PROFILE={first}-{last} traces from step {first} to step {last}, which must be 2 or"
-            f" later, in order, and among the {e.steps} steps of the run; try"
-            f" {', or '.join(ways_out) or 'STEPS=2 PROFILE=2-2'}"
-        )
-
-
-def _width_violations(e: Experiment) -> Iterator[str]:
-    m, heads = e.model, e.model.num_attention_heads
-    if not m.kv_channels and m.hidden_size % heads:
-        yield f"hidden_size {m.hidden_size} must divide by num_attention_heads {heads}"
-    if heads % e.tp:
-        yield (
-            f"num_attention_heads {heads} must divide by tp = {e.tp};"
-            f" {_try('tp', divisors(heads), e.tp)}"
-        )
-    elif m.ffn % e.tp:
-        yield (
-            f"ffn_hidden_size {m.ffn} must divide by tp = {e.tp};"
-            f" {_try('tp', divisors(math.gcd(heads, m.ffn)), e.tp)}"
-        )
-    if m.num_query_groups and heads % m.num_query_groups:
-        yield f"num_attention_heads {heads} must divide by num_query_groups {m.num_query_groups}"
-    if m.num_query_groups and m.num_query_groups % e.tp and e.tp % m.num_query_groups:
-        yield f"num_query_groups {m.num_query_groups} and tp = {e.tp} must divide one by the other"
-
-
-def _schedule_violations(e: Experiment) -> Iterator[str]:
-    layers = e.model.num_layers
-    if layers % (e.pp * e.vpp):
-        if e.vpp > 1 and layers % e.pp == 0:
-            way_out = _try("vpp", divisors(layers // e.pp), e.vpp)
-        else:
-            way_out = _try("pp", divisors(layers // e.vpp) if layers % e.vpp == 0 else (), e.pp)
-        yield (
-            f"layers {layers} must divide by pp x vpp = {e.pp} x {e.vpp} = {e.pp * e.vpp};"
-            f" {way_out}"
-        )
-    if e.vpp > 1 and e.pp == 1:
-        yield f"vpp = {e.vpp} interleaves pipeline stages, but pp = 1; set pp > 1 or vpp = 1"
-    if e.global_batch_size % (e.micro_batch_size * e.dp):
-        per_rank, rest = divmod(e.global_batch_size, e.dp)
-        way_out = (
-            f"{_try('mbs', divisors(per_rank), e.micro_batch_size)}, or gbs a multiple of "
-            f"{e.micro_batch_size * e.dp}"
-            if not rest and per_rank
-            else f"set gbs to a multiple of {e.micro_batch_size * e.dp}"
-        )
-        yield (
-            f"gbs {e.global_batch_size} must divide by mbs x dp = {e.micro_batch_size} x {e.dp} = "
-            f"{e.micro_batch_size * e.dp}; {way_out}"
-        )
-    elif e.vpp > 1 and e.pp > 1 and e.num_microbatches % e.pp:
-        yield (
-            f"micro-batches m = gbs / (mbs x dp) = {e.num_microbatches} must divide by pp = {e.pp}"
-            f" when vpp > 1; set gbs to a multiple of {e.micro_batch_size * e.dp * e.pp}, or"
-            " vpp = 1"
-        )
-
-
-def _sequence_violations(e: Experiment) -> Iterator[str]:
-    m, heads = e.model, e.model.num_attention_heads
-    if e.cp > 1 and e.seq_length % (2 * e.cp):
-        yield (
-            f"seq {e.seq_length} must divide by 2 x cp = {2 * e.cp} (each rank holds two chunks); "
-            f"{_try('cp', [cp for cp in range(1, 65) if e.seq_length % (2 * cp) == 0], e.cp)}"
-        )
-    if e.positions and m.position_embedding == "learned_absolute" and e.seq_length > e.positions:
-        yield (
-            f"seq {e.seq_length}: positions were learned up to {e.positions}; set SEQ={e.positions}"
-            " or less"
-        )
-    if e.cp > 1 and e.cp_comm_type == "a2a" and heads % (e.tp * e.cp):
-        yield (
-            f"a2a shares heads out over cp: num_attention_heads {heads} must divide by tp x cp ="
-            f" {e.tp} x {e.cp}; {_try('cp', divisors(max(heads // e.tp, 1)), e.cp)}, or"
-            " cp_comm_type p2p"
-        )
-    elif e.cp > 1 and e.cp_comm_type == "a2a" and m.key_heads % (e.tp * e.cp):
-        yield (
-            f"a2a shares heads out over cp: num_query_groups {m.num_query_groups} must divide by tp"
-            f" x cp = {e.tp} x {e.cp};"
-            f" {_try('cp', divisors(max(m.num_query_groups // e.tp, 1)), e.cp)}, or"
-            " cp_comm_type p2p"
-        )
-    if e.sequence_parallel and e.tp == 1:
-        yield "sp splits activations over tp, but tp = 1; set tp > 1 or sp: false"
-    if e.sequence_parallel and e.seq_length // e.cp % e.tp:
-        yield (
-            f"seq / cp = {e.seq_length} / {e.cp} must divide by tp = {e.tp} for sequence"
-            " parallelism"
-        )
-
-
-def _model_violations(e: Experiment) -> Iterator[str]:
-    m = e.model
-    if (m.position_embedding == "yarn") != (m.yarn is not None):
-        yield (
-            f"position_embedding {m.position_embedding}, yarn {'given' if m.yarn else 'missing'}:"
-            " set both or neither"
-        )
-    if m.position_embedding != "learned_absolute" and m.head_size % 2:
-        yield f"rotary positions turn pairs: the head size {m.head_size} must be even"
-    if m.qk_norm == "projection" and m.normalization != "RMSNorm":
-        yield "qk_norm projection is an RMS norm; set normalization: RMSNorm"
-    if m.qk_norm == "projection" and m.key_heads % e.tp:
-        yield f"qk_norm projection: {m.key_heads} key heads must divide by tp = {e.tp}"
-    if e.cp > 1 and (m.window_size or m.attention_sinks) and e.cp_comm_type != "a2a":
-        yield (
-            "windows and sinks need context parallelism by all-to-all: set cp_comm_type a2a, not"
-            f" {e.cp_comm_type}"
-        )
-
-
-def _lora_violations(e: Experiment) -> Iterator[str]:
-    if e.lora is None:
-        return
-    experts = (
-        sorted({"linear_fc1", "linear_fc2"} & set(e.lora.targets)) if e.model.num_experts else []
-    )
-    if experts:
-        yield (
-            f"LoRA: experts get no adapters, but {', '.join(experts)} of {e.model.name} are theirs;"
-            " set LORA_TARGETS=linear_qkv,linear_proj"
-        )
-    if e.fully_sharded:
-        yield (
-            f"LoRA: sharding {e.sharding} is for weights that are trained; set SHARDING=optim or"
-            " no_shard"
-        )
-    if e.optimizer != "adam":
-        yield (
-            f"LoRA: {e.optimizer} is for whole matrices, not for their factors; set OPTIMIZER=adam"
-        )
-    if e.precision == "fp8":
-        yield "LoRA: fp8 is not tested with adapters; choose a bf16 row"
-    if e.cuda_graphs:
-        yield "LoRA: CUDA graphs are not tested with adapters; set CUDA_GRAPHS=0"
-
-
-def _precision_violations(e: Experiment) -> Iterator[str]:
-    if (e.precision == "fp8") != (e.fp8_recipe is not None):
-        yield (
-            f"precision {e.precision}, fp8_recipe {e.fp8_recipe}: fp8, and nothing else, needs a"
-            " recipe: delayed, tensorwise or blockwise"
-        )
-    if e.precision == "fp8" and e.card and (gpu := find_card(e.card)) and gpu.fp8_tflops is None:
-        yield (
-            f"precision fp8: {gpu.name} has none (Ada, Hopper and later do); leave CARD= out, or"
-            " choose a bf16 row"
-        )
-    tokens = e.micro_batch_size * e.seq_length // e.cp // (e.tp if e.sequence_parallel else 1)
-    step = 128 if e.fp8_recipe == "blockwise" else 16
-    if e.precision == "fp8" and tokens % step:
-        yield (
-            f"fp8 {e.fp8_recipe} multiplies in blocks of {step}: the tokens of a rank, mbs x seq /"
-            f" cp{' / tp' if e.sequence_parallel else ''} = {tokens}, must divide by {step}"
-        )
-    odd = [f"{name} = {width}" for name, width in _widths(e).items() if width % 16]
-    if e.precision == "fp8" and odd:
-        yield f"fp8 multiplies in blocks of 16, by which {', '.join(odd)} must divide"
-    if e.optimizer_state == "bf16" and (
-        e.sharding != "optim" or e.optimizer != "adam" or e.precision == "fp32"
-    ):
-        yield (
-            "optimizer_state bf16 is for Adam with sharding optim and weights in bf16, not for"
-            f" {e.optimizer} with {e.sharding} in {e.precision}"
-        )
-    if e.gradients == "bf16" and e.optimizer_state != "bf16":
-        yield "gradients bf16 need upstream's precision-aware optimizer; set optimizer_state: bf16"
-    discarded = sorted({"layernorm", "moe_act"} & set(e.recompute_modules))
-    if e.fp8_recipe == "delayed" and discarded:
-        yield (
-            f"fp8 delayed cannot recompute {', '.join(discarded)}, whose outputs are discarded; "
-            "set fp8_recipe tensorwise or blockwise"
-        )
-    if e.recompute_modules and e.recompute != "selective":
-        yield (
-            f"recompute_modules {', '.join(e.recompute_modules)} needs recompute: selective, not"
-            f" {e.recompute}"
-        )
-
-
-def _widths(e: Experiment) -> dict[str, int]:
-    """Inputs and outputs of the linear layers on a rank."""
-    m = e.model
-    widths = {
-        "hidden_size": m.hidden_size,
-        "queries, keys and values / tp": m.qkv_size // e.tp,
-        "queries / tp": m.query_size // e.tp,
-    }
-    mlp = (
-        {"moe_ffn_hidden_size / etp": m.moe_ffn // e.etp}
-        if m.num_experts
-        else {"ffn_hidden_size / tp": m.ffn // e.tp}
-    )
-    return widths | mlp
-
-
-def _sharding_violations(e: Experiment) -> Iterator[str]:
-    if e.sharding == "torch_fsdp2" and (e.pp > 1 or e.ep > 1):
-        yield (
-            f"torch FSDP2 works with neither pipeline nor expert parallelism (pp = {e.pp}, ep ="
-            f" {e.ep})"
-        )
-    if e.fully_sharded and e.optimizer != "adam":
-        yield f"upstream's {e.optimizer} works with sharding no_shard or optim, not {e.sharding}"
-    if (
-        e.optimizer == "muon"
-        and e.model.num_experts
-        and e.model.add_bias_linear
-        and e.sharding == "optim"
-    ):
-        yield (
-            "upstream's sharded muon does not take experts with biases yet; set sharding: no_shard"
-        )
-
-
-def _cuda_graph_violations(e: Experiment) -> Iterator[str]:
-    if not e.cuda_graphs:
-        return
-    if e.recompute == "full":
-        yield "CUDA graphs of layers cannot be recomputed whole; set RECOMPUTE=none or selective"
-    if "core_attn" in e.selectively_recomputed and e.model.dropout:
-        yield (
-            "CUDA graphs cannot draw the dropout of recomputed attention again; set DROPOUT=0 or"
-            " RECOMPUTE=none"
-        )
-    if e.fully_sharded:
-        yield (
-            f"CUDA graphs do not know the hooks by which {e.sharding} gathers weights; set"
-            " SHARDING=optim or no_shard"
-        )
-
-
-def _expert_violations(e: Experiment) -> Iterator[str]:
-    m = e.model
-    if m.num_experts is None:
-        if e.ep > 1 or e.etp > 1:
-            yield (
-                f"ep = {e.ep}, etp = {e.etp} share out experts, but model {m.name} has none; set ep"
-                " = etp = 1"
-            )
-        return
-    if m.num_experts % e.ep:
-        yield (
-            f"experts {m.num_experts} must divide by ep = {e.ep};"
-            f" {_try('ep', divisors(m.num_experts), e.ep)}"
-        )
-    if m.moe_ffn % e.etp:
-        yield f"moe_ffn_hidden_size {m.moe_ffn} must divide by etp = {e.etp}"
-    if m.add_bias_linear and e.etp > 1:
-        yield (
-            f"etp = {e.etp} splits experts, which upstream does for experts without biases only;"
-            " set etp = 1"
-        )
-    if m.moe_router_topk > m.num_experts:
-        yield (
-            f"moe_router_topk {m.moe_router_topk} is more than the {m.num_experts} experts"
-            " there are"
-        )
-    stage = e.world_size // e.pp
-    if stage % (e.ep * e.etp):
-        fits = [ep for ep in divisors(math.gcd(stage, m.num_experts)) if stage % (ep * e.etp) == 0]
-        yield (
-            f"the {stage} ranks of a pipeline stage (tp x cp x dp = {e.tp} x {e.cp} x {e.dp}) must"
-            f" divide by ep x etp = {e.ep} x {e.etp} = {e.ep * e.etp}; {_try('ep', fits, e.ep)}"
-        )
-    if e.tp > 1 and not e.sequence_parallel:
-        yield f"experts with tp = {e.tp} need sequence parallelism; set sp: true (SP=1)"
+def violations(experiment: Experiment) -> Iterator[str]:
+    """One sentence for each rule that ``experiment`` breaks; none where it can run."""
+    yield from _learning_rate(experiment)
+    yield from _widths(experiment)
+    yield from _layers_and_batch(experiment)
+    yield from _sequence(experiment)
+    yield from _experts(experiment)
+    yield from _nodes(experiment)
+    yield from _architecture(experiment)
+    yield from _fp8(experiment)
+    yield from _precision(experiment)
+    yield from _sharding(experiment)
+    yield from _cuda_graphs(experiment)
+    yield from _lora(experiment)
+    yield from _traced_steps(experiment)
 
 
 def divisors(n: int) -> list[int]:
@@ -348,7 +63,282 @@ def divisors(n: int) -> list[int]:
     return [*low, *(n // k for k in reversed(low) if k * k != n)]
 
 
-def _try(name: str, choices: Iterable[int], wanted: int, most: int = 8) -> str:
-    """The valid choices, those nearest to what was wanted."""
-    near = sorted(sorted(choices, key=lambda k: abs(k - wanted))[:most])
+def indivisible(what: str, whole: int, by: str, *factors: int) -> str | None:
+    """The complaint that ``whole`` is not divisible by the product of ``factors``, if it is not."""
+    product = math.prod(factors)
+    if whole % product == 0:
+        return None
+    values = " x ".join(map(str, factors)) + (f" = {product}" if len(factors) > 1 else "")
+    return f"{what} ({whole}) must be divisible by {by} ({values})"
+
+
+def _try(name: str, choices: Iterable[int], wanted: int) -> str:
+    """The valid ``choices`` nearest to ``wanted``, as a way out."""
+    near = sorted(sorted(choices, key=lambda k: abs(k - wanted))[:_MOST_CHOICES])
     return f"try {name} in {{{', '.join(map(str, near))}}}" if near else f"no {name} fits"
+
+
+def _learning_rate(experiment: Experiment) -> Iterator[str]:
+    lowest, highest = experiment.lowest_lr, experiment.highest_lr
+    warmup, decay = experiment.lr_warmup_steps or 0, experiment.lr_decay_steps
+    if lowest > highest:
+        yield f"min_lr {lowest:g} must not be above lr {highest:g}"
+    if warmup >= decay:
+        yield f"lr_warmup_steps {warmup} must be below the {decay} steps in which the rate decays"
+
+
+def _widths(experiment: Experiment) -> Iterator[str]:
+    model, tp = experiment.model, experiment.tp
+    heads, groups = model.num_attention_heads, model.num_query_groups
+    if not model.kv_channels and (
+        broken := indivisible("hidden_size", model.hidden_size, "num_attention_heads", heads)
+    ):
+        yield broken
+    if broken := indivisible("num_attention_heads", heads, "TP", tp):
+        yield f"{broken}; {_try('TP', divisors(heads), tp)}"
+    elif broken := indivisible("ffn_hidden_size", model.ffn, "TP", tp):
+        yield f"{broken}; {_try('TP', divisors(math.gcd(heads, model.ffn)), tp)}"
+    if not groups:
+        return
+    if broken := indivisible("num_attention_heads", heads, "num_query_groups", groups):
+        yield broken
+    if groups % tp and tp % groups:
+        yield f"of num_query_groups ({groups}) and TP ({tp}), one must be divisible by the other"
+
+
+def _layers_and_batch(experiment: Experiment) -> Iterator[str]:
+    layers, pp, vpp = experiment.model.num_layers, experiment.pp, experiment.vpp
+    mbs, gbs, dp = experiment.micro_batch_size, experiment.global_batch_size, experiment.dp
+    if broken := indivisible("layers", layers, "PP x VPP", pp, vpp):
+        if vpp > 1 and layers % pp == 0:
+            yield f"{broken}; {_try('VPP', divisors(layers // pp), vpp)}"
+        else:
+            yield f"{broken}; {_try('PP', [] if layers % vpp else divisors(layers // vpp), pp)}"
+    if vpp > 1 and pp == 1:
+        yield f"VPP={vpp} interleaves pipeline stages, but PP=1; set PP > 1 or VPP=1"
+    if broken := indivisible("GBS", gbs, "MBS x DP", mbs, dp):
+        per_rank, rest = divmod(gbs, dp)
+        if rest or not per_rank:
+            yield f"{broken}; set GBS to a multiple of {mbs * dp}"
+        else:
+            smaller = _try("MBS", divisors(per_rank), mbs)
+            yield f"{broken}; {smaller}, or GBS a multiple of {mbs * dp}"
+    elif vpp > 1 and pp > 1 and experiment.num_microbatches % pp:
+        micro_batches = "micro-batches GBS / (MBS x DP)"
+        yield (
+            f"{indivisible(micro_batches, experiment.num_microbatches, 'PP', pp)} when VPP > 1;"
+            f" set GBS to a multiple of {mbs * dp * pp}, or VPP=1"
+        )
+
+
+def _sequence(experiment: Experiment) -> Iterator[str]:
+    model, tp, cp = experiment.model, experiment.tp, experiment.cp
+    length, learned = experiment.seq_length, experiment.positions
+    # each rank gets two chunks, an early and a late one, so that causal work is balanced
+    if cp > 1 and (broken := indivisible("SEQ", length, "2 x CP", 2, cp)):
+        fitting = [size for size in range(1, 65) if length % (2 * size) == 0]
+        yield f"{broken}, since each rank holds two chunks; {_try('CP', fitting, cp)}"
+    if learned and model.position_embedding == "learned_absolute" and length > learned:
+        yield f"SEQ={length}: positions were learned up to {learned}; set SEQ={learned} or less"
+    if cp > 1 and experiment.cp_comm_type == "a2a":
+        yield from _heads_by_all_to_all(experiment)
+    if experiment.sequence_parallel and tp == 1:
+        yield "SP=1 splits activations over TP, but TP=1; set TP > 1 or SP=0"
+    if experiment.sequence_parallel and length // cp % tp:
+        yield (
+            f"SEQ / CP ({length} / {cp}) must be divisible by TP ({tp}) for sequence parallelism"
+        )
+
+
+def _heads_by_all_to_all(experiment: Experiment) -> Iterator[str]:
+    tp, cp, model = experiment.tp, experiment.cp, experiment.model
+    heads = {"num_attention_heads": model.num_attention_heads, "num_query_groups": model.key_heads}
+    for name, number in heads.items():
+        if broken := indivisible(name, number, "TP x CP", tp, cp):
+            smaller = _try("CP", divisors(max(number // tp, 1)), cp)
+            yield f"a2a splits heads over CP: {broken}; {smaller}, or CP_COMM_TYPE=p2p"
+            return
+
+
+def _experts(experiment: Experiment) -> Iterator[str]:
+    model, ep, etp = experiment.model, experiment.ep, experiment.etp
+    experts = model.num_experts
+    if experts is None:
+        if ep > 1 or etp > 1:
+            yield f"EP={ep}, ETP={etp} split experts, but {model.name} has none; set EP=1 ETP=1"
+        return
+    if broken := indivisible("experts", experts, "EP", ep):
+        yield f"{broken}; {_try('EP', divisors(experts), ep)}"
+    if broken := indivisible("moe_ffn_hidden_size", model.moe_ffn, "ETP", etp):
+        yield broken
+    if model.add_bias_linear and etp > 1:
+        yield f"ETP={etp}: upstream splits only experts without biases; set ETP=1"
+    if model.moe_router_topk > experts:
+        yield f"moe_router_topk ({model.moe_router_topk}) exceeds the number of experts ({experts})"
+    stage = experiment.world_size // experiment.pp
+    if broken := indivisible("ranks of a stage, TP x CP x DP", stage, "EP x ETP", ep, etp):
+        fitting = [n for n in divisors(math.gcd(stage, experts)) if stage % (n * etp) == 0]
+        yield f"{broken}; {_try('EP', fitting, ep)}"
+    if experiment.tp > 1 and not experiment.sequence_parallel:
+        yield f"experts with TP={experiment.tp} need sequence parallelism; set SP=1"
+
+
+def _nodes(experiment: Experiment) -> Iterator[str]:
+    if broken := indivisible("TP x PP x CP x DP", experiment.world_size, "NODES", experiment.nodes):
+        yield f"{broken}; {_try('NODES', divisors(experiment.world_size), experiment.nodes)}"
+
+
+def _architecture(experiment: Experiment) -> Iterator[str]:
+    model = experiment.model
+    if (model.position_embedding == "yarn") != (model.yarn is not None):
+        yield (
+            f"position_embedding {model.position_embedding}, yarn"
+            f" {'given' if model.yarn else 'missing'}: set both or neither"
+        )
+    if model.position_embedding != "learned_absolute" and model.head_size % 2:
+        yield f"rotary positions turn pairs: the head size ({model.head_size}) must be even"
+    if model.qk_norm == "projection":
+        if model.normalization != "RMSNorm":
+            yield "qk_norm projection is an RMS norm; set normalization: RMSNorm"
+        if broken := indivisible(
+            "qk_norm projection: key heads", model.key_heads, "TP", experiment.tp
+        ):
+            yield broken
+    how = experiment.cp_comm_type
+    if experiment.cp > 1 and how != "a2a" and (model.window_size or model.attention_sinks):
+        yield f"windows and sinks need context parallelism by CP_COMM_TYPE=a2a, not {how}"
+
+
+def _fp8(experiment: Experiment) -> Iterator[str]:
+    recipe, model = experiment.fp8_recipe, experiment.model
+    if (experiment.precision == "fp8") != (recipe is not None):
+        yield (
+            f"precision {experiment.precision}, fp8_recipe {recipe}: fp8, and nothing else, needs a"
+            " recipe: delayed, tensorwise or blockwise"
+        )
+    if experiment.precision != "fp8":
+        return
+    if experiment.card and (card := find_card(experiment.card)) and card.fp8_tflops is None:
+        yield (
+            f"precision fp8: {card.name} has none (Ada, Hopper and later do); leave CARD= out, or"
+            " choose a bf16 row"
+        )
+    # assert_dim_for_fp8_exec in transformer_engine/pytorch/utils.py wants multiples of 16; a
+    # blockwise scale is shared by 128 values
+    step = 128 if recipe == "blockwise" else 16
+    splits = experiment.tp if experiment.sequence_parallel else 1
+    tokens = experiment.micro_batch_size * experiment.seq_length // experiment.cp // splits
+    formula = "MBS x SEQ / CP" + (" / TP" if experiment.sequence_parallel else "")
+    if tokens % step:
+        yield (
+            f"fp8 {recipe} multiplies in blocks of {step}: the tokens of a rank, {formula}"
+            f" ({tokens}), must be divisible by {step}"
+        )
+    widths = {
+        "hidden_size": model.hidden_size,
+        "queries, keys and values / TP": model.qkv_size // experiment.tp,
+        "queries / TP": model.query_size // experiment.tp,
+    }
+    if model.num_experts:
+        widths["moe_ffn_hidden_size / ETP"] = model.moe_ffn // experiment.etp
+    else:
+        widths["ffn_hidden_size / TP"] = model.ffn // experiment.tp
+    if odd := [f"{name} ({width})" for name, width in widths.items() if width % 16]:
+        yield f"fp8 multiplies in blocks of 16: {', '.join(odd)} must be divisible by 16"
+    discarded = sorted({"layernorm", "moe_act"} & set(experiment.recompute_modules))
+    if recipe == "delayed" and discarded:
+        yield (
+            f"fp8 delayed cannot recompute {', '.join(discarded)}, whose outputs are discarded; "
+            "set fp8_recipe tensorwise or blockwise"
+        )
+
+
+def _precision(experiment: Experiment) -> Iterator[str]:
+    if experiment.optimizer_state == "bf16" and (
+        experiment.sharding != "optim"
+        or experiment.optimizer != "adam"
+        or experiment.precision == "fp32"
+    ):
+        yield (
+            "OPTIMIZER_STATE=bf16 is for Adam with SHARDING=optim and bf16 weights, not for"
+            f" {experiment.optimizer} with {experiment.sharding} in {experiment.precision}"
+        )
+    if experiment.gradients == "bf16" and experiment.optimizer_state != "bf16":
+        yield "gradients bf16 need upstream's precision-aware optimizer; set OPTIMIZER_STATE=bf16"
+    if experiment.recompute_modules and experiment.recompute != "selective":
+        yield (
+            f"recompute_modules {', '.join(experiment.recompute_modules)} needs"
+            f" RECOMPUTE=selective, not {experiment.recompute}"
+        )
+
+
+def _sharding(experiment: Experiment) -> Iterator[str]:
+    sharding, optimizer, model = experiment.sharding, experiment.optimizer, experiment.model
+    if sharding == "torch_fsdp2" and (experiment.pp > 1 or experiment.ep > 1):
+        yield (
+            f"torch FSDP2 works with neither pipeline nor expert parallelism (PP={experiment.pp},"
+            f" EP={experiment.ep})"
+        )
+    if experiment.fully_sharded and optimizer != "adam":
+        yield f"upstream's {optimizer} works with SHARDING=no_shard or optim, not {sharding}"
+    biased_experts = model.num_experts and model.add_bias_linear
+    if optimizer == "muon" and sharding == "optim" and biased_experts:
+        yield "upstream's sharded muon does not take experts with biases; set SHARDING=no_shard"
+
+
+def _cuda_graphs(experiment: Experiment) -> Iterator[str]:
+    if not experiment.cuda_graphs:
+        return
+    if experiment.recompute == "full":
+        yield "a CUDA graph of a layer cannot be recomputed; set RECOMPUTE=none or selective"
+    if "core_attn" in experiment.selectively_recomputed and experiment.model.dropout:
+        yield (
+            "CUDA graphs cannot repeat the dropout of recomputed attention; set DROPOUT=0 or"
+            " RECOMPUTE=none"
+        )
+    if experiment.fully_sharded:
+        yield (
+            f"CUDA graphs do not run the hooks by which {experiment.sharding} gathers weights; set"
+            " SHARDING=optim or no_shard"
+        )
+
+
+def _lora(experiment: Experiment) -> Iterator[str]:
+    if experiment.lora is None:
+        return
+    on_experts = sorted({"linear_fc1", "linear_fc2"} & set(experiment.lora.targets))
+    if experiment.model.num_experts and on_experts:
+        yield (
+            f"LoRA: experts get no adapters, but {', '.join(on_experts)} of"
+            f" {experiment.model.name} belong to experts; set LORA_TARGETS=linear_qkv,linear_proj"
+        )
+    if experiment.fully_sharded:
+        yield (
+            f"LoRA: {experiment.sharding} shards trained weights, not frozen ones; set"
+            " SHARDING=optim or no_shard"
+        )
+    if experiment.optimizer != "adam":
+        yield (
+            f"LoRA: {experiment.optimizer} is for whole matrices, not for low-rank factors; set"
+            " OPTIMIZER=adam"
+        )
+    if experiment.precision == "fp8":
+        yield "LoRA: fp8 is not tested with adapters; choose a bf16 row"
+    if experiment.cuda_graphs:
+        yield "LoRA: CUDA graphs are not tested with adapters; set CUDA_GRAPHS=0"
+
+
+def _traced_steps(experiment: Experiment) -> Iterator[str]:
+    steps = experiment.steps
+    if not experiment.profile or 2 <= experiment.profile[0] <= experiment.profile[1] <= steps:
+        return
+    first, last = experiment.profile
+    ways_out = [f"PROFILE={max(steps - 1, 2)}-{steps}"] * (steps >= 2)
+    ways_out += [f"STEPS={max(first, last)}"] * (max(first, last) > max(steps, 1))
+    if 2 <= last < first <= steps:
+        ways_out = [f"PROFILE={last}-{first}"]
+    yield (
+        f"PROFILE={first}-{last} traces steps {first} to {last}, which must be 2 or later, in"
+        f" order, and within the run's {steps} steps; try"
+        f" {', or '.join(ways_out) or 'STEPS=2 PROFILE=2-2'}"
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Set
+from math import prod
 from typing import get_args
 
 from harness.errors import UserError, nearest
@@ -19,7 +20,7 @@ from harness.experiment.command_line import (
     parse,
     share,
 )
-from harness.experiment.constraints import with_changes
+from harness.experiment.constraints import indivisible, with_changes
 from harness.experiment.experiment import Experiment, Target
 from harness.experiment.extra_arguments import Translation, translate
 from harness.experiment.model import LinearLayer, Lora, Model
@@ -209,17 +210,17 @@ def _lora(experiment: Experiment, given: Mapping[str, str]) -> Lora | None:
 
 
 def _data_parallel_size(experiment: Experiment, changes: Mapping[str, object], gpus: int) -> int:
-    tp, pp, cp = (changes.get(axis, getattr(experiment, axis)) for axis in ("tp", "pp", "cp"))
-    if gpus % (tp * pp * cp):
+    axes = [changes.get(axis, getattr(experiment, axis)) for axis in ("tp", "pp", "cp")]
+    ranks = prod(axes)
+    if broken := indivisible("GPUS", gpus, "TP x PP x CP", *axes):
         raise UserError(
-            f"{experiment.id}: GPUS={gpus} must divide by tp x pp x cp = {tp} x {pp} x {cp} ="
-            f" {tp * pp * cp}; try GPUS={-(-gpus // (tp * pp * cp)) * tp * pp * cp}, or smaller"
-            " TP=, PP= or CP="
+            f"{experiment.id}: {broken}; try GPUS={-(-gpus // ranks) * ranks}, or smaller TP=, PP="
+            " or CP="
         )
-    dp = gpus // (tp * pp * cp)
-    if "dp" in changes and changes["dp"] != dp:
+    dp = gpus // ranks
+    if changes.get("dp", dp) != dp:
         raise UserError(
-            f"{experiment.id}: GPUS={gpus} makes dp = {dp}, but DP={changes['dp']} is given; leave"
+            f"{experiment.id}: GPUS={gpus} makes DP={dp}, but DP={changes['dp']} is given; leave"
             " one out"
         )
     return dp

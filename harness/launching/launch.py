@@ -92,8 +92,8 @@ def opening(plan: Plan, label: str) -> str:
     if plan.device == "cuda":
         card = find_card(experiment.card or gpus.list_gpus()[0].name)
         if card:
-            paragraphs.append(capacity.in_a_line(experiment, card))
-            paragraphs.append(calibrations.in_a_line(experiment, card))
+            paragraphs.append(capacity.summary(experiment, card))
+            paragraphs.append(calibrations.summary(experiment, card))
     return "\n".join(
         textwrap.fill(
             text, WIDTH, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False

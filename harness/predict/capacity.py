@@ -1,4 +1,4 @@
-"""Does an experiment fit a card, and what to set where it does not."""
+"""Whether an experiment fits a card, and which settings make it fit."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Verdict = Literal["fits", "may run out", "does not fit"]
 Settings = dict[str, str]
 
 SURE_SHARE = 0.91
-"""Of what PyTorch may have, tensors may take so much; the rest may be fragments. 111 ran at 0.89,
-121 failed at 0.92."""
-DEEPEST = 3
-"""Levers that are pulled at once."""
+"""Share of the allocator's memory that tensors can surely have; the rest may be lost to fragments.
+Row 111 ran at 0.89, row 121 failed at 0.92."""
+MOST_CHANGES = 3
+"""Changes to an experiment that are combined to make it fit."""
 
 
 def verdict(memory: Memory, card: Card) -> Verdict:
-    """Whether ``memory`` fits ``card`` beside CUDA and NCCL."""
+    """Whether ``memory`` fits what CUDA and NCCL leave of ``card``."""
     share = memory.total / available_gib(card)
     return "fits" if share <= SURE_SHARE else "may run out" if share <= 1 else "does not fit"
 
@@ -31,82 +31,83 @@ def available_gib(card: Card) -> float:
     return (card.memory_mib - NON_ALLOCATOR_MIB) / 1024
 
 
-def in_a_line(e: Experiment, card: Card) -> str:
-    """What ``e`` will take of ``card``, as a run says it before it begins."""
-    if unknown := extra_arguments.unpredictable(e.extra_args):
-        return f"memory: no formula knows {', '.join(unknown)} in ARGS"
-    memory = predict(e)
+def summary(experiment: Experiment, card: Card) -> str:
+    """One line on the memory that ``experiment`` needs of ``card``, printed before a run."""
+    if unknown := extra_arguments.unpredictable(experiment.extra_args):
+        return f"memory: no formula covers {', '.join(unknown)} in ARGS"
+    memory = predict(experiment)
     most, gib = max(memory.pieces.items(), key=lambda piece: piece[1])
     sure = verdict(memory, card)
-    way_out = (
-        ""
-        if sure == "fits"
-        else f"; make memory-{overrides.command_of(e)} CARD={card.key} says what would"
-    )
-    return (
+    line = (
         f"memory by formula: {memory.total:.1f} GiB, most of it {most} ({gib:.1f}): {sure} on"
-        f" {card.name}{way_out}"
+        f" {card.name}"
     )
+    if sure == "fits":
+        return line
+    command = f"make memory-{overrides.command_of(experiment)} CARD={card.key}"
+    return f"{line}; {command} lists settings that fit"
 
 
-def levers(e: Experiment) -> Iterator[tuple[Settings, Experiment]]:
-    """Settings that lower the memory of ``e``, the least intrusive first, each with the experiment
-    it makes.
+def levers(experiment: Experiment) -> Iterator[tuple[Settings, Experiment]]:
+    """Settings that lower the memory of ``experiment``, each with the experiment it makes.
 
-    Only those that the experiment admits, and that by ``predict`` need less.
+    The least intrusive come first. Those that a constraint forbids are left out.
     """
-    before = predict(e).total
-    for settings in _candidates(e):
-        if (changed := overrides.admitted(e, settings)) and predict(changed).total < before:
+    before = predict(experiment).total
+    for settings in _candidates(experiment):
+        changed = overrides.admitted(experiment, settings)
+        if changed and predict(changed).total < before:
             yield settings, changed
 
 
-def ways_to_fit(e: Experiment, card: Card) -> list[tuple[Settings, Experiment]]:
-    """What makes ``e`` fit ``card`` with the fewest levers, at most DEEPEST: on more GPUs, and on
-    as many as it has.
+def ways_to_fit(experiment: Experiment, card: Card) -> list[tuple[Settings, Experiment]]:
+    """The settings that make ``experiment`` fit ``card`` with the fewest changes.
 
-    First what keeps the number of GPUs.
+    At most MOST_CHANGES are combined. Ways on as many GPUs come first; where the fewest changes
+    need more GPUs, further changes are tried that do not.
     """
-    reached: list[tuple[Settings, Experiment]] = [({}, e)]
+    ranks = experiment.world_size
+    reached: list[tuple[Settings, Experiment]] = [({}, experiment)]
     found: list[tuple[Settings, Experiment]] = []
-    seen = {repr(e)}
-    for _ in range(DEEPEST):
+    seen = {repr(experiment)}
+    for _ in range(MOST_CHANGES):
         further = []
-        for settings, experiment in reached:
-            for more, _ in levers(experiment):
+        for settings, so_far in reached:
+            for more, _ in levers(so_far):
                 both = settings | more
-                changed = overrides.admitted(e, both)
-                if (
-                    changed
-                    and (key := repr(changed.model_copy(update={"overrides": {}}))) not in seen
-                ):
+                changed = overrides.admitted(experiment, both)
+                key = repr(changed and changed.model_copy(update={"overrides": {}}))
+                if changed and key not in seen:
                     seen.add(key)
                     further.append((both, changed))
         fitting = [way for way in further if verdict(predict(way[1]), card) == "fits"]
-        found += (
-            fitting if not found else [way for way in fitting if way[1].world_size == e.world_size]
-        )
-        if any(changed.world_size == e.world_size for _, changed in found):
+        found += [way for way in fitting if not found or way[1].world_size == ranks]
+        if any(changed.world_size == ranks for _, changed in found):
             break
         reached = further
     return sorted(found, key=lambda way: way[1].world_size)
 
 
-def _candidates(e: Experiment) -> Iterator[Settings]:
-    """What may lower memory; ``levers`` leaves out what does not, or is not admitted."""
-    same, more = {"GPUS": str(e.world_size)}, {"GPUS": str(2 * e.world_size)}
-    if smaller := next(
-        (m for m in range(e.micro_batch_size - 1, 0, -1) if e.global_batch_size % (m * e.dp) == 0),
-        None,
-    ):
-        yield {"MBS": str(smaller)}
+def _candidates(experiment: Experiment) -> Iterator[Settings]:
+    """Settings that may lower memory, the least intrusive first."""
+    ranks, dp = experiment.world_size, experiment.dp
+    as_many, twice_as_many = {"GPUS": str(ranks)}, {"GPUS": str(2 * ranks)}
+    for mbs in range(experiment.micro_batch_size - 1, 0, -1):
+        if experiment.global_batch_size % (mbs * dp) == 0:
+            yield {"MBS": str(mbs)}
+            break
     yield {"SP": "1"}
-    if e.dp > 1:
+    if dp > 1:
         yield {"SHARDING": "optim"}
     yield {"RECOMPUTE": "full"}
-    yield {"OPTIMIZER_STATE": "bf16"} | ({} if e.sharding == "optim" else {"SHARDING": "optim"})
-    if e.dp > 1 and e.sharding == "optim":
+    sharded = {} if experiment.sharding == "optim" else {"SHARDING": "optim"}
+    yield {"OPTIMIZER_STATE": "bf16"} | sharded
+    if dp > 1 and experiment.sharding == "optim":
         yield {"SHARDING": "fsdp_optim_grads_params"}
-    yield from ({"EP": str(2 * e.ep)} | gpus for gpus in (same, more))
-    yield from ({"TP": str(2 * e.tp), "SP": "1"} | gpus for gpus in (same, more))
-    yield from ({"PP": str(2 * e.pp)} | gpus for gpus in (same, more))
+    for split in (
+        {"EP": str(2 * experiment.ep)},
+        {"TP": str(2 * experiment.tp), "SP": "1"},
+        {"PP": str(2 * experiment.pp)},
+    ):
+        yield split | as_many
+        yield split | twice_as_many

@@ -1,23 +1,17 @@
-"""The textbook formulas that the chapters quote, each with its source: activations, pipeline
-bubbles, bytes exchanged."""
+"""The formulas that documents may quote of an experiment, each by name and with its source."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
+from harness.experiment.experiment import Experiment
 from harness.predict import timeline
 from harness.predict.flops import count_parameters, state_gib, step_flops
 from harness.predict.memory import predict
 
-if TYPE_CHECKING:
-    from harness.experiment.experiment import Experiment
-    from harness.experiment.model import Model
 
-
-def activations_per_sbh(e: Experiment) -> float | None:
-    """Bytes of activations that a transformer layer keeps for its backward pass, in units of s x b
-    x h.
+def activations_per_sbh(experiment: Experiment) -> float | None:
+    """Bytes of activations that a layer keeps for its backward pass, in units of s x b x h.
 
     On one GPU 34. Tensor parallel 10 + 24/t, because norms' inputs and outputs and dropouts' masks
     stay whole; with sequence parallelism 34/t. Full recomputation: 2, the layer's input. What a
@@ -25,50 +19,50 @@ def activations_per_sbh(e: Experiment) -> float | None:
     layers other than GPT-2's, which are what the paper counts.
     Source: Korthikanti et al. 2022 (arXiv:2205.05198), table 2.
     """
-    if not _has_gpt2_layers(e.model):
+    model, tp = experiment.model, experiment.tp
+    gpt2_layers = not (
+        model.num_experts
+        or model.gated
+        or model.num_query_groups
+        or model.kv_channels
+        or model.attention_output_gate
+    )
+    if not gpt2_layers:
         return None
-    if e.recompute == "full":
-        return 2 / (e.tp if e.sequence_parallel else 1)
-    # of attention 8, of the MLP two tensors of its width
-    whole, split = 10, 8 + 4 * e.model.ffn / e.model.hidden_size
-    return (whole + split) / e.tp if e.sequence_parallel else whole + split / e.tp
+    if experiment.recompute == "full":
+        return 2 / (tp if experiment.sequence_parallel else 1)
+    # split are 8 of attention, and of the MLP two tensors of its width
+    whole, split = 10, 8 + 4 * model.ffn / model.hidden_size
+    return (whole + split) / tp if experiment.sequence_parallel else whole + split / tp
 
 
-def bubble(e: Experiment) -> float:
-    """Time a stage waits over the time it works."""
-    return timeline.bubble_fraction(e.pp, e.num_microbatches, e.vpp)
+def bubble(experiment: Experiment) -> float:
+    """Time that a stage waits over the time it works."""
+    return timeline.bubble_fraction(experiment.pp, experiment.num_microbatches, experiment.vpp)
 
 
-def idle_share(e: Experiment) -> float:
-    """Share of a step that a stage waits: the bubble over bubble and work, (p-1)/(p-1 + v m)."""
-    return bubble(e) / (1 + bubble(e))
+def idle_share(experiment: Experiment) -> float:
+    """Share of a step that a stage waits: (p-1)/(p-1 + v m)."""
+    return bubble(experiment) / (1 + bubble(experiment))
 
 
-def attention_exchange_mib(e: Experiment) -> float | None:
-    """MiB that a rank receives in one layer's forward pass under context parallelism, bf16; None
-    without it.
+def attention_exchange_mib(experiment: Experiment) -> float | None:
+    """MiB that a rank receives in a layer's forward pass under context parallelism, in bf16.
 
     Ring and all-gather: everyone else's keys and values, 2 x (n-1)/n x s b h. All-to-all: of
-    queries, keys, values and outputs only its own heads, 4 x (n-1)/n x s b h / n, so that it falls
-    as ranks are added.
+    queries, keys, values and outputs only its own heads, 4 x (n-1)/n x s b h / n, which falls as
+    ranks are added. None without context parallelism.
     Source: Jacobs et al. 2023 (arXiv:2309.14509), section 3.2; Liu et al. 2023 (arXiv:2310.01889),
     section 3.
     """
-    if e.cp == 1:
+    model, cp = experiment.model, experiment.cp
+    if cp == 1:
         return None
-    keys_and_values, queries_and_outputs = 2 * e.model.key_size, 2 * e.model.query_size
-    width = (
-        (keys_and_values + queries_and_outputs) / e.cp
-        if e.cp_comm_type == "a2a"
-        else keys_and_values
-    )
-    return 2 * e.seq_length * e.micro_batch_size * width / e.tp * (e.cp - 1) / e.cp / 2**20
-
-
-def _has_gpt2_layers(m: Model) -> bool:
-    return not (
-        m.num_experts or m.gated or m.num_query_groups or m.kv_channels or m.attention_output_gate
-    )
+    width = 2 * model.key_size
+    if experiment.cp_comm_type == "a2a":
+        width = (width + 2 * model.query_size) / cp
+    tokens = experiment.seq_length * experiment.micro_batch_size
+    return 2 * tokens * width / experiment.tp * (cp - 1) / cp / 2**20
 
 
 OF_EXPERIMENT: dict[str, Callable[[Experiment], float | None]] = {

@@ -1,11 +1,11 @@
-"""Every way to lay the same work out over GPUs, and the best that fit: ``make faster-420``, ``make
-gpus-420``."""
+"""Every layout of the same work over GPUs, and the best that fit a card (``make faster-420``)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import get_args
 
 from harness.experiment import overrides
@@ -21,162 +21,151 @@ from harness.predict.step_time import StepTime, unknown
 CP_COMM_TYPES = get_args(Experiment.model_fields["cp_comm_type"].annotation)
 MOST_NODES = 16
 LEVERS = ({"CROSS_ENTROPY_FUSION": "1"}, {"CUDA_GRAPHS": "1"})
-"""What makes the same work faster without another layout; each is tried after those before it."""
+"""What makes the same work faster in the same layout; tried one after the other."""
 WORTH = 0.99
-"""Of a step, a lever must leave no more."""
+"""A lever is kept if the step takes at most this share of the time without it."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """An experiment laid out anew: what it will take by formula. ``experiment.overrides`` are the
-    settings that make it."""
+    """An experiment in another layout, with its memory and step time by formula."""
 
     experiment: Experiment
+    """Its ``overrides`` are the settings that make the layout."""
     memory: Memory
     step: StepTime | None
     """None where no constants cover it."""
 
     @property
     def settings(self) -> str:
-        """The words after ``make <id>``."""
-        return overrides.typed(
-            {key: value for key, value in self.experiment.overrides.items() if key != "CARD"}
-        )
+        """What is typed after ``make <id>``."""
+        changed = self.experiment.overrides
+        return overrides.typed({key: changed[key] for key in changed if key != "CARD"})
 
 
-def faster(e: Experiment, machine: Machine) -> list[Layout]:
-    """What fits ``machine``'s cards and by formula is faster than ``e``, fastest first; of layouts
-    as fast, the smallest.
+def faster(experiment: Experiment, machine: Machine) -> list[Layout]:
+    """The layouts that fit ``machine``'s cards and are faster than ``experiment``, fastest first.
 
-    Where ``e`` may not fit itself: what fits. Of those that differ in virtual stages alone, the
-    fastest.
+    Of layouts that are as fast, the smallest comes first; of those that differ only in virtual
+    stages, only the fastest is listed. If ``experiment`` may not fit: every layout that fits.
     """
-    now = machine.predict(e).total if verdict(predict(e), machine.card) == "fits" else math.inf
-    fitting = _fitting(e, e.world_size, machine.card, machine)
-    found = [layout for layout in fitting if layout.step and layout.step.total < now]
+    now_ms = math.inf
+    if verdict(predict(experiment), machine.card) == "fits":
+        now_ms = machine.predict(experiment).total
+    fitting = _fitting(experiment, experiment.world_size, machine.card, machine)
+    found = [layout for layout in fitting if layout.step and layout.step.total < now_ms]
     best: dict[str, Layout] = {}
-    for layout in sorted(found, key=_rank):
-        best.setdefault(
-            repr(layout.experiment.model_copy(update={"vpp": 1, "overrides": {}})), layout
-        )
+    for layout in sorted(found, key=_preference):
+        same = layout.experiment.model_copy(update={"vpp": 1, "overrides": {}})
+        best.setdefault(repr(same), layout)
     return list(best.values())
 
 
 def by_gpus(
-    e: Experiment, card: Card, machine: Machine | None
+    experiment: Experiment, card: Card, machine: Machine | None
 ) -> Iterator[tuple[int, Layout | None]]:
-    """The best layout of ``e``'s work over 1, 2, 4 and 8 GPUs, a node, or None where none fits
-    ``card``.
+    """The best layout over 1, 2, 4 and 8 GPUs (a node); None where none fits ``card``.
 
-    The best is the fastest; where no constants cover it, the one that splits the model least. Where
-    a node does not hold the work, twice as many nodes are tried until they do, MOST_NODES at most.
+    The best is the fastest; without constants, the one that splits the model least. If a node
+    cannot hold the work, the number of nodes is doubled up to MOST_NODES until it fits.
     """
     ranks, held = 1, False
     while ranks <= GPUS_OF_A_NODE or (not held and ranks <= MOST_NODES * GPUS_OF_A_NODE):
-        best = min(_fitting(e, ranks, card, machine), key=_rank, default=None)
+        best = min(_fitting(experiment, ranks, card, machine), key=_preference, default=None)
         yield ranks, best
         ranks, held = 2 * ranks, held or best is not None
 
 
-def _rank(layout: Layout) -> tuple[float, ...]:
-    e = layout.experiment
+def _preference(layout: Layout) -> tuple[float, ...]:
+    """Sorts the best layout first."""
+    experiment, gib = layout.experiment, layout.memory.total
     if layout.step:
-        return round(layout.step.total, 1), layout.memory.total
-    return (
-        math.inf,
-        e.recompute != "none",
-        e.tp * e.pp * e.cp * e.ep,
-        -e.micro_batch_size,
-        layout.memory.total,
-    )
+        return round(layout.step.total, 1), gib
+    split = experiment.tp * experiment.pp * experiment.cp * experiment.ep
+    recomputes = experiment.recompute != "none"
+    return math.inf, recomputes, split, -experiment.micro_batch_size, gib
 
 
-def _fitting(e: Experiment, ranks: int, card: Card, machine: Machine | None) -> Iterator[Layout]:
-    """The layouts of ``e``'s work over so many GPUs that fit ``card``.
+def _fitting(
+    experiment: Experiment, ranks: int, card: Card, machine: Machine | None
+) -> Iterator[Layout]:
+    """The layouts over ``ranks`` GPUs that fit ``card``.
 
-    What does not fit without recomputation is tried with that of the catalogue, and with full
-    recomputation. LEVERS are pulled where they make it faster.
+    A layout that does not fit without recomputation is tried with the row's, then with full
+    recomputation. LEVERS are applied where they make it faster.
     """
-    listed = _listed(e)
-    for layout in layouts(e, ranks):
-        ways = ((way, predict(way)) for way in _recomputed(layout, listed))
-        if fitting := next(
-            ((way, memory) for way, memory in ways if verdict(memory, card) == "fits"), None
-        ):
-            way, memory = fitting
-            known = machine and not unknown(way)
-            yield (
-                _tuned(Layout(way, memory, machine.predict(way)), listed, machine)
-                if known
-                else Layout(way, memory, None)
-            )
+    listed = _listed(experiment)
+    for plain in layouts(experiment, ranks):
+        for way in _recomputed(plain, listed):
+            memory = predict(way)
+            if verdict(memory, card) != "fits":
+                continue
+            if machine and not unknown(way):
+                yield _tuned(Layout(way, memory, machine.predict(way)), listed, machine)
+            else:
+                yield Layout(way, memory, None)
+            break
 
 
 def _tuned(layout: Layout, listed: Experiment, machine: Machine) -> Layout:
+    """``layout`` with the LEVERS that make it faster."""
     for lever in LEVERS:
-        pulled = overrides.admitted(listed, layout.experiment.overrides | lever)
-        if pulled is None or pulled == layout.experiment or unknown(pulled):
+        changed = overrides.admitted(listed, layout.experiment.overrides | lever)
+        if changed is None or changed == layout.experiment or unknown(changed):
             continue
-        step = machine.predict(pulled)
+        step = machine.predict(changed)
         if step.total <= WORTH * layout.step.total:
-            layout = Layout(pulled, predict(pulled), step)
+            layout = Layout(changed, predict(changed), step)
     return layout
 
 
-def layouts(e: Experiment, ranks: int) -> Iterator[Experiment]:
-    """``e`` with other tensor, pipeline, context and expert parallel sizes, virtual stages,
-    micro-batches and sharding.
+def layouts(experiment: Experiment, ranks: int) -> Iterator[Experiment]:
+    """``experiment`` over ``ranks`` GPUs in every layout that its sizes admit.
 
-    On ``ranks`` GPUs, with as many samples a step, without recomputation; sequence parallelism goes
-    with tensor parallelism, context parallelism exchanges in every way, and experts are whole.
-    Those that its sizes do not admit are left out.
+    Varied are tensor, pipeline, context and expert parallel sizes, virtual stages, micro-batch
+    size, sharding and context parallelism's exchange. The batch stays; nothing is recomputed;
+    sequence parallelism goes with tensor parallelism; experts are not split.
     """
-    listed = _listed(e)
-    given = {key: value for key, value in e.overrides.items() if key not in ("DP", "SP", "VPP")}
-    if ranks != e.world_size:
-        given["NODES"] = str(math.ceil(ranks / GPUS_OF_A_NODE))
+    listed, model = _listed(experiment), experiment.model
+    kept = {
+        key: value for key, value in experiment.overrides.items() if key not in ("DP", "SP", "VPP")
+    }
+    if ranks != experiment.world_size:
+        kept["NODES"] = str(math.ceil(ranks / GPUS_OF_A_NODE))
     for tp, pp, cp, dp in _axes(ranks):
-        if e.global_batch_size % dp:
+        if experiment.global_batch_size % dp:
             continue
-        axes = (
-            given
-            | {"GPUS": ranks, "TP": tp, "PP": pp, "CP": cp, "RECOMPUTE": "none"}
-            | ({"SP": 1} if tp > 1 else {})
-        )
-        for ep in (
-            divisors(math.gcd(e.model.num_experts, ranks // pp)) if e.model.num_experts else (1,)
-        ):
-            for mbs in divisors(e.global_batch_size // dp):
-                for vpp in divisors(e.model.num_layers // pp) if pp > 1 else (1,):
-                    for sharding in _shardings(e, dp * cp):
-                        for way in CP_COMM_TYPES if cp > 1 else (e.cp_comm_type,):
-                            more = {
-                                "EP": ep,
-                                "ETP": 1,
-                                "MBS": mbs,
-                                "SHARDING": sharding,
-                                "CP_COMM_TYPE": way,
-                            }
-                            if layout := overrides.admitted(
-                                listed, axes | more | ({"VPP": vpp} if pp > 1 else {})
-                            ):
-                                yield layout
+        axes = kept | {"GPUS": ranks, "TP": tp, "PP": pp, "CP": cp, "ETP": 1, "RECOMPUTE": "none"}
+        if tp > 1:
+            axes["SP"] = 1
+        choices = {
+            "EP": divisors(math.gcd(model.num_experts, ranks // pp)) if model.num_experts else [1],
+            "MBS": divisors(experiment.global_batch_size // dp),
+            "VPP": divisors(model.num_layers // pp) if pp > 1 else [],
+            "SHARDING": _shardings(experiment, dp * cp),
+            "CP_COMM_TYPE": CP_COMM_TYPES if cp > 1 else [experiment.cp_comm_type],
+        }
+        if pp == 1:
+            del choices["VPP"]
+        for values in product(*choices.values()):
+            more = dict(zip(choices, values, strict=True))
+            if layout := overrides.admitted(listed, axes | more):
+                yield layout
 
 
-def _listed(e: Experiment) -> Experiment:
-    """``e`` as the catalogue has it; where it starts from weights, on their model."""
-    listed = load_catalog().find(e.id)
-    if not e.weights:
+def _listed(experiment: Experiment) -> Experiment:
+    """The row of ``experiment``; where it starts from weights, with their model."""
+    listed = load_catalog().find(experiment.id)
+    if not experiment.weights:
         return listed
-    return listed.model_copy(
-        update={"model": e.model, "positions": e.positions, "seq_length": e.seq_length}
-    )
+    of_weights = ("model", "positions", "seq_length")
+    return listed.model_copy(update={name: getattr(experiment, name) for name in of_weights})
 
 
-def _shardings(e: Experiment, replicas: int) -> Iterable[str]:
+def _shardings(experiment: Experiment, replicas: int) -> Iterable[str]:
     if replicas == 1:
-        return ["no_shard" if e.fully_sharded else e.sharding]
-    return dict.fromkeys(("no_shard", "optim", e.sharding))
+        return ["no_shard" if experiment.fully_sharded else experiment.sharding]
+    return dict.fromkeys(("no_shard", "optim", experiment.sharding))
 
 
 def _axes(ranks: int) -> Iterator[tuple[int, int, int, int]]:
@@ -188,11 +177,9 @@ def _axes(ranks: int) -> Iterator[tuple[int, int, int, int]]:
 
 
 def _recomputed(layout: Experiment, listed: Experiment) -> Iterator[Experiment]:
-    """``layout``, then with ever more recomputation; ``listed`` is the experiment as in the
-    catalogue."""
+    """``layout`` as it is, with the recomputation of its row ``listed``, and with full."""
     yield layout
     for how in dict.fromkeys((listed.recompute, "full")):
-        if how != "none" and (
-            recomputed := overrides.admitted(listed, layout.overrides | {"RECOMPUTE": how})
-        ):
-            yield recomputed
+        more = layout.overrides | {"RECOMPUTE": how}
+        if how != "none" and (changed := overrides.admitted(listed, more)):
+            yield changed

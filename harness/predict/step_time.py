@@ -1,13 +1,12 @@
-"""What a training step takes, and where its time goes: predicted from an experiment's sizes before
-it runs.
+"""How long a training step takes and where the time goes, predicted from an experiment's sizes.
 
-A rank's work is counted from the sizes: matrix products in whole waves of tiles, attention score by
-score, bytes that the rest reads and writes, bytes sent (harness/predict/work.py). A few constants
-of a machine say how fast it does each, and how long its CPU takes to launch it (``Calibration``);
-they are fitted to measured steps (harness/evidence/calibrate.py) and kept in
-experiments/calibrations.yaml. A pass through a stage takes what the GPU needs, or the CPU to launch
-it, and a little more where both need about as much; the pipeline's schedule
-(harness/predict/timeline.py) puts passes in order.
+A rank's work is counted from the sizes (harness/predict/work.py): matrix products in whole waves of
+tiles, attention score by score, bytes that the rest reads and writes, bytes sent. The constants of
+a machine (``Calibration``) say how fast it does each, and how long its CPU takes to launch it. They
+are fitted to measured steps (harness/evidence/calibrate.py) and kept in
+experiments/calibrations.yaml. A pass through a stage takes the longer of the GPU's time and the
+CPU's time to launch it, and more where both are about equal; the pipeline's schedule
+(harness/predict/timeline.py) orders the passes.
 
 What replicas send when: megatron/core/distributed/finalize_model_grads.py, core_v0.19.0.
 """
@@ -16,30 +15,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
 
 from harness.experiment import extra_arguments
-from harness.experiment.experiment import SHARDING
-from harness.experiment.hardware import GPUS_OF_A_NODE
+from harness.experiment.experiment import SHARDING, Experiment
+from harness.experiment.hardware import GPUS_OF_A_NODE, Card
 from harness.predict import timeline
 from harness.predict.flops import adapter_parameters, parameters_on
-from harness.predict.work import OPERATION_S, Calibration, Rank, Work
-
-if TYPE_CHECKING:
-    from harness.experiment.experiment import Experiment
-    from harness.experiment.hardware import Card
+from harness.predict.work import OPERATION_S, Calibration, MicroBatchWork, Work
 
 ADAM_BYTES = {"fp32": 30, "bf16": 16}
-"""Per parameter, by the precision of moments: these and fp32 weights are read and written, then
-weights copied to bf16; or moments, bf16 weights and the two bytes that these lack of fp32 are read
-and written."""
+"""Precision of the moments -> bytes moved per parameter. fp32: moments and fp32 weights are read
+and written, weights copied to bf16. bf16: moments, bf16 weights and the two bytes of fp32 that
+these lack are read and written."""
 MUON_BYTES = 90
-"""Per parameter of a matrix, likewise: decay, momentum, its mix with the gradient, norm, to bf16
-and back, two scales, the update, op by op (OrthogonalizedOptimizer.step and newton_schulz in
+"""Per parameter of a matrix: decay, momentum, its mix with the gradient, norm, to bf16 and back,
+two scales, the update, operation by operation (OrthogonalizedOptimizer.step and newton_schulz in
 emerging_optimizers 0.3.0)."""
 NEWTON_SCHULZ_STEPS = 5
 MUON_OPERATIONS = 12 + 3 * NEWTON_SCHULZ_STEPS
-"""What is launched for one matrix."""
+"""Operations launched for one matrix."""
 RECOMPUTED = frozenset({"core_attn", "layernorm", "moe_act"})
 """The modules of selective recomputation that are counted."""
 
@@ -53,17 +47,15 @@ class StepTime:
     attention: float
     """Scores, weights and values."""
     passes: float
-    """What memory bandwidth bounds: norms, activations, dropouts, sums of gradients, the softmax of
-    the loss."""
+    """Bound by memory bandwidth: norms, activations, gradient sums, softmax of the loss."""
     exchange: float
-    """Activations, keys and values, tokens on the way to other ranks, as far as nothing else runs
-    meanwhile."""
+    """Exposed communication of activations, keys and values, and tokens between ranks."""
     launches: float
     """The GPU waits for the CPU."""
     bubble: float
     """A pipeline stage waits for another."""
     gradients: float
-    """Gradients and weights on the way to other replicas, likewise."""
+    """Exposed communication of gradients and weights between replicas."""
     optimizer: float
 
     @property
@@ -76,232 +68,227 @@ class StepTime:
         return sum(self.pieces.values())
 
 
-def unknown(e: Experiment) -> list[str]:
-    """What of ``e`` has a cost that no constant here covers; empty where ``predict`` applies."""
-    said = {
-        "fp32 arithmetic": e.precision == "fp32",
-        "fp8 beside tensor parallelism or experts": (
-            e.precision == "fp8" and (e.tp > 1 or e.model.num_experts is not None)
-        ),
-        "FSDP beside tensor or context parallelism": e.fully_sharded and e.tp * e.cp > 1,
-        "unfused attention": e.attention_backend == "unfused",
-        f"recomputation of {', '.join(sorted({*e.recompute_modules} - RECOMPUTED))}": (
-            {*e.recompute_modules} - RECOMPUTED
-        ),
-        "attention sinks": e.model.attention_sinks,
-        "links between nodes": e.nodes > 1,
-        f"more than {GPUS_OF_A_NODE} GPUs in a node": e.ranks_per_node > GPUS_OF_A_NODE,
-        "CUDA graphs beside pipelines, context parallelism or experts": (
-            e.cuda_graphs and (e.pp * e.cp > 1 or e.model.num_experts is not None)
-        ),
-        "arguments of your own (ARGS)": bool(extra_arguments.unpredictable(e.extra_args)),
-    }
-    return [name for name, applies in said.items() if applies]
-
-
-def kinds(e: Experiment) -> frozenset[str]:
-    """What work ``e`` has that others have not: constants fitted to rows without it have never met
-    it.
-
-    Every choice of an experiment and its model is here (a test goes through their fields); sizes
-    are not, but for the number of GPUs.
-    """
-    m = e.model
-    said = {
-        **_methods(e),
-        "norms over whole projections": m.qk_norm == "projection",
-        "norms of queries and keys": m.qk_norm == "head",
-        "gated attention": m.attention_output_gate,
-        f"gated MLPs ({m.activation})": m.gated,
-        "grouped heads": m.key_size < m.query_size,
-        "windowed attention": m.window_size is not None,
-        "attention sinks": m.attention_sinks,
-        f"{m.position_embedding} positions": m.position_embedding != "learned_absolute",
-        "RMS norms": m.normalization == "RMSNorm",
-        "layers without biases": not m.add_bias_linear,
-        "an output layer of its own": m.untie_embeddings,
-        "no dropout": not m.dropout,
-        f"{e.precision} arithmetic": e.precision == "fp32",
-        "a fused loss": e.cross_entropy_fusion,
-        "unfused attention": e.attention_backend == "unfused",
-        "bf16 moments": e.optimizer_state == "bf16",
-        "bf16 gradients": e.gradients == "bf16",
-        "full recomputation": e.recompute == "full",
-        **{f"recomputation of {module}": True for module in e.selectively_recomputed},
-        "sequence parallelism": e.sequence_parallel,
-        "virtual stages": e.vpp > 1,
-        "expert parallelism": e.ep > 1,
-        "split experts": e.etp > 1,
-        "routers trained to balance": (
-            m.moe_aux_loss_coeff is not None or m.moe_z_loss_coeff is not None
-        ),
-        "routers with a softmax over all experts": m.moe_router_pre_softmax,
-        f"{e.world_size} GPUs": e.world_size > 1,
-        f"{e.nodes} nodes": e.nodes > 1,
-    }
-    return frozenset(name for name, applies in said.items() if applies)
-
-
-def methods(e: Experiment) -> frozenset[str]:
-    """Those of its kinds whose costs meet: what was measured of two of them apart says little of
-    both together."""
-    return frozenset(name for name, applies in _methods(e).items() if applies)
-
-
-def _methods(e: Experiment) -> dict[str, bool]:
-    sharded = e.dp * e.cp > 1
-    return {
-        f"fp8 {e.fp8_recipe}": e.precision == "fp8",
-        SHARDING[e.sharding][0]: e.fully_sharded or (e.sharding == "optim" and sharded),
-        "LoRA": e.lora is not None,
-        "Muon": e.optimizer == "muon",
-        "CUDA graphs": e.cuda_graphs,
-        "experts": e.model.num_experts is not None,
-        "replicas": e.dp > 1,
-        "tensor parallelism": e.tp > 1,
-        "pipelines": e.pp > 1,
-        f"context parallelism by {e.cp_comm_type}": e.cp > 1,
-    }
-
-
 def predict(
-    e: Experiment, gpu: Card, calibration: Calibration, *, switch_reduces: bool = False
+    experiment: Experiment, card: Card, constants: Calibration, *, switch_reduces: bool = False
 ) -> StepTime:
-    """A step of ``e`` on cards of kind ``gpu``, in a machine with these constants, where
-    ``unknown(e)`` is empty.
+    """A step of ``experiment`` on a machine with these cards and constants.
+
+    Only where ``unknown(experiment)`` is empty.
 
     Args:
-        switch_reduces: whether all-reduces are added up in the NVLink switch (NCCL's NVLS, on from
-        three ranks).
+        switch_reduces: whether the NVLink switch computes all-reduces (NCCL's NVLS, from three
+            ranks on).
     """
-    return _Step(e, gpu, calibration, switch_reduces).step()
+    return _StepWork(experiment, card, constants, switch_reduces).step()
 
 
 def stage_times(
-    e: Experiment, gpu: Card, calibration: Calibration, *, switch_reduces: bool = False
+    experiment: Experiment, card: Card, constants: Calibration, *, switch_reduces: bool = False
 ) -> timeline.Times:
-    """Milliseconds of one micro-batch through each pipeline stage, messages included; arguments as
-    of ``predict``."""
-    return _Step(e, gpu, calibration, switch_reduces).stage_times(1e3)
+    """Milliseconds of one micro-batch through each pipeline stage, messages included.
+
+    Arguments as of ``predict``.
+    """
+    return _StepWork(experiment, card, constants, switch_reduces).stage_times(1e3)
 
 
-class _Step(Rank):
-    """And for all of a step; seconds throughout."""
+def unknown(experiment: Experiment) -> list[str]:
+    """The parts of ``experiment`` whose cost no constant covers; none where ``predict`` applies."""
+    found = {
+        "fp32 arithmetic": experiment.precision == "fp32",
+        "fp8 with tensor parallelism or experts": (
+            experiment.precision == "fp8"
+            and (experiment.tp > 1 or experiment.model.num_experts is not None)
+        ),
+        "FSDP with tensor or context parallelism": experiment.fully_sharded
+        and experiment.tp * experiment.cp > 1,
+        "unfused attention": experiment.attention_backend == "unfused",
+        f"recomputation of {', '.join(sorted({*experiment.recompute_modules} - RECOMPUTED))}": (
+            {*experiment.recompute_modules} - RECOMPUTED
+        ),
+        "attention sinks": experiment.model.attention_sinks,
+        "links between nodes": experiment.nodes > 1,
+        f"more than {GPUS_OF_A_NODE} GPUs in a node": experiment.ranks_per_node > GPUS_OF_A_NODE,
+        "CUDA graphs with pipelines, context parallelism or experts": (
+            experiment.cuda_graphs
+            and (experiment.pp * experiment.cp > 1 or experiment.model.num_experts is not None)
+        ),
+        "arguments in ARGS that no formula covers": bool(
+            extra_arguments.unpredictable(experiment.extra_args)
+        ),
+    }
+    return [name for name, applies in found.items() if applies]
+
+
+def kinds(experiment: Experiment) -> frozenset[str]:
+    """The kinds of work in ``experiment`` that not every experiment has.
+
+    Constants fitted to rows without a kind say nothing about it. Every choice of an experiment and
+    its model is here (a test goes through their fields); of sizes only the number of GPUs.
+    """
+    model = experiment.model
+    found = {
+        **_methods(experiment),
+        "norms over whole projections": model.qk_norm == "projection",
+        "norms of queries and keys": model.qk_norm == "head",
+        "gated attention": model.attention_output_gate,
+        f"gated MLPs ({model.activation})": model.gated,
+        "grouped heads": model.key_size < model.query_size,
+        "windowed attention": model.window_size is not None,
+        "attention sinks": model.attention_sinks,
+        f"{model.position_embedding} positions": model.position_embedding != "learned_absolute",
+        "RMS norms": model.normalization == "RMSNorm",
+        "layers without biases": not model.add_bias_linear,
+        "an output layer of its own": model.untie_embeddings,
+        "no dropout": not model.dropout,
+        f"{experiment.precision} arithmetic": experiment.precision == "fp32",
+        "a fused loss": experiment.cross_entropy_fusion,
+        "unfused attention": experiment.attention_backend == "unfused",
+        "bf16 moments": experiment.optimizer_state == "bf16",
+        "bf16 gradients": experiment.gradients == "bf16",
+        "full recomputation": experiment.recompute == "full",
+        **{f"recomputation of {module}": True for module in experiment.selectively_recomputed},
+        "sequence parallelism": experiment.sequence_parallel,
+        "virtual stages": experiment.vpp > 1,
+        "expert parallelism": experiment.ep > 1,
+        "split experts": experiment.etp > 1,
+        "routers trained to balance": (
+            model.moe_aux_loss_coeff is not None or model.moe_z_loss_coeff is not None
+        ),
+        "routers with a softmax over all experts": model.moe_router_pre_softmax,
+        f"{experiment.world_size} GPUs": experiment.world_size > 1,
+        f"{experiment.nodes} nodes": experiment.nodes > 1,
+    }
+    return frozenset(name for name, applies in found.items() if applies)
+
+
+def methods(experiment: Experiment) -> frozenset[str]:
+    """Those of its kinds that interact: two measured separately say little about both together."""
+    return frozenset(name for name, applies in _methods(experiment).items() if applies)
+
+
+def _methods(experiment: Experiment) -> dict[str, bool]:
+    sharding = experiment.sharding
+    sharded = sharding == "optim" and experiment.dp * experiment.cp > 1
+    return {
+        f"fp8 {experiment.fp8_recipe}": experiment.precision == "fp8",
+        SHARDING[sharding][0]: experiment.fully_sharded or sharded,
+        "LoRA": experiment.lora is not None,
+        "Muon": experiment.optimizer == "muon",
+        "CUDA graphs": experiment.cuda_graphs,
+        "experts": experiment.model.num_experts is not None,
+        "replicas": experiment.dp > 1,
+        "tensor parallelism": experiment.tp > 1,
+        "pipelines": experiment.pp > 1,
+        f"context parallelism by {experiment.cp_comm_type}": experiment.cp > 1,
+    }
+
+
+class _StepWork(MicroBatchWork):
+    """The work of a rank in a whole step; in seconds."""
 
     def step(self) -> StepTime:
-        e, m, times = self.e, self.e.num_microbatches, self.stage_times()
-        each = [
-            forward + backward
-            for forward, backward in zip(times.forward, times.backward, strict=True)
-        ]
-        slowest = max(range(e.pp), key=each.__getitem__)
-        work = sum(self.stages[slowest], Work()) * m
+        """The time of a step in ms."""
+        experiment, times = self.experiment, self.stage_times()
+        micro_batches = experiment.num_microbatches
+        passes = zip(times.forward, times.backward, strict=True)
+        each = [forward + backward for forward, backward in passes]
+        slowest = max(range(experiment.pp), key=each.__getitem__)
+        work = sum(self.stages[slowest], Work()) * micro_batches
         first, _ = self.stages[0]
-        begins = self.together(first + Work(launches=self.c.step_launch_ms / 1e3)) - self.together(
-            first
-        )
-        busy = each[slowest] * m
-        end = timeline.duration(m, times, e.vpp) if e.pp > 1 else busy
+        started = first + Work(launches=self.constants.step_launch_ms / 1e3)
+        start = self.elapsed_s(started) - self.elapsed_s(first)
+        busy = end = each[slowest] * micro_batches
+        if experiment.pp > 1:
+            end = timeline.duration(micro_batches, times, experiment.vpp)
         seconds = StepTime(
             products=work.products,
             attention=work.attention,
             passes=work.passes,
             exchange=work.exchange,
-            launches=busy - work.gpu + begins,
+            launches=busy - work.gpu + start,
             bubble=end - busy,
-            gradients=self.gradients(),
-            optimizer=self.optimizer() + self.c.step_ms / 1e3,
+            gradients=self.gradients_s(),
+            optimizer=self.optimizer_s() + self.constants.step_ms / 1e3,
         )
         return StepTime(**{name: 1e3 * part for name, part in seconds.pieces.items()})
 
-    def gradients(self) -> float:
-        """Gradients to the replicas and back; where the optimizer is sharded to their shards, and
-        weights back in bf16.
+    def gradients_s(self) -> float:
+        """Exposed time of gradients to the replicas and back, or to shards and bf16 weights back.
 
-        Sharded gradients are reduced and sharded weights gathered every micro-batch, these for
-        either pass; FSDP2 copies each into its buffers and out. First and last stage of a pipeline
+        Sharded gradients are reduced once a micro-batch, sharded weights gathered twice, for either
+        pass; FSDP2 also copies each into and out of buffers. The first and last stage of a pipeline
         sum up the gradient of tied embeddings.
         """
-        e, sent, copied = self.e, 0.0, 0.0
-        reduced = e.num_microbatches if e.shards_gradients else 1
-        gathered = 2 * e.num_microbatches if e.shards_weights else 1
-        for parameters, replicas in self.held():
-            if e.sharding != "no_shard":
+        experiment, sent, copied = self.experiment, 0.0, 0.0
+        reduced = experiment.num_microbatches if experiment.shards_gradients else 1
+        gathered = 2 * experiment.num_microbatches if experiment.shards_weights else 1
+        for parameters, replicas in self.trained():
+            if experiment.sharding != "no_shard":
                 each = self.gradient_bytes * reduced + 2 * gathered
-                sent += parameters * each * (replicas - 1) / replicas * self.c.gradients_exposed
+                all_sent = parameters * each * (replicas - 1) / replicas
+                sent += all_sent * self.constants.gradients_exposed
             elif replicas > 1:
-                sent += parameters * self.gradient_bytes * self.reduced(replicas)
-            if e.sharding == "torch_fsdp2" and replicas > 1:
+                sent += parameters * self.gradient_bytes * self.all_reduce_share(replicas)
+            if experiment.sharding == "torch_fsdp2" and replicas > 1:
                 copied += parameters * 4 * (reduced + gathered)
-        if e.pp > 1 and not e.model.untie_embeddings:
-            sent += self.vocab * e.model.hidden_size * self.gradient_bytes * self.reduced(2)
-        return sent / self.link + copied / self.bandwidth
+        if experiment.pp > 1 and not self.model.untie_embeddings:
+            embedding = self.vocabulary * self.model.hidden_size
+            sent += embedding * self.gradient_bytes * self.all_reduce_share(2)
+        return sent / self.link_bytes_per_s + copied / self.bytes_per_s
 
-    def optimizer(self) -> float:
-        """Adam or Muon, norm and clipping of gradients on each rank's share; clearing, checking and
-        averaging of gradients.
+    def optimizer_s(self) -> float:
+        """Adam or Muon, norm and clipping on a rank's share; gradients cleared, checked, averaged.
 
-        Checked for NaN and scaled by start_grad_sync in
-        megatron/core/distributed/param_and_grad_buffer.py.
+        start_grad_sync in megatron/core/distributed/param_and_grad_buffer.py checks gradients for
+        NaN and scales them.
         """
-        e, size, moved = self.e, self.gradient_bytes, 0.0
-        for parameters, replicas in self.held():
-            share = 1 / replicas if e.sharding != "no_shard" else 1
-            moved += parameters * share * (4 * size + ADAM_BYTES[e.optimizer_state])
-            moved += (
-                parameters
-                * (share if e.shards_gradients else 1)
-                * (4 if e.dp * e.cp > 1 else 2)
-                * size
-            )
-        return moved / self.bandwidth + (self.muon() if e.optimizer == "muon" else 0)
+        experiment, size, moved = self.experiment, self.gradient_bytes, 0.0
+        for parameters, replicas in self.trained():
+            share = 1 / replicas if experiment.sharding != "no_shard" else 1
+            moved += parameters * share * (4 * size + ADAM_BYTES[experiment.optimizer_state])
+            held = share if experiment.shards_gradients else 1
+            moved += parameters * held * (4 if experiment.dp * experiment.cp > 1 else 2) * size
+        return moved / self.bytes_per_s + (self.muon_s() if experiment.optimizer == "muon" else 0)
 
-    def muon(self) -> float:
-        """What Muon takes beyond Adam: five Newton-Schulz iterations for each matrix, each rank's
-        share of them.
+    def muon_s(self) -> float:
+        """What Muon takes beyond Adam: Newton-Schulz iterations on a rank's share of the matrices.
 
-        Three products each: X X^T, a square, its product with X (newton_schulz_step in
-        emerging_optimizers); tensor parallel ranks iterate on their part of a matrix
-        (--muon-tp-mode blockwise), on queries, keys and values apart.
+        An iteration has three products: X X^T, a square, its product with X (newton_schulz_step in
+        emerging_optimizers). Tensor parallel ranks iterate on their part of a matrix
+        (--muon-tp-mode blockwise), on queries, keys and values separately.
         """
-        e, held = self.e, parameters_on(self.e, 0)
-        share = 1 / (e.dp * e.cp) if e.sharding != "no_shard" else 1
+        experiment, held = self.experiment, parameters_on(self.experiment, 0)
+        share = 1 / (experiment.dp * experiment.cp) if experiment.sharding != "no_shard" else 1
         products = launches = 0.0
         for rows, columns, number in self.orthogonalized():
             narrow, wide = min(rows, columns), max(rows, columns)
-            each = 2 * self.product(narrow, narrow, wide) + self.product(narrow, narrow, narrow)
+            each = 2 * self.product_s(narrow, narrow, wide) + self.product_s(narrow, narrow, narrow)
             products += number * NEWTON_SCHULZ_STEPS * each
             launches += number * MUON_OPERATIONS * OPERATION_S
-        more = (
-            (held.matrices + held.expert_matrices)
-            * (MUON_BYTES - ADAM_BYTES[e.optimizer_state])
-            / self.bandwidth
-        )
-        return self.together(Work(products=products, passes=more, launches=launches)) * share
+        more_bytes = MUON_BYTES - ADAM_BYTES[experiment.optimizer_state]
+        passes = (held.matrices + held.expert_matrices) * more_bytes / self.bytes_per_s
+        work = Work(products=products, passes=passes, launches=launches)
+        return self.elapsed_s(work) * share
 
     def orthogonalized(self) -> Iterator[tuple[float, float, float]]:
-        """Rows and columns of the matrices that a rank holds of a pipeline stage, and how many
-        there are of each."""
-        e, m, h, layers = (
-            self.e,
-            self.e.model,
-            self.e.model.hidden_size,
-            self.e.model.num_layers / self.e.pp,
-        )
-        yield m.query_size * (2 if m.attention_output_gate else 1) / e.tp, h, layers
-        yield m.key_size / e.tp, h, 2 * layers
-        yield h, m.query_size / e.tp, layers
-        width, number = (
-            (m.moe_ffn / e.etp, layers * m.num_experts / e.ep)
-            if m.num_experts
-            else (m.ffn / e.tp, layers)
-        )
-        yield width * m.fc1_matrices, h, number
-        yield h, width, number
+        """Rows, columns and number of the matrices of a pipeline stage that a rank holds."""
+        experiment, model, hidden = self.experiment, self.model, self.model.hidden_size
+        tp, layers = experiment.tp, model.num_layers / experiment.pp
+        yield model.query_size * (2 if model.attention_output_gate else 1) / tp, hidden, layers
+        yield model.key_size / tp, hidden, 2 * layers
+        yield hidden, model.query_size / tp, layers
+        width, number = model.ffn / tp, layers
+        if model.num_experts:
+            width = model.moe_ffn / experiment.etp
+            number = layers * model.num_experts / experiment.ep
+        yield width * model.fc1_matrices, hidden, number
+        yield hidden, width, number
 
-    def held(self) -> tuple[tuple[float, int], tuple[float, int]]:
-        """Trained parameters of a rank and how many ranks hold the same: without experts,
-        experts."""
-        e, held = self.e, parameters_on(self.e, 0)
-        dense, experts = (adapter_parameters(e), 0) if e.lora else (held.dense, held.experts)
-        return (dense, e.dp * e.cp), (experts, e.expert_replicas)
+    def trained(self) -> tuple[tuple[float, int], tuple[float, int]]:
+        """Trained parameters of a rank and how many ranks hold the same: dense ones, experts."""
+        experiment, held = self.experiment, parameters_on(self.experiment, 0)
+        dense, experts = held.dense, held.experts
+        if experiment.lora:
+            dense, experts = adapter_parameters(experiment), 0
+        return (dense, experiment.dp * experiment.cp), (experts, experiment.expert_replicas)

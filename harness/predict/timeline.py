@@ -1,9 +1,8 @@
-"""When each pipeline stage computes what: 1F1B and interleaved schedules, simulated from the times
-of one stage.
+"""Pipeline schedules: which stage computes which micro-batch when, simulated from pass times.
 
-The orders are those of upstream's megatron/core/pipeline_parallel/schedules.py (core_v0.19.0).
-Sending costs no time here, so that idle time is the bubble of Narayanan et al. 2021 (arXiv
-2104.04473), section 2.2.
+1F1B and interleaved 1F1B, in the order of upstream's megatron/core/pipeline_parallel/schedules.py
+(core_v0.19.0). Sending costs no time here, so that idle time is the bubble of Narayanan et al.
+2021 (arXiv:2104.04473), section 2.2.
 """
 
 from __future__ import annotations
@@ -14,46 +13,44 @@ from functools import cached_property, lru_cache
 from typing import Literal, NamedTuple
 
 from harness.errors import UserError
+from harness.experiment.constraints import indivisible
 
-Pass = Literal["forward", "backward"]
+Direction = Literal["forward", "backward"]
 
 
-class Work(NamedTuple):
-    """One pass of one micro-batch through one chunk (virtual stage) of a pipeline stage; counted
-    from 0."""
+class ChunkPass(NamedTuple):
+    """One micro-batch through one chunk (virtual stage) of a pipeline stage; counted from 0."""
 
     micro_batch: int
     chunk: int
-    kind: Pass
+    kind: Direction
 
 
 class Span(NamedTuple):
-    """``work`` on ``stage`` from ``start`` to ``end``, in the unit of the times it was simulated
-    with."""
+    """``work`` on ``stage`` from ``start`` to ``end``, in the unit of the simulated times."""
 
     stage: int
-    work: Work
+    work: ChunkPass
     start: float
     end: float
 
 
 @dataclass(frozen=True)
 class Times:
-    """Time of one micro-batch through all layers of each stage, one number a stage; any unit."""
+    """Times of one micro-batch through all layers of each stage: a number a stage, in any unit."""
 
     forward: tuple[float, ...]
     backward: tuple[float, ...]
 
     @classmethod
     def alike(cls, stages: int, forward: float = 1.0, backward: float = 2.0) -> Times:
-        """Equal stages, by default with a backward pass of twice the forward one: it has twice the
-        matrix products."""
+        """Equal stages. A backward pass has twice the matrix products of a forward one."""
         return cls((forward,) * stages, (backward,) * stages)
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """A simulated step: every span, stage by stage in the order of its execution."""
+    """A simulated step: every span, stage by stage in the order of execution."""
 
     stages: int
     chunks: int
@@ -67,11 +64,9 @@ class Timeline:
 
     @cached_property
     def bubble_fraction(self) -> float:
-        """Idle time over ideal time, (end - busy) / busy of the busiest stage, as the paper counts
-        it.
+        """Idle time over ideal time, (end - busy) / busy of the busiest stage.
 
-        With equal stages this is (p-1)/m without interleaving and (p-1)/(v m) with v chunks a
-        stage.
+        With equal stages it is (p-1)/m, or (p-1)/(v m) with v chunks a stage.
         Source: Narayanan et al. 2021, section 2.2, "t_pb / t_id".
         """
         busy = [0.0] * self.stages
@@ -89,32 +84,38 @@ def bubble_fraction(stages: int, micro_batches: int, chunks: int = 1) -> float:
     return (stages - 1) / (chunks * micro_batches)
 
 
-def order(stage: int, stages: int, micro_batches: int, chunks: int = 1) -> tuple[Work, ...]:
-    """What ``stage`` runs, in order: forward passes to warm up, then one forward and one backward
-    in turn, then the rest.
+def order(stage: int, stages: int, micro_batches: int, chunks: int = 1) -> tuple[ChunkPass, ...]:
+    """What ``stage`` runs, in order: forwards to warm up, then one forward one backward, the rest.
 
     Source: get_pp_rank_microbatches and get_schedule_table, with micro-batches in groups of
-    ``stages`` as by default.
+    ``stages``, upstream's default.
 
     Raises:
-        UserError: the interleaved schedule has no such order.
+        UserError: upstream has no interleaved schedule for these sizes.
     """
     _check(stages, micro_batches, chunks)
-    forward = [Work(b, c, "forward") for b, c in _table(stages, micro_batches, chunks)]
-    backward = [
-        Work(b, chunks - 1 - c, "backward") for b, c in _table(stages, micro_batches, chunks)
-    ]
-    after = stages - 1 - stage
-    warm_up = min(after if chunks == 1 else 2 * after + (chunks - 1) * stages, len(forward))
+    table = _table(stages, micro_batches, chunks)
+    forward = [ChunkPass(b, c, "forward") for b, c in table]
+    backward = [ChunkPass(b, chunks - 1 - c, "backward") for b, c in table]
+    warm_up = min(warm_up_passes(stage, stages, chunks), len(forward))
     steady = [work for pair in zip(forward[warm_up:], backward, strict=False) for work in pair]
     return (*forward[:warm_up], *steady, *backward[len(forward) - warm_up :])
+
+
+def warm_up_passes(stage: int, stages: int, chunks: int = 1) -> int:
+    """Forward passes that ``stage`` runs before its first backward pass, given enough of them.
+
+    Source: get_pp_rank_microbatches.
+    """
+    after = stages - 1 - stage
+    return after if chunks == 1 else 2 * after + (chunks - 1) * stages
 
 
 def simulate(micro_batches: int, times: Times, chunks: int = 1) -> Timeline:
     """Run the schedule: every pass starts as soon as its stage is free and its input is there.
 
     Raises:
-        UserError: the interleaved schedule has no order for these sizes.
+        UserError: upstream has no interleaved schedule for these sizes.
     """
     stages = len(times.forward)
     plan = _plan(stages, micro_batches, chunks)
@@ -132,28 +133,28 @@ def simulate(micro_batches: int, times: Times, chunks: int = 1) -> Timeline:
 
 
 def duration(micro_batches: int, times: Times, chunks: int = 1) -> float:
-    """When the last stage is done: ``simulate(…).end``, without its spans. Raises as
-    ``simulate``."""
+    """``simulate(…).end``, without the spans. Raises UserError as ``simulate``."""
     return max(_ends(_plan(len(times.forward), micro_batches, chunks), times, chunks))
 
 
-class _Pass(NamedTuple):
-    """A pass of the plan; ``before`` and ``source``: the places in it of the stage's last pass and
-    of its input, or -1."""
+class _Planned(NamedTuple):
+    """A pass in the plan, with the places of the passes that it waits for, or -1."""
 
     stage: int
-    work: Work
+    work: ChunkPass
     before: int
+    """The same stage's last pass."""
     source: int
+    """The pass whose result is its input."""
 
 
 @lru_cache(maxsize=256)
-def _plan(stages: int, micro_batches: int, chunks: int) -> tuple[_Pass, ...]:
-    """All passes, each behind those it waits for: the same whatever they take."""
+def _plan(stages: int, micro_batches: int, chunks: int) -> tuple[_Planned, ...]:
+    """All passes, each behind those it waits for; the order does not depend on times."""
     queues = [
         list(reversed(order(stage, stages, micro_batches, chunks))) for stage in range(stages)
     ]
-    plan: list[_Pass] = []
+    plan: list[_Planned] = []
     last, place = [-1] * stages, {}
     while any(queues):
         before = len(plan)
@@ -164,13 +165,13 @@ def _plan(stages: int, micro_batches: int, chunks: int) -> tuple[_Pass, ...]:
                 if source is not None and source not in place:
                     break
                 queue.pop()
-                plan.append(_Pass(stage, work, last[stage], place.get(source, -1)))
+                plan.append(_Planned(stage, work, last[stage], place.get(source, -1)))
                 last[stage] = place[stage, work] = len(plan) - 1
         assert len(plan) > before, "the schedule waits for itself"
     return tuple(plan)
 
 
-def _ends(plan: Sequence[_Pass], times: Times, chunks: int) -> list[float]:
+def _ends(plan: Sequence[_Planned], times: Times, chunks: int) -> list[float]:
     """When each pass of the plan ends."""
     durations, ends = _durations(times, chunks), []
     for stage, work, before, source in plan:
@@ -180,8 +181,8 @@ def _ends(plan: Sequence[_Pass], times: Times, chunks: int) -> list[float]:
     return ends
 
 
-def _durations(times: Times, chunks: int) -> dict[Pass, list[float]]:
-    """Of each stage's pass of one micro-batch through one chunk."""
+def _durations(times: Times, chunks: int) -> dict[Direction, list[float]]:
+    """Time of one micro-batch through one chunk, by stage."""
     return {
         "forward": [whole / chunks for whole in times.forward],
         "backward": [whole / chunks for whole in times.backward],
@@ -189,8 +190,8 @@ def _durations(times: Times, chunks: int) -> dict[Pass, list[float]]:
 
 
 def _table(stages: int, micro_batches: int, chunks: int) -> Sequence[tuple[int, int]]:
-    """(micro-batch, chunk) of each forward pass: ``stages`` micro-batches through every chunk, then
-    the next as many."""
+    """(micro-batch, chunk) of the forward passes: ``stages`` micro-batches through all chunks, then
+    the next ``stages``."""
     return [
         (b, c)
         for first in range(0, micro_batches, stages)
@@ -199,30 +200,27 @@ def _table(stages: int, micro_batches: int, chunks: int) -> Sequence[tuple[int, 
     ]
 
 
-def _input(stage: int, work: Work, stages: int, chunks: int) -> tuple[int, Work] | None:
-    """The stage and pass whose result ``work`` on ``stage`` needs, or None where it needs no
-    other."""
+def _input(stage: int, work: ChunkPass, stages: int, chunks: int) -> tuple[int, ChunkPass] | None:
+    """The stage and pass whose result ``work`` on ``stage`` needs; None if none."""
     micro_batch, chunk, kind = work
     if kind == "forward":
         if stage > 0:
             return stage - 1, work
-        return (stages - 1, Work(micro_batch, chunk - 1, kind)) if chunk > 0 else None
+        return (stages - 1, ChunkPass(micro_batch, chunk - 1, kind)) if chunk > 0 else None
     if stage < stages - 1:
         return stage + 1, work
     if chunk < chunks - 1:
-        return 0, Work(micro_batch, chunk + 1, kind)
-    return stage, Work(micro_batch, chunk, "forward")
+        return 0, ChunkPass(micro_batch, chunk + 1, kind)
+    return stage, ChunkPass(micro_batch, chunk, "forward")
 
 
 def _check(stages: int, micro_batches: int, chunks: int) -> None:
     if chunks == 1:
         return
     if stages == 1:
+        raise UserError(f"VPP={chunks} interleaves pipeline stages, but PP=1; set PP > 1 or VPP=1")
+    if broken := indivisible("micro-batches", micro_batches, "PP", stages):
         raise UserError(
-            f"vpp = {chunks} interleaves pipeline stages, but pp = 1; set pp > 1 or vpp = 1"
-        )
-    if micro_batches % stages:
-        raise UserError(
-            f"micro-batches m = {micro_batches} must divide by pp = {stages} when vpp > 1; "
-            f"try m = {-(-micro_batches // stages) * stages}, or vpp = 1"
+            f"{broken} when VPP > 1; try {-(-micro_batches // stages) * stages} micro-batches, or"
+            " VPP=1"
         )
