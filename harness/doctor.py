@@ -1,5 +1,7 @@
-"""What this machine has for runs, what it lacks, and how to get it; found without importing
-torch."""
+"""Reports what this machine has for runs, what it lacks, and how to get it.
+
+torch is not imported: its version is read from its files.
+"""
 
 from __future__ import annotations
 
@@ -26,41 +28,44 @@ from harness.machine.stages import ROOT, Venv, distribution, missing, requiremen
 from harness.machine.upstream import FILL, locate
 from harness.system import screen
 
-ANSWERS_WITHIN_S = 10
+ANSWER_TIMEOUT_S = 10
 State = Literal["ok", "note", "warn", "missing"]
 COLOURS = {"ok": screen.GREEN, "note": screen.FAINT, "warn": screen.YELLOW, "missing": screen.RED}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report. ``missing`` keeps runs on this machine's device from starting;
-    ``note`` is optional."""
+    """One line of the report.
+
+    Without what is ``missing``, no run can start on this machine's device; a ``note`` is optional.
+    """
 
     topic: str
     state: State
     text: str
-    mend: str = ""
+    remedy: str = ""
 
 
 @dataclass(frozen=True)
 class Torch:
-    """An installed PyTorch: its version and the CUDA it was built for, ``"13.0"``; None for a CPU
-    build."""
+    """An installed PyTorch: its version and its CUDA (``"13.0"``; None: built for the CPU)."""
 
     version: str
     cuda: str | None
 
 
 def doctor() -> int:
-    """Print the report; returns 0 if runs on this machine's device (its GPUs, else its CPU) can
-    start, else 1."""
+    """Print the report.
+
+    Returns 0 if runs can start on this machine's device (its GPUs, else its CPU), else 1.
+    """
     cards = gpus.list_gpus()
     report = {
         "Packages": [*packages(bool(cards))],
         "Upstream": [upstream()],
         "GPUs": [*devices(cards)],
         "Machine": [*machine(bool(cards))],
-        "Around": [*around()],
+        "Optional": [*optional_tools()],
     }
     for title, findings in report.items():
         print(f"\n{title}")
@@ -81,21 +86,21 @@ def doctor() -> int:
 
 
 def line(finding: Finding, *, colour: bool) -> str:
-    """The finding as text, what mends it below."""
+    """The finding as text, with its remedy below."""
     word = screen.paint(f"{finding.state:7}", COLOURS[finding.state], colour)
     room = max(screen.width(piped=1000) - 33, 40)
     text = f"\n{'':33}".join(
         textwrap.wrap(finding.text, room, break_long_words=False, break_on_hyphens=False)
     )
-    mend = "".join(f"\n{'':31}→ {way}" for way in finding.mend.splitlines())
-    return f"  {word}  {finding.topic:20}  {text}{mend}"
+    remedy = "".join(f"\n{'':31}→ {way}" for way in finding.remedy.splitlines())
+    return f"  {word}  {finding.topic:20}  {text}{remedy}"
 
 
 def packages(on_gpu: bool) -> Iterator[Finding]:
     """Python, the set-up stages, torch, Transformer Engine, Apex."""
     yield Finding("Python", "ok", f"{platform.python_version()}, {sys.executable}")
     here = Venv(Path(sys.prefix))
-    # else VENV=0: someone else's interpreter
+    # with VENV=0, the interpreter is not one that scripts/setup.sh made
     environment = here if here.stamp("light").exists() else None
     yield stage("light", environment, "make help")
     yield stage("heavy", environment, "make setup")
@@ -107,8 +112,7 @@ def packages(on_gpu: bool) -> Iterator[Finding]:
 
 
 def stage(name: str, environment: Venv | None, command: str) -> Finding:
-    """Whether a set-up stage is complete: in our virtual environment exactly as pinned, elsewhere
-    in any version."""
+    """Whether a set-up stage is complete: as pinned in ``environment``, else in any version."""
     topic = f"stage {name}"
     if environment and environment.stamp(name).exists():
         if environment.ready(name):
@@ -123,10 +127,12 @@ def stage(name: str, environment: Venv | None, command: str) -> Finding:
             return Finding(
                 topic, "ok", f"{len(requirements(name))} packages as pinned in pyproject.toml"
             )
-        return Finding(topic, "warn", "out of date or damaged; the next make mends it", command)
+        return Finding(
+            topic, "warn", "out of date or damaged; the next make installs it again", command
+        )
     lacking = missing(name)
     if not lacking:
-        return Finding(topic, "ok", f"all there, in versions of this interpreter{_others(name)}")
+        return Finding(topic, "ok", f"installed{_differing(name)}")
     names = ", ".join(map(distribution, lacking))
     if environment:
         return Finding(
@@ -138,8 +144,8 @@ def stage(name: str, environment: Venv | None, command: str) -> Finding:
     )
 
 
-def _others(name: str) -> str:
-    """Which pins the installed versions differ from, ready to follow a sentence."""
+def _differing(name: str) -> str:
+    """The installed versions that differ from the pins, ready to follow a sentence."""
     pairs = [
         (distribution(r), version(r), package_version(distribution(r))) for r in requirements(name)
     ]
@@ -148,11 +154,11 @@ def _others(name: str) -> str:
         for n, pin, have in pairs
         if have and have.partition("+")[0] != pin
     ]
-    return f"; not the tested ones: {', '.join(differing)}" if differing else ""
+    return f"; differs from the tested versions: {', '.join(differing)}" if differing else ""
 
 
 def installed_torch() -> Torch | None:
-    """Read which PyTorch is installed from its files."""
+    """The PyTorch that is installed, from its files."""
     spec = find_spec("torch")
     if spec is None or spec.origin is None:
         return None
@@ -162,8 +168,10 @@ def installed_torch() -> Torch | None:
 
 
 def torch(found: Torch | None, on_gpu: bool, driver_cuda: str | None) -> Finding:
-    """Whether this PyTorch can use the device; ``driver_cuda`` is the newest CUDA that the driver
-    speaks."""
+    """Whether this PyTorch can use the device.
+
+    ``driver_cuda`` is the newest CUDA that the driver supports.
+    """
     if found is None:
         return Finding(
             "PyTorch", "note", "not installed yet", "comes with the first run, or: make setup"
@@ -175,7 +183,7 @@ def torch(found: Torch | None, on_gpu: bool, driver_cuda: str | None) -> Finding
         return Finding(
             "PyTorch",
             "missing",
-            f"{text}; the driver speaks CUDA {driver_cuda}",
+            f"{text}; the driver supports CUDA {driver_cuda}",
             "a newer driver (580 for CUDA 13), or NVIDIA's container: make docker-run",
         )
     return Finding("PyTorch", "ok", text)
@@ -193,17 +201,16 @@ def transformer_engine(installed: str | None, on_gpu: bool) -> Finding:
         text = f"{installed}, without its extension for PyTorch"
         if on_gpu:
             return Finding("Transformer Engine", "missing", text, "make setup-gpu")
-        return Finding("Transformer Engine", "note", f"{text}; runs on a CPU do without")
+        return Finding("Transformer Engine", "note", f"{text}; runs on a CPU do not use it")
     if on_gpu:
         return Finding(
             "Transformer Engine", "missing", "not installed; runs on GPUs use it", "make setup-gpu"
         )
-    return Finding("Transformer Engine", "note", "not installed; runs on a CPU do without")
+    return Finding("Transformer Engine", "note", "not installed; runs on a CPU do not use it")
 
 
 def _has_torch_extension() -> bool:
-    """Whether Transformer Engine's library for PyTorch is there, from its own wheel or within the
-    package."""
+    """Whether Transformer Engine's library for PyTorch is there, in either of its wheels."""
     try:
         spec = find_spec("transformer_engine")
     except ImportError:
@@ -218,7 +225,7 @@ def _has_torch_extension() -> bool:
 def apex(installed: bool) -> Finding:
     """Apex, whose kernel fuses gradient accumulation into the weight gradient's GEMM."""
     if installed:
-        return Finding("Apex", "ok", "its kernel that fuses gradient accumulation is there")
+        return Finding("Apex", "ok", "fuses gradient accumulation into GEMMs")
     return Finding(
         "Apex", "note", "not installed; optional, it fuses gradient accumulation into GEMMs"
     )
@@ -229,8 +236,8 @@ def upstream() -> Finding:
     try:
         tree = locate()
     except UserError as error:
-        text, _, mend = str(error).partition("\n")
-        return Finding("Megatron-LM", "missing", text, mend)
+        text, _, remedy = str(error).partition("\n")
+        return Finding("Megatron-LM", "missing", text, remedy)
     if tree is None:
         wheel = package_version("megatron-core")
         text = (
@@ -238,11 +245,11 @@ def upstream() -> Finding:
             if wheel
             else "its wheel comes with the first run"
         )
-        mend = f"for upstream's own pretrain_gpt.py: {FILL}"
-        return Finding("Megatron-LM", "note", f"{text}; the submodule is not checked out", mend)
+        remedy = f"for upstream's own pretrain_gpt.py: {FILL}"
+        return Finding("Megatron-LM", "note", f"{text}; the submodule is not checked out", remedy)
     (there, changed), pinned = source_commit(tree), git(ROOT, "rev-parse", "HEAD:megatron-lm")
     if os.environ.get("MEGATRON_LM"):
-        return as_it_is(f"MEGATRON_LM={tree}, {there or 'commit unknown'}", changed)
+        return complete_tree(f"MEGATRON_LM={tree}, {there or 'commit unknown'}", changed)
     if there and pinned and there != pinned:
         return Finding(
             "Megatron-LM",
@@ -250,29 +257,29 @@ def upstream() -> Finding:
             f"the submodule is at {there[:10]}, tested with {pinned[:10]}",
             FILL,
         )
-    return as_it_is(f"the submodule, {there or 'commit unknown'}", changed)
+    return complete_tree(f"the submodule, {there or 'commit unknown'}", changed)
 
 
-def as_it_is(tree: str, changed: bool | None) -> Finding:
-    """A whole upstream tree, whose files may have been changed since its commit."""
+def complete_tree(tree: str, changed: bool | None) -> Finding:
+    """A complete source tree of upstream, whose files may differ from its commit."""
     if changed:
         return Finding(
             "Megatron-LM",
             "warn",
-            f"{tree}; its files were changed since",
+            f"{tree}; its files differ from that commit",
             "git status there shows which",
         )
     return Finding("Megatron-LM", "ok", tree)
 
 
 def devices(cards: tuple[gpus.LocalGpu, ...]) -> Iterator[Finding]:
-    """Driver, every GPU with who uses it, and how they are connected."""
+    """The driver, every GPU with the processes on it, and how GPUs are connected."""
     driver, cuda = gpus.driver_versions()
     if not cards:
         said = "the driver shows none" if driver else "no NVIDIA driver"
         yield Finding("GPU", "note", f"{said}; experiments run as CPU miniatures")
         return
-    yield Finding("driver", "ok", f"{driver}, speaks CUDA {cuda}")
+    yield Finding("driver", "ok", f"{driver}, supports CUDA {cuda}")
     for use in gpus.use():
         text = f"{use.gpu.name}, {use.gpu.total_mib / 1024:.0f} GiB"
         if use.busy:
@@ -288,8 +295,7 @@ def devices(cards: tuple[gpus.LocalGpu, ...]) -> Iterator[Finding]:
 
 
 def nvlink_pairs(count: int) -> tuple[int, int]:
-    """Return how many pairs of the first ``count`` GPUs reach each other over NVLink, and how many
-    pairs there are."""
+    """Return (pairs connected by NVLink, all pairs) of the first ``count`` GPUs."""
     import pynvml
 
     pynvml.nvmlInit()
@@ -310,15 +316,15 @@ def _linked(pynvml, one, other) -> bool:
 
 
 def nvlink(linked: int, pairs: int) -> Finding:
-    """What tensor, context and expert parallelism will communicate over."""
+    """The links of tensor, context and expert parallelism."""
     if linked == pairs:
         return Finding("NVLink", "ok", "between all GPUs")
-    text = (
-        f"between {linked} of {pairs} pairs of GPUs; the others' communication is several times"
-        " slower"
-    )
+    text = f"between {linked} of {pairs} pairs of GPUs; others communicate several times slower"
     return Finding(
-        "NVLink", "warn", text, "keep tp, cp and ep within linked GPUs: nvidia-smi topo -m"
+        "NVLink",
+        "warn",
+        text,
+        "keep TP, CP and EP within linked GPUs; nvidia-smi topo -m shows them",
     )
 
 
@@ -331,7 +337,7 @@ def machine(on_gpu: bool) -> Iterator[Finding]:
         "memory",
         memory.available / 2**30,
         8,
-        "an experiment of 8 processes takes up to 8 GiB",
+        "an experiment of 8 processes needs up to 8 GiB",
         f" free of {memory.total / 2**30:.0f}; {os.cpu_count()} cores",
         "end other programs",
     )
@@ -339,7 +345,7 @@ def machine(on_gpu: bool) -> Iterator[Finding]:
         "disk",
         shutil.disk_usage(ROOT).free / 2**30,
         10,
-        "set-up and runs take up to 10 GiB",
+        "set-up and runs need up to 10 GiB",
         f" free in {ROOT}",
         "make room, or move them: VENV=/big/disk/venv OUTDIR=/big/disk/outdir",
     )
@@ -361,28 +367,28 @@ def machine(on_gpu: bool) -> Iterator[Finding]:
             resource.RLIMIT_MEMLOCK,
             64 << 20,
             " bytes",
-            "ulimit -l unlimited, docker run --ulimit memlock=-1: RDMA between nodes wants it",
+            "ulimit -l unlimited, docker run --ulimit memlock=-1: RDMA between nodes needs it",
         )
 
 
-def amount(topic: str, gib: float, enough_gib: float, why: str, rest: str, mend: str) -> Finding:
-    """Whether there is enough of something that is counted in GiB."""
+def amount(topic: str, gib: float, enough_gib: float, why: str, rest: str, remedy: str) -> Finding:
+    """Whether there is enough of a resource that is measured in GiB."""
     text = f"{gib:.1f} GiB{rest}"
     if gib >= enough_gib:
         return Finding(topic, "ok", text)
-    return Finding(topic, "warn", f"{text}; {why}", mend)
+    return Finding(topic, "warn", f"{text}; {why}", remedy)
 
 
-def limit(topic: str, which: int, enough: int, unit: str, mend: str) -> Finding:
-    """Whether a resource limit of this process lets runs work."""
+def limit(topic: str, which: int, enough: int, unit: str, remedy: str) -> Finding:
+    """Whether a resource limit of this process is high enough for runs."""
     soft, _ = resource.getrlimit(which)
     text = "unlimited" if soft == resource.RLIM_INFINITY else f"at most {soft:,}{unit}"
     enough_given = soft == resource.RLIM_INFINITY or soft >= enough
-    return Finding(topic, "ok", text) if enough_given else Finding(topic, "warn", text, mend)
+    return Finding(topic, "ok", text) if enough_given else Finding(topic, "warn", text, remedy)
 
 
-def around() -> Iterator[Finding]:
-    """What single targets use: data sets, a C++ compiler, containers, Slurm."""
+def optional_tools() -> Iterator[Finding]:
+    """What some targets use: data sets, a C++ compiler, containers, Slurm."""
     yield prepared_data()
     yield compiler()
     yield containers()
@@ -390,8 +396,7 @@ def around() -> Iterator[Finding]:
 
 
 def prepared_data() -> Finding:
-    """Prepared data sets, their headers, sizes and tokenizers checked; not their tokens, which make
-    data-check reads."""
+    """Prepared data sets: their headers, sizes and tokenizers; make data-check reads tokens too."""
     sets = data_sets.prepared()
     damaged = [name for name in sets if not _sound(name)]
     if damaged:
@@ -404,7 +409,7 @@ def prepared_data() -> Finding:
     return Finding(
         "data sets",
         "ok" if sets else "note",
-        ", ".join(sets) or "none prepared; experiments run on mock data, and tables say so",
+        ", ".join(sets) or "none prepared; experiments run on mock data, and tables mark it",
     )
 
 
@@ -417,10 +422,10 @@ def _sound(name: str) -> bool:
 
 
 def compiler() -> Finding:
-    """A C++ compiler that compiles."""
+    """The C++ compiler, tried on a small program."""
     path, use = shutil.which("c++"), "compiles upstream's index helpers and Transformer Engine"
     if path is None:
-        return Finding("c++", "note", f"not here; {use}", "sudo apt install g++")
+        return Finding("c++", "note", f"not installed; {use}", "sudo apt install g++")
     said = _answer(
         [path, "-x", "c++", "-fsyntax-only", "-"], "#include <vector>\nint main() { return 0; }\n"
     )
@@ -430,7 +435,7 @@ def compiler() -> Finding:
 
 
 def containers() -> Finding:
-    """The container tool that docker/engine.sh takes, and whether it answers."""
+    """The container tool that docker/engine.sh chooses, and whether it answers."""
     usual = "podman" if shutil.which("podman") and not shutil.which("docker") else "docker"
     words = os.environ.get("DOCKER", "").split() or [usual]
     path = shutil.which(words[0])
@@ -438,7 +443,7 @@ def containers() -> Finding:
         return Finding(
             words[0],
             "note",
-            "not here; make docker-build, make docker-run",
+            "not installed; used by make docker-build and make docker-run",
             "https://docs.docker.com/engine/install",
         )
     said = _answer([*words, "info"])
@@ -456,10 +461,10 @@ def slurm() -> Finding:
     """sbatch, and whether its controller answers."""
     path, use = (
         shutil.which("sbatch"),
-        "submits what SLURM=1 renders; without it, the script is printed",
+        "submits the script of SLURM=1; without it, the script is printed",
     )
     if path is None:
-        return Finding("sbatch", "note", f"not here; {use}")
+        return Finding("sbatch", "note", f"not installed; {use}")
     said = _answer(["scontrol", "ping"])
     if said is None:
         return Finding("sbatch", "ok", path)
@@ -467,7 +472,7 @@ def slurm() -> Finding:
 
 
 def _answer(command: list[str], given: str = "") -> str | None:
-    """None where ``command`` succeeds within ANSWERS_WITHIN_S; else why not, in a line."""
+    """None where ``command`` succeeds within ANSWER_TIMEOUT_S; else why not, in a line."""
     try:
         done = subprocess.run(
             command,
@@ -475,10 +480,10 @@ def _answer(command: list[str], given: str = "") -> str | None:
             capture_output=True,
             text=True,
             errors="replace",
-            timeout=ANSWERS_WITHIN_S,
+            timeout=ANSWER_TIMEOUT_S,
         )
     except subprocess.TimeoutExpired:
-        return f"no answer within {ANSWERS_WITHIN_S} s"
+        return f"no answer within {ANSWER_TIMEOUT_S} s"
     except OSError as error:
         return str(error.strerror)
     lines = (done.stderr.strip() or done.stdout.strip()).splitlines()

@@ -125,7 +125,7 @@ def test_half_a_submodule_is_said_so(tmp_path):
     assert [error.type for error in run.read_rank_errors()] == ["UserError"]
     log = run.logs.read_text()
     assert (
-        log.startswith("error: MEGATRON_LM is not a whole Megatron-LM")
+        log.startswith("error: MEGATRON_LM is not a complete Megatron-LM")
         and "git submodule update --init" in log
     )
 

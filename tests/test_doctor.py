@@ -33,7 +33,7 @@ def test_report_on_this_machine_imports_nothing_heavy():
 
 
 @pytest.mark.parametrize(
-    ("found", "on_gpu", "driver", "state", "mend"),
+    ("found", "on_gpu", "driver", "state", "remedy"),
     [
         (None, False, None, "note", "make setup"),
         (Torch("2.11.0+cpu", None), False, None, "ok", ""),
@@ -44,10 +44,10 @@ def test_report_on_this_machine_imports_nothing_heavy():
         (Torch("2.11.0+cu126", "12.6"), True, "13.0", "ok", ""),
     ],
 )
-def test_torch_must_fit_the_device(found, on_gpu, driver, state, mend):
+def test_torch_must_fit_the_device(found, on_gpu, driver, state, remedy):
     finding = doctor.torch(found, on_gpu, driver)
     assert finding.state == state
-    assert mend in finding.mend
+    assert remedy in finding.remedy
 
 
 def test_missing_on_the_gpu_means_runs_cannot_start(monkeypatch, capsys):
@@ -106,7 +106,7 @@ def test_upstream_half_checked_out(tree):
     (tree / "pretrain_gpt.py").unlink()
     finding = doctor.upstream()
     assert finding.state == "missing"
-    assert "git submodule update --init" in finding.mend
+    assert "git submodule update --init" in finding.remedy
 
 
 def test_links_and_amounts():
@@ -117,7 +117,7 @@ def test_links_and_amounts():
         for gib in (16.0, 0.0625)
     )
     assert (enough.state, short.state) == ("ok", "warn")
-    assert short.mend == "--ipc=host"
+    assert short.remedy == "--ipc=host"
 
 
 def test_a_line_shows_state_topic_text_and_the_way_out():
@@ -191,7 +191,7 @@ def test_slurm_without_its_controller(commands):
 
 
 def test_what_does_not_answer_is_not_waited_for(commands, monkeypatch):
-    monkeypatch.setattr(doctor, "ANSWERS_WITHIN_S", 0.2)
+    monkeypatch.setattr(doctor, "ANSWER_TIMEOUT_S", 0.2)
     tool(commands, "docker", "exec /bin/sleep 30")
     assert "no answer within 0.2 s" in doctor.containers().text
 
@@ -245,4 +245,4 @@ def test_upstream_with_edited_files(tree):
     subprocess.run([*git, "commit", "-q", "-m", "x"], check=True)
     assert doctor.upstream().state == "ok"
     (tree / "pretrain_gpt.py").write_text("edited")
-    assert doctor.upstream().state == "warn" and "changed since" in doctor.upstream().text
+    assert doctor.upstream().state == "warn" and "differ from that commit" in doctor.upstream().text

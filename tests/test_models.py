@@ -199,7 +199,7 @@ def test_a_gpu_without_fp8_and_a_missing_optimizer_are_told_before_the_run(monke
         check_machine(CATALOG.find("613"), "cuda")
     monkeypatch.setattr("harness.machine.requirements.find_spec", lambda name: None)
     with pytest.raises(
-        UserError, match="671: upstream's muon is in the package emerging-optimizers"
+        UserError, match="671: upstream's muon needs the package emerging-optimizers"
     ):
         check_machine(CATALOG.find("671"), "cpu")
 

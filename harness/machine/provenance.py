@@ -1,5 +1,7 @@
-"""Where a run's numbers come from: versions, hardware, commits. Nothing is imported to learn its
-version."""
+"""What environment.json says of a run: hardware, versions of packages, commits.
+
+No package is imported to read its version.
+"""
 
 from __future__ import annotations
 
@@ -24,17 +26,18 @@ _VERSION_PARTS = ("MAJOR", "MINOR", "PATCH", "PRE_RELEASE")
 
 
 def describe_environment(device: str, gpu_ids: Sequence[int] = ()) -> dict[str, Any]:
-    """The content of environment.json: this machine, its packages, the GPUs in use, the commits
-    that ran.
+    """The content of environment.json.
+
+    Args:
+        device: ``cpu`` or ``cuda``.
+        gpu_ids: the GPUs that the run uses.
 
     Raises:
-        UserError: upstream is half checked out.
+        UserError: upstream is checked out in part.
     """
     import psutil
 
-    used = (
-        [gpu.name for gpu in gpus.list_gpus() if gpu.index in gpu_ids] if device == "cuda" else []
-    )
+    used = [gpu.name for gpu in gpus.list_gpus() if device == "cuda" and gpu.index in gpu_ids]
     driver, cuda = gpus.driver_versions() if used else (None, None)
     commit, dirty = source_commit(ROOT)
     return {
@@ -61,7 +64,7 @@ def describe_environment(device: str, gpu_ids: Sequence[int] = ()) -> dict[str, 
 
 
 def describe_upstream() -> Upstream:
-    """The Megatron-LM that runs here. Raises UserError where it is half checked out."""
+    """The Megatron-LM that runs here. Raises UserError where it is checked out in part."""
     from harness.machine.upstream import locate
 
     tree = locate()
@@ -77,8 +80,10 @@ def describe_upstream() -> Upstream:
 
 
 def source_commit(tree: Path) -> tuple[str | None, bool | None]:
-    """The commit of ``tree`` and whether it was changed since; from its file COMMIT where git
-    cannot tell."""
+    """The commit of ``tree``, and whether its files differ from it; None where that is unknown.
+
+    An image has no .git: docker/build.sh writes the file COMMIT there.
+    """
     top, head = (
         git(tree, "rev-parse", "--show-toplevel"),
         git(tree, "rev-parse", "--verify", "--quiet", "HEAD"),
@@ -94,8 +99,7 @@ def source_commit(tree: Path) -> tuple[str | None, bool | None]:
 
 
 def git(tree: Path, *arguments: str) -> str | None:
-    """What git says of a checkout; None where there is no git, or it fails, or it takes ten
-    seconds."""
+    """The output of git for a checkout; None if git is missing, fails, or takes ten seconds."""
     try:
         done = subprocess.run(
             ["git", "-C", tree, *arguments], capture_output=True, text=True, timeout=10

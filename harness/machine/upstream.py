@@ -13,12 +13,11 @@ FILL = "git submodule update --init megatron-lm"
 
 
 def locate() -> Path | None:
-    """The source tree of upstream that runs: MEGATRON_LM, else ``megatron-lm/`` of the repository;
-    None: the wheel.
+    """The source tree that runs: MEGATRON_LM, else the submodule ``megatron-lm/``; None: the wheel.
 
     Raises:
-        UserError: MEGATRON_LM is no source tree of Megatron-LM, or the submodule is half checked
-        out.
+        UserError: MEGATRON_LM is no source tree of Megatron-LM, or the submodule is checked out in
+        part.
     """
     if named := os.environ.get("MEGATRON_LM"):
         tree, name, way_out = (
@@ -37,17 +36,16 @@ def locate() -> Path | None:
     ]
     if missing:
         raise UserError(
-            f"{name} is not a whole Megatron-LM: {tree} has no {', '.join(missing)}\n{way_out}"
+            f"{name} is not a complete Megatron-LM: {tree} has no {', '.join(missing)}\n{way_out}"
         )
     return tree.resolve()
 
 
 def put_on_path(tree: Path | None) -> None:
-    """Make ``import megatron`` mean the upstream in ``tree``, or the installed wheel, and nothing
-    else.
+    """Make ``import megatron`` import the upstream in ``tree``, or the installed wheel.
 
-    A source tree goes first on ``sys.path`` and wins over an installed wheel: ``megatron`` is a
-    namespace package, whose parts are looked up in the path's order.
+    A source tree goes first on ``sys.path``, before an installed wheel: ``megatron`` is a namespace
+    package, whose parts Python looks up in the path's order.
 
     Raises:
         UserError: neither a source tree nor the wheel is there.
