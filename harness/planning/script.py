@@ -7,7 +7,9 @@ import os
 import re
 import shlex
 import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from harness import ROOT
@@ -26,7 +28,8 @@ from harness.upstreams.megatron_lm.flags import (
 )
 from harness.upstreams.megatron_lm.tracking import Tracking
 
-WIDTH = 110
+WIDTH = 86
+"""Characters of a line, from which a group of arguments is broken."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ NOTHING_ELSE = Extras()
 
 
 def render(
-    e: Experiment,
+    experiment: Experiment,
     device: Device,
     place: Place = Place(),
     *,
@@ -68,19 +71,43 @@ def render(
     apex: bool = False,
     extras: Extras = NOTHING_ELSE,
 ) -> str:
-    """The whole script for ``e``.
+    """The whole script for ``experiment``.
 
     Args:
         place: node and GPUs; several nodes need ``place.rendezvous``.
         headline: a comment below the experiment's name, such as what a miniature scaled.
         apex: see ``harness.upstreams.megatron_lm.flags.megatron_flags``.
-        extras: checkpoints and tracking.
 
     Raises:
         UserError: the experiment's data set is not prepared.
     """
+    groups = [
+        _torchrun(experiment, place),
+        ["-m", "harness.entry"],
+        *_quoted(megatron_flags(experiment, device, apex=apex)),
+        *_quoted(_extra_flags(experiment, extras)),
+        *_in_run_dir(extras),
+    ]
+    return "\n".join(
+        [
+            "#!/usr/bin/env bash",
+            f"# {experiment.name}: {experiment.shows}",
+            *([f"# {headline}"] if headline else []),
+            "set -eu",
+            f"cd {shlex.quote(str(ROOT))}",
+            f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH",
+            *_exports(experiment, device, place, extras),
+            *_index_mappings(experiment),
+            "exec torchrun " + " \\\n    ".join(line for group in groups for line in _wrap(group)),
+            "",
+        ]
+    )
+
+
+def _exports(experiment: Experiment, device: Device, place: Place, extras: Extras) -> Iterator[str]:
+    """A line for each environment variable, with its reason."""
     environment = variables(
-        e,
+        experiment,
         device,
         memory_fraction=place.memory_fraction,
         tracking=extras.tracking,
@@ -88,103 +115,74 @@ def render(
     )
     found = [(v.name, shell_word(v.value), v.reason) for v in environment]
     if place.gpu_ids is not None:
+        ids = ",".join(map(str, place.gpu_ids))
         found.append(("CUDA_DEVICE_ORDER", "PCI_BUS_ID", "numbers as nvidia-smi shows them"))
-        found.append(
-            (
-                "CUDA_VISIBLE_DEVICES",
-                ",".join(map(str, place.gpu_ids)),
-                "the GPUs chosen for this run",
-            )
-        )
+        found.append(("CUDA_VISIBLE_DEVICES", ids, "the GPUs chosen for this run"))
     width = max(len(f"export {name}={value}") for name, value, _ in found)
-    exports = [f"{f'export {name}={value}':{width}}  # {reason}" for name, value, reason in found]
-    groups = [
-        _torchrun(e, place),
-        ["-m", "harness.entry"],
-        *_quoted(megatron_flags(e, device, apex=apex)),
-        *_quoted(_extra_flags(e, extras)),
-        *_in_run_dir(extras),
-        ["${HARNESS_RUN_DIR:+--tensorboard-dir", '"$HARNESS_RUN_DIR/tensorboard"}'],
-    ]
-    return "\n".join(
-        [
-            "#!/usr/bin/env bash",
-            f"# {e.name}: {e.shows}",
-            *([f"# {headline}"] if headline else []),
-            "set -eu",
-            f"cd {shlex.quote(str(ROOT))}",
-            f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH",
-            *exports,
-            *_index_mappings(e),
-            "exec torchrun " + " \\\n    ".join(line for group in groups for line in _wrap(group)),
-            "",
-        ]
-    )
+    for name, value, reason in found:
+        yield f"{f'export {name}={value}':{width}}  # {reason}"
 
 
-def _extra_flags(e: Experiment, extras: Extras) -> list[list[str]]:
-    saving, loading, tracking = extras.saving, extras.loading, extras.tracking
-    groups = [
-        loading_flags(loading) if loading else [],
-        (
-            [*(["--save", str(saving.folder)] if saving.folder else []), *saving_flags(e, saving)]
-            if saving
-            else []
-        ),
-        tracking_flags(tracking, e.label) if tracking else [],
-    ]
-    return [group for group in groups if group]
+def _extra_flags(experiment: Experiment, extras: Extras) -> Iterator[list[str]]:
+    if extras.loading:
+        yield loading_flags(extras.loading)
+    if extras.saving:
+        folder = extras.saving.folder
+        yield (["--save", str(folder)] if folder else []) + saving_flags(experiment, extras.saving)
+    if extras.tracking:
+        yield tracking_flags(extras.tracking, experiment.label)
 
 
-def _in_run_dir(extras: Extras) -> list[list[str]]:
-    """Folders of the run directory, where there is one."""
-    folders = {"--save": "/checkpoints"} if extras.saving and not extras.saving.folder else {}
-    folders |= {"--wandb-save-dir": ""} if extras.tracking else {}
-    return [
-        [f"${{HARNESS_RUN_DIR:+{flag}", f'"$HARNESS_RUN_DIR{folder}"}}']
-        for flag, folder in folders.items()
-    ]
+def _in_run_dir(extras: Extras) -> Iterator[list[str]]:
+    """Arguments that name a folder of the run directory; a script run by hand has none."""
+    folders = {"--tensorboard-dir": "/tensorboard"}
+    if extras.tracking:
+        folders = {"--wandb-save-dir": ""} | folders
+    if extras.saving and not extras.saving.folder:
+        folders = {"--save": "/checkpoints"} | folders
+    for option, folder in folders.items():
+        yield [f"${{HARNESS_RUN_DIR:+{option}", f'"$HARNESS_RUN_DIR{folder}"}}']
 
 
-def _index_mappings(e: Experiment) -> list[str]:
-    """The line that builds which tokens make which sample, once a node and before its ranks
-    start."""
-    if e.data == data_sets.MOCK or data_sets.is_chat(e.data):
+def _index_mappings(experiment: Experiment) -> list[str]:
+    """The line that builds the index of samples, once on a node and before its ranks start."""
+    if experiment.data == data_sets.MOCK or data_sets.is_chat(experiment.data):
         return []
-    samples = samples_of(e.steps, e.global_batch_size, e.eval_interval, e.eval_steps)
-    words = [
-        f"DATA={e.data}",
-        f"SEQ={e.seq_length}",
+    samples = samples_of(
+        experiment.steps,
+        experiment.global_batch_size,
+        experiment.eval_interval,
+        experiment.eval_steps,
+    )
+    settings = [
+        f"DATA={experiment.data}",
+        f"SEQ={experiment.seq_length}",
         f"SAMPLES={','.join(map(str, samples))}",
-        f"SPLIT={e.split}",
+        f"SPLIT={experiment.split}",
     ]
-    return [f"python3 -m harness data mappings {' '.join(map(shell_word, words))}"]
+    return [f"python3 -m harness data mappings {' '.join(map(shell_word, settings))}"]
 
 
-def _torchrun(e: Experiment, place: Place) -> list[str]:
-    # without --log-dir an empty folder of every run stays in the folder of temporary files
-    ranks = ["--nproc-per-node", str(e.ranks_per_node), "--log-dir", os.devnull]
-    if e.nodes == 1:
-        # torchrun takes the machine's own name otherwise, and waits for ever where it has no
+def _torchrun(experiment: Experiment, place: Place) -> list[str]:
+    # Without --log-dir, torchrun leaves an empty temporary folder of every run.
+    ranks = ["--nproc-per-node", str(experiment.ranks_per_node), "--log-dir", os.devnull]
+    if experiment.nodes == 1:
+        # Otherwise torchrun takes the machine's own name, and waits for ever where it has no
         # address (containers, VPNs).
         return ["--standalone", "--local-addr", "127.0.0.1", *ranks]
-    return [
-        "--nnodes",
-        str(e.nodes),
-        "--node-rank",
-        _word(place.node_rank),
-        "--rdzv-backend",
-        "c10d",
-        "--rdzv-endpoint",
-        _word(place.rendezvous or ""),
-        "--rdzv-id",
-        e.id,
-        *ranks,
-    ]
+    options = {
+        "--nnodes": str(experiment.nodes),
+        "--node-rank": _text_or_variable(place.node_rank),
+        "--rdzv-backend": "c10d",
+        "--rdzv-endpoint": _text_or_variable(place.rendezvous or ""),
+        "--rdzv-id": experiment.id,
+    }
+    return [*chain.from_iterable(options.items()), *ranks]
 
 
 def shell_word(text: str) -> str:
-    """``text`` as one word for bash, without a control character in it but line breaks and tabs."""
+    """``text`` quoted as one word for bash; control characters other than line breaks and tabs are
+    escaped, so that a terminal that shows the script does not obey them."""
     if harmless(text, masked=False) == text:
         return shlex.quote(text)
     encoded = text.encode(errors="surrogateescape")
@@ -197,21 +195,21 @@ def shell_word(text: str) -> str:
     )
 
 
-def _word(value: str) -> str:
-    """A word of the script: text, or one of the variables that Slurm or its script sets,
+def _text_or_variable(value: str) -> str:
+    """``value`` quoted, unless it is a variable that Slurm or its script sets, such as
     ``$SLURM_NODEID``."""
     return value if re.fullmatch(r"\$[A-Z_]+", value) else shell_word(value)
 
 
-def _quoted(groups: list[list[str]]) -> list[list[str]]:
+def _quoted(groups: Iterable[list[str]]) -> list[list[str]]:
     return [[shell_word(word) for word in group] for group in groups]
 
 
 def _wrap(words: list[str]) -> list[str]:
-    """Break a group into lines, an argument and its values together."""
+    """Break a group into lines; an argument and its values stay on one line."""
     lines: list[str] = []
     for word in words:
-        if lines and (not word.startswith("-") or len(lines[-1]) + len(word) < WIDTH - 24):
+        if lines and (not word.startswith("-") or len(lines[-1]) + len(word) < WIDTH):
             lines[-1] += f" {word}"
         else:
             lines.append(word)
