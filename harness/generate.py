@@ -1,5 +1,4 @@
-"""``make generate``: text from a run's checkpoint or imported weights, by upstream's model in one
-process. No torch here."""
+"""``make generate``: sample text from a checkpoint or imported weights, in a process of its own."""
 
 from __future__ import annotations
 
@@ -33,8 +32,7 @@ from harness.upstreams.megatron_lm.flags import (
 if TYPE_CHECKING:
     from harness.data.chat.conversations import Render
 
-SETTINGS = ("RUN", "PROMPT", "QUESTION", "TOKENS", "TEMPERATURE", "TOP_K", "TOP_P", "SEED")
-ASKED = ("PROMPT", "QUESTION", "DATA")
+INPUTS = ("PROMPT", "QUESTION", "DATA")
 USAGE = 'make generate RUN=label PROMPT="Once upon a time"'
 
 REQUEST_VARIABLE = "HARNESS_GENERATE"
@@ -58,12 +56,20 @@ ONE_PROCESS = {
     "optimizer_state": "fp32",
     "gradients": "fp32",
 }
+"""Fields of an experiment that runs in one process and does not train."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen: temperature 0 takes the likeliest; top_k and top_p drop the
-    unlikely (0: none)."""
+    """How text is continued.
+
+    Attributes:
+        tokens: how many follow the prompt, at most.
+        temperature: divides the logits; 0 takes the most likely token.
+        top_k: only so many of the most likely tokens are drawn from; 0: all.
+        top_p: only the most likely tokens that together have this probability are drawn from; 0:
+        all.
+    """
 
     prompt: str
     tokens: int = 64
@@ -75,13 +81,14 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """A checkpoint, the experiment it is of, and what to make of it.
+    """A checkpoint, and what to make of it.
 
     Attributes:
-        tokenizer: the folder of the tokenizer that imported weights came with; none for a run,
-        which has its data's.
-        conversations: the pair, without its ending, of conversations whose answers are compared
-        with the model's own.
+        experiment: the one that it was trained as.
+        tokenizer: the folder of the tokenizer that imported weights came with; None for a run,
+        which has that of its data.
+        conversations: path, without suffix, of a data set whose answers are compared with the
+        model's own.
     """
 
     checkpoint: Checkpoint
@@ -98,7 +105,7 @@ def parse(settings: Mapping[str, str], outdir: Path) -> Request:
         UserError: a setting is missing or out of range, or there is no such checkpoint of a known
         model.
     """
-    _check_words(settings)
+    _check_settings(settings)
     sampling = Sampling(
         prompt=settings.get("PROMPT", ""),
         tokens=command_line.count("TOKENS", settings.get("TOKENS", "64")),
@@ -111,44 +118,78 @@ def parse(settings: Mapping[str, str], outdir: Path) -> Request:
         raise UserError(f"TOP_P={settings['TOP_P']}: expected a probability, 0 to 1")
     if sampling.top_k and sampling.top_p:
         raise UserError("TOP_K= and TOP_P= both drop tokens; give one of them")
-    weights = settings.get("WEIGHTS")
-    request = (
-        _of_weights(weights, sampling) if weights else _of_run(settings["RUN"], outdir, sampling)
-    )
-    tokenizer = request.tokenizer or _of_its_data(request.experiment)
+    if "WEIGHTS" in settings:
+        request = _of_weights(settings["WEIGHTS"], sampling)
+    else:
+        request = _of_run(settings["RUN"], outdir, sampling)
+    tokenizer = request.tokenizer or _tokenizer_of_data(request.experiment)
     if tokenizer is None:
         _check_numbers(sampling.prompt, request)
     if "QUESTION" in settings:
-        asked = [{"role": "user", "content": settings["QUESTION"]}]
-        return replace(
-            request, sampling=replace(sampling, prompt=_template(tokenizer)(asked, True))
-        )
+        turns = [{"role": "user", "content": settings["QUESTION"]}]
+        prompt = _template(tokenizer)(turns, True)
+        return replace(request, sampling=replace(sampling, prompt=prompt))
     if "DATA" in settings:
         return replace(request, conversations=_conversations(settings["DATA"], request, tokenizer))
     return request
 
 
-def _check_numbers(prompt: str, request: Request) -> None:
-    e, words = request.experiment, prompt.split()
-    if not all(
-        word.isascii() and word.isdigit() and int(word) < e.model.vocab_size for word in words
-    ):
-        raise UserError(
-            f"PROMPT={prompt}: {request.checkpoint.path.parent} was trained on mock data, whose"
-            " tokens are "
-            f'numbers below {e.model.vocab_size}: PROMPT="1 2 3"\n'
-            f"for text, train on some: make {e.id} DATA=synthetic SAVE=1"
-        )
+def generate(request: Request, device: Device) -> int:
+    """Print the prompt and its continuation. Returns the exit status.
+
+    Raises:
+        UserError: upstream could not load the checkpoint or run the model; the message has its
+        last lines.
+    """
+    with tempfile.TemporaryDirectory(prefix="generate-") as name:
+        folder = Path(name)
+        asked = {
+            "sampling": asdict(request.sampling),
+            "conversations": request.conversations and str(request.conversations),
+        }
+        (folder / "request.json").write_text(json.dumps(asked), encoding="utf-8")
+        log_path = folder / "log.txt"
+        with log_path.open("w") as log:
+            status = subprocess.run(
+                [sys.executable, "-m", "harness.entry.generate", *_flags(request, device)],
+                cwd=ROOT,
+                env=_environment(request.experiment, device, folder),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            ).returncode
+        if status:
+            lines = log_path.read_text(errors="replace").strip().splitlines()
+            errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+            raise UserError(
+                errors[0] if errors else "\n".join(["no text was generated:", *lines[-8:]])
+            )
+        answer = json.loads((folder / "answer.json").read_text(encoding="utf-8"))
+    _print(request, answer)
+    return 0
 
 
-def _check_words(settings: Mapping[str, str]) -> None:
-    whose = [key for key in ("RUN", "WEIGHTS") if key in settings]
-    asked = [key for key in ASKED if key in settings]
-    if missing := ["RUN"] * (not whose) + ["PROMPT"] * (not asked):
+def _check_settings(settings: Mapping[str, str]) -> None:
+    """Raise UserError unless there is one checkpoint, and one input for the model."""
+    checkpoints = [key for key in ("RUN", "WEIGHTS") if key in settings]
+    inputs = [key for key in INPUTS if key in settings]
+    if missing := ["RUN"] * (not checkpoints) + ["PROMPT"] * (not inputs):
         raise UserError(f"{' and '.join(missing)} missing: {USAGE}")
-    for given in (whose, asked):
+    for given in (checkpoints, inputs):
         if len(given) > 1:
             raise UserError(f"{' and '.join(given)} are given; leave one out: {USAGE}")
+
+
+def _check_numbers(prompt: str, request: Request) -> None:
+    """Raise UserError unless ``prompt`` is token ids: a model of mock data knows no text."""
+    experiment = request.experiment
+    vocabulary = experiment.model.vocab_size
+    ids = prompt.split()
+    if not all(word.isascii() and word.isdigit() and int(word) < vocabulary for word in ids):
+        raise UserError(
+            f"PROMPT={prompt}: {request.checkpoint.path.parent} was trained on mock data, whose"
+            f' tokens are numbers below {vocabulary}: PROMPT="1 2 3"\n'
+            f"for text, train on some: make {experiment.id} DATA=synthetic SAVE=1"
+        )
 
 
 def _of_run(wanted: str, outdir: Path, sampling: Sampling) -> Request:
@@ -184,7 +225,6 @@ def _of_weights(named: str, sampling: Sampling) -> Request:
             f"WEIGHTS={named}: no tokenizer came with them, so that no text can be read or"
             f" written\nput tokenizer.json into {known.source} and import it again (FORCE=1)"
         )
-    precision = "bf16" if "bfloat16" in known.dtypes else "fp32"
     experiment = Experiment(
         id="100",
         slug="weights",
@@ -195,16 +235,17 @@ def _of_weights(named: str, sampling: Sampling) -> Request:
         gbs=1,
         seq=known.positions,
         positions=known.positions,
-        precision=precision,
+        precision="bf16" if "bfloat16" in known.dtypes else "fp32",
     )
-    return Request(
-        finding.checkpoint(str(folder), folder.parent), experiment, sampling, folder / weights.HF
-    )
+    found = finding.checkpoint(str(folder), folder.parent)
+    return Request(found, experiment, sampling, folder / weights.HF)
 
 
-def _of_its_data(e: Experiment) -> Path | None:
-    """The tokenizer of what ``e`` was trained on; none for mock data."""
-    return None if e.data == data_sets.MOCK else data_sets.blend(e.data).sets[0].home / "tokenizer"
+def _tokenizer_of_data(experiment: Experiment) -> Path | None:
+    """The tokenizer of what ``experiment`` was trained on; None for mock data."""
+    if experiment.data == data_sets.MOCK:
+        return None
+    return data_sets.blend(experiment.data).sets[0].home / "tokenizer"
 
 
 def _template(tokenizer: Path | None) -> Render:
@@ -217,7 +258,7 @@ def _template(tokenizer: Path | None) -> Render:
 
 
 def _conversations(name: str, request: Request, tokenizer: Path | None) -> Path:
-    """The pair of the data set ``name``: conversations in the tokens that the model knows."""
+    """The path, without suffix, of the data set ``name``: conversations in the model's tokens."""
     from harness.convert.weights import check_data
 
     chosen = data_sets.find(name)
@@ -232,81 +273,60 @@ def _conversations(name: str, request: Request, tokenizer: Path | None) -> Path:
     return chosen.prefix
 
 
-def generate(request: Request, device: Device) -> int:
-    """Print the prompt and what follows it; returns the exit status.
-
-    Raises:
-        UserError: upstream could not load the checkpoint or run the model; its last lines are in
-        the message.
-    """
-    with tempfile.TemporaryDirectory(prefix="generate-") as name:
-        folder = Path(name)
-        asked = {
-            "sampling": asdict(request.sampling),
-            "conversations": request.conversations and str(request.conversations),
-        }
-        (folder / "request.json").write_text(json.dumps(asked), encoding="utf-8")
-        with (folder / "log.txt").open("w") as log:
-            status = subprocess.run(
-                [sys.executable, "-m", "harness.entry.generate", *_flags(request, device)],
-                cwd=ROOT,
-                env=_environment(request.experiment, device, folder),
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            ).returncode
-        if status:
-            lines = (folder / "log.txt").read_text(errors="replace").strip().splitlines()
-            errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-            raise UserError(
-                errors[0] if errors else "\n".join(["no text was generated:", *lines[-8:]])
-            )
-        answer = json.loads((folder / "answer.json").read_text(encoding="utf-8"))
-    _tell(request, answer)
-    return 0
-
-
-def _tell(request: Request, answer: Mapping) -> None:
+def _print(request: Request, answer: Mapping) -> None:
+    """Print the text on stdout, and where it is from on stderr."""
     step, folder = request.checkpoint.step, request.checkpoint.path.parent
-    whose = f"step {step} of {folder}" if step else str(folder)
+    origin = f"step {step} of {folder}" if step else str(folder)
     if request.conversations is None:
         print(answer["text"])
         print(
-            f"[{answer['tokens']} tokens after {answer['prompt_tokens']}, {whose}]", file=sys.stderr
+            f"[{answer['tokens']} tokens after {answer['prompt_tokens']}, {origin}]",
+            file=sys.stderr,
         )
         return
     for question, right, said in answer["others"]:
         print(f"{question}\n  is answered: {said!r}\n  in the data: {right!r}")
     name = request.conversations.parent.name
     print(f"{answer['same']} of {answer['answers']} answers are those of {name}, token by token")
-    print(f"[{whose}]", file=sys.stderr)
+    print(f"[{origin}]", file=sys.stderr)
 
 
 def _flags(request: Request, device: Device) -> list[str]:
-    """Upstream's arguments: the run's model on one process, nothing of its optimizer, routing as
-    learnt."""
-    e = request.experiment
-    precision = {"precision": "bf16", "fp8_recipe": None} if e.precision == "fp8" else {}
-    alone = with_changes(e, **ONE_PROCESS, **precision)
-    untied = ["--untie-embeddings-and-output-weights"] if e.sharding == "torch_fsdp2" else []
-    loading = Loading(request.checkpoint.path.parent, request.checkpoint.step, only_weights=True)
-    tokenizer = tokenizer_flags(alone.model, request.tokenizer) if request.tokenizer else []
-    seed = str(max(request.sampling.seed, 1))
+    """Upstream's arguments: the run's model in one process, nothing of its optimizer, routing as
+    learned."""
+    experiment = request.experiment
+    fields = dict(ONE_PROCESS)
+    if experiment.precision == "fp8":
+        fields |= {"precision": "bf16", "fp8_recipe": None}
+    alone = with_changes(experiment, **fields)
+    # A run with FSDP2 has untied embeddings, whatever its model says (see flags.py).
+    untied = experiment.sharding == "torch_fsdp2"
+    path = request.checkpoint.path
+    loading = Loading(path.parent, request.checkpoint.step, only_weights=True)
     return [
         *flags_as_learned(alone, device),
-        *untied,
-        *tokenizer,
+        *(["--untie-embeddings-and-output-weights"] if untied else []),
+        *(tokenizer_flags(alone.model, request.tokenizer) if request.tokenizer else []),
         *loading_flags(loading),
         "--skip-train",
         "--seed",
-        seed,
+        str(max(request.sampling.seed, 1)),
     ]
 
 
-def _environment(e: Experiment, device: Device, folder: Path) -> dict[str, str]:
+def _environment(experiment: Experiment, device: Device, folder: Path) -> dict[str, str]:
+    """The environment of the only rank of a process group of one."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    one = with_changes(e, **ONE_PROCESS, until=None)
-    found = {variable.name: variable.value for variable in variables(one, device)}
-    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), REQUEST_VARIABLE: str(folder)}
-    return {**os.environ, **found, **ranks, **meeting}
+    alone = with_changes(experiment, **ONE_PROCESS, until=None)
+    return {
+        **os.environ,
+        **{variable.name: variable.value for variable in variables(alone, device)},
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        REQUEST_VARIABLE: str(folder),
+    }

@@ -525,7 +525,7 @@ def test_resuming_takes_the_newest_whole_checkpoint_and_the_settings_of_before(t
     assert "--ckpt-step 5" in planned.script()
 
 
-def test_resuming_with_another_model_names_the_difference_and_with_another_dropout_goes_on(
+def test_resuming_with_another_model_names_the_difference_and_with_another_dropout_resumes(
     tmp_path,
 ):
     e = tiny()
@@ -567,7 +567,7 @@ def still_running(run):
     (lambda run: run.experiment_json.write_text("{"), "RESUME=1: .*experiment.json is not a JSON object"),
     (lambda run: run.freeze_experiment(tiny(), "cpu", None), "kept no checkpoints, there is nothing to resume from\nstart anew with SAVE=1"),
 ])  # fmt: skip
-def test_what_cannot_be_gone_on_with_says_why(tmp_path, made, said):
+def test_what_cannot_be_resumed_says_why(tmp_path, made, said):
     made(run_in(tmp_path, tiny()))
     with pytest.raises(UserError, match=said):
         plan(load_catalog().find("101"), TINY | {"RESUME": "1", "OUTDIR": str(tmp_path)}, "cpu")

@@ -274,7 +274,7 @@ def test_graphs_that_drop_in_evaluation_too_are_told() -> None:
         assert plan(CATALOG.find("101"), settings | more, "cuda").notices == ()
 
 
-def test_adapters_beside_random_weights_are_told() -> None:
+def test_a_notice_says_that_adapters_on_random_weights_learn_little() -> None:
     assert plan(CATALOG.find("802"), {"DATA": "mock"}, "cuda").notices == (RANDOM_WEIGHTS,)
     assert plan(CATALOG.find("802"), {"DATA": "mock", "LORA_RANK": "0"}, "cuda").notices == ()
 
@@ -319,7 +319,7 @@ def test_a_row_of_conversations_says_that_it_gets_none(monkeypatch) -> None:
     def script(id_: str, **settings: str) -> str:
         return plan(CATALOG.find(id_), settings, "cuda").script()
 
-    said = "DATA=mock is no conversations: every token is learned, not answers only, and --sft is left out; DATA=toy-chat is"
+    said = "DATA=mock holds no conversations: every token is learned, not only answers, and --sft is left out; DATA=toy-chat has"
     told = script("801", DATA="mock")
     assert said in told and "--sft" not in told.replace(PLAIN_TEXT.format("mock", "toy-chat"), "")
     assert "no conversations" not in script(

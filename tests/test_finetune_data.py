@@ -162,11 +162,11 @@ def test_a_narrow_model_learns_as_fast_as_a_wide_one(chat):
     )
 
 
-def test_adapters_beside_random_weights_are_told(chat):
+def test_a_notice_says_that_adapters_on_random_weights_learn_little(chat):
     from harness.planning.plan import plan
 
     assert (
-        "adapters beside random weights learn little"
+        "adapters on random weights learn little"
         in plan(load_catalog().find("802"), chat, "cpu").notices[0]
     )
     assert not plan(load_catalog().find("801"), chat, "cpu").notices

@@ -340,7 +340,7 @@ def test_a_torn_result_does_not_keep_a_run_from_being_resumed(tmp_path, capsys):
     assert planned(tmp_path, RESUME="1").first_step == 5
 
 
-def test_a_finished_run_goes_on_where_more_steps_are_wanted(tmp_path, capsys):
+def test_a_finished_run_resumes_where_more_steps_are_wanted(tmp_path, capsys):
     run = run_in(tmp_path, planned(tmp_path).experiment, result="ok")
     write(run.checkpoints, 20)
     words = ["run", "101", "DEVICE=cpu", "DATA=mock", f"OUTDIR={tmp_path}", "RESUME=1"]

@@ -21,12 +21,12 @@ from harness.run.directory import still_runs
 from harness.system import locks
 
 RANDOM_WEIGHTS = (
-    "adapters beside random weights learn little, this measures time and memory; WEIGHTS= names"
-    " weights that know something: make import-hf brings some, make 801 trains some"
+    "adapters on random weights learn little: this run measures time and memory; WEIGHTS= starts"
+    " from trained weights, which make import-hf imports and make 801 trains"
 )
 GRAPHS_DROP = (
-    "CUDA graphs do again what they did in training: losses on held-out data come with dropout,"
-    " which makes them higher; DROPOUT=0 compares"
+    "CUDA graphs repeat what they captured in training: losses on held-out data include dropout,"
+    " which raises them; DROPOUT=0 makes them comparable"
 )
 
 
@@ -163,11 +163,11 @@ def _check_resumed_folder(placed: PlacedRun, where: str | None) -> None:
 
 
 def _check_format(experiment: Experiment) -> None:
-    """Refuse another format than that of the sharding: upstream saves no other while training, and
-    fails after all steps.
+    """Refuse another format of checkpoints than that of the sharding.
 
-    ``schedule_async_save`` of megatron/training/checkpointing.py takes distributed checkpoints
-    alone; harness.run.checkpoints reads no others.
+    Upstream trains, and fails in its first save: ``schedule_async_save`` of
+    megatron/training/checkpointing.py takes distributed checkpoints alone. harness.run.checkpoints
+    reads no others.
     """
     ours = "fsdp_dtensor" if experiment.sharding.startswith("fsdp") else "torch_dist"
     for argument in extra_arguments.arguments(experiment.extra_args):
@@ -175,7 +175,7 @@ def _check_format(experiment: Experiment) -> None:
         if of_format and argument.values != (ours,):
             raise UserError(
                 f"{experiment.id}: ARGS has {argument}, but checkpoints with sharding"
-                f" {experiment.sharding} are {ours}: other formats cannot be saved beside training,"
+                f" {experiment.sharding} are {ours}: no other format can be saved while training,"
                 f" nor resumed\nleave {argument.option} out"
             )
 

@@ -21,8 +21,8 @@ from harness.run import finding
 from harness.upstreams.megatron_lm.flags import Device
 
 PLAIN_TEXT = (
-    "DATA={} is no conversations: every token is learned, not answers only, and --sft is left out;"
-    " DATA={} is what this row is about, make data-chat makes others"
+    "DATA={} holds no conversations: every token is learned, not only answers, and --sft is left"
+    " out; DATA={} has the conversations of this row, and make data-chat prepares others"
 )
 NO_FLASH_ATTENTION = "attention by cuDNN: the published run's flash-attn is not installed here"
 
@@ -102,7 +102,7 @@ def _with_weights(
 
 
 def _check_recomputation(settings: Mapping[str, str]) -> None:
-    """Refuse modules to recompute in ``ARGS=`` beside a ``RECOMPUTE=`` that takes whole layers."""
+    """Refuse modules to recompute in ``ARGS=`` where ``RECOMPUTE=`` recomputes no modules."""
     modules = extra_arguments.translate(settings.get("ARGS", "")).fields.get("recompute_modules")
     how = settings.get("RECOMPUTE", "selective")
     if modules and how != "selective":

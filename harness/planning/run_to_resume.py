@@ -1,7 +1,7 @@
 """The run that ``RESUME=`` resumes: the newest of the same experiment, and what may differ from it.
 
-Layout, speed, saving and the number of steps may change, and that is said. What changes the losses
-is refused, unless ``FORCE=1`` asks for it: the run then records the step from which it holds.
+Layout, speed, saving and the number of steps may change; a notice names each change. What changes
+the losses is refused, unless ``FORCE=1`` asks for it: the run then records the step of the change.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from harness.run.directory import RunDir
 from harness.run.finding import Candidate
 
 OTHER_ORDER = (
-    "upstream shuffles data by the number of samples that a run is to draw: with more than one"
-    " epoch, they come in another order from here on"
+    "upstream shuffles data by the number of samples of a whole run: with more than one epoch, they"
+    " come in another order from this step on"
 )
 
 
@@ -213,12 +213,9 @@ def _way_out(curve: Sequence[Difference]) -> str:
     rates (``checkpoint_fits``)."""
     if any(d.setting in ("LR", "MIN_LR") for d in curve):
         return (
-            "give the settings of before: upstream finds the optimizer's state by its learning"
-            " rates"
+            "give the earlier settings: upstream finds the optimizer's state by its learning rates"
         )
-    return (
-        "give the settings of before; or FORCE=1 resumes with these and keeps the step in the run"
-    )
+    return "give the earlier settings; or FORCE=1 resumes with these, and the run records the step"
 
 
 def _refuse_without_checkpoints(found: Candidate) -> NoReturn:

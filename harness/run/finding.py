@@ -41,7 +41,7 @@ class Candidate:
     device: str
 
     @property
-    def age(self) -> tuple[int, int]:
+    def recency(self) -> tuple[int, int]:
         """Larger for newer ones: when experiment.json was written, then the number behind the
         label."""
         number = re.search(r"\.(\d+)$", self.dir.label)
@@ -58,10 +58,12 @@ class Candidate:
 
 
 def candidates(outdir: Path, wanted: str | None = None) -> tuple[list[Candidate], list[str]]:
-    """Runs in ``outdir``, the newest first, of the experiment with this id or name; and what is
-    wrong with others.
+    """Runs in ``outdir``, the newest first, and what is wrong with those that cannot be read.
 
     Only experiment.json is read: a run whose result is torn can still be resumed.
+
+    Args:
+        wanted: the id or name of an experiment; None: runs of every experiment.
     """
     found, problems = [], []
     for path in outdir.glob("*/experiment.json"):
@@ -74,7 +76,7 @@ def candidates(outdir: Path, wanted: str | None = None) -> tuple[list[Candidate]
             continue
         if wanted in (None, experiment.id, experiment.name):
             found.append(Candidate(run, experiment, device))
-    return sorted(found, key=lambda candidate: candidate.age, reverse=True), sorted(problems)
+    return sorted(found, key=lambda candidate: candidate.recency, reverse=True), sorted(problems)
 
 
 def label_of(
@@ -82,8 +84,10 @@ def label_of(
     outdir: Path,
     keep: Callable[[Candidate], bool] = lambda found: found.has_checkpoints,
 ) -> str:
-    """``wanted``, unless it is an experiment's id or name: then the label of its newest run, by
-    default with checkpoints.
+    """The label of the newest run of the experiment ``wanted``; any other name as it is.
+
+    Args:
+        keep: which runs count; by default those with checkpoints.
 
     Raises:
         UserError: runs of different experiments have this id.
@@ -95,8 +99,8 @@ def label_of(
 
 
 def with_checkpoints(wanted: str, outdir: Path) -> list[RunDir]:
-    """Every run with checkpoints, the newest first, of the experiment with this id or name; none
-    where it is a label."""
+    """Every run with checkpoints of the experiment ``wanted``, the newest first; none where it is a
+    label."""
     if (outdir / wanted).is_dir() or not _ID.match(wanted):
         return []
     return [found.dir for found in candidates(outdir, wanted)[0] if found.has_checkpoints]
@@ -171,7 +175,7 @@ def one(
     """The newest of ``found``, which must be runs of one experiment on one kind of device.
 
     Raises:
-        UserError: they are not; each experiment's newest run is named, with what differs.
+        UserError: they are not; the message names the newest run of each, and what differs.
     """
     different = distinct(found)
     if len(different) > 1:
@@ -198,14 +202,15 @@ def distinct(found: Iterable[Candidate]) -> list[Candidate]:
 
 
 def named(found: Sequence[Candidate], other: Experiment) -> list[str]:
-    """A line for each run: its label and in what it differs from ``other``."""
+    """A line for each run: its label, and the settings in which it differs from ``other``."""
     lines = []
     for candidate in found[:MOST_NAMED]:
-        apart = "; ".join(
-            f"{d.setting} {d.before}" for d in identity.differences(candidate.experiment, other)
-        )
-        lines.append(f"  {candidate.dir.label}" + (f"  ({apart})" if apart else ""))
-    return lines + ([f"  … and {len(found) - MOST_NAMED} more"] if len(found) > MOST_NAMED else [])
+        differences = identity.differences(candidate.experiment, other)
+        settings = "; ".join(f"{d.setting} {d.before}" for d in differences)
+        lines.append(f"  {candidate.dir.label}" + (f"  ({settings})" if settings else ""))
+    if len(found) > MOST_NAMED:
+        lines.append(f"  … and {len(found) - MOST_NAMED} more")
+    return lines
 
 
 def outdir(settings: Mapping[str, str]) -> Path:
