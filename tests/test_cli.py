@@ -80,7 +80,7 @@ def test_a_file_that_is_no_report_is_replaced_only_when_asked(tmp_path, capsys) 
     assert notes.read_text() == "<title>mine</title>"
     for force in (["FORCE=1"], []):
         assert main(["report", f"REPORT={notes}", f"OUTDIR={tmp_path}", *force]) == 0
-    assert "measured beside published" in notes.read_text()
+    assert "measured and published" in notes.read_text()
 
 
 def test_several_broken_rules_are_told_together(capsys: pytest.CaptureFixture[str]) -> None:

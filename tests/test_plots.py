@@ -15,7 +15,9 @@ from harness.evidence.results import collect_runs
 from harness.experiment.catalog import load_catalog
 from harness.experiment.experiment import Experiment
 from harness.pages import plots, schedules
+from harness.pages.axes import ticks
 from harness.pages.figures import Figure, Panel, Point, Series, load_panels, sweeps, thinned
+from harness.pages.report import data, page
 from harness.predict.flops import tflops_per_gpu
 from harness.predict.timeline import ChunkPass, Times, bubble_fraction, order, simulate
 from harness.run.schema import Result, StepMetrics
@@ -397,6 +399,34 @@ def test_timelines_are_drawn_from_measured_stage_times(tmp_path: Path) -> None:
             and "time, ms" in svg
             and "assumed" not in svg
         )
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0, 100, [0, 20, 40, 60, 80, 100]),
+        (0, 77.3, [0, 20, 40, 60, 80]),
+        (2.9, 10.8, [2, 4, 6, 8, 10, 12]),
+        (0.001, 0.0042, [0.001, 0.002, 0.003, 0.004, 0.005]),
+        (5, 5, [5, 5.2]),
+        (0, 6e40, [0, 1e40, 2e40, 3e40, 4e40, 5e40, 6e40]),
+    ],
+)
+def test_ticks_are_round_and_reach_both_ends(low, high, expected) -> None:
+    assert ticks(low, high) == pytest.approx(expected)
+
+
+def test_plots_and_report_say_the_same_about_a_timeline() -> None:
+    """Legend, ticks and bubble were written once in Python and once in JavaScript."""
+    for one in schedules.pair(load_catalog(), {}):
+        drawn, shown = plots.timeline(one), data._timeline(one)
+        texts = re.findall(r"<text[^>]*>([^<]*)</text>", drawn)
+        assert all(key["words"] in texts for key in shown["keys"])
+        assert all(f"{tick:g}" in texts for tick in shown["ticks"]) and len(shown["ticks"]) > 3
+        assert shown["axis_title"] in texts and set(one.caption) <= set(texts)
+        assert shown["caption"] == " ".join(one.caption)
+    scripts = "".join(path.read_text() for path in page.FOLDER.glob("*.js"))
+    assert not re.search(r"Narayanan|OOM as published|odd chunk|2\.5", scripts)
 
 
 def test_one_profiled_pipeline_of_the_pair_is_not_enough(tmp_path: Path) -> None:

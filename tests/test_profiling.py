@@ -640,7 +640,7 @@ def test_a_profiler_that_fails_does_not_end_the_run(tmp_path, capsys):
 
 def test_profiles_on_a_page(run, tmp_path):
     record(run, tmp_path)
-    published = load_references().published.beside("282").reference
+    published = load_references().published.matching("282").reference
     lines = pages.profiles(tmp_path / "h200-141gb", ["282h", "101"], [published, None]).splitlines()
     assert lines[0].startswith("- 282h: not measured yet; `make 282h PROFILE=1`")
     assert (

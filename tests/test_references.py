@@ -38,7 +38,7 @@ def test_rows_stand_beside_the_experiment_that_ran_the_same():
 
 
 def test_the_intended_443_is_compared_with_the_run_that_had_three_virtual_stages():
-    beside = PUBLISHED.beside("443")
+    beside = PUBLISHED.matching("443")
     assert (beside.reference.id, beside.reference.ran, beside.reference.step_ms) == (
         "446",
         "vpp3",
@@ -49,16 +49,16 @@ def test_the_intended_443_is_compared_with_the_run_that_had_three_virtual_stages
 
 
 def test_an_experiment_whose_published_run_was_another_has_none():
-    beside = PUBLISHED.beside("458")
+    beside = PUBLISHED.matching("458")
     assert beside.reference is None
     assert "ran VPP 1 and stands beside 424" in beside.remarks[0]
-    assert PUBLISHED.beside("424").reference.id == "424"
-    assert "the row published as 458 ran the same: 895 ms" in PUBLISHED.beside("424").remarks[0]
+    assert PUBLISHED.matching("424").reference.id == "424"
+    assert "the row published as 458 ran the same: 895 ms" in PUBLISHED.matching("424").remarks[0]
 
 
 @pytest.mark.parametrize("id_", ["115", "449", "498"])
 def test_rows_of_unknown_settings_are_in_doubt_and_say_why(id_):
-    beside = PUBLISHED.beside(id_)
+    beside = PUBLISHED.matching(id_)
     assert beside.reference.in_doubt
     assert "unknown" in beside.remarks[0] and beside.reference.note in beside.remarks[0]
 
@@ -75,8 +75,8 @@ def test_numbers_are_possible_on_the_hardware_they_are_from():
 
 def test_variants_are_never_shown_beside_the_plain_experiment():
     group = load_references().group("h200-4gpu")
-    assert group.beside("101") is None
-    assert group.beside("111").reference.step_ms == 376.3
+    assert group.matching("101") is None
+    assert group.matching("111").reference.step_ms == 376.3
 
 
 def broken(tmp_path, change):

@@ -105,7 +105,7 @@ def row(id_="111", status="ok", gpu=H200, settings=None, **changes) -> Row:
         kind="run",
         gpu_name=gpu,
         result=Result.model_validate(result(status, **changes)),
-        published=REFERENCES.published.beside(id_),
+        published=REFERENCES.published.matching(id_),
         against=REFERENCES.published,
     )
 

@@ -65,7 +65,7 @@ def row(id_="111", gpu="NVIDIA H200", settings=None, small=False, **changes) -> 
         gpu_name=None if small else gpu,
         result=result,
         steps_done=result.steps_done,
-        published=GROUP.beside(id_) if same else None,
+        published=GROUP.matching(id_) if same else None,
         against=GROUP if same else None,
         upstream=result.upstream,
     )

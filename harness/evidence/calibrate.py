@@ -1,8 +1,8 @@
-"""Fits the constants of harness/predict/work.py to measured steps: ``make calibrate``.
+"""``make calibrate``: fit the constants of harness/predict/work.py to measured step times.
 
-Least squares of log(predicted / measured), with a loss that lets single outliers be (soft L1), by
-SciPy. A constant that the rows do not determine stays near where it began: at the defaults, or at
-those of the machine it is ``like``.
+Least squares of log(predicted / measured) by SciPy, with a soft L1 loss so that single outliers
+count little. A constant that the rows do not determine stays near its start: the default, or the
+constant of the machine that this one is ``like``.
 """
 
 from __future__ import annotations
@@ -34,8 +34,7 @@ from harness.system.orphans import end_with
 
 NAMES = tuple(Calibration.model_fields)
 NOISE = 0.03
-"""What the formula is off by at least, relative: rows weigh alike however steady their steps were.
-"""
+"""Relative error of the formula itself. It exceeds the noise of steps, so all rows weigh alike."""
 SURE = frozenset(
     {
         "matrix_share",
@@ -47,22 +46,24 @@ SURE = frozenset(
         "overlap",
     }
 )
-"""Constants whose order of magnitude is known: shares of a whole."""
+"""Constants that are shares of a whole, so that their order of magnitude is known."""
 WIDTH, SURE_WIDTH, LIKE = 0.8, 0.3, 0.5
-"""How far a constant may stray from where it began, as a standard deviation of its logarithm; half
-as far if ``like``."""
+"""Prior width of a constant: standard deviation of its logarithm around its start.
+
+LIKE scales it for a machine that is ``like`` another.
+"""
 WRITTEN = ("gpu", "measured_by", "switch_reduces", "like")
-"""What people write of a machine."""
+"""Keys of a machine that people write."""
 HEADER = """\
-# The machines whose measured steps calibrate predictions (harness/predict/work.py says what each constant is).
-# gpu, measured_by, switch_reduces and like are written by people, the rest by `make calibrate`. Of each row: ms as measured,
-# as predicted, and as predicted by constants fitted without it.
-"""  # noqa: E501
+# Machines whose measured steps calibrate predictions. harness/predict/work.py has the constants.
+# People write gpu, measured_by, switch_reduces and like; `make calibrate` writes the rest.
+# Each row: ms measured, ms predicted, and ms predicted with constants fitted without that row.
+"""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A step that some run took, in ms."""
+    """The measured step time of one run."""
 
     name: str
     experiment: Experiment
@@ -70,10 +71,11 @@ class Measured:
 
 
 def calibrate(records: Path, path: Path = calibrations.FILE) -> dict[str, Machine]:
-    """Fit every machine anew, write ``path`` and return them.
+    """Fit every machine, write ``path`` and return the machines.
 
-    Raises UserError where records or references cannot be read, a machine has no measured step, or
-    SciPy is missing.
+    Raises:
+        UserError: records or references cannot be read, a machine has no measured step, or SciPy is
+            missing.
     """
     if find_spec("scipy") is None:
         raise UserError(
@@ -90,11 +92,11 @@ def calibrate(records: Path, path: Path = calibrations.FILE) -> dict[str, Machin
             raise UserError(
                 f"{path.name}: {name}: {machine.measured_by} has no step on {machine.card.name} "
                 "that the formula covers\n"
-                f"make record RUN=… keeps runs of yours; or take {name} out of the file"
+                f"make record RUN=… keeps a run of yours; or remove {name} from the file"
             )
     fitted: dict[str, Machine] = {}
     for name, machine in machines.items():
-        print(f"{name}: fitting, once for every experiment that is left out …", file=sys.stderr)
+        print(f"{name}: fitting, once for each experiment left out …", file=sys.stderr)
         fitted[name] = fit_machine(
             machine, fitted[machine.like] if machine.like else None, steps[name]
         )
@@ -104,7 +106,7 @@ def calibrate(records: Path, path: Path = calibrations.FILE) -> dict[str, Machin
 
 
 def fit_machine(machine: Machine, like: Machine | None, steps: Sequence[Measured]) -> Machine:
-    """``machine`` with constants and rows that follow from ``steps``."""
+    """``machine`` with constants fitted to ``steps``, and a row for each step."""
     constants = fit(machine, like, steps)
     ids = sorted({step.experiment.id for step in steps})
     others = [[step for step in steps if step.experiment.id != id_] for id_ in ids]
@@ -113,27 +115,22 @@ def fit_machine(machine: Machine, like: Machine | None, steps: Sequence[Measured
             fit, [machine] * len(ids), [like] * len(ids), others, [constants] * len(ids)
         )
         left_out = dict(zip(ids, again, strict=True))
-    rows = {
-        step.name: Fitted(
+    rows = {}
+    for step in steps:
+        experiment, command = step.experiment, overrides.command_of(step.experiment)
+        rows[step.name] = Fitted(
             measured_ms=round(step.step_ms, 1),
-            predicted_ms=round(_predicted(machine, constants, step.experiment), 1),
-            left_out_ms=round(
-                _predicted(machine, left_out[step.experiment.id], step.experiment), 1
-            ),
-            make=(
-                overrides.command_of(step.experiment)
-                if overrides.command_of(step.experiment) != step.name
-                else None
-            ),
+            predicted_ms=round(_predicted(machine, constants, experiment), 1),
+            left_out_ms=round(_predicted(machine, left_out[experiment.id], experiment), 1),
+            make=command if command != step.name else None,
         )
-        for step in steps
-    }
     return machine.model_copy(update={"constants": constants, "rows": rows})
 
 
 def _begin_worker(parent: int) -> None:
     end_with(parent)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it, not only what it computes
+    # Python's handler would end one fit and leave the worker waiting for the next
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def fit(
@@ -142,8 +139,7 @@ def fit(
     steps: Sequence[Measured],
     near: Calibration | None = None,
 ) -> Calibration:
-    """The constants that predict ``steps`` best, to four digits; ``near`` them the search
-    begins."""
+    """The constants that predict ``steps`` best, to four digits; the search begins ``near``."""
     import numpy as np
     from scipy.optimize import least_squares
 
@@ -174,12 +170,11 @@ def fit(
 def steps_of(
     machine: Machine, rows: Sequence[Row], references: References, catalog: Catalog
 ) -> list[Measured]:
-    """The steps that were measured on ``machine`` and can be predicted, of experiments with
-    whatever settings."""
+    """The steps that were measured on ``machine`` and can be predicted, with any settings."""
     ours = machine.measured_by == "records"
     found = _recorded(machine, rows, catalog) if ours else _published(machine, references, catalog)
     known = (step for step in found if not step_time.unknown(step.experiment))
-    # constants come from rows as the catalogue has them
+    # what ARGS change is not in the formula, so such rows would bend the constants
     return [step for step in known if not step.experiment.extra_args]
 
 
@@ -199,19 +194,22 @@ def _recorded(machine: Machine, rows: Sequence[Row], catalog: Catalog) -> Iterat
 
 def _published(machine: Machine, references: References, catalog: Catalog) -> Iterator[Measured]:
     group = references.group(machine.measured_by)
-    for row, e in group.ran(catalog) if find_card(group.gpu) == machine.card else ():
+    if find_card(group.gpu) != machine.card:
+        return
+    for row, experiment in group.ran(catalog):
         if row.id:
-            yield Measured(row.id, e, row.step_ms)
+            yield Measured(row.id, experiment, row.step_ms)
 
 
-def _predicted(machine: Machine, constants: Calibration, e: Experiment) -> float:
+def _predicted(machine: Machine, constants: Calibration, experiment: Experiment) -> float:
+    """Step time in ms."""
     return step_time.predict(
-        e, machine.card, constants, switch_reduces=machine.switch_reduces
+        experiment, machine.card, constants, switch_reduces=machine.switch_reduces
     ).total
 
 
 def render(machines: Mapping[str, Machine]) -> str:
-    """The text of calibrations.yaml: a line a constant, a line a row."""
+    """The text of calibrations.yaml: a line for each constant and each row."""
     lines = [HEADER]
     for name, machine in machines.items():
         given, constants = machine.model_dump(exclude_none=True), machine.constants.model_dump()

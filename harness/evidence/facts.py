@@ -106,7 +106,7 @@ class Facts:
     def published(self, id_: str) -> Reference | None:
         """The published row for this experiment. Raises UserError where there is no such one."""
         self.catalog.find(id_)
-        published = self.references.published.beside(id_)
+        published = self.references.published.matching(id_)
         return published and published.reference
 
     def value(self, expression: str) -> float:

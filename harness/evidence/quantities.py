@@ -230,7 +230,7 @@ def _published_run(
     whole = experiment.model_copy(update={"card": None})
     if work(whole) != work(catalog.find(experiment.id)):
         return None
-    found = group.beside(experiment.id)
+    found = group.matching(experiment.id)
     return found and found.reference
 
 

@@ -1,4 +1,4 @@
-"""Published results, and others that were measured apart: experiments/references.yaml."""
+"""Published results, and others measured separately: experiments/references.yaml."""
 
 from __future__ import annotations
 
@@ -84,11 +84,11 @@ class ReferenceGroup(_Strict):
     def ran(self, catalog: Catalog) -> Iterator[tuple[Reference, Experiment]]:
         """Rows with a step time that a command here reproduces, each with its experiment."""
         for row in self.rows:
-            words = row.make or (row.stands_for if row.variant is None else None)
-            if words and row.step_ms and not row.in_doubt:
-                yield row, overrides.experiment_of(words, catalog)
+            command = row.make or (row.stands_for if row.variant is None else None)
+            if command and row.step_ms and not row.in_doubt:
+                yield row, overrides.experiment_of(command, catalog)
 
-    def beside(self, id_: str) -> Published | None:
+    def matching(self, id_: str) -> Published | None:
         """The row that ran what experiment ``id_`` runs; None where this source says nothing."""
         same = [row for row in self.rows if row.stands_for == id_ and row.variant is None]
         shown = next((row for row in same if row.id == id_), same[0] if same else None)
@@ -199,7 +199,7 @@ def _reference(where: str, raw: dict[str, Any], common: dict[str, Any]) -> Refer
     at = f"{where}: {texts.get('id') or raw.get('workload')}"
     row = yaml_files.build(Reference, {"stands_for": texts.get("id"), **raw, **texts, **common}, at)
     if (row.id is None) == (row.workload is None):
-        raise UserError(f"{at}: give either the id of an experiment or a workload in words")
+        raise UserError(f"{at}: give either the id of an experiment or a workload")
     if [row.step_ms is None, row.memory_gib is None] != [row.oom, row.oom]:
         raise UserError(f"{at}: give step_ms and memory_gib, or oom: true")
     if row.stands_for != row.id and row.ran is None:

@@ -218,7 +218,7 @@ def _comparison(experiment: Experiment, group: ReferenceGroup) -> dict[str, Any]
     """The published side of a row; empty for a miniature and for changed work."""
     if experiment.miniature or not is_same_work(experiment):
         return {}
-    return {"published": group.beside(experiment.id), "against": group}
+    return {"published": group.matching(experiment.id), "against": group}
 
 
 def _meant(wanted: str, rows: Sequence[Row]) -> Sequence[Row]:

@@ -142,7 +142,7 @@ def _measured(
         and same_work(row.experiment, experiment)
     ]
     published = references.published
-    found = published.beside(experiment.id)
+    found = published.matching(experiment.id)
     row = found and found.reference
     comparable = find_card(published.gpu) == machine.card and overrides.is_same_work(experiment)
     if comparable and row and row.step_ms and not row.in_doubt:

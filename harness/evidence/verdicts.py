@@ -217,7 +217,7 @@ def _summary(
 
 
 def counted(sides: Iterable[Side]) -> str:
-    """How many of them there are of each verdict, in words; those of no verdict are left out."""
+    """The number of sides with each verdict: ``30 hold, 5 fail``."""
     count = Counter(side.verdict for side in sides)
     return ", ".join(
         f"{count[verdict]} {plural}" for verdict, plural in PLURALS.items() if count[verdict]

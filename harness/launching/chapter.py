@@ -267,7 +267,9 @@ def as_published(finished: Finished) -> bool:
     row = next((row for row in rows if row.label == finished.dir.label), None)
     if row is None:
         return False
-    whole = references.published.beside(row.experiment.half_of) if row.experiment.half_of else None
+    whole = (
+        references.published.matching(row.experiment.half_of) if row.experiment.half_of else None
+    )
     return bool(
         row.as_published
         or (row.state == "oom" and whole and whole.reference and whole.reference.oom)

@@ -321,7 +321,7 @@ def _measured(
 def _published(
     group: ReferenceGroup, experiment: Experiment, quantity: Plotted
 ) -> tuple[float | None, float | None] | None:
-    found = group.beside(experiment.id)
+    found = group.matching(experiment.id)
     reference = found and found.reference
     if not reference or reference.in_doubt:
         return None
@@ -365,7 +365,7 @@ def _notes(
             f"{', '.join(sorted(capped))} ran out of memory with the GPU's memory capped as on the"
             " published card."
         )
-    shown = ((id_, references.published.beside(id_)) for id_ in sorted(ids))
+    shown = ((id_, references.published.matching(id_)) for id_ in sorted(ids))
     doubtful = [id_ for id_, one in shown if one and one.reference and one.reference.in_doubt]
     if doubtful:
         yield f"Published but in doubt, not drawn: {', '.join(doubtful)}."

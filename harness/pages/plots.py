@@ -280,10 +280,10 @@ def _marker(source: str, x: float, y: float) -> str:
 
 
 def _words(source: str, where: str) -> str:
-    """A source for the legend: ``measured here: NVIDIA H200 …``, ``measured apart: …``."""
+    """A source for the legend: ``measured here: NVIDIA H200 …``, ``measured separately: …``."""
     if source == "here":
         return f"measured here: {where}"
-    return where.replace("reference:", "measured apart:", 1)
+    return where.replace("reference:", "measured separately:", 1)
 
 
 def _grid(scale: Sequence[float], y, x0: float, x1: float) -> str:

@@ -1,6 +1,6 @@
 // Charts: lines over evenly spaced ticks (sweeps) or over a scale (curves). Hover and arrow keys read values, the legend hides lines.
 const DASHES = ["", "7 4", "2 3", "9 3 2 3", "1 2", "5 2"];
-const SOURCES = { published: "published", reference: "measured apart", half: "half size", here: "here" }; // in the order of drawing
+const SOURCES = { published: "published", reference: "measured separately", half: "half size", here: "here" }; // in the order of drawing
 const LINES = { published: "5 4", half: "8 3 2 3", here: "" };
 const ASIDE = { here: -8, half: 0, published: 8, reference: 8 }; // horizontal shift in pixels of markers that share a tick
 const SEVERAL_VERSIONS = new Set(rows.filter((row) => !row.miniature && row.upstream).map((row) => row.upstream)).size > 1;
@@ -143,14 +143,14 @@ function chart(options) {
       tip.textContent = "";
       return;
     }
-    const beside = options.ticks ? [spot] : spots.filter((other) => other.point.x === spot.point.x);
+    const alongside = options.ticks ? [spot] : spots.filter((other) => other.point.x === spot.point.x);
     if (!options.ticks) plot.append(svg("path", { class: "guide", d: `M${spot.x} 8V${plot.clientHeight - 40}` }));
     plot.append(svg("circle", { class: "ring", cx: spot.x, cy: spot.y, r: 8 }));
     tip.textContent = options.ticks
       ? `${spot.point.text()}\n${spot.series.name}`
       : [
           `${options.xTitle} ${short(spot.point.x)}`,
-          ...beside.map((other) => `${other.series.name}: ${other.point.text()}`),
+          ...alongside.map((other) => `${other.series.name}: ${other.point.text()}`),
         ].join("\n");
     const x = Math.min(Math.max(spot.x - tip.offsetWidth / 2, 0), Math.max(figure.clientWidth - tip.offsetWidth, 0));
     const y = plot.getBoundingClientRect().top - figure.getBoundingClientRect().top + spot.y;
@@ -194,8 +194,8 @@ function sweepChart(figure, panel) {
   const sources = [...new Map(panel.series.map((series) => [series.where, series])).values()];
   const colour = (line) => `c${lines.indexOf(line) % 6}`;
   const named = ({ source, where }) => {
-    const told = SEVERAL_VERSIONS ? where : where.replace(/, Megatron-LM core .*/, "");
-    return source === "half" ? told : `${SOURCES[source]}: ${told.replace(/^(published|reference): /, "")}`;
+    const shown = SEVERAL_VERSIONS ? where : where.replace(/, Megatron-LM core .*/, "");
+    return source === "half" ? shown : `${SOURCES[source]}: ${shown.replace(/^(published|reference): /, "")}`;
   };
   const order = Object.keys(SOURCES);
   const drawn = [...panel.series].sort((a, b) => order.indexOf(a.source) - order.indexOf(b.source));
@@ -235,7 +235,7 @@ function sweepChart(figure, panel) {
   });
 }
 
-/** A quantity of several runs over steps or seconds. unit, digits: how values are told. */
+/** A quantity of several runs over steps or seconds. unit, digits: the format of values. */
 function curveChart({ title, quantity, xTitle, unit, digits, chosen, fromZero }) {
   const drawn = chosen.map((row, i) => ({ row, i, curve: row.curves?.[quantity] })).filter(({ curve }) => curve);
   const xOf = (curve, i) => (curve.x ? curve.x[i] : i + 1);

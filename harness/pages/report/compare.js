@@ -1,4 +1,4 @@
-// Two or more runs over each other: loss, step time and memory, their numbers and the settings in which they differ.
+// Two or more runs compared: curves of loss, step time and memory, numbers, and the settings that differ.
 const MOST_RUNS = 6;
 
 function compare(section) {
@@ -72,7 +72,7 @@ function compare(section) {
     el(
       "p",
       {},
-      "Choose two or more runs here, or with the boxes of the table. The first is the one that the others are measured against.",
+      "Choose two or more runs here, or with the boxes of the table. Ratios are relative to the first.",
     ),
     el("div", { class: "controls" }, el("label", {}, "Add or remove a run", picker), message),
     chips,
@@ -128,14 +128,14 @@ function comparison(chosen) {
     el(
       "p",
       { class: "quiet small" },
-      "The scale of step time is that of step 6 and later; slower first steps are drawn at its upper edge and told on hover. " +
-        "Records keep the peak of memory, runs of this machine also its samples over time.",
+      "The scale of step time fits step 6 and later. Slower first steps are drawn at its upper edge; hovering shows their values. " +
+        "Records keep only the peak of memory; runs of this machine also keep samples over time.",
     ),
     differences(chosen),
   ].filter(Boolean);
 }
 
-/** Peak memory of runs of which no samples over time are left. */
+/** Peak memory of runs without samples over time. */
 function peakChart(chosen) {
   const peaks = chosen.map((row, i) => ({ row, i })).filter(({ row }) => row.memory_gib);
   return chart({

@@ -122,7 +122,7 @@ def _row(row: Row) -> dict[str, Any]:
 def _unmeasured(experiment: Experiment, references: References) -> dict[str, Any]:
     """A row of the catalogue without a run or record, with what was published."""
     published = references.published
-    found = published.beside(experiment.id)
+    found = published.matching(experiment.id)
     return {
         **_described(experiment),
         **_published(found and found.reference),

@@ -44,7 +44,8 @@ def write(outdir: Path, records: Path, path: Path) -> tuple[str, ...]:
 
 def is_report(path: Path) -> bool:
     """Whether the file ``path`` is a report that ``write`` wrote."""
-    title = re.search(r"<title>.*</title>", (FOLDER / "page.html").read_text(encoding="utf-8"))[0]
+    # only the part before the colon, which reports of older versions have too
+    title = re.search(r"<title>[^:]*:", (FOLDER / "page.html").read_text(encoding="utf-8"))[0]
     with path.open("rb") as file:
         return title.encode() in file.read(4096)
 
