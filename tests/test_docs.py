@@ -333,7 +333,7 @@ def test_the_summary_counts_an_experiment_once(facts: Facts) -> None:
 
 
 def test_pages_give_one_count_of_what_ended_as_published(facts: Facts) -> None:
-    """README.md counted experiments and docs/records.md rows: 24 of 24 beside 25 of 25."""
+    """README.md counted experiments and docs/records.md rows: 24 of 24 against 25 of 25."""
     summary, records = call(facts, "summary"), call(facts, "records")
     count = f"{summary.as_published} of the {summary.compared} with a published row"
     assert f"Ended as published: {count}" in records

@@ -60,7 +60,7 @@ STEP = {
 STEP_SHOWN = ("101", "111", "248", "282", "302", "308", "408", "438", "502", "511")
 RATIOS = (0.7, 1.35)
 NAMED_FROM = 0.12
-"""A prediction that is off by more than this has its id beside the dot."""
+"""Relative error from which a dot shows its id."""
 
 
 class Drawing:
@@ -77,15 +77,15 @@ class Drawing:
         )
 
     def text(
-        self, x: float, y: float, words: str, name: str = "", size: int = 11, anchor: str = "start"
+        self, x: float, y: float, label: str, name: str = "", size: int = 11, anchor: str = "start"
     ) -> None:
-        if not words:
+        if not label:
             return
         bold = ' font-weight="600"' * (size > 11)
         colour = f' class="{name}"' * bool(name)
         self.shapes.append(
             f'<text x="{_n(x)}" y="{_n(y)}" font-size="{size}" text-anchor="{anchor}"'
-            f"{colour}{bold}>{escape(words)}</text>"
+            f"{colour}{bold}>{escape(label)}</text>"
         )
 
     def line(self, x1: float, y1: float, x2: float, y2: float, name: str) -> None:
@@ -97,14 +97,14 @@ class Drawing:
         self.shapes.append(f'<circle cx="{_n(x)}" cy="{_n(y)}" r="4" class="{name}"/>')
 
     def legend(self, y: float, entries: Mapping[str, str]) -> None:
-        """Words and their class, in as many lines as they need."""
+        """Labels and their classes, in as many lines as they need."""
         x = MARGIN
-        for words, name in entries.items():
-            width = 36 + 6.1 * len(words)
+        for label, name in entries.items():
+            width = 36 + 6.1 * len(label)
             if x + width > WIDTH:
                 x, y = MARGIN, y + 18
             self.rect(x, y - 9, 11, 11, name)
-            self.text(x + 16, y, words, "quiet")
+            self.text(x + 16, y, label, "quiet")
             x += width
 
     def svg(self) -> str:
