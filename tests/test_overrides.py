@@ -5,13 +5,27 @@ import pytest
 from harness.errors import UserError
 from harness.experiment import command_line, overrides
 from harness.experiment.catalog import load_catalog
+from harness.experiment.command_line import EXPERIMENT_SETTINGS, SETTINGS
 from harness.experiment.constraints import with_changes
+from harness.experiment.experiment import Experiment
 
 CATALOG = load_catalog()
 
 
 def apply(id_: str, *words: str):
     return overrides.apply(CATALOG.find(id_), command_line.parse(words))
+
+
+def test_a_setting_is_declared_once() -> None:
+    """Its field exists, its example is read, and one setting of a field says what it changes."""
+    assert len({setting.key for setting in SETTINGS}) == len(SETTINGS)
+    for setting in EXPERIMENT_SETTINGS:
+        assert setting.field in Experiment.model_fields, setting.key
+        if setting.read:
+            assert setting.read(setting.key, setting.example) is not None, setting.key
+    told = [setting.field for setting in EXPERIMENT_SETTINGS if setting.changes]
+    assert len(set(told)) == len(told)
+    assert {setting.field for setting in EXPERIMENT_SETTINGS} - set(told) == {"model", "extra_args"}
 
 
 def test_sizes_change_and_show_in_the_label() -> None:

@@ -464,7 +464,7 @@ def test_a_torn_trace_is_refused(tmp_path, events):
         gzip.compress(b"{}"),
     ):
         path.write_bytes(content)
-        with pytest.raises(UserError, match="is no whole trace"):
+        with pytest.raises(UserError, match="is not a complete trace"):
             read(path, "cuda")
     path.write_bytes(whole)
     assert len(read(path, "cuda").activities) == 8
@@ -536,7 +536,7 @@ def test_the_forms_of_a_profile(run):
     assert ["communication,", "exposed", *["0.09", "9.0%"] * 2] in map(str.split, lines)
     assert ["step,", "traced", *["1.00", "100.0%"] * 2] in map(str.split, lines)
     assert any(
-        line.startswith("other kernels on rank 10, ms a step: mystery_kernel 0.01")
+        line.startswith("other kernels on rank 10, ms per step: mystery_kernel 0.01")
         for line in lines
     )
     assert Profile.model_validate_json(render(found, "json")) == found

@@ -41,7 +41,7 @@ def traced(outdir: Path, *words: str) -> tuple[RunDir, Profile]:
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and not done.stderr, done.stdout + done.stderr
-    assert "steps 3 to 4, ms a step and its share" in done.stdout
+    assert "steps 3 to 4, ms per step and share of it" in done.stdout
     found = find(outdir, outdir, "101")
     for rank in found.ranks:
         assert rank.steps == 2

@@ -24,7 +24,7 @@ def test_a_trace_of_101(tmp_path):
         text=True,
         timeout=600,
     )
-    assert done.returncode == 0 and "steps 8 to 9, ms a step and its share" in done.stdout, (
+    assert done.returncode == 0 and "steps 8 to 9, ms per step and share of it" in done.stdout, (
         done.stdout + done.stderr
     )
     found = find(tmp_path, tmp_path, "101")

@@ -158,7 +158,7 @@ def test_a_graph_leaves_nothing_to_launch():
         == unknown(find("302", "CUDA_GRAPHS=1"))
         == unknown(find("501", "CUDA_GRAPHS=1"))
     )
-    assert "CUDA graphs beside pipelines" in unknown(find("408", "CUDA_GRAPHS=1"))[0]
+    assert "CUDA graphs with pipelines" in unknown(find("408", "CUDA_GRAPHS=1"))[0]
 
 
 @pytest.mark.parametrize("group", ["h100-tutorial"])
@@ -345,7 +345,7 @@ def test_fp8_halves_products_and_pays_with_passes():
         step["613"].gradients == step["611"].gradients
         and step["613"].attention == step["611"].attention
     )
-    assert unknown(find("615", "FP8=delayed")) == ["fp8 beside tensor parallelism or experts"]
+    assert unknown(find("615", "FP8=delayed")) == ["fp8 with tensor parallelism or experts"]
 
 
 def test_sharded_weights_are_gathered_twice_a_micro_batch():
@@ -364,7 +364,7 @@ def test_sharded_weights_are_gathered_twice_a_micro_batch():
         == pieces("705").optimizer
     )
     assert pieces("713", "DP=1").gradients == 0
-    assert unknown(find("711", "TP=2 DP=2")) == ["FSDP beside tensor or context parallelism"], (
+    assert unknown(find("711", "TP=2 DP=2")) == ["FSDP with tensor or context parallelism"], (
         "both want the queues otherwise"
     )
 
@@ -852,11 +852,11 @@ def test_the_commands(capsys):
         (["gpus"], "which experiment"),
         (["gpus", "101", "MBS=x"], "expected a whole number"),
         (["speed", "620"], "no measured row has attention sinks"),
-        (["speed", "615", "FP8=delayed"], "fp8 beside tensor"),
+        (["speed", "615", "FP8=delayed"], "fp8 with tensor"),
         (["speed", "111", "FP8=yes"], "FP8=yes; valid: delayed, tensorwise, blockwise, 0"),
         (["speed", "219"], "links between nodes"),
         (["speed", "101", "CARD=a100-80gb"], "CARD= may be h100-80gb, h200-141gb"),
-        (["speed", "101", "TP=7"], "must divide by tp = 7"),
+        (["speed", "101", "TP=7"], "must be divisible by TP (7)"),
         (["speed", "101", "ARGS=--manual-gc"], "no formula covers --manual-gc"),
     ],
 )

@@ -21,7 +21,7 @@ EXPERIMENTS = ROOT / "experiments"
 
 
 class Chapter(Checked):
-    """One file of experiments: its number, its title, and the settings its experiments share."""
+    """One file of experiments, with the settings that they share."""
 
     chapter: Count
     title: str
@@ -40,8 +40,7 @@ class Catalog(Checked):
         return {e.id: e for e in self.experiments} | {e.name: e for e in self.experiments}
 
     def find(self, wanted: str) -> Experiment:
-        """The experiment with this id (``101``) or full name. Raises UserError naming the nearest
-        ids."""
+        """The experiment with this id (``101``) or full name. Raises UserError with nearest ids."""
         found = self._by_name.get(wanted) or self._by_name.get(wanted.split("-")[0])
         if found and wanted in (found.id, found.name):
             return found
@@ -67,8 +66,8 @@ def load_catalog(folder: Path = EXPERIMENTS) -> Catalog:
     """Read models.yaml and every NNN-*.yaml in ``folder``, once a process.
 
     Raises:
-        UserError: a key or name is unknown, a value has the wrong type, sizes do not divide, or an
-        id occurs twice.
+        UserError: a key or name is unknown, a value has the wrong type, a constraint is broken, or
+            an id occurs twice.
     """
     models = _models(folder / "models.yaml")
     chapters: dict[int, str] = {}
@@ -84,13 +83,13 @@ def load_catalog(folder: Path = EXPERIMENTS) -> Catalog:
         chapters[chapter.chapter] = chapter.title
         for key in rows:
             with yaml_files.entry(path, rows, key):
-                e = _row(chapter, str(key), models, path.name)
-                if e.id in experiments:
+                experiment = _row(chapter, str(key), models, path.name)
+                if experiment.id in experiments:
                     raise UserError(
-                        f"{path.name}: experiment {e.id} is already in chapter"
-                        f" {experiments[e.id].chapter}"
+                        f"{path.name}: experiment {experiment.id} is already in chapter"
+                        f" {experiments[experiment.id].chapter}"
                     )
-                experiments[e.id] = e
+                experiments[experiment.id] = experiment
     return Catalog(
         chapters=dict(sorted(chapters.items())),
         experiments=tuple(experiments[i] for i in sorted(experiments)),
@@ -109,7 +108,7 @@ def _models(path: Path) -> dict[str, Model]:
 
 
 def _row(chapter: Chapter, id_: str, models: Mapping[str, Model], file: str) -> Experiment:
-    """One row of a chapter's file. Raises UserError where it makes no sense."""
+    """One row of a chapter's file. Raises UserError if it is not valid."""
     fields = {**chapter.defaults, **chapter.experiments[id_], "id": id_, "chapter": chapter.chapter}
     name = yaml_files.word(
         fields.get("model", ""), f"{file}: {id_}: model", next(iter(models), "gpt2-xl")

@@ -338,7 +338,7 @@ def _traced_steps(experiment: Experiment) -> Iterator[str]:
     if 2 <= last < first <= steps:
         ways_out = [f"PROFILE={last}-{first}"]
     yield (
-        f"PROFILE={first}-{last} traces steps {first} to {last}, which must be 2 or later, in"
-        f" order, and within the run's {steps} steps; try"
+        f"PROFILE={first}-{last} traces from step {first} to step {last}, which must be 2 or later,"
+        f" in order, and among the {steps} steps of the run; try"
         f" {', or '.join(ways_out) or 'STEPS=2 PROFILE=2-2'}"
     )

@@ -11,8 +11,9 @@ from pydantic import Field
 from harness.experiment.model import Checked, Count, Lora, Model
 
 LONGEST_LABEL = 180
-"""Characters of a label: room for ``.2`` and for the names of temporary files."""
+"""Characters of a label; file names have 255, which leaves room for ``.2`` and temporary files."""
 LONGEST_VALUE = 40
+"""Characters of a setting's value in a label."""
 
 Id = Annotated[str, Field(pattern=r"^[1-9]\d\dh?$")]
 
@@ -23,11 +24,8 @@ SHARDING = {
     ),
     "optim": (
         "ZeRO-2",
-        (
-            "published as ZeRO-2; upstream's distributed optimizer shards the optimizer state"
-            " (ZeRO-1 in memory): gradients are reduce-scattered but held whole, parameters are"
-            " replicated"
-        ),
+        "published as ZeRO-2; upstream's distributed optimizer shards the optimizer state (ZeRO-1"
+        " in memory): gradients are reduce-scattered but held whole, parameters are replicated",
     ),
     "fsdp_optim": ("FSDP optim", "Megatron-FSDP optim: optimizer state is sharded (ZeRO-1)"),
     "fsdp_optim_grads": (
@@ -43,12 +41,11 @@ SHARDING = {
         "PyTorch's fully_shard: parameters, gradients and optimizer state are sharded (ZeRO-3)",
     ),
 }
-"""Sharding level -> (label in tables, what upstream really shards over the data-parallel ranks)."""
+"""Sharding -> (label in tables, what upstream really shards over data-parallel ranks)."""
 
 
 class Target(Checked):
-    """The validation loss at which a long run is done; its miniature, another model on other data,
-    has its own."""
+    """The validation loss at which a long run stops; its miniature trains another model."""
 
     validation_loss: Annotated[float, Field(gt=0)]
     miniature_loss: Annotated[float, Field(gt=0)]
@@ -56,8 +53,10 @@ class Target(Checked):
 
 
 class Experiment(Checked):
-    """One row of the catalogue with every setting filled in. Sizes are counts of ranks; batches are
-    counts of sequences."""
+    """One row of the catalogue with every setting filled in.
+
+    Parallel sizes are counts of ranks, batch sizes counts of sequences.
+    """
 
     id: Id
     slug: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -91,23 +90,19 @@ class Experiment(Checked):
     fp8_recipe: Literal["delayed", "tensorwise", "blockwise"] | None = None
     optimizer: Literal["adam", "muon"] = "adam"
     optimizer_state: Literal["fp32", "bf16"] = "fp32"
-    """Precision of Adam's moments; bf16 keeps of the fp32 weights only what bf16 lacks, too."""
+    """Precision of Adam's moments; with bf16, of the fp32 weights only what bf16 lacks is kept."""
     gradients: Literal["fp32", "bf16"] = "fp32"
-    """Precision in which gradients are summed up over micro-batches and ranks."""
+    """Precision in which gradients are summed over micro-batches and ranks."""
     lr: Annotated[float, Field(gt=0)] | None = None
-    """Highest learning rate, decayed to a tenth over ``steps``; None: the published launchers'
-    schedule."""
+    """Highest learning rate, decayed to a tenth over ``steps``; None: the published schedule."""
     weights: str | None = None
-    """What it starts from, whose model it trains: a name in weights/, or a run; None: random
-    weights."""
+    """What it starts from: a name in weights/, or a run; None: random weights."""
     positions: Count | None = None
-    """The longest sequence that learned positions are there for; None: as long as those it trains
-    on."""
+    """The longest sequence with learned positions; None: ``seq_length``."""
     lora: Lora | None = None
     cross_entropy_fusion: bool = False
     cuda_graphs: bool = False
-    """A layer's kernels, or of a layer with experts its attention's and router's, are launched
-    together."""
+    """A layer's kernels are launched as one graph; with experts, those of attention and router."""
     attention_backend: Literal["auto", "flash", "fused", "unfused"] = "auto"
     steps: Count = 100
     eval_interval: Count = 50
@@ -136,13 +131,12 @@ class Experiment(Checked):
 
     @property
     def half_of(self) -> str | None:
-        """The eight-GPU experiment that this one is the half-size companion of: ``408`` for
-        ``408h``."""
+        """The eight-GPU experiment of which this is the half-size companion: 408 for 408h."""
         return self.id.removesuffix("h") if self.id.endswith("h") else None
 
     @property
     def world_size(self) -> int:
-        """Ranks in all: tp x pp x cp x dp (experts share the same ranks)."""
+        """Number of ranks: tp x pp x cp x dp (experts share the same ranks)."""
         return self.tp * self.pp * self.cp * self.dp
 
     @property
@@ -156,7 +150,7 @@ class Experiment(Checked):
 
     @property
     def highest_lr(self) -> float:
-        """The learning rate after the warm-up: ``lr``, by default as in every published script."""
+        """The learning rate after the warm-up; the default is that of every published script."""
         return 6.0e-5 if self.lr is None else self.lr
 
     @property
@@ -165,8 +159,7 @@ class Experiment(Checked):
 
     @property
     def lr_decay_steps(self) -> int:
-        """Steps until the lowest learning rate: the whole run, or with the published rate the
-        published number."""
+        """Steps until the lowest learning rate: the run's, or those of the published schedule."""
         return 430000 if self.lr is None else self.steps
 
     @property
@@ -176,19 +169,17 @@ class Experiment(Checked):
 
     @property
     def disturbed_steps(self) -> range:
-        """The steps whose times a trace of the steps ``profile`` distorts: its warm-up, they
-        themselves, its writing."""
+        """The steps whose times tracing distorts: its warm-up, the traced ones, its writing."""
         return range(self.profile[0] - 1, self.profile[1] + 2) if self.profile else range(0)
 
     @property
     def selectively_recomputed(self) -> tuple[str, ...]:
-        """What selective recomputation takes, as upstream: attention's scores where no module is
-        named."""
+        """The modules of selective recomputation; upstream's default is attention's scores."""
         return (self.recompute_modules or ("core_attn",)) if self.recompute == "selective" else ()
 
     @property
     def fully_sharded(self) -> bool:
-        """Whether data parallelism is an FSDP, Megatron-LM's or PyTorch's."""
+        """Whether data parallelism is FSDP, of Megatron-LM or PyTorch."""
         return self.sharding not in ("no_shard", "optim")
 
     @property
@@ -201,7 +192,7 @@ class Experiment(Checked):
 
     @property
     def layout(self) -> str:
-        """The parallel layout in a few words: ``tp2+sp pp4 vpp3 m4``."""
+        """The parallel layout in short: ``tp2+sp pp4 vpp3 m4``."""
         parts = [
             f"{axis}{getattr(self, axis)}"
             + ("+sp" if axis == "tp" and self.sequence_parallel else "")
@@ -228,32 +219,27 @@ class Experiment(Checked):
 
     @property
     def label(self) -> str:
-        """Base name of the run directory: the name, then what was overridden, then ``cpu`` for a
-        miniature.
+        """Base name of the run directory: the name, changed settings, ``cpu`` for a miniature.
 
-        A value that a file name cannot hold as it is stands there with a digest of it, so that two
-        of them differ; of ARGS there is the digest alone. It names a run and does not identify it:
-        see harness/experiment/identity.py.
+        A value that does not fit into a file name is abbreviated and followed by a digest, so that
+        two of them differ; of ARGS there is only the digest. The label names a run and does not
+        identify it: see harness/experiment/identity.py.
         """
         changed = [
             f"args-{_digest(value)}" if key == "ARGS" else f"{key.lower()}{_safe(value)}"
             for key, value in self.overrides.items()
         ]
         whole = "_".join([self.name, *changed, *(["cpu"] if self.miniature else [])])
-        return (
-            whole
-            if len(whole) <= LONGEST_LABEL
-            else f"{whole[: LONGEST_LABEL - 7]}-{_digest(whole)}"
-        )
+        if len(whole) <= LONGEST_LABEL:
+            return whole
+        return f"{whole[: LONGEST_LABEL - 7]}-{_digest(whole)}"
 
 
 def _safe(value: str) -> str:
     readable = re.sub(r"[^A-Za-z0-9.,+]+", "-", value).strip("-")
-    return (
-        readable
-        if readable == value
-        else f"{readable[:LONGEST_VALUE]}-{_digest(value)}".lstrip("-")
-    )
+    if readable == value:
+        return value
+    return f"{readable[:LONGEST_VALUE]}-{_digest(value)}".lstrip("-")
 
 
 def _digest(text: str) -> str:

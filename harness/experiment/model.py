@@ -16,8 +16,7 @@ class Checked(BaseModel):
 
 
 class Yarn(Checked):
-    """How YaRN stretches rotary positions (Peng et al. 2023, arXiv:2309.00071), in upstream's
-    terms."""
+    """How YaRN stretches rotary positions (Peng et al. 2023, arXiv:2309.00071)."""
 
     rotary_scaling_factor: Annotated[float, Field(gt=0)]
     original_max_position_embeddings: Count
@@ -45,27 +44,24 @@ class Model(Checked):
     position_embedding: Literal["learned_absolute", "rope", "yarn"] = "learned_absolute"
     rotary_base: Count = 10000
     rope_scaling_factor: Annotated[float, Field(gt=0)] | None = None
-    """How much longer Llama 3.1's scaling makes the low frequencies of rotary positions."""
+    """Factor by which Llama 3.1's scaling lengthens the low frequencies of rotary positions."""
     yarn: Yarn | None = None
     qk_norm: Literal["none", "head", "projection"] = "none"
-    """``head``: Q and K are normalised head by head; ``projection``: over all heads together
-    (harness/specs/)."""
+    """``head``: Q and K are normalised by head; ``projection``: over all heads (harness/specs/)."""
     attention_output_gate: bool = False
     attention_sinks: bool = False
     """A learned term per head in the softmax's denominator."""
     window_size: Count | None = None
-    """Tokens that every other layer sees, the first layer being one of them: the token itself and
-    those before it."""
+    """Tokens that every other layer sees, beginning with the first: the token and those before."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     init_method_std: Annotated[float, Field(gt=0)] = 0.006
     num_experts: Count | None = None
     moe_router_topk: Count | None = None
     moe_ffn_hidden_size: Count | None = None
     moe_router_pre_softmax: bool = False
-    """Softmax over all experts before the choice, so that the chosen weights do not sum to 1."""
+    """Softmax over all experts before top-k, so that the chosen weights do not sum to 1."""
     moe_aux_loss_coeff: Annotated[float, Field(ge=0)] | None = None
-    """Weight of the load-balancing loss; None: tokens are dealt out to the experts at random, for
-    timing."""
+    """Weight of the load-balancing loss; None: tokens are routed at random, for timing."""
     moe_z_loss_coeff: Annotated[float, Field(ge=0)] | None = None
 
     @property
@@ -75,13 +71,12 @@ class Model(Checked):
 
     @property
     def head_size(self) -> int:
-        """Width of one attention head: ``kv_channels``, by default hidden_size /
-        num_attention_heads as upstream."""
+        """Width of a head: ``kv_channels``, by default hidden_size / num_attention_heads."""
         return self.kv_channels or self.hidden_size // self.num_attention_heads
 
     @property
     def key_heads(self) -> int:
-        """Heads of keys, and of values: ``num_query_groups``, by default as many as of queries."""
+        """Heads of keys and of values: ``num_query_groups``, by default as many as of queries."""
         return self.num_query_groups or self.num_attention_heads
 
     @property
@@ -91,13 +86,12 @@ class Model(Checked):
 
     @property
     def key_size(self) -> int:
-        """Width of all keys together, which is that of the values."""
+        """Width of all keys together, and of all values."""
         return self.key_heads * self.head_size
 
     @property
     def qkv_size(self) -> int:
-        """Outputs of the attention's first matrix: queries, keys and values, and a gate as wide as
-        the queries."""
+        """Outputs of linear_qkv: queries, keys, values, and a gate as wide as the queries."""
         return self.query_size * (2 if self.attention_output_gate else 1) + 2 * self.key_size
 
     @property
@@ -107,8 +101,7 @@ class Model(Checked):
 
     @property
     def fc1_matrices(self) -> int:
-        """Matrices as wide as an MLP, or an expert, side by side in linear_fc1: of a gated one the
-        gate's and its own."""
+        """Matrices side by side in linear_fc1: with a gate two."""
         return 2 if self.gated else 1
 
     @property
@@ -119,12 +112,11 @@ class Model(Checked):
 
 LinearLayer = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 COLUMN_PARALLEL: tuple[LinearLayer, ...] = ("linear_qkv", "linear_fc1")
-"""Those whose outputs tensor parallelism splits; of the others it splits the inputs."""
+"""Tensor parallelism splits the outputs of these; of the other layers it splits the inputs."""
 
 
 class Lora(Checked):
-    """Adapters of low rank beside frozen layers (harness/finetune/lora.py). ``targets``: upstream's
-    names of them."""
+    """LoRA adapters on frozen linear layers, the ``targets`` (harness/finetune/lora.py)."""
 
     rank: Count
     alpha: Annotated[float, Field(gt=0)]
@@ -135,5 +127,5 @@ class Lora(Checked):
 
     @property
     def scale(self) -> float:
-        """What the product of the factors is multiplied by."""
+        """Factor of what an adapter adds."""
         return self.alpha / self.rank

@@ -1,1 +1,1 @@
-"""Where the time of a step goes: Kineto traces, read and summed up by category."""
+"""Where the time of a step goes: PyTorch profiler traces, summed up by category."""

@@ -1,4 +1,4 @@
-"""What a kernel or operator is for, told by its name. The one table of names."""
+"""The category of a kernel or operator, by its name."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from enum import StrEnum
 
 
 class Category(StrEnum):
-    """Where a moment of a step goes. Of several things at the same moment, the first of these
-    counts."""
+    """What a moment of a step is spent on; of several at the same moment, the first one counts."""
 
     GEMM = "gemm"
     ATTENTION = "attention"
@@ -45,7 +44,7 @@ _RULES = (
         Category.COMMUNICATION,
         r"nccl|^gloo:|^c10d::|userbuffers|nvshmem|deep_ep|multimem_|_shot_all_",
     ),
-    # Apex' and TE's multi-tensor kernels, which optimizers, clipping and gradient norms use;
+    # multi-tensor kernels of Apex and TE, used by optimizers, clipping and gradient norms;
     # PyTorch's fused optimizers
     (Category.OPTIMIZER, r"multi_tensor_apply|(?<![Hh])[Aa]dam|^Optimizer\."),
     # FlashAttention, cuDNN (cudnn_generated_fort_native_sdpa_*, and around it
@@ -76,6 +75,5 @@ RULES = tuple((category, re.compile(pattern)) for category, pattern in _RULES)
 
 @functools.cache
 def category_of(name: str) -> Category:
-    """The category of a GPU kernel, or of an operator on a CPU; ``OTHER`` where no rule knows
-    it."""
+    """The category of a GPU kernel or a CPU operator; ``OTHER`` if no rule matches."""
     return next((category for category, pattern in RULES if pattern.search(name)), Category.OTHER)

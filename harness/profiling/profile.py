@@ -1,5 +1,4 @@
-"""The profile of a run: what the traces of its ranks say, kept in profile.json; and ``make
-profile``, which prints it."""
+"""The profile of a run, from the traces of its ranks; ``make profile`` prints it."""
 
 from __future__ import annotations
 
@@ -7,7 +6,7 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,7 @@ from harness.system.files import complaint, read_object, write_json
 
 FORMATS = ("terminal", "csv", "json")
 FOLDER = "profiles"
-"""Where profiles lie among the records of a GPU: experiments/records/<gpu>/profiles/<id>.json,
-apart from the results."""
+"""Folder of profiles among the records of a GPU: experiments/records/<gpu>/profiles/<id>.json."""
 MOST_UNKNOWN = 5
 PASSES = ("forward_pass", "backward_pass")
 
@@ -35,8 +33,8 @@ PASSES = ("forward_pass", "backward_pass")
 class Profile(BaseModel):
     """The traced steps ``first_step`` to ``last_step`` of a run.
 
-    ``untraced_step_ms`` is the median of the same run's other steps: what tracing adds is the
-    difference to a rank's ``step_ms``.
+    ``untraced_step_ms`` is the median of the run's other steps; tracing adds the difference to a
+    rank's ``step_ms``.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -53,7 +51,7 @@ def of_run(run: RunDir) -> Profile:
     """The profile of a run, from profile.json or, the first time, from its traces.
 
     Raises:
-        UserError: the run was not profiled or left no whole trace.
+        UserError: the run was not traced or left no complete trace.
     """
     try:
         if run.profile.exists():
@@ -71,7 +69,7 @@ def of_run(run: RunDir) -> Profile:
         done = result.steps_done if result else 0
         raise UserError(
             f"{run.label} left no trace of steps {first} to {last}: it did {done} steps\nlogs.txt"
-            " says more"
+            " may give the reason"
         )
     ranks = {rank.rank: rank for rank in run.read_ranks()}
     profile = Profile(
@@ -101,8 +99,7 @@ def _coordinates(rank: Rank | None) -> dict[str, int]:
 
 
 def find(outdir: Path, records: Path, wanted: str) -> Profile:
-    """The profile of the run with this label, else of the newest traced run of this experiment,
-    else the record of it.
+    """The profile of the run with this label, of the experiment's newest traced run, or its record.
 
     Raises:
         UserError: there is none.
@@ -128,7 +125,7 @@ def find(outdir: Path, records: Path, wanted: str) -> Profile:
 
 
 def read_recorded(path: Path) -> Profile:
-    """The profile that is recorded in ``path``. Raises UserError where it cannot be read."""
+    """The profile that is recorded in ``path``. Raises UserError if it cannot be read."""
     try:
         return Profile.model_validate(read_object(path))
     except ValidationError as error:
@@ -138,8 +135,7 @@ def read_recorded(path: Path) -> Profile:
 
 
 def print_profile(outdir: Path, records: Path, settings: Mapping[str, str]) -> int:
-    """``make profile RUN=… FORMAT=…``. Returns the exit status; raises as ``find`` and ``render``
-    do."""
+    """``make profile RUN=… FORMAT=…``: exit status. Raises UserError as ``find`` and ``render``."""
     print(
         render(find(outdir, records, settings["RUN"]), settings.get("FORMAT", "terminal")), end=""
     )
@@ -147,7 +143,7 @@ def print_profile(outdir: Path, records: Path, settings: Mapping[str, str]) -> i
 
 
 def tell(run: RunDir) -> None:
-    """Print the profile of a run that has just ended, or a warning that says why there is none."""
+    """Print the profile of a run that has just ended, or a warning with the reason for none."""
     try:
         print(f"\n{render(of_run(run))}", end="")
     except UserError as error:
@@ -155,8 +151,7 @@ def tell(run: RunDir) -> None:
 
 
 def render(profile: Profile, format: str = "terminal") -> str:
-    """The profile as a table for people, a column a rank; as CSV, a line for each number of each
-    rank; or as JSON.
+    """The profile as a table with a column per rank, as CSV with a line per number, or as JSON.
 
     Raises:
         UserError: the format is unknown.
@@ -174,8 +169,7 @@ def render(profile: Profile, format: str = "terminal") -> str:
 
 
 def _values(profile: Profile) -> Iterator[tuple[Any, ...]]:
-    """(label, rank, quantity, name, ms per step, share of the step, calls per step) of everything
-    that is known."""
+    """The lines of the CSV: label, rank, quantity, name, ms per step, share, calls per step."""
     for r in profile.ranks:
         numbers = [("step", "", r.step_ms, None)]
         numbers += [("category", category, ms, None) for category, ms in r.categories.items()]
@@ -192,47 +186,43 @@ def _values(profile: Profile) -> Iterator[tuple[Any, ...]]:
 def _lines(profile: Profile) -> Iterator[str]:
     ranks = profile.ranks
     yield (
-        f"{profile.label}: steps {profile.first_step} to {profile.last_step}, ms a step and its"
-        " share"
+        f"{profile.label}: steps {profile.first_step} to {profile.last_step}, ms per step and share"
+        " of it"
     )
-    head = ["", *(_title(r, len(ranks)) for r in ranks)]
-    used = [c for c in Category if any(r.categories[c] for r in ranks)]
-    rows = [[TITLES[c], *(_with_share(r.categories[c], r) for r in ranks)] for c in used]
-    rows.append(["step, traced", *(_with_share(r.step_ms, r) for r in ranks)])
-    rows.append([])
-    rows.append(["forward", *(_with_share(r.phases["forward"], r) for r in ranks)])
-    rows.append(["backward", *(_with_share(r.phases["backward"], r) for r in ranks)])
-    rows.append(
-        ["other", *(_with_share(r.phases["optimizer"] + r.phases["rest"], r) for r in ranks)]
-    )
-    rows.append(["  optimizer of it", *(_with_share(r.phases["optimizer"], r) for r in ranks)])
-    rows.append([])
-    if any(r.communication_ms for r in ranks):
-        rows.append(["communication in all", *(_with_share(r.communication_ms, r) for r in ranks)])
-        rows.append(["  hidden of it", *(_with_share(r.hidden_ms, r) for r in ranks)])
+    head = ["", *(_title(rank, len(ranks)) for rank in ranks)]
+    used = [c for c in Category if any(rank.categories[c] for rank in ranks)]
+    rows = [_row(TITLES[c], ranks, lambda rank, c=c: rank.categories[c]) for c in used]
+    rows += [
+        _row("step, traced", ranks, lambda rank: rank.step_ms),
+        [],
+        _row("forward", ranks, lambda rank: rank.phases["forward"]),
+        _row("backward", ranks, lambda rank: rank.phases["backward"]),
+        _row("other", ranks, lambda rank: rank.phases["optimizer"] + rank.phases["rest"]),
+        _row("  optimizer of it", ranks, lambda rank: rank.phases["optimizer"]),
+        [],
+    ]
+    if any(rank.communication_ms for rank in ranks):
+        rows.append(_row("communication in all", ranks, lambda rank: rank.communication_ms))
+        rows.append(_row("  hidden of it", ranks, lambda rank: rank.hidden_ms))
     for name in PASSES:
-        if any(getattr(r, name) for r in ranks):
-            rows.append(
-                [
-                    f"one {name.replace('_pass', '')} pass, busy",
-                    *(_pass(getattr(r, name)) for r in ranks),
-                ]
-            )
+        passes = [getattr(rank, name) for rank in ranks]
+        if any(passes):
+            rows.append([f"one {name.replace('_pass', '')} pass, busy", *map(_pass, passes)])
     yield from screen.grid([head, *rows])
     if profile.untraced_step_ms:
         yield (
             f"The run's other steps take {profile.untraced_step_ms:.1f} ms: tracing slows a step,"
-            " so take the shares."
+            " so trust the shares."
         )
     if ranks[0].device == "cpu":
         yield (
-            "CPU miniature: operators of the main thread and gloo's collectives; idle is Python"
-            " between them."
+            "CPU miniature: operators of the main thread and gloo's collectives; idle is the Python"
+            " code between them."
         )
     for r in ranks:
         if r.unknown:
             longest = ", ".join(f"{k.name[:60]} {k.ms:.2f}" for k in r.unknown[:MOST_UNKNOWN])
-            yield f"other kernels on rank {r.rank}, ms a step: {longest}" + (
+            yield f"other kernels on rank {r.rank}, ms per step: {longest}" + (
                 ", …" if len(r.unknown) > MOST_UNKNOWN else ""
             )
 
@@ -243,8 +233,11 @@ def _title(r: RankProfile, ranks: int) -> str:
     )
 
 
-def _with_share(ms: float, r: RankProfile) -> str:
-    return f"{ms:,.2f} {ms / r.step_ms:6.1%}"
+def _row(
+    title: str, ranks: tuple[RankProfile, ...], ms_of: Callable[[RankProfile], float]
+) -> list[str]:
+    """A line of the table: of each rank ms per step and the share of the step."""
+    return [title, *(f"{ms_of(r):,.2f} {ms_of(r) / r.step_ms:6.1%}" for r in ranks)]
 
 
 def _pass(found: summary.Pass | None) -> str:

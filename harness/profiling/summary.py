@@ -1,12 +1,11 @@
-"""Where the time of a step goes, from its trace: each moment counts once, so that the parts add up
-to the step.
+"""Where the time of a traced step goes: each moment counts once, so that the parts add up to it.
 
-A moment belongs to the compute kernel that runs then, whatever else does; else to communication,
-which is then exposed; else to a copy; else the GPU is idle. Communication while a compute kernel
-runs is hidden and takes no time of its own. An idle moment before the call that launches the next
-kernel returns is *launch-bound*: the GPU waits for the CPU. Other idle moments lie between a
-launched kernel and its start: launch latency, or a wait for another stream. Likewise for phases: an
-idle moment belongs to the phase of the kernel that ends it.
+A moment belongs to the compute kernel that runs then, else to communication, which is then exposed,
+else to a copy; else the GPU is idle. Communication while a compute kernel runs is hidden and has
+no time of its own. A GPU is idle and *launch-bound* until the call that launches the next kernel
+returns: it waits for the CPU. Other idle moments lie between the launch of a kernel and its start:
+launch latency, or a wait for another stream. An idle moment belongs to the phase of the kernel
+that ends it.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from harness.profiling.kernels import COMPUTE, Category
 from harness.profiling.trace import REST, Activity, Range, Trace
@@ -24,17 +23,14 @@ PRIORITY = {category: number for number, category in enumerate(Category)}
 PHASES = ("forward", "backward", "optimizer", REST)
 LONGEST_NAME = 160
 LEAST_SHARE = 0.0005
-"""Kernels that take less of a step are left out of ``RankProfile.kernels``, unless no rule knows
-them."""
+"""``RankProfile.kernels`` lists kernels with this share of a step or more, and unknown ones."""
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
+class Kernel(BaseModel, frozen=True, extra="ignore"):
+    """All calls of one kernel or operator: time in ms and number, both per step.
 
-
-class Kernel(_Frozen):
-    """All calls of one kernel or operator: their time in ms and their number, both per step; they
-    may overlap others."""
+    They may overlap others.
+    """
 
     name: str
     category: Category
@@ -42,19 +38,21 @@ class Kernel(_Frozen):
     calls: float
 
 
-class Pass(_Frozen):
-    """One forward or backward of a micro-batch through the layers that a rank holds: busy time in
-    ms, mean of ``calls``."""
+class Pass(BaseModel, frozen=True, extra="ignore"):
+    """One forward or backward pass of a micro-batch through a rank's layers.
+
+    ``ms`` is its busy time, the mean of ``calls`` passes.
+    """
 
     ms: float
     calls: float
 
 
-class RankProfile(_Frozen):
+class RankProfile(BaseModel, frozen=True, extra="ignore"):
     """The traced steps of one rank; every time is in ms per step.
 
-    ``categories`` add up to ``step_ms``, and so do ``phases``. ``communication_ms`` is the time in
-    which any communication runs, ``hidden_ms`` the part of it beneath compute kernels.
+    ``categories`` add up to ``step_ms``, and so do ``phases``. ``communication_ms`` is the time
+    with any communication, ``hidden_ms`` the part of it with a compute kernel at the same time.
     """
 
     rank: int
@@ -72,23 +70,24 @@ class RankProfile(_Frozen):
 
     @property
     def unknown(self) -> tuple[Kernel, ...]:
-        """The kernels that no rule of the table of names knows, the longest first."""
+        """The kernels that no rule of kernels.py matches, the longest first."""
         return tuple(kernel for kernel in self.kernels if kernel.category == Category.OTHER)
 
 
 class Slice(NamedTuple):
-    """A stretch of a step in which the same activities run: ``owner`` it counts for, ``next`` that
-    ends it if idle."""
+    """A stretch of a step in which the same activities run; times in us."""
 
     start: float
     end: float
     owner: Activity | None
+    """The activity that it counts for; None: idle."""
     next: Activity | None
+    """The activity that ends it if it is idle."""
     communicates: bool
 
 
 def summarise(trace: Trace, rank: int, coordinates: dict[str, int] | None = None) -> RankProfile:
-    """The means over the steps of ``trace``."""
+    """The profile of ``rank``: means over the steps of ``trace``."""
     categories, phases, busy = Counter(), Counter(), Counter()
     communication = hidden = 0.0
     for step in trace.steps:
@@ -152,8 +151,7 @@ def _slice(start: float, end: float, running: list[Activity], following: Activit
 
 
 def _launch_bound(idle: Slice, device: str) -> float:
-    """The part of an idle slice in which the next kernel is not launched; where none follows in the
-    step, all of it."""
+    """The part of an idle slice before the next kernel is launched; if none follows, all of it."""
     if device == "cpu":
         return 0.0
     if idle.next is None:

@@ -1,10 +1,9 @@
-"""A Kineto trace (Chrome's trace format) as what happened when: steps, and what kept the GPU, or
-the CPU, busy in them.
+"""A PyTorch profiler trace (Kineto, in Chrome's format) as steps and the activities in them.
 
 On a GPU an activity is a kernel, copy or memset on any stream. On a CPU it is a stretch of the main
-thread within one innermost operator, or a collective on one of gloo's threads; an autograd function
-around operators computes nothing itself, and may wait for gloo. Times are in µs on the trace's
-clock.
+thread within one innermost operator, or a collective on one of gloo's threads. An autograd function
+around operators does not count: it computes nothing itself and may wait for gloo. Times are in us
+on the trace's clock.
 """
 
 from __future__ import annotations
@@ -22,11 +21,10 @@ from harness.errors import UserError
 from harness.profiling.kernels import Category, category_of
 
 RANGE = "harness: "
-"""What the names of our own ranges begin with (harness/entry/profiler.py); the rest is the phase or
-the step."""
+"""Prefix of our own ranges (harness/entry/profiler.py); the phase or the step follows."""
 STEP = RANGE + "step "
 REST = "rest"
-"""The phase of what is in neither forward, backward nor optimizer."""
+"""The phase outside of forward, backward and optimizer."""
 
 COPIES = ("gpu_memcpy", "gpu_memset")
 LAUNCHES = ("cuda_runtime", "cuda_driver")
@@ -41,8 +39,7 @@ class Range(NamedTuple):
 
 
 class Activity(NamedTuple):
-    """Something that keeps a GPU or CPU busy. ``launched``: when the call that launched it on the
-    GPU returned."""
+    """Something that keeps a GPU or CPU busy."""
 
     start: float
     end: float
@@ -50,17 +47,19 @@ class Activity(NamedTuple):
     category: Category
     phase: str = REST
     launched: float | None = None
+    """When the call that launched it on the GPU returned."""
 
 
 @dataclass(frozen=True)
 class Trace:
-    """The steps of one rank, the passes (a forward or backward of a micro-batch) in them, and every
-    activity by start."""
+    """The traced steps of one rank."""
 
     device: str
     steps: tuple[Range, ...]
     phases: tuple[Range, ...]
+    """Forward and backward passes of micro-batches, and optimizer steps."""
     activities: tuple[Activity, ...]
+    """By start."""
 
 
 def read(path: Path, device: str) -> Trace:
@@ -70,8 +69,7 @@ def read(path: Path, device: str) -> Trace:
         device: ``cpu`` or ``cuda``, what the run ran on.
 
     Raises:
-        UserError: the file is missing or torn, holds no step, or holds no kernel although it ran on
-        a GPU.
+        UserError: the file is missing or incomplete, or holds no step or no activity.
     """
     try:
         with gzip.open(path, "rt", encoding="utf-8", errors="replace") as file:
@@ -81,12 +79,12 @@ def read(path: Path, device: str) -> Trace:
             f"no trace {path}\nthe run ended before its traced steps did, or logs.txt says why"
         ) from None
     except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no whole trace: {error}\nrun it again") from None
+        raise UserError(f"{path} is not a complete trace: {error}\nrun it again") from None
     return parse(events, device, str(path))
 
 
 def parse(events: Iterable[dict[str, Any]], device: str, name: str = "the trace") -> Trace:
-    """The trace made of ``events``, Chrome's trace events. Raises as ``read`` does."""
+    """The trace of ``events``, Chrome's trace events. Raises UserError as ``read``."""
     complete = [event for event in events if event.get("ph") == "X" and "dur" in event]
     ours = [
         event
@@ -104,8 +102,8 @@ def parse(events: Iterable[dict[str, Any]], device: str, name: str = "the trace"
     if not activities:
         raise UserError(
             f"{name} holds no {'GPU kernel' if device == 'cuda' else 'operator'}\nCUPTI delivered"
-            " none: is nvidia-cuda-cupti installed in torch's version, and no other profiler"
-            " attached? Lines with CUPTI in logs.txt say more"
+            " none: check that nvidia-cuda-cupti is installed in torch's version and no other"
+            " profiler is attached; lines with CUPTI in logs.txt may give the reason"
         )
     return Trace(device, steps, phases, tuple(sorted(activities, key=lambda a: a.start)))
 
@@ -120,50 +118,49 @@ def _on_gpu(events: list[dict[str, Any]], phases: tuple[Range, ...]) -> list[Act
     calls = [e for e in events if e.get("cat") in LAUNCHES and "correlation" in e.get("args", {})]
     launches = {call["args"]["correlation"]: call for call in calls}
     found = []
-    for e in events:
-        if e.get("cat") not in ("kernel", *COPIES):
+    for event in events:
+        if event.get("cat") not in ("kernel", *COPIES):
             continue
-        launch = launches.get(e.get("args", {}).get("correlation"))
+        launch = launches.get(event.get("args", {}).get("correlation"))
         phase = _phase_at(launch["ts"], phases) if launch else REST
-        category = Category.MEMORY if e["cat"] in COPIES else category_of(e["name"])
-        if phase == "optimizer" and category in (Category.ELEMENTWISE, Category.OTHER):
-            category = Category.OPTIMIZER
-        returned = launch["ts"] + launch["dur"] if launch else None
-        found.append(Activity(e["ts"], e["ts"] + e["dur"], e["name"], category, phase, returned))
+        category = Category.MEMORY if event["cat"] in COPIES else _category(event["name"], phase)
+        launched = launch["ts"] + launch["dur"] if launch else None
+        found.append(Activity(*_span(event), category, phase, launched))
     return found
 
 
 def _on_cpu(
     events: list[dict[str, Any]], phases: tuple[Range, ...], main_thread: Any
 ) -> list[Activity]:
-    operators = [
-        Range(e["ts"], e["ts"] + e["dur"], e["name"])
-        for e in events
-        if e.get("cat") == "cpu_op" and e["tid"] == main_thread
-    ]
-    collectives = [
-        Range(e["ts"], e["ts"] + e["dur"], e["name"])
-        for e in events
-        if e["name"].startswith("gloo:")
-    ]
+    operators = [_span(e) for e in events if e.get("cat") == "cpu_op" and e["tid"] == main_thread]
+    collectives = [_span(e) for e in events if e["name"].startswith("gloo:")]
+    computed = [stretch for stretch in _innermost(operators) if not _only_wraps(stretch.name)]
     found = []
-    computed = (stretch for stretch in _innermost(operators) if not _only_wraps(stretch.name))
-    for start, end, name in [*computed, *collectives]:
-        phase, category = _phase_at(start, phases), category_of(name)
-        if phase == "optimizer" and category in (Category.ELEMENTWISE, Category.OTHER):
-            category = Category.OPTIMIZER
-        found.append(Activity(start, end, name, category, phase))
+    for stretch in (*computed, *collectives):
+        phase = _phase_at(stretch.start, phases)
+        found.append(Activity(*stretch, _category(stretch.name, phase), phase))
     return found
 
 
+def _span(event: dict[str, Any]) -> Range:
+    return Range(event["ts"], event["ts"] + event["dur"], event["name"])
+
+
+def _category(name: str, phase: str) -> Category:
+    """The category of a kernel; the optimizer's phase has its elementwise and unknown ones."""
+    category = category_of(name)
+    if phase == "optimizer" and category in (Category.ELEMENTWISE, Category.OTHER):
+        return Category.OPTIMIZER
+    return category
+
+
 def _only_wraps(name: str) -> bool:
-    """Whether it is an autograd function (``_AllToAll``) or the engine, and no operator
-    (``aten::mm``)."""
+    """Whether it is an autograd function (``_AllToAll``), not an operator (``aten::mm``)."""
     return "::" not in name or "autograd::" in name
 
 
 def _innermost(operators: list[Range]) -> Iterator[Range]:
-    """Nested operators cut into stretches, each named by the innermost operator there."""
+    """Nested operators as stretches, each with the name of its innermost operator."""
     stack: list[Range] = []
     at = 0.0
     for operator in sorted(operators, key=lambda o: (o.start, -o.end)):
