@@ -274,7 +274,7 @@ def _remarks(facts: Facts, entries: Sequence[Entry]) -> Iterator[str]:
 
 def _row_remarks(facts: Facts, entry: Entry) -> Iterator[str]:
     id_, capped = entry.experiment.id, facts.capped(entry.experiment.id)
-    published = facts.references.published.beside(id_)
+    published = facts.references.published.matching(id_)
     if published and published.remarks:
         yield f"`{id_}`: {'; '.join(published.remarks)}."
     if entry.record and entry.record.experiment.card:
