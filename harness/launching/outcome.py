@@ -194,11 +194,7 @@ RULES = (
         "oom-host",
         _host_memory,
     ),
-    _rule(
-        r"/dev/shm|shm_open|insufficient shared memory",
-        "crash",
-        _SHARED_MEMORY,
-    ),
+    _rule(r"/dev/shm|shm_open|insufficient shared memory", "crash", _SHARED_MEMORY),
     _rule(
         r"SIGBUS|Bus error",  # also what a mapped file does that became shorter
         "crash",
@@ -311,11 +307,7 @@ RULES = (
         "someone killed it, or a limit of its container did: dmesg may tell",
         anywhere=False,
     ),
-    _rule(
-        r"ended by SIGTERM|SignalException",
-        "killed",
-        "the results so far are kept",
-    ),
+    _rule(r"ended by SIGTERM|SignalException", "killed", "the results so far are kept"),
 )
 """Known failures, the specific before the general: the first rule that matches decides."""
 

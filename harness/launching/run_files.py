@@ -15,15 +15,7 @@ from harness.machine import gpus
 from harness.machine.provenance import describe_environment
 from harness.run.checkpoints import Saving
 from harness.run.directory import RunDir
-from harness.run.schema import (
-    Change,
-    LaunchRate,
-    MemoryGib,
-    Rank,
-    Result,
-    StepMetrics,
-    Upstream,
-)
+from harness.run.schema import Change, LaunchRate, MemoryGib, Rank, Result, StepMetrics, Upstream
 from harness.run.step_statistics import measure
 from harness.system.files import told_if_unwritable, write_json, write_text
 
