@@ -1,16 +1,15 @@
-"""Errors written for people: what is wrong, with the values, and what to do."""
+"""Errors for users: what is wrong, with its values, and how to fix it."""
 
 from collections.abc import Iterable
 from difflib import SequenceMatcher, get_close_matches
 
 
 class UserError(Exception):
-    """A mistake the user can mend. The command line prints it as ``error: …`` and exits 2, without
-    a traceback."""
+    """A mistake the user can fix: the command line prints ``error: …`` and exits with status 2."""
 
 
 def first_line(error: BaseException) -> str:
-    """What ``error`` says, the first line of it; its kind where it says nothing."""
+    """The first line of the message of ``error``; its type where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -21,11 +20,9 @@ def similar(name: str, valid: Iterable[str]) -> str | None:
 
 
 def nearest(name: str, valid: Iterable[str], n: int = 5) -> str:
-    """Return the valid names closest to ``name``, ready to end a message: ``did you mean 408,
-    418?``.
+    """The valid names closest to ``name``, as the end of a message: ``did you mean 408, 418?``.
 
-    Where nothing is close, all valid names are listed if they are few, else the first ``n``;
-    ``there are none`` of no names.
+    Where none is close, all valid names if they are few, else the first ``n``.
     """
     valid = list(valid)
     if not valid:
@@ -38,7 +35,7 @@ def nearest(name: str, valid: Iterable[str], n: int = 5) -> str:
 
 
 def _closest(name: str, valid: list[str], n: int, cutoff: float) -> list[str]:
-    """The ``n`` that are most alike; of those that are as much alike, the first in ``valid``."""
+    """The ``n`` most similar names; equally similar ones in the order of ``valid``."""
     close = get_close_matches(name, valid, len(valid) or 1, cutoff)
     return sorted(
         close, key=lambda one: (-SequenceMatcher(None, one, name).ratio(), valid.index(one))

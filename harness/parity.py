@@ -1,11 +1,9 @@
-"""Is it even correct? A tiny model trained under every parallelism: its losses are one process's,
-step by step.
+"""``make parity``: under every parallelism a tiny model has the losses of a single process.
 
-All runs load the same weights, one ``torch_dist`` checkpoint that upstream reshards, and see the
-same data in the same micro-batches: fp32, no dropout, routing not forced, no token dropped. What
-differs is the order of sums. The learning rate is high enough that a wrong gradient shows in the
-next loss; the norms of the gradients are compared as well, because Adam hides a factor that is
-wrong in all of them alike.
+All runs load the same weights, one ``torch_dist`` checkpoint that upstream reshards, and train on
+the same micro-batches: fp32, no dropout, no forced routing, no dropped tokens. Only the order of
+sums differs. The learning rate is high enough that a wrong gradient shows in the next loss.
+Gradient norms are compared as well, because Adam hides a wrong factor common to all gradients.
 """
 
 from __future__ import annotations
@@ -37,7 +35,7 @@ STEPS = 10
 LOSS_TOLERANCE = 2e-6
 NORM_TOLERANCE = 2e-5
 LIMIT_S = 300
-"""No run takes a tenth of this; one that does hangs."""
+"""A run takes less than a tenth of this; a longer one hangs."""
 
 DENSE = Model(name="tiny", num_layers=4, hidden_size=64, num_attention_heads=4, vocab_size=255)
 MOE = Model(
@@ -95,7 +93,7 @@ class ParityRun:
     Attributes:
         arguments: upstream's, beyond what the experiment says.
         tolerance: relative difference up to which its losses count as equal.
-        own_script: whether the harness's own script trains, though upstream's is there.
+        own_script: whether harness/entry/pretrain.py trains, even where upstream's script is there.
     """
 
     name: str
@@ -126,8 +124,7 @@ class ParityRun:
             self._pids.add(pid)
 
     def ended(self) -> bool:
-        """Whether all ranks have ended. Where one has failed or time is up, the others are ended
-        too."""
+        """Whether all ranks have ended; after a failure or ``LIMIT_S`` the others are killed."""
         for pid in tuple(self._pids):
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
@@ -143,11 +140,11 @@ class ParityRun:
         return not self._pids
 
     def metrics(self) -> tuple[StepMetrics, ...]:
-        """One line a step."""
+        """One entry per step."""
         return RunDir(self.folder).read_metrics()
 
     def _train(self, rank: int, port: int) -> NoReturn:
-        """Be rank ``rank``, as torchrun would have started it."""
+        """Train as rank ``rank``, with the environment that torchrun would set."""
         from harness.entry.rank import run
 
         log = os.open(self.folder / "logs.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -174,8 +171,7 @@ class ParityRun:
 
 
 def _free_port() -> int:
-    """A port that nobody listens on, below those that the system hands out: of these gloo takes
-    some at any moment."""
+    """A free port below the range that the kernel assigns, from which gloo takes ports any time."""
     try:
         lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     except OSError:
@@ -187,17 +183,15 @@ def _free_port() -> int:
 
 
 def main(only: Collection[str] | None = None) -> int:
-    """Print a line for every layout; return 0 where the losses of all equal those of one process,
-    else 1.
+    """Compare every layout with one process, a line each; the exit status, 0 where all are equal.
 
     Args:
-        only: names in ``LAYOUTS``; by default all of them, and the harness's own script against
-        upstream's.
+        only: names in ``LAYOUTS``; by default all of them, and the harness's own script.
     """
     for variable in variables(tiny(DENSE, {}), "cpu"):
         os.environ[variable.name] = variable.value
     os.environ["OMP_NUM_THREADS"] = "1"
-    warnings.simplefilter("ignore")  # upstream's, about what a CPU has not
+    warnings.simplefilter("ignore")  # upstream warns of features that need a GPU
     from harness.entry import rank
 
     rank.prepare_for_forks()
@@ -215,8 +209,11 @@ def main(only: Collection[str] | None = None) -> int:
 def _compare(
     layouts: dict[str, tuple[Model, dict[str, object]]], folder: Path, with_own_script: bool
 ) -> bool:
-    """Make the weights, train one process a model, then every layout; return whether all losses are
-    equal."""
+    """Train one step for the weights, then one process per model, then all layouts.
+
+    Returns:
+        whether all losses are equal.
+    """
     initial, single, runs = [], [], []
     for model in dict.fromkeys(model for model, _ in layouts.values()):
         weights = str(folder / f"{model.name} weights")
@@ -275,7 +272,7 @@ def _run(
 
 
 def tiny(model: Model, changes: dict[str, object]) -> Experiment:
-    """A run of seconds: ``model`` on one process with ``changes`` (fields of Experiment)."""
+    """``model`` on one process for a few seconds, with ``changes`` (fields of Experiment)."""
     one_process = Experiment(
         id="999",
         slug="parity",
@@ -292,14 +289,12 @@ def tiny(model: Model, changes: dict[str, object]) -> Experiment:
 
 
 def flags(experiment: Experiment) -> list[str]:
-    """Upstream's arguments for ``experiment``, with everything off that may differ between
-    layouts."""
+    """Upstream's arguments for ``experiment``, without anything random."""
     return flags_as_learned(experiment, "cpu") + SETTINGS.split()
 
 
 def _finished(runs: list[ParityRun]) -> Iterator[ParityRun]:
-    """Run all, as many at a time as there are cores for their ranks, and yield each when it has
-    ended."""
+    """Run all, at most one rank per core at the same time; yield each run at its end."""
     waiting, running = list(runs), []
     free = max(os.cpu_count() or 1, 2)
     while waiting or running:
@@ -315,14 +310,13 @@ def _finished(runs: list[ParityRun]) -> Iterator[ParityRun]:
 
 
 def _judge(run: ParityRun, reference: tuple[StepMetrics, ...] | None = None) -> bool:
-    """Print the row of ``run``; return whether it equals ``reference``, or can be one, at every
-    step."""
+    """Print the row of ``run``; whether it equals ``reference``, or can be one, at every step."""
     steps = run.metrics()
     reference = reference or steps
     losses = [step.loss for step in steps]
     span = f"{losses[0]:.5f} -> {losses[-1]:.5f}" if losses else ""
     if run.failure or None in losses or len(steps) != STEPS or len(reference) != STEPS:
-        verdict = run.failure or f"{len(steps)} of {STEPS} steps, {len(reference)} to compare with"
+        verdict = run.failure or f"{len(steps)} of {STEPS} steps, {len(reference)} in the reference"
         print(ROW.format(run.name, run.ranks, len(steps), span, "", "", verdict), flush=True)
         return False
     loss, norm = (

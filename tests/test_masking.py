@@ -76,7 +76,7 @@ def test_a_script_without_its_secret_says_which(monkeypatch) -> None:
     monkeypatch.delenv("HARNESS_SECRET_7", raising=False)
     with pytest.raises(
         UserError,
-        match=r"\$HARNESS_SECRET_7 stands for a secret that is not written down\nexport HARNESS_SECRET_7=",
+        match=r"\$HARNESS_SECRET_7 is a secret, which no file contains\nexport HARNESS_SECRET_7=",
     ):
         reveal(["--key=$HARNESS_SECRET_7"])
 
@@ -173,7 +173,7 @@ SPELLED = r"a\x1b[31mb\x07c\rd\x9be\u202ef\x7fg\udcffh"
 def test_control_characters_are_spelled_out() -> None:
     assert screen.harmless(CONTROLS + "\n\tåä 数") == SPELLED + "\n\tåä 数"
     out = io.StringIO()
-    print(screen.paint("x", screen.RED, on=True), CONTROLS, file=screen.Border(out))
+    print(screen.paint("x", screen.RED, on=True), CONTROLS, file=screen.SafeStream(out))
     assert out.getvalue() == rf"\x1b[31mx\x1b[0m {SPELLED}" + "\n"
 
 
@@ -184,7 +184,9 @@ def test_a_terminal_gets_our_colours_only() -> None:
 
     out = Terminal()
     print(
-        screen.paint("x", screen.RED, on=True), "\x1b]0;title\x07\x1b[2J", file=screen.Border(out)
+        screen.paint("x", screen.RED, on=True),
+        "\x1b]0;title\x07\x1b[2J",
+        file=screen.SafeStream(out),
     )
     assert out.getvalue() == "\x1b[31mx\x1b[0m \\x1b]0;title\\x07\\x1b[2J\n"
 
@@ -237,7 +239,7 @@ def test_a_script_has_no_control_character_and_the_same_words() -> None:
 
 def test_json_on_standard_output_stays_json(tmp_path) -> None:
     out = io.StringIO()
-    print(json.dumps({"label": CONTROLS}), file=screen.Border(out))
+    print(json.dumps({"label": CONTROLS}), file=screen.SafeStream(out))
     assert json.loads(out.getvalue()) == {"label": CONTROLS}
 
 

@@ -124,9 +124,9 @@ def test_runs_side_by_side_are_told_apart():
 def test_the_summary_has_the_numbers_and_over_which_steps():
     text = summary("101-x", Path("/elsewhere/101-x"), result(packed_with=("104-y",)))
     assert "101-x: ok, 20 of 20 steps, 0:41" in text
-    assert "186.8 ± 0.9 ms, median of steps 6 to 20 (185.1 to 190.2)" in text
+    assert "186.8 ± 0.9 ms, median ± half IQR of steps 6-20 (185.1 to 190.2)" in text
     assert "54.0 TFLOP/s/GPU, MFU 5.5% of 989.5, 5,482 tokens/s; of model FLOPs" in text
-    assert "28.01 allocated, 30.50 reserved, 32.20 in all, GiB of the fullest rank" in text
+    assert "GiB of the fullest rank: 28.01 allocated, 30.50 reserved, 32.20 in all" in text
     assert "10.9877 -> 9.1235" in text
     assert "the node with 104" in text and "files   /elsewhere/101-x/" in text
     assert all(len(line) <= 80 for line in text.splitlines())

@@ -82,7 +82,7 @@ def test_an_id_stands_for_its_newest_run(
     second_run(tmp_path, label="newest")
     second_run(tmp_path, stem="104", label="other", started=started + 60)
     assert verified(tmp_path, RUN=wanted) == 0
-    assert capsys.readouterr().out.startswith("newest beside h200-141gb/101")
+    assert capsys.readouterr().out.startswith("newest against h200-141gb/101")
 
 
 def test_the_same_again_agrees_and_is_shown(
@@ -92,7 +92,7 @@ def test_the_same_again_agrees_and_is_shown(
     assert verified(tmp_path) == 0
     said = capsys.readouterr().out.splitlines()
     assert (
-        said[0].startswith("again beside h200-141gb/101 of 2026-")
+        said[0].startswith("again against h200-141gb/101 of 2026-")
         and "NVIDIA H200, Megatron-LM core 0.19.1" in said[0]
     )
     median = f"{read(KEPT / '101.json').result.step_ms.median:,.1f}"

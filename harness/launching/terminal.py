@@ -212,8 +212,8 @@ def summary(label: str, path: Path, result: Result) -> str:
     if r.step_ms:
         s = r.step_ms
         lines.append(
-            f"  step    {s.median:.1f} ± {s.half_iqr:.1f} ms, median of steps {r.window[0]} to"
-            f" {r.window[1]} ({s.min:.1f} to {s.max:.1f})"
+            f"  step    {s.median:.1f} ± {s.half_iqr:.1f} ms, median ± half IQR of steps "
+            f"{r.window[0]}-{r.window[1]} ({s.min:.1f} to {s.max:.1f})"
         )
     elif r.status == "ok":
         lines.append(f"  step    no median: the averaging window begins after step {r.steps_done}")
@@ -259,7 +259,7 @@ def _memory(r: Result) -> list[str]:
     parts = [f"{gib:.2f} {name}" for name, gib in named if gib is not None]
     if not parts and m.rss is not None:
         parts = [f"{m.rss:.2f} resident"]
-    return [f"  memory  {', '.join(parts)}, GiB of the fullest rank"] if parts else []
+    return [f"  memory  GiB of the fullest rank: {', '.join(parts)}"] if parts else []
 
 
 def _numbers(p: Snapshot) -> str:

@@ -1,12 +1,12 @@
-"""Does a second run of a row agree with its record? ``make verify-101`` runs it again,
-``RUN=label`` reads a run instead.
+"""``make verify-101``: runs an experiment again and compares it with its record.
 
-They agree where both ran out of memory, or where both are ok and
+``RUN=label`` compares a run that exists.
+
+They agree where both ran out of memory, or both are ok and
 
     step time   |median here - median recorded| <= 2 sqrt(u1^2 + u2^2), u the standard uncertainty
-                of each median by
-                measured.step_noise_ms: robust against single slow steps, and with what runs of the
-                    same work differ by
+                of each median (``step_noise_ms``): robust against single slow steps, and with
+                the spread between runs of the same work
     memory      used memory of the fullest GPU (NVML) within 1 %
 """
 
@@ -35,12 +35,12 @@ from harness.run.schema import changes_in_words
 from harness.system import screen
 
 MEMORY_TOLERANCE = 0.01
-"""Relative; the allocator's caching alone moves used memory by a few tenths of a percent."""
+"""Relative; the allocator's caching alone changes used memory by a few tenths of a percent."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """One quantity of the record and of the run, and how far apart they may be."""
+    """One quantity of the record and of the run: their difference and the allowed one."""
 
     name: str
     record: str
@@ -53,14 +53,13 @@ class Line:
 def verify(
     id_: str, settings: Mapping[str, str], outdir: Path, records: Path, prepare: Callable[[], None]
 ) -> int:
-    """Run experiment ``id_`` again, or read RUN, and print how it compares with its record on the
-    same hardware.
+    """Run experiment ``id_`` again, or read RUN=, and compare with its record on the same hardware.
 
-    ``settings`` that change the experiment (CARD=, ARGS=) choose the record of that; STEPS and DATA
-    are the record's where they are not given. ``prepare`` is called before something runs.
+    ``settings`` that change the experiment (CARD=, ARGS=) select the record of that; STEPS and DATA
+    are by default the record's. ``prepare`` is called before a run starts.
 
     Returns:
-        0 where they agree, 1 where they do not or the run failed.
+        the exit status: 0 where they agree, 1 where they do not or the run failed.
 
     Raises:
         UserError: there is no record, the run is of other work, or it cannot be compared: other
@@ -86,8 +85,7 @@ def verify(
 
 
 def choose(records: Sequence[Row], run: Row) -> Row:
-    """The newest of ``records`` that ``run`` can be compared with. Raises UserError where there is
-    none, and says why."""
+    """The newest of ``records`` that ``run`` can be compared with. Raises UserError without one."""
     if run.experiment.miniature:
         raise UserError(
             f"{run.label} is a CPU miniature; {records[0].label} was measured on"
@@ -104,8 +102,7 @@ def choose(records: Sequence[Row], run: Row) -> Row:
     here = _on_hardware(records, run.hardware)
     if run.state in ("running", "killed"):
         raise UserError(
-            f"{run.label} is {run.state}: only a run that came to its own end can be compared with"
-            " a record"
+            f"{run.label} is {run.state}: only a finished run can be compared with a record"
         )
     record = next((row for row in here if row.software == run.software), None)
     if record is None:
@@ -135,7 +132,7 @@ _CONDITIONS = {
 
 
 def compare(record: Row, run: Row) -> list[Line]:
-    """How a run compares with a record, quantity by quantity."""
+    """The quantities of a run and of a record, compared."""
     if record.state != "ok" or run.state != "ok":
         return [Line("ended as", record.state, run.state, "", "", record.state == run.state)]
     (median, noise), (here, noise_here) = _step(record), _step(run)
@@ -174,7 +171,7 @@ def render(record: Row, run: Row, lines: Sequence[Line]) -> str:
     return "\n".join(
         [
             (
-                f"{run.label} beside {record.label} of {measured_on}: {record.hardware},"
+                f"{run.label} against {record.label} of {measured_on}: {record.hardware},"
                 f" {record.software}"
             ),
             *screen.grid(table),
@@ -189,13 +186,13 @@ def render(record: Row, run: Row, lines: Sequence[Line]) -> str:
 
 
 def _step(row: Row) -> tuple[float, float]:
-    """Median step time and its standard uncertainty, in ms, both from the metrics."""
+    """Median step time and its standard uncertainty, in ms."""
     steps_ms = [m.step_ms for m in step_statistics.window(row.experiment, metrics(row))]
     return statistics.median(steps_ms), step_statistics.step_noise_ms(steps_ms)
 
 
 def _used_gib(row: Row, other: Row) -> float:
-    """Used memory, with what the driver keeps for itself where the ``other`` states it so."""
+    """Used memory, including what the driver reserves where that of ``other`` includes it."""
     includes_driver = other.memory_gib.driver is None
     return row.memory_gib.nvml + (row.memory_gib.driver or 0.0 if includes_driver else 0.0)
 
@@ -232,8 +229,7 @@ def _read(label: str, outdir: Path, experiment: Experiment) -> Row:
 
 
 def _newest_of(wanted: str, rows: Sequence[Row], experiment: Experiment) -> Row | None:
-    """The newest run with this id or name: of the work of ``experiment`` and at its end, if there
-    is one."""
+    """The newest run with this id or name; finished runs of the work of ``experiment`` first."""
     of_it = [row for row in rows if wanted in (row.experiment.id, row.experiment.name)]
 
     def order(row: Row) -> tuple[bool, bool, float]:
@@ -244,7 +240,7 @@ def _newest_of(wanted: str, rows: Sequence[Row], experiment: Experiment) -> Row 
 
 
 def _run(records: Sequence[Row], settings: Mapping[str, str], prepare: Callable[[], None]) -> Row:
-    """Launch the record's experiment on this machine, alone, and return the run."""
+    """Run the record's experiment on this machine."""
     from harness.launching.launch import run_plan
     from harness.planning.plan import choose_device, plan
 

@@ -1,2 +1,1 @@
-"""The operating system underneath: files that appear whole, locks, processes, terminals, secrets
-kept out of print."""
+"""The operating system: atomic files, locks, processes, terminals, and masking of secrets."""

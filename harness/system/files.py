@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and readers of what a killed process may have left."""
+"""Atomic writes that survive a power cut, and readers of files that a killed process left."""
 
 from __future__ import annotations
 
@@ -20,13 +20,12 @@ if TYPE_CHECKING:
 
 
 MAKE_ROOM = "make room there (make clean removes failed runs that cannot be resumed)"
-"""The way out of a full disk that costs no work."""
+"""Advice for a full disk that loses no work."""
 
 
 @contextmanager
 def atomic(path: Path) -> Iterator[BinaryIO]:
-    """A file to write: readers see the old one or the whole new one, after a power cut the new
-    one."""
+    """A file to write: readers see the old or the complete new one, also after a power cut."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -40,8 +39,7 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
 
 
 def expanded(text: str) -> Path:
-    """The path ``text`` with its ~ expanded, as a shell does: that of an unknown user stays as it
-    is."""
+    """The path ``text`` with its ~ expanded; like a shell, leave that of an unknown user."""
     try:
         return Path(text).expanduser()
     except RuntimeError:
@@ -49,11 +47,10 @@ def expanded(text: str) -> Path:
 
 
 def replace_folder(new: Path, target: Path) -> None:
-    """Give the folder ``new`` the name ``target``; a folder that has it goes only once the new one
-    stands there.
+    """Rename the folder ``new`` to ``target``, and delete a folder of that name only then.
 
-    A process that is killed between the two renames leaves the old folder, whole, as
-    ``.<name>.<pid>.old`` beside it.
+    A process killed between the two renames leaves the old folder complete, next to ``target`` as
+    ``.<name>.<pid>.old``.
     """
     sync_tree(new)
     old = target.with_name(f".{target.name}.{os.getpid()}.old")
@@ -65,10 +62,9 @@ def replace_folder(new: Path, target: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the disk know the names in ``folder``: a file that was synced can still be nameless
-    after a power cut.
+    """Sync the names in ``folder`` to disk: a synced file can lose its name in a power cut.
 
-    File systems that cannot sync folders (some network and overlay ones) are left as they are.
+    File systems that cannot sync folders (some network and overlay ones) are ignored.
     """
     try:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -84,8 +80,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Have the disk know the bytes of ``path``, whoever wrote them on this host. Does nothing where
-    it is not there."""
+    """Sync the bytes of ``path`` to disk, whoever wrote them; it may be missing."""
     try:
         handle = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
@@ -97,8 +92,7 @@ def sync_file(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Have the disk know every file below ``folder``, and the names of all of them, of ``folder``
-    too."""
+    """Sync every file in ``folder`` and all names, that of ``folder`` too, to disk."""
     for inner, _, names in os.walk(folder):
         for name in names:
             sync_file(Path(inner, name))
@@ -107,8 +101,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make ``folder`` and what is missing above it, for good: after a power cut they are still
-    there."""
+    """Make ``folder`` and missing parents, and sync their names to disk."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in missing:
@@ -116,13 +109,13 @@ def make_folder(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text``, whole or not at all."""
+    """Write ``text`` atomically."""
     with atomic(path) as file:
         file.write(text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value``, whole or not at all. Numbers that JSON lacks (NaN, infinity) become null."""
+    """Write ``value`` atomically. NaN and infinity, which JSON lacks, become null."""
     write_text(path, json.dumps(_finite(value), indent=1, allow_nan=False) + "\n")
 
 
@@ -136,8 +129,10 @@ def _finite(value: Any) -> Any:
 
 @contextmanager
 def told_if_unwritable(directory: Path, setting: str = "OUTDIR") -> Iterator[None]:
-    """Turn a full disk, missing rights and the like into a UserError with the way out; ``setting``
-    names the directory."""
+    """Turn an OSError such as a full disk into a UserError with advice.
+
+    ``setting`` is the one that names ``directory``.
+    """
     try:
         yield
     except OSError as error:
@@ -151,11 +146,10 @@ def told_if_unwritable(directory: Path, setting: str = "OUTDIR") -> Iterator[Non
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Make ``folder`` and keep it to this process; remove the files that a killed one left
-    half-written.
+    """Make ``folder`` and lock it; remove incomplete files that a killed process left.
 
     Raises:
-        UserError: another process has it.
+        UserError: another process writes to it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
@@ -171,7 +165,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``. Raises ValueError where there is none."""
+    """The JSON object in ``path``. Raises ValueError where it holds none."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
@@ -192,13 +186,13 @@ def json_object(text: str) -> dict[str, Any] | None:
 
 
 def complaint(path: Path, error: ValidationError) -> str:
-    """What is wrong in ``path`` first: the key and why."""
+    """The first error in ``path``: its key and the reason."""
     first = error.errors()[0]
     return f"{path.name}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
 def text_lines(path: Path) -> list[str]:
-    """The lines of a file; none where it cannot be read."""
+    """Lines of a file; none where it cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

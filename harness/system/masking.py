@@ -1,10 +1,9 @@
-"""Passwords, tokens and keys of ARGS=: the run gets them, and nothing that is written or shown
-does.
+"""Passwords, tokens and keys in ARGS=: the run gets them, but no file and no output does.
 
-On the command line's border ``hide`` puts ``$HARNESS_SECRET_1`` in the place of the first secret,
-and the secret into this process's environment, which ranks inherit. Experiments, scripts, Slurm
-jobs, error messages and reports hold the name only; a rank puts the secret back into its own
-arguments (``reveal``), and masks it in what it prints (``mask``).
+When a command is read, ``hide`` replaces the first secret by ``$HARNESS_SECRET_1`` and puts its
+value into this process's environment, which ranks inherit. Experiments, scripts, Slurm jobs,
+messages and reports contain the name alone. A rank puts the value back into its arguments
+(``reveal``) and replaces it in its output (``mask``).
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ from harness.errors import UserError
 
 VARIABLE = "HARNESS_SECRET_"
 PLACE = re.compile(rf"\$({VARIABLE}\d+)(?!\d)")
-"""What stands for a secret."""
+"""The name of a secret, in its place."""
 KNOWN = ("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACEHUB_API_TOKEN")
-"""Variables of other programs that hold one."""
+"""Environment variables of other programs that hold a secret."""
 SHORTEST = 4
-"""A shorter secret is not looked for in output: every second line would hold it."""
+"""Characters; shorter secrets are not masked in output, where they would occur by chance."""
 
 _VALUE = r"""(?:'[^']*'|"[^"]*"|[^\s'"]+)"""
 _NAMED = re.compile(
@@ -44,11 +43,10 @@ _IN_URL = re.compile(
 
 
 def hide(text: str, environment: MutableMapping[str, str] = os.environ) -> str:
-    """``text``, the value of ARGS=, with names in the place of its secrets, which go into
-    ``environment``.
+    """``text``, the value of ARGS=, with secrets replaced by names; values go to ``environment``.
 
-    A secret is what follows an argument such as --wandb-api-key, what has the shape of a token
-    (hf_…, 40 hexadecimal digits), and the password of a URL.
+    Secrets are values of arguments such as --wandb-api-key, words in the form of a token (hf_…, 40
+    hexadecimal digits), and passwords in URLs.
     """
     names: dict[str, str] = {}
 
@@ -58,7 +56,7 @@ def hide(text: str, environment: MutableMapping[str, str] = os.environ) -> str:
             return value
         if bare not in names:
             number = len(names) + 1
-            while f"${VARIABLE}{number}" in text:  # the secret of an outer command
+            while f"${VARIABLE}{number}" in text:  # already used by an outer command
                 number += 1
             names[bare] = f"{VARIABLE}{number}"
         environment[names[bare]] = bare
@@ -73,17 +71,17 @@ def hide(text: str, environment: MutableMapping[str, str] = os.environ) -> str:
 
 
 def reveal(words: list[str]) -> list[str]:
-    """``words`` with the secrets themselves.
+    """``words`` with names replaced by secrets.
 
     Raises:
-        UserError: one is not in the environment, as where a script is run again by hand.
+        UserError: one is not in the environment, for example where command.sh is run by hand.
     """
 
     def secret(found: re.Match[str]) -> str:
         if found[1] not in os.environ:
             raise UserError(
-                f"{found[0]} stands for a secret that is not written down\nexport {found[1]}=… and"
-                " start again"
+                f"{found[0]} is a secret, which no file contains\nexport {found[1]}=… and start"
+                " again"
             )
         return os.environ[found[1]]
 
@@ -91,7 +89,7 @@ def reveal(words: list[str]) -> list[str]:
 
 
 def mask(text: str) -> str:
-    """``text`` with names in the place of this process's secrets."""
+    """``text`` with this process's secrets replaced by their names."""
     for name, value in os.environ.items():
         if (
             (name in KNOWN or name.startswith(VARIABLE))

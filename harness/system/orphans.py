@@ -1,19 +1,21 @@
-"""No process outlives the one it belongs to: the kernel ends it, even where its parent was killed
-(prctl(2), Linux only)."""
+"""Processes that the kernel ends with their parent, also after its SIGKILL (Linux only)."""
 
 import ctypes
 import os
 import signal
 import sys
 
-# loaded here: between fork and exec, another thread's lock would never open
+# Loaded at import: between fork and exec, a lock that another thread held is never released.
 _LIBC = ctypes.CDLL(None)
 _PR_SET_PDEATHSIG = 1
 
 
 def end_with(parent: int, number: signal.Signals = signal.SIGKILL) -> None:
-    """Have this process get the signal ``number`` when ``parent``, its parent, dies; end it where
-    that is gone already."""
+    """Have the kernel send ``number`` to this process when ``parent``, its parent, ends.
+
+    prctl(PR_SET_PDEATHSIG) acts when the parent *thread* ends, and only from now on: a parent that
+    has ended already is noticed by its pid.
+    """
     if sys.platform == "linux":
         _LIBC.prctl(_PR_SET_PDEATHSIG, number)
         if os.getppid() != parent:

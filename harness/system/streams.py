@@ -1,5 +1,4 @@
-"""Standard output and error whose reader may go away: ``make 101 | head`` closes a pipe, and the
-work goes on."""
+"""Standard output and error whose reader may end first, as in ``make 101 | head``."""
 
 from __future__ import annotations
 
@@ -11,8 +10,7 @@ from typing import Any, TextIO
 
 
 class LastingStream:
-    """A text stream that drops what is written once nobody reads it, in place of
-    BrokenPipeError."""
+    """A text stream that drops output once its reader has ended, instead of BrokenPipeError."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -33,8 +31,8 @@ class LastingStream:
         try:
             return act(*arguments)
         except BrokenPipeError:
-            # the descriptor, not only this object: what was buffered, and processes that are still
-            # to start, use it, too
+            # Replace the descriptor, not only this object: buffered output and processes that start
+            # later use it, too.
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
@@ -43,8 +41,7 @@ class LastingStream:
 
 @contextmanager
 def lasting_output() -> Iterator[None]:
-    """While this context lasts, nothing ends because the reader of standard output or error has
-    gone."""
+    """In this context, the end of a reader of standard output or error raises nothing."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = map(LastingStream, before)
     try:

@@ -1,4 +1,4 @@
-"""Worker processes that end with their parent, however it ends, and hand back results in order."""
+"""Worker processes that end with their parent and return results in order."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ from harness.system.orphans import end_with
 def map_in_order(
     function: Callable[..., Any], tasks: Iterable[tuple], processes: int | None = None
 ) -> Iterator[Iterator[Any]]:
-    """``function(*task)`` for each task, spread over ``processes`` (all cores by default), two
-    tasks ahead.
+    """``function(*task)`` for each task, on ``processes`` (all cores by default), two ahead each.
 
-    ``tasks`` may be endless: leaving the context abandons what is not yet asked for. One process:
-    this one.
+    ``tasks`` may be endless: leaving the context drops results that were not read. With one
+    process, tasks run in this one.
     """
     processes = processes or len(os.sched_getaffinity(0))
     if processes == 1:
@@ -52,7 +51,7 @@ def _ordered(
 
 
 def _submit(pool: ProcessPoolExecutor, function: Callable[..., Any], task: tuple) -> Future[Any]:
-    """Ctrl-C is the parent's: a worker that this begins inherits that it is blocked."""
+    """Submit a task. Workers started by that inherit a blocked SIGINT: Ctrl-C is for the parent."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         return pool.submit(function, *task)

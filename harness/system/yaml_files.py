@@ -1,5 +1,4 @@
-"""YAML files that people write, as checked values: what is wrong in one is said with the file, the
-key and the way out."""
+"""YAML files as checked values; errors name the file, the line, the key and the fix."""
 
 from __future__ import annotations
 
@@ -15,17 +14,16 @@ from harness.errors import UserError, nearest
 
 
 class Located(dict):
-    """A mapping that knows where its keys stand. ``lines``: key -> line of the file, from 1."""
+    """A mapping with the ``lines`` of its keys in the file, from 1."""
 
     lines: dict[Any, int]
 
 
 class _StrictLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-    """Refuses what YAML readers otherwise take silently: a key that occurs twice in one mapping, a
-    key that is no name.
+    """Refuses what YAML loaders accept silently: duplicate keys, and keys that are no names.
 
-    Keys are words or whole numbers (ids). ``yes``, ``1.5`` and ``2024-01-01`` are other things to
-    YAML, lists are no keys.
+    Keys are words or whole numbers (ids). ``yes``, ``1.5`` and ``2024-01-01`` have other types in
+    YAML.
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
@@ -51,7 +49,7 @@ class _StrictLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         return super().construct_mapping(node, deep)
 
     def located(self, node: yaml.MappingNode) -> Iterator[Located]:
-        """A mapping with the lines of its keys, in two steps, so that it may contain itself."""
+        """A mapping with the lines of its keys; in two steps, since it may contain itself."""
         found = Located()
         yield found
         found.update(self.construct_mapping(node))
@@ -66,8 +64,7 @@ _StrictLoader.add_constructor("tag:yaml.org,2002:map", _StrictLoader.located)
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises UserError where it is none, has a key twice or one that is
-    no name."""
+    """The mapping in a YAML file. Raises UserError where there is none, or a key is not allowed."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
     except OSError as error:
@@ -87,7 +84,7 @@ def read(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def entry(path: Path, content: Mapping[Any, Any], key: Any) -> Iterator[None]:
-    """Add to a complaint about ``content[key]`` where in ``path`` it stands (UserError)."""
+    """Add the line of ``content[key]`` in ``path`` to a UserError about it."""
     try:
         yield
     except UserError as error:
@@ -117,7 +114,7 @@ def word(value: Any, where: str, example: str) -> str:
 
 
 def build[Kind: BaseModel](kind: type[Kind], fields: Mapping[str, Any], where: str) -> Kind:
-    """A ``kind`` of ``fields``. Raises UserError with a line for each that is wrong."""
+    """A ``kind`` from ``fields``. Raises UserError with a line for each wrong field."""
     try:
         return kind(**words(fields, where))
     except ValidationError as error:
@@ -145,7 +142,7 @@ def _complaint(error: Mapping[str, Any], kind: type[BaseModel]) -> str:
 
 
 def _keys(kind: type[BaseModel], at: tuple[int | str, ...]) -> list[str]:
-    """The keys of ``kind``, or of the values inside it that lie ``at`` these keys."""
+    """The keys of ``kind``, or of the model nested in it ``at`` these keys."""
     for part in at:
         fields = [field for name, field in kind.model_fields.items() if part in (name, field.alias)]
         inside = [

@@ -1,2 +1,1 @@
-"""How Megatron-LM is spoken to: its arguments, its environment variables, its log to Weights &
-Biases."""
+"""The interface to Megatron-LM: its arguments, environment variables, and logging to W&B."""

@@ -1,4 +1,4 @@
-"""Upstream's own argument list, read from its parser."""
+"""``make arguments``: upstream's arguments, from its parser."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from harness.errors import UserError
 
 
 def print_arguments(match: str | None = None) -> int:
-    """Print every argument of ``pretrain_gpt.py`` by upstream's groups; ``match`` keeps those with
-    it, and their help.
+    """Print every argument of ``pretrain_gpt.py`` by upstream's groups; the exit status.
 
-    Raises UserError where nothing matches.
+    Args:
+        match: print only arguments that contain it, with their help.
+
+    Raises:
+        UserError: none contains ``match``.
     """
     groups = [
         (title, [a for a in actions if not match or match in " ".join(a.option_strings)])
@@ -55,7 +58,7 @@ def _groups() -> list[tuple[str, list[argparse.Action]]]:
 
 
 def upstream_parser() -> argparse.ArgumentParser:
-    """The parser of ``pretrain_gpt.py``, made without warnings of what this machine lacks."""
+    """The parser of ``pretrain_gpt.py``, made without warnings about this machine."""
     import_upstream()
     from megatron.training.arguments import add_megatron_arguments
 
@@ -64,11 +67,11 @@ def upstream_parser() -> argparse.ArgumentParser:
 
 
 def import_upstream() -> None:
-    """Make upstream's modules importable, its arguments imported without their warnings."""
+    """Make upstream's modules importable, and import its arguments without their warnings."""
     from harness.machine.upstream import locate, put_on_path
 
     put_on_path(locate())
-    # it warns of no GPU, which nothing here needs
+    # it warns that there is no GPU
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     with warnings.catch_warnings(action="ignore"):
         import megatron.training.arguments  # noqa: F401

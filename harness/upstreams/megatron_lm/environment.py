@@ -17,7 +17,7 @@ KEEP_VARIABLE = "HARNESS_KEEP"
 
 @dataclass(frozen=True)
 class Variable:
-    """One environment variable; ``reason`` stands beside it in the script."""
+    """One environment variable; ``reason`` is its comment in the script."""
 
     name: str
     value: str
@@ -36,9 +36,9 @@ def variables(
 
     Args:
         memory_fraction: share of the GPU's memory that PyTorch may allocate, where ``e.card``
-        emulates a smaller card.
-        keep: so many checkpoints, the newest, are kept.
-        tracking: how Weights & Biases is told of the run.
+            emulates a smaller card.
+        keep: number of checkpoints that are kept.
+        tracking: how the run is logged to Weights & Biases.
     """
     found = _cpu(e) if device == "cpu" else _cuda(e, memory_fraction)
     if e.profile:

@@ -1,7 +1,7 @@
-"""The one place that spells Megatron-LM's arguments (core_v0.19.0: megatron/training/arguments.py).
+"""An experiment as Megatron-LM's arguments (core_v0.19.0: megatron/training/arguments.py).
 
-``megatron_flags`` gives them in groups, each group one line of the script that ``make show-<id>``
-prints.
+``megatron_flags`` returns them in groups: each group is one line of the script that
+``make show-<id>`` prints.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Device = Literal["cpu", "cuda"]
 _OPTIMIZER = "--weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.95 --clip-grad 1.0"
 _LOGGING = "--log-interval 1 --log-throughput --log-validation-ppl-to-tensorboard"
 
-# The core_v0.19.0 features that are CUDA kernels, switched off on a CPU.
+# Features of core_v0.19.0 that are CUDA kernels, switched off on a CPU.
 _WITHOUT_CUDA = (
     "--transformer-impl local --distributed-backend gloo --use-cpu-initialization --num-workers 0",
     "--no-persist-layer-norm --no-masked-softmax-fusion --no-rope-fusion",
@@ -58,13 +58,13 @@ _RECOMPUTE = {
     "full": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
     "selective": "--recompute-granularity selective",
 }
-# Conversations, packed: attention knows their bounds from cu_seqlens, and every token of an answer
-# weighs the same
+# Packed conversations: attention gets their bounds from cu_seqlens, and every token of an answer
+# has the same weight.
 _CONVERSATIONS = "--sft --no-create-attention-mask-in-dataloader --calculate-per-token-loss"
 _PRECISION = {"bf16": "--bf16", "fp32": "", "fp8": "--bf16"}
 _FP8 = {
-    # delayed: the largest of the last 1,024 steps, Transformer Engine's default; blockwise: 128
-    # values, as DeepSeek-V3
+    # delayed: scale by the largest value of the last 1,024 steps, Transformer Engine's default;
+    # blockwise: by blocks of 128 values, as DeepSeek-V3
     "delayed": (
         "--fp8-format hybrid --fp8-recipe delayed --fp8-amax-history-len 1024"
         " --fp8-amax-compute-algo max"
@@ -87,7 +87,7 @@ _FORCED_ROUTING = "--moe-router-force-load-balancing"
 _POSITIONS = {
     "learned_absolute": "",
     "rope": "--position-embedding-type rope --rotary-base {}",
-    # the fused kernel cannot scale
+    # the fused kernel does not support YaRN's scaling
     "yarn": "--position-embedding-type yarn --rotary-base {} --no-rope-fusion",
 }
 # quick-GeGLU as in GPT-OSS: (up + 1) x gate x sigmoid(1.702 gate), both clamped at 7
@@ -106,12 +106,12 @@ _QK_NORM = {
 
 
 def megatron_flags(e: Experiment, device: Device, *, apex: bool = False) -> list[list[str]]:
-    """The arguments of ``pretrain_gpt.py`` for ``e``, grouped by what they are about.
+    """The arguments of ``pretrain_gpt.py`` for ``e``, grouped by subject.
 
     Args:
-        device: ``cpu`` switches the CUDA-only features off.
-        apex: whether Apex is installed; without it upstream cannot fuse gradient accumulation into
-        the weight gradient.
+        device: ``cpu`` switches CUDA-only features off.
+        apex: whether Apex is installed, which upstream needs to fuse gradient accumulation into the
+            weight gradient.
 
     Raises:
         UserError: the experiment's data set is not prepared.
@@ -146,23 +146,21 @@ def megatron_flags(e: Experiment, device: Device, *, apex: bool = False) -> list
 
 
 def flags_as_learned(e: Experiment, device: Device) -> list[str]:
-    """The arguments of ``megatron_flags`` in one list, with routers that choose as they have
-    learned to."""
+    """The arguments of ``megatron_flags`` in one list, without forced balanced routing."""
     return [
         word for group in megatron_flags(e, device) for word in group if word != _FORCED_ROUTING
     ]
 
 
 def model_flags(e: Experiment) -> list[str]:
-    """The arguments that say what ``e``'s model is, apart from how it is trained."""
+    """The arguments of ``e``'s model, without those of its training."""
     return _words(
         *_model(e), *_experts(e, cuda=False), f"--init-method-std {e.model.init_method_std}"
     )
 
 
 def tokenizer_flags(model: Model, folder: Path) -> list[str]:
-    """The tokenizer in ``folder`` in place of the one that ``megatron_flags`` names; the model
-    keeps its vocabulary."""
+    """Arguments for the tokenizer in ``folder``; the model keeps its vocabulary."""
     return [
         "--tokenizer-type",
         "HuggingFaceTokenizer",
@@ -174,12 +172,11 @@ def tokenizer_flags(model: Model, folder: Path) -> list[str]:
 
 
 def saving_flags(e: Experiment, saving: Saving) -> list[str]:
-    """How checkpoints are saved: while training goes on, and so that another parallel layout can
-    load them.
+    """Arguments for asynchronous saves that another parallel layout can load.
 
-    Upstream drops ``--async-save`` without its persistent worker, and wants nvidia-resiliency-ext
-    unless told otherwise; Megatron-FSDP's format needs that package, so that those runs wait for
-    their saves.
+    Upstream ignores ``--async-save`` without its persistent worker, and its default strategy needs
+    nvidia-resiliency-ext. Megatron-FSDP's format needs that package in any case, so those runs save
+    synchronously.
     """
     waits = e.sharding.startswith("fsdp")
     return _words(
@@ -190,8 +187,7 @@ def saving_flags(e: Experiment, saving: Saving) -> list[str]:
 
 
 def loading_flags(loading: Loading) -> list[str]:
-    """Which checkpoint a run begins with; a schedule that differs from the checkpoint's is this
-    run's."""
+    """Arguments for the checkpoint a run starts from; the learning rate schedule is this run's."""
     return [
         "--load",
         str(loading.folder),
@@ -208,7 +204,7 @@ def loading_flags(loading: Loading) -> list[str]:
 
 
 def tracking_flags(tracking: Tracking, label: str) -> list[str]:
-    """Weights & Biases: upstream's writer wants a project and a name."""
+    """Arguments for Weights & Biases: upstream's writer needs a project and a name."""
     entity = ["--wandb-entity", tracking.entity] if tracking.entity else []
     return [
         "--wandb-project",
@@ -271,8 +267,10 @@ def _published(e: Experiment) -> Iterator[str]:
 
 
 def _on_meta_device(e: Experiment) -> tuple[str, ...]:
-    """Megatron-FSDP makes weights sharded; but learned positions are then PyTorch's, of deviation
-    1, and not the model's."""
+    """Have Megatron-FSDP create weights sharded, unless positions are learned.
+
+    Those would then have PyTorch's standard deviation, 1, in place of the model's.
+    """
     learned = e.model.position_embedding == "learned_absolute"
     return (
         ("--init-model-with-meta-device",) if e.sharding.startswith("fsdp") and not learned else ()
@@ -292,7 +290,7 @@ def _precision(e: Experiment) -> Iterator[str]:
 
 
 def _cuda_graphs(e: Experiment) -> Iterator[str]:
-    """Of whole layers; experts take as many tokens as they get, which no graph does."""
+    """Graphs of whole layers; without experts, whose number of tokens changes from step to step."""
     if e.cuda_graphs:
         yield "--cuda-graph-impl local --te-rng-tracker"
         yield "--cuda-graph-modules attn moe_router" if e.model.num_experts else ""
@@ -381,10 +379,9 @@ def _data(e: Experiment) -> list[str]:
 
 
 def _whole_vocabulary(e: Experiment, vocab_size: int) -> list[str]:
-    """Keep the model's vocabulary where a data set's tokenizer has fewer tokens, by which upstream
-    would shrink it.
+    """Keep the model's vocabulary where the data set's tokenizer has fewer tokens.
 
-    With more tokens than the model has, the model grows.
+    Upstream would shrink the model to the tokenizer. With more tokens, the model grows.
     """
     padded = padded_vocab_size(e.model.vocab_size, e.tp)
     return (

@@ -1,8 +1,7 @@
-"""Upstream's parser as a table: names and values in ``ARGS=`` are checked before anything starts,
-without torch.
+"""Upstream's parser as a table, so that ``ARGS=`` is checked before a run starts, without torch.
 
-The table of the pinned release lies beside this file; another Megatron-LM (MEGATRON_LM=, another
-wheel) gets one of its own where torch is installed, kept in the virtual environment. Written by
+The table of the pinned release is known_arguments.json. For another Megatron-LM (MEGATRON_LM=,
+another wheel) it is made once, where torch is installed, and kept in the virtual environment by
 ``python -m harness.upstreams.megatron_lm.known_arguments FILE``.
 """
 
@@ -36,11 +35,11 @@ SOURCES = (
     "core/transformer/enums.py",
     "core/transformer/cuda_graph_config.py",
 )
-"""The files, below megatron/, of which upstream makes its parser."""
+"""The files in megatron/ from which upstream builds its parser."""
 ADDING = ("modelopt", "nvidia_kitchen")
-"""Packages that add arguments of their own where they are installed."""
+"""Packages that add arguments where they are installed."""
 OF_OTHER_SCRIPTS = ("rl_", "grpo_", "langrl_", "logits_")
-"""What is read by scripts of the source tree that the wheel lacks."""
+"""Prefixes of arguments for scripts of the source tree, which the wheel lacks."""
 INSTEAD = {"--use-flash-attn": "--attention-backend flash asks for flash attention"}
 _TYPES = {"int": int, "float": float, "str": str}
 
@@ -49,8 +48,7 @@ def check(text: str) -> None:
     """Check ``ARGS=text`` against upstream's parser.
 
     Raises:
-        UserError: an argument has no such name, too few or too many values, or a value that is none
-        of its own.
+        UserError: an argument is unknown, or has too few, too many or invalid values.
     """
     words = extra_arguments.split(text)
     if not words or (rows := table()) is None:
@@ -89,8 +87,10 @@ def check(text: str) -> None:
 
 
 def table() -> list[dict[str, Any]] | None:
-    """Every argument of the Megatron-LM at hand; None where it is not the pinned one and there is
-    no torch to ask it."""
+    """Every argument of the installed Megatron-LM.
+
+    None where it is not the pinned one and its parser cannot be asked without torch.
+    """
     here = identity()
     known = json.loads(PINNED.read_text(encoding="utf-8"))
     if here in (None, known["identity"]):
@@ -108,8 +108,7 @@ def table() -> list[dict[str, Any]] | None:
 
 
 def identity() -> str | None:
-    """A checksum of the files that make upstream's parser; None where no Megatron-LM is installed
-    yet."""
+    """A checksum of the files that define upstream's parser; None where none is installed."""
     tree = upstream.locate()
     wheel = getattr(find_spec("megatron"), "submodule_search_locations", ())
     places = [tree / "megatron"] if tree else [Path(place) for place in wheel]
@@ -130,7 +129,7 @@ def sources(megatron: Path) -> list[Path]:
 
 
 def described() -> list[dict[str, Any]]:
-    """What upstream's parser, and that of LoRA's arguments, take; needs torch."""
+    """Every argument of upstream's parser and of LoRA; needs torch."""
     from harness.finetune.arguments import add_arguments
     from harness.upstreams.megatron_lm.arguments import upstream_parser
 
@@ -143,8 +142,7 @@ def described() -> list[dict[str, Any]]:
 
 
 def _unread(names: set[str]) -> set[str]:
-    """Those of the parser's ``names`` that occur nowhere in the code that trains, outside of the
-    parser."""
+    """Those of the parser's ``names`` that no training code mentions outside the parser."""
     import megatron.core
 
     names = {name for name in names if not name.startswith(OF_OTHER_SCRIPTS)}
@@ -175,8 +173,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(words: Sequence[str]) -> None:
-    """Write the table of the Megatron-LM at hand into the file that ``words`` name, by default that
-    of the pinned one."""
+    """Write the table of the installed Megatron-LM to the file in ``words``, or to ``PINNED``."""
     rows = ",\n".join(json.dumps(row) for row in described())
     path = Path(words[0]) if words else PINNED
     write_text(path, f'{{"identity": {json.dumps(identity())},\n"arguments": [\n{rows}\n]}}\n')

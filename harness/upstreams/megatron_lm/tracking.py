@@ -1,9 +1,7 @@
-"""Weights & Biases: what upstream needs to log to it, checked before anything starts. Needs no
-torch.
+"""Weights & Biases: its settings, and checks before a run starts. Needs no torch.
 
-Upstream's writer only logs where TensorBoard is on as well, and wants a project and a name; a run's
-TensorBoard files are always written (``<run directory>/tensorboard``), so all of them are set here
-together.
+Upstream's writer only logs where TensorBoard is on as well, and needs a project and a name. A run's
+TensorBoard files are always written (``<run directory>/tensorboard``).
 """
 
 from __future__ import annotations
@@ -29,13 +27,15 @@ except Exception as error:
     print(f"no login to Weights & Biases: {error}".splitlines()[0])
     sys.exit(1)
 """
-"""Run in a process of its own, for wandb starts a service that stays with the process."""
+"""Run in a process of its own: wandb starts a service that stays with the process."""
 
 
 @dataclass(frozen=True)
 class Tracking:
-    """Where a run is logged to. ``offline``: into its run directory, for ``wandb sync``. No name:
-    the run's label."""
+    """Where a run is logged. ``offline``: in its run directory, for ``wandb sync``.
+
+    Without a ``name`` the run has its label.
+    """
 
     mode: Literal["offline", "online"]
     project: str = PROJECT
@@ -44,7 +44,7 @@ class Tracking:
 
 
 def tracking(settings: Mapping[str, str]) -> Tracking | None:
-    """What the WANDB settings ask for, or None. Raises UserError where they do not go together."""
+    """The WANDB settings; None without WANDB=. Raises UserError for a contradiction."""
     mode = settings.get("WANDB")
     if mode is None:
         if more := [
@@ -68,11 +68,11 @@ def tracking(settings: Mapping[str, str]) -> Tracking | None:
 
 
 def check(wanted: Tracking) -> None:
-    """Make sure that the run can be logged.
+    """Check that the run can be logged.
 
     Raises:
         UserError: the package is missing; online, there is no login, or the server does not answer
-        or accept it.
+            or refuses it.
     """
     if find_spec("wandb") is None:
         raise UserError(
