@@ -113,9 +113,7 @@ def test_a_run_leaves_everything_that_a_run_directory_holds(tmp_path):
     assert environment["launch"] == {"add_us": 6.0, "operation_us": 20.0}, "of the slowest ranks"
     assert directory.read_experiment().id == "101"
     assert directory.read_running().pid == os.getpid()
-    assert (
-        "8/8  loss 9.2000  108.0 ms" in printed and "median ± half IQR of steps 6-8" in printed
-    )
+    assert "8/8  loss 9.2000  108.0 ms" in printed and "median ± half IQR of steps 6-8" in printed
     assert [line.split("/")[0] for line in printed.splitlines() if "/8  loss" in line] == list(
         "12345678"
     )
