@@ -1,4 +1,4 @@
-"""Precision and recall of each rule on a synthetic corpus whose defects are known."""
+"""Precision and recall of each cleaning rule, on a synthetic corpus whose defects are known."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ RIGHT = {
     "exact-duplicates": {"exact-duplicate", "near-duplicate"},
     "near-duplicates": {"near-duplicate", "exact-duplicate"},
 }
-"""For which defects a rule may drop a document; any other that it drops is an error of its."""
+"""Defects for which a rule may drop a document; dropping any other document is an error."""
 
 _CORPUS = Corpus(1, DAMAGED)
 _PAIRS = 2000
@@ -37,7 +37,7 @@ _BINS = (0.0, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 1.0)
 
 @dataclass(frozen=True)
 class RuleScore:
-    """``rightly`` of the ``dropped`` documents had a defect that is this rule's to find."""
+    """``rightly`` of the ``dropped`` documents had one of the rule's defects."""
 
     rule: str
     dropped: int
@@ -50,8 +50,11 @@ class RuleScore:
 
 @dataclass(frozen=True)
 class DefectScore:
-    """``treated`` of the ``planted`` defects were dropped, or mended to what the text was. ``by``:
-    rule -> dropped."""
+    """``treated`` of the ``planted`` defects were dropped, or repaired to the original text.
+
+    Attributes:
+        by: rule -> number of documents that it dropped.
+    """
 
     defect: str
     planted: int
@@ -65,8 +68,7 @@ class DefectScore:
 
 @dataclass(frozen=True)
 class SimilarityScore:
-    """``dropped`` of the ``pairs`` of planted near-duplicates with a Jaccard similarity of
-    ``least`` … ``most``."""
+    """``dropped`` of the ``pairs`` of near-duplicates with Jaccard similarity ``least`` … ``most``."""
 
     least: float
     most: float
@@ -76,7 +78,7 @@ class SimilarityScore:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What came of a corpus with planted defects."""
+    """The result of cleaning a corpus with known defects."""
 
     corpus: dict[str, Any]
     report: CleanReport
@@ -95,8 +97,7 @@ def measure(
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
     processes: int | None = None,
 ) -> Measurement:
-    """Make a corpus in ``folder``/in, clean it into ``folder``/out, compare what was dropped with
-    what was planted."""
+    """Generate a corpus in ``folder``/in, clean it into ``folder``/out, and compare with its labels."""
     inputs = generate(folder / "in", size_bytes, corpus, processes, progress)
     report = clean(inputs, folder / "out", rules, progress, processes)
     decisions = np.load(folder / "out" / "decisions.npy")
@@ -149,7 +150,7 @@ def _mended(
     truth: dict[int, Label],
     corpus: Corpus,
 ) -> Counter[str]:
-    """How many documents of each mendable defect are kept with the text that they should have."""
+    """Number of kept documents with the right text, by repairable defect."""
     kept = dict(
         zip(
             np.flatnonzero(decisions == 0).tolist(),

@@ -152,7 +152,7 @@ def convert(what: str, source: Path, target: Path) -> None:
     from harness.convert.importing import import_folder
 
     if what == "import":
-        import_folder(str(source), target, "benchmark")
+        import_folder(str(source), target)
     else:
         export_checkpoint(source, target)
 

@@ -397,7 +397,7 @@ def optional_tools() -> Iterator[Finding]:
 
 def prepared_data() -> Finding:
     """Prepared data sets: their headers, sizes and tokenizers; make data-check reads tokens too."""
-    sets = data_sets.prepared()
+    sets = data_sets.prepared_names()
     damaged = [name for name in sets if not _sound(name)]
     if damaged:
         return Finding(

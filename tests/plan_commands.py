@@ -20,7 +20,7 @@ from pathlib import Path
 from harness import ROOT, cli
 from harness.commands import COMMANDS
 from harness.data import data_sets
-from harness.data.manifest import Chat, Counted, Manifest, Source, TokenizerUsed, Written
+from harness.data.manifest import Chat, Counted, Manifest, TextSource, TokenizerUsed, Written
 from harness.errors import UserError
 from harness.experiment.catalog import load_catalog
 from harness.machine.gpus import LocalGpu
@@ -246,7 +246,7 @@ def _prepared(name: str, chat: bool, documents: int = 2000, tokens_each: int = 4
         name=name,
         recipe="",
         created=0.0,
-        source=Source(kind="files", asked={"input": name}),
+        source=TextSource(kind="files", asked={"input": name}),
         cleaned=None,
         counted=Counted(
             records=documents,

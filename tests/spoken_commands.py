@@ -134,7 +134,7 @@ EXPRESSIONS = {
 IN_FILE = {
     ("checked.py", "e.id"): "219",
     ("commands.py", "manifest.name"): "toy-chat",
-    ("prepared.py", "name"): "synthetic",
+    ("data_sets.py", "name"): "synthetic",
     ("cli.py", "e.id"): "604",
     ("arguments.py", "name"): "gpt2",
     ("merge.py", "name"): "mine",

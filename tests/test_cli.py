@@ -147,7 +147,7 @@ def test_conversations_that_are_made_here_are_prepared_before_a_run_and_said_to_
     from harness.errors import UserError
 
     brought = []
-    monkeypatch.setattr(data_sets, "prepared", lambda: ())
+    monkeypatch.setattr(data_sets, "prepared_names", lambda: ())
     monkeypatch.setattr("harness.machine.packages.install", lambda *stages: None)
     monkeypatch.setattr(prepare, "prepare_known", lambda known: brought.append(known.name))
     monkeypatch.setattr(data_sets, "default_for", lambda e: "mock")

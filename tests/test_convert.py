@@ -41,7 +41,7 @@ def llama(folders, tmp_path):
 def imported(folder: Path, target: Path, **layout):
     from harness.convert.importing import import_folder
 
-    return import_folder(str(folder), target, target.name, **layout)
+    return import_folder(str(folder), target, **layout)
 
 
 def exported(folder: Path, target: Path, **options) -> dict:
@@ -202,7 +202,7 @@ def test_tensors_are_written_one_after_another(tmp_path):
         torch_dist.Piece("w", (n,), (64, 64), (100,), torch.float32, make) for n in range(100)
     ]
     torch_dist.write(tmp_path / "release", pieces, {})
-    assert torch_dist.Checkpoint(tmp_path / "release").read("w", (7,)).sum() == 64 * 64
+    assert torch_dist.TorchDistCheckpoint(tmp_path / "release").read("w", (7,)).sum() == 64 * 64
     assert most <= 3 * torch_dist.WRITERS
 
 
@@ -369,7 +369,7 @@ REFUSED = {
     "config no JSON": (lambda f: (f / "config.json").write_text("{"), "damaged"),
     "wrong architecture": (
         lambda f: edit_config(f, architectures=["BertForMaskedLM"]),
-        "this converts GPT2LMHeadModel, LlamaForCausalLM",
+        "supported are GPT2LMHeadModel, LlamaForCausalLM",
     ),
     "another size": (
         lambda f: edit_config(f, intermediate_size=96),
@@ -555,7 +555,7 @@ BROKEN_SHARDS = {
     ),
     "a tensor of another shape": (
         lambda f, shard, index: in_header(shard, rb'("shape":\[)\d', rb"\g<1>9"),
-        "not as many as its shape says",
+        "bytes, its shape says",
     ),
     "a shard is a folder": (
         lambda f, shard, index: (shard.unlink(), shard.mkdir()),
@@ -619,7 +619,7 @@ def test_data_of_another_tokenizer(llama, tmp_path):
     ):
         check_data(model, llama, data(tmp_path / "other"))
     larger = Blend((DataSet("mine", tmp_path, "NullTokenizer", None, 500, "", 1, 1, 1, ""),))
-    with pytest.raises(UserError, match="500 tokens, weights knows 200"):
+    with pytest.raises(UserError, match="500 tokens, weights of 200"):
         check_data(model, llama, larger)
 
 
@@ -636,7 +636,7 @@ def test_tokenizer_and_token_ids_come_back(folders, tmp_path):
 DAMAGED = {
     "no metadata": (
         lambda f: (f / "release/.metadata").unlink(),
-        "no checkpoint, or one whose saving was cut short",
+        "no checkpoint, or an interrupted save",
     ),
     "damaged metadata": (lambda f: (f / "release/.metadata").write_bytes(b"x"), "is damaged"),
     "a file lacks": (lambda f: (f / "release/__0_1.distcp").unlink(), "lacks __0_1.distcp"),
@@ -693,7 +693,7 @@ def test_the_commands(folders, tmp_path, capsys, monkeypatch):
     settings = {"HF": str(folders("gpt2")), "NAME": "tiny"}
     assert commands.import_hf(settings, tmp_path / "weights") == 0
     assert "GPT2LMHeadModel, " in (said := capsys.readouterr().out) and "--num-layers 4" in said
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         commands.import_hf(settings, tmp_path / "weights")
     mine = [tmp_path / "weights" / "tiny.part" / "file", tmp_path / "back.part" / "file"]
     for path in mine:  # weights that NAME=tiny.part brought, a folder that OUT=back does not name
@@ -704,7 +704,7 @@ def test_the_commands(folders, tmp_path, capsys, monkeypatch):
         commands.export_hf({"RUN": "tiny", "OUT": str(tmp_path / "back")}, tmp_path / "outdir") == 0
     )
     assert [path.read_text() for path in mine] == ["mine", "mine"]
-    with pytest.raises(UserError, match="is there already and not empty"):
+    with pytest.raises(UserError, match="exists already and is not empty"):
         commands.export_hf({"RUN": "tiny", "OUT": str(tmp_path / "back")}, tmp_path / "outdir")
     with pytest.raises(UserError, match="no run of this label"):
         commands.export_hf({"RUN": "nosuch", "OUT": str(tmp_path / "new")}, tmp_path / "outdir")

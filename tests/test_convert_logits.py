@@ -45,7 +45,7 @@ def imports(names, folder: Path) -> dict:
     expected = {}
     for name in names:
         expected[name] = logits_of(tiny_hf.make(name, folder / f"{name}-hf"))
-        import_folder(str(folder / f"{name}-hf"), folder / name, name)
+        import_folder(str(folder / f"{name}-hf"), folder / name)
     return expected
 
 
@@ -116,7 +116,7 @@ def test_a_wrong_mapping_shows(tmp_path, monkeypatch):
 
     row = next(row for row in architectures.LLAMA.rows if row.how is transforms.GATE_UP)
     rows = tuple(
-        architectures.Row(r.megatron, r.shape, r.hf[::-1], r.how) if r is row else r
+        architectures.TensorRow(r.megatron, r.shape, r.hf[::-1], r.how) if r is row else r
         for r in architectures.LLAMA.rows
     )
     monkeypatch.setitem(vars(architectures.LLAMA), "rows", rows)

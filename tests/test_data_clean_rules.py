@@ -101,7 +101,7 @@ def test_rules_dump_and_load_again(swedish, tmp_path):
         ("rules: [alphabet: {allow: [U+110000], drop_above: 0.1}]", "Unicode ends at"),
         ("rules: [alphabet: {allow: [], drop_above: 0.1}]", "allow = []"),
         ("rules: [exact-duplicates, one-line]", "come last"),
-        ("rules: [one-line, one-line]", "one-line stands there 2 times"),
+        ("rules: [one-line, one-line]", "one-line occurs 2 times"),
         ("rules: {one-line: {}}", "with a list of rules"),
         ("rule: []", "one key, rules"),
         ("rules: [", "is not valid YAML"),

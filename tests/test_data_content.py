@@ -52,7 +52,7 @@ def test_a_changed_byte_is_found_by_the_checksum(data, ending) -> None:
     put(path, 100, bytes([path.read_bytes()[100] ^ 1]))
     with pytest.raises(
         UserError,
-        match=rf"^DATA=other: .*other_text_document.{ending} is damaged: its checksum is not what was prepared\nmake data-check NAME=other",
+        match=rf"^DATA=other: .*other_text_document.{ending} is damaged: its checksum is not the manifest's\nmake data-check NAME=other",
     ):
         content.check_content("mine:0.5 other:0.5", data)
     content.check_content("mine", data)

@@ -9,18 +9,18 @@ from pathlib import Path
 import pytest
 
 from harness.data import documents
-from harness.data.documents import BEGIN, Layout, Place, Reader, text_file
+from harness.data.documents import BEGIN, Reader, ReadPosition, TextLayout, text_file
 from harness.errors import UserError
 
 pytest.importorskip("orjson", reason="the set-up stage `data` is not installed")
 
 
-TEXTS = Layout()
+TEXTS = TextLayout()
 
 
 def read(
-    *paths: Path, layout: Layout = TEXTS, start: Place = BEGIN
-) -> tuple[list, Counter, list[Place], Reader]:
+    *paths: Path, layout: TextLayout = TEXTS, start: ReadPosition = BEGIN
+) -> tuple[list, Counter, list[ReadPosition], Reader]:
     reader = Reader([text_file(path) for path in paths], layout, start)
     texts, skipped, places = [], Counter(), []
     while block := reader.next():
@@ -98,7 +98,7 @@ BAD = [
 def test_a_bad_line_is_counted_and_the_others_are_read(tmp_path, line, rule):
     longest = 200_000 if rule != "too long" else 1000
     path = jsonl(tmp_path / "x.jsonl", row("before"), line, row("after"))
-    texts, skipped, _, _ = read(path, layout=Layout(longest=longest))
+    texts, skipped, _, _ = read(path, layout=TextLayout(longest=longest))
     assert texts == ["before", "after"]
     assert skipped == Counter({rule: 1})
     assert rule in documents.RULES
@@ -140,10 +140,10 @@ def test_a_line_beyond_all_measure_is_skipped_without_holding_it(tmp_path, monke
         row("d"),
     ]
     path = jsonl(tmp_path / "x.jsonl", *lines)
-    texts, skipped, places, _ = read(path, layout=Layout(longest=3020))
+    texts, skipped, places, _ = read(path, layout=TextLayout(longest=3020))
     assert texts == ["a", "b", "c", "y" * 2990, "d"]
     assert skipped == Counter({"too long": 2})
-    assert places[-1] == Place(0, path.stat().st_size, len(lines))
+    assert places[-1] == ReadPosition(0, path.stat().st_size, len(lines))
 
 
 def files(folder: Path, count: int = 300) -> list[Path]:
@@ -157,19 +157,14 @@ def files(folder: Path, count: int = 300) -> list[Path]:
     (folder / "c.txt").write_text("".join(text + "\n" for text in texts))
     found.append(folder / "c.txt")
     try:
-        import zstandard
-
-        packer = zstandard.ZstdCompressor()
-        (folder / "d.jsonl.zst").write_bytes(
-            packer.compress(data[:7000]) + packer.compress(data[7000:])
-        )
-        found.append(folder / "d.jsonl.zst")
-    except ImportError:
-        pass
-    try:
         import pyarrow
         from pyarrow import parquet
 
+        packed = (
+            pyarrow.compress(part, "zstd", asbytes=True) for part in (data[:7000], data[7000:])
+        )
+        (folder / "d.jsonl.zst").write_bytes(b"".join(packed))
+        found.append(folder / "d.jsonl.zst")
         parquet.write_table(
             pyarrow.table({"id": range(count), "text": texts}),
             folder / "e.parquet",
@@ -184,7 +179,6 @@ def files(folder: Path, count: int = 300) -> list[Path]:
 @pytest.mark.parametrize("block", [100, 4000, 2 << 20])
 def test_every_kind_of_file_gives_the_same_documents_from_any_place(tmp_path, monkeypatch, block):
     monkeypatch.setattr(documents, "BLOCK_BYTES", block)
-    monkeypatch.setattr(documents, "_PACKED_BYTES", 999)
     paths = files(tmp_path)
     expected = read(paths[0])[0]
     assert len(expected) == 300
@@ -209,7 +203,7 @@ def test_a_limit_counts_over_all_files(tmp_path, monkeypatch, limit, block):
     for path in files(tmp_path):
         other = jsonl(tmp_path / "z.jsonl", *(row(str(n)) for n in range(200)))
         whole = read(path, other)[0]
-        texts, _, places, _ = read(path, other, layout=Layout(limit=limit))
+        texts, _, places, _ = read(path, other, layout=TextLayout(limit=limit))
         assert texts == whole[:limit]
         assert places[-1].records == min(limit, 500)
 
@@ -237,10 +231,13 @@ def test_plain_text_is_a_document_a_line_or_a_file(tmp_path):
     path = tmp_path / "x.txt"
     path.write_bytes(b"one\r\n\n  two \n\xff\nthree")
     assert read(path)[:2] == (["one", "  two ", "three"], Counter({"blank": 1, "no UTF-8": 1}))
-    assert read(path, layout=Layout(each="file"))[:2] == ([], Counter({"no UTF-8": 1}))
+    assert read(path, layout=TextLayout(each="file"))[:2] == ([], Counter({"no UTF-8": 1}))
     path.write_bytes(b"one\r\n\ntwo\n")
-    assert read(path, layout=Layout(each="file"))[:2] == (["one\r\n\ntwo\n"], Counter())
-    assert read(path, layout=Layout(each="file", longest=5))[:2] == ([], Counter({"too long": 1}))
+    assert read(path, layout=TextLayout(each="file"))[:2] == (["one\r\n\ntwo\n"], Counter())
+    assert read(path, layout=TextLayout(each="file", longest=5))[:2] == (
+        [],
+        Counter({"too long": 1}),
+    )
 
 
 def test_parquet_rows_without_text_are_counted(tmp_path):
@@ -259,7 +256,7 @@ def test_parquet_rows_without_text_are_counted(tmp_path):
     parquet.write_table(pyarrow.table({"content": ["a"]}), path)
     with pytest.raises(UserError, match=r"no column 'text'.*content"):
         read(path)
-    assert read(path, layout=Layout(key="content"))[0] == ["a"]
+    assert read(path, layout=TextLayout(key="content"))[0] == ["a"]
     parquet.write_table(pyarrow.table({"text": [1, 2]}), path)
     with pytest.raises(UserError, match="int64"):
         read(path)

@@ -127,13 +127,13 @@ def prepare(
     """Prepare in a process of its own, which learns of the hub as users tell it: by HF_ENDPOINT."""
     code = f"""
 from pathlib import Path
-from harness.data.documents import Layout
+from harness.data.documents import TextLayout
 from harness.data.prepare import Means, Recipe, prepare
-from harness.data.sources import Hub
+from harness.data.definitions import Hub
 from harness.errors import UserError
 hub = Hub(repository="someone/texts", revision={revision!r}, files="data/train-*.parquet", gated=True)
 try:
-    recipe = Recipe("mine", hub, Layout(limit={limit}), tokenizer="null:100")
+    recipe = Recipe("mine", hub, TextLayout(limit={limit}), tokenizer="null:100")
     print(prepare(recipe, Means(folder=Path({str(tmp_path / "data")!r}), force={force})).model_dump_json())
 except UserError as error:
     import json

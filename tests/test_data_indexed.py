@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from harness.data import indexed
-from harness.data.indexed import FormatError, Marks, Writer
+from harness.data.indexed import FormatError, Marks, PairWriter
 
 UINT16, INT32 = indexed.DTYPES[8], indexed.DTYPES[4]
 EOD = 9
@@ -27,7 +27,7 @@ def documents(seed: int, count: int, vocab: int = 60000) -> list[list[list[int]]
     ]
 
 
-def append(writer: Writer, docs: list[list[list[int]]]) -> None:
+def append(writer: PairWriter, docs: list[list[list[int]]]) -> None:
     sequences = [sequence for doc in docs for sequence in doc]
     ids = np.array([i for sequence in sequences for i in sequence], np.uint32)
     writer.append(ids, np.array([len(s) for s in sequences]), np.cumsum([len(doc) for doc in docs]))
@@ -36,7 +36,7 @@ def append(writer: Writer, docs: list[list[list[int]]]) -> None:
 def write(
     prefix: Path, docs: list[list[list[int]]], dtype: np.dtype = UINT16, blocks: int = 3
 ) -> indexed.Pair:
-    writer = Writer(prefix, dtype)
+    writer = PairWriter(prefix, dtype)
     size = -(-len(docs) // blocks) or 1
     for start in range(0, len(docs), size):
         append(writer, docs[start : start + size])
@@ -126,12 +126,12 @@ def test_the_reader_gives_back_what_was_written(tmp_path, monkeypatch):
 def test_an_interrupted_writer_goes_on_where_its_marks_say(tmp_path):
     docs = documents(3, 100)
     write(tmp_path / "whole", docs)
-    writer = Writer(tmp_path / "x", UINT16)
+    writer = PairWriter(tmp_path / "x", UINT16)
     append(writer, docs[:40])
     marks = writer.marks
     append(writer, docs[40:70])  # after the marks: lost, and written again
     writer.close()
-    resumed = Writer(tmp_path / "x", UINT16, marks)
+    resumed = PairWriter(tmp_path / "x", UINT16, marks)
     append(resumed, docs[40:])
     finished = resumed.finish()
     assert pair(tmp_path / "x") == pair(tmp_path / "whole")
@@ -145,15 +145,15 @@ def test_an_interrupted_writer_goes_on_where_its_marks_say(tmp_path):
 
 
 def test_marks_beyond_the_parts_are_refused(tmp_path):
-    writer = Writer(tmp_path / "x", UINT16)
+    writer = PairWriter(tmp_path / "x", UINT16)
     append(writer, documents(1, 5))
     writer.close()
-    with pytest.raises(FormatError, match="less than"):
-        Writer(tmp_path / "x", UINT16, Marks(10**6, 5, 5))
+    with pytest.raises(FormatError, match="fewer than"):
+        PairWriter(tmp_path / "x", UINT16, Marks(10**6, 5, 5))
 
 
 def test_until_it_is_finished_there_is_no_pair(tmp_path):
-    writer = Writer(tmp_path / "x", UINT16)
+    writer = PairWriter(tmp_path / "x", UINT16)
     append(writer, documents(1, 5))
     writer.sync()
     assert not indexed.bin_path(tmp_path / "x").exists()
@@ -190,9 +190,9 @@ BAD = {
     "header cut": (lambda b: b[:20], "within its header"),
     "version": (lambda b: b[:9] + struct.pack("<Q", 2) + b[17:], "version 2"),
     "dtype": (lambda b: b[:17] + b"\x63" + b[18:], "dtype 99"),
-    "cut short": (lambda b: b[:-1], "cut short"),
-    "longer": (lambda b: b + b"\0", "something follows"),
-    "sequences beyond memory": (lambda b: b[:18] + struct.pack("<Q", 2**63) + b[26:], "cut short"),
+    "truncated": (lambda b: b[:-1], "truncated"),
+    "longer": (lambda b: b + b"\0", "too long"),
+    "sequences beyond memory": (lambda b: b[:18] + struct.pack("<Q", 2**63) + b[26:], "truncated"),
     "no documents": (lambda b: b[:26] + struct.pack("<Q", 0) + b[34:], "documents \\+ 1"),
     "negative length": (
         lambda b: b[:34] + struct.pack("<i", -3) + b[38:],
@@ -217,7 +217,7 @@ def test_a_broken_index_is_named(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"), [(-1, "cut short"), (-20, "cut short"), (1, "something follows")]
+    ("change", "message"), [(-1, "truncated"), (-20, "truncated"), (1, "too long")]
 )
 def test_a_bin_of_another_size_is_named(tmp_path, change, message):
     good(tmp_path / "x")

@@ -55,30 +55,30 @@ def test_cleaning_does_not_mix_into_a_folder_with_files(clean, tmp_path):
         for force in ({}, {"FORCE": "1"}):
             with pytest.raises(
                 UserError,
-                match=rf"holds what no cleaning wrote: {name}\nname a folder that is new or empty",
+                match=rf"holds files that no cleaning wrote: {name}\nname a folder that is new or empty",
             ):
                 clean("one two", out=mine, **force)
         assert content(mine) == before
         (mine / name).unlink()
     clean("one two", out=mine)  # an empty folder will do
     (mine / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"holds what no cleaning wrote: notes.txt"):
+    with pytest.raises(UserError, match=r"holds files that no cleaning wrote: notes.txt"):
         clean("one two", out=mine, FORCE="1")
 
 
 def test_cleaning_other_text_replaces_only_when_asked_and_the_same_goes_on(clean, tmp_path):
-    assert "1 of 2 documents left" in clean("one two", "x")
+    assert "1 of 2 documents kept" in clean("one two", "x")
     first = content(tmp_path / "out")
-    assert "1 of 2 documents left" in clean("one two", "x")
+    assert "1 of 2 documents kept" in clean("one two", "x")
     assert content(tmp_path / "out") == first
     for change in ({"rules": RULES.replace("3", "4")}, {}):
         with pytest.raises(
             UserError,
-            match=r"holds what other inputs or other rules left\n.*FORCE=1 replaces this one",
+            match=r"holds the results of other inputs or other rules\n.*FORCE=1 replaces this one",
         ):
             clean("three four", **change)
         assert content(tmp_path / "out") == first
-    assert "1 of 1 documents left" in clean("three four", FORCE="1")
+    assert "1 of 1 documents kept" in clean("three four", FORCE="1")
     assert (tmp_path / "out" / "00000.jsonl").read_text() == '{"text":"three four"}\n'
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out", "rules.yaml"]
 
@@ -106,7 +106,7 @@ def test_cleaning_reads_what_preparing_reads(clean, tmp_path):
         packed.write("three four\n")
     wanted = {"INPUT": f"{tmp_path / 'a.txt'} {tmp_path / 'b.txt.gz'}"}
     said = clean(**wanted)
-    assert "3 of 4 documents left" in said and "skipped 1: bytes that are no UTF-8" in said
+    assert "3 of 4 documents kept" in said and "skipped 1: bytes that are no UTF-8" in said
     texts = [
         json.loads(line)["text"]
         for path in sorted((tmp_path / "out").glob("0*.jsonl"))
@@ -114,7 +114,7 @@ def test_cleaning_reads_what_preparing_reads(clean, tmp_path):
     ]
     assert texts == ["one two", "åtta nio", "three four"]
     first = content(tmp_path / "out")
-    assert "3 of 4 documents left" in clean(**wanted) and content(tmp_path / "out") == first
+    assert "3 of 4 documents kept" in clean(**wanted) and content(tmp_path / "out") == first
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
@@ -142,7 +142,7 @@ def test_conversations_take_the_settings_of_their_target(tmp_path, monkeypatch):
         lambda *given, **more: asked.append((given[0], given[2], more)) or (None, None),
     )
     monkeypatch.setattr(prepare, "tell", lambda *_: None)
-    monkeypatch.setattr(prepare, "prepared", lambda: ("toy-chat",))
+    monkeypatch.setattr(prepare, "prepared_names", lambda: ("toy-chat",))
     assert commands.prepare_known("toy-chat", {}) == 0 and not asked
     assert (
         commands.prepare_known("toy-chat", {"NAME": "other", "TOKENIZER": "bytes", "FORCE": "1"})

@@ -8,8 +8,8 @@ import pytest
 
 from harness.data import data_sets, mappings
 from harness.data.data_sets import Blend, DataSet
-from harness.data.indexed import DTYPES, Writer
-from harness.data.mappings import Use
+from harness.data.indexed import DTYPES, PairWriter
+from harness.data.mappings import SampleRequest
 from harness.data.splits import samples_of, split_matrix
 from harness.entry.build_helpers import ensure_compiled
 from harness.errors import UserError
@@ -22,7 +22,7 @@ def data_set(
     prefix = data_sets.prefix_of(name, folder)
     prefix.parent.mkdir(parents=True)
     lengths = rng.integers(1, 60, documents)
-    writer = Writer(prefix, DTYPES[8])
+    writer = PairWriter(prefix, DTYPES[8])
     writer.append(rng.integers(0, 50000, lengths.sum()), lengths, np.arange(1, documents + 1))
     writer.finish()
     return DataSet(
@@ -78,7 +78,7 @@ def test_the_files_are_those_of_upstream(tmp_path, name, weights):
     sets = tuple(
         data_set(tmp_path, f"set{n}", documents // (n + 1), n) for n in range(len(weights) or 1)
     )
-    blend, use = Blend(sets, weights), Use(64, samples, split, seed=77)
+    blend, use = Blend(sets, weights), SampleRequest(64, samples, split, seed=77)
     tokenizer = MegatronTokenizer.from_pretrained(
         metadata_path={"library": "null-text"}, vocab_size=60000, pad_id=-1
     )
@@ -148,7 +148,7 @@ def test_a_prepared_set_is_described_as_upstreams_run_describes_it(tmp_path, mon
         )
         described = DataSet(**{**vars(chosen), "tokenizer_type": kind, "tokenizer_model": model})
         matrix = split_matrix("949,50,1")
-        use = Use(64, (50, 10, 10), "949,50,1")
+        use = SampleRequest(64, (50, 10, 10), "949,50,1")
         ours = mappings._describe(
             chosen.prefix, use, matrix, "train", 50, mappings._tokenizer(described)
         )
@@ -165,7 +165,7 @@ def test_a_blend_is_described_with_the_one_tokenizer_of_its_run(tmp_path):
         for s, f in zip(sets, folders, strict=True)
     ]
     blend = Blend(tuple(sets), ("1", "1"))
-    mappings.build(blend, Use(64, (50, 10, 10), "90,9,1"))
+    mappings.build(blend, SampleRequest(64, (50, 10, 10), "90,9,1"))
     described = [path.read_text() for path in blend.cache.glob("*description.txt")]
     assert len(described) == 9
     assert all("/tokenizer/of/a" in text and "/tokenizer/of/b" not in text for text in described)
@@ -177,12 +177,15 @@ def test_a_split_without_tokens_is_refused_before_upstream_hangs(tmp_path):
     with pytest.raises(
         UserError, match="of its 40 sequences the split 949,50,1 leaves none for test"
     ):
-        mappings.build(blend, Use(64, (10, 10, 10), "949,50,1"))
+        mappings.build(blend, SampleRequest(64, (10, 10, 10), "949,50,1"))
 
 
 @pytest.mark.cpu
 def test_launchers_that_start_at_once_build_once(tmp_path):
-    blend, use = Blend((data_set(tmp_path, "mine", 3000, 0),)), Use(64, (500, 50, 50), "949,50,1")
+    blend, use = (
+        Blend((data_set(tmp_path, "mine", 3000, 0),)),
+        SampleRequest(64, (500, 50, 50), "949,50,1"),
+    )
     written = []
     threads = [
         threading.Thread(target=lambda: written.append(mappings.build(blend, use)))

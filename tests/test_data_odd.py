@@ -15,7 +15,8 @@ from harness.data import check, commands, content, data_sets, look
 from harness.data.chat.conversations import has_template
 from harness.data.header import bin_path
 from harness.data.manifest import read_manifest
-from harness.data.prepare import Means, Recipe, check_free, prepare
+from harness.data.prepare import Means, Recipe, prepare
+from harness.data.publishing import check_free
 
 
 @pytest.fixture(scope="module")

@@ -16,16 +16,16 @@ import numpy as np
 import pytest
 
 from harness.data import documents, indexed, tokenize
-from harness.data.documents import Layout, text_file
+from harness.data.documents import TextLayout, text_file
 from harness.data.header import bin_path, idx_path
-from harness.data.indexed import DTYPES, Writer
+from harness.data.indexed import DTYPES, PairWriter
 from harness.data.tokenize import Job
 from harness.data.tokenizer import Tokenizer, find_tokenizer
 from harness.errors import UserError
 
 pytest.importorskip("orjson", reason="the set-up stage `data` is not installed")
 
-TEXT = Layout()
+TEXT = TextLayout()
 
 
 def null(size: int = 60000) -> Tokenizer:
@@ -36,7 +36,7 @@ def job(
     *paths: Path,
     prefix: Path,
     tokenizer: Tokenizer | None = None,
-    layout: Layout = TEXT,
+    layout: TextLayout = TEXT,
     eod: bool = True,
 ) -> Job:
     return Job(tuple(text_file(path) for path in paths), layout, tokenizer or null(), eod, prefix)
@@ -87,7 +87,7 @@ def expected(
         tokens += itertools.chain.from_iterable(sentences)
         lengths += map(len, sentences)
         ends.append(len(lengths))
-    writer = Writer(prefix, indexed.best_dtype(vocab_size))
+    writer = PairWriter(prefix, indexed.best_dtype(vocab_size))
     writer.append(np.array(tokens), np.array(lengths, np.int64), np.array(ends, np.int64))
     writer.finish()
     return pair(prefix)
@@ -192,7 +192,7 @@ def test_an_unfinished_run_of_something_else_is_not_taken_up(tmp_path, monkeypat
         case "tokenizer":
             other = replace(first, tokenizer=null(50000))
         case "layout":
-            other = replace(first, layout=Layout(limit=100))
+            other = replace(first, layout=TextLayout(limit=100))
         case "eod":
             other = replace(first, append_eod=False)
         case "parts":
@@ -202,7 +202,7 @@ def test_an_unfinished_run_of_something_else_is_not_taken_up(tmp_path, monkeypat
     assert tokenize._Run(other, 1).place.offset == 0
 
 
-def test_a_full_disk_is_named_and_then_gone_on_from(tmp_path, monkeypatch):
+def test_a_full_disk_is_named_and_then_resumed_from(tmp_path, monkeypatch):
     monkeypatch.setattr(documents, "BLOCK_BYTES", 3000)
     path = corpus(tmp_path / "x.jsonl", 1000)
     wanted = expected(path, tmp_path / "plain")
@@ -216,7 +216,7 @@ def test_a_full_disk_is_named_and_then_gone_on_from(tmp_path, monkeypatch):
         write(file, block)
 
     monkeypatch.setattr(indexed, "_write", full)
-    with pytest.raises(UserError, match=r"disk of .* is full\nmake room and start again"):
+    with pytest.raises(UserError, match=r"the disk is full\nmake room and start again: it resumes"):
         tokenize.tokenize(job(path, prefix=tmp_path / "x"))
     assert not bin_path(tmp_path / "x").exists()
     assert not idx_path(tmp_path / "x").exists()
@@ -291,12 +291,12 @@ def test_memory_stays_below_a_gibibyte(tmp_path):
     script = f"""
 import resource
 from pathlib import Path
-from harness.data.documents import Layout, text_file
+from harness.data.documents import TextLayout, text_file
 from harness.data.tokenize import Job, tokenize
 from harness.data.tokenizer import find_tokenizer
 files = (text_file(Path({str(tmp_path / "x.jsonl")!r})),)
 gpt2 = find_tokenizer("gpt2", Path({str(home)!r}))
-done = tokenize(Job(files, Layout(), gpt2, True, Path({str(tmp_path / "x")!r})), workers=2)
+done = tokenize(Job(files, TextLayout(), gpt2, True, Path({str(tmp_path / "x")!r})), workers=2)
 print(done.counts.skipped, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
 """
     done = subprocess.run(

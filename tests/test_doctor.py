@@ -201,12 +201,12 @@ def test_a_damaged_data_set_is_not_ok(monkeypatch):
         if name == "torn":
             raise UserError("cut short")
 
-    monkeypatch.setattr(doctor.data_sets, "prepared", lambda: ("good", "torn"))
+    monkeypatch.setattr(doctor.data_sets, "prepared_names", lambda: ("good", "torn"))
     monkeypatch.setattr(doctor.data_sets, "find", find)
     assert doctor.prepared_data() == doctor.Finding(
         "data sets", "warn", "damaged: torn", "make data-check NAME=torn"
     )
-    monkeypatch.setattr(doctor.data_sets, "prepared", lambda: ("good",))
+    monkeypatch.setattr(doctor.data_sets, "prepared_names", lambda: ("good",))
     assert doctor.prepared_data().state == "ok"
 
 

@@ -128,9 +128,9 @@ def test_an_array_is_read_item_by_item(tmp_path, monkeypatch, written, chunk):
 
 
 @pytest.mark.parametrize(("damage", "said"), [
-    (lambda whole: whole[:-1], "is cut short or damaged after 9 items: true"), (lambda whole: whole[:25], "is cut short or damaged after 0 items"),
+    (lambda whole: whole[:-1], "is truncated or damaged after 9 items: true"), (lambda whole: whole[:25], "is truncated or damaged after 0 items"),
     (lambda whole: whole.replace(b", 3,", b" 3,"), "after 0 items"), (lambda whole: whole.replace(b", 3,", b", nonsense,"), "after 1 items: nonsense"),
-    (lambda whole: whole + b"\n[1]", r"ends, and something follows after 10 items: \[1\]"), (lambda whole: b"[" * 100_000, "after 0 items"),
+    (lambda whole: whole + b"\n[1]", r"ends, and more text follows after 10 items: \[1\]"), (lambda whole: b"[" * 100_000, "after 0 items"),
     (lambda whole: b"[", "after 0 items"),
 ])  # fmt: skip
 def test_an_array_that_is_damaged_is_refused_with_the_place(tmp_path, damage, said):

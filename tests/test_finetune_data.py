@@ -87,7 +87,7 @@ def test_a_tokenizers_own_template_is_used(tmp_path):
 def test_nothing_is_left_of_what_cannot_be_prepared(tmp_path, lines, tokenizer, said):
     with pytest.raises(UserError, match=said):
         prepare(tmp_path, write_lines(tmp_path / "c.jsonl", lines), tokenizer)
-    assert "chat" not in data_sets.prepared(tmp_path) and not (tmp_path / "chat").exists()
+    assert "chat" not in data_sets.prepared_names(tmp_path) and not (tmp_path / "chat").exists()
 
 
 def test_a_missing_file_is_said_so(tmp_path):
@@ -219,7 +219,7 @@ def test_weights_without_a_tokenizer_refuse_more_tokens_than_they_know(chat):
     model = load_catalog().find("801").model
     with pytest.raises(
         UserError,
-        match="DATA=chat has 257 tokens, gpt3-345m-tuned knows 200\nprepare it again with TOKENIZER=the folder",
+        match="DATA=chat has a vocabulary of 257 tokens, gpt3-345m-tuned of 200\nprepare it again with TOKENIZER=the folder",
     ):
         check_data(model.model_copy(update={"vocab_size": 200}), None, data_sets.blend("chat"))
     check_data(model, None, data_sets.blend("chat"))

@@ -87,11 +87,11 @@ def test_checkpoints_hold_adapters_alone_and_resume(tmp_path):
     )
     assert losses(resumed) == losses(alone)[2:]
     close(adapters(resumed), adapters(alone), 1e-12)
-    from harness.convert.torch_dist import Checkpoint
+    from harness.convert.torch_dist import TorchDistCheckpoint
 
     kept = {
         name
-        for name in Checkpoint(tmp_path / "saved" / "iter_0000004").shapes
+        for name in TorchDistCheckpoint(tmp_path / "saved" / "iter_0000004").shapes
         if not name.startswith("optimizer")
     }
     assert kept and all(".lora_" in name for name in kept)

@@ -395,7 +395,7 @@ def data_set(folder: Path) -> None:
 
 def read_data(folder: Path) -> None:
     manifest.read_manifest(folder / "mine")
-    data_sets.prepared(folder)
+    data_sets.prepared_names(folder)
     data_sets.blend("mine", folder)
 
 

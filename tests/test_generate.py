@@ -153,7 +153,7 @@ def test_imported_weights_say_what_hugging_face_has_them_say(tmp_path, capsys, n
     PreTrainedTokenizerFast(
         tokenizer_object=words, eos_token=f"w{end}", unk_token="w0"
     ).save_pretrained(tmp_path / "hf")
-    import_folder(str(tmp_path / "hf"), tmp_path / "weights", name)
+    import_folder(str(tmp_path / "hf"), tmp_path / "weights")
     prompt = [5, 17, 101]
     settings = {
         "WEIGHTS": str(tmp_path / "weights"),

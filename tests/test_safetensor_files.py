@@ -41,7 +41,7 @@ def test_a_whole_file_is_read(tmp_path) -> None:
     (changed(data_offsets=None), "its header cannot be read"), (changed(data_offsets=[28, 24]), "its header cannot be read"),
     (changed(data_offsets=[-4, 28]), "its header cannot be read"), (changed(shape=[4.0]), "its header cannot be read"),
     (changed(shape=4), "its header cannot be read"), (changed(shape=[-4]), "its header cannot be read"), (changed(shape=["4"]), "its header cannot be read"),
-    (changed(shape=[10**400]), "not as many as its shape says"), (changed(shape=[5]), "b has 4 bytes, its shape says 5"),
+    (changed(shape=[10**400]), "bytes, its shape says"), (changed(shape=[5]), "b has 4 bytes, its shape says 5"),
     (changed(dtype=["U8"]), r"a tensor of dtype \['U8'\]; known"), (changed(dtype=None), "a tensor of dtype None; known"),
     (changed(data_offsets=[0, 28], shape=[28]), "overlap or leave gaps"), ({"a": WHOLE["b"]}, "overlap or leave gaps"),
     (changed(data_offsets=[24, 10**30], shape=[10**30 - 24]), "is cut off"), ({}, "has .* bytes, its header says"),

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from harness import ROOT
-from harness.data import sources
+from harness.data import definitions
 from harness.errors import UserError
 from harness.evidence.claims import load_claims
 from harness.evidence.references import load_references
@@ -57,7 +57,7 @@ READERS = {
     EXPERIMENTS / "claims.yaml": lambda path: load_claims(load_catalog(), path),
     EXPERIMENTS / "plots.yaml": lambda path: load_panels(load_catalog(), path),
     EXPERIMENTS / "calibrations.yaml": lambda path: calibrations.load.__wrapped__(path),
-    ROOT / "data" / "datasets.yaml": sources.definitions,
+    ROOT / "data" / "datasets.yaml": definitions.definitions,
     ROOT / "data" / "rules-sv.yaml": rules,
 }
 

@@ -125,7 +125,7 @@ def make_weights(folder: Path, kind: str = "gpt2"):
     from harness.convert.importing import import_folder
 
     model = make_hf(folder / "hf", kind)
-    imported = import_folder(str(folder / "hf"), folder / "weights", "tiny")
+    imported = import_folder(str(folder / "hf"), folder / "weights")
     e = Experiment(
         id="999",
         slug="tuned",

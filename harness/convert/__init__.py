@@ -1,12 +1,11 @@
-"""Hugging Face weights in and out: safetensors <-> Megatron-LM's ``torch_dist`` checkpoints, tensor
-by tensor.
+"""Converts weights between Hugging Face's safetensors and Megatron-LM's ``torch_dist`` checkpoints.
 
-``architectures``  which there are: one table each, read in both directions
-``transforms``     how a tensor of the one is made of tensors of the other
-``safetensor_files`` files of Hugging Face's format
-``torch_dist``     Megatron-LM's checkpoints
-``weights``        weights/<name>/, what an import leaves
-``hub``            a folder on this machine, or one fetched
+``architectures``     the supported ones: a table each, read in both directions
+``transforms``        how tensors of the one format become a tensor of the other
+``safetensor_files``  Hugging Face's files
+``torch_dist``        Megatron-LM's checkpoints
+``weights``           weights/<name>/, the result of an import
+``hub``               finds or downloads a model's folder
 ``importing``, ``exporting``
-``adapters``       LoRA's adapters merged into the weights, or as PEFT keeps them
+``adapters``          LoRA's adapters, merged into the weights or exported for PEFT
 """

@@ -1,35 +1,34 @@
-"""Adapters on their way out: merged into the weights, or as PEFT keeps them.
+"""Exports LoRA's adapters: merged into the weights, or in PEFT's format.
 
 Merging: W + alpha / r B A, summed in fp32 and rounded once to the weight's own precision.
 
-PEFT adapts each of Hugging Face's layers; upstream joins some. The adapter of a joined layer
-becomes one of each part: with all of A, and with its rows of B. That is exact; the other way it is
-not, since PEFT's adapters of the parts have an A each.
+PEFT has an adapter for each linear layer of Hugging Face; upstream fuses some of these layers. The
+adapter of a fused layer becomes one of each part, with all of A and the part's rows of B. That is
+exact. The reverse is not, since PEFT's adapters of the parts have different A.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
 from argparse import Namespace
 from pathlib import Path
 
 from torch import Tensor
 
 from harness.convert import arguments, torch_dist
-from harness.convert.architectures import EMBEDDING, LAYERS, Row, architecture_of
-from harness.convert.torch_dist import Checkpoint
+from harness.convert.architectures import EMBEDDING, LAYERS, TensorRow, architecture_of
+from harness.convert.folders import complete_folder
+from harness.convert.torch_dist import TorchDistCheckpoint
 from harness.convert.transforms import FUSED_QKV, TRANSPOSED, Sizes
 from harness.errors import UserError
 from harness.finetune.adapters import KEY, PARENTS, TENSORS, Adapters, read_record
-from harness.system.files import sync_folder, sync_tree, write_json
+from harness.system.files import write_json
 
 _FAN_IN_FAN_OUT = (FUSED_QKV, TRANSPOSED)
-"""Transforms of weights that Hugging Face keeps as [in, out]."""
+"""Transforms of weights that Hugging Face stores as [in, out]."""
 
 
 class Factors:
-    """The adapters in a folder, as a run leaves them.
+    """The adapters that a run saved in a folder.
 
     Raises:
         UserError: there are none, or they are damaged.
@@ -50,30 +49,29 @@ class Factors:
             raise UserError(f"{folder / TENSORS} is damaged: {error}") from None
 
     def of(self, key: str, index: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
-        """A [r, in] and B [out, r] beside the weight ``key`` of upstream's checkpoints, in layer
-        ``index``; None without."""
+        """A [r, in] and B [out, r] of upstream's weight ``key``, layer ``index``; None without."""
         for name, parent in PARENTS.items():
             if key == f"{LAYERS}{parent}.{name}.weight":
-                keys = [
-                    KEY.format(layer=index[0], parent=parent, name=name, factor=f)
-                    for f in ("lora_A", "lora_B")
-                ]
-                return tuple(self._tensors[k] for k in keys) if keys[0] in self._tensors else None
+                a, b = (
+                    KEY.format(layer=index[0], parent=parent, name=name, factor=factor)
+                    for factor in ("lora_A", "lora_B")
+                )
+                return (self._tensors[a], self._tensors[b]) if a in self._tensors else None
         return None
 
 
-class Merged(Checkpoint):
-    """A checkpoint whose tensors are read with the adapters in them."""
+class Merged(TorchDistCheckpoint):
+    """A checkpoint whose weights are read with the adapters merged into them."""
 
     def __init__(self, folder: Path, factors: Factors) -> None:
         super().__init__(folder)
         self._factors = factors
 
     def read(self, key: str, index: tuple[int, ...] = ()) -> Tensor:
-        """As ``Checkpoint.read``.
+        """As ``TorchDistCheckpoint.read``.
 
         Raises:
-            UserError: the adapters were trained beside weights of another shape.
+            UserError: the adapters belong to weights of another shape.
         """
         weight = super().read(key, index)
         if (pair := self._factors.of(key, index)) is None:
@@ -89,22 +87,24 @@ class Merged(Checkpoint):
 
 
 def export_peft(adapters: Path, base: Path, target: Path, named: str) -> int:
-    """Write the adapters in a folder as PEFT's into ``target``, whole or not at all; returns how
-    many parameters they are.
+    """Write the adapters in a folder in PEFT's format to ``target``, completely or not at all.
 
     Args:
-        base: the checkpoint that they stand beside.
-        named: what adapter_config.json calls it: a folder or repository of Hugging Face's.
+        base: the checkpoint that they were trained on.
+        named: its name in adapter_config.json: a folder or repository of Hugging Face's.
+
+    Returns:
+        The number of parameters.
 
     Raises:
         UserError: adapters or checkpoint are missing or damaged, or no architecture of Hugging Face
-        has such layers.
+            has such layers.
     """
     from safetensors.torch import save_file
 
     factors = Factors(adapters)
     arguments.register_safe_globals()
-    checkpoint = Checkpoint(torch_dist.latest(base))
+    checkpoint = TorchDistCheckpoint(torch_dist.latest(base))
     args: Namespace = checkpoint.common().get("args") or Namespace()
     rows = checkpoint.shapes[EMBEDDING][0]
     model, positions = arguments.model_of(args, base.name, rows)
@@ -118,40 +118,28 @@ def export_peft(adapters: Path, base: Path, target: Path, named: str) -> int:
                 layers = [name.rpartition("{layer}.")[2].removesuffix(".weight") for name in row.hf]
                 targets |= dict.fromkeys(layers, row.how in _FAN_IN_FAN_OUT)
     lora = factors.record.lora
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}.part")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
-        save_file(tensors, unfinished / "adapter_model.safetensors", metadata={"format": "pt"})
-        write_json(
-            unfinished / "adapter_config.json",
-            {
-                "peft_type": "LORA",
-                "task_type": "CAUSAL_LM",
-                "base_model_name_or_path": named,
-                "r": lora.rank,
-                "lora_alpha": lora.alpha,
-                "lora_dropout": lora.dropout,
-                "target_modules": sorted(targets),
-                "fan_in_fan_out": any(targets.values()),
-                "bias": "none",
-                "inference_mode": True,
-            },
-        )
-        sync_tree(unfinished)
-        if target.exists():
-            target.rmdir()
-        unfinished.rename(target)
-        sync_folder(target.parent)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    with complete_folder(target) as folder:
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        config = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": named,
+            "r": lora.rank,
+            "lora_alpha": lora.alpha,
+            "lora_dropout": lora.dropout,
+            "target_modules": sorted(targets),
+            "fan_in_fan_out": any(targets.values()),
+            "bias": "none",
+            "inference_mode": True,
+        }
+        write_json(folder / "adapter_config.json", config)
     return sum(tensor.numel() for tensor in tensors.values())
 
 
 def _as_peft(
-    row: Row, index: tuple[int, ...], pair: tuple[Tensor, Tensor], sizes: Sizes
+    row: TensorRow, index: tuple[int, ...], pair: tuple[Tensor, Tensor], sizes: Sizes
 ) -> dict[str, Tensor]:
-    """PEFT's tensors for the layers that the weight ``row`` is made of."""
+    """PEFT's tensors for the layers of Hugging Face that ``row`` fuses."""
     a, b = pair
     parts = row.how.split(b, sizes)
     parts = [part.t() for part in parts] if row.how in _FAN_IN_FAN_OUT else parts

@@ -1,15 +1,15 @@
-"""The architectures of Hugging Face that can be read and written, one table each.
+"""The supported architectures of Hugging Face, one table each.
 
-A ``Row`` says which tensors of Hugging Face a tensor of Megatron-LM is made of, a ``Setting`` which
-key of config.json a field of the catalogue's ``Model`` is. Both are read in both directions, so
-that import and export cannot differ. Shapes are Megatron-LM's; those of Hugging Face follow from
-the transform.
+A ``TensorRow`` maps tensors of Hugging Face to one tensor of Megatron-LM; a ``ConfigKey`` maps a
+key of config.json to fields of the catalogue's ``Model``. Import and export read the same tables,
+so that they cannot differ. Shapes are Megatron-LM's; Hugging Face's follow from the transform.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -38,15 +38,14 @@ LM_HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
-class Row:
-    """A tensor of Megatron-LM's checkpoint, or one a layer, or one a layer and expert, stacked
-    under one name.
+class TensorRow:
+    """A tensor of Megatron-LM's checkpoint, which may stack those of all layers and experts.
 
     Attributes:
-        shape: names of ``Sizes``, of one layer and one expert.
-        hf: names with ``{layer}`` and ``{expert}``; ``name[{expert}]`` is a slice of a tensor that
-        holds all experts.
-        also: other names under which some of upstream's layer specs keep the same tensor.
+        shape: names of ``Sizes``, for one layer and one expert.
+        hf: names with ``{layer}`` and ``{expert}``; ``name[{expert}]`` is a slice of a tensor of
+            all experts.
+        also: other names of the same tensor in some of upstream's layer specs.
     """
 
     megatron: str
@@ -56,14 +55,14 @@ class Row:
     also: tuple[str, ...] = ()
 
     def stacked(self, sizes: Sizes) -> tuple[int, ...]:
-        """The leading sizes under which its layers, and experts, are stacked."""
+        """Sizes of the leading axes: layers, and experts."""
         if not self.megatron.startswith(LAYERS):
             return ()
         layers = (sizes.model.num_layers,)
         return (*layers, sizes.model.num_experts) if EXPERTS in self.megatron else layers
 
     def places(self, sizes: Sizes) -> Iterator[tuple[int, ...]]:
-        """Every layer, or layer and expert; the empty index where there is one tensor."""
+        """Every layer, or layer and expert; the empty index for a single tensor."""
         return product(*map(range, self.stacked(sizes)))
 
     def names(self, index: tuple[int, ...]) -> tuple[str, ...]:
@@ -73,9 +72,11 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Setting:
-    """A key of config.json: what it says in fields of ``Model``, and back. ``positions`` is no
-    field but goes along."""
+class ConfigKey:
+    """A key of config.json, converted to fields of ``Model`` and back.
+
+    ``positions``, the maximum sequence length, is treated like a field.
+    """
 
     key: str
     fields: Callable[[Any, Config], Mapping[str, Any]]
@@ -83,12 +84,12 @@ class Setting:
     says: str
 
 
-def _is(key: str, field: str) -> Setting:
-    return Setting(key, lambda value, config: {field: value}, lambda fields: fields[field], field)
+def _is(key: str, field: str) -> ConfigKey:
+    return ConfigKey(key, lambda value, config: {field: value}, lambda fields: fields[field], field)
 
 
-def _ffn(*names: str) -> Setting:
-    return Setting(
+def _ffn(*names: str) -> ConfigKey:
+    return ConfigKey(
         "intermediate_size",
         lambda value, config: dict.fromkeys(names, value),
         lambda fields: fields[names[0]],
@@ -96,13 +97,13 @@ def _ffn(*names: str) -> Setting:
     )
 
 
-_TIED = Setting(
+_TIED = ConfigKey(
     "tie_word_embeddings",
     lambda value, config: {"untie_embeddings": not value},
     lambda fields: not fields["untie_embeddings"],
     "not untie_embeddings",
 )
-_GROUPS = Setting(
+_GROUPS = ConfigKey(
     "num_key_value_heads",
     lambda value, config: {
         "num_query_groups": None if value == config["num_attention_heads"] else value
@@ -117,7 +118,7 @@ def _own_width(value: int | None, config: Config) -> Mapping[str, Any]:
     return {"kv_channels": None if value in (None, usual) else value}
 
 
-_HEAD = Setting(
+_HEAD = ConfigKey(
     "head_dim",
     _own_width,
     lambda fields: fields["kv_channels"] or fields["hidden_size"] // fields["num_attention_heads"],
@@ -128,7 +129,7 @@ _LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-"""What upstream's ``--use-rope-scaling`` fixes
+"""Constants of upstream's ``--use-rope-scaling``
 (megatron/core/models/common/embeddings/rotary_pos_embedding.py)."""
 _ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 
@@ -145,7 +146,7 @@ def _rope(value: Config, config: Config) -> Mapping[str, Any]:
     if kind not in ("default", "llama3") or wrong:
         raise UserError(
             f"config.json: rope_parameters {dict(value)}: upstream cannot do"
-            f" {', '.join(wrong) or kind}; known are default, and llama3 with any factor and"
+            f" {', '.join(wrong) or kind}; supported are default, and llama3 with any factor and"
             f" {_LLAMA3_ROPE}"
         )
     scaling = {"rope_scaling_factor": float(value["factor"])} if kind == "llama3" else {}
@@ -159,13 +160,14 @@ def _rope_value(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {"rope_type": "llama3", "factor": fields["rope_scaling_factor"]} | _LLAMA3_ROPE | base
 
 
-_ROPE = Setting("rope_parameters", _rope, _rope_value, "rotary_base, rope_scaling_factor")
+_ROPE = ConfigKey("rope_parameters", _rope, _rope_value, "rotary_base, rope_scaling_factor")
 
 
 def _yarn(value: Config, config: Config) -> Mapping[str, Any]:
     if value.get("rope_type") != "yarn" or value.get("attention_factor") or value.get("mscale"):
         raise UserError(
-            f"rope_parameters {dict(value)}: known is yarn without attention_factor and mscale"
+            f"rope_parameters {dict(value)}: only yarn without attention_factor and mscale is"
+            " supported"
         )
     yarn = Yarn(
         rotary_scaling_factor=float(value["factor"]),
@@ -203,14 +205,14 @@ def _alternating(layers: int) -> list[str]:
 def _checked_layer_types(value: list[str], config: Config) -> Mapping[str, Any]:
     if value != _alternating(config["num_hidden_layers"]):
         raise UserError(
-            "config.json: layer_types must be sliding_attention and full_attention in turn, for"
+            "config.json: layer_types must alternate sliding_attention and full_attention, for"
             f" all {config['num_hidden_layers']} layers: upstream's --window-attn-skip-freq 2"
         )
     return {}
 
 
-_WINDOW = Setting("sliding_window", _window, lambda fields: fields["window_size"], "window_size")
-_LAYER_TYPES = Setting(
+_WINDOW = ConfigKey("sliding_window", _window, lambda fields: fields["window_size"], "window_size")
+_LAYER_TYPES = ConfigKey(
     "layer_types",
     _checked_layer_types,
     lambda fields: _alternating(fields["num_layers"]),
@@ -229,30 +231,30 @@ class Architecture:
     """One of Hugging Face's model classes.
 
     Attributes:
-        name: its class, as config.json says under ``architectures``.
-        model_type: its kind, as config.json says there.
-        prefix: of its base model's tensors; files of the base model alone lack it.
+        name: the class, config.json's ``architectures``.
+        model_type: config.json's ``model_type``.
+        prefix: of the base model's tensors; files of a base model do not have it.
         rows: every tensor.
-        settings: every key of config.json that says something about the model.
-        needs: keys with the only values that upstream can do.
-        fixed: fields of ``Model`` that all its models share, by which they are known again.
-        unused: endings of tensors that some files hold and no model needs.
+        settings: every key of config.json that describes the model.
+        needs: keys with the only values that upstream supports.
+        fixed: fields of ``Model`` that all its models share, which identify it.
+        unused: endings of tensors in some files that no model needs.
     """
 
     name: str
     model_type: str
     prefix: str
-    rows: tuple[Row, ...]
-    settings: tuple[Setting, ...]
+    rows: tuple[TensorRow, ...]
+    settings: tuple[ConfigKey, ...]
     needs: Mapping[str, tuple[Any, ...]]
     fixed: Mapping[str, Any]
     unused: tuple[str, ...] = field(default=())
 
     def read(self, config: Config, name: str) -> tuple[Model, int]:
-        """The model that ``config`` describes, and its longest sequence.
+        """The model that ``config`` describes, and its maximum sequence length.
 
         Raises:
-            UserError: upstream cannot do what it says, or sizes are missing or do not fit together.
+            UserError: upstream does not support it, or sizes are missing or contradict each other.
         """
         from pydantic import ValidationError
 
@@ -260,7 +262,7 @@ class Architecture:
             if key in config and config[key] not in known:
                 one = " or ".join(map(repr, known))
                 raise UserError(
-                    f"config.json: {key} is {config[key]!r}; this converts models where it is {one}"
+                    f"config.json: {key} is {config[key]!r}; supported models have {one}"
                 )
         fields: dict[str, Any] = dict(self.fixed)
         try:
@@ -269,7 +271,7 @@ class Architecture:
             positions = fields.pop("positions")
             return Model(name=name, **fields), positions
         except KeyError as error:
-            raise UserError(f"config.json says nothing about {error}") from None
+            raise UserError(f"config.json has no {error}") from None
         except ValidationError as error:
             first = error.errors()[0]
             raise UserError(
@@ -289,41 +291,41 @@ class Architecture:
         return {"architectures": [self.name], "model_type": self.model_type} | known | said
 
     def differences(self, model: Model) -> list[str]:
-        """Why ``model`` is none of this architecture: its fields that differ from the ``fixed``
-        ones, in words."""
+        """Fields of ``model`` that differ from the ``fixed`` ones, as text."""
         return [
             f"{name} is {getattr(model, name)}, not {value}"
             for name, value in self.fixed.items()
             if getattr(model, name) != value
         ]
 
-    def rows_of(self, model: Model) -> Iterator[Row]:
-        """Its tensors; an output layer that is the embedding is none."""
+    def rows_of(self, model: Model) -> Iterator[TensorRow]:
+        """Its tensors, without an output layer that is tied to the embedding."""
         return (row for row in self.rows if model.untie_embeddings or row.megatron != OUTPUT)
 
     def unneeded(self, name: str, model: Model) -> bool:
-        """Whether a tensor that no row asks for may be there."""
+        """Whether a tensor that no row has may be in the files."""
         return name.endswith(self.unused) or (name == LM_HEAD and not model.untie_embeddings)
 
 
 def _layer(
     megatron: str,
-    shape: tuple[str, ...],
+    shape: str,
     *hf: str,
     how: Transform = SAME,
     also: tuple[str, ...] = (),
     of: str = "model.layers.{layer}.",
-) -> Row:
-    return Row(
+) -> TensorRow:
+    """A tensor of each layer, with its names on both sides inside the layer."""
+    return TensorRow(
         LAYERS + megatron,
-        shape,
+        tuple(shape.split(", ")),
         tuple(of + name for name in hf),
         how,
         tuple(LAYERS + name for name in also),
     )
 
 
-_OUTPUT = Row(OUTPUT, ("vocabulary", "hidden"), (LM_HEAD,), VOCABULARY)
+_OUTPUT = TensorRow(OUTPUT, ("vocabulary", "hidden"), (LM_HEAD,), VOCABULARY)
 
 
 def _inner_value(fields: Mapping[str, Any]) -> int | None:
@@ -331,73 +333,43 @@ def _inner_value(fields: Mapping[str, Any]) -> int | None:
     return None if usual else fields["ffn_hidden_size"]
 
 
-_INNER = Setting(
+_INNER = ConfigKey(
     "n_inner", lambda value, config: {"ffn_hidden_size": value}, _inner_value, "ffn_hidden_size"
 )
-_GPT2_LAYERS = "transformer.h.{layer}."
+_gpt2_layer = partial(_layer, of="transformer.h.{layer}.")
 GPT2 = Architecture(
     name="GPT2LMHeadModel",
     model_type="gpt2",
     prefix="transformer.",
     unused=(".attn.bias", ".attn.masked_bias"),
     rows=(
-        Row(EMBEDDING, ("vocabulary", "hidden"), ("transformer.wte.weight",), VOCABULARY),
-        Row(
+        TensorRow(EMBEDDING, ("vocabulary", "hidden"), ("transformer.wte.weight",), VOCABULARY),
+        TensorRow(
             "embedding.position_embeddings.weight",
             ("positions", "hidden"),
             ("transformer.wpe.weight",),
         ),
-        _layer(
-            "self_attention.linear_qkv.layer_norm_weight",
-            ("hidden",),
-            "ln_1.weight",
-            of=_GPT2_LAYERS,
+        _gpt2_layer("self_attention.linear_qkv.layer_norm_weight", "hidden", "ln_1.weight"),
+        _gpt2_layer("self_attention.linear_qkv.layer_norm_bias", "hidden", "ln_1.bias"),
+        _gpt2_layer(
+            "self_attention.linear_qkv.weight", "qkv, hidden", "attn.c_attn.weight", how=FUSED_QKV
         ),
-        _layer(
-            "self_attention.linear_qkv.layer_norm_bias", ("hidden",), "ln_1.bias", of=_GPT2_LAYERS
-        ),
-        _layer(
-            "self_attention.linear_qkv.weight",
-            ("qkv", "hidden"),
-            "attn.c_attn.weight",
-            how=FUSED_QKV,
-            of=_GPT2_LAYERS,
-        ),
-        _layer(
-            "self_attention.linear_qkv.bias",
-            ("qkv",),
-            "attn.c_attn.bias",
-            how=FUSED_QKV,
-            of=_GPT2_LAYERS,
-        ),
-        _layer(
+        _gpt2_layer("self_attention.linear_qkv.bias", "qkv", "attn.c_attn.bias", how=FUSED_QKV),
+        _gpt2_layer(
             "self_attention.linear_proj.weight",
-            ("hidden", "queries"),
+            "hidden, queries",
             "attn.c_proj.weight",
             how=TRANSPOSED,
-            of=_GPT2_LAYERS,
         ),
-        _layer("self_attention.linear_proj.bias", ("hidden",), "attn.c_proj.bias", of=_GPT2_LAYERS),
-        _layer("mlp.linear_fc1.layer_norm_weight", ("hidden",), "ln_2.weight", of=_GPT2_LAYERS),
-        _layer("mlp.linear_fc1.layer_norm_bias", ("hidden",), "ln_2.bias", of=_GPT2_LAYERS),
-        _layer(
-            "mlp.linear_fc1.weight",
-            ("ffn", "hidden"),
-            "mlp.c_fc.weight",
-            how=TRANSPOSED,
-            of=_GPT2_LAYERS,
-        ),
-        _layer("mlp.linear_fc1.bias", ("ffn",), "mlp.c_fc.bias", of=_GPT2_LAYERS),
-        _layer(
-            "mlp.linear_fc2.weight",
-            ("hidden", "ffn"),
-            "mlp.c_proj.weight",
-            how=TRANSPOSED,
-            of=_GPT2_LAYERS,
-        ),
-        _layer("mlp.linear_fc2.bias", ("hidden",), "mlp.c_proj.bias", of=_GPT2_LAYERS),
-        Row("decoder.final_layernorm.weight", ("hidden",), ("transformer.ln_f.weight",)),
-        Row("decoder.final_layernorm.bias", ("hidden",), ("transformer.ln_f.bias",)),
+        _gpt2_layer("self_attention.linear_proj.bias", "hidden", "attn.c_proj.bias"),
+        _gpt2_layer("mlp.linear_fc1.layer_norm_weight", "hidden", "ln_2.weight"),
+        _gpt2_layer("mlp.linear_fc1.layer_norm_bias", "hidden", "ln_2.bias"),
+        _gpt2_layer("mlp.linear_fc1.weight", "ffn, hidden", "mlp.c_fc.weight", how=TRANSPOSED),
+        _gpt2_layer("mlp.linear_fc1.bias", "ffn", "mlp.c_fc.bias"),
+        _gpt2_layer("mlp.linear_fc2.weight", "hidden, ffn", "mlp.c_proj.weight", how=TRANSPOSED),
+        _gpt2_layer("mlp.linear_fc2.bias", "hidden", "mlp.c_proj.bias"),
+        TensorRow("decoder.final_layernorm.weight", ("hidden",), ("transformer.ln_f.weight",)),
+        TensorRow("decoder.final_layernorm.bias", ("hidden",), ("transformer.ln_f.bias",)),
         _OUTPUT,
     ),
     settings=(
@@ -434,22 +406,24 @@ GPT2 = Architecture(
     },
 )
 
-_EMBEDDING = Row(EMBEDDING, ("vocabulary", "hidden"), ("model.embed_tokens.weight",), VOCABULARY)
-_FINAL_NORM = Row("decoder.final_layernorm.weight", ("hidden",), ("model.norm.weight",))
+_EMBEDDING = TensorRow(
+    EMBEDDING, ("vocabulary", "hidden"), ("model.embed_tokens.weight",), VOCABULARY
+)
+_FINAL_NORM = TensorRow("decoder.final_layernorm.weight", ("hidden",), ("model.norm.weight",))
 _Q_K_V = tuple(f"self_attn.{part}_proj" for part in "qkv")
 _ATTENTION = (
-    _layer("self_attention.linear_qkv.layer_norm_weight", ("hidden",), "input_layernorm.weight"),
+    _layer("self_attention.linear_qkv.layer_norm_weight", "hidden", "input_layernorm.weight"),
     _layer(
         "self_attention.linear_qkv.weight",
-        ("qkv", "hidden"),
+        "qkv, hidden",
         *(f"{name}.weight" for name in _Q_K_V),
         how=QKV,
     ),
-    _layer("self_attention.linear_proj.weight", ("hidden", "queries"), "self_attn.o_proj.weight"),
+    _layer("self_attention.linear_proj.weight", "hidden, queries", "self_attn.o_proj.weight"),
 )
 _PRE_EXPERTS_NORM = _layer(
     "mlp.linear_fc1.layer_norm_weight",
-    ("hidden",),
+    "hidden",
     "post_attention_layernorm.weight",
     also=("pre_mlp_layernorm.weight",),
 )
@@ -483,15 +457,15 @@ LLAMA = Architecture(
     rows=(
         _EMBEDDING,
         *_ATTENTION,
-        _layer("mlp.linear_fc1.layer_norm_weight", ("hidden",), "post_attention_layernorm.weight"),
+        _layer("mlp.linear_fc1.layer_norm_weight", "hidden", "post_attention_layernorm.weight"),
         _layer(
             "mlp.linear_fc1.weight",
-            ("gated", "hidden"),
+            "gated, hidden",
             "mlp.gate_proj.weight",
             "mlp.up_proj.weight",
             how=GATE_UP,
         ),
-        _layer("mlp.linear_fc2.weight", ("hidden", "ffn"), "mlp.down_proj.weight"),
+        _layer("mlp.linear_fc2.weight", "hidden, ffn", "mlp.down_proj.weight"),
         _FINAL_NORM,
         _OUTPUT,
     ),
@@ -508,20 +482,18 @@ OLMOE = Architecture(
     rows=(
         _EMBEDDING,
         *_ATTENTION,
-        _layer("self_attention.q_layernorm.weight", ("queries",), "self_attn.q_norm.weight"),
-        _layer("self_attention.k_layernorm.weight", ("keys",), "self_attn.k_norm.weight"),
+        _layer("self_attention.q_layernorm.weight", "queries", "self_attn.q_norm.weight"),
+        _layer("self_attention.k_layernorm.weight", "keys", "self_attn.k_norm.weight"),
         _PRE_EXPERTS_NORM,
-        _layer("mlp.router.weight", ("experts", "hidden"), "mlp.gate.weight"),
+        _layer("mlp.router.weight", "experts, hidden", "mlp.gate.weight"),
         _layer(
             EXPERTS + "linear_fc1.weight",
-            ("gated expert", "hidden"),
+            "gated expert, hidden",
             *(f"mlp.experts.{{expert}}.{part}_proj.weight" for part in ("gate", "up")),
             how=GATE_UP,
         ),
         _layer(
-            EXPERTS + "linear_fc2.weight",
-            ("hidden", "expert"),
-            "mlp.experts.{expert}.down_proj.weight",
+            EXPERTS + "linear_fc2.weight", "hidden, expert", "mlp.experts.{expert}.down_proj.weight"
         ),
         _FINAL_NORM,
         _OUTPUT,
@@ -553,35 +525,32 @@ GPT_OSS = Architecture(
         _EMBEDDING,
         *_ATTENTION,
         _layer(
-            "self_attention.linear_qkv.bias",
-            ("qkv",),
-            *(f"{name}.bias" for name in _Q_K_V),
-            how=QKV,
+            "self_attention.linear_qkv.bias", "qkv", *(f"{name}.bias" for name in _Q_K_V), how=QKV
         ),
-        _layer("self_attention.linear_proj.bias", ("hidden",), "self_attn.o_proj.bias"),
-        _layer("self_attention.core_attention.softmax_offset", ("heads",), "self_attn.sinks"),
+        _layer("self_attention.linear_proj.bias", "hidden", "self_attn.o_proj.bias"),
+        _layer("self_attention.core_attention.softmax_offset", "heads", "self_attn.sinks"),
         _PRE_EXPERTS_NORM,
-        _layer("mlp.router.weight", ("experts", "hidden"), "mlp.router.weight"),
-        _layer("mlp.router.bias", ("experts",), "mlp.router.bias"),
+        _layer("mlp.router.weight", "experts, hidden", "mlp.router.weight"),
+        _layer("mlp.router.bias", "experts", "mlp.router.bias"),
         _layer(
             EXPERTS + "linear_fc1.weight",
-            ("gated expert", "hidden"),
+            "gated expert, hidden",
             "mlp.experts.gate_up_proj[{expert}]",
             how=INTERLEAVED_GATE_UP,
         ),
         _layer(
             EXPERTS + "linear_fc1.bias",
-            ("gated expert",),
+            "gated expert",
             "mlp.experts.gate_up_proj_bias[{expert}]",
             how=INTERLEAVED_GATE_UP,
         ),
         _layer(
             EXPERTS + "linear_fc2.weight",
-            ("hidden", "expert"),
+            "hidden, expert",
             "mlp.experts.down_proj[{expert}]",
             how=TRANSPOSED,
         ),
-        _layer(EXPERTS + "linear_fc2.bias", ("hidden",), "mlp.experts.down_proj_bias[{expert}]"),
+        _layer(EXPERTS + "linear_fc2.bias", "hidden", "mlp.experts.down_proj_bias[{expert}]"),
         _FINAL_NORM,
         _OUTPUT,
     ),
@@ -594,7 +563,7 @@ GPT_OSS = Architecture(
         _is("router_aux_loss_coef", "moe_aux_loss_coeff"),
         _WINDOW,
         _LAYER_TYPES,
-        Setting("rope_parameters", _yarn, _yarn_value, "rotary_base, yarn"),
+        ConfigKey("rope_parameters", _yarn, _yarn_value, "rotary_base, yarn"),
     ),
     needs={
         **_LLAMA_NEEDS,
@@ -616,16 +585,16 @@ ARCHITECTURES = {a.name: a for a in (GPT2, LLAMA, OLMOE, GPT_OSS)}
 
 
 def architecture_of(model: Model) -> Architecture:
-    """The architecture whose weights ``model`` has.
+    """The architecture of ``model``.
 
     Raises:
-        UserError: Hugging Face has none, or none that this knows.
+        UserError: none of the supported ones fits.
     """
     reasons = {a: a.differences(model) for a in ARCHITECTURES.values()}
     nearest = min(reasons, key=lambda a: len(reasons[a]))
     if reasons[nearest]:
         raise UserError(
-            f"{model.name}: no architecture of Hugging Face that this writes"
+            f"{model.name} is none of the supported architectures of Hugging Face"
             f" ({', '.join(ARCHITECTURES)})\nnearest is {nearest.name}, but "
             + "; ".join(reasons[nearest])
         )

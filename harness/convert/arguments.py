@@ -1,5 +1,4 @@
-"""Upstream's arguments as a checkpoint keeps them, made of a model, and the model that they
-describe."""
+"""Converts between a catalogue's model and upstream's arguments as a checkpoint stores them."""
 
 from __future__ import annotations
 
@@ -29,16 +28,15 @@ _UNSUPPORTED = {
     "qk_l2_norm": False,
     "hybrid_layer_pattern": None,
 }
-"""Arguments that make a model that no architecture here is, with the values that do not."""
+"""Arguments that change the model, with the only values that the architectures here have."""
 _PROJECTION_NORM = ["harness.specs.projection_norm", "layer_spec"]
 
 
 def flags(model: Model, positions: int, tp: int = 1, pp: int = 1, ep: int = 1) -> list[str]:
-    """Upstream's arguments for ``model`` under a layout; the length of sequences is left to the
-    run.
+    """Upstream's arguments for ``model`` under a layout, without ``--seq-length``.
 
     Raises:
-        UserError: the model cannot be cut like this.
+        UserError: the model cannot be split like this.
     """
     one = Experiment(
         id="999",
@@ -62,12 +60,12 @@ def flags(model: Model, positions: int, tp: int = 1, pp: int = 1, ep: int = 1) -
 
 
 def parse(words: Sequence[str]) -> Namespace:
-    """What upstream's parser makes of ``words``, its defaults filled in."""
+    """The arguments ``words`` as upstream's parser returns them, with its defaults."""
     return upstream_parser().parse_args(list(words))
 
 
 def register_safe_globals() -> None:
-    """Let ``torch.load(weights_only=True)`` open what upstream saves: its own list of classes."""
+    """Let ``torch.load(weights_only=True)`` open the classes that upstream lists as safe."""
     import_upstream()
     from megatron.core.safe_globals import register_safe_globals as register
 
@@ -75,15 +73,14 @@ def register_safe_globals() -> None:
 
 
 def model_of(args: Namespace, name: str, vocab_size: int) -> tuple[Model, int]:
-    """The model that ``args`` describe, and the longest sequence it takes.
+    """The model that ``args`` describe, and its maximum sequence length.
 
     Raises:
-        UserError: it is none that the catalogue can say.
+        UserError: the catalogue cannot describe it.
     """
     if not hasattr(args, "num_layers") or args.num_layers is None:
         raise UserError(
-            f"{name}: the checkpoint does not say what its model is: it has none of upstream's"
-            " arguments"
+            f"{name}: the checkpoint has none of upstream's arguments, which describe its model"
         )
     odd = [
         f"{key} = {getattr(args, key)}"
@@ -92,7 +89,7 @@ def model_of(args: Namespace, name: str, vocab_size: int) -> tuple[Model, int]:
     ]
     if odd:
         raise UserError(
-            f"{name}: no architecture of Hugging Face that this writes has {', '.join(odd)}"
+            f"{name}: none of the supported architectures of Hugging Face has {', '.join(odd)}"
         )
     usual_head = args.hidden_size // args.num_attention_heads
     groups = args.num_query_groups if args.group_query_attention else None
@@ -142,7 +139,7 @@ def model_of(args: Namespace, name: str, vocab_size: int) -> tuple[Model, int]:
 
 
 def _single(value: float | list[float]) -> float:
-    """Upstream's parser keeps a list where it takes several."""
+    """Upstream's parser returns a list if an argument takes several values."""
     return value[0] if isinstance(value, list) else value
 
 
@@ -153,7 +150,7 @@ def _activation(args: Namespace) -> str:
         return "gelu"
     if (args.glu_linear_offset, args.activation_func_clamp_value) != (1.0, 7.0):
         raise UserError(
-            "--quick-geglu: known is GPT-OSS's, with --glu-linear-offset 1.0"
+            "--quick-geglu: only GPT-OSS's is supported, with --glu-linear-offset 1.0"
             " --activation-func-clamp-value 7.0"
         )
     return "clamped_quick_geglu"
@@ -162,8 +159,7 @@ def _activation(args: Namespace) -> str:
 def _qk_norm(args: Namespace) -> str:
     if args.spec not in (None, _PROJECTION_NORM):
         raise UserError(
-            f"--spec {' '.join(args.spec)}: its weights are not known; known is"
-            f" {' '.join(_PROJECTION_NORM)}"
+            f"--spec {' '.join(args.spec)} is not supported; only {' '.join(_PROJECTION_NORM)} is"
         )
     if not args.qk_layernorm:
         return "none"
@@ -177,6 +173,6 @@ def _window(args: Namespace) -> int | None:
     if after or args.window_attn_skip_freq != 2:
         raise UserError(
             f"--window-size {before},{after} --window-attn-skip-freq {args.window_attn_skip_freq}:"
-            " known are windows into the past, on every other layer"
+            " only windows into the past, on every other layer, are supported"
         )
     return before + 1

@@ -1,4 +1,4 @@
-"""``make import-hf`` and ``make export-hf``."""
+"""The commands ``make import-hf`` and ``make export-hf``."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def import_hf(settings: Mapping[str, str], folder: Path = WEIGHTS) -> int:
-    """Import HF= into ``folder``/NAME and say what it is.
+    """Import HF= into ``folder``/NAME and print a summary.
 
     Raises:
-        UserError: see ``importing.import_folder``; NAME= is there already, or DATA= is another
-        tokenizer's.
+        UserError: see ``importing.import_folder``; NAME= exists already, or DATA= was made by
+            another tokenizer.
     """
     source = settings["HF"]
     name = settings.get("NAME") or Path(source.partition("@")[0]).name
@@ -33,7 +33,7 @@ def import_hf(settings: Mapping[str, str], folder: Path = WEIGHTS) -> int:
         raise UserError(f"NAME={name}: use letters, digits and . _ -, a letter or digit first")
     target = folder / name
     if target.exists() and settings.get("FORCE") != "1":
-        raise UserError(f"{target} is there already\nFORCE=1 writes it anew, NAME=… another one")
+        raise UserError(f"{target} exists already\nFORCE=1 replaces it, NAME=… writes another one")
     layout = {
         axis.lower(): command_line.count(axis, settings[axis])
         for axis in ("TP", "PP", "EP")
@@ -47,34 +47,34 @@ def import_hf(settings: Mapping[str, str], folder: Path = WEIGHTS) -> int:
         else None
     )
     begun = time.monotonic()
-    weights = import_folder(source, target, name, data=data, **layout)
+    weights = import_folder(source, target, data=data, **layout)
     print(
         f"{target}: {weights.architecture}, {weights.parameters:,} parameters,"
         f" {weights.bytes / 2**30:.2f} GiB in {time.monotonic() - begun:.0f} s"
     )
     if weights.dequantized:
         print(
-            f"  {weights.dequantized} tensors were MXFP4 and are bf16 here: the same values, nearly"
+            f"  {weights.dequantized} tensors were MXFP4 and are bf16 now: the same values, nearly"
             " four times the bytes"
         )
     if not weights.tokenizer:
-        print("  no tokenizer came with them")
-    print(f"  make <id> WEIGHTS={name} trains on from them")
+        print("  the folder has no tokenizer")
+    print(f"  make <id> WEIGHTS={name} continues training from them")
     print(f"  upstream's arguments: --load {target} --seq-length … {' '.join(weights.flags)}")
     return 0
 
 
 def export_hf(settings: Mapping[str, str], outdir: Path | None = None) -> int:
-    """Export RUN=, a run in ``outdir`` or a folder, to OUT= and say what it became.
+    """Export RUN=, a run in ``outdir`` or a folder, to OUT= and print a summary.
 
     Raises:
-        UserError: see ``exporting.export_checkpoint``; or OUT= is in use.
+        UserError: see ``exporting.export_checkpoint``; or OUT= is not empty.
     """
     outdir = outdir or finding.outdir(settings)
     target = expanded(settings["OUT"]).absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(
-            f"OUT={settings['OUT']} is there already and not empty; name another one, or remove it"
+            f"OUT={settings['OUT']} exists already and is not empty; name another one, or remove it"
         )
     from harness.convert import hub
     from harness.convert.exporting import export_checkpoint
@@ -90,7 +90,7 @@ def export_hf(settings: Mapping[str, str], outdir: Path | None = None) -> int:
     done = export_checkpoint(folder, target, like=like, adapters=adapters if trained else None)
     if trained:
         print(
-            f"  adapters of rank {trained.lora.rank}, step {trained.iteration}, are merged with"
+            f"  adapters of rank {trained.lora.rank}, step {trained.iteration}, are merged into"
             f" {folder}"
         )
     print(
@@ -99,7 +99,7 @@ def export_hf(settings: Mapping[str, str], outdir: Path | None = None) -> int:
         f" {time.monotonic() - begun:.0f} s"
     )
     if done.tokenizer is None:
-        print("  no tokenizer is known for it; HF=folder takes one from there")
+        print("  no tokenizer was found; HF=folder takes one from there")
     return 0
 
 
@@ -109,18 +109,16 @@ def _export_adapters(adapters: Path, base: Path, target: Path, like: Path | None
 
     start = read(base)
     named = str(like) if like else start.source if start else str(base)
-    print(
-        f"{target}: PEFT's adapters, {export_peft(adapters, base, target, named):,} parameters, for"
-        f" {named}"
-    )
+    parameters = export_peft(adapters, base, target, named)
+    print(f"{target}: PEFT's adapters, {parameters:,} parameters, for {named}")
     return 0
 
 
 def saved(run: str, outdir: Path) -> Path:
-    """The folder with the checkpoints of ``run``: one in weights/, a run's label, or any folder.
+    """The folder with checkpoints of ``run``: a run's label, a name in weights/, or any folder.
 
     Raises:
-        UserError: there is none, or it holds no checkpoint.
+        UserError: there is none, or it has no checkpoint.
     """
     places = [place for place in (outdir / run, WEIGHTS / run, expanded(run)) if place.is_dir()]
     if not places:

@@ -1,31 +1,35 @@
-"""Megatron-LM -> Hugging Face: a checkpoint becomes a folder that ``from_pretrained`` opens, tensor
-by tensor."""
+"""Exports a checkpoint of Megatron-LM to a folder for ``from_pretrained``, tensor by tensor."""
 
 from __future__ import annotations
 
-import os
 import shutil
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from harness import ROOT
 from harness.convert import arguments, hub, torch_dist, weights
 from harness.convert.adapters import Factors, Merged
-from harness.convert.architectures import EMBEDDING, LM_HEAD, Architecture, Row, architecture_of
+from harness.convert.architectures import (
+    EMBEDDING,
+    LM_HEAD,
+    Architecture,
+    TensorRow,
+    architecture_of,
+)
+from harness.convert.folders import complete_folder
 from harness.convert.safetensor_files import SHARD_BYTES, sliced, writing
-from harness.convert.torch_dist import Checkpoint
+from harness.convert.torch_dist import TorchDistCheckpoint
 from harness.convert.transforms import Sizes
 from harness.errors import UserError
-from harness.system.files import sync_folder, sync_tree
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written. ``tokenizer``: where the tokenizer's files came from; none where none was
-    found."""
+    """The result of an export. ``tokenizer``: the folder that its files are from, if any."""
 
     architecture: str
     parameters: int
@@ -42,22 +46,21 @@ def export_checkpoint(
     adapters: Path | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Exported:
-    """Write the checkpoint in ``folder`` as a Hugging Face model into ``target``, whole or not at
-    all.
+    """Write the checkpoint in ``folder`` as a Hugging Face model to ``target``, completely or not.
 
     Args:
         folder: one of upstream's save folders, or a checkpoint in it, or a folder of weights/.
         like: a Hugging Face folder whose vocabulary size, token ids and tokenizer the model keeps;
             by default that of the weights that the run started from.
-        adapters: a folder of LoRA's adapters, to be merged with the weights.
+        adapters: a folder of LoRA's adapters to merge into the weights.
 
     Raises:
         UserError: there is no whole checkpoint, the adapters do not fit, or no architecture of
-        Hugging Face has its weights.
+            Hugging Face has these weights.
     """
     found = torch_dist.latest(folder)
     arguments.register_safe_globals()
-    checkpoint = Merged(found, Factors(adapters)) if adapters else Checkpoint(found)
+    checkpoint = Merged(found, Factors(adapters)) if adapters else TorchDistCheckpoint(found)
     args: Namespace = checkpoint.common().get("args") or Namespace()
     origin = like or _origin(folder, args)
     tokenizer = _tokenizer(origin, args)
@@ -71,35 +74,20 @@ def export_checkpoint(
     sizes = Sizes(model, positions, rows)
     keys = _check(checkpoint, architecture, sizes)
     announced = _announced(checkpoint, architecture, sizes, keys)
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}.part")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        unfinished.mkdir(parents=True)
+    with complete_folder(target) as unfinished:
         with writing(unfinished, announced, shard_bytes) as writer:
             for row, key in keys.items():
                 for index in row.places(sizes):
                     parts = row.how.split(checkpoint.read(key, index), sizes)
                     for name, part in zip(row.names(index), parts, strict=True):
                         writer.write(name, part)
-        _write_config(
-            unfinished,
-            architecture,
-            model,
-            positions,
-            kept,
-            checkpoint.dtypes[next(iter(keys.values()))],
-        )
+        dtype = checkpoint.dtypes[next(iter(keys.values()))]
+        said = kept | architecture.write(model, positions)
+        _write_config(unfinished, said, dtype)
         for name in (*hub.TOKENIZER, "generation_config.json"):
-            source = (tokenizer if name in hub.TOKENIZER else origin) or Path()
-            if source != Path() and (source / name).is_file():
+            source = tokenizer if name in hub.TOKENIZER else origin
+            if source and (source / name).is_file():
                 shutil.copyfile(source / name, unfinished / name)
-        sync_tree(unfinished)
-        if target.exists():
-            target.rmdir()
-        unfinished.rename(target)
-        sync_folder(target.parent)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     numbers = {name: torch.Size(shape).numel() for name, (_, shape) in announced.items()}
     return Exported(
         architecture.name,
@@ -111,16 +99,14 @@ def export_checkpoint(
 
 
 def _origin(folder: Path, args: Namespace) -> Path | None:
-    """The Hugging Face files of the weights that ``folder`` is, or that its run started from, where
-    they are still there."""
+    """The Hugging Face files of imported weights: ``folder``, or those that its run began with."""
     starts = (getattr(args, key, None) for key in ("pretrained_checkpoint", "load"))
     candidates = [folder, folder.parent, *(ROOT / start for start in starts if start)]
     return next((c / weights.HF for c in candidates if weights.read(c)), None)
 
 
 def _tokenizer(origin: Path | None, args: Namespace) -> Path | None:
-    """The folder with the tokenizer's files: the run's own, else that of the weights it started
-    from."""
+    """The folder with the tokenizer's files: the run's own, else the origin's."""
     own = Path(args.tokenizer_model) if getattr(args, "tokenizer_model", None) else None
     if own and own.is_file():
         own = own.parent
@@ -130,7 +116,7 @@ def _tokenizer(origin: Path | None, args: Namespace) -> Path | None:
 
 
 def _vocab_size(tokenizer: Path | None, args: Namespace) -> int | None:
-    """How many tokens the run knew, as upstream counts them."""
+    """The vocabulary size of the run, as upstream counts it."""
     if tokenizer and (vocabulary := hub.vocabulary_of(tokenizer)):
         return max(vocabulary.values()) + 1
     stated = getattr(args, "vocab_size", None)
@@ -141,13 +127,15 @@ def _vocab_size(tokenizer: Path | None, args: Namespace) -> int | None:
     )
 
 
-def _check(checkpoint: Checkpoint, architecture: Architecture, sizes: Sizes) -> dict[Row, str]:
-    """The key of every row in the checkpoint.
+def _check(
+    checkpoint: TorchDistCheckpoint, architecture: Architecture, sizes: Sizes
+) -> dict[TensorRow, str]:
+    """The checkpoint's key of every row.
 
     Raises:
-        UserError: one is missing, or of another shape than the arguments say.
+        UserError: one is missing, or its shape contradicts the arguments.
     """
-    keys: dict[Row, str] = {}
+    keys: dict[TensorRow, str] = {}
     for row in architecture.rows_of(sizes.model):
         key = next((key for key in (row.megatron, *row.also) if key in checkpoint.shapes), None)
         if key is None:
@@ -158,7 +146,7 @@ def _check(checkpoint: Checkpoint, architecture: Architecture, sizes: Sizes) -> 
         if checkpoint.shapes[key] != shape:
             raise UserError(
                 f"{checkpoint.folder}: {key} is {list(checkpoint.shapes[key])}, "
-                f"the arguments beside it say {list(shape)}"
+                f"its arguments say {list(shape)}"
             )
         keys[row] = key
     if sizes.vocabulary < sizes.model.vocab_size:
@@ -170,9 +158,12 @@ def _check(checkpoint: Checkpoint, architecture: Architecture, sizes: Sizes) -> 
 
 
 def _announced(
-    checkpoint: Checkpoint, architecture: Architecture, sizes: Sizes, keys: dict[Row, str]
+    checkpoint: TorchDistCheckpoint,
+    architecture: Architecture,
+    sizes: Sizes,
+    keys: dict[TensorRow, str],
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """dtype and shape of every tensor to write, by Hugging Face's name, in the order of layers."""
+    """Dtype and shape of every tensor to write, by Hugging Face's name, in the order of layers."""
     found = {}
     for row, key in keys.items():
         parts = row.how.split(torch.empty(sizes.shape(row.shape), device="meta"), sizes)
@@ -188,18 +179,12 @@ def _announced(
     return {name: found[name][1] for name in order}
 
 
-def _write_config(
-    folder: Path, architecture: Architecture, model, positions: int, kept: dict, dtype: torch.dtype
-) -> None:
-    """config.json: what the origin's said, with everything that concerns the weights as they are
-    now."""
+def _write_config(folder: Path, said: dict[str, Any], dtype: torch.dtype) -> None:
+    """Write config.json with the keys ``said``, which may be the origin's."""
     from transformers import AutoConfig
 
-    said = {
-        **kept,
-        **architecture.write(model, positions),
-        "dtype": str(dtype).removeprefix("torch."),
-    }
-    for key in ("quantization_config", "_name_or_path"):  # MXFP4 no longer; another folder
-        said.pop(key, None)
-    AutoConfig.for_model(**said).save_pretrained(folder)
+    # Exported weights are no longer MXFP4, and lie in another folder than the origin.
+    dropped = ("quantization_config", "_name_or_path")
+    kept = {key: value for key, value in said.items() if key not in dropped}
+    kept["dtype"] = str(dtype).removeprefix("torch.")
+    AutoConfig.for_model(**kept).save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""A model of Hugging Face as a folder on this machine: given as one, or fetched."""
+"""Finds a Hugging Face model: a folder on this machine, or one downloaded from the hub."""
 
 from __future__ import annotations
 
@@ -24,16 +24,15 @@ TOKENIZER = (
     "chat_template.jinja",
 )
 KEPT = (CONFIG, "generation_config.json", *TOKENIZER)
-"""Files that a folder of weights keeps as they are."""
+"""Files that an import copies unchanged."""
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
 def locate(named: str) -> Path:
-    """The folder ``named``, or a copy of the hub's repository ``owner/name`` or
-    ``owner/name@revision``.
+    """The folder ``named``, or a download of the repository ``owner/name[@revision]``.
 
     Raises:
-        UserError: it is neither, or cannot be fetched.
+        UserError: it is neither, or cannot be downloaded.
     """
     folder = expanded(named)
     if folder.is_dir():
@@ -67,11 +66,10 @@ def locate(named: str) -> Path:
 
 
 def read_config(folder: Path) -> tuple[Architecture, dict[str, Any]]:
-    """The architecture of the model in ``folder``, and its config.json with transformers' defaults
-    filled in.
+    """The architecture of the model in ``folder``, and its config.json with transformers' defaults.
 
     Raises:
-        UserError: there is none, it is damaged, or of another architecture.
+        UserError: config.json is missing or damaged, or the architecture is not supported.
     """
     path = folder / CONFIG
     try:
@@ -86,7 +84,7 @@ def read_config(folder: Path) -> tuple[Architecture, dict[str, Any]]:
     known = [name for name in names if name in ARCHITECTURES]
     if not known:
         raise UserError(
-            f"{path}: architecture {', '.join(names) or 'not named'}; this converts"
+            f"{path}: architecture {', '.join(names) or 'not named'}; supported are"
             f" {', '.join(ARCHITECTURES)}"
         )
     architecture = ARCHITECTURES[known[0]]
@@ -95,8 +93,8 @@ def read_config(folder: Path) -> tuple[Architecture, dict[str, Any]]:
     quantised = (raw.get("quantization_config") or {}).get("quant_method")
     if quantised not in (None, "mxfp4"):
         raise UserError(
-            f"{path}: quantised by {quantised}; MXFP4 is all that can be undone here\nget the"
-            " unquantised model"
+            f"{path}: quantised by {quantised}; only MXFP4 can be dequantised\nget the unquantised"
+            " model"
         )
     from transformers import AutoConfig
     from transformers.utils import logging
@@ -110,7 +108,7 @@ def read_config(folder: Path) -> tuple[Architecture, dict[str, Any]]:
 
 
 def vocabulary_of(folder: Path) -> dict[str, int] | None:
-    """The tokens of ``folder``'s tokenizer.json and their ids; None where it has none.
+    """The tokens of ``folder``'s tokenizer.json and their ids; None if it has none.
 
     Raises:
         UserError: it is damaged.

@@ -1,5 +1,4 @@
-"""Hugging Face -> Megatron-LM: check a folder against its config.json, then write the checkpoint,
-tensor by tensor."""
+"""Imports a Hugging Face model: checks it against config.json, writes a checkpoint by tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +12,14 @@ import torch
 from torch import Tensor
 
 from harness.convert import arguments, hub, torch_dist
-from harness.convert.architectures import EMBEDDING, EXPERTS, LAYERS, LM_HEAD, Architecture, Row
+from harness.convert.architectures import (
+    EMBEDDING,
+    EXPERTS,
+    LAYERS,
+    LM_HEAD,
+    Architecture,
+    TensorRow,
+)
 from harness.convert.mxfp4 import Dequantized
 from harness.convert.safetensor_files import FLOATS, Tensors, open_folder
 from harness.convert.torch_dist import Piece
@@ -25,14 +31,13 @@ from harness.run.checkpoints import TRACKER
 from harness.system.files import replace_folder, write_json
 
 WIDEST_TP = 8
-"""Vocabularies get rows for as many tensor-parallel ranks at least; powers of 2 below find theirs
-among them."""
+"""Vocabularies are padded for this many tensor-parallel ranks, and so for smaller powers of 2."""
 
 ALIGNMENT = 128
 """Upstream's --make-vocab-size-divisible-by."""
 
-# Modules of upstream's layer specs, Transformer Engine's or local, that keep a state beside their
-# weights. It is empty without fp8, but upstream wants it to be there.
+# Modules with an _extra_state in upstream's layer specs, Transformer Engine's or local. Without fp8
+# the state is empty, but upstream's loader insists that a checkpoint has it.
 _STATEFUL = (
     "self_attention.linear_qkv",
     "self_attention.linear_proj",
@@ -50,23 +55,24 @@ _STATEFUL_EXPERTS = (EXPERTS + "linear_fc1", EXPERTS + "linear_fc2")
 def import_folder(
     source: str,
     target: Path,
-    name: str,
     *,
     tp: int = 1,
     pp: int = 1,
     ep: int = 1,
     data: Blend | None = None,
 ) -> Weights:
-    """Write the weights of Hugging Face's ``source`` into ``target``, whole or not at all.
+    """Write the weights of Hugging Face's ``source`` to ``target``, completely or not at all.
 
     Args:
-        tp, pp, ep: the layout to check the model against; the checkpoint loads under any other too.
+        target: a folder whose name becomes the model's.
+        tp, pp, ep: a layout to check the model against; the checkpoint loads under any other too.
         data: data sets to check the tokenizer against.
 
     Raises:
-        UserError: the folder is incomplete, damaged, not what its config.json says, or of a kind
-        that is not known.
+        UserError: the folder is incomplete, damaged, contradicts its config.json, or is not
+            supported.
     """
+    name = target.name
     folder = hub.locate(source)
     architecture, config = hub.read_config(folder)
     model, positions = architecture.read(config, name)
@@ -101,7 +107,7 @@ def import_folder(
         flags=tuple(words),
     )
     _check_room(target, weights.bytes)
-    # no NAME= begins with a dot: nobody's weights are called so
+    # NAME= cannot begin with a dot, so that no weights have this name.
     unfinished = target.with_name(f".{target.name}.part")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
@@ -121,10 +127,10 @@ def import_folder(
 
 
 def plan(architecture: Architecture, sizes: Sizes, tensors: Tensors) -> list[Piece]:
-    """Every piece of the checkpoint, made of ``tensors`` when it is asked for.
+    """Every piece of the checkpoint, made from ``tensors`` when it is written.
 
     Raises:
-        UserError: tensors are missing, too many, or of other shapes than the config says.
+        UserError: tensors are missing, unknown, or of other shapes than config.json says.
     """
     missing, misfits, wanted = [], [], set()
     pieces = []
@@ -180,13 +186,12 @@ def plan(architecture: Architecture, sizes: Sizes, tensors: Tensors) -> list[Pie
     return pieces
 
 
-def _made(row: Row, names: tuple[str, ...], tensors: Tensors, sizes: Sizes) -> Tensor:
+def _made(row: TensorRow, names: tuple[str, ...], tensors: Tensors, sizes: Sizes) -> Tensor:
     return row.how.join([tensors.read(name) for name in names], sizes)
 
 
 def _check_tied(folder: Path, architecture: Architecture, sizes: Sizes, tensors: Tensors) -> None:
-    """An output layer beside tied embeddings must be the embedding: upstream keeps one of them, the
-    other would be lost."""
+    """Refuse tied embeddings with a different output layer: upstream stores only one of both."""
     if LM_HEAD not in tensors:
         return
     embedding = next(row for row in architecture.rows if row.megatron == EMBEDDING)
@@ -201,23 +206,22 @@ def _check_tied(folder: Path, architecture: Architecture, sizes: Sizes, tensors:
     raise UserError(
         f"{folder}: config.json ties the embeddings (tie_word_embeddings), but {LM_HEAD}"
         f" {differs}\n"
-        f'"tie_word_embeddings": false in config.json keeps both; files without {LM_HEAD} leave the'
-        " embedding as both"
+        f'"tie_word_embeddings": false in config.json keeps both; without {LM_HEAD} in the files'
+        " the embedding serves as both"
     )
 
 
 def _found(
-    architecture: Architecture, row: Row, index: tuple[int, ...], tensors: Tensors
+    architecture: Architecture, row: TensorRow, index: tuple[int, ...], tensors: Tensors
 ) -> tuple[str, ...]:
-    """The names in ``tensors``; files of the base model alone leave the prefix out."""
+    """The names in ``tensors``; files of a base model have no prefix."""
     names = row.names(index)
     bare = tuple(name.removeprefix(architecture.prefix) for name in names)
     return bare if all(name.partition("[")[0] in tensors for name in bare) else names
 
 
 def states(sizes: Sizes) -> dict[str, Any]:
-    """Upstream's names of the empty states: key/shard_<index>_<sizes>, with the layers and experts
-    as in the weights."""
+    """Empty extra states by upstream's names: key/shard_<layer, expert>_<their numbers>."""
     layers, experts = sizes.model.num_layers, sizes.model.num_experts or 0
     found = {
         f"{LAYERS}{module}._extra_state/shard_{n}_{layers}"
@@ -234,8 +238,7 @@ def states(sizes: Sizes) -> dict[str, Any]:
 
 
 def _common(words: list[str], sizes: Sizes) -> dict[str, Any]:
-    """What upstream keeps beside tensors (generate_state_dict in
-    megatron/training/checkpointing.py)."""
+    """Upstream's common state (generate_state_dict in megatron/training/checkpointing.py)."""
     args = arguments.parse(words)
     args.padded_vocab_size, args.vocab_size = sizes.vocabulary, sizes.model.vocab_size
     args.ckpt_format, args.iteration = torch_dist.BACKEND, 0
@@ -253,7 +256,7 @@ def _check_tokenizer(folder: Path, vocab_size: int) -> bool:
     if vocabulary and (largest := max(vocabulary.values())) >= vocab_size:
         raise UserError(
             f"{folder}: the tokenizer has ids up to {largest:,}, the model's vocabulary ends at"
-            f" {vocab_size - 1:,}: it belongs to another model\nfetch both from the same repository"
+            f" {vocab_size - 1:,}: it belongs to another model\nget both from the same repository"
         )
     return vocabulary is not None or (folder / "tokenizer.model").exists()
 
@@ -263,6 +266,6 @@ def _check_room(target: Path, needed: int) -> None:
     free = shutil.disk_usage(target.parent).free
     if free < needed * 1.1:
         raise UserError(
-            f"{target.parent} has {free / 2**30:.1f} GiB free, the weights take"
-            f" {needed / 2**30:.1f}"
+            f"{target.parent} has {free / 2**30:.1f} GiB free, the weights need"
+            f" {needed / 2**30:.1f} GiB"
         )

@@ -1,6 +1,7 @@
-"""MXFP4, in which OpenAI publishes GPT-OSS's experts: 32 numbers of 4 bits share a scale of 8 bits
-(OCP Microscaling Formats 1.0, sections 5.2 and 5.3). Megatron-LM has no such weights, so they are
-made bf16, which holds them exactly.
+"""Converts MXFP4, in which OpenAI publishes GPT-OSS's experts, to bf16, which holds it exactly.
+
+32 numbers of 4 bits share a scale of 8 bits (OCP Microscaling Formats 1.0, sections 5.2 and 5.3).
+Megatron-LM has no such weights.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ from harness.convert.safetensor_files import Stored, Tensors, sliced
 
 BLOCKS, SCALES = "_blocks", "_scales"
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-"""What the 16 codes of E2M1 stand for."""
+"""Values of the 16 codes of E2M1."""
 BIAS = 127
 
 
 def dequantized(blocks: Tensor, scales: Tensor) -> Tensor:
-    """bf16 [rows, columns] of ``blocks`` uint8 [rows, columns / 32, 16], low half-byte first, and
-    ``scales`` uint8 [rows, columns / 32], exponents of 2.
+    """bf16 values [rows, columns].
+
+    Args:
+        blocks: uint8 [rows, columns / 32, 16], two codes a byte, the low half first.
+        scales: uint8 [rows, columns / 32], exponents of 2 plus BIAS.
     """
     values = torch.tensor(VALUES, dtype=torch.bfloat16)
     codes = torch.stack((blocks & 15, blocks >> 4), -1).flatten(-2)
@@ -29,8 +33,9 @@ def dequantized(blocks: Tensor, scales: Tensor) -> Tensor:
 
 
 class Dequantized(Tensors):
-    """The tensors of a folder in which some may be MXFP4; these are there as bf16, [experts,
-    columns, rows] as in GPT-OSS's files that are not quantised.
+    """A folder's tensors, with those in MXFP4 as bf16.
+
+    They get the shape [experts, columns, rows], as in GPT-OSS's unquantised files.
     """
 
     def __init__(self, tensors: Tensors) -> None:

@@ -1,7 +1,9 @@
-"""Files in Hugging Face's safetensors format, read and written a tensor at a time.
+"""Reads and writes Hugging Face's safetensors files, a tensor at a time.
 
-A file is the length of its header (8 bytes, little-endian), the header (JSON: name -> dtype, shape,
-data_offsets) and the data (github.com/huggingface/safetensors, README).
+A file has the length of its header (8 bytes, little-endian), the header (JSON: name -> dtype,
+shape, data_offsets) and the data (github.com/huggingface/safetensors, README). The package
+safetensors maps whole files when it reads, which counts as resident memory, and writes only tensors
+that are all in memory.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -27,7 +29,7 @@ SHARD = "model-{:05d}-of-{:05d}.safetensors"
 SHARD_BYTES = 5 * 10**9
 LARGEST_HEADER = 100_000_000
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-"""What weights can be; the other dtypes are of buffers, or quantised."""
+"""Dtypes of weights; the others are for buffers or quantised tensors."""
 DTYPES = {
     "F32": torch.float32,
     "BF16": torch.bfloat16,
@@ -49,7 +51,7 @@ _LENGTH = struct.Struct("<Q")
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file: ``offset`` is that of its first byte."""
+    """A tensor in a file. ``offset``: position of its first byte."""
 
     file: Path
     dtype: torch.dtype
@@ -62,11 +64,11 @@ class Stored:
 
     def part(self, index: int) -> Stored:
         """Its slice ``index`` along the first axis."""
-        inner = Stored(self.file, self.dtype, self.shape[1:], self.offset)
-        return Stored(inner.file, inner.dtype, inner.shape, self.offset + index * inner.bytes)
+        first = replace(self, shape=self.shape[1:])
+        return replace(first, offset=self.offset + index * first.bytes)
 
     def read(self) -> Tensor:
-        """Its values, in memory of their own."""
+        """A copy of its values."""
         raw = torch.empty(self.bytes, dtype=torch.uint8)
         with self.file.open("rb", buffering=0) as file:
             file.seek(self.offset)
@@ -77,8 +79,7 @@ class Stored:
 
 
 def sliced(name: str) -> tuple[str, int | None]:
-    """``("experts.up", 3)`` of ``experts.up[3]``, slice 3 along the first axis; ``(name, None)`` of
-    a whole tensor."""
+    """Name and slice on the first axis: ``("up", 3)`` of ``up[3]``, ``("up", None)`` of ``up``."""
     found = _SLICE.fullmatch(name)
     return (found[1], int(found[2])) if found else (name, None)
 
@@ -100,16 +101,20 @@ class Tensors(Mapping[str, Stored]):
         return len(self._stored)
 
     def read(self, name: str) -> Tensor:
-        """Its values. Raises KeyError where it is not there."""
+        """The values of ``name``.
+
+        Raises:
+            KeyError: there is no such tensor.
+        """
         return self[name].read()
 
 
 def open_folder(folder: Path) -> Tensors:
-    """The tensors that lie in ``folder``.
+    """The tensors in ``folder``.
 
     Raises:
         UserError: there are none, they are pickled, a file is missing or damaged, or a tensor is
-        not where the index says.
+            not in the file that the index says.
     """
     index = folder / INDEX
     if not index.exists():
@@ -139,15 +144,13 @@ def open_folder(folder: Path) -> Tensors:
 
 
 def _file_name(shard: str) -> str:
-    """``shard`` where it can be a file beside the index. Raises ValueError where it is a path, or
-    too long."""
-    if (
-        not shard
-        or shard in (".", "..")
-        or "/" in shard
-        or "\0" in shard
-        or len(os.fsencode(shard)) > 255
-    ):
+    """``shard`` if it is the name of a file next to the index.
+
+    Raises:
+        ValueError: it is a path, which could point anywhere, or no name at all.
+    """
+    path = shard in ("", ".", "..") or "/" in shard or "\0" in shard
+    if path or len(os.fsencode(shard)) > 255:
         raise ValueError(shard)
     return shard
 
@@ -161,8 +164,8 @@ def _none_there(folder: Path) -> str:
     if pickled:
         return (
             f"{folder} has pickled weights only ({_few(pickled)}): opening a pickle runs the code"
-            " in it, so they are refused\nget the safetensors of the same model, or write them"
-            " where you trust the file:"
+            " in it, so they are refused\nget the safetensors of the same model, or write them if"
+            " you trust the file:"
             " AutoModelForCausalLM.from_pretrained(folder).save_pretrained(other_folder)"
         )
     return (
@@ -188,19 +191,16 @@ def _read_header(path: Path) -> dict[str, Stored]:
             f"{path} is no safetensors file: its header cannot be read\nfetch it again"
         ) from None
     if (end := max((base + end for _, end in ends), default=base)) != size:
-        what = (
-            f"is cut off: {size:,} bytes of {end:,}"
-            if size < end
-            else f"has {size:,} bytes, its header says {end:,}"
-        )
+        what = f"has {size:,} bytes, its header says {end:,}"
+        if size < end:
+            what = f"is cut off: {size:,} bytes of {end:,}"
         raise UserError(f"{path} {what}\nfetch it again")
     for name, entry in stored.items():
         begin, behind = entries[name]["data_offsets"]
         if entry.bytes != behind - begin:
             raise UserError(
                 f"{path} is damaged: {name[:80]} has {behind - begin:,} bytes, its shape says"
-                f" {entry.bytes:,}: a tensor's bytes are not as many as its shape says\nfetch it"
-                " again"
+                f" {entry.bytes:,}\nfetch it again"
             )
     if any(behind != begin for (_, behind), (begin, _) in pairwise([[0, 0], *ends])):
         raise UserError(f"{path} is damaged: its tensors overlap or leave gaps\nfetch it again")
@@ -208,15 +208,19 @@ def _read_header(path: Path) -> dict[str, Stored]:
 
 
 def _entry(path: Path, entry: Mapping, base: int) -> Stored:
-    """The tensor that a header's entry describes. Raises ValueError or TypeError where it describes
-    none."""
+    """The tensor that a header's entry describes.
+
+    Raises:
+        UserError: its dtype is not supported.
+        ValueError, TypeError: the entry is damaged.
+    """
     if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
         raise UserError(
             f"{path}: a tensor of dtype {str(entry['dtype'])[:40]}; known: {', '.join(DTYPES)}"
         )
     begin, end = entry["data_offsets"]
     shape = entry["shape"]
-    # True and 1.0 equal 1, and go nowhere
+    # JSON's true and 1.0 equal 1 in Python, but are no sizes.
     if (
         not isinstance(shape, list)
         or any(type(n) is not int or n < 0 for n in (*shape, begin, end))
@@ -231,14 +235,14 @@ def _few(names: Iterable[str], n: int = 4) -> str:
     return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
 
 
-class Writer:
-    """Files whose headers are written and whose tensors are filled in, in any order."""
+class SafetensorWriter:
+    """Files with complete headers, whose tensors are filled in, in any order."""
 
     def __init__(self, places: Mapping[str, Stored], handles: Mapping[Path, int]) -> None:
         self._places, self._handles = Tensors(places), handles
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Fill in ``name``, or ``name[3]``, its slice 3."""
+        """Fill in ``name``, or with ``name[3]`` its slice 3."""
         place = self._places[name]
         if tuple(tensor.shape) != place.shape or tensor.dtype != place.dtype:
             raise ValueError(
@@ -258,9 +262,8 @@ def writing(
     folder: Path,
     tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
     shard_bytes: int = SHARD_BYTES,
-) -> Iterator[Writer]:
-    """Files in ``folder`` for ``tensors`` (name -> dtype, shape), with an index where there are
-    several."""
+) -> Iterator[SafetensorWriter]:
+    """Files in ``folder`` for ``tensors`` (name -> dtype, shape); several files get an index."""
     sizes = {name: dtype.itemsize * math.prod(shape) for name, (dtype, shape) in tensors.items()}
     shards: list[list[str]] = [[]]
     filled = 0
@@ -270,11 +273,9 @@ def writing(
             filled = 0
         shards[-1].append(name)
         filled += sizes[name]
-    names = (
-        [SHARD.format(n + 1, len(shards)) for n in range(len(shards))]
-        if len(shards) > 1
-        else [SINGLE]
-    )
+    names = [SINGLE]
+    if len(shards) > 1:
+        names = [SHARD.format(n + 1, len(shards)) for n in range(len(shards))]
     places: dict[str, Stored] = {}
     handles: dict[Path, int] = {}
     try:
@@ -290,14 +291,12 @@ def writing(
                 {"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")
             ).encode()
             header += b" " * (-len(header) % 8)
+            base = _LENGTH.size + len(header)
             os.pwrite(handles[file], _LENGTH.pack(len(header)) + header, 0)
-            os.ftruncate(handles[file], _LENGTH.size + len(header) + offset)
+            os.ftruncate(handles[file], base + offset)
             for name, entry in entries.items():
-                base = _LENGTH.size + len(header)
-                places[name] = Stored(
-                    file, tensors[name][0], tensors[name][1], base + entry["data_offsets"][0]
-                )
-        yield Writer(places, handles)
+                places[name] = Stored(file, *tensors[name], base + entry["data_offsets"][0])
+        yield SafetensorWriter(places, handles)
         for handle in handles.values():
             os.fsync(handle)
     finally:

@@ -1,8 +1,8 @@
-"""Megatron-LM's ``torch_dist`` checkpoints, written and read a piece at a time.
+"""Writes and reads Megatron-LM's ``torch_dist`` checkpoints, one piece at a time.
 
-The format is PyTorch's distributed checkpoint (torch.distributed.checkpoint), whose own writer and
-reader are used: the planners below only make each tensor when its turn comes. Upstream's additions
-are a ``metadata.json`` and objects next to tensors, one of them ``common_state``
+The format is PyTorch's distributed checkpoint (torch.distributed.checkpoint), and so are writer and
+reader. The planners below only create each tensor when it is its turn. Upstream adds a
+``metadata.json``, and objects next to the tensors, one of them ``common_state``
 (megatron/core/dist_checkpointing/serialization.py, strategies/torch.py).
 """
 
@@ -21,7 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed import checkpoint
-from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import (
+    DefaultLoadPlanner,
+    DefaultSavePlanner,
+    FileSystemReader,
+    FileSystemWriter,
+)
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -52,12 +57,12 @@ BACKEND = "torch_dist"
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a tensor, with its place in it, that ``make`` makes when it is to be written.
+    """A part of a tensor, which ``make`` creates when it is written.
 
     Attributes:
-        index: its place along the leading axes, along which it is one thick.
+        index: its position along the leading axes, where its size is 1.
         shape: of the part, without these axes.
-        stacked: sizes of the leading axes of the whole.
+        stacked: sizes of the leading axes of the whole tensor.
     """
 
     key: str
@@ -72,7 +77,7 @@ class Piece:
         return torch.Size((*self.index, *(0 for _ in self.shape)))
 
     def item(self) -> WriteItem:
-        """What the planner of PyTorch's checkpoints needs to know of it."""
+        """Its description for PyTorch's planner."""
         local = torch.Size((*(1 for _ in self.index), *self.shape))
         data = TensorWriteData(
             ChunkStorageMetadata(self.offset, local),
@@ -85,8 +90,10 @@ class Piece:
 
 
 def write(folder: Path, pieces: Sequence[Piece], objects: Mapping[str, Any]) -> None:
-    """Write a checkpoint of ``pieces`` and pickled ``objects`` into ``folder``; in memory is what
-    is being written."""
+    """Write a checkpoint of ``pieces`` and pickled ``objects`` into ``folder``.
+
+    Only the pieces that are being written are in memory.
+    """
     with _one_process():
         checkpoint.save(
             {},
@@ -102,7 +109,7 @@ def write(folder: Path, pieces: Sequence[Piece], objects: Mapping[str, Any]) -> 
 
 @contextmanager
 def _one_process() -> Iterator[None]:
-    """PyTorch warns that it saves and loads without process groups: that is meant."""
+    """Without PyTorch's warning that it works without process groups, which is intended."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
@@ -135,19 +142,17 @@ class _SavePlanner(DefaultSavePlanner):
         return tensor.contiguous().view(*(1 for _ in piece.index), *piece.shape)
 
 
-class Checkpoint:
-    """A checkpoint on the disk: which tensors it has, and parts of them.
+class TorchDistCheckpoint:
+    """A checkpoint on the disk, whose tensors are read in parts.
 
     Raises:
-        UserError: ``folder`` has none, or it is of another format or damaged.
+        UserError: ``folder`` has none, or one of another format, or a damaged one.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         if not (folder / METADATA).exists():
-            raise UserError(
-                f"{folder} has no {METADATA}: no checkpoint, or one whose saving was cut short"
-            )
+            raise UserError(f"{folder} has no {METADATA}: no checkpoint, or an interrupted save")
         try:
             backend = json.loads((folder / CONFIG).read_text())["sharded_backend"]
         except (OSError, ValueError, KeyError, TypeError):
@@ -171,7 +176,7 @@ class Checkpoint:
         named = {info.relative_path for info in self._metadata.storage_data.values()}
         if missing := sorted(name for name in named if not (folder / name).exists()):
             raise UserError(
-                f"{folder} lacks {', '.join(missing)}: its saving, or its copying, was cut short"
+                f"{folder} lacks {', '.join(missing)}: saving or copying it was interrupted"
             )
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
@@ -180,11 +185,10 @@ class Checkpoint:
                 self.shapes[key], self.dtypes[key] = tuple(entry.size), entry.properties.dtype
 
     def read(self, key: str, index: tuple[int, ...] = ()) -> Tensor:
-        """Part ``index`` of the tensor ``key``, along its leading axes, put together from what the
-        ranks saved.
+        """Part ``index`` of the tensor ``key`` along its leading axes, from all ranks' shards.
 
         Raises:
-            UserError: a file is shorter than it was.
+            UserError: a file is damaged.
         """
         entry = self._metadata.state_dict_metadata[key]
         shape = entry.size[len(index) :]
@@ -197,10 +201,10 @@ class Checkpoint:
         return target.view(shape)
 
     def common(self) -> Mapping[str, Any]:
-        """What upstream saves beside tensors: its arguments, iteration and so on.
+        """Upstream's common state: arguments, iteration and so on.
 
         Raises:
-            UserError: it has none, or one that cannot be opened safely.
+            UserError: it is missing, or cannot be opened safely.
         """
         try:
             if (folded := self._metadata.state_dict_metadata.get(COMMON)) is None:
@@ -221,51 +225,35 @@ class Checkpoint:
     def _read(self, plan: LoadPlan, planner: LoadPlanner) -> None:
         try:
             self._reader.read_data(plan, planner).wait()
-        except Exception as error:  # a file that is cut off or damaged can raise anything
+        except Exception as error:  # a truncated or damaged file can raise anything
             key = plan.items[0].dest_index.fqn
             raise UserError(f"{self.folder} is damaged: {key} cannot be read: {error}") from None
 
 
-class _LoadPlanner(LoadPlanner):
-    """Puts what is read into one tensor."""
+class _LoadPlanner(DefaultLoadPlanner):
+    """Reads everything into one tensor."""
 
     def __init__(self, target: Tensor) -> None:
+        super().__init__()
         self._target = target
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        place = self._target
+        part = self._target
         for axis, (start, length) in enumerate(
             zip(read_item.dest_offsets, read_item.lengths, strict=True)
         ):
-            place = place.narrow(axis, start, length)
-        return place
-
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None: ...
-
-    def set_up_planner(self, state_dict, metadata=None, is_coordinator=False) -> None: ...
-
-    def create_local_plan(self) -> LoadPlan:
-        raise NotImplementedError
-
-    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        raise NotImplementedError
-
-    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        raise NotImplementedError
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        raise NotImplementedError
+            part = part.narrow(axis, start, length)
+        return part
 
 
 def latest(folder: Path) -> Path:
-    """The checkpoint to read from ``folder``: itself, the one that upstream's tracker names, else
-    the newest whole one.
+    """The checkpoint to read from ``folder``, after checking all of its bytes.
 
-    Each byte of it is checked first; where the tracker's is damaged, the newest whole one stands in
-    and a warning says so.
+    It is ``folder`` itself, or the one that upstream's tracker names. If that is damaged, it is the
+    newest complete one, and a warning says so.
 
     Raises:
-        UserError: there is none, or none is whole.
+        UserError: there is no complete checkpoint.
     """
     if (folder / METADATA).exists():
         return _whole(checkpoints.examine(folder, 0))
@@ -279,7 +267,7 @@ def latest(folder: Path) -> Path:
     newest = checkpoints.newest_whole(folder)
     if newest is None:
         if named:
-            Checkpoint(named[0])  # says more of what it lacks
+            TorchDistCheckpoint(named[0])  # raises an error that says more
         raise UserError(
             "\n".join(damages)
             or f"{folder} has no whole checkpoint: neither {METADATA} nor {TRACKER}"

@@ -1,5 +1,4 @@
-"""How one tensor of Megatron-LM is made of tensors of Hugging Face, and back. Each is the other's
-inverse, bit by bit."""
+"""Transforms between a tensor of Megatron-LM and tensors of Hugging Face, inverse bit by bit."""
 
 from __future__ import annotations
 
@@ -15,15 +14,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sizes:
-    """A model's sizes. ``positions``: the longest sequence. ``vocabulary``: rows in Megatron-LM,
-    those added included."""
+    """A model's sizes.
+
+    Attributes:
+        positions: maximum sequence length.
+        vocabulary: rows in Megatron-LM, with padding.
+    """
 
     model: Model
     positions: int
     vocabulary: int
 
     def shape(self, dimensions: Sequence[str]) -> tuple[int, ...]:
-        """``("gated", "hidden")`` in numbers."""
+        """The sizes of ``dimensions``, such as ``("gated", "hidden")``."""
         m = self.model
         known = {
             "hidden": m.hidden_size,
@@ -44,12 +47,12 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Transform:
-    """A pair of inverses. ``says`` is its line in docs/weights.md.
+    """A function and its inverse.
 
     Attributes:
+        says: its line in docs/weights.md.
         join: tensors of Hugging Face -> Megatron-LM's tensor.
-        split: Megatron-LM's tensor -> tensors of Hugging Face; also on the meta device, where only
-        shapes are wanted.
+        split: Megatron-LM's tensor -> tensors of Hugging Face; also on the meta device, for shapes.
     """
 
     name: str
@@ -93,13 +96,13 @@ def _split_interleaved(whole: Tensor, sizes: Sizes) -> list[Tensor]:
 
 
 def padded(vocabulary: Tensor, rows: int) -> Tensor:
-    """``vocabulary`` [v, hidden] with rows added up to ``rows``, each the mean of the others.
+    """``vocabulary`` [v, hidden] padded to ``rows``; each added row is the mean of the others.
 
-    A padded row is a token that never occurs, but its logit takes part in the softmax. The logit of
-    the mean row is the mean of all logits, and exp is convex, so n such rows add at most n / v to
-    the softmax's denominator (Jensen): the loss changes by less than log(1 + n / v), whatever the
-    weights are. Rows of zeros would have the logit 0, which outweighs all others where a model's
-    logits are far below zero, as GPT-2's are.
+    A padded row belongs to no token, but its logit takes part in the softmax. The logit of the mean
+    row is the mean of all logits, and exp is convex. So n such rows add at most n / v to the
+    softmax's denominator (Jensen): the loss changes by less than log(1 + n / v) for any weights.
+    Rows of zeros would have the logit 0, which dominates if a model's logits are far below zero, as
+    GPT-2's are.
     """
     import torch
 

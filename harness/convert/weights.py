@@ -1,15 +1,13 @@
-"""weights/<name>/: what ``make import-hf`` leaves, ready for ``--load``.
+"""Imported weights in weights/<name>/, which ``make import-hf`` writes and ``--load`` reads.
 
-weights.json                       what it is: the model, where it came from, upstream's arguments
-                                   for it
-latest_checkpointed_iteration.txt  upstream's tracker; says ``release``: weights alone, iteration 0
+weights.json                       the model, its source, and upstream's arguments for it
+latest_checkpointed_iteration.txt  upstream's tracker; ``release`` means weights only, iteration 0
 release/                           the torch_dist checkpoint, loadable under any TP, PP and EP
-hf/                                config.json and the tokenizer, as they came
+hf/                                config.json and the tokenizer, unchanged
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -21,31 +19,31 @@ from harness.errors import UserError
 from harness.experiment.model import Model
 from harness.system.files import expanded
 
-_ONLY_TRAINING = ("dropout", "init_method_std", "moe_aux_loss_coeff", "moe_z_loss_coeff")
 _TRAINING = (
-    *_ONLY_TRAINING,
     "name",
+    "dropout",
+    "init_method_std",
+    "moe_aux_loss_coeff",
+    "moe_z_loss_coeff",
     "ffn_hidden_size",
     "num_query_groups",
     "kv_channels",
     "moe_ffn_hidden_size",
 )
-"""Fields of a model that its weights do not depend on, or whose defaults say the same in another
-way."""
+"""Fields of a model that its weights do not depend on, or that can say the same in two ways."""
 WEIGHTS = ROOT / "weights"
 RECORD, RELEASE, HF = "weights.json", "release", "hf"
 
 
 class Weights(BaseModel):
-    """weights.json.
+    """The content of weights.json.
 
     Attributes:
-        source: HF= as it was given.
-        positions: the longest sequence.
-        padded_vocab_size: rows of the vocabulary with those added; upstream takes as many as it
-        needs.
-        dequantized: tensors that were MXFP4 and are bf16 here.
-        flags: upstream's arguments for the model; what a run adds is its --seq-length.
+        source: HF= as given.
+        positions: maximum sequence length.
+        padded_vocab_size: rows of the vocabulary with padding; upstream reads as many as it needs.
+        dequantized: number of tensors converted from MXFP4 to bf16.
+        flags: upstream's arguments for the model, without --seq-length.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -65,12 +63,12 @@ class Weights(BaseModel):
 
 
 def names() -> list[str]:
-    """What was imported, by name."""
+    """Names of the imported weights."""
     return sorted(path.parent.name for path in WEIGHTS.glob(f"*/{RECORD}"))
 
 
 def read(folder: Path) -> Weights | None:
-    """What the folder of an import says of itself; None where it is none.
+    """The record of imported weights in ``folder``; None if there are none.
 
     Raises:
         UserError: it is damaged.
@@ -86,11 +84,13 @@ def read(folder: Path) -> Weights | None:
 
 
 def find(named: str) -> tuple[Path, Weights] | None:
-    """What ``WEIGHTS=named`` is of imported weights: a name in weights/, else a folder
-    (``./name``); None: it is neither.
+    """The imported weights of ``WEIGHTS=named``: a name in weights/, or a folder (``./name``).
+
+    Returns:
+        Their folder and record; None if there are none.
 
     Raises:
-        UserError: it is damaged.
+        UserError: they are damaged.
     """
     for folder in ([WEIGHTS / named] if "/" not in named else []) + [expanded(named)]:
         if known := read(folder):
@@ -99,34 +99,23 @@ def find(named: str) -> tuple[Path, Weights] | None:
 
 
 def differences(trained: Model, model: Model) -> dict[str, tuple[object, object]]:
-    """In what ``model`` cannot take the weights of ``trained``: field -> both values.
+    """Why ``model`` cannot use the weights of ``trained``: field -> both values.
 
-    What only training is about (dropout, initial weights, losses of the router) may differ.
+    Fields that matter only in training (dropout, initial weights, router losses) may differ.
     """
     widths = ("query_size", "key_size", "ffn", *(["moe_ffn"] if trained.num_experts else []))
-    return _pairs(
-        trained, model, (*widths, *(name for name in Model.model_fields if name not in _TRAINING))
-    )
-
-
-def training_differences(trained: Model, model: Model) -> dict[str, tuple[object, object]]:
-    """In what else the two differ, that only training is about: field -> both values."""
-    return _pairs(trained, model, _ONLY_TRAINING)
-
-
-def _pairs(trained: Model, model: Model, names: Sequence[str]) -> dict[str, tuple[object, object]]:
+    names = (*widths, *(name for name in Model.model_fields if name not in _TRAINING))
     both = {name: (getattr(trained, name), getattr(model, name)) for name in names}
     return {name: (there, here) for name, (there, here) in both.items() if there != here}
 
 
 def check_data(model: Model, tokenizer: Path | None, blend: Blend) -> None:
-    """Refuse data that another tokenizer made than the one in the folder ``tokenizer``, which
-    ``model`` was trained with.
+    """Refuse data whose tokenizer differs from ``model``'s, in the folder ``tokenizer``.
 
-    Where that one is not known (None), only the number of tokens is compared.
+    If the latter is unknown (None), only the vocabulary sizes are compared.
 
     Raises:
-        UserError: an id means different tokens in the two, or is beyond the model's vocabulary.
+        UserError: an id is a different token in the two, or is outside the model's vocabulary.
     """
     from harness.convert.hub import vocabulary_of
 
@@ -137,7 +126,7 @@ def check_data(model: Model, tokenizer: Path | None, blend: Blend) -> None:
     )
     if data.vocab_size and data.vocab_size > model.vocab_size:
         raise UserError(
-            f"DATA={data.name} has {data.vocab_size:,} tokens, {model.name} knows"
+            f"DATA={data.name} has a vocabulary of {data.vocab_size:,} tokens, {model.name} of"
             f" {model.vocab_size:,}\n{again}"
         )
     ours = vocabulary_of(tokenizer) if tokenizer else None

@@ -1,4 +1,4 @@
-"""All that can be checked of a prepared data set: make data-check NAME=…"""
+"""Checks everything that can be checked of a prepared data set: make data-check NAME=…"""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.data import indexed
-from harness.data.data_sets import DATA, find, prefix_of
+from harness.data.data_sets import find
 from harness.data.header import FormatError, idx_path
 from harness.data.manifest import Manifest, read_manifest
+from harness.data.names import DATA, prefix_of
 from harness.errors import UserError, first_line
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at: what, whether it is as it should be, and what was seen."""
+class DataFinding:
+    """The result of one check: what was checked, whether it is right, and what was found."""
 
     what: str
     right: bool
@@ -25,62 +26,48 @@ class Finding:
 
 def check(
     name: str, folder: Path = DATA, watch: Callable[[int, int], None] = lambda done, total: None
-) -> Iterator[Finding]:
-    """Look at everything, the cheap first; ends with the first thing that makes the rest
-    unreadable.
+) -> Iterator[DataFinding]:
+    """Check the data set ``name``, the cheap things first.
+
+    Stops after the first finding that makes the rest unreadable.
 
     Args:
-        watch: told how many bytes of .bin are read, of how many.
+        watch: called with the bytes of .bin that are read, and its size.
     """
     prefix = prefix_of(name, folder)
+    manifest = None
     try:
         manifest = read_manifest(folder / name)
     except UserError as error:
-        manifest = None
-        yield Finding("manifest", False, first_line(error))
+        yield DataFinding("manifest", False, first_line(error))
     else:
-        yield Finding(
-            "manifest",
-            True,
-            "is there" if manifest else "none: made elsewhere, so its checksums are unknown",
-        )
+        missing = "none: not prepared by this harness, so its checksums are unknown"
+        yield DataFinding("manifest", True, "is there" if manifest else missing)
     try:
         index = indexed.check_pair(prefix)
     except FormatError as error:
-        yield Finding("index", False, str(error))
+        yield DataFinding("index", False, str(error))
         return
-    yield Finding(
-        "index",
-        True,
-        f"{index.documents:,} documents, {index.sequences:,} sequences, {index.tokens:,} tokens of"
-        f" {index.dtype.name}",
-    )
-    yield from _against_manifest(prefix, index, manifest)
+    yield DataFinding("index", True, f"{_counts(index)} of {index.dtype.name}")
+    if manifest:
+        yield from _against_manifest(prefix, index, manifest)
     try:
         chosen = find(name, folder)
     except UserError as error:
-        yield Finding("tokenizer", False, first_line(error))
+        yield DataFinding("tokenizer", False, first_line(error))
         return
-    yield Finding("tokenizer", True, f"{chosen.tokenizer_type}, {chosen.tokenizer_sha256[:12]}")
+    yield DataFinding("tokenizer", True, f"{chosen.tokenizer_type}, {chosen.tokenizer_sha256[:12]}")
     yield from _tokens(prefix, index, manifest, chosen.vocab_size, watch)
 
 
 def _against_manifest(
-    prefix: Path, index: indexed.Index, manifest: Manifest | None
-) -> Iterator[Finding]:
-    if manifest is None:
-        return
-    counted = manifest.counted
-    same = (counted.documents, counted.sequences, counted.tokens) == (
-        index.documents,
-        index.sequences,
-        index.tokens,
+    prefix: Path, index: indexed.Index, manifest: Manifest
+) -> Iterator[DataFinding]:
+    seen, expected = _counts(index), _counts(manifest.counted)
+    same = seen == expected
+    yield DataFinding(
+        "counts", same, "as in the manifest" if same else f"the manifest says {expected}"
     )
-    expected = (
-        f"{counted.documents:,} documents, {counted.sequences:,} sequences, {counted.tokens:,}"
-        " tokens"
-    )
-    yield Finding("counts", same, "as in the manifest" if same else f"the manifest says {expected}")
     with idx_path(prefix).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     yield _digest(".idx checksum", digest, manifest.written.idx_sha256)
@@ -92,7 +79,7 @@ def _tokens(
     manifest: Manifest | None,
     vocab_size: int,
     watch: Callable[[int, int], None],
-) -> Iterator[Finding]:
+) -> Iterator[DataFinding]:
     done = 0
 
     def advance(size: int) -> None:
@@ -104,24 +91,27 @@ def _tokens(
     try:
         found = indexed.check_tokens(prefix, index, vocab_size, eod, advance)
     except FormatError as error:
-        yield Finding("tokens", False, str(error))
+        yield DataFinding("tokens", False, str(error))
         return
-    ends = (
-        ""
-        if eod is None
-        else (
-            f"; every document ends with {eod}, which stands within documents {found.inner_ends:,}"
-            " times"
+    seen = f"ids up to {found.highest:,} of {vocab_size:,}"
+    if eod is not None:
+        seen += (
+            f"; every document ends with {eod}, which occurs {found.inner_ends:,} times inside"
+            " documents"
         )
-    )
-    yield Finding("tokens", True, f"ids up to {found.highest:,} of {vocab_size:,}{ends}")
+    yield DataFinding("tokens", True, seen)
     if manifest:
         yield _digest(".bin checksum", found.sha256, manifest.written.bin_sha256)
 
 
-def _digest(what: str, found: str, expected: str) -> Finding:
-    return Finding(
-        what,
-        found == expected,
-        found[:12] if found == expected else f"{found[:12]}, the manifest says {expected[:12]}",
+def _counts(counted) -> str:
+    return (
+        f"{counted.documents:,} documents, {counted.sequences:,} sequences, {counted.tokens:,}"
+        " tokens"
     )
+
+
+def _digest(what: str, found: str, expected: str) -> DataFinding:
+    same = found == expected
+    seen = found[:12] if same else f"{found[:12]}, the manifest says {expected[:12]}"
+    return DataFinding(what, same, seen)

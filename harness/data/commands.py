@@ -1,4 +1,4 @@
-"""The commands about data sets, ``make data-…``; each returns the exit status."""
+"""The commands ``make data-…``; each returns the exit status."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from harness.data.data_sets import DATA, blend, check_name, find, prepared
+from harness.data.data_sets import blend, find, prepared_names
+from harness.data.definitions import definition, definitions
 from harness.data.documents import RULES as READING
 from harness.data.documents import TextFile
 from harness.data.manifest import Manifest, read_manifest
+from harness.data.names import DATA, check_name
 from harness.data.progress import StageProgress, amount, duration
-from harness.data.sources import definition, definitions, local_files
+from harness.data.sources import local_files
 from harness.errors import UserError, nearest
 from harness.experiment import command_line
 from harness.machine import packages
@@ -25,9 +27,9 @@ from harness.system.screen import say
 
 
 def list_sets() -> int:
-    """Every data set that can be, or is, prepared."""
+    """List the data sets that can be prepared or are."""
     known = definitions()
-    there = prepared()
+    there = prepared_names()
     states = {
         name: _state(name) if name in there else "not prepared"
         for name in dict.fromkeys((*known, *there))
@@ -37,39 +39,30 @@ def list_sets() -> int:
         shows = known[name].shows if name in known else "your own"
         say(f"  {name:{width}}  {states[name]:{widest}}  {shows}", hang=width + widest + 6)
     print()
-    say(
-        f"make data-{next(iter(known))} prepares one, make 101 DATA={next(iter(known))} trains"
-        " on it;"
-    )
-    say("make data-prepare NAME=… INPUT=file-or-folder makes one of your own text")
+    first = next(iter(known))
+    say(f"make data-{first} prepares one, make 101 DATA={first} trains on it;")
+    say("make data-prepare NAME=… INPUT=file-or-folder prepares your own text")
     return 0
 
 
 def inspect_set(settings: Mapping[str, str]) -> int:
-    """Documents, tokens, lengths and some text of a data set."""
+    """Print documents, tokens, lengths and some text of a data set."""
     from harness.data import look
 
-    seen = look.inspect(
-        _name(settings), command_line.count("SAMPLES", settings.get("SAMPLES", "3"), least=0)
-    )
-    manifest = read_manifest(seen.chosen.home)
-    lengths = seen.lengths
-    print(f"{seen.chosen.name}: {seen.chosen.documents:,} documents, {seen.chosen.tokens:,} tokens")
-    kind, vocab_size = seen.chosen.tokenizer_type, seen.chosen.vocab_size or "?"
-    print(f"  {amount(seen.bin_bytes)} of {seen.dtype}, {kind} of {vocab_size} ids")
-    if manifest:
+    samples = command_line.count("SAMPLES", settings.get("SAMPLES", "3"), least=0)
+    seen = look.inspect(_name(settings), samples)
+    chosen, lengths = seen.chosen, seen.lengths
+    print(f"{chosen.name}: {chosen.documents:,} documents, {chosen.tokens:,} tokens")
+    tokenizer = f"{chosen.tokenizer_type} of {chosen.vocab_size or '?'} ids"
+    print(f"  {amount(seen.bin_bytes)} of {seen.dtype}, {tokenizer}")
+    if manifest := read_manifest(chosen.home):
         _describe(manifest)
     print(
         f"\ntokens per document: mean {lengths.mean:,.1f}, longest {lengths.longest:,}, none in"
         f" {lengths.empty:,}"
     )
-    print(
-        "  "
-        + ", ".join(
-            f"{share:.0%} up to {tokens:,}"
-            for share, tokens in zip(look.SHARES, lengths.shares, strict=True)
-        )
-    )
+    percentiles = zip(look.PERCENTILES, lengths.percentiles, strict=True)
+    print("  " + ", ".join(f"{share:.0%} up to {tokens:,}" for share, tokens in percentiles))
     most = max((count for _, count in lengths.bars), default=1)
     for upper, count in lengths.bars:
         print(f"  {f'up to {upper:,}':>16} {count:>12,} {'#' * -(-40 * count // most)}")
@@ -83,11 +76,11 @@ def inspect_set(settings: Mapping[str, str]) -> int:
 
 
 def check_set(settings: Mapping[str, str]) -> int:
-    """Everything about a data set, checked; 1 where something is wrong."""
+    """Check everything about a data set; returns 1 if something is wrong."""
     from harness.data.check import check
 
     name, wrong = _name(settings), 0
-    if name not in prepared():
+    if name not in prepared_names():
         find(name)
     with StageProgress() as progress:
         for finding in check(name, watch=lambda done, total: progress.show("tokens", done, total)):
@@ -95,18 +88,20 @@ def check_set(settings: Mapping[str, str]) -> int:
             print(f"  {'ok   ' if finding.right else 'WRONG'}  {finding.what}: {finding.seen}")
             wrong += not finding.right
     if wrong:
-        print(f"{name} is damaged; {_how_to_prepare(name)} FORCE=1 writes it anew")
+        known = name in definitions()
+        again = f"make data-{name}" if known else f"make data-prepare NAME={name} INPUT=…"
+        print(f"{name} is damaged; {again} FORCE=1 replaces it")
     return 1 if wrong else 0
 
 
 def prepare_listed(name: str, settings: Mapping[str, str]) -> int:
-    """``make data-<name>``: install what it takes, then prepare it."""
+    """``make data-<name>``: install the packages that it needs, then prepare it."""
     packages.install("heavy" if definition(name).chat else "data")
     return prepare_known(name, settings)
 
 
 def prepare_known(name: str, settings: Mapping[str, str]) -> int:
-    """``make data-<name>``: a data set of data/datasets.yaml."""
+    """``make data-<name>``: prepare a data set of data/datasets.yaml."""
     from harness.data.prepare import prepare, recipe_of
 
     known = definition(name)
@@ -118,7 +113,7 @@ def prepare_known(name: str, settings: Mapping[str, str]) -> int:
     if "SIZE_MB" in settings:
         if not hasattr(recipe.source, "size_mb"):
             raise UserError(
-                f"SIZE_MB={settings['SIZE_MB']}: {name} is not made here, so its size is given"
+                f"SIZE_MB={settings['SIZE_MB']}: {name} is not generated, so its size is fixed"
             )
         size = command_line.count("SIZE_MB", settings["SIZE_MB"])
         recipe = replace(recipe, source=recipe.source.model_copy(update={"size_mb": size}))
@@ -135,16 +130,17 @@ def prepare_known(name: str, settings: Mapping[str, str]) -> int:
 
 
 def prepare_input(settings: Mapping[str, str]) -> int:
-    """``make data-prepare NAME=… INPUT=…``: a data set of the user's own text."""
-    from harness.data.documents import LONGEST_MIB, Layout
+    """``make data-prepare NAME=… INPUT=…``: prepare the user's own text."""
+    from harness.data.documents import LONGEST_MIB, TextLayout
     from harness.data.prepare import Recipe, prepare
 
     each = settings.get("DOCUMENTS", "line")
     if each not in ("line", "file"):
         raise UserError(
-            f"DOCUMENTS={each}: each line of a text file is a document, or each file: line or file"
+            f"DOCUMENTS={each}: what of a text file is a document: each line, or the whole file?"
+            " Give line or file"
         )
-    layout = Layout(
+    layout = TextLayout(
         key=settings.get("KEY", "text"),
         each=each,
         longest=command_line.count("LONGEST", settings.get("LONGEST", str(LONGEST_MIB))) << 20,
@@ -162,23 +158,21 @@ def prepare_input(settings: Mapping[str, str]) -> int:
 
 
 def merge_sets(settings: Mapping[str, str]) -> int:
-    """``make data-merge NAME=… FROM="a b"``: data sets of one tokenizer joined into one."""
+    """``make data-merge NAME=… FROM="a b"``: join data sets of one tokenizer."""
     from harness.data.merge import merge
 
     return _done(merge(settings["FROM"].replace(",", " ").split(), settings["NAME"]))
 
 
 def clean_files(settings: Mapping[str, str]) -> int:
-    """``make data-clean INPUT=… OUT=… RULES=…``: text in and out, without tokenising it."""
+    """``make data-clean INPUT=… OUT=… RULES=…``: clean text without tokenising it."""
     from harness.data.clean import clean
     from harness.data.clean.pipeline import check_output
     from harness.data.clean.rules import load_rules
 
     files, out = local_files(settings["INPUT"]), expanded(settings["OUT"]).absolute()
-    rules, workers = (
-        load_rules(_rules(settings.get("RULES", "sv"))),
-        command_line.count_in(settings, "WORKERS"),
-    )
+    rules = load_rules(_rules(settings.get("RULES", "sv")))
+    workers = command_line.count_in(settings, "WORKERS")
     check_output((), out, rules, force=True)
     with StageProgress() as progress, _as_json_lines(files, out, progress) as inputs:
         target = check_output(inputs, out, rules, force=settings.get("FORCE") == "1")
@@ -186,7 +180,7 @@ def clean_files(settings: Mapping[str, str]) -> int:
     if target != out:
         replace_folder(target, out)
     print(
-        f"{report.documents_out:,} of {report.documents_in:,} documents left, in {settings['OUT']}"
+        f"{report.documents_out:,} of {report.documents_in:,} documents kept, in {settings['OUT']}"
     )
     for rule, number in report.dropped.items():
         print(f"  {rule:18} dropped {number:>10,}")
@@ -197,12 +191,11 @@ def clean_files(settings: Mapping[str, str]) -> int:
 def _as_json_lines(
     files: Sequence[TextFile], out: Path, progress: StageProgress
 ) -> Iterator[list[Path]]:
-    """The files as cleaning reads them: themselves where they are JSON Lines, else written anew
-    beside ``out``."""
+    """The files as JSON Lines, the only format that cleaning reads; converted next to ``out``."""
     if all(file.kind == "jsonl" and not file.packing for file in files):
         yield [file.path for file in files]
         return
-    from harness.data.documents import Layout
+    from harness.data.documents import TextLayout
     from harness.data.json_lines import write_json_lines
 
     facts = [
@@ -212,9 +205,9 @@ def _as_json_lines(
         f".{out.name}.text-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}"
     )
     with told_if_unwritable(folder, "OUT"):
-        paths, shards = write_json_lines(files, Layout(), folder, progress.show)
+        paths, shards = write_json_lines(files, TextLayout(), folder, progress.show)
         for path, (_, _, changed_ns) in zip(paths, facts, strict=True):
-            # cleaning goes on where it stopped if its input is as old as it was
+            # An interrupted cleaning resumes only if its input has the same time of change.
             os.utime(path, ns=(changed_ns, changed_ns))
     progress.end()
     for rule, number in sum((Counter(shard.skipped) for shard in shards), Counter()).items():
@@ -224,19 +217,22 @@ def _as_json_lines(
 
 
 def build_mappings(settings: Mapping[str, str]) -> int:
-    """``data-mappings DATA=… SEQ=… SAMPLES=train,valid,test SPLIT=… SEED=…``: what a run's script
-    does on each node."""
-    from harness.data.mappings import Use, build
+    """``data-mappings DATA=… SEQ=… SAMPLES=… SPLIT=… SEED=…``: build index mappings.
+
+    The script of a run calls it on each node.
+    """
+    from harness.data.mappings import SampleRequest, build
 
     samples = tuple(
         command_line.count("SAMPLES", number, least=0) for number in settings["SAMPLES"].split(",")
     )
     if len(samples) != 3:
         raise UserError(
-            f"SAMPLES={settings['SAMPLES']}: give those of training, validation and test"
+            f"SAMPLES={settings['SAMPLES']}: give numbers for training, validation and test"
         )
     seed = command_line.count("SEED", settings.get("SEED", "1234"), least=0)
-    use = Use(command_line.count("SEQ", settings["SEQ"]), samples, settings["SPLIT"], seed)
+    seq_length = command_line.count("SEQ", settings["SEQ"])
+    use = SampleRequest(seq_length, samples, settings["SPLIT"], seed)
     chosen = blend(settings["DATA"])
     if written := build(chosen, use):
         print(f"{written} index mappings built in {chosen.cache}")
@@ -244,8 +240,7 @@ def build_mappings(settings: Mapping[str, str]) -> int:
 
 
 def prepare_conversations(settings: Mapping[str, str]) -> int:
-    """``make data-chat NAME=… INPUT=chat.jsonl [TOKENIZER=…] [FORCE=1]``: conversations, of which
-    answers are learned."""
+    """``make data-chat NAME=… INPUT=chat.jsonl``: prepare conversations; answers are learned."""
     from harness.data.chat.prepare import prepare_chat, tell
 
     source, tokenizer = expanded(settings["INPUT"]), settings.get("TOKENIZER", "gpt2")
@@ -283,26 +278,14 @@ def _describe(manifest: Manifest) -> None:
         )
         print(
             f"  cleaned by {cleaned.rules}: {cleaned.documents_out:,} of {cleaned.documents_in:,}"
-            " documents left"
+            " documents kept"
         )
         print(f"  dropped: {dropped or 'none'}")
-    skipped = {
-        rule: source.skipped.get(rule, 0) + counted.skipped.get(rule, 0)
-        for rule in {*source.skipped, *counted.skipped}
-    }
-    if skipped:
-        print(
-            "  skipped: "
-            + ", ".join(f"{number:,} {rule}" for rule, number in sorted(skipped.items()))
-        )
+    if skipped := Counter(source.skipped) + Counter(counted.skipped):
+        by_rule = ", ".join(f"{number:,} {rule}" for rule, number in sorted(skipped.items()))
+        print(f"  skipped: {by_rule}")
     took = ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in manifest.seconds.items())
     print(f"  tokenizer {manifest.tokenizer.name} by {manifest.tokenizer.by}; {took}")
-
-
-def _how_to_prepare(name: str) -> str:
-    return (
-        f"make data-{name}" if name in definitions() else f"make data-prepare NAME={name} INPUT=…"
-    )
 
 
 def _state(name: str) -> str:
@@ -324,7 +307,7 @@ def _means(settings: Mapping[str, str]):
 
 
 def _rules(wanted: str | None) -> Path | None:
-    """The file of rules that ``RULES=`` names: by language, or by path."""
+    """The file that ``RULES=`` names: data/rules-<RULES>.yaml, or a path."""
     if wanted is None:
         return None
     by_name = {path.stem.removeprefix("rules-"): path for path in DATA.glob("rules-*.yaml")}
@@ -337,6 +320,6 @@ def _rules(wanted: str | None) -> Path | None:
 def _name(settings: Mapping[str, str]) -> str:
     if "NAME" not in settings:
         raise UserError(
-            f"NAME missing: one of {', '.join(prepared()) or 'none yet; make data-list'}"
+            f"NAME missing: one of {', '.join(prepared_names()) or 'none yet; make data-list'}"
         )
     return settings["NAME"]

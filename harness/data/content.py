@@ -1,9 +1,7 @@
-"""Whether the tokens of a data set are those that were prepared: looked at before a run, in well
-under a second.
+"""Checks before a run that the tokens of a data set are undamaged, in well under a second.
 
-Headers and sizes are ``prepared``'s to check; a bit that flipped on the disk changes neither. A
-token beyond the vocabulary ends a run somewhere in the middle, and one within it is learned without
-a word.
+``data_sets`` checks headers and sizes, which a bit that flipped on the disk leaves as they were. A
+token outside the vocabulary ends a run in the middle; a wrong one inside it is learned unnoticed.
 """
 
 from __future__ import annotations
@@ -12,24 +10,25 @@ import functools
 import hashlib
 from pathlib import Path
 
-from harness.data.data_sets import DATA, MOCK, DataSet, blend
+from harness.data.data_sets import DataSet, blend
 from harness.data.header import bin_path, idx_path
 from harness.data.manifest import read_manifest
+from harness.data.names import DATA, MOCK
 from harness.errors import UserError
 
 WHOLE_BYTES = 256 << 20
-"""A file of so many bytes is compared with its checksum before every run; of a larger one, blocks
-are looked at."""
+"""Files up to this size are compared with their checksum before every run; of a larger .bin, blocks
+are checked against the vocabulary."""
 BLOCKS, BLOCK_TOKENS = 512, 4096
-"""So much of a larger .bin: 4 to 16 MiB, evenly spread, both ends included."""
+"""Blocks of a larger .bin: 4 to 16 MiB in all, evenly spread, with both ends."""
 
 
 def check_content(data: str, folder: Path = DATA) -> None:
-    """Check the tokens of what ``DATA=data`` names.
+    """Check the tokens of the data sets in ``DATA=data``.
 
     Raises:
-        UserError: see ``blend``; or a file is not what its manifest says, or an id is outside the
-        vocabulary.
+        UserError: see ``blend``; or a file differs from its manifest, or an id is outside the
+            vocabulary.
     """
     if data != MOCK:
         for chosen in blend(data, folder).sets:
@@ -38,24 +37,21 @@ def check_content(data: str, folder: Path = DATA) -> None:
 
 def _check(chosen: DataSet) -> None:
     again = (
-        f"make data-check NAME={chosen.name} says more; "
-        "preparing it again with FORCE=1 writes it anew"
+        f"make data-check NAME={chosen.name} says more; preparing it again with FORCE=1 replaces it"
     )
     manifest = read_manifest(chosen.home)
     sampled = manifest is None
     if manifest:
-        written = manifest.written
-        for path, expected in (
-            (idx_path(chosen.prefix), written.idx_sha256),
-            (bin_path(chosen.prefix), written.bin_sha256),
-        ):
+        idx, bin_ = idx_path(chosen.prefix), bin_path(chosen.prefix)
+        expected = {idx: manifest.written.idx_sha256, bin_: manifest.written.bin_sha256}
+        for path, digest in expected.items():
             stat = path.stat()
             if stat.st_size > WHOLE_BYTES:
-                sampled |= path.suffix == ".bin"
-            elif _sha256(path, stat.st_size, stat.st_mtime_ns) != expected:
+                sampled |= path == bin_
+            elif _sha256(path, stat.st_size, stat.st_mtime_ns) != digest:
                 raise UserError(
-                    f"DATA={chosen.name}: {path} is damaged: its checksum is not what was"
-                    f" prepared\n{again}"
+                    f"DATA={chosen.name}: {path} is damaged: its checksum is not the manifest's\n"
+                    + again
                 )
     if sampled and (wrong := _outside(chosen)):
         token, found = wrong
@@ -66,16 +62,15 @@ def _check(chosen: DataSet) -> None:
 
 
 def _outside(chosen: DataSet) -> tuple[int, int] | None:
-    """Place and id of a token that is outside the vocabulary, among those that are looked at."""
+    """Position and id of a token outside the vocabulary, in the blocks that are read."""
     import numpy as np
 
     from harness.data.header import read_head
     from harness.data.indexed import DTYPES
 
     dtype = DTYPES[read_head(idx_path(chosen.prefix)).code]
-    starts = np.unique(
-        np.linspace(0, max(0, chosen.tokens - BLOCK_TOKENS), BLOCKS).astype(np.int64)
-    ).tolist()
+    last_start = max(0, chosen.tokens - BLOCK_TOKENS)
+    starts = np.unique(np.linspace(0, last_start, BLOCKS).astype(np.int64)).tolist()
     with bin_path(chosen.prefix).open("rb") as file:
         for start in starts:
             file.seek(start * dtype.itemsize)
@@ -89,6 +84,6 @@ def _outside(chosen: DataSet) -> tuple[int, int] | None:
 
 @functools.lru_cache(64)
 def _sha256(path: Path, size: int, changed_ns: int) -> str:
-    """The checksum of a file of this size, changed then; a chapter asks for each of its runs."""
+    """The checksum of a file of this size and time of change: all runs of a chapter ask for it."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

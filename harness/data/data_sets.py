@@ -1,24 +1,23 @@
-"""Prepared data sets: what lies in data/<name>/ and is ready to train on. Reads headers only; needs
-no numpy.
+"""Prepared data sets: finds and checks them, by headers only and without numpy.
 
-data/<name>/<name>_text_document.bin, .idx     what Megatron-LM reads
-data/<name>/tokenizer/                         the tokenizer that made it
-data/<name>/manifest.json                      where it came from
+data/<name>/<name>_text_document.bin, .idx     the pair that Megatron-LM reads
+data/<name>/tokenizer/                         the tokenizer that made the tokens
+data/<name>/manifest.json                      the source of the text, and checksums
 data/<name>/cache/                             upstream's index mappings
-data/<name>/work/                              text on its way; may be deleted
+data/<name>/work/                              unfinished stages; may be deleted
 """
 
 from __future__ import annotations
 
 import hashlib
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness import ROOT
+from harness.data.definitions import definitions
 from harness.data.header import FormatError, check_ends, idx_path, read_head
 from harness.data.manifest import Manifest, read_manifest
+from harness.data.names import DATA, MOCK, prefix_of
 from harness.data.tokenizer_files import DESCRIPTION, SENTENCE_PIECE, tokenizer_sha256
 from harness.errors import UserError, nearest
 from harness.system.files import read_object
@@ -26,25 +25,21 @@ from harness.system.files import read_object
 if TYPE_CHECKING:
     from harness.experiment.experiment import Experiment
 
-DATA = ROOT / "data"
-NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,79}")
-MOCK = "mock"
-
 
 @dataclass(frozen=True)
 class DataSet:
     """A data set in Megatron's IndexedDataset format and the tokenizer that made it.
 
     Attributes:
-        prefix: path of the ``.bin``/``.idx`` pair without its ending.
-        tokenizer_type: upstream's name of its kind.
-        tokenizer_model: a folder with tokenizer.json, or a SentencePiece model; none for a
-        NullTokenizer.
+        prefix: path of the ``.bin``/``.idx`` pair without its suffix.
+        tokenizer_type: upstream's name (``--tokenizer-type``).
+        tokenizer_model: a folder with tokenizer.json, or a SentencePiece model; None for a
+            NullTokenizer.
         vocab_size: as upstream counts it.
-        tokenizer_sha256: two data sets with the same one can be blended.
+        tokenizer_sha256: only data sets with the same one can be blended.
         fingerprint: changes with the pair's content.
-        chat: whether documents are conversations: text to read and text to answer, in turn
-        (harness/finetune/).
+        chat: whether documents are conversations, whose sequences alternate between prompts and
+            answers (harness/finetune/).
     """
 
     name: str
@@ -66,14 +61,14 @@ class DataSet:
 
 @dataclass(frozen=True)
 class Blend:
-    """Data sets to draw from, each with its weight as it was typed; a single one has none."""
+    """Data sets to draw from, each with its weight as given; a single set has no weight."""
 
     sets: tuple[DataSet, ...]
     weights: tuple[str, ...] = ()
 
     @property
     def data_path(self) -> tuple[str, ...]:
-        """The words of upstream's ``--data-path``."""
+        """The values of upstream's ``--data-path``."""
         if not self.weights:
             return (str(self.sets[0].prefix),)
         pairs = zip(self.weights, self.sets, strict=True)
@@ -81,19 +76,13 @@ class Blend:
 
     @property
     def cache(self) -> Path:
-        """Upstream's ``--data-cache-path``, where index mappings are kept; another folder once a
-        set has changed."""
+        """Upstream's ``--data-cache-path``, of index mappings; changes with the sets' content."""
         contents = " ".join(chosen.fingerprint for chosen in self.sets)
         return self.sets[0].home / "cache" / hashlib.sha256(contents.encode()).hexdigest()[:16]
 
 
-def prefix_of(name: str, folder: Path = DATA) -> Path:
-    """Path of the pair of data set ``name``, without its ending."""
-    return folder / name / f"{name}_text_document"
-
-
-def prepared(folder: Path = DATA) -> tuple[str, ...]:
-    """Names of the data sets in ``folder`` whose .bin/.idx pair is there."""
+def prepared_names(folder: Path = DATA) -> tuple[str, ...]:
+    """Names of the data sets in ``folder`` that have a .bin/.idx pair."""
     return tuple(
         sorted(
             p.parent.name
@@ -104,24 +93,23 @@ def prepared(folder: Path = DATA) -> tuple[str, ...]:
 
 
 def default_for(experiment: Experiment, folder: Path = DATA) -> str:
-    """The data an experiment runs on unless DATA= says else: the published set where it is
-    prepared, mock otherwise."""
+    """The data of an experiment without DATA=: the published set if it is prepared, else mock."""
     published = experiment.published_data
-    return published if published in prepared(folder) else experiment.data
+    return published if published in prepared_names(folder) else experiment.data
 
 
 def find(name: str, folder: Path = DATA) -> DataSet:
-    """The prepared data set ``name``, its headers, sizes and tokenizer checked.
+    """The prepared data set ``name``, with headers, sizes and tokenizer checked.
 
     Raises:
-        UserError: it, its pair of files or its tokenizer is missing, damaged, or not what its
-        manifest says.
+        UserError: the set, its pair or its tokenizer is missing, damaged, or differs from the
+            manifest.
     """
     home, prefix = folder / name, prefix_of(name, folder)
     if not home.is_dir() or not idx_path(prefix).exists():
-        known = (*prepared(folder), MOCK)
+        known = (*prepared_names(folder), MOCK)
         raise UserError(f"DATA={name} is not prepared; {_hint(name, known)}")
-    again = f"make data-check NAME={name} says more; preparing it again with FORCE=1 writes it anew"
+    again = f"make data-check NAME={name} says more; preparing it again with FORCE=1 replaces it"
     manifest = read_manifest(home)
     try:
         tokens = check_ends(prefix)
@@ -156,10 +144,10 @@ def find(name: str, folder: Path = DATA) -> DataSet:
 
 
 def blend(data: str, folder: Path = DATA) -> Blend:
-    """What ``DATA=data`` names: ``a``, or several with their weights, ``a:0.7 b:0.3``.
+    """The data sets of ``DATA=data``: one name, or several with weights, ``a:0.7 b:0.3``.
 
     Raises:
-        UserError: see ``find``; or a weight is missing or no number above 0, or tokenizers differ.
+        UserError: see ``find``; or a weight is missing or not above 0, or tokenizers differ.
     """
     words = data.replace(",", " ").split()
     if len(words) == 1 and ":" not in words[0]:
@@ -181,7 +169,7 @@ def blend(data: str, folder: Path = DATA) -> Blend:
         weights.append(weight)
     if not names:
         raise UserError(
-            f'DATA="{data}" names no data set; {nearest("", (*prepared(folder), MOCK))}'
+            f'DATA="{data}" names no data set; {nearest("", (*prepared_names(folder), MOCK))}'
         )
     sets = tuple(find(name, folder) for name in names)
     for other in sets[1:]:
@@ -199,44 +187,37 @@ def blend(data: str, folder: Path = DATA) -> Blend:
 
 
 def is_chat(data: str) -> bool:
-    """Whether ``DATA=data`` names conversations. Raises UserError as ``blend``."""
+    """Whether the data sets of ``DATA=data`` are conversations.
+
+    Raises:
+        UserError: see ``blend``.
+    """
     return data != MOCK and blend(data).sets[0].chat
 
 
-def check_name(name: str) -> str:
-    """``name`` where it can name a data set. Raises UserError otherwise."""
-    if not NAME.fullmatch(name) or name == MOCK:
-        raise UserError(
-            f"NAME={name}: use lower-case letters, digits and . _ - (not {MOCK}), a letter or digit"
-            " first"
-        )
-    return name
-
-
 def _hint(name: str, known: tuple[str, ...]) -> str:
-    from harness.data.sources import definitions
-
     if name in definitions():
         return f"make data-{name} does that"
     meant = nearest(name, [*known, *(other for other in definitions() if other not in known)])
-    return f"{meant}\nmake data-list says what is there"
+    return f"{meant}\nmake data-list lists all"
 
 
 def _tokenizer(
     name: str, home: Path, manifest: Manifest | None, again: str
 ) -> tuple[str, Path | None, str, int]:
-    """Type, model, fingerprint and size of the data set's tokenizer; its files are as they were
-    when it was used."""
+    """Type, model, checksum and vocabulary size of the data set's tokenizer.
+
+    Its files must be those that made the tokens.
+    """
     used = manifest.tokenizer if manifest else None
     kind = used.type if used else "HuggingFaceTokenizer"
     if kind == "NullTokenizer":
         return kind, None, used.sha256, used.vocab_size
-    model = (
-        home / "tokenizer" / SENTENCE_PIECE
-        if kind == "SentencePieceTokenizer"
-        else home / "tokenizer"
-    )
-    needed = model if kind == "SentencePieceTokenizer" else model / DESCRIPTION
+    if kind == "SentencePieceTokenizer":
+        model = needed = home / "tokenizer" / SENTENCE_PIECE
+    else:
+        model = home / "tokenizer"
+        needed = model / DESCRIPTION
     if not needed.is_file():
         raise UserError(f"DATA={name}: {needed} is missing\n{again}")
     digest = tokenizer_sha256(kind, model)
@@ -249,13 +230,12 @@ def _tokenizer(
         return kind, model, digest, used.vocab_size if used else _vocab_size(needed)
     except (ValueError, KeyError, TypeError):
         raise UserError(
-            f"DATA={name}: {needed} is damaged, or of a kind that is not known\n{again}"
+            f"DATA={name}: {needed} is damaged, or of an unknown kind\n{again}"
         ) from None
 
 
 def _vocab_size(description: Path) -> int:
-    """The tokens of a tokenizer.json, added ones included, as upstream counts them: ``len`` of
-    transformers' tokenizer."""
+    """Tokens of a tokenizer.json with the added ones, as ``len`` of transformers' tokenizer."""
     content = read_object(description)
     vocabulary = content["model"]["vocab"]
     tokens = vocabulary if isinstance(vocabulary, dict) else (token for token, _ in vocabulary)

@@ -1,15 +1,13 @@
-"""Documents out of files: JSON Lines, Parquet, plain text, packed with gzip or zstd or not.
+"""Reads documents from JSON Lines, Parquet and plain text, also compressed with gzip or zstd.
 
-Files are read once, front to back, in blocks of about 2 MiB; many threads then find out what the
-blocks hold. A line or row that is no document is skipped and counted under the rule that it breaks.
+Files are read once, sequentially, in blocks of about 2 MiB, which many threads then parse. A line
+or row without a document is skipped and counted under the rule that it breaks.
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,28 +21,26 @@ if TYPE_CHECKING:
     import pyarrow
 
 RULES = {
-    "blank": "a line of nothing but white space",
+    "blank": "a line of white space",
     "no UTF-8": "bytes that are no UTF-8",
     "no JSON": "a line that is no JSON",
     "no text": "JSON or a row without text under the key",
-    "surrogate": "text with half a surrogate pair, which is no Unicode",
+    "surrogate": "text with an unpaired surrogate, which UTF-8 cannot encode",
     "too long": "a line, row or file longer than LONGEST MiB",
     "no ids": "text that a null tokenizer cannot read",
 }
-"""Why something is skipped. An empty text is not: it becomes a document without tokens, as with
-upstream's tool."""
+"""Rules by which records are skipped. An empty text is not skipped: it becomes a document without
+tokens, as in upstream's tools/preprocess_data.py."""
 
 LONGEST_MIB = 16
-"""The longest line or row that is taken. A document needs up to 40 times its size while it is
-tokenised."""
+"""The longest line or row. Tokenising a document takes up to 40 times its size in memory."""
 
 BLOCK_BYTES = 2 << 20
-_PACKED_BYTES = 64 << 10
 
 Kind = Literal["jsonl", "parquet", "text"]
 Text = str | list[str]
-"""A document: its text, or its sentences, which become sequences of their own, as with upstream's
-tool."""
+"""A document: its text, or a list of sentences, each of which becomes a sequence, as in upstream's
+tools/preprocess_data.py."""
 
 _KINDS: dict[str, Kind] = {
     ".jsonl": "jsonl",
@@ -54,13 +50,13 @@ _KINDS: dict[str, Kind] = {
     ".txt": "text",
     ".text": "text",
 }
-_PACKINGS = (".gz", ".zst")
+_CODECS = {".gz": "gzip", ".zst": "zstd"}
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
 class TextFile:
-    """A file that holds documents. ``name`` is what the manifest calls it."""
+    """A file of documents. ``name`` is its name in the manifest."""
 
     path: Path
     name: str
@@ -69,14 +65,14 @@ class TextFile:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How documents lie in files.
+class TextLayout:
+    """How documents are stored in files.
 
     Attributes:
         key: the JSON key, or Parquet column, of the text.
         each: what of a plain text file is a document: each ``line``, or the whole ``file``.
-        longest: bytes of the longest line, row or file that is taken.
-        limit: take only so many lines, rows or files, from the front.
+        longest: longest line, row or file in bytes; longer ones are skipped.
+        limit: read only the first ``limit`` lines, rows or files.
     """
 
     key: str = "text"
@@ -85,21 +81,26 @@ class Layout:
     limit: int | None = None
 
 
-class Place(NamedTuple):
-    """How far reading is: the file, its bytes (unpacked) or rows that are done, and lines or rows
-    in all files."""
+class ReadPosition(NamedTuple):
+    """How far reading is.
+
+    Attributes:
+        file: number of the current file.
+        offset: bytes (decompressed) or Parquet rows of it that are done.
+        records: lines or rows of all files that are done.
+    """
 
     file: int = 0
     offset: int = 0
     records: int = 0
 
 
-BEGIN = Place()
+BEGIN = ReadPosition()
 
 
 @dataclass
 class Found:
-    """What a block holds."""
+    """The content of a block."""
 
     texts: list[Text] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
@@ -107,11 +108,11 @@ class Found:
 
 @dataclass(frozen=True)
 class Block:
-    """Some lines or rows. ``size`` in bytes; the next block begins at ``end``."""
+    """``size`` bytes of lines or rows, which ``find`` parses; the next block begins at ``end``."""
 
     find: Callable[[], Found]
     size: int
-    end: Place
+    end: ReadPosition
 
 
 class _Stream(Protocol):
@@ -119,43 +120,60 @@ class _Stream(Protocol):
 
 
 def text_file(path: Path, name: str | None = None) -> TextFile:
-    """What kind of file it is, by the ending of ``name``. Raises UserError where it is none that
-    holds documents."""
+    """``path`` with its kind and compression, by the suffix of ``name``.
+
+    Raises:
+        UserError: the suffix is unknown.
+    """
     named = Path(name or path.name)
-    packing = named.suffix if named.suffix in _PACKINGS else ""
+    packing = named.suffix if named.suffix in _CODECS else ""
     kind = _KINDS.get(Path(named.stem).suffix if packing else named.suffix)
     if kind is None or (kind == "parquet" and packing):
         raise UserError(
-            f"{path}: cannot tell what it is\nknown endings: {' '.join(_KINDS)}; all but .parquet"
-            f" also packed, with another {' or '.join(_PACKINGS)}"
+            f"{path}: unknown kind of file\n"
+            f"known endings: {' '.join(_KINDS)}; all but .parquet also compressed, with"
+            f" {' or '.join(_CODECS)} appended"
         )
     return TextFile(path, name or str(path), kind, packing)
 
 
-class Reader:
-    """Reads files in order. One thread at a time calls ``next``."""
+def has_surrogate(text: str) -> bool:
+    """Whether ``text`` has an unpaired surrogate, which UTF-8 cannot encode."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
-    def __init__(self, files: Sequence[TextFile], layout: Layout, start: Place = BEGIN) -> None:
+
+class Reader:
+    """Reads files in order. Only one thread at a time may call ``next``."""
+
+    def __init__(
+        self, files: Sequence[TextFile], layout: TextLayout, start: ReadPosition = BEGIN
+    ) -> None:
         self.sha256: dict[str, str] = {}
-        """By name, of the files that were read to their end."""
+        """By name, of the files that were read completely."""
         self.read_bytes = 0
-        """Of the files as they lie on the disk."""
+        """Bytes read from the disk, compressed or not."""
         self._blocks = self._all(tuple(files), layout, start)
 
     def next(self) -> Block | None:
-        """The next block, none behind the last.
+        """The next block; None after the last.
 
         Raises:
-            UserError: a file is missing, cut short, or not what its ending says.
+            UserError: a file is missing, truncated, or not of the kind that its suffix says.
         """
         return next(self._blocks, None)
 
-    def _all(self, files: tuple[TextFile, ...], layout: Layout, place: Place) -> Iterator[Block]:
+    def _all(
+        self, files: tuple[TextFile, ...], layout: TextLayout, place: ReadPosition
+    ) -> Iterator[Block]:
         for number, file in enumerate(files):
             if layout.limit is not None and place.records >= layout.limit:
                 return
             done = number < place.file
-            place = place if number <= place.file else Place(number, 0, place.records)
+            place = place if number <= place.file else ReadPosition(number, 0, place.records)
             if file.kind == "parquet":
                 read = _parquet
             else:
@@ -170,12 +188,14 @@ class Reader:
                     if layout.limit is None or place.records < layout.limit:
                         _skip(counted)
                         self.sha256[file.name] = counted.sha.hexdigest()
-            except (EOFError, zlib.error, OSError, ValueError) as error:
+            except (OSError, ValueError) as error:
                 raise UserError(f"{file.path} cannot be read: {_reason(error)}") from None
 
 
 class _Counted:
-    """A file whose bytes are counted and hashed as they are read."""
+    """A file whose bytes are counted and hashed while they are read."""
+
+    closed = False  # Arrow asks
 
     def __init__(self, raw: _Stream, reader: Reader) -> None:
         self._raw, self._reader, self.sha = raw, reader, hashlib.sha256()
@@ -186,57 +206,24 @@ class _Counted:
         self._reader.read_bytes += len(data)
         return data
 
-
-class _Unzstd:
-    """Unpacks zstd, and unlike the package's own reader says so where the last frame is cut
-    short."""
-
-    def __init__(self, packed: _Stream) -> None:
-        from zstandard import ZstdDecompressor, ZstdError
-
-        self._packed, self._new, self._error = packed, ZstdDecompressor().decompressobj, ZstdError
-        self._frame = None
-        self._left = b""
-
-    def read(self, size: int) -> bytes:
-        parts, missing = [], size
-        while missing and (self._left or self._more()):
-            parts.append(self._left[:missing])
-            self._left = self._left[missing:]
-            missing -= len(parts[-1])
-        return b"".join(parts)
-
-    def _more(self) -> bool:
-        packed = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
-        if self._frame is None or self._frame.eof:
-            packed = packed or self._packed.read(_PACKED_BYTES)
-            if not packed:
-                return False
-            self._frame = self._new()
-        else:
-            packed = self._packed.read(_PACKED_BYTES)
-            if not packed:
-                raise EOFError("the zstd frame is cut short")
-        try:
-            self._left = self._frame.decompress(packed)
-        except self._error as error:
-            raise ValueError(error) from None
-        return True
+    def close(self) -> None:
+        """Arrow closes a stream that it no longer needs; the rest of the file is still hashed."""
 
 
-def _unpacked(file: TextFile, raw: _Counted) -> _Stream:
-    match file.packing:
-        case ".gz":
-            return gzip.GzipFile(fileobj=raw, mode="rb")
-        case ".zst":
-            return _Unzstd(raw)
-        case _:
-            return raw
+def _decompressed(file: TextFile, raw: _Counted) -> _Stream:
+    """The content of ``raw``. Arrow's streams report a truncated last frame, unlike zstandard's."""
+    if not file.packing:
+        return raw
+    import pyarrow
+
+    return pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), _CODECS[file.packing])
 
 
-def _lines(file: TextFile, raw: _Counted, layout: Layout, place: Place) -> Iterator[Block]:
-    """Blocks of whole lines; a line that is too long is never held."""
-    stream = _unpacked(file, raw)
+def _lines(
+    file: TextFile, raw: _Counted, layout: TextLayout, place: ReadPosition
+) -> Iterator[Block]:
+    """Blocks of whole lines; a line that is too long is never in memory as a whole."""
+    stream = _decompressed(file, raw)
     _skip(stream, place.offset)
     find = partial(_text_lines, longest=layout.longest)
     if file.kind == "jsonl":
@@ -258,7 +245,7 @@ def _lines(file: TextFile, raw: _Counted, layout: Layout, place: Place) -> Itera
                 data = stream.read(BLOCK_BYTES)
             line, newline, rest = data.partition(b"\n")
             end = place.offset + size + len(line) + len(newline)
-            block = Block(_too_long, 0, Place(place.file, end, place.records + 1))
+            block = Block(_too_long, 0, ReadPosition(place.file, end, place.records + 1))
         yield block
         place = block.end
         if _full(layout, place):
@@ -273,17 +260,21 @@ def _lines(file: TextFile, raw: _Counted, layout: Layout, place: Place) -> Itera
         yield _block(rest, find, layout, place)
 
 
-def _whole(file: TextFile, raw: _Counted, layout: Layout, place: Place) -> Iterator[Block]:
+def _whole(
+    file: TextFile, raw: _Counted, layout: TextLayout, place: ReadPosition
+) -> Iterator[Block]:
     """The file as one document."""
-    data = b"" if place.offset else _unpacked(file, raw).read(layout.longest + 1)
+    data = b"" if place.offset else _decompressed(file, raw).read(layout.longest + 1)
     if data:
         find = partial(_text_lines, data, longest=layout.longest, whole=True)
         if len(data) > layout.longest:
             find = _too_long
-        yield Block(find, len(data), Place(place.file, len(data), place.records + 1))
+        yield Block(find, len(data), ReadPosition(place.file, len(data), place.records + 1))
 
 
-def _parquet(file: TextFile, raw: _Counted, layout: Layout, place: Place) -> Iterator[Block]:
+def _parquet(
+    file: TextFile, raw: _Counted, layout: TextLayout, place: ReadPosition
+) -> Iterator[Block]:
     """Blocks of rows."""
     import pyarrow
     from pyarrow import parquet
@@ -309,7 +300,7 @@ def _parquet(file: TextFile, raw: _Counted, layout: Layout, place: Place) -> Ite
                     if new <= 0:
                         continue
                     column = batch.column(0).slice(done, new)
-                    place = Place(place.file, place.offset + new, place.records + new)
+                    place = ReadPosition(place.file, place.offset + new, place.records + new)
                     yield Block(
                         partial(_rows, column, longest=layout.longest), column.nbytes, place
                     )
@@ -319,13 +310,15 @@ def _parquet(file: TextFile, raw: _Counted, layout: Layout, place: Place) -> Ite
         raise ValueError(error) from None
 
 
-def _block(data: bytes, find: Callable[[bytes], Found], layout: Layout, place: Place) -> Block:
-    """Lines, cut off behind the limit."""
+def _block(
+    data: bytes, find: Callable[[bytes], Found], layout: TextLayout, place: ReadPosition
+) -> Block:
+    """A block of whole lines, without those beyond the limit."""
     records = data.count(b"\n") + (not data.endswith(b"\n"))
     if layout.limit is not None and place.records + records > layout.limit:
         records = layout.limit - place.records
         data = b"".join(line + b"\n" for line in data.split(b"\n", records)[:records])
-    end = Place(place.file, place.offset + len(data), place.records + records)
+    end = ReadPosition(place.file, place.offset + len(data), place.records + records)
     if place.offset == 0:
         data = data.removeprefix(_BYTE_ORDER_MARK)
     return Block(partial(find, data), len(data), end)
@@ -355,8 +348,11 @@ def _json_lines(data: bytes, key: str, longest: int) -> Found:
 
 
 def _json_line(line: bytes, key: str, found: Found) -> None:
-    """A line that is not the usual one: what Python's own reader, which upstream's tool uses, makes
-    of it."""
+    """Parse a line that orjson refuses, or without plain text, as Python's json does.
+
+    Upstream's tools/preprocess_data.py uses the latter, which accepts more (NaN, big integers), and
+    takes a bare carriage return as the end of a line.
+    """
     try:
         parts = line.removesuffix(b"\r").decode().split("\r")
     except UnicodeDecodeError:
@@ -377,7 +373,7 @@ def _json_line(line: bytes, key: str, found: Found) -> None:
             isinstance(sentence, str) for sentence in sentences
         ):
             found.skipped["no text"] += 1
-        elif any(_has_surrogate(sentence) for sentence in sentences):
+        elif any(has_surrogate(sentence) for sentence in sentences):
             found.skipped["surrogate"] += 1
         else:
             found.texts.append(text)
@@ -443,27 +439,19 @@ def _refuse_array(file: TextFile, data: bytes) -> None:
         )
 
 
-def _full(layout: Layout, place: Place) -> bool:
+def _full(layout: TextLayout, place: ReadPosition) -> bool:
     return layout.limit is not None and place.records >= layout.limit
 
 
 def _skip(stream: _Stream, size: int | None = None) -> None:
-    """Read ``size`` bytes, or all that is left, and drop them."""
+    """Read and discard ``size`` bytes, by default all that are left."""
     while size is None or size > 0:
         data = stream.read(BLOCK_BYTES if size is None else min(size, BLOCK_BYTES))
         if not data:
             if size is not None:
-                raise ValueError("shorter than it was")
+                raise ValueError("shorter than when it was read before")
             return
         size = None if size is None else size - len(data)
-
-
-def _has_surrogate(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
 
 
 def _is_text(kind: pyarrow.DataType) -> bool:
@@ -482,16 +470,16 @@ def _is_text(kind: pyarrow.DataType) -> bool:
 
 
 def _check_column(file: TextFile, schema: pyarrow.Schema, key: str) -> None:
-    """Raise UserError where the column is missing or holds no text."""
+    """Refuse a Parquet file without a column ``key`` of text."""
     if key not in schema.names:
         raise UserError(f"{file.path} has no column {key!r}; {nearest(key, schema.names)}")
     kind = schema.field(key).type
     if not _is_text(kind) and not (hasattr(kind, "value_type") and _is_text(kind.value_type)):
-        raise UserError(f"{file.path}: column {key!r} is of type {kind}, no text")
+        raise UserError(f"{file.path}: column {key!r} is of type {kind}, not text")
 
 
 def _column_bytes(table: pyarrow.parquet.ParquetFile, group: int, key: str) -> int:
-    """What the column of a row group holds, unpacked."""
+    """Decompressed size of a column in a row group."""
     row_group = table.metadata.row_group(group)
     columns = (row_group.column(n) for n in range(row_group.num_columns))
     return sum(

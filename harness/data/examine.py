@@ -1,7 +1,6 @@
-"""Finds out about a tokenizer, once a machine: its facts, and whether gigatoken gives the ids that
-upstream gets.
+"""Examines a tokenizer, once a machine: its properties, and whether gigatoken gives upstream's ids.
 
-python -m harness.data.examine KIND MODEL      prints them as JSON
+python -m harness.data.examine KIND MODEL      prints the result as JSON
 """
 
 from __future__ import annotations
@@ -32,10 +31,10 @@ _TEXTS_AT_ONCE = 500
 
 
 def examine_hugging_face(folder: Path) -> dict[str, Any]:
-    """The facts of the tokenizer in ``folder``, as upstream's HuggingFaceTokenizer loads it.
+    """Properties of the tokenizer in ``folder``, as upstream's HuggingFaceTokenizer loads it.
 
     Raises:
-        UserError: transformers cannot load it, or gives other ids than its tokenizer.json.
+        UserError: transformers cannot load it, or its ids differ from those of tokenizer.json.
     """
     try:
         from transformers import AutoTokenizer
@@ -71,7 +70,7 @@ def examine_hugging_face(folder: Path) -> dict[str, Any]:
 
 
 def examine_sentence_piece(model: Path) -> dict[str, Any]:
-    """The facts of a SentencePiece model, as upstream's SentencePieceTokenizer loads it."""
+    """Properties of a SentencePiece model, as upstream's SentencePieceTokenizer loads it."""
     reference = SentencePiece(model)
     processor = reference.processor
     eod = processor.eos_id() if processor.eos_id() >= 0 else None
@@ -95,7 +94,7 @@ def first_difference(
     expected: Callable[[list[str]], Ids],
     closed: bool = False,
 ) -> str | None:
-    """The first of ``texts`` for which ``encoder`` gives other ids than ``expected``, if any."""
+    """The first of ``texts`` for which ``encoder`` and ``expected`` give different ids, if any."""
     for some in batched(texts, _TEXTS_AT_ONCE):
         wanted = expected(list(some))
         ids, lengths = encoder.encode(some, closed)
@@ -113,8 +112,7 @@ def first_difference(
 def _examine_fast(
     make: Callable[[bool], Encoder], texts: list[str], reference: Encoder, eod: int | None
 ) -> dict[str, Any]:
-    """Whether gigatoken gives the ids of ``reference``, also with the end-of-document token behind
-    each text."""
+    """Whether gigatoken gives the ids of ``reference``, without and with end-of-document tokens."""
     package = versions()["gigatoken"]
     slow = {"fast": None, "joined": False}
     if package is None:
@@ -145,7 +143,7 @@ def _rows(ids: np.ndarray, lengths: np.ndarray) -> Iterator[list[int]]:
 
 
 def main(kind: str, model: str) -> int:
-    """Print the facts. Returns the exit status."""
+    """Print the result; returns the exit status."""
     try:
         examine = (
             examine_sentence_piece if kind == "SentencePieceTokenizer" else examine_hugging_face

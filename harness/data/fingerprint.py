@@ -1,5 +1,7 @@
-"""What a data set is, whatever its name: sizes, tokenizer, checksums of its manifest and of both
-ends of its files."""
+"""Fingerprint of a data set, by which a resumed run and other nodes know that they have the same.
+
+It has sizes, tokenizer, the checksums in its manifest, and checksums of both ends of its files.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from harness.data.data_sets import DataSet
 from harness.data.manifest import read_manifest
 
 ENDS_BYTES = 1 << 20
-"""So much of both ends of a data set's files is read, to see what a manifest may not know."""
+"""Bytes read at each end of a file: they reveal a change that left the manifest as it was."""
 
 
 def of(data: str) -> dict[str, dict[str, Any]]:
@@ -21,15 +23,12 @@ def of(data: str) -> dict[str, dict[str, Any]]:
     Raises:
         UserError: one is not prepared, or damaged.
     """
-    return {chosen.name: _data(chosen) for chosen in _sets(data)}
+    if data == data_sets.MOCK:
+        return {}
+    return {chosen.name: _fingerprint(chosen) for chosen in data_sets.blend(data).sets}
 
 
-def _sets(data: str) -> tuple[DataSet, ...]:
-    return () if data == data_sets.MOCK else data_sets.blend(data).sets
-
-
-def _data(chosen: DataSet) -> dict[str, Any]:
-    """The checksums of its manifest where it has one, and what its files say now."""
+def _fingerprint(chosen: DataSet) -> dict[str, Any]:
     manifest = read_manifest(chosen.home)
     written = manifest and {
         "bin sha256": manifest.written.bin_sha256[:16],

@@ -1,6 +1,5 @@
 # ruff: noqa: RUF001
-"""Texts on which tokenizers differ where they differ at all: every script, runs of any length, odd
-white space."""
+"""Texts that reveal differences between tokenizers: all scripts, long runs, odd white space."""
 
 from __future__ import annotations
 
@@ -14,22 +13,8 @@ _RUN_OF = (
 )
 _SPACES = (" ", "\n", "\t", "\r", "\v", "\u00a0", "\u2003", "\u2028", "a", "7", ".", "'", "ä")
 _CONTRACTIONS = (
-    "'s",
-    "'t",
-    "'re",
-    "'ve",
-    "'m",
-    "'ll",
-    "'d",
-    "'S",
-    "'LL",
-    "’s",
-    "'x",
-    "''s",
-    "' s",
-    " 's",
-    "s'",
-    "'ſ",
+    *("'s", "'t", "'re", "'ve", "'m", "'ll", "'d", "'S", "'LL", "’s"),
+    *("'x", "''s", "' s", " 's", "s'", "'ſ"),
 )
 _SCRIPTS = (
     "abcdefghijklmnopqrstuvwxyz",
@@ -60,12 +45,12 @@ _SCRIPTS = (
 
 
 def hard_texts(special: Iterable[str] = (), every_code_point: bool = False) -> Iterator[str]:
-    """The texts, the same ones every time; none holds a lone surrogate.
+    """The texts, the same in every call; none has an unpaired surrogate.
 
     Args:
-        special: the tokenizer's special tokens, which then occur within texts.
-        every_code_point: all of Unicode's 17 planes (4 MB), else the two that scripts live in and
-        samples of the rest.
+        special: the tokenizer's special tokens, to occur inside texts.
+        every_code_point: all 17 planes of Unicode (4 MB) instead of the first two and samples of
+            the others.
     """
     yield from (
         "",

@@ -1,8 +1,6 @@
-"""What an .idx says at its two ends, and whether that fits the sizes of the pair: read in no time,
-without numpy.
+"""Header of an .idx, checked against the sizes of both files: fast, and without numpy.
 
-The whole of the format is in ``indexed``; this is the part that a launcher looks at before every
-run.
+A launcher does this before every run. Module ``indexed`` describes and reads the whole format.
 """
 
 from __future__ import annotations
@@ -14,17 +12,16 @@ from pathlib import Path
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 ITEM_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 8, 7: 4, 8: 2}
-"""Upstream's code of how .bin is stored -> bytes of a token."""
+"""Upstream's code of the dtype in .bin -> bytes a token."""
 
 
 class FormatError(ValueError):
-    """A pair of files that is not, or not all of, an IndexedDataset. The message says what does not
-    add up."""
+    """A pair of files that is not a complete IndexedDataset; the message says why."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """Header of an .idx: upstream's dtype ``code``, and how much is in the pair."""
+    """Header of an .idx: upstream's dtype ``code``, and numbers of sequences and documents."""
 
     code: int
     sequences: int
@@ -32,7 +29,7 @@ class Head:
 
     @property
     def idx_bytes(self) -> int:
-        """What the .idx must hold."""
+        """Size that the .idx must have."""
         return HEADER.size + 12 * self.sequences + 8 * (self.documents + 1)
 
 
@@ -45,10 +42,10 @@ def idx_path(prefix: Path) -> Path:
 
 
 def read_head(path: Path) -> Head:
-    """The header of an .idx whose size is what the header says.
+    """The header of an .idx, whose size must agree with it.
 
     Raises:
-        FormatError: it is no .idx, or cut short, or too long.
+        FormatError: it is no .idx, or truncated, or too long.
         OSError: it cannot be read.
     """
     size = path.stat().st_size
@@ -80,23 +77,22 @@ def read_head(path: Path) -> Head:
 
 
 def check_ends(prefix: Path) -> int:
-    """Tokens of the pair; the last sequence must end where .bin ends, the last document with the
-    last sequence.
+    """The number of tokens in the pair.
+
+    The last sequence must end where .bin ends, the last document with the last sequence.
 
     Raises:
-        FormatError: see ``read_head``; or a file is missing, or the ends do not fit.
+        FormatError: see ``read_head``; or a file is missing, or one of the ends differs.
     """
     try:
         path = idx_path(prefix)
         head = read_head(path)
         held = bin_path(prefix).stat().st_size
         with path.open("rb") as file:
-            length = (
-                _number(file, HEADER.size + 4 * head.sequences - 4, "<i") if head.sequences else 0
-            )
-            pointer = (
-                _number(file, HEADER.size + 12 * head.sequences - 8, "<q") if head.sequences else 0
-            )
+            length = pointer = 0
+            if head.sequences:
+                length = _number(file, HEADER.size + 4 * head.sequences - 4, "<i")
+                pointer = _number(file, HEADER.size + 12 * head.sequences - 8, "<q")
             last = _number(file, HEADER.size + 12 * head.sequences + 8 * head.documents, "<q")
     except OSError as error:
         raise FormatError(f"{error.filename}: {error.strerror}") from None
@@ -110,7 +106,7 @@ def check_ends(prefix: Path) -> int:
 
 
 def check_bin_bytes(prefix: Path, held: int, expected: int) -> None:
-    """Raise FormatError where .bin does not have the bytes that the index says."""
+    """Raise FormatError if the size of .bin is not the one that the index says."""
     if held != expected:
         raise FormatError(
             f"{bin_path(prefix)} has {held:,} bytes, the index says {expected:,}:"
@@ -127,4 +123,4 @@ def _number(file, offset: int, form: str) -> int:
 
 
 def _too(held: int, expected: int) -> str:
-    return "cut short" if held < expected else "something follows"
+    return "truncated" if held < expected else "too long"

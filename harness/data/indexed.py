@@ -1,15 +1,13 @@
-"""Megatron's IndexedDataset: a ``.bin`` of token ids, and an ``.idx`` that says where each sequence
-and document is.
+"""Reads, checks and writes Megatron's IndexedDataset: a ``.bin`` of token ids with an ``.idx``.
 
-    .idx   magic "MMIDIDX\\0\\0", version 1 (uint64), dtype code (uint8), sequences n (uint64),
-           documents + 1 (uint64),
-           n lengths (int32, tokens), n pointers (int64, bytes into .bin), documents + 1 indices
-               (int64): document i is
-           the sequences document_indices[i] to document_indices[i + 1]; the first index is 0, the
-               last n
+    .idx   magic "MMIDIDX\\0\\0", version 1 (uint64), dtype code (uint8),
+           n = number of sequences (uint64), number of documents + 1 (uint64),
+           n lengths (int32, tokens), n pointers (int64, bytes into .bin),
+           documents + 1 indices (int64): document i has the sequences from indices[i] to
+           indices[i + 1] - 1; the first index is 0, the last n
     .bin   the token ids of all sequences, one after another
 
-All little-endian. Source: megatron/core/datasets/indexed_dataset.py of core_v0.19.0; its builder
+All little-endian. Source: megatron/core/datasets/indexed_dataset.py of core_v0.19.0, whose builder
 writes the same bytes.
 """
 
@@ -34,6 +32,7 @@ from harness.data.header import (
     idx_path,
     read_head,
 )
+from harness.system.files import sync_folder
 
 DTYPES = {
     1: np.dtype("u1"),
@@ -45,25 +44,28 @@ DTYPES = {
     7: np.dtype("<f4"),
     8: np.dtype("<u2"),
 }
-"""Upstream's code in the header -> how .bin is stored."""
+"""Upstream's code in the header -> dtype of .bin."""
 
 _BLOCK = 1 << 20
-"""Entries of an index that are looked at together."""
+"""Entries of an index that are in memory at once."""
 
 
 def best_dtype(vocab_size: int | None) -> np.dtype:
-    """How ids below ``vocab_size`` are stored: uint16 below 65500, else int32 (upstream's
-    DType.optimal_dtype)."""
+    """The dtype of ids below ``vocab_size``: uint16 below 65500, else int32.
+
+    Source: upstream's DType.optimal_dtype.
+    """
     return DTYPES[8] if vocab_size is not None and vocab_size < 65500 else DTYPES[4]
 
 
 @dataclass(frozen=True)
 class Index:
-    """A validated .idx; the arrays are views of the file on disk.
+    """A validated .idx; the arrays are views of the file on the disk.
 
-    ``lengths``: (sequences,) int32, in tokens. ``pointers``: (sequences,) int64, first byte in
-    .bin.
-    ``document_indices``: (documents + 1,) int64.
+    Attributes:
+        lengths: (sequences,) int32, in tokens.
+        pointers: (sequences,) int64, first byte in .bin.
+        document_indices: (documents + 1,) int64, first sequence of each document.
     """
 
     dtype: np.dtype
@@ -82,7 +84,7 @@ class Index:
 
     @property
     def bin_bytes(self) -> int:
-        """What the .bin must hold."""
+        """Size that the .bin must have."""
         return self.tokens * self.dtype.itemsize
 
     def document_tokens(self) -> np.ndarray:
@@ -93,12 +95,11 @@ class Index:
 
 
 def read_index(path: Path) -> Index:
-    """Read an .idx and check all that it says about itself; whatever bytes the file holds, this
-    ends.
+    """Read an .idx and check that it is consistent.
 
     Raises:
-        FormatError: it is no .idx, it is cut short or too long, or its lengths, pointers and
-        documents do not add up.
+        FormatError: it is no .idx, it is truncated or too long, or its lengths, pointers and
+            documents contradict each other.
         OSError: it cannot be read.
     """
     head = read_head(path)
@@ -118,10 +119,10 @@ def read_index(path: Path) -> Index:
 
 
 def check_pair(prefix: Path) -> Index:
-    """The index of ``prefix``.idx, whose .bin is there and of the right size. Reads no token.
+    """The index ``prefix``.idx, after checking the size of .bin. Reads no token.
 
     Raises:
-        FormatError: see ``read_index``; or .bin is missing, cut short or too long.
+        FormatError: see ``read_index``; or .bin is missing, truncated or too long.
     """
     try:
         index = read_index(idx_path(prefix))
@@ -134,8 +135,12 @@ def check_pair(prefix: Path) -> Index:
 
 @dataclass(frozen=True)
 class Tokens:
-    """What a pass over a .bin found. ``inner_ends``: end-of-document tokens within documents (the
-    text spelled one)."""
+    """The result of reading a whole .bin.
+
+    Attributes:
+        highest: the largest id.
+        inner_ends: end-of-document tokens inside documents, whose text contains them.
+    """
 
     highest: int
     inner_ends: int
@@ -152,17 +157,17 @@ def check_tokens(
     """Read every token of ``prefix``.bin.
 
     Args:
-        vocab_size: ids are 0 to this, exclusive.
-        eod: the token that each document that has tokens must end with; None: none is expected.
-        advance: told the bytes of each block read.
+        vocab_size: ids must be below it.
+        eod: the token that each document with tokens must end with; None: any.
+        advance: called with the size of each block in bytes.
 
     Raises:
         FormatError: an id is outside the vocabulary, or a document does not end with ``eod``; the
-        first is named.
+            message names the first.
     """
     if index.dtype.kind not in "iu":
         raise FormatError(
-            f"{idx_path(prefix)}: tokens are stored as {index.dtype.name}; ids are integers"
+            f"{idx_path(prefix)}: tokens are stored as {index.dtype.name}, not as integers"
         )
     sha = hashlib.sha256()
     highest, seen, ends, inner = -1, 0, _document_ends(index), 0
@@ -203,23 +208,22 @@ def check_tokens(
     return Tokens(highest, inner, sha.hexdigest())
 
 
-class Writer:
-    """Writes a pair of any size in little memory. Stopped at any moment it leaves parts, no pair,
-    and can go on.
+class PairWriter:
+    """Writes a pair of any size in little memory; an interrupted one can be resumed.
 
     ``.bin.part``, ``.lengths.part`` and ``.documents.part`` grow; ``finish`` turns them into
-    ``.bin`` and ``.idx``.
+    ``.bin`` and ``.idx``. Until then there is no pair.
     """
 
     def __init__(self, prefix: Path, dtype: np.dtype, resume: Marks | None = None) -> None:
-        """Begin anew, or go on behind ``resume``, what ``marks`` once was.
+        """Start a pair, or continue one whose ``marks`` were ``resume``.
 
         Raises:
-            FormatError: the parts hold less than ``resume`` says.
+            FormatError: the parts are shorter than ``resume`` says.
         """
         self.prefix, self.dtype = prefix, dtype
         self.marks = resume or Marks(0, 0, 0)
-        """How far the parts have grown."""
+        """The current size of the parts."""
         sizes = (
             self.marks.tokens * dtype.itemsize,
             4 * self.marks.sequences,
@@ -235,9 +239,9 @@ class Writer:
 
         Args:
             ids: (tokens,) of any integer dtype; must fit ``dtype``.
-            lengths: (sequences,) tokens of each sequence; add up to ``len(ids)``.
-            document_ends: (documents,) sequences among these before each document's end; a document
-            may have none.
+            lengths: (sequences,) tokens of each sequence; their sum is ``len(ids)``.
+            document_ends: (documents,) cumulative number of these sequences at the end of each
+                document; a document may have none.
         """
         block = np.ascontiguousarray(ids, self.dtype).view(np.uint8).data
         self._sha.update(block)
@@ -253,9 +257,10 @@ class Writer:
         )
 
     def append_pair(self, prefix: Path) -> str:
-        """Add a whole other pair, as upstream's add_index, and return the SHA-256 of its .bin.
+        """Append another pair, as upstream's add_index; returns the SHA-256 of its .bin.
 
-        Raises FormatError where it is none or of another dtype.
+        Raises:
+            FormatError: it is damaged or of another dtype.
         """
         index = check_pair(prefix)
         if index.dtype != self.dtype:
@@ -281,13 +286,12 @@ class Writer:
         return sha.hexdigest()
 
     def sync(self) -> None:
-        """Return once all that was appended is on the disk."""
+        """Return once everything that was appended is on the disk."""
         for file in self._files:
             os.fdatasync(file.fileno())
 
     def finish(self) -> Pair:
-        """Write the index and give both files their names, the .idx last; an older pair goes
-        first."""
+        """Write the index and rename both files, the .idx last, over an older pair."""
         self.close(sync=True)
         part = self.prefix.with_name(self.prefix.name + ".idx.part")
         with part.open("wb") as file:
@@ -297,13 +301,13 @@ class Writer:
         idx_path(self.prefix).unlink(missing_ok=True)
         self._parts()[0].replace(bin_path(self.prefix))
         part.replace(idx_path(self.prefix))
-        _sync_folder(self.prefix.parent)
+        sync_folder(self.prefix.parent)
         for leftover in self._parts()[1:]:
             leftover.unlink()
         return Pair(self.marks, self._sha.hexdigest(), sha)
 
     def close(self, sync: bool = False) -> None:
-        """Close the parts; they stay."""
+        """Close the parts, which remain for a later run."""
         if sync and self._files:
             self.sync()
         for file in self._files:
@@ -325,7 +329,7 @@ class Writer:
 
 @dataclass(frozen=True)
 class Marks:
-    """How much a pair, or its parts, hold."""
+    """Numbers of tokens, sequences and documents in a pair or its parts."""
 
     tokens: int
     sequences: int
@@ -334,7 +338,7 @@ class Marks:
 
 @dataclass(frozen=True)
 class Pair:
-    """A finished pair: what it holds and the checksums of its files."""
+    """A finished pair: its size and the checksums of its files."""
 
     marks: Marks
     bin_sha256: str
@@ -344,11 +348,13 @@ class Pair:
 def merge(prefixes: Sequence[Path], prefix: Path, bin_sha256: Sequence[str] = ()) -> Pair:
     """Join pairs, in order, into ``prefix``.bin and .idx, in little memory.
 
+    Args:
+        bin_sha256: expected checksums of the .bin files; by default they are not checked.
+
     Raises:
-        FormatError: one of them is no pair, their dtypes differ, or a .bin is not what
-        ``bin_sha256`` says of it.
+        FormatError: one of them is damaged, their dtypes differ, or a checksum is wrong.
     """
-    writer = Writer(prefix, read_index(idx_path(prefixes[0])).dtype)
+    writer = PairWriter(prefix, read_index(idx_path(prefixes[0])).dtype)
     try:
         for number, each in enumerate(prefixes):
             found = writer.append_pair(each)
@@ -422,7 +428,7 @@ def _check_documents(path: Path, document_indices: np.ndarray, sequences: int) -
 
 
 def _document_ends(index: Index) -> Iterator[np.ndarray]:
-    """Positions of the last token of each document that has tokens, in blocks, ascending."""
+    """Positions in .bin of the last token of each document with tokens, ascending, in blocks."""
     for start in range(0, index.documents, _BLOCK):
         ends = index.document_indices[start : start + _BLOCK + 1]
         if ends[-1] == ends[0]:
@@ -435,7 +441,7 @@ def _document_ends(index: Index) -> Iterator[np.ndarray]:
 
 
 def _place(index: Index, token: int) -> tuple[int, int]:
-    """(document, token within it) of a token of .bin."""
+    """Document, and position in it, of a token of .bin."""
     sequence = int(np.searchsorted(index.pointers, token * index.dtype.itemsize, "right")) - 1
     document = int(np.searchsorted(index.document_indices, sequence, "right")) - 1
     first = int(index.pointers[index.document_indices[document]]) // index.dtype.itemsize
@@ -456,7 +462,7 @@ def _open_part(path: Path, size: int) -> BinaryIO:
     file = path.open("r+b" if size else "wb", buffering=0)
     if os.fstat(file.fileno()).st_size < size:
         file.close()
-        raise FormatError(f"{path} has less than the {size:,} bytes that were written before")
+        raise FormatError(f"{path} has fewer than the {size:,} bytes that were written before")
     file.truncate(size)
     file.seek(size)
     return file
@@ -473,11 +479,3 @@ def _write(file: BinaryIO, block: bytes | memoryview) -> None:
     view = memoryview(block)
     while view:
         view = view[file.write(view) :]
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

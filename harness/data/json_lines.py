@@ -1,5 +1,4 @@
-"""Documents of any kind of file, written as JSON Lines with "text", which cleaning reads: a shard
-for each file."""
+"""Converts files of documents to JSON Lines with the key "text", the only format cleaning reads."""
 
 from __future__ import annotations
 
@@ -9,15 +8,18 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from harness.data.documents import Layout, Reader, TextFile
+from harness.data.documents import Reader, TextFile, TextLayout
 from harness.data.manifest import noted
 from harness.data.progress import ShowProgress
 from harness.system.files import atomic, write_json
 
 
-class Shard(BaseModel):
-    """A file written anew. ``name`` and ``sha256`` are of the file that was read; none where only
-    its front was."""
+class ConvertedFile(BaseModel):
+    """The record of a converted file.
+
+    Attributes:
+        name, sha256: of the file that was read; no checksum if only its beginning was.
+    """
 
     model_config = ConfigDict(frozen=True)
     name: str
@@ -28,13 +30,13 @@ class Shard(BaseModel):
 
 def write_json_lines(
     files: Sequence[TextFile],
-    layout: Layout,
+    layout: TextLayout,
     folder: Path,
     progress: ShowProgress,
-) -> tuple[tuple[Path, ...], tuple[Shard, ...]]:
-    """Write ``folder``/00000.jsonl and so on; what an earlier call finished stays.
+) -> tuple[tuple[Path, ...], tuple[ConvertedFile, ...]]:
+    """Write each file to ``folder``/00000.jsonl and so on, unless an earlier call did.
 
-    The sentences of a document that is a list of them become its lines.
+    A document that is a list of sentences becomes one text, a sentence a line.
 
     Raises:
         UserError: see ``Reader``.
@@ -47,7 +49,7 @@ def write_json_lines(
         if left == 0:
             break
         path = folder / f"{number:05}.jsonl"
-        shard = noted(path.with_suffix(".json"), Shard) if path.exists() else None
+        shard = noted(path.with_suffix(".json"), ConvertedFile) if path.exists() else None
         if shard is None:
             before = done_bytes
 
@@ -62,7 +64,9 @@ def write_json_lines(
     return tuple(paths), tuple(shards)
 
 
-def _write(file: TextFile, layout: Layout, path: Path, watch: Callable[[int], None]) -> Shard:
+def _write(
+    file: TextFile, layout: TextLayout, path: Path, watch: Callable[[int], None]
+) -> ConvertedFile:
     import orjson
 
     reader = Reader((file,), layout)
@@ -79,7 +83,7 @@ def _write(file: TextFile, layout: Layout, path: Path, watch: Callable[[int], No
             for rule, count in found.skipped.items():
                 skipped[rule] = skipped.get(rule, 0) + count
             watch(reader.read_bytes)
-    shard = Shard(
+    shard = ConvertedFile(
         name=file.name, sha256=reader.sha256.get(file.name), records=records, skipped=skipped
     )
     write_json(path.with_suffix(".json"), shard.model_dump())

@@ -1,4 +1,4 @@
-"""What a prepared data set holds: make data-inspect NAME=…"""
+"""Statistics and sample text of a prepared data set: make data-inspect NAME=…"""
 
 from __future__ import annotations
 
@@ -9,29 +9,35 @@ from pathlib import Path
 import numpy as np
 
 from harness.data import indexed
-from harness.data.data_sets import DATA, DataSet, find
+from harness.data.data_sets import DataSet, find
 from harness.data.header import FormatError, bin_path
+from harness.data.names import DATA
 from harness.data.tokenizer import Tokenizer
 from harness.errors import UserError
 
-SHARES = (0.01, 0.25, 0.5, 0.75, 0.99)
+PERCENTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
+_SAMPLE_TOKENS = 200
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of documents. ``shares``: what SHARES of them do not exceed. ``bars``: by powers of
-    two, how many."""
+    """Lengths of documents in tokens.
+
+    Attributes:
+        percentiles: at PERCENTILES.
+        bars: (2**n, documents with more than 2**(n - 1) and at most 2**n tokens).
+    """
 
     mean: float
     longest: int
     empty: int
-    shares: tuple[int, ...]
+    percentiles: tuple[int, ...]
     bars: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
-class Sample:
-    """The beginning of a document, as its tokens spell it."""
+class DocumentSample:
+    """The decoded beginning of a document."""
 
     document: int
     tokens: int
@@ -40,17 +46,17 @@ class Sample:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What ``inspect`` saw."""
+    """The result of ``inspect``."""
 
     chosen: DataSet
     dtype: str
     bin_bytes: int
     lengths: Lengths
-    samples: tuple[Sample, ...]
+    samples: tuple[DocumentSample, ...]
 
 
 def inspect(name: str, samples: int = 3, folder: Path = DATA) -> Inspection:
-    """Look into the data set ``name``.
+    """Read lengths and sample documents of the data set ``name``.
 
     Args:
         samples: how many documents to decode, spread evenly.
@@ -76,25 +82,30 @@ def inspect(name: str, samples: int = 3, folder: Path = DATA) -> Inspection:
 def measure(lengths: np.ndarray) -> Lengths:
     """Statistics of tokens per document; ``lengths`` is (documents,) int64."""
     if not len(lengths):
-        return Lengths(0.0, 0, 0, (0,) * len(SHARES), ())
+        return Lengths(0.0, 0, 0, (0,) * len(PERCENTILES), ())
     ordered = np.sort(lengths)
-    shares = tuple(int(ordered[int(share * (len(ordered) - 1))]) for share in SHARES)
-    powers = np.bincount(np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64))
-    bars = tuple(
-        (2**power, int(count))
-        for power, count in enumerate(powers)
-        if power >= np.flatnonzero(powers)[0]
-    )
+    last = len(ordered) - 1
+    counts = np.bincount(np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64)).tolist()
+    lowest = next(power for power, count in enumerate(counts) if count)
     return Lengths(
-        float(lengths.mean()), int(ordered[-1]), int(np.count_nonzero(lengths == 0)), shares, bars
+        mean=float(lengths.mean()),
+        longest=int(ordered[-1]),
+        empty=int(np.count_nonzero(lengths == 0)),
+        percentiles=tuple(int(ordered[int(share * last)]) for share in PERCENTILES),
+        bars=tuple((2**power, counts[power]) for power in range(lowest, len(counts))),
     )
 
 
 def _samples(
     chosen: DataSet, index: indexed.Index, lengths: np.ndarray, count: int
-) -> Iterator[Sample]:
+) -> Iterator[DocumentSample]:
     if not index.tokens or not count:
         return
+    again = f"make data-check NAME={chosen.name} says more"
+    if index.dtype.kind not in "iu":
+        raise UserError(
+            f"NAME={chosen.name}: tokens are stored as {index.dtype.name}, not as integers\n{again}"
+        )
     tokenizer = Tokenizer(
         chosen.tokenizer_type,
         "",
@@ -104,20 +115,13 @@ def _samples(
         None,
     )
     tokens = np.memmap(bin_path(chosen.prefix), index.dtype, "r")
-    again = f"make data-check NAME={chosen.name} says more"
-    if index.dtype.kind not in "iu":
-        raise UserError(
-            f"NAME={chosen.name}: tokens are stored as {index.dtype.name}; ids are"
-            f" integers\n{again}"
-        )
-    for document in np.flatnonzero(lengths)[:: max(1, np.count_nonzero(lengths) // count)][
-        :count
-    ].tolist():
+    filled = np.flatnonzero(lengths)
+    for document in filled[:: max(1, len(filled) // count)][:count].tolist():
         first = int(index.pointers[index.document_indices[document]]) // index.dtype.itemsize
-        ids = tokens[first : first + min(200, lengths[document])].tolist()
+        ids = tokens[first : first + min(_SAMPLE_TOKENS, lengths[document])].tolist()
         if wrong := next((i for i in ids if not 0 <= i < chosen.vocab_size), None):
             raise UserError(
                 f"NAME={chosen.name}: document {document:,} has id {wrong:,}, the vocabulary is 0"
                 f" to {chosen.vocab_size - 1:,}\n{again}"
             )
-        yield Sample(document, int(lengths[document]), tokenizer.decode(ids))
+        yield DocumentSample(document, int(lengths[document]), tokenizer.decode(ids))

@@ -1,5 +1,4 @@
-"""manifest.json of a data set: where its text came from, what became of it, and the checksums of
-what was written."""
+"""manifest.json of a data set: the source of its text, counts, tokenizer, and checksums."""
 
 from __future__ import annotations
 
@@ -14,27 +13,25 @@ from harness.system.files import write_json
 FILE = "manifest.json"
 
 
-class _Record(BaseModel):
+class _ManifestPart(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
-class SourceFile(_Record):
-    """A file that text came from. ``sha256`` is none where only its front was read."""
+class SourceFile(_ManifestPart):
+    """A file of the source. It has no ``sha256`` if only its beginning was read."""
 
     name: str
     bytes: int
     sha256: str | None
 
 
-class Source(_Record):
-    """Where text came from.
+class TextSource(_ManifestPart):
+    """The source of the text.
 
     Attributes:
-        asked: how it was named: a repository and its revision, or paths, or a seed and a size, or
-        other data sets.
-        commit: what a hub's revision stood for.
-        skipped: lines or rows that were no documents, by rule, where they were left out before
-        cleaning.
+        asked: the request: repository and revision, paths, seed and size, or other data sets.
+        commit: the hub's commit for the requested revision.
+        skipped: lines or rows without a document, by rule, if they were skipped before cleaning.
     """
 
     kind: Literal["hub", "files", "synthetic", "merged"]
@@ -44,20 +41,24 @@ class Source(_Record):
     skipped: dict[str, int] = {}
 
 
-class Counted(_Record):
-    """Lines or rows of the source, or of the cleaning's output, and what they became. ``skipped``
-    is by rule."""
+class Counted(_ManifestPart, frozen=False):
+    """Lines or rows that were tokenised, and what they became; counted up meanwhile.
 
-    records: int
-    documents: int
-    empty: int
-    sequences: int
-    tokens: int
-    skipped: dict[str, int]
+    Attributes:
+        empty: documents without tokens.
+        skipped: lines or rows without a document, by rule.
+    """
+
+    records: int = 0
+    documents: int = 0
+    empty: int = 0
+    sequences: int = 0
+    tokens: int = 0
+    skipped: dict[str, int] = {}
 
 
-class Cleaned(_Record):
-    """What cleaning did: documents in and out, dropped and changed by rule."""
+class Cleaned(_ManifestPart):
+    """The result of cleaning: documents in and out, dropped and changed by rule."""
 
     rules: str
     documents_in: int
@@ -68,8 +69,8 @@ class Cleaned(_Record):
     changed: dict[str, int]
 
 
-class TokenizerUsed(_Record):
-    """The tokenizer, by upstream's name of its kind. ``by`` is the package that made the ids."""
+class TokenizerUsed(_ManifestPart):
+    """The tokenizer; ``type`` is upstream's name, ``by`` the package that made the ids."""
 
     type: str
     name: str
@@ -79,10 +80,12 @@ class TokenizerUsed(_Record):
     by: str
 
 
-class Chat(_Record):
-    """What made text of conversations.
+class Chat(_ManifestPart):
+    """How conversations became text.
 
-    ``template``: the tokenizer's own, or the simple one; ``answer_tokens``: those learned.
+    Attributes:
+        template: the tokenizer's own chat template, or ``conversations.simple_template``.
+        answer_tokens: tokens of answers, which the loss is computed on.
     """
 
     template: Literal["own", "simple"]
@@ -90,8 +93,8 @@ class Chat(_Record):
     answer_tokens: int
 
 
-class Written(_Record):
-    """The pair on the disk."""
+class Written(_ManifestPart):
+    """The .bin/.idx pair on the disk."""
 
     dtype: str
     bin_bytes: int
@@ -100,18 +103,20 @@ class Written(_Record):
     idx_sha256: str
 
 
-class Manifest(_Record):
-    """All of it.
+class Manifest(_ManifestPart):
+    """The content of manifest.json.
 
-    ``chat``: set where documents are conversations. ``recipe``: checksum of all that decides the
-    pair.
-    ``seconds``: by stage. ``created``: Unix time.
+    Attributes:
+        recipe: checksum of everything that determines the pair.
+        created: Unix time.
+        chat: set if documents are conversations.
+        seconds: duration of each stage.
     """
 
     name: str
     recipe: str
     created: float
-    source: Source
+    source: TextSource
     cleaned: Cleaned | None
     counted: Counted
     tokenizer: TokenizerUsed
@@ -123,25 +128,26 @@ class Manifest(_Record):
 
     @property
     def origin(self) -> str:
-        """Where its text came from, in a few words: ``from crawl.jsonl``."""
+        """The source in a few words: ``from crawl.jsonl``."""
         asked = self.source.asked
         match self.source.kind:
             case "hub":
-                return f"from {asked.get('repository')} at {self.source.commit or asked.get('revision')}"  # noqa: E501
+                revision = self.source.commit or asked.get("revision")
+                return f"from {asked.get('repository')} at {revision}"
             case "files":
                 return f"from {asked.get('input')}"
             case "synthetic":
-                return f"made here, {asked.get('mixture')}, seed {asked.get('seed')}"
+                return f"generated, {asked.get('mixture')}, seed {asked.get('seed')}"
             case "merged":
                 return f"joined from {', '.join(map(str, asked.get('from') or ['?']))}"
 
     def write(self, folder: Path) -> None:
-        """Write it into a data set's folder, whole or not at all."""
+        """Write it into a data set's folder, completely or not at all."""
         write_json(folder / FILE, self.model_dump(mode="json"))
 
 
 def noted[Record: BaseModel](path: Path, kind: type[Record]) -> Record | None:
-    """What an earlier process noted in ``path``, if it did."""
+    """The record that an earlier process left in ``path``; None if it left none."""
     try:
         return kind.model_validate_json(path.read_bytes())
     except (OSError, ValueError):
@@ -149,7 +155,7 @@ def noted[Record: BaseModel](path: Path, kind: type[Record]) -> Record | None:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of the data set in ``folder``; none where it has none.
+    """The manifest of the data set in ``folder``; None if it has none.
 
     Raises:
         UserError: it is damaged.

@@ -1,11 +1,11 @@
-"""Index mappings, built before the ranks start: which tokens make sample number n.
+"""Builds index mappings (which tokens make sample n) before the ranks of a run start.
 
-Upstream builds them on rank 0 while all others wait, and does not find them on a second node
+Upstream builds them on rank 0 while all other ranks wait, and a second node does not find them
 without a shared disk. The files here have the names and bytes that core_v0.19.0's
 megatron/core/datasets/gpt_dataset.py and blended_dataset.py would write, so every rank finds them
-in ``--data-cache-path``; for a run with other arguments upstream builds its own.
+in ``--data-cache-path``. For a run with other arguments upstream builds its own.
 
-Upstream's own compiled loops are used; torch is not imported.
+This uses upstream's compiled loops, without importing torch.
 """
 
 from __future__ import annotations
@@ -31,17 +31,22 @@ from harness.errors import UserError
 from harness.system.files import atomic, write_text
 
 _SURPLUS = 0.005
-"""Upstream's mid_level_dataset_surplus: so many more samples of a set in a blend than its weight
-asks for."""
+"""Upstream's mid_level_dataset_surplus: the share of samples that each set of a blend gets beyond
+its weight."""
 _FINAL_EPOCH_SHARE = 0.80
-"""Upstream shuffles the last epoch by itself where the samples asked of it are a smaller share of
-it."""
+"""Upstream shuffles the last epoch separately if less than this share of its samples is needed
+(gpt_dataset.py, _build_document_sample_shuffle_indices)."""
 
 
 @dataclass(frozen=True)
-class Use:
-    """What a run draws: samples of ``seq_length`` tokens for training, validation, test; ``split``
-    as ``--split``."""
+class SampleRequest:
+    """The samples that a run needs.
+
+    Attributes:
+        seq_length: tokens of a sample.
+        samples: numbers for training, validation and test.
+        split: as upstream's ``--split``.
+    """
 
     seq_length: int
     samples: tuple[int, int, int]
@@ -49,9 +54,8 @@ class Use:
     seed: int = 1234
 
 
-def build(blend: Blend, use: Use) -> int:
-    """Build what is missing of the mappings of ``use`` in ``blend.cache``; returns how many files
-    were written.
+def build(blend: Blend, use: SampleRequest) -> int:
+    """Build the missing mappings of ``use`` in ``blend.cache``; returns the number of new files.
 
     Processes that do this at the same time wait for each other.
 
@@ -72,7 +76,7 @@ def build(blend: Blend, use: Use) -> int:
         raise UserError(f"index mappings in {blend.cache}: {error.strerror}") from None
 
 
-def _build(blend: Blend, use: Use, helpers: ModuleType) -> Iterator[int]:
+def _build(blend: Blend, use: SampleRequest, helpers: ModuleType) -> Iterator[int]:
     matrix = split_matrix(use.split)
     weights = _normal(map(float, blend.weights)) if blend.weights else None
     lengths = [indexed.check_pair(chosen.prefix).lengths for chosen in blend.sets]
@@ -99,7 +103,7 @@ def _build(blend: Blend, use: Use, helpers: ModuleType) -> Iterator[int]:
 
 def _describe(
     prefix: Path,
-    use: Use,
+    use: SampleRequest,
     matrix: Sequence[Any],
     split: str,
     samples: int,
@@ -152,14 +156,13 @@ def _write_set(
     seq_length: int,
     helpers: ModuleType,
 ) -> int:
-    """Document, sample and shuffle index of one split of one set; returns the files written."""
-    description, stem = _stem(described, described["index_split"])
-    names = [
-        cache / f"{stem}-{name}"
-        for name in ("document_index.npy", "sample_index.npy", "shuffle_index.npy")
-    ]
-    text = cache / f"{stem}-description.txt"
-    if all(path.is_file() for path in (*names, text)):
+    """Write document, sample and shuffle index of one split of one set, unless they exist.
+
+    Returns the number of files written. The order of random draws is upstream's.
+    """
+    names = ("document_index", "sample_index", "shuffle_index")
+    files = _Files(cache, described, described["index_split"], names)
+    if files.exist():
         return 0
     documents = np.arange(*sequences_of(bounds, len(lengths)), dtype=np.int32)
     epoch_tokens = int(lengths[documents].sum(dtype=np.int64))
@@ -181,17 +184,13 @@ def _write_set(
     shuffles = [np.arange(first, dtype=kind), np.arange(first, rows, dtype=kind)]
     for part in shuffles:
         random.shuffle(part)
-    for path, array in zip(names, (order, sample_index, np.concatenate(shuffles)), strict=True):
-        _save(path, array)
-    write_text(text, description)
-    return len(names) + 1
+    return files.write(order, sample_index, np.concatenate(shuffles))
 
 
 def _shuffled_epochs(
     documents: np.ndarray, epochs: int, separate: bool, random: np.random.RandomState
 ) -> np.ndarray:
-    """``documents`` once an epoch, shuffled over all epochs, the last one by itself where
-    ``separate``."""
+    """``documents`` repeated for each epoch and shuffled, the last epoch separately if asked."""
     parts = [np.tile(documents, epochs - separate)]
     if separate:
         parts.append(documents.copy())
@@ -208,7 +207,10 @@ def _write_blend(
     size: int,
     helpers: ModuleType,
 ) -> int:
-    """Which set, and which of its samples, each sample of a blend is; returns the files written."""
+    """Write which set, and which of its samples, each sample of a blend is, unless they exist.
+
+    Returns the number of files written.
+    """
     weights = _normal(weights)
     described = {
         "class": "BlendedDataset",
@@ -217,31 +219,38 @@ def _write_blend(
         "weights": weights,
         "size": size,
     }
-    description, stem = _stem(described, split)
-    names = [cache / f"{stem}-{name}" for name in ("dataset_index.npy", "dataset_sample_index.npy")]
-    text = cache / f"{stem}-description.txt"
-    if all(path.is_file() for path in (*names, text)):
+    files = _Files(cache, described, split, ("dataset_index", "dataset_sample_index"))
+    if files.exist():
         return 0
     dataset_index, dataset_sample_index = np.zeros(size, np.int16), np.zeros(size, np.int64)
     helpers.build_blending_indices(
         dataset_index, dataset_sample_index, weights, len(sets), size, False
     )
-    for path, array in zip(names, (dataset_index, dataset_sample_index), strict=True):
-        _save(path, array)
-    write_text(text, description)
-    return len(names) + 1
+    return files.write(dataset_index, dataset_sample_index)
 
 
-def _stem(described: dict[str, Any], split: str) -> tuple[str, str]:
-    """The description of a data set, and the beginning of the names of its files."""
-    description = json.dumps(described, indent=4)
-    digest = hashlib.md5(description.encode(), usedforsecurity=False).hexdigest()
-    return description, f"{digest}-{described['class']}-{split}"
+class _Files:
+    """The files of one data set in upstream's cache: arrays and a description."""
 
+    def __init__(
+        self, cache: Path, described: dict[str, Any], split: str, names: Sequence[str]
+    ) -> None:
+        self._text = json.dumps(described, indent=4)
+        digest = hashlib.md5(self._text.encode(), usedforsecurity=False).hexdigest()
+        stem = f"{digest}-{described['class']}-{split}"
+        self._arrays = [cache / f"{stem}-{name}.npy" for name in names]
+        self._description = cache / f"{stem}-description.txt"
 
-def _save(path: Path, array: np.ndarray) -> None:
-    with atomic(path) as file:
-        np.save(file, array, allow_pickle=True)
+    def exist(self) -> bool:
+        return all(path.is_file() for path in (*self._arrays, self._description))
+
+    def write(self, *arrays: np.ndarray) -> int:
+        """Write ``arrays`` and then the description; returns the number of files."""
+        for path, array in zip(self._arrays, arrays, strict=True):
+            with atomic(path) as file:
+                np.save(file, array, allow_pickle=True)
+        write_text(self._description, self._text)
+        return len(arrays) + 1
 
 
 def _normal(weights: Any) -> list[float]:
@@ -250,7 +259,7 @@ def _normal(weights: Any) -> list[float]:
 
 
 def _helpers() -> ModuleType:
-    """megatron-core's compiled loops, without megatron-core around them."""
+    """megatron-core's compiled loops, without importing megatron-core and with it torch."""
     found = importlib.util.find_spec("megatron")
     for root in found.submodule_search_locations if found else ():
         for path in Path(root, "core", "datasets").glob("helpers_cpp.*.so"):

@@ -1,5 +1,4 @@
-"""Prepared data sets joined into one, such as shards of several machines: make data-merge NAME=…
-FROM="a b"."""
+"""Joins prepared data sets, such as shards of several machines: make data-merge NAME=… FROM=…"""
 
 from __future__ import annotations
 
@@ -10,30 +9,29 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harness.data import indexed
-from harness.data.data_sets import DATA, Blend, blend, check_name, prefix_of, prepared
+from harness.data.data_sets import Blend, blend, prepared_names
 from harness.data.header import FormatError, bin_path, idx_path
-from harness.data.manifest import Chat, Counted, Manifest, Source, read_manifest
-from harness.data.prepare import only_one, written
+from harness.data.manifest import Chat, Counted, Manifest, TextSource, read_manifest
+from harness.data.names import DATA, check_name, prefix_of
+from harness.data.publishing import only_one, publish, written
 from harness.data.tokenizer import Tokenizer
 from harness.errors import UserError
 
 WORK = "work/merge"
-"""Where in its folder a data set is joined; what an interrupted merge left there is replaced by the
-next."""
+"""Folder of an unfinished merge in the data set's folder; the next merge replaces its content."""
 
 
 def merge(names: Sequence[str], name: str, folder: Path = DATA) -> Manifest:
-    """Join the data sets ``names``, in order, into ``name``, and return its manifest.
+    """Join the data sets ``names``, in order, into ``name``; returns its manifest.
 
-    The tokens are checked against the checksums of their manifests on the way, and the finished
-    pair against its index.
+    Tokens are checked against the checksums in the manifests while they are copied.
 
     Raises:
-        UserError: one is missing, damaged, of another tokenizer or kind, or without a manifest; or
-            ``name`` is there, or its folder holds something else.
+        UserError: a set is missing, damaged, of another tokenizer or kind, or without a manifest;
+            or ``name`` is in use, or its folder holds other files.
     """
     home = folder / check_name(name)
-    if name in prepared(folder):
+    if name in prepared_names(folder):
         raise UserError(f"NAME={name} is prepared already; give another one")
     chosen, manifests = _chosen(names, folder)
     if other := _others(home, name):
@@ -67,7 +65,7 @@ def _merge(
             name=name,
             recipe="",
             created=time.time(),
-            source=Source(kind="merged", asked={"from": [each.name for each in chosen.sets]}),
+            source=TextSource(kind="merged", asked={"from": [each.name for each in chosen.sets]}),
             cleaned=None,
             counted=_sum(manifests),
             tokenizer=used,
@@ -85,11 +83,7 @@ def _merge(
             used.vocab_size,
             used.eod,
         )
-        tokenizer.install(home / "tokenizer")
-        final = prefix_of(name, home.parent)
-        for path in (bin_path, idx_path):  # the index last: it makes the set a prepared one
-            path(prefix).replace(path(final))
-        manifest.write(home)
+        publish(work, home, manifest, tokenizer)
     finally:
         shutil.rmtree(home / Path(WORK).parts[0], ignore_errors=True)
         if not idx_path(prefix_of(name, home.parent)).exists():
@@ -98,7 +92,7 @@ def _merge(
 
 
 def _chosen(names: Sequence[str], folder: Path) -> tuple[Blend, list[Manifest]]:
-    """The data sets to join, each once, of one tokenizer, kind and dtype, and their manifests."""
+    """The data sets to join, with their manifests, after checking that they fit together."""
     if len(names) < 2:
         raise UserError('FROM= names the data sets to join, two or more, such as FROM="a b"')
     if twice := [name for name, times in Counter(names).items() if times > 1]:
@@ -133,7 +127,7 @@ def _chosen(names: Sequence[str], folder: Path) -> tuple[Blend, list[Manifest]]:
 
 
 def _others(home: Path, name: str) -> list[str]:
-    """What lies in a folder that a merge into it would not make or replace."""
+    """Files in ``home`` that a merge would neither write nor replace."""
     there = sorted(path.name for path in home.iterdir()) if home.is_dir() else []
     work = (
         sorted(path.name for path in (home / "work").iterdir()) if (home / "work").is_dir() else []
@@ -145,7 +139,7 @@ def _others(home: Path, name: str) -> list[str]:
 
 
 def _chat(manifests: Sequence[Manifest]) -> Chat | None:
-    """What makes the joined set one of conversations; ``blend`` has seen that all or none are."""
+    """The joined record of conversations; None for plain text. ``blend`` refuses a mixture."""
     chats = [manifest.chat for manifest in manifests if manifest.chat]
     if not chats:
         return None

@@ -1,24 +1,20 @@
-"""Prepare a data set: bring its text, clean it where it says so, tokenise, check, publish.
+"""Prepares a data set: gets its text, cleans it if asked to, tokenises, checks and publishes it.
 
-    data/<name>/work/synthetic-…/   text that was made here
-    data/<name>/work/text-…/        the source as JSON Lines, where cleaning needs it and it is
-                                    something else
-    data/<name>/work/clean-…/       what cleaning left, and samples of what it dropped; stays
-    data/<name>/work/tokens-…/      the pair while it is written
+    data/<name>/work/synthetic-…/   generated text
+    data/<name>/work/text-…/        the source as JSON Lines, if cleaning needs it in that format
+    data/<name>/work/clean-…/       the cleaned text, and samples of what was dropped; kept
+    data/<name>/work/tokens-…/      the .bin/.idx pair while it is written
 
-Each stage goes on where it was killed and appears whole or not at all; the names end in a checksum
-of all that decides what is in them. The manifest is written last. A data set that is there is
-replaced only where that is asked for (FORCE=1), once the new one is whole.
+The names end in a checksum of everything that determines the content. A stage resumes where it was
+killed; its result appears complete or not at all. The manifest is written last. An existing data
+set is replaced only with FORCE=1, once the new one is complete.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import hashlib
 import json
-import os
 import platform
 import re
 import shutil
@@ -31,59 +27,58 @@ from typing import Any
 
 from harness import ROOT
 from harness.data import indexed
-from harness.data.data_sets import DATA, check_name, find, prefix_of
-from harness.data.documents import Layout, TextFile, text_file
+from harness.data.data_sets import find
+from harness.data.definitions import Definition, Hub, Synthetic
+from harness.data.disk import resumable
+from harness.data.documents import TextFile, TextLayout, text_file
 from harness.data.header import bin_path, idx_path
-from harness.data.manifest import FILE as MANIFEST
 from harness.data.manifest import (
     Cleaned,
-    Counted,
     Manifest,
-    Source,
     SourceFile,
-    TokenizerUsed,
-    Written,
+    TextSource,
     noted,
     read_manifest,
 )
+from harness.data.names import DATA, check_name, prefix_of
 from harness.data.progress import StageProgress
-from harness.data.sources import Definition, Hub, Synthetic, download, local_files
+from harness.data.publishing import (
+    check_free,
+    discard,
+    only_one,
+    publish,
+    tokenizer_used,
+    written,
+)
+from harness.data.sources import download, local_files
 from harness.data.tokenize import Done, Job, Watched, tokenize
 from harness.data.tokenizer import Tokenizer, find_tokenizer
 from harness.errors import UserError
 from harness.machine.provenance import package_version, source_commit
-from harness.system.files import sync_tree, write_json
+from harness.system.files import write_json
 
-_VERSIONS = (
-    "numpy",
-    "orjson",
-    "gigatoken",
-    "tokenizers",
-    "transformers",
-    "sentencepiece",
-    "pyarrow",
-    "datasets",
-)
+_ENCODING = ("gigatoken", "tokenizers", "transformers", "sentencepiece")
+_VERSIONS = ("numpy", "orjson", *_ENCODING, "pyarrow", "datasets")
 
-TEXT = Layout()
+TEXT = TextLayout()
 _OWN = re.compile(r"(synthetic|text|clean|tokens|source)-[0-9a-f]+(\.json)?|\..*\.tmp")
 """Names in work/."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that decides a data set.
+    """Everything that determines a data set.
 
     Attributes:
-        source: a repository of the hub, text to be made, or what ``INPUT=`` names.
-        layout: how documents lie in its files.
-        rules: a file of cleaning rules, where it is to be cleaned.
+        source: a repository of the hub, text to generate, or the value of ``INPUT=``.
+        layout: how documents are stored in its files.
+        rules: a file of cleaning rules; None: the text is not cleaned.
         tokenizer: see ``find_tokenizer``.
     """
 
     name: str
     source: Hub | Synthetic | str
-    layout: Layout = TEXT
+    layout: TextLayout = TEXT
     rules: Path | None = None
     tokenizer: str = "gpt2"
     append_eod: bool = True
@@ -91,8 +86,14 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Means:
-    """How it is prepared: where data sets lie, a copy of the hub, threads, and whether to do again
-    what is done."""
+    """How to prepare it, which does not change the result.
+
+    Attributes:
+        folder: where data sets lie.
+        mirror: a local copy of the hub's repositories.
+        workers: threads or processes; by default one a core.
+        force: prepare it again, and replace another data set of this name.
+    """
 
     folder: Path = DATA
     mirror: Path | None = None
@@ -106,41 +107,27 @@ USUAL = Means()
 def recipe_of(known: Definition) -> Recipe:
     """The recipe of a data set of data/datasets.yaml."""
     rules = DATA / f"rules-{known.clean}.yaml" if known.clean else None
-    layout = Layout(key=known.key, limit=known.limit)
+    layout = TextLayout(key=known.key, limit=known.limit)
     return Recipe(known.name, known.hub or known.synthetic, layout, rules, known.tokenizer)
 
 
 def prepare(
     recipe: Recipe, means: Means = USUAL, progress: StageProgress | None = None
 ) -> Manifest:
-    """Prepare the data set of ``recipe`` and return its manifest; what is prepared already stays.
+    """Prepare the data set of ``recipe``, unless it is prepared already, and return its manifest.
 
     Raises:
-        UserError: the text, the tokenizer or the rules cannot be had, another process prepares this
-            name, or the disk is full, or the name has another data set and ``means`` does not force
-            it.
+        UserError: the text, tokenizer or rules are missing, another process prepares this name,
+            the disk is full, or the name belongs to another data set and ``means.force`` is off.
     """
     progress = progress or StageProgress()
     home = means.folder / check_name(recipe.name)
-    try:
-        with only_one(home, recipe.name):
-            return _Preparation(recipe, means, home, progress).run()
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        way_out = (
-            "make room and start again: it goes on where it stopped"
-            if full
-            else "mend that and start again"
-        )
-        raise UserError(
-            f"preparing {recipe.name} in {home}: {error.strerror or error}\n{way_out}"
-        ) from None
-    finally:
-        progress.end()
+    with progress, resumable(f"preparing {recipe.name} in {home}"), only_one(home, recipe.name):
+        return _Preparation(recipe, means, home, progress).run()
 
 
 class _Preparation:
-    """One preparation, of a name that no other process prepares."""
+    """One preparation, under the lock of its name."""
 
     def __init__(self, recipe: Recipe, means: Means, home: Path, progress: StageProgress) -> None:
         self.recipe, self.means, self.home, self.progress = recipe, means, home, progress
@@ -148,37 +135,33 @@ class _Preparation:
         self.seconds: dict[str, float] = {}
         self.asked = _asked(recipe.source)
         self.source_key = _digest(self.asked, asdict(recipe.layout))
-        self.clean_key = (
-            _digest(self.source_key, _rules_text(recipe.rules)) if recipe.rules else None
-        )
-        self.kept = (
-            {f"source-{self.source_key}.json", f"clean-{self.clean_key}"} if recipe.rules else set()
-        )
+        self.clean_key, self.kept = None, set()
+        if recipe.rules:
+            self.clean_key = _digest(self.source_key, _rules_text(recipe.rules))
+            self.kept = {f"source-{self.source_key}.json", f"clean-{self.clean_key}"}
 
     def run(self) -> Manifest:
         tokenizer = find_tokenizer(self.recipe.tokenizer, self.means.folder / "tokenizers")
-        key = _digest(
-            self.source_key,
-            self.clean_key,
-            tokenizer.kind,
-            tokenizer.sha256,
-            self.recipe.append_eod,
-        )
-        if not self.means.force and (found := self._there(key)):
-            self.progress.say(f"{self.recipe.name} is prepared already; FORCE=1 prepares it again")
-            return found
+        text_key = self.source_key, self.clean_key
+        key = _digest(*text_key, tokenizer.kind, tokenizer.sha256, self.recipe.append_eod)
+        name, force = self.recipe.name, self.means.force
+        published = self._published(key)
+        if published and not force:
+            with contextlib.suppress(UserError):  # a damaged one is prepared again
+                find(name, self.means.folder)
+                self.progress.say(f"{name} is prepared already; FORCE=1 prepares it again")
+                return published
         tokens = self.work / f"tokens-{key}"
-        same = self._is_same(key)
-        if not self.means.force and not same and self._finished(tokens) is None:
-            check_free(self.recipe.name, self.means.folder)
+        if not published and not force and self._finished(tokens) is None:
+            check_free(name, self.means.folder)
         if tokenizer.slow_because:
             self.progress.say(
-                f"{tokenizer.name} is tokenised by {tokenizer.by}, slowly: {tokenizer.slow_because}"
+                f"tokenising with {tokenizer.by}, which is slow: {tokenizer.slow_because}"
             )
         own = {f"{stage}-{self.source_key}" for stage in ("synthetic", "text")} | {tokens.name}
-        # forced, what is done is done again; but the replacement of another set goes on where it
-        # was interrupted
-        self._clear(set() if self.means.force and same else self.kept | own)
+        # FORCE=1 redoes finished stages of the same recipe. A different recipe is the interrupted
+        # replacement of another data set, which resumes.
+        self._clear(set() if force and published else self.kept | own)
         manifest = self._finished(tokens)
         if manifest is None:
             source, files, layout, cleaned = self._text()
@@ -187,28 +170,20 @@ class _Preparation:
                 source = source.model_copy(update={"files": _files(files, done.source_sha256)})
             manifest = self._manifest(key, source, cleaned, done, tokenizer, tokens)
             write_json(tokens / "done.json", manifest.model_dump(mode="json"))
-        self._publish(tokens, manifest, tokenizer)
+        publish(tokens, self.home, manifest, tokenizer)
         self._clear(self.kept)
         return manifest
 
-    def _there(self, key: str) -> Manifest | None:
-        """The manifest of the data set where it is what is wanted, and whole."""
+    def _published(self, key: str) -> Manifest | None:
+        """The manifest of the published data set, damaged or not, if it is of this recipe."""
         with contextlib.suppress(UserError):
             manifest = read_manifest(self.home)
             if manifest and manifest.recipe == key:
-                find(self.recipe.name, self.means.folder)
                 return manifest
         return None
 
-    def _is_same(self, key: str) -> bool:
-        """Whether what is there, damaged or not, is an earlier preparation of the same recipe."""
-        with contextlib.suppress(UserError):
-            manifest = read_manifest(self.home)
-            return manifest is not None and manifest.recipe == key
-        return False
-
-    def _text(self) -> tuple[Source, tuple[TextFile, ...], Layout, Cleaned | None]:
-        """The source, and the files to tokenise: its own, or what cleaning left of them."""
+    def _text(self) -> tuple[TextSource, tuple[TextFile, ...], TextLayout, Cleaned | None]:
+        """The source, and the files to tokenise: its own, or the cleaned ones."""
         if self.recipe.rules is None:
             source, files = self._source()
             return source, files, self.recipe.layout, None
@@ -216,11 +191,9 @@ class _Preparation:
         from harness.data.clean.rules import load_rules
 
         rules = load_rules(self.recipe.rules)
-        folder, source_file = (
-            self.work / f"clean-{self.clean_key}",
-            self.work / f"source-{self.source_key}.json",
-        )
-        known = noted(source_file, Source), noted(folder / "manifest.json", CleanReport)
+        folder = self.work / f"clean-{self.clean_key}"
+        source_file = self.work / f"source-{self.source_key}.json"
+        known = noted(source_file, TextSource), noted(folder / "manifest.json", CleanReport)
         if all(known):
             source, report = known
         else:
@@ -231,28 +204,24 @@ class _Preparation:
             with self._timed("clean"):
                 report = clean(paths, folder, rules, self.progress.show, self.means.workers)
         if not report.documents_out:
-            dropped = ", ".join(
-                f"{number:,} {rule}" for rule, number in report.dropped.items() if number
-            )
+            by_rule = (f"{number:,} {rule}" for rule, number in report.dropped.items() if number)
+            dropped = ", ".join(by_rule)
             raise UserError(
                 f"{self.recipe.rules.name} dropped all {report.documents_in:,} documents:"
                 f" {dropped}\n{folder / 'dropped'}/ shows which and why; set other RULES=, or none"
             )
-        described = {
-            name: getattr(report, name) for name in Cleaned.model_fields if name != "rules"
-        }
         shards = tuple(text_file(folder / shard.name, shard.name) for shard in report.shards)
-        return source, shards, TEXT, Cleaned(rules=self.recipe.rules.name, **described)
+        cleaned = Cleaned.model_validate(report.model_dump() | {"rules": self.recipe.rules.name})
+        return source, shards, TEXT, cleaned
 
-    def _source(self) -> tuple[Source, tuple[TextFile, ...]]:
-        """Bring or make the text. The checksums of its files are not yet known."""
+    def _source(self) -> tuple[TextSource, tuple[TextFile, ...]]:
+        """Download, generate or find the text. The checksums of its files are not known yet."""
         match self.recipe.source:
             case Hub() as hub:
+                limit = self.recipe.layout.limit
                 with self._timed("download"):
-                    got = download(
-                        hub, self.recipe.layout.limit, self.means.mirror, self.progress.say
-                    )
-                return Source(kind="hub", asked=self.asked, commit=got.commit), got.files
+                    got = download(hub, limit, self.means.mirror, self.progress.say)
+                return TextSource(kind="hub", asked=self.asked, commit=got.commit), got.files
             case Synthetic() as wanted:
                 from harness.data import synthetic
 
@@ -260,27 +229,21 @@ class _Preparation:
                 folder = self.work / f"synthetic-{self.source_key}"
                 with self._timed("make"):
                     size = wanted.size_mb * 10**6
-                    paths = synthetic.generate(
-                        folder, size, corpus, self.means.workers, self.progress.show
-                    )
-                return Source(kind="synthetic", asked=self.asked), tuple(
-                    text_file(path, path.name) for path in paths
-                )
+                    show, workers = self.progress.show, self.means.workers
+                    paths = synthetic.generate(folder, size, corpus, workers, show)
+                files = tuple(text_file(path, path.name) for path in paths)
+                return TextSource(kind="synthetic", asked=self.asked), files
             case wanted:
-                return Source(kind="files", asked=self.asked), local_files(wanted)
+                return TextSource(kind="files", asked=self.asked), local_files(wanted)
 
     def _json_lines(
-        self, source: Source, files: tuple[TextFile, ...]
-    ) -> tuple[Source, tuple[Path, ...]]:
-        """The files as JSON Lines, which cleaning reads: themselves where they are that, else
-        written anew."""
+        self, source: TextSource, files: tuple[TextFile, ...]
+    ) -> tuple[TextSource, tuple[Path, ...]]:
+        """The files as JSON Lines, the only format that cleaning reads; converted if necessary."""
         layout = self.recipe.layout
         with self._timed("read"):
-            if (
-                layout.limit is None
-                and layout.key == "text"
-                and all(f.kind == "jsonl" and not f.packing for f in files)
-            ):
+            plain = all(file.kind == "jsonl" and not file.packing for file in files)
+            if plain and layout.limit is None and layout.key == "text":
                 known = {file.name: _sha256(file.path) for file in files}
                 paths, skipped = tuple(file.path for file in files), Counter()
             else:
@@ -290,45 +253,40 @@ class _Preparation:
                 paths, shards = write_json_lines(files, layout, folder, self.progress.show)
                 known = {shard.name: shard.sha256 for shard in shards}
                 skipped = sum((Counter(shard.skipped) for shard in shards), Counter())
-        return (
-            source.model_copy(update={"files": _files(files, known), "skipped": dict(skipped)}),
-            paths,
-        )
+        update = {"files": _files(files, known), "skipped": dict(skipped)}
+        return source.model_copy(update=update), paths
 
     def _tokenize(
-        self, folder: Path, files: tuple[TextFile, ...], layout: Layout, tokenizer: Tokenizer
+        self, folder: Path, files: tuple[TextFile, ...], layout: TextLayout, tokenizer: Tokenizer
     ) -> Done:
-        job = Job(
-            files, layout, tokenizer, self.recipe.append_eod, prefix_of(self.recipe.name, folder)
-        )
-        job.prefix.parent.mkdir(parents=True, exist_ok=True)
+        prefix = prefix_of(self.recipe.name, folder)
+        job = Job(files, layout, tokenizer, self.recipe.append_eod, prefix)
+        prefix.parent.mkdir(parents=True, exist_ok=True)
 
         def watch(now: Watched) -> None:
-            self.progress.show(
-                "tokenise", now.read_bytes, now.all_bytes, f"{now.tokens / 1e6:,.1f} M tokens"
-            )
+            tokens = f"{now.tokens / 1e6:,.1f} M tokens"
+            self.progress.show("tokenise", now.read_bytes, now.all_bytes, tokens)
 
         try:
             with self._timed("tokenise"):
                 done = tokenize(job, watch, self.means.workers)
                 indexed.check_pair(job.prefix)
         except UserError:
-            with contextlib.suppress(OSError):  # what can go on stays
+            with contextlib.suppress(OSError):  # parts that a later run can resume stay
                 job.prefix.parent.rmdir()
                 discard(folder)
             raise
         if not done.counts.tokens:
             discard(folder)
             raise UserError(
-                f"no text to train on: {done.counts.documents:,} documents, and all of them are"
-                " empty"
+                f"no text to train on: all {done.counts.documents:,} documents are empty"
             )
         return done
 
     def _manifest(
         self,
         key: str,
-        source: Source,
+        source: TextSource,
         cleaned: Cleaned | None,
         done: Done,
         tokenizer: Tokenizer,
@@ -341,7 +299,7 @@ class _Preparation:
             created=time.time(),
             source=source,
             cleaned=cleaned,
-            counted=Counted(**asdict(done.counts)),
+            counted=done.counts,
             tokenizer=tokenizer_used(tokenizer, tokenizer.by),
             append_eod=self.recipe.append_eod,
             written=written(prefix, indexed.best_dtype(tokenizer.vocab_size).name, done.pair),
@@ -351,46 +309,21 @@ class _Preparation:
         )
 
     def _finished(self, folder: Path) -> Manifest | None:
-        """The manifest of a pair that an earlier process finished but did not, or not wholly,
-        publish."""
+        """The manifest of a pair that an earlier process wrote, but did not completely publish."""
         manifest = noted(folder / "done.json", Manifest)
         if manifest is None:
             return None
-        for source, target, size in self._moves(folder, manifest):
-            path = source if source.exists() else target
-            if not path.exists() or path.stat().st_size != size:
+        part = prefix_of(self.recipe.name, folder)
+        published = prefix_of(self.recipe.name, self.means.folder)
+        sizes = (bin_path, manifest.written.bin_bytes), (idx_path, manifest.written.idx_bytes)
+        for path, size in sizes:
+            found = path(part) if path(part).exists() else path(published)
+            if not found.exists() or found.stat().st_size != size:
                 return None
         return manifest
 
-    def _publish(self, folder: Path, manifest: Manifest, tokenizer: Tokenizer) -> None:
-        """Put the new pair in the place of an old one; stopped half-way there is none until it goes
-        on."""
-        (self.home / MANIFEST).unlink(missing_ok=True)
-        moves = self._moves(folder, manifest)
-        if all(source.exists() for source, _, _ in moves):
-            idx_path(prefix_of(self.recipe.name, self.means.folder)).unlink(missing_ok=True)
-        tokenizer.install(self.home / "tokenizer")
-        for source, target, _ in moves:
-            if source.exists():
-                source.replace(target)
-        shutil.rmtree(self.home / "cache", ignore_errors=True)
-        sync_tree(self.home / "tokenizer")
-        manifest.write(self.home)
-
-    def _moves(self, folder: Path, manifest: Manifest) -> tuple[tuple[Path, Path, int], ...]:
-        """From, to, bytes: .bin, then .idx."""
-        old, new = (
-            prefix_of(self.recipe.name, folder),
-            prefix_of(self.recipe.name, self.means.folder),
-        )
-        written = manifest.written
-        return (
-            (bin_path(old), bin_path(new), written.bin_bytes),
-            (idx_path(old), idx_path(new), written.idx_bytes),
-        )
-
     def _clear(self, keep: set[str]) -> None:
-        """Leave only these in work/, of what preparations write there."""
+        """Remove from work/ what preparations write there, except the names in ``keep``."""
         self.work.mkdir(exist_ok=True)
         for path in self.work.iterdir():
             if path.name not in keep and _OWN.fullmatch(path.name):
@@ -404,106 +337,6 @@ class _Preparation:
         yield
         self.seconds[stage] = time.monotonic() - begun
         self.progress.end()
-
-
-def check_free(name: str, folder: Path) -> None:
-    """Raise UserError where ``folder`` has a data set ``name``, or a part of one, or a tokenizer
-    there; say what it is."""
-    home, prefix = folder / name, prefix_of(name, folder)
-    there = [
-        path for path in (idx_path(prefix), home / MANIFEST, home / "tokenizer") if path.exists()
-    ]
-    if not there:
-        return
-    try:
-        manifest = read_manifest(home)
-    except UserError:
-        manifest = None
-    if manifest is None:
-        what = f"{there[0]} is there, without a manifest that says how it was made"
-    else:
-        what = (
-            f"it has {manifest.counted.tokens:,} tokens, {manifest.origin}, tokenizer"
-            f" {manifest.tokenizer.name}"
-        )
-    raise UserError(
-        f"NAME={name} is prepared already, from other input or with other settings: {what}\n"
-        "NAME=… prepares another data set; FORCE=1 replaces this one once the new one is whole"
-    )
-
-
-def publish(part: Path, home: Path, manifest: Manifest) -> None:
-    """Put the pair and the tokenizer in ``part`` in the place of those in ``home``, and the
-    manifest last."""
-    old, new = prefix_of(manifest.name, part), prefix_of(manifest.name, home.parent)
-    (home / MANIFEST).unlink(missing_ok=True)
-    idx_path(new).unlink(missing_ok=True)
-    for path in (bin_path, idx_path):
-        path(old).replace(path(new))
-    shutil.rmtree(home / "tokenizer", ignore_errors=True)
-    (part / "tokenizer").replace(home / "tokenizer")
-    shutil.rmtree(home / "cache", ignore_errors=True)
-    sync_tree(home / "tokenizer")
-    manifest.write(home)
-
-
-def discard(part: Path) -> None:
-    """Remove ``part``, a folder in work/, and work/ itself where nothing else is in it."""
-    shutil.rmtree(part, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        part.parent.rmdir()
-
-
-@contextlib.contextmanager
-def only_one(home: Path, name: str) -> Iterator[None]:
-    """Hold the folder of ``name``, which exists while it is held; another process that wants it
-    gets a UserError."""
-    path = home / ".lock"
-    while True:
-        home.mkdir(parents=True, exist_ok=True)
-        with path.open("a+") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                lock.seek(0)
-                other = lock.read().strip() or "?"
-                raise UserError(
-                    f"process {other} prepares {name} already\nwait for it, or give another NAME="
-                ) from None
-            if path.exists() and path.stat().st_ino == os.fstat(lock.fileno()).st_ino:
-                lock.truncate(0)
-                lock.write(str(os.getpid()))
-                lock.flush()
-                try:
-                    yield
-                finally:
-                    path.unlink()
-                    with contextlib.suppress(OSError):
-                        home.rmdir()
-                return
-
-
-def tokenizer_used(tokenizer: Tokenizer, by: str) -> TokenizerUsed:
-    """What a manifest says of ``tokenizer``; ``by`` is the package that made the ids."""
-    return TokenizerUsed(
-        type=tokenizer.kind,
-        name=tokenizer.name,
-        sha256=tokenizer.sha256,
-        vocab_size=tokenizer.vocab_size,
-        eod=tokenizer.eod,
-        by=by,
-    )
-
-
-def written(prefix: Path, dtype: str, pair: indexed.Pair) -> Written:
-    """What a manifest says of the finished ``pair`` at ``prefix``."""
-    return Written(
-        dtype=dtype,
-        bin_bytes=bin_path(prefix).stat().st_size,
-        bin_sha256=pair.bin_sha256,
-        idx_bytes=idx_path(prefix).stat().st_size,
-        idx_sha256=pair.idx_sha256,
-    )
 
 
 def _asked(source: Hub | Synthetic | str) -> dict[str, Any]:
@@ -527,8 +360,8 @@ def _rules_text(path: Path) -> str:
 
 def _files(files: tuple[TextFile, ...], sha256: Mapping[str, str | None]) -> tuple[SourceFile, ...]:
     return tuple(
-        SourceFile(name=f.name, bytes=f.path.stat().st_size, sha256=sha256.get(f.name))
-        for f in files
+        SourceFile(name=file.name, bytes=file.path.stat().st_size, sha256=sha256.get(file.name))
+        for file in files
     )
 
 

@@ -1,5 +1,4 @@
-"""Where text comes from: the data sets of data/datasets.yaml, files of the user's, the Hugging Face
-hub."""
+"""Brings text here: finds the user's files, downloads those of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -8,96 +7,18 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
 from urllib.parse import urlparse
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-
-from harness.data.data_sets import DATA, NAME
+from harness.data.definitions import Hub
 from harness.data.documents import TextFile, text_file
-from harness.errors import UserError, first_line, nearest
-from harness.system import yaml_files
+from harness.errors import UserError, first_line
 from harness.system.files import expanded
 
-FILE = DATA / "datasets.yaml"
 HUB_TIMEOUT_S = 10
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class Hub(_Frozen):
-    """Files of a repository of the Hugging Face hub at a revision."""
-
-    repository: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]
-    revision: Annotated[str, Field(min_length=1)]
-    files: Annotated[str, Field(min_length=1)]
-    gated: bool = False
-
-
-class Synthetic(_Frozen):
-    """Text made by harness.data.synthetic."""
-
-    mixture: Literal["plain", "damaged"] = "plain"
-    seed: Annotated[int, Field(ge=0)] = 0
-    size_mb: Annotated[int, Field(ge=1)]
-
-
-class Definition(_Frozen):
-    """A data set that can be prepared by its name.
-
-    ``limit`` counts documents from the front, ``chat`` is a file in data/.
-    """
-
-    name: Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
-    shows: Annotated[str, Field(min_length=1)]
-    hub: Hub | None = None
-    synthetic: Synthetic | None = None
-    chat: Annotated[str, Field(pattern=r"^[\w.-]+\.jsonl$")] | None = None
-    key: str = "text"
-    limit: Annotated[int, Field(ge=1)] | None = None
-    clean: str | None = None
-    tokenizer: str = "gpt2"
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Definition:
-        if sum(source is not None for source in (self.hub, self.synthetic, self.chat)) != 1:
-            raise ValueError("give either hub, synthetic or chat")
-        return self
-
-
-def definitions(path: Path = FILE) -> dict[str, Definition]:
-    """Every data set that can be prepared by its name.
-
-    Raises:
-        UserError: the file is missing or is no YAML, or a key or value is wrong.
-    """
-    found = {}
-    for name, row in (rows := yaml_files.read(path)).items():
-        where = f"{path.name}: {name}"
-        with yaml_files.entry(path, rows, name):
-            yaml_files.word(name, f"{where}: its name", "openwebtext")
-            found[name] = yaml_files.build(
-                Definition, {"name": name, **yaml_files.mapping(row, where)}, where
-            )
-    return found
-
-
-def definition(name: str) -> Definition:
-    """The data set ``name``. Raises UserError naming the nearest ones."""
-    known = definitions()
-    if name not in known:
-        raise UserError(
-            f"no data set {name}; {nearest(name, known)}\n"
-            "for your own text: make data-prepare NAME=… INPUT=file-or-folder"
-        )
-    return known[name]
-
-
 def local_files(wanted: str) -> tuple[TextFile, ...]:
-    """The files that ``INPUT=wanted`` names: a file, a folder with all below it, a pattern, or
-    several of these.
+    """The files of ``INPUT=wanted``: a file, a folder with all below it, a pattern, or several.
 
     Raises:
         UserError: there are none, or one is of an unknown kind.
@@ -113,7 +34,8 @@ def local_files(wanted: str) -> tuple[TextFile, ...]:
             )
             if not below:
                 raise UserError(
-                    f"INPUT={word}: no .jsonl, .parquet or .txt file in this folder, packed or not"
+                    f"INPUT={word}: no .jsonl, .parquet or .txt file in this folder, compressed or"
+                    " not"
                 )
             found += below
         elif path.is_file():
@@ -129,8 +51,7 @@ def local_files(wanted: str) -> tuple[TextFile, ...]:
 
 @dataclass(frozen=True)
 class Downloaded:
-    """Files of a hub's repository, here. ``commit`` is what the revision stood for, where that is
-    known."""
+    """Files of a repository, downloaded. ``commit``: the hub's, None from a mirror."""
 
     files: tuple[TextFile, ...]
     commit: str | None
@@ -139,13 +60,12 @@ class Downloaded:
 def download(
     hub: Hub, limit: int | None, mirror: Path | None, say: Callable[[str], None]
 ) -> Downloaded:
-    """Bring the files of ``hub`` here, into the cache of Hugging Face's packages; what is there
-    already stays.
+    """Download the files of ``hub`` into the cache of Hugging Face's packages, unless it has them.
 
     Args:
-        limit: no more files than are needed for so many rows of Parquet.
+        limit: rows that are needed; of Parquet, no more files are downloaded than hold them.
         mirror: a folder with a copy of the repository, at <mirror>/<owner>/<name>, to use instead
-        of the hub.
+            of the hub.
 
     Raises:
         UserError: the hub or the repository cannot be reached, or has no such files.
@@ -153,7 +73,7 @@ def download(
     if mirror is None:
         _reach_hub(hub)
     elif not (mirror / hub.repository).is_dir():
-        raise UserError(f"HUB={mirror}: there is no {hub.repository}/ in it, with {hub.files}")
+        raise UserError(f"HUB={mirror} has no {hub.repository}/ with {hub.files}")
     from datasets import (
         DownloadConfig,
         DownloadManager,
@@ -194,7 +114,7 @@ def download(
 
 
 def _reach_hub(hub: Hub) -> None:
-    """Fail at once where the hub cannot be reached; its own client tries for half a minute."""
+    """Fail within seconds if the hub cannot be reached; its client retries for half a minute."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return
     place = urlparse(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")

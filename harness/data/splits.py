@@ -1,5 +1,4 @@
-"""Training, validation and test: which share of a data set's sequences each gets. Needs no
-numpy."""
+"""Splits of a data set: which sequences are for training, validation and test. Needs no numpy."""
 
 from __future__ import annotations
 
@@ -15,14 +14,13 @@ Bounds = tuple[float, float]
 
 
 def split_matrix(split: str) -> tuple[Bounds | None, ...]:
-    """Where each of SPLITS begins and ends among a set's sequences, from 0 to 1; none for one
-    without a share.
+    """Begin and end of each of SPLITS as fractions of a set's sequences; None for a share of 0.
 
     Args:
         split: as upstream's ``--split``, such as ``949,50,1``.
 
     Raises:
-        UserError: it is not up to three numbers of which one is above 0.
+        UserError: it is not up to three numbers, at least one of them above 0.
     """
     try:
         shares = [float(share) for share in split.split(",")]
@@ -39,7 +37,7 @@ def split_matrix(split: str) -> tuple[Bounds | None, ...]:
 
 
 def sequences_of(bounds: Bounds, sequences: int) -> tuple[int, int]:
-    """The first sequence of a split and the first behind it, as upstream rounds them."""
+    """The first sequence of a split and the first after it, rounded as upstream does."""
     first, behind = (round(bound * float(sequences)) for bound in bounds)
     return first, behind
 
@@ -47,8 +45,7 @@ def sequences_of(bounds: Bounds, sequences: int) -> tuple[int, int]:
 def samples_of(
     steps: int, global_batch_size: int, eval_interval: int, eval_iters: int
 ) -> tuple[int, int, int]:
-    """Samples for training, validation and test, as upstream's get_train_valid_test_num_samples
-    counts them."""
+    """Samples for training, validation and test (upstream: get_train_valid_test_num_samples)."""
     evaluations = steps // eval_interval + 1
     return (
         steps * global_batch_size,
@@ -58,8 +55,11 @@ def samples_of(
 
 
 def check_split(blend: Blend, split: str) -> None:
-    """Raise UserError where a split of a set gets no sequence: upstream would look for its tokens
-    for ever."""
+    """Refuse a split that leaves a share without sequences: upstream would loop for ever.
+
+    Raises:
+        UserError: a share above 0 of one of the sets is empty.
+    """
     for chosen in blend.sets:
         parts, what = (
             (chosen.documents, "conversations") if chosen.chat else (chosen.sequences, "sequences")
@@ -69,7 +69,7 @@ def check_split(blend: Blend, split: str) -> None:
                 continue
             first, behind = sequences_of(bounds, parts)
             if first == behind:
-                shares = f"of its {parts:,} {what} the split {split} leaves none for {name}"
                 raise UserError(
-                    f"DATA={chosen.name}: {shares}\ngive {name} a larger share, or 0, with SPLIT="
+                    f"DATA={chosen.name}: of its {parts:,} {what} the split {split} leaves none for"
+                    f" {name}\ngive {name} a larger share, or 0, with SPLIT="
                 )

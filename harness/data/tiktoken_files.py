@@ -1,10 +1,8 @@
-"""Llama 3's ``tokenizer.model`` as Meta publishes it: lines of a token in base64 and its rank,
-tiktoken's format.
+"""Llama 3's ``tokenizer.model`` in tiktoken's format, converted to Hugging Face's tokenizer.json.
 
-Upstream's tokenizers do not read it; here it becomes the tokenizer.json that Hugging Face's
-conversion makes of it. What the file does not hold is Llama 3's own (meta-llama/llama-models,
-models/llama3/tokenizer.py): the pattern that cuts text into pieces, and 256 special tokens behind
-the ranks.
+Each line of the file is a token in base64 and its rank. Upstream's tokenizers cannot read it. The
+file holds neither the pattern that splits text into pieces nor the 256 special tokens that follow
+the ranks: both are from Llama 3's code (meta-llama/llama-models, models/llama3/tokenizer.py).
 """
 
 from __future__ import annotations
@@ -12,6 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import json
 import re
 from pathlib import Path
 
@@ -19,7 +18,8 @@ from harness.errors import UserError
 from harness.system.files import write_json
 
 RANKS = 128_000
-"""Tokens in Llama 3's file; other models' have others, with other patterns and special tokens."""
+"""Tokens in Llama 3's file. A file with another number belongs to another model, whose pattern and
+special tokens are unknown here."""
 SPECIAL = 256
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -39,8 +39,7 @@ _NAMED = (
     "<|eot_id|>",
     "<|python_tag|>",
 )
-"""As Llama 3.1 and later call them; Llama 3 has other names for some that it does not use, at the
-same ids."""
+"""Names since Llama 3.1; Llama 3.0 has other names for some tokens that it never uses."""
 _LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\s*")
 
 
@@ -59,8 +58,7 @@ def special_tokens() -> list[str]:
 
 
 def tiktoken_folder(path: Path, home: Path) -> Path:
-    """A folder below ``home`` with tokenizer.json and tokenizer_config.json for the file ``path``;
-    made where it is missing.
+    """The folder in ``home`` with ``path`` as tokenizer.json; written if it is missing.
 
     Raises:
         UserError: the file is damaged, or is not Llama 3's.
@@ -72,16 +70,17 @@ def tiktoken_folder(path: Path, home: Path) -> Path:
         if len(ranks) != RANKS:
             raise UserError(
                 f"{path} has {len(ranks):,} tokens, Llama 3's tokenizer.model {RANKS:,}: it is"
-                " another model's, and the file does not say how it cuts text into pieces\ngive"
-                " that model's folder with tokenizer.json"
+                " another model's, and the file does not say how to split text into pieces\n"
+                "give that model's folder with tokenizer.json"
             )
         folder.mkdir(parents=True, exist_ok=True)
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": BEGIN,
             "eos_token": END,
+            "model_max_length": 131072,
+            "clean_up_tokenization_spaces": False,
         }
-        config |= {"model_max_length": 131072, "clean_up_tokenization_spaces": False}
         write_json(folder / "tokenizer_config.json", config)
         write_json(folder / "tokenizer.json", tokenizer_json(ranks))
     return folder
@@ -90,10 +89,13 @@ def tiktoken_folder(path: Path, home: Path) -> Path:
 def tokenizer_json(ranks: dict[bytes, int]) -> dict:
     """Hugging Face's description of the tokenizer with these ranks.
 
-    A rank is what byte-pair merging prefers, and the token's id. The merges that lead to a token
-    are all pairs of tokens that make it up, in the order of the pairs' ranks (TikTokenConverter in
+    A token's rank is its id and its priority in byte-pair merging. A token's merges are all pairs
+    of tokens that it consists of, in the order of the pairs' ranks (TikTokenConverter in
     transformers/convert_slow_tokenizer.py).
     """
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, processors
+    from tokenizers import pre_tokenizers as cuts
+
     letters = byte_letters()
     text = {token: "".join(letters[byte] for byte in token) for token in ranks}
     merges = []
@@ -101,69 +103,32 @@ def tokenizer_json(ranks: dict[bytes, int]) -> dict:
         pairs = ((token[:at], token[at:]) for at in range(1, len(token)))
         found = [(left, right) for left, right in pairs if left in ranks and right in ranks]
         found.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
-        merges += [[text[left], text[right]] for left, right in found]
-    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    special = enumerate(special_tokens(), len(ranks))
-    added = [{"id": number, "content": name, **plain, "special": True} for number, name in special]
-    bytes_only = {
-        "type": "ByteLevel",
-        "add_prefix_space": False,
-        "trim_offsets": False,
-        "use_regex": False,
-    }
-    begin = {"SpecialToken": {"id": BEGIN, "type_id": 0}}
-    first, second = (
-        {"Sequence": {"id": name, "type_id": number}} for number, name in enumerate("AB")
+        merges += [(text[left], text[right]) for left, right in found]
+    vocabulary = {text[token]: rank for token, rank in ranks.items()}
+    made = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True))
+    bytes_only = {"add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    made.pre_tokenizer = cuts.Sequence(
+        [cuts.Split(Regex(PATTERN), "isolated"), cuts.ByteLevel(**bytes_only)]
     )
-    template = {
-        "type": "TemplateProcessing",
-        "single": [begin, first],
-        "pair": [begin, first, {"SpecialToken": {"id": BEGIN, "type_id": 1}}, second],
-        "special_tokens": {BEGIN: {"id": BEGIN, "ids": [len(ranks)], "tokens": [BEGIN]}},
-    }
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": None,
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [
-                {
-                    "type": "Split",
-                    "pattern": {"Regex": PATTERN},
-                    "behavior": "Isolated",
-                    "invert": False,
-                },
-                bytes_only,
-            ],
-        },
-        "post_processor": {"type": "Sequence", "processors": [bytes_only, template]},
-        "decoder": {
-            "type": "ByteLevel",
-            "add_prefix_space": True,
-            "trim_offsets": True,
-            "use_regex": True,
-        },
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": True,
-            "vocab": {text[token]: rank for token, rank in ranks.items()},
-            "merges": merges,
-        },
-    }
+    made.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(**bytes_only),
+            processors.TemplateProcessing(
+                f"{BEGIN} $A", f"{BEGIN} $A {BEGIN}:1 $B:1", [(BEGIN, len(ranks))]
+            ),
+        ]
+    )
+    made.decoder = decoders.ByteLevel()
+    special = (AddedToken(name, normalized=False, special=True) for name in special_tokens())
+    made.add_special_tokens(list(special))
+    return json.loads(made.to_str())
 
 
 def byte_letters() -> list[str]:
-    """What byte-level tokenizers write for each byte: itself where it is printable, else a letter
-    from 256 on (GPT-2)."""
+    """The character that byte-level tokenizers write for each byte (GPT-2's bytes_to_unicode).
+
+    A printable byte is written as itself, any other as a letter from code point 256 on.
+    """
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]

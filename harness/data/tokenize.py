@@ -1,14 +1,13 @@
-"""Tokenise and write: documents in, .bin/.idx out, in one pass by all cores and in bounded memory.
+"""Tokenises documents into a .bin/.idx pair: one pass, all cores, bounded memory.
 
 One thread at a time reads a block; each parses and encodes its own (the tokenizers release the
-GIL); blocks are appended in the order they were read. What is on the disk is noted every few
-seconds: a killed run goes on there.
+GIL). Blocks are appended in the order they were read. Every few seconds the state on the disk is
+recorded, from which a killed run resumes.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -23,8 +22,19 @@ from pathlib import Path
 import numpy as np
 
 from harness.data import indexed
-from harness.data.documents import BEGIN, BLOCK_BYTES, Block, Layout, Place, Reader, Text, TextFile
-from harness.data.indexed import FormatError, Marks, Pair, Writer
+from harness.data.disk import resumable
+from harness.data.documents import (
+    BEGIN,
+    BLOCK_BYTES,
+    Block,
+    Reader,
+    ReadPosition,
+    Text,
+    TextFile,
+    TextLayout,
+)
+from harness.data.indexed import FormatError, Marks, Pair, PairWriter
+from harness.data.manifest import Counted
 from harness.data.tokenizer import CACHE_MIB, Encoder, Tokenizer
 from harness.errors import UserError
 from harness.system.files import write_json
@@ -34,15 +44,15 @@ MOST_WORKERS = 8
 _MIB_A_WORKER = 100
 _WATCH_S = 0.25
 _FORMAT = 1
-"""Counts changes of this code after which an unfinished run must not be taken up."""
+"""Increased when the code changes in such a way that an unfinished run must not be resumed."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is tokenised, how, and where the pair goes (``prefix``.bin and .idx)."""
+    """What to tokenise, how, and where the pair goes (``prefix``.bin and .idx)."""
 
     files: tuple[TextFile, ...]
-    layout: Layout
+    layout: TextLayout
     tokenizer: Tokenizer
     append_eod: bool
     prefix: Path
@@ -53,16 +63,16 @@ class Job:
 
     @property
     def bytes(self) -> int:
-        """All files, as they lie on the disk."""
+        """Size of all files on the disk, compressed or not."""
         return sum(file.path.stat().st_size for file in self.files)
 
     @property
     def state(self) -> Path:
-        """How far an unfinished run has come."""
+        """The file with the state of an unfinished run."""
         return self.prefix.with_name(self.prefix.name + ".state.json")
 
     def key(self) -> str:
-        """Changes with everything that decides the pair's bytes."""
+        """Changes with everything that determines the pair's bytes."""
         stats = [
             (str(f.path), f.kind, f.packing, s.st_size, s.st_mtime_ns)
             for f in self.files
@@ -79,21 +89,9 @@ class Job:
         return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
 
-@dataclass
-class Counts:
-    """What went in and came out. ``empty`` documents have no tokens; ``skipped`` is by rule."""
-
-    records: int = 0
-    documents: int = 0
-    empty: int = 0
-    sequences: int = 0
-    tokens: int = 0
-    skipped: dict[str, int] = field(default_factory=dict)
-
-
 @dataclass(frozen=True)
 class Watched:
-    """How far a run is: of all bytes of the input, those read; and the tokens so far."""
+    """Progress of a run: bytes of the input that are read, all of them, and tokens so far."""
 
     read_bytes: int
     all_bytes: int
@@ -102,41 +100,33 @@ class Watched:
 
 @dataclass(frozen=True)
 class Done:
-    """A finished pair. ``source_sha256`` is of each input file that was read to its end, by
-    name."""
+    """A finished pair. ``source_sha256``: by name, of the input files that were read completely."""
 
     pair: Pair
-    counts: Counts
+    counts: Counted
     source_sha256: dict[str, str]
 
 
 def tokenize(
     job: Job, watch: Callable[[Watched], None] = lambda _: None, workers: int | None = None
 ) -> Done:
-    """Write the pair of ``job``; goes on where a run of the same job stopped.
+    """Write the pair of ``job``; resumes where a run of the same job stopped.
 
     Args:
         watch: called a few times a second.
         workers: threads; by default one a core, 8 at most.
 
     Raises:
-        UserError: an input cannot be read or changed meanwhile, no document is in it, or the disk
-        is full.
+        UserError: an input cannot be read or changed meanwhile, it has no document, or the disk is
+            full.
     """
     if job.append_eod and job.tokenizer.eod is None:
         raise UserError(
             f"tokenizer {job.tokenizer.name} has no end-of-document token\nset eos_token in its"
             " tokenizer_config.json"
         )
-    try:
+    with resumable(f"tokenising into {job.prefix.parent}"):
         return _Run(job, workers or min(MOST_WORKERS, len(os.sched_getaffinity(0)))).finish(watch)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"the disk of {job.prefix.parent} is full\nmake room and start again: it goes on"
-                " where it stopped"
-            ) from None
-        raise UserError(f"{error.filename or job.prefix.parent}: {error.strerror}") from None
 
 
 class _Run:
@@ -144,7 +134,7 @@ class _Run:
         self.job, self.workers, self.key = job, workers, job.key()
         self.counts, place, marks = self._resumed()
         self.place = place
-        self.writer = Writer(job.prefix, job.dtype, marks)
+        self.writer = PairWriter(job.prefix, job.dtype, marks)
         self.reader = Reader(job.files, job.layout, place)
         self._reading = threading.Lock()
         self._heavy = threading.Lock()
@@ -217,8 +207,8 @@ class _Run:
             self._fail(error)
 
     def _append(self, number: int, block: Block, encoded: _Encoded) -> None:
-        """Write the block and those behind it that wait for it; where an earlier one is missing,
-        leave it waiting."""
+        """Write the block once all earlier ones are written, and those that waited for it."""
+        # A large block waits for its turn; other threads may be a few small blocks ahead.
         ahead = 1 if block.size > 2 * BLOCK_BYTES else 2 * self.workers
         with self._turn:
             self._turn.wait_for(
@@ -248,22 +238,22 @@ class _Run:
 
     def _checkpoint(self) -> None:
         with self._turn:
-            marks, counts = asdict(self.writer.marks), asdict(self.counts)
+            marks, counts = asdict(self.writer.marks), self.counts.model_dump()
             state = {"key": self.key, "place": self.place, "marks": marks, "counts": counts}
         self.writer.sync()
         write_json(self.job.state, state)
 
-    def _resumed(self) -> tuple[Counts, Place, Marks | None]:
+    def _resumed(self) -> tuple[Counted, ReadPosition, Marks | None]:
         try:
             state = json.loads(self.job.state.read_text(encoding="utf-8"))
             if state["key"] == self.key:
-                counts = Counts(**state["counts"])
+                counts = Counted(**state["counts"])
                 marks = Marks(**state["marks"])
-                Writer(self.job.prefix, self.job.dtype, marks).close()
-                return counts, Place(*state["place"]), marks
+                PairWriter(self.job.prefix, self.job.dtype, marks).close()
+                return counts, ReadPosition(*state["place"]), marks
         except (OSError, ValueError, KeyError, TypeError, FormatError):
             pass
-        return Counts(), BEGIN, None
+        return Counted(), BEGIN, None
 
     def _discard(self) -> None:
         self.writer.discard()
@@ -280,8 +270,7 @@ class _Encoded:
 
 
 def _encode(texts: Sequence[Text], encoder: Encoder, job: Job) -> _Encoded:
-    """Ids, lengths of sequences, and sequences up to each document's end, as upstream's tool would
-    have them."""
+    """Ids, sequence lengths and document ends, as upstream's tools/preprocess_data.py has them."""
     if any(type(text) is list for text in texts):
         return _encode_sentences(
             [[text] if type(text) is str else text for text in texts], encoder, job
@@ -300,8 +289,10 @@ def _encode(texts: Sequence[Text], encoder: Encoder, job: Job) -> _Encoded:
 
 
 def _encode_sentences(texts: Sequence[list[str]], encoder: Encoder, job: Job) -> _Encoded:
-    """As ``_encode``, where documents are lists of sentences: each that has tokens becomes a
-    sequence."""
+    """As ``_encode``, for documents that are lists of sentences: each becomes a sequence.
+
+    Sentences without tokens become none.
+    """
     ids, lengths = encoder.encode(list(chain.from_iterable(texts)), False)
     first = np.concatenate(([0], np.cumsum([len(sentences) for sentences in texts])))
     at = np.concatenate(([0], np.cumsum(np.maximum(lengths, 0))))

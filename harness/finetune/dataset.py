@@ -1,15 +1,14 @@
-"""What upstream's ``--sft`` path reads: packed conversations, in place of upstream's own
-``SFTDataset``.
+"""Packed conversations for upstream's ``--sft`` path, in place of upstream's ``SFTDataset``.
 
-Upstream's path is used from the batch on: ``--sft`` broadcasts ``cu_seqlens`` to all stages, gives
-them to attention in Transformer Engine's THD format, so that no conversation sees another, and
-counts FLOPs by them (pretrain_gpt.py). Its data set (megatron/training/datasets/sft_dataset.py) is
-not: it tokenises while training, fills a sequence only with conversations that a line already
-joins, cuts on the right without saying so, and tells answers from questions in two formats of
-Nemotron's only. Here tokens and answers are those of ``make data-chat``.
+From the batch on, the path is upstream's: ``--sft`` broadcasts ``cu_seqlens`` to all stages, gives
+them to attention in Transformer Engine's THD format, so that no conversation attends to another,
+and counts FLOPs by them (pretrain_gpt.py). Its data set (megatron/training/datasets/sft_dataset.py)
+is not used: it tokenises while training, packs only conversations that one line of the input
+already joins, truncates silently, and recognises answers in two formats of Nemotron's only. Here
+tokens and answers are those of ``make data-chat``.
 
-A document of the ``.bin``/``.idx`` pair is a conversation; its sequences are text to read and text
-to answer, in turn.
+A document of the ``.bin``/``.idx`` pair is a conversation, whose sequences alternate between
+prompts and answers.
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ from harness.finetune.packing import pack
 
 
 class ChatDataset(MegatronDataset):
-    """Sequences of several conversations, each a segment of its own; the loss is over answers only.
+    """Sequences of several conversations, each a segment; only answers count in the loss.
 
-    A conversation of n tokens takes n - 1 places: its last token is a label only, so that no token
-    of one conversation is predicted from another. One that is longer than a sequence is cut at its
-    end, and skipped where no answer is left. Every epoch has the same sequences in another order.
+    A conversation of n tokens takes n - 1 positions: its last token is only a label, so that no
+    token is predicted from another conversation. One that is longer than a sequence is truncated at
+    its end, and skipped if no answer remains. Each epoch has the same sequences in another order.
     """
 
     def __init__(self, dataset, dataset_path, indices, num_samples, index_split, config) -> None:
@@ -42,7 +41,8 @@ class ChatDataset(MegatronDataset):
         tokens = np.diff(ends[self._starts])[indices]
         prompts = lengths[self._starts[indices]]
         room = config.sequence_length
-        fits = (tokens > 1) & (prompts <= room)  # the first answer's first token is a label
+        # With a prompt of ``room`` tokens, the first token of the answer still is a label.
+        fits = (tokens > 1) & (prompts <= room)
         self._conversations = np.asarray(indices)[fits]
         places = np.minimum(tokens[fits] - 1, room)
         if not len(places):
@@ -61,7 +61,7 @@ class ChatDataset(MegatronDataset):
 
     @staticmethod
     def numel_low_level_dataset(low_level_dataset: IndexedDataset) -> int:
-        """How many conversations there are to split into training, validation and test."""
+        """The number of conversations, to split into training, validation and test."""
         return len(low_level_dataset.document_indices) - 1
 
     @staticmethod
@@ -73,9 +73,11 @@ class ChatDataset(MegatronDataset):
         return len(self._packs) if self.num_samples is None else self.num_samples
 
     def __getitem__(self, sample: int) -> dict[str, Any]:
-        """Sample number ``sample``: ``tokens``, ``labels``, ``position_ids`` and ``loss_mask`` [s];
-        ``cu_seqlens`` [s + 1], where its segments begin and end, filled up with s; and
-        ``max_seqlen``, the longest of them.
+        """One sequence of s tokens.
+
+        Returns:
+            ``tokens``, ``labels``, ``position_ids`` and ``loss_mask`` [s]; ``cu_seqlens`` [s + 1],
+            the bounds of its segments, filled up with s; ``max_seqlen``, the longest segment.
         """
         room = self.config.sequence_length
         epoch, at = divmod(int(sample), len(self._packs))
@@ -88,7 +90,7 @@ class ChatDataset(MegatronDataset):
             tokens[begin:end], labels[begin:end], mask[begin:end] = ids[:-1], ids[1:], answers[1:]
             positions[begin:end] = np.arange(end - begin)
             bounds.append(end)
-        if bounds[-1] < room:  # padding: a segment of its own, that no loss is taken of
+        if bounds[-1] < room:  # padding is a segment without loss
             positions[bounds[-1] :] = np.arange(room - bounds[-1])
             bounds.append(room)
         segments = np.full(room + 1, room, np.int32)
@@ -103,7 +105,7 @@ class ChatDataset(MegatronDataset):
         }
 
     def _conversation(self, number: int, most: int) -> tuple[np.ndarray, np.ndarray]:
-        """The first ``most`` tokens of a conversation, and which of them are of answers."""
+        """The first ``most`` tokens of a conversation, and which of them belong to answers."""
         first, behind = self._starts[number], self._starts[number + 1]
         parts = [self.dataset[int(n)] for n in range(first, behind)]
         answers = np.repeat(np.arange(len(parts)) % 2 == 1, [len(part) for part in parts])

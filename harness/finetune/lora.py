@@ -1,15 +1,14 @@
-"""Adapters of low rank beside frozen linear layers (Hu et al. 2021, arXiv:2106.09685): y = W x +
-alpha / r B A x.
+"""LoRA: low-rank adapters of frozen linear layers, y = W x + alpha / r B A x.
 
-Under tensor parallelism the factors are cut like the weight that they stand beside, and the other
-one is whole on every rank (t ranks, rank r of the adapter; out and in are the weight's):
+Source: Hu et al. 2021, arXiv:2106.09685. Under tensor parallelism on t ranks one factor is sharded
+like the weight, and the other one is replicated (r: rank of the adapter; out, in: the weight's):
 
-    linear_qkv, linear_fc1   rows are split      A [r, in] whole      B [out/t, r] a part
-    linear_proj, linear_fc2  columns are split   A [r, in/t] a part   B [out, r] whole
+    linear_qkv, linear_fc1   rows are sharded      A [r, in] replicated   B [out/t, r] sharded
+    linear_proj, linear_fc2  columns are sharded   A [r, in/t] sharded    B [out, r] replicated
 
-What crosses ranks is r wide. With sequence parallelism a whole factor sees only a part of the
-sequence on each rank; it is marked as upstream marks norms, whose gradients
-``finalize_model_grads`` sums up over the ranks.
+Communication is r wide. With sequence parallelism a replicated factor sees only a part of the
+sequence on each rank. It is marked as upstream marks norms, so that ``finalize_model_grads`` sums
+its gradients over the ranks.
 """
 
 from __future__ import annotations
@@ -39,18 +38,23 @@ from harness.finetune.adapters import PARENTS, PREFIX
 
 
 class Adapter(torch.nn.Module):
-    """The two factors beside one linear layer: ``lora_A`` [r, in], ``lora_B`` [out, r], or this
-    rank's parts of them.
+    """Two factors of one linear layer: ``lora_A`` [r, in], ``lora_B`` [out, r], or their shards.
 
-    A begins uniform as PEFT's and ``torch.nn.Linear``'s do (Kaiming with a = sqrt(5)), B zero, so
-    that training begins with what the frozen model gives. The numbers in A follow from the seed,
-    the layer and the name, whatever the layout.
+    A starts uniform like PEFT's and ``torch.nn.Linear``'s (Kaiming with a = sqrt(5)), B with zeros,
+    so that training starts from the frozen model's output. The values of A depend on the seed, the
+    layer and the name, but not on the layout.
+
+    Args:
+        parent: upstream's attention or MLP with the linear layer ``name``.
+        layer: number of the transformer layer, from 0.
     """
 
     def __init__(
-        self, linear: torch.nn.Module, name: str, layer: int, lora: Lora, config, group, seed: int
+        self, parent: torch.nn.Module, name: str, layer: int, lora: Lora, seed: int
     ) -> None:
         super().__init__()
+        config, group = parent.config, parent.tp_group
+        linear = getattr(parent, name)
         self.name, self.layer, self.lora, self.config, self.group = name, layer, lora, config, group
         self.splits_rows = name in COLUMN_PARALLEL
         self.gated = name == "linear_fc1" and config.gated_linear_unit
@@ -75,10 +79,10 @@ class Adapter(torch.nn.Module):
         self._norm = _norm_within(linear, config)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """What the adapter adds to the layer's output.
+        """The adapter's contribution to the layer's output.
 
         Args:
-            hidden: the layer's input [s, b, in], or this rank's part of it.
+            hidden: the layer's input [s, b, in], or this rank's shard of it.
         """
         if self._norm:
             hidden = self._norm(hidden)
@@ -103,19 +107,18 @@ class Adapter(torch.nn.Module):
         return functional.linear(low, self.lora_B) * self.lora.scale
 
     def _own_randomness(self) -> contextlib.AbstractContextManager:
-        """The generator that differs between tensor-parallel ranks, where their inputs are
-        different parts of one."""
-        parted = not self.splits_rows or self.config.sequence_parallel
+        """A different random generator on each tensor-parallel rank if their inputs are shards."""
+        sharded = not self.splits_rows or self.config.sequence_parallel
         return (
             tensor_parallel.get_cuda_rng_tracker().fork()
-            if parted and self.lora.dropout
+            if sharded and self.lora.dropout
             else contextlib.nullcontext()
         )
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict:
-        """Both factors as upstream's checkpoints want them: loadable under any layout."""
+        """Both factors in upstream's format for checkpoints that load under any layout."""
         metadata = ensure_metadata_has_dp_cp_group(metadata)
         groups = {"tp_group": self.group, "dp_cp_group": metadata["dp_cp_group"]}
         split = {"lora_B": 0} if self.splits_rows else {"lora_A": 1}
@@ -134,7 +137,7 @@ class Adapter(torch.nn.Module):
 
 
 def first_factor(seed: int, layer: int, name: str, rank: int, width: int) -> Tensor:
-    """A [rank, width] as training begins: uniform between +-1 / sqrt(width)."""
+    """The initial A [rank, width]: uniform between +-1 / sqrt(width)."""
     digest = hashlib.sha256(f"{seed} {layer} {name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     bound = 1 / math.sqrt(width)
@@ -142,11 +145,10 @@ def first_factor(seed: int, layer: int, name: str, rank: int, width: int) -> Ten
 
 
 def attach(chunks: list[torch.nn.Module], lora: Lora, seed: int) -> list[Adapter]:
-    """Freeze a model, one chunk a virtual stage, and put adapters beside its linear layers; returns
-    them in order.
+    """Freeze a model (a chunk for each virtual stage) and add adapters; returns them in order.
 
-    They are children of the layer's attention and MLP, not of the linear layers, whose checkpoint
-    format stays.
+    They are children of attention and MLP, not of the linear layers, so that the latter keep their
+    checkpoint format.
     """
     found = []
     for chunk in chunks:
@@ -154,16 +156,13 @@ def attach(chunks: list[torch.nn.Module], lora: Lora, seed: int) -> list[Adapter
         for layer in chunk.decoder.layers:
             for name in lora.targets:
                 parent = getattr(layer, PARENTS[name])
-                linear = getattr(parent, name)
-                adapter = Adapter(
-                    linear, name, layer.layer_number - 1, lora, chunk.config, parent.tp_group, seed
-                )
+                adapter = Adapter(parent, name, layer.layer_number - 1, lora, seed)
                 parent.add_module(PREFIX + name, adapter)
-                linear.register_forward_hook(_adding(adapter))
+                getattr(parent, name).register_forward_hook(_adding(adapter))
                 found.append(adapter)
         if chunk.pre_process and chunk.config.recompute_granularity == "full":
-            # recomputation passes no gradient on where no input wants one, and a frozen embedding's
-            # output wants none
+            # Recomputation propagates no gradient if no input requires one, and the output of a
+            # frozen embedding requires none.
             chunk.embedding.register_forward_hook(
                 lambda module, args, output: output.requires_grad_()
             )
@@ -178,8 +177,7 @@ def _adding(adapter: Adapter):
 
 
 def _norm_within(linear: torch.nn.Module, config):
-    """The norm that Transformer Engine's layers apply to their input themselves; None for other
-    layers."""
+    """The norm that Transformer Engine fuses into the linear layer; None for other layers."""
     if not hasattr(linear, "layer_norm_weight"):
         return None
 

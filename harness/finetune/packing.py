@@ -1,4 +1,4 @@
-"""Which conversations share a sequence: best fit, the longest first."""
+"""Packs conversations into sequences: best fit, the longest first."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections.abc import Sequence
 
 
 def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """Put items of ``lengths`` into as few bins of size ``room`` as best-fit decreasing finds
-    (Johnson 1974: at most 11/9 of the fewest, and a constant).
+    """Pack items into bins of size ``room`` by best-fit decreasing.
+
+    It needs at most 11/9 of the optimal number of bins, plus a constant (Johnson 1974).
 
     Args:
-        lengths: each between 1 and ``room``.
+        lengths: of the items, each between 1 and ``room``.
 
     Returns:
         The items' numbers, bin by bin.

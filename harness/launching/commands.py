@@ -129,7 +129,8 @@ def _prepare_conversations(experiments: Iterable[Experiment], settings: Mapping[
     """Prepare the conversations that are made here in seconds: on mock data, nothing is learned."""
     known = made_here()
     wanted = dict.fromkeys(settings.get("DATA", each.published_data) for each in experiments)
-    if missing := [name for name in wanted if name in known and name not in data_sets.prepared()]:
+    there = data_sets.prepared_names()
+    if missing := [name for name in wanted if name in known and name not in there]:
         packages.install("heavy")
         from harness.data.chat import prepare
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from harness.commands import COMMANDS, EVERY, SECTIONS, Command
-from harness.data.sources import definitions
+from harness.data.definitions import definitions
 from harness.errors import UserError, similar
 from harness.experiment.catalog import EXPERIMENTS, Catalog, load_catalog
 from harness.experiment.command_line import EXPERIMENT_SETTINGS, LAUNCH_SETTINGS, Setting

@@ -6,7 +6,8 @@ import math
 import sys
 from collections.abc import Mapping
 
-from harness.data import data_sets, sources
+from harness.data import data_sets
+from harness.data.definitions import Definition, definitions
 from harness.experiment.catalog import load_catalog
 from harness.planning import plan
 from harness.planning.plan import Plan
@@ -39,9 +40,9 @@ def print_script(planned: Plan, settings: Mapping[str, str]) -> int:
     return 0
 
 
-def made_here() -> dict[str, sources.Definition]:
+def made_here() -> dict[str, Definition]:
     """Data sets of conversations that are made from a file of the repository, by name."""
-    return {name: known for name, known in sources.definitions().items() if known.chat}
+    return {name: known for name, known in definitions().items() if known.chat}
 
 
 def list_checkpoints(settings: Mapping[str, str]) -> int:

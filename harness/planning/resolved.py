@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.data import data_sets
-from harness.data.sources import definitions
+from harness.data.definitions import definitions
 from harness.errors import UserError
 from harness.experiment import extra_arguments, overrides
 from harness.experiment.catalog import load_catalog

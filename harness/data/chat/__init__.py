@@ -1,6 +1,6 @@
-"""Conversations as a data set: text to read and text to answer, in turn.
+"""Conversations as a data set, in which prompts and answers alternate.
 
-``conversations``  out of JSON Lines, as spans of text to read and spans to answer
-``byte_tokenizer`` for a machine without a network
+``conversations``  reads them and splits them into prompts and answers
+``byte_tokenizer`` a tokenizer for machines without a network
 ``prepare``        ``make data-chat``
 """

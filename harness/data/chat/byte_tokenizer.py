@@ -1,5 +1,4 @@
-"""``TOKENIZER=bytes``: a token a byte, whose id it is, and an end of document; for small models,
-made without a network."""
+"""``TOKENIZER=bytes``: ids are bytes, and 256 ends a document. It needs no network."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ END = "<|endoftext|>"
 
 
 def byte_folder(home: Path) -> Path:
-    """The folder with the tokenizer's files below ``home``, written where it is not there yet."""
+    """The folder ``home``/bytes with the tokenizer's files; written if it is missing."""
     folder = home / "bytes"
     if not (folder / DESCRIPTION).is_file():
         from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers

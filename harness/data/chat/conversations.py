@@ -1,9 +1,9 @@
-"""Conversations: read from JSON, checked, and cut into spans by a chat template.
+"""Reads conversations from JSON, and splits them into prompts and answers by a chat template.
 
 A file is JSON Lines or one JSON array. A conversation is ``{"messages": [{"role": …, "content": …},
 …]}``, or ShareGPT's ``{"conversations": [{"from": "human", "value": …}, …]}``: an optional system
-message, then user and assistant in turn, an answer last. Templates are Jinja, as Hugging Face keeps
-them; a tokenizer that has none gets ``simple_template``.
+message, then alternately user and assistant, with an answer last. Templates are Hugging Face's, in
+Jinja; a tokenizer without one gets ``simple_template``.
 """
 
 from __future__ import annotations
@@ -19,33 +19,33 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
+from harness.data.documents import has_surrogate
 from harness.errors import UserError, first_line
 from harness.system.files import read_object
 
 RULES = {
     "no JSON": "no JSON in UTF-8",
     "no messages": (
-        'neither "messages", each with a role and content of text, nor "conversations" with from'
-        " and value"
+        'neither "messages" with role and content as text, nor "conversations" with from and value'
     ),
-    "roles": "roles other than an optional system, then user and assistant in turn",
-    "no answer": "the last message is none of the assistant's, or an answer is empty",
-    "template": "the chat template refuses it, or rewrites what came before an answer",
+    "roles": "roles other than an optional system, then alternately user and assistant",
+    "no answer": "the last message is not the assistant's, or an answer is empty",
+    "template": "the chat template refuses it, or changes the text before an answer",
 }
-"""Why a conversation is skipped."""
+"""Rules by which conversations are skipped."""
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _CHUNK_BYTES = 1 << 20
 _SEPARATOR = re.compile(r"\s*(?:,|(?=\]))")
-"""What follows an item of an array: without it, ``12`` may be the beginning of ``123``."""
+"""What must follow an item of an array: without it, ``12`` may be the beginning of ``123``."""
 
 Message = dict[str, str]
 Render = Callable[[list[Message], bool], str]
-"""A chat template: messages, and whether the beginning of an answer follows them -> text."""
+"""A chat template: messages, and whether to append the beginning of an answer -> text."""
 
 
 class Unfit(ValueError):
-    """A conversation that cannot be used. ``rule``: which of RULES it breaks."""
+    """A conversation that cannot be used. ``rule``: the one of RULES that it breaks."""
 
     def __init__(self, rule: str) -> None:
         super().__init__(RULES[rule])
@@ -54,8 +54,7 @@ class Unfit(ValueError):
 
 @dataclass
 class Skipped:
-    """Lines, or items of an array, that were no conversation: how many by rule, and the first one
-    of each."""
+    """Lines, or items of an array, without a usable conversation: number and first one by rule."""
 
     by_rule: Counter[str] = field(default_factory=Counter)
     first: dict[str, int] = field(default_factory=dict)
@@ -66,7 +65,7 @@ class Skipped:
         self.first.setdefault(rule, line)
 
     def lines(self) -> list[str]:
-        """One sentence a rule."""
+        """A line of text for each rule."""
         return [
             f"{number:,} skipped, the first in {self.unit} {self.first[rule]:,}: {RULES[rule]}"
             for rule, number in sorted(self.by_rule.items())
@@ -84,7 +83,7 @@ _SPEAKERS = {
     "bing": "assistant",
     "bard": "assistant",
 }
-"""Who speaks, in ShareGPT's words and those of its relatives -> the role; tools have none here."""
+"""Role in ShareGPT and related formats -> role in templates; tools are not supported."""
 _SHAPES = (
     ("messages", "role", "content"),
     ("conversations", "from", "value"),
@@ -93,14 +92,14 @@ _SHAPES = (
     ("conversation", "from", "value"),
     ("conversation", "role", "content"),
 )
-"""Key of the messages, of who speaks and of the text."""
+"""Keys of the messages, of the role and of the text."""
 
 
 def read_messages(found: bytes | object) -> list[Message]:
-    """The messages of a conversation: a line of JSON, or what JSON gave.
+    """The messages of a conversation, given as a line of JSON or as a parsed object.
 
     Raises:
-        Unfit: it is none, or its roles are in no order that can be learned from.
+        Unfit: it breaks one of RULES.
     """
     if isinstance(found, bytes):
         try:
@@ -129,11 +128,10 @@ def _messages(found: dict) -> list[Message] | None:
                 {"role": _SPEAKERS.get(each[who], each[who]), "content": each[what]}
                 for each in said
             ]
-            system = found.get("system")
-            beside = (
-                who == "from" and isinstance(system, str) and system.strip() and _is_text(system)
-            )
-            if beside and messages[0]["role"] != "system":
+            # ShareGPT's relatives may have the system message next to the conversation.
+            own = who == "from" and messages[0]["role"] != "system"
+            system = found.get("system") if own else None
+            if isinstance(system, str) and system.strip() and not has_surrogate(system):
                 messages.insert(0, {"role": "system", "content": system})
             return messages
     return None
@@ -144,28 +142,19 @@ def _is_message(message: object, who: str, what: str) -> bool:
         isinstance(message, dict)
         and isinstance(message.get(who), str)
         and isinstance(message.get(what), str)
-        and _is_text(message[what])
+        and not has_surrogate(message[what])
     )
 
 
-def _is_text(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # half a surrogate pair, or bytes that were no UTF-8
-        return False
-    return True
-
-
 def spans(messages: list[Message], render: Render) -> list[str]:
-    """Text to read and text to answer, in turn: the even ones are given, the odd ones are to be
-    learned.
+    """Prompts (even items) and answers (odd items), alternately.
 
-    An answer begins where the template, asked for one, leaves off, and ends behind what closes the
-    turn.
+    An answer begins where the template's text for a generation prompt ends. It includes the text
+    that ends the turn.
 
     Raises:
-        Unfit: the template refuses the messages, or its text for some of them is not how its text
-        for more begins.
+        Unfit: the template refuses the messages, or its text for the first messages is not the
+            beginning of its text for all.
     """
     found: list[str] = []
     done = ""
@@ -184,14 +173,15 @@ def spans(messages: list[Message], render: Render) -> list[str]:
 
 
 def conversations_of(path: Path, skipped: Skipped) -> Iterator[tuple[int, bytes | object]]:
-    """The numbered lines of a file that are not blank, or the items of its JSON array; packed with
-    gzip or not.
+    """The numbered lines of a file that are not blank, or the items of its JSON array.
+
+    The file may be compressed with gzip.
 
     Args:
-        skipped: told which of both it counts.
+        skipped: gets the unit that is counted, line or item.
 
     Raises:
-        UserError: it cannot be read, or is an array that is cut short or damaged.
+        UserError: it cannot be read, or is a truncated or damaged array.
     """
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
@@ -202,8 +192,9 @@ def conversations_of(path: Path, skipped: Skipped) -> Iterator[tuple[int, bytes 
                 yield from enumerate(_items(path, file), 1)
                 return
             for number, line in enumerate(file, 1):
-                if (line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line).strip():
-                    yield number, line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
+                text = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
+                if text.strip():
+                    yield number, text
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(
             f"INPUT={path}: {getattr(error, 'strerror', None) or first_line(error)}"
@@ -211,12 +202,9 @@ def conversations_of(path: Path, skipped: Skipped) -> Iterator[tuple[int, bytes 
 
 
 def _items(path: Path, file: BinaryIO) -> Iterator[object]:
-    """The items of a JSON array, one at a time: a file of any size needs the memory of its longest
-    item."""
-    decoder, read = (
-        json.JSONDecoder(),
-        codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode,
-    )
+    """The items of a JSON array, of which only one is in memory at a time."""
+    decoder = json.JSONDecoder()
+    read = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
     text, number, size, at_end = "", 0, _CHUNK_BYTES, False
 
     def more() -> None:
@@ -243,7 +231,7 @@ def _items(path: Path, file: BinaryIO) -> Iterator[object]:
         if text.startswith("]"):
             text = text[1:].lstrip() + file.read(_CHUNK_BYTES).decode(errors="replace").lstrip()
             if text:
-                raise damaged("ends, and something follows")
+                raise damaged("ends, and more text follows")
             return
         try:
             item, end = decoder.raw_decode(text)
@@ -252,7 +240,7 @@ def _items(path: Path, file: BinaryIO) -> Iterator[object]:
             behind = None
         if behind is None:
             if at_end:
-                raise damaged("is cut short or damaged")
+                raise damaged("is truncated or damaged")
             size *= 2  # an item longer than what was read is parsed again, so read ever more
             more()
             continue
@@ -262,8 +250,8 @@ def _items(path: Path, file: BinaryIO) -> Iterator[object]:
 
 
 def simple_template(end: str) -> str:
-    """A chat template for tokenizers without one: ``User: …``, ``Assistant: …`` and ``end``, parted
-    by empty lines."""
+    """A chat template for tokenizers without one: ``User: …`` and ``Assistant: …``, each answer
+    followed by ``end``, with empty lines between messages."""
     return (
         "{% for message in messages %}{% if not loop.first %}{{ '\\n\\n' }}{% endif %}"
         "{% if message.role == 'system' %}{{ message.content }}"
@@ -297,7 +285,7 @@ def template_of(tokenizer: Path) -> Render:
 
 
 def has_template(tokenizer: Path) -> bool:
-    """Whether the tokenizer in the folder ``tokenizer`` brings a chat template."""
+    """Whether the tokenizer in the folder ``tokenizer`` has a chat template."""
     if (tokenizer / "chat_template.jinja").is_file():
         return True
     try:

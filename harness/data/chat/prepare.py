@@ -1,10 +1,9 @@
-"""``make data-chat NAME=… INPUT=chat.jsonl``: conversations -> a data set of tokens, answers apart
-from what they answer.
+"""Prepares conversations as a data set: ``make data-chat NAME=… INPUT=chat.jsonl``.
 
-The ``.bin``/``.idx`` pair is upstream's; a document is a conversation, its sequences are text to
-read and text to answer in turn, so that it needs no file of masks. Spans are tokenised one by one:
-an answer gets the tokens that a model which is asked its question produces, whatever a tokenizer
-would merge across the border.
+A document of the ``.bin``/``.idx`` pair is a conversation. Its sequences alternate between prompts
+and answers, so that no file of loss masks is needed. Each span is tokenised alone: an answer gets
+the tokens that a model produces after the prompt, where a tokenizer given both could merge across
+the border.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping
+from itertools import batched
 from pathlib import Path
 from types import MappingProxyType
 
@@ -23,10 +23,18 @@ from harness import ROOT
 from harness.data import indexed
 from harness.data.chat import conversations
 from harness.data.chat.conversations import Skipped, Unfit
-from harness.data.data_sets import DATA, check_name, prefix_of, prepared
-from harness.data.manifest import Chat, Counted, Manifest, Source, SourceFile
-from harness.data.prepare import check_free, discard, only_one, publish, tokenizer_used, written
-from harness.data.sources import Definition
+from harness.data.data_sets import prepared_names
+from harness.data.definitions import Definition
+from harness.data.manifest import Chat, Counted, Manifest, SourceFile, TextSource
+from harness.data.names import DATA, check_name, prefix_of
+from harness.data.publishing import (
+    check_free,
+    discard,
+    only_one,
+    publish,
+    tokenizer_used,
+    written,
+)
 from harness.data.tokenizer import Tokenizer, find_tokenizer
 from harness.errors import UserError
 from harness.machine.provenance import package_version, source_commit
@@ -38,18 +46,18 @@ _VERSIONS = ("numpy", "tokenizers", "transformers")
 def prepare_chat(
     name: str, source: Path, tokenizer: str, *, folder: Path = DATA, force: bool = False
 ) -> tuple[Manifest, Skipped]:
-    """Make the data set ``name`` of the conversations in ``source``, whole or not at all.
+    """Prepare the data set ``name`` from the conversations in ``source``, completely or not at all.
 
     Args:
-        tokenizer: see ``harness.data.tokenizer.find_tokenizer``; ``bytes`` is made here.
-        force: replace a data set of that name.
+        tokenizer: see ``harness.data.tokenizer.find_tokenizer``.
+        force: replace a data set of this name.
 
     Returns:
-        Its manifest, and the lines that were no conversations.
+        The manifest, and the lines that hold no usable conversation.
 
     Raises:
-        UserError: the name is taken, the input or the tokenizer cannot be had, or no line is a
-        conversation.
+        UserError: the name is in use, the input or the tokenizer is missing, or no line holds a
+            conversation.
     """
     home = folder / check_name(name)
     if not force:
@@ -65,81 +73,87 @@ def prepare_chat(
         part = home / "work" / "chat"
         shutil.rmtree(part, ignore_errors=True)
         (part / name).mkdir(parents=True)
-        begun = time.monotonic()
         try:
             installed = used.install(part / "tokenizer")
-            own = conversations.has_template(installed.model)
-            if not own:
-                template = conversations.simple_template(used.end or "")
-                (installed.model / "chat_template.jinja").write_text(template, encoding="utf-8")
             skipped = Skipped()
-            counted, answers, pair = _write(source, installed, prefix_of(name, part), skipped)
-            manifest = _manifest(
-                name,
-                source,
-                used,
-                own,
-                installed.model,
-                counted,
-                answers,
-                pair,
-                prefix_of(name, part),
-                time.monotonic() - begun,
-            )
-            publish(part, home, manifest)
+            manifest = _prepare(name, source, installed, part, skipped)
+            publish(part, home, manifest, installed)
         finally:
             discard(part)
     return manifest, skipped
 
 
-def _write(
-    source: Path, tokenizer: Tokenizer, prefix: Path, skipped: Skipped
-) -> tuple[Counted, int, indexed.Pair]:
-    """Write the pair; what it holds, and how many of its tokens are answers'."""
-    from tokenizers import Tokenizer as Backend
-
-    backend = Backend.from_file(str(tokenizer.model / "tokenizer.json"))
-    writer = indexed.Writer(prefix, indexed.best_dtype(tokenizer.vocab_size))
-    records = documents = answers = 0
+def _prepare(
+    name: str, source: Path, tokenizer: Tokenizer, part: Path, skipped: Skipped
+) -> Manifest:
+    """Write the pair into ``part``, where ``tokenizer`` is installed; returns its manifest."""
+    begun = time.monotonic()
+    own = conversations.has_template(tokenizer.model)
+    if not own:
+        simple = conversations.simple_template(tokenizer.end or "")
+        (tokenizer.model / "chat_template.jinja").write_text(simple, encoding="utf-8")
+    prefix, dtype = prefix_of(name, part), indexed.best_dtype(tokenizer.vocab_size)
+    writer = indexed.PairWriter(prefix, dtype)
     try:
-        for batch in _batches(_conversations(source, tokenizer.model, skipped)):
-            encoded = iter(
-                backend.encode_batch(
-                    [text for texts in batch for text in texts], add_special_tokens=False
-                )
-            )
-            for texts in batch:
-                ids = [np.asarray(next(encoded).ids, np.int64) for _ in texts]
-                writer.append(
-                    np.concatenate(ids),
-                    np.asarray([len(part) for part in ids]),
-                    np.asarray([len(ids)]),
-                )
-                answers += sum(len(part) for part in ids[1::2])
-                documents += 1
-        records = documents + skipped.by_rule.total()
-        if not documents:
-            raise UserError(
-                "\n".join(
-                    [
-                        f"INPUT={source}: no conversation in {records:,} {skipped.unit}s",
-                        *skipped.lines(),
-                    ]
-                )
-            )
+        answer_tokens = _write(_conversations(source, tokenizer.model, skipped), tokenizer, writer)
+        marks = writer.marks
+        records = marks.documents + skipped.by_rule.total()
+        if not marks.documents:
+            nothing = f"INPUT={source}: no conversation in {records:,} {skipped.unit}s"
+            raise UserError("\n".join([nothing, *skipped.lines()]))
         pair = writer.finish()
     finally:
         writer.close()
-    marks = pair.marks
-    counted = Counted(
-        records=records,
-        documents=documents,
-        empty=0,
-        sequences=marks.sequences,
-        tokens=marks.tokens,
-        skipped=dict(skipped.by_rule),
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()
+    template = _template_sha256(tokenizer.model)
+    recipe = json.dumps(["chat", digest, tokenizer.sha256, template])
+    return Manifest(
+        name=name,
+        recipe=hashlib.sha256(recipe.encode()).hexdigest()[:16],
+        created=time.time(),
+        source=TextSource(
+            kind="files",
+            asked={"input": source.name},
+            files=(SourceFile(name=source.name, bytes=source.stat().st_size, sha256=digest),),
+        ),
+        cleaned=None,
+        counted=Counted(
+            records=records,
+            documents=marks.documents,
+            empty=0,
+            sequences=marks.sequences,
+            tokens=marks.tokens,
+            skipped=dict(skipped.by_rule),
+        ),
+        tokenizer=tokenizer_used(tokenizer, f"tokenizers {package_version('tokenizers')}"),
+        append_eod=False,
+        chat=Chat(
+            template="own" if own else "simple",
+            template_sha256=template,
+            answer_tokens=answer_tokens,
+        ),
+        written=written(prefix, dtype.name, pair),
+        seconds={"chat": round(time.monotonic() - begun, 3)},
+        versions={"harness": source_commit(ROOT)[0]}
+        | {package: package_version(package) for package in _VERSIONS},
     )
-    return counted, answers, pair
+
+
+def _write(texts: Iterator[list[str]], tokenizer: Tokenizer, writer: indexed.PairWriter) -> int:
+    """Tokenise and append conversations; returns how many of their tokens belong to answers."""
+    from tokenizers import Tokenizer as Backend
+
+    backend = Backend.from_file(str(tokenizer.model / "tokenizer.json"))
+    answer_tokens = 0
+    for batch in batched(texts, _BATCH):
+        spans = [span for conversation in batch for span in conversation]
+        encoded = iter(backend.encode_batch(spans, add_special_tokens=False))
+        for conversation in batch:
+            ids = [np.asarray(next(encoded).ids, np.int64) for _ in conversation]
+            lengths = np.asarray([len(span) for span in ids])
+            writer.append(np.concatenate(ids), lengths, np.asarray([len(ids)]))
+            answer_tokens += int(lengths[1::2].sum())
+    return answer_tokens
 
 
 def _conversations(source: Path, tokenizer: Path, skipped: Skipped) -> Iterator[list[str]]:
@@ -149,55 +163,6 @@ def _conversations(source: Path, tokenizer: Path, skipped: Skipped) -> Iterator[
             yield conversations.spans(conversations.read_messages(found), render)
         except Unfit as error:
             skipped.add(error.rule, number)
-
-
-def _batches(texts: Iterator[list[str]]) -> Iterator[list[list[str]]]:
-    batch: list[list[str]] = []
-    for each in texts:
-        batch.append(each)
-        if len(batch) == _BATCH:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def _manifest(
-    name: str,
-    source: Path,
-    tokenizer: Tokenizer,
-    own: bool,
-    installed: Path,
-    counted: Counted,
-    answers: int,
-    pair: indexed.Pair,
-    prefix: Path,
-    seconds: float,
-) -> Manifest:
-    digest = hashlib.sha256(source.read_bytes()).hexdigest()
-    template = _template_sha256(installed)
-    recipe = json.dumps(["chat", digest, tokenizer.sha256, template])
-    return Manifest(
-        name=name,
-        recipe=hashlib.sha256(recipe.encode()).hexdigest()[:16],
-        created=time.time(),
-        source=Source(
-            kind="files",
-            asked={"input": source.name},
-            files=(SourceFile(name=source.name, bytes=source.stat().st_size, sha256=digest),),
-        ),
-        cleaned=None,
-        counted=counted,
-        tokenizer=tokenizer_used(tokenizer, f"tokenizers {package_version('tokenizers')}"),
-        append_eod=False,
-        chat=Chat(
-            template="own" if own else "simple", template_sha256=template, answer_tokens=answers
-        ),
-        written=written(prefix, indexed.best_dtype(tokenizer.vocab_size).name, pair),
-        seconds={"chat": round(seconds, 3)},
-        versions={"harness": source_commit(ROOT)[0]}
-        | {package: package_version(package) for package in _VERSIONS},
-    )
 
 
 def _template_sha256(tokenizer: Path) -> str:
@@ -210,8 +175,7 @@ def _template_sha256(tokenizer: Path) -> str:
 
 
 def prepare_known(known: Definition, settings: Mapping[str, str] = MappingProxyType({})) -> int:
-    """Prepare conversations of data/datasets.yaml and say what they are; what is prepared stays,
-    unless FORCE=1.
+    """Prepare conversations of data/datasets.yaml, unless they are, and print what they hold.
 
     Args:
         settings: TOKENIZER, NAME and FORCE.
@@ -225,7 +189,12 @@ def prepare_known(known: Definition, settings: Mapping[str, str] = MappingProxyT
             f"make data-{known.name} takes TOKENIZER=, NAME= and FORCE=1"
         )
     name, force = settings.get("NAME", known.name), settings.get("FORCE") == "1"
-    if name == known.name and name in prepared() and not force and "TOKENIZER" not in settings:
+    if (
+        name == known.name
+        and name in prepared_names()
+        and not force
+        and "TOKENIZER" not in settings
+    ):
         print(f"{known.name} is prepared already; FORCE=1 prepares it again")
         return 0
     tell(

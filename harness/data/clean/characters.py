@@ -1,4 +1,4 @@
-"""Sets of characters as they stand in rules: ``a``, ``a-z``, ``U+00AD``, ``U+0000-U+0008``."""
+"""Sets of characters as rules write them: ``a``, ``a-z``, ``U+00AD``, ``U+0000-U+0008``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field
 
 
 def pattern(ranges: Sequence[str], negate: bool = False) -> re.Pattern[str]:
-    """Matches one character of the set, or one that is not in it."""
+    """A pattern for one character of the set, or with ``negate`` one outside it."""
     inside = "".join(
         f"{re.escape(first)}-{re.escape(last)}" for first, last in map(_bounds, ranges)
     )

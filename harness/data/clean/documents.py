@@ -1,4 +1,4 @@
-"""Rules that look at each document by itself: texts in, the texts they keep out, changed or not."""
+"""Cleaning rules for single documents: each maps texts to the texts that it keeps."""
 
 from __future__ import annotations
 
@@ -20,16 +20,15 @@ Count = Annotated[int, Field(ge=1)]
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a rule made of some texts: those it keeps, in order, and why it drops the others, by
-    position."""
+class Filtered:
+    """The result of a rule: the texts that it keeps, and by position why it drops the others."""
 
     texts: list[str]
     dropped: dict[int, str] = field(default_factory=dict)
 
 
-class Rule(BaseModel):
-    """One rule with its options. ``key`` is its name in YAML and in counts."""
+class CleaningRule(BaseModel):
+    """A rule with its options. ``key`` is its name in YAML and in counts."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, ignored_types=(cached_property,)
@@ -37,15 +36,15 @@ class Rule(BaseModel):
     key: ClassVar[str]
 
 
-class DocumentRule(Rule):
-    """A rule of documents."""
+class DocumentRule(CleaningRule):
+    """A rule for single documents."""
 
-    def apply(self, texts: list[str]) -> Outcome:
+    def apply(self, texts: list[str]) -> Filtered:
         raise NotImplementedError
 
 
 _PLAIN = bytes(range(0x20, 0x7F)) + b"\t\n"
-"""Characters that never need normalising."""
+"""Bytes that never need normalising."""
 
 _TRAILING = {
     character: byte
@@ -53,20 +52,19 @@ _TRAILING = {
     for character in (chr(byte), bytes([byte]).decode("cp1252", errors="replace"))
     if character != "\ufffd"
 }
-"""What a UTF-8 continuation byte looks like when read as Latin-1 or as Windows-1252."""
+"""UTF-8's continuation bytes as they look when decoded as Latin-1 or as Windows-1252."""
 
-# Ä and Å are letters that may stand before a quotation mark: only the leads of Latin-1's letters
-# (Â, Ã) and of punctuation (â) count.
+# First bytes of two or three: Â and Ã for Latin-1's letters, â for punctuation. Ä and Å are not
+# among them: both are letters that may precede a quotation mark.
 _TRAIL = f"[{re.escape(''.join(_TRAILING))}]"
 _MOJIBAKE = re.compile(f"[ÂÃ]{_TRAIL}|â[€\u201a„†\u02c6\x80\x82\x84\x86\x88]{_TRAIL}")
 
-# A text of characters below U+0300 is its own NFC.
+# A text without characters from U+0300 on is in NFC.
 _MAY_NOT_BE_NFC = re.compile("[\u0300-\U0010ffff]")
 
 
 class Normalise(DocumentRule):
-    """Unicode normal form, mojibake mended, unwanted characters removed; again until nothing
-    changes."""
+    """Normalises Unicode, repairs mojibake and removes characters, until nothing changes."""
 
     key = "normalise"
     form: Literal["NFC", "NFKC"] = "NFC"
@@ -77,11 +75,11 @@ class Normalise(DocumentRule):
     def _removed(self) -> re.Pattern[str]:
         return pattern(self.remove)
 
-    def apply(self, texts: list[str]) -> Outcome:
-        return Outcome([self._normalise(text) if self._may_need(text) else text for text in texts])
+    def apply(self, texts: list[str]) -> Filtered:
+        return Filtered([self._normalise(text) if self._may_need(text) else text for text in texts])
 
     def _may_need(self, text: str) -> bool:
-        """Looks only at what is not plain ASCII, a small part of most text."""
+        """A quick test of what is not plain ASCII, a small part of most texts."""
         rare = text.encode().translate(None, _PLAIN).decode()
         return bool(rare) and bool(
             self.form != "NFC"
@@ -108,27 +106,27 @@ def _mend(match: re.Match[str]) -> str:
 
 
 class OneLine(DocumentRule):
-    """Each run of white space becomes one space; none is left at the ends."""
+    """Replaces each run of white space by one space, and strips the ends."""
 
     key = "one-line"
 
-    def apply(self, texts: list[str]) -> Outcome:
-        return Outcome([text if _is_one_line(text) else _one_line(text) for text in texts])
+    def apply(self, texts: list[str]) -> Filtered:
+        return Filtered([text if _is_one_line(text) else _one_line(text) for text in texts])
 
 
 def _is_one_line(text: str) -> bool:
-    # No white space but the space is printable.
+    # Of white space, only the space is printable.
     return text.isprintable() and "  " not in text and text[:1] != " " and text[-1:] != " "
 
 
 def _one_line(text: str) -> str:
-    # Most often only line breaks are to go; splitting into words costs ten times as much.
+    # Usually only line breaks have to go; splitting into words takes ten times as long.
     joined = " ".join(filter(None, map(str.strip, text.splitlines())))
     return joined if _is_one_line(joined) else " ".join(joined.split())
 
 
 class Length(DocumentRule):
-    """Neither too short nor too long, in characters."""
+    """Drops documents that are too short or too long, in characters."""
 
     key = "length"
     min_characters: Count
@@ -143,7 +141,7 @@ class Length(DocumentRule):
             )
         return self
 
-    def apply(self, texts: list[str]) -> Outcome:
+    def apply(self, texts: list[str]) -> Filtered:
         wrong = (
             (i, len(text))
             for i, text in enumerate(texts)
@@ -153,12 +151,12 @@ class Length(DocumentRule):
 
 
 class Repetition(DocumentRule):
-    """zlib (level 1) must leave at least ``min_compressed`` of the document's first 4,096 bytes."""
+    """Drops documents whose first 4,096 bytes compress below ``min_compressed`` (zlib, level 1)."""
 
     key = "repetition"
     min_compressed: Share
 
-    def apply(self, texts: list[str]) -> Outcome:
+    def apply(self, texts: list[str]) -> Filtered:
         left = enumerate(map(_compressed, texts))
         return _without(
             texts,
@@ -172,7 +170,7 @@ def _compressed(text: str) -> float:
 
 
 class Language(DocumentRule):
-    """lid.176's probability of the language, over the whole document, must be above ``above``."""
+    """Keeps documents whose probability of the language, by lid.176, is above ``above``."""
 
     key = "language"
     name: str
@@ -183,7 +181,7 @@ class Language(DocumentRule):
         code_of(self.name)
         return self
 
-    def apply(self, texts: list[str]) -> Outcome:
+    def apply(self, texts: list[str]) -> Filtered:
         wanted, dropped = code_of(self.name), {}
         for i, text in enumerate(texts):
             found = probabilities(text)
@@ -194,8 +192,7 @@ class Language(DocumentRule):
 
 
 class Alphabet(DocumentRule):
-    """Only the characters of ``allow`` are left; a document with more than ``drop_above`` of others
-    goes."""
+    """Removes characters outside ``allow``; more than a share ``drop_above`` drops the document."""
 
     key = "alphabet"
     allow: Characters
@@ -209,7 +206,7 @@ class Alphabet(DocumentRule):
     def _plain(self) -> bytes:
         return bytes(byte for byte in range(128) if not self._other.match(chr(byte)))
 
-    def apply(self, texts: list[str]) -> Outcome:
+    def apply(self, texts: list[str]) -> Filtered:
         kept, dropped = [], {}
         for i, text in enumerate(texts):
             others = self._other.findall(text.encode().translate(None, self._plain).decode())
@@ -221,10 +218,10 @@ class Alphabet(DocumentRule):
                 kept.append(
                     re.sub("  +", " ", self._other.sub("", text)).strip(" ") if others else text
                 )
-        return Outcome(kept, dropped)
+        return Filtered(kept, dropped)
 
 
-def _without(texts: list[str], dropped: dict[int, str]) -> Outcome:
-    return Outcome(
+def _without(texts: list[str], dropped: dict[int, str]) -> Filtered:
+    return Filtered(
         [text for i, text in enumerate(texts) if i not in dropped] if dropped else texts, dropped
     )

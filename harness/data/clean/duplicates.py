@@ -1,11 +1,11 @@
-"""Rules that compare all documents: equal ones, and nearly equal ones by MinHash.
+"""Cleaning rules that compare all documents: exact duplicates, and near-duplicates by MinHash.
 
-A document's words, or characters, without case and punctuation make shingles of a few in a row.
-Each shingle is hashed once, into one of bands x rows bins; each bin keeps its smallest value
-(one-permutation hashing; Li, Owen, Zhang 2012), an empty bin takes that of another one, chosen by
-its own number (Shrivastava 2017, "Optimal Densification"). Of each value 8 bits are kept (Li and
-König 2010), so a document costs bands x rows bytes. Two documents with Jaccard similarity s agree
-in a bin with probability s + (1 - s) / 256; they are compared where they agree in all rows of a
+A shingle is a few consecutive words, or characters, of a document, without case and punctuation.
+Each shingle is hashed once, into one of bands x rows bins, and each bin keeps its smallest value
+(one-permutation hashing; Li, Owen, Zhang 2012). An empty bin takes the value of another bin, chosen
+by its own number (Shrivastava 2017, "Optimal Densification"). Of each value 8 bits are kept (Li and
+König 2010), so that a signature has bands x rows bytes. Two documents with Jaccard similarity s
+agree in a bin with probability s + (1 - s) / 256. They are compared if they agree in all rows of a
 band.
 """
 
@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field
 
-from harness.data.clean.documents import Rule
+from harness.data.clean.documents import CleaningRule
 from harness.data.clean.words import Words, characters, mix, split
 
 _PUNCTUATION = bytes(byte for byte in range(128) if not chr(byte).isalnum())
@@ -26,21 +26,20 @@ _UPPER = bytes((*range(ord("A"), ord("Z") + 1), *range(0x80, 0xA0)))
 _FOLD = bytes.maketrans(
     _PUNCTUATION + _UPPER, b" " * len(_PUNCTUATION) + bytes(byte + 0x20 for byte in _UPPER)
 )
-"""Lower case and no ASCII punctuation, byte by byte. In UTF-8, 0x20 in the last byte tells the
-cases of most Latin, Greek and Cyrillic letters apart; that it also makes some other characters
-alike does no harm to a comparison."""
+"""Maps bytes to lower case, and ASCII punctuation to spaces. In UTF-8, upper and lower case of most
+Latin, Greek and Cyrillic letters differ by 0x20 in the last byte. This also merges some other
+characters, which does not hurt a comparison."""
 _PAIRS_AT_ONCE = 1 << 18
 
 
-class ExactDuplicates(Rule):
-    """Of equal documents the first stays."""
+class ExactDuplicates(CleaningRule):
+    """Drops documents that equal an earlier one."""
 
     key = "exact-duplicates"
 
 
-class NearDuplicates(Rule):
-    """A document goes where an earlier one is at least ``similarity`` like it: Jaccard of their
-    sets of shingles."""
+class NearDuplicates(CleaningRule):
+    """Drops documents whose Jaccard similarity with an earlier one is at least ``similarity``."""
 
     key = "near-duplicates"
     similarity: Annotated[float, Field(gt=0, le=1, strict=False)]
@@ -52,8 +51,7 @@ class NearDuplicates(Rule):
     def signatures(self, documents: Sequence[bytes]) -> np.ndarray:
         """The MinHash signature of each document (UTF-8): [document, bands x rows], uint8."""
         bins = self.bands * self.rows
-        # So many words that no text has end each document, and the window of them alone is its last
-        # shingle.
+        # Each document ends with words that no text has, so that every shingle is of one document.
         separator = b" " + b"\1 " * self.shingle
         pieces = (split if self.of == "words" else characters)(
             [d.translate(_FOLD) for d in documents], separator
@@ -68,7 +66,7 @@ class NearDuplicates(Rule):
         return least.astype(np.uint8)
 
     def likeness(self, signatures: np.ndarray, some: np.ndarray, others: np.ndarray) -> np.ndarray:
-        """The estimated Jaccard similarity of documents with those beside them: float32."""
+        """Estimated Jaccard similarity of each pair of ``some`` and ``others``, float32."""
         likeness = np.empty(len(some), np.float32)
         for start in range(0, len(some), _PAIRS_AT_ONCE):
             part = slice(start, start + _PAIRS_AT_ONCE)
@@ -78,7 +76,7 @@ class NearDuplicates(Rule):
 
 
 def exact_duplicates(hashes: np.ndarray) -> np.ndarray:
-    """For each document the first one with its hash, or -1 where it is the first itself."""
+    """For each document the first one with its hash, or -1 if it is the first."""
     order = np.argsort(hashes, kind="stable")
     first = _first_of_group(hashes[order], order)
     twin = np.empty(len(hashes), np.int64)
@@ -92,11 +90,13 @@ def near_duplicates(
     candidates: np.ndarray,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> np.ndarray:
-    """For each document an earlier one that is nearly equal, or -1. ``candidates`` (ascending)
-    alone are compared.
+    """For each document an earlier near-duplicate, or -1.
 
-    In each band a document is compared with the first and with the previous one of those that share
-    it: the cost grows with the number of documents, however many are alike.
+    In each band a document is compared only with the first and with the previous document that
+    share it: the cost stays linear however many documents are alike.
+
+    Args:
+        candidates: documents to compare, ascending.
     """
     twin = np.full(len(signatures), -1, np.int64)
     for band in range(rule.bands):
@@ -120,7 +120,7 @@ def near_duplicates(
 
 
 def _first_of_group(key: np.ndarray, document: np.ndarray) -> np.ndarray:
-    """The document at the start of each run of equal keys, for each element."""
+    """For each element, the document at the start of its run of equal keys."""
     start = np.flatnonzero(np.concatenate(([True], key[1:] != key[:-1]))[: len(key)])
     return np.repeat(document[start], np.diff(start, append=len(key)))
 
@@ -133,7 +133,7 @@ def _keys(signatures: np.ndarray, candidates: np.ndarray, rows: slice) -> np.nda
 
 
 def _shingles(pieces: Words, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Every run of ``width`` pieces of one document: the document and the run's hash."""
+    """Every ``width`` consecutive pieces of one document: the document, and their hash."""
     runs = max(0, len(pieces.hash) - width + 1)
     hashes = np.zeros(runs, np.uint64)
     for i in range(width):
@@ -143,8 +143,7 @@ def _shingles(pieces: Words, width: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _densify(values: np.ndarray, empty: np.ndarray) -> None:
-    """Fill each empty bin with the first full one of a sequence that is its own; each row has
-    one."""
+    """Fill each empty bin from the first full bin in its own order of bins; each row has one."""
     row, column = np.nonzero(empty)
     sequences = _sequences(values.shape[1])
     for attempt in sequences:
@@ -158,7 +157,7 @@ def _densify(values: np.ndarray, empty: np.ndarray) -> None:
 
 @cache
 def _sequences(bins: int) -> np.ndarray:
-    """For each bin all bins in an order of its own: [attempt, bin]."""
+    """A different order of all bins for each bin: [attempt, bin]."""
     return np.argsort(
         mix(np.arange(1, bins * bins + 1, dtype=np.uint64)).reshape(bins, bins), axis=0
     )

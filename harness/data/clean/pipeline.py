@@ -1,20 +1,19 @@
-"""Cleaning a corpus: filter each unit, compare all documents, write what is left.
+"""Cleans a corpus: filters each unit, compares all documents, writes those that are kept.
 
-    output_dir/00000.jsonl …        what is kept, in the order of the input: one {"text": …} a line
-    output_dir/dropped/RULE.jsonl   up to 100 of the documents a rule dropped, drawn evenly: where,
-                                    why, how they begin
+    output_dir/00000.jsonl …        kept documents in the order of the input, one {"text": …} a line
+    output_dir/dropped/RULE.jsonl   up to 100 documents that a rule dropped, evenly drawn: where,
+                                    why, and how they begin
     output_dir/decisions.npy        for each document of the input: 0 kept, n dropped by the n-th of
                                     the report's rules
     output_dir/manifest.json        the report, written last
-    output_dir/work/                of a run that is not yet done
+    output_dir/work/                files of an unfinished run
 
-Units are independent but for the comparison, every file appears whole or not at all, and nothing
-depends on time or on the number of processes: a run that was killed goes on to the same bytes.
+Units are independent except for the comparison, and every file appears complete or not at all. No
+output depends on time or on the number of processes: a killed run resumes and gives the same bytes.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import heapq
 import json
@@ -35,6 +34,7 @@ from harness.data.clean.documents import Language
 from harness.data.clean.duplicates import exact_duplicates, near_duplicates
 from harness.data.clean.rules import UNREADABLE, Rules
 from harness.data.clean.units import LONGEST_LINE_BYTES, UNIT_BYTES, Unit, cut
+from harness.data.disk import resumable
 from harness.data.progress import ShowProgress
 from harness.errors import UserError
 from harness.system.files import atomic, locked, read_object, write_json
@@ -46,17 +46,17 @@ _BATCH_BYTES = 1 << 20
 _STATE = "state.json"
 _OWN = (_STATE, "manifest.json", "decisions.npy", "dropped", "work", "text", ".lock")
 _SHARD_NAME = re.compile(r"\d{5,}\.jsonl|\..*\.tmp")
-"""Names of what a cleaning leaves in its folder."""
+"""Names of files that a cleaning writes into its folder."""
 _FORMAT = 1
-"""Counts changes of this code after which an unfinished or finished run must not be taken up."""
+"""Increased when the code changes so that files of an earlier run must not be used."""
 
 _VERDICT = np.dtype(
     [("decision", np.uint8), ("unit", np.int32), ("offset", np.int64), ("likeness", np.float32)]
 )
-"""Of a document that passed the filter: what is decided, and the earlier one that it duplicates."""
+"""Of a document that passed the filter: the decision, and the earlier document it duplicates."""
 
 
-class Shard(BaseModel):
+class CleanShard(BaseModel):
     """A file of kept documents."""
 
     model_config = ConfigDict(frozen=True)
@@ -67,8 +67,7 @@ class Shard(BaseModel):
 
 
 class CleanReport(BaseModel):
-    """What came in, what each rule dropped and changed, what is left. ``bytes`` are those of JSON
-    Lines files."""
+    """Documents and bytes of JSON Lines, in and out; dropped and changed documents by rule."""
 
     model_config = ConfigDict(frozen=True)
     documents_in: int
@@ -77,7 +76,7 @@ class CleanReport(BaseModel):
     bytes_out: int
     dropped: dict[str, int]
     changed: dict[str, int]
-    shards: tuple[Shard, ...]
+    shards: tuple[CleanShard, ...]
     rules: tuple[dict[str, Any], ...]
     language_model: dict[str, str] | None
     versions: dict[str, str]
@@ -91,47 +90,38 @@ def clean(
     processes: int | None = None,
     unit_bytes: int = UNIT_BYTES,
 ) -> CleanReport:
-    """Apply ``rules`` to the documents of ``inputs`` (JSON Lines with "text") and write what is
-    left to ``output_dir``.
+    """Apply ``rules`` to the documents of ``inputs`` (JSON Lines with "text").
 
-    What an earlier call with the same rules and inputs finished is kept; what it left half-way goes
-    on. Each ``unit_bytes`` of an input become one shard; memory is 300 MiB a process, and 160 bytes
-    a document in this one.
+    The documents that are kept go to ``output_dir``, a shard for each ``unit_bytes`` of an input.
+    A call with the same rules and inputs resumes an interrupted one. It takes 300 MiB a process,
+    and in this process 160 bytes a document.
 
     Raises:
-        UserError: an input is missing, none holds a readable document, another process writes to
+        UserError: an input is missing, none has a readable document, another process writes to
             ``output_dir``, or its disk is full.
     """
     try:
-        units = _units(inputs, unit_bytes)
-        with locked(output_dir):
-            return _resume(units, output_dir, rules, progress, processes)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            way_out = "make room and start again: it goes on where it stopped"
-        else:
-            way_out = "mend that and start again: it goes on where it stopped"
-        raise UserError(
-            f"cleaning into {output_dir}: {error.strerror or error}\n{way_out}"
-        ) from None
+        with resumable(f"cleaning into {output_dir}"):
+            units = _units(inputs, unit_bytes)
+            with locked(output_dir):
+                return _resume(units, output_dir, rules, progress, processes)
     except BrokenProcessPool:
         raise UserError(
-            f"cleaning into {output_dir}: a process was killed, perhaps for want of memory\n"
-            "start again: it goes on where it stopped"
+            f"cleaning into {output_dir}: a process was killed, perhaps for lack of memory\n"
+            "start again: it resumes where it stopped"
         ) from None
 
 
 def check_output(
     inputs: Sequence[Path], output_dir: Path, rules: Rules, force: bool = False
 ) -> Path:
-    """Where to clean ``inputs`` to: ``output_dir``, or with ``force`` a folder beside it that is to
-    replace it.
+    """The folder to write to: ``output_dir``, or with ``force`` one that shall replace it.
 
-    Without inputs, only whether ``output_dir`` may be written to at all.
+    Without inputs, this only checks whether ``output_dir`` may be written to at all.
 
     Raises:
-        UserError: ``output_dir`` has files that no cleaning wrote; or, without ``force``, what
-        other inputs or rules left.
+        UserError: ``output_dir`` has files that no cleaning wrote; or, without ``force``, the
+            results of other inputs or rules.
     """
     try:
         there = {path.name for path in output_dir.iterdir()}
@@ -139,18 +129,15 @@ def check_output(
         return output_dir
     except OSError as error:
         raise UserError(f"OUT={output_dir}: {error.strerror}; name a folder") from None
-    own = (
-        {name for name in there if name in _OWN or _SHARD_NAME.fullmatch(name)}
-        if _STATE in there
-        else {".lock"}
-    )
+    own = {".lock"}
+    if _STATE in there:
+        own = {name for name in there if name in _OWN or _SHARD_NAME.fullmatch(name)}
     if foreign := sorted(there - own):
-        shown = ", ".join(foreign[:3]) + (
-            f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
-        )
+        more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+        shown = ", ".join(foreign[:3]) + more
         raise UserError(
-            f"OUT={output_dir} holds what no cleaning wrote: {shown}\nname a folder that is new or"
-            " empty"
+            f"OUT={output_dir} holds files that no cleaning wrote: {shown}\n"
+            "name a folder that is new or empty"
         )
     if (
         _STATE not in there
@@ -160,15 +147,14 @@ def check_output(
         return output_dir
     if not force:
         raise UserError(
-            f"OUT={output_dir} holds what other inputs or other rules left\n"
+            f"OUT={output_dir} holds the results of other inputs or other rules\n"
             "name another folder; FORCE=1 replaces this one once the new one is whole"
         )
     return output_dir.with_name(f".{output_dir.name}.new")
 
 
 def noted_state(output_dir: Path) -> dict[str, Any] | None:
-    """What the run that wrote to ``output_dir`` depended on; None where it is not there, or
-    damaged."""
+    """The state of the run that wrote to ``output_dir``; None if it is missing or damaged."""
     try:
         return read_object(output_dir / _STATE)
     except ValueError:
@@ -208,7 +194,7 @@ def _resume(
 
 
 def _state(units: Sequence[Unit], rules: Rules) -> dict[str, Any]:
-    """What a run depends on."""
+    """Everything that the results of a run depend on."""
     return {
         "format": _FORMAT,
         "rules": rules.dump(),
@@ -231,7 +217,7 @@ def _versions() -> dict[str, str]:
 
 
 def _clear(output_dir: Path) -> None:
-    """Remove what another run left; the report first, so that nothing looks finished meanwhile."""
+    """Remove another run's files, the report first, so that they never look complete."""
     (output_dir / "manifest.json").unlink(missing_ok=True)
     for folder in ("work", "dropped"):
         shutil.rmtree(output_dir / folder, ignore_errors=True)
@@ -262,7 +248,7 @@ def _filter_all(
 
 
 def _filter(unit: Unit, work: Path, rules: Rules) -> None:
-    """Apply the rules of documents to a unit.
+    """Apply the rules for single documents to a unit.
 
     Writes work/N.jsonl (what passes), N.npz (``decisions`` of all its documents; ``offsets`` in the
     input, ``ends`` in N.jsonl, ``hashes`` and ``signatures`` of those that pass) and, last, N.json
@@ -283,15 +269,13 @@ def _filter(unit: Unit, work: Path, rules: Rules) -> None:
                 for position, why in outcome.dropped.items():
                     decision[alive[position]] = number
                     samples.add(rule.key, offsets[alive[position]], why, texts[position])
-                before = [
-                    (i, t)
-                    for p, (i, t) in enumerate(zip(alive, texts, strict=True))
-                    if p not in outcome.dropped
+                left = [
+                    position for position in range(len(texts)) if position not in outcome.dropped
                 ]
                 changed[rule.key] += sum(
-                    a is not b for (_, a), b in zip(before, outcome.texts, strict=True)
+                    texts[at] is not new for at, new in zip(left, outcome.texts, strict=True)
                 )
-                alive, texts = [i for i, _ in before], outcome.texts
+                alive, texts = [alive[at] for at in left], outcome.texts
             decisions.append(decision)
             passed.append(_write_batch(file, [offsets[i] for i in alive], texts, rules))
     offsets, sizes, hashes, signatures = zip(*passed, strict=True) if passed else ((), (), (), ())
@@ -335,7 +319,7 @@ def _batches(unit: Unit) -> Iterator[tuple[list[int], list[bytes]]]:
 def _parse(
     offsets: list[int], lines: list[bytes], decision: np.ndarray, samples: _Samples
 ) -> tuple[list[str], list[int]]:
-    """The texts of the lines that hold one, and their numbers."""
+    """The texts of readable lines, and the numbers of these lines."""
     texts, alive = [], []
     for i, line in enumerate(lines):
         text, why = _text(line)
@@ -351,7 +335,7 @@ def _parse(
 
 
 def _text(line: bytes) -> tuple[str, str | None]:
-    """The text of a line, or why there is none."""
+    """The text of a line, or the reason why it has none."""
     if len(line) > LONGEST_LINE_BYTES:
         return "", f"line longer than {LONGEST_LINE_BYTES >> 20} MiB"
     try:
@@ -360,22 +344,18 @@ def _text(line: bytes) -> tuple[str, str | None]:
         return "", f"no JSON in UTF-8: {str(error)[:200]}"
     if not isinstance(value, dict):
         return "", f"no JSON object but {str(value)[:50]!r}"
-    if not isinstance(text := value.get("text"), str):
-        return (
-            "",
-            (
-                f'no "text" among the keys {", ".join(value)[:200]}'
-                if text is None
-                else f'"text" is {str(text)[:50]!r}'
-            ),
-        )
-    return text, None
+    text = value.get("text")
+    if isinstance(text, str):
+        return text, None
+    if text is None:
+        return "", f'no "text" among the keys {", ".join(value)[:200]}'
+    return "", f'"text" is {str(text)[:50]!r}'
 
 
 def _write_batch(
     file, offsets: list[int], texts: list[str], rules: Rules
 ) -> tuple[np.ndarray, ...]:
-    """Write what passed; give back offsets in the input, sizes of the lines, hashes, signatures."""
+    """Write ``texts``; returns offsets in the input, sizes of lines, hashes and signatures."""
     lines = [orjson.dumps({"text": text}, option=orjson.OPT_APPEND_NEWLINE) for text in texts]
     file.writelines(lines)
     encoded = [text.encode() for text in texts]
@@ -396,13 +376,12 @@ def _write_batch(
 
 
 def signature_bytes(rules: Rules) -> int:
-    """Of one document."""
+    """Bytes of a document's signature."""
     return rules.near.bands * rules.near.rows if rules.near else 0
 
 
 def compare(units: Sequence[Unit], work: Path, rules: Rules, progress: ShowProgress) -> None:
-    """Write work/verdicts.npy: a ``_VERDICT`` for every document that passed the filter, in
-    order."""
+    """Write work/verdicts.npy: a ``_VERDICT`` for each document that passed the filter."""
     kept = [_array(work, unit, "offsets") for unit in units]
     offsets = np.concatenate(kept)
     unit_of = np.repeat(np.arange(len(units), dtype=np.int32), [len(of_unit) for of_unit in kept])
@@ -462,8 +441,7 @@ def _write_all(
 
 
 def _write(unit: Unit, output_dir: Path, rules: Rules, units: Sequence[Unit], first: int) -> None:
-    """Copy what is kept of a unit to its shard; work/N.done.json tells its counts, work/N.jsonl
-    goes."""
+    """Copy the kept documents of a unit to its shard, and its counts to work/N.done.json."""
     work = output_dir / "work"
     done = work / f"{unit.name}.done.json"
     filtered = work / f"{unit.name}.jsonl"
@@ -488,7 +466,7 @@ def _write(unit: Unit, output_dir: Path, rules: Rules, units: Sequence[Unit], fi
             why = f"{verdict['likeness']:.2f} like the one at {twin}"
             text = orjson.loads(data[starts[i] : starts[i + 1]])["text"]
             samples.add(rules.names[verdict["decision"] - 1], int(offsets[i]), why, text)
-        shard = Shard(
+        shard = CleanShard(
             name=f"{unit.name}.jsonl",
             documents=int(keep.sum()),
             bytes=size,
@@ -507,7 +485,7 @@ def _write(unit: Unit, output_dir: Path, rules: Rules, units: Sequence[Unit], fi
 
 
 def _finish(units: Sequence[Unit], output_dir: Path, rules: Rules) -> None:
-    """Gather the parts and write the report, last."""
+    """Merge the results of the units, and write the report last."""
     work = output_dir / "work"
     filtered = [_marker(work, unit) for unit in units]
     written = [json.loads((work / f"{unit.name}.done.json").read_text()) for unit in units]
@@ -526,7 +504,7 @@ def _finish(units: Sequence[Unit], output_dir: Path, rules: Rules) -> None:
     decisions[decisions == 0] = np.load(work / "verdicts.npy")["decision"]
     with atomic(output_dir / "decisions.npy") as file:
         np.save(file, decisions)
-    shards = tuple(Shard(**part["shard"]) for part in written)
+    shards = tuple(CleanShard(**part["shard"]) for part in written)
     model = {
         "file": identification.MODEL,
         "sha256": identification.SHA256,
@@ -562,7 +540,7 @@ def _array(work: Path, unit: Unit, name: str) -> np.ndarray:
 
 
 class _Samples:
-    """An even draw of the documents that each rule drops from a unit, the same in every run."""
+    """An even draw of the documents that each rule drops from a unit, equal in every run."""
 
     def __init__(self, unit: Unit) -> None:
         self._unit = unit

@@ -1,5 +1,4 @@
-"""The rules of cleaning, read from YAML and checked: rules of documents, then those that compare
-all documents."""
+"""Reads cleaning rules from YAML: first those for single documents, then those that compare all."""
 
 from __future__ import annotations
 
@@ -12,13 +11,13 @@ from pydantic import ValidationError
 
 from harness.data.clean.documents import (
     Alphabet,
+    CleaningRule,
     DocumentRule,
     Language,
     Length,
     Normalise,
     OneLine,
     Repetition,
-    Rule,
 )
 from harness.data.clean.duplicates import ExactDuplicates, NearDuplicates
 from harness.errors import UserError, nearest
@@ -26,7 +25,7 @@ from harness.system import yaml_files
 
 UNREADABLE = "unreadable"
 
-KINDS: dict[str, type[Rule]] = {
+KINDS: dict[str, type[CleaningRule]] = {
     kind.key: kind
     for kind in (
         Normalise,
@@ -43,24 +42,23 @@ KINDS: dict[str, type[Rule]] = {
 
 @dataclass(frozen=True)
 class Rules:
-    """Rules in order: those of documents, then those of the corpus, each kind once at most."""
+    """Rules in the order of their application, each kind at most once."""
 
     documents: tuple[DocumentRule, ...]
     exact: ExactDuplicates | None
     near: NearDuplicates | None
 
     @property
-    def all(self) -> tuple[Rule, ...]:
+    def all(self) -> tuple[CleaningRule, ...]:
         return (*self.documents, *(rule for rule in (self.exact, self.near) if rule))
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The reasons for which a document is dropped, in order; a decision is a position in (kept,
-        *names)."""
+        """Reasons for dropping a document; decision n is the n-th of them, 0 is kept."""
         return (UNREADABLE, *(rule.key for rule in self.all))
 
     def dump(self) -> list[dict[str, Any]]:
-        """The rules as they stand in YAML, every threshold filled in."""
+        """The rules as YAML would have them, with every threshold."""
         return [{rule.key: rule.model_dump(mode="json")} for rule in self.all]
 
 
@@ -68,7 +66,7 @@ def load_rules(path: Path) -> Rules:
     """Read a file of rules.
 
     Raises:
-        UserError: the file is missing or is no YAML, or a rule, its options or its place are wrong.
+        UserError: the file is missing or no YAML, or a rule, its options or its position is wrong.
     """
     if not path.is_file():
         there = map(str, sorted(path.parent.glob("rules-*.yaml")))
@@ -84,14 +82,12 @@ def load_rules(path: Path) -> Rules:
         raise UserError(f"{path}: {error}") from None
 
 
-def _rule(entry: Any) -> Rule:
-    name, options = (
-        (entry, {})
-        if isinstance(entry, str)
-        else next(iter(entry.items()))
-        if _is_single(entry)
-        else (None, None)
-    )
+def _rule(entry: Any) -> CleaningRule:
+    name, options = None, None
+    if isinstance(entry, str):
+        name = entry
+    elif isinstance(entry, dict) and len(entry) == 1:
+        ((name, options),) = entry.items()
     if not isinstance(name, str):
         raise UserError(
             f"{entry!r} is no rule: write `- name:` with its options below, or `- name` where it"
@@ -110,11 +106,7 @@ def _rule(entry: Any) -> Rule:
         ) from None
 
 
-def _is_single(entry: Any) -> bool:
-    return isinstance(entry, dict) and len(entry) == 1
-
-
-def _explain(kind: type[Rule], error: Any) -> str:
+def _explain(kind: type[CleaningRule], error: Any) -> str:
     option = ".".join(map(str, error["loc"]))
     if error["type"] == "extra_forbidden":
         return f"no option {option!r}; {nearest(option, kind.model_fields)}"
@@ -124,11 +116,11 @@ def _explain(kind: type[Rule], error: Any) -> str:
     return f"{option} = {error['input']!r}: {message}" if option else message
 
 
-def _in_order(rules: Sequence[Rule]) -> Rules:
+def _in_order(rules: Sequence[CleaningRule]) -> Rules:
     names = [rule.key for rule in rules]
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"{name} stands there {names.count(name)} times")
+            raise UserError(f"{name} occurs {names.count(name)} times")
     documents = tuple(rule for rule in rules if isinstance(rule, DocumentRule))
     exact = next((rule for rule in rules if isinstance(rule, ExactDuplicates)), None)
     near = next((rule for rule in rules if isinstance(rule, NearDuplicates)), None)

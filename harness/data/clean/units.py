@@ -1,4 +1,4 @@
-"""Units of work: stretches of JSON Lines files, cut where lines begin."""
+"""Units of work: parts of JSON Lines files, each from the beginning of a line to the end of one."""
 
 from __future__ import annotations
 
@@ -28,8 +28,10 @@ class Unit:
         return self.end - self.start
 
     def lines(self) -> Iterator[tuple[int, bytes]]:
-        """Each line that is not blank, with the offset of its first byte; of one too long to hold,
-        its beginning."""
+        """Each line that is not blank, with the offset of its first byte.
+
+        Of a line above LONGEST_LINE_BYTES only the beginning.
+        """
         with self.path.open("rb") as file:
             offset = self.start
             if offset:
@@ -45,8 +47,7 @@ class Unit:
 
 
 def _skip_line(file, end: int) -> int:
-    """Read on behind the next line break, or to ``end`` or so where there is none before. Returns
-    the bytes read."""
+    """Read past the next line break, or to about ``end`` if there is none; returns bytes read."""
     read = 0
     while piece := file.readline(1 << 20):
         read += len(piece)
@@ -56,7 +57,7 @@ def _skip_line(file, end: int) -> int:
 
 
 def cut(paths: Sequence[Path], unit_bytes: int = UNIT_BYTES) -> tuple[Unit, ...]:
-    """All lines of ``paths``, in order, in units of ``unit_bytes`` or less."""
+    """All lines of ``paths``, in order, in units of at most ``unit_bytes``."""
     spans = [
         (path, start, min(start + unit_bytes, size))
         for path in paths

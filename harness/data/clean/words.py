@@ -1,4 +1,4 @@
-"""The words of many documents at once, as hashes."""
+"""Splits many documents into words at once, and hashes them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,12 @@ _SPACE = ord(" ")
 
 @dataclass(frozen=True)
 class Words:
-    """Words as runs of bytes that are not spaces: ``text[start:end]``, with a 64-bit ``hash``, in
-    ``document``."""
+    """Words: runs of bytes that are not spaces, ``text[start:end]``.
+
+    Attributes:
+        hash: (words,) uint64.
+        document: (words,) the number of the document.
+    """
 
     text: np.ndarray
     start: np.ndarray
@@ -25,8 +29,10 @@ class Words:
 
 
 def split(documents: Sequence[bytes], separator: bytes = b" ") -> Words:
-    """The words of each document and of the ``separator``, which must begin and end with a space,
-    behind each."""
+    """The words of each document, followed by those of the ``separator``.
+
+    The separator must begin and end with a space.
+    """
     text = np.frombuffer(separator.join([*documents, b""]), np.uint8)
     inside = np.concatenate(([False], text != _SPACE, [False]))
     bounds = np.flatnonzero(inside[1:] != inside[:-1])
@@ -37,7 +43,7 @@ def split(documents: Sequence[bytes], separator: bytes = b" ") -> Words:
 
 
 def characters(documents: Sequence[bytes], separator: bytes = b" ") -> Words:
-    """As ``split``, but each character (UTF-8) that is no space is a word."""
+    """As ``split``, with each UTF-8 character except the space as a word."""
     text = np.frombuffer(separator.join([*documents, b""]), np.uint8)
     bounds = np.append(np.flatnonzero((text & 0xC0) != 0x80), len(text))
     letters = np.flatnonzero(text[bounds[:-1]] != _SPACE)
@@ -53,10 +59,10 @@ def _document_of(start: np.ndarray, documents: Sequence[bytes], separator: bytes
 
 
 def hash_spans(text: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
-    """A 64-bit hash of each ``text[start:end]``: sum of text[start + i] * BASE**i, mixed.
+    """A 64-bit hash of each ``text[start:end]``: the sum of text[start + i] * BASE**i, mixed.
 
-    The sums over all prefixes are one pass; each span is a difference of two of them, shifted back
-    to its start.
+    One pass computes the sums of all prefixes. A span's is the difference of two, divided by
+    BASE**start.
     """
     up, down = _powers(len(text) + 1)
     prefixes = np.zeros(len(text) + 1, np.uint64)

@@ -1,13 +1,12 @@
-"""Natural-looking text made on this machine: any size, several languages, planted duplicates and
-defects.
+"""Generates natural-looking text of any size in several languages, with duplicates and defects.
 
-A document is a walk over a language's words: real words at Zipf's frequencies (the lists of the
-package wordfreq, data CC BY-SA 4.0), each with a few preferred successors, some favourites of the
-document's own, sentences and paragraphs. So a small GPT learns it far below the entropy of single
-words, and language identification takes it for what it is.
+A document is a random walk over a language's words: real words with Zipf's frequencies (the lists
+of the package wordfreq, data CC BY-SA 4.0), each with a few preferred successors, some favourite
+words of the document, sentences and paragraphs. So a small GPT learns it far below the entropy of
+single words, and language identification recognises it.
 
-Everything follows from (seed, document number) by integer arithmetic alone: the same bytes on every
-machine, any part by itself, and a duplicate of any earlier document at no cost.
+Everything depends only on (seed, document number), by integer arithmetic: the bytes are the same on
+every machine, each part can be generated alone, and a duplicate of any earlier document is cheap.
 """
 
 from harness.data.synthetic.corpus import (

@@ -1,5 +1,4 @@
-"""An endless corpus: every document, and what is wrong with it, follows from (seed, document
-number)."""
+"""An endless corpus, whose documents and defects depend only on (seed, document number)."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ from harness.errors import UserError, nearest
 
 DUPLICATES = ("exact-duplicate", "near-duplicate")
 MENDABLE = ("foreign-few", "nfd", "control", "mojibake")
-"""Defects that a text can be freed of; a document with another one must go."""
+"""Defects that cleaning can repair; documents with other defects must be dropped."""
 DEFECTS = (
     *DUPLICATES,
     *MENDABLE,
@@ -30,13 +29,13 @@ DEFECTS = (
 _BATCH = 512
 _CHAIN = 64
 _FOLLOWS, _FAVOURS = 184, 216
-"""Of 256 words, the first so many follow from the one before, those up to the second are the
-document's favourites."""
+"""Of 256 random values, those below the first give a successor of the word before, those below the
+second a favourite word of the document, and the others any word."""
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """Parts of each language, and defects per 10,000 documents of the main (the first) language."""
+    """Shares of languages, and defects per 10,000 documents of the main (first) language."""
 
     languages: dict[str, int]
     defects: dict[str, int] = field(default_factory=dict)
@@ -64,20 +63,23 @@ class Mixture:
 
 
 PLAIN = Mixture({"sv": 50, "en": 25, "de": 10, "code": 10, "fi": 5})
-"""Several languages, nothing damaged."""
+"""Several languages without defects."""
 DAMAGED = Mixture(
     {"sv": 80, "en": 5, "da": 4, "nb": 4, "de": 2, "fi": 1, "ru": 2, "zh": 1, "code": 1},
     {"exact-duplicate": 400, "near-duplicate": 600, "invalid": 20}
     | dict.fromkeys(DEFECTS[2:-1], 100),
 )
-"""A Swedish crawl: one document in five is of another language, one in six of the others is damaged
-or a duplicate."""
+"""A Swedish crawl: one document in five is in another language, and one in six of the Swedish ones
+is damaged or a duplicate."""
 
 
 @dataclass(frozen=True)
 class Label:
-    """What is true of a document. ``source``: what it duplicates, but for ``share`` of its
-    words."""
+    """The truth about a document.
+
+    Attributes:
+        source: the document that it duplicates, except for ``share`` of the words.
+    """
 
     document: int
     language: str
@@ -88,8 +90,13 @@ class Label:
 
 @dataclass(frozen=True)
 class _Plan:
-    """Of some documents: index into DEFECTS or -1, whose words they have, index of the language, a
-    random number."""
+    """The nature of some documents, arrays of one length.
+
+    Attributes:
+        defect: index into DEFECTS, or -1.
+        source: number of the document whose words it has.
+        language: index into LANGUAGES.
+    """
 
     defect: np.ndarray
     source: np.ndarray
@@ -99,7 +106,7 @@ class _Plan:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Document 0, 1, 2 … of a seed and a mixture."""
+    """The documents 0, 1, 2 … of a seed and a mixture."""
 
     seed: int = 0
     mixture: Mixture = field(default_factory=lambda: PLAIN)
@@ -109,12 +116,15 @@ class Corpus:
         return self._lines(range(first, last))
 
     def texts(self, documents: Sequence[int]) -> list[str]:
-        """Some documents as they are, damage included. An invalid one is no UTF-8:
-        UnicodeDecodeError."""
+        """The text of some documents, with their defects.
+
+        Raises:
+            UnicodeDecodeError: one is invalid UTF-8.
+        """
         return [json.loads(line)["text"] for line, _ in self._lines(documents)]
 
     def undamaged(self, documents: Sequence[int]) -> list[str]:
-        """Their texts before any damage; of a duplicate, its source's."""
+        """The text of some documents without defects; of a duplicate, its source's."""
         return [
             json.loads(b'"%s"' % body)
             for numbers in _batches(documents)
@@ -145,7 +155,7 @@ class Corpus:
 
     def _plan(self, documents: np.ndarray) -> _Plan:
         plan = self._nature(documents)
-        # A duplicate has the words of an earlier document that is sound and of the main language.
+        # A duplicate has the words of an earlier document in the main language without defects.
         asked = np.flatnonzero((plan.defect >= 0) & (plan.defect < len(DUPLICATES)))
         for attempt in count():
             hopeless = documents[asked] == 0 if attempt < 64 else np.full(len(asked), True)
@@ -159,7 +169,7 @@ class Corpus:
             asked = asked[(nature.defect >= 0) | (nature.language != plan.language[asked])]
 
     def _nature(self, documents: np.ndarray) -> _Plan:
-        """The plan but for the sources of duplicates."""
+        """The plan without the sources of duplicates."""
         names = np.array([LANGUAGES.index(name) for name in self.mixture.languages])
         rates = [self.mixture.defects.get(name, 0) for name in DEFECTS]
         for_language, for_defect, random = stream(documents ^ self._salt, 3).T
@@ -173,10 +183,10 @@ class Corpus:
         return stream(np.array([self.seed], np.uint64), 1)[0]
 
     def _walk(self, plan: _Plan) -> list[np.ndarray]:
-        """Each document as numbers of word forms: 60 words or more, 370 on average, one document in
-        256 over 15,000.
+        """Each document as numbers of word forms.
 
-        Chains of 64 words walk side by side; a document has as many as it needs.
+        It has 60 words or more, 370 on average; one document in 256 has over 15,000. Chains of 64
+        words are drawn at the same time; a document has as many chains as it needs.
         """
         known = table()
         length_of, favours, starts = stream(plan.source ^ ~self._salt, 3).T

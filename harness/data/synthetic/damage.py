@@ -1,4 +1,4 @@
-"""Defects as crawled text has them: of words (numbers of word forms), or of the text itself."""
+"""Defects of crawled text, made in its words (numbers of word forms) or in its characters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from harness.data.synthetic.language import FORMS, LANGUAGES, WORDS, stream, table
 
 SHARES = (0.01, 0.02, 0.04, 0.08)
-"""Parts of the words in which near-duplicates differ."""
+"""Shares of words in which near-duplicates differ."""
 
 
 def _random(seed: int, number: int) -> np.ndarray:
@@ -23,13 +23,13 @@ def _draw(language: int, number: int, seed: int) -> np.ndarray:
 
 
 def _places(words: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """Positions of ``share`` of the words, one at least."""
+    """Positions of ``share`` of the words, at least one."""
     number = max(1, round(share * len(words)))
     return (_random(seed ^ 1, number) % np.uint64(len(words))).astype(np.int64)
 
 
 def _exchange(words: np.ndarray, where: np.ndarray, new: np.ndarray) -> np.ndarray:
-    """``new`` words in the places ``where``, with the punctuation that was there."""
+    """``words`` with ``new`` ones at ``where``, in the same form, such as after a comma."""
     words = words.copy()
     words[where] = new * FORMS + words[where] % FORMS
     return words
@@ -41,14 +41,14 @@ def _near_duplicate(words: np.ndarray, language: int, seed: int) -> np.ndarray:
 
 
 def _mixed_language(words: np.ndarray, language: int, seed: int) -> np.ndarray:
-    """The second half is of another language with Latin letters."""
+    """Translates the second half into nonsense of another language with Latin letters."""
     where = np.arange(len(words) // 2, len(words))
     other = (language + 1 + seed % 5) % LANGUAGES.index("ru")
     return _exchange(words, where, _draw(other, len(where), seed))
 
 
 def _russian(words: np.ndarray, share: float, among: int, seed: int) -> np.ndarray:
-    """``share`` of the words become one of the ``among`` most frequent Russian ones."""
+    """Replaces ``share`` of the words by one of the ``among`` most frequent Russian words."""
     where = _places(words, share, seed)
     return _exchange(
         words, where, LANGUAGES.index("ru") * WORDS + _draw(0, len(where), seed) % among
@@ -67,12 +67,11 @@ OF_WORDS: dict[str | None, Callable[[np.ndarray, int, int], np.ndarray]] = {
     "too-short": lambda words, language, seed: words[: 3 + seed % 6],
     "repeated": lambda words, language, seed: _repeated(words, seed),
 }
-"""From a document's words, its language and a random number to damaged words."""
+"""Defect -> function of a document's words, language and random number to damaged words."""
 
 
 def _control(text: str, seed: int) -> str:
-    """Control characters, zero-width characters and direction marks behind one word in five to
-    fifteen."""
+    """Appends control, zero-width and direction characters to one word in five to fifteen."""
     words = text.split(" ")
     marks = "\0\b\x1f\x7f\u200b\ufeff\u00ad\u202e\u2060"
     step = 5 + seed % 10
@@ -98,17 +97,20 @@ OF_TEXT: dict[str | None, Callable[[str, int], str]] = {
     "control": _control,
     "mojibake": _mojibake,
 }
-"""From a text and a random number to a damaged text."""
+"""Defect -> function of a text and a random number to a damaged text."""
 
 
 def words_with(defect: str | None, words: np.ndarray, language: int, seed: int) -> np.ndarray:
-    """A document's words, damaged where ``defect`` is one of words."""
+    """A document's words, damaged if ``defect`` is a defect of words."""
     return OF_WORDS[defect](words, language, seed) if defect in OF_WORDS else words
 
 
 def line_with(defect: str | None, body: bytes, seed: int) -> bytes:
-    """A document as a JSON line, damaged where ``defect`` is one of text. ``body``: the inside of
-    the JSON string."""
+    """A document as a JSON line, damaged if ``defect`` is a defect of characters.
+
+    Args:
+        body: the text as the inside of a JSON string.
+    """
     if defect in OF_TEXT:
         text = OF_TEXT[defect](json.loads(b'"%s"' % body), seed)
         body = json.dumps(text, ensure_ascii=False)[1:-1].encode()

@@ -1,14 +1,13 @@
-"""A synthetic corpus as files.
+"""Writes a synthetic corpus to files.
 
 folder/00000.jsonl …         one {"text": …} a line
-folder/labels/00000.jsonl …  the truth: a Label a line, for each document that is damaged or not of
-                             the main language
+folder/labels/00000.jsonl …  a Label a line, for each document that is damaged or not in the main
+                             language
 folder/synthetic.json        seed, mixture and size
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -16,6 +15,7 @@ from dataclasses import asdict
 from itertools import count
 from pathlib import Path
 
+from harness.data.disk import resumable
 from harness.data.progress import ShowProgress
 from harness.data.synthetic.corpus import Corpus, Label
 from harness.data.synthetic.language import table
@@ -34,37 +34,29 @@ def generate(
     processes: int | None = None,
     progress: ShowProgress = lambda what, done, total: None,
 ) -> tuple[Path, ...]:
-    """Write the first documents of ``corpus``: ``size_bytes`` and what ends the last document.
+    """Write documents of ``corpus`` until they have ``size_bytes``; the last one is complete.
 
-    Each shard appears whole or not at all; what was killed goes on to the same bytes.
+    Each shard appears complete or not at all; a killed call resumes and gives the same bytes.
 
     Returns:
         The shards, in order.
     Raises:
-        UserError: ``size_bytes`` is none, ``folder`` holds another corpus, or its disk is full.
+        UserError: ``size_bytes`` is 0, ``folder`` holds another corpus, or its disk is full.
     """
     if size_bytes < 1:
         raise UserError(f"SIZE={size_bytes}: give the number of bytes to make, 1 or more")
     table()
     recipe = {"seed": corpus.seed, **asdict(corpus.mixture), "size_bytes": size_bytes}
     recipe_file = folder / "synthetic.json"
-    try:
-        with locked(folder):
-            if recipe_file.exists() and (found := json.loads(recipe_file.read_text())) != recipe:
-                raise UserError(
-                    f"{folder} holds another synthetic corpus: {found}\nremove it, or give another"
-                    " NAME="
-                )
-            write_json(recipe_file, recipe)
-            (folder / "labels").mkdir(exist_ok=True)
-            return tuple(_shards(folder, size_bytes, corpus, processes, progress))
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        way_out = "make room" if full else "mend that"
-        raise UserError(
-            f"synthetic text into {folder}: {error.strerror}\n{way_out} and start again: it goes on"
-            " where it stopped"
-        ) from None
+    with resumable(f"synthetic text into {folder}"), locked(folder):
+        if recipe_file.exists() and (found := json.loads(recipe_file.read_text())) != recipe:
+            raise UserError(
+                f"{folder} holds another synthetic corpus: {found}\n"
+                "remove it, or give another NAME="
+            )
+        write_json(recipe_file, recipe)
+        (folder / "labels").mkdir(exist_ok=True)
+        return tuple(_shards(folder, size_bytes, corpus, processes, progress))
 
 
 def labels(folder: Path) -> Iterator[Label]:
@@ -96,8 +88,10 @@ def _shards(
 
 
 def _write_shard(corpus: Corpus, folder: Path, number: int, limit_bytes: int) -> int:
-    """Write a shard unless it is there, no document behind the one that reaches ``limit_bytes``.
-    Returns its size."""
+    """Write a shard unless it exists, and return its size.
+
+    The document that reaches ``limit_bytes`` is its last.
+    """
     path = folder / f"{number:05}.jsonl"
     if path.exists():
         return path.stat().st_size
@@ -117,7 +111,7 @@ def _write_shard(corpus: Corpus, folder: Path, number: int, limit_bytes: int) ->
 
 
 def _cut(shard: Path, size_bytes: int) -> int:
-    """Cut a shard behind the document that reaches ``size_bytes``. Returns its size."""
+    """Cut a shard after the document that reaches ``size_bytes``, and return its size."""
     size = 0
     last = int(shard.stem) * DOCUMENTS_PER_SHARD
     with shard.open("rb") as file:

@@ -1,4 +1,4 @@
-"""The languages of synthetic text: their words, what follows what, and how it is written."""
+"""The languages of synthetic text: words, their successors, and how they are written."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import islice, pairwise
+from itertools import chain, islice, pairwise
 
 import numpy as np
 
@@ -16,11 +16,11 @@ from harness.errors import UserError
 
 LANGUAGES = ("sv", "en", "de", "da", "nb", "fi", "ru", "zh", "code")
 WORDS = 16384
-"""Words a language."""
+"""Words of each language."""
 FORMS = 6
 MID, COMMA, SENTENCE, QUESTION, PARAGRAPH, START = range(FORMS)
-"""How a word is written: inside a sentence, after a comma, at the start of a sentence, a paragraph,
-a document."""
+"""Forms of a word: inside a sentence, after a comma, at the start of a sentence, after a question,
+at the start of a paragraph, of a document."""
 
 _SUCCESSORS = 16
 _DRAW_BITS = 18
@@ -29,13 +29,14 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 @dataclass(frozen=True)
 class Table:
-    """All languages side by side: word w of language l is number l x WORDS + w, its form f is
-    number word x FORMS + f.
+    """All languages: word w of language l is number l x WORDS + w, its form f word x FORMS + f.
 
-    ``text``: every form as JSON-escaped UTF-8, form f at ``starts[f]`` … ``starts[f + 1]``.
-    ``draws``: words, each as often as it is frequent, 2**18 a language. ``successors``: [word, 16].
-    ``skew``: 256 indices of successors, and
-    ``punctuation``: 256 forms, as often as likely.
+    Attributes:
+        text: every form as JSON-escaped UTF-8, form f at ``starts[f]`` … ``starts[f + 1]``.
+        draws: 2**18 words a language, each as often as it is frequent.
+        successors: [word, 16].
+        skew: 256 indices of successors, each as often as it is likely.
+        punctuation: 256 forms, each as often as it is likely.
     """
 
     text: np.ndarray
@@ -46,13 +47,13 @@ class Table:
     punctuation: np.ndarray
 
     def draw(self, language: np.ndarray | int, random: np.ndarray) -> np.ndarray:
-        """A word of ``language`` for each of some 64-bit random numbers."""
+        """A word of ``language`` for each 64-bit random number."""
         return self.draws[
             (language << _DRAW_BITS) + (random >> np.uint64(64 - _DRAW_BITS)).astype(np.int64)
         ]
 
     def render(self, documents: Sequence[np.ndarray]) -> list[bytes]:
-        """Each document, given as numbers of forms, as the inside of a JSON string."""
+        """Documents, given as numbers of forms, as insides of JSON strings."""
         forms = np.concatenate(documents)
         lengths = self.starts[forms + 1] - self.starts[forms]
         ends = np.cumsum(lengths, dtype=np.int32)
@@ -65,7 +66,7 @@ class Table:
 
 @functools.cache
 def table() -> Table:
-    """The one table. The word of rank r, from 0, has a frequency in proportion to 1 / (r + 3)."""
+    """All languages in one table. A word of rank r (from 0) has a frequency ~ 1 / (r + 3)."""
     forms = [
         form
         for name in LANGUAGES
@@ -89,17 +90,17 @@ def table() -> Table:
 
 
 def stream(seed: np.ndarray, number: int) -> np.ndarray:
-    """The first random 64-bit numbers of each seed: [seed, number]."""
+    """The first ``number`` random 64-bit numbers of each seed: [seed, number]."""
     return mix(mix(seed + _GOLDEN)[:, None] + np.arange(1, number + 1, dtype=np.uint64) * _GOLDEN)
 
 
 def shares(weights: Sequence[int], total: int) -> np.ndarray:
-    """``total`` divided in proportion to ``weights``, in whole numbers."""
+    """``total`` divided in proportion to ``weights``, as integers."""
     return np.diff(np.cumsum(weights) * total // sum(weights), prepend=0)
 
 
 def _words(language: str) -> list[str]:
-    """The ``WORDS`` most frequent words of a language, letters only."""
+    """The ``WORDS`` most frequent words of a language that have only letters."""
     if language == "code":
         return _statements()
     try:
@@ -108,11 +109,8 @@ def _words(language: str) -> list[str]:
         raise UserError(
             "synthetic text takes its words from the package wordfreq\nrun make setup"
         ) from None
-    words = (
-        unicodedata.normalize("NFC", w)
-        for words in get_frequency_list(language, "small")
-        for w in words
-    )
+    by_rank = chain.from_iterable(get_frequency_list(language, "small"))
+    words = (unicodedata.normalize("NFC", word) for word in by_rank)
     return list(islice(filter(str.isalpha, words), WORDS))
 
 
@@ -142,21 +140,23 @@ def _block(statement: str) -> tuple[str, ...]:
 _WRITTEN = {"zh": _unspaced, "code": _block}
 
 _NAMES = """
-    value item name path size count index data result error line text key node tree list table row column user file
-    buffer config option model batch loss step rate state queue task worker cache token weight layer head
+    value item name path size count index data result error line text key node tree list table row
+    column user file buffer config option model batch loss step rate state queue task worker cache
+    token weight layer head
 """
 _STATEMENTS = """
-    {a} = {b}.{c}(); {a} = self.{b}[{c}]; self.{a} = {b}; return {a}; return {a}.{b}; {a}.append({b}); continue; try:;
-    if {a} is None:; if not {a}:; {a} += {n}; {a} = {b} + {c}; {a} = [{b} for {b} in {c}]; print(f'{a}: {{{b}}}');
-    raise ValueError(f"{a} {{{b}}} is no {c}"); assert {a} == {n}; # the {a} of the {b}; {a} = len({b}); else:;
-    with open({a}) as {b}:; {a}, {b} = {b}, {a}; while {a} < {n}:; {a}.{b}({c}={n}); {a} = max({b}, {c});
-    {a} = {{{b}: {c}}}; except {a}Error:; {a} = {b}[{n}:]; {a} = sorted({b}, key={c}); self.{a}({b}, {c});
-    return self.{a}[{b}]; yield {a}, {b}; for {a} in {b}:
+    {a} = {b}.{c}(); {a} = self.{b}[{c}]; self.{a} = {b}; return {a}; return {a}.{b};
+    {a}.append({b}); continue; try:; if {a} is None:; if not {a}:; {a} += {n}; {a} = {b} + {c};
+    {a} = [{b} for {b} in {c}]; print(f'{a}: {{{b}}}'); raise ValueError(f"{a} {{{b}}} is no {c}");
+    assert {a} == {n}; # the {a} of the {b}; {a} = len({b}); else:; with open({a}) as {b}:;
+    {a}, {b} = {b}, {a}; while {a} < {n}:; {a}.{b}({c}={n}); {a} = max({b}, {c});
+    {a} = {{{b}: {c}}}; except {a}Error:; {a} = {b}[{n}:]; {a} = sorted({b}, key={c});
+    self.{a}({b}, {c}); return self.{a}[{b}]; yield {a}, {b}; for {a} in {b}:
 """
 
 
 def _statements() -> list[str]:
-    """Lines of code, those with the commonest names first."""
+    """Lines of code, those with the most common names first."""
     names, statements = _NAMES.split(), [statement.strip() for statement in _STATEMENTS.split(";")]
     among = np.minimum(len(names), 4 + np.arange(WORDS) // 200).astype(np.uint64)
     chosen = stream(np.arange(WORDS, dtype=np.uint64), 3) % among[:, None]

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from harness import ROOT
 from harness.commands import COMMANDS
-from harness.data import check, commands, data_sets, look, prepare, sources
+from harness.data import check, commands, data_sets, definitions, look, prepare, sources
 from harness.data.documents import text_file
 from harness.data.header import bin_path, idx_path
 from harness.data.prepare import Means, Recipe
@@ -51,13 +52,13 @@ def cut(path: Path, size: int) -> None:
 
 
 SPOILED = {
-    "bin cut": (lambda p: cut(bin_path(p), -2), "cut short"),
+    "bin cut": (lambda p: cut(bin_path(p), -2), "truncated"),
     "bin longer": (
         lambda p: bin_path(p).write_bytes(bin_path(p).read_bytes() + b"ab"),
-        "something follows",
+        "too long",
     ),
     "bin gone": (lambda p: bin_path(p).unlink(), "No such file"),
-    "idx cut": (lambda p: cut(idx_path(p), -8), "cut short"),
+    "idx cut": (lambda p: cut(idx_path(p), -8), "truncated"),
     "idx empty": (lambda p: idx_path(p).write_bytes(b""), "is empty"),
     "idx of something else": (
         lambda p: idx_path(p).write_bytes(b"PK\x03\x04" * 30),
@@ -136,12 +137,12 @@ def test_a_set_made_elsewhere_needs_no_manifest(data):
         )
     for damaged in ("{", "{}", '{"model": {"vocab": 3}}'):
         description.write_text(damaged)
-        with pytest.raises(UserError, match=r"tokenizer.json is damaged, or of a kind"):
+        with pytest.raises(UserError, match=r"tokenizer.json is damaged, or of an unknown kind"):
             data_sets.find("a", data)
 
 
 def test_an_unknown_set_is_named_with_what_there_is(made):
-    assert data_sets.prepared(made) == ("a", "b")
+    assert data_sets.prepared_names(made) == ("a", "b")
     with pytest.raises(UserError, match=r"DATA=aa is not prepared; did you mean a\?"):
         data_sets.find("aa", made)
     with pytest.raises(UserError, match=r"DATA=oscar-sv is not prepared; make data-oscar-sv"):
@@ -230,7 +231,7 @@ def test_the_launcher_needs_no_numpy(made):
         "from pathlib import Path; from harness.data import data_sets, splits\n"
         f"chosen = data_sets.blend('a:1 b:2', Path({str(made)!r})); splits.check_split(chosen, '9,1')\n"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=data_sets.ROOT, check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_joined_sets_are_one_after_the_other(data):
@@ -305,7 +306,7 @@ def test_joined_conversations_are_conversations(data):
     assert data_sets.find("all", data).chat
 
 
-def findings(data: Path, name: str = "a") -> dict[str, check.Finding]:
+def findings(data: Path, name: str = "a") -> dict[str, check.DataFinding]:
     return {finding.what: finding for finding in check.check(name, data)}
 
 
@@ -357,7 +358,7 @@ def test_an_inspection_counts_and_decodes(made):
     seen = look.inspect("a", samples=4, folder=made)
     assert seen.chosen.documents == sum(count for _, count in seen.lengths.bars) == 200
     assert seen.lengths.mean == pytest.approx(seen.chosen.tokens / 200)
-    assert seen.lengths.shares == tuple(sorted(seen.lengths.shares))
+    assert seen.lengths.percentiles == tuple(sorted(seen.lengths.percentiles))
     first = json.loads((made.parent / "a.jsonl").read_text().splitlines()[0])["text"]
     assert [sample.document for sample in seen.samples] == [0, 50, 100, 150]
     assert seen.samples[0].text == f"{first} 99"
@@ -376,15 +377,13 @@ def test_the_commands_print_what_they_found(made, monkeypatch, capsys):
     for module in (data_sets, commands, look, check):
         monkeypatch.setattr(module, "DATA", made)
     for function in (
-        data_sets.prepared,
+        data_sets.prepared_names,
         data_sets.find,
         data_sets.blend,
         look.inspect,
         check.check,
     ):
-        defaults = [
-            made if value == data_sets.ROOT / "data" else value for value in function.__defaults__
-        ]
+        defaults = [made if value == ROOT / "data" else value for value in function.__defaults__]
         monkeypatch.setattr(function, "__defaults__", tuple(defaults))
     assert commands.list_sets() == 0
     shown = capsys.readouterr().out
@@ -419,7 +418,7 @@ def test_wrong_settings_are_named(tmp_path):
             commands.prepare_input(COMMANDS["data-prepare"].parse(words))
     with pytest.raises(UserError, match="did you mean tinystories-10k"):
         commands.prepare_known("tinystories", {})
-    with pytest.raises(UserError, match="is not made here"):
+    with pytest.raises(UserError, match="is not generated"):
         commands.prepare_known("tinystories-10k", {"SIZE_MB": "3"})
 
 
@@ -450,7 +449,7 @@ def test_files_are_found_by_name_folder_and_pattern(tmp_path):
 
 
 def test_the_definitions_are_read_and_pin_what_can_be_pinned():
-    known = sources.definitions()
+    known = definitions.definitions()
     assert {
         "openwebtext-10k",
         "tinystories-10k",
@@ -484,7 +483,7 @@ BAD_DEFINITIONS = {
 def test_a_wrong_definition_is_named(tmp_path, content):
     (tmp_path / "datasets.yaml").write_text(content)
     with pytest.raises(UserError, match=BAD_DEFINITIONS[content]):
-        sources.definitions(tmp_path / "datasets.yaml")
+        definitions.definitions(tmp_path / "datasets.yaml")
 
 
 class Screen:
