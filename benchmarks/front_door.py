@@ -1,11 +1,10 @@
-"""How fast the front door answers: completion, `make -n`, `make list`, `make show`, each beside an
-idle process of its kind.
+"""How fast completion, `make -n`, `make list` and `make show` answer, each with an idle process.
 
-    .venv/bin/python benchmarks/front_door.py        writes benchmarks/front_door.json and prints
-                                                     the table
+.venv/bin/python benchmarks/front_door.py        writes benchmarks/front_door.json
 """
 
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -18,10 +17,11 @@ ROOT = Path(__file__).resolve().parent.parent
 RUNS = 15
 COMPLETE = r"""
 source /usr/share/bash-completion/bash_completion; { _comp_load make || _completion_loader make; } 2>/dev/null
+[[ -z $OURS ]] || source scripts/completion.bash
 complete=$(complete -p make | sed "s/.*-F \([^ ]*\).*/\1/")
-COMP_WORDS=(make 1); COMP_CWORD=1; COMP_LINE='make 1'; COMP_POINT=6; COMP_TYPE=9
-start=$EPOCHREALTIME; $complete make 1 make; end=$EPOCHREALTIME
-echo $(( ${end/./} - ${start/./} ))
+COMP_WORDS=(make "$TYPED"); COMP_CWORD=1; COMP_LINE="make $TYPED"; COMP_POINT=${#COMP_LINE}; COMP_TYPE=9
+start=$EPOCHREALTIME; $complete make "$TYPED" make; end=$EPOCHREALTIME
+echo $(( ${end/./} - ${start/./} )) ${#COMPREPLY[@]}
 """
 HEAVY = ("torch", "matplotlib", "megatron")
 
@@ -32,11 +32,18 @@ def wall_ms(*command: str, cwd: Path = ROOT) -> float:
     return 1000 * (time.perf_counter() - start)
 
 
-def completion_ms() -> float:
+def complete(typed: str, ours: bool) -> tuple[float, int]:
+    """Milliseconds of bash's completion, and how many targets it offers."""
     done = subprocess.run(
-        ["bash", "--norc", "-c", COMPLETE], cwd=ROOT, capture_output=True, text=True, check=True
+        ["bash", "--norc", "-c", COMPLETE],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "TYPED": typed, "OURS": "1" * ours},
     )
-    return int(done.stdout) / 1000
+    microseconds, offered = done.stdout.split()
+    return int(microseconds) / 1000, int(offered)
 
 
 def heavy_imports(*words: str) -> list[str]:
@@ -65,9 +72,12 @@ def main() -> None:
         )
         idle_python = ("`python -c pass`", lambda: wall_ms(sys.executable, "-c", "pass"))
         measured = {
-            "bash completion of `make 1<tab>`": (completion_ms, *idle_make),
+            "`make 1<tab>`, bash-completion": (lambda: complete("1", False)[0], *idle_make),
+            "`make 1<tab>`, completion.bash": (lambda: complete("1", True)[0], *idle_make),
+            "`make <tab>`, completion.bash": (lambda: complete("", True)[0], *idle_make),
             "`make -n 101`": (lambda: wall_ms("make", "-n", "101"), *idle_make),
             "`make list`": (lambda: wall_ms("make", "list"), *idle_python),
+            "`make show-101`": (lambda: wall_ms("make", "show-101"), *idle_python),
             "`make show-408`": (lambda: wall_ms("make", "show-408"), *idle_python),
         }
         rows = []
@@ -87,6 +97,10 @@ def main() -> None:
         "machine": f"{platform.processor() or platform.machine()}, {platform.python_version()}",
         "runs": RUNS,
         "rows": rows,
+        "offered": {
+            "bash-completion": complete("", False)[1],
+            "completion.bash": complete("", True)[1],
+        },
         "heavy_imports": imports,
     }
     Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
@@ -94,6 +108,8 @@ def main() -> None:
         print(
             f"{row['what']:34} {row['ms']:6.1f} ms, worst {row['worst_ms']:6.1f}, {row['ratio']:5.1f} x {row['beside']}"
         )
+    for by, offered in result["offered"].items():
+        print(f"`make <tab>`, {by}: {offered} targets")
     for words, found in imports.items():
         print(f"{words:10} imports of {', '.join(HEAVY)}: {', '.join(found) or 'none'}")
 
