@@ -10,13 +10,14 @@ import pytest
 
 from harness import RECORDS, ROOT
 from harness.cli import main
+from harness.commands import COMMANDS
 from harness.errors import UserError
 from harness.evidence.facts import Facts
 from harness.evidence.quantities import NotMeasured
 from harness.evidence.results import Ended, ended
 from harness.evidence.rows import Row
 from harness.experiment.catalog import load_catalog
-from harness.experiment.command_line import EXPERIMENT_SETTINGS, LAUNCH_SETTINGS
+from harness.make import targets
 from harness.pages import documents
 from harness.pages.template_functions import functions
 from harness.run.schema import Upstream
@@ -119,36 +120,20 @@ def _headings(page: Path) -> set[str]:
 @each_page
 def test_every_make_target_named_exists(path: Path) -> None:
     known = _targets()
-    named = {name + bool(tab) * "*" for words in _code(path) for name, tab in MAKE.findall(words)}
-    added = re.findall(
-        r"^ +([1-9]\d\dh?): \{", path.read_text(), re.MULTILINE
-    )  # rows that a page adds to the catalogue
-    known |= {
-        word for id_ in added for word in (id_, f"show-{id_}", f"memory-{id_}", f"verify-{id_}")
-    }
-    assert not [
-        name
-        for name in named
-        if not any(k.startswith(name[:-1]) if name[-1] == "*" else k == name for k in known)
-    ]
+    # rows that a page adds to the catalogue
+    for id_ in re.findall(r"^ +([1-9]\d\dh?): \{", path.read_text(), re.MULTILINE):
+        known |= {id_, f"show-{id_}", f"memory-{id_}", f"verify-{id_}"}
+    named = {found for words in _code(path) for found in MAKE.findall(words)}
+    for name, tab in named:
+        assert any(target.startswith(name) for target in known) if tab else name in known, name
 
 
 @each_page
 def test_every_setting_named_exists(path: Path) -> None:
-    makefile = (ROOT / "Makefile").read_text()
-    known = {s.key for s in EXPERIMENT_SETTINGS + LAUNCH_SETTINGS} | set(
-        re.findall(r"MORE = (.*)", makefile)
-    ) - {""}
-    known = {word for words in known for word in words.split()} | {
-        "FORCE",
-        "PACK",
-        "MORE",
-        "VENV",
-        "PYTHON",
-    }
+    known = {key for command in COMMANDS.values() for key in command.keys}
     lines = [words for words in _code(path) if words.startswith(("make ", "$ make "))]
     used = {key for line in lines for key in re.findall(r"\b([A-Z_]+)=", line)}
-    assert used <= known
+    assert used <= known | {"VENV", "PYTHON"}
 
 
 @each_page
@@ -464,6 +449,6 @@ def _code(path: Path) -> list[str]:
 
 def _targets() -> set[str]:
     rules = (ROOT / "Makefile").read_text() + (ROOT / "experiments" / "targets.mk").read_text()
-    return {e.id for e in load_catalog().experiments} | set(
-        re.findall(r"^([a-z0-9][\w.-]*):", rules, re.MULTILINE)
-    )
+    named = set(re.findall(r"^([a-z0-9][\w.-]*):", rules, re.MULTILINE))
+    catalog = load_catalog()
+    return named | {each.id for each in catalog.experiments} | set(targets.names(catalog))
