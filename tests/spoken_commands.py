@@ -128,6 +128,8 @@ EXPRESSIONS = {
     "e.nodes": "2",
     "known.name": "synthetic",
     "overrides.command_of(e)": "101",
+    "overrides.command_of(experiment)": "101",
+    "command": "101",
     "self.target": "table",
 }
 """What stands for an expression in a message."""

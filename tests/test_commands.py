@@ -145,7 +145,7 @@ def test_every_command_that_is_printed_can_run(
 def test_commands_that_cannot_run_are_noticed(copy: Copy) -> None:
     """The planning above refuses what make would."""
     cannot = {
-        ("122", "LOAD=label", "TP=2", "PP=2"): "try tp in {1, 5, 25}",
+        ("122", "LOAD=label", "TP=2", "PP=2"): "try TP in {1, 5, 25}",
         ("101", "STEP=20"): "unknown setting STEP",
         ("tabel",): "did you mean table?",
         ("show-999",): "no experiment 999",

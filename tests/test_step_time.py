@@ -886,11 +886,11 @@ def test_a_file_of_constants_that_makes_no_sense(tmp_path):
         ("{gpu: v100-16gb, measured_by: records, switch_reduces: true}", "has no bf16"),
         (
             "{gpu: h200-141gb, measured_by: records, switch_reduces: true, like: theirs}",
-            "no entry further up is called so",
+            "no earlier entry has this name",
         ),
         (
             "{gpu: h200-141gb, measured_by: records, switch_reduces: true, like: mine}",
-            "no entry further up is called so",
+            "no earlier entry has this name",
         ),
         (
             "{gpu: h200-141gb, measured_by: records, switch_reduces: true, rows: {'101': {measured_ms: 0, predicted_ms: 1, left_out_ms: 1}}}",
