@@ -5,7 +5,6 @@ usage: python3 docker/packages.py     while the image is built; needs pip and a 
 Standard library only: this runs before anything is installed.
 """
 
-import os
 import re
 import subprocess
 import sys
@@ -102,7 +101,7 @@ def run(*command: str) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=os.environ | setup.pip_index() | {"NO_COLOR": "1"},
+        env=setup.uv_environment(),
     )
     if done.returncode:
         raise UserError(f"{Path(command[0]).name} failed:\n{done.stdout.strip()}")

@@ -356,7 +356,7 @@ class Uv:
                 stderr=subprocess.STDOUT,
                 text=True,
                 errors="replace",
-                env={"UV_SYSTEM_CERTS": "1", **pip_index(), **os.environ, "NO_COLOR": "1"},
+                env=uv_environment(),
                 pass_fds=[self.lock],  # should a set-up be killed, the next one waits for its uv
             ) as uv,
         ):
@@ -401,6 +401,11 @@ class Uv:
         errors = re.findall(r"^(?:error: |  cause: )(.*)", text, re.MULTILINE)
         lines = [errors[0], *errors[-1:]] if errors[1:] else errors or text.splitlines()[-3:]
         return "\n".join([f"uv failed; all it printed: {self.log}", *lines, *causes])
+
+
+def uv_environment() -> dict[str, str]:
+    """The environment that uv gets: certificates of the system, as a proxy may have its own."""
+    return {"UV_SYSTEM_CERTS": "1", **pip_index(), **os.environ, "NO_COLOR": "1"}
 
 
 @cache
