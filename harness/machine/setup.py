@@ -37,9 +37,9 @@ BASE = Path(sys._base_executable).resolve()
 """The running interpreter, or the one that its virtual environment was made with."""
 
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-# Free disk that a set-up takes, by the build of PyTorch it brings: the environment and the
-# download, which uv's cache shares with it by hard links. Measured on x86-64 with Python 3.12.
-DISK_MIB = {"none": 300, "cpu": 2000, "cuda": 8000}
+# Free disk that a set-up needs, by the build of PyTorch it brings: what is installed, and a margin.
+# uv unpacks downloads into its cache and links them from there, so a file takes its room once.
+DISK_MIB = {"none": 300, "cpu": 1500, "cuda": 6000}
 # What a set-up with PyTorch downloads and what it then takes, in MiB: (download, installed). CUDA's
 # build, from PyPI: summed over wheels and files of the heavy stage (torch 2.11.0, Python 3.12,
 # x86-64); 3,376 MiB of 4,741 are CUDA's packages and Triton. PyPI's PyTorch does not import without
@@ -48,8 +48,7 @@ DISK_MIB = {"none": 300, "cpu": 2000, "cuda": 8000}
 SIZES_MIB = {"cpu": (260, 950), "cuda": (2700, 4750)}
 # A compiler builds this package here, so uv.lock cannot know the hash of its wheel.
 BUILT_HERE = "transformer-engine-torch"
-# What a stage must be able to do; other stages must import what they pin. The heavy stage's other
-# packages are left to the run: importing them all takes as long as installing them.
+# What a stage must be able to do besides importing what it pins.
 PROOFS = {
     "heavy": """
 import torch.distributed
@@ -172,8 +171,7 @@ def bring(env: Venv, stages: list[str], device: Device, uv: "Uv") -> None:
                 f"uv.lock has other versions than pyproject.toml pins: {', '.join(lacking)}\n"
                 "write it anew: uv lock"
             )
-        imports = "\n".join(f"import {module(r)}" for r in requirements(stage))
-        proof = env.run(PROOFS.get(stage, imports))
+        proof = env.run(proof_of(stage))
         if proof.returncode:
             reason = (proof.stderr.strip() or "killed").splitlines()[-1]
             raise Unproven(f"{stage} is installed, but does not work: {reason}")
@@ -181,6 +179,17 @@ def bring(env: Venv, stages: list[str], device: Device, uv: "Uv") -> None:
         half.write_text(env.stamp_text(stage))
         half.replace(env.stamp(stage))
     say(f"{', '.join(due)}: ready after {time.monotonic() - started:.0f} s")
+
+
+def proof_of(stage: str) -> str:
+    """Python code that fails unless ``stage`` works.
+
+    The packages of the heavy stage are left to the run: importing them takes longer than installing
+    them from the cache.
+    """
+    left_out = set(requirements("heavy")) - set(requirements("light"))
+    pins = [r for r in requirements(stage) if r not in left_out]
+    return "".join(f"import {module(r)}\n" for r in pins) + PROOFS.get(stage, "")
 
 
 def forget_cpu_torch(env: Venv) -> None:
