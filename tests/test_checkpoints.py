@@ -328,7 +328,7 @@ def test_weights_of_a_run_bring_its_model_on_sequences_as_long_as_it_has_positio
     )
     assert resolved.with_settings(e, {"WEIGHTS": run.label, "SEQ": "32"}, tmp_path).seq_length == 32
     assert e.seq_length == 1024, "given, although the row says the same"
-    with pytest.raises(UserError, match="seq 1024: positions were learned up to 64"):
+    with pytest.raises(UserError, match="SEQ=1024: positions were learned up to 64"):
         resolved.with_settings(e, {"WEIGHTS": run.label, "SEQ": "1024"}, tmp_path)
     with pytest.raises(
         UserError, match=f"WEIGHTS=nothing: .*{run.label}\n.*make import-hf brings some"

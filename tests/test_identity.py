@@ -35,6 +35,7 @@ from harness.run.checkpoints import FAILED, TRACKER, Loading, Saving
 from harness.run.directory import RunDir
 from harness.run.schema import Change, Result, StepMetrics
 from harness.run.step_statistics import measure
+from harness.system import locks
 from harness.system.files import write_json
 
 
@@ -319,10 +320,20 @@ def test_a_run_that_was_killed_in_its_first_save_begins_anew_and_says_so(tmp_pat
     ({"SAVE": "elsewhere"}, "SAVE=elsewhere: 101-.* keeps its checkpoints in .*/checkpoints, where RESUME= looks for them"),
 ])  # fmt: skip
 def test_a_resumed_run_keeps_its_checkpoints_where_they_are(tmp_path, settings, said):
-    kept(tmp_path, "101", 5)
+    run = kept(tmp_path, "101", 5)
     with pytest.raises(UserError, match=said):
         planned(tmp_path, RESUME="1", **settings)
-    assert planned(tmp_path, RESUME="1", SAVE="1").extras.saving == Saving(5, 2)
+    for where in ("1", str(run.checkpoints)):
+        assert planned(tmp_path, RESUME="1", SAVE=where).extras.saving == Saving(5, 2)
+
+
+def test_a_further_node_resumes_the_run_that_node_0_has_locked(tmp_path):
+    there = {"DP": "2", "GBS": "2", "NODES": "2", "RENDEZVOUS": "a:1"}
+    run = kept(tmp_path, "101", 5, **there)
+    locks.take(run.path)
+    with pytest.raises(UserError, match=r"RESUME=1: 101-\S+ still runs"):
+        planned(tmp_path, RESUME="1", NODE_RANK="0", **there)
+    assert planned(tmp_path, RESUME="1", NODE_RANK="1", **there).resumes == run
 
 
 def test_a_run_that_kept_none_is_not_resumed_whatever_save_says(tmp_path):

@@ -60,12 +60,12 @@ def holds_experiment(value: object) -> bool:
 @pytest.mark.parametrize(
     ("id_", "settings", "device", "returns"),
     [
-        ("101", {}, "cpu", 5),
-        ("101", {}, "cuda", 5),
-        ("408", {}, "cpu", 5),
-        ("802", {"WEIGHTS": "before"}, "cpu", 5),
-        ("101", {"LOAD": "before", "STEPS": "30"}, "cpu", 5),
-        ("101", {"RESUME": "1"}, "cpu", 8),
+        ("101", {}, "cpu", 4),
+        ("101", {}, "cuda", 1),
+        ("408", {}, "cpu", 4),
+        ("802", {"WEIGHTS": "before"}, "cpu", 4),
+        ("101", {"LOAD": "before", "STEPS": "30"}, "cpu", 4),
+        ("101", {"RESUME": "1"}, "cpu", 7),
     ],
 )
 def test_each_stage_is_entered_once_and_few_modules_twice(
@@ -79,7 +79,7 @@ def test_each_stage_is_entered_once_and_few_modules_twice(
     entered = modules_of(asked | settings, id_, device)
     stages = [name.removeprefix("planning/") for name in entered]
     in_order = list(dict.fromkeys(name for name in stages if name in STAGES))
-    assert in_order == STAGES and stages[0] == stages[-1] == "plan"
+    assert in_order == STAGES and stages[0] == "plan"
     assert len(entered) <= 20 and len(entered) - len(set(entered)) <= returns, entered
 
 

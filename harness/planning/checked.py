@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from harness.data import data_sets
@@ -15,6 +14,7 @@ from harness.planning import run_to_resume
 from harness.planning.checkpoint_fits import check_fits, check_model
 from harness.planning.placed import PlacedRun
 from harness.planning.resolved import ResolvedRun
+from harness.planning.script import Extras, Plan
 from harness.run import checkpoints, finding
 from harness.run.checkpoints import Loading
 from harness.run.directory import still_runs
@@ -30,21 +30,7 @@ GRAPHS_DROP = (
 )
 
 
-@dataclass(frozen=True)
-class CheckedRun:
-    """A run that can start.
-
-    Attributes:
-        loading: the checkpoint that it begins with; None: none.
-        notices: what its user should know before it starts.
-    """
-
-    placed: PlacedRun
-    loading: Loading | None
-    notices: tuple[str, ...]
-
-
-def check(placed: PlacedRun) -> CheckedRun:
+def check(placed: PlacedRun) -> Plan:
     """Check ``placed``, and find the checkpoint that it begins with.
 
     Raises:
@@ -67,7 +53,19 @@ def check(placed: PlacedRun) -> CheckedRun:
     loading = _resumed_checkpoint(placed, notices.append) if placed.resumed else None
     if loading is None and experiment.load:
         loading = _loaded_checkpoint(placed, notices.append)
-    return CheckedRun(placed, loading, tuple(notices))
+    request, resumed = fitted.resolved.request, placed.resumed
+    return Plan(
+        full=fitted.resolved.experiment,
+        experiment=experiment,
+        device=request.device,
+        place=placed.place,
+        outdir=request.outdir,
+        headline="; ".join(fitted.remarks) or None,
+        extras=Extras(placed.saving, loading, request.tracking),
+        resumes=resumed and resumed.run,
+        changed=resumed.changed if resumed else (),
+        notices=tuple(notices),
+    )
 
 
 def _check_data(resolved: ResolvedRun, experiment: Experiment) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from harness.errors import UserError
 from harness.experiment import command_line
-from harness.experiment.experiment import Experiment
 from harness.planning import run_to_resume
 from harness.planning.fitted import FittedRun
+from harness.planning.request import RunRequest
 from harness.planning.run_to_resume import RunToResume
 from harness.planning.script import Place
 from harness.run.checkpoints import Saving
@@ -37,15 +37,21 @@ def place(fitted: FittedRun) -> PlacedRun:
     Raises:
         UserError: a setting is malformed, or there is no run to resume.
     """
-    request = fitted.resolved.request
-    here = _place(request.settings, fitted)
-    if request.resume is None:
-        return PlacedRun(fitted, here, None, _saving(request.settings, fitted.experiment))
-    resumed = run_to_resume.find(fitted)
-    return PlacedRun(fitted, here, resumed, _saving_as_before(request.settings, resumed.saving))
+    request, experiment = fitted.resolved.request, fitted.experiment
+    here = _place(request, fitted.memory_fraction)
+    if request.resume:
+        resumed = run_to_resume.find(fitted)
+        return PlacedRun(fitted, here, resumed, _saving(request.settings, resumed.saving))
+    if not (experiment.save_every or {"SAVE", "SAVE_EVERY", "KEEP"} & request.settings.keys()):
+        return PlacedRun(fitted, here, None, None)
+    where = request.settings.get("SAVE")
+    folder = Path(where).resolve() if where not in (None, "1") else None
+    row = Saving(experiment.save_every or experiment.steps, experiment.keep, folder)
+    return PlacedRun(fitted, here, None, _saving(request.settings, row))
 
 
-def _place(settings: Mapping[str, str], fitted: FittedRun) -> Place:
+def _place(request: RunRequest, memory_fraction: float | None) -> Place:
+    settings = request.settings
     ids = settings.get("GPUS_IDS")
     gpu_ids = (
         tuple(command_line.count("GPUS_IDS", i, least=0) for i in ids.split(",")) if ids else None
@@ -56,29 +62,18 @@ def _place(settings: Mapping[str, str], fitted: FittedRun) -> Place:
     if rendezvous and not (host and port.isdigit()):
         raise UserError(f"RENDEZVOUS={rendezvous}: expected host:port, such as node0:29500")
     return Place(
-        "$SLURM_NODEID" if fitted.resolved.request.slurm else str(node_rank),
+        "$SLURM_NODEID" if request.slurm else str(node_rank),
         rendezvous,
         gpu_ids,
-        fitted.memory_fraction,
+        memory_fraction,
     )
 
 
-def _saving(settings: Mapping[str, str], experiment: Experiment) -> Saving | None:
-    """How a new run keeps checkpoints: as the settings say, else as the experiment's row says."""
-    where = settings.get("SAVE")
-    wanted = {"SAVE", "SAVE_EVERY", "KEEP"} & settings.keys()
-    if where == "0" or not (wanted or experiment.save_every):
+def _saving(settings: Mapping[str, str], default: Saving) -> Saving | None:
+    """How often checkpoints are saved and how many are kept: as the settings say, else as in
+    ``default``; None with ``SAVE=0``."""
+    if settings.get("SAVE") == "0":
         return None
-    folder = Path(where).resolve() if where not in (None, "1") else None
-    every = command_line.count_in(settings, "SAVE_EVERY")
-    keep = command_line.count_in(settings, "KEEP")
-    every = every or experiment.save_every or experiment.steps
-    return Saving(every, keep or experiment.keep, folder)
-
-
-def _saving_as_before(settings: Mapping[str, str], before: Saving) -> Saving:
-    """How a resumed run keeps checkpoints: in the same folder, as often as before unless the
-    settings say otherwise."""
-    every = command_line.count_in(settings, "SAVE_EVERY")
-    keep = command_line.count_in(settings, "KEEP")
-    return Saving(every or before.every, keep or before.keep, before.folder)
+    every = command_line.count_in(settings, "SAVE_EVERY") or default.every
+    keep = command_line.count_in(settings, "KEEP") or default.keep
+    return Saving(every, keep, default.folder)

@@ -1,14 +1,14 @@
-"""Last stage: the bash script that ``make show-<id>`` prints, ``make <id>`` executes, and a run
-directory keeps."""
+"""Last stage: a plan that can be launched, and its bash script, which ``make show-<id>`` prints."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shlex
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -16,7 +16,9 @@ from harness import ROOT
 from harness.data import data_sets
 from harness.data.splits import samples_of
 from harness.experiment.experiment import Experiment
+from harness.experiment.identity import Difference
 from harness.run.checkpoints import Loading, Saving
+from harness.run.directory import RunDir
 from harness.system.screen import harmless
 from harness.upstreams.megatron_lm.environment import variables
 from harness.upstreams.megatron_lm.flags import (
@@ -59,7 +61,47 @@ class Extras:
     tracking: Tracking | None = None
 
 
-NOTHING_ELSE = Extras()
+@dataclass(frozen=True)
+class Plan:
+    """One run, ready to launch.
+
+    Attributes:
+        full: the experiment at full size.
+        experiment: what runs on ``device``.
+        headline: in what it differs from the published run; None: in nothing.
+        resumes: the run directory of the run that it resumes.
+        changed: settings in which it differs from the run that it resumes.
+        notices: what its user should know before it starts.
+    """
+
+    full: Experiment
+    experiment: Experiment
+    device: Device
+    place: Place
+    outdir: Path
+    headline: str | None
+    extras: Extras = Extras()
+    resumes: RunDir | None = None
+    changed: tuple[Difference, ...] = ()
+    notices: tuple[str, ...] = ()
+
+    @property
+    def first_step(self) -> int:
+        """The step after which it resumes; 0 where it begins anew."""
+        loading = self.extras.loading
+        return loading.step if loading and not loading.only_weights else 0
+
+    def script(self, gpu_ids: tuple[int, ...] | None = None) -> str:
+        """The run's bash script, on these GPUs (by default those of ``place``)."""
+        place = self.place if gpu_ids is None else replace(self.place, gpu_ids=gpu_ids)
+        return render(
+            self.experiment,
+            self.device,
+            place,
+            headline=self.headline,
+            apex=importlib.util.find_spec("apex") is not None,
+            extras=self.extras,
+        )
 
 
 def render(
@@ -69,7 +111,7 @@ def render(
     *,
     headline: str | None = None,
     apex: bool = False,
-    extras: Extras = NOTHING_ELSE,
+    extras: Extras = Extras(),
 ) -> str:
     """The whole script for ``experiment``.
 
