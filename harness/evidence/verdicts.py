@@ -1,4 +1,4 @@
-"""Claims as people and programs read them: terminal, Markdown, JSON."""
+"""Evaluated claims as text: for the terminal, as Markdown or JSON."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def render(
     colour: bool = False,
     titles: Mapping[int, str] | None = None,
 ) -> str:
-    """The claims by chapter as text without a final newline.
+    """The claims by chapter, without a final newline.
 
     Args:
         format: ``terminal``, ``markdown`` (a table for each chapter) or ``json`` (a list of
@@ -117,11 +118,23 @@ def print_claims(records: Path, settings: Mapping[str, str]) -> int:
     return 0
 
 
+def values(found: Sequence[Evaluated], sources: Sequence[NumberSource]) -> list[dict[str, Any]]:
+    """The claims as plain values, for JSON."""
+    return [_values(one, sources) for one in found]
+
+
+def counted(sides: Iterable[Side]) -> str:
+    """The number of sides with each verdict: ``30 hold, 5 fail``."""
+    count = Counter(side.verdict for side in sides)
+    return ", ".join(
+        f"{count[verdict]} {plural}" for verdict, plural in PLURALS.items() if count[verdict]
+    )
+
+
 def _names(sources: Sequence[NumberSource]) -> list[str]:
-    """Short names of the columns: ``ours`` and ``published``, with the hardware where there are
-    several of ours."""
-    ours = sum(source.key == "ours" for source in sources)
-    return [source.title if source.key == "ours" and ours > 1 else source.key for source in sources]
+    """Names of the columns: ``published``, and ``ours`` or, where there are several, its title."""
+    several = sum(source.key == "ours" for source in sources) > 1
+    return [source.title if source.key == "ours" and several else source.key for source in sources]
 
 
 def _terminal(
@@ -132,61 +145,45 @@ def _terminal(
     width: int,
     colour: bool,
 ) -> str:
-    out = [screen.paint(title, screen.BOLD, colour)]
+    wrap = partial(textwrap.wrap, width=width, break_long_words=False, break_on_hyphens=False)
     column = max(map(len, names))
+    hang = " " * (len(INDENT) + column + 2)
+    out = [screen.paint(title, screen.BOLD, colour)]
     for one in ones:
         claim = one.claim
-        out += ["", *textwrap.wrap(f"{claim.name}: {claim.says}", width)]
-        out += textwrap.wrap(
-            f"{claim.formula.text} must be {claim.bound.text}",
-            width,
-            initial_indent=INDENT,
-            subsequent_indent=2 * INDENT,
-            break_long_words=False,
-        )
+        out += ["", *wrap(f"{claim.name}: {claim.says}")]
+        must = f"{claim.formula.text} must be {claim.bound.text}"
+        out += wrap(must, initial_indent=INDENT, subsequent_indent=2 * INDENT)
         for source, name, side in zip(sources, names, one.sides, strict=True):
-            start, hang = f"{INDENT}{name:{column}}  ", " " * (len(INDENT) + column + 2)
-            line = f"{start}{_verdict(side)}{INDENT}{_numbers(side)}".rstrip()
-            wrapped = textwrap.wrap(
-                line, width, subsequent_indent=hang, break_long_words=False, break_on_hyphens=False
-            )
+            line = f"{INDENT}{name:{column}}  {_verdict(side)}{INDENT}{_numbers(side)}"
+            first, *rest = wrap(line.rstrip(), subsequent_indent=hang)
             painted = screen.paint(side.verdict, COLOURS.get(side.verdict, ""), colour)
-            out += [wrapped[0].replace(f"  {side.verdict}", f"  {painted}", 1), *wrapped[1:]]
+            out += [first.replace(f"  {side.verdict}", f"  {painted}", 1), *rest]
             if reason := _reason(one, source, side):
-                out += textwrap.wrap(
-                    f"because {reason}", width, initial_indent=hang, subsequent_indent=hang
-                )
+                out += wrap(f"because {reason}", initial_indent=hang, subsequent_indent=hang)
     return "\n".join(out)
 
 
 def _markdown(
     title: str, ones: Sequence[Evaluated], sources: Sequence[NumberSource], names: Sequence[str]
 ) -> str:
-    """A table of those columns in which something is measured; the others have their line below
-    it."""
+    """A table of the columns with a measured value, and below it the reasons of failures."""
     shown = [i for i in range(len(names)) if any(one.sides[i].value is not None for one in ones)]
     lines, reasons = [], []
     for one in ones:
-        cells = [_cell(one, one.sides[i]) for i in shown]
-        lines.append(
-            [
-                f"`{one.claim.name}` {one.claim.says}",
-                f"`{one.claim.formula.text}` {one.claim.bound.text}",
-                *cells,
-            ]
-        )
+        claim = one.claim
+        words = [f"`{claim.name}` {claim.says}", f"`{claim.formula.text}` {claim.bound.text}"]
+        lines.append([*words, *(_cell(one, one.sides[i]) for i in shown)])
         for source, name, side in zip(sources, names, one.sides, strict=True):
             if reason := _reason(one, source, side):
-                reasons.append(f"- {one.claim.name} {side.verdict} ({name}): {reason}")
-    table = markdown.table(
-        ["claim", "must hold", *(names[i] for i in shown)], lines, "l" * (2 + len(shown))
-    )
+                reasons.append(f"- {claim.name} {side.verdict} ({name}): {reason}")
+    head = ["claim", "must hold", *(names[i] for i in shown)]
+    table = markdown.table(head, lines, "l" * len(head))
     return "\n".join([f"**{title}**", "", table, *([""] if reasons else []), *reasons])
 
 
 def _cell(one: Evaluated, side: Side) -> str:
-    """The verdict, and what the formula does not say: what was measured in place of its
-    experiments, and remarks."""
+    """The verdict with its value; experiments that stood in for the formula's; remarks."""
     if side.value is None:
         doubts = [experiment for experiment in side.missing if "(" in experiment]
         return f"{side.verdict}: {', '.join(doubts)}" if doubts else side.verdict
@@ -206,22 +203,14 @@ def _summary(
         out.append(f"{bullet}{name}: {said}" + f" ({source.title})" * (source.title != name))
     if bullet:
         out.append(
-            f"{bullet}by: measured with these in place of the formula's; `make claims` prints every"
-            " number"
+            f"{bullet}by: measured with these in place of the formula's experiments;"
+            " `make claims` prints every number"
         )
     out.append(
-        f"{bullet}±: twice the standard uncertainty; undecided: what must hold begins within it."
-        " Published numbers state none."
+        f"{bullet}±: twice the standard uncertainty; undecided: the bound holds in a part of that"
+        " range. Published numbers state no uncertainty."
     )
     return out
-
-
-def counted(sides: Iterable[Side]) -> str:
-    """The number of sides with each verdict: ``30 hold, 5 fail``."""
-    count = Counter(side.verdict for side in sides)
-    return ", ".join(
-        f"{count[verdict]} {plural}" for verdict, plural in PLURALS.items() if count[verdict]
-    )
 
 
 def _verdict(side: Side) -> str:
@@ -233,7 +222,7 @@ def _verdict(side: Side) -> str:
 
 
 def _numbers(side: Side) -> str:
-    """What the value was made of, or what is missing: ``step_ms: 2,920 [401], 875 [408]``."""
+    """The numbers behind the value, or those missing: ``step_ms: 2,920 [401], 875 [408]``."""
     if side.value is None:
         return ", ".join(side.missing).replace(", or ", " or ")
     by_name: dict[str, list[str]] = {}
@@ -253,11 +242,6 @@ def _short(value: float) -> str:
         return f"{value:.0f}"
     size = abs(value)
     return f"{value:,.{0 if size >= 1000 else 1 if size >= 10 else 2 if size >= 1 else 3}f}"
-
-
-def values(found: Sequence[Evaluated], sources: Sequence[NumberSource]) -> list[dict[str, Any]]:
-    """The claims as plain values, as JSON has them."""
-    return [_values(one, sources) for one in found]
 
 
 def _values(one: Evaluated, sources: Sequence[NumberSource]) -> dict[str, Any]:

@@ -1,2 +1,1 @@
-"""`make report`: one self-contained HTML page of every run and record, readable without a
-network."""
+"""`make report`: one self-contained HTML page of every run and record, without a network."""
