@@ -1,11 +1,11 @@
-"""What the harness costs: `make <id>` beside the bare torchrun command it prints, and beside
-upstream's script on GPUs.
+"""Overhead of the harness: `make <id>` against the torchrun command it prints, and on GPUs against
+upstream's script.
 
     .venv/bin/python benchmarks/overhead.py [ID] [STEPS] [PAIRS]     writes
                                                                      benchmarks/overhead-<device>.json
 
-The same run is done in turn, pair by pair. Start-up is the time of the whole process less that of
-its steps; step times are upstream's own, from the line it prints a step (median of step 6 to last).
+The commands run in turn, pair by pair. Start-up is the time of the whole process less that of its
+steps. Step times are upstream's own, from the line it prints for each (median from step 6).
 """
 
 import json

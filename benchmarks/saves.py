@@ -1,9 +1,7 @@
-"""What an asynchronous save adds to the steps that it overlaps: ``python benchmarks/saves.py
-outdir/LABEL``.
+"""How much an asynchronous save slows the steps it overlaps: ``python benchmarks/saves.py outdir/LABEL``.
 
-A save that training handed over after step n and that was whole at step m overlapped steps n+1 to
-m. They are compared with the steps of the same run that no save overlapped; what training waited
-for the hand-over is counted to them.
+A save begun after step n and complete at step m overlaps steps n+1 to m. They are compared with the
+steps of the same run without a save. The time that training waited for the save to start is added.
 """
 
 import json
@@ -20,8 +18,7 @@ FIRST = 6
 
 
 def cost(run: RunDir) -> dict[str, float]:
-    """Medians of steps with and without a save beside them, in ms, and what a save adds to those it
-    overlaps, as a share."""
+    """Median step time with and without a save, in ms, and what a save adds, as a share."""
     steps = {m.step: m.step_ms for m in run.read_metrics() if m.step >= FIRST}
     saves = [save for save in run.read_saves() if save.asynchronous]
     beside = {
@@ -32,7 +29,7 @@ def cost(run: RunDir) -> dict[str, float]:
     }
     alone = [ms for step, ms in steps.items() if step not in beside]
     if not beside or not alone:
-        sys.exit(f"{run.label}: no step beside a save, or none without")
+        sys.exit(f"{run.label}: no step overlaps a save, or all do")
     alone_ms = statistics.median(alone)
     waited_ms = statistics.median(save.blocked_ms for save in saves[1:] or saves)
     each = statistics.median(max(save.whole_at_step - save.step, 1) for save in saves)

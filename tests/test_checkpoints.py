@@ -239,7 +239,7 @@ def test_an_empty_or_torn_tracker_gives_way_to_the_newest_whole_checkpoint(
     tracker.write_bytes(torn)
     for step in (10, 20):
         flip(tmp_path / f"iter_{step:07d}" / "__0_0.distcp", 5)
-    with pytest.raises(UserError, match="no checkpoint beside it is whole"):
+    with pytest.raises(UserError, match="no checkpoint in its folder is complete"):
         upstreams_reader(tracker)
 
 

@@ -185,7 +185,7 @@ def _survive_a_bad_tracker() -> None:
             return read(tracker)
         newest = checkpoints.newest_whole(Path(tracker).parent)
         if newest is None:
-            raise UserError(f"{tracker} is empty, and no checkpoint beside it is whole")
+            raise UserError(f"{tracker} is empty, and no checkpoint in its folder is complete")
         print(
             f"WARNING: {tracker} is empty; the newest whole checkpoint is {newest.path.name}",
             flush=True,

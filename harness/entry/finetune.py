@@ -75,11 +75,11 @@ def _load_both(training, holding, args) -> None:
 
     @wraps(load)
     def load_both(*arguments, **kwargs):
-        asked = {name: getattr(args, name) for name in ("load", "ckpt_step", "finetune")}
+        given = {name: getattr(args, name) for name in ("load", "ckpt_step", "finetune")}
         args.load = args.ckpt_step = None
         with holding.the_base():
             begun = load(*arguments, **kwargs)
-        vars(args).update(asked)
+        vars(args).update(given)
         return load(*arguments, **kwargs) if checkpoint_exists(args.load) else begun
 
     training.load_checkpoint = load_both

@@ -19,8 +19,8 @@ def main() -> None:
     """Answer the request in the folder that ``HARNESS_GENERATE`` names."""
     end_with(os.getppid())
     folder = Path(os.environ[REQUEST_VARIABLE])
-    asked = json.loads((folder / "request.json").read_text(encoding="utf-8"))
-    sampling = Sampling(**asked["sampling"])
+    request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
+    sampling = Sampling(**request["sampling"])
     with failures.ended_at_once(None):
         tree = rank.prepare()
         from megatron.training import training
@@ -29,7 +29,7 @@ def main() -> None:
 
         def build_and_sample(*args, **kwargs) -> NoReturn:
             model = build(*args, **kwargs)[0]
-            pair = asked["conversations"]
+            pair = request["conversations"]
             answer = compare(model[0], Path(pair)) if pair else sample(model[0], sampling)
             (folder / "answer.json").write_text(json.dumps(answer), encoding="utf-8")
             sys.exit(0)
@@ -46,12 +46,12 @@ def sample(model, sampling: Sampling) -> dict[str, object]:
 
     tokenizer = get_tokenizer()
     prompt = list(tokenizer.tokenize(sampling.prompt))
-    said = continuation(model, prompt, sampling)
-    shown = said[:-1] if said[-1] == getattr(tokenizer, "eod", None) else said
+    answered = continuation(model, prompt, sampling)
+    shown = answered[:-1] if answered[-1] == getattr(tokenizer, "eod", None) else answered
     return {
         "text": tokenizer.detokenize(prompt + shown),
         "prompt_tokens": len(prompt),
-        "tokens": len(said),
+        "tokens": len(answered),
     }
 
 
@@ -73,14 +73,16 @@ def compare(model, pair: Path) -> dict[str, object]:
             (data[n].tolist(), data[n + 1].tolist()) for n in range(first, behind, 2)
         ):
             before += read
-            said = continuation(model, before, Sampling("", tokens=len(answer), temperature=0.0))
+            answered = continuation(
+                model, before, Sampling("", tokens=len(answer), temperature=0.0)
+            )
             answers += 1
-            if said != answer:
+            if answered != answer:
                 others.append(
                     [
                         tokenizer.detokenize(read),
                         tokenizer.detokenize(answer),
-                        tokenizer.detokenize(said),
+                        tokenizer.detokenize(answered),
                     ]
                 )
             before += answer

@@ -64,7 +64,7 @@ def run_plan(
 
 
 def check_ready(plan: Plan) -> None:
-    """Check what only this machine can tell: packages, GPUs, weights, data.
+    """Check this machine: packages, GPUs, weights, data.
 
     Raises:
         UserError: a package is missing, a GPU lacks a feature, the weights that ``plan`` starts

@@ -129,7 +129,7 @@ def classify(evidence: Evidence, experiment: Experiment) -> RunOutcome:
         return RunOutcome(
             "crash",
             f"it ended without an error {progress}",
-            advice="the end of logs.txt may tell why",
+            advice="the end of logs.txt may say why",
         )
     if evidence.exit_code == 0:
         return RunOutcome("ok")
@@ -304,7 +304,7 @@ RULES = (
     _rule(
         r"ended by SIGKILL",
         "crash",
-        "someone killed it, or a limit of its container did: dmesg may tell",
+        "a user or a limit of its container killed it: dmesg may say which",
         anywhere=False,
     ),
     _rule(r"ended by SIGTERM|SignalException", "killed", "the results so far are kept"),
@@ -338,8 +338,8 @@ _LAST_WORDS = re.compile(
 def _first_error(evidence: Evidence, experiment: Experiment) -> RunOutcome:
     summary = list(_from_summary(evidence))
     failures = [*_from_rank_files(evidence), *_from_log(evidence.log)]
-    said = {failure.rank for failure in failures if failure.message}
-    failures += [failure for failure in summary if failure.message or failure.rank not in said]
+    explained = {failure.rank for failure in failures if failure.message}
+    failures += [failure for failure in summary if failure.message or failure.rank not in explained]
     first = min(
         failures, key=lambda f: (f.is_echo, not f.message, f.time), default=Failure(None, "")
     )
@@ -408,8 +408,8 @@ def _from_summary(evidence: Evidence) -> Iterator[Failure]:
 
 def _signalled(number: int, evidence: Evidence) -> str:
     text = f"ended by {_signal_name(number)}"
-    if number == signal.SIGABRT and (said := _LAST_WORDS.search(evidence.log)):
-        return f"{text}: {' '.join(said[0].split())}"
+    if number == signal.SIGABRT and (last := _LAST_WORDS.search(evidence.log)):
+        return f"{text}: {' '.join(last[0].split())}"
     if number != signal.SIGKILL:
         return text
     if evidence.oom_kills:

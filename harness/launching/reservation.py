@@ -41,7 +41,7 @@ class Reservation:
     peers: Peers = field(default_factory=Peers)
 
     def abandon(self, why: object) -> None:
-        """Remove what was made for a run that is refused before it starts; tell the peers why."""
+        """Remove what was made for a run that is refused; send the peers ``why``."""
         self.peers.send({"ended": {"status": "bad-configuration", "detail": str(why)}})
         self.peers.close()
         for folder in self.made:
@@ -102,7 +102,7 @@ def _lock_run(run_dir: RunDir, report: Callable[[str], None]) -> None:
 
 
 def _lock_save_folder(folder: Path, report: Callable[[str], None]) -> None:
-    """Lock ``folder``. The run whose directory it lies in, if any, must be over."""
+    """Lock ``folder``. The run whose directory it is in, if any, must be over."""
     try:
         if holder := locks.holder(folder.parent):
             raise locks.Taken(folder.parent, holder)

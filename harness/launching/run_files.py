@@ -77,7 +77,7 @@ class RunFiles:
     def result(
         self, found: RunOutcome, metrics: Sequence[StepMetrics], memory: MemoryGib, **more: object
     ) -> Result:
-        """The result of the run, over just now; ``more``: fields that only its launcher knows."""
+        """The result of a run that ends now; ``more``: fields that only its launcher knows."""
         experiment = self._plan.experiment
         evaluations = [v for v in self._dir.read_validation() if v.split == "validation"]
         detail = found.detail

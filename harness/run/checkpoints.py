@@ -1,7 +1,7 @@
 """Checkpoints on disk: whether complete, their size, contents and deletion. Needs no torch.
 
 FOLDER/iter_0000100/                         the checkpoint of step 100, as upstream writes it
-    __<rank>_<n>.distcp, .metadata           tensors, and which of them lies where
+    __<rank>_<n>.distcp, .metadata           tensors, and where each of them is
     metadata.json                            written after them (torch_dist only)
     integrity.json                           written last: checksums of all files (``checksums``)
 FOLDER/latest_checkpointed_iteration.txt     upstream's tracker: the newest step
@@ -348,9 +348,9 @@ def _failed_to_load(path: Path) -> str | None:
     """The damage of a checkpoint that upstream could not load; a new save replaces its folder."""
     if not (path / FAILED).exists():
         return None
-    said = json_object("\n".join(text_lines(path / FAILED))) or {}
+    known = json_object("\n".join(text_lines(path / FAILED))) or {}
     return (
-        f"it could not be loaded ({said.get('detail', 'no reason is known')}); rm {path / FAILED}"
+        f"it could not be loaded ({known.get('detail', 'no reason is known')}); rm {path / FAILED}"
         " makes RESUME= try it again"
     )
 

@@ -47,8 +47,8 @@ def show(settings: Mapping[str, str], outdir: Path) -> int:
         try:
             if not _answers(board, port):
                 board.terminate()
-                said = (board.stderr.read().strip().splitlines() or ["it did not answer"])[-1]
-                raise UserError(f"TensorBoard did not start: {said}\nmake setup installs it")
+                last = (board.stderr.read().strip().splitlines() or ["it did not answer"])[-1]
+                raise UserError(f"TensorBoard did not start: {last}\nmake setup installs it")
             print(
                 f"TensorBoard of {folder}: http://localhost:{port}/  (Ctrl-C ends it)\n"
                 f"from another machine: ssh -L {port}:localhost:{port} {socket.gethostname()}",

@@ -56,8 +56,8 @@ class _StrictLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         found.lines = {self.construct_object(key): key.start_mark.line + 1 for key, _ in node.value}
 
     @staticmethod
-    def _wrong(node: yaml.Node, said: str) -> yaml.constructor.ConstructorError:
-        return yaml.constructor.ConstructorError(None, None, said, node.start_mark)
+    def _wrong(node: yaml.Node, message: str) -> yaml.constructor.ConstructorError:
+        return yaml.constructor.ConstructorError(None, None, message, node.start_mark)
 
 
 _StrictLoader.add_constructor("tag:yaml.org,2002:map", _StrictLoader.located)
@@ -77,7 +77,7 @@ def read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path.name} is not valid YAML: {error}") from None
     except RecursionError:
         raise UserError(
-            f"{path.name} is not valid YAML: lists or mappings lie too deep in one another"
+            f"{path.name} is not valid YAML: lists or mappings are nested too deep"
         ) from None
     return mapping(content, path.name)
 
@@ -124,7 +124,7 @@ def build[Kind: BaseModel](kind: type[Kind], fields: Mapping[str, Any], where: s
 
 
 def _complaint(error: Mapping[str, Any], kind: type[BaseModel]) -> str:
-    key, said = ".".join(map(str, error["loc"])), error["msg"][0].lower() + error["msg"][1:]
+    key, message = ".".join(map(str, error["loc"])), error["msg"][0].lower() + error["msg"][1:]
     match error["type"]:
         case "extra_forbidden":
             *at, name = error["loc"]
@@ -137,7 +137,9 @@ def _complaint(error: Mapping[str, Any], kind: type[BaseModel]) -> str:
             return f"{key} = {error['input']!r} must match {error['ctx']['pattern']}"
         case _:
             return (
-                f"{key} = {error['input']!r}: {said}" if key else said.removeprefix("value error, ")
+                f"{key} = {error['input']!r}: {message}"
+                if key
+                else message.removeprefix("value error, ")
             )
 
 

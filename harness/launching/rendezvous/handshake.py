@@ -49,7 +49,7 @@ VISIBLE_S = 3
 HELLO_S = 10.0
 """A launcher at RENDEZVOUS says hello within this time; a peer that does not is another program."""
 REFUSAL_S = 3.0
-"""A node that refuses to run tries to tell the others for this long."""
+"""A node that refuses to run tries for this long to send the others its reason."""
 PROTOCOL = "harness"
 """Key of a hello message; its value is the version of the protocol."""
 
@@ -241,7 +241,7 @@ def _admit(
     """
     hosts = {number: known.host for number, known in peers.items()}
     peer.host, node = printable(hello.get("host", "?"))[:255], hello.get("node")
-    # also where its number is taken: who is in peers hears why the run does not start
+    # also where its number is taken: all in peers are sent the reason of a refusal
     peers[node if isinstance(node, int) and node not in peers else -1] = peer
     if hello.get(PROTOCOL) != 1 or not isinstance(node, int):
         raise Refused(

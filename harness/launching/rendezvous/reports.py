@@ -36,8 +36,8 @@ class Reports:
     def send_steps(self, lines: list[str], steps_done: int) -> None:
         """Report new ``lines`` of metrics.jsonl, where the peers do not see that file.
 
-        The node of the last rank, which writes metrics, sends the lines to node 0. Node 0 tells the
-        others how many steps are done, so that their hang detection knows.
+        The node of the last rank, which writes metrics, sends the lines to node 0. Node 0 sends
+        the others the number of steps, so that their hang detection sees progress.
         """
         if self._peers.shares:
             return

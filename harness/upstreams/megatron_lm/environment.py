@@ -46,34 +46,32 @@ def variables(
             Variable(
                 PROFILE_VARIABLE,
                 "-".join(map(str, e.profile)),
-                "the steps of which a trace is kept",
+                "steps to trace",
             )
         )
     if e.data != data_sets.MOCK:
         found.append(
-            Variable(
-                "HF_HUB_OFFLINE", "1", "the tokenizer lies beside the data; nothing is fetched"
-            )
+            Variable("HF_HUB_OFFLINE", "1", "the tokenizer is local; nothing is downloaded")
         )
     if e.until:
         found.append(
             Variable(
                 UNTIL_VARIABLE,
                 f"{e.until.validation_loss:g}",
-                "the held-out loss at which it is done",
+                "loss on held-out data at which the run ends",
             )
         )
     if keep:
-        found.append(Variable(KEEP_VARIABLE, str(keep), "checkpoints that are kept, the newest"))
+        found.append(Variable(KEEP_VARIABLE, str(keep), "checkpoints to keep, the newest"))
     if tracking:
-        found.append(Variable("WANDB_MODE", tracking.mode, "where Weights & Biases hears of it"))
+        found.append(Variable("WANDB_MODE", tracking.mode, "log to Weights & Biases"))
     return found
 
 
 def _cpu(e: Experiment) -> list[Variable]:
     threads = max(1, (os.cpu_count() or 1) // e.ranks_per_node)
     found = [
-        Variable("HARNESS_DEVICE", "cpu", "harness.cpu stands in for CUDA"),
+        Variable("HARNESS_DEVICE", "cpu", "run on harness.cpu, the stand-in for CUDA"),
         Variable("CUDA_DEVICE_MAX_CONNECTIONS", "8", "upstream refuses 1 for FSDP")
         if e.fully_sharded
         else Variable(
@@ -88,7 +86,7 @@ def _cpu(e: Experiment) -> list[Variable]:
             Variable(
                 "GLOO_SOCKET_IFNAME",
                 "lo",
-                "else gloo resolves the host's name, which laptops often cannot",
+                "otherwise gloo resolves the host's name, which fails on many laptops",
             )
         )
     return found
@@ -96,7 +94,7 @@ def _cpu(e: Experiment) -> list[Variable]:
 
 def _cuda(e: Experiment, memory_fraction: float | None) -> list[Variable]:
     found = [
-        Variable("HARNESS_DEVICE", "cuda", "one GPU a rank"),
+        Variable("HARNESS_DEVICE", "cuda", "one GPU per rank"),
         Variable(
             "CUDA_DEVICE_MAX_CONNECTIONS", "8", "FSDP gathers on several queues; upstream refuses 1"
         )
@@ -104,7 +102,7 @@ def _cuda(e: Experiment, memory_fraction: float | None) -> list[Variable]:
         else Variable(
             "CUDA_DEVICE_MAX_CONNECTIONS",
             "1",
-            "one queue: communication starts before the GEMM beside it",
+            "one queue: communication starts before the GEMM that it overlaps",
         ),
         Variable("OMP_NUM_THREADS", "1", "torchrun's own choice for several ranks"),
     ]
@@ -113,7 +111,7 @@ def _cuda(e: Experiment, memory_fraction: float | None) -> list[Variable]:
             Variable(
                 "PYTORCH_CUDA_ALLOC_CONF",
                 f"per_process_memory_fraction:{memory_fraction:.4f}",
-                f"behave as {e.card}: what its memory leaves to the allocator beside CUDA and NCCL",
+                f"emulate {e.card}: its memory less what CUDA and NCCL take there",
             )
         )
     return found

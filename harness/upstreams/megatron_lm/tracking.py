@@ -84,13 +84,13 @@ def check(wanted: Tracking) -> None:
     command = [sys.executable, "-c", LOGIN, str(LOGIN_S)]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode:
-        said = (
+        output = (
             done.stdout.strip().splitlines()
             or done.stderr.strip().splitlines()
             or [f"exit code {done.returncode}"]
         )
         raise UserError(
-            f"WANDB=online: {said[-1]}\n"
+            f"WANDB=online: {output[-1]}\n"
             f"{Path(sys.executable).parent}/wandb login, or WANDB_API_KEY=; "
             "or WANDB=offline, without network: wandb sync sends it later"
         )
