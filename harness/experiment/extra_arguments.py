@@ -234,8 +234,8 @@ def translate(text: str, *, experts: bool = True) -> Translation:
         a setting.
     """
     given = arguments(split(text))
-    by_option = {argument.option: argument for argument in given}
-    if len(by_option) < len(given):
+    named = {argument.option: argument for argument in given}
+    if len(named) < len(given):
         twice = next(a.option for a in given if sum(b.option == a.option for b in given) > 1)
         raise UserError(f"ARGS={text}: {twice} is given twice; leave one out")
     for argument in given:
@@ -244,25 +244,26 @@ def translate(text: str, *, experts: bool = True) -> Translation:
                 f"ARGS: the harness sets {argument.option} itself; use {_OWNED[argument.option]}"
             )
     settings: dict[str, str] = {}
-    fields: dict[str, Any] = {}
-    taken = _recompute(by_option, settings) | _dropout(by_option, settings) | _fusion(by_option)
     model: dict[str, Any] = {}
-    of_model = _groups(by_option, model) | _rope_scaling(by_option, model)
+    fields: dict[str, Any] = {}
+    # options that are settings, then options that are fields
+    taken = _recompute(named, settings) | _dropout(named, settings) | _fusion(named)
+    of_fields = _groups(named, model) | _rope_scaling(named, model)
     for argument in given:
         option = argument.option
-        if option in taken or option in of_model:
+        if option in taken or option in of_fields:
             continue
         if setting := _setting(argument):
             settings |= setting
             taken.add(option)
         elif (option not in _OF_EXPERTS or experts) and (changed := _of_model(argument)):
             model |= changed
-            of_model.add(option)
+            of_fields.add(option)
         elif more := _field(argument):
             fields |= more
-            of_model.add(option)
+            of_fields.add(option)
     rest = tuple(
-        word for a in given if a.option not in taken | of_model for word in a.words if word
+        word for a in given if a.option not in taken | of_fields for word in a.words if word
     )
     kept = tuple(word for a in given if a.option not in taken for word in a.words if word)
     return Translation(settings, model, fields, rest, kept)
