@@ -448,7 +448,5 @@ def _code(path: Path) -> list[str]:
 
 
 def _targets() -> set[str]:
-    rules = (ROOT / "Makefile").read_text() + (ROOT / "experiments" / "targets.mk").read_text()
-    named = set(re.findall(r"^([a-z0-9][\w.-]*):", rules, re.MULTILINE))
     catalog = load_catalog()
-    return named | {each.id for each in catalog.experiments} | set(targets.names(catalog))
+    return {each.id for each in catalog.experiments} | set(targets.names(catalog))

@@ -54,7 +54,6 @@ def test_help_says_the_same_in_a_narrow_terminal() -> None:
             f"width={width}",
             "-f",
             "scripts/help.awk",
-            "Makefile",
             "experiments/targets.mk",
         ]
         return subprocess.run(
