@@ -1,10 +1,10 @@
 # make 101<tab>            run experiment 101; on a machine without a GPU, its CPU miniature
 # make help                everything else
 
-# What the command line sets is text: DATA='$(shell …)' is a data set of an odd name. Make would expand such a value wherever it
-# is used, and when it hands it to a recipe; here each becomes a variable of its own text, before anything uses it. Recipes find
-# values in their environment, never in their own text. (`make 'A:=…'` and `make '$(…)=1'` are make's own language: it expands
-# them before it reads this file.)
+# A value on the command line is text: DATA='$(shell …)' names a data set. Make would expand such a value where it is used, and
+# when it exports it to a recipe. So each one becomes a variable with its own text as value before anything uses it. Recipes read
+# values from their environment, never from their own text. (Make expands `make 'A:=…'` and `make '$(…)=1'` before it reads this
+# file.)
 override GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name)))
 override LETTERS := _ a b c d e f g h i j k l m n o p q r s t u v w x y z A B C D E F G H I J K L M N O P Q R S T U V W X Y Z 0 1 2 3 4 5 6 7 8 9
 override without_letters = $(1)
@@ -17,7 +17,7 @@ override .SHELLFLAGS := -c
 MAKEFLAGS += --no-builtin-rules --no-builtin-variables --no-print-directory
 override .DEFAULT_GOAL := start
 
-# A word of a recipe, whatever is in it; a line break would end the recipe's line.
+# A word of a recipe, quoted for the shell. A line break becomes a space, because it would end the recipe's line.
 override define LINE_BREAK :=
 
 
@@ -26,18 +26,18 @@ override quoted = '$(subst ','\'',$(subst $(LINE_BREAK), ,$(1)))'
 
 # scripts/setup.sh brings .venv up to a stage, then runs its Python. A command installs by itself what else it needs.
 override HARNESS := scripts/setup.sh light -- -m harness
-# The names of the settings given on the command line or in the environment, whose values are in the environment. TAKES has those
-# of the target, as harness/commands.py declares them. Whatever else the command line sets is passed on, too: the harness refuses
-# STEP=20. PASSED may stand there for other programs.
+# WORDS passes the names of the settings that have a value, on the command line or in the environment; the harness reads values
+# from its environment. TAKES lists what the target takes, as harness/commands.py declares it. Whatever else the command line
+# sets is passed too, so that the harness refuses it, except for PASSED: variables of other programs.
 override WORDS = $(if $(strip $(NAMES)),--given $(foreach name,$(NAMES),$(call quoted,$(name))))
 override NAMES = $(foreach key,$(filter-out $(EXPORTED),$(TAKES)),$(if $(value $(key)),$(key))) $(UNKNOWN)
 override UNKNOWN = $(filter-out $(TAKES) $(PASSED),$(GIVEN))
 override PASSED := VENV PYTHON MEGATRON_LM CXX HOME TMPDIR MASTER_% \
   CUDA_% NCCL_% NVTE_% TORCH% PYTORCH_% GLOO_% OMP_% HF_% PIP_% UV_% XDG_% %_PROXY %_proxy WANDB_API_KEY WANDB_BASE_URL
-# What is exported for other programs that use Weights & Biases, or for a cluster, asks for nothing without WANDB= or SLURM=.
+# Exported for other programs, WANDB_… alone does not turn logging on, nor do PARTITION, ACCOUNT and TIME count without SLURM=1.
 override EXPORTED = $(foreach key,$(if $(value WANDB),,$(filter WANDB_%,$(SETTINGS))) $(if $(value SLURM),,PARTITION ACCOUNT TIME), \
   $(if $(filter environment,$(origin $(key))),$(key)))
-# In front of a recipe that does not call the harness: let the harness refuse settings that the target does not take.
+# Starts recipes that do not call the harness: the harness refuses settings that the target does not take.
 override CHECKED = $(if $(UNKNOWN),$(HARNESS) $@ $(WORDS) &&)
 
 include experiments/targets.mk
@@ -47,7 +47,7 @@ include experiments/targets.mk
 start: override LAST := Develop
 start: ; @($(HELP); echo; echo 'make help: all this and every setting, KEY=VALUE, of make 101 KEY=VALUE …')$(PIPED)
 help: ; @$(CHECKED) (($(HELP))$(PIPED))
-# in a pipe, such as to head, the reader may close it early: 128 + SIGPIPE
+# The reader of a pipe, such as head, may close it early: exit status 128 + SIGPIPE.
 override PIPED := || [ $$? -eq 141 ]
 override HELP = if [ -t 1 ]; then width=$${COLUMNS:-$$(stty size 2>/dev/null </dev/tty | cut -d' ' -f2)}; \
     if [ -z "$$NO_COLOR" ] && [ "$$TERM" != dumb ]; then bold=$$(printf '\033[1m') normal=$$(printf '\033[0m'); fi; fi; \
@@ -71,11 +71,11 @@ clean-all:
 	@$(HARNESS) clean ALL=1 $(WORDS)
 	@rm -rf .venv
 
-# `make 101`, `make show-408`, a row newer than targets.mk and every misspelt target land here. That 101 is no target of its own
-# leaves completion one candidate for it.
+# `make 101`, `make show-408`, rows newer than targets.mk and misspelt targets. 101 has no rule of its own, so that completion has
+# one candidate for it.
 .DEFAULT:
 	@$(HARNESS) target $(call quoted,$@) $(WORDS)
-# A goal that is only the name of a file or folder is no target: `make tests` is a typo of `make test`, not up to date.
+# Names of files and folders are no targets: `make tests` is a typo of `make test`; make would call it up to date.
 override FILES := $(filter-out Makefile docs,$(filter $(wildcard *),$(MAKECMDGOALS)))
 ifneq ($(FILES),)
 .PHONY: $(FILES)

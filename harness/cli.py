@@ -21,17 +21,17 @@ def main(argv: list[str] | None = None) -> int:
     0: done; 1: a run failed; 2: a mistake that the user can mend; 130: interrupted.
     """
     words = sys.argv[1:] if argv is None else argv
-    # the output of a live view is all that it does
+    # A live view ends with its reader; other commands finish their work without one.
     output = nullcontext() if words[:1] == ["monitor-gpu"] else lasting_output()
     with output:
         return _status(words)
 
 
 def given(words: Sequence[str]) -> list[str]:
-    """``words``, with the names after ``--given`` as KEY=VALUE, their values from the environment.
+    """``words``, with KEY=VALUE for each name after ``--given``; environment variables have values.
 
-    The Makefile passes values so: in the text of a recipe, a shell would read them. Secrets in
-    ARGS= are replaced by the names of variables.
+    The Makefile passes settings this way, because a shell would interpret a value in the text of a
+    recipe. Secrets in ARGS= are replaced by the names of variables.
     """
     at = words.index("--given") if "--given" in words else len(words)
     found = [*words[:at], *(f"{name}={os.environ.get(name, '')}" for name in words[at + 1 :])]
@@ -51,7 +51,7 @@ def _status(words: list[str]) -> int:
         return 130
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
-            print(f"error: too long for the name of a file: {error.filename}", file=sys.stderr)
+            print(f"error: file name too long: {error.filename}", file=sys.stderr)
             return 2
         if not isinstance(error, BrokenPipeError):
             raise
@@ -61,10 +61,11 @@ def _status(words: list[str]) -> int:
 
 def _dispatch(words: list[str]) -> int:
     name, *words = words
-    if name == "target":  # make has no rule for it
+    if name == "target":  # of .DEFAULT in the Makefile
         from harness.make import targets
 
         name, *words = targets.meant(words)
+    # scripts of runs call ``data mappings``
     if name == "data" and words and f"data-{words[0]}" in commands.COMMANDS:
         name, *words = f"data-{words[0]}", *words[1:]
     command = commands.find(name)

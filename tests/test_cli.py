@@ -22,7 +22,7 @@ def harness(*words: str) -> str:
     ("words", "message"),
     [
         (["run", "407"], "no experiment 407; nearest ids: 401, 402, 404, 408, 416"),
-        (["run", "101", f"DATA={300 * 'x'}"], "too long for the name of a file"),
+        (["run", "101", f"DATA={300 * 'x'}"], "file name too long"),
         (["report", "REPORT=docs"], "REPORT=docs is a folder; name a file in it"),
         (["run", "101", "DRY_RUN=yes"], "DRY_RUN=yes: expected 0 or 1"),
         (["docs", "CHECK=2"], "CHECK=2: expected 0 or 1"),
@@ -74,7 +74,7 @@ def test_a_file_that_is_no_report_is_replaced_only_when_asked(tmp_path, capsys) 
     notes.write_text("<title>mine</title>")
     assert main(["report", f"REPORT={notes}", f"OUTDIR={tmp_path}"]) == 2
     assert (
-        f"REPORT={notes} is there already and no report\nFORCE=1 replaces it"
+        f"REPORT={notes} exists and was not written by make report\nFORCE=1 replaces it"
         in capsys.readouterr().err
     )
     assert notes.read_text() == "<title>mine</title>"
@@ -156,11 +156,12 @@ def test_conversations_that_are_made_here_are_prepared_before_a_run_and_said_to_
         said = capsys.readouterr()
         assert (
             "--mock-data" in said.out
-            and "# On mock data, for toy-chat is not prepared yet; make 801 does that" in said.err
+            and "# With mock data, because toy-chat is not prepared; make 801 prepares it"
+            in said.err
         )
     assert (
         cli.main(["show", "101", "DEVICE=cpu"]) == 0
-        and "On mock data" not in capsys.readouterr().err
+        and "With mock data" not in capsys.readouterr().err
     )
     assert not brought
 

@@ -88,9 +88,9 @@ def test_mock_data_that_were_asked_for_are_no_stand_in(monkeypatch, capsys):
     conversations = CATALOG.find("801")
     planned = plan(conversations, {"DATA": "mock"}, "cpu")
     print_script(planned, {"DATA": "mock"})
-    assert "On mock data" not in capsys.readouterr().err
+    assert "With mock data" not in capsys.readouterr().err
     print_script(planned, {})
-    assert "On mock data" in capsys.readouterr().err
+    assert "With mock data" in capsys.readouterr().err
 
 
 @pytest.fixture

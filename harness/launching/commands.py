@@ -58,8 +58,8 @@ def train(id_: str, settings: Mapping[str, str]) -> int:
     experiment = load_catalog().find(id_)
     if experiment.until is None:
         raise UserError(
-            f"{experiment.id} has no validation loss to train to\n"
-            f"give one, UNTIL=3.2, or make {experiment.id} trains STEPS="
+            f"{experiment.id} has no validation loss at which it ends\n"
+            f"set one, UNTIL=3.2; make {experiment.id} STEPS=100 trains for a number of steps"
         )
     settings = {"SAVE": "1", **settings}
     device = plan.choose_device(settings)
@@ -80,7 +80,7 @@ def run_chapter(number: str, settings: Mapping[str, str]) -> int:
     if whole := [key for key in ("DRY_RUN", "SLURM", "RESUME") if settings.get(key, "0") != "0"]:
         raise UserError(
             f"{whole[0]}=1 is for one experiment: make {experiments[0].id} {whole[0]}=1\n"
-            f"make list CHAPTER={number} shows what this one runs"
+            f"make list CHAPTER={number} lists the experiments of this chapter"
         )
     gpus.keep_awake()
     device = plan.choose_device(settings)

@@ -1,9 +1,9 @@
 """The generated rules of make, experiments/targets.mk: commands, experiments, data sets, help.
 
-A rule that is spelled out is offered by the completion of every shell: zsh reads this text, bash
-make's database. ``make <tab>`` is to offer what a reader chooses from, so variants of experiments
-(``show-408``) have no rules, but for an example each: ``.DEFAULT`` of the Makefile sends them to
-``meant``, and scripts/completion.bash completes them once their prefix is typed.
+The stock completion of a shell offers every target with a rule: zsh reads them from this file, bash
+from make's database. Variants of an experiment (``show-408``) would be 850 of them, so only one
+example of each kind has a rule. ``.DEFAULT`` of the Makefile runs the others through ``meant``, and
+scripts/completion.bash completes them once their prefix is typed.
 """
 
 from __future__ import annotations

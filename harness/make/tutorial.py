@@ -1,7 +1,7 @@
-"""Target names of the megatron-tutorials, and what stands for each of them here.
+"""Targets of the megatron-tutorials' Makefile, and the commands that replace them here.
 
-Experiments keep the tutorials' own names (``101-gpt2xl-dp1-gbs1-bf16``); this is the rest of that
-Makefile, its older commits included, and the targets that its read-me names.
+Experiments keep the names of the tutorials (``101-gpt2xl-dp1-gbs1-bf16``). Listed here are the
+other targets of that Makefile, in all its commits, and those that its README names.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ RENAMED = {
     "130-gpt2xl-dp8-zero2-fit-param": "make 128 ARGS='--num-layers 60'",
     "train-gpt3-345m-1gpu-x-model-parallelism": "make 601",
 }
-"""Old name -> the command that does the same here. ``profile-282-…`` is ``make 282 PROFILE=1``, see
-``replacement``."""
+"""Target of the tutorials -> the command that does the same here.
+
+``replacement`` translates ``profile-282-…`` to ``make 282 PROFILE=1``.
+"""
 
 REPLACED = {
     "train-baseline-gpt2-large-1gpu": "make 101",
@@ -39,36 +41,36 @@ REPLACED = {
     "train-cp2-gpt2-large-2gpu": "make 302",
     "train-pp2-gpt2-large-2gpu": "make 232 TP=1 PP=2",
 }
-"""Old name -> the nearest experiment: gpt2-large is not in this catalogue, the same parallelism is,
-with another model."""
+"""Target of the tutorials -> an experiment with the same parallelism and another model.
+
+Their gpt2-large is not in this catalogue.
+"""
 
 
 def replacement(word: str, settings: Sequence[str] = ()) -> str | None:
-    """The command line that does here what target ``word`` did, with ``settings``; None of a word
-    that is no old name.
+    """The command line for target ``word`` of the tutorials; None if it is not one.
 
     Raises:
-        UserError: only something near is there, and is named; or the command takes no settings.
+        UserError: it has only a near equivalent, which is named; or it takes no settings.
     """
     if word in REPLACED:
         raise UserError(
-            f"{word} is of the tutorials' gpt2-large, which is not in this catalogue\n"
+            f"{word}: the tutorials' gpt2-large is not in this catalogue\n"
             f"the same parallelism with another model: {REPLACED[word]}"
         )
     traced = re.fullmatch(r"profile-(\d{3}h?)(-.*)?", word)
     command = f"make {traced[1]} PROFILE=1" if traced else RENAMED.get(word)
     if command and settings:
         if "|" in command or not command.startswith("make "):
-            raise UserError(f"{word} takes no settings; here it is: {command}")
+            raise UserError(f"{word} takes no settings; it runs {command}")
         command = f"{command} {shlex.join(settings)}"
     return command
 
 
 def become(command: str) -> NoReturn:
-    """Replace this process by ``command``, in the repository, after saying which it is."""
-    print(f"a name of the tutorials, here: {command}", file=sys.stderr, flush=True)
+    """Print ``command`` and replace this process by it, in the root of the repository."""
+    print(f"a target of the tutorials, here: {command}", file=sys.stderr, flush=True)
     os.chdir(ROOT)
-    # diff exits 1 where files differ, as they must here
-    os.execvp(
-        "bash", ["bash", "-c", command + (" || [ $? = 1 ]" if command.startswith("diff ") else "")]
-    )
+    if command.startswith("diff "):
+        command += " || [ $? = 1 ]"  # its exit status where files differ, as they must here
+    os.execvp("bash", ["bash", "-c", command])

@@ -37,8 +37,8 @@ def report(settings: Mapping[str, str]) -> int:
         )
     if settings.get("FORCE") != "1" and path.exists() and not page.is_report(path):
         raise UserError(
-            f"REPORT={path} is there already and no report\nFORCE=1 replaces it, REPORT=… writes"
-            " another file"
+            f"REPORT={path} exists and was not written by make report\n"
+            "FORCE=1 replaces it, REPORT=… names another file"
         )
     _warn(page.write(outdir, RECORDS, path))
     print(

@@ -33,8 +33,8 @@ def print_script(planned: Plan, settings: Mapping[str, str]) -> int:
     wanted = planned.full.published_data
     if planned.full.data == data_sets.MOCK and "DATA" not in settings and wanted in made_here():
         print(
-            f"# On mock data, for {wanted} is not prepared yet; make {planned.full.id} does that"
-            " first.",
+            f"# With mock data, because {wanted} is not prepared; make {planned.full.id} prepares"
+            " it first.",
             file=sys.stderr,
         )
     return 0
