@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Sourced by build.sh and run.sh: which container tool, and its words for what both need.
-#   DOCKER=…   the tool, with words before or behind it ("sudo docker"); default: docker, or podman where only that is
+# Chooses the container tool for build.sh and run.sh, which source this file.
+#   DOCKER=…   the tool and its options ("sudo docker"); default: docker, or podman where docker is not installed
 
 # shellcheck disable=SC2034  # the scripts that source this use it
 image=megatron-harness

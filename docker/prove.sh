@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # usage: sudo docker/prove.sh [FOLDER]     FOLDER keeps about 8 GB of layers, for the next time
-# Builds docker/Dockerfile for real without a container daemon and without NVIDIA's image: on a Debian base from
-# debootstrap, with docker/build.sh. Then runs CPU miniatures, tables and completion inside, as another user than root,
-# with folders mounted and without. Exits as the first command that fails. Needs root, debootstrap, buildah, a network.
+# Builds docker/Dockerfile without a container daemon and without NVIDIA's image, on a Debian base from debootstrap.
+# Then runs CPU miniatures, tables and completion in the image, not as root, with and without mounted folders.
+# Stops at the first command that fails, with its exit status. Needs root, debootstrap, buildah and a network.
 #   SUITE=trixie   the Debian release; its python3 must be 3.12 or 3.13
-#   MIRROR=url     where from
+#   MIRROR=url     of Debian's packages
 #   STORAGE_DRIVER=overlay   or vfs, where layers cannot be overlaid (each is then a whole copy)
 set -euo pipefail
 cd "${BASH_SOURCE[0]%/*}/.."
@@ -30,7 +30,7 @@ suite=${SUITE:-trixie}
 inside=/workspace/megatron-harness
 export BUILDAH_ISOLATION=chroot
 buildah=(buildah --storage-driver "${STORAGE_DRIVER:-overlay}" --root "$folder/storage" --runroot "$folder/run")
-# A network may have its own certificate authority: the host's are used.
+# A network may have its own certificate authority: the image build uses those of the host.
 host=(--volume /etc/ssl/certs:/etc/ssl/certs:ro)
 
 if ! "${buildah[@]}" inspect --type image localhost/base >/dev/null 2>&1; then
@@ -39,7 +39,7 @@ if ! "${buildah[@]}" inspect --type image localhost/base >/dev/null 2>&1; then
   debootstrap --variant=minbase --include=ca-certificates,python3-dev,python3-pip "$suite" "$folder/base" \
     ${MIRROR:+"$MIRROR"} >"$folder/debootstrap.log" || {
     tail -n 5 "$folder/debootstrap.log" >&2
-    fail "debootstrap could not make a base; all it said: $folder/debootstrap.log"
+    fail "debootstrap could not make a base; its log: $folder/debootstrap.log"
   }
   container=$("${buildah[@]}" from scratch)
   "${buildah[@]}" copy --quiet "$container" "$folder/base" / >/dev/null
@@ -50,7 +50,7 @@ fi
 echo "== docker/Dockerfile on it"
 BASE=localhost/base DOCKER="${buildah[*]}" docker/build.sh --pull-never --layers "${host[@]}"
 
-# in_container USER [OPTION…] -- COMMAND: one shell in a fresh container, what it says, and its exit status.
+# in_container USER [OPTION…] -- COMMAND: runs a shell in a fresh container; prints its output, returns its exit status.
 in_container() {
   local user=$1 container status=0
   local -a options=()

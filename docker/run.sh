@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # usage: docker/run.sh [COMMAND…]     default: a shell where make 101<tab> works
-# Runs the image megatron-harness on all GPUs, as the caller: data/, outdir/ and weights/ are this checkout's, and what a
-# run writes there is the caller's. Exits as the command does; Ctrl-C ends the command.
+# Runs the image megatron-harness on all GPUs, as the calling user. data/, outdir/ and weights/ of this checkout are mounted;
+# files that a run writes there belong to the caller. The exit status is the command's; Ctrl-C ends the command.
 #   OUTDIR=folder  another folder for runs
 #   DOCKER=podman  another tool than docker
 set -euo pipefail

@@ -117,7 +117,9 @@ fresh() {
 
 install() {
   local base uv
-  if [[ -e $venv && ! -e $venv/pyvenv.cfg && -n $(find "$venv" -mindepth 1 -maxdepth 1 ! -name lock ! -name 'uv*' ! -name 'setup*') ]]; then
+  # an interrupted set-up leaves these
+  local -a ours=(! -name lock ! -name uv ! -name 'uv-??????' ! -name setup.log ! -name setup-uv.log)
+  if [[ -e $venv && ! -e $venv/pyvenv.cfg && -n $(find "$venv" -mindepth 1 -maxdepth 1 "${ours[@]}") ]]; then
     fail "$venv holds files but is no virtual environment"$'\n'"name another place: VENV=dir"
   fi
   base=$(find_python)

@@ -517,7 +517,7 @@ def test_advice_fits_what_uv_prints(tmp_path, printed, advice):
     assert advice in uv.advice() and str(uv.log) in uv.advice()
 
 
-def test_full_disk(tmp_path, monkeypatch, capsys):
+def test_full_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(
         shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 250 << 20)
     )
@@ -592,14 +592,15 @@ def test_cuda_build_needs_more_disk_than_the_cpu_build():
         assert max(sizes) < setup.DISK_MIB[build]
 
 
-def test_a_folder_that_is_something_else_is_left_alone(repository):
+@pytest.mark.parametrize("name", ["thesis.tex", "setup.py"])
+def test_a_folder_that_is_something_else_is_left_alone(repository, name):
     mine = repository.path / "mine"
     mine.mkdir()
-    (mine / "thesis.tex").touch()
+    (mine / name).touch()
     said = repository.run("light", VENV="mine")
     assert said.returncode == 2
     assert "no virtual environment" in said.stderr
-    assert [path.name for path in mine.iterdir()] == ["thesis.tex"]
+    assert [path.name for path in mine.iterdir()] == [name]
 
 
 def test_two_at_once_install_once(repository):
