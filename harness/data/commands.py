@@ -117,15 +117,13 @@ def prepare_known(name: str, settings: Mapping[str, str]) -> int:
             )
         size = command_line.count("SIZE_MB", settings["SIZE_MB"])
         recipe = replace(recipe, source=recipe.source.model_copy(update={"size_mb": size}))
-    if "LIMIT" in settings:
-        recipe = replace(
-            recipe,
-            layout=replace(recipe.layout, limit=command_line.count("LIMIT", settings["LIMIT"])),
-        )
-    if "TOKENIZER" in settings:
-        recipe = replace(recipe, tokenizer=settings["TOKENIZER"])
-    if "NAME" in settings:
-        recipe = replace(recipe, name=check_name(settings["NAME"]))
+    limit = command_line.count_in(settings, "LIMIT") or recipe.layout.limit
+    recipe = replace(
+        recipe,
+        name=check_name(settings.get("NAME", recipe.name)),
+        layout=replace(recipe.layout, limit=limit),
+        tokenizer=settings.get("TOKENIZER", recipe.tokenizer),
+    )
     return _done(prepare(recipe, _means(settings)))
 
 

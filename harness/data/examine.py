@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import batched, chain
 from pathlib import Path
 from typing import Any
@@ -117,21 +118,20 @@ def _examine_fast(
     slow = {"fast": None, "joined": False}
     if package is None:
         return slow | {"slow_because": "gigatoken is not installed"}
+
+    def expected(some: list[str], closed: bool) -> Ids:
+        return list(_rows(*reference.encode(some, closed)))
+
     try:
         for joined in (True, False):
             encoder = make(joined)
-            different = None
-            for closed in (False, True)[: 1 if eod is None else 2]:
-
-                def expected(some: list[str], closed: bool = closed) -> Ids:
-                    return list(_rows(*reference.encode(some, closed)))
-
-                different = (
-                    first_difference(encoder, texts, expected, closed)
-                    if different is None
-                    else different
+            for closed in (False,) if eod is None else (False, True):
+                different = first_difference(
+                    encoder, texts, partial(expected, closed=closed), closed
                 )
-            if different is None:
+                if different is not None:
+                    break
+            else:
                 return {"fast": f"gigatoken {package}", "slow_because": None, "joined": joined}
     except Exception as error:
         return slow | {"slow_because": f"gigatoken {package} does not take it: {first_line(error)}"}
