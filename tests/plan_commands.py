@@ -25,7 +25,8 @@ from harness.errors import UserError
 from harness.experiment.catalog import load_catalog
 from harness.machine.gpus import LocalGpu
 from harness.make import targets
-from harness.planning import checked, run_to_resume, starting_weights
+from harness.planning import checked, starting_weights
+from harness.planning.request import RunRequest
 from harness.planning.starting_weights import StartingWeights
 
 SETS = {
@@ -190,7 +191,8 @@ def _stand_in() -> None:
     importlib.import_module("harness.machine.gpus").list_gpus = lambda: (
         GPUS if STATE["device"] == "cuda" else ()
     )
-    run_to_resume.find = checked._loaded_checkpoint = lambda *a, **k: None
+    RunRequest.resume = None
+    checked._loaded_checkpoint = lambda *a, **k: None
     starting_weights.find = _weights
 
 
