@@ -91,6 +91,7 @@ PROSE = {
     "and",
     "runs",
     "starts",
+    "installs",
     "by",
     "is",
 }
@@ -124,6 +125,7 @@ EXPRESSIONS = {
     "name": "synthetic",
     "run.label": "label",
     "named": "label",
+    "first": "synthetic",
     "traced[1]": "282",
     "e.nodes": "2",
     "known.name": "synthetic",

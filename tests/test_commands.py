@@ -21,9 +21,9 @@ from harness.experiment.command_line import SETTINGS
 from harness.planning.request import FOR_GPUS
 
 REFUSED = {
-    "make 438 VPP=5": "try vpp in {1, 3, 9}",
+    "make 438 VPP=5": "try VPP in {1, 3, 9}",
     "make 612 CARD=a100-80gb": "has none (Ada, Hopper and later do)",
-    "make speed-620": "no formula for its step yet",
+    "make speed-620": "its step time cannot be predicted",
 }
 """Commands that the documents show for what they refuse -> what is said."""
 
