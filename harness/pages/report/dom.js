@@ -40,7 +40,7 @@ const short = (value) => (Math.abs(value) >= 100 ? large : small).format(value);
 const nameOf = (row) => (row.kind === "record" ? `${row.label.split("/").pop()} (record)` : row.label);
 const torchrunOf = (row) => row.torchrun.map((line) => data.lines[line]).join("\n");
 
-/** A command that can be copied: through the clipboard, or selected where the browser refuses. */
+/** A command with a button that copies it, or selects it where the browser refuses the clipboard. */
 function command(title, text) {
   const code = el("pre", { tabindex: 0, "aria-label": title }, text);
   const button = el(
@@ -68,7 +68,7 @@ function command(title, text) {
   return el("div", { class: "command" }, code, button);
 }
 
-/** Calls draw once the element comes near the window, before it is printed, or when there is nothing else to do. */
+/** Calls draw once: when the element comes near the window, before printing, or when the browser is idle. */
 const waiting = new Map();
 const near = new IntersectionObserver(
   (entries) => entries.filter((entry) => entry.isIntersecting).forEach((entry) => drawNow(entry.target)),

@@ -33,7 +33,7 @@ showTheme();
 const measured = rows.filter((row) => row.kind !== "catalogue");
 byId("summary").textContent =
   `${measured.length} runs and records on ${[...new Set(measured.map((row) => row.hardware))].join(", ") || "nothing yet"}; ` +
-  `${data.ended.as_published} of the ${data.ended.experiments} experiments with a published row ran as published, or ran out of memory as published.`;
+  `${data.ended.as_published} of the ${data.ended.experiments} experiments with a published row ended as published, complete or out of memory.`;
 
 const comparing = compare(byId("compare"));
 const everyRow = table(byId("rows"), comparing);

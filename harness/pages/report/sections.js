@@ -251,8 +251,8 @@ function losses(section) {
 
 function notes(section) {
   const lines = [
-    "ms/step: median over the averaging window; ±: half the interquartile range. GiB: used memory of the fullest GPU as nvidia-smi shows it, CUDA context and NCCL included.",
-    "ratio: here / published; a published number in doubt gets none. TFLOP/s: of one GPU, " + data.flops + "; MFU: over the dense peak at the run's precision.",
+    "ms/step: median over the averaging window; ±: half the interquartile range. GiB: used memory of the fullest GPU as nvidia-smi shows it, including CUDA context and NCCL.",
+    "ratio: here / published; a published number in doubt has none. TFLOP/s: per GPU, " + data.flops + "; MFU: over the dense peak at the run's precision.",
     `Published: ${data.published}`,
     ...data.warnings.map((warning) => `Left out: ${warning}`),
   ];

@@ -177,7 +177,7 @@ function classOf(column, row) {
   return [column.left && "left", column.wrap && "wrap", verdict].filter(Boolean).join(" ") || null;
 }
 
-/** What draws one row: a function that gives its lines, the row itself and, once opened, its details. */
+/** A function that returns the lines of one row: the row itself and, once opened, its details. */
 function tableLine(row, comparison) {
   let line = null;
   let detail = null;
