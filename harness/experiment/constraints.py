@@ -223,8 +223,9 @@ def _fp8(experiment: Experiment) -> Iterator[str]:
             f"precision fp8: {card.name} has none (Ada, Hopper and later do); leave CARD= out, or"
             " choose a bf16 row"
         )
-    # assert_dim_for_fp8_exec in transformer_engine/pytorch/utils.py wants multiples of 16; a
-    # blockwise scale is shared by 128 values
+    # The last dimension of an fp8 operand must be a multiple of 16 (assert_dim_for_fp8_exec in
+    # transformer_engine/pytorch/utils.py): for weights' gradients the tokens. Blockwise, 128 values
+    # share a scale
     step = 128 if recipe == "blockwise" else 16
     splits = experiment.tp if experiment.sequence_parallel else 1
     tokens = experiment.micro_batch_size * experiment.seq_length // experiment.cp // splits

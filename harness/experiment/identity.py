@@ -122,7 +122,7 @@ def _all(before: Experiment, now: Experiment) -> Iterator[Difference]:
         elif field != "min_lr":
             yield from _difference(setting, getattr(before, field), getattr(now, field), True)
     for field, setting in NEUTRAL.items():
-        # upstream averages the routers' balancing loss over micro-batches
+        # the routers' balancing loss is computed by micro-batch
         averaged = field == "micro_batch_size" and now.model.moe_aux_loss_coeff is not None
         yield from _difference(setting, getattr(before, field), getattr(now, field), averaged)
     yield from _arguments(before, now)

@@ -1,2 +1,1 @@
-"""What a run will take, by formula: FLOPs, memory, step time, and the layouts that fit a number of
-GPUs."""
+"""What a run will take, by formula: FLOPs, memory, step time, and the layouts that fit."""

@@ -134,7 +134,7 @@ def _experts_bytes(experiment: Experiment) -> float:
     """
     model, size = experiment.model, _element_bytes(experiment)
     tokens, modules = _hidden_tokens(experiment), experiment.recompute_modules
-    # fp32 probabilities, their boolean map, the int64 rows they go to; scores for the losses
+    # probabilities (fp32), their map (bool), the rows they go to; fp32 scores of each loss
     scores = (
         bool(model.moe_aux_loss_coeff) + bool(model.moe_z_loss_coeff) + model.moe_router_pre_softmax
     )
@@ -164,8 +164,7 @@ def loss_bytes(experiment: Experiment) -> float:
 
 
 def _ends_bytes(experiment: Experiment, stage: int) -> float:
-    """Bytes outside of layers: attention mask, workspaces, embedding's dropout, last norm, logits'
-    input."""
+    """Bytes outside of layers: mask, workspaces, embedding's dropout, last norm, logits' input."""
     mask = experiment.micro_batch_size * experiment.seq_length**2 / experiment.cp
     # PyTorch's forward and backward thread, Transformer Engine; with experts, its four streams too
     workspaces = WORKSPACE_BYTES * (7 if experiment.model.num_experts else 3)
@@ -175,10 +174,10 @@ def _ends_bytes(experiment: Experiment, stage: int) -> float:
 
 
 def _backward_bytes(experiment: Experiment) -> float:
-    """Bytes of a layer's largest gradients: of the MLP's or experts' activation, input and output,
-    and of the first matrix.
+    """Bytes of a layer's largest gradients, those of its MLP or experts.
 
-    Without Apex a weight's gradient is a tensor of its own before it is accumulated.
+    They are of the activation, the input, the output and the first matrix. Without Apex a weight's
+    gradient is a tensor of its own before it is accumulated.
     """
     model, size, fc1 = experiment.model, _element_bytes(experiment), experiment.model.fc1_matrices
     hidden = model.hidden_size
@@ -263,8 +262,7 @@ def _tokens(experiment: Experiment) -> float:
 
 
 def _hidden_tokens(experiment: Experiment) -> float:
-    """Tokens between the products that tensor parallelism splits; sequence parallelism splits
-    them."""
+    """Tokens of a hidden state on a rank; sequence parallelism splits them."""
     return _tokens(experiment) / (experiment.tp if experiment.sequence_parallel else 1)
 
 

@@ -190,8 +190,7 @@ def _durations(times: Times, chunks: int) -> dict[Direction, list[float]]:
 
 
 def _table(stages: int, micro_batches: int, chunks: int) -> Sequence[tuple[int, int]]:
-    """(micro-batch, chunk) of the forward passes: ``stages`` micro-batches through all chunks, then
-    the next ``stages``."""
+    """(micro-batch, chunk) of the forward passes: groups of ``stages`` through all chunks."""
     return [
         (b, c)
         for first in range(0, micro_batches, stages)

@@ -266,8 +266,7 @@ class MicroBatchWork:
         return Work(products=forward), Work(products=backward, passes=accumulated)
 
     def quantization(self) -> tuple[Work, Work]:
-        """Inputs of the linear layers, then gradients of their outputs, to fp8; weights once a
-        step."""
+        """Linear layers' inputs and the gradients of outputs, to fp8; weights once a step."""
         experiment, shapes = self.experiment, list(self.shapes())
         recipe = experiment.fp8_recipe
         if experiment.precision != "fp8":
@@ -357,8 +356,7 @@ class MicroBatchWork:
         return self.tokens * model.query_size / tp, self.tokens * model.key_size / tp
 
     def elementwise(self) -> tuple[Work, Work]:
-        """Two norms, two dropouts with bias and residual, the activation, and what is done to
-        queries and keys.
+        """Norms, dropouts with bias and residual, the activation, operations on queries and keys.
 
         Counted in bytes of bf16; masks have one byte. Without dropout, its gradient costs nothing.
         """
@@ -397,8 +395,7 @@ class MicroBatchWork:
         )
 
     def experts(self) -> tuple[Work, Work]:
-        """Grouped products, permutation and weighting of routed tokens, and expert parallelism's
-        exchanges.
+        """Grouped products, permutation and weighting of tokens, expert parallelism's exchanges.
 
         Assumes that routers spread tokens evenly. Under expert tensor parallelism each group
         gathers its tokens, whose numbers differ, by broadcasts.
