@@ -4,7 +4,6 @@ Like torchrun it starts every rank in a session of its own, passes SIGTERM on, e
 with a summary. Like harness.entry, ranks report themselves, their steps, their errors and, on SIGUSR1, their stacks.
 """
 
-import contextlib
 import faulthandler
 import json
 import os
@@ -32,17 +31,8 @@ def agent() -> int:
         print("The server socket has failed to listen. name: EADDRINUSE")
         return 1
     ranks = []
-
-    def pass_on(number, _frame):
-        for rank in ranks:
-            with contextlib.suppress(ProcessLookupError):
-                rank.send_signal(number)
-        for rank in ranks:
-            rank.wait()
-        print(f"SignalException: Process {os.getpid()} got signal: {number}")
-        sys.exit(1)
-
-    signal.signal(signal.SIGTERM, pass_on)  # before a rank can outlive this process
+    received = []  # only recorded: to wait in a handler deadlocks where it interrupted rank.poll()
+    signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
     for rank in range(FIRST_RANK, FIRST_RANK + RANKS):
         environment = os.environ | {"RANK": str(rank)}
         ranks.append(
@@ -53,6 +43,13 @@ def agent() -> int:
             time.sleep(0.01)
         os._exit(1)
     while True:
+        if received:
+            for rank in ranks:
+                rank.terminate()
+            for rank in ranks:
+                rank.wait()
+            print(f"SignalException: Process {os.getpid()} got signal: {received[0]}")
+            return 1
         codes = [rank.poll() for rank in ranks]
         if all(code == 0 for code in codes):
             return 0
