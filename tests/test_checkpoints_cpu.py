@@ -65,7 +65,7 @@ for name, model, changes, arguments, variables_ in jobs:
     for key in ("HARNESS_KEEP", "HARNESS_UNTIL"):
         os.environ.pop(key, None)
     os.environ |= variables_
-    run = parity.Run(name, parity.tiny(getattr(parity, model), changes), folder / name, tuple(arguments))
+    run = parity.ParityRun(name, parity.tiny(getattr(parity, model), changes), folder / name, tuple(arguments))
     run.start()
     while not run.ended():
         time.sleep(0.02)
