@@ -152,7 +152,8 @@ def test_a_prepared_set_is_described_as_upstreams_run_describes_it(tmp_path, mon
         ours = mappings._describe(
             chosen.prefix, use, matrix, "train", 50, mappings._tokenizer(described)
         )
-        assert mappings._stem(ours, "train")[0] == theirs.unique_description
+        files = mappings._Files(tmp_path, ours, "train", ())
+        assert files._text == theirs.unique_description
 
 
 @pytest.mark.cpu
