@@ -75,7 +75,7 @@ clean-all:
 # one candidate for it.
 .DEFAULT:
 	@$(HARNESS) target $(call quoted,$@) $(WORDS)
-# Names of files and folders are no targets: `make tests` is a typo of `make test`; make would call it up to date.
+# Names of files and folders are no targets: `make tests` is a typo of `make test`, which GNU Make would call up to date.
 override FILES := $(filter-out Makefile docs,$(filter $(wildcard *),$(MAKECMDGOALS)))
 ifneq ($(FILES),)
 .PHONY: $(FILES)
