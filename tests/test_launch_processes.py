@@ -15,7 +15,13 @@ SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
 
 
 def start(command: list[str] = SLEEP, **marks: str) -> subprocess.Popen:
-    return subprocess.Popen(command, env=os.environ | marks, start_new_session=True)
+    process = subprocess.Popen(command, env=os.environ | marks, start_new_session=True)
+    # Popen returns before the kernel shows the new program's environment in /proc
+    deadline = time.monotonic() + 10
+    while not all(processes.has_variable(process.pid, mark) for mark in marks):
+        assert time.monotonic() < deadline, "the environment does not show"
+        time.sleep(0.01)
+    return process
 
 
 def ready(preparation: str, **marks: str) -> subprocess.Popen:
