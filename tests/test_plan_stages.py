@@ -65,7 +65,7 @@ def holds_experiment(value: object) -> bool:
         ("408", {}, "cpu", 4),
         ("802", {"WEIGHTS": "before"}, "cpu", 4),
         ("101", {"LOAD": "before", "STEPS": "30"}, "cpu", 4),
-        ("101", {"RESUME": "1"}, "cpu", 7),
+        ("101", {"RESUME": "1"}, "cpu", 5),
     ],
 )
 def test_each_stage_is_entered_once_and_few_modules_twice(

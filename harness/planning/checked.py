@@ -40,8 +40,6 @@ def check(placed: PlacedRun) -> Plan:
     experiment = fitted.experiment
     _check_data(fitted.resolved, experiment)
     _check_nodes(placed)
-    if placed.resumed:
-        _check_resumed(placed)
     _check_saving(placed)
     if placed.saving or experiment.load:
         _check_format(experiment)
@@ -178,24 +176,21 @@ def _check_format(experiment: Experiment) -> None:
             )
 
 
-def _check_resumed(placed: PlacedRun) -> None:
-    """The run to resume must be over, of the same model, and, without ``FORCE=1``, of the same
-    losses."""
-    fitted, resumed = placed.fitted, placed.resumed
-    request = fitted.resolved.request
+def _resumed_checkpoint(placed: PlacedRun, tell: Callable[[str], None]) -> Loading | None:
+    """The newest whole checkpoint of the run to resume; None where it ended before its first, or
+    has nothing left to do.
+
+    The run must be over, of the same model, and, without ``FORCE=1``, of the same losses.
+    """
+    resumed, experiment = placed.resumed, placed.fitted.experiment
+    request = placed.fitted.resolved.request
     # Node 0 may have resumed it already, and has its lock then.
     is_node_0 = placed.place.node_rank in ("0", "$SLURM_NODEID")
     if is_node_0 and (holder := locks.holder(resumed.run.path)):
         raise UserError(f"RESUME={request.resume}: {still_runs(resumed.run, holder)}")
-    check_model(resumed.run.path, resumed.trained.model, fitted.experiment)
+    check_model(resumed.run.path, resumed.trained.model, experiment)
     if resumed.curve_changes and request.settings.get("FORCE") != "1":
-        run_to_resume.refuse_other_losses(resumed, fitted)
-
-
-def _resumed_checkpoint(placed: PlacedRun, tell: Callable[[str], None]) -> Loading | None:
-    """The newest whole checkpoint of the run to resume; None where it ended before its first, or
-    has nothing left to do."""
-    resumed, experiment = placed.resumed, placed.fitted.experiment
+        run_to_resume.refuse_other_losses(resumed, placed.fitted)
     skipped: list[str] = []
     found = checkpoints.newest_whole(resumed.run.checkpoints, skipped.append)
     if found:
