@@ -19,9 +19,9 @@ from pathlib import Path
 
 from harness.errors import UserError
 
-KNOWN = ("0.19.0", "0.19.1")
-"""Versions of ``megatron.core`` this was written for; the source tree core_v0.19.0 calls itself
-0.19.1."""
+KNOWN = ("0.19.0", "0.19.1", "0.19.2")
+"""Versions of ``megatron.core`` this was written for. The source tree core_v0.19.0 calls itself
+0.19.1; the wheel of the heavy stage is 0.19.2."""
 
 
 def install() -> None:
