@@ -27,7 +27,7 @@ override quoted = '$(subst ','\'',$(subst $(LINE_BREAK), ,$(1)))'
 # scripts/setup.sh brings .venv up to a stage, then runs its Python. A command installs by itself what else it needs.
 override HARNESS := scripts/setup.sh light -- -m harness
 # WORDS passes the names of the settings that have a value, on the command line or in the environment; the harness reads values
-# from its environment. TAKES lists what the target takes, as harness/commands.py declares it. Whatever else the command line
+# from its environment. TAKES lists what the target takes, as harness/commands.yaml declares it. Whatever else the command line
 # sets is passed too, so that the harness refuses it, except for PASSED: variables of other programs.
 override WORDS = $(if $(strip $(NAMES)),--given $(foreach name,$(NAMES),$(call quoted,$(name))))
 override NAMES = $(foreach key,$(filter-out $(EXPORTED),$(TAKES)),$(if $(value $(key)),$(key))) $(UNKNOWN)

@@ -141,7 +141,7 @@ def test_experts_of_the_row_forbid_nothing_to_weights_without_any(four_heads, tm
 
 def test_predictions_are_of_the_model_of_the_weights(four_heads, tmp_path, capsys):
     settings = {"WEIGHTS": "four"}
-    memory.print_memory("101", settings, tmp_path)
+    memory.print_memory("101", settings)
     assert "gpt2xl" not in (said := capsys.readouterr().out.partition(": ")[2]) and said.startswith(
         "four, one GPU"
     )

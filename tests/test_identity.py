@@ -708,8 +708,8 @@ def readers(outdir: Path, label: str) -> list[list[str]]:
 def test_whatever_a_file_of_a_run_holds_every_reader_ends_with_plain_words(
     tmp_path, capsys, monkeypatch, name
 ):
-    for package in ("evidence", "profiling", "pages"):
-        monkeypatch.setattr(f"harness.{package}.commands.RECORDS", tmp_path / "records")
+    for module in ("evidence.tables", "evidence.records", "profiling.profile", "pages.report.page"):
+        monkeypatch.setattr(f"harness.{module}.RECORDS", tmp_path / "records")
     run = whole_run(tmp_path / "out")
     path = run.path / name
     before = path.read_text() if path.exists() else "{}"

@@ -944,7 +944,7 @@ def test_a_machine_without_steps_is_refused_before_anything_is_fitted(
     path = tmp_path / "calibrations.yaml"
     path.write_text(before := f"mine: {entry}\n")
     with pytest.raises(UserError, match=complaint):
-        calibrate.calibrate(RECORDS, path)
+        calibrate.calibrate(path)
     assert path.read_text() == before
 
 

@@ -316,15 +316,16 @@ def test_compare_warns_of_different_hardware():
     assert "Different hardware" in compare.render_compare(row(), row(small=True))
 
 
-def test_make_table_prints_the_rest_where_a_file_is_corrupt(tmp_path, capsys):
+def test_make_table_prints_the_rest_where_a_file_is_corrupt(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tables, "RECORDS", tmp_path)
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "result.json").write_text("{")
-    assert tables.print_table(tmp_path, tmp_path, {}) == 1
+    assert tables.print_table({"OUTDIR": str(tmp_path)}) == 1
     out, err = capsys.readouterr()
     assert out == "no runs yet: make 101\n"
     assert err.startswith("warning: ") and "skipped" in err
     with pytest.raises(UserError, match="CHAPTER=x: expected a number"):
-        tables.print_table(tmp_path, tmp_path, {"CHAPTER": "x"})
+        tables.print_table({"OUTDIR": str(tmp_path), "CHAPTER": "x"})
 
 
 def test_tables_are_made_without_torch_matplotlib_or_rich():
@@ -335,6 +336,7 @@ def test_tables_are_made_without_torch_matplotlib_or_rich():
     assert found.stdout.strip() == "set()"
 
 
-def test_make_compare_names_what_is_there(tmp_path):
+def test_make_compare_names_what_is_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RECORDS", tmp_path)
     with pytest.raises(UserError, match="no run or record is called 101; no runs yet: make 101"):
-        compare.print_compare(tmp_path, tmp_path, {"A": "101", "B": "111"})
+        compare.print_compare({"OUTDIR": str(tmp_path), "A": "101", "B": "111"})

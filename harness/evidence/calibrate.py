@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from harness import RECORDS
 from harness.errors import UserError
 from harness.evidence.records import same_work
 from harness.evidence.references import References, load_references
@@ -70,8 +71,8 @@ class Measured:
     step_ms: float
 
 
-def calibrate(records: Path, path: Path = calibrations.FILE) -> dict[str, Machine]:
-    """Fit every machine, write ``path`` and return the machines.
+def calibrate(path: Path = calibrations.FILE) -> int:
+    """Fit every machine to the records, write ``path`` and print how sure the predictions are.
 
     Raises:
         UserError: records or references cannot be read, a machine has no measured step, or SciPy is
@@ -82,7 +83,7 @@ def calibrate(records: Path, path: Path = calibrations.FILE) -> dict[str, Machin
             "SciPy is not installed, which fits the constants: scripts/setup.sh calibrate"
         )
     catalog, references = load_catalog(), load_references()
-    rows = collect_records(records, references).rows
+    rows = collect_records(RECORDS, references).rows
     machines = calibrations.load(path)
     steps = {
         name: steps_of(machine, rows, references, catalog) for name, machine in machines.items()
@@ -102,7 +103,9 @@ def calibrate(records: Path, path: Path = calibrations.FILE) -> dict[str, Machin
         )
     write_text(path, render(fitted))
     calibrations.load.cache_clear()
-    return fitted
+    for name, machine in fitted.items():
+        print(f"{name}: {len(machine.rows)} rows; {machine.how_sure()}")
+    return 0
 
 
 def fit_machine(machine: Machine, like: Machine | None, steps: Sequence[Measured]) -> Machine:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from harness.evidence import markdown
@@ -137,9 +136,9 @@ def _plain(value: Any) -> str:
     return "-" if value in (None, "") else str(value)
 
 
-def print_compare(outdir: Path, records_dir: Path, settings: Mapping[str, str]) -> int:
+def print_compare(settings: Mapping[str, str]) -> int:
     """``make compare A=… B=…``. Raises UserError where one of them does not exist."""
-    results = collect_warned(outdir, records_dir)
+    results = collect_warned(settings)
     a, b = (results.find(settings[key]) for key in "AB")
     print(render_compare(a, b, settings.get("FORMAT", "terminal")))
     return 0

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
+from harness import RECORDS
 from harness.evidence.records import same_work
 from harness.evidence.references import load_references
 from harness.evidence.results import collect_records
@@ -22,7 +22,7 @@ SHOWN = 4
 """Number of ways to fit that are printed."""
 
 
-def print_memory(id_: str, settings: Mapping[str, str], records: Path) -> int:
+def print_memory(id_: str, settings: Mapping[str, str]) -> int:
     """Print the predicted memory of experiment ``id_``, and whether it fits each card in question.
 
     Raises UserError where the experiment or a setting is invalid.
@@ -36,7 +36,7 @@ def print_memory(id_: str, settings: Mapping[str, str], records: Path) -> int:
     for name, gib, meaning in parts:
         remark = "; ".join(filter(None, ["largest" if gib == largest else "", meaning]))
         say(f"  {name:12}{gib:7.1f}  {remark}".rstrip(), hang=23)
-    rows = collect_records(records, load_references()).rows
+    rows = collect_records(RECORDS, load_references()).rows
     measured = _measured(experiment, memory, rows)
     say(f"  {'allocated':12}{memory.total:7.1f}  {measured}".rstrip(), hang=23)
     for card in cards_of(experiment):

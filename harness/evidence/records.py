@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
+from harness import RECORDS
 from harness.errors import UserError
 from harness.experiment import identity
 from harness.experiment.experiment import Experiment
 from harness.experiment.hardware import find_card
 from harness.profiling.profile import FOLDER, of_run
-from harness.run import directory, schema
+from harness.run import directory, finding, schema
 from harness.run.schema import Result, StepMetrics, Validation, changes_in_words
 from harness.run.step_statistics import contradictions
 from harness.system.files import complaint, read_object, write_json, write_text
@@ -31,6 +32,15 @@ class Recorded(NamedTuple):
     experiment: Experiment
     result: Result
     environment: Any
+
+
+def keep(settings: Mapping[str, str]) -> int:
+    """``make record``: keep the run RUN, with FORCE=1 in place of another."""
+    outdir = finding.outdir(settings)
+    label = finding.label_of(settings["RUN"], outdir, lambda run: run.device == "cuda")
+    run = directory.RunDir(outdir / label)
+    print(record(run, RECORDS, force=settings.get("FORCE") == "1"))
+    return 0
 
 
 def record(run: directory.RunDir, records: Path, force: bool = False) -> Path:

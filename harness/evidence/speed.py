@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
+from harness import RECORDS
 from harness.errors import UserError
 from harness.evidence.memory import cards_of, heading
 from harness.evidence.records import same_work
@@ -37,14 +37,14 @@ MEANING = {
 }
 
 
-def print_speed(id_: str, settings: Mapping[str, str], records: Path) -> int:
+def print_speed(id_: str, settings: Mapping[str, str]) -> int:
     """Print the predicted step time of experiment ``id_``, part by part, with what was measured.
 
     Raises UserError where the experiment or a setting is invalid, or no constants cover it.
     """
     experiment = _predictable(resolved.of_catalogue(id_, settings))
     machines, references = _machines(experiment), load_references()
-    rows = collect_records(records, references).rows
+    rows = collect_records(RECORDS, references).rows
     say(heading(experiment))
     for machine in machines:
         step, card = machine.predict(experiment), machine.card

@@ -10,8 +10,8 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 
+from harness import RECORDS
 from harness.errors import UserError
 from harness.evidence import markdown
 from harness.evidence.columns import (
@@ -30,6 +30,7 @@ from harness.evidence.results import Results, collect
 from harness.evidence.rows import Row
 from harness.experiment import command_line
 from harness.experiment.catalog import load_catalog
+from harness.run import finding
 from harness.system import screen
 
 FORMATS = ("terminal", "markdown", "csv", "json")
@@ -97,17 +98,17 @@ def render(
     return "\n\n".join(_terminal(table, width, colour) for table in tables) or NOTHING
 
 
-def print_table(outdir: Path, records_dir: Path, settings: Mapping[str, str]) -> int:
+def print_table(settings: Mapping[str, str]) -> int:
     """``make table``: print the rows that ``settings`` choose; return 1 where there is no run.
 
-    ``settings``: CHAPTER, ID, HARDWARE, FORMAT, AGAINST (another group of references).
+    ``settings``: OUTDIR, CHAPTER, ID, HARDWARE, FORMAT, AGAINST (another group of references).
     Raises UserError where the settings choose none.
     """
     chapter = settings.get("CHAPTER")
     if chapter and not chapter.isdecimal():
         raise UserError(f"CHAPTER={chapter}: expected a number, such as 400")
     ids = settings.get("ID", "").replace(",", " ").split()
-    results = collect_warned(outdir, records_dir, settings.get("AGAINST"))
+    results = collect_warned(settings)
     rows = results.select(chapter and int(chapter), ids, settings.get("HARDWARE")).rows
     width, colour = screen.width(piped=1000), screen.colour()
     print(
@@ -129,9 +130,10 @@ def wrap(text: str, width: int) -> list[str]:
     )
 
 
-def collect_warned(outdir: Path, records_dir: Path, against: str | None = None) -> Results:
+def collect_warned(settings: Mapping[str, str]) -> Results:
     """All rows; print a warning for each file that could not be read."""
-    results = collect(outdir, records_dir, load_references(), against)
+    outdir = finding.outdir(settings)
+    results = collect(outdir, RECORDS, load_references(), settings.get("AGAINST"))
     for warning in results.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     return results

@@ -8,9 +8,9 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+from harness import RECORDS
 from harness.errors import UserError, nearest
 from harness.evidence import markdown
 from harness.evidence.claims import Evaluated, Side, evaluate, load_claims, sources
@@ -83,7 +83,7 @@ def render(
     return "\n\n".join([*parts, "\n".join(summary)])
 
 
-def print_claims(records: Path, settings: Mapping[str, str]) -> int:
+def print_claims(settings: Mapping[str, str]) -> int:
     """``make claims``: how every claim stands on our records and on the published table.
 
     ``settings``: CHAPTER, HARDWARE, AGAINST (another group of references), FORMAT.
@@ -93,7 +93,7 @@ def print_claims(records: Path, settings: Mapping[str, str]) -> int:
     """
     catalog, references = load_catalog(), load_references()
     group = references.group(settings["AGAINST"]) if "AGAINST" in settings else references.published
-    kept = collect_records(records, references, group.name)
+    kept = collect_records(RECORDS, references, group.name)
     for warning in kept.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     columns = sources(

@@ -9,12 +9,13 @@ from __future__ import annotations
 import difflib
 import re
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 
 from jinja2 import FileSystemLoader, StrictUndefined, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from harness import ROOT
+from harness import RECORDS, ROOT
 from harness.errors import UserError, nearest
 from harness.evidence.facts import Facts
 from harness.pages import diagrams, plots
@@ -30,18 +31,15 @@ OUTSIDE_DOCS = {
 """The pages of these templates; that of any other, NAME.md, is docs/NAME.md."""
 
 
-def write(records: Path, *, check: bool = False) -> int:
-    """Render every page and picture, write those that changed and name them.
+def write(settings: Mapping[str, str]) -> int:
+    """``make docs``: render every page and picture, write those that changed and name them.
 
-    Args:
-        check: write nothing; show how each page differs from its template.
-
-    Returns:
-        The exit status: 1 where ``check`` found a difference.
+    CHECK=1 writes nothing, shows how each page differs from its template, and returns 1 where one
+    does.
     """
-    facts = Facts.load(records)
+    check, facts = settings.get("CHECK") == "1", Facts.load(RECORDS)
     rendered = {path: render(template, facts) for path, template in pages().items()}
-    drawn, _ = plots.pictures(None, records)
+    drawn, _ = plots.pictures(None, RECORDS)
     rendered |= {IMAGES / name: svg for name, svg in (diagrams.drawings(facts) | drawn).items()}
     stale = {path: text for path, text in rendered.items() if _read(path) != text}
     for path, text in stale.items():

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from harness import ROOT
+from harness import RECORDS, ROOT
 from harness.errors import UserError
 from harness.evidence import results
 from harness.evidence.references import load_references
@@ -16,6 +17,8 @@ from harness.pages import figures, schedules
 from harness.pages.axes import ticks
 from harness.pages.figures import Curve, Figure, Panel, Series
 from harness.pages.schedules import Schedule
+from harness.run import finding
+from harness.system import screen
 from harness.system.files import told_if_unwritable, write_text
 
 IMAGES = ROOT / "docs" / "images"
@@ -54,6 +57,18 @@ DARK
 """.replace(
     "LIGHT", " ".join(f".c{i} {{ color: {colour} }}" for i, colour in enumerate(LIGHT))
 ).replace("DARK", " ".join(f".c{i} {{ color: {colour} }}" for i, colour in enumerate(DARK)))
+
+
+def draw(settings: Mapping[str, str]) -> int:
+    """``make plots``: draw the plots of runs and records as SVG files."""
+    outdir = finding.outdir(settings)
+    folder = outdir / "plots"
+    drawn, warnings = pictures(outdir, RECORDS)
+    for warning in warnings:
+        print(warning, file=sys.stderr)
+    write(folder, drawn)
+    screen.say(f"{len(drawn)} pictures in {folder}: {', '.join(drawn)}")
+    return 0
 
 
 def pictures(outdir: Path | None, records: Path) -> tuple[dict[str, str], tuple[str, ...]]:

@@ -12,13 +12,14 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from harness import RECORDS
 from harness.errors import UserError, first_line, nearest
 from harness.experiment import command_line
 from harness.profiling import summary, trace
 from harness.profiling.kernels import TITLES, Category
 from harness.profiling.summary import RankProfile
+from harness.run import finding
 from harness.run.directory import RunDir
-from harness.run.finding import candidates, one
 from harness.run.schema import Rank
 from harness.system import screen
 from harness.system.files import complaint, read_object, write_json
@@ -106,10 +107,10 @@ def find(outdir: Path, records: Path, wanted: str) -> Profile:
     """
     if (outdir / wanted).is_dir():
         return of_run(RunDir(outdir / wanted))
-    traced = [run for run in candidates(outdir)[0] if run.experiment.profile]
+    traced = [run for run in finding.candidates(outdir)[0] if run.experiment.profile]
     same = [run for run in traced if wanted in (run.experiment.id, run.experiment.name)]
     if same:
-        return of_run(one(wanted, same).dir)
+        return of_run(finding.one(wanted, same).dir)
     recorded = {
         f"{path.parents[1].name}/{path.stem}": path
         for path in sorted(records.glob(f"*/{FOLDER}/*.json"))
@@ -134,11 +135,10 @@ def read_recorded(path: Path) -> Profile:
         raise UserError(str(error)) from None
 
 
-def print_profile(outdir: Path, records: Path, settings: Mapping[str, str]) -> int:
+def print_profile(settings: Mapping[str, str]) -> int:
     """``make profile RUN=… FORMAT=…``: exit status. Raises UserError as ``find`` and ``render``."""
-    print(
-        render(find(outdir, records, settings["RUN"]), settings.get("FORMAT", "terminal")), end=""
-    )
+    found = find(finding.outdir(settings), RECORDS, settings["RUN"])
+    print(render(found, settings.get("FORMAT", "terminal")), end="")
     return 0
 
 

@@ -6,11 +6,14 @@ import base64
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any, get_args
 
+from harness import RECORDS
+from harness.errors import UserError
 from harness.evidence import results, verdicts
 from harness.evidence.claims import Verdict, evaluate, load_claims
 from harness.evidence.claims import sources as all_sources
@@ -19,10 +22,31 @@ from harness.evidence.rows import Row
 from harness.experiment.catalog import Catalog, load_catalog
 from harness.pages.report.data import page_values
 from harness.pages.schedules import load_profiles
+from harness.run import finding
 from harness.system.files import told_if_unwritable, write_text
 
 FOLDER = Path(__file__).parent
 SCRIPTS = ("dom.js", "charts.js", "table.js", "compare.js", "sections.js", "main.js")
+
+
+def report(settings: Mapping[str, str]) -> int:
+    """``make report``: one page with tables, plots and comparisons, into the file REPORT."""
+    outdir = finding.outdir(settings)
+    path = Path(settings.get("REPORT") or outdir / "report.html").absolute()
+    if path.is_dir():
+        raise UserError(
+            f"REPORT={settings['REPORT']} is a folder; name a file in it, such as report.html"
+        )
+    if settings.get("FORCE") != "1" and path.exists() and not is_report(path):
+        raise UserError(
+            f"REPORT={path} exists and was not written by make report\n"
+            "FORCE=1 replaces it, REPORT=… names another file"
+        )
+    for warning in write(outdir, RECORDS, path):
+        print(warning, file=sys.stderr)
+    size_kib = path.stat().st_size / 1024
+    print(f"{path} ({size_kib:.0f} KiB): open it in a browser; it needs no network")
+    return 0
 
 
 def write(outdir: Path, records: Path, path: Path) -> tuple[str, ...]:
