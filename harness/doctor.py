@@ -72,17 +72,18 @@ def doctor() -> int:
         for finding in findings:
             print(line(finding, colour=screen.colour()))
     lacking = [f.topic for findings in report.values() for f in findings if f.state == "missing"]
-    where = (
-        f"on {len(cards)} GPU{'s' if len(cards) > 1 else ''}"
-        if cards
-        else "on the CPU, as miniatures"
-    )
-    print(
-        f"\nRuns cannot start {where}: {', '.join(lacking)}."
-        if lacking
-        else f"\nRuns can start {where}: make 101"
-    )
-    return 1 if lacking else 0
+    several = "s" if len(cards) > 1 else ""
+    where = f"on {len(cards)} GPU{several}" if cards else "on the CPU, as miniatures"
+    if lacking:
+        print(f"\nRuns cannot start {where}: {', '.join(lacking)}.")
+        return 1
+    print(f"\nRuns can start {where}: make 101")
+    return 0
+
+
+def judged(topic: str, good: bool, text: str, problem: str, remedy: str = "") -> Finding:
+    """``ok`` with ``text`` where it is ``good``, else a warning: ``problem`` and its remedy."""
+    return Finding(topic, "ok", text) if good else Finding(topic, "warn", problem, remedy)
 
 
 def line(finding: Finding, *, colour: bool) -> str:
@@ -115,45 +116,37 @@ def stage(name: str, environment: Venv | None, command: str) -> Finding:
     """Whether a set-up stage is complete: as pinned in ``environment``, else in any version."""
     topic = f"stage {name}"
     if environment and environment.stamp(name).exists():
-        if environment.ready(name):
-            if damaged := environment.damaged():
-                names = ", ".join(sorted(info.name.split("-")[0] for info in damaged)[:5])
-                return Finding(
-                    topic,
-                    "warn",
-                    f"files are missing from {names}",
-                    f"rm {environment.stamp(name)}; {command}",
-                )
-            return Finding(
-                topic, "ok", f"{len(requirements(name))} packages as pinned in pyproject.toml"
-            )
-        return Finding(
-            topic, "warn", "out of date or damaged; the next make installs it again", command
+        if not environment.ready(name):
+            text = "out of date or damaged; the next make installs it again"
+            return Finding(topic, "warn", text, command)
+        damaged = {info.name.split("-")[0] for info in environment.damaged()}
+        return judged(
+            topic,
+            not damaged,
+            f"{len(requirements(name))} packages as pinned in pyproject.toml",
+            f"files are missing from {', '.join(sorted(damaged)[:5])}",
+            f"rm {environment.stamp(name)}; {command}",
         )
     lacking = missing(name)
     if not lacking:
         return Finding(topic, "ok", f"installed{_differing(name)}")
     names = ", ".join(map(distribution, lacking))
     if environment:
-        return Finding(
-            topic, "note", f"not installed yet: {names}", f"comes with the first run, or: {command}"
-        )
+        remedy = f"comes with the first run, or: {command}"
+        return Finding(topic, "note", f"not installed yet: {names}", remedy)
     state = "missing" if set(lacking) & set(requirements("core")) else "note"
-    return Finding(
-        topic, state, f"lacks {names}", f"{sys.executable} -m pip install {' '.join(lacking)}"
-    )
+    remedy = f"{sys.executable} -m pip install {' '.join(lacking)}"
+    return Finding(topic, state, f"lacks {names}", remedy)
 
 
 def _differing(name: str) -> str:
     """The installed versions that differ from the pins, ready to follow a sentence."""
-    pairs = [
-        (distribution(r), version(r), package_version(distribution(r))) for r in requirements(name)
-    ]
-    differing = [
-        f"{n} {have} (tested: {pin})"
-        for n, pin, have in pairs
-        if have and have.partition("+")[0] != pin
-    ]
+    differing = []
+    for requirement in requirements(name):
+        package, pin = distribution(requirement), version(requirement)
+        have = package_version(package)
+        if have and have.partition("+")[0] != pin:
+            differing.append(f"{package} {have} (tested: {pin})")
     return f"; differs from the tested versions: {', '.join(differing)}" if differing else ""
 
 
@@ -173,40 +166,31 @@ def torch(found: Torch | None, on_gpu: bool, driver_cuda: str | None) -> Finding
     ``driver_cuda`` is the newest CUDA that the driver supports.
     """
     if found is None:
-        return Finding(
-            "PyTorch", "note", "not installed yet", "comes with the first run, or: make setup"
-        )
+        remedy = "comes with the first run, or: make setup"
+        return Finding("PyTorch", "note", "not installed yet", remedy)
     text = f"{found.version}, " + (f"for CUDA {found.cuda}" if found.cuda else "for the CPU")
     if on_gpu and not found.cuda:
         return Finding("PyTorch", "missing", f"{text}; this machine has GPUs", "make setup-gpu")
     if on_gpu and driver_cuda and _major(driver_cuda) < _major(found.cuda):
-        return Finding(
-            "PyTorch",
-            "missing",
-            f"{text}; the driver supports CUDA {driver_cuda}",
-            "a newer driver (580 for CUDA 13), or NVIDIA's container: make docker-run",
-        )
+        text += f"; the driver supports CUDA {driver_cuda}"
+        remedy = "a newer driver (580 for CUDA 13), or NVIDIA's container: make docker-run"
+        return Finding("PyTorch", "missing", text, remedy)
     return Finding("PyTorch", "ok", text)
 
 
-def _major(cuda: str | None) -> int:
-    return int((cuda or "0").partition(".")[0])
+def _major(cuda: str) -> int:
+    return int(cuda.partition(".")[0])
 
 
 def transformer_engine(installed: str | None, on_gpu: bool) -> Finding:
     """Transformer Engine, which full-size runs on GPUs use."""
+    topic = "Transformer Engine"
     if installed and _has_torch_extension():
-        return Finding("Transformer Engine", "ok", installed)
-    if installed:
-        text = f"{installed}, without its extension for PyTorch"
-        if on_gpu:
-            return Finding("Transformer Engine", "missing", text, "make setup-gpu")
-        return Finding("Transformer Engine", "note", f"{text}; runs on a CPU do not use it")
+        return Finding(topic, "ok", installed)
+    text = f"{installed}, without its extension for PyTorch" if installed else "not installed"
     if on_gpu:
-        return Finding(
-            "Transformer Engine", "missing", "not installed; runs on GPUs use it", "make setup-gpu"
-        )
-    return Finding("Transformer Engine", "note", "not installed; runs on a CPU do not use it")
+        return Finding(topic, "missing", f"{text}; runs on GPUs use it", "make setup-gpu")
+    return Finding(topic, "note", f"{text}; runs on a CPU do not use it")
 
 
 def _has_torch_extension() -> bool:
@@ -226,9 +210,8 @@ def apex(installed: bool) -> Finding:
     """Apex, whose kernel fuses gradient accumulation into the weight gradient's GEMM."""
     if installed:
         return Finding("Apex", "ok", "fuses gradient accumulation into GEMMs")
-    return Finding(
-        "Apex", "note", "not installed; optional, it fuses gradient accumulation into GEMMs"
-    )
+    text = "not installed; optional, it fuses gradient accumulation into GEMMs"
+    return Finding("Apex", "note", text)
 
 
 def upstream() -> Finding:
@@ -251,25 +234,15 @@ def upstream() -> Finding:
     if os.environ.get("MEGATRON_LM"):
         return complete_tree(f"MEGATRON_LM={tree}, {there or 'commit unknown'}", changed)
     if there and pinned and there != pinned:
-        return Finding(
-            "Megatron-LM",
-            "warn",
-            f"the submodule is at {there[:10]}, tested with {pinned[:10]}",
-            FILL,
-        )
+        text = f"the submodule is at {there[:10]}, tested with {pinned[:10]}"
+        return Finding("Megatron-LM", "warn", text, FILL)
     return complete_tree(f"the submodule, {there or 'commit unknown'}", changed)
 
 
 def complete_tree(tree: str, changed: bool | None) -> Finding:
     """A complete source tree of upstream, whose files may differ from its commit."""
-    if changed:
-        return Finding(
-            "Megatron-LM",
-            "warn",
-            f"{tree}; its files differ from that commit",
-            "git status there shows which",
-        )
-    return Finding("Megatron-LM", "ok", tree)
+    problem = f"{tree}; its files differ from that commit"
+    return judged("Megatron-LM", not changed, tree, problem, "git status there shows which")
 
 
 def devices(cards: tuple[gpus.LocalGpu, ...]) -> Iterator[Finding]:
@@ -282,14 +255,8 @@ def devices(cards: tuple[gpus.LocalGpu, ...]) -> Iterator[Finding]:
     yield Finding("driver", "ok", f"{driver}, supports CUDA {cuda}")
     for use in gpus.use():
         text = f"{use.gpu.name}, {use.gpu.total_mib / 1024:.0f} GiB"
-        if use.busy:
-            yield Finding(
-                f"GPU {use.gpu.index}",
-                "warn",
-                f"{text}; busy: {gpus.describe(use).partition(': ')[2]}",
-            )
-        else:
-            yield Finding(f"GPU {use.gpu.index}", "ok", f"{text}, free")
+        problem = f"{text}; busy: {gpus.describe(use).partition(': ')[2]}"
+        yield judged(f"GPU {use.gpu.index}", not use.busy, f"{text}, free", problem)
     if len(cards) > 1:
         yield nvlink(*nvlink_pairs(len(cards)))
 
@@ -317,13 +284,11 @@ def _linked(pynvml, one, other) -> bool:
 
 def nvlink(linked: int, pairs: int) -> Finding:
     """The links of tensor, context and expert parallelism."""
-    if linked == pairs:
-        return Finding("NVLink", "ok", "between all GPUs")
-    text = f"between {linked} of {pairs} pairs of GPUs; others communicate several times slower"
-    return Finding(
+    return judged(
         "NVLink",
-        "warn",
-        text,
+        linked == pairs,
+        "between all GPUs",
+        f"between {linked} of {pairs} pairs of GPUs; others communicate several times slower",
         "keep TP, CP and EP within linked GPUs; nvidia-smi topo -m shows them",
     )
 
@@ -374,9 +339,7 @@ def machine(on_gpu: bool) -> Iterator[Finding]:
 def amount(topic: str, gib: float, enough_gib: float, why: str, rest: str, remedy: str) -> Finding:
     """Whether there is enough of a resource that is measured in GiB."""
     text = f"{gib:.1f} GiB{rest}"
-    if gib >= enough_gib:
-        return Finding(topic, "ok", text)
-    return Finding(topic, "warn", f"{text}; {why}", remedy)
+    return judged(topic, gib >= enough_gib, text, f"{text}; {why}", remedy)
 
 
 def limit(topic: str, which: int, enough: int, unit: str, remedy: str) -> Finding:
@@ -384,7 +347,7 @@ def limit(topic: str, which: int, enough: int, unit: str, remedy: str) -> Findin
     soft, _ = resource.getrlimit(which)
     text = "unlimited" if soft == resource.RLIM_INFINITY else f"at most {soft:,}{unit}"
     enough_given = soft == resource.RLIM_INFINITY or soft >= enough
-    return Finding(topic, "ok", text) if enough_given else Finding(topic, "warn", text, remedy)
+    return judged(topic, enough_given, text, text, remedy)
 
 
 def optional_tools() -> Iterator[Finding]:
@@ -400,17 +363,10 @@ def prepared_data() -> Finding:
     sets = data_sets.prepared_names()
     damaged = [name for name in sets if not _sound(name)]
     if damaged:
-        return Finding(
-            "data sets",
-            "warn",
-            f"damaged: {', '.join(damaged)}",
-            f"make data-check NAME={damaged[0]}",
-        )
-    return Finding(
-        "data sets",
-        "ok" if sets else "note",
-        ", ".join(sets) or "none prepared; experiments run on mock data, and tables mark it",
-    )
+        remedy = f"make data-check NAME={damaged[0]}"
+        return Finding("data sets", "warn", f"damaged: {', '.join(damaged)}", remedy)
+    none = "none prepared; experiments run on mock data, and tables mark it"
+    return Finding("data sets", "ok" if sets else "note", ", ".join(sets) or none)
 
 
 def _sound(name: str) -> bool:
@@ -423,35 +379,26 @@ def _sound(name: str) -> bool:
 
 def compiler() -> Finding:
     """The C++ compiler, tried on a small program."""
-    path, use = shutil.which("c++"), "compiles upstream's index helpers and Transformer Engine"
-    if path is None:
-        return Finding("c++", "note", f"not installed; {use}", "sudo apt install g++")
-    said = _answer(
-        [path, "-x", "c++", "-fsyntax-only", "-"], "#include <vector>\nint main() { return 0; }\n"
-    )
-    if said is None:
-        return Finding("c++", "ok", path)
-    return Finding("c++", "warn", f"{path} does not compile: {said}", "sudo apt install g++")
+    use, remedy = "compiles upstream's index helpers and Transformer Engine", "sudo apt install g++"
+    if (path := shutil.which("c++")) is None:
+        return Finding("c++", "note", f"not installed; {use}", remedy)
+    program = "#include <vector>\nint main() { return 0; }\n"
+    said = _answer([path, "-x", "c++", "-fsyntax-only", "-"], program)
+    return judged("c++", said is None, path, f"{path} does not compile: {said}", remedy)
 
 
 def containers() -> Finding:
     """The container tool that docker/engine.sh chooses, and whether it answers."""
     usual = "podman" if shutil.which("podman") and not shutil.which("docker") else "docker"
-    words = os.environ.get("DOCKER", "").split() or [usual]
-    path = shutil.which(words[0])
-    if path is None:
-        return Finding(
-            words[0],
-            "note",
-            "not installed; used by make docker-build and make docker-run",
-            "https://docs.docker.com/engine/install",
-        )
-    said = _answer([*words, "info"])
-    if said is None:
-        return Finding(words[0], "ok", f"{path}, and it answers")
-    return Finding(
-        words[0],
-        "warn",
+    tool, *words = os.environ.get("DOCKER", "").split() or [usual]
+    if (path := shutil.which(tool)) is None:
+        text = "not installed; used by make docker-build and make docker-run"
+        return Finding(tool, "note", text, "https://docs.docker.com/engine/install")
+    said = _answer([tool, *words, "info"])
+    return judged(
+        tool,
+        said is None,
+        f"{path}, and it answers",
         f"{path} does not answer: {said}",
         "start its service (sudo systemctl start docker), join its group, or DOCKER='sudo docker'",
     )
@@ -459,16 +406,12 @@ def containers() -> Finding:
 
 def slurm() -> Finding:
     """sbatch, and whether its controller answers."""
-    path, use = (
-        shutil.which("sbatch"),
-        "submits the script of SLURM=1; without it, the script is printed",
-    )
-    if path is None:
+    if (path := shutil.which("sbatch")) is None:
+        use = "submits the script of SLURM=1; without it, the script is printed"
         return Finding("sbatch", "note", f"not installed; {use}")
     said = _answer(["scontrol", "ping"])
-    if said is None:
-        return Finding("sbatch", "ok", path)
-    return Finding("sbatch", "warn", f"{path}, but its controller does not answer: {said}")
+    problem = f"{path}, but its controller does not answer: {said}"
+    return judged("sbatch", said is None, path, problem)
 
 
 def _answer(command: list[str], given: str = "") -> str | None:
@@ -486,7 +429,7 @@ def _answer(command: list[str], given: str = "") -> str | None:
         return f"no answer within {ANSWER_TIMEOUT_S} s"
     except OSError as error:
         return str(error.strerror)
+    if done.returncode == 0:
+        return None
     lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
-    return (
-        None if done.returncode == 0 else (lines[-1] if lines else f"exit status {done.returncode}")
-    )
+    return lines[-1] if lines else f"exit status {done.returncode}"
