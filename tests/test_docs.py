@@ -311,8 +311,8 @@ def test_the_summary_counts_an_experiment_once(facts: Facts) -> None:
     row = facts.row("101")
     again = replace(row, origin=row.origin.with_name("101_cardh100-80gb.json"))
     summary = call(facts, "summary")
-    assert summary.experiments == len({row.id for row in facts.of_hardware})
-    assert summary.gpus == "1, 2 and 4"
+    assert summary["experiments"] == len({row.id for row in facts.of_hardware})
+    assert summary["gpus"] == "1, 2 and 4"
     assert call(replace(facts, rows=(*facts.rows, again)), "summary") == summary
     assert call(replace(facts, rows=()), "summary") is None
 
@@ -320,7 +320,7 @@ def test_the_summary_counts_an_experiment_once(facts: Facts) -> None:
 def test_pages_give_one_count_of_what_ended_as_published(facts: Facts) -> None:
     """README.md counted experiments and docs/records.md rows: 24 of 24 against 25 of 25."""
     summary, records = call(facts, "summary"), call(facts, "records")
-    count = f"{summary.as_published} of the {summary.compared} with a published row"
+    count = f"{summary['as_published']} of the {summary['compared']} with a published row"
     assert f"Ended as published: {count}" in records
     row = facts.row("111")
     twice = [row, replace(row, label="again"), replace(row, state="crash")]

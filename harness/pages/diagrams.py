@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import cycle, pairwise
+from pathlib import Path
 
 from harness.evidence.facts import Facts
 from harness.experiment.constraints import with_changes
@@ -20,21 +21,7 @@ from harness.predict.formulas import OF_EXPERIMENT, activations_per_sbh
 WIDTH, MARGIN, ROW = 860, 24, 30
 BAR_LEFT, BAR_WIDTH = 200, 500
 FONTS = "system-ui, -apple-system, Segoe UI, Helvetica, sans-serif"
-STYLE = """\
-<style>
-text { fill: #1f2328 } .quiet { fill: #59636e } .paper { fill: #fff } .empty { fill: #eef1f4 }
-.c0 { fill: #0072b2 } .c1 { fill: #c25100 } .c2 { fill: #007f5f }
-.c3 { fill: #a3528f } .c4 { fill: #8a6400 } .ink { fill: #1f2328 }
-.grey { fill: #6e7781 } .light { fill: #c9ced4 } .dark { fill: #3d444d }
-.rule { stroke: #d0d7de } line.ink { stroke: #1f2328 } circle { fill-opacity: .8 }
-@media (prefers-color-scheme: dark) {
-text { fill: #e6edf3 } .quiet { fill: #9da7b3 } .paper { fill: #0d1117 } .empty { fill: #1c2128 }
-.c0 { fill: #5cb8f0 } .c1 { fill: #ff9250 } .c2 { fill: #35c79a }
-.c3 { fill: #e59bd0 } .c4 { fill: #e5bc45 } .ink { fill: #e6edf3 }
-.grey { fill: #9da7b3 } .light { fill: #3d444d } .dark { fill: #c9d1d9 }
-.rule { stroke: #3d444d } line.ink { stroke: #e6edf3 }
-}
-</style>"""
+STYLE = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
 
 MEMORY = {
     "weights": "c0",
@@ -115,7 +102,7 @@ class Drawing:
                 f' width="{WIDTH}" height="{self.height}" role="img"'
                 f' aria-label="{escape(self.title)}" font-family="{FONTS}">',
                 f"<title>{escape(self.title)}</title>",
-                STYLE,
+                f"<style>\n{STYLE}</style>",
                 f'<rect x="0.5" y="0.5" width="{card[0]}" height="{card[1]}" rx="8"'
                 ' class="paper rule"/>',
                 *self.shapes,

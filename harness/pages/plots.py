@@ -23,9 +23,8 @@ from harness.system.files import told_if_unwritable, write_text
 
 IMAGES = ROOT / "docs" / "images"
 
-LIGHT = ("#0072b2", "#c25100", "#007f5f", "#a3528f", "#8a6400")
-DARK = ("#5cb8f0", "#ff9250", "#35c79a", "#e59bd0", "#e5bc45")
-"""Okabe and Ito's hues, which colour-blind readers can distinguish.
+HUES = 5
+"""Okabe and Ito's, which colour-blind readers can distinguish: ``.c0`` to ``.c4`` in plots.css.
 
 Their contrast is 4.5 or more, on white and on near-black.
 """
@@ -36,27 +35,7 @@ LINE = 15
 ASIDE = {"here": -8, "half": 0, "published": 8, "reference": 8}
 """Horizontal shift in pixels of markers that share a tick."""
 
-STYLE = """
-text { font: 12px system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; fill: #1f2328 }
-.title { font-size: 15px; font-weight: 600 } .panel { font-weight: 600 } .small { font-size: 11px } .quiet { fill: #59636e }
-.paper { fill: #fff } .grid { stroke: #d8dee4 } .axis { stroke: #818b98 }
-.grid, .axis { stroke-width: 1; shape-rendering: crispEdges }
-.join { fill: none; stroke: currentColor; stroke-width: 2 }
-.dashed { stroke-dasharray: 5 4 } .dotted { stroke-dasharray: 8 3 2 3 }
-.full { fill: currentColor; stroke: currentColor } .hollow { fill: #fff; stroke: currentColor; stroke-width: 2 }
-.oom { stroke: currentColor; stroke-width: 3 } .thin { stroke-width: 1.5 }
-.ink { color: #59636e } .own { fill: currentColor } .late { fill-opacity: .45 } .idle { fill: #eceff2 }
-.number { font-size: 10px; text-anchor: middle; fill: #fff } .number.dark { fill: #1f2328 }
-LIGHT
-@media (prefers-color-scheme: dark) {
-text { fill: #e6edf3 } .quiet { fill: #9da7b3 } .paper { fill: #0d1117 } .grid { stroke: #2a313a } .axis { stroke: #6e7681 }
-.hollow { fill: #0d1117 } .ink { color: #9da7b3 } .idle { fill: #1c2128 }
-.number { fill: #0d1117 } .number.dark { fill: #e6edf3 }
-DARK
-}
-""".replace(
-    "LIGHT", " ".join(f".c{i} {{ color: {colour} }}" for i, colour in enumerate(LIGHT))
-).replace("DARK", " ".join(f".c{i} {{ color: {colour} }}" for i, colour in enumerate(DARK)))
+STYLE = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
 
 
 def draw(settings: Mapping[str, str]) -> int:
@@ -169,7 +148,7 @@ def loss(title: str, curves: Sequence[Curve]) -> str:
             (x(step), y(value)) for step, value in zip(curve.steps, curve.values, strict=True)
         ]
         lines = _path(points) + _path([(16, below - 4), (44, below - 4)])
-        body.append(f'<g class="c{i % len(LIGHT)}">{lines}</g>')
+        body.append(f'<g class="c{i % HUES}">{lines}</g>')
         went = f"{curve.values[0]:.2f} to {curve.values[-1]:.2f} in {curve.steps[-1]} steps"
         body.append(_text(52, below, f"{curve.label}: {went}"))
         below += LINE + 3
@@ -240,7 +219,7 @@ def _panel(panel: Panel, left: float, top: float, width: float) -> str:
         if i and (len(lines) > 2 or at + 20 + 6.4 * len(line) > left + width):
             at, row = left + 16.0, row + LINE
         out.append(
-            f'<g class="c{i % len(LIGHT)}">{_box("own", at, row - 9, 10, 10)}</g>'
+            f'<g class="c{i % HUES}">{_box("own", at, row - 9, 10, 10)}</g>'
             + _text(at + 15, row, line, "small")
         )
         at += 34 + 6.4 * len(line)
@@ -253,7 +232,7 @@ def _panel(panel: Panel, left: float, top: float, width: float) -> str:
     for series in sorted(
         panel.series, key=lambda s: ("published", "reference", "half", "here").index(s.source)
     ):
-        colour = lines.index(series.line) % len(LIGHT)
+        colour = lines.index(series.line) % HUES
         out.append(f'<g class="c{colour}">{_series(series, x, y, y1 - FOR_OOM, panel.order)}</g>')
     return "".join(out)
 
@@ -352,4 +331,4 @@ def _svg(title: str, height: float, body: Iterable[str]) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" aria-label="{escape(title)}">'
     )
     paper = '<rect class="paper" width="100%" height="100%"/>'
-    return "\n".join([head, f"<style>{STYLE}</style>", paper, *body, "</svg>\n"])
+    return "\n".join([head, f"<style>\n{STYLE}</style>", paper, *body, "</svg>\n"])

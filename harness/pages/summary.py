@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 from harness.evidence import verdicts
 from harness.evidence.facts import HARDWARE, Facts
@@ -17,43 +17,14 @@ CLOSE = 0.015
 """Relative difference up to which measured memory counts as equal to the published."""
 
 
-@dataclass(frozen=True)
-class Summary:
-    """The records on one kind of GPU, ready to print; an experiment counts once."""
+def summary(facts: Facts) -> dict[str, Any] | None:
+    """What the records on one kind of GPU show together, ready to print; None without
+    records.
 
-    experiments: int
-    gpus: str
-    """How many GPUs they ran on: ``1, 2 and 4``."""
-    gpu: str
-    compared: int
-    """Experiments with a published row."""
-    as_published: int
-    """Those of them that ended as published, complete or out of memory."""
-    memory_ratio: str
-    """Median of measured over published memory."""
-    memory_compared: int
-    memory_close: int
-    """Those within CLOSE of the published memory."""
-    driver: str
-    """A remark in brackets where measured memory includes what the driver reserves."""
-    step_ratio: str
-    """Median of measured over published step time."""
-    memory_error_median: str
-    memory_error_largest: str
-    """Of predicted over allocated memory."""
-    step_error_median: str
-    """Of step times predicted by constants fitted without the row."""
-    published_rows: int
-    published_error_median: str
-    published_error_90th_percentile: str
-    """Of step times predicted for published rows, by constants fitted without the row."""
-    claims: int
-    verdicts: str
-    """How many claims have which verdict on our records: ``30 hold, 5 fail``."""
-
-
-def summary(facts: Facts) -> Summary | None:
-    """What the records show together; None without records."""
+    An experiment counts once. Ratios are medians of measured over published numbers.
+    ``memory_error_…`` is of predicted over allocated memory, ``step_error_…`` and
+    ``published_error_…`` of step times predicted by constants fitted without the row.
+    """
     ids = sorted({row.id for row in facts.of_hardware})
     gpus = sorted({row.experiment.world_size for row in facts.of_hardware})
     rows = [row for row in map(facts.row, ids) if row]
@@ -76,23 +47,23 @@ def summary(facts: Facts) -> Summary | None:
         for row in rows
         if row.step and row.predicted_step_ms
     ]
-    return Summary(
-        experiments=len(ids),
-        gpus=f"{', '.join(map(str, gpus[:-1]))} and {gpus[-1]}",
-        gpu=find_card(HARDWARE).name,
-        compared=judged.experiments,
-        as_published=judged.as_published,
-        memory_ratio=f"{median(memory):.2f}",
-        memory_compared=len(memory),
-        memory_close=sum(abs(ratio - 1) <= CLOSE for ratio in memory),
-        driver=driver_remark(rows),
-        step_ratio=f"{median(steps):.2f}",
-        memory_error_median=f"{median(memory_errors):.1%}",
-        memory_error_largest=f"{max(memory_errors):.1%}",
-        step_error_median=f"{median(step_errors):.1%}",
-        published_rows=len(machine.rows),
-        published_error_median=f"{published_median:.1%}",
-        published_error_90th_percentile=f"{published_90th:.0%}",
-        claims=len(claims),
-        verdicts=verdicts.counted(claim.sides[ours] for claim in claims),
-    )
+    return {
+        "experiments": len(ids),
+        "gpus": f"{', '.join(map(str, gpus[:-1]))} and {gpus[-1]}",
+        "gpu": find_card(HARDWARE).name,
+        "compared": judged.experiments,
+        "as_published": judged.as_published,
+        "memory_ratio": f"{median(memory):.2f}",
+        "memory_compared": len(memory),
+        "memory_close": sum(abs(ratio - 1) <= CLOSE for ratio in memory),
+        "driver": driver_remark(rows),
+        "step_ratio": f"{median(steps):.2f}",
+        "memory_error_median": f"{median(memory_errors):.1%}",
+        "memory_error_largest": f"{max(memory_errors):.1%}",
+        "step_error_median": f"{median(step_errors):.1%}",
+        "published_rows": len(machine.rows),
+        "published_error_median": f"{published_median:.1%}",
+        "published_error_90th_percentile": f"{published_90th:.0%}",
+        "claims": len(claims),
+        "verdicts": verdicts.counted(claim.sides[ours] for claim in claims),
+    }
