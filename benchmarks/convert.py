@@ -161,7 +161,7 @@ def make(folder: Path) -> None:
     """A Hugging Face folder with random weights."""
     import torch
 
-    from harness.convert.architectures import LLAMA
+    from harness.convert.architectures import ARCHITECTURES
     from harness.convert.safetensor_files import writing
     from harness.convert.transforms import Sizes
 
@@ -175,10 +175,11 @@ def make(folder: Path) -> None:
         **CONFIG,
     }
     (folder / "config.json").write_text(json.dumps(config))
-    model, positions = LLAMA.read(config, "benchmark")
+    llama = ARCHITECTURES["LlamaForCausalLM"]
+    model, positions = llama.read(config, "benchmark")
     sizes = Sizes(model, positions, model.vocab_size)
     shapes = {}
-    for row in LLAMA.rows_of(model):
+    for row in llama.rows_of(model):
         parts = row.how.split(torch.empty(sizes.shape(row.shape), device="meta"), sizes)
         for layer in range(model.num_layers) if row.stacked(sizes) else (None,):
             for name, part in zip(row.names(() if layer is None else (layer,)), parts, strict=True):

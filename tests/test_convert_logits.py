@@ -114,12 +114,13 @@ def test_a_wrong_mapping_shows(tmp_path, monkeypatch):
     """Gate and up exchanged, in one model of four layers: the test above would see it."""
     from harness.convert import architectures, transforms
 
-    row = next(row for row in architectures.LLAMA.rows if row.how is transforms.GATE_UP)
+    llama = architectures.ARCHITECTURES["LlamaForCausalLM"]
+    row = next(row for row in llama.rows if row.how is transforms.GATE_UP)
     rows = tuple(
         architectures.TensorRow(r.megatron, r.shape, r.hf[::-1], r.how) if r is row else r
-        for r in architectures.LLAMA.rows
+        for r in llama.rows
     )
-    monkeypatch.setitem(vars(architectures.LLAMA), "rows", rows)
+    monkeypatch.setitem(vars(llama), "rows", rows)
     assert compare([("llama", ONE)], tmp_path)["llama", "one"] > 100 * TOLERANCE
 
 

@@ -149,3 +149,15 @@ VOCABULARY = Transform(
     lambda parts, sizes: padded(parts[0], sizes.vocabulary),
     lambda whole, sizes: [whole[: sizes.model.vocab_size]],
 )
+TRANSFORMS = {
+    transform.name: transform
+    for transform in (
+        SAME,
+        TRANSPOSED,
+        QKV,
+        FUSED_QKV,
+        GATE_UP,
+        INTERLEAVED_GATE_UP,
+        VOCABULARY,
+    )
+}
