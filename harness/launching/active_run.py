@@ -272,7 +272,7 @@ class ActiveRun:
             return False
         if self.plan.experiment.nodes > 1 or self._is_deleted:
             return False
-        if not outcome.ADDRESS_IN_USE.search(self._log.text()):
+        if not outcome.address_in_use(self._log.text()):
             return False
         self._torchrun.end_orphans()
         for path in self.dir.ranks.iterdir():

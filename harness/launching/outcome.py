@@ -8,16 +8,20 @@ import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import cache
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.predict.capacity import levers
 from harness.run.schema import RankError, Status, StepMetrics, Validation
+from harness.system import yaml_files
 from harness.system.files import MAKE_ROOM
 
 if TYPE_CHECKING:
     from harness.experiment.experiment import Experiment
 
+FAILURES = Path(__file__).with_name("failures.yaml")
 LONGEST_LINE = 300
 LOW_MEMORY_SHARE = 0.05
 """A rank killed by SIGKILL while less than this share of the host's memory was available counts as
@@ -66,14 +70,14 @@ class RunOutcome:
 
 @dataclass(frozen=True)
 class FailureRule:
-    """A pattern in an error, the status it means, and advice, which may depend on the experiment.
+    """A pattern in an error, the status it means, and advice; see failures.yaml.
 
     ``anywhere``: specific enough to count in any line of the log, not only in the first error.
     """
 
     pattern: re.Pattern[str]
     status: Status
-    advice: str | Callable[[Experiment], str]
+    advice: str
     anywhere: bool
 
 
@@ -136,6 +140,11 @@ def classify(evidence: Evidence, experiment: Experiment) -> RunOutcome:
     return _first_error(evidence, experiment)
 
 
+def address_in_use(log: str) -> bool:
+    """Whether a port that torchrun or a rank chose was taken."""
+    return bool(_rules()["address in use"].pattern.search(log))
+
+
 def memory_levers(experiment: Experiment) -> str:
     """Advice: up to three changes that lower memory by formula and keep to all constraints."""
     settings = [
@@ -150,166 +159,42 @@ def _host_memory(experiment: Experiment) -> str:
     return f"the host ran out of memory: {fewer}a smaller SEQ= or MBS=, or end other programs there"
 
 
-ADDRESS_IN_USE = re.compile(
-    r"EADDRINUSE|Address already in use|failed to listen on any local network address",
-    re.IGNORECASE,
-)
-
-
-def _rule(
-    pattern: str, status: Status, advice: str | Callable[[Experiment], str], anywhere: bool = True
-) -> FailureRule:
-    return FailureRule(re.compile(pattern, re.IGNORECASE), status, advice, anywhere)
-
-
 _SHARED_MEMORY = (
     "/dev/shm is too small for NCCL or the data loaders; a container wants docker run --ipc=host"
 )
 
 
-def _sets(experiment: Experiment) -> list[str]:
-    """Names of the data sets that it reads."""
-    return [
-        word.partition(":")[0]
-        for word in experiment.data.replace(",", " ").split()
-        if word != "mock"
-    ]
+def _checks(damage: str, experiment: Experiment) -> str:
+    """Advice to check the data sets for ``damage``; empty where it reads none."""
+    names = [word.partition(":")[0] for word in experiment.data.replace(",", " ").split()]
+    checks = [f"make data-check NAME={name}" for name in names if name != "mock"]
+    return f"{damage}: {' and '.join(checks)}" if checks else ""
 
 
-def _checks(experiment: Experiment) -> str:
-    return " and ".join(f"make data-check NAME={name}" for name in _sets(experiment))
+_COMPUTED: dict[str, Callable[[Experiment], str]] = {
+    "memory_levers": memory_levers,
+    "host_memory": _host_memory,
+    "shared_memory": lambda e: _SHARED_MEMORY,
+    "truncated_data": lambda e: _checks("; or a data file was truncated during the run", e),
+    "damaged_data": lambda e: _checks(", as in damaged data", e),
+    "make_room": lambda e: MAKE_ROOM,
+}
+"""What replaces ``{names}`` in the advice of a rule."""
 
 
-RULES = (
-    _rule(
-        r"CUDA out of memory|OutOfMemoryError|CUDA error: out of"
-        r" memory|CU(BLAS|DNN)_STATUS_ALLOC_FAILED"
-        r"|Cuda failure 2 'out of memory'",
-        "oom",
-        memory_levers,
-    ),
-    _rule(
-        r"DefaultCPUAllocator: can't allocate|Cannot allocate memory|\bMemoryError\b|for lack of"
-        r" memory",
-        "oom-host",
-        _host_memory,
-    ),
-    _rule(r"/dev/shm|shm_open|insufficient shared memory", "crash", _SHARED_MEMORY),
-    _rule(
-        r"SIGBUS|Bus error",  # also what a mapped file does that became shorter
-        "crash",
-        lambda e: (
-            _SHARED_MEMORY
-            + (f"; or a data file was truncated during the run: {_checks(e)}" if _sets(e) else "")
-        ),
-    ),
-    _rule(
-        r"index out of range in self|vectorized_gather_kernel|indexSelect\w*Index"
-        r"|Indexing\.cu.*Assertion|Assertion .*(srcIndex|srcSelectDimSize|ind >=)",
-        "crash",
-        lambda e: (
-            "a token or position id is out of range"
-            + (f", as in damaged data: {_checks(e)}" if _sets(e) else "")
-        ),
-    ),
-    _rule(
-        r"No space left on device|Disk quota exceeded",
-        "crash",
-        f"the disk is full: {MAKE_ROOM}, or set OUTDIR= to another",
-    ),
-    _rule(
-        r"found (NaN|Inf) in|Unexpected result (nan|-?inf)",
-        "nan",
-        'a number is not finite: a lower learning rate (ARGS="--lr 1e-5"), or other data',
-    ),
-    _rule(
-        r"Watchdog caught collective operation timeout|ran for \d+ milliseconds before timing out"
-        r"|Timed out waiting \d+ms for",
-        "hang",
-        "a rank waited for others that did not answer; logs.txt names the collective",
-    ),
-    _rule(
-        ADDRESS_IN_USE.pattern,
-        "crash",
-        "a port was taken: run it again; with several nodes, set another RENDEZVOUS=host:port",
-    ),
-    _rule(
-        r"RendezvousTimeoutError|RendezvousConnectionError",
-        "crash",
-        "the nodes found no rendezvous: all need the same RENDEZVOUS=host:port, and that port open",
-    ),
-    _rule(
-        r"driver version is insufficient|driver on your system is too old|unsupported display"
-        r" driver",
-        "crash",
-        "the GPU driver is too old for this PyTorch: make doctor; update it, or install an older"
-        " PyTorch",
-    ),
-    _rule(
-        r"no kernel image is available|PTX was compiled with an unsupported toolchain",
-        "crash",
-        "this PyTorch or Transformer Engine was not built for this GPU: make doctor",
-    ),
-    _rule(
-        r"illegal memory access|illegal instruction was encountered|unspecified launch failure"
-        r"|misaligned address|device-side assert|uncorrectable ECC|GPU is lost|fallen off the bus"
-        r"|NVLink error|\bXid\b",
-        "crash",
-        "a GPU fault or a faulty kernel: look for Xid in dmesg and try other GPUs (GPUS_IDS=); "
-        "CUDA_LAUNCH_BLOCKING=1 in the environment names the kernel",
-    ),
-    _rule(
-        r"devices?(\(s\) is/| )are busy or unavailable",
-        "crash",
-        "another process holds a GPU exclusively: make monitor-gpu, then GPUS_IDS=",
-    ),
-    _rule(
-        r"No CUDA GPUs are available|invalid device ordinal",
-        "crash",
-        "fewer GPUs than ranks: GPUS= for fewer, or DEVICE=cpu for the miniature",
-    ),
-    _rule(
-        r"unrecognized arguments|error: (argument|the following arguments|ambiguous option)|invalid"
-        r" choice:",
-        "bad-configuration",
-        "upstream refused an argument: make arguments lists the valid ones; yours are in ARGS=",
-    ),
-    _rule(
-        r"\bin"
-        r" (validate_args|parse_args|core_transformer_config_from_args|_initialize_distributed)\b"
-        r"|transformer_config\.py\", line \d+, in __post_init__",
-        "bad-configuration",
-        "upstream refuses these settings together; they are in command.sh",
-        anywhere=False,
-    ),
-    _rule(r"^error: ", "bad-configuration", "the settings are in command.sh", anywhere=False),
-    _rule(
-        r"ModuleNotFoundError|ImportError|undefined symbol|cannot open shared object file",
-        "crash",
-        "a package is missing or was built for another version: make doctor",
-        anywhere=False,
-    ),
-    _rule(
-        r"FileNotFoundError|No such file or directory|PermissionError|Permission denied",
-        "crash",
-        "a file is missing or cannot be used: check DATA= and the paths in ARGS=",
-        anywhere=False,
-    ),
-    _rule(
-        r"NCCL error|ncclUnhandledCudaError|ncclSystemError|ncclInternalError|ncclInvalidUsage",
-        "crash",
-        "NCCL failed: NCCL_DEBUG=INFO in the environment says where; between nodes see"
-        " NCCL_SOCKET_IFNAME",
-    ),
-    _rule(
-        r"ended by SIGKILL",
-        "crash",
-        "a user or a limit of its container killed it: dmesg may say which",
-        anywhere=False,
-    ),
-    _rule(r"ended by SIGTERM|SignalException", "killed", "the results so far are kept"),
-)
-"""Known failures, the specific before the general: the first rule that matches decides."""
+@cache
+def _rules() -> dict[str, FailureRule]:
+    """The known failures, by name, in the order in which they are tried."""
+    return {
+        name: FailureRule(
+            re.compile("|".join(entry["patterns"]), re.IGNORECASE),
+            entry["status"],
+            entry["advice"],
+            entry.get("anywhere", True),
+        )
+        for name, entry in yaml_files.read(FAILURES).items()
+    }
+
 
 _ECHO = re.compile(
     r"Connection (was )?(closed|reset|refused)|Broken pipe|remote process (exited|has terminated)"
@@ -377,10 +262,9 @@ def _named(
     experiment: Experiment,
     rule: FailureRule | None = None,
 ) -> RunOutcome:
-    rule = rule or next(rule for rule in RULES if rule.status == status)
-    return RunOutcome(
-        status, detail, rank, rule.advice(experiment) if callable(rule.advice) else rule.advice
-    )
+    rule = rule or next(rule for rule in _rules().values() if rule.status == status)
+    computed = {n: f(experiment) for n, f in _COMPUTED.items() if f"{{{n}}}" in rule.advice}
+    return RunOutcome(status, detail, rank, rule.advice.format(**computed))
 
 
 def _from_rank_files(evidence: Evidence) -> Iterator[Failure]:
@@ -442,12 +326,12 @@ def _from_log(log: str) -> Iterator[Failure]:
 
 
 def _match(text: str) -> FailureRule | None:
-    return next((rule for rule in RULES if rule.pattern.search(text)), None)
+    return next((rule for rule in _rules().values() if rule.pattern.search(text)), None)
 
 
 def _match_log(log: str) -> tuple[FailureRule, str] | None:
     """The first rule for any line of the log that matches, with the line."""
-    for rule in RULES:
+    for rule in _rules().values():
         if rule.anywhere and (found := rule.pattern.search(log)):
             start, end = log.rfind("\n", 0, found.start()) + 1, log.find("\n", found.end())
             return rule, log[start : end if end >= 0 else None].strip()
