@@ -34,22 +34,16 @@ def test_a_whole_file_is_read(tmp_path) -> None:
     assert found.read("a").shape == (2, 3) and found.read("b").dtype == torch.uint8
 
 
-@pytest.mark.parametrize(("header", "said"), [
-    (changed(data_offsets=[24.0, 28]), "its header cannot be read"), (changed(data_offsets=[24, 28.0]), "its header cannot be read"),
-    (changed(data_offsets=[True, 28]), "its header cannot be read"), (changed(data_offsets=["24", 28]), "its header cannot be read"),
-    (changed(data_offsets=[24]), "its header cannot be read"), (changed(data_offsets=[24, 26, 28]), "its header cannot be read"),
-    (changed(data_offsets=None), "its header cannot be read"), (changed(data_offsets=[28, 24]), "its header cannot be read"),
-    (changed(data_offsets=[-4, 28]), "its header cannot be read"), (changed(shape=[4.0]), "its header cannot be read"),
-    (changed(shape=4), "its header cannot be read"), (changed(shape=[-4]), "its header cannot be read"), (changed(shape=["4"]), "its header cannot be read"),
-    (changed(shape=[10**400]), "bytes, its shape says"), (changed(shape=[5]), "b has 4 bytes, its shape says 5"),
-    (changed(dtype=["U8"]), r"a tensor of dtype \['U8'\]; known"), (changed(dtype=None), "a tensor of dtype None; known"),
-    (changed(data_offsets=[0, 28], shape=[28]), "overlap or leave gaps"), ({"a": WHOLE["b"]}, "overlap or leave gaps"),
-    (changed(data_offsets=[24, 10**30], shape=[10**30 - 24]), "is cut off"), ({}, "has .* bytes, its header says"),
-    ([], "its header cannot be read"), (b"\xff\xfe", "its header cannot be read"), (b"[" * 100_000, "its header cannot be read"),
-    ({"a": 5}, "its header cannot be read"), ({"a": None}, "its header cannot be read"), (b"", "its header cannot be read"),
+@pytest.mark.parametrize("header", [
+    changed(data_offsets=[24.0, 28]), changed(data_offsets=[24, 28.0]), changed(data_offsets=[True, 28]), changed(data_offsets=["24", 28]),
+    changed(data_offsets=[24]), changed(data_offsets=[24, 26, 28]), changed(data_offsets=None), changed(data_offsets=[28, 24]),
+    changed(data_offsets=[-4, 28]), changed(shape=[4.0]), changed(shape=4), changed(shape=[-4]), changed(shape=["4"]),
+    changed(shape=[10**400]), changed(shape=[5]), changed(dtype=["U8"]), changed(dtype=None), changed(dtype="F99"),
+    changed(data_offsets=[0, 28], shape=[28]), {"a": WHOLE["b"]}, changed(data_offsets=[24, 10**30], shape=[10**30 - 24]),
+    {}, [], b"\xff\xfe", b"[" * 100_000, {"a": 5}, {"a": None}, b"",
 ])  # fmt: skip
-def test_a_header_that_says_nonsense_is_refused(tmp_path, header, said) -> None:
-    with pytest.raises(UserError, match=said):
+def test_a_header_that_says_nonsense_is_refused(tmp_path, header) -> None:
+    with pytest.raises(UserError, match="is damaged or cut off: .*\nfetch it again"):
         open_folder(write(tmp_path, header))
 
 
