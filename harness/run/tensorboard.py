@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
-import time
 import webbrowser
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,19 +17,15 @@ from harness.run.directory import runs
 from harness.system.files import expanded
 
 FOLDER = "tensorboard"
-USUAL_PORT = 6006
-STARTS_WITHIN_S = 60
-"""TensorBoard imports for seconds, and for many on a busy machine."""
 
 
 def show(settings: Mapping[str, str], outdir: Path) -> int:
     """Serve the event files of RUN=, or of every run in ``outdir``, until Ctrl-C; the exit status.
 
     Raises:
-        UserError: there are none, PORT= is taken, or TensorBoard does not start.
+        UserError: there are none, or TensorBoard does not start, as where PORT= is taken.
     """
     folder = logged(settings.get("RUN"), outdir)
-    port = free_port(command_line.count_in(settings, "PORT"))
     command = [
         sys.executable,
         "-m",
@@ -38,17 +34,14 @@ def show(settings: Mapping[str, str], outdir: Path) -> int:
         str(folder),
         "--host",
         "localhost",
-        "--port",
-        str(port),
     ]
+    if port := command_line.count_in(settings, "PORT"):
+        command += ["--port", str(port)]
     with subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
     ) as board:
         try:
-            if not _answers(board, port):
-                board.terminate()
-                last = (board.stderr.read().strip().splitlines() or ["it did not answer"])[-1]
-                raise UserError(f"TensorBoard did not start: {last}\nmake setup installs it")
+            port = _port_of(board)
             print(
                 f"TensorBoard of {folder}: http://localhost:{port}/  (Ctrl-C ends it)\n"
                 f"from another machine: ssh -L {port}:localhost:{port} {socket.gethostname()}",
@@ -95,30 +88,13 @@ def logged(wanted: str | None, outdir: Path) -> Path:
     )
 
 
-def free_port(wanted: int | None) -> int:
-    """``wanted``, else the first free port from TensorBoard's default. Raises UserError."""
-    for port in (wanted,) if wanted else range(USUAL_PORT, USUAL_PORT + 100):
-        try:
-            with socket.socket() as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind(("localhost", port))
-            return port
-        except (OSError, OverflowError):
-            continue
+def _port_of(board: subprocess.Popen[str]) -> str:
+    """The port at which TensorBoard says that it listens. Raises UserError where it ends before."""
+    line = "it said nothing"
+    for line in board.stderr:
+        if found := re.search(r"http://localhost:(\d+)/", line):
+            return found[1]
     raise UserError(
-        f"PORT={wanted} is in use, or no port; leave PORT= out, and a free one is taken"
-        if wanted
-        else f"no port from {USUAL_PORT} to {USUAL_PORT + 99} is free; PORT= names another"
+        f"TensorBoard did not start: {line.strip()}\n"
+        "PORT= names another port; make setup installs TensorBoard"
     )
-
-
-def _answers(board: subprocess.Popen[str], port: int) -> bool:
-    """Wait until the server accepts connections; False where it ends or takes too long."""
-    end = time.monotonic() + STARTS_WITHIN_S
-    while board.poll() is None and time.monotonic() < end:
-        try:
-            socket.create_connection(("localhost", port), timeout=1).close()
-            return True
-        except OSError:
-            time.sleep(0.1)
-    return False
