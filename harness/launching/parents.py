@@ -14,7 +14,6 @@ import select
 import signal
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 
 MAKES = ("make", "gmake")
 SHELLS = ("sh", "bash", "dash", "zsh", "ksh", "fish", "busybox")
@@ -44,15 +43,18 @@ class Parents:
 
 def _to_watch() -> Iterator[tuple[int, str]]:
     """Pid and name of each process to watch, from the parent upwards."""
+    import psutil
+
     ignored = signal.SIG_IGN in (signal.getsignal(signal.SIGHUP), signal.getsignal(signal.SIGINT))
-    child, pid = os.getpid(), os.getppid()
-    while pid > 1 and (known := _stat(pid)):
-        name, above = known
-        alone = ignored or _group(child) in (None, child) or _group(child) != _group(pid)
-        if name not in MAKES and (name not in SHELLS or alone):
-            return
-        yield pid, name
-        child, pid = pid, above
+    child = os.getpid()
+    with suppress(psutil.NoSuchProcess):
+        for parent in psutil.Process().parents():
+            pid, name = parent.pid, parent.name()
+            alone = ignored or _group(child) in (None, child) or _group(child) != _group(pid)
+            if pid == 1 or (name not in MAKES and (name not in SHELLS or alone)):
+                return
+            yield pid, name
+            child = pid
 
 
 def _group(pid: int) -> int | None:
@@ -60,12 +62,3 @@ def _group(pid: int) -> int | None:
         return os.getpgid(pid)
     except ProcessLookupError:
         return None
-
-
-def _stat(pid: int) -> tuple[str, int] | None:
-    """Name and parent pid of a process; None where it has ended."""
-    try:
-        front, _, back = Path(f"/proc/{pid}/stat").read_text().rpartition(")")
-    except OSError:
-        return None
-    return front.partition("(")[2], int(back.split()[1])

@@ -73,9 +73,10 @@ def marked(**marks: str) -> list[psutil.Process]:
     """
     import psutil
 
-    wanted = {f"{name}={value}".encode() for name, value in marks.items()}
     return [
-        p for p in psutil.process_iter() if p.pid != os.getpid() and wanted <= _environment(p.pid)
+        process
+        for process in psutil.process_iter(["environ"])
+        if process.pid != os.getpid() and marks.items() <= (process.info["environ"] or {}).items()
     ]
 
 
@@ -133,15 +134,11 @@ def catches(pid: int, number: signal.Signals) -> bool:
 
 def has_variable(pid: int, name: str) -> bool:
     """Whether the process was started with the environment variable ``name``."""
-    return any(entry.startswith(f"{name}=".encode()) for entry in _environment(pid))
+    import psutil
 
-
-def _environment(pid: int) -> set[bytes]:
-    """``NAME=value`` of a process as it was started; empty where it ended or is another user's."""
-    try:
-        return set(Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
-    except OSError:
-        return set()
+    with suppress(psutil.Error):
+        return name in psutil.Process(pid).environ()
+    return False
 
 
 def oom_kills() -> int:
