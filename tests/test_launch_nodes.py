@@ -288,7 +288,7 @@ def test_a_number_that_comes_twice_or_is_too_high_is_refused():
     there: dict = {}
     admit(1, there)
     for node, said in (
-        (1, r"NODE_RANK=1 came twice, from b\?\[2J and from b\?\[2J"),
+        (1, r"NODE_RANK=1 came twice, from b\\x1b\[2J and from b\\x1b\[2J"),
         (3, "NODE_RANK=3 came from .*, and NODES=3"),
         (0, "NODE_RANK=0"),
     ):

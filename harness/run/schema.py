@@ -7,8 +7,8 @@ default, and unknown fields are ignored.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
 
@@ -245,14 +245,6 @@ def parse_line[Record: RunRecord](line: str, kind: type[Record]) -> Record | Non
     """The record in a line of JSON; None where there is none."""
     try:
         return kind.model_validate_json(line)
-    except ValidationError:
-        return None
-
-
-def parse_rank(raw: Mapping[str, Any]) -> Rank | None:
-    """A rank's report that another node sent; None where it is none."""
-    try:
-        return Rank.model_validate(raw)
     except ValidationError:
         return None
 

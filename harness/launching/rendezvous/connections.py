@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import socket
 from contextlib import suppress
 from typing import Any
@@ -15,7 +14,6 @@ LONGEST_MESSAGE_BYTES = 16 * 2**20
 """A peer that sends more without a line break is no launcher."""
 SEND_S = 5.0
 """A peer that accepts no bytes for this long counts as disconnected."""
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class Connection:
@@ -132,8 +130,3 @@ def connect(rendezvous: str, timeout_s: float = 1.0) -> Connection | None:
         return Connection(socket.create_connection(host_and_port(rendezvous), timeout=timeout_s))
     except OSError:
         return None
-
-
-def printable(text: object) -> str:
-    """``text`` of another machine, without characters that control a terminal."""
-    return _CONTROLS.sub("?", str(text))

@@ -25,12 +25,12 @@ from harness.launching.rendezvous.connections import (
     host_and_port,
     is_address,
     listen,
-    printable,
 )
 from harness.launching.rendezvous.peers import Peers
 from harness.launching.reservation import Reservation, reserve
 from harness.run.directory import RunDir
 from harness.system import locks
+from harness.system.screen import harmless
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -240,7 +240,7 @@ def _admit(
         Refused: it refuses, its number is taken or too high, or it would run something else.
     """
     hosts = {number: known.host for number, known in peers.items()}
-    peer.host, node = printable(hello.get("host", "?"))[:255], hello.get("node")
+    peer.host, node = harmless(str(hello.get("host", "?")))[:255], hello.get("node")
     # also where its number is taken: all in peers are sent the reason of a refusal
     peers[node if isinstance(node, int) and node not in peers else -1] = peer
     if hello.get(PROTOCOL) != 1 or not isinstance(node, int):
@@ -250,14 +250,14 @@ def _admit(
         )
     peer.node = node
     if (why := hello.get("refused")) is not None:
-        raise Refused(f"node {node} ({peer.host}) refuses: {printable(why)}")
+        raise Refused(f"node {node} ({peer.host}) refuses: {harmless(str(why))}")
     problem = ""
     if not 0 < node < nodes:
         problem = f"NODE_RANK={node} came from {peer.host}, and NODES={nodes} on node 0"
     elif node in hosts:
         problem = f"NODE_RANK={node} came twice, from {hosts[node]} and from {peer.host}"
     elif differ := differences(own, hello.get("facts") or {}, ("node 0", f"node {node}")):
-        lines = "\n".join(f"  {printable(line)}" for line in differ)
+        lines = "\n".join(f"  {harmless(line)}" for line in differ)
         here = socket.gethostname()
         problem = f"node 0 ({here}) and node {node} ({peer.host}) would not run the same\n{lines}"
     if problem:
@@ -342,7 +342,7 @@ def _wait_for_start(plan: Plan, node: int, signals: Signals) -> tuple[Connection
                 )
         for message in peer.receive() if peer else ():
             if "refused" in message:
-                raise Refused(printable(message["refused"]))
+                raise Refused(harmless(str(message["refused"])))
             if "start" in message:
                 return peer, message["start"]
         if peer and not peer.is_open:
@@ -358,7 +358,7 @@ def _is_node_0(peer: Connection, deadline: float) -> bool:
         time.sleep(0.01)
     if hello is None or (hello.get(PROTOCOL), hello.get("node")) != (1, 0):
         return False
-    peer.node, peer.host = 0, printable(hello.get("host", "?"))[:255]
+    peer.node, peer.host = 0, harmless(str(hello.get("host", "?")))[:255]
     return True
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from harness.launching.rendezvous.connections import Connection, printable
+from harness.launching.rendezvous.connections import Connection
+from harness.system.screen import harmless
 
 DISCONNECTED = "its launcher no longer answers: it was killed, or its machine or the network failed"
 
@@ -25,7 +26,7 @@ class NodeEnd:
     detail: str
     rank: int | None = None
     is_consequence: bool = False
-    ranks: tuple[dict[str, Any], ...] = ()
+    ranks: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"node {self.node} ({self.host}): {self.detail}"
@@ -91,8 +92,8 @@ def _end(peer: Connection, message: dict[str, Any]) -> NodeEnd:
     return NodeEnd(
         peer.node,
         peer.host,
-        printable(message.get("status", "crash")),
-        printable(message.get("detail") or message.get("status")),
+        harmless(str(message.get("status", "crash"))),
+        harmless(str(message.get("detail") or message.get("status"))),
         rank if isinstance(rank, int) else None,
         bool(message.get("is_consequence")),
         tuple(message.get("ranks", ())),

@@ -10,7 +10,7 @@ from harness.launching.outcome import RunOutcome
 from harness.launching.rendezvous.peers import Peers
 from harness.launching.tails import Tail
 from harness.run.directory import RunDir
-from harness.run.schema import Rank, parse_rank
+from harness.run.schema import Rank, parse_line
 
 if TYPE_CHECKING:
     from harness.planning.plan import Plan
@@ -87,7 +87,7 @@ class Reports:
             "is_consequence": is_consequence,
         }
         if not self._peers.shares and self._peers.node:
-            message["ranks"] = [rank.model_dump(mode="json") for rank in self._run_dir.read_ranks()]
+            message["ranks"] = [rank.model_dump_json() for rank in self._run_dir.read_ranks()]
         self._peers.send({"ended": message})
         deadline = time.monotonic() + (0 if stopped else ENDS_S)
         while not self._peers.all_ended and time.monotonic() < deadline:
@@ -105,5 +105,5 @@ class Reports:
 
     def ranks_elsewhere(self) -> list[Rank]:
         """Reports of ranks on other nodes, whose files are not visible here."""
-        found = [rank for end in self._peers.ends.values() for rank in end.ranks]
-        return [rank for raw in found if (rank := parse_rank(raw))]
+        found = [line for end in self._peers.ends.values() for line in end.ranks]
+        return [rank for line in found if (rank := parse_line(line, Rank))]
