@@ -43,7 +43,7 @@ def test_a_whole_file_is_read(tmp_path) -> None:
     {}, [], b"\xff\xfe", b"[" * 100_000, {"a": 5}, {"a": None}, b"",
 ])  # fmt: skip
 def test_a_header_that_says_nonsense_is_refused(tmp_path, header) -> None:
-    with pytest.raises(UserError, match="is damaged or cut off: .*\nfetch it again"):
+    with pytest.raises(UserError, match=r"is damaged or cut off: .*\nfetch it again"):
         open_folder(write(tmp_path, header))
 
 

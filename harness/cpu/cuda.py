@@ -114,18 +114,8 @@ def install() -> None:
         for name in names.split():
             setattr(owner, name, _made_on_cpu(getattr(owner, name)))
     _patch_tensor()
-    for name in (
-        "Byte",
-        "Char",
-        "Short",
-        "Int",
-        "Long",
-        "Half",
-        "BFloat16",
-        "Float",
-        "Double",
-        "Bool",
-    ):
+    kinds = "Byte Char Short Int Long Half BFloat16 Float Double Bool"
+    for name in kinds.split():
         setattr(torch.cuda, f"{name}Tensor", getattr(torch, f"{name}Tensor"))
     for name, answer in _device().items():
         setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)

@@ -73,23 +73,11 @@ def install(report: RankReport) -> None:
         share = share_of_upstreams(experiment, *packed) if experiment else 1.0
         return flops
 
-    # the parameters are upstream's; later ones are passed through
-    def training_log(
-        losses, totals, learning_rate, step, loss_scale, memory, skipped, grad_norm, *args, **kwargs
-    ):
+    def training_log(*given, **kwargs):
+        # the parameters are upstream's; later ones are passed through
+        losses, _, learning_rate, step, loss_scale, _, skipped, grad_norm, *_ = given
         clock.listen(training.get_timers()("interval-time"))
-        result = log(
-            losses,
-            totals,
-            learning_rate,
-            step,
-            loss_scale,
-            memory,
-            skipped,
-            grad_norm,
-            *args,
-            **kwargs,
-        )
+        result = log(*given, **kwargs)
         step_s = clock.answer_s
         phases_ms = phases.read_ms() if step_s else {}
         report.after_step(step)

@@ -78,33 +78,15 @@ def wrap_phases(
     """
     train_step = training.train_step
 
-    # the parameters are those of upstream's train_step
     @functools.wraps(train_step)
-    def step(
-        forward_step,
-        iterator,
-        model,
-        optimizer,
-        scheduler,
-        config,
-        forward_backward,
-        *args,
-        **kwargs,
-    ):
+    def step(*args, **kwargs):
+        # as upstream calls it: forward step, iterator, model, optimizer, scheduler, config,
+        # forward-backward
+        given, optimizer = list(args), args[3]
         begin_step()
-        forward_backward = wrap("forward_backward", forward_backward)
+        given[6] = wrap("forward_backward", given[6])
         with _replaced(optimizer, "step", wrap("optimizer", optimizer.step)):
-            return train_step(
-                forward_step,
-                iterator,
-                model,
-                optimizer,
-                scheduler,
-                config,
-                forward_backward,
-                *args,
-                **kwargs,
-            )
+            return train_step(*given, **kwargs)
 
     training.train_step = step
 

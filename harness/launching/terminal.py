@@ -8,7 +8,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from harness.run.schema import changes_in_words, perplexity
 from harness.system.screen import harmless, raw
@@ -64,36 +64,16 @@ class Snapshot:
     left_s: float | None = None
 
 
-class Terminal(Protocol):
-    """Shows runs while they last; a context manager."""
-
-    def show(self, snapshot: Snapshot) -> None: ...
-
-    def finish(self, label: str) -> None:
-        """The run is over: show its last step, if that was not shown yet."""
-
-    def print(self, text: str) -> None:
-        """Print lines that are not redrawn."""
-
-    def __enter__(self) -> Terminal: ...
-
-    def __exit__(self, *_: object) -> None: ...
-
-
-def open_terminal(stream: TextIO | None = None) -> Terminal:
-    """Live progress where ``stream`` (by default stdout) is a terminal, else plain lines."""
-    stream = stream or sys.stdout
-    live = stream.isatty() and os.environ.get("TERM") != "dumb"
-    return LiveTerminal(stream) if live else PlainTerminal(stream)
-
-
 def phase_of(line: str) -> str | None:
     """The phase that a line of upstream's log begins, or None."""
     return next((words for pattern, words in PHASES if pattern.search(line)), None)
 
 
 class PlainTerminal:
-    """Lines for a pipe or a file: every phase, the first and the last step, one step a second."""
+    """Lines for a pipe or a file: every phase, the first and the last step, one step a second.
+
+    ``finish``: the run is over, its last step is shown if it was not yet.
+    """
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -190,6 +170,16 @@ class LiveTerminal:
         return Group(
             _text((p.label, "bold")), bar, _text((_numbers(p) if p.step else p.phase, "cyan"))
         )
+
+
+Terminal = PlainTerminal | LiveTerminal
+
+
+def open_terminal(stream: TextIO | None = None) -> Terminal:
+    """Live progress where ``stream`` (by default stdout) is a terminal, else plain lines."""
+    stream = stream or sys.stdout
+    live = stream.isatty() and os.environ.get("TERM") != "dumb"
+    return LiveTerminal(stream) if live else PlainTerminal(stream)
 
 
 def step_line(p: Snapshot) -> str:
