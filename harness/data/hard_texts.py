@@ -1,4 +1,3 @@
-# ruff: noqa: RUF001
 """Texts that reveal differences between tokenizers: all scripts, long runs, odd white space."""
 
 from __future__ import annotations
@@ -6,42 +5,12 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from harness.system import yaml_files
 
 _RUN_LENGTHS = (*range(1, 18), 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 1000, 4097)
-_RUN_OF = (
-    " \n\t\r" + "aAz10!.-=_'\"\\/éßя漢あกعि\u0301\u200d\u00a0\u2003\u3000\ufeff😀\0\x1f\x7f\x85"
-)
-_SPACES = (" ", "\n", "\t", "\r", "\v", "\u00a0", "\u2003", "\u2028", "a", "7", ".", "'", "ä")
-_CONTRACTIONS = (
-    *("'s", "'t", "'re", "'ve", "'m", "'ll", "'d", "'S", "'LL", "’s"),
-    *("'x", "''s", "' s", " 's", "s'", "'ſ"),
-)
-_SCRIPTS = (
-    "abcdefghijklmnopqrstuvwxyz",
-    "ABCDEFGHIJKLMNOPQRSTUVWXYZ",
-    "0123456789",
-    "٠١٢٣४५६Ⅷ½²①",
-    "åäöéüßøæœñçşğİıſ",
-    "абвгдеёжзийклмн",
-    "αβγδεζηθικλμν",
-    "אבגדהוזח",
-    "ابتثجحخد",
-    "कखगघिीुू्",
-    "กขคงเแโ์",
-    "漢字仮名交文国語",
-    "ひらがなカタカナ",
-    "한국어문장가각",
-    "😀👍🏽👩\u200d👩\u200d👧🇸🇪",
-    " \t\n\r\u00a0\u2009",
-    ".,;:!?-–—…()[]{}<>",
-    "'\"`´’“”«»",
-    "@#$%^&*+=|\\/~_",
-    "\u0300\u0301\u0308\u20d7",
-    "\0\x01\x08\x1b\x7f\x80\x9f",
-    "\u200b\u200d\u2060\ufeff\u202e",
-    "ﬁﬂ㎏ﷺＡＢ１２",
-    "𝐀𝒷𝔠𝟙𐍈𠀀𪜶",
-)
+_PIECES = yaml_files.read(Path(__file__).with_suffix(".yaml"))
 
 
 def hard_texts(special: Iterable[str] = (), every_code_point: bool = False) -> Iterator[str]:
@@ -63,15 +32,17 @@ def hard_texts(special: Iterable[str] = (), every_code_point: bool = False) -> I
         "ab " * 50_000,
         "漢字" * 20_000,
     )
-    yield from (char * length for char in _RUN_OF for length in _RUN_LENGTHS)
+    yield from (char * length for char in _PIECES["runs_of"] for length in _RUN_LENGTHS)
     yield from (
-        f"x{char * length}y {char * length} y" for char in _RUN_OF for length in (1, 2, 3, 5, 8)
+        f"x{char * length}y {char * length} y"
+        for char in _PIECES["runs_of"]
+        for length in (1, 2, 3, 5, 8)
     )
-    yield from ("".join(parts) for parts in itertools.product(_SPACES, repeat=3))
+    yield from ("".join(parts) for parts in itertools.product(_PIECES["spaces"], repeat=3))
     yield from (
         f"{word}{end}{after}"
         for word in ("I", "we ", "", "å", "9")
-        for end in _CONTRACTIONS
+        for end in _PIECES["contractions"]
         for after in ("", "x", " y", "1")
     )
     yield from _code_points(every_code_point)
@@ -104,7 +75,7 @@ def _mixtures(rng: random.Random) -> Iterator[str]:
     for _ in range(1500):
         words = []
         for _ in range(rng.randint(1, 60)):
-            alphabet = "".join(rng.sample(_SCRIPTS, rng.choice((1, 1, 1, 2, 3))))
+            alphabet = "".join(rng.sample(_PIECES["scripts"], rng.choice((1, 1, 1, 2, 3))))
             words.append("".join(rng.choices(alphabet, k=rng.choice((1, 2, 3, 5, 8, 13, 30)))))
         yield rng.choice(("", " ", " ", "  ", "\n")).join(words)
     for _ in range(200):

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from harness.data.clean.characters import Characters, pattern
 from harness.data.clean.identification import probabilities
-from harness.data.clean.languages import code_of, name_of
+from harness.data.clean.languages import LANGUAGES, code_of
 
 Share = Annotated[float, Field(ge=0, le=1, strict=False)]
 Count = Annotated[int, Field(ge=1)]
@@ -187,7 +187,7 @@ class Language(DocumentRule):
             found = probabilities(text)
             if found.get(wanted, 0.0) <= self.above:
                 likeliest = next(iter(found))
-                dropped[i] = f"{name_of(likeliest)} {found[likeliest]:.2f}"
+                dropped[i] = f"{LANGUAGES[likeliest]} {found[likeliest]:.2f}"
         return _without(texts, dropped)
 
 

@@ -8,11 +8,13 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice, pairwise
+from pathlib import Path
 
 import numpy as np
 
 from harness.data.clean.words import mix
 from harness.errors import UserError
+from harness.system import yaml_files
 
 LANGUAGES = ("sv", "en", "de", "da", "nb", "fi", "ru", "zh", "code")
 WORDS = 16384
@@ -139,25 +141,11 @@ def _block(statement: str) -> tuple[str, ...]:
 
 _WRITTEN = {"zh": _unspaced, "code": _block}
 
-_NAMES = """
-    value item name path size count index data result error line text key node tree list table row
-    column user file buffer config option model batch loss step rate state queue task worker cache
-    token weight layer head
-"""
-_STATEMENTS = """
-    {a} = {b}.{c}(); {a} = self.{b}[{c}]; self.{a} = {b}; return {a}; return {a}.{b};
-    {a}.append({b}); continue; try:; if {a} is None:; if not {a}:; {a} += {n}; {a} = {b} + {c};
-    {a} = [{b} for {b} in {c}]; print(f'{a}: {{{b}}}'); raise ValueError(f"{a} {{{b}}} is no {c}");
-    assert {a} == {n}; # the {a} of the {b}; {a} = len({b}); else:; with open({a}) as {b}:;
-    {a}, {b} = {b}, {a}; while {a} < {n}:; {a}.{b}({c}={n}); {a} = max({b}, {c});
-    {a} = {{{b}: {c}}}; except {a}Error:; {a} = {b}[{n}:]; {a} = sorted({b}, key={c});
-    self.{a}({b}, {c}); return self.{a}[{b}]; yield {a}, {b}; for {a} in {b}:
-"""
-
 
 def _statements() -> list[str]:
     """Lines of code, those with the most common names first."""
-    names, statements = _NAMES.split(), [statement.strip() for statement in _STATEMENTS.split(";")]
+    code = yaml_files.read(Path(__file__).with_name("code.yaml"))
+    names, statements = code["names"].split(), code["statements"]
     among = np.minimum(len(names), 4 + np.arange(WORDS) // 200).astype(np.uint64)
     chosen = stream(np.arange(WORDS, dtype=np.uint64), 3) % among[:, None]
     return [
