@@ -1,5 +1,6 @@
 """Index mappings: the files that upstream would write, there before it looks for them."""
 
+import json
 import threading
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from harness.data import data_sets, mappings
 from harness.data.data_sets import Blend, DataSet
 from harness.data.indexed import DTYPES, PairWriter
 from harness.data.mappings import SampleRequest
-from harness.data.splits import samples_of, split_matrix
+from harness.data.splits import samples_of
 from harness.entry.build_helpers import ensure_compiled
 from harness.errors import UserError
 
@@ -147,13 +148,9 @@ def test_a_prepared_set_is_described_as_upstreams_run_describes_it(tmp_path, mon
             IndexedDataset(str(chosen.prefix)), str(chosen.prefix), indices, 50, Split.train, config
         )
         described = DataSet(**{**vars(chosen), "tokenizer_type": kind, "tokenizer_model": model})
-        matrix = split_matrix("949,50,1")
         use = SampleRequest(64, (50, 10, 10), "949,50,1")
-        ours = mappings._describe(
-            chosen.prefix, use, matrix, "train", 50, mappings._tokenizer(described)
-        )
-        files = mappings._Files(tmp_path, ours, "train", ())
-        assert files._text == theirs.unique_description
+        ours = mappings._Builder(Blend((described,)), use).describe(chosen.prefix, "train", 50)
+        assert json.dumps(ours, indent=4) == theirs.unique_description
 
 
 @pytest.mark.cpu

@@ -15,8 +15,9 @@ import hashlib
 import importlib.util
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -64,63 +65,142 @@ def build(blend: Blend, use: SampleRequest) -> int:
             megatron-core is not installed.
     """
     check_split(blend, use.split)
-    helpers = _helpers()
+    builder = _Builder(blend, use)
     try:
         blend.cache.mkdir(parents=True, exist_ok=True)
         with (blend.cache / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            return sum(_build(blend, use, helpers))
+            return sum(builder.build())
     except FormatError as error:
         raise UserError(str(error)) from None
     except OSError as error:
         raise UserError(f"index mappings in {blend.cache}: {error.strerror}") from None
 
 
-def _build(blend: Blend, use: SampleRequest, helpers: ModuleType) -> Iterator[int]:
-    matrix = split_matrix(use.split)
-    weights = _normal(map(float, blend.weights)) if blend.weights else None
-    lengths = [indexed.check_pair(chosen.prefix).lengths for chosen in blend.sets]
-    for number, (split, bounds) in enumerate(zip(SPLITS, matrix, strict=True)):
-        if bounds is None:
-            continue
-        wanted = [use.samples[number]]
-        if weights:
-            wanted = [
-                math.ceil(math.ceil(use.samples[number] * weight) * (1 + _SURPLUS))
-                for weight in weights
-            ]
-        sets = []
-        for chosen, own, samples in zip(blend.sets, lengths, wanted, strict=True):
-            described = _describe(
-                chosen.prefix, use, matrix, split, samples, _tokenizer(blend.sets[0])
-            )
-            sets.append(described)
-            yield _write_set(blend.cache, described, own, bounds, use.seq_length, helpers)
-        if weights:
-            targets = [math.ceil(use.samples[number] * weight) for weight in weights]
-            yield _write_blend(blend.cache, sets, split, weights, sum(targets), helpers)
+class _Builder:
+    """Writes the missing files of one request; its methods return or yield numbers of files."""
+
+    def __init__(self, blend: Blend, use: SampleRequest) -> None:
+        self.blend, self.use = blend, use
+        self.matrix, self.helpers = split_matrix(use.split), _helpers()
+
+    def build(self) -> Iterator[int]:
+        weights = _normal(map(float, self.blend.weights)) if self.blend.weights else None
+        lengths = [indexed.check_pair(chosen.prefix).lengths for chosen in self.blend.sets]
+        for split, bounds, samples in zip(SPLITS, self.matrix, self.use.samples, strict=True):
+            if bounds is None:
+                continue
+            wanted = targets = [samples]
+            if weights:
+                targets = [math.ceil(samples * weight) for weight in weights]
+                wanted = [math.ceil(target * (1 + _SURPLUS)) for target in targets]
+            sets = []
+            for chosen, own, number in zip(self.blend.sets, lengths, wanted, strict=True):
+                sets.append(self.describe(chosen.prefix, split, number))
+                yield self._write_set(sets[-1], own, bounds)
+            if weights:
+                yield self._write_blend(sets, split, weights, sum(targets))
+
+    def describe(self, prefix: Path, split: str, samples: int) -> dict[str, Any]:
+        """GPTDataset's unique_identifiers, in its order."""
+        return {
+            "class": "GPTDataset",
+            "dataset_path": str(prefix),
+            "num_samples": samples,
+            "index_split": split,
+            "random_seed": self.use.seed,
+            "sequence_length": self.use.seq_length,
+            "split": self.use.split,
+            "split_matrix": self.matrix,
+            "tokenizer": _tokenizer(self.blend.sets[0]),
+        }
+
+    def _write_set(self, described: dict[str, Any], lengths: np.ndarray, bounds: Bounds) -> int:
+        """Write document, sample and shuffle index of one split of one set."""
+        names = ("document_index", "sample_index", "shuffle_index")
+        make = partial(self._indices, described["num_samples"], lengths, bounds)
+        return self._write(described, described["index_split"], names, make)
+
+    def _indices(
+        self, samples: int, lengths: np.ndarray, bounds: Bounds
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Document, sample and shuffle index. The order of random draws is upstream's."""
+        seq_length = self.use.seq_length
+        documents = np.arange(*sequences_of(bounds, len(lengths)), dtype=np.int32)
+        epoch_tokens = int(lengths[documents].sum(dtype=np.int64))
+        epochs = max(1, -(-(samples * seq_length + 1) // epoch_tokens))
+        before_last, separate = (epochs - 1) * epoch_tokens, False
+        if epochs > 1:
+            whole = (before_last - 1) // seq_length
+            epoch_samples = (epoch_tokens - 1) // seq_length
+            separate = samples - whole < int(_FINAL_EPOCH_SHARE * epoch_samples)
+        random = np.random.RandomState(self.use.seed)
+        order = _shuffled_epochs(documents, epochs, separate, random)
+        wide = max(len(order), int(lengths.max())) > np.iinfo(np.int32).max
+        build = self.helpers.build_sample_idx_int64 if wide else self.helpers.build_sample_idx_int32
+        sample_index = build(
+            lengths.astype(np.int32), order, seq_length, epochs, epoch_tokens, True, 1
+        )
+        rows = len(sample_index) - 1
+        first = whole if separate else rows
+        kind = np.int64 if rows >= np.iinfo(np.uint32).max - 1 else np.uint32
+        shuffles = [np.arange(first, dtype=kind), np.arange(first, rows, dtype=kind)]
+        for part in shuffles:
+            random.shuffle(part)
+        return order, sample_index, np.concatenate(shuffles)
+
+    def _write_blend(
+        self, sets: list[dict[str, Any]], split: str, weights: list[float], size: int
+    ) -> int:
+        """Write which set, and which of its samples, each sample of a blend is."""
+        described = {
+            "class": "BlendedDataset",
+            "datasets": sets,
+            "split": split,
+            "weights": _normal(weights),
+            "size": size,
+        }
+
+        def make() -> tuple[np.ndarray, np.ndarray]:
+            found = np.zeros(size, np.int16), np.zeros(size, np.int64)
+            weights = described["weights"]
+            self.helpers.build_blending_indices(*found, weights, len(sets), size, False)
+            return found
+
+        return self._write(described, split, ("dataset_index", "dataset_sample_index"), make)
+
+    def _write(
+        self,
+        described: dict[str, Any],
+        split: str,
+        names: Sequence[str],
+        make: Callable[[], tuple[np.ndarray, ...]],
+    ) -> int:
+        """Write the arrays that ``make`` returns, then the description, unless all exist."""
+        text = json.dumps(described, indent=4)
+        digest = hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()
+        stem = f"{digest}-{described['class']}-{split}"
+        description = self.blend.cache / f"{stem}-description.txt"
+        paths = [self.blend.cache / f"{stem}-{name}.npy" for name in names]
+        if all(path.is_file() for path in (*paths, description)):
+            return 0
+        for path, array in zip(paths, make(), strict=True):
+            with atomic(path) as file:
+                np.save(file, array, allow_pickle=True)
+        write_text(description, text)
+        return len(paths) + 1
 
 
-def _describe(
-    prefix: Path,
-    use: SampleRequest,
-    matrix: Sequence[Any],
-    split: str,
-    samples: int,
-    tokenizer: dict[str, Any],
-) -> dict[str, Any]:
-    """GPTDataset's unique_identifiers, in its order."""
-    return {
-        "class": "GPTDataset",
-        "dataset_path": str(prefix),
-        "num_samples": samples,
-        "index_split": split,
-        "random_seed": use.seed,
-        "sequence_length": use.seq_length,
-        "split": use.split,
-        "split_matrix": matrix,
-        "tokenizer": tokenizer,
-    }
+def _shuffled_epochs(
+    documents: np.ndarray, epochs: int, separate: bool, random: np.random.RandomState
+) -> np.ndarray:
+    """``documents`` repeated for each epoch and shuffled, the last epoch separately if asked."""
+    parts = [np.tile(documents, epochs - separate)]
+    if separate:
+        parts.append(documents.copy())
+    for part in parts:
+        random.shuffle(part)
+    return np.concatenate(parts)
 
 
 def _tokenizer(chosen: DataSet) -> dict[str, Any]:
@@ -146,111 +226,6 @@ def _tokenizer(chosen: DataSet) -> dict[str, Any]:
                 "include_special_tokens": "True",
             }
             return common | files | {"additional_special_tokens": "[]"} | flags
-
-
-def _write_set(
-    cache: Path,
-    described: dict[str, Any],
-    lengths: np.ndarray,
-    bounds: Bounds,
-    seq_length: int,
-    helpers: ModuleType,
-) -> int:
-    """Write document, sample and shuffle index of one split of one set, unless they exist.
-
-    Returns the number of files written. The order of random draws is upstream's.
-    """
-    names = ("document_index", "sample_index", "shuffle_index")
-    files = _Files(cache, described, described["index_split"], names)
-    if files.exist():
-        return 0
-    documents = np.arange(*sequences_of(bounds, len(lengths)), dtype=np.int32)
-    epoch_tokens = int(lengths[documents].sum(dtype=np.int64))
-    samples = described["num_samples"]
-    epochs = max(1, -(-(samples * seq_length + 1) // epoch_tokens))
-    before_last, separate = (epochs - 1) * epoch_tokens, False
-    if epochs > 1:
-        whole = (before_last - 1) // seq_length
-        separate = samples - whole < int(_FINAL_EPOCH_SHARE * ((epoch_tokens - 1) // seq_length))
-    random = np.random.RandomState(described["random_seed"])
-    order = _shuffled_epochs(documents, epochs, separate, random)
-    wide = max(len(order), int(lengths.max())) > np.iinfo(np.int32).max
-    sample_index = (helpers.build_sample_idx_int64 if wide else helpers.build_sample_idx_int32)(
-        lengths.astype(np.int32), order, seq_length, epochs, epoch_tokens, True, 1
-    )
-    rows = len(sample_index) - 1
-    first = whole if separate else rows
-    kind = np.int64 if rows >= np.iinfo(np.uint32).max - 1 else np.uint32
-    shuffles = [np.arange(first, dtype=kind), np.arange(first, rows, dtype=kind)]
-    for part in shuffles:
-        random.shuffle(part)
-    return files.write(order, sample_index, np.concatenate(shuffles))
-
-
-def _shuffled_epochs(
-    documents: np.ndarray, epochs: int, separate: bool, random: np.random.RandomState
-) -> np.ndarray:
-    """``documents`` repeated for each epoch and shuffled, the last epoch separately if asked."""
-    parts = [np.tile(documents, epochs - separate)]
-    if separate:
-        parts.append(documents.copy())
-    for part in parts:
-        random.shuffle(part)
-    return np.concatenate(parts)
-
-
-def _write_blend(
-    cache: Path,
-    sets: list[dict[str, Any]],
-    split: str,
-    weights: list[float],
-    size: int,
-    helpers: ModuleType,
-) -> int:
-    """Write which set, and which of its samples, each sample of a blend is, unless they exist.
-
-    Returns the number of files written.
-    """
-    weights = _normal(weights)
-    described = {
-        "class": "BlendedDataset",
-        "datasets": sets,
-        "split": split,
-        "weights": weights,
-        "size": size,
-    }
-    files = _Files(cache, described, split, ("dataset_index", "dataset_sample_index"))
-    if files.exist():
-        return 0
-    dataset_index, dataset_sample_index = np.zeros(size, np.int16), np.zeros(size, np.int64)
-    helpers.build_blending_indices(
-        dataset_index, dataset_sample_index, weights, len(sets), size, False
-    )
-    return files.write(dataset_index, dataset_sample_index)
-
-
-class _Files:
-    """The files of one data set in upstream's cache: arrays and a description."""
-
-    def __init__(
-        self, cache: Path, described: dict[str, Any], split: str, names: Sequence[str]
-    ) -> None:
-        self._text = json.dumps(described, indent=4)
-        digest = hashlib.md5(self._text.encode(), usedforsecurity=False).hexdigest()
-        stem = f"{digest}-{described['class']}-{split}"
-        self._arrays = [cache / f"{stem}-{name}.npy" for name in names]
-        self._description = cache / f"{stem}-description.txt"
-
-    def exist(self) -> bool:
-        return all(path.is_file() for path in (*self._arrays, self._description))
-
-    def write(self, *arrays: np.ndarray) -> int:
-        """Write ``arrays`` and then the description; returns the number of files."""
-        for path, array in zip(self._arrays, arrays, strict=True):
-            with atomic(path) as file:
-                np.save(file, array, allow_pickle=True)
-        write_text(self._description, self._text)
-        return len(arrays) + 1
 
 
 def _normal(weights: Any) -> list[float]:
