@@ -71,9 +71,9 @@ def test_rules_dump_and_load_again(swedish, tmp_path):
         ),
         (
             "rules: [length: {min_character: 1, max_characters: 2}]",
-            "no option 'min_character'; did you mean min_char",
+            "unknown key 'min_character'; did you mean min_char",
         ),
-        ("rules: [length: {max_characters: 2}]", "length: min_characters is missing"),
+        ("rules: [length: {max_characters: 2}]", "length: 'min_characters' is missing"),
         (
             "rules: [length: {min_characters: many, max_characters: 2}]",
             "length: min_characters = 'many'",
@@ -83,7 +83,7 @@ def test_rules_dump_and_load_again(swedish, tmp_path):
             "rules: [length: {min_characters: 3, max_characters: 2}]",
             "min_characters 3 is above max_characters 2",
         ),
-        ("rules: [length: 5]", "length: 5 is no set of options"),
+        ("rules: [length: 5]", "length: expected key: value pairs, found 5"),
         ("rules: [5]", "5 is no rule"),
         ("rules: [{one-line: {}, length: {}}]", "is no rule"),
         (

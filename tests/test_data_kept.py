@@ -88,7 +88,8 @@ def test_the_old_text_stays_until_the_new_one_is_whole(clean, tmp_path, monkeypa
 
     clean("one two")
     first = content(tmp_path / "out")
-    monkeypatch.setattr(pipeline, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    stop = lambda _: (_ for _ in ()).throw(KeyboardInterrupt)  # noqa: E731
+    monkeypatch.setattr(pipeline._Cleaning, "_finish", stop)
     with pytest.raises(KeyboardInterrupt):
         clean("three four", FORCE="1")
     assert content(tmp_path / "out") == first

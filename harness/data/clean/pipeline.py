@@ -22,6 +22,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def clean(
         with resumable(f"cleaning into {output_dir}"):
             units = _units(inputs, unit_bytes)
             with locked(output_dir):
-                return _resume(units, output_dir, rules, progress, processes)
+                return _Cleaning(units, output_dir, rules, progress, processes).resume()
     except BrokenProcessPool:
         raise UserError(
             f"cleaning into {output_dir}: a process was killed, perhaps for lack of memory\n"
@@ -169,28 +170,105 @@ def _units(inputs: Sequence[Path], unit_bytes: int) -> tuple[Unit, ...]:
     return units
 
 
-def _resume(
-    units: tuple[Unit, ...],
-    output_dir: Path,
-    rules: Rules,
-    progress: ShowProgress,
-    processes: int | None,
-) -> CleanReport:
-    work = output_dir / "work"
-    manifest = output_dir / "manifest.json"
-    state = _state(units, rules)
-    if noted_state(output_dir) != state:
-        _clear(output_dir)
-        write_json(output_dir / _STATE, state)
-    if not manifest.exists():
-        work.mkdir(exist_ok=True)
-        if not (work / "verdicts.npy").exists():
-            _filter_all(units, work, rules, progress, processes)
-            compare(units, work, rules, progress)
-        _write_all(units, output_dir, rules, progress, processes)
-        _finish(units, output_dir, rules)
-    shutil.rmtree(work, ignore_errors=True)
-    return CleanReport.model_validate_json(manifest.read_bytes())
+@dataclass(frozen=True)
+class _Cleaning:
+    """One call of ``clean``, under the lock of its output folder."""
+
+    units: tuple[Unit, ...]
+    output_dir: Path
+    rules: Rules
+    progress: ShowProgress
+    processes: int | None
+
+    @property
+    def work(self) -> Path:
+        return self.output_dir / "work"
+
+    def resume(self) -> CleanReport:
+        manifest, state = self.output_dir / "manifest.json", _state(self.units, self.rules)
+        if noted_state(self.output_dir) != state:
+            _clear(self.output_dir)
+            write_json(self.output_dir / _STATE, state)
+        if not manifest.exists():
+            self.work.mkdir(exist_ok=True)
+            if not (self.work / "verdicts.npy").exists():
+                self._filter_all()
+                compare(self.units, self.work, self.rules, self.progress)
+            self._write_all()
+            self._finish()
+        shutil.rmtree(self.work, ignore_errors=True)
+        return CleanReport.model_validate_json(manifest.read_bytes())
+
+    def _filter_all(self) -> None:
+        done, total = 0, sum(unit.bytes for unit in self.units)
+        self.progress("filter", 0, total)
+        tasks = ((unit, self.work, self.rules) for unit in self.units)
+        with map_in_order(_filter, tasks, self.processes) as finished:
+            for unit, _ in zip(self.units, finished, strict=True):
+                done += unit.bytes
+                self.progress("filter", done, total)
+        filtered = [_marker(self.work, unit) for unit in self.units]
+        documents = sum(found["documents"] for found in filtered)
+        if documents == sum(found["dropped"][UNREADABLE] for found in filtered):
+            whys = (sample["why"] for found in filtered for sample in found["samples"])
+            raise UserError(
+                f"none of {documents:,} lines is a document; {next(whys, 'there is none')}\n"
+                'lines must be like {"text": "…"}'
+            )
+
+    def _write_all(self) -> None:
+        lengths = [len(_array(self.work, unit, "offsets")) for unit in self.units]
+        firsts = np.cumsum([0, *lengths[:-1]]).tolist()
+        tasks = (
+            (unit, self.output_dir, self.rules, self.units, first)
+            for unit, first in zip(self.units, firsts, strict=True)
+        )
+        with map_in_order(_write, tasks, self.processes) as finished:
+            for done, _ in enumerate(finished, start=1):
+                self.progress("write", done, len(self.units))
+
+    def _finish(self) -> None:
+        """Merge the results of the units, and write the report last."""
+        units, output_dir, rules, work = self.units, self.output_dir, self.rules, self.work
+        filtered = [_marker(work, unit) for unit in units]
+        written = [json.loads((work / f"{unit.name}.done.json").read_text()) for unit in units]
+        (output_dir / "dropped").mkdir(exist_ok=True)
+        parts = (*filtered, *written)
+        samples = [sample for part in parts for sample in part["samples"]]
+        for name in rules.names:
+            with atomic(output_dir / "dropped" / f"{name}.jsonl") as file:
+                for sample in _least(sample for sample in samples if sample["rule"] == name):
+                    del sample["draw"]
+                    file.write(orjson.dumps(sample, option=orjson.OPT_APPEND_NEWLINE))
+        dropped, changed = Counter(), Counter(dict.fromkeys((r.key for r in rules.documents), 0))
+        for part in parts:
+            dropped.update(part["dropped"])
+            changed.update(part.get("changed", {}))
+        decisions = np.concatenate([_array(work, unit, "decisions") for unit in units])
+        decisions[decisions == 0] = np.load(work / "verdicts.npy")["decision"]
+        with atomic(output_dir / "decisions.npy") as file:
+            np.save(file, decisions)
+        shards = tuple(CleanShard(**part["shard"]) for part in written)
+        model = None
+        if any(isinstance(rule, Language) for rule in rules.documents):
+            model = {
+                "file": identification.MODEL,
+                "sha256": identification.SHA256,
+                "looks_at": "the whole document",
+            }
+        report = CleanReport(
+            documents_in=len(decisions),
+            bytes_in=sum(unit.bytes for unit in units),
+            documents_out=sum(shard.documents for shard in shards),
+            bytes_out=sum(shard.bytes for shard in shards),
+            dropped=dropped,
+            changed=changed,
+            shards=shards,
+            rules=tuple(rules.dump()),
+            language_model=model,
+            versions=_versions(),
+        )
+        write_json(output_dir / "manifest.json", report.model_dump(mode="json"))
 
 
 def _state(units: Sequence[Unit], rules: Rules) -> dict[str, Any]:
@@ -225,28 +303,6 @@ def _clear(output_dir: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _filter_all(
-    units: Sequence[Unit], work: Path, rules: Rules, progress: ShowProgress, processes: int | None
-) -> None:
-    done, total = 0, sum(unit.bytes for unit in units)
-    progress("filter", 0, total)
-    with map_in_order(_filter, ((unit, work, rules) for unit in units), processes) as finished:
-        for unit, _ in zip(units, finished, strict=True):
-            done += unit.bytes
-            progress("filter", done, total)
-    counts = sum((Counter(_marker(work, unit)["dropped"]) for unit in units), Counter())
-    documents = sum(_marker(work, unit)["documents"] for unit in units)
-    if documents == counts[UNREADABLE]:
-        sample = next(
-            iter(s for unit in units for s in _marker(work, unit)["samples"]),
-            {"why": "there is none"},
-        )
-        raise UserError(
-            f"none of {documents:,} lines is a document; {sample['why']}\nlines must be like"
-            ' {"text": "…"}'
-        )
-
-
 def _filter(unit: Unit, work: Path, rules: Rules) -> None:
     """Apply the rules for single documents to a unit.
 
@@ -256,11 +312,11 @@ def _filter(unit: Unit, work: Path, rules: Rules) -> None:
     """
     if (work / f"{unit.name}.json").exists():
         return
-    decisions: list[np.ndarray] = []
-    passed: list[tuple[np.ndarray, ...]] = []
     changed: Counter[str] = Counter()
     samples = _Samples(unit)
     with atomic(work / f"{unit.name}.jsonl") as file:
+        decisions = [np.empty(0, np.uint8)]
+        passed = [_write_batch(file, [], [], rules)]
         for offsets, lines in _batches(unit):
             decision = np.zeros(len(lines), np.uint8)
             texts, alive = _parse(offsets, lines, decision, samples)
@@ -278,18 +334,16 @@ def _filter(unit: Unit, work: Path, rules: Rules) -> None:
                 alive, texts = [alive[at] for at in left], outcome.texts
             decisions.append(decision)
             passed.append(_write_batch(file, [offsets[i] for i in alive], texts, rules))
-    offsets, sizes, hashes, signatures = zip(*passed, strict=True) if passed else ((), (), (), ())
-    decided = np.concatenate([np.empty(0, np.uint8), *decisions])
+    offsets, sizes, hashes, signatures = map(np.concatenate, zip(*passed, strict=True))
+    decided = np.concatenate(decisions)
     with atomic(work / f"{unit.name}.npz") as file:
         np.savez(
             file,
             decisions=decided,
-            offsets=np.concatenate([np.empty(0, np.int64), *offsets]),
-            ends=np.cumsum(np.concatenate([np.empty(0, np.int64), *sizes])),
-            hashes=np.concatenate([np.empty(0, np.uint64), *hashes]),
-            signatures=np.concatenate(
-                [np.empty((0, signature_bytes(rules)), np.uint8), *signatures]
-            ),
+            offsets=offsets,
+            ends=np.cumsum(sizes),
+            hashes=hashes,
+            signatures=signatures,
         )
     counts = np.bincount(decided, minlength=len(rules.names) + 1).tolist()
     write_json(
@@ -325,9 +379,8 @@ def _parse(
         text, why = _text(line)
         if why:
             decision[i] = 1
-            samples.add(
-                UNREADABLE, offsets[i], why, line[: 4 * _SAMPLE_CHARACTERS].decode(errors="replace")
-            )
+            beginning = line[: 4 * _SAMPLE_CHARACTERS].decode(errors="replace")
+            samples.add(UNREADABLE, offsets[i], why, beginning)
         else:
             texts.append(text)
             alive.append(i)
@@ -423,23 +476,6 @@ def _decide(
     verdicts["offset"][later] = offsets[twin[later]]
 
 
-def _write_all(
-    units: Sequence[Unit],
-    output_dir: Path,
-    rules: Rules,
-    progress: ShowProgress,
-    processes: int | None,
-) -> None:
-    lengths = [len(_array(output_dir / "work", unit, "offsets")) for unit in units]
-    firsts = np.cumsum([0, *lengths]).tolist()
-    tasks = (
-        (unit, output_dir, rules, units, first) for unit, first in zip(units, firsts, strict=False)
-    )
-    with map_in_order(_write, tasks, processes) as finished:
-        for done, _ in enumerate(finished, start=1):
-            progress("write", done, len(units))
-
-
 def _write(unit: Unit, output_dir: Path, rules: Rules, units: Sequence[Unit], first: int) -> None:
     """Copy the kept documents of a unit to its shard, and its counts to work/N.done.json."""
     work = output_dir / "work"
@@ -484,52 +520,6 @@ def _write(unit: Unit, output_dir: Path, rules: Rules, units: Sequence[Unit], fi
     filtered.unlink(missing_ok=True)
 
 
-def _finish(units: Sequence[Unit], output_dir: Path, rules: Rules) -> None:
-    """Merge the results of the units, and write the report last."""
-    work = output_dir / "work"
-    filtered = [_marker(work, unit) for unit in units]
-    written = [json.loads((work / f"{unit.name}.done.json").read_text()) for unit in units]
-    (output_dir / "dropped").mkdir(exist_ok=True)
-    for name in rules.names:
-        found = [
-            sample
-            for part in (*filtered, *written)
-            for sample in part["samples"]
-            if sample["rule"] == name
-        ]
-        with atomic(output_dir / "dropped" / f"{name}.jsonl") as file:
-            for sample in heapq.nsmallest(SAMPLES, found, key=lambda sample: sample["draw"]):
-                file.write(orjson.dumps({k: v for k, v in sample.items() if k != "draw"}) + b"\n")
-    decisions = np.concatenate([_array(work, unit, "decisions") for unit in units])
-    decisions[decisions == 0] = np.load(work / "verdicts.npy")["decision"]
-    with atomic(output_dir / "decisions.npy") as file:
-        np.save(file, decisions)
-    shards = tuple(CleanShard(**part["shard"]) for part in written)
-    model = {
-        "file": identification.MODEL,
-        "sha256": identification.SHA256,
-        "looks_at": "the whole document",
-    }
-    report = CleanReport(
-        documents_in=len(decisions),
-        bytes_in=sum(unit.bytes for unit in units),
-        documents_out=sum(shard.documents for shard in shards),
-        bytes_out=sum(shard.bytes for shard in shards),
-        dropped={n: sum(part["dropped"][n] for part in (*filtered, *written)) for n in rules.names},
-        changed={
-            rule.key: sum(part["changed"].get(rule.key, 0) for part in filtered)
-            for rule in rules.documents
-        },
-        shards=shards,
-        rules=tuple(rules.dump()),
-        language_model=(
-            model if any(isinstance(rule, Language) for rule in rules.documents) else None
-        ),
-        versions=_versions(),
-    )
-    write_json(output_dir / "manifest.json", report.model_dump(mode="json"))
-
-
 def _marker(work: Path, unit: Unit) -> dict[str, Any]:
     return json.loads((work / f"{unit.name}.json").read_text())
 
@@ -560,11 +550,11 @@ class _Samples:
             }
         )
         if len(found) > 8 * SAMPLES:
-            found[:] = self._least(found)
+            found[:] = _least(found)
 
     def chosen(self) -> list[dict[str, Any]]:
-        return [sample for found in self._found.values() for sample in self._least(found)]
+        return [sample for found in self._found.values() for sample in _least(found)]
 
-    @staticmethod
-    def _least(found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-        return heapq.nsmallest(SAMPLES, found, key=lambda sample: sample["draw"])
+
+def _least(found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    return heapq.nsmallest(SAMPLES, found, key=lambda sample: sample["draw"])

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from harness.data.clean.documents import (
     Alphabet,
     CleaningRule,
@@ -95,25 +93,7 @@ def _rule(entry: Any) -> CleaningRule:
         )
     if name not in KINDS:
         raise UserError(f"no rule {name!r}; {nearest(name, KINDS)}")
-    if not isinstance(options or {}, dict):
-        raise UserError(f"{name}: {options!r} is no set of options (`option: value` lines)")
-    kind = KINDS[name]
-    try:
-        return kind.model_validate(options or {})
-    except ValidationError as error:
-        raise UserError(
-            "\n".join(f"{name}: {_explain(kind, one)}" for one in error.errors())
-        ) from None
-
-
-def _explain(kind: type[CleaningRule], error: Any) -> str:
-    option = ".".join(map(str, error["loc"]))
-    if error["type"] == "extra_forbidden":
-        return f"no option {option!r}; {nearest(option, kind.model_fields)}"
-    if error["type"] == "missing":
-        return f"{option} is missing"
-    message = error["msg"].removeprefix("Value error, ")
-    return f"{option} = {error['input']!r}: {message}" if option else message
+    return yaml_files.build(KINDS[name], options or {}, name)
 
 
 def _in_order(rules: Sequence[CleaningRule]) -> Rules:
