@@ -32,7 +32,8 @@ from clean_quality import jaccard, measure  # noqa: E402
 from harness.data.clean import clean, load_rules, pipeline  # noqa: E402
 from harness.data.clean.identification import probabilities  # noqa: E402
 from harness.data.clean.units import UNIT_BYTES, Unit  # noqa: E402
-from harness.data.synthetic import DAMAGED, Corpus, Mixture, generate  # noqa: E402
+from harness.data.synthetic.corpus import DAMAGED, Corpus, Mixture  # noqa: E402
+from harness.data.synthetic.files import generate  # noqa: E402
 
 RESULTS = Path(__file__).with_suffix(".json")
 RULES = load_rules(ROOT / "data" / "rules-sv.yaml")

@@ -16,7 +16,8 @@ import orjson
 from harness.data.clean.documents import OneLine
 from harness.data.clean.pipeline import CleanReport, clean
 from harness.data.clean.rules import Rules
-from harness.data.synthetic import DAMAGED, MENDABLE, Corpus, Label, generate, labels
+from harness.data.synthetic.corpus import DAMAGED, MENDABLE, Corpus, Label
+from harness.data.synthetic.files import generate, labels
 
 KEPT = "kept"
 RIGHT = {

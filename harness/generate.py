@@ -37,18 +37,9 @@ USAGE = 'make generate RUN=label PROMPT="Once upon a time"'
 
 REQUEST_VARIABLE = "HARNESS_GENERATE"
 """Names the folder in which the process finds request.json, and leaves answer.json."""
-ONE_PROCESS = {
-    "dp": 1,
-    "tp": 1,
-    "pp": 1,
-    "vpp": 1,
-    "cp": 1,
-    "ep": 1,
-    "etp": 1,
-    "nodes": 1,
+_ONES = ("dp", "tp", "pp", "vpp", "cp", "ep", "etp", "nodes", "micro_batch_size")
+ONE_PROCESS = dict.fromkeys((*_ONES, "global_batch_size"), 1) | {
     "sequence_parallel": False,
-    "micro_batch_size": 1,
-    "global_batch_size": 1,
     "sharding": "no_shard",
     "recompute": "none",
     "recompute_modules": (),

@@ -156,8 +156,6 @@ class ParityRun:
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": ranks,
             "LOCAL_WORLD_SIZE": ranks,
-        }
-        os.environ |= {
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             RUN_DIR_VARIABLE: str(self.folder),
@@ -218,18 +216,8 @@ def _compare(
     for model in dict.fromkeys(model for model, _ in layouts.values()):
         weights = str(folder / f"{model.name} weights")
         load = ("--load", weights, "--finetune", "--no-load-optim", "--no-load-rng")
-        save = (
-            "--save",
-            weights,
-            "--save-interval",
-            "1",
-            "--lr",
-            "0",
-            "--min-lr",
-            "0",
-            "--train-iters",
-            "1",
-        )
+        one_step = "--save-interval 1 --lr 0 --min-lr 0 --train-iters 1"
+        save = ("--save", weights, *one_step.split())
         initial.append(_run("initial weights", model, {}, folder, save))
         single.append(_run("one process", model, {}, folder, load))
         runs += [

@@ -34,7 +34,8 @@ def rules():
 def corpus(tmp_path_factory):
     """1.5 MB of a crawl in two files: its shards and what becomes of them."""
     pytest.importorskip("wordfreq", reason="needs wordfreq")
-    from harness.data.synthetic import DAMAGED, Corpus, generate
+    from harness.data.synthetic.corpus import DAMAGED, Corpus
+    from harness.data.synthetic.files import generate
 
     folder = tmp_path_factory.mktemp("corpus")
     (shard,) = generate(folder, 1_500_000, Corpus(1, DAMAGED), processes=1)

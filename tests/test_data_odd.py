@@ -41,7 +41,7 @@ def read_all(data: Path) -> int:
 
     def describe() -> None:
         if manifest := read_manifest(data / "mine"):
-            commands._describe(manifest)
+            manifest.lines()
 
     readers = (
         lambda: data_sets.find("mine", data),
@@ -123,7 +123,7 @@ def test_rules_that_are_no_text(made, tmp_path) -> None:
     recipe = Recipe(
         "mine", str(made.parent / "in.jsonl"), rules=tmp_path / "rules.yaml", tokenizer="null:100"
     )
-    with pytest.raises(UserError, match=r"rules\.yaml: no text in UTF-8"):
+    with pytest.raises(UserError, match=r"rules\.yaml is not valid YAML"):
         prepare(recipe, Means(folder=tmp_path / "data", workers=1))
     with pytest.raises(UserError, match=r"rules\.yaml"):
         commands.clean_files(

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -266,10 +267,12 @@ def test_a_merge_refuses_what_it_would_spoil_and_leaves_no_trace(data):
             merge(names, name, data)
         assert sorted(data.rglob("*")) == before
 
-    mine = data / "mine" / "notes.txt"
-    mine.parent.mkdir()
-    mine.write_text("of the user")
-    refused(["a", "b"], "mine", "notes.txt, which a merge does not make")
+    unfinished = data / "all" / "work" / "text-1" / "00000.jsonl"
+    unfinished.parent.mkdir(parents=True)
+    unfinished.write_text("of an interrupted preparation")
+    (data / "mine").mkdir()
+    (data / "mine" / "manifest.json").write_text("left of a set whose pair is lost")
+    refused(["a", "b"], "mine", "is prepared already")
     refused(["a", "c"], "all", "FROM=c is not prepared")
     refused(["a", "a"], "all", "a twice")
     refused(["a:0.3", "b"], "all", "without weights")
@@ -355,22 +358,26 @@ def test_a_check_finds_what_the_cheap_look_does_not(data):
 
 
 def test_an_inspection_counts_and_decodes(made):
-    seen = look.inspect("a", samples=4, folder=made)
-    assert seen.chosen.documents == sum(count for _, count in seen.lengths.bars) == 200
-    assert seen.lengths.mean == pytest.approx(seen.chosen.tokens / 200)
-    assert seen.lengths.percentiles == tuple(sorted(seen.lengths.percentiles))
+    shown = "\n".join(look.inspect("a", samples=4, folder=made))
+    chosen = data_sets.find("a", made)
+    assert f"a: 200 documents, {chosen.tokens:,} tokens" in shown
+    assert f"tokens per document: mean {chosen.tokens / 200:,.1f}, longest" in shown
+    bars = re.findall(r"up to [\d,]+ +(\d+) #*$", shown, re.MULTILINE)
+    assert sum(map(int, bars)) == 200
     first = json.loads((made.parent / "a.jsonl").read_text().splitlines()[0])["text"]
-    assert [sample.document for sample in seen.samples] == [0, 50, 100, 150]
-    assert seen.samples[0].text == f"{first} 99"
-    assert look.measure(
-        seen.chosen.documents * [1] and __import__("numpy").array([0, 1, 2, 3, 9])
-    ).bars == (
-        (1, 2),
-        (2, 1),
-        (4, 1),
-        (8, 0),
-        (16, 1),
-    )
+    assert re.findall(r"document (\d+),", shown) == ["0", "50", "100", "150"]
+    assert f"tokens:\n  {first} 99\n" in shown
+
+
+def test_lengths_are_counted_by_powers_of_two():
+    import numpy as np
+
+    mean, percentiles, *bars = look.length_lines(np.array([0, 1, 2, 3, 9]))
+    assert mean == "\ntokens per document: mean 3.0, longest 9, none in 1"
+    assert percentiles == "  1% up to 0, 25% up to 1, 50% up to 2, 75% up to 3, 99% up to 3"
+    found = [bar.split()[2:4] for bar in bars]
+    assert found == [["1", "2"], ["2", "1"], ["4", "1"], ["8", "0"], ["16", "1"]]
+    assert look.length_lines(np.array([], int)) == []
 
 
 def test_the_commands_print_what_they_found(made, monkeypatch, capsys):

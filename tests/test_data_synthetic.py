@@ -12,8 +12,8 @@ import pytest
 np = pytest.importorskip("numpy", reason="needs numpy")
 pytest.importorskip("wordfreq", reason="needs wordfreq")
 
-from harness.data.synthetic import DAMAGED, DEFECTS, PLAIN, Corpus, Mixture, generate, labels  # noqa: E402
-from harness.errors import UserError  # noqa: E402
+from harness.data.synthetic.corpus import DAMAGED, DEFECTS, PLAIN, Corpus, Mixture  # noqa: E402
+from harness.data.synthetic.files import generate, labels  # noqa: E402
 
 MESS = Mixture({"sv": 90, "ru": 10}, dict.fromkeys(DEFECTS, 700))
 
@@ -144,33 +144,6 @@ def test_two_processes_make_the_same(tmp_path):
         generate(tmp_path / str(processes), 300_000, Corpus(), processes)
     assert (tmp_path / "1/00000.jsonl").read_bytes() == (tmp_path / "2/00000.jsonl").read_bytes()
     assert sorted(p.name for p in (tmp_path / "2").glob("*.jsonl")) == ["00000.jsonl"]
-
-
-def test_another_corpus_is_not_overwritten(tmp_path):
-    generate(tmp_path, 1000, Corpus(0), processes=1)
-    with pytest.raises(UserError, match="holds another synthetic corpus"):
-        generate(tmp_path, 1000, Corpus(1), processes=1)
-
-
-@pytest.mark.parametrize(
-    ("languages", "defects", "message"),
-    [
-        ({"se": 1}, {}, "language 'se': did you mean sv"),
-        ({"sv": 1}, {"near-dup": 1}, "did you mean near-duplicate"),
-        ({"sv": -1}, {}, "-1 parts"),
-        ({}, {}, "needs a language"),
-        ({"sv": 1}, dict.fromkeys(DEFECTS, 1000), "11000 defects"),
-    ],
-)
-def test_wrong_mixtures(languages, defects, message):
-    with pytest.raises(UserError) as error:
-        Mixture(languages, defects)
-    assert message in str(error.value)
-
-
-def test_wrong_size(tmp_path):
-    with pytest.raises(UserError, match="SIZE=0"):
-        generate(tmp_path, 0)
 
 
 def test_words_can_be_foretold():

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from harness.data import indexed
 from harness.data.data_sets import find
-from harness.data.header import FormatError, idx_path
+from harness.data.header import FormatError, idx_path, sha256
 from harness.data.manifest import Manifest, read_manifest
 from harness.data.names import DATA, prefix_of
 from harness.errors import UserError, first_line
@@ -68,8 +67,7 @@ def _against_manifest(
     yield DataFinding(
         "counts", same, "as in the manifest" if same else f"the manifest says {expected}"
     )
-    with idx_path(prefix).open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = sha256(idx_path(prefix)).hexdigest()
     yield _digest(".idx checksum", digest, manifest.written.idx_sha256)
 
 

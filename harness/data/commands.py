@@ -15,9 +15,9 @@ from harness.data.data_sets import blend, find, prepared_names
 from harness.data.definitions import definition, definitions
 from harness.data.documents import RULES as READING
 from harness.data.documents import TextFile
-from harness.data.manifest import Manifest, read_manifest
+from harness.data.manifest import Manifest
 from harness.data.names import DATA, check_name
-from harness.data.progress import StageProgress, amount, duration
+from harness.data.progress import StageProgress, amount
 from harness.data.sources import local_files
 from harness.errors import UserError, nearest
 from harness.experiment import command_line
@@ -50,28 +50,7 @@ def inspect_set(settings: Mapping[str, str]) -> int:
     from harness.data import look
 
     samples = command_line.count("SAMPLES", settings.get("SAMPLES", "3"), least=0)
-    seen = look.inspect(_name(settings), samples)
-    chosen, lengths = seen.chosen, seen.lengths
-    print(f"{chosen.name}: {chosen.documents:,} documents, {chosen.tokens:,} tokens")
-    tokenizer = f"{chosen.tokenizer_type} of {chosen.vocab_size or '?'} ids"
-    print(f"  {amount(seen.bin_bytes)} of {seen.dtype}, {tokenizer}")
-    if manifest := read_manifest(chosen.home):
-        _describe(manifest)
-    print(
-        f"\ntokens per document: mean {lengths.mean:,.1f}, longest {lengths.longest:,}, none in"
-        f" {lengths.empty:,}"
-    )
-    percentiles = zip(look.PERCENTILES, lengths.percentiles, strict=True)
-    print("  " + ", ".join(f"{share:.0%} up to {tokens:,}" for share, tokens in percentiles))
-    most = max((count for _, count in lengths.bars), default=1)
-    for upper, count in lengths.bars:
-        print(f"  {f'up to {upper:,}':>16} {count:>12,} {'#' * -(-40 * count // most)}")
-    for sample in seen.samples:
-        text = " ".join(sample.text.split())
-        print(
-            f"\ndocument {sample.document:,}, {sample.tokens:,} tokens:\n "
-            f" {text[:400]}{' …' * (len(text) > 400)}"
-        )
+    print(*look.inspect(_name(settings), samples), sep="\n")
     return 0
 
 
@@ -208,7 +187,7 @@ def _as_json_lines(
             # An interrupted cleaning resumes only if its input has the same time of change.
             os.utime(path, ns=(changed_ns, changed_ns))
     progress.end()
-    for rule, number in sum((Counter(shard.skipped) for shard in shards), Counter()).items():
+    for rule, number in sum((shard.skipped for shard in shards), Counter()).items():
         print(f"  skipped {number:,}: {READING[rule]}")
     yield list(paths)
     shutil.rmtree(folder, ignore_errors=True)
@@ -258,32 +237,12 @@ def _done(manifest: Manifest) -> int:
         f"{manifest.name}: {manifest.counted.documents:,} documents, {manifest.counted.tokens:,}"
         " tokens"
     )
-    _describe(manifest)
+    print(*manifest.lines(), sep="\n")
     print(
         f"make 101 DATA={manifest.name} trains on it, make data-inspect NAME={manifest.name}"
         " shows it"
     )
     return 0
-
-
-def _describe(manifest: Manifest) -> None:
-    source, cleaned, counted = manifest.source, manifest.cleaned, manifest.counted
-    files = f", {len(source.files)} file{'s' * (len(source.files) != 1)}" if source.files else ""
-    print(f"  {manifest.origin}{files}")
-    if cleaned:
-        dropped = ", ".join(
-            f"{number:,} {rule}" for rule, number in cleaned.dropped.items() if number
-        )
-        print(
-            f"  cleaned by {cleaned.rules}: {cleaned.documents_out:,} of {cleaned.documents_in:,}"
-            " documents kept"
-        )
-        print(f"  dropped: {dropped or 'none'}")
-    if skipped := Counter(source.skipped) + Counter(counted.skipped):
-        by_rule = ", ".join(f"{number:,} {rule}" for rule, number in sorted(skipped.items()))
-        print(f"  skipped: {by_rule}")
-    took = ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in manifest.seconds.items())
-    print(f"  tokenizer {manifest.tokenizer.name} by {manifest.tokenizer.by}; {took}")
 
 
 def _state(name: str) -> str:

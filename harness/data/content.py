@@ -7,11 +7,10 @@ token outside the vocabulary ends a run in the middle; a wrong one inside it is 
 from __future__ import annotations
 
 import functools
-import hashlib
 from pathlib import Path
 
 from harness.data.data_sets import DataSet, blend
-from harness.data.header import bin_path, idx_path
+from harness.data.header import bin_path, idx_path, sha256
 from harness.data.manifest import read_manifest
 from harness.data.names import DATA, MOCK
 from harness.errors import UserError
@@ -85,5 +84,4 @@ def _outside(chosen: DataSet) -> tuple[int, int] | None:
 @functools.lru_cache(64)
 def _sha256(path: Path, size: int, changed_ns: int) -> str:
     """The checksum of a file of this size and time of change: all runs of a chapter ask for it."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256(path).hexdigest()

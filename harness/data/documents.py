@@ -6,6 +6,7 @@ or row without a document is skipped and counted under the rule that it breaks.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 from collections import Counter
@@ -51,7 +52,8 @@ _KINDS: dict[str, Kind] = {
     ".text": "text",
 }
 _CODECS = {".gz": "gzip", ".zst": "zstd"}
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary")
+"""Arrow's types of text."""
 
 
 @dataclass(frozen=True)
@@ -232,17 +234,16 @@ def _lines(
     while data := stream.read(BLOCK_BYTES):
         if place.offset == 0 and not rest and file.kind == "jsonl":
             _refuse_array(file, data)
-        if whole := data.rfind(b"\n") + 1:
-            block = _block(b"".join((rest, memoryview(data)[:whole])), find, layout, place)
-            rest = data[whole:]
-        elif len(rest) + len(data) <= layout.longest:
-            rest += data
+        rest += data
+        if whole := rest.rfind(b"\n") + 1:
+            block = _block(rest[:whole], find, layout, place)
+            rest = rest[whole:]
+        elif len(rest) <= layout.longest:
             continue
         else:
             size = len(rest)
-            while data and b"\n" not in data:
+            while (data := stream.read(BLOCK_BYTES)) and b"\n" not in data:
                 size += len(data)
-                data = stream.read(BLOCK_BYTES)
             line, newline, rest = data.partition(b"\n")
             end = place.offset + size + len(line) + len(newline)
             block = Block(_too_long, 0, ReadPosition(place.file, end, place.records + 1))
@@ -250,12 +251,6 @@ def _lines(
         place = block.end
         if _full(layout, place):
             return
-        if b"\n" in rest:
-            whole, newline, rest = rest.rpartition(b"\n")
-            yield (block := _block(whole + newline, find, layout, place))
-            place = block.end
-            if _full(layout, place):
-                return
     if rest:
         yield _block(rest, find, layout, place)
 
@@ -320,7 +315,7 @@ def _block(
         data = b"".join(line + b"\n" for line in data.split(b"\n", records)[:records])
     end = ReadPosition(place.file, place.offset + len(data), place.records + records)
     if place.offset == 0:
-        data = data.removeprefix(_BYTE_ORDER_MARK)
+        data = data.removeprefix(codecs.BOM_UTF8)
     return Block(partial(find, data), len(data), end)
 
 
@@ -432,7 +427,7 @@ def _too_long() -> Found:
 
 
 def _refuse_array(file: TextFile, data: bytes) -> None:
-    if data.removeprefix(_BYTE_ORDER_MARK).lstrip().startswith(b"["):
+    if data.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
         raise UserError(
             f"{file.path} holds a JSON array; one object a line is needed:\n"
             f"    jq -c '.[]' {file.path.name} > {file.path.name.split('.')[0]}.jsonl"
@@ -454,27 +449,12 @@ def _skip(stream: _Stream, size: int | None = None) -> None:
         size = None if size is None else size - len(data)
 
 
-def _is_text(kind: pyarrow.DataType) -> bool:
-    from pyarrow import types
-
-    return any(
-        check(kind)
-        for check in (
-            types.is_string,
-            types.is_large_string,
-            types.is_string_view,
-            types.is_binary,
-            types.is_large_binary,
-        )
-    )
-
-
 def _check_column(file: TextFile, schema: pyarrow.Schema, key: str) -> None:
     """Refuse a Parquet file without a column ``key`` of text."""
     if key not in schema.names:
         raise UserError(f"{file.path} has no column {key!r}; {nearest(key, schema.names)}")
     kind = schema.field(key).type
-    if not _is_text(kind) and not (hasattr(kind, "value_type") and _is_text(kind.value_type)):
+    if str(getattr(kind, "value_type", kind)) not in _TEXT_TYPES:
         raise UserError(f"{file.path}: column {key!r} is of type {kind}, not text")
 
 

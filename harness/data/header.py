@@ -5,6 +5,7 @@ A launcher does this before every run. Module ``indexed`` describes and reads th
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,12 @@ def bin_path(prefix: Path) -> Path:
 
 def idx_path(prefix: Path) -> Path:
     return prefix.with_name(prefix.name + ".idx")
+
+
+def sha256(path: Path) -> hashlib._Hash:
+    """The SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256")
 
 
 def read_head(path: Path) -> Head:

@@ -31,6 +31,7 @@ from harness.data.header import (
     check_bin_bytes,
     idx_path,
     read_head,
+    sha256,
 )
 from harness.system.files import sync_folder
 
@@ -232,7 +233,7 @@ class PairWriter:
         self._files = [
             _open_part(path, size) for path, size in zip(self._parts(), sizes, strict=True)
         ]
-        self._sha = _sha256(self._parts()[0])
+        self._sha = sha256(self._parts()[0])
 
     def append(self, ids: np.ndarray, lengths: np.ndarray, document_ends: np.ndarray) -> None:
         """Add documents.
@@ -251,10 +252,7 @@ class PairWriter:
             self._files[2],
             np.add(document_ends, self.marks.sequences, dtype="<i8").view(np.uint8).data,
         )
-        m = self.marks
-        self.marks = Marks(
-            m.tokens + len(ids), m.sequences + len(lengths), m.documents + len(document_ends)
-        )
+        self._count(len(ids), len(lengths), len(document_ends))
 
     def append_pair(self, prefix: Path) -> str:
         """Append another pair, as upstream's add_index; returns the SHA-256 of its .bin.
@@ -268,7 +266,7 @@ class PairWriter:
                 f"{idx_path(prefix)} stores {index.dtype.name}, {self.prefix.name}"
                 f" {self.dtype.name}: they do not merge"
             )
-        base, sha = self.marks, hashlib.sha256()
+        base, sha = self.marks.sequences, hashlib.sha256()
         with bin_path(prefix).open("rb") as file:
             while block := file.read(_BLOCK * 8):
                 sha.update(block)
@@ -277,13 +275,15 @@ class PairWriter:
         for block in _blocks(index.lengths):
             _write(self._files[1], block.tobytes())
         for block in _blocks(index.document_indices[1:]):
-            _write(self._files[2], (block + base.sequences).astype("<i8").tobytes())
-        self.marks = Marks(
-            base.tokens + index.tokens,
-            base.sequences + index.sequences,
-            base.documents + index.documents,
-        )
+            _write(self._files[2], (block + base).astype("<i8").tobytes())
+        self._count(index.tokens, index.sequences, index.documents)
         return sha.hexdigest()
+
+    def _count(self, tokens: int, sequences: int, documents: int) -> None:
+        before = self.marks
+        self.marks = Marks(
+            before.tokens + tokens, before.sequences + sequences, before.documents + documents
+        )
 
     def sync(self) -> None:
         """Return once everything that was appended is on the disk."""
@@ -386,8 +386,6 @@ def _write_index(
     put(struct.pack("<q", 0))
     for block in _file_blocks(documents):
         put(block)
-    file.flush()
-    os.fdatasync(file.fileno())
     return sha.hexdigest()
 
 
@@ -466,13 +464,6 @@ def _open_part(path: Path, size: int) -> BinaryIO:
     file.truncate(size)
     file.seek(size)
     return file
-
-
-def _sha256(path: Path) -> hashlib._Hash:
-    sha = hashlib.sha256()
-    for block in _file_blocks(path):
-        sha.update(block)
-    return sha
 
 
 def _write(file: BinaryIO, block: bytes | memoryview) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -25,14 +27,11 @@ class ConvertedFile(BaseModel):
     name: str
     sha256: str | None
     records: int
-    skipped: dict[str, int]
+    skipped: Counter[str]
 
 
 def write_json_lines(
-    files: Sequence[TextFile],
-    layout: TextLayout,
-    folder: Path,
-    progress: ShowProgress,
+    files: Sequence[TextFile], layout: TextLayout, folder: Path, progress: ShowProgress
 ) -> tuple[tuple[Path, ...], tuple[ConvertedFile, ...]]:
     """Write each file to ``folder``/00000.jsonl and so on, unless an earlier call did.
 
@@ -51,11 +50,7 @@ def write_json_lines(
         path = folder / f"{number:05}.jsonl"
         shard = noted(path.with_suffix(".json"), ConvertedFile) if path.exists() else None
         if shard is None:
-            before = done_bytes
-
-            def watch(read: int, before: int = before) -> None:
-                progress("read", before + read, all_bytes)
-
+            watch = partial(_watch, progress, done_bytes, all_bytes)
             shard = _write(file, replace(layout, limit=left), path, watch)
         paths.append(path)
         shards.append(shard)
@@ -64,13 +59,17 @@ def write_json_lines(
     return tuple(paths), tuple(shards)
 
 
+def _watch(progress: ShowProgress, before: int, total: int, read: int) -> None:
+    progress("read", before + read, total)
+
+
 def _write(
     file: TextFile, layout: TextLayout, path: Path, watch: Callable[[int], None]
 ) -> ConvertedFile:
     import orjson
 
     reader = Reader((file,), layout)
-    records, skipped = 0, {}
+    records, skipped = 0, Counter()
     path.with_suffix(".json").unlink(missing_ok=True)
     with atomic(path) as out:
         while block := reader.next():
@@ -80,8 +79,7 @@ def _write(
                 orjson.dumps({"text": text}, option=orjson.OPT_APPEND_NEWLINE) for text in texts
             )
             records = block.end.records
-            for rule, count in found.skipped.items():
-                skipped[rule] = skipped.get(rule, 0) + count
+            skipped += found.skipped
             watch(reader.read_bytes)
     shard = ConvertedFile(
         name=file.name, sha256=reader.sha256.get(file.name), records=records, skipped=skipped

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,52 +10,18 @@ import numpy as np
 from harness.data import indexed
 from harness.data.data_sets import DataSet, find
 from harness.data.header import FormatError, bin_path
+from harness.data.manifest import read_manifest
 from harness.data.names import DATA
-from harness.data.tokenizer import Tokenizer
+from harness.data.progress import amount
+from harness.data.tokenizer import tokenizer_of
 from harness.errors import UserError
 
 PERCENTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
 _SAMPLE_TOKENS = 200
 
 
-@dataclass(frozen=True)
-class Lengths:
-    """Lengths of documents in tokens.
-
-    Attributes:
-        percentiles: at PERCENTILES.
-        bars: (2**n, documents with more than 2**(n - 1) and at most 2**n tokens).
-    """
-
-    mean: float
-    longest: int
-    empty: int
-    percentiles: tuple[int, ...]
-    bars: tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True)
-class DocumentSample:
-    """The decoded beginning of a document."""
-
-    document: int
-    tokens: int
-    text: str
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """The result of ``inspect``."""
-
-    chosen: DataSet
-    dtype: str
-    bin_bytes: int
-    lengths: Lengths
-    samples: tuple[DocumentSample, ...]
-
-
-def inspect(name: str, samples: int = 3, folder: Path = DATA) -> Inspection:
-    """Read lengths and sample documents of the data set ``name``.
+def inspect(name: str, samples: int = 3, folder: Path = DATA) -> list[str]:
+    """Lines about the data set ``name``: its size, source, lengths and sample documents.
 
     Args:
         samples: how many documents to decode, spread evenly.
@@ -69,36 +34,42 @@ def inspect(name: str, samples: int = 3, folder: Path = DATA) -> Inspection:
         index = indexed.check_pair(chosen.prefix)
     except FormatError as error:
         raise UserError(str(error)) from None
+    manifest = read_manifest(chosen.home)
     lengths = index.document_tokens()
-    return Inspection(
-        chosen,
-        index.dtype.name,
-        index.bin_bytes,
-        measure(lengths),
-        tuple(_samples(chosen, index, lengths, samples)),
-    )
+    return [
+        f"{chosen.name}: {chosen.documents:,} documents, {chosen.tokens:,} tokens",
+        f"  {amount(index.bin_bytes)} of {index.dtype.name}, {chosen.tokenizer_type} of"
+        f" {chosen.vocab_size} ids",
+        *(manifest.lines() if manifest else ()),
+        *length_lines(lengths),
+        *_samples(chosen, index, lengths, samples),
+    ]
 
 
-def measure(lengths: np.ndarray) -> Lengths:
-    """Statistics of tokens per document; ``lengths`` is (documents,) int64."""
+def length_lines(lengths: np.ndarray) -> list[str]:
+    """Statistics and a histogram of tokens per document; ``lengths`` is (documents,) int64."""
     if not len(lengths):
-        return Lengths(0.0, 0, 0, (0,) * len(PERCENTILES), ())
+        return []
     ordered = np.sort(lengths)
-    last = len(ordered) - 1
+    shares = ((share, ordered[int(share * (len(ordered) - 1))]) for share in PERCENTILES)
     counts = np.bincount(np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64)).tolist()
-    lowest = next(power for power, count in enumerate(counts) if count)
-    return Lengths(
-        mean=float(lengths.mean()),
-        longest=int(ordered[-1]),
-        empty=int(np.count_nonzero(lengths == 0)),
-        percentiles=tuple(int(ordered[int(share * last)]) for share in PERCENTILES),
-        bars=tuple((2**power, counts[power]) for power in range(lowest, len(counts))),
-    )
+    first, most = np.flatnonzero(counts)[0], max(counts)
+    return [
+        f"\ntokens per document: mean {lengths.mean():,.1f}, longest {ordered[-1]:,}, none in"
+        f" {np.count_nonzero(lengths == 0):,}",
+        "  " + ", ".join(f"{share:.0%} up to {tokens:,}" for share, tokens in shares),
+        *(
+            f"  {f'up to {2**power:,}':>16} {count:>12,} {'#' * -(-40 * count // most)}"
+            for power, count in enumerate(counts)
+            if power >= first
+        ),
+    ]
 
 
 def _samples(
     chosen: DataSet, index: indexed.Index, lengths: np.ndarray, count: int
-) -> Iterator[DocumentSample]:
+) -> Iterator[str]:
+    """The decoded beginnings of ``count`` documents."""
     if not index.tokens or not count:
         return
     again = f"make data-check NAME={chosen.name} says more"
@@ -106,14 +77,7 @@ def _samples(
         raise UserError(
             f"NAME={chosen.name}: tokens are stored as {index.dtype.name}, not as integers\n{again}"
         )
-    tokenizer = Tokenizer(
-        chosen.tokenizer_type,
-        "",
-        chosen.tokenizer_model,
-        chosen.tokenizer_sha256,
-        chosen.vocab_size or 0,
-        None,
-    )
+    tokenizer = tokenizer_of(chosen)
     tokens = np.memmap(bin_path(chosen.prefix), index.dtype, "r")
     filled = np.flatnonzero(lengths)
     for document in filled[:: max(1, len(filled) // count)][:count].tolist():
@@ -124,4 +88,6 @@ def _samples(
                 f"NAME={chosen.name}: document {document:,} has id {wrong:,}, the vocabulary is 0"
                 f" to {chosen.vocab_size - 1:,}\n{again}"
             )
-        yield DocumentSample(document, int(lengths[document]), tokenizer.decode(ids))
+        text = " ".join(tokenizer.decode(ids).split())
+        shown = text[:400] + " …" * (len(text) > 400)
+        yield f"\ndocument {document:,}, {lengths[document]:,} tokens:\n  {shown}"

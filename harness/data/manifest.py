@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from harness.data.progress import duration
 from harness.errors import UserError, first_line
 from harness.system.files import write_json
 
@@ -38,7 +41,7 @@ class TextSource(_ManifestPart):
     asked: dict[str, Any]
     commit: str | None = None
     files: tuple[SourceFile, ...] = ()
-    skipped: dict[str, int] = {}
+    skipped: Counter[str] = Counter()
 
 
 class Counted(_ManifestPart, frozen=False):
@@ -54,7 +57,7 @@ class Counted(_ManifestPart, frozen=False):
     empty: int = 0
     sequences: int = 0
     tokens: int = 0
-    skipped: dict[str, int] = {}
+    skipped: Counter[str] = Counter()
 
 
 class Cleaned(_ManifestPart):
@@ -141,9 +144,29 @@ class Manifest(_ManifestPart):
             case "merged":
                 return f"joined from {', '.join(map(str, asked.get('from') or ['?']))}"
 
+    def lines(self) -> list[str]:
+        """Where the text is from, what was dropped and skipped, and how long each stage took."""
+        files = self.source.files
+        found = [f"  {self.origin}" + f", {len(files)} file{'s' * (len(files) != 1)}" * bool(files)]
+        if cleaned := self.cleaned:
+            found += [
+                f"  cleaned by {cleaned.rules}: {cleaned.documents_out:,} of"
+                f" {cleaned.documents_in:,} documents kept",
+                f"  dropped: {by_rule(cleaned.dropped) or 'none'}",
+            ]
+        if skipped := self.source.skipped + self.counted.skipped:
+            found.append(f"  skipped: {by_rule(dict(sorted(skipped.items())))}")
+        took = ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in self.seconds.items())
+        return [*found, f"  tokenizer {self.tokenizer.name} by {self.tokenizer.by}; {took}"]
+
     def write(self, folder: Path) -> None:
         """Write it into a data set's folder, completely or not at all."""
         write_json(folder / FILE, self.model_dump(mode="json"))
+
+
+def by_rule(numbers: Mapping[str, int]) -> str:
+    """Counts by rule as text, without those that are 0."""
+    return ", ".join(f"{number:,} {rule}" for rule, number in numbers.items() if number)
 
 
 def noted[Record: BaseModel](path: Path, kind: type[Record]) -> Record | None:

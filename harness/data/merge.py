@@ -10,15 +10,13 @@ from pathlib import Path
 
 from harness.data import indexed
 from harness.data.data_sets import Blend, blend, prepared_names
-from harness.data.header import FormatError, bin_path, idx_path
+from harness.data.header import FormatError, idx_path
+from harness.data.manifest import FILE as MANIFEST
 from harness.data.manifest import Chat, Counted, Manifest, TextSource, read_manifest
 from harness.data.names import DATA, check_name, prefix_of
-from harness.data.publishing import only_one, publish, written
-from harness.data.tokenizer import Tokenizer
+from harness.data.publishing import discard, only_one, publish, written
+from harness.data.tokenizer import tokenizer_of
 from harness.errors import UserError
-
-WORK = "work/merge"
-"""Folder of an unfinished merge in the data set's folder; the next merge replaces its content."""
 
 
 def merge(names: Sequence[str], name: str, folder: Path = DATA) -> Manifest:
@@ -28,16 +26,12 @@ def merge(names: Sequence[str], name: str, folder: Path = DATA) -> Manifest:
 
     Raises:
         UserError: a set is missing, damaged, of another tokenizer or kind, or without a manifest;
-            or ``name`` is in use, or its folder holds other files.
+            or ``name`` is in use.
     """
     home = folder / check_name(name)
-    if name in prepared_names(folder):
+    if name in prepared_names(folder) or (home / MANIFEST).exists():
         raise UserError(f"NAME={name} is prepared already; give another one")
     chosen, manifests = _chosen(names, folder)
-    if other := _others(home, name):
-        raise UserError(
-            f"{home} holds {', '.join(other)}, which a merge does not make\ngive another NAME="
-        )
     chat = _chat(manifests)
     try:
         with only_one(home, name):
@@ -51,7 +45,7 @@ def merge(names: Sequence[str], name: str, folder: Path = DATA) -> Manifest:
 def _merge(
     chosen: Blend, manifests: Sequence[Manifest], name: str, home: Path, chat: Chat | None
 ) -> Manifest:
-    work, begun, used = home / WORK, time.monotonic(), manifests[0].tokenizer
+    work, begun = home / "work" / "merge", time.monotonic()
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     try:
@@ -68,24 +62,16 @@ def _merge(
             source=TextSource(kind="merged", asked={"from": [each.name for each in chosen.sets]}),
             cleaned=None,
             counted=_sum(manifests),
-            tokenizer=used,
+            tokenizer=manifests[0].tokenizer,
             append_eod=all(each.append_eod for each in manifests),
             chat=chat,
             written=written(prefix, index.dtype.name, pair),
             seconds={"merge": round(time.monotonic() - begun, 3)},
             versions=manifests[0].versions,
         )
-        tokenizer = Tokenizer(
-            used.type,
-            used.name,
-            chosen.sets[0].tokenizer_model,
-            used.sha256,
-            used.vocab_size,
-            used.eod,
-        )
-        publish(work, home, manifest, tokenizer)
+        publish(work, home, manifest, tokenizer_of(chosen.sets[0]))
     finally:
-        shutil.rmtree(home / Path(WORK).parts[0], ignore_errors=True)
+        discard(work)
         if not idx_path(prefix_of(name, home.parent)).exists():
             shutil.rmtree(home / "tokenizer", ignore_errors=True)
     return manifest
@@ -126,18 +112,6 @@ def _chosen(names: Sequence[str], folder: Path) -> tuple[Blend, list[Manifest]]:
     return chosen, manifests
 
 
-def _others(home: Path, name: str) -> list[str]:
-    """Files in ``home`` that a merge would neither write nor replace."""
-    there = sorted(path.name for path in home.iterdir()) if home.is_dir() else []
-    work = (
-        sorted(path.name for path in (home / "work").iterdir()) if (home / "work").is_dir() else []
-    )
-    mine = (".lock", "work", "tokenizer", bin_path(prefix_of(name, home.parent)).name)
-    return [entry for entry in there if entry not in mine] + [
-        f"work/{entry}" for entry in work if entry != "merge"
-    ]
-
-
 def _chat(manifests: Sequence[Manifest]) -> Chat | None:
     """The joined record of conversations; None for plain text. ``blend`` refuses a mixture."""
     chats = [manifest.chat for manifest in manifests if manifest.chat]
@@ -156,5 +130,5 @@ def _sum(manifests: Sequence[Manifest]) -> Counted:
     totals = {
         name: sum(getattr(manifest.counted, name) for manifest in manifests) for name in names
     }
-    skipped = sum((Counter(manifest.counted.skipped) for manifest in manifests), Counter())
-    return Counted(**totals, skipped=dict(skipped))
+    skipped = sum((manifest.counted.skipped for manifest in manifests), Counter())
+    return Counted(**totals, skipped=skipped)

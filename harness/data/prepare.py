@@ -27,16 +27,18 @@ from typing import Any
 
 from harness import ROOT
 from harness.data import indexed
+from harness.data.clean.rules import load_rules
 from harness.data.data_sets import find
 from harness.data.definitions import Definition, Hub, Synthetic
 from harness.data.disk import resumable
 from harness.data.documents import TextFile, TextLayout, text_file
-from harness.data.header import bin_path, idx_path
+from harness.data.header import bin_path, idx_path, sha256
 from harness.data.manifest import (
     Cleaned,
     Manifest,
     SourceFile,
     TextSource,
+    by_rule,
     noted,
     read_manifest,
 )
@@ -51,14 +53,13 @@ from harness.data.publishing import (
     written,
 )
 from harness.data.sources import download, local_files
-from harness.data.tokenize import Done, Job, Watched, tokenize
-from harness.data.tokenizer import Tokenizer, find_tokenizer
+from harness.data.tokenize import Done, Job, tokenize
+from harness.data.tokenizer import Tokenizer, find_tokenizer, versions
 from harness.errors import UserError
 from harness.machine.provenance import package_version, source_commit
 from harness.system.files import write_json
 
-_ENCODING = ("gigatoken", "tokenizers", "transformers", "sentencepiece")
-_VERSIONS = ("numpy", "orjson", *_ENCODING, "pyarrow", "datasets")
+_VERSIONS = ("numpy", "orjson", "pyarrow", "datasets")
 
 TEXT = TextLayout()
 _OWN = re.compile(r"(synthetic|text|clean|tokens|source)-[0-9a-f]+(\.json)?|\..*\.tmp")
@@ -137,7 +138,8 @@ class _Preparation:
         self.source_key = _digest(self.asked, asdict(recipe.layout))
         self.clean_key, self.kept = None, set()
         if recipe.rules:
-            self.clean_key = _digest(self.source_key, _rules_text(recipe.rules))
+            self.rules = load_rules(recipe.rules)
+            self.clean_key = _digest(self.source_key, self.rules.dump())
             self.kept = {f"source-{self.source_key}.json", f"clean-{self.clean_key}"}
 
     def run(self) -> Manifest:
@@ -164,11 +166,7 @@ class _Preparation:
         self._clear(set() if force and published else self.kept | own)
         manifest = self._finished(tokens)
         if manifest is None:
-            source, files, layout, cleaned = self._text()
-            done = self._tokenize(tokens, files, layout, tokenizer)
-            if cleaned is None:
-                source = source.model_copy(update={"files": _files(files, done.source_sha256)})
-            manifest = self._manifest(key, source, cleaned, done, tokenizer, tokens)
+            manifest = self._make(key, tokenizer, tokens)
             write_json(tokens / "done.json", manifest.model_dump(mode="json"))
         publish(tokens, self.home, manifest, tokenizer)
         self._clear(self.kept)
@@ -188,9 +186,7 @@ class _Preparation:
             source, files = self._source()
             return source, files, self.recipe.layout, None
         from harness.data.clean.pipeline import CleanReport, clean
-        from harness.data.clean.rules import load_rules
 
-        rules = load_rules(self.recipe.rules)
         folder = self.work / f"clean-{self.clean_key}"
         source_file = self.work / f"source-{self.source_key}.json"
         known = noted(source_file, TextSource), noted(folder / "manifest.json", CleanReport)
@@ -202,13 +198,12 @@ class _Preparation:
             self.work.mkdir(exist_ok=True)
             write_json(source_file, source.model_dump(mode="json"))
             with self._timed("clean"):
-                report = clean(paths, folder, rules, self.progress.show, self.means.workers)
+                report = clean(paths, folder, self.rules, self.progress.show, self.means.workers)
         if not report.documents_out:
-            by_rule = (f"{number:,} {rule}" for rule, number in report.dropped.items() if number)
-            dropped = ", ".join(by_rule)
             raise UserError(
                 f"{self.recipe.rules.name} dropped all {report.documents_in:,} documents:"
-                f" {dropped}\n{folder / 'dropped'}/ shows which and why; set other RULES=, or none"
+                f" {by_rule(report.dropped)}\n{folder / 'dropped'}/ shows which and why; set other"
+                " RULES=, or none"
             )
         shards = tuple(text_file(folder / shard.name, shard.name) for shard in report.shards)
         cleaned = Cleaned.model_validate(report.model_dump() | {"rules": self.recipe.rules.name})
@@ -220,17 +215,18 @@ class _Preparation:
             case Hub() as hub:
                 limit = self.recipe.layout.limit
                 with self._timed("download"):
-                    got = download(hub, limit, self.means.mirror, self.progress.say)
-                return TextSource(kind="hub", asked=self.asked, commit=got.commit), got.files
+                    files, commit = download(hub, limit, self.means.mirror, self.progress.say)
+                return TextSource(kind="hub", asked=self.asked, commit=commit), files
             case Synthetic() as wanted:
-                from harness.data import synthetic
+                from harness.data.synthetic.corpus import MIXTURES, Corpus
+                from harness.data.synthetic.files import generate
 
-                corpus = synthetic.Corpus(wanted.seed, getattr(synthetic, wanted.mixture.upper()))
                 folder = self.work / f"synthetic-{self.source_key}"
                 with self._timed("make"):
                     size = wanted.size_mb * 10**6
                     show, workers = self.progress.show, self.means.workers
-                    paths = synthetic.generate(folder, size, corpus, workers, show)
+                    corpus = Corpus(wanted.seed, MIXTURES[wanted.mixture])
+                    paths = generate(folder, size, corpus, workers, show)
                 files = tuple(text_file(path, path.name) for path in paths)
                 return TextSource(kind="synthetic", asked=self.asked), files
             case wanted:
@@ -244,7 +240,7 @@ class _Preparation:
         with self._timed("read"):
             plain = all(file.kind == "jsonl" and not file.packing for file in files)
             if plain and layout.limit is None and layout.key == "text":
-                known = {file.name: _sha256(file.path) for file in files}
+                known = {file.name: sha256(file.path).hexdigest() for file in files}
                 paths, skipped = tuple(file.path for file in files), Counter()
             else:
                 from harness.data.json_lines import write_json_lines
@@ -252,8 +248,8 @@ class _Preparation:
                 folder = self.work / f"text-{self.source_key}"
                 paths, shards = write_json_lines(files, layout, folder, self.progress.show)
                 known = {shard.name: shard.sha256 for shard in shards}
-                skipped = sum((Counter(shard.skipped) for shard in shards), Counter())
-        update = {"files": _files(files, known), "skipped": dict(skipped)}
+                skipped = sum((shard.skipped for shard in shards), Counter())
+        update = {"files": _files(files, known), "skipped": skipped}
         return source.model_copy(update=update), paths
 
     def _tokenize(
@@ -263,9 +259,8 @@ class _Preparation:
         job = Job(files, layout, tokenizer, self.recipe.append_eod, prefix)
         prefix.parent.mkdir(parents=True, exist_ok=True)
 
-        def watch(now: Watched) -> None:
-            tokens = f"{now.tokens / 1e6:,.1f} M tokens"
-            self.progress.show("tokenise", now.read_bytes, now.all_bytes, tokens)
+        def watch(read_bytes: int, all_bytes: int, tokens: int) -> None:
+            self.progress.show("tokenise", read_bytes, all_bytes, f"{tokens / 1e6:,.1f} M tokens")
 
         try:
             with self._timed("tokenise"):
@@ -283,15 +278,12 @@ class _Preparation:
             )
         return done
 
-    def _manifest(
-        self,
-        key: str,
-        source: TextSource,
-        cleaned: Cleaned | None,
-        done: Done,
-        tokenizer: Tokenizer,
-        folder: Path,
-    ) -> Manifest:
+    def _make(self, key: str, tokenizer: Tokenizer, folder: Path) -> Manifest:
+        """Get the text and write its pair into ``folder``; returns the manifest."""
+        source, files, layout, cleaned = self._text()
+        done = self._tokenize(folder, files, layout, tokenizer)
+        if cleaned is None:
+            source = source.model_copy(update={"files": _files(files, done.source_sha256)})
         prefix = prefix_of(self.recipe.name, folder)
         return Manifest(
             name=self.recipe.name,
@@ -305,7 +297,8 @@ class _Preparation:
             written=written(prefix, indexed.best_dtype(tokenizer.vocab_size).name, done.pair),
             seconds={stage: round(seconds, 3) for stage, seconds in self.seconds.items()},
             versions={"python": platform.python_version(), "harness": source_commit(ROOT)[0]}
-            | {name: package_version(name) for name in _VERSIONS},
+            | {name: package_version(name) for name in _VERSIONS}
+            | versions(),
         )
 
     def _finished(self, folder: Path) -> Manifest | None:
@@ -349,15 +342,6 @@ def _asked(source: Hub | Synthetic | str) -> dict[str, Any]:
     return source.model_dump(mode="json")
 
 
-def _rules_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"rules {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"rules {path}: no text in UTF-8") from None
-
-
 def _files(files: tuple[TextFile, ...], sha256: Mapping[str, str | None]) -> tuple[SourceFile, ...]:
     return tuple(
         SourceFile(name=file.name, bytes=file.path.stat().st_size, sha256=sha256.get(file.name))
@@ -367,8 +351,3 @@ def _files(files: tuple[TextFile, ...], sha256: Mapping[str, str | None]) -> tup
 
 def _digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

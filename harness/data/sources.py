@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -49,23 +48,18 @@ def local_files(wanted: str) -> tuple[TextFile, ...]:
     return tuple(text_file(path.resolve(), str(path)) for path in found)
 
 
-@dataclass(frozen=True)
-class Downloaded:
-    """Files of a repository, downloaded. ``commit``: the hub's, None from a mirror."""
-
-    files: tuple[TextFile, ...]
-    commit: str | None
-
-
 def download(
     hub: Hub, limit: int | None, mirror: Path | None, say: Callable[[str], None]
-) -> Downloaded:
+) -> tuple[tuple[TextFile, ...], str | None]:
     """Download the files of ``hub`` into the cache of Hugging Face's packages, unless it has them.
 
     Args:
         limit: rows that are needed; of Parquet, no more files are downloaded than hold them.
         mirror: a folder with a copy of the repository, at <mirror>/<owner>/<name>, to use instead
             of the hub.
+
+    Returns:
+        the files, and the hub's commit; None from a mirror.
 
     Raises:
         UserError: the hub or the repository cannot be reached, or has no such files.
@@ -110,7 +104,7 @@ def download(
         raise UserError(
             f"{hub.files} of {hub.repository} at {hub.revision}: {reason}\n{_way_out(hub)}"
         ) from None
-    return Downloaded(tuple(files), commit)
+    return tuple(files), commit
 
 
 def _reach_hub(hub: Hub) -> None:

@@ -89,38 +89,23 @@ def tiktoken_folder(path: Path, home: Path) -> Path:
 def tokenizer_json(ranks: dict[bytes, int]) -> dict:
     """Hugging Face's description of the tokenizer with these ranks.
 
-    A token's rank is its id and its priority in byte-pair merging. A token's merges are all pairs
-    of tokens that it consists of, in the order of the pairs' ranks (TikTokenConverter in
-    transformers/convert_slow_tokenizer.py).
+    A token's rank is its id and its priority in byte-pair merging.
     """
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, processors
-    from tokenizers import pre_tokenizers as cuts
+    from tokenizers import processors
+    from transformers.convert_slow_tokenizer import TikTokenConverter
 
-    letters = byte_letters()
-    text = {token: "".join(letters[byte] for byte in token) for token in ranks}
-    merges = []
-    for token in sorted(ranks, key=ranks.__getitem__):
-        pairs = ((token[:at], token[at:]) for at in range(1, len(token)))
-        found = [(left, right) for left, right in pairs if left in ranks and right in ranks]
-        found.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
-        merges += [(text[left], text[right]) for left, right in found]
-    vocabulary = {text[token]: rank for token, rank in ranks.items()}
-    made = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True))
-    bytes_only = {"add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    made.pre_tokenizer = cuts.Sequence(
-        [cuts.Split(Regex(PATTERN), "isolated"), cuts.ByteLevel(**bytes_only)]
-    )
+    converter = TikTokenConverter(pattern=PATTERN, extra_special_tokens=special_tokens())
+    # It would read the file again, with the package tiktoken.
+    converter.load_tiktoken_bpe = lambda _: ranks
+    made = converter.converted()
     made.post_processor = processors.Sequence(
         [
-            processors.ByteLevel(**bytes_only),
+            processors.ByteLevel(trim_offsets=False),
             processors.TemplateProcessing(
                 f"{BEGIN} $A", f"{BEGIN} $A {BEGIN}:1 $B:1", [(BEGIN, len(ranks))]
             ),
         ]
     )
-    made.decoder = decoders.ByteLevel()
-    special = (AddedToken(name, normalized=False, special=True) for name in special_tokens())
-    made.add_special_tokens(list(special))
     return json.loads(made.to_str())
 
 

@@ -34,10 +34,13 @@ from harness.data.documents import (
     TextLayout,
 )
 from harness.data.indexed import FormatError, Marks, Pair, PairWriter
-from harness.data.manifest import Counted
+from harness.data.manifest import Counted, by_rule
 from harness.data.tokenizer import CACHE_MIB, Encoder, Tokenizer
 from harness.errors import UserError
 from harness.system.files import write_json
+
+Watch = Callable[[int, int, int], None]
+"""Called with the bytes of the input that are read, all of them, and the tokens so far."""
 
 CHECKPOINT_S = 10.0
 MOST_WORKERS = 8
@@ -60,11 +63,6 @@ class Job:
     @property
     def dtype(self) -> np.dtype:
         return indexed.best_dtype(self.tokenizer.vocab_size)
-
-    @property
-    def bytes(self) -> int:
-        """Size of all files on the disk, compressed or not."""
-        return sum(file.path.stat().st_size for file in self.files)
 
     @property
     def state(self) -> Path:
@@ -90,15 +88,6 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Watched:
-    """Progress of a run: bytes of the input that are read, all of them, and tokens so far."""
-
-    read_bytes: int
-    all_bytes: int
-    tokens: int
-
-
-@dataclass(frozen=True)
 class Done:
     """A finished pair. ``source_sha256``: by name, of the input files that were read completely."""
 
@@ -107,9 +96,7 @@ class Done:
     source_sha256: dict[str, str]
 
 
-def tokenize(
-    job: Job, watch: Callable[[Watched], None] = lambda _: None, workers: int | None = None
-) -> Done:
+def tokenize(job: Job, watch: Watch = lambda *now: None, workers: int | None = None) -> Done:
     """Write the pair of ``job``; resumes where a run of the same job stopped.
 
     Args:
@@ -143,8 +130,8 @@ class _Run:
         self._waiting: dict[int, tuple[Block, _Encoded]] = {}
         self._failure: BaseException | None = None
 
-    def finish(self, watch: Callable[[Watched], None]) -> Done:
-        all_bytes = self.job.bytes
+    def finish(self, watch: Watch) -> Done:
+        all_bytes = sum(file.path.stat().st_size for file in self.job.files)
         threads = [
             threading.Thread(target=self._work, name=f"tokenize-{n}", daemon=True)
             for n in range(self.workers)
@@ -156,7 +143,7 @@ class _Run:
             while alive:
                 next((thread for thread in threads if thread.is_alive()), threads[0]).join(_WATCH_S)
                 alive, now = any(thread.is_alive() for thread in threads), time.monotonic()
-                watch(Watched(self.reader.read_bytes, all_bytes, self.counts.tokens))
+                watch(self.reader.read_bytes, all_bytes, self.counts.tokens)
                 if alive and now - noted > CHECKPOINT_S and self._failure is None:
                     self._checkpoint()
                     noted = now
@@ -176,10 +163,7 @@ class _Run:
             )
         if not self.counts.documents:
             self._discard()
-            found = (
-                ", ".join(f"{number:,} {rule}" for rule, number in self.counts.skipped.items())
-                or "nothing at all"
-            )
+            found = by_rule(self.counts.skipped) or "nothing at all"
             raise UserError(f"no document in {_named(self.job.files)}: {found}")
         pair = self.writer.finish()
         self.job.state.unlink(missing_ok=True)
@@ -228,8 +212,7 @@ class _Run:
         self.counts.empty += encoded.empty
         self.counts.sequences += len(encoded.lengths)
         self.counts.tokens += len(encoded.ids)
-        for rule, count in encoded.skipped.items():
-            self.counts.skipped[rule] = self.counts.skipped.get(rule, 0) + count
+        self.counts.skipped.update(encoded.skipped)
 
     def _fail(self, error: BaseException) -> None:
         with self._turn:

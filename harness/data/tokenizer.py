@@ -27,6 +27,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from harness import ROOT
+from harness.data.data_sets import DataSet
 from harness.data.tiktoken_files import is_tiktoken, tiktoken_folder
 from harness.data.tokenizer_files import (
     DECIDING,
@@ -103,20 +104,16 @@ class Tokenizer:
 
     def encoder(self, cache_mib: int = CACHE_MIB) -> Encoder:
         """A new encoder for one thread; ``cache_mib``: see CACHE_MIB."""
-        match self.kind:
-            case "NullTokenizer":
-                return _Null(self.vocab_size, self.eod)
-            case "SentencePieceTokenizer" if self.fast:
-                return self._fast(described(self.model), cache_mib)
-            case "SentencePieceTokenizer":
-                return SentencePiece(self.model)
-            case _:
-                description = (self.model / DESCRIPTION).read_text(encoding="utf-8")
-                if self.fast:
-                    return self._fast(description, cache_mib)
+        if self.kind == "NullTokenizer":
+            return _Null(self.vocab_size, self.eod)
+        if self.kind == "HuggingFaceTokenizer":
+            description = (self.model / DESCRIPTION).read_text(encoding="utf-8")
+            if not self.fast:
                 return Tokenizers(description, self.eod)
-
-    def _fast(self, description: str, cache_mib: int) -> Encoder:
+        elif not self.fast:
+            return SentencePiece(self.model)
+        else:
+            description = described(self.model)
         return Gigatoken(description, self.before, self.after, self.end, self.joined, cache_mib)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -135,18 +132,16 @@ class Tokenizer:
     def install(self, home: Path) -> Tokenizer:
         """Copy its files into the folder ``home``; returns the tokenizer that uses the copies."""
         home.mkdir(parents=True, exist_ok=True)
-        sources: dict[str, Path] = {}
-        model = None
+        model, sources = None, {}
         if self.kind == "HuggingFaceTokenizer":
-            model = home
-            files = {name: self.model / name for name in (*DECIDING, *OTHERS)}
-            sources = {name: path for name, path in files.items() if path.is_file()}
+            model, sources = home, {name: self.model / name for name in (*DECIDING, *OTHERS)}
         elif self.kind == "SentencePieceTokenizer":
-            model = home / SENTENCE_PIECE
-            sources = {SENTENCE_PIECE: self.model}
-        for name in {*DECIDING, *OTHERS, SENTENCE_PIECE} - {*sources}:
-            (home / name).unlink(missing_ok=True)
-        for name, source in sources.items():
+            model, sources = home / SENTENCE_PIECE, {SENTENCE_PIECE: self.model}
+        for name in (*DECIDING, *OTHERS, SENTENCE_PIECE):
+            source = sources.get(name)
+            if source is None or not source.is_file():
+                (home / name).unlink(missing_ok=True)
+                continue
             part = home / f".{name}.part"
             shutil.copyfile(source, part)
             part.replace(home / name)
@@ -199,6 +194,18 @@ def find_tokenizer(wanted: str, home: Path, choices: Sequence[str] = CHOICES) ->
     raise UserError(
         f"no tokenizer {wanted}; {nearest(wanted, choices)}\n"
         "or give a folder with tokenizer.json, or a .model of SentencePiece or Llama 3"
+    )
+
+
+def tokenizer_of(chosen: DataSet) -> Tokenizer:
+    """The tokenizer of a prepared data set; what ``examine`` finds out is unknown."""
+    return Tokenizer(
+        chosen.tokenizer_type,
+        chosen.name,
+        chosen.tokenizer_model,
+        chosen.tokenizer_sha256,
+        chosen.vocab_size,
+        None,
     )
 
 
@@ -395,9 +402,6 @@ def _overlaps_itself(token: str) -> bool:
 
 def resident_mib() -> float:
     """Resident memory of this process in MiB."""
-    with contextlib.suppress(OSError):
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
     import psutil
 
     return psutil.Process().memory_info().rss / 2**20

@@ -34,7 +34,6 @@ RULES = {
 }
 """Rules by which conversations are skipped."""
 
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _CHUNK_BYTES = 1 << 20
 _SEPARATOR = re.compile(r"\s*(?:,|(?=\]))")
 """What must follow an item of an array: without it, ``12`` may be the beginning of ``123``."""
@@ -185,14 +184,14 @@ def conversations_of(path: Path, skipped: Skipped) -> Iterator[tuple[int, bytes 
     """
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            start = file.read(4096).removeprefix(BYTE_ORDER_MARK).lstrip()
+            start = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
             file.seek(0)
             if start.startswith(b"["):
                 skipped.unit = "item"
                 yield from enumerate(_items(path, file), 1)
                 return
             for number, line in enumerate(file, 1):
-                text = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
+                text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
                 if text.strip():
                     yield number, text
     except (OSError, EOFError, zlib.error) as error:

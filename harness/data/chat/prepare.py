@@ -123,7 +123,7 @@ def _prepare(
             empty=0,
             sequences=marks.sequences,
             tokens=marks.tokens,
-            skipped=dict(skipped.by_rule),
+            skipped=skipped.by_rule,
         ),
         tokenizer=tokenizer_used(tokenizer, f"tokenizers {package_version('tokenizers')}"),
         append_eod=False,

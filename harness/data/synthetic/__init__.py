@@ -8,30 +8,3 @@ single words, and language identification recognises it.
 Everything depends only on (seed, document number), by integer arithmetic: the bytes are the same on
 every machine, each part can be generated alone, and a duplicate of any earlier document is cheap.
 """
-
-from harness.data.synthetic.corpus import (
-    DAMAGED,
-    DEFECTS,
-    DUPLICATES,
-    MENDABLE,
-    PLAIN,
-    Corpus,
-    Label,
-    Mixture,
-)
-from harness.data.synthetic.files import generate, labels
-from harness.data.synthetic.language import LANGUAGES
-
-__all__ = [
-    "DAMAGED",
-    "DEFECTS",
-    "DUPLICATES",
-    "LANGUAGES",
-    "MENDABLE",
-    "PLAIN",
-    "Corpus",
-    "Label",
-    "Mixture",
-    "generate",
-    "labels",
-]

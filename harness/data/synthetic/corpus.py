@@ -11,7 +11,6 @@ import numpy as np
 
 from harness.data.synthetic.damage import SHARES, line_with, words_with
 from harness.data.synthetic.language import FORMS, LANGUAGES, START, shares, stream, table
-from harness.errors import UserError, nearest
 
 DUPLICATES = ("exact-duplicate", "near-duplicate")
 MENDABLE = ("foreign-few", "nfd", "control", "mojibake")
@@ -40,23 +39,6 @@ class Mixture:
     languages: dict[str, int]
     defects: dict[str, int] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        for what, known, given in (
-            ("language", LANGUAGES, self.languages),
-            ("defect", DEFECTS, self.defects),
-        ):
-            for name, parts in given.items():
-                if name not in known:
-                    raise UserError(f"synthetic {what} {name!r}: {nearest(name, known)}")
-                if parts < 0:
-                    raise UserError(f"synthetic {what} {name}: {parts} parts; give 0 or more")
-        if not sum(self.languages.values()):
-            raise UserError(f"synthetic text needs a language; {nearest('', LANGUAGES)}")
-        if sum(self.defects.values()) > 9000:
-            raise UserError(
-                f"{sum(self.defects.values())} defects in 10,000 documents; give 9,000 at most"
-            )
-
     @property
     def main(self) -> str:
         return next(iter(self.languages))
@@ -71,6 +53,7 @@ DAMAGED = Mixture(
 )
 """A Swedish crawl: one document in five is in another language, and one in six of the Swedish ones
 is damaged or a duplicate."""
+MIXTURES = {"plain": PLAIN, "damaged": DAMAGED}
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 folder/00000.jsonl …         one {"text": …} a line
 folder/labels/00000.jsonl …  a Label a line, for each document that is damaged or not in the main
                              language
-folder/synthetic.json        seed, mixture and size
 """
 
 from __future__ import annotations
@@ -19,8 +18,7 @@ from harness.data.disk import resumable
 from harness.data.progress import ShowProgress
 from harness.data.synthetic.corpus import Corpus, Label
 from harness.data.synthetic.language import table
-from harness.errors import UserError
-from harness.system.files import atomic, locked, write_json
+from harness.system.files import atomic, locked
 from harness.system.workers import map_in_order
 
 DOCUMENTS_PER_SHARD = 16384
@@ -37,24 +35,15 @@ def generate(
     """Write documents of ``corpus`` until they have ``size_bytes``; the last one is complete.
 
     Each shard appears complete or not at all; a killed call resumes and gives the same bytes.
+    ``folder`` must be new, or of the same corpus and size.
 
     Returns:
         The shards, in order.
     Raises:
-        UserError: ``size_bytes`` is 0, ``folder`` holds another corpus, or its disk is full.
+        UserError: the package wordfreq is missing, or the disk is full.
     """
-    if size_bytes < 1:
-        raise UserError(f"SIZE={size_bytes}: give the number of bytes to make, 1 or more")
     table()
-    recipe = {"seed": corpus.seed, **asdict(corpus.mixture), "size_bytes": size_bytes}
-    recipe_file = folder / "synthetic.json"
     with resumable(f"synthetic text into {folder}"), locked(folder):
-        if recipe_file.exists() and (found := json.loads(recipe_file.read_text())) != recipe:
-            raise UserError(
-                f"{folder} holds another synthetic corpus: {found}\n"
-                "remove it, or give another NAME="
-            )
-        write_json(recipe_file, recipe)
         (folder / "labels").mkdir(exist_ok=True)
         return tuple(_shards(folder, size_bytes, corpus, processes, progress))
 
