@@ -230,21 +230,22 @@ def _lines(
     find = partial(_text_lines, longest=layout.longest)
     if file.kind == "jsonl":
         find = partial(_json_lines, key=layout.key, longest=layout.longest)
-    rest = b""
-    while data := stream.read(BLOCK_BYTES):
+    rest = data = b""
+    while data or (data := stream.read(BLOCK_BYTES)):
         if place.offset == 0 and not rest and file.kind == "jsonl":
             _refuse_array(file, data)
-        rest += data
-        if whole := rest.rfind(b"\n") + 1:
-            block = _block(rest[:whole], find, layout, place)
-            rest = rest[whole:]
-        elif len(rest) <= layout.longest:
+        if whole := data.rfind(b"\n") + 1:
+            block = _block(b"".join((rest, memoryview(data)[:whole])), find, layout, place)
+            rest, data = data[whole:], b""
+        elif len(rest) + len(data) <= layout.longest:
+            rest, data = rest + data, b""
             continue
         else:
-            size = len(rest)
-            while (data := stream.read(BLOCK_BYTES)) and b"\n" not in data:
+            size, rest = len(rest), b""
+            while data and b"\n" not in data:
                 size += len(data)
-            line, newline, rest = data.partition(b"\n")
+                data = stream.read(BLOCK_BYTES)
+            line, newline, data = data.partition(b"\n")
             end = place.offset + size + len(line) + len(newline)
             block = Block(_too_long, 0, ReadPosition(place.file, end, place.records + 1))
         yield block
