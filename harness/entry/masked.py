@@ -11,21 +11,16 @@ from functools import wraps
 from typing import Any
 
 from harness.system.masking import mask, reveal
+from harness.system.streams import Wrapped
 
 
-class Masked:
+class Masked(Wrapped):
     """A stream that writes the names of secrets in place of their values."""
-
-    def __init__(self, stream: Any) -> None:
-        self.stream = stream
 
     def write(self, text: str) -> int:
         """Write ``text``; returns how long it was."""
         self.stream.write(mask(text))
         return len(text)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
 
 
 def install() -> None:

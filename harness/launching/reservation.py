@@ -17,7 +17,7 @@ from harness.launching.rendezvous.peers import Peers
 from harness.run import directory, writing
 from harness.run.directory import RunDir
 from harness.system import locks
-from harness.system.files import told_if_unwritable
+from harness.system.files import make_folder, told_if_unwritable
 
 if TYPE_CHECKING:
     from harness.planning.plan import Plan
@@ -118,6 +118,4 @@ def _make(folder: Path) -> list[Path]:
     """Make ``folder``; the outermost folder that did not exist before, if there is one."""
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-    missing = [path for path in (*reversed(folder.parents), folder) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    return missing[:1]
+    return make_folder(folder)[-1:]

@@ -19,6 +19,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
+
+import pydantic.dataclasses
+from pydantic import Field
 
 from harness.errors import UserError
 from harness.run import checksums, pickles
@@ -46,15 +50,15 @@ LARGE_BYTES = 8 * 2**30
 """Reading more than this takes long enough to print a line."""
 
 
-@dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True)
 class Saving:
     """How a run keeps checkpoints: ``every`` so many steps, all of them or the newest ``keep``.
 
     Without a ``folder`` they are in the run directory.
     """
 
-    every: int
-    keep: int | None = None
+    every: Annotated[int, Field(ge=1)]
+    keep: Annotated[int, Field(ge=1)] | None = None
     folder: Path | None = None
 
     def in_run(self, run_dir: Path) -> Path:

@@ -17,9 +17,8 @@ from pathlib import Path
 from harness.system.files import read_object, write_json
 
 NAME, ALGORITHM = "integrity.json", "sha256"
-PIECE_BYTES = 4 * 2**20
 MOST_READERS = 16
-"""More threads gain nothing on the measured disks, and each holds ``PIECE_BYTES``."""
+"""More threads gain nothing on the measured disks."""
 READERS_DURING_TRAINING = 2
 
 
@@ -76,12 +75,8 @@ def _digests(
 
 
 def _digest(path: Path) -> str | None:
-    piece = memoryview(bytearray(PIECE_BYTES))
-    digest = hashlib.new(ALGORITHM)
     try:
         with path.open("rb", buffering=0) as file:
-            while done := file.readinto(piece):
-                digest.update(piece[:done])
+            return hashlib.file_digest(file, ALGORITHM).hexdigest()
     except OSError:
         return None
-    return digest.hexdigest()

@@ -22,11 +22,12 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationError
 
 from harness.errors import first_line
+from harness.run.checkpoints import Saving
 from harness.run.schema import (
     Change,
     Rank,
@@ -45,7 +46,6 @@ from harness.system.files import complaint, read_object, text_lines, write_json
 
 if TYPE_CHECKING:
     from harness.experiment.experiment import Experiment
-    from harness.run.checkpoints import Saving
 
 RUN_DIR_VARIABLE = "HARNESS_RUN_DIR"
 """Environment variable with the run directory. It also identifies every process of a run."""
@@ -58,18 +58,13 @@ PROFILE_VARIABLE = "HARNESS_PROFILE"
 """Environment variable with the steps to trace: ``8-9``."""
 
 
-class _Kept(RunRecord):
-    """``saving`` in experiment.json."""
+class _Frozen(RunRecord):
+    """What experiment.json holds in addition to the experiment and its device."""
 
-    every: Annotated[int, Field(ge=1)]
-    keep: Annotated[int, Field(ge=1)] | None = None
-    folder: str | None = None
-
-
-class _Changed(RunRecord):
-    """``changed`` in experiment.json."""
-
+    commit: str | None = None
+    saving: Saving | None = None
     changed: tuple[Change, ...] = ()
+    data_sets: dict[str, Any] = Field(default_factory=dict)
 
 
 def _file(name: str) -> property:
@@ -131,48 +126,35 @@ class RunDir:
             changed: settings that changed when the run was resumed.
             data_sets: fingerprints of its data sets, by name (harness/data/fingerprint.py).
         """
-        kept = saving and {
-            "every": saving.every,
-            "keep": saving.keep,
-            "folder": saving.folder and str(saving.folder),
-        }
-        more = {
-            "device": device,
-            "commit": commit,
-            "saving": kept,
-            "changed": [change.model_dump(mode="json") for change in changed],
-            "data_sets": data_sets or {},
-        }
-        write_json(self.experiment_json, {**experiment.model_dump(mode="json"), **more})
+        more = _Frozen(
+            commit=commit, saving=saving, changed=tuple(changed), data_sets=data_sets or {}
+        )
+        write_json(
+            self.experiment_json,
+            {
+                **experiment.model_dump(mode="json"),
+                "device": device,
+                **more.model_dump(mode="json"),
+            },
+        )
 
     def read_saving(self) -> Saving | None:
         """How this run keeps checkpoints; None where it keeps none, or where that is unknown."""
-        from harness.run.checkpoints import Saving
-
-        try:
-            kept = _Kept.model_validate(self._frozen().get("saving"))
-        except ValidationError:
-            return None
-        return Saving(kept.every, kept.keep, Path(kept.folder) if kept.folder else None)
+        return self._frozen().saving
 
     def read_data_sets(self) -> dict[str, Any]:
         """Fingerprints of its data sets, by name; empty where they are unknown."""
-        known = self._frozen().get("data_sets")
-        return known if isinstance(known, dict) else {}
+        return self._frozen().data_sets
 
     def read_changes(self) -> tuple[Change, ...]:
         """Settings that changed when it was resumed; none where that is unknown."""
-        try:
-            return _Changed.model_validate(self._frozen()).changed
-        except ValidationError:
-            return ()
+        return self._frozen().changed
 
-    def _frozen(self) -> dict[str, Any]:
-        """The content of experiment.json; empty where it cannot be read."""
+    def _frozen(self) -> _Frozen:
         try:
-            return read_object(self.experiment_json)
+            return _read(self.experiment_json, _Frozen)
         except ValueError:
-            return {}
+            return _Frozen()
 
     def read_experiment(self) -> Experiment:
         """The experiment as it ran. Raises ValueError where experiment.json is not one."""

@@ -100,12 +100,14 @@ def sync_tree(folder: Path) -> None:
     sync_folder(folder.parent)
 
 
-def make_folder(folder: Path) -> None:
-    """Make ``folder`` and missing parents, and sync their names to disk."""
+def make_folder(folder: Path) -> list[Path]:
+    """Make ``folder`` and missing parents, and sync their names to disk; what was made, the
+    innermost first."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in missing:
         sync_folder(path.parent)
+    return missing
 
 
 def write_text(path: Path, text: str) -> None:

@@ -7,10 +7,11 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
-from typing import Any, TextIO
+from collections.abc import Sequence
+from typing import TextIO
 
 from harness.system import masking
+from harness.system.streams import Wrapped
 
 BOLD, FAINT, RED, GREEN, YELLOW = "1", "2", "31", "32", "33"
 """Codes of ANSI terminals (ECMA-48, section 8.3.117)."""
@@ -35,11 +36,11 @@ def harmless(text: str, masked: bool = True) -> str:
     )
 
 
-class SafeStream:
+class SafeStream(Wrapped):
     """A stream whose output is ``harmless``; a terminal also gets the colours of ``paint``."""
 
     def __init__(self, stream: TextIO) -> None:
-        self.stream = stream
+        super().__init__(stream)
         self._coloured = stream.isatty()
 
     def write(self, text: str) -> int:
@@ -54,13 +55,6 @@ class SafeStream:
         else:
             self.stream.write(harmless(text))
         return len(text)
-
-    def writelines(self, lines: Iterable[str]) -> None:
-        for line in lines:
-            self.write(line)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
 
 
 def guard() -> None:

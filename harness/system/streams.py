@@ -1,31 +1,36 @@
-"""Standard output and error whose reader may end first, as in ``make 101 | head``."""
+"""Wrappers of standard output and error, whose reader may end first: ``make 101 | head``."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
 
-class LastingStream:
-    """A text stream that drops output once its reader has ended, instead of BrokenPipeError."""
+class Wrapped:
+    """A text stream whose ``write`` a subclass replaces."""
 
     def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+        self.stream = stream
 
-    def write(self, text: str) -> int:
-        return self._lasting(self._stream.write, text)
-
-    def writelines(self, lines: Any) -> None:
-        self._lasting(self._stream.writelines, lines)
-
-    def flush(self) -> None:
-        self._lasting(self._stream.flush)
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+        return getattr(self.stream, name)
+
+
+class LastingStream(Wrapped):
+    """A text stream that drops output once its reader has ended, instead of BrokenPipeError."""
+
+    def write(self, text: str) -> int:
+        return self._lasting(self.stream.write, text)
+
+    def flush(self) -> None:
+        self._lasting(self.stream.flush)
 
     def _lasting(self, act: Callable[..., Any], *arguments: Any) -> Any:
         try:
@@ -34,7 +39,7 @@ class LastingStream:
             # Replace the descriptor, not only this object: buffered output and processes that start
             # later use it, too.
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
+            os.dup2(nowhere, self.stream.fileno())
             os.close(nowhere)
             return act(*arguments)
 
