@@ -1,8 +1,8 @@
 """Pickles in checkpoints: only data is read. A pickle can name any function, and reading calls it.
 
 ``check`` reads a file with stand-ins for every class, before anything else opens it, and needs no
-torch. ``guard`` restricts PyTorch and upstream in this process to the names in ``DATA``; it holds
-for the bytes that are really opened, and for pickles inside pickles.
+torch. ``guard`` restricts PyTorch and upstream in this process to the names in pickles.yaml; it
+holds for the bytes that are really opened, and for pickles inside pickles.
 
 Both use Python's own unpickler to resolve names, so that no encoding hides a name from them:
 neither operands from the memo nor the extension registry, which is empty. A pickle that cannot be
@@ -16,72 +16,21 @@ import pickle
 import re
 import sys
 import types
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO
 
 from harness.errors import UserError
+from harness.system import yaml_files
 
-DATA: dict[str, frozenset[str]] = {
-    module: frozenset(names.split())
-    for modules, names in (
-        # megatron/core/safe_globals.py, SAFE_GLOBALS and SafeUnpickler: what upstream saves
-        ("types", "SimpleNamespace"),
-        ("argparse", "Namespace"),
-        ("signal", "Signals"),
-        ("pathlib pathlib._local", "PosixPath PurePosixPath"),
-        ("_io io", "BytesIO"),
-        ("collections", "OrderedDict defaultdict deque Counter"),
-        (
-            "builtins __builtin__",
-            "set frozenset bytearray complex slice dict list tuple int float bool bytes str",
-        ),
-        ("_codecs", "encode"),  # protocol 2 has bytes as text
-        ("numpy", "dtype ndarray"),
-        ("numpy.core.multiarray numpy._core.multiarray", "_reconstruct scalar"),
-        ("numpy._core.numeric numpy.core.numeric", "_frombuffer"),
-        ("megatron.core.enums", "ModelType"),
-        ("megatron.core.optimizer.optimizer_config megatron.core.optimizer", "OptimizerConfig"),
-        ("megatron.core.rerun_state_machine", "RerunDiagnostic RerunMode RerunState"),
-        (
-            "megatron.core.transformer.enums",
-            "AttnBackend AttnMaskType LayerType CudaGraphModule CudaGraphScope "
-            "InferenceCudaGraphScope",
-        ),
-        ("megatron.core.extensions.transformer_engine", "TEDelayedScaling"),
-        ("megatron.core.safe_globals", "safe_load_from_bytes"),
-        (
-            "transformer_engine.common.recipe",
-            "DelayedScaling Float8CurrentScaling Float8BlockScaling MXFP8BlockScaling "
-            "NVFP4BlockScaling Format _FormatHelper MMParams QParams",
-        ),
-        # torch.save
-        ("torch", "Size device"),
-        ("torch._C", "Generator"),
-        ("torch._utils", "_rebuild_tensor _rebuild_tensor_v2 _rebuild_parameter"),
-        ("torch._tensor", "_rebuild_from_type_v2"),
-        ("torch.storage", "UntypedStorage TypedStorage _load_from_bytes"),
-        ("torch.serialization", "_get_layout"),
-        ("torch.nn.parameter", "Parameter"),
-        # .metadata (torch/distributed/checkpoint/metadata.py, filesystem.py)
-        (
-            "torch.distributed.checkpoint.metadata",
-            "BytesStorageMetadata ChunkStorageMetadata Metadata MetadataIndex "
-            "StorageMeta TensorProperties TensorStorageMetadata _MEM_FORMAT_ENCODING",
-        ),
-        ("torch.distributed.checkpoint.filesystem", "_StorageInfo _StoragePrefix"),
-    )
-    for module in modules.split()
-}
-"""Names that a pickle may use, by module: classes of data, and functions that only build them."""
-
+TABLE = Path(__file__).with_name("pickles.yaml")
 _TORCH_DATA = re.compile(
     r"[A-Z][A-Za-z0-9]*Storage|u?int\d+|b?float\d+(_\w+)?|complex\d+|bool|half|float|double|long"
 )
 _NUMPY_DTYPE = re.compile(r"[A-Z][A-Za-z0-9]*DType")
 _TORCH_MAGIC = 0x1950A86A20F9469CFC6C
 """First pickle of a file of PyTorch before 1.6 (torch/serialization.py, MAGIC_NUMBER)."""
-_PROBLEMS_OF_A_BROKEN_FILE = (Exception, RecursionError)
 
 
 class NotData(UserError, pickle.UnpicklingError):
@@ -90,7 +39,7 @@ class NotData(UserError, pickle.UnpicklingError):
 
 def is_data(module: str, name: str) -> bool:
     """Whether a pickle may use ``name`` of ``module``."""
-    if name in DATA.get(module, ()):
+    if name in _data().get(module, ()):
         return True
     pattern = {"torch": _TORCH_DATA, "numpy.dtypes": _NUMPY_DTYPE}.get(module)
     return bool(pattern and pattern.fullmatch(name))
@@ -139,7 +88,7 @@ def stand_ins(file: BinaryIO, where: str) -> Any:
         return reader.load()
     except NotData as error:
         raise NotData(f"{where} {error}") from None
-    except _PROBLEMS_OF_A_BROKEN_FILE as error:
+    except Exception as error:
         raise NotData(f"{where} is damaged ({type(error).__name__})") from None
 
 
@@ -159,8 +108,18 @@ def _check_archive(file: BinaryIO, where: str) -> None:
                     stand_ins(io.BytesIO(archive.read(name)), where)
     except NotData:
         raise
-    except _PROBLEMS_OF_A_BROKEN_FILE as error:
+    except Exception as error:
         raise NotData(f"{where} is damaged ({type(error).__name__})") from None
+
+
+@cache
+def _data() -> dict[str, frozenset[str]]:
+    """Names that a pickle may use, by module."""
+    return {
+        module: frozenset(names.split())
+        for modules, names in yaml_files.read(TABLE).items()
+        for module in modules.split()
+    }
 
 
 class StandIn(dict):
