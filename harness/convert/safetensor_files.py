@@ -25,7 +25,6 @@ from torch import Tensor
 from harness.errors import UserError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-SHARD = "model-{:05d}-of-{:05d}.safetensors"
 SHARD_BYTES = 5 * 10**9
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes of weights; the others are for buffers or quantised tensors."""
@@ -233,22 +232,20 @@ def writing(
     shard_bytes: int = SHARD_BYTES,
 ) -> Iterator[SafetensorWriter]:
     """Files in ``folder`` for ``tensors`` (name -> dtype, shape); several files get an index."""
+    from huggingface_hub import split_state_dict_into_shards_factory
+
     sizes = {name: dtype.itemsize * math.prod(shape) for name, (dtype, shape) in tensors.items()}
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name in tensors:
-        if filled and filled + sizes[name] > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += sizes[name]
-    names = [SINGLE]
-    if len(shards) > 1:
-        names = [SHARD.format(n + 1, len(shards)) for n in range(len(shards))]
+    shards = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda kind: kind[0].itemsize * math.prod(kind[1]),
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_bytes,
+    )
     places: dict[str, Stored] = {}
     handles: dict[Path, int] = {}
     try:
-        for file, shard in zip((folder / name for name in names), shards, strict=True):
+        for file_name, shard in shards.filename_to_tensors.items():
+            file = folder / file_name
             handles[file] = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
             entries, offset = {}, 0
             for name in shard:
@@ -271,7 +268,6 @@ def writing(
     finally:
         for handle in handles.values():
             os.close(handle)
-    if len(shards) > 1:
-        placed = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": placed}
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
