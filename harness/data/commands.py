@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -169,27 +168,21 @@ def _as_json_lines(
     files: Sequence[TextFile], out: Path, progress: StageProgress
 ) -> Iterator[list[Path]]:
     """The files as JSON Lines, the only format that cleaning reads; converted next to ``out``."""
-    if all(file.kind == "jsonl" and not file.packing for file in files):
-        yield [file.path for file in files]
-        return
     from harness.data.documents import TextLayout
-    from harness.data.json_lines import write_json_lines
+    from harness.data.json_lines import as_json_lines
 
-    facts = [
-        (str(file.path), file.path.stat().st_size, file.path.stat().st_mtime_ns) for file in files
-    ]
-    folder = out.with_name(
-        f".{out.name}.text-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}"
-    )
+    versions = [file.version for file in files]
+    digest = hashlib.sha256(repr(versions).encode()).hexdigest()[:16]
+    folder = out.with_name(f".{out.name}.text-{digest}")
     with told_if_unwritable(folder, "OUT"):
-        paths, shards = write_json_lines(files, TextLayout(), folder, progress.show)
-        for path, (_, _, changed_ns) in zip(paths, facts, strict=True):
+        paths, read, skipped = as_json_lines(files, TextLayout(), folder, progress.show)
+        for path, (_, _, changed_ns) in zip(paths, versions, strict=True) if read else ():
             # An interrupted cleaning resumes only if its input has the same time of change.
             os.utime(path, ns=(changed_ns, changed_ns))
     progress.end()
-    for rule, number in sum((shard.skipped for shard in shards), Counter()).items():
+    for rule, number in skipped.items():
         print(f"  skipped {number:,}: {READING[rule]}")
-    yield list(paths)
+    yield paths
     shutil.rmtree(folder, ignore_errors=True)
 
 

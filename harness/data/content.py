@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-from harness.data.data_sets import DataSet, blend
+from harness.data.data_sets import DataSet, blend, remedy
 from harness.data.header import bin_path, idx_path, sha256
 from harness.data.manifest import read_manifest
 from harness.data.names import DATA, MOCK
@@ -35,10 +35,7 @@ def check_content(data: str, folder: Path = DATA) -> None:
 
 
 def _check(chosen: DataSet) -> None:
-    again = (
-        f"make data-check NAME={chosen.name} says more; preparing it again with FORCE=1 replaces it"
-    )
-    manifest = read_manifest(chosen.home)
+    manifest, again = read_manifest(chosen.home), remedy(chosen.name)
     sampled = manifest is None
     if manifest:
         idx, bin_ = idx_path(chosen.prefix), bin_path(chosen.prefix)

@@ -109,8 +109,7 @@ def find(name: str, folder: Path = DATA) -> DataSet:
     if not home.is_dir() or not idx_path(prefix).exists():
         known = (*prepared_names(folder), MOCK)
         raise UserError(f"DATA={name} is not prepared; {_hint(name, known)}")
-    again = f"make data-check NAME={name} says more; preparing it again with FORCE=1 replaces it"
-    manifest = read_manifest(home)
+    manifest, again = read_manifest(home), remedy(name)
     try:
         tokens = check_ends(prefix)
         head = read_head(idx_path(prefix))
@@ -141,6 +140,11 @@ def find(name: str, folder: Path = DATA) -> DataSet:
         fingerprint,
         chat,
     )
+
+
+def remedy(name: str) -> str:
+    """What to do about the damaged data set ``name``."""
+    return f"make data-check NAME={name} says more; preparing it again with FORCE=1 replaces it"
 
 
 def blend(data: str, folder: Path = DATA) -> Blend:

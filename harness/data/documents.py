@@ -65,6 +65,12 @@ class TextFile:
     kind: Kind
     packing: str = ""
 
+    @property
+    def version(self) -> tuple[str, int, int]:
+        """Path, size in bytes and time of change in ns: another where the content is another."""
+        stat = self.path.stat()
+        return str(self.path), stat.st_size, stat.st_mtime_ns
+
 
 @dataclass(frozen=True)
 class TextLayout:

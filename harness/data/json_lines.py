@@ -30,17 +30,25 @@ class ConvertedFile(BaseModel):
     skipped: Counter[str]
 
 
-def write_json_lines(
+def as_json_lines(
     files: Sequence[TextFile], layout: TextLayout, folder: Path, progress: ShowProgress
-) -> tuple[tuple[Path, ...], tuple[ConvertedFile, ...]]:
-    """Write each file to ``folder``/00000.jsonl and so on, unless an earlier call did.
+) -> tuple[list[Path], dict[str, str | None], Counter[str]]:
+    """The files themselves, or where necessary ``folder``/00000.jsonl and so on, made from them.
 
-    A document that is a list of sentences becomes one text, a sentence a line.
+    A file is not written again if an earlier call did. A document that is a list of sentences
+    becomes one text, a sentence a line.
+
+    Returns:
+        the paths; checksums by name of the files that were read, empty if none was; and the number
+        of skipped records by rule.
 
     Raises:
         UserError: see ``Reader``.
         OSError: ``folder`` cannot be written.
     """
+    plain = all(file.kind == "jsonl" and not file.packing for file in files)
+    if plain and layout.limit is None and layout.key == "text":
+        return [file.path for file in files], {}, Counter()
     folder.mkdir(parents=True, exist_ok=True)
     all_bytes = sum(file.path.stat().st_size for file in files)
     paths, shards, done_bytes, left = [], [], 0, layout.limit
@@ -56,7 +64,8 @@ def write_json_lines(
         shards.append(shard)
         done_bytes += file.path.stat().st_size
         left = None if left is None else left - shard.records
-    return tuple(paths), tuple(shards)
+    skipped = sum((shard.skipped for shard in shards), Counter())
+    return paths, {shard.name: shard.sha256 for shard in shards}, skipped
 
 
 def _watch(progress: ShowProgress, before: int, total: int, read: int) -> None:

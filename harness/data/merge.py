@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -10,11 +9,11 @@ from pathlib import Path
 
 from harness.data import indexed
 from harness.data.data_sets import Blend, blend, prepared_names
-from harness.data.header import FormatError, idx_path
+from harness.data.header import FormatError
 from harness.data.manifest import FILE as MANIFEST
 from harness.data.manifest import Chat, Counted, Manifest, TextSource, read_manifest
 from harness.data.names import DATA, check_name, prefix_of
-from harness.data.publishing import discard, only_one, publish, written
+from harness.data.publishing import new_part, publish, written
 from harness.data.tokenizer import tokenizer_of
 from harness.errors import UserError
 
@@ -34,8 +33,8 @@ def merge(names: Sequence[str], name: str, folder: Path = DATA) -> Manifest:
     chosen, manifests = _chosen(names, folder)
     chat = _chat(manifests)
     try:
-        with only_one(home, name):
-            return _merge(chosen, manifests, name, home, chat)
+        with new_part(home, name, "merge") as part:
+            return _merge(chosen, manifests, part, home, chat)
     except FormatError as error:
         raise UserError(f"{error}\nmake data-check NAME=… of each says more") from None
     except OSError as error:
@@ -43,37 +42,28 @@ def merge(names: Sequence[str], name: str, folder: Path = DATA) -> Manifest:
 
 
 def _merge(
-    chosen: Blend, manifests: Sequence[Manifest], name: str, home: Path, chat: Chat | None
+    chosen: Blend, manifests: Sequence[Manifest], part: Path, home: Path, chat: Chat | None
 ) -> Manifest:
-    work, begun = home / "work" / "merge", time.monotonic()
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    try:
-        prefix = prefix_of(name, work)
-        prefix.parent.mkdir()
-        pair = indexed.merge(
-            [each.prefix for each in chosen.sets], prefix, [m.written.bin_sha256 for m in manifests]
-        )
-        index = indexed.check_pair(prefix)
-        manifest = Manifest(
-            name=name,
-            recipe="",
-            created=time.time(),
-            source=TextSource(kind="merged", asked={"from": [each.name for each in chosen.sets]}),
-            cleaned=None,
-            counted=_sum(manifests),
-            tokenizer=manifests[0].tokenizer,
-            append_eod=all(each.append_eod for each in manifests),
-            chat=chat,
-            written=written(prefix, index.dtype.name, pair),
-            seconds={"merge": round(time.monotonic() - begun, 3)},
-            versions=manifests[0].versions,
-        )
-        publish(work, home, manifest, tokenizer_of(chosen.sets[0]))
-    finally:
-        discard(work)
-        if not idx_path(prefix_of(name, home.parent)).exists():
-            shutil.rmtree(home / "tokenizer", ignore_errors=True)
+    begun, prefix = time.monotonic(), prefix_of(home.name, part)
+    pair = indexed.merge(
+        [each.prefix for each in chosen.sets], prefix, [m.written.bin_sha256 for m in manifests]
+    )
+    index = indexed.check_pair(prefix)
+    manifest = Manifest(
+        name=home.name,
+        recipe="",
+        created=time.time(),
+        source=TextSource(kind="merged", asked={"from": [each.name for each in chosen.sets]}),
+        cleaned=None,
+        counted=_sum(manifests),
+        tokenizer=manifests[0].tokenizer,
+        append_eod=all(each.append_eod for each in manifests),
+        chat=chat,
+        written=written(prefix, index.dtype.name, pair),
+        seconds={"merge": round(time.monotonic() - begun, 3)},
+        versions=manifests[0].versions,
+    )
+    publish(part, home, manifest, tokenizer_of(chosen.sets[0]))
     return manifest
 
 

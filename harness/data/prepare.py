@@ -19,7 +19,6 @@ import platform
 import re
 import shutil
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ from harness.data.definitions import Definition, Hub, Synthetic
 from harness.data.disk import resumable
 from harness.data.documents import TextFile, TextLayout, text_file
 from harness.data.header import bin_path, idx_path, sha256
+from harness.data.json_lines import as_json_lines
 from harness.data.manifest import (
     Cleaned,
     Manifest,
@@ -234,21 +234,12 @@ class _Preparation:
 
     def _json_lines(
         self, source: TextSource, files: tuple[TextFile, ...]
-    ) -> tuple[TextSource, tuple[Path, ...]]:
+    ) -> tuple[TextSource, list[Path]]:
         """The files as JSON Lines, the only format that cleaning reads; converted if necessary."""
-        layout = self.recipe.layout
+        folder, layout = self.work / f"text-{self.source_key}", self.recipe.layout
         with self._timed("read"):
-            plain = all(file.kind == "jsonl" and not file.packing for file in files)
-            if plain and layout.limit is None and layout.key == "text":
-                known = {file.name: sha256(file.path).hexdigest() for file in files}
-                paths, skipped = tuple(file.path for file in files), Counter()
-            else:
-                from harness.data.json_lines import write_json_lines
-
-                folder = self.work / f"text-{self.source_key}"
-                paths, shards = write_json_lines(files, layout, folder, self.progress.show)
-                known = {shard.name: shard.sha256 for shard in shards}
-                skipped = sum((shard.skipped for shard in shards), Counter())
+            paths, known, skipped = as_json_lines(files, layout, folder, self.progress.show)
+            known = known or {file.name: sha256(file.path).hexdigest() for file in files}
         update = {"files": _files(files, known), "skipped": skipped}
         return source.model_copy(update=update), paths
 
@@ -334,11 +325,7 @@ class _Preparation:
 
 def _asked(source: Hub | Synthetic | str) -> dict[str, Any]:
     if isinstance(source, str):
-        stats = [(str(file.path), file.path.stat()) for file in local_files(source)]
-        return {
-            "input": source,
-            "files": [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats],
-        }
+        return {"input": source, "files": [list(file.version) for file in local_files(source)]}
     return source.model_dump(mode="json")
 
 

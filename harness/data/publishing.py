@@ -52,6 +52,27 @@ def only_one(home: Path, name: str) -> Iterator[None]:
                 return
 
 
+@contextlib.contextmanager
+def new_part(home: Path, name: str, kind: str) -> Iterator[Path]:
+    """An empty folder work/<kind> to write the pair of ``name`` into, under the lock of the name.
+
+    It is removed at the end, and with it what an incomplete ``publish`` left.
+
+    Raises:
+        UserError: see ``only_one``.
+    """
+    with only_one(home, name):
+        part = home / "work" / kind
+        shutil.rmtree(part, ignore_errors=True)
+        (part / name).mkdir(parents=True)
+        try:
+            yield part
+        finally:
+            discard(part)
+            if not idx_path(prefix_of(name, home.parent)).exists():
+                shutil.rmtree(home / "tokenizer", ignore_errors=True)
+
+
 def check_free(name: str, folder: Path) -> None:
     """Refuse a name that is in use.
 

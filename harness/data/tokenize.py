@@ -71,14 +71,9 @@ class Job:
 
     def key(self) -> str:
         """Changes with everything that determines the pair's bytes."""
-        stats = [
-            (str(f.path), f.kind, f.packing, s.st_size, s.st_mtime_ns)
-            for f in self.files
-            for s in [f.path.stat()]
-        ]
         known = [
             _FORMAT,
-            stats,
+            [(*file.version, file.kind, file.packing) for file in self.files],
             asdict(self.layout),
             self.tokenizer.kind,
             self.tokenizer.sha256,

@@ -148,7 +148,7 @@ class Tokenizer:
         return replace(self, model=model)
 
 
-def find_tokenizer(wanted: str, home: Path, choices: Sequence[str] = CHOICES) -> Tokenizer:
+def find_tokenizer(wanted: str, home: Path) -> Tokenizer:
     """The tokenizer of ``TOKENIZER=wanted``.
 
     Args:
@@ -156,7 +156,6 @@ def find_tokenizer(wanted: str, home: Path, choices: Sequence[str] = CHOICES) ->
             with tokenizer.json or tokenizer.model, or one of these files. A .model is
             SentencePiece's or Llama 3's.
         home: folder of vocabularies and examination results.
-        choices: names that an error message suggests.
 
     Raises:
         UserError: there is no such tokenizer, or it cannot be loaded.
@@ -192,7 +191,7 @@ def find_tokenizer(wanted: str, home: Path, choices: Sequence[str] = CHOICES) ->
             " 3 .model"
         )
     raise UserError(
-        f"no tokenizer {wanted}; {nearest(wanted, choices)}\n"
+        f"no tokenizer {wanted}; {nearest(wanted, CHOICES)}\n"
         "or give a folder with tokenizer.json, or a .model of SentencePiece or Llama 3"
     )
 

@@ -16,6 +16,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import BinaryIO
 
@@ -71,27 +72,13 @@ class Skipped:
         ]
 
 
-_SPEAKERS = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-}
-"""Role in ShareGPT and related formats -> role in templates; tools are not supported."""
-_SHAPES = (
-    ("messages", "role", "content"),
-    ("conversations", "from", "value"),
-    ("conversations", "role", "content"),
-    ("messages", "from", "value"),
-    ("conversation", "from", "value"),
-    ("conversation", "role", "content"),
+_SPEAKERS = {"human": "user"} | dict.fromkeys(
+    ("gpt", "chatgpt", "model", "bing", "bard"), "assistant"
 )
-"""Keys of the messages, of the role and of the text."""
+"""Role in ShareGPT and related formats -> role in templates; tools are not supported."""
+_LISTS = ("messages", "conversations", "conversation")
+_SHAPES = (("role", "content"), ("from", "value"))
+"""Keys of the messages; of the role and of the text."""
 
 
 def read_messages(found: bytes | object) -> list[Message]:
@@ -120,7 +107,7 @@ def read_messages(found: bytes | object) -> list[Message]:
 
 
 def _messages(found: dict) -> list[Message] | None:
-    for key, who, what in _SHAPES:
+    for key, (who, what) in product(_LISTS, _SHAPES):
         said = found.get(key)
         if isinstance(said, list) and said and all(_is_message(each, who, what) for each in said):
             messages = [

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from itertools import batched
@@ -27,14 +26,7 @@ from harness.data.data_sets import prepared_names
 from harness.data.definitions import Definition
 from harness.data.manifest import Chat, Counted, Manifest, SourceFile, TextSource
 from harness.data.names import DATA, check_name, prefix_of
-from harness.data.publishing import (
-    check_free,
-    discard,
-    only_one,
-    publish,
-    tokenizer_used,
-    written,
-)
+from harness.data.publishing import check_free, new_part, publish, tokenizer_used, written
 from harness.data.tokenizer import Tokenizer, find_tokenizer
 from harness.errors import UserError
 from harness.machine.provenance import package_version, source_commit
@@ -62,24 +54,17 @@ def prepare_chat(
     home = folder / check_name(name)
     if not force:
         check_free(name, folder)
-    vocabularies = folder / "tokenizers"
-    used = find_tokenizer(tokenizer, vocabularies, choices=("bytes", "gpt2"))
+    used = find_tokenizer(tokenizer, folder / "tokenizers")
     if used.kind != "HuggingFaceTokenizer":
         raise UserError(
             f"TOKENIZER={tokenizer}: conversations need bytes, gpt2, a folder with tokenizer.json,"
             " or Llama 3's tokenizer.model"
         )
-    with only_one(home, name):
-        part = home / "work" / "chat"
-        shutil.rmtree(part, ignore_errors=True)
-        (part / name).mkdir(parents=True)
-        try:
-            installed = used.install(part / "tokenizer")
-            skipped = Skipped()
-            manifest = _prepare(name, source, installed, part, skipped)
-            publish(part, home, manifest, installed)
-        finally:
-            discard(part)
+    with new_part(home, name, "chat") as part:
+        installed = used.install(part / "tokenizer")
+        skipped = Skipped()
+        manifest = _prepare(name, source, installed, part, skipped)
+        publish(part, home, manifest, installed)
     return manifest, skipped
 
 
