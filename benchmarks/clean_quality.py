@@ -17,7 +17,7 @@ from harness.data.clean.documents import OneLine
 from harness.data.clean.pipeline import CleanReport, clean
 from harness.data.clean.rules import Rules
 from harness.data.synthetic.corpus import DAMAGED, MENDABLE, Corpus, Label
-from harness.data.synthetic.files import generate, labels
+from harness.data.synthetic.files import generate
 
 KEPT = "kept"
 RIGHT = {
@@ -102,12 +102,12 @@ def measure(
     inputs = generate(folder / "in", size_bytes, corpus, processes, progress)
     report = clean(inputs, folder / "out", rules, progress, processes)
     decisions = np.load(folder / "out" / "decisions.npy")
-    truth = {label.document: label for label in labels(folder / "in")}
+    truth = {label.document: label for _, label in corpus.lines(0, len(decisions))}
     names = (KEPT, *report.dropped)
 
     dropped: dict[str, Counter[str]] = {}
     for document, decision in enumerate(decisions.tolist()):
-        defect = _defect(truth.get(document), corpus.mixture.main)
+        defect = _defect(truth[document], corpus.mixture.main)
         dropped.setdefault(defect, Counter())[names[decision]] += 1
     mended = _mended(inputs, folder / "out", report, decisions, truth, corpus)
     sound = dropped.pop("")
@@ -136,10 +136,8 @@ def measure(
     )
 
 
-def _defect(label: Label | None, main: str) -> str:
+def _defect(label: Label, main: str) -> str:
     """The defect of a document, "wrong language", or "" where it is sound."""
-    if label is None:
-        return ""
     return label.defect or ("wrong language" if label.language != main else "")
 
 
@@ -159,7 +157,7 @@ def _mended(
             strict=True,
         )
     )
-    wanted = [number for number in kept if number in truth and truth[number].defect in MENDABLE]
+    wanted = [number for number in kept if truth[number].defect in MENDABLE]
     before = dict(zip(wanted, corpus.undamaged(wanted), strict=True))
     mended: Counter[str] = Counter()
     for number, text in enumerate(_texts(inputs)):

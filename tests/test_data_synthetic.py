@@ -13,7 +13,7 @@ np = pytest.importorskip("numpy", reason="needs numpy")
 pytest.importorskip("wordfreq", reason="needs wordfreq")
 
 from harness.data.synthetic.corpus import DAMAGED, DEFECTS, PLAIN, Corpus, Mixture  # noqa: E402
-from harness.data.synthetic.files import generate, labels  # noqa: E402
+from harness.data.synthetic.files import generate  # noqa: E402
 
 MESS = Mixture({"sv": 90, "ru": 10}, dict.fromkeys(DEFECTS, 700))
 
@@ -111,9 +111,6 @@ def test_files_hold_the_corpus(tmp_path):
     documents = content.count(b"\n")
     assert content == b"".join(line for line, _ in corpus.lines(0, documents))
     assert 400_000 <= len(content) < 400_000 + len(content.splitlines()[-1]) + 1
-    assert list(labels(tmp_path)) == [
-        label for _, label in corpus.lines(0, documents) if label.defect or label.language != "sv"
-    ]
 
 
 def test_files_do_not_depend_on_processes_or_interruptions(tmp_path, monkeypatch):
@@ -136,7 +133,7 @@ def test_files_do_not_depend_on_processes_or_interruptions(tmp_path, monkeypatch
     generate(resumed, 900_000, Corpus(4, MESS), processes=1)
     generate(resumed, 900_000, Corpus(4, MESS), processes=1)
     assert files(resumed) == files(whole)
-    assert len(files(whole)) > 5
+    assert len(files(whole)) > 2
 
 
 def test_two_processes_make_the_same(tmp_path):

@@ -1,22 +1,14 @@
-"""Writes a synthetic corpus to files.
-
-folder/00000.jsonl …         one {"text": …} a line
-folder/labels/00000.jsonl …  a Label a line, for each document that is damaged or not in the main
-                             language
-"""
+"""Writes a synthetic corpus to files: folder/00000.jsonl …, one {"text": …} a line."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict
 from itertools import count
 from pathlib import Path
 
 from harness.data.disk import resumable
 from harness.data.progress import ShowProgress
-from harness.data.synthetic.corpus import Corpus, Label
+from harness.data.synthetic.corpus import Corpus
 from harness.data.synthetic.language import table
 from harness.system.files import atomic, locked
 from harness.system.workers import map_in_order
@@ -44,14 +36,7 @@ def generate(
     """
     table()
     with resumable(f"synthetic text into {folder}"), locked(folder):
-        (folder / "labels").mkdir(exist_ok=True)
         return tuple(_shards(folder, size_bytes, corpus, processes, progress))
-
-
-def labels(folder: Path) -> Iterator[Label]:
-    """The labels of a corpus, in the order of its documents."""
-    for path in sorted((folder / "labels").glob("[0-9]*.jsonl")):
-        yield from _read_labels(path)
 
 
 def _shards(
@@ -72,7 +57,6 @@ def _shards(
             progress("synthetic", done, size_bytes)
     for ahead in {*folder.glob("[0-9]*.jsonl")} - {*shards}:
         ahead.unlink()
-        (folder / "labels" / ahead.name).unlink()
     return shards
 
 
@@ -84,40 +68,20 @@ def _write_shard(corpus: Corpus, folder: Path, number: int, limit_bytes: int) ->
     path = folder / f"{number:05}.jsonl"
     if path.exists():
         return path.stat().st_size
-    size = 0
-    truth = []
+    first, size = number * DOCUMENTS_PER_SHARD, 0
     with atomic(path) as file:
-        for line, label in corpus.lines(
-            number * DOCUMENTS_PER_SHARD, (number + 1) * DOCUMENTS_PER_SHARD
-        ):
+        for line, _ in corpus.lines(first, first + DOCUMENTS_PER_SHARD):
             size += file.write(line)
-            if label.defect or label.language != corpus.mixture.main:
-                truth.append(label)
             if size >= limit_bytes:
                 break
-        _write_labels(folder / "labels" / path.name, truth)
     return size
 
 
 def _cut(shard: Path, size_bytes: int) -> int:
     """Cut a shard after the document that reaches ``size_bytes``, and return its size."""
     size = 0
-    last = int(shard.stem) * DOCUMENTS_PER_SHARD
     with shard.open("rb") as file:
         while size < size_bytes:
             size += len(file.readline())
-            last += 1
-    truth = shard.parent / "labels" / shard.name
-    _write_labels(truth, [label for label in _read_labels(truth) if label.document < last])
     os.truncate(shard, size)
     return size
-
-
-def _write_labels(path: Path, truth: Iterable[Label]) -> None:
-    with atomic(path) as file:
-        file.writelines(json.dumps(asdict(label)).encode() + b"\n" for label in truth)
-
-
-def _read_labels(path: Path) -> list[Label]:
-    with path.open("rb") as file:
-        return [Label(**json.loads(line)) for line in file]
