@@ -330,10 +330,10 @@ def test_a_failing_claim_is_shown_with_its_reason_and_is_no_error(tmp_path, caps
     found = claims(tmp_path, must="> 1", reason={"ours": "the optimizer is sharded"})
     columns = sources(collect(tmp_path, RECORDS, REFERENCES).rows, CATALOG, REFERENCES)
     for format in ("terminal", "markdown", "json"):
-        text = render(evaluate(found, columns), columns, format)
+        text = render(evaluate(found, columns), format)
         assert "fails" in text and "the optimizer is sharded" in text
         assert ("in place of the formula's" in text) == (format == "markdown")
-    assert "because" not in render(evaluate(claims(tmp_path), columns), columns)
+    assert "because" not in render(evaluate(claims(tmp_path), columns))
     assert main(["claims"]) == 0
     assert "fails" in capsys.readouterr().out
 
@@ -448,7 +448,7 @@ def test_a_time_measured_beside_other_runs_says_so(tmp_path):
     found = claims(tmp_path, formula="step_ms[112] / step_ms[111]", must="> 1")
     columns = sources(collect(tmp_path, tmp_path / "records", REFERENCES).rows, CATALOG, REFERENCES)
     assert all(
-        packed in render(evaluate(found, columns), columns, form)
+        packed in render(evaluate(found, columns), form)
         for form in ("terminal", "markdown", "json")
     )
 

@@ -77,6 +77,7 @@ class Bound:
 class Side:
     """A claim on one source: its value with its spread, and the numbers that it follows from."""
 
+    source: NumberSource
     verdict: Verdict
     value: float | None = None
     spread: float = 0.0
@@ -174,16 +175,16 @@ def sources(
 def _side(claim: Claim, source: NumberSource) -> Side:
     """The claim over the first of its expressions whose numbers are all there."""
     if claim.is_about_both and source.key != "ours":
-        return Side("not asked")
+        return Side(source, "not asked")
     tried = []
     for expression in claim.expressions:
         found = {quantity: source.find(quantity) for quantity in expression.quantities}
         missing = tuple(dict.fromkeys(filter(None, map(_missing, found, found.values()))))
         if not missing:
-            return _judged(claim.bound, expression, found)
+            return _judged(claim.bound, expression, found, source)
         tried.append(missing)
     rest = [f"or {', '.join(missing)}" for missing in tried[1:]]
-    return Side("not measured", missing=(*tried[0], *rest))
+    return Side(source, "not measured", missing=(*tried[0], *rest))
 
 
 def _missing(quantity: Quantity, found: Number | Missing) -> str | None:
@@ -192,7 +193,9 @@ def _missing(quantity: Quantity, found: Number | Missing) -> str | None:
     return f"{quantity.of} ({IN_DOUBT})" if found.in_doubt else None
 
 
-def _judged(bound: Bound, expression: Expression, found: Mapping[Quantity, Number]) -> Side:
+def _judged(
+    bound: Bound, expression: Expression, found: Mapping[Quantity, Number], source: NumberSource
+) -> Side:
     numbers = {quantity: number.value for quantity, number in found.items()}
     value = expression.value(numbers.__getitem__)
     moved = [
@@ -202,7 +205,8 @@ def _judged(bound: Bound, expression: Expression, found: Mapping[Quantity, Numbe
     ]
     spread = 2 * math.hypot(*moved)
     remarks = dict.fromkeys(number.remark for number in found.values() if number.remark)
-    return Side(bound.judge(value, spread), value, spread, numbers, remarks=tuple(remarks))
+    verdict = bound.judge(value, spread)
+    return Side(source, verdict, value, spread, numbers, remarks=tuple(remarks))
 
 
 def _claim(where: str, name: str, raw: Any, catalog: Catalog) -> Claim:

@@ -74,9 +74,9 @@ class Facts:
         return sources(self.of_hardware, self.catalog, self.references)
 
     @cached_property
-    def claims(self) -> tuple[Sequence[NumberSource], Sequence[Evaluated]]:
-        """The columns, and every claim evaluated on each of them."""
-        return self.columns, evaluate(load_claims(self.catalog), self.columns)
+    def claims(self) -> Sequence[Evaluated]:
+        """Every claim evaluated on each of the columns."""
+        return evaluate(load_claims(self.catalog), self.columns)
 
     @cached_property
     def _by_stem(self) -> Mapping[str, Row]:

@@ -8,6 +8,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from harness import RECORDS
@@ -15,7 +16,7 @@ from harness.errors import UserError, nearest
 from harness.evidence import markdown
 from harness.evidence.claims import Evaluated, Side, evaluate, load_claims, sources
 from harness.evidence.expressions import spell
-from harness.evidence.quantities import NumberSource, unit_of
+from harness.evidence.quantities import unit_of
 from harness.evidence.references import load_references
 from harness.evidence.results import collect_records
 from harness.evidence.tables import MOST_TEXT
@@ -36,7 +37,6 @@ INDENT = "  "
 
 def render(
     found: Sequence[Evaluated],
-    sources: Sequence[NumberSource],
     format: str = "terminal",
     width: int = 100,
     *,
@@ -57,30 +57,21 @@ def render(
     """
     command_line.choice("FORMAT", format, FORMATS)
     if format == "json":
-        return json.dumps(values(found, sources), indent=1)
-    chapters = {}
+        return json.dumps(values(found), indent=1)
+    chapters: dict[int, list[Evaluated]] = {}
     for one in found:
         chapters.setdefault(one.claim.chapter, []).append(one)
     named = {
         f"{number} {(titles or {}).get(number, '')}".strip(): chapters[number]
         for number in sorted(chapters)
     }
-    names = _names(sources)
     if format == "markdown":
-        parts = [_markdown(title, ones, sources, names) for title, ones in named.items()]
-    else:
-        width = min(width, MOST_TEXT)
-        parts = [
-            _terminal(title, ones, sources, names, width, colour) for title, ones in named.items()
-        ]
-    summary = _summary(found, sources, names, "- " if format == "markdown" else "")
-    if format == "terminal":
-        summary = [
-            text
-            for line in summary
-            for text in textwrap.wrap(line, width, subsequent_indent=INDENT)
-        ]
-    return "\n\n".join([*parts, "\n".join(summary)])
+        parts = [_markdown(title, ones) for title, ones in named.items()]
+        return "\n\n".join([*parts, "\n".join(_summary(found, "- "))])
+    width = min(width, MOST_TEXT)
+    parts = [_terminal(title, ones, width, colour) for title, ones in named.items()]
+    summary = (textwrap.wrap(line, width, subsequent_indent=INDENT) for line in _summary(found, ""))
+    return "\n\n".join([*parts, "\n".join(chain.from_iterable(summary))])
 
 
 def print_claims(settings: Mapping[str, str]) -> int:
@@ -108,7 +99,6 @@ def print_claims(settings: Mapping[str, str]) -> int:
     print(
         render(
             found,
-            columns,
             settings.get("FORMAT", "terminal"),
             width,
             colour=colour,
@@ -118,9 +108,9 @@ def print_claims(settings: Mapping[str, str]) -> int:
     return 0
 
 
-def values(found: Sequence[Evaluated], sources: Sequence[NumberSource]) -> list[dict[str, Any]]:
+def values(found: Sequence[Evaluated]) -> list[dict[str, Any]]:
     """The claims as plain values, for JSON."""
-    return [_values(one, sources) for one in found]
+    return list(map(_values, found))
 
 
 def counted(sides: Iterable[Side]) -> str:
@@ -131,22 +121,18 @@ def counted(sides: Iterable[Side]) -> str:
     )
 
 
-def _names(sources: Sequence[NumberSource]) -> list[str]:
-    """Names of the columns: ``published``, and ``ours`` or, where there are several, its title."""
-    several = sum(source.key == "ours" for source in sources) > 1
-    return [source.title if source.key == "ours" and several else source.key for source in sources]
+def _named(one: Evaluated) -> list[tuple[str, Side]]:
+    """The sides by name: ``published``, and ``ours`` or, where there are several, its title."""
+    several = sum(side.source.key == "ours" for side in one.sides) > 1
+    return [
+        (side.source.title if several and side.source.key == "ours" else side.source.key, side)
+        for side in one.sides
+    ]
 
 
-def _terminal(
-    title: str,
-    ones: Sequence[Evaluated],
-    sources: Sequence[NumberSource],
-    names: Sequence[str],
-    width: int,
-    colour: bool,
-) -> str:
+def _terminal(title: str, ones: Sequence[Evaluated], width: int, colour: bool) -> str:
     wrap = partial(textwrap.wrap, width=width, break_long_words=False, break_on_hyphens=False)
-    column = max(map(len, names))
+    column = max(len(name) for name, _ in _named(ones[0]))
     hang = " " * (len(INDENT) + column + 2)
     out = [screen.paint(title, screen.BOLD, colour)]
     for one in ones:
@@ -154,28 +140,27 @@ def _terminal(
         out += ["", *wrap(f"{claim.name}: {claim.says}")]
         must = f"{claim.formula.text} must be {claim.bound.text}"
         out += wrap(must, initial_indent=INDENT, subsequent_indent=2 * INDENT)
-        for source, name, side in zip(sources, names, one.sides, strict=True):
+        for name, side in _named(one):
             line = f"{INDENT}{name:{column}}  {_verdict(side)}{INDENT}{_numbers(side)}"
             first, *rest = wrap(line.rstrip(), subsequent_indent=hang)
             painted = screen.paint(side.verdict, COLOURS.get(side.verdict, ""), colour)
             out += [first.replace(f"  {side.verdict}", f"  {painted}", 1), *rest]
-            if reason := _reason(one, source, side):
+            if reason := _reason(one, side):
                 out += wrap(f"because {reason}", initial_indent=hang, subsequent_indent=hang)
     return "\n".join(out)
 
 
-def _markdown(
-    title: str, ones: Sequence[Evaluated], sources: Sequence[NumberSource], names: Sequence[str]
-) -> str:
+def _markdown(title: str, ones: Sequence[Evaluated]) -> str:
     """A table of the columns with a measured value, and below it the reasons of failures."""
+    names = [name for name, _ in _named(ones[0])]
     shown = [i for i in range(len(names)) if any(one.sides[i].value is not None for one in ones)]
     lines, reasons = [], []
     for one in ones:
         claim = one.claim
         words = [f"`{claim.name}` {claim.says}", f"`{claim.formula.text}` {claim.bound.text}"]
         lines.append([*words, *(_cell(one, one.sides[i]) for i in shown)])
-        for source, name, side in zip(sources, names, one.sides, strict=True):
-            if reason := _reason(one, source, side):
+        for name, side in _named(one):
+            if reason := _reason(one, side):
                 reasons.append(f"- {claim.name} {side.verdict} ({name}): {reason}")
     head = ["claim", "must hold", *(names[i] for i in shown)]
     table = markdown.table(head, lines, "l" * len(head))
@@ -194,13 +179,12 @@ def _cell(one: Evaluated, side: Side) -> str:
     return f"**{_verdict(side)}**" + f" ({said})" * bool(said)
 
 
-def _summary(
-    found: Sequence[Evaluated], sources: Sequence[NumberSource], names: Sequence[str], bullet: str
-) -> list[str]:
+def _summary(found: Sequence[Evaluated], bullet: str) -> list[str]:
     out = []
-    for index, (source, name) in enumerate(zip(sources, names, strict=True)):
-        said = counted(one.sides[index] for one in found)
-        out.append(f"{bullet}{name}: {said}" + f" ({source.title})" * (source.title != name))
+    for named in zip(*map(_named, found), strict=True):
+        name, title = named[0][0], named[0][1].source.title
+        said = counted(side for _, side in named)
+        out.append(f"{bullet}{name}: {said}" + f" ({title})" * (title != name))
     if bullet:
         out.append(
             f"{bullet}by: measured with these in place of the formula's experiments;"
@@ -233,8 +217,8 @@ def _numbers(side: Side) -> str:
     )
 
 
-def _reason(one: Evaluated, source: NumberSource, side: Side) -> str | None:
-    return one.claim.reason.get(source.key) if side.verdict in ("fails", "undecided") else None
+def _reason(one: Evaluated, side: Side) -> str | None:
+    return one.claim.reason.get(side.source.key) if side.verdict in ("fails", "undecided") else None
 
 
 def _short(value: float) -> str:
@@ -244,7 +228,7 @@ def _short(value: float) -> str:
     return f"{value:,.{0 if size >= 1000 else 1 if size >= 10 else 2 if size >= 1 else 3}f}"
 
 
-def _values(one: Evaluated, sources: Sequence[NumberSource]) -> dict[str, Any]:
+def _values(one: Evaluated) -> dict[str, Any]:
     claim = one.claim
     return {
         "name": claim.name,
@@ -255,12 +239,12 @@ def _values(one: Evaluated, sources: Sequence[NumberSource]) -> dict[str, Any]:
         "unit": spell(claim.bound.unit),
         "sides": [
             {
-                "source": source.key,
-                "title": source.title,
+                "source": side.source.key,
+                "title": side.source.title,
                 "verdict": side.verdict,
                 "value": side.value,
                 "spread": side.spread,
-                "reason": _reason(one, source, side),
+                "reason": _reason(one, side),
                 "missing": list(side.missing),
                 "remarks": list(side.remarks),
                 "numbers": [
@@ -273,6 +257,6 @@ def _values(one: Evaluated, sources: Sequence[NumberSource]) -> dict[str, Any]:
                     for quantity, value in side.numbers.items()
                 ],
             }
-            for source, side in zip(sources, one.sides, strict=True)
+            for side in one.sides
         ],
     }

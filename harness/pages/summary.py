@@ -33,8 +33,6 @@ def summary(facts: Facts) -> dict[str, Any] | None:
     if not memory or not steps:
         return None
     judged = ended(facts.of_hardware)
-    sources, claims = facts.claims
-    ours = [source.key for source in sources].index("ours")
     machine = machine_measured_by(facts.references.published.name)
     published_median, published_90th, _ = machine.misses()
     memory_errors = [
@@ -64,6 +62,6 @@ def summary(facts: Facts) -> dict[str, Any] | None:
         "published_rows": len(machine.rows),
         "published_error_median": f"{published_median:.1%}",
         "published_error_90th_percentile": f"{published_90th:.0%}",
-        "claims": len(claims),
-        "verdicts": verdicts.counted(claim.sides[ours] for claim in claims),
+        "claims": len(facts.claims),
+        "verdicts": verdicts.counted(evaluated.sides[0] for evaluated in facts.claims),
     }

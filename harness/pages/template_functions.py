@@ -93,9 +93,8 @@ def profile(facts: Facts, ids: str) -> str:
 
 def claims(facts: Facts, chapter: int) -> str:
     """The claims of a chapter, each evaluated on our records and on the published table."""
-    sources, evaluated = facts.claims
-    wanted = [one for one in evaluated if one.claim.chapter == chapter]
-    return verdicts.render(wanted, sources, "markdown").partition("\n\n")[2]  # without its title
+    wanted = [one for one in facts.claims if one.claim.chapter == chapter]
+    return verdicts.render(wanted, "markdown").partition("\n\n")[2]  # without its title
 
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {

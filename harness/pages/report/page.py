@@ -15,8 +15,7 @@ from typing import Any, get_args
 from harness import RECORDS
 from harness.errors import UserError
 from harness.evidence import results, verdicts
-from harness.evidence.claims import Verdict, evaluate, load_claims
-from harness.evidence.claims import sources as all_sources
+from harness.evidence.claims import Verdict, evaluate, load_claims, sources
 from harness.evidence.references import References, load_references
 from harness.evidence.rows import Row
 from harness.experiment.catalog import Catalog, load_catalog
@@ -76,14 +75,13 @@ def is_report(path: Path) -> bool:
 
 def claims(records: Sequence[Row], references: References, catalog: Catalog) -> dict[str, Any]:
     """Claims as `make claims FORMAT=json` has them, and the count of verdicts for each source."""
-    sources = all_sources(records, catalog, references)
-    found = evaluate(load_claims(catalog), sources)
-    counts = [verdicts.counted(one.sides[i] for one in found) for i in range(len(sources))]
+    found = evaluate(load_claims(catalog), sources(records, catalog, references))
+    columns = zip(*(one.sides for one in found), strict=True)
     return {
-        "claims": verdicts.values(found, sources),
+        "claims": verdicts.values(found),
         "claim_sources": [
-            {"title": source.title, "counted": count}
-            for source, count in zip(sources, counts, strict=True)
+            {"title": sides[0].source.title, "counted": verdicts.counted(sides)}
+            for sides in columns
         ],
         "verdicts": get_args(Verdict),
     }
