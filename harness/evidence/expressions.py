@@ -12,7 +12,7 @@ import math
 import operator
 import re
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -23,7 +23,7 @@ LONGEST = 800
 GROUP = re.compile(r"([\w.-]+)\s*,\s*(.+)")
 """``GROUP, NAME[, VARIANT]`` in brackets: a row of references.yaml."""
 
-_OPERATORS = {
+_OPERATORS: dict[type, Callable[..., float]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
@@ -57,85 +57,45 @@ class Quantity:
 
 
 @dataclass(frozen=True)
+class Operation:
+    """An operator or a function over numbers, quantities and other operations."""
+
+    function: Callable[..., float]
+    operands: tuple[Node, ...]
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+Node = float | Quantity | Operation
+
+
+@dataclass(frozen=True)
 class Expression:
     """A parsed expression."""
 
     text: str
-    _tree: ast.expr
-    _rows: tuple[str, ...]
+    root: Node
 
     @cached_property
     def quantities(self) -> tuple[Quantity, ...]:
         """The quantities in it, each once, in the order of the text."""
-        found = [node for node in ast.walk(self._tree) if isinstance(node, ast.Subscript)]
-        return tuple(
-            dict.fromkeys(
-                self._quantity(node) for node in sorted(found, key=lambda node: node.col_offset)
-            )
-        )
+        return tuple(dict.fromkeys(_quantities(self.root)))
 
     def unit(self, unit_of: Callable[[str], Unit]) -> Unit:
         """The unit of its value. Raises UserError where units are mixed."""
-        return self._unit(self._tree, unit_of)
+        try:
+            return _unit(self.root, unit_of)
+        except _MixedUnits as error:
+            raise UserError(f"{self.text}: mixes units: {error}") from None
 
     def value(self, value_of: Callable[[Quantity], float]) -> float:
         """Its value, given those of its quantities. Raises UserError on a division by zero."""
         try:
-            return self._value(self._tree, value_of)
+            return _value(self.root, value_of)
         except ZeroDivisionError:
             raise UserError(f"{self.text}: divides by zero") from None
-
-    def _quantity(self, node: ast.Subscript) -> Quantity:
-        return Quantity(node.value.id, self._rows[node.slice.value])
-
-    def _unit(self, node: ast.expr, unit_of: Callable[[str], Unit]) -> Unit:
-        match node:
-            case ast.Subscript():
-                return unit_of(node.value.id)
-            case ast.UnaryOp():
-                return self._unit(node.operand, unit_of)
-            case ast.BinOp(left, ast.Mult() | ast.Div() as operation, right):
-                sign = 1 if isinstance(operation, ast.Mult) else -1
-                return _product(self._unit(left, unit_of), self._unit(right, unit_of), sign)
-            case ast.BinOp(left, _, right):
-                return self._same([left, right], unit_of)
-            case ast.Call():
-                return self._same(node.args, unit_of)
-        return ()
-
-    def _same(self, nodes: list[ast.expr], unit_of: Callable[[str], Unit]) -> Unit:
-        units = [self._unit(node, unit_of) for node in nodes]
-        for node, unit in zip(nodes, units, strict=True):
-            if unit != units[0]:
-                one, other = self._text(nodes[0]), self._text(node)
-                raise UserError(
-                    f"{self.text}: mixes units: {one} is in {spell(units[0])}, {other} in"
-                    f" {spell(unit)}"
-                )
-        return units[0]
-
-    def _text(self, node: ast.expr) -> str:
-        return re.sub(
-            r"\[(\d+)\]", lambda index: f"[{self._rows[int(index[1])]}]", ast.unparse(node)
-        )
-
-    def _value(self, node: ast.expr, value_of: Callable[[Quantity], float]) -> float:
-        match node:
-            case ast.Constant(number):
-                return float(number)
-            case ast.Subscript():
-                return value_of(self._quantity(node))
-            case ast.UnaryOp():
-                return -self._value(node.operand, value_of)
-            case ast.BinOp(left, operation, right):
-                return _OPERATORS[type(operation)](
-                    self._value(left, value_of), self._value(right, value_of)
-                )
-            case ast.Call(ast.Name(function), arguments):
-                return _FUNCTIONS[function](
-                    *(self._value(argument, value_of) for argument in arguments)
-                )
-        raise AssertionError(node)
 
 
 def parse(text: str) -> Expression:
@@ -154,13 +114,12 @@ def parse(text: str) -> Expression:
         if len(text) > LONGEST:
             raise SyntaxError(f"longer than {LONGEST} characters")
         tree = ast.parse(re.sub(r"\[([^\[\]]*)\]", numbered, text.strip()), mode="eval").body
-        _check(tree)
+        return Expression(text, _node(tree, rows))
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         why = f" ({error.msg})" if isinstance(error, SyntaxError) else ""
         raise UserError(
             f"{text}: no arithmetic over quantities such as step_ms[401] / step_ms[408]{why}"
         ) from None
-    return Expression(text, tree, tuple(rows))
 
 
 def spell(unit: Unit) -> str:
@@ -170,29 +129,59 @@ def spell(unit: Unit) -> str:
     return (above or "1") + (f"/{below}" if below else "")
 
 
-def _check(node: ast.expr) -> None:
-    """Raise SyntaxError at the first node that is not allowed."""
-    match node:
+class _MixedUnits(Exception):
+    """Two operands are in different units."""
+
+
+def _node(tree: ast.expr, rows: list[str]) -> Node:
+    """``tree`` with indices of ``rows``. Raises SyntaxError at what is not allowed."""
+    match tree:
         case ast.Constant(int() | float() as number) if not isinstance(
             number, bool
         ) and math.isfinite(number):
-            return
-        case ast.Subscript(ast.Name(), ast.Constant(int())):
-            return
+            return float(number)
+        case ast.Subscript(ast.Name(name), ast.Constant(int(row))):
+            return Quantity(name, rows[row])
         case ast.UnaryOp(ast.USub(), operand):
-            _check(operand)
-            return
+            function, operands = operator.neg, [operand]
         case ast.BinOp(left, operation, right) if type(operation) in _OPERATORS:
-            _check(left)
-            _check(right)
-            return
-        case ast.Call(ast.Name(function), [_, *_] as arguments, []):
-            if function not in _FUNCTIONS:
-                raise SyntaxError(f"no function {function}; {nearest(function, _FUNCTIONS)}")
-            for argument in arguments:
-                _check(argument)
-            return
-    raise SyntaxError(f"cannot read {ast.unparse(node)!r}")
+            function, operands = _OPERATORS[type(operation)], [left, right]
+        case ast.Call(ast.Name(name), [_, *_] as operands, []):
+            if name not in _FUNCTIONS:
+                raise SyntaxError(f"no function {name}; {nearest(name, _FUNCTIONS)}")
+            function = _FUNCTIONS[name]
+        case _:
+            raise SyntaxError(f"cannot read {ast.unparse(tree)!r}")
+    text = re.sub(r"\[(\d+)\]", lambda index: f"[{rows[int(index[1])]}]", ast.unparse(tree))
+    return Operation(function, tuple(_node(operand, rows) for operand in operands), text)
+
+
+def _quantities(node: Node) -> Iterator[Quantity]:
+    if isinstance(node, Quantity):
+        yield node
+    elif isinstance(node, Operation):
+        for operand in node.operands:
+            yield from _quantities(operand)
+
+
+def _value(node: Node, value_of: Callable[[Quantity], float]) -> float:
+    if isinstance(node, Operation):
+        return node.function(*(_value(operand, value_of) for operand in node.operands))
+    return value_of(node) if isinstance(node, Quantity) else node
+
+
+def _unit(node: Node, unit_of: Callable[[str], Unit]) -> Unit:
+    if not isinstance(node, Operation):
+        return unit_of(node.name) if isinstance(node, Quantity) else ()
+    first, *others = (_unit(operand, unit_of) for operand in node.operands)
+    if node.function in (operator.mul, operator.truediv):
+        return _product(first, others[0], 1 if node.function is operator.mul else -1)
+    for operand, unit in zip(node.operands[1:], others, strict=True):
+        if unit != first:
+            raise _MixedUnits(
+                f"{node.operands[0]} is in {spell(first)}, {operand} in {spell(unit)}"
+            )
+    return first
 
 
 def _product(a: Unit, b: Unit, sign: int) -> Unit:
