@@ -30,7 +30,7 @@ from harness.evidence.expressions import Expression, Quantity, Unit, parse, spel
 from harness.evidence.quantities import (
     IN_DOUBT,
     UNITS,
-    Missing,
+    NotMeasured,
     Number,
     NumberSource,
     check,
@@ -178,19 +178,19 @@ def _side(claim: Claim, source: NumberSource) -> Side:
         return Side(source, "not asked")
     tried = []
     for expression in claim.expressions:
-        found = {quantity: source.find(quantity) for quantity in expression.quantities}
-        missing = tuple(dict.fromkeys(filter(None, map(_missing, found, found.values()))))
+        found, missing = {}, []
+        for quantity in expression.quantities:
+            try:
+                found[quantity] = source.find(quantity)
+                if found[quantity].in_doubt:
+                    missing.append(f"{quantity.of} ({IN_DOUBT})")
+            except NotMeasured as error:
+                missing.append(str(error))
         if not missing:
             return _judged(claim.bound, expression, found, source)
-        tried.append(missing)
+        tried.append(dict.fromkeys(missing))
     rest = [f"or {', '.join(missing)}" for missing in tried[1:]]
     return Side(source, "not measured", missing=(*tried[0], *rest))
-
-
-def _missing(quantity: Quantity, found: Number | Missing) -> str | None:
-    if isinstance(found, Missing):
-        return found.why
-    return f"{quantity.of} ({IN_DOUBT})" if found.in_doubt else None
 
 
 def _judged(

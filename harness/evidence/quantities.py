@@ -73,7 +73,7 @@ IN_DOUBT = "what ran is in doubt"
 
 
 class NotMeasured(Exception):
-    """No run or reference has this number."""
+    """A source has no such number. Its text says of what, and why."""
 
 
 class RanOutOfMemory(NotMeasured):
@@ -92,14 +92,6 @@ class Number:
 
 
 @dataclass(frozen=True)
-class Missing:
-    """Why a source has no such number."""
-
-    why: str
-    out_of_memory: bool = False
-
-
-@dataclass(frozen=True)
 class NumberSource:
     """Where the numbers of one column of claims come from."""
 
@@ -108,10 +100,15 @@ class NumberSource:
     title: str
     catalog: Catalog
     references: References
-    measured: Callable[[Quantity, Experiment], Number | Missing]
+    measured: Callable[[Quantity, Experiment], Number]
 
-    def find(self, quantity: Quantity) -> Number | Missing:
-        """The quantity here. Raises UserError where it names something that does not exist."""
+    def find(self, quantity: Quantity) -> Number:
+        """The quantity here.
+
+        Raises:
+            NotMeasured: there is no such number.
+            UserError: the quantity names something that does not exist.
+        """
         name = quantity.name
         if quantity.names_reference:
             reference = _of_group(quantity, self.references)
@@ -122,7 +119,7 @@ class NumberSource:
         if name in PUBLISHED:
             reference = _published_run(experiment, self.references.published, self.catalog)
             if reference is None:
-                return Missing(quantity.of)
+                raise NotMeasured(quantity.of)
             number = getattr(reference, PUBLISHED[name])
             return _present(number, quantity, reference.oom, in_doubt=reference.in_doubt)
         return self.measured(quantity, experiment)
@@ -137,14 +134,7 @@ def value(expression: str, source: NumberSource) -> float:
     """
     parsed = parse(expression)
     parsed.unit(unit_of)
-
-    def number(quantity: Quantity) -> float:
-        found = source.find(quantity)
-        if isinstance(found, Number):
-            return found.value
-        raise (RanOutOfMemory if found.out_of_memory else NotMeasured)(str(quantity))
-
-    return parsed.value(number)
+    return parsed.value(lambda quantity: source.find(quantity).value)
 
 
 def unit_of(name: str) -> Unit:
@@ -176,19 +166,18 @@ def ours(title: str, rows: Sequence[Row], catalog: Catalog, references: Referenc
     ]
     card_mib = find_card(references.published.gpu).memory_mib
 
-    def measured(quantity: Quantity, experiment: Experiment) -> Number | Missing:
+    def measured(quantity: Quantity, experiment: Experiment) -> Number:
         wanted = work(experiment)
         row = next((row for done, row in by_age if done == wanted), None)
         if row is None:
-            return Missing(quantity.of)
+            raise NotMeasured(quantity.of)
         if quantity.name == "fits":
             used = row.memory_gib.nvml and row.memory_gib.nvml + (row.memory_gib.driver or 0)
             return _fits(quantity, row.state == "oom", used, row.memory_mib, card_mib)
         found = None if row.state == "oom" else VALUES[quantity.name](row)
-        if found is None:
-            return _present(None, quantity, row.state == "oom")
-        noise = found * _relative_noise(quantity.name, row)
-        return Number(found, noise, _shared_node(quantity, row))
+        value = _present(found, quantity, row.state == "oom").value
+        noise = value * _relative_noise(quantity.name, row)
+        return Number(value, noise, _shared_node(quantity, row))
 
     return NumberSource("ours", title, catalog, references, measured)
 
@@ -198,10 +187,10 @@ def published(group: ReferenceGroup, catalog: Catalog, references: References) -
     there_mib = find_card(group.gpu).memory_mib
     card_mib = find_card(references.published.gpu).memory_mib
 
-    def measured(quantity: Quantity, experiment: Experiment) -> Number | Missing:
+    def measured(quantity: Quantity, experiment: Experiment) -> Number:
         reference = _published_run(experiment, group, catalog)
         if reference is None:
-            return Missing(quantity.of)
+            raise NotMeasured(quantity.of)
         if quantity.name == "fits" and not reference.in_doubt:
             # nvidia-smi, which published numbers were read from, leaves the driver's memory out
             used = reference.memory_gib and reference.memory_gib + DRIVER_RESERVED_MIB / 1024
@@ -252,18 +241,19 @@ def _rate_or_number(
 
 def _present(
     number: float | None, quantity: Quantity, oom: bool = False, *, in_doubt: bool = False
-) -> Number | Missing:
+) -> Number:
     if number is None and in_doubt:
-        return Missing(f"{quantity.of} ({IN_DOUBT})")
+        raise NotMeasured(f"{quantity.of} ({IN_DOUBT})")
+    if number is None and oom:
+        raise RanOutOfMemory(f"{quantity.of} (ran out of memory: no {quantity.name})")
     if number is None:
-        why = f"{quantity.of} ({'ran out of memory: ' * oom}no {quantity.name})"
-        return Missing(why, out_of_memory=oom)
+        raise NotMeasured(f"{quantity.of} (no {quantity.name})")
     return Number(float(number), in_doubt=in_doubt)
 
 
 def _fits(
     quantity: Quantity, oom: bool, used_gib: float | None, here_mib: int | None, card_mib: int
-) -> Number | Missing:
+) -> Number:
     """Whether what ran on a card of ``here_mib`` fits the published card of ``card_mib``.
 
     ``used_gib`` includes what the driver keeps for itself. Emulated cards count as real ones.
@@ -271,10 +261,10 @@ def _fits(
     if oom and here_mib and here_mib >= card_mib:
         return Number(0)
     if oom:
-        return Missing(f"{quantity.of} (out of memory on a smaller card)", out_of_memory=True)
+        raise RanOutOfMemory(f"{quantity.of} (out of memory on a smaller card)")
     if (here_mib and here_mib <= card_mib) or (used_gib and used_gib * 1024 < card_mib):
         return Number(1)
-    return Missing(f"{quantity.of} (a larger card holds it: CARD= emulates the published one)")
+    raise NotMeasured(f"{quantity.of} (a larger card holds it: CARD= emulates the published one)")
 
 
 def _shared_node(quantity: Quantity, row: Row) -> str | None:

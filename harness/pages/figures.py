@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
 from harness.errors import UserError, nearest
-from harness.evidence.references import ReferenceGroup, References
+from harness.evidence.references import References
 from harness.evidence.results import Results
 from harness.evidence.rows import Row, losses
 from harness.experiment.catalog import EXPERIMENTS, Catalog
@@ -215,7 +214,7 @@ def thinned(label: str, values: Mapping[int, float], most: int = CURVE_POINTS) -
 
 
 def _panel(
-    panel: _Panel, quantity: Plotted, unit: str, sources: list[_Numbers], catalog: Catalog
+    panel: _Panel, quantity: Plotted, unit: str, sources: list[_Source], catalog: Catalog
 ) -> Panel:
     order = panel.axis not in (None, "cp_comm_type")
     lines = {line: [str(id_) for id_ in ids] for line, ids in panel.lines.items()}
@@ -226,13 +225,18 @@ def _panel(
         measured: set[str] = set()
         for source in sources:
             found = []
-            for experiment in filter(None, map(source.experiment, ids)):
-                if source.kind == "reference" and experiment.id in measured:
+            for id_ in ids:
+                id_ += "h" * (source.kind == "half")
+                numbers = source.numbers.get(id_)
+                if numbers is None or (source.kind == "reference" and id_ in measured):
                     continue
-                if number := source.number(experiment, quantity):
+                experiment = catalog.find(id_)
+                value = _value(numbers, quantity, experiment)
+                if value or numbers.oom:
                     at = place(experiment)
                     places[at] = None
-                    found.append((at, Point(experiment.id, str(at), *number)))
+                    spread = numbers.spread_ms if quantity == "step" and value else None
+                    found.append((at, Point(id_, str(at), value, spread)))
             if source.kind == "here":
                 measured |= {point.id for _, point in found}
             if order:
@@ -268,81 +272,65 @@ def _relative(points: list[Point]) -> list[Point]:
     return [Point(p.id, p.tick, 100 * p.value / measured[0].value) for p in measured]
 
 
-@dataclass(frozen=True)
-class _Numbers:
-    """One source of numbers."""
+class _Numbers(NamedTuple):
+    """What was measured of one experiment."""
+
+    memory_gib: float | None
+    step_ms: float | None
+    spread_ms: float | None = None
+    oom: bool = False
+
+
+class _Source(NamedTuple):
+    """One source of numbers, by experiment."""
 
     kind: Source
     where: str
-    experiment: Callable[[str], Experiment | None]
-    """The experiment to look up for an id: itself, or its half-size companion."""
-    number: Callable[[Experiment, Plotted], tuple[float | None, float | None] | None]
-    """Value (None for out of memory) and spread; None where this source has no number."""
+    numbers: Mapping[str, _Numbers]
 
 
-def _sources(found: Results, references: References, catalog: Catalog) -> Iterable[_Numbers]:
-    known = {experiment.id: experiment for experiment in catalog.experiments}
+def _sources(found: Results, references: References, catalog: Catalog) -> Iterator[_Source]:
     kinds: dict[str, list[Row]] = {}
     for row in found.rows:
         if row.comparable:
-            kinds.setdefault(_where(row), []).append(row)
+            kinds.setdefault(f"{row.hardware}, {row.software}", []).append(row)
     for where in sorted(kinds):
-        rows = sorted(kinds[where], key=lambda row: row.preference)
-        best = {row.id: row for row in rows}
-        number = partial(_measured, best)
-        yield _Numbers("here", where, known.get, number)
-        halves = {
-            experiment.world_size
-            for id_ in best
-            if id_.endswith("h") and (experiment := known.get(id_))
+        numbers = {
+            row.id: _measured(row) for row in sorted(kinds[where], key=lambda row: row.preference)
         }
+        yield _Source("here", where, numbers)
+        halves = {row.experiment.world_size for row in kinds[where] if row.id.endswith("h")}
         size = f"{min(halves)}" if len(halves) == 1 else "fewer"
-        label = f"half size, {size} GPUs: {where}"
-        yield _Numbers("half", label, lambda id_: known.get(f"{id_}h"), number)
+        yield _Source("half", f"half size, {size} GPUs: {where}", numbers)
     for group in references.groups:
         kind: Source = "published" if group.published else "reference"
-        label = f"{kind}: {group.hardware}"
-        yield _Numbers(kind, label, known.get, partial(_published, group))
+        matching = {one.id: group.matching(one.id) for one in catalog.experiments}
+        numbers = {
+            id_: _Numbers(one.reference.memory_gib, one.reference.step_ms, oom=one.reference.oom)
+            for id_, one in matching.items()
+            if one and one.reference and not one.reference.in_doubt
+        }
+        yield _Source(kind, f"{kind}: {group.hardware}", numbers)
 
 
-def _measured(
-    best: Mapping[str, Row], experiment: Experiment, quantity: Plotted
-) -> tuple[float | None, float | None] | None:
-    row = best.get(experiment.id)
-    if row is None:
+def _measured(row: Row) -> _Numbers:
+    step = row.step
+    return _Numbers(
+        row.memory_gib.nvml,
+        step and step.median,
+        step and step.half_iqr,
+        row.state == "oom",
+    )
+
+
+def _value(numbers: _Numbers, quantity: Plotted, experiment: Experiment) -> float | None:
+    if numbers.oom:
         return None
-    if row.state == "oom":
-        return None, None
-    value = _value(experiment, quantity, row.memory_gib.nvml, row.step and row.step.median)
-    spread = row.step.half_iqr if row.step and quantity == "step" else None
-    return value and (value, spread)
-
-
-def _published(
-    group: ReferenceGroup, experiment: Experiment, quantity: Plotted
-) -> tuple[float | None, float | None] | None:
-    found = group.matching(experiment.id)
-    reference = found and found.reference
-    if not reference or reference.in_doubt:
-        return None
-    if reference.oom:
-        return None, None
-    value = _value(experiment, quantity, reference.memory_gib, reference.step_ms)
-    return value and (value, None)
-
-
-def _value(
-    experiment: Experiment, quantity: Plotted, memory_gib: float | None, step_ms: float | None
-) -> float | None:
     if quantity == "memory":
-        return memory_gib
-    if quantity == "efficiency" and step_ms:
-        return tflops_per_gpu(experiment, step_ms)
-    return step_ms
-
-
-def _where(row: Row) -> str:
-    return f"{row.hardware}, {row.software}"
+        return numbers.memory_gib
+    if quantity == "efficiency" and numbers.step_ms:
+        return tflops_per_gpu(experiment, numbers.step_ms)
+    return numbers.step_ms
 
 
 def _notes(
