@@ -34,8 +34,6 @@ NUMBERS = (
     "launch_operation_us",
 )
 
-Pairs = dict[str, tuple[Any, Any]]
-
 
 def render_compare(a: Row, b: Row, format: str = "terminal") -> str:
     """The comparison of two runs as text.
@@ -44,7 +42,8 @@ def render_compare(a: Row, b: Row, format: str = "terminal") -> str:
         UserError: the format is unknown, or cannot show this (CSV).
     """
     command_line.choice("FORMAT", format, FORMATS)
-    pairs = _pairs(_settings(a), _settings(b))
+    ours, theirs = _settings(a), _settings(b)
+    pairs = {key: (ours.get(key), theirs.get(key)) for key in ours | theirs}
     settings = {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
     numbers = {name: (VALUES[name](a), VALUES[name](b)) for name in NUMBERS}
     numbers = {name: pair for name, pair in numbers.items() if pair != (None, None)}
@@ -120,10 +119,6 @@ def _agreement(a: Mapping[int, float], b: Mapping[int, float]) -> tuple[float | 
         f"losses: differ from step {first} on; over {steps} the largest relative difference is"
         f" {largest:.1e}, at step {worst} (equal means {SAME_LOSS:.0e} or less)"
     )
-
-
-def _pairs(a: Mapping[str, Any], b: Mapping[str, Any]) -> Pairs:
-    return {key: (a.get(key), b.get(key)) for key in a | b}
 
 
 def _ratio(a: float | None, b: float | None) -> float | None:

@@ -40,7 +40,7 @@ class Results:
         """
         if not self.rows:
             return self
-        asked = {
+        choices = {
             "chapter": (str(chapter or ""), lambda row: str(row.experiment.chapter)),
             "id": (" ".join(ids), lambda row: row.id),
             "hardware": (hardware or "", lambda row: row.hardware),
@@ -50,20 +50,17 @@ class Results:
             for row in self.rows
             if chapter in (None, row.experiment.chapter)
             and (not ids or row.id in ids)
-            and (
-                not hardware
-                or hardware.lower() in f"{row.hardware} {row.gpu and row.gpu.key}".lower()
-            )
+            and (hardware or "").lower() in f"{row.hardware} {row.gpu and row.gpu.key}".lower()
         )
-        if not kept:
-            asked = {name: choice for name, choice in asked.items() if choice[0]}
-            wanted = ", ".join(f"{name} {text}" for name, (text, _) in asked.items())
-            there = "; ".join(
-                f"{name} {', '.join(sorted(set(map(value, self.rows))))}"
-                for name, (_, value) in asked.items()
-            )
-            raise UserError(f"no run of {wanted}\nthere are runs of {there}")
-        return replace(self, rows=kept)
+        if kept:
+            return replace(self, rows=kept)
+        asked = {name: choice for name, choice in choices.items() if choice[0]}
+        wanted = ", ".join(f"{name} {text}" for name, (text, _) in asked.items())
+        there = "; ".join(
+            f"{name} {', '.join(sorted(set(map(value, self.rows))))}"
+            for name, (_, value) in asked.items()
+        )
+        raise UserError(f"no run of {wanted}\nthere are runs of {there}")
 
     def find(self, wanted: str) -> Row:
         """The row of this label, path, id or name.

@@ -43,13 +43,13 @@ def experiments(facts: Facts, chapter: int) -> str:
     halves = {e.half_of: f"`{e.id}` {e.layout}" for e in rows if e.half_of}
     columns: list[Column] = [
         ("make", "l", lambda experiment: f"`{experiment.id}`"),
-        ("layout", "l", lambda experiment: experiment.layout),
-        ("model", "l", lambda experiment: experiment.model.name),
-        ("GPUs", "r", lambda experiment: str(experiment.world_size)),
-        ("MBS", "r", lambda experiment: str(experiment.micro_batch_size)),
-        ("GBS", "r", lambda experiment: str(experiment.global_batch_size)),
-        ("tokens", "r", lambda experiment: f"{experiment.seq_length:,}"),
-        ("what it isolates", "l", lambda experiment: experiment.shows),
+        ("layout", "l", _of("layout")),
+        ("model", "l", _of("model.name")),
+        ("GPUs", "r", _of("world_size")),
+        ("MBS", "r", _of("micro_batch_size")),
+        ("GBS", "r", _of("global_batch_size")),
+        ("tokens", "r", _of("seq_length", ",")),
+        ("what it isolates", "l", _of("shows")),
         ("half size", "l", lambda experiment: halves.get(experiment.id, "")),
     ]
     whole = [experiment for experiment in rows if not experiment.half_of]
@@ -107,23 +107,29 @@ def _entry(facts: Facts, id_: str) -> Entry:
     )
 
 
-def _number(number: float | None, form: str) -> str:
+def _of(path: str, form: str = "") -> Callable[[Any], str]:
+    """Cells with the attribute at ``path``, such as ``record.mfu``; empty where one lacks it."""
+
+    def cell(item: Any) -> str:
+        for name in path.split("."):
+            item = getattr(item, name, None)
+        return _number(item, form)
+
+    return cell
+
+
+def _number(number: float | str | None, form: str) -> str:
     return "" if number is None else format(number, form)
-
-
-def _complete(entry: Entry) -> Row | None:
-    """The record, where its run did not run out of memory."""
-    return entry.record if entry.record and entry.record.state == "ok" else None
 
 
 def _out_of_memory(entry: Entry) -> bool:
     return entry.record is not None and entry.record.state == "oom"
 
 
-def _used_gib(entry: Entry) -> str:
-    if _out_of_memory(entry):
-        return "OOM"
-    return _number(entry.record and entry.record.memory_gib.nvml, ".1f")
+def _gib(name: str, oom: str = "") -> Callable[[Entry], str]:
+    """Cells with a peak of memory; ``oom`` where the run ran out of it."""
+    cell = _of(f"record.memory_gib.{name}", ".1f")
+    return lambda entry: oom if _out_of_memory(entry) else cell(entry)
 
 
 def _step_ms(entry: Entry) -> str:
@@ -136,13 +142,16 @@ def _predicted_ms(entry: Entry) -> str:
     return _number(entry.record.predicted_step_ms if measured else None, ",.0f")
 
 
-def _published(entry: Entry, name: str, form: str) -> str:
-    published = entry.published
-    if published is None:
-        return ""
-    if published.oom:
-        return "OOM"
-    return format(getattr(published, name), form) + "?" * published.in_doubt
+def _published(name: str, form: str) -> Callable[[Entry], str]:
+    def cell(entry: Entry) -> str:
+        published = entry.published
+        if published is None:
+            return ""
+        if published.oom:
+            return "OOM"
+        return format(getattr(published, name), form) + "?" * published.in_doubt
+
+    return cell
 
 
 def _eight_gpus(entry: Entry) -> str:
@@ -154,24 +163,10 @@ def _part_gib(name: str) -> Callable[[Entry], str]:
     return lambda entry: _number(getattr(predict(entry.experiment), name), ".1f")
 
 
-def _allocated_gib(entry: Entry) -> str:
-    if _out_of_memory(entry):
-        return "OOM"
-    return _number(entry.record and entry.record.memory_gib.allocated, ".1f")
-
-
 def _memory_error(entry: Entry) -> str:
-    record = _complete(entry)
-    allocated = record and record.memory_gib.allocated
+    complete = entry.record and not _out_of_memory(entry)
+    allocated = entry.record.memory_gib.allocated if complete else None
     return f"{predict(entry.experiment).total / allocated - 1:+.1%}" if allocated else ""
-
-
-def _of_complete(name: str) -> Callable[[Entry], str]:
-    def cell(entry: Entry) -> str:
-        record = _complete(entry)
-        return _number(record and getattr(record.memory_gib, name), ".1f")
-
-    return cell
 
 
 def _busy_ms(step_ms: Callable[[Entry], float | None]) -> Callable[[Entry], str]:
@@ -195,19 +190,19 @@ def _measured_ms(entry: Entry) -> float | None:
 
 _ID: list[Column] = [
     ("id", "l", lambda entry: f"`{entry.experiment.id}`"),
-    ("layout", "l", lambda entry: entry.experiment.layout),
+    ("layout", "l", _of("experiment.layout")),
 ]
 _RESULTS: list[Column] = [
     *_ID,
-    ("GPUs", "r", lambda entry: str(entry.experiment.world_size)),
-    ("GiB", "r", _used_gib),
-    ("publ. GiB", "r", lambda entry: _published(entry, "memory_gib", ".1f")),
-    ("ratio", "r", lambda entry: _number(entry.record and entry.record.memory_ratio, ".2f")),
+    ("GPUs", "r", _of("experiment.world_size")),
+    ("GiB", "r", _gib("nvml", oom="OOM")),
+    ("publ. GiB", "r", _published("memory_gib", ".1f")),
+    ("ratio", "r", _of("record.memory_ratio", ".2f")),
     ("ms/step", "r", _step_ms),
-    ("publ. ms", "r", lambda entry: _published(entry, "step_ms", ",.0f")),
-    ("ratio", "r", lambda entry: _number(entry.record and entry.record.step_ratio, ".2f")),
+    ("publ. ms", "r", _published("step_ms", ",.0f")),
+    ("ratio", "r", _of("record.step_ratio", ".2f")),
     ("formula", "r", _predicted_ms),
-    ("MFU", "r", lambda entry: _number(entry.record and entry.record.mfu, ".0%")),
+    ("MFU", "r", _of("record.mfu", ".0%")),
     ("8x H200", "l", _eight_gpus),
 ]
 _MEMORY: list[Column] = [
@@ -217,17 +212,17 @@ _MEMORY: list[Column] = [
     ("optimizer", "r", _part_gib("optimizer")),
     ("activations", "r", _part_gib("activations")),
     ("sum", "r", _part_gib("total")),
-    ("allocated", "r", _allocated_gib),
+    ("allocated", "r", _gib("allocated", oom="OOM")),
     ("error", "r", _memory_error),
-    ("reserved", "r", _of_complete("reserved")),
-    ("in use", "r", _of_complete("nvml")),
+    ("reserved", "r", _gib("reserved")),
+    ("in use", "r", _gib("nvml")),
 ]
 _PIPELINE: list[Column] = [
     ("id", "l", lambda entry: f"`{entry.experiment.id}`"),
-    ("p", "r", lambda entry: str(entry.experiment.pp)),
-    ("v", "r", lambda entry: str(entry.experiment.vpp)),
-    ("m", "r", lambda entry: str(entry.experiment.num_microbatches)),
-    ("MBS", "r", lambda entry: str(entry.experiment.micro_batch_size)),
+    ("p", "r", _of("experiment.pp")),
+    ("v", "r", _of("experiment.vpp")),
+    ("m", "r", _of("experiment.num_microbatches")),
+    ("MBS", "r", _of("experiment.micro_batch_size")),
     ("(p-1)/(vm)", "r", lambda entry: f"{formulas.bubble(entry.experiment):.3f}"),
     ("idle", "r", lambda entry: f"{formulas.idle_share(entry.experiment):.0%}"),
     ("publ. ms", "r", lambda entry: _number(_published_ms(entry), ",.0f")),
