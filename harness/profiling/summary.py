@@ -70,7 +70,7 @@ class RankProfile(BaseModel, frozen=True, extra="ignore"):
 
     @property
     def unknown(self) -> tuple[Kernel, ...]:
-        """The kernels that no rule of kernels.py matches, the longest first."""
+        """The kernels that no pattern of kernels.yaml matches, the longest first."""
         return tuple(kernel for kernel in self.kernels if kernel.category == Category.OTHER)
 
 
