@@ -17,7 +17,7 @@ from harness.experiment import identity
 from harness.experiment.experiment import Experiment
 from harness.experiment.overrides import is_same_work
 from harness.run import directory, step_statistics
-from harness.run.schema import LaunchRate, Upstream
+from harness.run.schema import LaunchRate, Result, Upstream
 from harness.system.files import read_object
 
 
@@ -167,22 +167,17 @@ def _run_row(run: directory.StoredRun, group: ReferenceGroup) -> Row:
         environment = read_object(run.dir.environment)
     except ValueError:
         environment = {}
-    upstream = None
-    if environment.get("upstream"):
-        upstream = Upstream.model_validate(environment["upstream"])
+    upstream = environment.get("upstream") and Upstream.model_validate(environment["upstream"])
     return Row(
         label=run.dir.label,
-        experiment=run.experiment,
         state=run.state,
         device=run.device,
         origin=run.dir.path,
         kind="run",
         gpu_name=result.gpu if result else environment.get("gpu"),
         upstream=result.upstream if result else upstream,
-        launch=_launch_rate(environment),
-        result=result,
         steps_done=steps[-1].step if steps else 0,
-        **({} if result and result.mixed else _comparison(run.experiment, group)),
+        **_common(run.experiment, result, environment, group),
     )
 
 
@@ -190,17 +185,14 @@ def _record_row(path: Path, group: ReferenceGroup) -> Row:
     experiment, result, environment = records.read(path)
     return Row(
         label=f"{path.parent.name}/{path.stem}",
-        experiment=experiment,
         state=result.status,
         device=result.device,
         origin=path,
         kind="record",
         gpu_name=result.gpu,
         upstream=result.upstream,
-        launch=_launch_rate(environment),
-        result=result,
         steps_done=result.steps_done,
-        **_comparison(experiment, group),
+        **_common(experiment, result, environment, group),
     )
 
 
@@ -211,11 +203,18 @@ def _launch_rate(environment: Any) -> LaunchRate | None:
         return None
 
 
-def _comparison(experiment: Experiment, group: ReferenceGroup) -> dict[str, Any]:
-    """The published side of a row; empty for a miniature and for changed work."""
-    if experiment.miniature or not is_same_work(experiment):
-        return {}
-    return {"published": group.matching(experiment.id), "against": group}
+def _common(
+    experiment: Experiment, result: Result | None, environment: Any, group: ReferenceGroup
+) -> dict[str, Any]:
+    """What runs and records have alike; a miniature and changed work are compared with nothing."""
+    common = {
+        "experiment": experiment,
+        "result": result,
+        "launch": _launch_rate(environment),
+    }
+    if experiment.miniature or not is_same_work(experiment) or (result and result.mixed):
+        return common
+    return common | {"published": group.matching(experiment.id), "against": group}
 
 
 def _meant(wanted: str, rows: Sequence[Row]) -> Sequence[Row]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cache
 
 from harness.errors import UserError, nearest
 from harness.evidence import markdown
-from harness.evidence.references import Reference, ReferenceGroup, References
+from harness.evidence.facts import Facts
+from harness.evidence.references import Reference, ReferenceGroup
 from harness.evidence.speed import MEANING
 from harness.experiment.catalog import Catalog, load_catalog
 from harness.experiment.experiment import Experiment
@@ -18,11 +19,11 @@ from harness.predict.step_time import unknown
 from harness.predict.work import Calibration
 
 
-def parts_table(catalog: Catalog, name: str, ids: Sequence[str]) -> str:
-    """Predicted parts of a step on machine ``name``, with the measured step time."""
-    machine, lines = _machine(name), []
-    for experiment in map(catalog.find, ids):
-        step, row = machine.predict(experiment), machine.row_of(experiment)
+def parts_table(facts: Facts, ids: str, machine: str) -> str:
+    """Predicted parts of a step on ``machine``, with the measured step time."""
+    calibrated, lines = _machine(machine), []
+    for experiment in map(facts.catalog.find, ids.split()):
+        step, row = calibrated.predict(experiment), calibrated.row_of(experiment)
         lines.append(
             [
                 f"`{experiment.id}`",
@@ -83,11 +84,11 @@ def machines_table() -> str:
     return markdown.table(head, lines, "l" + "r" * len(machines))
 
 
-def unseen_table(catalog: Catalog, references: References, group: str) -> str:
+def unseen_table(facts: Facts, group: str) -> str:
     """Measured steps of a group of references that calibrated no machine, with predictions."""
-    found = references.group(group)
+    found = facts.references.group(group)
     machine, lines = machine_of(find_card(found.gpu)), []
-    for row, experiment in predictable_rows(found, catalog):
+    for row, experiment in predictable_rows(found, facts.catalog):
         ms = machine.predict(experiment).total
         lines.append(
             [

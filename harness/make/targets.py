@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 
 from harness import ROOT
 from harness.commands import COMMANDS, EVERY, SECTIONS, Command
@@ -36,19 +35,13 @@ def render(catalog: Catalog) -> str:
     return HEADER + "\n".join(_lines(catalog)) + "\n"
 
 
-def write(catalog: Catalog, file: Path = FILE) -> bool:
-    """Bring ``file`` up to date; True where it changed."""
-    text = render(catalog)
-    if file.exists() and file.read_text(encoding="utf-8") == text:
-        return False
-    write_text(file, text)
-    return True
-
-
-def write_targets() -> int:
-    """``make targets``: bring the generated rules up to date with commands and catalogue."""
-    changed = write(load_catalog())
-    print(f"{FILE.relative_to(ROOT)} {'written' if changed else 'is up to date'}")
+def write() -> int:
+    """``make targets``: bring targets.mk up to date with commands and catalogue."""
+    text = render(load_catalog())
+    fresh = FILE.exists() and FILE.read_text(encoding="utf-8") == text
+    if not fresh:
+        write_text(FILE, text)
+    print(f"{FILE.relative_to(ROOT)} {'is up to date' if fresh else 'written'}")
     return 0
 
 

@@ -105,15 +105,11 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "experiments": result_tables.experiments,
     "table": result_tables.results,
     "memory": result_tables.memory,
-    "speed": lambda facts, ids, machine: step_time_tables.parts_table(
-        facts.catalog, machine, ids.split()
-    ),
+    "speed": step_time_tables.parts_table,
     "faster": lambda _, ids, machine: step_time_tables.faster_table(machine, *ids.split()),
     "gpus": lambda _, ids, card: scaling.table(card, *ids.split()),
     "machines": lambda _: step_time_tables.machines_table(),
-    "unseen": lambda facts, group: step_time_tables.unseen_table(
-        facts.catalog, facts.references, group
-    ),
+    "unseen": step_time_tables.unseen_table,
     "pipeline": result_tables.pipeline,
     "claims": claims,
     "profile": profile,

@@ -219,11 +219,11 @@ def _curves(row: Row) -> dict[str, Any] | None:
     return {name: curve for name, curve in found.items() if curve} or None
 
 
-def _curve(values: Mapping[int, float]) -> dict[str, Any] | None:
+def _curve(values: Mapping[int, float], most: int = figures.CURVE_POINTS) -> dict[str, Any] | None:
     """``{"y": values}`` where steps count from 1, else ``x`` too."""
     if not values:
         return None
-    curve = figures.thinned("", values)
+    curve = figures.thinned("", values, most)
     y = [_short(value) for value in curve.values]
     return (
         {"y": y} if curve.steps == tuple(range(1, len(y) + 1)) else {"x": list(curve.steps), "y": y}
@@ -243,9 +243,7 @@ def _memory(row: Row) -> dict[str, Any] | None:
     if not used:
         return None
     start = min(used)
-    seconds = {round(at - start): gib for at, gib in used.items()}
-    curve = figures.thinned("", seconds, SAMPLES)
-    return {"x": list(curve.steps), "y": [_short(value) for value in curve.values]}
+    return _curve({round(at - start): gib for at, gib in used.items()}, SAMPLES)
 
 
 def _figure(figure: figures.Figure) -> dict[str, Any]:
