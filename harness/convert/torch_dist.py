@@ -256,7 +256,7 @@ def latest(folder: Path) -> Path:
         UserError: there is no complete checkpoint.
     """
     if (folder / METADATA).exists():
-        return _whole(checkpoints.examine(folder, 0))
+        return checkpoints.require_whole(checkpoints.examine(folder, 0)).path
     damages: list[str] = []
     named = checkpoints.tracked(folder)
     if named:
@@ -280,12 +280,3 @@ def latest(folder: Path) -> Path:
         file=sys.stderr,
     )
     return newest.path
-
-
-def _whole(found: checkpoints.Checkpoint) -> Path:
-    found = checkpoints.verify(found)
-    if found.damage:
-        raise UserError(
-            f"{found.path}: {found.damage}\nmake checkpoints lists those that are whole"
-        )
-    return found.path

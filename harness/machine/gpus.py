@@ -253,8 +253,8 @@ def monitor(interval_s: float = MONITOR_S) -> int:
                     time.sleep(interval_s)
                     live.update(_table(), refresh=True)
         while True:
-            for shown, now in zip(use(), _samples_of_all(), strict=True):
-                print(f"{time.strftime('%H:%M:%S')}  {' '.join(_cells(shown, now))}", flush=True)
+            for row in _rows():
+                print(f"{time.strftime('%H:%M:%S')}  {' '.join(row)}", flush=True)
             time.sleep(interval_s)
     except KeyboardInterrupt:
         return 0
@@ -264,13 +264,15 @@ def _table() -> Any:
     from rich.table import Table
 
     table = Table("GPU", "memory", "busy", "SM clock", "power", "temp", "processes", box=None)
-    for shown, now in zip(use(), _samples_of_all(), strict=True):
-        table.add_row(*_cells(shown, now))
+    for row in _rows():
+        table.add_row(*row)
     return table
 
 
-def _samples_of_all() -> tuple[GpuSample, ...]:
-    return sample([gpu.index for gpu in list_gpus()])
+def _rows() -> list[list[str]]:
+    uses = use()
+    samples = sample([shown.gpu.index for shown in uses])
+    return [_cells(shown, now) for shown, now in zip(uses, samples, strict=True)]
 
 
 def _cells(shown: GpuUse, now: GpuSample) -> list[str]:

@@ -160,6 +160,16 @@ def verify(found: Checkpoint) -> Checkpoint:
     return found
 
 
+def require_whole(found: Checkpoint) -> Checkpoint:
+    """``found``, after reading it completely (``verify``). Raises UserError where it is damaged."""
+    found = verify(found)
+    if found.damage:
+        raise UserError(
+            f"{found.path}: {found.damage}\nmake checkpoints lists those that are whole"
+        )
+    return found
+
+
 def newest_whole(folder: Path, report: Callable[[str], None] = lambda _: None) -> Checkpoint | None:
     """The newest checkpoint in ``folder`` that can be used, read completely (``verify``), or None.
 

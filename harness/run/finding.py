@@ -21,7 +21,7 @@ from harness.run.checkpoints import (
     examine,
     in_folder,
     newest_whole,
-    verify,
+    require_whole,
 )
 from harness.run.directory import RunDir
 
@@ -120,10 +120,7 @@ def checkpoint(
     """
     path = checkpoint_folder(wanted, outdir)
     if step := STEP_FOLDER.fullmatch(path.name):
-        found = verify(examine(path, int(step[1])))
-        if found.damage:
-            raise UserError(f"{path}: {found.damage}\nmake checkpoints lists those that are whole")
-        return found
+        return require_whole(examine(path, int(step[1])))
     skipped: list[str] = []
     if found := newest_whole(path, skipped.append):
         for damage in skipped:
