@@ -409,4 +409,4 @@ def test_the_pair_is_what_upstreams_tool_writes(tmp_path, kind, eod):
     )
     tokenize.tokenize(job(path, prefix=tmp_path / "x", tokenizer=tokenizer, eod=eod))
     assert pair(tmp_path / "x") == pair(tmp_path / "up_text_document")
-    assert indexed.read_index(idx_path(tmp_path / "x")).dtype == DTYPES[8]
+    assert indexed.check_pair(tmp_path / "x").dtype == DTYPES[8]

@@ -103,22 +103,18 @@ def check_ends(prefix: Path) -> int:
             last = _number(file, HEADER.size + 12 * head.sequences + 8 * head.documents, "<q")
     except OSError as error:
         raise FormatError(f"{error.filename}: {error.strerror}") from None
-    check_bin_bytes(prefix, held, pointer + length * ITEM_BYTES[head.code])
+    expected = pointer + length * ITEM_BYTES[head.code]
+    if held != expected:
+        raise FormatError(
+            f"{bin_path(prefix)} has {held:,} bytes, the index says {expected:,}:"
+            f" {_too(held, expected)}"
+        )
     if last != head.sequences:
         raise FormatError(
             f"{path}: the documents end at sequence {last:,} of {head.sequences:,}: an end is"
             " missing"
         )
     return held // ITEM_BYTES[head.code]
-
-
-def check_bin_bytes(prefix: Path, held: int, expected: int) -> None:
-    """Raise FormatError if the size of .bin is not the one that the index says."""
-    if held != expected:
-        raise FormatError(
-            f"{bin_path(prefix)} has {held:,} bytes, the index says {expected:,}:"
-            f" {_too(held, expected)}"
-        )
 
 
 def _number(file, offset: int, form: str) -> int:

@@ -28,7 +28,7 @@ from harness.data.header import (
     MAGIC,
     FormatError,
     bin_path,
-    check_bin_bytes,
+    check_ends,
     idx_path,
     read_head,
     sha256,
@@ -95,14 +95,14 @@ class Index:
         )
 
 
-def read_index(path: Path) -> Index:
-    """Read an .idx and check that it is consistent.
+def check_pair(prefix: Path) -> Index:
+    """The index ``prefix``.idx, checked completely. Reads no token.
 
     Raises:
-        FormatError: it is no .idx, it is truncated or too long, or its lengths, pointers and
-            documents contradict each other.
-        OSError: it cannot be read.
+        FormatError: see ``check_ends``; or lengths, pointers and documents contradict each other.
     """
+    check_ends(prefix)
+    path = idx_path(prefix)
     head = read_head(path)
     sequences = head.sequences
     raw = np.memmap(path, mode="r", dtype=np.uint8)
@@ -115,23 +115,8 @@ def read_index(path: Path) -> Index:
     document_indices = raw[at + 8 * sequences :].view("<i8")
     dtype = DTYPES[head.code]
     tokens = _check_sequences(path, lengths, pointers, dtype.itemsize)
-    _check_documents(path, document_indices, sequences)
+    _check_documents(path, document_indices)
     return Index(dtype, lengths, pointers, document_indices, tokens)
-
-
-def check_pair(prefix: Path) -> Index:
-    """The index ``prefix``.idx, after checking the size of .bin. Reads no token.
-
-    Raises:
-        FormatError: see ``read_index``; or .bin is missing, truncated or too long.
-    """
-    try:
-        index = read_index(idx_path(prefix))
-        held = bin_path(prefix).stat().st_size
-    except OSError as error:
-        raise FormatError(f"{error.filename}: {error.strerror}") from None
-    check_bin_bytes(prefix, held, index.bin_bytes)
-    return index
 
 
 @dataclass(frozen=True)
@@ -354,7 +339,7 @@ def merge(prefixes: Sequence[Path], prefix: Path, bin_sha256: Sequence[str] = ()
     Raises:
         FormatError: one of them is damaged, their dtypes differ, or a checksum is wrong.
     """
-    writer = PairWriter(prefix, read_index(idx_path(prefixes[0])).dtype)
+    writer = PairWriter(prefix, DTYPES[read_head(idx_path(prefixes[0])).code])
     try:
         for number, each in enumerate(prefixes):
             found = writer.append_pair(each)
@@ -408,7 +393,7 @@ def _check_sequences(path: Path, lengths: np.ndarray, pointers: np.ndarray, item
     return tokens
 
 
-def _check_documents(path: Path, document_indices: np.ndarray, sequences: int) -> None:
+def _check_documents(path: Path, document_indices: np.ndarray) -> None:
     if document_indices[0] != 0:
         raise FormatError(
             f"{path}: the first document begins at sequence {document_indices[0]:,}, not 0"
@@ -418,11 +403,6 @@ def _check_documents(path: Path, document_indices: np.ndarray, sequences: int) -
         step = np.flatnonzero(block[:-1] > block[1:])
         if len(step):
             raise FormatError(f"{path}: document {start + int(step[0]):,} ends before it begins")
-    if document_indices[-1] != sequences:
-        raise FormatError(
-            f"{path}: the documents end at sequence {document_indices[-1]:,} of {sequences:,}: an"
-            " end is missing"
-        )
 
 
 def _document_ends(index: Index) -> Iterator[np.ndarray]:
