@@ -20,6 +20,7 @@ from harness.convert.architectures import (
     Architecture,
     TensorRow,
 )
+from harness.convert.folders import complete_folder
 from harness.convert.mxfp4 import Dequantized
 from harness.convert.safetensor_files import FLOATS, Tensors, open_folder
 from harness.convert.torch_dist import Piece
@@ -28,7 +29,7 @@ from harness.convert.weights import HF, RECORD, RELEASE, Weights, check_data
 from harness.data.data_sets import Blend
 from harness.errors import UserError
 from harness.run.checkpoints import TRACKER
-from harness.system.files import replace_folder, write_json
+from harness.system.files import write_json
 
 WIDEST_TP = 8
 """Vocabularies are padded for this many tensor-parallel ranks, and so for smaller powers of 2."""
@@ -107,11 +108,9 @@ def import_folder(
         flags=tuple(words),
     )
     _check_room(target, weights.bytes)
-    # NAME= cannot begin with a dot, so that no weights have this name.
-    unfinished = target.with_name(f".{target.name}.part")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        (unfinished / HF).mkdir(parents=True)
+    # NAME= cannot begin with a dot, so that no weights have the unfinished folder's name.
+    with complete_folder(target, replace=True) as unfinished:
+        (unfinished / HF).mkdir()
         for kept in hub.KEPT:
             if (folder / kept).is_file():
                 shutil.copyfile(folder / kept, unfinished / HF / kept)
@@ -120,9 +119,6 @@ def import_folder(
         )
         (unfinished / TRACKER).write_text("release")
         write_json(unfinished / RECORD, weights.model_dump(mode="json"))
-        replace_folder(unfinished, target)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return weights
 
 
