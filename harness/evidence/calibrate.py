@@ -154,11 +154,6 @@ def fit(
         LIKE if like else 1
     )
 
-    def constants(logarithms) -> Calibration:
-        return Calibration(
-            **{name: float(f"{math.exp(x):.4g}") for name, x in zip(NAMES, logarithms, strict=True)}
-        )
-
     def residuals(logarithms):
         exact = Calibration(**dict(zip(NAMES, map(math.exp, logarithms), strict=True)))
         off = [
@@ -167,7 +162,9 @@ def fit(
         ]
         return np.concatenate([off, (logarithms - expected) / width])
 
-    return constants(least_squares(residuals, start, loss="soft_l1", max_nfev=100).x)
+    best = least_squares(residuals, start, loss="soft_l1", max_nfev=100).x
+    rounded = (float(f"{math.exp(logarithm):.4g}") for logarithm in best)
+    return Calibration(**dict(zip(NAMES, rounded, strict=True)))
 
 
 def steps_of(

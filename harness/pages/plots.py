@@ -170,14 +170,8 @@ def timeline(schedule: Schedule) -> str:
             box = _box("own" + " late" * late, start + 0.5, y, width - 1, row - 6)
             body.append(f'<g class="c{int(span.work.kind == "backward")}">{box}</g>')
             if width >= 7:
-                body.append(
-                    _text(
-                        start + width / 2,
-                        y + 16,
-                        str(span.work.micro_batch + 1),
-                        "number" + " dark" * late,
-                    )
-                )
+                number, kind = str(span.work.micro_batch + 1), "number" + " dark" * late
+                body.append(_text(start + width / 2, y + 16, number, kind))
     bottom = top + plan.stages * row
     for at in schedule.ticks:
         body.append(_text(x(at), bottom + 12, _short(at), "small", "middle"))
@@ -198,21 +192,15 @@ def timeline(schedule: Schedule) -> str:
 def _panel(panel: Panel, left: float, top: float, width: float) -> str:
     lines = list(dict.fromkeys(series.line for series in panel.series))
     under = max(0, len(lines) - 2) * LINE
-    x0, x1, y0, y1 = (
-        left + LEFT,
-        left + width - RIGHT,
-        top + PANEL_HEIGHT - BOTTOM,
-        top + TOP + under,
-    )
-    y1 += FOR_OOM * any(p.value is None for s in panel.series for p in s.points)
+    missing = (p.tick for series in panel.series for p in series.points if p.value is None)
+    failed = dict.fromkeys(missing)  # a set has another order in each process
+    x0, x1 = left + LEFT, left + width - RIGHT
+    y0, y1 = top + PANEL_HEIGHT - BOTTOM, top + TOP + under + FOR_OOM * bool(failed)
     scale = panel.y_ticks
     y = _scale(0, scale[-1], y0, y1)
     step = (x1 - x0) / len(panel.ticks)
     x = {tick: x0 + step * (i + 0.5) for i, tick in enumerate(panel.ticks)}
     out = [_text(left + 16, top + 16, panel.title, "panel"), _grid(scale, y, x0, x1)]
-    failed = {
-        point.tick for series in panel.series for point in series.points if point.value is None
-    }
     out += [_text(x[tick], y1 - FOR_OOM + 20, "OOM", "small", "middle") for tick in failed]
     at, row = left + 16.0, top + 33
     for i, line in enumerate(lines):
