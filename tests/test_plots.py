@@ -468,6 +468,17 @@ def test_profiles_that_say_nothing_about_stages(tmp_path: Path, changes: dict) -
     )
 
 
+def test_runs_out_of_memory_are_marked_in_the_order_of_their_ticks() -> None:
+    """A set of ticks had another order in each process, and the picture other bytes."""
+    sizes = ("1", "2", "4", "8", "16", "32", "64")
+    points = tuple(Point(tick, tick, None) for tick in sizes)
+    series = Series("line", "here", "NVIDIA H200", points)
+    panel = Panel("title", "dp", "GiB", sizes, True, (series,))
+    svg = plots.sweep(Figure("name", 100, "title", (panel,)))
+    places = [float(x) for x in re.findall(r'<text x="([\d.]+)"[^>]*>OOM<', svg)]
+    assert len(places) == len(sizes) and places == sorted(places)
+
+
 def test_only_what_changed_is_written(tmp_path: Path) -> None:
     assert [
         p.name for p in plots.write(tmp_path / "new", {"a.svg": "<svg/>", "b.svg": "<svg/>"})
