@@ -1,6 +1,7 @@
 """Odd and torn files in the readers of data: a result or a sentence, never a traceback."""
 
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -111,11 +112,12 @@ def test_a_configuration_of_a_tokenizer_without_a_template(tmp_path, text) -> No
     ["INPUT=~no-such-user/x"], ["TOKENIZER=~no-such-user/x"], ["RULES=~no-such-user/x"], ["INPUT=["], ["INPUT=/dev/null"],
 ])  # fmt: skip
 def test_places_that_are_not_there(made, tmp_path, words) -> None:
-    whole = {"INPUT": str(made.parent / "in.jsonl"), "NAME": "never", "TOKENIZER": "null:100"}
+    name = f"never-{os.getpid()}"  # other workers test other places at the same time
+    whole = {"INPUT": str(made.parent / "in.jsonl"), "NAME": name, "TOKENIZER": "null:100"}
     given = {**whole, **dict(word.split("=") for word in words)}
     with pytest.raises(UserError):
         commands.prepare_input(given)
-    assert not (data_sets.DATA / "never").exists()
+    assert not (data_sets.DATA / name).exists()
 
 
 def test_rules_that_are_no_text(made, tmp_path) -> None:
