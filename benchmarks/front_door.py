@@ -15,6 +15,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = 15
+# As for a user: with it, Python would compile every module anew in each run.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 COMPLETE = r"""
 source /usr/share/bash-completion/bash_completion; { _comp_load make || _completion_loader make; } 2>/dev/null
 [[ -z $OURS ]] || source scripts/completion.bash
