@@ -61,7 +61,7 @@ def test_the_same_command_goes_on_after_kill_9_and_reaches_its_loss(tmp_path):
     before = {m.step: m.loss for m in run.read_metrics()}
     said = ended(start(*words, f"OUTDIR={tmp_path}"))
     result = run.read_result()
-    assert f"goes on from step {newest}" in said and result.resumed_at == (newest,)
+    assert f"resumes at step {newest}" in said and result.resumed_at == (newest,)
     after = {m.step: m.loss for m in run.read_metrics()}
     again = [step for step in before if step > newest]
     assert {
@@ -99,7 +99,7 @@ def test_a_damaged_newest_checkpoint_is_skipped_and_said(tmp_path):
     stopped.communicate(timeout=60)
     said = " ".join("".join(lines).split())
     assert f"checkpoint of step {newest.step} skipped: __0_0.distcp has 0 bytes of" in said
-    assert f"goes on from step {newest.step - 10}" in said
+    assert f"resumes at step {newest.step - 10}" in said
 
 
 def test_a_loss_that_is_no_number_ends_the_run_and_leaves_its_checkpoint(tmp_path):
@@ -150,7 +150,7 @@ def test_a_resumed_run_continues_its_run_at_weights_and_biases(tmp_path):
     run = killed_at(25, tmp_path, "run", "101", *words)
     first = {path.name for path in run.path.glob("wandb/offline-run-*")}
     said = ended(start("run", "101", *words, "RESUME=1", f"OUTDIR={tmp_path}"))
-    assert "goes on from step" in said
+    assert "resumes at step" in said
     both = {path.name for path in run.path.glob("wandb/offline-run-*")}
     assert (
         len(first) == 1 and len(both) == 2 and len({name.rpartition("-")[2] for name in both}) == 1
