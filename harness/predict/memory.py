@@ -153,14 +153,16 @@ def _experts_bytes(experiment: Experiment) -> float:
 
 
 def loss_bytes(experiment: Experiment) -> float:
-    """Bytes of the logits in the loss's backward pass: the fp32 softmax and a bf16 gradient.
+    """Bytes of the logits when the loss needs most of them.
 
-    Source: megatron/core/tensor_parallel/cross_entropy.py; the fused loss keeps the same
-    (fusions/fused_cross_entropy.py).
+    The unfused loss works in place: its backward pass has the fp32 softmax and a bf16 gradient
+    (megatron/core/tensor_parallel/cross_entropy.py). The fused loss is compiled, and writes the
+    softmax to a new tensor: two in fp32, and the logits in bf16 (fusions/fused_cross_entropy.py).
     """
     vocabulary = padded_vocab_size(experiment.model.vocab_size, experiment.tp)
+    softmax = 8 if experiment.cross_entropy_fusion else 4
     gradient = 2 if experiment.precision != "fp32" else 0
-    return _tokens(experiment) * vocabulary / experiment.tp * (4 + gradient)
+    return _tokens(experiment) * vocabulary / experiment.tp * (softmax + gradient)
 
 
 def _ends_bytes(experiment: Experiment, stage: int) -> float:
