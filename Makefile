@@ -45,7 +45,7 @@ include experiments/targets.mk
 # A first screen: all but what developers need, and the settings.
 .PHONY: start
 start: override LAST := Develop
-start: ; @($(HELP); echo; echo 'make help: all this and every setting, KEY=VALUE, of make 101 KEY=VALUE …')$(PIPED)
+start: ; @($(HELP); echo 'make help: all this and every setting, KEY=VALUE, of make 101 KEY=VALUE …')$(PIPED)
 help: ; @$(CHECKED) (($(HELP))$(PIPED))
 # The reader of a pipe, such as head, may close it early: exit status 128 + SIGPIPE.
 override PIPED := || [ $$? -eq 141 ]

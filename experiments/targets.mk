@@ -11,6 +11,10 @@ list: ; @$(HARNESS) list $(WORDS)
 doctor: override TAKES =
 .PHONY: doctor
 doctor: ; @$(HARNESS) doctor $(WORDS)
+#preflight ## how fast this machine is; which GPU or link is slow  [QUICK=1] [GPUS_IDS=0,1]
+preflight: override TAKES = QUICK GPUS_IDS DEVICE OUTDIR
+.PHONY: preflight
+preflight: ; @$(HARNESS) preflight $(WORDS)
 #arguments ## Megatron-LM's own arguments, with their number  [MATCH=moe]
 arguments: override TAKES = MATCH
 .PHONY: arguments

@@ -43,6 +43,7 @@ TYPED = {
     "79.6 GiB": "an H100's",
     "77 %": "Shoeybi et al. 2019",
     "0.01 %": "a bound",
+    "85 %": "LEAST_SHARE of preflight/peers.py",
     "15 %": "a rule of thumb",
     "5 %": "a setting",
     "1.5 %": "a bound, counted against",

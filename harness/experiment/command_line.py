@@ -395,7 +395,7 @@ LAUNCH_SETTINGS = (
 SETTINGS = EXPERIMENT_SETTINGS + LAUNCH_SETTINGS
 FIELDS = {setting.key: setting.field for setting in EXPERIMENT_SETTINGS}
 """Setting -> the field of an experiment that it changes."""
-SWITCHES = ("DRY_RUN", "SLURM", "PACK", "FORCE", "ALL", "CHECK", "YES", "VERIFY")
+SWITCHES = ("DRY_RUN", "SLURM", "PACK", "FORCE", "ALL", "CHECK", "YES", "VERIFY", "QUICK")
 """0 or 1 and nothing else, whichever command they belong to: DRY_RUN=yes must not run."""
 SAME_WORK = frozenset({"STEPS", "DATA", "CARD", "EVAL_EVERY", "EVAL_STEPS"})
 """Settings with which a step still does the work that was published."""

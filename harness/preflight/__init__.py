@@ -1,0 +1,1 @@
+"""What this machine can do, measured: products, attention, memory, launches, links and disk."""
