@@ -174,9 +174,9 @@ def test_busy_gpus_are_refused_with_the_idle_ones(monkeypatch) -> None:
         commands.idle_gpus(None)
     assert "GPU 1: 70.0 GiB used" in str(refused.value)
     assert "GPUS_IDS=0,2 measures the idle ones" in str(refused.value)
-    assert commands.idle_gpus("0,2") == (0, 2)
+    assert commands.idle_gpus((0, 2)) == (0, 2)
     with pytest.raises(UserError, match="no GPU 7"):
-        commands.idle_gpus("7")
+        commands.idle_gpus((7,))
 
 
 def test_a_rank_that_fails_early_is_said_with_its_output(tmp_path, monkeypatch) -> None:

@@ -87,6 +87,13 @@ def count_in(settings: Mapping[str, str], key: str) -> int | None:
     return count(key, settings[key]) if key in settings else None
 
 
+def gpu_ids(settings: Mapping[str, str]) -> tuple[int, ...] | None:
+    """The GPUs that ``GPUS_IDS=`` names; None if it is not given. Raises UserError for no index."""
+    if not (given := settings.get("GPUS_IDS")):
+        return None
+    return tuple(count("GPUS_IDS", index, least=0) for index in given.split(","))
+
+
 def non_negative(key: str, value: str) -> float:
     """The number in ``KEY=value``. Raises UserError if it is not finite and 0 or more."""
     return _number(key, value, math.inf, "a number, 0 or more")

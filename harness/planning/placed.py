@@ -52,10 +52,6 @@ def place(fitted: FittedRun) -> PlacedRun:
 
 def _place(request: RunRequest, memory_fraction: float | None) -> Place:
     settings = request.settings
-    ids = settings.get("GPUS_IDS")
-    gpu_ids = (
-        tuple(command_line.count("GPUS_IDS", i, least=0) for i in ids.split(",")) if ids else None
-    )
     node_rank = command_line.count("NODE_RANK", settings.get("NODE_RANK", "0"), least=0)
     rendezvous = settings.get("RENDEZVOUS")
     host, _, port = (rendezvous or "").rpartition(":")
@@ -64,7 +60,7 @@ def _place(request: RunRequest, memory_fraction: float | None) -> Place:
     return Place(
         "$SLURM_NODEID" if request.slurm else str(node_rank),
         rendezvous,
-        gpu_ids,
+        command_line.gpu_ids(settings),
         memory_fraction,
     )
 

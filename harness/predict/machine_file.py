@@ -156,9 +156,9 @@ class GpuRates(Rate):
     copy_gb_per_s: float
     to_device_gb_per_s: float
     pairs_gb_per_s: dict[int, float]
-    sm_clock_mhz: int | None
-    power_w: float | None
-    temperature_c: int | None
+    sm_clock_mhz: int | None = None
+    power_w: float | None = None
+    temperature_c: int | None = None
 
 
 class Machine(Rate):

@@ -122,6 +122,21 @@ class Work(NamedTuple):
         return Work(*(part * times for part in self))
 
 
+def tokens_on(experiment: Experiment) -> float:
+    """Tokens of a micro-batch on a rank."""
+    return experiment.micro_batch_size * experiment.seq_length / experiment.cp
+
+
+def linear_shapes(experiment: Experiment) -> Iterator[tuple[float, float, float]]:
+    """Rows, columns and inner size of each linear layer's product, experts excluded."""
+    model, tp, tokens = experiment.model, experiment.tp, tokens_on(experiment)
+    yield tokens, model.qkv_size / tp, model.hidden_size
+    yield tokens, model.hidden_size, model.query_size / tp
+    if not model.num_experts:
+        yield tokens, model.ffn / tp * model.fc1_matrices, model.hidden_size
+        yield tokens, model.hidden_size, model.ffn / tp
+
+
 class MicroBatchWork:
     """The work of a rank for one micro-batch, part by part; forward and backward, in seconds."""
 
@@ -135,7 +150,7 @@ class MicroBatchWork:
         self.fp8_flop_per_s = fp8_tflops * 1e12 * constants.matrix_share * constants.fp8_share
         self.bytes_per_s = card.memory_gb_per_s * 1e9 * constants.bandwidth_share
         self.link_bytes_per_s = constants.link_gb_s * 1e9
-        self.tokens = experiment.micro_batch_size * experiment.seq_length / experiment.cp
+        self.tokens = tokens_on(experiment)
         self.token_split = experiment.tp if experiment.sequence_parallel else 1
         """Ranks over which sequence parallelism splits what lies between the split products."""
         vocabulary = padded_vocab_size(self.model.vocab_size, experiment.tp)
@@ -256,7 +271,7 @@ class MicroBatchWork:
 
     def linear_layers(self) -> tuple[Work, Work]:
         """A product forward, two of the same size backward; of frozen weights one."""
-        shapes, fp8 = list(self.shapes()), self.experiment.precision == "fp8"
+        shapes, fp8 = list(linear_shapes(self.experiment)), self.experiment.precision == "fp8"
         forward = sum(self.product_s(rows, out, inner, fp8) for rows, out, inner in shapes)
         backward = sum(self.product_s(rows, inner, out, fp8) for rows, out, inner in shapes)
         if not self.experiment.lora:
@@ -267,7 +282,7 @@ class MicroBatchWork:
 
     def quantization(self) -> tuple[Work, Work]:
         """Linear layers' inputs and the gradients of outputs, to fp8; weights once a step."""
-        experiment, shapes = self.experiment, list(self.shapes())
+        experiment, shapes = self.experiment, list(linear_shapes(self.experiment))
         recipe = experiment.fp8_recipe
         if experiment.precision != "fp8":
             return Work(), Work()
@@ -314,15 +329,6 @@ class MicroBatchWork:
                 crossing = self.collective(sent_s + MESSAGE_S)
                 forward, backward = forward + crossing, backward + crossing
         return forward, backward
-
-    def shapes(self) -> Iterator[tuple[float, float, float]]:
-        """Rows, columns and inner size of each linear layer's product, experts excluded."""
-        model, tp = self.model, self.experiment.tp
-        yield self.tokens, model.qkv_size / tp, model.hidden_size
-        yield self.tokens, model.hidden_size, model.query_size / tp
-        if not model.num_experts:
-            yield self.tokens, model.ffn / tp * model.fc1_matrices, model.hidden_size
-            yield self.tokens, model.hidden_size, model.ffn / tp
 
     def attention(self) -> tuple[Work, Work]:
         """Flash attention: two products forward, five backward, and each score once in either.

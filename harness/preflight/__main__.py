@@ -105,7 +105,7 @@ def parts(device: str, quick: bool, folder: Path, rank: int, ranks: int) -> Iter
     for recipe in (None, "delayed", "tensorwise", "blockwise"):
 
         def linear(recipe=recipe) -> dict[str, Any]:
-            linears.extend(_listed(kernels.linears(clock, shapes.FP8_PRODUCTS, [recipe])))
+            linears.extend(_listed(kernels.linears(clock, shapes.FP8_PRODUCTS, recipe)))
             return {"linears": linears}
 
         yield f"linear layers, {recipe or 'bf16'}", linear

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from harness.errors import UserError
 from harness.experiment import command_line
@@ -23,7 +23,7 @@ def preflight(settings: Mapping[str, str]) -> int:
     """
     device = choose_device(settings)
     outdir = finding.outdir(settings)
-    ids = idle_gpus(settings.get("GPUS_IDS")) if device == "cuda" else ()
+    ids = idle_gpus(command_line.gpu_ids(settings)) if device == "cuda" else ()
     machine = node.measure(device, ids, settings.get("QUICK") == "1", outdir)
     path = outdir / machine_file.NAME
     machine_file.write(path, machine)
@@ -35,11 +35,8 @@ def preflight(settings: Mapping[str, str]) -> int:
     return 1 if slow else 0
 
 
-def idle_gpus(named: str | None) -> tuple[int, ...]:
-    """The GPUs to measure: those named, else all; none may be busy, which would slow it."""
-    wanted = None
-    if named is not None:
-        wanted = [command_line.count("GPUS_IDS", index, least=0) for index in named.split(",")]
+def idle_gpus(wanted: Sequence[int] | None) -> tuple[int, ...]:
+    """The GPUs to measure: those wanted, else all; none may be busy, which would slow it."""
     free = gpus.available()
     chosen = gpus.available(wanted) if wanted else tuple(gpu.index for gpu in gpus.list_gpus())
     if busy := [use for use in gpus.use() if use.gpu.index in chosen and use.busy]:

@@ -76,41 +76,48 @@ def sustained_tflops(seconds: float, size: int, device: str, clock: Clock) -> tu
     return max(rates[: tenth + 1]), sum(rates[-tenth:]) / tenth
 
 
+def _both_us(
+    time_us: Callable[[Callable[[], object]], float],
+    forward: Callable[[], torch.Tensor],
+    gradient: torch.Tensor,
+) -> tuple[float, float]:
+    """Forward and backward pass by ``time_us``; backward is what both take beyond forward."""
+    forward_us = time_us(forward)
+    both_us = time_us(lambda: forward().backward(gradient))
+    return forward_us, both_us - forward_us
+
+
 def linears(
-    clock: Clock, shapes: Sequence[tuple[int, int, int]], recipes: Sequence[str | None]
+    clock: Clock, shapes: Sequence[tuple[int, int, int]], recipe: str | None
 ) -> Iterator[LinearRate]:
-    """Transformer Engine's linear layer, forward and backward, by fp8 recipe (None: bf16).
+    """Transformer Engine's linear layer, forward and backward, by an fp8 recipe (None: bf16).
 
     Its time includes conversion to fp8. The weights are converted in the first of several
     micro-batches only, as in training.
     """
     import transformer_engine.pytorch as te
 
-    for recipe, (rows, columns, inner) in itertools.product(recipes, shapes):
+    for rows, columns, inner in shapes:
         layer = te.Linear(inner, columns, bias=False, params_dtype=torch.bfloat16)
         value = torch.randn(rows, inner, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         gradient = torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16)
         first = True
 
-        def forward(layer=layer, value=value, recipe=recipe) -> torch.Tensor:
+        def forward(layer=layer, value=value) -> torch.Tensor:
             nonlocal first
             with _fp8_context(recipe):
                 out = layer(value, is_first_microbatch=first if recipe else None)
             first = False
             return out
 
-        def both(forward=forward, gradient=gradient) -> None:
-            forward().backward(gradient)
-
-        forward_us = clock.device_us(forward)
-        both_us = clock.device_us(both)
+        forward_us, backward_us = _both_us(clock.device_us, forward, gradient)
         yield LinearRate(
             recipe=recipe,
             rows=rows,
             columns=columns,
             inner=inner,
             forward_us=forward_us,
-            backward_us=both_us - forward_us,
+            backward_us=backward_us,
         )
 
 
@@ -157,20 +164,17 @@ def grouped(clock: Clock, cases: Sequence[tuple[int, int, int, int]]) -> Iterato
         def forward(layer=layer, value=value, splits=splits) -> torch.Tensor:
             return layer(value, splits, is_first_microbatch=None)
 
-        def both(forward=forward, gradient=gradient) -> None:
-            forward().backward(gradient)
-
-        forward_us, both_us = clock.device_us(forward), clock.device_us(both)
-        forward_launch_us, both_launch_us = clock.launch_us(forward), clock.launch_us(both)
+        forward_us, backward_us = _both_us(clock.device_us, forward, gradient)
+        forward_launch_us, backward_launch_us = _both_us(clock.launch_us, forward, gradient)
         yield GroupedRate(
             experts=experts,
             rows=rows,
             columns=columns,
             inner=inner,
             forward_us=forward_us,
-            backward_us=both_us - forward_us,
+            backward_us=backward_us,
             forward_launch_us=forward_launch_us,
-            backward_launch_us=both_launch_us - forward_launch_us,
+            backward_launch_us=backward_launch_us,
         )
 
 
@@ -197,12 +201,7 @@ def attention(
         )
         forward = _attention_call(queries, keys, values, dropout)
         gradient = torch.randn_like(forward())
-
-        def both(forward=forward, gradient=gradient) -> None:
-            forward().backward(gradient)
-
-        forward_us = clock.device_us(forward)
-        both_us = clock.device_us(both)
+        forward_us, backward_us = _both_us(clock.device_us, forward, gradient)
         yield AttentionRate(
             head_size=head_size,
             heads=heads,
@@ -211,7 +210,7 @@ def attention(
             sequences=sequences,
             dropout=dropout,
             forward_us=forward_us,
-            backward_us=both_us - forward_us,
+            backward_us=backward_us,
         )
 
 

@@ -46,13 +46,14 @@ def _calls(size: int, ranks: int, rank: int, device: str) -> dict[str, Callable[
         del calls["reduce_scatter"], calls["all_to_all"]
     after, before = (rank + 1) % ranks, (rank - 1) % ranks
 
-    def send() -> None:
-        for work in dist.batch_isend_irecv(
-            [dist.P2POp(dist.isend, whole, after), dist.P2POp(dist.irecv, other, before)]
-        ):
-            work.wait()
+    return {**calls, "send": lambda: _exchange(whole, after, other, before)}
 
-    return {**calls, "send": send}
+
+def _exchange(sent: torch.Tensor, to: int, received: torch.Tensor, source: int) -> None:
+    """Send to one rank while receiving from one, the same or another."""
+    operations = [dist.P2POp(dist.isend, sent, to), dist.P2POp(dist.irecv, received, source)]
+    for work in dist.batch_isend_irecv(operations):
+        work.wait()
 
 
 def pairs_gb_per_s(clock: Clock, device: str) -> dict[int, float]:
@@ -69,21 +70,12 @@ def pairs_gb_per_s(clock: Clock, device: str) -> dict[int, float]:
         dist.barrier()
         if partner is None:
             continue
-
-        def exchange(partner=partner) -> None:
-            operations = [
-                dist.P2POp(dist.isend, sent, partner),
-                dist.P2POp(dist.irecv, received, partner),
-            ]
-            for work in dist.batch_isend_irecv(operations):
-                work.wait()
-
         # The same number of calls on both sides, so no clock that chooses it.
-        exchange()
+        _exchange(sent, partner, received, partner)
         clock.wait()
         begun = time.perf_counter()
         for _ in range(CALLS := 4):
-            exchange()
+            _exchange(sent, partner, received, partner)
         clock.wait()
         found[partner] = CALLS * bytes_ / (time.perf_counter() - begun) / 1e9
     return found

@@ -121,12 +121,7 @@ def _machine(
     rates = []
     for rank, one in enumerate(found):
         first, last = one["rates"]
-        now = one["gpu"] or {
-            "index": rank,
-            "sm_clock_mhz": None,
-            "power_w": None,
-            "temperature_c": None,
-        }
+        now = one["gpu"] or {"index": rank}
         gpu = local.get(now["index"]) if device == "cuda" else None
         rates.append(
             GpuRates(

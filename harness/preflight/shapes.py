@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from harness.experiment.catalog import load_catalog
-from harness.experiment.experiment import Experiment
+from harness.predict.flops import padded_vocab_size
+from harness.predict.work import linear_shapes, tokens_on
 
 MOST_PRODUCTS = 40
 SMALL_PRODUCTS = ((256, 256, 256), (512, 256, 256))
@@ -24,39 +25,26 @@ GROUPED = (
 ATTENTION_TOKENS = 2**16
 """So many that short sequences, too, take longer on the GPU than to launch."""
 ATTENTION = tuple(
-    (
-        head_size,
-        heads,
-        heads // 4 if grouped else heads,
-        length,
-        ATTENTION_TOKENS // length,
-        dropout,
-    )
-    for head_size, heads, grouped in ((64, 16, False), (128, 16, False), (128, 32, True))
+    (*heads, length, ATTENTION_TOKENS // length, dropout)
+    for heads in ((64, 16, 16), (128, 16, 16), (128, 32, 8))
     for length in (1024, 4096, 8192)
     for dropout in (0.1, 0.0)
 )
+"""Head size, heads, heads of keys; sequence length, sequences, dropout."""
 SMALL_ATTENTION = ((16, 4, 4, 128, 1, 0.1), (16, 4, 4, 128, 1, 0.0))
 
 
-def products(experiments: Iterable[Experiment] | None = None) -> list[tuple[int, int, int]]:
+def products() -> list[tuple[int, int, int]]:
     """(tokens, output size, input size) of the catalogue's linear layers, the commonest first.
 
     Of dense layers and output layers on one rank; those of experts are ``GROUPED``.
     """
-    from harness.predict.flops import padded_vocab_size
-
     found: Counter[tuple[int, int, int]] = Counter()
-    for experiment in experiments or load_catalog().experiments:
-        model, tp = experiment.model, experiment.tp
-        tokens = experiment.micro_batch_size * experiment.seq_length // experiment.cp
-        found[tokens, model.qkv_size // tp, model.hidden_size] += 1
-        found[tokens, model.hidden_size, model.query_size // tp] += 1
-        if not model.num_experts:
-            found[tokens, model.ffn // tp * model.fc1_matrices, model.hidden_size] += 1
-            found[tokens, model.hidden_size, model.ffn // tp] += 1
-        vocabulary = padded_vocab_size(model.vocab_size, tp) // tp
-        found[tokens, vocabulary, model.hidden_size] += 1
+    for experiment in load_catalog().experiments:
+        vocabulary = padded_vocab_size(experiment.model.vocab_size, experiment.tp) / experiment.tp
+        output = (tokens_on(experiment), vocabulary, experiment.model.hidden_size)
+        for rows, columns, inner in (*linear_shapes(experiment), output):
+            found[int(rows), int(columns), int(inner)] += 1
     return [shape for shape, _ in found.most_common()]
 
 
