@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import sys
 import time
@@ -20,6 +21,8 @@ from harness.system.files import write_json
 
 BATCH_S, QUICK_BATCH_S = 0.01, 0.003
 SUSTAINED_S, QUICK_SUSTAINED_S = 5.0, 0.5
+PART_S = 45
+"""A part that takes longer hangs: it says where, and the measurement ends."""
 SQUARE = {"cuda": 8192, "cpu": 256}
 
 
@@ -45,12 +48,14 @@ def main(device: str, quick: bool, folder: Path) -> None:
         if rank == 0:
             print(f"{time.monotonic() - begun:5.1f} s  {name}", flush=True)
         write_json(folder / f"{rank}.json", found | {"doing": name})
+        faulthandler.dump_traceback_later(PART_S, exit=True)
         try:
             found |= rates()
         except (RuntimeError, ImportError, ValueError, AssertionError, TypeError) as error:
             found["failures"].append(f"{name}: {_said(error)}")
         if device == "cuda":
             torch.cuda.empty_cache()
+    faulthandler.cancel_dump_traceback_later()
     write_json(folder / f"{rank}.json", found | {"doing": None})
     dist.barrier()
     dist.destroy_process_group()

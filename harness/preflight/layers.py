@@ -8,11 +8,13 @@ hooks add up gradients in fp32, which a layer's backward pass pays for.
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
 
+from harness.experiment.model import Lora
 from harness.predict.machine_file import LayerRate
 from harness.preflight.clock import Clock
 
@@ -29,13 +31,17 @@ class Kind:
         config: fields of upstream's TransformerConfig.
         parallel: arguments of ``parallel_state.initialize_model_parallel``.
         wrap: fields of upstream's DistributedDataParallelConfig.
+        optimizer: its name.
+        lora: of its adapters; None: the layer itself is trained.
         ranks: GPUs at least.
         gpu: whether a CPU has no such layer.
     """
 
     config: dict[str, Any]
-    parallel: dict[str, int]
-    wrap: dict[str, Any]
+    parallel: dict[str, int] = field(default_factory=dict)
+    wrap: dict[str, Any] = field(default_factory=dict)
+    optimizer: str = "adam"
+    lora: Lora | None = None
     ranks: int = 1
     gpu: bool = False
 
@@ -63,44 +69,36 @@ def _experts(number: int, topk: int) -> dict[str, Any]:
 
 _NO_DROPOUT = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
 _SHARDED = {"use_distributed_optimizer": True, "overlap_grad_reduce": True}
+_FSDP = _SHARDED | {
+    "use_megatron_fsdp": True,
+    "data_parallel_sharding_strategy": "optim_grads_params",
+    "overlap_param_gather": True,
+}
 
 KINDS = {
-    "dense": Kind({}, {}, {}),
-    "no dropout": Kind(_NO_DROPOUT, {}, {}),
-    "gated": Kind(_GATED | _NO_DROPOUT, {}, {}),
-    "fp8 delayed": Kind({"fp8": "hybrid", "fp8_recipe": "delayed"}, {}, {}, gpu=True),
-    "fp8 tensorwise": Kind({"fp8": "hybrid", "fp8_recipe": "tensorwise"}, {}, {}, gpu=True),
-    "8 experts": Kind(_experts(8, 2) | _NO_DROPOUT, {}, {}, gpu=True),
-    "64 experts": Kind(_experts(64, 8) | _NO_DROPOUT, {}, {}, gpu=True),
-    "replicas": Kind({}, {}, _SHARDED, ranks=2),
-    "tensor parallel": Kind({}, {"tensor_model_parallel_size": 2}, {}, ranks=2),
+    "dense": Kind({}),
+    "no dropout": Kind(_NO_DROPOUT),
+    "gated": Kind(_GATED | _NO_DROPOUT),
+    "muon": Kind(_NO_DROPOUT, optimizer="muon", gpu=True),
+    "lora": Kind(_GATED | _NO_DROPOUT, lora=Lora(rank=16, alpha=32), gpu=True),
+    "fp8 delayed": Kind({"fp8": "hybrid", "fp8_recipe": "delayed"}, gpu=True),
+    "fp8 tensorwise": Kind({"fp8": "hybrid", "fp8_recipe": "tensorwise"}, gpu=True),
+    "8 experts": Kind(_experts(8, 2) | _NO_DROPOUT, gpu=True),
+    "64 experts": Kind(_experts(64, 8) | _NO_DROPOUT, gpu=True),
+    "replicas": Kind({}, wrap=_SHARDED, ranks=2),
+    "fsdp": Kind({}, wrap=_FSDP, ranks=2, gpu=True),
+    "tensor parallel": Kind({}, {"tensor_model_parallel_size": 2}, ranks=2),
     "sequence parallel": Kind(
-        {"sequence_parallel": True}, {"tensor_model_parallel_size": 2}, {}, ranks=2
-    ),
-    "context parallel": Kind(
-        {"cp_comm_type": "p2p"}, {"context_parallel_size": 2}, {}, ranks=2, gpu=True
+        {"sequence_parallel": True}, {"tensor_model_parallel_size": 2}, ranks=2
     ),
     "expert parallel": Kind(
-        _experts(16, 2) | _NO_DROPOUT,
-        {"expert_model_parallel_size": 2},
-        {},
-        ranks=2,
-        gpu=True,
+        _experts(16, 2) | _NO_DROPOUT, {"expert_model_parallel_size": 2}, ranks=2, gpu=True
     ),
-    "fsdp": Kind(
-        {"gradient_accumulation_fusion": False},
-        {},
-        {
-            "use_megatron_fsdp": True,
-            "use_distributed_optimizer": True,
-            "data_parallel_sharding_strategy": "optim_grads_params",
-            "overlap_grad_reduce": True,
-            "overlap_param_gather": True,
-        },
-        ranks=2,
-        gpu=True,
+    "context parallel": Kind(
+        {"cp_comm_type": "p2p"}, {"context_parallel_size": 2}, ranks=2, gpu=True
     ),
 }
+"""Those of the same ``parallel`` are neighbours: changing it connects anew."""
 
 
 def kinds(device: str, ranks: int) -> list[str]:
@@ -133,16 +131,13 @@ def measure(name: str, clock: Clock, device: str, ranks: int) -> LayerRate:
 
 def _model_ms(kind: Kind, depth: int, clock: Clock, device: str) -> tuple[float, float, float]:
     """Forward pass, backward pass and optimizer's step of a model with ``depth`` layers, in ms."""
-    from megatron.core import parallel_state, tensor_parallel
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(**kind.parallel)
-    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    _connect(tuple(kind.parallel.items()))
     model = _wrapped(kind, depth, device)
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
-            optimizer="adam",
+            optimizer=kind.optimizer,
             lr=1e-4,
             bf16=True,
             params_dtype=torch.bfloat16,
@@ -171,6 +166,16 @@ def _model_ms(kind: Kind, depth: int, clock: Clock, device: str) -> tuple[float,
         clock.host_us(call, STEPS[device]) / 1e3 for call in (forward, both, step)
     )
     return forward_ms, both_ms - forward_ms, step_ms - both_ms
+
+
+@lru_cache(maxsize=1)
+def _connect(parallel: tuple[tuple[str, int], ...]) -> None:
+    """Make upstream's groups of ranks, unless they are those of the call before."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(**dict(parallel))
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
 
 
 def _length(kind: Kind) -> int:
@@ -213,6 +218,10 @@ def _wrapped(kind: Kind, depth: int, device: str):
     module = GPTModel(
         config, spec, VOCABULARY, LENGTH, share_embeddings_and_output_weights=True
     ).cuda()
+    if kind.lora:
+        from harness.finetune import lora
+
+        lora.attach([module], kind.lora, seed=1)
     wrap = DistributedDataParallelConfig(grad_reduce_in_fp32=True, **kind.wrap)
     make_wrapped = DistributedDataParallel
     if kind.wrap.get("use_megatron_fsdp"):

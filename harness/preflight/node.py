@@ -54,6 +54,7 @@ def measure(device: str, gpu_ids: Sequence[int], quick: bool, outdir: Path) -> M
         doing = " and ".join(dict.fromkeys(one["doing"] or "the end" for one in found))
         raise UserError(f"preflight {ended} before {missing[0]} was measured, at: {doing}\n{log}")
     if ended:
+        print(log, file=sys.stderr)
         for rank, one in enumerate(found):
             if one["doing"]:
                 one["failures"].append(f"{one['doing']}: rank {rank} {ended}")
