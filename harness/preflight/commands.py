@@ -16,7 +16,7 @@ from harness.run import finding
 
 
 def preflight(settings: Mapping[str, str]) -> int:
-    """Measure this machine and keep its machine file; 1 where a GPU or link is slow.
+    """Measure this machine and keep its machine file; 1 where one is slow or a part failed.
 
     Raises:
         UserError: a GPU is busy or is not there, or a rank of the measurement failed.
@@ -32,7 +32,7 @@ def preflight(settings: Mapping[str, str]) -> int:
     slow = peers.slow(machine)
     for line in slow:
         print(f"slow: {line}", file=sys.stderr)
-    return 1 if slow else 0
+    return 1 if slow or machine.failures else 0
 
 
 def idle_gpus(wanted: Sequence[int] | None) -> tuple[int, ...]:

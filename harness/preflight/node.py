@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,7 +30,7 @@ MODULE = "harness.preflight"
 NEEDED = ("launch", "memory", "storage", "rates", "products")
 SOFTWARE = ("torch", "megatron-core", "transformer-engine", "nccl", "driver", "cuda_of_driver")
 SHARED = ("products", "linears", "grouped", "attention", "collectives", "layers")
-"""Lists that every rank measures; the machine file has their medians over the ranks."""
+"""Lists of measurements; the machine file has their medians over the ranks."""
 TIMES = ("us", "ms")
 """Last words of the names of times."""
 TORCHRUN = re.compile(r"[EW]\d{4} .*torch/distributed/elastic")
@@ -157,20 +158,18 @@ def _median(each: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def medians(each: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """A list of measurements, each with the medians of its times over the ranks.
-
-    A measurement that failed on one rank is left out.
-    """
-    keyed = [{_key(one): one for one in found} for found in each]
+    """What the ranks measured, each with the medians of its times over those that measured it."""
+    same = defaultdict(list)
+    for one in itertools.chain.from_iterable(each):
+        same[_key(one)].append(one)
     return [
         dict(key)
         | {
-            name: statistics.median(found[key][name] for found in keyed)
-            for name in one
+            name: statistics.median(one[name] for one in measured)
+            for name in measured[0]
             if _is_time(name)
         }
-        for key, one in keyed[0].items()
-        if all(key in found for found in keyed)
+        for key, measured in same.items()
     ]
 
 
