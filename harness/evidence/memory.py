@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 
 from harness import RECORDS
 from harness.evidence.records import same_work
@@ -10,9 +10,15 @@ from harness.evidence.references import load_references
 from harness.evidence.results import collect_records
 from harness.evidence.rows import Row
 from harness.experiment.experiment import Experiment
-from harness.experiment.hardware import NON_ALLOCATOR_MIB, Card, find_card
+from harness.experiment.hardware import DRIVER_RESERVED_MIB, Card, find_card
 from harness.planning import resolved
-from harness.predict.capacity import MOST_CHANGES, verdict, ways_to_fit
+from harness.predict.capacity import (
+    ERROR_SHARE,
+    MOST_CHANGES,
+    usable_gib,
+    verdict,
+    ways_to_fit,
+)
 from harness.predict.memory import Memory, predict
 from harness.system.screen import say
 
@@ -36,15 +42,18 @@ def print_memory(id_: str, settings: Mapping[str, str]) -> int:
     for name, gib, meaning in parts:
         remark = "; ".join(filter(None, ["largest" if gib == largest else "", meaning]))
         say(f"  {name:12}{gib:7.1f}  {remark}".rstrip(), hang=23)
-    rows = collect_records(RECORDS, load_references()).rows
-    measured = _measured(experiment, memory, rows)
-    say(f"  {'allocated':12}{memory.total:7.1f}  {measured}".rstrip(), hang=23)
+    rows = _of_same_work(experiment)
+    _say_sum("allocated", memory.total, [(row, row.memory_gib.allocated) for row in rows])
+    holes = "holes in PyTorch's cache" + (" and CUDA graphs' pool" * experiment.cuda_graphs)
+    say(f"  {'reserve':12}{memory.reserve:7.1f}  {holes}", hang=23)
+    say(f"  {'CUDA, NCCL':12}{memory.context:7.1f}  context, kernels and communicators", hang=23)
+    _say_sum("nvidia-smi", memory.in_all, [(row, _of_process_gib(row)) for row in rows])
     for card in cards_of(experiment):
         judged = verdict(memory, card)
         print()
         say(
-            f"{card.name}: needs {memory.total:.1f} GiB + ~{NON_ALLOCATOR_MIB / 1024:.0f} GiB for"
-            f" CUDA and NCCL; the card has {card.memory_mib / 1024:.1f}: {judged}"
+            f"{card.name}: needs {memory.in_all:.1f} GiB +-{ERROR_SHARE:.0%}; the card has"
+            f" {usable_gib(card):.1f} without the driver's: {judged}"
         )
         if judged != "fits":
             print(*_advice(experiment, card), sep="\n")
@@ -78,17 +87,30 @@ def _parts(experiment: Experiment, memory: Memory) -> list[tuple[str, float, str
         ("attention", memory.attention, kept),
         ("experts" if moe else "MLPs", memory.mlp, routed if moe else ""),
         ("passing", memory.passing, "logits and loss, or one layer in its backward pass"),
+        ("rounding", memory.rounding, "ends of blocks: the allocator splits off 1 MiB or more"),
     ]
     return [part for part in parts if part[1] >= 0.05]
 
 
-def _measured(experiment: Experiment, memory: Memory, rows: Sequence[Row]) -> str:
-    return "; ".join(
-        f"measured {row.memory_gib.allocated:.1f} on {row.gpu_name}: prediction"
-        f" {memory.total / row.memory_gib.allocated - 1:+.1%}"
-        for row in rows
-        if row.state == "ok" and row.memory_gib.allocated and same_work(row.experiment, experiment)
+def _of_same_work(experiment: Experiment) -> list[Row]:
+    """Records of runs that ended well and did what ``experiment`` does."""
+    rows = collect_records(RECORDS, load_references()).rows
+    return [row for row in rows if row.state == "ok" and same_work(row.experiment, experiment)]
+
+
+def _of_process_gib(row: Row) -> float | None:
+    """What nvidia-smi showed, without the driver's part, which some versions include."""
+    shown = row.memory_gib.nvml
+    return shown and shown - row.counts_driver * DRIVER_RESERVED_MIB / 1024
+
+
+def _say_sum(name: str, gib: float, measured: Iterable[tuple[Row, float | None]]) -> None:
+    compared = "; ".join(
+        f"measured {found:.1f} on {row.gpu_name}: prediction {gib / found - 1:+.1%}"
+        for row, found in measured
+        if found
     )
+    say(f"  {name:12}{gib:7.1f}  {compared}".rstrip(), hang=23)
 
 
 def _advice(experiment: Experiment, card: Card) -> Iterator[str]:
@@ -102,7 +124,7 @@ def _advice(experiment: Experiment, card: Card) -> Iterator[str]:
     ]
     width = max(map(len, spelled))
     for text, (_, changed) in zip(spelled, ways, strict=True):
-        yield f"  {text:{width}} {predict(changed).total:6.1f} GiB on {_gpus(changed)}"
+        yield f"  {text:{width}} {predict(changed).in_all:6.1f} GiB on {_gpus(changed)}"
 
 
 def _gpus(experiment: Experiment) -> str:
