@@ -42,12 +42,12 @@ def test_a_large_tensor_gets_a_segment_of_its_own_in_steps_of_two_mib() -> None:
     assert allocator.requested == (39.0625 + 35.5) * MIB
 
 
-def test_medium_and_small_tensors_share_segments() -> None:
+def test_medium_tensors_share_segments_and_small_ones_are_left_out() -> None:
     allocator = Allocator()
     allocator.allocate_all([6 * MIB] * 3)
     assert (allocator.reserved, allocator.allocated) == (20 * MIB, 18 * MIB)
     allocator.allocate(100)
-    assert (allocator.reserved, allocator.allocated) == (22 * MIB, 18 * MIB + 512)
+    assert (allocator.reserved, allocator.allocated) == (20 * MIB, 18 * MIB)
 
 
 def test_the_smallest_free_block_is_split_and_neighbours_merge() -> None:
@@ -81,6 +81,15 @@ def test_blocks_of_gpt2_xl_are_rounded(experiment, measured) -> None:
     memory = predict(experiment)
     assert memory.total == pytest.approx(measured.allocated, rel=0.001)
     assert memory.total - memory.rounding < 0.996 * measured.allocated
+
+
+@pytest.mark.parametrize(("experiment", "measured"), RUNS)
+def test_allocated_memory_is_within_half_a_percent(experiment, measured) -> None:
+    """Without blocks' rounding 101 has 1.5 % too little; without graphs' pool 111 23 % too much.
+
+    706 had 2.1 % too much with gradients at the loss, 672 2.3 % too little with a split embedding.
+    """
+    assert predict(experiment).total == pytest.approx(measured.allocated, rel=0.005)
 
 
 @pytest.mark.parametrize(("experiment", "measured"), of_kind(lambda e: e.cuda_graphs))

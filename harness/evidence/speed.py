@@ -85,7 +85,7 @@ def print_faster(id_: str, settings: Mapping[str, str]) -> int:
         )
         print(f"  {'ms':>7} {'ratio':>6} {'GiB':>6}")
         for layout in found[:SHOWN]:
-            ms, gib = layout.step.total, layout.memory.total
+            ms, gib = layout.step.total, layout.memory.in_all
             print(f"  {ms:7,.0f} {ms / now_ms:6.2f} {gib:6.1f}  make {id_} {layout.settings}")
         say(f"  {machine.how_sure(*(layout.experiment for layout in found[:SHOWN]))}")
         say("  measure the first few before a long run: make … STEPS=20")

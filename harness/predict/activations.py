@@ -53,7 +53,9 @@ def attention_operations(experiment: Experiment) -> list[Operation]:
         # the gate, a view that holds its buffer
         projected += size * (2 * queries + 2 * keys)
     statistics = 4 * model.num_attention_heads * tokens  # flash attention's softmax, fp32
-    quantised = saved_bytes(experiment) * queries if experiment.precision == "fp8" else 0
+    # other recipes keep the original, which attention keeps in any case: set_save_original_input in
+    # megatron/core/transformer/attention.py
+    quantised = saved_bytes(experiment) * queries if experiment.fp8_recipe == "delayed" else 0
     gated = size * queries if model.attention_output_gate else 0  # the product
     return [
         _norm(experiment),
@@ -79,6 +81,8 @@ def mlp_operations(experiment: Experiment) -> list[Operation]:
     size, hidden = element_bytes(experiment), hidden_bytes(experiment)
     activated = model.ffn * tokens_on(experiment) / experiment.tp
     before = size * activated * model.fc1_matrices
+    # by rows and by columns: no source says so, but 614 had the second copy's 1.8 GiB on two H200s
+    blockwise = experiment.fp8_recipe == "blockwise"
     return [
         _norm(experiment),
         Operation(
@@ -88,7 +92,7 @@ def mlp_operations(experiment: Experiment) -> list[Operation]:
         ),
         Operation((before,), before),
         Operation(
-            (saved_bytes(experiment) * activated,),
+            (saved_bytes(experiment) * activated,) * (2 if blockwise else 1),
             size * activated,
             _gradient_bytes(experiment, model.ffn),
             passing=hidden,

@@ -15,18 +15,36 @@ Settings = dict[str, str]
 
 ERROR_SHARE = 0.03
 """Error of what nvidia-smi shows, which nine of ten runs of experiments/runs keep to."""
+MOST_RESERVE = 0.12
+"""The most that a run of experiments/runs reserved beyond its tensors, as their share."""
 MOST_CHANGES = 3
 """Changes to an experiment that are combined to make it fit."""
 
 
 def verdict(memory: Memory, card: Card) -> Verdict:
     """Whether ``memory``, as nvidia-smi shows it, fits ``card`` whatever the prediction's error."""
-    if memory.tensors > usable_gib(card):
-        return "does not fit"  # known without a replay of its allocations
-    share = memory.in_all / usable_gib(card)
-    if share * (1 + ERROR_SHARE) <= 1:
+    usable = usable_gib(card)
+    # far from the limit, no replay of allocations is needed to know
+    least, most = _bounds_gib(memory)
+    if most * (1 + ERROR_SHARE) <= usable:
         return "fits"
-    return "may run out" if share * (1 - ERROR_SHARE) <= 1 else "does not fit"
+    if least * (1 - ERROR_SHARE) > usable:
+        return "does not fit"
+    if memory.in_all * (1 + ERROR_SHARE) <= usable:
+        return "fits"
+    return "may run out" if memory.in_all * (1 - ERROR_SHARE) <= usable else "does not fit"
+
+
+def surely_fits(memory: Memory, card: Card) -> bool:
+    """Whether the verdict is "fits", known without a replay in more cases."""
+    least, _ = _bounds_gib(memory)
+    return least * (1 + ERROR_SHARE) <= usable_gib(card) and verdict(memory, card) == "fits"
+
+
+def _bounds_gib(memory: Memory) -> tuple[float, float]:
+    """The least and the most that nvidia-smi can show."""
+    least = memory.all_tensors + memory.context
+    return least, least + MOST_RESERVE * memory.all_tensors
 
 
 def usable_gib(card: Card) -> float:
@@ -56,10 +74,10 @@ def levers(experiment: Experiment) -> Iterator[tuple[Settings, Experiment]]:
 
     The least intrusive come first. Those that a constraint forbids are left out.
     """
-    before = predict(experiment).tensors
+    before = predict(experiment).all_tensors
     for settings in _candidates(experiment):
         changed = overrides.admitted(experiment, settings)
-        if changed and predict(changed).tensors < before:
+        if changed and predict(changed).all_tensors < before:
             yield settings, changed
 
 
@@ -83,7 +101,7 @@ def ways_to_fit(experiment: Experiment, card: Card) -> list[tuple[Settings, Expe
                 if changed and key not in seen:
                     seen.add(key)
                     further.append((both, changed))
-        fitting = [way for way in further if verdict(predict(way[1]), card) == "fits"]
+        fitting = [way for way in further if surely_fits(predict(way[1]), card)]
         found += [way for way in fitting if not found or way[1].world_size == ranks]
         if any(changed.world_size == ranks for _, changed in found):
             break

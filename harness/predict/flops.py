@@ -340,6 +340,10 @@ def state_of_parameter(experiment: Experiment, replicas: int, *, matrix: bool = 
     elif experiment.optimizer == "muon" and matrix:
         optimizer -= 4  # one moment
     # What each level shards: Rajbhandari et al. 2020 (arXiv:1910.02054), section 5
+    if experiment.optimizer == "muon" and not matrix:
+        # the layer-wise optimizer gives whole tensors to ranks, so one has all of the embedding
+        # (greedy by size: megatron/core/optimizer/layer_wise_optimizer.py)
+        replicas = 1
     match experiment.sharding:
         case "no_shard":
             return State(weight, gradient, optimizer)

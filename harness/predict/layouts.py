@@ -14,7 +14,7 @@ from harness.experiment.constraints import divisors
 from harness.experiment.experiment import Experiment
 from harness.experiment.hardware import GPUS_OF_A_NODE, Card
 from harness.predict.calibrations import Machine
-from harness.predict.capacity import verdict
+from harness.predict.capacity import surely_fits
 from harness.predict.memory import Memory, predict
 from harness.predict.step_time import StepTime, unknown
 
@@ -50,7 +50,7 @@ def faster(experiment: Experiment, machine: Machine) -> list[Layout]:
     stages, only the fastest is listed. If ``experiment`` may not fit: every layout that fits.
     """
     now_ms = math.inf
-    if verdict(predict(experiment), machine.card) == "fits":
+    if surely_fits(predict(experiment), machine.card):
         now_ms = machine.predict(experiment).total
     fitting = _fitting(experiment, experiment.world_size, machine.card, machine)
     found = [layout for layout in fitting if layout.step and layout.step.total < now_ms]
@@ -78,7 +78,7 @@ def by_gpus(
 
 def _preference(layout: Layout) -> tuple[float, ...]:
     """Sorts the best layout first."""
-    experiment, gib = layout.experiment, layout.memory.total
+    experiment, gib = layout.experiment, layout.memory.all_tensors
     if layout.step:
         return round(layout.step.total, 1), gib
     split = experiment.tp * experiment.pp * experiment.cp * experiment.ep
@@ -98,24 +98,25 @@ def _fitting(
     for plain in layouts(experiment, ranks):
         for way in _recomputed(plain, listed):
             memory = predict(way)
-            if verdict(memory, card) != "fits":
+            if not surely_fits(memory, card):
                 continue
             if machine and not unknown(way):
-                yield _tuned(Layout(way, memory, machine.predict(way)), listed, machine)
+                yield _tuned(Layout(way, memory, machine.predict(way)), listed, card, machine)
             else:
                 yield Layout(way, memory, None)
             break
 
 
-def _tuned(layout: Layout, listed: Experiment, machine: Machine) -> Layout:
-    """``layout`` with the LEVERS that make it faster."""
+def _tuned(layout: Layout, listed: Experiment, card: Card, machine: Machine) -> Layout:
+    """``layout`` with the LEVERS that make it faster and let it fit ``card``."""
     for lever in LEVERS:
         changed = overrides.admitted(listed, layout.experiment.overrides | lever)
         if changed is None or changed == layout.experiment or unknown(changed):
             continue
         step = machine.predict(changed)
-        if step.total <= WORTH * layout.step.total:
-            layout = Layout(changed, predict(changed), step)
+        memory = predict(changed)
+        if step.total <= WORTH * layout.step.total and surely_fits(memory, card):
+            layout = Layout(changed, memory, step)
     return layout
 
 

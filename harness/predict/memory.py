@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 
 from harness.experiment.experiment import Experiment
@@ -49,9 +49,11 @@ class Memory:
     """Activations of MLPs or experts and their norm, in all layers."""
     passing: float
     """What exists only for a moment: logits, or a layer's tensors while it goes backward."""
+    all_tensors: float
+    """Like ``tensors``, with those that CUDA graphs hide from what counts as allocated."""
     context: float
     """Outside of PyTorch: CUDA's context, kernels, NCCL's buffers."""
-    replayed: Callable[[], Footprint]
+    replayed: Callable[[], Footprint] = field(compare=False, repr=False)
     """Replays the rank's allocations, which takes some 20 ms, when a sum asks for it."""
 
     @cached_property
@@ -110,15 +112,18 @@ def predict(experiment: Experiment) -> Memory:
 
 
 def _on_stage(experiment: Experiment, stage: int) -> Memory:
+    tensors = _tensors(experiment, stage)
+    hidden = _hidden_by_graphs(experiment, tensors)
     return Memory(
-        **{name: size / GIB for name, size in _tensors(experiment, stage).items()},
+        **{name: (size - hidden.get(name, 0)) / GIB for name, size in tensors.items()},
+        all_tensors=sum(tensors.values()) / GIB,
         context=context_gib(experiment),
         replayed=partial(replay, experiment, stage),
     )
 
 
 def _tensors(experiment: Experiment, stage: int) -> dict[str, float]:
-    """Bytes of tensors when most is allocated, by the names of Memory's pieces."""
+    """Bytes of tensors at the fullest moment without CUDA graphs, named as Memory's pieces."""
     state, held = state_on(experiment, stage), parameters_on(experiment, stage)
     attention, mlp = attention_bytes(experiment), mlp_bytes(experiment)
     layers = _layers_in_flight(experiment, stage)
@@ -132,23 +137,32 @@ def _tensors(experiment: Experiment, stage: int) -> dict[str, float]:
     passing += _ends_bytes(experiment, stage)
     weights = state.weights + _fp8_copies_bytes(experiment, held)
     weights += _gathered_ends_bytes(experiment, held)
-    attention, mlp, optimizer = attention * layers, mlp * layers, state.optimizer
-    if captures_layers(experiment):
-        # Tensors of a captured layer count as free once its graph is made. Most is allocated in the
-        # first step, which runs without graphs and before there are moments, or in later steps
-        moments = optimizer * moments_share(experiment)
-        if moments > attention + mlp:
-            attention = mlp = 0
-        else:
-            optimizer -= moments
+    gradients = state.gradients
+    if experiment.sharding == "torch_fsdp2" and experiment.num_microbatches == 1:
+        # fully_shard has no gradient buffer: gradients grow while activations shrink
+        gradients -= min(gradients, (attention + mlp) * layers)
     return {
         "weights": weights,
-        "gradients": state.gradients,
-        "optimizer": optimizer,
-        "attention": attention,
-        "mlp": mlp,
+        "gradients": gradients,
+        "optimizer": state.optimizer,
+        "attention": attention * layers,
+        "mlp": mlp * layers,
         "passing": passing,
     }
+
+
+def _hidden_by_graphs(experiment: Experiment, tensors: Mapping[str, float]) -> dict[str, float]:
+    """Bytes of ``tensors`` that do not count as allocated at the moment when most is.
+
+    Tensors of a captured layer count as free once its graph is made. So most is allocated in the
+    first step, which runs without graphs and before the optimizer has moments, or in later steps.
+    """
+    if not captures_layers(experiment):
+        return {}
+    moments = tensors["optimizer"] * moments_share(experiment)
+    if moments < tensors["attention"] + tensors["mlp"]:
+        return {"optimizer": moments}
+    return {"attention": tensors["attention"], "mlp": tensors["mlp"]}
 
 
 def _ends_bytes(experiment: Experiment, stage: int) -> float:

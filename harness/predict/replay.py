@@ -8,7 +8,6 @@ step finds the holes too small and reserves more.
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -23,7 +22,7 @@ from harness.predict.activations import (
     mlp_operations,
 )
 from harness.predict.allocator import Allocator, Block
-from harness.predict.flops import adapter_parameters, padded_vocab_size, state_of_parameter
+from harness.predict.flops import adapter_widths, padded_vocab_size, state_of_parameter
 from harness.predict.timeline import warm_up_passes
 
 WORKSPACE_BYTES = 2**25
@@ -124,9 +123,13 @@ class _Rank:
         self.layers = experiment.model.num_layers // (experiment.pp * experiment.vpp)
         passes = experiment.num_microbatches * experiment.vpp
         self.in_flight = min(warm_up_passes(stage, experiment.pp, experiment.vpp) + 1, passes)
-        self.passes = min(self.in_flight + 1, passes)
         self.operations = attention_operations(experiment) + mlp_operations(experiment)
         self.moments: list[float] = []
+        self.fp8_copies: list[int] = []
+        if experiment.precision == "fp8":
+            matrices = [size for size in _layer_parameters(experiment) if size > 2**20]
+            self.fp8_copies = [size for size in matrices for _ in ("by rows", "by columns")]
+        self.without_fp8_copies = self.layers * experiment.vpp if self.fp8_copies else 0
 
     def build(self) -> None:
         """Allocate weights, gradients, fp32 copies and workspaces."""
@@ -134,21 +137,16 @@ class _Rank:
         parameters, replicas = self._parameters(), experiment.dp * experiment.cp
         state = state_of_parameter(experiment, replicas)
         weights = take(element_bytes(experiment) * size for size in parameters)
+        trained = self._adapters() if experiment.lora else parameters
+        sharded = experiment.sharding != "no_shard"
         if experiment.lora:
-            trained = adapter_parameters(experiment)
-            take([state.weights * trained, state.gradients * trained])
-            self._make_optimizer([trained])
-        else:
-            if experiment.sharding != "no_shard":
-                # the distributed optimizer and both kinds of FSDP move weights to a buffer
-                take([state.weights * sum(parameters)])
-                self.allocator.free(*weights)
-            take([state.gradients * sum(parameters)])
-            sharded = experiment.sharding != "no_shard"
-            self._make_optimizer(_first_shard(parameters, replicas if sharded else 1))
-        if experiment.precision == "fp8":
-            matrices = [size for size in parameters if size > experiment.model.ffn]
-            take(size for size in matrices for _ in ("by rows", "by columns"))
+            take(element_bytes(experiment) * size for size in trained)
+        elif sharded:
+            # the distributed optimizer and both kinds of FSDP move weights to a buffer
+            take([state.weights * sum(parameters)])
+            self.allocator.free(*weights)
+        take([state.gradients * sum(trained)])
+        self._make_optimizer(_first_shard(trained, replicas if sharded else 1))
         # PyTorch's forward and backward thread, Transformer Engine; with experts, four streams too
         take([WORKSPACE_BYTES] * (7 if experiment.model.num_experts else 3))
 
@@ -163,17 +161,13 @@ class _Rank:
         self.allocator.allocate_all(self.moments)
 
     def step(self, *, captured: bool = False) -> None:
-        """One step's passes, as many as show the most micro-batches in flight.
+        """One step, with no more micro-batches than are in flight at most.
 
         ``captured``: layers run from CUDA graphs, which have their own pool.
         """
-        in_flight: deque[_Pass] = deque()
-        for _ in range(self.passes):
-            in_flight.append(self._forward(captured=captured))
-            if len(in_flight) == self.in_flight:
-                self._backward(in_flight.popleft())
-        while in_flight:
-            self._backward(in_flight.popleft())
+        passes = [self._forward(captured=captured) for _ in range(self.in_flight)]
+        for done in passes:
+            self._backward(done)
 
     def capture(self) -> float:
         """Bytes that graphs of all layers reserve; empties the cache, as each capture does."""
@@ -197,6 +191,13 @@ class _Rank:
         if self.last and (experiment.model.untie_embeddings or not self.first):
             parameters.append(self.embedding)
         return parameters
+
+    def _adapters(self) -> list[int]:
+        """Elements of each of LoRA's factors."""
+        rank = self.experiment.lora.rank
+        widths = adapter_widths(self.experiment).values()
+        layer = [rank * width for both in widths for width in both]
+        return layer * self.layers * self.experiment.vpp
 
     def _forward(self, *, captured: bool) -> _Pass:
         take, free = self.allocator.allocate, self.allocator.free
@@ -227,6 +228,9 @@ class _Rank:
         """All layers on one micro-batch; returns what they save, and the last one's output."""
         layers = []
         for _ in range(self.layers):
+            if self.without_fp8_copies:
+                self.without_fp8_copies -= 1
+                self.allocator.allocate_all(self.fp8_copies)
             if self.experiment.recompute == "full":
                 kept = self.allocator.allocate(self.hidden)
                 saved, passing = self._layer_forward(passing, embeddings)
