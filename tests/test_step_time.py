@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -21,13 +22,17 @@ from harness.predict.calibrations import Machine
 from harness.predict.capacity import verdict
 from harness.predict.memory import predict
 from harness.predict.step_time import unknown
-from harness.predict.work import MESSAGE_S, OPERATION_S, Calibration, _filled
+from harness.predict.work import MESSAGE_S, ROUTED_PASSES, Calibration
 
 CATALOG = load_catalog()
+NOWHERE = Path("/nowhere")
+"""An output directory without a machine file."""
 FACTS = Facts.load(RECORDS)
 MACHINES = calibrations.load()
 KNOWN = [e for e in CATALOG.experiments if not unknown(e)]
 PUBLISHED = MACHINES["h100-tutorial"]
+SPEED = PUBLISHED.speed()
+LINK = SPEED.rates.link_gb_s * 1e9
 
 
 def find(id_, settings=""):
@@ -58,21 +63,18 @@ def test_the_file_has_every_measured_step_and_what_the_formula_says_now(machine)
     assert steps.keys() == machine.rows.keys()
     for name, row in machine.rows.items():
         assert row.measured_ms == pytest.approx(steps[name].step_ms, abs=0.06)
-        assert row.predicted_ms == pytest.approx(
-            machine.predict(steps[name].experiment).total, rel=2e-3
-        )
+        foretold = calibrate.predicted_ms(machine, steps[name])
+        assert row.predicted_ms == pytest.approx(foretold, rel=2e-3)
 
 
 @pytest.mark.parametrize("name", MACHINES)
 def test_constants_are_those_that_fit(name):
     pytest.importorskip("scipy", reason="SciPy is not installed: scripts/setup.sh calibrate")
     machine, steps = MACHINES[name], steps_of(MACHINES[name])
-    again = calibrate.fit(machine, MACHINES.get(machine.like), steps, machine.constants)
+    again = calibrate.fit(machine, MACHINES.get(machine.like), steps, machine)
     for step in steps:
-        anew = step_time.predict(
-            step.experiment, machine.card, again, switch_reduces=machine.switch_reduces
-        ).total
-        assert anew == pytest.approx(machine.predict(step.experiment).total, rel=0.01)
+        now = calibrate.predicted_ms(machine, step)
+        assert calibrate.predicted_ms(again, step) == pytest.approx(now, rel=0.01)
 
 
 def test_a_fit_finds_the_machine_that_made_the_steps():
@@ -81,12 +83,7 @@ def test_a_fit_finds_the_machine_that_made_the_steps():
     made_by = PUBLISHED.model_copy(
         update={
             "constants": PUBLISHED.constants.model_copy(
-                update={
-                    "forward_launch_ms": 3.0,
-                    "backward_launch_ms": 4.0,
-                    "link_gb_s": 100.0,
-                    "matrix_share": 0.6,
-                }
+                update={"host": 2.2, "exposed": 0.3, "products": 0.9, "collective_ms": 0.6}
             )
         }
     )
@@ -106,7 +103,7 @@ def test_a_fit_finds_the_machine_that_made_the_steps():
         "282",
     )
     steps = [calibrate.Measured(id_, find(id_), made_by.predict(find(id_)).total) for id_ in given]
-    found = PUBLISHED.model_copy(update={"constants": calibrate.fit(PUBLISHED, PUBLISHED, steps)})
+    found = calibrate.fit(PUBLISHED, PUBLISHED, steps)
     for id_ in ("112", "128", "212", "222", "232", "248", "283"):
         assert found.predict(find(id_)).total == pytest.approx(
             made_by.predict(find(id_)).total, rel=0.06
@@ -114,19 +111,42 @@ def test_a_fit_finds_the_machine_that_made_the_steps():
         assert abs(PUBLISHED.predict(find(id_)).total / made_by.predict(find(id_)).total - 1) > 0.08
 
 
-@pytest.mark.parametrize("machine", MACHINES.values(), ids=MACHINES)
-def test_rows_that_were_left_out(machine):
-    half, most, _ = machine.misses()
-    assert half < 0.04 and most < 0.13
-
-
 @pytest.mark.parametrize(
-    ("row", "e"),
-    [*step_time_tables.predictable_rows(FACTS.references.group("h200-4gpu"), CATALOG)],
-    ids=lambda value: getattr(value, "id", None) or getattr(value, "workload", None),
+    ("name", "median", "most"), [("h200", 0.04, 0.16), ("h100-tutorial", 0.05, 0.3)]
 )
-def test_rows_that_nothing_was_fitted_to(row, e):
-    assert MACHINES["h200"].predict(e).total == pytest.approx(row.step_ms, rel=0.15)
+def test_rows_of_chapters_that_were_left_out(name, median, most):
+    """H100's rates are another card's: without its rows of a chapter, its experts and rings are a guess."""
+    half, nine_tenths, _ = MACHINES[name].misses()
+    assert half < median and nine_tenths < most
+
+
+def test_what_a_chapter_shares_with_another_is_left_out_with_it():
+    steps = steps_of(MACHINES["h200"])
+    assert {"211", "231", "601"} <= {step.name for step in steps}
+    left = {step.name for step in calibrate.unseen_by("2", steps)}
+    assert "601" in left and not left & {"211", "231", "241"}
+    twin = [
+        replace(step, experiment=step.experiment.model_copy(update={"id": "931"}))
+        for step in steps
+        if step.name == "231"
+    ]
+    assert not {"211", "231"} & {step.name for step in calibrate.unseen_by("9", [*steps, *twin])}
+
+
+@pytest.mark.parametrize(("group", "off"), [("h200-4gpu", 0.15), ("h200-8gpu", 0.35)])
+def test_rows_that_nothing_but_their_host_was_fitted_to(group, off):
+    """Rings of eight ranks on the machine with eight GPUs are the ones that are far off."""
+    machine, rows = MACHINES["h200"], FACTS.references.group(group)
+    steps = [(e, row.step_ms) for row, e in step_time_tables.predictable_rows(rows, CATALOG)]
+    operation_us = machine.launch_rate_behind(steps)
+    errors = sorted(abs(machine.predict(e, operation_us).total / ms - 1) for e, ms in steps)
+    assert errors[-1] < off and errors[len(errors) // 2] < 0.05
+
+
+def test_the_launch_rate_behind_steps_is_found():
+    machine = MACHINES["h200"]
+    steps = [(find(id_), machine.predict(find(id_), 31.0).total) for id_ in ("101", "111", "601")]
+    assert machine.launch_rate_behind(steps) == pytest.approx(31, rel=0.02)
 
 
 def test_layouts_come_in_the_order_that_was_measured():
@@ -184,7 +204,7 @@ def test_recomputing_an_activation_of_experts_moves_their_rows_and_a_norm_its_to
         ).passes
         for modules in ((), ("moe_act",), ("layernorm",))
     )
-    rows = machine.constants.routed_passes * e.model.moe_router_topk * e.model.moe_ffn * 6
+    rows = ROUTED_PASSES * e.model.moe_router_topk * e.model.moe_ffn * 6
     assert norm > none and (experts - none) / (norm - none) == pytest.approx(
         rows / (e.model.hidden_size * 4)
     )
@@ -193,9 +213,7 @@ def test_recomputing_an_activation_of_experts_moves_their_rows_and_a_norm_its_to
 def test_a_pipeline_waits_as_its_schedule_says():
     """With stages alike, idle over busy time is (p-1)/(v m)."""
     e = find("408", "GBS=64")
-    alike = Calibration(
-        stage_launch_ms=1e-9, chunk_launch_ms=1e-9, forward_launch_ms=1e-9, backward_launch_ms=1e-9
-    )
+    alike = Calibration(stage_ms=1e-9, host=1e-9)
     machine = replace_constants(PUBLISHED, alike)
     for settings, chunks in (("GBS=64", 1), ("GBS=64 VPP=3", 3)):
         e = find("408", settings).model_copy(
@@ -220,30 +238,12 @@ def test_a_duration_is_the_end_of_its_timeline(stages, micro_batches, chunks):
     assert timeline.duration(micro_batches, times, chunks) == pytest.approx(ends, rel=1e-12)
 
 
-def test_waves_of_tiles():
-    assert _filled(128 * 132, 256) == 1
-    assert _filled(128 * 133, 256) == pytest.approx(
-        133 / 264, abs=0.42
-    )  # smaller tiles waste less of the second wave
-    assert 0.9 * 133 / 264 < _filled(128 * 133, 256) < 1
-    assert _filled(1, 1) < 1e-4
-
-
 def test_the_slower_of_gpu_and_cpu_decides():
-    e = find("101")
-    slow = replace_constants(
-        PUBLISHED, PUBLISHED.constants.model_copy(update={"forward_launch_ms": 50.0})
-    )
-    assert slow.predict(e).total == pytest.approx(48 * 50, rel=0.1)
-    fast = replace_constants(
-        PUBLISHED,
-        PUBLISHED.constants.model_copy(
-            update=dict.fromkeys(
-                ("forward_launch_ms", "backward_launch_ms", "step_launch_ms"), 1e-9
-            )
-        ),
-    )
-    assert fast.predict(e).launches < 0.1 < PUBLISHED.predict(e).launches
+    e, fast_us, slow_us = find("101"), 1e-6, 20 * SPEED.operation_us
+    launched = SPEED.rates.plain.forward + SPEED.rates.plain.backward
+    slow = 48 * launched * 20 * PUBLISHED.constants.host
+    assert PUBLISHED.predict(e, slow_us).total == pytest.approx(slow, rel=0.2)
+    assert PUBLISHED.predict(e, fast_us).launches < 0.1 < PUBLISHED.predict(e).launches
 
 
 def pieces(id_, settings="", **changes):
@@ -256,13 +256,13 @@ def pieces(id_, settings="", **changes):
 def test_tied_embeddings_are_summed_up_over_the_ends_of_a_pipeline():
     tied, untied = pieces("408"), pieces("408", model={"untie_embeddings": True})
     bytes_sent = 4 * 50304 * 3072
-    assert tied.gradients == pytest.approx(1e3 * bytes_sent / (PUBLISHED.constants.link_gb_s * 1e9))
+    assert tied.gradients == pytest.approx(1e3 * bytes_sent / LINK)
     assert untied.gradients == 0 and pieces("228").gradients == 0
 
 
 def test_embedding_and_output_layer_send_under_tensor_parallelism():
     """48 layers send 2 sums each way; the embedding one forward, the output layer one backward, and the loss three numbers."""
-    link, exposed = PUBLISHED.constants.link_gb_s * 1e9, PUBLISHED.constants.tensor_exposed
+    link, exposed = LINK, PUBLISHED.constants.exposed
     e = find("281")
     each = 9 / 8 * 2 * e.seq_length * e.micro_batch_size * e.model.hidden_size / link + MESSAGE_S
     forward, backward = 2 * e.model.num_layers + 1, 2 * e.model.num_layers + 1
@@ -278,18 +278,14 @@ def test_sequence_parallelism_splits_tokens_before_they_are_routed():
     whole, split = pieces("502", "DP=1 GBS=4 EP=1"), pieces("502", "TP=8 SP=1 DP=1 GBS=4 EP=8")
     assert split.products < whole.products / 5
     e = find("502", "TP=8 SP=1 DP=1 GBS=4 EP=8")
-    link, tokens = PUBLISHED.constants.link_gb_s * 1e9, e.seq_length * e.micro_batch_size
+    link, tokens = LINK, e.seq_length * e.micro_batch_size
     gathered = 7 / 8 * 2 * tokens * e.model.hidden_size / link + MESSAGE_S
     exchanged = 2 * tokens / 8 * 8 * e.model.hidden_size * 2 * 7 / 8 / link
-    sums = 2 * gathered * (1 + PUBLISHED.constants.tensor_exposed)
+    sums = 2 * gathered * (1 + PUBLISHED.constants.exposed)
     # with learned positions, embeddings are all-reduced
     embedding = 9 / 8 * 2 * tokens * e.model.hidden_size / link + MESSAGE_S
     ends = (
-        embedding
-        + gathered
-        + gathered
-        + 2 * gathered * PUBLISHED.constants.tensor_exposed
-        + 3 * MESSAGE_S
+        embedding + gathered + gathered + 2 * gathered * PUBLISHED.constants.exposed + 3 * MESSAGE_S
     )
     assert split.exchange == pytest.approx(
         1e3 * (e.model.num_layers * (sums + 2 * exchanged) + ends)
@@ -307,7 +303,7 @@ def test_bf16_moments_and_gradients_move_less():
 
 
 def test_fewer_key_heads_move_less_and_every_element_of_a_model_costs():
-    assert pieces("111", model={"num_query_groups": 5}).attention < pieces("111").attention
+    assert pieces("111", model={"num_query_groups": 5}).products < pieces("111").products
     for element in (
         {"position_embedding": "rope"},
         {"qk_norm": "head"},
@@ -322,7 +318,7 @@ def test_fp8_halves_products_and_pays_with_passes():
     """Of 611's layers: what enters a linear layer forward, and the gradient of what leaves it, is quantized; logits are not."""
     e, machine = (
         find("611"),
-        replace_constants(PUBLISHED, PUBLISHED.constants.model_copy(update={"fp8_share": 1.0})),
+        PUBLISHED,
     )
     m, tokens = e.model, e.seq_length * e.micro_batch_size * e.num_microbatches
     step = {id_: machine.predict(find(id_)) for id_ in ("611", "612", "613", "614")}
@@ -330,14 +326,15 @@ def test_fp8_halves_products_and_pays_with_passes():
         3 * machine.predict(find("611")).products
     )  # an upper bound of what the output layer takes of it
     assert (
-        0.5 < step["612"].products / step["611"].products < 0.6
-        and step["612"].products == step["613"].products < logits
+        0.5 < step["612"].products / step["611"].products < 0.65
+        and 1 < step["613"].products / step["612"].products < 1.05
+        and step["614"].products < logits
     )
     elements = tokens * (2 * m.hidden_size + m.query_size + m.ffn) + tokens * (
         m.qkv_size + 2 * m.ffn + 2 * m.hidden_size
     )
     weights = m.hidden_size * (m.qkv_size + m.query_size + 3 * m.ffn)
-    bandwidth = machine.card.memory_gb_per_s * 1e9 * machine.constants.bandwidth_share
+    bandwidth = SPEED.rates.memory_gb_s * 1e9 * machine.constants.passes
     for id_, each in (("612", 4), ("613", 6), ("614", 4)):
         more = each * m.num_layers * (elements + weights) / bandwidth
         assert step[id_].passes - step["611"].passes == pytest.approx(1e3 * more)
@@ -345,7 +342,8 @@ def test_fp8_halves_products_and_pays_with_passes():
         step["613"].gradients == step["611"].gradients
         and step["613"].attention == step["611"].attention
     )
-    assert unknown(find("615", "FP8=delayed")) == ["fp8 with tensor parallelism or experts"]
+    assert unknown(find("615", "FP8=delayed")) == []
+    assert unknown(find("501", "FP8=delayed")) == ["fp8 with experts"]
 
 
 def test_sharded_weights_are_gathered_twice_a_micro_batch():
@@ -377,7 +375,9 @@ def test_adapters_leave_out_the_products_of_frozen_weights():
         pieces("811", "LORA_RANK=512"),
     )
     assert 2 / 3 < narrow.products / whole.products < 0.8 < wide.products / whole.products
-    assert narrow.optimizer < 0.1 * whole.optimizer and narrow.optimizer < wide.optimizer
+    once = 1e3 * PUBLISHED.constants.step_ms * SPEED.host_s
+    assert narrow.optimizer - once < 0.1 * (whole.optimizer - once)
+    assert narrow.optimizer < wide.optimizer
     few, all_four = (
         pieces("802", f"LORA_TARGETS={targets}")
         for targets in ("linear_qkv", "linear_qkv,linear_proj,linear_fc1,linear_fc2")
@@ -393,8 +393,8 @@ def test_adapters_leave_out_the_products_of_frozen_weights():
 def test_muon_iterates_on_every_matrix():
     """Beyond Adam: five times three products of each of 24 x 6 matrices, bytes, and launches, which take longest."""
     adam, muon, shared = pieces("661"), pieces("671"), pieces("672")
-    operations = 24 * 6 * (12 + 3 * 5) * OPERATION_S
-    assert muon.optimizer - adam.optimizer == pytest.approx(1e3 * operations, rel=0.1)
+    operations = 24 * SPEED.rates.more("muon").optimizer * SPEED.host_s
+    assert muon.optimizer - adam.optimizer == pytest.approx(1e3 * operations, rel=0.2)
     assert muon.optimizer - adam.optimizer > 1e3 * operations
     without = pieces("672", optimizer="adam").optimizer
     assert shared.optimizer - without == pytest.approx((muon.optimizer - adam.optimizer) / 4)
@@ -435,28 +435,54 @@ def test_what_no_row_has_is_named():
     assert all(step_time.kinds(e) for e in CATALOG.experiments if e.world_size > 1)
 
 
-def test_no_percentile_where_no_measured_row_has_the_like():
+def test_no_band_where_no_measured_row_has_the_like():
     """408 on eight H200s took 17.5 % longer than foretold, beside "nine in ten within 10 %" of rows on up to four."""
     h200 = MACHINES["h200"]
-    said = h200.how_sure(find("408"))
-    assert said == "no measured row has 8 GPUs or pipelines: error unknown"
-    for id_ in ("802", "811", "613", "631", "671", "705", "128", "505"):
-        assert "percentile" not in h200.how_sure(find(id_)) and "error unknown" in h200.how_sure(
-            find(id_)
+    assert h200.how_sure(find("408")) == "no measured row has 8 GPUs: error unknown"
+    for id_ in ("128", "505", "620"):
+        assert h200.band(find(id_)) is None and h200.how_sure(find(id_)).endswith(
+            "error unknown"
         ), id_
-    known = h200.how_sure(find("111"))
-    assert (
-        known == h200.how_sure()
-        and "median 2.6%, 90th percentile 10% (23 rows)" in known
-        and "unknown" not in known
+    known, other = find("111"), find("713")
+    assert h200.how_sure(known) == str(h200.bands["one GPU"])
+    both = h200.how_sure(known, other, find("408"))
+    assert both == (
+        f"{h200.bands['one GPU']}; {h200.bands['sharded replicas']}; "
+        "no measured row has 8 GPUs: error unknown"
     )
-    both = h200.how_sure(find("111"), find("408"))
-    assert both == f"{known}; error unknown with 8 GPUs or pipelines, which no measured row has"
     for machine in MACHINES.values():
         assert not any(
             machine.unmeasured(overrides.experiment_of(row.make or name, CATALOG))
             for name, row in machine.rows.items()
         )
+
+
+def test_a_band_is_that_of_the_rows_of_its_kind():
+    def row(measured_ms):
+        return calibrations.Fitted(measured_ms=measured_ms, predicted_ms=100, left_out_ms=100)
+
+    rows = {f"{id_}": row(100) for id_ in ("101", "111", "211", "241", "601")}
+    rows["111"] = row(80)  # off by a quarter
+    machine = PUBLISHED.model_copy(update={"rows": rows | {"408": row(125), "438": row(50)}})
+    one, pipelines = machine.bands["one GPU"], machine.bands["pipelines"]
+    assert (one.rows, one.median, one.most) == (5, 0, pytest.approx(0.25))
+    assert (pipelines.rows, pipelines.most) == (2, pytest.approx(1.0))
+    assert str(pipelines).endswith("100% at most (2 rows left out of the fit)")
+    assert (
+        str(one) == "one GPU: off by 0.0% median, 25% 90th percentile (5 rows left out of the fit)"
+    )
+    assert machine.error(find("101")) == one.most
+    assert machine.error(find("502")) == pipelines.most, "the worst, where no row is of the kind"
+
+
+def test_an_unsure_layout_comes_after_a_sure_one_that_is_nearly_as_fast():
+    step = PUBLISHED.predict(find("111"))
+    sure, unsure, slow = (
+        layouts.Layout(find("111"), predict(find("111")), replace(step, products=products), error)
+        for products, error in ((200, 0.05), (190, 0.3), (400, 0.05))
+    )
+    assert sorted([slow, unsure, sure], key=layouts._preference) == [sure, unsure, slow]
+    assert unsure.ties_with(sure) and not slow.ties_with(sure)
 
 
 def test_methods_that_no_row_has_together_are_named_as_a_pair():
@@ -554,8 +580,8 @@ def replace_constants(machine: Machine, constants: Calibration) -> Machine:
 def test_faster_layouts_do_the_same_work_on_as_many_gpus(id_):
     e = find(id_)
     now, found = PUBLISHED.predict(e).total, layouts.faster(e, PUBLISHED)
-    ms = [round(layout.step.total, 1) for layout in found]
-    assert ms == sorted(ms)
+    ends = [round(layout.slowest_ms, 1) for layout in found]
+    assert ends == sorted(ends)
     for layout in found[:12]:
         made = find(id_, layout.settings)
         assert made.model_copy(update={"overrides": {}}) == layout.experiment.model_copy(
@@ -652,11 +678,9 @@ def test_the_best_layout_for_each_number_of_gpus(id_):
             e.seq_length,
         )
         assert verdict(predict(made), PUBLISHED.card) == "fits"
-        fastest = min((PUBLISHED.predict(way).total for way in fitting), default=float("inf"))
-        assert best.step.total <= fastest + 0.1, (
-            "what is recomputed may fit where nothing else does"
-        )
-    assert fewest == {"124": 1, "408": 2, "641": 8}[id_]
+        ends = [PUBLISHED.predict(way).total * (1 + PUBLISHED.error(way)) for way in fitting]
+        assert best.slowest_ms <= min(ends) + 0.1
+    assert fewest == {"124": 1, "408": 4, "641": 8}[id_]
 
 
 def test_as_many_gpus_as_the_row_has_get_what_faster_finds_first():
@@ -735,8 +759,9 @@ def test_a_row_shows_what_was_foretold_without_it():
     assert row.predicted_step_ms == MACHINES["h200"].rows["304"].left_out_ms
     changed = replace(row, experiment=find("304", "MBS=4"))
     assert changed.predicted_step_ms == pytest.approx(
-        MACHINES["h200"].predict(find("304", "MBS=4")).total
+        MACHINES["h200"].predict(find("304", "MBS=4"), row.operation_us).total
     )
+    assert row.operation_us == MACHINES["h200"].launch_us[MACHINES["h200"].rows["304"].day]
     assert replace(row, experiment=find("620")).predicted_step_ms is None
     assert replace(row, gpu_name="Tesla T4").predicted_step_ms is None
 
@@ -784,13 +809,15 @@ def test_what_is_written_is_read_again(tmp_path):
 
 
 def test_what_a_run_says_before_it_begins():
-    assert "step by formula: " in calibrations.summary(find("408"), find_card("h100-80gb"))
-    assert "percentile" in calibrations.summary(find("408"), find_card("h100-80gb"))
-    assert calibrations.summary(find("408"), find_card("h200-141gb")).endswith(
-        "8 GPUs or pipelines: error unknown"
+    assert "step by formula: " in calibrations.summary(
+        find("408"), find_card("h100-80gb"), NOWHERE, ()
     )
-    assert calibrations.summary(find("620"), find_card("h100-80gb")) is None
-    assert calibrations.summary(find("101"), find_card("a100-80gb")) is None
+    assert "percentile" in calibrations.summary(find("408"), find_card("h100-80gb"), NOWHERE, ())
+    assert calibrations.summary(find("408"), find_card("h200-141gb"), NOWHERE, ()).endswith(
+        "8 GPUs: error unknown"
+    )
+    assert calibrations.summary(find("620"), find_card("h100-80gb"), NOWHERE, ()) is None
+    assert calibrations.summary(find("101"), find_card("a100-80gb"), NOWHERE, ()) is None
 
 
 def test_the_commands(capsys):
@@ -803,7 +830,6 @@ def test_the_commands(capsys):
     assert main(["speed", "101"]) == 0
     assert f"measured {FACTS.value('step_ms[101]'):,.1f}: prediction " in capsys.readouterr().out
     assert main(["speed", "281", "CARD=h100-80gb"]) == 0
-    assert "memory-281 CARD=h100-80gb lists settings that fit" in capsys.readouterr().out
     assert main(["faster", "420", "GPUS=4", "TP=4", "GBS=16", "MBS=4", "CARD=h200-141gb"]) == 0
     said = capsys.readouterr().out
     assert (
@@ -816,13 +842,13 @@ def test_the_commands(capsys):
     said = capsys.readouterr().out
     assert (
         "32 samples of 1,024 tokens per step" in said
-        and "      1                                   nothing fits" in said
+        and "      2                                   nothing fits" in said
     )
     assert "\n\nNVIDIA H100 80GB HBM3: the fastest layout that fits, predicted\n" in said
     assert (
         "efficiency" in said
         and "make 408 GPUS=8 TP=2" in said
-        and "error unknown with CUDA graphs" in said
+        and "no measured row has CUDA graphs" in said
     )
     assert "not predicted" not in said
     rows = [
@@ -830,7 +856,7 @@ def test_the_commands(capsys):
         for line in said.splitlines()
         if "make 408" in line
     ]
-    assert len(rows) == 3 and rows[0][2] == 1
+    assert len(rows) == 2 and rows[0][2] == 1
     for gpus, step_ms, efficiency in rows:
         assert efficiency == pytest.approx(rows[0][0] * rows[0][1] / (gpus * step_ms), abs=0.01)
     assert main(["gpus", "620", "CARD=h200-141gb"]) == 0
@@ -856,7 +882,7 @@ def test_the_commands(capsys):
         (["gpus"], "which experiment"),
         (["gpus", "101", "MBS=x"], "expected a whole number"),
         (["speed", "620"], "no measured row has attention sinks"),
-        (["speed", "615", "FP8=delayed"], "fp8 with tensor"),
+        (["speed", "501", "FP8=delayed"], "fp8 with experts"),
         (["speed", "111", "FP8=yes"], "FP8=yes; valid: delayed, tensorwise, blockwise, 0"),
         (["speed", "219"], "links between nodes"),
         (["speed", "101", "CARD=a100-80gb"], "CARD= may be h100-80gb, h200-141gb"),
@@ -872,14 +898,14 @@ def test_bad_input(words, complaint, capsys):
 def test_a_file_of_constants_that_makes_no_sense(tmp_path):
     path = tmp_path / "calibrations.yaml"
     path.write_text(
-        "mine: {gpu: h100-80gb, measured_by: records, switch_reduces: true, constants: {link_gb_s: -1}}"
+        "mine: {gpu: h100-80gb, measured_by: records, switch_reduces: true, constants: {exposed: -1}}"
     )
-    with pytest.raises(UserError, match=r"constants.link_gb_s = -1"):
+    with pytest.raises(UserError, match=r"constants.exposed = -1"):
         calibrations.load(path)
     path.write_text(
-        "mine: {gpu: h100-80gb, measured_by: records, switch_reduces: true, constants: {links_gb_s: 1}}"
+        "mine: {gpu: h100-80gb, measured_by: records, switch_reduces: true, constants: {hosts: 1}}"
     )
-    with pytest.raises(UserError, match=r"link_gb_s"):
+    with pytest.raises(UserError, match=r"host"):
         calibrations.load(path)
 
 

@@ -11,7 +11,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from harness import RECORDS
 from harness.errors import UserError
-from harness.evidence.records import same_work
+from harness.evidence.records import day_of, same_work
 from harness.evidence.references import References, load_references
 from harness.evidence.results import collect_records
 from harness.evidence.rows import Row
@@ -29,36 +29,26 @@ from harness.experiment.experiment import Experiment
 from harness.experiment.hardware import find_card
 from harness.predict import calibrations, step_time
 from harness.predict.calibrations import Fitted, Machine
-from harness.predict.work import Calibration
+from harness.predict.work import RATES, Calibration
 from harness.system.files import write_text
 from harness.system.orphans import end_with
 
 NAMES = tuple(Calibration.model_fields)
 NOISE = 0.03
 """Relative error of the formula itself. It exceeds the noise of steps, so all rows weigh alike."""
-SURE = frozenset(
-    {
-        "matrix_share",
-        "bandwidth_share",
-        "fp8_share",
-        "experts_share",
-        "no_dropout_share",
-        "tensor_exposed",
-        "overlap",
-    }
-)
-"""Constants that are shares of a whole, so that their order of magnitude is known."""
+SURE = frozenset({*RATES, "host", "exposed"})
+"""Constants whose order of magnitude is known."""
 WIDTH, SURE_WIDTH, LIKE = 0.8, 0.3, 0.5
 """Prior width of a constant: standard deviation of its logarithm around its start.
 
 LIKE scales it for a machine that is ``like`` another.
 """
-WRITTEN = ("gpu", "measured_by", "switch_reduces", "like")
+WRITTEN = ("gpu", "rates", "measured_by", "switch_reduces", "like")
 """Keys of a machine that people write."""
 HEADER = """\
 # Machines whose measured steps calibrate predictions. harness/predict/work.py has the constants.
-# People write gpu, measured_by, switch_reduces and like; `make calibrate` writes the rest.
-# Each row: ms measured, ms predicted, and ms predicted with constants fitted without that row.
+# People write gpu, rates, measured_by, switch_reduces and like; `make calibrate` writes the rest.
+# Each row: ms measured, ms predicted, and ms predicted with constants fitted without its chapter.
 """
 
 
@@ -69,6 +59,15 @@ class Measured:
     name: str
     experiment: Experiment
     step_ms: float
+    operation_us: float | None = None
+    """Host time of an operation, where the run measured it."""
+    day: str | None = None
+    """Where it did not: the day of the run; None for published steps."""
+
+    @property
+    def chapter(self) -> str:
+        """The first digit of the experiment's id."""
+        return self.experiment.id[0]
 
 
 def calibrate(path: Path = calibrations.FILE) -> int:
@@ -110,24 +109,44 @@ def calibrate(path: Path = calibrations.FILE) -> int:
 
 def fit_machine(machine: Machine, like: Machine | None, steps: Sequence[Measured]) -> Machine:
     """``machine`` with constants fitted to ``steps``, and a row for each step."""
-    constants = fit(machine, like, steps)
-    ids = sorted({step.experiment.id for step in steps})
-    others = [[step for step in steps if step.experiment.id != id_] for id_ in ids]
+    whole = fit(machine, like, steps)
+    chapters = sorted({step.chapter for step in steps})
+    others = [unseen_by(chapter, steps) for chapter in chapters]
     with ProcessPoolExecutor(initializer=_begin_worker, initargs=(os.getpid(),)) as pool:
         again = pool.map(
-            fit, [machine] * len(ids), [like] * len(ids), others, [constants] * len(ids)
+            fit, [machine] * len(others), [like] * len(others), others, [whole] * len(others)
         )
-        left_out = dict(zip(ids, again, strict=True))
+        left_out = dict(zip(chapters, again, strict=True))
     rows = {}
     for step in steps:
-        experiment, command = step.experiment, overrides.command_of(step.experiment)
+        command = overrides.command_of(step.experiment)
         rows[step.name] = Fitted(
             measured_ms=round(step.step_ms, 1),
-            predicted_ms=round(_predicted(machine, constants, experiment), 1),
-            left_out_ms=round(_predicted(machine, left_out[experiment.id], experiment), 1),
+            predicted_ms=round(predicted_ms(whole, step), 1),
+            left_out_ms=round(predicted_ms(left_out[step.chapter], step), 1),
+            operation_us=step.operation_us and round(step.operation_us, 1),
+            day=step.day,
             make=command if command != step.name else None,
         )
-    return machine.model_copy(update={"constants": constants, "rows": rows})
+    return whole.model_copy(update={"rows": rows})
+
+
+def unseen_by(chapter: str, steps: Sequence[Measured]) -> list[Measured]:
+    """The steps of other chapters, without those of work that this chapter has, too.
+
+    211 and 231 are the same work, for example: one would foretell the other.
+    """
+    ours = [step.experiment for step in steps if step.chapter == chapter]
+    return [
+        step
+        for step in steps
+        if step.chapter != chapter
+        and not any(same_work(_unnamed(step.experiment), _unnamed(one)) for one in ours)
+    ]
+
+
+def _unnamed(experiment: Experiment) -> Experiment:
+    return experiment.model_copy(update={"id": "", "name": "", "shows": ""})
 
 
 def _begin_worker(parent: int) -> None:
@@ -140,31 +159,43 @@ def fit(
     machine: Machine,
     like: Machine | None,
     steps: Sequence[Measured],
-    near: Calibration | None = None,
-) -> Calibration:
-    """The constants that predict ``steps`` best, to four digits; the search begins ``near``."""
+    near: Machine | None = None,
+) -> Machine:
+    """``machine`` with the constants that predict ``steps`` best, to four digits.
+
+    The search begins ``near``. Rates that machine files of this card state are not fitted. Days on
+    which runs did not measure their launch rate get one.
+    """
     import numpy as np
     from scipy.optimize import least_squares
 
+    names = [name for name in NAMES if not (machine.rates_measured and name in RATES)]
+    days = sorted({step.day for step in steps if step.day})
     begin = like.constants if like else Calibration()
-    expected, start = (
-        np.log([getattr(values, name) for name in NAMES]) for values in (begin, near or begin)
-    )
-    width = np.array([SURE_WIDTH if name in SURE else WIDTH for name in NAMES]) * (
-        LIKE if like else 1
+    usual_us = machine.speed().rates.operation_us
+    expected = np.log([*(getattr(begin, name) for name in names), *[usual_us] * len(days)])
+    start = expected
+    if near:
+        known = [*(getattr(near.constants, name) for name in names)]
+        start = np.log([*known, *(near.launch_us.get(day, usual_us) for day in days)])
+    width = np.array(
+        [(SURE_WIDTH if name in SURE else WIDTH) * (LIKE if like else 1) for name in names]
+        + [WIDTH] * len(days)
     )
 
+    def made_of(values: Iterable[float]) -> Machine:
+        values = list(values)
+        constants = begin.model_copy(update=dict(zip(names, values, strict=False)))
+        launch_us = dict(zip(days, values[len(names) :], strict=True))
+        return machine.model_copy(update={"constants": constants, "launch_us": launch_us})
+
     def residuals(logarithms):
-        exact = Calibration(**dict(zip(NAMES, map(math.exp, logarithms), strict=True)))
-        off = [
-            math.log(_predicted(machine, exact, step.experiment) / step.step_ms) / NOISE
-            for step in steps
-        ]
+        exact = made_of(map(math.exp, logarithms))
+        off = [math.log(predicted_ms(exact, step) / step.step_ms) / NOISE for step in steps]
         return np.concatenate([off, (logarithms - expected) / width])
 
     best = least_squares(residuals, start, loss="soft_l1", max_nfev=100).x
-    rounded = (float(f"{math.exp(logarithm):.4g}") for logarithm in best)
-    return Calibration(**dict(zip(NAMES, rounded, strict=True)))
+    return made_of(float(f"{math.exp(logarithm):.4g}") for logarithm in best)
 
 
 def steps_of(
@@ -189,7 +220,9 @@ def _recorded(machine: Machine, rows: Sequence[Row], catalog: Catalog) -> Iterat
         solo = row.runs_on_node == 1 or row.experiment.world_size > 1
         undisturbed = row.state == "ok" and row.step and solo and not row.experiment.profile
         if row.gpu == machine.card and undisturbed and now and same_work(row.experiment, now):
-            yield Measured(row.origin.stem, now, row.step.median)
+            operation_us = row.launch.operation_us if row.launch else None
+            day = None if row.launch else day_of(row.result.started)
+            yield Measured(row.origin.stem, now, row.step.median, operation_us, day)
 
 
 def _published(machine: Machine, references: References, catalog: Catalog) -> Iterator[Measured]:
@@ -201,11 +234,10 @@ def _published(machine: Machine, references: References, catalog: Catalog) -> It
             yield Measured(row.id, experiment, row.step_ms)
 
 
-def _predicted(machine: Machine, constants: Calibration, experiment: Experiment) -> float:
-    """Step time in ms."""
-    return step_time.predict(
-        experiment, machine.card, constants, switch_reduces=machine.switch_reduces
-    ).total
+def predicted_ms(machine: Machine, step: Measured) -> float:
+    """What ``machine`` foretells for a measured step, on the host that it ran on."""
+    operation_us = step.operation_us or machine.launch_us.get(step.day)
+    return machine.predict(step.experiment, operation_us).total
 
 
 def render(machines: Mapping[str, Machine]) -> str:
@@ -217,6 +249,11 @@ def render(machines: Mapping[str, Machine]) -> str:
             f"'{row}'": fitted.model_dump(exclude_none=True) for row, fitted in machine.rows.items()
         }
         lines += [f"{name}:", *(f"  {key}: {_yaml(given[key])}" for key in WRITTEN if key in given)]
+        if machine.launch_us:
+            lines += [
+                "  launch_us:",
+                *(f"    '{day}': {us}" for day, us in machine.launch_us.items()),
+            ]
         lines += ["  constants:", *(f"    {key}: {value:g}" for key, value in constants.items())]
         lines += ["  rows:", *(f"    {row}: {_yaml(fitted)}" for row, fitted in rows.items()), ""]
     return "\n".join(lines)

@@ -159,16 +159,16 @@ def compares_with_references(quantity: Quantity) -> bool:
 
 
 def ours(title: str, rows: Sequence[Row], catalog: Catalog, references: References) -> NumberSource:
-    """Numbers of these records, the newest of each work."""
-    by_age = [
+    """Numbers of these records, the preferred one of each work."""
+    preferred = [
         (work(row.experiment), row)
-        for row in sorted(rows, key=lambda row: row.result.started, reverse=True)
+        for row in sorted(rows, key=lambda row: row.preference, reverse=True)
     ]
     card_mib = find_card(references.published.gpu).memory_mib
 
     def measured(quantity: Quantity, experiment: Experiment) -> Number:
         wanted = work(experiment)
-        row = next((row for done, row in by_age if done == wanted), None)
+        row = next((row for done, row in preferred if done == wanted), None)
         if row is None:
             raise NotMeasured(quantity.of)
         if quantity.name == "fits":

@@ -6,6 +6,8 @@ import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +24,9 @@ from harness.run.schema import Result, StepMetrics, Validation, changes_in_words
 from harness.run.step_statistics import contradictions
 from harness.system.files import complaint, read_object, write_json, write_text
 
-UNRECORDED = ("STEPS", "DATA", "PROFILE")
+SAME_LAUNCH_RATE = 1.2
+"""Two launch rates whose ratio is smaller are those of hosts that are alike."""
+UNRECORDED = ("STEPS", "DATA", "PROFILE", "EVAL_EVERY", "EVAL_STEPS")
 """Settings that do not name a record: a row measured over fewer steps is still that row."""
 
 
@@ -48,9 +52,10 @@ def record(run: directory.RunDir, records: Path, force: bool = False) -> Path:
 
     A record is result.json with the frozen experiment, the environment and each rank's memory; the
     metrics are kept with it, so that every number can be computed again. The frozen experiment
-    decides which record is replaced; records of other work whose names collide get numbers
-    (``101_args.2``). Tracing slows a step, so a traced run leaves only its profile, in a folder of
-    its own. Only ``force`` replaces the record of another run.
+    decides which record is replaced; records of other work whose names collide, or of a host that
+    launches at another rate, get numbers (``101_args.2``). Tracing slows a step, so a traced run
+    leaves only its profile, in a folder of its own. Only ``force`` replaces the record of another
+    run.
 
     Raises:
         UserError: the same work has the record of another run.
@@ -61,10 +66,9 @@ def record(run: directory.RunDir, records: Path, force: bool = False) -> Path:
         raise UserError(f"no run {run.label} in {run.path.parent}")
     experiment, result = _recordable(run)
     folder = records / folder_of(result.gpu)
-    evidence = {
-        "experiment": experiment.model_dump(mode="json"),
-        "environment": _environment(run),
-    }
+    environment = _environment(run)
+    evidence = {"experiment": experiment.model_dump(mode="json"), "environment": environment}
+    host = _Host.of(environment, result.started)
     if experiment.profile:
         folder /= FOLDER
         content = of_run(run).model_dump(mode="json")
@@ -76,7 +80,7 @@ def record(run: directory.RunDir, records: Path, force: bool = False) -> Path:
                 "a record must follow from its metrics: run it again"
             )
         content = json.loads(run.result.read_text(encoding="utf-8"))
-    target = folder / f"{_stem(experiment, folder)}.json"
+    target = folder / f"{_stem(experiment, folder, host)}.json"
     _check_replaces(target, content, force)
     folder.mkdir(parents=True, exist_ok=True)
     if not experiment.profile:
@@ -119,7 +123,13 @@ def work(experiment: Experiment) -> Experiment:
 
     Names do not matter, nor the number of steps, the data, or which attention library ran.
     """
-    same = {"steps": 1, "data": "any", "eval_interval": 1, "attention_backend": "auto"}
+    same = {
+        "steps": 1,
+        "data": "any",
+        "eval_interval": 1,
+        "eval_steps": 1,
+        "attention_backend": "auto",
+    }
     return identity.frozen(experiment).model_copy(update=same)
 
 
@@ -228,7 +238,32 @@ def _contradictions(
     yield from contradictions(experiment, result, steps)
 
 
-def _stem(experiment: Experiment, folder: Path) -> str:
+@dataclass(frozen=True)
+class _Host:
+    """What tells a run's host from another: its launch rate, or the day of the run."""
+
+    operation_us: float | None
+    day: str
+
+    @staticmethod
+    def of(environment: Mapping[str, Any] | None, started: float) -> _Host:
+        launch = (environment or {}).get("launch") or {}
+        return _Host(launch.get("operation_us"), day_of(started))
+
+    def is_like(self, other: _Host) -> bool:
+        """Whether a run here repeats one there: launch-bound steps would take as long."""
+        if self.operation_us and other.operation_us:
+            ratio = self.operation_us / other.operation_us
+            return 1 / SAME_LAUNCH_RATE < ratio < SAME_LAUNCH_RATE
+        return self.operation_us == other.operation_us and self.day == other.day
+
+
+def day_of(started: float) -> str:
+    """The day in UTC of a time in Unix seconds."""
+    return datetime.fromtimestamp(started, UTC).date().isoformat()
+
+
+def _stem(experiment: Experiment, folder: Path, host: _Host) -> str:
     """Base name of the record's files: that of the record it replaces, else a free one."""
     naming = {key: value for key, value in experiment.overrides.items() if key not in UNRECORDED}
     label = experiment.model_copy(update={"overrides": naming}).label
@@ -238,7 +273,7 @@ def _stem(experiment: Experiment, folder: Path) -> str:
     same = [
         path.stem
         for path in sorted(folder.glob(f"{experiment.id}*.json"))
-        if _is_of(path, experiment)
+        if _is_of(path, experiment, host)
     ]
     if same:
         return stem if stem in same else same[0]
@@ -246,12 +281,18 @@ def _stem(experiment: Experiment, folder: Path) -> str:
     return next(name for name in names if not (folder / f"{name}.json").exists())
 
 
-def _is_of(path: Path, experiment: Experiment) -> bool:
-    """Whether the record or profile in ``path`` is of this work, whichever steps it traced."""
+def _is_of(path: Path, experiment: Experiment, host: _Host) -> bool:
+    """Whether the record or profile in ``path`` is of this work on a host like this one, whichever
+    steps it traced."""
     try:
-        recorded = directory.experiment_in(read_object(path).get("experiment") or {})
+        content = read_object(path)
+        recorded = directory.experiment_in(content.get("experiment") or {})
     except ValueError:  # a damaged record of another run keeps its name
         return False
+    if "started" in content:
+        there = _Host.of(content.get("environment"), content["started"])
+        if not host.is_like(there):
+            return False
     return same_work(
         recorded.model_copy(update={"profile": None}),
         experiment.model_copy(update={"profile": None}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +12,7 @@ from harness.evidence import records
 from harness.evidence.references import Published, Reference, ReferenceGroup
 from harness.experiment.experiment import Experiment
 from harness.experiment.hardware import Card, find_card, peak_tflops
-from harness.experiment.overrides import is_same_work
+from harness.experiment.overrides import command_of, is_same_work
 from harness.predict.calibrations import Machine, machine_of
 from harness.predict.flops import mfu
 from harness.predict.step_time import unknown
@@ -27,9 +28,6 @@ from harness.run.schema import (
     Validation,
 )
 from harness.system.files import text_lines
-
-SAME_LAUNCH_RATE = 1.2
-"""Two launch rates whose ratio is smaller get no remark."""
 
 
 @dataclass(frozen=True)
@@ -137,8 +135,13 @@ class Row:
 
     @cached_property
     def predicted_step_ms(self) -> float | None:
-        """Step time by formula on its GPU (``predicted_step_ms``)."""
-        return predicted_step_ms(self.experiment, machine_of(self.gpu) if self.gpu else None)
+        """Step time by formula on its GPU and host (``predicted_step_ms``)."""
+        machine = machine_of(self.gpu) if self.gpu else None
+        if machine and self.kind == "record":
+            row = machine.rows.get(self.origin.stem)
+            if row and (row.make or self.origin.stem) == command_of(self.experiment):
+                return row.left_out_ms
+        return predicted_step_ms(self.experiment, machine, self.operation_us)
 
     @property
     def runs_on_node(self) -> int | None:
@@ -189,10 +192,11 @@ class Row:
         return card.memory_mib if card else None
 
     @property
-    def preference(self) -> tuple[bool, bool, bool, bool, float]:
+    def preference(self) -> tuple[bool, bool, bool, bool, float, float]:
         """Key by which the best of several rows of one experiment is the largest.
 
-        Full size before a miniature, unchanged work, success, the whole card, then the latest.
+        Full size before a miniature, unchanged work, success, the whole card, the host that
+        launched faster, then the latest.
         """
         experiment, started = self.experiment, self.result.started if self.result else 0.0
         return (
@@ -200,17 +204,40 @@ class Row:
             is_same_work(experiment),
             self.state == "ok",
             not experiment.card,
+            -self._launch_class,
             started,
         )
+
+    @property
+    def _launch_class(self) -> int:
+        """Larger for a slower host; the same for hosts that are alike."""
+        if self.operation_us is None:
+            return 0
+        return round(math.log(self.operation_us, records.SAME_LAUNCH_RATE))
+
+    @cached_property
+    def operation_us(self) -> float | None:
+        """Host time of an operation in µs: as the run measured it, or as ``make calibrate`` fitted
+        it to the runs of its day."""
+        if self.launch:
+            return self.launch.operation_us
+        machine = machine_of(self.gpu) if self.gpu else None
+        if machine is None or self.result is None:
+            return None
+        return machine.launch_us.get(records.day_of(self.result.started))
 
     def _ratio(self, ours: float | None, published: float | None) -> float | None:
         return ours / published if ours and published and self.state == "ok" else None
 
 
 def upstream_name(upstream: Upstream) -> str:
-    """The name of a Megatron-LM: ``Megatron-LM core 0.19.1 (commit 5be9626)``."""
-    commit = f" (commit {upstream.commit[:7]})" if upstream.commit else ""
-    return f"Megatron-LM core {upstream.version or '?'}{commit}"
+    """The name of a Megatron-LM: ``Megatron-LM core 0.19.1``.
+
+    Its commit is in the record; a tree that travelled without Git does not know it.
+    """
+    if upstream.version:
+        return f"Megatron-LM core {upstream.version}"
+    return f"Megatron-LM of commit {(upstream.commit or '?')[:7]}"
 
 
 def metrics(row: Row) -> tuple[StepMetrics, ...]:
@@ -226,15 +253,26 @@ def losses(row: Row) -> dict[int, float]:
     return {step.step: step.loss for step in metrics(row) if step.loss is not None}
 
 
-def predicted_step_ms(experiment: Experiment, machine: Machine | None) -> float | None:
+def predicted_step_ms(
+    experiment: Experiment, machine: Machine | None, operation_us: float | None = None
+) -> float | None:
     """Step time by formula (step_time.py); None where no formula covers the experiment.
 
-    Where the experiment calibrated the machine, the constants are those fitted without it.
+    Where the experiment calibrated the machine, the constants are those fitted without it, unless
+    the host, which takes ``operation_us`` an operation, is another one.
     """
     if machine is None or experiment.miniature or unknown(experiment):
         return None
-    row = machine.row_of(experiment)
-    return row.left_out_ms if row else machine.predict(experiment).total
+    if operation_us is None and (row := machine.row_of(experiment)):
+        return row.left_out_ms
+    return machine.predict(experiment, operation_us).total
+
+
+def unlikeness(here: Row, there: Row) -> float:
+    """How far the launch rates of two hosts are apart; most where only one is known."""
+    if here.operation_us and there.operation_us:
+        return abs(math.log(here.operation_us / there.operation_us))
+    return 0.0 if here.operation_us is there.operation_us else math.inf
 
 
 def launch_rate_remark(here: Row, there: Row) -> str | None:
@@ -242,7 +280,7 @@ def launch_rate_remark(here: Row, there: Row) -> str | None:
     if not here.launch or not there.launch:
         return None
     ratio = here.launch.operation_us / there.launch.operation_us
-    if 1 / SAME_LAUNCH_RATE < ratio < SAME_LAUNCH_RATE:
+    if 1 / records.SAME_LAUNCH_RATE < ratio < records.SAME_LAUNCH_RATE:
         return None
     pace = f"{ratio:.1f} x slower" if ratio > 1 else f"{1 / ratio:.1f} x faster"
     return (

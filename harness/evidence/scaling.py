@@ -9,11 +9,13 @@ from harness.evidence import markdown
 from harness.evidence.memory import cards_of
 from harness.experiment.catalog import load_catalog
 from harness.experiment.hardware import Card, find_card, peak_tflops
+from harness.machine import gpus
 from harness.planning import resolved
-from harness.predict.calibrations import Machine, machine_of
+from harness.predict.calibrations import Machine, machine_here, machine_of
 from harness.predict.flops import mfu, tflops_per_gpu
 from harness.predict.layouts import Layout, by_gpus
 from harness.predict.step_time import unknown
+from harness.run import finding
 from harness.system.screen import say
 
 HEAD = ("GPUs", "ms/step", "efficiency", "MFU", "GiB")
@@ -33,7 +35,7 @@ def print_gpus(id_: str, settings: Mapping[str, str]) -> int:
         f" {experiment.seq_length:,} tokens per step, on any number of GPUs"
     )
     for card in cards_of(experiment):
-        machine = machine_of(card)
+        machine, source = machine_here(card, finding.outdir(settings), gpus.uuids())
         layouts = tuple(by_gpus(experiment, card, machine))
         timed = [best.experiment for _, best in layouts if best and best.step]
         print()
@@ -45,6 +47,7 @@ def print_gpus(id_: str, settings: Mapping[str, str]) -> int:
             print(_row(cells, command))
         if timed:
             say(f"  {machine.how_sure(*timed)}")
+            say(f"  {source}")
         if reason := _untimed(layouts, card, machine):
             say(f"  step time not predicted: {reason}")
     return 0
@@ -69,19 +72,19 @@ def _lines(layouts: Layouts, card: Card) -> Iterator[tuple[tuple[str, ...], str]
     predicted.
     """
     fewest_gpu_ms: float | None = None
-    for gpus, best in layouts:
+    for ranks, best in layouts:
         if best is None:
-            yield (str(gpus), "", "", "", ""), "nothing fits, even fully recomputed"
+            yield (str(ranks), "", "", "", ""), "nothing fits, even fully recomputed"
             continue
         step, shown = best.step, ("", "", "")
         if step:
-            gpu_ms = gpus * step.total
+            gpu_ms = ranks * step.total
             fewest_gpu_ms = fewest_gpu_ms or gpu_ms
             peak = peak_tflops(card.name, best.experiment.precision)
             share = mfu(tflops_per_gpu(best.experiment, step.total), peak)
             shown = f"{step.total:,.0f}", f"{fewest_gpu_ms / gpu_ms:.2f}", f"{share:.0%}"
         command = f"make {best.experiment.id} {best.settings}".strip()
-        yield (str(gpus), *shown, f"{best.memory.in_all:.1f}"), command
+        yield (str(ranks), *shown, f"{best.memory.total:.1f}"), command
 
 
 def _row(cells: Sequence[str], command: str) -> str:

@@ -14,13 +14,15 @@ from harness.evidence.rows import Row
 from harness.experiment import overrides
 from harness.experiment.experiment import Experiment
 from harness.experiment.hardware import find_card, peak_tflops
+from harness.machine import gpus
 from harness.planning import resolved
-from harness.predict.calibrations import Machine, fitted, machine_of
+from harness.predict.calibrations import Machine, fitted, machine_here
 from harness.predict.capacity import verdict
 from harness.predict.flops import mfu, tflops_per_gpu
 from harness.predict.layouts import faster
 from harness.predict.memory import predict
 from harness.predict.step_time import StepTime, unknown
+from harness.run import finding
 from harness.system.screen import say
 
 SHOWN = 6
@@ -43,10 +45,10 @@ def print_speed(id_: str, settings: Mapping[str, str]) -> int:
     Raises UserError where the experiment or a setting is invalid, or no constants cover it.
     """
     experiment = _predictable(resolved.of_catalogue(id_, settings))
-    machines, references = _machines(experiment), load_references()
+    machines, references = _machines(experiment, settings), load_references()
     rows = collect_records(RECORDS, references).rows
     say(heading(experiment))
-    for machine in machines:
+    for machine, source in machines:
         step, card = machine.predict(experiment), machine.card
         print(f"\nPredicted step time on {card.name}, ms")
         for line in _parts(step):
@@ -57,6 +59,7 @@ def print_speed(id_: str, settings: Mapping[str, str]) -> int:
         share = mfu(tflops, peak_tflops(card.name, experiment.precision))
         say(f"  {tflops:.0f} model TFLOP/s per GPU, MFU {share:.0%}")
         say(f"  {machine.how_sure(experiment)}")
+        say(f"  {source}")
         if verdict(predict(experiment), card) == "does not fit":
             command = f"make memory-{overrides.command_of(experiment)} CARD={machine.gpu}"
             say(f"  does not fit this card: {command} lists settings that fit")
@@ -69,9 +72,9 @@ def print_faster(id_: str, settings: Mapping[str, str]) -> int:
     Raises UserError as ``print_speed``.
     """
     experiment = _predictable(resolved.of_catalogue(id_, settings))
-    machines = _machines(experiment)
+    machines = _machines(experiment, settings)
     say(heading(experiment))
-    for machine in machines:
+    for machine, source in machines:
         now_ms = machine.predict(experiment).total
         fits = verdict(predict(experiment), machine.card)
         found = faster(experiment, machine)
@@ -81,13 +84,21 @@ def print_faster(id_: str, settings: Mapping[str, str]) -> int:
             continue
         print(
             f"  layouts of the same work that fit{' and are faster' * (fits == 'fits')}:"
-            f" {len(found)}; fastest first"
+            f" {len(found)}; surest first"
         )
-        print(f"  {'ms':>7} {'ratio':>6} {'GiB':>6}")
-        for layout in found[:SHOWN]:
-            ms, gib = layout.step.total, layout.memory.in_all
-            print(f"  {ms:7,.0f} {ms / now_ms:6.2f} {gib:6.1f}  make {id_} {layout.settings}")
-        say(f"  {machine.how_sure(*(layout.experiment for layout in found[:SHOWN]))}")
+        print(f"  {'ms':>7} {'±':>4} {'ratio':>6} {'GiB':>6}")
+        shown = found[:SHOWN]
+        for layout in shown:
+            ms, gib = layout.step.total, layout.memory.total
+            tie = "  ≈ the first" * (layout is not shown[0] and layout.ties_with(shown[0]))
+            print(
+                f"  {ms:7,.0f} {layout.error:4.0%} {ms / now_ms:6.2f} {gib:6.1f}"
+                f"  make {id_} {layout.settings}{tie}"
+            )
+        if fits == "fits" and shown[0].slowest_ms > now_ms:
+            say("  within the error of the prediction, none may be faster than what runs now")
+        say(f"  {machine.how_sure(*(layout.experiment for layout in shown))}")
+        say(f"  {source}")
         say("  measure the first few before a long run: make … STEPS=20")
     return 0
 
@@ -104,9 +115,11 @@ def _predictable(experiment: Experiment) -> Experiment:
     return experiment
 
 
-def _machines(experiment: Experiment) -> list[Machine]:
+def _machines(experiment: Experiment, settings: Mapping[str, str]) -> list[tuple[Machine, str]]:
+    """The calibrated machines with the cards in question, each with where its rates come from."""
     cards = cards_of(experiment)
-    machines = [machine for card in cards if (machine := machine_of(card))]
+    found = [machine_here(card, finding.outdir(settings), gpus.uuids()) for card in cards]
+    machines = [(machine, source) for machine, source in found if machine]
     if not machines:
         calibrated = dict.fromkeys(machine.gpu for machine in fitted().values())
         raise UserError(

@@ -13,7 +13,7 @@ from harness.evidence.speed import MEANING
 from harness.experiment.catalog import Catalog, load_catalog
 from harness.experiment.experiment import Experiment
 from harness.experiment.hardware import find_card
-from harness.predict.calibrations import Machine, fitted, machine_of
+from harness.predict.calibrations import Band, Machine, fitted, machine_of
 from harness.predict.layouts import faster
 from harness.predict.step_time import unknown
 from harness.predict.work import Calibration
@@ -23,7 +23,8 @@ def parts_table(facts: Facts, ids: str, machine: str) -> str:
     """Predicted parts of a step on ``machine``, with the measured step time."""
     calibrated, lines = _machine(machine), []
     for experiment in map(facts.catalog.find, ids.split()):
-        step, row = calibrated.predict(experiment), calibrated.row_of(experiment)
+        row = calibrated.row_of(experiment)
+        step = calibrated.predict(experiment, row and calibrated.operation_us_of(row))
         lines.append(
             [
                 f"`{experiment.id}`",
@@ -84,12 +85,39 @@ def machines_table() -> str:
     return markdown.table(head, lines, "l" + "r" * len(machines))
 
 
+def bands_table() -> str:
+    """For every kind of work and machine: rows, median and 90th percentile of errors."""
+    machines = fitted()
+    kinds = dict.fromkeys(kind for machine in machines.values() for kind in machine.bands)
+    lines = []
+    for kind in kinds:
+        found = [machine.bands.get(kind) for machine in machines.values()]
+        lines.append([kind, *(cell for band in found for cell in _band_cells(band))])
+    head = ["kind of work"]
+    for machine in machines.values():
+        head += [f"{machine.card.name}: rows", "median", "90th percentile"]
+    return markdown.table(head, lines, "l" + "rrr" * len(machines))
+
+
+def _band_cells(band: Band | None) -> tuple[str, str, str]:
+    if band is None:
+        return "", "", ""
+    return str(band.rows), f"{band.median:.1%}", f"{band.most:.0%}"
+
+
 def unseen_table(facts: Facts, group: str) -> str:
-    """Measured steps of a group of references that calibrated no machine, with predictions."""
+    """Measured steps of a group of references that calibrated no machine, with predictions.
+
+    Fitted to them is one number, how fast the group's host launches.
+    """
     found = facts.references.group(group)
     machine, lines = machine_of(find_card(found.gpu)), []
-    for row, experiment in predictable_rows(found, facts.catalog):
-        ms = machine.predict(experiment).total
+    rows = list(predictable_rows(found, facts.catalog))
+    operation_us = machine.launch_rate_behind(
+        [(experiment, row.step_ms) for row, experiment in rows]
+    )
+    for row, experiment in rows:
+        ms = machine.predict(experiment, operation_us).total
         lines.append(
             [
                 row.id or row.workload,

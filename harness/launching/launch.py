@@ -19,6 +19,7 @@ from harness.predict import calibrations, capacity
 
 if TYPE_CHECKING:
     from harness.planning.plan import Plan
+    from harness.run.directory import RunDir
 
 WIDTH = 80
 
@@ -43,7 +44,7 @@ def run_plan(
     with Signals() as signals, terminal or open_terminal() as terminal:
         reserved = reserve_run_directory(plan, signals, terminal)
         try:
-            terminal.print(opening(plan, reserved.run_dir.label))
+            terminal.print(opening(plan, reserved.run_dir))
             run = ActiveRun(plan, reserved, gpu_ids, hang_seconds)
         except BaseException as error:
             reserved.abandon(error)
@@ -83,17 +84,19 @@ def show_progress(run: ActiveRun, terminal: Terminal) -> None:
         terminal.show(snapshot)
 
 
-def opening(plan: Plan, label: str) -> str:
+def opening(plan: Plan, run_dir: RunDir) -> str:
     """What is printed before a run: what it shows, what its miniature scaled, predicted memory."""
     experiment = plan.experiment
-    paragraphs = [f"{label}: {experiment.shows}", plan.headline, *plan.notices]
+    paragraphs = [f"{run_dir.label}: {experiment.shows}", plan.headline, *plan.notices]
     if plan.resumes and plan.first_step:
         paragraphs.append(f"resumes at step {plan.first_step}")
     if plan.device == "cuda":
         card = find_card(experiment.card or gpus.list_gpus()[0].name)
         if card:
             paragraphs.append(capacity.summary(experiment, card))
-            paragraphs.append(calibrations.summary(experiment, card))
+            paragraphs.append(
+                calibrations.summary(experiment, card, run_dir.path.parent, gpus.uuids())
+            )
     return "\n".join(
         textwrap.fill(
             text, WIDTH, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False

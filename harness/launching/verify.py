@@ -23,7 +23,7 @@ from harness.errors import UserError
 from harness.evidence.records import same_work
 from harness.evidence.references import load_references
 from harness.evidence.results import collect_records, collect_runs
-from harness.evidence.rows import Row, launch_rate_remark, metrics, upstream_name
+from harness.evidence.rows import Row, launch_rate_remark, metrics, unlikeness, upstream_name
 from harness.experiment import command_line
 from harness.experiment.catalog import load_catalog
 from harness.experiment.experiment import Experiment
@@ -85,7 +85,8 @@ def verify(
 
 
 def choose(records: Sequence[Row], run: Row) -> Row:
-    """The newest of ``records`` that ``run`` can be compared with. Raises UserError without one."""
+    """The one of ``records`` that ``run`` can be compared with: that of the host most like its own,
+    then the newest. Raises UserError without one."""
     if run.experiment.miniature:
         raise UserError(
             f"{run.label} is a CPU miniature; {records[0].label} was measured on"
@@ -104,7 +105,8 @@ def choose(records: Sequence[Row], run: Row) -> Row:
         raise UserError(
             f"{run.label} is {run.state}: only a finished run can be compared with a record"
         )
-    record = next((row for row in here if row.software == run.software), None)
+    alike = [row for row in here if row.software == run.software]
+    record = min(alike, key=lambda row: unlikeness(row, run), default=None)
     if record is None:
         raise UserError(
             f"{run.label} ran {run.software}, the record {here[0].software}: their times do not"

@@ -84,6 +84,11 @@ def list_gpus() -> tuple[LocalGpu, ...]:
         return tuple(found)
 
 
+def uuids() -> frozenset[str]:
+    """Of every GPU of this machine."""
+    return frozenset(gpu.uuid for gpu in list_gpus())
+
+
 def keep_awake() -> None:
     """Keep the driver initialised until this process ends.
 

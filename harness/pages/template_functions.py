@@ -110,6 +110,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "gpus": lambda _, ids, card: scaling.table(card, *ids.split()),
     "machines": lambda _: step_time_tables.machines_table(),
     "unseen": step_time_tables.unseen_table,
+    "bands": lambda _: step_time_tables.bands_table(),
     "pipeline": result_tables.pipeline,
     "claims": claims,
     "profile": profile,

@@ -6,27 +6,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import combinations
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, InstanceOf
 
 from harness.errors import UserError, nearest
 from harness.experiment import overrides
 from harness.experiment.catalog import EXPERIMENTS, load_catalog
 from harness.experiment.experiment import Experiment
 from harness.experiment.hardware import Card, required_card
-from harness.predict import step_time
+from harness.predict import machine_file, rates, step_time
+from harness.predict.machine_file import Machine as MachineFile
 from harness.predict.step_time import StepTime
 from harness.predict.timeline import Times
-from harness.predict.work import Calibration, Positive
+from harness.predict.work import RATES, Calibration, Positive, Speed
 from harness.system import yaml_files
 
 FILE = EXPERIMENTS / "calibrations.yaml"
+
+
+USUAL_RATES = "h200-141gb"
+"""The card whose rates, scaled by the data sheets, stand for those of cards without machine files.
+"""
+SURE_ROWS = 5
+"""Of fewer rows, the largest error stands for the 90th percentile."""
 
 
 class Fitted(BaseModel, frozen=True, extra="forbid"):
@@ -35,9 +44,38 @@ class Fitted(BaseModel, frozen=True, extra="forbid"):
     measured_ms: Positive
     predicted_ms: Positive
     left_out_ms: Positive
-    """Predicted by constants fitted without this row and others of the same experiment."""
+    """Predicted by constants fitted without the chapter of this row and without the same work."""
+    operation_us: Positive | None = None
+    """Host time of an operation, where the run measured it."""
+    day: str | None = None
+    """Where it did not: the day of the run."""
     make: str | None = None
     """What ran, if it is not the row's name: ``446``, or ``111 FP8=tensorwise``."""
+
+    @property
+    def error(self) -> float:
+        """Of the prediction by constants fitted without it, relative to what was measured."""
+        return abs(self.left_out_ms / self.measured_ms - 1)
+
+
+@dataclass(frozen=True)
+class Band:
+    """How far predictions of a kind of work were off, on rows left out of the fit."""
+
+    kind: str
+    rows: int
+    median: float
+    most: float
+    """90th percentile; of fewer than ``SURE_ROWS`` rows, the largest."""
+
+    def __str__(self) -> str:
+        most = (
+            f"{self.most:.0%} 90th percentile"
+            if self.rows >= SURE_ROWS
+            else f"{self.most:.0%} at most"
+        )
+        many = f"{self.rows} row{'s' * (self.rows > 1)}"
+        return f"{self.kind}: off by {self.median:.1%} median, {most} ({many} left out of the fit)"
 
 
 class Machine(BaseModel, frozen=True, extra="forbid"):
@@ -49,12 +87,19 @@ class Machine(BaseModel, frozen=True, extra="forbid"):
     """``records``, or a group of references.yaml."""
     switch_reduces: bool
     """Whether the NVLink switch computes all-reduces (NCCL's NVLS)."""
+    rates: str | None = None
+    """A card's short name: its machine files say how fast this machine is. None: this card's own,
+    or those of ``USUAL_RATES``."""
+    launch_us: dict[str, Positive] = {}
+    """Host time of an operation on days when runs did not measure it yet: fitted."""
     like: str | None = None
     """The machine, earlier in the file, whose constants it takes where its own steps do not
     determine one."""
     constants: Calibration = Calibration()
     rows: dict[str, Fitted] = {}
     """Empty until ``make calibrate`` has fitted the constants."""
+    here: InstanceOf[MachineFile] | None = None
+    """The machine file of this very machine; never in the file of calibrations."""
 
     @cached_property
     def card(self) -> Card:
@@ -66,26 +111,63 @@ class Machine(BaseModel, frozen=True, extra="forbid"):
             )
         return gpu
 
-    def predict(self, experiment: Experiment) -> StepTime:
+    @cached_property
+    def rated_card(self) -> Card:
+        """The card whose machine files say how fast this machine is.
+
+        Raises UserError if ``rates`` is unknown.
+        """
+        own = self.gpu if (rates.FOLDER / self.gpu).is_dir() else USUAL_RATES
+        return required_card(self.rates or own, f"rates = {self.rates!r}")
+
+    @property
+    def rates_measured(self) -> bool:
+        """Whether the rates are those of this card."""
+        return self.rated_card == self.card
+
+    def speed(self, operation_us: float | None = None) -> Speed:
+        """How fast it is.
+
+        Args:
+            operation_us: host time of an operation; None: that of the machine file.
+        """
+        found = rates.of_card(self.rated_card.key).scaled(self.rated_card, self.card)
+        constants, usual_us = self.constants, found.operation_us
+        if self.here:
+            found, usual_us = rates.with_file(found, self.here), self.here.launch.operation_us
+            constants = constants.model_copy(update=dict.fromkeys(RATES, 1.0))
+        return Speed(found, constants, self.switch_reduces, operation_us or usual_us)
+
+    def predict(self, experiment: Experiment, operation_us: float | None = None) -> StepTime:
         """A step of ``experiment`` here, with no other run on the node.
 
-        Only where ``step_time.unknown(experiment)`` is empty. Raises UserError if ``experiment``
-        computes in fp8 and the card does not.
+        Only where ``step_time.unknown(experiment)`` is empty; ``operation_us`` as of ``speed``.
+        Raises UserError if ``experiment`` computes in fp8 and the card does not.
         """
         if experiment.precision == "fp8" and self.card.fp8_tflops is None:
             raise UserError(
                 f"{experiment.id} computes in fp8, which {self.card.name} does not (Ada, Hopper and"
                 " later do)"
             )
-        return step_time.predict(
-            experiment, self.card, self.constants, switch_reduces=self.switch_reduces
-        )
+        return step_time.predict(experiment, self.speed(operation_us))
+
+    def launch_rate_behind(self, steps: Sequence[tuple[Experiment, float]]) -> float:
+        """Host time of an operation in µs that explains these step times in ms best.
+
+        Least absolute error of their logarithms, to 2 %: steps that no launch bounds say nothing.
+        """
+
+        def off(operation_us: float) -> float:
+            return sum(
+                abs(math.log(self.predict(experiment, operation_us).total / ms))
+                for experiment, ms in steps
+            )
+
+        return min((5 * 1.02**power for power in range(150)), key=off)
 
     def stage_times(self, experiment: Experiment) -> Times:
         """Each pipeline stage's passes of one micro-batch, in ms; where ``predict`` applies."""
-        return step_time.stage_times(
-            experiment, self.card, self.constants, switch_reduces=self.switch_reduces
-        )
+        return step_time.stage_times(experiment, self.speed())
 
     def row_of(self, experiment: Experiment) -> Fitted | None:
         """The row in which ``experiment`` ran; of several, the one with its id as name."""
@@ -93,29 +175,56 @@ class Machine(BaseModel, frozen=True, extra="forbid"):
         ran = {name: row for name, row in self.rows.items() if (row.make or name) == command}
         return ran.get(experiment.id) or next(iter(ran.values()), None)
 
+    def operation_us_of(self, row: Fitted) -> float | None:
+        """Host time of an operation in the run of this row, measured or fitted to its day."""
+        return row.operation_us or self.launch_us.get(row.day or "")
+
     def misses(self) -> tuple[float, float, float]:
         """Relative errors on rows left out of the fit: median, 90th percentile, largest."""
-        off = sorted(abs(row.left_out_ms / row.measured_ms - 1) for row in self.rows.values())
-        return median(off), off[math.ceil(0.9 * len(off)) - 1], off[-1]
+        off = [row.error for row in self.rows.values()]
+        return median(off), ninetieth(off), max(off)
+
+    @cached_property
+    def bands(self) -> Mapping[str, Band]:
+        """How sure it is, by kind of work."""
+        errors: dict[str, list[float]] = {}
+        for name, row in self.rows.items():
+            errors.setdefault(step_time.work_kind(_ran(row.make or name)), []).append(row.error)
+        return {
+            kind: Band(
+                kind, len(off), median(off), ninetieth(off) if len(off) >= SURE_ROWS else max(off)
+            )
+            for kind, off in errors.items()
+        }
+
+    def band(self, experiment: Experiment) -> Band | None:
+        """The band of its kind of work; None where no measured row has all of its work."""
+        if self.unmeasured(experiment):
+            return None
+        return self.bands.get(step_time.work_kind(experiment))
+
+    def error(self, experiment: Experiment) -> float:
+        """The 90th percentile of rows of its kind; where there are none, the largest of all."""
+        band = self.bands.get(step_time.work_kind(experiment))
+        return band.most if band else max(band.most for band in self.bands.values())
 
     def how_sure(self, *experiments: Experiment) -> str:
-        """The error of predictions for ``experiments``, as a phrase.
+        """The error of predictions for ``experiments``, as a phrase: a band for each kind of work.
 
         Where an experiment has work that no row has, its error is unknown.
         """
-        half, most, _ = self.misses()
-        known = (
-            f"error on rows left out of the fit: median {half:.1%}, 90th percentile {most:.0%} "
-            f"({len(self.rows)} rows)"
+        known = dict.fromkeys(
+            str(band) for experiment in experiments if (band := self.band(experiment))
         )
-        missing = {one.label: self.unmeasured(one) for one in experiments}
-        if not any(missing.values()):
-            return known
-        *others, last = dict.fromkeys(kind for found in missing.values() for kind in found)
-        kinds = f"{', '.join(others)} or {last}" if others else last
-        if all(missing.values()):
-            return f"no measured row has {kinds}: error unknown"
-        return f"{known}; error unknown with {kinds}, which no measured row has"
+        missing = dict.fromkeys(
+            kind for experiment in experiments for kind in self.unmeasured(experiment)
+        )
+        said = list(known)
+        if missing:
+            *others, last = missing
+            kinds = f"{', '.join(others)} or {last}" if others else last
+            said.append(f"no measured row has {kinds}: error unknown")
+        return "; ".join(said)
 
     def unmeasured(self, experiment: Experiment) -> tuple[str, ...]:
         """The work in ``experiment`` that no row has, and pairs of methods that no row combines."""
@@ -129,6 +238,11 @@ class Machine(BaseModel, frozen=True, extra="forbid"):
             if not any({a, b} <= both for both in together)
         ]
         return (*alone, *pairs)
+
+
+def ninetieth(off: Sequence[float]) -> float:
+    """The 90th percentile: nine tenths are at most as large."""
+    return sorted(off)[math.ceil(0.9 * len(off)) - 1]
 
 
 @cache
@@ -154,7 +268,7 @@ def _machine(where: str, fields: Any, above: Sequence[str]) -> Machine:
         fields["rows"] = {str(key): row for key, row in fields["rows"].items()}
     machine = yaml_files.build(Machine, fields, where)
     try:
-        _ = machine.card
+        _ = machine.card, machine.rated_card
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     if machine.like is not None and machine.like not in above:
@@ -170,15 +284,47 @@ def fitted() -> Mapping[str, Machine]:
     return {name: machine for name, machine in load().items() if machine.rows}
 
 
-def summary(experiment: Experiment, card: Card) -> str | None:
-    """One line on the step time of ``experiment``, printed before a run; None without a formula."""
-    machine = machine_of(card)
+def summary(experiment: Experiment, card: Card, outdir: Path, uuids: Collection[str]) -> str | None:
+    """One line on the step time of ``experiment``, printed before a run; None without a formula.
+
+    Arguments as of ``machine_here``.
+    """
+    machine, _ = machine_here(card, outdir, uuids)
     if machine is None or step_time.unknown(experiment):
         return None
     return (
         f"step by formula: {machine.predict(experiment).total:,.0f} ms alone on the node;"
         f" {machine.how_sure(experiment)}"
     )
+
+
+def machine_here(card: Card, outdir: Path, uuids: Collection[str]) -> tuple[Machine | None, str]:
+    """The calibrated machine with cards of this kind, as fast as the machine file in ``outdir``
+    says, and a line on where its rates come from.
+
+    A machine file of another machine, or of another card, is not used, and the line says so.
+
+    Args:
+        uuids: of this machine's GPUs.
+    """
+    machine, path = machine_of(card), outdir / machine_file.NAME
+    if machine is None:
+        return None, ""
+    usual = f"rates of {machine.card.name} in experiments/machines"
+    if not machine.rates_measured:
+        usual = (
+            f"rates of {machine.rated_card.name} in experiments/machines, scaled by the data sheets"
+        )
+    if not path.exists():
+        return machine, f"{usual}; make preflight measures this machine"
+    file = machine_file.read(path)
+    if reason := machine_file.foreign(file, card, uuids):
+        return machine, f"{usual}; {path} {reason}: not used"
+    when = file.measured[:16].replace("T", " ")
+    line = f"rates: {path}, measured on {file.host} at {when} UTC"
+    if file.quick:
+        line += "; attention and layers, which QUICK=1 leaves out, as usual for the card"
+    return machine.model_copy(update={"here": file}), line
 
 
 def machine_measured_by(group: str) -> Machine | None:

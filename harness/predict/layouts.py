@@ -14,7 +14,7 @@ from harness.experiment.constraints import divisors
 from harness.experiment.experiment import Experiment
 from harness.experiment.hardware import GPUS_OF_A_NODE, Card
 from harness.predict.calibrations import Machine
-from harness.predict.capacity import surely_fits
+from harness.predict.capacity import verdict
 from harness.predict.memory import Memory, predict
 from harness.predict.step_time import StepTime, unknown
 
@@ -23,7 +23,8 @@ MOST_NODES = 16
 LEVERS = ({"CROSS_ENTROPY_FUSION": "1"}, {"CUDA_GRAPHS": "1"})
 """What makes the same work faster in the same layout; tried one after the other."""
 WORTH = 0.99
-"""A lever is kept if the step takes at most this share of the time without it."""
+"""A layout is faster if its step takes at most this share of the time; a lever is kept if the same
+holds for the pessimistic ends of both bands."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,17 @@ class Layout:
     memory: Memory
     step: StepTime | None
     """None where no constants cover it."""
+    error: float = 0.0
+    """How far steps of its kind of work were off, relative: the 90th percentile."""
+
+    @property
+    def slowest_ms(self) -> float:
+        """The pessimistic end of its band."""
+        return self.step.total * (1 + self.error)
+
+    def ties_with(self, other: Layout) -> bool:
+        """Whether their bands overlap, so that either may be faster."""
+        return self.step.total * (1 - self.error) < other.slowest_ms
 
     @property
     def settings(self) -> str:
@@ -44,14 +56,16 @@ class Layout:
 
 
 def faster(experiment: Experiment, machine: Machine) -> list[Layout]:
-    """The layouts that fit ``machine``'s cards and are faster than ``experiment``, fastest first.
+    """The layouts that fit ``machine``'s cards and are faster than ``experiment``, surest first.
 
-    Of layouts that are as fast, the smallest comes first; of those that differ only in virtual
-    stages, only the fastest is listed. If ``experiment`` may not fit: every layout that fits.
+    Their order is that of the pessimistic ends of their bands, so that an unsure layout does not
+    come before a sure one that is nearly as fast. Of layouts that are as fast, the smallest comes
+    first; of those that differ only in virtual stages, only the fastest is listed. If
+    ``experiment`` may not fit: every layout that fits.
     """
     now_ms = math.inf
-    if surely_fits(predict(experiment), machine.card):
-        now_ms = machine.predict(experiment).total
+    if verdict(predict(experiment), machine.card) == "fits":
+        now_ms = WORTH * machine.predict(experiment).total
     fitting = _fitting(experiment, experiment.world_size, machine.card, machine)
     found = [layout for layout in fitting if layout.step and layout.step.total < now_ms]
     best: dict[str, Layout] = {}
@@ -66,8 +80,8 @@ def by_gpus(
 ) -> Iterator[tuple[int, Layout | None]]:
     """The best layout over 1, 2, 4 and 8 GPUs (a node); None where none fits ``card``.
 
-    The best is the fastest; without constants, the one that splits the model least. If a node
-    cannot hold the work, the number of nodes is doubled up to MOST_NODES until it fits.
+    The best is the surest to be fast; without constants, the one that splits the model least. If a
+    node cannot hold the work, the number of nodes is doubled up to MOST_NODES until it fits.
     """
     ranks, held = 1, False
     while ranks <= GPUS_OF_A_NODE or (not held and ranks <= MOST_NODES * GPUS_OF_A_NODE):
@@ -78,9 +92,9 @@ def by_gpus(
 
 def _preference(layout: Layout) -> tuple[float, ...]:
     """Sorts the best layout first."""
-    experiment, gib = layout.experiment, layout.memory.all_tensors
+    experiment, gib = layout.experiment, layout.memory.total
     if layout.step:
-        return round(layout.step.total, 1), gib
+        return round(layout.slowest_ms, 1), gib
     split = experiment.tp * experiment.pp * experiment.cp * experiment.ep
     recomputes = experiment.recompute != "none"
     return math.inf, recomputes, split, -experiment.micro_batch_size, gib
@@ -98,26 +112,29 @@ def _fitting(
     for plain in layouts(experiment, ranks):
         for way in _recomputed(plain, listed):
             memory = predict(way)
-            if not surely_fits(memory, card):
+            if verdict(memory, card) != "fits":
                 continue
             if machine and not unknown(way):
-                yield _tuned(Layout(way, memory, machine.predict(way)), listed, card, machine)
+                yield _tuned(_timed(way, memory, machine), listed, machine)
             else:
                 yield Layout(way, memory, None)
             break
 
 
-def _tuned(layout: Layout, listed: Experiment, card: Card, machine: Machine) -> Layout:
-    """``layout`` with the LEVERS that make it faster and let it fit ``card``."""
+def _tuned(layout: Layout, listed: Experiment, machine: Machine) -> Layout:
+    """``layout`` with the LEVERS that make it faster."""
     for lever in LEVERS:
         changed = overrides.admitted(listed, layout.experiment.overrides | lever)
         if changed is None or changed == layout.experiment or unknown(changed):
             continue
-        step = machine.predict(changed)
-        memory = predict(changed)
-        if step.total <= WORTH * layout.step.total and surely_fits(memory, card):
-            layout = Layout(changed, memory, step)
+        tuned = _timed(changed, predict(changed), machine)
+        if tuned.slowest_ms <= WORTH * layout.slowest_ms:
+            layout = tuned
     return layout
+
+
+def _timed(experiment: Experiment, memory: Memory, machine: Machine) -> Layout:
+    return Layout(experiment, memory, machine.predict(experiment), machine.error(experiment))
 
 
 def layouts(experiment: Experiment, ranks: int) -> Iterator[Experiment]:

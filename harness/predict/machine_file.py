@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from harness.errors import UserError
+from harness.experiment.hardware import Card, find_card
 from harness.system.files import write_text
 
 VERSION = 1
@@ -207,6 +209,22 @@ def read(path: Path) -> Machine:
             f"{path} is no complete machine file: {where}: {first['msg']}\n"
             "make preflight measures this machine anew"
         ) from None
+
+
+def foreign(machine: Machine, card: Card, uuids: Collection[str]) -> str:
+    """Why ``machine`` says nothing about these cards of this machine; empty where it does.
+
+    Args:
+        uuids: of this machine's GPUs. Where it has none, as a login node, the file of a node may
+            well be wanted.
+    """
+    if machine.device != "cuda":
+        return "was measured on a CPU"
+    if find_card(machine.gpu or "") != card:
+        return f"was measured on {machine.gpu}"
+    if uuids and not {*uuids} & {gpu.uuid for gpu in machine.gpus}:
+        return f"was measured on another machine ({machine.host}, {machine.measured[:10]})"
+    return ""
 
 
 def write(path: Path, machine: Machine) -> None:

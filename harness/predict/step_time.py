@@ -1,12 +1,12 @@
 """How long a training step takes and where the time goes, predicted from an experiment's sizes.
 
-A rank's work is counted from the sizes (harness/predict/work.py): matrix products in whole waves of
-tiles, attention score by score, bytes that the rest reads and writes, bytes sent. The constants of
-a machine (``Calibration``) say how fast it does each, and how long its CPU takes to launch it. They
-are fitted to measured steps (harness/evidence/calibrate.py) and kept in
-experiments/calibrations.yaml. A pass through a stage takes the longer of the GPU's time and the
-CPU's time to launch it, and more where both are about equal; the pipeline's schedule
-(harness/predict/timeline.py) orders the passes.
+A rank's work is counted from the sizes (harness/predict/work.py): operations of matrix products,
+attention score by score, bytes that the rest reads and writes, bytes sent. ``make preflight``
+measured how fast a machine does each, and how long its CPU takes to launch it
+(harness/predict/rates.py). The few constants that it cannot measure (``Calibration``) are fitted to
+measured steps (harness/evidence/calibrate.py) and kept in experiments/calibrations.yaml. A pass
+through a stage takes the longer of the GPU's time and the CPU's time to launch it, and more where
+both are about equal; the pipeline's schedule (harness/predict/timeline.py) orders the passes.
 
 What replicas send when: megatron/core/distributed/finalize_model_grads.py, core_v0.19.0.
 """
@@ -18,10 +18,10 @@ from dataclasses import asdict, dataclass
 
 from harness.experiment import extra_arguments
 from harness.experiment.experiment import SHARDING, Experiment
-from harness.experiment.hardware import GPUS_OF_A_NODE, Card
+from harness.experiment.hardware import GPUS_OF_A_NODE
 from harness.predict import timeline
 from harness.predict.flops import adapter_parameters, parameters_on
-from harness.predict.work import OPERATION_S, Calibration, MicroBatchWork, Work
+from harness.predict.work import MicroBatchWork, Speed, Work
 
 ADAM_BYTES = {"fp32": 30, "bf16": 16}
 """Precision of the moments -> bytes moved per parameter. fp32: moments and fp32 weights are read
@@ -32,8 +32,6 @@ MUON_BYTES = 90
 two scales, the update, operation by operation (OrthogonalizedOptimizer.step and newton_schulz in
 emerging_optimizers 0.3.0)."""
 NEWTON_SCHULZ_STEPS = 5
-MUON_OPERATIONS = 12 + 3 * NEWTON_SCHULZ_STEPS
-"""Operations launched for one matrix."""
 RECOMPUTED = frozenset({"core_attn", "layernorm", "moe_act"})
 """The modules of selective recomputation that are counted."""
 
@@ -68,37 +66,28 @@ class StepTime:
         return sum(self.pieces.values())
 
 
-def predict(
-    experiment: Experiment, card: Card, constants: Calibration, *, switch_reduces: bool = False
-) -> StepTime:
-    """A step of ``experiment`` on a machine with these cards and constants.
+def predict(experiment: Experiment, speed: Speed) -> StepTime:
+    """A step of ``experiment`` on a machine of this speed.
 
     Only where ``unknown(experiment)`` is empty.
-
-    Args:
-        switch_reduces: whether the NVLink switch computes all-reduces (NCCL's NVLS, from three
-            ranks on).
     """
-    return _StepWork(experiment, card, constants, switch_reduces).step()
+    return _StepWork(experiment, speed).step()
 
 
-def stage_times(
-    experiment: Experiment, card: Card, constants: Calibration, *, switch_reduces: bool = False
-) -> timeline.Times:
+def stage_times(experiment: Experiment, speed: Speed) -> timeline.Times:
     """Milliseconds of one micro-batch through each pipeline stage, messages included.
 
-    Arguments as of ``predict``.
+    Where ``predict`` applies.
     """
-    return _StepWork(experiment, card, constants, switch_reduces).stage_times(1e3)
+    return _StepWork(experiment, speed).stage_times(1e3)
 
 
 def unknown(experiment: Experiment) -> list[str]:
     """The parts of ``experiment`` whose cost no constant covers; none where ``predict`` applies."""
     found = {
         "fp32 arithmetic": experiment.precision == "fp32",
-        "fp8 with tensor parallelism or experts": (
-            experiment.precision == "fp8"
-            and (experiment.tp > 1 or experiment.model.num_experts is not None)
+        "fp8 with experts": (
+            experiment.precision == "fp8" and experiment.model.num_experts is not None
         ),
         "FSDP with tensor or context parallelism": experiment.fully_sharded
         and experiment.tp * experiment.cp > 1,
@@ -162,6 +151,23 @@ def kinds(experiment: Experiment) -> frozenset[str]:
     return frozenset(name for name, applies in found.items() if applies)
 
 
+def work_kind(experiment: Experiment) -> str:
+    """The kind of work that says most about how well a step can be predicted; each has one."""
+    found = {
+        "experts": experiment.model.num_experts is not None,
+        "pipelines": experiment.pp > 1,
+        "context parallelism": experiment.cp > 1,
+        "tensor parallelism": experiment.tp > 1,
+        "sharded replicas": experiment.sharding != "no_shard" and experiment.dp > 1,
+        "LoRA": experiment.lora is not None,
+        "Muon": experiment.optimizer == "muon",
+        "fp8": experiment.precision == "fp8",
+        "CUDA graphs": experiment.cuda_graphs,
+        "replicas": experiment.dp > 1,
+    }
+    return next((name for name, applies in found.items() if applies), "one GPU")
+
+
 def methods(experiment: Experiment) -> frozenset[str]:
     """Those of its kinds that interact: two measured separately say little about both together."""
     return frozenset(name for name, applies in _methods(experiment).items() if applies)
@@ -195,9 +201,6 @@ class _StepWork(MicroBatchWork):
         each = [forward + backward for forward, backward in passes]
         slowest = max(range(experiment.pp), key=each.__getitem__)
         work = sum(self.stages[slowest], Work()) * micro_batches
-        first, _ = self.stages[0]
-        started = first + Work(launches=self.constants.step_launch_ms / 1e3)
-        start = self.elapsed_s(started) - self.elapsed_s(first)
         busy = end = each[slowest] * micro_batches
         if experiment.pp > 1:
             end = timeline.duration(micro_batches, times, experiment.vpp)
@@ -206,10 +209,10 @@ class _StepWork(MicroBatchWork):
             attention=work.attention,
             passes=work.passes,
             exchange=work.exchange,
-            launches=busy - work.gpu + start,
+            launches=busy - work.gpu,
             bubble=end - busy,
             gradients=self.gradients_s(),
-            optimizer=self.optimizer_s() + self.constants.step_ms / 1e3,
+            optimizer=self.optimizer_s() + self.constants.step_ms * self.speed.host_s,
         )
         return StepTime(**{name: 1e3 * part for name, part in seconds.pieces.items()})
 
@@ -227,7 +230,7 @@ class _StepWork(MicroBatchWork):
             if experiment.sharding != "no_shard":
                 each = self.gradient_bytes * reduced + 2 * gathered
                 all_sent = parameters * each * (replicas - 1) / replicas
-                sent += all_sent * self.constants.gradients_exposed
+                sent += all_sent * self.constants.exposed
             elif replicas > 1:
                 sent += parameters * self.gradient_bytes * self.all_reduce_share(replicas)
             if experiment.sharding == "torch_fsdp2" and replicas > 1:
@@ -260,14 +263,15 @@ class _StepWork(MicroBatchWork):
         """
         experiment, held = self.experiment, parameters_on(self.experiment, 0)
         share = 1 / (experiment.dp * experiment.cp) if experiment.sharding != "no_shard" else 1
-        products = launches = 0.0
+        products = 0.0
         for rows, columns, number in self.orthogonalized():
             narrow, wide = min(rows, columns), max(rows, columns)
             each = 2 * self.product_s(narrow, narrow, wide) + self.product_s(narrow, narrow, narrow)
             products += number * NEWTON_SCHULZ_STEPS * each
-            launches += number * MUON_OPERATIONS * OPERATION_S
         more_bytes = MUON_BYTES - ADAM_BYTES[experiment.optimizer_state]
         passes = (held.matrices + held.expert_matrices) * more_bytes / self.bytes_per_s
+        layers = self.model.num_layers / experiment.pp
+        launches = self.rates.more("muon").optimizer * layers * self.speed.host_s
         work = Work(products=products, passes=passes, launches=launches)
         return self.elapsed_s(work) * share
 

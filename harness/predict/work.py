@@ -1,47 +1,49 @@
 """What a rank's GPU and CPU do for one micro-batch of a pipeline stage, counted from sizes.
 
-Sources: waves of tiles, NVIDIA's Matrix Multiplication Background User's Guide, section "Dimension
-Quantization Effects". Bytes that a rank sends for an all-reduce, 2 (n-1)/n of the message over
-links, NVIDIA's nccl-tests, doc/PERFORMANCE.md; where the switch adds up, (n+1)/n: its message once,
-and for all others its n-th of the sum. What is sent when, megatron/core/tensor_parallel/layers.py
-and megatron/core/transformer/moe/token_dispatcher.py, core_v0.19.0.
+Rates are measured (harness/predict/rates.py). Sources: bytes that a rank sends for an all-reduce,
+2 (n-1)/n of the message over links, NVIDIA's nccl-tests, doc/PERFORMANCE.md; where the switch adds
+up, (n+1)/n: its message once, and for all others its n-th of the sum. What is sent when,
+megatron/core/tensor_parallel/layers.py and megatron/core/transformer/moe/token_dispatcher.py,
+core_v0.19.0.
 """
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
-from typing import Annotated, NamedTuple
+from typing import Annotated, NamedTuple, get_args
 
 from pydantic import BaseModel, Field
 
 from harness.experiment.experiment import Experiment
-from harness.experiment.hardware import Card
-from harness.experiment.model import COLUMN_PARALLEL
+from harness.experiment.model import COLUMN_PARALLEL, LinearLayer
 from harness.predict import timeline
 from harness.predict.flops import adapter_widths, padded_vocab_size
+from harness.predict.rates import FP8_BYTES, Launches, Rates
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
-MULTIPROCESSORS = 132
-"""Of a Hopper GPU with SXM, as on the datasheet; no other kind was calibrated."""
-TILES = ((128, 256, 1.0), (256, 128, 1.0), (128, 128, 0.9), (64, 256, 0.9), (256, 64, 0.9))
-"""Rows and columns that a multiprocessor computes at once; speed relative to the largest tile."""
 KERNEL_S = 3e-6
 """From a kernel's launch to its first result; a rough value."""
 MESSAGE_S = 20e-6
 """A collective with nothing to send; a rough value."""
 GRAPH_S = 100e-6
 """The CPU's time to launch a CUDA graph through Python and autograd; a rough value."""
-OPERATION_S = 10e-6
-"""The CPU's time for a PyTorch operation that no measured row has; a rough value."""
-FP8_BYTES = {"delayed": 4, "tensorwise": 6, "blockwise": 4}
-"""Per element converted to fp8: read in bf16, written by rows and by columns; tensorwise, read once
-more for the largest value (Float8CurrentScalingQuantizer in transformer_engine/pytorch/tensor)."""
-FP8_OPERATIONS = {"delayed": 1, "tensorwise": 3, "blockwise": 1}
-"""Operations launched to convert one tensor."""
+OVERLAP = 5
+"""How sharply the slower of GPU and CPU decides: their p-norm has p = 1 + OVERLAP; a rough value.
+"""
+GROUPED_SHARE = 0.95
+"""Speed of experts' grouped products, relative to other matrix products; those of 8 and 16 large
+experts in the machine files."""
+ROUTED_PASSES = 1.5
+"""Bytes that permuting and weighting routed tokens moves, relative to the count here: rows of the
+published table say so."""
+RING_SHARE = 0.15
+"""Launches of a turn of the ring, relative to those that context parallelism has once."""
+CHUNK_SHARE = 1 / 3
+"""Launches of a virtual stage's message, which overlaps, relative to one of 1F1B, which waits
+(batch_p2p_sync in p2p_communication.py)."""
 GATE_FORWARD_BYTES, GATE_BACKWARD_BYTES = 34, 52
 """Per element of the attention's output: its gate in fp32, operation by operation
 (_apply_output_gate in megatron/core/transformer/attention.py)."""
@@ -55,51 +57,38 @@ LOSS_BYTES = {False: (38, 14), True: (22, 10)}
 
 
 class Calibration(BaseModel, frozen=True, extra="forbid"):
-    """How fast a machine is: the constants fitted to its measured steps."""
+    """What no rate says of a machine: the constants fitted to its measured steps.
 
-    matrix_share: Positive = 0.7
-    """Share of the peak that matrix products reach in whole waves of tiles."""
-    bandwidth_share: Positive = 0.7
-    """Share of the memory bandwidth that everything else reaches."""
-    score_forward_ps: Positive = 1.0
-    """Attention without its products: exponential and dropout of one score, in picoseconds."""
-    score_backward_ps: Positive = 2.0
-    no_dropout_share: Positive = 0.5
-    """Share of these that is left without dropout."""
-    link_gb_s: Positive = 330
-    """What a rank sends in a second to its node's others, while they send to it."""
-    tensor_exposed: Positive = 0.7
-    """Share of tensor parallelism's backward communication that is exposed, not hidden behind the
-    weights' gradients."""
-    gradients_exposed: Positive = 0.3
-    """Share of the distributed optimizer's communication that is exposed."""
-    fp8_share: Positive = 0.85
-    """``matrix_share`` in fp8, relative to that in bf16."""
-    experts_share: Positive = 0.6
-    """Speed of grouped experts' products, relative to other matrix products."""
-    routed_passes: Positive = 1.0
-    """Bytes that permuting and weighting routed tokens moves, relative to the count here."""
-    forward_launch_ms: Positive = 0.9
-    """The CPU's time for a layer's forward pass."""
-    backward_launch_ms: Positive = 1.3
-    collective_launch_ms: Positive = 0.1
-    context_launch_ms: Positive = 1.0
-    """Context parallelism without its exchanges, a layer and pass."""
-    ring_launch_ms: Positive = 0.2
-    """One turn of the ring."""
-    router_launch_ms: Positive = 1.0
-    expert_launch_ms: Positive = 0.02
-    """One expert of a rank, a layer's forward pass; twice as much backward."""
-    stage_launch_ms: Positive = 5.0
-    """1F1B: a pass's message, and the wait for it (batch_p2p_sync in p2p_communication.py)."""
-    chunk_launch_ms: Positive = 3.0
-    """Interleaved 1F1B, a virtual stage's pass: its message overlaps."""
-    step_launch_ms: Positive = 15.0
-    """Once a step, before its first forward pass; hidden where the GPU has work."""
-    step_ms: Positive = 5.0
-    """Once a step, never hidden: the optimizer's launches, copying the gradient norm to the CPU."""
-    overlap: Positive = 2.5
-    """How sharply the slower of GPU and CPU decides: their p-norm has p = 1 + overlap."""
+    Times are those on a host that launches as fast as that of the machine files.
+    """
+
+    products: Positive = 1.0
+    """Speed of matrix products relative to the rates; 1 where they were measured on this card."""
+    attention: Positive = 1.0
+    """Speed of attention, in the same way."""
+    passes: Positive = 1.0
+    """Speed of everything else on the GPU, in the same way."""
+    host: Positive = 0.8
+    """Host time of a layer, relative to that of the small layers in the machine files."""
+    experts: Positive = 1.0
+    """Host time of experts, relative to theirs there."""
+    step_ms: Positive = 50.0
+    """Once a step: launches of the optimizer, the gradient norm copied to the CPU, a new batch."""
+    collective_ms: Positive = 0.4
+    """A collective between ranks of a group."""
+    context_ms: Positive = 2.5
+    """Context parallelism, a layer and pass."""
+    hooks_ms: Positive = 1.0
+    """Hooks of a layer that send gradients and gather weights, forward; 1.5 times that backward."""
+    stage_ms: Positive = 15.0
+    """1F1B: a pass's message, and the wait for it."""
+    exposed: Positive = 0.65
+    """Share of communication beside computation that is not hidden by it: of tensor parallelism's
+    backward pass, of gradients and of weights."""
+
+
+RATES = frozenset({"products", "attention", "passes"})
+"""Constants that stand for rates of a card without a machine file."""
 
 
 class Work(NamedTuple):
@@ -137,19 +126,34 @@ def linear_shapes(experiment: Experiment) -> Iterator[tuple[float, float, float]
         yield tokens, model.hidden_size, model.ffn / tp
 
 
+class Speed(NamedTuple):
+    """How fast a machine is."""
+
+    rates: Rates
+    constants: Calibration
+    switch_reduces: bool
+    """Whether the NVLink switch computes all-reduces (NCCL's NVLS, from three ranks on)."""
+    operation_us: float
+    """Host time of an operation, as the run measures it (harness/entry/launch_rate.py)."""
+
+    @property
+    def host_s(self) -> float:
+        """Seconds of this host for a millisecond of the machine files' host."""
+        return self.constants.host * self.operation_us / self.rates.operation_us / 1e3
+
+
 class MicroBatchWork:
     """The work of a rank for one micro-batch, part by part; forward and backward, in seconds."""
 
-    def __init__(
-        self, experiment: Experiment, card: Card, constants: Calibration, switch_reduces: bool
-    ) -> None:
-        self.experiment, self.model, self.constants = experiment, experiment.model, constants
-        self.switch_reduces = switch_reduces
-        self.flop_per_s = card.bf16_tflops * 1e12 * constants.matrix_share
-        fp8_tflops = card.fp8_tflops or 0
-        self.fp8_flop_per_s = fp8_tflops * 1e12 * constants.matrix_share * constants.fp8_share
-        self.bytes_per_s = card.memory_gb_per_s * 1e9 * constants.bandwidth_share
-        self.link_bytes_per_s = constants.link_gb_s * 1e9
+    def __init__(self, experiment: Experiment, speed: Speed) -> None:
+        self.experiment, self.model, self.speed = experiment, experiment.model, speed
+        self.rates, self.constants = rates, constants = speed.rates, speed.constants
+        self.flop_per_s = rates.product_tflops * 1e12 * constants.products
+        fp8_tflops = rates.fp8_tflops.get(experiment.fp8_recipe, 0)
+        self.fp8_flop_per_s = fp8_tflops * 1e12 * constants.products
+        self.bytes_per_s = rates.memory_gb_s * 1e9 * constants.passes
+        self.link_bytes_per_s = rates.link_gb_s * 1e9
+        self.operation_s = speed.operation_us * constants.host / 1e6
         self.tokens = tokens_on(experiment)
         self.token_split = experiment.tp if experiment.sequence_parallel else 1
         """Ranks over which sequence parallelism splits what lies between the split products."""
@@ -168,7 +172,7 @@ class MicroBatchWork:
     def elapsed_s(self, work: Work) -> float:
         """Time of ``work``: that of the slower of GPU and CPU, and more if they are about equal."""
         slow, fast = max(work.gpu, work.launches), min(work.gpu, work.launches)
-        power = 1 + self.constants.overlap
+        power = 1 + OVERLAP
         return slow * (1 + (fast / slow) ** power) ** (1 / power)
 
     @cached_property
@@ -225,18 +229,18 @@ class MicroBatchWork:
 
     def pipeline_messages(self) -> tuple[Work, Work]:
         """Hidden states to and from the neighbouring stages, once for each virtual stage."""
-        vpp, constants = self.experiment.vpp, self.constants
-        launch_ms = constants.stage_launch_ms if vpp == 1 else constants.chunk_launch_ms * vpp
+        vpp, each = self.experiment.vpp, self.speed.host_s * self.constants.stage_ms
+        launches = each if vpp == 1 else each * vpp * CHUNK_SHARE
         sent = vpp * 2 * self.tokens * self.model.hidden_size / self.token_split
-        message = Work(exchange=sent / self.link_bytes_per_s, launches=launch_ms / 1e3)
+        message = Work(exchange=sent / self.link_bytes_per_s, launches=launches)
         return message, message
 
     def layer(self) -> tuple[Work, Work]:
         """One micro-batch through one layer, forward and backward, recomputation included."""
         forward, backward = _added(
-            Work(launches=self.constants.forward_launch_ms / 1e3),
-            Work(launches=self.constants.backward_launch_ms / 1e3),
+            *self.launched(self.rates.plain),
             [
+                self.hooks,
                 self.linear_layers,
                 self.quantization,
                 self.adapters,
@@ -255,6 +259,25 @@ class MicroBatchWork:
             return forward, backward + forward
         return forward, backward + self.selectively_recomputed()
 
+    def launched(self, launches: Launches) -> tuple[Work, Work]:
+        """Host time of a layer on this host."""
+        host_s = self.speed.host_s
+        return Work(launches=launches.forward * host_s), Work(launches=launches.backward * host_s)
+
+    def hooks(self) -> tuple[Work, Work]:
+        """Hooks of modules and parameters that exchange gradients and weights with replicas.
+
+        Megatron-FSDP's and FSDP2's work in every micro-batch. The distributed optimizer's work in
+        the last one only (no_sync of DistributedDataParallel), and not within a CUDA graph.
+        """
+        experiment = self.experiment
+        if experiment.sharding == "no_shard" or experiment.dp * experiment.cp == 1:
+            return Work(), Work()
+        each = self.constants.hooks_ms
+        if not experiment.fully_sharded:
+            each /= experiment.num_microbatches
+        return self.launched(Launches(each, 1.5 * each))
+
     def selectively_recomputed(self) -> Work:
         """Attention's scores, the norm before experts and their activation, as far as named."""
         model, modules = self.model, self.experiment.selectively_recomputed
@@ -265,7 +288,7 @@ class MicroBatchWork:
         if model.num_experts and "layernorm" in modules:
             moved += self.tokens / self.token_split * model.hidden_size * 4
         if model.num_experts and "moe_act" in modules:
-            rows = self.constants.routed_passes * self.routed_rows()
+            rows = ROUTED_PASSES * self.routed_rows()
             moved += rows * model.moe_ffn / self.experiment.etp * 6
         return again + Work(passes=moved / self.bytes_per_s)
 
@@ -287,14 +310,17 @@ class MicroBatchWork:
         if experiment.precision != "fp8":
             return Work(), Work()
         element_s = FP8_BYTES[recipe] / self.bytes_per_s
-        launches = len(shapes) * FP8_OPERATIONS[recipe] * OPERATION_S
+        kind = f"fp8 {recipe}"
+        forward, backward = self.launched(
+            self.rates.more(kind if kind in self.rates.layers else "fp8 delayed")
+        )
         inputs = sum(
             rows * inner + out * inner / experiment.num_microbatches for rows, out, inner in shapes
         )
         gradients = sum(rows * out for rows, out, _ in shapes)
         return (
-            Work(passes=inputs * element_s, launches=launches),
-            Work(passes=gradients * element_s, launches=launches),
+            forward + Work(passes=inputs * element_s),
+            backward + Work(passes=gradients * element_s),
         )
 
     def adapters(self) -> tuple[Work, Work]:
@@ -302,8 +328,11 @@ class MicroBatchWork:
 
         Op by op as in harness/finetune/lora.py; what crosses tensor parallel ranks is a rank wide.
         """
-        experiment, forward, backward = self.experiment, Work(), Work()
-        for target, (inner, out) in adapter_widths(experiment).items():
+        experiment = self.experiment
+        widths = adapter_widths(experiment)
+        share = len(widths) / len(get_args(LinearLayer))
+        forward, backward = self.launched(self.rates.more("lora") * share)
+        for target, (inner, out) in widths.items():
             rank, dropped = experiment.lora.rank, experiment.lora.dropout > 0
             normed = target in COLUMN_PARALLEL  # these modules contain the norm of their input
             before, after = self.tokens / self.token_split, self.tokens
@@ -313,7 +342,6 @@ class MicroBatchWork:
             forward += Work(
                 products=self.product_s(before, rank, inner) + self.product_s(after, out, rank),
                 passes=(read + after * out * (4 + 6)) / self.bytes_per_s,
-                launches=(4 + normed + dropped) * OPERATION_S,
             )
             read = before * inner * (6 + 6 * normed + 5 * dropped)
             backward += Work(
@@ -322,7 +350,6 @@ class MicroBatchWork:
                 + self.product_s(before, inner, rank)
                 + self.product_s(rank, inner, before),
                 passes=(read + after * out * 4) / self.bytes_per_s,
-                launches=(6 + normed + dropped) * OPERATION_S,
             )
             if experiment.tp > 1:
                 sent_s = 2 * self.tokens * rank / self.link_bytes_per_s
@@ -331,30 +358,20 @@ class MicroBatchWork:
         return forward, backward
 
     def attention(self) -> tuple[Work, Work]:
-        """Flash attention: two products forward, five backward, and each score once in either.
-
-        Source: Dao 2023 (arXiv:2307.08691), algorithms 1 and 2. Heads are computed in widths of 64.
-        Read and written are Q, K, V and the output; backward these, the gradients of all four, and
-        dQ accumulated in fp32.
-        """
-        experiment, model, constants = self.experiment, self.model, self.constants
+        """Flash attention: scores, their softmax, and the weighted values."""
+        experiment, model = self.experiment, self.model
         length, window = experiment.seq_length, model.window_size
         seen = length / 2
         if window and window < length:
             # every other layer
             seen = (seen + window * (1 - window / (2 * length))) / 2
         scores = self.tokens * seen * model.num_attention_heads / experiment.tp
-        products = 4 * math.ceil(model.head_size / 64) * 64 * scores / self.flop_per_s
-        score_ps = 1e-12 * scores * (1 if model.dropout else constants.no_dropout_share)
-        queries, keys = self.queries_and_keys()
-        moved = 4 * queries + 4 * keys
-        forward = products + score_ps * constants.score_forward_ps + moved / self.bytes_per_s
-        backward = (
-            2.5 * products
-            + score_ps * constants.score_backward_ps
-            + (2 * moved + 12 * queries) / self.bytes_per_s
+        each_ps = self.rates.attention_ps(model.head_size, length, bool(model.dropout))
+        forward, backward = (
+            Work(attention=scores * ps * 1e-12 / self.constants.attention + KERNEL_S)
+            for ps in each_ps
         )
-        return Work(attention=forward + KERNEL_S), Work(attention=backward + KERNEL_S)
+        return forward, backward
 
     def queries_and_keys(self) -> tuple[float, float]:
         """Elements of all queries and of all keys on a rank."""
@@ -393,7 +410,8 @@ class MicroBatchWork:
         if model.qk_norm != "projection":
             return Work(), Work()
         byte_s = self.tokens * (model.query_size + model.key_size) / tp / self.bytes_per_s
-        launches = 2 * PROJECTION_NORM_OPERATIONS * OPERATION_S
+        # an operation's host time is that of both its passes, two thirds of it backward
+        launches = 2 * PROJECTION_NORM_OPERATIONS * self.operation_s / 3
         sums = self.collective(MESSAGE_S) * 2 if tp > 1 else Work()
         return (
             Work(passes=byte_s * PROJECTION_NORM_FORWARD_BYTES, launches=launches) + sums,
@@ -416,28 +434,27 @@ class MicroBatchWork:
         weights = held * width * hidden * matrices
         moved = 2 * (rows * (2 * hidden + matrices * width) + weights) / byte_s
         flops = 2 * rows * width * hidden * matrices
-        arithmetic = flops / (self.flop_per_s * constants.experts_share)
+        arithmetic = flops / (self.flop_per_s * GROUPED_SHARE)
         products = max(arithmetic, moved) + 2 * held * KERNEL_S
-        permuted = constants.routed_passes * rows / byte_s
+        permuted = ROUTED_PASSES * rows / byte_s
         sent = rows / etp * hidden * 2 * (ep - 1) / ep + (rows * hidden * 2 if etp > 1 else 0)
         exchange = 2 * sent / self.link_bytes_per_s
-        exchanges_ms = 2 * constants.collective_launch_ms if ep * etp > 1 else 0
-        launches = (constants.router_launch_ms + exchanges_ms) / 1e3
-        launched = constants.expert_launch_ms * held / 1e3
+        exchanges = 2 * self.collective_s if ep * etp > 1 else 0
+        launches = self.launched(self.rates.experts(held) * constants.experts)
         gradients = weights * self.weight_gradient_bytes / byte_s
         forward = Work(
             products=products,
             passes=permuted * (12 * hidden + 6 * width),
             exchange=exchange,
-            launches=launches + launched,
+            launches=exchanges,
         )
         backward = Work(
             products=2 * products,
             passes=permuted * (16 * hidden + 10 * width) + gradients,
             exchange=exchange,
-            launches=launches + 2 * launched,
+            launches=exchanges,
         )
-        return forward, backward
+        return forward + launches[0], backward + launches[1]
 
     def routed_rows(self) -> float:
         """Rows for the experts of a rank; sequence parallelism splits tokens before the router."""
@@ -459,16 +476,20 @@ class MicroBatchWork:
 
         Sequence parallelism scatters the sum, and gathers gradient and input.
         """
-        exposed = self.constants.tensor_exposed
+        exposed = self.constants.exposed
         if not self.experiment.sequence_parallel:
             return self.collective(self.all_reduce_s(), exposed)
-        gathered_input = Work(launches=self.constants.collective_launch_ms / 1e3)
+        gathered_input = Work(launches=self.collective_s)
         return self.collective(self.gather_s(), exposed) * 2 + gathered_input
 
     def collective(self, seconds: float, exposed: float = 1.0) -> Work:
         """A collective that takes ``seconds``, of which the share ``exposed`` is not hidden."""
-        launch_s = self.constants.collective_launch_ms / 1e3
-        return Work(exchange=seconds * exposed, launches=launch_s)
+        return Work(exchange=seconds * exposed, launches=self.collective_s)
+
+    @property
+    def collective_s(self) -> float:
+        """Host time of a collective."""
+        return self.constants.collective_ms * self.speed.host_s
 
     def gather_s(self) -> float:
         """Seconds to all-gather or reduce-scatter a hidden state over tensor parallel ranks."""
@@ -483,19 +504,23 @@ class MicroBatchWork:
 
     def all_reduce_share(self, ranks: int) -> float:
         """What a rank sends for an all-reduce, as a multiple of its message."""
-        return (ranks + 1) / ranks if self.switch_reduces and ranks > 2 else 2 * (ranks - 1) / ranks
+        return (
+            (ranks + 1) / ranks
+            if self.speed.switch_reduces and ranks > 2
+            else 2 * (ranks - 1) / ranks
+        )
 
     def context_parallel(self) -> tuple[Work, Work]:
         """The ring hides its exchange and merges partial results; the others exchange first."""
-        cp, constants, byte_s = self.experiment.cp, self.constants, self.bytes_per_s
+        cp, byte_s = self.experiment.cp, self.bytes_per_s
         if cp == 1:
             return Work(), Work()
-        launches = constants.context_launch_ms / 1e3
+        launches = self.constants.context_ms * self.speed.host_s
         queries, keys = self.queries_and_keys()
         match self.experiment.cp_comm_type:
             case "p2p":
                 turns = cp - 1
-                launches += cp * constants.ring_launch_ms / 1e3
+                launches *= 1 + cp * RING_SHARE
                 merged = turns * (12 * queries / byte_s + KERNEL_S)
                 summed = turns * (6 * (queries + 2 * keys) / byte_s + KERNEL_S)
                 return (
@@ -522,7 +547,7 @@ class MicroBatchWork:
         Bound by arithmetic or by memory, whichever takes longer.
         """
         flop_per_s = self.fp8_flop_per_s if fp8 else self.flop_per_s
-        arithmetic = 2 * rows * columns * inner / (flop_per_s * _filled(rows, columns))
+        arithmetic = 2 * rows * columns * inner / flop_per_s
         moved = 2 * rows * columns + (1 if fp8 else 2) * (columns * inner + rows * inner)
         return max(arithmetic, moved / self.bytes_per_s) + KERNEL_S
 
@@ -535,18 +560,3 @@ def _added(
         more_forward, more_backward = part()
         forward, backward = forward + more_forward, backward + more_backward
     return forward, backward
-
-
-def _filled(rows: float, columns: float) -> float:
-    """Speed of a product relative to whole waves of the largest tiles, with the best of TILES.
-
-    Tiles at the edges, and the last wave of tiles over the multiprocessors, are partly empty.
-    """
-    return max(
-        speed
-        * rows
-        * columns
-        / (math.ceil(tiles / MULTIPROCESSORS) * MULTIPROCESSORS * height * width)
-        for height, width, speed in TILES
-        for tiles in [math.ceil(rows / height) * math.ceil(columns / width)]
-    )

@@ -1,0 +1,290 @@
+"""How fast a machine does each kind of work: what ``make preflight`` measured.
+
+Rates of a card come from its machine files in experiments/machines, one folder a card; those of a
+card without any are another card's, scaled by the data sheets.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+
+from harness.errors import UserError
+from harness.experiment.catalog import EXPERIMENTS
+from harness.experiment.hardware import Card, required_card
+from harness.predict import machine_file
+from harness.predict.machine_file import Machine
+
+FOLDER = EXPERIMENTS / "machines"
+FP8_BYTES = {"delayed": 4, "tensorwise": 6, "blockwise": 4}
+"""Per element converted to fp8: read in bf16, written by rows and by columns; tensorwise, read once
+more for the largest value (Float8CurrentScalingQuantizer in transformer_engine/pytorch/tensor)."""
+LARGE_BYTES = 2**26
+"""Smaller messages say more about latency than about bandwidth."""
+PLAIN_LAYERS = ("dense", "no dropout", "gated")
+"""Kinds of layers that differ by less than the noise of the host."""
+
+
+@dataclass(frozen=True)
+class Launches:
+    """Host time of a layer in ms."""
+
+    forward: float = 0.0
+    backward: float = 0.0
+    optimizer: float = 0.0
+
+    def __sub__(self, other: Launches) -> Launches:
+        """What this layer has beyond another; never negative, though noise may be."""
+        return Launches(
+            max(0.0, self.forward - other.forward),
+            max(0.0, self.backward - other.backward),
+            max(0.0, self.optimizer - other.optimizer),
+        )
+
+    def __add__(self, other: Launches) -> Launches:
+        return Launches(
+            self.forward + other.forward,
+            self.backward + other.backward,
+            self.optimizer + other.optimizer,
+        )
+
+    def __mul__(self, times: float) -> Launches:
+        return Launches(times * self.forward, times * self.backward, times * self.optimizer)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Time of one attention score in ps, both products included."""
+
+    head_size: int
+    length: int
+    dropout: bool
+    forward_ps: float
+    backward_ps: float
+
+
+@dataclass(frozen=True)
+class Rates:
+    """The rates of one GPU, of its links, and of the host that launches its work."""
+
+    product_tflops: float
+    fp8_tflops: Mapping[str, float]
+    """By recipe, without the conversion to fp8."""
+    memory_gb_s: float
+    """Of what lies between the products: mean of copy, add, norm and activation."""
+    scores: Sequence[Scores]
+    link_gb_s: float
+    """What a rank sends in a second to its node's others, while they send to it."""
+    operation_us: float
+    layers: Mapping[str, Launches]
+    """By kind (harness/preflight/layers.py)."""
+
+    def attention_ps(self, head_size: int, length: int, dropout: bool) -> tuple[float, float]:
+        """Forward and backward time of a score in ps.
+
+        Interpolated between the measured lengths in 1 / length, since tiles on the diagonal are
+        half empty, and between head sizes linearly.
+        """
+        ours = [score for score in self.scores if score.dropout == dropout]
+        sizes = sorted({score.head_size for score in ours})
+        by_size = []
+        for size in sizes:
+            points = {score.length: score for score in ours if score.head_size == size}
+            by_size.append(_between(sorted(points), 1 / length, lambda at: 1 / at, points))
+        if len(sizes) == 1:
+            return by_size[0]
+        below, above = sizes[0], sizes[-1]
+        share = (head_size - below) / (above - below)
+        first, last = by_size[0], by_size[-1]
+        return (
+            first[0] + share * (last[0] - first[0]),
+            first[1] + share * (last[1] - first[1]),
+        )
+
+    @property
+    def plain(self) -> Launches:
+        """A layer without anything of what ``more`` names."""
+        known = [self.layers[kind] for kind in PLAIN_LAYERS if kind in self.layers]
+        return sum(known, Launches()) * (1 / len(known))
+
+    def more(self, kind: str) -> Launches:
+        """What a layer of this kind launches beyond a plain one."""
+        return self.layers[kind] - self.plain
+
+    def experts(self, number: float) -> Launches:
+        """What a layer with so many experts on a rank launches beyond a plain one."""
+        few, many = self.more("8 experts"), self.more("64 experts")
+        return few + (many - few) * ((number - 8) / (64 - 8))
+
+    def scaled(self, measured: Card, card: Card) -> Rates:
+        """These rates of ``measured``, on ``card``, by the data sheets of both."""
+        if card == measured:
+            return self
+        arithmetic = card.bf16_tflops / measured.bf16_tflops
+        return replace(
+            self,
+            product_tflops=self.product_tflops * arithmetic,
+            fp8_tflops={recipe: rate * arithmetic for recipe, rate in self.fp8_tflops.items()},
+            memory_gb_s=self.memory_gb_s * card.memory_gb_per_s / measured.memory_gb_per_s,
+            scores=[
+                replace(
+                    score,
+                    forward_ps=score.forward_ps / arithmetic,
+                    backward_ps=score.backward_ps / arithmetic,
+                )
+                for score in self.scores
+            ],
+        )
+
+
+def _between(
+    lengths: Sequence[int],
+    at: float,
+    place: Callable[[int], float],
+    points: Mapping[int, Scores],
+) -> tuple[float, float]:
+    """Forward and backward time at ``at``, on the line through the two nearest lengths."""
+    if len(lengths) == 1:
+        only = points[lengths[0]]
+        return only.forward_ps, only.backward_ps
+    pairs = list(itertools.pairwise(lengths))
+    below, above = next((pair for pair in pairs if place(pair[1]) <= at), pairs[-1])
+    share = (at - place(below)) / (place(above) - place(below))
+    first, last = points[below], points[above]
+    return (
+        first.forward_ps + share * (last.forward_ps - first.forward_ps),
+        first.backward_ps + share * (last.backward_ps - first.backward_ps),
+    )
+
+
+@cache
+def of_card(name: str) -> Rates:
+    """The rates in the machine files of the card with this short name.
+
+    Raises:
+        UserError: it has none, or one is damaged.
+    """
+    files = sorted((FOLDER / name).glob("*.json"))
+    if not files:
+        raise UserError(
+            f"no machine file of {required_card(name, name).name} in experiments/machines/{name}; "
+            "make preflight writes one"
+        )
+    return measured([machine_file.read(path) for path in files])
+
+
+def measured(files: Sequence[Machine]) -> Rates:
+    """What machine files of the same kind of machine say: medians, and means of host times.
+
+    The rates of links are those of the all-reduce of the largest message, as NVIDIA's nccl-tests
+    count it (doc/PERFORMANCE.md): 2 (n-1)/n of the message.
+    """
+    products = [rate.tflops for file in files for rate in file.products]
+    memory_gb_s = statistics.mean(
+        rate for file in files for rate in file.memory.model_dump().values()
+    )
+    return Rates(
+        product_tflops=statistics.median(products),
+        fp8_tflops=_fp8_tflops(files, memory_gb_s),
+        memory_gb_s=memory_gb_s,
+        scores=_scores(files),
+        link_gb_s=_link_gb_s(files),
+        operation_us=statistics.mean(file.launch.operation_us for file in files),
+        layers=_layers(files),
+    )
+
+
+def with_file(usual: Rates, file: Machine) -> Rates:
+    """``usual`` with what one machine file says instead.
+
+    A quick one has no attention and no layers. Its layers are kept as on the usual host: whoever
+    predicts scales them by the launch rate.
+    """
+    memory_gb_s = statistics.mean(file.memory.model_dump().values())
+    layers = {
+        kind: launches * (usual.operation_us / file.launch.operation_us)
+        for kind, launches in _layers([file]).items()
+    }
+    return replace(
+        usual,
+        product_tflops=statistics.median(rate.tflops for rate in file.products),
+        fp8_tflops={**usual.fp8_tflops, **_fp8_tflops([file], memory_gb_s)},
+        memory_gb_s=memory_gb_s,
+        scores=_scores([file]) or usual.scores,
+        link_gb_s=_link_gb_s([file]) or usual.link_gb_s,
+        layers={**usual.layers, **layers},
+    )
+
+
+def _fp8_tflops(files: Sequence[Machine], memory_gb_s: float) -> dict[str, float]:
+    """The fastest layer of each recipe, without its conversions: small ones are launch-bound."""
+    found: dict[str, float] = {}
+    for rate in (rate for file in files for rate in file.linears if rate.recipe):
+        elements = rate.rows * (rate.inner + rate.columns)
+        converted_us = FP8_BYTES[rate.recipe] * elements / memory_gb_s / 1e3
+        products_us = rate.forward_us + rate.backward_us - converted_us
+        tflops = 6 * rate.rows * rate.columns * rate.inner / products_us / 1e6
+        found[rate.recipe] = max(found.get(rate.recipe, 0.0), tflops)
+    return found
+
+
+def _scores(files: Sequence[Machine]) -> list[Scores]:
+    rates = [rate for file in files for rate in file.attention]
+    return [
+        Scores(
+            *key,
+            forward_ps=_median(rate.forward_us * 1e6 / rate.scores for rate in same),
+            backward_ps=_median(rate.backward_us * 1e6 / rate.scores for rate in same),
+        )
+        for key, same in _grouped(
+            rates, lambda rate: (rate.head_size, rate.length, rate.dropout > 0)
+        ).items()
+    ]
+
+
+def _link_gb_s(files: Sequence[Machine]) -> float | None:
+    """None where no file has two GPUs or more, or large messages."""
+    rates = [rate for file in files for rate in file.collectives if rate.name == "all_reduce"]
+    largest = max((rate.size for rate in rates), default=0)
+    if largest < LARGE_BYTES:
+        return None
+    return _median(
+        2 * (rate.ranks - 1) / rate.ranks * rate.size / rate.us / 1e3
+        for rate in rates
+        if rate.size == largest
+    )
+
+
+def _layers(files: Sequence[Machine]) -> dict[str, Launches]:
+    """Means: a host's noise is more than what any one file says of a kind.
+
+    Each file counts with the launch rate of its own moment.
+    """
+    usual = statistics.mean(file.launch.operation_us for file in files)
+    rates = [
+        (
+            rate.kind,
+            Launches(rate.forward_ms, rate.backward_ms, rate.optimizer_ms)
+            * (usual / file.launch.operation_us),
+        )
+        for file in files
+        for rate in file.layers
+    ]
+    return {
+        kind: sum((launches for _, launches in same), Launches()) * (1 / len(same))
+        for kind, same in _grouped(rates, lambda rate: rate[0]).items()
+    }
+
+
+def _grouped[Item, Key](items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
+    found: dict[Key, list[Item]] = {}
+    for item in items:
+        found.setdefault(key(item), []).append(item)
+    return found
+
+
+def _median(numbers: Iterable[float]) -> float:
+    return statistics.median(numbers)
