@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from typing import get_args
@@ -66,8 +66,12 @@ def faster(experiment: Experiment, machine: Machine) -> list[Layout]:
     now_ms = math.inf
     if verdict(predict(experiment), machine.card) == "fits":
         now_ms = WORTH * machine.predict(experiment).total
-    fitting = _fitting(experiment, experiment.world_size, machine.card, machine)
-    found = [layout for layout in fitting if layout.step and layout.step.total < now_ms]
+
+    def is_faster(layout: Layout) -> bool:
+        return layout.step is not None and layout.step.total < now_ms
+
+    ways = _ways(experiment, experiment.world_size, machine)
+    found = filter(None, (_first_fitting(way, machine.card, is_faster) for way in ways))
     best: dict[str, Layout] = {}
     for layout in sorted(found, key=_preference):
         same = layout.experiment.model_copy(update={"vpp": 1, "overrides": {}})
@@ -85,14 +89,20 @@ def by_gpus(
     """
     ranks, held = 1, False
     while ranks <= GPUS_OF_A_NODE or (not held and ranks <= MOST_NODES * GPUS_OF_A_NODE):
-        best = min(_fitting(experiment, ranks, card, machine), key=_preference, default=None)
+        best = None
+        for way in _ways(experiment, ranks, machine):
+
+            def is_better(layout: Layout, best=best) -> bool:
+                return best is None or _preference(layout) < _preference(best)
+
+            best = _first_fitting(way, card, is_better) or best
         yield ranks, best
         ranks, held = 2 * ranks, held or best is not None
 
 
 def _preference(layout: Layout) -> tuple[float, ...]:
     """Sorts the best layout first."""
-    experiment, gib = layout.experiment, layout.memory.total
+    experiment, gib = layout.experiment, layout.memory.tensors
     if layout.step:
         return round(layout.slowest_ms, 1), gib
     split = experiment.tp * experiment.pp * experiment.cp * experiment.ep
@@ -100,25 +110,42 @@ def _preference(layout: Layout) -> tuple[float, ...]:
     return math.inf, recomputes, split, -experiment.micro_batch_size, gib
 
 
-def _fitting(
-    experiment: Experiment, ranks: int, card: Card, machine: Machine | None
-) -> Iterator[Layout]:
-    """The layouts over ``ranks`` GPUs that fit ``card``.
+def _first_fitting(
+    way: Iterable[Layout], card: Card, is_wanted: Callable[[Layout], bool]
+) -> Layout | None:
+    """The first of ``way`` that fits ``card``; None where it is not wanted, or none fits.
 
-    A layout that does not fit without recomputation is tried with the row's, then with full
-    recomputation. LEVERS are applied where they make it faster.
+    Asked about its memory last: to replay allocations takes longer than to predict a step.
+    """
+    for layout in way:
+        if is_wanted(layout) and verdict(layout.memory, card) == "fits":
+            return layout
+    return None
+
+
+def _ways(
+    experiment: Experiment, ranks: int, machine: Machine | None
+) -> Iterator[Iterator[Layout]]:
+    """Every layout over ``ranks`` GPUs, each in several ways, of which the first that fits counts.
+
+    With the LEVERS that make it faster and without; then with the recomputation of its row, then
+    with full recomputation.
     """
     listed = _listed(experiment)
     for plain in layouts(experiment, ranks):
-        for way in _recomputed(plain, listed):
-            memory = predict(way)
-            if verdict(memory, card) != "fits":
-                continue
-            if machine and not unknown(way):
-                yield _tuned(_timed(way, memory, machine), listed, machine)
-            else:
-                yield Layout(way, memory, None)
-            break
+        yield _in_turn(plain, listed, machine)
+
+
+def _in_turn(plain: Experiment, listed: Experiment, machine: Machine | None) -> Iterator[Layout]:
+    for changed in _recomputed(plain, listed):
+        if machine is None or unknown(changed):
+            yield Layout(changed, predict(changed), None)
+            continue
+        layout = _timed(changed, machine)
+        tuned = _tuned(layout, listed, machine)
+        yield tuned
+        if tuned is not layout:
+            yield layout
 
 
 def _tuned(layout: Layout, listed: Experiment, machine: Machine) -> Layout:
@@ -127,14 +154,16 @@ def _tuned(layout: Layout, listed: Experiment, machine: Machine) -> Layout:
         changed = overrides.admitted(listed, layout.experiment.overrides | lever)
         if changed is None or changed == layout.experiment or unknown(changed):
             continue
-        tuned = _timed(changed, predict(changed), machine)
+        tuned = _timed(changed, machine)
         if tuned.slowest_ms <= WORTH * layout.slowest_ms:
             layout = tuned
     return layout
 
 
-def _timed(experiment: Experiment, memory: Memory, machine: Machine) -> Layout:
-    return Layout(experiment, memory, machine.predict(experiment), machine.error(experiment))
+def _timed(experiment: Experiment, machine: Machine) -> Layout:
+    return Layout(
+        experiment, predict(experiment), machine.predict(experiment), machine.error(experiment)
+    )
 
 
 def layouts(experiment: Experiment, ranks: int) -> Iterator[Experiment]:
