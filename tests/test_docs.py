@@ -379,7 +379,7 @@ def test_a_record_that_cannot_be_read_stops_the_documents(tmp_path: Path) -> Non
         )
     with pytest.raises(
         UserError,
-        match=r"cannot be read:\n.*101\.json: skipped: 101\.json: steps: Input should be a valid integer",
+        match=r"cannot be read:\n.*101[.0-9]*json: skipped: 101[.0-9]*json: steps: Input should be a valid integer",
     ):
         Facts.load(tmp_path)
 

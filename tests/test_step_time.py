@@ -679,13 +679,15 @@ def test_the_best_layout_for_each_number_of_gpus(id_):
         )
         assert verdict(predict(made), PUBLISHED.card) == "fits"
         ends = [PUBLISHED.predict(way).total * (1 + PUBLISHED.error(way)) for way in fitting]
-        assert best.slowest_ms <= min(ends) + 0.1
-    assert fewest == {"124": 1, "408": 4, "641": 8}[id_]
+        # what is recomputed may fit where nothing else does
+        assert best.slowest_ms <= min(ends, default=math.inf) + 0.1
+    assert fewest == {"124": 1, "408": 2, "641": 8}[id_]
 
 
 def test_as_many_gpus_as_the_row_has_get_what_faster_finds_first():
     best = dict(layouts.by_gpus(find("408"), PUBLISHED.card, PUBLISHED))
-    assert best[8] == layouts.faster(find("408"), PUBLISHED)[0]
+    first = layouts.faster(find("408"), PUBLISHED)[0]
+    assert (best[8].experiment, best[8].step) == (first.experiment, first.step)
     assert best.keys() == {1, 2, 4, 8}
 
 
@@ -830,6 +832,7 @@ def test_the_commands(capsys):
     assert main(["speed", "101"]) == 0
     assert f"measured {FACTS.value('step_ms[101]'):,.1f}: prediction " in capsys.readouterr().out
     assert main(["speed", "281", "CARD=h100-80gb"]) == 0
+    assert "memory-281 CARD=h100-80gb lists settings that fit" in capsys.readouterr().out
     assert main(["faster", "420", "GPUS=4", "TP=4", "GBS=16", "MBS=4", "CARD=h200-141gb"]) == 0
     said = capsys.readouterr().out
     assert (
@@ -842,7 +845,7 @@ def test_the_commands(capsys):
     said = capsys.readouterr().out
     assert (
         "32 samples of 1,024 tokens per step" in said
-        and "      2                                   nothing fits" in said
+        and "      1                                   nothing fits" in said
     )
     assert "\n\nNVIDIA H100 80GB HBM3: the fastest layout that fits, predicted\n" in said
     assert (
@@ -856,7 +859,7 @@ def test_the_commands(capsys):
         for line in said.splitlines()
         if "make 408" in line
     ]
-    assert len(rows) == 2 and rows[0][2] == 1
+    assert len(rows) == 3 and rows[0][2] == 1
     for gpus, step_ms, efficiency in rows:
         assert efficiency == pytest.approx(rows[0][0] * rows[0][1] / (gpus * step_ms), abs=0.01)
     assert main(["gpus", "620", "CARD=h200-141gb"]) == 0

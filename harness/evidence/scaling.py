@@ -84,7 +84,7 @@ def _lines(layouts: Layouts, card: Card) -> Iterator[tuple[tuple[str, ...], str]
             share = mfu(tflops_per_gpu(best.experiment, step.total), peak)
             shown = f"{step.total:,.0f}", f"{fewest_gpu_ms / gpu_ms:.2f}", f"{share:.0%}"
         command = f"make {best.experiment.id} {best.settings}".strip()
-        yield (str(ranks), *shown, f"{best.memory.total:.1f}"), command
+        yield (str(ranks), *shown, f"{best.memory.in_all:.1f}"), command
 
 
 def _row(cells: Sequence[str], command: str) -> str:

@@ -89,7 +89,7 @@ def print_faster(id_: str, settings: Mapping[str, str]) -> int:
         print(f"  {'ms':>7} {'±':>4} {'ratio':>6} {'GiB':>6}")
         shown = found[:SHOWN]
         for layout in shown:
-            ms, gib = layout.step.total, layout.memory.total
+            ms, gib = layout.step.total, layout.memory.in_all
             tie = "  ≈ the first" * (layout is not shown[0] and layout.ties_with(shown[0]))
             print(
                 f"  {ms:7,.0f} {layout.error:4.0%} {ms / now_ms:6.2f} {gib:6.1f}"

@@ -62,7 +62,7 @@ def faster_table(name: str, *ids: str) -> str:
                 best.experiment.layout,
                 f"{best.step.total:,.0f}",
                 f"{best.step.total / now_ms:.2f}",
-                f"{best.memory.total:.0f}",
+                f"{best.memory.in_all:.0f}",
                 f"`make {experiment.id} {best.settings}`",
             ]
         )

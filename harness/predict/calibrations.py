@@ -131,7 +131,7 @@ class Machine(BaseModel, frozen=True, extra="forbid"):
         Args:
             operation_us: host time of an operation; None: that of the machine file.
         """
-        found = rates.of_card(self.rated_card.key).scaled(self.rated_card, self.card)
+        found = rates.of_card_like(self.rated_card, self.card)
         constants, usual_us = self.constants, found.operation_us
         if self.here:
             found, usual_us = rates.with_file(found, self.here), self.here.launch.operation_us

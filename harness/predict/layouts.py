@@ -14,7 +14,7 @@ from harness.experiment.constraints import divisors
 from harness.experiment.experiment import Experiment
 from harness.experiment.hardware import GPUS_OF_A_NODE, Card
 from harness.predict.calibrations import Machine
-from harness.predict.capacity import verdict
+from harness.predict.capacity import surely_fits, verdict
 from harness.predict.memory import Memory, predict
 from harness.predict.step_time import StepTime, unknown
 
@@ -102,7 +102,7 @@ def by_gpus(
 
 def _preference(layout: Layout) -> tuple[float, ...]:
     """Sorts the best layout first."""
-    experiment, gib = layout.experiment, layout.memory.tensors
+    experiment, gib = layout.experiment, layout.memory.all_tensors
     if layout.step:
         return round(layout.slowest_ms, 1), gib
     split = experiment.tp * experiment.pp * experiment.cp * experiment.ep
@@ -118,7 +118,7 @@ def _first_fitting(
     Asked about its memory last: to replay allocations takes longer than to predict a step.
     """
     for layout in way:
-        if is_wanted(layout) and verdict(layout.memory, card) == "fits":
+        if is_wanted(layout) and surely_fits(layout.memory, card):
             return layout
     return None
 

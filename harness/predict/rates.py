@@ -10,7 +10,7 @@ import itertools
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 
 from harness.errors import UserError
 from harness.experiment.catalog import EXPERIMENTS
@@ -104,7 +104,7 @@ class Rates:
             first[1] + share * (last[1] - first[1]),
         )
 
-    @property
+    @cached_property
     def plain(self) -> Launches:
         """A layer without anything of what ``more`` names."""
         known = [self.layers[kind] for kind in PLAIN_LAYERS if kind in self.layers]
@@ -158,6 +158,15 @@ def _between(
         first.forward_ps + share * (last.forward_ps - first.forward_ps),
         first.backward_ps + share * (last.backward_ps - first.backward_ps),
     )
+
+
+@cache
+def of_card_like(measured_on: Card, card: Card) -> Rates:
+    """The rates in the machine files of ``measured_on``, scaled to ``card`` if it is another.
+
+    Raises UserError as ``of_card``.
+    """
+    return of_card(measured_on.key).scaled(measured_on, card)
 
 
 @cache
