@@ -35,10 +35,15 @@ def verdict(memory: Memory, card: Card) -> Verdict:
     return "may run out" if memory.in_all * (1 - ERROR_SHARE) <= usable else "does not fit"
 
 
+def cannot_fit(memory: Memory, card: Card) -> bool:
+    """Whether the verdict is not "fits", as far as that is known without a replay."""
+    least, _ = _bounds_gib(memory)
+    return least * (1 + ERROR_SHARE) > usable_gib(card)
+
+
 def surely_fits(memory: Memory, card: Card) -> bool:
     """Whether the verdict is "fits", known without a replay in more cases."""
-    least, _ = _bounds_gib(memory)
-    return least * (1 + ERROR_SHARE) <= usable_gib(card) and verdict(memory, card) == "fits"
+    return not cannot_fit(memory, card) and verdict(memory, card) == "fits"
 
 
 def _bounds_gib(memory: Memory) -> tuple[float, float]:

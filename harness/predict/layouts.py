@@ -14,7 +14,7 @@ from harness.experiment.constraints import divisors
 from harness.experiment.experiment import Experiment
 from harness.experiment.hardware import GPUS_OF_A_NODE, Card
 from harness.predict.calibrations import Machine
-from harness.predict.capacity import surely_fits, verdict
+from harness.predict.capacity import cannot_fit, surely_fits, verdict
 from harness.predict.memory import Memory, predict
 from harness.predict.step_time import StepTime, unknown
 
@@ -70,7 +70,7 @@ def faster(experiment: Experiment, machine: Machine) -> list[Layout]:
     def is_faster(layout: Layout) -> bool:
         return layout.step is not None and layout.step.total < now_ms
 
-    ways = _ways(experiment, experiment.world_size, machine)
+    ways = _ways(experiment, experiment.world_size, machine.card, machine)
     found = filter(None, (_first_fitting(way, machine.card, is_faster) for way in ways))
     best: dict[str, Layout] = {}
     for layout in sorted(found, key=_preference):
@@ -90,7 +90,7 @@ def by_gpus(
     ranks, held = 1, False
     while ranks <= GPUS_OF_A_NODE or (not held and ranks <= MOST_NODES * GPUS_OF_A_NODE):
         best = None
-        for way in _ways(experiment, ranks, machine):
+        for way in _ways(experiment, ranks, card, machine):
 
             def is_better(layout: Layout, best=best) -> bool:
                 return best is None or _preference(layout) < _preference(best)
@@ -115,16 +115,19 @@ def _first_fitting(
 ) -> Layout | None:
     """The first of ``way`` that fits ``card``; None where it is not wanted, or none fits.
 
-    Asked about its memory last: to replay allocations takes longer than to predict a step.
+    Later ones are slower: where one is not wanted, they are not either. Memory is asked for last:
+    to replay allocations takes longer than to predict a step.
     """
     for layout in way:
-        if is_wanted(layout) and surely_fits(layout.memory, card):
+        if not is_wanted(layout):
+            return None
+        if surely_fits(layout.memory, card):
             return layout
     return None
 
 
 def _ways(
-    experiment: Experiment, ranks: int, machine: Machine | None
+    experiment: Experiment, ranks: int, card: Card, machine: Machine | None
 ) -> Iterator[Iterator[Layout]]:
     """Every layout over ``ranks`` GPUs, each in several ways, of which the first that fits counts.
 
@@ -133,15 +136,20 @@ def _ways(
     """
     listed = _listed(experiment)
     for plain in layouts(experiment, ranks):
-        yield _in_turn(plain, listed, machine)
+        yield _in_turn(plain, listed, card, machine)
 
 
-def _in_turn(plain: Experiment, listed: Experiment, machine: Machine | None) -> Iterator[Layout]:
+def _in_turn(
+    plain: Experiment, listed: Experiment, card: Card, machine: Machine | None
+) -> Iterator[Layout]:
     for changed in _recomputed(plain, listed):
-        if machine is None or unknown(changed):
-            yield Layout(changed, predict(changed), None)
+        memory = predict(changed)
+        if cannot_fit(memory, card):
             continue
-        layout = _timed(changed, machine)
+        if machine is None or unknown(changed):
+            yield Layout(changed, memory, None)
+            continue
+        layout = _timed(changed, memory, machine)
         tuned = _tuned(layout, listed, machine)
         yield tuned
         if tuned is not layout:
@@ -154,16 +162,14 @@ def _tuned(layout: Layout, listed: Experiment, machine: Machine) -> Layout:
         changed = overrides.admitted(listed, layout.experiment.overrides | lever)
         if changed is None or changed == layout.experiment or unknown(changed):
             continue
-        tuned = _timed(changed, machine)
+        tuned = _timed(changed, predict(changed), machine)
         if tuned.slowest_ms <= WORTH * layout.slowest_ms:
             layout = tuned
     return layout
 
 
-def _timed(experiment: Experiment, machine: Machine) -> Layout:
-    return Layout(
-        experiment, predict(experiment), machine.predict(experiment), machine.error(experiment)
-    )
+def _timed(experiment: Experiment, memory: Memory, machine: Machine) -> Layout:
+    return Layout(experiment, memory, machine.predict(experiment), machine.error(experiment))
 
 
 def layouts(experiment: Experiment, ranks: int) -> Iterator[Experiment]:
