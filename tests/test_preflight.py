@@ -1,7 +1,9 @@
 """``make preflight``: what a machine can do, its file, and what is slow."""
 
 import json
+import os
 import re
+import signal
 
 import pytest
 
@@ -208,6 +210,30 @@ def test_a_part_that_hangs_costs_no_other(tmp_path, monkeypatch) -> None:
     found = node.measure("cpu", (), False, tmp_path)
     assert found.failures == ("layer: dense: rank 1 did not end in 180 s",)
     assert found.products == machine().products
+
+
+def test_what_was_measured_before_an_interrupt_is_kept(tmp_path, monkeypatch) -> None:
+    """Ctrl-C, or a scheduler's SIGTERM, ends the ranks and leaves what they wrote."""
+    ended = []
+
+    class Interrupted:
+        pid = os.getpid()
+
+        def __init__(self, *args, **kwargs) -> None:
+            pass
+
+        def wait(self, timeout=None) -> int:
+            if timeout:
+                raise KeyboardInterrupt
+            return 0
+
+        def poll(self) -> None:
+            return None
+
+    monkeypatch.setattr(node.subprocess, "Popen", Interrupted)
+    monkeypatch.setattr(node.os, "killpg", lambda pid, number: ended.append(number))
+    assert node.run_ranks("cpu", (), 2, True, tmp_path) == "was interrupted"
+    assert ended == [signal.SIGTERM]
 
 
 def test_ranks_without_the_first_parts_make_no_machine_file(tmp_path, monkeypatch) -> None:

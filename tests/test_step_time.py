@@ -17,7 +17,7 @@ from harness.experiment.catalog import load_catalog
 from harness.experiment.constraints import with_changes
 from harness.experiment.hardware import find_card
 from harness.experiment.model import Lora
-from harness.predict import calibrations, layouts, step_time, timeline
+from harness.predict import calibrations, layouts, machine_file, rates, step_time, timeline
 from harness.predict.calibrations import Machine
 from harness.predict.capacity import verdict
 from harness.predict.memory import predict
@@ -112,7 +112,7 @@ def test_a_fit_finds_the_machine_that_made_the_steps():
 
 
 @pytest.mark.parametrize(
-    ("name", "median", "most"), [("h200", 0.04, 0.16), ("h100-tutorial", 0.05, 0.3)]
+    ("name", "median", "most"), [("h200", 0.04, 0.22), ("h100-tutorial", 0.05, 0.3)]
 )
 def test_rows_of_chapters_that_were_left_out(name, median, most):
     """H100's rates are another card's: without its rows of a chapter, its experts and rings are a guess."""
@@ -133,14 +133,16 @@ def test_what_a_chapter_shares_with_another_is_left_out_with_it():
     assert not {"211", "231"} & {step.name for step in calibrate.unseen_by("9", [*steps, *twin])}
 
 
-@pytest.mark.parametrize(("group", "off"), [("h200-4gpu", 0.15), ("h200-8gpu", 0.35)])
-def test_rows_that_nothing_but_their_host_was_fitted_to(group, off):
+@pytest.mark.parametrize(
+    ("group", "half", "off"), [("h200-4gpu", 0.05, 0.16), ("h200-8gpu", 0.1, 0.35)]
+)
+def test_rows_that_nothing_but_their_host_was_fitted_to(group, half, off):
     """Rings of eight ranks on the machine with eight GPUs are the ones that are far off."""
     machine, rows = MACHINES["h200"], FACTS.references.group(group)
     steps = [(e, row.step_ms) for row, e in step_time_tables.predictable_rows(rows, CATALOG)]
     operation_us = machine.launch_rate_behind(steps)
     errors = sorted(abs(machine.predict(e, operation_us).total / ms - 1) for e, ms in steps)
-    assert errors[-1] < off and errors[len(errors) // 2] < 0.05
+    assert errors[-1] < off and errors[len(errors) // 2] < half
 
 
 def test_the_launch_rate_behind_steps_is_found():
@@ -985,3 +987,111 @@ def test_without_scipy_nothing_is_fitted(monkeypatch, capsys):
     monkeypatch.setattr(calibrate, "find_spec", lambda _: None)
     assert main(["calibrate"]) == 2
     assert "SciPy is not installed" in capsys.readouterr().err
+
+
+def here(tmp_path, **changed):
+    """A machine file of this machine: the committed one of two H200s, with changes."""
+    path = sorted((rates.FOLDER / "h200-141gb").glob("*.json"))[0]
+    file = machine_file.read(path).model_copy(update=changed)
+    machine_file.write(tmp_path / machine_file.NAME, file)
+    return file, {gpu.uuid for gpu in file.gpus}
+
+
+def test_the_machine_file_of_this_machine_sets_the_rates(tmp_path):
+    card = find_card("h200-141gb")
+    usual, line = calibrations.machine_here(card, tmp_path, ())
+    assert usual.here is None and line.endswith("make preflight measures this machine")
+    file, uuids = here(tmp_path)
+    slow = file.launch.model_copy(update={"operation_us": 3 * file.launch.operation_us})
+    layers = [
+        rate.model_copy(
+            update={"forward_ms": 3 * rate.forward_ms, "backward_ms": 3 * rate.backward_ms}
+        )
+        for rate in file.layers
+    ]
+    here(tmp_path, launch=slow, layers=tuple(layers))
+    machine, line = calibrations.machine_here(card, tmp_path, uuids)
+    assert line.startswith(f"rates: {tmp_path}/machine.json, measured on {file.host} at 2026-11-30")
+    launch_bound, bound_by_gpu = find("101"), find("300")
+    assert machine.predict(launch_bound).total > 2 * usual.predict(launch_bound).total
+    ratio = machine.predict(bound_by_gpu).products / usual.predict(bound_by_gpu).products
+    assert ratio == pytest.approx(1, rel=0.05)
+
+
+def test_a_quick_machine_file_scales_the_cards_layers_by_its_launch_rate(tmp_path):
+    card = find_card("h200-141gb")
+    file, uuids = here(tmp_path, quick=True, layers=(), attention=(), linears=(), collectives=())
+    fast = file.launch.model_copy(update={"operation_us": file.launch.operation_us / 2})
+    here(tmp_path, quick=True, launch=fast, layers=(), attention=(), linears=(), collectives=())
+    machine, line = calibrations.machine_here(card, tmp_path, uuids)
+    usual = machine.model_copy(update={"here": None})
+    assert "QUICK=1 leaves out" in line
+    assert machine.predict(find("101")).total < 0.7 * usual.predict(find("101")).total
+    assert machine.predict(find("101")).attention == usual.predict(find("101")).attention
+
+
+@pytest.mark.parametrize(
+    ("card", "uuids", "changed", "said"),
+    [
+        (
+            "h200-141gb",
+            {"GPU-other"},
+            {},
+            "was measured on another machine (vm, 2026-11-30): not used",
+        ),
+        ("h100-80gb", set(), {}, "was measured on NVIDIA H200: not used"),
+        ("h200-141gb", set(), {"device": "cpu"}, "was measured on a CPU: not used"),
+    ],
+    ids=["another machine", "another card", "a CPU"],
+)
+def test_a_machine_file_of_another_machine_is_named_and_not_used(
+    tmp_path, card, uuids, changed, said
+):
+    here(tmp_path, **changed)
+    machine, line = calibrations.machine_here(find_card(card), tmp_path, uuids)
+    assert machine.here is None and said in line
+
+
+def test_a_half_written_machine_file_is_refused(tmp_path, capsys):
+    here(tmp_path)
+    path = tmp_path / machine_file.NAME
+    path.write_text(path.read_text()[:500])
+    assert main(["speed", "101", f"OUTDIR={tmp_path}"]) == 2
+    assert "machine.json is no complete machine file" in capsys.readouterr().err
+
+
+def test_attention_is_interpolated_between_what_was_measured():
+    found = rates.of_card("h200-141gb")
+    at = {score.length: score for score in found.scores if score.head_size == 64 and score.dropout}
+    assert found.attention_ps(64, 4096, True) == pytest.approx(
+        (at[4096].forward_ps, at[4096].backward_ps)
+    )
+    forward, backward = found.attention_ps(96, 2048, True)
+    low, high = found.attention_ps(64, 2048, True), found.attention_ps(128, 2048, True)
+    assert (forward, backward) == pytest.approx(((low[0] + high[0]) / 2, (low[1] + high[1]) / 2))
+    assert found.attention_ps(64, 4096, False)[0] < 0.5 * at[4096].forward_ps
+
+
+def test_rates_of_a_card_without_machine_files_are_scaled_by_the_data_sheets():
+    h200, h100 = find_card("h200-141gb"), find_card("h100-80gb")
+    measured, scaled = rates.of_card("h200-141gb"), rates.of_card_like(h200, h100)
+    assert scaled.product_tflops == pytest.approx(measured.product_tflops)
+    assert scaled.memory_gb_s / measured.memory_gb_s == pytest.approx(
+        h100.memory_gb_per_s / h200.memory_gb_per_s
+    )
+    with pytest.raises(UserError, match="make preflight writes one"):
+        rates.of_card("a100-80gb")
+
+
+def test_hooks_of_the_distributed_optimizer_work_once_a_step_those_of_fsdp_every_micro_batch():
+    """Doubling the micro-batches doubles what FSDP's launch, not what the optimizer's do."""
+
+    def hooks(settings):
+        layer_work = step_time._StepWork(find("124", settings), PUBLISHED.speed())
+        forward, backward = layer_work.hooks()
+        return (forward.launches + backward.launches) * layer_work.experiment.num_microbatches
+
+    assert hooks("MBS=8") == pytest.approx(hooks("MBS=16"))
+    sharded = "SHARDING=fsdp_optim_grads_params"
+    assert hooks(f"MBS=8 {sharded}") == pytest.approx(2 * hooks(f"MBS=16 {sharded}"))
+    assert hooks("SHARDING=no_shard") == 0

@@ -10,6 +10,7 @@ from harness.evidence import markdown
 from harness.evidence.facts import Facts
 from harness.evidence.references import Reference, ReferenceGroup
 from harness.evidence.speed import MEANING
+from harness.experiment import overrides
 from harness.experiment.catalog import Catalog, load_catalog
 from harness.experiment.experiment import Experiment
 from harness.experiment.hardware import find_card
@@ -68,6 +69,37 @@ def faster_table(name: str, *ids: str) -> str:
         )
     head = ["id", "layout", "measured", "formula", "fastest", "formula", "of it", "GiB", "command"]
     return markdown.table(head, lines, "llrrlrrrl")
+
+
+def tried_table(name: str, commands: str) -> str:
+    """Measured on machine ``name``: layouts that were suggested, and what ran before.
+
+    Args:
+        commands: what ``make`` took, such as ``101 CUDA_GRAPHS=1``, separated by ``|``. The row
+            before is that of the host most like the suggestion's.
+    """
+    machine, catalog, lines = _machine(name), load_catalog(), []
+    for command in map(str.strip, commands.split("|")):
+        after = overrides.experiment_of(command, catalog)
+        before = catalog.find(after.id)
+        tried = machine.row_of(after)
+        if tried is None:
+            raise UserError(f"{command} has no record: make it, then make record")
+        operation_us = machine.operation_us_of(tried)
+        replaced = machine.row_of(before, operation_us)
+        foretold = [machine.predict(one, operation_us).total for one in (before, after)]
+        lines.append(
+            [
+                f"`{after.id}`",
+                f"`make {command}`",
+                f"{replaced.measured_ms:,.0f}",
+                f"{tried.measured_ms:,.0f}",
+                f"{tried.measured_ms / replaced.measured_ms:.2f}",
+                f"{foretold[1] / foretold[0]:.2f}",
+            ]
+        )
+    head = ["id", "suggested first", "ms before", "ms after", "of it", "of it, by formula"]
+    return markdown.table(head, lines, "llrrrr")
 
 
 def machines_table() -> str:

@@ -107,6 +107,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "memory": result_tables.memory,
     "speed": step_time_tables.parts_table,
     "faster": lambda _, ids, machine: step_time_tables.faster_table(machine, *ids.split()),
+    "tried": lambda _, commands, machine: step_time_tables.tried_table(machine, commands),
     "gpus": lambda _, ids, card: scaling.table(card, *ids.split()),
     "machines": lambda _: step_time_tables.machines_table(),
     "unseen": step_time_tables.unseen_table,

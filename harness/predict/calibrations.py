@@ -169,11 +169,21 @@ class Machine(BaseModel, frozen=True, extra="forbid"):
         """Each pipeline stage's passes of one micro-batch, in ms; where ``predict`` applies."""
         return step_time.stage_times(experiment, self.speed())
 
-    def row_of(self, experiment: Experiment) -> Fitted | None:
-        """The row in which ``experiment`` ran; of several, the one with its id as name."""
+    def row_of(self, experiment: Experiment, operation_us: float | None = None) -> Fitted | None:
+        """The row in which ``experiment`` ran.
+
+        Of several, the one of the host whose operations take most nearly ``operation_us``; without
+        it, the one with the experiment's id as name.
+        """
         command = overrides.command_of(experiment)
         ran = {name: row for name, row in self.rows.items() if (row.make or name) == command}
+        if operation_us and ran:
+            return min(ran.values(), key=lambda row: self._unlikeness(row, operation_us))
         return ran.get(experiment.id) or next(iter(ran.values()), None)
+
+    def _unlikeness(self, row: Fitted, operation_us: float) -> float:
+        there_us = self.operation_us_of(row)
+        return abs(math.log(there_us / operation_us)) if there_us else math.inf
 
     def operation_us_of(self, row: Fitted) -> float | None:
         """Host time of an operation in the run of this row, measured or fitted to its day."""

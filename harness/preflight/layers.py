@@ -19,8 +19,8 @@ from harness.predict.machine_file import LayerRate
 from harness.preflight.clock import Clock
 
 HIDDEN, HEADS, LENGTH, VOCABULARY = 256, 4, 64, 512
-DEPTHS = {"cuda": (1, 6), "cpu": (1, 2)}
-STEPS = {"cuda": 6, "cpu": 2}
+DEPTHS = {"cuda": (1, 4), "cpu": (1, 2)}
+STEPS = {"cuda": 5, "cpu": 2}
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,6 @@ _FSDP = _SHARDED | {
 
 KINDS = {
     "dense": Kind({}),
-    "no dropout": Kind(_NO_DROPOUT),
     "gated": Kind(_GATED | _NO_DROPOUT),
     "muon": Kind(_NO_DROPOUT, optimizer="muon", gpu=True),
     "lora": Kind(_GATED | _NO_DROPOUT, lora=Lora(rank=16, alpha=32), gpu=True),
@@ -88,9 +87,6 @@ KINDS = {
     "replicas": Kind({}, wrap=_SHARDED, ranks=2),
     "fsdp": Kind({}, wrap=_FSDP, ranks=2, gpu=True),
     "tensor parallel": Kind({}, {"tensor_model_parallel_size": 2}, ranks=2),
-    "sequence parallel": Kind(
-        {"sequence_parallel": True}, {"tensor_model_parallel_size": 2}, ranks=2
-    ),
     "expert parallel": Kind(
         _experts(16, 2) | _NO_DROPOUT, {"expert_model_parallel_size": 2}, ranks=2, gpu=True
     ),

@@ -25,7 +25,7 @@ from harness.predict.machine_file import GpuRates, Machine
 from harness.system.orphans import end_with
 
 CPU_RANKS = 2
-LIMIT_S = 180
+LIMIT_S = 150
 MODULE = "harness.preflight"
 NEEDED = ("launch", "memory", "storage", "rates", "products")
 SOFTWARE = ("torch", "megatron-core", "transformer-engine", "nccl", "driver", "cuda_of_driver")
@@ -76,6 +76,8 @@ def run_ranks(device: str, gpu_ids: Sequence[int], ranks: int, quick: bool, fold
     ]
     log = folder / "log"
     launcher = os.getpid()
+    # as Ctrl-C: what was measured is kept
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with log.open("wb") as errors:
         process = subprocess.Popen(
             command,
@@ -89,6 +91,8 @@ def run_ranks(device: str, gpu_ids: Sequence[int], ranks: int, quick: bool, fold
             status = process.wait(LIMIT_S)
         except subprocess.TimeoutExpired:
             return f"did not end in {LIMIT_S} s"
+        except KeyboardInterrupt:
+            return "was interrupted"
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGTERM)

@@ -9,14 +9,12 @@ from harness.experiment.catalog import load_catalog
 from harness.predict.flops import padded_vocab_size
 from harness.predict.work import linear_shapes, tokens_on
 
-MOST_PRODUCTS = 40
+MOST_PRODUCTS = 30
 SMALL_PRODUCTS = ((256, 256, 256), (512, 256, 256))
 FP8_PRODUCTS = ((8192, 6144, 4096), (8192, 28672, 4096), (8192, 4096, 14336), (15360, 6400, 1600))
 """Llama 3 8B's at one sequence, and the first of the MLP of GPT-2 XL (111)."""
 GROUPED = (
-    (64, 512, 2048, 2048),
     (64, 2048, 2048, 2048),
-    (64, 512, 2048, 1024),
     (32, 1024, 2048, 1024),
     (16, 2048, 5760, 2880),
     (8, 4096, 28672, 4096),
