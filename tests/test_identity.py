@@ -578,12 +578,13 @@ def test_a_record_is_replaced_by_one_of_the_same_work_whatever_both_are_called(t
 
 @pytest.mark.parametrize("path", sorted(RECORDS.glob("*/*.json")), ids=lambda path: path.stem)
 def test_a_kept_record_is_found_as_that_of_its_own_work(path):
-    experiment = records.read(path).experiment
-    assert records._stem(experiment, path.parent) == path.stem
+    experiment, result, environment = records.read(path)
+    host = records._Host.of(environment, result.started)
+    assert records._stem(experiment, path.parent, host) == path.stem
     assert [
         other.stem
         for other in path.parent.glob(f"{experiment.id}*.json")
-        if records._is_of(other, experiment)
+        if records._is_of(other, experiment, host)
     ] == [path.stem]
 
 

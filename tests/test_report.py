@@ -382,10 +382,8 @@ def test_sorts(view) -> None:
 @in_chromium
 def test_filters(view) -> None:
     shown = view()
-    shown.fill("#filter", "ZeRO-2 ep8")
-    assert column(shown, "id") and all(
-        "ep8" in cell and "ZeRO-2" in cell for cell in column(shown, "layout")
-    )
+    shown.fill("#filter", "a2a cp8")
+    assert column(shown, "id") and all("cp8" in cell for cell in column(shown, "layout"))
     shown.fill("#filter", "")
     shown.select_option("#filter-chapter", "400")
     assert {id_[0] for id_ in column(shown, "id")} == {"4"}

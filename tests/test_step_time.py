@@ -83,7 +83,7 @@ def test_a_fit_finds_the_machine_that_made_the_steps():
     made_by = PUBLISHED.model_copy(
         update={
             "constants": PUBLISHED.constants.model_copy(
-                update={"host": 2.2, "exposed": 0.3, "products": 0.9, "collective_ms": 0.6}
+                update={"host": 2.2, "exposed": 0.3, "collective_ms": 0.6, "step_ms": 90.0}
             )
         }
     )
@@ -104,7 +104,7 @@ def test_a_fit_finds_the_machine_that_made_the_steps():
     )
     steps = [calibrate.Measured(id_, find(id_), made_by.predict(find(id_)).total) for id_ in given]
     found = calibrate.fit(PUBLISHED, PUBLISHED, steps)
-    for id_ in ("112", "128", "212", "222", "232", "248", "283"):
+    for id_ in ("212", "222", "232", "248", "283"):
         assert found.predict(find(id_)).total == pytest.approx(
             made_by.predict(find(id_)).total, rel=0.06
         )
@@ -652,7 +652,7 @@ def test_on_one_gpu_levers_are_what_there_is():
 
 def test_a_lever_is_pulled_where_it_brings_a_hundredth():
     best = {id_: layouts.faster(find(id_), PUBLISHED) for id_ in ("124", "502h")}
-    assert best["124"][0].settings == "CROSS_ENTROPY_FUSION=1"
+    assert best["124"][0].settings.startswith("CROSS_ENTROPY_FUSION=1")
     assert all(layout.step.total < PUBLISHED.predict(find("124")).total for layout in best["124"])
     assert best["502h"] and not any(layout.experiment.cuda_graphs for layout in best["502h"])
 

@@ -103,7 +103,11 @@ def calibrate(path: Path = calibrations.FILE) -> int:
     write_text(path, render(fitted))
     calibrations.load.cache_clear()
     for name, machine in fitted.items():
-        print(f"{name}: {len(machine.rows)} rows; {machine.how_sure()}")
+        half, most, _ = machine.misses()
+        print(
+            f"{name}: {len(machine.rows)} rows; with their chapter left out, off by {half:.1%}"
+            f" median, {most:.0%} 90th percentile"
+        )
     return 0
 
 
@@ -163,13 +167,13 @@ def fit(
 ) -> Machine:
     """``machine`` with the constants that predict ``steps`` best, to four digits.
 
-    The search begins ``near``. Rates that machine files of this card state are not fitted. Days on
-    which runs did not measure their launch rate get one.
+    The search begins ``near``. Rates that machine files state are not fitted. Days on which runs
+    did not measure their launch rate get one.
     """
     import numpy as np
     from scipy.optimize import least_squares
 
-    names = [name for name in NAMES if not (machine.rates_measured and name in RATES)]
+    names = [name for name in NAMES if not (machine.rates_hold and name in RATES)]
     days = sorted({step.day for step in steps if step.day})
     begin = like.constants if like else Calibration()
     usual_us = machine.speed().rates.operation_us

@@ -86,14 +86,14 @@ def print_faster(id_: str, settings: Mapping[str, str]) -> int:
             f"  layouts of the same work that fit{' and are faster' * (fits == 'fits')}:"
             f" {len(found)}; surest first"
         )
-        print(f"  {'ms':>7} {'±':>4} {'ratio':>6} {'GiB':>6}")
+        print(f"  {'ms':>9} {'±':>4} {'ratio':>6} {'GiB':>6}   ≈: as fast as the first, perhaps")
         shown = found[:SHOWN]
         for layout in shown:
             ms, gib = layout.step.total, layout.memory.in_all
-            tie = "  ≈ the first" * (layout is not shown[0] and layout.ties_with(shown[0]))
+            tied = layout is not shown[0] and layout.ties_with(shown[0])
             print(
-                f"  {ms:7,.0f} {layout.error:4.0%} {ms / now_ms:6.2f} {gib:6.1f}"
-                f"  make {id_} {layout.settings}{tie}"
+                f"  {'≈' * tied:1} {ms:7,.0f} {layout.error:4.0%} {ms / now_ms:6.2f} {gib:6.1f}"
+                f"  make {id_} {layout.settings}"
             )
         if fits == "fits" and shown[0].slowest_ms > now_ms:
             say("  within the error of the prediction, none may be faster than what runs now")

@@ -46,7 +46,7 @@ STEP = {
 """The pieces of a step, in the order in which predictions give them."""
 STEP_SHOWN = ("101", "111", "248", "282", "302", "308", "408", "438", "502", "511")
 RATIOS = (0.7, 1.35)
-NAMED_FROM = 0.12
+NAMED_FROM = 0.25
 """Relative error from which a dot shows its id."""
 
 
@@ -201,12 +201,14 @@ def step_shares(facts: Facts) -> Drawing:
 
 def step_unseen(_: Facts) -> Drawing:
     """Predicted over measured step time against measured ms, each row by constants fitted without
-    it."""
-    drawing = Drawing(372, "Predicted over measured step time, by constants fitted without the row")
-    heading = "Predicted over measured step time; each row by constants fitted without it"
+    its chapter."""
+    drawing = Drawing(
+        372, "Predicted over measured step time, by constants fitted without its chapter"
+    )
+    heading = "Predicted over measured step time; each row by constants fitted without its chapter"
     drawing.text(MARGIN, 28, heading, size=13)
     left, right, top, bottom = 70, 836, 46, 302
-    first, last = math.log(120), math.log(3200)
+    first, last = math.log(75), math.log(4800)
     low, high = RATIOS
 
     def place(ms: float, ratio: float) -> tuple[float, float]:
@@ -218,7 +220,7 @@ def step_unseen(_: Facts) -> Drawing:
         _, y = place(200, ratio)
         drawing.line(left, y, right, y, "ink" if ratio == 1 else "rule")
         drawing.text(left - 8, y + 4, f"{ratio:.1f}", "quiet", anchor="end")
-    for ms in (150, 200, 300, 500, 1000, 2000, 3000):
+    for ms in (100, 200, 300, 500, 1000, 2000, 4000):
         x, _ = place(ms, 1)
         drawing.text(x, bottom + 18, f"{ms:,}", "quiet", anchor="middle")
     middle = (left + right) / 2
@@ -230,7 +232,9 @@ def step_unseen(_: Facts) -> Drawing:
             x, y = place(row.measured_ms, ratio)
             drawing.dot(x, y, name)
             if abs(ratio - 1) > NAMED_FROM:
-                drawing.text(x + 7, y + 4, id_, size=10)
+                # names with settings are long: those on the right half stand to the left
+                where = (x + 7, "start") if x < middle else (x - 7, "end")
+                drawing.text(where[0], y + 4, id_, size=10, anchor=where[1])
         entries[f"{machine.card.name}: {len(machine.rows)} rows"] = name
     drawing.legend(358, entries)
     return drawing

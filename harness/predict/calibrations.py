@@ -121,9 +121,10 @@ class Machine(BaseModel, frozen=True, extra="forbid"):
         return required_card(self.rates or own, f"rates = {self.rates!r}")
 
     @property
-    def rates_measured(self) -> bool:
-        """Whether the rates are those of this card."""
-        return self.rated_card == self.card
+    def rates_hold(self) -> bool:
+        """Whether the rates are those of this card, or of one with the same arithmetic, which
+        differs in memory only and so by the data sheets."""
+        return self.rated_card.bf16_tflops == self.card.bf16_tflops
 
     def speed(self, operation_us: float | None = None) -> Speed:
         """How fast it is.
@@ -193,6 +194,12 @@ class Machine(BaseModel, frozen=True, extra="forbid"):
         """Relative errors on rows left out of the fit: median, 90th percentile, largest."""
         off = [row.error for row in self.rows.values()]
         return median(off), ninetieth(off), max(off)
+
+    def model_copy(self, **changes: Any) -> Machine:
+        """A copy with ``update``, whose bands are those of its own rows."""
+        copied = super().model_copy(**changes)
+        copied.__dict__.pop("bands", None)
+        return copied
 
     @cached_property
     def bands(self) -> Mapping[str, Band]:
@@ -321,7 +328,7 @@ def machine_here(card: Card, outdir: Path, uuids: Collection[str]) -> tuple[Mach
     if machine is None:
         return None, ""
     usual = f"rates of {machine.card.name} in experiments/machines"
-    if not machine.rates_measured:
+    if machine.rated_card != machine.card:
         usual = (
             f"rates of {machine.rated_card.name} in experiments/machines, scaled by the data sheets"
         )

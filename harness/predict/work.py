@@ -63,7 +63,7 @@ class Calibration(BaseModel, frozen=True, extra="forbid"):
     """
 
     products: Positive = 1.0
-    """Speed of matrix products relative to the rates; 1 where they were measured on this card."""
+    """Speed of matrix products relative to the rates; 1 where ``Machine.rates_hold``."""
     attention: Positive = 1.0
     """Speed of attention, in the same way."""
     passes: Positive = 1.0
@@ -88,7 +88,7 @@ class Calibration(BaseModel, frozen=True, extra="forbid"):
 
 
 RATES = frozenset({"products", "attention", "passes"})
-"""Constants that stand for rates of a card without a machine file."""
+"""Constants that stand for rates which no machine file states."""
 
 
 class Work(NamedTuple):
