@@ -45,7 +45,7 @@ STEP = {
 }
 """The pieces of a step, in the order in which predictions give them."""
 STEP_SHOWN = ("101", "111", "248", "282", "302", "308", "408", "438", "502", "511")
-RATIOS = (0.7, 1.35)
+RATIOS = (0.4, 1.4)
 NAMED_FROM = 0.25
 """Relative error from which a dot shows its id."""
 
@@ -216,7 +216,7 @@ def step_unseen(_: Facts) -> Drawing:
         x = left + (math.log(ms) - first) / (last - first) * (right - left)
         return x, bottom - (inside - low) / (high - low) * (bottom - top)
 
-    for ratio in (0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3):
+    for ratio in (0.4, 0.6, 0.8, 1.0, 1.2, 1.4):
         _, y = place(200, ratio)
         drawing.line(left, y, right, y, "ink" if ratio == 1 else "rule")
         drawing.text(left - 8, y + 4, f"{ratio:.1f}", "quiet", anchor="end")
