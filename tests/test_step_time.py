@@ -1095,3 +1095,18 @@ def test_hooks_of_the_distributed_optimizer_work_once_a_step_those_of_fsdp_every
     sharded = "SHARDING=fsdp_optim_grads_params"
     assert hooks(f"MBS=8 {sharded}") == pytest.approx(2 * hooks(f"MBS=16 {sharded}"))
     assert hooks("SHARDING=no_shard") == 0
+
+
+def test_a_damaged_machine_file_holds_up_no_run(tmp_path):
+    here(tmp_path)
+    (tmp_path / machine_file.NAME).write_text("{")
+    said = calibrations.summary(find("101"), find_card("h200-141gb"), tmp_path, ())
+    assert said.startswith("step time not predicted: ") and "no complete machine file" in said
+
+
+def test_a_copy_of_a_machine_has_nothing_derived_from_the_fields_before():
+    machine = MACHINES["h200"]
+    before = machine.predict(find("101")).total, machine.bands
+    slow = machine.constants.model_copy(update={"host": 2 * machine.constants.host})
+    changed = machine.model_copy(update={"constants": slow, "rows": {"101": machine.rows["101"]}})
+    assert changed.predict(find("101")).total > 1.5 * before[0] and changed.bands != before[1]

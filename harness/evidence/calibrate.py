@@ -96,7 +96,7 @@ def calibrate(path: Path = calibrations.FILE) -> int:
             )
     fitted: dict[str, Machine] = {}
     for name, machine in machines.items():
-        print(f"{name}: fitting, once for each experiment left out …", file=sys.stderr)
+        print(f"{name}: fitting, once for each chapter left out …", file=sys.stderr)
         fitted[name] = fit_machine(
             machine, fitted[machine.like] if machine.like else None, steps[name]
         )

@@ -48,7 +48,7 @@ def _columns(rows: Sequence[Row]) -> Iterator[str]:
         )
     if any(row.step and row.predicted_step_ms for row in rows):
         yield (
-            "formula: ms/step predicted from sizes, by constants fitted without the row (make"
+            "formula: ms/step predicted from sizes, by constants fitted without its chapter (make"
             " speed-101)."
         )
 

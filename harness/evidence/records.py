@@ -18,14 +18,13 @@ from harness.errors import UserError
 from harness.experiment import identity
 from harness.experiment.experiment import Experiment
 from harness.experiment.hardware import find_card
+from harness.predict import rates
 from harness.profiling.profile import FOLDER, of_run
 from harness.run import directory, finding, schema
 from harness.run.schema import Result, StepMetrics, Validation, changes_in_words
 from harness.run.step_statistics import contradictions
 from harness.system.files import complaint, read_object, write_json, write_text
 
-SAME_LAUNCH_RATE = 1.2
-"""Two launch rates whose ratio is smaller are those of hosts that are alike."""
 UNRECORDED = ("STEPS", "DATA", "PROFILE", "EVAL_EVERY", "EVAL_STEPS")
 """Settings that do not name a record: a row measured over fewer steps is still that row."""
 
@@ -252,10 +251,10 @@ class _Host:
 
     def is_like(self, other: _Host) -> bool:
         """Whether a run here repeats one there: launch-bound steps would take as long."""
-        if self.operation_us and other.operation_us:
-            ratio = self.operation_us / other.operation_us
-            return 1 / SAME_LAUNCH_RATE < ratio < SAME_LAUNCH_RATE
-        return self.operation_us == other.operation_us and self.day == other.day
+        known = self.operation_us or other.operation_us
+        return rates.launch_alike(self.operation_us, other.operation_us) and bool(
+            known or self.day == other.day
+        )
 
 
 def day_of(started: float) -> str:

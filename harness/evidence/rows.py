@@ -13,6 +13,7 @@ from harness.evidence.references import Published, Reference, ReferenceGroup
 from harness.experiment.experiment import Experiment
 from harness.experiment.hardware import Card, find_card, peak_tflops
 from harness.experiment.overrides import command_of, is_same_work
+from harness.predict import rates
 from harness.predict.calibrations import Machine, machine_of
 from harness.predict.flops import mfu
 from harness.predict.step_time import unknown
@@ -213,7 +214,7 @@ class Row:
         """Larger for a slower host; the same for hosts that are alike."""
         if self.operation_us is None:
             return 0
-        return round(math.log(self.operation_us, records.SAME_LAUNCH_RATE))
+        return round(math.log(self.operation_us, rates.SAME_LAUNCH_RATE))
 
     @cached_property
     def operation_us(self) -> float | None:
@@ -268,20 +269,13 @@ def predicted_step_ms(
     return machine.predict(experiment, operation_us).total
 
 
-def unlikeness(here: Row, there: Row) -> float:
-    """How far the launch rates of two hosts are apart; most where only one is known."""
-    if here.operation_us and there.operation_us:
-        return abs(math.log(here.operation_us / there.operation_us))
-    return 0.0 if here.operation_us is there.operation_us else math.inf
-
-
 def launch_rate_remark(here: Row, there: Row) -> str | None:
     """How much slower or faster one run's host launched; None where rates are alike or unknown."""
     if not here.launch or not there.launch:
         return None
-    ratio = here.launch.operation_us / there.launch.operation_us
-    if 1 / records.SAME_LAUNCH_RATE < ratio < records.SAME_LAUNCH_RATE:
+    if rates.launch_alike(here.launch.operation_us, there.launch.operation_us):
         return None
+    ratio = here.launch.operation_us / there.launch.operation_us
     pace = f"{ratio:.1f} x slower" if ratio > 1 else f"{1 / ratio:.1f} x faster"
     return (
         f"The host of {here.label} launched operations {pace} than that of {there.label} "

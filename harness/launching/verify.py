@@ -23,13 +23,14 @@ from harness.errors import UserError
 from harness.evidence.records import same_work
 from harness.evidence.references import load_references
 from harness.evidence.results import collect_records, collect_runs
-from harness.evidence.rows import Row, launch_rate_remark, metrics, unlikeness, upstream_name
+from harness.evidence.rows import Row, launch_rate_remark, metrics, upstream_name
 from harness.experiment import command_line
 from harness.experiment.catalog import load_catalog
 from harness.experiment.experiment import Experiment
 from harness.machine import gpus
 from harness.machine.provenance import describe_upstream
 from harness.planning import resolved
+from harness.predict.rates import launch_rates_apart
 from harness.run import step_statistics
 from harness.run.schema import changes_in_words
 from harness.system import screen
@@ -106,7 +107,9 @@ def choose(records: Sequence[Row], run: Row) -> Row:
             f"{run.label} is {run.state}: only a finished run can be compared with a record"
         )
     alike = [row for row in here if row.software == run.software]
-    record = min(alike, key=lambda row: unlikeness(row, run), default=None)
+    record = min(
+        alike, key=lambda row: launch_rates_apart(row.operation_us, run.operation_us), default=None
+    )
     if record is None:
         raise UserError(
             f"{run.label} ran {run.software}, the record {here[0].software}: their times do not"

@@ -248,7 +248,7 @@ def _remarks(facts: Facts, entries: Sequence[Entry]) -> Iterator[str]:
         sources.append(
             f"GiB{driver_remark(records)}, ms/step and MFU: measured on"
             f" {find_card(HARDWARE).name}; ±: half the interquartile range of a run's steps;"
-            " formula: ms/step by constants fitted without the row (`docs/step-time.md`)"
+            " formula: ms/step by constants fitted without its chapter (`docs/step-time.md`)"
         )
     if any(record.mfu for record in records):
         sources.append("MFU: of model FLOPs, see `docs/records.md`")

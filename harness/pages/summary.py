@@ -23,7 +23,7 @@ def summary(facts: Facts) -> dict[str, Any] | None:
 
     An experiment counts once. Ratios are medians of measured over published numbers.
     ``memory_error_…`` is of predicted over allocated memory, ``step_error_…`` and
-    ``published_error_…`` of step times predicted by constants fitted without the row.
+    ``published_error_…`` of step times predicted by constants fitted without its chapter.
     """
     ids = sorted({row.id for row in facts.of_hardware})
     gpus = sorted({row.experiment.world_size for row in facts.of_hardware})

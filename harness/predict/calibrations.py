@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel, InstanceOf
 
-from harness.errors import UserError, nearest
+from harness.errors import UserError, first_line, nearest
 from harness.experiment import overrides
 from harness.experiment.catalog import EXPERIMENTS, load_catalog
 from harness.experiment.experiment import Experiment
@@ -132,12 +132,18 @@ class Machine(BaseModel, frozen=True, extra="forbid"):
         Args:
             operation_us: host time of an operation; None: that of the machine file.
         """
+        if operation_us is None:
+            return self._usual_speed
+        return self._usual_speed._replace(operation_us=operation_us)
+
+    @cached_property
+    def _usual_speed(self) -> Speed:
         found = rates.of_card_like(self.rated_card, self.card)
         constants, usual_us = self.constants, found.operation_us
         if self.here:
             found, usual_us = rates.with_file(found, self.here), self.here.launch.operation_us
             constants = constants.model_copy(update=dict.fromkeys(RATES, 1.0))
-        return Speed(found, constants, self.switch_reduces, operation_us or usual_us)
+        return Speed(found, constants, self.switch_reduces, usual_us)
 
     def predict(self, experiment: Experiment, operation_us: float | None = None) -> StepTime:
         """A step of ``experiment`` here, with no other run on the node.
@@ -179,12 +185,11 @@ class Machine(BaseModel, frozen=True, extra="forbid"):
         command = overrides.command_of(experiment)
         ran = {name: row for name, row in self.rows.items() if (row.make or name) == command}
         if operation_us and ran:
-            return min(ran.values(), key=lambda row: self._unlikeness(row, operation_us))
+            return min(
+                ran.values(),
+                key=lambda row: rates.launch_rates_apart(self.operation_us_of(row), operation_us),
+            )
         return ran.get(experiment.id) or next(iter(ran.values()), None)
-
-    def _unlikeness(self, row: Fitted, operation_us: float) -> float:
-        there_us = self.operation_us_of(row)
-        return abs(math.log(there_us / operation_us)) if there_us else math.inf
 
     def operation_us_of(self, row: Fitted) -> float | None:
         """Host time of an operation in the run of this row, measured or fitted to its day."""
@@ -196,9 +201,10 @@ class Machine(BaseModel, frozen=True, extra="forbid"):
         return median(off), ninetieth(off), max(off)
 
     def model_copy(self, **changes: Any) -> Machine:
-        """A copy with ``update``, whose bands are those of its own rows."""
+        """A copy with ``update``, without what was derived from the fields before."""
         copied = super().model_copy(**changes)
-        copied.__dict__.pop("bands", None)
+        for derived in copied.__dict__.keys() - type(self).model_fields.keys():
+            del copied.__dict__[derived]
         return copied
 
     @cached_property
@@ -304,9 +310,12 @@ def fitted() -> Mapping[str, Machine]:
 def summary(experiment: Experiment, card: Card, outdir: Path, uuids: Collection[str]) -> str | None:
     """One line on the step time of ``experiment``, printed before a run; None without a formula.
 
-    Arguments as of ``machine_here``.
+    Arguments as of ``machine_here``. A machine file that cannot be read holds up no run.
     """
-    machine, _ = machine_here(card, outdir, uuids)
+    try:
+        machine, _ = machine_here(card, outdir, uuids)
+    except UserError as error:
+        return f"step time not predicted: {first_line(error)}"
     if machine is None or step_time.unknown(experiment):
         return None
     return (

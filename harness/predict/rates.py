@@ -7,6 +7,7 @@ card without any are another card's, scaled by the data sheets.
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +27,25 @@ LARGE_BYTES = 2**26
 """Smaller messages say more about latency than about bandwidth."""
 PLAIN_LAYERS = ("dense", "no dropout", "gated")
 """Kinds of layers that differ by less than the noise of the host."""
+
+
+SAME_LAUNCH_RATE = 1.2
+"""Two launch rates whose ratio is smaller are those of hosts that are alike."""
+
+
+def launch_rates_apart(here_us: float | None, there_us: float | None) -> float:
+    """How far two hosts' times of an operation are apart: the logarithm of their ratio, unsigned.
+
+    Infinite where only one is known.
+    """
+    if here_us and there_us:
+        return abs(math.log(here_us / there_us))
+    return 0.0 if here_us is there_us else math.inf
+
+
+def launch_alike(here_us: float | None, there_us: float | None) -> bool:
+    """Whether launch-bound steps take about as long on both hosts."""
+    return launch_rates_apart(here_us, there_us) < math.log(SAME_LAUNCH_RATE)
 
 
 @dataclass(frozen=True)
@@ -93,7 +113,7 @@ class Rates:
         by_size = []
         for size in sizes:
             points = {score.length: score for score in ours if score.head_size == size}
-            by_size.append(_between(sorted(points), 1 / length, lambda at: 1 / at, points))
+            by_size.append(_at_length(length, points))
         if len(sizes) == 1:
             return by_size[0]
         below, above = sizes[0], sizes[-1]
@@ -140,19 +160,15 @@ class Rates:
         )
 
 
-def _between(
-    lengths: Sequence[int],
-    at: float,
-    place: Callable[[int], float],
-    points: Mapping[int, Scores],
-) -> tuple[float, float]:
-    """Forward and backward time at ``at``, on the line through the two nearest lengths."""
+def _at_length(length: int, points: Mapping[int, Scores]) -> tuple[float, float]:
+    """Forward and backward time of a score, on the line through the two nearest lengths."""
+    lengths = sorted(points)
     if len(lengths) == 1:
         only = points[lengths[0]]
         return only.forward_ps, only.backward_ps
     pairs = list(itertools.pairwise(lengths))
-    below, above = next((pair for pair in pairs if place(pair[1]) <= at), pairs[-1])
-    share = (at - place(below)) / (place(above) - place(below))
+    below, above = next((pair for pair in pairs if length <= pair[1]), pairs[-1])
+    share = (1 / length - 1 / below) / (1 / above - 1 / below)
     first, last = points[below], points[above]
     return (
         first.forward_ps + share * (last.forward_ps - first.forward_ps),
@@ -245,8 +261,8 @@ def _scores(files: Sequence[Machine]) -> list[Scores]:
     return [
         Scores(
             *key,
-            forward_ps=_median(rate.forward_us * 1e6 / rate.scores for rate in same),
-            backward_ps=_median(rate.backward_us * 1e6 / rate.scores for rate in same),
+            forward_ps=statistics.median(rate.forward_us * 1e6 / rate.scores for rate in same),
+            backward_ps=statistics.median(rate.backward_us * 1e6 / rate.scores for rate in same),
         )
         for key, same in _grouped(
             rates, lambda rate: (rate.head_size, rate.length, rate.dropout > 0)
@@ -260,7 +276,7 @@ def _link_gb_s(files: Sequence[Machine]) -> float | None:
     largest = max((rate.size for rate in rates), default=0)
     if largest < LARGE_BYTES:
         return None
-    return _median(
+    return statistics.median(
         2 * (rate.ranks - 1) / rate.ranks * rate.size / rate.us / 1e3
         for rate in rates
         if rate.size == largest
@@ -293,7 +309,3 @@ def _grouped[Item, Key](items: Iterable[Item], key: Callable[[Item], Key]) -> di
     for item in items:
         found.setdefault(key(item), []).append(item)
     return found
-
-
-def _median(numbers: Iterable[float]) -> float:
-    return statistics.median(numbers)

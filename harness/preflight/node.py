@@ -77,7 +77,7 @@ def run_ranks(device: str, gpu_ids: Sequence[int], ranks: int, quick: bool, fold
     log = folder / "log"
     launcher = os.getpid()
     # as Ctrl-C: what was measured is kept
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     with log.open("wb") as errors:
         process = subprocess.Popen(
             command,
@@ -94,6 +94,7 @@ def run_ranks(device: str, gpu_ids: Sequence[int], ranks: int, quick: bool, fold
         except KeyboardInterrupt:
             return "was interrupted"
         finally:
+            signal.signal(signal.SIGTERM, before)
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGTERM)
                 process.wait()
