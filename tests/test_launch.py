@@ -13,6 +13,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from harness.errors import UserError
@@ -177,6 +178,26 @@ def test_a_hang_ends_with_the_stacks_of_every_rank(tmp_path):
     assert "ranks 0, 1 in stuck_in_a_collective (torchrun.py:" in result.detail
     assert set(finished.dir.stacks()) == {0, 1}
     assert not of_run(finished.dir.path)
+
+
+def test_a_rank_that_is_still_writing_its_stacks_is_waited_for(tmp_path, monkeypatch):
+    """faulthandler writes line by line; what is there first may name no frame."""
+    run_dir = RunDir(tmp_path)
+    run_dir.ranks.mkdir()
+    rank = {"rank": 0, "local_rank": 0, "pid": os.getpid(), "host": socket.gethostname()}
+    write_json(run_dir.ranks / "0.json", rank)
+    stacks = run_dir.ranks / "0.stacks.txt"
+
+    def write(*_) -> None:
+        stacks.write_text("Current thread 0x01 (most recent call first):\n")
+        rest = stacks.read_text() + '  File "/x/torchrun.py", line 139 in stuck\n'
+        threading.Timer(3 * hangs.POLL_S, stacks.write_text, [rest]).start()
+
+    monkeypatch.setattr(os, "kill", write)
+    monkeypatch.setattr(processes, "catches", lambda *_: True)
+    assert (
+        hangs.where_ranks_wait(run_dir, [psutil.Process()]) == "rank 0 in stuck (torchrun.py:139)"
+    )
 
 
 def test_before_its_first_step_a_run_may_be_silent_for_longer(tmp_path):

@@ -50,8 +50,12 @@ def where_ranks_wait(run_dir: RunDir, running: Iterable[psutil.Process]) -> str:
     ]
     for pid in pids:
         os.kill(pid, signal.SIGUSR1)
-    deadline = time.monotonic() + STACKS_S
-    while len(stacks := _stacks(run_dir)) < len(pids) and time.monotonic() < deadline:
+    deadline, before = time.monotonic() + STACKS_S, None
+    # faulthandler writes piece by piece: a file is whole once it has stopped growing
+    while (stacks := _stacks(run_dir)) != before or len(stacks) < len(pids):
+        if time.monotonic() > deadline:
+            break
+        before = stacks
         time.sleep(POLL_S)
     silent = sorted(set(ranks.values()) - set(stacks))
     return "; ".join([*by_frame(stacks), *(f"rank {rank} does not answer" for rank in silent)])
@@ -71,8 +75,9 @@ def by_frame(stacks: Mapping[int, str]) -> list[str]:
 
 
 def _stacks(run_dir: RunDir) -> dict[int, str]:
+    """What each rank has written, once it names a frame."""
     texts = {rank: path.read_text(errors="replace") for rank, path in run_dir.stacks().items()}
-    return {rank: text for rank, text in texts.items() if text}
+    return {rank: text for rank, text in texts.items() if _innermost_frame(text)}
 
 
 def _innermost_frame(stacks: str) -> str | None:
