@@ -222,6 +222,7 @@ def test_an_unknown_id_names_the_nearest() -> None:
             "101: {slug: a, mbs: 1, gbs: 1, shows: s}\n  101: {slug: b, mbs: 1, gbs: 1, shows: s}",
             r"'101' occurs twice",
         ),
+        ("10x: {slug: a, mbs: 1, gbs: 1, shows: s}", r"100-x.yaml: 10x: an id has three digits"),
         ("101: oops", r"100-x.yaml: 101: expected key: value pairs, found 'oops'"),
         ("101: {", r"100-x.yaml is not valid YAML"),
     ],

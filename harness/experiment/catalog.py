@@ -13,7 +13,7 @@ from pydantic import Field
 from harness import ROOT
 from harness.errors import UserError, nearest
 from harness.experiment.constraints import checked
-from harness.experiment.experiment import Experiment
+from harness.experiment.experiment import ID, Experiment
 from harness.experiment.model import Checked, Count, Model
 from harness.system import yaml_files
 
@@ -69,7 +69,7 @@ def load_catalog(folder: Path = EXPERIMENTS) -> Catalog:
         UserError: a key or name is unknown, a value has the wrong type, a constraint is broken, or
             an id occurs twice.
     """
-    models = _models(folder / "models.yaml")
+    models = load_models(folder)
     chapters: dict[int, str] = {}
     experiments: dict[str, Experiment] = {}
     for path in sorted(folder.glob("[0-9]*.yaml")):
@@ -96,7 +96,10 @@ def load_catalog(folder: Path = EXPERIMENTS) -> Catalog:
     )
 
 
-def _models(path: Path) -> dict[str, Model]:
+@cache
+def load_models(folder: Path = EXPERIMENTS) -> Mapping[str, Model]:
+    """Every model of models.yaml in ``folder``, by name. Raises UserError as ``load_catalog``."""
+    path = folder / "models.yaml"
     rows, models = yaml_files.read(path), {}
     for name in rows:
         with yaml_files.entry(path, rows, name):
@@ -109,6 +112,8 @@ def _models(path: Path) -> dict[str, Model]:
 
 def _row(chapter: Chapter, id_: str, models: Mapping[str, Model], file: str) -> Experiment:
     """One row of a chapter's file. Raises UserError if it is not valid."""
+    if not re.fullmatch(ID, id_):
+        raise UserError(f"{file}: {id_}: an id has three digits, the first not 0, and perhaps an h")
     fields = {**chapter.defaults, **chapter.experiments[id_], "id": id_, "chapter": chapter.chapter}
     name = yaml_files.word(
         fields.get("model", ""), f"{file}: {id_}: model", next(iter(models), "gpt2-xl")

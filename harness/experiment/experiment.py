@@ -15,7 +15,10 @@ LONGEST_LABEL = 180
 LONGEST_VALUE = 40
 """Characters of a setting's value in a label."""
 
-Id = Annotated[str, Field(pattern=r"^[1-9]\d\dh?$")]
+ID = r"[1-9]\d\dh?"
+"""Pattern of the id of a row of the catalogue."""
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 SHARDING = {
     "no_shard": (
@@ -53,14 +56,16 @@ class Target(Checked):
 
 
 class Experiment(Checked):
-    """One row of the catalogue with every setting filled in.
+    """One row of the catalogue, or a model on GPUs (unlisted.py), with every setting filled in.
 
     Parallel sizes are counts of ranks, batch sizes counts of sequences.
     """
 
-    id: Id
-    slug: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    chapter: Count
+    id: Name
+    """Of a row its ID, else the model's name."""
+    slug: Name
+    chapter: Annotated[int, Field(ge=0)]
+    """0: it is no row of the catalogue."""
     shows: Annotated[str, Field(min_length=1)]
     model: Model
     tp: Count = 1
