@@ -143,9 +143,10 @@ class Architecture:
 
     def differences(self, model: Model) -> list[str]:
         """Fields of ``model`` that differ from the ``fixed`` ones, as text."""
+        absent = {name: Model.model_fields[name].default for name in ABSENT}
         return [
             f"{name} is {getattr(model, name)}, not {value}"
-            for name, value in self.fixed.items()
+            for name, value in (absent | dict(self.fixed)).items()
             if getattr(model, name) != value
         ]
 
@@ -156,6 +157,19 @@ class Architecture:
     def unneeded(self, name: str, model: Model) -> bool:
         """Whether a tensor that no row has may be in the files."""
         return name.endswith(self.unused) or (name == LM_HEAD and not model.untie_embeddings)
+
+
+ABSENT = (
+    "latent_attention",
+    "mtp_num_layers",
+    "first_dense_layers",
+    "moe_shared_expert_intermediate_size",
+    "moe_router_score_function",
+    "moe_router_num_groups",
+    "moe_router_topk_scaling_factor",
+    "rotary_percent",
+)
+"""Fields of a model that are set in none of the supported architectures."""
 
 
 def architecture_of(model: Model) -> Architecture:

@@ -21,6 +21,8 @@ _UNSUPPORTED = {
     "moe_latent_size": None,
     "moe_layer_freq": 1,
     "moe_router_score_function": "softmax",
+    "moe_router_num_groups": None,
+    "moe_router_topk_scaling_factor": None,
     "apply_layernorm_1p": False,
     "squared_relu": False,
     "rotary_interleaved": False,

@@ -24,6 +24,8 @@ _TRAINING = (
     "dropout",
     "init_method_std",
     "moe_aux_loss_coeff",
+    "moe_router_load_balancing_type",
+    "mtp_loss_scaling_factor",
     "moe_z_loss_coeff",
     "ffn_hidden_size",
     "num_query_groups",

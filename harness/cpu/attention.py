@@ -12,7 +12,7 @@ each other's chunks:
 
 Packed sequences (``--sft``) attend within their segments, as Transformer Engine's THD format does.
 Windows and softmax sinks are upstream's own, applied to the parts of sequence and heads that this
-rank has.
+rank has. Values may be wider or narrower than keys, as latent attention's are.
 """
 
 from copy import copy
@@ -57,8 +57,17 @@ class ContextParallelAttention(DotProductAttention):
     """Attention over a sequence that is split over the context-parallel group."""
 
     def __init__(
-        self, config, *args, cp_comm_type: str | None = None, pg_collection=None, **kwargs
+        self,
+        config,
+        *args,
+        cp_comm_type: str | None = None,
+        pg_collection=None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
+        **kwargs,
     ):
+        """``k_channels``, ``v_channels``: widths of a head's keys and values where they differ, in
+        latent attention; upstream's class takes neither."""
         pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups(
             required_pgs=["tp", "cp"]
         )
@@ -68,6 +77,8 @@ class ContextParallelAttention(DotProductAttention):
             whole, *args, cp_comm_type=cp_comm_type, pg_collection=pg_collection, **kwargs
         )
         self.config = config
+        if v_channels is not None:
+            self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
         self.group = pg_collection.cp
         size = config.context_parallel_size
         self.heads_travel = size > 1 and cp_comm_type == "a2a"

@@ -14,8 +14,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from harness.errors import UserError
+from harness.experiment import architecture
 from harness.experiment.experiment import Experiment
 from harness.experiment.hardware import find_card
+from harness.experiment.linear_layers import of_attention
+from harness.experiment.model import Model
 from harness.system import yaml_files
 
 _MOST_CHOICES = 8
@@ -49,6 +52,7 @@ def violations(experiment: Experiment) -> Iterator[str]:
     yield from _experts(experiment)
     yield from _nodes(experiment)
     yield from _architecture(experiment)
+    yield from architecture.violations(experiment)
     yield from _fp8(experiment)
     yield from _precision(experiment)
     yield from _sharding(experiment)
@@ -90,7 +94,7 @@ def _learning_rate(experiment: Experiment) -> Iterator[str]:
 def _widths(experiment: Experiment) -> Iterator[str]:
     model, tp = experiment.model, experiment.tp
     heads, groups = model.num_attention_heads, model.num_query_groups
-    if not model.kv_channels and (
+    if not (model.kv_channels or model.latent_attention) and (
         broken := indivisible("hidden_size", model.hidden_size, "num_attention_heads", heads)
     ):
         yield broken
@@ -171,6 +175,9 @@ def _experts(experiment: Experiment) -> Iterator[str]:
         yield f"{broken}; {_try('EP', divisors(experts), ep)}"
     if broken := indivisible("moe_ffn_hidden_size", model.moe_ffn, "ETP", etp):
         yield broken
+    shared = model.moe_shared_expert_intermediate_size or 0
+    if broken := indivisible("moe_shared_expert_intermediate_size", shared, "TP", experiment.tp):
+        yield broken
     if model.add_bias_linear and etp > 1:
         yield f"ETP={etp}: upstream splits only experts without biases; set ETP=1"
     if model.moe_router_topk > experts:
@@ -195,8 +202,6 @@ def _architecture(experiment: Experiment) -> Iterator[str]:
             f"position_embedding {model.position_embedding}, yarn"
             f" {'given' if model.yarn else 'missing'}: set both or neither"
         )
-    if model.position_embedding != "learned_absolute" and model.head_size % 2:
-        yield f"rotary positions turn pairs: the head size ({model.head_size}) must be even"
     if model.qk_norm == "projection":
         if model.normalization != "RMSNorm":
             yield "qk_norm projection is an RMS norm; set normalization: RMSNorm"
@@ -235,15 +240,9 @@ def _fp8(experiment: Experiment) -> Iterator[str]:
             f"fp8 {recipe} multiplies in blocks of {step}: the tokens of a rank, {formula}"
             f" ({tokens}), must be divisible by {step}"
         )
-    widths = {
-        "hidden_size": model.hidden_size,
-        "queries, keys and values / TP": model.qkv_size // experiment.tp,
-        "queries / TP": model.query_size // experiment.tp,
-    }
+    widths = {"hidden_size": model.hidden_size} | _split_widths(model, experiment.tp)
     if model.num_experts:
         widths["moe_ffn_hidden_size / ETP"] = model.moe_ffn // experiment.etp
-    else:
-        widths["ffn_hidden_size / TP"] = model.ffn // experiment.tp
     if odd := [f"{name} ({width})" for name, width in widths.items() if width % 16]:
         yield f"fp8 multiplies in blocks of 16: {', '.join(odd)} must be divisible by 16"
     discarded = sorted({"layernorm", "moe_act"} & set(experiment.recompute_modules))
@@ -252,6 +251,26 @@ def _fp8(experiment: Experiment) -> Iterator[str]:
             f"fp8 delayed cannot recompute {', '.join(discarded)}, whose outputs are discarded; "
             "set fp8_recipe tensorwise or blockwise"
         )
+
+
+def _split_widths(model: Model, tp: int) -> dict[str, int]:
+    """The widths inside of attention, MLP and shared expert on a rank, with their names."""
+    widths = {
+        "queries, keys and values / TP": model.qkv_size // tp,
+        "queries / TP": model.context_size // tp,
+    }
+    if model.latent_attention:
+        layers = of_attention(model).items()
+        widths = {
+            name: linear.outputs // (tp if linear.split == "outputs" else 1)
+            for name, linear in layers
+        }
+        widths["values / TP"] = model.context_size // tp
+    if model.dense_layers:
+        widths["ffn_hidden_size / TP"] = model.ffn // tp
+    if shared := model.moe_shared_expert_intermediate_size:
+        widths["moe_shared_expert_intermediate_size / TP"] = shared // tp
+    return widths
 
 
 def _precision(experiment: Experiment) -> Iterator[str]:

@@ -23,6 +23,27 @@ class Yarn(Checked):
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     correction_range_round_to_int: bool = True
+    mscale: float = 1.0
+    mscale_all_dim: float = 0.0
+    """Both scale attention with the length; DeepSeek sets them, GPT-OSS leaves the defaults."""
+
+
+class LatentAttention(Checked):
+    """Multi-latent attention: keys and values are rebuilt from one narrow projection.
+
+    Source: DeepSeek-AI 2024 (arXiv:2405.04434), section 2.1; names as in
+    megatron/core/transformer/multi_latent_attention.py.
+    """
+
+    q_lora_rank: Count | None = None
+    """Width to which queries are compressed; None: they are projected at once."""
+    kv_lora_rank: Count
+    """Width to which keys and values are compressed together."""
+    qk_head_dim: Count
+    """A head's queries and keys without positions."""
+    qk_pos_emb_head_dim: Count
+    """The rotated part of a head's queries and keys; of the keys, all heads share it."""
+    v_head_dim: Count
 
 
 class Model(Checked):
@@ -40,14 +61,18 @@ class Model(Checked):
     add_bias_linear: bool = True
     normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
     norm_epsilon: Annotated[float, Field(gt=0)] = 1e-5
-    activation: Literal["gelu", "swiglu", "clamped_quick_geglu"] = "gelu"
+    activation: Literal["gelu", "swiglu", "clamped_quick_geglu", "squared_relu"] = "gelu"
     position_embedding: Literal["learned_absolute", "rope", "yarn"] = "learned_absolute"
     rotary_base: Count = 10000
+    rotary_percent: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of each head that positions rotate."""
     rope_scaling_factor: Annotated[float, Field(gt=0)] | None = None
     """Factor by which Llama 3.1's scaling lengthens the low frequencies of rotary positions."""
     yarn: Yarn | None = None
     qk_norm: Literal["none", "head", "projection"] = "none"
-    """``head``: Q and K are normalised by head; ``projection``: over all heads (harness/specs/)."""
+    """``head``: Q and K are normalised by head, with latent attention the compressed ones;
+    ``projection``: over all heads (harness/specs/)."""
+    latent_attention: LatentAttention | None = None
     attention_output_gate: bool = False
     attention_sinks: bool = False
     """A learned term per head in the softmax's denominator."""
@@ -56,13 +81,32 @@ class Model(Checked):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     init_method_std: Annotated[float, Field(gt=0)] = 0.006
     num_experts: Count | None = None
+    first_dense_layers: Annotated[int, Field(ge=0)] = 0
+    """Layers before those with experts: ``first_k_dense_replace`` of Hugging Face."""
     moe_router_topk: Count | None = None
     moe_ffn_hidden_size: Count | None = None
+    moe_shared_expert_intermediate_size: Count | None = None
+    """Width of the expert that every token passes through; of several, their widths together."""
+    moe_router_score_function: Literal["softmax", "sigmoid"] = "softmax"
     moe_router_pre_softmax: bool = False
     """Softmax over all experts before top-k, so that the chosen weights do not sum to 1."""
+    moe_router_enable_expert_bias: bool = False
+    """Balance the load by biases that choose experts and do not weight them (DeepSeek-V3)."""
+    moe_router_num_groups: Count | None = None
+    """Groups of experts, of which a token may use ``moe_router_group_topk``."""
+    moe_router_group_topk: Count | None = None
+    moe_router_topk_scaling_factor: Annotated[float, Field(gt=0)] | None = None
+    """Factor of the chosen experts' weights."""
+    moe_router_load_balancing_type: Literal["aux_loss", "seq_aux_loss", "global_aux_loss"] = (
+        "aux_loss"
+    )
+    """Whether loads are balanced over a micro-batch, each sequence, or the global batch."""
     moe_aux_loss_coeff: Annotated[float, Field(ge=0)] | None = None
     """Weight of the load-balancing loss; None: tokens are routed at random, for timing."""
     moe_z_loss_coeff: Annotated[float, Field(ge=0)] | None = None
+    mtp_num_layers: Count | None = None
+    """Layers after the last one that predict more tokens ahead, one more each (DeepSeek-V3)."""
+    mtp_loss_scaling_factor: Annotated[float, Field(gt=0)] = 0.1
 
     @property
     def ffn(self) -> int:
@@ -71,8 +115,15 @@ class Model(Checked):
 
     @property
     def head_size(self) -> int:
-        """Width of a head: ``kv_channels``, by default hidden_size / num_attention_heads."""
+        """Width of a head's queries: ``kv_channels``, by default hidden_size / heads."""
+        if self.latent_attention:
+            return self.latent_attention.qk_head_dim + self.latent_attention.qk_pos_emb_head_dim
         return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def value_head_size(self) -> int:
+        """Width of a head's values."""
+        return self.latent_attention.v_head_dim if self.latent_attention else self.head_size
 
     @property
     def key_heads(self) -> int:
@@ -86,18 +137,29 @@ class Model(Checked):
 
     @property
     def key_size(self) -> int:
-        """Width of all keys together, and of all values."""
+        """Width of all keys together."""
         return self.key_heads * self.head_size
+
+    @property
+    def value_size(self) -> int:
+        """Width of all values together."""
+        return self.key_heads * self.value_head_size
+
+    @property
+    def context_size(self) -> int:
+        """Width of attention's result, the input of linear_proj."""
+        return self.num_attention_heads * self.value_head_size
 
     @property
     def qkv_size(self) -> int:
         """Outputs of linear_qkv: queries, keys, values, and a gate as wide as the queries."""
-        return self.query_size * (2 if self.attention_output_gate else 1) + 2 * self.key_size
+        gates = 2 if self.attention_output_gate else 1
+        return self.query_size * gates + self.key_size + self.value_size
 
     @property
     def gated(self) -> bool:
         """Whether the MLP multiplies two projections of its input."""
-        return self.activation != "gelu"
+        return self.activation in ("swiglu", "clamped_quick_geglu")
 
     @property
     def fc1_matrices(self) -> int:
@@ -108,6 +170,16 @@ class Model(Checked):
     def moe_ffn(self) -> int:
         """Width of one expert: ``moe_ffn_hidden_size``, by default the dense MLP's as upstream."""
         return self.moe_ffn_hidden_size or self.ffn
+
+    @property
+    def dense_layers(self) -> int:
+        """Transformer layers without experts, at the beginning."""
+        return self.first_dense_layers if self.num_experts else self.num_layers
+
+    @property
+    def predictors(self) -> int:
+        """Layers of multi-token prediction, built as the last transformer layer is."""
+        return self.mtp_num_layers or 0
 
 
 LinearLayer = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from harness.experiment import linear_layers
 from harness.experiment.experiment import Experiment
+from harness.experiment.linear_layers import LayerKind, Linear
 from harness.experiment.model import Model
+from harness.predict import stages
 
 MODEL_FLOPS = (
     "model FLOPs (Korthikanti et al. 2022, arXiv:2205.05198, with causal attention; frozen weights"
@@ -20,6 +23,7 @@ class Parameters:
     """Parameters with the padded vocabulary; all but ``per_rank`` count tied embeddings once."""
 
     total: int
+    """Those of multi-token prediction included, which published sizes leave out."""
     active: int
     """What one token passes through: of the experts, only those it is routed to."""
     per_rank: int
@@ -37,7 +41,7 @@ class Held:
     expert_matrices: int
     """The part of ``experts`` in weights of linear layers."""
     ends: int
-    """The part of ``dense`` outside of transformer layers."""
+    """The part of ``dense`` outside of transformer layers and multi-token prediction."""
 
 
 def padded_vocab_size(vocab_size: int, tp: int) -> int:
@@ -56,90 +60,103 @@ def count_parameters(experiment: Experiment) -> Parameters:
     (compute_weight_and_optimizer_memory in megatron/training/theoretical_memory_usage.py,
     core_v0.19.0).
     """
-    model, layer = experiment.model, _layer(experiment)
-    first = parameters_on(experiment, 0)
-    shared = layer.column + layer.row + layer.replicated + layer.column_bias + layer.row_bias
-    expert = layer.expert + layer.expert_bias
+    model, layers = experiment.model, stages.of_model(experiment)
+    per_rank = parameters_on(experiment, 0)
     embedding = model.hidden_size * padded_vocab_size(model.vocab_size, experiment.tp)
     ends = embedding * (2 if _untied(experiment) else 1) + _positions(experiment) + _norm(model)
-    used = model.moe_router_topk if model.num_experts else 0
+    whole = _held(experiment.model_copy(update=_WHOLE), layers)
+    dense = whole.dense + ends
+    used = (model.moe_router_topk or 0) / (model.num_experts or 1)
     return Parameters(
-        total=model.num_layers * (shared + (model.num_experts or 0) * expert) + ends,
-        active=model.num_layers * (shared + used * expert) + ends,
-        per_rank=first.dense + first.experts,
+        total=dense + whole.experts,
+        active=dense + round(whole.experts * used),
+        per_rank=per_rank.dense + per_rank.experts,
     )
 
 
 def parameters_on(experiment: Experiment, stage: int) -> Held:
     """What a rank of pipeline stage ``stage`` (from 0) holds, before data parallelism shards it.
 
-    The last stage has the output layer: with tied embeddings, a copy of the word embedding.
+    The last stage has the output layer: with tied embeddings, a copy of the word embedding. For
+    multi-token prediction it has the word embedding, too.
     """
-    model, layer, tp = experiment.model, _layer(experiment), experiment.tp
-    layers = model.num_layers // experiment.pp
+    model, tp = experiment.model, experiment.tp
     first, last = stage == 0, stage == experiment.pp - 1
     embedding = model.hidden_size * padded_vocab_size(model.vocab_size, tp) // tp
     ends = (embedding + _positions(experiment) if first else 0) + (_norm(model) if last else 0)
     if last and (_untied(experiment) or not first):
         ends += embedding
-    experts = layers * (model.num_experts or 0) // experiment.ep
-    matrices = layers * (layer.column + layer.row) // tp
-    rest = layers * (layer.column_bias // tp + layer.row_bias + layer.replicated)
+    if last and not first and model.predictors and _untied(experiment):
+        ends += embedding
+    held = _held(experiment, stages.on_stage(experiment, stage))
+    return replace(held, dense=held.dense + ends, ends=ends)
+
+
+_WHOLE = {"tp": 1, "ep": 1, "etp": 1}
+
+
+def _held(experiment: Experiment, layers: stages.Layers) -> Held:
+    """What a rank holds of ``layers``."""
+    model = experiment.model
+    kind = stages.predictor_kind(experiment)
+    dense, experts = (
+        count + (layers.predictors if kind == which else 0)
+        for which, count in (("dense", layers.dense), ("experts", layers.experts))
+    )
+    of_dense, of_experts = (_of_layer(experiment, kind) for kind in ("dense", "experts"))
+    joining = layers.predictors * (linear_layers.of_predictor(model).weights // experiment.tp)
+    matrices = dense * of_dense.matrices + experts * of_experts.matrices + joining
+    norms = layers.predictors * 3 * _norm(model)
+    others = dense * of_dense.others + experts * of_experts.others + norms
+    held = experts * (model.num_experts or 0) // experiment.ep
     return Held(
-        dense=matrices + rest + ends,
-        experts=experts * (layer.expert // experiment.etp + layer.expert_bias_per_rank),
+        dense=matrices + others,
+        experts=held * (of_experts.expert + of_experts.expert_bias),
         matrices=matrices,
-        expert_matrices=experts * (layer.expert // experiment.etp),
-        ends=ends,
+        expert_matrices=held * of_experts.expert,
+        ends=0,
     )
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """Parameters of a transformer layer by how tensor parallelism splits them."""
+    """A rank's parameters of one transformer layer."""
 
-    column: int
-    row: int
-    column_bias: int
-    """Split as its weights are; includes softmax sinks, one a head."""
-    row_bias: int
-    replicated: int
-    """Norms and the router, whole on every rank."""
+    matrices: int
+    """Weights of linear layers outside of experts."""
+    others: int
+    """Biases, norms, softmax sinks, the router."""
     expert: int
     """Weights of one expert."""
     expert_bias: int
-    expert_bias_per_rank: int
 
 
-def _layer(experiment: Experiment) -> _Layer:
-    model, hidden = experiment.model, experiment.model.hidden_size
-    bias = int(model.add_bias_linear)
-    sinks = model.num_attention_heads if model.attention_sinks else 0
-    router = (hidden + bias) * (model.num_experts or 0)
-    replicated = 2 * _norm(model) + _qk_norms(model) + router
-    if not model.num_experts:
-        fc1 = model.ffn * model.fc1_matrices
-        return _Layer(
-            column=hidden * (model.qkv_size + fc1),
-            row=model.query_size * hidden + hidden * model.ffn,
-            column_bias=bias * (model.qkv_size + fc1) + sinks,
-            row_bias=bias * hidden * 2,
-            replicated=replicated,
-            expert=0,
-            expert_bias=0,
-            expert_bias_per_rank=0,
-        )
-    fc1 = model.moe_ffn * model.fc1_matrices
+def _of_layer(experiment: Experiment, kind: LayerKind) -> _Layer:
+    model, tp, etp = experiment.model, experiment.tp, experiment.etp
+    linears = linear_layers.of_layer(model, kind).values()
+    sinks = model.num_attention_heads // tp if model.attention_sinks else 0
+    others = 2 * _norm(model) + _qk_norms(model) + sinks + sum(_bias(one, tp) for one in linears)
+    matrices = sum(_weights(one, tp) for one in linears)
+    if kind == "dense":
+        return _Layer(matrices, others, 0, 0)
+    router = (model.hidden_size + model.add_bias_linear) * (model.num_experts or 0)
+    expert = linear_layers.of_mlp(model, model.moe_ffn).values()
     return _Layer(
-        column=hidden * model.qkv_size,
-        row=model.query_size * hidden,
-        column_bias=bias * model.qkv_size + sinks,
-        row_bias=bias * hidden,
-        replicated=replicated,
-        expert=hidden * (fc1 + model.moe_ffn),
-        expert_bias=bias * (fc1 + hidden),
-        expert_bias_per_rank=bias * (fc1 // experiment.etp + hidden),
+        matrices,
+        others + router,
+        sum(_weights(one, etp) for one in expert),
+        sum(_bias(one, etp) for one in expert),
     )
+
+
+def _weights(linear: Linear, tp: int) -> int:
+    """Weights of a linear layer on a rank."""
+    return linear.weights // (1 if linear.split == "nothing" else tp)
+
+
+def _bias(linear: Linear, tp: int) -> int:
+    """A linear layer's bias on a rank, split as its outputs are."""
+    return linear.bias * linear.outputs // (tp if linear.split == "outputs" else 1)
 
 
 def _norm(model: Model) -> int:
@@ -153,12 +170,15 @@ def _positions(experiment: Experiment) -> int:
 
 
 def _qk_norms(model: Model) -> int:
-    """Parameters of a layer's norms of queries and keys."""
+    """Parameters of a layer's norms of queries and keys, or of what these are rebuilt from."""
+    latent = model.latent_attention
     sizes = {
         "none": 0,
         "head": 2 * model.head_size,
         "projection": model.query_size + model.key_size,
     }
+    if latent:
+        sizes["head"] = (latent.q_lora_rank or model.hidden_size) + latent.kv_lora_rank
     return sizes[model.qk_norm] * (2 if model.normalization == "LayerNorm" else 1)
 
 
@@ -169,11 +189,12 @@ def step_flops(
 
     As in Korthikanti et al. 2022 (arXiv:2205.05198, section 5 and appendix A), with causal
     attention. A token costs 6 FLOPs for each weight of the matrix products: 2 for a multiply-add,
-    once forward and twice backward. So it does in the output layer, over the padded vocabulary.
-    Attention costs 6 x width of the queries x tokens seen x 2, for scores and values, where a
-    token sees half of its sequence, or a window of it. Of experts, those a token is routed to
-    count; routers do not. A frozen weight (LoRA) has no gradient and costs 4; what lies before the
-    first adapter has no backward pass at all and costs 2.
+    once forward and twice backward. So it does in the output layer, over the padded vocabulary, and
+    again for each token that multi-token prediction predicts. Attention costs 3 x (width of the
+    queries + width of the values) x tokens seen x 2, for scores and values, where a token sees half
+    of its sequence, or a window of it. Of experts, those a token is routed to count; routers do
+    not. A frozen weight (LoRA) has no gradient and costs 4; what lies before the first adapter has
+    no backward pass at all and costs 2.
 
     Args:
         tokens: of the batch; None: ``global_batch_size`` sequences of ``seq_length``.
@@ -184,15 +205,15 @@ def step_flops(
     model = experiment.model
     windowed = (model.num_layers + 1) // 2 if model.window_size else 0
     in_window = _windowed_squares(experiment, tokens, squares)
-    seen = squares * (model.num_layers - windowed) + in_window * windowed
+    seen = squares * (model.num_layers + model.predictors - windowed) + in_window * windowed
     output = model.hidden_size * padded_vocab_size(model.vocab_size, experiment.tp)
-    per_layer = sum(_products(model).values())
-    attention = 6 * model.query_size * seen
+    attention = 3 * (model.query_size + model.context_size) * seen
+    weights = _weights_of_layers(model, stages.of_model(experiment))
     if experiment.lora is None:
-        return tokens * 6 * (model.num_layers * per_layer + output) + attention
+        return tokens * 6 * (weights + (1 + model.predictors) * output) + attention
     whole = adapter_widths(experiment.model_copy(update={"tp": 1}))
     adapters = experiment.lora.rank * sum(map(sum, whole.values()))
-    of_weights = model.num_layers * (4 * per_layer + 6 * adapters) + 4 * output
+    of_weights = 4 * weights + 6 * model.num_layers * adapters + 4 * output
     skipped = _without_backward(experiment, tokens, in_window if windowed else squares)
     return tokens * of_weights + attention - skipped
 
@@ -203,18 +224,31 @@ def upstream_flops(
     """The FLOPs of a step exactly as upstream counts them for its TFLOP/s; arguments as above.
 
     Upstream counts frozen weights as if they were trained, attention in a window as if it saw all
-    tokens, and a gated quick-GELU as two products where it is three.
+    tokens, and a gated quick-GELU as two products where it is three; and it counts the norms within
+    latent attention and multi-token prediction as products.
     Source: num_floating_point_operations in megatron/training/training.py, core_v0.19.0.
     """
     tokens, squares = _batch(experiment, tokens, squares)
-    model, hidden = experiment.model, experiment.model.hidden_size
-    attention = hidden * model.qkv_size + model.query_size * hidden
-    products = 3 if model.activation == "swiglu" else 2
-    mlp = products * hidden * _mlp_width(model)
+    model, hidden, layers = (
+        experiment.model,
+        experiment.model.hidden_size,
+        stages.of_model(experiment),
+    )
+    attention = sum(one.weights for one in linear_layers.of_attention(model).values())
+    norms = 0
+    if latent := model.latent_attention:
+        norms = (latent.q_lora_rank or 0) + latent.kv_lora_rank
+    matrices = 3 if model.activation == "swiglu" else 2
+    kind = stages.predictor_kind(experiment)
+    widths = {"dense": model.ffn, "experts": _routed_width(model) + _shared_width(model)}
+    width = sum(widths[which] * getattr(layers, which) for which in widths)
+    width += widths[kind] * layers.predictors
     output = hidden * padded_vocab_size(model.vocab_size, experiment.tp)
+    joined = layers.predictors * (3 * hidden + linear_layers.of_predictor(model).weights)
+    per_token = layers.total * (attention + norms) + matrices * hidden * width + joined
     return (
-        tokens * 6 * (model.num_layers * (attention + mlp) + output)
-        + 6 * model.num_layers * model.query_size * squares
+        tokens * 6 * (per_token + (1 + layers.predictors) * output)
+        + 3 * layers.total * (model.query_size + model.context_size) * squares
     )
 
 
@@ -247,20 +281,33 @@ def _batch(
     )
 
 
-def _mlp_width(model: Model) -> int:
-    """Width of the MLP, or of all experts that a token is routed to."""
-    return model.moe_ffn * (model.moe_router_topk or 1) if model.num_experts else model.ffn
+def _routed_width(model: Model) -> int:
+    """Width of all experts that a token is routed to."""
+    return model.moe_ffn * (model.moe_router_topk or 1)
 
 
-def _products(model: Model) -> dict[str, int]:
-    """Weights that a token is multiplied with in a layer, by linear layer, in order."""
-    width, hidden = _mlp_width(model), model.hidden_size
-    return {
-        "linear_qkv": hidden * model.qkv_size,
-        "linear_proj": model.query_size * hidden,
-        "linear_fc1": hidden * width * model.fc1_matrices,
-        "linear_fc2": width * hidden,
-    }
+def _shared_width(model: Model) -> int:
+    return model.moe_shared_expert_intermediate_size or 0
+
+
+def _products(model: Model, kind: LayerKind) -> dict[str, int]:
+    """Weights that a token is multiplied with in a layer, by linear layer, in order.
+
+    Of the experts, those that it is routed to, and the shared one.
+    """
+    linears = linear_layers.of_attention(model)
+    width = model.ffn if kind == "dense" else _routed_width(model) + _shared_width(model)
+    linears |= linear_layers.of_mlp(model, width)
+    return {name: linear.weights for name, linear in linears.items()}
+
+
+def _weights_of_layers(model: Model, layers: stages.Layers) -> int:
+    """Weights that a token is multiplied with in ``layers``."""
+    dense, experts = (sum(_products(model, kind).values()) for kind in ("dense", "experts"))
+    predictor = linear_layers.of_predictor(model).weights + (
+        experts if model.num_experts else dense
+    )
+    return layers.dense * dense + layers.experts * experts + layers.predictors * predictor
 
 
 def _windowed_squares(experiment: Experiment, tokens: float, squares: float) -> float:
@@ -283,7 +330,7 @@ def _without_backward(experiment: Experiment, tokens: float, squares: float) -> 
     """
     if experiment.recompute == "full":
         return 0
-    products = _products(experiment.model)
+    products = _products(experiment.model, "experts" if experiment.model.num_experts else "dense")
     order = list(products)
     first = min(experiment.lora.targets, key=order.index)
     before = order[: order.index(first) + 1]

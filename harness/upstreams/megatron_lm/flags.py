@@ -12,7 +12,7 @@ from typing import Literal
 
 from harness.data import data_sets
 from harness.experiment.experiment import Experiment
-from harness.experiment.model import Model
+from harness.experiment.model import Model, Yarn
 from harness.finetune.arguments import flags as lora_flags
 from harness.predict.flops import padded_vocab_size
 from harness.run.checkpoints import Loading, Saving
@@ -93,6 +93,7 @@ _POSITIONS = {
 # quick-GeGLU as in GPT-OSS: (up + 1) x gate x sigmoid(1.702 gate), both clamped at 7
 _ACTIVATION = {
     "gelu": "",
+    "squared_relu": "--squared-relu",
     "swiglu": "--swiglu",
     "clamped_quick_geglu": (
         "--quick-geglu --glu-linear-offset 1.0 --activation-func-clamp-value 7.0"
@@ -229,11 +230,26 @@ def _model(e: Experiment) -> tuple[str, ...]:
             else []
         ),
         *([f"--kv-channels {m.kv_channels}"] if m.kv_channels else []),
+        *_latent_attention(m),
         *([] if m.add_bias_linear else ["--disable-bias-linear"]),
         *_published(e),
         f"--seq-length {e.seq_length} --max-position-embeddings {e.positions or e.seq_length}",
         f"--attention-backend {e.attention_backend}",
     )
+
+
+def _latent_attention(m: Model) -> Iterator[str]:
+    """Its positions too: upstream names their type apart, and only YaRN's have a fused kernel,
+    which is experimental (fused_apply_mla_rope_for_q)."""
+    if latent := m.latent_attention:
+        yield "--multi-latent-attention"
+        yield f"--q-lora-rank {latent.q_lora_rank}" if latent.q_lora_rank else ""
+        yield f"--kv-lora-rank {latent.kv_lora_rank} --qk-head-dim {latent.qk_head_dim}"
+        yield f"--qk-pos-emb-head-dim {latent.qk_pos_emb_head_dim}"
+        yield f"--v-head-dim {latent.v_head_dim}"
+        yield f"--position-embedding-type rope --rope-type {m.position_embedding}"
+        yield f"--rotary-base {m.rotary_base}"
+        yield "--enable-experimental" if m.yarn else "--no-rope-fusion"
 
 
 def _published(e: Experiment) -> Iterator[str]:
@@ -244,15 +260,14 @@ def _published(e: Experiment) -> Iterator[str]:
     elif m.norm_epsilon != 1e-5:
         yield f"--norm-epsilon {m.norm_epsilon}"
     yield _ACTIVATION[m.activation]
-    yield _POSITIONS[m.position_embedding].format(m.rotary_base)
+    if m.latent_attention is None:
+        yield _POSITIONS[m.position_embedding].format(m.rotary_base)
     if m.rope_scaling_factor:
         yield f"--use-rope-scaling --rope-scaling-factor {m.rope_scaling_factor}"
+    if m.rotary_percent != 1.0:
+        yield f"--rotary-percent {m.rotary_percent}"
     if m.yarn:
-        y = m.yarn
-        yield f"--yarn-original-max-position-embeddings {y.original_max_position_embeddings}"
-        yield f"--rotary-scaling-factor {y.rotary_scaling_factor}"
-        yield f"--yarn-beta-fast {y.beta_fast} --yarn-beta-slow {y.beta_slow}"
-        yield "" if y.correction_range_round_to_int else "--no-yarn-correction-range-round-to-int"
+        yield from _yarn(m.yarn, only_factors=m.latent_attention is not None)
     yield _QK_NORM[m.qk_norm]
     if m.untie_embeddings and e.sharding != "torch_fsdp2":
         yield "--untie-embeddings-and-output-weights"
@@ -262,8 +277,23 @@ def _published(e: Experiment) -> Iterator[str]:
         yield "--softmax-type learnable"
     if m.window_size:
         yield f"--window-size {m.window_size - 1},0 --window-attn-skip-freq 2"
+    if m.predictors:
+        yield f"--mtp-num-layers {m.predictors}"
+        yield f"--mtp-loss-scaling-factor {m.mtp_loss_scaling_factor}"
     if m.dropout != 0.1:
         yield f"--attention-dropout {m.dropout} --hidden-dropout {m.dropout}"
+
+
+def _yarn(yarn: Yarn, *, only_factors: bool) -> Iterator[str]:
+    if not only_factors:
+        yield f"--yarn-original-max-position-embeddings {yarn.original_max_position_embeddings}"
+    yield f"--rotary-scaling-factor {yarn.rotary_scaling_factor}"
+    if not only_factors:
+        yield f"--yarn-beta-fast {yarn.beta_fast} --yarn-beta-slow {yarn.beta_slow}"
+    if not (only_factors or yarn.correction_range_round_to_int):
+        yield "--no-yarn-correction-range-round-to-int"
+    if (yarn.mscale, yarn.mscale_all_dim) != (1.0, 0.0):
+        yield f"--mscale {yarn.mscale} --mscale-all-dim {yarn.mscale_all_dim}"
 
 
 def _on_meta_device(e: Experiment) -> tuple[str, ...]:
@@ -331,6 +361,7 @@ def _experts(e: Experiment, cuda: bool) -> tuple[str, ...]:
             f"--expert-model-parallel-size {e.ep} --expert-tensor-parallel-size {e.etp}"
             " --moe-token-dispatcher-type alltoall"
         ),
+        *_other_layers(m),
         "--moe-grouped-gemm",
         *(["--moe-permute-fusion"] if cuda else []),
         *(["--no-bias-dropout-fusion"] if cuda and m.add_bias_linear else []),
@@ -338,16 +369,32 @@ def _experts(e: Experiment, cuda: bool) -> tuple[str, ...]:
     )
 
 
+def _other_layers(m: Model) -> Iterator[str]:
+    """The layers without experts, and the expert of every token."""
+    if dense := m.first_dense_layers:
+        yield f"--moe-layer-freq [0]*{dense}+[1]*{m.num_layers - dense}"
+    if shared := m.moe_shared_expert_intermediate_size:
+        yield f"--moe-shared-expert-intermediate-size {shared}"
+
+
 def _router(e: Experiment) -> Iterator[str]:
     m = e.model
     if m.moe_router_pre_softmax:
         yield "--moe-router-pre-softmax"
+    if m.moe_router_score_function != "softmax":
+        yield f"--moe-router-score-function {m.moe_router_score_function}"
+    if m.moe_router_enable_expert_bias:
+        yield "--moe-router-enable-expert-bias"
+    if m.moe_router_num_groups:
+        yield f"--moe-router-num-groups {m.moe_router_num_groups}"
+        yield f"--moe-router-group-topk {m.moe_router_group_topk}"
+    if m.moe_router_topk_scaling_factor:
+        yield f"--moe-router-topk-scaling-factor {m.moe_router_topk_scaling_factor}"
     if m.moe_aux_loss_coeff is None:
         yield _FORCED_ROUTING
     else:
-        yield (
-            f"--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff {m.moe_aux_loss_coeff}"
-        )
+        yield f"--moe-router-load-balancing-type {m.moe_router_load_balancing_type}"
+        yield f"--moe-aux-loss-coeff {m.moe_aux_loss_coeff}"
         yield "--moe-router-dtype fp32"
     if m.moe_z_loss_coeff is not None:
         yield f"--moe-z-loss-coeff {m.moe_z_loss_coeff}"

@@ -1,0 +1,124 @@
+"""What must hold of latent attention, routers and multi-token prediction, checked before a run.
+
+Sources: validate_args in megatron/training/arguments.py, ``__post_init__`` of TransformerConfig and
+MLATransformerConfig in megatron/core/transformer/transformer_config.py, and group_limited_topk in
+megatron/core/transformer/moe/moe_utils.py of core_v0.19.0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from harness.experiment.experiment import Experiment
+from harness.experiment.model import Model, Yarn
+
+_ONLY_YARN = {
+    "original_max_position_embeddings": 4096,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "correction_range_round_to_int": True,
+}
+"""Of latent attention's YaRN, fields for which upstream has no arguments, with its values."""
+
+
+def violations(experiment: Experiment) -> Iterator[str]:
+    """One sentence for each rule that ``experiment`` breaks."""
+    model = experiment.model
+    yield from _layers_with_experts(model)
+    yield from _router(model)
+    yield from _rotary(model)
+    yield from _latent_attention(model)
+    yield from _multi_token_prediction(experiment)
+    untested = {
+        "latent attention": model.latent_attention,
+        "multi-token prediction": model.predictors,
+        "a shared expert": model.moe_shared_expert_intermediate_size,
+        "first dense layers": model.first_dense_layers,
+    }
+    if experiment.lora and (names := [name for name, value in untested.items() if value]):
+        yield f"LoRA: adapters are not tested with {', '.join(names)}; choose another model"
+
+
+def _layers_with_experts(model: Model) -> Iterator[str]:
+    first, shared = model.first_dense_layers, model.moe_shared_expert_intermediate_size
+    if model.num_experts is None and (first or shared):
+        yield "first_dense_layers and moe_shared_expert_intermediate_size need num_experts"
+    elif model.num_experts and first >= model.num_layers:
+        yield (
+            f"first_dense_layers ({first}) must be below num_layers ({model.num_layers}), so that"
+            " a layer has experts"
+        )
+    if shared and model.add_bias_linear:
+        yield "upstream's shared expert has no biases; set add_bias_linear: false"
+
+
+def _router(model: Model) -> Iterator[str]:
+    groups, chosen = model.moe_router_num_groups, model.moe_router_group_topk
+    experts, topk = model.num_experts, model.moe_router_topk
+    if model.moe_router_enable_expert_bias and model.moe_router_score_function != "sigmoid":
+        yield "moe_router_enable_expert_bias needs moe_router_score_function: sigmoid"
+    if (groups is None) != (chosen is None):
+        yield "moe_router_num_groups and moe_router_group_topk: set both or neither"
+    if not (groups and chosen and experts and topk):
+        return
+    if experts % groups:
+        yield f"experts ({experts}) must be divisible by moe_router_num_groups ({groups})"
+    if chosen > groups or chosen > topk:
+        yield (
+            f"moe_router_group_topk ({chosen}) must be at most moe_router_num_groups ({groups})"
+            f" and moe_router_topk ({topk})"
+        )
+    elif topk > chosen * (experts // groups) or topk // chosen > experts // groups:
+        yield (
+            f"moe_router_topk ({topk}) exceeds the experts in {chosen} of {groups} groups"
+            f" ({chosen} x {experts // groups})"
+        )
+
+
+def _rotary(model: Model) -> Iterator[str]:
+    if model.position_embedding == "learned_absolute":
+        return
+    latent = model.latent_attention
+    name, turned = "head size", model.head_size
+    if latent:
+        name, turned = "qk_pos_emb_head_dim", latent.qk_pos_emb_head_dim
+    elif model.rotary_percent < 1:
+        name, turned = "head size x rotary_percent", int(turned * model.rotary_percent)
+    if turned % 2:
+        yield f"rotary positions turn pairs: the {name} ({turned}) must be even"
+    if model.rotary_percent < 1 and (latent or model.position_embedding != "rope"):
+        yield (
+            f"rotary_percent {model.rotary_percent:g} needs position_embedding rope and plain"
+            " attention"
+        )
+
+
+def _latent_attention(model: Model) -> Iterator[str]:
+    if not model.latent_attention:
+        return
+    absent = ("num_query_groups", "kv_channels", "attention_output_gate", "attention_sinks")
+    if given := [name for name in (*absent, "window_size") if getattr(model, name)]:
+        yield f"upstream's latent attention has no {', '.join(given)}; leave them out"
+    if model.position_embedding == "learned_absolute":
+        yield "latent_attention needs position_embedding rope or yarn"
+    if model.qk_norm == "projection":
+        yield "latent_attention needs qk_norm head or none, not projection"
+    yarn = model.yarn or Yarn(rotary_scaling_factor=1.0, original_max_position_embeddings=4096)
+    for name, value in _ONLY_YARN.items():
+        if getattr(yarn, name) != value:
+            yield f"yarn: upstream's latent attention has {name} {value}, not {getattr(yarn, name)}"
+
+
+def _multi_token_prediction(experiment: Experiment) -> Iterator[str]:
+    model = experiment.model
+    if not model.predictors:
+        return
+    if model.position_embedding != "rope" and not model.latent_attention:
+        yield (
+            "mtp_num_layers: upstream predicts several tokens with position_embedding rope, not"
+            f" {model.position_embedding}"
+        )
+    if model.window_size:
+        yield "mtp_num_layers is not tested with window_size; leave one out"
+    if experiment.cuda_graphs:
+        yield "mtp_num_layers is not tested with CUDA graphs; set CUDA_GRAPHS=0"
