@@ -1,5 +1,6 @@
 """Errors for users: what is wrong, with its values, and how to fix it."""
 
+import math
 from collections.abc import Iterable
 from difflib import SequenceMatcher, get_close_matches
 
@@ -32,6 +33,15 @@ def nearest(name: str, valid: Iterable[str], n: int = 5) -> str:
         return _question(close)
     shown = valid if len(valid) <= 12 else [*valid[:n], f"… ({len(valid)} in all)"]
     return f"valid: {', '.join(shown)}"
+
+
+def indivisible(what: str, whole: int, by: str, *factors: int) -> str | None:
+    """The complaint that ``whole`` is not divisible by the product of ``factors``, if it is not."""
+    product = math.prod(factors)
+    if whole % product == 0:
+        return None
+    values = " x ".join(map(str, factors)) + (f" = {product}" if len(factors) > 1 else "")
+    return f"{what} ({whole}) must be divisible by {by} ({values})"
 
 
 def _closest(name: str, valid: list[str], n: int, cutoff: float) -> list[str]:

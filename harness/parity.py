@@ -65,6 +65,8 @@ LAYOUTS: dict[str, tuple[Model, dict[str, object]]] = {
     "tp2 sp": (DENSE, SP2),
     "pp2": (DENSE, {"pp": 2}),
     "pp2 vpp2": (DENSE, {"pp": 2, "vpp": 2}),
+    "pp2 uneven": (DENSE, {"pp": 2, "first_stage_layers": 1}),
+    "pp2 vpp2 layout": (DENSE, {"pp": 2, "vpp": 2, "pp_layout": "Et|t*2|t|L"}),
     "cp2 p2p": (DENSE, {"cp": 2, "cp_comm_type": "p2p"}),
     "cp2 all_gather": (DENSE, {"cp": 2, "cp_comm_type": "all_gather"}),
     "cp2 a2a": (DENSE, {"cp": 2, "cp_comm_type": "a2a"}),

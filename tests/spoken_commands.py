@@ -263,6 +263,8 @@ SETTING_OF = {
     "FP8": "611",
     "VPP": "408",
     "PP": "408",
+    **dict.fromkeys(("FIRST_STAGE_LAYERS", "LAST_STAGE_LAYERS", "PP_LAYOUT"), "408"),
+    **dict.fromkeys(("EMBEDDING_AS_LAYER", "LOSS_AS_LAYER"), "408"),
     "TP": "211",
     "SP": "212",
     "CP": "302",
@@ -300,6 +302,8 @@ SETTING_NEEDS = {
     "MIN_LR": ("LR=3e-4",),
     "LR_WARMUP": ("LR=3e-4", "STEPS=1000"),
     "ETP": ("EP=4",),
+    "EMBEDDING_AS_LAYER": ("ARGS=--num-layers 71",),
+    "LOSS_AS_LAYER": ("ARGS=--num-layers 71",),
 }
 """What else an example needs, as the help says of it."""
 

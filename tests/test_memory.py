@@ -19,12 +19,8 @@ from harness.experiment.hardware import find_card
 from harness.predict.activations import attention_bytes, loss_bytes, mlp_bytes
 from harness.predict.capacity import levers, verdict, ways_to_fit
 from harness.predict.flops import adapter_parameters, parameters_on, state_gib, state_on
-from harness.predict.memory import (
-    _backward_bytes,
-    _gathered_layer_bytes,
-    _layers_in_flight,
-    predict,
-)
+from harness.predict.memory import _backward_bytes, _gathered_layer_bytes, predict
+from harness.predict.replay import layers_in_flight
 from harness.run.directory import RunDir
 
 CATALOG = load_catalog()
@@ -113,9 +109,11 @@ def test_norms_of_queries_and_keys_keep_their_inputs_and_statistics(id_, kept_by
 
 
 def test_micro_batches_in_flight():
-    first = {id_: _layers_in_flight(find(id_), 0) for id_ in ("401", "408", "432", "438", "438h")}
+    first = {
+        id_: sum(layers_in_flight(find(id_), 0)) for id_ in ("401", "408", "432", "438", "438h")
+    }
     assert first == {"401": 9, "408": 72, "432": 72, "438": 72, "438h": 36 * (1 + 3 / 12)}
-    assert _layers_in_flight(find("408"), 7) == 9, "the last stage goes backward at once"
+    assert layers_in_flight(find("408"), 7) == (9,), "the last stage goes backward at once"
 
 
 @pytest.mark.parametrize(("id_", "ahead"), [("702", None), ("705", 17), ("711", 3), ("706", 1)])
@@ -123,7 +121,7 @@ def test_layers_are_gathered_ahead_up_to_half_a_billion_elements_or_one_by_fsdp2
     e = find(id_)
     held = parameters_on(e, 0)
     layer = (held.dense - held.ends) / e.model.num_layers
-    assert _gathered_layer_bytes(e, held) == (0 if ahead is None else (1 + ahead) * layer * 2)
+    assert _gathered_layer_bytes(e, held, 0) == (0 if ahead is None else (1 + ahead) * layer * 2)
 
 
 def test_the_last_stage_has_the_logits():

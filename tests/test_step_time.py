@@ -505,7 +505,7 @@ CHOICES = {
     "num_query_groups": 2, "untie_embeddings": True, "add_bias_linear": False, "normalization": "RMSNorm", "activation": "swiglu",
     "position_embedding": "rope", "yarn": None, "qk_norm": "head", "attention_output_gate": True, "attention_sinks": True, "window_size": 4,
     "dropout": 0.0, "num_experts": 8, "moe_router_pre_softmax": True, "moe_aux_loss_coeff": 0.1, "moe_z_loss_coeff": 0.1,
-    "tp": 2, "pp": 2, "vpp": 2, "cp": 2, "ep": 2, "etp": 2, "dp": 2, "nodes": 2, "sequence_parallel": True, "sharding": "torch_fsdp2",
+    "tp": 2, "pp": 2, "vpp": 2, "first_stage_layers": 2, "last_stage_layers": 2, "pp_layout": "E|tL", "embedding_as_layer": True, "loss_as_layer": True, "cp": 2, "ep": 2, "etp": 2, "dp": 2, "nodes": 2, "sequence_parallel": True, "sharding": "torch_fsdp2",
     "recompute": "full", "precision": "fp8", "optimizer": "muon", "optimizer_state": "bf16", "gradients": "bf16",
     "lora": Lora(rank=4, alpha=8.0), "cross_entropy_fusion": True, "cuda_graphs": True, "attention_backend": "unfused",
 }  # fmt: skip

@@ -125,8 +125,16 @@ def _count_from_0(key: str, value: str) -> int:
     return count(key, value, least=0)
 
 
+def _count_or_none(key: str, value: str) -> int | None:
+    return count(key, value, least=0) or None
+
+
 def _text(_key: str, value: str) -> str:
     return value
+
+
+def _text_or_none(_key: str, value: str) -> str | None:
+    return None if value == "0" else value
 
 
 def _choice_of(field: str) -> Callable[[str, str], str]:
@@ -167,6 +175,46 @@ EXPERIMENT_SETTINGS = (
     Setting("SP", "1", "sequence parallelism, 0 or 1", "sequence_parallel", switch, "work"),
     Setting("PP", "4", "pipeline-parallel size", "pp", count, "work"),
     Setting("VPP", "3", "virtual stages on each pipeline rank", "vpp", count, "work"),
+    Setting(
+        "FIRST_STAGE_LAYERS",
+        "2",
+        "layers of the first pipeline stage, others share the rest; 0: as many as the others",
+        "first_stage_layers",
+        _count_or_none,
+        "work",
+    ),
+    Setting(
+        "LAST_STAGE_LAYERS",
+        "2",
+        "layers of the last pipeline stage, in the same way",
+        "last_stage_layers",
+        _count_or_none,
+        "work",
+    ),
+    Setting(
+        "PP_LAYOUT",
+        '"Et*7|(t*10|)*6t*5L"',
+        "what each stage holds: E embedding, t layer, L loss, | next stage (VPP follows); 0: even",
+        "pp_layout",
+        _text_or_none,
+        "work",
+    ),
+    Setting(
+        "EMBEDDING_AS_LAYER",
+        "1",
+        "the first stage has one layer less, 0 or 1: 126 layers and the loss divide by PP x VPP",
+        "embedding_as_layer",
+        switch,
+        "work",
+    ),
+    Setting(
+        "LOSS_AS_LAYER",
+        "1",
+        "the last stage has one layer less, 0 or 1",
+        "loss_as_layer",
+        switch,
+        "work",
+    ),
     Setting("CP", "2", "context-parallel size", "cp", count, "work"),
     Setting(
         "CP_COMM_TYPE",

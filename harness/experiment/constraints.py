@@ -13,12 +13,13 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from harness.errors import UserError
+from harness.errors import UserError, indivisible
 from harness.experiment import architecture
 from harness.experiment.experiment import Experiment
 from harness.experiment.hardware import find_card
 from harness.experiment.linear_layers import of_attention
 from harness.experiment.model import Model
+from harness.experiment.pipeline import layer_ranges
 from harness.system import yaml_files
 
 _MOST_CHOICES = 8
@@ -47,7 +48,8 @@ def violations(experiment: Experiment) -> Iterator[str]:
     """One sentence for each rule that ``experiment`` breaks; none where it can run."""
     yield from _learning_rate(experiment)
     yield from _widths(experiment)
-    yield from _layers_and_batch(experiment)
+    yield from _stages(experiment)
+    yield from _batch(experiment)
     yield from _sequence(experiment)
     yield from _experts(experiment)
     yield from _nodes(experiment)
@@ -65,15 +67,6 @@ def divisors(n: int) -> list[int]:
     """Every whole number that divides ``n``, in order."""
     low = [k for k in range(1, math.isqrt(n) + 1) if n % k == 0]
     return [*low, *(n // k for k in reversed(low) if k * k != n)]
-
-
-def indivisible(what: str, whole: int, by: str, *factors: int) -> str | None:
-    """The complaint that ``whole`` is not divisible by the product of ``factors``, if it is not."""
-    product = math.prod(factors)
-    if whole % product == 0:
-        return None
-    values = " x ".join(map(str, factors)) + (f" = {product}" if len(factors) > 1 else "")
-    return f"{what} ({whole}) must be divisible by {by} ({values})"
 
 
 def _try(name: str, choices: Iterable[int], wanted: int) -> str:
@@ -110,16 +103,50 @@ def _widths(experiment: Experiment) -> Iterator[str]:
         yield f"of num_query_groups ({groups}) and TP ({tp}), one must be divisible by the other"
 
 
-def _layers_and_batch(experiment: Experiment) -> Iterator[str]:
-    layers, pp, vpp = experiment.model.num_layers, experiment.pp, experiment.vpp
-    mbs, gbs, dp = experiment.micro_batch_size, experiment.global_batch_size, experiment.dp
-    if broken := indivisible("layers", layers, "PP x VPP", pp, vpp):
-        if vpp > 1 and layers % pp == 0:
-            yield f"{broken}; {_try('VPP', divisors(layers // pp), vpp)}"
-        else:
-            yield f"{broken}; {_try('PP', [] if layers % vpp else divisors(layers // vpp), pp)}"
+def _stages(experiment: Experiment) -> Iterator[str]:
+    pp, vpp, said = experiment.pp, experiment.vpp, _uneven_by(experiment)
+    if said and pp == 1:
+        yield f"{', '.join(said)}: layers are divided among stages, but PP=1; set PP > 1"
+        return
+    if len(said) > 1 and said not in (_ENDS, _COUNTED):
+        yield f"{' and '.join(said)} contradict each other; upstream takes one of them"
+        return
+    try:
+        layer_ranges(experiment)
+    except UserError as error:
+        yield f"{error}{'' if said else _ways_to_divide(experiment)}"
     if vpp > 1 and pp == 1:
         yield f"VPP={vpp} interleaves pipeline stages, but PP=1; set PP > 1 or VPP=1"
+
+
+_ENDS = ["FIRST_STAGE_LAYERS", "LAST_STAGE_LAYERS"]
+_COUNTED = ["EMBEDDING_AS_LAYER", "LOSS_AS_LAYER"]
+
+
+def _uneven_by(experiment: Experiment) -> list[str]:
+    """The settings that make its stages uneven."""
+    return [
+        name
+        for name in (*_ENDS, *_COUNTED, "PP_LAYOUT")
+        if getattr(experiment, name.lower()) not in (None, False)
+    ]
+
+
+def _ways_to_divide(experiment: Experiment) -> str:
+    """Ways out where the layers do not divide evenly."""
+    layers, pp, vpp = experiment.model.num_layers, experiment.pp, experiment.vpp
+    if vpp > 1 and layers % pp == 0:
+        even = _try("VPP", divisors(layers // pp), vpp)
+    else:
+        even = _try("PP", [] if layers % vpp else divisors(layers // vpp), pp)
+    missing = -layers % (pp * vpp)
+    uneven = f", or {'=1 '.join(_COUNTED[-missing:])}=1" if pp > 1 and missing <= 2 else ""
+    return f"; {even}{uneven}"
+
+
+def _batch(experiment: Experiment) -> Iterator[str]:
+    pp, vpp = experiment.pp, experiment.vpp
+    mbs, gbs, dp = experiment.micro_batch_size, experiment.global_batch_size, experiment.dp
     if broken := indivisible("GBS", gbs, "MBS x DP", mbs, dp):
         per_rank, rest = divmod(gbs, dp)
         if rest or not per_rank:

@@ -71,6 +71,13 @@ class Experiment(Checked):
     tp: Count = 1
     pp: Count = 1
     vpp: Count = 1
+    first_stage_layers: Count | None = None
+    last_stage_layers: Count | None = None
+    pp_layout: str | None = None
+    """What each stage holds, such as ``Ett|ttt|tL``; harness/experiment/pipeline.py reads it."""
+    embedding_as_layer: bool = False
+    loss_as_layer: bool = False
+    """Whether it takes the place of a layer where these are divided into stages."""
     cp: Count = 1
     ep: Count = 1
     etp: Count = 1
@@ -178,6 +185,12 @@ class Experiment(Checked):
         return range(self.profile[0] - 1, self.profile[1] + 2) if self.profile else range(0)
 
     @property
+    def uneven_pipeline(self) -> bool:
+        """Whether a setting gives pipeline stages different numbers of layers."""
+        ends = self.first_stage_layers or self.last_stage_layers
+        return bool(ends or self.pp_layout or self.embedding_as_layer or self.loss_as_layer)
+
+    @property
     def selectively_recomputed(self) -> tuple[str, ...]:
         """The modules of selective recomputation; upstream's default is attention's scores."""
         return (self.recompute_modules or ("core_attn",)) if self.recompute == "selective" else ()
@@ -204,6 +217,8 @@ class Experiment(Checked):
             for axis in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp")
             if getattr(self, axis) > 1
         ]
+        if self.uneven_pipeline:
+            parts.append("uneven stages")
         if self.cp > 1 and self.cp_comm_type != "p2p":
             parts.append(self.cp_comm_type)
         if self.num_microbatches > 1 or self.pp > 1:

@@ -21,6 +21,9 @@ _SETTINGS = {
     "--tensor-model-parallel-size": "TP",
     "--pipeline-model-parallel-size": "PP",
     "--num-virtual-stages-per-pipeline-rank": "VPP",
+    "--decoder-first-pipeline-num-layers": "FIRST_STAGE_LAYERS",
+    "--decoder-last-pipeline-num-layers": "LAST_STAGE_LAYERS",
+    "--pipeline-model-parallel-layout": "PP_LAYOUT",
     "--context-parallel-size": "CP",
     "--cp-comm-type": "CP_COMM_TYPE",
     "--expert-model-parallel-size": "EP",
@@ -35,6 +38,8 @@ _SETTINGS = {
 """Arguments with one value -> the setting with the same meaning."""
 _SWITCHES = {
     "--sequence-parallel": ("SP", "1"),
+    "--account-for-embedding-in-pipeline-split": ("EMBEDDING_AS_LAYER", "1"),
+    "--account-for-loss-in-pipeline-split": ("LOSS_AS_LAYER", "1"),
     "--recompute-activations": ("RECOMPUTE", "selective"),
     "--cross-entropy-loss-fusion": ("CROSS_ENTROPY_FUSION", "1"),
 }

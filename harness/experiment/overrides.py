@@ -7,7 +7,7 @@ from collections.abc import Mapping, Set
 from math import prod
 from typing import get_args
 
-from harness.errors import UserError, nearest
+from harness.errors import UserError, indivisible, nearest
 from harness.experiment.catalog import Catalog
 from harness.experiment.command_line import (
     EXPERIMENT_SETTINGS,
@@ -20,10 +20,11 @@ from harness.experiment.command_line import (
     parse,
     share,
 )
-from harness.experiment.constraints import indivisible, with_changes
+from harness.experiment.constraints import with_changes
 from harness.experiment.experiment import Experiment, Target
 from harness.experiment.extra_arguments import Translation, translate
 from harness.experiment.model import LinearLayer, Lora, Model
+from harness.experiment.pipeline import EVEN_STAGES, layout_stages
 from harness.system import yaml_files
 
 
@@ -103,6 +104,11 @@ def _changes(experiment: Experiment, given: Mapping[str, str]) -> dict[str, obje
         changes["sequence_parallel"] = False
     if changes.get("pp") == 1 and "VPP" not in given:
         changes["vpp"] = 1
+    if changes.get("pp_layout") and "VPP" not in given:
+        stages = len(layout_stages(given["PP_LAYOUT"]))
+        changes["vpp"] = max(stages // changes.get("pp", experiment.pp), 1)
+    if changes.get("pp") == 1:
+        changes = EVEN_STAGES | changes
     return changes
 
 

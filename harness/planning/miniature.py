@@ -19,6 +19,7 @@ from harness.experiment.constraints import with_changes
 from harness.experiment.experiment import Experiment
 from harness.experiment.model import Model
 from harness.experiment.overrides import explicit_model
+from harness.experiment.pipeline import EVEN_STAGES, chunk_layers, predictor_chunk
 
 MOST_PROCESSES = 8
 HEAD_SIZE = 4
@@ -53,10 +54,11 @@ def miniature(
     Raises UserError where the scaled sizes cannot fit together.
     """
     given = {**experiment.overrides, **(given or {})}
-    model = experiment.model
+    model, degrees = experiment.model, _degrees(experiment)
     if not experiment.weights:
-        model = explicit_model(experiment, _miniature_model(experiment))
-    degrees = _degrees(experiment)
+        model = explicit_model(experiment, _miniature_model(experiment, degrees["pp"]))
+    if experiment.uneven_pipeline and model.num_layers != experiment.model.num_layers:
+        degrees |= _uneven_stages(experiment, degrees["pp"])
     unasked = _lengths(experiment, degrees, model, experiment.overrides.keys())
     lengths = _lengths(experiment, degrees, model, given.keys())
     named = {
@@ -80,7 +82,7 @@ def miniature(
     return with_changes(experiment, **small)
 
 
-def _degrees(experiment: Experiment) -> dict[str, int]:
+def _degrees(experiment: Experiment) -> dict[str, Any]:
     """Parallel degrees of at most ``MOST_PROCESSES`` ranks: the largest even one is halved until
     they fit."""
     degrees = {axis: getattr(experiment, axis) for axis in ("dp", "tp", "pp", "cp")}
@@ -156,9 +158,39 @@ def _intervals(experiment: Experiment, steps: int) -> dict[str, int]:
     return {key: max(1, every * steps // experiment.steps) for key, every in intervals.items()}
 
 
-def _miniature_model(experiment: Experiment) -> Model:
+def _small_chunks(experiment: Experiment, pp: int) -> list[list[int]]:
+    """Layers of each chunk of uneven stages, [stage][chunk]: where they are fewest one, else two.
+
+    Of more than ``pp`` stages, the first and the last ones are left.
+    """
+    full = chunk_layers(experiment)
+    kept = full[: pp - pp // 2] + full[len(full) - pp // 2 :]
+    fewest = min(layers for stage in kept for layers in stage if layers)
+    return [[min(layers, 1 + (layers > fewest)) for layers in stage] for stage in kept]
+
+
+def _uneven_stages(experiment: Experiment, pp: int) -> dict[str, object]:
+    """The fields that make a miniature's stages as uneven as those of ``experiment``."""
+    if pp == 1:
+        return EVEN_STAGES
+    chunks = _small_chunks(experiment, pp)
+    in_order = ["t" * stage[chunk] for chunk in range(experiment.vpp) for stage in chunks]
+    stage, chunk = predictor_chunk(experiment)
+    if stage >= pp - pp // 2:
+        stage = max(stage - (experiment.pp - pp), pp - pp // 2)
+    in_order[chunk * pp + stage] += "m" * experiment.model.predictors
+    return {
+        "first_stage_layers": sum(chunks[0]) if experiment.first_stage_layers else None,
+        "last_stage_layers": sum(chunks[-1]) if experiment.last_stage_layers else None,
+        "pp_layout": f"E{'|'.join(in_order)}L" if experiment.pp_layout else None,
+    }
+
+
+def _miniature_model(experiment: Experiment, pp: int) -> Model:
     model = experiment.model
     stages = experiment.pp * experiment.vpp
+    if experiment.uneven_pipeline:
+        stages = sum(map(sum, _small_chunks(experiment, pp)))
     width = model.num_attention_heads * HEAD_SIZE
     scaled: dict[str, object] = {
         "num_layers": stages if stages > 1 else LAYERS_WITHOUT_PIPELINE,

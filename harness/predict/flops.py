@@ -9,6 +9,7 @@ from harness.experiment import linear_layers
 from harness.experiment.experiment import Experiment
 from harness.experiment.linear_layers import LayerKind, Linear
 from harness.experiment.model import Model
+from harness.experiment.pipeline import predictor_chunk, stage_layers
 from harness.predict import stages
 
 MODEL_FLOPS = (
@@ -77,8 +78,8 @@ def count_parameters(experiment: Experiment) -> Parameters:
 def parameters_on(experiment: Experiment, stage: int) -> Held:
     """What a rank of pipeline stage ``stage`` (from 0) holds, before data parallelism shards it.
 
-    The last stage has the output layer: with tied embeddings, a copy of the word embedding. For
-    multi-token prediction it has the word embedding, too.
+    The last stage has the output layer: with tied embeddings, a copy of the word embedding. The
+    stage of multi-token prediction has the word embedding, too.
     """
     model, tp = experiment.model, experiment.tp
     first, last = stage == 0, stage == experiment.pp - 1
@@ -86,7 +87,8 @@ def parameters_on(experiment: Experiment, stage: int) -> Held:
     ends = (embedding + _positions(experiment) if first else 0) + (_norm(model) if last else 0)
     if last and (_untied(experiment) or not first):
         ends += embedding
-    if last and not first and model.predictors and _untied(experiment):
+    predicts = model.predictors and predictor_chunk(experiment)[0] == stage
+    if predicts and not first and (_untied(experiment) or not last):
         ends += embedding
     held = _held(experiment, stages.on_stage(experiment, stage))
     return replace(held, dense=held.dense + ends, ends=ends)
@@ -413,7 +415,7 @@ def state_on(experiment: Experiment, stage: int) -> State:
         size = 4 if experiment.precision == "fp32" else 2
         frozen = State((held.dense + held.experts) * size, 0, 0)
         adapter = state_of_parameter(experiment, replicas)
-        return frozen + adapter.times(adapter_parameters(experiment))
+        return frozen + adapter.times(adapter_parameters(experiment, stage))
     of_experts = experiment.expert_replicas
     groups = (
         (held.matrices, replicas, True),
@@ -433,14 +435,14 @@ def state_gib(experiment: Experiment) -> float:
     return state_on(experiment, 0).total / 2**30
 
 
-def adapter_parameters(experiment: Experiment) -> int:
-    """Parameters of LoRA's adapters on a rank: factors [rank, in] and [out, rank] a target.
+def adapter_parameters(experiment: Experiment, stage: int = 0) -> int:
+    """Parameters of LoRA's adapters on a rank of ``stage``: factors [rank, in], [out, rank] each.
 
     Source: Hu et al. 2021 (arXiv:2106.09685), section 4.1.
     """
     rank = experiment.lora.rank if experiment.lora else 0
     widths = sum(map(sum, adapter_widths(experiment).values()))
-    return widths * rank * experiment.model.num_layers // experiment.pp
+    return widths * rank * stage_layers(experiment)[stage]
 
 
 def adapter_widths(experiment: Experiment) -> dict[str, tuple[int, int]]:

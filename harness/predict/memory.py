@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 
 from harness.experiment.experiment import Experiment
+from harness.experiment.pipeline import is_even, stage_layers
 from harness.predict.activations import (
     attention_bytes,
     element_bytes,
@@ -24,10 +25,10 @@ from harness.predict.replay import (
     WORKSPACE_BYTES,
     Footprint,
     captures_layers,
+    layers_in_flight,
     moments_share,
     replay,
 )
-from harness.predict.timeline import warm_up_passes
 
 GIB = 2**30
 FSDP_PREFETCH_ELEMENTS = 5e8
@@ -101,11 +102,11 @@ class Memory:
 
 
 def predict(experiment: Experiment) -> Memory:
-    """What ``experiment`` takes on its fullest rank, of the first or the last pipeline stage.
+    """What ``experiment`` takes on its fullest rank: with even stages, of the first or the last.
 
     Assumes that routers spread tokens evenly; otherwise the rank with most tokens needs more.
     """
-    stages = {0, experiment.pp - 1}
+    stages = {0, experiment.pp - 1} if is_even(experiment) else range(experiment.pp)
     return max(
         (_on_stage(experiment, stage) for stage in stages), key=lambda memory: memory.tensors
     )
@@ -126,12 +127,13 @@ def _tensors(experiment: Experiment, stage: int) -> dict[str, float]:
     """Bytes of tensors at the fullest moment without CUDA graphs, named as Memory's pieces."""
     state, held = state_on(experiment, stage), parameters_on(experiment, stage)
     attention, mlp = attention_bytes(experiment), mlp_bytes(experiment)
-    layers = _layers_in_flight(experiment, stage)
+    layers = sum(layers_in_flight(experiment, stage))
     recomputed = 0
     if experiment.recompute == "full":
         # kept is the layer's input; its other activations exist while it goes backward
         recomputed, attention, mlp = attention + mlp, hidden_bytes(experiment), 0
-    passing = recomputed + _backward_bytes(experiment) + _gathered_layer_bytes(experiment, held)
+    passing = recomputed + _backward_bytes(experiment)
+    passing += _gathered_layer_bytes(experiment, held, stage)
     if stage == experiment.pp - 1:
         passing = max(passing, loss_bytes(experiment))
     passing += _ends_bytes(experiment, stage)
@@ -192,17 +194,6 @@ def _backward_bytes(experiment: Experiment) -> float:
     return size * of_mlp + hidden_bytes(experiment)
 
 
-def _layers_in_flight(experiment: Experiment, stage: int) -> float:
-    """Layers x micro-batches whose activations a rank of ``stage`` keeps at most.
-
-    Source: Narayanan et al. 2021 (arXiv:2104.04473), section 2.2.
-    """
-    chunks = experiment.num_microbatches * experiment.vpp
-    layers_of_chunk = experiment.model.num_layers / (experiment.pp * experiment.vpp)
-    in_flight = warm_up_passes(stage, experiment.pp, experiment.vpp) + 1
-    return min(in_flight, chunks) * layers_of_chunk
-
-
 def _fp8_copies_bytes(experiment: Experiment, held: Held) -> float:
     """Bytes of the quantised weights that Transformer Engine caches, by rows and by columns.
 
@@ -226,14 +217,14 @@ def _gathered_ends_bytes(experiment: Experiment, held: Held) -> float:
     return held.ends * element_bytes(experiment)
 
 
-def _gathered_layer_bytes(experiment: Experiment, held: Held) -> float:
+def _gathered_layer_bytes(experiment: Experiment, held: Held, stage: int) -> float:
     """Bytes of the layers gathered while one goes backward.
 
     FSDP2 prefetches one layer, Megatron-FSDP FSDP_PREFETCH_ELEMENTS.
     """
-    if not experiment.shards_weights:
+    layers = stage_layers(experiment)[stage]
+    if not experiment.shards_weights or not layers:
         return 0
-    layers = experiment.model.num_layers // experiment.pp
     layer = (held.dense - held.ends + held.experts) / layers
     fsdp2 = experiment.sharding == "torch_fsdp2"
     ahead = 1 if fsdp2 else math.ceil(FSDP_PREFETCH_ELEMENTS / layer)

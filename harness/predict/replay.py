@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from harness.experiment.experiment import Experiment
+from harness.experiment.pipeline import chunk_layers, is_even, stage_layers
 from harness.predict.activations import (
     Operation,
     attention_operations,
@@ -23,7 +24,7 @@ from harness.predict.activations import (
 )
 from harness.predict.allocator import Allocator, Block
 from harness.predict.flops import adapter_widths, padded_vocab_size, state_of_parameter
-from harness.predict.timeline import warm_up_passes
+from harness.predict.timeline import most_in_flight, warm_up_passes
 
 WORKSPACE_BYTES = 2**25
 """cuBLAS's on Hopper: PyTorch's, and get_cublas_workspace_size_bytes in
@@ -78,6 +79,18 @@ def _replay(experiment: Experiment, stage: int) -> Footprint:
     )
 
 
+def layers_in_flight(experiment: Experiment, stage: int) -> tuple[int, ...]:
+    """Layers of each forward pass whose activations a rank of ``stage`` keeps when they are most.
+
+    Source: Narayanan et al. 2021 (arXiv:2104.04473), section 2.2.
+    """
+    layers, micro_batches = chunk_layers(experiment), experiment.num_microbatches
+    if is_even(experiment):
+        warm_up = warm_up_passes(stage, experiment.pp, experiment.vpp)
+        return layers[0][:1] * min(warm_up + 1, micro_batches * experiment.vpp)
+    return tuple(layers[stage][chunk] for chunk in most_in_flight(stage, micro_batches, layers))
+
+
 def captures_layers(experiment: Experiment) -> bool:
     """Whether CUDA graphs hold whole layers; with experts they hold attention and router only."""
     return experiment.cuda_graphs and not experiment.model.num_experts
@@ -120,16 +133,15 @@ class _Rank:
         self.hidden = hidden_bytes(experiment)
         vocabulary = padded_vocab_size(experiment.model.vocab_size, experiment.tp)
         self.embedding = experiment.model.hidden_size * vocabulary // experiment.tp
-        self.layers = experiment.model.num_layers // (experiment.pp * experiment.vpp)
-        passes = experiment.num_microbatches * experiment.vpp
-        self.in_flight = min(warm_up_passes(stage, experiment.pp, experiment.vpp) + 1, passes)
+        self.layers = stage_layers(experiment)[stage]
+        self.in_flight = layers_in_flight(experiment, stage)
         self.operations = attention_operations(experiment) + mlp_operations(experiment)
         self.moments: list[float] = []
         self.fp8_copies: list[int] = []
         if experiment.precision == "fp8":
             matrices = [size for size in _layer_parameters(experiment) if size > 2**20]
             self.fp8_copies = [size for size in matrices for _ in ("by rows", "by columns")]
-        self.without_fp8_copies = self.layers * experiment.vpp if self.fp8_copies else 0
+        self.without_fp8_copies = self.layers if self.fp8_copies else 0
 
     def build(self) -> None:
         """Allocate weights, gradients, fp32 copies and workspaces."""
@@ -165,7 +177,7 @@ class _Rank:
 
         ``captured``: layers run from CUDA graphs, which have their own pool.
         """
-        passes = [self._forward(captured=captured) for _ in range(self.in_flight)]
+        passes = [self._forward(layers, captured=captured) for layers in self.in_flight]
         for done in passes:
             self._backward(done)
 
@@ -173,7 +185,7 @@ class _Rank:
         """Bytes that graphs of all layers reserve; empties the cache, as each capture does."""
         self.allocator.release_cache()
         eager, self.allocator = self.allocator, Allocator()
-        in_flight = [self._layers_forward(None, ()) for _ in range(self.in_flight)]
+        in_flight = [self._layers_forward(layers, None, ()) for layers in self.in_flight]
         for layers, passing in in_flight:
             self.allocator.free(passing)
             self._layers_backward(layers, self.allocator.allocate(self.hidden), None)
@@ -187,7 +199,7 @@ class _Rank:
         if self.first and experiment.model.position_embedding == "learned_absolute":
             positions = experiment.positions or experiment.seq_length
             parameters.append(experiment.model.hidden_size * positions)
-        parameters += _layer_parameters(experiment) * self.layers * experiment.vpp
+        parameters += _layer_parameters(experiment) * self.layers
         if self.last and (experiment.model.untie_embeddings or not self.first):
             parameters.append(self.embedding)
         return parameters
@@ -197,9 +209,9 @@ class _Rank:
         rank = self.experiment.lora.rank
         widths = adapter_widths(self.experiment).values()
         layer = [rank * width for both in widths for width in both]
-        return layer * self.layers * self.experiment.vpp
+        return layer * self.layers
 
-    def _forward(self, *, captured: bool) -> _Pass:
+    def _forward(self, layers_of_chunk: int, *, captured: bool) -> _Pass:
         take, free = self.allocator.allocate, self.allocator.free
         experiment = self.experiment
         others = [take(experiment.micro_batch_size * experiment.seq_length**2 / experiment.cp)]
@@ -212,22 +224,22 @@ class _Rank:
         passing = take(self.hidden)  # transposed
         free(total)
         if captured:
-            copies = [self.hidden] * COPIES_OF_GRAPHS * self.layers
+            copies = [self.hidden] * COPIES_OF_GRAPHS * layers_of_chunk
             others += self.allocator.allocate_all(copies)
             free(*embeddings)
             layers = []
         else:
-            layers, passing = self._layers_forward(passing, embeddings)
+            layers, passing = self._layers_forward(layers_of_chunk, passing, embeddings)
         output = take(self.hidden)
         free(passing)
         return _Pass(layers, output, others)
 
     def _layers_forward(
-        self, passing: Block | None, embeddings: Iterable[Block | None]
+        self, number: int, passing: Block | None, embeddings: Iterable[Block | None]
     ) -> tuple[list[Saved], Block | None]:
-        """All layers on one micro-batch; returns what they save, and the last one's output."""
+        """``number`` layers on one micro-batch; returns what they save, and an output."""
         layers = []
-        for _ in range(self.layers):
+        for _ in range(number):
             if self.without_fp8_copies:
                 self.without_fp8_copies -= 1
                 self.allocator.allocate_all(self.fp8_copies)

@@ -1,4 +1,4 @@
-"""Which transformer layers each pipeline stage holds, chunk by chunk."""
+"""How many layers of each kind each pipeline stage holds, chunk by chunk."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from harness.experiment.experiment import Experiment
 from harness.experiment.linear_layers import LayerKind
+from harness.experiment.pipeline import layer_ranges, predictor_chunk
 
 
 class Layers(NamedTuple):
@@ -25,14 +26,14 @@ class Layers(NamedTuple):
 
 
 def chunks(experiment: Experiment, stage: int) -> tuple[Layers, ...]:
-    """The layers of each chunk (virtual stage) of ``stage``, in the order they are passed through.
-
-    Layers of multi-token prediction follow the last one (get_mtp_num_layers_to_build in
-    megatron/core/transformer/multi_token_prediction.py).
-    """
-    return tuple(
-        _of_chunk(experiment, chunk * experiment.pp + stage) for chunk in range(experiment.vpp)
-    )
+    """The layers of each chunk (virtual stage) of ``stage``, in order."""
+    model, predicting = experiment.model, predictor_chunk(experiment)
+    found = []
+    for chunk, layers in enumerate(layer_ranges(experiment)[stage]):
+        dense = min(max(model.dense_layers - layers.start, 0), len(layers))
+        predictors = model.predictors if (stage, chunk) == predicting else 0
+        found.append(Layers(dense, len(layers) - dense, predictors))
+    return tuple(found)
 
 
 def on_stage(experiment: Experiment, stage: int) -> Layers:
@@ -50,12 +51,3 @@ def of_model(experiment: Experiment) -> Layers:
 def predictor_kind(experiment: Experiment) -> LayerKind:
     """The kind of the transformer layer within multi-token prediction: that of the last layer."""
     return "experts" if experiment.model.num_experts else "dense"
-
-
-def _of_chunk(experiment: Experiment, index: int) -> Layers:
-    """The layers of the chunk that a micro-batch passes through as the ``index``-th, from 0."""
-    model, count = experiment.model, experiment.pp * experiment.vpp
-    first, behind = (model.num_layers * i // count for i in (index, index + 1))
-    dense = min(max(model.dense_layers - first, 0), behind - first)
-    predictors = model.predictors if index == count - 1 else 0
-    return Layers(dense, behind - first - dense, predictors)

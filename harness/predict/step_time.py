@@ -15,10 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 
 from harness.experiment import extra_arguments
 from harness.experiment.experiment import SHARDING, Experiment
 from harness.experiment.hardware import GPUS_OF_A_NODE
+from harness.experiment.pipeline import fullest_stage, stage_layers
 from harness.predict import timeline
 from harness.predict.flops import adapter_parameters, parameters_on
 from harness.predict.work import MicroBatchWork, Speed, Work
@@ -139,6 +141,7 @@ def kinds(experiment: Experiment) -> frozenset[str]:
         **{f"recomputation of {module}": True for module in experiment.selectively_recomputed},
         "sequence parallelism": experiment.sequence_parallel,
         "virtual stages": experiment.vpp > 1,
+        "uneven pipeline stages": experiment.uneven_pipeline,
         "expert parallelism": experiment.ep > 1,
         "split experts": experiment.etp > 1,
         "routers trained to balance": (
@@ -192,6 +195,11 @@ def _methods(experiment: Experiment) -> dict[str, bool]:
 
 class _StepWork(MicroBatchWork):
     """The work of a rank in a whole step; in seconds."""
+
+    @cached_property
+    def fullest(self) -> int:
+        """The pipeline stage with most layers, whose optimizer takes longest."""
+        return fullest_stage(self.experiment)
 
     def step(self) -> StepTime:
         """The time of a step in ms."""
@@ -261,7 +269,7 @@ class _StepWork(MicroBatchWork):
         emerging_optimizers). Tensor parallel ranks iterate on their part of a matrix
         (--muon-tp-mode blockwise), on queries, keys and values separately.
         """
-        experiment, held = self.experiment, parameters_on(self.experiment, 0)
+        experiment, held = self.experiment, parameters_on(self.experiment, self.fullest)
         share = 1 / (experiment.dp * experiment.cp) if experiment.sharding != "no_shard" else 1
         products = 0.0
         for rows, columns, number in self.orthogonalized():
@@ -270,15 +278,15 @@ class _StepWork(MicroBatchWork):
             products += number * NEWTON_SCHULZ_STEPS * each
         more_bytes = MUON_BYTES - ADAM_BYTES[experiment.optimizer_state]
         passes = (held.matrices + held.expert_matrices) * more_bytes / self.bytes_per_s
-        layers = self.model.num_layers / experiment.pp
+        layers = stage_layers(experiment)[self.fullest]
         launches = self.rates.more("muon").optimizer * layers * self.speed.host_s
         work = Work(products=products, passes=passes, launches=launches)
         return self.elapsed_s(work) * share
 
     def orthogonalized(self) -> Iterator[tuple[float, float, float]]:
-        """Rows, columns and number of the matrices of a pipeline stage that a rank holds."""
+        """Rows, columns and number of the matrices that a rank of the fullest stage holds."""
         experiment, model, hidden = self.experiment, self.model, self.model.hidden_size
-        tp, layers = experiment.tp, model.num_layers / experiment.pp
+        tp, layers = experiment.tp, stage_layers(experiment)[self.fullest]
         yield model.query_size * (2 if model.attention_output_gate else 1) / tp, hidden, layers
         yield model.key_size / tp, hidden, 2 * layers
         yield hidden, model.query_size / tp, layers
@@ -290,9 +298,12 @@ class _StepWork(MicroBatchWork):
         yield hidden, width, number
 
     def trained(self) -> tuple[tuple[float, int], tuple[float, int]]:
-        """Trained parameters of a rank and how many ranks hold the same: dense ones, experts."""
-        experiment, held = self.experiment, parameters_on(self.experiment, 0)
+        """Trained parameters of a rank and how many ranks hold the same: dense ones, experts.
+
+        Of the pipeline stages, the one with most layers.
+        """
+        experiment, held = self.experiment, parameters_on(self.experiment, self.fullest)
         dense, experts = held.dense, held.experts
         if experiment.lora:
-            dense, experts = adapter_parameters(experiment), 0
+            dense, experts = adapter_parameters(experiment, self.fullest), 0
         return (dense, experiment.dp * experiment.cp), (experts, experiment.expert_replicas)

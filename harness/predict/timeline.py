@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Literal, NamedTuple
 
-from harness.errors import UserError
-from harness.experiment.constraints import indivisible
+from harness.errors import UserError, indivisible
 
 Direction = Literal["forward", "backward"]
+Shares = tuple[tuple[float, ...], ...]
+"""Parts of a whole that sum to 1, for each stage: [stage][chunk]."""
 
 
 class ChunkPass(NamedTuple):
@@ -41,6 +42,8 @@ class Times:
 
     forward: tuple[float, ...]
     backward: tuple[float, ...]
+    shares: Shares | None = None
+    """What of its stage's times each chunk takes; None: all chunks the same."""
 
     @classmethod
     def alike(cls, stages: int, forward: float = 1.0, backward: float = 2.0) -> Times:
@@ -111,6 +114,35 @@ def warm_up_passes(stage: int, stages: int, chunks: int = 1) -> int:
     return after if chunks == 1 else 2 * after + (chunks - 1) * stages
 
 
+def most_in_flight(
+    stage: int, micro_batches: int, sizes: Sequence[Sequence[float]]
+) -> tuple[int, ...]:
+    """The chunks of ``stage``, one a forward pass, whose activations it keeps when they are most.
+
+    A pass's activations are kept from its forward to its backward pass (Narayanan et al. 2021,
+    section 2.2).
+
+    Args:
+        sizes: how much one micro-batch leaves in each chunk: [stage][chunk].
+    """
+    stages, chunks = len(sizes), len(sizes[stage])
+    # a group of ``stages`` micro-batches warms up, then each repeats what the one before did
+    enough = min(micro_batches, 3 * stages)
+    kept: list[int] = []
+    held = most = 0.0
+    fullest: tuple[int, ...] = ()
+    for _, chunk, kind in order(stage, stages, enough, chunks):
+        if kind == "backward":
+            kept.remove(chunk)
+            held -= sizes[stage][chunk]
+            continue
+        kept.append(chunk)
+        held += sizes[stage][chunk]
+        if held > most or not fullest:
+            most, fullest = held, tuple(kept)
+    return fullest
+
+
 def simulate(micro_batches: int, times: Times, chunks: int = 1) -> Timeline:
     """Run the schedule: every pass starts as soon as its stage is free and its input is there.
 
@@ -121,7 +153,7 @@ def simulate(micro_batches: int, times: Times, chunks: int = 1) -> Timeline:
     plan = _plan(stages, micro_batches, chunks)
     ends, durations = _ends(plan, times, chunks), _durations(times, chunks)
     spans = [
-        Span(p.stage, p.work, end - durations[p.work.kind][p.stage], end)
+        Span(p.stage, p.work, end - durations[p.work.kind][p.stage][p.work.chunk], end)
         for p, end in zip(plan, ends, strict=True)
     ]
     return Timeline(
@@ -177,15 +209,23 @@ def _ends(plan: Sequence[_Planned], times: Times, chunks: int) -> list[float]:
     for stage, work, before, source in plan:
         free = ends[before] if before >= 0 else 0.0
         there = ends[source] if source >= 0 else 0.0
-        ends.append((free if free > there else there) + durations[work.kind][stage])
+        ends.append((free if free > there else there) + durations[work.kind][stage][work.chunk])
     return ends
 
 
-def _durations(times: Times, chunks: int) -> dict[Direction, list[float]]:
-    """Time of one micro-batch through one chunk, by stage."""
+def _durations(times: Times, chunks: int) -> dict[Direction, list[list[float]]]:
+    """Time of one micro-batch through each chunk: [stage][chunk]."""
+    shares = times.shares or ((1 / chunks,) * chunks,) * len(times.forward)
+    sides: dict[Direction, tuple[float, ...]] = {
+        "forward": times.forward,
+        "backward": times.backward,
+    }
     return {
-        "forward": [whole / chunks for whole in times.forward],
-        "backward": [whole / chunks for whole in times.backward],
+        kind: [
+            [whole * share for share in of_stage]
+            for whole, of_stage in zip(stages, shares, strict=True)
+        ]
+        for kind, stages in sides.items()
     }
 
 

@@ -18,6 +18,7 @@ from pydantic import BaseModel, Field
 
 from harness.experiment.experiment import Experiment
 from harness.experiment.model import COLUMN_PARALLEL, LinearLayer
+from harness.experiment.pipeline import chunk_layers, is_even, stage_layers
 from harness.predict import timeline
 from harness.predict.flops import adapter_widths, padded_vocab_size
 from harness.predict.rates import FP8_BYTES, Launches, Rates
@@ -167,7 +168,21 @@ class MicroBatchWork:
         """Each stage's passes of a micro-batch, in ``1 / unit`` seconds."""
         sides = zip(*self.stages, strict=True)
         times = (tuple(unit * self.elapsed_s(each) for each in side) for side in sides)
-        return timeline.Times(*times)
+        return timeline.Times(*times, shares=self.chunk_shares())
+
+    def chunk_shares(self) -> timeline.Shares | None:
+        """The share of its stage's time that each chunk takes, as forward passes; None if alike.
+
+        The constants were fitted with both ends of a pipeline spread over all chunks of their stage
+        where these hold equal numbers of layers.
+        """
+        if is_even(self.experiment):
+            return None
+        layer, ends = self.elapsed_s(self.layer()[0]), (self.embedding, self.output)
+        weights = [[layers * layer for layers in stage] for stage in chunk_layers(self.experiment)]
+        for chunk, end in zip((0, -1), ends, strict=True):
+            weights[chunk][chunk] += self.elapsed_s(end()[0])
+        return tuple(tuple(each / sum(stage) for each in stage) for stage in weights)
 
     def elapsed_s(self, work: Work) -> float:
         """Time of ``work``: that of the slower of GPU and CPU, and more if they are about equal."""
@@ -178,10 +193,9 @@ class MicroBatchWork:
     @cached_property
     def stages(self) -> list[tuple[Work, Work]]:
         """One micro-batch through all layers of each pipeline stage, forward and backward."""
-        pp = self.experiment.pp
-        forward, backward = (work * (self.model.num_layers / pp) for work in self.layer())
-        found = []
-        for stage in range(pp):
+        pp, layer, found = self.experiment.pp, self.layer(), []
+        for stage, layers in enumerate(stage_layers(self.experiment)):
+            forward, backward = (work * layers for work in layer)
             parts = [self.embedding] * (stage == 0) + [self.output] * (stage == pp - 1)
             parts += [self.pipeline_messages] * (pp > 1)
             found.append(_added(forward, backward, parts))

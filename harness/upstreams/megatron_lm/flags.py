@@ -343,9 +343,25 @@ def _parallel(e: Experiment) -> tuple[str, ...]:
             f" --context-parallel-size {e.cp}"
         ),
         *(["--sequence-parallel"] if e.sequence_parallel else []),
-        *([f"--num-virtual-stages-per-pipeline-rank {e.vpp}"] if e.vpp > 1 else []),
+        *_stages(e),
         *([f"--cp-comm-type {e.cp_comm_type}"] if e.cp > 1 else []),
     )
+
+
+def _stages(e: Experiment) -> Iterator[str]:
+    """Virtual stages, and what each stage holds; upstream derives the former from a layout."""
+    if e.pp_layout:
+        yield f"--pipeline-model-parallel-layout {e.pp_layout}"
+    elif e.vpp > 1:
+        yield f"--num-virtual-stages-per-pipeline-rank {e.vpp}"
+    if e.first_stage_layers:
+        yield f"--decoder-first-pipeline-num-layers {e.first_stage_layers}"
+    if e.last_stage_layers:
+        yield f"--decoder-last-pipeline-num-layers {e.last_stage_layers}"
+    if e.embedding_as_layer:
+        yield "--account-for-embedding-in-pipeline-split"
+    if e.loss_as_layer:
+        yield "--account-for-loss-in-pipeline-split"
 
 
 def _experts(e: Experiment, cuda: bool) -> tuple[str, ...]:
