@@ -299,6 +299,7 @@ SETTING_NEEDS = {
     "WANDB_NAME": ("WANDB=offline",),
     "KEEP": ("SAVE=1",),
     "CROSS_ENTROPY_FUSION": ("DROPOUT=0",),
+    "TP_OVERLAP": ("SP=1",),
     "MIN_LR": ("LR=3e-4",),
     "LR_WARMUP": ("LR=3e-4", "STEPS=1000"),
     "ETP": ("EP=4",),

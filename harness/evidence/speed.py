@@ -35,6 +35,7 @@ MEANING = {
     "launches": "launch-bound: the GPU waits for the CPU",
     "bubble": "pipeline stages wait for each other",
     "gradients": "exposed communication of gradients and weights between replicas",
+    "stragglers": "all ranks wait for the slowest of many nodes",
     "optimizer": "Adam, and other work once per step",
 }
 

@@ -173,6 +173,14 @@ EXPERIMENT_SETTINGS = (
     Setting("DP", "2", "data-parallel size; GPUs follow", "dp", count, "work"),
     Setting("TP", "2", "tensor-parallel size", "tp", count, "work"),
     Setting("SP", "1", "sequence parallelism, 0 or 1", "sequence_parallel", switch, "work"),
+    Setting(
+        "TP_OVERLAP",
+        "1",
+        "overlap sequence parallelism's exchanges with products, 0 or 1",
+        "tp_overlap",
+        switch,
+        "work",
+    ),
     Setting("PP", "4", "pipeline-parallel size", "pp", count, "work"),
     Setting("VPP", "3", "virtual stages on each pipeline rank", "vpp", count, "work"),
     Setting(

@@ -175,6 +175,8 @@ def _sequence(experiment: Experiment) -> Iterator[str]:
         yield from _heads_by_all_to_all(experiment)
     if experiment.sequence_parallel and tp == 1:
         yield "SP=1 splits activations over TP, but TP=1; set TP > 1 or SP=0"
+    if experiment.tp_overlap and not experiment.sequence_parallel:
+        yield "TP_OVERLAP=1 overlaps the exchanges of sequence parallelism; set SP=1 (TP > 1)"
     if experiment.sequence_parallel and length // cp % tp:
         yield (
             f"SEQ / CP ({length} / {cp}) must be divisible by TP ({tp}) for sequence parallelism"

@@ -84,6 +84,8 @@ class Experiment(Checked):
     dp: Count = 1
     nodes: Count = 1
     sequence_parallel: bool = Field(False, alias="sp")
+    tp_overlap: bool = False
+    """Sequence parallelism exchanges piece by piece while products compute (TE's userbuffers)."""
     cp_comm_type: Literal["p2p", "all_gather", "a2a"] = "p2p"
     micro_batch_size: Count = Field(alias="mbs")
     global_batch_size: Count = Field(alias="gbs")
@@ -113,6 +115,8 @@ class Experiment(Checked):
     """The longest sequence with learned positions; None: ``seq_length``."""
     lora: Lora | None = None
     cross_entropy_fusion: bool = False
+    gradient_fusion: bool = False
+    """Products add weights' gradients to their sum themselves."""
     cuda_graphs: bool = False
     """A layer's kernels are launched as one graph; with experts, those of attention and router."""
     attention_backend: Literal["auto", "flash", "fused", "unfused"] = "auto"

@@ -40,6 +40,7 @@ _SWITCHES = {
     "--sequence-parallel": ("SP", "1"),
     "--account-for-embedding-in-pipeline-split": ("EMBEDDING_AS_LAYER", "1"),
     "--account-for-loss-in-pipeline-split": ("LOSS_AS_LAYER", "1"),
+    "--tp-comm-overlap": ("TP_OVERLAP", "1"),
     "--recompute-activations": ("RECOMPUTE", "selective"),
     "--cross-entropy-loss-fusion": ("CROSS_ENTROPY_FUSION", "1"),
 }

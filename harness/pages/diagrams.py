@@ -41,6 +41,7 @@ STEP = {
     "launches": "grey",
     "bubble": "empty",
     "gradients": "c1",
+    "stragglers": "light",
     "optimizer": "c3",
 }
 """The pieces of a step, in the order in which predictions give them."""

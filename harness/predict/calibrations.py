@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import combinations
 from pathlib import Path
@@ -23,6 +23,7 @@ from harness.experiment.experiment import Experiment
 from harness.experiment.hardware import Card, required_card
 from harness.predict import machine_file, rates, step_time
 from harness.predict.machine_file import Machine as MachineFile
+from harness.predict.network import Network
 from harness.predict.step_time import StepTime
 from harness.predict.timeline import Times
 from harness.predict.work import RATES, Calibration, Positive, Speed
@@ -86,7 +87,7 @@ class Machine(BaseModel, frozen=True, extra="forbid"):
     measured_by: str
     """``records``, or a group of references.yaml."""
     switch_reduces: bool
-    """Whether the NVLink switch computes all-reduces (NCCL's NVLS)."""
+    """Whether the NVLink switch may compute all-reduces (NCCL's NVLS), if it can."""
     rates: str | None = None
     """A card's short name: its machine files say how fast this machine is. None: this card's own,
     or those of ``USUAL_RATES``."""
@@ -98,13 +99,16 @@ class Machine(BaseModel, frozen=True, extra="forbid"):
     constants: Calibration = Calibration()
     rows: dict[str, Fitted] = {}
     """Empty until ``make calibrate`` has fitted the constants."""
+    borrowed_by: str | None = None
+    """A card without measured steps that is predicted by these constants; never in the file."""
     here: InstanceOf[MachineFile] | None = None
     """The machine file of this very machine; never in the file of calibrations."""
 
     @cached_property
     def card(self) -> Card:
         """The GPU's data. Raises UserError if ``gpu`` is unknown or has no bf16."""
-        gpu = required_card(self.gpu, f"gpu = {self.gpu!r}")
+        key = self.borrowed_by or self.gpu
+        gpu = required_card(key, f"gpu = {key!r}")
         if gpu.bf16_tflops is None:
             raise UserError(
                 f"gpu = {self.gpu!r}: {gpu.name} has no bf16, and steps are predicted in bf16 only"
@@ -126,6 +130,20 @@ class Machine(BaseModel, frozen=True, extra="forbid"):
         differs in memory only and so by the data sheets."""
         return self.rated_card.bf16_tflops == self.card.bf16_tflops
 
+    @property
+    def is_borrowed(self) -> bool:
+        """Whether its card has no measured step, and it stands in."""
+        return self.borrowed_by is not None
+
+    def lent_to(self, card: Card) -> Machine:
+        """This machine with ``card`` instead: its constants and, by the data sheets, its rates."""
+        changed = {
+            "borrowed_by": card.key,
+            "rates": self.rated_card.key,
+            "switch_reduces": True,
+        }
+        return self.model_copy(update=changed)
+
     def speed(self, operation_us: float | None = None) -> Speed:
         """How fast it is.
 
@@ -143,7 +161,10 @@ class Machine(BaseModel, frozen=True, extra="forbid"):
         if self.here:
             found, usual_us = rates.with_file(found, self.here), self.here.launch.operation_us
             constants = constants.model_copy(update=dict.fromkeys(RATES, 1.0))
-        return Speed(found, constants, self.switch_reduces, usual_us)
+        network = Network.of(self.card, found.link_gb_s)
+        if not self.switch_reduces:
+            network = replace(network, reduce_gb_s=None)
+        return Speed(found, constants, network, usual_us)
 
     def predict(self, experiment: Experiment, operation_us: float | None = None) -> StepTime:
         """A step of ``experiment`` here, with no other run on the node.
@@ -182,6 +203,8 @@ class Machine(BaseModel, frozen=True, extra="forbid"):
         Of several, the one of the host whose operations take most nearly ``operation_us``; without
         it, the one with the experiment's id as name.
         """
+        if self.is_borrowed:
+            return None
         command = overrides.command_of(experiment)
         ran = {name: row for name, row in self.rows.items() if (row.make or name) == command}
         if operation_us and ran:
@@ -260,7 +283,8 @@ class Machine(BaseModel, frozen=True, extra="forbid"):
             for a, b in combinations(measured, 2)
             if not any({a, b} <= both for both in together)
         ]
-        return (*alone, *pairs)
+        unknown_card = [f"steps on {self.card.name}"] if self.is_borrowed else []
+        return (*unknown_card, *alone, *pairs)
 
 
 def ninetieth(off: Sequence[float]) -> float:
@@ -359,5 +383,13 @@ def machine_measured_by(group: str) -> Machine | None:
 
 
 def machine_of(card: Card) -> Machine | None:
-    """The calibrated machine with cards of this kind; of several, the last in the file."""
-    return next((machine for machine in reversed(fitted().values()) if machine.card == card), None)
+    """The calibrated machine with cards of this kind; of several, the last in the file.
+
+    A card without measured steps borrows the first machine of the file; None if it has no bf16, or
+    no machine is calibrated.
+    """
+    machines = list(fitted().values())
+    ours = [machine for machine in machines if machine.card == card]
+    if ours or not machines or card.bf16_tflops is None:
+        return ours[-1] if ours else None
+    return machines[0].lent_to(card)

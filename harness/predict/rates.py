@@ -1,7 +1,8 @@
 """How fast a machine does each kind of work: what ``make preflight`` measured.
 
 Rates of a card come from its machine files in experiments/machines, one folder a card; those of a
-card without any are another card's, scaled by the data sheets.
+card without any are another card's, scaled by the fastest products measured on both or by the data
+sheets; what others measured and published of it (experiments/rates.yaml) comes before.
 """
 
 from __future__ import annotations
@@ -13,16 +14,22 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
+from pydantic import BaseModel
+
 from harness.errors import UserError
 from harness.experiment.catalog import EXPERIMENTS
 from harness.experiment.hardware import Card, required_card
 from harness.predict import machine_file
 from harness.predict.machine_file import Machine
+from harness.system import yaml_files
 
 FOLDER = EXPERIMENTS / "machines"
+PUBLISHED = EXPERIMENTS / "rates.yaml"
 FP8_BYTES = {"delayed": 4, "tensorwise": 6, "blockwise": 4}
 """Per element converted to fp8: read in bf16, written by rows and by columns; tensorwise, read once
 more for the largest value (Float8CurrentScalingQuantizer in transformer_engine/pytorch/tensor)."""
+ATTENTION_HEAD, ATTENTION_LENGTH = 128, 4096
+"""Of published attention."""
 LARGE_BYTES = 2**26
 """Smaller messages say more about latency than about bandwidth."""
 PLAIN_LAYERS = ("dense", "no dropout", "gated")
@@ -97,10 +104,12 @@ class Rates:
     """Of what lies between the products: mean of copy, add, norm and activation."""
     scores: Sequence[Scores]
     link_gb_s: float
-    """What a rank sends in a second to its node's others, while they send to it."""
+    """What each of two ranks of a node sends to the other in a second, both at the same time."""
     operation_us: float
     layers: Mapping[str, Launches]
     """By kind (harness/preflight/layers.py)."""
+    grouped_tflops: float | None = None
+    """Of experts' grouped products; None: a share of ``product_tflops``."""
 
     def attention_ps(self, head_size: int, length: int, dropout: bool) -> tuple[float, float]:
         """Forward and backward time of a score in ps.
@@ -139,15 +148,40 @@ class Rates:
         few, many = self.more("8 experts"), self.more("64 experts")
         return few + (many - few) * ((number - 8) / (64 - 8))
 
+    def with_published(self, published: Published) -> Rates:
+        """These rates, with those that others measured instead."""
+        changed: dict[str, object] = {"product_tflops": published.product_tflops}
+        changed["grouped_tflops"] = published.grouped_tflops
+        if attention := published.attention_tflops:
+            usual = self.attention_ps(ATTENTION_HEAD, ATTENTION_LENGTH, False)
+            forward, backward = (
+                flops * ATTENTION_HEAD / tflops / ps
+                for flops, tflops, ps in zip(
+                    (4, 10), (attention.forward, attention.backward), usual, strict=True
+                )
+            )
+            changed["scores"] = [
+                replace(
+                    score,
+                    forward_ps=score.forward_ps * forward,
+                    backward_ps=score.backward_ps * backward,
+                )
+                for score in self.scores
+            ]
+        return replace(self, **changed)
+
     def scaled(self, measured: Card, card: Card) -> Rates:
         """These rates of ``measured``, on ``card``, by the data sheets of both."""
         if card == measured:
             return self
-        arithmetic = card.bf16_tflops / measured.bf16_tflops
+        arithmetic, fp8 = _arithmetic(measured, card)
+        link = card.link_gb_per_s / measured.link_gb_per_s
         return replace(
             self,
             product_tflops=self.product_tflops * arithmetic,
-            fp8_tflops={recipe: rate * arithmetic for recipe, rate in self.fp8_tflops.items()},
+            fp8_tflops={recipe: rate * fp8 for recipe, rate in self.fp8_tflops.items()},
+            link_gb_s=self.link_gb_s * link,
+            grouped_tflops=self.grouped_tflops and self.grouped_tflops * arithmetic,
             memory_gb_s=self.memory_gb_s * card.memory_gb_per_s / measured.memory_gb_per_s,
             scores=[
                 replace(
@@ -158,6 +192,19 @@ class Rates:
                 for score in self.scores
             ],
         )
+
+
+def _arithmetic(measured: Card, card: Card) -> tuple[float, float]:
+    """How much faster the products of ``card`` are than those of ``measured``, in bf16 and fp8.
+
+    By the fastest that was achieved on both (hardware.ACHIEVED), else by the data sheets.
+    """
+    sheet = card.bf16_tflops / measured.bf16_tflops
+    if not (measured.achieved_tflops and card.achieved_tflops):
+        return sheet, sheet
+    (before, before_fp8), (after, after_fp8) = measured.achieved_tflops, card.achieved_tflops
+    bf16 = after / before
+    return bf16, after_fp8 / before_fp8 if before_fp8 and after_fp8 else bf16
 
 
 def _at_length(length: int, points: Mapping[int, Scores]) -> tuple[float, float]:
@@ -176,13 +223,49 @@ def _at_length(length: int, points: Mapping[int, Scores]) -> tuple[float, float]
     )
 
 
+class Attention(BaseModel, frozen=True, extra="forbid"):
+    """TFLOP/s of causal attention's scores: two products forward, five backward."""
+
+    forward: float
+    backward: float
+
+
+class Published(BaseModel, frozen=True, extra="forbid"):
+    """What others measured on a card and published."""
+
+    source: str
+    product_tflops: float
+    grouped_tflops: float | None = None
+    attention_tflops: Attention | None = None
+
+
+@cache
+def published() -> Mapping[str, Published | str]:
+    """By card: its published rates, or the card that it is ``like``.
+
+    Raises UserError if the file is not valid.
+    """
+    found: dict[str, Published | str] = {}
+    for key, fields in (entries := yaml_files.read(PUBLISHED)).items():
+        with yaml_files.entry(PUBLISHED, entries, key):
+            like = fields.get("like") if isinstance(fields, dict) else None
+            where = f"{PUBLISHED.name}: {key}"
+            found[key] = like or yaml_files.build(Published, fields, where)
+    return found
+
+
 @cache
 def of_card_like(measured_on: Card, card: Card) -> Rates:
     """The rates in the machine files of ``measured_on``, scaled to ``card`` if it is another.
 
-    Raises UserError as ``of_card``.
+    Of a card whose rates are published, those. Raises UserError as ``of_card``.
     """
-    return of_card(measured_on.key).scaled(measured_on, card)
+    usual, known = of_card(measured_on.key), published().get(card.key)
+    if isinstance(known, str):
+        near = required_card(known, f"{PUBLISHED.name}: {card.key}: like = {known!r}")
+        return of_card_like(measured_on, near).scaled(near, card)
+    rates = usual.scaled(measured_on, card)
+    return rates.with_published(known) if known else rates
 
 
 @cache

@@ -13,16 +13,19 @@ What replicas send when: megatron/core/distributed/finalize_model_grads.py, core
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 from harness.experiment import extra_arguments
 from harness.experiment.experiment import SHARDING, Experiment
-from harness.experiment.hardware import GPUS_OF_A_NODE
 from harness.experiment.pipeline import fullest_stage, stage_layers
 from harness.predict import timeline
 from harness.predict.flops import adapter_parameters, parameters_on
+from harness.predict.network import Group
 from harness.predict.work import MicroBatchWork, Speed, Work
 
 ADAM_BYTES = {"fp32": 30, "bf16": 16}
@@ -34,6 +37,8 @@ MUON_BYTES = 90
 two scales, the update, operation by operation (OrthogonalizedOptimizer.step and newton_schulz in
 emerging_optimizers 0.3.0)."""
 NEWTON_SCHULZ_STEPS = 5
+RANK_SPREAD = 0.01
+"""Standard deviation of a step's time over ranks that do the same; a rough value."""
 RECOMPUTED = frozenset({"core_attn", "layernorm", "moe_act"})
 """The modules of selective recomputation that are counted."""
 
@@ -56,6 +61,8 @@ class StepTime:
     """A pipeline stage waits for another."""
     gradients: float
     """Exposed communication of gradients and weights between replicas."""
+    stragglers: float
+    """All ranks wait for the slowest of many nodes."""
     optimizer: float
 
     @property
@@ -93,13 +100,10 @@ def unknown(experiment: Experiment) -> list[str]:
         ),
         "FSDP with tensor or context parallelism": experiment.fully_sharded
         and experiment.tp * experiment.cp > 1,
-        "unfused attention": experiment.attention_backend == "unfused",
         f"recomputation of {', '.join(sorted({*experiment.recompute_modules} - RECOMPUTED))}": (
             {*experiment.recompute_modules} - RECOMPUTED
         ),
         "attention sinks": experiment.model.attention_sinks,
-        "links between nodes": experiment.nodes > 1,
-        f"more than {GPUS_OF_A_NODE} GPUs in a node": experiment.ranks_per_node > GPUS_OF_A_NODE,
         "CUDA graphs with pipelines, context parallelism or experts": (
             experiment.cuda_graphs
             and (experiment.pp * experiment.cp > 1 or experiment.model.num_experts is not None)
@@ -140,6 +144,7 @@ def kinds(experiment: Experiment) -> frozenset[str]:
         "full recomputation": experiment.recompute == "full",
         **{f"recomputation of {module}": True for module in experiment.selectively_recomputed},
         "sequence parallelism": experiment.sequence_parallel,
+        "overlapped tensor parallelism": experiment.tp_overlap,
         "virtual stages": experiment.vpp > 1,
         "uneven pipeline stages": experiment.uneven_pipeline,
         "expert parallelism": experiment.ep > 1,
@@ -193,6 +198,27 @@ def _methods(experiment: Experiment) -> dict[str, bool]:
     }
 
 
+def slowest_of(ranks: int) -> float:
+    """How much longer than the mean the slowest of so many ranks takes, as a share.
+
+    The expected largest of n normal values lies sqrt(2 ln n) standard deviations above the mean
+    (David and Nagaraja 2003, Order Statistics, section 10.5). Constants fitted to single nodes
+    have the share of a node in them.
+    """
+    return RANK_SPREAD * math.sqrt(2 * math.log(ranks)) if ranks > 1 else 0.0
+
+
+class Traffic(NamedTuple):
+    """Messages that computation may hide."""
+
+    seconds: float = 0.0
+    within_node_s: float = 0.0
+    """What they would take over the links of a node."""
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(*map(operator.add, self, other))
+
+
 class _StepWork(MicroBatchWork):
     """The work of a rank in a whole step; in seconds."""
 
@@ -219,34 +245,60 @@ class _StepWork(MicroBatchWork):
             exchange=work.exchange,
             launches=busy - work.gpu,
             bubble=end - busy,
-            gradients=self.gradients_s(),
+            gradients=self.gradients_s(times.forward[slowest], times.backward[slowest]),
+            stragglers=0.0,
             optimizer=self.optimizer_s() + self.constants.step_ms * self.speed.host_s,
         )
+        late = seconds.total * (slowest_of(experiment.world_size) - slowest_of(self.network.node))
+        seconds = replace(seconds, stragglers=max(0.0, late))
         return StepTime(**{name: 1e3 * part for name, part in seconds.pieces.items()})
 
-    def gradients_s(self) -> float:
+    def gradients_s(self, forward_s: float, backward_s: float) -> float:
         """Exposed time of gradients to the replicas and back, or to shards and bf16 weights back.
 
         Sharded gradients are reduced once a micro-batch, sharded weights gathered twice, for either
         pass; FSDP2 also copies each into and out of buffers. The first and last stage of a pipeline
         sum up the gradient of tied embeddings.
+
+        Args:
+            forward_s, backward_s: a micro-batch's passes, behind which sharded traffic hides.
         """
-        experiment, sent, copied = self.experiment, 0.0, 0.0
-        reduced = experiment.num_microbatches if experiment.shards_gradients else 1
-        gathered = 2 * experiment.num_microbatches if experiment.shards_weights else 1
-        for parameters, replicas in self.trained():
-            if experiment.sharding != "no_shard":
-                each = self.gradient_bytes * reduced + 2 * gathered
-                all_sent = parameters * each * (replicas - 1) / replicas
-                sent += all_sent * self.constants.exposed
-            elif replicas > 1:
-                sent += parameters * self.gradient_bytes * self.all_reduce_share(replicas)
-            if experiment.sharding == "torch_fsdp2" and replicas > 1:
-                copied += parameters * 4 * (reduced + gathered)
+        experiment, micro_batches = self.experiment, self.experiment.num_microbatches
+        reduced = micro_batches if experiment.shards_gradients else 1
+        gathered = micro_batches if experiment.shards_weights else 1
+        forward, backward, exposed_s = Traffic(), Traffic(), 0.0
+        for parameters, group in self.trained():
+            gradient = parameters * self.gradient_bytes
+            if experiment.sharding == "no_shard":
+                exposed_s += self.network.all_reduce_s(gradient, group)
+            elif group.ranks > 1:
+                forward += self.traffic(2 * parameters, group)
+                backward += self.traffic(gradient, group)
+            if experiment.sharding == "torch_fsdp2" and group.ranks > 1:
+                exposed_s += parameters * 4 * (reduced + 2 * gathered) / self.bytes_per_s
+        exposed_s += gathered * self.exposed_s(forward, forward_s)
+        if experiment.shards_weights:
+            backward += forward
+        exposed_s += reduced * self.exposed_s(backward, backward_s)
         if experiment.pp > 1 and not self.model.untie_embeddings:
-            embedding = self.vocabulary * self.model.hidden_size
-            sent += embedding * self.gradient_bytes * self.all_reduce_share(2)
-        return sent / self.link_bytes_per_s + copied / self.bytes_per_s
+            ends = Group(2, (experiment.pp - 1) * self.groups.stages.stride)
+            gradient = self.vocabulary * self.model.hidden_size * self.gradient_bytes
+            exposed_s += self.network.all_reduce_s(gradient, ends)
+        return exposed_s
+
+    def traffic(self, message: float, group: Group) -> Traffic:
+        """An all-gather or reduce-scatter of ``message`` bytes."""
+        return Traffic(
+            self.network.gather_s(message, group), self.network.within_node_s(message, group)
+        )
+
+    def exposed_s(self, traffic: Traffic, computing_s: float) -> float:
+        """What computation cannot hide of traffic beside it.
+
+        Kernels that send take multiprocessors and bandwidth from those that compute: a share of the
+        traffic is exposed in any case, of what it would take over the links of a node.
+        """
+        return max(self.constants.exposed * traffic.within_node_s, traffic.seconds - computing_s)
 
     def optimizer_s(self) -> float:
         """Adam or Muon, norm and clipping on a rank's share; gradients cleared, checked, averaged.
@@ -255,8 +307,8 @@ class _StepWork(MicroBatchWork):
         NaN and scales them.
         """
         experiment, size, moved = self.experiment, self.gradient_bytes, 0.0
-        for parameters, replicas in self.trained():
-            share = 1 / replicas if experiment.sharding != "no_shard" else 1
+        for parameters, group in self.trained():
+            share = 1 / group.ranks if experiment.sharding != "no_shard" else 1
             moved += parameters * share * (4 * size + ADAM_BYTES[experiment.optimizer_state])
             held = share if experiment.shards_gradients else 1
             moved += parameters * held * (4 if experiment.dp * experiment.cp > 1 else 2) * size
@@ -297,8 +349,8 @@ class _StepWork(MicroBatchWork):
         yield width * model.fc1_matrices, hidden, number
         yield hidden, width, number
 
-    def trained(self) -> tuple[tuple[float, int], tuple[float, int]]:
-        """Trained parameters of a rank and how many ranks hold the same: dense ones, experts.
+    def trained(self) -> list[tuple[float, Group]]:
+        """Trained parameters of a rank and the ranks that hold the same: dense ones, experts.
 
         Of the pipeline stages, the one with most layers.
         """
@@ -306,4 +358,5 @@ class _StepWork(MicroBatchWork):
         dense, experts = held.dense, held.experts
         if experiment.lora:
             dense, experts = adapter_parameters(experiment, self.fullest), 0
-        return (dense, experiment.dp * experiment.cp), (experts, experiment.expert_replicas)
+        found = (dense, self.groups.replicas), (experts, self.groups.expert_replicas)
+        return [(parameters, group) for parameters, group in found if parameters]

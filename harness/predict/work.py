@@ -1,10 +1,8 @@
 """What a rank's GPU and CPU do for one micro-batch of a pipeline stage, counted from sizes.
 
-Rates are measured (harness/predict/rates.py). Sources: bytes that a rank sends for an all-reduce,
-2 (n-1)/n of the message over links, NVIDIA's nccl-tests, doc/PERFORMANCE.md; where the switch adds
-up, (n+1)/n: its message once, and for all others its n-th of the sum. What is sent when,
+Rates are measured (harness/predict/rates.py). What is sent when:
 megatron/core/tensor_parallel/layers.py and megatron/core/transformer/moe/token_dispatcher.py,
-core_v0.19.0.
+core_v0.19.0; how long it takes: harness/predict/network.py.
 """
 
 from __future__ import annotations
@@ -21,14 +19,13 @@ from harness.experiment.model import COLUMN_PARALLEL, LinearLayer
 from harness.experiment.pipeline import chunk_layers, is_even, stage_layers
 from harness.predict import timeline
 from harness.predict.flops import adapter_widths, padded_vocab_size
+from harness.predict.network import MESSAGE_S, Groups, Network
 from harness.predict.rates import FP8_BYTES, Launches, Rates
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 KERNEL_S = 3e-6
 """From a kernel's launch to its first result; a rough value."""
-MESSAGE_S = 20e-6
-"""A collective with nothing to send; a rough value."""
 GRAPH_S = 100e-6
 """The CPU's time to launch a CUDA graph through Python and autograd; a rough value."""
 OVERLAP = 5
@@ -45,6 +42,10 @@ RING_SHARE = 0.15
 CHUNK_SHARE = 1 / 3
 """Launches of a virtual stage's message, which overlaps, relative to one of 1F1B, which waits
 (batch_p2p_sync in p2p_communication.py)."""
+SCORE_FORWARD_BYTES, SCORE_BACKWARD_BYTES = 13, 17
+"""Per score of unfused attention in 16 bits: written by the product, masked softmax, dropout with a
+mask of a byte, read by the second product; backward the same with gradients
+(DotProductAttention in megatron/core/transformer/dot_product_attention.py)."""
 GATE_FORWARD_BYTES, GATE_BACKWARD_BYTES = 34, 52
 """Per element of the attention's output: its gate in fp32, operation by operation
 (_apply_output_gate in megatron/core/transformer/attention.py)."""
@@ -132,10 +133,12 @@ class Speed(NamedTuple):
 
     rates: Rates
     constants: Calibration
-    switch_reduces: bool
-    """Whether the NVLink switch computes all-reduces (NCCL's NVLS, from three ranks on)."""
+    network: Network
     operation_us: float
     """Host time of an operation, as the run measures it (harness/entry/launch_rate.py)."""
+    scatters_messages: bool = False
+    """Whether tensor parallel ranks each send a part of a pipeline's message, as Megatron-LM did
+    until 2022 (Narayanan et al. 2021, arXiv:2104.04473, section 4.1)."""
 
     @property
     def host_s(self) -> float:
@@ -153,7 +156,8 @@ class MicroBatchWork:
         fp8_tflops = rates.fp8_tflops.get(experiment.fp8_recipe, 0)
         self.fp8_flop_per_s = fp8_tflops * 1e12 * constants.products
         self.bytes_per_s = rates.memory_gb_s * 1e9 * constants.passes
-        self.link_bytes_per_s = rates.link_gb_s * 1e9
+        self.network = speed.network.with_ranks_per_node(experiment.ranks_per_node)
+        self.groups = Groups.of(experiment)
         self.operation_s = speed.operation_us * constants.host / 1e6
         self.tokens = tokens_on(experiment)
         self.token_split = experiment.tp if experiment.sequence_parallel else 1
@@ -161,8 +165,11 @@ class MicroBatchWork:
         vocabulary = padded_vocab_size(self.model.vocab_size, experiment.tp)
         self.vocabulary = vocabulary / experiment.tp
         self.gradient_bytes = 2 if experiment.gradients == "bf16" or experiment.fully_sharded else 4
-        # without Apex: written in bf16, read again, and added to the sum, which is read and written
-        self.weight_gradient_bytes = 0 if experiment.lora else 4 + 2 * self.gradient_bytes
+        # written in bf16, read again, and added to the sum, which is read and written. A product
+        # that accumulates hides half of the sum's traffic: B200's rates in experiments/rates.yaml
+        apart = 4 + 2 * self.gradient_bytes
+        accumulated = self.gradient_bytes if experiment.gradient_fusion else apart
+        self.weight_gradient_bytes = 0 if experiment.lora else accumulated
 
     def stage_times(self, unit: float = 1.0) -> timeline.Times:
         """Each stage's passes of a micro-batch, in ``1 / unit`` seconds."""
@@ -242,12 +249,25 @@ class MicroBatchWork:
         return forward, backward
 
     def pipeline_messages(self) -> tuple[Work, Work]:
-        """Hidden states to and from the neighbouring stages, once for each virtual stage."""
+        """Hidden states to and from the neighbouring stages, once for each virtual stage.
+
+        Those of virtual stages hide behind the pass of another one (overlap_p2p_comm).
+        """
         vpp, each = self.experiment.vpp, self.speed.host_s * self.constants.stage_ms
         launches = each if vpp == 1 else each * vpp * CHUNK_SHARE
-        sent = vpp * 2 * self.tokens * self.model.hidden_size / self.token_split
-        message = Work(exchange=sent / self.link_bytes_per_s, launches=launches)
-        return message, message
+        split = self.experiment.tp if self.speed.scatters_messages else self.token_split
+        sent = 2 * self.tokens * self.model.hidden_size / split
+        seconds = self.network.send_s(sent, self.groups.stages)
+        if vpp == 1:
+            message = Work(exchange=seconds, launches=launches)
+            return message, message
+        chunk = self.model.num_layers / self.experiment.pp / vpp
+        return tuple(
+            Work(
+                exchange=vpp * max(0.0, seconds - chunk * self.elapsed_s(layer)), launches=launches
+            )
+            for layer in self.layer()
+        )
 
     def layer(self) -> tuple[Work, Work]:
         """One micro-batch through one layer, forward and backward, recomputation included."""
@@ -366,14 +386,15 @@ class MicroBatchWork:
                 passes=(read + after * out * 4) / self.bytes_per_s,
             )
             if experiment.tp > 1:
-                sent_s = 2 * self.tokens * rank / self.link_bytes_per_s
-                crossing = self.collective(sent_s + MESSAGE_S)
+                crossing = self.collective(self.tensor_gather_s(rank))
                 forward, backward = forward + crossing, backward + crossing
         return forward, backward
 
     def attention(self) -> tuple[Work, Work]:
-        """Flash attention: scores, their softmax, and the weighted values."""
+        """Scores, their softmax and the weighted values: fused, or one after the other."""
         experiment, model = self.experiment, self.model
+        if experiment.attention_backend == "unfused":
+            return self.unfused_attention()
         length, window = experiment.seq_length, model.window_size
         seen = length / 2
         if window and window < length:
@@ -386,6 +407,17 @@ class MicroBatchWork:
             for ps in each_ps
         )
         return forward, backward
+
+    def unfused_attention(self) -> tuple[Work, Work]:
+        """All scores pass through memory, those that the mask hides among them."""
+        model = self.model
+        heads = model.num_attention_heads / self.experiment.tp
+        scores = self.tokens * self.experiment.seq_length * heads
+        products = 4 * scores * model.head_size / self.flop_per_s
+        return (
+            Work(attention=products + scores * SCORE_FORWARD_BYTES / self.bytes_per_s),
+            Work(attention=2 * products + scores * SCORE_BACKWARD_BYTES / self.bytes_per_s),
+        )
 
     def queries_and_keys(self) -> tuple[float, float]:
         """Elements of all queries and of all keys on a rank."""
@@ -448,11 +480,12 @@ class MicroBatchWork:
         weights = held * width * hidden * matrices
         moved = 2 * (rows * (2 * hidden + matrices * width) + weights) / byte_s
         flops = 2 * rows * width * hidden * matrices
-        arithmetic = flops / (self.flop_per_s * GROUPED_SHARE)
+        grouped = self.rates.grouped_tflops
+        arithmetic = flops / (grouped * 1e12 if grouped else self.flop_per_s * GROUPED_SHARE)
         products = max(arithmetic, moved) + 2 * held * KERNEL_S
         permuted = ROUTED_PASSES * rows / byte_s
-        sent = rows / etp * hidden * 2 * (ep - 1) / ep + (rows * hidden * 2 if etp > 1 else 0)
-        exchange = 2 * sent / self.link_bytes_per_s
+        exchange = 2 * self.network.all_to_all_s(2 * rows / etp * hidden, self.groups.experts)
+        exchange += 2 * self.network.gather_s(2 * rows * hidden, self.groups.split_experts)
         exchanges = 2 * self.collective_s if ep * etp > 1 else 0
         launches = self.launched(self.rates.experts(held) * constants.experts)
         gradients = weights * self.weight_gradient_bytes / byte_s
@@ -479,7 +512,7 @@ class MicroBatchWork:
         if self.experiment.tp == 1:
             return Work(), Work()
         if self.experiment.sequence_parallel:
-            forward = self.collective(self.gather_s()) * 2
+            forward = self.collective(self.gather_s(), self.exposed_by_pieces) * 2
         else:
             forward = self.collective(self.all_reduce_s())
         sums = 1 if self.model.num_experts else 2
@@ -490,11 +523,19 @@ class MicroBatchWork:
 
         Sequence parallelism scatters the sum, and gathers gradient and input.
         """
-        exposed = self.constants.exposed
+        exposed = min(self.constants.exposed, self.exposed_by_pieces)
         if not self.experiment.sequence_parallel:
             return self.collective(self.all_reduce_s(), exposed)
         gathered_input = Work(launches=self.collective_s)
         return self.collective(self.gather_s(), exposed) * 2 + gathered_input
+
+    @property
+    def exposed_by_pieces(self) -> float:
+        """Share of an exchange that a product of the same tokens, piece by piece, does not hide.
+
+        TE's userbuffers cut both into a piece a rank; no product runs beside the first one.
+        """
+        return 1 / self.experiment.tp if self.experiment.tp_overlap else 1.0
 
     def collective(self, seconds: float, exposed: float = 1.0) -> Work:
         """A collective that takes ``seconds``, of which the share ``exposed`` is not hidden."""
@@ -507,26 +548,24 @@ class MicroBatchWork:
 
     def gather_s(self) -> float:
         """Seconds to all-gather or reduce-scatter a hidden state over tensor parallel ranks."""
-        tp, width = self.experiment.tp, self.model.hidden_size
-        return (tp - 1) / tp * 2 * self.tokens * width / self.link_bytes_per_s + MESSAGE_S
+        return self.tensor_gather_s(self.model.hidden_size)
+
+    def tensor_gather_s(self, width: float) -> float:
+        """The same for ``width`` elements of each token."""
+        return self.network.gather_s(2 * self.tokens * width, self.groups.tensor)
 
     def all_reduce_s(self) -> float:
         """Seconds to all-reduce a hidden state over tensor parallel ranks."""
-        share = self.all_reduce_share(self.experiment.tp)
-        sent = share * 2 * self.tokens * self.model.hidden_size
-        return sent / self.link_bytes_per_s + MESSAGE_S
-
-    def all_reduce_share(self, ranks: int) -> float:
-        """What a rank sends for an all-reduce, as a multiple of its message."""
-        return (
-            (ranks + 1) / ranks
-            if self.speed.switch_reduces and ranks > 2
-            else 2 * (ranks - 1) / ranks
-        )
+        message = 2 * self.tokens * self.model.hidden_size
+        return self.network.all_reduce_s(message, self.groups.tensor)
 
     def context_parallel(self) -> tuple[Work, Work]:
-        """The ring hides its exchange and merges partial results; the others exchange first."""
-        cp, byte_s = self.experiment.cp, self.bytes_per_s
+        """What context parallel ranks exchange, and how they merge their parts of the attention.
+
+        A ring sends keys and values on, backward their gradients too, while attention computes on
+        those of the turn before. The others exchange first.
+        """
+        cp, byte_s, group = self.experiment.cp, self.bytes_per_s, self.groups.context
         if cp == 1:
             return Work(), Work()
         launches = self.constants.context_ms * self.speed.host_s
@@ -537,12 +576,16 @@ class MicroBatchWork:
                 launches *= 1 + cp * RING_SHARE
                 merged = turns * (12 * queries / byte_s + KERNEL_S)
                 summed = turns * (6 * (queries + 2 * keys) / byte_s + KERNEL_S)
+                sent_s = self.network.send_s(4 * keys, group)
+                forward, backward = (work.attention / cp for work in self.attention())
                 return (
-                    Work(passes=merged, launches=launches),
-                    Work(passes=summed, launches=launches),
+                    Work(passes=merged, launches=launches)
+                    + Work(exchange=turns * max(0.0, sent_s - forward)),
+                    Work(passes=summed, launches=launches)
+                    + Work(exchange=turns * max(0.0, 2 * sent_s - backward)),
                 )
             case "all_gather":
-                gathered = 4 * keys * (cp - 1) / self.link_bytes_per_s + MESSAGE_S
+                gathered = self.network.gather_s(4 * keys * cp, group)
                 return (
                     Work(exchange=gathered, launches=launches),
                     Work(exchange=2 * gathered, launches=launches),
@@ -551,7 +594,7 @@ class MicroBatchWork:
         work = Work(
             passes=2 * exchanged / byte_s,
             launches=launches,
-            exchange=exchanged * (cp - 1) / cp / self.link_bytes_per_s + 4 * MESSAGE_S,
+            exchange=self.network.all_to_all_s(exchanged, group) + 3 * MESSAGE_S,
         )
         return work, work
 

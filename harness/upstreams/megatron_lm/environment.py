@@ -106,6 +106,10 @@ def _cuda(e: Experiment, memory_fraction: float | None) -> list[Variable]:
         ),
         Variable("OMP_NUM_THREADS", "1", "torchrun's own choice for several ranks"),
     ]
+    if e.tp_overlap:
+        found.append(
+            Variable("UB_SKIPMC", "1", "userbuffers share memory between GPUs without multicast")
+        )
     if memory_fraction is not None:
         found.append(
             Variable(

@@ -121,7 +121,7 @@ def megatron_flags(e: Experiment, device: Device, *, apex: bool = False) -> list
     groups = [
         _words(*_model(e)),
         _words(*_experts(e, cuda)),
-        _words(*_parallel(e)),
+        _words(*_parallel(e), *_overlap(e, cuda)),
         _words(*_SHARDING[e.sharding], *_on_meta_device(e)),
         _words(_RECOMPUTE[e.recompute], *_recompute_modules(e)),
         _words(
@@ -362,6 +362,13 @@ def _stages(e: Experiment) -> Iterator[str]:
         yield "--account-for-embedding-in-pipeline-split"
     if e.loss_as_layer:
         yield "--account-for-loss-in-pipeline-split"
+
+
+def _overlap(e: Experiment, cuda: bool) -> tuple[str, ...]:
+    """Overlap by Transformer Engine, which a CPU does without."""
+    if not (cuda and e.tp_overlap):
+        return ()
+    return ("--tp-comm-overlap",)
 
 
 def _experts(e: Experiment, cuda: bool) -> tuple[str, ...]:
