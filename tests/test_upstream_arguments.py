@@ -104,6 +104,7 @@ ROWS = (
     Row("--expert-tensor-parallel-size 1", "model", f"{MOE} --tensor-model-parallel-size 2 --sequence-parallel --moe-token-dispatcher-type alltoall",
         "mlp.experts", 2),
     Row("--sequence-parallel", "model", "--tensor-model-parallel-size 2", "sequence_parallel", 2),
+    Row("--tp-comm-overlap", "transformer", "--tensor-model-parallel-size 2 --sequence-parallel", world=2),
     # the transformer's configuration
     Row("--context-parallel-size 2", "transformer", world=2),
     Row("--cp-comm-type a2a", "transformer", "--context-parallel-size 2", world=2), Row("--attention-backend flash", "transformer"),

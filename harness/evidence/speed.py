@@ -16,7 +16,7 @@ from harness.experiment.experiment import Experiment
 from harness.experiment.hardware import find_card, peak_tflops
 from harness.machine import gpus
 from harness.planning import resolved
-from harness.predict.calibrations import Machine, fitted, machine_here
+from harness.predict.calibrations import Machine, machine_here
 from harness.predict.capacity import verdict
 from harness.predict.flops import mfu, tflops_per_gpu
 from harness.predict.layouts import faster
@@ -122,11 +122,9 @@ def _machines(experiment: Experiment, settings: Mapping[str, str]) -> list[tuple
     found = [machine_here(card, finding.outdir(settings), gpus.uuids()) for card in cards]
     machines = [(machine, source) for machine, source in found if machine]
     if not machines:
-        calibrated = dict.fromkeys(machine.gpu for machine in fitted().values())
         raise UserError(
-            f"no steps measured on {' or '.join(card.name for card in cards)} calibrate the"
-            f" prediction; CARD= may be {', '.join(calibrated)}\n"
-            "to calibrate with records of your own runs (make record): docs/step-time.md"
+            f"{' or '.join(card.name for card in cards)} has no bf16, and steps are predicted in"
+            " bf16 and fp8 only; CARD= names another card"
         )
     return machines
 

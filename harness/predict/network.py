@@ -34,8 +34,8 @@ class Group(NamedTuple):
 
     @property
     def span(self) -> int:
-        """Neighbouring ranks from its first to its last, whole strides."""
-        return self.ranks * self.stride
+        """Neighbouring ranks from its first to its last."""
+        return (self.ranks - 1) * self.stride + 1
 
 
 @dataclass(frozen=True)

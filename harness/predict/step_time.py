@@ -138,6 +138,7 @@ def kinds(experiment: Experiment) -> frozenset[str]:
         "no dropout": not model.dropout,
         f"{experiment.precision} arithmetic": experiment.precision == "fp32",
         "a fused loss": experiment.cross_entropy_fusion,
+        "fused gradient sums": experiment.gradient_fusion,
         "unfused attention": experiment.attention_backend == "unfused",
         "bf16 moments": experiment.optimizer_state == "bf16",
         "bf16 gradients": experiment.gradients == "bf16",
