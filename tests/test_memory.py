@@ -110,10 +110,11 @@ def test_norms_of_queries_and_keys_keep_their_inputs_and_statistics(id_, kept_by
 
 def test_micro_batches_in_flight():
     first = {
-        id_: sum(layers_in_flight(find(id_), 0)) for id_ in ("401", "408", "432", "438", "438h")
+        id_: sum(layers.total for layers in layers_in_flight(find(id_), 0))
+        for id_ in ("401", "408", "432", "438", "438h")
     }
     assert first == {"401": 9, "408": 72, "432": 72, "438": 72, "438h": 36 * (1 + 3 / 12)}
-    assert layers_in_flight(find("408"), 7) == (9,), "the last stage goes backward at once"
+    assert layers_in_flight(find("408"), 7) == ((9, 0, 0),), "the last stage goes backward at once"
 
 
 @pytest.mark.parametrize(("id_", "ahead"), [("702", None), ("705", 17), ("711", 3), ("706", 1)])
@@ -155,8 +156,8 @@ def test_what_experts_cost_besides_their_rows():
     ):
         more = with_changes(e, model=m.model_copy(update=changes))
         assert mlp_bytes(more) - mlp_bytes(e) == each * m.num_experts * tokens
-    assert _backward_bytes(e) - _backward_bytes(
-        find("501", ep=2)
+    assert _backward_bytes(e, "experts") - _backward_bytes(
+        find("501", ep=2), "experts"
     ) == 2 * m.num_experts / 2 * m.hidden_size * m.moe_ffn * (2 if m.gated else 1)
 
 

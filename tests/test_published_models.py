@@ -12,7 +12,7 @@ from harness.convert.architectures import architecture_of
 from harness.errors import UserError
 from harness.experiment.catalog import load_models
 from harness.experiment.constraints import with_changes
-from harness.experiment.model import Lora
+from harness.experiment.model import LatentAttention, Lora
 from harness.experiment.unlisted import row_of
 from harness.predict.flops import count_parameters, parameters_on, step_flops, upstream_flops
 from harness.upstreams.megatron_lm.flags import megatron_flags
@@ -226,6 +226,65 @@ def test_upstream_fixes_some_of_yarn():
     yarn = row.model.yarn.model_copy(update={"beta_fast": 16.0})
     with pytest.raises(UserError, match=r"latent attention has beta_fast 32\.0, not 16"):
         with_changes(row, model=row.model.model_copy(update={"yarn": yarn}))
+
+
+DEEPSEEK = MODELS["deepseek-v3"].model_copy(
+    update={
+        "name": "tiny-deepseek",
+        "num_layers": 4,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "ffn_hidden_size": 64,
+        "vocab_size": 255,
+        "latent_attention": LatentAttention(
+            q_lora_rank=16, kv_lora_rank=8, qk_head_dim=6, qk_pos_emb_head_dim=4, v_head_dim=8
+        ),
+        "first_dense_layers": 1,
+        "num_experts": 8,
+        "moe_router_topk": 2,
+        "moe_ffn_hidden_size": 16,
+        "moe_shared_expert_intermediate_size": 24,
+        "moe_router_num_groups": 4,
+        "moe_router_group_topk": 2,
+    }
+)
+# Upstream averages the loss of later tokens within a rank's part of the sequence, so context parallelism weighs tokens otherwise
+ONE_TOKEN = DEEPSEEK.model_copy(update={"name": "tiny-deepseek-1", "mtp_num_layers": None})
+DENSE = DEEPSEEK.model_copy(
+    update={
+        "name": "tiny-dense",
+        "num_experts": None,
+        "first_dense_layers": 0,
+        "moe_shared_expert_intermediate_size": None,
+    }
+)
+LAYOUTS = """{
+    "tp2 sp ep2": (DEEPSEEK, {"tp": 2, "sequence_parallel": True, "ep": 2}),
+    "pp2 vpp2": (DEEPSEEK, {"pp": 2, "vpp": 2}),
+    "dp2 ep2 zero": (DEEPSEEK, {"dp": 2, "ep": 2, "sharding": "optim"}),
+    "tp2": (DENSE, {"tp": 2}),
+    "cp2 p2p": (ONE_TOKEN, {"cp": 2}),
+    "cp2 a2a": (ONE_TOKEN, {"cp": 2, "cp_comm_type": "a2a"}),
+}"""
+PARITY = f"""
+import sys
+from harness import parity
+sys.path.insert(0, {str(ROOT / "tests")!r})
+from test_published_models import DEEPSEEK, DENSE, ONE_TOKEN
+parity.LAYOUTS = {LAYOUTS}
+sys.exit(parity.main())
+"""
+
+
+@pytest.mark.cpu
+def test_latent_attention_and_prediction_train_alike_under_every_parallelism():
+    """Losses of every layout, and of the harness's own script, equal those of one process with upstream's."""
+    command = [sys.executable, "-c", PARITY]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    own = "harness's own script" in done.stdout
+    assert own == bool(os.environ.get("MEGATRON_LM"))
+    assert done.stdout.count(" equal") == 3 + 6 + 3 * own, done.stdout
 
 
 @pytest.mark.parametrize("name", ["deepseek-v2", "deepseek-v3", "nemotron-340b"])

@@ -1,4 +1,4 @@
-"""Context-parallel attention in plain torch, with the interface of ``DotProductAttention``.
+"""Context-parallel and latent attention in plain torch, with the interfaces of upstream's.
 
 Upstream splits a sequence into 2n chunks and gives rank r of n the chunks r and 2n-1-r: causal
 attention is then the same work for every rank. ``--cp-comm-type`` chooses how the ranks attend to
@@ -23,17 +23,22 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import (
     all_to_all_hp2sp,
     all_to_all_sp2hp,
+    copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+    scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.training.utils import print_rank_0
 
 from harness.errors import UserError
 
 
 def install() -> None:
-    """Let upstream's local layer specs build context-parallel attention."""
+    """Let upstream's local layer specs build context-parallel and latent attention."""
     backends.DotProductAttention = ContextParallelAttention
+    MLASelfAttention._qkv_down_projection = _whole_projections_down
 
 
 def sequence_positions(context_parallel: int, sequence: int) -> torch.Tensor:
@@ -51,6 +56,27 @@ def _masked(distance: torch.Tensor, window: tuple[int, int] | None) -> torch.Ten
     """
     later = distance < 0
     return later | (distance > window[0]) if window else later
+
+
+_split_projections_down = MLASelfAttention._qkv_down_projection
+
+
+def _whole_projections_down(self: MLASelfAttention, hidden: torch.Tensor) -> tuple:
+    """Latent attention's projections down, whole on every rank as Transformer Engine's are.
+
+    Upstream's local layers split their outputs, and after gathering leave out the gradient that the
+    rotary keys, which all heads share, get from the heads of other ranks.
+    """
+    queries, pairs = _split_projections_down(self, hidden)
+    width = self.config.kv_lora_rank
+    if pairs.size(-1) == width + self.config.qk_pos_emb_head_dim:
+        return queries, pairs
+    pairs = gather_from_tensor_model_parallel_region(pairs, group=self.tp_group)
+    if self.config.sequence_parallel:
+        return queries, scatter_to_sequence_parallel_region(pairs, group=self.tp_group)
+    compressed, rotary = pairs[..., :width], pairs[..., width:]
+    rotary = copy_to_tensor_model_parallel_region(rotary, group=self.tp_group)
+    return queries, torch.cat([compressed, rotary], dim=-1)
 
 
 class ContextParallelAttention(DotProductAttention):

@@ -3,13 +3,13 @@
 The ``megatron-core`` wheel has the training loop, the model and the data sets, but not the script
 that combines them. This one mirrors ``pretrain_gpt.py`` and ``gpt_builders.py``. It covers
 pre-training of dense and mixture-of-experts models on mock or prepared data, under every
-parallelism, and fine-tuning on packed conversations (``--sft``). Its losses equal those of
-upstream's script bit by bit (``make parity``, tests/test_cpu_training.py,
-tests/test_finetune_lora.py).
+parallelism and with multi-token prediction, and fine-tuning on packed conversations (``--sft``).
+Its losses equal those of upstream's script bit by bit (``make parity``,
+tests/test_cpu_training.py, tests/test_finetune_lora.py, tests/test_published_models.py).
 """
 
 from dataclasses import fields
-from functools import partial
+from functools import cache, partial
 
 import torch
 from megatron.core import mpu
@@ -19,6 +19,8 @@ from megatron.core.enums import ModelType
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.multi_token_prediction import get_mtp_ranks, mtp_on_this_rank
 from megatron.core.utils import (
     flatten_batch_for_packed_sequences,
     get_attr_wrapped_model,
@@ -26,7 +28,11 @@ from megatron.core.utils import (
     get_batch_on_this_tp_rank,
 )
 from megatron.training import get_args, get_timers, pretrain
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.argument_utils import (
+    core_transformer_config_from_args,
+    gpt_config_from_args,
+    pretrain_cfg_container_from_args,
+)
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.datasets import sft_dataset
 from megatron.training.training import update_seqlen_stats_from_cu_seqlens
@@ -36,7 +42,6 @@ from harness.errors import UserError
 
 ONLY_UPSTREAM = (
     "fim_data",
-    "mtp_num_layers",
     "hybrid_context_parallel",
     "dataloader_inter_document_masking",
     "overlap_moe_expert_parallel_comm",
@@ -74,7 +79,13 @@ def main() -> None:
             )
     datasets.is_distributed = True
     config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
-    pretrain(config, datasets, ModelType.encoder_or_decoder, forward_step)
+    pretrain(
+        config,
+        datasets,
+        ModelType.encoder_or_decoder,
+        forward_step,
+        get_embedding_ranks=_embedding_ranks,
+    )
 
 
 def datasets(samples: tuple[int, int, int], vp_stage: int | None = None) -> tuple:
@@ -86,9 +97,7 @@ def datasets(samples: tuple[int, int, int], vp_stage: int | None = None) -> tupl
     args = get_args()
 
     def read_here() -> bool:
-        return mpu.get_tensor_model_parallel_rank() == 0 and (
-            args.sft or is_first_or_last_pipeline_stage(vp_stage)
-        )
+        return mpu.get_tensor_model_parallel_rank() == 0 and (args.sft or _at_an_end(vp_stage))
 
     kind = sft_dataset.SFTDataset if args.sft else MockGPTDataset if args.mock_data else GPTDataset
     return BlendedMegatronDatasetBuilder(kind, samples, read_here, _dataset_config(args)).build()
@@ -124,7 +133,7 @@ def _batch(iterator, vp_stage: int | None) -> dict[str, torch.Tensor | None]:
     Packed sequences are one row [1, b s]. Every stage needs their bounds, because attention does:
     ``cu_seqlens`` [1, n], ``max_seqlen`` [1]. Mirrors ``get_batch`` of pretrain_gpt.py.
     """
-    args, at_an_end = get_args(), is_first_or_last_pipeline_stage(vp_stage)
+    args, at_an_end = get_args(), _at_an_end(vp_stage)
     if not at_an_end and not args.sft:
         return dict.fromkeys(BATCH)
     batch = {}
@@ -144,7 +153,7 @@ def _batch(iterator, vp_stage: int | None) -> dict[str, torch.Tensor | None]:
         tp_rank=mpu.get_tensor_model_parallel_rank(),
         micro_batch_size=args.micro_batch_size,
         seq_length=args.seq_length,
-        mtp_on_this_rank=False,
+        mtp_on_this_rank=_predicts_more(vp_stage),
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
@@ -155,6 +164,33 @@ def _batch(iterator, vp_stage: int | None) -> dict[str, torch.Tensor | None]:
     return get_batch_on_this_cp_rank(
         batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()
     )
+
+
+def _at_an_end(vp_stage: int | None) -> bool:
+    """Whether this chunk embeds tokens or computes a loss, of the next token or of later ones."""
+    return is_first_or_last_pipeline_stage(vp_stage) or _predicts_more(vp_stage)
+
+
+def _predicts_more(vp_stage: int | None) -> bool:
+    """Whether this chunk has layers of multi-token prediction."""
+    return mtp_on_this_rank(
+        layout=_transformer().pipeline_model_parallel_layout,
+        mtp_num_layers=get_args().mtp_num_layers,
+        ignore_virtual=False,
+        vp_stage=vp_stage,
+    )
+
+
+def _embedding_ranks(pipeline_ranks: list[int]) -> list[int]:
+    """Ranks of a pipeline that hold the word embedding, or an output layer tied to it."""
+    tied = [] if get_args().untie_embeddings_and_output_weights else pipeline_ranks[-1:]
+    return sorted({pipeline_ranks[0], *tied, *get_mtp_ranks(pipeline_ranks, _transformer())})
+
+
+@cache
+def _transformer() -> TransformerConfig:
+    """The configuration of this run, without which upstream does not say where layers lie."""
+    return core_transformer_config_from_args(get_args())
 
 
 def _packing(batch: dict[str, torch.Tensor | None]) -> PackedSeqParams | None:

@@ -129,6 +129,7 @@ def describe(full: Experiment, small: Experiment) -> str:
         ("sequence", full.seq_length, small.seq_length),
         ("vocabulary", full.model.vocab_size, small.model.vocab_size),
         ("experts", full.model.num_experts, small.model.num_experts),
+        ("dense layers", full.model.first_dense_layers, small.model.first_dense_layers),
         ("window", full.model.window_size, small.model.window_size),
         ("learning rate", full.lr, small.lr),
         ("precision", full.precision, small.precision),
@@ -203,7 +204,18 @@ def _miniature_model(experiment: Experiment, pp: int) -> Model:
         scaled["kv_channels"] = 2 * HEAD_SIZE
     if model.window_size:
         scaled["window_size"] = max(model.window_size // SEQUENCE_SCALE, 1)
-    if model.yarn:
+    if latent := model.latent_attention:
+        # heads as wide as all others, ranks narrower than the hidden state and divisible by TP
+        scaled["latent_attention"] = latent.model_copy(
+            update={
+                "q_lora_rank": width // 2 if latent.q_lora_rank else None,
+                "kv_lora_rank": width // 4,
+                "qk_head_dim": HEAD_SIZE,
+                "qk_pos_emb_head_dim": 2 * HEAD_SIZE,
+                "v_head_dim": HEAD_SIZE,
+            }
+        )
+    elif model.yarn:
         positions = max(model.yarn.original_max_position_embeddings // SEQUENCE_SCALE, 1)
         scaled["yarn"] = model.yarn.model_copy(
             update={"original_max_position_embeddings": positions}
@@ -215,7 +227,12 @@ def _miniature_model(experiment: Experiment, pp: int) -> Model:
             ),
             "moe_router_topk": min(model.moe_router_topk or 1, MOST_TOPK),
             "moe_ffn_hidden_size": EXPERT_WIDTH,
+            "first_dense_layers": min(model.first_dense_layers, 1),
         }
+        if model.moe_shared_expert_intermediate_size:
+            scaled["moe_shared_expert_intermediate_size"] = EXPERT_WIDTH
+        if model.moe_router_group_topk:
+            scaled["moe_router_group_topk"] = min(model.moe_router_group_topk, MOST_TOPK)
     return model.model_copy(update=scaled)
 
 

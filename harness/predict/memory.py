@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 
 from harness.experiment.experiment import Experiment
-from harness.experiment.pipeline import is_even, stage_layers
+from harness.experiment.linear_layers import LayerKind
+from harness.predict import stages
 from harness.predict.activations import (
     attention_bytes,
     element_bytes,
@@ -17,6 +18,7 @@ from harness.predict.activations import (
     loss_bytes,
     mask_bytes,
     mlp_bytes,
+    predictor_bytes,
     tokens_on,
 )
 from harness.predict.context import context_gib
@@ -102,13 +104,14 @@ class Memory:
 
 
 def predict(experiment: Experiment) -> Memory:
-    """What ``experiment`` takes on its fullest rank: with even stages, of the first or the last.
+    """What ``experiment`` takes on its fullest rank: with stages alike, of the first or the last.
 
     Assumes that routers spread tokens evenly; otherwise the rank with most tokens needs more.
     """
-    stages = {0, experiment.pp - 1} if is_even(experiment) else range(experiment.pp)
+    alike = stages.alike(experiment)
+    compared = {0, experiment.pp - 1} if alike else range(experiment.pp)
     return max(
-        (_on_stage(experiment, stage) for stage in stages), key=lambda memory: memory.tensors
+        (_on_stage(experiment, stage) for stage in compared), key=lambda memory: memory.tensors
     )
 
 
@@ -126,13 +129,18 @@ def _on_stage(experiment: Experiment, stage: int) -> Memory:
 def _tensors(experiment: Experiment, stage: int) -> dict[str, float]:
     """Bytes of tensors at the fullest moment without CUDA graphs, named as Memory's pieces."""
     state, held = state_on(experiment, stage), parameters_on(experiment, stage)
-    attention, mlp = attention_bytes(experiment), mlp_bytes(experiment)
-    layers = sum(layers_in_flight(experiment, stage))
+    in_flight = sum(layers_in_flight(experiment, stage), stages.Layers())
+    attention, mlp = (
+        attention_bytes(experiment) * in_flight.total,
+        _mlps_bytes(experiment, in_flight),
+    )
+    largest = _largest_kind(experiment, stage)
     recomputed = 0
     if experiment.recompute == "full":
         # kept is the layer's input; its other activations exist while it goes backward
-        recomputed, attention, mlp = attention + mlp, hidden_bytes(experiment), 0
-    passing = recomputed + _backward_bytes(experiment)
+        recomputed = attention_bytes(experiment) + mlp_bytes(experiment, largest)
+        attention, mlp = hidden_bytes(experiment) * in_flight.total, 0
+    passing = recomputed + _backward_bytes(experiment, largest)
     passing += _gathered_layer_bytes(experiment, held, stage)
     if stage == experiment.pp - 1:
         passing = max(passing, loss_bytes(experiment))
@@ -142,15 +150,33 @@ def _tensors(experiment: Experiment, stage: int) -> dict[str, float]:
     gradients = state.gradients
     if experiment.sharding == "torch_fsdp2" and experiment.num_microbatches == 1:
         # fully_shard has no gradient buffer: gradients grow while activations shrink
-        gradients -= min(gradients, (attention + mlp) * layers)
+        gradients -= min(gradients, attention + mlp)
     return {
         "weights": weights,
         "gradients": gradients,
         "optimizer": state.optimizer,
-        "attention": attention * layers,
-        "mlp": mlp * layers,
+        "attention": attention,
+        "mlp": mlp,
         "passing": passing,
     }
+
+
+def _mlps_bytes(experiment: Experiment, layers: stages.Layers) -> float:
+    """Bytes that MLPs and experts of ``layers`` keep, and what joins predicted tokens."""
+    kept = {"dense": 0.0, "experts": 0.0}
+    for kind, number in zip(("dense", "experts"), layers[:2], strict=True):
+        kept[kind] = number * mlp_bytes(experiment, kind) if number else 0.0
+    predictors = layers.predictors
+    more = predictors * (mlp_bytes(experiment) + predictor_bytes(experiment)) if predictors else 0.0
+    return kept["dense"] + kept["experts"] + more
+
+
+def _largest_kind(experiment: Experiment, stage: int) -> LayerKind:
+    """The kind of the layer on ``stage`` whose backward pass takes most."""
+    layers = stages.on_stage(experiment, stage)
+    kinds: list[LayerKind] = ["dense"] * (layers.dense > 0) + ["experts"] * (layers.experts > 0)
+    kinds = kinds or [stages.predictor_kind(experiment)]
+    return max(kinds, key=lambda kind: _backward_bytes(experiment, kind))
 
 
 def _hidden_by_graphs(experiment: Experiment, tensors: Mapping[str, float]) -> dict[str, float]:
@@ -177,7 +203,7 @@ def _ends_bytes(experiment: Experiment, stage: int) -> float:
     return mask + workspaces + first + last
 
 
-def _backward_bytes(experiment: Experiment) -> float:
+def _backward_bytes(experiment: Experiment, kind: LayerKind) -> float:
     """Bytes of a layer's largest gradients, those of its MLP or experts.
 
     They are of the activation, the input, the output and the first matrix. Without Apex a weight's
@@ -185,7 +211,7 @@ def _backward_bytes(experiment: Experiment) -> float:
     """
     model, size, fc1 = experiment.model, element_bytes(experiment), experiment.model.fc1_matrices
     hidden = model.hidden_size
-    if model.num_experts:
+    if kind == "experts":
         rows = hidden_tokens(experiment) * model.moe_router_topk
         experts = model.num_experts // experiment.ep
         matrix = experts * hidden * model.moe_ffn * fc1 / experiment.etp
@@ -222,7 +248,7 @@ def _gathered_layer_bytes(experiment: Experiment, held: Held, stage: int) -> flo
 
     FSDP2 prefetches one layer, Megatron-FSDP FSDP_PREFETCH_ELEMENTS.
     """
-    layers = stage_layers(experiment)[stage]
+    layers = stages.on_stage(experiment, stage).total
     if not experiment.shards_weights or not layers:
         return 0
     layer = (held.dense - held.ends + held.experts) / layers

@@ -11,16 +11,17 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from harness.experiment import linear_layers
 from harness.experiment.experiment import Experiment
-from harness.experiment.pipeline import chunk_layers, is_even, stage_layers
+from harness.experiment.linear_layers import Linear
+from harness.predict import stages
 from harness.predict.activations import (
     Operation,
-    attention_operations,
     element_bytes,
     hidden_bytes,
+    layer_operations,
     logits_on,
     mask_bytes,
-    mlp_operations,
 )
 from harness.predict.allocator import Allocator, Block
 from harness.predict.flops import adapter_widths, padded_vocab_size, state_of_parameter
@@ -79,16 +80,29 @@ def _replay(experiment: Experiment, stage: int) -> Footprint:
     )
 
 
-def layers_in_flight(experiment: Experiment, stage: int) -> tuple[int, ...]:
+def layers_in_flight(experiment: Experiment, stage: int) -> tuple[stages.Layers, ...]:
     """Layers of each forward pass whose activations a rank of ``stage`` keeps when they are most.
 
     Source: Narayanan et al. 2021 (arXiv:2104.04473), section 2.2.
     """
-    layers, micro_batches = chunk_layers(experiment), experiment.num_microbatches
-    if is_even(experiment):
+    held, micro_batches = stages.all_chunks(experiment), experiment.num_microbatches
+    if stages.alike(experiment):
         warm_up = warm_up_passes(stage, experiment.pp, experiment.vpp)
-        return layers[0][:1] * min(warm_up + 1, micro_batches * experiment.vpp)
-    return tuple(layers[stage][chunk] for chunk in most_in_flight(stage, micro_batches, layers))
+        return held[0][:1] * min(warm_up + 1, micro_batches * experiment.vpp)
+    kept = {kind: _kept_bytes(experiment, kind) for kind in {*_kinds(held)}}
+    sizes = [[sum(kept[kind] for kind in chunk.kinds) for chunk in chunks] for chunks in held]
+    return tuple(held[stage][chunk] for chunk in most_in_flight(stage, micro_batches, sizes))
+
+
+def _kinds(held: Iterable[Iterable[stages.Layers]]) -> Iterable[str]:
+    return (kind for chunks in held for chunk in chunks for kind in chunk.kinds)
+
+
+def _kept_bytes(experiment: Experiment, kind: str) -> float:
+    """Bytes that a layer keeps of one micro-batch."""
+    if experiment.recompute == "full":
+        return hidden_bytes(experiment)
+    return sum(sum(operation.saves) for operation in layer_operations(experiment, kind))
 
 
 def captures_layers(experiment: Experiment) -> bool:
@@ -117,7 +131,8 @@ def _copy_bytes(experiment: Experiment) -> int:
 class _Pass:
     """What a micro-batch's forward pass leaves for its backward pass."""
 
-    layers: list[Saved]
+    layers: list[tuple[str, Saved]]
+    """The kind of each layer, and what it saved."""
     output: Block | None
     """The last layer's."""
     others: list[Block | None]
@@ -133,15 +148,14 @@ class _Rank:
         self.hidden = hidden_bytes(experiment)
         vocabulary = padded_vocab_size(experiment.model.vocab_size, experiment.tp)
         self.embedding = experiment.model.hidden_size * vocabulary // experiment.tp
-        self.layers = stage_layers(experiment)[stage]
+        self.layers = stages.on_stage(experiment, stage)
         self.in_flight = layers_in_flight(experiment, stage)
-        self.operations = attention_operations(experiment) + mlp_operations(experiment)
+        kinds = set(self.layers.kinds)
+        self.operations = {kind: layer_operations(experiment, kind) for kind in kinds}
         self.moments: list[float] = []
-        self.fp8_copies: list[int] = []
+        self.without_fp8_copies = dict.fromkeys(kinds, 0)
         if experiment.precision == "fp8":
-            matrices = [size for size in _layer_parameters(experiment) if size > 2**20]
-            self.fp8_copies = [size for size in matrices for _ in ("by rows", "by columns")]
-        self.without_fp8_copies = self.layers if self.fp8_copies else 0
+            self.without_fp8_copies = dict(zip(self.layers._fields, self.layers, strict=True))
 
     def build(self) -> None:
         """Allocate weights, gradients, fp32 copies and workspaces."""
@@ -199,8 +213,11 @@ class _Rank:
         if self.first and experiment.model.position_embedding == "learned_absolute":
             positions = experiment.positions or experiment.seq_length
             parameters.append(experiment.model.hidden_size * positions)
-        parameters += _layer_parameters(experiment) * self.layers
+        for kind in self.layers.kinds:
+            parameters += _layer_parameters(experiment, kind)
         if self.last and (experiment.model.untie_embeddings or not self.first):
+            parameters.append(self.embedding)
+        if self.layers.predictors and not self.first and experiment.model.untie_embeddings:
             parameters.append(self.embedding)
         return parameters
 
@@ -209,9 +226,9 @@ class _Rank:
         rank = self.experiment.lora.rank
         widths = adapter_widths(self.experiment).values()
         layer = [rank * width for both in widths for width in both]
-        return layer * self.layers
+        return layer * self.layers.total
 
-    def _forward(self, layers_of_chunk: int, *, captured: bool) -> _Pass:
+    def _forward(self, layers_of_chunk: stages.Layers, *, captured: bool) -> _Pass:
         take, free = self.allocator.allocate, self.allocator.free
         experiment = self.experiment
         others = [take(experiment.micro_batch_size * experiment.seq_length**2 / experiment.cp)]
@@ -224,7 +241,7 @@ class _Rank:
         passing = take(self.hidden)  # transposed
         free(total)
         if captured:
-            copies = [self.hidden] * COPIES_OF_GRAPHS * layers_of_chunk
+            copies = [self.hidden] * COPIES_OF_GRAPHS * layers_of_chunk.total
             others += self.allocator.allocate_all(copies)
             free(*embeddings)
             layers = []
@@ -235,30 +252,39 @@ class _Rank:
         return _Pass(layers, output, others)
 
     def _layers_forward(
-        self, number: int, passing: Block | None, embeddings: Iterable[Block | None]
-    ) -> tuple[list[Saved], Block | None]:
-        """``number`` layers on one micro-batch; returns what they save, and an output."""
+        self, held: stages.Layers, passing: Block | None, embeddings: Iterable[Block | None]
+    ) -> tuple[list[tuple[str, Saved]], Block | None]:
+        """The layers ``held`` on one micro-batch; returns what they save, and an output."""
         layers = []
-        for _ in range(number):
-            if self.without_fp8_copies:
-                self.without_fp8_copies -= 1
-                self.allocator.allocate_all(self.fp8_copies)
+        for kind in held.kinds:
+            if self.without_fp8_copies[kind]:
+                self.without_fp8_copies[kind] -= 1
+                self.allocator.allocate_all(self._fp8_copies(kind))
+            operations = self.operations[kind]
             if self.experiment.recompute == "full":
                 kept = self.allocator.allocate(self.hidden)
-                saved, passing = self._layer_forward(passing, embeddings)
+                saved, passing = self._layer_forward(operations, passing, embeddings)
                 self.allocator.free(*(block for _, blocks in saved for block in blocks))
                 saved = [(Operation((self.hidden,), 0), [kept])]
             else:
-                saved, passing = self._layer_forward(passing, embeddings)
-            layers.append(saved)
+                saved, passing = self._layer_forward(operations, passing, embeddings)
+            layers.append((kind, saved))
             embeddings = ()
         return layers, passing
 
+    def _fp8_copies(self, kind: str) -> list[int]:
+        """Elements of a layer's quantised weights."""
+        matrices = (size for size in _layer_parameters(self.experiment, kind) if size > 2**20)
+        return [size for size in matrices for _ in ("by rows", "by columns")]
+
     def _layer_forward(
-        self, passing: Block | None, embeddings: Iterable[Block | None] = ()
+        self,
+        operations: Iterable[Operation],
+        passing: Block | None,
+        embeddings: Iterable[Block | None] = (),
     ) -> tuple[Saved, Block | None]:
         saved = []
-        for operation in self.operations:
+        for operation in operations:
             saved.append((operation, self.allocator.allocate_all(operation.saves)))
             self.allocator.free(passing, *embeddings)
             embeddings = ()
@@ -287,15 +313,14 @@ class _Rank:
         """
         take, free = self.allocator.allocate, self.allocator.free
         experiment, size = self.experiment, element_bytes(self.experiment)
-        normed, logits = take(self.hidden), logits_on(experiment)
-        computed, softmax = take(size * logits), take(4 * logits)
-        if experiment.cross_entropy_fusion:
-            written = take(4 * logits)
-            free(softmax)
-            softmax = written
-        free(computed)
-        of_logits = take(size * logits)
-        free(softmax)
+        logits = logits_on(experiment)
+        later = [self._softmax(logits) for _ in range(experiment.model.predictors)]
+        normed = take(self.hidden)
+        of_logits, softmax = None, self._softmax(logits)
+        for kept in (softmax, *later):
+            free(of_logits)
+            of_logits = take(size * logits)
+            free(kept)
         gradient = take(self.hidden)
         of_weight = None if experiment.lora else take(size * self.embedding)
         free(of_logits, normed)
@@ -304,15 +329,29 @@ class _Rank:
         free(of_weight)
         return gradient, None
 
+    def _softmax(self, logits: float) -> Block | None:
+        """Computes logits and loss; returns the softmax in fp32, which stays."""
+        take, free = self.allocator.allocate, self.allocator.free
+        computed, softmax = take(element_bytes(self.experiment) * logits), take(4 * logits)
+        if self.experiment.cross_entropy_fusion:
+            written = take(4 * logits)
+            free(softmax)
+            softmax = written
+        free(computed)
+        return softmax
+
     def _layers_backward(
-        self, layers: list[Saved], residual: Block | None, gradient: Block | None
+        self,
+        layers: list[tuple[str, Saved]],
+        residual: Block | None,
+        gradient: Block | None,
     ) -> Block | None:
         """All layers; returns the gradient of their input."""
-        for saved in reversed(layers):
+        for kind, saved in reversed(layers):
             kept: list[Block | None] = []
             if self.experiment.recompute == "full":
                 kept = saved[0][1]
-                saved, passing = self._layer_forward(None)
+                saved, passing = self._layer_forward(self.operations[kind], None)
                 self.allocator.free(passing)
             gradient = self._layer_backward(saved, residual, gradient)
             self.allocator.free(*kept)
@@ -342,20 +381,41 @@ class _Rank:
         return self.allocator.allocate(self.hidden) if mask_bytes(self.experiment) else None
 
 
-def _layer_parameters(experiment: Experiment) -> list[int]:
-    """Elements of each parameter of a layer."""
-    model, hidden, tp = experiment.model, experiment.model.hidden_size, experiment.tp
-    bias = model.add_bias_linear
+def _layer_parameters(experiment: Experiment, kind: str) -> list[int]:
+    """Elements of each parameter of a layer: ``dense``, ``experts``, or in ``predictors``."""
+    model, hidden = experiment.model, experiment.model.hidden_size
     norm = [hidden] * (2 if model.normalization == "LayerNorm" else 1)
-    outputs, inputs = model.qkv_size // tp, model.query_size // tp
-    attention = [hidden * inputs, *([hidden] if bias else [])]
-    attention += [hidden * outputs, *([outputs] if bias else []), *norm]
-    width = (model.moe_ffn // experiment.etp) if model.num_experts else model.ffn // tp
-    before = width * model.fc1_matrices
-    mlp = [hidden * before, hidden * width, *([before, hidden] if bias else [])]
-    if model.num_experts:
-        mlp = mlp * (model.num_experts // experiment.ep) + [hidden * model.num_experts]
-    return [*attention, *norm, *mlp]
+    more = []
+    if kind == "predictors":
+        more = [*norm * 3, linear_layers.of_predictor(model).weights // experiment.tp]
+        kind = stages.predictor_kind(experiment)
+    attention = linear_layers.of_attention(model)
+    proj = attention.pop("linear_proj")
+    parameters = _elements(proj, experiment.tp)
+    for linear in attention.values():
+        parameters += _elements(linear, experiment.tp)
+    parameters += norm * 2
+    if kind == "dense":
+        mlp = [
+            _elements(one, experiment.tp) for one in linear_layers.of_mlp(model, model.ffn).values()
+        ]
+    else:
+        expert = linear_layers.of_mlp(model, model.moe_ffn).values()
+        mlp = [_elements(one, experiment.etp) for one in expert] * (
+            model.num_experts // experiment.ep
+        )
+        mlp += [
+            _elements(one, experiment.tp) for one in linear_layers.of_shared_expert(model).values()
+        ]
+        mlp.append([hidden * model.num_experts])
+    return [*more, *parameters, *(size for sizes in mlp for size in sizes)]
+
+
+def _elements(linear: Linear, tp: int) -> list[int]:
+    """Elements of a linear layer's weight, and of its bias if it has one, on a rank."""
+    outputs = linear.outputs // (tp if linear.split == "outputs" else 1)
+    inputs = linear.inputs // (tp if linear.split == "inputs" else 1)
+    return [outputs * inputs, *([outputs] if linear.bias else [])]
 
 
 def _first_shard(parameters: Sequence[int], replicas: int) -> list[int]:

@@ -24,6 +24,13 @@ class Layers(NamedTuple):
     def total(self) -> int:
         return sum(self)
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kind of each layer, by field name, in order."""
+        return tuple(
+            kind for kind, number in zip(self._fields, self, strict=True) for _ in range(number)
+        )
+
 
 def chunks(experiment: Experiment, stage: int) -> tuple[Layers, ...]:
     """The layers of each chunk (virtual stage) of ``stage``, in order."""
@@ -34,6 +41,16 @@ def chunks(experiment: Experiment, stage: int) -> tuple[Layers, ...]:
         predictors = model.predictors if (stage, chunk) == predicting else 0
         found.append(Layers(dense, len(layers) - dense, predictors))
     return tuple(found)
+
+
+def all_chunks(experiment: Experiment) -> tuple[tuple[Layers, ...], ...]:
+    """The layers of each chunk of each stage: ``[stage][chunk]``."""
+    return tuple(chunks(experiment, stage) for stage in range(experiment.pp))
+
+
+def alike(experiment: Experiment) -> bool:
+    """Whether all chunks of all stages hold the same layers."""
+    return len({chunk for stage in all_chunks(experiment) for chunk in stage}) == 1
 
 
 def on_stage(experiment: Experiment, stage: int) -> Layers:
