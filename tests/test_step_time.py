@@ -13,7 +13,7 @@ from harness.evidence import calibrate, step_time_tables
 from harness.evidence.facts import Facts
 from harness.evidence.rows import predicted_step_ms
 from harness.experiment import command_line, overrides
-from harness.experiment.catalog import load_catalog
+from harness.experiment.catalog import load_catalog, load_models
 from harness.experiment.constraints import with_changes
 from harness.experiment.fabrics import LINKS
 from harness.experiment.hardware import find_card
@@ -505,7 +505,8 @@ def test_methods_that_no_row_has_together_are_named_as_a_pair():
 
 
 SIZES = {"num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "kv_channels", "vocab_size", "norm_epsilon", "rotary_base",
-         "rope_scaling_factor", "init_method_std", "moe_router_topk", "moe_ffn_hidden_size", "name"}  # fmt: skip
+         "rope_scaling_factor", "init_method_std", "moe_router_topk", "moe_ffn_hidden_size", "name", "moe_router_group_topk",
+         "moe_router_topk_scaling_factor", "mtp_loss_scaling_factor"}  # fmt: skip
 NO_WORK = {"id", "slug", "chapter", "shows", "model", "micro_batch_size", "global_batch_size", "seq_length", "lr", "min_lr", "lr_decay",
            "lr_warmup_steps", "weights", "positions", "steps", "eval_interval", "eval_steps", "save_every", "keep", "until", "load",
            "window_first_step", "data", "split", "published_data", "card", "profile", "miniature", "overrides", "extra_args"}  # fmt: skip
@@ -513,6 +514,9 @@ CHOICES = {
     "num_query_groups": 2, "untie_embeddings": True, "add_bias_linear": False, "normalization": "RMSNorm", "activation": "swiglu",
     "position_embedding": "rope", "yarn": None, "qk_norm": "head", "attention_output_gate": True, "attention_sinks": True, "window_size": 4,
     "dropout": 0.0, "num_experts": 8, "moe_router_pre_softmax": True, "moe_aux_loss_coeff": 0.1, "moe_z_loss_coeff": 0.1,
+    "latent_attention": load_models()["deepseek-v3"].latent_attention, "rotary_percent": 0.5, "first_dense_layers": 1, "mtp_num_layers": 1,
+    "moe_shared_expert_intermediate_size": 64, "moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True,
+    "moe_router_num_groups": 4, "moe_router_load_balancing_type": "seq_aux_loss",
     "tp": 2, "pp": 2, "vpp": 2, "first_stage_layers": 2, "last_stage_layers": 2, "pp_layout": "E|tL", "embedding_as_layer": True, "loss_as_layer": True, "cp": 2, "ep": 2, "etp": 2, "dp": 2, "nodes": 2, "sequence_parallel": True, "tp_overlap": True, "sharding": "torch_fsdp2",
     "recompute": "full", "precision": "fp8", "optimizer": "muon", "optimizer_state": "bf16", "gradients": "bf16",
     "lora": Lora(rank=4, alpha=8.0), "cross_entropy_fusion": True, "gradient_fusion": True, "cuda_graphs": True, "attention_backend": "unfused",

@@ -39,7 +39,7 @@ emerging_optimizers 0.3.0)."""
 NEWTON_SCHULZ_STEPS = 5
 RANK_SPREAD = 0.01
 """Standard deviation of a step's time over ranks that do the same; a rough value."""
-RECOMPUTED = frozenset({"core_attn", "layernorm", "moe_act"})
+RECOMPUTED = frozenset({"core_attn", "layernorm", "moe_act", "mla_up_proj"})
 """The modules of selective recomputation that are counted."""
 
 
@@ -128,6 +128,12 @@ def kinds(experiment: Experiment) -> frozenset[str]:
         "norms of queries and keys": model.qk_norm == "head",
         "gated attention": model.attention_output_gate,
         f"gated MLPs ({model.activation})": model.gated,
+        "squared ReLU": model.activation == "squared_relu",
+        "latent attention": model.latent_attention is not None,
+        "a shared expert": model.moe_shared_expert_intermediate_size is not None,
+        "dense layers before experts": model.first_dense_layers > 0,
+        "multi-token prediction": model.predictors > 0,
+        "partly rotated heads": model.rotary_percent < 1,
         "grouped heads": model.key_size < model.query_size,
         "windowed attention": model.window_size is not None,
         "attention sinks": model.attention_sinks,
@@ -154,6 +160,12 @@ def kinds(experiment: Experiment) -> frozenset[str]:
             model.moe_aux_loss_coeff is not None or model.moe_z_loss_coeff is not None
         ),
         "routers with a softmax over all experts": model.moe_router_pre_softmax,
+        "sigmoid routers": model.moe_router_score_function == "sigmoid",
+        "routers with biases that balance": model.moe_router_enable_expert_bias,
+        "routers by groups of experts": model.moe_router_num_groups is not None,
+        f"routers balanced by {model.moe_router_load_balancing_type}": (
+            model.moe_router_load_balancing_type != "aux_loss"
+        ),
         f"{experiment.world_size} GPUs": experiment.world_size > 1,
         f"{experiment.nodes} nodes": experiment.nodes > 1,
     }

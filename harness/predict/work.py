@@ -15,12 +15,13 @@ from typing import Annotated, NamedTuple, get_args
 from pydantic import BaseModel, Field
 
 from harness.experiment.experiment import Experiment
+from harness.experiment.linear_layers import of_layer, of_predictor
 from harness.experiment.model import COLUMN_PARALLEL, LinearLayer
-from harness.experiment.pipeline import chunk_layers, is_even, stage_layers
-from harness.predict import timeline
+from harness.predict import stages, timeline
 from harness.predict.flops import adapter_widths, padded_vocab_size
 from harness.predict.network import MESSAGE_S, Groups, Network
 from harness.predict.rates import FP8_BYTES, Launches, Rates
+from harness.predict.stages import predictor_kind
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -53,6 +54,16 @@ PROJECTION_NORM_FORWARD_BYTES, PROJECTION_NORM_BACKWARD_BYTES = 38, 74
 PROJECTION_NORM_OPERATIONS = 10
 """The same for queries and keys normalised over all heads (harness/specs/projection_norm.py), and
 the operations launched forward; backward twice as many."""
+PLAIN_LINEARS = ("linear_proj", "linear_fc1", "linear_fc2")
+LINEAR_SHARE = 1 / 6
+"""Host time of a linear layer, relative to a plain layer, which has four; a rough value."""
+WITHOUT_EXPERTS = {
+    "num_experts": None,
+    "first_dense_layers": 0,
+    "moe_shared_expert_intermediate_size": None,
+    "mtp_num_layers": None,
+}
+"""What makes of a model the one whose layers are all as its first dense ones."""
 LOSS_BYTES = {False: (38, 14), True: (22, 10)}
 """Whether the loss is fused -> bytes per logit, forward and backward: the softmax in fp32, by steps
 (megatron/core/tensor_parallel/cross_entropy.py, megatron/core/fusions/fused_cross_entropy.py)."""
@@ -119,13 +130,19 @@ def tokens_on(experiment: Experiment) -> float:
 
 
 def linear_shapes(experiment: Experiment) -> Iterator[tuple[float, float, float]]:
-    """Rows, columns and inner size of each linear layer's product, experts excluded."""
-    model, tp, tokens = experiment.model, experiment.tp, tokens_on(experiment)
-    yield tokens, model.qkv_size / tp, model.hidden_size
-    yield tokens, model.hidden_size, model.query_size / tp
-    if not model.num_experts:
-        yield tokens, model.ffn / tp * model.fc1_matrices, model.hidden_size
-        yield tokens, model.hidden_size, model.ffn / tp
+    """Rows, columns and inner size of each linear layer's product, routed experts excluded.
+
+    A layer that tensor parallelism does not split is computed for the tokens that sequence
+    parallelism leaves on a rank.
+    """
+    tp, tokens = experiment.tp, tokens_on(experiment)
+    share = tokens / (tp if experiment.sequence_parallel else 1)
+    for linear in of_layer(experiment.model, predictor_kind(experiment)).values():
+        yield (
+            share if linear.split == "nothing" else tokens,
+            linear.outputs / (tp if linear.split == "outputs" else 1),
+            linear.inputs / (tp if linear.split == "inputs" else 1),
+        )
 
 
 class Speed(NamedTuple):
@@ -183,11 +200,14 @@ class MicroBatchWork:
         The constants were fitted with both ends of a pipeline spread over all chunks of their stage
         where these hold equal numbers of layers.
         """
-        if is_even(self.experiment):
+        if stages.alike(self.experiment):
             return None
-        layer, ends = self.elapsed_s(self.layer()[0]), (self.embedding, self.output)
-        weights = [[layers * layer for layers in stage] for stage in chunk_layers(self.experiment)]
-        for chunk, end in zip((0, -1), ends, strict=True):
+        forward = {kind: self.elapsed_s(work[0]) for kind, work in self.layers.items()}
+        weights = [
+            [sum(forward[kind] for kind in chunk.kinds) for chunk in stage]
+            for stage in stages.all_chunks(self.experiment)
+        ]
+        for chunk, end in zip((0, -1), (self.embedding, self.output), strict=True):
             weights[chunk][chunk] += self.elapsed_s(end()[0])
         return tuple(tuple(each / sum(stage) for each in stage) for stage in weights)
 
@@ -200,13 +220,70 @@ class MicroBatchWork:
     @cached_property
     def stages(self) -> list[tuple[Work, Work]]:
         """One micro-batch through all layers of each pipeline stage, forward and backward."""
-        pp, layer, found = self.experiment.pp, self.layer(), []
-        for stage, layers in enumerate(stage_layers(self.experiment)):
-            forward, backward = (work * layers for work in layer)
+        pp, found = self.experiment.pp, []
+        for stage in range(pp):
+            forward, backward = self.passes(stages.on_stage(self.experiment, stage))
             parts = [self.embedding] * (stage == 0) + [self.output] * (stage == pp - 1)
+            parts += [self.later_outputs] * (stage == pp - 1 and self.model.predictors > 0)
             parts += [self.pipeline_messages] * (pp > 1)
             found.append(_added(forward, backward, parts))
         return found
+
+    def passes(self, held: stages.Layers) -> tuple[Work, Work]:
+        """One micro-batch through the layers ``held``."""
+        forward, backward = Work(), Work()
+        for kind, number in zip(held._fields, held, strict=True):
+            if number:
+                forward += self.layers[kind][0] * number
+                backward += self.layers[kind][1] * number
+        return forward, backward
+
+    @cached_property
+    def layers(self) -> dict[str, tuple[Work, Work]]:
+        """The work of one layer of each kind that the model has, by the field of stages.Layers."""
+        kind, model = predictor_kind(self.experiment), self.model
+        found = {kind: self.layer()}
+        if model.num_experts and model.first_dense_layers:
+            dense = model.model_copy(update=WITHOUT_EXPERTS)
+            alone = self.experiment.model_copy(update={"model": dense, "ep": 1, "etp": 1})
+            found["dense"] = MicroBatchWork(alone, self.speed).layer()
+        if model.predictors:
+            found["predictors"] = self.predictor(found[kind])
+        return found
+
+    def predictor(self, layer: tuple[Work, Work]) -> tuple[Work, Work]:
+        """A layer of multi-token prediction around the transformer ``layer``.
+
+        The next token's embedding, three norms, and the projection that joins both: its input is
+        gathered, its output as well (gather_from_tensor_model_parallel_region).
+        """
+        experiment, hidden = self.experiment, self.tokens * self.model.hidden_size
+        joins = of_predictor(self.model)
+        width, fp8 = joins.outputs / experiment.tp, experiment.precision == "fp8"
+        normed = hidden / self.token_split / self.bytes_per_s
+        gradient = joins.inputs * width * self.weight_gradient_bytes / self.bytes_per_s
+        forward = Work(
+            products=self.product_s(self.tokens, width, joins.inputs, fp8),
+            passes=normed * (3 * 4 + 8),
+            launches=3 * self.linear_launches.forward,
+        )
+        backward = Work(
+            products=self.product_s(self.tokens, joins.inputs, width, fp8)
+            + self.product_s(joins.inputs, width, self.tokens, fp8),
+            passes=normed * (3 * 6 + 8) + gradient,
+            launches=3 * self.linear_launches.backward,
+        )
+        if experiment.tp > 1:
+            split = experiment.sequence_parallel
+            sums = self.collective(self.tensor_gather_s(joins.inputs)) if split else Work()
+            gathered = self.collective(self.gather_s())
+            forward, backward = forward + sums + gathered, backward + sums + gathered
+        return _added(forward + layer[0], backward + layer[1], [self.embedding])
+
+    def later_outputs(self) -> tuple[Work, Work]:
+        """Logits and losses of the tokens after the next, one for each predicting layer."""
+        forward, backward = self.output()
+        return forward * self.model.predictors, backward * self.model.predictors
 
     def embedding(self) -> tuple[Work, Work]:
         """Word and position embeddings and dropout; tensor parallel ranks sum what each has found.
@@ -280,9 +357,11 @@ class MicroBatchWork:
                 self.adapters,
                 self.attention,
                 self.projection_norms,
+                self.latent_attention,
                 self.elementwise,
                 self.experts,
                 self.tensor_parallel,
+                self.latent_tensor_parallel,
                 self.context_parallel,
             ],
         )
@@ -316,8 +395,10 @@ class MicroBatchWork:
         """Attention's scores, the norm before experts and their activation, as far as named."""
         model, modules = self.model, self.experiment.selectively_recomputed
         again = Work()
+        if model.latent_attention and "mla_up_proj" in modules:
+            again += self.projections_up()
         if "core_attn" in modules:
-            again = self.attention()[0] + self.context_parallel()[0]
+            again += self.attention()[0] + self.context_parallel()[0]
         moved = 0.0
         if model.num_experts and "layernorm" in modules:
             moved += self.tokens / self.token_split * model.hidden_size * 4
@@ -401,7 +482,12 @@ class MicroBatchWork:
             # every other layer
             seen = (seen + window * (1 - window / (2 * length))) / 2
         scores = self.tokens * seen * model.num_attention_heads / experiment.tp
-        each_ps = self.rates.attention_ps(model.head_size, length, bool(model.dropout))
+        # a score's products: forward one over queries and one over values, backward three and two
+        keys, values, dropped = model.head_size, model.value_head_size, bool(model.dropout)
+        each_ps = (
+            self.rates.attention_ps((keys + values) / 2, length, dropped)[0],
+            self.rates.attention_ps((3 * keys + 2 * values) / 5, length, dropped)[1],
+        )
         forward, backward = (
             Work(attention=scores * ps * 1e-12 / self.constants.attention + KERNEL_S)
             for ps in each_ps
@@ -413,16 +499,77 @@ class MicroBatchWork:
         model = self.model
         heads = model.num_attention_heads / self.experiment.tp
         scores = self.tokens * self.experiment.seq_length * heads
-        products = 4 * scores * model.head_size / self.flop_per_s
+        products = 2 * scores * (model.head_size + model.value_head_size) / self.flop_per_s
         return (
             Work(attention=products + scores * SCORE_FORWARD_BYTES / self.bytes_per_s),
             Work(attention=2 * products + scores * SCORE_BACKWARD_BYTES / self.bytes_per_s),
         )
 
     def queries_and_keys(self) -> tuple[float, float]:
-        """Elements of all queries and of all keys on a rank."""
-        model, tp = self.model, self.experiment.tp
-        return self.tokens * model.query_size / tp, self.tokens * model.key_size / tp
+        """Elements of queries and of keys on a rank; means, where results and values differ."""
+        model, tokens = self.model, self.tokens / self.experiment.tp
+        queries, keys = model.query_size + model.context_size, model.key_size + model.value_size
+        return tokens * queries / 2, tokens * keys / 2
+
+    def latent_attention(self) -> tuple[Work, Work]:
+        """Norms of what is compressed; positions applied to queries, and to keys written anew.
+
+        Counted in bytes of bf16. The kernels read and write the rotated part of the queries, read
+        keys and values as they were rebuilt, and write both (rotary_fwd_q_kernel and
+        rotary_fwd_kv_kernel in megatron/core/fusions/fused_mla_yarn_rope_apply.py).
+        """
+        latent, model, tp = self.model.latent_attention, self.model, self.experiment.tp
+        if latent is None:
+            return Work(), Work()
+        linears = of_layer(model, predictor_kind(self.experiment))
+        more = sum(name not in PLAIN_LINEARS for name in linears) - 1  # for linear_qkv
+        launches = self.linear_launches * more
+        compressed = (
+            self.tokens / self.token_split * ((latent.q_lora_rank or 0) + latent.kv_lora_rank)
+        )
+        heads = self.tokens * model.num_attention_heads / tp
+        rebuilt = latent.qk_head_dim + latent.v_head_dim
+        turned = 2 * latent.qk_pos_emb_head_dim + rebuilt + model.head_size + model.value_head_size
+        moved = 2 * heads * turned
+        return (
+            Work(passes=(4 * compressed + moved) / self.bytes_per_s, launches=launches.forward),
+            Work(passes=(6 * compressed + moved) / self.bytes_per_s, launches=launches.backward),
+        )
+
+    def latent_tensor_parallel(self) -> tuple[Work, Work]:
+        """Gathers what is compressed before the projections up, and sums the last one's output.
+
+        Without sequence parallelism every rank has it; its gradient is summed.
+        """
+        latent, experiment = self.model.latent_attention, self.experiment
+        if latent is None or experiment.tp == 1:
+            return Work(), Work()
+        width = (latent.q_lora_rank or 0) + latent.kv_lora_rank
+        if not experiment.sequence_parallel:
+            message = 2 * self.tokens * width
+            summed = self.network.all_reduce_s(message, self.groups.tensor)
+            return self.collective(self.all_reduce_s()), self.collective(summed)
+        gathered = self.collective(self.tensor_gather_s(width + latent.qk_pos_emb_head_dim))
+        again = Work(launches=self.collective_s)
+        forward = gathered + self.collective(self.gather_s())
+        return forward + again * 2, forward + again * 3
+
+    def projections_up(self) -> Work:
+        """Queries, keys and values rebuilt once more from what is compressed."""
+        shapes = [
+            (self.tokens, linear.outputs / self.experiment.tp, linear.inputs)
+            for name, linear in of_layer(self.model, predictor_kind(self.experiment)).items()
+            if name in ("linear_q_up_proj", "linear_kv_up_proj")
+        ]
+        fp8 = self.experiment.precision == "fp8"
+        products = sum(self.product_s(*shape, fp8) for shape in shapes)
+        launches = self.linear_launches.forward * len(shapes)
+        return Work(products=products, launches=launches) + self.latent_attention()[0]
+
+    @property
+    def linear_launches(self) -> Launches:
+        """Host seconds of a linear layer more than a plain layer has."""
+        return self.rates.plain * (LINEAR_SHARE * self.speed.host_s)
 
     def elementwise(self) -> tuple[Work, Work]:
         """Norms, dropouts with bias and residual, the activation, operations on queries and keys.
@@ -433,17 +580,20 @@ class MicroBatchWork:
         hidden = self.tokens * model.hidden_size / self.token_split
         forward = hidden * (8 + 2 * (7 if model.dropout else 6))
         backward = hidden * (12 + 12 + (2 * 5 if model.dropout else 0))
-        if not model.num_experts:
-            inner = self.tokens * model.ffn / self.experiment.tp
+        if width := model.moe_shared_expert_intermediate_size if model.num_experts else model.ffn:
+            inner = self.tokens * width / self.experiment.tp
             forward += inner * (6 if model.gated else 4)
             bias = 2 if model.add_bias_linear else 0
             backward += inner * ((10 if model.gated else 6) + bias)
+        if model.moe_shared_expert_intermediate_size:
+            # the sum with the routed experts' output, and of both gradients
+            forward, backward = forward + 6 * hidden, backward + 6 * hidden
         queries, keys = self.queries_and_keys()
         if model.add_bias_linear:
             backward += 2 * (queries + 2 * keys)
-        if model.position_embedding != "learned_absolute":
+        if model.position_embedding != "learned_absolute" and not model.latent_attention:
             forward, backward = forward + 4 * (queries + keys), backward + 4 * (queries + keys)
-        if model.qk_norm == "head":
+        if model.qk_norm == "head" and not model.latent_attention:
             forward, backward = forward + 4 * (queries + keys), backward + 6 * (queries + keys)
         if model.attention_output_gate:
             forward += queries * GATE_FORWARD_BYTES
@@ -508,14 +658,20 @@ class MicroBatchWork:
         return self.tokens / self.token_split * self.model.moe_router_topk * self.experiment.etp
 
     def tensor_parallel(self) -> tuple[Work, Work]:
-        """Sums after attention and MLP, and as many backward; experts exchange tokens instead."""
+        """Sums after attention and MLP or shared expert, and as many backward.
+
+        Routed experts exchange tokens instead; latent attention gathers less.
+        """
         if self.experiment.tp == 1:
             return Work(), Work()
         if self.experiment.sequence_parallel:
             forward = self.collective(self.gather_s(), self.exposed_by_pieces) * 2
         else:
             forward = self.collective(self.all_reduce_s())
-        sums = 1 if self.model.num_experts else 2
+        model = self.model
+        sums = (model.latent_attention is None) + bool(
+            not model.num_experts or model.moe_shared_expert_intermediate_size
+        )
         return forward * sums, self.input_gradient() * sums
 
     def input_gradient(self) -> Work:
