@@ -300,6 +300,7 @@ SETTING_NEEDS = {
     "KEEP": ("SAVE=1",),
     "CROSS_ENTROPY_FUSION": ("DROPOUT=0",),
     "TP_OVERLAP": ("SP=1",),
+    "EP_OVERLAP": ("EP=4",),
     "MIN_LR": ("LR=3e-4",),
     "LR_WARMUP": ("LR=3e-4", "STEPS=1000"),
     "ETP": ("EP=4",),

@@ -182,12 +182,20 @@ def test_a_graph_leaves_nothing_to_launch():
         )
         large, graphs = machine.predict(find("111")), machine.predict(find("111", "CUDA_GRAPHS=1"))
         assert 0.98 * large.total < graphs.total <= large.total
-    assert (
-        unknown(find("408", "CUDA_GRAPHS=1"))
-        == unknown(find("302", "CUDA_GRAPHS=1"))
-        == unknown(find("501", "CUDA_GRAPHS=1"))
+    experts, graphs = (
+        PUBLISHED.predict(find("501")),
+        PUBLISHED.predict(find("501", "CUDA_GRAPHS=1")),
     )
-    assert "CUDA graphs with pipelines" in unknown(find("408", "CUDA_GRAPHS=1"))[0]
+    assert 0 < graphs.launches < experts.launches, "experts are launched one by one"
+    for id_, pair in (
+        ("408", "pipelines"),
+        ("302", "context parallelism by p2p"),
+        ("501", "experts"),
+    ):
+        assert any(
+            {"CUDA graphs", pair} == set(kinds.split(" with "))
+            for kinds in MACHINES["h200"].unmeasured(find(id_, "CUDA_GRAPHS=1"))
+        ), pair
 
 
 @pytest.mark.parametrize("group", ["h100-tutorial"])
@@ -353,7 +361,8 @@ def test_fp8_halves_products_and_pays_with_passes():
         and step["613"].attention == step["611"].attention
     )
     assert unknown(find("615", "FP8=delayed")) == []
-    assert unknown(find("501", "FP8=delayed")) == ["fp8 with experts"]
+    assert pieces("501", "FP8=delayed").products < pieces("501").products
+    assert pieces("501", "FP8=delayed").passes > pieces("501").passes
 
 
 def test_sharded_weights_are_gathered_twice_a_micro_batch():
@@ -372,9 +381,8 @@ def test_sharded_weights_are_gathered_twice_a_micro_batch():
         == pieces("705").optimizer
     )
     assert pieces("713", "DP=1").gradients == 0
-    assert unknown(find("711", "TP=2 DP=2")) == ["FSDP with tensor or context parallelism"], (
-        "both want the queues otherwise"
-    )
+    alone, sharded = pieces("282"), pieces("282", sharding="fsdp_optim_grads_params")
+    assert sharded.exchange > 1.1 * alone.exchange, "both want the queues otherwise"
 
 
 def test_adapters_leave_out_the_products_of_frozen_weights():
@@ -517,7 +525,7 @@ CHOICES = {
     "latent_attention": load_models()["deepseek-v3"].latent_attention, "rotary_percent": 0.5, "first_dense_layers": 1, "mtp_num_layers": 1,
     "moe_shared_expert_intermediate_size": 64, "moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True,
     "moe_router_num_groups": 4, "moe_router_load_balancing_type": "seq_aux_loss",
-    "tp": 2, "pp": 2, "vpp": 2, "first_stage_layers": 2, "last_stage_layers": 2, "pp_layout": "E|tL", "embedding_as_layer": True, "loss_as_layer": True, "cp": 2, "ep": 2, "etp": 2, "dp": 2, "nodes": 2, "sequence_parallel": True, "tp_overlap": True, "sharding": "torch_fsdp2",
+    "tp": 2, "pp": 2, "vpp": 2, "first_stage_layers": 2, "last_stage_layers": 2, "pp_layout": "E|tL", "embedding_as_layer": True, "loss_as_layer": True, "cp": 2, "ep": 2, "etp": 2, "dp": 2, "nodes": 2, "moe_dispatcher": "flex", "ep_overlap": True, "sequence_parallel": True, "tp_overlap": True, "sharding": "torch_fsdp2",
     "recompute": "full", "precision": "fp8", "optimizer": "muon", "optimizer_state": "bf16", "gradients": "bf16",
     "lora": Lora(rank=4, alpha=8.0), "cross_entropy_fusion": True, "gradient_fusion": True, "cuda_graphs": True, "attention_backend": "unfused",
 }  # fmt: skip
@@ -666,7 +674,8 @@ def test_a_lever_is_pulled_where_it_brings_a_hundredth():
     best = {id_: layouts.faster(find(id_), PUBLISHED) for id_ in ("124", "502h")}
     assert best["124"][0].settings.startswith("CROSS_ENTROPY_FUSION=1")
     assert all(layout.step.total < PUBLISHED.predict(find("124")).total for layout in best["124"])
-    assert best["502h"] and not any(layout.experiment.cuda_graphs for layout in best["502h"])
+    graphs = [layout for layout in best["502h"] if layout.experiment.cuda_graphs]
+    assert all(PUBLISHED.unmeasured(layout.experiment) for layout in graphs)
 
 
 @pytest.mark.parametrize("id_", ["124", "408", "641"])
@@ -719,7 +728,7 @@ def test_what_a_node_does_not_hold_goes_to_several_by_memory_alone():
 
 
 def test_without_a_speed_the_model_is_split_least():
-    best = dict(layouts.by_gpus(find("620"), find_card("h200-141gb"), MACHINES["h200"]))
+    best = dict(layouts.by_gpus(find("620"), find_card("h200-141gb"), None))
     fitting = [
         way
         for way in layouts.layouts(find("620"), 8)
@@ -775,7 +784,8 @@ def test_a_row_shows_what_was_foretold_without_it():
         MACHINES["h200"].predict(find("304", "MBS=4"), row.operation_us).total
     )
     assert row.operation_us == MACHINES["h200"].launch_us[MACHINES["h200"].rows["304"].day]
-    assert replace(row, experiment=find("620")).predicted_step_ms is None
+    unpredictable = find("620", "ARGS=--manual-gc")
+    assert replace(row, experiment=unpredictable).predicted_step_ms is None
     assert replace(row, gpu_name="Tesla T4").predicted_step_ms is None
 
 
@@ -829,7 +839,8 @@ def test_what_a_run_says_before_it_begins():
     assert calibrations.summary(find("408"), find_card("h200-141gb"), NOWHERE, ()).endswith(
         "8 GPUs: error unknown"
     )
-    assert calibrations.summary(find("620"), find_card("h100-80gb"), NOWHERE, ()) is None
+    unpredictable = find("620", "ARGS=--manual-gc")
+    assert calibrations.summary(unpredictable, find_card("h100-80gb"), NOWHERE, ()) is None
     borrowed = calibrations.summary(find("101"), find_card("a100-80gb"), NOWHERE, ())
     assert borrowed.endswith("no measured row has steps on NVIDIA A100-SXM4-80GB: error unknown")
     assert calibrations.summary(find("101"), find_card("v100-16gb"), NOWHERE, ()) is None
@@ -878,8 +889,9 @@ def test_the_commands(capsys):
     assert main(["gpus", "620", "CARD=h200-141gb"]) == 0
     said = capsys.readouterr().out
     assert (
-        ": the layout that fits with the least model parallelism, predicted\n" in said
-        and "step time not predicted: no measured row has attention sinks\n" in said
+        ": the fastest layout that fits, predicted\n" in said
+        and "attention sinks" in said
+        and "error unknown" in said
     )
     assert main(["gpus", "101", "CARD=a100-80gb"]) == 0
     said = capsys.readouterr().out
@@ -896,8 +908,7 @@ def test_the_commands(capsys):
         (["faster", "TP=2"], "which experiment"),
         (["gpus"], "which experiment"),
         (["gpus", "101", "MBS=x"], "expected a whole number"),
-        (["speed", "620"], "no measured row has attention sinks"),
-        (["speed", "501", "FP8=delayed"], "fp8 with experts"),
+        (["speed", "620", "ARGS=--fp16"], "no formula covers --fp16"),
         (["speed", "111", "FP8=yes"], "FP8=yes; valid: delayed, tensorwise, blockwise, 0"),
         (["speed", "101", "CARD=v100-16gb"], "V100-SXM2-16GB has no bf16"),
         (["speed", "101", "TP=7"], "must be divisible by TP (7)"),

@@ -199,6 +199,11 @@ def _experts(experiment: Experiment) -> Iterator[str]:
     if experts is None:
         if ep > 1 or etp > 1:
             yield f"EP={ep}, ETP={etp} split experts, but {model.name} has none; set EP=1 ETP=1"
+        if experiment.moe_dispatcher != "alltoall" or experiment.ep_overlap:
+            yield (
+                f"MOE_DISPATCHER and EP_OVERLAP are about experts, and {model.name} has none; leave"
+                " them out"
+            )
         return
     if broken := indivisible("experts", experts, "EP", ep):
         yield f"{broken}; {_try('EP', divisors(experts), ep)}"
@@ -215,8 +220,26 @@ def _experts(experiment: Experiment) -> Iterator[str]:
     if broken := indivisible("ranks of a stage, TP x CP x DP", stage, "EP x ETP", ep, etp):
         fitting = [n for n in divisors(math.gcd(stage, experts)) if stage % (n * etp) == 0]
         yield f"{broken}; {_try('EP', fitting, ep)}"
+    yield from _routed_tokens(experiment)
     if experiment.tp > 1 and not experiment.sequence_parallel:
         yield f"experts with TP={experiment.tp} need sequence parallelism; set SP=1"
+
+
+def _routed_tokens(experiment: Experiment) -> Iterator[str]:
+    how, ranks = experiment.moe_dispatcher, experiment.ep * experiment.etp
+    if how == "flex" and ranks == 1:
+        yield "MOE_DISPATCHER=flex sends tokens between ranks; set EP > 1, or alltoall"
+    if not experiment.ep_overlap:
+        return
+    if experiment.ep == 1 or how == "allgather":
+        yield (
+            f"EP_OVERLAP=1 needs EP > 1 and MOE_DISPATCHER=alltoall or flex, not EP={experiment.ep}"
+            f" and {how}"
+        )
+    if experiment.pp > 1 and experiment.vpp == 1:
+        yield f"EP_OVERLAP=1 with PP={experiment.pp} needs virtual stages; set VPP > 1"
+    if experiment.recompute == "full" or "moe" in experiment.recompute_modules:
+        yield "EP_OVERLAP=1 cannot recompute experts; set RECOMPUTE=none or selective, without moe"
 
 
 def _nodes(experiment: Experiment) -> Iterator[str]:

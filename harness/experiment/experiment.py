@@ -81,6 +81,10 @@ class Experiment(Checked):
     cp: Count = 1
     ep: Count = 1
     etp: Count = 1
+    moe_dispatcher: Literal["alltoall", "allgather", "flex"] = "alltoall"
+    """How tokens reach their experts; ``flex``: by DeepEP or HybridEP, once for each node."""
+    ep_overlap: bool = False
+    """Tokens of a micro-batch are sent while another one computes."""
     dp: Count = 1
     nodes: Count = 1
     sequence_parallel: bool = Field(False, alias="sp")

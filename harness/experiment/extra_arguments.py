@@ -28,6 +28,7 @@ _SETTINGS = {
     "--cp-comm-type": "CP_COMM_TYPE",
     "--expert-model-parallel-size": "EP",
     "--expert-tensor-parallel-size": "ETP",
+    "--moe-token-dispatcher-type": "MOE_DISPATCHER",
     "--micro-batch-size": "MBS",
     "--global-batch-size": "GBS",
     "--seq-length": "SEQ",
@@ -41,6 +42,7 @@ _SWITCHES = {
     "--account-for-embedding-in-pipeline-split": ("EMBEDDING_AS_LAYER", "1"),
     "--account-for-loss-in-pipeline-split": ("LOSS_AS_LAYER", "1"),
     "--tp-comm-overlap": ("TP_OVERLAP", "1"),
+    "--overlap-moe-expert-parallel-comm": ("EP_OVERLAP", "1"),
     "--recompute-activations": ("RECOMPUTE", "selective"),
     "--cross-entropy-loss-fusion": ("CROSS_ENTROPY_FUSION", "1"),
 }

@@ -169,7 +169,9 @@ class Machine(BaseModel, frozen=True, extra="forbid"):
     def predict(self, experiment: Experiment, operation_us: float | None = None) -> StepTime:
         """A step of ``experiment`` here, with no other run on the node.
 
-        Only where ``step_time.unknown(experiment)`` is empty; ``operation_us`` as of ``speed``.
+        Without ``operation_us`` and a machine file, several nodes are assumed to have the fastest
+        host of the file. Only where ``step_time.unknown(experiment)`` is empty; ``operation_us``
+        as of ``speed``.
         Raises UserError if ``experiment`` computes in fp8 and the card does not.
         """
         if experiment.precision == "fp8" and self.card.fp8_tflops is None:
@@ -177,6 +179,8 @@ class Machine(BaseModel, frozen=True, extra="forbid"):
                 f"{experiment.id} computes in fp8, which {self.card.name} does not (Ada, Hopper and"
                 " later do)"
             )
+        if operation_us is None and experiment.nodes > 1 and not self.here:
+            operation_us = fastest_operation_us()
         return step_time.predict(experiment, self.speed(operation_us))
 
     def launch_rate_behind(self, steps: Sequence[tuple[Experiment, float]]) -> float:
@@ -329,6 +333,17 @@ def _machine(where: str, fields: Any, above: Sequence[str]) -> Machine:
 def fitted() -> Mapping[str, Machine]:
     """The machines that ``make calibrate`` has fitted."""
     return {name: machine for name, machine in load().items() if machine.rows}
+
+
+@cache
+def fastest_operation_us() -> float | None:
+    """Host time of an operation in µs on the fastest host that any steps were measured on.
+
+    Hosts of one kind of machine differ by two; clusters for training have fast ones. None where no
+    host is known by its day.
+    """
+    days = (us for machine in load().values() for us in machine.launch_us.values())
+    return min(days, default=None)
 
 
 def summary(experiment: Experiment, card: Card, outdir: Path, uuids: Collection[str]) -> str | None:

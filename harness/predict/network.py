@@ -150,19 +150,30 @@ class Network:
         steps = min(2 * (nodes - 1), 2 * math.ceil(math.log2(nodes)))
         return sent / self.bytes_per_s(group) + MESSAGE_S + steps * NETWORK_HOP_S
 
-    def all_to_all_s(self, message: float, group: Group) -> float:
+    def all_to_all_s(
+        self, message: float, group: Group, between_nodes: float | None = None
+    ) -> float:
         """Seconds in which each rank sends ``message`` bytes, its own share among them, evenly.
 
         Each level has its own way out, and all work at the same time: the slowest decides.
+
+        Args:
+            between_nodes: what a rank sends to other nodes, where that is not the even share.
         """
         if group.ranks == 1:
             return 0.0
-        each = message / group.ranks
-        slowest = max(
-            each * (group.ranks - inside) / level.gb_per_s / 1e9
-            for level, inside in self._crossed(group)
-        )
+        each, slowest = message / group.ranks, 0.0
+        for level, inside in self._crossed(group):
+            sent = each * (group.ranks - inside)
+            if between_nodes is not None and inside * group.stride >= self.node:
+                sent = between_nodes
+            slowest = max(slowest, sent / level.gb_per_s / 1e9)
         return slowest + MESSAGE_S + (NETWORK_HOP_S if self.crosses_nodes(group) else 0)
+
+    def nodes_reached(self, copies: int, group: Group) -> float:
+        """Other nodes in which a token has any of its ``copies``, drawn evenly, on average."""
+        nodes = self._steps(group) + 1
+        return (nodes - 1) * (1 - (1 - 1 / nodes) ** copies)
 
     def send_s(self, message: float, group: Group) -> float:
         """Seconds to send ``message`` bytes to the next rank of ``group``; all ranks send."""

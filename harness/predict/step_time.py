@@ -95,18 +95,8 @@ def unknown(experiment: Experiment) -> list[str]:
     """The parts of ``experiment`` whose cost no constant covers; none where ``predict`` applies."""
     found = {
         "fp32 arithmetic": experiment.precision == "fp32",
-        "fp8 with experts": (
-            experiment.precision == "fp8" and experiment.model.num_experts is not None
-        ),
-        "FSDP with tensor or context parallelism": experiment.fully_sharded
-        and experiment.tp * experiment.cp > 1,
         f"recomputation of {', '.join(sorted({*experiment.recompute_modules} - RECOMPUTED))}": (
             {*experiment.recompute_modules} - RECOMPUTED
-        ),
-        "attention sinks": experiment.model.attention_sinks,
-        "CUDA graphs with pipelines, context parallelism or experts": (
-            experiment.cuda_graphs
-            and (experiment.pp * experiment.cp > 1 or experiment.model.num_experts is not None)
         ),
         "arguments in ARGS that no formula covers": bool(
             extra_arguments.unpredictable(experiment.extra_args)
@@ -155,6 +145,8 @@ def kinds(experiment: Experiment) -> frozenset[str]:
         "virtual stages": experiment.vpp > 1,
         "uneven pipeline stages": experiment.uneven_pipeline,
         "expert parallelism": experiment.ep > 1,
+        f"tokens routed by {experiment.moe_dispatcher}": experiment.moe_dispatcher != "alltoall",
+        "overlapped expert parallelism": experiment.ep_overlap,
         "split experts": experiment.etp > 1,
         "routers trained to balance": (
             model.moe_aux_loss_coeff is not None or model.moe_z_loss_coeff is not None

@@ -366,8 +366,13 @@ class MicroBatchWork:
             ],
         )
         if self.experiment.cuda_graphs:
-            forward = forward._replace(launches=GRAPH_S)
-            backward = backward._replace(launches=GRAPH_S)
+            # with experts, a graph has attention and the router
+            experts = self.experts() if self.model.num_experts else (Work(), Work())
+            forward = forward._replace(launches=GRAPH_S + experts[0].launches)
+            backward = backward._replace(launches=GRAPH_S + experts[1].launches)
+        if self.model.num_experts:
+            forward += self.routed_tokens(forward.gpu)
+            backward += self.routed_tokens(backward.gpu)
         if self.experiment.recompute == "full":
             return forward, backward + forward
         return forward, backward + self.selectively_recomputed()
@@ -429,6 +434,8 @@ class MicroBatchWork:
         forward, backward = self.launched(
             self.rates.more(kind if kind in self.rates.layers else "fp8 delayed")
         )
+        if self.model.num_experts:
+            shapes += self.expert_shapes()
         inputs = sum(
             rows * inner + out * inner / experiment.num_microbatches for rows, out, inner in shapes
         )
@@ -615,10 +622,9 @@ class MicroBatchWork:
         )
 
     def experts(self) -> tuple[Work, Work]:
-        """Grouped products, permutation and weighting of tokens, expert parallelism's exchanges.
+        """Grouped products, permutation and weighting of tokens.
 
-        Assumes that routers spread tokens evenly. Under expert tensor parallelism each group
-        gathers its tokens, whose numbers differ, by broadcasts.
+        Assumes that routers spread tokens evenly.
         """
         model, constants = self.model, self.constants
         ep, etp, hidden = self.experiment.ep, self.experiment.etp, model.hidden_size
@@ -630,28 +636,65 @@ class MicroBatchWork:
         weights = held * width * hidden * matrices
         moved = 2 * (rows * (2 * hidden + matrices * width) + weights) / byte_s
         flops = 2 * rows * width * hidden * matrices
-        grouped = self.rates.grouped_tflops
-        arithmetic = flops / (grouped * 1e12 if grouped else self.flop_per_s * GROUPED_SHARE)
-        products = max(arithmetic, moved) + 2 * held * KERNEL_S
+        products = max(flops / self.grouped_flop_per_s, moved) + 2 * held * KERNEL_S
         permuted = ROUTED_PASSES * rows / byte_s
-        exchange = 2 * self.network.all_to_all_s(2 * rows / etp * hidden, self.groups.experts)
-        exchange += 2 * self.network.gather_s(2 * rows * hidden, self.groups.split_experts)
-        exchanges = 2 * self.collective_s if ep * etp > 1 else 0
         launches = self.launched(self.rates.experts(held) * constants.experts)
         gradients = weights * self.weight_gradient_bytes / byte_s
         forward = Work(
             products=products,
             passes=permuted * (12 * hidden + 6 * width),
-            exchange=exchange,
-            launches=exchanges,
         )
         backward = Work(
             products=2 * products,
             passes=permuted * (16 * hidden + 10 * width) + gradients,
-            exchange=exchange,
-            launches=exchanges,
         )
         return forward + launches[0], backward + launches[1]
+
+    def routed_tokens(self, computing_s: float) -> Work:
+        """Tokens to their experts and back, in either pass.
+
+        All-to-all sends each copy of a token; ``flex`` (DeepEP, HybridEP) sends one to each node
+        that has any of its experts, which passes it on; all-gather sends every token to all. Under
+        expert tensor parallelism each group gathers its tokens, whose numbers differ, by
+        broadcasts.
+
+        Args:
+            computing_s: of a layer's pass, behind which another micro-batch's tokens are sent
+                (--overlap-moe-expert-parallel-comm).
+        """
+        experiment, network, group = self.experiment, self.network, self.groups.experts
+        if experiment.ep * experiment.etp == 1:
+            return Work()
+        hidden = 2 * self.model.hidden_size
+        copies = hidden * self.routed_rows() / experiment.etp
+        tokens = copies / self.model.moe_router_topk
+        match experiment.moe_dispatcher:
+            case "alltoall":
+                seconds = network.all_to_all_s(copies, group)
+            case "flex":
+                reached = network.nodes_reached(self.model.moe_router_topk, group)
+                seconds = network.all_to_all_s(copies, group, tokens * reached)
+            case "allgather":
+                seconds = network.gather_s(tokens * experiment.ep, group)
+        seconds += network.gather_s(copies * experiment.etp, self.groups.split_experts)
+        if experiment.ep_overlap:
+            sharing = self.constants.exposed * network.within_node_s(copies, group)
+            seconds = max(sharing, seconds - computing_s / 2)
+        return Work(exchange=seconds, launches=self.collective_s) * 2
+
+    @property
+    def grouped_flop_per_s(self) -> float:
+        """Speed of experts' grouped products."""
+        published = self.rates.grouped_tflops
+        bf16 = published * 1e12 if published else self.flop_per_s * GROUPED_SHARE
+        fp8 = self.experiment.precision == "fp8"
+        return bf16 * self.fp8_flop_per_s / self.flop_per_s if fp8 else bf16
+
+    def expert_shapes(self) -> list[tuple[float, float, float]]:
+        """Rows, columns and inner size of experts' two products, all of a rank's as one."""
+        model, rows = self.model, self.routed_rows()
+        width, hidden = model.moe_ffn / self.experiment.etp, model.hidden_size
+        return [(rows, width * model.fc1_matrices, hidden), (rows, hidden, width)]
 
     def routed_rows(self) -> float:
         """Rows for the experts of a rank; sequence parallelism splits tokens before the router."""
@@ -679,7 +722,9 @@ class MicroBatchWork:
 
         Sequence parallelism scatters the sum, and gathers gradient and input.
         """
-        exposed = min(self.constants.exposed, self.exposed_by_pieces)
+        # FSDP wants several queues, so that nothing orders the exchange before the product
+        beside = 1.0 if self.experiment.fully_sharded else self.constants.exposed
+        exposed = min(beside, self.exposed_by_pieces)
         if not self.experiment.sequence_parallel:
             return self.collective(self.all_reduce_s(), exposed)
         gathered_input = Work(launches=self.collective_s)

@@ -371,6 +371,11 @@ def _overlap(e: Experiment, cuda: bool) -> tuple[str, ...]:
     return ("--tp-comm-overlap",)
 
 
+def _dispatcher(e: Experiment, cuda: bool) -> str:
+    """DeepEP and HybridEP are kernels; a CPU exchanges the same tokens by all-to-all."""
+    return "alltoall" if e.moe_dispatcher == "flex" and not cuda else e.moe_dispatcher
+
+
 def _experts(e: Experiment, cuda: bool) -> tuple[str, ...]:
     m = e.model
     if not m.num_experts:
@@ -382,9 +387,10 @@ def _experts(e: Experiment, cuda: bool) -> tuple[str, ...]:
         ),
         (
             f"--expert-model-parallel-size {e.ep} --expert-tensor-parallel-size {e.etp}"
-            " --moe-token-dispatcher-type alltoall"
+            f" --moe-token-dispatcher-type {_dispatcher(e, cuda)}"
         ),
         *_other_layers(m),
+        *(["--overlap-moe-expert-parallel-comm"] if cuda and e.ep_overlap else []),
         "--moe-grouped-gemm",
         *(["--moe-permute-fusion"] if cuda else []),
         *(["--no-bias-dropout-fusion"] if cuda and m.add_bias_linear else []),
