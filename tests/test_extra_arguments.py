@@ -11,8 +11,8 @@ from harness.experiment import command_line, extra_arguments, overrides
 from harness.experiment.catalog import load_catalog
 from harness.planning.plan import plan
 from harness.predict.flops import step_flops
-from harness.predict.layouts import layouts
 from harness.predict.memory import predict
+from harness.search.layouts import Search
 from harness.upstreams.megatron_lm.flags import megatron_flags
 
 CATALOG = load_catalog()
@@ -223,7 +223,9 @@ def test_neutral_arguments_are_upstreams():
 
 def test_a_layout_that_is_proposed_keeps_the_model_of_args():
     e = apply("111", "ARGS=--num-layers 96 --seed 3")
-    found = list(layouts(e, 2))
+    search = Search(e, 2, None, None, {"sharding": "no_shard"})
+    table = search.table()
+    found = [search.laid_out(table, row) for row in range(len(table))]
     assert found and {(layout.model.num_layers, layout.extra_args) for layout in found} == {
         (96, ("--seed", "3"))
     }

@@ -16,8 +16,8 @@ from harness.planning.commands import print_script
 from harness.planning.miniature import miniature
 from harness.planning.plan import plan
 from harness.planning.starting_weights import StartingWeights
-from harness.predict.layouts import layouts
 from harness.run.checkpoints import Checkpoint, Contents
+from harness.search.layouts import Search
 
 CATALOG = load_catalog()
 
@@ -146,9 +146,11 @@ def test_predictions_are_of_the_model_of_the_weights(four_heads, tmp_path, capsy
         "four, one GPU"
     )
     e = resolved.of_catalogue("101", settings | {"GBS": "4"})
-    assert {layout.model.name for layout in layouts(e, 4)} == {"four"} and any(
-        layout.tp == 4 for layout in layouts(e, 4)
-    )
+    search = Search(e, 4, None, None)
+    table = search.table()
+    found = [search.laid_out(table, row) for row in range(len(table))]
+    assert {layout.model.name for layout in found} == {"four"}
+    assert any(layout.tp == 4 for layout in found)
 
 
 def test_a_checkpoint_with_other_learned_positions_is_refused_before_anything_runs(tmp_path):

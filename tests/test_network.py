@@ -20,9 +20,7 @@ def of(card: str = "h100-80gb") -> Network:
 
 def test_groups_lie_as_upstream_orders_ranks():
     """tp-cp-ep-dp-pp: compared with ranks of megatron.core's RankGenerator for tp 2, cp 2, dp 4, pp 2."""
-    groups = Groups.of(
-        experiment_from("llama3-70b", {"GPUS": "32", "TP": "2", "CP": "2", "PP": "2"})
-    )
+    groups = Groups(experiment_from("llama3-70b", {"GPUS": "32", "TP": "2", "CP": "2", "PP": "2"}))
     assert groups.tensor == Group(2, 1) and groups.context == Group(2, 2)
     assert groups.replicas == Group(8, 2) and groups.stages == Group(2, 16)
 
@@ -33,7 +31,7 @@ def test_group_strides_are_those_of_upstream():
     generator = parallel_state.RankGenerator(tp=2, ep=1, dp=4, pp=2, cp=2, order=order)
     experts = parallel_state.RankGenerator(tp=2, ep=4, dp=2, pp=2, cp=1, order=order)
     settings = {"GPUS": "32", "TP": "2", "CP": "2", "PP": "2", "EP": "4", "ETP": "2", "SP": "1"}
-    groups = Groups.of(experiment_from("mixtral-8x7b", settings))
+    groups = Groups(experiment_from("mixtral-8x7b", settings))
     for axes, group, made in (
         ("tp", groups.tensor, generator),
         ("cp", groups.context, generator),

@@ -8,14 +8,14 @@ from functools import cache
 from harness.evidence import markdown
 from harness.evidence.memory import cards_of
 from harness.experiment.catalog import load_catalog
-from harness.experiment.hardware import Card, find_card, peak_tflops
+from harness.experiment.hardware import GPUS_OF_A_NODE, Card, find_card, peak_tflops
 from harness.machine import gpus
 from harness.planning import resolved
 from harness.predict.calibrations import Machine, machine_here, machine_of
 from harness.predict.flops import mfu, tflops_per_gpu
-from harness.predict.layouts import Layout, by_gpus
 from harness.predict.step_time import unknown
 from harness.run import finding
+from harness.search.layouts import Layout, by_gpus
 from harness.system.screen import say
 
 HEAD = ("GPUs", "ms/step", "efficiency", "MFU", "GiB")
@@ -58,7 +58,7 @@ def table(card: str, *ids: str) -> str:
     """Markdown: the same for some experiments of the catalogue, on one kind of card."""
     gpu, lines = find_card(card), []
     for experiment in map(load_catalog().find, ids):
-        layouts = by_gpus(experiment, gpu, machine_of(gpu))
+        layouts = by_gpus(experiment, gpu, machine_of(gpu), GPUS_OF_A_NODE)
         for i, (cells, command) in enumerate(_lines(layouts, gpu)):
             first = [f"`{experiment.id}`", experiment.model.name] if i == 0 else ["", ""]
             lines.append([*first, *cells, f"`{command}`" if cells[-1] else command])

@@ -1,4 +1,4 @@
-"""``make speed-408`` and ``make faster-408``: predicted step time, and layouts that are faster."""
+"""``make speed-408``: predicted step time, part by part, and what was measured."""
 
 from __future__ import annotations
 
@@ -19,14 +19,11 @@ from harness.planning import resolved
 from harness.predict.calibrations import Machine, machine_here
 from harness.predict.capacity import verdict
 from harness.predict.flops import mfu, tflops_per_gpu
-from harness.predict.layouts import faster
 from harness.predict.memory import predict
 from harness.predict.step_time import StepTime, unknown
 from harness.run import finding
 from harness.system.screen import say
 
-SHOWN = 6
-"""Number of faster layouts that are printed."""
 MEANING = {
     "products": "matrix products",
     "attention": "attention scores, their softmax, and weighted values",
@@ -45,8 +42,8 @@ def print_speed(id_: str, settings: Mapping[str, str]) -> int:
 
     Raises UserError where the experiment or a setting is invalid, or no constants cover it.
     """
-    experiment = _predictable(resolved.of_catalogue(id_, settings))
-    machines, references = _machines(experiment, settings), load_references()
+    experiment = predictable(resolved.of_catalogue(id_, settings))
+    machines, references = machines_of(experiment, settings), load_references()
     rows = collect_records(RECORDS, references).rows
     say(heading(experiment))
     for machine, source in machines:
@@ -67,44 +64,7 @@ def print_speed(id_: str, settings: Mapping[str, str]) -> int:
     return 0
 
 
-def print_faster(id_: str, settings: Mapping[str, str]) -> int:
-    """Print faster layouts of the same work on the same GPUs, or those that fit at all.
-
-    Raises UserError as ``print_speed``.
-    """
-    experiment = _predictable(resolved.of_catalogue(id_, settings))
-    machines = _machines(experiment, settings)
-    say(heading(experiment))
-    for machine, source in machines:
-        now_ms = machine.predict(experiment).total
-        fits = verdict(predict(experiment), machine.card)
-        found = faster(experiment, machine)
-        print(f"\n{machine.card.name}: predicted {now_ms:,.0f} ms per step; {fits}")
-        if not found:
-            print("  no layout that fits is faster" if fits == "fits" else "  no other layout fits")
-            continue
-        print(
-            f"  layouts of the same work that fit{' and are faster' * (fits == 'fits')}:"
-            f" {len(found)}; surest first"
-        )
-        print(f"  {'ms':>9} {'±':>4} {'ratio':>6} {'GiB':>6}   ≈: as fast as the first, perhaps")
-        shown = found[:SHOWN]
-        for layout in shown:
-            ms, gib = layout.step.total, layout.memory.in_all
-            tied = layout is not shown[0] and layout.ties_with(shown[0])
-            print(
-                f"  {'≈' * tied:1} {ms:7,.0f} {layout.error:4.0%} {ms / now_ms:6.2f} {gib:6.1f}"
-                f"  make {id_} {layout.settings}"
-            )
-        if fits == "fits" and shown[0].slowest_ms > now_ms:
-            say("  within the error of the prediction, none may be faster than what runs now")
-        say(f"  {machine.how_sure(*(layout.experiment for layout in shown))}")
-        say(f"  {source}")
-        say("  measure the first few before a long run: make … STEPS=20")
-    return 0
-
-
-def _predictable(experiment: Experiment) -> Experiment:
+def predictable(experiment: Experiment) -> Experiment:
     if missing := unknown(experiment):
         command = overrides.command_of(experiment)
         raise UserError(
@@ -116,7 +76,7 @@ def _predictable(experiment: Experiment) -> Experiment:
     return experiment
 
 
-def _machines(experiment: Experiment, settings: Mapping[str, str]) -> list[tuple[Machine, str]]:
+def machines_of(experiment: Experiment, settings: Mapping[str, str]) -> list[tuple[Machine, str]]:
     """The calibrated machines with the cards in question, each with where its rates come from."""
     cards = cards_of(experiment)
     found = [machine_here(card, finding.outdir(settings), gpus.uuids()) for card in cards]

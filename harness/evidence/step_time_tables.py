@@ -15,9 +15,9 @@ from harness.experiment.catalog import Catalog, load_catalog
 from harness.experiment.experiment import Experiment
 from harness.experiment.hardware import find_card
 from harness.predict.calibrations import Band, Machine, fitted, machine_of
-from harness.predict.layouts import faster
 from harness.predict.step_time import unknown
 from harness.predict.work import Calibration
+from harness.search.layouts import faster
 
 
 def parts_table(facts: Facts, ids: str, machine: str) -> str:
@@ -52,7 +52,7 @@ def faster_table(name: str, *ids: str) -> str:
             f"{row.measured_ms:,.0f}" if row else "",
             f"{now_ms:,.0f}",
         ]
-        found = faster(experiment, machine)
+        found = faster(experiment, machine, most=1)
         if not found:
             lines.append([*first, "none", "", "", "", ""])
             continue

@@ -46,21 +46,8 @@ def with_changes(experiment: Experiment, **changes: Any) -> Experiment:
 
 def violations(experiment: Experiment) -> Iterator[str]:
     """One sentence for each rule that ``experiment`` breaks; none where it can run."""
-    yield from _learning_rate(experiment)
-    yield from _widths(experiment)
-    yield from _stages(experiment)
-    yield from _batch(experiment)
-    yield from _sequence(experiment)
-    yield from _experts(experiment)
-    yield from _nodes(experiment)
-    yield from _architecture(experiment)
-    yield from architecture.violations(experiment)
-    yield from _fp8(experiment)
-    yield from _precision(experiment)
-    yield from _sharding(experiment)
-    yield from _cuda_graphs(experiment)
-    yield from _lora(experiment)
-    yield from _traced_steps(experiment)
+    for rule in RULES:
+        yield from rule(experiment)
 
 
 def divisors(n: int) -> list[int]:
@@ -414,3 +401,23 @@ def _traced_steps(experiment: Experiment) -> Iterator[str]:
         f" in order, and among the {steps} steps of the run; try"
         f" {', or '.join(ways_out) or 'STEPS=2 PROFILE=2-2'}"
     )
+
+
+RULES = (
+    _learning_rate,
+    _widths,
+    _stages,
+    _batch,
+    _sequence,
+    _experts,
+    _nodes,
+    _architecture,
+    architecture.violations,
+    _fp8,
+    _precision,
+    _sharding,
+    _cuda_graphs,
+    _lora,
+    _traced_steps,
+)
+"""Each complains of an experiment that breaks it, and reads few of its fields."""

@@ -160,6 +160,10 @@ class Experiment(Checked):
         return self.tp * self.pp * self.cp * self.dp
 
     @property
+    def is_pipelined(self) -> bool:
+        return self.pp > 1
+
+    @property
     def expert_replicas(self) -> int:
         """Ranks that hold the same experts."""
         return max(self.world_size // (self.pp * self.ep * self.etp), 1)

@@ -56,6 +56,9 @@ def predictor_chunk(experiment: Experiment) -> tuple[int, int]:
 
 def stage_layers(experiment: Experiment) -> tuple[int, ...]:
     """Layers of each pipeline stage. Raises UserError as ``layer_ranges``."""
+    layers, rest = divmod(experiment.model.num_layers, experiment.pp)
+    if not rest and not experiment.uneven_pipeline:
+        return (layers,) * experiment.pp  # however its chunks divide them
     return tuple(sum(map(len, chunks)) for chunks in layer_ranges(experiment))
 
 

@@ -22,7 +22,8 @@ from harness.predict.activations import (
     tokens_on,
 )
 from harness.predict.context import context_gib
-from harness.predict.flops import Held, parameters_on, state_on
+from harness.predict.elementwise import larger, smaller
+from harness.predict.flops import Held, State, parameters_on, state_on
 from harness.predict.replay import (
     WORKSPACE_BYTES,
     Footprint,
@@ -116,7 +117,7 @@ def predict(experiment: Experiment) -> Memory:
 
 
 def _on_stage(experiment: Experiment, stage: int) -> Memory:
-    tensors = _tensors(experiment, stage)
+    tensors = StageTensors(experiment, stage).at_most()
     hidden = _hidden_by_graphs(experiment, tensors)
     return Memory(
         **{name: (size - hidden.get(name, 0)) / GIB for name, size in tensors.items()},
@@ -126,49 +127,81 @@ def _on_stage(experiment: Experiment, stage: int) -> Memory:
     )
 
 
-def _tensors(experiment: Experiment, stage: int) -> dict[str, float]:
-    """Bytes of tensors at the fullest moment without CUDA graphs, named as Memory's pieces."""
-    state, held = state_on(experiment, stage), parameters_on(experiment, stage)
-    in_flight = sum(layers_in_flight(experiment, stage), stages.Layers())
-    attention, mlp = (
-        attention_bytes(experiment) * in_flight.total,
-        _mlps_bytes(experiment, in_flight),
-    )
-    largest = _largest_kind(experiment, stage)
-    recomputed = 0
-    if experiment.recompute == "full":
-        # kept is the layer's input; its other activations exist while it goes backward
-        recomputed = attention_bytes(experiment) + mlp_bytes(experiment, largest)
-        attention, mlp = hidden_bytes(experiment) * in_flight.total, 0
-    passing = recomputed + _backward_bytes(experiment, largest)
-    passing += _gathered_layer_bytes(experiment, held, stage)
-    if stage == experiment.pp - 1:
-        passing = max(passing, loss_bytes(experiment))
-    passing += _ends_bytes(experiment, stage)
-    weights = state.weights + _fp8_copies_bytes(experiment, held)
-    weights += _gathered_ends_bytes(experiment, held)
-    gradients = state.gradients
-    if experiment.sharding == "torch_fsdp2" and experiment.num_microbatches == 1:
-        # fully_shard has no gradient buffer: gradients grow while activations shrink
-        gradients -= min(gradients, attention + mlp)
-    return {
-        "weights": weights,
-        "gradients": gradients,
-        "optimizer": state.optimizer,
-        "attention": attention,
-        "mlp": mlp,
-        "passing": passing,
-    }
+class StageTensors:
+    """Bytes of the tensors on a rank of pipeline stage ``stage``."""
 
+    def __init__(self, experiment: Experiment, stage: int) -> None:
+        self.experiment, self.stage = experiment, stage
 
-def _mlps_bytes(experiment: Experiment, layers: stages.Layers) -> float:
-    """Bytes that MLPs and experts of ``layers`` keep, and what joins predicted tokens."""
-    kept = {"dense": 0.0, "experts": 0.0}
-    for kind, number in zip(("dense", "experts"), layers[:2], strict=True):
-        kept[kind] = number * mlp_bytes(experiment, kind) if number else 0.0
-    predictors = layers.predictors
-    more = predictors * (mlp_bytes(experiment) + predictor_bytes(experiment)) if predictors else 0.0
-    return kept["dense"] + kept["experts"] + more
+    def at_most(self) -> dict[str, float]:
+        """All at the fullest moment without CUDA graphs, named as Memory's pieces.
+
+        Works with arrays of other methods' results as well: harness/search/estimates.py.
+        """
+        state, in_flight = self.state(), self.in_flight()
+        attention, dense, experts, predictor = self.kept()
+        attention = attention * in_flight.total
+        mlp = dense * in_flight.dense + experts * in_flight.experts
+        mlp = mlp + predictor * in_flight.predictors
+        hidden = smaller(state.gradients, attention + mlp) * self.gradients_grow()
+        passing = self.recomputed() + self.backward() + self.gathered_layer()
+        return {
+            "weights": state.weights,
+            "gradients": state.gradients - hidden,
+            "optimizer": state.optimizer,
+            "attention": attention,
+            "mlp": mlp,
+            "passing": larger(passing, self.loss()) + self.ends(),
+        }
+
+    def state(self) -> State:
+        """What stays from step to step, fp8 copies too, and what FSDP always holds whole."""
+        held = parameters_on(self.experiment, self.stage)
+        copies = _fp8_copies_bytes(self.experiment, held)
+        copies += _gathered_ends_bytes(self.experiment, held)
+        return state_on(self.experiment, self.stage) + State(copies, 0, 0)
+
+    def gradients_grow(self) -> bool:
+        """Whether gradients grow while activations shrink: fully_shard has no gradient buffer."""
+        sharding, micro_batches = self.experiment.sharding, self.experiment.num_microbatches
+        return sharding == "torch_fsdp2" and micro_batches == 1
+
+    def in_flight(self) -> stages.Layers:
+        """Layers x micro-batches whose activations a rank keeps at most."""
+        return sum(layers_in_flight(self.experiment, self.stage), stages.Layers())
+
+    def kept(self) -> tuple[float, float, float, float]:
+        """What a micro-batch leaves in a layer's attention; in its MLP or experts, of each kind."""
+        experiment, model = self.experiment, self.experiment.model
+        if experiment.recompute == "full":  # the layer's input
+            return hidden_bytes(experiment), 0.0, 0.0, 0.0
+        return (
+            attention_bytes(experiment),
+            mlp_bytes(experiment, "dense") if model.dense_layers else 0.0,
+            mlp_bytes(experiment, "experts") if model.num_experts else 0.0,
+            mlp_bytes(experiment) + predictor_bytes(experiment) if model.predictors else 0.0,
+        )
+
+    def recomputed(self) -> float:
+        """Activations of a layer that exist only while it goes backward."""
+        if self.experiment.recompute != "full":
+            return 0.0
+        largest = _largest_kind(self.experiment, self.stage)
+        return attention_bytes(self.experiment) + mlp_bytes(self.experiment, largest)
+
+    def backward(self) -> float:
+        largest = _largest_kind(self.experiment, self.stage)
+        return _backward_bytes(self.experiment, largest)
+
+    def gathered_layer(self) -> float:
+        held = parameters_on(self.experiment, self.stage)
+        return _gathered_layer_bytes(self.experiment, held, self.stage)
+
+    def loss(self) -> float:
+        return loss_bytes(self.experiment) if self.stage == self.experiment.pp - 1 else 0
+
+    def ends(self) -> float:
+        return _ends_bytes(self.experiment, self.stage)
 
 
 def _largest_kind(experiment: Experiment, stage: int) -> LayerKind:

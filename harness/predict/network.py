@@ -38,31 +38,42 @@ class Group(NamedTuple):
         return (self.ranks - 1) * self.stride + 1
 
 
-@dataclass(frozen=True)
 class Groups:
     """The groups of an experiment's first rank."""
 
-    tensor: Group
-    context: Group
-    replicas: Group
-    """Data and context parallel ranks, which hold the same dense weights."""
-    experts: Group
-    split_experts: Group
-    expert_replicas: Group
-    stages: Group
+    def __init__(self, experiment: Experiment) -> None:
+        self.experiment = experiment
 
-    @classmethod
-    def of(cls, experiment: Experiment) -> Groups:
-        tp, cp, ep, etp = experiment.tp, experiment.cp, experiment.ep, experiment.etp
-        return cls(
-            tensor=Group(tp, 1),
-            context=Group(cp, tp),
-            replicas=Group(cp * experiment.dp, tp),
-            experts=Group(ep, etp),
-            split_experts=Group(etp, 1),
-            expert_replicas=Group(experiment.expert_replicas, etp * ep),
-            stages=Group(experiment.pp, tp * cp * experiment.dp),
-        )
+    @property
+    def tensor(self) -> Group:
+        return Group(self.experiment.tp, 1)
+
+    @property
+    def context(self) -> Group:
+        return Group(self.experiment.cp, self.experiment.tp)
+
+    @property
+    def replicas(self) -> Group:
+        """Data and context parallel ranks, which hold the same dense weights."""
+        return Group(self.experiment.cp * self.experiment.dp, self.experiment.tp)
+
+    @property
+    def experts(self) -> Group:
+        return Group(self.experiment.ep, self.experiment.etp)
+
+    @property
+    def split_experts(self) -> Group:
+        return Group(self.experiment.etp, 1)
+
+    @property
+    def expert_replicas(self) -> Group:
+        stride = self.experiment.etp * self.experiment.ep
+        return Group(self.experiment.expert_replicas, stride)
+
+    @property
+    def stages(self) -> Group:
+        pp = self.experiment.pp
+        return Group(pp, self.experiment.world_size // pp)
 
 
 @dataclass(frozen=True)

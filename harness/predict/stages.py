@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from harness.experiment.experiment import Experiment
 from harness.experiment.linear_layers import LayerKind
-from harness.experiment.pipeline import layer_ranges, predictor_chunk
+from harness.experiment.pipeline import layer_ranges, predictor_chunk, stage_layers
 
 
 class Layers(NamedTuple):
@@ -55,7 +55,11 @@ def alike(experiment: Experiment) -> bool:
 
 def on_stage(experiment: Experiment, stage: int) -> Layers:
     """All layers of ``stage``."""
-    return sum(chunks(experiment, stage), Layers())
+    model = experiment.model
+    if model.predictors or 0 < model.dense_layers < model.num_layers:
+        return sum(chunks(experiment, stage), Layers())
+    layers = stage_layers(experiment)[stage]
+    return Layers(dense=layers) if model.dense_layers else Layers(experts=layers)
 
 
 def of_model(experiment: Experiment) -> Layers:

@@ -24,6 +24,7 @@ from harness.experiment import extra_arguments
 from harness.experiment.experiment import SHARDING, Experiment
 from harness.experiment.pipeline import fullest_stage, stage_layers
 from harness.predict import timeline
+from harness.predict.elementwise import larger
 from harness.predict.flops import adapter_parameters, parameters_on
 from harness.predict.network import Group
 from harness.predict.work import MicroBatchWork, Speed, Work
@@ -80,7 +81,7 @@ def predict(experiment: Experiment, speed: Speed) -> StepTime:
 
     Only where ``unknown(experiment)`` is empty.
     """
-    return _StepWork(experiment, speed).step()
+    return StepWork(experiment, speed).step()
 
 
 def stage_times(experiment: Experiment, speed: Speed) -> timeline.Times:
@@ -88,7 +89,7 @@ def stage_times(experiment: Experiment, speed: Speed) -> timeline.Times:
 
     Where ``predict`` applies.
     """
-    return _StepWork(experiment, speed).stage_times(1e3)
+    return StepWork(experiment, speed).stage_times(1e3)
 
 
 def unknown(experiment: Experiment) -> list[str]:
@@ -224,7 +225,7 @@ class Traffic(NamedTuple):
         return Traffic(*map(operator.add, self, other))
 
 
-class _StepWork(MicroBatchWork):
+class StepWork(MicroBatchWork):
     """The work of a rank in a whole step; in seconds."""
 
     @cached_property
@@ -252,10 +253,9 @@ class _StepWork(MicroBatchWork):
             bubble=end - busy,
             gradients=self.gradients_s(times.forward[slowest], times.backward[slowest]),
             stragglers=0.0,
-            optimizer=self.optimizer_s() + self.constants.step_ms * self.speed.host_s,
+            optimizer=self.optimizer_s(),
         )
-        late = seconds.total * (slowest_of(experiment.world_size) - slowest_of(self.network.node))
-        seconds = replace(seconds, stragglers=max(0.0, late))
+        seconds = replace(seconds, stragglers=seconds.total * self.late_share())
         return StepTime(**{name: 1e3 * part for name, part in seconds.pieces.items()})
 
     def gradients_s(self, forward_s: float, backward_s: float) -> float:
@@ -268,9 +268,21 @@ class _StepWork(MicroBatchWork):
         Args:
             forward_s, backward_s: a micro-batch's passes, behind which sharded traffic hides.
         """
+        (gathered, reduced), (forward, backward, exposed_s) = self.rounds(), self.replicated()
+        exposed_s = exposed_s + gathered * self.exposed_s(forward, forward_s)
+        return exposed_s + reduced * self.exposed_s(backward, backward_s)
+
+    def rounds(self) -> tuple[int, int]:
+        """How often in a step weights are gathered for the forward pass, and gradients reduced."""
         experiment, micro_batches = self.experiment, self.experiment.num_microbatches
-        reduced = micro_batches if experiment.shards_gradients else 1
-        gathered = micro_batches if experiment.shards_weights else 1
+        return (
+            micro_batches if experiment.shards_weights else 1,
+            micro_batches if experiment.shards_gradients else 1,
+        )
+
+    def replicated(self) -> tuple[Traffic, Traffic, float]:
+        """What replicas exchange beside a forward and a backward pass, and seconds beside none."""
+        experiment, (gathered, reduced) = self.experiment, self.rounds()
         forward, backward, exposed_s = Traffic(), Traffic(), 0.0
         for parameters, group in self.trained():
             gradient = parameters * self.gradient_bytes
@@ -281,15 +293,18 @@ class _StepWork(MicroBatchWork):
                 backward += self.traffic(gradient, group)
             if experiment.sharding == "torch_fsdp2" and group.ranks > 1:
                 exposed_s += parameters * 4 * (reduced + 2 * gathered) / self.bytes_per_s
-        exposed_s += gathered * self.exposed_s(forward, forward_s)
         if experiment.shards_weights:
             backward += forward
-        exposed_s += reduced * self.exposed_s(backward, backward_s)
         if experiment.pp > 1 and not self.model.untie_embeddings:
             ends = Group(2, (experiment.pp - 1) * self.groups.stages.stride)
             gradient = self.vocabulary * self.model.hidden_size * self.gradient_bytes
             exposed_s += self.network.all_reduce_s(gradient, ends)
-        return exposed_s
+        return forward, backward, exposed_s
+
+    def late_share(self) -> float:
+        """How much longer the slowest of all ranks takes than that of a node, as a share."""
+        ranks, of_node = self.experiment.world_size, self.network.node
+        return max(0.0, slowest_of(ranks) - slowest_of(of_node))
 
     def traffic(self, message: float, group: Group) -> Traffic:
         """An all-gather or reduce-scatter of ``message`` bytes."""
@@ -303,10 +318,12 @@ class _StepWork(MicroBatchWork):
         Kernels that send take multiprocessors and bandwidth from those that compute: a share of the
         traffic is exposed in any case, of what it would take over the links of a node.
         """
-        return max(self.constants.exposed * traffic.within_node_s, traffic.seconds - computing_s)
+        at_least_s = self.constants.exposed * traffic.within_node_s
+        return larger(at_least_s, traffic.seconds - computing_s)
 
     def optimizer_s(self) -> float:
-        """Adam or Muon, norm and clipping on a rank's share; gradients cleared, checked, averaged.
+        """Adam or Muon, norm and clipping on a rank's share; gradients cleared, checked, averaged;
+        what the CPU does once a step.
 
         start_grad_sync in megatron/core/distributed/param_and_grad_buffer.py checks gradients for
         NaN and scales them.
@@ -317,7 +334,8 @@ class _StepWork(MicroBatchWork):
             moved += parameters * share * (4 * size + ADAM_BYTES[experiment.optimizer_state])
             held = share if experiment.shards_gradients else 1
             moved += parameters * held * (4 if experiment.dp * experiment.cp > 1 else 2) * size
-        return moved / self.bytes_per_s + (self.muon_s() if experiment.optimizer == "muon" else 0)
+        once = moved / self.bytes_per_s + self.constants.step_ms * self.speed.host_s
+        return once + (self.muon_s() if experiment.optimizer == "muon" else 0)
 
     def muon_s(self) -> float:
         """What Muon takes beyond Adam: Newton-Schulz iterations on a rank's share of the matrices.

@@ -18,6 +18,7 @@ from harness.experiment.experiment import Experiment
 from harness.experiment.linear_layers import of_layer, of_predictor
 from harness.experiment.model import COLUMN_PARALLEL, LinearLayer
 from harness.predict import stages, timeline
+from harness.predict.elementwise import larger
 from harness.predict.flops import adapter_widths, padded_vocab_size
 from harness.predict.network import MESSAGE_S, Groups, Network
 from harness.predict.rates import FP8_BYTES, Launches, Rates
@@ -173,20 +174,46 @@ class MicroBatchWork:
         fp8_tflops = rates.fp8_tflops.get(experiment.fp8_recipe, 0)
         self.fp8_flop_per_s = fp8_tflops * 1e12 * constants.products
         self.bytes_per_s = rates.memory_gb_s * 1e9 * constants.passes
-        self.network = speed.network.with_ranks_per_node(experiment.ranks_per_node)
-        self.groups = Groups.of(experiment)
+        self.groups = Groups(experiment)
         self.operation_s = speed.operation_us * constants.host / 1e6
-        self.tokens = tokens_on(experiment)
-        self.token_split = experiment.tp if experiment.sequence_parallel else 1
+
+    @cached_property
+    def network(self) -> Network:
+        return self.speed.network.with_ranks_per_node(self.experiment.ranks_per_node)
+
+    @cached_property
+    def tokens(self) -> float:
+        """Of a micro-batch on a rank."""
+        return tokens_on(self.experiment)
+
+    @cached_property
+    def token_split(self) -> int:
         """Ranks over which sequence parallelism splits what lies between the split products."""
-        vocabulary = padded_vocab_size(self.model.vocab_size, experiment.tp)
-        self.vocabulary = vocabulary / experiment.tp
-        self.gradient_bytes = 2 if experiment.gradients == "bf16" or experiment.fully_sharded else 4
-        # written in bf16, read again, and added to the sum, which is read and written. A product
-        # that accumulates hides half of the sum's traffic: B200's rates in experiments/rates.yaml
+        return self.experiment.tp if self.experiment.sequence_parallel else 1
+
+    @cached_property
+    def vocabulary(self) -> float:
+        """Words on a rank."""
+        tp = self.experiment.tp
+        return padded_vocab_size(self.model.vocab_size, tp) / tp
+
+    @cached_property
+    def gradient_bytes(self) -> int:
+        """Of a weight's gradient, summed over micro-batches."""
+        return 2 if self.experiment.gradients == "bf16" or self.experiment.fully_sharded else 4
+
+    @cached_property
+    def weight_gradient_bytes(self) -> int:
+        """Moved to add a weight's gradient of a micro-batch to the sum.
+
+        It is written in bf16, read again, and added to the sum, which is read and written. A
+        product that accumulates hides half of the sum's traffic: B200's rates in
+        experiments/rates.yaml.
+        """
+        if self.experiment.lora:
+            return 0
         apart = 4 + 2 * self.gradient_bytes
-        accumulated = self.gradient_bytes if experiment.gradient_fusion else apart
-        self.weight_gradient_bytes = 0 if experiment.lora else accumulated
+        return self.gradient_bytes if self.experiment.gradient_fusion else apart
 
     def stage_times(self, unit: float = 1.0) -> timeline.Times:
         """Each stage's passes of a micro-batch, in ``1 / unit`` seconds."""
@@ -213,29 +240,31 @@ class MicroBatchWork:
 
     def elapsed_s(self, work: Work) -> float:
         """Time of ``work``: that of the slower of GPU and CPU, and more if they are about equal."""
-        slow, fast = max(work.gpu, work.launches), min(work.gpu, work.launches)
         power = 1 + OVERLAP
-        return slow * (1 + (fast / slow) ** power) ** (1 / power)
+        return (work.gpu**power + work.launches**power) ** (1 / power)
 
     @cached_property
     def stages(self) -> list[tuple[Work, Work]]:
         """One micro-batch through all layers of each pipeline stage, forward and backward."""
-        pp, found = self.experiment.pp, []
-        for stage in range(pp):
-            forward, backward = self.passes(stages.on_stage(self.experiment, stage))
-            parts = [self.embedding] * (stage == 0) + [self.output] * (stage == pp - 1)
-            parts += [self.later_outputs] * (stage == pp - 1 and self.model.predictors > 0)
-            parts += [self.pipeline_messages] * (pp > 1)
-            found.append(_added(forward, backward, parts))
-        return found
+        last = self.experiment.pp - 1
+        return [
+            self.stage(stages.on_stage(self.experiment, stage), stage == 0, stage == last)
+            for stage in range(last + 1)
+        ]
+
+    def stage(self, held: stages.Layers, first: bool, last: bool) -> tuple[Work, Work]:
+        """One micro-batch through a stage with the layers ``held``."""
+        parts = [self.embedding] * first + [self.output] * last
+        parts += [self.later_outputs] * (last and self.model.predictors > 0)
+        parts += [self.pipeline_messages] * self.experiment.is_pipelined
+        return _added(*self.passes(held), parts)
 
     def passes(self, held: stages.Layers) -> tuple[Work, Work]:
         """One micro-batch through the layers ``held``."""
         forward, backward = Work(), Work()
-        for kind, number in zip(held._fields, held, strict=True):
-            if number:
-                forward += self.layers[kind][0] * number
-                backward += self.layers[kind][1] * number
+        for kind, layer in self.layers.items():
+            number = getattr(held, kind)
+            forward, backward = forward + layer[0] * number, backward + layer[1] * number
         return forward, backward
 
     @cached_property
@@ -244,15 +273,19 @@ class MicroBatchWork:
         kind, model = predictor_kind(self.experiment), self.model
         found = {kind: self.layer()}
         if model.num_experts and model.first_dense_layers:
-            dense = model.model_copy(update=WITHOUT_EXPERTS)
-            alone = self.experiment.model_copy(update={"model": dense, "ep": 1, "etp": 1})
-            found["dense"] = MicroBatchWork(alone, self.speed).layer()
+            found["dense"] = self.dense_layer()
         if model.predictors:
-            found["predictors"] = self.predictor(found[kind])
+            found["predictors"] = _added(*found[kind], [self.predictor, self.embedding])
         return found
 
-    def predictor(self, layer: tuple[Work, Work]) -> tuple[Work, Work]:
-        """A layer of multi-token prediction around the transformer ``layer``.
+    def dense_layer(self) -> tuple[Work, Work]:
+        """A layer without experts of a model that has them."""
+        dense = self.model.model_copy(update=WITHOUT_EXPERTS)
+        alone = self.experiment.model_copy(update={"model": dense, "ep": 1, "etp": 1})
+        return MicroBatchWork(alone, self.speed).layer()
+
+    def predictor(self) -> tuple[Work, Work]:
+        """What multi-token prediction has around its transformer layer and the embedding.
 
         The next token's embedding, three norms, and the projection that joins both: its input is
         gathered, its output as well (gather_from_tensor_model_parallel_region).
@@ -278,7 +311,7 @@ class MicroBatchWork:
             sums = self.collective(self.tensor_gather_s(joins.inputs)) if split else Work()
             gathered = self.collective(self.gather_s())
             forward, backward = forward + sums + gathered, backward + sums + gathered
-        return _added(forward + layer[0], backward + layer[1], [self.embedding])
+        return forward, backward
 
     def later_outputs(self) -> tuple[Work, Work]:
         """Logits and losses of the tokens after the next, one for each predicting layer."""
@@ -330,21 +363,24 @@ class MicroBatchWork:
 
         Those of virtual stages hide behind the pass of another one (overlap_p2p_comm).
         """
+        sent_s, launches, chunks, hiding = self.messages()
+        forward, backward = (
+            chunks * larger(0.0, sent_s - hiding * self.elapsed_s(one))
+            for one in self.layers[predictor_kind(self.experiment)]
+        )
+        return Work(exchange=forward, launches=launches), Work(exchange=backward, launches=launches)
+
+    def messages(self) -> tuple[float, float, int, float]:
+        """Seconds of a message, and of launching a micro-batch's; how many these are, and how many
+        layers are computed while one is sent."""
         vpp, each = self.experiment.vpp, self.speed.host_s * self.constants.stage_ms
-        launches = each if vpp == 1 else each * vpp * CHUNK_SHARE
         split = self.experiment.tp if self.speed.scatters_messages else self.token_split
         sent = 2 * self.tokens * self.model.hidden_size / split
-        seconds = self.network.send_s(sent, self.groups.stages)
+        sent_s = self.network.send_s(sent, self.groups.stages)
         if vpp == 1:
-            message = Work(exchange=seconds, launches=launches)
-            return message, message
-        chunk = self.model.num_layers / self.experiment.pp / vpp
-        return tuple(
-            Work(
-                exchange=vpp * max(0.0, seconds - chunk * self.elapsed_s(layer)), launches=launches
-            )
-            for layer in self.layer()
-        )
+            return sent_s, each, 1, 0.0
+        layers = self.model.num_layers / self.experiment.pp / vpp
+        return sent_s, each * vpp * CHUNK_SHARE, vpp, layers
 
     def layer(self) -> tuple[Work, Work]:
         """One micro-batch through one layer, forward and backward, recomputation included."""
@@ -653,18 +689,27 @@ class MicroBatchWork:
     def routed_tokens(self, computing_s: float) -> Work:
         """Tokens to their experts and back, in either pass.
 
-        All-to-all sends each copy of a token; ``flex`` (DeepEP, HybridEP) sends one to each node
-        that has any of its experts, which passes it on; all-gather sends every token to all. Under
-        expert tensor parallelism each group gathers its tokens, whose numbers differ, by
-        broadcasts.
-
         Args:
             computing_s: of a layer's pass, behind which another micro-batch's tokens are sent
                 (--overlap-moe-expert-parallel-comm).
         """
+        seconds, sharing, launches = self.tokens_sent()
+        if self.experiment.ep_overlap:
+            seconds = larger(sharing, seconds - computing_s / 2)
+        return Work(exchange=seconds, launches=launches) * 2
+
+    def tokens_sent(self) -> tuple[float, float, float]:
+        """Seconds in which tokens are sent to their experts or back, those that computing does not
+        hide in any case, and those of launching it.
+
+        All-to-all sends each copy of a token; ``flex`` (DeepEP, HybridEP) sends one to each node
+        that has any of its experts, which passes it on; all-gather sends every token to all. Under
+        expert tensor parallelism each group gathers its tokens, whose numbers differ, by
+        broadcasts.
+        """
         experiment, network, group = self.experiment, self.network, self.groups.experts
         if experiment.ep * experiment.etp == 1:
-            return Work()
+            return 0.0, 0.0, 0.0
         hidden = 2 * self.model.hidden_size
         copies = hidden * self.routed_rows() / experiment.etp
         tokens = copies / self.model.moe_router_topk
@@ -677,10 +722,8 @@ class MicroBatchWork:
             case "allgather":
                 seconds = network.gather_s(tokens * experiment.ep, group)
         seconds += network.gather_s(copies * experiment.etp, self.groups.split_experts)
-        if experiment.ep_overlap:
-            sharing = self.constants.exposed * network.within_node_s(copies, group)
-            seconds = max(sharing, seconds - computing_s / 2)
-        return Work(exchange=seconds, launches=self.collective_s) * 2
+        sharing = self.constants.exposed * network.within_node_s(copies, group)
+        return seconds, sharing, self.collective_s
 
     @property
     def grouped_flop_per_s(self) -> float:
