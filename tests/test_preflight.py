@@ -4,16 +4,20 @@ import json
 import os
 import re
 import signal
+import socket
+import subprocess
+import sys
 
 import pytest
 
 pytest.importorskip("torch", reason="the set-up stage `heavy` is not installed")
 
 from harness.errors import UserError
-from harness.predict import machine_file
-from harness.predict.machine_file import GpuRates, Machine
+from harness.predict import calibrations, machine_file, rates
+from harness.predict.machine_file import GpuRates, Machine, NetworkRate
+from harness.predict.network import Group
 from harness.preflight import commands, layers, links, node, peers, shapes
-from harness.preflight.show import show
+from harness.preflight.show import _rows, show
 
 
 def gpu(index: int, **changed) -> GpuRates:
@@ -264,3 +268,56 @@ def test_a_cpu_is_measured_in_miniature(tmp_path, capfd) -> None:
     assert found.memory.copy_gb_per_s > 0 and found.launch.add_us > 0
     assert {rate.name for rate in found.collectives} == {"all_reduce", "all_gather", "send"}
     assert [path.name for path in tmp_path.iterdir()] == ["machine.json"]
+
+
+@pytest.mark.full
+def test_nodes_measure_the_network_between_them(tmp_path) -> None:
+    """Two nodes on this machine, two processes each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        rendezvous = f"127.0.0.1:{free.getsockname()[1]}"
+    words = ["preflight", "QUICK=1", "DEVICE=cpu", "NODES=2", f"RENDEZVOUS={rendezvous}"]
+    nodes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "harness", *words, f"NODE_RANK={rank}", f"OUTDIR={tmp_path / str(rank)}"],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=280)[0] for process in nodes]
+    assert [process.returncode for process in nodes] == [0, 0]
+    for rank in range(2):
+        machine = machine_file.read(tmp_path / str(rank) / machine_file.NAME)
+        assert {rate.ranks for rate in machine.between_nodes} == {2}
+        assert {rate.stride for rate in machine.between_nodes} == {node.CPU_RANKS}
+        assert {rate.name for rate in machine.between_nodes} == {"all_reduce", "all_gather", "send"}
+        assert (
+            machine.nodes_gb_per_s.keys() == {1 - rank} and min(machine.nodes_gb_per_s.values()) > 0
+        )
+        assert f"to node {1 - rank}, a GPU to its peer" in said[rank]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"NODE_RANK": "0"}, {"RENDEZVOUS": "localhost:29500"}, {"NODE_RANK": "2", "RENDEZVOUS": "localhost:29500"}],
+)  # fmt: skip
+def test_several_nodes_need_a_rendezvous_and_a_rank(settings) -> None:
+    with pytest.raises(UserError, match="NODE_RANK, 0 to 1"):
+        commands.preflight({"NODES": "2", "DEVICE": "cpu"} | settings)
+
+
+def test_a_slow_node_is_named_and_the_network_is_as_fast_as_measured() -> None:
+    machine = machine_file.read(next((rates.FOLDER / "h200-141gb").glob("*0706.json")))
+    sent = {"name": "all_gather", "ranks": 4, "stride": 8, "launch_us": 50.0}
+    measured = machine.model_copy(
+        update={
+            "nodes_gb_per_s": {1: 44.0, 2: 45.0, 3: 20.0},
+            "between_nodes": (NetworkRate(size=2**28, us=2**28 * 0.75 / 30e3, **sent),),
+        }
+    )
+    assert [line.partition(":")[0] for line in peers.slow(measured)] == ["node 3"]
+    assert "all-gather of 256 MiB" in "".join(what for what, *_ in _rows(measured))
+    here = calibrations.load()["h200"].model_copy(update={"here": measured})
+    network = here.speed().network
+    assert network.bytes_per_s(Group(4, 8)) == pytest.approx(30e9)

@@ -161,7 +161,7 @@ class Machine(BaseModel, frozen=True, extra="forbid"):
         if self.here:
             found, usual_us = rates.with_file(found, self.here), self.here.launch.operation_us
             constants = constants.model_copy(update=dict.fromkeys(RATES, 1.0))
-        network = Network.of(self.card, found.link_gb_s)
+        network = Network.of(self.card, found.link_gb_s, found.network_gb_s)
         if not self.switch_reduces:
             network = replace(network, reduce_gb_s=None)
         return Speed(found, constants, network, usual_us)

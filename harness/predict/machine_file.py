@@ -123,6 +123,12 @@ class CollectiveRate(Rate):
     launch_us: float
 
 
+class NetworkRate(CollectiveRate):
+    """A collective over one rank of each node, ``stride`` apart; all such groups at once."""
+
+    stride: int
+
+
 class StorageRates(Rate):
     """Host, GPU and disk."""
 
@@ -188,6 +194,10 @@ class Machine(Rate):
     attention: tuple[AttentionRate, ...] = ()
     collectives: tuple[CollectiveRate, ...] = ()
     layers: tuple[LayerRate, ...] = ()
+    between_nodes: tuple[NetworkRate, ...] = ()
+    """Where several nodes were measured together."""
+    nodes_gb_per_s: dict[int, float] = {}
+    """What a rank exchanges with its peer in each other node, each way; by the node's rank."""
     failures: tuple[str, ...] = ()
     """Measurements that failed, with the reason."""
 

@@ -88,22 +88,25 @@ class Network:
     pair_gb_s: float | None = None
 
     @classmethod
-    def of(cls, card: Card, pair_gb_s: float | None = None) -> Network:
+    def of(
+        cls, card: Card, pair_gb_s: float | None = None, network_gb_s: float | None = None
+    ) -> Network:
         """The network of nodes with this card.
 
         Args:
             pair_gb_s: what each of two ranks of a node sends to the other in a second, where
                 measured.
+            network_gb_s: the same of two ranks of different nodes.
         """
-        fabrics = LINKS[card.link], NETWORKS[card.network]
-        levels = tuple(
-            replace(level, gb_per_s=fabric.share * level.gb_per_s)
-            for fabric in fabrics
-            for level in fabric.levels
-        )
-        reduce_share = fabrics[0].reduce_share
+        links, network = LINKS[card.link], NETWORKS[card.network]
+        within = [replace(each, gb_per_s=links.share * each.gb_per_s) for each in links.levels]
+        between = [
+            replace(each, gb_per_s=network_gb_s or network.share * each.gb_per_s)
+            for each in network.levels
+        ]
+        reduce_share = links.reduce_share
         reduce_gb_s = reduce_share and reduce_share * card.link_gb_per_s
-        return cls(levels, card.node_gpus, reduce_gb_s, pair_gb_s)
+        return cls((*within, *between), card.node_gpus, reduce_gb_s, pair_gb_s)
 
     def with_ranks_per_node(self, ranks: int) -> Network:
         """This network where each node has so many ranks, or all that its links join if fewer."""

@@ -108,6 +108,8 @@ class Rates:
     operation_us: float
     layers: Mapping[str, Launches]
     """By kind (harness/preflight/layers.py)."""
+    network_gb_s: float | None = None
+    """What a rank sends in a second to its peer in another node; None: by the data sheet."""
     grouped_tflops: float | None = None
     """Of experts' grouped products; None: a share of ``product_tflops``."""
 
@@ -323,6 +325,7 @@ def with_file(usual: Rates, file: Machine) -> Rates:
         memory_gb_s=memory_gb_s,
         scores=_scores([file]) or usual.scores,
         link_gb_s=_link_gb_s([file]) or usual.link_gb_s,
+        network_gb_s=_network_gb_s(file) or usual.network_gb_s,
         layers={**usual.layers, **layers},
     )
 
@@ -364,6 +367,15 @@ def _link_gb_s(files: Sequence[Machine]) -> float | None:
         for rate in rates
         if rate.size == largest
     )
+
+
+def _network_gb_s(file: Machine) -> float | None:
+    """None where no other node was measured, or not with large messages."""
+    gathers = [rate for rate in file.between_nodes if rate.name == "all_gather"]
+    largest = max(gathers, key=lambda rate: rate.size, default=None)
+    if largest is None or largest.size < LARGE_BYTES:
+        return None
+    return (largest.ranks - 1) / largest.ranks * largest.size / largest.us / 1e3
 
 
 def _layers(files: Sequence[Machine]) -> dict[str, Launches]:

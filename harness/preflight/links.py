@@ -21,31 +21,39 @@ CALLS_BYTES = 2**30
 BUFFER_BYTES = {"cuda": 2**28, "cpu": 2**22}
 
 
-def collectives(clock: Clock, sizes: Sequence[int], device: str) -> Iterator[CollectiveRate]:
-    """All-reduce, all-gather, reduce-scatter, all-to-all over all ranks; send to a neighbour."""
-    ranks, rank = dist.get_world_size(), dist.get_rank()
+def collectives(
+    clock: Clock, sizes: Sequence[int], device: str, group: dist.ProcessGroup | None = None
+) -> Iterator[CollectiveRate]:
+    """All-reduce, all-gather, reduce-scatter, all-to-all over a group; send to a neighbour in it.
+
+    Args:
+        group: None: all ranks.
+    """
+    ranks = dist.get_world_size(group)
     for size in sizes:
-        for name, call in _calls(size, ranks, rank, device).items():
+        for name, call in _calls(size, device, group).items():
             dist.barrier()
             us = clock.device_us(call, calls=max(2, min(50, CALLS_BYTES // size)))
             launch_us = clock.launch_us(call)
             yield CollectiveRate(name=name, ranks=ranks, size=size, us=us, launch_us=launch_us)
 
 
-def _calls(size: int, ranks: int, rank: int, device: str) -> dict[str, Callable[[], object]]:
+def _calls(
+    size: int, device: str, group: dist.ProcessGroup | None
+) -> dict[str, Callable[[], object]]:
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     elements = size // 2 // ranks * ranks
     whole, other = (torch.zeros(elements, device=device, dtype=torch.bfloat16) for _ in range(2))
     part = torch.zeros(elements // ranks, device=device, dtype=torch.bfloat16)
     calls: dict[str, Callable[[], object]] = {
-        "all_reduce": lambda: dist.all_reduce(whole),
-        "all_gather": lambda: dist.all_gather_into_tensor(whole, part),
-        "reduce_scatter": lambda: dist.reduce_scatter_tensor(part, whole),
-        "all_to_all": lambda: dist.all_to_all_single(other, whole),
+        "all_reduce": lambda: dist.all_reduce(whole, group=group),
+        "all_gather": lambda: dist.all_gather_into_tensor(whole, part, group=group),
+        "reduce_scatter": lambda: dist.reduce_scatter_tensor(part, whole, group=group),
+        "all_to_all": lambda: dist.all_to_all_single(other, whole, group=group),
     }
     if device == "cpu":  # gloo has neither
         del calls["reduce_scatter"], calls["all_to_all"]
-    after, before = (rank + 1) % ranks, (rank - 1) % ranks
-
+    after, before = (_rank_of((rank + step) % ranks, group) for step in (1, -1))
     return {**calls, "send": lambda: _exchange(whole, after, other, before)}
 
 
@@ -56,13 +64,20 @@ def _exchange(sent: torch.Tensor, to: int, received: torch.Tensor, source: int) 
         work.wait()
 
 
-def pairs_gb_per_s(clock: Clock, device: str) -> dict[int, float]:
-    """Bandwidth to each other rank, both ways at once, in GB/s each way.
+def _rank_of(place: int, group: dist.ProcessGroup | None) -> int:
+    """The rank, among all, of a place in ``group``."""
+    return dist.get_global_rank(group, place) if group else place
+
+
+def pairs_gb_per_s(
+    clock: Clock, device: str, group: dist.ProcessGroup | None = None
+) -> dict[int, float]:
+    """Bandwidth to each other rank of a group, both ways at once, in GB/s each way, by its place.
 
     In a round every rank exchanges with one other, as in a tournament where each meets each once
     (the circle method).
     """
-    ranks, rank = dist.get_world_size(), dist.get_rank()
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     bytes_ = BUFFER_BYTES[device]
     sent, received = (torch.zeros(bytes_ // 2, device=device, dtype=torch.bfloat16) for _ in "ab")
     found = {}
@@ -71,11 +86,12 @@ def pairs_gb_per_s(clock: Clock, device: str) -> dict[int, float]:
         if partner is None:
             continue
         # The same number of calls on both sides, so no clock that chooses it.
-        _exchange(sent, partner, received, partner)
+        peer = _rank_of(partner, group)
+        _exchange(sent, peer, received, peer)
         clock.wait()
         begun = time.perf_counter()
         for _ in range(CALLS := 4):
-            _exchange(sent, partner, received, partner)
+            _exchange(sent, peer, received, peer)
         clock.wait()
         found[partner] = CALLS * bytes_ / (time.perf_counter() - begun) / 1e9
     return found

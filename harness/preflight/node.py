@@ -14,11 +14,13 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from harness.errors import UserError
+from harness.launching.rendezvous.connections import host_and_port
 from harness.machine import gpus
 from harness.machine.provenance import describe_environment
 from harness.predict.machine_file import GpuRates, Machine
@@ -62,18 +64,70 @@ def measure(device: str, gpu_ids: Sequence[int], quick: bool, outdir: Path) -> M
     return _machine(device, gpu_ids, quick, found, time.monotonic() - begun)
 
 
+@dataclass(frozen=True)
+class Place:
+    """This node among others that are measured together."""
+
+    nodes: int
+    node_rank: int
+    rendezvous: str
+
+
+def measure_between(
+    machine: Machine, gpu_ids: Sequence[int], place: Place, outdir: Path
+) -> Machine:
+    """``machine`` with what its ranks exchange with those of the other nodes.
+
+    Raises:
+        UserError: a node did not come, or a rank failed.
+    """
+    begun, ranks = time.monotonic(), len(machine.gpus)
+    host, port = host_and_port(place.rendezvous)
+    with tempfile.TemporaryDirectory(prefix=".preflight-", dir=outdir) as name:
+        folder = Path(name)
+        words = [
+            *(f"--nnodes={place.nodes}", f"--node-rank={place.node_rank}"),
+            # a dynamic rendezvous would number the nodes in the order in which they come
+            *(f"--master-addr={host}", f"--master-port={port}"),
+            *(f"--nproc-per-node={ranks}", "-m", f"{MODULE}.between_nodes"),
+            *(machine.device, str(folder)),
+        ]
+        ended = _run(words, machine.device, gpu_ids, folder)
+        if ended:
+            raise UserError(
+                f"the measurement of {place.nodes} nodes {ended}; each needs the same command with"
+                f" its own NODE_RANK\n{_tail(folder / 'log')}"
+            )
+        found = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
+    nodes = {
+        int(node): statistics.median(one["nodes_gb_per_s"][node] for one in found)
+        for node in found[0]["nodes_gb_per_s"]
+    }
+    changes = {
+        "between_nodes": medians([one["between_nodes"] for one in found]),
+        "nodes_gb_per_s": nodes,
+        "seconds": round(machine.seconds + time.monotonic() - begun, 1),
+    }
+    return Machine.model_validate(machine.model_dump() | changes)
+
+
 def run_ranks(device: str, gpu_ids: Sequence[int], ranks: int, quick: bool, folder: Path) -> str:
     """Run them to their end; what went wrong, empty if nothing did."""
+    words = [
+        "--standalone",
+        *(f"--nproc-per-node={ranks}", "-m", MODULE),
+        *(device, str(int(quick)), str(folder)),
+    ]
+    return _run(words, device, gpu_ids, folder)
+
+
+def _run(words: Sequence[str], device: str, gpu_ids: Sequence[int], folder: Path) -> str:
     environment = os.environ | {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "OMP_NUM_THREADS": "1"}
     if device == "cuda":
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpu_ids))
     else:
         environment["GLOO_SOCKET_IFNAME"] = "lo"
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *(f"--nproc-per-node={ranks}", "-m", MODULE),
-        *(device, str(int(quick)), str(folder)),
-    ]
+    command = [sys.executable, "-m", "torch.distributed.run", *words]
     log = folder / "log"
     launcher = os.getpid()
     # as Ctrl-C: what was measured is kept

@@ -40,7 +40,7 @@ def slow(machine: Machine) -> list[str]:
     """
     if machine.device == "cpu":
         return []
-    return [*_slow_gpus(machine), *_slow_links(machine)]
+    return [*_slow_gpus(machine), *_slow_links(machine), *_slow_nodes(machine)]
 
 
 def _slow_gpus(machine: Machine) -> Iterator[str]:
@@ -70,8 +70,18 @@ def _slow_links(machine: Machine) -> Iterator[str]:
             )
 
 
-def _compared(what: str, rate: float, usual: float, unit: str) -> str:
-    return f"{what} {rate:,.0f} {unit}, {rate / usual:.0%} of the node's median {usual:,.0f}"
+def _slow_nodes(machine: Machine) -> Iterator[str]:
+    usual = statistics.median(machine.nodes_gb_per_s.values()) if machine.nodes_gb_per_s else 0
+    for node, rate in machine.nodes_gb_per_s.items():
+        if rate < LEAST_SHARE * usual:
+            yield (
+                f"node {node}: {_compared('network', rate, usual, 'GB/s', 'the nodes')}\n"
+                "ibstat and ethtool show the state of its network cards"
+            )
+
+
+def _compared(what: str, rate: float, usual: float, unit: str, peers: str = "the node") -> str:
+    return f"{what} {rate:,.0f} {unit}, {rate / usual:.0%} of {peers}'s median {usual:,.0f}"
 
 
 def _state(gpu: GpuRates) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator
 
+from harness.experiment.fabrics import NETWORKS
 from harness.experiment.hardware import find_card
 from harness.predict.machine_file import Machine
 from harness.system import screen
@@ -49,6 +50,14 @@ def _rows(machine: Machine) -> Iterator[tuple[str, str, str, str]]:
         if rate.size == largest:
             what = f"{rate.name.replace('_', '-')} of {rate.size / 2**20:,.0f} MiB"
             yield _row(what, rate.size / rate.us / 1e3, None, "GB/s")
+    for rate in machine.between_nodes:
+        if rate.size == max(other.size for other in machine.between_nodes):
+            name = f"{rate.name.replace('_', '-')} of {rate.size / 2**20:,.0f} MiB"
+            what = f"{rate.ranks} nodes: {name}"
+            yield _row(what, rate.size / rate.us / 1e3, None, "GB/s")
+    sheet = NETWORKS[card.network].levels[0].gb_per_s if card else None
+    for other, rate in machine.nodes_gb_per_s.items():
+        yield _row(f"to node {other}, a GPU to its peer", rate, sheet, "GB/s")
     yield _row("disk, written and synced", machine.storage.disk_write_gb_per_s, None, "GB/s")
     yield _row("launch of an add", machine.launch.add_us, None, "µs")
     yield _row("launch of an operation with autograd", machine.launch.operation_us, None, "µs")
