@@ -144,12 +144,15 @@ class Machine(BaseModel, frozen=True, extra="forbid"):
         }
         return self.model_copy(update=changed)
 
-    def speed(self, operation_us: float | None = None) -> Speed:
+    def speed(self, operation_us: float | None = None, nodes: int = 1) -> Speed:
         """How fast it is.
 
         Args:
-            operation_us: host time of an operation; None: that of the machine file.
+            operation_us: host time of an operation; None: that of the machine file. Several
+                ``nodes`` without one are assumed to have the fastest host of the calibrations.
         """
+        if operation_us is None and nodes > 1 and not self.here:
+            operation_us = fastest_operation_us()
         if operation_us is None:
             return self._usual_speed
         return self._usual_speed._replace(operation_us=operation_us)
@@ -169,9 +172,7 @@ class Machine(BaseModel, frozen=True, extra="forbid"):
     def predict(self, experiment: Experiment, operation_us: float | None = None) -> StepTime:
         """A step of ``experiment`` here, with no other run on the node.
 
-        Without ``operation_us`` and a machine file, several nodes are assumed to have the fastest
-        host of the file. Only where ``step_time.unknown(experiment)`` is empty; ``operation_us``
-        as of ``speed``.
+        Only where ``step_time.unknown(experiment)`` is empty; ``operation_us`` as of ``speed``.
         Raises UserError if ``experiment`` computes in fp8 and the card does not.
         """
         if experiment.precision == "fp8" and self.card.fp8_tflops is None:
@@ -179,9 +180,7 @@ class Machine(BaseModel, frozen=True, extra="forbid"):
                 f"{experiment.id} computes in fp8, which {self.card.name} does not (Ada, Hopper and"
                 " later do)"
             )
-        if operation_us is None and experiment.nodes > 1 and not self.here:
-            operation_us = fastest_operation_us()
-        return step_time.predict(experiment, self.speed(operation_us))
+        return step_time.predict(experiment, self.speed(operation_us, experiment.nodes))
 
     def launch_rate_behind(self, steps: Sequence[tuple[Experiment, float]]) -> float:
         """Host time of an operation in µs that explains these step times in ms best.
@@ -199,7 +198,7 @@ class Machine(BaseModel, frozen=True, extra="forbid"):
 
     def stage_times(self, experiment: Experiment) -> Times:
         """Each pipeline stage's passes of one micro-batch, in ms; where ``predict`` applies."""
-        return step_time.stage_times(experiment, self.speed())
+        return step_time.stage_times(experiment, self.speed(nodes=experiment.nodes))
 
     def row_of(self, experiment: Experiment, operation_us: float | None = None) -> Fitted | None:
         """The row in which ``experiment`` ran.

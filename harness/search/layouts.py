@@ -186,7 +186,7 @@ def _timed(search: Search, table: Table, below_ms: float = math.inf) -> Iterator
     table = table.take(~table.true(lambda one: bool(unknown(one))))
     if not len(table):
         return
-    total_ms = steps_ms(table, machine.speed())
+    total_ms = steps_ms(table, machine.speed(nodes=search.nodes))
     slowest_ms = total_ms * (1 + table.each(machine.error))
     wanted = _levers_bring(table, slowest_ms) & (total_ms * (1 - SLACK) < below_ms)
     order = np.lexsort((sizes(table).all_tensors, np.round(slowest_ms, 1)))
