@@ -194,7 +194,7 @@ def test_multi_token_prediction_before_the_last_stage():
     assert parameters_on(e, 14).ends == parameters_on(e, 0).ends
     assert parameters_on(e, 15).ends + parameters_on(e, 14).ends == parameters_on(together, 30).ends
     with pytest.raises(UserError, match="only in the last virtual stage of a rank"):
-        deepseek("Et*3|(tt|)*14m|(tt|)*15L", "16", "2")
+        deepseek("Et*3|(tt|)*14t*30|m|(|)*14L", "16", "2")
 
 
 def test_a_stage_holds_the_parameters_of_its_layers():
