@@ -226,15 +226,12 @@ def test_a_heavy_last_stage_is_the_fullest():
 
 def test_chunks_of_uneven_sizes_in_flight():
     """By hand, two stages of two chunks, four micro-batches: forward 0a 1a 0b 1b, then alternately."""
-    sizes = ((1, 5), (2, 2))
     orders = [f"{p.kind[0]}{p.chunk}" for p in timeline.order(0, 2, 4, 2)]
     assert orders[:8] == ["f0", "f0", "f1", "f1", "f0", "b1", "f0", "b1"]
-    assert timeline.most_in_flight(0, 4, sizes) == (0, 0, 1, 1, 0)
-    assert timeline.most_in_flight(0, 4, ((5, 1), (2, 2))) == (0, 0, 1, 0, 0), (
-        "once chunk 1 has gone back"
-    )
+    assert timeline.most_in_flight(0, 2, 4, (1, 5)) == (0, 0, 1, 1, 0)
+    assert timeline.most_in_flight(0, 2, 4, (5, 1)) == (0, 0, 1, 0, 0), "once chunk 1 has gone back"
     for stage, micro_batches in product((0, 3), (8, 64)):
-        alike = timeline.most_in_flight(stage, micro_batches, ((3, 3),) * 4)
+        alike = timeline.most_in_flight(stage, 4, micro_batches, (3, 3))
         assert len(alike) == timeline.warm_up_passes(stage, 4, 2) + 1
 
 

@@ -12,13 +12,13 @@ from harness.experiment.catalog import load_models
 from harness.experiment.constraints import with_changes
 from harness.experiment.unlisted import row_of
 from harness.predict.activations import (
-    _shared_expert_operations,
     attention_bytes,
-    hidden_bytes,
     loss_bytes,
     mlp_bytes,
     predictor_bytes,
 )
+from harness.predict.mlp_operations import shared_expert
+from harness.predict.operations import hidden_bytes
 
 pytestmark = pytest.mark.cpu
 DEEPSEEK = load_models()["deepseek-v3"]
@@ -90,7 +90,7 @@ def test_latent_attention(kept, tiny):
 
 
 def test_shared_expert(kept, tiny):
-    saved = sum(sum(each.saves) for each in _shared_expert_operations(tiny))
+    saved = sum(sum(each.saves) for each in shared_expert(tiny))
     assert saved + hidden_bytes(tiny) == kept["shared_expert"], "and the router's input"
 
 

@@ -514,7 +514,7 @@ CHOICES = {
     "moe_router_num_groups": 4, "moe_router_load_balancing_type": "seq_aux_loss",
     "tp": 2, "pp": 2, "vpp": 2, "first_stage_layers": 2, "last_stage_layers": 2, "pp_layout": "E|tL", "embedding_as_layer": True, "loss_as_layer": True, "cp": 2, "ep": 2, "etp": 2, "dp": 2, "nodes": 2, "moe_dispatcher": "flex", "ep_overlap": True, "sequence_parallel": True, "tp_overlap": True, "sharding": "torch_fsdp2",
     "recompute": "full", "precision": "fp8", "optimizer": "muon", "optimizer_state": "bf16", "gradients": "bf16",
-    "lora": Lora(rank=4, alpha=8.0), "cross_entropy_fusion": True, "gradient_fusion": True, "cuda_graphs": True, "attention_backend": "unfused",
+    "lora": Lora(rank=4, alpha=8.0), "cross_entropy_fusion": True, "cross_entropy_fusion_impl": "te", "attention_mask": False, "gradient_fusion": True, "cuda_graphs": True, "attention_backend": "unfused",
 }  # fmt: skip
 """A value of each other field that the catalogue's 101 does not have."""
 

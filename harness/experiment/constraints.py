@@ -322,8 +322,19 @@ def _precision(experiment: Experiment) -> Iterator[str]:
             "OPTIMIZER_STATE=bf16 is for Adam with SHARDING=optim and bf16 weights, not for"
             f" {experiment.optimizer} with {experiment.sharding} in {experiment.precision}"
         )
-    if experiment.gradients == "bf16" and experiment.optimizer_state != "bf16":
-        yield "gradients bf16 need upstream's precision-aware optimizer; set OPTIMIZER_STATE=bf16"
+    if experiment.gradients == "bf16" and experiment.precision == "fp32":
+        yield "GRADIENTS=bf16 is for bf16 weights, not for fp32"
+    if experiment.gradients == "bf16" and experiment.fully_sharded:
+        yield f"GRADIENTS=bf16: {experiment.sharding} keeps them in bf16 anyway; leave it out"
+    if experiment.cross_entropy_fusion_impl == "te" and not experiment.cross_entropy_fusion:
+        yield "CROSS_ENTROPY_IMPL=te is a fused loss; set CROSS_ENTROPY_FUSION=1"
+    if experiment.gradient_fusion and experiment.fully_sharded:
+        yield (
+            f"GRAD_FUSION=1: {experiment.sharding} has no buffer of gradients that products could"
+            " add to; set GRAD_FUSION=0, or SHARDING=optim or no_shard"
+        )
+    if experiment.gradient_fusion and experiment.lora:
+        yield "GRAD_FUSION=1: frozen weights have no gradients; leave it out with LoRA"
     if experiment.recompute_modules and experiment.recompute != "selective":
         yield (
             f"recompute_modules {', '.join(experiment.recompute_modules)} needs"

@@ -118,9 +118,13 @@ class Experiment(Checked):
     positions: Count | None = None
     """The longest sequence with learned positions; None: ``seq_length``."""
     lora: Lora | None = None
+    gradient_fusion: bool | None = None
+    """Add weights' gradients up within their products; None: where Apex is installed, which
+    predictions leave out."""
     cross_entropy_fusion: bool = False
-    gradient_fusion: bool = False
-    """Products add weights' gradients to their sum themselves."""
+    cross_entropy_fusion_impl: Literal["native", "te"] = "native"
+    attention_mask: bool = True
+    """Hand the causal mask to every layer, though Transformer Engine's attention reads none."""
     cuda_graphs: bool = False
     """A layer's kernels are launched as one graph; with experts, those of attention and router."""
     attention_backend: Literal["auto", "flash", "fused", "unfused"] = "auto"

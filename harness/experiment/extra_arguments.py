@@ -45,8 +45,13 @@ _SWITCHES = {
     "--overlap-moe-expert-parallel-comm": ("EP_OVERLAP", "1"),
     "--recompute-activations": ("RECOMPUTE", "selective"),
     "--cross-entropy-loss-fusion": ("CROSS_ENTROPY_FUSION", "1"),
+    "--no-create-attention-mask-in-dataloader": ("ATTENTION_MASK", "0"),
+    "--no-gradient-accumulation-fusion": ("GRAD_FUSION", "0"),
 }
-_CHOICES = {"--optimizer": ("OPTIMIZER", ("adam", "muon"))}
+_CHOICES = {
+    "--optimizer": ("OPTIMIZER", ("adam", "muon")),
+    "--cross-entropy-fusion-impl": ("CROSS_ENTROPY_IMPL", ("native", "te")),
+}
 _MODEL_NUMBERS = {
     "--num-layers": "num_layers",
     "--hidden-size": "hidden_size",
@@ -255,7 +260,7 @@ def translate(text: str, *, experts: bool = True) -> Translation:
     model: dict[str, Any] = {}
     fields: dict[str, Any] = {}
     # options that are settings, then options that are fields
-    taken = _recompute(named, settings) | _dropout(named, settings) | _fusion(named)
+    taken = _recompute(named, settings) | _dropout(named, settings)
     of_fields = _groups(named, model) | _rope_scaling(named, model)
     for argument in given:
         option = argument.option
@@ -355,12 +360,6 @@ def _dropout(given: Mapping[str, Argument], settings: dict[str, str]) -> set[str
         return set()
     settings["DROPOUT"] = next(iter(values))[0]
     return set(both)
-
-
-def _fusion(given: Mapping[str, Argument]) -> set[str]:
-    """``--cross-entropy-fusion-impl native`` is upstream's default."""
-    name = "--cross-entropy-fusion-impl"
-    return {name} if name in given and given[name].values == ("native",) else set()
 
 
 def _groups(given: Mapping[str, Argument], model: dict[str, Any]) -> set[str]:

@@ -23,7 +23,7 @@ KEEPING = frozenset({"save_every", "keep"})
 
 _FIELDS = {setting.field: setting for setting in EXPERIMENT_SETTINGS if setting.changes}
 CURVE = {field: one.key for field, one in _FIELDS.items() if one.changes == "losses"} | {
-    field: field for field in ("precision", "gradients", "positions")
+    field: field for field in ("precision", "positions")
 }
 """Field -> setting (or its own name) of what a step computes and on what data: another value gives
 another loss curve."""

@@ -28,6 +28,13 @@ class Linear(NamedTuple):
     def weights(self) -> int:
         return self.inputs * self.outputs
 
+    def on_rank(self, tp: int) -> tuple[int, int]:
+        """Inputs and outputs that one of ``tp`` ranks has."""
+        return (
+            self.inputs // (tp if self.split == "inputs" else 1),
+            self.outputs // (tp if self.split == "outputs" else 1),
+        )
+
 
 def of_layer(model: Model, kind: LayerKind) -> dict[str, Linear]:
     """The linear layers of one transformer layer, in order; without experts' and router."""

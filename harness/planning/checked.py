@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 from harness.data import data_sets
@@ -29,6 +30,10 @@ GRAPHS_DROP = (
     " which raises them; DROPOUT=0 makes them comparable"
 )
 
+WITHOUT_APEX = (
+    "GRAD_FUSION=1 needs Apex's fused_weight_gradient_mlp_cuda, which is not installed here"
+)
+
 
 def check(placed: PlacedRun) -> Plan:
     """Check ``placed``, and find the checkpoint that it begins with.
@@ -38,6 +43,12 @@ def check(placed: PlacedRun) -> Plan:
     """
     fitted = placed.fitted
     experiment = fitted.experiment
+    full = fitted.resolved.experiment
+    if full.cross_entropy_fusion_impl == "te":
+        raise UserError(
+            f"{full.id}: CROSS_ENTROPY_IMPL=te can be predicted, not run: upstream refuses"
+            " Transformer Engine's loss as unstable; leave it out"
+        )
     _check_data(fitted.resolved, experiment)
     _check_nodes(placed)
     _check_saving(placed)
@@ -48,6 +59,8 @@ def check(placed: PlacedRun) -> Plan:
         notices.append(RANDOM_WEIGHTS)
     if experiment.cuda_graphs and experiment.model.dropout and experiment.eval_steps:
         notices.append(GRAPHS_DROP)
+    if experiment.gradient_fusion and find_spec("fused_weight_gradient_mlp_cuda") is None:
+        notices.append(WITHOUT_APEX)
     loading = _resumed_checkpoint(placed, notices.append) if placed.resumed else None
     if loading is None and experiment.load:
         loading = _loaded_checkpoint(placed, notices.append)

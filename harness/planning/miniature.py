@@ -37,6 +37,8 @@ NOT_ON_A_CPU = {
     "fp8_recipe": None,
     "optimizer_state": "fp32",
     "gradients": "fp32",
+    "gradient_fusion": None,
+    "cross_entropy_fusion_impl": "native",
     "cuda_graphs": False,
 }
 """Fields that need a GPU, or Transformer Engine's optimizer, and what a miniature has instead."""

@@ -120,6 +120,33 @@ def _held(experiment: Experiment, layers: stages.Layers) -> Held:
     )
 
 
+def dummy_gradients(experiment: Experiment, stage: int) -> list[int]:
+    """Elements of the gradients that stand in for those that fused accumulation does not write.
+
+    Autograd wants a gradient of each weight; Transformer Engine hands out one of each shape, which
+    it never frees (get_dummy_wgrad in transformer_engine/pytorch/module/base.py; upstream's output
+    layer uses it, too).
+    """
+    if not experiment.gradient_fusion or experiment.lora:
+        return []
+    model, layers = experiment.model, stages.on_stage(experiment, stage)
+    shapes = set()
+    predicting = {stages.predictor_kind(experiment)} if layers.predictors else set()
+    for kind in {*layers.kinds} - {"predictors"} | predicting:
+        shapes |= {
+            one.on_rank(experiment.tp) for one in linear_layers.of_layer(model, kind).values()
+        }
+        if kind == "experts":
+            expert = linear_layers.of_mlp(model, model.moe_ffn).values()
+            shapes |= {one.on_rank(experiment.etp) for one in expert}
+    if layers.predictors:
+        shapes.add(linear_layers.of_predictor(model).on_rank(experiment.tp))
+    if stage == experiment.pp - 1:
+        vocabulary = padded_vocab_size(model.vocab_size, experiment.tp) // experiment.tp
+        shapes.add((model.hidden_size, vocabulary))
+    return [inputs * outputs for inputs, outputs in shapes]
+
+
 @dataclass(frozen=True)
 class _Layer:
     """A rank's parameters of one transformer layer."""
@@ -153,7 +180,7 @@ def _of_layer(experiment: Experiment, kind: LayerKind) -> _Layer:
 
 def _weights(linear: Linear, tp: int) -> int:
     """Weights of a linear layer on a rank."""
-    return linear.weights // (1 if linear.split == "nothing" else tp)
+    return math.prod(linear.on_rank(tp))
 
 
 def _bias(linear: Linear, tp: int) -> int:

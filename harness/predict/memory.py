@@ -8,29 +8,30 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 
 from harness.experiment.experiment import Experiment
-from harness.experiment.linear_layers import LayerKind
 from harness.predict import stages
 from harness.predict.activations import (
     attention_bytes,
-    element_bytes,
-    hidden_bytes,
-    hidden_tokens,
+    layer_backward_bytes,
     loss_bytes,
-    mask_bytes,
     mlp_bytes,
-    predictor_bytes,
-    tokens_on,
+    output_backward_bytes,
 )
 from harness.predict.context import context_gib
 from harness.predict.elementwise import larger, smaller
-from harness.predict.flops import Held, State, parameters_on, state_on
+from harness.predict.flops import Held, State, dummy_gradients, parameters_on, state_on
+from harness.predict.operations import (
+    element_bytes,
+    gathered_bytes,
+    hidden_bytes,
+    mask_bytes,
+)
 from harness.predict.replay import (
-    WORKSPACE_BYTES,
     Footprint,
     captures_layers,
     layers_in_flight,
     moments_share,
     replay,
+    workspaces,
 )
 
 GIB = 2**30
@@ -145,13 +146,15 @@ class StageTensors:
         mlp = mlp + predictor * in_flight.predictors
         hidden = smaller(state.gradients, attention + mlp) * self.gradients_grow()
         passing = self.recomputed() + self.backward() + self.gathered_layer()
+        passing = larger(passing, self.loss()) + self.ends()
         return {
             "weights": state.weights,
             "gradients": state.gradients - hidden,
             "optimizer": state.optimizer,
             "attention": attention,
             "mlp": mlp,
-            "passing": larger(passing, self.loss()) + self.ends(),
+            # gradients copied for the optimizer, once activations are gone
+            "passing": larger(passing, self.copied_gradients() - attention - mlp),
         }
 
     def state(self) -> State:
@@ -159,7 +162,8 @@ class StageTensors:
         held = parameters_on(self.experiment, self.stage)
         copies = _fp8_copies_bytes(self.experiment, held)
         copies += _gathered_ends_bytes(self.experiment, held)
-        return state_on(self.experiment, self.stage) + State(copies, 0, 0)
+        dummies = element_bytes(self.experiment) * sum(dummy_gradients(self.experiment, self.stage))
+        return state_on(self.experiment, self.stage) + State(copies, dummies, 0)
 
     def gradients_grow(self) -> bool:
         """Whether gradients grow while activations shrink: fully_shard has no gradient buffer."""
@@ -179,37 +183,48 @@ class StageTensors:
             attention_bytes(experiment),
             mlp_bytes(experiment, "dense") if model.dense_layers else 0.0,
             mlp_bytes(experiment, "experts") if model.num_experts else 0.0,
-            mlp_bytes(experiment) + predictor_bytes(experiment) if model.predictors else 0.0,
+            mlp_bytes(experiment, "predictors") if model.predictors else 0.0,
         )
 
     def recomputed(self) -> float:
         """Activations of a layer that exist only while it goes backward."""
         if self.experiment.recompute != "full":
             return 0.0
-        largest = _largest_kind(self.experiment, self.stage)
-        return attention_bytes(self.experiment) + mlp_bytes(self.experiment, largest)
+        mlps = (mlp_bytes(self.experiment, kind) for kind in self._kinds())
+        return attention_bytes(self.experiment) + max(mlps, default=0.0)
 
     def backward(self) -> float:
-        largest = _largest_kind(self.experiment, self.stage)
-        return _backward_bytes(self.experiment, largest)
+        """What a layer's backward pass needs beyond what is kept of it."""
+        needed = (layer_backward_bytes(self.experiment, kind) for kind in self._kinds())
+        return max(needed, default=0.0)
+
+    def copied_gradients(self) -> float:
+        """Gradients in fp32 of a rank's share, where they are summed in bf16 for fp32 moments.
+
+        Source: _copy_model_grads_to_main_grads in megatron/core/optimizer/distrib_optimizer.py.
+        """
+        experiment = self.experiment
+        if experiment.gradients == "fp32" or experiment.optimizer_state == "bf16":
+            return 0.0
+        shards = experiment.dp * experiment.cp if experiment.sharding == "optim" else 1
+        return 2 * state_on(experiment, self.stage).gradients / shards
 
     def gathered_layer(self) -> float:
         held = parameters_on(self.experiment, self.stage)
         return _gathered_layer_bytes(self.experiment, held, self.stage)
 
     def loss(self) -> float:
-        return loss_bytes(self.experiment) if self.stage == self.experiment.pp - 1 else 0
+        """What logits, their loss and the output layer's backward pass need, on the last stage."""
+        experiment = self.experiment
+        if self.stage != experiment.pp - 1:
+            return 0.0
+        return max(loss_bytes(experiment), output_backward_bytes(experiment))
 
     def ends(self) -> float:
         return _ends_bytes(self.experiment, self.stage)
 
-
-def _largest_kind(experiment: Experiment, stage: int) -> LayerKind:
-    """The kind of the layer on ``stage`` whose backward pass takes most."""
-    layers = stages.on_stage(experiment, stage)
-    kinds: list[LayerKind] = ["dense"] * (layers.dense > 0) + ["experts"] * (layers.experts > 0)
-    kinds = kinds or [stages.predictor_kind(experiment)]
-    return max(kinds, key=lambda kind: _backward_bytes(experiment, kind))
+    def _kinds(self) -> set[str]:
+        return {*stages.on_stage(self.experiment, self.stage).kinds}
 
 
 def _hidden_by_graphs(experiment: Experiment, tensors: Mapping[str, float]) -> dict[str, float]:
@@ -229,28 +244,14 @@ def _hidden_by_graphs(experiment: Experiment, tensors: Mapping[str, float]) -> d
 def _ends_bytes(experiment: Experiment, stage: int) -> float:
     """Bytes outside of layers: mask, workspaces, embedding's dropout, last norm, logits' input."""
     mask = experiment.micro_batch_size * experiment.seq_length**2 / experiment.cp
-    # PyTorch's forward and backward thread, Transformer Engine; with experts, its four streams too
-    workspaces = WORKSPACE_BYTES * (7 if experiment.model.num_experts else 3)
-    first = mask_bytes(experiment) if stage == 0 else 0
-    last = 2 * hidden_bytes(experiment) if stage == experiment.pp - 1 else 0
-    return mask + workspaces + first + last
-
-
-def _backward_bytes(experiment: Experiment, kind: LayerKind) -> float:
-    """Bytes of a layer's largest gradients, those of its MLP or experts.
-
-    They are of the activation, the input, the output and the first matrix. Without Apex a weight's
-    gradient is a tensor of its own before it is accumulated.
-    """
-    model, size, fc1 = experiment.model, element_bytes(experiment), experiment.model.fc1_matrices
-    hidden = model.hidden_size
-    if kind == "experts":
-        rows = hidden_tokens(experiment) * model.moe_router_topk
-        experts = model.num_experts // experiment.ep
-        matrix = experts * hidden * model.moe_ffn * fc1 / experiment.etp
-        return size * (rows * (model.moe_ffn * (fc1 + 1) + hidden) + matrix)
-    of_mlp = model.ffn * (tokens_on(experiment) * (fc1 + 1) + hidden * fc1) / experiment.tp
-    return size * of_mlp + hidden_bytes(experiment)
+    ends = (mask if experiment.attention_mask else 0) + sum(workspaces(experiment))
+    if stage == 0:
+        ends += mask_bytes(experiment)
+    if stage == experiment.pp - 1:
+        # the logits' input, gathered into a buffer that stays (get_global_memory_buffer in
+        # megatron/core/tensor_parallel/layers.py)
+        ends += 2 * hidden_bytes(experiment) + gathered_bytes(experiment)
+    return ends
 
 
 def _fp8_copies_bytes(experiment: Experiment, held: Held) -> float:

@@ -8,23 +8,35 @@ step finds the holes too small and reserves more.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from harness.experiment import linear_layers
 from harness.experiment.experiment import Experiment
-from harness.experiment.linear_layers import Linear
 from harness.predict import stages
 from harness.predict.activations import (
-    Operation,
-    element_bytes,
-    hidden_bytes,
+    kept_bytes,
     layer_operations,
     logits_on,
-    mask_bytes,
+    loss_kind,
 )
 from harness.predict.allocator import Allocator, Block
-from harness.predict.flops import adapter_widths, padded_vocab_size, state_of_parameter
+from harness.predict.flops import (
+    adapter_widths,
+    dummy_gradients,
+    padded_vocab_size,
+    state_of_parameter,
+)
+from harness.predict.operations import (
+    element_bytes,
+    gathered_bytes,
+    hidden_bytes,
+    mask_bytes,
+    regained,
+    weight_gradient_bytes,
+)
 from harness.predict.timeline import most_in_flight, warm_up_passes
 
 WORKSPACE_BYTES = 2**25
@@ -36,7 +48,15 @@ COPIES_OF_GRAPHS = 3
 """Hidden states a layer that a step allocates between the CUDA graphs of its layers: what six runs
 on H200s reserved."""
 
-Saved = list[tuple[Operation, list[Block | None]]]
+
+@dataclass(eq=False)
+class _Layer:
+    """What a layer's forward pass leaves."""
+
+    kind: str
+    blocks: list[list[Block | None]]
+    """Of each operation, what it keeps; with full recomputation only the layer's input."""
+    recomputed: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,28 +101,23 @@ def _replay(experiment: Experiment, stage: int) -> Footprint:
 
 
 def layers_in_flight(experiment: Experiment, stage: int) -> tuple[stages.Layers, ...]:
-    """Layers of each forward pass whose activations a rank of ``stage`` keeps when they are most.
+    """The layers of each forward pass that a rank of ``stage`` keeps when its tensors are most.
 
     Source: Narayanan et al. 2021 (arXiv:2104.04473), section 2.2.
     """
-    held, micro_batches = stages.all_chunks(experiment), experiment.num_microbatches
-    if stages.alike(experiment):
+    chunks, micro_batches = stages.chunks(experiment, stage), experiment.num_microbatches
+    if len({*chunks}) == 1:
         warm_up = warm_up_passes(stage, experiment.pp, experiment.vpp)
-        return held[0][:1] * min(warm_up + 1, micro_batches * experiment.vpp)
-    kept = {kind: _kept_bytes(experiment, kind) for kind in {*_kinds(held)}}
-    sizes = [[sum(kept[kind] for kind in chunk.kinds) for chunk in chunks] for chunks in held]
-    return tuple(held[stage][chunk] for chunk in most_in_flight(stage, micro_batches, sizes))
+        return chunks[:1] * min(warm_up + 1, micro_batches * experiment.vpp)
+    sizes = [sum(kept_bytes(experiment, kind) for kind in chunk.kinds) for chunk in chunks]
+    held = most_in_flight(stage, experiment.pp, micro_batches, sizes)
+    return tuple(chunks[chunk] for chunk in held)
 
 
-def _kinds(held: Iterable[Iterable[stages.Layers]]) -> Iterable[str]:
-    return (kind for chunks in held for chunk in chunks for kind in chunk.kinds)
-
-
-def _kept_bytes(experiment: Experiment, kind: str) -> float:
-    """Bytes that a layer keeps of one micro-batch."""
-    if experiment.recompute == "full":
-        return hidden_bytes(experiment)
-    return sum(sum(operation.saves) for operation in layer_operations(experiment, kind))
+def workspaces(experiment: Experiment) -> list[int]:
+    """Bytes of cuBLAS's workspaces: of PyTorch's forward and backward thread, and Transformer
+    Engine's; with experts, of its four streams, too."""
+    return [WORKSPACE_BYTES] * (7 if experiment.model.num_experts else 3)
 
 
 def captures_layers(experiment: Experiment) -> bool:
@@ -131,8 +146,7 @@ def _copy_bytes(experiment: Experiment) -> int:
 class _Pass:
     """What a micro-batch's forward pass leaves for its backward pass."""
 
-    layers: list[tuple[str, Saved]]
-    """The kind of each layer, and what it saved."""
+    layers: list[_Layer]
     output: Block | None
     """The last layer's."""
     others: list[Block | None]
@@ -148,33 +162,38 @@ class _Rank:
         self.hidden = hidden_bytes(experiment)
         vocabulary = padded_vocab_size(experiment.model.vocab_size, experiment.tp)
         self.embedding = experiment.model.hidden_size * vocabulary // experiment.tp
-        self.layers = stages.on_stage(experiment, stage)
-        self.in_flight = layers_in_flight(experiment, stage)
-        kinds = set(self.layers.kinds)
-        self.operations = {kind: layer_operations(experiment, kind) for kind in kinds}
+        self.stage = stage
+        self.kinds = stages.on_stage(experiment, stage).kinds
+        self.in_flight = [layers.kinds for layers in layers_in_flight(experiment, stage)]
+        self.operations = {kind: layer_operations(experiment, kind) for kind in {*self.kinds}}
         self.moments: list[float] = []
-        self.without_fp8_copies = dict.fromkeys(kinds, 0)
+        self.without_fp8_copies: Counter[str] = Counter()
         if experiment.precision == "fp8":
-            self.without_fp8_copies = dict(zip(self.layers._fields, self.layers, strict=True))
+            self.without_fp8_copies = Counter(self.kinds)
 
     def build(self) -> None:
         """Allocate weights, gradients, fp32 copies and workspaces."""
         experiment, take = self.experiment, self.allocator.allocate_all
-        parameters, replicas = self._parameters(), experiment.dp * experiment.cp
-        state = state_of_parameter(experiment, replicas)
-        weights = take(element_bytes(experiment) * size for size in parameters)
-        trained = self._adapters() if experiment.lora else parameters
-        sharded = experiment.sharding != "no_shard"
+        dense, experts = self._parameters()
+        replicas, sharded = experiment.dp * experiment.cp, experiment.sharding != "no_shard"
+        of_experts = experiment.expert_replicas
+        weights = take(element_bytes(experiment) * size for size in (*dense, *experts))
         if experiment.lora:
-            take(element_bytes(experiment) * size for size in trained)
-        elif sharded:
+            dense, experts = self._adapters(), []
+            take(element_bytes(experiment) * size for size in dense)
+        groups = [(dense, replicas), (experts, of_experts)]
+        states = [state_of_parameter(experiment, among) for _, among in groups]
+        if sharded and not experiment.lora:
             # the distributed optimizer and both kinds of FSDP move weights to a buffer
-            take([state.weights * sum(parameters)])
+            for (sizes, _), state in zip(groups, states, strict=True):
+                take([state.weights * sum(sizes)])
             self.allocator.free(*weights)
-        take([state.gradients * sum(trained)])
-        self._make_optimizer(_first_shard(trained, replicas if sharded else 1))
-        # PyTorch's forward and backward thread, Transformer Engine; with experts, four streams too
-        take([WORKSPACE_BYTES] * (7 if experiment.model.num_experts else 3))
+        for (sizes, _), state in zip(groups, states, strict=True):
+            take([state.gradients * sum(sizes)])
+        shards = [_first_shard(sizes, among if sharded else 1) for sizes, among in groups]
+        self._make_optimizer([*shards[0], *shards[1]])
+        take(workspaces(experiment))
+        take(element_bytes(experiment) * size for size in dummy_gradients(experiment, self.stage))
 
     def _make_optimizer(self, parameters: Sequence[float]) -> None:
         copy = _copy_bytes(self.experiment)
@@ -191,7 +210,7 @@ class _Rank:
 
         ``captured``: layers run from CUDA graphs, which have their own pool.
         """
-        passes = [self._forward(layers, captured=captured) for layers in self.in_flight]
+        passes = [self._forward(kinds, captured=captured) for kinds in self.in_flight]
         for done in passes:
             self._backward(done)
 
@@ -199,39 +218,42 @@ class _Rank:
         """Bytes that graphs of all layers reserve; empties the cache, as each capture does."""
         self.allocator.release_cache()
         eager, self.allocator = self.allocator, Allocator()
-        in_flight = [self._layers_forward(layers, None, ()) for layers in self.in_flight]
+        in_flight = [self._layers_forward(kinds, None, ()) for kinds in self.in_flight]
         for layers, passing in in_flight:
             self.allocator.free(passing)
             self._layers_backward(layers, self.allocator.allocate(self.hidden), None)
         pool, self.allocator = self.allocator, eager
         return pool.reserved
 
-    def _parameters(self) -> list[int]:
-        """Elements of each parameter, in the order of construction."""
+    def _parameters(self) -> tuple[list[int], list[int]]:
+        """Elements of each parameter outside of experts and in experts, as they are constructed."""
         experiment = self.experiment
-        parameters = [self.embedding] if self.first else []
+        dense, experts = [self.embedding] if self.first else [], []
         if self.first and experiment.model.position_embedding == "learned_absolute":
             positions = experiment.positions or experiment.seq_length
-            parameters.append(experiment.model.hidden_size * positions)
-        for kind in self.layers.kinds:
-            parameters += _layer_parameters(experiment, kind)
+            dense.append(experiment.model.hidden_size * positions)
+        for kind in self.kinds:
+            of_layer, of_experts = _layer_parameters(experiment, kind)
+            dense += of_layer
+            experts += of_experts
         if self.last and (experiment.model.untie_embeddings or not self.first):
-            parameters.append(self.embedding)
-        if self.layers.predictors and not self.first and experiment.model.untie_embeddings:
-            parameters.append(self.embedding)
-        return parameters
+            dense.append(self.embedding)
+        if "predictors" in self.kinds and not self.first and experiment.model.untie_embeddings:
+            dense.append(self.embedding)
+        return dense, experts
 
     def _adapters(self) -> list[int]:
         """Elements of each of LoRA's factors."""
         rank = self.experiment.lora.rank
         widths = adapter_widths(self.experiment).values()
         layer = [rank * width for both in widths for width in both]
-        return layer * self.layers.total
+        return layer * len(self.kinds)
 
-    def _forward(self, layers_of_chunk: stages.Layers, *, captured: bool) -> _Pass:
+    def _forward(self, kinds: Sequence[str], *, captured: bool) -> _Pass:
         take, free = self.allocator.allocate, self.allocator.free
         experiment = self.experiment
-        others = [take(experiment.micro_batch_size * experiment.seq_length**2 / experiment.cp)]
+        mask = experiment.micro_batch_size * experiment.seq_length**2 / experiment.cp
+        others = [take(mask if experiment.attention_mask else 0)]
         embeddings: list[Block | None] = []
         if self.first and experiment.model.position_embedding == "learned_absolute":
             # words and positions outlive their sum
@@ -241,55 +263,55 @@ class _Rank:
         passing = take(self.hidden)  # transposed
         free(total)
         if captured:
-            copies = [self.hidden] * COPIES_OF_GRAPHS * layers_of_chunk.total
+            copies = [self.hidden] * COPIES_OF_GRAPHS * len(kinds)
             others += self.allocator.allocate_all(copies)
             free(*embeddings)
             layers = []
         else:
-            layers, passing = self._layers_forward(layers_of_chunk, passing, embeddings)
+            layers, passing = self._layers_forward(kinds, passing, embeddings)
         output = take(self.hidden)
         free(passing)
         return _Pass(layers, output, others)
 
     def _layers_forward(
-        self, held: stages.Layers, passing: Block | None, embeddings: Iterable[Block | None]
-    ) -> tuple[list[tuple[str, Saved]], Block | None]:
-        """The layers ``held`` on one micro-batch; returns what they save, and an output."""
+        self,
+        kinds: Sequence[str],
+        passing: Block | None,
+        embeddings: Iterable[Block | None],
+    ) -> tuple[list[_Layer], Block | None]:
+        """Layers of ``kinds`` on one micro-batch; returns what they save, and the last's output."""
         layers = []
-        for kind in held.kinds:
+        for kind in kinds:
             if self.without_fp8_copies[kind]:
                 self.without_fp8_copies[kind] -= 1
                 self.allocator.allocate_all(self._fp8_copies(kind))
-            operations = self.operations[kind]
             if self.experiment.recompute == "full":
                 kept = self.allocator.allocate(self.hidden)
-                saved, passing = self._layer_forward(operations, passing, embeddings)
-                self.allocator.free(*(block for _, blocks in saved for block in blocks))
-                saved = [(Operation((self.hidden,), 0), [kept])]
+                layer, passing = self._layer_forward(kind, passing, embeddings)
+                self.allocator.free(*chain(*layer.blocks))
+                layer = _Layer(kind, [[kept]], recomputed=True)
             else:
-                saved, passing = self._layer_forward(operations, passing, embeddings)
-            layers.append((kind, saved))
+                layer, passing = self._layer_forward(kind, passing, embeddings)
+            layers.append(layer)
             embeddings = ()
         return layers, passing
 
     def _fp8_copies(self, kind: str) -> list[int]:
         """Elements of a layer's quantised weights."""
-        matrices = (size for size in _layer_parameters(self.experiment, kind) if size > 2**20)
+        parameters = chain(*_layer_parameters(self.experiment, kind))
+        matrices = (size for size in parameters if size > 2**20)
         return [size for size in matrices for _ in ("by rows", "by columns")]
 
     def _layer_forward(
-        self,
-        operations: Iterable[Operation],
-        passing: Block | None,
-        embeddings: Iterable[Block | None] = (),
-    ) -> tuple[Saved, Block | None]:
+        self, kind: str, passing: Block | None, embeddings: Iterable[Block | None] = ()
+    ) -> tuple[_Layer, Block | None]:
         saved = []
-        for operation in operations:
-            saved.append((operation, self.allocator.allocate_all(operation.saves)))
+        for operation in self.operations[kind]:
+            saved.append(self.allocator.allocate_all(operation.saves))
             self.allocator.free(passing, *embeddings)
             embeddings = ()
             passing = self.allocator.allocate(operation.passing)
-        return saved, passing
+        return _Layer(kind, saved), passing
 
     def _backward(self, done: _Pass) -> None:
         take, free = self.allocator.allocate, self.allocator.free
@@ -314,26 +336,35 @@ class _Rank:
         take, free = self.allocator.allocate, self.allocator.free
         experiment, size = self.experiment, element_bytes(self.experiment)
         logits = logits_on(experiment)
-        later = [self._softmax(logits) for _ in range(experiment.model.predictors)]
+        later = [self._kept_logits(logits) for _ in range(experiment.model.predictors)]
         normed = take(self.hidden)
-        of_logits, softmax = None, self._softmax(logits)
-        for kept in (softmax, *later):
+        of_logits, kept = None, self._kept_logits(logits)
+        for each in (kept, *later):
             free(of_logits)
-            of_logits = take(size * logits)
-            free(kept)
+            of_logits = each
+            if loss_kind(experiment) != "te":
+                of_logits = take(size * logits)
+                free(each)
         gradient = take(self.hidden)
-        of_weight = None if experiment.lora else take(size * self.embedding)
+        free(take(gathered_bytes(experiment)))
+        of_weight = take(weight_gradient_bytes(experiment, self.embedding))
         free(of_logits, normed)
         if self.first and not experiment.model.untie_embeddings:
             return gradient, of_weight
         free(of_weight)
         return gradient, None
 
-    def _softmax(self, logits: float) -> Block | None:
-        """Computes logits and loss; returns the softmax in fp32, which stays."""
+    def _kept_logits(self, logits: float) -> Block | None:
+        """Computes logits and loss; returns the softmax in fp32, which stays.
+
+        Transformer Engine's loss leaves the logits' gradient in their place.
+        """
         take, free = self.allocator.allocate, self.allocator.free
-        computed, softmax = take(element_bytes(self.experiment) * logits), take(4 * logits)
-        if self.experiment.cross_entropy_fusion:
+        computed, kind = take(element_bytes(self.experiment) * logits), loss_kind(self.experiment)
+        if kind == "te":
+            return computed
+        softmax = take(4 * logits)
+        if kind == "native":
             written = take(4 * logits)
             free(softmax)
             softmax = written
@@ -341,31 +372,32 @@ class _Rank:
         return softmax
 
     def _layers_backward(
-        self,
-        layers: list[tuple[str, Saved]],
-        residual: Block | None,
-        gradient: Block | None,
+        self, layers: list[_Layer], residual: Block | None, gradient: Block | None
     ) -> Block | None:
         """All layers; returns the gradient of their input."""
-        for kind, saved in reversed(layers):
-            kept: list[Block | None] = []
-            if self.experiment.recompute == "full":
-                kept = saved[0][1]
-                saved, passing = self._layer_forward(self.operations[kind], None)
+        for layer in reversed(layers):
+            kept: Iterable[Block | None] = ()
+            if layer.recomputed:
+                kept = chain(*layer.blocks)
+                layer, passing = self._layer_forward(layer.kind, None)
                 self.allocator.free(passing)
-            gradient = self._layer_backward(saved, residual, gradient)
+            gradient = self._layer_backward(layer, gradient)
             self.allocator.free(*kept)
         self.allocator.free(gradient)
         return residual
 
-    def _layer_backward(
-        self, saved: Saved, residual: Block | None, gradient: Block | None
-    ) -> Block | None:
-        """One layer; its gradients are added to ``residual`` in place."""
+    def _layer_backward(self, layer: _Layer, gradient: Block | None) -> Block | None:
+        """One layer; its gradients are added to the residual's in place."""
         take, free = self.allocator.allocate, self.allocator.free
-        for operation, blocks in reversed(saved):
-            of_input, of_weight = take(operation.gradient), take(operation.weight_gradient)
-            if operation.adds_residual:
+        operations, again = self.operations[layer.kind], {}
+        for index in reversed(range(len(operations))):
+            one = operations[index]
+            for other in regained(operations, index):
+                again[other] = self.allocator.allocate_all(other.recomputed)
+            of_input, of_weight = take(one.gradient), take(one.weight_gradient)
+            free(take(one.gathered))
+            blocks = [*layer.blocks[index], *again.get(one, ())]
+            if one.adds_residual:
                 free(gradient, of_input, *blocks)
                 gradient = self._masked()
                 continue
@@ -381,41 +413,31 @@ class _Rank:
         return self.allocator.allocate(self.hidden) if mask_bytes(self.experiment) else None
 
 
-def _layer_parameters(experiment: Experiment, kind: str) -> list[int]:
-    """Elements of each parameter of a layer: ``dense``, ``experts``, or in ``predictors``."""
-    model, hidden = experiment.model, experiment.model.hidden_size
-    norm = [hidden] * (2 if model.normalization == "LayerNorm" else 1)
+def _layer_parameters(experiment: Experiment, kind: str) -> tuple[list[int], list[int]]:
+    """Elements of each parameter of a layer, outside of experts and in them."""
+    model, tp = experiment.model, experiment.tp
+    norm = [model.hidden_size] * (2 if model.normalization == "LayerNorm" else 1)
     more = []
     if kind == "predictors":
-        more = [*norm * 3, linear_layers.of_predictor(model).weights // experiment.tp]
+        more = [*norm * 3, *_weight_and_bias(linear_layers.of_predictor(model), tp)]
         kind = stages.predictor_kind(experiment)
-    attention = linear_layers.of_attention(model)
-    proj = attention.pop("linear_proj")
-    parameters = _elements(proj, experiment.tp)
-    for linear in attention.values():
-        parameters += _elements(linear, experiment.tp)
-    parameters += norm * 2
+    linears = linear_layers.of_layer(model, kind)
+    proj = linears.pop("linear_proj")  # constructed first
+    dense = [*more]
+    for one in (proj, *linears.values()):
+        dense += _weight_and_bias(one, tp)
+    dense += norm * 2
     if kind == "dense":
-        mlp = [
-            _elements(one, experiment.tp) for one in linear_layers.of_mlp(model, model.ffn).values()
-        ]
-    else:
-        expert = linear_layers.of_mlp(model, model.moe_ffn).values()
-        mlp = [_elements(one, experiment.etp) for one in expert] * (
-            model.num_experts // experiment.ep
-        )
-        mlp += [
-            _elements(one, experiment.tp) for one in linear_layers.of_shared_expert(model).values()
-        ]
-        mlp.append([hidden * model.num_experts])
-    return [*more, *parameters, *(size for sizes in mlp for size in sizes)]
+        return dense, []
+    expert = linear_layers.of_mlp(model, model.moe_ffn).values()
+    one_expert = [size for one in expert for size in _weight_and_bias(one, experiment.etp)]
+    held = model.num_experts // experiment.ep
+    return [*dense, model.hidden_size * model.num_experts], one_expert * held
 
 
-def _elements(linear: Linear, tp: int) -> list[int]:
-    """Elements of a linear layer's weight, and of its bias if it has one, on a rank."""
-    outputs = linear.outputs // (tp if linear.split == "outputs" else 1)
-    inputs = linear.inputs // (tp if linear.split == "inputs" else 1)
-    return [outputs * inputs, *([outputs] if linear.bias else [])]
+def _weight_and_bias(linear: linear_layers.Linear, tp: int) -> list[int]:
+    inputs, outputs = linear.on_rank(tp)
+    return [inputs * outputs, *([outputs] if linear.bias else [])]
 
 
 def _first_shard(parameters: Sequence[int], replicas: int) -> list[int]:

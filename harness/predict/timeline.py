@@ -115,7 +115,7 @@ def warm_up_passes(stage: int, stages: int, chunks: int = 1) -> int:
 
 
 def most_in_flight(
-    stage: int, micro_batches: int, sizes: Sequence[Sequence[float]]
+    stage: int, stages: int, micro_batches: int, sizes: Sequence[float]
 ) -> tuple[int, ...]:
     """The chunks of ``stage``, one a forward pass, whose activations it keeps when they are most.
 
@@ -123,9 +123,9 @@ def most_in_flight(
     section 2.2).
 
     Args:
-        sizes: how much one micro-batch leaves in each chunk: [stage][chunk].
+        sizes: how much one micro-batch leaves in each chunk of the stage.
     """
-    stages, chunks = len(sizes), len(sizes[stage])
+    chunks = len(sizes)
     # a group of ``stages`` micro-batches warms up, then each repeats what the one before did
     enough = min(micro_batches, 3 * stages)
     kept: list[int] = []
@@ -134,10 +134,10 @@ def most_in_flight(
     for _, chunk, kind in order(stage, stages, enough, chunks):
         if kind == "backward":
             kept.remove(chunk)
-            held -= sizes[stage][chunk]
+            held -= sizes[chunk]
             continue
         kept.append(chunk)
-        held += sizes[stage][chunk]
+        held += sizes[chunk]
         if held > most or not fullest:
             most, fullest = held, tuple(kept)
     return fullest

@@ -18,6 +18,7 @@ from harness.experiment.experiment import Experiment
 from harness.experiment.linear_layers import of_layer, of_predictor
 from harness.experiment.model import COLUMN_PARALLEL, LinearLayer
 from harness.predict import stages, timeline
+from harness.predict.activations import loss_kind
 from harness.predict.elementwise import larger
 from harness.predict.flops import adapter_widths, padded_vocab_size
 from harness.predict.network import MESSAGE_S, Groups, Network
@@ -65,9 +66,11 @@ WITHOUT_EXPERTS = {
     "mtp_num_layers": None,
 }
 """What makes of a model the one whose layers are all as its first dense ones."""
-LOSS_BYTES = {False: (38, 14), True: (22, 10)}
-"""Whether the loss is fused -> bytes per logit, forward and backward: the softmax in fp32, by steps
-(megatron/core/tensor_parallel/cross_entropy.py, megatron/core/fusions/fused_cross_entropy.py)."""
+LOSS_BYTES = {"unfused": (38, 14), "native": (22, 10), "te": (6, 4)}
+"""Kind of loss -> bytes per logit, forward and backward: the softmax in fp32, by steps
+(megatron/core/tensor_parallel/cross_entropy.py, megatron/core/fusions/fused_cross_entropy.py); two
+passes over bf16 logits and one that scales their gradient
+(transformer_engine/pytorch/triton/cross_entropy.py)."""
 
 
 class Calibration(BaseModel, frozen=True, extra="forbid"):
@@ -341,7 +344,7 @@ class MicroBatchWork:
         """The product with the vocabulary and the loss; tensor parallel ranks share its softmax."""
         experiment, width = self.experiment, self.model.hidden_size
         logits = self.tokens * self.vocabulary
-        forward_bytes, backward_bytes = LOSS_BYTES[experiment.cross_entropy_fusion]
+        forward_bytes, backward_bytes = LOSS_BYTES[loss_kind(experiment)]
         gradient = logits * backward_bytes + self.vocabulary * width * self.weight_gradient_bytes
         forward = Work(
             products=self.product_s(self.tokens, self.vocabulary, width),

@@ -60,7 +60,8 @@ _RECOMPUTE = {
 }
 # Packed conversations: attention gets their bounds from cu_seqlens, and every token of an answer
 # has the same weight.
-_CONVERSATIONS = "--sft --no-create-attention-mask-in-dataloader --calculate-per-token-loss"
+_WITHOUT_MASK = "--no-create-attention-mask-in-dataloader"
+_CONVERSATIONS = f"--sft {_WITHOUT_MASK} --calculate-per-token-loss"
 _PRECISION = {"bf16": "--bf16", "fp32": "", "fp8": "--bf16"}
 _FP8 = {
     # delayed: scale by the largest value of the last 1,024 steps, Transformer Engine's default;
@@ -78,7 +79,7 @@ _OPTIMIZERS = {
     "adam": "",
     "muon": "--optimizer muon --muon-momentum 0.95 --muon-nesterov --muon-extra-scale-factor 0.2",
 }
-_GRADIENTS = {"fp32": "", "bf16": "--grad-reduce-in-bf16 --main-grads-dtype bf16"}
+_GRADIENTS = {"fp32": "", "bf16": "--grad-reduce-in-bf16"}
 _OPTIMIZER_STATE = {
     "fp32": "",
     "bf16": "--use-precision-aware-optimizer --exp-avg-dtype bf16 --exp-avg-sq-dtype bf16",
@@ -112,7 +113,7 @@ def megatron_flags(e: Experiment, device: Device, *, apex: bool = False) -> list
     Args:
         device: ``cpu`` switches CUDA-only features off.
         apex: whether Apex is installed, which upstream needs to fuse gradient accumulation into the
-            weight gradient.
+            weight gradient; it does unless ``e`` says otherwise.
 
     Raises:
         UserError: the experiment's data set is not prepared.
@@ -135,10 +136,14 @@ def megatron_flags(e: Experiment, device: Device, *, apex: bool = False) -> list
             *_words(*(lora_flags(e.lora) if e.lora else ())),
         ],
         _words(
-            _OPTIMIZERS[e.optimizer], _OPTIMIZER_STATE[e.optimizer_state], _GRADIENTS[e.gradients]
+            _OPTIMIZERS[e.optimizer],
+            _OPTIMIZER_STATE[e.optimizer_state],
+            _GRADIENTS[e.gradients],
+            # without it the precision-aware optimizer would want a copy in fp32
+            "--main-grads-dtype bf16" if (e.gradients, e.optimizer_state) == ("bf16",) * 2 else "",
         ),
         _words(*_cuda_graphs(e)) if cuda else _words(*_WITHOUT_CUDA),
-        [] if cuda and apex else ["--no-gradient-accumulation-fusion"],
+        [] if cuda and _fuses_gradients(e, apex) else ["--no-gradient-accumulation-fusion"],
         _data(e),
         _words(_LOGGING, f"--eval-interval {e.eval_interval} --eval-iters {e.eval_steps}"),
         list(e.extra_args),
@@ -316,7 +321,12 @@ def _precision(e: Experiment) -> Iterator[str]:
     if e.fp8_recipe:
         yield _FP8[e.fp8_recipe]
     if e.cross_entropy_fusion:
-        yield "--cross-entropy-loss-fusion --cross-entropy-fusion-impl native"
+        yield "--cross-entropy-loss-fusion --cross-entropy-fusion-impl"
+        yield e.cross_entropy_fusion_impl
+
+
+def _fuses_gradients(e: Experiment, apex: bool) -> bool:
+    return apex if e.gradient_fusion is None else e.gradient_fusion
 
 
 def _cuda_graphs(e: Experiment) -> Iterator[str]:
@@ -451,6 +461,8 @@ def _data(e: Experiment) -> list[str]:
         )
         source += _whole_vocabulary(e, first.vocab_size)
         source += _CONVERSATIONS.split() if first.chat else []
+    if not e.attention_mask and _WITHOUT_MASK not in source:
+        source.append(_WITHOUT_MASK)
     return [*source, "--split", e.split]
 
 
