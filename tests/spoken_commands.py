@@ -299,6 +299,7 @@ SETTING_NEEDS = {
     "WANDB_NAME": ("WANDB=offline",),
     "KEEP": ("SAVE=1",),
     "CROSS_ENTROPY_FUSION": ("DROPOUT=0",),
+    "CROSS_ENTROPY_IMPL": ("CROSS_ENTROPY_FUSION=1",),
     "TP_OVERLAP": ("SP=1",),
     "EP_OVERLAP": ("EP=4",),
     "MIN_LR": ("LR=3e-4",),

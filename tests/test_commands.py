@@ -23,6 +23,7 @@ from harness.planning.request import FOR_GPUS
 REFUSED = {
     "make 438 VPP=5": "try VPP in {1, 3, 9}",
     "make 612 CARD=a100-80gb": "has none (Ada, Hopper and later do)",
+    "make 101 CROSS_ENTROPY_IMPL=te CROSS_ENTROPY_FUSION=1": "can be predicted, not run",
     "make speed-620": "its step time cannot be predicted",
 }
 """Commands that the documents show for what they refuse -> what is said."""

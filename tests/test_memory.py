@@ -23,9 +23,15 @@ from harness.predict.activations import (
     mlp_bytes,
 )
 from harness.predict.capacity import levers, verdict, ways_to_fit
-from harness.predict.flops import adapter_parameters, parameters_on, state_gib, state_on
+from harness.predict.flops import (
+    adapter_parameters,
+    dummy_gradients,
+    parameters_on,
+    state_gib,
+    state_on,
+)
 from harness.predict.memory import _gathered_layer_bytes, predict
-from harness.predict.replay import layers_in_flight
+from harness.predict.replay import layers_in_flight, replay
 from harness.run.directory import RunDir
 
 CATALOG = load_catalog()
@@ -151,6 +157,59 @@ def test_fp8_copies_weights_and_keeps_less():
     assert fp8.mlp < blockwise.mlp < bf16.mlp and fp8.attention == pytest.approx(
         bf16.attention, rel=0.03
     )
+
+
+def test_fused_accumulation_keeps_a_gradient_of_each_shape():
+    """Llama 3 8B on two tensor parallel ranks: four matrices of a layer, and the output layer's on the last stage."""
+    e = find("611", tp=2, sequence_parallel=True, pp=2, dp=1, global_batch_size=8)
+    fused = with_changes(e, gradient_fusion=True)
+    layer = {4096 * 6144 // 2, 4096 * 4096 // 2, 4096 * 2 * 14336 // 2, 4096 * 14336 // 2}
+    assert set(dummy_gradients(fused, 0)) == layer and dummy_gradients(e, 0) == []
+    assert set(dummy_gradients(fused, 1)) == layer | {4096 * 128_256 // 2}
+    dummies = 2 * sum(dummy_gradients(fused, 0)) / 2**30
+    assert predict(fused).gradients - predict(e).gradients == pytest.approx(dummies)
+    # where a layer going backward needs most, its matrices' gradients are gone
+    plain, without = (layer_backward_bytes(one, "dense") for one in (e, fused))
+    assert without < plain
+    experts = find("501", gradient_fusion=True).model
+    of_expert = {1024 * 1024, 1024 * 1024}
+    assert of_expert <= set(dummy_gradients(find("501", gradient_fusion=True), 0)), experts
+
+
+def test_transformer_engines_loss_overwrites_its_logits():
+    e = find("611", cross_entropy_fusion=True)
+    te = with_changes(e, cross_entropy_fusion_impl="te")
+    logits = e.seq_length * e.micro_batch_size * 128_256
+    assert (loss_bytes(e), loss_bytes(te)) == (10 * logits, 2 * logits)
+    assert replay(te, 0).allocated < replay(e, 0).allocated
+
+
+def test_no_mask_is_handed_over():
+    e = find("611")
+    mask = e.micro_batch_size * e.seq_length**2 / 2**30
+    assert predict(e).passing - predict(
+        with_changes(e, attention_mask=False)
+    ).passing == pytest.approx(mask)
+
+
+def test_gradients_in_bf16_are_copied_for_an_optimizer_in_fp32():
+    """The copy exists while no activation does: it counts where it is larger than these."""
+    e = find("101", dp=4, global_batch_size=4)
+    bf16 = with_changes(e, gradients="bf16")
+    assert predict(bf16).gradients == predict(e).gradients / 2
+    assert predict(bf16).activations == pytest.approx(4 * parameters_on(e, 0).dense / 2**30)
+    sharded, moments = (
+        predict(with_changes(bf16, sharding="optim", **more))
+        for more in ({}, {"optimizer_state": "bf16"})
+    )
+    assert sharded.activations == moments.activations == predict(e).activations
+
+
+def test_heads_exchanged_by_all_to_all_are_kept_on_either_side():
+    e = find("308", cp_comm_type="p2p")
+    m, tokens = e.model, e.seq_length * e.micro_batch_size / e.cp
+    more = attention_bytes(with_changes(e, cp_comm_type="a2a")) - attention_bytes(e)
+    assert more == 2 * tokens * m.query_size
 
 
 def test_what_experts_cost_besides_their_rows():

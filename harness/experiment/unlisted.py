@@ -26,8 +26,8 @@ USUAL_LENGTH = {True: 2048, False: 8192}
 (Brown et al. 2020, arXiv:2005.14165) and of Llama 3."""
 
 
-def experiment_from(model: str, settings: Mapping[str, str]) -> Experiment:
-    """``model`` of models.yaml with ``settings`` as typed: ``GPUS=``, ``TP=``, ``GBS=``, ``CARD=``…
+def experiment_from(model: str | Model, settings: Mapping[str, str]) -> Experiment:
+    """``model`` (or its name in models.yaml) with ``settings`` as typed: ``GPUS=``, ``TP=``…
 
     ``LAYERS=`` cuts the model. Where nothing else is typed: bf16, ``SHARDING=optim``, ``MBS=1``,
     sequence parallelism with tensor parallelism, parallel sizes of 1 and the rest of ``GPUS`` data
@@ -38,10 +38,12 @@ def experiment_from(model: str, settings: Mapping[str, str]) -> Experiment:
             is broken, as ``overrides.apply``.
     """
     models = load_models()
-    if model not in models:
-        raise UserError(f"MODEL={model}; {nearest(model, models)}")
+    if not isinstance(model, Model):
+        if model not in models:
+            raise UserError(f"MODEL={model}; {nearest(model, models)}")
+        model = models[model]
     typed = {key: value for key, value in settings.items() if key != "LAYERS"}
-    row = row_of(models[model], count_in(settings, "LAYERS"))
+    row = row_of(model, count_in(settings, "LAYERS"))
     gpus = count_in(typed, "GPUS")
     if gpus and gpus > MOST_GPUS:
         raise UserError(f"GPUS={gpus}: at most {MOST_GPUS:,}")
