@@ -270,6 +270,8 @@ SETTING_OF = {
     "CP": "302",
     "CP_COMM_TYPE": "308",
     "EP": "502",
+    "RECOMPUTE_MODULES": "502",
+    "OVERLAP": "128",
     "ETP": "502",
     "NODES": "219",
     "NODE_RANK": "219",

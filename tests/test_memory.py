@@ -16,6 +16,7 @@ from harness.evidence.references import load_references
 from harness.experiment.catalog import load_catalog
 from harness.experiment.constraints import with_changes
 from harness.experiment.hardware import find_card
+from harness.experiment.unlisted import experiment_from
 from harness.predict.activations import (
     attention_bytes,
     layer_backward_bytes,
@@ -31,6 +32,7 @@ from harness.predict.flops import (
     state_on,
 )
 from harness.predict.memory import _gathered_layer_bytes, predict
+from harness.predict.operations import hidden_bytes
 from harness.predict.replay import layers_in_flight, replay
 from harness.run.directory import RunDir
 
@@ -203,6 +205,33 @@ def test_gradients_in_bf16_are_copied_for_an_optimizer_in_fp32():
         for more in ({}, {"optimizer_state": "bf16"})
     )
     assert sharded.activations == moments.activations == predict(e).activations
+
+
+def recomputed(e, module):
+    return with_changes(e, recompute="selective", recompute_modules=(module,))
+
+
+def test_recomputed_modules_leave_their_input():
+    """What is kept, and that all of a module exists again while it goes backward."""
+    dense, experts = find("611"), find("632", recompute="none", recompute_modules=())
+    latent = experiment_from("deepseek-v2", {"LAYERS": "4", "GBS": "8", "SEQ": "4096"})
+    for e, module, kind, kept in (
+        (dense, "mlp", "dense", 1),
+        (experts, "moe", "experts", 2),
+        (latent, "moe", "experts", 2),
+    ):
+        hidden, small = hidden_bytes(e), 4 * e.seq_length * e.micro_batch_size
+        left = mlp_bytes(recomputed(e, module), kind)
+        assert kept * hidden <= left <= kept * hidden + small < mlp_bytes(e, kind)
+        again = layer_backward_bytes(recomputed(e, module), kind) - layer_backward_bytes(e, kind)
+        assert again == pytest.approx(mlp_bytes(e, kind) - left, rel=0.3)
+    width = latent.model.moe_shared_expert_intermediate_size * 3 * 2
+    freed = mlp_bytes(latent, "experts") - mlp_bytes(
+        recomputed(latent, "shared_experts"), "experts"
+    )
+    assert freed == width * latent.seq_length
+    freed = attention_bytes(latent) - attention_bytes(recomputed(latent, "layernorm"))
+    assert freed == hidden_bytes(latent)
 
 
 def test_heads_exchanged_by_all_to_all_are_kept_on_either_side():

@@ -19,6 +19,7 @@ from harness.experiment.hardware import find_card
 from harness.experiment.model import Lora
 from harness.predict import calibrations, machine_file, rates, step_time, timeline
 from harness.predict.calibrations import Machine
+from harness.predict.flops import parameters_on
 from harness.predict.network import MESSAGE_S
 from harness.predict.step_time import unknown
 from harness.predict.work import ROUTED_PASSES, Calibration
@@ -514,7 +515,7 @@ CHOICES = {
     "moe_router_num_groups": 4, "moe_router_load_balancing_type": "seq_aux_loss",
     "tp": 2, "pp": 2, "vpp": 2, "first_stage_layers": 2, "last_stage_layers": 2, "pp_layout": "E|tL", "embedding_as_layer": True, "loss_as_layer": True, "cp": 2, "ep": 2, "etp": 2, "dp": 2, "nodes": 2, "moe_dispatcher": "flex", "ep_overlap": True, "sequence_parallel": True, "tp_overlap": True, "sharding": "torch_fsdp2",
     "recompute": "full", "precision": "fp8", "optimizer": "muon", "optimizer_state": "bf16", "gradients": "bf16",
-    "lora": Lora(rank=4, alpha=8.0), "cross_entropy_fusion": True, "cross_entropy_fusion_impl": "te", "attention_mask": False, "gradient_fusion": True, "cuda_graphs": True, "attention_backend": "unfused",
+    "lora": Lora(rank=4, alpha=8.0), "cross_entropy_fusion": True, "cross_entropy_fusion_impl": "te", "attention_mask": False, "gradient_fusion": True, "overlap": False, "cuda_graphs": True, "attention_backend": "unfused",
 }  # fmt: skip
 """A value of each other field that the catalogue's 101 does not have."""
 
@@ -562,9 +563,22 @@ def test_recomputation_costs_what_is_done_again():
         none.products == selective.products < full.products
         and none.passes < selective.passes < full.passes
     )
-    assert unknown(
-        find("111").model_copy(update={"recompute": "selective", "recompute_modules": ("mlp",)})
-    ) == ["recomputation of mlp"]
+    mlp = pieces("302", "RECOMPUTE_MODULES=mlp")
+    assert none.products < mlp.products < full.products and mlp.attention == none.attention
+    plain, *again = (
+        PUBLISHED.predict(find("501", words)).total
+        for words in ("", "RECOMPUTE_MODULES=layernorm", "RECOMPUTE_MODULES=moe", "RECOMPUTE=full")
+    )
+    assert plain < again[0] < again[1] < again[2]
+
+
+def test_without_overlap_all_that_replicas_send_is_exposed():
+    beside, alone = (pieces("128", words) for words in ("", "OVERLAP=0"))
+    e = find("128")
+    parameters, sent = parameters_on(e, 0).dense, 2 * (e.dp - 1) / e.dp
+    assert alone.gradients > beside.gradients
+    assert alone.gradients == pytest.approx(1e3 * parameters * (4 + 2) * sent / 2 / LINK, rel=0.1)
+    assert pieces("111", "OVERLAP=0") == pieces("111", "")
 
 
 def test_reducing_in_the_switch_sends_less():

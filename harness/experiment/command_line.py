@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from harness.errors import UserError, nearest, similar
-from harness.experiment.experiment import SHARDING, Experiment
+from harness.experiment.experiment import RECOMPUTABLE, SHARDING, Experiment
 from harness.experiment.hardware import required_card
 
 MINIATURE_STEPS = 20
@@ -262,6 +262,13 @@ EXPERIMENT_SETTINGS = (
         "work",
     ),
     Setting(
+        "RECOMPUTE_MODULES",
+        "moe_act,layernorm",
+        "what selective recomputation covers: " + ", ".join(RECOMPUTABLE),
+        "recompute_modules",
+        changes="work",
+    ),
+    Setting(
         "DROPOUT",
         "0",
         "share of hidden states and of attention weights that training drops",
@@ -337,6 +344,14 @@ EXPERIMENT_SETTINGS = (
         "what data parallelism shards: " + ", ".join(SHARDING),
         "sharding",
         _choice_of("sharding"),
+        "work",
+    ),
+    Setting(
+        "OVERLAP",
+        "0",
+        "exchange gradients and weights while computing, 0 or 1 (with SHARDING=optim)",
+        "overlap",
+        switch,
         "work",
     ),
     Setting("NODES", "2", "nodes; each runs GPUS / NODES ranks", "nodes", count, "work"),

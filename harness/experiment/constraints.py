@@ -15,7 +15,7 @@ from typing import Any
 
 from harness.errors import UserError, indivisible
 from harness.experiment import architecture
-from harness.experiment.experiment import Experiment
+from harness.experiment.experiment import RECOMPUTABLE, Experiment
 from harness.experiment.hardware import find_card
 from harness.experiment.linear_layers import of_attention
 from harness.experiment.model import Model
@@ -335,11 +335,22 @@ def _precision(experiment: Experiment) -> Iterator[str]:
         )
     if experiment.gradient_fusion and experiment.lora:
         yield "GRAD_FUSION=1: frozen weights have no gradients; leave it out with LoRA"
+    yield from _recomputed_modules(experiment)
     if experiment.recompute_modules and experiment.recompute != "selective":
         yield (
             f"recompute_modules {', '.join(experiment.recompute_modules)} needs"
             f" RECOMPUTE=selective, not {experiment.recompute}"
         )
+
+
+def _recomputed_modules(experiment: Experiment) -> Iterator[str]:
+    model, modules = experiment.model, {*experiment.recompute_modules}
+    if unknown := sorted(modules - {*RECOMPUTABLE}):
+        yield f"recompute_modules {', '.join(unknown)}: valid are {', '.join(RECOMPUTABLE)}"
+    if (named := sorted(modules & {"moe_act", "moe", "shared_experts"})) and not model.num_experts:
+        yield f"RECOMPUTE_MODULES={','.join(named)}: {model.name} has no experts; leave it out"
+    if "mla_up_proj" in modules and not model.latent_attention:
+        yield f"RECOMPUTE_MODULES=mla_up_proj: {model.name} has no latent attention; leave it out"
 
 
 def _sharding(experiment: Experiment) -> Iterator[str]:
@@ -349,6 +360,8 @@ def _sharding(experiment: Experiment) -> Iterator[str]:
             f"torch FSDP2 works with neither pipeline nor expert parallelism (PP={experiment.pp},"
             f" EP={experiment.ep})"
         )
+    if not experiment.overlap and experiment.fully_sharded:
+        yield f"OVERLAP=0: {sharding} works by overlap; set OVERLAP=1, or SHARDING=optim"
     if experiment.fully_sharded and optimizer != "adam":
         yield f"upstream's {optimizer} works with SHARDING=no_shard or optim, not {sharding}"
     biased_experts = model.num_experts and model.add_bias_linear

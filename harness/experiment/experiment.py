@@ -46,6 +46,18 @@ SHARDING = {
 }
 """Sharding -> (label in tables, what upstream really shards over data-parallel ranks)."""
 
+RECOMPUTABLE = (
+    "core_attn",
+    "layernorm",
+    "moe_act",
+    "mlp",
+    "moe",
+    "shared_experts",
+    "mla_up_proj",
+)
+"""Modules of selective recomputation (recompute_modules in
+megatron/core/transformer/transformer_config.py, core_v0.19.0)."""
+
 
 class Target(Checked):
     """The validation loss at which a long run stops; its miniature trains another model."""
@@ -102,6 +114,8 @@ class Experiment(Checked):
         "fsdp_optim_grads_params",
         "torch_fsdp2",
     ] = "no_shard"
+    overlap: bool = True
+    """Replicas exchange gradients and weights while they compute."""
     recompute: Literal["none", "full", "selective"] = "none"
     recompute_modules: Annotated[tuple[str, ...], Field(strict=False)] = ()
     precision: Literal["bf16", "fp32", "fp8"] = "bf16"

@@ -28,7 +28,7 @@ CURVE = {field: one.key for field, one in _FIELDS.items() if one.changes == "los
 """Field -> setting (or its own name) of what a step computes and on what data: another value gives
 another loss curve."""
 NEUTRAL = {field: one.key for field, one in _FIELDS.items() if one.changes != "losses"} | {
-    field: field for field in ("recompute_modules", "attention_backend")
+    field: field for field in ("attention_backend",)
 }
 """Field -> setting of layout, speed, length and evaluation: losses stay the same but for rounding
 and dropout's draws."""

@@ -21,7 +21,7 @@ from harness.experiment.command_line import (
     share,
 )
 from harness.experiment.constraints import with_changes
-from harness.experiment.experiment import Experiment, Target
+from harness.experiment.experiment import RECOMPUTABLE, Experiment, Target
 from harness.experiment.extra_arguments import Translation, translate
 from harness.experiment.model import LinearLayer, Lora, Model
 from harness.experiment.pipeline import EVEN_STAGES, layout_stages
@@ -96,6 +96,9 @@ def _changes(experiment: Experiment, given: Mapping[str, str]) -> dict[str, obje
         translation = _translation(experiment, given)
         changes |= {"extra_args": translation.rest, **translation.fields}
         changes["model"] = _changed_model(changes.get("model", experiment.model), translation.model)
+    if "RECOMPUTE_MODULES" in given:
+        changes["recompute_modules"] = _recompute_modules(given["RECOMPUTE_MODULES"])
+        changes.setdefault("recompute", "selective")
     if "GPUS" in given:
         changes["dp"] = _data_parallel_size(experiment, changes, count("GPUS", given["GPUS"]))
     if changes.get("recompute", "selective") != "selective":
@@ -166,6 +169,14 @@ def _target(experiment: Experiment, loss: float) -> Target:
         raise UserError("UNTIL=0: no loss ever reaches 0")
     steps = experiment.until.miniature_steps if experiment.until else MINIATURE_STEPS
     return Target(validation_loss=loss, miniature_loss=loss, miniature_steps=steps)
+
+
+def _recompute_modules(value: str) -> tuple[str, ...]:
+    modules = tuple(value.replace(",", " ").split())
+    for module in modules:
+        if module not in RECOMPUTABLE:
+            raise UserError(f"RECOMPUTE_MODULES={value}; {nearest(module, RECOMPUTABLE)}")
+    return modules
 
 
 def _fp8(experiment: Experiment, recipe: str) -> dict[str, str | None]:

@@ -40,8 +40,6 @@ emerging_optimizers 0.3.0)."""
 NEWTON_SCHULZ_STEPS = 5
 RANK_SPREAD = 0.01
 """Standard deviation of a step's time over ranks that do the same; a rough value."""
-RECOMPUTED = frozenset({"core_attn", "layernorm", "moe_act", "mla_up_proj"})
-"""The modules of selective recomputation that are counted."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +94,6 @@ def unknown(experiment: Experiment) -> list[str]:
     """The parts of ``experiment`` whose cost no constant covers; none where ``predict`` applies."""
     found = {
         "fp32 arithmetic": experiment.precision == "fp32",
-        f"recomputation of {', '.join(sorted({*experiment.recompute_modules} - RECOMPUTED))}": (
-            {*experiment.recompute_modules} - RECOMPUTED
-        ),
         "arguments in ARGS that no formula covers": bool(
             extra_arguments.unpredictable(experiment.extra_args)
         ),
@@ -141,6 +136,7 @@ def kinds(experiment: Experiment) -> frozenset[str]:
         "unfused attention": experiment.attention_backend == "unfused",
         "bf16 moments": experiment.optimizer_state == "bf16",
         "bf16 gradients": experiment.gradients == "bf16",
+        "no overlap": not experiment.overlap,
         "full recomputation": experiment.recompute == "full",
         **{f"recomputation of {module}": True for module in experiment.selectively_recomputed},
         "sequence parallelism": experiment.sequence_parallel,
@@ -271,8 +267,13 @@ class StepWork(MicroBatchWork):
             forward_s, backward_s: a micro-batch's passes, behind which sharded traffic hides.
         """
         (gathered, reduced), (forward, backward, exposed_s) = self.rounds(), self.replicated()
-        exposed_s = exposed_s + gathered * self.exposed_s(forward, forward_s)
-        return exposed_s + reduced * self.exposed_s(backward, backward_s)
+        overlaps = self.overlaps()
+        exposed_s = exposed_s + gathered * self.exposed_s(forward, overlaps * forward_s)
+        return exposed_s + reduced * self.exposed_s(backward, overlaps * backward_s)
+
+    def overlaps(self) -> float:
+        """The share of a pass behind which exchanges of replicas may hide."""
+        return float(self.experiment.overlap)
 
     def rounds(self) -> tuple[int, int]:
         """How often in a step weights are gathered for the forward pass, and gradients reduced."""

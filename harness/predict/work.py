@@ -428,7 +428,8 @@ class MicroBatchWork:
         the last one only (no_sync of DistributedDataParallel), and not within a CUDA graph.
         """
         experiment = self.experiment
-        if experiment.sharding == "no_shard" or experiment.dp * experiment.cp == 1:
+        alone = experiment.sharding == "no_shard" or experiment.dp * experiment.cp == 1
+        if alone or not experiment.overlap:
             return Work(), Work()
         each = self.constants.hooks_ms
         if not experiment.fully_sharded:
@@ -436,13 +437,19 @@ class MicroBatchWork:
         return self.launched(Launches(each, 1.5 * each))
 
     def selectively_recomputed(self) -> Work:
-        """Attention's scores, the norm before experts and their activation, as far as named."""
+        """The forward pass of the modules that are named, a second time."""
         model, modules = self.model, self.experiment.selectively_recomputed
         again = Work()
         if model.latent_attention and "mla_up_proj" in modules:
             again += self.projections_up()
         if "core_attn" in modules:
             again += self.attention()[0] + self.context_parallel()[0]
+        if "mlp" in modules and not model.num_experts:
+            again += self.mlp_forward(model.ffn)
+        if "moe" in modules and model.num_experts:
+            again += self.experts()[0] + self.routed_tokens(0)
+        if {"moe", "shared_experts"} & {*modules}:
+            again += self.mlp_forward(model.moe_shared_expert_intermediate_size or 0)
         moved = 0.0
         if model.num_experts and "layernorm" in modules:
             moved += self.tokens / self.token_split * model.hidden_size * 4
@@ -450,6 +457,22 @@ class MicroBatchWork:
             rows = ROUTED_PASSES * self.routed_rows()
             moved += rows * model.moe_ffn / self.experiment.etp * 6
         return again + Work(passes=moved / self.bytes_per_s)
+
+    def mlp_forward(self, width: int) -> Work:
+        """The forward pass of an MLP of this ``width``, or of a shared expert, and its sums."""
+        if not width:
+            return Work()
+        experiment, hidden = self.experiment, self.model.hidden_size
+        inner, fp8 = width / experiment.tp, experiment.precision == "fp8"
+        products = self.product_s(self.tokens, inner * self.model.fc1_matrices, hidden, fp8)
+        products += self.product_s(self.tokens, hidden, inner, fp8)
+        moved = self.tokens * inner * (6 if self.model.gated else 4)
+        work = Work(products=products, passes=moved / self.bytes_per_s)
+        if experiment.tp == 1:
+            return work
+        if experiment.sequence_parallel:
+            return work + self.collective(self.gather_s()) * 2
+        return work + self.collective(self.all_reduce_s())
 
     def linear_layers(self) -> tuple[Work, Work]:
         """A product forward, two of the same size backward; of frozen weights one."""

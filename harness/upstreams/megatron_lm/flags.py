@@ -39,7 +39,7 @@ _FSDP = (
 )
 _SHARDING = {
     "no_shard": (),
-    "optim": ("--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",),
+    "optim": ("--use-distributed-optimizer",),
     "fsdp_optim": ("--use-megatron-fsdp --data-parallel-sharding-strategy optim", *_FSDP),
     "fsdp_optim_grads": (
         "--use-megatron-fsdp --data-parallel-sharding-strategy optim_grads",
@@ -53,6 +53,7 @@ _SHARDING = {
         "--use-torch-fsdp2 --ckpt-format torch_dist --untie-embeddings-and-output-weights",
     ),
 }
+_OVERLAP = "--overlap-grad-reduce --overlap-param-gather"
 _RECOMPUTE = {
     "none": "",
     "full": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
@@ -123,7 +124,11 @@ def megatron_flags(e: Experiment, device: Device, *, apex: bool = False) -> list
         _words(*_model(e)),
         _words(*_experts(e, cuda)),
         _words(*_parallel(e), *_overlap(e, cuda)),
-        _words(*_SHARDING[e.sharding], *_on_meta_device(e)),
+        _words(
+            *_SHARDING[e.sharding],
+            _OVERLAP if e.sharding == "optim" and e.overlap else "",
+            *_on_meta_device(e),
+        ),
         _words(_RECOMPUTE[e.recompute], *_recompute_modules(e)),
         _words(
             f"--micro-batch-size {e.micro_batch_size} --global-batch-size {e.global_batch_size}",
