@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +23,7 @@ Text = Annotated[str, Field(min_length=1)]
 Positive = Annotated[float, Field(gt=0, strict=False)]
 
 
-_MEASURED = ("step_ms", "allocated_gib", "reserved_gib")
+_MEASURED = ("step_ms", "allocated_gib", "reserved_gib", "container")
 
 
 class Result(Checked):
@@ -31,10 +32,35 @@ class Result(Checked):
     model: Model
     settings: dict[str, str]
     """As ``make plan`` takes them."""
+    own: frozenset[str] = frozenset()
+    """Those of the row alone; the others are its group's."""
     step_ms: Positive | None = None
     allocated_gib: Positive | None = None
     """As torch.cuda.max_memory_allocated counts it, on the fullest rank."""
     reserved_gib: Positive | None = None
+    container: Text | None = None
+    """Release of NVIDIA's image, where several were measured."""
+    unstated: dict[str, tuple[int, ...]] = Field(default_factory=dict)
+    """Settings that the source leaves out, and the values that each may have had."""
+
+    @cached_property
+    def possible(self) -> list[Experiment]:
+        """What may have run: every choice of what is not stated that the sizes admit.
+
+        Raises UserError where settings or sizes are wrong.
+        """
+        if not self.unstated:
+            return [self.experiment]
+        found, refused = [], None
+        for values in product(*self.unstated.values()):
+            chosen = dict(zip(self.unstated, map(str, values), strict=True))
+            try:
+                found.append(experiment_from(self.model, self.settings | chosen))
+            except UserError as error:
+                refused = error
+        if not found:
+            raise refused
+        return found
 
     @cached_property
     def experiment(self) -> Experiment:
@@ -55,6 +81,8 @@ class Group(Checked):
     source: Text
     software: Text
     card: Text
+    scatters_messages: bool = False
+    """Whether tensor parallel ranks shared pipeline messages (work.Speed)."""
     results: tuple[Result, ...]
 
 
@@ -72,12 +100,20 @@ def _group(name: str, raw: Any) -> Group:
     required_card(str(fields.get("card")), f"{PUBLISHED.name}: {name}: card")
     common = yaml_files.mapping(fields.pop("settings", {}), f"{name}: settings")
     changed = yaml_files.mapping(fields.pop("models", {}), f"{name}: models")
+    unstated = yaml_files.mapping(fields.pop("unstated", {}), f"{name}: unstated")
+    open_ = {key: tuple(values) for key, values in unstated.items()}
     rows = enumerate(fields.pop("rows", ()), 1)
-    results = tuple(_result(f"{name}: row {n}", row, common, changed) for n, row in rows)
+    results = tuple(_result(f"{name}: row {n}", row, common, changed, open_) for n, row in rows)
     return yaml_files.build(Group, {"name": name, **fields, "results": results}, name)
 
 
-def _result(where: str, row: Any, common: dict[str, Any], changed: dict[str, Any]) -> Result:
+def _result(
+    where: str,
+    row: Any,
+    common: dict[str, Any],
+    changed: dict[str, Any],
+    unstated: dict[str, tuple[int, ...]],
+) -> Result:
     fields = dict(yaml_files.mapping(row, where))
     measured = {key: fields.pop(key) for key in _MEASURED if key in fields}
     models, name = load_models(), fields.pop("model", "")
@@ -88,4 +124,6 @@ def _result(where: str, row: Any, common: dict[str, Any], changed: dict[str, Any
     whole = {key: getattr(models[name], key) for key in Model.model_fields}
     model = yaml_files.build(Model, whole | changed.get(name, {}), f"{where}: models: {name}")
     settings = {key: str(value) for key, value in {**common, **fields}.items()}
-    return yaml_files.build(Result, {"model": model, "settings": settings, **measured}, where)
+    known = {"model": model, "settings": settings, "own": frozenset(fields), **measured}
+    known["unstated"] = unstated
+    return yaml_files.build(Result, known, where)

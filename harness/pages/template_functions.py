@@ -14,6 +14,8 @@ formulas.
     {{ gpus("611", card="h100-80gb") }}       the best layout predicted for each number of GPUs
     {{ machines() }}                          the constants of the predictions and their errors
     {{ unseen("h200-4gpu") }}                 predictions for references outside the calibration
+    {{ published("narayanan-2021") }}         a group of published steps, each with its prediction
+    {{ published_errors() }}                  how far predictions of each such group are off
     {{ pipeline("401 408") }}                 waiting and working time of each pipeline step
     {{ claims(chapter=100) }}                 which teaching points the numbers confirm
     {{ profile("282h 101") }}                 where the time of a traced step goes
@@ -28,7 +30,7 @@ from functools import partial
 from typing import Any
 
 from harness.errors import UserError
-from harness.evidence import scaling, step_time_tables, tables, verdicts
+from harness.evidence import published_steps, scaling, step_time_tables, tables, verdicts
 from harness.evidence.facts import HARDWARE, Facts
 from harness.evidence.quantities import NotMeasured, RanOutOfMemory
 from harness.pages import architectures, profiles, result_tables
@@ -112,6 +114,8 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "machines": lambda _: step_time_tables.machines_table(),
     "unseen": step_time_tables.unseen_table,
     "bands": lambda _: step_time_tables.bands_table(),
+    "published": lambda _, group: published_steps.rows_table(group),
+    "published_errors": lambda _: published_steps.summary_table(),
     "pipeline": result_tables.pipeline,
     "claims": claims,
     "profile": profile,

@@ -101,6 +101,8 @@ class Machine(BaseModel, frozen=True, extra="forbid"):
     """Empty until ``make calibrate`` has fitted the constants."""
     borrowed_by: str | None = None
     """A card without measured steps that is predicted by these constants; never in the file."""
+    scatters_messages: bool = False
+    """As of ``Speed``: of an upstream before 2022; never in the file."""
     here: InstanceOf[MachineFile] | None = None
     """The machine file of this very machine; never in the file of calibrations."""
 
@@ -167,7 +169,7 @@ class Machine(BaseModel, frozen=True, extra="forbid"):
         network = Network.of(self.card, found.link_gb_s, found.network_gb_s)
         if not self.switch_reduces:
             network = replace(network, reduce_gb_s=None)
-        return Speed(found, constants, network, usual_us)
+        return Speed(found, constants, network, usual_us, self.scatters_messages)
 
     def predict(self, experiment: Experiment, operation_us: float | None = None) -> StepTime:
         """A step of ``experiment`` here, with no other run on the node.

@@ -73,6 +73,12 @@ class GroupedRate(Rate):
     backward_launch_us: float
 
     @property
+    def launched_in(self) -> float:
+        """The host's time to launch it, relative to the GPU's to compute it."""
+        launch_us = self.forward_launch_us + self.backward_launch_us
+        return launch_us / (self.forward_us + self.backward_us)
+
+    @property
     def tflops(self) -> float:
         """Of the three products of both passes."""
         flops = 6 * self.experts * self.rows * self.columns * self.inner

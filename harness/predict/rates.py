@@ -28,6 +28,10 @@ PUBLISHED = EXPERIMENTS / "rates.yaml"
 FP8_BYTES = {"delayed": 4, "tensorwise": 6, "blockwise": 4}
 """Per element converted to fp8: read in bf16, written by rows and by columns; tensorwise, read once
 more for the largest value (Float8CurrentScalingQuantizer in transformer_engine/pytorch/tensor)."""
+GPU_BOUND = 1.2
+"""A grouped product that takes so many times as long as its launch says how fast the GPU is."""
+LEAST_GROUPED_SHARE = 0.3
+"""Of products much smaller than those measured; a rough value."""
 ATTENTION_HEAD, ATTENTION_LENGTH = 128, 4096
 """Of published attention."""
 LARGE_BYTES = 2**26
@@ -111,7 +115,10 @@ class Rates:
     network_gb_s: float | None = None
     """What a rank sends in a second to its peer in another node; None: by the data sheet."""
     grouped_tflops: float | None = None
-    """Of experts' grouped products; None: a share of ``product_tflops``."""
+    """Of experts' grouped products, where others published it."""
+    grouped_shares: Sequence[tuple[float, float]] = ()
+    """Operations of an expert's product -> speed of grouped ones, relative to ``product_tflops``.
+    """
 
     def attention_ps(self, head_size: int, length: int, dropout: bool) -> tuple[float, float]:
         """Forward and backward time of a score in ps.
@@ -134,6 +141,22 @@ class Rates:
             first[0] + share * (last[0] - first[0]),
             first[1] + share * (last[1] - first[1]),
         )
+
+    def grouped_flop_per_s(self, flops: float) -> float:
+        """Speed of experts' grouped products in bf16.
+
+        Interpolated over the logarithm of ``flops``, the operations of one expert's product.
+        """
+        if self.grouped_tflops:
+            return self.grouped_tflops * 1e12
+        logarithms = [math.log(size) for size, _ in self.grouped_shares]
+        pairs = list(itertools.pairwise(range(len(logarithms))))
+        place = math.log(flops)
+        low, high = next((pair for pair in pairs if place <= logarithms[pair[1]]), pairs[-1])
+        along = (place - logarithms[low]) / (logarithms[high] - logarithms[low])
+        (_, below), (_, above) = self.grouped_shares[low], self.grouped_shares[high]
+        share = min(1.0, max(LEAST_GROUPED_SHARE, below + along * (above - below)))
+        return share * self.product_tflops * 1e12
 
     @cached_property
     def plain(self) -> Launches:
@@ -304,6 +327,7 @@ def measured(files: Sequence[Machine]) -> Rates:
         link_gb_s=_link_gb_s(files),
         operation_us=statistics.mean(file.launch.operation_us for file in files),
         layers=_layers(files),
+        grouped_shares=_grouped_shares(files, statistics.median(products)),
     )
 
 
@@ -318,15 +342,17 @@ def with_file(usual: Rates, file: Machine) -> Rates:
         kind: launches * (usual.operation_us / file.launch.operation_us)
         for kind, launches in _layers([file]).items()
     }
+    product_tflops = statistics.median(rate.tflops for rate in file.products)
     return replace(
         usual,
-        product_tflops=statistics.median(rate.tflops for rate in file.products),
+        product_tflops=product_tflops,
         fp8_tflops={**usual.fp8_tflops, **_fp8_tflops([file], memory_gb_s)},
         memory_gb_s=memory_gb_s,
         scores=_scores([file]) or usual.scores,
         link_gb_s=_link_gb_s([file]) or usual.link_gb_s,
         network_gb_s=_network_gb_s(file) or usual.network_gb_s,
         layers={**usual.layers, **layers},
+        grouped_shares=_grouped_shares([file], product_tflops) or usual.grouped_shares,
     )
 
 
@@ -376,6 +402,16 @@ def _network_gb_s(file: Machine) -> float | None:
     if largest is None or largest.size < LARGE_BYTES:
         return None
     return (largest.ranks - 1) / largest.ranks * largest.size / largest.us / 1e3
+
+
+def _grouped_shares(files: Sequence[Machine], product_tflops: float) -> list[tuple[float, float]]:
+    """By the operations of an expert's product, in order: medians."""
+    rates = [rate for file in files for rate in file.grouped if rate.launched_in < 1 / GPU_BOUND]
+    sizes = _grouped(rates, lambda rate: 2.0 * rate.rows * rate.columns * rate.inner)
+    return [
+        (size, statistics.median(rate.tflops for rate in same) / product_tflops)
+        for size, same in sorted(sizes.items())
+    ]
 
 
 def _layers(files: Sequence[Machine]) -> dict[str, Launches]:

@@ -34,9 +34,6 @@ GRAPH_S = 100e-6
 OVERLAP = 5
 """How sharply the slower of GPU and CPU decides: their p-norm has p = 1 + OVERLAP; a rough value.
 """
-GROUPED_SHARE = 0.95
-"""Speed of experts' grouped products, relative to other matrix products; those of 8 and 16 large
-experts in the machine files."""
 ROUTED_PASSES = 1.5
 """Bytes that permuting and weighting routed tokens moves, relative to the count here: rows of the
 published table say so."""
@@ -698,7 +695,10 @@ class MicroBatchWork:
         weights = held * width * hidden * matrices
         moved = 2 * (rows * (2 * hidden + matrices * width) + weights) / byte_s
         flops = 2 * rows * width * hidden * matrices
-        products = max(flops / self.grouped_flop_per_s, moved) + 2 * held * KERNEL_S
+        each = 2 * rows / held * width * model.fc1_matrices * hidden
+        # no machine file has grouped products in fp8: assumed as fast as in bf16
+        flop_per_s = self.rates.grouped_flop_per_s(each) * self.constants.products
+        products = max(flops / flop_per_s, moved) + 2 * held * KERNEL_S
         permuted = ROUTED_PASSES * rows / byte_s
         launches = self.launched(self.rates.experts(held) * constants.experts)
         gradients = weights * self.weight_gradient_bytes / byte_s
@@ -750,14 +750,6 @@ class MicroBatchWork:
         seconds += network.gather_s(copies * experiment.etp, self.groups.split_experts)
         sharing = self.constants.exposed * network.within_node_s(copies, group)
         return seconds, sharing, self.collective_s
-
-    @property
-    def grouped_flop_per_s(self) -> float:
-        """Speed of experts' grouped products."""
-        published = self.rates.grouped_tflops
-        bf16 = published * 1e12 if published else self.flop_per_s * GROUPED_SHARE
-        fp8 = self.experiment.precision == "fp8"
-        return bf16 * self.fp8_flop_per_s / self.flop_per_s if fp8 else bf16
 
     def expert_shapes(self) -> list[tuple[float, float, float]]:
         """Rows, columns and inner size of experts' two products, all of a rank's as one."""
