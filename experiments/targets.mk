@@ -22,10 +22,18 @@ arguments: ; @$(HARNESS) arguments $(WORDS)
 ##@ Run
 #101 ## run experiment 101; without a GPU, a miniature of it on the CPU
 #show-101 ## the script that it would run
-#memory-101 ## the memory it needs; whether it fits CARD= or the GPUs here
-#speed-101 ## the step time to expect, part by part
-#faster-101 ## layouts that do the same work in less time
-#gpus-101 ## how many GPUs the same work needs; what more of them bring
+#memory-101 ## the memory it needs; whether it fits CARD= or the GPUs here  [FORMAT=terminal|json]
+memory-%: override TAKES = FORMAT $(SETTINGS)
+#speed-101 ## the step time to expect, part by part  [FORMAT=terminal|json]
+speed-%: override TAKES = FORMAT $(SETTINGS)
+#faster-101 ## layouts that do the same work in less time  [FORMAT=terminal|json]
+faster-%: override TAKES = FORMAT $(SETTINGS)
+#gpus-101 ## how many GPUs the same work needs; what more of them bring  [FORMAT=terminal|json]
+gpus-%: override TAKES = FORMAT $(SETTINGS)
+#plan ## the best layouts of a model on GPUs, and their cost  MODEL=llama3-70b GPUS=64 CARD=h100-80gb [LAYERS=12] [TOKENS=15e12] [FORMAT=terminal|json]
+plan: override TAKES = MODEL GPUS CARD LAYERS TOKENS FORMAT GBS SEQ NODES TP SP PP VPP CP CP_COMM_TYPE EP ETP DP MBS SHARDING RECOMPUTE CROSS_ENTROPY_FUSION CUDA_GRAPHS FP8 OPTIMIZER OPTIMIZER_STATE DROPOUT OUTDIR
+.PHONY: plan
+plan: ; @$(HARNESS) plan $(WORDS)
 #verify-101 ## run it again, or take a run, and compare with its record  [RUN=label-or-id]
 verify-%: override TAKES = RUN $(SETTINGS)
 #chapter-100 ## all experiments of a chapter, small ones side by side

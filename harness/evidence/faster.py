@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from harness.evidence.memory import heading
+from harness.evidence.predictions import is_json, prediction, print_json
 from harness.evidence.speed import machines_of, predictable
+from harness.experiment.experiment import Experiment
 from harness.planning import resolved
+from harness.predict.calibrations import Machine
 from harness.predict.capacity import verdict
 from harness.predict.memory import predict
 from harness.search.layouts import faster
@@ -23,6 +27,8 @@ def print_faster(id_: str, settings: Mapping[str, str]) -> int:
     """
     experiment = predictable(resolved.of_catalogue(id_, settings))
     machines = machines_of(experiment, settings)
+    if is_json(settings):
+        return print_json(one for machine, _ in machines for one in _objects(experiment, machine))
     say(heading(experiment))
     for machine, source in machines:
         now_ms = machine.predict(experiment).total
@@ -50,3 +56,11 @@ def print_faster(id_: str, settings: Mapping[str, str]) -> int:
         say(f"  {source}")
         say("  measure the first few before a long run: make … STEPS=20")
     return 0
+
+
+def _objects(experiment: Experiment, machine: Machine) -> Iterator[dict[str, Any]]:
+    """Predictions of ``experiment`` and of the layouts that are faster."""
+    card = machine.card
+    yield prediction(experiment, card, predict(experiment), machine, machine.predict(experiment))
+    for layout in faster(experiment, machine, SHOWN):
+        yield prediction(layout.experiment, card, layout.memory, machine, layout.step)

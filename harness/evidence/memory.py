@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 
 from harness import RECORDS
+from harness.evidence.predictions import is_json, prediction, print_json
 from harness.evidence.records import same_work
 from harness.evidence.references import load_references
 from harness.evidence.results import collect_records
@@ -35,6 +36,9 @@ def print_memory(id_: str, settings: Mapping[str, str]) -> int:
     """
     experiment = resolved.of_catalogue(id_, settings)
     memory = predict(experiment)
+    if is_json(settings):
+        cards = cards_of(experiment)
+        return print_json(prediction(experiment, card, memory) for card in cards)
     say(heading(experiment))
     print("\nPredicted memory of the fullest GPU, GiB")
     parts = _parts(experiment, memory)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
+from typing import Any
 
 from harness.evidence import markdown
 from harness.evidence.memory import cards_of
+from harness.evidence.predictions import extrapolated, is_json, prediction, print_json
 from harness.experiment.catalog import load_catalog
+from harness.experiment.experiment import Experiment
 from harness.experiment.hardware import GPUS_OF_A_NODE, Card, find_card, peak_tflops
 from harness.machine import gpus
 from harness.planning import resolved
@@ -29,6 +32,8 @@ def print_gpus(id_: str, settings: Mapping[str, str]) -> int:
     Raises UserError where the experiment or a setting is invalid.
     """
     experiment = resolved.of_catalogue(id_, settings)
+    if is_json(settings):
+        return print_json(_objects(experiment, settings))
     size = experiment.global_batch_size
     say(
         f"{experiment.label}: {experiment.model.name}, {size} sample{'s' * (size > 1)} of"
@@ -48,9 +53,20 @@ def print_gpus(id_: str, settings: Mapping[str, str]) -> int:
         if timed:
             say(f"  {machine.how_sure(*timed)}")
             say(f"  {source}")
+            if beyond := [word for one in timed for word in extrapolated(one)]:
+                say(f"  {beyond[0]}, the most of any public row")
         if reason := _untimed(layouts, card, machine):
             say(f"  step time not predicted: {reason}")
     return 0
+
+
+def _objects(experiment: Experiment, settings: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    """Predictions of the best layout for each number of GPUs that holds the work."""
+    for card in cards_of(experiment):
+        machine, _ = machine_here(card, finding.outdir(settings), gpus.uuids())
+        for _, best in by_gpus(experiment, card, machine):
+            if best:
+                yield prediction(best.experiment, card, best.memory, machine, best.step)
 
 
 @cache
@@ -74,7 +90,7 @@ def _lines(layouts: Layouts, card: Card) -> Iterator[tuple[tuple[str, ...], str]
     fewest_gpu_ms: float | None = None
     for ranks, best in layouts:
         if best is None:
-            yield (str(ranks), "", "", "", ""), "nothing fits, even fully recomputed"
+            yield (str(ranks), "", "", "", ""), "no layout divides them and fits"
             continue
         step, shown = best.step, ("", "", "")
         if step:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from harness import RECORDS
 from harness.errors import UserError
 from harness.evidence.memory import cards_of, heading
+from harness.evidence.predictions import is_json, prediction, print_json
 from harness.evidence.records import same_work
 from harness.evidence.references import References, load_references
 from harness.evidence.results import collect_records
@@ -44,6 +45,12 @@ def print_speed(id_: str, settings: Mapping[str, str]) -> int:
     """
     experiment = predictable(resolved.of_catalogue(id_, settings))
     machines, references = machines_of(experiment, settings), load_references()
+    if is_json(settings):
+        memory = predict(experiment)
+        return print_json(
+            prediction(experiment, machine.card, memory, machine, machine.predict(experiment))
+            for machine, _ in machines
+        )
     rows = collect_records(RECORDS, references).rows
     say(heading(experiment))
     for machine, source in machines:

@@ -31,7 +31,12 @@ def layer_ranges(experiment: Experiment) -> tuple[tuple[range, ...], ...]:
     Raises:
         UserError: the layers do not divide into these stages, or PP_LAYOUT is not a layout of them.
     """
-    return _ranges(
+    return _ranges(*_division(experiment))
+
+
+def _division(experiment: Experiment) -> tuple:
+    """What decides how its layers are divided."""
+    return (
         experiment.model.num_layers,
         experiment.pp,
         experiment.vpp,
@@ -59,7 +64,7 @@ def stage_layers(experiment: Experiment) -> tuple[int, ...]:
     layers, rest = divmod(experiment.model.num_layers, experiment.pp)
     if not rest and not experiment.uneven_pipeline:
         return (layers,) * experiment.pp  # however its chunks divide them
-    return tuple(sum(map(len, chunks)) for chunks in layer_ranges(experiment))
+    return _of_stages(*_division(experiment))
 
 
 def chunk_layers(experiment: Experiment) -> tuple[tuple[int, ...], ...]:
@@ -103,6 +108,11 @@ def layout_stages(layout: str) -> list[str]:
             " prediction, m, if there are any, and L last, such as 'Ett|tt|tL'"
         )
     return flat.split("|")
+
+
+@lru_cache(maxsize=4096)
+def _of_stages(*division: object) -> tuple[int, ...]:
+    return tuple(sum(map(len, chunks)) for chunks in _ranges(*division))
 
 
 @lru_cache(maxsize=4096)

@@ -49,7 +49,7 @@ def experiment_from(model: str | Model, settings: Mapping[str, str]) -> Experime
         raise UserError(f"GPUS={gpus}: at most {MOST_GPUS:,}")
     if "GBS" not in typed:
         length = count_in(typed, "SEQ") or row.seq_length
-        typed["GBS"] = str(_usual_batch(length, gpus or 1))
+        typed["GBS"] = str(usual_batch(length, gpus or 1))
     if count_in(typed, "TP") not in (None, 1):
         typed.setdefault("SP", "1")
     experiment = overrides.apply(row, typed)
@@ -70,7 +70,7 @@ def row_of(model: Model, layers: int | None = None) -> Experiment:
         shows="a plan, no row of the catalogue",
         model=model,
         micro_batch_size=1,
-        global_batch_size=_usual_batch(length),
+        global_batch_size=usual_batch(length),
         seq_length=length,
         sharding="optim",
         published_data=None,
@@ -82,7 +82,7 @@ def nodes_of(gpus: int, gpus_of_a_node: int = GPUS_OF_A_NODE) -> int:
     return next(nodes for nodes in divisors(gpus) if nodes * gpus_of_a_node >= gpus)
 
 
-def _usual_batch(length: int, gpus: int = 1) -> int:
-    """Sequences of a batch: a power of two, so that parallel sizes divide it."""
+def usual_batch(length: int, gpus: int = 1) -> int:
+    """Sequences of a batch where ``GBS=`` says nothing: a power of two, so that sizes divide it."""
     tokens = max(BATCH_TOKENS, gpus * length / GPUS_A_SEQUENCE)
     return 2 ** math.ceil(math.log2(max(tokens / length, 1)))

@@ -12,6 +12,7 @@ formulas.
     {{ speed("408", machine="h200") }}        predicted step time by piece
     {{ faster("408", machine="h200") }}       the fastest layout predicted for the same work
     {{ gpus("611", card="h100-80gb") }}       the best layout predicted for each number of GPUs
+    {{ prediction_keys() }}                   keys of predictions as JSON
     {{ machines() }}                          the constants of the predictions and their errors
     {{ unseen("h200-4gpu") }}                 predictions for references outside the calibration
     {{ published("narayanan-2021") }}         a group of published steps, each with its prediction
@@ -32,6 +33,7 @@ from typing import Any
 from harness.errors import UserError
 from harness.evidence import published_steps, scaling, step_time_tables, tables, verdicts
 from harness.evidence.facts import HARDWARE, Facts
+from harness.evidence.predictions import KEYS
 from harness.evidence.quantities import NotMeasured, RanOutOfMemory
 from harness.pages import architectures, profiles, result_tables
 from harness.pages.result_tables import MISSING
@@ -111,6 +113,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "faster": lambda _, ids, machine: step_time_tables.faster_table(machine, *ids.split()),
     "tried": lambda _, commands, machine: step_time_tables.tried_table(machine, commands),
     "gpus": lambda _, ids, card: scaling.table(card, *ids.split()),
+    "prediction_keys": lambda _: "\n".join(f"| `{key}` | {does} |" for key, does in KEYS.items()),
     "machines": lambda _: step_time_tables.machines_table(),
     "unseen": step_time_tables.unseen_table,
     "bands": lambda _: step_time_tables.bands_table(),

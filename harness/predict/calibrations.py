@@ -255,9 +255,16 @@ class Machine(BaseModel, frozen=True, extra="forbid"):
         return self.bands.get(step_time.work_kind(experiment))
 
     def error(self, experiment: Experiment) -> float:
-        """The 90th percentile of rows of its kind; where there are none, the largest of all."""
+        """The 90th percentile of rows of its kind; the largest of all kinds where there are none,
+        or no row shards as it does."""
         band = self.bands.get(step_time.work_kind(experiment))
-        return band.most if band else max(band.most for band in self.bands.values())
+        if band and (not experiment.fully_sharded or experiment.sharding in self._shardings):
+            return band.most
+        return max(band.most for band in self.bands.values())
+
+    @cached_property
+    def _shardings(self) -> frozenset[str]:
+        return frozenset(_ran(row.make or name).sharding for name, row in self.rows.items())
 
     def how_sure(self, *experiments: Experiment) -> str:
         """The error of predictions for ``experiments``, as a phrase: a band for each kind of work.

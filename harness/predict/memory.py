@@ -172,7 +172,8 @@ class StageTensors:
 
     def in_flight(self) -> stages.Layers:
         """Layers x micro-batches whose activations a rank keeps at most."""
-        return sum(layers_in_flight(self.experiment, self.stage), stages.Layers())
+        passes = layers_in_flight(self.experiment, self.stage)
+        return stages.Layers(*map(sum, zip(*passes, strict=True)))
 
     def kept(self) -> tuple[float, float, float, float]:
         """What a micro-batch leaves in a layer's attention; in its MLP or experts, of each kind."""
@@ -224,6 +225,10 @@ class StageTensors:
         return _ends_bytes(self.experiment, self.stage)
 
     def _kinds(self) -> set[str]:
+        model = self.experiment.model
+        alike = not model.predictors and not 0 < model.dense_layers < model.num_layers
+        if alike and not self.experiment.uneven_pipeline:
+            return {stages.predictor_kind(self.experiment)}
         return {*stages.on_stage(self.experiment, self.stage).kinds}
 
 

@@ -109,9 +109,11 @@ def layers_in_flight(experiment: Experiment, stage: int) -> tuple[stages.Layers,
     if len({*chunks}) == 1:
         warm_up = warm_up_passes(stage, experiment.pp, experiment.vpp)
         return chunks[:1] * min(warm_up + 1, micro_batches * experiment.vpp)
-    sizes = [sum(kept_bytes(experiment, kind) for kind in chunk.kinds) for chunk in chunks]
-    held = most_in_flight(stage, experiment.pp, micro_batches, sizes)
-    return tuple(chunks[chunk] for chunk in held)
+    kinds = {kind for chunk in chunks for kind in chunk.kinds}
+    kept = {kind: kept_bytes(experiment, kind) if len(kinds) > 1 else 1 for kind in kinds}
+    sizes = tuple(sum(kept[kind] for kind in chunk.kinds) for chunk in chunks)
+    fullest = most_in_flight(stage, experiment.pp, micro_batches, sizes)
+    return tuple(chunks[chunk] for chunk in fullest)
 
 
 def workspaces(experiment: Experiment) -> list[int]:

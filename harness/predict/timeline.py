@@ -114,8 +114,9 @@ def warm_up_passes(stage: int, stages: int, chunks: int = 1) -> int:
     return after if chunks == 1 else 2 * after + (chunks - 1) * stages
 
 
+@lru_cache(maxsize=4096)
 def most_in_flight(
-    stage: int, stages: int, micro_batches: int, sizes: Sequence[float]
+    stage: int, stages: int, micro_batches: int, sizes: tuple[float, ...]
 ) -> tuple[int, ...]:
     """The chunks of ``stage``, one a forward pass, whose activations it keeps when they are most.
 
@@ -125,13 +126,12 @@ def most_in_flight(
     Args:
         sizes: how much one micro-batch leaves in each chunk of the stage.
     """
-    chunks = len(sizes)
     # a group of ``stages`` micro-batches warms up, then each repeats what the one before did
     enough = min(micro_batches, 3 * stages)
     kept: list[int] = []
     held = most = 0.0
     fullest: tuple[int, ...] = ()
-    for _, chunk, kind in order(stage, stages, enough, chunks):
+    for _, chunk, kind in order(stage, stages, enough, len(sizes)):
         if kind == "backward":
             kept.remove(chunk)
             held -= sizes[chunk]

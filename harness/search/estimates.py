@@ -46,10 +46,10 @@ def sizes(table: Table) -> Sizes:
 def resident_gib(table: Table) -> np.ndarray:
     """The part of it that stays from step to step."""
     state = [
-        table.each(lambda one, at=at: StageTensors(one, at(one)).state().total)
-        for at in STAGES.values()
+        table.together(lambda rows, stage=stage: _Tensors(rows, stage).resident())
+        for stage in STAGES
     ]
-    return np.max(np.broadcast_arrays(*state, np.zeros(len(table))), axis=0) / GIB
+    return np.max(state, axis=0) / GIB
 
 
 def steps_ms(table: Table, speed: Speed) -> np.ndarray:
@@ -104,6 +104,10 @@ class _Tensors(StageTensors):
 
     def of(self, one: Experiment) -> StageTensors:
         return StageTensors(one, STAGES[self.stage](one))
+
+    def resident(self) -> np.ndarray:
+        """What stays from step to step."""
+        return np.broadcast_to(self.state().total, len(self.experiment.rows))
 
 
 @_by_terms(StepWork)

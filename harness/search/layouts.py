@@ -33,7 +33,7 @@ MOST = 50
 SLACK = 0.05
 """How far the estimate of a pipeline's step may be off: layouts within it are predicted exactly
 before the order is said. A test compares both."""
-LESSER = {"vpp", "recompute", "recompute_modules", "num_microbatches", *LEVERS}
+LESSER = {*("vpp", "recompute", "recompute_modules", "sequence_parallel", "cp_comm_type"), *LEVERS}
 """Of layouts that differ in nothing else, only the best is listed."""
 SIZES = {
     "tp": "TP",
@@ -90,6 +90,8 @@ class Search:
     """None: layouts are ordered without a step time."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """Fields that are not to vary, with their values."""
+    given_nodes: int | None = None
+    """None: the experiment's on as many GPUs, else the fewest."""
 
     @cached_property
     def row(self) -> Experiment:
@@ -105,8 +107,14 @@ class Search:
 
     @property
     def nodes(self) -> int:
+        if self.given_nodes:
+            return self.given_nodes
         same = self.ranks == self.experiment.world_size
-        return self.experiment.nodes if same else nodes_of(self.ranks)
+        return self.experiment.nodes if same else nodes_of(self.ranks, self.gpus_of_a_node)
+
+    @property
+    def gpus_of_a_node(self) -> int:
+        return self.card.node_gpus if self.card else GPUS_OF_A_NODE
 
     def table(self) -> Table:
         """The legal layouts of which it is not known that they do not fit."""

@@ -36,11 +36,15 @@ def legal(row: Experiment, ranks: int, fixed: Mapping[str, Any], card: Card | No
     replicas, ways of context parallelism without any), and those that count embedding or loss as
     layers though the layers divide.
 
+    Tensor parallel ranks are in one node, unless ``fixed`` says how many there are.
+
     Args:
         fixed: values of fields that are not to vary.
         card: leave out layouts of which it is known that they do not fit it.
     """
-    choices = list(_choices(row, ranks, fixed))
+    choices = list(_choices(row, ranks, fixed, card.node_gpus if card else GPUS_OF_A_NODE))
+    if not all(values for choice in choices for values in choice.values()):
+        return _start(row, ranks, {}).take([])
     waiting = {name: values[0] for choice in choices for name, values in choice.items()}
     table, rules = _start(row, ranks, waiting), list(RULES)
     for choice in choices:
@@ -49,9 +53,9 @@ def legal(row: Experiment, ranks: int, fixed: Mapping[str, Any], card: Card | No
         table = table.expanded(choice)
         table = table.take(~table.true(lambda one: _same_as_another(one, row)))
         table, rules = _admitted(table, rules, waiting.keys())
-        if "micro_batch_size" in choice:
+        if "micro_batch_size" in choice and len(table):
             table = table.with_derived(DERIVED)
-        if len(table) and card and PRUNING & choice.keys():
+        if card and PRUNING & choice.keys() and len(table):
             table = table.take(~cannot_fit(_least(table, waiting.keys()), card))
         if not len(table):
             break
@@ -68,19 +72,21 @@ def _start(row: Experiment, ranks: int, waiting: Mapping[str, Any]) -> Table:
     )
 
 
-def _choices(row: Experiment, ranks: int, fixed: Mapping[str, Any]) -> Iterator[Choice]:
+def _choices(
+    row: Experiment, ranks: int, fixed: Mapping[str, Any], most_tp: int
+) -> Iterator[Choice]:
     """What may be chosen, in the order in which it narrows the space.
 
     Of what is chosen later, memory is judged with the first value: it takes least.
     """
     model = row.model
-    yield _fixed(_axes(ranks, GPUS_OF_A_NODE if "tp" not in fixed else ranks), fixed)
+    yield _fixed(_axes(ranks, ranks if "tp" in fixed else most_tp), fixed)
     yield _fixed(_counted(row), fixed)
     yield _fixed({"sequence_parallel": (True, False)}, fixed)
     comm_types = dict.fromkeys((row.cp_comm_type, *CP_COMM_TYPES))
     yield _fixed({"cp_comm_type": tuple(comm_types)}, fixed)
     if model.num_experts:
-        within = [ways for ways in divisors(ranks) if ways <= GPUS_OF_A_NODE]
+        within = [ways for ways in divisors(ranks) if ways <= most_tp]
         yield _fixed({"ep": divisors(model.num_experts)}, fixed)
         yield _fixed({"etp": [1] if model.add_bias_linear else within}, fixed)
     yield _fixed({"sharding": tuple(dict.fromkeys((_alone(row), *SHARDING)))}, fixed)
@@ -133,7 +139,7 @@ def _fixed(choice: Choice, fixed: Mapping[str, Any]) -> Choice:
     ]
     if len(choice) == 1 and wanted:
         return {name: (value,) for name, value in wanted.items()}
-    return dict(zip(choice, zip(*kept, strict=True), strict=True))
+    return {name: tuple(values[i] for values in kept) for i, name in enumerate(choice)}
 
 
 def _alone(row: Experiment) -> str:

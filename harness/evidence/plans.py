@@ -1,0 +1,309 @@
+"""``make plan``: how to lay a model out over GPUs, how fast it trains, and what that costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+from harness.errors import UserError
+from harness.evidence.predictions import extrapolated, is_json, prediction, print_json
+from harness.experiment import overrides
+from harness.experiment.catalog import load_catalog, load_models
+from harness.experiment.command_line import EXPERIMENT_SETTINGS, count, non_negative
+from harness.experiment.experiment import Experiment
+from harness.experiment.hardware import Card, peak_tflops, required_card
+from harness.experiment.unlisted import MOST_GPUS, experiment_from, nodes_of, usual_batch
+from harness.machine import gpus
+from harness.predict.calibrations import machine_here
+from harness.predict.flops import count_parameters, mfu, tflops_per_gpu
+from harness.predict.step_time import StepTime
+from harness.run import finding
+from harness.search.layouts import COUNTED, SIZES, Layout, Search, best
+from harness.search.space import LEVERS, legal
+from harness.system.screen import say
+
+SHOWN = 5
+"""Number of layouts that are printed."""
+LAID_OUT = {**SIZES, "sequence_parallel": "SP", "vpp": "VPP", "dp": "DP", **COUNTED, **LEVERS}
+"""Fields that the search varies unless their setting is typed."""
+OWN = ("MODEL", "TOKENS", "FORMAT", "OUTDIR", "GPUS", "NODES")
+NAMES = {"exchange": "communication", "gradients": "communication", "passes": "memory"}
+"""What pieces of a step are called here where not by their own name."""
+BOUNDS = 3
+"""Number of pieces that are named as bounds."""
+FARTHEST = 64
+"""Counts of GPUs up or down that are tried where no layout divides the one asked for."""
+SECONDS_A_DAY = 86_400
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What training costs at the speed of a step."""
+
+    step_ms: float
+    experiment: Experiment
+
+    @property
+    def tokens(self) -> int:
+        """Of a step."""
+        return self.experiment.global_batch_size * self.experiment.seq_length
+
+    @property
+    def tokens_per_day(self) -> float:
+        return self.tokens * SECONDS_A_DAY / (self.step_ms / 1e3)
+
+    def gpu_hours(self, tokens: float) -> float:
+        """To train on ``tokens``."""
+        return self.days(tokens) * 24 * self.experiment.world_size
+
+    def days(self, tokens: float) -> float:
+        return tokens / self.tokens_per_day
+
+
+def print_plan(settings: Mapping[str, str]) -> int:
+    """Print the best layouts of ``MODEL`` over ``GPUS`` of ``CARD``.
+
+    Raises:
+        UserError: a setting is invalid, no layout divides the GPUs, or none fits them; with what
+            would.
+    """
+    as_json, tokens, search = is_json(settings), _tokens(settings), _search(settings)
+    machine, source = machine_here(search.card, finding.outdir(settings), gpus.uuids())
+    search = replace(search, machine=machine)
+    found = list(islice(best(search), SHOWN))
+    if not found:
+        raise UserError(_way_out(search, settings))
+    if as_json:
+        return print_json(_object(layout, search, tokens) for layout in found)
+    _print(found, search, settings, tokens)
+    if machine and found[0].step:
+        say(f"  {machine.how_sure(*(layout.experiment for layout in found))}")
+        say(f"  {source}")
+    if beyond := extrapolated(found[0].experiment):
+        say(f"  {beyond[0]}, the most of any public row")
+    return 0
+
+
+def _search(settings: Mapping[str, str]) -> Search:
+    """What is to be laid out. Raises UserError where a setting is invalid."""
+    ranks, card = count("GPUS", settings["GPUS"]), required_card(settings["CARD"], "CARD")
+    if ranks > MOST_GPUS:
+        raise UserError(f"GPUS={ranks}: at most {MOST_GPUS:,}")
+    typed = {key: value for key, value in settings.items() if key not in OWN}
+    varied = {key for key in typed if key in LAID_OUT.values()}
+    work = {key: value for key, value in typed.items() if key not in varied}
+    row = experiment_from(settings["MODEL"], work)
+    if "GBS" not in work:
+        batch = str(usual_batch(row.seq_length, ranks))
+        row = experiment_from(settings["MODEL"], work | {"GBS": batch})
+    read = {one.key: one.read for one in EXPERIMENT_SETTINGS}
+    fixed = {field: read[key](key, typed[key]) for field, key in LAID_OUT.items() if key in varied}
+    nodes = count("NODES", settings["NODES"]) if "NODES" in settings else None
+    return Search(row, ranks, card, None, fixed, nodes)
+
+
+def _tokens(settings: Mapping[str, str]) -> float | None:
+    tokens = non_negative("TOKENS", settings["TOKENS"]) if "TOKENS" in settings else None
+    if tokens == 0:
+        raise UserError("TOKENS=0: how many tokens is the model to be trained on?")
+    return tokens
+
+
+def _print(
+    found: list[Layout], search: Search, settings: Mapping[str, str], tokens: float | None
+) -> None:
+    work, card, first = search.experiment, search.card, found[0]
+    size, nodes = work.global_batch_size, first.experiment.nodes
+    say(
+        f"{work.id}: {count_parameters(work).total / 1e9:,.1f} billion parameters on"
+        f" {search.ranks} x {card.name}, {nodes} node{'s' * (nodes > 1)}; {size:,}"
+        f" sequences of {work.seq_length:,} tokens per step"
+    )
+    print()
+    if first.step is None:
+        say("  step time not predicted; layouts that fit, least model parallelism first")
+    else:
+        print(f"  {'ms/step':>9} {'±':>4} {'MFU':>4} {'GiB':>6} {'tokens/day':>10}  bound by")
+    for layout in found:
+        _print_layout(layout, card, tokens)
+    print()
+    for line in _how_to_run(first.experiment, search):
+        say(line, hang=4)
+    command = overrides.typed({key: settings[key] for key in settings if key != "FORMAT"})
+    say(f"  another layout: make plan {command} TP=… PP=…")
+
+
+def _print_layout(layout: Layout, card: Card, tokens: float | None) -> None:
+    gib, settings = layout.memory.in_all, _laid_out(layout.experiment)
+    if layout.step is None:
+        say(f"  {gib:6.1f} GiB  {settings}", hang=4)
+        return
+    ms, cost = layout.step.total, Cost(layout.step.total, layout.experiment)
+    share = _mfu(layout, card)
+    shown = f"{share:4.0%}" if share else " " * 4
+    bound = ", ".join(f"{name} {part:.0%}" for name, part in bounds(layout.step))
+    day = f"{cost.tokens_per_day / 1e9:,.2f}B"
+    print(f"  {ms:9,.0f} {layout.error:4.0%} {shown} {gib:6.1f} {day:>10}  {bound}")
+    say(f"            {settings}", hang=14)
+    if tokens:
+        say(
+            f"            {tokens:.3g} tokens: {cost.days(tokens):,.1f} days,"
+            f" {cost.gpu_hours(tokens):,.0f} GPU-hours",
+            hang=14,
+        )
+
+
+def bounds(step: StepTime) -> Iterator[tuple[str, float]]:
+    """The largest pieces of a step, each with its share."""
+    shares: dict[str, float] = {}
+    for name, ms in step.pieces.items():
+        name = NAMES.get(name, name)
+        shares[name] = shares.get(name, 0.0) + ms / step.total
+    largest = sorted(shares.items(), key=lambda piece: -piece[1])
+    return ((name, share) for name, share in largest[:BOUNDS] if share >= 0.005)
+
+
+def _mfu(layout: Layout, card: Card) -> float | None:
+    peak = peak_tflops(card.name, layout.experiment.precision)
+    return mfu(tflops_per_gpu(layout.experiment, layout.step.total), peak) if peak else None
+
+
+def _object(layout: Layout, search: Search, tokens: float | None) -> dict[str, Any]:
+    """What is predicted of ``layout``, as JSON has it."""
+    found = prediction(layout.experiment, search.card, layout.memory, search.machine, layout.step)
+    cost = Cost(layout.step.total, layout.experiment) if layout.step else None
+    return found | {
+        "tokens_per_day": cost and round(cost.tokens_per_day),
+        "gpu_hours": cost and tokens and round(cost.gpu_hours(tokens)),
+        "make": command_of(layout.experiment),
+    }
+
+
+def _laid_out(experiment: Experiment) -> str:
+    """The settings of its layout."""
+    kept = {key: value for key, value in experiment.overrides.items() if key in LAID_OUT.values()}
+    return overrides.typed(kept) or "one GPU"
+
+
+def _how_to_run(experiment: Experiment, search: Search) -> Iterator[str]:
+    """The target that runs it; where no row has its model, a row for the catalogue."""
+    if command := command_of(experiment):
+        yield f"  to run the first: make {command}"
+        return
+    if experiment.model.name not in load_models():
+        yield f"  to run the first, add {experiment.model.name} to experiments/models.yaml"
+        return
+    yield "  to run the first, add this row to a chapter in experiments/ and make targets:"
+    yield f"  {row(experiment)}"
+
+
+def command_of(experiment: Experiment) -> str | None:
+    """What ``make`` takes for it: the first row of its model, with settings; None without one."""
+    for listed in load_catalog().experiments:
+        if listed.model.name != experiment.model.name:
+            continue
+        changed = overrides.admitted(listed, _all_settings(experiment))
+        if changed and all(
+            getattr(changed, name) == getattr(experiment, name) for name in WORK_FIELDS
+        ):
+            return overrides.command_of(changed)
+    return None
+
+
+WORK_FIELDS = (
+    *LAID_OUT,
+    *("model", "nodes", "global_batch_size", "seq_length", "precision", "fp8_recipe", "optimizer"),
+    *("optimizer_state", "gradients", "lora"),
+)
+"""Fields that decide what a step does."""
+
+
+def _all_settings(experiment: Experiment) -> dict[str, str]:
+    """Every setting of the step, those with the usual value as well."""
+    values = {key: getattr(experiment, field) for field, key in LAID_OUT.items()}
+    values |= {
+        "GPUS": experiment.world_size,
+        "NODES": experiment.nodes,
+        "GBS": experiment.global_batch_size,
+        "SEQ": experiment.seq_length,
+    }
+    own = {
+        key: value for key, value in experiment.overrides.items() if key not in ("CARD", *values)
+    }
+    return own | {
+        key: str(int(value) if isinstance(value, bool) else value) for key, value in values.items()
+    }
+
+
+def row(experiment: Experiment) -> str:
+    """``experiment`` as a row of a chapter's file; its number is to be chosen."""
+    fields = {"slug": f"{experiment.model.name}-{experiment.world_size}gpus"}
+    for name, value in experiment:
+        info = Experiment.model_fields[name]
+        if name in ROW_OWN or value == info.get_default(call_default_factory=True):
+            continue
+        shown = value.name if name == "model" else value
+        fields[info.alias or name] = _yaml(shown)
+    fields["shows"] = f'"planned for {experiment.world_size} GPUs"'
+    return "999: {" + ", ".join(f"{name}: {value}" for name, value in fields.items()) + "}"
+
+
+ROW_OWN = ("id", "slug", "chapter", "shows", "overrides", "card")
+"""Fields that a row writes in its own way, or does not have."""
+
+
+def _yaml(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(str, value))}]"
+    return "null" if value is None else str(value)
+
+
+def _way_out(search: Search, settings: Mapping[str, str]) -> str:
+    """Why there is no layout, and the nearest number of GPUs that has one."""
+    name, ranks = search.experiment.id, search.ranks
+    if not _divides(search, ranks):
+        near = [
+            one
+            for apart in range(1, FARTHEST)
+            for one in (ranks - apart, ranks + apart)
+            if 1 <= one <= MOST_GPUS and _divides(search, one)
+        ][:2]
+        nearest = (
+            f"nearest that do: GPUS={' or GPUS='.join(map(str, sorted(near)))}" if near else ""
+        )
+        return (
+            f"GPUS={ranks}: no layout of {name} with batches of"
+            f" {search.experiment.global_batch_size} divides them"
+            f"{_asked(search)}\n{nearest}"
+        )
+    said = f"{name} does not fit {ranks} x {search.card.name} in any layout{_asked(search)}"
+    more = 2 * ranks
+    while more <= MOST_GPUS:
+        larger = replace(search, ranks=more, given_nodes=None)
+        if layout := next(best(larger), None):
+            typed = {key: value for key, value in settings.items() if key != "NODES"}
+            command = overrides.typed(typed | {"GPUS": str(more)})
+            return (
+                f"{said}\nsmallest that works, doubling their number: make plan {command}"
+                f" ({_laid_out(layout.experiment)}: {layout.memory.in_all:.1f} GiB)"
+            )
+        more *= 2
+    return f"{said}, nor any larger number up to {MOST_GPUS:,}; choose a card with more memory"
+
+
+def _asked(search: Search) -> str:
+    """What was typed and cannot vary."""
+    typed = ", ".join(f"{LAID_OUT[name]}={value}" for name, value in search.fixed.items())
+    return f" with {typed}" if typed else ""
+
+
+def _divides(search: Search, ranks: int) -> bool:
+    """Whether constraints admit a layout over so many GPUs."""
+    nodes = search.given_nodes or nodes_of(ranks, search.gpus_of_a_node)
+    base = search.experiment.model_copy(update={"nodes": nodes})
+    fixed = {"micro_batch_size": 1, "recompute": "none", "sharding": "optim"} | search.fixed
+    return len(legal(base, ranks, fixed)) > 0
