@@ -272,6 +272,8 @@ SETTING_OF = {
     "EP": "502",
     "RECOMPUTE_MODULES": "502",
     "OVERLAP": "128",
+    "OPTIM_INSTANCES": "128",
+    "FP8_PARAMS": "613",
     "ETP": "502",
     "NODES": "219",
     "NODE_RANK": "219",

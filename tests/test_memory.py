@@ -207,6 +207,29 @@ def test_gradients_in_bf16_are_copied_for_an_optimizer_in_fp32():
     assert sharded.activations == moments.activations == predict(e).activations
 
 
+def test_instances_of_the_optimizer_share_it_among_fewer_ranks():
+    e = find("128")
+    two = with_changes(e, optimizer_instances=2)
+    assert predict(two).optimizer == pytest.approx(2 * predict(e).optimizer)
+    assert (predict(two).weights, predict(two).gradients) == (
+        predict(e).weights,
+        predict(e).gradients,
+    )
+    assert replay(two, 0).allocated > replay(e, 0).allocated
+    experts = find("501", optimizer_instances=4)
+    assert state_on(experts, 0).optimizer == pytest.approx(4 * state_on(find("501"), 0).optimizer)
+
+
+def test_weights_in_fp8_have_no_other_copy():
+    e = find("613", dp=2, sharding="optim")
+    fp8 = with_changes(e, fp8_params=True)
+    held = parameters_on(e, 0)
+    assert (predict(e).weights - predict(fp8).weights) * 2**30 == pytest.approx(2 * held.matrices)
+    assert predict(fp8).optimizer == predict(e).optimizer
+    freed = replay(e, 0).allocated - replay(fp8, 0).allocated
+    assert freed == pytest.approx(2 * held.matrices, rel=0.02)
+
+
 def recomputed(e, module):
     return with_changes(e, recompute="selective", recompute_modules=(module,))
 

@@ -17,6 +17,7 @@ from harness.experiment.constraints import with_changes
 from harness.experiment.fabrics import LINKS
 from harness.experiment.hardware import find_card
 from harness.experiment.model import Lora
+from harness.experiment.unlisted import experiment_from
 from harness.predict import calibrations, machine_file, rates, step_time, timeline
 from harness.predict.calibrations import Machine
 from harness.predict.flops import parameters_on
@@ -515,7 +516,7 @@ CHOICES = {
     "moe_router_num_groups": 4, "moe_router_load_balancing_type": "seq_aux_loss",
     "tp": 2, "pp": 2, "vpp": 2, "first_stage_layers": 2, "last_stage_layers": 2, "pp_layout": "E|tL", "embedding_as_layer": True, "loss_as_layer": True, "cp": 2, "ep": 2, "etp": 2, "dp": 2, "nodes": 2, "moe_dispatcher": "flex", "ep_overlap": True, "sequence_parallel": True, "tp_overlap": True, "sharding": "torch_fsdp2",
     "recompute": "full", "precision": "fp8", "optimizer": "muon", "optimizer_state": "bf16", "gradients": "bf16",
-    "lora": Lora(rank=4, alpha=8.0), "cross_entropy_fusion": True, "cross_entropy_fusion_impl": "te", "attention_mask": False, "gradient_fusion": True, "overlap": False, "cuda_graphs": True, "attention_backend": "unfused",
+    "lora": Lora(rank=4, alpha=8.0), "cross_entropy_fusion": True, "cross_entropy_fusion_impl": "te", "attention_mask": False, "gradient_fusion": True, "overlap": False, "optimizer_instances": 2, "fp8_params": True, "cuda_graphs": True, "attention_backend": "unfused",
 }  # fmt: skip
 """A value of each other field that the catalogue's 101 does not have."""
 
@@ -570,6 +571,26 @@ def test_recomputation_costs_what_is_done_again():
         for words in ("", "RECOMPUTE_MODULES=layernorm", "RECOMPUTE_MODULES=moe", "RECOMPUTE=full")
     )
     assert plain < again[0] < again[1] < again[2]
+
+
+def test_instances_of_the_optimizer_exchange_within_and_then_their_shards():
+    """An instance that stays in its node sends as in a node, and its shards' gradients to the others."""
+    sizes = {"SHARDING": "optim", "OVERLAP": "0", "GBS": "64"}
+    node, eight = (
+        PUBLISHED.predict(experiment_from("llama3-8b", sizes | more)).gradients
+        for more in ({"GPUS": "8"}, {"GPUS": "64", "OPTIM_INSTANCES": "8"})
+    )
+    parameters = parameters_on(experiment_from("llama3-8b", sizes | {"GPUS": "8"}), 0).dense
+    shards_s = 2 * (7 / 8) * 4 * parameters / 8 / 50e9
+    assert eight - node == pytest.approx(1e3 * shards_s, rel=0.3), "over a NIC of 50 GB/s"
+    same, more = pieces("128", "OVERLAP=0"), pieces("128", "OVERLAP=0 OPTIM_INSTANCES=2")
+    assert more.gradients > same.gradients, "within a node it sends shards twice"
+
+
+def test_weights_in_fp8_are_gathered_in_fp8():
+    words = "SHARDING=optim OVERLAP=0"
+    bf16, fp8 = (pieces("613", f"{words}{more}") for more in ("", " FP8_PARAMS=1"))
+    assert fp8.gradients < bf16.gradients and fp8.products == bf16.products
 
 
 def test_without_overlap_all_that_replicas_send_is_exposed():

@@ -134,6 +134,8 @@ ROWS = (
     Row("--lr-warmup-iters 3", "schedule", where="lr_warmup_steps"), Row("--override-opt_param-scheduler", "schedule"),
     Row("--grad-reduce-in-bf16", "ddp", "--bf16", "grad_reduce_in_fp32"), Row(SHARDED, "ddp"), Row("--no-gradient-reduce-div-fusion", "arguments"),
     Row("--overlap-grad-reduce", "ddp"), Row("--overlap-param-gather", "ddp", f"{SHARDED} --overlap-grad-reduce"),
+    Row("--num-distributed-optimizer-instances 2", "ddp", SHARDED, world=2),
+    Row("--fp8-param-gather", "transformer", f"{FP8} {TE} {SHARDED}", "fp8_param"),
     Row("--data-parallel-sharding-strategy optim", "ddp", FSDP), Row(FSDP, "dist", where="use_megatron_fsdp"),
     Row("--use-torch-fsdp2", "dist", "--untie-embeddings-and-output-weights"), Row("--distributed-backend nccl", "dist"),
     # steps, batches, data

@@ -347,6 +347,22 @@ EXPERIMENT_SETTINGS = (
         "work",
     ),
     Setting(
+        "OPTIM_INSTANCES",
+        "2",
+        "copies of the sharded optimizer: each of DP x CP / OPTIM_INSTANCES ranks (HSDP)",
+        "optimizer_instances",
+        count,
+        "work",
+    ),
+    Setting(
+        "FP8_PARAMS",
+        "1",
+        "keep and gather linear layers' weights in fp8, 0 or 1 (with FP8= and SHARDING=optim)",
+        "fp8_params",
+        switch,
+        "losses",
+    ),
+    Setting(
         "OVERLAP",
         "0",
         "exchange gradients and weights while computing, 0 or 1 (with SHARDING=optim)",

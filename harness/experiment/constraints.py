@@ -260,6 +260,14 @@ def _fp8(experiment: Experiment) -> Iterator[str]:
             f"precision {experiment.precision}, fp8_recipe {recipe}: fp8, and nothing else, needs a"
             " recipe: delayed, tensorwise or blockwise"
         )
+    if experiment.fp8_params and (
+        experiment.precision != "fp8" or experiment.sharding != "optim" or experiment.lora
+    ):
+        yield (
+            "FP8_PARAMS=1 is for trained weights with FP8= and SHARDING=optim, not for"
+            f" {'frozen ones' if experiment.lora else experiment.precision} with"
+            f" {experiment.sharding}"
+        )
     if experiment.precision != "fp8":
         return
     if experiment.card and (card := find_card(experiment.card)) and card.fp8_tflops is None:
@@ -360,6 +368,7 @@ def _sharding(experiment: Experiment) -> Iterator[str]:
             f"torch FSDP2 works with neither pipeline nor expert parallelism (PP={experiment.pp},"
             f" EP={experiment.ep})"
         )
+    yield from _instances(experiment)
     if not experiment.overlap and experiment.fully_sharded:
         yield f"OVERLAP=0: {sharding} works by overlap; set OVERLAP=1, or SHARDING=optim"
     if experiment.fully_sharded and optimizer != "adam":
@@ -367,6 +376,24 @@ def _sharding(experiment: Experiment) -> Iterator[str]:
     biased_experts = model.num_experts and model.add_bias_linear
     if optimizer == "muon" and sharding == "optim" and biased_experts:
         yield "upstream's sharded muon does not take experts with biases; set SHARDING=no_shard"
+
+
+def _instances(experiment: Experiment) -> Iterator[str]:
+    instances, replicas = experiment.optimizer_instances, experiment.dp * experiment.cp
+    if instances == 1:
+        return
+    if experiment.sharding != "optim" or experiment.optimizer != "adam":
+        yield (
+            f"OPTIM_INSTANCES={instances} is counted for Adam with SHARDING=optim, not for"
+            f" {experiment.optimizer} with {experiment.sharding}"
+        )
+    if broken := indivisible("DP x CP", replicas, "OPTIM_INSTANCES", instances):
+        yield f"{broken}; {_try('OPTIM_INSTANCES', divisors(replicas), instances)}"
+    elif experiment.model.num_experts and experiment.expert_replicas % instances:
+        yield (
+            f"ranks with the same experts ({experiment.expert_replicas}) must be divisible by"
+            f" OPTIM_INSTANCES ({instances})"
+        )
 
 
 def _cuda_graphs(experiment: Experiment) -> Iterator[str]:

@@ -114,6 +114,10 @@ class Experiment(Checked):
         "fsdp_optim_grads_params",
         "torch_fsdp2",
     ] = "no_shard"
+    optimizer_instances: Count = 1
+    """Copies of the sharded state, each over so many times fewer ranks (hybrid sharding)."""
+    fp8_params: bool = False
+    """Weights of linear layers are kept and gathered in fp8."""
     overlap: bool = True
     """Replicas exchange gradients and weights while they compute."""
     recompute: Literal["none", "full", "selective"] = "none"
@@ -255,6 +259,8 @@ class Experiment(Checked):
             parts.append(f"m{self.num_microbatches}")
         if self.sharding != "no_shard":
             parts.append(SHARDING[self.sharding][0])
+        if self.optimizer_instances > 1:
+            parts.append(f"{self.optimizer_instances} instances")
         if self.recompute != "none":
             parts.append(f"{self.recompute} recompute")
         if self.fp8_recipe:

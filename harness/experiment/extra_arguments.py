@@ -24,6 +24,7 @@ _SETTINGS = {
     "--decoder-first-pipeline-num-layers": "FIRST_STAGE_LAYERS",
     "--decoder-last-pipeline-num-layers": "LAST_STAGE_LAYERS",
     "--pipeline-model-parallel-layout": "PP_LAYOUT",
+    "--num-distributed-optimizer-instances": "OPTIM_INSTANCES",
     "--context-parallel-size": "CP",
     "--cp-comm-type": "CP_COMM_TYPE",
     "--expert-model-parallel-size": "EP",
@@ -45,6 +46,7 @@ _SWITCHES = {
     "--overlap-moe-expert-parallel-comm": ("EP_OVERLAP", "1"),
     "--recompute-activations": ("RECOMPUTE", "selective"),
     "--cross-entropy-loss-fusion": ("CROSS_ENTROPY_FUSION", "1"),
+    "--fp8-param-gather": ("FP8_PARAMS", "1"),
     "--no-create-attention-mask-in-dataloader": ("ATTENTION_MASK", "0"),
     "--no-gradient-accumulation-fusion": ("GRAD_FUSION", "0"),
 }

@@ -37,6 +37,7 @@ NOT_ON_A_CPU = {
     "fp8_recipe": None,
     "optimizer_state": "fp32",
     "gradients": "fp32",
+    "fp8_params": False,
     "gradient_fusion": None,
     "cross_entropy_fusion_impl": "native",
     "cuda_graphs": False,

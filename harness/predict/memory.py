@@ -208,6 +208,7 @@ class StageTensors:
         if experiment.gradients == "fp32" or experiment.optimizer_state == "bf16":
             return 0.0
         shards = experiment.dp * experiment.cp if experiment.sharding == "optim" else 1
+        shards = max(shards // experiment.optimizer_instances, 1)
         return 2 * state_on(experiment, self.stage).gradients / shards
 
     def gathered_layer(self) -> float:

@@ -28,6 +28,7 @@ from harness.predict.flops import (
     dummy_gradients,
     padded_vocab_size,
     state_of_parameter,
+    state_on,
 )
 from harness.predict.operations import (
     element_bytes,
@@ -187,12 +188,19 @@ class _Rank:
         states = [state_of_parameter(experiment, among) for _, among in groups]
         if sharded and not experiment.lora:
             # the distributed optimizer and both kinds of FSDP move weights to a buffer
-            for (sizes, _), state in zip(groups, states, strict=True):
-                take([state.weights * sum(sizes)])
+            if experiment.fp8_params:
+                take([state_on(experiment, self.stage).weights])
+            else:
+                for (sizes, _), state in zip(groups, states, strict=True):
+                    take([state.weights * sum(sizes)])
             self.allocator.free(*weights)
         for (sizes, _), state in zip(groups, states, strict=True):
             take([state.gradients * sum(sizes)])
-        shards = [_first_shard(sizes, among if sharded else 1) for sizes, among in groups]
+        instances = experiment.optimizer_instances
+        shards = [
+            _first_shard(sizes, max(among // instances, 1) if sharded else 1)
+            for sizes, among in groups
+        ]
         self._make_optimizer([*shards[0], *shards[1]])
         take(workspaces(experiment))
         take(element_bytes(experiment) * size for size in dummy_gradients(experiment, self.stage))

@@ -137,6 +137,8 @@ def kinds(experiment: Experiment) -> frozenset[str]:
         "bf16 moments": experiment.optimizer_state == "bf16",
         "bf16 gradients": experiment.gradients == "bf16",
         "no overlap": not experiment.overlap,
+        "several optimizer instances": experiment.optimizer_instances > 1,
+        "fp8 weights": experiment.fp8_params,
         "full recomputation": experiment.recompute == "full",
         **{f"recomputation of {module}": True for module in experiment.selectively_recomputed},
         "sequence parallelism": experiment.sequence_parallel,
@@ -292,8 +294,16 @@ class StepWork(MicroBatchWork):
             if experiment.sharding == "no_shard":
                 exposed_s += self.network.all_reduce_s(gradient, group)
             elif group.ranks > 1:
-                forward += self.traffic(2 * parameters, group)
-                backward += self.traffic(gradient, group)
+                instances = experiment.optimizer_instances
+                of_one = Group(group.ranks // instances, group.stride)
+                forward += self.traffic(self.weight_bytes() * parameters, of_one)
+                backward += self.traffic(gradient, of_one)
+                if instances > 1:
+                    # neighbouring ranks are an instance, whose shards the others sum up, too
+                    # (param_and_grad_buffer.py in megatron/core/distributed)
+                    others = Group(instances, group.stride * of_one.ranks)
+                    shard = self.traffic(gradient / of_one.ranks, others)
+                    backward += shard + shard
             if experiment.sharding == "torch_fsdp2" and group.ranks > 1:
                 exposed_s += parameters * 4 * (reduced + 2 * gathered) / self.bytes_per_s
         if experiment.shards_weights:
@@ -303,6 +313,13 @@ class StepWork(MicroBatchWork):
             gradient = self.vocabulary * self.model.hidden_size * self.gradient_bytes
             exposed_s += self.network.all_reduce_s(gradient, ends)
         return forward, backward, exposed_s
+
+    def weight_bytes(self) -> float:
+        """Bytes of a gathered weight: 2, and 1 of those that are kept in fp8."""
+        if not self.experiment.fp8_params:
+            return 2.0
+        held = parameters_on(self.experiment, self.fullest)
+        return 2 - (held.matrices + held.expert_matrices) / (held.dense + held.experts)
 
     def late_share(self) -> float:
         """How much longer the slowest of all ranks takes than that of a node, as a share."""

@@ -127,6 +127,7 @@ def megatron_flags(e: Experiment, device: Device, *, apex: bool = False) -> list
         _words(
             *_SHARDING[e.sharding],
             _OVERLAP if e.sharding == "optim" and e.overlap else "",
+            *_instances(e),
             *_on_meta_device(e),
         ),
         _words(_RECOMPUTE[e.recompute], *_recompute_modules(e)),
@@ -306,6 +307,11 @@ def _yarn(yarn: Yarn, *, only_factors: bool) -> Iterator[str]:
         yield f"--mscale {yarn.mscale} --mscale-all-dim {yarn.mscale_all_dim}"
 
 
+def _instances(e: Experiment) -> Iterator[str]:
+    if e.optimizer_instances > 1:
+        yield f"--num-distributed-optimizer-instances {e.optimizer_instances}"
+
+
 def _on_meta_device(e: Experiment) -> tuple[str, ...]:
     """Have Megatron-FSDP create weights sharded, unless positions are learned.
 
@@ -325,6 +331,8 @@ def _precision(e: Experiment) -> Iterator[str]:
     yield _PRECISION[e.precision]
     if e.fp8_recipe:
         yield _FP8[e.fp8_recipe]
+    if e.fp8_params:
+        yield "--fp8-param-gather"
     if e.cross_entropy_fusion:
         yield "--cross-entropy-loss-fusion --cross-entropy-fusion-impl"
         yield e.cross_entropy_fusion_impl
