@@ -26,6 +26,10 @@ arguments: ; @$(HARNESS) arguments $(WORDS)
 memory-%: override TAKES = FORMAT $(SETTINGS)
 #speed-101 ## the step time to expect, part by part  [FORMAT=terminal|json]
 speed-%: override TAKES = FORMAT $(SETTINGS)
+#published ## steps that others published on up to 6,144 GPUs, and the prediction of each  [GROUP=nvidia-dense-fp8]
+published: override TAKES = GROUP
+.PHONY: published
+published: ; @$(HARNESS) published $(WORDS)
 #faster-101 ## layouts that do the same work in less time  [FORMAT=terminal|json]
 faster-%: override TAKES = FORMAT $(SETTINGS)
 #gpus-101 ## how many GPUs the same work needs; what more of them bring  [FORMAT=terminal|json]
