@@ -61,9 +61,13 @@ def predictor_chunk(experiment: Experiment) -> tuple[int, int]:
 
 def stage_layers(experiment: Experiment) -> tuple[int, ...]:
     """Layers of each pipeline stage. Raises UserError as ``layer_ranges``."""
-    layers, rest = divmod(experiment.model.num_layers, experiment.pp)
-    if not rest and not experiment.uneven_pipeline:
-        return (layers,) * experiment.pp  # however its chunks divide them
+    named = experiment.first_stage_layers or experiment.last_stage_layers or experiment.pp_layout
+    counted = experiment.embedding_as_layer, experiment.loss_as_layer
+    layers, rest = divmod(experiment.model.num_layers + sum(counted), experiment.pp)
+    if not (rest or named) and (not any(counted) or (experiment.pp > 1 and layers)):
+        each = [layers] * experiment.pp  # however their chunks divide them
+        each[0], each[-1] = each[0] - counted[0], each[-1] - counted[1]
+        return tuple(each)
     return _of_stages(*_division(experiment))
 
 

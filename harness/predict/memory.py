@@ -145,7 +145,8 @@ class StageTensors:
         mlp = dense * in_flight.dense + experts * in_flight.experts
         mlp = mlp + predictor * in_flight.predictors
         hidden = smaller(state.gradients, attention + mlp) * self.gradients_grow()
-        passing = self.recomputed() + self.backward() + self.gathered_layer()
+        of_layer = (self.recomputed() + self.backward()) * self.holds_layers()
+        passing = of_layer + self.gathered_layer()
         passing = larger(passing, self.loss()) + self.ends()
         return {
             "weights": state.weights,
@@ -225,10 +226,13 @@ class StageTensors:
     def ends(self) -> float:
         return _ends_bytes(self.experiment, self.stage)
 
+    def holds_layers(self) -> bool:
+        return stages.on_stage(self.experiment, self.stage).total > 0
+
     def _kinds(self) -> set[str]:
+        """The kinds of layers of the stage, if it holds any."""
         model = self.experiment.model
-        alike = not model.predictors and not 0 < model.dense_layers < model.num_layers
-        if alike and not self.experiment.uneven_pipeline:
+        if not model.predictors and not 0 < model.dense_layers < model.num_layers:
             return {stages.predictor_kind(self.experiment)}
         return {*stages.on_stage(self.experiment, self.stage).kinds}
 

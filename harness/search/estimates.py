@@ -9,7 +9,7 @@ prediction simulates the schedule.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -66,62 +66,61 @@ STAGES = {
 layers, and fewer micro-batches in flight."""
 
 
-def _by_terms(formula: type) -> Callable[[type], type]:
-    """Makes a class ask each term of ``formula`` once for each combination of fields it reads.
-
-    A term is a method without arguments that is not COMBINED of others.
-    """
-
-    def with_terms(cls: type) -> type:
-        for name, method in inspect.getmembers(formula, inspect.isfunction):
-            if (
-                name not in COMBINED
-                and name not in vars(cls)
-                and len(inspect.signature(method).parameters) == 1
-            ):
-                setattr(cls, name, _term(name))
-        return cls
-
-    return with_terms
+def _terms(formula: type) -> Iterator[str]:
+    """The methods of ``formula`` without arguments that are not COMBINED of others."""
+    for name, method in inspect.getmembers(formula, inspect.isfunction):
+        if name not in COMBINED and len(inspect.signature(method).parameters) == 1:
+            yield name
 
 
-def _term(name: str) -> Callable[[Any], Any]:
-    def term(self: Any) -> Any:
-        return self.experiment.each(
-            f"{self.kind} {name}", lambda one: getattr(self.of(one), name)()
-        )
-
-    return term
-
-
-@_by_terms(StageTensors)
 class _Tensors(StageTensors):
     """The tensors of many layouts on their ``stage``, one of STAGES."""
-
-    @property
-    def kind(self) -> str:
-        return self.stage
-
-    def of(self, one: Experiment) -> StageTensors:
-        return StageTensors(one, STAGES[self.stage](one))
 
     def resident(self) -> np.ndarray:
         """What stays from step to step."""
         return np.broadcast_to(self.state().total, len(self.experiment.rows))
 
 
-@_by_terms(StepWork)
+def _tensors_term(name: str) -> Callable[[_Tensors], Any]:
+    """A term that is asked of one stage where it is the same for all."""
+
+    def term(self: _Tensors) -> Any:
+        rows, asked = self.experiment, []
+
+        def said(one: Experiment) -> Any:
+            tensors = _OnStage(one, self.stage)
+            found = getattr(tensors, name)()
+            asked.append(tensors.asked)
+            return found
+
+        if rows.knows(f"any {name}"):
+            return rows.each(f"any {name}", said)
+        found = rows.each(f"{self.stage} {name}", said)
+        if asked and not any(asked):
+            rows.rename(f"{self.stage} {name}", f"any {name}")
+        return found
+
+    return term
+
+
+class _OnStage(StageTensors):
+    """The tensors of one layout; sees whether anything depends on the stage."""
+
+    def __init__(self, experiment: Experiment, at: str) -> None:
+        self.experiment, self.at, self.asked = experiment, at, False
+
+    @property
+    def stage(self) -> int:
+        self.asked = True
+        return STAGES[self.at](self.experiment)
+
+
 class _Steps(StepWork):
     """The work of the ranks of many layouts."""
-
-    kind = "step"
 
     def __init__(self, rows: Rows, speed: Speed) -> None:
         self.experiment, self.model = rows, rows.model
         self.speed, self.rates, self.constants = speed, speed.rates, speed.constants
-
-    def of(self, one: Experiment) -> StepWork:
-        return StepWork(one, self.speed)
 
     def step_s(self) -> np.ndarray:
         """A step, with the bubble by formula."""
@@ -155,3 +154,19 @@ class _Steps(StepWork):
 
 def _layers(one: Experiment, at: Callable[[Experiment], int]) -> stages.Layers:
     return stages.on_stage(one, at(one))
+
+
+def _steps_term(name: str) -> Callable[[_Steps], Any]:
+    def term(self: _Steps) -> Any:
+        speed = self.speed
+        return self.experiment.each(
+            f"step {name}", lambda one: getattr(StepWork(one, speed), name)()
+        )
+
+    return term
+
+
+for _name in _terms(StageTensors):
+    setattr(_Tensors, _name, _tensors_term(_name))
+for _name in _terms(StepWork):
+    setattr(_Steps, _name, _steps_term(_name))

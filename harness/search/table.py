@@ -89,6 +89,14 @@ class Rows(Row):
             self._table.known[name] = self._table.worked_out(function)
         return self._table.known[name].spread(self.rows)
 
+    def knows(self, name: str) -> bool:
+        """Whether the function with this name was asked."""
+        return name in self._table.known
+
+    def rename(self, name: str, other: str) -> None:
+        """Keep what the function ``name`` said under ``other``."""
+        self._table.known[other] = self._table.known.pop(name)
+
     def array(self, name: str) -> np.ndarray:
         """A differing field of each."""
         return self._table.array(name)[self.rows]
