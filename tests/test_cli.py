@@ -51,7 +51,7 @@ def harness(*words: str) -> str:
         (["run", "101", "GPUS_IDS=zero", "DEVICE=cpu"], "GPUS_IDS=zero needs a GPU"),
         (["run", "219", "SLURM=1", "DEVICE=cpu"], "SLURM=1 DEVICE=cpu: jobs run on GPUs"),
         (["chapter", "150"], "no chapter 150"),
-        (["list", "MODEL=bert"], "MODEL=bert; valid: gpt-22b"),
+        (["list", "MODEL=bert"], "MODEL=bert; valid: deepseek-v3"),
         (["compare", "A=101"], "B missing: make compare A=101 B=111"),
         (["record"], "RUN missing"),
         (["record", "RUN=nothing"], "no run nothing"),

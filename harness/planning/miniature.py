@@ -1,7 +1,8 @@
 """The CPU miniature of an experiment: the same parallel topology, a model that a laptop trains.
 
 Kept: every parallel degree up to eight processes, virtual stages, heads (and so heads per rank),
-micro-batch size and count, sharding, recomputation, precision, and what an architecture is made of.
+micro-batch size, up to eight processes their count, sharding, recomputation, precision, and what an
+architecture is made of.
 Scaled: width, depth, sequence, windows, vocabulary, experts and, but for conversations, steps. A
 CPU has neither fp8 nor Transformer Engine's optimizer, so bf16 and fp32 stand in for both; nor has
 it CUDA graphs.
@@ -27,7 +28,10 @@ LAYERS_WITHOUT_PIPELINE = 2
 SEQUENCE_SCALE = 32
 CONVERSATION = 128
 """Tokens of a sequence at least, where conversations are to be learned."""
+MOST_MICRO_BATCHES = 16
+"""Of a step, where not all processes of a layout run."""
 EXPERT_SCALE = 4
+MOST_EXPERTS = 32
 MOST_TOPK = 2
 EXPERT_WIDTH = 16
 VOCABULARY = 1024
@@ -77,7 +81,7 @@ def miniature(
         "miniature": True,
         "nodes": nodes,
         "model": model,
-        "global_batch_size": experiment.global_batch_size * degrees["dp"] // experiment.dp,
+        "global_batch_size": _global_batch(experiment, degrees),
         "precision": "bf16" if experiment.precision == "fp8" else experiment.precision,
         "until": until and until.model_copy(update={"validation_loss": until.miniature_loss}),
         "overrides": {s.key: given[s.key] for s in EXPERIMENT_SETTINGS if s.key in named},
@@ -95,6 +99,15 @@ def _degrees(experiment: Experiment) -> dict[str, Any]:
     stage_ranks = prod(degrees.values()) // degrees["pp"]
     ep = min(experiment.ep, stage_ranks)
     return degrees | {"ep": ep, "etp": min(experiment.etp, stage_ranks // ep)}
+
+
+def _global_batch(experiment: Experiment, degrees: Mapping[str, Any]) -> int:
+    """As many micro-batches a step; of a layout over more processes than run, at most
+    MOST_MICRO_BATCHES, in groups of the pipeline's size as interleaved stages take them."""
+    micro_batches = experiment.num_microbatches
+    if experiment.world_size > MOST_PROCESSES and micro_batches > MOST_MICRO_BATCHES:
+        micro_batches = degrees["pp"] * max(1, MOST_MICRO_BATCHES // degrees["pp"])
+    return micro_batches * experiment.micro_batch_size * degrees["dp"]
 
 
 def _lengths(
@@ -192,7 +205,7 @@ def _uneven_stages(experiment: Experiment, pp: int) -> dict[str, object]:
 
 def _miniature_model(experiment: Experiment, pp: int) -> Model:
     model = experiment.model
-    stages = experiment.pp * experiment.vpp
+    stages = pp * experiment.vpp
     if experiment.uneven_pipeline:
         stages = sum(map(sum, _small_chunks(experiment, pp)))
     width = model.num_attention_heads * HEAD_SIZE
@@ -226,7 +239,8 @@ def _miniature_model(experiment: Experiment, pp: int) -> Model:
     if model.num_experts:
         scaled |= {
             "num_experts": max(
-                model.num_experts // EXPERT_SCALE, min(model.num_experts, MOST_PROCESSES)
+                min(model.num_experts // EXPERT_SCALE, MOST_EXPERTS),
+                min(model.num_experts, MOST_PROCESSES),
             ),
             "moe_router_topk": min(model.moe_router_topk or 1, MOST_TOPK),
             "moe_ffn_hidden_size": EXPERT_WIDTH,
