@@ -43,10 +43,11 @@ def sizes(table: Table) -> Sizes:
     return Sizes(np.max(tensors, axis=0) / GIB, table.each(context_gib))
 
 
-def resident_gib(table: Table) -> np.ndarray:
-    """The part of it that stays from step to step."""
+def least_gib(table: Table, kept: bool) -> np.ndarray:
+    """The part of it that stays from step to step; what is kept of micro-batches too, if ``kept``,
+    as the rows recompute."""
     state = [
-        table.together(lambda rows, stage=stage: _Tensors(rows, stage).resident())
+        table.together(lambda rows, stage=stage: _Tensors(rows, stage).least(kept))
         for stage in STAGES
     ]
     return np.max(state, axis=0) / GIB
@@ -76,9 +77,16 @@ def _terms(formula: type) -> Iterator[str]:
 class _Tensors(StageTensors):
     """The tensors of many layouts on their ``stage``, one of STAGES."""
 
-    def resident(self) -> np.ndarray:
-        """What stays from step to step."""
-        return np.broadcast_to(self.state().total, len(self.experiment.rows))
+    def least(self, kept: bool) -> np.ndarray:
+        """What stays from step to step, and what attention keeps of micro-batches if ``kept``."""
+        state = self.state()
+        least = state.weights + state.optimizer
+        if kept:  # what FSDP2 keeps may lie where gradients come
+            least = least + self.kept()[0] * self.in_flight().total
+            least = least + state.gradients * (1 - self.gradients_grow())
+        else:
+            least = least + state.gradients
+        return np.broadcast_to(least, len(self.experiment.rows))
 
 
 def _tensors_term(name: str) -> Callable[[_Tensors], Any]:

@@ -11,7 +11,7 @@ from harness.experiment.constraints import RULES, divisors
 from harness.experiment.experiment import SHARDING, Experiment
 from harness.experiment.hardware import GPUS_OF_A_NODE, Card
 from harness.predict.capacity import cannot_fit
-from harness.search.estimates import Sizes, resident_gib, sizes
+from harness.search.estimates import Sizes, least_gib, sizes
 from harness.search.table import Column, Row, Table
 
 Choice = Mapping[str, Sequence[Any]]
@@ -24,7 +24,7 @@ MONOTONE = {"vpp"}
 """Fields whose least value breaks no rule that another would keep."""
 DERIVED = ("num_microbatches", "expert_replicas", "fully_sharded", "is_pipelined")
 """Properties of an experiment with fewer values than the fields behind them have combinations."""
-PRUNING = {"sharding", "recompute", "vpp", "cross_entropy_fusion"}
+PRUNING = {"sharding", "micro_batch_size", "recompute", "vpp", "cross_entropy_fusion"}
 """Choices after which more is known of the memory."""
 CP_COMM_TYPES = get_args(Experiment.model_fields["cp_comm_type"].annotation)
 
@@ -178,6 +178,6 @@ def _admitted(table: Table, rules: Sequence[Rule], waiting: Set[str]) -> tuple[T
 
 def _least(table: Table, waiting: Set[str]) -> Sizes:
     """The least that every row takes, whatever is chosen of what is ``waiting``."""
-    if "micro_batch_size" in waiting:
-        return Sizes(resident_gib(table), np.zeros(1))
+    if "recompute" in waiting:  # its first value keeps least
+        return Sizes(least_gib(table, "micro_batch_size" not in waiting), np.zeros(1))
     return sizes(table)
