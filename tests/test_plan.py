@@ -78,7 +78,6 @@ def test_a_row_to_paste_makes_the_experiment(tmp_path):
     planned = next(
         best(Search(e, 64, H100.card, H100, {"tp": 8, "micro_batch_size": 1}))
     ).experiment
-    assert plans.command_of(planned) is None, "no row has this model"
     folder = tmp_path / "experiments"
     shutil.copytree(EXPERIMENTS, folder)
     with (folder / "600-models.yaml").open("a") as file:
