@@ -356,7 +356,7 @@ def test_fp8_halves_products_and_pays_with_passes():
         more = each * m.num_layers * (elements + weights) / bandwidth
         assert step[id_].passes - step["611"].passes == pytest.approx(1e3 * more)
     assert (
-        step["613"].gradients == step["611"].gradients
+        step["613"].gradients == pytest.approx(step["611"].gradients)
         and step["613"].attention == step["611"].attention
     )
     assert unknown(find("615", "FP8=delayed")) == []
@@ -749,7 +749,7 @@ def test_the_commands(capsys):
     assert "\n\nNVIDIA H100 80GB HBM3: the fastest layout that fits, predicted\n" in said
     assert (
         "efficiency" in said
-        and "make 408 GPUS=8 TP=2" in said
+        and "make 408 GPUS=16384 TP=8" in said
         and "no measured row has CUDA graphs" in said
     )
     assert "not predicted" not in said
@@ -758,7 +758,7 @@ def test_the_commands(capsys):
         for line in said.splitlines()
         if "make 408" in line
     ]
-    assert len(rows) == 3 and rows[0][2] == 1
+    assert len(rows) == 14 and rows[0][2] == 1
     for gpus, step_ms, efficiency in rows:
         assert efficiency == pytest.approx(rows[0][0] * rows[0][1] / (gpus * step_ms), abs=0.01)
     assert main(["gpus", "620", "CARD=h200-141gb"]) == 0
