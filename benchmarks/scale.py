@@ -1,6 +1,6 @@
 """The fastest layout predicted for models on 8 to 16,384 GPUs, and what it costs.
 
-    .venv/bin/python benchmarks/scale.py         (about five minutes)
+    .venv/bin/python benchmarks/scale.py         (about ten minutes)
 
 Writes benchmarks/scale.json, from which docs/scale.md is made.
 """
@@ -16,12 +16,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
 from harness.experiment.hardware import find_card, peak_tflops  # noqa: E402
-from harness.experiment.unlisted import MOST_GPUS, experiment_from  # noqa: E402
+from harness.experiment.unlisted import experiment_from  # noqa: E402
 from harness.predict.calibrations import machine_of  # noqa: E402
 from harness.predict.flops import mfu, tflops_per_gpu  # noqa: E402
 from harness.search.layouts import Search, best  # noqa: E402
 
 CARD = "h100-80gb"
+GPUS = (8, 32, 128, 512, 2048, 8192, 16384)
 MODELS = ("llama3-8b", "llama3-70b", "llama3.1-405b", "qwen3-235b-a22b", "deepseek-v3")
 BATCH, LENGTH = 2048, 8192
 """Sequences of a batch and tokens of each: 16.8 million tokens, those of Llama 3 405B at the end of
@@ -32,8 +33,8 @@ def main() -> None:
     card, found = find_card(CARD), {}
     machine = machine_of(card)
     for model in MODELS:
-        gpus, found[model] = 8, []
-        while gpus <= MOST_GPUS:
+        found[model] = []
+        for gpus in GPUS:
             begun = time.monotonic()
             settings = {"GPUS": "1", "GBS": str(BATCH), "SEQ": str(LENGTH), "CARD": CARD}
             work = experiment_from(model, settings)
@@ -41,7 +42,6 @@ def main() -> None:
             if layout and layout.step:
                 found[model].append(point(layout, gpus))
             print(f"{model} {gpus}: {time.monotonic() - begun:.1f} s", flush=True)
-            gpus *= 2
     results = {"card": CARD, "batch": BATCH, "length": LENGTH, "models": found}
     Path(__file__).with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
 
