@@ -58,7 +58,7 @@ def test_every_class_has_a_colour_in_light_and_in_dark(path: Path) -> None:
 
 
 def test_names_are_escaped() -> None:
-    drawing = diagrams.Drawing(100, "a < b & c")
+    drawing = drawing.Drawing(100, "a < b & c")
     drawing.text(10, 20, "x < y & z")
     root = ET.fromstring(drawing.svg())
     assert root.get("aria-label") == "a < b & c" and root.find(f"{SVG}text").text == "x < y & z"

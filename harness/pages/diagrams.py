@@ -6,22 +6,20 @@ Diagrams without such numbers are files in docs/images/, edited by hand.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from html import escape
 from itertools import cycle, pairwise
-from pathlib import Path
 
 from harness.evidence.facts import Facts
 from harness.experiment.constraints import with_changes
 from harness.experiment.hardware import find_card
+from harness.pages import scale
+from harness.pages.drawing import MARGIN, Drawing
 from harness.predict.calibrations import fitted, machine_measured_by
 from harness.predict.formulas import OF_EXPERIMENT, activations_per_sbh
 
-WIDTH, MARGIN, ROW = 860, 24, 30
+ROW = 30
 BAR_LEFT, BAR_WIDTH = 200, 500
-FONTS = "system-ui, -apple-system, Segoe UI, Helvetica, sans-serif"
-STYLE = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
 
 MEMORY = {
     "weights": "c0",
@@ -49,68 +47,6 @@ STEP_SHOWN = ("101", "111", "248", "282", "302", "308", "408", "438", "502", "51
 RATIOS = (0.4, 1.4)
 NAMED_FROM = 0.25
 """Relative error from which a dot shows its id."""
-
-
-class Drawing:
-    """An SVG that grows by shapes. Coordinates and sizes are pixels; ``name`` is a class of
-    STYLE."""
-
-    def __init__(self, height: float, title: str) -> None:
-        self.height, self.title, self.shapes = height, title, []
-
-    def rect(self, x: float, y: float, width: float, height: float, name: str) -> None:
-        self.shapes.append(
-            f'<rect x="{_n(x)}" y="{_n(y)}" width="{_n(width)}" height="{_n(height)}" rx="2"'
-            f' class="{name}"/>'
-        )
-
-    def text(
-        self, x: float, y: float, label: str, name: str = "", size: int = 11, anchor: str = "start"
-    ) -> None:
-        if not label:
-            return
-        bold = ' font-weight="600"' * (size > 11)
-        colour = f' class="{name}"' * bool(name)
-        self.shapes.append(
-            f'<text x="{_n(x)}" y="{_n(y)}" font-size="{size}" text-anchor="{anchor}"'
-            f"{colour}{bold}>{escape(label)}</text>"
-        )
-
-    def line(self, x1: float, y1: float, x2: float, y2: float, name: str) -> None:
-        self.shapes.append(
-            f'<line x1="{_n(x1)}" y1="{_n(y1)}" x2="{_n(x2)}" y2="{_n(y2)}" class="{name}"/>'
-        )
-
-    def dot(self, x: float, y: float, name: str) -> None:
-        self.shapes.append(f'<circle cx="{_n(x)}" cy="{_n(y)}" r="4" class="{name}"/>')
-
-    def legend(self, y: float, entries: Mapping[str, str]) -> None:
-        """Labels and their classes, in as many lines as they need."""
-        x = MARGIN
-        for label, name in entries.items():
-            width = 36 + 6.1 * len(label)
-            if x + width > WIDTH:
-                x, y = MARGIN, y + 18
-            self.rect(x, y - 9, 11, 11, name)
-            self.text(x + 16, y, label, "quiet")
-            x += width
-
-    def svg(self) -> str:
-        card = (WIDTH - 1, self.height - 1)
-        return "\n".join(
-            [
-                f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {self.height}"'
-                f' width="{WIDTH}" height="{self.height}" role="img"'
-                f' aria-label="{escape(self.title)}" font-family="{FONTS}">',
-                f"<title>{escape(self.title)}</title>",
-                f"<style>\n{STYLE}</style>",
-                f'<rect x="0.5" y="0.5" width="{card[0]}" height="{card[1]}" rx="8"'
-                ' class="paper rule"/>',
-                *self.shapes,
-                "</svg>",
-                "",
-            ]
-        )
 
 
 @dataclass(frozen=True)
@@ -246,6 +182,7 @@ DRAWINGS: dict[str, Callable[[Facts], Drawing]] = {
     "tp-activations": activations,
     "step-shares": step_shares,
     "step-unseen": step_unseen,
+    "scale": lambda _: scale.drawing(),
 }
 
 
@@ -264,7 +201,3 @@ def _bars(title: str, heading: str, bars: Sequence[Bar], whole: float) -> Drawin
             x += width
         drawing.text(BAR_LEFT + BAR_WIDTH + 14, y + 15, bar.total)
     return drawing
-
-
-def _n(number: float) -> str:
-    return f"{number:.1f}".rstrip("0").rstrip(".")

@@ -17,6 +17,8 @@ formulas.
     {{ unseen("h200-4gpu") }}                 predictions for references outside the calibration
     {{ published("narayanan-2021") }}         a group of published steps, each with its prediction
     {{ published_errors() }}                  how far predictions of each such group are off
+    {{ scale("batch") }}                      a number of benchmarks/scale.json
+    {{ scale_table() }}                       the fastest layouts on 8 to 16,384 GPUs, from it
     {{ pipeline("401 408") }}                 waiting and working time of each pipeline step
     {{ claims(chapter=100) }}                 which teaching points the numbers confirm
     {{ profile("282h 101") }}                 where the time of a traced step goes
@@ -35,7 +37,7 @@ from harness.evidence import published_steps, scaling, step_time_tables, tables,
 from harness.evidence.facts import HARDWARE, Facts
 from harness.evidence.predictions import KEYS
 from harness.evidence.quantities import NotMeasured, RanOutOfMemory
-from harness.pages import architectures, profiles, result_tables
+from harness.pages import architectures, profiles, result_tables, scale
 from harness.pages.result_tables import MISSING
 from harness.pages.summary import summary
 
@@ -119,6 +121,8 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "bands": lambda _: step_time_tables.bands_table(),
     "published": lambda _, group: published_steps.rows_table(group),
     "published_errors": lambda _: published_steps.summary_table(),
+    "scale": lambda _, key: scale.number(key),
+    "scale_table": lambda _: scale.table(),
     "pipeline": result_tables.pipeline,
     "claims": claims,
     "profile": profile,

@@ -182,6 +182,8 @@ class Table:
 
     def true(self, function: Callable[[Any], bool]) -> np.ndarray:
         """Of which rows ``function`` is true: a mask."""
+        if not self.size:
+            return np.zeros(0, dtype=bool)
         return np.broadcast_to(self.each(function), self.size).astype(bool)
 
     def together(self, function: Callable[[Rows], Any]) -> Any:
