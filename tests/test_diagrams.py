@@ -9,7 +9,7 @@ from harness import RECORDS, ROOT
 from harness.evidence.facts import Facts
 from harness.experiment.catalog import load_catalog
 from harness.experiment.constraints import with_changes
-from harness.pages import diagrams
+from harness.pages import diagrams, drawing
 from harness.predict import timeline
 from harness.predict.flops import state_of_parameter
 
@@ -58,9 +58,9 @@ def test_every_class_has_a_colour_in_light_and_in_dark(path: Path) -> None:
 
 
 def test_names_are_escaped() -> None:
-    drawing = drawing.Drawing(100, "a < b & c")
-    drawing.text(10, 20, "x < y & z")
-    root = ET.fromstring(drawing.svg())
+    drawn = drawing.Drawing(100, "a < b & c")
+    drawn.text(10, 20, "x < y & z")
+    root = ET.fromstring(drawn.svg())
     assert root.get("aria-label") == "a < b & c" and root.find(f"{SVG}text").text == "x < y & z"
 
 
