@@ -744,7 +744,7 @@ def test_the_commands(capsys):
     said = capsys.readouterr().out
     assert (
         "32 samples of 1,024 tokens per step" in said
-        and "      1                                   nothing fits" in said
+        and "      1                                   no layout divides them and fits" in said
     )
     assert "\n\nNVIDIA H100 80GB HBM3: the fastest layout that fits, predicted\n" in said
     assert (

@@ -388,6 +388,8 @@ def machine_here(card: Card, outdir: Path, uuids: Collection[str]) -> tuple[Mach
         usual = (
             f"rates of {machine.rated_card.name} in experiments/machines, scaled by the data sheets"
         )
+    if machine.card.key in rates.published():
+        usual += "; those that others measured, in experiments/rates.yaml"
     if not path.exists():
         return machine, f"{usual}; make preflight measures this machine"
     file = machine_file.read(path)
