@@ -82,7 +82,7 @@ def drawing() -> Drawing:
     drawn.line(limit, TOP, limit, BOTTOM, "ink")
     drawn.text(limit - 6, TOP + 10, "published up to here", "quiet", anchor="end")
     entries = {}
-    for (model, points), name in zip(results()["models"].items(), COLOURS, strict=True):
+    for (model, points), name in zip(results()["models"].items(), COLOURS, strict=False):
         placed = [place(point["gpus"], point["mfu"]) for point in points]
         drawn.path(placed, name)
         for x, y in placed:
