@@ -64,7 +64,7 @@ class Copy:
             text=True,
             capture_output=True,
             env={**os.environ, "PYTHONPATH": str(self.path)},
-            timeout=600,
+            timeout=1800,
         )
         assert done.returncode == 0, done.stderr[-2000:]
         found = map(json.loads, done.stdout.splitlines())

@@ -74,6 +74,7 @@ def test_wrong_rows_are_refused(tmp_path, text, complaint):
         ("megatron-lm-readme", 6, 0.08, 0.12),
         ("nvidia-dense-fp8", 17, 0.08, 0.18),
         ("nvidia-dense-bf16", 2, 0.06, 0.08),
+        ("meta-llama3", 3, 0.10, 0.15),
         # the same row takes 77 % longer in one container than in the next
         ("nvidia-experts", 11, 0.22, 0.55),
     ],

@@ -15,9 +15,6 @@ from harness.experiment.hardware import required_card
 from harness.predict.calibrations import machine_of
 from harness.system import screen
 
-MOST_GPUS_PUBLISHED = 6144
-"""GPUs of the largest published step: beyond it, a prediction is extrapolated."""
-
 
 @dataclass(frozen=True)
 class Comparison:

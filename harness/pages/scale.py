@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.evidence import markdown
-from harness.evidence.published_steps import MOST_GPUS_PUBLISHED
+from harness.evidence.predictions import MOST_PUBLISHED_GPUS
 from harness.experiment.hardware import required_card
 from harness.pages.drawing import MARGIN, Drawing
 
@@ -78,7 +78,7 @@ def drawing() -> Drawing:
     for gpus in counts:
         x, _ = place(gpus, 0)
         drawn.text(x, BOTTOM + 18, f"{gpus:,}", "quiet", anchor="middle")
-    limit, _ = place(MOST_GPUS_PUBLISHED, 0)
+    limit, _ = place(MOST_PUBLISHED_GPUS, 0)
     drawn.line(limit, TOP, limit, BOTTOM, "ink")
     drawn.text(limit - 6, TOP + 10, "published up to here", "quiet", anchor="end")
     entries = {}
