@@ -75,8 +75,8 @@ ENDS = {
     "harness.launching.commands": ("_prepare_conversations",),
 }
 """What would train, write, or need more than this test has: replaced, so that nothing happens."""
-MOST_GPUS = 16
-"""Numbers of GPUs that searches are asked about here: a test of its own asks about all."""
+MOST_GPUS = 8
+"""That searches are asked about here: layouts over several nodes run where each is started."""
 NEEDED = {
     "import-hf": ("HF",),
     "export-hf": ("RUN", "OUT"),

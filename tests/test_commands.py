@@ -102,6 +102,8 @@ def wrong(planned: Iterable[Planned]) -> list[str]:
         expected = REFUSED.get(each.line)
         if each.refused and each.refused.startswith("not installed"):
             continue
+        if re.search(r"runs on \d+ nodes .*; on each of them", each.refused or ""):
+            continue  # rightly: it runs where each node is told its rank
         if (
             each.device == "cpu"
             and "SLURM=1" in each.line
@@ -158,7 +160,7 @@ def test_commands_that_cannot_run_are_noticed(copy: Copy) -> None:
         ("12*",): None,
         ("125*",): "no target begins with 125",
         ("memory-101", "CARD=h1000"): "CARD=h1000",
-        ("list", "CHAPTER=900"): "no chapter 900",
+        ("list", "CHAPTER=990"): "no chapter 990",
         ("table", "FORMAT=xml"): "FORMAT=xml",
     }
     found = {each.line: each.refused for each in copy.plan(cannot) if each.device == "cpu"}

@@ -141,7 +141,6 @@ def test_mixtral_fits_four_gpus_only_with_bf16_gradients():
         ("612", {"card": "a100-80gb"}, "NVIDIA A100 80GB SXM4 has none|NVIDIA A100.* has none"),
         ("614", {"seq_length": 8200}, r"blocks of 128: .* MBS x SEQ / CP \(8200\)"),
         ("621", {"sharding": "no_shard"}, "OPTIMIZER_STATE=bf16 is for Adam with SHARDING=optim"),
-        ("620", {"gradients": "bf16"}, "gradients bf16 need upstream's precision-aware optimizer"),
         (
             "622",
             {"precision": "fp8", "fp8_recipe": "delayed"},
