@@ -26,7 +26,7 @@ arguments: ; @$(HARNESS) arguments $(WORDS)
 memory-%: override TAKES = FORMAT $(SETTINGS)
 #speed-101 ## the step time to expect, part by part  [FORMAT=terminal|json]
 speed-%: override TAKES = FORMAT $(SETTINGS)
-#published ## steps that others published on up to 6,144 GPUs, and the prediction of each  [GROUP=nvidia-dense-fp8]
+#published ## steps that others published on 8 to 16,384 GPUs, and the prediction of each  [GROUP=nvidia-dense-fp8]
 published: override TAKES = GROUP
 .PHONY: published
 published: ; @$(HARNESS) published $(WORDS)
