@@ -62,7 +62,8 @@ def print_published(settings: Mapping[str, str]) -> int:
             lines = [("", *HEAD), *(("", *_cells(one)) for one in compared)]
             for line in screen.grid(lines):
                 print(line)
-            print(f"  {_errors(compared)}\n")
+            mean, largest, bias = _errors(compared)
+            print(f"  {len(compared)} rows: mean error {mean}, largest {largest}, bias {bias}\n")
     return 0
 
 
@@ -87,7 +88,6 @@ def summary_table() -> str:
         experts = [one for one in found if one.result.model.num_experts]
         for kind, some in (("dense", dense), ("experts", experts)):
             if some:
-                off = [one.error for one in some]
                 gpus = [one.result.possible[0].world_size for one in some]
                 lines.append(
                     [
@@ -96,10 +96,8 @@ def summary_table() -> str:
                         f"{min(gpus):,} to {max(gpus):,}"
                         if min(gpus) < max(gpus)
                         else str(gpus[0]),
-                        str(len(off)),
-                        f"{statistics.mean(map(abs, off)):.1%}",
-                        f"{max(map(abs, off)):.1%}",
-                        f"{statistics.mean(off):+.1%}",
+                        str(len(some)),
+                        *_errors(some),
                     ]
                 )
     head = ["source", "models", "GPUs", "rows", "mean error", "largest", "bias"]
@@ -131,9 +129,12 @@ def _cells(one: Comparison) -> tuple[str, ...]:
     )
 
 
-def _errors(compared: Sequence[Comparison]) -> str:
+def _errors(compared: Sequence[Comparison]) -> tuple[str, str, str]:
+    """Of predictions: the mean and the largest without sign, and the mean with it."""
     off = [one.error for one in compared]
+    without_sign = [abs(error) for error in off]
     return (
-        f"{len(off)} rows: mean error {statistics.mean(map(abs, off)):.1%},"
-        f" largest {max(map(abs, off)):.1%}, bias {statistics.mean(off):+.1%}"
+        f"{statistics.mean(without_sign):.1%}",
+        f"{max(without_sign):.1%}",
+        f"{statistics.mean(off):+.1%}",
     )

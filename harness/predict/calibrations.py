@@ -343,7 +343,6 @@ def fitted() -> Mapping[str, Machine]:
     return {name: machine for name, machine in load().items() if machine.rows}
 
 
-@cache
 def fastest_operation_us() -> float | None:
     """Host time of an operation in µs on the fastest host that any steps were measured on.
 

@@ -20,8 +20,6 @@ MESSAGE_S = 20e-6
 """A collective within a node with nothing to send; a rough value."""
 NETWORK_HOP_S = 14e-6
 """A step of a ring or tree between nodes (hwLatencies of NCCL_HW_NET, simple protocol)."""
-
-
 FEWEST_REDUCED = 5
 """Ranks from which on NCCL lets the switch reduce (fabrics.MEASURED)."""
 
@@ -86,6 +84,7 @@ class Network:
     reduce_gb_s: float | None = None
     """What a rank sends where the innermost switch computes all-reduces (NCCL's NVLS)."""
     pair_gb_s: float | None = None
+    """What each of two ranks sends to the other at the same time, where measured."""
 
     @classmethod
     def of(
