@@ -4,14 +4,13 @@ Prints, as JSON, the FLOPs of one forward and backward pass for each set of LoRA
 """
 
 import json
-import os
 import sys
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from harness.entry import rank
 from harness.experiment.model import Lora
+from tests.one_process import initialize
 
 LAYERS, HIDDEN, HEADS, FFN, VOCABULARY, SEQUENCE, BATCH, RANK = 3, 32, 4, 48, 128, 16, 2, 2
 
@@ -63,16 +62,7 @@ def flops(targets: str) -> int:
 
 
 def main() -> None:
-    rank.prepare()
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
-    )
-    parallel_state.initialize_model_parallel()
-    model_parallel_cuda_manual_seed(1)
+    initialize()
     print(json.dumps({targets: flops(targets) for targets in sys.argv[1:]}))
 
 

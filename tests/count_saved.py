@@ -6,11 +6,10 @@ rotation nothing. Prints, as JSON, the bytes that each case keeps.
 """
 
 import json
-import os
 
 import torch
 
-from harness.entry import rank
+from tests.one_process import initialize, kept_sizes
 
 LENGTH, BATCH = 64, 2
 SIZES = {
@@ -102,26 +101,8 @@ class Unchanged(torch.nn.Module):
 
 
 def kept(function, *inputs, weights=()):
-    """Bytes that autograd keeps of ``function(*inputs)``, each memory once.
-
-    Parameters are left out, also where views of the ``weights`` are kept.
-    """
-    found = {}
-    left_out = {weight.untyped_storage().data_ptr() for weight in weights}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if not isinstance(tensor, torch.nn.Parameter) and storage.data_ptr() not in left_out:
-            found[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with (
-        torch.compiler.set_stance("force_eager"),
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-    ):
-        outputs = function(*inputs)
-    assert outputs is not None  # alive while counted
-    return sum(found.values())
+    """Bytes that autograd keeps of ``function(*inputs)``, parameters and ``weights`` left out."""
+    return sum(kept_sizes(function, *inputs, weights=weights))
 
 
 def config(**more):
@@ -231,16 +212,7 @@ def predictor():
 
 
 def main():
-    rank.prepare()
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
-    )
-    parallel_state.initialize_model_parallel()
-    model_parallel_cuda_manual_seed(1)
+    initialize()
     sigmoid = {"moe_router_score_function": "sigmoid", "moe_router_pre_softmax": True}
     found = {
         "attention": attention(),

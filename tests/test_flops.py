@@ -1,14 +1,9 @@
 """Parameters and model FLOPs, against published sizes, measured TFLOP/s and upstream itself."""
 
-import json
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 
-from harness import ROOT
 from harness.evidence.references import load_references
 from harness.experiment.catalog import load_catalog
 from harness.experiment.constraints import with_changes
@@ -24,6 +19,7 @@ from harness.predict.flops import (
     tflops_per_gpu,
     upstream_flops,
 )
+from tests.one_process import answer
 
 CATALOG = load_catalog()
 TINY = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 1000}
@@ -182,22 +178,7 @@ TARGETS = ("-", "linear_qkv,linear_proj,linear_fc1,linear_fc2", "linear_qkv", "l
 def counted():
     """What PyTorch counts in one pass there and back, for every set of adapters: {targets: FLOPs}."""
     pytest.importorskip("torch")
-    environment = os.environ | {
-        "HARNESS_DEVICE": "cpu",
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.count_products", *TARGETS],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return answer("tests.count_products", *TARGETS)
 
 
 @pytest.mark.cpu

@@ -35,6 +35,7 @@ from harness.predict.memory import _gathered_layer_bytes, predict
 from harness.predict.operations import hidden_bytes
 from harness.predict.replay import layers_in_flight, replay
 from harness.run.directory import RunDir
+from tests.one_process import kept_sizes
 
 CATALOG = load_catalog()
 ROOT = Path(__file__).parents[1]
@@ -424,23 +425,7 @@ def test_ranks_hold_what_upstream_builds(tmp_path):
 
 def kept(function, *inputs):
     """Bytes that autograd keeps of ``function(*inputs)``, each memory once, parameters and what is small left out."""
-    import torch
-
-    found = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if not isinstance(tensor, torch.nn.Parameter):
-            found[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with (
-        torch.compiler.set_stance("force_eager"),
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-    ):
-        outputs = function(*inputs)
-    assert outputs is not None  # alive while counted
-    return sum(size for size in found.values() if size > 16 * 64)
+    return sum(size for size in kept_sizes(function, *inputs) if size > 16 * 64)
 
 
 TOKENS, WIDTH = 64, 32

@@ -1,13 +1,7 @@
 """Tensors kept for the backward pass by latent attention, its routers, shared experts and multi-token prediction, against upstream's modules."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 
-from harness import ROOT
 from harness.experiment.catalog import load_models
 from harness.experiment.constraints import with_changes
 from harness.experiment.unlisted import row_of
@@ -19,6 +13,7 @@ from harness.predict.activations import (
 )
 from harness.predict.mlp_operations import shared_expert
 from harness.predict.operations import hidden_bytes
+from tests.one_process import answer
 
 pytestmark = pytest.mark.cpu
 DEEPSEEK = load_models()["deepseek-v3"]
@@ -28,22 +23,7 @@ DEEPSEEK = load_models()["deepseek-v3"]
 def kept():
     """Bytes that upstream's modules keep, by case (tests/count_saved.py)."""
     pytest.importorskip("megatron.core")
-    environment = os.environ | {
-        "HARNESS_DEVICE": "cpu",
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.count_saved"],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return answer("tests.count_saved")
 
 
 @pytest.fixture(scope="module")
