@@ -259,12 +259,13 @@ def test_a_window_sees_no_more_than_it_computes():
 def _upstream_arguments(e):
     """The attributes of Megatron-LM's arguments that its two estimates read."""
     m = e.model
-    absent = (
-        "mtp_num_layers moe_shared_expert_intermediate_size moe_latent_size experimental_attention_variant "
-        "hybrid_layer_pattern q_lora_rank"
-    )
+    absent = "moe_latent_size experimental_attention_variant hybrid_layer_pattern q_lora_rank"
+    latent = m.latent_attention.model_dump() if m.latent_attention else {}
+    dense = m.first_dense_layers
     return SimpleNamespace(
-        **dict.fromkeys(absent.split()),
+        **dict.fromkeys(absent.split()) | latent,
+        mtp_num_layers=m.predictors or None,
+        moe_shared_expert_intermediate_size=m.moe_shared_expert_intermediate_size,
         num_layers=m.num_layers,
         hidden_size=m.hidden_size,
         ffn_hidden_size=m.ffn,
@@ -277,11 +278,11 @@ def _upstream_arguments(e):
         num_experts=m.num_experts,
         moe_router_topk=m.moe_router_topk,
         moe_ffn_hidden_size=m.moe_ffn if m.num_experts else None,
-        moe_layer_freq=1,
+        moe_layer_freq=[0] * dense + [1] * (m.num_layers - dense) if dense else 1,
         swiglu=m.activation == "swiglu",
         add_bias_linear=m.add_bias_linear,
         normalization=m.normalization,
-        multi_latent_attention=False,
+        multi_latent_attention=bool(latent),
         attention_output_gate=m.attention_output_gate,
         untie_embeddings_and_output_weights=m.untie_embeddings,
         is_hybrid_model=False,
