@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any
 
 from harness.errors import UserError
-from harness.evidence.predictions import extrapolated, is_json, prediction, print_json
+from harness.evidence.predictions import is_json, prediction, print_json, say_extrapolated
 from harness.experiment import overrides
 from harness.experiment.catalog import load_catalog, load_models
 from harness.experiment.command_line import EXPERIMENT_SETTINGS, count, non_negative
@@ -81,8 +81,7 @@ def print_plan(settings: Mapping[str, str]) -> int:
     if machine and found[0].step:
         say(f"  {machine.how_sure(*(layout.experiment for layout in found))}")
         say(f"  {source}")
-    if beyond := extrapolated(found[0].experiment):
-        say(f"  {beyond[0]}, the most of any public row")
+    say_extrapolated([found[0].experiment])
     return 0
 
 

@@ -15,6 +15,7 @@ from harness.predict.capacity import verdict
 from harness.predict.flops import mfu, tflops_per_gpu
 from harness.predict.memory import Memory
 from harness.predict.step_time import StepTime
+from harness.system.screen import say
 
 FORMATS = ("terminal", "json")
 MOST_PUBLISHED_GPUS = 6_144
@@ -78,6 +79,12 @@ def extrapolated(experiment: Experiment) -> list[str]:
     if experiment.world_size <= MOST_PUBLISHED_GPUS:
         return []
     return [f"extrapolated: more than {MOST_PUBLISHED_GPUS:,} GPUs"]
+
+
+def say_extrapolated(experiments: Iterable[Experiment]) -> None:
+    """Print a line where any of them has more GPUs than any public row."""
+    for said in [said for one in experiments for said in extrapolated(one)][:1]:
+        say(f"  {said}, the most of any public row of Megatron-LM")
 
 
 def print_json(predictions: Iterable[Mapping[str, Any]]) -> int:

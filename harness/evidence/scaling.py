@@ -8,7 +8,7 @@ from typing import Any
 
 from harness.evidence import markdown
 from harness.evidence.memory import cards_of
-from harness.evidence.predictions import extrapolated, is_json, prediction, print_json
+from harness.evidence.predictions import is_json, prediction, print_json, say_extrapolated
 from harness.experiment.catalog import load_catalog
 from harness.experiment.experiment import Experiment
 from harness.experiment.hardware import GPUS_OF_A_NODE, Card, find_card, peak_tflops
@@ -53,8 +53,7 @@ def print_gpus(id_: str, settings: Mapping[str, str]) -> int:
         if timed:
             say(f"  {machine.how_sure(*timed)}")
             say(f"  {source}")
-            if beyond := [word for one in timed for word in extrapolated(one)]:
-                say(f"  {beyond[0]}, the most of any public row")
+            say_extrapolated(timed)
         if reason := _untimed(layouts, card, machine):
             say(f"  step time not predicted: {reason}")
     return 0
