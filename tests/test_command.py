@@ -95,7 +95,7 @@ def test_published_flags() -> None:
 
 BRINGS = {
     "--sequence-parallel": lambda e: e.sequence_parallel,
-    "--num-virtual-stages-per-pipeline-rank": lambda e: e.vpp > 1,
+    "--num-virtual-stages-per-pipeline-rank": lambda e: e.vpp > 1 and not e.pp_layout,
     "--cp-comm-type": lambda e: e.cp > 1,
     "--use-distributed-optimizer": lambda e: e.sharding not in ("no_shard", "torch_fsdp2"),
     "--use-megatron-fsdp --data-parallel-sharding-strategy optim": lambda e: e.sharding == "fsdp_optim",
@@ -122,8 +122,12 @@ BRINGS = {
     "--normalization RMSNorm --norm-epsilon": lambda e: e.model.normalization == "RMSNorm",
     "--swiglu": lambda e: e.model.activation == "swiglu",
     "--quick-geglu": lambda e: e.model.activation == "clamped_quick_geglu",
-    "--position-embedding-type rope": lambda e: e.model.position_embedding == "rope",
-    "--yarn-beta-fast 32.0 --yarn-beta-slow 1.0": lambda e: e.model.yarn,
+    "--position-embedding-type rope": lambda e: (
+        e.model.position_embedding == "rope" or e.model.latent_attention is not None
+    ),
+    "--yarn-beta-fast 32.0 --yarn-beta-slow 1.0": lambda e: (
+        e.model.yarn and not e.model.latent_attention
+    ),
     "--qk-layernorm": lambda e: e.model.qk_norm != "none",
     "--spec harness.specs.projection_norm layer_spec": lambda e: e.model.qk_norm == "projection",
     "--untie-embeddings-and-output-weights": lambda e: e.model.untie_embeddings or e.sharding == "torch_fsdp2",

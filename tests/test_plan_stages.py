@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,10 +22,17 @@ CATALOG = load_catalog()
 STAGES = ["request", "resolved", "fitted", "placed", "checked"]
 
 
+def callers(frame) -> Iterator[str]:
+    """The files of the functions that wait for ``frame``."""
+    while frame := frame.f_back:
+        yield frame.f_code.co_filename
+
+
 def modules_of(settings: dict[str, str], id_: str, device: str) -> list[str]:
     """The modules of harness/ in the order in which planning enters them with the experiment, each named once a stay.
 
-    A function counts where it takes the experiment, or a stage that holds it; properties and methods of the experiment do not.
+    A function counts where it takes the experiment, or a stage that holds it; properties and methods of the experiment do not, nor what a
+    rule of constraints asks.
     """
     entered: list[str] = []
 
@@ -34,6 +42,8 @@ def modules_of(settings: dict[str, str], id_: str, device: str) -> list[str]:
         if event != "call" or not code.co_filename.startswith(folder) or code.co_name[0] == "<":
             return
         names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        if any("/experiment/constraints.py" in file for file in callers(frame)):
+            return
         if any(holds_experiment(frame.f_locals[name]) for name in names if name != "self"):
             module = code.co_filename.removeprefix(folder).removesuffix(".py")
             if entered[-1:] != [module]:

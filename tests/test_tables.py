@@ -114,9 +114,9 @@ def test_the_footer_says_how_numbers_were_made():
         "Ended as published: 1 of the 1 with a published row.",
     ):
         assert said in text
-    assert "formula: ms/step" in text and "formula: ms/step" not in tables.render([row("620")]), (
-        "of sinks the formula knows nothing"
-    )
+    unpredictable = row(settings={"ARGS": "--manual-gc"})
+    assert "formula: ms/step" in text
+    assert "formula: ms/step" not in tables.render([unpredictable])
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 100, 120, 200])

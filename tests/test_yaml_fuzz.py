@@ -10,11 +10,12 @@ import yaml
 from harness import ROOT
 from harness.data import definitions
 from harness.errors import UserError
+from harness.evidence import published
 from harness.evidence.claims import load_claims
 from harness.evidence.references import load_references
 from harness.experiment.catalog import load_catalog
 from harness.pages.figures import load_panels
-from harness.predict import calibrations
+from harness.predict import calibrations, rates
 
 EXPERIMENTS = ROOT / "experiments"
 ODD = (
@@ -57,6 +58,8 @@ READERS = {
     EXPERIMENTS / "claims.yaml": lambda path: load_claims(load_catalog(), path),
     EXPERIMENTS / "plots.yaml": lambda path: load_panels(load_catalog(), path),
     EXPERIMENTS / "calibrations.yaml": lambda path: calibrations.load.__wrapped__(path),
+    EXPERIMENTS / "published.yaml": published.load,
+    EXPERIMENTS / "rates.yaml": rates.published.__wrapped__,
     ROOT / "data" / "datasets.yaml": definitions.definitions,
     ROOT / "data" / "rules-sv.yaml": rules,
 }

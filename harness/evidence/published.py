@@ -13,14 +13,13 @@ from harness.errors import UserError, nearest
 from harness.experiment.catalog import EXPERIMENTS, load_models
 from harness.experiment.experiment import Experiment
 from harness.experiment.hardware import required_card
-from harness.experiment.model import Checked, Model
+from harness.experiment.model import Checked, Model, Positive
 from harness.experiment.unlisted import experiment_from
 from harness.system import yaml_files
 
 PUBLISHED = EXPERIMENTS / "published.yaml"
 
 Text = Annotated[str, Field(min_length=1)]
-Positive = Annotated[float, Field(gt=0, strict=False)]
 
 
 _MEASURED = ("step_ms", "allocated_gib", "reserved_gib", "container")
@@ -92,17 +91,24 @@ def load(path: Path = PUBLISHED) -> dict[str, Group]:
     Raises:
         UserError: a name or a value is wrong; the message names the row.
     """
-    return {name: _group(name, raw) for name, raw in yaml_files.read(path).items()}
+    found = {}
+    for name, raw in (groups := yaml_files.read(path)).items():
+        with yaml_files.entry(path, groups, name):
+            found[name] = _group(name, raw)
+    return found
 
 
 def _group(name: str, raw: Any) -> Group:
     fields = dict(yaml_files.mapping(raw, name))
-    required_card(str(fields.get("card")), f"{PUBLISHED.name}: {name}: card")
+    required_card(str(fields.get("card")), f"{name}: card")
     common = yaml_files.mapping(fields.pop("settings", {}), f"{name}: settings")
     changed = yaml_files.mapping(fields.pop("models", {}), f"{name}: models")
     unstated = yaml_files.mapping(fields.pop("unstated", {}), f"{name}: unstated")
-    open_ = {key: tuple(values) for key, values in unstated.items()}
-    rows = enumerate(fields.pop("rows", ()), 1)
+    open_ = {
+        key: tuple(yaml_files.sequence(values, f"{name}: unstated: {key}"))
+        for key, values in unstated.items()
+    }
+    rows = enumerate(yaml_files.sequence(fields.pop("rows", []), f"{name}: rows"), 1)
     results = tuple(_result(f"{name}: row {n}", row, common, changed, open_) for n, row in rows)
     return yaml_files.build(Group, {"name": name, **fields, "results": results}, name)
 
@@ -116,13 +122,12 @@ def _result(
 ) -> Result:
     fields = dict(yaml_files.mapping(row, where))
     measured = {key: fields.pop(key) for key in _MEASURED if key in fields}
-    models, name = load_models(), fields.pop("model", "")
+    models, name = load_models(), str(fields.pop("model", ""))
     if name not in models:
-        raise UserError(
-            f"{PUBLISHED.name}: {where}: unknown model {name!r}; {nearest(name, models)}"
-        )
+        raise UserError(f"{where}: unknown model {name!r}; {nearest(name, models)}")
     whole = {key: getattr(models[name], key) for key in Model.model_fields}
-    model = yaml_files.build(Model, whole | changed.get(name, {}), f"{where}: models: {name}")
+    other = yaml_files.mapping(changed.get(name, {}), f"{where}: models: {name}")
+    model = yaml_files.build(Model, whole | other, f"{where}: models: {name}")
     settings = {key: str(value) for key, value in {**common, **fields}.items()}
     known = {"model": model, "settings": settings, "own": frozenset(fields), **measured}
     known["unstated"] = unstated

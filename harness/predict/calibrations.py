@@ -21,12 +21,13 @@ from harness.experiment import overrides
 from harness.experiment.catalog import EXPERIMENTS, load_catalog
 from harness.experiment.experiment import Experiment
 from harness.experiment.hardware import Card, required_card
+from harness.experiment.model import Positive
 from harness.predict import machine_file, rates, step_time
 from harness.predict.machine_file import Machine as MachineFile
 from harness.predict.network import Network
 from harness.predict.step_time import StepTime
 from harness.predict.timeline import Times
-from harness.predict.work import RATES, Calibration, Positive, Speed
+from harness.predict.work import RATES, Calibration, Speed
 from harness.system import yaml_files
 
 FILE = EXPERIMENTS / "calibrations.yaml"

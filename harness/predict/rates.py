@@ -13,12 +13,14 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
+from pathlib import Path
 
 from pydantic import BaseModel
 
 from harness.errors import UserError
 from harness.experiment.catalog import EXPERIMENTS
 from harness.experiment.hardware import Card, required_card
+from harness.experiment.model import Positive
 from harness.predict import machine_file
 from harness.predict.machine_file import Machine
 from harness.system import yaml_files
@@ -251,31 +253,40 @@ def _at_length(length: int, points: Mapping[int, Scores]) -> tuple[float, float]
 class Attention(BaseModel, frozen=True, extra="forbid"):
     """TFLOP/s of causal attention's scores: two products forward, five backward."""
 
-    forward: float
-    backward: float
+    forward: Positive
+    backward: Positive
 
 
 class Published(BaseModel, frozen=True, extra="forbid"):
     """What others measured on a card and published."""
 
     source: str
-    product_tflops: float
-    grouped_tflops: float | None = None
+    product_tflops: Positive
+    grouped_tflops: Positive | None = None
     attention_tflops: Attention | None = None
 
 
+class Like(BaseModel, frozen=True, extra="forbid"):
+    """The card whose rates another's are scaled from."""
+
+    like: str
+
+
 @cache
-def published() -> Mapping[str, Published | str]:
-    """By card: its published rates, or the card that it is ``like``.
+def published(path: Path = PUBLISHED) -> Mapping[str, Published | Like]:
+    """By card: its published rates, or the card that it is like.
 
     Raises UserError if the file is not valid.
     """
-    found: dict[str, Published | str] = {}
-    for key, fields in (entries := yaml_files.read(PUBLISHED)).items():
-        with yaml_files.entry(PUBLISHED, entries, key):
-            like = fields.get("like") if isinstance(fields, dict) else None
-            where = f"{PUBLISHED.name}: {key}"
-            found[key] = like or yaml_files.build(Published, fields, where)
+    found: dict[str, Published | Like] = {}
+    for key, fields in (entries := yaml_files.read(path)).items():
+        where = f"{path.name}: {key}"
+        with yaml_files.entry(path, entries, key):
+            required_card(str(key), f"{where}: card")
+            kind = Like if "like" in yaml_files.mapping(fields, where) else Published
+            found[key] = yaml_files.build(kind, fields, where)
+            if isinstance(found[key], Like):
+                required_card(found[key].like, f"{where}: like")
     return found
 
 
@@ -286,8 +297,8 @@ def of_card_like(measured_on: Card, card: Card) -> Rates:
     Of a card whose rates are published, those. Raises UserError as ``of_card``.
     """
     usual, known = of_card(measured_on.key), published().get(card.key)
-    if isinstance(known, str):
-        near = required_card(known, f"{PUBLISHED.name}: {card.key}: like = {known!r}")
+    if isinstance(known, Like):
+        near = required_card(known.like, card.key)
         return of_card_like(measured_on, near).scaled(near, card)
     rates = usual.scaled(measured_on, card)
     return rates.with_published(known) if known else rates

@@ -10,13 +10,13 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
-from typing import Annotated, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 
 from harness.experiment.experiment import Experiment
 from harness.experiment.linear_layers import of_layer, of_predictor
-from harness.experiment.model import COLUMN_PARALLEL, LinearLayer
+from harness.experiment.model import COLUMN_PARALLEL, LinearLayer, Positive
 from harness.predict import stages, timeline
 from harness.predict.activations import loss_kind
 from harness.predict.elementwise import larger
@@ -24,8 +24,6 @@ from harness.predict.flops import adapter_widths, padded_vocab_size
 from harness.predict.network import MESSAGE_S, Groups, Network
 from harness.predict.rates import FP8_BYTES, Launches, Rates
 from harness.predict.stages import predictor_kind
-
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 KERNEL_S = 3e-6
 """From a kernel's launch to its first result; a rough value."""

@@ -99,6 +99,13 @@ def mapping(value: Any, where: str) -> dict[str, Any]:
     return value
 
 
+def sequence(value: Any, where: str) -> list[Any]:
+    """``value``, which must be a list. Raises UserError."""
+    if not isinstance(value, list):
+        raise UserError(f"{where}: expected a list, found {value!r}")
+    return value
+
+
 def words(value: Any, where: str) -> dict[str, Any]:
     """``value``, which must be a mapping whose keys are words. Raises UserError."""
     if odd := [key for key in mapping(value, where) if not isinstance(key, str)]:
