@@ -1,5 +1,6 @@
 """Which layers a pipeline stage holds: as upstream splits them, in memory, in step time, and in a miniature."""
 
+import random
 from itertools import product
 from types import SimpleNamespace
 
@@ -279,3 +280,28 @@ def test_a_miniature_is_uneven_in_the_same_way(words, expected):
 def test_a_miniature_of_126_layers_over_64_virtual_stages():
     sizes = {"PP": "8", "VPP": "8", "EMBEDDING_AS_LAYER": "1", "LOSS_AS_LAYER": "1", "GBS": "64"}
     assert stage_layers(miniature(experiment_from("llama3.1-405b", sizes))) == (15, *(16,) * 6, 15)
+
+
+def test_a_long_step_takes_what_its_simulation_takes():
+    """Stages, micro-batches and times at random: groups that are alike are not simulated."""
+    chance = random.Random(17)
+    for _ in range(60):
+        pp, vpp = chance.choice([2, 3, 4, 8]), chance.choice([1, 1, 2, 5])
+        micro_batches = pp * chance.randint(1, 60) + (chance.randrange(pp) if vpp == 1 else 0)
+        forward, backward = (tuple(chance.choice([1, 1, 1.1, 2]) for _ in range(pp)) for _ in "fb")
+        shares = None
+        if chance.random() < 0.5:
+            parts = [[chance.randint(1, 3) for _ in range(vpp)] for _ in range(pp)]
+            shares = tuple(tuple(one / sum(own) for one in own) for own in parts)
+        times = timeline.Times(forward, backward, shares)
+        simulated = timeline.simulate(micro_batches, times, vpp).end
+        assert timeline.duration(micro_batches, times, vpp) == pytest.approx(simulated, rel=1e-9)
+
+
+def test_a_step_of_many_micro_batches_is_not_simulated_whole(monkeypatch):
+    planned, plan = [], timeline._plan
+    monkeypatch.setattr(timeline, "_plan", lambda *sizes: planned.append(sizes) or plan(*sizes))
+    timeline.duration(1024, timeline.Times.alike(4), 2)
+    assert planned == [(4, 4 * timeline.FILLING, 2)]
+    with pytest.raises(UserError, match=r"micro-batches \(1022\)"):
+        timeline.duration(1022, timeline.Times.alike(4), 2)

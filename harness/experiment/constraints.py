@@ -379,7 +379,7 @@ def _sharding(experiment: Experiment) -> Iterator[str]:
 
 
 def _instances(experiment: Experiment) -> Iterator[str]:
-    instances, replicas = experiment.optimizer_instances, experiment.dp * experiment.cp
+    instances, replicas = experiment.optimizer_instances, experiment.replicas
     if instances == 1:
         return
     if experiment.sharding != "optim" or experiment.optimizer != "adam":

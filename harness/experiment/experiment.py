@@ -186,6 +186,21 @@ class Experiment(Checked):
         return self.pp > 1
 
     @property
+    def replicas(self) -> int:
+        """Ranks that hold the same weights, but for experts."""
+        return self.dp * self.cp
+
+    @property
+    def rank_tokens(self) -> float:
+        """Tokens of a micro-batch on a rank: context parallelism splits sequences."""
+        return self.micro_batch_size * self.seq_length / self.cp
+
+    @property
+    def exchanges_heads(self) -> bool:
+        """Whether context parallelism gives each rank some heads of whole sequences."""
+        return self.cp > 1 and self.cp_comm_type == "a2a"
+
+    @property
     def expert_replicas(self) -> int:
         """Ranks that hold the same experts."""
         return max(self.world_size // (self.pp * self.ep * self.etp), 1)

@@ -24,11 +24,9 @@ from harness.predict.operations import (
     gathered_bytes,
     hidden_bytes,
     hidden_tokens,
-    mask_bytes,
     norm_statistics,
     recomputing,
     saved_bytes,
-    tokens_on,
     weight_gradient_bytes,
 )
 
@@ -73,7 +71,7 @@ def predictor_bytes(experiment: Experiment) -> float:
 def layer_backward_bytes(experiment: Experiment, kind: str) -> float:
     """The most that a layer's backward pass needs beyond what was kept of it, in bytes."""
     hidden = hidden_bytes(experiment)
-    masked = hidden if mask_bytes(experiment) else 0
+    masked = hidden if experiment.model.dropout else 0
     return backward_bytes(layer_operations(experiment, kind), hidden, masked)
 
 
@@ -117,7 +115,7 @@ def output_backward_bytes(experiment: Experiment) -> float:
 def logits_on(experiment: Experiment) -> float:
     """Logits of one micro-batch on a rank."""
     vocabulary = padded_vocab_size(experiment.model.vocab_size, experiment.tp)
-    return tokens_on(experiment) * vocabulary / experiment.tp
+    return experiment.rank_tokens * vocabulary / experiment.tp
 
 
 def _joining_operations(experiment: Experiment) -> list[Operation]:

@@ -18,7 +18,6 @@ from harness.predict.operations import (
     norm,
     norm_output_bytes,
     saved_bytes,
-    tokens_on,
     weight_gradient_bytes,
 )
 
@@ -91,7 +90,7 @@ def _attended(experiment: Experiment) -> list[Operation]:
     model, size, tokens = experiment.model, element_bytes(experiment), _tokens(experiment)
     result = size * model.context_size * tokens
     statistics = 4 * model.num_attention_heads * tokens  # of flash attention's softmax, fp32
-    exchanged = result if experiment.cp > 1 and experiment.cp_comm_type == "a2a" else 0
+    exchanged = result if experiment.exchanges_heads else 0
     # other recipes keep the original, which attention keeps in any case: set_save_original_input in
     # megatron/core/transformer/attention.py
     delayed = experiment.fp8_recipe == "delayed"
@@ -126,7 +125,7 @@ def _qk_norm_bytes(experiment: Experiment) -> float:
 
 def _tokens(experiment: Experiment) -> float:
     """Tokens times the share of heads that a rank has."""
-    return tokens_on(experiment) / experiment.tp
+    return experiment.rank_tokens / experiment.tp
 
 
 def _weight_gradient(experiment: Experiment, linear: Linear) -> float:

@@ -30,7 +30,7 @@ def _communicators(experiment: Experiment) -> int:
         experiment.sharding.startswith(("optim", "fsdp_")) and experiment.optimizer == "adam"
     )
     return (
-        (experiment.dp * experiment.cp > 1) * (1 + own_group)
+        (experiment.replicas > 1) * (1 + own_group)
         + (experiment.tp > 1) * (1 + experiment.sequence_parallel)
         + (experiment.cp > 1)
         + 3 * (experiment.pp > 1)

@@ -440,7 +440,7 @@ def state_on(experiment: Experiment, stage: int) -> State:
     Shards are over data-parallel x context-parallel ranks; of experts, over the ranks that hold the
     same. With LoRA the weights are frozen: they have neither gradients nor optimizer state.
     """
-    held, replicas = parameters_on(experiment, stage), experiment.dp * experiment.cp
+    held, replicas = parameters_on(experiment, stage), experiment.replicas
     if experiment.lora:
         size = 4 if experiment.precision == "fp32" else 2
         frozen = State((held.dense + held.experts) * size, 0, 0)

@@ -145,7 +145,9 @@ class StageTensors:
         mlp = dense * in_flight.dense + experts * in_flight.experts
         mlp = mlp + predictor * in_flight.predictors
         hidden = smaller(state.gradients, attention + mlp) * self.gradients_grow()
-        of_layer = (self.recomputed() + self.backward()) * self.holds_layers()
+        of_layer = 0.0
+        for needed, number in zip(self.backward(), self.layers(), strict=True):
+            of_layer = larger(of_layer, needed * (number > 0))
         passing = of_layer + self.gathered_layer()
         passing = larger(passing, self.loss()) + self.ends()
         return {
@@ -188,17 +190,21 @@ class StageTensors:
             mlp_bytes(experiment, "predictors") if model.predictors else 0.0,
         )
 
-    def recomputed(self) -> float:
-        """Activations of a layer that exist only while it goes backward."""
-        if self.experiment.recompute != "full":
-            return 0.0
-        mlps = (mlp_bytes(self.experiment, kind) for kind in self._kinds())
-        return attention_bytes(self.experiment) + max(mlps, default=0.0)
+    def backward(self) -> stages.Layers:
+        """Bytes that a layer of each kind needs while it goes backward, beyond what is kept of it:
+        recomputed activations, too."""
+        experiment, of_model = self.experiment, stages.of_model(self.experiment)
+        needed = {}
+        for kind, number in of_model._asdict().items():
+            if number:
+                needed[kind] = layer_backward_bytes(experiment, kind)
+                if experiment.recompute == "full":
+                    needed[kind] += attention_bytes(experiment) + mlp_bytes(experiment, kind)
+        return stages.Layers(**needed)
 
-    def backward(self) -> float:
-        """What a layer's backward pass needs beyond what is kept of it."""
-        needed = (layer_backward_bytes(self.experiment, kind) for kind in self._kinds())
-        return max(needed, default=0.0)
+    def layers(self) -> stages.Layers:
+        """Number of the stage's layers of each kind."""
+        return stages.on_stage(self.experiment, self.stage)
 
     def copied_gradients(self) -> float:
         """Gradients in fp32 of a rank's share, where they are summed in bf16 for fp32 moments.
@@ -208,7 +214,7 @@ class StageTensors:
         experiment = self.experiment
         if experiment.gradients == "fp32" or experiment.optimizer_state == "bf16":
             return 0.0
-        shards = experiment.dp * experiment.cp if experiment.sharding == "optim" else 1
+        shards = experiment.replicas if experiment.sharding == "optim" else 1
         shards = max(shards // experiment.optimizer_instances, 1)
         return 2 * state_on(experiment, self.stage).gradients / shards
 
@@ -225,16 +231,6 @@ class StageTensors:
 
     def ends(self) -> float:
         return _ends_bytes(self.experiment, self.stage)
-
-    def holds_layers(self) -> bool:
-        return stages.on_stage(self.experiment, self.stage).total > 0
-
-    def _kinds(self) -> set[str]:
-        """The kinds of layers of the stage, if it holds any."""
-        model = self.experiment.model
-        if not model.predictors and not 0 < model.dense_layers < model.num_layers:
-            return {stages.predictor_kind(self.experiment)}
-        return {*stages.on_stage(self.experiment, self.stage).kinds}
 
 
 def _hidden_by_graphs(experiment: Experiment, tensors: Mapping[str, float]) -> dict[str, float]:
@@ -253,7 +249,7 @@ def _hidden_by_graphs(experiment: Experiment, tensors: Mapping[str, float]) -> d
 
 def _ends_bytes(experiment: Experiment, stage: int) -> float:
     """Bytes outside of layers: mask, workspaces, embedding's dropout, last norm, logits' input."""
-    mask = experiment.micro_batch_size * experiment.seq_length**2 / experiment.cp
+    mask = experiment.rank_tokens * experiment.seq_length
     ends = (mask if experiment.attention_mask else 0) + sum(workspaces(experiment))
     if stage == 0:
         ends += mask_bytes(experiment)

@@ -21,7 +21,6 @@ from harness.predict.operations import (
     norm,
     norm_output_bytes,
     saved_bytes,
-    tokens_on,
     weight_gradient_bytes,
 )
 
@@ -53,7 +52,7 @@ def _mlp(experiment: Experiment, width: int, modules: frozenset[str]) -> list[Op
     """Both linear layers of an MLP and its activation, without the input, which others keep."""
     size, hidden = element_bytes(experiment), hidden_bytes(experiment)
     tp, fc1_matrices = experiment.tp, experiment.model.fc1_matrices
-    activated = width * tokens_on(experiment) / tp
+    activated = width * experiment.rank_tokens / tp
     before = size * activated * fc1_matrices
     weights = {name: one.weights / tp for name, one in of_mlp(experiment.model, width).items()}
     # by rows and by columns: no source says so, but 614 had the second copy's 1.8 GiB on two H200s

@@ -53,7 +53,7 @@ class Groups:
     @property
     def replicas(self) -> Group:
         """Data and context parallel ranks, which hold the same dense weights."""
-        return Group(self.experiment.cp * self.experiment.dp, self.experiment.tp)
+        return Group(self.experiment.replicas, self.experiment.tp)
 
     @property
     def experts(self) -> Group:

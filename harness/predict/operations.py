@@ -77,14 +77,9 @@ def backward_bytes(operations: Sequence[Operation], hidden: float, masked: float
     return most
 
 
-def tokens_on(experiment: Experiment) -> float:
-    """Tokens of one micro-batch on a rank."""
-    return experiment.seq_length / experiment.cp * experiment.micro_batch_size
-
-
 def hidden_tokens(experiment: Experiment) -> float:
     """Tokens of a hidden state on a rank; sequence parallelism splits them."""
-    return tokens_on(experiment) / (experiment.tp if experiment.sequence_parallel else 1)
+    return experiment.rank_tokens / (experiment.tp if experiment.sequence_parallel else 1)
 
 
 def hidden_bytes(experiment: Experiment) -> float:
@@ -97,7 +92,7 @@ def gathered_bytes(experiment: Experiment) -> float:
     """A hidden state that sequence parallelism has gathered; 0 without it."""
     if not experiment.sequence_parallel:
         return 0
-    return tokens_on(experiment) * experiment.model.hidden_size * element_bytes(experiment)
+    return experiment.rank_tokens * experiment.model.hidden_size * element_bytes(experiment)
 
 
 def mask_bytes(experiment: Experiment) -> float:

@@ -11,10 +11,13 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain
 
 from harness.experiment import linear_layers
 from harness.experiment.experiment import Experiment
+from harness.experiment.model import Model
+from harness.experiment.unlisted import row_of
 from harness.predict import stages
 from harness.predict.activations import (
     kept_bytes,
@@ -110,11 +113,18 @@ def layers_in_flight(experiment: Experiment, stage: int) -> tuple[stages.Layers,
     if len({*chunks}) == 1:
         warm_up = warm_up_passes(stage, experiment.pp, experiment.vpp)
         return chunks[:1] * min(warm_up + 1, micro_batches * experiment.vpp)
-    kinds = {kind for chunk in chunks for kind in chunk.kinds}
-    kept = {kind: kept_bytes(experiment, kind) if len(kinds) > 1 else 1 for kind in kinds}
+    kept = _kept_of_kinds(experiment.model, experiment.recompute, experiment.recompute_modules)
     sizes = tuple(sum(kept[kind] for kind in chunk.kinds) for chunk in chunks)
     fullest = most_in_flight(stage, experiment.pp, micro_batches, sizes)
     return tuple(chunks[chunk] for chunk in fullest)
+
+
+@lru_cache(maxsize=256)
+def _kept_of_kinds(model: Model, recompute: str, modules: tuple[str, ...]) -> dict[str, float]:
+    """Bytes that a layer of each kind keeps on one GPU; layouts hardly change their ratios."""
+    one = row_of(model).model_copy(update={"recompute": recompute, "recompute_modules": modules})
+    numbers = stages.of_model(one)._asdict()
+    return {kind: kept_bytes(one, kind) for kind, number in numbers.items() if number}
 
 
 def workspaces(experiment: Experiment) -> list[int]:
@@ -178,7 +188,7 @@ class _Rank:
         """Allocate weights, gradients, fp32 copies and workspaces."""
         experiment, take = self.experiment, self.allocator.allocate_all
         dense, experts = self._parameters()
-        replicas, sharded = experiment.dp * experiment.cp, experiment.sharding != "no_shard"
+        replicas, sharded = experiment.replicas, experiment.sharding != "no_shard"
         of_experts = experiment.expert_replicas
         weights = take(element_bytes(experiment) * size for size in (*dense, *experts))
         if experiment.lora:

@@ -10,7 +10,7 @@ from harness.experiment.pipeline import layer_ranges, predictor_chunk, stage_lay
 
 
 class Layers(NamedTuple):
-    """Numbers of layers by kind."""
+    """Numbers of layers by kind, or what is known of a layer of each kind."""
 
     dense: int = 0
     experts: int = 0

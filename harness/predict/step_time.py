@@ -189,7 +189,7 @@ def methods(experiment: Experiment) -> frozenset[str]:
 
 def _methods(experiment: Experiment) -> dict[str, bool]:
     sharding = experiment.sharding
-    sharded = sharding == "optim" and experiment.dp * experiment.cp > 1
+    sharded = sharding == "optim" and experiment.replicas > 1
     return {
         f"fp8 {experiment.fp8_recipe}": experiment.precision == "fp8",
         SHARDING[sharding][0]: experiment.fully_sharded or sharded,
@@ -353,7 +353,7 @@ class StepWork(MicroBatchWork):
             share = 1 / group.ranks if experiment.sharding != "no_shard" else 1
             moved += parameters * share * (4 * size + ADAM_BYTES[experiment.optimizer_state])
             held = share if experiment.shards_gradients else 1
-            moved += parameters * held * (4 if experiment.dp * experiment.cp > 1 else 2) * size
+            moved += parameters * held * (4 if experiment.replicas > 1 else 2) * size
         once = moved / self.bytes_per_s + self.constants.step_ms * self.speed.host_s
         return once + (self.muon_s() if experiment.optimizer == "muon" else 0)
 
@@ -365,7 +365,7 @@ class StepWork(MicroBatchWork):
         (--muon-tp-mode blockwise), on queries, keys and values separately.
         """
         experiment, held = self.experiment, parameters_on(self.experiment, self.fullest)
-        share = 1 / (experiment.dp * experiment.cp) if experiment.sharding != "no_shard" else 1
+        share = 1 / experiment.replicas if experiment.sharding != "no_shard" else 1
         products = 0.0
         for rows, columns, number in self.orthogonalized():
             narrow, wide = min(rows, columns), max(rows, columns)

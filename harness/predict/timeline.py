@@ -17,6 +17,8 @@ from harness.errors import UserError, indivisible
 Direction = Literal["forward", "backward"]
 Shares = tuple[tuple[float, ...], ...]
 """Parts of a whole that sum to 1, for each stage: [stage][chunk]."""
+FILLING = 4
+"""Groups of micro-batches that are simulated first."""
 
 
 class ChunkPass(NamedTuple):
@@ -150,83 +152,131 @@ def simulate(micro_batches: int, times: Times, chunks: int = 1) -> Timeline:
         UserError: upstream has no interleaved schedule for these sizes.
     """
     stages = len(times.forward)
-    plan = _plan(stages, micro_batches, chunks)
-    ends, durations = _ends(plan, times, chunks), _durations(times, chunks)
-    spans = [
-        Span(p.stage, p.work, end - durations[p.work.kind][p.stage][p.work.chunk], end)
-        for p, end in zip(plan, ends, strict=True)
-    ]
-    return Timeline(
-        stages,
-        chunks,
-        micro_batches,
-        tuple(sorted(spans, key=lambda span: (span.stage, span.start))),
-    )
+    plan, durations = _plan(stages, micro_batches, chunks), _durations(times, chunks)
+    spans = []
+    for planned, end in zip(plan, _ends(plan, durations), strict=True):
+        kind, micro_batch = divmod(planned.work, micro_batches)
+        back, chunk = divmod(kind, chunks)
+        work = ChunkPass(micro_batch, chunk, "backward" if back else "forward")
+        spans.append(Span(planned.stage, work, end - durations[planned.kind], end))
+    spans.sort(key=lambda span: (span.stage, span.start))
+    return Timeline(stages, chunks, micro_batches, tuple(spans))
 
 
 def duration(micro_batches: int, times: Times, chunks: int = 1) -> float:
-    """``simulate(…).end``, without the spans. Raises UserError as ``simulate``."""
-    return max(_ends(_plan(len(times.forward), micro_batches, chunks), times, chunks))
+    """``simulate(…).end``, without the spans. Raises UserError as ``simulate``.
+
+    A group is as many micro-batches as there are stages. Once all passes are as much later as those
+    a group before, for as long as a pass may wait for another, so are those of every further group:
+    these are not simulated.
+    """
+    stages, groups, durations = len(times.forward), FILLING, _durations(times, chunks)
+    _check(stages, micro_batches, chunks)
+    while 2 * (few := micro_batches % stages + groups * stages) < micro_batches:
+        plan = _plan(stages, few, chunks)
+        ends = _ends(plan, durations)
+        if group := _of_group(plan, ends, stages, chunks):
+            return max(ends) + (micro_batches - few) / stages * group
+        groups *= 2
+    return max(_ends(_plan(stages, micro_batches, chunks), durations))
+
+
+def _of_group(
+    plan: Sequence[_Planned], ends: Sequence[float], stages: int, chunks: int
+) -> float | None:
+    """How much later passes are than those a group before; None where not all are as much."""
+    of_stage: list[list[float]] = [[] for _ in range(stages)]
+    for planned, end in zip(plan, ends, strict=True):
+        of_stage[planned.stage].append(end)
+    group, compared, later = 2 * stages * chunks, 2 * warm_up_passes(0, stages, chunks) + 2, []
+    for stage, own in enumerate(of_stage):
+        warm_up = warm_up_passes(stage, stages, chunks)
+        steady = own[warm_up : len(own) - warm_up]
+        if len(steady) < group + compared:
+            return None
+        last = zip(steady[-compared - group :], steady[-compared:], strict=False)
+        later += [end - before for before, end in last]
+    return max(later) if max(later) - min(later) < 1e-9 * max(ends) else None
 
 
 class _Planned(NamedTuple):
-    """A pass in the plan, with the places of the passes that it waits for, or -1."""
+    """A pass in the plan, with the places of the passes that it waits for, counted from 1."""
 
     stage: int
-    work: ChunkPass
+    kind: int
+    """Place of its duration: the stage's chunks forward, then backward, then the next stage's."""
+    work: int
+    """Which pass of the stage: chunks forward, then backward, each with all micro-batches."""
     before: int
-    """The same stage's last pass."""
+    """The same stage's last pass; 0: none."""
     source: int
-    """The pass whose result is its input."""
+    """The pass whose result is its input; 0: none."""
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)
 def _plan(stages: int, micro_batches: int, chunks: int) -> tuple[_Planned, ...]:
     """All passes, each behind those it waits for; the order does not depend on times."""
+    all_forward, last_stage = chunks * micro_batches, stages - 1
     queues = [
-        list(reversed(order(stage, stages, micro_batches, chunks))) for stage in range(stages)
+        [
+            (work.chunk + chunks * (work.kind == "backward")) * micro_batches + work.micro_batch
+            for work in reversed(order(stage, stages, micro_batches, chunks))
+        ]
+        for stage in range(stages)
     ]
     plan: list[_Planned] = []
-    last, place = [-1] * stages, {}
+    last = [0] * stages
+    places = [[0] * (2 * all_forward + 1) for _ in range(stages)]  # the last: of no pass
+
+    def source_of(stage: int, work: int) -> tuple[int, int]:
+        """The stage and pass whose result is the input."""
+        if work < all_forward:
+            if stage:
+                return stage - 1, work
+            return (last_stage, work - micro_batches) if work >= micro_batches else (0, -1)
+        if stage < last_stage:
+            return stage + 1, work
+        if work < 2 * all_forward - micro_batches:
+            return 0, work + micro_batches
+        return stage, work - all_forward
+
     while any(queues):
         before = len(plan)
         for stage, queue in enumerate(queues):
+            place = places[stage]
             while queue:
                 work = queue[-1]
-                source = _input(stage, work, stages, chunks)
-                if source is not None and source not in place:
+                other, input_ = source_of(stage, work)
+                source = places[other][input_]
+                if not source and input_ >= 0:
                     break
                 queue.pop()
-                plan.append(_Planned(stage, work, last[stage], place.get(source, -1)))
-                last[stage] = place[stage, work] = len(plan) - 1
+                kind = 2 * chunks * stage + work // micro_batches
+                plan.append(_Planned(stage, kind, work, last[stage], source))
+                last[stage] = place[work] = len(plan)
         assert len(plan) > before, "the schedule waits for itself"
     return tuple(plan)
 
 
-def _ends(plan: Sequence[_Planned], times: Times, chunks: int) -> list[float]:
+def _ends(plan: Sequence[_Planned], durations: Sequence[float]) -> list[float]:
     """When each pass of the plan ends."""
-    durations, ends = _durations(times, chunks), []
-    for stage, work, before, source in plan:
-        free = ends[before] if before >= 0 else 0.0
-        there = ends[source] if source >= 0 else 0.0
-        ends.append((free if free > there else there) + durations[work.kind][stage][work.chunk])
-    return ends
+    ends = [0.0]
+    for _, kind, _, before, source in plan:
+        free, there = ends[before], ends[source]
+        ends.append((free if free > there else there) + durations[kind])
+    return ends[1:]
 
 
-def _durations(times: Times, chunks: int) -> dict[Direction, list[list[float]]]:
-    """Time of one micro-batch through each chunk: [stage][chunk]."""
+def _durations(times: Times, chunks: int) -> list[float]:
+    """Time of one micro-batch through each chunk, as ``_Planned.kind`` counts them."""
     shares = times.shares or ((1 / chunks,) * chunks,) * len(times.forward)
-    sides: dict[Direction, tuple[float, ...]] = {
-        "forward": times.forward,
-        "backward": times.backward,
-    }
-    return {
-        kind: [
-            [whole * share for share in of_stage]
-            for whole, of_stage in zip(stages, shares, strict=True)
-        ]
-        for kind, stages in sides.items()
-    }
+    stages = zip(times.forward, times.backward, shares, strict=True)
+    return [
+        whole * share
+        for forward, backward, of_stage in stages
+        for whole in (forward, backward)
+        for share in of_stage
+    ]
 
 
 def _table(stages: int, micro_batches: int, chunks: int) -> Sequence[tuple[int, int]]:
@@ -237,20 +287,6 @@ def _table(stages: int, micro_batches: int, chunks: int) -> Sequence[tuple[int, 
         for c in range(chunks)
         for b in range(first, min(first + stages, micro_batches))
     ]
-
-
-def _input(stage: int, work: ChunkPass, stages: int, chunks: int) -> tuple[int, ChunkPass] | None:
-    """The stage and pass whose result ``work`` on ``stage`` needs; None if none."""
-    micro_batch, chunk, kind = work
-    if kind == "forward":
-        if stage > 0:
-            return stage - 1, work
-        return (stages - 1, ChunkPass(micro_batch, chunk - 1, kind)) if chunk > 0 else None
-    if stage < stages - 1:
-        return stage + 1, work
-    if chunk < chunks - 1:
-        return 0, ChunkPass(micro_batch, chunk + 1, kind)
-    return stage, ChunkPass(micro_batch, chunk, "forward")
 
 
 def _check(stages: int, micro_batches: int, chunks: int) -> None:

@@ -123,18 +123,13 @@ class Work(NamedTuple):
         return Work(*(part * times for part in self))
 
 
-def tokens_on(experiment: Experiment) -> float:
-    """Tokens of a micro-batch on a rank."""
-    return experiment.micro_batch_size * experiment.seq_length / experiment.cp
-
-
 def linear_shapes(experiment: Experiment) -> Iterator[tuple[float, float, float]]:
     """Rows, columns and inner size of each linear layer's product, routed experts excluded.
 
     A layer that tensor parallelism does not split is computed for the tokens that sequence
     parallelism leaves on a rank.
     """
-    tp, tokens = experiment.tp, tokens_on(experiment)
+    tp, tokens = experiment.tp, experiment.rank_tokens
     share = tokens / (tp if experiment.sequence_parallel else 1)
     for linear in of_layer(experiment.model, predictor_kind(experiment)).values():
         yield (
@@ -182,7 +177,7 @@ class MicroBatchWork:
     @cached_property
     def tokens(self) -> float:
         """Of a micro-batch on a rank."""
-        return tokens_on(self.experiment)
+        return self.experiment.rank_tokens
 
     @cached_property
     def token_split(self) -> int:
@@ -280,7 +275,7 @@ class MicroBatchWork:
         """A layer without experts of a model that has them."""
         dense = self.model.model_copy(update=WITHOUT_EXPERTS)
         alone = self.experiment.model_copy(update={"model": dense, "ep": 1, "etp": 1})
-        return MicroBatchWork(alone, self.speed).layer()
+        return type(self)(alone, self.speed).layer()
 
     def predictor(self) -> tuple[Work, Work]:
         """What multi-token prediction has around its transformer layer and the embedding.
@@ -423,7 +418,7 @@ class MicroBatchWork:
         the last one only (no_sync of DistributedDataParallel), and not within a CUDA graph.
         """
         experiment = self.experiment
-        alone = experiment.sharding == "no_shard" or experiment.dp * experiment.cp == 1
+        alone = experiment.sharding == "no_shard" or experiment.replicas == 1
         if alone or not experiment.overlap:
             return Work(), Work()
         each = self.constants.hooks_ms

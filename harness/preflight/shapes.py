@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from harness.experiment.catalog import load_catalog
 from harness.predict.flops import padded_vocab_size
-from harness.predict.work import linear_shapes, tokens_on
+from harness.predict.work import linear_shapes
 
 MOST_PRODUCTS = 30
 SMALL_PRODUCTS = ((256, 256, 256), (512, 256, 256))
@@ -40,7 +40,7 @@ def products() -> list[tuple[int, int, int]]:
     found: Counter[tuple[int, int, int]] = Counter()
     for experiment in load_catalog().experiments:
         vocabulary = padded_vocab_size(experiment.model.vocab_size, experiment.tp) / experiment.tp
-        output = (tokens_on(experiment), vocabulary, experiment.model.hidden_size)
+        output = (experiment.rank_tokens, vocabulary, experiment.model.hidden_size)
         for rows, columns, inner in (*linear_shapes(experiment), output):
             found[int(rows), int(columns), int(inner)] += 1
     return [shape for shape, _ in found.most_common()]

@@ -23,7 +23,7 @@ from harness.predict.step_time import StepWork
 from harness.predict.work import Speed
 from harness.search.table import Rows, Table
 
-COMBINED = {"at_most", "layer", "gradients_s", "pipeline_messages"}
+COMBINED = {"at_most", "layer", "dense_layer", "gradients_s", "pipeline_messages"}
 """Methods that put together what the other methods of their class say, arrays too."""
 
 

@@ -6,7 +6,7 @@ import heapq
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from typing import Any
 
@@ -124,7 +124,10 @@ class Search:
             "recompute_modules": recomputed.recompute_modules,
         }
         base = self.experiment.model_copy(update=kept | {"nodes": self.nodes})
-        return legal(base, self.ranks, self.fixed, self.card)
+        pace = None
+        if self.machine and not unknown(base):
+            pace = partial(steps_ms, speed=self.machine.speed(nodes=self.nodes))
+        return legal(base, self.ranks, self.fixed, self.card, pace)
 
     def laid_out(self, table: Table, row: int) -> Experiment | None:
         """The experiment of a row of ``table``, with the settings that make it."""

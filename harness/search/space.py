@@ -20,16 +20,39 @@ Rule = Callable[[Experiment], Iterator[str]]
 LEVERS = {"cross_entropy_fusion": "CROSS_ENTROPY_FUSION", "cuda_graphs": "CUDA_GRAPHS"}
 """What makes the same work faster in the same layout, and its setting; tried one after the other.
 """
+FASTEST = {
+    "recompute": ("none",),
+    "recompute_modules": ((),),
+    **dict.fromkeys(LEVERS, (True,)),
+}
+"""What makes steps shortest, whatever else is chosen."""
 MONOTONE = {"vpp"}
 """Fields whose least value breaks no rule that another would keep."""
-DERIVED = ("num_microbatches", "expert_replicas", "fully_sharded", "is_pipelined")
-"""Properties of an experiment with fewer values than the fields behind them have combinations."""
+DERIVED = {
+    "tp": ("replicas", "is_pipelined"),
+    "sharding": ("expert_replicas", "fully_sharded"),
+    "micro_batch_size": ("num_microbatches", "rank_tokens", "exchanges_heads"),
+}
+"""Properties of an experiment with fewer values than the fields behind them have combinations, and
+the choice after which they are known."""
 PRUNING = {"sharding", "micro_batch_size", "recompute", "vpp", "cross_entropy_fusion"}
 """Choices after which more is known of the memory."""
 CP_COMM_TYPES = get_args(Experiment.model_fields["cp_comm_type"].annotation)
 
 
-def legal(row: Experiment, ranks: int, fixed: Mapping[str, Any], card: Card | None = None) -> Table:
+PACE = 3
+"""Layouts that take so many times the fastest's step are left out; all are judged without
+recomputation, with all levers, and without virtual stages. Recomputation makes a step longer by a
+third at most, and virtual stages shorter by half: they need as many micro-batches as stages."""
+
+
+def legal(
+    row: Experiment,
+    ranks: int,
+    fixed: Mapping[str, Any],
+    card: Card | None = None,
+    steps_ms: Callable[[Table], np.ndarray] | None = None,
+) -> Table:
     """Every layout of ``row`` over ``ranks`` GPUs that constraints admit.
 
     The batch stays. Left out are layouts that differ from another in nothing (sharding without
@@ -41,6 +64,7 @@ def legal(row: Experiment, ranks: int, fixed: Mapping[str, Any], card: Card | No
     Args:
         fixed: values of fields that are not to vary.
         card: leave out layouts of which it is known that they do not fit it.
+        steps_ms: how long steps take by formula; leave out layouts that cannot be near the fastest.
     """
     choices = list(_choices(row, ranks, fixed, card.node_gpus if card else GPUS_OF_A_NODE))
     if not all(values for choice in choices for values in choice.values()):
@@ -53,10 +77,13 @@ def legal(row: Experiment, ranks: int, fixed: Mapping[str, Any], card: Card | No
         table = table.expanded(choice)
         table = table.take(~table.true(lambda one: _same_as_another(one, row)))
         table, rules = _admitted(table, rules, waiting.keys())
-        if "micro_batch_size" in choice and len(table):
-            table = table.with_derived(DERIVED)
+        for name in DERIVED.keys() & choice.keys() if len(table) else ():
+            table = table.with_derived(DERIVED[name])
         if card and PRUNING & choice.keys() and len(table):
             table = table.take(~cannot_fit(_least(table, waiting.keys()), card))
+        if steps_ms and "micro_batch_size" in choice and len(table):
+            fast_ms = steps_ms(table.expanded(FASTEST))
+            table = table.take(fast_ms <= PACE * fast_ms.min())
         if not len(table):
             break
     return table

@@ -83,6 +83,15 @@ class Rows(Row):
         super().__init__(table, rows[0])
         self.rows = rows
 
+    def model_copy(self, update: Mapping[str, Any]) -> Rows:
+        """Rows with other values, whose reads are these ones'."""
+        table = self._table
+        kept = {name: table.columns[name] for name in table.columns.keys() - update.keys()}
+        changed = Table(table.base.model_copy(update=update), kept).take(self.rows)
+        rows = Rows(changed, np.arange(len(changed)))
+        rows.read = self.read
+        return rows
+
     def each(self, name: str, function: Callable[[Any], Any]) -> Any:
         """As ``Table.each``, of these rows; ``name`` identifies the function."""
         if name not in self._table.known:
@@ -138,14 +147,13 @@ class Table:
         """Every row with every value that its fields may have together."""
         number = len(next(iter(choice.values())))
         every = self.take(np.repeat(np.arange(self.size), number))
-        codes = np.tile(np.arange(number, dtype=np.int32), self.size)
-        columns = every.columns | {name: Column(codes, choice[name]) for name in choice}
+        chosen = {name: _column(choice[name], self.size) for name in choice}
         known = {
             name: worked_out
             for name, worked_out in every.known.items()
             if worked_out.read.isdisjoint(choice)
         }
-        return Table(self.base, columns, known)
+        return Table(self.base, every.columns | chosen, known)
 
     def with_derived(self, names: Iterable[str]) -> Table:
         """A copy that has these properties of an experiment, whole numbers, as columns."""
@@ -231,6 +239,13 @@ class Table:
         rows[key] = np.arange(self.size)
         places = np.cumsum(rows >= 0) - 1
         return rows[rows >= 0], places[key]
+
+
+def _column(values: Sequence[Any], times: int) -> Column:
+    """All ``values``, so many times one after the other."""
+    distinct = list(dict.fromkeys(values))
+    codes = np.array([distinct.index(value) for value in values], dtype=np.int32)
+    return Column(np.tile(codes, times), distinct)
 
 
 def _flat(said: Any) -> Iterator[Any]:
