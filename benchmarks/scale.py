@@ -23,7 +23,7 @@ from harness.search.layouts import Search, best  # noqa: E402
 
 CARD = "h100-80gb"
 GPUS = (8, 32, 128, 512, 2048, 8192, 16384)
-MODELS = ("llama3-8b", "llama3-70b", "llama3.1-405b")
+MODELS = ("llama3-8b", "llama3-70b", "llama3.1-405b", "gpt-oss-120b", "qwen3-235b-a22b")
 BATCH, LENGTH = 2048, 8192
 """Sequences of a batch and tokens of each: 16.8 million tokens, those of Llama 3 405B at the end of
 its training (Dubey et al. 2024, arXiv:2407.21783, section 3.4.1), on any number of GPUs."""

@@ -294,6 +294,7 @@ SETTING_OF = {
 SETTING_NEEDS = {
     "MBS": ("GBS=2",),
     "OPTIMIZER_STATE": ("SHARDING=optim",),
+    "OFFLOAD": ("SHARDING=optim",),
     "NODE_RANK": ("NODES=2", "RENDEZVOUS=host:29500"),
     "NODES": ("RENDEZVOUS=host:29500",),
     "RENDEZVOUS": ("NODES=2",),

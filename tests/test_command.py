@@ -311,6 +311,7 @@ def test_the_ids_of_gpus_are_numbers():
     ({"FP8": "tensorwise"}, "precision fp8 -> bf16"),
     ({"CUDA_GRAPHS": "1", "DROPOUT": "0"}, "CUDA graphs on -> off"),
     ({"OPTIMIZER_STATE": "bf16", "SHARDING": "optim"}, "optimizer state bf16 -> fp32"),
+    ({"OFFLOAD": "0.5", "SHARDING": "optim"}, "offloaded 0.5 -> 0.0"),
 ])  # fmt: skip
 def test_what_the_miniature_replaces_is_said(settings, said):
     assert said in plan(CATALOG.find("111"), {"DATA": "mock", **settings}, "cpu").headline

@@ -208,6 +208,17 @@ def test_gradients_in_bf16_are_copied_for_an_optimizer_in_fp32():
     assert sharded.activations == moments.activations == predict(e).activations
 
 
+def test_what_is_offloaded_leaves_the_gpu():
+    e = find("128", sharding="optim")
+    half, all_ = (predict(with_changes(e, offload=offload)) for offload in (0.5, 1.0))
+    assert (half.optimizer, all_.optimizer) == (predict(e).optimizer / 2, 0)
+    assert half.weights == all_.weights == predict(e).weights
+    freed = predict(e).total - predict(with_changes(e, offload=1.0)).total
+    assert freed == pytest.approx(predict(e).optimizer, rel=0.01)
+    bf16 = predict(with_changes(e, gradients="bf16", offload=1.0))
+    assert bf16.activations == predict(e).activations, "no copy of gradients in fp32"
+
+
 def test_instances_of_the_optimizer_share_it_among_fewer_ranks():
     e = find("128")
     two = with_changes(e, optimizer_instances=2)

@@ -141,6 +141,9 @@ def test_mixtral_fits_four_gpus_only_with_bf16_gradients():
         ("612", {"card": "a100-80gb"}, "NVIDIA A100 80GB SXM4 has none|NVIDIA A100.* has none"),
         ("614", {"seq_length": 8200}, r"blocks of 128: .* MBS x SEQ / CP \(8200\)"),
         ("621", {"sharding": "no_shard"}, "OPTIMIZER_STATE=bf16 is for Adam with SHARDING=optim"),
+        ("111", {"offload": 0.5}, "OFFLOAD=0.5 is for Adam with SHARDING=optim"),
+        ("621", {"offload": 1.0}, "the host keeps moments in fp32; leave out OPTIMIZER_STATE=bf16"),
+        ("613", {"offload": 1.0, "fp8_params": True, "sharding": "optim"}, "needs FP8=delayed"),
         (
             "622",
             {"precision": "fp8", "fp8_recipe": "delayed"},

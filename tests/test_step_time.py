@@ -20,9 +20,9 @@ from harness.experiment.model import Lora
 from harness.experiment.unlisted import experiment_from
 from harness.predict import calibrations, machine_file, rates, step_time, timeline
 from harness.predict.calibrations import Machine
-from harness.predict.flops import parameters_on
+from harness.predict.flops import count_parameters, parameters_on
 from harness.predict.network import MESSAGE_S
-from harness.predict.step_time import unknown
+from harness.predict.step_time import ADAM_BYTES, HOST_ADAM_BYTES, HOST_BYTES_PER_S, unknown
 from harness.predict.work import ROUTED_PASSES, Calibration
 
 CATALOG = load_catalog()
@@ -309,6 +309,17 @@ def test_sequence_parallelism_splits_tokens_before_they_are_routed():
     )
 
 
+def test_the_host_updates_what_it_holds():
+    """A core's rate by hand: 34 bytes a parameter of an eighth of the model."""
+    on_gpu, half = (pieces("128", sharding="optim", offload=offload) for offload in (0.0, 0.5))
+    parameters = count_parameters(find("128")).total / 8
+    moved = parameters * ADAM_BYTES["fp32"] / 2 / PUBLISHED.speed().rates.memory_gb_s / 1e9
+    host = parameters / 2 * HOST_ADAM_BYTES / HOST_BYTES_PER_S
+    more = half.optimizer - on_gpu.optimizer
+    assert more == pytest.approx(1e3 * (host - moved), rel=0.05) and more > 500 / 8
+    assert half.total - on_gpu.total == pytest.approx(more)
+
+
 def test_bf16_moments_and_gradients_move_less():
     full, moments, both = (
         pieces("611", optimizer_state=state, gradients=gradients)
@@ -515,7 +526,7 @@ CHOICES = {
     "moe_shared_expert_intermediate_size": 64, "moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True,
     "moe_router_num_groups": 4, "moe_router_load_balancing_type": "seq_aux_loss",
     "tp": 2, "pp": 2, "vpp": 2, "first_stage_layers": 2, "last_stage_layers": 2, "pp_layout": "E|tL", "embedding_as_layer": True, "loss_as_layer": True, "cp": 2, "ep": 2, "etp": 2, "dp": 2, "nodes": 2, "moe_dispatcher": "flex", "ep_overlap": True, "sequence_parallel": True, "tp_overlap": True, "sharding": "torch_fsdp2",
-    "recompute": "full", "precision": "fp8", "optimizer": "muon", "optimizer_state": "bf16", "gradients": "bf16",
+    "recompute": "full", "precision": "fp8", "optimizer": "muon", "optimizer_state": "bf16", "offload": 0.5, "gradients": "bf16",
     "lora": Lora(rank=4, alpha=8.0), "cross_entropy_fusion": True, "cross_entropy_fusion_impl": "te", "attention_mask": False, "gradient_fusion": True, "overlap": False, "optimizer_instances": 2, "fp8_params": True, "cuda_graphs": True, "attention_backend": "unfused",
 }  # fmt: skip
 """A value of each other field that the catalogue's 101 does not have."""

@@ -104,6 +104,11 @@ def share(key: str, value: str) -> float:
     return _number(key, value, 1, "a number from 0 to below 1")
 
 
+def whole_share(key: str, value: str) -> float:
+    """The number in ``KEY=value``. Raises UserError if it is not from 0 to 1."""
+    return _number(key, value, math.nextafter(1, 2), "a number from 0 to 1")
+
+
 def switch(key: str, value: str) -> bool:
     """The yes or no in ``KEY=value``. Raises UserError if it is neither 1 nor 0."""
     if value not in ("0", "1"):
@@ -329,6 +334,14 @@ EXPERIMENT_SETTINGS = (
         "optimizer_state",
         _choice_of("optimizer_state"),
         "losses",
+    ),
+    Setting(
+        "OFFLOAD",
+        "0.5",
+        "share of Adam's state that host memory holds and the CPU updates (with SHARDING=optim)",
+        "offload",
+        whole_share,
+        "work",
     ),
     Setting(
         "GRADIENTS",

@@ -330,6 +330,7 @@ def _precision(experiment: Experiment) -> Iterator[str]:
             "OPTIMIZER_STATE=bf16 is for Adam with SHARDING=optim and bf16 weights, not for"
             f" {experiment.optimizer} with {experiment.sharding} in {experiment.precision}"
         )
+    yield from _offload(experiment)
     if experiment.gradients == "bf16" and experiment.precision == "fp32":
         yield "GRADIENTS=bf16 is for bf16 weights, not for fp32"
     if experiment.gradients == "bf16" and experiment.fully_sharded:
@@ -376,6 +377,27 @@ def _sharding(experiment: Experiment) -> Iterator[str]:
     biased_experts = model.num_experts and model.add_bias_linear
     if optimizer == "muon" and sharding == "optim" and biased_experts:
         yield "upstream's sharded muon does not take experts with biases; set SHARDING=no_shard"
+
+
+def _offload(experiment: Experiment) -> Iterator[str]:
+    """Of upstream's HybridDeviceOptimizer (megatron/core/optimizer/cpu_offloading)."""
+    offload, sharding = experiment.offload, experiment.sharding
+    if not offload:
+        return
+    if sharding != "optim" or experiment.optimizer != "adam" or experiment.precision == "fp32":
+        yield (
+            f"OFFLOAD={offload:g} is for Adam with SHARDING=optim and bf16 weights, not for"
+            f" {experiment.optimizer} with {sharding} in {experiment.precision}"
+        )
+    if experiment.optimizer_state != "fp32":
+        yield (
+            f"OFFLOAD={offload:g}: the host keeps moments in fp32; leave out"
+            f" OPTIMIZER_STATE={experiment.optimizer_state}"
+        )
+    if experiment.fp8_params and experiment.fp8_recipe != "delayed":
+        yield (
+            f"OFFLOAD={offload:g} with FP8_PARAMS=1 needs FP8=delayed, not {experiment.fp8_recipe}"
+        )
 
 
 def _instances(experiment: Experiment) -> Iterator[str]:

@@ -127,6 +127,8 @@ class Experiment(Checked):
     optimizer: Literal["adam", "muon"] = "adam"
     optimizer_state: Literal["fp32", "bf16"] = "fp32"
     """Precision of Adam's moments; with bf16, of the fp32 weights only what bf16 lacks is kept."""
+    offload: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the optimizer's state that the host holds, whose CPU updates it."""
     gradients: Literal["fp32", "bf16"] = "fp32"
     """Precision in which gradients are summed over micro-batches and ranks."""
     lr: Annotated[float, Field(gt=0)] | None = None
@@ -199,6 +201,12 @@ class Experiment(Checked):
     def exchanges_heads(self) -> bool:
         """Whether context parallelism gives each rank some heads of whole sequences."""
         return self.cp > 1 and self.cp_comm_type == "a2a"
+
+    @property
+    def precision_aware(self) -> bool:
+        """Whether the optimizer takes gradients and keeps moments in other types than fp32, or on
+        the host: upstream's precision-aware optimizer."""
+        return self.optimizer_state == "bf16" or self.offload > 0
 
     @property
     def expert_replicas(self) -> int:
@@ -284,6 +292,8 @@ class Experiment(Checked):
             parts.append(self.optimizer)
         if self.optimizer_state != "fp32":
             parts.append(f"{self.optimizer_state} moments")
+        if self.offload:
+            parts.append(f"{self.offload:.0%} offloaded")
         if self.cuda_graphs:
             parts.append("CUDA graphs")
         return " ".join(parts) or "one GPU"

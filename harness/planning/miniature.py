@@ -40,6 +40,7 @@ NOT_ON_A_CPU = {
     "card": None,
     "fp8_recipe": None,
     "optimizer_state": "fp32",
+    "offload": 0.0,
     "gradients": "fp32",
     "fp8_params": False,
     "gradient_fusion": None,
@@ -150,6 +151,7 @@ def describe(full: Experiment, small: Experiment) -> str:
         ("learning rate", full.lr, small.lr),
         ("precision", full.precision, small.precision),
         ("optimizer state", full.optimizer_state, small.optimizer_state),
+        ("offloaded", full.offload, small.offload),
         ("CUDA graphs", "on" if full.cuda_graphs else "off", "off"),
     ]
     changes = ", ".join(

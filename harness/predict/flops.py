@@ -417,6 +417,7 @@ def state_of_parameter(experiment: Experiment, replicas: int, *, matrix: bool = 
         optimizer -= 4  # one moment
     if experiment.fp8_params and matrix:
         weight = 0  # its copies in fp8 are all there is: _fp8_copies_bytes in memory.py
+    optimizer *= 1 - experiment.offload
     replicas = max(replicas // experiment.optimizer_instances, 1)
     # What each level shards: Rajbhandari et al. 2020 (arXiv:1910.02054), section 5
     if experiment.optimizer == "muon" and not matrix:

@@ -212,7 +212,7 @@ class StageTensors:
         Source: _copy_model_grads_to_main_grads in megatron/core/optimizer/distrib_optimizer.py.
         """
         experiment = self.experiment
-        if experiment.gradients == "fp32" or experiment.optimizer_state == "bf16":
+        if experiment.gradients == "fp32" or experiment.precision_aware:
             return 0.0
         shards = experiment.replicas if experiment.sharding == "optim" else 1
         shards = max(shards // experiment.optimizer_instances, 1)

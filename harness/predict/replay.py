@@ -141,11 +141,15 @@ def captures_layers(experiment: Experiment) -> bool:
 def moments_share(experiment: Experiment) -> float:
     """The moments' share of the optimizer's state; the rest are the weights' fp32 copies."""
     optimizer = state_of_parameter(experiment, 1).optimizer
-    return 1 - _copy_bytes(experiment) / optimizer
+    return 1 - _copy_bytes(experiment) / optimizer if optimizer else 0.0
 
 
-def _copy_bytes(experiment: Experiment) -> int:
+def _copy_bytes(experiment: Experiment) -> float:
     """Bytes of a parameter's fp32 copy, which state_of_parameter counts with the moments."""
+    return _whole_copy_bytes(experiment) * (1 - experiment.offload)
+
+
+def _whole_copy_bytes(experiment: Experiment) -> int:
     if experiment.precision == "fp32":
         return 0
     only_remainder = experiment.optimizer_state == "bf16" and experiment.fp8_recipe in (

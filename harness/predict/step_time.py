@@ -33,6 +33,12 @@ ADAM_BYTES = {"fp32": 30, "bf16": 16}
 """Precision of the moments -> bytes moved per parameter. fp32: moments and fp32 weights are read
 and written, weights copied to bf16. bf16: moments, bf16 weights and the two bytes of fp32 that
 these lack are read and written."""
+HOST_ADAM_BYTES = 34
+"""Per parameter: weight, gradient and moments read, weight and moments written in fp32, and the
+weight written in bf16. Copies between host and GPU are faster, and go on beside it."""
+HOST_BYTES_PER_S = 34e9
+"""Of one core: torchrun gives each rank one thread. A rough value: PyTorch's fused AdamW on a core
+of a server; no run on a GPU node has measured it."""
 MUON_BYTES = 90
 """Per parameter of a matrix: decay, momentum, its mix with the gradient, norm, to bf16 and back,
 two scales, the update, operation by operation (OrthogonalizedOptimizer.step and newton_schulz in
@@ -135,6 +141,7 @@ def kinds(experiment: Experiment) -> frozenset[str]:
         "fused gradient accumulation": bool(experiment.gradient_fusion),
         "unfused attention": experiment.attention_backend == "unfused",
         "bf16 moments": experiment.optimizer_state == "bf16",
+        "an optimizer on the host": experiment.offload > 0,
         "bf16 gradients": experiment.gradients == "bf16",
         "no overlap": not experiment.overlap,
         "several optimizer instances": experiment.optimizer_instances > 1,
@@ -348,13 +355,16 @@ class StepWork(MicroBatchWork):
         start_grad_sync in megatron/core/distributed/param_and_grad_buffer.py checks gradients for
         NaN and scales them.
         """
-        experiment, size, moved = self.experiment, self.gradient_bytes, 0.0
+        experiment, size, moved, on_host = self.experiment, self.gradient_bytes, 0.0, 0.0
         for parameters, group in self.trained():
             share = 1 / group.ranks if experiment.sharding != "no_shard" else 1
-            moved += parameters * share * (4 * size + ADAM_BYTES[experiment.optimizer_state])
+            on_gpu = ADAM_BYTES[experiment.optimizer_state] * (1 - experiment.offload)
+            moved += parameters * share * (4 * size + on_gpu)
+            on_host += parameters * share * experiment.offload
             held = share if experiment.shards_gradients else 1
             moved += parameters * held * (4 if experiment.replicas > 1 else 2) * size
-        once = moved / self.bytes_per_s + self.constants.step_ms * self.speed.host_s
+        once = moved / self.bytes_per_s + on_host * HOST_ADAM_BYTES / HOST_BYTES_PER_S
+        once += self.constants.step_ms * self.speed.host_s
         return once + (self.muon_s() if experiment.optimizer == "muon" else 0)
 
     def muon_s(self) -> float:

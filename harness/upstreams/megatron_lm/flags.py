@@ -81,10 +81,6 @@ _OPTIMIZERS = {
     "muon": "--optimizer muon --muon-momentum 0.95 --muon-nesterov --muon-extra-scale-factor 0.2",
 }
 _GRADIENTS = {"fp32": "", "bf16": "--grad-reduce-in-bf16"}
-_OPTIMIZER_STATE = {
-    "fp32": "",
-    "bf16": "--use-precision-aware-optimizer --exp-avg-dtype bf16 --exp-avg-sq-dtype bf16",
-}
 _FORCED_ROUTING = "--moe-router-force-load-balancing"
 _POSITIONS = {
     "learned_absolute": "",
@@ -143,10 +139,10 @@ def megatron_flags(e: Experiment, device: Device, *, apex: bool = False) -> list
         ],
         _words(
             _OPTIMIZERS[e.optimizer],
-            _OPTIMIZER_STATE[e.optimizer_state],
+            *_optimizer_state(e),
             _GRADIENTS[e.gradients],
             # without it the precision-aware optimizer would want a copy in fp32
-            "--main-grads-dtype bf16" if (e.gradients, e.optimizer_state) == ("bf16",) * 2 else "",
+            "--main-grads-dtype bf16" if e.gradients == "bf16" and e.precision_aware else "",
         ),
         _words(*_cuda_graphs(e)) if cuda else _words(*_WITHOUT_CUDA),
         [] if cuda and _fuses_gradients(e, apex) else ["--no-gradient-accumulation-fusion"],
@@ -310,6 +306,17 @@ def _yarn(yarn: Yarn, *, only_factors: bool) -> Iterator[str]:
 def _instances(e: Experiment) -> Iterator[str]:
     if e.optimizer_instances > 1:
         yield f"--num-distributed-optimizer-instances {e.optimizer_instances}"
+
+
+def _optimizer_state(e: Experiment) -> Iterator[str]:
+    if not e.precision_aware:
+        return
+    yield "--use-precision-aware-optimizer"
+    if e.optimizer_state == "bf16":
+        yield "--exp-avg-dtype bf16 --exp-avg-sq-dtype bf16"
+    if e.offload:
+        yield "--optimizer-cpu-offload --overlap-cpu-optimizer-d2h-h2d"
+        yield f"--optimizer-offload-fraction {e.offload:g}"
 
 
 def _on_meta_device(e: Experiment) -> tuple[str, ...]:
