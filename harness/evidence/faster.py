@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from harness.evidence.further import print_further
 from harness.evidence.memory import heading
 from harness.evidence.predictions import is_json, prediction, print_json
 from harness.evidence.speed import machines_of, predictable
@@ -13,7 +14,7 @@ from harness.planning import resolved
 from harness.predict.calibrations import Machine
 from harness.predict.capacity import verdict
 from harness.predict.memory import predict
-from harness.search.layouts import faster
+from harness.search.layouts import Search, faster
 from harness.system.screen import say
 
 SHOWN = 6
@@ -52,6 +53,7 @@ def print_faster(id_: str, settings: Mapping[str, str]) -> int:
             )
         if fits == "fits" and found[0].slowest_ms > now_ms:
             say("  within the error of the prediction, none may be faster than what runs now")
+        print_further(found[0], Search(experiment, experiment.world_size, machine.card, machine))
         say(f"  {machine.how_sure(*(layout.experiment for layout in found))}")
         say(f"  {source}")
         say("  measure the first few before a long run: make … STEPS=20")

@@ -8,6 +8,7 @@ from itertools import islice
 from typing import Any
 
 from harness.errors import UserError
+from harness.evidence.further import print_further, rows
 from harness.evidence.predictions import is_json, prediction, print_json, say_extrapolated
 from harness.experiment import overrides
 from harness.experiment.catalog import load_catalog, load_models
@@ -76,8 +77,10 @@ def print_plan(settings: Mapping[str, str]) -> int:
     if not found:
         raise UserError(_way_out(search, settings))
     if as_json:
-        return print_json(_object(layout, search, tokens) for layout in found)
+        first, *others = (_object(layout, search, tokens) for layout in found)
+        return print_json([first | {"further": rows(found[0], search)}, *others])
     _print(found, search, settings, tokens)
+    print_further(found[0], search)
     if machine and found[0].step:
         say(f"  {machine.how_sure(*(layout.experiment for layout in found))}")
         say(f"  {source}")

@@ -15,8 +15,6 @@ Settings = dict[str, str]
 
 ERROR_SHARE = 0.03
 """Error of what nvidia-smi shows, which nine of ten runs of experiments/runs keep to."""
-MOST_RESERVE = 0.12
-"""The most that a run of experiments/runs reserved beyond its tensors, as their share."""
 MOST_CHANGES = 3
 """Changes to an experiment that are combined to make it fit."""
 
@@ -24,11 +22,7 @@ MOST_CHANGES = 3
 def verdict(memory: Memory, card: Card) -> Verdict:
     """Whether ``memory``, as nvidia-smi shows it, fits ``card`` whatever the prediction's error."""
     usable = usable_gib(card)
-    # far from the limit, no replay of allocations is needed to know
-    least, most = _bounds_gib(memory)
-    if most * (1 + ERROR_SHARE) <= usable:
-        return "fits"
-    if least * (1 - ERROR_SHARE) > usable:
+    if _least_gib(memory) * (1 - ERROR_SHARE) > usable:  # known without a replay of allocations
         return "does not fit"
     if memory.in_all * (1 + ERROR_SHARE) <= usable:
         return "fits"
@@ -37,19 +31,17 @@ def verdict(memory: Memory, card: Card) -> Verdict:
 
 def cannot_fit(memory: Memory, card: Card) -> bool:
     """Whether the verdict is not "fits", as far as that is known without a replay."""
-    least, _ = _bounds_gib(memory)
-    return least * (1 + ERROR_SHARE) > usable_gib(card)
+    return _least_gib(memory) * (1 + ERROR_SHARE) > usable_gib(card)
 
 
 def surely_fits(memory: Memory, card: Card) -> bool:
-    """Whether the verdict is "fits", known without a replay in more cases."""
+    """Whether the verdict is "fits": without a replay where it cannot be."""
     return not cannot_fit(memory, card) and verdict(memory, card) == "fits"
 
 
-def _bounds_gib(memory: Memory) -> tuple[float, float]:
-    """The least and the most that nvidia-smi can show."""
-    least = memory.all_tensors + memory.context
-    return least, least + MOST_RESERVE * memory.all_tensors
+def _least_gib(memory: Memory) -> float:
+    """The least that nvidia-smi can show."""
+    return memory.all_tensors + memory.context
 
 
 def usable_gib(card: Card) -> float:

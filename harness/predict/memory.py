@@ -106,12 +106,13 @@ class Memory:
 
 
 def predict(experiment: Experiment) -> Memory:
-    """What ``experiment`` takes on its fullest rank: with stages alike, of the first or the last.
+    """What ``experiment`` takes on its fullest rank.
 
+    Of stages with the same layers, the first keeps most micro-batches; the last has the loss.
     Assumes that routers spread tokens evenly; otherwise the rank with most tokens needs more.
     """
-    alike = stages.alike(experiment)
-    compared = {0, experiment.pp - 1} if alike else range(experiment.pp)
+    chunks = stages.all_chunks(experiment)
+    compared = {*map(chunks.index, chunks), experiment.pp - 1}
     return max(
         (_on_stage(experiment, stage) for stage in compared), key=lambda memory: memory.tensors
     )
