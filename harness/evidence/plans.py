@@ -21,7 +21,7 @@ from harness.predict.calibrations import machine_here
 from harness.predict.flops import count_parameters, mfu, tflops_per_gpu
 from harness.predict.step_time import StepTime
 from harness.run import finding
-from harness.search.layouts import COUNTED, SIZES, Layout, Search, best
+from harness.search.layouts import COUNTED, SIZES, Layout, Search, best, smallest
 from harness.search.space import LEVERS, legal
 from harness.system.screen import say
 
@@ -283,18 +283,15 @@ def _way_out(search: Search, settings: Mapping[str, str]) -> str:
             f"{_asked(search)}\n{nearest}"
         )
     said = f"{name} does not fit {ranks} x {search.card.name} in any layout{_asked(search)}"
-    more = 2 * ranks
-    while more <= MOST_GPUS:
-        larger = replace(search, ranks=more, given_nodes=None)
-        if layout := next(best(larger), None):
-            typed = {key: value for key, value in settings.items() if key != "NODES"}
-            command = overrides.typed(typed | {"GPUS": str(more)})
-            return (
-                f"{said}\nsmallest that works, doubling their number: make plan {command}"
-                f" ({_laid_out(layout.experiment)}: {layout.memory.in_all:.1f} GiB)"
-            )
-        more *= 2
-    return f"{said}, nor any larger number up to {MOST_GPUS:,}; choose a card with more memory"
+    if not (found := smallest(search)):
+        return f"{said}, nor any larger number up to {MOST_GPUS:,}; choose a card with more memory"
+    more, layout = found
+    typed = {key: value for key, value in settings.items() if key != "NODES"}
+    command = overrides.typed(typed | {"GPUS": str(more)})
+    return (
+        f"{said}\nsmallest that works: make plan {command}"
+        f" ({_laid_out(layout.experiment)}: {layout.memory.in_all:.1f} GiB)"
+    )
 
 
 def _asked(search: Search) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import islice
 from typing import Any
@@ -189,6 +189,26 @@ def by_gpus(
             return
         yield ranks, found
         ranks, held = 2 * ranks, held or found is not None
+
+
+def smallest(search: Search) -> tuple[int, Layout] | None:
+    """The fewest GPUs beyond ``search``'s, in whole nodes beyond one, and the best layout on them.
+
+    Their number is doubled until a layout fits, then those between are tried.
+    """
+
+    def on(ranks: int) -> Layout | None:
+        return next(best(replace(search, ranks=ranks, given_nodes=None)), None)
+
+    more = 2 * search.ranks
+    while more <= MOST_GPUS and not (found := on(more)):
+        more *= 2
+    if more > MOST_GPUS:
+        return None
+    apart = 1 if more <= search.gpus_of_a_node else search.gpus_of_a_node
+    between = range(more // 2 // apart * apart + apart, more, apart)
+    fewer = next(((ranks, layout) for ranks in between if (layout := on(ranks))), None)
+    return fewer or (more, found)
 
 
 def _timed(search: Search, table: Table, below_ms: float = math.inf) -> Iterator[Layout]:
