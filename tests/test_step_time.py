@@ -22,7 +22,13 @@ from harness.predict import calibrations, machine_file, rates, step_time, timeli
 from harness.predict.calibrations import Machine
 from harness.predict.flops import count_parameters, parameters_on
 from harness.predict.network import MESSAGE_S
-from harness.predict.step_time import ADAM_BYTES, HOST_ADAM_BYTES, HOST_BYTES_PER_S, unknown
+from harness.predict.step_time import (
+    ADAM_BYTES,
+    HOST_ADAM_BYTES,
+    HOST_BYTES_PER_S,
+    StepWork,
+    unknown,
+)
 from harness.predict.work import ROUTED_PASSES, Calibration
 
 CATALOG = load_catalog()
@@ -416,6 +422,17 @@ def test_adapters_leave_out_the_products_of_frozen_weights():
     )
     assert pieces("802", "LORA_DROPOUT=0.1").passes > pieces("802", "LORA_DROPOUT=0").passes
     assert pieces("803").exchange > pieces("803", "LORA_TARGETS=linear_qkv").exchange > 0
+
+
+@pytest.mark.parametrize("model", ["gpt-7.5b", "olmoe-1b-7b", "qwen3-235b-a22b", "deepseek-v3"])
+def test_muon_iterates_on_matrices_of_every_kind(model):
+    """Queries, keys and values apart; latent attention, shared experts, the layer that predicts."""
+    experts = {"EP": "8"} if "gpt" not in model else {}
+    e = experiment_from(model, {"GPUS": "32", "GBS": "64", "TP": "4"} | experts)
+    work = StepWork(e, SPEED)
+    held = parameters_on(e, work.fullest)
+    weights = sum(rows * columns * number for rows, columns, number in work.orthogonalized())
+    assert weights == held.matrices + held.expert_matrices
 
 
 def test_muon_iterates_on_every_matrix():

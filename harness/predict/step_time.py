@@ -22,11 +22,13 @@ from typing import NamedTuple
 
 from harness.experiment import extra_arguments
 from harness.experiment.experiment import SHARDING, Experiment
+from harness.experiment.linear_layers import of_layer, of_mlp, of_predictor
 from harness.experiment.pipeline import fullest_stage, stage_layers
-from harness.predict import timeline
+from harness.predict import stages, timeline
 from harness.predict.elementwise import larger
 from harness.predict.flops import adapter_parameters, parameters_on
 from harness.predict.network import Group
+from harness.predict.stages import predictor_kind
 from harness.predict.work import MicroBatchWork, Speed, Work
 
 ADAM_BYTES = {"fp32": 30, "bf16": 16}
@@ -389,18 +391,29 @@ class StepWork(MicroBatchWork):
         return self.elapsed_s(work) * share
 
     def orthogonalized(self) -> Iterator[tuple[float, float, float]]:
-        """Rows, columns and number of the matrices that a rank of the fullest stage holds."""
-        experiment, model, hidden = self.experiment, self.model, self.model.hidden_size
-        tp, layers = experiment.tp, stage_layers(experiment)[self.fullest]
-        yield model.query_size * (2 if model.attention_output_gate else 1) / tp, hidden, layers
-        yield model.key_size / tp, hidden, 2 * layers
-        yield hidden, model.query_size / tp, layers
-        width, number = model.ffn / tp, layers
-        if model.num_experts:
-            width = model.moe_ffn / experiment.etp
-            number = layers * model.num_experts / experiment.ep
-        yield width * model.fc1_matrices, hidden, number
-        yield hidden, width, number
+        """Rows, columns and number of the matrices that a rank of the fullest stage holds.
+
+        Without routers: each has as many rows as there are experts.
+        """
+        experiment, model, tp = self.experiment, self.model, self.experiment.tp
+        for kind, layers in stages.on_stage(experiment, self.fullest)._asdict().items():
+            if not layers:
+                continue
+            whole = predictor_kind(experiment) if kind == "predictors" else kind
+            linears = of_layer(model, whole)
+            if kind == "predictors":
+                linears = {"eh_proj": of_predictor(model)} | linears
+            if linears.pop("linear_qkv", None):
+                queries = model.qkv_size - model.key_size - model.value_size
+                for rows in (queries, model.key_size, model.value_size):
+                    yield rows / tp, model.hidden_size, layers
+            for linear in linears.values():
+                columns, rows = linear.on_rank(tp)
+                yield rows, columns, layers
+            if whole == "experts":
+                for linear in of_mlp(model, model.moe_ffn).values():
+                    columns, rows = linear.on_rank(experiment.etp)
+                    yield rows, columns, layers * model.num_experts / experiment.ep
 
     def trained(self) -> list[tuple[float, Group]]:
         """Trained parameters of a rank and the ranks that hold the same: dense ones, experts.
