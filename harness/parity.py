@@ -70,6 +70,7 @@ LAYOUTS: dict[str, tuple[Model, dict[str, object]]] = {
     "cp2 p2p": (DENSE, {"cp": 2, "cp_comm_type": "p2p"}),
     "cp2 all_gather": (DENSE, {"cp": 2, "cp_comm_type": "all_gather"}),
     "cp2 a2a": (DENSE, {"cp": 2, "cp_comm_type": "a2a"}),
+    "cp4 a2a+p2p": (DENSE, {"cp": 4, "cp_comm_type": "a2a+p2p"}),
     "recompute": (DENSE, {"recompute": "full"}),
     "tp2 pp2": (DENSE, {"tp": 2, "pp": 2}),
     "tp2 sp cp2": (DENSE, SP2 | {"cp": 2}),

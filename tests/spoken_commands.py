@@ -270,7 +270,7 @@ SETTING_OF = {
     "TP_OVERLAP": "282",
     **dict.fromkeys(("MOE_DISPATCHER", "EP_OVERLAP"), "502"),
     "CP": "302",
-    "CP_COMM_TYPE": "308",
+    **dict.fromkeys(("CP_COMM_TYPE", "CP_A2A"), "308"),
     "EP": "502",
     "RECOMPUTE_MODULES": "502",
     "OVERLAP": "128",
@@ -310,6 +310,7 @@ SETTING_NEEDS = {
     "MIN_LR": ("LR=3e-4",),
     "LR_WARMUP": ("LR=3e-4", "STEPS=1000"),
     "ETP": ("EP=4",),
+    "CP_A2A": ("CP_COMM_TYPE=a2a+p2p",),
     "EMBEDDING_AS_LAYER": ("ARGS=--num-layers 71",),
     "LOSS_AS_LAYER": ("ARGS=--num-layers 71",),
 }

@@ -261,6 +261,7 @@ EIGHT = {
     "tp2 sp pp4 vpp3": (DENSE, {"tp": 2, "sequence_parallel": True, "pp": 4, "vpp": 3}),
     "cp8 p2p": (DENSE, {"cp": 8, "cp_comm_type": "p2p"}),
     "cp8 a2a": (DENSE, {"cp": 8, "cp_comm_type": "a2a"}),
+    "cp8 a2a+p2p": (DENSE, {"cp": 8, "cp_comm_type": "a2a+p2p"}),
     "dp8 zero": (DENSE, {"dp": 8, "micro_batch_size": 1, "sharding": "optim"}),
     "ep8 zero": (MOE, {"dp": 8, "micro_batch_size": 1, "ep": 8, "sharding": "optim"}),
     "ep4 etp2": (MOE, {"tp": 2, "sequence_parallel": True, "dp": 4, "ep": 4, "etp": 2}),

@@ -47,7 +47,7 @@ def test_what_upstream_would_refuse_is_refused_before_anything_starts(text):
 @pytest.mark.parametrize("text", [
     "--lr 1e-4", "--lr=1e-4", "--lr -1", "--swiglu --num-layers 3", "--window-size 3,0", "--moe-layer-freq ([0]*3+[1]*3)",
     "--recompute-modules core_attn mlp", "--no-rl-partial-rollouts", "--override-opt_param-scheduler", "",
-    "--lora-rank 4", "--cp-comm-type p2p a2a", "--attention-backend flash", "--exit-signal SIGUSR1",
+    "--lora-rank 4", "--cp-comm-type p2p a2a", "--hierarchical-context-parallel-sizes 2 4", "--attention-backend flash", "--exit-signal SIGUSR1",
 ])  # fmt: skip
 def test_what_upstream_takes_is_taken(text):
     check(text)

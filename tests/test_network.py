@@ -21,7 +21,7 @@ def of(card: str = "h100-80gb") -> Network:
 def test_groups_lie_as_upstream_orders_ranks():
     """tp-cp-ep-dp-pp: compared with ranks of megatron.core's RankGenerator for tp 2, cp 2, dp 4, pp 2."""
     groups = Groups(experiment_from("llama3-70b", {"GPUS": "32", "TP": "2", "CP": "2", "PP": "2"}))
-    assert groups.tensor == Group(2, 1) and groups.context == Group(2, 2)
+    assert groups.tensor == Group(2, 1) and groups.exchanging_keys == Group(2, 2)
     assert groups.replicas == Group(8, 2) and groups.stages == Group(2, 16)
 
 
@@ -34,7 +34,7 @@ def test_group_strides_are_those_of_upstream():
     groups = Groups(experiment_from("mixtral-8x7b", settings))
     for axes, group, made in (
         ("tp", groups.tensor, generator),
-        ("cp", groups.context, generator),
+        ("cp", groups.exchanging_keys, generator),
         ("dp-cp", groups.replicas, generator),
         ("pp", groups.stages, generator),
         ("ep", groups.experts, experts),

@@ -84,6 +84,7 @@ def test_legal_are_the_layouts_that_constraints_admit(id_, settings, ranks):
         fields(layout)
         for layout in admitted_one_by_one(e, ranks)
         if (layout.cp > 1 or layout.cp_comm_type == e.cp_comm_type)
+        and layout.cp_comm_type != "a2a+p2p"  # all within a node
         and (layout.dp * layout.cp > 1 or layout.sharding == single)
         and (not layout.loss_as_layer or layout.model.num_layers % layout.pp)
     }

@@ -553,7 +553,7 @@ def test_every_choice_that_changes_the_work_is_a_kind_of_its_own():
     """A field that is added must be told here, too, and so in kinds, or a row of it would get others' error."""
     e = find("101")
     for field in {*type(e).model_fields, *type(e.model).model_fields} - SIZES - NO_WORK - {"yarn"}:
-        if field in ("fp8_recipe", "cp_comm_type", "recompute_modules"):
+        if field in ("fp8_recipe", "cp_comm_type", "cp_a2a", "recompute_modules"):
             continue  # what these change is asked for below
         of_model = field in type(e.model).model_fields
         change = {field: CHOICES[field]}
@@ -567,6 +567,7 @@ def test_every_choice_that_changes_the_work_is_a_kind_of_its_own():
             {"precision": "fp8", "fp8_recipe": "blockwise"},
         ),
         ({"cp": 2, "cp_comm_type": "p2p"}, {"cp": 2, "cp_comm_type": "a2a"}),
+        ({"cp": 4, "cp_comm_type": "a2a"}, {"cp": 4, "cp_comm_type": "a2a+p2p", "cp_a2a": 2}),
         ({"dp": 4}, {"dp": 8}),
         ({"dp": 2, "sharding": "fsdp_optim"}, {"dp": 2, "sharding": "torch_fsdp2"}),
         ({"recompute": "selective"}, {"recompute": "selective", "recompute_modules": ("mlp",)}),

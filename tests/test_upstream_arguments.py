@@ -107,7 +107,8 @@ ROWS = (
     Row("--tp-comm-overlap", "transformer", "--tensor-model-parallel-size 2 --sequence-parallel", world=2),
     # the transformer's configuration
     Row("--context-parallel-size 2", "transformer", world=2),
-    Row("--cp-comm-type a2a", "transformer", "--context-parallel-size 2", world=2), Row("--attention-backend flash", "transformer"),
+    Row("--cp-comm-type a2a", "transformer", "--context-parallel-size 2", world=2),
+    Row("--hierarchical-context-parallel-sizes 2 2", "transformer", "--context-parallel-size 4", world=4), Row("--attention-backend flash", "transformer"),
     Row("--recompute-granularity full", "transformer", "--recompute-method uniform --recompute-num-layers 1"),
     Row("--recompute-method block", "transformer", "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"),
     Row("--recompute-num-layers 2", "transformer", "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"),

@@ -9,6 +9,8 @@ each other's chunks:
 * ``all_gather``: every rank gathers all keys and values.
 * ``p2p`` (ring attention) is emulated by the same gathering: the sums are the same, but
   nothing overlaps.
+* ``a2a+p2p`` does both: neighbouring ranks exchange heads, whose longer parts of the sequence lie
+  as those of fewer ranks would; then rings between them are emulated.
 
 Packed sequences (``--sft``) attend within their segments, as Transformer Engine's THD format does.
 Windows and softmax sinks are upstream's own, applied to the parts of sequence and heads that this
@@ -18,6 +20,7 @@ rank has. Values may be wider or narrower than keys, as latent attention's are.
 from copy import copy
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.models import backends
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import (
@@ -79,6 +82,15 @@ def _whole_projections_down(self: MLASelfAttention, hidden: torch.Tensor) -> tup
     return queries, torch.cat([compressed, rotary], dim=-1)
 
 
+def _levels(group, cp_comm_type: str | None) -> tuple:
+    """The groups that exchange heads, and keys and values; None where there is none."""
+    if group.size() == 1:
+        return None, None
+    if cp_comm_type == "a2a+p2p":
+        return parallel_state.get_hierarchical_context_parallel_groups()
+    return (group, None) if cp_comm_type == "a2a" else (None, group)
+
+
 class ContextParallelAttention(DotProductAttention):
     """Attention over a sequence that is split over the context-parallel group."""
 
@@ -106,47 +118,53 @@ class ContextParallelAttention(DotProductAttention):
         if v_channels is not None:
             self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
         self.group = pg_collection.cp
-        size = config.context_parallel_size
-        self.heads_travel = size > 1 and cp_comm_type == "a2a"
-        if self.heads_travel:
-            heads = self.num_query_groups_per_partition
+        self.exchanging_heads, self.exchanging_keys = _levels(self.group, cp_comm_type)
+        moved = []
+        if self.exchanging_heads:
+            size, heads = self.exchanging_heads.size(), self.num_query_groups_per_partition
             if heads % size:
                 raise UserError(
-                    f"a2a: {heads} key/value heads per rank must be divisible by cp ({size}); "
-                    "try p2p, all_gather"
+                    f"{cp_comm_type}: {heads} key/value heads per rank must be divisible by the"
+                    f" {size} ranks that exchange them; try p2p, all_gather"
                 )
             self.hidden_size_per_partition //= size
             self.scale_mask_softmax.register_forward_pre_hook(self._sinks_of_my_heads)
-        elif size > 1:
+            moved.append("heads by all-to-all")
+        if self.exchanging_keys:
             self.window, self.scale_mask_softmax.window_size = (
                 self.scale_mask_softmax.window_size,
                 None,
             )
-        if size > 1 and self.layer_number == 1:
-            moved = "heads by all-to-all" if self.heads_travel else "keys and values by all-gather"
-            print_rank_0(f"> CPU: context parallelism {cp_comm_type} moves {moved}")
+            moved.append("keys and values by all-gather")
+        if moved and self.layer_number == 1:
+            print_rank_0(f"> CPU: context parallelism {cp_comm_type} moves {' and '.join(moved)}")
 
     def forward(self, query, key, value, attention_mask, *args, packed_seq_params=None, **kwargs):
         """Attend: query, key, value [s/cp, b, heads, hn] -> [s/cp, b, hidden]."""
-        size = self.group.size()
         if packed_seq_params is not None:
             return self._packed(query, key, value, packed_seq_params, *args, **kwargs)
-        if size == 1:
+        if not self.exchanging_heads:
+            return self._attend(query, key, value, attention_mask, *args, **kwargs)
+        size = self.exchanging_heads.size()
+        longer = (self._heads_for_sequence(tensor) for tensor in (query, key, value))
+        context = self._attend(*longer, None, *args, **kwargs)
+        length, batch, hidden = context.shape
+        ordered = context[sequence_positions(size, length)].reshape(-1, hidden)
+        scattered = all_to_all_hp2sp(ordered, group=self.exchanging_heads)
+        return scattered.view(query.shape[0], batch, hidden * size)
+
+    def _attend(self, query, key, value, attention_mask, *args, **kwargs):
+        """Attend to the keys and values of all ranks that exchange these."""
+        if not self.exchanging_keys:
             return super().forward(query, key, value, attention_mask, *args, **kwargs)
+        size, rank = self.exchanging_keys.size(), self.exchanging_keys.rank()
         positions = sequence_positions(size, query.shape[0] * size)
-        ordered = torch.argsort(positions)
-        if self.heads_travel:
-            whole = (self._sequence_for_heads(tensor)[ordered] for tensor in (query, key, value))
-            context = super().forward(*whole, None, *args, **kwargs)
-            batch, hidden = context.shape[1:]
-            scattered = all_to_all_hp2sp(context[positions].reshape(-1, hidden), group=self.group)
-            return scattered.view(query.shape[0], batch, hidden * size)
         gathered = (
-            gather_from_sequence_parallel_region(tensor, group=self.group)
+            gather_from_sequence_parallel_region(tensor, group=self.exchanging_keys)
             for tensor in (key, value)
         )
-        key, value = (tensor[ordered] for tensor in gathered)
-        mine = positions.chunk(size)[self.group.rank()]
+        key, value = (tensor[torch.argsort(positions)] for tensor in gathered)
+        mine = positions.chunk(size)[rank]
         masked = _masked(mine[:, None] - torch.arange(len(positions)), self.window)
         return super().forward(query, key, value, masked[None, None], *args, **kwargs)
 
@@ -190,13 +208,13 @@ class ContextParallelAttention(DotProductAttention):
         """The softmax's inputs (scores, mask, sinks of all heads) with the sinks of this rank's
         heads."""
         *others, sinks = inputs
-        return *others, (
-            sinks if sinks is None else sinks.chunk(self.group.size())[self.group.rank()]
-        )
+        group = self.exchanging_heads
+        return *others, sinks if sinks is None else sinks.chunk(group.size())[group.rank()]
 
-    def _sequence_for_heads(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Exchange [s/cp, b, heads, hn] for [s, b, heads/cp, hn], the sequence in ranks' order."""
+    def _heads_for_sequence(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Exchange n ranks' [s, b, heads, hn] for [n s, b, heads/n, hn], in order of positions."""
         length, batch, heads, width = tensor.shape
-        size = self.group.size()
-        whole = all_to_all_sp2hp(tensor.reshape(length * batch, heads * width), group=self.group)
-        return whole.view(length * size, batch, heads // size, width)
+        size, group = self.exchanging_heads.size(), self.exchanging_heads
+        longer = all_to_all_sp2hp(tensor.reshape(length * batch, heads * width), group=group)
+        longer = longer.view(length * size, batch, heads // size, width)
+        return longer[torch.argsort(sequence_positions(size, length * size))]

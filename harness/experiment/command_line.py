@@ -232,9 +232,17 @@ EXPERIMENT_SETTINGS = (
     Setting(
         "CP_COMM_TYPE",
         "a2a",
-        "how context parallelism exchanges: p2p (a ring), all_gather, or a2a (heads)",
+        "how context parallelism exchanges: p2p (a ring), all_gather, a2a (heads), or a2a+p2p",
         "cp_comm_type",
         _choice_of("cp_comm_type"),
+        "work",
+    ),
+    Setting(
+        "CP_A2A",
+        "2",
+        "ranks of CP that exchange heads by a2a+p2p, a ring between them; else all of a node",
+        "cp_a2a",
+        count,
         "work",
     ),
     Setting("EP", "4", "expert-parallel size", "ep", count, "work"),

@@ -158,8 +158,7 @@ def _sequence(experiment: Experiment) -> Iterator[str]:
         yield f"{broken}, since each rank holds two chunks; {_try('CP', fitting, cp)}"
     if learned and model.position_embedding == "learned_absolute" and length > learned:
         yield f"SEQ={length}: positions were learned up to {learned}; set SEQ={learned} or less"
-    if cp > 1 and experiment.cp_comm_type == "a2a":
-        yield from _heads_by_all_to_all(experiment)
+    yield from _context_parallel_levels(experiment)
     if experiment.sequence_parallel and tp == 1:
         yield "SP=1 splits activations over TP, but TP=1; set TP > 1 or SP=0"
     if experiment.tp_overlap and not experiment.sequence_parallel:
@@ -170,13 +169,35 @@ def _sequence(experiment: Experiment) -> Iterator[str]:
         )
 
 
+def _context_parallel_levels(experiment: Experiment) -> Iterator[str]:
+    cp, how, typed = experiment.cp, experiment.cp_comm_type, experiment.cp_a2a
+    if typed and how != "a2a+p2p":
+        yield f"CP_A2A={typed} is about CP_COMM_TYPE=a2a+p2p, not {how}; leave it out"
+    elif typed and (cp % typed or not 1 < typed < cp):
+        fitting = _try("CP_A2A", divisors(cp)[1:-1], typed)
+        yield f"CP_A2A={typed} must divide CP ({cp}) and lie between 1 and CP; {fitting}"
+    elif cp > 1 and how == "a2a+p2p" and experiment.cp_levels[0] == 1:
+        yield (
+            f"a2a+p2p exchanges heads between 2 or more of CP={cp} ranks, fewer than all: no such"
+            " number divides CP and the heads of a TP rank and fits a node; set CP_COMM_TYPE=p2p or"
+            " a2a"
+        )
+    elif experiment.exchanges_heads:
+        yield from _heads_by_all_to_all(experiment)
+
+
 def _heads_by_all_to_all(experiment: Experiment) -> Iterator[str]:
-    tp, cp, model = experiment.tp, experiment.cp, experiment.model
+    """Transformer Engine's flash_attn_a2a_communicate views heads as [ranks, heads / ranks]."""
+    tp, model, ranks = experiment.tp, experiment.model, experiment.cp_levels[0]
+    how, size = experiment.cp_comm_type, "CP" if experiment.cp_comm_type == "a2a" else "CP_A2A"
     heads = {"num_attention_heads": model.num_attention_heads, "num_query_groups": model.key_heads}
     for name, number in heads.items():
-        if broken := indivisible(name, number, "TP x CP", tp, cp):
-            smaller = _try("CP", divisors(max(number // tp, 1)), cp)
-            yield f"a2a splits heads over CP: {broken}; {smaller}, or CP_COMM_TYPE=p2p"
+        if broken := indivisible(name, number, f"TP x {size}", tp, ranks):
+            fitting = divisors(max(number // tp, 1))
+            if size == "CP_A2A":
+                fitting = [n for n in fitting if experiment.cp % n == 0 and 1 < n < experiment.cp]
+            smaller = _try(size, fitting, ranks)
+            yield f"{how} splits heads over {size}: {broken}; {smaller}, or CP_COMM_TYPE=p2p"
             return
 
 

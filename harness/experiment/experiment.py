@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from typing import Annotated, Literal
 
@@ -102,7 +103,10 @@ class Experiment(Checked):
     sequence_parallel: bool = Field(False, alias="sp")
     tp_overlap: bool = False
     """Sequence parallelism exchanges piece by piece while products compute (TE's userbuffers)."""
-    cp_comm_type: Literal["p2p", "all_gather", "a2a"] = "p2p"
+    cp_comm_type: Literal["p2p", "all_gather", "a2a", "a2a+p2p"] = "p2p"
+    cp_a2a: Count | None = None
+    """Neighbouring context-parallel ranks that exchange heads by ``a2a+p2p``; a ring passes keys
+    and values between such groups. None: as many as a node, CP and the heads admit."""
     micro_batch_size: Count = Field(alias="mbs")
     global_batch_size: Count = Field(alias="gbs")
     seq_length: Count = Field(alias="seq")
@@ -199,8 +203,27 @@ class Experiment(Checked):
 
     @property
     def exchanges_heads(self) -> bool:
-        """Whether context parallelism gives each rank some heads of whole sequences."""
-        return self.cp > 1 and self.cp_comm_type == "a2a"
+        """Whether context parallelism gives each rank some heads of longer parts of sequences."""
+        return self.cp > 1 and self.cp_comm_type in ("a2a", "a2a+p2p")
+
+    @property
+    def cp_levels(self) -> tuple[int, int]:
+        """Context-parallel ranks that exchange heads, and that exchange keys and values; more than
+        one of both only by ``a2a+p2p``."""
+        if not self.exchanges_heads:
+            return 1, self.cp
+        if self.cp_comm_type == "a2a":
+            return self.cp, 1
+        heads = self.cp_a2a or self._largest_cp_a2a
+        return heads, self.cp // heads
+
+    @property
+    def _largest_cp_a2a(self) -> int:
+        """The largest first level within a node that leaves a second one; 1: there is none."""
+        model, tp = self.model, self.tp
+        dividing = math.gcd(self.cp, model.num_attention_heads // tp, model.key_heads // tp)
+        most = min(dividing, self.cp // 2, max(self.ranks_per_node // tp, 1))
+        return next(ranks for ranks in range(most, 0, -1) if dividing % ranks == 0)
 
     @property
     def precision_aware(self) -> bool:

@@ -131,6 +131,7 @@ NEUTRAL = frozenset(
 """Arguments that change neither the memory nor the time of a step."""
 
 _OWNED = {
+    "--hierarchical-context-parallel-sizes": "CP_COMM_TYPE=a2a+p2p CP_A2A=",
     "--save": "SAVE=1, or SAVE=folder",
     "--load": "LOAD=label, or a folder",
     **dict.fromkeys(("--save-interval", "--persistent-save-interval"), "SAVE_EVERY=50"),

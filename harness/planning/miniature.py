@@ -11,12 +11,12 @@ it CUDA graphs.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from math import prod
+from math import gcd, prod
 from typing import Any
 
 from harness.data import data_sets
 from harness.experiment.command_line import EXPERIMENT_SETTINGS, FIELDS, MINIATURE_STEPS
-from harness.experiment.constraints import with_changes
+from harness.experiment.constraints import divisors, with_changes
 from harness.experiment.experiment import Experiment
 from harness.experiment.model import Model
 from harness.experiment.overrides import explicit_model
@@ -78,6 +78,7 @@ def miniature(
     small = {
         **NOT_ON_A_CPU,
         **degrees,
+        **_context_parallel(experiment, degrees["cp"]),
         **lengths,
         "miniature": True,
         "nodes": nodes,
@@ -100,6 +101,14 @@ def _degrees(experiment: Experiment) -> dict[str, Any]:
     stage_ranks = prod(degrees.values()) // degrees["pp"]
     ep = min(experiment.ep, stage_ranks)
     return degrees | {"ep": ep, "etp": min(experiment.etp, stage_ranks // ep)}
+
+
+def _context_parallel(experiment: Experiment, cp: int) -> dict[str, Any]:
+    """Both levels of ``a2a+p2p`` while ``cp`` ranks make two, else a ring."""
+    if experiment.cp_comm_type != "a2a+p2p":
+        return {}
+    fitting = [ranks for ranks in divisors(gcd(experiment.cp_levels[0], cp)) if 1 < ranks < cp]
+    return {"cp_a2a": fitting[-1]} if fitting else {"cp_comm_type": "p2p", "cp_a2a": None}
 
 
 def _global_batch(experiment: Experiment, degrees: Mapping[str, Any]) -> int:
@@ -149,6 +158,7 @@ def describe(full: Experiment, small: Experiment) -> str:
         ("dense layers", full.model.first_dense_layers, small.model.first_dense_layers),
         ("window", full.model.window_size, small.model.window_size),
         ("learning rate", full.lr, small.lr),
+        ("context parallelism", full.cp_comm_type, small.cp_comm_type),
         ("precision", full.precision, small.precision),
         ("optimizer state", full.optimizer_state, small.optimizer_state),
         ("offloaded", full.offload, small.offload),

@@ -84,8 +84,9 @@ def _latent(experiment: Experiment) -> list[Operation]:
 def _attended(experiment: Experiment) -> list[Operation]:
     """Flash attention's result and statistics, and the output projection, which keeps the result.
 
-    Where heads are exchanged (a2a), Transformer Engine keeps the result on either side (out_part in
-    AttnFuncWithCPAndQKVOA2A, attention/dot_product_attention/context_parallel.py).
+    Where heads are exchanged (a2a, a2a+p2p), Transformer Engine keeps the result on either side
+    (out_part in AttnFuncWithCPAndQKVOA2A and AttnFuncWithCPAndKVP2P,
+    attention/dot_product_attention/context_parallel.py).
     """
     model, size, tokens = experiment.model, element_bytes(experiment), _tokens(experiment)
     result = size * model.context_size * tokens

@@ -32,7 +32,7 @@ def _communicators(experiment: Experiment) -> int:
     return (
         (experiment.replicas > 1) * (1 + own_group)
         + (experiment.tp > 1) * (1 + experiment.sequence_parallel)
-        + (experiment.cp > 1)
+        + sum(ranks > 1 for ranks in experiment.cp_levels)
         + 3 * (experiment.pp > 1)
         + 3 * (max(experiment.ep, experiment.etp) > 1)
         + (experiment.fp8_recipe == "delayed" and experiment.world_size > 1)

@@ -51,18 +51,18 @@ def attention_exchange_mib(experiment: Experiment) -> float | None:
 
     Ring and all-gather: everyone else's keys and values, 2 x (n-1)/n x s b h. All-to-all: of
     queries, keys, values and outputs only its own heads, 4 x (n-1)/n x s b h / n, which falls as
-    ranks are added. None without context parallelism.
+    ranks are added. All-to-all of a ranks and a ring of n/a: 4 x (a-1)/a x s b h / n, and then
+    2 x (n/a - 1) x s b h / n. None without context parallelism.
     Source: Jacobs et al. 2023 (arXiv:2309.14509), section 3.2; Liu et al. 2023 (arXiv:2310.01889),
     section 3.
     """
     model, cp = experiment.model, experiment.cp
     if cp == 1:
         return None
-    width = 2 * model.key_size
-    if experiment.cp_comm_type == "a2a":
-        width = (width + 2 * model.query_size) / cp
-    tokens = experiment.seq_length * experiment.micro_batch_size
-    return 2 * tokens * width / experiment.tp * (cp - 1) / cp / 2**20
+    heads, keys = experiment.cp_levels
+    width = 2 * (model.key_size + model.query_size) * (heads - 1) / heads
+    width += 2 * model.key_size * (keys - 1)
+    return 2 * experiment.rank_tokens * width / experiment.tp / 2**20
 
 
 OF_EXPERIMENT: dict[str, Callable[[Experiment], float | None]] = {

@@ -47,8 +47,14 @@ class Groups:
         return Group(self.experiment.tp, 1)
 
     @property
-    def context(self) -> Group:
-        return Group(self.experiment.cp, self.experiment.tp)
+    def exchanging_heads(self) -> Group:
+        """Context-parallel ranks; upstream's create_hierarchical_groups takes neighbours first."""
+        return Group(self.experiment.cp_levels[0], self.experiment.tp)
+
+    @property
+    def exchanging_keys(self) -> Group:
+        heads, keys = self.experiment.cp_levels
+        return Group(keys, self.experiment.tp * heads)
 
     @property
     def replicas(self) -> Group:
@@ -192,6 +198,15 @@ class Network:
         """Seconds to send ``message`` bytes to the next rank of ``group``; all ranks send."""
         pair = Group(2, group.stride)
         return message / self.bytes_per_s(pair) if group.ranks > 1 else 0.0
+
+    def turn_s(self, message: float, group: Group) -> float:
+        """Seconds in which all ranks of ``group`` send ``message`` bytes to the next, the last one
+        to the first: the slowest pair decides."""
+        seconds = self.send_s(message, group)
+        if not self.crosses_nodes(group):
+            return seconds
+        slowest_gb_s = min(level.gb_per_s for level, _ in self._crossed(group))
+        return max(seconds, message / slowest_gb_s / 1e9)
 
     def _reduces(self, group: Group) -> bool:
         """Whether the switch computes its all-reduce."""

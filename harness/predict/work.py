@@ -817,41 +817,58 @@ class MicroBatchWork:
     def context_parallel(self) -> tuple[Work, Work]:
         """What context parallel ranks exchange, and how they merge their parts of the attention.
 
-        A ring sends keys and values on, backward their gradients too, while attention computes on
-        those of the turn before. The others exchange first.
+        By a2a+p2p both levels do, one after the other; their launches are added up.
         """
-        cp, byte_s, group = self.experiment.cp, self.bytes_per_s, self.groups.context
-        if cp == 1:
-            return Work(), Work()
-        launches = self.constants.context_ms * self.speed.host_s
+        heads, keys = self.experiment.cp_levels
+        parts = [self.exchanged_heads] if heads > 1 else []
+        if keys > 1:
+            gathers = self.experiment.cp_comm_type == "all_gather"
+            parts.append(self.gathered_keys if gathers else self.ring)
+        return _added(Work(), Work(), parts)
+
+    def ring(self) -> tuple[Work, Work]:
+        """Sends keys and values on, backward their gradients too, while attention computes on those
+        of the turn before, and merges the results of all turns."""
+        byte_s, group = self.bytes_per_s, self.groups.exchanging_keys
         queries, keys = self.queries_and_keys()
-        match self.experiment.cp_comm_type:
-            case "p2p":
-                turns = cp - 1
-                launches *= 1 + cp * RING_SHARE
-                merged = turns * (12 * queries / byte_s + KERNEL_S)
-                summed = turns * (6 * (queries + 2 * keys) / byte_s + KERNEL_S)
-                sent_s = self.network.send_s(4 * keys, group)
-                forward, backward = (work.attention / cp for work in self.attention())
-                return (
-                    Work(passes=merged, launches=launches)
-                    + Work(exchange=turns * max(0.0, sent_s - forward)),
-                    Work(passes=summed, launches=launches)
-                    + Work(exchange=turns * max(0.0, 2 * sent_s - backward)),
-                )
-            case "all_gather":
-                gathered = self.network.gather_s(4 * keys * cp, group)
-                return (
-                    Work(exchange=gathered, launches=launches),
-                    Work(exchange=2 * gathered, launches=launches),
-                )
-        exchanged = 4 * (queries + keys)
+        turns = group.ranks - 1
+        launches = self.context_launches_s * (1 + group.ranks * RING_SHARE)
+        merged = turns * (12 * queries / byte_s + KERNEL_S)
+        summed = turns * (6 * (queries + 2 * keys) / byte_s + KERNEL_S)
+        sent_s = self.network.turn_s(4 * keys, group)
+        forward, backward = (work.attention / group.ranks for work in self.attention())
+        return (
+            Work(passes=merged, launches=launches)
+            + Work(exchange=turns * max(0.0, sent_s - forward)),
+            Work(passes=summed, launches=launches)
+            + Work(exchange=turns * max(0.0, 2 * sent_s - backward)),
+        )
+
+    def gathered_keys(self) -> tuple[Work, Work]:
+        """Keys and values of all ranks, before attention; backward their gradients too."""
+        group, (_, keys) = self.groups.exchanging_keys, self.queries_and_keys()
+        gathered = self.network.gather_s(4 * keys * group.ranks, group)
+        return (
+            Work(exchange=gathered, launches=self.context_launches_s),
+            Work(exchange=2 * gathered, launches=self.context_launches_s),
+        )
+
+    def exchanged_heads(self) -> tuple[Work, Work]:
+        """Queries, keys, values and results, all heads of few tokens for few heads of more tokens:
+        as many elements on a rank as before."""
+        exchanged = 4 * sum(self.queries_and_keys())
+        group = self.groups.exchanging_heads
         work = Work(
-            passes=2 * exchanged / byte_s,
-            launches=launches,
+            passes=2 * exchanged / self.bytes_per_s,
+            launches=self.context_launches_s,
             exchange=self.network.all_to_all_s(exchanged, group) + 3 * MESSAGE_S,
         )
         return work, work
+
+    @property
+    def context_launches_s(self) -> float:
+        """Host time of context parallelism's operations in a layer, without a ring's turns."""
+        return self.constants.context_ms * self.speed.host_s
 
     def product_s(self, rows: float, columns: float, inner: float, fp8: bool = False) -> float:
         """Seconds of a matrix product, [rows, inner] x [inner, columns].

@@ -56,8 +56,8 @@ def legal(
     """Every layout of ``row`` over ``ranks`` GPUs that constraints admit.
 
     The batch stays. Left out are layouts that differ from another in nothing (sharding without
-    replicas, ways of context parallelism without any), and those that count embedding or loss as
-    layers though the layers divide.
+    replicas, ways of context parallelism without any), those that count embedding or loss as
+    layers though the layers divide, and two levels of context parallelism within a node.
 
     Tensor parallel ranks are in one node, unless ``fixed`` says how many there are.
 
@@ -175,9 +175,14 @@ def _alone(row: Experiment) -> str:
 
 
 def _same_as_another(one: Experiment, row: Experiment) -> bool:
-    """Whether a choice that makes no difference is another than that of ``row``."""
-    if one.cp == 1 and one.cp_comm_type != row.cp_comm_type:
-        return True
+    """Whether a choice that makes no difference is another than that of ``row``.
+
+    Nor are two levels of context parallelism of use within a node, whose links are all as fast.
+    """
+    if one.cp_comm_type != row.cp_comm_type:
+        within_node = one.tp * one.cp <= one.ranks_per_node
+        if one.cp == 1 or (one.cp_comm_type == "a2a+p2p" and within_node):
+            return True
     if (one.embedding_as_layer or one.loss_as_layer) and one.model.num_layers % one.pp == 0:
         return not row.uneven_pipeline
     return one.dp * one.cp == 1 and one.sharding != _alone(row)

@@ -374,8 +374,15 @@ def _parallel(e: Experiment) -> tuple[str, ...]:
         ),
         *(["--sequence-parallel"] if e.sequence_parallel else []),
         *_stages(e),
-        *([f"--cp-comm-type {e.cp_comm_type}"] if e.cp > 1 else []),
+        *_context_parallel(e),
     )
+
+
+def _context_parallel(e: Experiment) -> Iterator[str]:
+    if e.cp > 1:
+        yield f"--cp-comm-type {e.cp_comm_type}"
+        if e.cp_comm_type == "a2a+p2p":
+            yield f"--hierarchical-context-parallel-sizes {e.cp_levels[0]} {e.cp_levels[1]}"
 
 
 def _stages(e: Experiment) -> Iterator[str]:
