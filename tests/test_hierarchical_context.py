@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from harness.cli import main
 from harness.errors import UserError
 from harness.experiment import command_line, overrides
 from harness.experiment.catalog import load_catalog
@@ -172,12 +173,29 @@ def test_layouts_have_both_levels_only_over_nodes():
     assert "a2a+p2p" not in Search(eight, 8, None, None).table().array("cp_comm_type")
 
 
-def test_typed_levels_are_searched_within_a_node_too():
-    e = long(f"GPUS=8 GBS=1 CP=8 {BOTH} CP_A2A=2")
-    search = Search(e, 8, None, None, {"cp_comm_type": "a2a+p2p"})
+@pytest.mark.parametrize("fixed", [{"cp_a2a": 2}, {"cp_a2a": 2, "cp_comm_type": "a2a+p2p"}])
+def test_typed_levels_are_searched_within_a_node_too(fixed):
+    search = Search(long("GPUS=8 GBS=1 CP=8"), 8, None, None, fixed)
     table = search.table()
     found = [search.laid_out(table, place) for place in range(len(table))]
     assert {layout.cp_levels for layout in found} == {(2, 2), (2, 4)}
+    assert all(f"{BOTH} CP_A2A=2" in overrides.typed(layout.overrides) for layout in found)
+
+
+def test_faster_layouts_may_exchange_otherwise_than_the_row():
+    e = row("308", f"{BOTH} CP_A2A=2")
+    search = Search(e, 8, MACHINE.card, None)
+    table = search.table()
+    found = [search.laid_out(table, place) for place in range(len(table))]
+    ways = {(layout.cp_comm_type, layout.cp_a2a) for layout in found if layout.cp == 8}
+    assert {("a2a", None), ("p2p", None), ("a2a+p2p", 2), ("a2a+p2p", None)} <= ways
+
+
+def test_a_plan_takes_typed_levels(capsys):
+    words = "plan MODEL=llama3-8b GPUS=64 CARD=h100-80gb SEQ=131072 GBS=16 CP_A2A=2"
+    assert main(words.split()) == 0
+    printed = capsys.readouterr().out
+    assert printed.count(f"{BOTH} CP_A2A=2") >= 5 and "to run the first: make 611 " in printed
 
 
 def test_long_sequences_over_nodes_are_planned_with_both_levels():

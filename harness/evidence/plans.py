@@ -235,7 +235,9 @@ def _all_settings(experiment: Experiment) -> dict[str, str]:
         key: value for key, value in experiment.overrides.items() if key not in ("CARD", *values)
     }
     return own | {
-        key: str(int(value) if isinstance(value, bool) else value) for key, value in values.items()
+        key: str(int(value) if isinstance(value, bool) else value)
+        for key, value in values.items()
+        if value is not None
     }
 
 

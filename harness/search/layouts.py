@@ -33,7 +33,10 @@ MOST = 50
 SLACK = 0.05
 """How far the estimate of a pipeline's step may be off: layouts within it are predicted exactly
 before the order is said. A test compares both."""
-LESSER = {*("vpp", "recompute", "recompute_modules", "sequence_parallel", "cp_comm_type"), *LEVERS}
+LESSER = {
+    *("vpp", "recompute", "recompute_modules", "sequence_parallel", "cp_comm_type", "cp_a2a"),
+    *LEVERS,
+}
 """Of layouts that differ in nothing else, only the best is listed."""
 SIZES = {
     "tp": "TP",
@@ -45,8 +48,9 @@ SIZES = {
     "sharding": "SHARDING",
     "recompute": "RECOMPUTE",
     "cp_comm_type": "CP_COMM_TYPE",
+    "cp_a2a": "CP_A2A",
 }
-"""Fields that are typed whatever their value, and the setting."""
+"""Fields that are typed whatever their value, but for None, and the setting."""
 COUNTED = {"embedding_as_layer": "EMBEDDING_AS_LAYER", "loss_as_layer": "LOSS_AS_LAYER"}
 
 
@@ -135,10 +139,12 @@ class Search:
         settings = {
             key: value
             for key, value in self.experiment.overrides.items()
-            if key not in ("DP", "SP", "VPP", "EMBEDDING_AS_LAYER", "LOSS_AS_LAYER")
+            if key not in ("DP", "SP", "VPP", "CP_A2A", "EMBEDDING_AS_LAYER", "LOSS_AS_LAYER")
         }
         settings |= {"GPUS": self.ranks, "NODES": self.nodes}
-        settings |= {key: chosen[name] for name, key in SIZES.items() if name in chosen}
+        settings |= {
+            key: chosen[name] for name, key in SIZES.items() if chosen.get(name) is not None
+        }
         if chosen["tp"] > 1:
             settings["SP"] = int(chosen["sequence_parallel"])
         if chosen["pp"] > 1:

@@ -110,8 +110,7 @@ def _choices(
     yield _fixed(_axes(ranks, ranks if "tp" in fixed else most_tp), fixed)
     yield _fixed(_counted(row), fixed)
     yield _fixed({"sequence_parallel": (True, False)}, fixed)
-    comm_types = dict.fromkeys((row.cp_comm_type, *CP_COMM_TYPES))
-    yield _fixed({"cp_comm_type": tuple(comm_types)}, fixed)
+    yield _fixed(_exchanges(row, fixed.get("cp_a2a")), fixed)
     if model.num_experts:
         within = [ways for ways in divisors(ranks) if ways <= most_tp]
         yield _fixed({"ep": divisors(model.num_experts)}, fixed)
@@ -145,6 +144,16 @@ def _counted(row: Experiment) -> Choice:
     if row.first_stage_layers or row.last_stage_layers or row.pp_layout:
         return {"embedding_as_layer": (False,), "loss_as_layer": (False,)}
     return {"embedding_as_layer": (False, True, False), "loss_as_layer": (False, True, True)}
+
+
+def _exchanges(row: Experiment, cp_a2a: int | None) -> Choice:
+    """Ways of context parallelism, that of ``row`` first; only the one that takes ``cp_a2a``."""
+    ways = [(row.cp_comm_type, row.cp_a2a), *((way, None) for way in CP_COMM_TYPES)]
+    if cp_a2a:
+        ways = [("a2a+p2p", cp_a2a)]
+    return dict(
+        zip(("cp_comm_type", "cp_a2a"), zip(*dict.fromkeys(ways), strict=True), strict=True)
+    )
 
 
 def _recomputations(row: Experiment) -> Choice:
@@ -181,7 +190,8 @@ def _same_as_another(one: Experiment, row: Experiment) -> bool:
     """
     if one.cp_comm_type != row.cp_comm_type:
         within_node = one.tp * one.cp <= one.ranks_per_node
-        if one.cp == 1 or (one.cp_comm_type == "a2a+p2p" and within_node):
+        untyped_levels = one.cp_comm_type == "a2a+p2p" and not one.cp_a2a
+        if one.cp == 1 or (untyped_levels and within_node):
             return True
     if (one.embedding_as_layer or one.loss_as_layer) and one.model.num_layers % one.pp == 0:
         return not row.uneven_pipeline
