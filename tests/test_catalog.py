@@ -8,7 +8,7 @@ from harness.errors import UserError
 from harness.experiment.catalog import load_catalog
 from harness.experiment.constraints import with_changes
 from harness.experiment.model import Model
-from harness.planning.miniature import MOST_PROCESSES, miniature
+from harness.planning.miniature import MOST_MICRO_BATCHES, MOST_PROCESSES, miniature
 
 CATALOG = load_catalog()
 IDS = [e.id for e in CATALOG.experiments]
@@ -299,7 +299,7 @@ def test_a_miniature_keeps_the_topology(id_: str) -> None:
     else:
         assert id_ == "219" or full.chapter == 900
         assert all(all_of_it % kept == 0 for kept, all_of_it in pairs)
-        assert small.num_microbatches == min(full.num_microbatches, 16)
+        assert small.num_microbatches == min(full.num_microbatches, MOST_MICRO_BATCHES)
 
 
 @pytest.mark.parametrize(("id_", "layout"), [

@@ -28,7 +28,7 @@ LAYERS_WITHOUT_PIPELINE = 2
 SEQUENCE_SCALE = 32
 CONVERSATION = 128
 """Tokens of a sequence at least, where conversations are to be learned."""
-MOST_MICRO_BATCHES = 16
+MOST_MICRO_BATCHES = 8
 """Of a step, where not all processes of a layout run."""
 EXPERT_SCALE = 4
 MOST_EXPERTS = 32
