@@ -58,7 +58,7 @@ setup-gpu: ; @$(CHECKED) scripts/setup-gpu.sh
 docker-build: ; @$(CHECKED) docker/build.sh
 docker-run: ; @$(CHECKED) docker/run.sh
 test:
-	@$(CHECKED) scripts/setup.sh test data heavy peft calibrate -- -m pytest -n 2 --dist loadgroup -m "not gpu and not full"
+	@$(CHECKED) scripts/setup.sh test data heavy peft calibrate -- -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu and not full"
 test-quick:
 	@$(CHECKED) scripts/setup.sh test -- -m pytest -n 2 -m "not cpu and not gpu and not full" --ignore-glob='tests/test_data_*'
 test-full:

@@ -220,7 +220,7 @@ clean-all: override TAKES = YES OUTDIR
 #OFFLOAD=0.5 ## share of Adam's state that host memory holds and the CPU updates (with SHARDING=optim)
 #GRADIENTS=bf16 ## precision in which gradients are summed, fp32 or bf16
 #SHARDING=optim ## what data parallelism shards: no_shard, optim, fsdp_optim, fsdp_optim_grads, fsdp_optim_grads_params, torch_fsdp2
-#OPTIM_INSTANCES=2 ## copies of the sharded optimizer: each of DP x CP / OPTIM_INSTANCES ranks (HSDP)
+#OPTIM_INSTANCES=2 ## copies of what is sharded: each over DP x CP / OPTIM_INSTANCES ranks (HSDP)
 #FP8_PARAMS=1 ## keep and gather linear layers' weights in fp8, 0 or 1 (with FP8= and SHARDING=optim)
 #OVERLAP=0 ## exchange gradients and weights while computing, 0 or 1 (with SHARDING=optim)
 #NODES=2 ## nodes; each runs GPUS / NODES ranks

@@ -164,6 +164,7 @@ def test_nothing_outlives_torchrun(long_run, number):
     assert eventually(lambda: gone(run))
 
 
+@pytest.mark.full
 def test_two_nodes_train_as_one(tmp_path):
     """Two agents meet on loopback, each with its own warm process; the losses are those of one node."""
     experiment = tiny(DENSE, {"tp": 2, "dp": 2})

@@ -732,7 +732,7 @@ def test_whatever_a_file_of_a_run_holds_every_reader_ends_with_plain_words(
         for command in (
             words
             if number in (0, len(TORN) - 1)
-            else [words[n % len(words)] for n in range(number, number + 4)]
+            else [words[n % len(words)] for n in range(number, number + 2)]
         ):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(content)

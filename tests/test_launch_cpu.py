@@ -125,7 +125,7 @@ def test_ctrl_c_ends_every_rank_and_keeps_the_results_so_far(tmp_path):
     assert result.status == "killed" and result.steps_done >= 3 and result.memory_gib.rss > 0.1
 
 
-@pytest.mark.parametrize("victim", ["launcher", "torchrun"])
+@pytest.mark.parametrize("victim", ["launcher", pytest.param("torchrun", marks=pytest.mark.full)])
 def test_every_rank_follows_a_killed(tmp_path, victim):
     launcher, run, processes = training(tmp_path / "out")
     (launcher if victim == "launcher" else processes[0]).kill()

@@ -228,6 +228,9 @@ def test_instances_of_the_optimizer_share_it_among_fewer_ranks():
         predict(e).gradients,
     )
     assert replay(two, 0).allocated > replay(e, 0).allocated
+    fully = find("128", sharding="fsdp_optim_grads_params")
+    halves = with_changes(fully, optimizer_instances=2)
+    assert state_on(halves, 0).weights == 2 * state_on(fully, 0).weights
     experts = find("501", optimizer_instances=4)
     assert state_on(experts, 0).optimizer == pytest.approx(4 * state_on(find("501"), 0).optimizer)
 

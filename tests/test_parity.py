@@ -60,7 +60,13 @@ def test_every_layout_equals_one_process():
         assert done.stdout.count("harness's own script") == 2
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+LONG = ("one rank's gradients a thousandth too large", "a rank that fails")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [pytest.param(fault, marks=[pytest.mark.full] * (fault in LONG)) for fault in FAULTS],
+)
 def test_a_broken_parallelism_is_found(fault):
     layout, breaking = FAULTS[fault]
     program = "import sys; from harness import parity; from harness.entry import rank\n"

@@ -73,7 +73,7 @@ def admitted_one_by_one(e, ranks):
         ("358h", "GBS=1 MBS=1", 4),
         ("130", "GBS=3 MBS=1 DP=1", 3),
         ("502h", "GBS=2 MBS=1 DP=1 EP=1", 2),
-        ("620", "GBS=2 DP=1 EP=1", 2),
+        pytest.param("620", "GBS=2 DP=1 EP=1", 2, marks=pytest.mark.full),
         ("612", "GBS=1 DP=1 SEQ=32", 2),
     ],
 )

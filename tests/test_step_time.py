@@ -616,6 +616,26 @@ def test_instances_of_the_optimizer_exchange_within_and_then_their_shards():
     assert more.gradients > same.gradients, "within a node it sends shards twice"
 
 
+def test_an_instance_updates_its_whole_state():
+    """Eight ranks, two instances: each updates a quarter of the parameters in place of an eighth."""
+    one, two, four = (pieces("128", f"OPTIM_INSTANCES={n}").optimizer for n in (1, 2, 4))
+    assert four - two == pytest.approx(2 * (two - one)) and two > 1.1 * one
+
+
+def test_instances_of_sharded_weights_gather_them_within_an_instance():
+    """Megatron-FSDP gathers weights of an instance; instances sum up gradients once a step."""
+    words = {"GPUS": "64", "GBS": "512", "MBS": "1", "SHARDING": "fsdp_optim_grads_params"}
+    one, eight = (
+        PUBLISHED.predict(experiment_from("llama3-8b", words | more)).gradients
+        for more in ({}, {"OPTIM_INSTANCES": "8"})
+    )
+    assert eight < one
+    with pytest.raises(
+        UserError, match=r"OPTIM_INSTANCES=2 is for Adam with .* not for adam with torch_fsdp2"
+    ):
+        find("128", "SHARDING=torch_fsdp2 OPTIM_INSTANCES=2")
+
+
 def test_weights_in_fp8_are_gathered_in_fp8():
     words = "SHARDING=optim OVERLAP=0"
     bf16, fp8 = (pieces("613", f"{words}{more}") for more in ("", " FP8_PARAMS=1"))

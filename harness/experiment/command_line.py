@@ -370,7 +370,7 @@ EXPERIMENT_SETTINGS = (
     Setting(
         "OPTIM_INSTANCES",
         "2",
-        "copies of the sharded optimizer: each of DP x CP / OPTIM_INSTANCES ranks (HSDP)",
+        "copies of what is sharded: each over DP x CP / OPTIM_INSTANCES ranks (HSDP)",
         "optimizer_instances",
         count,
         "work",

@@ -425,9 +425,9 @@ def _instances(experiment: Experiment) -> Iterator[str]:
     instances, replicas = experiment.optimizer_instances, experiment.replicas
     if instances == 1:
         return
-    if experiment.sharding != "optim" or experiment.optimizer != "adam":
+    if experiment.sharding in ("no_shard", "torch_fsdp2") or experiment.optimizer != "adam":
         yield (
-            f"OPTIM_INSTANCES={instances} is counted for Adam with SHARDING=optim, not for"
+            f"OPTIM_INSTANCES={instances} is for Adam with SHARDING=optim or Megatron-FSDP, not for"
             f" {experiment.optimizer} with {experiment.sharding}"
         )
     if broken := indivisible("DP x CP", replicas, "OPTIM_INSTANCES", instances):

@@ -308,10 +308,11 @@ class StepWork(MicroBatchWork):
                 forward += self.traffic(self.weight_bytes() * parameters, of_one)
                 backward += self.traffic(gradient, of_one)
                 if instances > 1:
-                    # neighbouring ranks are an instance, whose shards the others sum up, too
-                    # (param_and_grad_buffer.py in megatron/core/distributed)
+                    # neighbouring ranks are an instance, whose shards the others sum up, too, once
+                    # a step (param_and_grad_buffer.py in megatron/core/distributed, and the outer
+                    # group of the file of that name in its fsdp/src/megatron_fsdp)
                     others = Group(instances, group.stride * of_one.ranks)
-                    shard = self.traffic(gradient / of_one.ranks, others)
+                    shard = self.traffic(gradient / of_one.ranks / reduced, others)
                     backward += shard + shard
             if experiment.sharding == "torch_fsdp2" and group.ranks > 1:
                 exposed_s += parameters * 4 * (reduced + 2 * gathered) / self.bytes_per_s
@@ -359,7 +360,8 @@ class StepWork(MicroBatchWork):
         """
         experiment, size, moved, on_host = self.experiment, self.gradient_bytes, 0.0, 0.0
         for parameters, group in self.trained():
-            share = 1 / group.ranks if experiment.sharding != "no_shard" else 1
+            shards = group.ranks // experiment.optimizer_instances
+            share = 1 / shards if experiment.sharding != "no_shard" else 1
             on_gpu = ADAM_BYTES[experiment.optimizer_state] * (1 - experiment.offload)
             moved += parameters * share * (4 * size + on_gpu)
             on_host += parameters * share * experiment.offload
