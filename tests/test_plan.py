@@ -104,9 +104,12 @@ def test_what_bounds_a_step_are_its_largest_pieces():
     [
         (["MODEL=lama3-8b", "GPUS=8", "CARD=h100-80gb"], "MODEL=lama3-8b; did you mean llama3-8b"),
         (["MODEL=llama3-8b", "GPUS=8", "CARD=h100"], "CARD: unknown GPU; did you mean h100-80gb"),
+        (["MODEL=llama3-8b", "GPUS=8", "CARD=h300"], "did you mean h100-pcie-80gb, h100-80gb"),
+        (["MODEL=llama3-8b", "GPUS=8", "CARD=h100-80gb", "OFFLOAD=2"], "a number from 0 to 1"),
+        (["MODEL=llama3-8b", "GPUS=8", "CARD=h100-80gb", "CP_COMM_TYPE=a2a+p2p", "CP=8", "CP_A2A=3"], "try CP_A2A in {2, 4}"),
         (["MODEL=llama3-8b", "GPUS=99999", "CARD=h100-80gb"], "GPUS=99999: at most 16,384"),
         (["MODEL=llama3-8b", "GPUS=7", "CARD=h100-80gb"], "GPUS=7: no layout of llama3-8b with batches of 512 divides them\nnearest that do: GPUS=6 or GPUS=8"),
-        (["MODEL=llama3-8b", "GPUS=8", "CARD=h100-80gb", "TP=3"], "with TP=3"),
+        (["MODEL=llama3-8b", "GPUS=8", "CARD=h100-80gb", "TP=3"], "GPUS (8) must be divisible by TP x PP x CP (3"),
         (["MODEL=llama3-8b", "GPUS=8", "CARD=h100-80gb", "FORMAT=xml"], "FORMAT=xml; valid: terminal, json"),
         (["MODEL=llama3-8b", "GPUS=8", "CARD=h100-80gb", "TOKENS=0"], "TOKENS=0"),
         (["MODEL=llama3-8b", "GPUS=8", "CARD=a100-80gb", "FP8=delayed"], "A100"),

@@ -276,9 +276,9 @@ def _way_out(search: Search, settings: Mapping[str, str]) -> str:
             for one in (ranks - apart, ranks + apart)
             if 1 <= one <= MOST_GPUS and _divides(search, one)
         ][:2]
-        nearest = (
-            f"nearest that do: GPUS={' or GPUS='.join(map(str, sorted(near)))}" if near else ""
-        )
+        if not near:
+            experiment_from(settings["MODEL"], _one_layout(settings))  # says which rule is broken
+        nearest = f"nearest that do: GPUS={' or GPUS='.join(map(str, sorted(near)))}"
         return (
             f"GPUS={ranks}: no layout of {name} with batches of"
             f" {search.experiment.global_batch_size} divides them"
@@ -294,6 +294,11 @@ def _way_out(search: Search, settings: Mapping[str, str]) -> str:
         f"{said}\nsmallest that works: make plan {command}"
         f" ({_laid_out(layout.experiment)}: {layout.memory.in_all:.1f} GiB)"
     )
+
+
+def _one_layout(settings: Mapping[str, str]) -> dict[str, str]:
+    """The settings of an experiment among what was typed."""
+    return {key: settings[key] for key in settings if key not in {*OWN} - {"GPUS", "NODES"}}
 
 
 def _asked(search: Search) -> str:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any, Literal
 
 from harness.errors import UserError, nearest
 from harness.experiment.fabrics import LINKS
 
+FAMILY_CLOSE = 0.6
+"""Ratio of difflib above which a name is close."""
 Precision = Literal["bf16", "fp8", "fp32"]
 
 GPUS_OF_A_NODE = 8
@@ -74,8 +77,19 @@ def required_card(name: str, where: str) -> Card:
     """The GPU of this short key or NVML name. Raises UserError, after ``where``, if unknown."""
     card = find_card(name)
     if card is None:
-        raise UserError(f"{where}: unknown GPU; {nearest(name, [card.key for card in CARDS])}")
+        raise UserError(f"{where}: unknown GPU; {_nearest_cards(name)}")
     return card
+
+
+def _nearest_cards(name: str) -> str:
+    """The cards whose short key is close to ``name``, else those of a family that is: ``h100``."""
+    keys = [card.key for card in CARDS]
+    families = {key.partition("-")[0] for key in keys}
+    close = get_close_matches(name.lower(), families, cutoff=FAMILY_CLOSE)
+    if get_close_matches(name.lower(), keys, cutoff=FAMILY_CLOSE) or not close:
+        return nearest(name, keys)
+    of_family = [key for key in keys if key.partition("-")[0] in close]
+    return f"did you mean {', '.join(of_family)}?"
 
 
 def peak_tflops(name: str, precision: Precision) -> float | None:
