@@ -11,19 +11,18 @@ from harness.system.screen import say
 
 def print_further(layout: Layout, search: Search) -> None:
     """Print a line for each setting that makes ``layout`` faster or smaller by formula."""
-    found = further(layout, search)
-    if not found:
-        return
-    say("  not searched; each by itself in the first, by formula (*: other arithmetic)", hang=4)
-    for one in found:
+    found = _with_unseen(layout, search)
+    if found:
+        said = "not searched; each by itself in the first, by formula (*: other arithmetic)"
+        say(f"  {said}", hang=4)
+    for one, unseen in found:
         ms, gib = one.step.total / layout.step.total - 1, one.memory.in_all - layout.memory.in_all
-        unseen = _unseen(one, layout, search)
         said = f"; no measured row has {', '.join(unseen)}" if unseen else ""
         star = "*" * one.other_arithmetic
         say(f"  {ms:+8.1%} {gib:+7.1f} GiB  {one.settings}{star}{said}", hang=24)
 
 
-def rows(layout: Layout, search: Search) -> list[dict[str, Any]]:
+def objects(layout: Layout, search: Search) -> list[dict[str, Any]]:
     """The same, as JSON has it."""
     return [
         {
@@ -31,13 +30,18 @@ def rows(layout: Layout, search: Search) -> list[dict[str, Any]]:
             "step_ms": round(one.step.total, 1),
             "used_gib": round(one.memory.in_all, 1),
             "other_arithmetic": one.other_arithmetic,
-            "unseen": _unseen(one, layout, search),
+            "unseen": unseen,
         }
-        for one in further(layout, search)
+        for one, unseen in _with_unseen(layout, search)
     ]
 
 
-def _unseen(one: Further, layout: Layout, search: Search) -> list[str]:
-    """Work that no measured row has, nor ``layout``."""
-    known = {*search.machine.unmeasured(layout.experiment)}
-    return [work for work in search.machine.unmeasured(one.experiment) if work not in known]
+def _with_unseen(layout: Layout, search: Search) -> list[tuple[Further, list[str]]]:
+    """Each setting, and the work in it that no measured row has, nor ``layout``."""
+    if not (found := further(layout, search)):
+        return []
+    unmeasured = search.machine.unmeasured
+    known = {*unmeasured(layout.experiment)}
+    return [
+        (one, [work for work in unmeasured(one.experiment) if work not in known]) for one in found
+    ]

@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any
 
 from harness.errors import UserError
-from harness.evidence.further import print_further, rows
+from harness.evidence.further import objects, print_further
 from harness.evidence.predictions import is_json, prediction, print_json, say_extrapolated
 from harness.experiment import overrides
 from harness.experiment.catalog import load_catalog, load_models
@@ -78,7 +78,7 @@ def print_plan(settings: Mapping[str, str]) -> int:
         raise UserError(_way_out(search, settings))
     if as_json:
         first, *others = (_object(layout, search, tokens) for layout in found)
-        return print_json([first | {"further": rows(found[0], search)}, *others])
+        return print_json([first | {"further": objects(found[0], search)}, *others])
     _print(found, search, settings, tokens)
     print_further(found[0], search)
     if machine and found[0].step:
@@ -278,7 +278,8 @@ def _way_out(search: Search, settings: Mapping[str, str]) -> str:
         ][:2]
         if not near:
             experiment_from(settings["MODEL"], _one_layout(settings))  # says which rule is broken
-        nearest = f"nearest that do: GPUS={' or GPUS='.join(map(str, sorted(near)))}"
+        counts = " or GPUS=".join(map(str, sorted(near)))
+        nearest = f"nearest that do: GPUS={counts}" if near else f"nor does any number near {ranks}"
         return (
             f"GPUS={ranks}: no layout of {name} with batches of"
             f" {search.experiment.global_batch_size} divides them"
