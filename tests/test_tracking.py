@@ -131,3 +131,30 @@ def test_tensorboard_is_served_until_ctrl_c(tmp_path: Path) -> None:
     finally:
         shown.send_signal(signal.SIGINT)
     assert shown.wait(timeout=30) == 0
+
+
+def test_tensorboard_that_does_not_end_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished(tmp_path, "one", "101")
+    stuck = tmp_path / "stuck.py"
+    stuck.write_text(
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "print('http://localhost:1/', file=sys.stderr, flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    started = []
+
+    def interrupted(board: subprocess.Popen[str]) -> None:
+        started.append(board)
+        raise KeyboardInterrupt
+
+    popen = subprocess.Popen
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda _, **kwargs: popen([sys.executable, str(stuck)], **kwargs)
+    )
+    monkeypatch.setattr(popen, "communicate", interrupted)
+    monkeypatch.setattr(tensorboard, "PATIENCE", 0.1)
+    assert tensorboard.show({}, tmp_path) == 0
+    assert started[0].returncode == -signal.SIGKILL

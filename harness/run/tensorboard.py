@@ -17,6 +17,7 @@ from harness.run.directory import runs
 from harness.system.files import expanded
 
 FOLDER = "tensorboard"
+PATIENCE = 5  # seconds for TensorBoard to end before it is killed
 
 
 def show(settings: Mapping[str, str], outdir: Path) -> int:
@@ -56,6 +57,10 @@ def show(settings: Mapping[str, str], outdir: Path) -> int:
             board.communicate()  # reads its output: a full pipe would block it
         except KeyboardInterrupt:
             board.terminate()
+            try:
+                board.wait(timeout=PATIENCE)
+            except subprocess.TimeoutExpired:  # its gRPC threads can hang as Python ends
+                board.kill()
             return 0
     return 1 if board.returncode else 0
 
