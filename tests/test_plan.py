@@ -73,6 +73,38 @@ def test_sizes_that_are_typed_do_not_vary(capsys):
     assert not any("TP=16" in one["experiment"] for one in across), "not across nodes unless asked"
 
 
+@pytest.mark.parametrize(
+    ("model", "words", "fields"),
+    [
+        ("llama3-70b", ["TP_OVERLAP=1"], {"tp_overlap": True}),
+        ("llama3-70b", ["OPTIM_INSTANCES=2"], {"optimizer_instances": 2, "tp_overlap": False}),
+        ("llama3-70b", ["RECOMPUTE_MODULES=core_attn,mlp"], {"recompute_modules": ("core_attn", "mlp")}),
+        ("llama3-70b", ["PP=8", "LAST_STAGE_LAYERS=3", "GBS=512"], {"last_stage_layers": 3}),
+        ("qwen3-30b-a3b", ["EP_OVERLAP=1", "MOE_DISPATCHER=flex"], {"ep_overlap": True, "moe_dispatcher": "flex"}),
+    ],
+)  # fmt: skip
+def test_settings_that_one_gpu_cannot_have_are_planned_with(capsys, model, words, fields):
+    found = json.loads(
+        said(capsys, "plan", f"MODEL={model}", "GPUS=64", "CARD=h100-80gb", *words, "FORMAT=json")
+    )
+    catalog = load_catalog()
+    makes = [one["make"] for one in found if one["make"]]
+    assert makes
+    for command in makes:
+        run = experiment_of(command, catalog)
+        assert {name: getattr(run, name) for name in fields} == fields, command
+
+
+def test_the_target_of_a_plan_runs_what_was_planned():
+    row = experiment_from("llama3-70b", {"GBS": "512"})
+    planned = next(best(Search(row, 64, H100.card, H100))).experiment
+    assert load_catalog().find("901").tp_overlap and not planned.tp_overlap
+    run = experiment_of(plans.command_of(planned), load_catalog())
+    assert not run.tp_overlap
+    assert H100.predict(run).total == pytest.approx(H100.predict(planned).total)
+    assert predict(run).total == predict(planned).total
+
+
 def test_a_row_to_paste_makes_the_experiment(tmp_path):
     e = experiment_from("llama3-70b", {"CARD": "h100-80gb", "GBS": "64"})
     planned = next(
@@ -113,6 +145,9 @@ def test_what_bounds_a_step_are_its_largest_pieces():
         (["MODEL=llama3-8b", "GPUS=8", "CARD=h100-80gb", "FORMAT=xml"], "FORMAT=xml; valid: terminal, json"),
         (["MODEL=llama3-8b", "GPUS=8", "CARD=h100-80gb", "TOKENS=0"], "TOKENS=0"),
         (["MODEL=llama3-8b", "GPUS=8", "CARD=a100-80gb", "FP8=delayed"], "A100"),
+        (["MODEL=llama3-8b", "GPUS=8", "CARD=h100-80gb", "TP=1", "TP_OVERLAP=1"], "set SP=1 (TP > 1)"),
+        (["MODEL=llama3-8b", "GPUS=8", "CARD=h100-80gb", "EP_OVERLAP=1"], "llama3-8b has none"),
+        (["MODEL=llama3-8b", "GPUS=8", "CARD=h100-80gb", "RECOMPUTE_MODULES=foo"], "valid: core_attn"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_refused_with_the_way_out(capsys, words, complaint):
@@ -142,3 +177,9 @@ def test_more_gpus_than_any_public_row_are_marked():
         experiment_from("llama3-8b", {"GPUS": str(n), "GBS": "8192"}) for n in (4096, 8192)
     )
     assert extrapolated(few) == [] and extrapolated(many) == ["extrapolated: more than 6,144 GPUs"]
+
+
+def test_gpus_says_what_more_settings_would_bring(capsys):
+    printed = said(capsys, "gpus", "222", "CARD=h200-141gb")
+    assert "not searched; each by itself in the layout of 2" in printed
+    assert "GRADIENTS=bf16" in printed.partition("not searched")[2]

@@ -9,11 +9,15 @@ from harness.search.layouts import Layout, Search
 from harness.system.screen import say
 
 
-def print_further(layout: Layout, search: Search) -> None:
-    """Print a line for each setting that makes ``layout`` faster or smaller by formula."""
+def print_further(layout: Layout, search: Search, called: str = "the first") -> None:
+    """Print a line for each setting that makes ``layout`` faster or smaller by formula.
+
+    Args:
+        called: what was printed of ``layout`` before.
+    """
     found = _with_unseen(layout, search)
     if found:
-        said = "not searched; each by itself in the first, by formula (*: other arithmetic)"
+        said = f"not searched; each by itself in {called}, by formula (*: other arithmetic)"
         say(f"  {said}", hang=4)
     for one, unseen in found:
         ms, gib = one.step.total / layout.step.total - 1, one.memory.in_all - layout.memory.in_all

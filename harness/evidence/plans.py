@@ -12,7 +12,7 @@ from harness.evidence.further import objects, print_further
 from harness.evidence.predictions import is_json, prediction, print_json, say_extrapolated
 from harness.experiment import overrides
 from harness.experiment.catalog import load_catalog, load_models
-from harness.experiment.command_line import EXPERIMENT_SETTINGS, count, non_negative
+from harness.experiment.command_line import EXPERIMENT_SETTINGS, FIELDS, count, non_negative
 from harness.experiment.experiment import Experiment
 from harness.experiment.hardware import Card, peak_tflops, required_card
 from harness.experiment.unlisted import MOST_GPUS, experiment_from, nodes_of, usual_batch
@@ -29,6 +29,11 @@ SHOWN = 5
 """Number of layouts that are printed."""
 LAID_OUT = {**SIZES, "sequence_parallel": "SP", "vpp": "VPP", "dp": "DP", **COUNTED, **LEVERS}
 """Fields that the search varies unless their setting is typed."""
+OF_A_LAYOUT = (
+    *("TP_OVERLAP", "EP_OVERLAP", "MOE_DISPATCHER", "OPTIM_INSTANCES", "RECOMPUTE_MODULES"),
+    *("FIRST_STAGE_LAYERS", "LAST_STAGE_LAYERS", "PP_LAYOUT", "CROSS_ENTROPY_IMPL"),
+)
+"""Settings that one GPU may not have: layouts that cannot have them are left out."""
 OWN = ("MODEL", "TOKENS", "FORMAT", "OUTDIR", "GPUS", "NODES")
 NAMES = {"exchange": "communication", "gradients": "communication", "passes": "memory"}
 """What pieces of a step are called here where not by their own name."""
@@ -95,13 +100,17 @@ def _search(settings: Mapping[str, str]) -> Search:
         raise UserError(f"GPUS={ranks}: at most {MOST_GPUS:,}")
     typed = {key: value for key, value in settings.items() if key not in OWN}
     varied = {key for key in typed if key in LAID_OUT.values()}
-    work = {key: value for key, value in typed.items() if key not in varied}
+    later = {key: value for key, value in typed.items() if key in OF_A_LAYOUT}
+    work = {key: value for key, value in typed.items() if key not in varied | later.keys()}
     row = experiment_from(settings["MODEL"], work)
     if "GBS" not in work:
         batch = str(usual_batch(row.seq_length, ranks))
         row = experiment_from(settings["MODEL"], work | {"GBS": batch})
     read = {one.key: one.read for one in EXPERIMENT_SETTINGS}
     fixed = {field: read[key](key, typed[key]) for field, key in LAID_OUT.items() if key in varied}
+    if "RECOMPUTE_MODULES" in later:
+        fixed.setdefault("recompute", "selective")
+    row = overrides.unchecked(row, later)
     nodes = count("NODES", settings["NODES"]) if "NODES" in settings else None
     return Search(row, ranks, card, None, fixed, nodes)
 
@@ -214,31 +223,34 @@ def command_of(experiment: Experiment) -> str | None:
     return None
 
 
-WORK_FIELDS = (
-    *LAID_OUT,
-    *("model", "nodes", "global_batch_size", "seq_length", "precision", "fp8_recipe", "optimizer"),
-    *("optimizer_state", "gradients", "lora"),
+ROW_OWN = ("id", "slug", "chapter", "shows", "overrides", "card")
+"""Fields that a row writes in its own way, or does not have."""
+AROUND_STEPS = (
+    *("steps", "window_first_step", "eval_interval", "eval_steps", "save_every", "keep", "until"),
+    *("lr", "min_lr", "lr_decay", "lr_warmup_steps", "load", "weights", "positions"),
+    *("data", "split", "published_data", "profile", "miniature"),
 )
-"""Fields that decide what a step does."""
+"""Fields that do not decide what a step does."""
+WORK_FIELDS = tuple(Experiment.model_fields.keys() - {*ROW_OWN, *AROUND_STEPS})
 
 
 def _all_settings(experiment: Experiment) -> dict[str, str]:
     """Every setting of the step, those with the usual value as well."""
-    values = {key: getattr(experiment, field) for field, key in LAID_OUT.items()}
-    values |= {
-        "GPUS": experiment.world_size,
-        "NODES": experiment.nodes,
-        "GBS": experiment.global_batch_size,
-        "SEQ": experiment.seq_length,
+    plain = {
+        key: getattr(experiment, field)
+        for key, field in FIELDS.items()
+        if field in WORK_FIELDS and field not in ("dp", "model", "lora", "extra_args")
     }
-    own = {
-        key: value for key, value in experiment.overrides.items() if key not in ("CARD", *values)
+    plain |= {"GPUS": experiment.world_size, "FP8": experiment.fp8_recipe or "0"}
+    return {key: _typed(value) for key, value in plain.items() if value not in (None, ())} | {
+        key: value for key, value in experiment.overrides.items() if key not in (*plain, "CARD")
     }
-    return own | {
-        key: str(int(value) if isinstance(value, bool) else value)
-        for key, value in values.items()
-        if value is not None
-    }
+
+
+def _typed(value: object) -> str:
+    if isinstance(value, tuple):
+        return ",".join(value)
+    return str(int(value) if isinstance(value, bool) else value)
 
 
 def row(experiment: Experiment) -> str:
@@ -252,10 +264,6 @@ def row(experiment: Experiment) -> str:
         fields[info.alias or name] = _yaml(shown)
     fields["shows"] = f'"planned for {experiment.world_size} GPUs"'
     return "999: {" + ", ".join(f"{name}: {value}" for name, value in fields.items()) + "}"
-
-
-ROW_OWN = ("id", "slug", "chapter", "shows", "overrides", "card")
-"""Fields that a row writes in its own way, or does not have."""
 
 
 def _yaml(value: object) -> str:

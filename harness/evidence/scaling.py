@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 from harness.evidence import markdown
+from harness.evidence.further import print_further
 from harness.evidence.memory import cards_of
 from harness.evidence.predictions import is_json, prediction, print_json, say_extrapolated
 from harness.experiment.catalog import load_catalog
@@ -18,7 +19,7 @@ from harness.predict.calibrations import Machine, machine_here, machine_of
 from harness.predict.flops import mfu, tflops_per_gpu
 from harness.predict.step_time import unknown
 from harness.run import finding
-from harness.search.layouts import Layout, by_gpus
+from harness.search.layouts import Layout, Search, by_gpus
 from harness.system.screen import say
 
 HEAD = ("GPUs", "ms/step", "efficiency", "MFU", "GiB")
@@ -51,12 +52,21 @@ def print_gpus(id_: str, settings: Mapping[str, str]) -> int:
         for cells, command in ((HEAD, ""), *_lines(layouts, card)):
             print(_row(cells, command))
         if timed:
+            _print_further(layouts, experiment, card, machine)
             say(f"  {machine.how_sure(*timed)}")
             say(f"  {source}")
             say_extrapolated(timed)
         if reason := _untimed(layouts, card, machine):
             say(f"  step time not predicted: {reason}")
     return 0
+
+
+def _print_further(layouts: Layouts, experiment: Experiment, card: Card, machine: Machine) -> None:
+    """What more settings would bring, on as many GPUs as the experiment has, or the next count."""
+    timed = [(ranks, best) for ranks, best in layouts if best and best.step]
+    more = (one for one in timed if one[0] >= experiment.world_size)
+    ranks, best = next(more, timed[-1])
+    print_further(best, Search(experiment, ranks, card, machine), f"the layout of {ranks}")
 
 
 def _objects(experiment: Experiment, settings: Mapping[str, str]) -> Iterator[dict[str, Any]]:

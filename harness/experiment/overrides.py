@@ -76,6 +76,16 @@ def apply(
     return with_changes(experiment, **effective | weights, overrides=kept)
 
 
+def unchecked(experiment: Experiment, settings: Mapping[str, str]) -> Experiment:
+    """``experiment`` with ``settings``, even if its layout breaks rules that another would keep.
+
+    Raises UserError where a value cannot be read.
+    """
+    asked = given(settings)
+    changes = _changes(experiment, asked)
+    return experiment.model_copy(update={**changes, "overrides": experiment.overrides | asked})
+
+
 def _changes(experiment: Experiment, given: Mapping[str, str]) -> dict[str, object]:
     """Every field that the ``given`` settings set, with its value, changed or not."""
     changes: dict[str, object] = {
