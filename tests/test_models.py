@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from harness import parity
 from harness.errors import UserError
@@ -456,3 +457,18 @@ def replicas(tmp_path_factory):
 def test_sharded_data_parallelism_trains_as_replicas_do(replicas, tmp_path, sharding):
     assert len(replicas) == 6 and replicas[-1] < replicas[0]
     assert losses(sharding, tmp_path) == pytest.approx(replicas, rel=2e-6)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_experts": 8},
+        {"moe_router_topk": 2},
+        {"num_experts": 8, "moe_router_topk": 2, "moe_router_num_groups": 4},
+    ],
+)
+def test_experts_without_what_routes_to_them_are_refused(changes):
+    sizes = {"name": "tiny", "num_layers": 2, "hidden_size": 64, "num_attention_heads": 4}
+    Model(**sizes, num_experts=8, moe_router_topk=2)
+    with pytest.raises(ValidationError, match="set both or neither"):
+        Model(**sizes, **changes)

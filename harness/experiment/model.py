@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=False)]
@@ -45,6 +45,13 @@ class LatentAttention(Checked):
     qk_pos_emb_head_dim: Count
     """The rotated part of a head's queries and keys; of the keys, all heads share it."""
     v_head_dim: Count
+
+
+PAIRS = (
+    ("num_experts", "moe_router_topk"),
+    ("moe_router_num_groups", "moe_router_group_topk"),
+)
+"""Fields of a model that mean nothing without each other."""
 
 
 class Model(Checked):
@@ -108,6 +115,16 @@ class Model(Checked):
     mtp_num_layers: Count | None = None
     """Layers after the last one that predict more tokens ahead, one more each (DeepSeek-V3)."""
     mtp_loss_scaling_factor: Annotated[float, Field(gt=0)] = 0.1
+
+    @model_validator(mode="after")
+    def _pairs(self) -> Model:
+        for one, other in PAIRS:
+            if (getattr(self, one) is None) != (getattr(self, other) is None):
+                raise ValueError(
+                    f"{one} {getattr(self, one)}, {other} {getattr(self, other)}: set both or"
+                    " neither"
+                )
+        return self
 
     @property
     def ffn(self) -> int:
