@@ -79,6 +79,12 @@ LAYOUTS: dict[str, tuple[Model, dict[str, object]]] = {
         DENSE,
         {"pp": 2, "vpp": 2, "dp": 2, "recompute": "full"} | ZERO,
     ),
+    "tp2 sp dp2 zero fused gradients": (
+        DENSE,
+        SP2 | {"dp": 2, "gradient_fusion": True} | ZERO,
+    ),
+    "pp2 vpp2 fused gradients": (DENSE, {"pp": 2, "vpp": 2, "gradient_fusion": True}),
+    "ep2 fused gradients": (MOE, {"dp": 2, "ep": 2, "gradient_fusion": True}),
     "ep2": (MOE, {"dp": 2, "ep": 2}),
     "ep2 zero": (MOE, {"dp": 2, "ep": 2} | ZERO),
     "tp2 sp etp2": (MOE, SP2 | {"etp": 2}),

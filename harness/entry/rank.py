@@ -17,6 +17,8 @@ from harness.entry import (
     evaluation,
     failures,
     finetune,
+    gradient_fusion,
+    grouped_products,
     launch_rate,
     masked,
     metrics,
@@ -43,6 +45,7 @@ def prepare() -> Path | None:
     """
     tree = upstream.locate()
     upstream.put_on_path(tree)
+    gradient_fusion.install()
     if on_cpu():
         from harness import cpu
 
@@ -54,6 +57,7 @@ def prepare() -> Path | None:
 
     pickles.guard()  # again, for Transformer Engine's modules
     dropped_arguments.install()
+    grouped_products.install()
     build_helpers.ensure_compiled()
     return tree
 

@@ -314,7 +314,7 @@ EXPERIMENT_SETTINGS = (
     Setting(
         "GRAD_FUSION",
         "1",
-        "add weights' gradients up within their products, 0 or 1: needs Apex",
+        "add weights' gradients up within their products, 0 or 1: default where Apex is installed",
         "gradient_fusion",
         switch,
         "work",

@@ -30,8 +30,11 @@ GRAPHS_DROP = (
     " which raises them; DROPOUT=0 makes them comparable"
 )
 
-WITHOUT_APEX = (
-    "GRAD_FUSION=1 needs Apex's fused_weight_gradient_mlp_cuda, which is not installed here"
+FUSING = ("fused_weight_gradient_mlp_cuda", "transformer_engine")
+"""Modules with products that add to gradients."""
+CANNOT_FUSE = (
+    "GRAD_FUSION=1 needs Transformer Engine, or Apex's fused_weight_gradient_mlp_cuda; neither is"
+    " installed here"
 )
 
 
@@ -59,8 +62,9 @@ def check(placed: PlacedRun) -> Plan:
         notices.append(RANDOM_WEIGHTS)
     if experiment.cuda_graphs and experiment.model.dropout and experiment.eval_steps:
         notices.append(GRAPHS_DROP)
-    if experiment.gradient_fusion and find_spec("fused_weight_gradient_mlp_cuda") is None:
-        notices.append(WITHOUT_APEX)
+    on_gpus = fitted.resolved.request.device == "cuda"
+    if experiment.gradient_fusion and on_gpus and not any(map(find_spec, FUSING)):
+        notices.append(CANNOT_FUSE)
     loading = _resumed_checkpoint(placed, notices.append) if placed.resumed else None
     if loading is None and experiment.load:
         loading = _loaded_checkpoint(placed, notices.append)

@@ -43,7 +43,6 @@ NOT_ON_A_CPU = {
     "offload": 0.0,
     "gradients": "fp32",
     "fp8_params": False,
-    "gradient_fusion": None,
     "cross_entropy_fusion_impl": "native",
     "cuda_graphs": False,
 }

@@ -145,7 +145,7 @@ def megatron_flags(e: Experiment, device: Device, *, apex: bool = False) -> list
             "--main-grads-dtype bf16" if e.gradients == "bf16" and e.precision_aware else "",
         ),
         _words(*_cuda_graphs(e)) if cuda else _words(*_WITHOUT_CUDA),
-        [] if cuda and _fuses_gradients(e, apex) else ["--no-gradient-accumulation-fusion"],
+        [] if _fuses_gradients(e, cuda and apex) else ["--no-gradient-accumulation-fusion"],
         _data(e),
         _words(_LOGGING, f"--eval-interval {e.eval_interval} --eval-iters {e.eval_steps}"),
         list(e.extra_args),
