@@ -268,7 +268,7 @@ SETTING_OF = {
     "TP": "211",
     "SP": "212",
     "TP_OVERLAP": "282",
-    **dict.fromkeys(("MOE_DISPATCHER", "EP_OVERLAP"), "502"),
+    **dict.fromkeys(("MOE_DISPATCHER", "EP_OVERLAP", "GROUPED_GEMM"), "502"),
     "CP": "302",
     **dict.fromkeys(("CP_COMM_TYPE", "CP_A2A"), "308"),
     "EP": "502",

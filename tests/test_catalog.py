@@ -248,6 +248,12 @@ def test_a_mistake_is_refused_with_its_values(tmp_path: Path, row: str, complain
         ("511", {"moe_ffn_hidden_size": 1023}, "moe_ffn_hidden_size (1023) must be divisible by ETP (2)"),
         ("511", {"ep": 8}, "ranks of a stage, TP x CP x DP (8) must be divisible by EP x ETP (8 x 2 = 16); "
                            "try EP in {1, 2, 4}"),
+        ("101", {"grouped_gemm": "cublas"}, "GROUPED_GEMM is about experts, and gpt2-xl has none; leave it out"),
+        ("101", {"moe_dispatcher": "allgather"}, "MOE_DISPATCHER is about experts"),
+        ("632", {"grouped_gemm": "cublas", "card": "a100-80gb"}, "GROUPED_GEMM=cublas does not run on NVIDIA A100"),
+        ("632", {"grouped_gemm": "cutlass", "card": "b200-180gb"}, "GROUPED_GEMM=cutlass does not run on NVIDIA B200"),
+        ("632", {"grouped_gemm": "cublas", "precision": "fp8", "fp8_recipe": "delayed"}, "set FP8=tensorwise or blockwise"),
+        ("632", {"grouped_gemm": "cutlass", "precision": "fp8", "fp8_recipe": "tensorwise"}, "GROUPED_GEMM=cutlass is for bf16"),
         ("511", {"moe_router_topk": 257}, "moe_router_topk (257) exceeds the number of experts (256)"),
     ],
 )  # fmt: skip

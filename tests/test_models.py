@@ -25,7 +25,7 @@ from harness.predict.flops import (
     upstream_flops,
 )
 from harness.run.directory import RUN_DIR_VARIABLE, RunDir
-from harness.upstreams.megatron_lm.environment import variables
+from harness.upstreams.megatron_lm.environment import GROUPED_GEMM, variables
 from harness.upstreams.megatron_lm.flags import megatron_flags
 
 CATALOG = load_catalog()
@@ -200,11 +200,27 @@ def test_a_gpu_without_fp8_and_a_missing_optimizer_are_told_before_the_run(monke
         UserError, match="613 computes in fp8, which NVIDIA A100-SXM4-80GB does not"
     ):
         check_machine(CATALOG.find("613"), "cuda")
+    grouped = with_changes(CATALOG.find("632"), grouped_gemm="cublas")
+    check_machine(grouped, "cpu")
+    with pytest.raises(UserError, match="632: GROUPED_GEMM=cublas does not run on NVIDIA A100"):
+        check_machine(grouped, "cuda")
     monkeypatch.setattr("harness.machine.requirements.find_spec", lambda name: None)
     with pytest.raises(
         UserError, match="671: upstream's muon needs the package emerging-optimizers"
     ):
         check_machine(CATALOG.find("671"), "cpu")
+
+
+@pytest.mark.parametrize("kernel", ["streams", *GROUPED_GEMM])
+def test_products_of_experts_are_chosen_by_a_variable(kernel):
+    grouped = with_changes(CATALOG.find("632"), grouped_gemm=kernel)
+    of_them = {
+        one.name: one.value
+        for one in variables(grouped, "cuda")
+        if one.name in GROUPED_GEMM.values()
+    }
+    assert of_them == ({} if kernel == "streams" else {GROUPED_GEMM[kernel]: "1"})
+    assert miniature(grouped).grouped_gemm == "streams"
 
 
 def test_a_miniature_says_what_a_cpu_has_not():

@@ -10,13 +10,15 @@ megatron/core/transformer/moe/experts.py).
 from __future__ import annotations
 
 import os
+from functools import cache
 
-VARIABLE = "NVTE_GROUPED_LINEAR_USE_FUSED_GROUPED_GEMM"
+from harness.errors import UserError
+from harness.upstreams.megatron_lm.environment import GROUPED_GEMM
 
 
 def install() -> None:
     """Hand sizes over on the GPU, where the variable asks for these products."""
-    if os.environ.get(VARIABLE) != "1":
+    if os.environ.get(GROUPED_GEMM["cublas"]) != "1":
         return
     import torch
     from transformer_engine.pytorch import GroupedLinear
@@ -24,9 +26,25 @@ def install() -> None:
     forward = GroupedLinear.forward
 
     def with_sizes_on_gpu(self, inp, m_splits, *args, **kwargs):
+        _check_cublas()
         if not isinstance(m_splits, torch.Tensor):
             pinned = torch.tensor(m_splits, dtype=torch.int64).pin_memory()
             m_splits = pinned.to(inp.device, non_blocking=True)
         return forward(self, inp, m_splits, *args, **kwargs)
 
     GroupedLinear.forward = with_sizes_on_gpu
+
+
+@cache
+def _check_cublas() -> None:
+    """Raise UserError where Transformer Engine would take one product for each expert unasked."""
+    import torch
+    import transformer_engine_torch
+    from transformer_engine.pytorch.module import grouped_linear
+
+    if not grouped_linear.is_module_grouped_tensor_path_supported(None, torch.bfloat16):
+        raise UserError(
+            f"GROUPED_GEMM=cublas: cuBLAS {transformer_engine_torch.get_cublasLt_version()} has no"
+            f" grouped products for {torch.cuda.get_device_name()}: Hopper needs 13.4, Blackwell"
+            " 13.3\npip install 'nvidia-cublas>=13.4', or set GROUPED_GEMM=cutlass"
+        )

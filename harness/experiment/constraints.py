@@ -207,11 +207,13 @@ def _experts(experiment: Experiment) -> Iterator[str]:
     if experts is None:
         if ep > 1 or etp > 1:
             yield f"EP={ep}, ETP={etp} split experts, but {model.name} has none; set EP=1 ETP=1"
-        if experiment.moe_dispatcher != "alltoall" or experiment.ep_overlap:
-            yield (
-                f"MOE_DISPATCHER and EP_OVERLAP are about experts, and {model.name} has none; leave"
-                " them out"
-            )
+        of_experts = {
+            "MOE_DISPATCHER": experiment.moe_dispatcher != "alltoall",
+            "EP_OVERLAP": experiment.ep_overlap,
+            "GROUPED_GEMM": experiment.grouped_gemm != "streams",
+        }
+        for setting in (key for key, given in of_experts.items() if given):
+            yield f"{setting} is about experts, and {model.name} has none; leave it out"
         return
     if broken := indivisible("experts", experts, "EP", ep):
         yield f"{broken}; {_try('EP', divisors(experts), ep)}"
@@ -229,8 +231,28 @@ def _experts(experiment: Experiment) -> Iterator[str]:
         fitting = [n for n in divisors(math.gcd(stage, experts)) if stage % (n * etp) == 0]
         yield f"{broken}; {_try('EP', fitting, ep)}"
     yield from _routed_tokens(experiment)
+    yield from _grouped_gemm(experiment)
     if experiment.tp > 1 and not experiment.sequence_parallel:
         yield f"experts with TP={experiment.tp} need sequence parallelism; set SP=1"
+
+
+def _grouped_gemm(experiment: Experiment) -> Iterator[str]:
+    """What Transformer Engine multiplies in one launch.
+
+    cublas: ``is_module_grouped_tensor_path_supported`` (pytorch/module/grouped_linear.py); cutlass:
+    ``nvte_multi_tensor_gemm`` (common/gemm/cublaslt_gemm.cu). Otherwise it takes a product each.
+    """
+    kernel, card = experiment.grouped_gemm, find_card(experiment.card or "")
+    if kernel == "streams":
+        return
+    if experiment.precision == "fp32":
+        yield f"GROUPED_GEMM={kernel} is for bf16 and fp8, not for fp32; leave it out"
+    if card and not card.multiplies_groups(kernel):
+        yield f"GROUPED_GEMM={kernel} does not run on {card.name}; leave it out"
+    if kernel == "cublas" and experiment.fp8_recipe == "delayed":
+        yield "GROUPED_GEMM=cublas: not with FP8=delayed; set FP8=tensorwise or blockwise"
+    if kernel == "cutlass" and experiment.precision == "fp8":
+        yield "GROUPED_GEMM=cutlass is for bf16; set GROUPED_GEMM=cublas, or FP8=0"
 
 
 def _routed_tokens(experiment: Experiment) -> Iterator[str]:

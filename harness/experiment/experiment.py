@@ -98,6 +98,9 @@ class Experiment(Checked):
     """How tokens reach their experts; ``flex``: by DeepEP or HybridEP, once for each node."""
     ep_overlap: bool = False
     """Tokens of a micro-batch are sent while another one computes."""
+    grouped_gemm: Literal["streams", "cutlass", "cublas"] = "streams"
+    """How the experts of a rank are multiplied: one product each over a few streams, or all by one
+    kernel (general_grouped_gemm in transformer_engine/pytorch/cpp_extensions/gemm.py)."""
     dp: Count = 1
     nodes: Count = 1
     sequence_parallel: bool = Field(False, alias="sp")

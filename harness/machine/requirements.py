@@ -1,4 +1,4 @@
-"""What an experiment needs of a machine, besides enough GPUs: fp8 units, packages."""
+"""What an experiment needs of a machine, besides enough GPUs: units, kernels, packages."""
 
 from __future__ import annotations
 
@@ -22,6 +22,14 @@ def check_machine(experiment: Experiment, device: str) -> None:
                     f"{experiment.id} computes in fp8, which {card.name} does not support"
                     " (Ada, Hopper and later do)\n"
                     f"a bf16 row: make list CHAPTER={experiment.chapter}"
+                )
+    kernel = experiment.grouped_gemm
+    if kernel != "streams" and device == "cuda":
+        for card in filter(None, (find_card(gpu.name) for gpu in list_gpus())):
+            if not card.multiplies_groups(kernel):
+                raise UserError(
+                    f"{experiment.id}: GROUPED_GEMM={kernel} does not run on {card.name}; leave it"
+                    " out"
                 )
     if experiment.optimizer == "muon" and find_spec("emerging_optimizers") is None:
         raise UserError(

@@ -43,6 +43,7 @@ NOT_ON_A_CPU = {
     "offload": 0.0,
     "gradients": "fp32",
     "fp8_params": False,
+    "grouped_gemm": "streams",
     "cross_entropy_fusion_impl": "native",
     "cuda_graphs": False,
 }

@@ -155,6 +155,7 @@ def kinds(experiment: Experiment) -> frozenset[str]:
         "virtual stages": experiment.vpp > 1,
         "uneven pipeline stages": experiment.uneven_pipeline,
         "expert parallelism": experiment.ep > 1,
+        f"experts multiplied by {experiment.grouped_gemm}": experiment.grouped_gemm != "streams",
         f"tokens routed by {experiment.moe_dispatcher}": experiment.moe_dispatcher != "alltoall",
         "overlapped expert parallelism": experiment.ep_overlap,
         "split experts": experiment.etp > 1,

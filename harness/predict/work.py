@@ -693,7 +693,8 @@ class MicroBatchWork:
         flop_per_s = self.rates.grouped_flop_per_s(each) * self.constants.products
         products = max(flops / flop_per_s, moved) + 2 * held * KERNEL_S
         permuted = ROUTED_PASSES * rows / byte_s
-        launches = self.launched(self.rates.experts(held) * constants.experts)
+        launched = held if self.experiment.grouped_gemm == "streams" else 1
+        launches = self.launched(self.rates.experts(launched) * constants.experts)
         gradients = weights * self.weight_gradient_bytes / byte_s
         forward = Work(
             products=products,

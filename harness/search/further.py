@@ -21,6 +21,7 @@ SAME_RESULTS: tuple[Option, ...] = (
     {"MOE_DISPATCHER": "flex"},
     {"MOE_DISPATCHER": "allgather"},
     {"GRAD_FUSION": "1"},
+    {"GROUPED_GEMM": "cublas"},
     {"ATTENTION_MASK": "0"},
     {"RECOMPUTE": "selective", "RECOMPUTE_MODULES": "core_attn"},
     {"RECOMPUTE": "selective", "RECOMPUTE_MODULES": "mlp"},
