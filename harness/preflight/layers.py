@@ -19,6 +19,9 @@ from harness.predict.machine_file import LayerRate
 from harness.preflight.clock import Clock
 
 HIDDEN, HEADS, LENGTH, VOCABULARY = 256, 4, 64, 512
+ROUTED_LENGTH = 2048
+"""Tokens for experts: so many that their numbers differ from step to step as in training. cuBLASLt
+looks for a kernel for each size that it has not seen, longer than it takes to launch one."""
 DEPTHS = {"cuda": (1, 4), "cpu": (1, 2)}
 STEPS = {"cuda": 5, "cpu": 2}
 
@@ -143,10 +146,11 @@ def _model_ms(kind: Kind, depth: int, clock: Clock, device: str) -> tuple[float,
         ),
         [model],
     )
-    tokens = torch.randint(0, VOCABULARY, (1, _length(kind)), device="cuda")
-    positions = torch.arange(_length(kind), device="cuda")[None]
+    length = _length(kind)
+    positions = torch.arange(length, device="cuda")[None]
 
     def forward() -> torch.Tensor:
+        tokens = torch.randint(0, VOCABULARY, (1, length), device="cuda")
         return model(tokens, positions, None, labels=tokens).float().mean()
 
     def both() -> None:
@@ -177,6 +181,8 @@ def _connect(parallel: tuple[tuple[str, int], ...]) -> None:
 
 
 def _length(kind: Kind) -> int:
+    if "num_moe_experts" in kind.config:
+        return ROUTED_LENGTH
     return LENGTH // kind.parallel.get("context_parallel_size", 1)
 
 
@@ -214,7 +220,7 @@ def _wrapped(kind: Kind, depth: int, device: str):
         make = get_gpt_layer_local_spec
     spec = make(num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm)
     module = GPTModel(
-        config, spec, VOCABULARY, LENGTH, share_embeddings_and_output_weights=True
+        config, spec, VOCABULARY, max(LENGTH, _length(kind)), share_embeddings_and_output_weights=True
     ).cuda()
     if kind.lora:
         from harness.finetune import lora
