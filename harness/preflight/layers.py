@@ -220,7 +220,11 @@ def _wrapped(kind: Kind, depth: int, device: str):
         make = get_gpt_layer_local_spec
     spec = make(num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm)
     module = GPTModel(
-        config, spec, VOCABULARY, max(LENGTH, _length(kind)), share_embeddings_and_output_weights=True
+        config,
+        spec,
+        VOCABULARY,
+        max(LENGTH, _length(kind)),
+        share_embeddings_and_output_weights=True,
     ).cuda()
     if kind.lora:
         from harness.finetune import lora
