@@ -8,7 +8,7 @@ from harness.errors import UserError
 from harness.experiment.catalog import load_catalog
 from harness.experiment.constraints import with_changes
 from harness.experiment.model import Model
-from harness.planning.miniature import MOST_MICRO_BATCHES, MOST_PROCESSES, miniature
+from harness.planning.miniature import MOST_HEADS, MOST_MICRO_BATCHES, MOST_PROCESSES, miniature
 
 CATALOG = load_catalog()
 IDS = [e.id for e in CATALOG.experiments]
@@ -290,7 +290,6 @@ def test_a_miniature_keeps_the_topology(id_: str) -> None:
     small = miniature(full)
     assert small.miniature and small.world_size <= MOST_PROCESSES and small.nodes == 1
     assert small.micro_batch_size == full.micro_batch_size
-    assert small.model.num_attention_heads == full.model.num_attention_heads
     assert (small.vpp, small.etp, small.sharding, small.recompute) == (
         full.vpp,
         full.etp,
@@ -299,11 +298,14 @@ def test_a_miniature_keeps_the_topology(id_: str) -> None:
     )
     axes = ("tp", "pp", "cp", "dp", "ep")
     pairs = [(getattr(small, axis), getattr(full, axis)) for axis in axes]
+    heads, all_heads = ((e.model.num_attention_heads, e.model.key_heads) for e in (small, full))
+    assert heads[0] * all_heads[1] == heads[1] * all_heads[0], "as many queries for each key"
     if full.world_size <= MOST_PROCESSES:
-        assert all(kept == all_of_it for kept, all_of_it in pairs)
+        assert heads == all_heads and all(kept == all_of_it for kept, all_of_it in pairs)
         assert small.num_microbatches == full.num_microbatches
     else:
         assert id_ == "219" or full.chapter == 900
+        assert heads[0] <= MOST_HEADS and heads[1] % small.tp == 0
         assert all(all_of_it % kept == 0 for kept, all_of_it in pairs)
         assert small.num_microbatches == min(full.num_microbatches, MOST_MICRO_BATCHES)
 

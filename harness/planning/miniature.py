@@ -24,11 +24,13 @@ from harness.experiment.pipeline import EVEN_STAGES, chunk_layers, predictor_chu
 
 MOST_PROCESSES = 8
 HEAD_SIZE = 4
+MOST_HEADS = 32
+"""Of a layer, where not all processes of a layout run."""
 LAYERS_WITHOUT_PIPELINE = 2
 SEQUENCE_SCALE = 32
 CONVERSATION = 128
 """Tokens of a sequence at least, where conversations are to be learned."""
-MOST_MICRO_BATCHES = 8
+MOST_MICRO_BATCHES = 4
 """Of a step, where not all processes of a layout run."""
 EXPERT_SCALE = 4
 MOST_EXPERTS = 32
@@ -64,7 +66,7 @@ def miniature(
     given = {**experiment.overrides, **(given or {})}
     model, degrees = experiment.model, _degrees(experiment)
     if not experiment.weights:
-        model = explicit_model(experiment, _miniature_model(experiment, degrees["pp"]))
+        model = explicit_model(experiment, _miniature_model(experiment, degrees))
     if experiment.uneven_pipeline and model.num_layers != experiment.model.num_layers:
         degrees |= _uneven_stages(experiment, degrees["pp"])
     unasked = _lengths(experiment, degrees, model, experiment.overrides.keys())
@@ -150,6 +152,7 @@ def describe(full: Experiment, small: Experiment) -> str:
     scaled = [
         ("processes", full.world_size, small.world_size),
         ("layers", full.model.num_layers, small.model.num_layers),
+        ("heads", full.model.num_attention_heads, small.model.num_attention_heads),
         ("hidden", full.model.hidden_size, small.model.hidden_size),
         ("global batch", full.global_batch_size, small.global_batch_size),
         ("sequence", full.seq_length, small.seq_length),
@@ -215,13 +218,27 @@ def _uneven_stages(experiment: Experiment, pp: int) -> dict[str, object]:
     }
 
 
-def _miniature_model(experiment: Experiment, pp: int) -> Model:
-    model = experiment.model
+def _heads(experiment: Experiment, degrees: Mapping[str, Any]) -> dict[str, int | None]:
+    """Heads of queries, and of keys, as many for each; all of them where all processes run."""
+    heads, groups = experiment.model.num_attention_heads, experiment.model.num_query_groups
+    if experiment.world_size > MOST_PROCESSES:
+        ways = degrees["tp"] * (degrees["cp"] if "a2a" in experiment.cp_comm_type else 1)
+        for keys in reversed(divisors(groups or heads)):
+            fewer = keys * heads // (groups or heads)
+            if fewer <= MOST_HEADS and keys % ways == 0:
+                return {"num_attention_heads": fewer, "num_query_groups": groups and keys}
+    return {"num_attention_heads": heads, "num_query_groups": groups}
+
+
+def _miniature_model(experiment: Experiment, degrees: Mapping[str, Any]) -> Model:
+    model, pp = experiment.model, degrees["pp"]
     stages = pp * experiment.vpp
     if experiment.uneven_pipeline:
         stages = sum(map(sum, _small_chunks(experiment, pp)))
-    width = model.num_attention_heads * HEAD_SIZE
+    heads = _heads(experiment, degrees)
+    width = heads["num_attention_heads"] * HEAD_SIZE
     scaled: dict[str, object] = {
+        **heads,
         "num_layers": stages if stages > 1 else LAYERS_WITHOUT_PIPELINE,
         "hidden_size": width,
         "ffn_hidden_size": 4 * width if model.ffn_hidden_size else None,
