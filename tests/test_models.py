@@ -223,6 +223,35 @@ def test_products_of_experts_are_chosen_by_a_variable(kernel):
     assert miniature(grouped).grouped_gemm == "streams"
 
 
+@pytest.mark.parametrize(
+    ("id_", "changes", "flag", "on_a_cpu"),
+    [
+        ("502", {"router_fusion": True}, "--moe-router-fusion", False),
+        ("502", {"moe_capacity": 1.5}, "--moe-expert-capacity-factor 1.5", True),
+        ("502", {"moe_dispatcher": "flex", "moe_backend": "hybridep"}, "--moe-flex-dispatcher-backend hybridep", False),
+        ("941", {"shared_expert_overlap": True, "ep_overlap": False}, "--moe-shared-expert-overlap", False),
+        ("101", {"deterministic": True}, "--deterministic-mode", True),
+    ],
+)  # fmt: skip
+def test_settings_of_kernels_are_flags_of_upstream(id_, changes, flag, on_a_cpu):
+    row = CATALOG.find(id_)
+    changed = with_changes(row, **changes)
+
+    def words(e, device):
+        return " ".join(word for group in megatron_flags(e, device) for word in group) + " "
+
+    assert f"{flag} " in words(changed, "cuda") and f"{flag} " not in words(row, "cuda")
+    assert (f"{flag} " in words(miniature(changed), "cpu")) == on_a_cpu
+
+
+def test_tokens_are_sent_by_a_package_that_is_installed(monkeypatch):
+    monkeypatch.setattr("harness.machine.requirements.find_spec", lambda name: None)
+    sent = with_changes(CATALOG.find("502"), moe_dispatcher="flex")
+    check_machine(sent, "cpu")
+    with pytest.raises(UserError, match="502: MOE_DISPATCHER=flex needs the package deep_ep"):
+        check_machine(sent, "cuda")
+
+
 def test_a_miniature_says_what_a_cpu_has_not():
     full = with_changes(CATALOG.find("625"), precision="fp8", fp8_recipe="tensorwise")
     said = describe(full, miniature(full))

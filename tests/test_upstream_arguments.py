@@ -103,6 +103,10 @@ ROWS = (
     Row("--expert-model-parallel-size 2", "model", f"{MOE} --moe-token-dispatcher-type alltoall", "mlp.experts", 2),
     Row("--expert-tensor-parallel-size 1", "model", f"{MOE} --tensor-model-parallel-size 2 --sequence-parallel --moe-token-dispatcher-type alltoall",
         "mlp.experts", 2),
+    Row("--moe-expert-capacity-factor 1.5", "transformer", MOE), Row("--moe-router-fusion", "transformer", MOE),
+    Row("--moe-shared-expert-overlap", "transformer", f"{MOE} --moe-shared-expert-intermediate-size 32 --moe-token-dispatcher-type alltoall"),
+    Row("--moe-flex-dispatcher-backend hybridep", "transformer", f"{MOE} --expert-model-parallel-size 2 --moe-token-dispatcher-type flex", world=2),
+    Row("--deterministic-mode", "transformer"),
     Row("--sequence-parallel", "model", "--tensor-model-parallel-size 2", "sequence_parallel", 2),
     Row("--tp-comm-overlap", "transformer", "--tensor-model-parallel-size 2 --sequence-parallel", world=2),
     # the transformer's configuration

@@ -30,7 +30,8 @@ SHOWN = 5
 LAID_OUT = {**SIZES, "sequence_parallel": "SP", "vpp": "VPP", "dp": "DP", **COUNTED, **LEVERS}
 """Fields that the search varies unless their setting is typed."""
 OF_A_LAYOUT = (
-    *("TP_OVERLAP", "EP_OVERLAP", "MOE_DISPATCHER", "OPTIM_INSTANCES", "RECOMPUTE_MODULES"),
+    *("TP_OVERLAP", "EP_OVERLAP", "MOE_DISPATCHER", "MOE_BACKEND", "SHARED_EXPERT_OVERLAP"),
+    *("OPTIM_INSTANCES", "RECOMPUTE_MODULES"),
     *("FIRST_STAGE_LAYERS", "LAST_STAGE_LAYERS", "PP_LAYOUT", "CROSS_ENTROPY_IMPL"),
 )
 """Settings that one GPU may not have: layouts that cannot have them are left out."""

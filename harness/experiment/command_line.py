@@ -134,6 +134,10 @@ def _count_or_none(key: str, value: str) -> int | None:
     return count(key, value, least=0) or None
 
 
+def _positive_or_none(key: str, value: str) -> float | None:
+    return non_negative(key, value) or None
+
+
 def _text(_key: str, value: str) -> str:
     return value
 
@@ -256,6 +260,38 @@ EXPERIMENT_SETTINGS = (
         "work",
     ),
     Setting(
+        "MOE_BACKEND",
+        "hybridep",
+        "what sends tokens with MOE_DISPATCHER=flex: deepep or hybridep",
+        "moe_backend",
+        _choice_of("moe_backend"),
+        "work",
+    ),
+    Setting(
+        "MOE_CAPACITY",
+        "1.25",
+        "rows an expert takes, relative to an even share; other tokens are dropped (0: all)",
+        "moe_capacity",
+        _positive_or_none,
+        "losses",
+    ),
+    Setting(
+        "ROUTER_FUSION",
+        "1",
+        "choose experts by one kernel, 0 or 1",
+        "router_fusion",
+        switch,
+        "work",
+    ),
+    Setting(
+        "SHARED_EXPERT_OVERLAP",
+        "1",
+        "compute the shared expert while tokens are sent to the others, 0 or 1",
+        "shared_expert_overlap",
+        switch,
+        "work",
+    ),
+    Setting(
         "EP_OVERLAP",
         "1",
         "send tokens to experts while another micro-batch computes, 0 or 1",
@@ -324,6 +360,14 @@ EXPERIMENT_SETTINGS = (
         "1",
         "add weights' gradients up within their products, 0 or 1: default where Apex is installed",
         "gradient_fusion",
+        switch,
+        "work",
+    ),
+    Setting(
+        "DETERMINISTIC",
+        "1",
+        "repeat losses bit by bit, with slower kernels, 0 or 1",
+        "deterministic",
         switch,
         "work",
     ),

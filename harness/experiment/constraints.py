@@ -209,6 +209,10 @@ def _experts(experiment: Experiment) -> Iterator[str]:
             yield f"EP={ep}, ETP={etp} split experts, but {model.name} has none; set EP=1 ETP=1"
         of_experts = {
             "MOE_DISPATCHER": experiment.moe_dispatcher != "alltoall",
+            "MOE_BACKEND": experiment.moe_backend != "deepep",
+            "MOE_CAPACITY": experiment.moe_capacity,
+            "ROUTER_FUSION": experiment.router_fusion,
+            "SHARED_EXPERT_OVERLAP": experiment.shared_expert_overlap,
             "EP_OVERLAP": experiment.ep_overlap,
             "GROUPED_GEMM": experiment.grouped_gemm != "streams",
         }
@@ -236,6 +240,24 @@ def _experts(experiment: Experiment) -> Iterator[str]:
         yield f"experts with TP={experiment.tp} need sequence parallelism; set SP=1"
 
 
+def _shared_expert_overlap(experiment: Experiment) -> Iterator[str]:
+    """Rules of TransformerConfig.__post_init__ in megatron/core/transformer."""
+    if not experiment.shared_expert_overlap:
+        return
+    model, how = experiment.model, experiment.moe_dispatcher
+    if not model.moe_shared_expert_intermediate_size:
+        yield f"SHARED_EXPERT_OVERLAP=1: {model.name} has no shared expert; leave it out"
+    if how == "allgather":
+        yield "SHARED_EXPERT_OVERLAP=1 needs MOE_DISPATCHER=alltoall or flex, not allgather"
+    if experiment.ep_overlap:
+        yield "EP_OVERLAP=1 overlaps the shared expert too; set SHARED_EXPERT_OVERLAP=0"
+    if "shared_experts" in experiment.recompute_modules:
+        yield (
+            "SHARED_EXPERT_OVERLAP=1 cannot recompute the shared expert; leave shared_experts out"
+            " of RECOMPUTE_MODULES"
+        )
+
+
 def _grouped_gemm(experiment: Experiment) -> Iterator[str]:
     """What Transformer Engine multiplies in one launch.
 
@@ -259,6 +281,9 @@ def _routed_tokens(experiment: Experiment) -> Iterator[str]:
     how, ranks = experiment.moe_dispatcher, experiment.ep * experiment.etp
     if how == "flex" and ranks == 1:
         yield "MOE_DISPATCHER=flex sends tokens between ranks; set EP > 1, or alltoall"
+    if how != "flex" and experiment.moe_backend != "deepep":
+        yield f"MOE_BACKEND={experiment.moe_backend} is for MOE_DISPATCHER=flex, not {how}"
+    yield from _shared_expert_overlap(experiment)
     if not experiment.ep_overlap:
         return
     if experiment.ep == 1 or how == "allgather":
@@ -374,6 +399,10 @@ def _precision(experiment: Experiment) -> Iterator[str]:
             f" {experiment.optimizer} with {experiment.sharding} in {experiment.precision}"
         )
     yield from _offload(experiment)
+    if experiment.deterministic and experiment.cross_entropy_fusion:
+        yield "DETERMINISTIC=1: the fused loss may differ; set CROSS_ENTROPY_FUSION=0"
+    if experiment.deterministic and experiment.tp_overlap:
+        yield "DETERMINISTIC=1: sums of userbuffers may differ; set TP_OVERLAP=0"
     if experiment.gradients == "bf16" and experiment.precision == "fp32":
         yield "GRADIENTS=bf16 is for bf16 weights, not for fp32"
     if experiment.gradients == "bf16" and experiment.fully_sharded:

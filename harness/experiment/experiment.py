@@ -96,6 +96,14 @@ class Experiment(Checked):
     etp: Count = 1
     moe_dispatcher: Literal["alltoall", "allgather", "flex"] = "alltoall"
     """How tokens reach their experts; ``flex``: by DeepEP or HybridEP, once for each node."""
+    moe_backend: Literal["deepep", "hybridep"] = "deepep"
+    """What sends tokens where ``moe_dispatcher`` is ``flex``."""
+    moe_capacity: Annotated[float, Field(gt=0)] | None = None
+    """Rows that an expert takes, relative to an even share; tokens beyond them are dropped."""
+    router_fusion: bool = False
+    """Top-k and the balancing loss by one kernel each (Transformer Engine's pytorch/router.py)."""
+    shared_expert_overlap: bool = False
+    """The expert of every token computes while tokens are sent to the others."""
     ep_overlap: bool = False
     """Tokens of a micro-batch are sent while another one computes."""
     grouped_gemm: Literal["streams", "cutlass", "cublas"] = "streams"
@@ -154,6 +162,8 @@ class Experiment(Checked):
     """Hand the causal mask to every layer, though Transformer Engine's attention reads none."""
     cuda_graphs: bool = False
     """A layer's kernels are launched as one graph; with experts, those of attention and router."""
+    deterministic: bool = False
+    """Kernels that repeat a result bit by bit (megatron/training/determinism.py)."""
     attention_backend: Literal["auto", "flash", "fused", "unfused"] = "auto"
     steps: Count = 100
     eval_interval: Count = 50

@@ -31,6 +31,12 @@ def check_machine(experiment: Experiment, device: str) -> None:
                     f"{experiment.id}: GROUPED_GEMM={kernel} does not run on {card.name}; leave it"
                     " out"
                 )
+    if experiment.moe_dispatcher == "flex" and device == "cuda" and not find_spec("deep_ep"):
+        raise UserError(
+            f"{experiment.id}: MOE_DISPATCHER=flex needs the package deep_ep, which is not"
+            " installed (https://github.com/deepseek-ai/DeepEP)\n"
+            "MOE_DISPATCHER=alltoall does without"
+        )
     if experiment.optimizer == "muon" and find_spec("emerging_optimizers") is None:
         raise UserError(
             f"{experiment.id}: upstream's muon needs the package emerging-optimizers, which is not"

@@ -46,6 +46,8 @@ NOT_ON_A_CPU = {
     "gradients": "fp32",
     "fp8_params": False,
     "grouped_gemm": "streams",
+    "router_fusion": False,
+    "shared_expert_overlap": False,
     "cross_entropy_fusion_impl": "native",
     "cuda_graphs": False,
 }

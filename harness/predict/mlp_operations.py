@@ -93,7 +93,9 @@ def _experts(experiment: Experiment) -> list[Operation]:
     # probabilities (fp32), their map (bool), the rows they go to; fp32 scores of each loss, and of
     # a score function before top-k
     before_topk = model.moe_router_pre_softmax or model.moe_router_score_function == "sigmoid"
-    scores = bool(model.moe_aux_loss_coeff) + bool(model.moe_z_loss_coeff) + before_topk
+    # the fused kernel keeps scores in any case (FusedTopkScoreFunction)
+    of_topk = before_topk or experiment.router_fusion
+    scores = bool(model.moe_aux_loss_coeff) + bool(model.moe_z_loss_coeff) + of_topk
     router = model.num_experts * (4 + 1 + 8 + 4 * scores) + 12 * model.moe_router_topk
     rows = tokens * model.moe_router_topk
     before = size * rows * model.moe_ffn * model.fc1_matrices

@@ -51,6 +51,10 @@ PROJECTION_NORM_FORWARD_BYTES, PROJECTION_NORM_BACKWARD_BYTES = 38, 74
 PROJECTION_NORM_OPERATIONS = 10
 """The same for queries and keys normalised over all heads (harness/specs/projection_norm.py), and
 the operations launched forward; backward twice as many."""
+FUSED_TOPK_OPERATIONS, FUSED_SCORE_OPERATIONS = 8, 5
+"""What the router's fused kernels launch less of, for top-k and for the balancing loss
+(topk_routing_with_score_function, compute_routing_scores_for_aux_loss in
+megatron/core/transformer/moe/moe_utils.py)."""
 PLAIN_LINEARS = ("linear_proj", "linear_fc1", "linear_fc2")
 LINEAR_SHARE = 1 / 6
 """Host time of a linear layer, relative to a plain layer, which has four; a rough value."""
@@ -694,7 +698,9 @@ class MicroBatchWork:
         products = max(flops / flop_per_s, moved) + 2 * held * KERNEL_S
         permuted = ROUTED_PASSES * rows / byte_s
         launched = held if self.experiment.grouped_gemm == "streams" else 1
-        launches = self.launched(self.rates.experts(launched) * constants.experts)
+        launches = self.launched(
+            self.rates.experts(launched) * constants.experts - self.fused_router()
+        )
         gradients = weights * self.weight_gradient_bytes / byte_s
         forward = Work(
             products=products,
@@ -706,6 +712,16 @@ class MicroBatchWork:
         )
         return forward + launches[0], backward + launches[1]
 
+    def fused_router(self) -> Launches:
+        """What the router's fused kernels save the host, a third of it forward."""
+        if not self.experiment.router_fusion:
+            return Launches()
+        operations = FUSED_TOPK_OPERATIONS
+        if self.model.moe_aux_loss_coeff is not None:
+            operations += FUSED_SCORE_OPERATIONS
+        each = operations * self.speed.operation_us / 3e3
+        return Launches(each, 2 * each)
+
     def routed_tokens(self, computing_s: float) -> Work:
         """Tokens to their experts and back, in either pass.
 
@@ -716,6 +732,9 @@ class MicroBatchWork:
         seconds, sharing, launches = self.tokens_sent()
         if self.experiment.ep_overlap:
             seconds = larger(sharing, seconds - computing_s / 2)
+        elif self.experiment.shared_expert_overlap:
+            width = self.model.moe_shared_expert_intermediate_size or 0
+            seconds = larger(sharing, seconds - self.mlp_forward(width).gpu / 2)
         return Work(exchange=seconds, launches=launches) * 2
 
     def tokens_sent(self) -> tuple[float, float, float]:
@@ -753,7 +772,9 @@ class MicroBatchWork:
 
     def routed_rows(self) -> float:
         """Rows for the experts of a rank; sequence parallelism splits tokens before the router."""
-        return self.tokens / self.token_split * self.model.moe_router_topk * self.experiment.etp
+        kept = min(self.experiment.moe_capacity or 1.0, 1.0)
+        copies = self.model.moe_router_topk * kept
+        return self.tokens / self.token_split * copies * self.experiment.etp
 
     def tensor_parallel(self) -> tuple[Work, Work]:
         """Sums after attention and MLP or shared expert, and as many backward.

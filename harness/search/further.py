@@ -22,6 +22,8 @@ SAME_RESULTS: tuple[Option, ...] = (
     {"MOE_DISPATCHER": "allgather"},
     {"GRAD_FUSION": "1"},
     {"GROUPED_GEMM": "cublas"},
+    {"ROUTER_FUSION": "1"},
+    {"SHARED_EXPERT_OVERLAP": "1"},
     {"ATTENTION_MASK": "0"},
     {"RECOMPUTE": "selective", "RECOMPUTE_MODULES": "core_attn"},
     {"RECOMPUTE": "selective", "RECOMPUTE_MODULES": "mlp"},

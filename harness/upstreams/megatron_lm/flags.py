@@ -144,6 +144,7 @@ def megatron_flags(e: Experiment, device: Device, *, apex: bool = False) -> list
             # without it the precision-aware optimizer would want a copy in fp32
             "--main-grads-dtype bf16" if e.gradients == "bf16" and e.precision_aware else "",
         ),
+        ["--deterministic-mode"] if e.deterministic else [],
         _words(*_cuda_graphs(e)) if cuda else _words(*_WITHOUT_CUDA),
         [] if _fuses_gradients(e, cuda and apex) else ["--no-gradient-accumulation-fusion"],
         _data(e),
@@ -427,12 +428,25 @@ def _experts(e: Experiment, cuda: bool) -> tuple[str, ...]:
             f" --moe-token-dispatcher-type {_dispatcher(e, cuda)}"
         ),
         *_other_layers(m),
-        *(["--overlap-moe-expert-parallel-comm"] if cuda and e.ep_overlap else []),
+        *(_only_on_gpus(e) if cuda else ()),
+        *([f"--moe-expert-capacity-factor {e.moe_capacity:g}"] if e.moe_capacity else []),
         "--moe-grouped-gemm",
-        *(["--moe-permute-fusion"] if cuda else []),
         *(["--no-bias-dropout-fusion"] if cuda and m.add_bias_linear else []),
         *_router(e),
     )
+
+
+def _only_on_gpus(e: Experiment) -> Iterator[str]:
+    """Experts' kernels and streams, which a CPU does without."""
+    yield "--moe-permute-fusion"
+    if e.moe_dispatcher == "flex":
+        yield f"--moe-flex-dispatcher-backend {e.moe_backend}"
+    if e.ep_overlap:
+        yield "--overlap-moe-expert-parallel-comm"
+    if e.router_fusion:
+        yield "--moe-router-fusion"
+    if e.shared_expert_overlap:
+        yield "--moe-shared-expert-overlap"
 
 
 def _other_layers(m: Model) -> Iterator[str]:
