@@ -268,6 +268,7 @@ SETTING_OF = {
     "TP": "211",
     "SP": "212",
     "TP_OVERLAP": "282",
+    "MTP": "611",
     "SHARED_EXPERT_OVERLAP": "941",
     **dict.fromkeys(
         (

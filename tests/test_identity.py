@@ -84,6 +84,7 @@ def test_every_field_of_an_experiment_has_its_place():
         "LORA_ALPHA",
         "LORA_DROPOUT",
         "LORA_TARGETS",
+        "MTP",
     }
 
 

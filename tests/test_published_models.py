@@ -208,7 +208,7 @@ def test_what_does_not_go_together_is_refused(changes, complaint):
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"cuda_graphs": True}, "mtp_num_layers is not tested with CUDA graphs"),
+        ({"cuda_graphs": True}, "MTP is not tested with CUDA graphs"),
         (
             {"lora": Lora(rank=8, alpha=16.0)},
             "not tested with latent attention, multi-token prediction, a shared expert",

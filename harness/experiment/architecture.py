@@ -115,10 +115,10 @@ def _multi_token_prediction(experiment: Experiment) -> Iterator[str]:
         return
     if model.position_embedding != "rope" and not model.latent_attention:
         yield (
-            "mtp_num_layers: upstream predicts several tokens with position_embedding rope, not"
+            "MTP: upstream predicts several tokens with position_embedding rope, not"
             f" {model.position_embedding}"
         )
     if model.window_size:
-        yield "mtp_num_layers is not tested with window_size; leave one out"
+        yield "MTP is not tested with window_size; leave it out"
     if experiment.cuda_graphs:
-        yield "mtp_num_layers is not tested with CUDA graphs; set CUDA_GRAPHS=0"
+        yield "MTP is not tested with CUDA graphs; set CUDA_GRAPHS=0"

@@ -332,6 +332,12 @@ EXPERIMENT_SETTINGS = (
         "model",
     ),
     Setting(
+        "MTP",
+        "1",
+        "layers after the last one that predict more tokens ahead, one each",
+        "model",
+    ),
+    Setting(
         "CROSS_ENTROPY_FUSION",
         "1",
         "the loss in fewer kernels, 0 or 1",

@@ -30,6 +30,8 @@ _SETTINGS = {
     "--expert-model-parallel-size": "EP",
     "--expert-tensor-parallel-size": "ETP",
     "--moe-token-dispatcher-type": "MOE_DISPATCHER",
+    "--moe-expert-capacity-factor": "MOE_CAPACITY",
+    "--mtp-num-layers": "MTP",
     "--micro-batch-size": "MBS",
     "--global-batch-size": "GBS",
     "--seq-length": "SEQ",
@@ -44,6 +46,9 @@ _SWITCHES = {
     "--account-for-loss-in-pipeline-split": ("LOSS_AS_LAYER", "1"),
     "--tp-comm-overlap": ("TP_OVERLAP", "1"),
     "--overlap-moe-expert-parallel-comm": ("EP_OVERLAP", "1"),
+    "--moe-router-fusion": ("ROUTER_FUSION", "1"),
+    "--moe-shared-expert-overlap": ("SHARED_EXPERT_OVERLAP", "1"),
+    "--deterministic-mode": ("DETERMINISTIC", "1"),
     "--recompute-activations": ("RECOMPUTE", "selective"),
     "--cross-entropy-loss-fusion": ("CROSS_ENTROPY_FUSION", "1"),
     "--fp8-param-gather": ("FP8_PARAMS", "1"),
@@ -52,6 +57,7 @@ _SWITCHES = {
 }
 _CHOICES = {
     "--optimizer": ("OPTIMIZER", ("adam", "muon")),
+    "--moe-flex-dispatcher-backend": ("MOE_BACKEND", ("deepep", "hybridep")),
     "--cross-entropy-fusion-impl": ("CROSS_ENTROPY_IMPL", ("native", "te")),
 }
 _MODEL_NUMBERS = {

@@ -21,6 +21,8 @@ NAMES = frozenset({"slug", "chapter", "shows", "published_data", "window_first_s
 KEEPING = frozenset({"save_every", "keep"})
 """Fields of which checkpoints are kept; they change no step."""
 
+OF_MODEL = {"dropout": "DROPOUT", "mtp_num_layers": "MTP"}
+"""Fields of a model that have a setting, and which."""
 _FIELDS = {setting.field: setting for setting in EXPERIMENT_SETTINGS if setting.changes}
 CURVE = {field: one.key for field, one in _FIELDS.items() if one.changes == "losses"} | {
     field: field for field in ("precision", "positions")
@@ -112,7 +114,7 @@ def _all(before: Experiment, now: Experiment) -> Iterator[Difference]:
         yield from _difference(field, getattr(before, field), getattr(now, field), True)
     for name in Model.model_fields:
         if name != "name":
-            setting = "DROPOUT" if name == "dropout" else f"model's {name}"
+            setting = OF_MODEL.get(name, f"model's {name}")
             yield from _difference(
                 setting, getattr(before.model, name), getattr(now.model, name), True
             )

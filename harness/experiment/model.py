@@ -47,13 +47,6 @@ class LatentAttention(Checked):
     v_head_dim: Count
 
 
-PAIRS = (
-    ("num_experts", "moe_router_topk"),
-    ("moe_router_num_groups", "moe_router_group_topk"),
-)
-"""Fields of a model that mean nothing without each other."""
-
-
 class Model(Checked):
     """An architecture, in upstream's terms."""
 
@@ -117,13 +110,9 @@ class Model(Checked):
     mtp_loss_scaling_factor: Annotated[float, Field(gt=0)] = 0.1
 
     @model_validator(mode="after")
-    def _pairs(self) -> Model:
-        for one, other in PAIRS:
-            if (getattr(self, one) is None) != (getattr(self, other) is None):
-                raise ValueError(
-                    f"{one} {getattr(self, one)}, {other} {getattr(self, other)}: set both or"
-                    " neither"
-                )
+    def _routed(self) -> Model:
+        if self.num_experts and not self.moe_router_topk:
+            raise ValueError(f"num_experts ({self.num_experts}) needs moe_router_topk")
         return self
 
     @property

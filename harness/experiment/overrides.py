@@ -95,9 +95,13 @@ def _changes(experiment: Experiment, given: Mapping[str, str]) -> dict[str, obje
     }
     if "FP8" in given:
         changes |= _fp8(experiment, given["FP8"])
+    of_model = {}
     if "DROPOUT" in given:
-        dropout = {"dropout": share("DROPOUT", given["DROPOUT"])}
-        changes["model"] = experiment.model.model_copy(update=dropout)
+        of_model["dropout"] = share("DROPOUT", given["DROPOUT"])
+    if "MTP" in given:
+        of_model["mtp_num_layers"] = count("MTP", given["MTP"], least=0) or None
+    if of_model:
+        changes["model"] = experiment.model.model_copy(update=of_model)
     if lora_keys := [key for key in given if key.startswith("LORA_")]:
         changes["lora"] = _lora(experiment, {key: given[key] for key in lora_keys})
     if "UNTIL" in given:

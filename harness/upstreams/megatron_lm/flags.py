@@ -428,9 +428,9 @@ def _experts(e: Experiment, cuda: bool) -> tuple[str, ...]:
             f" --moe-token-dispatcher-type {_dispatcher(e, cuda)}"
         ),
         *_other_layers(m),
-        *(_only_on_gpus(e) if cuda else ()),
         *([f"--moe-expert-capacity-factor {e.moe_capacity:g}"] if e.moe_capacity else []),
         "--moe-grouped-gemm",
+        *(_only_on_gpus(e) if cuda else ()),
         *(["--no-bias-dropout-fusion"] if cuda and m.add_bias_linear else []),
         *_router(e),
     )
