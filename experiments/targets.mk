@@ -32,6 +32,8 @@ published: override TAKES = GROUP
 published: ; @$(HARNESS) published $(WORDS)
 #faster-101 ## layouts that do the same work in less time  [FORMAT=terminal|json]
 faster-%: override TAKES = FORMAT $(SETTINGS)
+#best-101 ## the fastest set-up measured, and what each setting brought  [FORMAT=terminal|json]
+best-%: override TAKES = FORMAT $(SETTINGS)
 #gpus-101 ## how many GPUs the same work needs; what more of them bring  [FORMAT=terminal|json]
 gpus-%: override TAKES = FORMAT $(SETTINGS)
 #plan ## the best layouts of a model on GPUs, and their cost  MODEL=llama3-70b GPUS=64 CARD=h100-80gb [LAYERS=12] [TOKENS=15e12] [FORMAT=terminal|json]
@@ -221,7 +223,7 @@ clean-all: override TAKES = YES OUTDIR
 #GRAD_FUSION=1 ## add weights' gradients up within their products, 0 or 1: default where Apex is installed
 #DETERMINISTIC=1 ## repeat losses bit by bit, with slower kernels, 0 or 1
 #CUDA_GRAPHS=1 ## launch a layer's kernels together, 0 or 1: for launch-bound steps
-#FP8=tensorwise ## linear layers in fp8, scaled: delayed, tensorwise or blockwise; 0: bf16
+#FP8=tensorwise ## linear layers in fp8, scaled: delayed, tensorwise, blockwise, mxfp8 (Blackwell); 0: bf16
 #OPTIMIZER=muon ## adam or muon
 #OPTIMIZER_STATE=bf16 ## precision of Adam's moments, fp32 or bf16 (with SHARDING=optim)
 #OFFLOAD=0.5 ## share of Adam's state that host memory holds and the CPU updates (with SHARDING=optim)
@@ -441,5 +443,6 @@ show-101: ; @$(HARNESS) show 101 $(WORDS)
 memory-101: ; @$(HARNESS) memory 101 $(WORDS)
 speed-101: ; @$(HARNESS) speed 101 $(WORDS)
 faster-101: ; @$(HARNESS) faster 101 $(WORDS)
+best-101: ; @$(HARNESS) best 101 $(WORDS)
 gpus-101: ; @$(HARNESS) gpus 101 $(WORDS)
 verify-101: ; @$(HARNESS) verify 101 $(WORDS)

@@ -100,6 +100,7 @@ FENCE = re.compile(r"^( *)```.*?^\1```$", re.DOTALL | re.MULTILINE)
 ROW = re.compile(r"^ +([1-9]\d\dh?): \{", re.MULTILINE)
 
 EXPRESSIONS = {
+    "command_of(one.experiment)": "101",
     "e.id": "101",
     "id_": "101",
     "wanted[0].id": "101",

@@ -10,7 +10,7 @@ from typing import Any
 from harness.errors import UserError
 from harness.evidence.further import objects, print_further
 from harness.evidence.predictions import is_json, prediction, print_json, say_extrapolated
-from harness.experiment import overrides
+from harness.experiment import identity, overrides
 from harness.experiment.catalog import load_catalog, load_models
 from harness.experiment.command_line import EXPERIMENT_SETTINGS, FIELDS, count, non_negative
 from harness.experiment.experiment import Experiment
@@ -226,13 +226,7 @@ def command_of(experiment: Experiment) -> str | None:
 
 ROW_OWN = ("id", "slug", "chapter", "shows", "overrides", "card")
 """Fields that a row writes in its own way, or does not have."""
-AROUND_STEPS = (
-    *("steps", "window_first_step", "eval_interval", "eval_steps", "save_every", "keep", "until"),
-    *("lr", "min_lr", "lr_decay", "lr_warmup_steps", "load", "weights", "positions"),
-    *("data", "split", "published_data", "profile", "miniature"),
-)
-"""Fields that do not decide what a step does."""
-WORK_FIELDS = tuple(Experiment.model_fields.keys() - {*ROW_OWN, *AROUND_STEPS})
+WORK_FIELDS = tuple(Experiment.model_fields.keys() - {*ROW_OWN, *identity.AROUND_STEPS})
 
 
 def _all_settings(experiment: Experiment) -> dict[str, str]:

@@ -21,6 +21,13 @@ NAMES = frozenset({"slug", "chapter", "shows", "published_data", "window_first_s
 KEEPING = frozenset({"save_every", "keep"})
 """Fields of which checkpoints are kept; they change no step."""
 
+AROUND_STEPS = (
+    *("steps", "window_first_step", "eval_interval", "eval_steps", "save_every", "keep", "until"),
+    *("lr", "min_lr", "lr_decay", "lr_warmup_steps", "load", "weights", "positions"),
+    *("data", "split", "published_data", "profile", "miniature"),
+)
+"""Fields that do not decide what a step does."""
+
 OF_MODEL = {"dropout": "DROPOUT", "mtp_num_layers": "MTP"}
 """Fields of a model that have a setting, and which."""
 _FIELDS = {setting.field: setting for setting in EXPERIMENT_SETTINGS if setting.changes}
