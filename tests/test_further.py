@@ -79,3 +79,21 @@ def test_a_layout_that_reserves_more_than_the_card_has_does_not_fit() -> None:
     memory = predict(e)
     assert memory.total < 60 and memory.in_all > 80
     assert verdict(memory, CARD) == "does not fit"
+
+
+@pytest.mark.parametrize(
+    ("key", "kernels", "recipes"),
+    [
+        ("a100-80gb", set(), set()),
+        ("h100-80gb", {"GROUPED_GEMM=cublas"}, {"FP8=mxfp8"}),
+        ("b200-180gb", {"GROUPED_GEMM=cublas"}, set()),
+    ],
+)
+def test_what_the_card_has_not_is_not_offered(key, kernels, recipes) -> None:
+    card = find_card(key)
+    row = experiment_from("qwen3-30b-a3b", {"GBS": "64"})
+    search = Search(row, 16, card, machine_of(card))
+    offered = {one.settings for one in further(next(best(search)), search)}
+    grouped = {one for one in offered if one.startswith("GROUPED_GEMM")}
+    assert grouped <= kernels and (grouped or key != "h100-80gb")
+    assert not offered & recipes

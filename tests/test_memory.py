@@ -162,6 +162,16 @@ def test_fp8_copies_weights_and_keeps_less():
     )
 
 
+def test_mxfp8_keeps_a_scale_of_a_byte_for_32_values():
+    bf16, tensorwise = find("611"), find("613")
+    mxfp8 = predict(with_changes(tensorwise, fp8_recipe="mxfp8"))
+    plain, whole = predict(tensorwise), predict(bf16)
+    assert (mxfp8.weights - whole.weights) / (plain.weights - whole.weights) == pytest.approx(
+        33 / 32
+    )
+    assert plain.mlp < mxfp8.mlp < whole.mlp
+
+
 def test_fused_accumulation_keeps_a_gradient_of_each_shape():
     """Llama 3 8B on two tensor parallel ranks: four matrices of a layer, and the output layer's on the last stage."""
     e = find("611", tp=2, sequence_parallel=True, pp=2, dp=1, global_batch_size=8)

@@ -19,11 +19,11 @@ CATALOG = load_catalog()
 
 def read_runs():
     """Experiment and measured memory of each run directory that is kept and ended well."""
-    for path in sorted((ROOT / "experiments" / "runs").glob("*/*")):
-        run = RunDir(path)
+    for path in sorted((ROOT / "experiments" / "runs").glob("*/*/result.json")):
+        run = RunDir(path.parent)
         result = run.read_result()
         if result.status == "ok" and result.memory_gib.nvml:
-            yield pytest.param(run.read_experiment(), result.memory_gib, id=path.name)
+            yield pytest.param(run.read_experiment(), result.memory_gib, id=run.label)
 
 
 RUNS = list(read_runs())
@@ -98,7 +98,7 @@ def test_graphs_hold_activations_outside_of_what_is_allocated(experiment, measur
     assert memory.total == pytest.approx(measured.allocated, rel=0.025)
     # without recomputation, 300's graphs reuse more of their pool than is known here
     reuses = experiment.seq_length > 2048 and experiment.cp == 1 and experiment.world_size == 1
-    assert memory.in_all == pytest.approx(measured.nvml, rel=0.11 if reuses else 0.025)
+    assert memory.in_all == pytest.approx(measured.nvml, rel=0.11 if reuses else 0.04)
 
 
 @pytest.mark.parametrize(("experiment", "measured"), RUNS)

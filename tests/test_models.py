@@ -112,7 +112,7 @@ def test_state_follows_from_sharding_and_precision():
 
 
 @pytest.mark.parametrize(
-    ("recipe", "optimizer"), [("delayed", 6), ("tensorwise", 8), ("blockwise", 8)]
+    ("recipe", "optimizer"), [("delayed", 6), ("tensorwise", 8), ("blockwise", 8), ("mxfp8", 8)]
 )
 def test_fp8_weights_scaled_now_keep_whole_fp32_ones(recipe, optimizer):
     row = with_changes(

@@ -73,7 +73,9 @@ def test_fp8_is_a_precision_and_a_recipe():
     assert apply("612", "FP8=delayed") is CATALOG.find("612") and apply(
         "111", "FP8=0"
     ) is CATALOG.find("111")
-    with pytest.raises(UserError, match="FP8=e4m3; valid: delayed, tensorwise, blockwise, 0"):
+    with pytest.raises(
+        UserError, match="FP8=e4m3; valid: delayed, tensorwise, blockwise, mxfp8, 0"
+    ):
         apply("111", "FP8=e4m3")
     with pytest.raises(
         UserError,

@@ -388,7 +388,7 @@ EXPERIMENT_SETTINGS = (
     Setting(
         "FP8",
         "tensorwise",
-        "linear layers in fp8, scaled: delayed, tensorwise or blockwise; 0: bf16",
+        "linear layers in fp8, scaled: delayed, tensorwise, blockwise, mxfp8 (Blackwell); 0: bf16",
         "fp8_recipe",
         changes="losses",
     ),

@@ -321,12 +321,18 @@ def _architecture(experiment: Experiment) -> Iterator[str]:
         yield f"windows and sinks need context parallelism by CP_COMM_TYPE=a2a, not {how}"
 
 
+WITHOUT_MXFP8 = (
+    "{} has no tensor cores that scale by 32 values, as Blackwell has; set FP8=blockwise or"
+    " tensorwise"
+)
+
+
 def _fp8(experiment: Experiment) -> Iterator[str]:
     recipe, model = experiment.fp8_recipe, experiment.model
     if (experiment.precision == "fp8") != (recipe is not None):
         yield (
             f"precision {experiment.precision}, fp8_recipe {recipe}: fp8, and nothing else, needs a"
-            " recipe: delayed, tensorwise or blockwise"
+            " recipe: delayed, tensorwise, blockwise or mxfp8"
         )
     if experiment.fp8_params and (
         experiment.precision != "fp8" or experiment.sharding != "optim" or experiment.lora
@@ -338,15 +344,20 @@ def _fp8(experiment: Experiment) -> Iterator[str]:
         )
     if experiment.precision != "fp8":
         return
-    if experiment.card and (card := find_card(experiment.card)) and card.fp8_tflops is None:
+    card = find_card(experiment.card or "")
+    if card and card.fp8_tflops is None:
         yield (
             f"precision fp8: {card.name} has none (Ada, Hopper and later do); leave CARD= out, or"
             " choose a bf16 row"
         )
+    if card and recipe == "mxfp8" and not card.is_blackwell:
+        yield f"FP8=mxfp8: {WITHOUT_MXFP8.format(card.name)}"
+    if recipe == "mxfp8" and experiment.fp8_params:
+        yield "FP8_PARAMS=1 with FP8=mxfp8 is not tested; set FP8_PARAMS=0"
     # The last dimension of an fp8 operand must be a multiple of 16 (assert_dim_for_fp8_exec in
     # transformer_engine/pytorch/utils.py): for weights' gradients the tokens. Blockwise, 128 values
-    # share a scale
-    step = 128 if recipe == "blockwise" else 16
+    # share a scale, in mxfp8 32
+    step = {"blockwise": 128, "mxfp8": 32}.get(recipe, 16)
     splits = experiment.tp if experiment.sequence_parallel else 1
     tokens = experiment.micro_batch_size * experiment.seq_length // experiment.cp // splits
     formula = "MBS x SEQ / CP" + (" / TP" if experiment.sequence_parallel else "")
@@ -358,8 +369,9 @@ def _fp8(experiment: Experiment) -> Iterator[str]:
     widths = {"hidden_size": model.hidden_size} | _split_widths(model, experiment.tp)
     if model.num_experts:
         widths["moe_ffn_hidden_size / ETP"] = model.moe_ffn // experiment.etp
-    if odd := [f"{name} ({width})" for name, width in widths.items() if width % 16]:
-        yield f"fp8 multiplies in blocks of 16: {', '.join(odd)} must be divisible by 16"
+    block = 32 if recipe == "mxfp8" else 16
+    if odd := [f"{name} ({width})" for name, width in widths.items() if width % block]:
+        yield f"fp8 multiplies in blocks of {block}: {', '.join(odd)} must be divisible by {block}"
     discarded = sorted({"layernorm", "moe_act"} & set(experiment.recompute_modules))
     if recipe == "delayed" and discarded:
         yield (

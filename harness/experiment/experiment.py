@@ -138,7 +138,7 @@ class Experiment(Checked):
     recompute: Literal["none", "full", "selective"] = "none"
     recompute_modules: Annotated[tuple[str, ...], Field(strict=False)] = ()
     precision: Literal["bf16", "fp32", "fp8"] = "bf16"
-    fp8_recipe: Literal["delayed", "tensorwise", "blockwise"] | None = None
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = None
     optimizer: Literal["adam", "muon"] = "adam"
     optimizer_state: Literal["fp32", "bf16"] = "fp32"
     """Precision of Adam's moments; with bf16, of the fp32 weights only what bf16 lacks is kept."""

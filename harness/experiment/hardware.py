@@ -67,16 +67,18 @@ class Card:
         """GPUs of a node: all that its links join."""
         return LINKS[self.link].levels[-1].gpus
 
+    @property
+    def is_blackwell(self) -> bool:
+        """Whether it is a data-centre card of this generation."""
+        return self.key.startswith(("b200", "b300", "gb200", "gb300"))
+
     def multiplies_groups(self, kernel: str) -> bool:
         """Whether Transformer Engine multiplies all experts by this ``kernel`` on it.
 
         Compute capability 9.0 for ``cutlass``, 9.0 to 11.0 for ``cublas``.
         """
-        return self.key.startswith(("h100", "h200", "gh200", *BLACKWELL * (kernel == "cublas")))
-
-
-BLACKWELL = ("b200", "b300", "gb200", "gb300")
-"""Data-centre cards of this generation: how their keys begin."""
+        is_hopper = self.key.startswith(("h100", "h200", "gh200"))
+        return is_hopper or (self.is_blackwell and kernel == "cublas")
 
 
 def find_card(name: str) -> Card | None:

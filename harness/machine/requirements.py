@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 from harness.errors import UserError
+from harness.experiment.constraints import WITHOUT_MXFP8
 from harness.experiment.experiment import Experiment
 from harness.experiment.hardware import find_card
 from harness.machine.gpus import list_gpus
@@ -23,6 +24,8 @@ def check_machine(experiment: Experiment, device: str) -> None:
                     " (Ada, Hopper and later do)\n"
                     f"a bf16 row: make list CHAPTER={experiment.chapter}"
                 )
+            if experiment.fp8_recipe == "mxfp8" and not card.is_blackwell:
+                raise UserError(f"{experiment.id}: FP8=mxfp8: {WITHOUT_MXFP8.format(card.name)}")
     kernel = experiment.grouped_gemm
     if kernel != "streams" and device == "cuda":
         for card in filter(None, (find_card(gpu.name) for gpu in list_gpus())):

@@ -265,11 +265,11 @@ def _fp8_copies_bytes(experiment: Experiment, held: Held) -> float:
     """Bytes of the quantised weights that Transformer Engine caches, by rows and by columns.
 
     Source: quantize_weight and _fp8_workspaces in transformer_engine/pytorch/module. Blockwise
-    scales are fp32, one for 128 x 128 weights.
+    scales are fp32, one for 128 x 128 weights; those of mxfp8 take a byte for 32.
     """
     if experiment.precision != "fp8":
         return 0
-    scales = 4 / 128**2 if experiment.fp8_recipe == "blockwise" else 0
+    scales = {"blockwise": 4 / 128**2, "mxfp8": 1 / 32}.get(experiment.fp8_recipe, 0)
     return 2 * (held.matrices + held.expert_matrices) * (1 + scales)
 
 

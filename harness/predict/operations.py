@@ -105,10 +105,14 @@ def element_bytes(experiment: Experiment) -> int:
     return 4 if experiment.precision == "fp32" else 2
 
 
+SCALE_BYTES = {"blockwise": 4 / 128, "mxfp8": 1 / 32}
+"""For each value of an activation: one in fp32 for 128, or one of 8 bits for 32."""
+
+
 def saved_bytes(experiment: Experiment) -> float:
-    """Bytes an element of the input that a linear layer keeps; blockwise, a scale for each 128."""
+    """Bytes an element of the input that a linear layer keeps, and its share of a block's scale."""
     if experiment.precision == "fp8":
-        return 1 + (4 / 128 if experiment.fp8_recipe == "blockwise" else 0)
+        return 1 + SCALE_BYTES.get(experiment.fp8_recipe, 0)
     return element_bytes(experiment)
 
 

@@ -27,7 +27,7 @@ from harness.system import yaml_files
 
 FOLDER = EXPERIMENTS / "machines"
 PUBLISHED = EXPERIMENTS / "rates.yaml"
-FP8_BYTES = {"delayed": 4, "tensorwise": 6, "blockwise": 4}
+FP8_BYTES = {"delayed": 4, "tensorwise": 6, "blockwise": 4, "mxfp8": 4}
 """Per element converted to fp8: read in bf16, written by rows and by columns; tensorwise, read once
 more for the largest value (Float8CurrentScalingQuantizer in transformer_engine/pytorch/tensor)."""
 GPU_BOUND = 1.2

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from harness.experiment import overrides
 from harness.experiment.command_line import FIELDS
-from harness.experiment.constraints import divisors
+from harness.experiment.constraints import divisors, violations
 from harness.experiment.experiment import Experiment
+from harness.experiment.hardware import Card
 from harness.predict.capacity import surely_fits
 from harness.predict.memory import Memory, predict
 from harness.predict.step_time import StepTime
@@ -37,6 +38,7 @@ OTHER_ARITHMETIC: tuple[Option, ...] = (
     {"GRADIENTS": "bf16", "OPTIMIZER_STATE": "bf16"},
     {"FP8": "tensorwise"},
     {"FP8": "blockwise"},
+    {"FP8": "mxfp8"},
     {"FP8": "tensorwise", "FP8_PARAMS": "1"},
 )
 LEAST_GIB = 1.0
@@ -89,7 +91,7 @@ def _with(option: Option, layout: Layout, search: Search, other: bool) -> Furthe
     if any(key in search.experiment.overrides or FIELDS[key] in search.fixed for key in option):
         return None
     changed = overrides.admitted(search.row, before.overrides | option)
-    if not changed or changed == before:
+    if not changed or changed == before or not _has(search.card, changed):
         return None
     step, memory = machine.predict(changed), predict(changed)
     faster = step.total <= WORTH * layout.step.total
@@ -97,6 +99,11 @@ def _with(option: Option, layout: Layout, search: Search, other: bool) -> Furthe
     if not (faster or smaller) or (search.card and not surely_fits(memory, search.card)):
         return None
     return Further(option, changed, memory, step, other)
+
+
+def _has(card: Card | None, experiment: Experiment) -> bool:
+    """Whether ``card`` has the kernels of ``experiment``."""
+    return not card or not any(violations(experiment.model_copy(update={"card": card.key})))
 
 
 def _best_of_each(found: list[Further]) -> list[Further]:

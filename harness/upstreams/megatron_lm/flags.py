@@ -66,13 +66,14 @@ _CONVERSATIONS = f"--sft {_WITHOUT_MASK} --calculate-per-token-loss"
 _PRECISION = {"bf16": "--bf16", "fp32": "", "fp8": "--bf16"}
 _FP8 = {
     # delayed: scale by the largest value of the last 1,024 steps, Transformer Engine's default;
-    # blockwise: by blocks of 128 values, as DeepSeek-V3
+    # blockwise: by blocks of 128 values, as DeepSeek-V3; mxfp8: by 32, in Blackwell's tensor cores
     "delayed": (
         "--fp8-format hybrid --fp8-recipe delayed --fp8-amax-history-len 1024"
         " --fp8-amax-compute-algo max"
     ),
     "tensorwise": "--fp8-format hybrid --fp8-recipe tensorwise",
     "blockwise": "--fp8-format e4m3 --fp8-recipe blockwise",
+    "mxfp8": "--fp8-format e4m3 --fp8-recipe mxfp8",
 }
 # Muon's update is scaled to the size of Adam's, so that a learning rate serves both (Liu et al.
 # 2025, arXiv:2502.16982)
