@@ -50,6 +50,11 @@ MOE = Model(
     moe_ffn_hidden_size=64,
 )
 
+HYBRID = DENSE.model_copy(update={"name": "tiny-hybrid"})
+HYBRID_MOE = MOE.model_copy(update={"name": "tiny-hybrid-moe", "first_dense_layers": 1})
+BASES = {model.name: {"entry": "hybrid"} for model in (HYBRID, HYBRID_MOE)}
+"""Fields of every run of a model, of one process too."""
+
 SETTINGS = """
     --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.02
     --moe-router-load-balancing-type none --eval-iters 0
@@ -85,6 +90,9 @@ LAYOUTS: dict[str, tuple[Model, dict[str, object]]] = {
     ),
     "pp2 vpp2 fused gradients": (DENSE, {"pp": 2, "vpp": 2, "gradient_fusion": True}),
     "ep2 fused gradients": (MOE, {"dp": 2, "ep": 2, "gradient_fusion": True}),
+    "tp2 sp dp2 zero of a hybrid": (HYBRID, SP2 | {"dp": 2} | ZERO),
+    "pp2 vpp2 of a hybrid": (HYBRID, {"pp": 2, "vpp": 2}),
+    "ep2 of a hybrid": (HYBRID_MOE, {"dp": 2, "ep": 2}),
     "ep2": (MOE, {"dp": 2, "ep": 2}),
     "ep2 zero": (MOE, {"dp": 2, "ep": 2} | ZERO),
     "tp2 sp etp2": (MOE, SP2 | {"etp": 2}),
@@ -282,7 +290,7 @@ def tiny(model: Model, changes: dict[str, object]) -> Experiment:
         global_batch_size=8,
         seq_length=32,
     )
-    return with_changes(one_process, **changes)
+    return with_changes(one_process, **BASES.get(model.name, {}) | changes)
 
 
 def flags(experiment: Experiment) -> list[str]:

@@ -542,7 +542,7 @@ CHOICES = {
     "latent_attention": load_models()["deepseek-v3"].latent_attention, "rotary_percent": 0.5, "first_dense_layers": 1, "mtp_num_layers": 1,
     "moe_shared_expert_intermediate_size": 64, "moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True,
     "moe_router_num_groups": 4, "moe_router_load_balancing_type": "seq_aux_loss",
-    "tp": 2, "pp": 2, "vpp": 2, "first_stage_layers": 2, "last_stage_layers": 2, "pp_layout": "E|tL", "embedding_as_layer": True, "loss_as_layer": True, "cp": 2, "ep": 2, "etp": 2, "dp": 2, "nodes": 2, "moe_dispatcher": "flex", "ep_overlap": True, "grouped_gemm": "cublas", "moe_backend": "hybridep", "moe_capacity": 1.25, "router_fusion": True, "shared_expert_overlap": True, "deterministic": True, "sequence_parallel": True, "tp_overlap": True, "sharding": "torch_fsdp2",
+    "tp": 2, "pp": 2, "vpp": 2, "first_stage_layers": 2, "last_stage_layers": 2, "pp_layout": "E|tL", "embedding_as_layer": True, "loss_as_layer": True, "cp": 2, "ep": 2, "etp": 2, "dp": 2, "nodes": 2, "moe_dispatcher": "flex", "ep_overlap": True, "grouped_gemm": "cublas", "entry": "hybrid", "moe_backend": "hybridep", "moe_capacity": 1.25, "router_fusion": True, "shared_expert_overlap": True, "deterministic": True, "sequence_parallel": True, "tp_overlap": True, "sharding": "torch_fsdp2",
     "recompute": "full", "precision": "fp8", "optimizer": "muon", "optimizer_state": "bf16", "offload": 0.5, "gradients": "bf16",
     "lora": Lora(rank=4, alpha=8.0), "cross_entropy_fusion": True, "cross_entropy_fusion_impl": "te", "attention_mask": False, "gradient_fusion": True, "overlap": False, "optimizer_instances": 2, "fp8_params": True, "cuda_graphs": True, "attention_backend": "unfused",
 }  # fmt: skip

@@ -1,7 +1,7 @@
 """GPT training where upstream's ``pretrain_gpt.py`` is missing.
 
 The ``megatron-core`` wheel has the training loop, the model and the data sets, but not the script
-that combines them. This one mirrors ``pretrain_gpt.py`` and ``gpt_builders.py``. It covers
+that combines them. This one mirrors ``pretrain_gpt.py`` and ``pretrain_hybrid.py``. It covers
 pre-training of dense and mixture-of-experts models on mock or prepared data, under every
 parallelism and with multi-token prediction, and fine-tuning on packed conversations (``--sft``).
 Its losses equal those of upstream's script bit by bit (``make parity``,
@@ -31,6 +31,7 @@ from megatron.training import get_args, get_timers, pretrain
 from megatron.training.argument_utils import (
     core_transformer_config_from_args,
     gpt_config_from_args,
+    hybrid_config_from_args,
     pretrain_cfg_container_from_args,
 )
 from megatron.training.arguments import parse_and_validate_args
@@ -78,7 +79,8 @@ def main() -> None:
                 " megatron-lm"
             )
     datasets.is_distributed = True
-    config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
+    model = hybrid_config_from_args if args.hybrid_layer_pattern else gpt_config_from_args
+    config = pretrain_cfg_container_from_args(args, model(args))
     pretrain(
         config,
         datasets,

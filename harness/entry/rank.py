@@ -110,7 +110,9 @@ def train(tree: Path | None) -> None:
     """Run upstream's script in ``tree``, or the harness's own script where ``tree`` is None."""
     try:
         if tree:
-            sys.argv[0] = str(tree / upstream.SCRIPT)
+            hybrid = "--hybrid-layer-pattern" in sys.argv
+            script = upstream.HYBRID_SCRIPT if hybrid else upstream.SCRIPT
+            sys.argv[0] = str(tree / script)
             runpy.run_path(sys.argv[0], run_name="__main__")
         else:
             from harness.entry import pretrain

@@ -326,6 +326,14 @@ EXPERIMENT_SETTINGS = (
         changes="work",
     ),
     Setting(
+        "ENTRY",
+        "hybrid",
+        "upstream's model: gpt, or hybrid, which is to follow it (pretrain_hybrid.py)",
+        "entry",
+        _choice_of("entry"),
+        "losses",
+    ),
+    Setting(
         "DROPOUT",
         "0",
         "share of hidden states and of attention weights that training drops",

@@ -240,6 +240,27 @@ def _experts(experiment: Experiment) -> Iterator[str]:
         yield f"experts with TP={experiment.tp} need sequence parallelism; set SP=1"
 
 
+def _entry(experiment: Experiment) -> Iterator[str]:
+    """What HybridModel lacks of a GPT, or nobody has tried with it here."""
+    if experiment.entry == "gpt":
+        return
+    model = experiment.model
+    lacking = {
+        "rope_scaling_factor": model.rope_scaling_factor,
+        "window_size, whose layers are counted otherwise": model.window_size,
+        "qk_norm projection": model.qk_norm == "projection",
+        "MTP": model.predictors,
+        "WEIGHTS": experiment.weights,
+        "LORA_RANK": experiment.lora,
+        "EP_OVERLAP=1": experiment.ep_overlap,
+        "CUDA_GRAPHS=1": experiment.cuda_graphs,
+        "PP_LAYOUT": experiment.pp_layout,
+        f"SHARDING={experiment.sharding}": experiment.sharding not in ("no_shard", "optim"),
+    }
+    for what in (name for name, given in lacking.items() if given):
+        yield f"ENTRY=hybrid does not have, or is not tested with, {what}; set ENTRY=gpt"
+
+
 def _shared_expert_overlap(experiment: Experiment) -> Iterator[str]:
     """Rules of TransformerConfig.__post_init__ in megatron/core/transformer."""
     if not experiment.shared_expert_overlap:
@@ -575,6 +596,7 @@ RULES = (
     _sharding,
     _cuda_graphs,
     _lora,
+    _entry,
     _traced_steps,
 )
 """Each complains of an experiment that breaks it, and reads few of its fields."""

@@ -81,6 +81,9 @@ class Experiment(Checked):
     """0: it is no row of the catalogue."""
     shows: Annotated[str, Field(min_length=1)]
     model: Model
+    entry: Literal["gpt", "hybrid"] = "gpt"
+    """Which of upstream's models and scripts trains it: GPTModel by pretrain_gpt.py, or HybridModel
+    by pretrain_hybrid.py, which is to follow it."""
     tp: Count = 1
     pp: Count = 1
     vpp: Count = 1

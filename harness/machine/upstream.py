@@ -9,6 +9,7 @@ from harness import ROOT
 from harness.errors import UserError
 
 SCRIPT = "pretrain_gpt.py"
+HYBRID_SCRIPT = "pretrain_hybrid.py"
 FILL = "git submodule update --init megatron-lm"
 
 

@@ -156,6 +156,7 @@ def kinds(experiment: Experiment) -> frozenset[str]:
         "uneven pipeline stages": experiment.uneven_pipeline,
         "expert parallelism": experiment.ep > 1,
         f"experts multiplied by {experiment.grouped_gemm}": experiment.grouped_gemm != "streams",
+        "a HybridModel": experiment.entry == "hybrid",
         "dropped tokens": experiment.moe_capacity is not None,
         "a fused router": experiment.router_fusion,
         "an overlapped shared expert": experiment.shared_expert_overlap,

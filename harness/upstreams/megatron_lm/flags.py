@@ -12,6 +12,7 @@ from typing import Literal
 
 from harness.data import data_sets
 from harness.experiment.experiment import Experiment
+from harness.experiment.hybrid import layer_pattern
 from harness.experiment.model import Model, Yarn
 from harness.finetune.arguments import flags as lora_flags
 from harness.predict.flops import padded_vocab_size
@@ -229,7 +230,7 @@ def _model(e: Experiment) -> tuple[str, ...]:
     m = e.model
     return (
         (
-            f"--num-layers {m.num_layers} --hidden-size {m.hidden_size} --num-attention-heads"
+            f"{_layers(e)} --hidden-size {m.hidden_size} --num-attention-heads"
             f" {m.num_attention_heads}"
         ),
         *([f"--ffn-hidden-size {m.ffn_hidden_size}"] if m.ffn_hidden_size else []),
@@ -245,6 +246,12 @@ def _model(e: Experiment) -> tuple[str, ...]:
         f"--seq-length {e.seq_length} --max-position-embeddings {e.positions or e.seq_length}",
         f"--attention-backend {e.attention_backend}",
     )
+
+
+def _layers(e: Experiment) -> str:
+    if e.entry == "gpt":
+        return f"--num-layers {e.model.num_layers}"
+    return f"--hybrid-layer-pattern {layer_pattern(e)} --spec harness.specs.hybrid stack_spec"
 
 
 def _latent_attention(m: Model) -> Iterator[str]:
@@ -389,6 +396,8 @@ def _context_parallel(e: Experiment) -> Iterator[str]:
 
 def _stages(e: Experiment) -> Iterator[str]:
     """Virtual stages, and what each stage holds; upstream derives the former from a layout."""
+    if e.entry == "hybrid":
+        return  # the pattern says it
     if e.pp_layout:
         yield f"--pipeline-model-parallel-layout {e.pp_layout}"
     elif e.vpp > 1:
@@ -428,7 +437,7 @@ def _experts(e: Experiment, cuda: bool) -> tuple[str, ...]:
             f"--expert-model-parallel-size {e.ep} --expert-tensor-parallel-size {e.etp}"
             f" --moe-token-dispatcher-type {_dispatcher(e, cuda)}"
         ),
-        *_other_layers(m),
+        *_other_layers(e),
         *([f"--moe-expert-capacity-factor {e.moe_capacity:g}"] if e.moe_capacity else []),
         "--moe-grouped-gemm",
         *(_only_on_gpus(e) if cuda else ()),
@@ -450,9 +459,10 @@ def _only_on_gpus(e: Experiment) -> Iterator[str]:
         yield "--moe-shared-expert-overlap"
 
 
-def _other_layers(m: Model) -> Iterator[str]:
+def _other_layers(e: Experiment) -> Iterator[str]:
     """The layers without experts, and the expert of every token."""
-    if dense := m.first_dense_layers:
+    m = e.model
+    if (dense := m.first_dense_layers) and e.entry == "gpt":
         yield f"--moe-layer-freq [0]*{dense}+[1]*{m.num_layers - dense}"
     if shared := m.moe_shared_expert_intermediate_size:
         yield f"--moe-shared-expert-intermediate-size {shared}"

@@ -1,0 +1,79 @@
+"""The layers of a GPT as upstream's HybridModel stacks them: attention and MLP are layers of their
+own.
+
+Their parts are those of upstream's GPT layer, so that a row has the same parameters in both models.
+Upstream's own stack (megatron/core/models/hybrid/hybrid_layer_specs.py) needs Transformer Engine
+and has no norms of queries and keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.models.hybrid import hybrid_block, hybrid_layer_specs
+from megatron.core.ssm.mlp_layer import MLPLayer
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import (
+    MoETransformerLayer,
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
+from megatron.training import get_args
+from megatron.training.arguments import core_transformer_config_from_args
+
+
+def stack_of(config: TransformerConfig) -> ModuleSpec:
+    """The stack for ``config``: attention, dense MLPs and experts; Mamba as upstream has it."""
+    dense, experts = _layer(config, None), _layer(config, config.num_moe_experts)
+    attention = _half(TransformerLayer, dense, "input_layernorm", "self_attention", "self_attn_bda")
+    of_mlp = ("pre_mlp_layernorm", "mlp", "mlp_bda")
+    if config.transformer_impl == "local":
+        # the norm behind the last layer, which HybridStack takes from Transformer Engine
+        hybrid_block.TENorm = dense.submodules.input_layernorm
+    upstream = hybrid_layer_specs.hybrid_stack_spec
+    return replace(
+        upstream,
+        submodules=replace(
+            upstream.submodules,
+            attention_layer=attention,
+            mla_layer=attention,
+            mlp_layer=_half(MLPLayer, dense, *of_mlp),
+            moe_layer=_half(MoETransformerLayer, experts, *of_mlp),
+        ),
+    )
+
+
+def _layer(config: TransformerConfig, experts: int | None) -> ModuleSpec:
+    """Upstream's layer of a GPT, with ``experts`` or a dense MLP."""
+    same = {
+        "num_experts": experts,
+        "moe_grouped_gemm": config.moe_grouped_gemm,
+        "qk_layernorm": config.qk_layernorm,
+        "multi_latent_attention": config.multi_latent_attention,
+    }
+    if config.transformer_impl == "local":
+        return get_gpt_layer_local_spec(**same, normalization=config.normalization)
+    return get_gpt_layer_with_transformer_engine_spec(**same)
+
+
+def _half(module: type, layer: ModuleSpec, *parts: str) -> ModuleSpec:
+    """A layer of these ``parts`` of ``layer``."""
+    submodules = {part: getattr(layer.submodules, part) for part in parts}
+    names = {
+        before: after
+        for before, after in layer.submodules.sharded_state_dict_keys_map.items()
+        if before.partition(".")[0] in parts
+    }
+    return ModuleSpec(
+        module=module,
+        submodules=TransformerLayerSubmodules(**submodules, sharded_state_dict_keys_map=names),
+    )
+
+
+stack_spec = stack_of(core_transformer_config_from_args(get_args()))
+"""What ``--spec harness.specs.hybrid stack_spec`` names: read after arguments are parsed."""
