@@ -72,8 +72,11 @@ def test_what_a_hybrid_model_has_not_is_refused(id_, changes, what):
 @pytest.mark.cpu
 @pytest.mark.parametrize(
     ("model", "changes"),
-    [(DENSE, {}), (DENSE, GATED | {"qk_norm": "head", "num_query_groups": 2}), (MOE, {"first_dense_layers": 1})],
-    ids=["dense", "grouped and normed", "experts"],
+    [
+        pytest.param(DENSE, {}, id="dense", marks=pytest.mark.full),
+        pytest.param(DENSE, GATED | {"qk_norm": "head", "num_query_groups": 2}, id="grouped and normed"),
+        pytest.param(MOE, {"first_dense_layers": 1}, id="experts"),
+    ],
 )  # fmt: skip
 def test_from_the_same_weights_losses_and_gradients_are_the_gpts(model, changes):
     experiment = with_changes(tiny(model.model_copy(update=changes), {}), entry="hybrid")
