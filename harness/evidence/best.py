@@ -35,6 +35,7 @@ STEP_SETTINGS = {
         if field not in SAME_STEP
     ),
 }
+"""Settings that make a step another one."""
 FOLLOWS = {"RECOMPUTE_MODULES": "RECOMPUTE", "SP": "TP", "VPP": "PP"}
 """Settings that another brings with it."""
 SAME_BATCH_S = 2 * 3600
@@ -64,8 +65,12 @@ class Recipe:
 
     @property
     def ratio(self) -> float | None:
-        """How many times as many tokens a second as the row as it stands."""
-        return self.base.step.median / self.best.step.median if self.base else None
+        """That of the fastest."""
+        return self.ratio_of(self.best)
+
+    def ratio_of(self, row: Row) -> float | None:
+        """How many times as many tokens a second as the base; None without one."""
+        return self.base and self.base.step.median / row.step.median
 
 
 def print_best(id_: str, settings: Mapping[str, str]) -> int:
@@ -149,12 +154,8 @@ def _base(row: Experiment, arithmetic: Sequence[str], rows: Sequence[Row]) -> Ro
 def same_batch(one: Row, other: Row) -> bool:
     """Whether they ran shortly after each other, on hosts that launch alike."""
     apart = abs(one.result.started - other.result.started)
-    return apart < SAME_BATCH_S and _alike(one, other)
-
-
-def _alike(one: Row, other: Row) -> bool:
-    us = [row.launch and row.launch.operation_us for row in (one, other)]
-    return launch_alike(*us)
+    us = (row.launch and row.launch.operation_us for row in (one, other))
+    return apart < SAME_BATCH_S and launch_alike(*us)
 
 
 def _print(recipe: Recipe, id_: str) -> None:
@@ -162,7 +163,7 @@ def _print(recipe: Recipe, id_: str) -> None:
     print("  {:>9} {:>6} {:>5} {:>9} {:>6} {:>7}".format(*HEAD))
     for one in recipe.rows:
         star = " " if recipe.base is None or same_batch(one, recipe.base) else "*"
-        ratio = f"{recipe.base.step.median / one.step.median:.2f}" if recipe.base else ""
+        ratio = f"{recipe.ratio_of(one):.2f}" if recipe.base else ""
         share = f"{one.mfu:.1%}" if one.mfu else ""
         gib = one.memory_gib.allocated
         launch = f"{one.launch.operation_us:.0f} µs" if one.launch else ""
@@ -177,8 +178,8 @@ def _print(recipe: Recipe, id_: str) -> None:
         say(f"  {id_} as it stands{with_} is not measured: no ratio")
     elif any(not same_batch(one, recipe.base) for one in recipe.rows):
         say(
-            "  *: measured on another day than the row, or on a host that launches"
-            f" {SAME_LAUNCH_RATE:g} times as fast or slowly: part of the ratio may be the host's"
+            "  *: measured hours apart from the row, or on a host that launches faster or slower"
+            f" by a factor of {SAME_LAUNCH_RATE:g} or more: part of the ratio may be the host's"
         )
     for line in ablation(recipe.rows):
         say(f"  {line}", hang=4)
@@ -207,7 +208,7 @@ def _object(row: Row, recipe: Recipe) -> dict[str, Any]:
         "card": row.gpu and row.gpu.key,
         "arithmetic": list(recipe.arithmetic),
         "step_ms": round(row.step.median, 2),
-        "ratio": base and round(base.step.median / row.step.median, 3),
+        "ratio": base and round(recipe.ratio_of(row), 3),
         "same_batch": base and same_batch(row, base),
         "mfu": row.mfu and round(row.mfu, 4),
         "tokens_per_s": row.result.tokens_per_s,

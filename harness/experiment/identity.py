@@ -30,6 +30,7 @@ AROUND_STEPS = (
 
 OF_MODEL = {"dropout": "DROPOUT", "mtp_num_layers": "MTP"}
 """Fields of a model that have a setting, and which."""
+
 _FIELDS = {setting.field: setting for setting in EXPERIMENT_SETTINGS if setting.changes}
 CURVE = {field: one.key for field, one in _FIELDS.items() if one.changes == "losses"} | {
     field: field for field in ("precision", "positions")

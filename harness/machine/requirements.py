@@ -16,24 +16,22 @@ def check_machine(experiment: Experiment, device: str) -> None:
 
     A GPU that hardware.py does not list is taken to have fp8.
     """
-    if experiment.precision == "fp8" and device == "cuda":
-        for card in filter(None, (find_card(gpu.name) for gpu in list_gpus())):
-            if card.fp8_tflops is None:
-                raise UserError(
-                    f"{experiment.id} computes in fp8, which {card.name} does not support"
-                    " (Ada, Hopper and later do)\n"
-                    f"a bf16 row: make list CHAPTER={experiment.chapter}"
-                )
-            if experiment.fp8_recipe == "mxfp8" and not card.is_blackwell:
-                raise UserError(f"{experiment.id}: FP8=mxfp8: {WITHOUT_MXFP8.format(card.name)}")
     kernel = experiment.grouped_gemm
-    if kernel != "streams" and device == "cuda":
-        for card in filter(None, (find_card(gpu.name) for gpu in list_gpus())):
-            if not card.multiplies_groups(kernel):
-                raise UserError(
-                    f"{experiment.id}: GROUPED_GEMM={kernel} does not run on {card.name}; leave it"
-                    " out"
-                )
+    asks_cards = device == "cuda" and (experiment.precision == "fp8" or kernel != "streams")
+    gpus = list_gpus() if asks_cards else ()
+    for card in filter(None, (find_card(gpu.name) for gpu in gpus)):
+        if experiment.precision == "fp8" and card.fp8_tflops is None:
+            raise UserError(
+                f"{experiment.id} computes in fp8, which {card.name} does not support"
+                " (Ada, Hopper and later do)\n"
+                f"a bf16 row: make list CHAPTER={experiment.chapter}"
+            )
+        if experiment.fp8_recipe == "mxfp8" and not card.is_blackwell:
+            raise UserError(f"{experiment.id}: FP8=mxfp8: {WITHOUT_MXFP8.format(card.name)}")
+        if kernel != "streams" and not card.multiplies_groups(kernel):
+            raise UserError(
+                f"{experiment.id}: GROUPED_GEMM={kernel} does not run on {card.name}; leave it out"
+            )
     if experiment.moe_dispatcher == "flex" and device == "cuda" and not find_spec("deep_ep"):
         raise UserError(
             f"{experiment.id}: MOE_DISPATCHER=flex needs the package deep_ep, which is not"
