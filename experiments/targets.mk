@@ -34,6 +34,10 @@ published: ; @$(HARNESS) published $(WORDS)
 faster-%: override TAKES = FORMAT $(SETTINGS)
 #best-101 ## the fastest set-up measured, and what each setting brought  [FORMAT=terminal|json]
 best-%: override TAKES = FORMAT $(SETTINGS)
+#recipes ## the fastest set-up measured of each workload, beside its row  [FORMAT=terminal|json]
+recipes: override TAKES = FORMAT
+.PHONY: recipes
+recipes: ; @$(HARNESS) recipes $(WORDS)
 #gpus-101 ## how many GPUs the same work needs; what more of them bring  [FORMAT=terminal|json]
 gpus-%: override TAKES = FORMAT $(SETTINGS)
 #plan ## the best layouts of a model on GPUs, and their cost  MODEL=llama3-70b GPUS=64 CARD=h100-80gb [LAYERS=12] [TOKENS=15e12] [FORMAT=terminal|json]

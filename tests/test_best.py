@@ -1,6 +1,8 @@
 """make best: the fastest measured set-ups, like compared with like."""
 
 import json
+import math
+import statistics
 from dataclasses import replace
 
 import pytest
@@ -99,6 +101,36 @@ def test_it_prints_commands_and_says_what_is_not_measured(capsys):
     assert main(["best", "111", "FORMAT=json"]) == 0
     found = json.loads(capsys.readouterr().out)
     rows = [one for one in found if not one["arithmetic"]]
-    assert rows == sorted(rows, key=lambda one: one["step_ms"]) and rows[0]["make"] == "111"
+    assert rows == sorted(rows, key=lambda one: one["step_ms"]) and rows[-1]["record"].startswith(
+        "h200-141gb/111"
+    )
     assert main(["best", "941"]) == 2
     assert "no record has the work of 941: deepseek-v3, 8,192 sequences" in capsys.readouterr().err
+
+
+def test_the_same_gpus_are_one_batch_however_busy_their_host_was():
+    rows = [measured(3000.0), measured(1500.0, HOUR, us=75.0, MBS="4")]
+    here = [
+        replace(row, gpu_uuids=frozenset({"GPU-1", uuid}))
+        for row, uuid in zip(rows, "ab", strict=True)
+    ]
+    assert best.same_batch(*here)
+    assert not best.same_batch(here[0], replace(here[1], gpu_uuids=frozenset({"GPU-2"})))
+
+
+def test_recipes_are_the_fastest_records_of_each_listed_workload(capsys):
+    assert main(["recipes"]) == 0
+    printed = capsys.readouterr().out
+    assert main(["recipes", "FORMAT=json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    olmoe = next(one for one in found if one["workload"] == "632")
+    assert olmoe["make"] == "632 GROUPED_GEMM=cublas MBS=4 RECOMPUTE=none" and olmoe["one_batch"]
+    assert olmoe["ratio"] == pytest.approx(olmoe["row_ms"] / olmoe["fastest_ms"], abs=1e-3)
+    mean = math.exp(statistics.mean(math.log(one["ratio"]) for one in found))
+    assert f"geometric mean of {len(found)}: {mean:.2f}" in printed
+    for one in found:
+        base, fastest = (
+            json.loads((RECORDS / f"{name}.json").read_text()) for name in one["records"]
+        )
+        assert base["step_ms"]["median"] == pytest.approx(one["row_ms"], abs=0.01)
+        assert one["fastest_ms"] <= one["row_ms"] and fastest["status"] == "ok"

@@ -580,12 +580,12 @@ def test_a_record_is_replaced_by_one_of_the_same_work_whatever_both_are_called(t
 @pytest.mark.parametrize("path", sorted(RECORDS.glob("*/*.json")), ids=lambda path: path.stem)
 def test_a_kept_record_is_found_as_that_of_its_own_work(path):
     experiment, result, environment = records.read(path)
-    host = records._Host.of(environment, result.started)
-    assert records._stem(experiment, path.parent, host) == path.stem
+    sitting = records.Sitting.of(environment, result.started)
+    assert records._stem(experiment, path.parent, sitting) == path.stem
     assert [
         other.stem
         for other in path.parent.glob(f"{experiment.id}*.json")
-        if records._is_of(other, experiment, host)
+        if records._is_of(other, experiment, sitting)
     ] == [path.stem]
 
 

@@ -17,7 +17,7 @@ from harness.experiment import identity
 from harness.experiment.experiment import Experiment
 from harness.experiment.overrides import command_of
 from harness.planning import resolved
-from harness.predict.rates import SAME_LAUNCH_RATE, launch_alike
+from harness.predict.rates import SAME_LAUNCH_RATE
 from harness.system.screen import say
 
 ARITHMETIC = ("FP8", "DROPOUT", "GRADIENTS", "OPTIMIZER_STATE", "MOE_CAPACITY", "MTP")
@@ -38,8 +38,6 @@ STEP_SETTINGS = {
 """Settings that make a step another one."""
 FOLLOWS = {"RECOMPUTE_MODULES": "RECOMPUTE", "SP": "TP", "VPP": "PP"}
 """Settings that another brings with it."""
-SAME_BATCH_S = 2 * 3600
-"""Records that began within this time, on hosts that launch alike, are of one batch."""
 HEAD = ("ms", "ratio", "MFU", "tokens/s", "GiB", "launch")
 
 
@@ -152,10 +150,8 @@ def _base(row: Experiment, arithmetic: Sequence[str], rows: Sequence[Row]) -> Ro
 
 
 def same_batch(one: Row, other: Row) -> bool:
-    """Whether they ran shortly after each other, on hosts that launch alike."""
-    apart = abs(one.result.started - other.result.started)
-    us = (row.launch and row.launch.operation_us for row in (one, other))
-    return apart < SAME_BATCH_S and launch_alike(*us)
+    """Whether both ran in one batch, as ``records.Sitting.is_with`` says."""
+    return one.sitting.is_with(other.sitting)
 
 
 def _print(recipe: Recipe, id_: str) -> None:

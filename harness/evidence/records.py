@@ -25,6 +25,8 @@ from harness.run.schema import Result, StepMetrics, Validation, changes_in_words
 from harness.run.step_statistics import contradictions
 from harness.system.files import complaint, read_object, write_json, write_text
 
+BATCH_S = 2 * 3600
+"""Runs of one batch begin within this time."""
 UNRECORDED = ("STEPS", "DATA", "PROFILE", "EVAL_EVERY", "EVAL_STEPS")
 """Settings that do not name a record: a row measured over fewer steps is still that row."""
 
@@ -51,10 +53,9 @@ def record(run: directory.RunDir, records: Path, force: bool = False) -> Path:
 
     A record is result.json with the frozen experiment, the environment and each rank's memory; the
     metrics are kept with it, so that every number can be computed again. The frozen experiment
-    decides which record is replaced; records of other work whose names collide, or of a host that
-    launches at another rate, get numbers (``101_args.2``). Tracing slows a step, so a traced run
-    leaves only its profile, in a folder of its own. Only ``force`` replaces the record of another
-    run.
+    decides which record is replaced; records of other work whose names collide, or of another
+    batch, get numbers (``101_args.2``). Tracing slows a step, so a traced run leaves only its
+    profile, in a folder of its own. Only ``force`` replaces the record of another run.
 
     Raises:
         UserError: the same work has the record of another run.
@@ -67,7 +68,7 @@ def record(run: directory.RunDir, records: Path, force: bool = False) -> Path:
     folder = records / folder_of(result.gpu)
     environment = _environment(run)
     evidence = {"experiment": experiment.model_dump(mode="json"), "environment": environment}
-    host = _Host.of(environment, result.started)
+    sitting = Sitting.of(environment, result.started)
     if experiment.profile:
         folder /= FOLDER
         content = of_run(run).model_dump(mode="json")
@@ -79,7 +80,7 @@ def record(run: directory.RunDir, records: Path, force: bool = False) -> Path:
                 "a record must follow from its metrics: run it again"
             )
         content = json.loads(run.result.read_text(encoding="utf-8"))
-    target = folder / f"{_stem(experiment, folder, host)}.json"
+    target = folder / f"{_stem(experiment, folder, sitting)}.json"
     _check_replaces(target, content, force)
     folder.mkdir(parents=True, exist_ok=True)
     if not experiment.profile:
@@ -238,23 +239,27 @@ def _contradictions(
 
 
 @dataclass(frozen=True)
-class _Host:
-    """What tells a run's host from another: its launch rate, or the day of the run."""
+class Sitting:
+    """When a run began, on which GPUs, and how its host launches: what tells batches apart."""
 
+    started: float
     operation_us: float | None
-    day: str
+    gpus: frozenset[str]
+    """UUIDs; none in older records."""
 
     @staticmethod
-    def of(environment: Mapping[str, Any] | None, started: float) -> _Host:
-        launch = (environment or {}).get("launch") or {}
-        return _Host(launch.get("operation_us"), day_of(started))
+    def of(environment: Mapping[str, Any] | None, started: float) -> Sitting:
+        there = environment or {}
+        launch = there.get("launch") or {}
+        return Sitting(started, launch.get("operation_us"), frozenset(there.get("gpu_uuids") or ()))
 
-    def is_like(self, other: _Host) -> bool:
-        """Whether a run here repeats one there: launch-bound steps would take as long."""
-        known = self.operation_us or other.operation_us
-        return rates.launch_alike(self.operation_us, other.operation_us) and bool(
-            known or self.day == other.day
-        )
+    def is_with(self, other: Sitting) -> bool:
+        """Whether both are of one batch: shortly after each other, on the same GPUs or on hosts
+        that launch alike."""
+        if abs(self.started - other.started) >= BATCH_S:
+            return False
+        alike = rates.launch_alike(self.operation_us, other.operation_us)
+        return alike or bool(self.gpus & other.gpus)
 
 
 def day_of(started: float) -> str:
@@ -262,7 +267,7 @@ def day_of(started: float) -> str:
     return datetime.fromtimestamp(started, UTC).date().isoformat()
 
 
-def _stem(experiment: Experiment, folder: Path, host: _Host) -> str:
+def _stem(experiment: Experiment, folder: Path, sitting: Sitting) -> str:
     """Base name of the record's files: that of the record it replaces, else a free one."""
     naming = {key: value for key, value in experiment.overrides.items() if key not in UNRECORDED}
     label = experiment.model_copy(update={"overrides": naming}).label
@@ -272,7 +277,7 @@ def _stem(experiment: Experiment, folder: Path, host: _Host) -> str:
     same = [
         path.stem
         for path in sorted(folder.glob(f"{experiment.id}*.json"))
-        if _is_of(path, experiment, host)
+        if _is_of(path, experiment, sitting)
     ]
     if same:
         return stem if stem in same else same[0]
@@ -280,17 +285,17 @@ def _stem(experiment: Experiment, folder: Path, host: _Host) -> str:
     return next(name for name in names if not (folder / f"{name}.json").exists())
 
 
-def _is_of(path: Path, experiment: Experiment, host: _Host) -> bool:
-    """Whether the record or profile in ``path`` is of this work on a host like this one, whichever
-    steps it traced."""
+def _is_of(path: Path, experiment: Experiment, sitting: Sitting) -> bool:
+    """Whether the record or profile in ``path`` is of this work and batch, whichever steps it
+    traced."""
     try:
         content = read_object(path)
         recorded = directory.experiment_in(content.get("experiment") or {})
     except ValueError:  # a damaged record of another run keeps its name
         return False
     if "started" in content:
-        there = _Host.of(content.get("environment"), content["started"])
-        if not host.is_like(there):
+        there = Sitting.of(content.get("environment"), content["started"])
+        if not sitting.is_with(there):
             return False
     return same_work(
         recorded.model_copy(update={"profile": None}),

@@ -211,6 +211,7 @@ def _common(
         "experiment": experiment,
         "result": result,
         "launch": _launch_rate(environment),
+        "gpu_uuids": frozenset((environment or {}).get("gpu_uuids") or ()),
     }
     if experiment.miniature or not is_same_work(experiment) or (result and result.mixed):
         return common

@@ -51,6 +51,8 @@ class Row:
     """The Megatron-LM it runs; None where that is not known yet."""
     launch: LaunchRate | None = None
     """How fast its slowest rank launched; None for runs older than this measurement."""
+    gpu_uuids: frozenset[str] = frozenset()
+    """Those that it ran on; none where older runs did not say."""
 
     @property
     def id(self) -> str:
@@ -226,6 +228,12 @@ class Row:
         if machine is None or self.result is None:
             return None
         return machine.launch_us.get(records.day_of(self.result.started))
+
+    @property
+    def sitting(self) -> records.Sitting:
+        """When and where it ran; only of rows with a result."""
+        operation_us = self.launch and self.launch.operation_us
+        return records.Sitting(self.result.started, operation_us, self.gpu_uuids)
 
     def _ratio(self, ours: float | None, published: float | None) -> float | None:
         return ours / published if ours and published and self.state == "ok" else None

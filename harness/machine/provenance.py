@@ -21,7 +21,11 @@ from harness.machine import gpus
 from harness.run.schema import Upstream
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "apex", "triton", "numpy")
-NCCL_PACKAGES = ("nvidia-nccl-cu13", "nvidia-nccl-cu12")
+CUDA_LIBRARIES = {
+    "nccl": (("nvidia-nccl-cu13", "nvidia-nccl-cu12"), "NCCL_VERSION"),
+    "cublas": (("nvidia-cublas", "nvidia-cublas-cu12"), "CUBLAS_VERSION"),
+}
+"""The packages that bring each, and the variable in which NVIDIA's images name its version."""
 _VERSION_PARTS = ("MAJOR", "MINOR", "PATCH", "PRE_RELEASE")
 
 
@@ -37,7 +41,8 @@ def describe_environment(device: str, gpu_ids: Sequence[int] = ()) -> dict[str, 
     """
     import psutil
 
-    used = [gpu.name for gpu in gpus.list_gpus() if device == "cuda" and gpu.index in gpu_ids]
+    listed = [gpu for gpu in gpus.list_gpus() if device == "cuda" and gpu.index in gpu_ids]
+    used = [gpu.name for gpu in listed]
     driver, cuda = gpus.driver_versions() if used else (None, None)
     commit, dirty = source_commit(ROOT)
     return {
@@ -49,12 +54,11 @@ def describe_environment(device: str, gpu_ids: Sequence[int] = ()) -> dict[str, 
         "python": platform.python_version(),
         "executable": sys.executable,
         **{name: package_version(name) for name in PACKAGES},
-        "nccl": next(
-            filter(None, map(package_version, NCCL_PACKAGES)), os.environ.get("NCCL_VERSION")
-        ),
+        **{name: library_version(name) for name in CUDA_LIBRARIES},
         "device": device,
         "gpu": used[0] if used else None,
         "gpus": used,
+        "gpu_uuids": [gpu.uuid for gpu in listed],
         "driver": driver,
         "cuda_of_driver": cuda,
         "commit": commit,
@@ -120,6 +124,12 @@ def package_version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def library_version(library: str) -> str | None:
+    """The version of one of ``CUDA_LIBRARIES``; None where that is unknown."""
+    packages, variable = CUDA_LIBRARIES[library]
+    return next(filter(None, map(package_version, packages)), os.environ.get(variable))
 
 
 def _cpu_name() -> str:

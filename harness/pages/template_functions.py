@@ -11,6 +11,11 @@ formulas.
     {{ memory("111 115") }}                   predicted memory by piece, and what was measured
     {{ speed("408", machine="h200") }}        predicted step time by piece
     {{ faster("408", machine="h200") }}       the fastest layout predicted for the same work
+    {{ recipes() }}                           the fastest set-up measured of each workload
+    {{ recipes_mean() }}                      geometric mean of what they bring
+    {{ recipes_count() }}                     of how many workloads
+    {{ best_ratio("632") }}                   what the fastest of one workload brings
+    {{ ablations() }}                         what one setting brought in each
     {{ gpus("611", card="h100-80gb") }}       the best layout predicted for each number of GPUs
     {{ prediction_keys() }}                   keys of predictions as JSON
     {{ machines() }}                          the constants of the predictions and their errors
@@ -33,7 +38,14 @@ from functools import partial
 from typing import Any
 
 from harness.errors import UserError
-from harness.evidence import published_steps, scaling, step_time_tables, tables, verdicts
+from harness.evidence import (
+    published_steps,
+    scaling,
+    step_time_tables,
+    tables,
+    verdicts,
+    workloads,
+)
 from harness.evidence.facts import HARDWARE, Facts
 from harness.evidence.predictions import KEYS
 from harness.evidence.quantities import NotMeasured, RanOutOfMemory
@@ -114,6 +126,11 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "speed": step_time_tables.parts_table,
     "faster": lambda _, ids, machine: step_time_tables.faster_table(machine, *ids.split()),
     "tried": lambda _, commands, machine: step_time_tables.tried_table(machine, commands),
+    "recipes": lambda facts: workloads.table(facts.rows),
+    "recipes_mean": lambda facts: f"{workloads.mean_ratio(workloads.load(facts.rows)):.2f}",
+    "recipes_count": lambda facts: str(len(workloads.load(facts.rows))),
+    "best_ratio": lambda facts, command: f"{workloads.ratio_of(command, facts.rows):.1f}",
+    "ablations": lambda facts: workloads.ablations(facts.rows),
     "gpus": lambda _, ids, card: scaling.table(card, *ids.split()),
     "prediction_keys": lambda _: "\n".join(f"| `{key}` | {does} |" for key, does in KEYS.items()),
     "machines": lambda _: step_time_tables.machines_table(),

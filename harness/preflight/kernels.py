@@ -96,7 +96,11 @@ def linears(
     micro-batches only, as in training.
     """
     import transformer_engine.pytorch as te
+    from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
+    # Delayed scaling reduces the maxima of every module that ever ran, over the group that it ran
+    # with; ranks that time themselves do not call equally often.
+    FP8GlobalStateManager.reset()
     for rows, columns, inner in shapes:
         layer = te.Linear(inner, columns, bias=False, params_dtype=torch.bfloat16)
         value = torch.randn(rows, inner, device="cuda", dtype=torch.bfloat16, requires_grad=True)
@@ -123,8 +127,7 @@ def linears(
 
 @cache
 def _alone() -> dist.ProcessGroup:
-    """A group of this rank alone: delayed scaling reduces its maxima over a group after each call,
-    and ranks that time themselves do not call equally often."""
+    """A group of this rank alone, over which delayed scaling reduces its maxima."""
     groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
     return groups[dist.get_rank()]
 

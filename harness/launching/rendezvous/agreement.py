@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from harness import ROOT
 from harness.data import fingerprint
 from harness.machine.provenance import (
-    NCCL_PACKAGES,
+    CUDA_LIBRARIES,
     PACKAGES,
     describe_upstream,
     package_version,
@@ -91,9 +91,13 @@ def _packages() -> dict[str, str | None]:
     megatron-core's is left out: where it runs, it is in ``Megatron-LM``; where a source tree runs,
     it does not matter.
     """
-    wanted = [name for name in (*PACKAGES, *NCCL_PACKAGES) if name != "megatron-core"]
+    wanted = [name for name in PACKAGES if name != "megatron-core"]
     python = ".".join(platform.python_version_tuple()[:2])
-    return {"python": python, **{name: package_version(name) for name in wanted}}
+    return {
+        "python": python,
+        **{name: package_version(name) for name in wanted},
+        **{name: library_version(name) for name in CUDA_LIBRARIES},
+    }
 
 
 def _sources(folder: Path) -> str:

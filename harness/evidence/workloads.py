@@ -1,0 +1,164 @@
+"""``make recipes``: for each workload the fastest set-up that was measured, and the row itself."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from harness import RECORDS
+from harness.errors import UserError
+from harness.evidence import best, markdown, results
+from harness.evidence.best import Recipe
+from harness.evidence.predictions import is_json, print_json
+from harness.evidence.references import load_references
+from harness.evidence.rows import Row
+from harness.experiment import overrides
+from harness.experiment.catalog import EXPERIMENTS, load_catalog
+from harness.experiment.experiment import Experiment
+from harness.experiment.overrides import command_of
+from harness.system import yaml_files
+from harness.system.screen import say
+
+WORKLOADS = EXPERIMENTS / "recipes.yaml"
+HEAD = ("workload", "GPUs", "ms", "fastest", "ratio", "MFU", "make")
+LATER = "another hour or a host of another launch rate"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A row of the catalogue on the GPUs that were at hand, and the records that compute the same.
+
+    Attributes:
+        command: what ``make`` took for the row as it stands.
+        recipe: without a ratio where the row itself was not measured.
+    """
+
+    command: str
+    experiment: Experiment
+    recipe: Recipe
+
+    @property
+    def is_of_one_batch(self) -> bool:
+        """Whether the row and the fastest set-up were measured in one batch."""
+        return self.recipe.base is not None and best.same_batch(self.recipe.best, self.recipe.base)
+
+
+def load(measured: Iterable[Row]) -> list[Workload]:
+    """The workloads of experiments/recipes.yaml that ``measured`` has, on each kind of card.
+
+    Raises:
+        UserError: the file is no list of what ``make`` takes.
+    """
+    listed, measured = yaml_files.read(WORKLOADS).get("workloads"), list(measured)
+    if not (isinstance(listed, list) and all(isinstance(one, str) for one in listed)):
+        raise UserError(f"{WORKLOADS.name}: workloads: no list of texts such as 502 GPUS=2 EP=2")
+    catalog = load_catalog()
+    found = []
+    for command in listed:
+        experiment = overrides.experiment_of(command, catalog)
+        for recipe in best.recipes(experiment, measured):
+            if not recipe.arithmetic:
+                found.append(Workload(command, experiment, recipe))
+    return found
+
+
+def mean_ratio(workloads: Sequence[Workload]) -> float:
+    """Geometric mean of how much faster the fastest set-ups are than the rows."""
+    return statistics.geometric_mean(
+        one.recipe.ratio for one in workloads if one.recipe.ratio is not None
+    )
+
+
+def ratio_of(command: str, measured: Iterable[Row]) -> float:
+    """How much faster the fastest set-up of a listed workload is than its row.
+
+    Raises:
+        UserError: it is not listed, or not measured.
+    """
+    for one in load(measured):
+        if one.command == command and one.recipe.ratio:
+            return one.recipe.ratio
+    raise UserError(f"{WORKLOADS.name} does not list {command}, or no record has it")
+
+
+def print_recipes(settings: Mapping[str, str]) -> int:
+    """Print each workload, its row's time and the fastest measured set-up."""
+    workloads = load(results.collect_records(RECORDS, load_references()).rows)
+    if is_json(settings):
+        return print_json(map(_object, workloads))
+    for card in dict.fromkeys(one.recipe.card for one in workloads):
+        of_card = [one for one in workloads if one.recipe.card == card]
+        say(f"{card}: fastest measured set-ups that compute the same")
+        width = max(len(one.command) for one in of_card)
+        print(f"  {HEAD[0]:{width}} {'GPUs':>4} {'ms':>7} {'fastest':>8} {'ratio':>5} {'MFU':>6}")
+        for one in of_card:
+            row = one.recipe.best
+            star = " " if one.is_of_one_batch else "*"
+            say(
+                f"{star} {one.command:{width}} {one.experiment.world_size:4}"
+                f" {_ms(one.recipe.base):>7} {_ms(row):>8} {_ratio(one):>5} {_mfu(row):>6}"
+                f"  make {command_of(row.experiment)}",
+                hang=4,
+            )
+        if not all(one.is_of_one_batch for one in of_card):
+            say(f"  *: row and set-up measured at {LATER}: part of the ratio may be the host's")
+        say(f"  geometric mean of {len(of_card)}: {mean_ratio(of_card):.2f}")
+    return 0
+
+
+def table(measured: Iterable[Row]) -> str:
+    """Markdown of the same."""
+    lines = [
+        [
+            f"`{one.command}`",
+            one.experiment.model.name,
+            str(one.experiment.world_size),
+            _ms(one.recipe.base),
+            _ms(one.recipe.best) + " *" * (not one.is_of_one_batch),
+            _ratio(one),
+            _mfu(one.recipe.best),
+            f"`make {command_of(one.recipe.best.experiment)}`",
+        ]
+        for one in load(measured)
+    ]
+    head = ["row as it stands", "model", "GPUs", "ms", "fastest", "ratio", "MFU", "command"]
+    return markdown.table(head, lines, "llrrrrrl") + f"\n\n<sub>*: measured at {LATER}</sub>"
+
+
+def ablations(measured: Iterable[Row]) -> str:
+    """Markdown of what one setting brought, where two records of a batch differ in no other."""
+    paragraphs = []
+    for one in load(measured):
+        if lines := [*best.ablation(one.recipe.rows)]:
+            items = "\n".join(f"* {line}" for line in lines)
+            paragraphs.append(f"`{one.command}`:\n\n{items}")
+    return "\n\n".join(paragraphs)
+
+
+def _ms(row: Row | None) -> str:
+    return f"{row.step.median:,.0f}" if row else ""
+
+
+def _ratio(one: Workload) -> str:
+    return f"{one.recipe.ratio:.2f}" if one.recipe.ratio else ""
+
+
+def _mfu(row: Row) -> str:
+    return f"{row.mfu:.1%}" if row.mfu else ""
+
+
+def _object(one: Workload) -> dict[str, Any]:
+    base, row = one.recipe.base, one.recipe.best
+    return {
+        "workload": one.command,
+        "card": row.gpu and row.gpu.key,
+        "gpus": one.experiment.world_size,
+        "row_ms": base and round(base.step.median, 2),
+        "fastest_ms": round(row.step.median, 2),
+        "ratio": one.recipe.ratio and round(one.recipe.ratio, 3),
+        "one_batch": one.is_of_one_batch,
+        "make": command_of(row.experiment),
+        "records": [base and base.label, row.label],
+    }
