@@ -162,7 +162,10 @@ def test_layers_with_experts_are_graphed_in_part() -> None:
     assert graphed("101", "cuda").count(
         "--cuda-graph"
     ) == 1 and "--cuda-graph-impl local --te-rng-tracker" in graphed("101", "cuda")
-    assert "--cuda-graph-modules attn moe_router" in graphed("501", "cuda")
+    of_experts = (
+        "transformer_engine --te-rng-tracker --cuda-graph-modules attn moe_router moe_preprocess"
+    )
+    assert of_experts in graphed("501", "cuda"), "upstream's own capture a GPT's whole layer"
     assert (
         "cuda-graph" not in graphed("101", "cpu")
         and not miniature(with_changes(CATALOG.find("101"), cuda_graphs=True)).cuda_graphs

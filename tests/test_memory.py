@@ -35,6 +35,7 @@ from harness.predict.memory import _gathered_layer_bytes, predict
 from harness.predict.operations import hidden_bytes
 from harness.predict.replay import layers_in_flight, replay
 from harness.run.directory import RunDir
+from tests.missed_memory import marks
 from tests.one_process import kept_sizes
 
 CATALOG = load_catalog()
@@ -329,7 +330,9 @@ RUNS = sorted((ROOT / "experiments" / "runs").glob("*/*"))
 FUSED = [run for run in RUNS if re.match(r"611|632|713|811|812", run.name)]
 
 
-@pytest.mark.parametrize("run", FUSED, ids=[run.name for run in FUSED])
+@pytest.mark.parametrize(
+    "run", [pytest.param(run, id=run.name, marks=marks(run.name)) for run in FUSED]
+)
 def test_logits_of_a_fused_loss_are_counted_twice_in_fp32(run) -> None:
     """Runs of Llama 3 8B and OLMoE on H200s: without the second copy 0.8 to 3.9 GiB are missing."""
     frozen = RunDir(run)

@@ -177,6 +177,19 @@ def test_mixtral_fits_four_gpus_only_with_bf16_gradients():
             "dropout of recomputed attention; set DROPOUT=0",
         ),
         ("811", {"cuda_graphs": True}, "CUDA graphs are not tested with adapters"),
+        ("101", {"cuda_graphs": ("moe_router",)}, "gpt2-xl has no experts; leave moe_router out"),
+        ("631", {"cuda_graphs": ("moe_preprocess",)}, "moe_preprocess needs moe_router beside it"),
+        ("631", {"cuda_graphs": ("attn", "mlp")}, "experts cannot be captured; leave mlp out"),
+        (
+            "631",
+            {"cuda_graphs": True, "recompute": "selective", "recompute_modules": ("moe",)},
+            "recomputed experts cover the graph of the router",
+        ),
+        (
+            "631",
+            {"cuda_graphs": ("moe_router", "moe_preprocess"), "moe_capacity": 1.0},
+            "with MOE_CAPACITY counts go to the CPU there; leave moe_preprocess out",
+        ),
         ("703", {"cuda_graphs": True}, "hooks by which fsdp_optim gathers weights"),
         ("705", {"optimizer": "muon"}, "upstream's muon works with SHARDING=no_shard or optim"),
         (

@@ -126,7 +126,10 @@ def test_arguments_are_split_as_a_shell_splits() -> None:
         (["101", "SP=yes"], r"SP=yes: expected 0 or 1"),
         (["101", "DROPOUT=1"], r"DROPOUT=1: expected a number from 0 to below 1"),
         (["101", "DROPOUT=none"], r"DROPOUT=none: expected a number from 0"),
-        (["101", "CUDA_GRAPHS=local"], r"CUDA_GRAPHS=local: expected 0 or 1"),
+        (
+            ["101", "CUDA_GRAPHS=local"],
+            r"CUDA_GRAPHS=local: expected 0, 1 or modules; valid: attn, mlp, moe_router, moe_preprocess",
+        ),
         (["101", "RECOMPUTE=all"], r"RECOMPUTE=all; .*full"),
         (["101", "CARD=h100"], r"CARD=h100: unknown GPU; .*h100-80gb"),
         (["101", "ARGS='--lr"], r"No closing quotation"),

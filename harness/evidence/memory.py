@@ -48,7 +48,7 @@ def print_memory(id_: str, settings: Mapping[str, str]) -> int:
         say(f"  {name:12}{gib:7.1f}  {remark}".rstrip(), hang=23)
     rows = _of_same_work(experiment)
     _say_sum("allocated", memory.total, [(row, row.memory_gib.allocated) for row in rows])
-    holes = "holes in PyTorch's cache" + (" and CUDA graphs' pool" * experiment.cuda_graphs)
+    holes = "holes in PyTorch's cache" + (" and CUDA graphs' pool" * bool(experiment.cuda_graphs))
     say(f"  {'reserve':12}{memory.reserve:7.1f}  {holes}", hang=23)
     say(f"  {'CUDA, NCCL':12}{memory.context:7.1f}  context, kernels and communicators", hang=23)
     _say_sum("nvidia-smi", memory.in_all, [(row, _of_process_gib(row)) for row in rows])

@@ -12,6 +12,7 @@ from harness.errors import UserError
 from harness.evidence import best, markdown, results
 from harness.evidence.best import Recipe
 from harness.evidence.predictions import is_json, print_json
+from harness.evidence.quantities import NotMeasured
 from harness.evidence.references import load_references
 from harness.evidence.rows import Row
 from harness.experiment import overrides
@@ -65,22 +66,27 @@ def load(measured: Iterable[Row]) -> list[Workload]:
 
 
 def mean_ratio(workloads: Sequence[Workload]) -> float:
-    """Geometric mean of how much faster the fastest set-ups are than the rows."""
-    return statistics.geometric_mean(
-        one.recipe.ratio for one in workloads if one.recipe.ratio is not None
-    )
+    """Geometric mean of how much faster the fastest set-ups are than the rows.
+
+    Raises:
+        NotMeasured: no workload has a ratio.
+    """
+    ratios = [one.recipe.ratio for one in workloads if one.recipe.ratio is not None]
+    if not ratios:
+        raise NotMeasured("no workload of experiments/recipes.yaml")
+    return statistics.geometric_mean(ratios)
 
 
 def ratio_of(command: str, measured: Iterable[Row]) -> float:
     """How much faster the fastest set-up of a listed workload is than its row.
 
     Raises:
-        UserError: it is not listed, or not measured.
+        NotMeasured: no record has it.
     """
     for one in load(measured):
         if one.command == command and one.recipe.ratio:
             return one.recipe.ratio
-    raise UserError(f"{WORKLOADS.name} does not list {command}, or no record has it")
+    raise NotMeasured(command)
 
 
 def print_recipes(settings: Mapping[str, str]) -> int:

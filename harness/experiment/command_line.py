@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from harness.errors import UserError, nearest, similar
-from harness.experiment.experiment import RECOMPUTABLE, SHARDING, Experiment
+from harness.experiment.experiment import GRAPHABLE, RECOMPUTABLE, SHARDING, Experiment
 from harness.experiment.hardware import required_card
 
 MINIATURE_STEPS = 20
@@ -156,6 +156,17 @@ def _choice_of(field: str) -> Callable[[str, str], str]:
 def _card(key: str, value: str) -> str:
     required_card(value, f"{key}={value}")
     return value
+
+
+def _graphs(key: str, value: str) -> bool | tuple[str, ...]:
+    if value in ("0", "1"):
+        return value == "1"
+    named = value.split(",")
+    if unknown := [name for name in named if name not in GRAPHABLE]:
+        raise UserError(
+            f"{key}={value}: expected 0, 1 or modules; {nearest(unknown[0], GRAPHABLE)}"
+        )
+    return tuple(name for name in GRAPHABLE if name in named)
 
 
 def _profiled_steps(key: str, value: str) -> tuple[int, int] | None:
@@ -388,9 +399,9 @@ EXPERIMENT_SETTINGS = (
     Setting(
         "CUDA_GRAPHS",
         "1",
-        "launch a layer's kernels together, 0 or 1: for launch-bound steps",
+        "launch a layer's kernels together, 1, or of " + ", ".join(GRAPHABLE),
         "cuda_graphs",
-        switch,
+        _graphs,
         "work",
     ),
     Setting(

@@ -253,7 +253,7 @@ def _entry(experiment: Experiment) -> Iterator[str]:
         "WEIGHTS": experiment.weights,
         "LORA_RANK": experiment.lora,
         "EP_OVERLAP=1": experiment.ep_overlap,
-        "CUDA_GRAPHS=1": experiment.cuda_graphs,
+        "CUDA_GRAPHS=1": bool(experiment.cuda_graphs),
         "PP_LAYOUT": experiment.pp_layout,
         f"SHARDING={experiment.sharding}": experiment.sharding not in ("no_shard", "optim"),
     }
@@ -524,11 +524,18 @@ def _instances(experiment: Experiment) -> Iterator[str]:
 
 
 def _cuda_graphs(experiment: Experiment) -> Iterator[str]:
+    """Rules of TransformerConfig.__post_init__ in megatron/core/transformer, and of what it runs.
+
+    A layer with experts is captured by Transformer Engine: upstream's own graphs capture the whole
+    of a GPT's layer (``TransformerLayer.create_mcore_cudagraph_manager``).
+    """
     if not experiment.cuda_graphs:
         return
+    yield from _graphed_modules(experiment)
     if experiment.recompute == "full":
         yield "a CUDA graph of a layer cannot be recomputed; set RECOMPUTE=none or selective"
-    if "core_attn" in experiment.selectively_recomputed and experiment.model.dropout:
+    recomputed, graphed = experiment.selectively_recomputed, experiment.graphed
+    if "core_attn" in recomputed and "attn" in graphed and experiment.model.dropout:
         yield (
             "CUDA graphs cannot repeat the dropout of recomputed attention; set DROPOUT=0 or"
             " RECOMPUTE=none"
@@ -538,6 +545,24 @@ def _cuda_graphs(experiment: Experiment) -> Iterator[str]:
             f"CUDA graphs do not run the hooks by which {experiment.sharding} gathers weights; set"
             " SHARDING=optim or no_shard"
         )
+
+
+def _graphed_modules(experiment: Experiment) -> Iterator[str]:
+    graphed, model = experiment.graphed, experiment.model
+    said = f"CUDA_GRAPHS={','.join(graphed)}"
+    if routed := [name for name in graphed if name.startswith("moe_")]:
+        if not model.num_experts:
+            yield f"{said}: {model.name} has no experts; leave {', '.join(routed)} out"
+        elif "moe_router" not in graphed:
+            yield f"{said}: moe_preprocess needs moe_router beside it"
+        if "moe" in experiment.selectively_recomputed:
+            yield f"{said}: recomputed experts cover the graph of the router; leave it out"
+    if "moe_preprocess" in graphed and experiment.moe_capacity:
+        yield f"{said}: with MOE_CAPACITY counts go to the CPU there; leave moe_preprocess out"
+    if "mlp" in graphed and model.num_experts and (not model.dense_layers or experiment.ep_overlap):
+        yield f"{said}: experts cannot be captured; leave mlp out"
+    if "mlp" in experiment.selectively_recomputed and "mlp" in graphed and model.dropout:
+        yield f"{said}: the dropout of a recomputed MLP cannot be captured; set DROPOUT=0"
 
 
 def _lora(experiment: Experiment) -> Iterator[str]:

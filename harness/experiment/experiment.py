@@ -60,6 +60,10 @@ RECOMPUTABLE = (
 megatron/core/transformer/transformer_config.py, core_v0.19.0)."""
 
 
+GRAPHABLE = ("attn", "mlp", "moe_router", "moe_preprocess")
+"""Modules of CUDA graphs (cuda_graph_modules, in the same file)."""
+
+
 class Target(Checked):
     """The validation loss at which a long run stops; its miniature trains another model."""
 
@@ -163,7 +167,8 @@ class Experiment(Checked):
     cross_entropy_fusion_impl: Literal["native", "te"] = "native"
     attention_mask: bool = True
     """Hand the causal mask to every layer, though Transformer Engine's attention reads none."""
-    cuda_graphs: bool = False
+    cuda_graphs: bool | Annotated[tuple[str, ...], Field(strict=False)] = False
+    """Whether graphs launch what they can of a layer; or the modules that they launch."""
     """A layer's kernels are launched as one graph; with experts, those of attention and router."""
     deterministic: bool = False
     """Kernels that repeat a result bit by bit (megatron/training/determinism.py)."""
@@ -290,6 +295,22 @@ class Experiment(Checked):
     def selectively_recomputed(self) -> tuple[str, ...]:
         """The modules of selective recomputation; upstream's default is attention's scores."""
         return (self.recompute_modules or ("core_attn",)) if self.recompute == "selective" else ()
+
+    @property
+    def graphed(self) -> tuple[str, ...]:
+        """The modules that CUDA graphs launch, in upstream's names.
+
+        Of experts none: how many tokens each gets changes from step to step.
+        """
+        if isinstance(self.cuda_graphs, tuple):
+            return self.cuda_graphs
+        if not self.cuda_graphs:
+            return ()
+        if not self.model.num_experts:
+            return ("attn", "mlp")
+        # with a capacity alltoall copies counts to the CPU in its preparation
+        prepared = () if self.moe_capacity else ("moe_preprocess",)
+        return ("attn", "moe_router", *prepared)
 
     @property
     def fully_sharded(self) -> bool:

@@ -127,9 +127,13 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "faster": lambda _, ids, machine: step_time_tables.faster_table(machine, *ids.split()),
     "tried": lambda _, commands, machine: step_time_tables.tried_table(machine, commands),
     "recipes": lambda facts: workloads.table(facts.rows),
-    "recipes_mean": lambda facts: f"{workloads.mean_ratio(workloads.load(facts.rows)):.2f}",
+    "recipes_mean": lambda facts: _number(
+        lambda: workloads.mean_ratio(workloads.load(facts.rows)), ".2f"
+    ),
     "recipes_count": lambda facts: str(len(workloads.load(facts.rows))),
-    "best_ratio": lambda facts, command: f"{workloads.ratio_of(command, facts.rows):.1f}",
+    "best_ratio": lambda facts, command: _number(
+        lambda: workloads.ratio_of(command, facts.rows), ".1f"
+    ),
     "ablations": lambda facts: workloads.ablations(facts.rows),
     "gpus": lambda _, ids, card: scaling.table(card, *ids.split()),
     "prediction_keys": lambda _: "\n".join(f"| `{key}` | {does} |" for key, does in KEYS.items()),

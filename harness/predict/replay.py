@@ -135,7 +135,7 @@ def workspaces(experiment: Experiment) -> list[int]:
 
 def captures_layers(experiment: Experiment) -> bool:
     """Whether CUDA graphs hold whole layers; with experts they hold attention and router only."""
-    return experiment.cuda_graphs and not experiment.model.num_experts
+    return {*experiment.graphed} == {"attn", "mlp"}
 
 
 def moments_share(experiment: Experiment) -> float:

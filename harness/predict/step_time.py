@@ -192,7 +192,7 @@ def work_kind(experiment: Experiment) -> str:
         "LoRA": experiment.lora is not None,
         "Muon": experiment.optimizer == "muon",
         "fp8": experiment.precision == "fp8",
-        "CUDA graphs": experiment.cuda_graphs,
+        "CUDA graphs": bool(experiment.cuda_graphs),
         "replicas": experiment.dp > 1,
     }
     return next((name for name, applies in found.items() if applies), "one GPU")
@@ -211,7 +211,7 @@ def _methods(experiment: Experiment) -> dict[str, bool]:
         SHARDING[sharding][0]: experiment.fully_sharded or sharded,
         "LoRA": experiment.lora is not None,
         "Muon": experiment.optimizer == "muon",
-        "CUDA graphs": experiment.cuda_graphs,
+        "CUDA graphs": bool(experiment.cuda_graphs),
         "experts": experiment.model.num_experts is not None,
         "replicas": experiment.dp > 1,
         "tensor parallelism": experiment.tp > 1,

@@ -86,8 +86,9 @@ class Calibration(BaseModel, frozen=True, extra="forbid"):
     """Speed of everything else on the GPU, in the same way."""
     host: Positive = 0.8
     """Host time of a layer, relative to that of the small layers in the machine files."""
-    experts: Positive = 1.0
-    """Host time of experts, relative to theirs there."""
+    expert_ms: Positive = 0.25
+    """Products of an expert in a layer, launched one by one, a third of them forward. cuBLAS looks
+    for a kernel for each number of tokens that it has not seen, whatever an operation takes."""
     step_ms: Positive = 50.0
     """Once a step: launches of the optimizer, the gradient norm copied to the CPU, a new batch."""
     collective_ms: Positive = 0.4
@@ -115,6 +116,8 @@ class Work(NamedTuple):
     passes: float = 0.0
     exchange: float = 0.0
     launches: float = 0.0
+    waits: float = 0.0
+    """In which GPU and CPU wait for each other."""
 
     @property
     def gpu(self) -> float:
@@ -240,7 +243,7 @@ class MicroBatchWork:
     def elapsed_s(self, work: Work) -> float:
         """Time of ``work``: that of the slower of GPU and CPU, and more if they are about equal."""
         power = 1 + OVERLAP
-        return (work.gpu**power + work.launches**power) ** (1 / power)
+        return (work.gpu**power + work.launches**power) ** (1 / power) + work.waits
 
     @cached_property
     def stages(self) -> list[tuple[Work, Work]]:
@@ -394,23 +397,43 @@ class MicroBatchWork:
                 self.projection_norms,
                 self.latent_attention,
                 self.elementwise,
-                self.experts,
                 self.tensor_parallel,
                 self.latent_tensor_parallel,
                 self.context_parallel,
             ],
         )
-        if self.experiment.cuda_graphs:
+        if graphed := self.experiment.graphed:
             # with experts, a graph has attention and the router
-            experts = self.experts() if self.model.num_experts else (Work(), Work())
-            forward = forward._replace(launches=GRAPH_S + experts[0].launches)
-            backward = backward._replace(launches=GRAPH_S + experts[1].launches)
+            parts = {"attn"} if self.model.num_experts else {"attn", "mlp"}
+            left = len(parts - {*graphed}) / len(parts)
+            forward = forward._replace(launches=GRAPH_S + left * forward.launches)
+            backward = backward._replace(launches=GRAPH_S + left * backward.launches)
         if self.model.num_experts:
-            forward += self.routed_tokens(forward.gpu)
-            backward += self.routed_tokens(backward.gpu)
+            forward, backward = self.with_experts(forward, backward)
         if self.experiment.recompute == "full":
             return forward, backward + forward
         return forward, backward + self.selectively_recomputed()
+
+    def with_experts(self, forward: Work, backward: Work) -> tuple[Work, Work]:
+        """A layer's passes with experts and the tokens sent to them.
+
+        Experts are launched slowly and the rest of a layer is computed slowly, and neither makes up
+        for the other: forward the CPU waits for the numbers of tokens before it launches experts'
+        products (``_maybe_dtoh_and_synchronize`` in
+        megatron/core/transformer/moe/token_dispatcher.py). That it is so backward, too, was
+        measured.
+        """
+        of_experts = self.experts()
+        return (
+            self.one_after_the_other(forward, of_experts[0] + self.routed_tokens(forward.gpu)),
+            self.one_after_the_other(backward, of_experts[1] + self.routed_tokens(backward.gpu)),
+        )
+
+    def one_after_the_other(self, first: Work, then: Work) -> Work:
+        """Both, where neither CPU nor GPU gets a lead for the second in the first."""
+        both = first + then
+        apart_s = self.elapsed_s(first) + self.elapsed_s(then)
+        return both._replace(waits=both.waits + apart_s - self.elapsed_s(both))
 
     def launched(self, launches: Launches) -> tuple[Work, Work]:
         """Host time of a layer on this host."""
@@ -699,10 +722,10 @@ class MicroBatchWork:
         flop_per_s = self.rates.grouped_flop_per_s(each) * self.constants.products
         products = max(flops / flop_per_s, moved) + 2 * held * KERNEL_S
         permuted = ROUTED_PASSES * rows / byte_s
-        launched = held if self.experiment.grouped_gemm == "streams" else 1
-        launches = self.launched(
-            self.rates.experts(launched) * constants.experts - self.fused_router()
-        )
+        launches = self.launched(self.rates.experts(1) - self.fused_router())
+        searched_s = 0.0
+        if self.experiment.grouped_gemm == "streams":
+            searched_s = constants.expert_ms * held / 1e3
         gradients = weights * self.weight_gradient_bytes / byte_s
         forward = Work(
             products=products,
@@ -712,7 +735,10 @@ class MicroBatchWork:
             products=2 * products,
             passes=permuted * (16 * hidden + 10 * width) + gradients,
         )
-        return forward + launches[0], backward + launches[1]
+        return (
+            forward + launches[0] + Work(launches=searched_s / 3),
+            backward + launches[1] + Work(launches=2 * searched_s / 3),
+        )
 
     def fused_router(self) -> Launches:
         """What the router's fused kernels save the host, a third of it forward."""

@@ -15,6 +15,7 @@ from harness.machine.provenance import (
     CUDA_LIBRARIES,
     PACKAGES,
     describe_upstream,
+    library_version,
     package_version,
     source_commit,
 )

@@ -359,10 +359,14 @@ def _fuses_gradients(e: Experiment, apex: bool) -> bool:
 
 
 def _cuda_graphs(e: Experiment) -> Iterator[str]:
-    """Graphs of whole layers; without experts, whose number of tokens changes from step to step."""
-    if e.cuda_graphs:
+    """Graphs of whole layers by upstream; by Transformer Engine where parts are left out."""
+    if not e.cuda_graphs:
+        return
+    if e.cuda_graphs is True and not e.model.num_experts:
         yield "--cuda-graph-impl local --te-rng-tracker"
-        yield "--cuda-graph-modules attn moe_router" if e.model.num_experts else ""
+        return
+    yield "--cuda-graph-impl transformer_engine --te-rng-tracker"
+    yield f"--cuda-graph-modules {' '.join(e.graphed)}"
 
 
 def _schedule(e: Experiment) -> str:
