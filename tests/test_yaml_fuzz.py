@@ -10,7 +10,7 @@ import yaml
 from harness import ROOT
 from harness.data import definitions
 from harness.errors import UserError
-from harness.evidence import published
+from harness.evidence import published, workloads
 from harness.evidence.claims import load_claims
 from harness.evidence.references import load_references
 from harness.experiment.catalog import load_catalog
@@ -60,6 +60,7 @@ READERS = {
     EXPERIMENTS / "calibrations.yaml": lambda path: calibrations.load.__wrapped__(path),
     EXPERIMENTS / "published.yaml": published.load,
     EXPERIMENTS / "rates.yaml": rates.published.__wrapped__,
+    EXPERIMENTS / "recipes.yaml": workloads.listed,
     ROOT / "data" / "datasets.yaml": definitions.definitions,
     ROOT / "data" / "rules-sv.yaml": rules,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from harness import RECORDS
@@ -46,19 +47,32 @@ class Workload:
         return self.recipe.base is not None and best.same_batch(self.recipe.best, self.recipe.base)
 
 
-def load(measured: Iterable[Row]) -> list[Workload]:
-    """The workloads of experiments/recipes.yaml that ``measured`` has, on each kind of card.
+def listed(path: Path = WORKLOADS) -> dict[str, Experiment]:
+    """The workloads of experiments/recipes.yaml, by what ``make`` takes.
 
     Raises:
-        UserError: the file is no list of what ``make`` takes.
+        UserError: the file is no list of that.
     """
-    listed, measured = yaml_files.read(WORKLOADS).get("workloads"), list(measured)
-    if not (isinstance(listed, list) and all(isinstance(one, str) for one in listed)):
-        raise UserError(f"{WORKLOADS.name}: workloads: no list of texts such as 502 GPUS=2 EP=2")
+    read = yaml_files.read(path)
+    commands = read.get("workloads")
+    if {*read} != {"workloads"} or not (
+        isinstance(commands, list) and all(isinstance(one, str) for one in commands)
+    ):
+        raise UserError(f"{path.name}: expected workloads: and texts such as 502 GPUS=2 EP=2")
     catalog = load_catalog()
-    found = []
-    for command in listed:
-        experiment = overrides.experiment_of(command, catalog)
+    found = {}
+    for command in commands:
+        try:
+            found[command] = overrides.experiment_of(command, catalog)
+        except UserError as error:
+            raise UserError(f"{path.name}: {command!r}: {error}") from None
+    return found
+
+
+def load(measured: Iterable[Row]) -> list[Workload]:
+    """The workloads that ``measured`` has, on each kind of card. Raises UserError as ``listed``."""
+    measured, found = list(measured), []
+    for command, experiment in listed().items():
         for recipe in best.recipes(experiment, measured):
             if not recipe.arithmetic:
                 found.append(Workload(command, experiment, recipe))

@@ -290,8 +290,11 @@ class StepWork(MicroBatchWork):
         return exposed_s + reduced * self.exposed_s(backward, overlaps * backward_s)
 
     def overlaps(self) -> float:
-        """The share of a pass behind which exchanges of replicas may hide."""
-        return float(self.experiment.overlap)
+        """The share of a pass behind which exchanges of replicas may hide.
+
+        Gradients of a CUDA graph are sent when the graph has ended, and weights fetched before it.
+        """
+        return float(self.experiment.overlap and not self.experiment.cuda_graphs)
 
     def rounds(self) -> tuple[int, int]:
         """How often in a step weights are gathered for the forward pass, and gradients reduced."""

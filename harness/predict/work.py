@@ -424,14 +424,20 @@ class MicroBatchWork:
         measured.
         """
         of_experts = self.experts()
+        sent = (
+            self.routed_tokens((work + experts).gpu)
+            for work, experts in zip((forward, backward), of_experts, strict=True)
+        )
         return (
-            self.one_after_the_other(forward, of_experts[0] + self.routed_tokens(forward.gpu)),
-            self.one_after_the_other(backward, of_experts[1] + self.routed_tokens(backward.gpu)),
+            self.one_after_the_other(forward, of_experts[0] + next(sent)),
+            self.one_after_the_other(backward, of_experts[1] + next(sent)),
         )
 
     def one_after_the_other(self, first: Work, then: Work) -> Work:
         """Both, where neither CPU nor GPU gets a lead for the second in the first."""
         both = first + then
+        if self.experiment.ep_overlap:  # another micro-batch is computed meanwhile
+            return both
         apart_s = self.elapsed_s(first) + self.elapsed_s(then)
         return both._replace(waits=both.waits + apart_s - self.elapsed_s(both))
 
