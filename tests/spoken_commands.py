@@ -178,6 +178,7 @@ NAMED = {
     "label-or-id": "label",
     "label-or-folder": "label",
     "<name>": "mine",
+    "c4": "mine",
     "<group>": "h200-8gpu",
     "file-or-folder": "texts",
     "folder-or-repository": "folder",

@@ -115,7 +115,7 @@ BRINGS = {
     "--lr 6e-05 --min-lr 6e-06": lambda e: e.lr is None,
     "--lr-decay-iters 430000": lambda e: e.lr is None,
     "--lr-warmup-fraction .001": lambda e: e.lr is None,
-    "--lr-warmup-fraction .05": lambda e: e.lr is not None,
+    "--lr-warmup-fraction .05": lambda e: e.lr is not None and e.lr_warmup_steps is None,
     "--disable-bias-linear": lambda e: not e.model.add_bias_linear,
     "--group-query-attention --num-query-groups": lambda e: e.model.num_query_groups,
     "--kv-channels": lambda e: e.model.kv_channels,

@@ -133,7 +133,7 @@ def ours_completes(typed: str, bash_completion: bool = False) -> list[str]:
         ("s", ["setup", "setup-gpu", "show-", "speed-", "stop"]),
         ("sh", ["show-"]),
         ("show-4", [f"show-{e.id}" for e in load_catalog().in_chapter(400)]),
-        ("memory-62", [f"memory-{id_}" for id_ in range(620, 626)]),
+        ("memory-62", [f"memory-{id_}" for id_ in range(620, 627)]),
         ("speed-12", [f"speed-{id_}" for id_ in ("121", "122", "124", "128", "129", "129h")]),
         ("half-4", [f"half-{e.name}" for e in HALF_SIZE if e.chapter == 400]),
         ("chapter-3", ["chapter-300"]),

@@ -273,7 +273,11 @@ class Experiment(Checked):
     @property
     def lr_decay_steps(self) -> int:
         """Steps until the lowest learning rate: the run's, or those of the published schedule."""
-        return 430000 if self.lr is None else self.steps
+        if self.lr is None:
+            return 430000
+        if self.lr_decay == "constant":  # a short run begins as a long one does
+            return max(self.steps, (self.lr_warmup_steps or 0) + 1)
+        return self.steps
 
     @property
     def num_microbatches(self) -> int:
