@@ -46,6 +46,7 @@ ONE_PROCESS = dict.fromkeys((*_ONES, "global_batch_size"), 1) | {
     "optimizer": "adam",
     "optimizer_state": "fp32",
     "gradients": "fp32",
+    "entry": "gpt",
 }
 """Fields of an experiment that runs in one process and does not train."""
 

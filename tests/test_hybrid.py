@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -94,3 +95,51 @@ def test_from_the_same_weights_losses_and_gradients_are_the_gpts(model, changes)
     assert said["parameters"][0] == said["parameters"][1]
     assert said["losses"][0] == pytest.approx(said["losses"][1], rel=1e-6)
     assert said["gradients_apart"] < 1e-5
+
+
+def run(outdir: Path, *words: str) -> Path:
+    """What ``make 101`` leaves in ``outdir``; its one run directory."""
+    command = [sys.executable, "-m", "harness", "target", *words, "DEVICE=cpu", f"OUTDIR={outdir}"]
+    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=300)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return next(outdir.iterdir())
+
+
+def losses(path: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param(("101",), id="dense", marks=pytest.mark.full),
+        pytest.param(("408", "VPP=1"), id="pipeline", marks=pytest.mark.full),
+        pytest.param(("502", "GPUS=2", "EP=2"), id="experts", marks=pytest.mark.full),
+    ],
+)
+def test_either_model_goes_on_from_the_others_checkpoint(tmp_path, words):
+    from harness.convert import torch_dist
+
+    saving = (*words, "SAVE=1", "EVAL_STEPS=0")
+    first = {entry: tmp_path / entry for entry in ("gpt", "hybrid")}
+    run(first["gpt"], *saving, "STEPS=4")
+    shutil.copytree(first["gpt"], first["hybrid"])
+    whole = {
+        entry: run(outdir, *saving, "RESUME=1", "FORCE=1", "STEPS=6", f"ENTRY={entry}")
+        for entry, outdir in first.items()
+    }
+    assert losses(whole["hybrid"]) == pytest.approx(losses(whole["gpt"]), rel=1e-5)
+    saved = {
+        entry: torch_dist.TorchDistCheckpoint(torch_dist.latest(path / "checkpoints"))
+        for entry, path in whole.items()
+    }
+    tensors = {
+        entry: {key: shape for key, shape in one.shapes.items() if "_extra_state" not in key}
+        for entry, one in saved.items()
+    }
+    assert tensors["hybrid"] == tensors["gpt"] and any("exp_avg" in key for key in tensors["gpt"])
+    back = run(first["hybrid"], *saving, "RESUME=1", "FORCE=1", "STEPS=8", "ENTRY=gpt")
+    on = run(first["gpt"], *saving, "RESUME=1", "STEPS=8")
+    assert losses(back) == pytest.approx(losses(on), rel=1e-5)

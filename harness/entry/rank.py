@@ -19,6 +19,7 @@ from harness.entry import (
     finetune,
     gradient_fusion,
     grouped_products,
+    hybrid,
     launch_rate,
     masked,
     metrics,
@@ -91,6 +92,7 @@ def run(own_script: bool = False) -> NoReturn:
             for instrument in (launch_rate, metrics, evaluation, profiler, checkpointing, tracking):
                 instrument.install(report)
         finetune.install(report)
+        hybrid.install()
         train(None if own_script else tree)
         if report:
             for end in report.at_end:
@@ -110,8 +112,8 @@ def train(tree: Path | None) -> None:
     """Run upstream's script in ``tree``, or the harness's own script where ``tree`` is None."""
     try:
         if tree:
-            hybrid = "--hybrid-layer-pattern" in sys.argv
-            script = upstream.HYBRID_SCRIPT if hybrid else upstream.SCRIPT
+            stacked = "--hybrid-layer-pattern" in sys.argv
+            script = upstream.HYBRID_SCRIPT if stacked else upstream.SCRIPT
             sys.argv[0] = str(tree / script)
             runpy.run_path(sys.argv[0], run_name="__main__")
         else:

@@ -250,7 +250,6 @@ def _entry(experiment: Experiment) -> Iterator[str]:
         "window_size, whose layers are counted otherwise": model.window_size,
         "qk_norm projection": model.qk_norm == "projection",
         "MTP": model.predictors,
-        "WEIGHTS": experiment.weights,
         "LORA_RANK": experiment.lora,
         "EP_OVERLAP=1": experiment.ep_overlap,
         "CUDA_GRAPHS=1": bool(experiment.cuda_graphs),

@@ -1,15 +1,18 @@
 """The layers of a GPT as upstream's HybridModel stacks them: attention and MLP are layers of their
 own.
 
-Their parts are those of upstream's GPT layer, so that a row has the same parameters in both models.
-Upstream's own stack (megatron/core/models/hybrid/hybrid_layer_specs.py) needs Transformer Engine
-and has no norms of queries and keys.
+Their parts are those of upstream's GPT layer, so that a row has the same parameters in both models,
+and both save them alike: a checkpoint of one is a checkpoint of the other. Upstream's own stack
+(megatron/core/models/hybrid/hybrid_layer_specs.py) needs Transformer Engine and has no norms of
+queries and keys.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -23,8 +26,48 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
     TransformerLayerSubmodules,
 )
+from megatron.core.transformer.utils import sharded_state_dict_default
 from megatron.training import get_args
 from megatron.training.arguments import core_transformer_config_from_args
+
+
+class Stack(hybrid_block.HybridStack):
+    """A HybridStack that saves what a GPT's TransformerBlock does, under the same names.
+
+    Layers 2i and 2i + 1 are attention and MLP of layer i. Where all layers have the same parts a
+    TransformerBlock saves them as one tensor (its ``sharded_state_dict`` in
+    megatron/core/transformer/transformer_block.py).
+    """
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple | None = None,
+        metadata: dict | None = None,
+    ) -> ShardedStateDict:
+        known, found = metadata or {}, {}
+        apart = (
+            known.get("non_homogeneous_layers")
+            or known.get("singleton_local_shards")
+            or isinstance(self.config.moe_layer_freq, list)
+        )
+        for index, layer in enumerate(self.layers):
+            number, own = (layer.layer_number - 1) // 2, f"{prefix}layers.{index}."
+            offsets = [] if apart else [(0, number, self.config.num_layers // 2)]
+            of_layer = layer.sharded_state_dict(own, offsets, metadata)
+            as_gpt = f"{prefix}layers.{number}." if apart else f"{prefix}layers."
+            replace_prefix_for_sharding(of_layer, own, as_gpt)
+            found |= of_layer
+        for name, module in self.named_children():
+            if module is not self.layers:
+                own = f"{prefix}{name}."
+                of_module = sharded_state_dict_default(
+                    module, own, sharded_offsets or (), metadata, tp_group=self.tp_group
+                )
+                if name == "final_norm":
+                    replace_prefix_for_sharding(of_module, own, f"{prefix}final_layernorm.")
+                found |= of_module
+        return found
 
 
 def stack_of(config: TransformerConfig) -> ModuleSpec:
@@ -38,6 +81,7 @@ def stack_of(config: TransformerConfig) -> ModuleSpec:
     upstream = hybrid_layer_specs.hybrid_stack_spec
     return replace(
         upstream,
+        module=Stack,
         submodules=replace(
             upstream.submodules,
             attention_layer=attention,
