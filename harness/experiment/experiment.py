@@ -168,8 +168,7 @@ class Experiment(Checked):
     attention_mask: bool = True
     """Hand the causal mask to every layer, though Transformer Engine's attention reads none."""
     cuda_graphs: bool | Annotated[tuple[str, ...], Field(strict=False)] = False
-    """Whether graphs launch what they can of a layer; or the modules that they launch."""
-    """A layer's kernels are launched as one graph; with experts, those of attention and router."""
+    """Whether graphs launch what they can of a layer (``graphed``); or the modules that they do."""
     deterministic: bool = False
     """Kernels that repeat a result bit by bit (megatron/training/determinism.py)."""
     attention_backend: Literal["auto", "flash", "fused", "unfused"] = "auto"
@@ -315,6 +314,11 @@ class Experiment(Checked):
         # with a capacity alltoall copies counts to the CPU in its preparation
         prepared = () if self.moe_capacity else ("moe_preprocess",)
         return ("attn", "moe_router", *prepared)
+
+    @property
+    def graphs_layers(self) -> bool:
+        """Whether CUDA graphs launch whole layers."""
+        return {*self.graphed} == {"attn", "mlp"}
 
     @property
     def fully_sharded(self) -> bool:

@@ -91,7 +91,7 @@ def _replay(experiment: Experiment, stage: int) -> Footprint:
     rank = _Rank(experiment, stage)
     rank.build()
     rank.step()
-    graphs = captures_layers(experiment)
+    graphs = experiment.graphs_layers
     in_graphs = rank.capture() if graphs else 0
     rank.make_moments()
     for _ in range(STEPS - 1):
@@ -131,11 +131,6 @@ def workspaces(experiment: Experiment) -> list[int]:
     """Bytes of cuBLAS's workspaces: of PyTorch's forward and backward thread, and Transformer
     Engine's; with experts, of its four streams, too."""
     return [WORKSPACE_BYTES] * (7 if experiment.model.num_experts else 3)
-
-
-def captures_layers(experiment: Experiment) -> bool:
-    """Whether CUDA graphs hold whole layers; with experts they hold attention and router only."""
-    return {*experiment.graphed} == {"attn", "mlp"}
 
 
 def moments_share(experiment: Experiment) -> float:

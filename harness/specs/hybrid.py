@@ -49,7 +49,7 @@ class Stack(hybrid_block.HybridStack):
         apart = (
             known.get("non_homogeneous_layers")
             or known.get("singleton_local_shards")
-            or isinstance(self.config.moe_layer_freq, list)
+            or {"-", "E"} <= {*get_args().hybrid_layer_pattern}
         )
         for index, layer in enumerate(self.layers):
             number, own = (layer.layer_number - 1) // 2, f"{prefix}layers.{index}."
