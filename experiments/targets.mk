@@ -227,7 +227,7 @@ clean-all: override TAKES = YES OUTDIR
 #ATTENTION_MASK=0 ## hand a causal mask to attention, 0 or 1: MBS x SEQ^2 bytes that its kernels do not read
 #GRAD_FUSION=1 ## add weights' gradients up within their products, 0 or 1: default where Apex is installed
 #DETERMINISTIC=1 ## repeat losses bit by bit, with slower kernels, 0 or 1
-#CUDA_GRAPHS=1 ## launch a layer's kernels together, 1, or of attn, mlp, moe_router, moe_preprocess
+#CUDA_GRAPHS=1 ## launch a layer's kernels as a graph: 1, or only those of attn, mlp, moe_router, moe_preprocess
 #FP8=tensorwise ## linear layers in fp8, scaled: delayed, tensorwise, blockwise, mxfp8 (Blackwell); 0: bf16
 #OPTIMIZER=muon ## adam or muon
 #OPTIMIZER_STATE=bf16 ## precision of Adam's moments, fp32 or bf16 (with SHARDING=optim)

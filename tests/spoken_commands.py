@@ -101,8 +101,7 @@ ROW = re.compile(r"^ +([1-9]\d\dh?): \{", re.MULTILINE)
 
 EXPRESSIONS = {
     "command_of(one.experiment)": "101",
-    "command_of(row.experiment)": "101",
-    "command_of(one.recipe.best.experiment)": "101",
+    "command_of(fastest.experiment)": "101",
     "e.id": "101",
     "id_": "101",
     "wanted[0].id": "101",

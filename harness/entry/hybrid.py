@@ -12,9 +12,14 @@ from argparse import Namespace
 from typing import Any
 
 
+def is_asked_for() -> bool:
+    """Whether this run's arguments describe a HybridModel."""
+    return "--hybrid-layer-pattern" in sys.argv
+
+
 def install() -> None:
     """In a run of HybridModel, save and compare arguments as those of the GPT."""
-    if "--hybrid-layer-pattern" not in sys.argv:
+    if not is_asked_for():
         return
     from megatron.core.models.hybrid.hybrid_model import HybridModel
     from megatron.training import checkpointing, get_args

@@ -112,8 +112,7 @@ def train(tree: Path | None) -> None:
     """Run upstream's script in ``tree``, or the harness's own script where ``tree`` is None."""
     try:
         if tree:
-            stacked = "--hybrid-layer-pattern" in sys.argv
-            script = upstream.HYBRID_SCRIPT if stacked else upstream.SCRIPT
+            script = upstream.HYBRID_SCRIPT if hybrid.is_asked_for() else upstream.SCRIPT
             sys.argv[0] = str(tree / script)
             runpy.run_path(sys.argv[0], run_name="__main__")
         else:

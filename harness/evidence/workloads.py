@@ -24,8 +24,7 @@ from harness.system import yaml_files
 from harness.system.screen import say
 
 WORKLOADS = EXPERIMENTS / "recipes.yaml"
-HEAD = ("workload", "GPUs", "ms", "fastest", "ratio", "MFU", "make")
-LATER = "another hour or a host of another launch rate"
+APART = "measured more than two hours apart, or on hosts with different launch rates"
 
 
 @dataclass(frozen=True)
@@ -112,39 +111,33 @@ def print_recipes(settings: Mapping[str, str]) -> int:
         of_card = [one for one in workloads if one.recipe.card == card]
         say(f"{card}: fastest measured set-ups that compute the same")
         width = max(len(one.command) for one in of_card)
-        print(f"  {HEAD[0]:{width}} {'GPUs':>4} {'ms':>7} {'fastest':>8} {'ratio':>5} {'MFU':>6}")
+        print(
+            f"  {'workload':{width}} {'GPUs':>4} {'ms':>7} {'fastest':>8} {'ratio':>5} {'MFU':>6}"
+        )
         for one in of_card:
-            row = one.recipe.best
+            gpus, row_ms, fastest_ms, ratio, mfu, make = _cells(one)
             star = " " if one.is_of_one_batch else "*"
             say(
-                f"{star} {one.command:{width}} {one.experiment.world_size:4}"
-                f" {_ms(one.recipe.base):>7} {_ms(row):>8} {_ratio(one):>5} {_mfu(row):>6}"
-                f"  make {command_of(row.experiment)}",
+                f"{star} {one.command:{width}} {gpus:>4} {row_ms:>7} {fastest_ms:>8} {ratio:>5}"
+                f" {mfu:>6}  {make}",
                 hang=4,
             )
         if not all(one.is_of_one_batch for one in of_card):
-            say(f"  *: row and set-up measured at {LATER}: part of the ratio may be the host's")
+            say(f"  *: {APART}: part of the ratio may be the host's")
         say(f"  geometric mean of {len(of_card)}: {mean_ratio(of_card):.2f}")
     return 0
 
 
 def table(measured: Iterable[Row]) -> str:
     """Markdown of the same."""
-    lines = [
-        [
-            f"`{one.command}`",
-            one.experiment.model.name,
-            str(one.experiment.world_size),
-            _ms(one.recipe.base),
-            _ms(one.recipe.best) + " *" * (not one.is_of_one_batch),
-            _ratio(one),
-            _mfu(one.recipe.best),
-            f"`make {command_of(one.recipe.best.experiment)}`",
-        ]
-        for one in load(measured)
-    ]
+    lines = []
+    for one in load(measured):
+        gpus, row_ms, fastest_ms, ratio, mfu, make = _cells(one)
+        fastest_ms += " *" * (not one.is_of_one_batch)
+        first = (f"`{one.command}`", one.experiment.model.name)
+        lines.append([*first, gpus, row_ms, fastest_ms, ratio, mfu, f"`{make}`"])
     head = ["row as it stands", "model", "GPUs", "ms", "fastest", "ratio", "MFU", "command"]
-    return markdown.table(head, lines, "llrrrrrl") + f"\n\n<sub>*: measured at {LATER}</sub>"
+    return markdown.table(head, lines, "llrrrrrl") + f"\n\n<sub>*: {APART}</sub>"
 
 
 def ablations(measured: Iterable[Row]) -> str:
@@ -157,16 +150,17 @@ def ablations(measured: Iterable[Row]) -> str:
     return "\n\n".join(paragraphs)
 
 
-def _ms(row: Row | None) -> str:
-    return f"{row.step.median:,.0f}" if row else ""
-
-
-def _ratio(one: Workload) -> str:
-    return f"{one.recipe.ratio:.2f}" if one.recipe.ratio else ""
-
-
-def _mfu(row: Row) -> str:
-    return f"{row.mfu:.1%}" if row.mfu else ""
+def _cells(one: Workload) -> tuple[str, ...]:
+    """GPUs, ms of the row and of the fastest set-up, their ratio, MFU, and what runs the latter."""
+    row, fastest, ratio = one.recipe.base, one.recipe.best, one.recipe.ratio
+    return (
+        str(one.experiment.world_size),
+        f"{row.step.median:,.0f}" if row else "",
+        f"{fastest.step.median:,.0f}",
+        f"{ratio:.2f}" if ratio else "",
+        f"{fastest.mfu:.1%}" if fastest.mfu else "",
+        f"make {command_of(fastest.experiment)}",
+    )
 
 
 def _object(one: Workload) -> dict[str, Any]:

@@ -399,7 +399,7 @@ EXPERIMENT_SETTINGS = (
     Setting(
         "CUDA_GRAPHS",
         "1",
-        "launch a layer's kernels together, 1, or of " + ", ".join(GRAPHABLE),
+        "launch a layer's kernels as a graph: 1, or only those of " + ", ".join(GRAPHABLE),
         "cuda_graphs",
         _graphs,
         "work",
