@@ -266,6 +266,10 @@ def test_a_mistake_is_refused_with_its_values(tmp_path: Path, row: str, complain
         ("632", {"grouped_gemm": "cutlass", "card": "b200-180gb"}, "GROUPED_GEMM=cutlass does not run on NVIDIA B200"),
         ("632", {"grouped_gemm": "cublas", "precision": "fp8", "fp8_recipe": "delayed"}, "set FP8=tensorwise or blockwise"),
         ("632", {"grouped_gemm": "cutlass", "precision": "fp8", "fp8_recipe": "tensorwise"}, "GROUPED_GEMM=cutlass is for bf16"),
+        ("632", {"grouped_gemm": "fused", "card": "a100-80gb"}, "GROUPED_GEMM=fused does not run on NVIDIA A100"),
+        ("632", {"grouped_gemm": "fused"}, "GROUPED_GEMM=fused does not take RECOMPUTE_MODULES=moe_act"),
+        ("511", {"grouped_gemm": "fused"}, "GROUPED_GEMM=fused does not take ETP=2"),
+        ("502", {"grouped_gemm": "fused", "optimizer": "muon"}, "GROUPED_GEMM=fused does not take OPTIMIZER=muon"),
         ("511", {"moe_router_topk": 257}, "moe_router_topk (257) exceeds the number of experts (256)"),
     ],
 )  # fmt: skip

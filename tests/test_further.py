@@ -84,8 +84,8 @@ def test_a_layout_that_reserves_more_than_the_card_has_does_not_fit() -> None:
     ("key", "kernels", "recipes"),
     [
         ("a100-80gb", set(), set()),
-        ("h100-80gb", {"GROUPED_GEMM=cublas"}, {"FP8=mxfp8"}),
-        ("b200-180gb", {"GROUPED_GEMM=cublas"}, set()),
+        ("h100-80gb", {"GROUPED_GEMM=cublas", "GROUPED_GEMM=fused"}, {"FP8=mxfp8"}),
+        ("b200-180gb", {"GROUPED_GEMM=cublas", "GROUPED_GEMM=fused"}, set()),
     ],
 )
 def test_what_the_card_has_not_is_not_offered(key, kernels, recipes) -> None:

@@ -226,13 +226,14 @@ def test_a_gpu_without_fp8_and_a_missing_optimizer_are_told_before_the_run(monke
 
 @pytest.mark.parametrize("kernel", ["streams", *GROUPED_GEMM])
 def test_products_of_experts_are_chosen_by_a_variable(kernel):
-    grouped = with_changes(CATALOG.find("632"), grouped_gemm=kernel)
+    row = with_changes(CATALOG.find("632"), recompute="none", recompute_modules=())
+    grouped = with_changes(row, grouped_gemm=kernel)
     of_them = {
         one.name: one.value
         for one in variables(grouped, "cuda")
-        if one.name in GROUPED_GEMM.values()
+        if one.name in {name for names in GROUPED_GEMM.values() for name in names}
     }
-    assert of_them == ({} if kernel == "streams" else {GROUPED_GEMM[kernel]: "1"})
+    assert of_them == dict.fromkeys(GROUPED_GEMM.get(kernel, ()), "1")
     assert miniature(grouped).grouped_gemm == "streams"
 
 
@@ -240,6 +241,8 @@ def test_products_of_experts_are_chosen_by_a_variable(kernel):
     ("id_", "changes", "flag", "on_a_cpu"),
     [
         ("502", {"router_fusion": True}, "--moe-router-fusion", False),
+        ("632", {"grouped_gemm": "fused", "recompute": "none", "recompute_modules": ()}, "--moe-single-grouped-weight", False),
+        ("625", {"grouped_gemm": "fused", "recompute": "none", "recompute_modules": ()}, "--moe-single-grouped-bias", False),
         ("502", {"moe_capacity": 1.5}, "--moe-expert-capacity-factor 1.5", True),
         ("502", {"moe_dispatcher": "flex", "moe_backend": "hybridep"}, "--moe-flex-dispatcher-backend hybridep", False),
         ("941", {"shared_expert_overlap": True, "ep_overlap": False}, "--moe-shared-expert-overlap", False),

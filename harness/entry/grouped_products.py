@@ -4,7 +4,8 @@ With ``NVTE_GROUPED_LINEAR_USE_FUSED_GROUPED_GEMM=1`` its GroupedLinear multipli
 rank by one kernel (``is_module_grouped_tensor_path_supported`` in
 transformer_engine/pytorch/module/grouped_linear.py: cuBLAS 13.4 on Hopper), whose sizes are read on
 the GPU. Upstream hands them over as a list (``TEGroupedMLP.forward`` in
-megatron/core/transformer/moe/experts.py).
+megatron/core/transformer/moe/experts.py). Its operations of the same name, which multiply where a
+matrix of all experts is one parameter, take sizes on the GPU already.
 """
 
 from __future__ import annotations
@@ -17,16 +18,25 @@ from harness.upstreams.megatron_lm.environment import GROUPED_GEMM
 
 
 def install() -> None:
-    """Hand sizes over on the GPU, where the variable asks for these products."""
-    if os.environ.get(GROUPED_GEMM["cublas"]) != "1":
-        return
+    """Hand sizes over on the GPU where the variables ask for it; refuse a cuBLAS that is too old."""
+    if _asked("cublas"):
+        _hand_over_on_gpu()
+    if _asked("fused"):
+        _check_before_fusing()
+
+
+def _asked(kernel: str) -> bool:
+    return all(os.environ.get(name) == "1" for name in GROUPED_GEMM[kernel])
+
+
+def _hand_over_on_gpu() -> None:
     import torch
     from transformer_engine.pytorch import GroupedLinear
 
     forward = GroupedLinear.forward
 
     def with_sizes_on_gpu(self, inp, m_splits, *args, **kwargs):
-        _check_cublas()
+        _check_cublas("cublas")
         if not isinstance(m_splits, torch.Tensor):
             pinned = torch.tensor(m_splits, dtype=torch.int64).pin_memory()
             m_splits = pinned.to(inp.device, non_blocking=True)
@@ -35,8 +45,20 @@ def install() -> None:
     GroupedLinear.forward = with_sizes_on_gpu
 
 
+def _check_before_fusing() -> None:
+    from megatron.core.transformer.moe.experts import TEGroupedMLP
+
+    fuse = TEGroupedMLP._make_fused_ops
+
+    def fuse_where_possible(self):
+        _check_cublas("fused")
+        return fuse(self)
+
+    TEGroupedMLP._make_fused_ops = fuse_where_possible
+
+
 @cache
-def _check_cublas() -> None:
+def _check_cublas(kernel: str) -> None:
     """Raise UserError where Transformer Engine would take one product for each expert unasked."""
     import torch
     import transformer_engine_torch
@@ -44,7 +66,7 @@ def _check_cublas() -> None:
 
     if not grouped_linear.is_module_grouped_tensor_path_supported(None, torch.bfloat16):
         raise UserError(
-            f"GROUPED_GEMM=cublas: cuBLAS {transformer_engine_torch.get_cublasLt_version()} has no"
-            f" grouped products for {torch.cuda.get_device_name()}: Hopper needs 13.4, Blackwell"
+            f"GROUPED_GEMM={kernel}: cuBLAS {transformer_engine_torch.get_cublasLt_version()} has"
+            f" no grouped products for {torch.cuda.get_device_name()}: Hopper needs 13.4, Blackwell"
             " 13.3\npip install 'nvidia-cublas>=13.4', or set GROUPED_GEMM=cutlass"
         )

@@ -293,8 +293,30 @@ def _grouped_gemm(experiment: Experiment) -> Iterator[str]:
         yield f"GROUPED_GEMM={kernel} does not run on {card.name}; leave it out"
     if kernel == "cublas" and experiment.fp8_recipe == "delayed":
         yield "GROUPED_GEMM=cublas: not with FP8=delayed; set FP8=tensorwise or blockwise"
-    if kernel == "cutlass" and experiment.precision == "fp8":
-        yield "GROUPED_GEMM=cutlass is for bf16; set GROUPED_GEMM=cublas, or FP8=0"
+    if kernel in ("cutlass", "fused") and experiment.precision == "fp8":
+        yield f"GROUPED_GEMM={kernel} is for bf16; set GROUPED_GEMM=cublas, or FP8=0"
+    if kernel == "fused":
+        yield from _fused_experts(experiment)
+
+
+def _fused_experts(experiment: Experiment) -> Iterator[str]:
+    """``TEGroupedMLP._is_fused_impl_supported`` (megatron/core/transformer/moe/experts.py).
+
+    It recomputes no activation, Megatron-FSDP knows no grouped weights (training/arguments.py), and
+    Muon and adapters take a weight for a matrix.
+    """
+    model = experiment.model
+    lacking = {
+        f"ETP={experiment.etp}": experiment.etp > 1,
+        f"the activation {model.activation}": model.activation
+        not in ("swiglu", "clamped_quick_geglu"),
+        "RECOMPUTE_MODULES=moe_act": "moe_act" in experiment.selectively_recomputed,
+        f"SHARDING={experiment.sharding}": experiment.fully_sharded,
+        f"OPTIMIZER={experiment.optimizer}": experiment.optimizer == "muon",
+        "LORA_RANK": experiment.lora,
+    }
+    for what in (name for name, given in lacking.items() if given):
+        yield f"GROUPED_GEMM=fused does not take {what}; set GROUPED_GEMM=cublas"
 
 
 def _routed_tokens(experiment: Experiment) -> Iterator[str]:

@@ -113,9 +113,13 @@ class Experiment(Checked):
     """The expert of every token computes while tokens are sent to the others."""
     ep_overlap: bool = False
     """Tokens of a micro-batch are sent while another one computes."""
-    grouped_gemm: Literal["streams", "cutlass", "cublas"] = "streams"
+    grouped_gemm: Literal["streams", "cutlass", "cublas", "fused"] = "streams"
     """How the experts of a rank are multiplied: one product each over a few streams, or all by one
-    kernel (general_grouped_gemm in transformer_engine/pytorch/cpp_extensions/gemm.py)."""
+    kernel (general_grouped_gemm in transformer_engine/pytorch/cpp_extensions/gemm.py).
+
+    ``fused``: by cuBLAS, and a matrix of all experts is one parameter, so that a step adds up and
+    updates one gradient where the others have one for each expert (``moe_single_grouped_weight`` in
+    megatron/core/transformer/transformer_config.py)."""
     dp: Count = 1
     nodes: Count = 1
     sequence_parallel: bool = Field(False, alias="sp")

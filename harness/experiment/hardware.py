@@ -75,10 +75,10 @@ class Card:
     def multiplies_groups(self, kernel: str) -> bool:
         """Whether Transformer Engine multiplies all experts by this ``kernel`` on it.
 
-        Compute capability 9.0 for ``cutlass``, 9.0 to 11.0 for ``cublas``.
+        Compute capability 9.0 for ``cutlass``, 9.0 to 11.0 for ``cublas`` and ``fused``.
         """
         is_hopper = self.key.startswith(("h100", "h200", "gh200"))
-        return is_hopper or (self.is_blackwell and kernel == "cublas")
+        return is_hopper or (self.is_blackwell and kernel != "cutlass")
 
 
 def find_card(name: str) -> Card | None:

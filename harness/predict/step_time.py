@@ -28,8 +28,8 @@ from harness.predict import stages, timeline
 from harness.predict.elementwise import larger
 from harness.predict.flops import adapter_parameters, parameters_on
 from harness.predict.network import Group
-from harness.predict.stages import predictor_kind
-from harness.predict.work import MicroBatchWork, Speed, Work
+from harness.predict.stages import on_stage, predictor_kind
+from harness.predict.work import UPDATE_OPERATIONS, MicroBatchWork, Speed, Work
 
 ADAM_BYTES = {"fp32": 30, "bf16": 16}
 """Precision of the moments -> bytes moved per parameter. fp32: moments and fp32 weights are read
@@ -380,6 +380,10 @@ class StepWork(MicroBatchWork):
             moved += parameters * held * (4 if experiment.replicas > 1 else 2) * size
         once = moved / self.bytes_per_s + on_host * HOST_ADAM_BYTES / HOST_BYTES_PER_S
         once += self.constants.step_ms * self.speed.host_s
+        updated = self.own_weights() * on_stage(experiment, self.fullest).experts
+        if experiment.sharding != "no_shard":
+            updated /= experiment.expert_replicas
+        once += updated * UPDATE_OPERATIONS * self.speed.operation_us / 1e6
         return once + (self.muon_s() if experiment.optimizer == "muon" else 0)
 
     def muon_s(self) -> float:

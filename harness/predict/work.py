@@ -55,6 +55,10 @@ FUSED_TOPK_OPERATIONS, FUSED_SCORE_OPERATIONS = 8, 5
 """What the router's fused kernels launch less of, for top-k and for the balancing loss
 (topk_routing_with_score_function, compute_routing_scores_for_aux_loss in
 megatron/core/transformer/moe/moe_utils.py)."""
+WEIGHT_OPERATIONS, UPDATE_OPERATIONS = 1.2, 0.75
+"""What an expert's own weight costs the host beyond its share of a common one: a hook and a sum in
+each backward pass, its part of an optimizer step. 632 with GROUPED_GEMM=cublas and =fused on one
+host (experiments/runs/h200-2026-12-01): 129 and 79 ms for 2,048 weights at 50 us an operation."""
 PLAIN_LINEARS = ("linear_proj", "linear_fc1", "linear_fc2")
 LINEAR_SHARE = 1 / 6
 """Host time of a linear layer, relative to a plain layer, which has four; a rough value."""
@@ -741,10 +745,22 @@ class MicroBatchWork:
             products=2 * products,
             passes=permuted * (16 * hidden + 10 * width) + gradients,
         )
+        hooked_s = self.own_weights() * WEIGHT_OPERATIONS * self.speed.operation_us / 1e6
         return (
             forward + launches[0] + Work(launches=searched_s / 3),
-            backward + launches[1] + Work(launches=2 * searched_s / 3),
+            backward + launches[1] + Work(launches=2 * searched_s / 3 + hooked_s),
         )
+
+    def own_weights(self) -> int:
+        """Weights and biases of a layer's experts on a rank that are parameters of their own.
+
+        None with one product for each expert: the fitted ``expert_ms`` holds what they cost there.
+        """
+        model = self.model
+        counted = self.experiment.grouped_gemm in ("cutlass", "cublas") and not self.experiment.lora
+        if not model.num_experts or not counted:
+            return 0
+        return 2 * (1 + model.add_bias_linear) * model.num_experts // self.experiment.ep
 
     def fused_router(self) -> Launches:
         """What the router's fused kernels save the host, a third of it forward."""

@@ -23,6 +23,7 @@ SAME_RESULTS: tuple[Option, ...] = (
     {"MOE_DISPATCHER": "allgather"},
     {"GRAD_FUSION": "1"},
     {"GROUPED_GEMM": "cublas"},
+    {"GROUPED_GEMM": "fused"},
     {"ROUTER_FUSION": "1"},
     {"SHARED_EXPERT_OVERLAP": "1"},
     {"ATTENTION_MASK": "0"},

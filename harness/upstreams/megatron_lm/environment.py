@@ -14,8 +14,10 @@ from harness.upstreams.megatron_lm.tracking import Tracking
 UNTIL_VARIABLE = "HARNESS_UNTIL"
 KEEP_VARIABLE = "HARNESS_KEEP"
 GROUPED_GEMM = {
-    "cutlass": "NVTE_USE_CUTLASS_GROUPED_GEMM",
-    "cublas": "NVTE_GROUPED_LINEAR_USE_FUSED_GROUPED_GEMM",
+    "cutlass": ("NVTE_USE_CUTLASS_GROUPED_GEMM",),
+    "cublas": ("NVTE_GROUPED_LINEAR_USE_FUSED_GROUPED_GEMM",),
+    # upstream asks for the second where an activation is gated; its kernels are Blackwell's only
+    "fused": ("NVTE_GROUPED_LINEAR_SINGLE_PARAM", "NVTE_CUTEDSL_FUSED_GROUPED_MLP"),
 }
 """Transformer Engine's variables, by kernel."""
 
@@ -111,10 +113,10 @@ def _cuda(e: Experiment, memory_fraction: float | None) -> list[Variable]:
         ),
         Variable("OMP_NUM_THREADS", "1", "torchrun's own choice for several ranks"),
     ]
-    if e.grouped_gemm != "streams":
-        found.append(
-            Variable(GROUPED_GEMM[e.grouped_gemm], "1", "multiply a rank's experts by one kernel")
-        )
+    found += [
+        Variable(name, "1", "multiply a rank's experts by one kernel")
+        for name in GROUPED_GEMM.get(e.grouped_gemm, ())
+    ]
     if e.tp_overlap:
         found.append(
             Variable("UB_SKIPMC", "1", "userbuffers share memory between GPUs without multicast")

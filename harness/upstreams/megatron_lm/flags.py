@@ -457,6 +457,11 @@ def _only_on_gpus(e: Experiment) -> Iterator[str]:
         yield f"--moe-flex-dispatcher-backend {e.moe_backend}"
     if e.ep_overlap:
         yield "--overlap-moe-expert-parallel-comm"
+    if e.grouped_gemm == "fused":
+        yield "--use-transformer-engine-op-fuser"
+        yield "--moe-single-grouped-weight"
+        if e.model.add_bias_linear:
+            yield "--moe-single-grouped-bias"
     if e.router_fusion:
         yield "--moe-router-fusion"
     if e.shared_expert_overlap:
