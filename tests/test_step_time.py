@@ -124,7 +124,7 @@ def test_a_fit_finds_the_machine_that_made_the_steps():
 
 
 @pytest.mark.parametrize(
-    ("name", "median", "most"), [("h200", 0.04, 0.22), ("h100-tutorial", 0.05, 0.3)]
+    ("name", "median", "most"), [("h200", 0.045, 0.22), ("h100-tutorial", 0.05, 0.3)]
 )
 def test_rows_of_chapters_that_were_left_out(name, median, most):
     """H100's rates are another card's: without its rows of a chapter, its experts and rings are a guess."""
@@ -192,11 +192,7 @@ def test_a_graph_leaves_nothing_to_launch():
         PUBLISHED.predict(find("501", "CUDA_GRAPHS=1")),
     )
     assert 0 < graphs.launches < experts.launches, "experts are launched one by one"
-    for id_, pair in (
-        ("408", "pipelines"),
-        ("302", "context parallelism by p2p"),
-        ("501", "experts"),
-    ):
+    for id_, pair in (("408", "pipelines"), ("302", "context parallelism by p2p")):
         assert any(
             {"CUDA graphs", pair} == set(kinds.split(" with "))
             for kinds in MACHINES["h200"].unmeasured(find(id_, "CUDA_GRAPHS=1"))

@@ -171,6 +171,12 @@ ROWS = (
       for words in ("--lora-rank 8", "--lora-alpha 9", "--lora-dropout 0.5", "--lora-targets linear_proj")),
 )  # fmt: skip
 ONLY_NAMED = {"--dist-ckpt-format": "an old name that ARGS may have"}
+OF_TRANSFORMER_ENGINE = {
+    "--use-transformer-engine-op-fuser",
+    "--moe-single-grouped-weight",
+    "--moe-single-grouped-bias",
+}
+"""Upstream asks for its version, 2.14, before it takes them."""
 OF_LARGE_MODELS = {
     "--enable-experimental",
     "--kv-lora-rank",
@@ -263,9 +269,9 @@ def _body(node: ast.AST) -> list[ast.stmt]:
 def test_every_argument_that_the_harness_emits_has_a_row():
     rows = {row.option for row in ROWS}
     assert len(rows) > 140 and not rows & ONLY_NAMED.keys()
-    assert emitted() - rows - OF_LARGE_MODELS - OF_HYBRIDS == set(ONLY_NAMED), (
-        "add a row to ROWS: what must differ, at a value that is not the default"
-    )
+    assert emitted() - rows - OF_LARGE_MODELS - OF_HYBRIDS - OF_TRANSFORMER_ENGINE == set(
+        ONLY_NAMED
+    ), "add a row to ROWS: what must differ, at a value that is not the default"
     assert rows - emitted() == set(), "the harness emits these no longer"
 
 

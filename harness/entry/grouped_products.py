@@ -18,7 +18,7 @@ from harness.upstreams.megatron_lm.environment import GROUPED_GEMM
 
 
 def install() -> None:
-    """Hand sizes over on the GPU where the variables ask for it; refuse a cuBLAS that is too old."""
+    """Do what the variables ask for; later, refuse a cuBLAS that is too old for it."""
     if _asked("cublas"):
         _hand_over_on_gpu()
     if _asked("fused"):

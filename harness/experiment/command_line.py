@@ -313,7 +313,7 @@ EXPERIMENT_SETTINGS = (
     Setting(
         "GROUPED_GEMM",
         "cublas",
-        "products of a rank's experts: streams (one each), in one launch: cutlass, cublas; fused: weights too",
+        "experts' products: streams (one each), or in one launch: cutlass, cublas, fused",
         "grouped_gemm",
         _choice_of("grouped_gemm"),
         "work",
