@@ -268,6 +268,7 @@ def test_a_mistake_is_refused_with_its_values(tmp_path: Path, row: str, complain
         ("632", {"grouped_gemm": "cutlass", "precision": "fp8", "fp8_recipe": "tensorwise"}, "GROUPED_GEMM=cutlass is for bf16"),
         ("632", {"grouped_gemm": "fused", "card": "a100-80gb"}, "GROUPED_GEMM=fused does not run on NVIDIA A100"),
         ("632", {"grouped_gemm": "fused"}, "GROUPED_GEMM=fused does not take RECOMPUTE_MODULES=moe_act"),
+        ("502", {"grouped_gemm": "fused"}, "GROUPED_GEMM=fused does not take the activation gelu"),
         ("511", {"grouped_gemm": "fused"}, "GROUPED_GEMM=fused does not take ETP=2"),
         ("502", {"grouped_gemm": "fused", "optimizer": "muon"}, "GROUPED_GEMM=fused does not take OPTIMIZER=muon"),
         ("511", {"moe_router_topk": 257}, "moe_router_topk (257) exceeds the number of experts (256)"),

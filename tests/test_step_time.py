@@ -197,6 +197,8 @@ def test_a_graph_leaves_nothing_to_launch():
             {"CUDA graphs", pair} == set(kinds.split(" with "))
             for kinds in MACHINES["h200"].unmeasured(find(id_, "CUDA_GRAPHS=1"))
         ), pair
+    measured = MACHINES["h200"].unmeasured(find("501", "CUDA_GRAPHS=1"))
+    assert not any({"CUDA graphs", "experts"} == set(one.split(" with ")) for one in measured)
 
 
 @pytest.mark.parametrize("group", ["h100-tutorial"])

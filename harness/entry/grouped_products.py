@@ -18,7 +18,7 @@ from harness.upstreams.megatron_lm.environment import GROUPED_GEMM
 
 
 def install() -> None:
-    """Do what the variables ask for; later, refuse a cuBLAS that is too old for it."""
+    """Install what the variables ask for. The first step refuses a cuBLAS that is too old."""
     if _asked("cublas"):
         _hand_over_on_gpu()
     if _asked("fused"):

@@ -56,9 +56,10 @@ FUSED_TOPK_OPERATIONS, FUSED_SCORE_OPERATIONS = 8, 5
 (topk_routing_with_score_function, compute_routing_scores_for_aux_loss in
 megatron/core/transformer/moe/moe_utils.py)."""
 WEIGHT_OPERATIONS, UPDATE_OPERATIONS = 1.2, 0.75
-"""What an expert's own weight costs the host beyond its share of a common one: a hook and a sum in
-each backward pass, its part of an optimizer step. 632 with GROUPED_GEMM=cublas and =fused on one
-host (experiments/runs/h200-2026-12-01): 129 and 79 ms for 2,048 weights at 50 us an operation."""
+"""Operations of the host for each weight of an expert that is a parameter of its own: its hook and
+sum in a backward pass, its part of an optimizer step. 632 took 129 and 79 ms more with 2,048 such
+weights (GROUPED_GEMM=cublas) than without (the same with args-babf81), at 50 us an operation: .3 in
+experiments/runs/h200-2026-12-01."""
 PLAIN_LINEARS = ("linear_proj", "linear_fc1", "linear_fc2")
 LINEAR_SHARE = 1 / 6
 """Host time of a linear layer, relative to a plain layer, which has four; a rough value."""
