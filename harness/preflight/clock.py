@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -71,13 +72,21 @@ class Clock:
 
     def batch_time_s(self, call: Callable[[], object], calls: int) -> float:
         """Time of ``calls`` calls in seconds on the device."""
+        return self.times_s(call, calls, 1)[0]
+
+    def times_s(self, call: Callable[[], object], calls: int, batches: int) -> list[float]:
+        """Time of each batch of ``calls`` calls in seconds on the device, one right after another.
+
+        The host launches all before it waits, so that what it does besides does not count.
+        """
         if self.device != "cuda":
-            return self._host_s(lambda: [call() for _ in range(calls)])
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            return [self._host_s(lambda: [call() for _ in range(calls)]) for _ in range(batches)]
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(batches + 1)]
         self.wait()
-        begin.record()
-        for _ in range(calls):
-            call()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3
+        events[0].record()
+        for event in events[1:]:
+            for _ in range(calls):
+                call()
+            event.record()
+        self.wait()
+        return [begin.elapsed_time(end) / 1e3 for begin, end in itertools.pairwise(events)]

@@ -100,6 +100,11 @@ KINDS = {
 """Those of the same ``parallel`` are neighbours: changing it connects anew."""
 
 
+def load() -> None:
+    """Import what layers on a GPU use, with PyTorch's compiler of fused operations: some 10 s."""
+    import transformer_engine.pytorch  # noqa: F401
+
+
 def kinds(device: str, ranks: int) -> list[str]:
     """The kinds of layers that can be measured on so many ranks of this device."""
     return [
