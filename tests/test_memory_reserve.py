@@ -98,18 +98,18 @@ def test_allocated_memory_is_within_half_a_percent(experiment, measured) -> None
 
 @pytest.mark.parametrize(("experiment", "measured"), of_kind(lambda e: e.cuda_graphs))
 def test_graphs_hold_activations_outside_of_what_is_allocated(experiment, measured) -> None:
+    """Upstream's own graphs leave what the first step cached to a stream that nothing uses again:
+    without it 604 had 14 % too little, and 300 10 % too much."""
     memory = predict(experiment)
-    assert memory.total == pytest.approx(measured.allocated, rel=0.025)
-    # without recomputation, 300's graphs reuse more of their pool than is known here
-    reuses = experiment.seq_length > 2048 and experiment.cp == 1 and experiment.world_size == 1
-    assert memory.in_all == pytest.approx(measured.nvml, rel=0.11 if reuses else 0.04)
+    assert memory.total == pytest.approx(measured.allocated, rel=0.006)
+    assert memory.in_all == pytest.approx(measured.nvml, rel=0.035)
 
 
 @pytest.mark.parametrize(("experiment", "measured"), RUNS)
 def test_nvidia_smi_shows_what_is_predicted(experiment, measured) -> None:
     """A run of 101 has 0.4 GiB in reserve, one of 611 6.3: no share of allocated memory fits both."""
-    exact = measured.nvml > 10 and not experiment.cuda_graphs
-    assert predict(experiment).in_all == pytest.approx(measured.nvml, rel=0.07 if exact else 0.11)
+    exact = 0.055 if measured.nvml > 10 else 0.08
+    assert predict(experiment).in_all == pytest.approx(measured.nvml, rel=exact)
 
 
 def test_errors_of_nvidia_smi() -> None:

@@ -320,6 +320,15 @@ class Experiment(Checked):
         return ("attn", "moe_router", *prepared)
 
     @property
+    def graphs_by(self) -> Literal["local", "transformer_engine"] | None:
+        """Upstream's implementation of CUDA graphs: its own launches whole layers, Transformer
+        Engine's parts of them."""
+        if not self.cuda_graphs:
+            return None
+        whole = self.cuda_graphs is True and not self.model.num_experts
+        return "local" if whole else "transformer_engine"
+
+    @property
     def graphs_layers(self) -> bool:
         """Whether CUDA graphs launch whole layers."""
         return {*self.graphed} == {"attn", "mlp"}

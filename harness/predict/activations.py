@@ -40,6 +40,29 @@ def layer_operations(experiment: Experiment, kind: str) -> list[Operation]:
     return recomputing(operations, experiment.selectively_recomputed)
 
 
+def graphed_operations(experiment: Experiment, kind: str) -> frozenset[int]:
+    """Which of ``layer_operations`` CUDA graphs launch, by their place."""
+    attention, layer = len(attention_operations(experiment)), layer_operations(experiment, kind)
+    first = len(_joining_operations(experiment)) if kind == "predictors" else 0
+    graphed: set[int] = set()
+    if "attn" in experiment.graphed:
+        graphed |= {*range(first + attention)}
+    if "mlp" in experiment.graphed and kind != "experts":
+        graphed |= {*range(first + attention, len(layer))}
+    if "moe_router" in experiment.graphed and kind == "experts":
+        router = next(i for i, one in enumerate(layer) if i >= attention and "moe" in one.modules)
+        graphed |= {*range(attention, router + 1)}
+    return frozenset(graphed)
+
+
+def prepared_bytes(experiment: Experiment, kind: str) -> float:
+    """Copies of tokens, one for each of their experts, that a graph of moe_preprocess leaves in a
+    layer; what is launched one by one frees them once they are sorted."""
+    if kind != "experts" or "moe_preprocess" not in experiment.graphed:
+        return 0.0
+    return hidden_bytes(experiment) * experiment.model.moe_router_topk
+
+
 def kept_bytes(experiment: Experiment, kind: str) -> float:
     """Bytes that a layer keeps of one micro-batch for the backward pass."""
     if experiment.recompute == "full":

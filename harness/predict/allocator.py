@@ -91,6 +91,10 @@ class Allocator:
         self.reserved -= sum(size for size, _, _ in whole)
         self._free = [entry for entry in self._free if entry not in whole]
 
+    def forget_cache(self) -> None:
+        """Let free blocks stay reserved but unused: they belong to another stream."""
+        self._free = []
+
     def _new_segment(self, size: int) -> Block:
         segment = SHARED_SEGMENT
         if size >= SHARED_LIMIT:

@@ -239,7 +239,7 @@ def _hidden_by_graphs(experiment: Experiment, tensors: Mapping[str, float]) -> d
     Tensors of a captured layer count as free once its graph is made. So most is allocated in the
     first step, which runs without graphs and before the optimizer has moments, or in later steps.
     """
-    if not experiment.graphs_layers:
+    if experiment.graphs_by != "local":  # Transformer Engine captures after whole steps
         return {}
     moments = tensors["optimizer"] * moments_share(experiment)
     if moments < tensors["attention"] + tensors["mlp"]:

@@ -20,10 +20,12 @@ from harness.experiment.model import Model
 from harness.experiment.unlisted import row_of
 from harness.predict import stages
 from harness.predict.activations import (
+    graphed_operations,
     kept_bytes,
     layer_operations,
     logits_on,
     loss_kind,
+    prepared_bytes,
 )
 from harness.predict.allocator import Allocator, Block
 from harness.predict.flops import (
@@ -48,9 +50,9 @@ WORKSPACE_BYTES = 2**25
 transformer_engine/pytorch/cpp_extensions."""
 STEPS = 3
 """After them hardly anything more is reserved."""
-COPIES_OF_GRAPHS = 3
-"""Hidden states a layer that a step allocates between the CUDA graphs of its layers: what six runs
-on H200s reserved."""
+STATIC_INPUTS = 2
+"""Hidden states that each of Transformer Engine's graphs keeps outside of their pool
+(_get_sample_arguments in megatron/core/transformer/cuda_graphs.py)."""
 
 
 @dataclass(eq=False)
@@ -91,11 +93,19 @@ def _replay(experiment: Experiment, stage: int) -> Footprint:
     rank = _Rank(experiment, stage)
     rank.build()
     rank.step()
-    graphs = experiment.graphs_layers
-    in_graphs = rank.capture() if graphs else 0
-    rank.make_moments()
+    in_graphs = 0.0
+    if experiment.graphs_by == "local":  # captured in the first step
+        in_graphs = rank.capture()
+        rank.change_stream()
+        rank.make_moments()
+    else:
+        rank.make_moments()
+        if experiment.graphs_by:
+            rank.step()
+            in_graphs = rank.capture()
+            rank.keep_static_inputs()
     for _ in range(STEPS - 1):
-        rank.step(captured=graphs)
+        rank.step()
     allocator = rank.allocator
     return Footprint(
         allocated=allocator.most_allocated,
@@ -161,6 +171,8 @@ class _Pass:
     layers: list[_Layer]
     output: Block | None
     """The last layer's."""
+    called_with: list[Block | None]
+    """What is free once the forward pass has returned."""
     others: list[Block | None]
 
 
@@ -178,7 +190,12 @@ class _Rank:
         self.kinds = stages.on_stage(experiment, stage).kinds
         self.in_flight = [layers.kinds for layers in layers_in_flight(experiment, stage)]
         self.operations = {kind: layer_operations(experiment, kind) for kind in {*self.kinds}}
+        self.in_graphs: dict[str, frozenset[int]] = {kind: frozenset() for kind in self.kinds}
+        """The operations that graphs launch once they are captured."""
         self.moments: list[float] = []
+        self.has_dummies = False
+        self.has_workspace = {"forward": True, "backward": False}
+        """Whether cuBLAS has its workspace in a thread; the forward pass's comes with the first."""
         self.without_fp8_copies: Counter[str] = Counter()
         if experiment.precision == "fp8":
             self.without_fp8_copies = Counter(self.kinds)
@@ -211,8 +228,7 @@ class _Rank:
             for sizes, among in groups
         ]
         self._make_optimizer([*shards[0], *shards[1]])
-        take(workspaces(experiment))
-        take(element_bytes(experiment) * size for size in dummy_gradients(experiment, self.stage))
+        take(workspaces(experiment)[1:])
 
     def _make_optimizer(self, parameters: Sequence[float]) -> None:
         copy = _copy_bytes(self.experiment)
@@ -224,25 +240,41 @@ class _Rank:
         """Allocate the optimizer's moments, as its first step does."""
         self.allocator.allocate_all(self.moments)
 
-    def step(self, *, captured: bool = False) -> None:
-        """One step, with no more micro-batches than are in flight at most.
-
-        ``captured``: layers run from CUDA graphs, which have their own pool.
-        """
-        passes = [self._forward(kinds, captured=captured) for kinds in self.in_flight]
+    def step(self) -> None:
+        """One step, with no more micro-batches than are in flight at most."""
+        passes = [self._forward(kinds) for kinds in self.in_flight]
         for done in passes:
             self._backward(done)
 
     def capture(self) -> float:
-        """Bytes that graphs of all layers reserve; empties the cache, as each capture does."""
+        """Bytes that graphs reserve, in a pool of their own; empties the cache, as each capture
+        does. From now on the operations in graphs allocate nothing else."""
         self.allocator.release_cache()
         eager, self.allocator = self.allocator, Allocator()
+        everything = {kind: frozenset(range(len(self.operations[kind]))) for kind in self.kinds}
+        graphed = {kind: graphed_operations(self.experiment, kind) for kind in self.kinds}
+        self.in_graphs = {kind: everything[kind] - graphed[kind] for kind in self.kinds}
         in_flight = [self._layers_forward(kinds, None, ()) for kinds in self.in_flight]
+        self.allocator.allocate_all(
+            prepared_bytes(self.experiment, kind) for kinds in self.in_flight for kind in kinds
+        )
         for layers, passing in in_flight:
             self.allocator.free(passing)
             self._layers_backward(layers, self.allocator.allocate(self.hidden), None)
+        self.in_graphs = graphed
         pool, self.allocator = self.allocator, eager
         return pool.reserved
+
+    def change_stream(self) -> None:
+        """Go on in another stream, as _create_cudagraphs in
+        megatron/core/transformer/cuda_graphs.py does: what the one before has cached stays reserved
+        for it."""
+        self.allocator.forget_cache()
+        self.has_workspace = {"forward": False, "backward": False}
+
+    def keep_static_inputs(self) -> None:
+        for kinds in self.in_flight:
+            self.allocator.allocate_all([self.hidden] * STATIC_INPUTS * len(kinds))
 
     def _parameters(self) -> tuple[list[int], list[int]]:
         """Elements of each parameter outside of experts and in experts, as they are constructed."""
@@ -268,11 +300,12 @@ class _Rank:
         layer = [rank * width for both in widths for width in both]
         return layer * len(self.kinds)
 
-    def _forward(self, kinds: Sequence[str], *, captured: bool) -> _Pass:
+    def _forward(self, kinds: Sequence[str]) -> _Pass:
         take, free = self.allocator.allocate, self.allocator.free
         experiment = self.experiment
         mask = experiment.micro_batch_size * experiment.seq_length**2 / experiment.cp
-        others = [take(mask if experiment.attention_mask else 0)]
+        seen = take(mask if experiment.attention_mask else 0)
+        others: list[Block | None] = []
         embeddings: list[Block | None] = []
         if self.first and experiment.model.position_embedding == "learned_absolute":
             # words and positions outlive their sum
@@ -281,16 +314,26 @@ class _Rank:
         total = take(self.hidden)
         passing = take(self.hidden)  # transposed
         free(total)
-        if captured:
-            copies = [self.hidden] * COPIES_OF_GRAPHS * len(kinds)
-            others += self.allocator.allocate_all(copies)
-            free(*embeddings)
-            layers = []
-        else:
-            layers, passing = self._layers_forward(kinds, passing, embeddings)
-        output = take(self.hidden)
+        if self.first and mask_bytes(experiment):
+            others.append(take(mask_bytes(experiment)))
+            dropped = take(self.hidden)
+            free(passing)
+            passing = dropped
+        called_with = [seen]
+        if kinds and 0 in self.in_graphs[kinds[0]]:  # a graph copies it
+            called_with.append(passing)
+            passing = None
+        layers, passing = self._layers_forward(kinds, passing, embeddings)
+        launched = not kinds or len(self.operations[kinds[-1]]) - 1 not in self.in_graphs[kinds[-1]]
+        output = take(self.hidden if launched else 0)
         free(passing)
-        return _Pass(layers, output, others)
+        if experiment.recompute == "full":  # keeps all that a layer is called with
+            others += called_with
+            called_with = []
+        if not self.last:
+            free(*called_with)
+            called_with = []
+        return _Pass(layers, output, called_with, others)
 
     def _layers_forward(
         self,
@@ -325,20 +368,23 @@ class _Rank:
         self, kind: str, passing: Block | None, embeddings: Iterable[Block | None] = ()
     ) -> tuple[_Layer, Block | None]:
         saved = []
-        for operation in self.operations[kind]:
-            saved.append(self.allocator.allocate_all(operation.saves))
+        for index, operation in enumerate(self.operations[kind]):
+            launched = index not in self.in_graphs[kind]
+            saved.append(self.allocator.allocate_all(operation.saves if launched else ()))
             self.allocator.free(passing, *embeddings)
             embeddings = ()
-            passing = self.allocator.allocate(operation.passing)
+            passing = self.allocator.allocate(operation.passing) if launched else None
         return _Layer(kind, saved), passing
 
     def _backward(self, done: _Pass) -> None:
         take, free = self.allocator.allocate, self.allocator.free
         tied = None
         if self.last:
-            gradient, tied = self._loss()
+            gradient, tied = self._loss(done.called_with)
         else:
             gradient = take(self.hidden)  # received
+            self._multiply("backward")
+            self._take_dummies()
         residual = take(self.hidden)
         free(gradient, done.output)
         residual = self._layers_backward(done.layers, residual, self._masked())
@@ -346,8 +392,9 @@ class _Rank:
             free(take(element_bytes(self.experiment) * self.embedding))
         free(residual, tied, *done.others)
 
-    def _loss(self) -> tuple[Block | None, Block | None]:
-        """Logits, loss and the output layer's gradients.
+    def _loss(self, called_with: Iterable[Block | None]) -> tuple[Block | None, Block | None]:
+        """Logits, loss and the output layer's gradients; ``called_with`` is free once all have
+        returned.
 
         Returns the gradient of its input, and the embedding's where both share a weight: autograd
         keeps it until it has the embedding's own.
@@ -364,9 +411,12 @@ class _Rank:
             if loss_kind(experiment) != "te":
                 of_logits = take(size * logits)
                 free(each)
+        free(*called_with)
         gradient = take(self.hidden)
+        self._multiply("backward")
         free(take(gathered_bytes(experiment)))
         of_weight = take(weight_gradient_bytes(experiment, self.embedding))
+        self._take_dummies()
         free(of_logits, normed)
         if self.first and not experiment.model.untie_embeddings:
             return gradient, of_weight
@@ -380,6 +430,7 @@ class _Rank:
         """
         take, free = self.allocator.allocate, self.allocator.free
         computed, kind = take(element_bytes(self.experiment) * logits), loss_kind(self.experiment)
+        self._multiply("forward")
         if kind == "te":
             return computed
         softmax = take(4 * logits)
@@ -410,6 +461,8 @@ class _Rank:
         take, free = self.allocator.allocate, self.allocator.free
         operations, again = self.operations[layer.kind], {}
         for index in reversed(range(len(operations))):
+            if index in self.in_graphs[layer.kind]:
+                continue
             one = operations[index]
             for other in regained(operations, index):
                 again[other] = self.allocator.allocate_all(other.recomputed)
@@ -426,6 +479,20 @@ class _Rank:
                 gradient = of_input
             free(*blocks)
         return gradient
+
+    def _multiply(self, thread: str) -> None:
+        """cuBLAS's first product in a thread allocates its workspace, which stays: so does the
+        segment that it lies in."""
+        if not self.has_workspace[thread]:
+            self.has_workspace[thread] = True
+            self.allocator.allocate(WORKSPACE_BYTES)
+
+    def _take_dummies(self) -> None:
+        """Gradients that Transformer Engine returns where accumulation is fused, made once."""
+        if not self.has_dummies:
+            self.has_dummies = True
+            sizes = dummy_gradients(self.experiment, self.stage)
+            self.allocator.allocate_all(element_bytes(self.experiment) * size for size in sizes)
 
     def _masked(self) -> Block | None:
         """The gradient that dropout writes going backward; without dropout it is the residual's."""

@@ -78,13 +78,10 @@ def parts(device: str, quick: bool, folder: Path, rank: int, ranks: int) -> Iter
 
     def sustained() -> dict[str, Any]:
         """Meanwhile the host, which has nothing to do, imports what later parts need."""
-        loading = threading.Thread(target=layers.load)
-        if gpu and full:
-            loading.start()
-        rates = kernels.sustained_tflops(seconds, size, device, clock)
+        loading = threading.Thread(target=layers.load if gpu and full else lambda: None)
+        rates = kernels.sustained_tflops(seconds, size, device, clock, loading.start)
         sample = _sample(rank) if gpu else {}
-        if gpu and full:
-            loading.join()
+        loading.join()
         return {"rates": rates, "gpu": sample}
 
     yield "sustained product", sustained

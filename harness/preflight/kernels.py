@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import cache
@@ -59,10 +60,13 @@ def _operands(rows: int, columns: int, inner: int, device: str) -> list[tuple[to
     ]
 
 
-def sustained_tflops(seconds: float, size: int, device: str, clock: Clock) -> tuple[float, float]:
+def sustained_tflops(
+    seconds: float, size: int, device: str, clock: Clock, meanwhile: Callable[[], object]
+) -> tuple[float, float]:
     """Rate of a product of ``size`` cubed in TFLOP/s over ``seconds``: at first, and at the end.
 
-    Power and temperature limits lower the clock after a second or so.
+    Power and temperature limits lower the clock after a second or so. ``meanwhile`` is called
+    after the first tenth.
     """
     left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     calls = 20 if device == "cuda" else 1
@@ -71,11 +75,12 @@ def sustained_tflops(seconds: float, size: int, device: str, clock: Clock) -> tu
         return torch.mm(left, right)
 
     multiply()  # the first one loads cuBLAS
-    one_s = clock.batch_time_s(multiply, calls)
-    times_s = clock.times_s(multiply, calls, max(2, round(seconds / one_s)))
-    rates = [2 * size**3 * calls / each / 1e12 for each in (one_s, *times_s)]
-    tenth = max(1, len(rates) // 10)
-    return max(rates[: tenth + 1]), sum(rates[-tenth:]) / tenth
+    tenth = max(1, round(seconds / clock.batch_time_s(multiply, calls) / 10))
+    first_s = clock.times_s(multiply, calls, tenth)
+    meanwhile()
+    last_s = clock.times_s(multiply, calls, 9 * tenth)[-tenth:]
+    flops = 2 * size**3 * calls
+    return flops / min(first_s) / 1e12, flops / statistics.median(last_s) / 1e12
 
 
 def _both_us(

@@ -122,7 +122,12 @@ def run_ranks(device: str, gpu_ids: Sequence[int], ranks: int, quick: bool, fold
 
 
 def _run(words: Sequence[str], device: str, gpu_ids: Sequence[int], folder: Path) -> str:
-    environment = os.environ | {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        "OMP_NUM_THREADS": "1",
+        # processes that compile would take longer to start than these few kernels
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",
+    }
     if device == "cuda":
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpu_ids))
     else:

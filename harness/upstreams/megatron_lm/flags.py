@@ -359,14 +359,11 @@ def _fuses_gradients(e: Experiment, apex: bool) -> bool:
 
 
 def _cuda_graphs(e: Experiment) -> Iterator[str]:
-    """Graphs of whole layers by upstream; by Transformer Engine where parts are left out."""
     if not e.cuda_graphs:
         return
-    if e.cuda_graphs is True and not e.model.num_experts:
-        yield "--cuda-graph-impl local --te-rng-tracker"
-        return
-    yield "--cuda-graph-impl transformer_engine --te-rng-tracker"
-    yield f"--cuda-graph-modules {' '.join(e.graphed)}"
+    yield f"--cuda-graph-impl {e.graphs_by} --te-rng-tracker"
+    if e.graphs_by == "transformer_engine":
+        yield f"--cuda-graph-modules {' '.join(e.graphed)}"
 
 
 def _schedule(e: Experiment) -> str:
