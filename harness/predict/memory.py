@@ -118,10 +118,11 @@ def predict(experiment: Experiment) -> Memory:
 
 
 def _on_stage(experiment: Experiment, stage: int) -> Memory:
-    tensors = StageTensors(experiment, stage).at_most()
-    hidden = _hidden_by_graphs(experiment, tensors)
+    stage_tensors = StageTensors(experiment, stage)
+    tensors = stage_tensors.at_most()
+    counted = tensors | _with_graphs(stage_tensors, tensors)
     return Memory(
-        **{name: (size - hidden.get(name, 0)) / GIB for name, size in tensors.items()},
+        **{name: size / GIB for name, size in counted.items()},
         all_tensors=sum(tensors.values()) / GIB,
         context=context_gib(experiment),
         replayed=partial(replay, experiment, stage),
@@ -145,20 +146,22 @@ class StageTensors:
         mlp = dense * in_flight.dense + experts * in_flight.experts
         mlp = mlp + predictor * in_flight.predictors
         hidden = smaller(state.gradients, attention + mlp) * self.gradients_grow()
-        of_layer = 0.0
-        for needed, number in zip(self.backward(), self.layers(), strict=True):
-            of_layer = larger(of_layer, needed * (number > 0))
-        passing = of_layer + self.gathered_layer()
-        passing = larger(passing, self.loss()) + self.ends()
         return {
             "weights": state.weights,
             "gradients": state.gradients - hidden,
             "optimizer": state.optimizer,
             "attention": attention,
             "mlp": mlp,
-            # gradients copied for the optimizer, once activations are gone
-            "passing": larger(passing, self.copied_gradients() - attention - mlp),
+            # the optimizer's, once activations are gone
+            "passing": larger(self.passing(), self.of_optimizer() - attention - mlp),
         }
+
+    def passing(self) -> float:
+        """What exists for a moment while losses and gradients are computed."""
+        of_layer = 0.0
+        for needed, number in zip(self.backward(), self.layers(), strict=True):
+            of_layer = larger(of_layer, needed * (number > 0))
+        return larger(of_layer + self.gathered_layer(), self.loss()) + self.ends()
 
     def state(self) -> State:
         """What stays from step to step, fp8 copies too, and what FSDP always holds whole."""
@@ -206,17 +209,23 @@ class StageTensors:
         """Number of the stage's layers of each kind."""
         return stages.on_stage(self.experiment, self.stage)
 
-    def copied_gradients(self) -> float:
-        """Gradients in fp32 of a rank's share, where they are summed in bf16 for fp32 moments.
+    def of_optimizer(self) -> float:
+        """What exists while the optimizer steps: a rank's share of gradients in fp32, where they
+        are summed in bf16 for fp32 moments, and of new weights in bf16, where weights are in fp8.
 
-        Source: _copy_model_grads_to_main_grads in megatron/core/optimizer/distrib_optimizer.py.
+        Source: _copy_model_grads_to_main_grads in megatron/core/optimizer/distrib_optimizer.py;
+        quantize_master_weights in transformer_engine/pytorch/tensor/utils.py.
         """
         experiment = self.experiment
-        if experiment.gradients == "fp32" or experiment.precision_aware:
-            return 0.0
         shards = experiment.replicas if experiment.sharding == "optim" else 1
         shards = max(shards // experiment.optimizer_instances, 1)
-        return 2 * state_on(experiment, self.stage).gradients / shards
+        held = 0.0
+        if experiment.gradients != "fp32" and not experiment.precision_aware:
+            held = 2 * state_on(experiment, self.stage).gradients / shards
+        if experiment.fp8_params:
+            of_stage = parameters_on(experiment, self.stage)
+            held += 2 * (of_stage.matrices + of_stage.expert_matrices) / shards
+        return held
 
     def gathered_layer(self) -> float:
         held = parameters_on(self.experiment, self.stage)
@@ -233,18 +242,22 @@ class StageTensors:
         return _ends_bytes(self.experiment, self.stage)
 
 
-def _hidden_by_graphs(experiment: Experiment, tensors: Mapping[str, float]) -> dict[str, float]:
-    """Bytes of ``tensors`` that do not count as allocated at the moment when most is.
+def _with_graphs(stage: StageTensors, tensors: Mapping[str, float]) -> dict[str, float]:
+    """The pieces of ``tensors`` that count otherwise with upstream's own CUDA graphs.
 
     Tensors of a captured layer count as free once its graph is made. So most is allocated in the
     first step, which runs without graphs and before the optimizer has moments, or in later steps.
+    Transformer Engine captures after whole steps.
     """
-    if experiment.graphs_by != "local":  # Transformer Engine captures after whole steps
+    experiment = stage.experiment
+    if experiment.graphs_by != "local":
         return {}
     moments = tensors["optimizer"] * moments_share(experiment)
-    if moments < tensors["attention"] + tensors["mlp"]:
-        return {"optimizer": moments}
-    return {"attention": tensors["attention"], "mlp": tensors["mlp"]}
+    passing, kept = stage.passing(), tensors["attention"] + tensors["mlp"]
+    later = max(passing, stage.of_optimizer())
+    if kept + passing > moments + later:
+        return {"optimizer": tensors["optimizer"] - moments, "passing": passing}
+    return {"attention": 0.0, "mlp": 0.0, "passing": later}
 
 
 def _ends_bytes(experiment: Experiment, stage: int) -> float:
