@@ -306,6 +306,7 @@ SETTING_OF = {
     "TIME": "101",
 }
 """An experiment that each setting's example in ``make help`` suits; 101 where none is given."""
+IN_KUBERNETES = ("K8S=1", "IMAGE=registry.example/megatron-harness:1", "CLAIM=megatron")
 SETTING_NEEDS = {
     "MBS": ("GBS=2",),
     "OPTIMIZER_STATE": ("SHARDING=optim",),
@@ -318,6 +319,14 @@ SETTING_NEEDS = {
     "PARTITION": ("SLURM=1",),
     "ACCOUNT": ("SLURM=1",),
     "TIME": ("SLURM=1",),
+    "K8S": IN_KUBERNETES[1:],
+    "IMAGE": IN_KUBERNETES,
+    "CLAIM": IN_KUBERNETES,
+    "NAMESPACE": IN_KUBERNETES,
+    "QUEUE": IN_KUBERNETES,
+    "RDMA": IN_KUBERNETES,
+    "HOST_NETWORK": IN_KUBERNETES,
+    "RESTARTS": IN_KUBERNETES,
     "WANDB_PROJECT": ("WANDB=offline",),
     "WANDB_ENTITY": ("WANDB=offline",),
     "WANDB_NAME": ("WANDB=offline",),

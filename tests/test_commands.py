@@ -106,7 +106,7 @@ def wrong(planned: Iterable[Planned]) -> list[str]:
             continue  # rightly: it runs where each node is told its rank
         if (
             each.device == "cpu"
-            and "SLURM=1" in each.line
+            and re.search(r"\b(SLURM|K8S)=", each.line)
             and each.refused
             and "jobs run on GPUs" in each.refused
         ):

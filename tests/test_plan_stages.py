@@ -114,7 +114,7 @@ def test_the_command_for_several_nodes_keeps_the_settings_that_were_given() -> N
         planned(id_="219", NODES="2", STEPS="20", ARGS="--clip-grad 2", NODE_RANK="1")
     assert (
         "make 219 NODES=2 NODE_RANK=0 RENDEZVOUS=first-node:29500 DATA=mock STEPS=20"
-        " ARGS='--clip-grad 2'\nor SLURM=1 for a batch job"
+        " ARGS='--clip-grad 2'\nor SLURM=1 or K8S=1 for a batch job"
     ) in str(refused.value)
     with pytest.raises(UserError, match=r"NODE_RANK=0 RENDEZVOUS=first-node:29500\nor SLURM=1"):
         plan(CATALOG.find("219"), {"NODES": "2"}, "cpu")

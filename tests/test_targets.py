@@ -18,6 +18,7 @@ from harness import ROOT, cli, commands
 from harness.experiment.catalog import load_catalog
 from harness.experiment.command_line import SETTINGS
 from harness.make import targets, tutorial
+from harness.planning.request import FOR_BATCH
 
 BASH_COMPLETION = Path("/usr/share/bash-completion/bash_completion")
 FULL_SIZE = [e.name for e in load_catalog().experiments if not e.half_of]
@@ -519,14 +520,17 @@ def test_make_alone_is_one_screen() -> None:
 
 
 def test_variables_exported_for_other_programs_ask_for_nothing_by_themselves() -> None:
-    """Typed, or where WANDB= or SLURM= is given, they are meant."""
+    """Typed, or where WANDB=, SLURM= or K8S= is given, they are meant."""
     assert "WANDB" not in make("-n", "101", WANDB_PROJECT="other").stdout
     assert "'WANDB_PROJECT'" in make("-n", "101", "WANDB_PROJECT=mine").stdout
     assert "'WANDB_PROJECT'" in make("-n", "101", "WANDB=offline", WANDB_PROJECT="other").stdout
-    for name in ("PARTITION", "ACCOUNT", "TIME"):
-        assert f"'{name}'" not in make("-n", "101", **{name: "of-the-cluster"}).stdout
-        assert f"'{name}'" in make("-n", "101", "SLURM=1", **{name: "of-the-cluster"}).stdout
-        assert f"'{name}'" in make("-n", "101", f"{name}=typed").stdout
+    for batch, keys in FOR_BATCH.items():
+        exported = dict.fromkeys(keys, "of-the-cluster")
+        alone = make("-n", "101", **exported).stdout
+        meant = make("-n", "101", f"{batch}=1", **exported).stdout
+        typed = make("-n", "101", *(f"{key}=typed" for key in keys)).stdout
+        for key in keys:
+            assert f"'{key}'" not in alone and f"'{key}'" in meant and f"'{key}'" in typed
 
 
 def test_help_lists_every_command_and_setting() -> None:

@@ -609,6 +609,18 @@ LAUNCH_SETTINGS = (
     Setting("PARTITION", "gpu", "Slurm partition (with SLURM=1)"),
     Setting("ACCOUNT", "team", "Slurm account (with SLURM=1)"),
     Setting("TIME", "00:30:00", "Slurm time limit (with SLURM=1)"),
+    Setting(
+        "K8S",
+        "1",
+        "render a Kubernetes JobSet (trainjob: a TrainJob); create it where kubectl exists",
+    ),
+    Setting("IMAGE", "registry.example/megatron-harness:1", "image of the job's pods (with K8S=1)"),
+    Setting("CLAIM", "megatron", "PersistentVolumeClaim of outdir/, data/, weights/ (with K8S=1)"),
+    Setting("NAMESPACE", "research", "Kubernetes namespace (with K8S=1)"),
+    Setting("QUEUE", "gpu-queue", "Kueue's local queue (with K8S=1)"),
+    Setting("RDMA", "rdma/ib:8", "RDMA resource of a node, and how many of it (with K8S=1)"),
+    Setting("HOST_NETWORK", "1", "pods use their node's network (with K8S=1)"),
+    Setting("RESTARTS", "3", "times that a JobSet starts again after a failure (with K8S=1)"),
     Setting("SAVE", "1", "keep checkpoints: 1 in the run directory, or a folder; 0: none"),
     Setting("SAVE_EVERY", "50", "steps between checkpoints (default: one, at the end)"),
     Setting("KEEP", "2", "checkpoints to keep, the newest (default: all)"),
@@ -635,7 +647,10 @@ LAUNCH_SETTINGS = (
 SETTINGS = EXPERIMENT_SETTINGS + LAUNCH_SETTINGS
 FIELDS = {setting.key: setting.field for setting in EXPERIMENT_SETTINGS}
 """Setting -> the field of an experiment that it changes."""
-SWITCHES = ("DRY_RUN", "SLURM", "PACK", "FORCE", "ALL", "CHECK", "YES", "VERIFY", "QUICK")
+SWITCHES = (
+    *("DRY_RUN", "SLURM", "HOST_NETWORK", "PACK", "FORCE"),
+    *("ALL", "CHECK", "YES", "VERIFY", "QUICK"),
+)
 """0 or 1 and nothing else, whichever command they belong to: DRY_RUN=yes must not run."""
 SAME_WORK = frozenset({"STEPS", "DATA", "CARD", "EVAL_EVERY", "EVAL_STEPS"})
 """Settings with which a step still does the work that was published."""

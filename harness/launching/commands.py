@@ -11,12 +11,13 @@ from harness.errors import UserError
 from harness.experiment import command_line, identity
 from harness.experiment.catalog import load_catalog
 from harness.experiment.experiment import Experiment
-from harness.launching import chapter, launch, slurm, stop, terminal, verify
+from harness.launching import chapter, kubernetes, launch, slurm, stop, terminal, verify
 from harness.launching.active_run import Finished
 from harness.machine import gpus, packages
 from harness.planning import plan, run_to_resume
 from harness.planning.commands import made_here, print_script
 from harness.planning.plan import Plan
+from harness.planning.request import FOR_BATCH
 from harness.run import checkpoint_list, finding
 from harness.upstreams.megatron_lm import tracking
 
@@ -24,8 +25,8 @@ from harness.upstreams.megatron_lm import tracking
 def run_experiment(id_: str, settings: Mapping[str, str]) -> int:
     """Run an experiment here, submit it to Slurm, or print its script (DRY_RUN=1)."""
     experiment = load_catalog().find(id_)
-    if settings.get("SLURM") == "1":
-        return _submit(experiment, settings)
+    if batch := next((key for key in FOR_BATCH if settings.get(key, "0") != "0"), None):
+        return _submit(experiment, settings, batch)
     gpus.keep_awake()
     dry_run = settings.get("DRY_RUN") == "1"
     if not dry_run:
@@ -77,7 +78,7 @@ def train(id_: str, settings: Mapping[str, str]) -> int:
 def run_chapter(number: str, settings: Mapping[str, str]) -> int:
     """Run the experiments of a chapter, small ones side by side (PACK=0: one after another)."""
     experiments = load_catalog().in_chapter(command_line.count("chapter", number))
-    if whole := [key for key in ("DRY_RUN", "SLURM", "RESUME") if settings.get(key, "0") != "0"]:
+    if whole := [key for key in ("DRY_RUN", *FOR_BATCH, "RESUME") if settings.get(key, "0") != "0"]:
         raise UserError(
             f"{whole[0]}=1 is for one experiment: make {experiments[0].id} {whole[0]}=1\n"
             f"make list CHAPTER={number} lists the experiments of this chapter"
@@ -115,14 +116,15 @@ def sample_text(settings: Mapping[str, str]) -> int:
     return generate.generate(request, plan.choose_device(settings))
 
 
-def _submit(experiment: Experiment, settings: Mapping[str, str]) -> int:
+def _submit(experiment: Experiment, settings: Mapping[str, str], batch: str) -> int:
     if settings.get("DEVICE", "cuda") != "cuda":
         raise UserError(
-            f"SLURM=1 DEVICE={settings['DEVICE']}: jobs run on GPUs; leave DEVICE= out, or SLURM=1:"
-            f" make {experiment.id} DEVICE=cpu runs here"
+            f"{batch}=1 DEVICE={settings['DEVICE']}: jobs run on GPUs; leave DEVICE= out, or"
+            f" {batch}=1: make {experiment.id} DEVICE=cpu runs here"
         )
     planned = plan.plan(experiment, {**settings, "DEVICE": "cuda"}, "cuda")
-    return slurm.submit_or_print(planned, settings)
+    submit = {"SLURM": slurm.submit_or_print, "K8S": kubernetes.create_or_print}[batch]
+    return submit(planned, settings)
 
 
 def _prepare_conversations(experiments: Iterable[Experiment], settings: Mapping[str, str]) -> None:

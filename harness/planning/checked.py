@@ -116,7 +116,7 @@ def _check_conversations(full: Experiment) -> None:
 def _check_nodes(placed: PlacedRun) -> None:
     """Several nodes need a rendezvous, or Slurm, which brings one; and this is one of them."""
     request, e = placed.fitted.resolved.request, placed.fitted.experiment
-    if e.nodes > 1 and not request.slurm and not placed.place.rendezvous:
+    if e.nodes > 1 and not request.batch and not placed.place.rendezvous:
         others = {
             key: value
             for key, value in request.settings.items()
@@ -128,7 +128,7 @@ def _check_nodes(placed: PlacedRun) -> None:
         ).rstrip()
         raise UserError(
             f"{e.id} runs on {e.nodes} nodes of {e.ranks_per_node} GPUs; on each of them, with rank"
-            f" 0 to {e.nodes - 1}:\n    {command}\nor SLURM=1 for a batch job"
+            f" 0 to {e.nodes - 1}:\n    {command}\nor SLURM=1 or K8S=1 for a batch job"
         )
     rank = placed.place.node_rank
     if rank.isdecimal() and int(rank) >= e.nodes:
@@ -202,7 +202,7 @@ def _resumed_checkpoint(placed: PlacedRun, tell: Callable[[str], None]) -> Loadi
     resumed, experiment = placed.resumed, placed.fitted.experiment
     request = placed.fitted.resolved.request
     # Node 0 may have resumed it already, and has its lock then.
-    is_node_0 = placed.place.node_rank in ("0", "$SLURM_NODEID")
+    is_node_0 = placed.place.node_rank == "0" or bool(request.batch)
     if is_node_0 and (holder := locks.holder(resumed.run.path)):
         raise UserError(f"RESUME={request.resume}: {still_runs(resumed.run, holder)}")
     check_model(resumed.run.path, resumed.trained.model, experiment)

@@ -31,6 +31,10 @@ class PlacedRun:
     saving: Saving | None
 
 
+NODE_IN_JOB = {"SLURM": "$SLURM_NODEID", "K8S": "$JOB_COMPLETION_INDEX"}
+"""The variable that says in a job which of its nodes this is."""
+
+
 def place(fitted: FittedRun) -> PlacedRun:
     """Find the node, the GPUs and the folders of ``fitted``.
 
@@ -58,7 +62,7 @@ def _place(request: RunRequest, memory_fraction: float | None) -> Place:
     if rendezvous and not (host and port.isdigit()):
         raise UserError(f"RENDEZVOUS={rendezvous}: expected host:port, such as node0:29500")
     return Place(
-        "$SLURM_NODEID" if request.slurm else str(node_rank),
+        NODE_IN_JOB[request.batch] if request.batch else str(node_rank),
         rendezvous,
         command_line.gpu_ids(settings),
         memory_fraction,

@@ -15,8 +15,11 @@ from harness.upstreams.megatron_lm.tracking import Tracking, tracking
 
 FOR_GPUS = ("GPUS_IDS", "CARD")
 """Settings that mean nothing to the CPU miniature."""
-FOR_SLURM = ("PARTITION", "ACCOUNT", "TIME")
-"""Settings that only a batch job has."""
+FOR_BATCH = {
+    "SLURM": ("PARTITION", "ACCOUNT", "TIME"),
+    "K8S": ("IMAGE", "NAMESPACE", "CLAIM", "QUEUE", "RDMA", "HOST_NETWORK", "RESTARTS"),
+}
+"""What makes a run a batch job -> settings that only such a job has."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,9 @@ class RunRequest:
         return asked if asked != "0" else None
 
     @property
-    def slurm(self) -> bool:
-        """Whether it becomes a batch job."""
-        return self.settings.get("SLURM") == "1"
+    def batch(self) -> str | None:
+        """What it becomes a job of: ``SLURM`` or ``K8S``; None: it runs here."""
+        return next((key for key in FOR_BATCH if self.settings.get(key, "0") != "0"), None)
 
 
 def read_request(row: Experiment, settings: Mapping[str, str], device: Device) -> RunRequest:
@@ -62,13 +65,17 @@ def read_request(row: Experiment, settings: Mapping[str, str], device: Device) -
             "needs a GPU, and this would run the miniature on the CPU",
             "leave {key}= out, or run it where the NVIDIA driver shows a GPU (make doctor)",
         )
-    if settings.get("SLURM") != "1":
-        _refuse(
-            settings,
-            FOR_SLURM,
-            "is for a batch job, and SLURM=1 is not given",
-            "add SLURM=1, or leave {key}= out",
-        )
+    wanted = [batch for batch in FOR_BATCH if settings.get(batch, "0") != "0"]
+    if len(wanted) > 1:
+        raise UserError(f"{'=1 and '.join(wanted)}=1: a run is a job of one of them; leave one out")
+    for batch, keys in FOR_BATCH.items():
+        if batch not in wanted:
+            _refuse(
+                settings,
+                keys,
+                f"is for a batch job, and {batch}=1 is not given",
+                f"add {batch}=1, or leave {{key}}= out",
+            )
     if settings.get("SAVE") == "0" and (
         saving := [key for key in ("SAVE_EVERY", "KEEP") if key in settings]
     ):
