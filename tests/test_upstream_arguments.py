@@ -56,6 +56,8 @@ class Row(NamedTuple):
     where: str = ""
     world: int = 1
     without: str = ""
+    version: str = ""
+    """Of Transformer Engine, where upstream asks for one; it takes none to be installed otherwise."""
 
     @property
     def option(self) -> str:
@@ -121,6 +123,10 @@ ROWS = (
     Row("--calculate-per-token-loss", "transformer"), Row("--cuda-graph-impl local", "transformer", f"{TE} --te-rng-tracker"),
     Row("--cuda-graph-modules attn", "transformer", f"{TE} --cuda-graph-impl local --te-rng-tracker"),
     Row("--fp8-format hybrid", "transformer", f"--bf16 {TE}", "fp8"), Row("--fp8-recipe tensorwise", "transformer", f"{FP8} {TE}"),
+    Row("--fp4-format e2m1", "transformer", f"--bf16 {TE}", "fp4", version="2.7.0"),
+    Row("--fp4-recipe custom", "transformer", f"--bf16 {TE} --fp4-format e2m1 --fp4-quantizer-factory a.b", version="2.7.0"),
+    Row("--delay-wgrad-compute", "transformer", f"--bf16 {TE} {MOE} --expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall"
+        " --overlap-moe-expert-parallel-comm", world=2, version="2.7.0"),
     Row("--fp8-amax-history-len 7", "transformer", f"{FP8} {TE}"), Row("--fp8-amax-compute-algo max", "transformer", f"{FP8} {TE}"),
     Row("--no-persist-layer-norm", "transformer"), Row("--no-masked-softmax-fusion", "transformer"), Row("--no-rope-fusion", "transformer", ROPE, "apply_rope_fusion"),
     Row("--no-bias-dropout-fusion", "transformer"), Row("--no-bias-swiglu-fusion", "transformer", "--swiglu", "bias_activation_fusion"),
