@@ -36,7 +36,7 @@ def test_each_brings_time_or_memory_and_fits(model: str, ranks: int) -> None:
     assert [one.step.total for one in options] == sorted(one.step.total for one in options)
     for one in options:
         assert one.other_arithmetic == bool(
-            one.option.keys() & {"FP8", "GRADIENTS", "OPTIMIZER_STATE"}
+            one.option.keys() & {"FP8", "FP4", "GRADIENTS", "OPTIMIZER_STATE"}
         )
 
 

@@ -9,6 +9,8 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -302,3 +304,16 @@ def test_what_the_catalogue_emits_has_a_row(tmp_path):
 
 def test_an_argument_has_one_row():
     assert len({row.option for row in ROWS}) == len(ROWS)
+
+
+def test_upstream_leaves_layers_in_bf16_where_fp4_is_refused_or_counted_so():
+    """EP_OVERLAP=1 enters contexts of fp8 only, and so does multi-token prediction: FP4= is refused with one, and counted in bf16 in the other."""
+    core = Path(find_spec("megatron.core").origin).parent
+    schedule = core / "models" / "common" / "model_chunk_schedule_plan.py"
+    passes = core / "pipeline_parallel" / "combined_1f1b.py"
+    predictors = core / "transformer" / "multi_token_prediction.py"
+    for path in (schedule, passes, predictors):
+        text = path.read_text(encoding="utf-8")
+        assert "get_fp8_context" in text and "get_fp4_context(" not in text, path.name
+    block = (core / "transformer" / "transformer_block.py").read_text(encoding="utf-8")
+    assert "get_fp4_context(" in block
