@@ -266,7 +266,7 @@ def test_a_mistake_is_refused_with_its_values(tmp_path: Path, row: str, complain
         ("282", {**NVFP4, "tp_overlap": True}, "FP4=nvfp4: Transformer Engine's userbuffers send no NVFP4; set TP_OVERLAP=0"),
         ("502", {**NVFP4, "ep_overlap": True}, "with EP_OVERLAP=1 upstream computes layers in bf16 all the same; set EP_OVERLAP=0, or FP8=mxfp8"),
         ("632", {**NVFP4, "grouped_gemm": "fused", "recompute": "none", "recompute_modules": ()}, "GROUPED_GEMM=fused is for bf16; set GROUPED_GEMM=cublas, or FP4=0"),
-        ("611", {"extra_args": ("--fp4-param-gather",)}, "ARGS: --fp4-param-gather keeps weights of FP4=nvfp4; set that too"),
+        ("611", {"extra_args": ("--fp4-param-gather",)}, "ARGS: --fp4-param-gather is part of FP4=nvfp4; set that too"),
         ("802", NVFP4, "LoRA: fp4 is not tested with adapters"),
         ("101", {"delay_wgrad": True}, "DELAY_WGRAD is about experts, and gpt2-xl has none; leave it out"),
         ("502", {"delay_wgrad": True}, "EP_OVERLAP=1 sends another micro-batch's tokens; set EP_OVERLAP=1, or DELAY_WGRAD=0"),

@@ -472,7 +472,7 @@ def _fp4(experiment: Experiment) -> Iterator[str]:
         )
     if experiment.precision != "fp4":
         if "--fp4-param-gather" in experiment.extra_args:
-            yield "ARGS: --fp4-param-gather keeps weights of FP4=nvfp4; set that too, or leave out"
+            yield "ARGS: --fp4-param-gather is part of FP4=nvfp4; set that too, or leave it out"
         return
     if card and card.fp4_tflops is None:
         yield f"FP4={recipe}: {without_nvfp4(card)}"
