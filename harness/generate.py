@@ -288,8 +288,8 @@ def _flags(request: Request, device: Device) -> list[str]:
     learned."""
     experiment = request.experiment
     fields = dict(ONE_PROCESS)
-    if experiment.precision == "fp8":
-        fields |= {"precision": "bf16", "fp8_recipe": None}
+    if experiment.quantised:
+        fields |= {"precision": "bf16", "fp8_recipe": None, "fp4_recipe": None}
     alone = with_changes(experiment, **fields)
     # A run with FSDP2 has untied embeddings, whatever its model says (see flags.py).
     untied = experiment.sharding == "torch_fsdp2"

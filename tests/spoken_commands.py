@@ -264,6 +264,7 @@ def in_sources() -> Iterator[Spoken]:
 
 SETTING_OF = {
     "FP8": "611",
+    "FP4": "611",
     "VPP": "408",
     "PP": "408",
     **dict.fromkeys(("FIRST_STAGE_LAYERS", "LAST_STAGE_LAYERS", "PP_LAYOUT"), "408"),
@@ -277,6 +278,7 @@ SETTING_OF = {
         (
             "MOE_DISPATCHER",
             "EP_OVERLAP",
+            "DELAY_WGRAD",
             "GROUPED_GEMM",
             "MOE_CAPACITY",
             "ROUTER_FUSION",
@@ -313,6 +315,7 @@ SETTING_NEEDS = {
     "OFFLOAD": ("SHARDING=optim",),
     "SHARED_EXPERT_OVERLAP": ("EP_OVERLAP=0",),
     "MOE_BACKEND": ("MOE_DISPATCHER=flex",),
+    "DELAY_WGRAD": ("EP_OVERLAP=1",),
     "NODE_RANK": ("NODES=2", "RENDEZVOUS=host:29500"),
     "NODES": ("RENDEZVOUS=host:29500",),
     "RENDEZVOUS": ("NODES=2",),

@@ -66,6 +66,7 @@ def test_what_computes_something_else_is_compared_apart():
         measured(3000.0),
         measured(900.0, FP8="tensorwise", MBS="4"),
         measured(2000.0, FP8="tensorwise"),
+        measured(500.0, FP4="nvfp4"),
         measured(800.0, GRADIENTS="bf16"),
         measured(700.0, GRADIENTS="bf16", FP8="tensorwise"),
     ]
@@ -76,6 +77,7 @@ def test_what_computes_something_else_is_compared_apart():
     assert {*found} == {
         (),
         ("FP8=tensorwise",),
+        ("FP4=nvfp4",),
         ("GRADIENTS=bf16",),
         ("FP8=tensorwise", "GRADIENTS=bf16"),
     }

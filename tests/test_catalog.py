@@ -11,6 +11,8 @@ from harness.experiment.model import Model
 from harness.planning.miniature import MOST_HEADS, MOST_MICRO_BATCHES, MOST_PROCESSES, miniature
 
 CATALOG = load_catalog()
+NVFP4 = {"precision": "fp4", "fp4_recipe": "nvfp4"}
+DELAYED = {"delay_wgrad": True, "ep_overlap": True, "ep": 2, "dp": 2}
 IDS = [e.id for e in CATALOG.experiments]
 
 PUBLISHED = [
@@ -253,6 +255,24 @@ def test_a_mistake_is_refused_with_its_values(tmp_path: Path, row: str, complain
         ("613", {"fp8_recipe": "mxfp8", "card": "h200-141gb"}, "NVIDIA H200 has no tensor cores that scale by 32 values"),
         ("613", {"fp8_recipe": "mxfp8", "fp8_params": True}, "set FP8_PARAMS=0"),
         ("613", {"fp8_recipe": "mxfp8", "seq_length": 8176}, "fp8 mxfp8 multiplies in blocks of 32: the tokens of a rank, MBS x SEQ / CP (8176)"),
+        ("613", {"fp4_recipe": "nvfp4"}, "FP4=nvfp4 and FP8=tensorwise: upstream takes one of them; set FP8=0 or FP4=0"),
+        ("611", {"precision": "fp4"}, "precision fp4, fp4_recipe None: fp4, and nothing else, needs a recipe: nvfp4"),
+        ("611", {**NVFP4, "card": "h200-141gb"}, "NVIDIA H200 has no tensor cores for it; Transformer Engine asks for compute capability 10.0 (Blackwell) or higher; set FP8=tensorwise in its place"),
+        ("611", {**NVFP4, "card": "a100-80gb"}, "10.0 (Blackwell) or higher; set FP4=0"),
+        ("611", {**NVFP4, "card": "rtx4090"}, "FP4=nvfp4: NVIDIA GeForce RTX 4090 has no tensor cores for it"),
+        ("611", {**NVFP4, "fp8_params": True}, "FP8_PARAMS=1 is for trained weights with FP8= and SHARDING=optim, not for fp4 with optim"),
+        ("611", {**NVFP4, "seq_length": 8176}, "fp4 nvfp4 multiplies in blocks of 32: the tokens of a rank, MBS x SEQ / CP (8176), must be divisible by 32"),
+        ("611", {**NVFP4, "tp": 4, "dp": 1, "sequence_parallel": True, "seq_length": 8224}, "in blocks of 16: the tokens of a rank, MBS x SEQ / CP / TP (2056)"),
+        ("282", {**NVFP4, "tp_overlap": True}, "FP4=nvfp4: Transformer Engine's userbuffers send no NVFP4; set TP_OVERLAP=0"),
+        ("502", {**NVFP4, "ep_overlap": True}, "with EP_OVERLAP=1 upstream computes layers in bf16 all the same; set EP_OVERLAP=0, or FP8=mxfp8"),
+        ("632", {**NVFP4, "grouped_gemm": "fused", "recompute": "none", "recompute_modules": ()}, "GROUPED_GEMM=fused is for bf16; set GROUPED_GEMM=cublas, or FP4=0"),
+        ("611", {"extra_args": ("--fp4-param-gather",)}, "ARGS: --fp4-param-gather is part of FP4=nvfp4; set that too"),
+        ("802", NVFP4, "LoRA: fp4 is not tested with adapters"),
+        ("101", {"delay_wgrad": True}, "DELAY_WGRAD is about experts, and gpt2-xl has none; leave it out"),
+        ("502", {"delay_wgrad": True}, "EP_OVERLAP=1 sends another micro-batch's tokens; set EP_OVERLAP=1, or DELAY_WGRAD=0"),
+        ("941", {"delay_wgrad": True}, "DELAY_WGRAD=1: with TP_OVERLAP=1 Transformer Engine exchanges"),
+        ("632", {**DELAYED, "cuda_graphs": ("attn",), "sharding": "optim"}, "DELAY_WGRAD=1 with CUDA_GRAPHS=attn: a graph adds gradients up at fixed addresses only; set GRAD_FUSION=1"),
+        ("620", {**DELAYED, "cuda_graphs": ("attn",), "gradient_fusion": True, "sharding": "optim"}, "DELAY_WGRAD=1 with CUDA_GRAPHS=attn: gradients of attention's biases cannot be captured; leave attn out"),
         ("101", {"router_fusion": True}, "ROUTER_FUSION is about experts"),
         ("101", {"moe_capacity": 1.0}, "MOE_CAPACITY is about experts"),
         ("502", {"moe_backend": "hybridep"}, "MOE_BACKEND=hybridep is for MOE_DISPATCHER=flex, not alltoall"),

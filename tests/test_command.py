@@ -312,6 +312,7 @@ def test_the_ids_of_gpus_are_numbers():
 
 @pytest.mark.parametrize(("settings", "said"), [
     ({"FP8": "tensorwise"}, "precision fp8 -> bf16"),
+    ({"FP4": "nvfp4"}, "precision fp4 -> bf16"),
     ({"CUDA_GRAPHS": "1", "DROPOUT": "0"}, "CUDA graphs on -> off"),
     ({"OPTIMIZER_STATE": "bf16", "SHARDING": "optim"}, "optimizer state bf16 -> fp32"),
     ({"OFFLOAD": "0.5", "SHARDING": "optim"}, "offloaded 0.5 -> 0.0"),

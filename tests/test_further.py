@@ -36,7 +36,7 @@ def test_each_brings_time_or_memory_and_fits(model: str, ranks: int) -> None:
     assert [one.step.total for one in options] == sorted(one.step.total for one in options)
     for one in options:
         assert one.other_arithmetic == bool(
-            one.option.keys() & {"FP8", "GRADIENTS", "OPTIMIZER_STATE"}
+            one.option.keys() & {"FP8", "FP4", "GRADIENTS", "OPTIMIZER_STATE"}
         )
 
 
@@ -83,8 +83,8 @@ def test_a_layout_that_reserves_more_than_the_card_has_does_not_fit() -> None:
 @pytest.mark.parametrize(
     ("key", "kernels", "recipes"),
     [
-        ("a100-80gb", set(), set()),
-        ("h100-80gb", {"GROUPED_GEMM=cublas", "GROUPED_GEMM=fused"}, {"FP8=mxfp8"}),
+        ("a100-80gb", set(), {"FP4=nvfp4"}),
+        ("h100-80gb", {"GROUPED_GEMM=cublas", "GROUPED_GEMM=fused"}, {"FP8=mxfp8", "FP4=nvfp4"}),
         ("b200-180gb", {"GROUPED_GEMM=cublas", "GROUPED_GEMM=fused"}, set()),
     ],
 )
@@ -96,3 +96,4 @@ def test_what_the_card_has_not_is_not_offered(key, kernels, recipes) -> None:
     grouped = {one for one in offered if one.startswith("GROUPED_GEMM")}
     assert grouped <= kernels and (grouped or key != "h100-80gb")
     assert not offered & recipes
+    assert ("FP4=nvfp4" in offered) == (key == "b200-180gb")

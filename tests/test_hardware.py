@@ -49,6 +49,10 @@ def test_peaks_are_dense_and_by_precision():
         assert card.fp8_tflops is None or card.fp8_tflops == pytest.approx(
             2 * card.bf16_tflops, rel=0.02
         ), card.key
+    fp4 = {card.key: card.fp4_tflops for card in CARDS if card.fp4_tflops}
+    # of eight or 72 GPUs: 72 and 108 PFLOP/s of an HGX B200 and B300, 720 and 1,080 of an NVL72
+    assert fp4 == {"rtx5090": 1676, "b200-180gb": 72e3 / 8, "b300-288gb": 108e3 / 8, "gb200-186gb": 720e3 / 72, "gb300-288gb": 1080e3 / 72}  # fmt: skip
+    assert peak_tflops("NVIDIA H200", "fp4") is None
 
 
 def test_an_h200_as_an_h100_leaves_the_allocator_what_was_proven_there():

@@ -20,6 +20,7 @@ from harness.experiment.unlisted import experiment_from
 from harness.predict.activations import (
     attention_bytes,
     layer_backward_bytes,
+    layer_operations,
     loss_bytes,
     mlp_bytes,
 )
@@ -28,6 +29,7 @@ from harness.predict.flops import (
     adapter_parameters,
     dummy_gradients,
     parameters_on,
+    quantised_weights,
     state_gib,
     state_on,
 )
@@ -171,6 +173,82 @@ def test_mxfp8_keeps_a_scale_of_a_byte_for_32_values():
         33 / 32
     )
     assert plain.mlp < mxfp8.mlp < whole.mlp
+
+
+def nvfp4_bytes(rows, columns):
+    """Of a matrix, by rows: two values a byte, and a scale of a byte for 16 of a row; scales are padded to 128 x 4 of them.
+
+    NVFP4Quantizer.inner_tensor_specs and get_scale_shape in transformer_engine/pytorch/tensor/nvfp4_tensor.py.
+    """
+    return rows * columns // 2 + -(-rows // 128) * 128 * -(-columns // 64) * 4
+
+
+def test_a_layer_in_nvfp4_keeps_what_its_tensors_take():
+    """Llama 3 8B: four matrices a layer, each by rows and by columns; of its inputs, those of linear_proj stay in bf16 with attention."""
+    e = find("611")
+    fp4 = with_changes(e, precision="fp4", fp4_recipe="nvfp4")
+    matrices = [(6144, 4096), (4096, 4096), (2 * 14336, 4096), (4096, 14336)]
+    layer = sum(nvfp4_bytes(*shape) + nvfp4_bytes(*shape[::-1]) for shape in matrices)
+    assert layer == 245_366_784, "1.125 bytes for each of 218,103,808 weights"
+    assert (predict(fp4).weights - predict(e).weights) * 2**30 == pytest.approx(32 * layer)
+    tokens = e.micro_batch_size * e.seq_length
+    of_attention, of_mlp = (
+        kept(e) - kept(fp4) for kept in (attention_bytes, lambda e: mlp_bytes(e, "dense"))
+    )
+    assert of_attention == 2 * tokens * 4096 - nvfp4_bytes(4096, tokens)
+    assert of_mlp == 2 * tokens * (4096 + 14336) - sum(
+        nvfp4_bytes(n, tokens) for n in (4096, 14336)
+    )
+    replayed = replay(fp4, 0).allocated - replay(e, 0).allocated
+    assert replayed < 32 * layer, "activations are smaller"
+
+
+def test_sequence_parallelism_keeps_norms_in_nvfp4_both_ways():
+    """_LayerNormLinear drops neither layout where it gathers the input again (layernorm_linear.py)."""
+    kept = {}
+    for split in (False, True):
+        e = find("611", tp=2, dp=2, sequence_parallel=split, precision="fp4", fp4_recipe="nvfp4")
+        kept[split] = layer_operations(e, "dense")[1].saves
+    tokens = e.micro_batch_size * e.seq_length
+    assert kept[False] == (nvfp4_bytes(tokens, 4096),)
+    assert kept[True] == (nvfp4_bytes(tokens // 2, 4096), nvfp4_bytes(4096, tokens // 2))
+
+
+def test_experts_in_nvfp4_take_multiples_of_128_tokens():
+    """OLMoE of 8 experts a rank, whose tokens fall half of 128 short of a multiple each, on average."""
+    bf16 = find("502")
+    e = with_changes(bf16, precision="fp4", fp4_recipe="nvfp4")
+    model = e.model
+    rows = e.micro_batch_size * e.seq_length * model.moe_router_topk
+    of_row = (
+        model.moe_ffn * 2 * (model.fc1_matrices + (not model.gated))
+    )  # inputs of activation and weighting
+    inputs = model.hidden_size + model.moe_ffn
+    freed = mlp_bytes(bf16, "experts") - mlp_bytes(e, "experts")
+    padded = rows + 8 * 64
+    assert freed == rows * (2 * inputs + of_row) - padded * (9 / 16 * inputs + of_row)
+
+
+def test_multi_token_prediction_stays_in_bf16_with_nvfp4():
+    model = CATALOG.find("611").model.model_copy(update={"mtp_num_layers": 1})
+    e = find("611", model=model)
+    fp4 = with_changes(e, precision="fp4", fp4_recipe="nvfp4")
+    assert layer_operations(fp4, "predictors") == layer_operations(e, "predictors")
+    assert layer_operations(fp4, "dense") != layer_operations(e, "dense")
+    plain = find("611", precision="fp4", fp4_recipe="nvfp4")
+    copies = predict(fp4).weights - predict(e).weights
+    assert copies == pytest.approx(predict(plain).weights - predict(find("611")).weights)
+    fp8 = with_changes(e, precision="fp8", fp8_recipe="tensorwise")
+    assert quantised_weights(fp8, 0) > quantised_weights(fp4, 0) == 32 * 218_103_808
+
+
+def test_what_delayed_gradients_keep_is_not_predicted(capsys):
+    assert main(["memory", "502", "EP_OVERLAP=1", "DELAY_WGRAD=1"]) == 0
+    assert "not predicted: how much DELAY_WGRAD=1 hides" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    e = find("502", ep_overlap=True)
+    assert predict(with_changes(e, delay_wgrad=True)).total == predict(e).total
 
 
 def test_fused_accumulation_keeps_a_gradient_of_each_shape():

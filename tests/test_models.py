@@ -121,6 +121,14 @@ def test_fp8_weights_scaled_now_keep_whole_fp32_ones(recipe, optimizer):
     assert state_of_parameter(row, 4).total == 6 + optimizer / 4
 
 
+def test_nvfp4_weights_keep_of_fp32_ones_what_bf16_lacks():
+    """use_precision_aware_optimizer_no_fp8_or_ds_fp8 in optimizer_config.py asks for fp8's recipe only."""
+    row = with_changes(
+        CATALOG.find("611"), precision="fp4", fp4_recipe="nvfp4", optimizer_state="bf16"
+    )
+    assert state_of_parameter(row, 4).total == 6 + 6 / 4
+
+
 @pytest.mark.parametrize(
     "id_", ["620", "621", "625", "631", "632", "641", "642", "651", "611", "711", "713"]
 )
@@ -247,6 +255,8 @@ def test_products_of_experts_are_chosen_by_a_variable(kernel):
         ("502", {"moe_dispatcher": "flex", "moe_backend": "hybridep"}, "--moe-flex-dispatcher-backend hybridep", False),
         ("941", {"shared_expert_overlap": True, "ep_overlap": False}, "--moe-shared-expert-overlap", False),
         ("101", {"deterministic": True}, "--deterministic-mode", True),
+        ("611", {"precision": "fp4", "fp4_recipe": "nvfp4"}, "--bf16 --fp4-format e2m1 --fp4-recipe nvfp4", False),
+        ("502", {"ep_overlap": True, "delay_wgrad": True}, "--overlap-moe-expert-parallel-comm --delay-wgrad-compute", False),
         ("611", {"model": CATALOG.find("611").model.model_copy(update={"mtp_num_layers": 1})}, "--mtp-num-layers 1", True),
     ],
 )  # fmt: skip
@@ -261,6 +271,52 @@ def test_settings_of_kernels_are_flags_of_upstream(id_, changes, flag, on_a_cpu)
     assert (f"{flag} " in words(miniature(changed), "cpu")) == on_a_cpu
 
 
+def test_a_gpu_before_blackwell_does_not_compute_in_nvfp4(monkeypatch):
+    fp4 = with_changes(CATALOG.find("611"), precision="fp4", fp4_recipe="nvfp4")
+    names = {"NVIDIA B200": None, "NVIDIA GeForce RTX 5090": None, "A GPU of tomorrow": None, "NVIDIA H100 80GB HBM3": "FP8=tensorwise in its place",
+             "NVIDIA A100-SXM4-80GB": "FP4=0"}  # fmt: skip
+    check_machine(fp4, "cpu")
+    for name, instead in names.items():
+        gpu = type("Gpu", (), {"name": name})
+        monkeypatch.setattr("harness.machine.requirements.list_gpus", lambda gpu=gpu: (gpu,))
+        if instead is None:
+            check_machine(fp4, "cuda")
+            continue
+        with pytest.raises(
+            UserError, match=rf"611: FP4=nvfp4: {name} has no .* or higher; set {instead}"
+        ):
+            check_machine(fp4, "cuda")
+
+
+@pytest.mark.parametrize(
+    ("changes", "found", "complaint"),
+    [
+        ({"precision": "fp4", "fp4_recipe": "nvfp4"}, "2.6.1", "FP4=nvfp4 needs Transformer Engine 2.7 or later, not 2.6.1"),
+        ({"precision": "fp4", "fp4_recipe": "nvfp4"}, "2.7.0.dev0", None),
+        ({"delay_wgrad": True}, "2.2", "DELAY_WGRAD=1 needs Transformer Engine 2.3"),
+        ({"delay_wgrad": True, "sharding": "no_shard"}, "2.6", "without GRAD_FUSION=1 needs Transformer Engine 2.7"),
+        ({"delay_wgrad": True, "sharding": "no_shard", "gradient_fusion": True}, "2.6", None),
+        ({"delay_wgrad": True}, "2.7", "with SHARDING=optim and OVERLAP=1 needs Transformer Engine 2.8"),
+        ({"delay_wgrad": True}, "2.19.0", None),
+        ({"delay_wgrad": True, "cuda_graphs": ("moe_router",)}, "2.11", "with CUDA_GRAPHS and OVERLAP=1 needs Transformer Engine 2.12"),
+        ({"delay_wgrad": True, "cuda_graphs": ("moe_router",), "overlap": False}, "2.9", "with CUDA_GRAPHS needs Transformer Engine 2.10"),
+        ({}, "1.0", None),
+        ({"delay_wgrad": True}, None, None),
+    ],
+)  # fmt: skip
+def test_upstream_asks_for_versions_of_transformer_engine(changes, found, complaint, monkeypatch):
+    monkeypatch.setattr("harness.machine.requirements.package_version", lambda name: found)
+    monkeypatch.setattr("harness.machine.requirements.list_gpus", lambda: ())
+    experts = {"ep_overlap": True} if "delay_wgrad" in changes else {}
+    e = with_changes(CATALOG.find("502"), **experts, **changes)
+    check_machine(e, "cpu")
+    if complaint is None:
+        check_machine(e, "cuda")
+        return
+    with pytest.raises(UserError, match=f"502: .*{complaint}"):
+        check_machine(e, "cuda")
+
+
 def test_tokens_are_sent_by_a_package_that_is_installed(monkeypatch):
     monkeypatch.setattr("harness.machine.requirements.find_spec", lambda name: None)
     sent = with_changes(CATALOG.find("502"), moe_dispatcher="flex")
@@ -272,6 +328,8 @@ def test_tokens_are_sent_by_a_package_that_is_installed(monkeypatch):
 def test_a_miniature_says_what_a_cpu_has_not():
     full = with_changes(CATALOG.find("625"), precision="fp8", fp8_recipe="tensorwise")
     said = describe(full, miniature(full))
+    fp4 = with_changes(CATALOG.find("625"), precision="fp4", fp4_recipe="nvfp4")
+    assert "precision fp4 -> bf16" in describe(fp4, miniature(fp4))
     assert (
         "precision fp8 -> bf16" in said
         and "optimizer state bf16 -> fp32" in said

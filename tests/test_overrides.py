@@ -3,7 +3,7 @@
 import pytest
 
 from harness.errors import UserError
-from harness.experiment import command_line, overrides
+from harness.experiment import command_line, identity, overrides
 from harness.experiment.catalog import load_catalog
 from harness.experiment.command_line import EXPERIMENT_SETTINGS, SETTINGS
 from harness.experiment.constraints import with_changes
@@ -91,6 +91,36 @@ def test_fp8_is_a_precision_and_a_recipe():
         )
     with pytest.raises(UserError, match="in blocks of 128"):
         apply("111", "FP8=blockwise", "SEQ=1000", "MBS=1", "GBS=1")
+
+
+def test_fp4_is_a_precision_and_a_recipe_in_place_of_fp8():
+    e = apply("611", "FP4=nvfp4")
+    assert (e.precision, e.fp4_recipe, e.recipe) == ("fp4", "nvfp4", "nvfp4")
+    assert e.label == "611-llama3-8b-dp4-bf16_fp4nvfp4" and e.layout.endswith("fp4 nvfp4")
+    assert not identity.same(e, CATALOG.find("611"))
+    (difference,) = (
+        one for one in identity.differences(CATALOG.find("611"), e) if one.setting == "FP4"
+    )
+    assert difference.curve and str(difference) == "FP4 not set -> nvfp4"
+    of_fp8 = apply("613", "FP4=nvfp4", "FP8=0")
+    assert (of_fp8.precision, of_fp8.fp8_recipe) == ("fp4", None) and identity.same(
+        of_fp8.model_copy(update={"id": "611"}), e
+    )
+    assert apply("613", "FP4=0") is CATALOG.find("613")
+    assert apply("611", "FP4=0", "FP8=tensorwise").precision == "fp8"
+    with pytest.raises(UserError, match="FP4=nvfp4 and FP8=delayed: upstream takes one of them"):
+        apply("611", "FP4=nvfp4", "FP8=delayed")
+    with pytest.raises(UserError, match=r"FP4=mxfp4; did you mean nvfp4\?"):
+        apply("611", "FP4=mxfp4")
+
+
+def test_delayed_gradients_are_a_switch_of_a_label():
+    e = apply("502", "EP_OVERLAP=1", "DELAY_WGRAD=1")
+    assert e.delay_wgrad and e.label.endswith("_ep_overlap1_delay_wgrad1")
+    same = apply("502", "ARGS=--overlap-moe-expert-parallel-comm --delay-wgrad-compute")
+    assert identity.same(e, same)
+    changed = identity.differences(apply("502", "EP_OVERLAP=1"), e)
+    assert [(one.setting, one.curve, one.work) for one in changed] == [("DELAY_WGRAD", False, True)]
 
 
 def test_arguments_are_split_as_a_shell_splits() -> None:

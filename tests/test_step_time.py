@@ -540,7 +540,7 @@ CHOICES = {
     "latent_attention": load_models()["deepseek-v3"].latent_attention, "rotary_percent": 0.5, "first_dense_layers": 1, "mtp_num_layers": 1,
     "moe_shared_expert_intermediate_size": 64, "moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True,
     "moe_router_num_groups": 4, "moe_router_load_balancing_type": "seq_aux_loss",
-    "tp": 2, "pp": 2, "vpp": 2, "first_stage_layers": 2, "last_stage_layers": 2, "pp_layout": "E|tL", "embedding_as_layer": True, "loss_as_layer": True, "cp": 2, "ep": 2, "etp": 2, "dp": 2, "nodes": 2, "moe_dispatcher": "flex", "ep_overlap": True, "grouped_gemm": "cublas", "entry": "hybrid", "moe_backend": "hybridep", "moe_capacity": 1.25, "router_fusion": True, "shared_expert_overlap": True, "deterministic": True, "sequence_parallel": True, "tp_overlap": True, "sharding": "torch_fsdp2",
+    "tp": 2, "pp": 2, "vpp": 2, "first_stage_layers": 2, "last_stage_layers": 2, "pp_layout": "E|tL", "embedding_as_layer": True, "loss_as_layer": True, "cp": 2, "ep": 2, "etp": 2, "dp": 2, "nodes": 2, "moe_dispatcher": "flex", "ep_overlap": True, "delay_wgrad": True, "grouped_gemm": "cublas", "entry": "hybrid", "moe_backend": "hybridep", "moe_capacity": 1.25, "router_fusion": True, "shared_expert_overlap": True, "deterministic": True, "sequence_parallel": True, "tp_overlap": True, "sharding": "torch_fsdp2",
     "recompute": "full", "precision": "fp8", "optimizer": "muon", "optimizer_state": "bf16", "offload": 0.5, "gradients": "bf16",
     "lora": Lora(rank=4, alpha=8.0), "cross_entropy_fusion": True, "cross_entropy_fusion_impl": "te", "attention_mask": False, "gradient_fusion": True, "overlap": False, "optimizer_instances": 2, "fp8_params": True, "cuda_graphs": True, "attention_backend": "unfused",
 }  # fmt: skip
@@ -551,7 +551,7 @@ def test_every_choice_that_changes_the_work_is_a_kind_of_its_own():
     """A field that is added must be told here, too, and so in kinds, or a row of it would get others' error."""
     e = find("101")
     for field in {*type(e).model_fields, *type(e.model).model_fields} - SIZES - NO_WORK - {"yarn"}:
-        if field in ("fp8_recipe", "cp_comm_type", "cp_a2a", "recompute_modules"):
+        if field in ("fp8_recipe", "fp4_recipe", "cp_comm_type", "cp_a2a", "recompute_modules"):
             continue  # what these change is asked for below
         of_model = field in type(e.model).model_fields
         change = {field: CHOICES[field]}
@@ -567,6 +567,10 @@ def test_every_choice_that_changes_the_work_is_a_kind_of_its_own():
         (
             {"precision": "fp8", "fp8_recipe": "tensorwise"},
             {"precision": "fp8", "fp8_recipe": "mxfp8"},
+        ),
+        (
+            {"precision": "fp8", "fp8_recipe": "mxfp8"},
+            {"precision": "fp4", "fp4_recipe": "nvfp4"},
         ),
         ({"cp": 2, "cp_comm_type": "p2p"}, {"cp": 2, "cp_comm_type": "a2a"}),
         ({"cp": 4, "cp_comm_type": "a2a"}, {"cp": 4, "cp_comm_type": "a2a+p2p", "cp_a2a": 2}),
@@ -584,6 +588,56 @@ def test_fp8_needs_a_card_that_has_it():
         UserError, match="612 computes in fp8, which NVIDIA A100-SXM4-80GB does not"
     ):
         machine.predict(find("612"))
+
+
+def test_nvfp4_needs_a_card_that_has_it():
+    machine = Machine(gpu="h200-141gb", measured_by="records", switch_reduces=True)
+    with pytest.raises(
+        UserError, match=r"611: FP4=nvfp4: NVIDIA H200 has no .* set FP8=tensorwise in its place"
+    ):
+        machine.predict(find("611", "FP4=nvfp4"))
+
+
+@pytest.mark.parametrize(
+    ("key", "times"), [("b200-180gb", 2), ("b300-288gb", 3), ("gb200-186gb", 2), ("gb300-288gb", 3)]
+)
+def test_nvfp4_multiplies_as_the_data_sheet_says_of_its_peak_and_that_of_fp8(key, times):
+    machine = calibrations.machine_of(find_card(key))
+    fp8, fp4 = (
+        StepWork(find("611", words), machine.speed()) for words in ("FP8=tensorwise", "FP4=nvfp4")
+    )
+    assert fp4.quantised_flop_per_s == pytest.approx(times * fp8.quantised_flop_per_s)
+    # fewer bytes than with tensorwise scales are moved: 2 x 9/16 in place of 2 are written
+    of_fp8, of_fp4 = (sum(each.passes for each in one.quantization()) for one in (fp8, fp4))
+    assert of_fp4 / of_fp8 == pytest.approx((4 + 2 * 9 / 16) / 6)
+    assert fp4.linear_layers()[0].products < fp8.linear_layers()[0].products
+    step = machine.predict(find("611", "FP4=nvfp4"))
+    assert "fp4 nvfp4" in machine.how_sure(find("611", "FP4=nvfp4")) and step.total > 0
+
+
+def test_cards_before_blackwell_have_no_rate_of_nvfp4():
+    assert calibrations.machine_of(find_card("h200-141gb")).speed().rates.fp4_tflops is None
+    assert calibrations.machine_of(find_card("b200-180gb")).speed().rates.fp4_tflops > 4000
+
+
+def test_multi_token_prediction_takes_as_long_with_nvfp4():
+    machine = calibrations.machine_of(find_card("b200-180gb"))
+    bf16, fp4, fp8 = (
+        StepWork(find("611", f"MTP=1 {words}"), machine.speed()).layers
+        for words in ("", "FP4=nvfp4", "FP8=tensorwise")
+    )
+    assert fp4["predictors"] == bf16["predictors"] != fp8["predictors"]
+    assert fp4["dense"][0].products < fp8["dense"][0].products < bf16["dense"][0].products
+
+
+def test_what_delayed_gradients_bring_is_not_predicted(capsys):
+    plain, delayed = "EP_OVERLAP=1", "EP_OVERLAP=1 DELAY_WGRAD=1"
+    assert PUBLISHED.predict(find("502", plain)) == PUBLISHED.predict(find("502", delayed))
+    assert PUBLISHED.band(find("502", delayed)) is None
+    assert main(["speed", "502", *delayed.split(), "CARD=h100-80gb"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "not predicted: how much DELAY_WGRAD=1 hides" in said
+    assert "no measured row has" in said and "delayed weights' gradients" in said
 
 
 def test_recomputation_costs_what_is_done_again():

@@ -9,6 +9,8 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -56,6 +58,8 @@ class Row(NamedTuple):
     where: str = ""
     world: int = 1
     without: str = ""
+    version: str = ""
+    """Of Transformer Engine, where upstream asks for one; it takes none to be installed otherwise."""
 
     @property
     def option(self) -> str:
@@ -121,6 +125,10 @@ ROWS = (
     Row("--calculate-per-token-loss", "transformer"), Row("--cuda-graph-impl local", "transformer", f"{TE} --te-rng-tracker"),
     Row("--cuda-graph-modules attn", "transformer", f"{TE} --cuda-graph-impl local --te-rng-tracker"),
     Row("--fp8-format hybrid", "transformer", f"--bf16 {TE}", "fp8"), Row("--fp8-recipe tensorwise", "transformer", f"{FP8} {TE}"),
+    Row("--fp4-format e2m1", "transformer", f"--bf16 {TE}", "fp4", version="2.7.0"),
+    Row("--fp4-recipe custom", "transformer", f"--bf16 {TE} --fp4-format e2m1 --fp4-quantizer-factory a.b", version="2.7.0"),
+    Row("--delay-wgrad-compute", "transformer", f"--bf16 {TE} {MOE} --expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall"
+        " --overlap-moe-expert-parallel-comm", world=2, version="2.7.0"),
     Row("--fp8-amax-history-len 7", "transformer", f"{FP8} {TE}"), Row("--fp8-amax-compute-algo max", "transformer", f"{FP8} {TE}"),
     Row("--no-persist-layer-norm", "transformer"), Row("--no-masked-softmax-fusion", "transformer"), Row("--no-rope-fusion", "transformer", ROPE, "apply_rope_fusion"),
     Row("--no-bias-dropout-fusion", "transformer"), Row("--no-bias-swiglu-fusion", "transformer", "--swiglu", "bias_activation_fusion"),
@@ -296,3 +304,16 @@ def test_what_the_catalogue_emits_has_a_row(tmp_path):
 
 def test_an_argument_has_one_row():
     assert len({row.option for row in ROWS}) == len(ROWS)
+
+
+def test_upstream_leaves_layers_in_bf16_where_fp4_is_refused_or_counted_so():
+    """EP_OVERLAP=1 enters contexts of fp8 only, and so does multi-token prediction: FP4= is refused with one, and counted in bf16 in the other."""
+    core = Path(find_spec("megatron.core").origin).parent
+    schedule = core / "models" / "common" / "model_chunk_schedule_plan.py"
+    passes = core / "pipeline_parallel" / "combined_1f1b.py"
+    predictors = core / "transformer" / "multi_token_prediction.py"
+    for path in (schedule, passes, predictors):
+        text = path.read_text(encoding="utf-8")
+        assert "get_fp8_context" in text and "get_fp4_context(" not in text, path.name
+    block = (core / "transformer" / "transformer_block.py").read_text(encoding="utf-8")
+    assert "get_fp4_context(" in block

@@ -1,6 +1,6 @@
 """Run by test_upstream_arguments.py in a process of its own: what upstream builds of a command line, with and without one argument.
 
-Reads from the file named first a list of {option, words, beside, without, section, world}; writes into the second, as JSON, a list of {difference, read} or {failure}.
+Reads from the file named first a list of {option, words, beside, without, section, world, version}; writes into the second, as JSON, a list of {difference, read} or {failure}.
 ``difference`` is what differs between both command lines in ``section``: of the model built, of a configuration that upstream makes,
 of the schedule of learning rates, of the data set's configuration, or of the arguments as upstream's validation leaves them.
 ``read`` are those of the differing names that code of upstream reads, outside of the files that parse and pass arguments.
@@ -93,8 +93,12 @@ def imagined(args):
 
 
 @contextlib.contextmanager
-def transformer_engine():
-    """What upstream's checks look for in Transformer Engine, which a machine without a GPU has not."""
+def transformer_engine(version):
+    """What upstream's checks look for in Transformer Engine, which a machine without a GPU has not.
+
+    ``version``: which one they find; none where it is empty.
+    """
+    from megatron.core import utils
     from megatron.core.models.common.embeddings import rope_utils
     from megatron.core.transformer.moe import moe_utils
 
@@ -111,7 +115,8 @@ def transformer_engine():
     fakes = dict.fromkeys(names, SimpleNamespace(FusedAdam=FusedAdam))
     kernels = ("fused_permute", "fused_permute_with_probs", "fused_sort_chunks_by_index", "fused_sort_chunks_by_index_with_probs",
                "fused_unpermute")  # fmt: skip
-    with (mock.patch.dict(sys.modules, fakes), mock.patch.object(rope_utils, "fused_apply_rotary_pos_emb", object()),
+    found = utils.PkgVersion(version or "0.0.0")
+    with (mock.patch.object(utils, "_te_version", found), mock.patch.dict(sys.modules, fakes), mock.patch.object(rope_utils, "fused_apply_rotary_pos_emb", object()),
           mock.patch.multiple(moe_utils, **dict.fromkeys(kernels, object()))):  # fmt: skip
         yield
 
@@ -235,16 +240,16 @@ def main(asked, answer):
             with (
                 contextlib.redirect_stderr(said),
                 contextlib.redirect_stdout(said),
-                transformer_engine(),
+                transformer_engine(case["version"]),
             ):
                 sides = [
-                    (case["section"], case["world"], *words_of(case, with_it))
+                    (case["version"], case["section"], case["world"], *words_of(case, with_it))
                     for with_it in (False, True)
                 ]
                 for side in sides:
                     if side not in known:
                         known[side] = section_of(
-                            validated(side[2:], case["world"]), case["section"]
+                            validated(side[3:], case["world"]), case["section"]
                         )
                 without, with_it = (known[side] for side in sides)
             keys = sorted(

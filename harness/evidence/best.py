@@ -20,7 +20,7 @@ from harness.planning import resolved
 from harness.predict.rates import SAME_LAUNCH_RATE
 from harness.system.screen import say
 
-ARITHMETIC = ("FP8", "DROPOUT", "GRADIENTS", "OPTIMIZER_STATE", "MOE_CAPACITY", "MTP")
+ARITHMETIC = ("FP8", "FP4", "DROPOUT", "GRADIENTS", "OPTIMIZER_STATE", "MOE_CAPACITY", "MTP")
 """Settings that compute something else: set-ups that differ in one of them are not compared."""
 SAME_STEP = {
     *("id", "model", "extra_args", "overrides", "card", "dp", "precision", "attention_backend"),

@@ -21,6 +21,7 @@ from harness.predict.capacity import (
     ways_to_fit,
 )
 from harness.predict.memory import Memory, predict
+from harness.predict.step_time import without_effect
 from harness.system.screen import say
 
 CARDS = ("h100-80gb", "h200-141gb")
@@ -52,6 +53,8 @@ def print_memory(id_: str, settings: Mapping[str, str]) -> int:
     say(f"  {'reserve':12}{memory.reserve:7.1f}  {holes}", hang=23)
     say(f"  {'CUDA, NCCL':12}{memory.context:7.1f}  context, kernels and communicators", hang=23)
     _say_sum("nvidia-smi", memory.in_all, [(row, _of_process_gib(row)) for row in rows])
+    for line in without_effect(experiment):
+        say(f"  {line}")
     for card in cards_of(experiment):
         judged = verdict(memory, card)
         print()
@@ -85,7 +88,11 @@ def _parts(experiment: Experiment, memory: Memory) -> list[tuple[str, float, str
     kept = "inputs of recomputed layers" if full else "kept for the backward pass, all layers"
     routed = "if routers balance the tokens; otherwise the fullest GPU has more"
     parts = [
-        ("weights", memory.weights, "and fp8 copies" if experiment.precision == "fp8" else ""),
+        (
+            "weights",
+            memory.weights,
+            f"and {experiment.precision} copies" if experiment.quantised else "",
+        ),
         ("gradients", memory.gradients, ""),
         ("optimizer", memory.optimizer, ""),
         ("attention", memory.attention, kept),

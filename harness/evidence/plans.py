@@ -30,7 +30,14 @@ SHOWN = 5
 LAID_OUT = {**SIZES, "sequence_parallel": "SP", "vpp": "VPP", "dp": "DP", **COUNTED, **LEVERS}
 """Fields that the search varies unless their setting is typed."""
 OF_A_LAYOUT = (
-    *("TP_OVERLAP", "EP_OVERLAP", "MOE_DISPATCHER", "MOE_BACKEND", "SHARED_EXPERT_OVERLAP"),
+    *(
+        "TP_OVERLAP",
+        "EP_OVERLAP",
+        "DELAY_WGRAD",
+        "MOE_DISPATCHER",
+        "MOE_BACKEND",
+        "SHARED_EXPERT_OVERLAP",
+    ),
     *("OPTIM_INSTANCES", "RECOMPUTE_MODULES"),
     *("FIRST_STAGE_LAYERS", "LAST_STAGE_LAYERS", "PP_LAYOUT", "CROSS_ENTROPY_IMPL"),
 )
@@ -236,7 +243,8 @@ def _all_settings(experiment: Experiment) -> dict[str, str]:
         for key, field in FIELDS.items()
         if field in WORK_FIELDS and field not in ("dp", "model", "lora", "extra_args")
     }
-    plain |= {"GPUS": experiment.world_size, "FP8": experiment.fp8_recipe or "0"}
+    plain |= {"FP8": experiment.fp8_recipe or "0", "FP4": experiment.fp4_recipe or "0"}
+    plain |= {"GPUS": experiment.world_size}
     return {key: _typed(value) for key, value in plain.items() if value not in (None, ())} | {
         key: value for key, value in experiment.overrides.items() if key not in (*plain, "CARD")
     }

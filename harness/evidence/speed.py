@@ -21,7 +21,7 @@ from harness.predict.calibrations import Machine, machine_here
 from harness.predict.capacity import verdict
 from harness.predict.flops import mfu, tflops_per_gpu
 from harness.predict.memory import predict
-from harness.predict.step_time import StepTime, unknown
+from harness.predict.step_time import StepTime, unknown, without_effect
 from harness.run import finding
 from harness.system.screen import say
 
@@ -63,7 +63,8 @@ def print_speed(id_: str, settings: Mapping[str, str]) -> int:
         tflops = tflops_per_gpu(experiment, step.total)
         share = mfu(tflops, peak_tflops(card.name, experiment.precision))
         say(f"  {tflops:.0f} model TFLOP/s per GPU, MFU {share:.0%}")
-        say(f"  {machine.how_sure(experiment)}")
+        for line in (machine.how_sure(experiment), *without_effect(experiment)):
+            say(f"  {line}")
         say(f"  {source}")
         if verdict(predict(experiment), card) == "does not fit":
             command = f"make memory-{overrides.command_of(experiment)} CARD={machine.gpu}"
@@ -91,7 +92,7 @@ def machines_of(experiment: Experiment, settings: Mapping[str, str]) -> list[tup
     if not machines:
         raise UserError(
             f"{' or '.join(card.name for card in cards)} has no bf16, and steps are predicted in"
-            " bf16 and fp8 only; CARD= names another card"
+            " bf16, fp8 and fp4 only; CARD= names another card"
         )
     return machines
 

@@ -311,6 +311,14 @@ EXPERIMENT_SETTINGS = (
         "work",
     ),
     Setting(
+        "DELAY_WGRAD",
+        "1",
+        "compute weights' gradients while tokens are sent, 0 or 1 (with EP_OVERLAP=1)",
+        "delay_wgrad",
+        switch,
+        "work",
+    ),
+    Setting(
         "GROUPED_GEMM",
         "cublas",
         "experts' products: streams (one each), or in one launch: cutlass, cublas, fused",
@@ -409,6 +417,13 @@ EXPERIMENT_SETTINGS = (
         "tensorwise",
         "linear layers in fp8, scaled: delayed, tensorwise, blockwise, mxfp8 (Blackwell); 0: bf16",
         "fp8_recipe",
+        changes="losses",
+    ),
+    Setting(
+        "FP4",
+        "nvfp4",
+        "linear layers in fp4, scaled: nvfp4, 16 values together (Blackwell); 0: bf16",
+        "fp4_recipe",
         changes="losses",
     ),
     Setting("OPTIMIZER", "muon", "adam or muon", "optimizer", _choice_of("optimizer"), "losses"),

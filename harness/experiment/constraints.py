@@ -16,7 +16,7 @@ from typing import Any
 from harness.errors import UserError, indivisible
 from harness.experiment import architecture
 from harness.experiment.experiment import RECOMPUTABLE, Experiment
-from harness.experiment.hardware import find_card
+from harness.experiment.hardware import Card, find_card
 from harness.experiment.linear_layers import of_attention
 from harness.experiment.model import Model
 from harness.experiment.pipeline import layer_ranges
@@ -214,6 +214,7 @@ def _experts(experiment: Experiment) -> Iterator[str]:
             "ROUTER_FUSION": experiment.router_fusion,
             "SHARED_EXPERT_OVERLAP": experiment.shared_expert_overlap,
             "EP_OVERLAP": experiment.ep_overlap,
+            "DELAY_WGRAD": experiment.delay_wgrad,
             "GROUPED_GEMM": experiment.grouped_gemm != "streams",
         }
         for setting in (key for key, given in of_experts.items() if given):
@@ -288,13 +289,14 @@ def _grouped_gemm(experiment: Experiment) -> Iterator[str]:
     if kernel == "streams":
         return
     if experiment.precision == "fp32":
-        yield f"GROUPED_GEMM={kernel} is for bf16 and fp8, not for fp32; leave it out"
+        yield f"GROUPED_GEMM={kernel} is for bf16, fp8 and fp4, not for fp32; leave it out"
     if card and not card.multiplies_groups(kernel):
         yield f"GROUPED_GEMM={kernel} does not run on {card.name}; leave it out"
     if kernel == "cublas" and experiment.fp8_recipe == "delayed":
         yield "GROUPED_GEMM=cublas: not with FP8=delayed; set FP8=tensorwise or blockwise"
-    if kernel in ("cutlass", "fused") and experiment.precision == "fp8":
-        yield f"GROUPED_GEMM={kernel} is for bf16; set GROUPED_GEMM=cublas, or FP8=0"
+    if kernel in ("cutlass", "fused") and experiment.quantised:
+        setting = experiment.precision.upper()
+        yield f"GROUPED_GEMM={kernel} is for bf16; set GROUPED_GEMM=cublas, or {setting}=0"
     if kernel == "fused":
         yield from _fused_experts(experiment)
 
@@ -326,6 +328,7 @@ def _routed_tokens(experiment: Experiment) -> Iterator[str]:
     if how != "flex" and experiment.moe_backend != "deepep":
         yield f"MOE_BACKEND={experiment.moe_backend} is for MOE_DISPATCHER=flex, not {how}"
     yield from _shared_expert_overlap(experiment)
+    yield from _delayed_gradients(experiment)
     if not experiment.ep_overlap:
         return
     if experiment.ep == 1 or how == "allgather":
@@ -337,6 +340,40 @@ def _routed_tokens(experiment: Experiment) -> Iterator[str]:
         yield f"EP_OVERLAP=1 with PP={experiment.pp} needs virtual stages; set VPP > 1"
     if experiment.recompute == "full" or "moe" in experiment.recompute_modules:
         yield "EP_OVERLAP=1 cannot recompute experts; set RECOMPUTE=none or selective, without moe"
+
+
+def _delayed_gradients(experiment: Experiment) -> Iterator[str]:
+    """Rules of ``validate_args``, of TransformerConfig.__post_init__, and of Transformer Engine's
+    ``WeightGradStore`` (pytorch/module/_common.py)."""
+    if not experiment.delay_wgrad:
+        return
+    if not experiment.ep_overlap:
+        yield (
+            "DELAY_WGRAD=1 computes weights' gradients while EP_OVERLAP=1 sends another"
+            " micro-batch's tokens; set EP_OVERLAP=1, or DELAY_WGRAD=0"
+        )
+    if experiment.tp_overlap:
+        yield (
+            "DELAY_WGRAD=1: with TP_OVERLAP=1 Transformer Engine exchanges beside the product of a"
+            " weight's gradient, which it cannot delay then; set TP_OVERLAP=0"
+        )
+    if experiment.lora:
+        yield "DELAY_WGRAD=1: frozen weights have no gradients; leave it out with LoRA"
+    yield from _delayed_in_graphs(experiment)
+
+
+def _delayed_in_graphs(experiment: Experiment) -> Iterator[str]:
+    """What a CUDA graph of delayed gradients needs where replicas exchange gradients meanwhile."""
+    model, graphed = experiment.model, experiment.graphed
+    shared = model.moe_shared_expert_intermediate_size and not experiment.shared_expert_overlap
+    captures = "attn" in graphed or ("moe_router" in graphed and shared)
+    if not captures or experiment.sharding == "no_shard" or not experiment.overlap:
+        return
+    said = f"DELAY_WGRAD=1 with CUDA_GRAPHS={','.join(graphed)}"
+    if not experiment.gradient_fusion:
+        yield f"{said}: a graph adds gradients up at fixed addresses only; set GRAD_FUSION=1"
+    if "attn" in graphed and model.add_bias_linear:
+        yield f"{said}: gradients of attention's biases cannot be captured; leave attn out"
 
 
 def _nodes(experiment: Experiment) -> Iterator[str]:
@@ -369,8 +406,22 @@ WITHOUT_MXFP8 = (
 )
 
 
+def without_nvfp4(card: Card) -> str:
+    """Why ``card`` does not compute in NVFP4, and what it can do in its place.
+
+    Source: ``_compute_nvfp4_support`` in transformer_engine/pytorch/quantization.py.
+    """
+    instead = "FP8=tensorwise in its place" if card.fp8_tflops else "FP4=0"
+    return (
+        f"{card.name} has no tensor cores for it; Transformer Engine asks for compute capability"
+        f" 10.0 (Blackwell) or higher; set {instead}"
+    )
+
+
 def _fp8(experiment: Experiment) -> Iterator[str]:
-    recipe, model = experiment.fp8_recipe, experiment.model
+    recipe = experiment.fp8_recipe
+    if recipe and experiment.fp4_recipe:
+        return  # _fp4 says so
     if (experiment.precision == "fp8") != (recipe is not None):
         yield (
             f"precision {experiment.precision}, fp8_recipe {recipe}: fp8, and nothing else, needs a"
@@ -396,29 +447,77 @@ def _fp8(experiment: Experiment) -> Iterator[str]:
         yield f"FP8=mxfp8: {WITHOUT_MXFP8.format(card.name)}"
     if recipe == "mxfp8" and experiment.fp8_params:
         yield "FP8_PARAMS=1 with FP8=mxfp8 is not tested; set FP8_PARAMS=0"
-    # The last dimension of an fp8 operand must be a multiple of 16 (assert_dim_for_fp8_exec in
-    # transformer_engine/pytorch/utils.py): for weights' gradients the tokens. Blockwise, 128 values
-    # share a scale, in mxfp8 32
-    step = {"blockwise": 128, "mxfp8": 32}.get(recipe, 16)
-    splits = experiment.tp if experiment.sequence_parallel else 1
-    tokens = experiment.micro_batch_size * experiment.seq_length // experiment.cp // splits
-    formula = "MBS x SEQ / CP" + (" / TP" if experiment.sequence_parallel else "")
-    if tokens % step:
-        yield (
-            f"fp8 {recipe} multiplies in blocks of {step}: the tokens of a rank, {formula}"
-            f" ({tokens}), must be divisible by {step}"
-        )
-    widths = {"hidden_size": model.hidden_size} | _split_widths(model, experiment.tp)
-    if model.num_experts:
-        widths["moe_ffn_hidden_size / ETP"] = model.moe_ffn // experiment.etp
-    block = 32 if recipe == "mxfp8" else 16
-    if odd := [f"{name} ({width})" for name, width in widths.items() if width % block]:
-        yield f"fp8 multiplies in blocks of {block}: {', '.join(odd)} must be divisible by {block}"
+    yield from _multiplied_in_blocks(experiment)
     discarded = sorted({"layernorm", "moe_act"} & set(experiment.recompute_modules))
     if recipe == "delayed" and discarded:
         yield (
             f"fp8 delayed cannot recompute {', '.join(discarded)}, whose outputs are discarded; "
             "set fp8_recipe tensorwise or blockwise"
+        )
+
+
+def _fp4(experiment: Experiment) -> Iterator[str]:
+    """Rules of ``validate_args`` and Transformer Engine, and what upstream would leave in bf16."""
+    recipe, card = experiment.fp4_recipe, find_card(experiment.card or "")
+    if recipe and experiment.fp8_recipe:
+        yield (
+            f"FP4={recipe} and FP8={experiment.fp8_recipe}: upstream takes one of them; set FP8=0"
+            " or FP4=0"
+        )
+        return
+    if (experiment.precision == "fp4") != (recipe is not None):
+        yield (
+            f"precision {experiment.precision}, fp4_recipe {recipe}: fp4, and nothing else, needs a"
+            " recipe: nvfp4"
+        )
+    if experiment.precision != "fp4":
+        if "--fp4-param-gather" in experiment.extra_args:
+            yield "ARGS: --fp4-param-gather is part of FP4=nvfp4; set that too, or leave it out"
+        return
+    if card and card.fp4_tflops is None:
+        yield f"FP4={recipe}: {without_nvfp4(card)}"
+    if experiment.tp_overlap:
+        # fill_userbuffers_buffer_for_all_gather in transformer_engine/pytorch/module/base.py
+        yield (
+            f"FP4={recipe}: Transformer Engine's userbuffers send no NVFP4; set TP_OVERLAP=0, or"
+            " FP8=tensorwise in its place"
+        )
+    if experiment.ep_overlap:
+        # get_fp8_context in megatron/core/models/common/model_chunk_schedule_plan.py
+        yield (
+            f"FP4={recipe}: with EP_OVERLAP=1 upstream computes layers in bf16 all the same; set"
+            " EP_OVERLAP=0, or FP8=mxfp8 in its place"
+        )
+    yield from _multiplied_in_blocks(experiment)
+
+
+def _multiplied_in_blocks(experiment: Experiment) -> Iterator[str]:
+    """Whether what quantised products sum over fills their blocks.
+
+    The last dimension of an fp8 operand must be a multiple of 16 (assert_dim_for_fp8_exec in
+    transformer_engine/pytorch/utils.py), of an fp4 operand one of 32 (get_fp4_align_size in
+    megatron/core/fp4_utils.py): for weights' gradients the tokens. Blockwise, 128 values share a
+    scale, in mxfp8 32, in nvfp4 16: those of a rank, before sequence parallelism gathers them
+    (NVFP4Quantizer.is_quantizable).
+    """
+    recipe, precision, model = experiment.recipe, experiment.precision, experiment.model
+    block = 32 if recipe in ("mxfp8", "nvfp4") else 16
+    splits = experiment.tp if experiment.sequence_parallel else 1
+    step = {"blockwise": 128, "nvfp4": 16 if splits > 1 else 32}.get(recipe, block)
+    tokens = experiment.micro_batch_size * experiment.seq_length // experiment.cp // splits
+    formula = "MBS x SEQ / CP" + (" / TP" if experiment.sequence_parallel else "")
+    if tokens % step:
+        yield (
+            f"{precision} {recipe} multiplies in blocks of {step}: the tokens of a rank, {formula}"
+            f" ({tokens}), must be divisible by {step}"
+        )
+    widths = {"hidden_size": model.hidden_size} | _split_widths(model, experiment.tp)
+    if model.num_experts:
+        widths["moe_ffn_hidden_size / ETP"] = model.moe_ffn // experiment.etp
+    if odd := [f"{name} ({width})" for name, width in widths.items() if width % block]:
+        yield (
+            f"{precision} multiplies in blocks of {block}: {', '.join(odd)} must be divisible by"
+            f" {block}"
         )
 
 
@@ -605,8 +704,8 @@ def _lora(experiment: Experiment) -> Iterator[str]:
             f"LoRA: {experiment.optimizer} is for whole matrices, not for low-rank factors; set"
             " OPTIMIZER=adam"
         )
-    if experiment.precision == "fp8":
-        yield "LoRA: fp8 is not tested with adapters; choose a bf16 row"
+    if experiment.quantised:
+        yield f"LoRA: {experiment.precision} is not tested with adapters; choose a bf16 row"
     if experiment.cuda_graphs:
         yield "LoRA: CUDA graphs are not tested with adapters; set CUDA_GRAPHS=0"
 
@@ -638,6 +737,7 @@ RULES = (
     _architecture,
     architecture.violations,
     _fp8,
+    _fp4,
     _precision,
     _sharding,
     _cuda_graphs,

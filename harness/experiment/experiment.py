@@ -113,6 +113,9 @@ class Experiment(Checked):
     """The expert of every token computes while tokens are sent to the others."""
     ep_overlap: bool = False
     """Tokens of a micro-batch are sent while another one computes."""
+    delay_wgrad: bool = False
+    """Weights' gradients of a layer wait for the gradients of its inputs, so that they are computed
+    while tokens are sent."""
     grouped_gemm: Literal["streams", "cutlass", "cublas", "fused"] = "streams"
     """How the experts of a rank are multiplied: one product each over a few streams, or all by one
     kernel (general_grouped_gemm in transformer_engine/pytorch/cpp_extensions/gemm.py).
@@ -148,8 +151,9 @@ class Experiment(Checked):
     """Replicas exchange gradients and weights while they compute."""
     recompute: Literal["none", "full", "selective"] = "none"
     recompute_modules: Annotated[tuple[str, ...], Field(strict=False)] = ()
-    precision: Literal["bf16", "fp32", "fp8"] = "bf16"
+    precision: Literal["bf16", "fp32", "fp8", "fp4"] = "bf16"
     fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = None
+    fp4_recipe: Literal["nvfp4"] | None = None
     optimizer: Literal["adam", "muon"] = "adam"
     optimizer_state: Literal["fp32", "bf16"] = "fp32"
     """Precision of Adam's moments; with bf16, of the fp32 weights only what bf16 lacks is kept."""
@@ -248,6 +252,16 @@ class Experiment(Checked):
         dividing = math.gcd(self.cp, model.num_attention_heads // tp, model.key_heads // tp)
         most = min(dividing, self.cp // 2, max(self.ranks_per_node // tp, 1))
         return next(ranks for ranks in range(most, 0, -1) if dividing % ranks == 0)
+
+    @property
+    def quantised(self) -> bool:
+        """Whether linear layers multiply in fewer than 16 bits."""
+        return self.precision in ("fp8", "fp4")
+
+    @property
+    def recipe(self) -> str | None:
+        """How linear layers scale what they quantise; None where they do not."""
+        return self.fp8_recipe or self.fp4_recipe
 
     @property
     def precision_aware(self) -> bool:
@@ -369,6 +383,8 @@ class Experiment(Checked):
             parts.append(f"{self.recompute} recompute")
         if self.fp8_recipe:
             parts.append(f"fp8 {self.fp8_recipe}")
+        if self.fp4_recipe:
+            parts.append(f"fp4 {self.fp4_recipe}")
         if self.optimizer != "adam":
             parts.append(self.optimizer)
         if self.optimizer_state != "fp32":

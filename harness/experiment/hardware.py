@@ -12,7 +12,7 @@ from harness.experiment.fabrics import LINKS
 
 FAMILY_CLOSE = 0.6
 """Ratio of difflib above which a name is close."""
-Precision = Literal["bf16", "fp8", "fp32"]
+Precision = Literal["bf16", "fp8", "fp4", "fp32"]
 
 GPUS_OF_A_NODE = 8
 """Of most machines; a card's own is ``Card.node_gpus``."""
@@ -54,6 +54,8 @@ class Card:
     """What joins the cards of a node (fabrics.LINKS)."""
     network: str = "ndr"
     """What joins the nodes of the vendor's reference system (fabrics.NETWORKS)."""
+    fp4_tflops: float | None = None
+    """In NVFP4, which tensor cores of compute capability 10.0 and higher multiply."""
     achieved_tflops: tuple[float, float | None] | None = None
     """The fastest matrix products in bf16 and fp8 that mamf-finder measured (ACHIEVED)."""
 
@@ -218,7 +220,13 @@ CARDS = (
     _card("rtx4090", "NVIDIA GeForce RTX 4090", 24564, (165.2, 330.3, 82.6, 1008), _ADA),
     _card("rtx6000-ada", "NVIDIA RTX 6000 Ada Generation", 49140, (364.2, 728.5, 91.1, 960), _ADA6),
     _card(
-        "rtx5090", "NVIDIA GeForce RTX 5090", 32607, (209.5, 419, 104.8, 1792), _BLACKWELL, **_PCIE5
+        "rtx5090",
+        "NVIDIA GeForce RTX 5090",
+        32607,
+        (209.5, 419, 104.8, 1792),
+        _BLACKWELL,
+        fp4_tflops=1676,
+        **_PCIE5,
     ),
     _card("h100-pcie-80gb", "NVIDIA H100 PCIe", 81559, (756.5, 1513, 51, 2000), _H100, **_PCIE5),
     _card(
@@ -250,6 +258,7 @@ CARDS = (
         183359,
         (2250, 4500, 75, 7700),
         _B200,
+        fp4_tflops=9000,
         achieved_tflops=(1745.0, 3432.5),
         **_HGX_B200,
     ),
@@ -259,6 +268,7 @@ CARDS = (
         275040,
         (2250, 4500, 75, 8000),
         _B300,
+        fp4_tflops=13500,
         achieved_tflops=(1769.0, 3353.3),
         **_HGX_B300,
     ),
@@ -268,10 +278,19 @@ CARDS = (
         189471,
         (2500, 5000, 80, 8000),
         _GB200,
+        fp4_tflops=10000,
         achieved_tflops=(1822.0, 3615.6),
         **_NVL72_NDR,
     ),
-    _card("gb300-288gb", "NVIDIA GB300", 284208, (2500, 5000, 80, 8000), _GB300, **_NVL72_XDR),
+    _card(
+        "gb300-288gb",
+        "NVIDIA GB300",
+        284208,
+        (2500, 5000, 80, 8000),
+        _GB300,
+        fp4_tflops=15000,
+        **_NVL72_XDR,
+    ),
     _card(
         "mi250x-64gb", "AMD Instinct MI250X", 65520, (191.5, None, 23.95, 1638), _MI250X, **_LUMI
     ),

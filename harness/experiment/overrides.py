@@ -93,8 +93,7 @@ def _changes(experiment: Experiment, given: Mapping[str, str]) -> dict[str, obje
         for one in EXPERIMENT_SETTINGS
         if one.read and one.key in given
     }
-    if "FP8" in given:
-        changes |= _fp8(experiment, given["FP8"])
+    changes |= _quantised(experiment, given)
     of_model = {}
     if "DROPOUT" in given:
         of_model["dropout"] = share("DROPOUT", given["DROPOUT"])
@@ -193,14 +192,21 @@ def _recompute_modules(value: str) -> tuple[str, ...]:
     return modules
 
 
-def _fp8(experiment: Experiment, recipe: str) -> dict[str, str | None]:
-    if recipe == "0":
-        return {
-            "precision": "bf16" if experiment.fp8_recipe else experiment.precision,
-            "fp8_recipe": None,
-        }
-    recipes = get_args(get_args(Experiment.model_fields["fp8_recipe"].annotation)[0])
-    return {"precision": "fp8", "fp8_recipe": choice("FP8", recipe, (*recipes, "0"))}
+def _quantised(experiment: Experiment, given: Mapping[str, str]) -> dict[str, str | None]:
+    """The recipes that FP8= and FP4= name, and the precision that follows from both."""
+    changes: dict[str, str | None] = {}
+    for key in ("FP8", "FP4"):
+        if key in given:
+            recipes = get_args(get_args(Experiment.model_fields[FIELDS[key]].annotation)[0])
+            recipe = choice(key, given[key], (*recipes, "0"))
+            changes[FIELDS[key]] = None if recipe == "0" else recipe
+    if not changes:
+        return {}
+    precision = "bf16" if experiment.quantised else experiment.precision
+    for name in ("fp8", "fp4"):
+        if changes.get(f"{name}_recipe", getattr(experiment, f"{name}_recipe")):
+            precision = name
+    return {**changes, "precision": precision}
 
 
 def _lora(experiment: Experiment, given: Mapping[str, str]) -> Lora | None:

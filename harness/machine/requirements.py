@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from importlib.util import find_spec
 
 from harness.errors import UserError
-from harness.experiment.constraints import WITHOUT_MXFP8
+from harness.experiment.constraints import WITHOUT_MXFP8, without_nvfp4
 from harness.experiment.experiment import Experiment
 from harness.experiment.hardware import find_card
 from harness.machine.gpus import list_gpus
+from harness.machine.provenance import package_version
 
 
 def check_machine(experiment: Experiment, device: str) -> None:
     """Raise UserError where this machine lacks what ``experiment`` needs.
 
-    A GPU that hardware.py does not list is taken to have fp8.
+    A GPU that hardware.py does not list is taken to have fp8 and fp4.
     """
     kernel = experiment.grouped_gemm
-    asks_cards = device == "cuda" and (experiment.precision == "fp8" or kernel != "streams")
+    asks_cards = device == "cuda" and (experiment.quantised or kernel != "streams")
     gpus = list_gpus() if asks_cards else ()
     for card in filter(None, (find_card(gpu.name) for gpu in gpus)):
         if experiment.precision == "fp8" and card.fp8_tflops is None:
@@ -28,10 +31,14 @@ def check_machine(experiment: Experiment, device: str) -> None:
             )
         if experiment.fp8_recipe == "mxfp8" and not card.is_blackwell:
             raise UserError(f"{experiment.id}: FP8=mxfp8: {WITHOUT_MXFP8.format(card.name)}")
+        if experiment.precision == "fp4" and card.fp4_tflops is None:
+            raise UserError(f"{experiment.id}: FP4={experiment.fp4_recipe}: {without_nvfp4(card)}")
         if kernel != "streams" and not card.multiplies_groups(kernel):
             raise UserError(
                 f"{experiment.id}: GROUPED_GEMM={kernel} does not run on {card.name}; leave it out"
             )
+    if device == "cuda":
+        _check_transformer_engine(experiment)
     if experiment.moe_dispatcher == "flex" and device == "cuda" and not find_spec("deep_ep"):
         raise UserError(
             f"{experiment.id}: MOE_DISPATCHER=flex needs the package deep_ep, which is not"
@@ -43,3 +50,41 @@ def check_machine(experiment: Experiment, device: str) -> None:
             f"{experiment.id}: upstream's muon needs the package emerging-optimizers, which is not"
             " installed\nmake setup installs the pinned version; OPTIMIZER=adam does without it"
         )
+
+
+def _check_transformer_engine(experiment: Experiment) -> None:
+    """Raise UserError where the version that is installed lacks what a setting needs."""
+    found = package_version("transformer-engine")
+    if found is None:
+        return
+    for setting, needed in _of_transformer_engine(experiment):
+        if _parsed(found) < _parsed(needed):
+            raise UserError(
+                f"{experiment.id}: {setting} needs Transformer Engine {needed} or later, not"
+                f" {found}; make setup-gpu builds a later one, or leave it out"
+            )
+
+
+def _of_transformer_engine(experiment: Experiment) -> Iterator[tuple[str, str]]:
+    """Settings and the version that upstream asks for.
+
+    Source: ``validate_args`` in megatron/training/arguments.py, TransformerConfig.__post_init__ in
+    megatron/core/transformer/transformer_config.py, megatron/core/extensions/transformer_engine.py.
+    """
+    if experiment.fp4_recipe:
+        yield f"FP4={experiment.fp4_recipe}", "2.7"
+    if experiment.delay_wgrad:
+        yield "DELAY_WGRAD=1", "2.3"
+        if not experiment.gradient_fusion:
+            yield "DELAY_WGRAD=1 without GRAD_FUSION=1", "2.7"
+        if experiment.overlap and experiment.sharding != "no_shard":
+            yield f"DELAY_WGRAD=1 with SHARDING={experiment.sharding} and OVERLAP=1", "2.8"
+            if experiment.cuda_graphs:
+                yield "DELAY_WGRAD=1 with CUDA_GRAPHS and OVERLAP=1", "2.12"
+        if experiment.cuda_graphs:
+            yield "DELAY_WGRAD=1 with CUDA_GRAPHS", "2.10"
+
+
+def _parsed(version: str) -> tuple[int, ...]:
+    """The numbers that begin a version: (2, 7) of ``2.7.0.dev0``."""
+    return tuple(map(int, re.findall(r"\d+", version)[:2]))

@@ -4,8 +4,8 @@ Kept: every parallel degree up to eight processes, virtual stages, heads (and so
 micro-batch size, up to eight processes their count, sharding, recomputation, precision, and what an
 architecture is made of.
 Scaled: width, depth, sequence, windows, vocabulary, experts and, but for conversations, steps. A
-CPU has neither fp8 nor Transformer Engine's optimizer, so bf16 and fp32 stand in for both; nor has
-it CUDA graphs.
+CPU has neither fp8, fp4 nor Transformer Engine's optimizer, so bf16 and fp32 stand in for them; nor
+has it CUDA graphs.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ VOCABULARY = 1024
 NOT_ON_A_CPU = {
     "card": None,
     "fp8_recipe": None,
+    "fp4_recipe": None,
     "optimizer_state": "fp32",
     "offload": 0.0,
     "gradients": "fp32",
@@ -88,7 +89,7 @@ def miniature(
         "nodes": nodes,
         "model": model,
         "global_batch_size": _global_batch(experiment, degrees),
-        "precision": "bf16" if experiment.precision == "fp8" else experiment.precision,
+        "precision": "bf16" if experiment.quantised else experiment.precision,
         "until": until and until.model_copy(update={"validation_loss": until.miniature_loss}),
         "overrides": {s.key: given[s.key] for s in EXPERIMENT_SETTINGS if s.key in named},
     }

@@ -33,6 +33,8 @@ from harness.predict.operations import (
 
 def layer_operations(experiment: Experiment, kind: str) -> list[Operation]:
     """A layer on one micro-batch in order: ``dense``, ``experts``, or one of ``predictors``."""
+    if kind == "predictors":
+        experiment = stages.of_predictors(experiment)
     whole = _transformer_kind(experiment, kind)
     operations = [*attention_operations(experiment), *mlp_operations(experiment, whole)]
     if kind == "predictors":
@@ -81,6 +83,8 @@ def mlp_bytes(experiment: Experiment, kind: str | None = None) -> float:
     ``kind``: of the layer; None: experts if the model has any. Of ``predictors`` what joins them is
     counted, too.
     """
+    if kind == "predictors":
+        experiment = stages.of_predictors(experiment)
     operations = mlp_operations(experiment, _transformer_kind(experiment, kind))
     kept = _kept(recomputing(operations, experiment.selectively_recomputed))
     return kept + (predictor_bytes(experiment) if kind == "predictors" else 0)
@@ -88,6 +92,7 @@ def mlp_bytes(experiment: Experiment, kind: str | None = None) -> float:
 
 def predictor_bytes(experiment: Experiment) -> float:
     """Bytes that a layer of multi-token prediction keeps besides its transformer layer."""
+    experiment = stages.of_predictors(experiment)
     return _kept([*_joining_operations(experiment), _last_norm(experiment)])
 
 

@@ -15,6 +15,7 @@ from harness.predict.operations import (
     gathered_bytes,
     hidden_bytes,
     hidden_tokens,
+    layouts_of_a_norm,
     norm,
     norm_output_bytes,
     saved_bytes,
@@ -35,7 +36,7 @@ def attention_operations(experiment: Experiment) -> list[Operation]:
     return [
         norm(experiment),
         Operation(
-            (norm_output_bytes(experiment),),
+            (norm_output_bytes(experiment),) * layouts_of_a_norm(experiment),
             hidden_bytes(experiment),
             _weight_gradient(experiment, linears["linear_qkv"]),
             # the input again, and its gradient before it is scattered
@@ -59,11 +60,12 @@ def _latent(experiment: Experiment) -> list[Operation]:
     rank = latent.q_lora_rank or 0
     compressed = size * local * (rank + latent.kv_lora_rank + latent.qk_pos_emb_head_dim)
     normed = saved_bytes(experiment) * local * (rank + latent.kv_lora_rank)
+    normed *= layouts_of_a_norm(experiment)
     normed += 4 * local * (1 + bool(rank))
     rebuilt = model.query_size + linears["linear_kv_up_proj"].outputs
     rotated = model.query_size + model.key_size + model.value_size
-    # in fp8 each projection down quantises its input
-    copies = 2 if experiment.precision == "fp8" else 1
+    # each projection down quantises its input
+    copies = 2 if experiment.quantised else 1
     up = frozenset({"mla_up_proj"})
     gradients = {name: _weight_gradient(experiment, linears[name]) for name in linears}
     return [

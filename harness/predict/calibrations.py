@@ -19,6 +19,7 @@ from pydantic import BaseModel, InstanceOf
 from harness.errors import UserError, first_line, nearest
 from harness.experiment import overrides
 from harness.experiment.catalog import EXPERIMENTS, load_catalog
+from harness.experiment.constraints import without_nvfp4
 from harness.experiment.experiment import Experiment
 from harness.experiment.hardware import Card, required_card
 from harness.experiment.model import Positive
@@ -167,6 +168,7 @@ class Machine(BaseModel, frozen=True, extra="forbid"):
         if self.here:
             found, usual_us = rates.with_file(found, self.here), self.here.launch.operation_us
             constants = constants.model_copy(update=dict.fromkeys(RATES, 1.0))
+        found = found.with_fp4(self.card)
         network = Network.of(self.card, found.link_gb_s, found.network_gb_s)
         if not self.switch_reduces:
             network = replace(network, reduce_gb_s=None)
@@ -176,12 +178,16 @@ class Machine(BaseModel, frozen=True, extra="forbid"):
         """A step of ``experiment`` here, with no other run on the node.
 
         Only where ``step_time.unknown(experiment)`` is empty; ``operation_us`` as of ``speed``.
-        Raises UserError if ``experiment`` computes in fp8 and the card does not.
+        Raises UserError if ``experiment`` computes in fp8 or fp4 and the card does not.
         """
         if experiment.precision == "fp8" and self.card.fp8_tflops is None:
             raise UserError(
                 f"{experiment.id} computes in fp8, which {self.card.name} does not (Ada, Hopper and"
                 " later do)"
+            )
+        if experiment.precision == "fp4" and self.card.fp4_tflops is None:
+            raise UserError(
+                f"{experiment.id}: FP4={experiment.fp4_recipe}: {without_nvfp4(self.card)}"
             )
         return step_time.predict(experiment, self.speed(operation_us, experiment.nodes))
 

@@ -94,6 +94,17 @@ def parameters_on(experiment: Experiment, stage: int) -> Held:
     return replace(held, dense=held.dense + ends, ends=ends)
 
 
+def quantised_weights(experiment: Experiment, stage: int) -> int:
+    """Weights that a rank of pipeline stage ``stage`` multiplies in fewer than 16 bits."""
+    if not experiment.quantised:
+        return 0
+    layers = stages.on_stage(experiment, stage)
+    if stages.of_predictors(experiment) != experiment:
+        layers = layers._replace(predictors=0)
+    held = _held(experiment, layers)
+    return held.matrices + held.expert_matrices
+
+
 _WHOLE = {"tp": 1, "ep": 1, "etp": 1}
 
 
@@ -416,7 +427,7 @@ def state_of_parameter(experiment: Experiment, replicas: int, *, matrix: bool = 
     elif experiment.optimizer == "muon" and matrix:
         optimizer -= 4  # one moment
     if experiment.fp8_params and matrix:
-        weight = 0  # its copies in fp8 are all there is: _fp8_copies_bytes in memory.py
+        weight = 0  # its copies in fp8 are all there is: _quantised_bytes in memory.py
     optimizer *= 1 - experiment.offload
     replicas = max(replicas // experiment.optimizer_instances, 1)
     # What each level shards: Rajbhandari et al. 2020 (arXiv:1910.02054), section 5

@@ -18,8 +18,16 @@ from harness.predict.activations import (
 )
 from harness.predict.context import context_gib
 from harness.predict.elementwise import larger, smaller
-from harness.predict.flops import Held, State, dummy_gradients, parameters_on, state_on
+from harness.predict.flops import (
+    Held,
+    State,
+    dummy_gradients,
+    parameters_on,
+    quantised_weights,
+    state_on,
+)
 from harness.predict.operations import (
+    NVFP4_BYTES,
     element_bytes,
     gathered_bytes,
     hidden_bytes,
@@ -44,7 +52,7 @@ class Memory:
     """GiB on the fullest rank, at the moment when most is allocated."""
 
     weights: float
-    """With their fp8 copies, and what FSDP has gathered."""
+    """With their quantised copies, and what FSDP has gathered."""
     gradients: float
     optimizer: float
     attention: float
@@ -164,9 +172,9 @@ class StageTensors:
         return larger(of_layer + self.gathered_layer(), self.loss()) + self.ends()
 
     def state(self) -> State:
-        """What stays from step to step, fp8 copies too, and what FSDP always holds whole."""
+        """What stays from step to step, quantised copies too, and what FSDP always holds whole."""
         held = parameters_on(self.experiment, self.stage)
-        copies = _fp8_copies_bytes(self.experiment, held)
+        copies = _quantised_bytes(self.experiment, self.stage)
         copies += _gathered_ends_bytes(self.experiment, held)
         dummies = element_bytes(self.experiment) * sum(dummy_gradients(self.experiment, self.stage))
         return state_on(self.experiment, self.stage) + State(copies, dummies, 0)
@@ -190,8 +198,14 @@ class StageTensors:
             attention_bytes(experiment),
             mlp_bytes(experiment, "dense") if model.dense_layers else 0.0,
             mlp_bytes(experiment, "experts") if model.num_experts else 0.0,
-            mlp_bytes(experiment, "predictors") if model.predictors else 0.0,
+            self._predictor() if model.predictors else 0.0,
         )
+
+    def _predictor(self) -> float:
+        """What a layer of multi-token prediction keeps beyond the attention of other layers."""
+        alone = stages.of_predictors(self.experiment)
+        more = attention_bytes(alone) - attention_bytes(self.experiment)
+        return mlp_bytes(alone, "predictors") + more
 
     def backward(self) -> stages.Layers:
         """Bytes that a layer of each kind needs while it goes backward, beyond what is kept of it:
@@ -202,7 +216,8 @@ class StageTensors:
             if number:
                 needed[kind] = layer_backward_bytes(experiment, kind)
                 if experiment.recompute == "full":
-                    needed[kind] += attention_bytes(experiment) + mlp_bytes(experiment, kind)
+                    layer = stages.of_predictors(experiment) if kind == "predictors" else experiment
+                    needed[kind] += attention_bytes(layer) + mlp_bytes(layer, kind)
         return stages.Layers(**needed)
 
     def layers(self) -> stages.Layers:
@@ -273,16 +288,17 @@ def _ends_bytes(experiment: Experiment, stage: int) -> float:
     return ends
 
 
-def _fp8_copies_bytes(experiment: Experiment, held: Held) -> float:
+def _quantised_bytes(experiment: Experiment, stage: int) -> float:
     """Bytes of the quantised weights that Transformer Engine caches, by rows and by columns.
 
     Source: quantize_weight and _fp8_workspaces in transformer_engine/pytorch/module. Blockwise
-    scales are fp32, one for 128 x 128 weights; those of mxfp8 take a byte for 32.
+    scales are fp32, one for 128 x 128 weights; those of mxfp8 take a byte for 32, and so do those
+    of nvfp4 for 16: a scale of 16 x 16 weights is stored for each of their rows.
     """
-    if experiment.precision != "fp8":
-        return 0
-    scales = {"blockwise": 4 / 128**2, "mxfp8": 1 / 32}.get(experiment.fp8_recipe, 0)
-    return 2 * (held.matrices + held.expert_matrices) * (1 + scales)
+    each = 1 + {"blockwise": 4 / 128**2, "mxfp8": 1 / 32}.get(experiment.recipe, 0)
+    if experiment.precision == "fp4":
+        each = NVFP4_BYTES
+    return 2 * quantised_weights(experiment, stage) * each
 
 
 def _gathered_ends_bytes(experiment: Experiment, held: Held) -> float:

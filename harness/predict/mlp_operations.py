@@ -17,9 +17,11 @@ from harness.predict.operations import (
     gathered_bytes,
     hidden_bytes,
     hidden_tokens,
+    layouts_of_a_norm,
     mask_bytes,
     norm,
     norm_output_bytes,
+    padded_rows,
     saved_bytes,
     weight_gradient_bytes,
 )
@@ -31,7 +33,8 @@ def mlp_operations(experiment: Experiment, kind: LayerKind) -> list[Operation]:
         return _experts(experiment)
     mlp = frozenset({"mlp"})
     fc1, *rest = _mlp(experiment, experiment.model.ffn, mlp)
-    return [norm(experiment), replace(fc1, saves=(norm_output_bytes(experiment),)), *rest]
+    inputs = (norm_output_bytes(experiment),) * layouts_of_a_norm(experiment)
+    return [norm(experiment), replace(fc1, saves=inputs), *rest]
 
 
 def shared_expert(experiment: Experiment) -> list[Operation]:
@@ -97,7 +100,7 @@ def _experts(experiment: Experiment) -> list[Operation]:
     of_topk = before_topk or experiment.router_fusion
     scores = bool(model.moe_aux_loss_coeff) + bool(model.moe_z_loss_coeff) + of_topk
     router = model.num_experts * (4 + 1 + 8 + 4 * scores) + 12 * model.moe_router_topk
-    rows = tokens * model.moe_router_topk
+    rows = tokens * model.moe_router_topk + padded_rows(experiment) / experiment.etp
     before = size * rows * model.moe_ffn * model.fc1_matrices
     factors = 2 if model.activation == "clamped_quick_geglu" else 1
     weighted = 0 if model.gated else size * rows * model.moe_ffn

@@ -107,13 +107,37 @@ def element_bytes(experiment: Experiment) -> int:
 
 SCALE_BYTES = {"blockwise": 4 / 128, "mxfp8": 1 / 32}
 """For each value of an activation: one in fp32 for 128, or one of 8 bits for 32."""
+NVFP4_BYTES = 1 / 2 + 1 / 16
+"""Of a value: four bits, and its share of a scale of eight bits for 16 values, whichever way these
+lie (NVFP4Quantizer.inner_tensor_specs in transformer_engine/pytorch/tensor/nvfp4_tensor.py)."""
 
 
 def saved_bytes(experiment: Experiment) -> float:
     """Bytes an element of the input that a linear layer keeps, and its share of a block's scale."""
     if experiment.precision == "fp8":
         return 1 + SCALE_BYTES.get(experiment.fp8_recipe, 0)
+    if experiment.precision == "fp4":
+        return NVFP4_BYTES
     return element_bytes(experiment)
+
+
+def layouts_of_a_norm(experiment: Experiment) -> int:
+    """How often a linear layer fused with a norm keeps its input: by rows, by columns, or both.
+
+    In NVFP4 it keeps both where sequence parallelism gathers them once more; other recipes keep one
+    (_LayerNormLinear in transformer_engine/pytorch/module/layernorm_linear.py).
+    """
+    return 2 if experiment.precision == "fp4" and experiment.sequence_parallel else 1
+
+
+def padded_rows(experiment: Experiment) -> float:
+    """Rows of zeros that fill up the tokens of a rank's experts in NVFP4.
+
+    Each expert takes a multiple of 128; half as many are missing on average (Fp8Padding in
+    transformer_engine/pytorch/module/fp8_padding.py). Those of fp8, 8 or 16, are left out.
+    """
+    experts = experiment.model.num_experts or 0
+    return 64 * experts / experiment.ep if experiment.precision == "fp4" else 0
 
 
 def weight_gradient_bytes(experiment: Experiment, weights: float) -> float:

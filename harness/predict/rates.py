@@ -23,13 +23,21 @@ from harness.experiment.hardware import Card, required_card
 from harness.experiment.model import Positive
 from harness.predict import machine_file
 from harness.predict.machine_file import Machine
+from harness.predict.operations import NVFP4_BYTES
 from harness.system import yaml_files
 
 FOLDER = EXPERIMENTS / "machines"
 PUBLISHED = EXPERIMENTS / "rates.yaml"
-FP8_BYTES = {"delayed": 4, "tensorwise": 6, "blockwise": 4, "mxfp8": 4}
-"""Per element converted to fp8: read in bf16, written by rows and by columns; tensorwise, read once
-more for the largest value (Float8CurrentScalingQuantizer in transformer_engine/pytorch/tensor)."""
+QUANTISED_BYTES = {
+    "delayed": 4,
+    "tensorwise": 6,
+    "blockwise": 4,
+    "mxfp8": 4,
+    "nvfp4": 4 + 2 * NVFP4_BYTES,
+}
+"""Moved per element that is quantised: read in bf16, written by rows and by columns; tensorwise and
+in nvfp4, read once more for the largest value (Float8CurrentScalingQuantizer and NVFP4Quantizer in
+transformer_engine/pytorch/tensor)."""
 GPU_BOUND = 1.2
 """A grouped product that takes so many times as long as its launch says how fast the GPU is."""
 LEAST_GROUPED_SHARE = 0.3
@@ -118,6 +126,8 @@ class Rates:
     """What a rank sends in a second to its peer in another node; None: by the data sheet."""
     grouped_tflops: float | None = None
     """Of experts' grouped products, where others published it."""
+    fp4_tflops: float | None = None
+    """In NVFP4, without the conversion to it; None where the card has none."""
     grouped_shares: Sequence[tuple[float, float]] = ()
     """Operations of an expert's product -> speed of grouped ones, relative to ``product_tflops``.
     """
@@ -196,6 +206,17 @@ class Rates:
                 for score in self.scores
             ]
         return replace(self, **changed)
+
+    def with_fp4(self, card: Card) -> Rates:
+        """These rates of ``card``, with that of NVFP4, which no machine file has.
+
+        Taken to reach the share of its peak that fp8, scaled by tensors, reaches of its own; peaks
+        are those of the data sheet.
+        """
+        fp8 = self.fp8_tflops.get("tensorwise")
+        if card.fp4_tflops is None or card.fp8_tflops is None or fp8 is None:
+            return self
+        return replace(self, fp4_tflops=fp8 * card.fp4_tflops / card.fp8_tflops)
 
     def scaled(self, measured: Card, card: Card) -> Rates:
         """These rates of ``measured``, on ``card``, by the data sheets of both."""
@@ -372,7 +393,7 @@ def _fp8_tflops(files: Sequence[Machine], memory_gb_s: float) -> dict[str, float
     found: dict[str, float] = {}
     for rate in (rate for file in files for rate in file.linears if rate.recipe):
         elements = rate.rows * (rate.inner + rate.columns)
-        converted_us = FP8_BYTES[rate.recipe] * elements / memory_gb_s / 1e3
+        converted_us = QUANTISED_BYTES[rate.recipe] * elements / memory_gb_s / 1e3
         products_us = rate.forward_us + rate.backward_us - converted_us
         tflops = 6 * rate.rows * rate.columns * rate.inner / products_us / 1e6
         found[rate.recipe] = max(found.get(rate.recipe, 0.0), tflops)

@@ -36,6 +36,7 @@ from harness.predict.flops import (
     state_on,
 )
 from harness.predict.operations import (
+    NVFP4_BYTES,
     element_bytes,
     gathered_bytes,
     hidden_bytes,
@@ -196,9 +197,12 @@ class _Rank:
         self.has_dummies = False
         self.has_workspace = {"forward": True, "backward": False}
         """Whether cuBLAS has its workspace in a thread; the forward pass's comes with the first."""
-        self.without_fp8_copies: Counter[str] = Counter()
-        if experiment.precision == "fp8":
-            self.without_fp8_copies = Counter(self.kinds)
+        self.without_copies: Counter[str] = Counter()
+        """Layers whose weights are not quantised yet."""
+        if experiment.quantised:
+            self.without_copies = Counter(self.kinds)
+        if stages.of_predictors(experiment) != experiment:
+            del self.without_copies["predictors"]
 
     def build(self) -> None:
         """Allocate weights, gradients, fp32 copies and workspaces."""
@@ -344,9 +348,9 @@ class _Rank:
         """Layers of ``kinds`` on one micro-batch; returns what they save, and the last's output."""
         layers = []
         for kind in kinds:
-            if self.without_fp8_copies[kind]:
-                self.without_fp8_copies[kind] -= 1
-                self.allocator.allocate_all(self._fp8_copies(kind))
+            if self.without_copies[kind]:
+                self.without_copies[kind] -= 1
+                self.allocator.allocate_all(self._quantised_copies(kind))
             if self.experiment.recompute == "full":
                 kept = self.allocator.allocate(self.hidden)
                 layer, passing = self._layer_forward(kind, passing, embeddings)
@@ -358,11 +362,12 @@ class _Rank:
             embeddings = ()
         return layers, passing
 
-    def _fp8_copies(self, kind: str) -> list[int]:
-        """Elements of a layer's quantised weights."""
+    def _quantised_copies(self, kind: str) -> list[float]:
+        """Bytes of a layer's quantised weights, without the few of fp8's scales."""
+        each = NVFP4_BYTES if self.experiment.precision == "fp4" else 1
         parameters = chain(*_layer_parameters(self.experiment, kind))
         matrices = (size for size in parameters if size > 2**20)
-        return [size for size in matrices for _ in ("by rows", "by columns")]
+        return [each * size for size in matrices for _ in ("by rows", "by columns")]
 
     def _layer_forward(
         self, kind: str, passing: Block | None, embeddings: Iterable[Block | None] = ()

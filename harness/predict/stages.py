@@ -72,3 +72,13 @@ def of_model(experiment: Experiment) -> Layers:
 def predictor_kind(experiment: Experiment) -> LayerKind:
     """The kind of the transformer layer within multi-token prediction: that of the last layer."""
     return "experts" if experiment.model.num_experts else "dense"
+
+
+def of_predictors(experiment: Experiment) -> Experiment:
+    """``experiment`` as upstream computes multi-token prediction: with FP4= in bf16.
+
+    Source: _proj_and_transformer_layer in megatron/core/transformer/multi_token_prediction.py.
+    """
+    if experiment.precision != "fp4":
+        return experiment
+    return experiment.model_copy(update={"precision": "bf16", "fp4_recipe": None})

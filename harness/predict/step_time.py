@@ -109,6 +109,16 @@ def unknown(experiment: Experiment) -> list[str]:
     return [name for name, applies in found.items() if applies]
 
 
+def without_effect(experiment: Experiment) -> list[str]:
+    """What settings of ``experiment`` change that no formula predicts, of its time or memory."""
+    if not experiment.delay_wgrad:
+        return []
+    return [
+        "not predicted: how much DELAY_WGRAD=1 hides beside tokens that are sent, and what a layer"
+        " keeps until its weights' gradients are computed"
+    ]
+
+
 def kinds(experiment: Experiment) -> frozenset[str]:
     """The kinds of work in ``experiment`` that not every experiment has.
 
@@ -164,6 +174,7 @@ def kinds(experiment: Experiment) -> frozenset[str]:
         f"tokens sent by {experiment.moe_backend}": experiment.moe_backend != "deepep",
         f"tokens routed by {experiment.moe_dispatcher}": experiment.moe_dispatcher != "alltoall",
         "overlapped expert parallelism": experiment.ep_overlap,
+        "delayed weights' gradients": experiment.delay_wgrad,
         "split experts": experiment.etp > 1,
         "routers trained to balance": (
             model.moe_aux_loss_coeff is not None or model.moe_z_loss_coeff is not None
@@ -192,6 +203,7 @@ def work_kind(experiment: Experiment) -> str:
         "LoRA": experiment.lora is not None,
         "Muon": experiment.optimizer == "muon",
         "fp8": experiment.precision == "fp8",
+        "fp4": experiment.precision == "fp4",
         "CUDA graphs": bool(experiment.cuda_graphs),
         "replicas": experiment.dp > 1,
     }
@@ -208,6 +220,7 @@ def _methods(experiment: Experiment) -> dict[str, bool]:
     sharded = sharding == "optim" and experiment.replicas > 1
     return {
         f"fp8 {experiment.fp8_recipe}": experiment.precision == "fp8",
+        f"fp4 {experiment.fp4_recipe}": experiment.precision == "fp4",
         SHARDING[sharding][0]: experiment.fully_sharded or sharded,
         "LoRA": experiment.lora is not None,
         "Muon": experiment.optimizer == "muon",

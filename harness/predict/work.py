@@ -22,7 +22,8 @@ from harness.predict.activations import loss_kind
 from harness.predict.elementwise import larger
 from harness.predict.flops import adapter_widths, padded_vocab_size
 from harness.predict.network import MESSAGE_S, Groups, Network
-from harness.predict.rates import FP8_BYTES, Launches, Rates
+from harness.predict.operations import NVFP4_BYTES, padded_rows
+from harness.predict.rates import QUANTISED_BYTES, Launches, Rates
 from harness.predict.stages import predictor_kind
 
 KERNEL_S = 3e-6
@@ -176,13 +177,20 @@ class MicroBatchWork:
         self.experiment, self.model, self.speed = experiment, experiment.model, speed
         self.rates, self.constants = rates, constants = speed.rates, speed.constants
         self.flop_per_s = rates.product_tflops * 1e12 * constants.products
-        # no machine file has mxfp8: taken to be as fast as without blocks' scales
-        recipe = "tensorwise" if experiment.fp8_recipe == "mxfp8" else experiment.fp8_recipe
-        fp8_tflops = rates.fp8_tflops.get(recipe, 0)
-        self.fp8_flop_per_s = fp8_tflops * 1e12 * constants.products
+        self.quantised_flop_per_s = self._quantised_tflops() * 1e12 * constants.products
+        """Of linear layers in fp8 or fp4."""
         self.bytes_per_s = rates.memory_gb_s * 1e9 * constants.passes
         self.groups = Groups(experiment)
         self.operation_s = speed.operation_us * constants.host / 1e6
+
+    def _quantised_tflops(self) -> float:
+        if self.experiment.precision == "fp4":
+            return self.rates.fp4_tflops or 0
+        # no machine file has mxfp8: taken to be as fast as without blocks' scales
+        recipe = (
+            "tensorwise" if self.experiment.fp8_recipe == "mxfp8" else self.experiment.fp8_recipe
+        )
+        return self.rates.fp8_tflops.get(recipe, 0)
 
     @cached_property
     def network(self) -> Network:
@@ -282,8 +290,15 @@ class MicroBatchWork:
         if model.num_experts and model.first_dense_layers:
             found["dense"] = self.dense_layer()
         if model.predictors:
-            found["predictors"] = _added(*found[kind], [self.predictor, self.embedding])
+            alone = self.of_predictors()
+            layer = found[kind] if alone is self else alone.layer()
+            found["predictors"] = _added(*layer, [alone.predictor, alone.embedding])
         return found
+
+    def of_predictors(self) -> MicroBatchWork:
+        """The work of multi-token prediction, which NVFP4 leaves in bf16."""
+        experiment = stages.of_predictors(self.experiment)
+        return self if experiment is self.experiment else type(self)(experiment, self.speed)
 
     def dense_layer(self) -> tuple[Work, Work]:
         """A layer without experts of a model that has them."""
@@ -299,17 +314,17 @@ class MicroBatchWork:
         """
         experiment, hidden = self.experiment, self.tokens * self.model.hidden_size
         joins = of_predictor(self.model)
-        width, fp8 = joins.outputs / experiment.tp, experiment.precision == "fp8"
+        width, quantised = joins.outputs / experiment.tp, experiment.quantised
         normed = hidden / self.token_split / self.bytes_per_s
         gradient = joins.inputs * width * self.weight_gradient_bytes / self.bytes_per_s
         forward = Work(
-            products=self.product_s(self.tokens, width, joins.inputs, fp8),
+            products=self.product_s(self.tokens, width, joins.inputs, quantised),
             passes=normed * (3 * 4 + 8),
             launches=3 * self.linear_launches.forward,
         )
         backward = Work(
-            products=self.product_s(self.tokens, joins.inputs, width, fp8)
-            + self.product_s(joins.inputs, width, self.tokens, fp8),
+            products=self.product_s(self.tokens, joins.inputs, width, quantised)
+            + self.product_s(joins.inputs, width, self.tokens, quantised),
             passes=normed * (3 * 6 + 8) + gradient,
             launches=3 * self.linear_launches.backward,
         )
@@ -493,9 +508,9 @@ class MicroBatchWork:
         if not width:
             return Work()
         experiment, hidden = self.experiment, self.model.hidden_size
-        inner, fp8 = width / experiment.tp, experiment.precision == "fp8"
-        products = self.product_s(self.tokens, inner * self.model.fc1_matrices, hidden, fp8)
-        products += self.product_s(self.tokens, hidden, inner, fp8)
+        inner, quantised = width / experiment.tp, experiment.quantised
+        products = self.product_s(self.tokens, inner * self.model.fc1_matrices, hidden, quantised)
+        products += self.product_s(self.tokens, hidden, inner, quantised)
         moved = self.tokens * inner * (6 if self.model.gated else 4)
         work = Work(products=products, passes=moved / self.bytes_per_s)
         if experiment.tp == 1:
@@ -506,23 +521,28 @@ class MicroBatchWork:
 
     def linear_layers(self) -> tuple[Work, Work]:
         """A product forward, two of the same size backward; of frozen weights one."""
-        shapes, fp8 = list(linear_shapes(self.experiment)), self.experiment.precision == "fp8"
-        forward = sum(self.product_s(rows, out, inner, fp8) for rows, out, inner in shapes)
-        backward = sum(self.product_s(rows, inner, out, fp8) for rows, out, inner in shapes)
+        shapes, quantised = list(linear_shapes(self.experiment)), self.experiment.quantised
+        forward = sum(self.product_s(rows, out, inner, quantised) for rows, out, inner in shapes)
+        backward = sum(self.product_s(rows, inner, out, quantised) for rows, out, inner in shapes)
         if not self.experiment.lora:
-            backward += sum(self.product_s(inner, out, rows, fp8) for rows, out, inner in shapes)
+            backward += sum(
+                self.product_s(inner, out, rows, quantised) for rows, out, inner in shapes
+            )
         weights = sum(out * inner for _, out, inner in shapes)
         accumulated = weights * self.weight_gradient_bytes / self.bytes_per_s
         return Work(products=forward), Work(products=backward, passes=accumulated)
 
     def quantization(self) -> tuple[Work, Work]:
-        """Linear layers' inputs and the gradients of outputs, to fp8; weights once a step."""
+        """Linear layers' inputs and the gradients of outputs, to fp8 or fp4; weights once a step.
+
+        NVFP4 is taken to launch as much as fp8 scaled by tensors: both look for the largest value
+        first.
+        """
         experiment, shapes = self.experiment, list(linear_shapes(self.experiment))
-        recipe = experiment.fp8_recipe
-        if experiment.precision != "fp8":
+        if not experiment.quantised:
             return Work(), Work()
-        element_s = FP8_BYTES[recipe] / self.bytes_per_s
-        kind = f"fp8 {recipe}"
+        element_s = QUANTISED_BYTES[experiment.recipe] / self.bytes_per_s
+        kind = f"fp8 {experiment.fp8_recipe or 'tensorwise'}"
         forward, backward = self.launched(
             self.rates.more(kind if kind in self.rates.layers else "fp8 delayed")
         )
@@ -660,8 +680,7 @@ class MicroBatchWork:
             for name, linear in of_layer(self.model, predictor_kind(self.experiment)).items()
             if name in ("linear_q_up_proj", "linear_kv_up_proj")
         ]
-        fp8 = self.experiment.precision == "fp8"
-        products = sum(self.product_s(*shape, fp8) for shape in shapes)
+        products = sum(self.product_s(*shape, self.experiment.quantised) for shape in shapes)
         launches = self.linear_launches.forward * len(shapes)
         return Work(products=products, launches=launches) + self.latent_attention()[0]
 
@@ -722,14 +741,14 @@ class MicroBatchWork:
         ep, etp, hidden = self.experiment.ep, self.experiment.etp, model.hidden_size
         if not model.num_experts:
             return Work(), Work()
-        rows, byte_s = self.routed_rows(), self.bytes_per_s
+        rows, byte_s = self.routed_rows() + padded_rows(self.experiment), self.bytes_per_s
         width, matrices = model.moe_ffn / etp, model.fc1_matrices + 1
         held = model.num_experts / ep
         weights = held * width * hidden * matrices
         moved = 2 * (rows * (2 * hidden + matrices * width) + weights) / byte_s
         flops = 2 * rows * width * hidden * matrices
         each = 2 * rows / held * width * model.fc1_matrices * hidden
-        # no machine file has grouped products in fp8: assumed as fast as in bf16
+        # no machine file has grouped products in fp8 or fp4: assumed as fast as in bf16
         flop_per_s = self.rates.grouped_flop_per_s(each) * self.constants.products
         products = max(flops / flop_per_s, moved) + 2 * held * KERNEL_S
         permuted = ROUTED_PASSES * rows / byte_s
@@ -943,14 +962,19 @@ class MicroBatchWork:
         """Host time of context parallelism's operations in a layer, without a ring's turns."""
         return self.constants.context_ms * self.speed.host_s
 
-    def product_s(self, rows: float, columns: float, inner: float, fp8: bool = False) -> float:
+    def product_s(
+        self, rows: float, columns: float, inner: float, quantised: bool = False
+    ) -> float:
         """Seconds of a matrix product, [rows, inner] x [inner, columns].
 
         Bound by arithmetic or by memory, whichever takes longer.
         """
-        flop_per_s = self.fp8_flop_per_s if fp8 else self.flop_per_s
+        flop_per_s, each = self.flop_per_s, 2.0
+        if quantised:
+            flop_per_s = self.quantised_flop_per_s
+            each = NVFP4_BYTES if self.experiment.precision == "fp4" else 1.0
         arithmetic = 2 * rows * columns * inner / flop_per_s
-        moved = 2 * rows * columns + (1 if fp8 else 2) * (columns * inner + rows * inner)
+        moved = 2 * rows * columns + each * (columns * inner + rows * inner)
         return max(arithmetic, moved / self.bytes_per_s) + KERNEL_S
 
 

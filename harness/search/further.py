@@ -40,6 +40,7 @@ OTHER_ARITHMETIC: tuple[Option, ...] = (
     {"FP8": "tensorwise"},
     {"FP8": "blockwise"},
     {"FP8": "mxfp8"},
+    {"FP4": "nvfp4"},
     {"FP8": "tensorwise", "FP8_PARAMS": "1"},
 )
 LEAST_GIB = 1.0

@@ -64,7 +64,7 @@ _RECOMPUTE = {
 # has the same weight.
 _WITHOUT_MASK = "--no-create-attention-mask-in-dataloader"
 _CONVERSATIONS = f"--sft {_WITHOUT_MASK} --calculate-per-token-loss"
-_PRECISION = {"bf16": "--bf16", "fp32": "", "fp8": "--bf16"}
+_PRECISION = {"bf16": "--bf16", "fp32": "", "fp8": "--bf16", "fp4": "--bf16"}
 _FP8 = {
     # delayed: scale by the largest value of the last 1,024 steps, Transformer Engine's default;
     # blockwise: by blocks of 128 values, as DeepSeek-V3; mxfp8: by 32, in Blackwell's tensor cores
@@ -76,6 +76,7 @@ _FP8 = {
     "blockwise": "--fp8-format e4m3 --fp8-recipe blockwise",
     "mxfp8": "--fp8-format e4m3 --fp8-recipe mxfp8",
 }
+_FP4 = {"nvfp4": "--fp4-format e2m1 --fp4-recipe nvfp4"}
 # Muon's update is scaled to the size of Adam's, so that a learning rate serves both (Liu et al.
 # 2025, arXiv:2502.16982)
 _OPTIMIZERS = {
@@ -347,6 +348,8 @@ def _precision(e: Experiment) -> Iterator[str]:
     yield _PRECISION[e.precision]
     if e.fp8_recipe:
         yield _FP8[e.fp8_recipe]
+    if e.fp4_recipe:
+        yield _FP4[e.fp4_recipe]
     if e.fp8_params:
         yield "--fp8-param-gather"
     if e.cross_entropy_fusion:
@@ -454,6 +457,8 @@ def _only_on_gpus(e: Experiment) -> Iterator[str]:
         yield f"--moe-flex-dispatcher-backend {e.moe_backend}"
     if e.ep_overlap:
         yield "--overlap-moe-expert-parallel-comm"
+    if e.delay_wgrad:
+        yield "--delay-wgrad-compute"
     if e.grouped_gemm == "fused":
         yield "--use-transformer-engine-op-fuser"
         yield "--moe-single-grouped-weight"
