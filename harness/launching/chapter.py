@@ -192,9 +192,7 @@ class _Batch:
             self._drop_held()
         return BatchEnd(self._outcomes, self._stopped_by)
 
-    def _has_result(
-        self, name: str, plan: Plan, stored: Sequence[directory.StoredRun]
-    ) -> bool:
+    def _has_result(self, name: str, plan: Plan, stored: Sequence[directory.StoredRun]) -> bool:
         """Whether one of the runs ``stored`` makes another one needless; if so, take its result."""
         earlier = None if self._batch.force else _earlier(plan, stored)
         if earlier:
