@@ -73,6 +73,7 @@ ENDS = {
     "harness.data.chat.prepare": ("prepare_chat", "prepare_known"),
     "harness.machine.packages": ("install",),
     "harness.launching.commands": ("prepare_conversations",),
+    "harness.sweep.commands": ("_run", "prepare_conversations"),
 }
 """What would train, write, or need more than this test has: replaced, so that nothing happens."""
 MOST_GPUS = 8

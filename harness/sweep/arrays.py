@@ -15,6 +15,7 @@ from harness.launching import slurm
 from harness.sweep.points import Point
 from harness.sweep.request import SweepRequest
 from harness.system.files import make_folder, told_if_unwritable, write_text
+from harness.system.screen import harmless
 
 TASKS = "tasks"
 """Folder of the points' batch scripts, each as ``make <id> SLURM=1`` would submit it."""
@@ -75,13 +76,18 @@ def render(request: SweepRequest, group: Mapping[str, str], folder: Path) -> str
             "#!/usr/bin/env bash",
             *(f"#SBATCH --{name}={value}" for name, value in options.items()),
             "",
-            f"# {request.row.name}: {request.command}",
-            *(f"#   task {task}: {name}" for task, name in enumerate(group)),
+            _comment(f"{request.row.name}: {request.command}"),
+            *(_comment(f"  task {task}: {name}") for task, name in enumerate(group)),
             "set -euo pipefail",
             f'exec bash {shlex.quote(str(folder))}/"$SLURM_ARRAY_TASK_ID".sh',
             "",
         ]
     )
+
+
+def _comment(text: str) -> str:
+    """A line of a script that says ``text``, whatever line breaks a value has."""
+    return f"# {harmless(text.replace(chr(10), ' '))}"
 
 
 def _by_resources(points: Sequence[Point]) -> list[dict[str, str]]:

@@ -162,13 +162,12 @@ def _write(request: SweepRequest, results: Sequence[Measured], settings: Mapping
 
 
 def _show(request: SweepRequest, results: Sequence[Measured], format: str) -> None:
-    if not results and format not in FOR_PROGRAMS:
-        return
-    print()
-    print(table.render(results, format))
     if format in FOR_PROGRAMS:
+        print(table.render(results, format))
         return
-    print()
+    if not results:
+        return
+    print(f"\n{table.render(results, format)}\n")
     for line in table.advice(results, request):
         say(line, hang=4)
     if (request.folder / "plot.svg").exists():

@@ -183,9 +183,8 @@ def planned(request: SweepRequest, candidate: Candidate) -> Point:
         return Point(candidate, made, None, None, None, None)
     memory = predict(full)
     fits = verdict(memory, request.card)
-    gib = memory.in_all if fits != "does not fit" else memory.all_tensors + memory.context
     step_ms, band = _step(request, full)
-    return Point(candidate, made, step_ms, band, gib, fits)
+    return Point(candidate, made, step_ms, band, memory.in_all, fits)
 
 
 def _step(request: SweepRequest, experiment: Experiment) -> tuple[float | None, float | None]:

@@ -12,9 +12,9 @@ from harness.errors import UserError
 from harness.evidence.memory import cards_of
 from harness.evidence.tables import FORMATS
 from harness.experiment.catalog import load_catalog
-from harness.experiment.command_line import EXPERIMENT_SETTINGS, choice, count, require
+from harness.experiment.command_line import EXPERIMENT_SETTINGS, choice, count, count_in
 from harness.experiment.experiment import Experiment
-from harness.experiment.hardware import Card
+from harness.experiment.hardware import Card, required_card
 from harness.machine import gpus
 from harness.planning import request as planning_request
 from harness.planning import resolved
@@ -111,7 +111,6 @@ def read_request(settings: Mapping[str, str]) -> SweepRequest:
     Raises:
         UserError: a setting is invalid, or does not go with the others.
     """
-    require(settings, ["ID"], USAGE)
     choice("FORMAT", settings.get("FORMAT", "terminal"), FORMATS)
     row = load_catalog().find(settings["ID"])
     base = {key: value for key, value in settings.items() if key not in (*OWN, *OF_THE_BATCH)}
@@ -124,9 +123,14 @@ def read_request(settings: Mapping[str, str]) -> SweepRequest:
     device = _device(settings, only_show)
     planning_request.read_request(row, base, device)
     outdir = finding.outdir(settings)
-    experiment = resolved.with_settings(row, base, outdir)
-    _check_steps(experiment, base)
-    card = cards_of(experiment)[0]
+    _check_steps(row, base)
+    # where nothing says which, the largest: no point is left out that a card might hold
+    card = max(
+        cards_of(row.model_copy(update={"card": base.get("CARD")})),
+        key=lambda card: card.memory_mib,
+    )
+    if "CARD" in base:
+        required_card(base["CARD"], "CARD")
     machine, source = machine_here(card, outdir, gpus.uuids())
     top = count("TOP", settings["TOP"]) if "TOP" in settings else None
     search = _search(settings, varied)
@@ -164,12 +168,12 @@ def _device(settings: Mapping[str, str], only_show: bool) -> Device:
     return "cuda"
 
 
-def _check_steps(experiment: Experiment, base: Mapping[str, str]) -> None:
+def _check_steps(row: Experiment, base: Mapping[str, str]) -> None:
     """Raise UserError where too few steps are run for a step time."""
-    first = experiment.window_first_step
-    if "STEPS" in base and experiment.steps < first:
+    first, steps = row.window_first_step, count_in(base, "STEPS")
+    if steps and steps < first:
         raise UserError(
-            f"STEPS={experiment.steps}: step times are averaged from step {first} on, so nothing"
+            f"STEPS={steps}: step times are averaged from step {first} on, so nothing"
             f" would be measured; set STEPS={2 * first} or more"
         )
 
