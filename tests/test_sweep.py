@@ -33,7 +33,7 @@ from harness.machine import gpus
 from harness.planning import plan
 from harness.run import directory
 from harness.sweep import commands, grid, measured, outline, points, table
-from harness.sweep.request import read_request
+from harness.sweep.request import read_sweep
 from harness.system import locks
 
 LAUNCHER = Path(__file__).parent / "test_launch_assets" / "launcher.py"
@@ -82,7 +82,7 @@ def behave(monkeypatch):
 
 
 def request_of(tmp_path, **settings):
-    return read_request({"ID": "111", "STEPS": "20", "OUTDIR": str(tmp_path), **settings})
+    return read_sweep({"ID": "111", "STEPS": "20", "OUTDIR": str(tmp_path), **settings})
 
 
 def by_run(tmp_path):
@@ -205,6 +205,17 @@ def test_settings_beside_the_grid_may_need_it(tmp_path, no_gpu):
 def test_a_sweep_of_which_nothing_can_run_says_why(tmp_path, no_gpu):
     with pytest.raises(UserError, match=r"no point of the sweep can run\n.*MBS x DP"):
         points.select(request_of(tmp_path, GRID="TP=1", MBS="7", DEVICE="cpu"))
+
+
+def test_what_this_machine_is_too_small_for_is_refused(tmp_path, monkeypatch):
+    h200s(monkeypatch, 2)
+    found = points.select(request_of(tmp_path, ID="115", GRID="GPUS=1,2,4 NODES=,2"))
+    assert {p.name for p in found.points} == {"GPUS=1", "GPUS=2"} and found.row is None
+    assert {reason: len(them) for reason, them in found.refused.items()} == {
+        "needs 4 GPUs, this machine has 2": 2,
+        "needs 2 nodes; SLURM=1 makes the sweep a job array": 2,
+        "TP x PP x CP x DP (1) must be divisible by NODES (2); try NODES in {1}": 1,
+    }
 
 
 def test_the_best_predicted_are_those_of_make_faster(tmp_path, monkeypatch, capsys):
@@ -418,6 +429,25 @@ def test_points_share_the_gpus_of_a_node(tmp_path, monkeypatch, behave, capsys):
     sweep(tmp_path, capsys, "PACK=0", "FORCE=1")
     latest = [r for label, r in by_run(tmp_path).items() if label.endswith(".2")]
     assert len(latest) == 3 and not any(result.packed_with for result in latest)
+
+
+def test_a_large_grid_is_searched_and_the_search_resumes(tmp_path, one_gpu, behave, capsys):
+    pytest.importorskip("optuna", reason="Optuna is not installed: scripts/setup.sh search")
+    behave(lambda e: ("ok", 100 + 10 * e.micro_batch_size - 5 * bool(e.cuda_graphs), 0))
+    words = ["sweep", "ID=111", "GRID=MBS=1,3,5,15 CUDA_GRAPHS=0,1", "METHOD=optuna", "STEPS=8"]
+    words += [f"OUTDIR={tmp_path}", "FORMAT=json"]
+    assert main([*words, "TRIALS=3"]) == 0
+    out, err = capsys.readouterr()
+    assert "Warning" not in err
+    first = json.loads(out)
+    assert len(first) in (3, 4) and "the row as it stands" in {one["settings"] for one in first}
+    assert main([*words, "TRIALS=3"]) == 0
+    assert json.loads(capsys.readouterr().out) == first and len(by_run(tmp_path)) == len(first)
+    assert main([*words, "TRIALS=5"]) == 0
+    more = json.loads(capsys.readouterr().out)
+    assert {one["run"] for one in first} < {one["run"] for one in more}
+    assert len(more) in (len(first) + 1, len(first) + 2) and len(by_run(tmp_path)) == len(more)
+    assert next((tmp_path / "sweeps").glob("111_mbs_cuda_graphs-*/optuna.log")).exists()
 
 
 GUARDED = """

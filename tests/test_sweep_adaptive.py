@@ -6,7 +6,7 @@ import pytest
 
 from harness.machine import gpus
 from harness.sweep import points
-from harness.sweep.request import read_request
+from harness.sweep.request import read_sweep
 
 pytest.importorskip("optuna", reason="Optuna is not installed: scripts/setup.sh search")
 
@@ -22,7 +22,7 @@ def found(tmp_path, monkeypatch):
 
     def select(trials=12, seed=1, grid=GRID):
         settings = {"ID": "111", "GRID": grid, "METHOD": "optuna", "OUTDIR": str(tmp_path)}
-        request = read_request({**settings, "TRIALS": str(trials), "SEED": str(seed), "GBS": "30"})
+        request = read_sweep({**settings, "TRIALS": str(trials), "SEED": str(seed), "GBS": "30"})
         return request, points.select(request)
 
     return select

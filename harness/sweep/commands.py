@@ -18,7 +18,7 @@ from harness.sweep import arrays, plot, table
 from harness.sweep.measured import NOT_RUN, Measured, measured
 from harness.sweep.outline import outline
 from harness.sweep.points import Point, Selection, select
-from harness.sweep.request import FOLDER, OWN, SweepRequest, read_request
+from harness.sweep.request import FOLDER, OWN, SweepRequest, read_sweep
 from harness.system.files import make_folder, told_if_unwritable, write_text
 from harness.system.screen import say
 
@@ -35,7 +35,7 @@ def sweep(settings: Mapping[str, str]) -> int:
     Raises:
         UserError: a setting is invalid, or no point can run here.
     """
-    request = read_request(settings)
+    request = read_sweep(settings)
     dry_run, on_slurm = settings.get("DRY_RUN") == "1", settings.get("SLURM") == "1"
     if not dry_run and not on_slurm:
         gpus.keep_awake()

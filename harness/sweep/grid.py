@@ -56,10 +56,10 @@ def read(text: str, row: Experiment, beside: Mapping[str, str]) -> Grid:
     if not grid:
         raise UserError(f"GRID is empty; name settings and their values, such as {EXAMPLE}")
     if (points := size(grid)) > MOST_POINTS:
-        factors = " x ".join(str(len(values)) for values in grid.values())
+        id_, factors = row.id, " x ".join(str(len(values)) for values in grid.values())
         raise UserError(
             f"GRID has {points:,} points ({factors}); at most {MOST_POINTS:,} are predicted\n"
-            "leave out values: make faster- says which layouts can be fast"
+            f"leave out values: make faster-{id_} says which layouts can be fast"
         )
     return grid
 

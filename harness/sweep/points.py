@@ -15,7 +15,7 @@ from harness.experiment.constraints import violations
 from harness.experiment.experiment import Experiment
 from harness.experiment.extra_arguments import unpredictable
 from harness.machine import gpus
-from harness.planning import plan
+from harness.planning import plan, resolved
 from harness.planning.plan import Plan
 from harness.predict.capacity import Verdict, verdict
 from harness.predict.memory import predict
@@ -173,6 +173,7 @@ def planned(request: SweepRequest, candidate: Candidate) -> Point:
     settings = dict(candidate.typed)
     if request.device == "cuda" and not gpus.list_gpus():
         settings.pop("CARD", None)  # nothing to cap here: it is only shown, or a job's
+    _check_size(request, resolved.with_settings(request.row, settings, request.outdir), settings)
     made = plan.plan(request.row, settings, request.device)
     full = made.full
     if request.device == "cuda":
@@ -187,6 +188,17 @@ def planned(request: SweepRequest, candidate: Candidate) -> Point:
     return Point(candidate, made, step_ms, band, memory.in_all, fits)
 
 
+def _check_size(request: SweepRequest, experiment: Experiment, settings: Mapping[str, str]) -> None:
+    """Raise UserError where this machine has too few GPUs; without one it is another's plan."""
+    if request.base.get("SLURM") == "1":
+        return
+    if experiment.nodes > 1 and (request.device == "cuda" or "NODES" in settings):
+        raise UserError(f"needs {experiment.nodes} nodes; SLURM=1 makes the sweep a job array")
+    there = len(gpus.list_gpus())
+    if request.device == "cuda" and there and experiment.ranks_per_node > there:
+        raise UserError(f"needs {experiment.ranks_per_node} GPUs, this machine has {there}")
+
+
 def _step(request: SweepRequest, experiment: Experiment) -> tuple[float | None, float | None]:
     """Predicted step time in ms, and its relative error; None where unknown."""
     machine = request.machine
@@ -197,8 +209,11 @@ def _step(request: SweepRequest, experiment: Experiment) -> tuple[float | None, 
 
 
 def _best_predicted(request: SweepRequest) -> Iterator[Candidate]:
-    """The fastest set-ups of the same work by formula: layouts, as ``make faster-`` lists them, and
-    settings in the best of them that keep the arithmetic."""
+    """The fastest set-ups of the same work by formula.
+
+    Layouts, as ``make faster-101`` lists them, and settings in the best of them that keep the
+    arithmetic.
+    """
     experiment, machine = predictable(request.experiment), request.machine
     if machine is None:
         raise UserError(

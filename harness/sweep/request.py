@@ -16,9 +16,9 @@ from harness.experiment.command_line import EXPERIMENT_SETTINGS, choice, count, 
 from harness.experiment.experiment import Experiment
 from harness.experiment.hardware import Card, required_card
 from harness.machine import gpus
-from harness.planning import request as planning_request
 from harness.planning import resolved
 from harness.planning.plan import choose_device
+from harness.planning.request import read_request
 from harness.predict.calibrations import Machine, machine_here
 from harness.run import finding
 from harness.sweep import grid
@@ -105,7 +105,7 @@ class SweepRequest:
         return f"the predictor's best {self.top}"
 
 
-def read_request(settings: Mapping[str, str]) -> SweepRequest:
+def read_sweep(settings: Mapping[str, str]) -> SweepRequest:
     """The request in the ``settings`` of the command line.
 
     Raises:
@@ -121,7 +121,7 @@ def read_request(settings: Mapping[str, str]) -> SweepRequest:
     varied = grid.read(settings["GRID"], row, base) if "GRID" in settings else None
     only_show = settings.get("DRY_RUN") == "1"
     device = _device(settings, only_show)
-    planning_request.read_request(row, base, device)
+    read_request(row, base, device)
     outdir = finding.outdir(settings)
     _check_steps(row, base)
     # where nothing says which, the largest: no point is left out that a card might hold

@@ -90,7 +90,8 @@ def advice(found: Sequence[Measured], request: SweepRequest) -> Iterator[str]:
         chosen = {f"best, with other arithmetic ({', '.join(fastest.arithmetic)})": fastest}
         chosen |= {"best that computes what the row does": same} if same else {}
     for what, one in chosen.items():
-        yield f"{what}: make {overrides.command_of(one.point.plan.full)}{_times(one)}"
+        again = overrides.command_of(one.point.plan.full)
+        yield f"{what}: make {again}" + _times(one)
         if one.point.is_row:
             yield "  it is the row as it stands"
         else:
@@ -114,7 +115,8 @@ def row_to_paste(one: Measured, request: SweepRequest) -> str:
         re.sub(r"[^a-z0-9.]+", "", f"{key}{value}".lower())
         for key, value in experiment.overrides.items()
     )
-    shows = f"make {overrides.command_of(experiment)}{_times(one) * (request.device == 'cuda')}"
+    again = overrides.command_of(experiment)
+    shows = f"make {again}" + _times(one) * (request.device == "cuda")
     slug = f"{request.row.slug}-{changed}" if changed else request.row.slug
     return plans.row(experiment, _free_number(request.row.chapter), slug, shows)
 
