@@ -570,6 +570,7 @@ def test_an_array_has_a_task_for_each_point_without_a_result(tmp_path, no_gpu, m
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
     program(programs, "sbatch", f'cat "$2" >> {tmp_path}/submitted; echo "77;cluster"')
     program(programs, "srun", 'printf "<%s>" "$@"; echo')
+    program(programs, "squeue", f"cat {tmp_path}/queued 2>/dev/null || exit 1")
     words = ["ID=115", "GRID=MBS=5,15 GPUS=2,4", "STEPS=20", "SLURM=1", "PARTITION=gpu"]
     assert main(["sweep", *words, f"OUTDIR={tmp_path}/out"]) == 0
     assert capsys.readouterr().out.count("submitted array 77, 2 tasks: squeue --job 77") == 2
@@ -592,6 +593,24 @@ def test_an_array_has_a_task_for_each_point_without_a_result(tmp_path, no_gpu, m
         "<115><STEPS=20><MBS=5><GPUS=2>",
         "<115><STEPS=20><MBS=15><GPUS=2>",
     }
+    (tmp_path / "queued").write_text("77_0 gpu sweep-115\n")
+    assert main(["sweep", *words, f"OUTDIR={tmp_path}/out"]) == 2
+    assert "array 77 of this sweep has not ended" in capsys.readouterr().err
+    (tmp_path / "queued").unlink()
+    assert main(["sweep", *words, f"OUTDIR={tmp_path}/out"]) == 0, "it ended, without results"
+
+
+def test_an_array_leaves_out_what_has_a_result(tmp_path, one_gpu, behave, monkeypatch, capsys):
+    behave(lambda e: ("ok", ms_of(e), 0))
+    assert main(["sweep", "ID=111", "GRID=MBS=5", "STEPS=8", f"OUTDIR={tmp_path}"]) == 0
+    capsys.readouterr()
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    status, printed = sweep(tmp_path, capsys, "SLURM=1", "DRY_RUN=1")
+    table_, _, script = printed.partition("#!/usr/bin/env bash")
+    assert status == 0 and "best: make 111 MBS=5" in table_
+    assert "#SBATCH --array=0-0" in script and "task 0: MBS=3" in script
+    assert main(["sweep", "ID=111", "GRID=MBS=5", "STEPS=8", "SLURM=1", f"OUTDIR={tmp_path}"]) == 0
+    assert "every point has its result" in capsys.readouterr().out
 
 
 def test_a_dry_run_of_an_array_writes_nothing(tmp_path, no_gpu, monkeypatch, capsys):

@@ -19,6 +19,8 @@ from harness.system.screen import harmless
 
 TASKS = "tasks"
 """Folder of the points' batch scripts, each as ``make <id> SLURM=1`` would submit it."""
+JOB = "job"
+"""File with the number of a submitted array, beside its scripts."""
 _OPTION = re.compile(r"^#SBATCH --([\w-]+)=(.*)$", re.MULTILINE)
 _OF_ONE_POINT = ("job-name",)
 """Options in which the points of an array may differ."""
@@ -34,10 +36,16 @@ def submit_or_print(
     With DRY_RUN=1 the arrays are printed and nothing is written. Returns the exit status.
 
     Raises:
-        UserError: a setting is malformed, the folder cannot be written, or Slurm refuses a job.
+        UserError: a setting is malformed, an array of this sweep has not ended, the folder cannot
+            be written, or Slurm refuses a job.
     """
     sbatch = shutil.which("sbatch")
     dry_run = settings.get("DRY_RUN") == "1"
+    if not points:
+        print("every point has its result; FORCE=1 runs them again")
+        return 0
+    if not dry_run:
+        _check_none_is_queued(request.folder)
     for number, group in enumerate(_by_resources(points), 1):
         folder = request.folder / f"{TASKS}-{number}"
         text = render(request, group, folder)
@@ -52,9 +60,10 @@ def submit_or_print(
             )
             continue
         job = _submit(sbatch, script)
+        write_text(folder / JOB, job)
         print(f"submitted array {job}, {len(group)} tasks: squeue --job {job}")
     if not dry_run:
-        print("when they have ended, the same command with DRY_RUN=1 shows the table")
+        print("the same command shows the table so far, and submits what is missing at the end")
     return 0
 
 
@@ -109,6 +118,21 @@ def _write(text: str, group: Mapping[str, str], folder: Path) -> Path:
             write_text(folder / f"{task}.sh", script)
         write_text(folder / "array.sh", text)
     return folder / "array.sh"
+
+
+def _check_none_is_queued(folder: Path) -> None:
+    """Raise UserError where Slurm still has a job of an array of this sweep."""
+    squeue = shutil.which("squeue")
+    for path in folder.glob(f"{TASKS}-*/{JOB}") if squeue else ():
+        job = path.read_text().strip()
+        listed = subprocess.run(
+            [squeue, "--noheader", "--job", job], capture_output=True, text=True
+        )  # it fails for a job that ended a while ago
+        if listed.returncode == 0 and listed.stdout.strip():
+            raise UserError(
+                f"array {job} of this sweep has not ended: squeue --job {job}\n"
+                f"wait for it, or end it: scancel {job}"
+            )
 
 
 def _submit(sbatch: str, script: Path) -> str:

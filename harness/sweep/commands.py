@@ -6,7 +6,6 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 
-from harness.errors import UserError
 from harness.experiment import command_line, overrides
 from harness.launching import processes, terminal
 from harness.launching.chapter import HAS_RESULT, Batch, BatchEnd, ExperimentOutcome, Job, run_batch
@@ -47,11 +46,12 @@ def sweep(settings: Mapping[str, str]) -> int:
         done = {one.point.name: one.ms for one in before if one.ms}
         for line in outline(request, found, done, settings.get("PACK") != "0"):
             say(line, hang=4)
+    known = [one for one in before if one.row or (dry_run and format in FOR_PROGRAMS)]
     if on_slurm:
-        left = _without_result(found, before, settings)
-        return arrays.submit_or_print(request, left, settings)
+        _show(request, known, format)
+        return arrays.submit_or_print(request, _without_result(found, before, settings), settings)
     if dry_run:
-        _show(request, [one for one in before if one.row or format in FOR_PROGRAMS], format)
+        _show(request, known, format)
         return 0
     return _run(request, found, settings)
 
@@ -100,7 +100,11 @@ class Runner:
 
     def run(self, points: Sequence[Point]) -> Sequence[Point]:
         """Run ``points`` in their order."""
-        jobs = [Job(point.name, lambda point=point: point.plan) for point in points]
+        jobs = [
+            Job(point.name, lambda point=point: point.plan)
+            for point in points
+            if point.name not in self.outcomes
+        ]
         end: BatchEnd = run_batch(jobs, self._batch, self._shown, self._signals)
         self.outcomes |= end.outcomes
         self.stopped_by = end.stopped_by
@@ -142,10 +146,7 @@ def _without_result(
     if settings.get("FORCE") == "1":
         return found.points
     done = {one.point.name for one in before if one.status in HAS_RESULT}
-    left = [point for point in found.points if point.name not in done]
-    if not left:
-        raise UserError("every point has its result; FORCE=1 runs them again")
-    return left
+    return [point for point in found.points if point.name not in done]
 
 
 def _write(request: SweepRequest, results: Sequence[Measured], settings: Mapping[str, str]) -> None:

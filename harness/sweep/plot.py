@@ -11,7 +11,7 @@ from harness.sweep.measured import Measured
 LABELS = 330
 """Pixels for the settings of a point."""
 ROW, TOP, BOTTOM = 22, 56, 64
-LONGEST = 52
+LONGEST = 42
 """Characters of a label."""
 
 
