@@ -171,9 +171,11 @@ def test_points_are_ordered_by_prediction_and_what_cannot_run_is_named(tmp_path,
     assert row.name == points.AS_IT_STANDS and [one.name for one in row.also] == ["TP=1 MBS=15"]
     assert {point.name for point in found.too_large} >= {"TP=1 MBS=60 GBS=60"}
     assert all(point.gib > 140 for point in found.too_large)
-    reasons = [*found.refused]
-    assert "num_attention_heads (25) must be divisible by TP (2); try TP in {1, 5, 25}" in reasons
-    assert len(found.refused[reasons[-1]]) == 8, "grouped"
+    odd = found.refused[
+        "num_attention_heads (25) must be divisible by TP (2); try TP in {1, 5, 25}"
+    ]
+    assert len(odd) == 8 and points.in_words(odd) == "8 points with TP=2"
+    assert points.in_words(odd[:2]) == "TP=2 MBS=5, TP=2 MBS=5 GBS=60"
 
 
 def test_points_at_the_border_are_run_and_those_that_surely_do_not_fit_are_not(tmp_path, one_gpu):

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from harness.experiment import overrides
 from harness.machine import gpus
 from harness.predict.capacity import ERROR_SHARE, usable_gib
-from harness.sweep.points import Candidate, Point, Selection
+from harness.sweep.points import Point, Selection, in_words
 from harness.sweep.request import SweepRequest
 from harness.system import screen
 
@@ -38,7 +38,7 @@ def outline(
     yield from _points(request, found.points, done)
     for point in found.points:
         if point.also:
-            yield f"  the same run as {point.name}: {_names(point.also)}"
+            yield f"  the same run as {point.name}: {in_words(point.also)}"
     yield from _left_out(request, found)
     yield from _search(request, found)
     left = [point for point in found.points if point.name not in done]
@@ -99,9 +99,9 @@ def _left_out(request: SweepRequest, found: Selection) -> Iterator[str]:
             f" {', '.join(names[:NAMED])}{more}"
         )
     if any(point.is_at_the_border for point in found.points):
-        yield "  'may run out' is run: out of memory is a result there, too"
+        yield "  points that may run out of memory are run: that is then their result"
     for reason, refused in found.refused.items():
-        yield f"  refused: {reason}: {_names(refused)}"
+        yield f"  refused: {reason}: {in_words(refused)}"
 
 
 def _search(request: SweepRequest, found: Selection) -> Iterator[str]:
@@ -131,14 +131,9 @@ def _time(request: SweepRequest, left: Sequence[Point], pack: bool) -> Iterator[
     seconds = total_s(left, cards)
     unknown = sum(point.step_ms is None for point in left)
     more = f"; {unknown} without a prediction count their start only" if unknown else ""
-    yield (f"  {runs}, predicted to take {_clock(seconds)} on {cards} GPU{'s' * (cards > 1)}{more}")
+    yield f"  {runs}, predicted to take {_clock(seconds)} on {cards} GPU{'s' * (cards > 1)}{more}"
     if request.grid and not request.search and seconds > LONG_S:
         yield "  METHOD=optuna TRIALS=20 searches the grid instead"
-
-
-def _names(refused: Sequence[Candidate]) -> str:
-    names = ", ".join(one.name for one in refused[:NAMED])
-    return names + (f" and {len(refused) - NAMED} more" if len(refused) > NAMED else "")
 
 
 def _clock(seconds: float) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -27,6 +27,8 @@ from harness.sweep import grid
 from harness.sweep.request import SweepRequest
 
 AS_IT_STANDS = "the row as it stands"
+NAMED = 3
+"""Candidates that are named one by one."""
 
 
 @dataclass(frozen=True)
@@ -141,13 +143,22 @@ def select(request: SweepRequest) -> Selection:
     """
     found = sort_out(request, candidates(request))
     if not found.points:
-        reasons = [f"  {reason}: {_some(refused)}" for reason, refused in found.refused.items()]
+        reasons = [f"  {reason}: {in_words(refused)}" for reason, refused in found.refused.items()]
         reasons += [
             f"  needs {point.gib:.1f} GiB, more than {request.card.name} has: {point.name}"
             for point in found.too_large
         ]
         raise UserError("\n".join([f"{request.row.id}: no point of the sweep can run", *reasons]))
     return found
+
+
+def in_words(those: Sequence[Candidate]) -> str:
+    """The candidates by name; of several, how many, and the settings that all of them have."""
+    if len(those) <= NAMED:
+        return ", ".join(one.name for one in those)
+    common = dict(set.intersection(*(set(one.shown.items()) for one in those)))
+    shared = {key: value for key, value in those[0].shown.items() if key in common}
+    return f"{len(those)} points{' with ' * bool(shared)}{overrides.typed(shared)}"
 
 
 def sort_out(request: SweepRequest, asked: Iterable[Candidate]) -> Selection:
@@ -240,9 +251,3 @@ def _as_layout(experiment: Experiment, request: SweepRequest) -> Layout:
     return Layout(
         experiment, predict(experiment), machine.predict(experiment), machine.error(experiment)
     )
-
-
-def _some(refused: Iterable[Candidate], most: int = 4) -> str:
-    names = [one.name for one in refused]
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
