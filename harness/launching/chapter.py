@@ -254,6 +254,8 @@ class _Batch:
         self, queued: _Queued, gpu_ids: tuple[int, ...], held: bool = False
     ) -> ActiveRun | None:
         """Start a waiting run; None where it cannot start, or goes on waiting."""
+        if time.monotonic() < queued.ask_again_at:
+            return None
         with self._turn() as mine:
             if not mine or not self._may_start(queued):
                 return None
@@ -297,8 +299,6 @@ class _Batch:
         """Whether no other launcher runs it, or has run it meanwhile; then its result is taken."""
         if not self._batch.guard:
             return True
-        if time.monotonic() < queued.ask_again_at:
-            return False
         plan, name = queued.plan, queued.job.name
         stored = directory.runs(plan.outdir)[0]
         if other := next((run for run in stored if _runs_now(run, plan)), None):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 
 from harness.experiment import command_line, overrides
-from harness.launching import processes, terminal
+from harness.launching import terminal
 from harness.launching.chapter import HAS_RESULT, Batch, BatchEnd, ExperimentOutcome, Job, run_batch
 from harness.launching.commands import prepare_conversations
 from harness.launching.processes import Signals
@@ -96,7 +97,7 @@ class Runner:
     ) -> None:
         self._request, self._batch, self._shown, self._signals = request, batch, shown, signals
         self.outcomes: dict[str, ExperimentOutcome] = {}
-        self.stopped_by: processes.signal.Signals | None = None
+        self.stopped_by: signal.Signals | None = None
 
     def run(self, points: Sequence[Point]) -> Sequence[Point]:
         """Run ``points`` in their order."""
