@@ -59,11 +59,11 @@ setup-gpu: ; @$(CHECKED) scripts/setup-gpu.sh
 docker-build: ; @$(CHECKED) docker/build.sh
 docker-run: ; @$(CHECKED) docker/run.sh
 test:
-	@$(CHECKED) scripts/setup.sh test data heavy peft calibrate -- -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu and not full"
+	@$(CHECKED) scripts/setup.sh test data heavy peft calibrate search -- -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu and not full"
 test-quick:
 	@$(CHECKED) scripts/setup.sh test -- -m pytest -n 2 -m "not cpu and not gpu and not full" --ignore-glob='tests/test_data_*'
 test-full:
-	@$(CHECKED) scripts/setup.sh test data heavy peft calibrate tracking -- -m pytest -m ""
+	@$(CHECKED) scripts/setup.sh test data heavy peft calibrate search tracking -- -m pytest -m ""
 lint:
 	@$(CHECKED) scripts/setup.sh test -- -m ruff check harness tests benchmarks docker
 	@scripts/setup.sh test -- -m ruff format --check --quiet harness tests benchmarks docker

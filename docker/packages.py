@@ -21,7 +21,7 @@ from harness.errors import UserError  # noqa: E402
 from harness.machine import setup, stages  # noqa: E402
 
 # What every command inside needs but those of developers (test, docs).
-STAGES = ("heavy", "data", "calibrate", "tracking")
+STAGES = ("heavy", "data", "calibrate", "search", "tracking")
 LOCK = ROOT / "uv.lock"
 
 

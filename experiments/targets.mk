@@ -46,6 +46,10 @@ plan: override TAKES = MODEL GPUS CARD LAYERS TOKENS FORMAT GBS SEQ NODES TP TP_
 plan: ; @$(HARNESS) plan $(WORDS)
 #verify-101 ## run it again, or take a run, and compare with its record  [RUN=label-or-id]
 verify-%: override TAKES = RUN $(SETTINGS)
+#sweep ## many set-ups of a row, the predicted fastest first; one table  ID=111 GRID="MBS=5,15 FP8=,tensorwise"|TOP=10 [METHOD=optuna] [TRIALS=20] [SEED=1] [FORMAT=terminal|markdown|csv|json]
+sweep: override TAKES = ID GRID TOP METHOD TRIALS SEED FORMAT $(SETTINGS)
+.PHONY: sweep
+sweep: ; @$(HARNESS) sweep $(WORDS)
 #chapter-100 ## all experiments of a chapter, small ones side by side
 #train-gpt3-345m ## a long run to a validation loss; run again, it resumes
 #parity ## is it correct? losses of every parallelism against one process

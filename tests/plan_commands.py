@@ -72,7 +72,8 @@ ENDS = {
     "harness.data.clean": ("clean",),
     "harness.data.chat.prepare": ("prepare_chat", "prepare_known"),
     "harness.machine.packages": ("install",),
-    "harness.launching.commands": ("_prepare_conversations",),
+    "harness.launching.commands": ("prepare_conversations",),
+    "harness.sweep.commands": ("_run", "prepare_conversations"),
 }
 """What would train, write, or need more than this test has: replaced, so that nothing happens."""
 MOST_GPUS = 8

@@ -103,6 +103,7 @@ EXPRESSIONS = {
     "command_of(one.experiment)": "101",
     "command_of(fastest.experiment)": "101",
     "e.id": "101",
+    "again": "101",
     "id_": "101",
     "wanted[0].id": "101",
     "planned.full.id": "101",

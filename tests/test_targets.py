@@ -131,7 +131,7 @@ def ours_completes(typed: str, bash_completion: bool = False) -> list[str]:
         ("129h", ["129h-gpt2xl-dp4-gbs80-zero2"]),
         ("train-", ["train-gpt3-345m"]),
         ("999h", []),
-        ("s", ["setup", "setup-gpu", "show-", "speed-", "stop"]),
+        ("s", ["setup", "setup-gpu", "show-", "speed-", "stop", "sweep"]),
         ("sh", ["show-"]),
         ("show-4", [f"show-{e.id}" for e in load_catalog().in_chapter(400)]),
         ("memory-62", [f"memory-{id_}" for id_ in range(620, 627)]),
@@ -513,7 +513,7 @@ def test_what_is_no_target_runs_nothing(newer_catalog, monkeypatch, capsys, targ
 
 def test_make_alone_is_one_screen() -> None:
     lines = make().stdout.splitlines()
-    assert len(lines) <= 54 and "make help" in lines[-1]
+    assert len(lines) <= 55 and "make help" in lines[-1]
     assert any(line.startswith("  make list ") for line in lines) and not any(
         "STEPS=20" in line for line in lines
     )

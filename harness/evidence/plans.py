@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -256,17 +257,26 @@ def _typed(value: object) -> str:
     return str(int(value) if isinstance(value, bool) else value)
 
 
-def row(experiment: Experiment) -> str:
-    """``experiment`` as a row of a chapter's file; its number is to be chosen."""
-    fields = {"slug": f"{experiment.model.name}-{experiment.world_size}gpus"}
+def row(
+    experiment: Experiment, number: str = "999", slug: str | None = None, shows: str | None = None
+) -> str:
+    """``experiment`` as a row of a chapter's file.
+
+    Args:
+        number: its id; by default one that is to be chosen.
+        slug: by default the model and the number of GPUs.
+        shows: by default that it was planned.
+    """
+    fields = {"slug": slug or f"{experiment.model.name}-{experiment.world_size}gpus"}
     for name, value in experiment:
         info = Experiment.model_fields[name]
         if name in ROW_OWN or value == info.get_default(call_default_factory=True):
             continue
         shown = value.name if name == "model" else value
         fields[info.alias or name] = _yaml(shown)
-    fields["shows"] = f'"planned for {experiment.world_size} GPUs"'
-    return "999: {" + ", ".join(f"{name}: {value}" for name, value in fields.items()) + "}"
+    shows = shows or f"planned for {experiment.world_size} GPUs"
+    fields["shows"] = json.dumps(shows, ensure_ascii=False)
+    return f"{number}: {{" + ", ".join(f"{name}: {value}" for name, value in fields.items()) + "}"
 
 
 def _yaml(value: object) -> str:

@@ -1,14 +1,16 @@
-"""``make chapter-100``: all experiments of a chapter. Those with a result are skipped, small ones
-share the GPUs of the machine."""
+"""Batches of runs, such as ``make chapter-100``: those with a result are skipped, small ones share
+the GPUs of the machine."""
 
 from __future__ import annotations
 
 import shutil
 import signal
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.errors import UserError, first_line
@@ -22,17 +24,20 @@ from harness.launching.reservation import reserve
 from harness.launching.terminal import Terminal, open_terminal, summary
 from harness.machine import gpus
 from harness.run import directory
+from harness.system import locks
 
 if TYPE_CHECKING:
     from harness.planning.plan import Plan
 
 HAS_RESULT = ("ok", "oom")
 """Statuses that another run of the same experiment would repeat."""
+ELSEWHERE_S = 5.0
+"""Time between two looks at a run of another launcher whose result is waited for."""
 
 
 @dataclass(frozen=True)
 class ExperimentOutcome:
-    """What happened to one experiment of a chapter.
+    """What happened to one experiment of a batch.
 
     ``good``: it ended ok, or ran out of memory like the published run.
     """
@@ -40,6 +45,48 @@ class ExperimentOutcome:
     status: str
     note: str
     good: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a batch.
+
+    Attributes:
+        name: what tells it from the others of the batch.
+        plan: plans it for this machine; a UserError skips it, with its reason.
+        skipped_if_whole_fits: of a half-size companion: skip it where its experiment fits.
+    """
+
+    name: str
+    plan: Callable[[], Plan]
+    skipped_if_whole_fits: bool = False
+
+
+@dataclass(frozen=True)
+class Batch:
+    """How runs are started together.
+
+    Attributes:
+        pack: run as many at the same time as the GPUs allow; else one at a time, for timing. CPU
+            runs are never packed.
+        force: also run what has a result.
+        hang_seconds: see ``ActiveRun``.
+        guard: a folder that exists. Batches with the same one never run the same experiment twice:
+            one that another launcher runs is waited for, and its result taken.
+    """
+
+    pack: bool = True
+    force: bool = False
+    hang_seconds: float | None = None
+    guard: Path | None = None
+
+
+@dataclass(frozen=True)
+class BatchEnd:
+    """What happened to each job, by name, and the signal that stopped the batch, if one did."""
+
+    outcomes: Mapping[str, ExperimentOutcome]
+    stopped_by: signal.Signals | None
 
 
 def run_chapter(
@@ -55,56 +102,75 @@ def run_chapter(
 
     Args:
         plan_for: plans an experiment for this machine; a UserError skips it, with its reason.
-        hang_seconds: see ``ActiveRun``.
-        pack: run as many at the same time as the GPUs allow; else one at a time, for timing. CPU
-            runs are never packed.
-        force: also run experiments that have a result.
+        hang_seconds, pack, force: see ``Batch``.
 
     Returns:
         the exit status: 0 if all that ran, now or before, ended ok or ran out of memory like the
         published run; 1 if not, or if none ran; 128 + signal if it was stopped.
     """
+    jobs = [Job(one.name, partial(plan_for, one), bool(one.half_of)) for one in experiments]
     with Signals() as signals, terminal or open_terminal() as shown:
-        chapter = _Chapter(shown, hang_seconds, pack)
-        for experiment in experiments:
-            chapter.add(experiment, plan_for, force)
-        return chapter.run(signals)
+        end = run_batch(jobs, Batch(pack, force, hang_seconds), shown, signals)
+        shown.print(_table(end.outcomes))
+    if end.stopped_by:
+        return 128 + end.stopped_by
+    ran = [outcome for outcome in end.outcomes.values() if outcome.status != "skipped"]
+    return 0 if ran and all(outcome.good for outcome in ran) else 1
 
 
-class _Chapter:
-    """The runs of a chapter: waiting, held, running, over."""
+def run_batch(jobs: Sequence[Job], batch: Batch, shown: Terminal, signals: Signals) -> BatchEnd:
+    """Run ``jobs`` in their order; a failure does not stop the others, a signal does."""
+    running = _Batch(shown, batch)
+    for job in jobs:
+        running.add(job)
+    return running.run(signals)
 
-    def __init__(self, shown: Terminal, hang_seconds: float | None, pack: bool) -> None:
-        self._shown, self._hang_seconds, self._pack = shown, hang_seconds, pack
+
+@dataclass
+class _Queued:
+    """A job that waits.
+
+    Attributes:
+        ask_again_at: monotonic time before which it is not asked again whether another launcher
+            runs it.
+    """
+
+    job: Job
+    plan: Plan
+    ask_again_at: float = field(default=0.0, init=False)
+
+
+class _Batch:
+    """The runs of a batch: waiting, held, running, over."""
+
+    def __init__(self, shown: Terminal, batch: Batch) -> None:
+        self._shown, self._batch, self._pack = shown, batch, batch.pack
         self._outcomes: dict[str, ExperimentOutcome] = {}
-        self._waiting: list[Plan] = []
+        self._waiting: list[_Queued] = []
         self._running: list[ActiveRun] = []
+        self._name_of: dict[ActiveRun, str] = {}
         self._held: ActiveRun | None = None
         self._free: list[int] | None = None
         self._gpus: tuple[int, ...] = ()
         self._stopped_by: signal.Signals | None = None
+        self._stored: dict[Path, tuple[directory.StoredRun, ...]] = {}
 
-    def add(
-        self, experiment: Experiment, plan_for: Callable[[Experiment], Plan], force: bool
-    ) -> None:
-        """Queue an experiment that can run here and has no result."""
+    def add(self, job: Job) -> None:
+        """Queue a job that can run here and has no result."""
         try:
-            plan = plan_for(experiment)
-            self._check(plan)
+            plan = job.plan()
+            self._check(plan, job.skipped_if_whole_fits)
         except UserError as error:
-            self._outcomes[experiment.name] = ExperimentOutcome("skipped", first_line(error))
+            self._outcomes[job.name] = ExperimentOutcome("skipped", first_line(error))
             return
-        earlier = None if force else _earlier(plan)
-        if earlier:
-            self._outcomes[experiment.name] = _judge(
-                earlier, f"{earlier.dir.label} has its result, FORCE=1 runs it again"
-            )
-        else:
-            self._outcomes[experiment.name] = ExperimentOutcome("not run", "")
-            self._waiting.append(plan)
+        if plan.outdir not in self._stored:
+            self._stored[plan.outdir] = directory.runs(plan.outdir)[0]
+        if not self._has_result(job.name, plan, self._stored[plan.outdir]):
+            self._outcomes[job.name] = ExperimentOutcome("not run", "")
+            self._waiting.append(_Queued(job, plan))
 
-    def run(self, signals: Signals) -> int:
-        """Run the queued experiments, print the table, return the exit status."""
+    def run(self, signals: Signals) -> BatchEnd:
+        """Run the queued jobs; return what happened to all."""
         self._shown.print(f"{len(self._waiting)} of {len(self._outcomes)} experiments to run")
         try:
             while self._waiting or self._running or self._held:
@@ -124,13 +190,17 @@ class _Chapter:
             for run in self._running:
                 run.abort()
             self._drop_held()
-        self._shown.print(_table(self._outcomes))
-        if self._stopped_by:
-            return 128 + self._stopped_by
-        ran = [outcome for outcome in self._outcomes.values() if outcome.status != "skipped"]
-        return 0 if ran and all(outcome.good for outcome in ran) else 1
+        return BatchEnd(self._outcomes, self._stopped_by)
 
-    def _check(self, plan: Plan) -> None:
+    def _has_result(self, name: str, plan: Plan, stored: Sequence[directory.StoredRun]) -> bool:
+        """Whether one of the runs ``stored`` makes another one needless; if so, take its result."""
+        earlier = None if self._batch.force else _earlier(plan, stored)
+        if earlier:
+            note = f"{earlier.dir.label} has its result, FORCE=1 runs it again"
+            self._outcomes[name] = _judge(earlier, note)
+        return earlier is not None
+
+    def _check(self, plan: Plan, skipped_if_whole_fits: bool) -> None:
         """Raise UserError where this node is too small for ``plan``."""
         e = plan.experiment
         if e.nodes > 1:
@@ -143,7 +213,8 @@ class _Chapter:
                 raise UserError(
                     f"it needs {e.ranks_per_node} GPUs, {len(self._free)} are free here"
                 )
-        if e.half_of and (self._free is None or 2 * e.ranks_per_node <= len(self._free)):
+        whole_fits = self._free is None or 2 * e.ranks_per_node <= len(self._free)
+        if skipped_if_whole_fits and whole_fits:
             raise UserError(
                 f"{e.half_of} itself fits here; make {e.id} runs its half-size companion all the "
                 "same"
@@ -158,12 +229,13 @@ class _Chapter:
             held, self._held = self._held, None
             self._occupy_gpus(held)
             held.release()
-        for plan in self._waiting.copy():
+        for queued in self._waiting.copy():
+            plan = queued.plan
             count = plan.experiment.ranks_per_node if plan.device == "cuda" else 0
             alone = plan.device == "cpu" or not self._pack
             if count <= len(self._free or ()) and not (alone and (self._running or self._held)):
-                self._waiting.remove(plan)
-                if run := self._launch(plan, tuple((self._free or ())[:count])):
+                run = self._launch(queued, tuple((self._free or ())[:count]))
+                if run:
                     self._occupy_gpus(run)
 
     def _hold_the_next(self) -> None:
@@ -173,24 +245,71 @@ class _Chapter:
         """
         if self._held or not self._running or not self._waiting:
             return
-        plan = self._waiting[0]
+        plan = self._waiting[0].plan
         count = plan.experiment.ranks_per_node
         if plan.device == "cuda" and (count == len(self._gpus) or not self._pack):
-            self._waiting.remove(plan)
-            self._held = self._launch(plan, self._gpus[:count], held=True)
+            self._held = self._launch(self._waiting[0], self._gpus[:count], held=True)
 
-    def _launch(self, plan: Plan, gpu_ids: tuple[int, ...], held: bool = False) -> ActiveRun | None:
+    def _launch(
+        self, queued: _Queued, gpu_ids: tuple[int, ...], held: bool = False
+    ) -> ActiveRun | None:
+        """Start a waiting run; None where it cannot start, or goes on waiting."""
+        if time.monotonic() < queued.ask_again_at:
+            return None
+        with self._turn() as mine:
+            if not mine or not self._may_start(queued):
+                return None
+            self._waiting.remove(queued)
+            run = self._start(queued, gpu_ids, held)
+            if run:
+                self._name_of[run] = queued.job.name
+            return run
+
+    def _start(self, queued: _Queued, gpu_ids: tuple[int, ...], held: bool) -> ActiveRun | None:
+        plan, name = queued.plan, queued.job.name
         try:
             check_ready(plan)
             reserved = reserve(plan, plan.experiment.label, self._shown.print)
         except UserError as error:
-            self._outcomes[plan.experiment.name] = ExperimentOutcome("not run", first_line(error))
+            self._outcomes[name] = ExperimentOutcome("not run", first_line(error))
             return None
         try:
-            return ActiveRun(plan, reserved, gpu_ids, self._hang_seconds, held=held)
+            return ActiveRun(plan, reserved, gpu_ids, self._batch.hang_seconds, held=held)
         except BaseException as error:
             reserved.abandon(error)
             raise
+
+    @contextmanager
+    def _turn(self) -> Iterator[bool]:
+        """Whether no other batch of the same guard looks for what to start at this moment."""
+        guard = self._batch.guard
+        try:
+            if guard:
+                locks.take(guard, self._shown.print)
+        except locks.Taken:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            if guard:
+                locks.release(guard)
+
+    def _may_start(self, queued: _Queued) -> bool:
+        """Whether no other launcher runs it, or has run it meanwhile; then its result is taken."""
+        if not self._batch.guard:
+            return True
+        plan, name = queued.plan, queued.job.name
+        stored = directory.runs(plan.outdir)[0]
+        if other := next((run for run in stored if _runs_now(run, plan)), None):
+            if not queued.ask_again_at:
+                self._shown.print(f"{other.dir.label} runs already: its result is waited for")
+            queued.ask_again_at = time.monotonic() + ELSEWHERE_S
+            return False
+        if self._has_result(name, plan, stored):
+            self._waiting.remove(queued)
+            return False
+        return True
 
     def _occupy_gpus(self, run: ActiveRun) -> None:
         """Move ``run`` to the running ones, and its GPUs out of the free ones."""
@@ -211,16 +330,17 @@ class _Chapter:
     def _close(self, run: ActiveRun) -> None:
         self._running.remove(run)
         self._free = sorted([*(self._free or ()), *run.gpu_ids])
+        name = self._name_of.pop(run)
         try:
             finished = run.finish()
         except UserError as error:
             self._shown.finish(run.label)
-            self._outcomes[run.plan.experiment.name] = ExperimentOutcome("crash", first_line(error))
+            self._outcomes[name] = ExperimentOutcome("crash", first_line(error))
             return
         show_progress(run, self._shown)
         self._shown.finish(run.label)
         self._shown.print(summary(run.label, finished.dir.path, finished.result))
-        self._outcomes[run.plan.experiment.name] = _judge(finished, finished.dir.label)
+        self._outcomes[name] = _judge(finished, finished.dir.label)
 
     def _stop(self, number: signal.Signals, because_ended: str | None = None) -> None:
         """Start no further run, and end the running ones."""
@@ -230,20 +350,27 @@ class _Chapter:
             run.stop(number, because_ended)
 
 
-def _earlier(plan: Plan) -> Finished | None:
-    """The newest run of the same experiment on this hardware whose status is in ``HAS_RESULT``."""
-    runs, _ = directory.runs(plan.outdir)
+def _earlier(plan: Plan, stored: Sequence[directory.StoredRun]) -> Finished | None:
+    """The newest of ``stored`` that is the same experiment on this hardware and whose status is in
+    ``HAS_RESULT``."""
     here = next((gpu.name for gpu in gpus.list_gpus()), None) if plan.device == "cuda" else None
     same = [
         Finished(run.dir, run.result)
-        for run in runs
+        for run in stored
         if run.state in HAS_RESULT
-        and run.device == plan.device
-        and identity.same(run.experiment, plan.experiment)
+        and _is_run_of(run, plan)
         and not run.result.mixed
         and run.result.gpu == here
     ]
     return max(same, key=lambda finished: finished.result.started, default=None)
+
+
+def _runs_now(run: directory.StoredRun, plan: Plan) -> bool:
+    return run.state == "running" and _is_run_of(run, plan)
+
+
+def _is_run_of(run: directory.StoredRun, plan: Plan) -> bool:
+    return run.device == plan.device and identity.same(run.experiment, plan.experiment)
 
 
 def _judge(finished: Finished, note: str) -> ExperimentOutcome:
@@ -276,7 +403,7 @@ def as_published(finished: Finished) -> bool:
     )
 
 
-def _table(outcomes: dict[str, ExperimentOutcome]) -> str:
+def _table(outcomes: Mapping[str, ExperimentOutcome]) -> str:
     width = max(map(len, outcomes))
     return "\n".join(
         f"{name:{width}}  {o.status:8}  {o.note}".rstrip() for name, o in outcomes.items()

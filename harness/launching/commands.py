@@ -30,7 +30,7 @@ def run_experiment(id_: str, settings: Mapping[str, str]) -> int:
     gpus.keep_awake()
     dry_run = settings.get("DRY_RUN") == "1"
     if not dry_run:
-        _prepare_conversations([experiment], settings)
+        prepare_conversations([experiment], settings)
     device = plan.choose_device(settings, only_show=dry_run)
     planned = plan.plan(experiment, settings, device)
     if dry_run:
@@ -85,7 +85,7 @@ def run_chapter(number: str, settings: Mapping[str, str]) -> int:
         )
     gpus.keep_awake()
     device = plan.choose_device(settings)
-    _prepare_conversations(experiments, settings)
+    prepare_conversations(experiments, settings)
     packages.install("heavy")
     return chapter.run_chapter(
         experiments,
@@ -127,7 +127,7 @@ def _submit(experiment: Experiment, settings: Mapping[str, str], batch: str) -> 
     return submit(planned, settings)
 
 
-def _prepare_conversations(experiments: Iterable[Experiment], settings: Mapping[str, str]) -> None:
+def prepare_conversations(experiments: Iterable[Experiment], settings: Mapping[str, str]) -> None:
     """Prepare the conversations that are made here in seconds: on mock data, nothing is learned."""
     known = made_here()
     wanted = dict.fromkeys(settings.get("DATA", each.published_data) for each in experiments)
