@@ -150,6 +150,7 @@ def test_settings_that_contradict_are_refused(tmp_path, no_gpu):
         ({"GRID": "TP=1", "SAVE": "/tmp/x"}, "in one folder"),
         ({"GRID": "TP=1", "STEPS": "5"}, "averaged from step 6 on"),
         ({"GRID": "TP=1", "RENDEZVOUS": "a:1"}, "job array"),
+        ({"GRID": "TP=1", "K8S": "1"}, "K8S=1 is for one experiment"),
         ({"GRID": "TP=1", "PARTITION": "gpu"}, "SLURM=1 is not given"),
         ({"GRID": "TP=1", "SLURM": "1", "DEVICE": "cpu"}, "jobs run on GPUs"),
         ({"GRID": "TP=1", "FORMAT": "xml"}, "FORMAT=xml"),

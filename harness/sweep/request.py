@@ -140,6 +140,11 @@ def read_sweep(settings: Mapping[str, str]) -> SweepRequest:
 def _refuse_settings_of_one_run(settings: Mapping[str, str]) -> None:
     """Raise UserError for settings that several runs cannot share."""
     id_ = settings["ID"]
+    if settings.get("K8S", "0") != "0":
+        raise UserError(
+            f"K8S={settings['K8S']} is for one experiment; a sweep runs here, or as a job array with"
+            " SLURM=1"
+        )
     if settings.get("RESUME", "0") != "0":
         raise UserError(
             "RESUME=1 resumes one run from its checkpoint; a sweep resumes by itself: the same"
