@@ -14,8 +14,9 @@ from harness.experiment.experiment import Experiment
 from harness.experiment.hardware import DRIVER_RESERVED_MIB, Card, find_card
 from harness.planning import resolved
 from harness.predict.capacity import (
-    ERROR_SHARE,
     MOST_CHANGES,
+    error,
+    unmeasured,
     usable_gib,
     verdict,
     ways_to_fit,
@@ -52,11 +53,13 @@ def print_memory(id_: str, settings: Mapping[str, str]) -> int:
     say(f"  {'reserve':12}{memory.reserve:7.1f}  {holes}", hang=23)
     say(f"  {'CUDA, NCCL':12}{memory.context:7.1f}  context, kernels and communicators", hang=23)
     _say_sum("nvidia-smi", memory.in_all, [(row, _of_process_gib(row)) for row in rows])
+    if said := unmeasured(experiment):
+        print(f"\n{said}")
     for card in cards_of(experiment):
         judged = verdict(memory, card)
         print()
         say(
-            f"{card.name}: needs {memory.in_all:.1f} GiB +-{ERROR_SHARE:.0%}; the card has"
+            f"{card.name}: needs {memory.in_all:.1f} GiB{error(experiment)}; the card has"
             f" {usable_gib(card):.1f} without the driver's: {judged}"
         )
         if judged != "fits":
@@ -88,7 +91,7 @@ def _parts(experiment: Experiment, memory: Memory) -> list[tuple[str, float, str
         ("weights", memory.weights, "and fp8 copies" if experiment.precision == "fp8" else ""),
         ("gradients", memory.gradients, ""),
         ("optimizer", memory.optimizer, ""),
-        ("attention", memory.attention, kept),
+        ("Mamba, attn." if experiment.model.mamba else "attention", memory.attention, kept),
         ("experts" if moe else "MLPs", memory.mlp, routed if moe else ""),
         ("passing", memory.passing, "logits and loss, or one layer in its backward pass"),
         ("rounding", memory.rounding, "ends of blocks: the allocator splits off 1 MiB or more"),
