@@ -434,7 +434,7 @@ def test_bad_input(words, complaint, capsys):
 @pytest.mark.cpu
 def test_ranks_hold_what_upstream_builds(tmp_path):
     """Under tensor, pipeline and expert parallelism, at full size: every parameter of the first and of the last rank."""
-    ids = ("282", "408", "424h", "506", "511", "615", "620", "631", "642", "651")
+    ids = ("282", "408", "424h", "506", "511", "615", "620", "631", "642", "651", "682")
     command = [
         sys.executable,
         str(ROOT / "tests" / "build_ranks.py"),

@@ -39,6 +39,7 @@ PUBLISHED = {
     "631": 6_919_161_856,
     "641": 46_702_792_704,
     "651": 30_532_122_624,
+    "681": 8_100_852_736,
 }
 ACTIVE_B = {"620": 3.61, "631": 1.28, "641": 12.9, "651": 3.35}
 """Billions a token passes through, as published; GPT-OSS leaves its input embedding out."""
@@ -122,7 +123,7 @@ def test_fp8_weights_scaled_now_keep_whole_fp32_ones(recipe, optimizer):
 
 
 @pytest.mark.parametrize(
-    "id_", ["620", "621", "625", "631", "632", "641", "642", "651", "611", "711", "713"]
+    "id_", ["620", "621", "625", "631", "632", "641", "642", "651", "681", "682", "611", "711", "713"]
 )
 def test_state_leaves_room_on_the_gpus_meant(id_):
     """139.8 GiB of an H200 less 3 GiB for CUDA and NCCL; a quarter of it for activations."""

@@ -209,7 +209,9 @@ class RMSNorm(torch.nn.Module):
 
 
 def _refuse(options: dict[str, object]) -> None:
-    if given := [name for name, value in options.items() if value not in (None, False)]:
+    if given := [
+        name for name, value in options.items() if value is not None and value is not False
+    ]:
         raise UserError(f"CPU: Mamba layers have no {', '.join(given)}; run on a GPU")
 
 
