@@ -285,7 +285,7 @@ def _upstream_arguments(e):
         seq_length=e.seq_length,
         padded_vocab_size=padded_vocab_size(m.vocab_size, e.tp),
         num_experts=m.num_experts,
-        moe_router_topk=m.moe_router_topk,
+        moe_router_topk=m.moe_router_topk or 2,
         moe_ffn_hidden_size=m.moe_ffn if m.num_experts else None,
         moe_layer_freq=[0] * dense + [1] * (m.num_layers - dense) if dense else 1,
         swiglu=m.activation == "swiglu",

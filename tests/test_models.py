@@ -33,7 +33,8 @@ ROWS = CATALOG.in_chapter(600) + CATALOG.in_chapter(700)
 ROOT = Path(__file__).parents[1]
 
 PUBLISHED = {
-    # safetensors parameters as the model's page on Hugging Face counts them; of GPT-OSS as its model card does, unquantised
+    # safetensors parameters as the model's page on Hugging Face counts them; of GPT-OSS as its model card does, unquantised;
+    # of Nemotron-H as the tensors of its released files add up
     "611": 8_030_261_248,
     "620": 20_914_757_184,
     "631": 6_919_161_856,
@@ -123,7 +124,8 @@ def test_fp8_weights_scaled_now_keep_whole_fp32_ones(recipe, optimizer):
 
 
 @pytest.mark.parametrize(
-    "id_", ["620", "621", "625", "631", "632", "641", "642", "651", "681", "682", "611", "711", "713"]
+    "id_",
+    ["620", "621", "625", "631", "632", "641", "642", "651", "681", "682", "611", "711", "713"],
 )
 def test_state_leaves_room_on_the_gpus_meant(id_):
     """139.8 GiB of an H200 less 3 GiB for CUDA and NCCL; a quarter of it for activations."""

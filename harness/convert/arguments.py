@@ -86,8 +86,8 @@ def model_of(args: Namespace, name: str, vocab_size: int) -> tuple[Model, int]:
         )
     if "M" in (pattern := getattr(args, "hybrid_layer_pattern", None) or ""):
         raise UserError(
-            f"{name}: models with Mamba layers ({pattern}) are not converted; the checkpoint stays in"
-            " Megatron-LM's format"
+            f"{name}: models with Mamba layers ({pattern}) are not converted; the checkpoint stays"
+            " in Megatron-LM's format"
         )
     odd = [
         f"{key} = {getattr(args, key)}"
