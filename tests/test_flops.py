@@ -269,7 +269,13 @@ def _upstream_arguments(e):
         latent["hybrid_layer_pattern"] = layer_pattern(e)
         latent |= dict.fromkeys(
             f"linear_{name}"
-            for name in ("key_head_dim", "value_head_dim", "num_key_heads", "num_value_heads", "conv_kernel_dim")
+            for name in (
+                "key_head_dim",
+                "value_head_dim",
+                "num_key_heads",
+                "num_value_heads",
+                "conv_kernel_dim",
+            )
         )
     return SimpleNamespace(
         **dict.fromkeys(absent.split()) | latent,

@@ -527,7 +527,7 @@ def test_methods_that_no_row_has_together_are_named_as_a_pair():
     assert apart.unmeasured(find("408")) == ()
 
 
-SIZES = {"num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "kv_channels", "vocab_size", "norm_epsilon", "rotary_base",
+SIZES = {"num_layers", "layer_pattern", "hidden_size", "num_attention_heads", "ffn_hidden_size", "kv_channels", "vocab_size", "norm_epsilon", "rotary_base",
          "rope_scaling_factor", "init_method_std", "moe_router_topk", "moe_ffn_hidden_size", "name", "moe_router_group_topk",
          "moe_router_topk_scaling_factor", "mtp_loss_scaling_factor"}  # fmt: skip
 NO_WORK = {"id", "slug", "chapter", "shows", "model", "micro_batch_size", "global_batch_size", "seq_length", "lr", "min_lr", "lr_decay",
@@ -550,7 +550,7 @@ CHOICES = {
 def test_every_choice_that_changes_the_work_is_a_kind_of_its_own():
     """A field that is added must be told here, too, and so in kinds, or a row of it would get others' error."""
     e = find("101")
-    for field in {*type(e).model_fields, *type(e.model).model_fields} - SIZES - NO_WORK - {"yarn", "layer_pattern"}:
+    for field in {*type(e).model_fields, *type(e.model).model_fields} - SIZES - NO_WORK - {"yarn"}:
         if field in ("fp8_recipe", "cp_comm_type", "cp_a2a", "recompute_modules"):
             continue  # what these change is asked for below
         of_model = field in type(e.model).model_fields
