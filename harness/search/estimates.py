@@ -82,8 +82,8 @@ class _Tensors(StageTensors):
         state = self.state()
         least = state.weights + state.optimizer
         if kept:  # what FSDP2 keeps may lie where gradients come
-            mixing = zip(self.kept()[0], self.in_flight(), strict=True)
-            least = least + sum(kept * number for kept, number in mixing)
+            layers = zip(self.kept()[0], self.in_flight(), strict=True)
+            least = least + sum(size * number for size, number in layers)
             least = least + state.gradients * (1 - self.gradients_grow())
         else:
             least = least + state.gradients
