@@ -79,7 +79,7 @@ def builder_of(args):
 
     if not args.hybrid_layer_pattern:
         return GPTModelBuilder, argument_utils.gpt_config_from_args(args)
-    global_vars.set_args(args)  # harness/specs/hybrid.py reads them when it is imported
+    global_vars._GLOBAL_ARGS = args  # harness/specs/hybrid.py reads them when it is imported
     return HybridModelBuilder, argument_utils.hybrid_config_from_args(args)
 
 

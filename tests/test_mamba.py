@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
-from harness import RECORDS
+from harness import RECORDS, generate
+from harness.convert.arguments import model_of
 from harness.doctor import mamba_kernels
 from harness.errors import UserError
 from harness.experiment.catalog import load_catalog, load_models
@@ -113,6 +115,20 @@ def test_conversations_are_refused():
         UserError, match="681: conversations are packed, which is not tested with Mamba"
     ):
         checked._check_conversations(ROW)
+
+
+def test_such_a_checkpoint_is_neither_exported_nor_generated_from(monkeypatch, tmp_path):
+    saved = Namespace(num_layers=3, hybrid_layer_pattern="M*-")
+    with pytest.raises(
+        UserError, match=r"mine: models with Mamba layers \(M\*-\) are not converted"
+    ):
+        model_of(saved, "mine", 1024)
+    asked = generate.Request(None, ROW, generate.Sampling("1 2"))
+    monkeypatch.setattr(generate, "_of_run", lambda *_: asked)
+    with pytest.raises(
+        UserError, match="681: make generate runs GPTModel, which has no Mamba layers"
+    ):
+        generate.parse({"RUN": "681", "PROMPT": "1 2"}, tmp_path)
 
 
 def test_layers_cuts_the_pattern():
