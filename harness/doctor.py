@@ -24,6 +24,11 @@ from harness.data import data_sets
 from harness.errors import UserError
 from harness.machine import gpus
 from harness.machine.provenance import git, package_version, source_commit
+from harness.machine.requirements import (
+    INSTALL_MAMBA_KERNELS,
+    MAMBA_KERNELS,
+    mamba_kernels_lacking,
+)
 from harness.machine.stages import ROOT, Venv, distribution, missing, requirements, version
 from harness.machine.upstream import FILL, locate
 from harness.system import screen
@@ -110,6 +115,7 @@ def packages(on_gpu: bool) -> Iterator[Finding]:
     yield transformer_engine(package_version("transformer-engine"), on_gpu)
     if found and found.cuda:
         yield apex(find_spec("fused_weight_gradient_mlp_cuda") is not None)
+    yield mamba_kernels(mamba_kernels_lacking(), on_gpu)
 
 
 def stage(name: str, environment: Venv | None, command: str) -> Finding:
@@ -212,6 +218,17 @@ def apex(installed: bool) -> Finding:
         return Finding("Apex", "ok", "fuses gradient accumulation into GEMMs")
     text = "not installed; optional: GRAD_FUSION=1 fuses gradients by Transformer Engine"
     return Finding("Apex", "note", text)
+
+
+def mamba_kernels(lacking: list[str], on_gpu: bool) -> Finding:
+    """The packages without which no row with Mamba layers starts on a GPU."""
+    topic, names = "Mamba kernels", " and ".join(MAMBA_KERNELS)
+    if not lacking:
+        return Finding(topic, "ok", f"{names}: rows with Mamba layers run on GPUs")
+    text = f"rows with Mamba layers, such as 681, need {' and '.join(lacking)} on GPUs"
+    if not on_gpu:
+        return Finding(topic, "note", f"{text}; their CPU miniatures do without")
+    return Finding(topic, "note", text, INSTALL_MAMBA_KERNELS)
 
 
 def upstream() -> Finding:

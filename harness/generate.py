@@ -114,6 +114,11 @@ def parse(settings: Mapping[str, str], outdir: Path) -> Request:
         request = _of_weights(settings["WEIGHTS"], sampling)
     else:
         request = _of_run(settings["RUN"], outdir, sampling)
+    if request.experiment.model.mamba:
+        raise UserError(
+            f"{request.experiment.id}: make generate runs GPTModel, which has no Mamba layers; its"
+            " validation loss says how well the model predicts"
+        )
     tokenizer = request.tokenizer or _tokenizer_of_data(request.experiment)
     if tokenizer is None:
         _check_numbers(sampling.prompt, request)

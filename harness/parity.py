@@ -25,7 +25,7 @@ from typing import NoReturn
 
 from harness.experiment.constraints import with_changes
 from harness.experiment.experiment import Experiment
-from harness.experiment.model import Model
+from harness.experiment.model import Mamba, Model
 from harness.run.directory import RUN_DIR_VARIABLE, RunDir
 from harness.run.schema import StepMetrics
 from harness.upstreams.megatron_lm.environment import variables
@@ -52,7 +52,16 @@ MOE = Model(
 
 HYBRID = DENSE.model_copy(update={"name": "tiny-hybrid"})
 HYBRID_MOE = MOE.model_copy(update={"name": "tiny-hybrid-moe", "first_dense_layers": 1})
-BASES = {model.name: {"entry": "hybrid"} for model in (HYBRID, HYBRID_MOE)}
+MAMBA = DENSE.model_copy(
+    update={
+        "name": "tiny-mamba",
+        "layer_pattern": "M-M*",
+        "mamba": Mamba(num_heads=8, head_dim=16, state_dim=16, num_groups=2),
+        "normalization": "RMSNorm",
+        "position_embedding": "none",
+    }
+)
+BASES = {model.name: {"entry": "hybrid"} for model in (HYBRID, HYBRID_MOE, MAMBA)}
 """Fields of every run of a model, of one process too."""
 
 SETTINGS = """
@@ -93,6 +102,12 @@ LAYOUTS: dict[str, tuple[Model, dict[str, object]]] = {
     "tp2 sp dp2 zero of a hybrid": (HYBRID, SP2 | {"dp": 2} | ZERO),
     "pp2 vpp2 of a hybrid": (HYBRID, {"pp": 2, "vpp": 2}),
     "ep2 of a hybrid": (HYBRID_MOE, {"dp": 2, "ep": 2}),
+    "dp2 zero of Mamba layers": (MAMBA, {"dp": 2} | ZERO),
+    "tp2 of Mamba layers": (MAMBA, {"tp": 2}),
+    "tp2 sp of Mamba layers": (MAMBA, SP2),
+    "pp2 vpp2 of Mamba layers": (MAMBA, {"pp": 2, "vpp": 2}),
+    "cp2 p2p of Mamba layers": (MAMBA, {"cp": 2, "cp_comm_type": "p2p"}),
+    "recompute of Mamba layers": (MAMBA, {"recompute": "full"}),
     "ep2": (MOE, {"dp": 2, "ep": 2}),
     "ep2 zero": (MOE, {"dp": 2, "ep": 2} | ZERO),
     "tp2 sp etp2": (MOE, SP2 | {"etp": 2}),

@@ -57,20 +57,30 @@ def built(e):
     """Parameters and FLOPs of the whole model of ``e``, built by upstream on the meta device."""
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-    from megatron.training.argument_utils import gpt_config_from_args
-    from megatron.training.models.gpt import GPTModelBuilder
     from megatron.training.training import num_floating_point_operations
 
     args = parsed(e, "cpu")
     build_tokenizer(args)
-    config = gpt_config_from_args(args)
+    builder, config = builder_of(args)
     config.transformer.perform_initialization = False
     with torch.device("meta"):
-        model = GPTModelBuilder(config).build_model(
+        model = builder(config).build_model(
             ProcessGroupCollection.use_mpu_process_groups(), True, True
         )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return parameters, num_floating_point_operations(args, e.global_batch_size), config
+
+
+def builder_of(args):
+    """Upstream's builder of the model that ``args`` describe, and its configuration."""
+    from megatron.training import argument_utils, global_vars
+    from megatron.training.models.gpt import GPTModelBuilder
+    from megatron.training.models.hybrid import HybridModelBuilder
+
+    if not args.hybrid_layer_pattern:
+        return GPTModelBuilder, argument_utils.gpt_config_from_args(args)
+    global_vars._GLOBAL_ARGS = args  # harness/specs/hybrid.py reads them when it is imported
+    return HybridModelBuilder, argument_utils.hybrid_config_from_args(args)
 
 
 def attention_error(config):

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
-from build_models import parsed
+from build_models import builder_of, parsed
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from harness.entry import rank
@@ -53,17 +53,15 @@ def held(e, stage):
     """Parameters on the first or last rank of the world, which is of the first or last stage of ``e``."""
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-    from megatron.training.argument_utils import gpt_config_from_args
-    from megatron.training.models.gpt import GPTModelBuilder
 
     args = parsed(e, "cpu")
     build_tokenizer(args)
     with imagined(e, stage) as groups:
         model_parallel_cuda_manual_seed(1)
-        config = gpt_config_from_args(args)
+        builder, config = builder_of(args)
         config.transformer.perform_initialization = False
         with torch.device("meta"):
-            model = GPTModelBuilder(config).build_model(groups, stage == 0, stage == e.pp - 1)
+            model = builder(config).build_model(groups, stage == 0, stage == e.pp - 1)
         counts = [0, 0]
         for parameter in model.parameters():
             counts[not getattr(parameter, "allreduce", True)] += parameter.numel()

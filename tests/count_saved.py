@@ -1,8 +1,9 @@
-"""Run by test_saved_tensors.py in a process of its own: the tensors that upstream's latent attention, router and prediction keep.
+"""Run by test_saved_tensors.py and test_mamba.py in a process of its own: the tensors that upstream's latent attention, router,
+prediction and Mamba layers keep.
 
 Upstream's own modules run on the CPU; Transformer Engine's kernels, which need a GPU, are replaced by what they keep: a norm
 its input and a statistic for each row, attention its inputs, its result and a statistic for each head and token, the fused
-rotation nothing. Prints, as JSON, the bytes that each case keeps.
+rotation nothing; the scan of a Mamba layer its input and its result before the gate, as in mamba_ssm. Prints, as JSON, the bytes that each case keeps.
 """
 
 import json
@@ -22,6 +23,7 @@ SIZES = {
     "v_head_dim": 24,
 }
 FFN, SHARED, EXPERTS, TOPK = 160, 80, 8, 2
+MAMBA = {"num_heads": 12, "head_dim": 16, "state_dim": 8, "num_groups": 4}
 
 
 class Norm(torch.nn.Module):
@@ -211,6 +213,64 @@ def predictor():
     return kept(predicted, hidden, weights=[output])
 
 
+class _Scan(torch.autograd.Function):
+    """What MambaSplitConv1dScanCombinedFn of mamba_ssm saves, parameters left out."""
+
+    @staticmethod
+    def forward(ctx, projected):
+        width = MAMBA["num_heads"] * MAMBA["head_dim"]
+        result = projected[..., :width].clone()
+        ctx.save_for_backward(projected, result.clone())
+        return result
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return torch.zeros_like(ctx.saved_tensors[0])
+
+
+class _GroupNorm(torch.autograd.Function):
+    """What LayerNormFn of mamba_ssm saves."""
+
+    @staticmethod
+    def forward(ctx, x):
+        statistics = x.unflatten(-1, (MAMBA["num_groups"], -1)).float().pow(2).mean(-1).rsqrt()
+        ctx.save_for_backward(x, statistics)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+class GroupNorm(torch.nn.Module):
+    def forward(self, x):
+        return _GroupNorm.apply(x)
+
+
+def mamba():
+    """A Mamba layer behind its norm: from the residual to the last projection."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.ssm import mamba_mixer
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+
+    mamba_mixer.mamba_split_conv1d_scan_combined = lambda projected, *_, **__: _Scan.apply(
+        projected
+    )
+    sizes = {f"mamba_{name}": size for name, size in MAMBA.items()}
+    parts = mamba_mixer.MambaMixerSubmodules(ColumnParallelLinear, RowParallelLinear)
+    module = mamba_mixer.MambaMixer(
+        config(**sizes),
+        parts,
+        SIZES["hidden_size"],
+        layer_number=1,
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+    module.norm = GroupNorm()
+    norm, hidden = Norm(SIZES["hidden_size"]), SIZES["hidden_size"]
+    x = torch.randn(LENGTH, BATCH, hidden, dtype=torch.bfloat16, requires_grad=True)
+    return kept(lambda x: module(norm(x)), x)
+
+
 def main():
     initialize()
     sigmoid = {"moe_router_score_function": "sigmoid", "moe_router_pre_softmax": True}
@@ -218,6 +278,7 @@ def main():
         "attention": attention(),
         "shared_expert": shared_expert(),
         "predictor": predictor(),
+        "mamba": mamba(),
         "router softmax": router(moe_aux_loss_coeff=0.0),
         "router sigmoid": router(moe_aux_loss_coeff=0.0, **sigmoid),
         "router sigmoid aux": router(

@@ -7,6 +7,7 @@ import pytest
 from harness.evidence.references import load_references
 from harness.experiment.catalog import load_catalog
 from harness.experiment.constraints import with_changes
+from harness.experiment.hybrid import layer_pattern
 from harness.experiment.model import Lora
 from harness.predict.flops import (
     count_parameters,
@@ -262,6 +263,20 @@ def _upstream_arguments(e):
     absent = "moe_latent_size experimental_attention_variant hybrid_layer_pattern q_lora_rank"
     latent = m.latent_attention.model_dump() if m.latent_attention else {}
     dense = m.first_dense_layers
+    if m.mamba:
+        absent = absent.replace("hybrid_layer_pattern ", "")
+        latent = {f"mamba_{name}": value for name, value in m.mamba.model_dump().items()}
+        latent["hybrid_layer_pattern"] = layer_pattern(e)
+        latent |= dict.fromkeys(
+            f"linear_{name}"
+            for name in (
+                "key_head_dim",
+                "value_head_dim",
+                "num_key_heads",
+                "num_value_heads",
+                "conv_kernel_dim",
+            )
+        )
     return SimpleNamespace(
         **dict.fromkeys(absent.split()) | latent,
         mtp_num_layers=m.predictors or None,
@@ -276,16 +291,16 @@ def _upstream_arguments(e):
         seq_length=e.seq_length,
         padded_vocab_size=padded_vocab_size(m.vocab_size, e.tp),
         num_experts=m.num_experts,
-        moe_router_topk=m.moe_router_topk,
+        moe_router_topk=m.moe_router_topk or 2,
         moe_ffn_hidden_size=m.moe_ffn if m.num_experts else None,
         moe_layer_freq=[0] * dense + [1] * (m.num_layers - dense) if dense else 1,
         swiglu=m.activation == "swiglu",
         add_bias_linear=m.add_bias_linear,
         normalization=m.normalization,
-        multi_latent_attention=bool(latent),
+        multi_latent_attention=m.latent_attention is not None,
         attention_output_gate=m.attention_output_gate,
         untie_embeddings_and_output_weights=m.untie_embeddings,
-        is_hybrid_model=False,
+        is_hybrid_model=m.mamba is not None,
         use_distributed_optimizer=e.sharding == "optim",
         tensor_model_parallel_size=e.tp,
         pipeline_model_parallel_size=e.pp,

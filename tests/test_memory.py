@@ -36,6 +36,7 @@ from harness.predict.flops import (
 from harness.predict.memory import _gathered_layer_bytes, predict
 from harness.predict.operations import hidden_bytes
 from harness.predict.replay import layers_in_flight, replay
+from harness.predict.stages import Layers
 from harness.run.directory import RunDir
 from tests.missed_memory import marks
 from tests.one_process import kept_sizes
@@ -134,7 +135,9 @@ def test_micro_batches_in_flight():
         for id_ in ("401", "408", "432", "438", "438h")
     }
     assert first == {"401": 9, "408": 72, "432": 72, "438": 72, "438h": 36 * (1 + 3 / 12)}
-    assert layers_in_flight(find("408"), 7) == ((9, 0, 0),), "the last stage goes backward at once"
+    assert layers_in_flight(find("408"), 7) == (Layers(dense=9),), (
+        "the last stage goes backward at once"
+    )
 
 
 @pytest.mark.parametrize(("id_", "ahead"), [("702", None), ("705", 17), ("711", 3), ("706", 1)])
@@ -512,7 +515,7 @@ def test_bad_input(words, complaint, capsys):
 @pytest.mark.cpu
 def test_ranks_hold_what_upstream_builds(tmp_path):
     """Under tensor, pipeline and expert parallelism, at full size: every parameter of the first and of the last rank."""
-    ids = ("282", "408", "424h", "506", "511", "615", "620", "631", "642", "651")
+    ids = ("282", "408", "424h", "506", "511", "615", "620", "631", "642", "651", "682")
     command = [
         sys.executable,
         str(ROOT / "tests" / "build_ranks.py"),

@@ -33,12 +33,14 @@ ROWS = CATALOG.in_chapter(600) + CATALOG.in_chapter(700)
 ROOT = Path(__file__).parents[1]
 
 PUBLISHED = {
-    # safetensors parameters as the model's page on Hugging Face counts them; of GPT-OSS as its model card does, unquantised
+    # safetensors parameters as the model's page on Hugging Face counts them; of GPT-OSS as its model card does, unquantised;
+    # of Nemotron-H as the tensors of its released files add up
     "611": 8_030_261_248,
     "620": 20_914_757_184,
     "631": 6_919_161_856,
     "641": 46_702_792_704,
     "651": 30_532_122_624,
+    "681": 8_100_852_736,
 }
 ACTIVE_B = {"620": 3.61, "631": 1.28, "641": 12.9, "651": 3.35}
 """Billions a token passes through, as published; GPT-OSS leaves its input embedding out."""
@@ -130,7 +132,8 @@ def test_nvfp4_weights_keep_of_fp32_ones_what_bf16_lacks():
 
 
 @pytest.mark.parametrize(
-    "id_", ["620", "621", "625", "631", "632", "641", "642", "651", "611", "711", "713"]
+    "id_",
+    ["620", "621", "625", "631", "632", "641", "642", "651", "681", "682", "611", "711", "713"],
 )
 def test_state_leaves_room_on_the_gpus_meant(id_):
     """139.8 GiB of an H200 less 3 GiB for CUDA and NCCL; a quarter of it for activations."""

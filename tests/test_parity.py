@@ -51,7 +51,14 @@ def parity(program: str) -> subprocess.CompletedProcess:
     )
 
 
-SLOWER = {"pp2 vpp2 fused gradients", "ep2 fused gradients", "pp2 vpp2 of a hybrid"}
+SLOWER = {
+    "pp2 vpp2 fused gradients",
+    "ep2 fused gradients",
+    "pp2 vpp2 of a hybrid",
+    "dp2 zero of Mamba layers",
+    "tp2 of Mamba layers",
+    "recompute of Mamba layers",
+}
 """Layouts of which others are like: make test-full has them."""
 
 

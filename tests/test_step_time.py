@@ -527,7 +527,7 @@ def test_methods_that_no_row_has_together_are_named_as_a_pair():
     assert apart.unmeasured(find("408")) == ()
 
 
-SIZES = {"num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "kv_channels", "vocab_size", "norm_epsilon", "rotary_base",
+SIZES = {"num_layers", "layer_pattern", "hidden_size", "num_attention_heads", "ffn_hidden_size", "kv_channels", "vocab_size", "norm_epsilon", "rotary_base",
          "rope_scaling_factor", "init_method_std", "moe_router_topk", "moe_ffn_hidden_size", "name", "moe_router_group_topk",
          "moe_router_topk_scaling_factor", "mtp_loss_scaling_factor"}  # fmt: skip
 NO_WORK = {"id", "slug", "chapter", "shows", "model", "micro_batch_size", "global_batch_size", "seq_length", "lr", "min_lr", "lr_decay",
@@ -539,7 +539,7 @@ CHOICES = {
     "dropout": 0.0, "num_experts": 8, "moe_router_pre_softmax": True, "moe_aux_loss_coeff": 0.1, "moe_z_loss_coeff": 0.1,
     "latent_attention": load_models()["deepseek-v3"].latent_attention, "rotary_percent": 0.5, "first_dense_layers": 1, "mtp_num_layers": 1,
     "moe_shared_expert_intermediate_size": 64, "moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True,
-    "moe_router_num_groups": 4, "moe_router_load_balancing_type": "seq_aux_loss",
+    "mamba": load_models()["nemotron-h-8b"].mamba, "moe_router_num_groups": 4, "moe_router_load_balancing_type": "seq_aux_loss",
     "tp": 2, "pp": 2, "vpp": 2, "first_stage_layers": 2, "last_stage_layers": 2, "pp_layout": "E|tL", "embedding_as_layer": True, "loss_as_layer": True, "cp": 2, "ep": 2, "etp": 2, "dp": 2, "nodes": 2, "moe_dispatcher": "flex", "ep_overlap": True, "delay_wgrad": True, "grouped_gemm": "cublas", "entry": "hybrid", "moe_backend": "hybridep", "moe_capacity": 1.25, "router_fusion": True, "shared_expert_overlap": True, "deterministic": True, "sequence_parallel": True, "tp_overlap": True, "sharding": "torch_fsdp2",
     "recompute": "full", "precision": "fp8", "optimizer": "muon", "optimizer_state": "bf16", "offload": 0.5, "gradients": "bf16",
     "lora": Lora(rank=4, alpha=8.0), "cross_entropy_fusion": True, "cross_entropy_fusion_impl": "te", "attention_mask": False, "gradient_fusion": True, "overlap": False, "optimizer_instances": 2, "fp8_params": True, "cuda_graphs": True, "attention_backend": "unfused",

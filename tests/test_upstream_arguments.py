@@ -43,6 +43,10 @@ TE, FP8 = (
     "--transformer-impl transformer_engine --attention-backend auto",
     "--bf16 --fp8-format hybrid",
 )
+MAMBA = (
+    "--hybrid-layer-pattern M*M- --spec harness.specs.hybrid stack_spec --normalization RMSNorm"
+    " --mamba-num-heads 8 --mamba-head-dim 16 --mamba-state-dim 16 --mamba-num-groups 2"
+)
 SAVES, BEHIND = "--save somewhere --save-interval 3", "--load somewhere"
 
 
@@ -85,6 +89,8 @@ ROWS = (
     Row("--no-yarn-correction-range-round-to-int", "model", YARN, "rotary_pos_emb"),
     Row("--qk-layernorm", "model", where="q_layernorm"),
     Row("--spec harness.specs.projection_norm layer_spec", "model", "--qk-layernorm --normalization RMSNorm", "q_layernorm"),
+    Row("--mamba-num-heads 16", "model", MAMBA, "mixer.A_log"), Row("--mamba-head-dim 32", "model", MAMBA, "mixer.norm.weight"),
+    Row("--mamba-state-dim 32", "model", MAMBA, "mixer.conv1d_weight"), Row("--mamba-num-groups 4", "model", MAMBA, "mixer.conv1d_weight"),
     Row("--untie-embeddings-and-output-weights", "model", where="output_layer.weight"),
     Row("--attention-output-gate", "model", where="linear_qkv.weight"), Row("--softmax-type learnable", "model", where="softmax_offset"),
     Row("--window-size 7,0", "transformer"), Row("--window-attn-skip-freq 2", "transformer", "--window-size 7,0"),
@@ -299,7 +305,7 @@ def test_what_the_catalogue_emits_has_a_row(tmp_path):
             *loading_flags(Loading(tmp_path, 3, True)),
         }
     words |= {*tracking_flags(Tracking("offline", "p", "e", "n"), "label")}
-    assert {word for word in words if word.startswith("--")} <= rows | OF_LARGE_MODELS
+    assert {word for word in words if word.startswith("--")} <= rows | OF_LARGE_MODELS | OF_HYBRIDS
 
 
 def test_an_argument_has_one_row():

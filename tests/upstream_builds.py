@@ -123,19 +123,18 @@ def transformer_engine(version):
 
 def model_of(args):
     """Of every module of the model: its class, its numbers and words, its functions; of every tensor: its shape, small ones whole."""
+    from build_models import builder_of
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-    from megatron.training import argument_utils
-    from megatron.training.models.gpt import GPTModelBuilder
 
     build_tokenizer(args)
     found = {}
     with imagined(args):
         model_parallel_cuda_manual_seed(1, force_reset_rng=True)
         chunk = 0 if args.virtual_pipeline_model_parallel_size else None
-        config = argument_utils.gpt_config_from_args(args)
-        model = GPTModelBuilder(config).build_model(
+        builder, config = builder_of(args)
+        model = builder(config).build_model(
             ProcessGroupCollection.use_mpu_process_groups(), vp_stage=chunk
         )
         for path, module in model.named_modules():

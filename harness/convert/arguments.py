@@ -84,6 +84,11 @@ def model_of(args: Namespace, name: str, vocab_size: int) -> tuple[Model, int]:
         raise UserError(
             f"{name}: the checkpoint has none of upstream's arguments, which describe its model"
         )
+    if "M" in (pattern := getattr(args, "hybrid_layer_pattern", None) or ""):
+        raise UserError(
+            f"{name}: models with Mamba layers ({pattern}) are not converted; the checkpoint stays"
+            " in Megatron-LM's format"
+        )
     odd = [
         f"{key} = {getattr(args, key)}"
         for key, usual in _UNSUPPORTED.items()

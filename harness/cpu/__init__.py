@@ -5,6 +5,7 @@
 ``norm``         layer norms under sequence parallelism
 ``attention``    attention under context parallelism
 ``experts``      experts with biases
+``mamba``        the kernels of Mamba-2 layers
 ``recompute``    recomputation of single modules
 ``fsdp``         PyTorch's FSDP2 on CPUs
 ``checkpoints``  saving and loading
@@ -40,10 +41,11 @@ def install() -> None:
             f" {', '.join(KNOWN)}\ncheck out core_v0.19.0 (git submodule update --init"
             " megatron-lm), or run on a GPU"
         )
-    from harness.cpu import collectives, cuda
+    from harness.cpu import collectives, cuda, mamba
 
     cuda.install()
     collectives.install()
+    mamba.install()
     from harness.cpu import attention, checkpoints, experts, fsdp, norm, recompute
 
     experts.install()

@@ -2,7 +2,8 @@
 
 So GPTModel and HybridModel load each other's, upstream's as well as those here: pretrain_gpt.py
 reads them as its own, pretrain_hybrid.py as a GPT's (``_maybe_setup_gpt_to_hybrid_load`` in
-megatron/training/checkpointing.py).
+megatron/training/checkpointing.py). A model with Mamba layers is no GPT: upstream saves it as
+it is.
 """
 
 from __future__ import annotations
@@ -11,15 +12,17 @@ import sys
 from argparse import Namespace
 from typing import Any
 
+PATTERN = "--hybrid-layer-pattern"
+
 
 def is_asked_for() -> bool:
     """Whether this run's arguments describe a HybridModel."""
-    return "--hybrid-layer-pattern" in sys.argv
+    return PATTERN in sys.argv
 
 
 def install() -> None:
-    """In a run of HybridModel, save and compare arguments as those of the GPT."""
-    if not is_asked_for():
+    """In a run of a GPT as HybridModel, save and compare arguments as those of the GPT."""
+    if not is_asked_for() or "M" in sys.argv[sys.argv.index(PATTERN) + 1]:
         return
     from megatron.core.models.hybrid.hybrid_model import HybridModel
     from megatron.training import checkpointing, get_args

@@ -14,8 +14,9 @@ from harness.experiment.experiment import Experiment
 from harness.experiment.hardware import DRIVER_RESERVED_MIB, Card, find_card
 from harness.planning import resolved
 from harness.predict.capacity import (
-    ERROR_SHARE,
     MOST_CHANGES,
+    error,
+    unmeasured,
     usable_gib,
     verdict,
     ways_to_fit,
@@ -55,11 +56,13 @@ def print_memory(id_: str, settings: Mapping[str, str]) -> int:
     _say_sum("nvidia-smi", memory.in_all, [(row, _of_process_gib(row)) for row in rows])
     for line in without_effect(experiment):
         say(f"  {line}")
+    if said := unmeasured(experiment):
+        print(f"\n{said}")
     for card in cards_of(experiment):
         judged = verdict(memory, card)
         print()
         say(
-            f"{card.name}: needs {memory.in_all:.1f} GiB +-{ERROR_SHARE:.0%}; the card has"
+            f"{card.name}: needs {memory.in_all:.1f} GiB{error(experiment)}; the card has"
             f" {usable_gib(card):.1f} without the driver's: {judged}"
         )
         if judged != "fits":
@@ -95,7 +98,7 @@ def _parts(experiment: Experiment, memory: Memory) -> list[tuple[str, float, str
         ),
         ("gradients", memory.gradients, ""),
         ("optimizer", memory.optimizer, ""),
-        ("attention", memory.attention, kept),
+        ("Mamba, attn." if experiment.model.mamba else "attention", memory.attention, kept),
         ("experts" if moe else "MLPs", memory.mlp, routed if moe else ""),
         ("passing", memory.passing, "logits and loss, or one layer in its backward pass"),
         ("rounding", memory.rounding, "ends of blocks: the allocator splits off 1 MiB or more"),

@@ -1,16 +1,20 @@
-"""What must hold of latent attention, routers and multi-token prediction, checked before a run.
+"""What must hold of latent attention, routers, multi-token prediction and Mamba layers.
+
+Checked before a run.
 
 Sources: validate_args in megatron/training/arguments.py, ``__post_init__`` of TransformerConfig and
-MLATransformerConfig in megatron/core/transformer/transformer_config.py, and group_limited_topk in
-megatron/core/transformer/moe/moe_utils.py of core_v0.19.0.
+MLATransformerConfig in megatron/core/transformer/transformer_config.py, group_limited_topk in
+megatron/core/transformer/moe/moe_utils.py, and MambaMixer and MambaContextParallel in
+megatron/core/ssm, of core_v0.19.0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+from harness.errors import indivisible
 from harness.experiment.experiment import Experiment
-from harness.experiment.model import Model, Yarn
+from harness.experiment.model import ATTENTION, MAMBA, MLP, Model, Yarn
 
 _ONLY_YARN = {
     "original_max_position_embeddings": 4096,
@@ -29,6 +33,8 @@ def violations(experiment: Experiment) -> Iterator[str]:
     yield from _rotary(model)
     yield from _latent_attention(model)
     yield from _multi_token_prediction(experiment)
+    yield from _layer_pattern(model)
+    yield from _mamba(experiment)
     untested = {
         "latent attention": model.latent_attention,
         "multi-token prediction": model.predictors,
@@ -76,7 +82,7 @@ def _router(model: Model) -> Iterator[str]:
 
 
 def _rotary(model: Model) -> Iterator[str]:
-    if model.position_embedding == "learned_absolute":
+    if not model.rotates:
         return
     latent = model.latent_attention
     name, turned = "head size", model.head_size
@@ -99,7 +105,7 @@ def _latent_attention(model: Model) -> Iterator[str]:
     absent = ("num_query_groups", "kv_channels", "attention_output_gate", "attention_sinks")
     if given := [name for name in (*absent, "window_size") if getattr(model, name)]:
         yield f"upstream's latent attention has no {', '.join(given)}; leave them out"
-    if model.position_embedding == "learned_absolute":
+    if not model.rotates:
         yield "latent_attention needs position_embedding rope or yarn"
     if model.qk_norm == "projection":
         yield "latent_attention needs qk_norm head or none, not projection"
@@ -122,3 +128,55 @@ def _multi_token_prediction(experiment: Experiment) -> Iterator[str]:
         yield "MTP is not tested with window_size; leave it out"
     if experiment.cuda_graphs:
         yield "MTP is not tested with CUDA graphs; set CUDA_GRAPHS=0"
+
+
+def _layer_pattern(model: Model) -> Iterator[str]:
+    """A pattern that upstream's parser reads, of layers that predictions know."""
+    pattern = model.layer_pattern
+    if pattern is None:
+        if model.mamba:
+            yield "mamba: layer_pattern says which layers they are; set both or neither"
+        return
+    letters = f"{MAMBA} (Mamba), {ATTENTION} (attention), {MLP} (an MLP)"
+    if unknown := sorted({*pattern} - {MAMBA, ATTENTION, MLP}):
+        yield f"layer_pattern {pattern}: {unknown[0]!r} is none of {letters}; PP and VPP divide it"
+    if (layers := len(pattern)) != model.num_layers:
+        yield f"num_layers ({model.num_layers}) must equal the letters of layer_pattern ({layers})"
+    if MAMBA not in pattern or not model.mamba:
+        yield (
+            f"layer_pattern {pattern} is of a model with Mamba layers, {MAMBA}, whose sizes mamba"
+            " says: set both or neither"
+        )
+    if pattern.startswith(MLP):
+        yield f"layer_pattern {pattern}: upstream's parser takes it for an option; begin with M, *"
+    absent = ("num_experts", "latent_attention", "mtp_num_layers", "window_size")
+    if given := [name for name in absent if getattr(model, name)]:
+        yield f"layer_pattern is not tested with {', '.join(given)}; leave that out"
+
+
+def _mamba(experiment: Experiment) -> Iterator[str]:
+    model, mamba, tp, cp = experiment.model, experiment.model.mamba, experiment.tp, experiment.cp
+    if mamba is None:
+        return
+    if experiment.entry != "hybrid":
+        yield f"{model.name}: only upstream's HybridModel has Mamba layers; set ENTRY=hybrid"
+    heads, groups = mamba.num_heads, mamba.num_groups
+    if broken := indivisible("mamba num_heads", heads, "mamba num_groups", groups):
+        yield broken
+    for name, number in {"num_heads": heads, "num_groups": groups}.items():
+        if broken := indivisible(f"mamba {name}", number, "TP", tp):
+            yield f"{broken}; each rank has whole heads and groups"
+    of_rank = groups // tp
+    if cp > 1 and (broken := indivisible("mamba num_heads", heads, "TP x CP", tp, cp)):
+        yield f"{broken}, since CP ranks share out the heads of a TP rank"
+    elif of_rank and of_rank % cp and cp % of_rank:
+        yield (
+            f"of mamba num_groups / TP ({of_rank}) and CP ({cp}), one must be divisible by the"
+            " other"
+        )
+    untested = {
+        f"OPTIMIZER={experiment.optimizer}": experiment.optimizer != "adam",
+        "TP_OVERLAP=1": experiment.tp_overlap,
+    }
+    for what in (name for name, given in untested.items() if given):
+        yield f"Mamba layers are not tested with {what}; leave it out"

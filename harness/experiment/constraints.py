@@ -257,8 +257,9 @@ def _entry(experiment: Experiment) -> Iterator[str]:
         "PP_LAYOUT": experiment.pp_layout,
         f"SHARDING={experiment.sharding}": experiment.sharding not in ("no_shard", "optim"),
     }
+    way_out = "leave it out" if model.mamba else "set ENTRY=gpt"
     for what in (name for name, given in lacking.items() if given):
-        yield f"ENTRY=hybrid does not have, or is not tested with, {what}; set ENTRY=gpt"
+        yield f"ENTRY=hybrid does not have, or is not tested with, {what}; {way_out}"
 
 
 def _shared_expert_overlap(experiment: Experiment) -> Iterator[str]:
@@ -534,6 +535,10 @@ def _split_widths(model: Model, tp: int) -> dict[str, int]:
             for name, linear in layers
         }
         widths["values / TP"] = model.context_size // tp
+    if model.mamba:
+        # upstream's rule in MambaMixer, of each rank's part
+        widths["mamba projected_size / TP"] = model.mamba.projected_size // tp
+        widths["mamba inner_size / TP"] = model.mamba.inner_size // tp
     if model.dense_layers:
         widths["ffn_hidden_size / TP"] = model.ffn // tp
     if shared := model.moe_shared_expert_intermediate_size:

@@ -1,4 +1,4 @@
-"""A row's layers as upstream's HybridModel names them (``ENTRY=hybrid``)."""
+"""A row's layers as upstream's HybridModel names them (``entry: hybrid``)."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from harness.experiment.pipeline import layer_ranges
 
 
 def layer_pattern(experiment: Experiment) -> str:
-    """What ``--hybrid-layer-pattern`` says: attention and MLP of each layer, a segment a chunk.
+    """What ``--hybrid-layer-pattern`` says: the model's pattern, a segment a chunk.
 
-    ``*`` is attention, ``+`` latent attention, ``-`` a dense MLP, ``E`` experts
-    (megatron/core/models/hybrid/hybrid_layer_allocation.py). Chunk c of stage s follows chunk c of
-    stage s - 1.
+    Of a GPT, attention and MLP of each layer: ``*`` is attention, ``+`` latent attention, ``-`` a
+    dense MLP, ``E`` experts (megatron/core/models/hybrid/hybrid_layer_allocation.py). Chunk c of
+    stage s follows chunk c of stage s - 1.
 
     Raises:
         UserError: the layers do not divide into the stages.
@@ -21,6 +21,8 @@ def layer_pattern(experiment: Experiment) -> str:
     first_experts = model.first_dense_layers if model.num_experts else model.num_layers
 
     def segment(layers: range) -> str:
+        if model.layer_pattern:
+            return model.layer_pattern[layers.start : layers.stop]
         return "".join(attention + ("E" if layer >= first_experts else "-") for layer in layers)
 
     return "|".join(segment(stage[chunk]) for chunk in range(experiment.vpp) for stage in chunks)

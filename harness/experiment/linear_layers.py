@@ -1,17 +1,19 @@
 """The linear layers of a transformer layer: their sizes, and what tensor parallelism splits.
 
-Sources: megatron/core/transformer/{attention,multi_latent_attention,mlp,multi_token_prediction}.py
-and megatron/core/transformer/moe/shared_experts.py of core_v0.19.0, as Transformer Engine's layers
-are built (megatron/core/models/gpt/gpt_layer_specs.py).
+Sources: megatron/core/transformer/{attention,multi_latent_attention,mlp,multi_token_prediction}.py,
+megatron/core/transformer/moe/shared_experts.py and megatron/core/ssm/mamba_mixer.py of
+core_v0.19.0, as Transformer Engine's layers are built
+(megatron/core/models/gpt/gpt_layer_specs.py).
 """
 
 from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from harness.experiment.model import Model
+from harness.experiment.model import Mamba, Model
 
-LayerKind = Literal["dense", "experts"]
+LayerKind = Literal["dense", "experts", "mamba", "attention", "mlp"]
+"""``dense`` and ``experts``: attention and what its name says; the others: only that."""
 
 
 class Linear(NamedTuple):
@@ -37,10 +39,25 @@ class Linear(NamedTuple):
 
 
 def of_layer(model: Model, kind: LayerKind) -> dict[str, Linear]:
-    """The linear layers of one transformer layer, in order; without experts' and router."""
-    if kind == "dense":
-        return of_attention(model) | of_mlp(model, model.ffn)
+    """The linear layers of one layer, in order; without experts' and router."""
+    match kind:
+        case "mamba":
+            return of_mamba(model.mamba, model.hidden_size)
+        case "attention":
+            return of_attention(model)
+        case "mlp":
+            return of_mlp(model, model.ffn)
+        case "dense":
+            return of_attention(model) | of_mlp(model, model.ffn)
     return of_attention(model) | of_shared_expert(model)
+
+
+def of_mamba(mamba: Mamba, hidden: int) -> dict[str, Linear]:
+    """The linear layers of a Mamba layer, which have no biases."""
+    return {
+        "in_proj": Linear(hidden, mamba.projected_size, "outputs", False),
+        "out_proj": Linear(mamba.inner_size, hidden, "inputs", False),
+    }
 
 
 def of_attention(model: Model) -> dict[str, Linear]:

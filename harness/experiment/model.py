@@ -47,6 +47,46 @@ class LatentAttention(Checked):
     v_head_dim: Count
 
 
+CONV_WIDTH = 4
+"""Tokens that a Mamba layer's convolution sees: ``d_conv`` of MambaMixer in
+megatron/core/ssm/mamba_mixer.py, for which upstream has no argument."""
+
+
+class Mamba(Checked):
+    """Sizes of Mamba-2 layers (Dao and Gu 2024, arXiv:2405.21060, section 7).
+
+    Names as in megatron/core/transformer/transformer_config.py, without ``mamba_``.
+    """
+
+    num_heads: Count
+    """The layer is ``num_heads`` x ``head_dim`` wide inside, in most models twice hidden_size."""
+    head_dim: Count = 64
+    state_dim: Count = 128
+    """Values of the state that each channel of a head has."""
+    num_groups: Count = 8
+    """Groups of heads that share what is written to the state and read from it, B and C."""
+
+    @property
+    def inner_size(self) -> int:
+        """Width of all heads together."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def conv_size(self) -> int:
+        """Channels of the convolution: the heads' inputs, B and C."""
+        return self.inner_size + 2 * self.num_groups * self.state_dim
+
+    @property
+    def projected_size(self) -> int:
+        """Outputs of in_proj: gate, the convolution's input, and a time step for each head."""
+        return self.inner_size + self.conv_size + self.num_heads
+
+
+MAMBA, ATTENTION, MLP = "M", "*", "-"
+"""Letters of ``Model.layer_pattern`` (Symbols in
+megatron/core/models/hybrid/hybrid_layer_allocation.py)."""
+
+
 class Model(Checked):
     """An architecture, in upstream's terms."""
 
@@ -54,6 +94,10 @@ class Model(Checked):
     num_layers: Count
     hidden_size: Count
     num_attention_heads: Count
+    layer_pattern: str | None = None
+    """Of a model with Mamba layers, each of its ``num_layers``: M Mamba, * attention, - an MLP.
+    None: each layer has attention and an MLP or experts."""
+    mamba: Mamba | None = None
     ffn_hidden_size: Count | None = None
     num_query_groups: Count | None = None
     kv_channels: Count | None = None
@@ -63,7 +107,8 @@ class Model(Checked):
     normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
     norm_epsilon: Annotated[float, Field(gt=0)] = 1e-5
     activation: Literal["gelu", "swiglu", "clamped_quick_geglu", "squared_relu"] = "gelu"
-    position_embedding: Literal["learned_absolute", "rope", "yarn"] = "learned_absolute"
+    position_embedding: Literal["learned_absolute", "rope", "yarn", "none"] = "learned_absolute"
+    """``none``: only the mask and Mamba layers say which token comes first."""
     rotary_base: Count = 10000
     rotary_percent: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of each head that positions rotate."""
@@ -179,8 +224,13 @@ class Model(Checked):
         return self.moe_ffn_hidden_size or self.ffn
 
     @property
+    def rotates(self) -> bool:
+        """Whether positions rotate queries and keys."""
+        return self.position_embedding in ("rope", "yarn")
+
+    @property
     def dense_layers(self) -> int:
-        """Transformer layers without experts, at the beginning."""
+        """Transformer layers without experts, at the beginning; without ``layer_pattern``."""
         return self.first_dense_layers if self.num_experts else self.num_layers
 
     @property

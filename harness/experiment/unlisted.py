@@ -60,8 +60,10 @@ def experiment_from(model: str | Model, settings: Mapping[str, str]) -> Experime
 def row_of(model: Model, layers: int | None = None) -> Experiment:
     """What a row of ``model`` on one GPU would say, cut to so many ``layers``."""
     if layers and layers != model.num_layers:
-        name = f"{model.name}-{layers}-layers"
-        model = model.model_copy(update={"name": name, "num_layers": layers})
+        cut = {"name": f"{model.name}-{layers}-layers", "num_layers": layers}
+        if model.layer_pattern:
+            cut["layer_pattern"] = model.layer_pattern[:layers]
+        model = model.model_copy(update=cut)
     length = USUAL_LENGTH[model.position_embedding == "learned_absolute"]
     return Experiment(
         id=model.name,
@@ -69,6 +71,7 @@ def row_of(model: Model, layers: int | None = None) -> Experiment:
         chapter=0,
         shows="a plan, no row of the catalogue",
         model=model,
+        entry="hybrid" if model.mamba else "gpt",
         micro_batch_size=1,
         global_batch_size=usual_batch(length),
         seq_length=length,

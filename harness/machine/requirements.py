@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 
 from harness.errors import UserError
@@ -12,6 +12,14 @@ from harness.experiment.experiment import Experiment
 from harness.experiment.hardware import find_card
 from harness.machine.gpus import list_gpus
 from harness.machine.provenance import package_version
+
+MAMBA_KERNELS = {"causal-conv1d": "1.4.0", "mamba-ssm": "2.0.0"}
+"""Packages of Mamba layers on a GPU, and their oldest version for training
+(_check_mamba_sequence_packing_support in megatron/core/ssm/mamba_mixer.py); upstream's
+pyproject.toml has causal-conv1d ~= 1.5 and a commit after mamba-ssm 2.3.2."""
+INSTALL_MAMBA_KERNELS = (
+    "pip install --no-build-isolation causal-conv1d~=1.5 mamba-ssm (CUDA's compiler builds them)"
+)
 
 
 def check_machine(experiment: Experiment, device: str) -> None:
@@ -45,6 +53,11 @@ def check_machine(experiment: Experiment, device: str) -> None:
             " installed (https://github.com/deepseek-ai/DeepEP)\n"
             "MOE_DISPATCHER=alltoall does without"
         )
+    if experiment.model.mamba and device == "cuda" and (lacking := mamba_kernels_lacking()):
+        raise UserError(
+            f"{experiment.id}: Mamba layers on a GPU need {' and '.join(lacking)}\n"
+            f"{INSTALL_MAMBA_KERNELS}; DEVICE=cpu trains the miniature without them"
+        )
     if experiment.optimizer == "muon" and find_spec("emerging_optimizers") is None:
         raise UserError(
             f"{experiment.id}: upstream's muon needs the package emerging-optimizers, which is not"
@@ -58,7 +71,7 @@ def _check_transformer_engine(experiment: Experiment) -> None:
     if found is None:
         return
     for setting, needed in _of_transformer_engine(experiment):
-        if _parsed(found) < _parsed(needed):
+        if _numbers(found) < _numbers(needed):
             raise UserError(
                 f"{experiment.id}: {setting} needs Transformer Engine {needed} or later, not"
                 f" {found}; make setup-gpu builds a later one, or leave it out"
@@ -85,6 +98,16 @@ def _of_transformer_engine(experiment: Experiment) -> Iterator[tuple[str, str]]:
             yield "DELAY_WGRAD=1 with CUDA_GRAPHS", "2.10"
 
 
-def _parsed(version: str) -> tuple[int, ...]:
-    """The numbers that begin a version: (2, 7) of ``2.7.0.dev0``."""
-    return tuple(map(int, re.findall(r"\d+", version)[:2]))
+def mamba_kernels_lacking(needed: Mapping[str, str] = MAMBA_KERNELS) -> list[str]:
+    """What is wrong with each of the packages ``needed`` that is missing or too old."""
+    installed = {name: package_version(name) for name in needed}
+    return [
+        f"{name} {oldest} or later ({installed[name] or 'not installed'})"
+        for name, oldest in needed.items()
+        if _numbers(installed[name] or "") < _numbers(oldest)
+    ]
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """The numbers that a version begins with, to compare."""
+    return tuple(map(int, re.findall(r"\d+", version)[:3]))

@@ -101,6 +101,11 @@ def _check_conversations(full: Experiment) -> None:
             f"{full.id}: conversations are packed, which is not tested with cp = {full.cp}; set"
             " CP=1"
         )
+    if full.model.mamba:
+        raise UserError(
+            f"{full.id}: conversations are packed, which is not tested with Mamba layers: their"
+            " state would have to begin anew with each; choose another model"
+        )
     if full.cuda_graphs:
         raise UserError(
             f"{full.id}: packed conversations begin and end elsewhere in each sequence, which no"

@@ -18,7 +18,7 @@ from harness.data import data_sets
 from harness.experiment.command_line import EXPERIMENT_SETTINGS, FIELDS, MINIATURE_STEPS
 from harness.experiment.constraints import divisors, with_changes
 from harness.experiment.experiment import Experiment
-from harness.experiment.model import Model
+from harness.experiment.model import MLP, Model
 from harness.experiment.overrides import explicit_model
 from harness.experiment.pipeline import EVEN_STAGES, chunk_layers, predictor_chunk
 
@@ -32,6 +32,7 @@ CONVERSATION = 128
 """Tokens of a sequence at least, where conversations are to be learned."""
 MOST_MICRO_BATCHES = 4
 """Of a step, where not all processes of a layout run."""
+MAMBA_HEADS_OF_A_GROUP = 4
 EXPERT_SCALE = 4
 MOST_EXPERTS = 32
 MOST_TOPK = 2
@@ -159,6 +160,7 @@ def describe(full: Experiment, small: Experiment) -> str:
         ("hidden", full.model.hidden_size, small.model.hidden_size),
         ("global batch", full.global_batch_size, small.global_batch_size),
         ("sequence", full.seq_length, small.seq_length),
+        ("pattern", full.model.layer_pattern, small.model.layer_pattern),
         ("vocabulary", full.model.vocab_size, small.model.vocab_size),
         ("experts", full.model.num_experts, small.model.num_experts),
         ("dense layers", full.model.first_dense_layers, small.model.first_dense_layers),
@@ -236,17 +238,30 @@ def _heads(experiment: Experiment, degrees: Mapping[str, Any]) -> dict[str, int 
 def _miniature_model(experiment: Experiment, degrees: Mapping[str, Any]) -> Model:
     model, pp = experiment.model, degrees["pp"]
     stages = pp * experiment.vpp
+    run = shortest_run(model.layer_pattern or "")
     if experiment.uneven_pipeline:
         stages = sum(map(sum, _small_chunks(experiment, pp)))
     heads = _heads(experiment, degrees)
     width = heads["num_attention_heads"] * HEAD_SIZE
     scaled: dict[str, object] = {
         **heads,
-        "num_layers": stages if stages > 1 else LAYERS_WITHOUT_PIPELINE,
+        "num_layers": stages if stages > 1 or run else LAYERS_WITHOUT_PIPELINE,
         "hidden_size": width,
         "ffn_hidden_size": 4 * width if model.ffn_hidden_size else None,
         "vocab_size": _vocabulary(experiment),
     }
+    if mamba := model.mamba:
+        if not experiment.uneven_pipeline:
+            scaled["num_layers"] *= len(run)
+        repeated = run * scaled["num_layers"]
+        scaled["layer_pattern"] = repeated[: scaled["num_layers"]]
+        scaled["mamba"] = mamba.model_copy(
+            update={
+                "head_dim": 2 * HEAD_SIZE,
+                "num_heads": mamba.num_groups * MAMBA_HEADS_OF_A_GROUP,
+                "state_dim": 4 * HEAD_SIZE,
+            }
+        )
     if model.kv_channels:
         # wider than hidden_size / heads, as in the models that have it
         scaled["kv_channels"] = 2 * HEAD_SIZE
@@ -283,6 +298,18 @@ def _miniature_model(experiment: Experiment, degrees: Mapping[str, Any]) -> Mode
         if model.moe_router_group_topk:
             scaled["moe_router_group_topk"] = min(model.moe_router_group_topk, MOST_TOPK)
     return model.model_copy(update=scaled)
+
+
+def shortest_run(pattern: str) -> str:
+    """The shortest run of ``pattern`` with every kind of its layers, which may be a pattern itself;
+    the first of several."""
+    kinds = {*pattern}
+    runs = (
+        pattern[start : start + length]
+        for length in range(len(pattern) + 1)
+        for start in range(len(pattern) - length + 1)
+    )
+    return next(run for run in runs if {*run} == kinds and not run.startswith(MLP))
 
 
 def _vocabulary(experiment: Experiment) -> int:

@@ -1,9 +1,9 @@
-"""The tensors that a transformer layer leaves for its backward pass, operation by operation.
+"""The tensors that a layer leaves for its backward pass, operation by operation.
 
 Counted are the tensors that autograd keeps in Megatron-LM core_v0.19.0 with Transformer Engine
-2.19's layers (attention_operations.py, mlp_operations.py). The method, and for GPT-2's layers the
-result (34 bytes a token and hidden unit), are those of Korthikanti et al. 2022 (arXiv:2205.05198),
-section 4.1.
+2.19's layers (attention_operations.py, mlp_operations.py, mamba_operations.py). The
+method, and for GPT-2's layers the result (34 bytes a token and hidden unit), are those of
+Korthikanti et al. 2022 (arXiv:2205.05198), section 4.1.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from harness.experiment.linear_layers import LayerKind
 from harness.predict import stages
 from harness.predict.attention_operations import attention_operations
 from harness.predict.flops import padded_vocab_size
+from harness.predict.mamba_operations import mamba_operations
 from harness.predict.mlp_operations import mlp_operations
 from harness.predict.operations import (
     Operation,
@@ -32,11 +33,18 @@ from harness.predict.operations import (
 
 
 def layer_operations(experiment: Experiment, kind: str) -> list[Operation]:
-    """A layer on one micro-batch in order: ``dense``, ``experts``, or one of ``predictors``."""
+    """A layer on one micro-batch in order; ``kind``: a field of ``stages.Layers``."""
     if kind == "predictors":
         experiment = stages.of_predictors(experiment)
-    whole = _transformer_kind(experiment, kind)
-    operations = [*attention_operations(experiment), *mlp_operations(experiment, whole)]
+    match whole := _transformer_kind(experiment, kind):
+        case "mamba":
+            operations = mamba_operations(experiment)
+        case "attention":
+            operations = attention_operations(experiment)
+        case "mlp":
+            operations = mlp_operations(experiment, "dense")
+        case _:
+            operations = [*attention_operations(experiment), *mlp_operations(experiment, whole)]
     if kind == "predictors":
         operations = [*_joining_operations(experiment), *operations, _last_norm(experiment)]
     return recomputing(operations, experiment.selectively_recomputed)
@@ -69,12 +77,22 @@ def kept_bytes(experiment: Experiment, kind: str) -> float:
     """Bytes that a layer keeps of one micro-batch for the backward pass."""
     if experiment.recompute == "full":
         return hidden_bytes(experiment)
+    return computed_bytes(experiment, kind)
+
+
+def computed_bytes(experiment: Experiment, kind: str) -> float:
+    """The same where the whole layer is not, or no longer, to be recomputed."""
     return _kept(layer_operations(experiment, kind))
 
 
 def attention_bytes(experiment: Experiment) -> float:
     """Bytes that a layer's attention and its norm keep of one micro-batch for the backward pass."""
     return _kept(recomputing(attention_operations(experiment), experiment.selectively_recomputed))
+
+
+def mamba_bytes(experiment: Experiment) -> float:
+    """Bytes that a Mamba layer and its norm keep of one micro-batch for the backward pass."""
+    return _kept(mamba_operations(experiment))
 
 
 def mlp_bytes(experiment: Experiment, kind: str | None = None) -> float:
@@ -85,7 +103,8 @@ def mlp_bytes(experiment: Experiment, kind: str | None = None) -> float:
     """
     if kind == "predictors":
         experiment = stages.of_predictors(experiment)
-    operations = mlp_operations(experiment, _transformer_kind(experiment, kind))
+    whole = _transformer_kind(experiment, kind)
+    operations = mlp_operations(experiment, "experts" if whole == "experts" else "dense")
     kept = _kept(recomputing(operations, experiment.selectively_recomputed))
     return kept + (predictor_bytes(experiment) if kind == "predictors" else 0)
 

@@ -19,6 +19,16 @@ MOST_CHANGES = 3
 """Changes to an experiment that are combined to make it fit."""
 
 
+def unmeasured(experiment: Experiment) -> str:
+    """What of ``experiment`` no run has measured the memory of, as a sentence; empty: nothing."""
+    return "no measured row has Mamba layers: error unknown" if experiment.model.mamba else ""
+
+
+def error(experiment: Experiment) -> str:
+    """How far a prediction may be off, to follow the number; nothing where it is not known."""
+    return "" if unmeasured(experiment) else f" +-{ERROR_SHARE:.0%}"
+
+
 def verdict(memory: Memory, card: Card) -> Verdict:
     """Whether ``memory``, as nvidia-smi shows it, fits ``card`` whatever the prediction's error."""
     usable = usable_gib(card)
@@ -55,10 +65,11 @@ def summary(experiment: Experiment, card: Card) -> str:
         return f"memory: no formula covers {', '.join(unknown)} in ARGS"
     memory = predict(experiment)
     most, gib = max(memory.pieces.items(), key=lambda piece: piece[1])
-    sure = verdict(memory, card)
+    sure, said = verdict(memory, card), unmeasured(experiment)
     line = (
         f"memory by formula: {memory.total:.1f} GiB allocated, most of it {most} ({gib:.1f});"
-        f" {memory.in_all:.1f} +-{ERROR_SHARE:.0%} in nvidia-smi: {sure} on {card.name}"
+        f" {memory.in_all:.1f}{error(experiment)} in nvidia-smi: {sure} on {card.name}"
+        f"{'; ' * bool(said)}{said}"
     )
     if sure == "fits":
         return line

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import get_args
 
 from harness.experiment import linear_layers
 from harness.experiment.experiment import Experiment
 from harness.experiment.linear_layers import LayerKind, Linear
-from harness.experiment.model import Model
+from harness.experiment.model import CONV_WIDTH, Mamba, Model
 from harness.experiment.pipeline import predictor_chunk, stage_layers
 from harness.predict import stages
 
@@ -55,7 +56,7 @@ def padded_vocab_size(vocab_size: int, tp: int) -> int:
 
 
 def count_parameters(experiment: Experiment) -> Parameters:
-    """Parameters of upstream's GPT model, with biases, norms, softmax sinks and learned positions.
+    """Parameters of upstream's model, with biases, norms, softmax sinks and learned positions.
 
     Upstream's own estimate leaves out the linear layers' biases and the position embedding
     (compute_weight_and_optimizer_memory in megatron/training/theoretical_memory_usage.py,
@@ -111,22 +112,20 @@ _WHOLE = {"tp": 1, "ep": 1, "etp": 1}
 def _held(experiment: Experiment, layers: stages.Layers) -> Held:
     """What a rank holds of ``layers``."""
     model = experiment.model
-    kind = stages.predictor_kind(experiment)
-    dense, experts = (
-        count + (layers.predictors if kind == which else 0)
-        for which, count in (("dense", layers.dense), ("experts", layers.experts))
-    )
-    of_dense, of_experts = (_of_layer(experiment, kind) for kind in ("dense", "experts"))
+    numbers = {kind: getattr(layers, kind) for kind in get_args(LayerKind)}
+    numbers[stages.predictor_kind(experiment)] += layers.predictors
+    parts = {kind: _of_layer(experiment, kind) for kind, number in numbers.items() if number}
     joining = layers.predictors * (linear_layers.of_predictor(model).weights // experiment.tp)
-    matrices = dense * of_dense.matrices + experts * of_experts.matrices + joining
-    norms = layers.predictors * 3 * _norm(model)
-    others = dense * of_dense.others + experts * of_experts.others + norms
-    held = experts * (model.num_experts or 0) // experiment.ep
+    matrices = joining + sum(numbers[kind] * part.matrices for kind, part in parts.items())
+    others = layers.predictors * 3 * _norm(model)
+    others += sum(numbers[kind] * part.others for kind, part in parts.items())
+    held = numbers["experts"] * (model.num_experts or 0) // experiment.ep
+    expert = parts.get("experts", _Layer(0, 0))
     return Held(
         dense=matrices + others,
-        experts=held * (of_experts.expert + of_experts.expert_bias),
+        experts=held * (expert.expert + expert.expert_bias),
         matrices=matrices,
-        expert_matrices=held * of_experts.expert,
+        expert_matrices=held * expert.expert,
         ends=0,
     )
 
@@ -160,25 +159,31 @@ def dummy_gradients(experiment: Experiment, stage: int) -> list[int]:
 
 @dataclass(frozen=True)
 class _Layer:
-    """A rank's parameters of one transformer layer."""
+    """A rank's parameters of one layer."""
 
     matrices: int
     """Weights of linear layers outside of experts."""
     others: int
-    """Biases, norms, softmax sinks, the router."""
-    expert: int
+    """Biases, norms, softmax sinks, the router; of Mamba what is not a linear layer."""
+    expert: int = 0
     """Weights of one expert."""
-    expert_bias: int
+    expert_bias: int = 0
 
 
 def _of_layer(experiment: Experiment, kind: LayerKind) -> _Layer:
     model, tp, etp = experiment.model, experiment.tp, experiment.etp
     linears = linear_layers.of_layer(model, kind).values()
-    sinks = model.num_attention_heads // tp if model.attention_sinks else 0
-    others = 2 * _norm(model) + _qk_norms(model) + sinks + sum(_bias(one, tp) for one in linears)
     matrices = sum(_weights(one, tp) for one in linears)
-    if kind == "dense":
-        return _Layer(matrices, others, 0, 0)
+    others = _norm(model) + sum(_bias(one, tp) for one in linears)
+    if kind in ("dense", "experts"):
+        others += _norm(model)
+    if kind not in ("mamba", "mlp"):
+        sinks = model.num_attention_heads // tp if model.attention_sinks else 0
+        others += _qk_norms(model) + sinks
+    if kind == "mamba":
+        others += sum(mamba_vectors(model.mamba, tp))
+    if kind != "experts":
+        return _Layer(matrices, others)
     router = (model.hidden_size + model.add_bias_linear) * (model.num_experts or 0)
     expert = linear_layers.of_mlp(model, model.moe_ffn).values()
     return _Layer(
@@ -187,6 +192,16 @@ def _of_layer(experiment: Experiment, kind: LayerKind) -> _Layer:
         sum(_weights(one, etp) for one in expert),
         sum(_bias(one, etp) for one in expert),
     )
+
+
+def mamba_vectors(mamba: Mamba, tp: int) -> tuple[int, ...]:
+    """Elements of a Mamba layer's parameters on a rank besides its linear layers and their norm.
+
+    The convolution's weight and bias, dt_bias, A_log and D, and the weight of the norm before
+    out_proj, in the order of MambaMixer.__init__ in megatron/core/ssm/mamba_mixer.py.
+    """
+    heads, channels = mamba.num_heads // tp, mamba.conv_size // tp
+    return (channels * CONV_WIDTH, channels, heads, heads, heads, mamba.inner_size // tp)
 
 
 def _weights(linear: Linear, tp: int) -> int:
@@ -230,7 +245,9 @@ def step_flops(
     As in Korthikanti et al. 2022 (arXiv:2205.05198, section 5 and appendix A), with causal
     attention. A token costs 6 FLOPs for each weight of the matrix products: 2 for a multiply-add,
     once forward and twice backward. So it does in the output layer, over the padded vocabulary, and
-    again for each token that multi-token prediction predicts. Attention costs 3 x (width of the
+    again for each token that multi-token prediction predicts. A Mamba layer's recurrence costs 7 x
+    width x state more, forward, and twice that backward, as upstream counts it; its convolution is
+    left out. Attention costs 3 x (width of the
     queries + width of the values) x tokens seen x 2, for scores and values, where a token sees half
     of its sequence, or a window of it. Of experts, those a token is routed to count; routers do
     not. A frozen weight (LoRA) has no gradient and costs 4; what lies before the first adapter has
@@ -242,13 +259,16 @@ def step_flops(
             counts packed ones; None: as for ``tokens``.
     """
     tokens, squares = _batch(experiment, tokens, squares)
-    model = experiment.model
+    model, layers = experiment.model, stages.of_model(experiment)
     windowed = (model.num_layers + 1) // 2 if model.window_size else 0
     in_window = _windowed_squares(experiment, tokens, squares)
-    seen = squares * (model.num_layers + model.predictors - windowed) + in_window * windowed
+    seen = squares * (layers.attending - windowed) + in_window * windowed
     output = model.hidden_size * padded_vocab_size(model.vocab_size, experiment.tp)
     attention = 3 * (model.query_size + model.context_size) * seen
-    weights = _weights_of_layers(model, stages.of_model(experiment))
+    if model.mamba:
+        inner = model.mamba.inner_size
+        attention += 3 * layers.mamba * _SCAN * inner * model.mamba.state_dim * tokens
+    weights = _weights_of_layers(model, layers)
     if experiment.lora is None:
         return tokens * 6 * (weights + (1 + model.predictors) * output) + attention
     whole = adapter_widths(experiment.model_copy(update={"tp": 1}))
@@ -258,14 +278,20 @@ def step_flops(
     return tokens * of_weights + attention - skipped
 
 
+_SCAN = 7
+"""FLOPs of a channel and a value of its state for a token, forward (mamba_layer_flops in
+megatron/training/training.py)."""
+
+
 def upstream_flops(
     experiment: Experiment, tokens: float | None = None, squares: float | None = None
 ) -> float:
     """The FLOPs of a step exactly as upstream counts them for its TFLOP/s; arguments as above.
 
     Upstream counts frozen weights as if they were trained, attention in a window as if it saw all
-    tokens, and a gated quick-GELU as two products where it is three; and it counts the norms within
-    latent attention and multi-token prediction as products.
+    tokens, a gated quick-GELU as two products where it is three, and Mamba layers as if their heads
+    were always twice as wide as the hidden state; and it counts the norms within latent attention
+    and multi-token prediction as products.
     Source: num_floating_point_operations in megatron/training/training.py, core_v0.19.0.
     """
     tokens, squares = _batch(experiment, tokens, squares)
@@ -275,6 +301,8 @@ def upstream_flops(
         stages.of_model(experiment),
     )
     attention = sum(one.weights for one in linear_layers.of_attention(model).values())
+    if model.mamba:
+        return _upstream_hybrid_flops(experiment, tokens, squares)
     norms = 0
     if latent := model.latent_attention:
         norms = (latent.q_lora_rank or 0) + latent.kv_lora_rank
@@ -290,6 +318,23 @@ def upstream_flops(
         tokens * 6 * (per_token + (1 + layers.predictors) * output)
         + 3 * layers.total * (model.query_size + model.context_size) * squares
     )
+
+
+def _upstream_hybrid_flops(experiment: Experiment, tokens: float, squares: float) -> float:
+    """``upstream_flops`` of a model with Mamba layers: hybrid_flops there."""
+    model, layers = experiment.model, stages.of_model(experiment)
+    hidden, mamba = model.hidden_size, model.mamba
+    inner = 2 * hidden
+    projected = 2 * inner + 2 * mamba.num_groups * mamba.state_dim + mamba.num_heads
+    of_mamba = 2 * hidden * (projected + inner) + _SCAN * inner * mamba.state_dim
+    matrices = 3 if model.activation == "swiglu" else 2
+    per_token = (
+        layers.mamba * of_mamba
+        + 4 * layers.attention * hidden * (model.query_size + model.key_size)
+        + 2 * layers.mlp * matrices * hidden * model.ffn
+        + 2 * hidden * padded_vocab_size(model.vocab_size, experiment.tp)
+    )
+    return 3 * (tokens * per_token + 2 * layers.attention * model.query_size * squares)
 
 
 def share_of_upstreams(
@@ -335,19 +380,21 @@ def _products(model: Model, kind: LayerKind) -> dict[str, int]:
 
     Of the experts, those that it is routed to, and the shared one.
     """
-    linears = linear_layers.of_attention(model)
-    width = model.ffn if kind == "dense" else _routed_width(model) + _shared_width(model)
-    linears |= linear_layers.of_mlp(model, width)
+    linears = linear_layers.of_layer(model, kind)
+    if kind == "experts":
+        width = _routed_width(model) + _shared_width(model)
+        linears |= linear_layers.of_mlp(model, width)
     return {name: linear.weights for name, linear in linears.items()}
 
 
 def _weights_of_layers(model: Model, layers: stages.Layers) -> int:
     """Weights that a token is multiplied with in ``layers``."""
-    dense, experts = (sum(_products(model, kind).values()) for kind in ("dense", "experts"))
-    predictor = linear_layers.of_predictor(model).weights + (
-        experts if model.num_experts else dense
-    )
-    return layers.dense * dense + layers.experts * experts + layers.predictors * predictor
+    kinds = [kind for kind in get_args(LayerKind) if getattr(layers, kind)]
+    weights = sum(getattr(layers, kind) * sum(_products(model, kind).values()) for kind in kinds)
+    if layers.predictors:
+        last = sum(_products(model, "experts" if model.num_experts else "dense").values())
+        weights += layers.predictors * (linear_layers.of_predictor(model).weights + last)
+    return weights
 
 
 def _windowed_squares(experiment: Experiment, tokens: float, squares: float) -> float:

@@ -11,8 +11,10 @@ from harness.experiment.experiment import Experiment
 from harness.predict import stages
 from harness.predict.activations import (
     attention_bytes,
+    computed_bytes,
     layer_backward_bytes,
     loss_bytes,
+    mamba_bytes,
     mlp_bytes,
     output_backward_bytes,
 )
@@ -56,7 +58,7 @@ class Memory:
     gradients: float
     optimizer: float
     attention: float
-    """Activations of attention and its norm, in all layers."""
+    """Activations of attention or Mamba layers and their norm, in all layers."""
     mlp: float
     """Activations of MLPs or experts and their norm, in all layers."""
     passing: float
@@ -149,10 +151,9 @@ class StageTensors:
         Works with arrays of other methods' results as well: harness/search/estimates.py.
         """
         state, in_flight = self.state(), self.in_flight()
-        attention, dense, experts, predictor = self.kept()
-        attention = attention * in_flight.total
-        mlp = dense * in_flight.dense + experts * in_flight.experts
-        mlp = mlp + predictor * in_flight.predictors
+        mixing, others = self.kept()
+        attention = sum(kept * number for kept, number in zip(mixing, in_flight, strict=True))
+        mlp = sum(kept * number for kept, number in zip(others, in_flight, strict=True))
         hidden = smaller(state.gradients, attention + mlp) * self.gradients_grow()
         return {
             "weights": state.weights,
@@ -189,23 +190,24 @@ class StageTensors:
         passes = layers_in_flight(self.experiment, self.stage)
         return stages.Layers(*map(sum, zip(*passes, strict=True)))
 
-    def kept(self) -> tuple[float, float, float, float]:
-        """What a micro-batch leaves in a layer's attention; in its MLP or experts, of each kind."""
-        experiment, model = self.experiment, self.experiment.model
+    def kept(self) -> tuple[stages.Layers, stages.Layers]:
+        """What a micro-batch leaves in attention or a Mamba layer, and in an MLP or experts, by the
+        layer's kind."""
+        experiment, numbers = self.experiment, stages.of_model(self.experiment)._asdict()
+        kinds = [kind for kind, number in numbers.items() if number]
         if experiment.recompute == "full":  # the layer's input
-            return hidden_bytes(experiment), 0.0, 0.0, 0.0
-        return (
-            attention_bytes(experiment),
-            mlp_bytes(experiment, "dense") if model.dense_layers else 0.0,
-            mlp_bytes(experiment, "experts") if model.num_experts else 0.0,
-            self._predictor() if model.predictors else 0.0,
-        )
-
-    def _predictor(self) -> float:
-        """What a layer of multi-token prediction keeps beyond the attention of other layers."""
-        alone = stages.of_predictors(self.experiment)
-        more = attention_bytes(alone) - attention_bytes(self.experiment)
-        return mlp_bytes(alone, "predictors") + more
+            return stages.Layers(**dict.fromkeys(kinds, hidden_bytes(experiment))), stages.Layers()
+        mixing = {kind: attention_bytes(experiment) for kind in kinds if kind != "mlp"}
+        if "predictors" in kinds:
+            mixing["predictors"] = attention_bytes(stages.of_predictors(experiment))
+        if "mamba" in kinds:
+            mixing["mamba"] = mamba_bytes(experiment)
+        others = {
+            kind: mlp_bytes(experiment, kind)
+            for kind in kinds
+            if kind not in ("mamba", "attention")
+        }
+        return stages.Layers(**mixing), stages.Layers(**others)
 
     def backward(self) -> stages.Layers:
         """Bytes that a layer of each kind needs while it goes backward, beyond what is kept of it:
@@ -216,8 +218,7 @@ class StageTensors:
             if number:
                 needed[kind] = layer_backward_bytes(experiment, kind)
                 if experiment.recompute == "full":
-                    layer = stages.of_predictors(experiment) if kind == "predictors" else experiment
-                    needed[kind] += attention_bytes(layer) + mlp_bytes(layer, kind)
+                    needed[kind] += computed_bytes(experiment, kind)
         return stages.Layers(**needed)
 
     def layers(self) -> stages.Layers:

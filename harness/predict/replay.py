@@ -31,6 +31,7 @@ from harness.predict.allocator import Allocator, Block
 from harness.predict.flops import (
     adapter_widths,
     dummy_gradients,
+    mamba_vectors,
     padded_vocab_size,
     state_of_parameter,
     state_on,
@@ -513,12 +514,15 @@ def _layer_parameters(experiment: Experiment, kind: str) -> tuple[list[int], lis
         more = [*norm * 3, *_weight_and_bias(linear_layers.of_predictor(model), tp)]
         kind = stages.predictor_kind(experiment)
     linears = linear_layers.of_layer(model, kind)
-    proj = linears.pop("linear_proj")  # constructed first
     dense = [*more]
-    for one in (proj, *linears.values()):
+    if "linear_proj" in linears:  # constructed first
+        dense += _weight_and_bias(linears.pop("linear_proj"), tp)
+    for one in linears.values():
         dense += _weight_and_bias(one, tp)
-    dense += norm * 2
-    if kind == "dense":
+    if kind == "mamba":
+        dense += mamba_vectors(model.mamba, tp)
+    dense += norm * (2 if kind in ("dense", "experts") else 1)
+    if kind != "experts":
         return dense, []
     expert = linear_layers.of_mlp(model, model.moe_ffn).values()
     one_expert = [size for one in expert for size in _weight_and_bias(one, experiment.etp)]

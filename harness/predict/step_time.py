@@ -28,8 +28,9 @@ from harness.predict import stages, timeline
 from harness.predict.elementwise import larger
 from harness.predict.flops import adapter_parameters, parameters_on
 from harness.predict.network import Group
+from harness.predict.pattern_work import PatternWork
 from harness.predict.stages import on_stage, predictor_kind
-from harness.predict.work import UPDATE_OPERATIONS, MicroBatchWork, Speed, Work
+from harness.predict.work import UPDATE_OPERATIONS, Speed, Work
 
 ADAM_BYTES = {"fp32": 30, "bf16": 16}
 """Precision of the moments -> bytes moved per parameter. fp32: moments and fp32 weights are read
@@ -141,7 +142,8 @@ def kinds(experiment: Experiment) -> frozenset[str]:
         "grouped heads": model.key_size < model.query_size,
         "windowed attention": model.window_size is not None,
         "attention sinks": model.attention_sinks,
-        f"{model.position_embedding} positions": model.position_embedding != "learned_absolute",
+        f"{model.position_embedding} positions": model.rotates,
+        "no positions": model.position_embedding == "none",
         "RMS norms": model.normalization == "RMSNorm",
         "layers without biases": not model.add_bias_linear,
         "an output layer of its own": model.untie_embeddings,
@@ -167,6 +169,7 @@ def kinds(experiment: Experiment) -> frozenset[str]:
         "expert parallelism": experiment.ep > 1,
         f"experts multiplied by {experiment.grouped_gemm}": experiment.grouped_gemm != "streams",
         "a HybridModel": experiment.entry == "hybrid",
+        "Mamba layers": model.mamba is not None,
         "dropped tokens": experiment.moe_capacity is not None,
         "a fused router": experiment.router_fusion,
         "an overlapped shared expert": experiment.shared_expert_overlap,
@@ -254,7 +257,7 @@ class Traffic(NamedTuple):
         return Traffic(*map(operator.add, self, other))
 
 
-class StepWork(MicroBatchWork):
+class StepWork(PatternWork):
     """The work of a rank in a whole step; in seconds."""
 
     @cached_property

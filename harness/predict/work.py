@@ -8,14 +8,14 @@ core_v0.19.0; how long it takes: harness/predict/network.py.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import NamedTuple, get_args
 
 from pydantic import BaseModel
 
 from harness.experiment.experiment import Experiment
-from harness.experiment.linear_layers import of_layer, of_predictor
+from harness.experiment.linear_layers import LayerKind, of_layer, of_predictor
 from harness.experiment.model import COLUMN_PARALLEL, LinearLayer, Positive
 from harness.predict import stages, timeline
 from harness.predict.activations import loss_kind
@@ -136,15 +136,19 @@ class Work(NamedTuple):
         return Work(*(part * times for part in self))
 
 
-def linear_shapes(experiment: Experiment) -> Iterator[tuple[float, float, float]]:
-    """Rows, columns and inner size of each linear layer's product, routed experts excluded.
+Shape = tuple[float, float, float]
+"""Rows, columns and inner size of a product."""
+
+
+def linear_shapes(experiment: Experiment, kind: LayerKind | None = None) -> Iterator[Shape]:
+    """The product of each linear layer, routed experts excluded; ``kind``: None for the last layer.
 
     A layer that tensor parallelism does not split is computed for the tokens that sequence
     parallelism leaves on a rank.
     """
     tp, tokens = experiment.tp, experiment.rank_tokens
     share = tokens / (tp if experiment.sequence_parallel else 1)
-    for linear in of_layer(experiment.model, predictor_kind(experiment)).values():
+    for linear in of_layer(experiment.model, kind or predictor_kind(experiment)).values():
         yield (
             share if linear.split == "nothing" else tokens,
             linear.outputs / (tp if linear.split == "outputs" else 1),
@@ -272,7 +276,7 @@ class MicroBatchWork:
         parts = [self.embedding] * first + [self.output] * last
         parts += [self.later_outputs] * (last and self.model.predictors > 0)
         parts += [self.pipeline_messages] * self.experiment.is_pipelined
-        return _added(*self.passes(held), parts)
+        return added(*self.passes(held), parts)
 
     def passes(self, held: stages.Layers) -> tuple[Work, Work]:
         """One micro-batch through the layers ``held``."""
@@ -292,7 +296,7 @@ class MicroBatchWork:
         if model.predictors:
             alone = self.of_predictors()
             layer = found[kind] if alone is self else alone.layer()
-            found["predictors"] = _added(*layer, [alone.predictor, alone.embedding])
+            found["predictors"] = added(*layer, [alone.predictor, alone.embedding])
         return found
 
     def of_predictors(self) -> MicroBatchWork:
@@ -406,7 +410,7 @@ class MicroBatchWork:
 
     def layer(self) -> tuple[Work, Work]:
         """One micro-batch through one layer, forward and backward, recomputation included."""
-        forward, backward = _added(
+        forward, backward = added(
             *self.launched(self.rates.plain),
             [
                 self.hooks,
@@ -520,8 +524,12 @@ class MicroBatchWork:
         return work + self.collective(self.all_reduce_s())
 
     def linear_layers(self) -> tuple[Work, Work]:
+        """The products of a transformer layer's linear layers."""
+        return self.multiplied(list(linear_shapes(self.experiment)))
+
+    def multiplied(self, shapes: Sequence[Shape]) -> tuple[Work, Work]:
         """A product forward, two of the same size backward; of frozen weights one."""
-        shapes, quantised = list(linear_shapes(self.experiment)), self.experiment.quantised
+        quantised = self.experiment.quantised
         forward = sum(self.product_s(rows, out, inner, quantised) for rows, out, inner in shapes)
         backward = sum(self.product_s(rows, inner, out, quantised) for rows, out, inner in shapes)
         if not self.experiment.lora:
@@ -533,12 +541,19 @@ class MicroBatchWork:
         return Work(products=forward), Work(products=backward, passes=accumulated)
 
     def quantization(self) -> tuple[Work, Work]:
+        """What a transformer layer converts to fp8 or fp4."""
+        shapes = list(linear_shapes(self.experiment))
+        if self.model.num_experts:
+            shapes += self.expert_shapes()
+        return self.quantized(shapes)
+
+    def quantized(self, shapes: Sequence[Shape]) -> tuple[Work, Work]:
         """Linear layers' inputs and the gradients of outputs, to fp8 or fp4; weights once a step.
 
         NVFP4 is taken to launch as much as fp8 scaled by tensors: both look for the largest value
         first.
         """
-        experiment, shapes = self.experiment, list(linear_shapes(self.experiment))
+        experiment = self.experiment
         if not experiment.quantised:
             return Work(), Work()
         element_s = QUANTISED_BYTES[experiment.recipe] / self.bytes_per_s
@@ -546,8 +561,6 @@ class MicroBatchWork:
         forward, backward = self.launched(
             self.rates.more(kind if kind in self.rates.layers else "fp8 delayed")
         )
-        if self.model.num_experts:
-            shapes += self.expert_shapes()
         inputs = sum(
             rows * inner + out * inner / experiment.num_microbatches for rows, out, inner in shapes
         )
@@ -694,10 +707,19 @@ class MicroBatchWork:
 
         Counted in bytes of bf16; masks have one byte. Without dropout, its gradient costs nothing.
         """
-        model = self.model
-        hidden = self.tokens * model.hidden_size / self.token_split
-        forward = hidden * (8 + 2 * (7 if model.dropout else 6))
-        backward = hidden * (12 + 12 + (2 * 5 if model.dropout else 0))
+        sides = (self.norm_bytes(), self.norm_bytes(), self.inner_bytes(), self.head_bytes())
+        forward, backward = map(sum, zip(*sides, strict=True))
+        return Work(passes=forward / self.bytes_per_s), Work(passes=backward / self.bytes_per_s)
+
+    def norm_bytes(self) -> tuple[float, float]:
+        """A norm, and a dropout with bias and residual."""
+        hidden = self.tokens * self.model.hidden_size / self.token_split
+        dropped = bool(self.model.dropout)
+        return hidden * (4 + 6 + dropped), hidden * (6 + 6 + 5 * dropped)
+
+    def inner_bytes(self) -> tuple[float, float]:
+        """The activation of an MLP or shared expert, and the latter's sum with routed experts."""
+        model, forward, backward = self.model, 0.0, 0.0
         if width := model.moe_shared_expert_intermediate_size if model.num_experts else model.ffn:
             inner = self.tokens * width / self.experiment.tp
             forward += inner * (6 if model.gated else 4)
@@ -705,18 +727,24 @@ class MicroBatchWork:
             backward += inner * ((10 if model.gated else 6) + bias)
         if model.moe_shared_expert_intermediate_size:
             # the sum with the routed experts' output, and of both gradients
+            hidden = self.tokens * model.hidden_size / self.token_split
             forward, backward = forward + 6 * hidden, backward + 6 * hidden
+        return forward, backward
+
+    def head_bytes(self) -> tuple[float, float]:
+        """Biases, positions, norms and gates of queries and keys."""
+        model, forward, backward = self.model, 0.0, 0.0
         queries, keys = self.queries_and_keys()
         if model.add_bias_linear:
             backward += 2 * (queries + 2 * keys)
-        if model.position_embedding != "learned_absolute" and not model.latent_attention:
+        if model.rotates and not model.latent_attention:
             forward, backward = forward + 4 * (queries + keys), backward + 4 * (queries + keys)
         if model.qk_norm == "head" and not model.latent_attention:
             forward, backward = forward + 4 * (queries + keys), backward + 6 * (queries + keys)
         if model.attention_output_gate:
             forward += queries * GATE_FORWARD_BYTES
             backward += queries * GATE_BACKWARD_BYTES
-        return Work(passes=forward / self.bytes_per_s), Work(passes=backward / self.bytes_per_s)
+        return forward, backward
 
     def projection_norms(self) -> tuple[Work, Work]:
         """Queries and keys normalised over all heads; tensor parallel ranks sum their squares."""
@@ -851,17 +879,22 @@ class MicroBatchWork:
 
         Routed experts exchange tokens instead; latent attention gathers less.
         """
+        model = self.model
+        sums = (model.latent_attention is None) + bool(
+            not model.num_experts or model.moe_shared_expert_intermediate_size
+        )
+        forward, backward = self.tensor_parallel_sum()
+        return forward * sums, backward * sums
+
+    def tensor_parallel_sum(self) -> tuple[Work, Work]:
+        """The sum of what the ranks of tensor parallelism have computed, and one backward."""
         if self.experiment.tp == 1:
             return Work(), Work()
         if self.experiment.sequence_parallel:
             forward = self.collective(self.gather_s(), self.exposed_by_pieces) * 2
         else:
             forward = self.collective(self.all_reduce_s())
-        model = self.model
-        sums = (model.latent_attention is None) + bool(
-            not model.num_experts or model.moe_shared_expert_intermediate_size
-        )
-        return forward * sums, self.input_gradient() * sums
+        return forward, self.input_gradient()
 
     def input_gradient(self) -> Work:
         """Sums up the gradient of a split product's input while its weights' gradient is computed.
@@ -916,7 +949,7 @@ class MicroBatchWork:
         if keys > 1:
             gathers = self.experiment.cp_comm_type == "all_gather"
             parts.append(self.gathered_keys if gathers else self.ring)
-        return _added(Work(), Work(), parts)
+        return added(Work(), Work(), parts)
 
     def ring(self) -> tuple[Work, Work]:
         """Sends keys and values on, backward their gradients too, while attention computes on those
@@ -978,7 +1011,7 @@ class MicroBatchWork:
         return max(arithmetic, moved / self.bytes_per_s) + KERNEL_S
 
 
-def _added(
+def added(
     forward: Work, backward: Work, parts: Iterable[Callable[[], tuple[Work, Work]]]
 ) -> tuple[Work, Work]:
     """Both passes with what ``parts`` add to them."""

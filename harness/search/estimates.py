@@ -82,7 +82,8 @@ class _Tensors(StageTensors):
         state = self.state()
         least = state.weights + state.optimizer
         if kept:  # what FSDP2 keeps may lie where gradients come
-            least = least + self.kept()[0] * self.in_flight().total
+            layers = zip(self.kept()[0], self.in_flight(), strict=True)
+            least = least + sum(size * number for size, number in layers)
             least = least + state.gradients * (1 - self.gradients_grow())
         else:
             least = least + state.gradients

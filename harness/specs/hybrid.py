@@ -1,10 +1,9 @@
-"""The layers of a GPT as upstream's HybridModel stacks them: attention and MLP are layers of their
-own.
+"""The layers of upstream's HybridModel: attention, MLPs and Mamba layers are layers of their own.
 
-Their parts are those of upstream's GPT layer, so that a row has the same parameters in both models,
-and both save them alike: a checkpoint of one is a checkpoint of the other. Upstream's own stack
-(megatron/core/models/hybrid/hybrid_layer_specs.py) needs Transformer Engine and has no norms of
-queries and keys.
+Parts of attention and MLPs are those of upstream's GPT layer, so that a row without Mamba layers
+has the same parameters in both models, and both save them alike: a checkpoint of one is a
+checkpoint of the other. Upstream's own stack (megatron/core/models/hybrid/hybrid_layer_specs.py)
+needs Transformer Engine and has no norms of queries and keys.
 """
 
 from __future__ import annotations
@@ -19,8 +18,10 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.models.hybrid import hybrid_block, hybrid_layer_specs
 from megatron.core.ssm.mlp_layer import MLPLayer
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import LayerNormBuilder
 from megatron.core.transformer.transformer_layer import (
     MoETransformerLayer,
     TransformerLayer,
@@ -71,7 +72,10 @@ class Stack(hybrid_block.HybridStack):
 
 
 def stack_of(config: TransformerConfig) -> ModuleSpec:
-    """The stack for ``config``: attention, dense MLPs and experts; Mamba as upstream has it."""
+    """The stack for ``config``: attention, dense MLPs, experts and Mamba layers.
+
+    With Mamba layers it is upstream's HybridStack, which no GPT has the tensors of.
+    """
     dense, experts = _layer(config, None), _layer(config, config.num_moe_experts)
     attention = _half(TransformerLayer, dense, "input_layernorm", "self_attention", "self_attn_bda")
     of_mlp = ("pre_mlp_layernorm", "mlp", "mlp_bda")
@@ -79,11 +83,15 @@ def stack_of(config: TransformerConfig) -> ModuleSpec:
         # the norm behind the last layer, which HybridStack takes from Transformer Engine
         hybrid_block.TENorm = dense.submodules.input_layernorm
     upstream = hybrid_layer_specs.hybrid_stack_spec
+    mamba = upstream.submodules.mamba_layer
+    if config.transformer_impl == "local":
+        mamba = _local_mamba(mamba, dense.submodules.input_layernorm)
     return replace(
         upstream,
-        module=Stack,
+        module=upstream.module if "M" in get_args().hybrid_layer_pattern else Stack,
         submodules=replace(
             upstream.submodules,
+            mamba_layer=mamba,
             attention_layer=attention,
             mla_layer=attention,
             mlp_layer=_half(MLPLayer, dense, *of_mlp),
@@ -103,6 +111,19 @@ def _layer(config: TransformerConfig, experts: int | None) -> ModuleSpec:
     if config.transformer_impl == "local":
         return get_gpt_layer_local_spec(**same, normalization=config.normalization)
     return get_gpt_layer_with_transformer_engine_spec(**same)
+
+
+def _local_mamba(upstream: ModuleSpec, norm: LayerNormBuilder) -> ModuleSpec:
+    """Upstream's Mamba layer without Transformer Engine, which fuses the norm with in_proj."""
+    mixer = upstream.submodules.mixer
+    linears = replace(mixer.submodules, in_proj=ColumnParallelLinear, out_proj=RowParallelLinear)
+    own = replace(
+        upstream.submodules,
+        norm=norm,
+        mixer=replace(mixer, submodules=linears),
+        sharded_state_dict_keys_map={"norm.": "mixer.in_proj.layer_norm_"},
+    )
+    return replace(upstream, submodules=own)
 
 
 def _half(module: type, layer: ModuleSpec, *parts: str) -> ModuleSpec:

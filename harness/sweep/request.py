@@ -142,8 +142,8 @@ def _refuse_settings_of_one_run(settings: Mapping[str, str]) -> None:
     id_ = settings["ID"]
     if settings.get("K8S", "0") != "0":
         raise UserError(
-            f"K8S={settings['K8S']} is for one experiment; a sweep runs here, or as a job array with"
-            " SLURM=1"
+            f"K8S={settings['K8S']} is for one experiment; a sweep runs here, or as a job array"
+            " with SLURM=1"
         )
     if settings.get("RESUME", "0") != "0":
         raise UserError(

@@ -87,6 +87,7 @@ _GRADIENTS = {"fp32": "", "bf16": "--grad-reduce-in-bf16"}
 _FORCED_ROUTING = "--moe-router-force-load-balancing"
 _POSITIONS = {
     "learned_absolute": "",
+    "none": "--position-embedding-type none",
     "rope": "--position-embedding-type rope --rotary-base {}",
     # the fused kernel does not support YaRN's scaling
     "yarn": "--position-embedding-type yarn --rotary-base {} --no-rope-fusion",
@@ -241,6 +242,7 @@ def _model(e: Experiment) -> tuple[str, ...]:
             else []
         ),
         *([f"--kv-channels {m.kv_channels}"] if m.kv_channels else []),
+        *_mamba(m),
         *_latent_attention(m),
         *([] if m.add_bias_linear else ["--disable-bias-linear"]),
         *_published(e),
@@ -253,6 +255,12 @@ def _layers(e: Experiment) -> str:
     if e.entry == "gpt":
         return f"--num-layers {e.model.num_layers}"
     return f"--hybrid-layer-pattern {layer_pattern(e)} --spec harness.specs.hybrid stack_spec"
+
+
+def _mamba(m: Model) -> Iterator[str]:
+    if mamba := m.mamba:
+        yield f"--mamba-num-heads {mamba.num_heads} --mamba-head-dim {mamba.head_dim}"
+        yield f"--mamba-state-dim {mamba.state_dim} --mamba-num-groups {mamba.num_groups}"
 
 
 def _latent_attention(m: Model) -> Iterator[str]:
