@@ -256,6 +256,15 @@ def test_commands_say_that_nothing_was_measured(capsys):
         assert "+-3%" not in said
 
 
+def test_json_names_what_was_not_measured(capsys):
+    from harness.cli import main
+
+    for command in ("memory", "speed"):
+        assert main([command, "681", "CARD=h200-141gb", "FORMAT=json"]) == 0
+        (said,) = json.loads(capsys.readouterr().out)
+        assert said["unseen"].count("Mamba layers") == 1 and said["band"] is None
+
+
 def test_a_step_is_the_work_of_all_its_layers():
     work = StepWork(ROW, calibrations.load()["h200"].speed())
     assert set(work.layers) == {"mamba", "attention", "mlp"}

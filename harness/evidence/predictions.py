@@ -11,7 +11,7 @@ from harness.experiment.command_line import choice
 from harness.experiment.experiment import Experiment
 from harness.experiment.hardware import Card, peak_tflops
 from harness.predict.calibrations import Machine
-from harness.predict.capacity import verdict
+from harness.predict.capacity import unseen, verdict
 from harness.predict.flops import mfu, tflops_per_gpu
 from harness.predict.memory import Memory
 from harness.predict.step_time import StepTime
@@ -58,7 +58,7 @@ def prediction(
         "fits": verdict(memory, card),
         "allocated_gib": round(memory.total, 2),
         "used_gib": round(memory.in_all, 2),
-        "unseen": extrapolated(experiment),
+        "unseen": [*unseen(experiment), *extrapolated(experiment)],
     }
     if machine is None or step is None:
         return found
@@ -70,7 +70,7 @@ def prediction(
         "tflops": round(tflops, 1),
         "mfu": peak and round(mfu(tflops, peak), 4),
         "pieces": {name: round(ms, 2) for name, ms in step.pieces.items()},
-        "unseen": [*machine.unmeasured(experiment), *found["unseen"]],
+        "unseen": [*dict.fromkeys((*machine.unmeasured(experiment), *found["unseen"]))],
     }
 
 

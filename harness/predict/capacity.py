@@ -19,9 +19,15 @@ MOST_CHANGES = 3
 """Changes to an experiment that are combined to make it fit."""
 
 
+def unseen(experiment: Experiment) -> list[str]:
+    """The parts of ``experiment`` whose memory no run has measured."""
+    return ["Mamba layers"] if experiment.model.mamba else []
+
+
 def unmeasured(experiment: Experiment) -> str:
-    """What of ``experiment`` no run has measured the memory of, as a sentence; empty: nothing."""
-    return "no measured row has Mamba layers: error unknown" if experiment.model.mamba else ""
+    """The same as a sentence; empty where there are none."""
+    parts = " or ".join(unseen(experiment))
+    return f"no measured row has {parts}: error unknown" if parts else ""
 
 
 def error(experiment: Experiment) -> str:
