@@ -270,7 +270,7 @@ clean-all: override TAKES = YES OUTDIR
 #SAVE=1 ## keep checkpoints: 1 in the run directory, or a folder; 0: none
 #SAVE_EVERY=50 ## steps between checkpoints (default: one, at the end)
 #KEEP=2 ## checkpoints to keep, the newest (default: all)
-#RESUME=1 ## resume the run of these settings, or RESUME=label, from its newest whole checkpoint
+#RESUME=1 ## resume the run of these settings, or RESUME=label, from its newest whole checkpoint; auto: start it where there is none
 #WANDB=offline ## log to Weights & Biases: offline (wandb sync later) or online
 #WANDB_PROJECT=megatron ## its project (with WANDB=)
 #WANDB_ENTITY=team ## its user or team (with WANDB=)

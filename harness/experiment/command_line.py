@@ -615,7 +615,8 @@ LAUNCH_SETTINGS = (
     Setting(
         "RESUME",
         "1",
-        "resume the run of these settings, or RESUME=label, from its newest whole checkpoint",
+        "resume the run of these settings, or RESUME=label, from its newest whole checkpoint; auto:"
+        " start it where there is none",
     ),
     Setting("WANDB", "offline", "log to Weights & Biases: offline (wandb sync later) or online"),
     Setting("WANDB_PROJECT", "megatron", "its project (with WANDB=)"),

@@ -8,7 +8,7 @@ from textwrap import indent
 from harness import RECORDS, generate
 from harness.data import data_sets
 from harness.errors import UserError
-from harness.experiment import command_line, identity
+from harness.experiment import command_line
 from harness.experiment.catalog import load_catalog
 from harness.experiment.experiment import Experiment
 from harness.launching import chapter, launch, slurm, stop, terminal, verify
@@ -61,17 +61,7 @@ def train(id_: str, settings: Mapping[str, str]) -> int:
             f"{experiment.id} has no validation loss at which it ends\n"
             f"set one, UNTIL=3.2; make {experiment.id} STEPS=100 trains for a number of steps"
         )
-    settings = {"SAVE": "1", **settings}
-    device = plan.choose_device(settings)
-    own = {key: value for key, value in settings.items() if key not in ("SAVE", "RESUME")}
-    planned = plan.plan(experiment, own, device)
-    earlier, _ = finding.candidates(planned.outdir, experiment.id)
-    if any(
-        found.device == device and identity.same(found.experiment, planned.experiment)
-        for found in earlier
-    ):
-        settings.setdefault("RESUME", "1")
-    return run_experiment(id_, settings)
+    return run_experiment(id_, {"SAVE": "1", "RESUME": "auto", **settings})
 
 
 def run_chapter(number: str, settings: Mapping[str, str]) -> int:

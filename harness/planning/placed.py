@@ -39,8 +39,7 @@ def place(fitted: FittedRun) -> PlacedRun:
     """
     request, experiment = fitted.resolved.request, fitted.experiment
     here = _place(request, fitted.memory_fraction)
-    if request.resume:
-        resumed = run_to_resume.find(fitted)
+    if request.resume and (resumed := run_to_resume.find(fitted)):
         return PlacedRun(fitted, here, resumed, _saving(request.settings, resumed.saving))
     if not (experiment.save_every or {"SAVE", "SAVE_EVERY", "KEEP"} & request.settings.keys()):
         return PlacedRun(fitted, here, None, None)

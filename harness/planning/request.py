@@ -9,7 +9,7 @@ from pathlib import Path
 from harness.errors import UserError
 from harness.experiment import overrides
 from harness.experiment.experiment import Experiment
-from harness.run import finding
+from harness.run import finding, job
 from harness.upstreams.megatron_lm.flags import Device
 from harness.upstreams.megatron_lm.tracking import Tracking, tracking
 
@@ -39,7 +39,7 @@ class RunRequest:
 
     @property
     def resume(self) -> str | None:
-        """``1``, or the label of the run to resume; None: a new run."""
+        """``1``, ``auto`` or the label of the run to resume; None: a new run."""
         asked = self.settings.get("RESUME", "0")
         return asked if asked != "0" else None
 
@@ -75,14 +75,24 @@ def read_request(row: Experiment, settings: Mapping[str, str], device: Device) -
         raise UserError(
             f"SAVE=0 keeps no checkpoints, but {' and '.join(saving)} is given; leave one out"
         )
+    outdir = finding.outdir(settings)
     return RunRequest(
         row,
-        settings,
+        _resuming_in_a_job(settings, outdir),
         device,
         overrides.given(settings),
-        finding.outdir(settings),
+        outdir,
         tracking(settings),
     )
+
+
+def _resuming_in_a_job(settings: Mapping[str, str], outdir: Path) -> Mapping[str, str]:
+    """``settings``; in a batch job that starts again, with its own run as the one to resume."""
+    own_job = job.current()
+    started = own_job and job.run_of(own_job.id, outdir)
+    if started and started.read_saving():
+        return {**settings, "RESUME": started.label}
+    return settings
 
 
 def _refuse(settings: Mapping[str, str], keys: tuple[str, ...], why: str, way_out: str) -> None:
