@@ -34,8 +34,8 @@ override NAMES = $(foreach key,$(filter-out $(EXPORTED),$(TAKES)),$(if $(value $
 override UNKNOWN = $(filter-out $(TAKES) $(PASSED),$(GIVEN))
 override PASSED := VENV PYTHON MEGATRON_LM CXX HOME TMPDIR MASTER_% \
   CUDA_% NCCL_% NVTE_% TORCH% PYTORCH_% GLOO_% OMP_% HF_% PIP_% UV_% XDG_% %_PROXY %_proxy WANDB_API_KEY WANDB_BASE_URL
-# Exported for other programs, WANDB_… alone does not turn logging on, nor do PARTITION, ACCOUNT and TIME count without SLURM=1.
-override EXPORTED = $(foreach key,$(if $(value WANDB),,$(filter WANDB_%,$(SETTINGS))) $(if $(value SLURM),,PARTITION ACCOUNT TIME), \
+# Exported for other programs, WANDB_… alone does not turn logging on, nor do PARTITION, QOS, TIME and the like count without SLURM=1.
+override EXPORTED = $(foreach key,$(if $(value WANDB),,$(filter WANDB_%,$(SETTINGS))) $(if $(value SLURM),,$(FOR_SLURM)), \
   $(if $(filter environment,$(origin $(key))),$(key)))
 # Starts recipes that do not call the harness: the harness refuses settings that the target does not take.
 override CHECKED = $(if $(UNKNOWN),$(HARNESS) $@ $(WORDS) &&)

@@ -20,7 +20,8 @@ from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "sinfo")
 PLACES = "/usr/sbin:/sbin"
-NODES = ("node1", "node2")
+NODES = (socket.gethostname(), f"{socket.gethostname()}-b")
+"""The first, by alphabet, has a name that resolves: nodes of a run meet there."""
 
 CONFIGURATION = """\
 ClusterName=loopback
@@ -58,8 +59,8 @@ OverTimeLimit=0
 MinJobAge=300
 RebootProgram=/bin/false
 {nodes}
-PartitionName=main Nodes=node[1-2] Default=YES MaxTime=1-00:00:00 State=UP
-PartitionName=short Nodes=node1 MaxTime=00:10:00 State=UP
+PartitionName=main Nodes={first},{second} Default=YES MaxTime=1-00:00:00 State=UP
+PartitionName=short Nodes={first} MaxTime=00:10:00 State=UP
 """
 SLURMD_TIMEOUT_S = 15
 """A node whose slurmd is silent for this long is down, and its jobs are requeued."""
@@ -121,18 +122,24 @@ class Cluster:
         self._start(node, "slurmd", "-D", "-N", node, "-f", str(self.folder / "slurm.conf"))
 
     def kill_node(self, node: str) -> None:
-        """SIGKILL to the slurmd of ``node`` and to all that it started, as in a power failure."""
+        """SIGKILL to the slurmd of ``node`` and to all that it started, as in a power failure.
+
+        All stop first: a slurmstepd that outlives its task would report how it ended.
+        """
         import psutil
 
         slurmd = self.daemons.pop(node)
         mark = {"SLURMD_NODENAME": node, "SLURM_CONF": self.environment["SLURM_CONF"]}
-        steps = [p for p in psutil.process_iter(["cmdline"]) if _is_step(p, self.folder, node)]
-        children = {child for step in steps for child in step.children(recursive=True)}
-        marked = {p for p in psutil.process_iter(["environ"]) if _has(p, mark)}
+        tasks = [p for p in psutil.process_iter(["environ"]) if _has(p, mark)]
+        steps = {
+            parent for task in tasks for parent in task.parents() if "slurmstepd" in parent.name()
+        }
+        found = [*steps, *(task for task in tasks if task not in steps)]
         slurmd.kill()
-        for process in {*steps, *children, *marked}:
-            with suppress(psutil.Error):
-                process.kill()
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for process in found:
+                with suppress(psutil.Error):
+                    process.send_signal(number)
         slurmd.wait()
 
     def _start(self, name: str, *words: str) -> None:
@@ -205,6 +212,8 @@ def running() -> Iterator[Cluster]:
         (folder / "slurm.conf").write_text(
             CONFIGURATION.format(
                 host=host,
+                first=NODES[0],
+                second=NODES[1],
                 user=getpass.getuser(),
                 folder=folder,
                 controller_port=ports[0],
@@ -235,17 +244,6 @@ def _free_ports(count: int) -> list[int]:
     for probe in probes:
         probe.close()
     return ports
-
-
-def _is_step(process, folder: Path, node: str) -> bool:
-    """Whether ``process`` is a slurmstepd of ``node``: its environment names both."""
-    import psutil
-
-    with suppress(psutil.Error):
-        if "slurmstepd" in " ".join(process.info["cmdline"] or ()):
-            environment = process.environ()
-            return environment.get("SLURM_CONF", "").startswith(str(folder))
-    return False
 
 
 def _has(process, mark: dict[str, str]) -> bool:

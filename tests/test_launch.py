@@ -290,7 +290,7 @@ def test_before_the_time_limit_of_its_job_a_run_saves_and_the_job_starts_again(t
     launcher = start(tmp_path / "out", "saves", 2, 1000, 0.05, **settings)
     directory = wait_for_steps(tmp_path / "out")
     assert directory.read_running().job == "77"
-    (tmp_path / "slurm-77.end").touch()
+    (tmp_path / "slurm-77.end").write_text("before the time limit of its job\n")
     assert launcher.wait(timeout=20) == 143
     assert re.fullmatch(
         r"ended before the time limit of its job after step (\d+) of 1000; its newest checkpoint is"
@@ -305,7 +305,7 @@ def test_a_job_does_not_start_again_for_a_run_without_a_checkpoint(tmp_path, beh
     """It would begin at step 1, as often as there are time limits."""
     launcher = start(tmp_path / "out", behaviour, 2, 1000, 0.05, **in_job(tmp_path))
     directory = wait_for_steps(tmp_path / "out")
-    (tmp_path / "slurm-77.end").touch()
+    (tmp_path / "slurm-77.end").write_text("before the time limit of its job\n")
     assert launcher.wait(timeout=20) == 143
     assert "before the time limit of its job" in directory.read_result().detail
     assert not (tmp_path / "slurm-77.again").exists()

@@ -18,6 +18,7 @@ from harness import ROOT, cli, commands
 from harness.experiment.catalog import load_catalog
 from harness.experiment.command_line import SETTINGS
 from harness.make import targets, tutorial
+from harness.planning.request import FOR_SLURM
 
 BASH_COMPLETION = Path("/usr/share/bash-completion/bash_completion")
 FULL_SIZE = [e.name for e in load_catalog().experiments if not e.half_of]
@@ -523,7 +524,7 @@ def test_variables_exported_for_other_programs_ask_for_nothing_by_themselves() -
     assert "WANDB" not in make("-n", "101", WANDB_PROJECT="other").stdout
     assert "'WANDB_PROJECT'" in make("-n", "101", "WANDB_PROJECT=mine").stdout
     assert "'WANDB_PROJECT'" in make("-n", "101", "WANDB=offline", WANDB_PROJECT="other").stdout
-    for name in ("PARTITION", "ACCOUNT", "TIME"):
+    for name in FOR_SLURM:
         assert f"'{name}'" not in make("-n", "101", **{name: "of-the-cluster"}).stdout
         assert f"'{name}'" in make("-n", "101", "SLURM=1", **{name: "of-the-cluster"}).stdout
         assert f"'{name}'" in make("-n", "101", f"{name}=typed").stdout

@@ -609,6 +609,23 @@ LAUNCH_SETTINGS = (
     Setting("PARTITION", "gpu", "Slurm partition (with SLURM=1)"),
     Setting("ACCOUNT", "team", "Slurm account (with SLURM=1)"),
     Setting("TIME", "00:30:00", "Slurm time limit (with SLURM=1)"),
+    Setting("QOS", "normal", "Slurm quality of service (with SLURM=1)"),
+    Setting("CONSTRAINT", "h100", "features that Slurm's nodes must have (with SLURM=1)"),
+    Setting("EXCLUSIVE", "1", "whole nodes, 0 or 1 (with SLURM=1)"),
+    Setting(
+        "GRACE",
+        "300",
+        "seconds before the time limit at which a run saves, and its job is requeued (SLURM=1)",
+    ),
+    Setting("CHAIN", "8", "so many jobs, each resumes where the one before ended (with SLURM=1)"),
+    Setting("CLUSTER", "lumi-g", "profile of a cluster: a name in clusters/, or a file"),
+    Setting("CONTAINER", "pyxis", "how jobs enter a container: pyxis, apptainer, singularity; 0"),
+    Setting("IMAGE", "image.sqsh", "the image of that container"),
+    Setting(
+        "NUMA_BINDING",
+        "exclusive",
+        "bind ranks to cores near their GPU (torchrun): node, socket, exclusive, core-complex",
+    ),
     Setting("SAVE", "1", "keep checkpoints: 1 in the run directory, or a folder; 0: none"),
     Setting("SAVE_EVERY", "50", "steps between checkpoints (default: one, at the end)"),
     Setting("KEEP", "2", "checkpoints to keep, the newest (default: all)"),
@@ -636,7 +653,18 @@ LAUNCH_SETTINGS = (
 SETTINGS = EXPERIMENT_SETTINGS + LAUNCH_SETTINGS
 FIELDS = {setting.key: setting.field for setting in EXPERIMENT_SETTINGS}
 """Setting -> the field of an experiment that it changes."""
-SWITCHES = ("DRY_RUN", "SLURM", "PACK", "FORCE", "ALL", "CHECK", "YES", "VERIFY", "QUICK")
+SWITCHES = (
+    "DRY_RUN",
+    "SLURM",
+    "EXCLUSIVE",
+    "PACK",
+    "FORCE",
+    "ALL",
+    "CHECK",
+    "YES",
+    "VERIFY",
+    "QUICK",
+)
 """0 or 1 and nothing else, whichever command they belong to: DRY_RUN=yes must not run."""
 SAME_WORK = frozenset({"STEPS", "DATA", "CARD", "EVAL_EVERY", "EVAL_STEPS"})
 """Settings with which a step still does the work that was published."""

@@ -84,7 +84,7 @@ class ActiveRun:
         self._memory_read_at = 0.0
         self._stopped_by: signal.Signals | None = None
         self._because_ended: str | None = None
-        self._before: str | None = None
+        self._reason: str | None = None
         self._saves_until = 0.0
         self._hang: str | None = None
         self._restarted = False
@@ -154,13 +154,15 @@ class ActiveRun:
         if number != signal.SIGTERM or not self._save_and_end(SAVES_S):
             self._torchrun.terminate()
 
-    def end_before(self, limit: str) -> None:
-        """Ask all ranks to end, with a checkpoint if the run keeps some: ``limit`` is near.
+    def end(self, reason: str) -> None:
+        """Ask all ranks to end, with a checkpoint if the run keeps some, for which they may take
+        any time; called again, it does nothing.
 
-        The ranks have all the time that is left.
+        Args:
+            reason: such as ``before the time limit of its job``.
         """
         if not self._stopped_by:
-            self._stopped_by, self._before = signal.SIGTERM, limit
+            self._stopped_by, self._reason = signal.SIGTERM, reason
             if not self._save_and_end(math.inf):
                 self._torchrun.terminate()
 
@@ -324,7 +326,7 @@ class ActiveRun:
     @property
     def should_start_again(self) -> bool:
         """Whether the same command would do more: it ended before a limit, or lost a node."""
-        ended_early = self._before is not None and self.made_progress
+        ended_early = self._reason is not None and self.made_progress
         return self._finished.result.status != "ok" and (ended_early or self._reports.lost_a_node)
 
     @property
@@ -355,7 +357,7 @@ class ActiveRun:
             validation=self.dir.read_validation(),
             stopped_by=self._stopped_by,
             because_ended=self._because_ended,
-            before=self._before,
+            reason=self._reason,
             saved=self._saved_step,
             asked_to_end=any(rank.asked_to_end for rank in self.dir.read_ranks()),
             hang=self._hang,

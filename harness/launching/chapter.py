@@ -94,7 +94,8 @@ class _Chapter:
         except UserError as error:
             self._outcomes[experiment.name] = ExperimentOutcome("skipped", first_line(error))
             return
-        earlier = None if force else _earlier(plan)
+        here = next((gpu.name for gpu in gpus.list_gpus()), None) if plan.device == "cuda" else None
+        earlier = None if force else earlier_result(plan, here)
         if earlier:
             self._outcomes[experiment.name] = _judge(
                 earlier, f"{earlier.dir.label} has its result, FORCE=1 runs it again"
@@ -230,10 +231,10 @@ class _Chapter:
             run.stop(number, because_ended)
 
 
-def _earlier(plan: Plan) -> Finished | None:
-    """The newest run of the same experiment on this hardware whose status is in ``HAS_RESULT``."""
+def earlier_result(plan: Plan, gpu: str | None = None) -> Finished | None:
+    """The newest run of the same experiment whose status is in ``HAS_RESULT``; on a GPU called
+    ``gpu``, where that is given."""
     runs, _ = directory.runs(plan.outdir)
-    here = next((gpu.name for gpu in gpus.list_gpus()), None) if plan.device == "cuda" else None
     same = [
         Finished(run.dir, run.result)
         for run in runs
@@ -241,7 +242,7 @@ def _earlier(plan: Plan) -> Finished | None:
         and run.device == plan.device
         and identity.same(run.experiment, plan.experiment)
         and not run.result.mixed
-        and run.result.gpu == here
+        and gpu in (None, run.result.gpu)
     ]
     return max(same, key=lambda finished: finished.result.started, default=None)
 

@@ -55,8 +55,8 @@ def run_plan(
             while run.poll():
                 if number := signals.take():
                     run.stop(number, signals.ended)
-                if own_job and own_job.must_end:
-                    run.end_before("the time limit of its job")
+                if own_job and (reason := own_job.ends):
+                    run.end(reason)
                 show_progress(run, terminal)
                 time.sleep(POLL_S)
             finished = run.finish()

@@ -37,7 +37,7 @@ class Evidence:
         log: the text of logs.txt.
         stopped_by: the signal that asked the launcher to end the run.
         because_ended: the parent process, such as make, whose end ended the run.
-        before: the limit, such as that of a batch job, before which it was asked to end.
+        reason: why its batch job asked it to end, such as ``before the time limit of its job``.
         saved: the step of its newest checkpoint; 0 where it has none.
         asked_to_end: its ranks saved a checkpoint and ended because one of them was asked to.
         hang: what the launcher found when it ended a hanging run.
@@ -52,7 +52,7 @@ class Evidence:
     validation: tuple[Validation, ...] = ()
     stopped_by: signal.Signals | None = None
     because_ended: str | None = None
-    before: str | None = None
+    reason: str | None = None
     saved: int = 0
     asked_to_end: bool = False
     hang: str | None = None
@@ -148,8 +148,7 @@ def _ended_early(evidence: Evidence, progress: str) -> RunOutcome:
     why = f"by {_cause(by)}" if by else "as another node asked"
     if evidence.because_ended:
         why = f"because {evidence.because_ended}, which started it, is gone,"
-    if evidence.before:
-        why = f"before {evidence.before}"
+    why = evidence.reason or why
     if not evidence.saved:
         return RunOutcome("killed", f"ended {why} {progress}", advice="the results so far are kept")
     return RunOutcome(

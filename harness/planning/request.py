@@ -15,7 +15,19 @@ from harness.upstreams.megatron_lm.tracking import Tracking, tracking
 
 FOR_GPUS = ("GPUS_IDS", "CARD")
 """Settings that mean nothing to the CPU miniature."""
-FOR_SLURM = ("PARTITION", "ACCOUNT", "TIME")
+FOR_SLURM = (
+    "PARTITION",
+    "ACCOUNT",
+    "TIME",
+    "QOS",
+    "CONSTRAINT",
+    "EXCLUSIVE",
+    "GRACE",
+    "CHAIN",
+    "CLUSTER",
+    "CONTAINER",
+    "IMAGE",
+)
 """Settings that only a batch job has."""
 
 
