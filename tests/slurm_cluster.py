@@ -121,6 +121,12 @@ class Cluster:
         """Start the slurmd of ``node``."""
         self._start(node, "slurmd", "-D", "-N", node, "-f", str(self.folder / "slurm.conf"))
 
+    def start_dead_nodes(self) -> None:
+        """Start the slurmd of each node that has none."""
+        for node in NODES:
+            if node not in self.daemons:
+                self.start_node(node)
+
     def kill_node(self, node: str) -> None:
         """SIGKILL to the slurmd of ``node`` and to all that it started, as in a power failure.
 

@@ -1,5 +1,6 @@
 """Jobs on a real Slurm: a controller and two nodes on this machine (slurm_cluster.py) train CPU miniatures."""
 
+import json
 import os
 import re
 import subprocess
@@ -69,6 +70,15 @@ class Jobs:
 
         self.cluster.wait_for(reached, 180, f"step {step}")
 
+    def wait_for_save(self, step: int) -> None:
+        """Wait for a checkpoint of ``step`` or later that is complete on the disk."""
+
+        def saved() -> bool:
+            found = list(self.outdir.glob("*/saves.jsonl"))
+            return bool(found) and any(s.step >= step for s in RunDir(found[0].parent).read_saves())
+
+        self.cluster.wait_for(saved, 180, f"a checkpoint of step {step}")
+
     def wait_for_restart(self, job: str) -> None:
         """Wait until Slurm has the job in its queue again, then have it start without delay.
 
@@ -76,18 +86,30 @@ class Jobs:
         as the revoked one. A few seconds are enough.
         """
         self.cluster.wait_for(lambda: self.cluster.job(job).get("Restarts") == "1", 120, "requeued")
+        self.cluster.wait_for_state(job, "PENDING")  # after what is left of it has ended
         time.sleep(5)
         self.cluster.command("scontrol", "update", f"JobId={job}", "StartTime=now")
         self.cluster.wait_for_state(job, "RUNNING", seconds=60)
 
+    def resumed_at(self) -> int:
+        """The step at which the run was resumed, once it was."""
+
+        def steps() -> tuple[int, ...]:
+            running = self.run().read_running()
+            return running.resumed_at if running else ()
+
+        return self.cluster.wait_for(steps, 120, "resumed")[0]
+
     def output(self, job: str) -> str:
-        return (self.outdir / f"slurm-{job}.txt").read_text()
+        path = self.outdir / f"slurm-{job}.txt"
+        return path.read_text() if path.exists() else ""
 
 
 @pytest.fixture
 def jobs(cluster, tmp_path):
     yield Jobs(cluster, tmp_path)
     cluster.command("scancel", "--user", str(os.getuid()), check=False)
+    cluster.start_dead_nodes()
     cluster.wait_for(lambda: not cluster.command("squeue", "--noheader"), 60, "no job")
 
 
@@ -110,15 +132,51 @@ def test_before_its_time_limit_a_job_saves_and_goes_on_in_the_same_run(jobs):
     """Slurm knows minutes only, and ends a job at 2:00 that asked for 1:20; USR1 comes 60 s before."""
     (job,) = jobs.submit(*LONG[:-1], "SAVE_EVERY=99999", "TIME=00:01:20", "GRACE=60")
     jobs.wait_for_restart(job)
-    jobs.cluster.wait_for(lambda: "resumes at step" in jobs.output(job), 60, "resumed")
-    first = jobs.run().read_saves()[0].step
+    first = jobs.resumed_at()
+    assert [save.step for save in jobs.run().read_saves()] == [first]
     assert f"ended before the time limit of its job after step {first} of 100000" in jobs.output(
         job
     )
     jobs.wait_for_step(first + 3)
     steps = [m.step for m in jobs.run().read_metrics()]
     assert steps == list(range(1, len(steps) + 1)) and len(steps) > first
-    assert jobs.run().read_running().resumed_at == (first,)
+
+
+def test_two_nodes_save_and_go_on_together(jobs):
+    (job,) = jobs.submit("219", *LONG[1:], "NODES=2", "SAVE_EVERY=99999")
+    jobs.wait_for_step(2)
+    jobs.cluster.command("scancel", "--batch", "--signal=USR1", job)  # as before its time limit
+    jobs.wait_for_restart(job)
+    assert jobs.resumed_at() >= 2
+    earlier = json.loads((jobs.run().path / "result.1.json").read_text())
+    assert earlier["detail"].startswith("ended before the time limit of its job after step")
+
+
+ARRAY = """
+from harness.experiment.catalog import load_catalog
+from harness.launching import submission
+from harness.planning.plan import plan
+
+settings = {{"STEPS": "2", "OUTDIR": "{}"}}
+plans = [plan(load_catalog().find(id_), settings, "cpu") for id_ in ("101", "111")]
+submission.submit_all(plans, settings, "chapter-100")
+"""
+
+
+def test_experiments_of_one_size_run_as_an_array(jobs):
+    said = subprocess.run(
+        [sys.executable, "-c", ARRAY.format(jobs.outdir)],
+        cwd=ROOT,
+        env=jobs.cluster.environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    job = re.search(r"submitted job (\d+): 2 experiments of chapter-100", said)[1]
+    for task, id_ in ((0, "101"), (1, "111")):
+        followed = jobs.make("jobs", f"JOB={job}_{task}")
+        assert f"{id_}-" in followed and ": ok, 2 of 2 steps" in followed
+    assert len(re.findall(rf"^{job}_[01] +completed ", jobs.make("jobs", f"JOB={job}"), re.M)) == 2
 
 
 def test_cancel_ends_a_job_with_a_checkpoint(jobs):
@@ -134,27 +192,23 @@ def test_cancel_ends_a_job_with_a_checkpoint(jobs):
 
 def test_a_job_whose_only_node_fails_goes_on_elsewhere_from_its_last_checkpoint(jobs):
     (job,) = jobs.submit(*LONG, "SAVE_EVERY=5", "KEEP=2")
-    jobs.wait_for_step(8)
+    jobs.wait_for_save(5)
     node = jobs.cluster.job(job)["NodeList"]
     jobs.cluster.kill_node(node)
     last = jobs.run().read_metrics()[-1].step
     jobs.wait_for_restart(job)
-    jobs.cluster.wait_for(lambda: "resumes at step" in jobs.output(job), 90, "resumed")
-    resumed = jobs.run().read_running().resumed_at[0]
-    assert 5 <= resumed <= last and jobs.cluster.job(job)["NodeList"] != node
-    jobs.cluster.start_node(node)
+    assert 5 <= jobs.resumed_at() <= last and jobs.cluster.job(job)["NodeList"] != node
 
 
 def test_a_job_that_loses_one_of_two_nodes_goes_on_with_both_again(jobs):
     words = ("219", *LONG[1:], "NODES=2", "SAVE_EVERY=2", "KEEP=2")
     (job,) = jobs.submit(*words)
-    jobs.wait_for_step(3)
+    jobs.wait_for_save(2)
     jobs.cluster.kill_node(slurm_cluster.NODES[1])
     jobs.cluster.wait_for(lambda: jobs.cluster.job(job).get("Restarts") == "1", 120, "requeued")
-    jobs.cluster.start_node(slurm_cluster.NODES[1])
+    jobs.cluster.start_dead_nodes()
     jobs.wait_for_restart(job)
-    jobs.cluster.wait_for(lambda: "resumes at step" in jobs.output(job), 120, "resumed")
-    assert jobs.run().read_running().resumed_at[0] >= 2
+    assert jobs.resumed_at() >= 2
 
 
 def test_the_jobs_of_a_chain_continue_one_run(jobs):
@@ -163,7 +217,7 @@ def test_the_jobs_of_a_chain_continue_one_run(jobs):
     jobs.wait_for_step(3)
     jobs.cluster.command("scancel", "--batch", "--signal=USR1", first)  # as before its time limit
     jobs.cluster.wait_for_state(second, "RUNNING")
-    jobs.cluster.wait_for(lambda: "resumes at step" in jobs.output(second), 90, "resumed")
+    assert jobs.resumed_at() >= 3
     assert jobs.cluster.job(first)["Restarts"] == "0", "the next of the chain goes on"
     assert jobs.run().read_running().job == first
     assert jobs.make("cancel", f"JOB={second}", "FORCE=1")
@@ -174,9 +228,9 @@ def test_what_the_cluster_does_not_offer_is_refused_before_it_is_submitted(jobs)
         (["PARTITION=shrot"], "PARTITION=shrot; did you mean short?"),
         (["PARTITION=short", "TIME=01:00:00"], "partition short ends jobs after 600 s"),
         (["CONSTRAINT=newer"], "CONSTRAINT=newer: no node of partition main has that"),
-        (["NODES=3"], "NODES=3: partition main has 2"),
+        (["PARTITION=short", "NODES=2"], "NODES=2: partition short has 1"),
     ):
-        assert said in jobs.make("run", "101", "SLURM=1", "DEVICE=cpu", *words, status=2)
+        assert said in jobs.make("run", "219", "SLURM=1", "DEVICE=cpu", *words, status=2)
     assert not jobs.cluster.command("squeue", "--noheader")
     (job,) = jobs.submit("101", "SLURM=1", "DEVICE=cpu", "STEPS=2", "CONSTRAINT=new")
     jobs.cluster.wait_for_state(job, "COMPLETED", seconds=120)

@@ -81,7 +81,7 @@ def follow(outdir: Path, number: str) -> int:
     chain, task = _find(outdir, number)
     if chain[0].is_array and not task:
         _print(_rows(outdir, chain), outdir)
-        say(f"make jobs JOB={number}_0 follows its first task")
+        say(f"make jobs JOB={chain[0].job}_0 follows its first task")
         return 0
     outputs = {job.job: Tail(_output(outdir, job.job, task)) for job in chain}
     asked_at, known, over = -math.inf, "", False

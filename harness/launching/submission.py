@@ -71,15 +71,14 @@ def submit_or_print(plan: Plan, settings: Mapping[str, str]) -> int:
         export = [f"--export=ALL,{slurm.CHAIN_VARIABLE}={jobs[0]}"] if jobs else []
         jobs.append(scheduler.submit(script, *after, *export))
         _record([plan], jobs[-1], first=jobs[0])
-    first = jobs[0]
     print(f"submitted job{'s' * (len(jobs) > 1)} {', '.join(jobs)}: {plan.experiment.label}")
     if not plan.extras.saving:
         print(f"  {NO_CHECKPOINTS}")
-    print(f"  make jobs-{first} follows it; its output is in {plan.outdir}/slurm-{first}.txt")
+    print(f"  make jobs-{jobs[0]} follows it; its output is in {plan.outdir}/slurm-{jobs[0]}.txt")
     return 0
 
 
-def submit_all(plans: Sequence[Plan], settings: Mapping[str, str], name: str) -> int:
+def submit_all(plans: Sequence[Plan], settings: Mapping[str, str], target: str) -> int:
     """Submit ``plans`` as arrays, one for each number of nodes and GPUs: ``submit_or_print``."""
     if "CHAIN" in settings:
         raise UserError("CHAIN= is for one experiment; an array has a job for each already")
@@ -88,15 +87,15 @@ def submit_all(plans: Sequence[Plan], settings: Mapping[str, str], name: str) ->
         e = plan.experiment
         groups.setdefault((e.nodes, e.ranks_per_node), []).append(plan)
     for (nodes, ranks), group in groups.items():
-        script = slurm.render_sbatch(group, settings, name)
-        if not _submits(settings, script, f"make {name} SLURM=1"):
+        script = slurm.render_sbatch(group, settings, target)
+        if not _submits(settings, script, f"make {target} SLURM=1"):
             continue
         _check(group, settings)
         _make_outdir(group[0].outdir)
         job = scheduler.submit(script)
         _record(group, job, first=job)
         each = f"{nodes} node{'s' * (nodes > 1)} x {ranks} rank{'s' * (ranks > 1)}"
-        print(f"submitted job {job}: {len(group)} experiments of {name}, {each} each")
+        print(f"submitted job {job}: {len(group)} experiments of {target}, {each} each")
         print(f"  make jobs-{job} follows it")
     return 0
 
