@@ -35,8 +35,8 @@ override UNKNOWN = $(filter-out $(TAKES) $(PASSED),$(GIVEN))
 override PASSED := VENV PYTHON MEGATRON_LM CXX HOME TMPDIR MASTER_% \
   CUDA_% NCCL_% NVTE_% TORCH% PYTORCH_% GLOO_% OMP_% HF_% PIP_% UV_% XDG_% %_PROXY %_proxy WANDB_API_KEY WANDB_BASE_URL
 # Exported for other programs, WANDB_… alone does not turn logging on, nor do PARTITION, IMAGE and the like count without SLURM=1 or K8S=1.
-override EXPORTED = $(foreach key,$(if $(value WANDB),,$(filter WANDB_%,$(SETTINGS))) $(if $(value SLURM),,PARTITION ACCOUNT TIME) \
-  $(if $(value K8S),,IMAGE CLAIM NAMESPACE QUEUE RDMA HOST_NETWORK RESTARTS), \
+override OF_JOBS = $(if $(value SLURM),$(FOR_SLURM)) $(if $(value K8S),$(FOR_K8S))
+override EXPORTED = $(foreach key,$(if $(value WANDB),,$(filter WANDB_%,$(SETTINGS))) $(filter-out $(OF_JOBS),$(FOR_SLURM) $(FOR_K8S)), \
   $(if $(filter environment,$(origin $(key))),$(key)))
 # Starts recipes that do not call the harness: the harness refuses settings that the target does not take.
 override CHECKED = $(if $(UNKNOWN),$(HARNESS) $@ $(WORDS) &&)

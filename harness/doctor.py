@@ -269,12 +269,13 @@ def devices(cards: tuple[gpus.LocalGpu, ...]) -> Iterator[Finding]:
         said = "the driver shows none" if driver else "no NVIDIA driver"
         yield Finding("GPU", "note", f"{said}; experiments run as CPU miniatures")
         return
-    yield Finding("driver", "ok", f"{driver}, supports CUDA {cuda}")
+    what = f"{driver}, supports CUDA {cuda}" if driver else "AMD's; runs there were never tried"
+    yield Finding("driver", "ok", what)
     for use in gpus.use():
         text = f"{use.gpu.name}, {use.gpu.total_mib / 1024:.0f} GiB"
         problem = f"{text}; busy: {gpus.describe(use).partition(': ')[2]}"
         yield judged(f"GPU {use.gpu.index}", not use.busy, f"{text}, free", problem)
-    if len(cards) > 1:
+    if driver and len(cards) > 1:
         yield nvlink(*nvlink_pairs(len(cards)))
 
 

@@ -411,7 +411,7 @@ def test_an_optimizer_of_other_rates_is_refused(tmp_path):
         ({"SAVE": "0", "KEEP": "2"}, "SAVE=0 keeps no checkpoints, but KEEP is given"),
         ({"SAVE_EVERY": "0"}, "SAVE_EVERY=0: expected a whole number, 1 or more"),
         ({"KEEP": "x"}, "KEEP=x: expected a whole number"),
-        ({"RESUME": "yes"}, "RESUME=yes: expected 0 or 1"),
+        ({"RESUME": "yes"}, "RESUME=yes: expected 0, 1 or auto"),
         ({"RESUME": "1"}, "RESUME=1: there is no run 101-"),
         (
             {"LOAD": "nothing"},
@@ -447,7 +447,10 @@ def test_megatron_fsdp_waits_for_its_saves_and_a_cpu_has_none(tmp_path):
     from harness.upstreams.megatron_lm.flags import saving_flags
 
     fsdp, fsdp2 = (load_catalog().find(name) for name in ("705", "706"))
-    assert saving_flags(fsdp, Saving(5, None, None)) == ["--save-interval", "5"]
+    assert saving_flags(fsdp, Saving(5, None, None)) == [
+        *("--save-interval", "5"),
+        *("--exit-signal-handler", "--exit-signal", "SIGUSR2"),
+    ]
     assert "--async-save" in saving_flags(fsdp2, Saving(5, None, None))
     with pytest.raises(UserError, match="705: Megatron-FSDP saves on GPUs only"):
         plan(fsdp, {"SAVE": "1", "OUTDIR": str(tmp_path)}, "cpu")

@@ -24,6 +24,10 @@ REFUSED = {
     "make 438 VPP=5": "try VPP in {1, 3, 9}",
     "make 612 CARD=a100-80gb": "has none (Ada, Hopper and later do)",
     "make 101 CROSS_ENTROPY_IMPL=te CROSS_ENTROPY_FUSION=1": "can be predicted, not run",
+    "make 219 SLURM=1 CLUSTER=./mine.yaml": "there is no such file",
+    "make cancel JOB=77": "job 77 is over",
+    "make jobs-77_3": "exit status 1",  # as of a run that left no result
+    "make jobs JOB=77_0": "exit status 1",
     "make speed-620": "its step time cannot be predicted",
 }
 """Commands that the documents show for what they refuse -> what is said."""
@@ -44,7 +48,7 @@ class Copy:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        for name in ("harness", "experiments", "scripts", "benchmarks"):
+        for name in ("harness", "experiments", "scripts", "benchmarks", "clusters"):
             shutil.copytree(ROOT / name, path / name, ignore=shutil.ignore_patterns("__pycache__"))
         for file in (
             "Makefile",
@@ -54,6 +58,10 @@ class Copy:
         ):
             (path / file).parent.mkdir(exist_ok=True)
             shutil.copyfile(ROOT / file, path / file)
+
+        jobs = {"job": "77", "first": "77", "tasks": ["101"] * 4, "time": 0.0}
+        (path / "outdir").mkdir()
+        (path / "outdir" / "slurm-77.json").write_text(json.dumps(jobs))
 
     def plan(self, commands: Iterable[tuple[str, ...]]) -> list[Planned]:
         """Plan each once a device."""
@@ -106,9 +114,8 @@ def wrong(planned: Iterable[Planned]) -> list[str]:
             continue  # rightly: it runs where each node is told its rank
         if (
             each.device == "cpu"
-            and re.search(r"\b(SLURM|K8S)=", each.line)
-            and each.refused
-            and "jobs run on GPUs" in each.refused
+            and "K8S=" in each.line
+            and "pods have GPUs" in (each.refused or "")
         ):
             continue  # it was planned with DEVICE=cpu
         if each.device == "cpu" and any(

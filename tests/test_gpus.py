@@ -10,9 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from harness import doctor
 from harness.entry.report import RankReport
 from harness.errors import UserError
-from harness.machine import gpus
+from harness.machine import gpus, rocm
 from harness.run.directory import RunDir
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -281,3 +282,82 @@ def test_the_real_driver_answers():
     )
     assert gpus.use()[0].used_gib * 1024 == pytest.approx(used_mib, abs=64)
     assert gpus.kept_by_driver_gib([0]) * 1024 == pytest.approx(kept_mib, abs=64)
+
+
+ROCM_SMI = """\
+WARNING: AMD GPU device(s) is/are in a low-power state. Check power control/runtime_status
+{"card1": {"Card Series": "AMD Instinct MI250X", "Unique ID": "0x2b", "VRAM Total Memory (B)": "68702699520",
+ "VRAM Total Used Memory (B)": "2147483648", "GPU use (%)": "0", "sclk clock speed:": "(800Mhz)"},
+ "card0": {"Card series": "AMD Instinct MI250X", "Unique ID": "0x1a", "VRAM Total Memory (B)": "68702699520",
+ "VRAM Total Used Memory (B)": "10960896", "GPU use (%)": "97", "sclk clock speed:": "(1700Mhz)",
+ "Average Graphics Package Power (W)": "401.5", "Temperature (Sensor edge) (C)": "61.0"},
+ "system": {"Driver version": "6.3.6"}}
+"""
+
+
+@pytest.fixture
+def without_nvml(monkeypatch):
+    """Neither NVML nor amdsmi: what a node of AMD GPUs with a bare container has."""
+    rocm._bindings.cache_clear()
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    monkeypatch.setitem(sys.modules, "amdsmi", None)
+    yield
+    rocm._bindings.cache_clear()
+
+
+@pytest.fixture
+def rocm_smi(tmp_path, monkeypatch, without_nvml):
+    """A node whose rocm-smi prints what version 2.3 of it does."""
+    program = tmp_path / "rocm-smi"
+    program.write_text(f"#!/bin/sh\ncat <<'END'\n{ROCM_SMI}END\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+
+def test_gpus_of_amd_are_listed_chosen_and_sampled_by_rocm_smi(rocm_smi, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    first, second = gpus.list_gpus()
+    assert (first.index, first.name, first.uuid) == (0, "AMD Instinct MI250X", "0x1a")
+    assert first.total_mib == pytest.approx(65520, abs=1) and second.uuid == "0x2b"
+    assert gpus.available() == (0,), "2 GiB of the other are in use"
+    now = gpus.sample([0])
+    assert now == (gpus.GpuSample(0, 0.01, 97, 1700, 401.5, 61),)
+    assert gpus.sample([1])[0].power_w is None
+    assert gpus.driver_versions() == (None, None), "CUDA's"
+    findings = list(doctor.devices(gpus.list_gpus()))
+    assert [finding.topic for finding in findings] == ["driver", "GPU 0", "GPU 1"], "no NVLink"
+
+
+def test_a_run_on_gpus_of_amd_is_sampled(rocm_smi, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpus, "ROCM_SAMPLE_S", 0.01)
+    sampler = gpus.Sampler(tmp_path / "gpus.jsonl", [0, 1])
+    deadline = time.monotonic() + 10
+    while sampler.peak_gib is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    sampler.stop()
+    assert sampler.peak_gib == 2.0
+    line = json.loads((tmp_path / "gpus.jsonl").read_text().splitlines()[0])
+    assert [gpu["index"] for gpu in line["gpus"]] == [0, 1]
+
+
+def test_amdsmi_is_asked_where_it_is_there(without_nvml, monkeypatch):
+    """The answers of amdsmi's functions, as its documentation of ROCm 6.4 shows them."""
+    amdsmi = SimpleNamespace(
+        AmdSmiClkType=SimpleNamespace(GFX=0),
+        AmdSmiTemperatureType=SimpleNamespace(HOTSPOT=1),
+        AmdSmiTemperatureMetric=SimpleNamespace(CURRENT=0),
+        amdsmi_init=lambda: None,
+        amdsmi_get_processor_handles=lambda: ["a"],
+        amdsmi_get_gpu_asic_info=lambda _: {"market_name": "AMD Instinct MI250X"},
+        amdsmi_get_gpu_device_uuid=lambda _: "c4ff",
+        amdsmi_get_gpu_vram_usage=lambda _: {"vram_total": 65520, "vram_used": 3072},
+        amdsmi_get_gpu_activity=lambda _: {"gfx_activity": 50, "umc_activity": "N/A"},
+        amdsmi_get_power_info=lambda _: {"average_socket_power": "N/A", "current_socket_power": 90},
+        amdsmi_get_clock_info=lambda *_: {"clk": 1700},
+        amdsmi_get_gpu_process_list=lambda _: [{"pid": os.getpid(), "name": "python"}],
+    )
+    monkeypatch.setitem(sys.modules, "amdsmi", amdsmi)
+    (use,) = gpus.use()
+    assert (use.gpu.name, use.gpu.uuid, use.used_gib) == ("AMD Instinct MI250X", "c4ff", 3.0)
+    assert use.busy and use.processes[0].pid == os.getpid()
+    assert gpus.sample([0]) == (gpus.GpuSample(0, 3.0, 50, 1700, 90.0, None),)

@@ -253,7 +253,7 @@ def test_the_one_of_several_that_is_meant_must_be_named(tmp_path):
     )
     with pytest.raises(
         UserError,
-        match=f"RESUME=nothing: expected 0 or 1, or the label of a run in {tmp_path}; .*101-",
+        match=f"RESUME=nothing: expected 0, 1 or auto, or the label of a run in {tmp_path}; .*101-",
     ):
         planned(tmp_path, RESUME="nothing")
     other = kept(tmp_path, "111", 5)
@@ -380,12 +380,16 @@ def test_steps_before_a_change_are_not_averaged_with_those_behind_it():
 
 
 def test_train_resumes_its_own_words_only(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        commands, "run_experiment", lambda id_, settings: asked.append(settings) or 0
-    )
+    resumed = []
+
+    def find(fitted):
+        resumed.append(find_run(fitted))
+        raise UserError("asked")
+
+    find_run = run_to_resume.find
+    monkeypatch.setattr(run_to_resume, "find", find)
     own = kept(tmp_path, "604", 30, LR="2e-3")
-    for lr, resumes in (("2e-3", "1"), ("1e-3", None)):
+    for lr, resumes in (("2e-3", own), ("1e-3", None)):
         cli.main(
             [
                 "train",
@@ -397,7 +401,7 @@ def test_train_resumes_its_own_words_only(tmp_path, monkeypatch):
                 f"OUTDIR={tmp_path}",
             ]
         )
-        assert asked[-1].get("RESUME") == resumes
+        assert (resumed[-1] and resumed[-1].run) == resumes
     cli.main(
         [
             "train",
@@ -410,7 +414,36 @@ def test_train_resumes_its_own_words_only(tmp_path, monkeypatch):
             f"SAVE={own.checkpoints}",
         ]
     )
-    assert asked[-1]["RESUME"] == "1"
+    assert resumed[-1].run == own
+
+
+def test_resume_auto_begins_a_run_where_there_is_none_to_resume(tmp_path):
+    asked = {"OUTDIR": str(tmp_path), "DATA": "mock", "SAVE": "1", "RESUME": "auto"}
+    row = load_catalog().find("101")
+    assert plan(row, asked, "cpu").resumes is None
+    with pytest.raises(UserError, match="RESUME=auto starts it where there is none"):
+        plan(row, asked | {"RESUME": "1"}, "cpu")
+    other = kept(tmp_path, "101", 5, **CLIP)
+    assert plan(row, asked, "cpu").resumes is None, f"{other.label} has other losses"
+    without = run_in(tmp_path, planned(tmp_path, "101").experiment)
+    own = run_in(tmp_path, planned(tmp_path, "101").experiment)
+    own.freeze_experiment(own.read_experiment(), "cpu", None, Saving(5))
+    assert plan(row, asked, "cpu").resumes == own, f"{without.label} keeps no checkpoints"
+
+
+def test_a_job_that_starts_again_resumes_its_own_run(tmp_path, monkeypatch):
+    """Also where another run of the same settings is newer, and whatever RESUME= says."""
+    row, asked = load_catalog().find("101"), {"OUTDIR": str(tmp_path), "DATA": "mock", "SAVE": "1"}
+    own, other = kept(tmp_path, "101"), kept(tmp_path, "101")
+    for run, number in ((own, "77"), (other, "78")):
+        run.freeze_experiment(run.read_experiment(), "cpu", None, Saving(5))
+        started = {"pid": 1, "host": "h", "started": 1.0, "job": number}
+        write_json(run.running, started)
+    monkeypatch.setenv("HARNESS_JOB", "77")
+    assert plan(row, asked, "cpu").resumes == own
+    assert plan(row, asked | {"RESUME": "1"}, "cpu").resumes == own
+    monkeypatch.setenv("HARNESS_JOB", "79")
+    assert plan(row, asked, "cpu").resumes is None
 
 
 def test_a_chapter_is_not_resumed_as_one(tmp_path, capsys):

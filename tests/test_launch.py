@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -246,6 +247,68 @@ def test_a_signal_ends_every_rank_and_keeps_the_results_so_far(tmp_path, number,
     assert (result.status, result.exit_code) == ("killed", status)
     assert 2 <= result.steps_done < 1000 and "killed" in out
     assert not of_run(directory.path)
+
+
+def test_sigterm_ends_a_run_that_keeps_checkpoints_with_one_more(tmp_path):
+    launcher = start(tmp_path / "out", "saves", 2, 1000, 0.05, SAVE=str(tmp_path / "kept"))
+    directory = wait_for_steps(tmp_path / "out")
+    launcher.send_signal(signal.SIGTERM)
+    out, _ = launcher.communicate(timeout=20)
+    result, (save,) = directory.read_result(), directory.read_saves()
+    assert launcher.returncode == 143 and (result.status, result.exit_code) == ("killed", 143)
+    assert 2 <= save.step < 1000 and result.detail == (
+        f"ended by SIGTERM after step {result.steps_done} of 1000; its newest checkpoint is of step"
+        f" {save.step}"
+    )
+    assert "-> RESUME=1 resumes it" in out and not of_run(directory.path)
+
+
+def test_ctrl_c_ends_a_run_that_keeps_checkpoints_at_once(tmp_path):
+    launcher = start(tmp_path / "out", "saves", 2, 1000, 0.05, SAVE=str(tmp_path / "kept"))
+    directory = wait_for_steps(tmp_path / "out")
+    launcher.send_signal(signal.SIGINT)
+    assert launcher.wait(timeout=20) == 130
+    assert not directory.read_saves()
+
+
+def test_ranks_that_do_not_save_are_ended(tmp_path):
+    settings = {"SAVE": str(tmp_path / "kept"), "SAVES_S": "0.5"}
+    launcher = start(tmp_path / "out", "saves-forever", 2, 1000, 0.05, **settings)
+    directory = wait_for_steps(tmp_path / "out")
+    launcher.send_signal(signal.SIGTERM)
+    assert launcher.wait(timeout=20) == 143
+    assert directory.read_result().detail.startswith("ended by SIGTERM after step")
+    assert not of_run(directory.path)
+
+
+def in_job(tmp_path: Path, **more: str) -> dict[str, str]:
+    return {"HARNESS_JOB": "77", "HARNESS_JOB_FILES": str(tmp_path / "slurm-77"), **more}
+
+
+def test_before_the_time_limit_of_its_job_a_run_saves_and_the_job_starts_again(tmp_path):
+    settings = in_job(tmp_path, SAVE=str(tmp_path / "kept"))
+    launcher = start(tmp_path / "out", "saves", 2, 1000, 0.05, **settings)
+    directory = wait_for_steps(tmp_path / "out")
+    assert directory.read_running().job == "77"
+    (tmp_path / "slurm-77.end").write_text("before the time limit of its job\n")
+    assert launcher.wait(timeout=20) == 143
+    assert re.fullmatch(
+        r"ended before the time limit of its job after step (\d+) of 1000; its newest checkpoint is"
+        r" of step \1",
+        directory.read_result().detail,
+    )
+    assert (tmp_path / "slurm-77.again").exists()
+
+
+@pytest.mark.parametrize("behaviour", ["ok", "saves"])
+def test_a_job_does_not_start_again_for_a_run_without_a_checkpoint(tmp_path, behaviour):
+    """It would begin at step 1, as often as there are time limits."""
+    launcher = start(tmp_path / "out", behaviour, 2, 1000, 0.05, **in_job(tmp_path))
+    directory = wait_for_steps(tmp_path / "out")
+    (tmp_path / "slurm-77.end").write_text("before the time limit of its job\n")
+    assert launcher.wait(timeout=20) == 143
+    assert "before the time limit of its job" in directory.read_result().detail
+    assert not (tmp_path / "slurm-77.again").exists()
 
 
 def test_ranks_that_ignore_sigterm_are_killed_after_the_grace_period(tmp_path):

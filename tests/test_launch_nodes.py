@@ -324,6 +324,24 @@ def test_node_0_names_the_node_and_the_rank_that_failed(
     assert said in own[1] and not of_run(the_run(tmp_path / "a").path)
 
 
+@pytest.mark.parametrize(("restarts", "again"), [("0", True), ("2", True), ("3", False)])
+def test_a_job_that_lost_a_node_starts_again_but_not_for_ever(
+    tmp_path, rendezvous, restarts, again
+):
+    files = tmp_path / "slurm-77"
+    job = {"HARNESS_JOB": "77", "HARNESS_JOB_FILES": str(files), "SLURM_RESTART_COUNT": restarts}
+    first = start_node(0, tmp_path / "out", rendezvous, "ok", 2, 1000, 0.05, **job)
+    second = start_node(1, tmp_path / "out", rendezvous, "ok", 2, 1000, 0.05)
+    until(lambda: len(of_run_here(tmp_path)) and the_run(tmp_path / "out").read_metrics())
+    second.kill()
+    ended(first)
+    assert files.with_suffix(".again").exists() == again
+
+
+def of_run_here(tmp_path: Path) -> list:
+    return list((tmp_path / "out").glob("*/metrics.jsonl"))
+
+
 def test_a_launcher_that_was_killed_is_named_and_the_run_ends(tmp_path, rendezvous):
     first = start_node(0, tmp_path / "a", rendezvous, "ok", 2, 2000, 0.05, GRACE_S="1")
     second = start_node(1, tmp_path / "b", rendezvous, "ok", 2, 2000, 0.05)

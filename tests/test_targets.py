@@ -513,7 +513,7 @@ def test_what_is_no_target_runs_nothing(newer_catalog, monkeypatch, capsys, targ
 
 def test_make_alone_is_one_screen() -> None:
     lines = make().stdout.splitlines()
-    assert len(lines) <= 55 and "make help" in lines[-1]
+    assert len(lines) <= 57 and "make help" in lines[-1]
     assert any(line.startswith("  make list ") for line in lines) and not any(
         "STEPS=20" in line for line in lines
     )

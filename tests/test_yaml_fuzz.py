@@ -14,6 +14,7 @@ from harness.evidence import published, workloads
 from harness.evidence.claims import load_claims
 from harness.evidence.references import load_references
 from harness.experiment.catalog import load_catalog
+from harness.launching import clusters
 from harness.pages.figures import load_panels
 from harness.predict import calibrations, rates
 
@@ -61,6 +62,7 @@ READERS = {
     EXPERIMENTS / "published.yaml": published.load,
     EXPERIMENTS / "rates.yaml": rates.published.__wrapped__,
     EXPERIMENTS / "recipes.yaml": workloads.listed,
+    clusters.FOLDER / "lumi-g.yaml": clusters.read,
     ROOT / "data" / "datasets.yaml": definitions.definitions,
     ROOT / "data" / "rules-sv.yaml": rules,
 }

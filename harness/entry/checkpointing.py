@@ -39,6 +39,7 @@ def install(report: RankReport) -> None:
     _regroup_experts()
     _count_steps_of_fsdp2()
     _survive_a_bad_tracker()
+    _tell_who_was_asked_to_end(report)
     remainders.install()
     saves = _Saves(report)
     save, schedule, train = (
@@ -94,6 +95,23 @@ def _start_writer_here() -> None:
         multiprocessing.set_forkserver_preload([SERVER])
     os.register_at_fork(after_in_child=end_with_rank)
     initialize.init_persistent_async_worker = start_worker
+
+
+def _tell_who_was_asked_to_end(report: RankReport) -> None:
+    """Report that the run ends early because a rank received ``EXIT_SIGNAL``.
+
+    Upstream asks all ranks after each step, so that every node hears of it.
+    """
+    from megatron.training.dist_signal_handler import DistributedSignalHandler
+
+    ask = DistributedSignalHandler.signals_received
+
+    def signals_received(self) -> list[int]:
+        received = ask(self)
+        report.asked_to_end = report.asked_to_end or any(received)
+        return received
+
+    DistributedSignalHandler.signals_received = signals_received
 
 
 def _regroup_experts() -> None:

@@ -33,6 +33,7 @@ class RankReport:
     Attributes:
         at_end: called after training.
         on_metrics: called with each line of metrics.jsonl, on the rank that writes it.
+        asked_to_end: see ``harness.run.schema.Rank``.
     """
 
     def __init__(self, run_dir: RunDir) -> None:
@@ -44,6 +45,7 @@ class RankReport:
         self.on_metrics: list[Callable[[StepMetrics], None]] = []
         self.phase_medians_ms: Callable[[], dict[str, float]] = dict
         self.launch: LaunchRate | None = None
+        self.asked_to_end = False
         self._gc_ms: dict[int, float] = {}
         self._gc_began_s = 0.0
         self._written_s = 0.0
@@ -80,6 +82,7 @@ class RankReport:
             launch=self.launch,
             **{f"{phase}_ms": ms for phase, ms in self.phase_medians_ms().items()},
             step=self.step,
+            asked_to_end=self.asked_to_end,
             **self._gpu_memory(),
         )
         write_json(self._file("json"), rank.model_dump())

@@ -624,12 +624,28 @@ LAUNCH_SETTINGS = (
     Setting("PARTITION", "gpu", "Slurm partition (with SLURM=1)"),
     Setting("ACCOUNT", "team", "Slurm account (with SLURM=1)"),
     Setting("TIME", "00:30:00", "Slurm time limit (with SLURM=1)"),
+    Setting("QOS", "normal", "Slurm quality of service (with SLURM=1)"),
+    Setting("CONSTRAINT", "h100", "features that Slurm's nodes must have (with SLURM=1)"),
+    Setting("EXCLUSIVE", "1", "whole nodes, 0 or 1 (with SLURM=1)"),
+    Setting(
+        "GRACE",
+        "300",
+        "seconds before the time limit at which a run saves, and its job is requeued (SLURM=1)",
+    ),
+    Setting("CHAIN", "8", "so many jobs, each resumes where the one before ended (with SLURM=1)"),
+    Setting("CLUSTER", "lumi-g", "profile of a cluster: a name in clusters/, or a file"),
+    Setting("CONTAINER", "pyxis", "how jobs enter a container: pyxis, apptainer, singularity; 0"),
+    Setting("IMAGE", "image.sqsh", "image of that container, or of pods (with K8S=1)"),
+    Setting(
+        "NUMA_BINDING",
+        "exclusive",
+        "bind ranks to cores near their GPU (torchrun): node, socket, exclusive, core-complex",
+    ),
     Setting(
         "K8S",
         "1",
         "render a Kubernetes JobSet (trainjob: a TrainJob); create it where kubectl exists",
     ),
-    Setting("IMAGE", "registry.example/megatron-harness:1", "image of the job's pods (with K8S=1)"),
     Setting("CLAIM", "megatron", "PersistentVolumeClaim of outdir/, data/, weights/ (with K8S=1)"),
     Setting("NAMESPACE", "research", "Kubernetes namespace (with K8S=1)"),
     Setting("QUEUE", "gpu-queue", "Kueue's local queue (with K8S=1)"),
@@ -642,7 +658,8 @@ LAUNCH_SETTINGS = (
     Setting(
         "RESUME",
         "1",
-        "resume the run of these settings, or RESUME=label, from its newest whole checkpoint",
+        "resume the run of these settings, or RESUME=label, from its newest whole checkpoint; auto:"
+        " start it where there is none",
     ),
     Setting("WANDB", "offline", "log to Weights & Biases: offline (wandb sync later) or online"),
     Setting("WANDB_PROJECT", "megatron", "its project (with WANDB=)"),
@@ -663,7 +680,7 @@ SETTINGS = EXPERIMENT_SETTINGS + LAUNCH_SETTINGS
 FIELDS = {setting.key: setting.field for setting in EXPERIMENT_SETTINGS}
 """Setting -> the field of an experiment that it changes."""
 SWITCHES = (
-    *("DRY_RUN", "SLURM", "HOST_NETWORK", "PACK", "FORCE"),
+    *("DRY_RUN", "SLURM", "EXCLUSIVE", "HOST_NETWORK", "PACK", "FORCE"),
     *("ALL", "CHECK", "YES", "VERIFY", "QUICK"),
 )
 """0 or 1 and nothing else, whichever command they belong to: DRY_RUN=yes must not run."""

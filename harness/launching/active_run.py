@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import statistics
 import time
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from harness.planning.plan import Plan
 
 POLL_S = 0.05
+SAVES_S = 60.0
+"""Asked to end by SIGTERM, ranks have this long to finish their step and save a checkpoint."""
 MEMORY_EVERY_S = 1.0
 STARTING = "starting torchrun"
 
@@ -81,6 +84,8 @@ class ActiveRun:
         self._memory_read_at = 0.0
         self._stopped_by: signal.Signals | None = None
         self._because_ended: str | None = None
+        self._reason: str | None = None
+        self._saves_until = 0.0
         self._hang: str | None = None
         self._restarted = False
         self._finished: Finished | None = None
@@ -127,12 +132,16 @@ class ActiveRun:
             return self._start_again_if_a_port_was_taken()
         if self._torchrun.is_ending:
             self._torchrun.kill_if_due()
+        elif self._saves_until:
+            if time.monotonic() > self._saves_until:
+                self._torchrun.terminate()
         elif not self.held:
             self._end_if_hanging()
         return True
 
     def stop(self, number: signal.Signals, because_ended: str | None = None) -> None:
-        """Ask all ranks to end; when called again, kill them at once.
+        """Ask all ranks to end, after SIGTERM with a checkpoint if the run keeps some; when called
+        again, kill them at once.
 
         Args:
             because_ended: the process whose end is the reason.
@@ -140,9 +149,22 @@ class ActiveRun:
         self._because_ended = self._because_ended or because_ended
         if self._stopped_by:
             self._torchrun.kill_at = time.monotonic()
-        else:
-            self._stopped_by = number
+            return
+        self._stopped_by = number
+        if number != signal.SIGTERM or not self._save_and_end(SAVES_S):
             self._torchrun.terminate()
+
+    def end(self, reason: str) -> None:
+        """Ask all ranks to end, with a checkpoint if the run keeps some, for which they may take
+        any time; called again, it does nothing.
+
+        Args:
+            reason: such as ``before the time limit of its job``.
+        """
+        if not self._stopped_by:
+            self._stopped_by, self._reason = signal.SIGTERM, reason
+            if not self._save_and_end(math.inf):
+                self._torchrun.terminate()
 
     def finish(self) -> Finished:
         """End what is left of a run that is over, and write result.json.
@@ -253,6 +275,14 @@ class ActiveRun:
         if self._phase == STARTING and memory.rss:
             self._phase = "importing"
 
+    def _save_and_end(self, within_s: float) -> bool:
+        """Whether ranks were asked to save a checkpoint and to end; not before their first step."""
+        if not self.plan.extras.saving or not self._has_stepped or self._torchrun.is_ending:
+            return False
+        self._saves_until = time.monotonic() + within_s
+        self._torchrun.save_and_end()
+        return True
+
     def _end_if_hanging(self) -> None:
         silent_s = time.monotonic() - self._active_at
         if silent_s > hangs.limit_s(self._hang_seconds, self._has_stepped):
@@ -289,6 +319,22 @@ class ActiveRun:
         return not self.dir.path.is_dir()
 
     @property
+    def made_progress(self) -> bool:
+        """Whether a checkpoint was saved since this start."""
+        return self._saved_step > self.plan.first_step
+
+    @property
+    def should_start_again(self) -> bool:
+        """Whether the same command would do more: it ended before a limit, or lost a node."""
+        ended_early = self._reason is not None and self.made_progress
+        return self._finished.result.status != "ok" and (ended_early or self._reports.lost_a_node)
+
+    @property
+    def _saved_step(self) -> int:
+        """The step of the newest checkpoint; 0 where there is none."""
+        return max((save.step for save in self.dir.read_saves()), default=0)
+
+    @property
     def _has_stepped(self) -> bool:
         """Whether there are steps since this start; a resumed run has older ones."""
         return len(self._metrics) > self._steps_before
@@ -311,6 +357,9 @@ class ActiveRun:
             validation=self.dir.read_validation(),
             stopped_by=self._stopped_by,
             because_ended=self._because_ended,
+            reason=self._reason,
+            saved=self._saved_step,
+            asked_to_end=any(rank.asked_to_end for rank in self.dir.read_ranks()),
             hang=self._hang,
             oom_kills=processes.oom_kills() - self._oom_kills_before,
             least_free_share=self._least_free_share,
@@ -322,7 +371,9 @@ class ActiveRun:
             self._metrics,
             self._memory(),
             started=self._started,
-            exit_code=exit_code(self._torchrun.returncode, self._stopped_by),
+            exit_code=exit_code(
+                self._torchrun.returncode, None if found.status == "ok" else self._stopped_by
+            ),
             packed_with=tuple(sorted(self.packed_with)),
         )
         if self._keeps_records:

@@ -194,7 +194,8 @@ class _Batch:
 
     def _has_result(self, name: str, plan: Plan, stored: Sequence[directory.StoredRun]) -> bool:
         """Whether one of the runs ``stored`` makes another one needless; if so, take its result."""
-        earlier = None if self._batch.force else _earlier(plan, stored)
+        here = next((gpu.name for gpu in gpus.list_gpus()), None) if plan.device == "cuda" else None
+        earlier = None if self._batch.force else earlier_result(plan, stored, here)
         if earlier:
             note = f"{earlier.dir.label} has its result, FORCE=1 runs it again"
             self._outcomes[name] = _judge(earlier, note)
@@ -350,17 +351,20 @@ class _Batch:
             run.stop(number, because_ended)
 
 
-def _earlier(plan: Plan, stored: Sequence[directory.StoredRun]) -> Finished | None:
-    """The newest of ``stored`` that is the same experiment on this hardware and whose status is in
-    ``HAS_RESULT``."""
-    here = next((gpu.name for gpu in gpus.list_gpus()), None) if plan.device == "cuda" else None
+def earlier_result(
+    plan: Plan, stored: Sequence[directory.StoredRun], gpu: str | None = None
+) -> Finished | None:
+    """The newest of ``stored`` that is the same experiment and whose status is in ``HAS_RESULT``.
+
+    On a GPU called ``gpu``, where that is given.
+    """
     same = [
         Finished(run.dir, run.result)
         for run in stored
         if run.state in HAS_RESULT
         and _is_run_of(run, plan)
         and not run.result.mixed
-        and run.result.gpu == here
+        and gpu in (None, run.result.gpu)
     ]
     return max(same, key=lambda finished: finished.result.started, default=None)
 

@@ -7,19 +7,30 @@ from textwrap import indent
 
 from harness import RECORDS, generate
 from harness.data import data_sets
-from harness.errors import UserError
-from harness.experiment import command_line, identity
+from harness.errors import UserError, first_line
+from harness.experiment import command_line
 from harness.experiment.catalog import load_catalog
 from harness.experiment.experiment import Experiment
-from harness.launching import chapter, kubernetes, launch, slurm, stop, terminal, verify
+from harness.launching import (
+    chapter,
+    clusters,
+    jobs,
+    kubernetes,
+    launch,
+    stop,
+    submission,
+    terminal,
+    verify,
+)
 from harness.launching.active_run import Finished
 from harness.machine import gpus, packages
 from harness.planning import plan, run_to_resume
 from harness.planning.commands import made_here, print_script
 from harness.planning.plan import Plan
 from harness.planning.request import FOR_BATCH
-from harness.run import checkpoint_list, finding
+from harness.run import checkpoint_list, directory, finding
 from harness.upstreams.megatron_lm import tracking
+from harness.upstreams.megatron_lm.flags import Device
 
 
 def run_experiment(id_: str, settings: Mapping[str, str]) -> int:
@@ -62,23 +73,15 @@ def train(id_: str, settings: Mapping[str, str]) -> int:
             f"{experiment.id} has no validation loss at which it ends\n"
             f"set one, UNTIL=3.2; make {experiment.id} STEPS=100 trains for a number of steps"
         )
-    settings = {"SAVE": "1", **settings}
-    device = plan.choose_device(settings)
-    own = {key: value for key, value in settings.items() if key not in ("SAVE", "RESUME")}
-    planned = plan.plan(experiment, own, device)
-    earlier, _ = finding.candidates(planned.outdir, experiment.id)
-    if any(
-        found.device == device and identity.same(found.experiment, planned.experiment)
-        for found in earlier
-    ):
-        settings.setdefault("RESUME", "1")
-    return run_experiment(id_, settings)
+    return run_experiment(id_, {"SAVE": "1", "RESUME": "auto", **settings})
 
 
 def run_chapter(number: str, settings: Mapping[str, str]) -> int:
     """Run the experiments of a chapter, small ones side by side (PACK=0: one after another)."""
     experiments = load_catalog().in_chapter(command_line.count("chapter", number))
-    if whole := [key for key in ("DRY_RUN", *FOR_BATCH, "RESUME") if settings.get(key, "0") != "0"]:
+    if settings.get("SLURM") == "1":
+        return _submit_chapter(number, experiments, settings)
+    if whole := [key for key in ("DRY_RUN", "K8S", "RESUME") if settings.get(key, "0") != "0"]:
         raise UserError(
             f"{whole[0]}=1 is for one experiment: make {experiments[0].id} {whole[0]}=1\n"
             f"make list CHAPTER={number} lists the experiments of this chapter"
@@ -109,6 +112,19 @@ def stop_runs(settings: Mapping[str, str]) -> int:
     return stop.stop(finding.outdir(settings), settings.get("RUN"))
 
 
+def show_jobs(settings: Mapping[str, str]) -> int:
+    """List the jobs that were submitted here; with JOB= follow one to its end."""
+    outdir = finding.outdir(settings)
+    if number := settings.get("JOB"):
+        return jobs.follow(outdir, number)
+    return jobs.show(outdir)
+
+
+def cancel_job(settings: Mapping[str, str]) -> int:
+    """Cancel a job and those of its chain that wait for it."""
+    return jobs.cancel(finding.outdir(settings), settings["JOB"], settings.get("FORCE") == "1")
+
+
 def sample_text(settings: Mapping[str, str]) -> int:
     """Sample text from a checkpoint."""
     request = generate.parse(settings, finding.outdir(settings))
@@ -117,14 +133,47 @@ def sample_text(settings: Mapping[str, str]) -> int:
 
 
 def _submit(experiment: Experiment, settings: Mapping[str, str], batch: str) -> int:
-    if settings.get("DEVICE", "cuda") != "cuda":
-        raise UserError(
-            f"{batch}=1 DEVICE={settings['DEVICE']}: jobs run on GPUs; leave DEVICE= out, or"
-            f" {batch}=1: make {experiment.id} DEVICE=cpu runs here"
+    if batch == "K8S":
+        if settings.get("DEVICE", "cuda") != "cuda":
+            raise UserError(
+                f"K8S= DEVICE={settings['DEVICE']}: pods have GPUs; leave DEVICE= out, or K8S=:"
+                f" make {experiment.id} DEVICE=cpu runs here"
+            )
+        planned = plan.plan(experiment, {**settings, "DEVICE": "cuda"}, "cuda")
+        return kubernetes.create_or_print(planned, settings)
+    settings, device = _for_job(settings)
+    return submission.submit_or_print(plan.plan(experiment, settings, device), settings)
+
+
+def _submit_chapter(
+    number: str, experiments: Iterable[Experiment], settings: Mapping[str, str]
+) -> int:
+    """Submit the experiments of a chapter that have no result yet, as arrays."""
+    settings, device = _for_job(settings)
+    plans: list[Plan] = []
+    for experiment in experiments:
+        try:
+            planned = plan.plan(experiment, settings, device)
+        except UserError as error:
+            print(f"{experiment.name}: skipped: {first_line(error)}")
+            continue
+        earlier = (
+            None
+            if settings.get("FORCE") == "1"
+            else chapter.earlier_result(planned, directory.runs(planned.outdir)[0])
         )
-    planned = plan.plan(experiment, {**settings, "DEVICE": "cuda"}, "cuda")
-    submit = {"SLURM": slurm.submit_or_print, "K8S": kubernetes.create_or_print}[batch]
-    return submit(planned, settings)
+        if earlier:
+            print(f"{experiment.name}: {earlier.dir.label} has its result, FORCE=1 runs it again")
+        else:
+            plans.append(planned)
+    return submission.submit_all(plans, settings, f"chapter-{number}")
+
+
+def _for_job(settings: Mapping[str, str]) -> tuple[dict[str, str], Device]:
+    """``settings`` as the cluster's profile completes them, and the device, cuda unless DEVICE=cpu:
+    a login node has no GPU."""
+    device = plan.choose_device({"DEVICE": "cuda", **settings}, only_show=True)
+    return clusters.find(settings).settings({**settings, "DEVICE": device}), device
 
 
 def prepare_conversations(experiments: Iterable[Experiment], settings: Mapping[str, str]) -> None:

@@ -16,6 +16,7 @@ from harness.machine import gpus
 from harness.machine.requirements import check_machine
 from harness.planning import starting_weights
 from harness.predict import calibrations, capacity
+from harness.run import job
 
 if TYPE_CHECKING:
     from harness.planning.plan import Plan
@@ -38,6 +39,7 @@ def run_plan(
         KeyboardInterrupt: a signal arrived before the run started.
     """
     check_ready(plan)
+    own_job = job.current()
     gpu_ids = ()
     if plan.device == "cuda":
         gpu_ids = gpus.choose(plan.experiment.ranks_per_node, plan.place.gpu_ids)
@@ -53,9 +55,13 @@ def run_plan(
             while run.poll():
                 if number := signals.take():
                     run.stop(number, signals.ended)
+                if own_job and (reason := own_job.ends):
+                    run.end(reason)
                 show_progress(run, terminal)
                 time.sleep(POLL_S)
             finished = run.finish()
+            if own_job and run.should_start_again:
+                own_job.start_again(run.made_progress)
             show_progress(run, terminal)
             terminal.finish(run.label)
         finally:

@@ -37,6 +37,9 @@ class Evidence:
         log: the text of logs.txt.
         stopped_by: the signal that asked the launcher to end the run.
         because_ended: the parent process, such as make, whose end ended the run.
+        reason: why its batch job asked it to end, such as ``before the time limit of its job``.
+        saved: the step of its newest checkpoint; 0 where it has none.
+        asked_to_end: its ranks saved a checkpoint and ended because one of them was asked to.
         hang: what the launcher found when it ended a hanging run.
         oom_kills: processes that the kernel killed for lack of memory during the run.
         least_free_share: smallest available share of the host's memory during the run, 0 to 1.
@@ -49,6 +52,9 @@ class Evidence:
     validation: tuple[Validation, ...] = ()
     stopped_by: signal.Signals | None = None
     because_ended: str | None = None
+    reason: str | None = None
+    saved: int = 0
+    asked_to_end: bool = False
     hang: str | None = None
     oom_kills: int = 0
     least_free_share: float = 1.0
@@ -101,13 +107,9 @@ def classify(evidence: Evidence, experiment: Experiment) -> RunOutcome:
     done = evidence.metrics[-1].step if evidence.metrics else 0
     progress = f"after step {done} of {experiment.steps}"
     lost = next((m for m in evidence.metrics if m.nan or not math.isfinite(m.loss or 0)), None)
-    if evidence.stopped_by:
-        gone = (
-            evidence.because_ended
-            and f"because {evidence.because_ended}, which started it, is gone,"
-        )
-        detail = f"ended {gone or f'by {_cause(evidence.stopped_by)}'} {progress}"
-        return RunOutcome("killed", detail, advice="the results so far are kept")
+    early = evidence.exit_code != 0 or done < experiment.steps
+    if (evidence.stopped_by or evidence.asked_to_end) and early:
+        return _ended_early(evidence, progress)
     if evidence.hang:
         return RunOutcome(
             "hang", evidence.hang, advice="ranks/*.stacks.txt hold every thread's stack"
@@ -138,6 +140,22 @@ def classify(evidence: Evidence, experiment: Experiment) -> RunOutcome:
     if evidence.exit_code == 0:
         return RunOutcome("ok")
     return _first_error(evidence, experiment)
+
+
+def _ended_early(evidence: Evidence, progress: str) -> RunOutcome:
+    """The outcome of a run that was asked to end."""
+    by = evidence.stopped_by
+    why = f"by {_cause(by)}" if by else "as another node asked"
+    if evidence.because_ended:
+        why = f"because {evidence.because_ended}, which started it, is gone,"
+    why = evidence.reason or why
+    if not evidence.saved:
+        return RunOutcome("killed", f"ended {why} {progress}", advice="the results so far are kept")
+    return RunOutcome(
+        "killed",
+        f"ended {why} {progress}; its newest checkpoint is of step {evidence.saved}",
+        advice="RESUME=1 resumes it",
+    )
 
 
 def address_in_use(log: str) -> bool:

@@ -13,6 +13,7 @@ from harness.data import fingerprint
 from harness.experiment.hardware import peak_tflops
 from harness.machine import gpus
 from harness.machine.provenance import describe_environment
+from harness.run import job
 from harness.run.checkpoints import Saving
 from harness.run.directory import RunDir
 from harness.run.schema import Change, LaunchRate, MemoryGib, Rank, Result, StepMetrics, Upstream
@@ -49,6 +50,7 @@ class RunFiles:
             "started": started,
             "rendezvous": plan.place.rendezvous,
             "resumed_at": self._resumed_at,
+            "job": own_job.id if (own_job := job.current()) else None,
         }
         write_json(self._dir.running, running)
         self._freeze(self._dir, saving)

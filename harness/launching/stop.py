@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from harness.errors import UserError, nearest
 from harness.launching import processes
+from harness.launching.active_run import SAVES_S
 from harness.launching.torchrun import GRACE_S
 from harness.run import directory
 from harness.run.directory import RUN_DIR_VARIABLE, StoredRun
@@ -43,8 +44,10 @@ def stop(outdir: Path, label: str | None = None) -> int:
             ended[name] = found
         elif holder:
             elsewhere.append(f"{name} is not stopped: {holder} runs it, stop it there")
-    # a launcher itself waits GRACE_S for its ranks
-    processes.end({p for found in ended.values() for p in found}, 2 * GRACE_S)
+    # a launcher itself waits GRACE_S for its ranks, and lets them save before
+    saving = any(run.dir.read_saving() for run in runs if run.dir.label in ended)
+    limit_s = 2 * GRACE_S + (SAVES_S if saving else 0)
+    processes.end({p for found in ended.values() for p in found}, limit_s)
     if ended or not elsewhere:
         print(f"stopped {', '.join(ended)}" if ended else f"nothing runs in {outdir}")
     for line in elsewhere:

@@ -15,6 +15,7 @@ from harness.launching.processes import LAUNCHER_VARIABLE
 from harness.run.directory import RUN_DIR_VARIABLE, TURN_VARIABLE, RunDir
 from harness.system import locks
 from harness.system.orphans import end_with
+from harness.upstreams.megatron_lm.flags import EXIT_SIGNAL
 
 if TYPE_CHECKING:
     import psutil
@@ -82,6 +83,13 @@ class Torchrun:
         self.kill_at = time.monotonic() + GRACE_S
         if self.returncode is None:
             os.killpg(self._process.pid, signal.SIGTERM)
+
+    def save_and_end(self) -> None:
+        """``EXIT_SIGNAL`` to the ranks of this node: all save after the step, and end."""
+        ranks = {rank.pid for rank in self._run_dir.read_ranks()}
+        for process in self._marked():
+            if process.pid in ranks:
+                processes.send(process, EXIT_SIGNAL)
 
     def kill_if_due(self) -> None:
         if self.kill_at and time.monotonic() > self.kill_at:

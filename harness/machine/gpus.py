@@ -1,4 +1,7 @@
-"""NVIDIA GPUs of this machine through NVML: which exist, which are busy, memory and clocks."""
+"""GPUs of this machine: which exist, which are busy, memory and clocks.
+
+NVIDIA's through NVML; AMD's through ``rocm``, where there is no NVML.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from harness.errors import UserError
+from harness.machine import rocm
 from harness.system.screen import raw
 
 BUSY_MIB = 1024
@@ -21,6 +25,8 @@ BUSY_MIB = 1024
 containers are hidden."""
 
 SAMPLE_S = 0.5
+ROCM_SAMPLE_S = 5.0
+"""rocm-smi is a program that asks every GPU, and takes a core meanwhile."""
 MONITOR_S = 1.0
 
 
@@ -73,7 +79,9 @@ def list_gpus() -> tuple[LocalGpu, ...]:
     """Every GPU of this machine, by index; none without a driver."""
     with _nvml() as nvml:
         if nvml is None:
-            return ()
+            return tuple(
+                LocalGpu(gpu.index, gpu.name, gpu.uuid, gpu.total_mib) for gpu in rocm.gpus()
+            )
         found = []
         for index in range(nvml.nvmlDeviceGetCount()):
             handle = nvml.nvmlDeviceGetHandleByIndex(index)
@@ -131,7 +139,7 @@ def use() -> tuple[GpuUse, ...]:
     """Memory in use and compute processes of every GPU; those of other containers are hidden."""
     gpus = list_gpus()
     with _nvml() as nvml:
-        return tuple(_use(nvml, gpu) for gpu in gpus) if nvml else ()
+        return tuple(_use(nvml, gpu) for gpu in gpus) if nvml else _use_of_rocm()
 
 
 def choose(count: int, wanted: Sequence[int] | None = None) -> tuple[int, ...]:
@@ -199,7 +207,7 @@ def describe(use: GpuUse) -> str:
 def sample(indices: Sequence[int]) -> tuple[GpuSample, ...]:
     """Memory, utilisation, clock, power and temperature of these GPUs; empty without a driver."""
     with _nvml() as nvml:
-        return tuple(_sample(nvml, index) for index in indices) if nvml else ()
+        return tuple(_samples(nvml, indices))
 
 
 class Sampler:
@@ -226,18 +234,20 @@ class Sampler:
 
     def _run(self) -> None:
         with _nvml() as nvml:
-            if nvml is None:
-                return
+            wait_s = SAMPLE_S if nvml else ROCM_SAMPLE_S
+            failures = (nvml.NVMLError, OSError) if nvml else OSError
             try:
+                if not _samples(nvml, self._indices):
+                    return
                 with self._path.open("a", encoding="utf-8") as file:
                     while not self._over.is_set():
-                        self._over.wait(SAMPLE_S)
-                        self._write(file, [_sample(nvml, index) for index in self._indices])
-            except (nvml.NVMLError, OSError):
+                        self._over.wait(wait_s)
+                        self._write(file, _samples(nvml, self._indices))
+            except failures:
                 return
 
-    def _write(self, file: TextIO, samples: list[GpuSample]) -> None:
-        self.peak_gib = max(self.peak_gib or 0, *(s.used_gib for s in samples))
+    def _write(self, file: TextIO, samples: Sequence[GpuSample]) -> None:
+        self.peak_gib = max([self.peak_gib or 0, *(s.used_gib for s in samples)])
         file.write(json.dumps({"time": time.time(), "gpus": [asdict(s) for s in samples]}) + "\n")
         file.flush()
 
@@ -337,6 +347,35 @@ def _use(nvml: Any, gpu: LocalGpu) -> GpuUse:
             for p in processes
         ),
     )
+
+
+def _use_of_rocm() -> tuple[GpuUse, ...]:
+    return tuple(
+        GpuUse(
+            LocalGpu(gpu.index, gpu.name, gpu.uuid, gpu.total_mib),
+            gpu.used_gib,
+            tuple(GpuProcess(pid, None, _name_of(pid)) for pid in gpu.pids),
+        )
+        for gpu in rocm.gpus()
+    )
+
+
+def _samples(nvml: Any, indices: Sequence[int]) -> list[GpuSample]:
+    """Samples of these GPUs, by NVML, or without it by ``rocm``."""
+    if nvml:
+        return [_sample(nvml, index) for index in indices]
+    return [
+        GpuSample(
+            gpu.index,
+            round(gpu.used_gib, 3),
+            gpu.utilization,
+            gpu.clock_mhz,
+            gpu.power_w,
+            gpu.temperature_c,
+        )
+        for gpu in rocm.gpus()
+        if gpu.index in indices
+    ]
 
 
 def _sample(nvml: Any, index: int) -> GpuSample:

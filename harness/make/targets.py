@@ -19,6 +19,7 @@ from harness.experiment.catalog import EXPERIMENTS, Catalog, load_catalog
 from harness.experiment.command_line import EXPERIMENT_SETTINGS, LAUNCH_SETTINGS, Setting
 from harness.experiment.experiment import Experiment
 from harness.make import tutorial
+from harness.planning.request import FOR_BATCH
 from harness.system.files import write_text
 
 FILE = EXPERIMENTS / "targets.mk"
@@ -75,6 +76,8 @@ def command_of(wanted: str, catalog: Catalog) -> tuple[str, str]:
         return command, catalog.find(about).id
     if command == "chapter" and about.isdecimal() and int(about) in catalog.chapters:
         return "chapter", about
+    if command == "jobs" and re.fullmatch(r"\d+(_\d+)?", about):
+        return "jobs", f"JOB={about}"
     if command == "train" and about in (long_runs := _long_runs(catalog)):
         return "train", long_runs[about]
     raise UserError(unknown(wanted))
@@ -120,6 +123,8 @@ def target(experiment: Experiment) -> str:
 
 def _lines(catalog: Catalog) -> Iterator[str]:
     yield f"override SETTINGS := {EVERY}"
+    for batch, keys in FOR_BATCH.items():
+        yield f"override FOR_{batch} := {' '.join(keys)}"
     yield "override TAKES = $(SETTINGS)"
     for title, commands in SECTIONS.items():
         yield f"##@ {title}"

@@ -16,10 +16,9 @@ from harness.planning.checkpoint_fits import check_fits, check_model
 from harness.planning.placed import PlacedRun
 from harness.planning.resolved import ResolvedRun
 from harness.planning.script import Extras, Plan
-from harness.run import checkpoints, finding
+from harness.run import checkpoints, finding, job
 from harness.run.checkpoints import Loading
 from harness.run.directory import still_runs
-from harness.system import locks
 
 RANDOM_WEIGHTS = (
     "adapters on random weights learn little: this run measures time and memory; WEIGHTS= starts"
@@ -208,7 +207,7 @@ def _resumed_checkpoint(placed: PlacedRun, tell: Callable[[str], None]) -> Loadi
     request = placed.fitted.resolved.request
     # Node 0 may have resumed it already, and has its lock then.
     is_node_0 = placed.place.node_rank == "0" or bool(request.batch)
-    if is_node_0 and (holder := locks.holder(resumed.run.path)):
+    if is_node_0 and (holder := job.holder_after_waiting(resumed.run.path)):
         raise UserError(f"RESUME={request.resume}: {still_runs(resumed.run, holder)}")
     check_model(resumed.run.path, resumed.trained.model, experiment)
     if resumed.curve_changes and request.settings.get("FORCE") != "1":

@@ -12,7 +12,7 @@ from harness.planning import run_to_resume
 from harness.planning.fitted import FittedRun
 from harness.planning.request import RunRequest
 from harness.planning.run_to_resume import RunToResume
-from harness.planning.script import Place
+from harness.planning.script import NUMA_BINDINGS, Place
 from harness.run.checkpoints import Saving
 
 
@@ -43,8 +43,7 @@ def place(fitted: FittedRun) -> PlacedRun:
     """
     request, experiment = fitted.resolved.request, fitted.experiment
     here = _place(request, fitted.memory_fraction)
-    if request.resume:
-        resumed = run_to_resume.find(fitted)
+    if request.resume and (resumed := run_to_resume.find(fitted)):
         return PlacedRun(fitted, here, resumed, _saving(request.settings, resumed.saving))
     if not (experiment.save_every or {"SAVE", "SAVE_EVERY", "KEEP"} & request.settings.keys()):
         return PlacedRun(fitted, here, None, None)
@@ -61,11 +60,15 @@ def _place(request: RunRequest, memory_fraction: float | None) -> Place:
     host, _, port = (rendezvous or "").rpartition(":")
     if rendezvous and not (host and port.isdigit()):
         raise UserError(f"RENDEZVOUS={rendezvous}: expected host:port, such as node0:29500")
+    binding = settings.get("NUMA_BINDING", "0")
+    if binding != "0":
+        command_line.choice("NUMA_BINDING", binding, NUMA_BINDINGS)
     return Place(
         NODE_IN_JOB[request.batch] if request.batch else str(node_rank),
         rendezvous,
         command_line.gpu_ids(settings),
         memory_fraction,
+        binding if binding != "0" and request.device == "cuda" else None,
     )
 
 

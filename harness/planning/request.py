@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from harness.errors import UserError
 from harness.experiment import overrides
 from harness.experiment.experiment import Experiment
-from harness.run import finding
+from harness.run import finding, job
 from harness.upstreams.megatron_lm.flags import Device
 from harness.upstreams.megatron_lm.tracking import Tracking, tracking
 
 FOR_GPUS = ("GPUS_IDS", "CARD")
 """Settings that mean nothing to the CPU miniature."""
 FOR_BATCH = {
-    "SLURM": ("PARTITION", "ACCOUNT", "TIME"),
-    "K8S": ("IMAGE", "NAMESPACE", "CLAIM", "QUEUE", "RDMA", "HOST_NETWORK", "RESTARTS"),
+    "SLURM": (
+        *("PARTITION", "ACCOUNT", "TIME", "QOS", "CONSTRAINT", "EXCLUSIVE", "GRACE", "CHAIN"),
+        *("CLUSTER", "CONTAINER", "IMAGE"),
+    ),
+    "K8S": ("IMAGE", "CLAIM", "NAMESPACE", "QUEUE", "RDMA", "HOST_NETWORK", "RESTARTS"),
 }
 """What makes a run a batch job -> settings that only such a job has."""
 
@@ -42,7 +46,7 @@ class RunRequest:
 
     @property
     def resume(self) -> str | None:
-        """``1``, or the label of the run to resume; None: a new run."""
+        """``1``, ``auto`` or the label of the run to resume; None: a new run."""
         asked = self.settings.get("RESUME", "0")
         return asked if asked != "0" else None
 
@@ -68,13 +72,15 @@ def read_request(row: Experiment, settings: Mapping[str, str], device: Device) -
     wanted = [batch for batch in FOR_BATCH if settings.get(batch, "0") != "0"]
     if len(wanted) > 1:
         raise UserError(f"{'=1 and '.join(wanted)}=1: a run is a job of one of them; leave one out")
-    for batch, keys in FOR_BATCH.items():
-        if batch not in wanted:
+    for key in dict.fromkeys(chain(*FOR_BATCH.values())):
+        batches = [batch for batch, keys in FOR_BATCH.items() if key in keys]
+        if not {*batches} & {*wanted}:
+            jobs = " or ".join(f"{batch}=1" for batch in batches)
             _refuse(
                 settings,
-                keys,
-                f"is for a batch job, and {batch}=1 is not given",
-                f"add {batch}=1, or leave {{key}}= out",
+                (key,),
+                f"is for a batch job, and {jobs} is not given",
+                f"add {jobs}, or leave {{key}}= out",
             )
     if settings.get("SAVE") == "0" and (
         saving := [key for key in ("SAVE_EVERY", "KEEP") if key in settings]
@@ -82,14 +88,24 @@ def read_request(row: Experiment, settings: Mapping[str, str], device: Device) -
         raise UserError(
             f"SAVE=0 keeps no checkpoints, but {' and '.join(saving)} is given; leave one out"
         )
+    outdir = finding.outdir(settings)
     return RunRequest(
         row,
-        settings,
+        _resuming_in_a_job(settings, outdir),
         device,
         overrides.given(settings),
-        finding.outdir(settings),
+        outdir,
         tracking(settings),
     )
+
+
+def _resuming_in_a_job(settings: Mapping[str, str], outdir: Path) -> Mapping[str, str]:
+    """``settings``; in a batch job that starts again, with its own run as the one to resume."""
+    own_job = job.current()
+    started = own_job and job.run_of(own_job.id, outdir)
+    if started and started.read_saving():
+        return {**settings, "RESUME": started.label}
+    return settings
 
 
 def _refuse(settings: Mapping[str, str], keys: tuple[str, ...], why: str, way_out: str) -> None:

@@ -60,14 +60,19 @@ class RunToResume:
         return lines
 
 
-def find(fitted: FittedRun) -> RunToResume:
-    """The run that ``RESUME=1`` or ``RESUME=label`` means.
+def find(fitted: FittedRun) -> RunToResume | None:
+    """The run that ``RESUME=`` means: 1, auto or a label; None where ``auto`` finds none.
 
     Raises:
         UserError: there is none, or it kept no checkpoints.
     """
     request, experiment = fitted.resolved.request, fitted.experiment
-    found = _of_experiment(fitted) if request.resume == "1" else _labelled(fitted)
+    if request.resume == "auto":
+        found = _same_and_saved(fitted)
+        if found is None:
+            return None
+    else:
+        found = _of_experiment(fitted) if request.resume == "1" else _labelled(fitted)
     saving = found.dir.read_saving()
     if saving is None:
         _refuse_without_checkpoints(found)
@@ -163,7 +168,7 @@ def _labelled(fitted: FittedRun) -> Candidate:
         torn = next((problem for problem in problems if problem.startswith(f"{label}: ")), None)
         labels = [run.dir.label for run in every if run.experiment.id == experiment.id]
         raise UserError(
-            f"RESUME={label}: expected 0 or 1, or the label of a run in {request.outdir}; "
+            f"RESUME={label}: expected 0, 1 or auto, or the label of a run in {request.outdir}; "
             f"{torn or nearest(label, labels)}"
         )
     there, here = _kind(found.experiment, found.device), _kind(experiment, request.device)
@@ -180,12 +185,31 @@ def _kind(experiment: Experiment, device: str) -> str:
     return f"{size}{experiment.id} on {'a CPU' if device == 'cpu' else 'GPUs'}"
 
 
-def _of_experiment(fitted: FittedRun) -> Candidate:
-    """The newest run of the same experiment; else of one that differs in what may change."""
+def _same_and_saved(fitted: FittedRun) -> Candidate | None:
+    """The newest run of exactly this experiment that keeps checkpoints, also before its first."""
+    every, _ = _of_this_kind(fitted)
+    return next(
+        (
+            run
+            for run in every
+            if identity.same(run.experiment, fitted.experiment) and run.dir.read_saving()
+        ),
+        None,
+    )
+
+
+def _of_this_kind(fitted: FittedRun) -> tuple[list[Candidate], list[str]]:
+    """Runs of the same row, device and size, the newest first, and what is wrong with others."""
     request, experiment = fitted.resolved.request, fitted.experiment
     every, problems = finding.candidates(request.outdir, experiment.id)
     here = (request.device, experiment.miniature)
-    every = [run for run in every if (run.device, run.experiment.miniature) == here]
+    return [run for run in every if (run.device, run.experiment.miniature) == here], problems
+
+
+def _of_experiment(fitted: FittedRun) -> Candidate:
+    """The newest run of the same experiment; else of one that differs in what may change."""
+    request, experiment = fitted.resolved.request, fitted.experiment
+    every, problems = _of_this_kind(fitted)
     exact = [run for run in every if identity.same(run.experiment, experiment)]
     if exact:
         return next((run for run in exact if run.has_checkpoints), exact[0])
@@ -199,8 +223,8 @@ def _of_experiment(fitted: FittedRun) -> Candidate:
         _refuse_without_checkpoints(every[0])
     there_is = "; ".join(problems) or f"there is no run {experiment.label} in {request.outdir}"
     raise UserError(
-        f"RESUME=1: {there_is}\nstart one with SAVE=1, and SAVE_EVERY= steps; "
-        "LOAD=label begins a new run with the checkpoint of another"
+        f"RESUME=1: {there_is}\nstart one with SAVE=1, and SAVE_EVERY= steps; RESUME=auto starts it"
+        " where there is none; LOAD=label begins a new run with the checkpoint of another"
     )
 
 

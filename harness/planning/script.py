@@ -30,6 +30,8 @@ from harness.upstreams.megatron_lm.flags import (
 )
 from harness.upstreams.megatron_lm.tracking import Tracking
 
+NUMA_BINDINGS = ("node", "socket", "exclusive", "core-complex")
+"""How torchrun binds ranks to cores near their GPU: torch/numa/binding.py."""
 WIDTH = 86
 """Characters of a line, from which a group of arguments is broken."""
 
@@ -43,12 +45,14 @@ class Place:
         rendezvous: where several nodes meet, host:port.
         gpu_ids: the GPUs that it uses, by NVML index; None: as many as it needs, from the first.
         memory_fraction: see ``harness.upstreams.megatron_lm.environment.variables``.
+        numa_binding: one of NUMA_BINDINGS; None: the kernel places ranks.
     """
 
     node_rank: str = "0"
     rendezvous: str | None = None
     gpu_ids: tuple[int, ...] | None = None
     memory_fraction: float | None = None
+    numa_binding: str | None = None
 
 
 @dataclass(frozen=True)
@@ -208,6 +212,8 @@ def _index_mappings(experiment: Experiment) -> list[str]:
 def _torchrun(experiment: Experiment, place: Place) -> list[str]:
     # Without --log-dir, torchrun leaves an empty temporary folder of every run.
     ranks = ["--nproc-per-node", str(experiment.ranks_per_node), "--log-dir", os.devnull]
+    if place.numa_binding:
+        ranks += ["--numa-binding", place.numa_binding]
     if experiment.nodes == 1:
         # Otherwise torchrun takes the machine's own name, and waits for ever where it has no
         # address (containers, VPNs).

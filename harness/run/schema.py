@@ -86,6 +86,7 @@ class Rank(RunRecord):
 
     ``forward_backward_ms`` and ``optimizer_ms`` are medians over its steps so far without the first
     few. ``gc_ms``: time of Python's full garbage collections, by the step in which they happened.
+    ``asked_to_end``: some rank received ``EXIT_SIGNAL``, so that all saved a checkpoint and ended.
     """
 
     rank: int
@@ -103,6 +104,7 @@ class Rank(RunRecord):
     gc_ms: dict[int, float] = {}
     launch: LaunchRate | None = None
     step: int = 0
+    asked_to_end: bool = False
 
 
 class RankError(RunRecord):
@@ -117,14 +119,15 @@ class RankError(RunRecord):
 
 
 class Running(RunRecord):
-    """running.json: the launcher's process, when it started the run (Unix seconds), and the
-    rendezvous of its nodes."""
+    """running.json: the launcher's process, when it started the run (Unix seconds), the rendezvous
+    of its nodes, and the batch job that it belongs to (``harness.run.job``)."""
 
     pid: int
     host: str
     started: float
     rendezvous: str | None = None
     resumed_at: tuple[int, ...] = ()
+    job: str | None = None
 
 
 class Change(RunRecord):

@@ -1,6 +1,6 @@
 """A launcher in a process of its own: ``launcher.py OUTDIR BEHAVIOUR RANKS STEPS [SECONDS_A_STEP]``.
 
-In the environment: GRACE_S, HANG, SAVE, RESUMES (a run directory), CHANGES (JSON, fields of the experiment), and for one of two nodes NODE_RANK,
+In the environment: GRACE_S, SAVES_S, HANG, SAVE, RESUMES (a run directory), CHANGES (JSON, fields of the experiment), and for one of two nodes NODE_RANK,
 RENDEZVOUS and TIMEOUT_S.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from harness.errors import UserError
 from harness.experiment.experiment import Experiment
 from harness.experiment.model import Model
-from harness.launching import launch, torchrun
+from harness.launching import active_run, launch, torchrun
 from harness.launching.rendezvous import handshake
 from harness.planning.plan import Plan
 from harness.planning.script import Extras, Place
@@ -74,6 +74,7 @@ def make_plan(
 if __name__ == "__main__":
     outdir, behaviour, *numbers = sys.argv[1:]
     torchrun.GRACE_S = float(os.environ.get("GRACE_S", torchrun.GRACE_S))
+    active_run.SAVES_S = float(os.environ.get("SAVES_S", active_run.SAVES_S))
     sizes = [int(n) for n in numbers[:2]]
     changes = {}
     if "NODE_RANK" in os.environ:

@@ -69,6 +69,11 @@ def rank(number: int) -> None:
     files = RUN_DIR / "ranks"
     if BEHAVIOUR in ("stubborn", "orphans"):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    asked_to_end = []
+    if BEHAVIOUR == "saves":
+        signal.signal(signal.SIGUSR2, lambda *_: asked_to_end.append(True))
+    if BEHAVIOUR == "saves-forever":
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     faulthandler.register(signal.SIGUSR1, (files / f"{number}.stacks.txt").open("a"))
     report = {"rank": number, "local_rank": number, "pid": os.getpid(), "host": os.uname().nodename}
     report["launch"] = {"add_us": 5.0 + number, "operation_us": 20.0 - number}
@@ -115,8 +120,20 @@ def rank(number: int) -> None:
             }
             with (RUN_DIR / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(metrics | {"time": time.time()}) + "\n")
+        if asked_to_end:
+            report_end(number, step, report)
+            return
     if BEHAVIOUR in ("stubborn", "orphans"):
         time.sleep(1000)
+
+
+def report_end(number: int, step: int, report: dict) -> None:
+    """What a rank leaves after EXIT_SIGNAL: the first one records the checkpoint."""
+    (RUN_DIR / "ranks" / f"{number}.json").write_text(json.dumps(report | {"asked_to_end": True}))
+    if number == 0:
+        times = {"blocked_ms": 1.0, "whole_after_s": 0.1, "time": time.time()}
+        save = {"step": step, "asynchronous": True, "whole_at_step": step, "gib": 0.1, **times}
+        (RUN_DIR / "saves.jsonl").write_text(json.dumps(save) + "\n")
 
 
 def misbehave(number: int, step: int) -> None:

@@ -77,6 +77,11 @@ class Peers:
             peer.close()
 
     @property
+    def lost_one(self) -> bool:
+        """Whether a node disconnected before it said how its part ended."""
+        return any(end.detail == DISCONNECTED for end in self.ends.values())
+
+    @property
     def all_ended(self) -> bool:
         return len(self.ends) == len(self.connections)
 

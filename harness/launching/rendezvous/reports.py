@@ -103,6 +103,11 @@ class Reports:
         advice = f"the log of node {failure.node} says more"
         return RunOutcome(failure.status, str(failure), failure.rank, advice)
 
+    @property
+    def lost_a_node(self) -> bool:
+        """Whether a peer's connection ended before it reported its end."""
+        return self._peers.lost_one
+
     def ranks_elsewhere(self) -> list[Rank]:
         """Reports of ranks on other nodes, whose files are not visible here."""
         found = [line for end in self._peers.ends.values() for line in end.ranks]

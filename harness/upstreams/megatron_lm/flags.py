@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -20,6 +21,9 @@ from harness.run.checkpoints import Loading, Saving
 from harness.upstreams.megatron_lm.tracking import Tracking
 
 Device = Literal["cpu", "cuda"]
+
+EXIT_SIGNAL = signal.SIGUSR2
+"""Ranks that keep checkpoints save one and end when one of them receives it."""
 
 # As in every published script of github.com/vuiseng9/megatron-tutorials.
 _OPTIMIZER = "--weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.95 --clip-grad 1.0"
@@ -190,12 +194,16 @@ def saving_flags(e: Experiment, saving: Saving) -> list[str]:
     Upstream ignores ``--async-save`` without its persistent worker, and its default strategy needs
     nvidia-resiliency-ext. Megatron-FSDP's format needs that package in any case, so those runs save
     synchronously.
+
+    After a rank received ``EXIT_SIGNAL``, all save once more and end. Upstream's default is
+    SIGTERM, with which torchrun ends ranks: one that waits for a failed rank would never end.
     """
     waits = e.sharding.startswith("fsdp")
     return _words(
         f"--save-interval {saving.every}",
         "" if waits else "--async-save --use-persistent-ckpt-worker --async-strategy mcore",
         "--dist-ckpt-optim-fully-reshardable" if e.sharding == "optim" else "",
+        f"--exit-signal-handler --exit-signal {EXIT_SIGNAL.name}",
     )
 
 
