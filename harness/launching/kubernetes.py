@@ -14,12 +14,11 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from harness.data import data_sets
 from harness.errors import UserError
 from harness.launching.slurm import LAUNCHER
 from harness.planning.request import FOR_BATCH
+from harness.system import yaml_files
 
 if TYPE_CHECKING:
     from harness.planning.plan import Plan
@@ -62,7 +61,7 @@ def create_or_print(plan: Plan, settings: Mapping[str, str]) -> int:
     """
     job = render(plan, settings)
     e = plan.experiment
-    text = f"# {e.label}: {e.shows}\n" + yaml.safe_dump(job, sort_keys=False, width=100)
+    text = f"# {e.label}: {e.shows}\n" + yaml_files.text_of(job)
     kubectl = shutil.which("kubectl")
     if kubectl is None or settings.get("DRY_RUN") == "1":
         print(text, end="")

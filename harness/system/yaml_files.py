@@ -82,6 +82,11 @@ def read(path: Path) -> dict[str, Any]:
     return mapping(content, path.name)
 
 
+def text_of(content: Mapping[str, Any]) -> str:
+    """``content`` as YAML, its keys in their order."""
+    return yaml.safe_dump(dict(content), sort_keys=False, width=100)
+
+
 @contextlib.contextmanager
 def entry(path: Path, content: Mapping[Any, Any], key: Any) -> Iterator[None]:
     """Add the line of ``content[key]`` in ``path`` to a UserError about it."""
