@@ -586,7 +586,7 @@ def test_an_array_has_a_task_for_each_point_without_a_result(tmp_path, no_gpu, m
             inner = array.parent / f"{task}.sh"
             inner.write_text(inner.read_text().replace("scripts/setup.sh light heavy", ":"))
             done = subprocess.run(
-                ["bash", array], env=os.environ | {"SLURM_ARRAY_TASK_ID": task},
+                ["bash", array], env=os.environ | {"SLURM_ARRAY_TASK_ID": task, "SLURM_JOB_ID": "77"},
                 capture_output=True, text=True, check=True,
             )  # fmt: skip
             ran.add(done.stdout.strip().split("<run>")[1].split("<DEVICE=cuda>")[0])
