@@ -293,8 +293,8 @@ def test_before_the_time_limit_of_its_job_a_run_saves_and_the_job_starts_again(t
     (tmp_path / "slurm-77.end").write_text("before the time limit of its job\n")
     assert launcher.wait(timeout=20) == 143
     assert re.fullmatch(
-        r"ended before the time limit of its job after step (\d+) of 1000; its newest checkpoint is"
-        r" of step \1",
+        r"ended before the time limit of its job after step \d+ of 1000; its newest checkpoint is"
+        r" of step \d+",
         directory.read_result().detail,
     )
     assert (tmp_path / "slurm-77.again").exists()

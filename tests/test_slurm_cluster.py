@@ -228,7 +228,7 @@ def test_what_the_cluster_does_not_offer_is_refused_before_it_is_submitted(jobs)
         (["PARTITION=shrot"], "PARTITION=shrot; did you mean short?"),
         (["PARTITION=short", "TIME=01:00:00"], "partition short ends jobs after 600 s"),
         (["CONSTRAINT=newer"], "CONSTRAINT=newer: no node of partition main has that"),
-        (["PARTITION=short", "NODES=2"], "NODES=2: partition short has 1"),
+        (["PARTITION=short", "NODES=2", "TIME=5"], "NODES=2: partition short has 1"),
     ):
         assert said in jobs.make("run", "219", "SLURM=1", "DEVICE=cpu", *words, status=2)
     assert not jobs.cluster.command("squeue", "--noheader")

@@ -177,6 +177,7 @@ ROWS = (
     Row("--use-persistent-ckpt-worker", "arguments", f"{SAVES} --async-save --async-strategy mcore", "async_save"),
     Row("--async-strategy mcore", "arguments", f"{SAVES} --async-save --use-persistent-ckpt-worker"),
     Row("--dist-ckpt-optim-fully-reshardable", "checkpoint", f"{SAVES} {SHARDED}"),
+    Row("--exit-signal-handler", "arguments", SAVES), Row("--exit-signal SIGUSR2", "arguments", f"{SAVES} --exit-signal-handler"),
     Row("--log-interval 1", "logger"), Row("--log-throughput", "logger"), Row("--log-validation-ppl-to-tensorboard", "logger"),
     Row("--tensorboard-dir somewhere", "logger"), Row("--wandb-project p", "logger"), Row("--wandb-exp-name n", "logger", "--wandb-project p"),
     Row("--wandb-entity e", "logger"), Row("--wandb-save-dir d", "logger"),

@@ -107,7 +107,8 @@ def duration_s(text: str) -> int:
 
 def limit_of(settings: Mapping[str, str], cluster: Cluster) -> str:
     """The time limit: TIME=, else the profile's, else ``TIME``."""
-    return checked(settings, "TIME") or cluster.options.get("time") or TIME
+    found = {"TIME": cluster.options.get("time", TIME), **settings}
+    return checked(found, "TIME") or TIME
 
 
 def grace_s(plan: Plan, settings: Mapping[str, str], limit: str) -> int:
