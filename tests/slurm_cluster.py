@@ -121,6 +121,12 @@ class Cluster:
         """Start the slurmd of ``node``."""
         self._start(node, "slurmd", "-D", "-N", node, "-f", str(self.folder / "slurm.conf"))
 
+    def kill_slurmd(self, node: str) -> None:
+        """SIGKILL to the slurmd of ``node`` alone: what it started runs on."""
+        slurmd = self.daemons.pop(node)
+        slurmd.kill()
+        slurmd.wait()
+
     def start_dead_nodes(self) -> None:
         """Start the slurmd of each node that has none."""
         for node in NODES:

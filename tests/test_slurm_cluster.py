@@ -200,6 +200,21 @@ def test_a_job_whose_only_node_fails_goes_on_elsewhere_from_its_last_checkpoint(
     assert 5 <= jobs.resumed_at() <= last and jobs.cluster.job(job)["NodeList"] != node
 
 
+def test_what_a_killed_slurmd_leaves_running_saves_and_hands_over(jobs):
+    """Slurm starts the job on another node while its earlier start, which it cannot reach, trains on."""
+    (job,) = jobs.submit(*LONG, "SAVE_EVERY=99999")
+    jobs.wait_for_step(2)
+    node = jobs.cluster.job(job)["NodeList"]
+    jobs.cluster.kill_slurmd(node)
+    jobs.wait_for_restart(job)
+    (save,) = jobs.cluster.wait_for(lambda: jobs.run().read_saves(), 120, "a checkpoint")
+    assert jobs.resumed_at() == save.step and jobs.cluster.job(job)["NodeList"] != node
+    earlier = json.loads((jobs.run().path / "result.1.json").read_text())
+    assert earlier["detail"].startswith("ended because its job was started again elsewhere")
+    jobs.wait_for_step(save.step + 2)
+    assert jobs.cluster.job(job)["Restarts"] == "1"
+
+
 def test_a_job_that_loses_one_of_two_nodes_goes_on_with_both_again(jobs):
     words = ("219", *LONG[1:], "NODES=2", "SAVE_EVERY=2", "KEEP=2")
     (job,) = jobs.submit(*words)

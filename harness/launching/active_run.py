@@ -20,6 +20,7 @@ from harness.launching.terminal import Snapshot, phase_of
 from harness.launching.torchrun import Torchrun
 from harness.machine import gpus
 from harness.run.directory import RunDir
+from harness.run.job import MOVED
 from harness.run.schema import MemoryGib, Result, StepMetrics, parse_metrics
 from harness.run.writing import prepare_to_resume
 from harness.system.files import told_if_unwritable
@@ -326,8 +327,10 @@ class ActiveRun:
     @property
     def should_start_again(self) -> bool:
         """Whether the same command would do more: it ended before a limit, or lost a node."""
+        if self._finished.result.status == "ok" or self._reason == MOVED:
+            return False
         ended_early = self._reason is not None and self.made_progress
-        return self._finished.result.status != "ok" and (ended_early or self._reports.lost_a_node)
+        return ended_early or self._reports.lost_a_node
 
     @property
     def _saved_step(self) -> int:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from harness.run.directory import RunDir
 from harness.system import locks
-from harness.system.files import text_lines
+from harness.system.files import text_lines, write_text
 from harness.system.locks import Holder
 
 JOB_VARIABLE = "HARNESS_JOB"
@@ -31,9 +31,10 @@ MOST_VAIN_STARTS = 3
 """A job starts again so often without progress: a broken set-up would do so for ever."""
 
 
-EARLIER_START_S = 180.0
-"""A job that starts again waits so long for the end of its earlier start: where a node's slurmd was
-killed alone, what it started runs on until the controller ends it."""
+EARLIER_START_S = 600.0
+"""A job that starts again waits so long for the end of its earlier start: where the slurmd of a
+node was killed alone, what it had started runs on."""
+MOVED = "because its job was started again elsewhere"
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,19 @@ def current() -> Job | None:
 def holder_after_waiting(folder: Path) -> Holder | None:
     """The process that holds the lock of ``folder``, or None.
 
-    In a job it may be what is left of the job's earlier start, which is waited for.
+    Where that is the run of this process's job, it is what is left of the job's earlier start: it
+    is asked to save and end, and waited for.
     """
-    deadline = time.monotonic() + (EARLIER_START_S if current() else 0)
+    holder, own = locks.holder(folder), current()
+    running = RunDir(folder).read_running()
+    if not holder or not own or not own.files or not running or running.job != own.id:
+        return holder
+    ends = Path(f"{own.files}.end")
+    write_text(ends, f"{MOVED}\n")
+    deadline = time.monotonic() + EARLIER_START_S
     while (holder := locks.holder(folder)) and time.monotonic() < deadline:
         time.sleep(1)
+    ends.unlink(missing_ok=True)
     return holder
 
 
