@@ -185,7 +185,10 @@ ROWS = (
     *(Row(words, "lora", "--lora-rank 4 --lora-alpha 8 --lora-targets linear_qkv", "lora")
       for words in ("--lora-rank 8", "--lora-alpha 9", "--lora-dropout 0.5", "--lora-targets linear_proj")),
 )  # fmt: skip
-ONLY_NAMED = {"--dist-ckpt-format": "an old name that ARGS may have"}
+ONLY_NAMED = {
+    "--dist-ckpt-format": "an old name that ARGS may have",
+    "--fp4-param-gather": "ARGS may have it, with FP4= only",
+}
 OF_TRANSFORMER_ENGINE = {
     "--use-transformer-engine-op-fuser",
     "--moe-single-grouped-weight",
