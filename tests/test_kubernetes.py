@@ -77,6 +77,19 @@ def test_each_node_runs_a_launcher_that_knows_its_place():
     assert container["resources"]["limits"] == {"nvidia.com/gpu": "8"}
 
 
+@pytest.mark.parametrize(
+    ("settings", "resumes"),
+    [
+        ({"SAVE_EVERY": "100"}, ["RESUME=auto"]),
+        ({"SAVE_EVERY": "100", "RESUME": "0"}, ["RESUME=0"]),
+        ({}, []),
+    ],
+)
+def test_pods_that_start_again_resume_a_run_with_checkpoints(settings, resumes):
+    command = launched(job(**TWO_NODES, **settings))["containers"][0]["command"]
+    assert [word for word in command if word.startswith("RESUME=")] == resumes
+
+
 def test_one_node_needs_no_rendezvous():
     command = launched(job("101"))["containers"][0]["command"]
     assert command[-2:] == ["101", "DEVICE=cuda"]

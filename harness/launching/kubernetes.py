@@ -202,6 +202,8 @@ def _command(plan: Plan, settings: Mapping[str, str], rank: str, rendezvous: str
     """The launcher's command; Kubernetes replaces $(NAME) in it."""
     words = [f"{key}={value}" for key, value in settings.items() if key not in NOT_FOR_NODES]
     words = [word.replace("$(", "$$(") for word in words]
+    if plan.extras.saving and "RESUME" not in settings:
+        words.append("RESUME=auto")  # pods that start again resume the run
     if plan.experiment.nodes > 1:
         words += [f"NODE_RANK={rank}", f"RENDEZVOUS={rendezvous}"]
     return [*LAUNCHER, plan.experiment.id, *words, "DEVICE=cuda"]
