@@ -208,9 +208,9 @@ def test_a_stage_holds_the_parameters_of_its_layers():
 
 def test_the_first_stage_keeps_most_micro_batches_so_fewer_layers_there_save_memory():
     even, lighter = find("416"), find("416", "FIRST_STAGE_LAYERS=2")
-    first, second = (9, 0, 0), (10, 0, 0)
+    first, second = stages.Layers(9), stages.Layers(10)
     assert layers_in_flight(even, 0) == (first,) * 8
-    assert layers_in_flight(lighter, 0) == ((2, 0, 0),) * 8
+    assert layers_in_flight(lighter, 0) == (stages.Layers(2),) * 8
     assert layers_in_flight(lighter, 1) == (second,) * 7
     ratio = (predict(lighter).attention + predict(lighter).mlp) / (
         predict(even).attention + predict(even).mlp

@@ -295,7 +295,7 @@ def test_the_predicted_time_packs_runs_as_a_batch_does(tmp_path, monkeypatch):
     width = {p.plan.experiment.world_size: outline.run_s(p) for p in found.points if not p.is_row}
     by_gpus = {p.plan.experiment.world_size: p for p in found.points if not p.is_row}
     row = found.row
-    assert outline.run_s(row) == pytest.approx(29 + 20 * row.step_ms / 1e3)
+    assert outline.run_s(row) == pytest.approx(25 + 20 * row.step_ms / 1e3)
     both = [by_gpus[1], by_gpus[2]]
     assert outline.total_s(both, 4) == pytest.approx(max(width[1], width[2])), "side by side"
     assert outline.total_s(both, 2) == pytest.approx(width[1] + width[2]), "one after the other"

@@ -323,7 +323,9 @@ def test_upstream_leaves_layers_in_bf16_where_fp4_is_refused_or_counted_so():
     passes = core / "pipeline_parallel" / "combined_1f1b.py"
     predictors = core / "transformer" / "multi_token_prediction.py"
     for path in (schedule, passes, predictors):
-        text = path.read_text(encoding="utf-8")
-        assert "get_fp8_context" in text and "get_fp4_context(" not in text, path.name
+        assert "get_fp4_context(" not in path.read_text(encoding="utf-8"), path.name
+    # megatron-core 0.19.2 enters fp8's context of EP_OVERLAP=1 in the second, core_v0.19.0 in both
+    for path in (passes, predictors):
+        assert "get_fp8_context" in path.read_text(encoding="utf-8"), path.name
     block = (core / "transformer" / "transformer_block.py").read_text(encoding="utf-8")
     assert "get_fp4_context(" in block
