@@ -81,7 +81,11 @@ def test_slower_layouts_and_the_harnesss_own_script_do_so_too():
         assert done.stdout.count("harness's own script") == len(models)
 
 
-LONG = ("one rank's gradients a thousandth too large", "a rank that fails")
+LONG = (
+    "one rank's gradients a thousandth too large",
+    "a rank that fails",
+    "chunks of the sequence in plain order",
+)
 
 
 @pytest.mark.parametrize(

@@ -179,6 +179,7 @@ def test_more_gpus_than_any_public_row_are_marked():
     assert extrapolated(few) == [] and extrapolated(many) == ["extrapolated: more than 6,144 GPUs"]
 
 
+@pytest.mark.full
 def test_gpus_says_what_more_settings_would_bring(capsys):
     printed = said(capsys, "gpus", "222", "CARD=h200-141gb")
     assert "not searched; each by itself in the layout of 2" in printed
