@@ -23,7 +23,7 @@ PLAIN = [
     ROOT / "Makefile",
     ROOT / "experiments" / "targets.mk",
     *sorted((ROOT / "scripts").glob("*.sh")),
-    *sorted((ROOT / "docker").iterdir()),
+    *sorted(path for path in (ROOT / "docker").iterdir() if path.is_file()),
     *sorted((ROOT / "experiments").glob("*.yaml")),
     *sorted((ROOT / "data").glob("*.yaml")),
 ]
