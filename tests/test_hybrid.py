@@ -18,6 +18,7 @@ from harness.planning.miniature import miniature
 from harness.predict.step_time import kinds
 from harness.upstreams.megatron_lm.environment import variables
 from harness.upstreams.megatron_lm.flags import megatron_flags
+from tests.miniature_runs import losses, run
 
 ROOT = Path(__file__).parents[1]
 CATALOG = load_catalog()
@@ -95,19 +96,6 @@ def test_from_the_same_weights_losses_and_gradients_are_the_gpts(model, changes)
     assert said["parameters"][0] == said["parameters"][1]
     assert said["losses"][0] == pytest.approx(said["losses"][1], rel=1e-6)
     assert said["gradients_apart"] < 1e-5
-
-
-def run(outdir: Path, *words: str) -> Path:
-    """What ``make 101`` leaves in ``outdir``; its one run directory."""
-    command = [sys.executable, "-m", "harness", "target", *words, "DEVICE=cpu", f"OUTDIR={outdir}"]
-    environ = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=300)  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return next(outdir.iterdir())
-
-
-def losses(path: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (path / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.cpu

@@ -1,9 +1,6 @@
 """Models with Mamba-2 layers: their pattern and sizes, upstream's layers on a CPU, and what predictions say of them."""
 
 import json
-import os
-import subprocess
-import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -29,6 +26,7 @@ from harness.predict.mamba_operations import channels
 from harness.predict.memory import predict
 from harness.predict.step_time import StepWork, kinds
 from harness.upstreams.megatron_lm.flags import megatron_flags
+from tests.miniature_runs import losses, run
 from tests.one_process import answer
 
 ROOT = Path(__file__).parents[1]
@@ -302,19 +300,6 @@ def test_the_miniature_has_every_kind_of_layer_in_every_chunk():
 )
 def test_the_shortest_run_with_every_kind_of_layer(pattern, run):
     assert shortest_run(pattern) == run
-
-
-def run(outdir: Path, *words: str) -> Path:
-    """What ``make 681`` leaves in ``outdir``; its one run directory."""
-    command = [sys.executable, "-m", "harness", "target", *words, "DEVICE=cpu", f"OUTDIR={outdir}"]
-    environ = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=300)  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return next(outdir.iterdir())
-
-
-def losses(path: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (path / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.cpu

@@ -571,7 +571,7 @@ def test_an_array_has_a_task_for_each_point_without_a_result(tmp_path, no_gpu, m
     programs = tmp_path / "bin"
     programs.mkdir()
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
-    program(programs, "sbatch", f'cat "$2" >> {tmp_path}/submitted; echo "77;cluster"')
+    program(programs, "sbatch", f'cat >> {tmp_path}/submitted; echo "77;cluster"')
     program(programs, "srun", 'printf "<%s>" "$@"; echo')
     program(programs, "squeue", f"cat {tmp_path}/queued 2>/dev/null || exit 1")
     words = ["ID=115", "GRID=MBS=5,15 GPUS=2,4", "STEPS=20", "SLURM=1", "PARTITION=gpu"]

@@ -27,7 +27,7 @@ from harness.machine import gpus, packages
 from harness.planning import plan, run_to_resume
 from harness.planning.commands import made_here, print_script
 from harness.planning.plan import Plan
-from harness.planning.request import FOR_BATCH
+from harness.planning.request import batch_of
 from harness.run import checkpoint_list, directory, finding
 from harness.upstreams.megatron_lm import tracking
 from harness.upstreams.megatron_lm.flags import Device
@@ -36,7 +36,7 @@ from harness.upstreams.megatron_lm.flags import Device
 def run_experiment(id_: str, settings: Mapping[str, str]) -> int:
     """Run an experiment here, submit it to Slurm, or print its script (DRY_RUN=1)."""
     experiment = load_catalog().find(id_)
-    if batch := next((key for key in FOR_BATCH if settings.get(key, "0") != "0"), None):
+    if batch := batch_of(settings):
         return _submit(experiment, settings, batch)
     gpus.keep_awake()
     dry_run = settings.get("DRY_RUN") == "1"

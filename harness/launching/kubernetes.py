@@ -45,6 +45,21 @@ RUNTIME = "torch-distributed"
 _DNS_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _IMAGE = re.compile(r"[\w.:@/-]+")
 _RESOURCE = re.compile(r"([a-z0-9.-]+/[\w.-]+):([1-9]\d*)")
+REQUIRED = {
+    "IMAGE": (
+        _IMAGE,
+        "registry.example/megatron-harness:1",
+        "the image that the cluster's nodes pull: make docker-build, push it, then"
+        " IMAGE=registry.example/megatron-harness:1",
+    ),
+    "CLAIM": (
+        _DNS_LABEL,
+        "megatron",
+        "the PersistentVolumeClaim (ReadWriteMany) that keeps outdir/, data/ and weights/: without"
+        " one, results end with the pod",
+    ),
+}
+"""Settings that every job needs: what they look like, an example, and what they are."""
 NOT_FOR_NODES = {
     "K8S",
     *FOR_BATCH["K8S"],
@@ -140,7 +155,7 @@ def _job_set(plan: Plan, settings: Mapping[str, str], name: str) -> dict[str, An
                 "containers": [
                     {
                         "name": "launcher",
-                        "image": _image(settings),
+                        "image": _required(settings, "IMAGE"),
                         "workingDir": FOLDER,
                         "command": _command(plan, settings, "$(JOB_COMPLETION_INDEX)", rendezvous),
                         "resources": {"limits": _resources(plan, settings)},
@@ -183,7 +198,7 @@ def _train_job(plan: Plan, settings: Mapping[str, str], name: str) -> dict[str, 
     return {
         "runtimeRef": {"name": RUNTIME},
         "trainer": {
-            "image": _image(settings),
+            "image": _required(settings, "IMAGE"),
             "command": _command(plan, settings, "$(PET_NODE_RANK)", rendezvous),
             "numNodes": plan.experiment.nodes,
             "numProcPerNode": plan.experiment.ranks_per_node,
@@ -209,24 +224,12 @@ def _command(plan: Plan, settings: Mapping[str, str], rank: str, rendezvous: str
     return [*LAUNCHER, plan.experiment.id, *words, "DEVICE=cuda"]
 
 
-def _image(settings: Mapping[str, str]) -> str:
-    image = _checked(settings, "IMAGE", _IMAGE, "registry.example/megatron-harness:1")
-    if image is None:
-        raise UserError(
-            "K8S=1 needs IMAGE=, the image that the cluster's nodes pull:"
-            " make docker-build, push it, then IMAGE=registry.example/megatron-harness:1"
-        )
-    return image
-
-
-def _claim(settings: Mapping[str, str]) -> str:
-    claim = _checked(settings, "CLAIM", _DNS_LABEL, "megatron")
-    if claim is None:
-        raise UserError(
-            "K8S=1 needs CLAIM=, the PersistentVolumeClaim (ReadWriteMany) that keeps outdir/,"
-            " data/ and weights/: without one, results end with the pod"
-        )
-    return claim
+def _required(settings: Mapping[str, str], key: str) -> str:
+    pattern, example, why = REQUIRED[key]
+    value = _checked(settings, key, pattern, example)
+    if value is None:
+        raise UserError(f"K8S=1 needs {key}=, {why}")
+    return value
 
 
 def _resources(plan: Plan, settings: Mapping[str, str]) -> dict[str, str]:
@@ -270,7 +273,7 @@ def _volumes(settings: Mapping[str, str]) -> list[dict[str, Any]]:
     """NCCL and data loaders share memory between processes; Kubernetes' default is 64 MiB."""
     return [
         {"name": "shared-memory", "emptyDir": {"medium": "Memory"}},
-        {"name": "kept", "persistentVolumeClaim": {"claimName": _claim(settings)}},
+        {"name": "kept", "persistentVolumeClaim": {"claimName": _required(settings, "CLAIM")}},
     ]
 
 

@@ -166,6 +166,20 @@ def states(numbers: Iterable[str]) -> dict[str, JobState]:
     return {id_: each for id_, each in found.items() if id_.partition("_")[0] in wanted}
 
 
+def duration_s(text: str) -> int:
+    """Seconds of a time limit as Slurm reads and writes it: ``30`` (minutes), ``30:00``,
+    ``1:00:00``, ``2-12``, ``2-12:00`` or ``2-12:00:00``."""
+    days, dash, rest = text.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if dash:
+        hours, minutes, seconds = [*parts, 0, 0][:3]
+    elif len(parts) == 3:
+        hours, minutes, seconds = parts
+    else:
+        hours, minutes, seconds = 0, *[*parts, 0][:2]
+    return int(days or 0) * 86400 + hours * 3600 + minutes * 60 + seconds
+
+
 def cancel(number: str, at_once: bool) -> None:
     """Cancel a job: at once, or by a SIGTERM to its batch script, which has the run save first.
 
@@ -202,22 +216,13 @@ def _partition(line: str) -> Partition:
     return Partition(
         name,
         available == "up",
-        None if limit in ("infinite", "n/a") else _seconds(limit),
+        None if limit in ("infinite", "n/a") else duration_s(limit),
         int(nodes),
         int(cpus.rstrip("+")),
         sum(gpus),
         frozenset() if features == "(null)" else frozenset(features.split(",")),
         marked.endswith("*"),
     )
-
-
-def _seconds(limit: str) -> int:
-    """Seconds of ``1-00:00:00``, ``30:00`` or ``1:00:00``, as sinfo writes them."""
-    days, _, clock = limit.rpartition("-")
-    seconds = 0
-    for part in clock.split(":"):
-        seconds = 60 * seconds + int(part)
-    return seconds + 86400 * int(days or 0)
 
 
 def _required_features(constraint: str | None) -> frozenset[str]:

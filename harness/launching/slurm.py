@@ -14,6 +14,7 @@ from harness import ROOT
 from harness.errors import UserError
 from harness.launching import clusters
 from harness.launching.clusters import Cluster
+from harness.launching.scheduler import duration_s
 from harness.planning.request import FOR_BATCH
 from harness.planning.script import shell_word
 from harness.run.job import FILES_VARIABLE, JOB_VARIABLE
@@ -89,20 +90,6 @@ def render_sbatch(plans: Sequence[Plan] | Plan, settings: Mapping[str, str], nam
         script = here.script().splitlines()
         lines += ["", "# What runs on each node:", *(f"#   {line}".rstrip() for line in script)]
     return "\n".join([*lines, ""])
-
-
-def duration_s(text: str) -> int:
-    """Seconds of a time limit as sbatch writes it: ``30``, ``30:00``, ``1:00:00``, ``2-12``,
-    ``2-12:00`` or ``2-12:00:00``."""
-    days, dash, rest = text.rpartition("-")
-    parts = [int(part) for part in rest.split(":")]
-    if dash:
-        hours, minutes, seconds = [*parts, 0, 0][:3]
-    elif len(parts) == 3:
-        hours, minutes, seconds = parts
-    else:
-        hours, minutes, seconds = 0, *[*parts, 0][:2]
-    return int(days or 0) * 86400 + hours * 3600 + minutes * 60 + seconds
 
 
 def limit_of(settings: Mapping[str, str], cluster: Cluster) -> str:

@@ -248,10 +248,10 @@ def _run(records: Sequence[Row], settings: Mapping[str, str], prepare: Callable[
     """Run the record's experiment on this machine."""
     from harness.launching.launch import run_plan
     from harness.planning.plan import choose_device, plan
-    from harness.planning.request import FOR_BATCH
+    from harness.planning.request import batch_of
 
     id_ = records[0].id
-    if any(settings.get(key, "0") != "0" for key in ("DRY_RUN", *FOR_BATCH)):
+    if settings.get("DRY_RUN") == "1" or batch_of(settings):
         raise UserError(
             f"make verify-{id_} runs here and now\nmake show-{id_} prints the command; make {id_}"
             f" SLURM=1 submits it, then make verify-{id_} RUN=label compares"

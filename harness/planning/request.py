@@ -53,7 +53,12 @@ class RunRequest:
     @property
     def batch(self) -> str | None:
         """What it becomes a job of: ``SLURM`` or ``K8S``; None: it runs here."""
-        return next((key for key in FOR_BATCH if self.settings.get(key, "0") != "0"), None)
+        return batch_of(self.settings)
+
+
+def batch_of(settings: Mapping[str, str]) -> str | None:
+    """What a run with ``settings`` becomes a job of: ``SLURM`` or ``K8S``; None: it runs here."""
+    return next((key for key in FOR_BATCH if settings.get(key, "0") != "0"), None)
 
 
 def read_request(row: Experiment, settings: Mapping[str, str], device: Device) -> RunRequest:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from harness.errors import UserError
-from harness.launching import slurm
+from harness.launching import scheduler, slurm
 from harness.sweep.points import Point
 from harness.sweep.request import SweepRequest
 from harness.system.files import make_folder, told_if_unwritable, write_text
@@ -39,7 +39,6 @@ def submit_or_print(
         UserError: a setting is malformed, an array of this sweep has not ended, the folder cannot
             be written, or Slurm refuses a job.
     """
-    sbatch = shutil.which("sbatch")
     dry_run = settings.get("DRY_RUN") == "1"
     if not points:
         print("every point has its result; FORCE=1 runs them again")
@@ -53,13 +52,13 @@ def submit_or_print(
             print(f"\n{text}", end="")
             continue
         script = _write(text, group, folder)
-        if sbatch is None:
+        if not scheduler.is_here():
             print(
                 f"no sbatch here; on a login node that sees {folder}: sbatch {script}",
                 file=sys.stderr,
             )
             continue
-        job = _submit(sbatch, script)
+        job = scheduler.submit(text)
         write_text(folder / JOB, job)
         print(f"submitted array {job}, {len(group)} tasks: squeue --job {job}")
     if not dry_run:
@@ -133,10 +132,3 @@ def _check_none_is_queued(folder: Path) -> None:
                 f"array {job} of this sweep has not ended: squeue --job {job}\n"
                 f"wait for it, or end it: scancel {job}"
             )
-
-
-def _submit(sbatch: str, script: Path) -> str:
-    done = subprocess.run([sbatch, "--parsable", script], capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"sbatch refused the array: {done.stderr.strip()}\nit is in {script}")
-    return done.stdout.strip().split(";")[0]

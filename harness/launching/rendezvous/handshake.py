@@ -28,7 +28,7 @@ from harness.launching.rendezvous.connections import (
 )
 from harness.launching.rendezvous.peers import Peers
 from harness.launching.reservation import Reservation, reserve
-from harness.planning.request import FOR_BATCH
+from harness.planning.request import batch_of
 from harness.run.directory import RunDir
 from harness.system import locks
 from harness.system.screen import harmless
@@ -90,7 +90,7 @@ def refusals_sent(words: Iterable[str]) -> Iterator[None]:
         raise
     except UserError as error:
         rendezvous, node = settings.get("RENDEZVOUS", ""), settings.get("NODE_RANK", "0")
-        only_shown = any(settings.get(key, "0") != "0" for key in ("DRY_RUN", *FOR_BATCH))
+        only_shown = settings.get("DRY_RUN") == "1" or batch_of(settings)
         if not only_shown and node.isdecimal() and is_address(rendezvous):
             with suppress(OSError, UserError):
                 _send_refusal(rendezvous, int(node), str(error))
